@@ -1,0 +1,3 @@
+//! Streams WAL from a primary into the repository; takes base backups.
+
+pub mod flushed_lsn;

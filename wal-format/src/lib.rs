@@ -1,0 +1,32 @@
+//! PostgreSQL's write-ahead log and our archive of it, as types. No I/O, no async, no clock.
+//!
+//! Modules in reading order: the words ([`lsn`], [`time`], [`timeline`], [`segment`], [`system`]), the decoder that
+//! reads PostgreSQL's WAL, the [`summary`] of what a range of WAL holds, our container for that range ([`sealed`]),
+//! the files of a base backup, and [`layout`]: every key in the repository, in one enum.
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        reason = "tests panic on purpose"
+    )
+)]
+
+pub mod layout;
+pub mod lsn;
+pub mod segment;
+pub mod summary;
+pub mod system;
+pub mod time;
+pub mod timeline;
+
+pub use layout::{BackupId, ClusterName, ObjectKey};
+pub use lsn::Lsn;
+pub use segment::{SegmentName, SegmentNo, SegmentSize, WalFileName};
+pub use summary::{
+    CheckpointKind, RelationFile, SegmentSummary, TransactionEnd, TransactionEndKind, WalEvent,
+};
+pub use system::{PgVersion, SystemIdentifier};
+pub use time::PgTimestamp;
+pub use timeline::{Branch, TimelineHistory, TimelineId};

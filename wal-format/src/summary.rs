@@ -1,0 +1,182 @@
+//! [`SegmentSummary`]: what a range of WAL holds, as far as a restore has to know it.
+//!
+//! A record belongs to the range in which it *ends*: only there is it complete and its CRC proved. Summaries of
+//! adjacent ranges [merge](SegmentSummary::merge) into the summary of both.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Lsn, PgTimestamp, TimelineId};
+
+/// What a range `[start_lsn, end_lsn)` of one branch's WAL holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SegmentSummary {
+    /// How many records end in the range.
+    pub record_count: u64,
+    /// The start of the first record that ends in the range; it may lie before the range.
+    pub first_record_lsn: Option<Lsn>,
+    /// The start of the last record that ends in the range: the next record's `xl_prev`.
+    pub last_record_lsn: Option<Lsn>,
+    /// The end of that record, aligned to 8: where the next record starts, before any page header is skipped.
+    pub last_record_end_lsn: Option<Lsn>,
+    /// The start of a record that is not complete at the end of the range; it may lie before the range.
+    pub open_record_lsn: Option<Lsn>,
+    /// Every commit and abort, in LSN order.
+    pub transactions: Vec<TransactionEnd>,
+    /// Everything else a restore has to know, in LSN order.
+    pub events: Vec<(Lsn, WalEvent)>,
+}
+
+impl SegmentSummary {
+    /// Appends the summary of the range that follows this one.
+    pub fn merge(&mut self, later: Self) {
+        self.record_count = self.record_count.saturating_add(later.record_count);
+        self.first_record_lsn = self.first_record_lsn.or(later.first_record_lsn);
+        self.last_record_lsn = later.last_record_lsn.or(self.last_record_lsn);
+        self.last_record_end_lsn = later.last_record_end_lsn.or(self.last_record_end_lsn);
+        self.open_record_lsn = later.open_record_lsn;
+        self.transactions.extend(later.transactions);
+        self.events.extend(later.events);
+    }
+
+    /// The least and the greatest `xact_time` in the range.
+    #[must_use]
+    pub fn time_range(&self) -> Option<(PgTimestamp, PgTimestamp)> {
+        let mut times = self.transactions.iter().map(|transaction| transaction.time);
+        let first = times.next()?;
+        Some(times.fold((first, first), |(min, max), time| {
+            (min.min(time), max.max(time))
+        }))
+    }
+}
+
+/// A transaction's end: the only records at which a recovery to a time or an xid stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TransactionEnd {
+    /// Where the record starts: PostgreSQL logs this position when it stops before the record.
+    pub lsn: Lsn,
+    /// The transaction; for a prepared one the transaction that was prepared, not the one that ended it.
+    pub xid: u32,
+    /// `xact_time`: taken before the record was inserted, so not in order of LSN.
+    pub time: PgTimestamp,
+    /// How it ended.
+    pub kind: TransactionEndKind,
+}
+
+/// How a transaction ended (`XLOG_XACT_*` in `xact.h`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TransactionEndKind {
+    /// COMMIT.
+    Commit,
+    /// ABORT.
+    Abort,
+    /// COMMIT PREPARED.
+    CommitPrepared,
+    /// ROLLBACK PREPARED.
+    AbortPrepared,
+}
+
+impl TransactionEndKind {
+    /// Whether the transaction's work is kept.
+    #[must_use]
+    pub fn is_commit(self) -> bool {
+        matches!(self, Self::Commit | Self::CommitPrepared)
+    }
+}
+
+/// A relation's file (`RelFileLocator` in `relfilelocator.h`; `RelFileNode` before 16).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RelationFile {
+    /// The tablespace's OID.
+    pub tablespace: u32,
+    /// The database's OID, 0 for a shared relation.
+    pub database: u32,
+    /// The relation's file number.
+    pub relation: u32,
+}
+
+/// Online or at shutdown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointKind {
+    /// `XLOG_CHECKPOINT_SHUTDOWN`.
+    Shutdown,
+    /// `XLOG_CHECKPOINT_ONLINE`.
+    Online,
+}
+
+/// A record, other than a transaction's end, that a restore, a verification or `locate` has to know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum WalEvent {
+    /// `XLOG_BACKUP_END`: the backup that started at `start_lsn` is consistent from here.
+    BackupEnd {
+        /// The backup's start.
+        start_lsn: Lsn,
+    },
+    /// A checkpoint.
+    Checkpoint {
+        /// Online or at shutdown.
+        kind: CheckpointKind,
+        /// Where redo would start.
+        redo_lsn: Lsn,
+        /// The timeline.
+        timeline: TimelineId,
+        /// The clock, cut to seconds.
+        time: PgTimestamp,
+        /// The next transaction, with its epoch in the upper half (`FullTransactionId`).
+        next_xid: u64,
+    },
+    /// Files of dropped or truncated relations, removed by the commit or abort at this LSN.
+    DroppedRelations {
+        /// The transaction.
+        xid: u32,
+        /// The files, up to [`DROPPED_RELATIONS_MAX`] of them.
+        relations: Vec<RelationFile>,
+    },
+    /// `XLOG_END_OF_RECOVERY`: a new timeline begins.
+    EndOfRecovery {
+        /// The clock.
+        time: PgTimestamp,
+        /// The new timeline.
+        timeline: TimelineId,
+        /// The timeline it continues.
+        previous_timeline: TimelineId,
+    },
+    /// `XLOG_FPW_CHANGE`.
+    FullPageWrites {
+        /// Whether full page writes are on from here.
+        enabled: bool,
+    },
+    /// `XLOG_OVERWRITE_CONTRECORD`: a crash left the record at `overwritten_lsn` incomplete for ever.
+    OverwrittenContrecord {
+        /// The start of the record that never became complete.
+        overwritten_lsn: Lsn,
+    },
+    /// PREPARE TRANSACTION: in doubt until its end.
+    Prepare {
+        /// The transaction.
+        xid: u32,
+        /// When it was prepared.
+        time: PgTimestamp,
+        /// The identifier the client gave it.
+        gid: String,
+    },
+    /// `pg_create_restore_point`.
+    RestorePoint {
+        /// When it was made.
+        time: PgTimestamp,
+        /// Its name.
+        name: String,
+    },
+    /// `XLOG_SWITCH`: the rest of the segment is unused.
+    Switch,
+    /// `XLOG_PARAMETER_CHANGE`, `XLOG_END_OF_RECOVERY` or a checkpoint announced `wal_level`.
+    WalLevel {
+        /// 0 minimal, 1 replica, 2 logical (`WalLevel` in `xlog.h`). At 0 changes may be missing from WAL.
+        level: i32,
+    },
+}
+
+/// How many dropped files one [`WalEvent::DroppedRelations`] names; a DROP SCHEMA can drop far more.
+pub const DROPPED_RELATIONS_MAX: usize = 256;

@@ -1,0 +1,343 @@
+//! Timelines: [`TimelineId`], the history file ([`TimelineHistory`]) and [`Branch`], the name under which we keep one.
+//!
+//! Two promotions can give the same number to two different timelines. A [`Branch`] is the number together with a
+//! digest of the history file, so that a second "timeline 2" gets its own place in the repository.
+
+use std::{fmt, num::NonZeroU32, str::FromStr};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest, Sha256};
+
+use crate::Lsn;
+
+/// A timeline's number, from 1 (`TimeLineID`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct TimelineId(NonZeroU32);
+
+impl TimelineId {
+    /// Timeline 1, the one that `initdb` makes. It has no history file.
+    pub const FIRST: Self = Self(NonZeroU32::MIN);
+
+    /// Checks a number; 0 is no timeline.
+    #[must_use]
+    pub fn new(timeline: u32) -> Option<Self> {
+        NonZeroU32::new(timeline).map(Self)
+    }
+
+    /// The number.
+    #[must_use]
+    pub fn get(self) -> u32 {
+        self.0.get()
+    }
+}
+
+impl fmt::Display for TimelineId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// One line of a history file: `timeline` was followed until `switch_lsn`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TimelineHistoryEntry {
+    /// The ancestor.
+    pub timeline: TimelineId,
+    /// The first LSN that is no longer on the ancestor.
+    pub switch_lsn: Lsn,
+    /// Why the switch was made, as PostgreSQL wrote it.
+    pub reason: String,
+}
+
+/// A history file (`readTimeLineHistory` in `timeline.c`): the ancestors of a timeline, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TimelineHistory {
+    /// The timeline whose history this is.
+    pub timeline: TimelineId,
+    /// Its ancestors, oldest first; empty for timeline 1.
+    pub ancestors: Vec<TimelineHistoryEntry>,
+}
+
+/// A history file that PostgreSQL would refuse too.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("history file of timeline {timeline}, line {line}: {problem}")]
+pub struct ParseHistoryError {
+    /// The timeline whose history was read.
+    pub timeline: TimelineId,
+    /// The line, from 1; 0 for the file as a whole.
+    pub line: usize,
+    /// What is wrong with it.
+    pub problem: HistoryProblem,
+}
+
+/// What is wrong with a line of a history file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HistoryProblem {
+    /// The line does not begin with a timeline's number.
+    #[error("expected a numeric timeline ID")]
+    Timeline,
+    /// No LSN follows the timeline.
+    #[error("expected a write-ahead log switchpoint location")]
+    SwitchLsn,
+    /// The numbers do not grow.
+    #[error("timeline IDs must be in increasing sequence")]
+    Order,
+    /// A line names the timeline itself or a later one.
+    #[error("timeline IDs must be less than the child timeline's ID")]
+    NotAncestor,
+    /// No ancestor at all: PostgreSQL never writes such a file, so it lost its content.
+    #[error("the file names no ancestor")]
+    Empty,
+}
+
+impl TimelineHistory {
+    /// Timeline 1's history, which is empty and has no file.
+    #[must_use]
+    pub fn first() -> Self {
+        Self {
+            timeline: TimelineId::FIRST,
+            ancestors: Vec::new(),
+        }
+    }
+
+    /// Parses the content of `TTTTTTTT.history`.
+    ///
+    /// # Errors
+    /// [`ParseHistoryError`] with the line. A file without any ancestor is refused: PostgreSQL reads a missing file as
+    /// "no ancestors" and a later promotion then builds on the wrong past.
+    pub fn parse(timeline: TimelineId, content: &[u8]) -> Result<Self, ParseHistoryError> {
+        let mut ancestors: Vec<TimelineHistoryEntry> = Vec::new();
+        let text = String::from_utf8_lossy(content);
+        for (index, raw) in text.lines().enumerate() {
+            let line = index.saturating_add(1);
+            let fail = |problem| ParseHistoryError {
+                timeline,
+                line,
+                problem,
+            };
+            let trimmed = raw.trim_start();
+            if trimmed.is_empty() || trimmed.starts_with('#') {
+                continue;
+            }
+            let mut fields = trimmed.splitn(3, ['\t', ' ']);
+            let ancestor = fields
+                .next()
+                .and_then(|field| field.parse().ok())
+                .and_then(TimelineId::new)
+                .ok_or_else(|| fail(HistoryProblem::Timeline))?;
+            let switch_lsn = fields
+                .next()
+                .and_then(|field| field.trim().parse().ok())
+                .ok_or_else(|| fail(HistoryProblem::SwitchLsn))?;
+            if ancestors
+                .last()
+                .is_some_and(|last| last.timeline >= ancestor)
+            {
+                return Err(fail(HistoryProblem::Order));
+            }
+            if ancestor >= timeline {
+                return Err(fail(HistoryProblem::NotAncestor));
+            }
+            let reason = fields.next().unwrap_or_default().trim_end().to_owned();
+            ancestors.push(TimelineHistoryEntry {
+                timeline: ancestor,
+                switch_lsn,
+                reason,
+            });
+        }
+        if ancestors.is_empty() {
+            return Err(ParseHistoryError {
+                timeline,
+                line: 0,
+                problem: HistoryProblem::Empty,
+            });
+        }
+        Ok(Self {
+            timeline,
+            ancestors,
+        })
+    }
+
+    /// The LSN at which `timeline` was left on the way to this one: `None` for a stranger, [`Lsn::MAX`] for itself.
+    #[must_use]
+    pub fn switch_lsn_of(&self, timeline: TimelineId) -> Option<Lsn> {
+        if timeline == self.timeline {
+            return Some(Lsn::MAX);
+        }
+        self.ancestors
+            .iter()
+            .find(|entry| entry.timeline == timeline)
+            .map(|entry| entry.switch_lsn)
+    }
+
+    /// The timeline that holds the byte at `lsn`.
+    #[must_use]
+    pub fn timeline_at(&self, lsn: Lsn) -> TimelineId {
+        self.ancestors
+            .iter()
+            .find(|entry| lsn < entry.switch_lsn)
+            .map_or(self.timeline, |entry| entry.timeline)
+    }
+}
+
+/// A timeline as we keep it: its number, and the first four bytes of the SHA-256 of its history file (zero for a
+/// timeline without one). Printed `00000001` or `00000002-1a2b3c4d`, which sorts by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Branch {
+    /// The timeline's number.
+    pub timeline: TimelineId,
+    /// The digest of its history file, or zeros.
+    pub digest: [u8; 4],
+}
+
+impl Branch {
+    /// Timeline 1.
+    pub const FIRST: Self = Self {
+        timeline: TimelineId::FIRST,
+        digest: [0; 4],
+    };
+
+    /// The branch of a timeline without a history file.
+    #[must_use]
+    pub fn without_history(timeline: TimelineId) -> Self {
+        Self {
+            timeline,
+            digest: [0; 4],
+        }
+    }
+
+    /// The branch of a timeline whose history file has this content, byte for byte.
+    #[must_use]
+    pub fn of_history(timeline: TimelineId, content: &[u8]) -> Self {
+        let sum = Sha256::digest(content);
+        let mut digest = [0; 4];
+        digest
+            .iter_mut()
+            .zip(sum.iter())
+            .for_each(|(to, from)| *to = *from);
+        Self { timeline, digest }
+    }
+}
+
+impl fmt::Display for Branch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08X}", self.timeline.get())?;
+        if self.digest == [0; 4] {
+            Ok(())
+        } else {
+            write!(f, "-{}", hex::encode(self.digest))
+        }
+    }
+}
+
+/// A text that names no branch.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("\"{0}\" is no timeline branch")]
+pub struct ParseBranchError(String);
+
+impl FromStr for Branch {
+    type Err = ParseBranchError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let wrong = || ParseBranchError(text.to_owned());
+        let (number, digest) = text
+            .split_once('-')
+            .map_or((text, None), |(n, d)| (n, Some(d)));
+        if number.len() != 8
+            || number
+                .bytes()
+                .any(|b| !matches!(b, b'0'..=b'9' | b'A'..=b'F'))
+        {
+            return Err(wrong());
+        }
+        let timeline = u32::from_str_radix(number, 16)
+            .ok()
+            .and_then(TimelineId::new)
+            .ok_or_else(wrong)?;
+        let mut bytes = [0; 4];
+        if let Some(digest) = digest {
+            hex::decode_to_slice(digest, &mut bytes).map_err(|_| wrong())?;
+        }
+        let branch = Self {
+            timeline,
+            digest: bytes,
+        };
+        if branch.to_string() == text {
+            Ok(branch)
+        } else {
+            Err(wrong())
+        }
+    }
+}
+
+impl Serialize for Branch {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Branch {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn timeline(id: u32) -> TimelineId {
+        TimelineId::new(id).expect("a timeline")
+    }
+
+    #[test]
+    fn history_with_comments_and_blank_lines_parses() {
+        let content = b"# why\n1\t0/3000148\tno recovery target specified\n\n3\t0/5000000\tbefore 2026-11-21\n";
+        let history = TimelineHistory::parse(timeline(4), content).expect("it parses");
+        assert_eq!(history.ancestors.len(), 2);
+        assert_eq!(history.ancestors[0].reason, "no recovery target specified");
+        assert_eq!(history.switch_lsn_of(timeline(3)), Some(Lsn(0x500_0000)));
+        assert_eq!(history.switch_lsn_of(timeline(2)), None);
+        assert_eq!(history.timeline_at(Lsn(0x300_0147)), timeline(1));
+        assert_eq!(history.timeline_at(Lsn(0x300_0148)), timeline(3));
+        assert_eq!(history.timeline_at(Lsn(0x500_0000)), timeline(4));
+    }
+
+    #[test]
+    fn garbled_history_is_refused_with_its_line() {
+        for (content, line, problem) in [
+            (&b"x\t0/1\t"[..], 1, HistoryProblem::Timeline),
+            (b"1\n", 1, HistoryProblem::SwitchLsn),
+            (b"1\tzz\n", 1, HistoryProblem::SwitchLsn),
+            (b"2\t0/1\n1\t0/2\n", 2, HistoryProblem::Order),
+            (b"5\t0/1\n", 1, HistoryProblem::NotAncestor),
+            (b"", 0, HistoryProblem::Empty),
+            (b"\0\0\0", 1, HistoryProblem::Timeline),
+        ] {
+            let error = TimelineHistory::parse(timeline(5), content).expect_err("it is garbled");
+            assert_eq!((error.line, error.problem), (line, problem));
+        }
+    }
+
+    #[test]
+    fn two_timelines_with_one_number_are_two_branches() {
+        let one = Branch::of_history(timeline(2), b"1\t0/3000148\tx\n");
+        let other = Branch::of_history(timeline(2), b"1\t0/4000148\tx\n");
+        assert_ne!(one, other);
+        for branch in [one, other, Branch::FIRST] {
+            assert_eq!(branch.to_string().parse(), Ok(branch));
+        }
+        for bad in [
+            "",
+            "1",
+            "00000000",
+            "00000002-",
+            "00000002-00000000",
+            "00000002-1A2B3C4D",
+            "0000000a",
+        ] {
+            assert!(bad.parse::<Branch>().is_err(), "{bad:?} must not parse");
+        }
+    }
+}
