@@ -1,3 +1,4 @@
 //! Streams WAL from a primary into the repository; takes base backups.
 
 pub mod flushed_lsn;
+pub mod rpo;
