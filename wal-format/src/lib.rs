@@ -9,20 +9,26 @@
     allow(
         clippy::indexing_slicing,
         clippy::arithmetic_side_effects,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
         reason = "tests panic on purpose"
     )
 )]
 
+pub mod backup;
 pub mod layout;
 pub mod lsn;
+pub mod sealed;
 pub mod segment;
 pub mod summary;
 pub mod system;
 pub mod time;
 pub mod timeline;
 
+pub use backup::{BackupInfo, BackupKind, BackupSlice, ContinuedFile, Tablespace};
 pub use layout::{BackupId, ClusterName, ObjectKey};
 pub use lsn::Lsn;
+pub use sealed::{FrameCompressor, SealedFooter, SealedHeader, SealedReader, SealedWriter};
 pub use segment::{SegmentName, SegmentNo, SegmentSize, WalFileName};
 pub use summary::{
     CheckpointKind, RelationFile, SegmentSummary, TransactionEnd, TransactionEndKind, WalEvent,

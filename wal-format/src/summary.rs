@@ -3,7 +3,11 @@
 //! A record belongs to the range in which it *ends*: only there is it complete and its CRC proved. Summaries of
 //! adjacent ranges [merge](SegmentSummary::merge) into the summary of both.
 
+mod codec;
+
 use serde::{Deserialize, Serialize};
+
+pub use codec::DecodeSummaryError;
 
 use crate::{Lsn, PgTimestamp, TimelineId};
 

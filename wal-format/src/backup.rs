@@ -1,0 +1,281 @@
+//! [`BackupInfo`]: `backup.json`, our description of one base backup. It is written last; without it the backup does
+//! not exist.
+//!
+//! A backup is tar archives, each cut into slices: zstd frames of their own, so that the slices in order are a stock
+//! `zstd -d | tar x`, and a restore can extract them in parallel. [`BackupInfo::check`] is what a reader must call.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    BackupId, Branch, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier,
+    layout::BackupArchive,
+};
+
+/// The version of `backup.json` that this build writes, and the newest that it reads.
+pub const BACKUP_FORMAT_VERSION: u32 = 1;
+
+/// Raw bytes after which a slice of a backup ends, at the next place where it may.
+pub const SLICE_BYTES: u64 = 16 << 20;
+
+/// Everything a restore has to know about a base backup before it reads the first slice.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupInfo {
+    /// [`BACKUP_FORMAT_VERSION`].
+    pub format_version: u32,
+    /// Its name.
+    pub id: BackupId,
+    /// What the operator called it.
+    pub label: String,
+    /// What it holds.
+    pub kind: BackupKind,
+    /// The cluster.
+    pub system_identifier: SystemIdentifier,
+    /// The cluster's major version.
+    pub postgresql_major: PgVersion,
+    /// The server's own words: `17.5 (Debian 17.5-1)`.
+    pub server_version: String,
+    /// The timeline it was taken on.
+    pub branch: Branch,
+    /// START WAL LOCATION: where redo begins.
+    pub start_lsn: Lsn,
+    /// CHECKPOINT LOCATION: the checkpoint record.
+    pub checkpoint_lsn: Lsn,
+    /// The backup is consistent once WAL is replayed to here.
+    pub stop_lsn: Lsn,
+    /// When it began.
+    pub started: PgTimestamp,
+    /// When its last byte and the WAL up to `stop_lsn` were stored.
+    pub finished: PgTimestamp,
+    /// Whether a standby gave it.
+    pub from_standby: bool,
+    /// Every tablespace but the two that lie in the data directory.
+    pub tablespaces: Vec<Tablespace>,
+    /// The slices: archive by archive, numbered from 1 in each; an archive's slices in order are its tar stream.
+    pub slices: Vec<BackupSlice>,
+    /// SHA-256 of `backup_manifest`, in hexadecimal.
+    pub manifest_sha256: String,
+    /// Length of `backup_manifest`.
+    pub manifest_bytes: u64,
+    /// Length of all tar streams.
+    pub raw_bytes: u64,
+    /// Length of all slices.
+    pub stored_bytes: u64,
+}
+
+/// What a base backup holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BackupKind {
+    /// Everything.
+    Full,
+}
+
+/// A tablespace outside of the data directory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tablespace {
+    /// Its OID, which names its archive and its link in `pg_tblspc`.
+    pub oid: u32,
+    /// The directory it had on the server.
+    pub location: String,
+}
+
+/// A slice of an archive: one zstd frame, one object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupSlice {
+    /// The archive.
+    pub archive: BackupArchive,
+    /// Its number in the archive, from 1.
+    pub number: u32,
+    /// How much of the tar stream it holds.
+    pub raw_bytes: u64,
+    /// The object's length.
+    pub stored_bytes: u64,
+    /// SHA-256 of the object, in hexadecimal.
+    pub sha256: String,
+    /// The file whose data the slice begins in, when it does not begin at a tar entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continues: Option<ContinuedFile>,
+}
+
+/// A file whose data goes on from one slice to the next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContinuedFile {
+    /// Its path in the archive.
+    pub path: String,
+    /// Where in the file the slice goes on: a multiple of 512.
+    pub offset: u64,
+    /// The file's whole size.
+    pub size: u64,
+}
+
+/// Why a `backup.json` can not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum BackupInfoError {
+    /// It contradicts itself.
+    #[error("backup.json of {id} is malformed: {problem}")]
+    Malformed {
+        /// The backup.
+        id: BackupId,
+        /// What is wrong.
+        problem: &'static str,
+    },
+    /// It is not JSON of this shape.
+    #[error("backup.json is malformed: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Written by a newer Tidemark.
+    #[error(
+        "backup.json of format version {found}; this build reads up to version {BACKUP_FORMAT_VERSION}, use the Tidemark that wrote it or a newer one"
+    )]
+    UnsupportedFormat {
+        /// The version found.
+        found: u32,
+    },
+}
+
+/// The one field that every version of `backup.json` has.
+#[derive(Deserialize)]
+struct Version {
+    format_version: u32,
+}
+
+impl BackupInfo {
+    /// Reads and checks a `backup.json`.
+    ///
+    /// # Errors
+    /// [`BackupInfoError`] when it is of a newer version, not of this shape, or contradicts itself.
+    pub fn parse(json: &[u8]) -> Result<Self, BackupInfoError> {
+        // The version first: a newer shape would only give a confusing error.
+        let Version { format_version } = serde_json::from_slice(json)?;
+        if format_version != BACKUP_FORMAT_VERSION {
+            return Err(BackupInfoError::UnsupportedFormat {
+                found: format_version,
+            });
+        }
+        let info: Self = serde_json::from_slice(json)?;
+        info.check()?;
+        Ok(info)
+    }
+
+    /// `backup.json`, with a newline at its end.
+    ///
+    /// # Errors
+    /// [`BackupInfoError`] when it contradicts itself, so that no reader would take it.
+    pub fn to_json(&self) -> Result<Vec<u8>, BackupInfoError> {
+        self.check()?;
+        let mut json = serde_json::to_vec_pretty(self)?;
+        json.push(b'\n');
+        Ok(json)
+    }
+
+    /// Refuses a description that contradicts itself.
+    ///
+    /// # Errors
+    /// [`BackupInfoError::Malformed`] with the contradiction.
+    pub fn check(&self) -> Result<(), BackupInfoError> {
+        match self.contradiction() {
+            None => Ok(()),
+            Some(problem) => Err(BackupInfoError::Malformed {
+                id: self.id.clone(),
+                problem,
+            }),
+        }
+    }
+
+    fn contradiction(&self) -> Option<&'static str> {
+        let sum = |field: fn(&BackupSlice) -> u64| {
+            self.slices
+                .iter()
+                .map(field)
+                .fold(0_u64, u64::saturating_add)
+        };
+        let sha256 = |text: &str| {
+            text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+        };
+        if self.start_lsn > self.checkpoint_lsn || self.checkpoint_lsn > self.stop_lsn {
+            return Some("start, checkpoint and stop are not in order");
+        }
+        if !sha256(&self.manifest_sha256) || !self.slices.iter().all(|slice| sha256(&slice.sha256))
+        {
+            return Some("a SHA-256 is not 64 lower case hexadecimal digits");
+        }
+        if sum(|slice| slice.raw_bytes) != self.raw_bytes
+            || sum(|slice| slice.stored_bytes) != self.stored_bytes
+        {
+            return Some("the slices do not add up to the totals");
+        }
+        let mut oids: Vec<u32> = self.tablespaces.iter().map(|space| space.oid).collect();
+        oids.sort_unstable();
+        oids.dedup();
+        if oids.len() != self.tablespaces.len() {
+            return Some("a tablespace is named twice");
+        }
+        self.slices_contradiction()
+    }
+
+    fn slices_contradiction(&self) -> Option<&'static str> {
+        let mut seen: Vec<BackupArchive> = Vec::new();
+        let mut number = 0_u32;
+        for slice in &self.slices {
+            if seen.last() != Some(&slice.archive) {
+                let known = match slice.archive {
+                    BackupArchive::Base => true,
+                    BackupArchive::Tablespace(oid) => {
+                        self.tablespaces.iter().any(|space| space.oid == oid)
+                    }
+                };
+                if !known {
+                    return Some("a slice is of a tablespace that is not listed");
+                }
+                if seen.contains(&slice.archive) {
+                    return Some("an archive's slices are not together");
+                }
+                seen.push(slice.archive);
+                number = 0;
+            }
+            number = number.saturating_add(1);
+            if slice.number != number {
+                return Some("an archive's slices are not numbered from 1");
+            }
+            if let Some(file) = &slice.continues {
+                let sound = number > 1
+                    && file.offset > 0
+                    && file.offset < file.size
+                    && file.offset % 512 == 0;
+                if !sound {
+                    return Some("a slice goes on in a file where it can not");
+                }
+            }
+        }
+        let every = self
+            .tablespaces
+            .iter()
+            .map(|space| BackupArchive::Tablespace(space.oid))
+            .chain([BackupArchive::Base]);
+        if every.into_iter().any(|archive| !seen.contains(&archive)) {
+            return Some("an archive has no slice");
+        }
+        None
+    }
+
+    /// Where a slice lies in the repository.
+    #[must_use]
+    pub fn slice_key(&self, slice: &BackupSlice) -> ObjectKey {
+        let id = self.id.clone();
+        ObjectKey::BackupSlice(self.system_identifier, id, slice.archive, slice.number)
+    }
+
+    /// Where this description lies in the repository.
+    #[must_use]
+    pub fn key(&self) -> ObjectKey {
+        ObjectKey::BackupInfo(self.system_identifier, self.id.clone())
+    }
+
+    /// Where the manifest lies in the repository.
+    #[must_use]
+    pub fn manifest_key(&self) -> ObjectKey {
+        ObjectKey::BackupManifest(self.system_identifier, self.id.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests;

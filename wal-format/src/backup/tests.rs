@@ -1,0 +1,119 @@
+//! `backup.json`: round trip, newer versions, and every contradiction that a reader must not act on.
+
+use super::*;
+
+fn info() -> BackupInfo {
+    let slice = |archive, number, continues| BackupSlice {
+        archive,
+        number,
+        raw_bytes: 10,
+        stored_bytes: 3,
+        sha256: "ab".repeat(32),
+        continues,
+    };
+    BackupInfo {
+        format_version: BACKUP_FORMAT_VERSION,
+        id: "20261121T101500Z-9f3c".parse().expect("a name"),
+        label: "before the \"upgrade\"".to_owned(),
+        kind: BackupKind::Full,
+        system_identifier: SystemIdentifier(u64::MAX),
+        postgresql_major: PgVersion::V17,
+        server_version: "17.5".to_owned(),
+        branch: Branch::FIRST,
+        start_lsn: Lsn(0x200_0028),
+        checkpoint_lsn: Lsn(0x200_0060),
+        stop_lsn: Lsn(0x200_0120),
+        started: PgTimestamp(0),
+        finished: PgTimestamp(1),
+        from_standby: false,
+        tablespaces: vec![Tablespace {
+            oid: 16_400,
+            location: "/srv/fast disk".to_owned(),
+        }],
+        slices: vec![
+            slice(BackupArchive::Tablespace(16_400), 1, None),
+            slice(BackupArchive::Base, 1, None),
+            slice(
+                BackupArchive::Base,
+                2,
+                Some(ContinuedFile {
+                    path: "base/5/16384".to_owned(),
+                    offset: 512,
+                    size: 8192,
+                }),
+            ),
+        ],
+        manifest_sha256: "cd".repeat(32),
+        manifest_bytes: 100,
+        raw_bytes: 30,
+        stored_bytes: 9,
+    }
+}
+
+#[test]
+fn it_reads_what_it_writes() {
+    let json = info().to_json().expect("it is sound");
+    assert_eq!(BackupInfo::parse(&json).expect("it parses"), info());
+    let text = String::from_utf8(json).expect("JSON is UTF-8");
+    // What FORMAT.md shows: numbers that JavaScript would round are text.
+    assert!(
+        text.contains("\"system_identifier\": \"18446744073709551615\""),
+        "{text}"
+    );
+    assert!(text.contains("\"start_lsn\": \"0/2000028\""), "{text}");
+    assert!(text.contains("\"archive\": \"base\""), "{text}");
+    assert!(text.contains("\"tablespace\": 16400"), "{text}");
+}
+
+#[test]
+fn a_newer_version_is_named_whatever_its_shape() {
+    let error = BackupInfo::parse(b"{\"format_version\": 7, \"slices\": 3}").expect_err("newer");
+    assert!(error.to_string().contains("format version 7"), "{error}");
+    assert!(matches!(
+        BackupInfo::parse(b"{}"),
+        Err(BackupInfoError::Json(_))
+    ));
+}
+
+#[test]
+fn contradictions_are_refused_on_both_sides() {
+    type Spoil = fn(&mut BackupInfo);
+    let spoils: [(&str, Spoil); 11] = [
+        ("order", |info| info.stop_lsn = Lsn(1)),
+        ("digits", |info| info.manifest_sha256 = "CD".repeat(32)),
+        ("digits", |info| info.slices[1].sha256.truncate(63)),
+        ("totals", |info| info.raw_bytes = 31),
+        ("totals", |info| info.stored_bytes = 8),
+        ("twice", |info| {
+            info.tablespaces.push(info.tablespaces[0].clone());
+        }),
+        ("not listed", |info| {
+            info.slices[0].archive = BackupArchive::Tablespace(7);
+        }),
+        ("not together", |info| info.slices.swap(0, 1)),
+        ("numbered", |info| info.slices[2].number = 3),
+        ("can not", |info| {
+            info.slices[2]
+                .continues
+                .as_mut()
+                .expect("it continues")
+                .offset = 513;
+        }),
+        ("no slice", |info| {
+            let gone = info.slices.remove(0);
+            info.raw_bytes -= gone.raw_bytes;
+            info.stored_bytes -= gone.stored_bytes;
+        }),
+    ];
+    for (word, spoil) in spoils {
+        let mut info = info();
+        spoil(&mut info);
+        let error = info.to_json().expect_err(word);
+        assert!(
+            error.to_string().contains(word),
+            "{error} does not say {word}"
+        );
+        let json = serde_json::to_vec(&info).expect("it serializes");
+        assert!(BackupInfo::parse(&json).is_err(), "{word} was read");
+    }
+}

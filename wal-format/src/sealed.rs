@@ -1,0 +1,196 @@
+//! Our container for a range of WAL: a sealed segment, or a tail range of a segment that is still open.
+//!
+//! ```text
+//! header (skippable) | zstd frame | zstd frame | … | summary (skippable) | footer (skippable): seek index, trailer
+//! ```
+//!
+//! Stock `zstd -d` skips header, summary and footer and yields exactly the WAL. Every byte lies under a CRC-32; a
+//! range GET of the object's end gives the header's facts, the summary and the index without the WAL itself.
+//! `FORMAT.md` gives the bytes. Invariant: [`SealedReader::open`] and [`SealedReader::read_all`] together notice any
+//! damage, and decompress no more than the header announces.
+
+mod footer;
+mod frame;
+mod header;
+mod reader;
+mod writer;
+
+#[cfg(test)]
+mod tests;
+
+pub use footer::{FOOTER_LEN_HINT, FooterFromTail, SealedFooter};
+pub use frame::{EncodedFrame, FrameCompressor, FrameDecompressor, FrameEntry};
+pub use header::SealedHeader;
+pub use reader::{Frames, SealedReader};
+pub use writer::{SealedWriter, seal};
+
+use crate::{Lsn, summary::DecodeSummaryError, system::UnsupportedVersion};
+
+/// The version of the container that this build writes, and the newest that it reads.
+pub const FORMAT_VERSION: u16 = 1;
+
+/// Raw bytes in every frame but the last. Measured on pgbench's WAL: see `FORMAT.md`.
+pub const FRAME_BYTES: usize = 1 << 20;
+
+/// The most raw bytes that a frame of any writer may hold: what a reader must be able to allocate.
+pub const FRAME_BYTES_MAX: usize = 16 << 20;
+
+/// zstd's level for new objects where the configuration names none.
+pub const DEFAULT_LEVEL: i32 = 3;
+
+/// Magic number of our skippable frames (zstd reserves 0x184D2A50 to 0x184D2A5F).
+const SKIPPABLE_MAGIC: u32 = 0x184D_2A54;
+
+/// Bytes before a skippable frame's payload: the magic number and the payload's length.
+const SKIPPABLE_HEADER_BYTES: usize = 8;
+
+/// First in the payload of the header and last in the object.
+const MAGIC: [u8; 8] = *b"TIDEMARK";
+
+/// A part of the container, for errors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SealedPart {
+    /// The header.
+    Header,
+    /// The zstd frame with this number, from 0.
+    Frame(u32),
+    /// The summary.
+    Summary,
+    /// The footer.
+    Footer,
+}
+
+impl std::fmt::Display for SealedPart {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Header => f.write_str("header"),
+            Self::Frame(number) => write!(f, "frame {number}"),
+            Self::Summary => f.write_str("summary"),
+            Self::Footer => f.write_str("footer"),
+        }
+    }
+}
+
+/// Why a container can not be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum SealedError {
+    /// The part's bytes are not those that were written.
+    #[error("{part} is damaged: CRC-32 is {found:08x}, stored is {stored:08x}")]
+    Checksum {
+        /// Which part.
+        part: SealedPart,
+        /// The sum that was stored.
+        stored: u32,
+        /// The sum of the bytes that were read.
+        found: u32,
+    },
+    /// The compressor failed; it lacks memory.
+    #[error("compress {part}: {source}")]
+    Compress {
+        /// Which part.
+        part: SealedPart,
+        /// What the compressor said.
+        source: std::io::Error,
+    },
+    /// The part's compressed bytes do not decompress to the announced length.
+    #[error("{part} does not decompress to the {expected} bytes announced")]
+    Decompress {
+        /// Which part.
+        part: SealedPart,
+        /// How many bytes were announced.
+        expected: usize,
+    },
+    /// Not as many bytes of WAL as the header announces.
+    #[error("the header announces {expected} bytes of WAL, {found} were given")]
+    Length {
+        /// What the header announces.
+        expected: u64,
+        /// What was given.
+        found: u64,
+    },
+    /// The part's checksum holds but its content contradicts itself or the rest.
+    #[error("{part} is malformed: {problem}")]
+    Malformed {
+        /// Which part.
+        part: SealedPart,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// The bytes are no container of ours, or their beginning or end is gone.
+    #[error("no sealed WAL: the {part}'s magic is missing; the object is foreign or was cut off")]
+    NotSealed {
+        /// Which part was looked for.
+        part: SealedPart,
+    },
+    /// Asked for WAL that this object does not hold.
+    #[error(
+        "{start_lsn} to {end_lsn} was asked of an object that holds {held_start} to {held_end}"
+    )]
+    OutOfRange {
+        /// Start of what was asked.
+        start_lsn: Lsn,
+        /// End of what was asked.
+        end_lsn: Lsn,
+        /// Start of what is held.
+        held_start: Lsn,
+        /// End of what is held.
+        held_end: Lsn,
+    },
+    /// The header's range is empty or leaves its segment.
+    #[error("{start_lsn} to {end_lsn} is no range inside one WAL segment")]
+    Range {
+        /// The start.
+        start_lsn: Lsn,
+        /// The end.
+        end_lsn: Lsn,
+    },
+    /// The summary does not decode.
+    #[error("summary is malformed: {0}")]
+    Summary(#[from] DecodeSummaryError),
+    /// The object ends too early.
+    #[error("{part} is cut off: it needs {needed} bytes, {found} are left")]
+    Truncated {
+        /// Which part.
+        part: SealedPart,
+        /// Bytes it needs.
+        needed: u64,
+        /// Bytes that are left.
+        found: u64,
+    },
+    /// Compressed by something this build does not know.
+    #[error("codec {found} is unknown to this build; a newer Tidemark wrote the object")]
+    UnsupportedCodec {
+        /// The codec's number.
+        found: u8,
+    },
+    /// Written by a newer Tidemark.
+    #[error(
+        "sealed WAL of format version {found}; this build reads up to version {FORMAT_VERSION}, use the Tidemark that wrote it or a newer one"
+    )]
+    UnsupportedFormat {
+        /// The object's format version.
+        found: u16,
+    },
+    /// A PostgreSQL that this build does not know.
+    #[error(transparent)]
+    UnsupportedPostgres(#[from] UnsupportedVersion),
+}
+
+/// Checks a stored CRC-32.
+fn check_crc(part: SealedPart, stored: u32, bytes: &[u8]) -> Result<(), SealedError> {
+    let found = crc32fast::hash(bytes);
+    if found == stored {
+        Ok(())
+    } else {
+        Err(SealedError::Checksum {
+            part,
+            stored,
+            found,
+        })
+    }
+}
+
+/// The fixed-length field at `at`; `None` when `bytes` is too short.
+fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
+    bytes.get(at..)?.first_chunk().copied()
+}

@@ -1,0 +1,168 @@
+//! One zstd frame: compress, check, decompress. Frames do not depend on each other, so a caller may compress the
+//! frames of one segment on several threads and hand them to the writer in order.
+//!
+//! Invariant: a frame decompresses to exactly the length that the header implies, or it is an error; never to more.
+
+use super::{SealedError, SealedPart, check_crc};
+
+/// What the seek index says about a frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrameEntry {
+    /// Compressed length.
+    pub stored_bytes: u32,
+    /// CRC-32 of the compressed bytes.
+    pub stored_crc: u32,
+    /// CRC-32 of the WAL in the frame.
+    pub raw_crc: u32,
+}
+
+/// A compressed frame, ready for the writer.
+#[derive(Clone, Debug)]
+pub struct EncodedFrame {
+    /// The zstd frame.
+    pub stored: Vec<u8>,
+    /// How many bytes of WAL it holds.
+    pub raw_bytes: usize,
+    /// CRC-32 of the compressed bytes.
+    pub stored_crc: u32,
+    /// CRC-32 of the WAL in the frame.
+    pub raw_crc: u32,
+}
+
+/// Compresses frames; keeps zstd's context from one frame to the next.
+pub struct FrameCompressor {
+    zstd: zstd::bulk::Compressor<'static>,
+}
+
+impl std::fmt::Debug for FrameCompressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FrameCompressor")
+    }
+}
+
+impl FrameCompressor {
+    /// A compressor of zstd's `level`.
+    ///
+    /// # Errors
+    /// [`SealedError::Compress`] when zstd has no memory or knows no such level.
+    pub fn new(level: i32) -> Result<Self, SealedError> {
+        let configure = || {
+            let mut zstd = zstd::bulk::Compressor::new(level)?;
+            // Stock zstd then notices damage too.
+            zstd.set_parameter(zstd::zstd_safe::CParameter::ChecksumFlag(true))?;
+            Ok(zstd)
+        };
+        let zstd = configure().map_err(|source| SealedError::Compress {
+            part: SealedPart::Frame(0),
+            source,
+        })?;
+        Ok(Self { zstd })
+    }
+
+    /// Compresses one frame's WAL.
+    ///
+    /// # Errors
+    /// [`SealedError::Compress`] when zstd has no memory.
+    pub fn compress(&mut self, raw: &[u8]) -> Result<EncodedFrame, SealedError> {
+        let mut stored = Vec::new();
+        let (stored_crc, raw_crc) = self.append(raw, &mut stored)?;
+        Ok(EncodedFrame {
+            stored,
+            raw_bytes: raw.len(),
+            stored_crc,
+            raw_crc,
+        })
+    }
+
+    /// Compresses onto the end of `out`; gives the CRC-32 of what was appended and of `raw`.
+    pub(super) fn append(
+        &mut self,
+        raw: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Result<(u32, u32), SealedError> {
+        let fail = |source| SealedError::Compress {
+            part: SealedPart::Frame(0),
+            source,
+        };
+        let before = out.len();
+        out.resize(
+            before.saturating_add(zstd::zstd_safe::compress_bound(raw.len())),
+            0,
+        );
+        let room = out.get_mut(before..).unwrap_or_default();
+        let stored = self.zstd.compress_to_buffer(raw, room).map_err(fail)?;
+        out.truncate(before.saturating_add(stored));
+        let stored = out.get(before..).unwrap_or_default();
+        Ok((crc32fast::hash(stored), crc32fast::hash(raw)))
+    }
+}
+
+/// Checks and decompresses frames; keeps zstd's context from one frame to the next.
+pub struct FrameDecompressor {
+    zstd: zstd::bulk::Decompressor<'static>,
+}
+
+impl std::fmt::Debug for FrameDecompressor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FrameDecompressor")
+    }
+}
+
+impl FrameDecompressor {
+    /// A new context.
+    ///
+    /// # Errors
+    /// [`SealedError::Decompress`] when zstd has no memory.
+    pub fn new() -> Result<Self, SealedError> {
+        let zstd = zstd::bulk::Decompressor::new().map_err(|_| SealedError::Decompress {
+            part: SealedPart::Frame(0),
+            expected: 0,
+        })?;
+        Ok(Self { zstd })
+    }
+
+    /// Checks frame `number` and appends its `raw_bytes` of WAL to `out`; on an error `out` is as before.
+    ///
+    /// # Errors
+    /// [`SealedError::Checksum`] or [`SealedError::Decompress`] when the frame is damaged.
+    pub fn append(
+        &mut self,
+        number: u32,
+        entry: FrameEntry,
+        stored: &[u8],
+        raw_bytes: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SealedError> {
+        let part = SealedPart::Frame(number);
+        check_crc(part, entry.stored_crc, stored)?;
+        let before = out.len();
+        out.resize(before.saturating_add(raw_bytes), 0);
+        let result = self.fill(
+            part,
+            entry,
+            stored,
+            out.get_mut(before..).unwrap_or_default(),
+        );
+        if result.is_err() {
+            out.truncate(before);
+        }
+        result
+    }
+
+    fn fill(
+        &mut self,
+        part: SealedPart,
+        entry: FrameEntry,
+        stored: &[u8],
+        raw: &mut [u8],
+    ) -> Result<(), SealedError> {
+        // The buffer's length bounds what zstd may write.
+        match self.zstd.decompress_to_buffer(stored, raw) {
+            Ok(written) if written == raw.len() => check_crc(part, entry.raw_crc, raw),
+            _ => Err(SealedError::Decompress {
+                part,
+                expected: raw.len(),
+            }),
+        }
+    }
+}

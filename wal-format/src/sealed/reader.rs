@@ -1,0 +1,211 @@
+//! Reads a container that is in memory as a whole, frame by frame or by LSN, and checks every byte it hands out.
+
+use super::{
+    FooterFromTail, SealedError, SealedFooter, SealedHeader, SealedPart, frame::FrameDecompressor,
+    header::HEADER_BYTES,
+};
+use crate::{Lsn, PgTimestamp, SegmentSummary};
+
+/// A container whose header, summary and footer were checked; its frames are checked when they are read.
+#[derive(Debug)]
+pub struct SealedReader<'a> {
+    object: &'a [u8],
+    footer: SealedFooter,
+}
+
+impl<'a> SealedReader<'a> {
+    /// Opens the object `object`.
+    ///
+    /// # Errors
+    /// [`SealedError`] when header, summary or footer are damaged, contradict each other, or are of a format version
+    /// that this build does not know.
+    pub fn open(object: &'a [u8]) -> Result<Self, SealedError> {
+        let (header, frame_bytes) = SealedHeader::parse(object)?;
+        let footer = match SealedFooter::from_tail(object.len() as u64, object)? {
+            FooterFromTail::Complete(footer) => *footer,
+            FooterFromTail::NeedMore { bytes } => {
+                return Err(SealedError::Truncated {
+                    part: SealedPart::Footer,
+                    needed: bytes,
+                    found: object.len() as u64,
+                });
+            }
+        };
+        if *footer.header() != header || footer.frame_bytes() != frame_bytes {
+            return Err(SealedError::Malformed {
+                part: SealedPart::Footer,
+                problem: "it repeats another header than the object begins with",
+            });
+        }
+        Ok(Self { object, footer })
+    }
+
+    /// What the object says about itself.
+    #[must_use]
+    pub fn header(&self) -> &SealedHeader {
+        self.footer.header()
+    }
+
+    /// Everything but the WAL.
+    #[must_use]
+    pub fn footer(&self) -> &SealedFooter {
+        &self.footer
+    }
+
+    /// What the range holds.
+    #[must_use]
+    pub fn summary(&self) -> &SegmentSummary {
+        self.footer.summary()
+    }
+
+    /// The time at which the source was last seen to hold no WAL beyond this range, if that was ever seen.
+    #[must_use]
+    pub fn proven(&self) -> Option<PgTimestamp> {
+        self.footer.proven()
+    }
+
+    /// The frames in order, each checked and decompressed when it is asked for.
+    ///
+    /// # Errors
+    /// [`SealedError::Decompress`] when zstd has no memory.
+    pub fn frames(&self) -> Result<Frames<'_>, SealedError> {
+        Ok(Frames {
+            reader: self,
+            decompressor: FrameDecompressor::new()?,
+            next: 0,
+            offset: HEADER_BYTES,
+            buffer: Vec::new(),
+        })
+    }
+
+    /// Appends the whole range to `out`; on an error `out` is as before.
+    ///
+    /// # Errors
+    /// [`SealedError`] when a frame is damaged.
+    pub fn read_all(&self, out: &mut Vec<u8>) -> Result<(), SealedError> {
+        let before = out.len();
+        self.append_frames(0..self.frame_count(), out)
+            .inspect_err(|_| out.truncate(before))
+    }
+
+    /// The `bytes` bytes of WAL from `lsn` on; decompresses only the frames that hold them.
+    ///
+    /// # Errors
+    /// [`SealedError::OutOfRange`] when the object does not hold them, another [`SealedError`] when it is damaged.
+    pub fn read_at(&self, lsn: Lsn, bytes: usize) -> Result<Vec<u8>, SealedError> {
+        let header = self.header();
+        let end_lsn = lsn.add(bytes as u64);
+        if lsn < header.start_lsn || end_lsn > header.end_lsn {
+            return Err(SealedError::OutOfRange {
+                start_lsn: lsn,
+                end_lsn,
+                held_start: header.start_lsn,
+                held_end: header.end_lsn,
+            });
+        }
+        if bytes == 0 {
+            return Ok(Vec::new());
+        }
+        let offset = lsn.bytes_since(header.start_lsn);
+        let frame_bytes = self.footer.frame_bytes() as u64;
+        let number_of = |offset: u64| {
+            let number = offset.checked_div(frame_bytes).unwrap_or_default();
+            u32::try_from(number).unwrap_or(u32::MAX)
+        };
+        let first = number_of(offset);
+        let last = number_of(offset.saturating_add(bytes as u64).saturating_sub(1));
+        let mut wal = Vec::new();
+        self.append_frames(first..last.saturating_add(1), &mut wal)?;
+        let skip = lsn.bytes_since(self.footer.frame_start_lsn(first));
+        wal.drain(..usize::try_from(skip).unwrap_or(usize::MAX).min(wal.len()));
+        wal.truncate(bytes);
+        Ok(wal)
+    }
+
+    fn frame_count(&self) -> u32 {
+        u32::try_from(self.footer.entries().len()).unwrap_or(u32::MAX)
+    }
+
+    fn append_frames(
+        &self,
+        numbers: std::ops::Range<u32>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SealedError> {
+        let mut decompressor = FrameDecompressor::new()?;
+        let range = self.footer.frame_range(numbers.start);
+        let mut offset = range.map_or(0, |range| {
+            usize::try_from(range.start).unwrap_or(usize::MAX)
+        });
+        for number in numbers {
+            self.append_frame(&mut decompressor, number, &mut offset, out)?;
+        }
+        Ok(())
+    }
+
+    /// Appends frame `number`, which lies at `offset`, and moves `offset` behind it.
+    fn append_frame(
+        &self,
+        decompressor: &mut FrameDecompressor,
+        number: u32,
+        offset: &mut usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SealedError> {
+        let cut_off = SealedError::Malformed {
+            part: SealedPart::Frame(number),
+            problem: "it lies outside of the object",
+        };
+        let entry = usize::try_from(number)
+            .ok()
+            .and_then(|index| self.footer.entries().get(index));
+        let Some(entry) = entry.copied() else {
+            return Err(cut_off);
+        };
+        let end = offset.saturating_add(usize::try_from(entry.stored_bytes).unwrap_or(usize::MAX));
+        let Some(stored) = self.object.get(*offset..end) else {
+            return Err(cut_off);
+        };
+        let raw_bytes = self.footer.frame_raw_bytes(number);
+        decompressor.append(number, entry, stored, raw_bytes, out)?;
+        *offset = end;
+        Ok(())
+    }
+}
+
+/// The frames of a container, in order; [`Frames::next`] lends each in turn.
+#[derive(Debug)]
+pub struct Frames<'r> {
+    reader: &'r SealedReader<'r>,
+    decompressor: FrameDecompressor,
+    next: u32,
+    offset: usize,
+    buffer: Vec<u8>,
+}
+
+impl Frames<'_> {
+    /// The next frame's start and its WAL, checked; `None` after the last.
+    ///
+    /// # Errors
+    /// [`SealedError`] when the frame is damaged; asking again gives the same error.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "the frame is lent, which Iterator can not"
+    )]
+    pub fn next(&mut self) -> Option<Result<(Lsn, &[u8]), SealedError>> {
+        if self.next >= self.reader.frame_count() {
+            return None;
+        }
+        self.buffer.clear();
+        let result = self.reader.append_frame(
+            &mut self.decompressor,
+            self.next,
+            &mut self.offset,
+            &mut self.buffer,
+        );
+        if let Err(error) = result {
+            return Some(Err(error));
+        }
+        let lsn = self.reader.footer.frame_start_lsn(self.next);
+        self.next = self.next.saturating_add(1);
+        Some(Ok((lsn, &self.buffer)))
+    }
+}
