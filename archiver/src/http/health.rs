@@ -1,0 +1,107 @@
+//! `…/health?max_rpo=&max_backup_age=`: 200 or 503 with reasons, for probes that know no JSON.
+
+use hyper::StatusCode;
+use serde::Serialize;
+
+use crate::report::{ClusterReport, State};
+
+/// The answer of the health route.
+#[derive(Debug, Serialize)]
+pub(super) struct Verdict {
+    healthy: bool,
+    reasons: Vec<String>,
+}
+
+impl Verdict {
+    pub(super) fn status(&self) -> StatusCode {
+        if self.healthy {
+            StatusCode::OK
+        } else {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
+    }
+}
+
+/// A query that the route does not understand: answering 200 to it would be a light that can not turn red.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum QueryError {
+    #[error("unknown parameter \"{0}\"; known are max_rpo, max_backup_age and max_drill_age")]
+    Unknown(String),
+    #[error("\"{value}\" is no duration for {name}; write 30s, 5min, 26h or 8d")]
+    Duration { name: String, value: String },
+}
+
+/// Compares `report` with the limits in `query`. A number that is not known fails its limit.
+pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, QueryError> {
+    let mut reasons = Vec::new();
+    if matches!(report.state, State::Broken) {
+        reasons.push(report.reason.clone());
+    }
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let limit = || {
+            seconds(value).ok_or_else(|| QueryError::Duration {
+                name: name.to_owned(),
+                value: value.to_owned(),
+            })
+        };
+        let (what, age) = match name {
+            "max_rpo" => ("rpo", report.durable.remote.rpo_seconds),
+            "max_backup_age" => {
+                let finished = report.last_backup.as_ref().map(|backup| backup.finished);
+                let age = finished.map(|time| report.as_of.micros_since(time));
+                #[expect(
+                    clippy::cast_precision_loss,
+                    reason = "an age in seconds needs no more"
+                )]
+                let age = age.map(|micros| micros as f64 / 1e6);
+                ("age of the last base backup", age)
+            }
+            // No drill has been recorded by this version, so no limit on its age can hold.
+            "max_drill_age" => ("age of the last restore drill", None),
+            _ => return Err(QueryError::Unknown(name.to_owned())),
+        };
+        let limit = limit()?;
+        match age {
+            Some(age) if age <= limit => {}
+            Some(age) => reasons.push(format!("{what} is {age:.1} s, the limit is {limit:.1} s")),
+            None => reasons.push(format!("{what} is not known")),
+        }
+    }
+    Ok(Verdict {
+        healthy: reasons.is_empty(),
+        reasons,
+    })
+}
+
+/// `30s`, `500ms`, `5min`, `26h`, `8d` or plain seconds.
+fn seconds(text: &str) -> Option<f64> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at_checked(digits)?;
+    let factor = match unit {
+        "" | "s" => 1.0,
+        "ms" => 0.001,
+        "min" | "m" => 60.0,
+        "h" => 3600.0,
+        "d" => 86_400.0,
+        _ => return None,
+    };
+    number.parse::<f64>().ok().map(|number| number * factor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(seconds("30s"), Some(30.0));
+        assert_eq!(seconds("5min"), Some(300.0));
+        assert_eq!(seconds("2"), Some(2.0));
+        for bad in ["", "s", "-1s", "1x", "1.2.3s"] {
+            assert_eq!(seconds(bad), None, "{bad:?}");
+        }
+    }
+}

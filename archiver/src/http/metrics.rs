@@ -1,0 +1,315 @@
+//! `/metrics`: the reports as Prometheus text. Every metric has a sample from the start; unknown is `NaN`, never 0.
+
+use std::sync::atomic::AtomicU64;
+
+use prometheus_client::{
+    encoding::text::encode,
+    metrics::{counter::Counter, family::Family, gauge::Gauge},
+    registry::Registry,
+};
+use wal_format::PgTimestamp;
+
+use crate::{
+    instruments::{Instruments, Labels},
+    report::{ClusterReport, State, TierReport},
+};
+
+/// The text format of `OpenMetrics`.
+pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
+type Counters = Family<Labels, Counter>;
+
+/// Renders the reports.
+pub(super) fn render(reports: &[ClusterReport], instruments: &Instruments) -> String {
+    let mut page = Page {
+        registry: Registry::default(),
+        reports,
+    };
+    page.build_info();
+    page.exposure();
+    page.stream();
+    page.durations(instruments);
+    page.counters();
+    page.slot();
+    page.restorable();
+    let mut text = String::new();
+    match encode(&mut text, &page.registry) {
+        Ok(()) => text,
+        // Writing to a String does not fail; an empty answer would look like "no clusters".
+        Err(error) => format!("# encoding failed: {error}\n"),
+    }
+}
+
+struct Page<'a> {
+    registry: Registry,
+    reports: &'a [ClusterReport],
+}
+
+/// A family's samples of one cluster: label pairs beside `cluster`, and the value.
+type Samples<V> = Vec<(Labels, V)>;
+
+impl Page<'_> {
+    fn gauges(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl Fn(&ClusterReport) -> Samples<Option<f64>>,
+    ) {
+        let family = Gauges::default();
+        for report in self.reports {
+            for (labels, value) in samples(report) {
+                let value = value.unwrap_or(f64::NAN);
+                family
+                    .get_or_create(&with_cluster(report, labels))
+                    .set(value);
+            }
+        }
+        self.registry.register(name, help, family);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: impl Fn(&ClusterReport) -> Option<f64>) {
+        self.gauges(name, help, |report| vec![(Vec::new(), value(report))]);
+    }
+
+    /// `name` without `_total`, which the encoder appends.
+    fn counter(
+        &mut self,
+        name: &str,
+        help: &str,
+        samples: impl Fn(&ClusterReport) -> Samples<u64>,
+    ) {
+        let family = Counters::default();
+        for report in self.reports {
+            for (labels, value) in samples(report) {
+                family
+                    .get_or_create(&with_cluster(report, labels))
+                    .inc_by(value);
+            }
+        }
+        self.registry.register(name, help, family);
+    }
+
+    fn build_info(&mut self) {
+        let family = Gauges::default();
+        let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
+        family.get_or_create(&version).set(1.0);
+        self.registry
+            .register("pitr_build_info", "The build that runs", family);
+    }
+
+    fn exposure(&mut self) {
+        self.gauges(
+            "pitr_rpo_seconds",
+            "Age of the oldest WAL flushed on the primary that the tier does not hold",
+            |report| tiers(report, |tier| tier.rpo_seconds),
+        );
+        self.gauge(
+            "pitr_rpo_target_seconds",
+            "The RPO that the operator set",
+            |report| Some(report.rpo_target_seconds),
+        );
+        self.gauges(
+            "pitr_lag_bytes",
+            "WAL flushed on the primary that the tier does not hold",
+            |report| tiers(report, |tier| tier.lag_bytes.map(number)),
+        );
+        self.gauges(
+            "pitr_state",
+            "1 for the state the cluster is in",
+            |report| {
+                State::ALL
+                    .into_iter()
+                    .map(|state| {
+                        (
+                            vec![("state", state.name().to_owned())],
+                            Some(flag(report.state == state)),
+                        )
+                    })
+                    .collect()
+            },
+        );
+    }
+
+    fn stream(&mut self) {
+        self.gauge(
+            "pitr_stream_connected",
+            "Whether a replication stream is up",
+            |report| Some(flag(report.source.stream_connected)),
+        );
+        self.gauge(
+            "pitr_timeline_id",
+            "The timeline being streamed",
+            |report| {
+                report
+                    .source
+                    .timeline
+                    .map(|timeline| f64::from(timeline.get()))
+            },
+        );
+        self.counter(
+            "pitr_stream_reconnects",
+            "Reconnections of the stream",
+            |report| {
+                let reconnects = report.counters.reconnects.iter();
+                reconnects
+                    .map(|(reason, count)| (vec![("reason", reason.clone())], *count))
+                    .collect()
+            },
+        );
+    }
+
+    fn durations(&mut self, instruments: &Instruments) {
+        for report in self.reports {
+            // A sample from the start, even before the first fsync or put.
+            drop(instruments.flush_duration(&report.cluster));
+            drop(instruments.repository_request(&report.cluster, "put", "ok"));
+        }
+        self.registry.register(
+            "pitr_flush_duration_seconds",
+            "How long writing WAL through to the spool's disk took",
+            instruments.flush_duration.clone(),
+        );
+        self.registry.register(
+            "pitr_repository_request_duration_seconds",
+            "How long requests to the repository took",
+            instruments.repository_request_duration.clone(),
+        );
+    }
+
+    fn counters(&mut self) {
+        self.counter("pitr_wal_received_bytes", "WAL received", |report| {
+            vec![(Vec::new(), report.counters.wal_received_bytes)]
+        });
+        self.counter(
+            "pitr_wal_stored_bytes",
+            "Bytes of WAL objects put",
+            |report| vec![(Vec::new(), report.counters.wal_stored_bytes)],
+        );
+        self.counter(
+            "pitr_wal_segments_completed",
+            "Segments sealed, stored and verified",
+            |report| vec![(Vec::new(), report.counters.segments_completed)],
+        );
+        self.counter(
+            "pitr_repository_errors",
+            "Repository requests that failed",
+            |report| {
+                let errors = report.counters.repository_errors.iter();
+                errors
+                    .map(|(op, kind, count)| {
+                        (vec![("op", op.clone()), ("kind", kind.clone())], *count)
+                    })
+                    .collect()
+            },
+        );
+        self.gauge(
+            "pitr_upload_queue_bytes",
+            "WAL that waits for the repository",
+            |report| Some(number(report.counters.upload_queue_bytes)),
+        );
+        self.gauge(
+            "pitr_spool_used_bytes",
+            "WAL files in the spool",
+            |report| Some(number(report.counters.spool_used_bytes)),
+        );
+    }
+
+    fn slot(&mut self) {
+        self.gauge(
+            "pitr_slot_active",
+            "Whether a walsender uses the slot",
+            |report| report.slot.as_ref().map(|slot| flag(slot.active)),
+        );
+        self.gauge(
+            "pitr_slot_retained_bytes",
+            "WAL the slot keeps on the primary",
+            |report| report.slot.as_ref()?.retained_bytes.map(number),
+        );
+        self.gauge(
+            "pitr_slot_safe_wal_bytes",
+            "WAL that can be written before the slot is lost; NaN without a limit",
+            |report| report.slot.as_ref()?.safe_wal_bytes.map(number),
+        );
+    }
+
+    fn restorable(&mut self) {
+        self.gauge(
+            "pitr_window_earliest_timestamp_seconds",
+            "The earliest time that can be restored",
+            |report| unix_seconds(report.window.earliest),
+        );
+        self.gauge(
+            "pitr_window_latest_timestamp_seconds",
+            "The last commit that can be restored",
+            |report| unix_seconds(report.window.latest_commit),
+        );
+        self.gauge(
+            "pitr_window_gaps",
+            "Interruptions of the WAL in the window",
+            |report| report.window.gaps.map(number),
+        );
+        self.gauge(
+            "pitr_backup_last_success_timestamp_seconds",
+            "When the last base backup became restorable",
+            |report| unix_seconds(report.last_backup.as_ref().map(|backup| backup.finished)),
+        );
+        self.gauge(
+            "pitr_backup_duration_seconds",
+            "How long the last base backup took",
+            |report| {
+                let backup = report.last_backup.as_ref()?;
+                let micros = backup.finished.micros_since(backup.started);
+                u64::try_from(micros)
+                    .ok()
+                    .map(|micros| number(micros) / 1e6)
+            },
+        );
+        self.gauge(
+            "pitr_backup_stored_bytes",
+            "Bytes of the last base backup",
+            |report| {
+                report
+                    .last_backup
+                    .as_ref()
+                    .map(|backup| number(backup.stored_bytes))
+            },
+        );
+    }
+}
+
+fn with_cluster(report: &ClusterReport, labels: Labels) -> Labels {
+    let mut all = vec![("cluster", report.cluster.to_string())];
+    all.extend(labels);
+    all
+}
+
+fn tiers(
+    report: &ClusterReport,
+    value: impl Fn(&TierReport) -> Option<f64>,
+) -> Samples<Option<f64>> {
+    [
+        ("local", &report.durable.local),
+        ("remote", &report.durable.remote),
+    ]
+    .into_iter()
+    .map(|(name, tier)| (vec![("tier", name.to_owned())], value(tier)))
+    .collect()
+}
+
+fn number(value: u64) -> f64 {
+    #[expect(
+        clippy::cast_precision_loss,
+        reason = "Prometheus keeps every number as a float"
+    )]
+    let value = value as f64;
+    value
+}
+
+fn unix_seconds(time: Option<PgTimestamp>) -> Option<f64> {
+    Some(time?.to_jiff()?.as_duration().as_secs_f64())
+}
+
+fn flag(value: bool) -> f64 {
+    if value { 1.0 } else { 0.0 }
+}

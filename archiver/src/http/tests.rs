@@ -1,0 +1,161 @@
+//! The routes without a socket, and the start without a daemon.
+
+use http_body_util::BodyExt;
+use wal_format::{Lsn, PgTimestamp, TimelineId};
+
+use super::*;
+use crate::report::{
+    BackupReport, Counters, DurableReport, SourceReport, State, TierReport, WindowReport,
+};
+
+fn report() -> ClusterReport {
+    let started = PgTimestamp(845_000_000_000_000);
+    ClusterReport {
+        schema: "v1",
+        cluster: "main".parse().expect("a name"),
+        as_of: PgTimestamp(started.0 + 3_600_000_000),
+        state: State::Ok,
+        reason: "streaming".to_owned(),
+        source: SourceReport {
+            timeline: Some(TimelineId::FIRST),
+            flush_lsn: Some(Lsn(0x300_0000)),
+            ..SourceReport::default()
+        },
+        durable: DurableReport {
+            remote: TierReport {
+                lsn: Some(Lsn(0x2FF_0000)),
+                lag_bytes: Some(65536),
+                rpo_seconds: Some(0.25),
+            },
+            ..DurableReport::default()
+        },
+        rpo_target_seconds: 5.0,
+        window: WindowReport::default(),
+        slot: None,
+        last_backup: Some(BackupReport {
+            id: "20261121T101500Z-9f3c".parse().expect("an id"),
+            started,
+            finished: PgTimestamp(started.0 + 60_000_000),
+            stored_bytes: 1 << 20,
+        }),
+        counters: Counters {
+            reconnects: vec![("closed".to_owned(), 2)],
+            ..Counters::default()
+        },
+        repository: "file:///r&d".to_owned(),
+    }
+}
+
+fn sources() -> Sources {
+    Sources {
+        reports: Arc::new(|| vec![report()]),
+        instruments: Instruments::default(),
+    }
+}
+
+async fn fetch(path: &str, query: &str) -> (StatusCode, String, String) {
+    let response = route(path, query, &sources());
+    let status = response.status();
+    let content_type = response.headers()[CONTENT_TYPE]
+        .to_str()
+        .expect("text")
+        .to_owned();
+    let body = response
+        .into_body()
+        .collect()
+        .await
+        .expect("a body")
+        .to_bytes();
+    (
+        status,
+        content_type,
+        String::from_utf8(body.to_vec()).expect("UTF-8"),
+    )
+}
+
+#[tokio::test]
+async fn unknown_is_null_in_json_and_nan_in_metrics() {
+    let (status, _, body) = fetch("/api/v1/clusters/main", "").await;
+    assert_eq!(status, StatusCode::OK);
+    let document: serde_json::Value = serde_json::from_str(&body).expect("JSON");
+    assert_eq!(
+        document["durable"]["local"]["rpo_seconds"],
+        serde_json::Value::Null
+    );
+    assert_eq!(document["durable"]["remote"]["lsn"], "0/2FF0000");
+    assert_eq!(document["slot"], serde_json::Value::Null);
+
+    let (_, _, metrics) = fetch("/metrics", "").await;
+    for line in [
+        "pitr_rpo_seconds{cluster=\"main\",tier=\"local\"} NaN",
+        "pitr_rpo_seconds{cluster=\"main\",tier=\"remote\"} 0.25",
+        "pitr_state{cluster=\"main\",state=\"ok\"} 1.0",
+        "pitr_state{cluster=\"main\",state=\"broken\"} 0.0",
+        "pitr_stream_reconnects_total{cluster=\"main\",reason=\"closed\"} 2",
+        "pitr_backup_duration_seconds{cluster=\"main\"} 60.0",
+        "pitr_flush_duration_seconds_count{cluster=\"main\"} 0",
+        "pitr_slot_active{cluster=\"main\"} NaN",
+    ] {
+        assert!(metrics.contains(line), "{line} is missing in\n{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn the_health_route_turns_red_on_what_is_not_known() {
+    let path = "/api/v1/clusters/main/health";
+    assert_eq!(
+        fetch(path, "max_rpo=1s&max_backup_age=1h").await.0,
+        StatusCode::OK
+    );
+    let (status, _, body) = fetch(path, "max_rpo=200ms").await;
+    assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
+    assert!(body.contains("rpo is 0.2 s"), "{body}");
+    assert_eq!(
+        fetch(path, "max_drill_age=8d").await.0,
+        StatusCode::SERVICE_UNAVAILABLE
+    );
+    let (status, content_type, _) = fetch(path, "max_rop=1s").await;
+    assert_eq!(
+        (status, content_type.as_str()),
+        (StatusCode::BAD_REQUEST, PROBLEM)
+    );
+}
+
+#[tokio::test]
+async fn strangers_get_problem_documents() {
+    for path in [
+        "/x",
+        "/api/v1/clusters/other",
+        "/api/v1/clusters/main/x",
+        "/metrics/",
+    ] {
+        let (status, content_type, _) = fetch(path, "").await;
+        assert_eq!(
+            (status, content_type.as_str()),
+            (StatusCode::NOT_FOUND, PROBLEM),
+            "{path}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn the_page_escapes_what_it_shows() {
+    let (_, _, body) = fetch("/", "").await;
+    assert!(body.contains("file:///r&amp;d"), "{body}");
+    assert!(body.contains("loses up to 0.2 s"), "{body}");
+}
+
+#[tokio::test]
+async fn a_public_address_is_refused() {
+    let public = "0.0.0.0:0".parse().expect("an address");
+    assert!(matches!(
+        HttpServer::bind(public).await,
+        Err(HttpError::Public { .. })
+    ));
+    let server = HttpServer::bind("127.0.0.1:0".parse().expect("an address"))
+        .await
+        .expect("free");
+    let taken = server.address();
+    let error = HttpServer::bind(taken).await.expect_err("it is taken");
+    assert!(error.to_string().contains("--http"), "{error}");
+}

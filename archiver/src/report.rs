@@ -1,0 +1,367 @@
+//! [`ClusterReport`]: everything that is said of a cluster, once, for the page, the API, the metrics and `status`.
+//!
+//! The daemon fills it from what it holds in memory; nothing here asks the store or PostgreSQL, so a scrape can not
+//! disturb the stream. Invariant: what is not known is `None`, never 0, and [`judge`] is the only place where facts
+//! become a light.
+
+use serde::Serialize;
+use wal_format::{BackupId, ClusterName, Lsn, PgTimestamp, SystemIdentifier, TimelineId};
+
+use crate::rpo::Exposure;
+
+/// The one light of a cluster; the worst fact decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Streaming, the repository is within its target.
+    Ok,
+    /// Nothing is lost if the primary dies now, but something that protects against it is missing.
+    Degraded,
+    /// More than the target would be lost if the primary died now.
+    AtRisk,
+    /// Needs a person: archiving has stopped or a part of the WAL is missing.
+    Broken,
+    /// The primary can not be seen, so nothing can be promised beyond the last proof.
+    Unknown,
+}
+
+impl State {
+    /// Every state, for the state set of the metrics.
+    pub const ALL: [Self; 5] = [
+        Self::Ok,
+        Self::Degraded,
+        Self::AtRisk,
+        Self::Broken,
+        Self::Unknown,
+    ];
+
+    /// The name in metrics and JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Degraded => "degraded",
+            Self::AtRisk => "at_risk",
+            Self::Broken => "broken",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// What is known of the primary.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct SourceReport {
+    /// Its system identifier.
+    pub system_identifier: Option<SystemIdentifier>,
+    /// Its version as it prints it.
+    pub server_version: Option<String>,
+    /// The timeline being streamed.
+    pub timeline: Option<TimelineId>,
+    /// The greatest flush LSN seen.
+    pub flush_lsn: Option<Lsn>,
+    /// Whether a replication stream is up.
+    pub stream_connected: bool,
+    /// When it was last heard, by our clock.
+    pub last_contact: Option<PgTimestamp>,
+}
+
+/// What one tier holds and what it is behind.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct TierReport {
+    /// The end of the contiguous durable WAL.
+    pub lsn: Option<Lsn>,
+    /// Bytes behind the primary's flush LSN.
+    pub lag_bytes: Option<u64>,
+    /// Age of the oldest flushed WAL that the tier does not hold, in seconds.
+    pub rpo_seconds: Option<f64>,
+}
+
+impl TierReport {
+    /// From the tier's position and the estimator's answer.
+    #[must_use]
+    pub fn new(lsn: Option<Lsn>, exposure: Exposure) -> Self {
+        Self {
+            lsn,
+            lag_bytes: exposure.lag_bytes,
+            rpo_seconds: exposure.rpo.map(|age| age.as_secs_f64()),
+        }
+    }
+}
+
+/// Both tiers.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct DurableReport {
+    /// Fsynced in the spool of this host.
+    pub local: TierReport,
+    /// Stored in the repository.
+    pub remote: TierReport,
+}
+
+/// The replication slot, as PostgreSQL shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct SlotReport {
+    /// Its name.
+    pub name: String,
+    /// Whether a walsender uses it.
+    pub active: bool,
+    /// `wal_status` of `pg_replication_slots`.
+    pub wal_status: Option<String>,
+    /// WAL that the slot keeps on the primary, in bytes.
+    pub retained_bytes: Option<u64>,
+    /// WAL that can be written before the slot is lost, in bytes; unknown (no limit) without
+    /// `max_slot_wal_keep_size`.
+    pub safe_wal_bytes: Option<u64>,
+}
+
+/// From when to when the cluster can be restored.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct WindowReport {
+    /// The end of the oldest usable base backup.
+    pub earliest: Option<PgTimestamp>,
+    /// The last commit in the repository that is reachable from it without a gap.
+    pub latest_commit: Option<PgTimestamp>,
+    /// Interruptions of the WAL within the window; unknown without a backup.
+    pub gaps: Option<u64>,
+}
+
+/// The newest base backup.
+#[derive(Clone, Debug, Serialize)]
+pub struct BackupReport {
+    /// Its name.
+    pub id: BackupId,
+    /// When it began.
+    pub started: PgTimestamp,
+    /// When it became restorable.
+    pub finished: PgTimestamp,
+    /// Bytes in the repository.
+    pub stored_bytes: u64,
+}
+
+/// What was counted since the daemon started.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Counters {
+    /// WAL received, overlap after a reconnect included, in bytes.
+    pub wal_received_bytes: u64,
+    /// Bytes of sealed segments and tails put in the repository.
+    pub wal_stored_bytes: u64,
+    /// Segments sealed, stored and verified.
+    pub segments_completed: u64,
+    /// Reconnections, by reason.
+    pub reconnects: Vec<(String, u64)>,
+    /// Repository requests that failed, by operation and kind.
+    pub repository_errors: Vec<(String, String, u64)>,
+    /// Bytes in the spool.
+    pub spool_used_bytes: u64,
+    /// Bytes that wait for the repository.
+    pub upload_queue_bytes: u64,
+}
+
+/// Everything that is said of a cluster at one moment.
+#[derive(Clone, Debug, Serialize)]
+pub struct ClusterReport {
+    /// Version of this document.
+    pub schema: &'static str,
+    /// The cluster.
+    pub cluster: ClusterName,
+    /// When this was true.
+    pub as_of: PgTimestamp,
+    /// The light.
+    pub state: State,
+    /// Why it shows that, in a sentence.
+    pub reason: String,
+    /// The primary.
+    pub source: SourceReport,
+    /// What we hold.
+    pub durable: DurableReport,
+    /// The RPO the operator set, in seconds.
+    pub rpo_target_seconds: f64,
+    /// What can be restored.
+    pub window: WindowReport,
+    /// The slot; unknown until the primary was asked.
+    pub slot: Option<SlotReport>,
+    /// The newest base backup; `None` where there is none yet.
+    pub last_backup: Option<BackupReport>,
+    /// What was counted.
+    pub counters: Counters,
+    /// Where the WAL goes.
+    pub repository: String,
+}
+
+/// The facts that decide the light.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// An error that only a person can mend, for example a gap.
+    pub broken: Option<&'a str>,
+    /// The last error of the stream or the repository that is being retried.
+    pub failing: Option<&'a str>,
+    /// Whether the primary was seen recently.
+    pub source_known: bool,
+    /// Whether a stream is up.
+    pub stream_connected: bool,
+    /// What the repository is behind, in seconds.
+    pub remote_rpo_seconds: Option<f64>,
+    /// The target, in seconds.
+    pub rpo_target_seconds: f64,
+    /// Whether a base backup is listed.
+    pub has_backup: bool,
+    /// `wal_status` of the slot.
+    pub slot_wal_status: Option<&'a str>,
+}
+
+/// The light and its reason. The worst fact wins: broken, then at risk, then unknown, then degraded.
+#[must_use]
+pub fn judge(facts: Facts<'_>) -> (State, String) {
+    let because = facts
+        .failing
+        .map(|error| format!(": {error}"))
+        .unwrap_or_default();
+    if let Some(error) = facts.broken {
+        return (State::Broken, error.to_owned());
+    }
+    if facts.slot_wal_status == Some("lost") {
+        return (
+            State::Broken,
+            "the replication slot is lost: PostgreSQL removed WAL".to_owned(),
+        );
+    }
+    if let Some(rpo) = facts
+        .remote_rpo_seconds
+        .filter(|rpo| *rpo > facts.rpo_target_seconds)
+    {
+        let target = facts.rpo_target_seconds;
+        let bound = if facts.source_known { "" } else { "up to " };
+        return (
+            State::AtRisk,
+            format!(
+                "losing the primary now loses {bound}{rpo:.1} s, the target is {target:.1} s{because}"
+            ),
+        );
+    }
+    if !facts.source_known || facts.remote_rpo_seconds.is_none() {
+        return (
+            State::Unknown,
+            format!("the primary can not be seen{because}"),
+        );
+    }
+    if !facts.stream_connected {
+        return (State::Degraded, format!("the stream is down{because}"));
+    }
+    if let Some(error) = facts.failing {
+        return (State::Degraded, error.to_owned());
+    }
+    if facts.slot_wal_status == Some("unreserved") {
+        return (
+            State::Degraded,
+            "the replication slot is about to be lost".to_owned(),
+        );
+    }
+    if !facts.has_backup {
+        let remedy = "no base backup yet, nothing can be restored: run `wal-archiver backup`";
+        return (State::Degraded, remedy.to_owned());
+    }
+    (
+        State::Ok,
+        "streaming; the repository is within its target".to_owned(),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: Facts<'static> = Facts {
+        broken: None,
+        failing: None,
+        source_known: true,
+        stream_connected: true,
+        remote_rpo_seconds: Some(0.4),
+        rpo_target_seconds: 5.0,
+        has_backup: true,
+        slot_wal_status: Some("reserved"),
+    };
+
+    #[test]
+    fn the_worst_fact_decides_the_light() {
+        let check = |facts, expected| assert_eq!(judge(facts).0, expected, "{facts:?}");
+        check(GOOD, State::Ok);
+        check(
+            Facts {
+                has_backup: false,
+                ..GOOD
+            },
+            State::Degraded,
+        );
+        check(
+            Facts {
+                slot_wal_status: Some("unreserved"),
+                ..GOOD
+            },
+            State::Degraded,
+        );
+        check(
+            Facts {
+                failing: Some("store down"),
+                ..GOOD
+            },
+            State::Degraded,
+        );
+        check(
+            Facts {
+                stream_connected: false,
+                ..GOOD
+            },
+            State::Degraded,
+        );
+        check(
+            Facts {
+                source_known: false,
+                ..GOOD
+            },
+            State::Unknown,
+        );
+        check(
+            Facts {
+                remote_rpo_seconds: None,
+                ..GOOD
+            },
+            State::Unknown,
+        );
+        check(
+            Facts {
+                remote_rpo_seconds: Some(5.1),
+                ..GOOD
+            },
+            State::AtRisk,
+        );
+        let dead = Facts {
+            remote_rpo_seconds: Some(60.0),
+            source_known: false,
+            ..GOOD
+        };
+        check(dead, State::AtRisk);
+        check(
+            Facts {
+                slot_wal_status: Some("lost"),
+                ..dead
+            },
+            State::Broken,
+        );
+        check(
+            Facts {
+                broken: Some("gap"),
+                ..dead
+            },
+            State::Broken,
+        );
+    }
+
+    #[test]
+    fn the_reason_names_what_is_being_retried() {
+        let (_, reason) = judge(Facts {
+            stream_connected: false,
+            failing: Some("refused"),
+            ..GOOD
+        });
+        assert_eq!(reason, "the stream is down: refused");
+    }
+}
