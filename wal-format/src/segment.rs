@@ -47,6 +47,7 @@ impl SegmentSize {
 
     /// The size in bytes, for buffers.
     #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "no segment size is empty")]
     pub fn len(self) -> usize {
         self.0 as usize
     }
