@@ -482,3 +482,6 @@ impl<'a> Input<'a> {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
