@@ -16,8 +16,11 @@
 )]
 
 pub mod backup;
+pub mod error;
+pub mod indexer;
 pub mod layout;
 pub mod lsn;
+mod rmgr;
 pub mod sealed;
 pub mod segment;
 pub mod summary;
@@ -26,6 +29,8 @@ pub mod time;
 pub mod timeline;
 
 pub use backup::{BackupInfo, BackupKind, BackupSlice, ContinuedFile, Tablespace};
+pub use error::{DecodeError, DecodeErrorKind};
+pub use indexer::{WalIdentity, WalIndexer};
 pub use layout::{BackupId, ClusterName, ObjectKey};
 pub use lsn::Lsn;
 pub use sealed::{FrameCompressor, SealedFooter, SealedHeader, SealedReader, SealedWriter};
