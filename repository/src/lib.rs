@@ -1,1 +1,25 @@
-//! placeholder
+//! Where archived WAL and base backups live, and how to find them.
+//!
+//! Modules in reading order: the [`store`] of objects (a folder now), the [`Repository`] of one cluster in it, the
+//! [`Catalog`] that indexes it, and the [`config`] both programs share. The API blocks on purpose: a store that needs a
+//! runtime drives its own, and async callers use `spawn_blocking`.
+
+pub mod catalog;
+pub mod config;
+pub mod durable;
+mod error;
+mod exit;
+#[expect(
+    clippy::module_inception,
+    reason = "the crate's main type lives in the room of its name"
+)]
+mod repository;
+pub mod store;
+mod wal_range;
+
+pub use catalog::{Catalog, RefreshReport};
+pub use error::{Error, Result};
+pub use exit::ExitKind;
+pub use repository::{ClusterIdentity, Repository};
+pub use store::{ObjectMeta, ObjectStore, PutOutcome};
+pub use wal_range::{WalRange, WalRangeKind};

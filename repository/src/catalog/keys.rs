@@ -1,0 +1,56 @@
+//! The keys of the catalog: fixed width, big-endian, so that their order is that of what they stand for.
+
+use wal_format::{Branch, Lsn, SegmentNo, TimelineId};
+
+use crate::{WalRange, WalRangeKind};
+
+/// Branch: timeline (4), digest (4).
+pub(super) fn branch(branch: Branch) -> [u8; 8] {
+    let mut key = [0; 8];
+    key[..4].copy_from_slice(&branch.timeline.get().to_be_bytes());
+    key[4..].copy_from_slice(&branch.digest);
+    key
+}
+
+pub(super) fn parse_branch(key: &[u8]) -> Option<Branch> {
+    let (timeline, digest) = key.split_first_chunk::<4>()?;
+    let timeline = TimelineId::new(u32::from_be_bytes(*timeline))?;
+    Some(Branch {
+        timeline,
+        digest: digest.try_into().ok()?,
+    })
+}
+
+/// Branch (8), segment (8): what all ranges of one segment begin with.
+pub(super) fn segment(branch_of: Branch, segment: SegmentNo) -> [u8; 16] {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&branch(branch_of));
+    key[8..].copy_from_slice(&segment.0.to_be_bytes());
+    key
+}
+
+/// Branch (8), segment (8), 0 for a sealed one or 1 for a tail (1), start (8), end (8).
+pub(super) fn range(range: &WalRange) -> [u8; 33] {
+    let mut key = [0; 33];
+    key[..16].copy_from_slice(&segment(range.branch, range.segment));
+    key[16] = match range.kind {
+        WalRangeKind::Sealed => 0,
+        WalRangeKind::Tail => 1,
+    };
+    key[17..25].copy_from_slice(&range.start_lsn.0.to_be_bytes());
+    key[25..].copy_from_slice(&range.end_lsn.0.to_be_bytes());
+    key
+}
+
+/// Branch (8), LSN (8).
+pub(super) fn position(branch_of: Branch, lsn: Lsn) -> [u8; 16] {
+    segment(branch_of, SegmentNo(lsn.0))
+}
+
+pub(super) fn parse_position(key: &[u8]) -> Option<(Branch, Lsn)> {
+    let (branch, lsn) = key.split_at_checked(8)?;
+    Some((
+        parse_branch(branch)?,
+        Lsn(u64::from_be_bytes(lsn.try_into().ok()?)),
+    ))
+}

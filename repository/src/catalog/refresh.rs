@@ -1,0 +1,190 @@
+//! Makes a catalog equal to its repository, from listings and the ends of objects.
+
+use std::collections::BTreeSet;
+
+use wal_format::{
+    BackupInfo, Branch, ObjectKey, SealedFooter,
+    sealed::{FOOTER_LEN_HINT, FooterFromTail, SealedError},
+};
+
+use super::{Catalog, RESTORE_POINTS, keys};
+use crate::{Error, Repository, Result, WalRange, WalRangeKind};
+
+/// What a refresh did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RefreshReport {
+    /// Ranges of WAL and backups that were new to the catalog.
+    pub added: usize,
+    /// Those that the repository has no more.
+    pub removed: usize,
+    /// Objects that can not be understood, with the reason. They count as missing.
+    pub damaged: Vec<(String, String)>,
+}
+
+pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<RefreshReport> {
+    let mut report = RefreshReport::default();
+    let system = catalog.identity.system_identifier;
+    for (branch, content) in repository.histories(system)? {
+        catalog.put_branch(branch, Some(&content))?;
+    }
+    refresh_ranges(catalog, repository, &mut report)?;
+    refresh_backups(catalog, repository, &mut report)?;
+    Ok(report)
+}
+
+fn refresh_ranges(
+    catalog: &Catalog,
+    repository: &Repository,
+    report: &mut RefreshReport,
+) -> Result<()> {
+    let system = catalog.identity.system_identifier;
+    let mut gone = catalog.all_ranges()?;
+    let mut branches: BTreeSet<Branch> = BTreeSet::new();
+    // Sealed segments after tails: one that is sealed between the listings is then seen in one of them at least.
+    for folder in ["tail", "wal"] {
+        for (key, size) in repository.list(&format!("{system}/{folder}/"))? {
+            let Some(skeleton) = skeleton(catalog, &key, size) else {
+                continue;
+            };
+            branches.insert(skeleton.branch);
+            if gone.remove(keys::range(&skeleton).as_slice()) {
+                continue;
+            }
+            match read_footer(repository, &key, size) {
+                Ok(footer) => {
+                    let kind = skeleton.kind;
+                    let header = footer.header();
+                    let (summary, proven) = (footer.summary(), footer.proven());
+                    let range = WalRange::of_summary(header, kind, size, summary, proven);
+                    if range.key(&catalog.identity) != key || header.system_identifier != system {
+                        let problem = "its header names another range".to_owned();
+                        report.damaged.push((key.to_string(), problem));
+                        continue;
+                    }
+                    catalog.put_range(&range, summary)?;
+                    report.added += 1;
+                }
+                // A tail that was replaced by its sealed segment since it was listed.
+                Err(error) if error.is_not_found() => {}
+                Err(Error::Damaged { key, problem, .. }) => {
+                    tracing::error!(%key, %problem, "a damaged object counts as missing");
+                    report.damaged.push((key, problem));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    for key in gone {
+        let Some(value) = catalog.get(super::SEGMENTS, &key)? else {
+            continue;
+        };
+        let range: WalRange = catalog.parse(super::SEGMENTS, &value)?;
+        catalog.remove_range(&range)?;
+        report.removed += 1;
+    }
+    // Timeline 1 has no history file; what is archived of it says that it exists.
+    for branch in branches.iter().filter(|branch| branch.digest == [0; 4]) {
+        catalog.put_branch(*branch, None)?;
+    }
+    debug_assert!(
+        catalog.all(RESTORE_POINTS).is_ok(),
+        "BUG: restore points can be read"
+    );
+    Ok(())
+}
+
+/// What the key alone says of a range: enough to find it in the catalog.
+fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
+    let segment_size = catalog.identity.wal_segment_size;
+    let (branch, name, kind, tail) = match key {
+        ObjectKey::Segment(_, branch, name) => (*branch, *name, WalRangeKind::Sealed, None),
+        ObjectKey::Tail(_, branch, name, start, end) => {
+            (*branch, *name, WalRangeKind::Tail, Some((*start, *end)))
+        }
+        _ => return None,
+    };
+    let segment = name.segment(segment_size)?;
+    let whole = (
+        segment.start_lsn(segment_size),
+        segment.end_lsn(segment_size),
+    );
+    let (start_lsn, end_lsn) = tail.unwrap_or(whole);
+    Some(WalRange {
+        branch,
+        segment,
+        start_lsn,
+        end_lsn,
+        kind,
+        stored_bytes: size,
+        record_count: 0,
+        transaction_count: 0,
+        first_record_lsn: None,
+        last_record_lsn: None,
+        last_record_end_lsn: None,
+        open_record_lsn: None,
+        min_time: None,
+        max_time: None,
+        proven: None,
+    })
+}
+
+fn read_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<SealedFooter> {
+    let damaged = |error: SealedError| Error::Damaged {
+        key: key.to_string(),
+        url: repository.url(),
+        problem: error.to_string(),
+    };
+    let mut wanted = FOOTER_LEN_HINT.min(size);
+    loop {
+        let tail = repository.get_range(key, size - wanted..size)?;
+        match SealedFooter::from_tail(size, &tail).map_err(damaged)? {
+            FooterFromTail::Complete(footer) => return Ok(*footer),
+            FooterFromTail::NeedMore { bytes } if bytes > wanted && bytes <= size => wanted = bytes,
+            FooterFromTail::NeedMore { .. } => {
+                return Err(Error::Damaged {
+                    key: key.to_string(),
+                    url: repository.url(),
+                    problem: "its footer does not fit its length".to_owned(),
+                });
+            }
+        }
+    }
+}
+
+fn refresh_backups(
+    catalog: &Catalog,
+    repository: &Repository,
+    report: &mut RefreshReport,
+) -> Result<()> {
+    let system = catalog.identity.system_identifier;
+    let known: Vec<_> = catalog
+        .backups()?
+        .into_iter()
+        .map(|backup| backup.id)
+        .collect();
+    let mut found = Vec::new();
+    for (key, _) in repository.list(&format!("{system}/backup/"))? {
+        let ObjectKey::BackupInfo(_, id) = &key else {
+            continue;
+        };
+        found.push(id.clone());
+        if known.contains(id) {
+            continue;
+        }
+        match BackupInfo::parse(&repository.get(&key)?) {
+            Ok(backup) => {
+                catalog.put_backup(&backup)?;
+                report.added += 1;
+            }
+            Err(error) => {
+                tracing::error!(%key, %error, "a damaged backup counts as missing");
+                report.damaged.push((key.to_string(), error.to_string()));
+            }
+        }
+    }
+    for id in known.iter().filter(|id| !found.contains(id)) {
+        catalog.remove_backup(id)?;
+        report.removed += 1;
+    }
+    Ok(())
+}

@@ -1,0 +1,279 @@
+//! The catalog against real containers in a real folder.
+
+use std::sync::Arc;
+
+use wal_format::{
+    FrameCompressor, ObjectKey, PgVersion, SealedHeader, SegmentNo, SegmentSize, SystemIdentifier,
+    TransactionEndKind, sealed::seal,
+};
+
+use super::*;
+use crate::store::{LocalStore, ObjectStore, testing::conformance};
+
+const SIZE: SegmentSize = SegmentSize::DEFAULT;
+
+fn identity() -> ClusterIdentity {
+    ClusterIdentity {
+        format_version: 1,
+        cluster: "main".parse().expect("a name"),
+        system_identifier: SystemIdentifier(7_000_000_000_000_000_001),
+        postgresql_major: PgVersion::V17,
+        wal_segment_size: SIZE,
+        created: PgTimestamp(0),
+    }
+}
+
+struct Fixture {
+    _directory: TempDir,
+    repository: Repository,
+    catalog: Catalog,
+    path: PathBuf,
+}
+
+fn fixture() -> Fixture {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store: Arc<dyn ObjectStore> =
+        Arc::new(LocalStore::open(&directory.path().join("repository")).expect("a store"));
+    let repository = Repository::with_store(store, "main".parse().expect("a name"));
+    repository.claim(&identity()).expect("the name is free");
+    let path = directory.path().join("catalog");
+    let catalog = Catalog::open(&path, &identity()).expect("a catalog");
+    Fixture {
+        _directory: directory,
+        repository,
+        catalog,
+        path,
+    }
+}
+
+/// A summary with one commit and a restore point, at the start of the range.
+fn summary(start: Lsn) -> SegmentSummary {
+    SegmentSummary {
+        record_count: 2,
+        first_record_lsn: Some(start.add(64)),
+        last_record_lsn: Some(start.add(128)),
+        last_record_end_lsn: Some(start.add(256)),
+        transactions: vec![TransactionEnd {
+            lsn: start.add(64),
+            xid: 700,
+            time: PgTimestamp(1000 + i64::try_from(start.0).expect("small")),
+            kind: TransactionEndKind::Commit,
+        }],
+        events: vec![(
+            start.add(128),
+            WalEvent::RestorePoint {
+                time: PgTimestamp(5),
+                name: format!("at {start}"),
+            },
+        )],
+        ..SegmentSummary::default()
+    }
+}
+
+/// Stores a range of zeros with a summary, and records it, as the archiver does.
+fn store(fixture: &Fixture, kind: WalRangeKind, start: u64, end: u64) -> WalRange {
+    let identity = identity();
+    let header = SealedHeader {
+        system_identifier: identity.system_identifier,
+        version: identity.postgresql_major,
+        branch: Branch::FIRST,
+        segment_size: SIZE,
+        start_lsn: Lsn(start),
+        end_lsn: Lsn(end),
+    };
+    let summary = summary(header.start_lsn);
+    let wal = vec![0; usize::try_from(end - start).expect("it fits")];
+    let mut compressor = FrameCompressor::new(1).expect("a compressor");
+    let object = seal(
+        &mut compressor,
+        header,
+        &wal,
+        &summary,
+        Some(PgTimestamp(9)),
+    )
+    .expect("it seals");
+    let size = object.len() as u64;
+    let range = WalRange::of_summary(&header, kind, size, &summary, Some(PgTimestamp(9)));
+    fixture
+        .repository
+        .put(&range.key(&identity), &object)
+        .expect("it is new");
+    fixture
+        .catalog
+        .put_branch(Branch::FIRST, None)
+        .expect("a branch");
+    fixture
+        .catalog
+        .put_range(&range, &summary)
+        .expect("a range");
+    range
+}
+
+fn segment(number: u64) -> (u64, u64) {
+    (
+        SegmentNo(number).start_lsn(SIZE).0,
+        SegmentNo(number).end_lsn(SIZE).0,
+    )
+}
+
+#[test]
+fn the_folder_passes_the_conformance_suite() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let store: Arc<dyn ObjectStore> =
+        Arc::new(LocalStore::open(directory.path()).expect("a store"));
+    conformance(&store);
+}
+
+#[test]
+fn a_rebuilt_catalog_is_equal() {
+    let fixture = fixture();
+    for number in 1..4 {
+        let (start, end) = segment(number);
+        store(&fixture, WalRangeKind::Sealed, start, end);
+    }
+    let (start, _) = segment(4);
+    store(&fixture, WalRangeKind::Tail, start, start + 5000);
+    let tail = store(&fixture, WalRangeKind::Tail, start + 5000, start + 9000);
+    let history = b"1\t0/3000148\tno recovery target specified\n";
+    let second = Branch::of_history(
+        "00000002".parse::<Branch>().expect("a branch").timeline,
+        history,
+    );
+    let system = identity().system_identifier;
+    fixture
+        .repository
+        .put_history(system, second, history)
+        .expect("it is new");
+    fixture
+        .catalog
+        .put_branch(second, Some(history))
+        .expect("a branch");
+
+    let rebuilt = Catalog::open_for_restore(None, &fixture.repository).expect("it rebuilds");
+    assert_eq!(
+        rebuilt.dump().expect("a dump"),
+        fixture.catalog.dump().expect("a dump")
+    );
+    assert!(rebuilt.dump().expect("a dump").len() > 12);
+    // A running archiver's catalog is locked and is copied; what is not in it yet is read from the repository.
+    fixture.catalog.remove_range(&tail).expect("it forgets");
+    let copied =
+        Catalog::open_for_restore(Some(&fixture.path), &fixture.repository).expect("it copies");
+    assert_eq!(
+        copied.dump().expect("a dump"),
+        rebuilt.dump().expect("a dump")
+    );
+    assert_eq!(copied.restore_points().expect("points").len(), 5);
+    // What the repository has no more is forgotten.
+    fixture
+        .repository
+        .delete(&tail.key(&identity()))
+        .expect("it goes");
+    let report = copied.refresh(&fixture.repository).expect("it refreshes");
+    assert_eq!((report.added, report.removed), (0, 1));
+    assert_eq!(copied.restore_points().expect("points").len(), 4);
+}
+
+#[test]
+fn sealed_segments_win_and_gaps_end_the_coverage() {
+    let fixture = fixture();
+    let (start, end) = segment(1);
+    let sealed = store(&fixture, WalRangeKind::Sealed, start, end);
+    store(&fixture, WalRangeKind::Tail, start, start + 8192);
+    store(&fixture, WalRangeKind::Tail, end, end + 100);
+    store(&fixture, WalRangeKind::Tail, end + 50, end + 90);
+    store(&fixture, WalRangeKind::Tail, end + 50, end + 300);
+    store(&fixture, WalRangeKind::Tail, end + 400, end + 500);
+    let catalog = &fixture.catalog;
+    let ranges = catalog
+        .ranges(Branch::FIRST, Lsn::ZERO, Lsn::MAX)
+        .expect("ranges");
+    let found: Vec<_> = ranges
+        .iter()
+        .map(|range| (range.start_lsn.0, range.end_lsn.0))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            (start, end),
+            (end, end + 100),
+            (end + 50, end + 300),
+            (end + 400, end + 500)
+        ]
+    );
+    assert_eq!(ranges[0], sealed);
+    let end_of = |from: u64| {
+        catalog
+            .contiguous_end(Branch::FIRST, Lsn(from))
+            .expect("an end")
+            .0
+    };
+    assert_eq!(end_of(start), end + 300);
+    assert_eq!(
+        end_of(end + 350),
+        end + 350,
+        "inside the gap nothing is held"
+    );
+    assert_eq!(end_of(end + 450), end + 500);
+    assert_eq!(
+        catalog.transactions(&sealed).expect("transactions").len(),
+        1
+    );
+}
+
+#[test]
+fn strangers_and_damage_are_told_apart() {
+    let fixture = fixture();
+    let other = ClusterIdentity {
+        system_identifier: SystemIdentifier(1),
+        ..identity()
+    };
+    let error = fixture
+        .repository
+        .claim(&other)
+        .expect_err("another cluster");
+    assert!(
+        matches!(error, Error::SystemIdentifierMismatch { .. }),
+        "{error}"
+    );
+    let locked = Catalog::open(&fixture.path, &identity()).expect_err("it is open");
+    assert!(locked.is_locked(), "{locked}");
+    let (start, end) = segment(7);
+    let range = store(&fixture, WalRangeKind::Sealed, start, end);
+    let key = range.key(&identity());
+    let conflict = fixture
+        .repository
+        .put(&key, b"other")
+        .expect_err("it is taken");
+    assert!(conflict.is_conflict(), "{conflict}");
+    let junk = ObjectKey::Tail(
+        identity().system_identifier,
+        Branch::FIRST,
+        "000000010000000000000008".parse().expect("a name"),
+        Lsn(end),
+        Lsn(end + 10),
+    );
+    fixture
+        .repository
+        .put(&junk, b"no container at all")
+        .expect("it is new");
+    let report = fixture
+        .catalog
+        .refresh(&fixture.repository)
+        .expect("it refreshes");
+    assert_eq!(report.damaged.len(), 1);
+    let Fixture {
+        catalog,
+        path,
+        _directory,
+        ..
+    } = fixture;
+    drop(catalog);
+    let error = Catalog::open(&path, &other).expect_err("another cluster's");
+    assert!(matches!(error, Error::CatalogMismatch { .. }), "{error}");
+    std::fs::write(path.join("CURRENT"), b"junk").expect("a write");
+    let error = Catalog::open(&path, &identity())
+        .expect_err("it is damaged")
+        .to_string();
+    assert!(error.contains("catalog rebuild"), "{error}");
+}

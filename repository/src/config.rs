@@ -1,0 +1,401 @@
+//! The configuration that both programs share: [`CommonArgs`] and a TOML file, resolved to [`Settings`].
+//!
+//! Two types on purpose: what was typed, and what it means. Keys at the top of the file are defaults for every cluster;
+//! a table `[cluster.NAME]` overrides them; flags override both.
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use wal_format::ClusterName;
+
+use crate::{Error, Result};
+
+mod file;
+
+use file::{ClusterTable, ConfigFile};
+
+/// The flags that every command of both programs takes, before or after it.
+#[derive(Clone, Debug, Default, clap::Args)]
+pub struct CommonArgs {
+    /// The configuration. Default: `$TIDEMARK_CONFIG`, `./tidemark.toml`, `/etc/tidemark/tidemark.toml`.
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        help_heading = "Common options"
+    )]
+    pub config: Option<PathBuf>,
+    /// The cluster. Default: main, or the only one in the file.
+    #[arg(
+        long,
+        global = true,
+        value_name = "NAME",
+        help_heading = "Common options"
+    )]
+    pub cluster: Option<ClusterName>,
+    /// Where archived objects live: `file:///dir`.
+    #[arg(
+        long,
+        global = true,
+        value_name = "URL",
+        help_heading = "Common options"
+    )]
+    pub repository: Option<RepositoryUrl>,
+    /// How to reach PostgreSQL, in libpq's syntax; PG* variables, password and service files are honoured.
+    #[arg(
+        long,
+        global = true,
+        value_name = "CONNINFO",
+        help_heading = "Common options"
+    )]
+    pub conninfo: Option<String>,
+    /// The archiver's local WAL that is not sealed yet.
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Common options"
+    )]
+    pub spool: Option<PathBuf>,
+    /// The index of the repository; a cache. Default: inside the spool.
+    #[arg(
+        long,
+        global = true,
+        value_name = "DIR",
+        help_heading = "Common options"
+    )]
+    pub catalog: Option<PathBuf>,
+}
+
+/// When PostgreSQL is told that WAL is flushed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Acknowledge {
+    /// When it survives power loss on this host.
+    #[default]
+    Local,
+    /// When it is in the repository.
+    Remote,
+}
+
+/// Where a repository is. `file:///dir` in this version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepositoryUrl {
+    folder: PathBuf,
+}
+
+impl RepositoryUrl {
+    /// The folder of a `file://` repository.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+impl FromStr for RepositoryUrl {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if let Some(path) = text.strip_prefix("file://") {
+            if path.starts_with('/') {
+                return Ok(Self {
+                    folder: PathBuf::from(path),
+                });
+            }
+            let message = format!("repository \"{text}\" is not absolute; write file:///directory");
+            return Err(Error::config(message));
+        }
+        if text.starts_with("s3://") {
+            let message =
+                format!("repository \"{text}\": S3 is not in this version; use file:///directory");
+            return Err(Error::config(message));
+        }
+        let message = format!("repository \"{text}\" is no URL; write file:///directory");
+        Err(Error::config(message))
+    }
+}
+
+impl fmt::Display for RepositoryUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "file://{}", self.folder.display())
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for RepositoryUrl {
+    fn deserialize<D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
+/// One cluster, resolved.
+#[derive(Clone)]
+pub struct ClusterSettings {
+    /// Its name in the repository.
+    pub name: ClusterName,
+    /// How to reach it. May hold a password: print it only parsed.
+    pub conninfo: String,
+    /// The replication slot. Default: `tidemark_` and the name.
+    pub slot: String,
+    /// Where its objects live.
+    pub repository: RepositoryUrl,
+    /// The local WAL that is not sealed yet.
+    pub spool: PathBuf,
+    /// The index. Default: `{spool}/{name}/catalog`.
+    pub catalog: PathBuf,
+    /// When PostgreSQL is told that WAL is flushed. Default: local.
+    pub acknowledge: Acknowledge,
+    /// How long new WAL may stay out of the repository. Default: 1 s.
+    pub remote_flush_interval: Duration,
+    /// The RPO to be held. Default: 5 s.
+    pub rpo_target: Duration,
+    /// zstd's level for WAL and backups. Default: 1.
+    pub compression_level: i32,
+    /// Threads that seal segments. Default: 2.
+    pub seal_threads: usize,
+}
+
+impl fmt::Debug for ClusterSettings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClusterSettings")
+            .field("name", &self.name)
+            .field("conninfo", &"…")
+            .field("slot", &self.slot)
+            .field("repository", &self.repository)
+            .field("spool", &self.spool)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Everything, resolved.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The clusters: the one that `--cluster` names, or all of the file.
+    pub clusters: Vec<ClusterSettings>,
+    /// Where HTTP is served. Default: `127.0.0.1:8432`.
+    pub http: SocketAddr,
+}
+
+impl Settings {
+    /// Reads the file, if there is one, and applies the flags.
+    ///
+    /// # Errors
+    /// [`Error::Config`] that names the file, the key and the remedy.
+    pub fn resolve(args: &CommonArgs) -> Result<Self> {
+        let file = match find(args)? {
+            Some(path) => ConfigFile::read(&path)?,
+            None => ConfigFile::default(),
+        };
+        Self::from_file(args, &file)
+    }
+
+    fn from_file(args: &CommonArgs, file: &ConfigFile) -> Result<Self> {
+        let names: Vec<ClusterName> = match &args.cluster {
+            Some(name) if file.clusters.is_empty() || file.clusters.contains_key(name.as_str()) => {
+                vec![name.clone()]
+            }
+            Some(name) => {
+                let known: Vec<&str> = file.clusters.keys().map(String::as_str).collect();
+                let message = format!(
+                    "cluster {name} is not in the file, which has {}",
+                    known.join(", ")
+                );
+                return Err(Error::config(message));
+            }
+            None if file.clusters.is_empty() => vec![name("main")?],
+            None => file
+                .clusters
+                .keys()
+                .map(|key| name(key))
+                .collect::<Result<_>>()?,
+        };
+        let nothing = ClusterTable::default();
+        let clusters = names
+            .into_iter()
+            .map(|name| {
+                let table = file.clusters.get(name.as_str()).unwrap_or(&nothing);
+                cluster(args, name, table, &file.defaults)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let http = match &file.http {
+            Some(text) => text.parse().map_err(|_| {
+                Error::config(format!(
+                    "http = \"{text}\" is no address; write \"127.0.0.1:8432\""
+                ))
+            })?,
+            None => SocketAddr::from(([127, 0, 0, 1], 8432)),
+        };
+        Ok(Self { clusters, http })
+    }
+
+    /// The one cluster that a command is about.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there are several.
+    pub fn cluster(&self) -> Result<&ClusterSettings> {
+        match self.clusters.as_slice() {
+            [cluster] => Ok(cluster),
+            clusters => {
+                let names: Vec<&str> = clusters.iter().map(|one| one.name.as_str()).collect();
+                let message = format!(
+                    "several clusters are configured; choose with --cluster: {}",
+                    names.join(", ")
+                );
+                Err(Error::config(message))
+            }
+        }
+    }
+}
+
+fn name(text: &str) -> Result<ClusterName> {
+    text.parse()
+        .map_err(|error| Error::config(format!("{error}")))
+}
+
+fn cluster(
+    args: &CommonArgs,
+    name: ClusterName,
+    table: &ClusterTable,
+    defaults: &ClusterTable,
+) -> Result<ClusterSettings> {
+    let repository = args
+        .repository
+        .clone()
+        .or_else(|| table.repository.clone())
+        .or_else(|| defaults.repository.clone())
+        .ok_or_else(|| {
+            Error::config(
+                "no repository: give --repository file:///directory, or `repository` in the file",
+            )
+        })?;
+    let spool = args
+        .spool
+        .clone()
+        .or_else(|| table.spool.clone())
+        .or_else(|| defaults.spool.clone())
+        .unwrap_or_else(|| PathBuf::from("/var/lib/tidemark/spool"));
+    let duration =
+        |of_table: &Option<String>, of_defaults: &Option<String>, key, default| match of_table
+            .as_ref()
+            .or(of_defaults.as_ref())
+        {
+            Some(text) => parse_duration(key, text),
+            None => Ok(default),
+        };
+    Ok(ClusterSettings {
+        conninfo: args
+            .conninfo
+            .clone()
+            .or_else(|| table.conninfo.clone())
+            .or_else(|| defaults.conninfo.clone())
+            .unwrap_or_default(),
+        slot: table
+            .slot
+            .clone()
+            .or_else(|| defaults.slot.clone())
+            .unwrap_or_else(|| format!("tidemark_{}", name.as_str().replace('-', "_"))),
+        catalog: args
+            .catalog
+            .clone()
+            .or_else(|| table.catalog.clone())
+            .or_else(|| {
+                defaults
+                    .catalog
+                    .clone()
+                    .map(|catalog| catalog.join(name.as_str()))
+            })
+            .unwrap_or_else(|| spool.join(name.as_str()).join("catalog")),
+        acknowledge: table
+            .acknowledge
+            .or(defaults.acknowledge)
+            .unwrap_or_default(),
+        remote_flush_interval: duration(
+            &table.remote_flush_interval,
+            &defaults.remote_flush_interval,
+            "remote_flush_interval",
+            Duration::from_secs(1),
+        )?,
+        rpo_target: duration(
+            &table.rpo_target,
+            &defaults.rpo_target,
+            "rpo_target",
+            Duration::from_secs(5),
+        )?,
+        compression_level: match table.compression_level.or(defaults.compression_level) {
+            Some(level @ 1..=19) => level,
+            Some(level) => {
+                return Err(Error::config(format!(
+                    "compression_level = {level} is not from 1 to 19"
+                )));
+            }
+            None => wal_format::sealed::DEFAULT_LEVEL,
+        },
+        seal_threads: match table.seal_threads.or(defaults.seal_threads) {
+            Some(threads @ 1..=64) => threads,
+            Some(threads) => {
+                return Err(Error::config(format!(
+                    "seal_threads = {threads} is not from 1 to 64"
+                )));
+            }
+            None => 2,
+        },
+        name,
+        repository,
+        spool,
+    })
+}
+
+/// The file to read: the one that was named must exist, the usual places may be empty.
+fn find(args: &CommonArgs) -> Result<Option<PathBuf>> {
+    let named = args
+        .config
+        .clone()
+        .or_else(|| std::env::var_os("TIDEMARK_CONFIG").map(PathBuf::from));
+    if let Some(path) = named {
+        return Ok(Some(path));
+    }
+    let usual = [
+        PathBuf::from("./tidemark.toml"),
+        PathBuf::from("/etc/tidemark/tidemark.toml"),
+    ];
+    Ok(usual.into_iter().find(|path| path.is_file()))
+}
+
+/// `500ms`, `1s`, `5min`, `1h`, `7d`.
+fn parse_duration(key: &str, text: &str) -> Result<Duration> {
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit())
+        .unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let millis = match unit.trim() {
+        "ms" => Some(1),
+        "s" => Some(1000),
+        "min" => Some(60_000),
+        "h" => Some(3_600_000),
+        "d" => Some(86_400_000),
+        _ => None,
+    };
+    number
+        .parse::<u64>()
+        .ok()
+        .zip(millis)
+        .and_then(|(number, millis)| number.checked_mul(millis))
+        .filter(|millis| *millis > 0)
+        .map(Duration::from_millis)
+        .ok_or_else(|| {
+            Error::config(format!(
+                "{key} = \"{text}\" is no duration; write 500ms, 1s, 5min, 1h or 7d"
+            ))
+        })
+}
+
+#[cfg(test)]
+mod tests;

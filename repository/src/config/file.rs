@@ -1,0 +1,121 @@
+//! The TOML file as typed. An unknown key is an error that names the nearest known one: a mistyped key that is silently
+//! ignored is a setting that silently does not hold.
+
+use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
+
+use serde::Deserialize;
+
+use super::{Acknowledge, RepositoryUrl};
+use crate::{Error, Result};
+
+/// Keys of a cluster, also allowed at the top as defaults.
+const CLUSTER_KEYS: [&str; 10] = [
+    "acknowledge",
+    "catalog",
+    "compression_level",
+    "conninfo",
+    "remote_flush_interval",
+    "repository",
+    "rpo_target",
+    "seal_threads",
+    "slot",
+    "spool",
+];
+/// Keys that stand only at the top.
+const TOP_KEYS: [&str; 2] = ["cluster", "http"];
+
+/// The file.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ConfigFile {
+    pub(super) http: Option<String>,
+    pub(super) defaults: ClusterTable,
+    pub(super) clusters: BTreeMap<String, ClusterTable>,
+}
+
+/// A table of a cluster, or the defaults.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct ClusterTable {
+    pub(super) acknowledge: Option<Acknowledge>,
+    pub(super) catalog: Option<PathBuf>,
+    pub(super) compression_level: Option<i32>,
+    pub(super) conninfo: Option<String>,
+    pub(super) remote_flush_interval: Option<String>,
+    pub(super) repository: Option<RepositoryUrl>,
+    pub(super) rpo_target: Option<String>,
+    pub(super) seal_threads: Option<usize>,
+    pub(super) slot: Option<String>,
+    pub(super) spool: Option<PathBuf>,
+}
+
+impl ConfigFile {
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|error| {
+            Error::config(format!(
+                "read the configuration {}: {error}",
+                path.display()
+            ))
+        })?;
+        Self::parse(&text)
+            .map_err(|error| Error::config(format!("configuration {}: {error}", path.display())))
+    }
+
+    pub(super) fn parse(text: &str) -> Result<Self> {
+        let mut table: toml::Table = text
+            .parse()
+            .map_err(|error: toml::de::Error| Error::config(error.message()))?;
+        let http = take_text(&mut table, "http")?;
+        let clusters = match table.remove("cluster") {
+            None => toml::Table::new(),
+            Some(toml::Value::Table(clusters)) => clusters,
+            Some(_) => {
+                return Err(Error::config(
+                    "\"cluster\" is a table: write [cluster.NAME]",
+                ));
+            }
+        };
+        let known: Vec<&str> = CLUSTER_KEYS.into_iter().chain(TOP_KEYS).collect();
+        let defaults = read_table(table, "", &known)?;
+        let mut tables = BTreeMap::new();
+        for (name, value) in clusters {
+            let toml::Value::Table(table) = value else {
+                return Err(Error::config(format!(
+                    "\"cluster.{name}\" is a table: write [cluster.{name}]"
+                )));
+            };
+            let place = format!(" in [cluster.{name}]");
+            tables.insert(name, read_table(table, &place, &CLUSTER_KEYS)?);
+        }
+        Ok(Self {
+            http,
+            defaults,
+            clusters: tables,
+        })
+    }
+}
+
+fn take_text(table: &mut toml::Table, key: &str) -> Result<Option<String>> {
+    match table.remove(key) {
+        None => Ok(None),
+        Some(toml::Value::String(text)) => Ok(Some(text)),
+        Some(_) => Err(Error::config(format!(
+            "\"{key}\" is a text: write it in quotes"
+        ))),
+    }
+}
+
+fn read_table(table: toml::Table, place: &str, known: &[&str]) -> Result<ClusterTable> {
+    for key in table.keys() {
+        if !CLUSTER_KEYS.contains(&key.as_str()) {
+            let nearest = known
+                .iter()
+                .min_by_key(|name| strsim::damerau_levenshtein(name, key));
+            let nearest = nearest.copied().unwrap_or_default();
+            return Err(Error::config(format!(
+                "unknown key \"{key}\"{place}; did you mean \"{nearest}\"?"
+            )));
+        }
+    }
+    table
+        .try_into()
+        .map_err(|error: toml::de::Error| Error::config(format!("{}{place}", error.message())))
+}

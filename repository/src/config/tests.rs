@@ -1,0 +1,103 @@
+//! What is typed, what it means, and what is refused.
+
+use super::*;
+
+fn resolve(text: &str, args: &CommonArgs) -> Result<Settings> {
+    Settings::from_file(args, &ConfigFile::parse(text)?)
+}
+
+fn refused(text: &str) -> String {
+    resolve(text, &CommonArgs::default())
+        .expect_err("it is refused")
+        .to_string()
+}
+
+#[test]
+fn flags_alone_are_enough() {
+    let args = CommonArgs {
+        repository: Some("file:///r".parse().expect("a URL")),
+        ..CommonArgs::default()
+    };
+    let settings = resolve("", &args).expect("it resolves");
+    let main = settings.cluster().expect("one cluster");
+    assert_eq!(
+        (main.name.as_str(), main.slot.as_str()),
+        ("main", "tidemark_main")
+    );
+    assert_eq!(
+        main.catalog,
+        Path::new("/var/lib/tidemark/spool/main/catalog")
+    );
+    assert_eq!(main.remote_flush_interval, Duration::from_secs(1));
+    assert_eq!(settings.http.to_string(), "127.0.0.1:8432");
+}
+
+#[test]
+fn tables_override_the_defaults_and_flags_override_both() {
+    let text = "repository = 'file:///r'\nrpo_target = '1min'\n\
+                [cluster.a-b]\nrpo_target = '30s'\nacknowledge = 'remote'\n[cluster.c]\nspool = '/s'\n";
+    let both = resolve(text, &CommonArgs::default()).expect("it resolves");
+    assert_eq!(both.clusters.len(), 2);
+    assert_eq!(both.clusters[0].rpo_target, Duration::from_secs(30));
+    assert_eq!(both.clusters[0].slot, "tidemark_a_b");
+    assert_eq!(both.clusters[0].acknowledge, Acknowledge::Remote);
+    assert_eq!(both.clusters[1].rpo_target, Duration::from_secs(60));
+    let error = both.cluster().expect_err("there are two").to_string();
+    assert!(error.contains("--cluster: a-b, c"), "{error}");
+    let args = CommonArgs {
+        cluster: Some("c".parse().expect("a name")),
+        spool: Some("/t".into()),
+        ..CommonArgs::default()
+    };
+    let one = resolve(text, &args).expect("it resolves");
+    assert_eq!(one.cluster().expect("one cluster").spool, Path::new("/t"));
+}
+
+#[test]
+fn a_mistyped_key_is_named_with_the_nearest_one() {
+    assert_eq!(
+        refused("repositroy = 'file:///r'"),
+        "unknown key \"repositroy\"; did you mean \"repository\"?"
+    );
+    assert_eq!(
+        refused("htpp = 'x'"),
+        "unknown key \"htpp\"; did you mean \"http\"?"
+    );
+    assert_eq!(
+        refused("[cluster.main]\nsloot = 'x'"),
+        "unknown key \"sloot\" in [cluster.main]; did you mean \"slot\"?"
+    );
+}
+
+#[test]
+fn wrong_values_say_how_to_write_them() {
+    for (text, part) in [
+        ("repository = 'file://r'", "file:///directory"),
+        ("repository = 's3://b/p'", "not in this version"),
+        ("repository = '/r'", "no URL"),
+        ("repository = 'file:///r'\nrpo_target = '5'", "write 500ms"),
+        ("repository = 'file:///r'\nrpo_target = '0s'", "no duration"),
+        (
+            "repository = 'file:///r'\ncompression_level = 99",
+            "1 to 19",
+        ),
+        ("repository = 'file:///r'\nhttp = 'x'", "127.0.0.1:8432"),
+        ("http = 1", "in quotes"),
+        ("cluster = 1", "[cluster.NAME]"),
+        (
+            "[cluster.B]\nrepository = 'file:///r'",
+            "can not name a cluster",
+        ),
+        ("", "no repository"),
+    ] {
+        let error = refused(text);
+        assert!(error.contains(part), "{text:?} gave {error:?}");
+    }
+}
+
+#[test]
+fn a_password_is_not_printed() {
+    let text = "repository = 'file:///r'\nconninfo = 'password=hunter2'";
+    let settings = resolve(text, &CommonArgs::default()).expect("it resolves");
+    assert!(!format!("{settings:?}").contains("hunter2"));
+}

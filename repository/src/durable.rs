@@ -1,0 +1,155 @@
+//! File operations that survive power loss: content, name and directory are on disk when they return.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use crate::{Error, Result};
+
+/// Writes `bytes` to a new file at `path`; fails where one exists. A crash leaves either the whole file or none under
+/// that name.
+///
+/// # Errors
+/// [`Error::Store`]; `AlreadyExists` inside when the name is taken.
+pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    let directory = parent(path);
+    let temporary = tempfile::Builder::new()
+        .prefix(".tidemark-")
+        .tempfile_in(directory)
+        .map_err(Error::store("create a file in", directory))?;
+    temporary
+        .as_file()
+        .write_all(bytes)
+        .map_err(Error::store("write", path))?;
+    temporary
+        .as_file()
+        .sync_all()
+        .map_err(Error::store("fsync", path))?;
+    // A hard link never replaces, unlike a rename; the temporary name goes when `temporary` is dropped.
+    fs::hard_link(temporary.path(), path).map_err(Error::store("create", path))?;
+    drop(temporary);
+    sync_dir(directory)
+}
+
+/// Renames durably, replacing `to`. Both must be on one file system.
+///
+/// # Errors
+/// [`Error::Store`].
+#[expect(
+    clippy::disallowed_methods,
+    reason = "this is the durable rename that the lint names"
+)]
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(Error::store("rename", from))?;
+    sync_dir(parent(to))?;
+    if parent(from) == parent(to) {
+        Ok(())
+    } else {
+        sync_dir(parent(from))
+    }
+}
+
+/// Removes a file durably; one that is not there is fine.
+///
+/// # Errors
+/// [`Error::Store`].
+pub fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => sync_dir(parent(path)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::store("remove", path)(error)),
+    }
+}
+
+/// Makes the names in `directory` durable.
+///
+/// # Errors
+/// [`Error::Store`].
+pub fn sync_dir(directory: &Path) -> Result<()> {
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(Error::store("fsync", directory))
+}
+
+/// Creates `directory` and its missing parents, each made durable in the one above. Only the owner may enter.
+///
+/// # Errors
+/// [`Error::Store`].
+pub fn create_dir_all(directory: &Path) -> Result<()> {
+    use std::os::unix::fs::DirBuilderExt;
+
+    let mut missing: Vec<PathBuf> = Vec::new();
+    let mut above = directory;
+    while !above.as_os_str().is_empty() && !above.exists() {
+        missing.push(above.to_owned());
+        above = parent(above);
+    }
+    for path in missing.into_iter().rev() {
+        match fs::DirBuilder::new().mode(0o700).create(&path) {
+            Ok(()) => sync_dir(parent(&path))?,
+            // Another writer was faster.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Error::store("create directory", path)(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Replaces the content of `path` durably: the old or the new content is there after a crash, never a mixture.
+///
+/// # Errors
+/// [`Error::Store`].
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let fresh = path.with_file_name(name);
+    let written = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&fresh)
+        .and_then(|mut file| {
+            file.write_all(bytes)?;
+            file.sync_all()
+        });
+    written.map_err(Error::store("write", &fresh))?;
+    rename(&fresh, path)
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn write_new_never_replaces() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("file");
+        write_new(&path, b"one").expect("the name is free");
+        let error = write_new(&path, b"two").expect_err("the name is taken");
+        let Error::Store { source, .. } = error else {
+            panic!("{error}")
+        };
+        assert_eq!(source.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&path).expect("it is there"), b"one");
+        assert_eq!(
+            fs::read_dir(directory.path()).expect("it lists").count(),
+            1,
+            "no leftovers"
+        );
+        replace(&path, b"three").expect("it replaces");
+        assert_eq!(fs::read(&path).expect("it is there"), b"three");
+        remove(&path).expect("it goes");
+        remove(&path).expect("it is gone, which is fine");
+    }
+}

@@ -1,0 +1,208 @@
+//! [`Error`]: everything that can go wrong between a program and its repository, as facts.
+
+use std::{io, path::PathBuf};
+
+use wal_format::{ClusterName, ObjectKey, PgVersion, SystemIdentifier};
+
+use crate::ExitKind;
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why the repository, the catalog or the configuration could not be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The catalog's database failed.
+    #[error(
+        "catalog {path}: {source}; it is only a cache: stop the archiver and run `wal-archiver catalog rebuild`",
+        path = path.display()
+    )]
+    Catalog {
+        /// The catalog's directory.
+        path: PathBuf,
+        /// What the database said.
+        source: rocksdb::Error,
+    },
+    /// An entry of the catalog can not be read.
+    #[error(
+        "catalog {path}: an entry of {family} is damaged; it is only a cache: stop the archiver and run \
+         `wal-archiver catalog rebuild`",
+        path = path.display()
+    )]
+    CatalogEntry {
+        /// The catalog's directory.
+        path: PathBuf,
+        /// The key family.
+        family: &'static str,
+    },
+    /// Another process has the catalog open.
+    #[error(
+        "catalog {path} is in use by another process; stop the archiver that runs on it",
+        path = path.display()
+    )]
+    CatalogLocked {
+        /// The catalog's directory.
+        path: PathBuf,
+    },
+    /// The catalog was made for another cluster or by another version.
+    #[error(
+        "catalog {path} belongs to {found}, not to {expected}; remove the directory, it is rebuilt from the repository",
+        path = path.display()
+    )]
+    CatalogMismatch {
+        /// The catalog's directory.
+        path: PathBuf,
+        /// What was asked for.
+        expected: String,
+        /// What the catalog says of itself.
+        found: String,
+    },
+    /// The configuration is wrong.
+    #[error("{message}")]
+    Config {
+        /// What is wrong, where, and how to write it.
+        message: String,
+    },
+    /// An object with other bytes has this name already.
+    #[error(
+        "{key} in {url} exists with other content; nothing was overwritten: two different clusters or histories meet here"
+    )]
+    Conflict {
+        /// The object.
+        key: ObjectKey,
+        /// The repository.
+        url: String,
+    },
+    /// An object of ours can not be understood.
+    #[error("{key} in {url} is damaged: {problem}")]
+    Damaged {
+        /// The object.
+        key: String,
+        /// The repository.
+        url: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The cluster in the repository has another major version.
+    #[error(
+        "cluster {cluster} in {url} is PostgreSQL {expected}, the server is {found}; after pg_upgrade archive under a new \
+         --cluster name, the old one stays restorable"
+    )]
+    MajorVersionMismatch {
+        /// The cluster.
+        cluster: ClusterName,
+        /// The repository.
+        url: String,
+        /// The version in the repository.
+        expected: PgVersion,
+        /// The server's.
+        found: PgVersion,
+    },
+    /// There is no such object.
+    #[error("{key} is not in {url}")]
+    NotFound {
+        /// The object.
+        key: String,
+        /// The repository.
+        url: String,
+    },
+    /// The segment size differs.
+    #[error(
+        "cluster {cluster} in {url} has WAL segments of {expected} bytes, the server has {found}"
+    )]
+    SegmentSizeMismatch {
+        /// The cluster.
+        cluster: ClusterName,
+        /// The repository.
+        url: String,
+        /// The size in the repository.
+        expected: u64,
+        /// The server's.
+        found: u64,
+    },
+    /// The store failed or refused.
+    #[error("{action} {path}: {source}", path = path.display())]
+    Store {
+        /// A verb in the present tense.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The cluster in the repository is another one.
+    #[error(
+        "cluster {cluster} in {url} has system identifier {expected}, the server has {found}: this repository belongs to \
+         another cluster; choose another --cluster or --repository"
+    )]
+    SystemIdentifierMismatch {
+        /// The cluster.
+        cluster: ClusterName,
+        /// The repository.
+        url: String,
+        /// The identifier in the repository.
+        expected: SystemIdentifier,
+        /// The server's.
+        found: SystemIdentifier,
+    },
+}
+
+impl Error {
+    /// An [`Error::Store`].
+    pub(crate) fn store(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Store {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// An [`Error::Config`].
+    pub(crate) fn config(message: impl Into<String>) -> Self {
+        Self::Config {
+            message: message.into(),
+        }
+    }
+
+    /// Whether the object is proved absent, as opposed to not readable.
+    #[must_use]
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, Self::NotFound { .. })
+    }
+
+    /// Whether other bytes have the object's name.
+    #[must_use]
+    pub fn is_conflict(&self) -> bool {
+        matches!(self, Self::Conflict { .. })
+    }
+
+    /// Whether another process has the catalog.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::CatalogLocked { .. })
+    }
+
+    /// The contract's exit code.
+    #[must_use]
+    pub fn exit_kind(&self) -> ExitKind {
+        match self {
+            Self::Catalog { .. } | Self::CatalogEntry { .. } | Self::CatalogLocked { .. } => {
+                ExitKind::Failed
+            }
+            Self::CatalogMismatch { .. }
+            | Self::Config { .. }
+            | Self::MajorVersionMismatch { .. }
+            | Self::SegmentSizeMismatch { .. }
+            | Self::SystemIdentifierMismatch { .. } => ExitKind::Usage,
+            Self::Conflict { .. } | Self::Damaged { .. } | Self::NotFound { .. } => {
+                ExitKind::Integrity
+            }
+            Self::Store { .. } => ExitKind::Unreachable,
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! The exit codes that both programs share; the table is in each program's `cli.rs`.
+
+/// Why a program ends without success. The number is the exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum ExitKind {
+    /// It failed.
+    Failed = 1,
+    /// It was called or configured wrongly.
+    Usage = 2,
+    /// The recovery target can not be reached.
+    TargetNotReachable = 3,
+    /// Something stored is damaged, missing or contradicts something else.
+    Integrity = 4,
+    /// PostgreSQL or the repository can not be reached.
+    Unreachable = 5,
+}
+
+impl ExitKind {
+    /// The exit code.
+    #[must_use]
+    pub fn code(self) -> u8 {
+        self as u8
+    }
+}

@@ -1,0 +1,292 @@
+//! [`Repository`]: one cluster's objects in a store.
+//!
+//! Invariant: objects are written once and never changed. A name that is taken by the same bytes is success, by other
+//! bytes it is [`Error::Conflict`]; everything of a cluster lies below its system identifier, so a stranger under the
+//! same cluster name is refused before it writes.
+
+use std::{ops::ControlFlow, ops::Range, sync::Arc};
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use wal_format::{
+    Branch, ClusterName, ObjectKey, PgTimestamp, PgVersion, SegmentSize, SystemIdentifier,
+    TimelineHistory,
+};
+
+use crate::{
+    Error, ObjectMeta, ObjectStore, PutOutcome, Result, config::RepositoryUrl, store::LocalStore,
+};
+
+/// The version of the epoch file that this build writes.
+const EPOCH_FORMAT_VERSION: u32 = 1;
+
+/// Which cluster lives under a name in the repository (`epoch/{n}.json`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClusterIdentity {
+    /// 1.
+    pub format_version: u32,
+    /// The name.
+    pub cluster: ClusterName,
+    /// The number `initdb` gave it.
+    pub system_identifier: SystemIdentifier,
+    /// Its major version.
+    pub postgresql_major: PgVersion,
+    /// Its `wal_segment_size`.
+    pub wal_segment_size: SegmentSize,
+    /// When it was first archived.
+    pub created: PgTimestamp,
+}
+
+/// One cluster's objects in a store. A clone shares the store.
+#[derive(Clone, Debug)]
+pub struct Repository {
+    store: Arc<dyn ObjectStore>,
+    cluster: ClusterName,
+}
+
+impl Repository {
+    /// Opens the store at `url` for `cluster`.
+    ///
+    /// # Errors
+    /// [`Error::Store`] when it can not be opened or created.
+    pub fn open(url: &RepositoryUrl, cluster: &ClusterName) -> Result<Self> {
+        let store = LocalStore::open(url.folder())?;
+        Ok(Self::with_store(Arc::new(store), cluster.clone()))
+    }
+
+    /// The objects of `cluster` in any store.
+    #[must_use]
+    pub fn with_store(store: Arc<dyn ObjectStore>, cluster: ClusterName) -> Self {
+        Self { store, cluster }
+    }
+
+    /// The cluster.
+    #[must_use]
+    pub fn cluster(&self) -> &ClusterName {
+        &self.cluster
+    }
+
+    /// Where it is, for people.
+    #[must_use]
+    pub fn url(&self) -> String {
+        self.store.url()
+    }
+
+    fn path(&self, key: &ObjectKey) -> String {
+        format!("{}/{key}", self.cluster)
+    }
+
+    /// Who the cluster is, from its newest epoch; `None` when nothing was ever archived under this name.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::Damaged`].
+    pub fn identity(&self) -> Result<Option<ClusterIdentity>> {
+        let newest = self.list("epoch/")?.into_iter().next_back();
+        let Some((key, _)) = newest else {
+            return Ok(None);
+        };
+        let body = self.get(&key)?;
+        let identity: ClusterIdentity =
+            serde_json::from_slice(&body).map_err(|error| self.damaged(&key, error.to_string()))?;
+        if identity.format_version != EPOCH_FORMAT_VERSION {
+            let found = identity.format_version;
+            let problem =
+                format!("format version {found} is newer than this build; use a newer Tidemark");
+            return Err(self.damaged(&key, problem));
+        }
+        Ok(Some(identity))
+    }
+
+    /// Claims the cluster's name for `found`, or checks that it is the one that has it. Two claims at once agree on
+    /// the first.
+    ///
+    /// # Errors
+    /// [`Error::SystemIdentifierMismatch`] and its kin.
+    pub fn claim(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
+        let known = match self.identity()? {
+            Some(known) => known,
+            None => {
+                let key = ObjectKey::Epoch(1);
+                let body = serde_json::to_vec_pretty(found)
+                    .map_err(|error| self.damaged(&key, error.to_string()))?;
+                match self.store.put_if_absent(&self.path(&key), &body)? {
+                    PutOutcome::Created => found.clone(),
+                    PutOutcome::AlreadyExists => self.identity()?.unwrap_or_else(|| found.clone()),
+                }
+            }
+        };
+        let (cluster, url) = (self.cluster.clone(), self.url());
+        if known.system_identifier != found.system_identifier {
+            let (expected, found) = (known.system_identifier, found.system_identifier);
+            return Err(Error::SystemIdentifierMismatch {
+                cluster,
+                url,
+                expected,
+                found,
+            });
+        }
+        if known.postgresql_major != found.postgresql_major {
+            let (expected, found) = (known.postgresql_major, found.postgresql_major);
+            return Err(Error::MajorVersionMismatch {
+                cluster,
+                url,
+                expected,
+                found,
+            });
+        }
+        if known.wal_segment_size != found.wal_segment_size {
+            let expected = known.wal_segment_size.bytes();
+            let found = found.wal_segment_size.bytes();
+            return Err(Error::SegmentSizeMismatch {
+                cluster,
+                url,
+                expected,
+                found,
+            });
+        }
+        Ok(known)
+    }
+
+    /// Stores an object, durable when it returns. The same bytes again are [`PutOutcome::AlreadyExists`].
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] when other bytes have the name; nothing is overwritten.
+    pub fn put(&self, key: &ObjectKey, body: &[u8]) -> Result<PutOutcome> {
+        let outcome = self.store.put_if_absent(&self.path(key), body)?;
+        if outcome == PutOutcome::AlreadyExists && self.get(key)? != body {
+            return Err(Error::Conflict {
+                key: key.clone(),
+                url: self.url(),
+            });
+        }
+        Ok(outcome)
+    }
+
+    /// A whole object.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when proved absent, [`Error::Store`].
+    pub fn get(&self, key: &ObjectKey) -> Result<Bytes> {
+        self.store.get(&self.path(key))
+    }
+
+    /// A part of an object.
+    ///
+    /// # Errors
+    /// As [`Repository::get`].
+    pub fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes> {
+        self.store.get_range(&self.path(key), range)
+    }
+
+    /// What is there, or `None` when proved absent.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn head(&self, key: &ObjectKey) -> Result<Option<ObjectMeta>> {
+        self.store.head(&self.path(key))
+    }
+
+    /// The objects below a prefix of the cluster, ascending, with their lengths. Foreign names are skipped.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn list(&self, prefix: &str) -> Result<Vec<(ObjectKey, u64)>> {
+        let root = format!("{}/", self.cluster);
+        let mut found = Vec::new();
+        self.store.list(&format!("{root}{prefix}"), &mut |object| {
+            if let Some(key) = object
+                .key
+                .strip_prefix(&root)
+                .and_then(|key| key.parse().ok())
+            {
+                found.push((key, object.size));
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(found)
+    }
+
+    /// Removes an object.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn delete(&self, key: &ObjectKey) -> Result<()> {
+        self.store.delete(&self.path(key))
+    }
+
+    /// Stores a history file twice: losing it would make a restore read "no parents".
+    ///
+    /// # Errors
+    /// As [`Repository::put`].
+    pub fn put_history(
+        &self,
+        system: SystemIdentifier,
+        branch: Branch,
+        content: &[u8],
+    ) -> Result<()> {
+        self.put(&ObjectKey::History(system, branch), content)?;
+        self.put(&ObjectKey::HistoryCopy(system, branch), content)?;
+        Ok(())
+    }
+
+    /// Every history file, each checked against the digest in its name; a lost or damaged one is taken from its copy.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] when both copies of one are.
+    pub fn histories(&self, system: SystemIdentifier) -> Result<Vec<(Branch, Bytes)>> {
+        let mut branches = Vec::new();
+        for folder in ["history", "history-copy"] {
+            for (key, _) in self.list(&format!("{system}/{folder}/"))? {
+                if let ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) = key {
+                    branches.push(branch);
+                }
+            }
+        }
+        branches.sort_unstable();
+        branches.dedup();
+        branches
+            .into_iter()
+            .map(|branch| Ok((branch, self.history(system, branch)?)))
+            .collect()
+    }
+
+    /// One history file, healed from its copy.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when neither copy exists, [`Error::Damaged`] when none is sound.
+    pub fn history(&self, system: SystemIdentifier, branch: Branch) -> Result<Bytes> {
+        let keys = [
+            ObjectKey::History(system, branch),
+            ObjectKey::HistoryCopy(system, branch),
+        ];
+        let mut problem = None;
+        for key in &keys {
+            match self.get(key) {
+                Ok(content) if sound(branch, &content) => return Ok(content),
+                Ok(_) => {
+                    tracing::error!(key = %key, "a history file is damaged; its copy is used");
+                    problem = Some(self.damaged(key, "it is not what was stored".to_owned()));
+                }
+                Err(error) if error.is_not_found() => {
+                    problem.get_or_insert(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(problem.unwrap_or_else(|| self.damaged(&keys[0], "unreadable".to_owned())))
+    }
+
+    fn damaged(&self, key: &ObjectKey, problem: String) -> Error {
+        Error::Damaged {
+            key: key.to_string(),
+            url: self.url(),
+            problem,
+        }
+    }
+}
+
+/// The branch's name holds a digest of the file, so that damage shows.
+fn sound(branch: Branch, content: &[u8]) -> bool {
+    Branch::of_history(branch.timeline, content) == branch
+        && TimelineHistory::parse(branch.timeline, content).is_ok()
+}

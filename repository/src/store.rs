@@ -1,0 +1,83 @@
+//! [`ObjectStore`]: the little that we ask of a place for objects.
+//!
+//! Contract, for every implementation: `put_if_absent` is durable when it returns and never replaces; a reader sees the
+//! whole object or none; `list` is in ascending byte order of the keys; [`Error::NotFound`] means *proved* absent, a
+//! refusal or a failure is another error.
+
+use std::{fmt, ops::ControlFlow, ops::Range};
+
+use bytes::Bytes;
+
+#[cfg(doc)]
+use crate::Error;
+use crate::Result;
+
+mod local;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use local::LocalStore;
+
+/// What a `put` found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PutOutcome {
+    /// The object is new.
+    Created,
+    /// An object of that name was there and is untouched.
+    AlreadyExists,
+}
+
+/// What a listing says of an object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObjectMeta {
+    /// Its key, from the store's root.
+    pub key: String,
+    /// Its length in bytes.
+    pub size: u64,
+}
+
+/// A place for objects. Blocking; see the crate's documentation.
+pub trait ObjectStore: Send + Sync + fmt::Debug {
+    /// Stores `body` under `key` unless something is there. Durable when it returns.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome>;
+
+    /// The whole object.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Store`].
+    fn get(&self, key: &str) -> Result<Bytes>;
+
+    /// The bytes of `range`, all of which must be inside the object.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`], [`Error::Store`].
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes>;
+
+    /// What is there, or `None` when proved absent.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    fn head(&self, key: &str) -> Result<Option<ObjectMeta>>;
+
+    /// Visits the objects whose keys begin with `prefix`, ascending, until `visit` breaks.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> Result<()>;
+
+    /// Removes an object; one that is not there is fine.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    fn delete(&self, key: &str) -> Result<()>;
+
+    /// Where it is, for people.
+    fn url(&self) -> String;
+}

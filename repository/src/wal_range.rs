@@ -1,0 +1,98 @@
+//! [`WalRange`]: what the catalog knows of one stored range of WAL.
+
+use serde::{Deserialize, Serialize};
+use wal_format::{
+    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
+};
+
+use crate::ClusterIdentity;
+
+/// Whether the range is a whole segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WalRangeKind {
+    /// A sealed segment.
+    Sealed,
+    /// A part of a segment that was open when it was stored.
+    Tail,
+}
+
+/// One stored range of WAL, without its bytes and without its transactions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WalRange {
+    /// The timeline.
+    pub branch: Branch,
+    /// The segment that it is, or is a part of.
+    pub segment: SegmentNo,
+    /// Its first byte.
+    pub start_lsn: Lsn,
+    /// The first byte after it.
+    pub end_lsn: Lsn,
+    /// Whole segment or part.
+    pub kind: WalRangeKind,
+    /// The object's length.
+    pub stored_bytes: u64,
+    /// How many records end in it.
+    pub record_count: u64,
+    /// How many of them end a transaction.
+    pub transaction_count: u64,
+    /// The start of the first record that ends in it.
+    pub first_record_lsn: Option<Lsn>,
+    /// The start of the last one.
+    pub last_record_lsn: Option<Lsn>,
+    /// The end of the last one.
+    pub last_record_end_lsn: Option<Lsn>,
+    /// The start of a record that is incomplete at its end.
+    pub open_record_lsn: Option<Lsn>,
+    /// The least `xact_time` in it.
+    pub min_time: Option<PgTimestamp>,
+    /// The greatest `xact_time` in it.
+    pub max_time: Option<PgTimestamp>,
+    /// Everything that the server had flushed at this time, by its clock, lies before `end_lsn`.
+    pub proven: Option<PgTimestamp>,
+}
+
+impl WalRange {
+    /// From what the container says of itself.
+    #[must_use]
+    pub fn of_summary(
+        header: &SealedHeader,
+        kind: WalRangeKind,
+        stored_bytes: u64,
+        summary: &SegmentSummary,
+        proven: Option<PgTimestamp>,
+    ) -> Self {
+        let times = summary.time_range();
+        Self {
+            branch: header.branch,
+            segment: header.segment(),
+            start_lsn: header.start_lsn,
+            end_lsn: header.end_lsn,
+            kind,
+            stored_bytes,
+            record_count: summary.record_count,
+            transaction_count: summary.transactions.len() as u64,
+            first_record_lsn: summary.first_record_lsn,
+            last_record_lsn: summary.last_record_lsn,
+            last_record_end_lsn: summary.last_record_end_lsn,
+            open_record_lsn: summary.open_record_lsn,
+            min_time: times.map(|(min, _)| min),
+            max_time: times.map(|(_, max)| max),
+            proven,
+        }
+    }
+
+    /// The object's key.
+    #[must_use]
+    pub fn key(&self, identity: &ClusterIdentity) -> ObjectKey {
+        let system = identity.system_identifier;
+        let size = identity.wal_segment_size;
+        let name = SegmentName::new(self.branch.timeline, self.segment, size);
+        match self.kind {
+            WalRangeKind::Sealed => ObjectKey::Segment(system, self.branch, name),
+            WalRangeKind::Tail => {
+                ObjectKey::Tail(system, self.branch, name, self.start_lsn, self.end_lsn)
+            }
+        }
+    }
+}
