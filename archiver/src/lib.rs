@@ -1,7 +1,19 @@
 //! Streams WAL from a primary into the repository; takes base backups.
+//!
+//! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`spool`] it is written to first,
+//! [`replication`] (PostgreSQL's protocol), the [`supervisor`] that keeps a cluster archived, and what is
+//! said about it: [`cluster_status`], [`report`], [`http`]. [`cli`] is the outside.
 
+pub mod cli;
+pub mod cluster_status;
+pub mod error;
 pub mod flushed_lsn;
 pub mod http;
 pub mod instruments;
+pub mod pipeline;
+pub mod replication;
 pub mod report;
 pub mod rpo;
+pub mod shutdown;
+pub mod spool;
+pub mod supervisor;

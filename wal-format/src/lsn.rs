@@ -21,7 +21,10 @@ impl Lsn {
 
     /// This position moved forward; saturates at [`Lsn::MAX`].
     #[must_use]
-    #[expect(clippy::should_implement_trait, reason = "an operator would hide that it saturates")]
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "an operator would hide that it saturates"
+    )]
     pub fn add(self, bytes: u64) -> Self {
         Self(self.0.saturating_add(bytes))
     }

@@ -141,7 +141,11 @@ fn details(
         }
     }
     if xinfo & 0x100 != 0 {
-        let item = if record.version >= PgVersion::V18 { 16 } else { 12 };
+        let item = if record.version >= PgVersion::V18 {
+            16
+        } else {
+            12
+        };
         let count = body.count()?;
         body.skip(count.checked_mul(item)?)?;
     }
@@ -173,9 +177,14 @@ fn prepare(
     let mut field = Reader(body.0.get(length_at..)?);
     let length = usize::from(field.u16()?);
     let name = body.0.get(name_at..)?.get(..length)?;
-    summary
-        .events
-        .push((record.lsn, WalEvent::Prepare { xid, time, gid: text(name) }));
+    summary.events.push((
+        record.lsn,
+        WalEvent::Prepare {
+            xid,
+            time,
+            gid: text(name),
+        },
+    ));
     Some(())
 }
 

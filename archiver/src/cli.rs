@@ -1,0 +1,124 @@
+//! The command line of `wal-archiver`, and the table of exit codes.
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failed |
+//! | 2 | usage or configuration |
+//! | 4 | integrity violation found: WAL is missing, damaged or different |
+//! | 5 | PostgreSQL or the repository is unreachable |
+//!
+//! Nothing but `output` writes to standard output; logs and errors go to standard error.
+
+mod catalog;
+mod check;
+mod config;
+mod output;
+mod push;
+mod run;
+mod status;
+mod verify;
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::{Parser, Subcommand};
+use repository::config::{ClusterSettings, CommonArgs, Settings};
+
+use crate::error::{Error, Result};
+
+/// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base backups, and proves
+/// that nothing is missing.
+#[derive(Debug, Parser)]
+#[command(name = "wal-archiver", version, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the daemon: streams every configured cluster, seals and stores its WAL, serves HTTP.
+    Run {
+        /// Where to serve HTTP. Default: 127.0.0.1:8432.
+        #[arg(long, value_name = "ADDR:PORT")]
+        http: Option<SocketAddr>,
+    },
+    /// Archives one file of `pg_wal`: `archive_command = 'wal-archiver push %p'`.
+    Push {
+        /// The file; PostgreSQL writes %p.
+        path: PathBuf,
+    },
+    /// Shows each cluster: what is archived, up to where, and what stands in the way.
+    Status {
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Checks every precondition, one line each, with the remedy.
+    Check,
+    /// Proves the continuity of the WAL and the integrity of every object.
+    Verify {
+        /// Decodes every record too.
+        #[arg(long)]
+        deep: bool,
+    },
+    /// The catalog, a cache of what the repository holds.
+    #[command(subcommand)]
+    Catalog(CatalogCommand),
+    /// The configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum CatalogCommand {
+    /// Makes the catalog anew from the repository alone.
+    Rebuild,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Validates the configuration.
+    Check,
+    /// Prints the resolved settings, secrets masked.
+    Show,
+}
+
+/// Runs a command.
+///
+/// # Errors
+/// What stopped it; [`Error::exit_kind`] is the exit code.
+pub fn run(cli: Cli) -> Result<()> {
+    let settings = Settings::resolve(&cli.common)?;
+    match cli.command {
+        Command::Run { http } => run::run(settings, http),
+        Command::Push { path } => push::push(one(&settings)?, &path),
+        Command::Status { json } => status::status(&settings, json),
+        Command::Check => check::check(&settings),
+        Command::Verify { deep } => verify::verify(&settings, deep),
+        Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
+        Command::Config(ConfigCommand::Check) => config::check(&settings),
+        Command::Config(ConfigCommand::Show) => config::show(&settings),
+    }
+}
+
+/// One clear line on standard error.
+pub fn report(error: &Error) {
+    output::error_line(&error.to_string());
+}
+
+/// The one cluster a command is about.
+fn one(settings: &Settings) -> Result<&ClusterSettings> {
+    Ok(settings.cluster()?)
+}
+
+/// A runtime for commands that talk to PostgreSQL. Two threads: one reads sockets while the other waits on files.
+fn runtime() -> Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(Error::io("start the runtime of", "wal-archiver"))
+}

@@ -1,0 +1,37 @@
+//! `wal-archiver catalog rebuild`: the catalog is a cache; this makes it anew from the repository alone.
+
+use std::{fs, io};
+
+use repository::{Catalog, Repository, config::Settings};
+
+use super::output;
+use crate::error::{Error, Result};
+
+pub(super) fn rebuild(settings: &Settings) -> Result<()> {
+    for cluster in &settings.clusters {
+        let repository = Repository::open(&cluster.repository, &cluster.name)?;
+        let identity = repository.identity()?.ok_or_else(|| Error::Usage {
+            message: format!(
+                "the repository {} holds nothing of cluster {}; check --repository and --cluster",
+                cluster.repository, cluster.name
+            ),
+        })?;
+        // Opened first: a running daemon's catalog is locked, and is not pulled from under it. A damaged one may go.
+        match Catalog::open(&cluster.catalog, &identity) {
+            Err(error) if error.is_locked() => return Err(error.into()),
+            _ => {}
+        }
+        match fs::remove_dir_all(&cluster.catalog) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", &cluster.catalog)(error));
+            }
+            _ => {}
+        }
+        let report = Catalog::open(&cluster.catalog, &identity)?.refresh(&repository)?;
+        output::line(&format!(
+            "cluster {}: catalog rebuilt from {}: {report:?}",
+            cluster.name, cluster.repository
+        ));
+    }
+    Ok(())
+}

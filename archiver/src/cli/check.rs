@@ -1,0 +1,253 @@
+//! `wal-archiver check`: every precondition, one line each, with the remedy. Changes nothing.
+
+use std::{fs, path::Path};
+
+use repository::{
+    ExitKind, Repository,
+    config::{ClusterSettings, Settings},
+};
+use wal_format::{PgVersion, SystemIdentifier};
+
+use super::{output, runtime};
+use crate::{
+    error::{Error, Result},
+    replication::{ConnInfo, ConnectionMode, ReplicationClient},
+    spool,
+};
+
+/// Less free space than this in the spool is worth a word: a store that is down for an hour at 16 MiB a minute fills it.
+const SPOOL_FREE_MIN: u64 = 1 << 30;
+
+pub(super) fn check(settings: &Settings) -> Result<()> {
+    let runtime = runtime()?;
+    let mut report = Report::default();
+    for cluster in &settings.clusters {
+        output::line(&format!("cluster {}", cluster.name));
+        let system = runtime.block_on(server(cluster, &mut report));
+        store(cluster, system, &mut report);
+        local(cluster, system, &mut report);
+    }
+    match report.worst {
+        None => Ok(()),
+        Some(kind) => Err(Error::Check {
+            failed: report.failed,
+            kind,
+        }),
+    }
+}
+
+#[derive(Default)]
+struct Report {
+    failed: usize,
+    worst: Option<ExitKind>,
+}
+
+impl Report {
+    fn ok(&mut self, what: &str, found: &str) {
+        output::line(&format!("  ok    {what}: {found}"));
+    }
+
+    fn note(&mut self, what: &str, found: &str) {
+        output::line(&format!("  note  {what}: {found}"));
+    }
+
+    fn fail(&mut self, what: &str, found: &str, kind: ExitKind) {
+        output::line(&format!("  FAIL  {what}: {found}"));
+        self.failed += 1;
+        self.worst.get_or_insert(kind);
+    }
+
+    fn fail_with(&mut self, what: &str, error: &Error) {
+        self.fail(what, &error.to_string(), error.exit_kind());
+    }
+}
+
+/// What the server has to allow. Its system identifier, when it answers.
+async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<SystemIdentifier> {
+    let conninfo = match ConnInfo::parse(&cluster.conninfo) {
+        Ok(conninfo) => conninfo,
+        Err(error) => {
+            report.fail_with("conninfo", &error.into());
+            return None;
+        }
+    };
+    let connected = ReplicationClient::connect(&conninfo, ConnectionMode::Physical).await;
+    let mut client = match connected {
+        Ok(client) => client,
+        Err(error) => {
+            report.fail_with("replication connection", &error.into());
+            return None;
+        }
+    };
+    let version = client.server_version().clone();
+    report.ok(
+        "replication connection",
+        "established, the role may replicate",
+    );
+    let major = u16::try_from(version.num / 10_000).unwrap_or(u16::MAX);
+    match PgVersion::try_from(major) {
+        Ok(_) => report.ok("server version", &version.text),
+        Err(error) => report.fail("server version", &error.to_string(), ExitKind::Usage),
+    }
+    if let Err(error) = server_settings(&mut client, report).await {
+        report.fail_with("server settings", &error);
+    }
+    match client.slot(&cluster.slot).await {
+        Ok(None) => report.note(
+            "replication slot",
+            &format!(
+                "\"{}\" does not exist yet; `wal-archiver run` creates it",
+                cluster.slot
+            ),
+        ),
+        Ok(Some(slot)) if slot.wal_status.as_deref() == Some("lost") => report.fail(
+            "replication slot",
+            &format!(
+                "\"{}\" was invalidated; `wal-archiver run` creates it anew, WAL may be missing",
+                cluster.slot
+            ),
+            ExitKind::Integrity,
+        ),
+        Ok(Some(slot)) => {
+            let from = slot
+                .restart_lsn
+                .map_or_else(|| "nothing yet".to_owned(), |lsn| format!("WAL from {lsn}"));
+            let active = if slot.active { ", in use" } else { "" };
+            report.ok(
+                "replication slot",
+                &format!("\"{}\" keeps {from}{active}", cluster.slot),
+            );
+        }
+        Err(error) => report.fail_with("replication slot", &error.into()),
+    }
+    match client.identify_system().await {
+        Ok(system) => {
+            report.ok(
+                "server",
+                &format!(
+                    "system identifier {}, timeline {}, WAL up to {}",
+                    system.system_identifier, system.timeline, system.flush_lsn
+                ),
+            );
+            Some(system.system_identifier)
+        }
+        Err(error) => {
+            report.fail_with("server", &error.into());
+            None
+        }
+    }
+}
+
+async fn server_settings(client: &mut ReplicationClient, report: &mut Report) -> Result<()> {
+    let wal_level = client.show("wal_level").await?;
+    if wal_level == "minimal" {
+        report.fail(
+            "wal_level",
+            "minimal; set wal_level = replica and restart the server",
+            ExitKind::Usage,
+        );
+    } else {
+        report.ok("wal_level", &wal_level);
+    }
+    let full_page_writes = client.show("full_page_writes").await?;
+    if full_page_writes == "on" {
+        report.ok("full_page_writes", "on");
+    } else {
+        report.note(
+            "full_page_writes",
+            "off; a backup taken from a standby is refused then",
+        );
+    }
+    let keep = client.show("max_slot_wal_keep_size").await?;
+    if keep == "-1" {
+        report.note(
+            "max_slot_wal_keep_size",
+            "-1: the slot keeps WAL without limit while the archiver is away; mind the server's disk",
+        );
+    } else {
+        report.note(
+            "max_slot_wal_keep_size",
+            &format!("{keep}: an archiver that is further behind loses WAL for ever"),
+        );
+    }
+    Ok(())
+}
+
+fn store(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &mut Report) {
+    let identity = Repository::open(&cluster.repository, &cluster.name)
+        .and_then(|repository| repository.identity());
+    let identity = match identity {
+        Ok(identity) => identity,
+        Err(error) => return report.fail_with("repository", &error.into()),
+    };
+    report.ok(
+        "repository",
+        &format!("{} can be read and written", cluster.repository),
+    );
+    match (identity, system) {
+        (None, _) => report.note("identity", "the repository holds nothing of this cluster yet"),
+        (Some(stored), Some(found)) if stored.system_identifier != found => report.fail(
+            "identity",
+            &format!(
+                "the repository belongs to system identifier {}, the server is {found}; use another --cluster name",
+                stored.system_identifier
+            ),
+            ExitKind::Usage,
+        ),
+        (Some(stored), _) => report.ok(
+            "identity",
+            &format!("system identifier {}", stored.system_identifier),
+        ),
+    }
+}
+
+fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &mut Report) {
+    let directory = cluster.spool.join(cluster.name.as_str());
+    match writable(&directory) {
+        Ok(Some(free)) if free < SPOOL_FREE_MIN => report.note(
+            "spool",
+            &format!(
+                "{} has only {} free; WAL waits there while the repository is away",
+                directory.display(),
+                output::bytes(free)
+            ),
+        ),
+        Ok(free) => report.ok(
+            "spool",
+            &format!(
+                "{} can be written, {} free",
+                directory.display(),
+                free.map_or_else(|| "unknown".to_owned(), output::bytes)
+            ),
+        ),
+        Err(error) => report.fail_with("spool", &error),
+    }
+    match spool::stored_identity(&directory) {
+        Ok(Some(held)) if system.is_some_and(|system| system != held.system_identifier) => {
+            report.fail(
+                "spool identity",
+                &format!(
+                    "it holds WAL of system identifier {}; give this cluster another --spool",
+                    held.system_identifier
+                ),
+                ExitKind::Usage,
+            );
+        }
+        Ok(_) => {}
+        Err(error) => report.fail_with("spool identity", &error),
+    }
+}
+
+/// Writes and removes a file in the directory, or in the nearest parent that exists. The bytes free there.
+fn writable(directory: &Path) -> Result<Option<u64>> {
+    let existing = directory
+        .ancestors()
+        .find(|path| path.is_dir())
+        .unwrap_or(directory);
+    let probe = existing.join(format!(".tidemark-check-{}", std::process::id()));
+    fs::write(&probe, b"probe").map_err(Error::io("write", &probe))?;
+    fs::remove_file(&probe).map_err(Error::io("remove", &probe))?;
+    Ok(rustix::fs::statvfs(existing)
+        .ok()
+        .map(|space| space.f_bavail.saturating_mul(space.f_frsize)))
+}

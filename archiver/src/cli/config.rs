@@ -1,0 +1,46 @@
+//! `wal-archiver config check` and `config show`.
+
+use repository::config::Settings;
+
+use super::output;
+use crate::{error::Result, replication::ConnInfo};
+
+pub(super) fn check(settings: &Settings) -> Result<()> {
+    for cluster in &settings.clusters {
+        ConnInfo::parse(&cluster.conninfo)?;
+        output::line(&format!("cluster {}: configuration is valid", cluster.name));
+    }
+    Ok(())
+}
+
+pub(super) fn show(settings: &Settings) -> Result<()> {
+    output::line(&format!("http = \"{}\"", settings.http));
+    for cluster in &settings.clusters {
+        // Only the parsed form knows which parts are secret.
+        let conninfo = ConnInfo::parse(&cluster.conninfo)?;
+        let acknowledge = format!("{:?}", cluster.acknowledge).to_lowercase();
+        for line in [
+            String::new(),
+            format!("[cluster.{}]", cluster.name),
+            format!(
+                "conninfo = \"{}\"",
+                format!("{conninfo:?}").replace('"', "'")
+            ),
+            format!("slot = \"{}\"", cluster.slot),
+            format!("repository = \"{}\"", cluster.repository),
+            format!("spool = \"{}\"", cluster.spool.display()),
+            format!("catalog = \"{}\"", cluster.catalog.display()),
+            format!("acknowledge = \"{acknowledge}\""),
+            format!(
+                "remote_flush_interval = \"{:?}\"",
+                cluster.remote_flush_interval
+            ),
+            format!("rpo_target = \"{:?}\"", cluster.rpo_target),
+            format!("compression_level = {}", cluster.compression_level),
+            format!("seal_threads = {}", cluster.seal_threads),
+        ] {
+            output::line(&line);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,39 @@
+//! The only place that writes to standard output. A reader that went away (`| head`) is no error.
+
+use std::io::{self, Write};
+
+/// One line on standard output.
+pub(super) fn line(text: &str) {
+    drop(writeln!(io::stdout(), "{text}"));
+}
+
+/// One line on standard error, for what stopped the program.
+pub(super) fn error_line(text: &str) {
+    drop(writeln!(io::stderr(), "wal-archiver: {text}"));
+}
+
+/// One JSON document on standard output.
+pub(super) fn json<T: serde::Serialize>(document: &T) {
+    match serde_json::to_string_pretty(document) {
+        Ok(text) => line(&text),
+        Err(error) => error_line(&format!("write JSON: {error}")),
+    }
+}
+
+/// A count of bytes as people read it.
+pub(super) fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut unit = 0;
+    let mut scaled = count;
+    let mut rest = 0;
+    while scaled >= 1024 && unit + 1 < UNITS.len() {
+        rest = scaled % 1024;
+        scaled /= 1024;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{count} B")
+    } else {
+        format!("{scaled}.{} {}", rest * 10 / 1024, UNITS[unit])
+    }
+}

@@ -1,0 +1,189 @@
+//! [`ClusterStatus`]: what the daemon knows of one cluster, for the dashboard, the metrics and `status`.
+//!
+//! Written by the stages, read by everyone; locks are held for a few assignments only and never across I/O, so a reader
+//! can not delay the stream. What is not known is `None`, never 0.
+
+mod report;
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use repository::config::Acknowledge;
+use wal_format::{Branch, ClusterName, Lsn, PgTimestamp, SystemIdentifier};
+
+use crate::{
+    pipeline::progress::Progress,
+    report::{BackupReport, SlotReport, WindowReport},
+    rpo::{Exposure, RpoEstimator},
+};
+
+/// What is known of one cluster.
+#[derive(Debug)]
+pub struct ClusterStatus {
+    cluster: ClusterName,
+    progress: Progress,
+    started: Instant,
+    facts: Mutex<Facts>,
+    rpo: Mutex<Estimators>,
+    /// WAL bytes received, overlap after a reconnect included.
+    pub wal_received_bytes: AtomicU64,
+    /// Bytes of sealed segments and tails that were put.
+    pub wal_stored_bytes: AtomicU64,
+    /// Segments sealed, stored and verified.
+    pub segments_completed: AtomicU64,
+    /// Group fsyncs of the spool.
+    pub flushes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Estimators {
+    local: RpoEstimator,
+    remote: RpoEstimator,
+}
+
+/// Facts beside the positions.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// Whether a replication stream is up.
+    pub connected: bool,
+    /// When the server was last heard.
+    pub last_message: Option<PgTimestamp>,
+    /// The server's flush LSN as last seen.
+    pub server_flush_lsn: Option<Lsn>,
+    /// The cluster's system identifier.
+    pub system_identifier: Option<SystemIdentifier>,
+    /// The server's version as it prints it.
+    pub server_version: Option<String>,
+    /// The branch being archived.
+    pub branch: Option<Branch>,
+    /// The replication slot in use.
+    pub slot: Option<String>,
+    /// The stream's last error; cleared when it is up again.
+    pub stream_error: Option<String>,
+    /// The repository's last error; cleared by the next success.
+    pub repository_error: Option<String>,
+    /// Why archiving is broken: only a person can mend it.
+    pub broken: Option<String>,
+    /// Whether the spool waits for disk space.
+    pub spool_full: bool,
+    /// Bytes in the spool's files.
+    pub spool_used_bytes: u64,
+    /// The slot as the server last showed it.
+    pub slot_report: Option<SlotReport>,
+    /// From when to when the cluster can be restored, as of the last look into the catalog.
+    pub window: WindowReport,
+    /// The newest base backup, as of the last look into the catalog.
+    pub last_backup: Option<BackupReport>,
+    /// Reconnections by reason.
+    pub reconnects: BTreeMap<&'static str, u64>,
+    /// Failed repository requests by operation.
+    pub repository_errors: BTreeMap<&'static str, u64>,
+}
+
+impl ClusterStatus {
+    /// A cluster of which nothing is known yet.
+    #[must_use]
+    pub fn new(cluster: ClusterName, acknowledge: Acknowledge) -> Self {
+        Self {
+            cluster,
+            progress: Progress::new(acknowledge),
+            started: Instant::now(),
+            facts: Mutex::default(),
+            rpo: Mutex::default(),
+            wal_received_bytes: AtomicU64::new(0),
+            wal_stored_bytes: AtomicU64::new(0),
+            segments_completed: AtomicU64::new(0),
+            flushes: AtomicU64::new(0),
+        }
+    }
+
+    /// The cluster.
+    #[must_use]
+    pub fn cluster(&self) -> &ClusterName {
+        &self.cluster
+    }
+
+    /// The positions.
+    #[must_use]
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// A copy of the facts.
+    #[must_use]
+    pub fn facts(&self) -> Facts {
+        self.lock().clone()
+    }
+
+    /// Changes the facts.
+    pub fn note(&self, change: impl FnOnce(&mut Facts)) {
+        change(&mut self.lock());
+    }
+
+    /// Adds to a counter.
+    pub(crate) fn count(counter: &AtomicU64, add: u64) {
+        counter.fetch_add(add, Ordering::Relaxed);
+    }
+
+    /// The server was heard; `flush_lsn` is its flush LSN where the message proves it.
+    pub(crate) fn heard(&self, flush_lsn: Option<Lsn>) {
+        self.note(|facts| {
+            facts.last_message = Some(PgTimestamp::from_jiff(jiff::Timestamp::now()));
+            facts.server_flush_lsn = flush_lsn.max(facts.server_flush_lsn);
+        });
+        if let Some(lsn) = flush_lsn {
+            let now = self.started.elapsed();
+            let mut rpo = self.rpo.lock().unwrap_or_else(PoisonError::into_inner);
+            rpo.local.source_seen(now, lsn);
+            rpo.remote.source_seen(now, lsn);
+        }
+    }
+
+    /// What the spool and the repository are behind the server.
+    #[must_use]
+    pub fn exposure(&self) -> (Exposure, Exposure) {
+        let positions = self.progress.positions();
+        let now = self.started.elapsed();
+        let mut rpo = self.rpo.lock().unwrap_or_else(PoisonError::into_inner);
+        rpo.local.held(positions.flushed());
+        rpo.remote.held(positions.remote());
+        (rpo.local.exposure(now), rpo.remote.exposure(now))
+    }
+
+    /// How long the daemon has run.
+    #[must_use]
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// A repository request failed; it is retried.
+    pub(crate) fn repository_failed(&self, operation: &'static str, error: &repository::Error) {
+        self.note(|facts| {
+            *facts.repository_errors.entry(operation).or_default() += 1;
+            let message = error.to_string();
+            if facts.repository_error.as_ref() != Some(&message) {
+                tracing::warn!(cluster = %self.cluster, operation, error = %message, "repository request failed; retrying");
+                facts.repository_error = Some(message);
+            }
+        });
+    }
+
+    /// The repository answers again.
+    pub(crate) fn repository_answered(&self) {
+        self.note(|facts| {
+            if facts.repository_error.take().is_some() {
+                tracing::info!(cluster = %self.cluster, "the repository answers again");
+            }
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,93 @@
+//! Turns what is known of a cluster into the one report that every view shows.
+
+use std::sync::atomic::Ordering;
+
+use repository::config::ClusterSettings;
+use wal_format::{Lsn, PgTimestamp};
+
+use super::ClusterStatus;
+use crate::report::{
+    ClusterReport, Counters, DurableReport, Facts as Judged, SlotReport, SourceReport, TierReport,
+    judge,
+};
+
+impl ClusterStatus {
+    /// Everything that is said of the cluster now, from memory.
+    #[must_use]
+    pub fn report(&self, settings: &ClusterSettings) -> ClusterReport {
+        let facts = self.facts();
+        let positions = self.progress.positions();
+        let (local, remote) = self.exposure();
+        let rpo_target_seconds = settings.rpo_target.as_secs_f64();
+        let spool_full = facts
+            .spool_full
+            .then_some("the spool's disk is full; free space on it");
+        let failing = spool_full
+            .or(facts.repository_error.as_deref())
+            .or(facts.stream_error.as_deref());
+        let (state, reason) = judge(Judged {
+            broken: facts.broken.as_deref(),
+            failing,
+            source_known: remote.source_known,
+            stream_connected: facts.connected,
+            remote_rpo_seconds: remote.rpo.map(|age| age.as_secs_f64()),
+            rpo_target_seconds,
+            has_backup: facts.last_backup.is_some(),
+            slot_wal_status: facts
+                .slot_report
+                .as_ref()
+                .and_then(|slot| slot.wal_status.as_deref()),
+        });
+        let known = |lsn: Lsn| (lsn > Lsn::ZERO).then_some(lsn);
+        let flushed = positions.flushed();
+        ClusterReport {
+            schema: "v1",
+            cluster: self.cluster.clone(),
+            as_of: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+            state,
+            reason,
+            source: SourceReport {
+                system_identifier: facts.system_identifier,
+                server_version: facts.server_version,
+                timeline: facts.branch.map(|branch| branch.timeline),
+                flush_lsn: facts.server_flush_lsn,
+                stream_connected: facts.connected,
+                last_contact: facts.last_message,
+            },
+            durable: DurableReport {
+                local: TierReport::new(known(flushed), local),
+                remote: TierReport::new(known(positions.remote()), remote),
+            },
+            rpo_target_seconds,
+            window: facts.window,
+            slot: facts.slot_report.or_else(|| {
+                facts.slot.map(|name| SlotReport {
+                    name,
+                    active: facts.connected,
+                    wal_status: None,
+                    retained_bytes: None,
+                    safe_wal_bytes: None,
+                })
+            }),
+            last_backup: facts.last_backup,
+            counters: Counters {
+                wal_received_bytes: self.wal_received_bytes.load(Ordering::Relaxed),
+                wal_stored_bytes: self.wal_stored_bytes.load(Ordering::Relaxed),
+                segments_completed: self.segments_completed.load(Ordering::Relaxed),
+                reconnects: facts
+                    .reconnects
+                    .iter()
+                    .map(|(reason, count)| ((*reason).to_owned(), *count))
+                    .collect(),
+                repository_errors: facts
+                    .repository_errors
+                    .iter()
+                    .map(|(operation, count)| ((*operation).to_owned(), "error".to_owned(), *count))
+                    .collect(),
+                spool_used_bytes: facts.spool_used_bytes,
+                upload_queue_bytes: flushed.bytes_since(positions.remote()),
+            },
+            repository: settings.repository.to_string(),
+        }
+    }
+}

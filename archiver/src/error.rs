@@ -1,0 +1,289 @@
+//! [`Error`]: everything that can stop archiving, as facts with their place, and what to do about each.
+//!
+//! Invariant: an error that means "WAL is missing or different" ([`Error::is_broken`]) is never retried into silence:
+//! the cluster's state turns to broken and stays so until the cause is gone.
+
+use std::{io, path::PathBuf};
+
+use repository::ExitKind;
+use wal_format::{Branch, Lsn, SegmentName, SystemIdentifier, TimelineId};
+
+use crate::replication;
+
+/// The archiver's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A record failed its checks on receipt.
+    #[error(
+        "WAL of timeline branch {branch} fails its checks on receipt: {source}; it was not acknowledged"
+    )]
+    Decode {
+        /// The branch that is streamed.
+        branch: Branch,
+        /// What is wrong, and where.
+        source: wal_format::DecodeError,
+    },
+    /// The server sent other bytes than the archive holds for the same place.
+    #[error(
+        "divergence: at {lsn} of timeline branch {branch} the WAL from {from} differs from the WAL already archived \
+         ({ours}); nothing was overwritten. This server is not the one that was archived: restored from a snapshot, or a \
+         second primary. Point the archiver at the right server, or archive this one under another --cluster name"
+    )]
+    Divergence {
+        /// The branch.
+        branch: Branch,
+        /// The first byte that differs.
+        lsn: Lsn,
+        /// Where the new bytes came from.
+        from: &'static str,
+        /// Where the archived bytes are.
+        ours: String,
+    },
+    /// The server does not hold WAL that the archive still needs.
+    #[error(
+        "gap: the server no longer has WAL from {from} of timeline {timeline} ({message}); archived up to {from}. Find \
+         the missing segments (a standby's pg_wal, another archive) and give each to `wal-archiver push`, or archive \
+         under a new --cluster name and take a new base backup; then keep the slot so that it can not happen again"
+    )]
+    Gap {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The first byte that is missing.
+        from: Lsn,
+        /// What the server said.
+        message: String,
+    },
+    /// The server sent a history file that PostgreSQL itself would refuse.
+    #[error("the server sent a damaged history file: {source}")]
+    History {
+        /// What is wrong with it.
+        source: wal_format::timeline::ParseHistoryError,
+    },
+    /// HTTP can not be served as wished.
+    #[error(transparent)]
+    Http(#[from] crate::http::HttpError),
+    /// A file operation failed.
+    #[error("{action} {path}: {source}", path = path.display())]
+    Io {
+        /// A verb in the present tense.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The operating system's word.
+        source: io::Error,
+    },
+    /// The server's history does not contain what the archive has followed.
+    #[error(
+        "the server is on timeline {server}, whose history does not contain timeline branch {ours} that this archive has \
+         followed up to {durable_lsn}; the server was left behind by a promotion or is another one. Point the archiver at \
+         the primary that was promoted"
+    )]
+    LostHistory {
+        /// The server's timeline.
+        server: TimelineId,
+        /// The newest branch of the archive.
+        ours: Branch,
+        /// Its end in the archive.
+        durable_lsn: Lsn,
+    },
+    /// A push of a file that can not be archived.
+    #[error("{path}: {problem}", path = path.display())]
+    Push {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The connection to PostgreSQL.
+    #[error(transparent)]
+    Replication(#[from] replication::Error),
+    /// The repository or the catalog.
+    #[error(transparent)]
+    Repository(#[from] repository::Error),
+    /// An object that we wrote, or are about to write, is not sound.
+    #[error("sealed WAL {object}: {source}")]
+    Sealed {
+        /// Which object.
+        object: String,
+        /// What is wrong.
+        source: wal_format::sealed::SealedError,
+    },
+    /// The server has less WAL than it once acknowledged to us.
+    #[error(
+        "the server's WAL ends at {server_lsn} of timeline {timeline}, before {durable_lsn} which is archived already: \
+         the server lost WAL (restored from a snapshot, or its disk failed). Nothing was truncated; restore the server \
+         from this archive or point the archiver at the right one"
+    )]
+    ServerBehind {
+        /// The timeline.
+        timeline: TimelineId,
+        /// The server's flush LSN.
+        server_lsn: Lsn,
+        /// The end of the archive.
+        durable_lsn: Lsn,
+    },
+    /// The slot was invalidated before anything was archived.
+    #[error(
+        "replication slot \"{slot}\" has lost its WAL (wal_status lost) and nothing is archived yet; drop it with \
+         `SELECT pg_drop_replication_slot('{slot}')` and start again"
+    )]
+    SlotLost {
+        /// The slot.
+        slot: String,
+    },
+    /// Files in the spool that do not follow one another.
+    #[error(
+        "the spool {path} lacks segment {missing} between segments it holds, and the repository does not have it; move \
+         the later files away and start again: they are streamed anew",
+        path = path.display()
+    )]
+    SpoolHole {
+        /// The branch's directory.
+        path: PathBuf,
+        /// The first missing segment.
+        missing: SegmentName,
+    },
+    /// Another archiver holds the spool.
+    #[error(
+        "the spool {path} is in use by another archiver; stop it, or give this one another --spool",
+        path = path.display()
+    )]
+    SpoolLocked {
+        /// The lock file.
+        path: PathBuf,
+    },
+    /// WAL arrived that does not follow what came before.
+    #[error("the server sent WAL from {found} where {expected} was next")]
+    StreamOutOfOrder {
+        /// Where the stream was.
+        expected: Lsn,
+        /// Where the message began.
+        found: Lsn,
+    },
+    /// The spool's content belongs to another cluster.
+    #[error(
+        "the spool {path} holds WAL of system identifier {found}, the cluster has {expected}; give this cluster another \
+         --spool, or move the old one away",
+        path = path.display()
+    )]
+    SpoolSystemMismatch {
+        /// The spool.
+        path: PathBuf,
+        /// The cluster's.
+        expected: SystemIdentifier,
+        /// The spool's.
+        found: String,
+    },
+    /// The server stopped answering.
+    #[error("nothing was heard from the server for {seconds} s although an answer was requested")]
+    Silent {
+        /// How long.
+        seconds: u64,
+    },
+    /// The time to drain ran out.
+    #[error(
+        "stopped with WAL that is only in the spool and not yet in the repository: {what}. It is safe there and is stored \
+         at the next start; do not delete the spool"
+    )]
+    NotDrained {
+        /// What is left.
+        what: String,
+    },
+    /// A worker thread ended early.
+    #[error("the {name} thread stopped: {reason}")]
+    ThreadStopped {
+        /// Which.
+        name: &'static str,
+        /// Why, as far as known.
+        reason: String,
+    },
+    /// A server that we can not archive.
+    #[error(transparent)]
+    Unsupported(#[from] wal_format::system::UnsupportedVersion),
+    /// `wal-archiver verify` found damage.
+    #[error("{problems} integrity violation(s) found")]
+    Verify {
+        /// How many.
+        problems: usize,
+    },
+    /// A wish that can not be granted as written.
+    #[error("{message}")]
+    Usage {
+        /// What is wrong and how to write it.
+        message: String,
+    },
+    /// One or more preconditions do not hold.
+    #[error("{failed} precondition(s) do not hold")]
+    Check {
+        /// How many.
+        failed: usize,
+        /// The contract's code for the worst of them.
+        kind: ExitKind,
+    },
+}
+
+impl Error {
+    /// An [`Error::Io`].
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// The contract's exit code.
+    #[must_use]
+    pub fn exit_kind(&self) -> ExitKind {
+        match self {
+            Self::Decode { .. }
+            | Self::Divergence { .. }
+            | Self::Gap { .. }
+            | Self::History { .. }
+            | Self::LostHistory { .. }
+            | Self::Sealed { .. }
+            | Self::ServerBehind { .. }
+            | Self::SpoolHole { .. }
+            | Self::Verify { .. } => ExitKind::Integrity,
+            Self::Check { kind, .. } => *kind,
+            Self::Io { .. }
+            | Self::Push { .. }
+            | Self::ThreadStopped { .. }
+            | Self::SlotLost { .. } => ExitKind::Failed,
+            Self::Replication(error) => error.exit_kind(),
+            Self::Repository(error) => error.exit_kind(),
+            Self::Http(_)
+            | Self::SpoolLocked { .. }
+            | Self::SpoolSystemMismatch { .. }
+            | Self::Unsupported(_)
+            | Self::Usage { .. } => ExitKind::Usage,
+            Self::NotDrained { .. } | Self::Silent { .. } | Self::StreamOutOfOrder { .. } => {
+                ExitKind::Unreachable
+            }
+        }
+    }
+
+    /// Whether WAL is missing or in doubt, so that the cluster's state is broken and not merely disconnected.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        matches!(
+            self,
+            Self::Decode { .. }
+                | Self::Divergence { .. }
+                | Self::Gap { .. }
+                | Self::History { .. }
+                | Self::LostHistory { .. }
+                | Self::ServerBehind { .. }
+                | Self::SlotLost { .. }
+                | Self::SpoolHole { .. }
+        )
+    }
+}

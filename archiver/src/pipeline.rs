@@ -1,0 +1,240 @@
+//! START HERE: receive -> write -> flush -> seal / tail -> acknowledge
+//!
+//! One cluster's WAL on its way from PostgreSQL into the repository. The connection's task ([`receive`]) hands messages to
+//! the spool thread ([`write`]), which compares, decodes, writes and fsyncs them; what is durable here is acknowledged at
+//! once. Complete segments are sealed by worker threads ([`seal`]), the open one follows as tails ([`tail`]).
+//! A full channel stops the stage before it, so a slow store ends as files in the spool and a slow disk as back pressure on
+//! the connection, never as memory; the status to the server waits for no stage.
+//! Invariant: stages see WAL in LSN order without gaps, and [`positions`] alone says what is safe.
+
+pub mod archive;
+pub mod failure;
+pub mod flush;
+pub mod positions;
+pub mod progress;
+pub mod receive;
+pub mod seal;
+pub mod session;
+pub mod start;
+pub mod tail;
+pub mod write;
+
+use std::{
+    sync::Arc,
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use tokio::{sync::mpsc::Sender, task, time::MissedTickBehavior};
+use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
+
+use self::{
+    archive::Archive,
+    failure::Failure,
+    seal::Backlog,
+    start::Held,
+    tail::TailSlot,
+    write::{Command, SpoolThread},
+};
+use crate::error::{Error, Result};
+
+/// How long a stop waits for the repository. Beyond it the WAL stays in the spool, which says so.
+const DRAIN_MAX: Duration = Duration::from_secs(60);
+/// How often a drain looks.
+const DRAIN_POLL: Duration = Duration::from_millis(20);
+
+/// The stages of one cluster, running; connections come and go.
+#[derive(Debug)]
+pub struct Pipeline {
+    archive: Arc<Archive>,
+    backlog: Arc<Backlog>,
+    tails: Arc<TailSlot>,
+    failure: Arc<Failure>,
+    spool: SpoolThread,
+    threads: Vec<JoinHandle<()>>,
+    ticker: task::JoinHandle<()>,
+}
+
+impl Pipeline {
+    /// Starts the stages, and sends everything that a previous run left in the spool on its way to the repository.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Repository`], [`Error::Divergence`] from what the spool holds.
+    pub async fn start(archive: Arc<Archive>) -> Result<Self> {
+        let backlog = Arc::new(Backlog::default());
+        let tails = Arc::new(TailSlot::default());
+        let failure = Arc::new(Failure::default());
+        let mut threads = seal::start(&archive, &backlog, &failure)?;
+        threads.push(tail::start(&archive, &tails, &failure)?);
+        let spool = SpoolThread::start(
+            Arc::clone(&archive),
+            Arc::clone(&backlog),
+            Arc::clone(&tails),
+            Arc::clone(&failure),
+        )?;
+        let interval = archive.settings().remote_flush_interval;
+        let ticker = tokio::spawn(tick(spool.commands(), interval));
+        let pipeline = Self {
+            archive,
+            backlog,
+            tails,
+            failure,
+            spool,
+            threads,
+            ticker,
+        };
+        let spooled = {
+            let archive = Arc::clone(&pipeline.archive);
+            blocking(move || archive.spooled_branches()).await?
+        };
+        for branch in spooled {
+            if let Some(end) = branch.end_lsn()? {
+                pipeline.spool.take_up(branch.branch(), None, end).await?;
+            }
+        }
+        Ok(pipeline)
+    }
+
+    /// What the stages share.
+    #[must_use]
+    pub fn archive(&self) -> &Arc<Archive> {
+        &self.archive
+    }
+
+    /// The spool thread.
+    #[must_use]
+    pub fn spool(&self) -> &SpoolThread {
+        &self.spool
+    }
+
+    /// What a thread raised.
+    #[must_use]
+    pub fn failure(&self) -> &Failure {
+        &self.failure
+    }
+
+    /// A stream of the branch that was taken up begins.
+    ///
+    /// # Errors
+    /// [`Error::StreamOutOfOrder`].
+    pub async fn begin(&self, start_lsn: Lsn) -> Result<()> {
+        self.spool
+            .ask(|reply| Command::Begin { start_lsn, reply })
+            .await?
+    }
+
+    /// What the archive holds, branch by branch: the repository and the spool together.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Repository`].
+    pub async fn held(&self) -> Result<Vec<Held>> {
+        let archive = Arc::clone(&self.archive);
+        blocking(move || archive.held()).await
+    }
+
+    /// A history file that we have of a timeline and that agrees with a descendant's.
+    ///
+    /// # Errors
+    /// [`Error::Repository`].
+    pub async fn known_history(
+        &self,
+        timeline: TimelineId,
+        descendant: &Bytes,
+    ) -> Result<Option<(Branch, Bytes)>> {
+        let archive = Arc::clone(&self.archive);
+        let descendant = String::from_utf8_lossy(descendant).into_owned();
+        blocking(move || {
+            Ok(archive
+                .catalog()
+                .branches()?
+                .into_iter()
+                .find(|(branch, history, content)| {
+                    let agrees = |history: &TimelineHistory| {
+                        !history.ancestors.is_empty()
+                            && descendant.starts_with(&*String::from_utf8_lossy(content))
+                    };
+                    branch.timeline == timeline && history.as_ref().is_some_and(agrees)
+                })
+                .map(|(branch, _, content)| (branch, content)))
+        })
+        .await
+    }
+
+    /// Waits until the repository holds everything that is in the spool.
+    ///
+    /// # Errors
+    /// [`Error::NotDrained`] when that takes longer than a minute; what a thread raised.
+    pub async fn drain(&self) -> Result<()> {
+        self.spool.give_up_waiting();
+        let deadline = Instant::now() + DRAIN_MAX;
+        loop {
+            self.spool.drain().await?;
+            if let Some(error) = self.failure.take() {
+                return Err(error);
+            }
+            let positions = self.archive.status().progress().positions();
+            let behind = positions.flushed().bytes_since(positions.remote());
+            if behind == 0 && self.backlog.is_empty() && self.tails.is_free() {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                return Err(Error::NotDrained {
+                    what: format!(
+                        "{} up to {} ({behind} bytes, {} complete segments)",
+                        positions.remote(),
+                        positions.flushed(),
+                        self.backlog.len(),
+                    ),
+                });
+            }
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+    }
+
+    /// Ends every thread; what they hold stays in the spool.
+    ///
+    /// # Errors
+    /// [`Error::ThreadStopped`] when one panicked.
+    pub async fn stop(self) -> Result<()> {
+        self.ticker.abort();
+        blocking(move || {
+            self.spool.stop();
+            self.backlog.stop();
+            self.tails.stop();
+            for thread in self.threads {
+                thread.join().map_err(|_| Error::ThreadStopped {
+                    name: "store",
+                    reason: "it panicked".to_owned(),
+                })?;
+            }
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Lets a tail be cut although nothing arrives any more. A full queue means that WAL arrives, so no tick is missed then.
+async fn tick(commands: Sender<Command>, interval: Duration) {
+    let mut timer = tokio::time::interval(interval);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        timer.tick().await;
+        if commands.is_closed() {
+            return;
+        }
+        drop(commands.try_send(Command::Tick));
+    }
+}
+
+/// Runs blocking work beside the connection's task.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(Error::ThreadStopped {
+            name: "blocking",
+            reason: error.to_string(),
+        })
+    })
+}

@@ -1,0 +1,476 @@
+//! [`Archive`]: what the stages share for one cluster: where WAL is kept, who it belongs to, what is known of it.
+//!
+//! Invariant: every object of this cluster's WAL is put through [`Archive::store_wal`], which never lets other bytes take
+//! the place of archived ones and calls nothing stored that was not read back.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use repository::{
+    Catalog, ClusterIdentity, Repository, WalRange, WalRangeKind, config::ClusterSettings,
+};
+use wal_format::{
+    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SealedReader, SegmentNo, SegmentSummary,
+    TimelineHistory, TimelineId, WalIdentity,
+};
+
+use super::{positions::Coverage, start::Held};
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result},
+    spool::{BranchSpool, Spool},
+};
+
+/// Segments remembered as sealed: a tail in flight is of the newest one or two, the rest is slack.
+const SEALED_REMEMBERED_MAX: usize = 256;
+
+/// What the stages of one cluster share.
+#[derive(Debug)]
+pub struct Archive {
+    settings: ClusterSettings,
+    cluster: ClusterIdentity,
+    identity: WalIdentity,
+    spool: Arc<Spool>,
+    repository: Repository,
+    catalog: Catalog,
+    status: Arc<ClusterStatus>,
+    /// Tails in the repository, by segment, that the sealed segment will replace.
+    tails: Mutex<BTreeMap<(Branch, SegmentNo), Vec<WalRange>>>,
+    /// Segments sealed since the start, so that a tail in flight does not outlive its segment.
+    sealed: Mutex<BTreeSet<(Branch, SegmentNo)>>,
+    /// Branches whose history is in the repository.
+    histories: Mutex<BTreeSet<Branch>>,
+}
+
+impl Archive {
+    /// Takes the parts together; the catalog is brought up to date with the repository.
+    ///
+    /// # Errors
+    /// [`Error::Repository`].
+    pub fn open(
+        settings: ClusterSettings,
+        cluster: ClusterIdentity,
+        identity: WalIdentity,
+        spool: Arc<Spool>,
+        repository: Repository,
+        catalog: Catalog,
+        status: Arc<ClusterStatus>,
+    ) -> Result<Self> {
+        catalog.refresh(&repository)?;
+        let histories = catalog
+            .branches()?
+            .into_iter()
+            .map(|(branch, _, _)| branch)
+            .collect();
+        Ok(Self {
+            settings,
+            cluster,
+            identity,
+            spool,
+            repository,
+            catalog,
+            status,
+            tails: Mutex::default(),
+            sealed: Mutex::default(),
+            histories: Mutex::new(histories),
+        })
+    }
+
+    /// The cluster's settings.
+    #[must_use]
+    pub fn settings(&self) -> &ClusterSettings {
+        &self.settings
+    }
+
+    /// Whose WAL this is.
+    #[must_use]
+    pub fn identity(&self) -> &WalIdentity {
+        &self.identity
+    }
+
+    /// The repository.
+    #[must_use]
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    /// The catalog.
+    #[must_use]
+    pub fn catalog(&self) -> &Catalog {
+        &self.catalog
+    }
+
+    /// What is known of the cluster.
+    #[must_use]
+    pub fn status(&self) -> &Arc<ClusterStatus> {
+        &self.status
+    }
+
+    /// One branch's part of the spool.
+    #[must_use]
+    pub fn branch_spool(&self, branch: Branch) -> BranchSpool {
+        self.spool.branch(&self.identity, branch)
+    }
+
+    /// The branches the spool holds.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn spooled_branches(&self) -> Result<Vec<BranchSpool>> {
+        self.spool.branches(&self.identity)
+    }
+
+    /// What the repository holds of a branch without a gap, from its newest backup or else from its first byte on.
+    ///
+    /// # Errors
+    /// [`Error::Repository`].
+    pub fn stored(&self, branch: Branch) -> Result<Option<Coverage>> {
+        let ranges = self.catalog.ranges(branch, Lsn::ZERO, Lsn::MAX)?;
+        let Some(first) = ranges.first() else {
+            return Ok(None);
+        };
+        let backups = self.catalog.backups()?;
+        let from = backups
+            .iter()
+            .rev()
+            .find(|backup| backup.branch == branch && backup.start_lsn >= first.start_lsn)
+            .map_or(first.start_lsn, |backup| backup.start_lsn);
+        let mut coverage = Coverage::up_to(self.catalog.contiguous_end(branch, from)?);
+        for range in &ranges {
+            coverage.add(range.start_lsn, range.end_lsn);
+        }
+        let mut tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+        for range in ranges {
+            if range.kind == WalRangeKind::Tail {
+                let known = tails.entry((branch, range.segment)).or_default();
+                if !known
+                    .iter()
+                    .any(|tail| (tail.start_lsn, tail.end_lsn) == (range.start_lsn, range.end_lsn))
+                {
+                    known.push(range);
+                }
+            }
+        }
+        Ok(Some(coverage))
+    }
+
+    /// What the archive holds, branch by branch.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Repository`].
+    pub fn held(&self) -> Result<Vec<Held>> {
+        let mut held: BTreeMap<Branch, Lsn> = BTreeMap::new();
+        for (branch, _, _) in self.catalog.branches()? {
+            if let Some(stored) = self.stored(branch)? {
+                held.insert(branch, stored.end());
+            }
+        }
+        for spool in self.spooled_branches()? {
+            if let Some(end) = spool.end_lsn()? {
+                let known = held.entry(spool.branch()).or_default();
+                *known = end.max(*known);
+            }
+        }
+        Ok(held
+            .into_iter()
+            .map(|(branch, end_lsn)| Held { branch, end_lsn })
+            .collect())
+    }
+
+    /// The segment that is open at `end_lsn`, the end of what the archive holds. An older `.partial` in the spool, which
+    /// the repository has whole by now, is compared with it and removed.
+    ///
+    /// # Errors
+    /// [`Error::Divergence`] when they differ; [`Error::Io`], [`Error::Repository`].
+    pub fn open_segment(&self, spool: &BranchSpool, end_lsn: Lsn) -> Result<SegmentNo> {
+        let size = self.identity.segment_size;
+        let open = size.segment_of(end_lsn);
+        let Some((partial, _)) = spool.segments()?.open else {
+            return Ok(open);
+        };
+        if partial >= open {
+            return Ok(partial);
+        }
+        let ours = spool.read(partial)?.unwrap_or_default();
+        let name = spool.name(partial);
+        let key = ObjectKey::Segment(self.identity.system_identifier, spool.branch(), name);
+        let sealed = self.read_object(&key)?;
+        if let Some(index) = ours.iter().zip(&sealed).position(|(ours, new)| ours != new) {
+            return Err(Error::Divergence {
+                branch: spool.branch(),
+                lsn: partial.start_lsn(size).add(index as u64),
+                from: "the spool",
+                ours: format!("{key} in {}", self.repository.url()),
+            });
+        }
+        spool.remove_partial(partial)?;
+        Ok(open)
+    }
+
+    /// The WAL of the tails that the repository holds of an open segment, from its start, without a gap.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Sealed`].
+    pub fn read_tails(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<u8>> {
+        let start = segment.start_lsn(self.identity.segment_size);
+        let mut tails: Vec<WalRange> = {
+            let tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+            tails.get(&(branch, segment)).cloned().unwrap_or_default()
+        };
+        tails.sort_by_key(|tail| tail.start_lsn);
+        let mut wal = Vec::new();
+        for tail in tails {
+            let end = start.add(wal.len() as u64);
+            if tail.start_lsn > end {
+                break;
+            }
+            if tail.end_lsn <= end {
+                continue;
+            }
+            let bytes = self.read_object(&tail.key(&self.cluster))?;
+            let known = usize::try_from(end.bytes_since(tail.start_lsn)).unwrap_or(usize::MAX);
+            wal.extend_from_slice(bytes.get(known..).unwrap_or_default());
+        }
+        Ok(wal)
+    }
+
+    /// The WAL bytes of a sealed object, all checked.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Sealed`].
+    pub fn read_object(&self, key: &ObjectKey) -> Result<Vec<u8>> {
+        let object = self.repository.get(key)?;
+        let mut wal = Vec::new();
+        SealedReader::open(&object)
+            .and_then(|reader| reader.read_all(&mut wal))
+            .map_err(|source| Error::Sealed {
+                object: key.to_string(),
+                source,
+            })?;
+        Ok(wal)
+    }
+
+    /// A segment's WAL as far as the archive has it, from the spool or the repository, on the branch itself or on the
+    /// one it grew from. Used to learn where a record that crosses in began; a segment that can not be read is as good as
+    /// none.
+    pub fn read_segment(&self, branch: Branch, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
+        for branch in self.lineage_at(branch, segment)? {
+            if let Some(bytes) = self.branch_spool(branch).read(segment)? {
+                return Ok(Some(bytes));
+            }
+            let name = self.branch_spool(branch).name(segment);
+            let key = ObjectKey::Segment(self.identity.system_identifier, branch, name);
+            if self.repository.head(&key)?.is_some() {
+                return self.read_object(&key).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// The branch, and for a segment that ends before the branch began, its ancestors that hold it.
+    fn lineage_at(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<Branch>> {
+        let mut lineage = vec![branch];
+        let Some(history) = self.history(branch)? else {
+            return Ok(lineage);
+        };
+        let end = segment.end_lsn(self.identity.segment_size);
+        let holder = history.timeline_at(Lsn(end.0.saturating_sub(1)));
+        if holder == branch.timeline {
+            return Ok(lineage);
+        }
+        lineage.extend(self.ancestor(&history, holder)?);
+        Ok(lineage)
+    }
+
+    /// The branch of an ancestor: the one of that timeline whose own history agrees with the descendant's.
+    fn ancestor(&self, history: &TimelineHistory, timeline: TimelineId) -> Result<Option<Branch>> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Some(Branch::FIRST));
+        }
+        for (branch, known, _) in self.catalog.branches()? {
+            let agrees = known.is_some_and(|known| {
+                known.ancestors.len() < history.ancestors.len()
+                    && history.ancestors.starts_with(&known.ancestors)
+            });
+            if branch.timeline == timeline && agrees {
+                return Ok(Some(branch));
+            }
+        }
+        Ok(None)
+    }
+
+    fn history(&self, branch: Branch) -> Result<Option<TimelineHistory>> {
+        let parse = |content: &[u8]| TimelineHistory::parse(branch.timeline, content).ok();
+        if let Some(content) = self.branch_spool(branch).history()? {
+            return Ok(parse(&content));
+        }
+        Ok(self
+            .catalog
+            .branches()?
+            .into_iter()
+            .find(|(known, _, _)| *known == branch)
+            .and_then(|(_, history, _)| history))
+    }
+
+    /// Puts the branch's history into the repository, twice, before any of its WAL.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Io`].
+    pub fn store_history(&self, branch: Branch) -> Result<()> {
+        let mut known = self
+            .histories
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if known.contains(&branch) {
+            return Ok(());
+        }
+        let content = self.branch_spool(branch).history()?;
+        if let Some(content) = &content {
+            self.repository
+                .put_history(self.identity.system_identifier, branch, content)?;
+        }
+        self.catalog.put_branch(branch, content.as_deref())?;
+        known.insert(branch);
+        Ok(())
+    }
+
+    /// Puts a sealed range, reads it back, compares it with the WAL it was made of, and enters it in the catalog.
+    /// `wal` yields the range's bytes from an offset on.
+    ///
+    /// # Errors
+    /// [`Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
+    pub fn store_wal(
+        &self,
+        header: &SealedHeader,
+        object: &[u8],
+        summary: &SegmentSummary,
+        proven: Option<PgTimestamp>,
+        wal: &dyn Fn(&mut [u8], u64) -> Result<()>,
+    ) -> Result<WalRange> {
+        let stored_bytes = put_wal(&self.repository, header, object, "the spool", wal)?;
+        let kind = if header.is_whole_segment() {
+            WalRangeKind::Sealed
+        } else {
+            WalRangeKind::Tail
+        };
+        let range = WalRange::of_summary(header, kind, stored_bytes, summary, proven);
+        self.catalog.put_range(&range, summary)?;
+        ClusterStatus::count(&self.status.wal_stored_bytes, stored_bytes);
+        Ok(range)
+    }
+
+    /// Whether the segment is sealed in the repository, as far as the catalog knows.
+    ///
+    /// # Errors
+    /// [`Error::Repository`].
+    pub fn sealed_range(&self, branch: Branch, segment: SegmentNo) -> Result<Option<WalRange>> {
+        let size = self.identity.segment_size;
+        let ranges = self
+            .catalog
+            .ranges(branch, segment.start_lsn(size), segment.end_lsn(size))?;
+        Ok(ranges
+            .into_iter()
+            .find(|range| range.kind == WalRangeKind::Sealed && range.segment == segment))
+    }
+
+    /// A tail is in the repository; when its segment was sealed meanwhile it goes again.
+    ///
+    /// # Errors
+    /// [`Error::Repository`].
+    pub fn note_tail(&self, tail: WalRange) -> Result<()> {
+        let place = (tail.branch, tail.segment);
+        let sealed = self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+        if sealed.contains(&place) {
+            drop(sealed);
+            return self.delete_tail(&tail);
+        }
+        self.tails
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(place)
+            .or_default()
+            .push(tail);
+        Ok(())
+    }
+
+    /// Whether a segment was sealed since the start: its tails are of no use any more.
+    #[must_use]
+    pub fn is_sealed(&self, branch: Branch, segment: SegmentNo) -> bool {
+        self.sealed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&(branch, segment))
+    }
+
+    /// A segment is sealed, stored and verified: its tails are superfluous.
+    ///
+    /// # Errors
+    /// [`Error::Repository`].
+    pub fn note_sealed(&self, branch: Branch, segment: SegmentNo) -> Result<()> {
+        {
+            let mut sealed = self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+            sealed.insert((branch, segment));
+            while sealed.len() > SEALED_REMEMBERED_MAX {
+                sealed.pop_first();
+            }
+        }
+        let tails = self
+            .tails
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&(branch, segment))
+            .unwrap_or_default();
+        tails.iter().try_for_each(|tail| self.delete_tail(tail))
+    }
+
+    fn delete_tail(&self, tail: &WalRange) -> Result<()> {
+        self.repository.delete(&tail.key(&self.cluster))?;
+        self.catalog.remove_range(tail)?;
+        Ok(())
+    }
+}
+
+/// Puts a sealed range, reads it back and compares it with the WAL it was made of; its size in the repository.
+///
+/// # Errors
+/// [`Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
+pub fn put_wal(
+    repository: &Repository,
+    header: &SealedHeader,
+    object: &[u8],
+    from: &'static str,
+    wal: &dyn Fn(&mut [u8], u64) -> Result<()>,
+) -> Result<u64> {
+    let key = header.key();
+    match repository.put(&key, object) {
+        // Made again it may differ in its compression or its proof; what counts is the WAL in it.
+        Err(error) if error.is_conflict() => {}
+        outcome => {
+            outcome?;
+        }
+    }
+    let damaged = |source| Error::Sealed {
+        object: format!("{key} in {}", repository.url()),
+        source,
+    };
+    let stored = repository.get(&key)?;
+    let reader = SealedReader::open(&stored).map_err(damaged)?;
+    let mut ours = Vec::new();
+    let mut frames = reader.frames().map_err(damaged)?;
+    while let Some(frame) = frames.next() {
+        let (lsn, bytes) = frame.map_err(damaged)?;
+        ours.resize(bytes.len(), 0);
+        wal(&mut ours, lsn.bytes_since(header.start_lsn))?;
+        if let Some(index) = ours.iter().zip(bytes).position(|(new, old)| new != old) {
+            return Err(Error::Divergence {
+                branch: header.branch,
+                lsn: lsn.add(index as u64),
+                from,
+                ours: format!("{key} in {}", repository.url()),
+            });
+        }
+    }
+    Ok(stored.len() as u64)
+}

@@ -1,0 +1,180 @@
+//! Stage 2b: fsyncs and renames beside the writer, so that a catch-up writes the next segment while the last one settles.
+//!
+//! Jobs are done in order. Invariant: an fsync that failed is never tried again, and nothing after it is reported.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+    thread::JoinHandle,
+};
+
+use wal_format::Lsn;
+
+use super::{archive::Archive, failure::Failure, seal::Backlog};
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result},
+    spool::{CompletedSegment, OpenSegment},
+};
+
+/// Segments that may wait for their fsync: two keep the disk busy, more would only be dirty pages in memory.
+const JOBS_MAX: usize = 2;
+
+enum Job {
+    Finish(Box<CompletedSegment>),
+    Sync {
+        open: OpenSegment,
+        start_lsn: Lsn,
+        end_lsn: Lsn,
+    },
+    Settle(SyncSender<()>),
+}
+
+/// The thread, as its user sees it. Dropped, it finishes its jobs and ends.
+#[derive(Debug)]
+pub struct Flusher {
+    jobs: Option<SyncSender<Job>>,
+    pending: Arc<AtomicUsize>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Flusher {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// [`Error::ThreadStopped`] when the system has no more threads.
+    pub fn start(
+        archive: Arc<Archive>,
+        backlog: Arc<Backlog>,
+        failure: Arc<Failure>,
+    ) -> Result<Self> {
+        let (jobs, queue) = sync_channel(JOBS_MAX);
+        let pending = Arc::new(AtomicUsize::new(0));
+        let left = Arc::clone(&pending);
+        let thread = std::thread::Builder::new()
+            .name("flush".to_owned())
+            .spawn(move || work(&queue, &left, &archive, &backlog, &failure))
+            .map_err(|error| Error::ThreadStopped {
+                name: "flush",
+                reason: error.to_string(),
+            })?;
+        Ok(Self {
+            jobs: Some(jobs),
+            pending,
+            thread: Some(thread),
+        })
+    }
+
+    /// Makes a complete segment durable and hands it on; waits while the disk is behind.
+    ///
+    /// # Errors
+    /// [`Error::ThreadStopped`] after a failure, which the thread has raised.
+    pub fn finish(&self, segment: CompletedSegment) -> Result<()> {
+        self.submit(Job::Finish(Box::new(segment)))
+    }
+
+    /// Makes the open segment durable up to `end_lsn`.
+    ///
+    /// # Errors
+    /// As [`Flusher::finish`].
+    pub fn sync(&self, open: OpenSegment, start_lsn: Lsn, end_lsn: Lsn) -> Result<()> {
+        self.submit(Job::Sync {
+            open,
+            start_lsn,
+            end_lsn,
+        })
+    }
+
+    /// Whether it has nothing to do.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.pending.load(Ordering::Acquire) == 0
+    }
+
+    /// Waits until everything submitted before is done.
+    ///
+    /// # Errors
+    /// As [`Flusher::finish`].
+    pub fn settle(&self) -> Result<()> {
+        let (done, wait) = sync_channel(1);
+        self.submit(Job::Settle(done))?;
+        wait.recv().map_err(|_| stopped())
+    }
+
+    fn submit(&self, job: Job) -> Result<()> {
+        self.pending.fetch_add(1, Ordering::AcqRel);
+        let jobs = self
+            .jobs
+            .as_ref()
+            .expect("BUG: the flusher is used after its end");
+        jobs.send(job).map_err(|_| stopped())
+    }
+}
+
+impl Drop for Flusher {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the flush thread panicked");
+        }
+    }
+}
+
+fn stopped() -> Error {
+    Error::ThreadStopped {
+        name: "flush",
+        reason: "see the error before".to_owned(),
+    }
+}
+
+fn work(
+    queue: &Receiver<Job>,
+    pending: &AtomicUsize,
+    archive: &Archive,
+    backlog: &Backlog,
+    failure: &Failure,
+) {
+    let progress = archive.status().progress();
+    while let Ok(job) = queue.recv() {
+        let outcome = match job {
+            Job::Finish(segment) => {
+                let number = segment.file.segment();
+                let done = segment.file.finish();
+                if done.is_ok() {
+                    let end = number.end_lsn(archive.identity().segment_size);
+                    progress.update(|positions| positions.on_finished(end));
+                    let summary = Some((segment.summary, segment.proven));
+                    backlog.push(segment.branch, number, summary);
+                }
+                done
+            }
+            Job::Sync {
+                open,
+                start_lsn,
+                end_lsn,
+            } => {
+                let done = open.sync();
+                if done.is_ok() {
+                    progress.update(|positions| positions.on_synced(start_lsn, end_lsn));
+                }
+                done
+            }
+            Job::Settle(done) => {
+                // The other side is gone only when the whole archive ends.
+                let _gone = done.send(());
+                Ok(())
+            }
+        };
+        ClusterStatus::count(&archive.status().flushes, 1);
+        pending.fetch_sub(1, Ordering::AcqRel);
+        if let Err(error) = outcome {
+            failure.raise(error);
+            return;
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Which WAL is where: received, written, durable here, stored in the repository. Pure: told what happened, it answers
+//! what may be reported.
+//!
+//! Invariant: [`Positions::report`] never says more than is proved in the class the user chose, never says less than it
+//! said before on the same branch, and says nothing before the server has shown that its WAL is the one we hold.
+
+use std::collections::BTreeMap;
+
+use repository::config::Acknowledge;
+use wal_format::{Branch, Lsn};
+
+/// A growing prefix, made of ranges that arrive in any order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Coverage {
+    end: Lsn,
+    /// Ranges beyond a gap: start to end, disjoint.
+    beyond: BTreeMap<Lsn, Lsn>,
+}
+
+impl Coverage {
+    /// Nothing but what lies before `end`.
+    #[must_use]
+    pub fn up_to(end: Lsn) -> Self {
+        Self {
+            end,
+            beyond: BTreeMap::new(),
+        }
+    }
+
+    /// The end of the prefix.
+    #[must_use]
+    pub fn end(&self) -> Lsn {
+        self.end
+    }
+
+    /// Adds a range.
+    pub fn add(&mut self, start: Lsn, end: Lsn) {
+        if start > self.end {
+            let known = self.beyond.entry(start).or_insert(end);
+            *known = (*known).max(end);
+            return;
+        }
+        self.end = self.end.max(end);
+        while let Some(next) = self.beyond.first_entry() {
+            if *next.key() > self.end {
+                break;
+            }
+            self.end = self.end.max(next.remove());
+        }
+    }
+}
+
+/// What a status update says: `0/0` says nothing and moves nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Written to the spool's file, perhaps not durable.
+    pub write: Lsn,
+    /// Durable in the chosen class.
+    pub flush: Lsn,
+}
+
+/// The positions of the branch being archived, and what is left of the ones before.
+#[derive(Clone, Debug)]
+pub struct Positions {
+    acknowledge: Acknowledge,
+    branch: Branch,
+    received: Lsn,
+    written: Lsn,
+    /// The end of the segments that are durable under their final name.
+    finished: Lsn,
+    /// The open segment: its start, and how far it was fsynced.
+    open: (Lsn, Lsn),
+    /// Per branch, what the repository holds.
+    stored: BTreeMap<Branch, Coverage>,
+    /// Branches that were left, and where they end here: before these are stored, nothing later is "stored up to".
+    left: Vec<(Branch, Lsn)>,
+    /// The end of what we held when the stream began; the server has to show the same bytes up to here.
+    verify_to: Lsn,
+    streamed: Lsn,
+    reported: Lsn,
+}
+
+impl Positions {
+    /// Nothing yet.
+    #[must_use]
+    pub fn new(acknowledge: Acknowledge) -> Self {
+        Self {
+            acknowledge,
+            branch: Branch::FIRST,
+            received: Lsn::ZERO,
+            written: Lsn::ZERO,
+            finished: Lsn::ZERO,
+            open: (Lsn::ZERO, Lsn::ZERO),
+            stored: BTreeMap::new(),
+            left: Vec::new(),
+            verify_to: Lsn::MAX,
+            streamed: Lsn::ZERO,
+            reported: Lsn::ZERO,
+        }
+    }
+
+    /// The branch being archived.
+    #[must_use]
+    pub fn branch(&self) -> Branch {
+        self.branch
+    }
+
+    /// The end of what was received.
+    #[must_use]
+    pub fn received(&self) -> Lsn {
+        self.received
+    }
+
+    /// The end of what was written to the spool.
+    #[must_use]
+    pub fn written(&self) -> Lsn {
+        self.written
+    }
+
+    /// The end of what is durable here.
+    #[must_use]
+    pub fn flushed(&self) -> Lsn {
+        let (start, synced) = self.open;
+        if start <= self.finished {
+            self.finished.max(synced)
+        } else {
+            self.finished
+        }
+    }
+
+    /// The end of what the repository holds without a gap, branches that were left included.
+    #[must_use]
+    pub fn remote(&self) -> Lsn {
+        for (branch, end) in &self.left {
+            let stored = self.stored_on(*branch);
+            if stored < *end {
+                return stored;
+            }
+        }
+        self.stored_on(self.branch)
+    }
+
+    /// The end of what the repository holds of one branch.
+    #[must_use]
+    pub fn stored_on(&self, branch: Branch) -> Lsn {
+        self.stored.get(&branch).map_or(Lsn::ZERO, Coverage::end)
+    }
+
+    /// A branch is taken up: durable here up to `durable`, in the repository as `stored` says.
+    pub fn take_up(&mut self, branch: Branch, durable: Lsn, stored: Coverage) {
+        if branch != self.branch {
+            let flushed = self.flushed();
+            if flushed > Lsn::ZERO {
+                self.left.push((self.branch, flushed));
+            }
+            self.left.retain(|(left, _)| *left != branch);
+            self.reported = Lsn::ZERO;
+        }
+        let known = self.stored.entry(branch).or_default();
+        if stored.end() > known.end() {
+            *known = stored;
+        }
+        self.branch = branch;
+        self.received = durable;
+        self.written = durable;
+        self.finished = durable;
+        self.open = (Lsn::ZERO, durable);
+        self.verify_to = Lsn::MAX;
+    }
+
+    /// A stream begins at `start`: what it sends up to the end of what is written is compared before anything is said.
+    pub fn begin_stream(&mut self, start: Lsn) {
+        self.streamed = start;
+        self.verify_to = self.written;
+        self.reported = Lsn::ZERO;
+    }
+
+    /// Bytes up to `end` came in.
+    pub fn on_received(&mut self, end: Lsn) {
+        self.received = self.received.max(end);
+    }
+
+    /// The stream was compared and written up to `streamed`; the files end at `written`.
+    pub fn on_written(&mut self, streamed: Lsn, written: Lsn) {
+        self.streamed = streamed;
+        self.written = self.written.max(written);
+    }
+
+    /// The open segment, which starts at `start`, was fsynced up to `end`.
+    pub fn on_synced(&mut self, start: Lsn, end: Lsn) {
+        if start > self.open.0 {
+            self.open = (start, end);
+        } else if start == self.open.0 {
+            self.open.1 = self.open.1.max(end);
+        }
+    }
+
+    /// Segments are durable under their final names up to `end`. Called in order of LSN.
+    pub fn on_finished(&mut self, end: Lsn) {
+        self.finished = self.finished.max(end);
+    }
+
+    /// The repository holds a range of a branch.
+    pub fn on_stored(&mut self, branch: Branch, start: Lsn, end: Lsn) {
+        self.stored
+            .entry(branch)
+            .or_insert_with(|| Coverage::up_to(start))
+            .add(start, end);
+        let stored = &self.stored;
+        self.left
+            .retain(|(left, end)| stored.get(left).map_or(Lsn::ZERO, Coverage::end) < *end);
+    }
+
+    /// What may be said now.
+    pub fn report(&mut self) -> Report {
+        if self.streamed < self.verify_to {
+            return Report::default();
+        }
+        let proved = match self.acknowledge {
+            Acknowledge::Local => self.flushed(),
+            Acknowledge::Remote => self.remote().min(self.flushed()),
+        };
+        self.reported = self.reported.max(proved);
+        Report {
+            write: self.written,
+            flush: self.reported,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn branch(text: &str) -> Branch {
+        text.parse().expect("a branch")
+    }
+
+    #[test]
+    fn coverage_grows_only_without_gaps() {
+        let mut coverage = Coverage::up_to(Lsn(10));
+        coverage.add(Lsn(30), Lsn(40));
+        coverage.add(Lsn(20), Lsn(25));
+        assert_eq!(coverage.end(), Lsn(10));
+        coverage.add(Lsn(10), Lsn(20));
+        assert_eq!(coverage.end(), Lsn(25));
+        coverage.add(Lsn(22), Lsn(30));
+        assert_eq!(coverage.end(), Lsn(40));
+        coverage.add(Lsn(0), Lsn(5));
+        assert_eq!(coverage.end(), Lsn(40));
+    }
+
+    #[test]
+    fn an_open_segment_counts_only_when_the_ones_before_are_finished() {
+        let mut positions = Positions::new(Acknowledge::Local);
+        positions.take_up(Branch::FIRST, Lsn(100), Coverage::default());
+        positions.begin_stream(Lsn(100));
+        positions.on_written(Lsn(250), Lsn(250));
+        positions.on_synced(Lsn(200), Lsn(250));
+        assert_eq!(positions.report().flush, Lsn(100));
+        positions.on_finished(Lsn(200));
+        assert_eq!(
+            positions.report(),
+            Report {
+                write: Lsn(250),
+                flush: Lsn(250)
+            }
+        );
+    }
+
+    #[test]
+    fn nothing_is_said_before_the_overlap_was_compared() {
+        let mut positions = Positions::new(Acknowledge::Local);
+        positions.take_up(Branch::FIRST, Lsn(150), Coverage::default());
+        assert_eq!(positions.report(), Report::default());
+        positions.begin_stream(Lsn(100));
+        positions.on_written(Lsn(149), Lsn(150));
+        assert_eq!(positions.report(), Report::default());
+        positions.on_written(Lsn(150), Lsn(150));
+        assert_eq!(positions.report().flush, Lsn(150));
+        positions.begin_stream(Lsn(100));
+        assert_eq!(positions.report(), Report::default());
+    }
+
+    #[test]
+    fn remote_reports_what_the_repository_holds_and_never_goes_back() {
+        let mut positions = Positions::new(Acknowledge::Remote);
+        positions.take_up(Branch::FIRST, Lsn(100), Coverage::up_to(Lsn(100)));
+        positions.begin_stream(Lsn(100));
+        positions.on_written(Lsn(300), Lsn(300));
+        positions.on_synced(Lsn(100), Lsn(300));
+        assert_eq!(positions.report().flush, Lsn(100));
+        positions.on_stored(Branch::FIRST, Lsn(200), Lsn(300));
+        assert_eq!(positions.report().flush, Lsn(100));
+        positions.on_stored(Branch::FIRST, Lsn(100), Lsn(200));
+        assert_eq!(positions.report().flush, Lsn(300));
+    }
+
+    #[test]
+    fn a_branch_that_was_left_holds_the_report_back_until_it_is_stored() {
+        let second = branch("00000002-01020304");
+        let mut positions = Positions::new(Acknowledge::Remote);
+        positions.take_up(Branch::FIRST, Lsn(100), Coverage::up_to(Lsn(100)));
+        positions.begin_stream(Lsn(100));
+        positions.on_written(Lsn(150), Lsn(150));
+        positions.on_synced(Lsn(100), Lsn(150));
+        positions.take_up(second, Lsn(100), Coverage::up_to(Lsn(100)));
+        positions.begin_stream(Lsn(100));
+        positions.on_written(Lsn(200), Lsn(200));
+        positions.on_synced(Lsn(100), Lsn(200));
+        positions.on_stored(second, Lsn(100), Lsn(200));
+        assert_eq!(positions.report().flush, Lsn(100));
+        positions.on_stored(Branch::FIRST, Lsn(100), Lsn(150));
+        assert_eq!(positions.report().flush, Lsn(200));
+    }
+}

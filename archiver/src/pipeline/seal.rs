@@ -1,0 +1,363 @@
+//! Stage 3: complete segments become sealed objects in the repository, then leave the spool.
+//!
+//! Worker threads of low priority: the receive path goes first. What waits is a list of names; the WAL itself is on disk,
+//! so a store that is down for days costs disk, never memory.
+//! Invariant: a spool file is removed only when its object was read back and no unsealed segment still needs it to learn
+//! where a record began.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    os::unix::fs::FileExt,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SealedWriter, SegmentNo, SegmentSummary};
+
+use super::{archive::Archive, failure::Failure};
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result},
+    spool::primed_indexer,
+};
+
+/// Summaries kept in memory for segments that wait; beyond it a summary is made again from the spool. Sixteen MiB is a
+/// few hundred thousand commits: more than a catch-up of several GB leaves waiting.
+const SUMMARY_BYTES_MAX: usize = 16 << 20;
+/// Pause after a failed request, doubled up to the maximum; long enough not to hammer a store that is down, short enough
+/// that the remote RPO recovers within seconds of it.
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(10);
+/// How much of a spool file is read at once.
+const READ_BYTES: usize = 1 << 20;
+
+type Place = (Branch, SegmentNo);
+
+/// The segments that wait to be sealed, shared by the spool threads and the workers.
+#[derive(Debug, Default)]
+pub struct Backlog {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: BTreeMap<Place, Option<Indexed>>,
+    sealing: BTreeSet<Place>,
+    /// Sealed segments whose files are still in the spool, and the record open at their end.
+    retained: BTreeMap<Place, Option<Lsn>>,
+    summary_bytes: usize,
+    stopping: bool,
+}
+
+#[derive(Debug)]
+struct Indexed {
+    summary: SegmentSummary,
+    proven: Option<PgTimestamp>,
+}
+
+impl Indexed {
+    fn bytes(&self) -> usize {
+        let transactions = self.summary.transactions.len() * 24;
+        transactions + self.summary.events.len() * 128
+    }
+}
+
+impl Backlog {
+    /// A complete, durable segment waits. Without a summary it is indexed from the spool.
+    pub fn push(
+        &self,
+        branch: Branch,
+        segment: SegmentNo,
+        summary: Option<(SegmentSummary, Option<PgTimestamp>)>,
+    ) {
+        let mut state = self.lock();
+        let place = (branch, segment);
+        if state.retained.contains_key(&place) || state.sealing.contains(&place) {
+            return;
+        }
+        let indexed = summary
+            .map(|(summary, proven)| Indexed { summary, proven })
+            .filter(|indexed| state.summary_bytes + indexed.bytes() <= SUMMARY_BYTES_MAX);
+        state.summary_bytes += indexed.as_ref().map_or(0, Indexed::bytes);
+        if let Some(Some(old)) = state.waiting.insert(place, indexed) {
+            state.summary_bytes -= old.bytes();
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// How many segments wait or are being sealed.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        let state = self.lock();
+        state.waiting.len() + state.sealing.len()
+    }
+
+    /// Whether nothing waits.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Ends the workers after what they hold.
+    pub fn stop(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_all();
+    }
+
+    /// Whether the branch has no complete segment that waits.
+    #[must_use]
+    pub fn is_branch_sealed(&self, branch: Branch) -> bool {
+        let state = self.lock();
+        let of_branch = |place: &Place| place.0 == branch;
+        !state.waiting.keys().any(of_branch) && !state.sealing.iter().any(of_branch)
+    }
+
+    /// Forgets the files of a branch that was left and stored whole; the caller removes them.
+    pub fn release(&self, branch: Branch) -> Vec<SegmentNo> {
+        let mut state = self.lock();
+        let places: Vec<Place> = state
+            .retained
+            .keys()
+            .filter(|place| place.0 == branch)
+            .copied()
+            .collect();
+        for place in &places {
+            state.retained.remove(place);
+        }
+        places.into_iter().map(|place| place.1).collect()
+    }
+
+    /// The oldest segment that waits; blocks. `None` when stopping.
+    fn take(&self) -> Option<(Place, Option<Indexed>)> {
+        let mut state = self.lock();
+        loop {
+            if state.stopping {
+                return None;
+            }
+            if let Some((place, indexed)) = state.waiting.pop_first() {
+                state.summary_bytes -= indexed.as_ref().map_or(0, Indexed::bytes);
+                state.sealing.insert(place);
+                return Some((place, indexed));
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Waits before a retry; false when stopping.
+    fn pause(&self, duration: Duration) -> bool {
+        let state = self.lock();
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(state, duration, |state| !state.stopping)
+            .unwrap_or_else(PoisonError::into_inner);
+        !state.stopping
+    }
+
+    /// A segment is sealed; the files of its branch that nothing needs any more.
+    fn sealed(&self, place: Place, open_record_lsn: Option<Lsn>, archive: &Archive) -> Vec<Place> {
+        let mut state = self.lock();
+        state.sealing.remove(&place);
+        state.retained.insert(place, open_record_lsn);
+        let size = archive.identity().segment_size;
+        let removable = removable(&state, place.0, |lsn| size.segment_of(lsn));
+        for place in &removable {
+            state.retained.remove(place);
+        }
+        removable
+    }
+
+    fn give_back(&self, place: Place) {
+        let mut state = self.lock();
+        state.sealing.remove(&place);
+        state.waiting.insert(place, None);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Sealed segments of a branch before the one in which the record begins that the first unsealed segment continues.
+fn removable(state: &State, branch: Branch, segment_of: impl Fn(Lsn) -> SegmentNo) -> Vec<Place> {
+    let of_branch = |place: &&Place| place.0 == branch;
+    let waiting = state.waiting.keys().find(of_branch);
+    let sealing = state.sealing.iter().find(of_branch);
+    let after_last = state
+        .retained
+        .keys()
+        .rfind(of_branch)
+        .map(|last| (branch, last.1.next()));
+    let first_unsealed = [waiting.copied(), sealing.copied(), after_last]
+        .into_iter()
+        .flatten()
+        .min();
+    let Some((_, first_unsealed)) = first_unsealed else {
+        return Vec::new();
+    };
+    let open = first_unsealed
+        .previous()
+        .and_then(|last| state.retained.get(&(branch, last)))
+        .copied()
+        .flatten();
+    let needed = open.map_or(first_unsealed, segment_of).min(first_unsealed);
+    state
+        .retained
+        .keys()
+        .filter(|place| place.0 == branch && place.1 < needed)
+        .copied()
+        .collect()
+}
+
+/// One worker: seals until told to stop.
+pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
+    lower_priority();
+    let mut retry = RETRY_MIN;
+    while let Some((place, indexed)) = backlog.take() {
+        let (branch, segment) = place;
+        match seal(archive, branch, segment, indexed) {
+            Ok(open_record_lsn) => {
+                retry = RETRY_MIN;
+                archive.status().repository_answered();
+                ClusterStatus::count(&archive.status().segments_completed, 1);
+                let size = archive.identity().segment_size;
+                let (start, end) = (segment.start_lsn(size), segment.end_lsn(size));
+                let progress = archive.status().progress();
+                progress.update(|positions| positions.on_stored(branch, start, end));
+                for (branch, segment) in backlog.sealed(place, open_record_lsn, archive) {
+                    if let Err(error) = archive.branch_spool(branch).remove(segment) {
+                        tracing::warn!(%error, "a sealed segment stays in the spool");
+                    }
+                }
+            }
+            Err(Error::Repository(error)) if !error.is_conflict() => {
+                archive.status().repository_failed("seal", &error);
+                backlog.give_back(place);
+                if !backlog.pause(retry) {
+                    return;
+                }
+                retry = (retry * 2).min(RETRY_MAX);
+            }
+            Err(error) => {
+                backlog.give_back(place);
+                failure.raise(error);
+                return;
+            }
+        }
+    }
+}
+
+/// Seals one segment; returns the record open at its end.
+fn seal(
+    archive: &Archive,
+    branch: Branch,
+    segment: SegmentNo,
+    indexed: Option<Indexed>,
+) -> Result<Option<Lsn>> {
+    archive.store_history(branch)?;
+    let indexed = match indexed {
+        Some(indexed) => indexed,
+        None => index(archive, branch, segment)?,
+    };
+    let path = archive.branch_spool(branch).path(segment);
+    let file = File::open(&path).map_err(Error::io("open", &path))?;
+    let read = |bytes: &mut [u8], offset: u64| {
+        file.read_exact_at(bytes, offset)
+            .map_err(Error::io("read", &path))
+    };
+    let identity = archive.identity();
+    let header = SealedHeader::of_segment(
+        identity.system_identifier,
+        identity.version,
+        branch,
+        identity.segment_size,
+        segment,
+    );
+    let object = seal_range(archive, header, &indexed.summary, indexed.proven, &read)?;
+    archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &read)?;
+    archive.note_sealed(branch, segment)?;
+    Ok(indexed.summary.open_record_lsn)
+}
+
+/// Compresses a range that `read` yields.
+pub(super) fn seal_range(
+    archive: &Archive,
+    header: SealedHeader,
+    summary: &SegmentSummary,
+    proven: Option<PgTimestamp>,
+    read: &dyn Fn(&mut [u8], u64) -> Result<()>,
+) -> Result<Vec<u8>> {
+    let broken = |source| Error::Sealed {
+        object: header.key().to_string(),
+        source,
+    };
+    let length = header.raw_bytes();
+    let mut writer =
+        SealedWriter::new(header, archive.settings().compression_level).map_err(broken)?;
+    let mut buffer = vec![0; READ_BYTES];
+    let mut offset = 0;
+    while offset < length {
+        let count = usize::try_from(length - offset)
+            .unwrap_or(READ_BYTES)
+            .min(READ_BYTES);
+        read(&mut buffer[..count], offset)?;
+        writer.push(&buffer[..count]).map_err(broken)?;
+        offset += count as u64;
+    }
+    writer.finish(summary, proven).map_err(broken)
+}
+
+/// Makes the summary again for a segment that a previous run left, or whose summary had no room.
+fn index(archive: &Archive, branch: Branch, segment: SegmentNo) -> Result<Indexed> {
+    let earlier = |wanted| archive.read_segment(branch, wanted);
+    let mut indexer = primed_indexer(archive.identity(), segment, earlier)?;
+    let spool = archive.branch_spool(branch);
+    let bytes = spool.read(segment)?.unwrap_or_default();
+    indexer
+        .push(&bytes)
+        .map_err(|source| Error::Decode { branch, source })?;
+    Ok(Indexed {
+        summary: indexer.take_summary(),
+        proven: None,
+    })
+}
+
+/// Sealing uses what the receive path leaves of the processor. On Linux niceness is per thread.
+fn lower_priority() {
+    const NICENESS: i32 = 10;
+    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+        tracing::debug!(%error, "a sealing thread keeps its priority");
+    }
+}
+
+/// Starts the workers.
+///
+/// # Errors
+/// [`Error::ThreadStopped`] when the system has no more threads.
+pub fn start(
+    archive: &Arc<Archive>,
+    backlog: &Arc<Backlog>,
+    failure: &Arc<Failure>,
+) -> Result<Vec<std::thread::JoinHandle<()>>> {
+    (0..archive.settings().seal_threads.max(1))
+        .map(|number| {
+            let (archive, backlog, failure) = (
+                Arc::clone(archive),
+                Arc::clone(backlog),
+                Arc::clone(failure),
+            );
+            std::thread::Builder::new()
+                .name(format!("seal-{number}"))
+                .spawn(move || work(&archive, &backlog, &failure))
+                .map_err(|error| Error::ThreadStopped {
+                    name: "seal",
+                    reason: error.to_string(),
+                })
+        })
+        .collect()
+}

@@ -1,0 +1,311 @@
+//! One connection to PostgreSQL: identify, find the common past, stream timeline after timeline until it ends.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use repository::ClusterIdentity;
+use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
+
+use super::{
+    Pipeline,
+    receive::{Receive, StreamEnd, parse_duration, status_interval},
+    start::{ServerBranch, ServerState, StartPlan, plan_start},
+};
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result},
+    replication::{
+        self, ConnInfo, ConnectionMode, ReplicationClient, StatusSender, SystemIdentity,
+        WalReceiver,
+    },
+    shutdown::Shutdown,
+};
+
+/// How long a connection may take, authentication included.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A connection that was identified.
+#[derive(Debug)]
+pub struct Source {
+    client: ReplicationClient,
+    system: SystemIdentity,
+    identity: ClusterIdentity,
+    wal_sender_timeout: Option<Duration>,
+}
+
+impl Source {
+    /// Connects and asks who is there.
+    ///
+    /// # Errors
+    /// [`Error::Replication`]; [`Error::Unsupported`] for a server whose WAL we can not read.
+    pub async fn connect(
+        conninfo: &ConnInfo,
+        cluster: &wal_format::ClusterName,
+    ) -> Result<(Self, String)> {
+        let connect = ReplicationClient::connect(conninfo, ConnectionMode::Physical);
+        let mut client = tokio::time::timeout(CONNECT_TIMEOUT, connect)
+            .await
+            .map_err(|_| Error::Silent {
+                seconds: CONNECT_TIMEOUT.as_secs(),
+            })??;
+        let version = client.server_version().clone();
+        let major = u16::try_from(version.num / 10_000).unwrap_or(u16::MAX);
+        let postgresql_major = PgVersion::try_from(major)?;
+        let system = client.identify_system().await?;
+        let wal_segment_size = client.wal_segment_size().await?;
+        let wal_sender_timeout = parse_duration(&client.show("wal_sender_timeout").await?);
+        let identity = ClusterIdentity {
+            format_version: 1,
+            cluster: cluster.clone(),
+            system_identifier: system.system_identifier,
+            postgresql_major,
+            wal_segment_size,
+            created: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+        };
+        let source = Self {
+            client,
+            system,
+            identity,
+            wal_sender_timeout,
+        };
+        Ok((source, version.text))
+    }
+
+    /// Whose WAL it sends.
+    #[must_use]
+    pub fn identity(&self) -> &ClusterIdentity {
+        &self.identity
+    }
+
+    /// The server's path of timelines to the one it is on, with their history files.
+    async fn path(&mut self, pipeline: &Pipeline) -> Result<Vec<ServerBranch>> {
+        let current = self.system.timeline;
+        let mut path = Vec::new();
+        let mut history = None;
+        if current != TimelineId::FIRST {
+            let content = self.client.timeline_history(current).await?;
+            history = Some(parse_history(current, &content)?);
+            for ancestor in history.iter().flat_map(|history| &history.ancestors) {
+                let branch = self.ancestor(ancestor.timeline, &content, pipeline).await?;
+                path.push(ServerBranch {
+                    switch_lsn: ancestor.switch_lsn,
+                    ..branch
+                });
+            }
+            path.push(ServerBranch {
+                branch: Branch::of_history(current, &content),
+                history: Some(content),
+                switch_lsn: Lsn::MAX,
+            });
+        }
+        if history.is_none() {
+            path.push(ServerBranch {
+                branch: Branch::FIRST,
+                history: None,
+                switch_lsn: Lsn::MAX,
+            });
+        }
+        Ok(path)
+    }
+
+    /// The branch of an ancestor. A server may have lost an old history file; then ours, if it agrees, names it.
+    async fn ancestor(
+        &mut self,
+        timeline: TimelineId,
+        descendant: &Bytes,
+        pipeline: &Pipeline,
+    ) -> Result<ServerBranch> {
+        if timeline == TimelineId::FIRST {
+            return Ok(ServerBranch {
+                branch: Branch::FIRST,
+                history: None,
+                switch_lsn: Lsn::MAX,
+            });
+        }
+        let (branch, content) = match self.client.timeline_history(timeline).await {
+            Ok(content) => (Branch::of_history(timeline, &content), content),
+            Err(error) => {
+                let known = pipeline.known_history(timeline, descendant).await?;
+                known.ok_or(error)?
+            }
+        };
+        Ok(ServerBranch {
+            branch,
+            history: Some(content),
+            switch_lsn: Lsn::MAX,
+        })
+    }
+
+    /// Makes sure of the slot; where it keeps WAL from.
+    async fn slot(&mut self, name: &str, cluster: &str) -> Result<Option<Lsn>> {
+        let mut slot = self.client.slot(name).await?;
+        if slot
+            .as_ref()
+            .is_some_and(|slot| slot.wal_status.as_deref() == Some("lost"))
+        {
+            tracing::warn!(
+                cluster,
+                slot = name,
+                "the replication slot was invalidated by the server; it protects nothing any more and is created anew"
+            );
+            self.client.drop_slot(name).await?;
+            slot = None;
+        }
+        if slot.is_none() {
+            tracing::info!(cluster, slot = name, "creating the replication slot");
+            self.client.create_slot(name, true).await?;
+            slot = self.client.slot(name).await?;
+        }
+        Ok(slot.and_then(|slot| slot.restart_lsn))
+    }
+
+    /// Streams until the connection ends or we are asked to stop.
+    ///
+    /// # Errors
+    /// Everything that [`Error`] knows; the caller decides what is tried again.
+    pub async fn stream(
+        mut self,
+        pipeline: &Pipeline,
+        shutdown: &mut Shutdown,
+    ) -> Result<StreamEnd> {
+        let archive = pipeline.archive();
+        let settings = archive.settings();
+        let cluster = settings.name.as_str();
+        let held = pipeline.held().await?;
+        let size = archive.identity().segment_size;
+        let mut server = ServerState {
+            path: self.path(pipeline).await?,
+            flush_lsn: self.system.flush_lsn,
+            slot_restart_lsn: None,
+        };
+        if !held.is_empty() {
+            // A server that is not ours is refused before anything is changed on it.
+            plan_start(&server, &held, size)?;
+        }
+        let slot_restart_lsn = self.slot(&settings.slot, cluster).await?;
+        server.slot_restart_lsn = slot_restart_lsn;
+        let plan = plan_start(&server, &held, size)?;
+        if let Some(orphan) = plan.orphan {
+            tracing::error!(
+                cluster,
+                branch = %orphan.branch,
+                from = %orphan.from,
+                to = %orphan.to,
+                "the new primary never had this WAL: its transactions were lost by the failover. It is kept in the repository"
+            );
+        }
+        let mut floor = slot_restart_lsn.unwrap_or(Lsn::ZERO);
+        let mut client = self.client;
+        let mut plan = plan;
+        loop {
+            let StartPlan {
+                branch, start_lsn, ..
+            } = plan;
+            let taken_up = pipeline
+                .spool()
+                .take_up(branch.branch, branch.history.clone(), start_lsn)
+                .await?;
+            let start_lsn = taken_up.resume_lsn;
+            let timeline = branch.branch.timeline;
+            let (mut receiver, mut sender) = client
+                .start_replication(Some(&settings.slot), start_lsn, timeline)
+                .await
+                .map_err(|error| gap(error, timeline, start_lsn))?;
+            pipeline.begin(start_lsn).await?;
+            tracing::info!(
+                cluster,
+                branch = %branch.branch,
+                from = %start_lsn,
+                held = %taken_up.durable_lsn,
+                "streaming"
+            );
+            archive.status().note(|facts| {
+                facts.connected = true;
+                facts.stream_error = None;
+                facts.broken = None;
+                facts.slot = Some(settings.slot.clone());
+            });
+            let commands = pipeline.spool().commands();
+            let receive = Receive {
+                commands: &commands,
+                status: archive.status(),
+                failure: pipeline.failure(),
+                floor,
+                status_interval: status_interval(self.wal_sender_timeout),
+            };
+            let end = receive
+                .run(&mut receiver, &mut sender, shutdown)
+                .await
+                .map_err(|error| match error {
+                    Error::Replication(error) => gap(error, timeline, start_lsn),
+                    other => other,
+                })?;
+            // Everything that came is made durable and reported before anything else happens to the connection.
+            pipeline.spool().drain().await?;
+            if let Some(error) = pipeline.failure().take() {
+                return Err(error);
+            }
+            last_report(archive.status(), &mut sender, floor).await;
+            if end != StreamEnd::Timeline {
+                return Ok(end);
+            }
+            let (next_client, next) = next_timeline(receiver, sender).await?;
+            let Some((next, switch_lsn)) = next else {
+                return Ok(StreamEnd::ServerClosed);
+            };
+            client = next_client;
+            let content = client.timeline_history(next).await?;
+            parse_history(next, &content)?;
+            tracing::info!(cluster, timeline = %next, at = %switch_lsn, "the server changed its timeline");
+            floor = floor.max(switch_lsn);
+            plan = StartPlan {
+                branch: ServerBranch {
+                    branch: Branch::of_history(next, &content),
+                    history: Some(content),
+                    switch_lsn: Lsn::MAX,
+                },
+                start_lsn: switch_lsn.align_down(size.bytes()),
+                orphan: None,
+            };
+        }
+    }
+}
+
+async fn next_timeline(
+    receiver: WalReceiver,
+    sender: StatusSender,
+) -> Result<(ReplicationClient, Option<(TimelineId, Lsn)>)> {
+    let (client, next) = receiver.finish_timeline(sender).await?;
+    Ok((client, next.map(|next| (next.timeline, next.start_lsn))))
+}
+
+/// A server that shuts down waits for this one. It may be gone already, which is no error.
+async fn last_report(status: &ClusterStatus, sender: &mut StatusSender, floor: Lsn) {
+    let now = *status.progress().acknowledgements().borrow();
+    if now.flush.lsn() >= floor {
+        let update = replication::StatusUpdate {
+            write: now.write,
+            flush: now.flush,
+            reply_requested: false,
+        };
+        if let Err(error) = sender.send(update).await {
+            tracing::debug!(%error, "the last status found no listener");
+        }
+    }
+}
+
+fn parse_history(timeline: TimelineId, content: &[u8]) -> Result<TimelineHistory> {
+    TimelineHistory::parse(timeline, content).map_err(|source| Error::History { source })
+}
+
+fn gap(error: replication::Error, timeline: TimelineId, from: Lsn) -> Error {
+    if error.is_wal_removed() {
+        Error::Gap {
+            timeline,
+            from,
+            message: error.to_string(),
+        }
+    } else {
+        error.into()
+    }
+}

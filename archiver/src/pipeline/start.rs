@@ -1,0 +1,260 @@
+//! Where a stream begins: decided from what the archive holds and what the server says of its history. Pure.
+//!
+//! Invariant: while an archive exists the stream begins where the archive ends, never at what the server happens to have:
+//! the difference would be a gap that nobody sees.
+
+use bytes::Bytes;
+use wal_format::{Branch, Lsn, SegmentSize};
+
+use crate::error::{Error, Result};
+
+/// One timeline on the server's path, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerBranch {
+    /// The timeline and the digest of its history.
+    pub branch: Branch,
+    /// Its history file; `None` for timeline 1.
+    pub history: Option<Bytes>,
+    /// Where the server left it; [`Lsn::MAX`] for the one it is on.
+    pub switch_lsn: Lsn,
+}
+
+/// What the archive holds of one branch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// The branch.
+    pub branch: Branch,
+    /// The end of what is durable of it.
+    pub end_lsn: Lsn,
+}
+
+/// What to stream.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StartPlan {
+    /// The branch.
+    pub branch: ServerBranch,
+    /// The first byte to ask for where the archive has nothing of that branch: the start of a segment.
+    pub start_lsn: Lsn,
+    /// A branch that we hold beyond the point where the server left it.
+    pub orphan: Option<Orphan>,
+}
+
+/// WAL that we hold and the server never had: transactions that a failover lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Orphan {
+    /// The branch.
+    pub branch: Branch,
+    /// Where the server's history left it.
+    pub from: Lsn,
+    /// The end of what we hold.
+    pub to: Lsn,
+}
+
+/// What the server says.
+#[derive(Clone, Debug)]
+pub struct ServerState {
+    /// Its path, oldest first; not empty.
+    pub path: Vec<ServerBranch>,
+    /// The end of its WAL.
+    pub flush_lsn: Lsn,
+    /// The first WAL its slot keeps.
+    pub slot_restart_lsn: Option<Lsn>,
+}
+
+/// Plans the start of a stream.
+///
+/// # Errors
+/// [`Error::LostHistory`], [`Error::ServerBehind`].
+pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Result<StartPlan> {
+    let segment_start = |lsn: Lsn| lsn.align_down(size.bytes());
+    let newest = held
+        .iter()
+        .max_by_key(|held| (held.branch.timeline, held.end_lsn));
+    let Some(newest) = newest else {
+        let from = server.slot_restart_lsn.unwrap_or(server.flush_lsn);
+        return Ok(StartPlan {
+            branch: branch_at(server, from).clone(),
+            start_lsn: segment_start(from),
+            orphan: None,
+        });
+    };
+    let current = current(server);
+    let lost = || Error::LostHistory {
+        server: current.branch.timeline,
+        ours: newest.branch,
+        durable_lsn: newest.end_lsn,
+    };
+    if current.branch.timeline < newest.branch.timeline {
+        return Err(lost());
+    }
+    let ours = server
+        .path
+        .iter()
+        .enumerate()
+        .rev()
+        .find_map(|(index, on)| {
+            let held = held.iter().find(|held| held.branch == on.branch)?;
+            Some((index, on, held))
+        });
+    let (index, on, ours) = ours.ok_or_else(lost)?;
+    if on.branch == current.branch && server.flush_lsn < ours.end_lsn {
+        return Err(Error::ServerBehind {
+            timeline: on.branch.timeline,
+            server_lsn: server.flush_lsn,
+            durable_lsn: ours.end_lsn,
+        });
+    }
+    if ours.end_lsn < on.switch_lsn {
+        return Ok(StartPlan {
+            branch: on.clone(),
+            start_lsn: segment_start(ours.end_lsn),
+            orphan: None,
+        });
+    }
+    // All of that timeline that is on the server's path is here; the next one begins with the segment of the switch.
+    let next = server.path.get(index + 1).ok_or_else(lost)?;
+    Ok(StartPlan {
+        branch: next.clone(),
+        start_lsn: segment_start(on.switch_lsn),
+        orphan: (ours.end_lsn > on.switch_lsn).then_some(Orphan {
+            branch: on.branch,
+            from: on.switch_lsn,
+            to: ours.end_lsn,
+        }),
+    })
+}
+
+fn current(server: &ServerState) -> &ServerBranch {
+    server
+        .path
+        .last()
+        .expect("BUG: a server is on some timeline")
+}
+
+fn branch_at(server: &ServerState, lsn: Lsn) -> &ServerBranch {
+    server
+        .path
+        .iter()
+        .find(|branch| lsn < branch.switch_lsn)
+        .unwrap_or_else(|| current(server))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SIZE: SegmentSize = SegmentSize::DEFAULT;
+    const MIB: u64 = 1 << 20;
+
+    fn branch(text: &str, switch_mib: Option<u64>) -> ServerBranch {
+        ServerBranch {
+            branch: text.parse().expect("a branch"),
+            history: None,
+            switch_lsn: switch_mib.map_or(Lsn::MAX, |mib| Lsn(mib * MIB)),
+        }
+    }
+
+    fn held(text: &str, end_mib: u64) -> Held {
+        Held {
+            branch: text.parse().expect("a branch"),
+            end_lsn: Lsn(end_mib * MIB),
+        }
+    }
+
+    fn server(path: &[ServerBranch], flush_mib: u64) -> ServerState {
+        ServerState {
+            path: path.to_vec(),
+            flush_lsn: Lsn(flush_mib * MIB),
+            slot_restart_lsn: Some(Lsn(17 * MIB)),
+        }
+    }
+
+    fn check(server: &ServerState, held: &[Held], branch: &str, start_mib: u64) -> StartPlan {
+        let plan = plan_start(server, held, SIZE).expect("a plan");
+        assert_eq!(plan.branch.branch.to_string(), branch);
+        assert_eq!(plan.start_lsn, Lsn(start_mib * MIB));
+        plan
+    }
+
+    #[test]
+    fn an_empty_archive_begins_where_the_slot_keeps_wal() {
+        check(
+            &server(&[branch("00000001", None)], 100),
+            &[],
+            "00000001",
+            16,
+        );
+        let promoted = [
+            branch("00000001", Some(40)),
+            branch("00000002-0a0b0c0d", None),
+        ];
+        check(&server(&promoted, 100), &[], "00000001", 16);
+    }
+
+    #[test]
+    fn an_archive_is_continued_at_its_own_end_whatever_the_slot_says() {
+        let server = server(&[branch("00000001", None)], 100);
+        check(&server, &[held("00000001", 5)], "00000001", 0);
+        check(&server, &[held("00000001", 50)], "00000001", 48);
+    }
+
+    #[test]
+    fn behind_the_fork_the_old_timeline_is_followed_to_its_end_first() {
+        let path = [
+            branch("00000001", Some(40)),
+            branch("00000003-0a0b0c0d", None),
+        ];
+        check(&server(&path, 100), &[held("00000001", 39)], "00000001", 32);
+        check(
+            &server(&path, 100),
+            &[held("00000001", 40)],
+            "00000003-0a0b0c0d",
+            32,
+        );
+    }
+
+    #[test]
+    fn ahead_of_the_fork_the_orphan_is_named_and_the_new_timeline_followed() {
+        let path = [
+            branch("00000001", Some(40)),
+            branch("00000002-0a0b0c0d", None),
+        ];
+        let plan = check(
+            &server(&path, 41),
+            &[held("00000001", 44)],
+            "00000002-0a0b0c0d",
+            32,
+        );
+        let orphan = plan.orphan.expect("an orphan");
+        assert_eq!((orphan.from, orphan.to), (Lsn(40 * MIB), Lsn(44 * MIB)));
+    }
+
+    #[test]
+    fn a_server_that_lost_wal_or_history_is_refused() {
+        let first = server(&[branch("00000001", None)], 100);
+        let behind = plan_start(&first, &[held("00000001", 101)], SIZE);
+        assert!(
+            matches!(behind, Err(Error::ServerBehind { .. })),
+            "{behind:?}"
+        );
+        let ours = [held("00000001", 50), held("00000002-0a0b0c0d", 60)];
+        let left_behind = plan_start(&first, &ours, SIZE);
+        assert!(
+            matches!(left_behind, Err(Error::LostHistory { .. })),
+            "{left_behind:?}"
+        );
+        let stranger = server(&[branch("00000003-01010101", None)], 100);
+        let lost = plan_start(&stranger, &ours, SIZE);
+        assert!(matches!(lost, Err(Error::LostHistory { .. })), "{lost:?}");
+    }
+
+    #[test]
+    fn a_second_timeline_of_the_same_number_gets_its_own_branch() {
+        let path = [
+            branch("00000001", Some(40)),
+            branch("00000002-ffffffff", None),
+        ];
+        let ours = [held("00000001", 40), held("00000002-0a0b0c0d", 60)];
+        check(&server(&path, 100), &ours, "00000002-ffffffff", 32);
+    }
+}

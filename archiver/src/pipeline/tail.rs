@@ -1,0 +1,163 @@
+//! Stage 3b: what is durable of the open segment goes to the repository as a tail, once per `remote_flush_interval`.
+//!
+//! One tail is in flight at a time and none waits: while the store is slow the next one simply grows. An idle database
+//! costs no request. A tail is only ever a copy of spooled WAL; the sealed segment replaces it.
+
+use std::{
+    os::unix::fs::FileExt,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use wal_format::SealedHeader;
+
+use super::{archive::Archive, failure::Failure, seal::seal_range};
+use crate::{
+    error::{Error, Result},
+    spool::TailCut,
+};
+
+/// Pause after a failed request, doubled up to the maximum: see the same names in `seal`.
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+
+/// The place for one tail.
+#[derive(Debug, Default)]
+pub struct TailSlot {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    next: Option<TailCut>,
+    busy: bool,
+    stopping: bool,
+}
+
+impl TailSlot {
+    /// Whether a tail would be taken now.
+    #[must_use]
+    pub fn is_free(&self) -> bool {
+        let state = self.lock();
+        state.next.is_none() && !state.busy
+    }
+
+    /// Hands over a tail; only when [`TailSlot::is_free`], which only the one thread that cuts tails can end.
+    pub fn put(&self, tail: TailCut) {
+        let mut state = self.lock();
+        debug_assert!(state.next.is_none(), "BUG: a tail was cut while one waits");
+        state.next = Some(tail);
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    /// Ends the thread after what it holds.
+    pub fn stop(&self) {
+        self.lock().stopping = true;
+        self.changed.notify_all();
+    }
+
+    fn take(&self) -> Option<TailCut> {
+        let mut state = self.lock();
+        state.busy = false;
+        loop {
+            if state.stopping {
+                return None;
+            }
+            if let Some(tail) = state.next.take() {
+                state.busy = true;
+                return Some(tail);
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn pause(&self, duration: Duration) -> bool {
+        let state = self.lock();
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(state, duration, |state| !state.stopping)
+            .unwrap_or_else(PoisonError::into_inner);
+        !state.stopping
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn work(archive: &Archive, slot: &TailSlot, failure: &Failure) {
+    while let Some(tail) = slot.take() {
+        let mut retry = RETRY_MIN;
+        while !archive.is_sealed(tail.branch, tail.segment) {
+            match store(archive, &tail) {
+                Ok(()) => {
+                    archive.status().repository_answered();
+                    let progress = archive.status().progress();
+                    progress.update(|positions| {
+                        positions.on_stored(tail.branch, tail.start_lsn, tail.end_lsn);
+                    });
+                    break;
+                }
+                Err(Error::Repository(error)) if !error.is_conflict() => {
+                    archive.status().repository_failed("tail", &error);
+                    if !slot.pause(retry) {
+                        return;
+                    }
+                    retry = (retry * 2).min(RETRY_MAX);
+                }
+                Err(error) => {
+                    failure.raise(error);
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn store(archive: &Archive, tail: &TailCut) -> Result<()> {
+    archive.store_history(tail.branch)?;
+    let identity = archive.identity();
+    let header = SealedHeader {
+        system_identifier: identity.system_identifier,
+        version: identity.version,
+        branch: tail.branch,
+        segment_size: identity.segment_size,
+        start_lsn: tail.start_lsn,
+        end_lsn: tail.end_lsn,
+    };
+    let path = archive.branch_spool(tail.branch).partial_path(tail.segment);
+    let base = identity.segment_size.offset_of(tail.start_lsn);
+    let read = |bytes: &mut [u8], offset: u64| {
+        tail.file
+            .read_exact_at(bytes, base + offset)
+            .map_err(Error::io("read", &path))
+    };
+    let object = seal_range(archive, header, &tail.summary, tail.proven, &read)?;
+    let range = archive.store_wal(&header, &object, &tail.summary, tail.proven, &read)?;
+    archive.note_tail(range)
+}
+
+/// Starts the thread.
+///
+/// # Errors
+/// [`Error::ThreadStopped`] when the system has no more threads.
+pub fn start(
+    archive: &Arc<Archive>,
+    slot: &Arc<TailSlot>,
+    failure: &Arc<Failure>,
+) -> Result<JoinHandle<()>> {
+    let (archive, slot, failure) = (Arc::clone(archive), Arc::clone(slot), Arc::clone(failure));
+    std::thread::Builder::new()
+        .name("tail".to_owned())
+        .spawn(move || work(&archive, &slot, &failure))
+        .map_err(|error| Error::ThreadStopped {
+            name: "tail",
+            reason: error.to_string(),
+        })
+}

@@ -1,0 +1,21 @@
+//! PostgreSQL's replication protocol: [`ReplicationClient`] and the stream of WAL.
+//!
+//! Modules in reading order: [`conninfo`] (where and who), `connection` (framing and authentication), `client` (commands),
+//! `stream` (WAL in, status out). Invariant: a status is built from a [`crate::flushed_lsn::FlushedLsn`]; what the server
+//! says of its own positions is never sent back as ours.
+
+mod client;
+mod connection;
+pub mod conninfo;
+mod error;
+mod stream;
+
+pub use client::{
+    ConnectionMode, ReplicationClient, ServerVersion, SlotCreation, SlotInfo, SystemIdentity,
+};
+pub use conninfo::ConnInfo;
+pub use error::Error;
+pub use stream::{NextTimeline, StatusSender, StatusUpdate, StreamMessage, WalReceiver};
+
+/// This module's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;

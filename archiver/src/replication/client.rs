@@ -1,0 +1,348 @@
+//! [`ReplicationClient`]: the commands of a walsender.
+
+use bytes::{Buf, Bytes};
+use wal_format::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
+
+use super::{
+    ConnInfo, Error, Result, StatusSender, WalReceiver,
+    connection::{self, Reader, Writer},
+};
+
+/// What the connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionMode {
+    /// The replication grammar alone.
+    Physical,
+    /// SQL too.
+    Sql,
+}
+
+/// The server's version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerVersion {
+    /// `170011` for 17.11.
+    pub num: u32,
+    /// As the server prints it.
+    pub text: String,
+}
+
+/// The answer to `IDENTIFY_SYSTEM`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SystemIdentity {
+    /// The cluster.
+    pub system_identifier: SystemIdentifier,
+    /// The timeline it is on.
+    pub timeline: TimelineId,
+    /// The end of its durable WAL.
+    pub flush_lsn: Lsn,
+}
+
+/// A physical replication slot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlotInfo {
+    /// The first WAL it keeps.
+    pub restart_lsn: Option<Lsn>,
+    /// Whether a walsender uses it.
+    pub active: bool,
+    /// `wal_status`, where it is known.
+    pub wal_status: Option<String>,
+}
+
+/// Whether a slot is new.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SlotCreation {
+    /// It was made.
+    Created,
+    /// It was there.
+    AlreadyExists,
+}
+
+/// A connection that is not streaming.
+#[derive(Debug)]
+pub struct ReplicationClient {
+    reader: Reader,
+    writer: Writer,
+    version: ServerVersion,
+    info: ConnInfo,
+}
+
+type Row = Vec<Option<Bytes>>;
+
+impl ReplicationClient {
+    /// Connects.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn connect(info: &ConnInfo, mode: ConnectionMode) -> Result<Self> {
+        let replication = match mode {
+            ConnectionMode::Physical => "true",
+            ConnectionMode::Sql => "database",
+        };
+        let (reader, writer, reported) = connection::connect(info, replication).await?;
+        let text = reported
+            .into_iter()
+            .find_map(|(name, value)| (name == "server_version").then_some(value))
+            .unwrap_or_default();
+        let version = ServerVersion {
+            num: version_number(&text),
+            text,
+        };
+        Ok(Self {
+            reader,
+            writer,
+            version,
+            info: info.clone(),
+        })
+    }
+
+    pub(super) fn from_parts(
+        reader: Reader,
+        writer: Writer,
+        version: ServerVersion,
+        info: ConnInfo,
+    ) -> Self {
+        Self {
+            reader,
+            writer,
+            version,
+            info,
+        }
+    }
+
+    /// The server's version.
+    #[must_use]
+    pub fn server_version(&self) -> &ServerVersion {
+        &self.version
+    }
+
+    /// Who the server is.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn identify_system(&mut self) -> Result<SystemIdentity> {
+        let row = self.row("IDENTIFY_SYSTEM").await?;
+        let parsed = (|| {
+            Some(SystemIdentity {
+                system_identifier: text(&row, 0)?.parse().ok()?,
+                timeline: TimelineId::new(text(&row, 1)?.parse().ok()?)?,
+                flush_lsn: text(&row, 2)?.parse().ok()?,
+            })
+        })();
+        parsed.ok_or_else(|| {
+            self.reader
+                .unexpected("IDENTIFY_SYSTEM with nonsense".to_owned())
+        })
+    }
+
+    /// A setting, as `SHOW` prints it.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn show(&mut self, name: &str) -> Result<String> {
+        let row = self.row(&format!("SHOW {name}")).await?;
+        Ok(text(&row, 0).unwrap_or_default())
+    }
+
+    /// `wal_segment_size`.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn wal_segment_size(&mut self) -> Result<SegmentSize> {
+        let shown = self.show("wal_segment_size").await?;
+        let digits = shown.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let unit = match &shown[digits.len()..] {
+            "kB" => 1 << 10,
+            "MB" => 1 << 20,
+            "GB" => 1 << 30,
+            _ => 1,
+        };
+        digits
+            .parse::<u64>()
+            .ok()
+            .and_then(|count| count.checked_mul(unit))
+            .and_then(|bytes| SegmentSize::new(bytes).ok())
+            .ok_or_else(|| self.reader.unexpected(format!("wal_segment_size {shown}")))
+    }
+
+    /// A timeline's history file.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn timeline_history(&mut self, timeline: TimelineId) -> Result<Bytes> {
+        let mut row = self.row(&format!("TIMELINE_HISTORY {timeline}")).await?;
+        let content = row.drain(..).nth(1).flatten();
+        content.ok_or_else(|| self.reader.unexpected("no timeline history".to_owned()))
+    }
+
+    /// Creates a physical slot.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn create_slot(&mut self, name: &str, reserve_wal: bool) -> Result<SlotCreation> {
+        let reserve = if reserve_wal { " RESERVE_WAL" } else { "" };
+        let command = format!("CREATE_REPLICATION_SLOT \"{name}\" PHYSICAL{reserve}");
+        match self.rows(&command).await {
+            Ok(_) => Ok(SlotCreation::Created),
+            Err(Error::Server { report, .. }) if report.code == "42710" => {
+                Ok(SlotCreation::AlreadyExists)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Drops a slot.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn drop_slot(&mut self, name: &str) -> Result<()> {
+        self.rows(&format!("DROP_REPLICATION_SLOT \"{name}\""))
+            .await?;
+        Ok(())
+    }
+
+    /// A slot, by SQL on a connection of its own: `READ_REPLICATION_SLOT` is missing before 15 and hides `wal_status`.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn slot(&mut self, name: &str) -> Result<Option<SlotInfo>> {
+        let info = self.info.clone();
+        let mut sql = Box::pin(Self::connect(&info, ConnectionMode::Sql)).await?;
+        let quoted = name.replace('\'', "''");
+        let rows = sql
+            .query(&format!(
+                "SELECT restart_lsn::text, active::text, wal_status FROM pg_catalog.pg_replication_slots \
+                 WHERE slot_name = '{quoted}'"
+            ))
+            .await?;
+        Ok(rows.into_iter().next().map(|row| {
+            let field = |at: usize| row.get(at).cloned().flatten();
+            SlotInfo {
+                restart_lsn: field(0).and_then(|lsn| lsn.parse().ok()),
+                active: field(1).as_deref() == Some("true"),
+                wal_status: field(2),
+            }
+        }))
+    }
+
+    /// A simple query; every value as text.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn query(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>> {
+        let rows = self.rows(sql).await?;
+        let texts = |row: Row| (0..row.len()).map(|at| text(&row, at)).collect();
+        Ok(rows.into_iter().map(texts).collect())
+    }
+
+    /// Begins to stream.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn start_replication(
+        mut self,
+        slot: Option<&str>,
+        start_lsn: Lsn,
+        timeline: TimelineId,
+    ) -> Result<(WalReceiver, StatusSender)> {
+        let slot = slot.map_or_else(String::new, |slot| format!("SLOT \"{slot}\" "));
+        let command = format!("START_REPLICATION {slot}PHYSICAL {start_lsn} TIMELINE {timeline}");
+        self.writer.query(&command).await?;
+        let answer = self.reader.answer().await?;
+        if answer.tag != b'W' {
+            let tag = answer.tag as char;
+            return Err(self
+                .reader
+                .unexpected(format!("'{tag}' to START_REPLICATION")));
+        }
+        Ok((
+            WalReceiver::new(self.reader, self.version, self.info),
+            StatusSender::new(self.writer),
+        ))
+    }
+
+    async fn row(&mut self, command: &str) -> Result<Row> {
+        let rows = self.rows(command).await?;
+        rows.into_iter()
+            .next()
+            .ok_or_else(|| self.reader.unexpected(format!("nothing to {command}")))
+    }
+
+    /// Runs a command; an error is returned only when the server is ready for the next one.
+    async fn rows(&mut self, command: &str) -> Result<Vec<Row>> {
+        self.writer.query(command).await?;
+        let mut rows = Vec::new();
+        let mut refused = None;
+        loop {
+            let message = self.reader.next().await?;
+            match message.tag {
+                b'D' => rows.push(data_row(message.body)),
+                b'E' => {
+                    let error = self.reader.refusal(&message.body);
+                    // A FATAL one is the last word.
+                    if matches!(&error, Error::Server { report, .. } if report.severity != "ERROR")
+                    {
+                        return Err(error);
+                    }
+                    refused = Some(error);
+                }
+                b'Z' => return refused.map_or(Ok(rows), Err),
+                _ => {}
+            }
+        }
+    }
+}
+
+pub(super) fn data_row(mut body: Bytes) -> Row {
+    let mut row = Vec::new();
+    if body.len() < 2 {
+        return row;
+    }
+    let columns = body.get_u16();
+    for _ in 0..columns {
+        if body.len() < 4 {
+            break;
+        }
+        let length = body.get_i32();
+        row.push(match usize::try_from(length) {
+            Ok(length) if length <= body.len() => Some(body.split_to(length)),
+            _ => None,
+        });
+    }
+    row
+}
+
+pub(super) fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
+    let value = row.get(at)?.as_ref()?;
+    Some(String::from_utf8_lossy(value).into_owned())
+}
+
+/// `17.11 (Debian …)` is 170011, `18beta1` is 180000.
+fn version_number(text: &str) -> u32 {
+    let mut numbers = text
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|digits| digits.parse::<u32>().unwrap_or_default());
+    let major = numbers.next().unwrap_or_default();
+    let minor = if text[text.len().min(major.to_string().len())..].starts_with('.') {
+        numbers.next().unwrap_or_default()
+    } else {
+        0
+    };
+    major.saturating_mul(10_000).saturating_add(minor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_releases_and_betas_are_read() {
+        for (text, number) in [
+            ("17.11 (Debian 17.11-1)", 170_011),
+            ("18beta1", 180_000),
+            ("15.4", 150_004),
+            ("", 0),
+        ] {
+            assert_eq!(version_number(text), number, "{text}");
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! The stream: WAL in, status out.
+
+use bytes::{Buf, BufMut, Bytes};
+use wal_format::{Lsn, PgTimestamp, TimelineId};
+
+use super::{
+    ConnInfo, ReplicationClient, Result, ServerVersion,
+    client::{data_row, text},
+    connection::{Reader, Writer},
+};
+use crate::flushed_lsn::FlushedLsn;
+
+/// What the server sends.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StreamMessage {
+    /// WAL.
+    XLogData {
+        /// Its first byte.
+        start_lsn: Lsn,
+        /// The server's flush LSN.
+        wal_end: Lsn,
+        /// The server's clock.
+        send_time: PgTimestamp,
+        /// The bytes.
+        data: Bytes,
+    },
+    /// A sign of life.
+    Keepalive {
+        /// The end of what was sent: not the server's flush LSN.
+        wal_end: Lsn,
+        /// The server's clock.
+        send_time: PgTimestamp,
+        /// Whether it wants an answer at once.
+        reply_requested: bool,
+    },
+    /// Everything of this timeline was sent: see [`WalReceiver::finish_timeline`].
+    EndOfTimeline,
+    /// The server shuts down, in order.
+    ServerClosed,
+}
+
+/// Where the server goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NextTimeline {
+    /// The next timeline: any larger number.
+    pub timeline: TimelineId,
+    /// Where it begins.
+    pub start_lsn: Lsn,
+}
+
+/// What we tell the server. `apply` is always 0/0: we apply nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StatusUpdate {
+    /// Written here.
+    pub write: Lsn,
+    /// Durable here.
+    pub flush: FlushedLsn,
+    /// Whether the server shall answer at once.
+    pub reply_requested: bool,
+}
+
+/// The reading side of a stream.
+#[derive(Debug)]
+pub struct WalReceiver {
+    reader: Reader,
+    version: ServerVersion,
+    info: ConnInfo,
+}
+
+/// The writing side of a stream.
+#[derive(Debug)]
+pub struct StatusSender {
+    writer: Writer,
+}
+
+impl WalReceiver {
+    pub(super) fn new(reader: Reader, version: ServerVersion, info: ConnInfo) -> Self {
+        Self {
+            reader,
+            version,
+            info,
+        }
+    }
+
+    /// The next message. Cancel-safe.
+    ///
+    /// # Errors
+    /// Whatever [`super::Error`] knows.
+    pub async fn next(&mut self) -> Result<StreamMessage> {
+        loop {
+            let message = self.reader.next().await?;
+            match message.tag {
+                b'd' => return self.copy_data(message.body),
+                b'c' => return Ok(StreamMessage::EndOfTimeline),
+                b'C' => return Ok(StreamMessage::ServerClosed),
+                b'E' => return Err(self.reader.refusal(&message.body)),
+                b'N' | b'S' => {}
+                other => {
+                    return Err(self
+                        .reader
+                        .unexpected(format!("'{}' in the stream", other as char)));
+                }
+            }
+        }
+    }
+
+    fn copy_data(&self, mut body: Bytes) -> Result<StreamMessage> {
+        let kind = body.first().copied().unwrap_or_default();
+        match kind {
+            b'w' if body.len() >= 25 => {
+                body.advance(1);
+                Ok(StreamMessage::XLogData {
+                    start_lsn: Lsn(body.get_u64()),
+                    wal_end: Lsn(body.get_u64()),
+                    send_time: PgTimestamp(body.get_i64()),
+                    data: body,
+                })
+            }
+            b'k' if body.len() >= 18 => {
+                body.advance(1);
+                Ok(StreamMessage::Keepalive {
+                    wal_end: Lsn(body.get_u64()),
+                    send_time: PgTimestamp(body.get_i64()),
+                    reply_requested: body.get_u8() != 0,
+                })
+            }
+            other => Err(self.reader.unexpected(format!(
+                "'{}' of {} bytes in the stream",
+                other as char,
+                body.len()
+            ))),
+        }
+    }
+
+    /// Answers the end of a timeline; where the server goes on, and the connection for the next command.
+    ///
+    /// # Errors
+    /// Whatever [`super::Error`] knows.
+    pub async fn finish_timeline(
+        mut self,
+        mut sender: StatusSender,
+    ) -> Result<(ReplicationClient, Option<NextTimeline>)> {
+        sender.writer.put(b'c', &[]);
+        sender.writer.flush().await?;
+        let mut next = None;
+        loop {
+            let message = self.reader.next().await?;
+            match message.tag {
+                b'D' => {
+                    let row = data_row(message.body);
+                    next = (|| {
+                        Some(NextTimeline {
+                            timeline: TimelineId::new(text(&row, 0)?.parse().ok()?)?,
+                            start_lsn: text(&row, 1)?.parse().ok()?,
+                        })
+                    })();
+                }
+                b'E' => return Err(self.reader.refusal(&message.body)),
+                b'Z' => break,
+                _ => {}
+            }
+        }
+        let client =
+            ReplicationClient::from_parts(self.reader, sender.writer, self.version, self.info);
+        Ok((client, next))
+    }
+}
+
+impl StatusSender {
+    pub(super) fn new(writer: Writer) -> Self {
+        Self { writer }
+    }
+
+    /// Tells the server how far we are.
+    ///
+    /// # Errors
+    /// Whatever [`super::Error`] knows.
+    pub async fn send(&mut self, status: StatusUpdate) -> Result<()> {
+        let mut body = Vec::with_capacity(34);
+        body.put_u8(b'r');
+        body.put_u64(status.write.0);
+        body.put_u64(status.flush.lsn().0);
+        body.put_u64(0);
+        body.put_i64(PgTimestamp::from_jiff(jiff::Timestamp::now()).0);
+        body.put_u8(u8::from(status.reply_requested));
+        self.writer.put(b'd', &body);
+        self.writer.flush().await
+    }
+}

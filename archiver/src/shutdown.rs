@@ -1,0 +1,83 @@
+//! [`Shutdown`]: the wish to stop, seen by every task and thread.
+//!
+//! SIGTERM and SIGINT ask once; a stage finishes what it holds and ends. Nothing is cut off.
+
+use std::{future::Future, io, time::Duration};
+
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+/// A handle on the wish to stop; clones see the same wish.
+#[derive(Clone, Debug)]
+pub struct Shutdown {
+    requested: watch::Receiver<bool>,
+}
+
+/// The side that asks.
+#[derive(Debug)]
+pub struct ShutdownRequest {
+    request: watch::Sender<bool>,
+}
+
+impl Shutdown {
+    /// A wish not yet made, and the side that makes it.
+    #[must_use]
+    pub fn new() -> (ShutdownRequest, Self) {
+        let (request, requested) = watch::channel(false);
+        (ShutdownRequest { request }, Self { requested })
+    }
+
+    /// A wish made by SIGTERM or SIGINT.
+    ///
+    /// # Errors
+    /// When the signals can not be watched.
+    pub fn on_signals() -> io::Result<Self> {
+        let (request, shutdown) = Self::new();
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
+                _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
+            }
+            request.request();
+        });
+        Ok(shutdown)
+    }
+
+    /// Whether it was asked.
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        *self.requested.borrow()
+    }
+
+    /// Returns when it is asked; never, when the asking side is gone without having asked.
+    pub async fn requested(&mut self) {
+        if self.requested.wait_for(|asked| *asked).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    /// Sleeps; cut short by the wish, and then false.
+    pub async fn sleep(&mut self, duration: Duration) -> bool {
+        self.until(tokio::time::sleep(duration)).await.is_some()
+    }
+
+    /// Runs `work` to its end, or drops it when the wish comes first.
+    pub async fn until<F: Future>(&mut self, work: F) -> Option<F::Output> {
+        tokio::select! {
+            biased;
+            () = self.requested() => None,
+            output = work => Some(output),
+        }
+    }
+}
+
+impl ShutdownRequest {
+    /// Asks.
+    pub fn request(&self) {
+        self.request.send_replace(true);
+    }
+}

@@ -1,0 +1,412 @@
+//! The spool: received WAL on this host's disk, fsynced, until the repository holds it.
+//!
+//! `{spool}/{cluster}/wal/{system identifier}/{branch}/` holds `SEGMENT` (complete, waiting to be sealed) and at most one
+//! `SEGMENT.partial` (open; its length is what was written) and, but for timeline 1, `history`.
+//! Invariant: where to resume is derived from these files' content alone; a crash at any instant leaves a readable spool.
+
+mod open_segment;
+mod prime;
+mod writer;
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, TryLockError},
+    io,
+    path::{Path, PathBuf},
+};
+
+use wal_format::{
+    Branch, Lsn, PgVersion, SegmentName, SegmentNo, SegmentSize, SystemIdentifier, WalFileName,
+    WalIdentity,
+};
+
+pub use open_segment::OpenSegment;
+pub use prime::primed_indexer;
+pub use writer::{CompletedSegment, SpoolWriter, TailCut};
+
+use crate::error::{Error, Result};
+
+/// The file that one archiver locks.
+const LOCK_FILE: &str = "lock";
+/// The content of a branch's history file, kept beside its WAL so that it reaches the repository first.
+const HISTORY_FILE: &str = "history";
+
+/// A cluster's spool, locked by this process.
+#[derive(Debug)]
+pub struct Spool {
+    directory: PathBuf,
+    /// Unlocked when dropped, and by the kernel when the process dies.
+    _lock: File,
+}
+
+impl Spool {
+    /// Opens or creates `{spool}/{cluster}` and locks it.
+    ///
+    /// # Errors
+    /// [`Error::SpoolLocked`] when another archiver has it; [`Error::Io`].
+    pub fn open(spool: &Path, cluster: &wal_format::ClusterName) -> Result<Self> {
+        let directory = spool.join(cluster.as_str());
+        create_directory(&directory)?;
+        let path = directory.join(LOCK_FILE);
+        let lock = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(Error::io("open", &path))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self {
+                directory,
+                _lock: lock,
+            }),
+            Err(TryLockError::WouldBlock) => Err(Error::SpoolLocked { path }),
+            Err(TryLockError::Error(source)) => Err(Error::io("lock", path)(source)),
+        }
+    }
+
+    /// `{spool}/{cluster}`.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whose WAL the spool holds, read from the first page of a segment in it; `None` for an empty spool.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::SpoolSystemMismatch`] when it holds WAL of two clusters.
+    pub fn identity(&self) -> Result<Option<WalIdentity>> {
+        stored_identity(&self.directory)
+    }
+
+    /// The part of the spool for one branch; nothing is created yet.
+    #[must_use]
+    pub fn branch(&self, identity: &WalIdentity, branch: Branch) -> BranchSpool {
+        BranchSpool::new(&self.directory, identity, branch)
+    }
+
+    /// The branches it holds WAL of, oldest timeline first.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn branches(&self, identity: &WalIdentity) -> Result<Vec<BranchSpool>> {
+        branches(&self.directory, identity)
+    }
+}
+
+/// The branches below `{spool}/{cluster}`, without taking the lock: for `status`.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn branches(cluster_directory: &Path, identity: &WalIdentity) -> Result<Vec<BranchSpool>> {
+    let directory = system_directory(cluster_directory, identity.system_identifier);
+    let mut branches: Vec<Branch> = names_in(&directory)?
+        .iter()
+        .filter_map(|name| name.parse().ok())
+        .collect();
+    branches.sort_unstable();
+    Ok(branches
+        .into_iter()
+        .map(|branch| BranchSpool::new(cluster_directory, identity, branch))
+        .collect())
+}
+
+/// Whose WAL `{spool}/{cluster}` holds: see [`Spool::identity`].
+///
+/// # Errors
+/// As [`Spool::identity`].
+pub fn stored_identity(cluster_directory: &Path) -> Result<Option<WalIdentity>> {
+    let wal = cluster_directory.join("wal");
+    let mut found: Option<WalIdentity> = None;
+    for system in names_in(&wal)? {
+        for branch in names_in(&wal.join(&system))? {
+            let directory = wal.join(&system).join(&branch);
+            for name in names_in(&directory)? {
+                if name == HISTORY_FILE {
+                    continue;
+                }
+                let Some(identity) = first_page_identity(&directory.join(name))? else {
+                    continue;
+                };
+                if let Some(other) = found
+                    && other.system_identifier != identity.system_identifier
+                {
+                    return Err(Error::SpoolSystemMismatch {
+                        path: cluster_directory.to_path_buf(),
+                        expected: other.system_identifier,
+                        found: identity.system_identifier.to_string(),
+                    });
+                }
+                found = Some(identity);
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// `XLogLongPageHeaderData` in `xlog_internal.h`: 24 bytes of short header, then sysid, segment and page size.
+fn first_page_identity(path: &Path) -> Result<Option<WalIdentity>> {
+    use std::io::Read;
+    let mut header = [0; 40];
+    let mut file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("open", path)(error)),
+    };
+    match file.read_exact(&mut header) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    }
+    Ok(long_header_identity(&header))
+}
+
+/// The identity that a long page header states; `None` where there is no such header.
+#[must_use]
+pub fn long_header_identity(page: &[u8]) -> Option<WalIdentity> {
+    const LONG_HEADER: u16 = 2;
+    let field = |from: usize, len: usize| page.get(from..from.checked_add(len)?);
+    let version = PgVersion::from_page_magic(u16::from_le_bytes(field(0, 2)?.try_into().ok()?))?;
+    let info = u16::from_le_bytes(field(2, 2)?.try_into().ok()?);
+    if info & LONG_HEADER == 0 {
+        return None;
+    }
+    let system = u64::from_le_bytes(field(24, 8)?.try_into().ok()?);
+    let size = u32::from_le_bytes(field(32, 4)?.try_into().ok()?);
+    Some(WalIdentity {
+        version,
+        system_identifier: SystemIdentifier(system),
+        segment_size: SegmentSize::new(u64::from(size)).ok()?,
+    })
+}
+
+/// The files of one branch.
+#[derive(Clone, Debug)]
+pub struct BranchSpool {
+    directory: PathBuf,
+    branch: Branch,
+    segment_size: SegmentSize,
+}
+
+/// What a branch's directory holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SpooledSegments {
+    /// Complete segments, by number.
+    pub complete: Vec<SegmentNo>,
+    /// The open segment and the length of its file.
+    pub open: Option<(SegmentNo, u64)>,
+}
+
+impl BranchSpool {
+    fn new(cluster_directory: &Path, identity: &WalIdentity, branch: Branch) -> Self {
+        Self {
+            directory: system_directory(cluster_directory, identity.system_identifier)
+                .join(branch.to_string()),
+            branch,
+            segment_size: identity.segment_size,
+        }
+    }
+
+    /// The branch.
+    #[must_use]
+    pub fn branch(&self) -> Branch {
+        self.branch
+    }
+
+    /// The segment size.
+    #[must_use]
+    pub fn segment_size(&self) -> SegmentSize {
+        self.segment_size
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Makes the directory, durably.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn create(&self) -> Result<()> {
+        create_directory(&self.directory)
+    }
+
+    /// The segment's name.
+    #[must_use]
+    pub fn name(&self, segment: SegmentNo) -> SegmentName {
+        SegmentName::new(self.branch.timeline, segment, self.segment_size)
+    }
+
+    /// The complete segment's path.
+    #[must_use]
+    pub fn path(&self, segment: SegmentNo) -> PathBuf {
+        self.directory.join(self.name(segment).to_string())
+    }
+
+    /// The open segment's path.
+    #[must_use]
+    pub fn partial_path(&self, segment: SegmentNo) -> PathBuf {
+        self.directory
+            .join(WalFileName::Partial(self.name(segment)).to_string())
+    }
+
+    /// What it holds; nothing when the directory does not exist.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::SpoolHole`] for more than one open segment.
+    pub fn segments(&self) -> Result<SpooledSegments> {
+        let mut found = SpooledSegments::default();
+        let mut open = BTreeMap::new();
+        for name in names_in(&self.directory)? {
+            match name.parse() {
+                Ok(WalFileName::Segment(name)) => {
+                    found.complete.extend(name.segment(self.segment_size));
+                }
+                Ok(WalFileName::Partial(segment)) => {
+                    let path = self.directory.join(&name);
+                    let length = fs::metadata(&path).map_err(Error::io("stat", &path))?.len();
+                    open.extend(segment.segment(self.segment_size).map(|s| (s, length)));
+                }
+                _ => {}
+            }
+        }
+        found.complete.sort_unstable();
+        found.open = open.pop_last();
+        match open.pop_last() {
+            Some((segment, _)) => Err(Error::SpoolHole {
+                path: self.directory.clone(),
+                missing: self.name(segment),
+            }),
+            None => Ok(found),
+        }
+    }
+
+    /// The bytes of a segment, complete or open; `None` when the spool has it not.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn read(&self, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
+        for path in [self.path(segment), self.partial_path(segment)] {
+            match fs::read(&path) {
+                Ok(bytes) => return Ok(Some(bytes)),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::io("read", path)(error)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Removes a complete segment; fine when it is gone already.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove(&self, segment: SegmentNo) -> Result<()> {
+        remove_file(&self.path(segment))
+    }
+
+    /// Removes an open segment of a branch that was left; fine when it is gone already.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove_partial(&self, segment: SegmentNo) -> Result<()> {
+        remove_file(&self.partial_path(segment))
+    }
+
+    /// The branch's history file, byte for byte; `None` for timeline 1.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn history(&self) -> Result<Option<Vec<u8>>> {
+        let path = self.directory.join(HISTORY_FILE);
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", path)(error)),
+        }
+    }
+
+    /// Keeps the branch's history file, durably, before any of the branch's WAL.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Repository`] from the durable write.
+    pub fn put_history(&self, content: &[u8]) -> Result<()> {
+        self.create()?;
+        if self.history()?.as_deref() == Some(content) {
+            return Ok(());
+        }
+        let path = self.directory.join(HISTORY_FILE);
+        repository::durable::write_new(&path, content)?;
+        Ok(())
+    }
+
+    /// The LSN after the last byte the branch's files hold; `None` when it holds none.
+    ///
+    /// # Errors
+    /// As [`BranchSpool::segments`].
+    pub fn end_lsn(&self) -> Result<Option<Lsn>> {
+        let segments = self.segments()?;
+        let size = self.segment_size;
+        let complete = segments.complete.last().map(|last| last.end_lsn(size));
+        let open = segments
+            .open
+            .map(|(segment, length)| segment.start_lsn(size).add(length));
+        Ok(complete.max(open))
+    }
+}
+
+fn system_directory(cluster_directory: &Path, system: SystemIdentifier) -> PathBuf {
+    cluster_directory.join("wal").join(system.to_string())
+}
+
+fn names_in(directory: &Path) -> Result<Vec<String>> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io("list", directory)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry.map_err(Error::io("list", directory))?;
+        names.extend(entry.file_name().into_string());
+    }
+    Ok(names)
+}
+
+fn remove_file(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io("remove", path)(error)),
+    }
+}
+
+/// Makes a directory and its parents, each durable in its parent.
+fn create_directory(path: &Path) -> Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    if let Some(parent) = path.parent()
+        && !parent.as_os_str().is_empty()
+    {
+        create_directory(parent)?;
+    }
+    match fs::create_dir(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(Error::io("create directory", path)(error)),
+    }
+    if let Some(parent) = path.parent()
+        && !parent.as_os_str().is_empty()
+    {
+        sync_directory(parent)?;
+    }
+    Ok(())
+}
+
+/// Makes names in a directory durable. Never retried: after a failed fsync the kernel may have dropped the pages.
+fn sync_directory(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|directory| directory.sync_all())
+        .map_err(Error::io("fsync directory", path))
+}

@@ -1,0 +1,376 @@
+//! [`SpoolWriter`]: WAL bytes in; checked, indexed and written to one branch's files.
+//!
+//! compare (what the files hold already) -> decode -> append -> cut into segments and tails.
+//! Invariant: `indexer.position() == written`: no byte is in the spool that was not decoded, none is decoded twice. A byte
+//! that is in the spool is never written over; the server's second sending of it is compared.
+
+use std::{fs::File, sync::Arc};
+
+use wal_format::{
+    Branch, Lsn, PgTimestamp, SegmentNo, SegmentSummary, WalIdentity, WalIndexer, lsn::PAGE_SIZE,
+};
+
+use super::{BranchSpool, OpenSegment, open_segment::is_no_space, primed_indexer, sync_directory};
+use crate::error::{Error, Result};
+
+/// A segment whose last byte was written; it is neither durable nor renamed yet.
+#[derive(Debug)]
+pub struct CompletedSegment {
+    /// Its branch.
+    pub branch: Branch,
+    /// Its file.
+    pub file: OpenSegment,
+    /// What it holds.
+    pub summary: SegmentSummary,
+    /// When the source was last seen to hold nothing beyond it.
+    pub proven: Option<PgTimestamp>,
+}
+
+/// A range of the open segment that is to go to the repository. Cut it only when it is durable here.
+#[derive(Debug)]
+pub struct TailCut {
+    /// Its branch.
+    pub branch: Branch,
+    /// The open segment.
+    pub segment: SegmentNo,
+    /// The segment's file, which stays readable when it is renamed or removed.
+    pub file: Arc<File>,
+    /// The first byte.
+    pub start_lsn: Lsn,
+    /// The first byte after.
+    pub end_lsn: Lsn,
+    /// What the range holds.
+    pub summary: SegmentSummary,
+    /// When the source was last seen to hold nothing beyond it.
+    pub proven: Option<PgTimestamp>,
+}
+
+/// Called with a full disk; true to try again, false to give up.
+pub(super) type WaitForSpace<'a> = &'a mut dyn FnMut() -> bool;
+
+/// Writes one branch's WAL to the spool.
+#[derive(Debug)]
+pub struct SpoolWriter {
+    spool: BranchSpool,
+    indexer: WalIndexer,
+    open: Option<OpenSegment>,
+    /// The end of what the files hold.
+    written: Lsn,
+    /// Where the stream's next byte belongs; before `written` while the overlap is compared.
+    incoming: Lsn,
+    /// The end of what the repository already has of the open segment as tails.
+    tail_end: Lsn,
+    /// The summary of the open segment up to `tail_end`.
+    summary: SegmentSummary,
+    /// The sending time of the message before the last one.
+    previous_send_time: Option<PgTimestamp>,
+    proven: Option<PgTimestamp>,
+}
+
+impl SpoolWriter {
+    /// Opens the branch at the end of what the spool holds, or at `start_lsn`'s segment where it holds nothing. The open
+    /// segment is decoded, cut behind its last valid record and made durable; `tail_end` is the end of the tails that the
+    /// repository has of it. `earlier` reads segments before the open one, for the record that crosses in.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; those of `earlier`.
+    pub fn open(
+        spool: &BranchSpool,
+        identity: &WalIdentity,
+        start_lsn: Lsn,
+        tail_end: Lsn,
+        mut earlier: impl FnMut(SegmentNo) -> Result<Option<Vec<u8>>>,
+    ) -> Result<(Self, Vec<CompletedSegment>)> {
+        spool.create()?;
+        let size = spool.segment_size();
+        let segments = spool.segments()?;
+        let next = segments.complete.last().map(|last| last.next());
+        let start_segment = size.segment_of(start_lsn);
+        let segment = match (segments.open, next) {
+            (Some((open, _)), Some(next)) if open < next => {
+                return Err(Error::SpoolHole {
+                    path: spool.directory().to_path_buf(),
+                    missing: spool.name(open),
+                });
+            }
+            (Some((open, _)), _) => open,
+            (None, Some(next)) => next.max(start_segment),
+            (None, None) => start_segment,
+        };
+        let segment_start = segment.start_lsn(size);
+        let mut prime = || {
+            primed_indexer(identity, segment, |wanted| match spool.read(wanted)? {
+                Some(bytes) => Ok(Some(bytes)),
+                None => earlier(wanted),
+            })
+        };
+        let mut writer = Self {
+            indexer: prime()?,
+            spool: spool.clone(),
+            open: None,
+            written: segment_start,
+            incoming: segment_start,
+            tail_end: tail_end.max(segment_start),
+            summary: SegmentSummary::default(),
+            previous_send_time: None,
+            proven: None,
+        };
+        let mut completed = Vec::new();
+        if segments.open.is_some() {
+            let mut open = OpenSegment::open(spool, segment)?;
+            let valid = valid_length(&open, &mut writer.indexer, segment_start)?;
+            if valid < open.length() {
+                tracing::info!(
+                    file = %open.partial_path().display(),
+                    from = %segment_start.add(valid),
+                    bytes = open.length() - valid,
+                    "cut the torn end of the spool; it is streamed again"
+                );
+                open.truncate(valid)?;
+            }
+            // The bytes may still be in the page cache of a process that was killed: durable only from here.
+            open.sync()?;
+            sync_directory(spool.directory())?;
+            let mut bytes = vec![0; usize::try_from(valid).unwrap_or(usize::MAX)];
+            open.read_at(&mut bytes, 0)?;
+            writer.indexer = prime()?;
+            writer.open = Some(open);
+            writer.index(&bytes, &mut completed)?;
+        }
+        writer.incoming = writer.written;
+        Ok((writer, completed))
+    }
+
+    /// The branch.
+    #[must_use]
+    pub fn branch(&self) -> Branch {
+        self.spool.branch()
+    }
+
+    /// The end of what was written, and decoded.
+    #[must_use]
+    pub fn written(&self) -> Lsn {
+        self.written
+    }
+
+    /// Where the stream is: before [`SpoolWriter::written`] while an overlap is compared.
+    #[must_use]
+    pub fn incoming(&self) -> Lsn {
+        self.incoming
+    }
+
+    /// The start of the segment that the next new byte belongs to: where a stream resumes.
+    #[must_use]
+    pub fn resume_lsn(&self) -> Lsn {
+        self.written.align_down(self.spool.segment_size().bytes())
+    }
+
+    /// The open segment's file, if a byte of it was written.
+    #[must_use]
+    pub fn open_segment(&self) -> Option<&OpenSegment> {
+        self.open.as_ref()
+    }
+
+    /// When the source was last seen to hold nothing beyond what was written.
+    #[must_use]
+    pub fn proven(&self) -> Option<PgTimestamp> {
+        self.proven
+    }
+
+    /// A new stream begins at `start_lsn`; what the files hold from there is compared with it.
+    ///
+    /// # Errors
+    /// [`Error::StreamOutOfOrder`] when that leaves a gap, or lies before the open segment.
+    pub fn begin(&mut self, start_lsn: Lsn) -> Result<()> {
+        if start_lsn > self.written || start_lsn < self.resume_lsn() {
+            return Err(Error::StreamOutOfOrder {
+                expected: self.resume_lsn(),
+                found: start_lsn,
+            });
+        }
+        self.incoming = start_lsn;
+        self.previous_send_time = None;
+        Ok(())
+    }
+
+    /// Takes the stream's next bytes. `from` names their source in a divergence.
+    ///
+    /// # Errors
+    /// [`Error::StreamOutOfOrder`], [`Error::Divergence`], [`Error::Decode`]: nothing of the offending bytes was written.
+    /// [`Error::Io`]: fatal. After any error the writer is to be opened anew.
+    pub fn push(
+        &mut self,
+        start_lsn: Lsn,
+        mut bytes: &[u8],
+        from: &'static str,
+        completed: &mut Vec<CompletedSegment>,
+        wait_for_space: WaitForSpace<'_>,
+    ) -> Result<()> {
+        if start_lsn != self.incoming {
+            return Err(Error::StreamOutOfOrder {
+                expected: self.incoming,
+                found: start_lsn,
+            });
+        }
+        if self.incoming < self.written {
+            let held = usize::try_from(self.written.bytes_since(self.incoming))
+                .unwrap_or(usize::MAX)
+                .min(bytes.len());
+            let (overlap, rest) = bytes.split_at(held);
+            self.compare(overlap, from)?;
+            self.incoming = self.incoming.add(held as u64);
+            bytes = rest;
+        }
+        while !bytes.is_empty() {
+            let (now, rest) = bytes.split_at(self.room().min(bytes.len()));
+            let decoded = self.indexer.push(now);
+            decoded.map_err(|source| Error::Decode {
+                branch: self.spool.branch(),
+                source,
+            })?;
+            self.append(now, wait_for_space)?;
+            self.advance(now.len() as u64, completed);
+            self.incoming = self.written;
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// Learns from a message's header: `wal_end` was the server's flush LSN after the message before was sent, so once we
+    /// have `wal_end`, everything flushed before that earlier time is here.
+    pub fn note_server(&mut self, wal_end: Lsn, send_time: PgTimestamp) {
+        if let Some(previous) = self.previous_send_time
+            && self.written >= wal_end
+        {
+            self.proven = self.proven.max(Some(previous));
+        }
+        self.previous_send_time = Some(send_time);
+    }
+
+    /// The range from the last tail to here, if there is any; it must be durable by now.
+    pub fn cut_tail(&mut self) -> Option<TailCut> {
+        let open = self.open.as_ref()?;
+        if self.written <= self.tail_end {
+            return None;
+        }
+        let summary = self.indexer.take_summary();
+        let tail = TailCut {
+            branch: self.spool.branch(),
+            segment: open.segment(),
+            file: open.file(),
+            start_lsn: self.tail_end,
+            end_lsn: self.written,
+            summary: summary.clone(),
+            proven: self.proven,
+        };
+        self.summary.merge(summary);
+        self.tail_end = self.written;
+        Some(tail)
+    }
+
+    /// Compares bytes at `incoming` with the open segment's file.
+    fn compare(&self, bytes: &[u8], from: &'static str) -> Result<()> {
+        let Some(open) = &self.open else {
+            return Ok(());
+        };
+        let offset = self.spool.segment_size().offset_of(self.incoming);
+        let mut ours = vec![0; bytes.len()];
+        open.read_at(&mut ours, offset)?;
+        let differs = ours.iter().zip(bytes).position(|(ours, new)| ours != new);
+        match differs {
+            None => Ok(()),
+            Some(index) => Err(Error::Divergence {
+                branch: self.spool.branch(),
+                lsn: self.incoming.add(index as u64),
+                from,
+                ours: open.partial_path().display().to_string(),
+            }),
+        }
+    }
+
+    /// Decodes bytes that the open segment's file holds.
+    fn index(&mut self, mut bytes: &[u8], completed: &mut Vec<CompletedSegment>) -> Result<()> {
+        while !bytes.is_empty() {
+            let (now, rest) = bytes.split_at(self.room().min(bytes.len()));
+            self.indexer.push(now).map_err(|source| Error::Decode {
+                branch: self.spool.branch(),
+                source,
+            })?;
+            self.advance(now.len() as u64, completed);
+            bytes = rest;
+        }
+        Ok(())
+    }
+
+    /// Bytes up to the next cut: the end of the segment, or of the tails that the repository has.
+    fn room(&self) -> usize {
+        let size = self.spool.segment_size();
+        let mut end = size.segment_of(self.written).end_lsn(size);
+        if self.tail_end > self.written {
+            end = end.min(self.tail_end);
+        }
+        usize::try_from(end.bytes_since(self.written)).unwrap_or(usize::MAX)
+    }
+
+    fn append(&mut self, mut bytes: &[u8], wait_for_space: WaitForSpace<'_>) -> Result<()> {
+        while !bytes.is_empty() {
+            if self.open.is_none() {
+                let segment = self.spool.segment_size().segment_of(self.written);
+                match OpenSegment::create(&self.spool, segment) {
+                    Ok(open) => self.open = Some(open),
+                    Err(Error::Io { source, .. }) if is_no_space(&source) && wait_for_space() => {
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            let open = self
+                .open
+                .as_mut()
+                .expect("BUG: the segment was opened above");
+            match open.append(bytes) {
+                Ok(count) => bytes = &bytes[count..],
+                Err(error) if is_no_space(&error) && wait_for_space() => {}
+                Err(error) => return Err(Error::io("write", open.partial_path())(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts bytes that are decoded and in the file; completes the segment, or the part that the repository has.
+    fn advance(&mut self, bytes: u64, completed: &mut Vec<CompletedSegment>) {
+        self.written = self.written.add(bytes);
+        debug_assert_eq!(self.indexer.position(), self.written);
+        if self.spool.segment_size().offset_of(self.written) == 0 {
+            self.summary.merge(self.indexer.take_summary());
+            completed.push(CompletedSegment {
+                branch: self.spool.branch(),
+                file: self.open.take().expect("BUG: a full segment has a file"),
+                summary: std::mem::take(&mut self.summary),
+                proven: self.proven,
+            });
+            self.tail_end = self.written;
+        } else if self.written == self.tail_end {
+            self.summary.merge(self.indexer.take_summary());
+        }
+    }
+}
+
+/// The length of the file's valid prefix: up to the end of the last record that is whole and passes its checks.
+fn valid_length(open: &OpenSegment, indexer: &mut WalIndexer, start_lsn: Lsn) -> Result<u64> {
+    let page_bytes = usize::try_from(PAGE_SIZE).unwrap_or(usize::MAX);
+    let mut page = vec![0; page_bytes];
+    let mut offset = 0;
+    while offset < open.length() {
+        let length = usize::try_from(open.length() - offset)
+            .unwrap_or(usize::MAX)
+            .min(page_bytes);
+        open.read_at(&mut page[..length], offset)?;
+        if indexer.push(&page[..length]).is_err() {
+            break;
+        }
+        offset += length as u64;
+    }
+    let valid = indexer.valid_end_lsn().bytes_since(start_lsn);
+    Ok(valid.min(open.length()))
+}

@@ -1,0 +1,316 @@
+//! Keeps one cluster archived: opens what is needed, connects, and tries again with back-off and jitter.
+//!
+//! Invariant: what a retry can not mend is not retried: a failed fsync, other bytes than archived, another cluster's
+//! repository end the program with their exit code. A gap keeps the cluster in state broken, in words, until it is closed.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use repository::{Catalog, ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
+use wal_format::WalIdentity;
+
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result},
+    pipeline::{Pipeline, archive::Archive, blocking, receive::StreamEnd, session::Source},
+    replication::ConnInfo,
+    shutdown::Shutdown,
+    spool::Spool,
+};
+
+/// First pause after a failure: a restarted server is back within a second.
+const RETRY_MIN: Duration = Duration::from_millis(200);
+/// Longest pause while the server is away: half of this, on average, is lost after it comes back.
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Pause while archiving is broken: only a person can mend it, the log need not repeat it more often.
+const BROKEN_RETRY: Duration = Duration::from_secs(30);
+/// A stream that lived this long was healthy: the next failure is a new one.
+const HEALTHY_AFTER: Duration = Duration::from_secs(10);
+/// A damaged record is asked for this often: damage on the way heals, damage on the server's disk does not.
+const DECODE_ATTEMPTS_MAX: u32 = 3;
+
+/// Archives one cluster until asked to stop.
+///
+/// # Errors
+/// What no retry can mend.
+pub async fn run(
+    settings: ClusterSettings,
+    status: Arc<ClusterStatus>,
+    mut shutdown: Shutdown,
+) -> Result<()> {
+    let conninfo = ConnInfo::parse(&settings.conninfo)?;
+    let spool = Arc::new({
+        let settings = settings.clone();
+        blocking(move || Spool::open(&settings.spool, &settings.name)).await?
+    });
+    let mut supervisor = Supervisor {
+        settings,
+        status,
+        conninfo,
+        spool,
+        pipeline: None,
+        connected_once: false,
+        retry: RETRY_MIN,
+        damaged: 0,
+    };
+    let outcome = supervisor.supervise(&mut shutdown).await;
+    supervisor.status.note(|facts| {
+        facts.connected = false;
+        if let Err(error) = &outcome {
+            facts.broken = Some(error.to_string());
+        }
+    });
+    let Some(pipeline) = supervisor.pipeline.take() else {
+        return outcome;
+    };
+    let drained = if outcome.is_ok() {
+        pipeline.drain().await
+    } else {
+        Ok(())
+    };
+    let stopped = pipeline.stop().await;
+    outcome.and(drained).and(stopped)
+}
+
+struct Supervisor {
+    settings: ClusterSettings,
+    status: Arc<ClusterStatus>,
+    conninfo: ConnInfo,
+    spool: Arc<Spool>,
+    /// Running as soon as it is known whose WAL this is, with or without a server.
+    pipeline: Option<Pipeline>,
+    connected_once: bool,
+    retry: Duration,
+    damaged: u32,
+}
+
+impl Supervisor {
+    async fn supervise(&mut self, shutdown: &mut Shutdown) -> Result<()> {
+        loop {
+            let began = Instant::now();
+            let outcome = match self.start_from_what_is_known().await {
+                Ok(()) => self.connect_and_stream(shutdown).await,
+                Err(error) => Err(error),
+            };
+            self.status.note(|facts| facts.connected = false);
+            if shutdown.is_requested() {
+                return outcome.map_or_else(|error| self.give_up_or_warn(error), |_| Ok(()));
+            }
+            if began.elapsed() > HEALTHY_AFTER {
+                self.retry = RETRY_MIN;
+            }
+            let reason = match outcome {
+                Ok(_) => {
+                    tracing::info!(cluster = %self.settings.name, "the server ended the stream; reconnecting");
+                    self.damaged = 0;
+                    "server_closed"
+                }
+                Err(error) => self.judge(error)?,
+            };
+            self.status
+                .note(|facts| *facts.reconnects.entry(reason).or_default() += 1);
+            let pause = if self.status.facts().broken.is_some() {
+                BROKEN_RETRY
+            } else {
+                self.retry
+            };
+            self.retry = (self.retry * 2).min(RETRY_MAX);
+            if !shutdown.sleep(jitter(pause)).await {
+                return Ok(());
+            }
+        }
+    }
+
+    /// On the way out only what matters is still an error.
+    fn give_up_or_warn(&self, error: Error) -> Result<()> {
+        if self.is_fatal(&error) {
+            return Err(error);
+        }
+        tracing::warn!(cluster = %self.settings.name, %error, "stopped while not streaming");
+        Ok(())
+    }
+
+    /// Decides about an error: why to reconnect, or the error itself when no retry can mend it.
+    fn judge(&mut self, error: Error) -> Result<&'static str> {
+        if matches!(error, Error::Decode { .. }) {
+            self.damaged += 1;
+        }
+        if self.is_fatal(&error) {
+            return Err(error);
+        }
+        let broken = error.is_broken().then(|| error.to_string());
+        let message = error.to_string();
+        let facts = self.status.facts();
+        let known = facts.stream_error.as_ref() == Some(&message);
+        match (&broken, known) {
+            (_, true) => {}
+            (Some(_), false) => {
+                tracing::error!(cluster = %self.settings.name, state = "broken", %error, "archiving is interrupted");
+            }
+            (None, false) => {
+                tracing::warn!(cluster = %self.settings.name, %error, "not streaming; retrying");
+            }
+        }
+        self.status.note(|facts| {
+            facts.stream_error = Some(message);
+            facts.broken = broken;
+        });
+        Ok(match error {
+            Error::Decode { .. } => "damaged_record",
+            Error::Gap { .. } => "gap",
+            Error::Replication(error) if error.is_slot_in_use() => "slot_in_use",
+            Error::Replication(_) => "connection",
+            Error::Repository(_) => "repository",
+            Error::Silent { .. } => "silent",
+            _ => "other",
+        })
+    }
+
+    fn is_fatal(&self, error: &Error) -> bool {
+        match error {
+            Error::Decode { .. } => self.damaged >= DECODE_ATTEMPTS_MAX,
+            Error::Gap { .. }
+            | Error::History { .. }
+            | Error::LostHistory { .. }
+            | Error::ServerBehind { .. }
+            | Error::Silent { .. }
+            | Error::StreamOutOfOrder { .. } => false,
+            // A wrong password or a missing right is told at once at the start; later it may be a change in progress.
+            Error::Replication(error) => {
+                !self.connected_once && error.exit_kind() == ExitKind::Usage
+            }
+            Error::Repository(error) => error.exit_kind() != ExitKind::Unreachable,
+            _ => true,
+        }
+    }
+
+    /// Starts the stages when the repository or the spool says whose WAL this is: what the spool holds then reaches the
+    /// repository without any server.
+    async fn start_from_what_is_known(&mut self) -> Result<()> {
+        if self.pipeline.is_some() {
+            return Ok(());
+        }
+        let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
+        let identity = blocking(move || {
+            let repository = Repository::open(&settings.repository, &settings.name)?;
+            let known = repository.identity()?;
+            let spooled = spool.identity()?;
+            Ok(match (known, spooled) {
+                (Some(known), Some(spooled))
+                    if known.system_identifier != spooled.system_identifier =>
+                {
+                    return Err(Error::SpoolSystemMismatch {
+                        path: spool.directory().to_path_buf(),
+                        expected: known.system_identifier,
+                        found: spooled.system_identifier.to_string(),
+                    });
+                }
+                (Some(known), _) => Some(known),
+                (None, Some(spooled)) => Some(ClusterIdentity {
+                    format_version: 1,
+                    cluster: settings.name,
+                    system_identifier: spooled.system_identifier,
+                    postgresql_major: spooled.version,
+                    wal_segment_size: spooled.segment_size,
+                    created: wal_format::PgTimestamp::from_jiff(jiff::Timestamp::now()),
+                }),
+                (None, None) => None,
+            })
+        })
+        .await?;
+        match identity {
+            Some(identity) => self.start(&identity).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn start(&mut self, identity: &ClusterIdentity) -> Result<()> {
+        let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
+        let (status, identity) = (Arc::clone(&self.status), identity.clone());
+        let archive = blocking(move || open_archive(settings, &identity, spool, status)).await?;
+        self.pipeline = Some(Pipeline::start(Arc::new(archive)).await?);
+        Ok(())
+    }
+
+    async fn connect_and_stream(&mut self, shutdown: &mut Shutdown) -> Result<StreamEnd> {
+        let connect = Source::connect(&self.conninfo, &self.settings.name);
+        let Some(connected) = shutdown.until(connect).await else {
+            return Ok(StreamEnd::Shutdown);
+        };
+        let (source, version) = connected?;
+        self.check_identity(source.identity().clone()).await?;
+        let system = source.identity().system_identifier;
+        self.status.note(|facts| {
+            facts.system_identifier = Some(system);
+            facts.server_version = Some(version);
+        });
+        if self.pipeline.is_none() {
+            self.start(source.identity()).await?;
+        }
+        let pipeline = self
+            .pipeline
+            .as_ref()
+            .expect("BUG: the pipeline was started above");
+        self.connected_once = true;
+        Box::pin(source.stream(pipeline, shutdown)).await
+    }
+
+    /// Another cluster's server or repository is an error before a single byte moves.
+    async fn check_identity(&self, identity: ClusterIdentity) -> Result<()> {
+        let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
+        blocking(move || {
+            if let Some(spooled) = spool.identity()?
+                && spooled.system_identifier != identity.system_identifier
+            {
+                return Err(Error::SpoolSystemMismatch {
+                    path: spool.directory().to_path_buf(),
+                    expected: identity.system_identifier,
+                    found: spooled.system_identifier.to_string(),
+                });
+            }
+            Repository::open(&settings.repository, &settings.name)?.claim(&identity)?;
+            Ok(())
+        })
+        .await
+    }
+}
+
+/// Opens the repository, claimed for this cluster, and the catalog.
+fn open_archive(
+    settings: ClusterSettings,
+    identity: &ClusterIdentity,
+    spool: Arc<Spool>,
+    status: Arc<ClusterStatus>,
+) -> Result<Archive> {
+    let repository = Repository::open(&settings.repository, &settings.name)?;
+    let identity = repository.claim(identity)?;
+    let catalog = Catalog::open(&settings.catalog, &identity)?;
+    let wal = WalIdentity {
+        version: identity.postgresql_major,
+        system_identifier: identity.system_identifier,
+        segment_size: identity.wal_segment_size,
+    };
+    Archive::open(settings, identity, wal, spool, repository, catalog, status)
+}
+
+/// Three quarters to five quarters of a pause, so that many archivers do not knock at once.
+fn jitter(pause: Duration) -> Duration {
+    let chance = RandomState::new().hash_one(pause) % 512;
+    pause * 3 / 4 + pause * u32::try_from(chance).unwrap_or(0) / 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn jitter_stays_within_a_quarter() {
+        for _ in 0..1000 {
+            let pause = jitter(Duration::from_secs(4));
+            assert!((3..5).contains(&pause.as_secs()), "{pause:?}");
+        }
+    }
+}

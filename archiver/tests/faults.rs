@@ -1,0 +1,241 @@
+//! Bad input and bad luck: one clear line each, the contract's exit code, nothing overwritten.
+
+use std::{fs, os::unix::fs::PermissionsExt, process::Command, thread::sleep, time::Duration};
+
+use rustix::process::Signal;
+
+use crate::support::{Place, Server, postgres_bin, wait_flushed, wait_until};
+
+/// Runs `run` until it ends by itself; its exit code and log.
+fn ends(place: &Place, conninfo: &str) -> (Option<i32>, String) {
+    let mut archiver = place.run(conninfo);
+    let code = archiver.wait().code();
+    (code, archiver.log())
+}
+
+#[test]
+fn another_clusters_server_is_refused_before_a_byte_moves() {
+    let Some(bin) = postgres_bin() else { return };
+    let (ours, other) = (Server::start(&bin, ""), Server::start(&bin, ""));
+    let place = Place::new();
+    let archiver = place.run(&ours.conninfo());
+    archiver.wait_for_log("streaming");
+    ours.write_wal(100);
+    wait_flushed(&ours, ours.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let (code, log) = ends(&place, &other.conninfo());
+    assert_eq!(code, Some(2), "{log}");
+    fs::remove_dir_all(place.spool()).expect("the spool goes");
+    let (code, log) = ends(&place, &other.conninfo());
+    assert_eq!(code, Some(2), "{log}");
+    place.assert_equals_pg_wal(&ours.data());
+}
+
+#[test]
+fn a_second_archiver_on_the_same_spool_is_refused() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let first = place.run(&server.conninfo());
+    first.wait_for_log("streaming");
+    let (code, log) = ends(&place, &server.conninfo());
+    assert_eq!(code, Some(2), "{log}");
+    assert!(log.contains("in use by another archiver"), "{log}");
+    assert_eq!(first.terminate().code(), Some(0));
+}
+
+#[test]
+fn wal_that_the_server_removed_is_a_gap_in_words_and_never_skipped() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "wal_keep_size=0\nmax_wal_size=2MB\nmin_wal_size=2MB");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("streaming");
+    server.write_wal(2000);
+    wait_flushed(&server, server.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    wait_until("the slot is free", || {
+        server.sql("SELECT active FROM pg_replication_slots") == "f"
+    });
+    server.sql("SELECT pg_drop_replication_slot('tidemark_main')");
+    for _ in 0..4 {
+        server.write_wal(3000);
+        server.sql("CHECKPOINT");
+    }
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("gap: the server no longer has WAL");
+    assert_eq!(archiver.terminate().code(), Some(0));
+    place.verify(&server.conninfo());
+}
+
+#[test]
+fn a_server_put_back_from_a_snapshot_is_a_divergence() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    server.write_wal(10);
+    server.down("fast");
+    let copy = server.data().with_extension("copy");
+    let copied = Command::new("cp")
+        .arg("-a")
+        .arg(server.data())
+        .arg(&copy)
+        .status();
+    assert!(copied.expect("cp runs").success());
+    server.up();
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("streaming");
+    server.write_wal(100);
+    wait_flushed(&server, server.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let before = place.verify(&server.conninfo());
+    server.down("fast");
+    fs::remove_dir_all(server.data()).expect("the data directory goes");
+    repository::durable::rename(&copy, &server.data()).expect("the snapshot comes");
+    server.up();
+    server.sql("CREATE TABLE another_past (a int)");
+    server.write_wal(800);
+    let (code, log) = ends(&place, &server.conninfo());
+    assert_eq!(code, Some(4), "{log}");
+    assert!(log.contains("divergence: at "), "{log}");
+    assert_eq!(place.verify(&server.conninfo()), before);
+}
+
+#[test]
+fn a_stuck_store_neither_stops_the_acknowledgements_nor_the_connection() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "wal_sender_timeout=2s");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("streaming");
+    server.write_wal(100);
+    wait_flushed(&server, server.lsn());
+    let pid = server.sql("SELECT pid FROM pg_stat_replication");
+    let aside = place.repository().with_extension("aside");
+    repository::durable::rename(&place.repository(), &aside).expect("the repository goes");
+    fs::write(place.repository(), "a file is no folder").expect("in its place");
+    server.write_wal(3000);
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    sleep(Duration::from_secs(5));
+    assert_eq!(server.sql("SELECT pid FROM pg_stat_replication"), pid);
+    fs::remove_file(place.repository()).expect("the file goes");
+    repository::durable::rename(&aside, &place.repository()).expect("the repository is back");
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+    place.verify(&server.conninfo());
+}
+
+#[test]
+fn a_frozen_archiver_comes_back_where_it_was() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "wal_sender_timeout=1s");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("streaming");
+    server.write_wal(100);
+    archiver.signal(Signal::STOP);
+    server.write_wal(2000);
+    sleep(Duration::from_secs(3));
+    archiver.signal(Signal::CONT);
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+}
+
+#[test]
+fn push_is_idempotent_and_refuses_other_bytes() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    server.write_wal(2500);
+    let place = Place::new();
+    let mut names: Vec<_> = fs::read_dir(server.data().join("pg_wal"))
+        .expect("pg_wal")
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.file_name().is_some_and(|name| name.len() == 24))
+        .collect();
+    names.sort();
+    let push = |path: &std::path::Path| {
+        let output = place
+            .command(&server.conninfo())
+            .arg("push")
+            .arg(path)
+            .output();
+        let output = output.expect("wal-archiver runs");
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    };
+    for path in &names[..2] {
+        assert_eq!(push(path).0, Some(0));
+        assert_eq!(push(path).0, Some(0));
+    }
+    place.assert_equals_pg_wal(&server.data());
+    let scratch = tempfile::tempdir().expect("a directory");
+    let edited = scratch.path().join(names[0].file_name().expect("a name"));
+    let mut wal = fs::read(&names[0]).expect("a segment");
+    for (at, expected) in [
+        (wal.len() / 2, "fails its checks"),
+        (24, "system identifier"),
+    ] {
+        wal[at] ^= 1;
+        fs::write(&edited, &wal).expect("a file");
+        let (code, said) = push(&edited);
+        assert!(
+            code.is_some_and(|code| (1..=125).contains(&code)),
+            "{code:?} {said}"
+        );
+        assert!(said.contains(expected), "{said}");
+        wal[at] ^= 1;
+    }
+    fs::write(&edited, &wal[..4096]).expect("a file");
+    assert_eq!(push(&edited).0, Some(1));
+    assert_eq!(push(&scratch.path().join("nonsense")).0, Some(1));
+    place.assert_equals_pg_wal(&server.data());
+}
+
+#[test]
+fn a_full_spool_waits_and_goes_on_when_there_is_space() {
+    let Some(bin) = postgres_bin() else { return };
+    let mount = tempfile::tempdir().expect("a directory");
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=6m", "tmpfs"])
+        .arg(mount.path())
+        .status();
+    if !mounted.is_ok_and(|status| status.success()) {
+        eprintln!("SKIPPED: a small file system needs root");
+        return;
+    }
+    let unmount = || Command::new("umount").arg(mount.path()).status();
+    let server = Server::start(&bin, "wal_sender_timeout=2s");
+    let place = Place::new();
+    let ballast = mount.path().join("ballast");
+    fs::write(&ballast, vec![1; 3 << 20]).expect("ballast");
+    let mut command = place.command_with_spool(&server.conninfo(), mount.path());
+    command.arg("--catalog").arg(place.spool().join("catalog"));
+    fs::create_dir_all(place.spool()).expect("a directory");
+    let archiver = place.run_with(command);
+    archiver.wait_for_log("streaming");
+    // The store is away, so the spool fills.
+    let mode = |bits| fs::Permissions::from_mode(bits);
+    let aside = place.repository().with_extension("aside");
+    fs::set_permissions(place.repository(), mode(0o755)).expect("chmod");
+    repository::durable::rename(&place.repository(), &aside).expect("the repository goes");
+    fs::write(place.repository(), "a file is no folder").expect("in its place");
+    server.write_wal(8000);
+    archiver.wait_for_log("disk is full");
+    let pid = server.sql("SELECT pid FROM pg_stat_replication");
+    sleep(Duration::from_secs(4));
+    assert_eq!(server.sql("SELECT pid FROM pg_stat_replication"), pid);
+    fs::remove_file(&ballast).expect("space");
+    fs::remove_file(place.repository()).expect("the file goes");
+    repository::durable::rename(&aside, &place.repository()).expect("the repository is back");
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+    assert!(unmount().is_ok_and(|status| status.success()));
+}

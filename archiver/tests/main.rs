@@ -1,0 +1,9 @@
+//! End-to-end tests of `wal-archiver` on real PostgreSQL servers.
+//!
+//! Without a server they are skipped loudly; under CI a missing server is a failure.
+
+mod crash;
+mod faults;
+mod streaming;
+mod support;
+mod timelines;

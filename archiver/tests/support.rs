@@ -1,0 +1,501 @@
+//! A throwaway PostgreSQL server and a running `wal-archiver`, each gone when dropped.
+
+use std::{
+    env, fs,
+    os::unix::{fs::chown, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Output, Stdio},
+    sync::atomic::{AtomicU16, Ordering},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use tempfile::TempDir;
+use wal_format::{Lsn, SealedReader, SegmentName};
+
+/// How long anything may take before a test fails.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The newest PostgreSQL found, or `None` to skip; under CI that is a failure.
+pub(crate) fn postgres_bin() -> Option<PathBuf> {
+    let roots = [
+        env::var("TIDEMARK_PG_DIR").ok(),
+        Some("/usr/lib/postgresql".to_owned()),
+    ];
+    for root in roots.into_iter().flatten() {
+        for version in ["17", "18", "16", "15", "14"] {
+            let bin = Path::new(&root).join(version).join("bin");
+            if bin.join("initdb").exists() {
+                return Some(bin);
+            }
+        }
+    }
+    assert!(
+        env::var("CI").is_err(),
+        "no PostgreSQL server is installed; set TIDEMARK_PG_DIR"
+    );
+    eprintln!("SKIPPED: no PostgreSQL server is installed; set TIDEMARK_PG_DIR");
+    None
+}
+
+/// The user that runs servers: PostgreSQL refuses to run as root.
+fn server_user() -> Option<(u32, u32)> {
+    let id = |arguments: &[&str]| -> Option<u32> {
+        let output = Command::new("id").args(arguments).output().ok()?;
+        String::from_utf8(output.stdout).ok()?.trim().parse().ok()
+    };
+    if id(&["-u"]) != Some(0) {
+        return None;
+    }
+    let user = ["postgres", "nobody"]
+        .into_iter()
+        .find_map(|name| Some((id(&["-u", name])?, id(&["-g", name])?)));
+    Some(user.expect("root needs a user to run PostgreSQL as"))
+}
+
+fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let process = u16::try_from(std::process::id() % 500).expect("below 500");
+    54_400 + process + NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+pub(crate) fn succeed(what: &str, output: &Output) -> String {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    assert!(
+        output.status.success(),
+        "{what}: {}\n{}\n{}",
+        output.status,
+        text(&output.stdout),
+        text(&output.stderr)
+    );
+    text(&output.stdout)
+}
+
+/// A directory of which the server's user is the owner.
+pub(crate) fn owned_dir() -> TempDir {
+    let dir = tempfile::Builder::new()
+        .prefix("tidemark")
+        .tempdir_in("/tmp")
+        .expect("a directory");
+    if let Some((user, group)) = server_user() {
+        chown(dir.path(), Some(user), Some(group)).expect("chown");
+    }
+    dir
+}
+
+/// A running server.
+pub(crate) struct Server {
+    dir: TempDir,
+    bin: PathBuf,
+    pub(crate) port: u16,
+}
+
+impl Server {
+    /// A new cluster, with `settings` appended to its configuration.
+    pub(crate) fn start(bin: &Path, settings: &str) -> Self {
+        let server = Self::prepare(bin);
+        let data = server.data();
+        let data = data.to_str().expect("UTF-8");
+        succeed(
+            "initdb",
+            &server
+                .command("initdb")
+                .args([
+                    "-D",
+                    data,
+                    "-U",
+                    "postgres",
+                    "-A",
+                    "trust",
+                    "-N",
+                    "--wal-segsize=1",
+                ])
+                .output()
+                .expect("initdb runs"),
+        );
+        server.configure(
+            "wal_level=replica\nmax_wal_senders=8\nmax_replication_slots=8\nwal_keep_size=2GB\n\
+             max_wal_size=2GB\nhot_standby=on\n",
+        );
+        server.configure(settings);
+        server.up();
+        server
+    }
+
+    /// A standby that streams from `primary`.
+    pub(crate) fn standby_of(primary: &Self) -> Self {
+        let server = Self::prepare(&primary.bin);
+        let (socket, port) = (primary.dir.path(), primary.port.to_string());
+        succeed(
+            "pg_basebackup",
+            &server
+                .command("pg_basebackup")
+                .arg("-h")
+                .arg(socket)
+                .args([
+                    "-p", &port, "-U", "postgres", "-X", "stream", "-R", "-c", "fast", "-D",
+                ])
+                .arg(server.data())
+                .output()
+                .expect("pg_basebackup runs"),
+        );
+        server.configure("");
+        server.up();
+        server
+    }
+
+    fn prepare(bin: &Path) -> Self {
+        Self {
+            dir: owned_dir(),
+            bin: bin.to_path_buf(),
+            port: free_port(),
+        }
+    }
+
+    fn configure(&self, settings: &str) {
+        use std::io::Write;
+        let path = self.data().join("postgresql.conf");
+        let mut file = fs::OpenOptions::new()
+            .append(true)
+            .open(path)
+            .expect("the configuration");
+        let socket = self.dir.path().display();
+        write!(
+            file,
+            "\nport={}\nunix_socket_directories='{socket}'\nlisten_addresses=''\n{settings}\n",
+            self.port
+        )
+        .expect("it is written");
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.bin.join(program));
+        command
+            .current_dir(self.dir.path())
+            .env_remove("PGHOST")
+            .env("LC_ALL", "C");
+        if let Some((user, group)) = server_user() {
+            command.uid(user).gid(group);
+        }
+        command
+    }
+
+    pub(crate) fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    pub(crate) fn conninfo(&self) -> String {
+        format!(
+            "host={} port={} user=postgres",
+            self.dir.path().display(),
+            self.port
+        )
+    }
+
+    fn pg_ctl(&self, arguments: &[&str]) {
+        let log = self.dir.path().join("log");
+        let status = self
+            .command("pg_ctl")
+            .arg("-D")
+            .arg(self.data())
+            .arg("-l")
+            .arg(log)
+            .args(arguments)
+            .stdout(Stdio::null())
+            .status()
+            .expect("pg_ctl runs");
+        assert!(status.success(), "pg_ctl {arguments:?}");
+    }
+
+    pub(crate) fn up(&self) {
+        self.pg_ctl(&["-w", "start"]);
+    }
+
+    pub(crate) fn down(&self, mode: &str) {
+        self.pg_ctl(&["-w", "-m", mode, "stop"]);
+    }
+
+    pub(crate) fn promote(&self) {
+        self.pg_ctl(&["-w", "promote"]);
+    }
+
+    pub(crate) fn sql(&self, sql: &str) -> String {
+        let output = self
+            .command("psql")
+            .arg("-h")
+            .arg(self.dir.path())
+            .args([
+                "-p",
+                &self.port.to_string(),
+                "-U",
+                "postgres",
+                "-qAtX",
+                "-c",
+                sql,
+            ])
+            .output()
+            .expect("psql runs");
+        succeed(sql, &output)
+    }
+
+    pub(crate) fn lsn(&self) -> Lsn {
+        self.sql("SELECT pg_current_wal_flush_lsn()")
+            .parse()
+            .expect("an LSN")
+    }
+
+    /// Writes about this many KiB of WAL, in records that cross pages and segments.
+    pub(crate) fn write_wal(&self, kib: u32) {
+        self.sql("CREATE TABLE IF NOT EXISTS load (number int, filler text)");
+        self.sql(&format!(
+            "INSERT INTO load SELECT n, repeat('x', 1000) FROM generate_series(1, {kib}) n"
+        ));
+    }
+
+    /// A client that commits small transactions until it is killed.
+    pub(crate) fn load(&self) -> Load {
+        self.sql("CREATE TABLE IF NOT EXISTS load (number int, filler text)");
+        let script = self.dir.path().join("load.sql");
+        fs::write(
+            &script,
+            "INSERT INTO load SELECT 1, repeat('x', 500) FROM generate_series(1, 20);\n",
+        )
+        .expect("a script");
+        let child = self
+            .command("pgbench")
+            .arg("-h")
+            .arg(self.dir.path())
+            .args([
+                "-p",
+                &self.port.to_string(),
+                "-U",
+                "postgres",
+                "-n",
+                "-c",
+                "2",
+                "-T",
+                "600",
+            ])
+            .arg("-f")
+            .arg(script)
+            .arg("postgres")
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("pgbench runs");
+        Load(child)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let stopped = self
+            .command("pg_ctl")
+            .arg("-D")
+            .arg(self.data())
+            .args(["-m", "immediate", "stop"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        drop(stopped);
+    }
+}
+
+/// A client under way.
+pub(crate) struct Load(Child);
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+/// Where an archiver keeps things.
+pub(crate) struct Place {
+    dir: TempDir,
+}
+
+impl Place {
+    pub(crate) fn new() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::create_dir(dir.path().join("repository")).expect("a directory");
+        Self { dir }
+    }
+
+    pub(crate) fn repository(&self) -> PathBuf {
+        self.dir.path().join("repository")
+    }
+
+    pub(crate) fn spool(&self) -> PathBuf {
+        self.dir.path().join("spool")
+    }
+
+    /// `wal-archiver` with this place's flags.
+    pub(crate) fn command(&self, conninfo: &str) -> Command {
+        self.command_with_spool(conninfo, &self.spool())
+    }
+
+    pub(crate) fn command_with_spool(&self, conninfo: &str, spool: &Path) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wal-archiver"));
+        command
+            .arg("--repository")
+            .arg(format!("file://{}", self.repository().display()))
+            .arg("--spool")
+            .arg(spool)
+            .args(["--conninfo", conninfo]);
+        command
+    }
+
+    pub(crate) fn run(&self, conninfo: &str) -> Archiver {
+        self.run_with(self.command(conninfo))
+    }
+
+    pub(crate) fn run_with(&self, mut command: Command) -> Archiver {
+        let log = self.dir.path().join("archiver.log");
+        let file = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .expect("a log");
+        let child = command
+            .args(["run", "--http", "127.0.0.1:0"])
+            .env("NO_COLOR", "1")
+            .stderr(file)
+            .spawn()
+            .expect("wal-archiver runs");
+        Archiver { child, log }
+    }
+
+    pub(crate) fn verify(&self, conninfo: &str) -> String {
+        let output = self.command(conninfo).args(["verify", "--deep"]).output();
+        succeed("verify", &output.expect("wal-archiver runs"))
+    }
+
+    fn files_below(&self, kind: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut open = vec![self.repository()];
+        while let Some(directory) = open.pop() {
+            for entry in fs::read_dir(directory).expect("a directory").flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    open.push(path);
+                } else if path.to_string_lossy().contains(kind) {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
+    /// Compares every archived byte with the server's own files; the end of what was compared.
+    pub(crate) fn assert_equals_pg_wal(&self, data: &Path) -> Lsn {
+        let mut end = Lsn::ZERO;
+        let mut compared = 0;
+        for path in self
+            .files_below("/wal/")
+            .iter()
+            .chain(&self.files_below("/tail/"))
+        {
+            let object = fs::read(path).expect("an object");
+            let reader = SealedReader::open(&object).expect("a sound object");
+            let header = reader.header();
+            let mut wal = Vec::new();
+            reader.read_all(&mut wal).expect("sound frames");
+            let name: SegmentName = header.segment_name();
+            let theirs = fs::read(data.join("pg_wal").join(name.to_string()))
+                .unwrap_or_else(|error| panic!("pg_wal has no {name}: {error}"));
+            let offset =
+                usize::try_from(header.segment_size.offset_of(header.start_lsn)).expect("small");
+            assert!(
+                theirs[offset..offset + wal.len()] == wal,
+                "{} differs",
+                path.display()
+            );
+            end = end.max(header.end_lsn);
+            compared += 1;
+        }
+        assert!(compared > 0, "nothing was archived");
+        end
+    }
+
+    pub(crate) fn sealed(&self) -> usize {
+        self.files_below("/wal/").len()
+    }
+}
+
+/// A running archiver.
+pub(crate) struct Archiver {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Archiver {
+    /// Asks it to stop, and waits.
+    pub(crate) fn terminate(mut self) -> ExitStatus {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("a signal");
+        self.wait()
+    }
+
+    /// Power off, as far as the process is concerned.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().expect("kill -9");
+        self.child.wait().expect("it is gone");
+    }
+
+    /// Waits until it ends by itself.
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        let mut status = None;
+        wait_until("the archiver ends", || {
+            status = self.child.try_wait().expect("a child");
+            status.is_some()
+        });
+        status.expect("it ended")
+    }
+
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("a child").is_none()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        fs::read_to_string(&self.log).expect("a log")
+    }
+
+    pub(crate) fn wait_for_log(&self, text: &str) {
+        wait_until(&format!("the archiver says \"{text}\""), || {
+            self.log().contains(text)
+        });
+    }
+
+    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).expect("a signal");
+    }
+}
+
+impl Drop for Archiver {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+/// Waits until the server has seen our flush LSN reach its own.
+pub(crate) fn wait_flushed(server: &Server, lsn: Lsn) {
+    wait_until(&format!("flush reaches {lsn}"), || {
+        let flushed = server.sql(
+            "SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication WHERE application_name = 'tidemark'",
+        );
+        flushed.parse::<Lsn>().is_ok_and(|flushed| flushed >= lsn)
+    });
+}
+
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,62 @@
+//! Promotions: every timeline under its own branch, history first, no gap.
+
+use crate::support::{Place, Server, postgres_bin, wait_flushed, wait_until};
+
+#[test]
+fn a_promotion_under_way_is_followed() {
+    let Some(bin) = postgres_bin() else { return };
+    let primary = Server::start(&bin, "");
+    let standby = Server::standby_of(&primary);
+    let place = Place::new();
+    let archiver = place.run(&standby.conninfo());
+    archiver.wait_for_log("streaming");
+    primary.write_wal(1500);
+    let lsn = primary.lsn();
+    wait_until("the standby has replayed", || {
+        standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+    });
+    wait_flushed(&standby, lsn);
+    standby.promote();
+    archiver.wait_for_log("changed its timeline");
+    standby.write_wal(1500);
+    let lsn = standby.lsn();
+    wait_flushed(&standby, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let verdict = place.verify(&standby.conninfo());
+    assert!(verdict.contains("no gap"), "{verdict}");
+    assert!(place.assert_equals_pg_wal(&standby.data()) >= lsn);
+}
+
+#[test]
+fn a_promotion_while_we_were_away_is_followed_and_the_old_primary_refused() {
+    let Some(bin) = postgres_bin() else { return };
+    let primary = Server::start(&bin, "");
+    let standby = Server::standby_of(&primary);
+    let place = Place::new();
+    let archiver = place.run(&primary.conninfo());
+    archiver.wait_for_log("streaming");
+    primary.write_wal(700);
+    wait_flushed(&primary, primary.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    primary.write_wal(700);
+    let lsn = primary.lsn();
+    wait_until("the standby has replayed", || {
+        standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+    });
+    standby.promote();
+    let archiver = place.run(&standby.conninfo());
+    archiver.wait_for_log("changed its timeline");
+    standby.write_wal(700);
+    wait_flushed(&standby, standby.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    place.verify(&standby.conninfo());
+
+    let archiver = place.run(&primary.conninfo());
+    archiver.wait_for_log("left behind by a promotion");
+    assert_eq!(
+        primary.sql("SELECT count(*) FROM pg_stat_replication WHERE application_name = 'tidemark'"),
+        "0"
+    );
+    assert_eq!(archiver.terminate().code(), Some(0));
+    place.verify(&standby.conninfo());
+}
