@@ -4,12 +4,16 @@
 //! `stream` (WAL in, status out). Invariant: a status is built from a [`crate::flushed_lsn::FlushedLsn`]; what the server
 //! says of its own positions is never sent back as ours.
 
+mod base_backup;
 mod client;
 mod connection;
 pub mod conninfo;
 mod error;
 mod stream;
 
+pub use base_backup::{
+    BackupMessage, BackupTablespace, BaseBackupOptions, BaseBackupStream,
+};
 pub use client::{
     ConnectionMode, ReplicationClient, ServerVersion, SlotCreation, SlotInfo, SystemIdentity,
 };

@@ -109,6 +109,14 @@ impl ReplicationClient {
         }
     }
 
+    pub(super) fn reader(&mut self) -> &mut Reader {
+        &mut self.reader
+    }
+
+    pub(super) fn writer(&mut self) -> &mut Writer {
+        &mut self.writer
+    }
+
     /// The server's version.
     #[must_use]
     pub fn server_version(&self) -> &ServerVersion {

@@ -1,0 +1,285 @@
+//! `BASE_BACKUP`: one flow of messages for both wire forms (one COPY per tablespace before 15, one for all since).
+//!
+//! Invariant: [`BackupMessage::Done`] comes only after the server's last word: a checksum failure is raised after all data,
+//! the manifest and the stop position, so a stream that looks complete is not yet a backup.
+
+use std::collections::VecDeque;
+
+use bytes::{Buf, Bytes};
+use wal_format::{Lsn, TimelineId};
+
+use super::{
+    Error, ReplicationClient, Result,
+    client::{data_row, text},
+};
+
+/// The end of a tar archive, which servers before 15 leave out (`MINIMUM_VERSION_FOR_TERMINATED_TARFILE`).
+static TAR_END: [u8; 1024] = [0; 1024];
+
+/// How to take it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BaseBackupOptions {
+    /// The backup's label.
+    pub label: String,
+    /// Whether the checkpoint is done at once and not spread.
+    pub fast_checkpoint: bool,
+    /// The greatest rate in KiB per second.
+    pub max_rate: Option<u32>,
+}
+
+/// A tablespace; the data directory itself has neither OID nor location.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackupTablespace {
+    /// Its OID.
+    pub oid: Option<u32>,
+    /// Its directory on the server.
+    pub location: Option<String>,
+    /// About how large it is.
+    pub size_kib: Option<u64>,
+}
+
+/// What comes, in this order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackupMessage {
+    /// The backup has begun.
+    Start {
+        /// START WAL LOCATION: the redo position.
+        lsn: Lsn,
+        /// Its timeline.
+        timeline: TimelineId,
+        /// What will come.
+        tablespaces: Vec<BackupTablespace>,
+    },
+    /// A tar archive begins.
+    Archive {
+        /// The tablespace's OID; `None` for the data directory.
+        tablespace: Option<u32>,
+        /// Its directory on the server, empty for the data directory.
+        location: String,
+    },
+    /// Bytes of the archive.
+    Data(Bytes),
+    /// The manifest begins.
+    Manifest,
+    /// Bytes of the manifest.
+    ManifestData(Bytes),
+    /// Bytes done so far, as the server counts.
+    Progress(u64),
+    /// Where the backup is consistent.
+    Stop {
+        /// The position.
+        lsn: Lsn,
+        /// Its timeline.
+        timeline: TimelineId,
+    },
+    /// The server is satisfied.
+    Done,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    None,
+    Archive,
+    Manifest,
+}
+
+/// A backup that is coming in.
+#[derive(Debug)]
+pub struct BaseBackupStream {
+    client: ReplicationClient,
+    /// One COPY for everything, each message with a type byte (15+).
+    typed: bool,
+    result_sets: usize,
+    tablespaces: Vec<BackupTablespace>,
+    start: Option<(Lsn, TimelineId)>,
+    /// COPY streams begun, before 15.
+    copies: usize,
+    part: Part,
+    ready: VecDeque<BackupMessage>,
+    refused: Option<Error>,
+}
+
+impl ReplicationClient {
+    /// Takes a base backup, without WAL: the stream has it.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows.
+    pub async fn base_backup(mut self, options: &BaseBackupOptions) -> Result<BaseBackupStream> {
+        let typed = self.server_version().num >= 150_000;
+        let label = options.label.replace('\'', "''");
+        let command = if typed {
+            let checkpoint = if options.fast_checkpoint { "fast" } else { "spread" };
+            let rate = options.max_rate.map_or_else(String::new, |rate| format!(", MAX_RATE {rate}"));
+            format!(
+                "BASE_BACKUP (LABEL '{label}', PROGRESS, CHECKPOINT '{checkpoint}', WAIT 0, TABLESPACE_MAP, \
+                 MANIFEST 'yes', MANIFEST_CHECKSUMS 'SHA256'{rate})"
+            )
+        } else {
+            let fast = if options.fast_checkpoint { " FAST" } else { "" };
+            let rate = options.max_rate.map_or_else(String::new, |rate| format!(" MAX_RATE {rate}"));
+            format!(
+                "BASE_BACKUP LABEL '{label}' PROGRESS{fast} NOWAIT{rate} TABLESPACE_MAP \
+                 MANIFEST 'yes' MANIFEST_CHECKSUMS 'SHA256'"
+            )
+        };
+        self.writer().query(&command).await?;
+        Ok(BaseBackupStream {
+            client: self,
+            typed,
+            result_sets: 0,
+            tablespaces: Vec::new(),
+            start: None,
+            copies: 0,
+            part: Part::None,
+            ready: VecDeque::new(),
+            refused: None,
+        })
+    }
+}
+
+impl BaseBackupStream {
+    /// The next message. A spread checkpoint sends nothing for minutes: put no timeout on the first one.
+    ///
+    /// # Errors
+    /// Whatever [`Error`] knows; whatever came before is then no backup.
+    pub async fn next(&mut self) -> Result<BackupMessage> {
+        loop {
+            if let Some(message) = self.ready.pop_front() {
+                return Ok(message);
+            }
+            let message = self.client.reader().next().await?;
+            match message.tag {
+                b'T' => self.result_sets += 1,
+                b'D' => self.row(message.body)?,
+                b'H' => self.copy_begins(),
+                b'd' if self.typed => self.typed_data(message.body)?,
+                b'd' => self.ready.push_back(match self.part {
+                    Part::Manifest => BackupMessage::ManifestData(message.body),
+                    _ => BackupMessage::Data(message.body),
+                }),
+                b'c' => self.copy_ends(),
+                b'C' if self.result_sets == 2 && self.copies == 0 && self.start.is_some() => {
+                    self.begin()?;
+                }
+                b'E' => {
+                    let error = self.client.reader().refusal(&message.body);
+                    if matches!(&error, Error::Server { report, .. } if report.severity != "ERROR") {
+                        return Err(error);
+                    }
+                    self.refused = Some(error);
+                }
+                b'Z' => return self.refused.take().map_or(Ok(BackupMessage::Done), Err),
+                _ => {}
+            }
+        }
+    }
+
+    fn row(&mut self, body: Bytes) -> Result<()> {
+        let row = data_row(body);
+        if self.result_sets == 2 {
+            self.tablespaces.push(BackupTablespace {
+                oid: text(&row, 0).and_then(|oid| oid.parse().ok()),
+                location: text(&row, 1),
+                size_kib: text(&row, 2).and_then(|size| size.parse().ok()),
+            });
+            return Ok(());
+        }
+        let position = (|| {
+            let timeline = TimelineId::new(text(&row, 1)?.parse().ok()?)?;
+            Some((text(&row, 0)?.parse().ok()?, timeline))
+        })();
+        let (lsn, timeline) = position
+            .ok_or_else(|| self.client.reader().unexpected("BASE_BACKUP without a position".to_owned()))?;
+        if self.result_sets == 1 {
+            self.start = Some((lsn, timeline));
+        } else {
+            self.ready.push_back(BackupMessage::Stop { lsn, timeline });
+        }
+        Ok(())
+    }
+
+    /// Start position and tablespaces are known.
+    fn begin(&mut self) -> Result<()> {
+        let (lsn, timeline) = self
+            .start
+            .take()
+            .ok_or_else(|| self.client.reader().unexpected("BASE_BACKUP without a start".to_owned()))?;
+        self.ready.push_back(BackupMessage::Start {
+            lsn,
+            timeline,
+            tablespaces: self.tablespaces.clone(),
+        });
+        Ok(())
+    }
+
+    fn copy_begins(&mut self) {
+        let number = self.copies;
+        self.copies += 1;
+        if self.typed {
+            return;
+        }
+        match self.tablespaces.get(number) {
+            Some(tablespace) => {
+                self.part = Part::Archive;
+                self.ready.push_back(BackupMessage::Archive {
+                    tablespace: tablespace.oid,
+                    location: tablespace.location.clone().unwrap_or_default(),
+                });
+            }
+            None => {
+                self.part = Part::Manifest;
+                self.ready.push_back(BackupMessage::Manifest);
+            }
+        }
+    }
+
+    fn copy_ends(&mut self) {
+        if !self.typed && self.part == Part::Archive {
+            self.ready.push_back(BackupMessage::Data(Bytes::from_static(&TAR_END)));
+        }
+        self.part = Part::None;
+    }
+
+    fn typed_data(&mut self, mut body: Bytes) -> Result<()> {
+        let kind = body.first().copied().unwrap_or_default();
+        if !body.is_empty() {
+            body.advance(1);
+        }
+        let message = match (kind, self.part) {
+            (b'n', _) => {
+                self.part = Part::Archive;
+                let mut texts = body.split(|byte| *byte == 0);
+                let mut text =
+                    || String::from_utf8_lossy(texts.next().unwrap_or_default()).into_owned();
+                let (name, location) = (text(), text());
+                let stem = name.strip_suffix(".tar");
+                let tablespace = match stem {
+                    Some("base") => None,
+                    // The name decides about a place on our disk: nothing but a number is taken.
+                    Some(oid) if oid.parse::<u32>().is_ok() => oid.parse().ok(),
+                    _ => {
+                        let what = format!("an archive named {name:?}");
+                        return Err(self.client.reader().unexpected(what));
+                    }
+                };
+                BackupMessage::Archive {
+                    tablespace,
+                    location,
+                }
+            }
+            (b'd', Part::Archive) => BackupMessage::Data(body),
+            (b'd', Part::Manifest) => BackupMessage::ManifestData(body),
+            (b'm', _) => {
+                self.part = Part::Manifest;
+                BackupMessage::Manifest
+            }
+            (b'p', _) if body.len() >= 8 => BackupMessage::Progress(body.get_u64()),
+            _ => {
+                let what = format!("'{}' in a base backup", kind as char);
+                return Err(self.client.reader().unexpected(what));
+            }
+        };
+        self.ready.push_back(message);
+        Ok(())
+    }
+}
