@@ -11,9 +11,7 @@ pub mod conninfo;
 mod error;
 mod stream;
 
-pub use base_backup::{
-    BackupMessage, BackupTablespace, BaseBackupOptions, BaseBackupStream,
-};
+pub use base_backup::{BackupMessage, BackupTablespace, BaseBackupOptions, BaseBackupStream};
 pub use client::{
     ConnectionMode, ReplicationClient, ServerVersion, SlotCreation, SlotInfo, SystemIdentity,
 };

@@ -8,6 +8,9 @@ mod open_segment;
 mod prime;
 mod writer;
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},

@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use wal_format::{Lsn, SealedReader, SegmentName};
 
 /// How long anything may take before a test fails.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The newest PostgreSQL found, or `None` to skip; under CI that is a failure.
 pub(crate) fn postgres_bin() -> Option<PathBuf> {

@@ -108,15 +108,23 @@ impl ReplicationClient {
         let typed = self.server_version().num >= 150_000;
         let label = options.label.replace('\'', "''");
         let command = if typed {
-            let checkpoint = if options.fast_checkpoint { "fast" } else { "spread" };
-            let rate = options.max_rate.map_or_else(String::new, |rate| format!(", MAX_RATE {rate}"));
+            let checkpoint = if options.fast_checkpoint {
+                "fast"
+            } else {
+                "spread"
+            };
+            let rate = options
+                .max_rate
+                .map_or_else(String::new, |rate| format!(", MAX_RATE {rate}"));
             format!(
                 "BASE_BACKUP (LABEL '{label}', PROGRESS, CHECKPOINT '{checkpoint}', WAIT 0, TABLESPACE_MAP, \
                  MANIFEST 'yes', MANIFEST_CHECKSUMS 'SHA256'{rate})"
             )
         } else {
             let fast = if options.fast_checkpoint { " FAST" } else { "" };
-            let rate = options.max_rate.map_or_else(String::new, |rate| format!(" MAX_RATE {rate}"));
+            let rate = options
+                .max_rate
+                .map_or_else(String::new, |rate| format!(" MAX_RATE {rate}"));
             format!(
                 "BASE_BACKUP LABEL '{label}' PROGRESS{fast} NOWAIT{rate} TABLESPACE_MAP \
                  MANIFEST 'yes' MANIFEST_CHECKSUMS 'SHA256'"
@@ -163,7 +171,8 @@ impl BaseBackupStream {
                 }
                 b'E' => {
                     let error = self.client.reader().refusal(&message.body);
-                    if matches!(&error, Error::Server { report, .. } if report.severity != "ERROR") {
+                    if matches!(&error, Error::Server { report, .. } if report.severity != "ERROR")
+                    {
                         return Err(error);
                     }
                     self.refused = Some(error);
@@ -188,8 +197,11 @@ impl BaseBackupStream {
             let timeline = TimelineId::new(text(&row, 1)?.parse().ok()?)?;
             Some((text(&row, 0)?.parse().ok()?, timeline))
         })();
-        let (lsn, timeline) = position
-            .ok_or_else(|| self.client.reader().unexpected("BASE_BACKUP without a position".to_owned()))?;
+        let (lsn, timeline) = position.ok_or_else(|| {
+            self.client
+                .reader()
+                .unexpected("BASE_BACKUP without a position".to_owned())
+        })?;
         if self.result_sets == 1 {
             self.start = Some((lsn, timeline));
         } else {
@@ -200,10 +212,11 @@ impl BaseBackupStream {
 
     /// Start position and tablespaces are known.
     fn begin(&mut self) -> Result<()> {
-        let (lsn, timeline) = self
-            .start
-            .take()
-            .ok_or_else(|| self.client.reader().unexpected("BASE_BACKUP without a start".to_owned()))?;
+        let (lsn, timeline) = self.start.take().ok_or_else(|| {
+            self.client
+                .reader()
+                .unexpected("BASE_BACKUP without a start".to_owned())
+        })?;
         self.ready.push_back(BackupMessage::Start {
             lsn,
             timeline,
@@ -235,7 +248,8 @@ impl BaseBackupStream {
 
     fn copy_ends(&mut self) {
         if !self.typed && self.part == Part::Archive {
-            self.ready.push_back(BackupMessage::Data(Bytes::from_static(&TAR_END)));
+            self.ready
+                .push_back(BackupMessage::Data(Bytes::from_static(&TAR_END)));
         }
         self.part = Part::None;
     }

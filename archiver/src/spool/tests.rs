@@ -1,0 +1,257 @@
+//! The spool against WAL made here: torn at every byte, sent twice, sent differently, continued over segments.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+use wal_format::{
+    Branch, ClusterName, Lsn, PgVersion, SegmentSize, SystemIdentifier, WalIdentity, WalIndexer,
+};
+
+use super::{BranchSpool, CompletedSegment, Spool, SpoolWriter};
+use crate::error::Error;
+
+const PAGE: usize = 8192;
+const START: Lsn = Lsn(1 << 20);
+
+fn identity() -> WalIdentity {
+    WalIdentity {
+        version: PgVersion::V17,
+        system_identifier: SystemIdentifier(7),
+        segment_size: SegmentSize::new(1 << 20).expect("1 MiB"),
+    }
+}
+
+/// WAL of no-op records of these lengths, from [`START`]; and where each record ends.
+fn wal(lengths: &[usize]) -> (Vec<u8>, Vec<Lsn>) {
+    let mut bytes = Vec::new();
+    let mut ends = Vec::new();
+    let mut previous = 0;
+    for length in lengths {
+        page_header(&mut bytes, 0);
+        let start = START.0 + bytes.len() as u64;
+        let body = vec![0xAB; length.max(&1) - 1];
+        let mut record = Vec::new();
+        record.extend(u32::try_from(24 + body.len()).expect("short").to_le_bytes());
+        record.extend(0_u32.to_le_bytes());
+        record.extend(u64::to_le_bytes(previous));
+        // LogicalMessage: not looked into.
+        record.extend([0, 21, 0, 0]);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
+        record.extend(crc.to_le_bytes());
+        record.extend(body);
+        let mut rest = record.as_slice();
+        while !rest.is_empty() {
+            page_header(
+                &mut bytes,
+                rest.len() * usize::from(rest.len() < record.len()),
+            );
+            let (now, later) = rest.split_at(rest.len().min(PAGE - bytes.len() % PAGE));
+            bytes.extend(now);
+            rest = later;
+        }
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        previous = start;
+        ends.push(START.add(bytes.len() as u64));
+    }
+    (bytes, ends)
+}
+
+/// Begins a page, when one begins here.
+fn page_header(bytes: &mut Vec<u8>, continues: usize) {
+    if !bytes.len().is_multiple_of(PAGE) {
+        return;
+    }
+    let lsn = START.0 + bytes.len() as u64;
+    let long = lsn.is_multiple_of(1 << 20);
+    let flags = u16::from(continues > 0) | if long { 2 } else { 0 };
+    bytes.extend(PgVersion::V17.page_magic().to_le_bytes());
+    bytes.extend(flags.to_le_bytes());
+    bytes.extend(1_u32.to_le_bytes());
+    bytes.extend(lsn.to_le_bytes());
+    bytes.extend(u32::try_from(continues).expect("short").to_le_bytes());
+    bytes.extend([0; 4]);
+    if long {
+        bytes.extend(7_u64.to_le_bytes());
+        bytes.extend((1_u32 << 20).to_le_bytes());
+        bytes.extend(8192_u32.to_le_bytes());
+    }
+}
+
+fn spool(directory: &Path) -> Spool {
+    let name: ClusterName = "main".parse().expect("a name");
+    Spool::open(directory, &name).expect("a spool")
+}
+
+fn open(branch: &BranchSpool) -> (SpoolWriter, Vec<CompletedSegment>) {
+    SpoolWriter::open(branch, &identity(), START, Lsn::ZERO, |_| Ok(None)).expect("it opens")
+}
+
+fn push(writer: &mut SpoolWriter, bytes: &[u8]) -> Result<Vec<CompletedSegment>, Error> {
+    let mut completed = Vec::new();
+    let mut at = writer.incoming();
+    for chunk in bytes.chunks(100_000) {
+        writer.push(at, chunk, "the server", &mut completed, &mut || false)?;
+        at = at.add(chunk.len() as u64);
+    }
+    Ok(completed)
+}
+
+#[test]
+fn a_spool_has_one_archiver() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let first = spool(directory.path());
+    let name: ClusterName = "main".parse().expect("a name");
+    let second = Spool::open(directory.path(), &name);
+    assert!(
+        matches!(second, Err(Error::SpoolLocked { .. })),
+        "{second:?}"
+    );
+    drop(first);
+    Spool::open(directory.path(), &name).expect("it is free again");
+}
+
+#[test]
+fn the_identity_is_read_from_the_first_page() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let spool = spool(directory.path());
+    assert_eq!(spool.identity().expect("readable"), None);
+    let (mut writer, _) = open(&spool.branch(&identity(), Branch::FIRST));
+    push(&mut writer, &wal(&[100; 10]).0).expect("valid WAL");
+    assert_eq!(spool.identity().expect("readable"), Some(identity()));
+}
+
+#[test]
+fn segments_complete_at_their_end_and_say_what_they_hold() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+    let (bytes, ends) = wal(&[60_000; 40]);
+    let (mut writer, _) = open(&branch);
+    let completed = push(&mut writer, &bytes).expect("valid WAL");
+    assert_eq!(completed.len(), 2);
+    for segment in &completed {
+        segment.file.finish().expect("it is renamed");
+    }
+    let counted: u64 = completed
+        .iter()
+        .map(|segment| segment.summary.record_count)
+        .sum();
+    let tail = writer.cut_tail().expect("a tail");
+    assert_eq!(counted + tail.summary.record_count, ends.len() as u64);
+    assert_eq!(tail.start_lsn, Lsn(3 << 20));
+    assert_eq!(Some(&tail.end_lsn), ends.last());
+    assert!(completed[0].summary.open_record_lsn.is_some());
+    // Opened again, the record that crosses in is known by its start.
+    let (mut again, _) = open(&branch);
+    assert_eq!(again.written(), tail.end_lsn);
+    let first = again.cut_tail().expect("a tail").summary.first_record_lsn;
+    assert_eq!(first, completed[1].summary.open_record_lsn);
+}
+
+#[test]
+fn the_overlap_is_compared_and_nothing_is_written_over() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+    let (bytes, _) = wal(&[500; 300]);
+    let (mut writer, _) = open(&branch);
+    push(&mut writer, &bytes[..100_000]).expect("valid WAL");
+    writer.begin(START).expect("the start of the segment");
+    push(&mut writer, &bytes).expect("the same again, and more");
+    assert_eq!(writer.written(), START.add(bytes.len() as u64));
+    let (mut writer, _) = open(&branch);
+    writer.begin(START).expect("the start of the segment");
+    let mut other = bytes.clone();
+    other[77_777] ^= 1;
+    let error = push(&mut writer, &other).expect_err("they differ");
+    assert!(
+        matches!(error, Error::Divergence { lsn, .. } if lsn == START.add(77_777)),
+        "{error}"
+    );
+    let held = branch.read(START_SEGMENT).expect("readable").expect("held");
+    assert_eq!(held, bytes);
+}
+
+const START_SEGMENT: wal_format::SegmentNo = wal_format::SegmentNo(1);
+
+#[test]
+fn a_damaged_record_is_neither_written_nor_counted() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+    let (mut bytes, ends) = wal(&[500; 100]);
+    let damaged = usize::try_from(ends[50].bytes_since(START)).expect("small") + 100;
+    bytes[damaged] ^= 0x10;
+    let (mut writer, _) = open(&branch);
+    let error = push(&mut writer, &bytes).expect_err("a record is damaged");
+    assert!(matches!(error, Error::Decode { .. }), "{error}");
+    let (writer, _) = open(&branch);
+    assert!(writer.written() <= ends[50]);
+}
+
+#[test]
+fn a_stream_may_not_leave_a_gap() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+    let (mut writer, _) = open(&branch);
+    assert!(writer.begin(START.add(8192)).is_err());
+    let (bytes, _) = wal(&[100]);
+    let skipped = writer.push(
+        START.add(8),
+        &bytes,
+        "the server",
+        &mut Vec::new(),
+        &mut || false,
+    );
+    assert!(
+        matches!(skipped, Err(Error::StreamOutOfOrder { .. })),
+        "{skipped:?}"
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_torn_end_is_cut_at_the_last_valid_record_and_streamed_again(
+        lengths in prop::collection::vec(1_usize..20_000, 2..20),
+        torn in 0_usize..300_000,
+        garbage in prop::collection::vec(any::<u8>(), 0..600),
+    ) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+        let (bytes, ends) = wal(&lengths);
+        let torn = torn % bytes.len();
+        let (mut writer, _) = open(&branch);
+        push(&mut writer, &bytes).expect("valid WAL");
+        drop(writer);
+        let mut content = bytes[..torn].to_vec();
+        content.extend(&garbage);
+        std::fs::write(branch.partial_path(START_SEGMENT), &content).expect("it is torn");
+        let (mut writer, _) = open(&branch);
+        // Never more than is right, never less than the records that are whole.
+        let written = writer.written();
+        let same = bytes.iter().zip(&content).take_while(|(a, b)| a == b).count();
+        let whole = ends.iter().rfind(|end| **end <= START.add(same as u64)).copied().unwrap_or(START);
+        prop_assert!(written >= whole, "{written} {whole}");
+        prop_assert!(written <= START.add(same as u64).align_up(8), "{written} {same}");
+        writer.begin(START).expect("the start of the segment");
+        push(&mut writer, &bytes).expect("the same WAL again");
+        let held = branch.read(START_SEGMENT).expect("readable").expect("held");
+        prop_assert_eq!(held, bytes);
+    }
+
+    #[test]
+    fn fed_byte_by_byte_the_indexer_says_the_same(
+        lengths in prop::collection::vec(1_usize..20_000, 2..12),
+        cut in 1_usize..9000,
+    ) {
+        let (bytes, _) = wal(&lengths);
+        let index = |size: usize| {
+            let mut indexer = WalIndexer::new(identity(), START, None);
+            bytes.chunks(size).try_for_each(|chunk| indexer.push(chunk)).expect("valid WAL");
+            (indexer.valid_end_lsn(), indexer.position(), indexer.take_summary())
+        };
+        let whole = index(bytes.len());
+        prop_assert_eq!(&whole, &index(1));
+        prop_assert_eq!(&whole, &index(cut));
+        prop_assert_eq!(whole.2.record_count, lengths.len() as u64);
+    }
+}
