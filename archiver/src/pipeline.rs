@@ -10,6 +10,7 @@
 pub mod archive;
 pub mod failure;
 pub mod flush;
+mod observe;
 pub mod positions;
 pub mod progress;
 pub mod receive;
@@ -53,7 +54,8 @@ pub struct Pipeline {
     failure: Arc<Failure>,
     spool: SpoolThread,
     threads: Vec<JoinHandle<()>>,
-    ticker: task::JoinHandle<()>,
+    /// Ticks and looks; both end with the pipeline.
+    timers: [task::JoinHandle<()>; 2],
 }
 
 impl Pipeline {
@@ -74,7 +76,10 @@ impl Pipeline {
             Arc::clone(&failure),
         )?;
         let interval = archive.settings().remote_flush_interval;
-        let ticker = tokio::spawn(tick(spool.commands(), interval));
+        let timers = [
+            tokio::spawn(tick(spool.commands(), interval)),
+            tokio::spawn(observe::look(Arc::clone(&archive))),
+        ];
         let pipeline = Self {
             archive,
             backlog,
@@ -82,7 +87,7 @@ impl Pipeline {
             failure,
             spool,
             threads,
-            ticker,
+            timers,
         };
         let spooled = {
             let archive = Arc::clone(&pipeline.archive);
@@ -197,7 +202,9 @@ impl Pipeline {
     /// # Errors
     /// [`Error::ThreadStopped`] when one panicked.
     pub async fn stop(self) -> Result<()> {
-        self.ticker.abort();
+        for timer in &self.timers {
+            timer.abort();
+        }
         blocking(move || {
             self.spool.stop();
             self.backlog.stop();

@@ -1,13 +1,13 @@
 //! One connection to PostgreSQL: identify, find the common past, stream timeline after timeline until it ends.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use repository::ClusterIdentity;
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
-    Pipeline,
+    Pipeline, observe,
     receive::{Receive, StreamEnd, parse_duration, status_interval},
     start::{ServerBranch, ServerState, StartPlan, plan_start},
 };
@@ -165,6 +165,7 @@ impl Source {
     /// Everything that [`Error`] knows; the caller decides what is tried again.
     pub async fn stream(
         mut self,
+        conninfo: &ConnInfo,
         pipeline: &Pipeline,
         shutdown: &mut Shutdown,
     ) -> Result<StreamEnd> {
@@ -194,6 +195,13 @@ impl Source {
                 "the new primary never had this WAL: its transactions were lost by the failover. It is kept in the repository"
             );
         }
+        // Dropped with the session, and the poll with it.
+        let mut beside = tokio::task::JoinSet::new();
+        beside.spawn(Box::pin(observe::poll(
+            conninfo.clone(),
+            settings.slot.clone(),
+            Arc::clone(archive.status()),
+        )));
         let mut floor = slot_restart_lsn.unwrap_or(Lsn::ZERO);
         let mut client = self.client;
         let mut plan = plan;

@@ -13,7 +13,7 @@ use super::{
 pub enum ConnectionMode {
     /// The replication grammar alone.
     Physical,
-    /// SQL too.
+    /// SQL, in an ordinary session of the database.
     Sql,
 }
 
@@ -74,11 +74,7 @@ impl ReplicationClient {
     /// # Errors
     /// Whatever [`Error`] knows.
     pub async fn connect(info: &ConnInfo, mode: ConnectionMode) -> Result<Self> {
-        let replication = match mode {
-            ConnectionMode::Physical => "true",
-            ConnectionMode::Sql => "database",
-        };
-        let (reader, writer, reported) = connection::connect(info, replication).await?;
+        let (reader, writer, reported) = connection::connect(info, mode).await?;
         let text = reported
             .into_iter()
             .find_map(|(name, value)| (name == "server_version").then_some(value))

@@ -15,7 +15,7 @@ use tokio::{
     net::{TcpStream, UnixStream},
 };
 
-use super::{ConnInfo, Error, Result, error::ServerReport};
+use super::{ConnInfo, ConnectionMode, Error, Result, error::ServerReport};
 
 /// Room kept for reading: a few of the largest WAL messages (128 KiB each) per system call.
 const READ_BYTES: usize = 512 << 10;
@@ -190,7 +190,7 @@ impl Writer {
 /// Connects and authenticates; the parameters that the server reported.
 pub(super) async fn connect(
     info: &ConnInfo,
-    replication: &str,
+    mode: ConnectionMode,
 ) -> Result<(Reader, Writer, Vec<(String, String)>)> {
     let place = info.place();
     let failed = |source| Error::Connect {
@@ -227,13 +227,14 @@ pub(super) async fn connect(
     let user = info.user();
     let mut parameters = vec![
         ("user", user.as_str()),
-        ("replication", replication),
         ("application_name", info.application_name()),
         ("client_encoding", "UTF8"),
     ];
-    if replication == "database" {
-        parameters.push(("database", info.dbname()));
-    }
+    parameters.push(match mode {
+        ConnectionMode::Physical => ("replication", "true"),
+        // An ordinary session: a walsender would count against max_wal_senders and show up as a second standby.
+        ConnectionMode::Sql => ("database", info.dbname()),
+    });
     let place = writer.place.clone();
     writer.encode(&place, |buffer| {
         frontend::startup_message(parameters, buffer)

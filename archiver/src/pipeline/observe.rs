@@ -1,0 +1,141 @@
+//! What the status shows beside the stream: the server's flush LSN and slot once a second, what can be restored from time
+//! to time. Nothing here stands in the way of WAL; what can not be asked stays unknown.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::MissedTickBehavior;
+use wal_format::{Lsn, ObjectKey};
+
+use super::{archive::Archive, blocking};
+use crate::{
+    cluster_status::ClusterStatus,
+    error::Result,
+    replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
+    report::{BackupReport, SlotReport, WindowReport},
+};
+
+/// How often the server is asked: the resolution of the RPO while no WAL flows.
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// How long after a failed poll it is tried again: a role that may only replicate is refused each time.
+const POLL_RETRY: Duration = Duration::from_secs(10);
+/// How often the catalog is looked at.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// Looks between two listings of the repository's backups, which another process may have taken.
+const LOOKS_PER_LISTING: u32 = 6;
+
+/// Polls the server over SQL for as long as the stream lives.
+pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterStatus>) {
+    loop {
+        if let Err(error) = poll_once_connected(&conninfo, &slot, &status).await {
+            tracing::debug!(%error, "the server's flush LSN is not known beyond the stream");
+        }
+        status.note(|facts| facts.slot_report = None);
+        tokio::time::sleep(POLL_RETRY).await;
+    }
+}
+
+async fn poll_once_connected(
+    conninfo: &ConnInfo,
+    slot: &str,
+    status: &ClusterStatus,
+) -> replication::Result<()> {
+    let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Sql).await?;
+    let quoted = slot.replace('\'', "''");
+    let sql = format!(
+        "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END)::text, \
+         s.active::text, s.wal_status, s.safe_wal_size::text, s.restart_lsn::text \
+         FROM (VALUES (1)) one LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = '{quoted}'"
+    );
+    let mut timer = tokio::time::interval(POLL_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        timer.tick().await;
+        let rows = client.query(&sql).await?;
+        let field = |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten();
+        let lsn = |at: usize| field(at).and_then(|text| text.parse::<Lsn>().ok());
+        let flush_lsn = lsn(0);
+        status.heard(flush_lsn);
+        let retained = flush_lsn
+            .zip(lsn(4))
+            .map(|(end, from)| end.bytes_since(from));
+        let report = field(1).map(|active| SlotReport {
+            name: slot.to_owned(),
+            active: active == "true",
+            wal_status: field(2),
+            retained_bytes: retained,
+            safe_wal_bytes: field(3).and_then(|bytes| bytes.parse().ok()),
+        });
+        status.note(|facts| facts.slot_report = report);
+    }
+}
+
+/// Keeps window, newest backup and the spool's size up to date.
+pub(super) async fn look(archive: Arc<Archive>) {
+    let mut timer = tokio::time::interval(LOOK_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut looks = 0;
+    loop {
+        timer.tick().await;
+        let list = looks % LOOKS_PER_LISTING == 0;
+        looks = looks.wrapping_add(1);
+        let looked = Arc::clone(&archive);
+        if let Err(error) = blocking(move || look_once(&looked, list)).await {
+            tracing::debug!(%error, "the window is not known");
+        }
+    }
+}
+
+fn look_once(archive: &Archive, list: bool) -> Result<()> {
+    let mut used = 0;
+    for spool in archive.spooled_branches()? {
+        let segments = spool.segments()?;
+        used += segments.complete.len() as u64 * spool.segment_size().bytes();
+        used += segments.open.map_or(0, |(_, length)| length);
+    }
+    archive.status().note(|facts| facts.spool_used_bytes = used);
+    let catalog = archive.catalog();
+    let mut backups = catalog.backups()?;
+    if list {
+        let system = archive.identity().system_identifier;
+        let stored = archive.repository().list(&format!("{system}/backup/"))?;
+        let is_info = |key: &ObjectKey| matches!(key, ObjectKey::BackupInfo(..));
+        if stored.iter().filter(|(key, _)| is_info(key)).count() != backups.len() {
+            catalog.refresh(archive.repository())?;
+            backups = catalog.backups()?;
+        }
+    }
+    let window = match backups.first() {
+        None => WindowReport::default(),
+        Some(oldest) => {
+            let end = catalog.contiguous_end(oldest.branch, oldest.start_lsn)?;
+            let ranges = catalog.ranges(oldest.branch, oldest.start_lsn, Lsn::MAX)?;
+            let mut reached = oldest.start_lsn;
+            let mut gaps = 0;
+            for range in &ranges {
+                gaps += u64::from(range.start_lsn > reached);
+                reached = reached.max(range.end_lsn);
+            }
+            let latest_commit = ranges
+                .iter()
+                .filter(|range| range.end_lsn <= end)
+                .filter_map(|range| range.max_time)
+                .max();
+            WindowReport {
+                earliest: Some(oldest.finished),
+                latest_commit,
+                gaps: Some(gaps),
+            }
+        }
+    };
+    let last_backup = backups.last().map(|backup| BackupReport {
+        id: backup.id.clone(),
+        started: backup.started,
+        finished: backup.finished,
+        stored_bytes: backup.stored_bytes,
+    });
+    archive.status().note(|facts| {
+        facts.window = window;
+        facts.last_backup = last_backup;
+    });
+    Ok(())
+}
