@@ -1,1 +1,19 @@
-//! placeholder
+//! Rebuilds a data directory at a recovery target; serves `restore_command`.
+//!
+//! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived, the [`plan`] (pure:
+//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery, and
+//! [`start`] which runs it and compares the outcome with the plan.
+
+pub mod cli;
+pub mod error;
+pub mod execute;
+pub mod inventory;
+pub mod list;
+pub mod plan;
+pub mod start;
+pub mod target;
+pub mod wal_fetch;
+
+pub use error::{Error, Result};
+pub use plan::{PlanError, RestorePlan, Stop, plan_restore};
+pub use target::RecoveryTarget;

@@ -1,0 +1,99 @@
+//! [`Error`]: why a restore did not happen, and the contract's exit code for it.
+
+use std::{io, path::PathBuf};
+
+use repository::ExitKind;
+use wal_format::Lsn;
+
+use crate::plan::PlanError;
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a restore did not happen.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// Stored bytes are not those that were stored.
+    #[error("{object}: {problem}; nothing of it was used")]
+    Damaged {
+        /// The object or file.
+        object: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A file operation failed.
+    #[error("{action} {path}: {source}", path = path.display())]
+    Io {
+        /// A verb in the present tense.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The operating system's word.
+        source: io::Error,
+    },
+    /// The target can not be reached.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// PostgreSQL did not do what was planned.
+    #[error("recovery stopped {found}, the plan was {planned}; do not use this copy")]
+    PlanMismatch {
+        /// Where the plan wanted it.
+        planned: String,
+        /// Where it stopped.
+        found: String,
+    },
+    /// PostgreSQL ended before the recovery did.
+    #[error("PostgreSQL ended before recovery did; the end of its log {log}:\n{tail}", log = log.display())]
+    RecoveryFailed {
+        /// The log.
+        log: PathBuf,
+        /// Its last lines.
+        tail: String,
+    },
+    /// The repository or the catalog.
+    #[error(transparent)]
+    Repository(#[from] repository::Error),
+    /// WAL that the plan needs can not be read.
+    #[error("WAL at {lsn} can not be read: {problem}")]
+    Wal {
+        /// Where.
+        lsn: Lsn,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A wish that can not be granted as written.
+    #[error("{message}")]
+    Usage {
+        /// What is wrong and how to write it.
+        message: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(
+        action: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self::Usage { message: message.into() }
+    }
+
+    /// The contract's exit code.
+    #[must_use]
+    pub fn exit_kind(&self) -> ExitKind {
+        match self {
+            Self::Damaged { .. } | Self::PlanMismatch { .. } | Self::Wal { .. } => {
+                ExitKind::Integrity
+            }
+            Self::Io { .. } | Self::RecoveryFailed { .. } => ExitKind::Failed,
+            Self::Plan(_) => ExitKind::TargetNotReachable,
+            Self::Repository(error) => error.exit_kind(),
+            Self::Usage { .. } => ExitKind::Usage,
+        }
+    }
+}

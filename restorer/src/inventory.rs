@@ -1,0 +1,135 @@
+//! [`Inventory`]: what a plan may know of the archive. The catalog implements it; tests implement it in memory.
+
+use repository::{Catalog, ClusterIdentity, Repository, WalRange};
+use wal_format::{
+    BackupInfo, Branch, Lsn, PgTimestamp, SealedReader, SegmentSummary, TimelineHistory,
+    WalIdentity, WalIndexer,
+};
+
+use crate::{Error, Result};
+
+/// What is archived of one cluster.
+pub trait Inventory {
+    /// Who it is.
+    fn identity(&self) -> &ClusterIdentity;
+    /// The base backups, oldest first.
+    ///
+    /// # Errors
+    /// What reading them met.
+    fn backups(&self) -> Result<Vec<BackupInfo>>;
+    /// The timelines: history, and the history file's content.
+    ///
+    /// # Errors
+    /// What reading them met.
+    fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>>;
+    /// The ranges of a branch that reach into `[from, to)`, in order.
+    ///
+    /// # Errors
+    /// What reading them met.
+    fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>>;
+    /// What a range holds.
+    ///
+    /// # Errors
+    /// What reading it met.
+    fn summary(&self, range: &WalRange) -> Result<SegmentSummary>;
+    /// Every restore point.
+    ///
+    /// # Errors
+    /// What reading them met.
+    fn restore_points(&self) -> Result<Vec<(Branch, Lsn, PgTimestamp, String)>>;
+    /// The start of the first record at or after `lsn`, found by decoding `ranges`; `None` when they end before.
+    ///
+    /// # Errors
+    /// What reading them met.
+    fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>>;
+}
+
+/// The archive as it is in a repository.
+#[derive(Debug)]
+pub struct Archive {
+    /// The objects.
+    pub repository: Repository,
+    /// Their index.
+    pub catalog: Catalog,
+}
+
+impl Archive {
+    /// The WAL of a range.
+    fn wal(&self, range: &WalRange) -> Result<Vec<u8>> {
+        let key = range.key(self.catalog.identity());
+        let object = self.repository.get(&key)?;
+        let damaged = |error: wal_format::sealed::SealedError| Error::Damaged {
+            object: key.to_string(),
+            problem: error.to_string(),
+        };
+        let mut wal = Vec::new();
+        SealedReader::open(&object).and_then(|reader| reader.read_all(&mut wal)).map_err(damaged)?;
+        Ok(wal)
+    }
+}
+
+impl Inventory for Archive {
+    fn identity(&self) -> &ClusterIdentity {
+        self.catalog.identity()
+    }
+
+    fn backups(&self) -> Result<Vec<BackupInfo>> {
+        Ok(self.catalog.backups()?)
+    }
+
+    fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>> {
+        let branches = self.catalog.branches()?;
+        Ok(branches.into_iter().map(|(branch, history, raw)| (branch, history, raw.to_vec())).collect())
+    }
+
+    fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {
+        Ok(self.catalog.ranges(branch, from, to)?)
+    }
+
+    fn summary(&self, range: &WalRange) -> Result<SegmentSummary> {
+        Ok(self.catalog.summary(range)?)
+    }
+
+    fn restore_points(&self) -> Result<Vec<(Branch, Lsn, PgTimestamp, String)>> {
+        Ok(self.catalog.restore_points()?)
+    }
+
+    fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>> {
+        let identity = self.identity();
+        let wal_identity = WalIdentity {
+            version: identity.postgresql_major,
+            system_identifier: identity.system_identifier,
+            segment_size: identity.wal_segment_size,
+        };
+        // Decoding starts at the segment that holds the position: a segment's first page says where its records begin.
+        let segment = identity.wal_segment_size.segment_of(lsn);
+        let mut indexer: Option<WalIndexer> = None;
+        for range in ranges.iter().filter(|range| range.segment >= segment) {
+            let wal = self.wal(range)?;
+            let indexer = indexer.get_or_insert_with(|| {
+                WalIndexer::new(wal_identity, range.start_lsn, None)
+            });
+            let skip = usize::try_from(indexer.position().bytes_since(range.start_lsn)).unwrap_or(usize::MAX);
+            let Some(wal) = wal.get(skip..) else { continue };
+            let known = usize::try_from(lsn.align_down(8).bytes_since(indexer.position()))
+                .unwrap_or(usize::MAX)
+                .min(wal.len());
+            let (before, after) = wal.split_at(known);
+            let failed = |error: wal_format::DecodeError| Error::Wal {
+                lsn,
+                problem: error.to_string(),
+            };
+            indexer.push(before).map_err(failed)?;
+            // Records start at multiples of 8: fed so, the first start at or after the position can not be missed.
+            for piece in after.chunks(8) {
+                indexer.push(piece).map_err(failed)?;
+                let seen = indexer.take_summary();
+                let found = [seen.first_record_lsn, seen.last_record_lsn, seen.open_record_lsn];
+                if let Some(start) = found.into_iter().flatten().find(|start| *start >= lsn) {
+                    return Ok(Some(start));
+                }
+            }
+        }
+        Ok(None)
+    }
+}

@@ -1,0 +1,303 @@
+//! START HERE. Decides where PostgreSQL will stop, before a byte is copied: backup, timeline path, stop record.
+//!
+//! target + inventory -> path of timelines -> the first record at which PostgreSQL stops -> the newest backup that ends
+//! before it. No clock, no disk of its own. Invariant: the stop is computed by PostgreSQL's rule (`recoveryStopsBefore`
+//! and `recoveryStopsAfter` in `xlogrecovery.c`) and executed as an LSN on a numeric timeline, so that time zones, clocks
+//! and idle databases can not change it.
+
+use serde::{Deserialize, Serialize};
+use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
+
+use crate::{Error, Result, inventory::Inventory, target::RecoveryTarget};
+
+mod path;
+mod stop;
+
+pub use path::{PathPart, timeline_path};
+use path::{Coverage, cover};
+use stop::{Found, find_stop};
+
+/// How many late commits a plan lists; all are counted.
+const LATE_COMMITS_LISTED: usize = 20;
+/// What extraction and replay are assumed to do on unknown hardware, in bytes per second, for the estimate only.
+const EXTRACT_BYTES_PER_SECOND: u64 = 100 << 20;
+const REPLAY_BYTES_PER_SECOND: u64 = 60 << 20;
+
+/// Where recovery stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "stop", rename_all = "snake_case")]
+pub enum Stop {
+    /// Before the record that starts at this LSN.
+    Before {
+        /// The record.
+        lsn: Lsn,
+    },
+    /// After the record that starts at this LSN.
+    After {
+        /// The record.
+        lsn: Lsn,
+    },
+    /// When the backup is consistent.
+    Consistent,
+}
+
+impl std::fmt::Display for Stop {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Before { lsn } => write!(f, "before the record at {lsn}"),
+            Self::After { lsn } => write!(f, "after the record at {lsn}"),
+            Self::Consistent => f.write_str("as soon as the backup is consistent"),
+        }
+    }
+}
+
+/// Everything that will happen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestorePlan {
+    /// The backup.
+    pub backup: BackupId,
+    /// Why this one.
+    pub reason: String,
+    /// The timelines, oldest first.
+    pub path: Vec<PathPart>,
+    /// Where redo starts.
+    pub start_lsn: Lsn,
+    /// Where recovery stops.
+    pub stop: Stop,
+    /// The last commit that is kept, where the plan had to look at it.
+    pub last_kept: Option<TransactionEnd>,
+    /// The first transaction that is not.
+    pub first_dropped: Option<TransactionEnd>,
+    /// How many commits lie behind the stop although their time is not after the target.
+    pub late_commit_count: u64,
+    /// The first of them.
+    pub late_commits: Vec<TransactionEnd>,
+    /// The end of the WAL that the recovery may ask for.
+    pub wal_end_lsn: Lsn,
+    /// Length of the backup in the repository.
+    pub backup_bytes: u64,
+    /// Length of the WAL objects that are read.
+    pub wal_bytes: u64,
+    /// How long it may take, in seconds, at assumed rates.
+    pub estimated_seconds: u64,
+}
+
+/// Why a target can not be reached.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// Backups disagree about the stop.
+    #[error(
+        "the target is ambiguous: the server's clock went backwards, so from backup {newer} recovery stops {newer_stop} \
+         and from {older} it stops {older_stop}; choose with --backup"
+    )]
+    Ambiguous {
+        /// The newer backup.
+        newer: BackupId,
+        /// Its stop.
+        newer_stop: Stop,
+        /// The older one.
+        older: BackupId,
+        /// Its stop.
+        older_stop: Stop,
+    },
+    /// The archive ends before the target, or its end was never proved.
+    #[error(
+        "the target {target} lies beyond the archive, which is proved up to {proven} (last commit {last_commit}, WAL up to \
+         {end_lsn}); restore without a target for everything that is archived, or to an earlier time"
+    )]
+    BeyondArchive {
+        /// What was asked for.
+        target: String,
+        /// Up to when.
+        proven: String,
+        /// The last commit's time.
+        last_commit: String,
+        /// The end of the WAL.
+        end_lsn: Lsn,
+    },
+    /// WAL is missing on the way.
+    #[error(
+        "WAL is missing from {from} on timeline branch {branch}, before the target is reached; the nearest target is \
+         --target-lsn {from} with --target-exclusive"
+    )]
+    Gap {
+        /// The branch.
+        branch: Branch,
+        /// The first missing byte.
+        from: Lsn,
+    },
+    /// There is no backup.
+    #[error("no base backup is archived; take one with `wal-archiver backup`")]
+    NoBackup,
+    /// The target lies before the end of every backup.
+    #[error(
+        "no base backup ends before the target: the earliest reachable target is the end of backup {earliest}, \
+         --target-lsn {stop_lsn} ({finished})"
+    )]
+    TooEarly {
+        /// The oldest backup.
+        earliest: BackupId,
+        /// Its end.
+        stop_lsn: Lsn,
+        /// When that was.
+        finished: PgTimestamp,
+    },
+    /// The named thing does not exist.
+    #[error("{what} is not in the archive between {from} and {to}")]
+    Unknown {
+        /// What was asked for.
+        what: String,
+        /// Where it was looked for.
+        from: Lsn,
+        /// Until where.
+        to: Lsn,
+    },
+}
+
+/// What a person may fix beside the target.
+#[derive(Clone, Debug, Default)]
+pub struct Wishes {
+    /// This backup and no other.
+    pub backup: Option<BackupId>,
+    /// This timeline: a number, or a branch where the number names two.
+    pub timeline: Option<String>,
+}
+
+/// Chooses the newest base backup that ends before the point where PostgreSQL stops, and names that point.
+///
+/// # Errors
+/// [`Error::Plan`] with the reason and the nearest reachable target.
+pub fn plan_restore(
+    inventory: &dyn Inventory,
+    target: &RecoveryTarget,
+    wishes: &Wishes,
+) -> Result<RestorePlan> {
+    let path = timeline_path(inventory, wishes)?;
+    let mut backups = inventory.backups()?;
+    if let Some(id) = &wishes.backup {
+        backups.retain(|backup| backup.id == *id);
+        if backups.is_empty() {
+            return Err(Error::usage(format!("backup {id} is not archived; see `pitr-restore list`")));
+        }
+    }
+    let reachable = |backup: &BackupInfo| {
+        path.iter().any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
+    };
+    backups.retain(reachable);
+    // In the order of the WAL, which on one path is that of time.
+    backups.sort_by_key(|backup| backup.start_lsn);
+    let Some(oldest) = backups.first().cloned() else { return Err(PlanError::NoBackup.into()) };
+    let mut refusal = None;
+    for (index, backup) in backups.iter().enumerate().rev() {
+        let coverage = cover(inventory, &path, backup.start_lsn)?;
+        if coverage.end_lsn < backup.stop_lsn {
+            let gap = PlanError::Gap { branch: coverage.gap_branch, from: coverage.end_lsn };
+            refusal.get_or_insert(Error::from(gap));
+            continue;
+        }
+        let found = match find_stop(inventory, &coverage, target) {
+            Ok(found) => found,
+            // What a newer backup can not reach, an older one may: its way is longer.
+            Err(Error::Plan(error)) => {
+                refusal.get_or_insert(error.into());
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        if let Found { position: Some(position), .. } = found
+            && position < backup.stop_lsn
+        {
+            continue;
+        }
+        if wishes.backup.is_none() && matches!(target, RecoveryTarget::Time { .. }) {
+            unambiguous(inventory, &path, &backups[..index], target, backup, &found)?;
+        }
+        let reason = if index + 1 == backups.len() {
+            "the newest backup".to_owned()
+        } else {
+            "the newest backup that ends before the stop".to_owned()
+        };
+        return Ok(make(backup, reason, path, &coverage, found));
+    }
+    let earliest = PlanError::TooEarly {
+        earliest: oldest.id,
+        stop_lsn: oldest.stop_lsn,
+        finished: oldest.finished,
+    };
+    Err(refusal.unwrap_or_else(|| earliest.into()))
+}
+
+/// PostgreSQL looks at times from the backup's redo on. If the clock went back between two backups, they stop at
+/// different records, and only a person can say which state is wanted.
+fn unambiguous(
+    inventory: &dyn Inventory,
+    path: &[PathPart],
+    older: &[BackupInfo],
+    target: &RecoveryTarget,
+    chosen: &BackupInfo,
+    found: &Found,
+) -> Result<()> {
+    for backup in older.iter().rev() {
+        let coverage = cover(inventory, path, backup.start_lsn)?;
+        if coverage.end_lsn < chosen.start_lsn {
+            break;
+        }
+        let other = find_stop(inventory, &coverage, target)?;
+        let stops_earlier = other.position.is_some_and(|position| position >= backup.stop_lsn);
+        if other.stop != found.stop && stops_earlier {
+            return Err(PlanError::Ambiguous {
+                newer: chosen.id.clone(),
+                newer_stop: found.stop,
+                older: backup.id.clone(),
+                older_stop: other.stop,
+            }
+            .into());
+        }
+    }
+    Ok(())
+}
+
+fn make(
+    backup: &BackupInfo,
+    reason: String,
+    path: Vec<PathPart>,
+    coverage: &Coverage,
+    found: Found,
+) -> RestorePlan {
+    let until = match found.stop {
+        Stop::Before { lsn } | Stop::After { lsn } => lsn.add(1),
+        Stop::Consistent => backup.stop_lsn,
+    };
+    let needed = coverage.ranges.iter().filter(|range| range.start_lsn < until);
+    let (mut wal_bytes, mut raw_bytes, mut wal_end_lsn) = (0u64, 0u64, coverage.start_lsn);
+    for range in needed {
+        wal_bytes = wal_bytes.saturating_add(range.stored_bytes);
+        raw_bytes = raw_bytes.saturating_add(range.end_lsn.bytes_since(range.start_lsn));
+        wal_end_lsn = wal_end_lsn.max(range.end_lsn);
+    }
+    // The stop record itself may go on into later ranges.
+    if matches!(found.stop, Stop::After { .. } | Stop::Before { .. }) {
+        wal_end_lsn = coverage.end_lsn;
+    }
+    RestorePlan {
+        backup: backup.id.clone(),
+        reason,
+        path,
+        start_lsn: backup.start_lsn,
+        stop: found.stop,
+        last_kept: found.last_kept,
+        first_dropped: found.first_dropped,
+        late_commit_count: found.late_commit_count,
+        late_commits: found.late_commits,
+        wal_end_lsn,
+        backup_bytes: backup.stored_bytes,
+        wal_bytes,
+        estimated_seconds: (backup.raw_bytes / EXTRACT_BYTES_PER_SECOND)
+            .saturating_add(raw_bytes / REPLAY_BYTES_PER_SECOND)
+            .saturating_add(1),
+    }
+}
+
+#[cfg(test)]
+mod tests;

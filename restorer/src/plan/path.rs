@@ -1,0 +1,165 @@
+//! The path of timelines to the wanted one, and the WAL that covers it.
+
+use repository::WalRange;
+use serde::{Deserialize, Serialize};
+use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
+
+use super::Wishes;
+use crate::{Error, Result, inventory::Inventory};
+
+/// A timeline on the path: `[from, to)` of the WAL is replayed from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathPart {
+    /// The timeline.
+    pub branch: Branch,
+    /// Where the path enters it.
+    pub from: Lsn,
+    /// Where the path leaves it; the greatest LSN for the last.
+    pub to: Lsn,
+}
+
+type Known = (Branch, Option<TimelineHistory>, Vec<u8>);
+
+/// The path to the wanted timeline; without a wish, to the newest that descends from the newest backup's.
+///
+/// # Errors
+/// [`Error::Usage`] when the number is not archived or names two timelines.
+pub fn timeline_path(inventory: &dyn Inventory, wishes: &Wishes) -> Result<Vec<PathPart>> {
+    let branches = inventory.branches()?;
+    let wanted = match &wishes.timeline {
+        Some(text) if text != "latest" => named(&branches, text)?,
+        _ => newest(inventory, &branches)?,
+    };
+    path_to(&branches, wanted)
+}
+
+fn named(branches: &[Known], text: &str) -> Result<Branch> {
+    let by_number: Option<TimelineId> = text.parse().ok().and_then(TimelineId::new);
+    let matching: Vec<Branch> = branches
+        .iter()
+        .map(|(branch, _, _)| *branch)
+        .filter(|branch| Some(branch.timeline) == by_number || branch.to_string() == text)
+        .collect();
+    one_of(text, &matching)
+}
+
+fn one_of(text: &str, matching: &[Branch]) -> Result<Branch> {
+    match matching {
+        [branch] => Ok(*branch),
+        [] => Err(Error::usage(format!("timeline {text} is not archived; see `pitr-restore list`"))),
+        several => {
+            let names: Vec<String> = several.iter().map(ToString::to_string).collect();
+            let names = names.join(", ");
+            Err(Error::usage(format!(
+                "timeline {text} names several histories; choose with --target-timeline: {names}"
+            )))
+        }
+    }
+}
+
+fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
+    let backups = inventory.backups()?;
+    let from = backups
+        .iter()
+        .filter(|backup| wishes_none(backup.branch, branches))
+        .max_by_key(|backup| backup.started)
+        .map(|backup| backup.branch);
+    // Timelines that do not descend from a backup's lead nowhere.
+    let reachable = |branch: &Branch| {
+        let Some(from) = from else { return true };
+        path_to(branches, *branch).is_ok_and(|path| path.iter().any(|part| part.branch == from))
+    };
+    let candidates: Vec<Branch> =
+        branches.iter().map(|(branch, _, _)| *branch).filter(reachable).collect();
+    let Some(greatest) = candidates.iter().map(|branch| branch.timeline).max() else {
+        return Err(Error::usage("no WAL is archived yet; is `wal-archiver run` running?"));
+    };
+    let matching: Vec<Branch> =
+        candidates.into_iter().filter(|branch| branch.timeline == greatest).collect();
+    one_of(&greatest.to_string(), &matching)
+}
+
+fn wishes_none(branch: Branch, branches: &[Known]) -> bool {
+    branches.iter().any(|(known, _, _)| *known == branch)
+}
+
+fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
+    let entry = branches.iter().find(|(branch, _, _)| *branch == wanted);
+    let Some((_, history, content)) = entry else {
+        return Err(Error::usage(format!("timeline branch {wanted} is not archived")));
+    };
+    let mut path = Vec::new();
+    let mut from = Lsn::ZERO;
+    for ancestor in history.iter().flat_map(|history| &history.ancestors) {
+        // A child's history file begins with its parent's, byte for byte: that tells two timelines of one number apart.
+        let branch = branches
+            .iter()
+            .find(|(branch, _, parent)| {
+                branch.timeline == ancestor.timeline && content.starts_with(parent)
+            })
+            .map_or_else(|| Branch::without_history(ancestor.timeline), |(branch, _, _)| *branch);
+        path.push(PathPart { branch, from, to: ancestor.switch_lsn });
+        from = ancestor.switch_lsn;
+    }
+    path.push(PathPart { branch: wanted, from, to: Lsn::MAX });
+    Ok(path)
+}
+
+/// The WAL along a path from one LSN on.
+#[derive(Clone, Debug)]
+pub(super) struct Coverage {
+    pub(super) start_lsn: Lsn,
+    /// The ranges in order; neighbours may overlap.
+    pub(super) ranges: Vec<WalRange>,
+    /// The first byte that is missing, or the end of the archive.
+    pub(super) end_lsn: Lsn,
+    /// Where that is.
+    pub(super) gap_branch: Branch,
+    /// Whether WAL exists behind the first missing byte: then it is a gap and not the end.
+    pub(super) gap: bool,
+    /// The path's switch points: which records of a range count is decided by them.
+    pub(super) path: Vec<PathPart>,
+}
+
+impl Coverage {
+    /// Whether a record of `branch` at `lsn` is on the path. The segment that holds a switch point is archived on both
+    /// timelines, with equal bytes before it.
+    pub(super) fn holds(&self, branch: Branch, lsn: Lsn) -> bool {
+        let part = self.path.iter().find(|part| part.branch == branch);
+        lsn >= self.start_lsn && lsn < self.end_lsn && part.is_some_and(|part| lsn < part.to)
+    }
+}
+
+/// Walks the path from `start_lsn` as far as WAL is held without a gap.
+pub(super) fn cover(
+    inventory: &dyn Inventory,
+    path: &[PathPart],
+    start_lsn: Lsn,
+) -> Result<Coverage> {
+    let size = inventory.identity().wal_segment_size.bytes();
+    let mut ranges = Vec::new();
+    let mut end_lsn = start_lsn;
+    let (mut gap, mut gap_branch) = (false, path.last().map_or(Branch::FIRST, |part| part.branch));
+    for part in path.iter().filter(|part| part.to > start_lsn) {
+        // PostgreSQL reads the segment of a switch point from the later timeline, which holds a copy of what is before.
+        let from = part.from.align_down(size).max(start_lsn.align_down(size));
+        if from > end_lsn {
+            gap = true;
+            break;
+        }
+        gap_branch = part.branch;
+        for range in inventory.ranges(part.branch, from, part.to)? {
+            if range.start_lsn > end_lsn {
+                gap = true;
+                break;
+            }
+            end_lsn = end_lsn.max(range.end_lsn.min(part.to));
+            ranges.push(range);
+        }
+        if gap && part.to == Lsn::MAX {
+            break;
+        }
+        gap = false;
+    }
+    Ok(Coverage { start_lsn, ranges, end_lsn, gap_branch, gap, path: path.to_vec() })
+}

@@ -1,0 +1,245 @@
+//! The record at which PostgreSQL stops, by its own rule.
+//!
+//! A time never stops "at" a time: recovery stops before the first commit or abort *in the order of the WAL* whose time
+//! is later. Times are not in that order, so a commit in time may lie behind the stop; those are counted and listed.
+
+use repository::WalRange;
+use wal_format::{Lsn, PgTimestamp, TransactionEnd};
+
+use super::{Coverage, LATE_COMMITS_LISTED, PlanError, Stop};
+use crate::{Result, inventory::Inventory, target::RecoveryTarget};
+
+/// The stop, and what is around it.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) stop: Stop,
+    /// Everything before this is replayed, as far as the backup must end before it; `None` for consistency.
+    pub(super) position: Option<Lsn>,
+    pub(super) last_kept: Option<TransactionEnd>,
+    pub(super) first_dropped: Option<TransactionEnd>,
+    pub(super) late_commit_count: u64,
+    pub(super) late_commits: Vec<TransactionEnd>,
+}
+
+pub(super) fn find_stop(
+    inventory: &dyn Inventory,
+    coverage: &Coverage,
+    target: &RecoveryTarget,
+) -> Result<Found> {
+    let walk = Walk { inventory, coverage };
+    match target {
+        RecoveryTarget::Latest => walk.after_the_last_record(),
+        RecoveryTarget::Immediate => Ok(Found {
+            stop: Stop::Consistent,
+            position: None,
+            last_kept: None,
+            first_dropped: None,
+            late_commit_count: 0,
+            late_commits: Vec::new(),
+        }),
+        RecoveryTarget::Time { time, inclusive } => walk.time(*time, *inclusive),
+        RecoveryTarget::Lsn { lsn, inclusive } => walk.lsn(*lsn, *inclusive),
+        RecoveryTarget::Xid { xid, inclusive } => walk.xid(*xid, *inclusive),
+        RecoveryTarget::Name(name) => walk.name(name),
+    }
+}
+
+struct Walk<'a> {
+    inventory: &'a dyn Inventory,
+    coverage: &'a Coverage,
+}
+
+impl Walk<'_> {
+    /// The transactions of a range that are on the path and come after `last`.
+    fn transactions(&self, range: &WalRange, last: Option<Lsn>) -> Result<Vec<TransactionEnd>> {
+        if range.transaction_count == 0 {
+            return Ok(Vec::new());
+        }
+        let mut transactions = self.inventory.summary(range)?.transactions;
+        transactions.retain(|end| {
+            self.coverage.holds(range.branch, end.lsn) && last.is_none_or(|last| end.lsn > last)
+        });
+        Ok(transactions)
+    }
+
+    /// The first transaction for which `stops` holds. Ranges for which `skip` holds are known to have none.
+    fn first(
+        &self,
+        skip: impl Fn(&WalRange) -> bool,
+        stops: impl Fn(&TransactionEnd) -> bool,
+    ) -> Result<Option<TransactionEnd>> {
+        for range in self.coverage.ranges.iter().filter(|range| !skip(range)) {
+            let transactions = self.transactions(range, None)?;
+            if let Some(found) = transactions.into_iter().find(|end| stops(end)) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The last commit that starts before `lsn`, or at it with `inclusive`.
+    fn last_commit(&self, lsn: Lsn, inclusive: bool) -> Result<Option<TransactionEnd>> {
+        let kept = |end: &TransactionEnd| {
+            end.kind.is_commit() && (end.lsn < lsn || (inclusive && end.lsn == lsn))
+        };
+        let reaching = |range: &&WalRange| {
+            range.first_record_lsn.is_some_and(|first| first <= lsn)
+        };
+        for range in self.coverage.ranges.iter().rev().filter(reaching) {
+            let found = self.transactions(range, None)?.into_iter().rev().find(kept);
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(None)
+    }
+
+    fn before(&self, dropped: TransactionEnd) -> Result<Found> {
+        Ok(Found {
+            stop: Stop::Before { lsn: dropped.lsn },
+            position: Some(dropped.lsn),
+            last_kept: self.last_commit(dropped.lsn, false)?,
+            first_dropped: Some(dropped),
+            late_commit_count: 0,
+            late_commits: Vec::new(),
+        })
+    }
+
+    fn after(&self, lsn: Lsn) -> Result<Found> {
+        let behind = |range: &WalRange| range.last_record_lsn.is_none_or(|last| last <= lsn);
+        Ok(Found {
+            stop: Stop::After { lsn },
+            position: Some(lsn.add(1)),
+            last_kept: self.last_commit(lsn, true)?,
+            first_dropped: self.first(behind, |end| end.lsn > lsn)?,
+            late_commit_count: 0,
+            late_commits: Vec::new(),
+        })
+    }
+
+    /// The last record that is complete in the archive.
+    fn last_record(&self) -> Option<Lsn> {
+        let on_path = |range: &WalRange| {
+            range.last_record_lsn.filter(|lsn| self.coverage.holds(range.branch, *lsn))
+        };
+        self.coverage.ranges.iter().filter_map(on_path).max()
+    }
+
+    fn after_the_last_record(&self) -> Result<Found> {
+        match self.last_record() {
+            Some(lsn) => self.after(lsn),
+            None => Err(self.unknown("any complete record".to_owned())),
+        }
+    }
+
+    fn unknown(&self, what: String) -> crate::Error {
+        let (from, to) = (self.coverage.start_lsn, self.coverage.end_lsn);
+        PlanError::Unknown { what, from, to }.into()
+    }
+
+    /// The refusal for what lies behind the held WAL.
+    fn beyond(&self, target: String) -> Result<crate::Error> {
+        if self.coverage.gap {
+            let (branch, from) = (self.coverage.gap_branch, self.coverage.end_lsn);
+            return Ok(PlanError::Gap { branch, from }.into());
+        }
+        let last = self.last_commit(Lsn::MAX, true)?;
+        let unknown = || "nothing".to_owned();
+        Ok(PlanError::BeyondArchive {
+            target,
+            proven: self.proven().map_or_else(unknown, |time| time.to_string()),
+            last_commit: last.map_or_else(unknown, |end| end.time.to_string()),
+            end_lsn: self.coverage.end_lsn,
+        }
+        .into())
+    }
+
+    fn proven(&self) -> Option<PgTimestamp> {
+        self.coverage.ranges.iter().filter_map(|range| range.proven).max()
+    }
+
+    fn time(&self, target: PgTimestamp, inclusive: bool) -> Result<Found> {
+        let stops = |time: PgTimestamp| time > target || (!inclusive && time == target);
+        let skip = |range: &WalRange| !range.max_time.is_some_and(stops);
+        let Some(dropped) = self.first(skip, |end| stops(end.time))? else {
+            // Nothing later was archived. That nothing later was *committed* has to be proved.
+            if self.coverage.gap || self.proven().is_none_or(|proven| proven < target) {
+                return Err(self.beyond(target.to_string())?);
+            }
+            return self.after_the_last_record();
+        };
+        let mut found = self.before(dropped)?;
+        let mut last = dropped.lsn;
+        for range in &self.coverage.ranges {
+            let late = range.min_time.is_some_and(|time| !stops(time))
+                && range.last_record_lsn.is_some_and(|lsn| lsn > last);
+            if !late {
+                continue;
+            }
+            for end in self.transactions(range, Some(last))? {
+                last = end.lsn;
+                if end.kind.is_commit() && !stops(end.time) {
+                    found.late_commit_count = found.late_commit_count.saturating_add(1);
+                    if found.late_commits.len() < LATE_COMMITS_LISTED {
+                        found.late_commits.push(end);
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    fn lsn(&self, lsn: Lsn, inclusive: bool) -> Result<Found> {
+        let ranges: Vec<WalRange> =
+            self.coverage.ranges.iter().filter(|range| range.end_lsn > lsn).cloned().collect();
+        let record = if lsn < self.coverage.end_lsn && lsn >= self.coverage.start_lsn {
+            self.inventory.record_at_or_after(&ranges, lsn)?
+        } else {
+            None
+        };
+        match record {
+            None if lsn < self.coverage.start_lsn => Ok(Found {
+                stop: Stop::Before { lsn },
+                position: Some(lsn),
+                last_kept: None,
+                first_dropped: None,
+                late_commit_count: 0,
+                late_commits: Vec::new(),
+            }),
+            None => Err(self.beyond(lsn.to_string())?),
+            Some(record) if inclusive => self.after(record),
+            Some(record) => {
+                let behind = |range: &WalRange| range.last_record_lsn.is_none_or(|last| last < record);
+                Ok(Found {
+                    stop: Stop::Before { lsn: record },
+                    position: Some(record),
+                    last_kept: self.last_commit(record, false)?,
+                    first_dropped: self.first(behind, |end| end.lsn >= record)?,
+                    late_commit_count: 0,
+                    late_commits: Vec::new(),
+                })
+            }
+        }
+    }
+
+    fn xid(&self, xid: u32, inclusive: bool) -> Result<Found> {
+        match self.first(|_| false, |end| end.xid == xid)? {
+            None => Err(self.unknown(format!("the end of transaction {xid}"))),
+            Some(end) if inclusive => self.after(end.lsn),
+            Some(end) => self.before(end),
+        }
+    }
+
+    fn name(&self, name: &str) -> Result<Found> {
+        let points = self.inventory.restore_points()?;
+        let first = points
+            .into_iter()
+            .filter(|(branch, lsn, _, found)| found == name && self.coverage.holds(*branch, *lsn))
+            .map(|(_, lsn, _, _)| lsn)
+            .min();
+        match first {
+            None => Err(self.unknown(format!("restore point \"{name}\""))),
+            Some(lsn) => self.after(lsn),
+        }
+    }
+}
