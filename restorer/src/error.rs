@@ -76,11 +76,17 @@ impl Error {
         path: impl Into<PathBuf>,
     ) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
-        move |source| Self::Io { action, path, source }
+        move |source| Self::Io {
+            action,
+            path,
+            source,
+        }
     }
 
     pub(crate) fn usage(message: impl Into<String>) -> Self {
-        Self::Usage { message: message.into() }
+        Self::Usage {
+            message: message.into(),
+        }
     }
 
     /// The contract's exit code.

@@ -63,7 +63,9 @@ impl Archive {
             problem: error.to_string(),
         };
         let mut wal = Vec::new();
-        SealedReader::open(&object).and_then(|reader| reader.read_all(&mut wal)).map_err(damaged)?;
+        SealedReader::open(&object)
+            .and_then(|reader| reader.read_all(&mut wal))
+            .map_err(damaged)?;
         Ok(wal)
     }
 }
@@ -79,7 +81,10 @@ impl Inventory for Archive {
 
     fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>> {
         let branches = self.catalog.branches()?;
-        Ok(branches.into_iter().map(|(branch, history, raw)| (branch, history, raw.to_vec())).collect())
+        Ok(branches
+            .into_iter()
+            .map(|(branch, history, raw)| (branch, history, raw.to_vec()))
+            .collect())
     }
 
     fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {
@@ -106,10 +111,10 @@ impl Inventory for Archive {
         let mut indexer: Option<WalIndexer> = None;
         for range in ranges.iter().filter(|range| range.segment >= segment) {
             let wal = self.wal(range)?;
-            let indexer = indexer.get_or_insert_with(|| {
-                WalIndexer::new(wal_identity, range.start_lsn, None)
-            });
-            let skip = usize::try_from(indexer.position().bytes_since(range.start_lsn)).unwrap_or(usize::MAX);
+            let indexer =
+                indexer.get_or_insert_with(|| WalIndexer::new(wal_identity, range.start_lsn, None));
+            let skip = usize::try_from(indexer.position().bytes_since(range.start_lsn))
+                .unwrap_or(usize::MAX);
             let Some(wal) = wal.get(skip..) else { continue };
             let known = usize::try_from(lsn.align_down(8).bytes_since(indexer.position()))
                 .unwrap_or(usize::MAX)
@@ -124,7 +129,11 @@ impl Inventory for Archive {
             for piece in after.chunks(8) {
                 indexer.push(piece).map_err(failed)?;
                 let seen = indexer.take_summary();
-                let found = [seen.first_record_lsn, seen.last_record_lsn, seen.open_record_lsn];
+                let found = [
+                    seen.first_record_lsn,
+                    seen.last_record_lsn,
+                    seen.open_record_lsn,
+                ];
                 if let Some(start) = found.into_iter().flatten().find(|start| *start >= lsn) {
                     return Ok(Some(start));
                 }

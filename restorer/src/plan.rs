@@ -13,8 +13,8 @@ use crate::{Error, Result, inventory::Inventory, target::RecoveryTarget};
 mod path;
 mod stop;
 
-pub use path::{PathPart, timeline_path};
 use path::{Coverage, cover};
+pub use path::{PathPart, timeline_path};
 use stop::{Found, find_stop};
 
 /// How many late commits a plan lists; all are counted.
@@ -178,21 +178,29 @@ pub fn plan_restore(
     if let Some(id) = &wishes.backup {
         backups.retain(|backup| backup.id == *id);
         if backups.is_empty() {
-            return Err(Error::usage(format!("backup {id} is not archived; see `pitr-restore list`")));
+            return Err(Error::usage(format!(
+                "backup {id} is not archived; see `pitr-restore list`"
+            )));
         }
     }
     let reachable = |backup: &BackupInfo| {
-        path.iter().any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
+        path.iter()
+            .any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
     };
     backups.retain(reachable);
     // In the order of the WAL, which on one path is that of time.
     backups.sort_by_key(|backup| backup.start_lsn);
-    let Some(oldest) = backups.first().cloned() else { return Err(PlanError::NoBackup.into()) };
+    let Some(oldest) = backups.first().cloned() else {
+        return Err(PlanError::NoBackup.into());
+    };
     let mut refusal = None;
     for (index, backup) in backups.iter().enumerate().rev() {
         let coverage = cover(inventory, &path, backup.start_lsn)?;
         if coverage.end_lsn < backup.stop_lsn {
-            let gap = PlanError::Gap { branch: coverage.gap_branch, from: coverage.end_lsn };
+            let gap = PlanError::Gap {
+                branch: coverage.gap_branch,
+                from: coverage.end_lsn,
+            };
             refusal.get_or_insert(Error::from(gap));
             continue;
         }
@@ -205,7 +213,10 @@ pub fn plan_restore(
             }
             Err(error) => return Err(error),
         };
-        if let Found { position: Some(position), .. } = found
+        if let Found {
+            position: Some(position),
+            ..
+        } = found
             && position < backup.stop_lsn
         {
             continue;
@@ -244,7 +255,9 @@ fn unambiguous(
             break;
         }
         let other = find_stop(inventory, &coverage, target)?;
-        let stops_earlier = other.position.is_some_and(|position| position >= backup.stop_lsn);
+        let stops_earlier = other
+            .position
+            .is_some_and(|position| position >= backup.stop_lsn);
         if other.stop != found.stop && stops_earlier {
             return Err(PlanError::Ambiguous {
                 newer: chosen.id.clone(),
@@ -269,7 +282,10 @@ fn make(
         Stop::Before { lsn } | Stop::After { lsn } => lsn.add(1),
         Stop::Consistent => backup.stop_lsn,
     };
-    let needed = coverage.ranges.iter().filter(|range| range.start_lsn < until);
+    let needed = coverage
+        .ranges
+        .iter()
+        .filter(|range| range.start_lsn < until);
     let (mut wal_bytes, mut raw_bytes, mut wal_end_lsn) = (0u64, 0u64, coverage.start_lsn);
     for range in needed {
         wal_bytes = wal_bytes.saturating_add(range.stored_bytes);

@@ -55,7 +55,10 @@ pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> Result<PgTi
         return Ok(PgTimestamp::from_jiff(now));
     }
     if let Some(ago) = text.strip_suffix("ago") {
-        let span: Span = ago.trim().parse().map_err(|_| wrong("is no span of time"))?;
+        let span: Span = ago
+            .trim()
+            .parse()
+            .map_err(|_| wrong("is no span of time"))?;
         // Days are 24 hours: "1 day ago" must not depend on where this runs.
         let duration = span
             .to_duration(jiff::SpanRelativeTo::days_are_24_hours())
@@ -63,7 +66,9 @@ pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> Result<PgTi
         if duration.is_negative() {
             return Err(wrong("lies in the future"));
         }
-        let then = now.checked_sub(duration).map_err(|_| wrong("is out of range"))?;
+        let then = now
+            .checked_sub(duration)
+            .map_err(|_| wrong("is out of range"))?;
         return Ok(PgTimestamp::from_jiff(then));
     }
     let text_utc = text.strip_suffix(" UTC").map(|text| format!("{text}Z"));
@@ -71,9 +76,14 @@ pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> Result<PgTi
         return exact(time).ok_or_else(|| wrong("is finer than PostgreSQL's microseconds"));
     }
     let local: civil::DateTime = text.parse().map_err(|_| wrong("is no time"))?;
-    let Some(zone) = zone else { return Err(wrong("has no offset")) };
-    let zone = TimeZone::get(zone)
-        .map_err(|_| Error::usage(format!("--time-zone \"{zone}\" is not known; write Europe/Berlin or UTC")))?;
+    let Some(zone) = zone else {
+        return Err(wrong("has no offset"));
+    };
+    let zone = TimeZone::get(zone).map_err(|_| {
+        Error::usage(format!(
+            "--time-zone \"{zone}\" is not known; write Europe/Berlin or UTC"
+        ))
+    })?;
     let time = zone
         .to_ambiguous_timestamp(local)
         .unambiguous()
@@ -88,11 +98,16 @@ fn exact(time: Timestamp) -> Option<PgTimestamp> {
 /// UTC, the time zone of this machine, and the distance to `now`.
 #[must_use]
 pub fn explain_time(time: PgTimestamp, now: Timestamp) -> String {
-    let Some(timestamp) = time.to_jiff() else { return time.to_string() };
+    let Some(timestamp) = time.to_jiff() else {
+        return time.to_string();
+    };
     let local = timestamp.to_zoned(TimeZone::system());
     let seconds = now.as_second().saturating_sub(timestamp.as_second());
-    let (distance, side) =
-        if seconds < 0 { (seconds.unsigned_abs(), "from now") } else { (seconds.unsigned_abs(), "ago") };
+    let (distance, side) = if seconds < 0 {
+        (seconds.unsigned_abs(), "from now")
+    } else {
+        (seconds.unsigned_abs(), "ago")
+    };
     let (hours, minutes, seconds) = (distance / 3600, distance / 60 % 60, distance % 60);
     let local = local.strftime("%Y-%m-%d %H:%M:%S%:z");
     format!("{time} (local {local}, {hours} h {minutes} min {seconds} s {side})")
@@ -113,7 +128,10 @@ mod tests {
             ("2026-11-21 10:00:00+00", "2026-11-21T10:00:00.000000Z"),
             ("2026-11-21T10:00:00Z", "2026-11-21T10:00:00.000000Z"),
             ("2026-11-21 10:00:00 UTC", "2026-11-21T10:00:00.000000Z"),
-            ("2026-11-21 10:00:00.123456+05:30", "2026-11-21T04:30:00.123456Z"),
+            (
+                "2026-11-21 10:00:00.123456+05:30",
+                "2026-11-21T04:30:00.123456Z",
+            ),
             ("2026-11-21 10:00:00-0800", "2026-11-21T18:00:00.000000Z"),
             ("now", "2026-11-21T12:00:00.000000Z"),
             ("10 minutes ago", "2026-11-21T11:50:00.000000Z"),
@@ -122,7 +140,10 @@ mod tests {
             assert_eq!(parse(text, None).expect(text), expected, "{text}");
         }
         let berlin = parse("2026-11-21 10:00:00", Some("Europe/Berlin"));
-        assert_eq!(berlin.expect("it has a zone"), "2026-11-21T09:00:00.000000Z");
+        assert_eq!(
+            berlin.expect("it has a zone"),
+            "2026-11-21T09:00:00.000000Z"
+        );
     }
 
     #[test]

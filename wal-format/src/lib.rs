@@ -25,6 +25,7 @@ pub mod sealed;
 pub mod segment;
 pub mod summary;
 pub mod system;
+pub mod tar;
 pub mod time;
 pub mod timeline;
 

@@ -46,7 +46,9 @@ fn named(branches: &[Known], text: &str) -> Result<Branch> {
 fn one_of(text: &str, matching: &[Branch]) -> Result<Branch> {
     match matching {
         [branch] => Ok(*branch),
-        [] => Err(Error::usage(format!("timeline {text} is not archived; see `pitr-restore list`"))),
+        [] => Err(Error::usage(format!(
+            "timeline {text} is not archived; see `pitr-restore list`"
+        ))),
         several => {
             let names: Vec<String> = several.iter().map(ToString::to_string).collect();
             let names = names.join(", ");
@@ -69,13 +71,20 @@ fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
         let Some(from) = from else { return true };
         path_to(branches, *branch).is_ok_and(|path| path.iter().any(|part| part.branch == from))
     };
-    let candidates: Vec<Branch> =
-        branches.iter().map(|(branch, _, _)| *branch).filter(reachable).collect();
+    let candidates: Vec<Branch> = branches
+        .iter()
+        .map(|(branch, _, _)| *branch)
+        .filter(reachable)
+        .collect();
     let Some(greatest) = candidates.iter().map(|branch| branch.timeline).max() else {
-        return Err(Error::usage("no WAL is archived yet; is `wal-archiver run` running?"));
+        return Err(Error::usage(
+            "no WAL is archived yet; is `wal-archiver run` running?",
+        ));
     };
-    let matching: Vec<Branch> =
-        candidates.into_iter().filter(|branch| branch.timeline == greatest).collect();
+    let matching: Vec<Branch> = candidates
+        .into_iter()
+        .filter(|branch| branch.timeline == greatest)
+        .collect();
     one_of(&greatest.to_string(), &matching)
 }
 
@@ -86,7 +95,9 @@ fn wishes_none(branch: Branch, branches: &[Known]) -> bool {
 fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
     let entry = branches.iter().find(|(branch, _, _)| *branch == wanted);
     let Some((_, history, content)) = entry else {
-        return Err(Error::usage(format!("timeline branch {wanted} is not archived")));
+        return Err(Error::usage(format!(
+            "timeline branch {wanted} is not archived"
+        )));
     };
     let mut path = Vec::new();
     let mut from = Lsn::ZERO;
@@ -97,11 +108,22 @@ fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
             .find(|(branch, _, parent)| {
                 branch.timeline == ancestor.timeline && content.starts_with(parent)
             })
-            .map_or_else(|| Branch::without_history(ancestor.timeline), |(branch, _, _)| *branch);
-        path.push(PathPart { branch, from, to: ancestor.switch_lsn });
+            .map_or_else(
+                || Branch::without_history(ancestor.timeline),
+                |(branch, _, _)| *branch,
+            );
+        path.push(PathPart {
+            branch,
+            from,
+            to: ancestor.switch_lsn,
+        });
         from = ancestor.switch_lsn;
     }
-    path.push(PathPart { branch: wanted, from, to: Lsn::MAX });
+    path.push(PathPart {
+        branch: wanted,
+        from,
+        to: Lsn::MAX,
+    });
     Ok(path)
 }
 
@@ -161,5 +183,12 @@ pub(super) fn cover(
         }
         gap = false;
     }
-    Ok(Coverage { start_lsn, ranges, end_lsn, gap_branch, gap, path: path.to_vec() })
+    Ok(Coverage {
+        start_lsn,
+        ranges,
+        end_lsn,
+        gap_branch,
+        gap,
+        path: path.to_vec(),
+    })
 }

@@ -26,7 +26,10 @@ pub(super) fn find_stop(
     coverage: &Coverage,
     target: &RecoveryTarget,
 ) -> Result<Found> {
-    let walk = Walk { inventory, coverage };
+    let walk = Walk {
+        inventory,
+        coverage,
+    };
     match target {
         RecoveryTarget::Latest => walk.after_the_last_record(),
         RecoveryTarget::Immediate => Ok(Found {
@@ -82,9 +85,7 @@ impl Walk<'_> {
         let kept = |end: &TransactionEnd| {
             end.kind.is_commit() && (end.lsn < lsn || (inclusive && end.lsn == lsn))
         };
-        let reaching = |range: &&WalRange| {
-            range.first_record_lsn.is_some_and(|first| first <= lsn)
-        };
+        let reaching = |range: &&WalRange| range.first_record_lsn.is_some_and(|first| first <= lsn);
         for range in self.coverage.ranges.iter().rev().filter(reaching) {
             let found = self.transactions(range, None)?.into_iter().rev().find(kept);
             if found.is_some() {
@@ -120,7 +121,9 @@ impl Walk<'_> {
     /// The last record that is complete in the archive.
     fn last_record(&self) -> Option<Lsn> {
         let on_path = |range: &WalRange| {
-            range.last_record_lsn.filter(|lsn| self.coverage.holds(range.branch, *lsn))
+            range
+                .last_record_lsn
+                .filter(|lsn| self.coverage.holds(range.branch, *lsn))
         };
         self.coverage.ranges.iter().filter_map(on_path).max()
     }
@@ -155,7 +158,11 @@ impl Walk<'_> {
     }
 
     fn proven(&self) -> Option<PgTimestamp> {
-        self.coverage.ranges.iter().filter_map(|range| range.proven).max()
+        self.coverage
+            .ranges
+            .iter()
+            .filter_map(|range| range.proven)
+            .max()
     }
 
     fn time(&self, target: PgTimestamp, inclusive: bool) -> Result<Found> {
@@ -190,8 +197,13 @@ impl Walk<'_> {
     }
 
     fn lsn(&self, lsn: Lsn, inclusive: bool) -> Result<Found> {
-        let ranges: Vec<WalRange> =
-            self.coverage.ranges.iter().filter(|range| range.end_lsn > lsn).cloned().collect();
+        let ranges: Vec<WalRange> = self
+            .coverage
+            .ranges
+            .iter()
+            .filter(|range| range.end_lsn > lsn)
+            .cloned()
+            .collect();
         let record = if lsn < self.coverage.end_lsn && lsn >= self.coverage.start_lsn {
             self.inventory.record_at_or_after(&ranges, lsn)?
         } else {
@@ -209,7 +221,8 @@ impl Walk<'_> {
             None => Err(self.beyond(lsn.to_string())?),
             Some(record) if inclusive => self.after(record),
             Some(record) => {
-                let behind = |range: &WalRange| range.last_record_lsn.is_none_or(|last| last < record);
+                let behind =
+                    |range: &WalRange| range.last_record_lsn.is_none_or(|last| last < record);
                 Ok(Found {
                     stop: Stop::Before { lsn: record },
                     position: Some(record),

@@ -1,0 +1,415 @@
+//! The command line of `pitr-restore`, and the table of exit codes.
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failed; for `wal-fetch`: proved absent |
+//! | 2 | usage or configuration |
+//! | 3 | the target can not be reached |
+//! | 4 | integrity violation found |
+//! | 5 | the repository is unreachable |
+//! | 255 | `wal-fetch` only: no answer, or an unsafe one |
+
+use std::{
+    collections::BTreeMap,
+    io::IsTerminal,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command as Process, ExitCode},
+};
+
+use clap::{Args, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Timestamp;
+use repository::{
+    Catalog, Repository,
+    config::{ClusterSettings, CommonArgs, RepositoryUrl, Settings},
+};
+use wal_format::{BackupId, ClusterName, Lsn};
+
+use crate::{
+    Error, RestorePlan, Result,
+    execute::{self, Action, Destination, Recovery},
+    inventory::{Archive, Inventory},
+    list,
+    plan::{Wishes, plan_restore},
+    start,
+    target::{RecoveryTarget, explain_time, parse_time},
+    wal_fetch::{self, Fetched},
+};
+
+mod output;
+
+/// Restores a PostgreSQL cluster from a Tidemark repository to any instant; says before it copies where recovery stops.
+#[derive(Debug, Parser)]
+#[command(name = "pitr-restore", version, subcommand_negates_reqs = true)]
+pub struct Cli {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(flatten)]
+    restore: RestoreArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Lists backups, restorable windows, gaps and restore points.
+    List {
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// `restore_command` = 'pitr-restore wal-fetch %f %p': 0 delivered, 1 proved absent, 255 anything else.
+    WalFetch {
+        /// The file PostgreSQL asks for: %f.
+        name: String,
+        /// Where it wants it: %p.
+        destination: PathBuf,
+        /// The plan of the restore.
+        #[arg(long, value_name = "FILE")]
+        plan: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+struct RestoreArgs {
+    /// The directory to restore into; new or empty.
+    #[arg(long, value_name = "DIR")]
+    target_dir: Option<PathBuf>,
+    /// Stop before the first commit after this time.
+    #[arg(long, value_name = "TIME", group = "target")]
+    target_time: Option<String>,
+    /// Stop after the first record at or after this position.
+    #[arg(long, value_name = "LSN", group = "target")]
+    target_lsn: Option<Lsn>,
+    /// Stop after the end of this transaction.
+    #[arg(long, value_name = "XID", group = "target")]
+    target_xid: Option<u32>,
+    /// Stop after the restore point of this name.
+    #[arg(long, value_name = "NAME", group = "target")]
+    target_name: Option<String>,
+    /// Stop as soon as the backup is consistent.
+    #[arg(long, group = "target")]
+    target_immediate: bool,
+    /// Follow this timeline. Default: the newest.
+    #[arg(long, value_name = "TIMELINE")]
+    target_timeline: Option<String>,
+    /// Stop just before the target instead of just after it.
+    #[arg(long)]
+    target_exclusive: bool,
+    /// What PostgreSQL does at the target. Default: pause; promote without a target.
+    #[arg(long, value_enum)]
+    target_action: Option<Action>,
+    /// Zone of a target time without an offset, for example Europe/Berlin.
+    #[arg(long, value_name = "ZONE")]
+    time_zone: Option<String>,
+    /// Use this backup.
+    #[arg(long, value_name = "ID")]
+    backup: Option<BackupId>,
+    /// Put the tablespace that was at OLD to NEW.
+    #[arg(long, value_name = "OLD=NEW", value_parser = pair)]
+    tablespace_mapping: Vec<(String, String)>,
+    /// Threads that extract. Default: one for each processor.
+    #[arg(long, value_name = "N")]
+    jobs: Option<usize>,
+    /// Follow the archive for good, as a standby.
+    #[arg(long)]
+    standby: bool,
+    /// Start PostgreSQL, wait for the end of recovery, compare it with the plan, leave it running.
+    #[arg(long, requires = "target_dir", conflicts_with = "standby")]
+    start: bool,
+    /// Where PostgreSQL's programs are.
+    #[arg(long, value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+    /// Append a setting to the restored ones.
+    #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
+    set: Vec<(String, String)>,
+    /// Keep `archive_mode` and synchronous standbys as they were.
+    #[arg(long)]
+    keep_archiving: bool,
+    /// Run by root: the user who gets the files and under whom PostgreSQL runs.
+    #[arg(long, value_name = "USER")]
+    owner: Option<String>,
+    /// Print the plan and touch nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// One JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+fn pair(text: &str) -> std::result::Result<(String, String), String> {
+    text.split_once('=')
+        .filter(|(left, _)| !left.is_empty())
+        .map(|(left, right)| (left.to_owned(), right.to_owned()))
+        .ok_or_else(|| "write it with an equals sign between".to_owned())
+}
+
+/// Runs a command; the exit code is the contract's.
+#[must_use]
+pub fn run(cli: Cli) -> ExitCode {
+    let fetching = matches!(cli.command, Some(Command::WalFetch { .. }));
+    match dispatch(cli) {
+        Ok(code) => code,
+        Err(error) => {
+            output::error(&error.to_string());
+            if fetching {
+                ExitCode::from(255)
+            } else {
+                ExitCode::from(error.exit_kind().code())
+            }
+        }
+    }
+}
+
+fn dispatch(cli: Cli) -> Result<ExitCode> {
+    match cli.command {
+        Some(Command::WalFetch {
+            name,
+            destination,
+            plan,
+        }) => {
+            let settings = Settings::resolve(&cli.common)?;
+            let cluster = settings.cluster()?;
+            let repository = open(&cluster.repository, &cluster.name)?;
+            let plan = plan.as_deref().map(read_plan).transpose()?;
+            match wal_fetch::wal_fetch(&repository, plan.as_ref(), &name, &destination)? {
+                Fetched::Delivered => Ok(ExitCode::SUCCESS),
+                Fetched::Absent => Ok(ExitCode::from(1)),
+            }
+        }
+        Some(Command::List { json }) => {
+            let settings = Settings::resolve(&cli.common)?;
+            let listing = list::list(&archive(settings.cluster()?)?)?;
+            if json {
+                output::json(&listing)?
+            } else {
+                output::listing(&listing)
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        None => {
+            if let Some(owner) = &cli.restore.owner
+                && rustix::process::getuid().is_root()
+            {
+                return as_owner(owner);
+            }
+            let settings = Settings::resolve(&cli.common)?;
+            restore(settings.cluster()?, &cli.restore)
+        }
+    }
+}
+
+/// Runs the same command again as the user who is to own the files.
+fn as_owner(owner: &str) -> Result<ExitCode> {
+    let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    let mut own = Vec::new();
+    while let Some(argument) = arguments.next() {
+        if argument == "--owner" {
+            arguments.next();
+        } else if !argument.to_string_lossy().starts_with("--owner=") {
+            own.push(argument);
+        }
+    }
+    let error = Process::new("setpriv")
+        .args([
+            &format!("--reuid={owner}"),
+            &format!("--regid={owner}"),
+            "--init-groups",
+            "--",
+        ])
+        .arg(program)
+        .args(own)
+        .exec();
+    Err(Error::io("run as the owner with", "setpriv")(error))
+}
+
+fn read_plan(path: &Path) -> Result<RestorePlan> {
+    let json = std::fs::read(path).map_err(Error::io("read", path))?;
+    serde_json::from_slice(&json).map_err(|error| Error::Damaged {
+        object: path.display().to_string(),
+        problem: error.to_string(),
+    })
+}
+
+/// Opens a repository for reading: a missing folder is an error and not a new repository.
+fn open(url: &RepositoryUrl, cluster: &ClusterName) -> Result<Repository> {
+    if !url.folder().is_dir() {
+        let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let action = "open the repository";
+        let path = url.folder().to_owned();
+        return Err(repository::Error::Store {
+            action,
+            path,
+            source: missing,
+        }
+        .into());
+    }
+    Ok(Repository::open(url, cluster)?)
+}
+
+fn archive(cluster: &ClusterSettings) -> Result<Archive> {
+    let repository = open(&cluster.repository, &cluster.name)?;
+    let catalog = Catalog::open_for_restore(Some(&cluster.catalog), &repository)?;
+    Ok(Archive {
+        repository,
+        catalog,
+    })
+}
+
+fn target(args: &RestoreArgs, now: Timestamp) -> Result<RecoveryTarget> {
+    let inclusive = !args.target_exclusive;
+    if let Some(text) = &args.target_time {
+        let time = parse_time(text, args.time_zone.as_deref(), now)?;
+        return Ok(RecoveryTarget::Time { time, inclusive });
+    }
+    if let Some(lsn) = args.target_lsn {
+        return Ok(RecoveryTarget::Lsn { lsn, inclusive });
+    }
+    if let Some(xid) = args.target_xid {
+        return Ok(RecoveryTarget::Xid { xid, inclusive });
+    }
+    if args.target_exclusive {
+        return Err(Error::usage(
+            "--target-exclusive goes with --target-time, --target-lsn or --target-xid",
+        ));
+    }
+    Ok(match &args.target_name {
+        Some(name) => RecoveryTarget::Name(name.clone()),
+        None if args.target_immediate => RecoveryTarget::Immediate,
+        None => RecoveryTarget::Latest,
+    })
+}
+
+fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
+    let now = Timestamp::now();
+    let target = target(args, now)?;
+    if !args.dry_run {
+        if args.target_dir.is_none() {
+            return Err(Error::usage(
+                "name the directory to restore into with --target-dir, or look first with --dry-run",
+            ));
+        }
+        if rustix::process::getuid().is_root() {
+            return Err(Error::usage(
+                "PostgreSQL does not run as root: name the user who gets the files with --owner",
+            ));
+        }
+    }
+    let archive = archive(cluster)?;
+    let wishes = Wishes {
+        backup: args.backup.clone(),
+        timeline: args.target_timeline.clone(),
+    };
+    let plan = plan_restore(&archive, &target, &wishes)?;
+    if !args.json {
+        if let RecoveryTarget::Time { time, .. } = &target {
+            output::line(&format!("target        {}", explain_time(*time, now)));
+        }
+        output::plan(&plan);
+    }
+    let Some(directory) = args.target_dir.as_ref().filter(|_| !args.dry_run) else {
+        if args.json {
+            output::json(&plan)?;
+        }
+        return Ok(ExitCode::SUCCESS);
+    };
+    let default = if target == RecoveryTarget::Latest {
+        Action::Promote
+    } else {
+        Action::Pause
+    };
+    let action = args.target_action.unwrap_or(default);
+    // Found before the copy: a restore that can not be started is known to be so at once.
+    let version = archive.identity().postgresql_major;
+    let postgres = if args.start {
+        Some(start::find_postgres(args.pg_bin.as_deref(), version)?)
+    } else {
+        None
+    };
+    let jobs = args
+        .jobs
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
+    let destination = Destination {
+        directory: std::path::absolute(directory).map_err(Error::io("find", directory))?,
+        tablespaces: mapping(args),
+        jobs,
+        recovery: Recovery {
+            action,
+            standby: args.standby,
+            keep_archiving: args.keep_archiving,
+            set: args.set.clone(),
+            repository: cluster.repository.clone(),
+            program: std::env::current_exe().map_err(Error::io("find", "this program"))?,
+        },
+    };
+    let bar = bar(&archive, &plan)?;
+    execute::execute(&archive, &plan, &destination, &|bytes| bar.inc(bytes))?;
+    bar.finish_and_clear();
+    let recovered = match postgres {
+        Some(postgres) => Some(start::start(
+            &postgres,
+            &destination.directory,
+            &plan,
+            action,
+        )?),
+        None => None,
+    };
+    if args.json {
+        output::json(&serde_json::json!({
+            "plan": plan,
+            "directory": destination.directory,
+            "stopped": recovered.as_ref().map(|one| &one.stopped),
+            "recovery_seconds": recovered.as_ref().map(|one| one.duration.as_secs_f64()),
+            "process": recovered.as_ref().and_then(|one| one.process),
+        }))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    output::line(&format!(
+        "restored      {}",
+        destination.directory.display()
+    ));
+    match recovered {
+        Some(recovered) => {
+            output::line(&format!("stopped       {} (as planned)", recovered.stopped));
+            output::line(&format!(
+                "recovery took {:.1} s",
+                recovered.duration.as_secs_f64()
+            ));
+            if let Some(process) = recovered.process {
+                output::line(&format!("running       PostgreSQL, process {process}"));
+            }
+        }
+        None => output::line(&format!(
+            "start it with pg_ctl -D {} start",
+            destination.directory.display()
+        )),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn mapping(args: &RestoreArgs) -> BTreeMap<PathBuf, PathBuf> {
+    let pairs = args.tablespace_mapping.iter();
+    pairs
+        .map(|(old, new)| (PathBuf::from(old), PathBuf::from(new)))
+        .collect()
+}
+
+fn bar(archive: &Archive, plan: &RestorePlan) -> Result<ProgressBar> {
+    let backups = archive.catalog.backups()?;
+    let raw_bytes = backups
+        .iter()
+        .find(|one| one.id == plan.backup)
+        .map_or(0, |one| one.raw_bytes);
+    if !std::io::stderr().is_terminal() {
+        return Ok(ProgressBar::hidden());
+    }
+    let style = ProgressStyle::with_template(
+        "extracting {bar:32} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
+    );
+    let bar = ProgressBar::new(raw_bytes);
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    Ok(bar)
+}

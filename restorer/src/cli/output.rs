@@ -1,0 +1,123 @@
+//! Standard output: the only place that writes to it. Errors go to standard error.
+#![expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "this is the program's output"
+)]
+
+use serde::Serialize;
+use wal_format::TransactionEnd;
+
+use crate::{Error, RestorePlan, Result, list::Listing};
+
+pub(super) fn line(text: &str) {
+    println!("{text}");
+}
+
+pub(super) fn error(text: &str) {
+    eprintln!("pitr-restore: {text}");
+}
+
+pub(super) fn json<T: Serialize>(value: &T) -> Result<()> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|error| Error::io("write", "standard output")(error.into()))?;
+    println!("{text}");
+    Ok(())
+}
+
+pub(super) fn plan(plan: &RestorePlan) {
+    println!("backup        {} ({})", plan.backup, plan.reason);
+    let path: Vec<String> = plan
+        .path
+        .iter()
+        .map(|part| part.branch.to_string())
+        .collect();
+    println!("timelines     {}", path.join(" → "));
+    println!("redo from     {}", plan.start_lsn);
+    println!("stop          {}", plan.stop);
+    if let Some(kept) = &plan.last_kept {
+        println!("last kept     {}", transaction(kept));
+    }
+    if let Some(dropped) = &plan.first_dropped {
+        println!("first dropped {}", transaction(dropped));
+    }
+    if plan.late_commit_count > 0 {
+        println!(
+            "lost in time  {} commit(s) lie behind the stop although their time is not after the target:",
+            plan.late_commit_count
+        );
+        for end in &plan.late_commits {
+            println!("              {}", transaction(end));
+        }
+    }
+    println!("backup bytes  {}", plan.backup_bytes);
+    println!("WAL bytes     {}", plan.wal_bytes);
+    println!(
+        "estimate      {} s (at 100 MiB/s extraction and 60 MiB/s replay)",
+        plan.estimated_seconds
+    );
+}
+
+fn transaction(end: &TransactionEnd) -> String {
+    let kind = if end.kind.is_commit() {
+        "commit"
+    } else {
+        "abort"
+    };
+    format!(
+        "{kind} of transaction {} at {} ({})",
+        end.xid, end.lsn, end.time
+    )
+}
+
+pub(super) fn listing(listing: &Listing) {
+    println!("backups");
+    for one in &listing.backups {
+        let usable = if one.usable {
+            ""
+        } else {
+            "  NOT USABLE: its WAL is missing"
+        };
+        println!(
+            "  {}  {}  {} to {}  {} bytes  timeline {}  {}{usable}",
+            one.id,
+            one.finished,
+            one.start_lsn,
+            one.stop_lsn,
+            one.stored_bytes,
+            one.branch,
+            one.label
+        );
+    }
+    println!("WAL without a gap");
+    for window in &listing.windows {
+        let time = |time: Option<wal_format::PgTimestamp>| {
+            time.map_or_else(|| "no commit".to_owned(), |time| time.to_string())
+        };
+        let restorable = if window.restorable {
+            "restorable"
+        } else {
+            "no backup in it"
+        };
+        println!(
+            "  timeline {}  {} to {}  {} to {}  {restorable}",
+            window.branch,
+            window.start_lsn,
+            window.end_lsn,
+            time(window.first_time),
+            time(window.last_time)
+        );
+    }
+    for gap in &listing.gaps {
+        println!(
+            "GAP  timeline {}  {} to {}",
+            gap.branch, gap.start_lsn, gap.end_lsn
+        );
+    }
+    for point in &listing.restore_points {
+        println!(
+            "restore point  {}  {}  {}",
+            point.name, point.lsn, point.time
+        );
+    }
+}

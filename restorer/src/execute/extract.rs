@@ -1,0 +1,126 @@
+//! Extracts one slice of a backup. A slice may begin inside a file; it says in which and where.
+
+use std::{
+    fs,
+    io::Read,
+    os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt},
+    path::Path,
+    sync::Mutex,
+};
+
+use repository::Repository;
+use sha2::{Digest, Sha256};
+use wal_format::{
+    BackupInfo, BackupSlice,
+    layout::BackupArchive,
+    tar::{BLOCK_BYTES, TarError, TarHeader, TarKind},
+};
+
+use crate::{Error, Result};
+
+/// Without it no server starts; it is written last.
+const CONTROL: &str = "global/pg_control";
+
+/// Fetches, checks and extracts `slice` below `root`; `pg_control`'s content goes to `control`.
+pub(super) fn extract(
+    repository: &Repository,
+    backup: &BackupInfo,
+    slice: &BackupSlice,
+    root: &Path,
+    control: &Mutex<Vec<u8>>,
+) -> Result<()> {
+    let key = backup.slice_key(slice);
+    let damaged = |problem: String| Error::Damaged {
+        object: key.to_string(),
+        problem,
+    };
+    let stored = repository.get(&key)?;
+    if hex::encode(Sha256::digest(&stored)) != slice.sha256 {
+        return Err(damaged(
+            "its SHA-256 is not the one that was recorded".to_owned(),
+        ));
+    }
+    let length = usize::try_from(slice.raw_bytes).unwrap_or(usize::MAX);
+    let mut raw = Vec::with_capacity(length.min(64 << 20));
+    // One byte more than announced would show that it is not what was stored.
+    zstd::Decoder::new(&stored[..])
+        .and_then(|decoder| {
+            decoder
+                .take(slice.raw_bytes.saturating_add(1))
+                .read_to_end(&mut raw)
+        })
+        .map_err(|error| damaged(error.to_string()))?;
+    if raw.len() != length {
+        return Err(damaged(format!(
+            "it holds {} bytes instead of {length}",
+            raw.len()
+        )));
+    }
+    let mut rest = &raw[..];
+    if let Some(file) = &slice.continues {
+        let left = file.size.saturating_sub(file.offset);
+        let content = take(&mut rest, left, true);
+        write_at(root, &file.path, content, file.offset, 0o600)?;
+    }
+    let tar = |error: TarError| damaged(error.to_string());
+    while let Some((block, after)) = rest.split_first_chunk::<BLOCK_BYTES>() {
+        rest = after;
+        let Some(entry) = TarHeader::parse(block).map_err(tar)? else {
+            continue;
+        };
+        match &entry.kind {
+            TarKind::Directory => make_directory(&root.join(&entry.path))?,
+            // A link leads to where a tablespace was; where it shall be is decided by the plan.
+            TarKind::Symlink(_) => {}
+            TarKind::File => {
+                let content = take(&mut rest, entry.size, true);
+                if slice.archive == BackupArchive::Base && entry.path == CONTROL {
+                    if let Ok(mut control) = control.lock() {
+                        control.extend_from_slice(content);
+                    }
+                    continue;
+                }
+                write_at(root, &entry.path, content, 0, entry.mode)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As much of `length` bytes as the slice has, and skips the padding behind them.
+fn take<'a>(rest: &mut &'a [u8], length: u64, padded: bool) -> &'a [u8] {
+    let wanted = usize::try_from(length).unwrap_or(usize::MAX);
+    let (content, after) = rest.split_at(wanted.min(rest.len()));
+    let padding = if padded {
+        wanted.next_multiple_of(BLOCK_BYTES) - wanted
+    } else {
+        0
+    };
+    *rest = after.get(padding..).unwrap_or_default();
+    content
+}
+
+fn make_directory(path: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(Error::io("create directory", path))
+}
+
+/// Writes a part of a file. Other parts may be written by other threads at the same time.
+fn write_at(root: &Path, name: &str, content: &[u8], offset: u64, mode: u32) -> Result<()> {
+    let path = root.join(name);
+    if let Some(parent) = path.parent() {
+        make_directory(parent)?;
+    }
+    let file = fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(mode & 0o700 | 0o600)
+        .open(&path)
+        .map_err(Error::io("create", &path))?;
+    file.write_all_at(content, offset)
+        .map_err(Error::io("write", &path))
+}

@@ -1,0 +1,131 @@
+//! Checks every restored file against PostgreSQL's own `backup_manifest`.
+
+use std::{
+    fs::File,
+    io::Read,
+    path::Path,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use wal_format::BackupInfo;
+
+use crate::{Error, Result};
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Manifest {
+    files: Vec<Entry>,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(rename = "Path")]
+    path: Option<String>,
+    #[serde(rename = "Encoded-Path")]
+    encoded_path: Option<String>,
+    #[serde(rename = "Size")]
+    size: u64,
+    #[serde(rename = "Checksum-Algorithm")]
+    algorithm: Option<String>,
+    #[serde(rename = "Checksum")]
+    checksum: Option<String>,
+}
+
+/// Compares size and SHA-256 of every file that the manifest names. `control` stands for `pg_control`, which is not
+/// written yet.
+pub(super) fn verify(
+    directory: &Path,
+    manifest: &[u8],
+    backup: &BackupInfo,
+    control: &[u8],
+    jobs: usize,
+) -> Result<()> {
+    let damaged = |problem: String| Error::Damaged {
+        object: backup.manifest_key().to_string(),
+        problem,
+    };
+    if hex::encode(Sha256::digest(manifest)) != backup.manifest_sha256 {
+        return Err(damaged(
+            "its SHA-256 is not the one that was recorded".to_owned(),
+        ));
+    }
+    let manifest: Manifest =
+        serde_json::from_slice(manifest).map_err(|error| damaged(error.to_string()))?;
+    let next = AtomicUsize::new(0);
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let work = || {
+        while let Some(entry) = manifest.files.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(error) = check(directory, entry, control) {
+                next.store(usize::MAX / 2, Ordering::Relaxed);
+                if let Ok(mut failure) = failure.lock() {
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..jobs.max(1) {
+            scope.spawn(work);
+        }
+    });
+    match failure
+        .into_inner()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
+}
+
+fn check(directory: &Path, entry: &Entry, control: &[u8]) -> Result<()> {
+    let name = match (&entry.path, &entry.encoded_path) {
+        (Some(path), _) => path.clone(),
+        (None, Some(hexadecimal)) => hex::decode(hexadecimal)
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default(),
+        (None, None) => String::new(),
+    };
+    // It is consumed when the links are made from the plan instead.
+    if name == "tablespace_map" {
+        return Ok(());
+    }
+    let path = directory.join(&name);
+    let damaged = |problem: String| Error::Damaged {
+        object: path.display().to_string(),
+        problem,
+    };
+    let mut sum = Sha256::new();
+    let mut size = 0;
+    if name == "global/pg_control" {
+        sum.update(control);
+        size = control.len() as u64;
+    } else {
+        let mut file = File::open(&path).map_err(Error::io("open", &path))?;
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let read = file.read(&mut buffer).map_err(Error::io("read", &path))?;
+            if read == 0 {
+                break;
+            }
+            sum.update(&buffer[..read]);
+            size += read as u64;
+        }
+    }
+    if size != entry.size {
+        return Err(damaged(format!(
+            "it has {size} bytes, the manifest says {}",
+            entry.size
+        )));
+    }
+    match (entry.algorithm.as_deref(), &entry.checksum) {
+        (Some("SHA256"), Some(expected)) if *expected != hex::encode(sum.finalize()) => {
+            Err(damaged("its SHA-256 is not the manifest's".to_owned()))
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,184 @@
+//! The recovery settings of a restored cluster: what PostgreSQL is told so that it stops where the plan says.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    path::Path,
+};
+
+use repository::config::RepositoryUrl;
+use wal_format::layout::history_file_name;
+
+use super::{Destination, PLAN_FILE};
+use crate::{Error, RestorePlan, Result, Stop, inventory::Archive};
+
+/// What PostgreSQL does when it has reached the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Action {
+    /// Stays read-only until `pg_wal_replay_resume()`.
+    Pause,
+    /// Opens for writing on a new timeline.
+    Promote,
+    /// Stops.
+    Shutdown,
+}
+
+impl Action {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Pause => "pause",
+            Self::Promote => "promote",
+            Self::Shutdown => "shutdown",
+        }
+    }
+}
+
+/// How the restored cluster is to recover.
+#[derive(Clone, Debug)]
+pub struct Recovery {
+    /// At the target.
+    pub action: Action,
+    /// Follow the archive for good instead of stopping.
+    pub standby: bool,
+    /// Leave the archiving settings as they were.
+    pub keep_archiving: bool,
+    /// Further settings, appended last.
+    pub set: Vec<(String, String)>,
+    /// Where WAL comes from.
+    pub repository: RepositoryUrl,
+    /// This program, for `restore_command`.
+    pub program: std::path::PathBuf,
+}
+
+/// Writes history files, the plan, `postgresql.auto.conf` and the signal file.
+pub(super) fn write(
+    archive: &Archive,
+    plan: &RestorePlan,
+    destination: &Destination,
+) -> Result<()> {
+    let directory = &destination.directory;
+    let recovery = &destination.recovery;
+    let wal = directory.join("pg_wal");
+    for folder in [wal.clone(), wal.join("archive_status")] {
+        fs::create_dir_all(&folder).map_err(Error::io("create directory", &folder))?;
+    }
+    let system = archive.catalog.identity().system_identifier;
+    for part in plan.path.iter().filter(|part| part.branch.digest != [0; 4]) {
+        let content = archive.repository.history(system, part.branch)?;
+        create(&wal.join(history_file_name(part.branch.timeline)), &content)?;
+    }
+    let json = serde_json::to_vec_pretty(plan)
+        .map_err(|error| Error::io("write", directory.join(PLAN_FILE))(error.into()))?;
+    create(&directory.join(PLAN_FILE), &json)?;
+    append(
+        &directory.join("postgresql.auto.conf"),
+        &lines(archive, plan, destination)?,
+    )?;
+    let signal = if recovery.standby {
+        "standby.signal"
+    } else {
+        "recovery.signal"
+    };
+    create(&directory.join(signal), b"")
+}
+
+fn lines(archive: &Archive, plan: &RestorePlan, destination: &Destination) -> Result<String> {
+    let recovery = &destination.recovery;
+    let timeline = plan
+        .path
+        .last()
+        .map_or(1, |part| part.branch.timeline.get());
+    let plan_file = fs::canonicalize(destination.directory.join(PLAN_FILE))
+        .map_err(Error::io("find", destination.directory.join(PLAN_FILE)))?;
+    let mut command = format!(
+        "{} wal-fetch --repository {} --cluster {}",
+        shell_quoted(&recovery.program.display().to_string()),
+        shell_quoted(&recovery.repository.to_string()),
+        archive.repository.cluster(),
+    );
+    if !recovery.standby {
+        command.push_str(" --plan ");
+        command.push_str(&shell_quoted(&plan_file.display().to_string()));
+    }
+    // restore_command knows %f, %p and %r; any other percent sign is a literal one and is doubled.
+    let command = format!("{} %f %p", command.replace('%', "%%"));
+    let mut settings: Vec<(&str, String)> = vec![("restore_command", command)];
+    for name in [
+        "recovery_target",
+        "recovery_target_time",
+        "recovery_target_xid",
+        "recovery_target_name",
+        "recovery_target_lsn",
+    ] {
+        settings.push((name, String::new()));
+    }
+    if recovery.standby {
+        settings.push(("recovery_target_timeline", "latest".to_owned()));
+    } else {
+        settings.push(("recovery_target_timeline", timeline.to_string()));
+        settings.push(("recovery_target_action", recovery.action.name().to_owned()));
+        match plan.stop {
+            Stop::Before { lsn } => {
+                settings.push(("recovery_target_lsn", lsn.to_string()));
+                settings.push(("recovery_target_inclusive", "off".to_owned()));
+            }
+            Stop::After { lsn } => {
+                settings.push(("recovery_target_lsn", lsn.to_string()));
+                settings.push(("recovery_target_inclusive", "on".to_owned()));
+            }
+            Stop::Consistent => settings.push(("recovery_target", "immediate".to_owned())),
+        }
+    }
+    if !recovery.keep_archiving {
+        // The copy must neither write into its parent's archive nor wait for its parent's standbys.
+        settings.push(("archive_mode", "off".to_owned()));
+        settings.push(("synchronous_standby_names", String::new()));
+        settings.push(("primary_conninfo", String::new()));
+        settings.push(("primary_slot_name", String::new()));
+    }
+    let mut text = format!(
+        "\n# Added by pitr-restore: backup {}, stop {}.\n",
+        plan.backup, plan.stop
+    );
+    let own = settings.iter().map(|(name, value)| (*name, value.as_str()));
+    let set = recovery
+        .set
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()));
+    for (name, value) in own.chain(set) {
+        text.push_str(&format!(
+            "{name} = '{}'\n",
+            value.replace('\\', "\\\\").replace('\'', "''")
+        ));
+    }
+    Ok(text)
+}
+
+fn shell_quoted(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:=".contains(c);
+    if text.chars().all(plain) {
+        text.to_owned()
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
+}
+
+fn create(path: &Path, content: &[u8]) -> Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path);
+    file.and_then(|mut file| file.write_all(content))
+        .map_err(Error::io("write", path))
+}
+
+fn append(path: &Path, text: &str) -> Result<()> {
+    let mut options = OpenOptions::new();
+    let file = options.append(true).create(true).mode(0o600).open(path);
+    file.and_then(|mut file| file.write_all(text.as_bytes()))
+        .map_err(Error::io("write", path))
+}

@@ -1,0 +1,159 @@
+//! `pitr-restore list`: backups, restorable windows, gaps and restore points.
+
+use serde::Serialize;
+use wal_format::{BackupId, Branch, Lsn, PgTimestamp};
+
+use crate::{Result, inventory::Inventory};
+
+/// Everything that is listed.
+#[derive(Clone, Debug, Serialize)]
+pub struct Listing {
+    /// The base backups, oldest first.
+    pub backups: Vec<ListedBackup>,
+    /// The stretches of WAL without a gap.
+    pub windows: Vec<Window>,
+    /// What is missing between them.
+    pub gaps: Vec<Gap>,
+    /// The restore points.
+    pub restore_points: Vec<RestorePoint>,
+}
+
+/// A base backup.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListedBackup {
+    /// Its name.
+    pub id: BackupId,
+    /// What the operator called it.
+    pub label: String,
+    /// Its timeline.
+    pub branch: Branch,
+    /// Where redo starts.
+    pub start_lsn: Lsn,
+    /// From where on it is consistent.
+    pub stop_lsn: Lsn,
+    /// When it was complete.
+    pub finished: PgTimestamp,
+    /// Its length in the repository.
+    pub stored_bytes: u64,
+    /// Whether the WAL that makes it consistent is held.
+    pub usable: bool,
+}
+
+/// A stretch of WAL without a gap.
+#[derive(Clone, Debug, Serialize)]
+pub struct Window {
+    /// Its timeline.
+    pub branch: Branch,
+    /// Its first byte.
+    pub start_lsn: Lsn,
+    /// The first byte after it.
+    pub end_lsn: Lsn,
+    /// The time of the first commit or abort in it.
+    pub first_time: Option<PgTimestamp>,
+    /// The greatest time in it.
+    pub last_time: Option<PgTimestamp>,
+    /// Whether a backup lies in it, so that something of it can be restored.
+    pub restorable: bool,
+}
+
+/// Missing WAL.
+#[derive(Clone, Debug, Serialize)]
+pub struct Gap {
+    /// The timeline.
+    pub branch: Branch,
+    /// The first missing byte.
+    pub start_lsn: Lsn,
+    /// The first byte that is there again.
+    pub end_lsn: Lsn,
+}
+
+/// A restore point.
+#[derive(Clone, Debug, Serialize)]
+pub struct RestorePoint {
+    /// The timeline.
+    pub branch: Branch,
+    /// Where.
+    pub lsn: Lsn,
+    /// When.
+    pub time: PgTimestamp,
+    /// Its name.
+    pub name: String,
+}
+
+/// Lists what is archived.
+///
+/// # Errors
+/// What reading the inventory met.
+pub fn list(inventory: &dyn Inventory) -> Result<Listing> {
+    let backups = inventory.backups()?;
+    let (mut windows, mut gaps) = (Vec::<Window>::new(), Vec::new());
+    for (branch, _, _) in inventory.branches()? {
+        let mut open: Option<Window> = None;
+        for range in inventory.ranges(branch, Lsn::ZERO, Lsn::MAX)? {
+            if let Some(window) = &mut open
+                && range.start_lsn <= window.end_lsn
+            {
+                window.end_lsn = window.end_lsn.max(range.end_lsn);
+                window.first_time = window.first_time.or(range.min_time);
+                window.last_time = window.last_time.max(range.max_time);
+                continue;
+            }
+            let fresh = Window {
+                branch,
+                start_lsn: range.start_lsn,
+                end_lsn: range.end_lsn,
+                first_time: range.min_time,
+                last_time: range.max_time,
+                restorable: false,
+            };
+            if let Some(window) = open.replace(fresh) {
+                gaps.push(Gap {
+                    branch,
+                    start_lsn: window.end_lsn,
+                    end_lsn: range.start_lsn,
+                });
+                windows.push(window);
+            }
+        }
+        windows.extend(open);
+    }
+    let inside = |window: &Window, branch: Branch, from: Lsn, to: Lsn| {
+        window.branch == branch && window.start_lsn <= from && window.end_lsn >= to
+    };
+    for window in &mut windows {
+        let held =
+            |one: &wal_format::BackupInfo| inside(window, one.branch, one.start_lsn, one.stop_lsn);
+        window.restorable = backups.iter().any(held);
+    }
+    let backups = backups
+        .into_iter()
+        .map(|one| ListedBackup {
+            usable: windows
+                .iter()
+                .any(|window| inside(window, one.branch, one.start_lsn, one.stop_lsn)),
+            id: one.id,
+            label: one.label,
+            branch: one.branch,
+            start_lsn: one.start_lsn,
+            stop_lsn: one.stop_lsn,
+            finished: one.finished,
+            stored_bytes: one.stored_bytes,
+        })
+        .collect();
+    let restore_points = inventory
+        .restore_points()?
+        .into_iter()
+        .map(|(branch, lsn, time, name)| RestorePoint {
+            branch,
+            lsn,
+            time,
+            name,
+        })
+        .collect();
+    Ok(Listing {
+        backups,
+        windows,
+        gaps,
+        restore_points,
+    })
+}

@@ -1,0 +1,349 @@
+//! The plan against a brute-force reading of PostgreSQL's rule, on archives made in memory.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use repository::{ClusterIdentity, WalRange, WalRangeKind};
+use wal_format::{
+    BackupKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary, SystemIdentifier,
+    TimelineHistory, TransactionEndKind,
+};
+
+use super::*;
+
+/// Ranges of this many bytes; the planner does not care that they are no whole segments.
+const RANGE: u64 = 4096;
+
+struct Memory {
+    identity: ClusterIdentity,
+    backups: Vec<BackupInfo>,
+    ranges: BTreeMap<u64, (WalRange, SegmentSummary)>,
+}
+
+impl Inventory for Memory {
+    fn identity(&self) -> &ClusterIdentity {
+        &self.identity
+    }
+
+    fn backups(&self) -> Result<Vec<BackupInfo>> {
+        Ok(self.backups.clone())
+    }
+
+    fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>> {
+        Ok(vec![(Branch::FIRST, None, Vec::new())])
+    }
+
+    fn ranges(&self, _: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {
+        let ranges = self.ranges.values().map(|(range, _)| range.clone());
+        Ok(ranges
+            .filter(|range| range.end_lsn > from && range.start_lsn < to)
+            .collect())
+    }
+
+    fn summary(&self, range: &WalRange) -> Result<SegmentSummary> {
+        Ok(self.ranges[&range.start_lsn.0].1.clone())
+    }
+
+    fn restore_points(&self) -> Result<Vec<(Branch, Lsn, PgTimestamp, String)>> {
+        Ok(vec![(
+            Branch::FIRST,
+            Lsn(RANGE * 3 + 8),
+            PgTimestamp(0),
+            "here".to_owned(),
+        )])
+    }
+
+    fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>> {
+        let ends = ranges
+            .iter()
+            .flat_map(|range| self.ranges[&range.start_lsn.0].1.transactions.clone());
+        Ok(ends.map(|end| end.lsn).find(|start| *start >= lsn))
+    }
+}
+
+fn backup(number: u64, start: u64, stop: u64) -> BackupInfo {
+    BackupInfo {
+        format_version: 1,
+        id: format!("20261121T1015{number:02}Z-0000")
+            .parse()
+            .expect("an id"),
+        label: String::new(),
+        kind: BackupKind::Full,
+        system_identifier: SystemIdentifier(1),
+        postgresql_major: PgVersion::V17,
+        server_version: "17.0".to_owned(),
+        branch: Branch::FIRST,
+        start_lsn: Lsn(start),
+        checkpoint_lsn: Lsn(start),
+        stop_lsn: Lsn(stop),
+        started: PgTimestamp(i64::try_from(number).expect("small")),
+        finished: PgTimestamp(i64::try_from(number).expect("small")),
+        from_standby: false,
+        tablespaces: Vec::new(),
+        slices: Vec::new(),
+        manifest_sha256: String::new(),
+        manifest_bytes: 0,
+        raw_bytes: 0,
+        stored_bytes: 0,
+    }
+}
+
+/// An archive of `(lsn / 8, time, commit)` with ranges up to `end`, proved up to `proven`.
+fn memory(ends: &[(u64, i64, bool)], backups: Vec<BackupInfo>, end: u64, proven: i64) -> Memory {
+    let identity = ClusterIdentity {
+        format_version: 1,
+        cluster: "main".parse().expect("a name"),
+        system_identifier: SystemIdentifier(1),
+        postgresql_major: PgVersion::V17,
+        wal_segment_size: SegmentSize::DEFAULT,
+        created: PgTimestamp(0),
+    };
+    let mut ranges = BTreeMap::new();
+    for start in (0..end).step_by(usize::try_from(RANGE).expect("small")) {
+        let inside = ends
+            .iter()
+            .enumerate()
+            .filter(|(_, (at, _, _))| (start..start + RANGE).contains(&(at * 8)));
+        let transactions: Vec<TransactionEnd> = inside
+            .map(|(index, (at, time, commit))| TransactionEnd {
+                lsn: Lsn(at * 8),
+                xid: u32::try_from(index).expect("small") + 1000,
+                time: PgTimestamp(*time),
+                kind: if *commit {
+                    TransactionEndKind::Commit
+                } else {
+                    TransactionEndKind::Abort
+                },
+            })
+            .collect();
+        let summary = SegmentSummary {
+            record_count: transactions.len() as u64,
+            first_record_lsn: transactions.first().map(|end| end.lsn),
+            last_record_lsn: transactions.last().map(|end| end.lsn),
+            last_record_end_lsn: transactions.last().map(|end| end.lsn.add(8)),
+            transactions,
+            ..SegmentSummary::default()
+        };
+        let header = SealedHeader {
+            system_identifier: SystemIdentifier(1),
+            version: PgVersion::V17,
+            branch: Branch::FIRST,
+            segment_size: SegmentSize::DEFAULT,
+            start_lsn: Lsn(start),
+            end_lsn: Lsn(start + RANGE),
+        };
+        let proven = (start + RANGE >= end).then_some(PgTimestamp(proven));
+        let range = WalRange::of_summary(&header, WalRangeKind::Tail, 1, &summary, proven);
+        ranges.insert(start, (range, summary));
+    }
+    Memory {
+        identity,
+        backups,
+        ranges,
+    }
+}
+
+fn time(time: i64) -> RecoveryTarget {
+    RecoveryTarget::Time {
+        time: PgTimestamp(time),
+        inclusive: true,
+    }
+}
+
+fn refusal(archive: &Memory, target: &RecoveryTarget) -> PlanError {
+    match plan_restore(archive, target, &Wishes::default()) {
+        Err(Error::Plan(error)) => error,
+        other => panic!("a refusal was expected: {other:?}"),
+    }
+}
+
+proptest! {
+    /// Recovery stops before the first end, in the order of the WAL from the backup's redo on, that is later than T.
+    #[test]
+    fn the_stop_is_postgresqls(
+        steps in prop::collection::vec((1u64..200, -30i64..90, any::<bool>()), 1..120),
+        start in 0u64..4000,
+        target in -50i64..5000,
+        inclusive: bool,
+    ) {
+        let (mut at, mut clock) = (0, 0);
+        let ends: Vec<(u64, i64, bool)> = steps
+            .into_iter()
+            .map(|(step, tick, commit)| {
+                at += step;
+                clock += tick;
+                (at, clock, commit)
+            })
+            .collect();
+        let end = (at * 8 + RANGE) / RANGE * RANGE;
+        let redo = (start * 8).min(at * 8);
+        let archive = memory(&ends, vec![backup(1, redo, redo)], end, clock);
+        let wanted = RecoveryTarget::Time { time: PgTimestamp(target), inclusive };
+        let later = |time: i64| time > target || (!inclusive && time == target);
+        let behind: Vec<_> = ends.iter().filter(|(at, _, _)| at * 8 >= redo).collect();
+        let oracle = behind.iter().position(|(_, time, _)| later(*time));
+        let plan = plan_restore(&archive, &wanted, &Wishes::default());
+        match oracle {
+            Some(index) => {
+                let plan = plan.expect("it is reachable");
+                let lsn = Lsn(behind[index].0 * 8);
+                prop_assert_eq!(plan.stop, Stop::Before { lsn });
+                let kept = behind[..index].iter().rev().find(|(_, _, commit)| *commit);
+                prop_assert_eq!(plan.last_kept.map(|end| end.lsn.0), kept.map(|(at, _, _)| at * 8));
+                let late = behind[index..].iter().filter(|(_, time, commit)| *commit && !later(*time)).count();
+                prop_assert_eq!(plan.late_commit_count, late as u64);
+            }
+            None if clock >= target => {
+                let plan = plan.expect("it is proved that nothing came after");
+                prop_assert_eq!(plan.stop, Stop::After { lsn: Lsn(at * 8) });
+            }
+            None => {
+                let refused = matches!(plan, Err(Error::Plan(PlanError::BeyondArchive { .. })));
+                prop_assert!(refused, "the archive is proved only up to {clock}");
+            }
+        }
+    }
+}
+
+const ENDS: [(u64, i64, bool); 5] = [
+    (600, 10, true),
+    (700, 20, true),
+    (1600, 30, false),
+    (1700, 25, true),
+    (2600, 40, true),
+];
+
+#[test]
+fn the_newest_backup_that_ends_before_the_stop_is_chosen() {
+    let backups = vec![backup(1, 4000, 5000), backup(2, 8000, 13000)];
+    let archive = memory(&ENDS, backups, RANGE * 6, 50);
+    let chosen = |target: &RecoveryTarget| {
+        plan_restore(&archive, target, &Wishes::default()).map(|plan| plan.backup.to_string())
+    };
+    assert_eq!(
+        chosen(&RecoveryTarget::Latest).expect("it is reachable"),
+        "20261121T101502Z-0000"
+    );
+    // The stop lies inside the second backup, which is not consistent there.
+    assert_eq!(
+        chosen(&time(25)).expect("it is reachable"),
+        "20261121T101501Z-0000"
+    );
+    let early = refusal(
+        &archive,
+        &RecoveryTarget::Lsn {
+            lsn: Lsn(4100),
+            inclusive: false,
+        },
+    );
+    assert!(
+        matches!(
+            early,
+            PlanError::BeyondArchive { .. } | PlanError::TooEarly { .. }
+        ),
+        "{early}"
+    );
+}
+
+#[test]
+fn aborts_stop_recovery_and_late_commits_are_listed() {
+    let archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 50);
+    let plan = plan_restore(&archive, &time(26), &Wishes::default()).expect("it is reachable");
+    assert_eq!(plan.stop, Stop::Before { lsn: Lsn(1600 * 8) });
+    assert_eq!(
+        plan.first_dropped.map(|end| end.kind),
+        Some(TransactionEndKind::Abort)
+    );
+    assert_eq!(plan.last_kept.map(|end| end.lsn), Some(Lsn(700 * 8)));
+    assert_eq!(
+        (plan.late_commit_count, plan.late_commits[0].lsn),
+        (1, Lsn(1700 * 8))
+    );
+}
+
+#[test]
+fn a_clock_that_went_back_makes_the_target_ambiguous() {
+    let ends = [
+        (600, 100, true),
+        (700, 110, true),
+        (1200, 50, true),
+        (1600, 105, true),
+    ];
+    let backups = vec![backup(1, 4000, 4400), backup(2, 8000, 8400)];
+    let archive = memory(&ends, backups, RANGE * 4, 200);
+    let error = refusal(&archive, &time(101));
+    assert!(matches!(error, PlanError::Ambiguous { .. }), "{error}");
+    let id = archive.backups[1].id.clone();
+    let wishes = Wishes {
+        backup: Some(id),
+        timeline: None,
+    };
+    let plan = plan_restore(&archive, &time(101), &wishes).expect("it was chosen");
+    assert_eq!(plan.stop, Stop::Before { lsn: Lsn(1600 * 8) });
+}
+
+#[test]
+fn missing_wal_is_named() {
+    let mut archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 50);
+    archive.ranges.remove(&(RANGE * 4));
+    let error = refusal(&archive, &time(45));
+    assert_eq!(
+        error,
+        PlanError::Gap {
+            branch: Branch::FIRST,
+            from: Lsn(RANGE * 4)
+        }
+    );
+    assert!(
+        plan_restore(&archive, &time(15), &Wishes::default()).is_ok(),
+        "it lies before the gap"
+    );
+}
+
+#[test]
+fn other_targets_stop_at_their_record() {
+    let archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 50);
+    let stop = |target| plan_restore(&archive, &target, &Wishes::default()).map(|plan| plan.stop);
+    let at = |lsn: u64| Lsn(lsn * 8);
+    let xid = |xid, inclusive| RecoveryTarget::Xid { xid, inclusive };
+    assert_eq!(
+        stop(xid(1001, true)).expect("it ended"),
+        Stop::After { lsn: at(700) }
+    );
+    assert_eq!(
+        stop(xid(1001, false)).expect("it ended"),
+        Stop::Before { lsn: at(700) }
+    );
+    let lsn = |lsn, inclusive| RecoveryTarget::Lsn { lsn, inclusive };
+    assert_eq!(
+        stop(lsn(at(650), true)).expect("held"),
+        Stop::After { lsn: at(700) }
+    );
+    assert_eq!(
+        stop(lsn(at(700), false)).expect("held"),
+        Stop::Before { lsn: at(700) }
+    );
+    assert_eq!(
+        stop(RecoveryTarget::Immediate).expect("held"),
+        Stop::Consistent
+    );
+    assert_eq!(
+        stop(RecoveryTarget::Latest).expect("held"),
+        Stop::After { lsn: at(2600) }
+    );
+    let name = RecoveryTarget::Name("here".to_owned());
+    assert_eq!(
+        stop(name).expect("held"),
+        Stop::After {
+            lsn: Lsn(RANGE * 3 + 8)
+        }
+    );
+    for target in [xid(1, true), RecoveryTarget::Name("there".to_owned())] {
+        assert!(matches!(
+            refusal(&archive, &target),
+            PlanError::Unknown { .. }
+        ));
+    }
+    let none = memory(&ENDS, Vec::new(), RANGE, 0);
+    assert_eq!(refusal(&none, &RecoveryTarget::Latest), PlanError::NoBackup);
+}

@@ -1,0 +1,172 @@
+//! `--start`: runs PostgreSQL on the restored directory, waits until recovery has ended, compares the stop with the plan.
+
+use std::{
+    fs::{self, OpenOptions},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use repository::durable;
+use wal_format::{Lsn, PgVersion};
+
+use crate::{Error, RestorePlan, Result, Stop, execute::Action};
+
+/// PostgreSQL's log of the recovery.
+pub const LOG: &str = "tidemark_recovery.log";
+/// How often the log is looked at.
+const POLL: Duration = Duration::from_millis(50);
+/// How much of the log an error shows.
+const TAIL_LINES: usize = 15;
+
+/// How the recovery ended.
+#[derive(Clone, Debug)]
+pub struct Recovered {
+    /// Where it stopped, in PostgreSQL's words.
+    pub stopped: String,
+    /// How long it took.
+    pub duration: Duration,
+    /// The server that is running; `None` after a shutdown at the target.
+    pub process: Option<u32>,
+}
+
+/// Finds `postgres` of a major version: in `given`, else in the usual places.
+///
+/// # Errors
+/// [`Error::Usage`] with the places that were looked at.
+pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf> {
+    let major = version.major();
+    let mut places: Vec<PathBuf> = Vec::new();
+    match given {
+        Some(directory) => places.push(directory.to_owned()),
+        None => {
+            places.push(format!("/usr/lib/postgresql/{major}/bin").into());
+            places.push(format!("/usr/pgsql-{major}/bin").into());
+            places.push(format!("/usr/local/pgsql-{major}/bin").into());
+            places.extend(std::env::split_paths(
+                &std::env::var_os("PATH").unwrap_or_default(),
+            ));
+        }
+    }
+    for place in &places {
+        let program = place.join("postgres");
+        let said = Command::new(&program).arg("--version").output();
+        let Ok(said) = said else { continue };
+        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let found = said.split_whitespace().find_map(|word| {
+            word.split(['.', 'd', 'b', 'r'])
+                .next()
+                .and_then(|number| number.parse::<u16>().ok())
+        });
+        if found == Some(major) {
+            return Ok(program);
+        }
+    }
+    Err(Error::usage(format!(
+        "no PostgreSQL {major} server program was found; name its directory with --pg-bin"
+    )))
+}
+
+/// Starts PostgreSQL and waits for the end of recovery.
+///
+/// # Errors
+/// [`Error::RecoveryFailed`] with the log's end, [`Error::PlanMismatch`].
+pub fn start(
+    postgres: &Path,
+    directory: &Path,
+    plan: &RestorePlan,
+    action: Action,
+) -> Result<Recovered> {
+    let log = directory.join(LOG);
+    durable::remove(&log)?;
+    let file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&log)
+        .map_err(Error::io("create", &log))?;
+    let errors = file.try_clone().map_err(Error::io("open", &log))?;
+    let began = Instant::now();
+    let mut server = Command::new(postgres)
+        .arg("-D")
+        .arg(directory)
+        // The log is read here: in English, and into this file whatever the restored settings say.
+        .args([
+            "-c",
+            "lc_messages=C",
+            "-c",
+            "logging_collector=off",
+            "-c",
+            "log_destination=stderr",
+        ])
+        .args(["-c", "log_min_messages=log", "-c", "hot_standby=on"])
+        .stdin(Stdio::null())
+        .stdout(file)
+        .stderr(errors)
+        .spawn()
+        .map_err(Error::io("start", postgres))?;
+    let text = wait(&mut server, &log, action)?;
+    let stopped = compare(&text, plan)?;
+    let running = server
+        .try_wait()
+        .map_err(Error::io("wait for", postgres))?
+        .is_none();
+    Ok(Recovered {
+        stopped,
+        duration: began.elapsed(),
+        process: running.then(|| server.id()),
+    })
+}
+
+/// Waits until the log says that recovery has ended as `action` wants.
+fn wait(server: &mut Child, log: &Path, action: Action) -> Result<String> {
+    loop {
+        let ended = server.try_wait().map_err(Error::io("wait for", log))?;
+        let text = fs::read(log).map_err(Error::io("read", log))?;
+        let text = String::from_utf8_lossy(&text).into_owned();
+        let done = match action {
+            Action::Pause => text.contains("pausing at the end of recovery"),
+            Action::Promote => {
+                text.contains("archive recovery complete")
+                    && text.contains("database system is ready to accept connections")
+            }
+            Action::Shutdown => ended.is_some() && text.contains("shutdown at recovery target"),
+        };
+        if done {
+            return Ok(text);
+        }
+        if ended.is_some() {
+            let lines: Vec<&str> = text.lines().collect();
+            let tail = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n");
+            return Err(Error::RecoveryFailed {
+                log: log.to_owned(),
+                tail,
+            });
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// PostgreSQL's own word on where it stopped, held against the plan.
+fn compare(text: &str, plan: &RestorePlan) -> Result<String> {
+    let line = text.lines().find(|line| line.contains("recovery stopping"));
+    let found = line
+        .and_then(|line| line.split_once("recovery stopping"))
+        .map_or("nowhere", |(_, rest)| rest.trim())
+        .to_owned();
+    let position = |prefix: &str| -> Option<Lsn> {
+        found.strip_prefix(prefix)?.split('"').nth(1)?.parse().ok()
+    };
+    let agrees = match plan.stop {
+        Stop::Before { lsn } => position("before WAL location (LSN)") == Some(lsn),
+        Stop::After { lsn } => position("after WAL location (LSN)") == Some(lsn),
+        Stop::Consistent => found.starts_with("after reaching consistency"),
+    };
+    if agrees {
+        return Ok(found);
+    }
+    Err(Error::PlanMismatch {
+        planned: plan.stop.to_string(),
+        found,
+    })
+}

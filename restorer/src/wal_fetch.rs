@@ -1,0 +1,258 @@
+//! `restore_command = 'pitr-restore wal-fetch %f %p'`: delivers one file, or says truthfully why not.
+//!
+//! Invariant: exit 1 means *proved absent*. PostgreSQL takes 1 for the end of the archive and may promote, so an
+//! unreachable store, a damaged object and a hole in the WAL are 255, which stops recovery where it can be resumed.
+
+use std::{fs, path::Path, thread, time::Duration};
+
+use repository::{ClusterIdentity, Repository, durable};
+use wal_format::{Branch, Lsn, ObjectKey, SealedReader, SegmentName, WalFileName};
+
+use crate::{Error, RestorePlan, Result};
+
+/// How often a failing store is asked again, with pauses of 0.2 s doubling: about half a minute in all.
+const ATTEMPTS_MAX: u32 = 8;
+const FIRST_PAUSE: Duration = Duration::from_millis(200);
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fetched {
+    /// The file is at the destination, whole and durable.
+    Delivered,
+    /// It is proved that the archive does not have it.
+    Absent,
+}
+
+/// Delivers `name` to `destination`.
+///
+/// # Errors
+/// Whatever prevents an answer, after retries.
+pub fn wal_fetch(
+    repository: &Repository,
+    plan: Option<&RestorePlan>,
+    name: &str,
+    destination: &Path,
+) -> Result<Fetched> {
+    let mut pause = FIRST_PAUSE;
+    for attempt in 1.. {
+        match deliver(repository, plan, name, destination) {
+            Err(Error::Repository(error @ repository::Error::Store { .. }))
+                if attempt < ATTEMPTS_MAX =>
+            {
+                tracing::warn!(%error, attempt, "fetching {name} failed and is tried again");
+                thread::sleep(pause);
+                pause *= 2;
+            }
+            outcome => return outcome,
+        }
+    }
+    unreachable!("BUG: the last attempt returns")
+}
+
+fn deliver(
+    repository: &Repository,
+    plan: Option<&RestorePlan>,
+    name: &str,
+    destination: &Path,
+) -> Result<Fetched> {
+    let name: WalFileName = name
+        .parse()
+        .map_err(|error| Error::usage(format!("{error}")))?;
+    let Some(identity) = repository.identity()? else {
+        return Err(Error::usage(format!(
+            "{} holds nothing of cluster {}",
+            repository.url(),
+            repository.cluster()
+        )));
+    };
+    let content = match name {
+        WalFileName::Segment(name) => segment(repository, &identity, plan, name)?,
+        WalFileName::History(timeline) => {
+            let found = branch_of(repository, &identity, plan, timeline)?;
+            match found.filter(|branch| branch.digest != [0; 4]) {
+                Some(branch) => Some(
+                    repository
+                        .history(identity.system_identifier, branch)?
+                        .to_vec(),
+                ),
+                None => None,
+            }
+        }
+        // Neither is needed for a recovery, and neither is archived by the stream.
+        WalFileName::Partial(_) | WalFileName::Backup(..) => None,
+    };
+    let Some(content) = content else {
+        return Ok(Fetched::Absent);
+    };
+    // PostgreSQL asks again under the same name after a crash: what is there from then is replaced.
+    match fs::remove_file(destination) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::io("replace", destination)(error));
+        }
+        _ => {}
+    }
+    durable::write_new(destination, &content)?;
+    Ok(Fetched::Delivered)
+}
+
+/// The branch of a timeline's number: the plan's; without a plan the only one of that number.
+fn branch_of(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    plan: Option<&RestorePlan>,
+    timeline: wal_format::TimelineId,
+) -> Result<Option<Branch>> {
+    if let Some(plan) = plan {
+        let part = plan
+            .path
+            .iter()
+            .find(|part| part.branch.timeline == timeline);
+        return Ok(part.map(|part| part.branch));
+    }
+    if timeline == wal_format::TimelineId::FIRST {
+        return Ok(Some(Branch::FIRST));
+    }
+    let histories = repository.histories(identity.system_identifier)?;
+    let mut matching = histories
+        .into_iter()
+        .filter(|(branch, _)| branch.timeline == timeline);
+    match (matching.next(), matching.next()) {
+        (None, _) => Ok(None),
+        (Some((branch, _)), None) => Ok(Some(branch)),
+        _ => Err(Error::usage(format!(
+            "timeline {timeline} names several histories in the archive; restore with a plan"
+        ))),
+    }
+}
+
+fn segment(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    plan: Option<&RestorePlan>,
+    name: SegmentName,
+) -> Result<Option<Vec<u8>>> {
+    let Some(branch) = branch_of(repository, identity, plan, name.timeline)? else {
+        return Ok(None);
+    };
+    let size = identity.wal_segment_size;
+    let Some(number) = name.segment(size) else {
+        return Ok(None);
+    };
+    let system = identity.system_identifier;
+    let key = ObjectKey::Segment(system, branch, name);
+    match repository.get(&key) {
+        Ok(object) => {
+            let mut wal = Vec::with_capacity(size.len());
+            read(&key, &object, &mut wal)?;
+            return whole(&key, wal, size.len()).map(Some);
+        }
+        Err(error) if error.is_not_found() => {}
+        Err(error) => return Err(error.into()),
+    }
+    if let Some(wal) = assemble(repository, system, branch, name, number.start_lsn(size))? {
+        let mut wal = wal;
+        // The rest of an open segment: zeros, which PostgreSQL reads as the end of WAL.
+        wal.resize(size.len(), 0);
+        return Ok(Some(wal));
+    }
+    // Sealed between the two looks.
+    if repository.head(&key)?.is_some() {
+        return segment(repository, identity, plan, name);
+    }
+    let start_lsn = number.start_lsn(size);
+    // The plan's path enters a timeline in the middle of a segment at the earliest: before it there is nothing to have.
+    let part = plan.and_then(|plan| plan.path.iter().find(|part| part.branch == branch));
+    if let (Some(plan), Some(part)) = (plan, part) {
+        let needed = start_lsn < plan.wal_end_lsn
+            && number.end_lsn(size) > plan.start_lsn.max(part.from)
+            && start_lsn.add(size.bytes()) <= part.to;
+        if needed {
+            return Err(missing(
+                start_lsn,
+                "the plan needs it, but it is not in the archive",
+            ));
+        }
+        return Ok(None);
+    }
+    // A hole must never look like the end: if anything later is archived, this is one.
+    let later = |key: &ObjectKey| match key {
+        ObjectKey::Segment(_, _, found) | ObjectKey::Tail(_, _, found, _, _) => *found > name,
+        _ => false,
+    };
+    for folder in ["wal", "tail"] {
+        if repository
+            .list(&format!("{system}/{folder}/{branch}/"))?
+            .iter()
+            .any(|(key, _)| later(key))
+        {
+            return Err(missing(
+                start_lsn,
+                "later WAL is archived, so this is a gap and not the end",
+            ));
+        }
+    }
+    Ok(None)
+}
+
+fn missing(lsn: Lsn, problem: &str) -> Error {
+    Error::Wal {
+        lsn,
+        problem: problem.to_owned(),
+    }
+}
+
+/// The bytes of an open segment from its start on, from its tails.
+fn assemble(
+    repository: &Repository,
+    system: wal_format::SystemIdentifier,
+    branch: Branch,
+    name: SegmentName,
+    start_lsn: Lsn,
+) -> Result<Option<Vec<u8>>> {
+    let mut tails = Vec::new();
+    for (key, _) in repository.list(&format!("{system}/tail/{branch}/{name}/"))? {
+        if let ObjectKey::Tail(_, _, _, start, end) = key {
+            tails.push((start, std::cmp::Reverse(end), key));
+        }
+    }
+    tails.sort_by_key(|(start, end, _)| (*start, *end));
+    let mut wal = Vec::new();
+    for (start, end, key) in tails {
+        let have = start_lsn.add(wal.len() as u64);
+        if start > have {
+            return Err(missing(
+                have,
+                "the tails of this segment do not follow one another",
+            ));
+        }
+        if end.0 <= have {
+            continue;
+        }
+        let object = repository.get(&key)?;
+        let mut piece = Vec::new();
+        read(&key, &object, &mut piece)?;
+        let known = usize::try_from(have.bytes_since(start)).unwrap_or(usize::MAX);
+        wal.extend_from_slice(piece.get(known..).unwrap_or_default());
+    }
+    Ok((!wal.is_empty()).then_some(wal))
+}
+
+fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<()> {
+    SealedReader::open(object)
+        .and_then(|reader| reader.read_all(wal))
+        .map_err(|error| Error::Damaged {
+            object: key.to_string(),
+            problem: error.to_string(),
+        })
+}
+
+fn whole(key: &ObjectKey, wal: Vec<u8>, size: usize) -> Result<Vec<u8>> {
+    if wal.len() == size {
+        return Ok(wal);
+    }
+    let problem = format!("it holds {} bytes of WAL instead of {size}", wal.len());
+    Err(Error::Damaged {
+        object: key.to_string(),
+        problem,
+    })
+}
