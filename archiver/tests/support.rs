@@ -289,6 +289,11 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+            let tail: Vec<&str> = log.lines().rev().take(20).collect();
+            eprintln!("server on port {}, newest line first: {tail:#?}", self.port);
+        }
         let stopped = self
             .command("pg_ctl")
             .arg("-D")
