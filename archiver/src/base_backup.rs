@@ -1,0 +1,360 @@
+//! Takes a base backup: tar streams -> slices -> compressed objects, checked against PostgreSQL's own manifest.
+//!
+//! Invariant: a backup is listed (`backup.json` is put, last) only when the server was satisfied to the end, every file
+//! matches the manifest, and the WAL up to the stop LSN is in the repository. Whatever goes wrong before leaves slices
+//! that are no backup, and those are removed.
+
+use std::{sync::Arc, time::Duration};
+
+use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
+use sha2::{Digest, Sha256};
+use tokio::{sync::Semaphore, task::JoinSet};
+use wal_format::{
+    BackupId, BackupInfo, BackupKind, BackupSlice, Branch, Lsn, ObjectKey, PgTimestamp, Tablespace,
+    TimelineId, backup::BACKUP_FORMAT_VERSION, layout::BackupArchive,
+};
+
+use crate::{
+    error::{Error, Result},
+    pipeline::session::Source,
+    replication::{BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo},
+};
+
+mod label;
+mod manifest;
+mod slicer;
+mod wait;
+
+use label::Label;
+use slicer::{RawSlice, Slicer};
+
+/// Slices that are compressed and stored at once. Each holds its raw bytes and its compressed ones: 32 MiB at the most.
+const SLICES_IN_FLIGHT: usize = 3;
+/// How long the WAL of the backup may take to arrive in the repository.
+const WAL_PATIENCE: Duration = Duration::from_secs(600);
+
+/// What is told while it goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// The server makes a checkpoint first.
+    Checkpoint,
+    /// So many raw bytes of about so many are read.
+    Copying {
+        /// Read.
+        done: u64,
+        /// About how many there are.
+        total: u64,
+    },
+    /// Everything is stored but the WAL up to this LSN.
+    WaitingForWal(Lsn),
+}
+
+/// Why a backup is none.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseBackupError {
+    /// The server's data and its manifest differ.
+    #[error("the base backup does not match its manifest: {problem}; nothing was listed, take it again")]
+    Manifest {
+        /// Which file, and how.
+        problem: String,
+    },
+    /// The server sent something that can not be understood.
+    #[error("the server sent a base backup that can not be read: {problem}")]
+    Malformed {
+        /// What.
+        problem: String,
+    },
+    /// The WAL never came.
+    #[error(
+        "the WAL up to {stop_lsn} did not arrive in the repository within {seconds} s, so the backup was not listed: is \
+         `wal-archiver run` running for this cluster?"
+    )]
+    WalMissing {
+        /// Where the backup is consistent.
+        stop_lsn: Lsn,
+        /// How long was waited.
+        seconds: u64,
+    },
+}
+
+impl BaseBackupError {
+    /// The contract's exit code.
+    #[must_use]
+    pub fn exit_kind(&self) -> ExitKind {
+        match self {
+            Self::Manifest { .. } | Self::Malformed { .. } => ExitKind::Integrity,
+            Self::WalMissing { .. } => ExitKind::Failed,
+        }
+    }
+}
+
+/// Takes a full base backup and waits until it can be restored.
+///
+/// # Errors
+/// Whatever stopped it; then nothing is listed.
+pub async fn take(
+    settings: &ClusterSettings,
+    label: &str,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<BackupInfo> {
+    let conninfo = ConnInfo::parse(&settings.conninfo)?;
+    let (mut source, server_version) = Source::connect(&conninfo, &settings.name).await?;
+    let repository = {
+        let (url, name) = (settings.repository.clone(), settings.name.clone());
+        blocking(move || Ok(Repository::open(&url, &name)?)).await?
+    };
+    let identity = source.identity().clone();
+    let identity = {
+        let repository = repository.clone();
+        blocking(move || Ok(repository.claim(&identity)?)).await?
+    };
+    let branch = source.current_branch(&repository).await?;
+    let backup = Taking {
+        repository: repository.clone(),
+        identity,
+        branch,
+        id: new_id()?,
+        label: label.to_owned(),
+        server_version,
+        level: settings.compression_level,
+    };
+    let outcome = backup.run(source, progress).await;
+    if outcome.is_err() {
+        backup.discard().await;
+    }
+    outcome
+}
+
+/// A name that no other backup has.
+fn new_id() -> Result<BackupId> {
+    let now = jiff::Timestamp::now();
+    let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), now) & 0xFFFF;
+    let text = format!("{}-{nonce:04x}", now.strftime("%Y%m%dT%H%M%SZ"));
+    text.parse().map_err(|_| malformed("the clock gives no year of four digits"))
+}
+
+fn malformed(problem: impl Into<String>) -> Error {
+    Error::BaseBackup(BaseBackupError::Malformed { problem: problem.into() })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
+        Err(Error::ThreadStopped { name: "base backup", reason: error.to_string() })
+    })
+}
+
+/// A backup on its way.
+#[derive(Clone, Debug)]
+struct Taking {
+    repository: Repository,
+    identity: ClusterIdentity,
+    branch: Branch,
+    id: BackupId,
+    label: String,
+    server_version: String,
+    level: i32,
+}
+
+/// What has come of the stream so far.
+struct Received {
+    started: PgTimestamp,
+    start: Option<(Lsn, TimelineId)>,
+    stop: Option<(Lsn, TimelineId)>,
+    tablespaces: Vec<Tablespace>,
+    total_bytes: u64,
+    done_bytes: u64,
+    slicer: Slicer,
+    manifest: Vec<u8>,
+}
+
+impl Taking {
+    async fn run(
+        &self,
+        source: Source,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<BackupInfo> {
+        progress(Progress::Checkpoint);
+        let options = BaseBackupOptions {
+            label: format!("tidemark {}", self.id),
+            fast_checkpoint: true,
+            max_rate: None,
+        };
+        let mut stream = source.into_client().base_backup(&options).await?;
+        let mut received = Received {
+            started: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+            start: None,
+            stop: None,
+            tablespaces: Vec::new(),
+            total_bytes: 0,
+            done_bytes: 0,
+            slicer: Slicer::default(),
+            manifest: Vec::new(),
+        };
+        let slices = self.receive(&mut stream, &mut received, progress).await?;
+        drop(stream);
+        manifest::check(&received.manifest, received.slicer.files())?;
+        let (start_lsn, timeline) = received.start.ok_or_else(|| malformed("it has no start"))?;
+        let (stop_lsn, _) = received.stop.ok_or_else(|| malformed("it has no stop"))?;
+        let label = Label::parse(received.slicer.backup_label())?;
+        if label.start_lsn != start_lsn || timeline != self.branch.timeline {
+            return Err(malformed("backup_label and the stream disagree about the start"));
+        }
+        let manifest = received.manifest;
+        let manifest_sha256 = hex::encode(Sha256::digest(&manifest));
+        let manifest_bytes = manifest.len() as u64;
+        self.put(self.key_of_manifest(), manifest).await?;
+        progress(Progress::WaitingForWal(stop_lsn));
+        wait::for_wal(&self.repository, &self.identity, self.branch, start_lsn, stop_lsn).await?;
+        let info = BackupInfo {
+            format_version: BACKUP_FORMAT_VERSION,
+            id: self.id.clone(),
+            label: self.label.clone(),
+            kind: BackupKind::Full,
+            system_identifier: self.identity.system_identifier,
+            postgresql_major: self.identity.postgresql_major,
+            server_version: self.server_version.clone(),
+            branch: self.branch,
+            start_lsn,
+            checkpoint_lsn: label.checkpoint_lsn,
+            stop_lsn,
+            started: received.started,
+            finished: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+            from_standby: label.from_standby,
+            tablespaces: received.tablespaces,
+            raw_bytes: slices.iter().map(|slice| slice.raw_bytes).sum(),
+            stored_bytes: slices.iter().map(|slice| slice.stored_bytes).sum(),
+            slices,
+            manifest_sha256,
+            manifest_bytes,
+        };
+        info.check().map_err(|error| malformed(error.to_string()))?;
+        let json = info.to_json().map_err(|error| malformed(error.to_string()))?;
+        self.put(info.key(), json).await?;
+        Ok(info)
+    }
+
+    /// Reads the stream to its end; the slices are stored when this returns.
+    async fn receive(
+        &self,
+        stream: &mut BaseBackupStream,
+        received: &mut Received,
+        progress: &(dyn Fn(Progress) + Sync),
+    ) -> Result<Vec<BackupSlice>> {
+        let room = Arc::new(Semaphore::new(SLICES_IN_FLIGHT));
+        let mut storing: JoinSet<Result<(usize, BackupSlice)>> = JoinSet::new();
+        let mut stored: Vec<(usize, BackupSlice)> = Vec::new();
+        let mut number = 0;
+        loop {
+            let message = stream.next().await?;
+            let done = message == BackupMessage::Done;
+            received.take(message, progress)?;
+            while let Some(slice) = received.slicer.ready() {
+                let permit = Arc::clone(&room)
+                    .acquire_owned()
+                    .await
+                    .map_err(|error| malformed(error.to_string()))?;
+                let taking = self.clone();
+                let order = number;
+                number += 1;
+                storing.spawn_blocking(move || {
+                    let stored = taking.store(slice);
+                    drop(permit);
+                    stored.map(|slice| (order, slice))
+                });
+                while let Some(finished) = storing.try_join_next() {
+                    stored.push(joined(finished)?);
+                }
+            }
+            if done {
+                break;
+            }
+        }
+        while let Some(finished) = storing.join_next().await {
+            stored.push(joined(finished)?);
+        }
+        stored.sort_by_key(|(order, _)| *order);
+        Ok(stored.into_iter().map(|(_, slice)| slice).collect())
+    }
+
+    fn store(&self, slice: RawSlice) -> Result<BackupSlice> {
+        let compressed = zstd::bulk::compress(&slice.raw, self.level)
+            .map_err(Error::io("compress a slice of", self.id.as_str()))?;
+        let archive = slice.archive;
+        let system = self.identity.system_identifier;
+        let key = ObjectKey::BackupSlice(system, self.id.clone(), archive, slice.number);
+        self.repository.put(&key, &compressed)?;
+        Ok(BackupSlice {
+            archive,
+            number: slice.number,
+            raw_bytes: slice.raw.len() as u64,
+            stored_bytes: compressed.len() as u64,
+            sha256: hex::encode(Sha256::digest(&compressed)),
+            continues: slice.continues,
+        })
+    }
+
+    fn key_of_manifest(&self) -> ObjectKey {
+        ObjectKey::BackupManifest(self.identity.system_identifier, self.id.clone())
+    }
+
+    async fn put(&self, key: ObjectKey, body: Vec<u8>) -> Result<()> {
+        let repository = self.repository.clone();
+        blocking(move || Ok(repository.put(&key, &body).map(drop)?)).await
+    }
+
+    /// Removes what was stored of a backup that is none. What can not be removed is harmless: it is not listed.
+    async fn discard(&self) {
+        let taking = self.clone();
+        let removed = blocking(move || {
+            let system = taking.identity.system_identifier;
+            let prefix = format!("{system}/backup/{}/", taking.id);
+            for (key, _) in taking.repository.list(&prefix)? {
+                taking.repository.delete(&key)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = removed.await {
+            tracing::warn!(%error, backup = %self.id, "the slices of a failed backup are left; they are not listed");
+        }
+    }
+}
+
+fn joined(
+    finished: std::result::Result<Result<(usize, BackupSlice)>, tokio::task::JoinError>,
+) -> Result<(usize, BackupSlice)> {
+    finished.unwrap_or_else(|error| {
+        Err(Error::ThreadStopped { name: "base backup", reason: error.to_string() })
+    })
+}
+
+impl Received {
+    fn take(&mut self, message: BackupMessage, progress: &(dyn Fn(Progress) + Sync)) -> Result<()> {
+        match message {
+            BackupMessage::Start { lsn, timeline, tablespaces } => {
+                self.start = Some((lsn, timeline));
+                let kib: u64 = tablespaces.iter().filter_map(|space| space.size_kib).sum();
+                self.total_bytes = kib.saturating_mul(1024);
+                let named = tablespaces.into_iter().filter_map(|space| {
+                    Some(Tablespace { oid: space.oid?, location: space.location? })
+                });
+                self.tablespaces = named.collect();
+            }
+            BackupMessage::Archive { tablespace, .. } => {
+                let archive = tablespace.map_or(BackupArchive::Base, BackupArchive::Tablespace);
+                self.slicer.begin(archive)?;
+            }
+            BackupMessage::Data(bytes) => {
+                self.done_bytes = self.done_bytes.saturating_add(bytes.len() as u64);
+                self.slicer.push(&bytes)?;
+                progress(Progress::Copying { done: self.done_bytes, total: self.total_bytes });
+            }
+            BackupMessage::Manifest => self.slicer.finish()?,
+            BackupMessage::ManifestData(bytes) => self.manifest.extend_from_slice(&bytes),
+            BackupMessage::Stop { lsn, timeline } => self.stop = Some((lsn, timeline)),
+            BackupMessage::Progress(_) | BackupMessage::Done => {}
+        }
+        Ok(())
+    }
+}

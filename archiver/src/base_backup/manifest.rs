@@ -1,0 +1,102 @@
+//! Holds what was received against `backup_manifest` (`backup_manifest.c`): every file, and the manifest's own sum.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+use super::{BaseBackupError, slicer::ReceivedFile};
+use crate::error::{Error, Result};
+
+#[derive(Deserialize)]
+struct Manifest {
+    #[serde(rename = "Files")]
+    files: Vec<Entry>,
+    #[serde(rename = "Manifest-Checksum")]
+    checksum: String,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(rename = "Path")]
+    path: Option<String>,
+    #[serde(rename = "Encoded-Path")]
+    encoded_path: Option<String>,
+    #[serde(rename = "Size")]
+    size: u64,
+    #[serde(rename = "Checksum-Algorithm")]
+    algorithm: Option<String>,
+    #[serde(rename = "Checksum")]
+    checksum: Option<String>,
+}
+
+fn differs(problem: String) -> Error {
+    Error::BaseBackup(BaseBackupError::Manifest { problem })
+}
+
+/// Compares size and SHA-256 of every file.
+pub(super) fn check(manifest: &[u8], received: &BTreeMap<String, ReceivedFile>) -> Result<()> {
+    let parsed: Manifest = serde_json::from_slice(manifest)
+        .map_err(|error| differs(format!("the manifest can not be read: {error}")))?;
+    // The sum covers everything before the line that holds it.
+    let last_line = manifest
+        .windows(21)
+        .rposition(|window| window == b"\n\"Manifest-Checksum\":".as_slice())
+        .map_or(0, |at| at + 1);
+    if hex::encode(Sha256::digest(&manifest[..last_line])) != parsed.checksum {
+        return Err(differs("the manifest's own checksum is wrong".to_owned()));
+    }
+    for entry in parsed.files {
+        let path = match (entry.path, entry.encoded_path) {
+            (Some(path), _) => path,
+            (None, Some(encoded)) => hex::decode(&encoded)
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .map_err(|_| differs(format!("the path {encoded} is not hexadecimal")))?,
+            (None, None) => return Err(differs("a file has no path".to_owned())),
+        };
+        let Some(file) = received.get(&path) else {
+            return Err(differs(format!("{path} did not come")));
+        };
+        if file.size != entry.size {
+            let (expected, found) = (entry.size, file.size);
+            return Err(differs(format!("{path} has {found} bytes instead of {expected}")));
+        }
+        if entry.algorithm.as_deref() != Some("SHA256")
+            || entry.checksum.as_deref() != Some(file.sha256.as_str())
+        {
+            return Err(differs(format!("{path} has another SHA-256")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_difference_is_named() {
+        let sum = hex::encode(Sha256::digest(b"x"));
+        let body = format!(
+            "{{ \"PostgreSQL-Backup-Manifest-Version\": 1,\n\"Files\": [\n{{ \"Path\": \"a\", \"Size\": 1, \
+             \"Checksum-Algorithm\": \"SHA256\", \"Checksum\": \"{sum}\" }}\n],\n"
+        );
+        let own = hex::encode(Sha256::digest(body.as_bytes()));
+        let manifest = format!("{body}\"Manifest-Checksum\": \"{own}\"}}\n");
+        let file = |size, sha256: &str| {
+            let file = ReceivedFile { size, sha256: sha256.to_owned() };
+            BTreeMap::from([("a".to_owned(), file)])
+        };
+        check(manifest.as_bytes(), &file(1, &sum)).expect("it matches");
+        for (manifest, files, part) in [
+            (manifest.clone(), BTreeMap::new(), "did not come"),
+            (manifest.clone(), file(2, &sum), "2 bytes"),
+            (manifest.clone(), file(1, "00"), "another SHA-256"),
+            (manifest.replace("\"Size\": 1", "\"Size\": 3"), file(1, &sum), "own checksum"),
+            ("{".to_owned(), BTreeMap::new(), "can not be read"),
+        ] {
+            let error = check(manifest.as_bytes(), &files).expect_err(part).to_string();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

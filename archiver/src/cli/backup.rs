@@ -1,0 +1,63 @@
+//! `wal-archiver backup`: takes a base backup now, with a bar on a terminal and plain lines elsewhere.
+
+use std::{
+    io::IsTerminal,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use repository::config::ClusterSettings;
+
+use super::{output, runtime};
+use crate::{
+    base_backup::{self, Progress},
+    error::Result,
+};
+
+/// How often a line is logged where there is no terminal.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+pub(super) fn backup(settings: &ClusterSettings, label: &str) -> Result<()> {
+    let runtime = runtime()?;
+    let began = Instant::now();
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    let template = "{msg} {bar:32} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    let last = Mutex::new(Instant::now());
+    let progress = |progress: Progress| match progress {
+        Progress::Checkpoint => {
+            bar.set_message("waiting for the checkpoint");
+            tracing::info!("waiting for the server's checkpoint");
+        }
+        Progress::Copying { done, total } => {
+            bar.set_message("copying");
+            bar.set_length(total.max(done));
+            bar.set_position(done);
+            if let Ok(mut last) = last.lock()
+                && last.elapsed() >= LINE_INTERVAL
+            {
+                *last = Instant::now();
+                tracing::info!(done, total, "copying");
+            }
+        }
+        Progress::WaitingForWal(stop_lsn) => {
+            bar.set_message("waiting for the WAL");
+            tracing::info!(%stop_lsn, "the data is stored; waiting until the WAL up to the stop LSN is in the repository");
+        }
+    };
+    let info = runtime.block_on(base_backup::take(settings, label, &progress))?;
+    bar.finish_and_clear();
+    output::line(&format!(
+        "backup {} done: {} bytes in {} stored bytes, WAL {} to {}, {:.1} s",
+        info.id,
+        info.raw_bytes,
+        info.stored_bytes,
+        info.start_lsn,
+        info.stop_lsn,
+        began.elapsed().as_secs_f64()
+    ));
+    Ok(())
+}
