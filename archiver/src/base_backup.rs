@@ -53,7 +53,9 @@ pub enum Progress {
 #[derive(Debug, thiserror::Error)]
 pub enum BaseBackupError {
     /// The server's data and its manifest differ.
-    #[error("the base backup does not match its manifest: {problem}; nothing was listed, take it again")]
+    #[error(
+        "the base backup does not match its manifest: {problem}; nothing was listed, take it again"
+    )]
     Manifest {
         /// Which file, and how.
         problem: String,
@@ -130,19 +132,27 @@ fn new_id() -> Result<BackupId> {
     let now = jiff::Timestamp::now();
     let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), now) & 0xFFFF;
     let text = format!("{}-{nonce:04x}", now.strftime("%Y%m%dT%H%M%SZ"));
-    text.parse().map_err(|_| malformed("the clock gives no year of four digits"))
+    text.parse()
+        .map_err(|_| malformed("the clock gives no year of four digits"))
 }
 
 fn malformed(problem: impl Into<String>) -> Error {
-    Error::BaseBackup(BaseBackupError::Malformed { problem: problem.into() })
+    Error::BaseBackup(BaseBackupError::Malformed {
+        problem: problem.into(),
+    })
 }
 
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        Err(Error::ThreadStopped { name: "base backup", reason: error.to_string() })
-    })
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| {
+            Err(Error::ThreadStopped {
+                name: "base backup",
+                reason: error.to_string(),
+            })
+        })
 }
 
 /// A backup on its way.
@@ -199,14 +209,23 @@ impl Taking {
         let (stop_lsn, _) = received.stop.ok_or_else(|| malformed("it has no stop"))?;
         let label = Label::parse(received.slicer.backup_label())?;
         if label.start_lsn != start_lsn || timeline != self.branch.timeline {
-            return Err(malformed("backup_label and the stream disagree about the start"));
+            return Err(malformed(
+                "backup_label and the stream disagree about the start",
+            ));
         }
         let manifest = received.manifest;
         let manifest_sha256 = hex::encode(Sha256::digest(&manifest));
         let manifest_bytes = manifest.len() as u64;
         self.put(self.key_of_manifest(), manifest).await?;
         progress(Progress::WaitingForWal(stop_lsn));
-        wait::for_wal(&self.repository, &self.identity, self.branch, start_lsn, stop_lsn).await?;
+        wait::for_wal(
+            &self.repository,
+            &self.identity,
+            self.branch,
+            start_lsn,
+            stop_lsn,
+        )
+        .await?;
         let info = BackupInfo {
             format_version: BACKUP_FORMAT_VERSION,
             id: self.id.clone(),
@@ -230,7 +249,9 @@ impl Taking {
             manifest_bytes,
         };
         info.check().map_err(|error| malformed(error.to_string()))?;
-        let json = info.to_json().map_err(|error| malformed(error.to_string()))?;
+        let json = info
+            .to_json()
+            .map_err(|error| malformed(error.to_string()))?;
         self.put(info.key(), json).await?;
         Ok(info)
     }
@@ -325,19 +346,29 @@ fn joined(
     finished: std::result::Result<Result<(usize, BackupSlice)>, tokio::task::JoinError>,
 ) -> Result<(usize, BackupSlice)> {
     finished.unwrap_or_else(|error| {
-        Err(Error::ThreadStopped { name: "base backup", reason: error.to_string() })
+        Err(Error::ThreadStopped {
+            name: "base backup",
+            reason: error.to_string(),
+        })
     })
 }
 
 impl Received {
     fn take(&mut self, message: BackupMessage, progress: &(dyn Fn(Progress) + Sync)) -> Result<()> {
         match message {
-            BackupMessage::Start { lsn, timeline, tablespaces } => {
+            BackupMessage::Start {
+                lsn,
+                timeline,
+                tablespaces,
+            } => {
                 self.start = Some((lsn, timeline));
                 let kib: u64 = tablespaces.iter().filter_map(|space| space.size_kib).sum();
                 self.total_bytes = kib.saturating_mul(1024);
                 let named = tablespaces.into_iter().filter_map(|space| {
-                    Some(Tablespace { oid: space.oid?, location: space.location? })
+                    Some(Tablespace {
+                        oid: space.oid?,
+                        location: space.location?,
+                    })
                 });
                 self.tablespaces = named.collect();
             }
@@ -348,7 +379,10 @@ impl Received {
             BackupMessage::Data(bytes) => {
                 self.done_bytes = self.done_bytes.saturating_add(bytes.len() as u64);
                 self.slicer.push(&bytes)?;
-                progress(Progress::Copying { done: self.done_bytes, total: self.total_bytes });
+                progress(Progress::Copying {
+                    done: self.done_bytes,
+                    total: self.total_bytes,
+                });
             }
             BackupMessage::Manifest => self.slicer.finish()?,
             BackupMessage::ManifestData(bytes) => self.manifest.extend_from_slice(&bytes),

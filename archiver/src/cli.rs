@@ -10,6 +10,7 @@
 //!
 //! Nothing but `output` writes to standard output; logs and errors go to standard error.
 
+mod backup;
 mod catalog;
 mod check;
 mod config;
@@ -21,7 +22,7 @@ mod verify;
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use repository::config::{ClusterSettings, CommonArgs, Settings};
 
 use crate::error::{Error, Result};
@@ -50,6 +51,15 @@ enum Command {
         /// The file; PostgreSQL writes %p.
         path: PathBuf,
     },
+    /// Takes a base backup now.
+    Backup {
+        /// What to take.
+        #[arg(long = "type", value_enum, default_value = "full")]
+        kind: BackupType,
+        /// A text to find it by.
+        #[arg(long, default_value = "")]
+        label: String,
+    },
     /// Shows each cluster: what is archived, up to where, and what stands in the way.
     Status {
         /// One JSON document.
@@ -70,6 +80,12 @@ enum Command {
     /// The configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum BackupType {
+    /// Everything.
+    Full,
 }
 
 #[derive(Debug, Subcommand)]
@@ -95,6 +111,10 @@ pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run { http } => run::run(settings, http),
         Command::Push { path } => push::push(one(&settings)?, &path),
+        Command::Backup {
+            kind: BackupType::Full,
+            label,
+        } => backup::backup(one(&settings)?, &label),
         Command::Status { json } => status::status(&settings, json),
         Command::Check => check::check(&settings),
         Command::Verify { deep } => verify::verify(&settings, deep),

@@ -17,6 +17,9 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// A base backup came to nothing.
+    #[error(transparent)]
+    BaseBackup(#[from] crate::base_backup::BaseBackupError),
     /// A record failed its checks on receipt.
     #[error(
         "WAL of timeline branch {branch} fails its checks on receipt: {source}; it was not acknowledged"
@@ -244,6 +247,7 @@ impl Error {
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
+            Self::BaseBackup(error) => error.exit_kind(),
             Self::Decode { .. }
             | Self::Divergence { .. }
             | Self::Gap { .. }

@@ -21,7 +21,8 @@ impl Label {
         };
         let lsn = |name: &str| {
             let word = field(name)?.split_whitespace().next().unwrap_or_default();
-            word.parse().map_err(|error| malformed(format!("backup_label, \"{name}\": {error}")))
+            word.parse()
+                .map_err(|error| malformed(format!("backup_label, \"{name}\": {error}")))
         };
         Ok(Self {
             start_lsn: lsn("START WAL LOCATION: ")?,
@@ -41,7 +42,10 @@ mod tests {
                      BACKUP METHOD: streamed\nBACKUP FROM: primary\nSTART TIME: 2026-11-21 10:00:00 UTC\nLABEL: x\n\
                      START TIMELINE: 1\n";
         let label = Label::parse(text).expect("it parses");
-        assert_eq!((label.start_lsn, label.checkpoint_lsn), (Lsn(0x200_0028), Lsn(0x200_0080)));
+        assert_eq!(
+            (label.start_lsn, label.checkpoint_lsn),
+            (Lsn(0x200_0028), Lsn(0x200_0080))
+        );
         assert!(!label.from_standby);
         assert!(Label::parse(b"START WAL LOCATION: 0/2000028\n").is_err());
         assert!(Label::parse(b"").is_err());

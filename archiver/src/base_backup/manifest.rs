@@ -59,7 +59,9 @@ pub(super) fn check(manifest: &[u8], received: &BTreeMap<String, ReceivedFile>) 
         };
         if file.size != entry.size {
             let (expected, found) = (entry.size, file.size);
-            return Err(differs(format!("{path} has {found} bytes instead of {expected}")));
+            return Err(differs(format!(
+                "{path} has {found} bytes instead of {expected}"
+            )));
         }
         if entry.algorithm.as_deref() != Some("SHA256")
             || entry.checksum.as_deref() != Some(file.sha256.as_str())
@@ -84,7 +86,10 @@ mod tests {
         let own = hex::encode(Sha256::digest(body.as_bytes()));
         let manifest = format!("{body}\"Manifest-Checksum\": \"{own}\"}}\n");
         let file = |size, sha256: &str| {
-            let file = ReceivedFile { size, sha256: sha256.to_owned() };
+            let file = ReceivedFile {
+                size,
+                sha256: sha256.to_owned(),
+            };
             BTreeMap::from([("a".to_owned(), file)])
         };
         check(manifest.as_bytes(), &file(1, &sum)).expect("it matches");
@@ -92,10 +97,16 @@ mod tests {
             (manifest.clone(), BTreeMap::new(), "did not come"),
             (manifest.clone(), file(2, &sum), "2 bytes"),
             (manifest.clone(), file(1, "00"), "another SHA-256"),
-            (manifest.replace("\"Size\": 1", "\"Size\": 3"), file(1, &sum), "own checksum"),
+            (
+                manifest.replace("\"Size\": 1", "\"Size\": 3"),
+                file(1, &sum),
+                "own checksum",
+            ),
             ("{".to_owned(), BTreeMap::new(), "can not be read"),
         ] {
-            let error = check(manifest.as_bytes(), &files).expect_err(part).to_string();
+            let error = check(manifest.as_bytes(), &files)
+                .expect_err(part)
+                .to_string();
             assert!(error.contains(part), "{error}");
         }
     }

@@ -145,8 +145,13 @@ impl Slicer {
             && entry.kind == wal_format::tar::TarKind::File
         {
             let padding = entry.padded_size() - entry.size;
-            let open =
-                Open { path: entry.path, size: entry.size, got: 0, padding, sum: Sha256::new() };
+            let open = Open {
+                path: entry.path,
+                size: entry.size,
+                got: 0,
+                padding,
+                sum: Sha256::new(),
+            };
             self.keep_or_close(open);
         }
         Ok(rest)
@@ -169,7 +174,10 @@ impl Slicer {
             self.cut(Some(ContinuedFile { path, offset, size }));
         }
         // Up to the end of the slice, which for a file lies at a multiple of 512 of its content.
-        let room = self.slice_bytes.saturating_sub(self.raw.len() as u64).max(1);
+        let room = self
+            .slice_bytes
+            .saturating_sub(self.raw.len() as u64)
+            .max(1);
         let until = (open.got + room).next_multiple_of(BLOCK_BYTES as u64) - open.got;
         let (now, rest) = bytes.split_at(index(left.min(until)).min(bytes.len()));
         self.raw.extend_from_slice(now);
@@ -192,7 +200,13 @@ impl Slicer {
             _ => open.path,
         };
         let sha256 = hex::encode(open.sum.finalize());
-        self.files.insert(path, ReceivedFile { size: open.size, sha256 });
+        self.files.insert(
+            path,
+            ReceivedFile {
+                size: open.size,
+                sha256,
+            },
+        );
     }
 
     fn cut(&mut self, next: Option<ContinuedFile>) {
@@ -200,7 +214,12 @@ impl Slicer {
         self.number += 1;
         let raw = std::mem::take(&mut self.raw);
         let continues = std::mem::replace(&mut self.continues, next);
-        self.ready.push_back(RawSlice { archive, number: self.number, continues, raw });
+        self.ready.push_back(RawSlice {
+            archive,
+            number: self.number,
+            continues,
+            raw,
+        });
     }
 }
 
@@ -283,7 +302,9 @@ mod tests {
         let mut slicer = Slicer::default();
         assert!(slicer.push(b"x").is_err(), "no archive has begun");
         slicer.begin(BackupArchive::Base).expect("it begins");
-        slicer.push(&entry("a", &[1; 1000])[..1200]).expect("it is the beginning of one");
+        slicer
+            .push(&entry("a", &[1; 1000])[..1200])
+            .expect("it is the beginning of one");
         assert!(slicer.finish().is_err());
     }
 }

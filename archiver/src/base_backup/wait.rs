@@ -22,13 +22,17 @@ pub(super) async fn for_wal(
     loop {
         let (repository, identity) = (repository.clone(), identity.clone());
         let stored =
-            blocking(move || is_stored(&repository, &identity, branch, start_lsn, stop_lsn)).await?;
+            blocking(move || is_stored(&repository, &identity, branch, start_lsn, stop_lsn))
+                .await?;
         if stored {
             return Ok(());
         }
         if began.elapsed() > WAL_PATIENCE {
             let seconds = WAL_PATIENCE.as_secs();
-            return Err(Error::BaseBackup(BaseBackupError::WalMissing { stop_lsn, seconds }));
+            return Err(Error::BaseBackup(BaseBackupError::WalMissing {
+                stop_lsn,
+                seconds,
+            }));
         }
         tokio::time::sleep(POLL).await;
     }
@@ -48,7 +52,10 @@ fn is_stored(
     while at < stop_lsn {
         let segment = size.segment_of(at);
         let name = SegmentName::new(branch.timeline, segment, size);
-        if repository.head(&ObjectKey::Segment(system, branch, name))?.is_some() {
+        if repository
+            .head(&ObjectKey::Segment(system, branch, name))?
+            .is_some()
+        {
             at = segment.end_lsn(size);
             continue;
         }

@@ -21,7 +21,11 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 pub(super) fn backup(settings: &ClusterSettings, label: &str) -> Result<()> {
     let runtime = runtime()?;
     let began = Instant::now();
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+    let bar = if std::io::stderr().is_terminal() {
+        ProgressBar::new(0)
+    } else {
+        ProgressBar::hidden()
+    };
     let template = "{msg} {bar:32} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);

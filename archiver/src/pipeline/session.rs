@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use repository::ClusterIdentity;
+use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
@@ -75,6 +75,34 @@ impl Source {
     #[must_use]
     pub fn identity(&self) -> &ClusterIdentity {
         &self.identity
+    }
+
+    /// The timeline that the server is on; its history file is stored.
+    ///
+    /// # Errors
+    /// [`Error::Replication`], [`Error::History`], [`Error::Repository`].
+    pub async fn current_branch(&mut self, repository: &Repository) -> Result<Branch> {
+        let current = self.system.timeline;
+        if current == TimelineId::FIRST {
+            return Ok(Branch::FIRST);
+        }
+        let content = self.client.timeline_history(current).await?;
+        parse_history(current, &content)?;
+        let branch = Branch::of_history(current, &content);
+        let (repository, system) = (repository.clone(), self.system.system_identifier);
+        let stored =
+            tokio::task::spawn_blocking(move || repository.put_history(system, branch, &content));
+        stored.await.map_err(|error| Error::ThreadStopped {
+            name: "history",
+            reason: error.to_string(),
+        })??;
+        Ok(branch)
+    }
+
+    /// The connection, for another purpose than streaming.
+    #[must_use]
+    pub fn into_client(self) -> ReplicationClient {
+        self.client
     }
 
     /// The server's path of timelines to the one it is on, with their history files.
