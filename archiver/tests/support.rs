@@ -1,7 +1,7 @@
 //! A throwaway PostgreSQL server and a running `wal-archiver`, each gone when dropped.
 
 use std::{
-    env, fs,
+    fs,
     os::unix::{fs::chown, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
@@ -16,41 +16,20 @@ use wal_format::{Lsn, SealedReader, SegmentName};
 /// How long anything may take before a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The newest PostgreSQL found, or `None` to skip; under CI that is a failure.
+/// The PostgreSQL to test with, 17 where it is installed, or `None` to skip; under CI that is a failure.
 pub(crate) fn postgres_bin() -> Option<PathBuf> {
-    let roots = [
-        env::var("TIDEMARK_PG_DIR").ok(),
-        Some("/usr/lib/postgresql".to_owned()),
-    ];
-    for root in roots.into_iter().flatten() {
-        for version in ["17", "18", "16", "15", "14"] {
-            let bin = Path::new(&root).join(version).join("bin");
-            if bin.join("initdb").exists() {
-                return Some(bin);
-            }
-        }
+    let servers = benches::tools::servers_or_skip();
+    let preferred = servers.iter().position(|(major, _)| *major == 17);
+    let found = servers.into_iter().nth(preferred.unwrap_or(0));
+    if found.is_none() {
+        eprintln!("SKIPPED: no PostgreSQL server is installed; run `make install-tools`");
     }
-    assert!(
-        env::var("CI").is_err(),
-        "no PostgreSQL server is installed; set TIDEMARK_PG_DIR"
-    );
-    eprintln!("SKIPPED: no PostgreSQL server is installed; set TIDEMARK_PG_DIR");
-    None
+    found.map(|(_, bin)| bin)
 }
 
 /// The user that runs servers: PostgreSQL refuses to run as root.
 fn server_user() -> Option<(u32, u32)> {
-    let id = |arguments: &[&str]| -> Option<u32> {
-        let output = Command::new("id").args(arguments).output().ok()?;
-        String::from_utf8(output.stdout).ok()?.trim().parse().ok()
-    };
-    if id(&["-u"]) != Some(0) {
-        return None;
-    }
-    let user = ["postgres", "nobody"]
-        .into_iter()
-        .find_map(|name| Some((id(&["-u", name])?, id(&["-g", name])?)));
-    Some(user.expect("root needs a user to run PostgreSQL as"))
+    benches::programs::server_user().expect("a user to run PostgreSQL as")
 }
 
 fn free_port() -> u16 {

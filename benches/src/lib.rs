@@ -1,1 +1,8 @@
-//! placeholder
+//! The test harness: throwaway PostgreSQL servers, our own programs beside them, and a bank ledger that remembers
+//! outside PostgreSQL what was acknowledged. The demo, the end-to-end tests and the benchmarks are made of it.
+
+pub mod cluster;
+pub mod ledger;
+pub mod main_job;
+pub mod programs;
+pub mod tools;

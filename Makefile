@@ -1,0 +1,29 @@
+# One profile for everything: RocksDB costs about 28 CPU-minutes to compile, so it is compiled once and kept outside
+# of the clone.
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/tidemark/target
+CARGO := cargo
+WORKSPACE := --release --workspace
+
+.PHONY: demo test test-long check fmt install-tools
+
+demo: install-tools
+	$(CARGO) build $(WORKSPACE)
+	$(CARGO_TARGET_DIR)/release/demo
+
+test: install-tools
+	$(CARGO) build $(WORKSPACE)
+	$(CARGO) test $(WORKSPACE) -- --test-threads=2
+
+test-long: install-tools
+	$(CARGO) build $(WORKSPACE)
+	TIDEMARK_LONG=1 $(CARGO) test $(WORKSPACE) -- --test-threads=2
+
+check:
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy $(WORKSPACE) --all-targets -- -D warnings
+
+fmt:
+	$(CARGO) fmt --all
+
+install-tools:
+	bash benches/tools/install.sh

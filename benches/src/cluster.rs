@@ -1,0 +1,162 @@
+//! [`Cluster`]: a throwaway PostgreSQL server on a Unix socket of its own; stopped and removed when dropped.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use postgres::{Client, NoTls};
+use tempfile::TempDir;
+
+use crate::programs::{command, directory, succeed};
+
+/// The port's number is only a part of the socket's name: nothing listens on TCP.
+pub const PORT: u16 = 54_321;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running server.
+#[derive(Debug)]
+pub struct Cluster {
+    directory: TempDir,
+    bin: PathBuf,
+}
+
+impl Cluster {
+    /// Makes and starts a cluster of the server programs in `bin`.
+    ///
+    /// # Errors
+    /// What `initdb` or the server said.
+    pub fn start(bin: &Path, segment_mib: u32, settings: &str) -> Result<Self> {
+        let cluster = Self {
+            directory: directory()?,
+            bin: bin.to_owned(),
+        };
+        let segments = format!("--wal-segsize={segment_mib}");
+        let mut initdb = cluster.program("initdb")?;
+        initdb.arg("-D").arg(cluster.data());
+        succeed(initdb.args(["-U", "postgres", "-A", "trust", "-N", "-k", &segments]))?;
+        let mut configuration = fs::OpenOptions::new()
+            .append(true)
+            .open(cluster.data().join("postgresql.conf"))?;
+        writeln!(
+            configuration,
+            "port = {PORT}\nunix_socket_directories = '{}'\nlisten_addresses = ''\n\
+             max_wal_size = 4GB\nlog_min_messages = log\n{settings}",
+            cluster.directory.path().display()
+        )?;
+        cluster.pg_ctl(&["start"])?;
+        Ok(cluster)
+    }
+
+    fn pg_ctl(&self, arguments: &[&str]) -> Result<()> {
+        let log = self.directory.path().join("postgresql.log");
+        let mut pg_ctl = self.program("pg_ctl")?;
+        pg_ctl
+            .arg("-D")
+            .arg(self.data())
+            .arg("-l")
+            .arg(&log)
+            .arg("-w")
+            .args(arguments);
+        // pg_ctl's output would be held open by the server it starts.
+        let status = pg_ctl
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .status()?;
+        if status.success() {
+            return Ok(());
+        }
+        bail!(
+            "pg_ctl {arguments:?}: {status}\n{}",
+            fs::read_to_string(log).unwrap_or_default()
+        );
+    }
+
+    /// A program of this server's version, run as its user.
+    ///
+    /// # Errors
+    /// When the user can not be created.
+    pub fn program(&self, name: &str) -> Result<Command> {
+        command(&self.bin.join(name))
+    }
+
+    /// The programs' directory.
+    #[must_use]
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    /// How to reach it.
+    #[must_use]
+    pub fn conninfo(&self) -> String {
+        conninfo(self.directory.path(), PORT)
+    }
+
+    /// A connection.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn connect(&self) -> Result<Client> {
+        connect(&self.conninfo())
+    }
+
+    /// Kills every process of the server at once, as a dead host would, and removes its data.
+    ///
+    /// # Errors
+    /// When its process can not be found.
+    pub fn destroy(&self) -> Result<()> {
+        let pid = fs::read_to_string(self.data().join("postmaster.pid"))?;
+        let pid: i32 = pid
+            .lines()
+            .next()
+            .unwrap_or_default()
+            .parse()
+            .context("postmaster.pid")?;
+        let pid = rustix::process::Pid::from_raw(pid).context("a process has no such number")?;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        let began = Instant::now();
+        while rustix::process::test_kill_process(pid).is_ok() && began.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // Its children notice and end by themselves; until then they may still write.
+        while fs::remove_dir_all(self.data()).is_err() && began.elapsed() < PATIENCE {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.data().join("postmaster.pid").exists() {
+            let _ = self.pg_ctl(&["stop", "-m", "immediate"]);
+        }
+    }
+}
+
+/// How a server in `directory` is reached.
+#[must_use]
+pub fn conninfo(directory: &Path, port: u16) -> String {
+    format!(
+        "host={} port={port} user=postgres dbname=postgres",
+        directory.display()
+    )
+}
+
+/// A connection.
+///
+/// # Errors
+/// When it is refused.
+pub fn connect(conninfo: &str) -> Result<Client> {
+    Client::connect(conninfo, NoTls).with_context(|| format!("connect to {conninfo}"))
+}

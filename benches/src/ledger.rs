@@ -1,0 +1,197 @@
+//! [`Ledger`]: bank clients that transfer money and remember, outside PostgreSQL, what was acknowledged.
+//!
+//! Every transfer moves an amount between two accounts and inserts a line with the client's own sequence number. The
+//! sum of all accounts is 0 for ever; a client sends its next transfer only after the last was acknowledged.
+
+use std::{
+    collections::HashSet,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use jiff::Timestamp;
+use postgres::Client;
+
+use crate::cluster::connect;
+
+/// Accounts; few enough that transfers meet.
+const ACCOUNTS: i32 = 100;
+
+/// A transfer whose commit PostgreSQL acknowledged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Acknowledged {
+    /// Who.
+    pub client: i32,
+    /// Its sequence number.
+    pub seq: i32,
+    /// Before it was sent.
+    pub sent: Timestamp,
+    /// After the acknowledgement came.
+    pub acknowledged: Timestamp,
+}
+
+/// Running clients.
+#[derive(Debug)]
+pub struct Ledger {
+    stop: Arc<AtomicBool>,
+    clients: Vec<JoinHandle<Vec<Acknowledged>>>,
+}
+
+impl Ledger {
+    /// Makes the tables and starts clients.
+    ///
+    /// # Errors
+    /// What PostgreSQL said.
+    pub fn start(conninfo: &str, clients: i32) -> Result<Self> {
+        connect(conninfo)?.batch_execute(&format!(
+            "CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL);
+             INSERT INTO account SELECT id, 0 FROM generate_series(1, {ACCOUNTS}) id;
+             CREATE TABLE transfer (client int, seq int, amount bigint, PRIMARY KEY (client, seq));"
+        ))?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let spawn = |client: i32| {
+            let (stop, conninfo) = (Arc::clone(&stop), conninfo.to_owned());
+            std::thread::spawn(move || run(&conninfo, client, &stop))
+        };
+        let clients = (1..=clients).map(spawn).collect();
+        Ok(Self { stop, clients })
+    }
+
+    /// Ends the clients, if the server has not done so, and returns what was acknowledged.
+    ///
+    /// # Errors
+    /// When a client died of something else than its connection.
+    pub fn finish(self) -> Result<Vec<Acknowledged>> {
+        self.stop.store(true, Ordering::Relaxed);
+        let mut all = Vec::new();
+        for client in self.clients {
+            all.extend(
+                client
+                    .join()
+                    .ok()
+                    .context("a client of the ledger panicked")?,
+            );
+        }
+        Ok(all)
+    }
+}
+
+fn run(conninfo: &str, client: i32, stop: &AtomicBool) -> Vec<Acknowledged> {
+    let mut acknowledged = Vec::new();
+    let Ok(mut connection) = connect(conninfo) else {
+        return acknowledged;
+    };
+    for seq in 1.. {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        let sent = Timestamp::now();
+        // An error is the death of the server: what was not acknowledged is not claimed.
+        if transfer(&mut connection, client, seq).is_err() {
+            break;
+        }
+        acknowledged.push(Acknowledged {
+            client,
+            seq,
+            sent,
+            acknowledged: Timestamp::now(),
+        });
+    }
+    acknowledged
+}
+
+fn transfer(connection: &mut Client, client: i32, seq: i32) -> Result<()> {
+    let amount = i64::from(seq % 97 + 1);
+    let (from, to) = (
+        (client * 7 + seq) % ACCOUNTS + 1,
+        (client * 13 + seq * 3) % ACCOUNTS + 1,
+    );
+    // Always in the same order, so that clients never deadlock.
+    let (first, second, amount_first) = if from < to {
+        (from, to, -amount)
+    } else {
+        (to, from, amount)
+    };
+    let mut transaction = connection.transaction()?;
+    if first != second {
+        let update = "UPDATE account SET balance = balance + $2 WHERE id = $1";
+        transaction.execute(update, &[&first, &amount_first])?;
+        transaction.execute(update, &[&second, &(-amount_first)])?;
+    }
+    let insert = "INSERT INTO transfer VALUES ($1, $2, $3)";
+    transaction.execute(insert, &[&client, &seq, &amount])?;
+    transaction.commit()?;
+    Ok(())
+}
+
+/// What a restored database was found to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// Transfers that are there.
+    pub present: usize,
+    /// Transfers that had been acknowledged.
+    pub acknowledged: usize,
+}
+
+/// Proves a restore: nothing acknowledged before `until` is missing, nothing sent after it is there, the books balance,
+/// and no client has a hole. `until = None` is the moment of the disaster.
+///
+/// # Errors
+/// Names the first transfer that contradicts.
+pub fn prove(
+    restored: &mut Client,
+    acknowledged: &[Acknowledged],
+    until: Option<Timestamp>,
+) -> Result<Verdict> {
+    let sum: i64 = restored
+        .query_one("SELECT sum(balance)::bigint FROM account", &[])?
+        .get(0);
+    ensure!(sum == 0, "the accounts add up to {sum} instead of 0");
+    let rows = restored.query("SELECT client, seq FROM transfer ORDER BY client, seq", &[])?;
+    let mut present = HashSet::new();
+    let mut expected = (0, 1);
+    for row in &rows {
+        let (client, seq): (i32, i32) = (row.get(0), row.get(1));
+        expected = if client == expected.0 {
+            (client, expected.1)
+        } else {
+            (client, 1)
+        };
+        ensure!(
+            seq == expected.1,
+            "client {client} has transfer {seq} but not {}",
+            expected.1
+        );
+        expected.1 += 1;
+        present.insert((client, seq));
+    }
+    for one in acknowledged {
+        let held = present.contains(&(one.client, one.seq));
+        let wanted = until.is_none_or(|until| one.acknowledged <= until);
+        if wanted && !held {
+            bail!(
+                "MISSING: transfer {} of client {}, acknowledged {}",
+                one.seq,
+                one.client,
+                one.acknowledged
+            );
+        }
+        if until.is_some_and(|until| one.sent > until) && held {
+            bail!(
+                "TOO LATE: transfer {} of client {}, sent {}",
+                one.seq,
+                one.client,
+                one.sent
+            );
+        }
+    }
+    let before = |one: &&Acknowledged| until.is_none_or(|until| one.acknowledged <= until);
+    Ok(Verdict {
+        present: present.len(),
+        acknowledged: acknowledged.iter().filter(before).count(),
+    })
+}

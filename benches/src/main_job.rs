@@ -1,0 +1,290 @@
+//! The main job, end to end: stream, back up, lose the primary, restore to the last commit and to a moment before it,
+//! and prove both with the ledger. The demo shows it, the tests assert it.
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use jiff::Timestamp;
+use tempfile::TempDir;
+
+use crate::{
+    cluster::{Cluster, connect, conninfo},
+    ledger::{Acknowledged, Ledger, Verdict, prove},
+    programs::{command, directory, ours, succeed},
+};
+
+/// How long anything may take before it counts as failed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How the job is done.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// PostgreSQL's programs.
+    pub bin: PathBuf,
+    /// `wal_segment_size` in MiB.
+    pub segment_mib: u32,
+    /// Clients of the ledger.
+    pub clients: i32,
+    /// How long they work before the disaster.
+    pub load: Duration,
+    /// Whether the archiver dies with the primary, so that its spool has to be recovered first.
+    pub kill_archiver: bool,
+    /// Where HTTP is served; port 0 for any.
+    pub http: String,
+}
+
+/// What came of it.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The restore to the last commit.
+    pub latest: Verdict,
+    /// The restore to a moment in the middle.
+    pub middle: Verdict,
+    /// From the disaster until the restored server answered.
+    pub recovery: Duration,
+}
+
+/// Our programs and their places.
+#[derive(Debug)]
+pub struct Place {
+    directory: TempDir,
+}
+
+impl Place {
+    /// A new place.
+    ///
+    /// # Errors
+    /// When it can not be made.
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            directory: directory()?,
+        })
+    }
+
+    /// Below which everything lies.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// One of our programs with repository and spool of this place.
+    ///
+    /// # Errors
+    /// When it was not built.
+    pub fn program(&self, name: &str) -> Result<Command> {
+        let mut command = command(&ours(name)?)?;
+        let root = self.path().display();
+        command.arg(format!("--repository=file://{root}/repository"));
+        command.arg(format!("--spool={root}/spool"));
+        Ok(command)
+    }
+
+    /// Starts the daemon and waits until it streams.
+    ///
+    /// # Errors
+    /// With its log when it does not.
+    pub fn daemon(&self, cluster: &Cluster, http: &str) -> Result<Daemon> {
+        let path = self.path().join("archiver.log");
+        let log = File::create(&path)?;
+        let mut run = self.program("wal-archiver")?;
+        run.args(["--conninfo", &cluster.conninfo(), "run", "--http", http]);
+        run.env("TIDEMARK_LOG", "info").stdin(Stdio::null());
+        let child = run.stdout(Stdio::null()).stderr(log).spawn()?;
+        let mut daemon = Daemon { child, log: path };
+        daemon.wait_for(|text| text.contains("streaming"))?;
+        Ok(daemon)
+    }
+}
+
+/// The running archiver.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Waits until its log satisfies `done`.
+    ///
+    /// # Errors
+    /// With the log when it never does.
+    pub fn wait_for(&mut self, done: impl Fn(&str) -> bool) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let text = std::fs::read_to_string(&self.log)?;
+            if done(&text) {
+                return Ok(());
+            }
+            if began.elapsed() > PATIENCE || self.child.try_wait()?.is_some() {
+                bail!("the archiver did not get there; its log:\n{text}");
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Kills it without warning.
+    ///
+    /// # Errors
+    /// When it can not be.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Asks it to stop and waits until everything is in the repository.
+    ///
+    /// # Errors
+    /// When it ends with a failure.
+    pub fn stop(mut self) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+        let status = self.child.wait()?;
+        if status.success() {
+            return Ok(());
+        }
+        bail!(
+            "the archiver ended with {status}; its log:\n{}",
+            std::fs::read_to_string(&self.log)?
+        );
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Does the job; `say` is told of each step.
+///
+/// # Errors
+/// The first promise that was not kept.
+pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
+    say("starting a throwaway PostgreSQL");
+    let cluster = Cluster::start(&job.bin, job.segment_mib, "")?;
+    let place = Place::new()?;
+    let daemon = place.daemon(&cluster, &job.http)?;
+    say(&format!(
+        "streaming its WAL; dashboard at http://{} while this runs",
+        job.http
+    ));
+    // Every commit waits for us: what is acknowledged is what may never be lost.
+    connect(&cluster.conninfo())?
+        .batch_execute("ALTER SYSTEM SET synchronous_standby_names = 'tidemark'")?;
+    connect(&cluster.conninfo())?.batch_execute("SELECT pg_reload_conf()")?;
+    let ledger = Ledger::start(&cluster.conninfo(), job.clients)?;
+    say("taking a base backup under load");
+    let mut backup = place.program("wal-archiver")?;
+    let said = succeed(backup.args([
+        "--conninfo",
+        &cluster.conninfo(),
+        "backup",
+        "--label",
+        "first",
+    ]))?;
+    say(&said);
+    std::thread::sleep(job.load / 2);
+    let middle = Timestamp::now();
+    std::thread::sleep(job.load / 2);
+    say("killing the primary with -9 and removing its data directory");
+    let disaster = Instant::now();
+    if job.kill_archiver {
+        daemon.kill()?;
+        cluster.destroy()?;
+        // With nothing to stream from, what the spool holds is stored at the start, before anything else.
+        say("the archiver died too; a new one stores what its spool holds");
+        let mut run = place.program("wal-archiver")?;
+        run.args([
+            "--conninfo",
+            &cluster.conninfo(),
+            "run",
+            "--http",
+            "127.0.0.1:0",
+        ]);
+        let child = run
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        let daemon = Daemon {
+            child,
+            log: place.path().join("archiver.log"),
+        };
+        std::thread::sleep(Duration::from_secs(2));
+        daemon.stop()?;
+    } else {
+        cluster.destroy()?;
+        daemon.stop()?;
+    }
+    let acknowledged = ledger.finish()?;
+    say(&format!(
+        "{} transfers had been acknowledged",
+        acknowledged.len()
+    ));
+    say("restoring to the last commit");
+    let latest = restore(job, &place, "latest", None, &acknowledged, say)?;
+    let recovery = disaster.elapsed();
+    say(&format!("restoring to {middle}, in the middle of the load"));
+    let middle = restore(job, &place, "middle", Some(middle), &acknowledged, say)?;
+    say("verifying every object and every record of the archive");
+    let said = succeed(place.program("wal-archiver")?.args(["verify", "--deep"]))?;
+    say(&said);
+    Ok(Outcome {
+        latest,
+        middle,
+        recovery,
+    })
+}
+
+/// Restores, starts, proves, stops.
+fn restore(
+    job: &Job,
+    place: &Place,
+    name: &str,
+    until: Option<Timestamp>,
+    acknowledged: &[Acknowledged],
+    say: &dyn Fn(&str),
+) -> Result<Verdict> {
+    let directory = place.path().join(name);
+    let mut restore = place.program("pitr-restore")?;
+    restore
+        .arg("--target-dir")
+        .arg(&directory)
+        .arg("--pg-bin")
+        .arg(&job.bin);
+    restore.args(["--start", "--json", "--set"]);
+    restore.arg(format!(
+        "unix_socket_directories={}",
+        place.path().display()
+    ));
+    if let Some(until) = until {
+        restore.arg(format!("--target-time={until:.6}"));
+    }
+    let json: serde_json::Value = serde_json::from_str(&succeed(&mut restore)?)?;
+    let stopped = json["stopped"].as_str().context("the report has no stop")?;
+    say(&format!("PostgreSQL stopped {stopped}, as planned"));
+    // The cluster's own port is in its configuration; only the socket's directory is another.
+    let mut restored = connect(&conninfo(place.path(), crate::cluster::PORT))?;
+    let until = until
+        .map(|until| Timestamp::from_microsecond(until.as_microsecond()))
+        .transpose()?;
+    let verdict = prove(&mut restored, acknowledged, until);
+    drop(restored);
+    let mut pg_ctl = command(&job.bin.join("pg_ctl"))?;
+    succeed(
+        pg_ctl
+            .arg("-D")
+            .arg(&directory)
+            .args(["-m", "immediate", "stop"]),
+    )?;
+    verdict
+}
