@@ -9,10 +9,6 @@ pub mod config;
 pub mod durable;
 mod error;
 mod exit;
-#[expect(
-    clippy::module_inception,
-    reason = "the crate's main type lives in the room of its name"
-)]
 mod repository;
 pub mod store;
 mod wal_range;

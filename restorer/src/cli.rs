@@ -183,9 +183,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             let settings = Settings::resolve(&cli.common)?;
             let listing = list::list(&archive(settings.cluster()?)?)?;
             if json {
-                output::json(&listing)?
+                output::json(&listing)?;
             } else {
-                output::listing(&listing)
+                output::listing(&listing);
             }
             Ok(ExitCode::SUCCESS)
         }

@@ -63,7 +63,7 @@ impl TarHeader {
         if u64::from(whole.saturating_sub(own).saturating_add(8 * 32)) != expected {
             return Err(TarError::Checksum);
         }
-        let path = checked_path(text(field(0, 100)))?;
+        let path = checked_path(&text(field(0, 100)))?;
         let size = number(field(124, 12))?;
         let mode = u32::try_from(number(field(100, 8))? & 0o7777).unwrap_or(0o600);
         let kind = match block.get(156) {
@@ -116,7 +116,7 @@ fn number(field: &[u8]) -> Result<u64, TarError> {
     u64::from_str_radix(digits, 8).map_err(|_| TarError::Number)
 }
 
-fn checked_path(path: String) -> Result<String, TarError> {
+fn checked_path(path: &str) -> Result<String, TarError> {
     let trimmed = path.trim_end_matches('/').trim_start_matches("./");
     if trimmed == "." {
         return Ok(String::new());

@@ -258,7 +258,7 @@ mod tests {
             let mut stream = Vec::new();
             let mut at = BTreeMap::new();
             for (number, size) in sizes.iter().enumerate() {
-                let content: Vec<u8> = (0..*size).map(|byte| (byte * 7 + number) as u8).collect();
+                let content: Vec<u8> = (0..*size).map(|byte| u8::try_from((byte * 7 + number) % 251).expect("below 251")).collect();
                 at.insert(format!("file{number}"), (stream.len() + BLOCK_BYTES, content.clone()));
                 stream.extend(entry(&format!("file{number}"), &content));
             }
