@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use wal_format::{Lsn, SealedReader, SegmentName};
 
 /// How long anything may take before a test fails.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// The PostgreSQL to test with, 17 where it is installed, or `None` to skip; under CI that is a failure.
 pub(crate) fn postgres_bin() -> Option<PathBuf> {
@@ -152,6 +152,8 @@ impl Server {
         command
             .current_dir(self.dir.path())
             .env_remove("PGHOST")
+            // The walreceiver must load its own version's libpq, not an older one of the system.
+            .env("LD_LIBRARY_PATH", self.bin.join("../lib"))
             .env("LC_ALL", "C");
         if let Some((user, group)) = server_user() {
             command.uid(user).gid(group);

@@ -81,7 +81,10 @@ impl Cluster {
     /// # Errors
     /// When the user can not be created.
     pub fn program(&self, name: &str) -> Result<Command> {
-        command(&self.bin.join(name))
+        let mut command = command(&self.bin.join(name))?;
+        // A walreceiver must load its own version's libpq, not an older one of the system.
+        command.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
+        Ok(command)
     }
 
     /// The programs' directory.
