@@ -195,8 +195,11 @@ pub struct BranchSpool {
 pub struct SpooledSegments {
     /// Complete segments, by number.
     pub complete: Vec<SegmentNo>,
-    /// The open segment and the length of its file.
+    /// The open segment, the first whose file was not renamed, and the length of its file.
     pub open: Option<(SegmentNo, u64)>,
+    /// Segments behind the open one that a crash left. They are renamed in order before anything behind them is
+    /// reported, so nothing of these was ever acknowledged.
+    pub unacknowledged: Vec<SegmentNo>,
 }
 
 impl BranchSpool {
@@ -257,7 +260,7 @@ impl BranchSpool {
     /// What it holds; nothing when the directory does not exist.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::SpoolHole`] for more than one open segment.
+    /// [`Error::Io`].
     pub fn segments(&self) -> Result<SpooledSegments> {
         let mut found = SpooledSegments::default();
         let mut open = BTreeMap::new();
@@ -275,14 +278,9 @@ impl BranchSpool {
             }
         }
         found.complete.sort_unstable();
-        found.open = open.pop_last();
-        match open.pop_last() {
-            Some((segment, _)) => Err(Error::SpoolHole {
-                path: self.directory.clone(),
-                missing: self.name(segment),
-            }),
-            None => Ok(found),
-        }
+        found.open = open.pop_first();
+        found.unacknowledged = open.into_keys().collect();
+        Ok(found)
     }
 
     /// The bytes of a segment, complete or open; `None` when the spool has it not.

@@ -121,6 +121,38 @@ fn the_identity_is_read_from_the_first_page() {
 }
 
 #[test]
+fn a_crash_before_the_renames_begins_again_at_the_first_of_them() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+    let (bytes, _) = wal(&[60_000; 40]);
+    let (mut writer, _) = open(&branch);
+    let unfinished = push(&mut writer, &bytes).expect("valid WAL");
+    assert_eq!(unfinished.len(), 2);
+    drop((unfinished, writer));
+    let left = branch.segments().expect("they are listed");
+    assert_eq!(left.unacknowledged.len(), 2, "{left:?}");
+    // The first is cut behind its last whole record or complete; the others were never acknowledged and are gone.
+    let (again, completed) = open(&branch);
+    assert!(
+        again.written() > START && again.written() <= Lsn(2 << 20),
+        "{again:?}"
+    );
+    for segment in &completed {
+        segment.file.finish().expect("it is renamed");
+    }
+    drop(again);
+    assert_eq!(
+        branch.segments().expect("they are listed").unacknowledged,
+        []
+    );
+    let (mut again, _) = open(&branch);
+    let from = usize::try_from(again.incoming().bytes_since(START)).expect("short");
+    let completed = push(&mut again, &bytes[from..]).expect("valid WAL");
+    let ends = completed.iter().map(|segment| segment.file.segment());
+    assert_eq!(ends.last().map(|last| last.0), Some(2));
+}
+
+#[test]
 fn segments_complete_at_their_end_and_say_what_they_hold() {
     let directory = tempfile::tempdir().expect("a directory");
     let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);

@@ -84,6 +84,11 @@ impl SpoolWriter {
         spool.create()?;
         let size = spool.segment_size();
         let segments = spool.segments()?;
+        // A crash between writing a segment and renaming it leaves the next one begun: it is streamed again.
+        for later in &segments.unacknowledged {
+            tracing::info!(segment = %spool.name(*later), "removing an unacknowledged segment behind a torn one");
+            spool.remove_partial(*later)?;
+        }
         let next = segments.complete.last().map(|last| last.next());
         let start_segment = size.segment_of(start_lsn);
         let segment = match (segments.open, next) {
