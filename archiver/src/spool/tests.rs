@@ -148,8 +148,8 @@ fn a_crash_before_the_renames_begins_again_at_the_first_of_them() {
     let (mut again, _) = open(&branch);
     let from = usize::try_from(again.incoming().bytes_since(START)).expect("short");
     let completed = push(&mut again, &bytes[from..]).expect("valid WAL");
-    let ends = completed.iter().map(|segment| segment.file.segment());
-    assert_eq!(ends.last().map(|last| last.0), Some(2));
+    let last = completed.last().map(|segment| segment.file.segment().0);
+    assert_eq!(last, Some(2));
 }
 
 #[test]
