@@ -190,7 +190,8 @@ impl Archive {
         let Some((partial, _)) = spool.segments()?.open else {
             return Ok(open);
         };
-        if partial >= open {
+        // Written to its last byte but not renamed, it ends where the next segment begins.
+        if partial >= open || end_lsn <= partial.end_lsn(size) {
             return Ok(partial);
         }
         let ours = spool.read(partial)?.unwrap_or_default();
