@@ -5,4 +5,7 @@ pub mod cluster;
 pub mod ledger;
 pub mod main_job;
 pub mod programs;
+pub mod restored;
 pub mod tools;
+pub mod waldump;
+pub mod workload;

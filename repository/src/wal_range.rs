@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use wal_format::{
     Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
+    WalEvent,
 };
 
 use crate::ClusterIdentity;
@@ -36,6 +37,9 @@ pub struct WalRange {
     pub record_count: u64,
     /// How many of them end a transaction.
     pub transaction_count: u64,
+    /// How many transactions are prepared in it; `None` in a catalog of a version that did not count them.
+    #[serde(default)]
+    pub prepare_count: Option<u64>,
     /// The start of the first record that ends in it.
     pub first_record_lsn: Option<Lsn>,
     /// The start of the last one.
@@ -63,6 +67,8 @@ impl WalRange {
         proven: Option<PgTimestamp>,
     ) -> Self {
         let times = summary.time_range();
+        let is_prepare = |(_, event): &&(Lsn, WalEvent)| matches!(event, WalEvent::Prepare { .. });
+        let prepare_count = summary.events.iter().filter(is_prepare).count() as u64;
         Self {
             branch: header.branch,
             segment: header.segment(),
@@ -72,6 +78,7 @@ impl WalRange {
             stored_bytes,
             record_count: summary.record_count,
             transaction_count: summary.transactions.len() as u64,
+            prepare_count: Some(prepare_count),
             first_record_lsn: summary.first_record_lsn,
             last_record_lsn: summary.last_record_lsn,
             last_record_end_lsn: summary.last_record_end_lsn,

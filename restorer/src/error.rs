@@ -22,6 +22,15 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// The primary had more of something than the backup's settings give.
+    #[error(
+        "PostgreSQL can not recover: {said} The primary was given more after the backup; remove the target directory and \
+         restore again with --set NAME=VALUE of the primary's value"
+    )]
+    InsufficientParameter {
+        /// PostgreSQL's word, with both values.
+        said: String,
+    },
     /// A file operation failed.
     #[error("{action} {path}: {source}", path = path.display())]
     Io {
@@ -96,7 +105,9 @@ impl Error {
             Self::Damaged { .. } | Self::PlanMismatch { .. } | Self::Wal { .. } => {
                 ExitKind::Integrity
             }
-            Self::Io { .. } | Self::RecoveryFailed { .. } => ExitKind::Failed,
+            Self::InsufficientParameter { .. } | Self::Io { .. } | Self::RecoveryFailed { .. } => {
+                ExitKind::Failed
+            }
             Self::Plan(_) => ExitKind::TargetNotReachable,
             Self::Repository(error) => error.exit_kind(),
             Self::Usage { .. } => ExitKind::Usage,

@@ -23,6 +23,7 @@ mod extract;
 mod manifest;
 mod settings;
 
+pub(crate) use manifest::Manifest;
 pub use settings::{Action, Recovery};
 
 /// Present while a restore is not complete.

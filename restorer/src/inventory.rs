@@ -6,7 +6,7 @@ use wal_format::{
     WalIdentity, WalIndexer,
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, execute::Manifest};
 
 /// What is archived of one cluster.
 pub trait Inventory {
@@ -37,6 +37,11 @@ pub trait Inventory {
     /// # Errors
     /// What reading them met.
     fn restore_points(&self) -> Result<Vec<(Branch, Lsn, PgTimestamp, String)>>;
+    /// The transactions that were prepared before the backup and not ended when it was taken, as its `pg_twophase` says.
+    ///
+    /// # Errors
+    /// What reading them met.
+    fn prepared_in(&self, backup: &BackupInfo) -> Result<Vec<u32>>;
     /// The start of the first record at or after `lsn`, found by decoding `ranges`; `None` when they end before.
     ///
     /// # Errors
@@ -97,6 +102,19 @@ impl Inventory for Archive {
 
     fn restore_points(&self) -> Result<Vec<(Branch, Lsn, PgTimestamp, String)>> {
         Ok(self.catalog.restore_points()?)
+    }
+
+    fn prepared_in(&self, backup: &BackupInfo) -> Result<Vec<u32>> {
+        let manifest = self.repository.get(&backup.manifest_key())?;
+        let names = Manifest::parse(&manifest, backup)?.into_names();
+        let files = names
+            .iter()
+            .filter_map(|name| name.strip_prefix("pg_twophase/"));
+        // Named by the transaction in hexadecimal, from 17 on with its epoch in the upper half.
+        let xid = |name: &str| u64::from_str_radix(name, 16).ok();
+        #[expect(clippy::cast_possible_truncation, reason = "the lower half is wanted")]
+        let lower = |full: u64| full as u32;
+        Ok(files.filter_map(xid).map(lower).collect())
     }
 
     fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>> {

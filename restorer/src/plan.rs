@@ -10,9 +10,11 @@ use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd}
 
 use crate::{Error, Result, inventory::Inventory, target::RecoveryTarget};
 
+mod in_doubt;
 mod path;
 mod stop;
 
+pub use in_doubt::PreparedTransaction;
 use path::{Coverage, cover};
 pub use path::{PathPart, timeline_path};
 use stop::{Found, find_stop};
@@ -72,6 +74,10 @@ pub struct RestorePlan {
     pub late_commit_count: u64,
     /// The first of them.
     pub late_commits: Vec<TransactionEnd>,
+    /// The prepared transactions that are neither committed nor rolled back at the stop. They hold their locks until
+    /// somebody ends them, as they did on the server.
+    #[serde(default)]
+    pub in_doubt: Vec<PreparedTransaction>,
     /// The end of the WAL that the recovery may ask for.
     pub wal_end_lsn: Lsn,
     /// Length of the backup in the repository.
@@ -229,7 +235,8 @@ pub fn plan_restore(
         } else {
             "the newest backup that ends before the stop".to_owned()
         };
-        return Ok(make(backup, reason, path, &coverage, found));
+        let in_doubt = in_doubt::in_doubt(inventory, &coverage, backup, found.stop)?;
+        return Ok(make(backup, reason, path, &coverage, found, in_doubt));
     }
     let earliest = PlanError::TooEarly {
         earliest: oldest.id,
@@ -277,6 +284,7 @@ fn make(
     path: Vec<PathPart>,
     coverage: &Coverage,
     found: Found,
+    in_doubt: Vec<PreparedTransaction>,
 ) -> RestorePlan {
     let until = match found.stop {
         Stop::Before { lsn } | Stop::After { lsn } => lsn.add(1),
@@ -306,6 +314,7 @@ fn make(
         first_dropped: found.first_dropped,
         late_commit_count: found.late_commit_count,
         late_commits: found.late_commits,
+        in_doubt,
         wal_end_lsn,
         backup_bytes: backup.stored_bytes,
         wal_bytes,

@@ -9,6 +9,7 @@ use std::{
 };
 
 use repository::durable;
+use rustix::process::{Pid, Signal, kill_process};
 use wal_format::{Lsn, PgVersion};
 
 use crate::{Error, RestorePlan, Result, Stop, execute::Action};
@@ -19,6 +20,8 @@ pub const LOG: &str = "tidemark_recovery.log";
 const POLL: Duration = Duration::from_millis(50);
 /// How much of the log an error shows.
 const TAIL_LINES: usize = 15;
+/// What PostgreSQL 14 and later say before they pause for good.
+const INSUFFICIENT: &str = "because of insufficient parameter settings";
 
 /// How the recovery ended.
 #[derive(Clone, Debug)]
@@ -105,8 +108,15 @@ pub fn start(
         .stderr(errors)
         .spawn()
         .map_err(Error::io("start", postgres))?;
-    let text = wait(&mut server, &log, action)?;
-    let stopped = compare(&text, plan)?;
+    let outcome = wait(&mut server, &log, action).and_then(|text| compare(&text, plan));
+    let stopped = match outcome {
+        Ok(stopped) => stopped,
+        Err(error) => {
+            // A copy that is not what was planned must not go on to take connections.
+            stop(&mut server);
+            return Err(error);
+        }
+    };
     let running = server
         .try_wait()
         .map_err(Error::io("wait for", postgres))?
@@ -116,6 +126,17 @@ pub fn start(
         duration: began.elapsed(),
         process: running.then(|| server.id()),
     })
+}
+
+/// Asks for an immediate shutdown: nothing in the copy is worth keeping, and it can be recovered anew.
+fn stop(server: &mut Child) {
+    let pid = Pid::from_child(server);
+    if let Err(error) = kill_process(pid, Signal::QUIT) {
+        tracing::debug!(%error, "the server had ended already");
+    }
+    if let Err(error) = server.wait() {
+        tracing::warn!(%error, "the end of the server could not be waited for");
+    }
 }
 
 /// Waits until the log says that recovery has ended as `action` wants.
@@ -134,6 +155,17 @@ fn wait(server: &mut Child, log: &Path, action: Action) -> Result<String> {
         };
         if done {
             return Ok(text);
+        }
+        // The primary was given more of something after the backup (`CheckRequiredParameterValues`): PostgreSQL would
+        // wait here for somebody to shut it down.
+        let small = text
+            .lines()
+            .find(|line| line.contains("is a lower setting than on the primary server"));
+        if let Some(line) = small.filter(|_| text.contains(INSUFFICIENT)) {
+            let said = line.split_once("DETAIL:").map_or(line, |(_, said)| said);
+            return Err(Error::InsufficientParameter {
+                said: said.trim().to_owned(),
+            });
         }
         if ended.is_some() {
             let lines: Vec<&str> = text.lines().collect();

@@ -118,6 +118,7 @@ fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
         stored_bytes: size,
         record_count: 0,
         transaction_count: 0,
+        prepare_count: None,
         first_record_lsn: None,
         last_record_lsn: None,
         last_record_end_lsn: None,

@@ -8,7 +8,7 @@
 use serde::Serialize;
 use wal_format::TransactionEnd;
 
-use crate::{Error, RestorePlan, Result, list::Listing};
+use crate::{Error, RestorePlan, Result, list::Listing, plan::PreparedTransaction};
 
 pub(super) fn line(text: &str) {
     println!("{text}");
@@ -50,6 +50,9 @@ pub(super) fn plan(plan: &RestorePlan) {
             println!("              {}", transaction(end));
         }
     }
+    for prepared in &plan.in_doubt {
+        println!("in doubt      {}", in_doubt(prepared));
+    }
     println!("backup bytes  {}", plan.backup_bytes);
     println!("WAL bytes     {}", plan.wal_bytes);
     println!(
@@ -67,6 +70,20 @@ fn transaction(end: &TransactionEnd) -> String {
     format!(
         "{kind} of transaction {} at {} ({})",
         end.xid, end.lsn, end.time
+    )
+}
+
+fn in_doubt(prepared: &PreparedTransaction) -> String {
+    let name = match &prepared.gid {
+        Some(gid) => format!("'{gid}'"),
+        None => "a name that lies before the archive".to_owned(),
+    };
+    let since = prepared
+        .time
+        .map_or_else(String::new, |time| format!(" since {time}"));
+    format!(
+        "prepared transaction {}, {name}{since}: end it with COMMIT PREPARED or ROLLBACK PREPARED",
+        prepared.xid
     )
 }
 

@@ -16,10 +16,32 @@ use wal_format::BackupInfo;
 
 use crate::{Error, Result};
 
+/// A `backup_manifest`.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Manifest {
+pub(crate) struct Manifest {
     files: Vec<Entry>,
+}
+
+impl Manifest {
+    /// Reads the manifest of `backup`, if it is the one that was recorded.
+    pub(crate) fn parse(json: &[u8], backup: &BackupInfo) -> Result<Self> {
+        let damaged = |problem: String| Error::Damaged {
+            object: backup.manifest_key().to_string(),
+            problem,
+        };
+        if hex::encode(Sha256::digest(json)) != backup.manifest_sha256 {
+            return Err(damaged(
+                "its SHA-256 is not the one that was recorded".to_owned(),
+            ));
+        }
+        serde_json::from_slice(json).map_err(|error| damaged(error.to_string()))
+    }
+
+    /// The paths of all files.
+    pub(crate) fn into_names(self) -> Vec<String> {
+        self.files.iter().map(Entry::name).collect()
+    }
 }
 
 #[derive(Deserialize)]
@@ -36,6 +58,18 @@ struct Entry {
     checksum: Option<String>,
 }
 
+impl Entry {
+    fn name(&self) -> String {
+        match (&self.path, &self.encoded_path) {
+            (Some(path), _) => path.clone(),
+            (None, Some(hexadecimal)) => hex::decode(hexadecimal)
+                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+                .unwrap_or_default(),
+            (None, None) => String::new(),
+        }
+    }
+}
+
 /// Compares size and SHA-256 of every file that the manifest names. `control` stands for `pg_control`, which is not
 /// written yet.
 pub(super) fn verify(
@@ -45,17 +79,7 @@ pub(super) fn verify(
     control: &[u8],
     jobs: usize,
 ) -> Result<()> {
-    let damaged = |problem: String| Error::Damaged {
-        object: backup.manifest_key().to_string(),
-        problem,
-    };
-    if hex::encode(Sha256::digest(manifest)) != backup.manifest_sha256 {
-        return Err(damaged(
-            "its SHA-256 is not the one that was recorded".to_owned(),
-        ));
-    }
-    let manifest: Manifest =
-        serde_json::from_slice(manifest).map_err(|error| damaged(error.to_string()))?;
+    let manifest = Manifest::parse(manifest, backup)?;
     let next = AtomicUsize::new(0);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let work = || {
@@ -83,13 +107,7 @@ pub(super) fn verify(
 }
 
 fn check(directory: &Path, entry: &Entry, control: &[u8]) -> Result<()> {
-    let name = match (&entry.path, &entry.encoded_path) {
-        (Some(path), _) => path.clone(),
-        (None, Some(hexadecimal)) => hex::decode(hexadecimal)
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default(),
-        (None, None) => String::new(),
-    };
+    let name = entry.name();
     // It is consumed when the links are made from the plan instead.
     if name == "tablespace_map" {
         return Ok(());

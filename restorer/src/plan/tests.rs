@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use repository::{ClusterIdentity, WalRange, WalRangeKind};
 use wal_format::{
     BackupKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary, SystemIdentifier,
-    TimelineHistory, TransactionEndKind,
+    TimelineHistory, TransactionEndKind, WalEvent,
 };
 
 use super::*;
@@ -18,6 +18,7 @@ struct Memory {
     identity: ClusterIdentity,
     backups: Vec<BackupInfo>,
     ranges: BTreeMap<u64, (WalRange, SegmentSummary)>,
+    prepared: Vec<u32>,
 }
 
 impl Inventory for Memory {
@@ -51,6 +52,10 @@ impl Inventory for Memory {
             PgTimestamp(0),
             "here".to_owned(),
         )])
+    }
+
+    fn prepared_in(&self, _: &BackupInfo) -> Result<Vec<u32>> {
+        Ok(self.prepared.clone())
     }
 
     fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>> {
@@ -140,6 +145,7 @@ fn memory(ends: &[(u64, i64, bool)], backups: Vec<BackupInfo>, end: u64, proven:
         identity,
         backups,
         ranges,
+        prepared: Vec::new(),
     }
 }
 
@@ -346,4 +352,57 @@ fn other_targets_stop_at_their_record() {
     }
     let none = memory(&ENDS, Vec::new(), RANGE, 0);
     assert_eq!(refusal(&none, &RecoveryTarget::Latest), PlanError::NoBackup);
+}
+
+#[test]
+fn prepared_transactions_without_an_end_before_the_stop_are_in_doubt() {
+    let mut archive = memory(&ENDS, vec![backup(1, 8000, 8400)], RANGE * 6, 50);
+    let prepare = |lsn: u64, xid: u32| {
+        let event = WalEvent::Prepare {
+            xid,
+            time: PgTimestamp(0),
+            gid: format!("gid {xid}"),
+        };
+        (Lsn(lsn), event)
+    };
+    let end = |lsn: u64, xid: u32, kind: TransactionEndKind| TransactionEnd {
+        lsn: Lsn(lsn),
+        xid,
+        time: PgTimestamp(1),
+        kind,
+    };
+    let mut put = |range: u64, prepares: &[(u64, u32)], ends: &[TransactionEnd]| {
+        let (range, summary) = archive.ranges.get_mut(&(range * RANGE)).expect("a range");
+        let events = prepares.iter().map(|(lsn, xid)| prepare(*lsn, *xid));
+        summary.events.extend(events);
+        summary.transactions.extend(ends);
+        summary.transactions.sort_by_key(|end| end.lsn);
+        range.prepare_count = Some(prepares.len() as u64);
+        range.first_record_lsn = Some(range.start_lsn);
+    };
+    let (commit, abort) = (
+        TransactionEndKind::CommitPrepared,
+        TransactionEndKind::AbortPrepared,
+    );
+    // 1 and 2 are older than the backup, 2 ends behind it; 3 ends, 4 ends behind the stop, 5 is prepared behind it.
+    put(1, &[(4200, 1), (4300, 2)], &[]);
+    put(2, &[(8500, 3), (8600, 4)], &[end(8700, 2, abort)]);
+    put(3, &[], &[end(12400, 3, commit)]);
+    put(4, &[(20000, 5)], &[end(20100, 4, commit)]);
+    archive.prepared = vec![1, 2, 9];
+    let plan = |lsn: u64| {
+        let lsn = RecoveryTarget::Xid {
+            xid: u32::try_from(lsn).expect("small"),
+            inclusive: true,
+        };
+        let plan = plan_restore(&archive, &lsn, &Wishes::default()).expect("it is reachable");
+        let in_doubt = plan.in_doubt.into_iter();
+        in_doubt
+            .map(|one| (one.xid, one.gid.unwrap_or_default()))
+            .collect::<Vec<_>>()
+    };
+    let named = |xid: u32| (xid, format!("gid {xid}"));
+    let unnamed = (9, String::new());
+    assert_eq!(plan(3), [named(1), named(4), unnamed.clone()]);
+    assert_eq!(plan(1004), [named(1), named(5), unnamed]);
 }

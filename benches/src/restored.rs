@@ -1,0 +1,134 @@
+//! [`Restored`]: a cluster that `pitr-restore --start` brought up; stopped and removed when dropped.
+
+use std::{
+    ffi::OsStr,
+    path::{Path, PathBuf},
+    process::{Output, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use postgres::Client;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    cluster::{PORT, connect, conninfo},
+    main_job::Place,
+    programs::{command, directory},
+};
+
+/// Settings that make a throwaway server quick: what it holds is not meant to survive.
+const QUICK: [&str; 4] = [
+    "fsync=off",
+    "shared_buffers=16MB",
+    "wal_keep_size=0",
+    "autovacuum=off",
+];
+
+/// A restored cluster.
+#[derive(Debug)]
+pub struct Restored {
+    directory: TempDir,
+    bin: PathBuf,
+    /// The document that `--json` printed.
+    pub report: Value,
+}
+
+impl Restored {
+    /// Restores from `place` with `arguments`, which name the target, and starts it.
+    ///
+    /// # Errors
+    /// With both outputs when it fails.
+    pub fn start<I: AsRef<OsStr>>(place: &Place, bin: &Path, arguments: &[I]) -> Result<Self> {
+        let directory = directory()?;
+        let output = Self::run(place, bin, &directory, arguments)?;
+        if !output.status.success() {
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+            bail!(
+                "pitr-restore: {}\n{}\n{}",
+                output.status,
+                text(&output.stdout),
+                text(&output.stderr)
+            );
+        }
+        let report = serde_json::from_slice(&output.stdout).context("its JSON document")?;
+        Ok(Self {
+            directory,
+            bin: bin.to_owned(),
+            report,
+        })
+    }
+
+    fn run<I: AsRef<OsStr>>(
+        place: &Place,
+        bin: &Path,
+        directory: &TempDir,
+        arguments: &[I],
+    ) -> Result<Output> {
+        let mut restore = place.program("pitr-restore")?;
+        restore
+            .arg("--target-dir")
+            .arg(directory.path().join("data"));
+        restore.arg("--pg-bin").arg(bin).args(["--start", "--json"]);
+        let socket = format!("unix_socket_directories={}", directory.path().display());
+        for setting in QUICK.into_iter().chain([socket.as_str()]) {
+            restore.args(["--set", setting]);
+        }
+        Ok(restore.args(arguments).stdin(Stdio::null()).output()?)
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn data(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    /// Where PostgreSQL stopped, in its own words.
+    #[must_use]
+    pub fn stopped(&self) -> &str {
+        self.report["stopped"].as_str().unwrap_or_default()
+    }
+
+    /// How to reach it.
+    #[must_use]
+    pub fn conninfo(&self) -> String {
+        conninfo(self.directory.path(), PORT)
+    }
+
+    /// A connection.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn connect(&self) -> Result<Client> {
+        connect(&self.conninfo())
+    }
+
+    /// Stops the server and keeps its files.
+    ///
+    /// # Errors
+    /// When `pg_ctl` fails.
+    pub fn stop(&self) -> Result<()> {
+        let mut pg_ctl = command(&self.bin.join("pg_ctl"))?;
+        pg_ctl.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
+        pg_ctl
+            .arg("-D")
+            .arg(self.data())
+            .args(["-m", "immediate", "-w", "stop"]);
+        let status = pg_ctl
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()?;
+        if !status.success() {
+            bail!("pg_ctl stop: {status}");
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        if self.data().join("postmaster.pid").exists() {
+            let _ = self.stop();
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! End-to-end tests of `pitr-restore` on real PostgreSQL servers.
+//!
+//! Without a server they are skipped loudly; under CI a missing server is a failure. `TIDEMARK_LONG` takes every version
+//! and more targets.
+
+mod support;
+mod targets;

@@ -1,0 +1,163 @@
+//! An archived cluster to restore from, and small tools that every test needs.
+
+use std::{
+    env,
+    path::PathBuf,
+    process::{Command, Output},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use benches::{
+    cluster::Cluster,
+    main_job::{Daemon, Place},
+    programs::succeed,
+    tools::servers_or_skip,
+};
+use wal_format::Lsn;
+
+/// How long anything may take before a test fails.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Whether the long tier runs.
+pub(crate) fn long() -> bool {
+    env::var_os("TIDEMARK_LONG").is_some()
+}
+
+/// The server programs to test with: 17 or what there is; in the long tier all.
+pub(crate) fn servers() -> Vec<(u16, PathBuf)> {
+    let mut servers = servers_or_skip();
+    servers.retain(|(major, _)| *major >= 14);
+    if servers.is_empty() {
+        eprintln!("SKIPPED: no PostgreSQL server is installed; run `make install-tools`");
+    }
+    if !long() {
+        let at = servers.iter().position(|(major, _)| *major == 17);
+        servers = servers.into_iter().skip(at.unwrap_or(0)).take(1).collect();
+    }
+    servers
+}
+
+/// Settings of a small quick server that keeps all its WAL.
+pub(crate) const SETTINGS: &str = "fsync = off\nshared_buffers = 16MB\nautovacuum = off\n\
+    wal_keep_size = 2GB\nmax_prepared_transactions = 64\ntrack_commit_timestamp = on\n";
+
+/// A server whose WAL is streamed into a repository.
+pub(crate) struct Archived {
+    pub(crate) cluster: Cluster,
+    pub(crate) place: Place,
+    daemon: Option<Daemon>,
+}
+
+impl Archived {
+    /// Starts both, with segments of 1 MiB.
+    pub(crate) fn start(bin: &std::path::Path, settings: &str) -> Self {
+        let settings = format!("{SETTINGS}{settings}");
+        let cluster = Cluster::start(bin, 1, &settings).expect("a server");
+        let place = Place::new().expect("a place");
+        let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
+        Self {
+            cluster,
+            place,
+            daemon: Some(daemon),
+        }
+    }
+
+    /// Takes a base backup; its name.
+    pub(crate) fn backup(&self) -> String {
+        let conninfo = self.cluster.conninfo();
+        let mut backup = self.place.program("wal-archiver").expect("it is built");
+        succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+        let listed = self.listing();
+        let backups = listed["backups"].as_array().expect("backups");
+        let newest = backups.last().expect("a backup");
+        newest["id"].as_str().expect("an id").to_owned()
+    }
+
+    /// What `pitr-restore list` says.
+    pub(crate) fn listing(&self) -> serde_json::Value {
+        let mut list = self.pitr_restore();
+        let said = succeed(list.args(["list", "--json"])).expect("a listing");
+        serde_json::from_str(&said).expect("JSON")
+    }
+
+    /// Runs SQL; the first column of the first row as text.
+    pub(crate) fn sql(&self, sql: &str) -> String {
+        let mut client = self.cluster.connect().expect("a connection");
+        let messages = client.simple_query(sql).expect(sql);
+        let row = messages.iter().find_map(|message| match message {
+            postgres::SimpleQueryMessage::Row(row) => row.get(0),
+            _ => None,
+        });
+        row.unwrap_or_default().to_owned()
+    }
+
+    /// The end of the WAL, flushed.
+    pub(crate) fn end_lsn(&self) -> Lsn {
+        // Only a commit that waits flushes what asynchronous ones left behind.
+        self.sql("SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'flush', '')");
+        let lsn = self.sql("SELECT pg_current_wal_flush_lsn()");
+        lsn.parse().expect("an LSN")
+    }
+
+    /// Waits until the archiver has everything up to `lsn`.
+    pub(crate) fn wait_archived(&self, lsn: Lsn) {
+        wait_until(&format!("the archiver has {lsn}"), || {
+            self.sql("SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication")
+                .parse::<Lsn>()
+                .is_ok_and(|flushed| flushed >= lsn)
+        });
+    }
+
+    /// Stops the archiver when it has everything; the end of the WAL.
+    pub(crate) fn finish(&mut self) -> Lsn {
+        let end = self.end_lsn();
+        self.wait_archived(end);
+        if let Some(daemon) = self.daemon.take() {
+            daemon.stop().expect("the archiver stops");
+        }
+        end
+    }
+
+    /// `pitr-restore` on this place.
+    pub(crate) fn pitr_restore(&self) -> Command {
+        self.place.program("pitr-restore").expect("it is built")
+    }
+}
+
+/// Both outputs of a program as text.
+pub(crate) fn said(output: &Output) -> (String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    (text(&output.stdout), text(&output.stderr))
+}
+
+pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        sleep(Duration::from_millis(50));
+    }
+}
+
+/// Numbers without an order (xorshift); the seed is printed by whoever makes one.
+pub(crate) struct Chance(u64);
+
+impl Chance {
+    pub(crate) fn new() -> Self {
+        let given = env::var("TIDEMARK_SEED")
+            .ok()
+            .and_then(|seed| seed.parse().ok());
+        let now = jiff::Timestamp::now().as_microsecond().unsigned_abs();
+        let seed = given.unwrap_or(now) | 1;
+        eprintln!("TIDEMARK_SEED={seed}");
+        Self(seed)
+    }
+
+    /// Below `end`, which is not 0.
+    pub(crate) fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % end as u64).expect("it is below a usize")
+    }
+}
