@@ -1,15 +1,18 @@
 //! PostgreSQL's replication protocol: [`ReplicationClient`] and the stream of WAL.
 //!
-//! Modules in reading order: [`conninfo`] (where and who), `connection` (framing and authentication), `client` (commands),
-//! `stream` (WAL in, status out). Invariant: a status is built from a [`crate::flushed_lsn::FlushedLsn`]; what the server
+//! Modules in reading order: [`conninfo`] (where and who), `connect` (hosts, sockets, startup), `tls`, `authenticate`,
+//! `connection` (framing), `client` (commands), `stream` (WAL in, status out). Invariant: a status is built from a [`crate::flushed_lsn::FlushedLsn`]; what the server
 //! says of its own positions is never sent back as ours.
 
+mod authenticate;
 mod base_backup;
 mod client;
+mod connect;
 mod connection;
 pub mod conninfo;
 mod error;
 mod stream;
+mod tls;
 
 pub use base_backup::{BackupMessage, BackupTablespace, BaseBackupOptions, BaseBackupStream};
 pub use client::{

@@ -255,7 +255,7 @@ impl Supervisor {
             .as_ref()
             .expect("BUG: the pipeline was started above");
         self.connected_once = true;
-        Box::pin(source.stream(&self.conninfo, pipeline, shutdown)).await
+        Box::pin(source.stream(pipeline, shutdown)).await
     }
 
     /// Another cluster's server or repository is an error before a single byte moves.

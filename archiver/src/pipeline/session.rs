@@ -21,8 +21,8 @@ use crate::{
     shutdown::Shutdown,
 };
 
-/// How long a connection may take, authentication included.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a server that let us in may take to say who it is. Connecting has its own limit, `connect_timeout`.
+const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A connection that was identified.
 #[derive(Debug)]
@@ -42,12 +42,18 @@ impl Source {
         conninfo: &ConnInfo,
         cluster: &wal_format::ClusterName,
     ) -> Result<(Self, String)> {
-        let connect = ReplicationClient::connect(conninfo, ConnectionMode::Physical);
-        let mut client = tokio::time::timeout(CONNECT_TIMEOUT, connect)
+        let client = ReplicationClient::connect(conninfo, ConnectionMode::Physical).await?;
+        tokio::time::timeout(IDENTIFY_TIMEOUT, Self::identify(client, cluster))
             .await
             .map_err(|_| Error::Silent {
-                seconds: CONNECT_TIMEOUT.as_secs(),
-            })??;
+                seconds: IDENTIFY_TIMEOUT.as_secs(),
+            })?
+    }
+
+    async fn identify(
+        mut client: ReplicationClient,
+        cluster: &wal_format::ClusterName,
+    ) -> Result<(Self, String)> {
         let version = client.server_version().clone();
         let major = u16::try_from(version.num / 10_000).unwrap_or(u16::MAX);
         let postgresql_major = PgVersion::try_from(major)?;
@@ -193,7 +199,6 @@ impl Source {
     /// Everything that [`Error`] knows; the caller decides what is tried again.
     pub async fn stream(
         mut self,
-        conninfo: &ConnInfo,
         pipeline: &Pipeline,
         shutdown: &mut Shutdown,
     ) -> Result<StreamEnd> {
@@ -226,7 +231,7 @@ impl Source {
         // Dropped with the session, and the poll with it.
         let mut beside = tokio::task::JoinSet::new();
         beside.spawn(Box::pin(observe::poll(
-            conninfo.clone(),
+            self.client.conninfo().clone(),
             settings.slot.clone(),
             Arc::clone(archive.status()),
         )));

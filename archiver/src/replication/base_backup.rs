@@ -8,10 +8,7 @@ use std::collections::VecDeque;
 use bytes::{Buf, Bytes};
 use wal_format::{Lsn, TimelineId};
 
-use super::{
-    Error, ReplicationClient, Result,
-    client::{data_row, text},
-};
+use super::{Error, ReplicationClient, Result, connection::text};
 
 /// The end of a tar archive, which servers before 15 leave out (`MINIMUM_VERSION_FOR_TERMINATED_TARFILE`).
 static TAR_END: [u8; 1024] = [0; 1024];
@@ -96,6 +93,7 @@ pub struct BaseBackupStream {
     copies: usize,
     part: Part,
     ready: VecDeque<BackupMessage>,
+    stopped: bool,
     refused: Option<Error>,
 }
 
@@ -140,6 +138,7 @@ impl ReplicationClient {
             copies: 0,
             part: Part::None,
             ready: VecDeque::new(),
+            stopped: false,
             refused: None,
         })
     }
@@ -171,20 +170,31 @@ impl BaseBackupStream {
                 }
                 b'E' => {
                     let error = self.client.reader().refusal(&message.body);
-                    if matches!(&error, Error::Server { report, .. } if report.severity != "ERROR")
-                    {
+                    if error.is_last_word() {
                         return Err(error);
                     }
-                    self.refused = Some(error);
+                    self.refused = self.refused.take().or(Some(error));
                 }
-                b'Z' => return self.refused.take().map_or(Ok(BackupMessage::Done), Err),
+                b'Z' => return self.done(),
                 _ => {}
             }
         }
     }
 
+    /// The server is ready for the next command. Only with a stop position was this one a backup.
+    fn done(&mut self) -> Result<BackupMessage> {
+        if let Some(error) = self.refused.take() {
+            return Err(error);
+        }
+        if !self.stopped {
+            let what = "the end of BASE_BACKUP without a stop position".to_owned();
+            return Err(self.client.reader().unexpected(what));
+        }
+        Ok(BackupMessage::Done)
+    }
+
     fn row(&mut self, body: Bytes) -> Result<()> {
-        let row = data_row(body);
+        let row = self.client.reader().row(body)?;
         if self.result_sets == 2 {
             self.tablespaces.push(BackupTablespace {
                 oid: text(&row, 0).and_then(|oid| oid.parse().ok()),
@@ -205,6 +215,7 @@ impl BaseBackupStream {
         if self.result_sets == 1 {
             self.start = Some((lsn, timeline));
         } else {
+            self.stopped = true;
             self.ready.push_back(BackupMessage::Stop { lsn, timeline });
         }
         Ok(())

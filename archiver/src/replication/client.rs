@@ -1,11 +1,12 @@
 //! [`ReplicationClient`]: the commands of a walsender.
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use wal_format::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
 
 use super::{
     ConnInfo, Error, Result, StatusSender, WalReceiver,
-    connection::{self, Reader, Writer},
+    connect::{self, Connection},
+    connection::{self, Reader, Row, Writer, text},
 };
 
 /// What the connection is for.
@@ -66,28 +67,23 @@ pub struct ReplicationClient {
     info: ConnInfo,
 }
 
-type Row = Vec<Option<Bytes>>;
-
 impl ReplicationClient {
     /// Connects.
     ///
     /// # Errors
     /// Whatever [`Error`] knows.
     pub async fn connect(info: &ConnInfo, mode: ConnectionMode) -> Result<Self> {
-        let (reader, writer, reported) = connection::connect(info, mode).await?;
-        let text = reported
-            .into_iter()
-            .find_map(|(name, value)| (name == "server_version").then_some(value))
-            .unwrap_or_default();
-        let version = ServerVersion {
-            num: version_number(&text),
-            text,
-        };
+        let Connection {
+            reader,
+            writer,
+            version,
+            host,
+        } = Box::pin(connect::connect(info, mode)).await?;
         Ok(Self {
             reader,
             writer,
             version,
-            info: info.clone(),
+            info: info.pinned_to(host),
         })
     }
 
@@ -111,6 +107,12 @@ impl ReplicationClient {
 
     pub(super) fn writer(&mut self) -> &mut Writer {
         &mut self.writer
+    }
+
+    /// Where this connection goes: of several hosts only the one that took it.
+    #[must_use]
+    pub fn conninfo(&self) -> &ConnInfo {
+        &self.info
     }
 
     /// The server's version.
@@ -271,53 +273,19 @@ impl ReplicationClient {
             .ok_or_else(|| self.reader.unexpected(format!("nothing to {command}")))
     }
 
-    /// Runs a command; an error is returned only when the server is ready for the next one.
     async fn rows(&mut self, command: &str) -> Result<Vec<Row>> {
-        self.writer.query(command).await?;
-        let mut rows = Vec::new();
-        let mut refused = None;
-        loop {
-            let message = self.reader.next().await?;
-            match message.tag {
-                b'D' => rows.push(data_row(message.body)),
-                b'E' => {
-                    let error = self.reader.refusal(&message.body);
-                    // A FATAL one is the last word.
-                    if matches!(&error, Error::Server { report, .. } if report.severity != "ERROR")
-                    {
-                        return Err(error);
-                    }
-                    refused = Some(error);
-                }
-                b'Z' => return refused.map_or(Ok(rows), Err),
-                _ => {}
-            }
-        }
+        connection::rows(&mut self.reader, &mut self.writer, command).await
     }
 }
 
-pub(super) fn data_row(mut body: Bytes) -> Row {
-    let mut row = Vec::new();
-    if body.len() < 2 {
-        return row;
-    }
-    let columns = body.get_u16();
-    for _ in 0..columns {
-        if body.len() < 4 {
-            break;
+impl ServerVersion {
+    /// From the parameter `server_version`.
+    pub(super) fn of_parameter(text: &str) -> Self {
+        Self {
+            num: version_number(text),
+            text: text.to_owned(),
         }
-        let length = body.get_i32();
-        row.push(match usize::try_from(length) {
-            Ok(length) if length <= body.len() => Some(body.split_to(length)),
-            _ => None,
-        });
     }
-    row
-}
-
-pub(super) fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
-    let value = row.get(at)?.as_ref()?;
-    Some(String::from_utf8_lossy(value).into_owned())
 }
 
 /// `17.11 (Debian …)` is 170011, `18beta1` is 180000.

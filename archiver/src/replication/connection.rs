@@ -1,26 +1,27 @@
-//! A connection: framed messages both ways, and the handshake.
+//! A connection: framed messages both ways, and the simple query.
 
-use std::fmt;
+use std::{fmt, io};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
-use postgres_protocol::{
-    authentication::{
-        md5_hash,
-        sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256},
-    },
-    message::frontend,
-};
-use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{TcpStream, UnixStream},
-};
+use postgres_protocol::message::frontend;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use super::{ConnInfo, ConnectionMode, Error, Result, error::ServerReport};
+use super::{Error, Result, error::ServerReport};
 
 /// Room kept for reading: a few of the largest WAL messages (128 KiB each) per system call.
 const READ_BYTES: usize = 512 << 10;
 /// No message is longer; more is not PostgreSQL.
 const MESSAGE_BYTES_MAX: usize = 1 << 30;
+/// No message is longer before we know who is there: a stranger must not fill our memory.
+const STRANGER_BYTES_MAX: usize = 64 << 10;
+
+/// Both directions at once: a socket, TLS over one, or a test's pipe.
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
+
+/// A row of an answer.
+pub(super) type Row = Vec<Option<Bytes>>;
 
 /// One framed message.
 #[derive(Debug)]
@@ -33,6 +34,7 @@ pub(super) struct Message {
 pub(super) struct Reader {
     stream: Box<dyn AsyncRead + Send + Unpin>,
     buffer: BytesMut,
+    message_bytes_max: usize,
     place: String,
 }
 
@@ -59,7 +61,58 @@ impl fmt::Debug for Writer {
     }
 }
 
+/// The halves of a stream to a server that has not authenticated us yet.
+pub(super) fn halves(stream: impl Duplex + 'static, place: &str) -> (Reader, Writer) {
+    let (stream, sink) = tokio::io::split(stream);
+    let reader = Reader {
+        stream: Box::new(stream),
+        buffer: BytesMut::new(),
+        message_bytes_max: STRANGER_BYTES_MAX,
+        place: place.to_owned(),
+    };
+    let writer = Writer {
+        stream: Box::new(sink),
+        buffer: BytesMut::new(),
+        place: place.to_owned(),
+    };
+    (reader, writer)
+}
+
+/// Runs a command; an error is returned only when the server is ready for the next one. An error after rows is an error.
+pub(super) async fn rows(
+    reader: &mut Reader,
+    writer: &mut Writer,
+    command: &str,
+) -> Result<Vec<Row>> {
+    writer.query(command).await?;
+    let mut rows = Vec::new();
+    let mut refused = None;
+    loop {
+        let message = reader.next().await?;
+        match message.tag {
+            b'D' => rows.push(reader.row(message.body)?),
+            b'E' => {
+                let error = reader.refusal(&message.body);
+                if error.is_last_word() {
+                    return Err(error);
+                }
+                refused = refused.or(Some(error));
+            }
+            b'Z' => return refused.map_or(Ok(rows), Err),
+            b'T' | b'C' | b'I' | b'N' | b'S' | b'A' => {}
+            other => {
+                return Err(reader.unexpected(format!("'{}' to a query", other.escape_ascii())));
+            }
+        }
+    }
+}
+
 impl Reader {
+    /// The server knows us; its messages may be long now.
+    pub(super) fn trust(&mut self) {
+        self.message_bytes_max = MESSAGE_BYTES_MAX;
+    }
+
     /// The next message. Cancel-safe: what was read stays in the buffer.
     pub(super) async fn next(&mut self) -> Result<Message> {
         loop {
@@ -67,17 +120,15 @@ impl Reader {
                 return Ok(message);
             }
             self.buffer.reserve(READ_BYTES);
-            let read = self.stream.read_buf(&mut self.buffer).await;
-            let place = || self.place.clone();
-            match read {
-                Ok(0) => return Err(Error::Closed { place: place() }),
-                Ok(_) => {}
-                Err(source) => {
-                    return Err(Error::Io {
-                        place: place(),
-                        source,
-                    });
+            match self.stream.read_buf(&mut self.buffer).await {
+                Ok(0) => {
+                    return Err(Error::of_io(
+                        &self.place,
+                        io::ErrorKind::UnexpectedEof.into(),
+                    ));
                 }
+                Ok(_) => {}
+                Err(source) => return Err(Error::of_io(&self.place, source)),
             }
         }
     }
@@ -88,7 +139,7 @@ impl Reader {
         };
         let [tag, length @ ..] = *header;
         let length = u32::from_be_bytes(length) as usize;
-        if !(4..MESSAGE_BYTES_MAX).contains(&length) {
+        if !(4..self.message_bytes_max).contains(&length) {
             return Err(self.unexpected(format!("a message of {length} bytes")));
         }
         if self.buffer.len() < length + 1 {
@@ -123,17 +174,40 @@ impl Reader {
             let (kind, text) = field.split_at(1);
             let text = String::from_utf8_lossy(text).into_owned();
             match kind {
+                b"S" if report.severity.is_empty() => report.severity = text,
+                // The same word, never translated.
                 b"V" => report.severity = text,
                 b"C" => report.code = text,
                 b"M" => report.message = text,
                 b"D" => report.detail = text,
                 b"H" => report.hint = text,
+                b"R" => report.routine = text,
                 _ => {}
             }
         }
         Error::Server {
             place: self.place.clone(),
             report: Box::new(report),
+        }
+    }
+
+    /// The columns of a `DataRow`, which must fill it exactly.
+    pub(super) fn row(&self, mut body: Bytes) -> Result<Row> {
+        let wrong = || self.unexpected("a malformed row".to_owned());
+        let columns = body.try_get_u16().map_err(|_| wrong())?;
+        let mut row = Vec::new();
+        for _ in 0..columns {
+            let length = body.try_get_i32().map_err(|_| wrong())?;
+            row.push(match usize::try_from(length) {
+                Ok(length) if length <= body.len() => Some(body.split_to(length)),
+                Err(_) if length == -1 => None,
+                _ => return Err(wrong()),
+            });
+        }
+        if body.is_empty() {
+            Ok(row)
+        } else {
+            Err(wrong())
         }
     }
 
@@ -154,10 +228,7 @@ impl Writer {
         }
         .await;
         self.buffer.clear();
-        sent.map_err(|source| Error::Io {
-            place: self.place.clone(),
-            source,
-        })
+        sent.map_err(|source| Error::of_io(&self.place, source))
     }
 
     /// Puts a message together by hand.
@@ -168,181 +239,23 @@ impl Writer {
         self.buffer.put_slice(body);
     }
 
-    fn encode(
+    /// Puts a message together with `postgres-protocol`, which refuses what the wire can not carry.
+    pub(super) fn encode(
         &mut self,
-        place: &str,
-        encode: impl FnOnce(&mut BytesMut) -> std::io::Result<()>,
+        encode: impl FnOnce(&mut BytesMut) -> io::Result<()>,
     ) -> Result<()> {
-        encode(&mut self.buffer).map_err(|source| Error::Io {
-            place: place.to_owned(),
-            source,
-        })
+        encode(&mut self.buffer).map_err(|source| Error::of_io(&self.place, source))
     }
 
     /// A simple query.
     pub(super) async fn query(&mut self, sql: &str) -> Result<()> {
-        let place = self.place.clone();
-        self.encode(&place, |buffer| frontend::query(sql, buffer))?;
+        self.encode(|buffer| frontend::query(sql, buffer))?;
         self.flush().await
     }
 }
 
-/// Connects and authenticates; the parameters that the server reported.
-pub(super) async fn connect(
-    info: &ConnInfo,
-    mode: ConnectionMode,
-) -> Result<(Reader, Writer, Vec<(String, String)>)> {
-    let place = info.place();
-    let failed = |source| Error::Connect {
-        place: place.clone(),
-        source,
-    };
-    let (host, port) = (info.host(), info.port()?);
-    let (stream, sink): (
-        Box<dyn AsyncRead + Send + Unpin>,
-        Box<dyn AsyncWrite + Send + Unpin>,
-    ) = if host.starts_with('/') {
-        let path = format!("{host}/.s.PGSQL.{port}");
-        let (read, write) = UnixStream::connect(path)
-            .await
-            .map_err(failed)?
-            .into_split();
-        (Box::new(read), Box::new(write))
-    } else {
-        let stream = TcpStream::connect((host, port)).await.map_err(failed)?;
-        stream.set_nodelay(true).map_err(failed)?;
-        let (read, write) = stream.into_split();
-        (Box::new(read), Box::new(write))
-    };
-    let mut reader = Reader {
-        stream,
-        buffer: BytesMut::new(),
-        place: place.clone(),
-    };
-    let mut writer = Writer {
-        stream: sink,
-        buffer: BytesMut::new(),
-        place,
-    };
-    let user = info.user();
-    let mut parameters = vec![
-        ("user", user.as_str()),
-        ("application_name", info.application_name()),
-        ("client_encoding", "UTF8"),
-    ];
-    parameters.push(match mode {
-        ConnectionMode::Physical => ("replication", "true"),
-        // An ordinary session: a walsender would count against max_wal_senders and show up as a second standby.
-        ConnectionMode::Sql => ("database", info.dbname()),
-    });
-    let place = writer.place.clone();
-    writer.encode(&place, |buffer| {
-        frontend::startup_message(parameters, buffer)
-    })?;
-    writer.flush().await?;
-    authenticate(&mut reader, &mut writer, info, &user).await?;
-    let mut reported = Vec::new();
-    loop {
-        let message = reader.next().await?;
-        match message.tag {
-            b'S' => {
-                let mut texts = message.body.split(|byte| *byte == 0);
-                let mut text =
-                    || String::from_utf8_lossy(texts.next().unwrap_or_default()).into_owned();
-                reported.push((text(), text()));
-            }
-            b'E' => return Err(reader.refusal(&message.body)),
-            b'Z' => return Ok((reader, writer, reported)),
-            _ => {}
-        }
-    }
-}
-
-async fn authenticate(
-    reader: &mut Reader,
-    writer: &mut Writer,
-    info: &ConnInfo,
-    user: &str,
-) -> Result<()> {
-    let password = || {
-        info.password().ok_or_else(|| Error::ConnInfo {
-            problem: format!(
-                "PostgreSQL at {} asks for a password for \"{user}\"; set PGPASSWORD or write it in the password file",
-                info.place()
-            ),
-        })
-    };
-    let mut scram: Option<ScramSha256> = None;
-    loop {
-        let message = reader.answer().await?;
-        if message.tag != b'R' {
-            return Err(
-                reader.unexpected(format!("'{}' while authenticating", message.tag as char))
-            );
-        }
-        let mut body = message.body;
-        if body.len() < 4 {
-            return Err(reader.unexpected("a short authentication request".to_owned()));
-        }
-        let kind = body.get_u32();
-        let place = writer.place.clone();
-        let wrong = |source: std::io::Error| Error::Protocol {
-            place: place.clone(),
-            what: format!("a wrong SCRAM message: {source}; check the password"),
-        };
-        match kind {
-            0 => return Ok(()),
-            3 => {
-                let password = password()?;
-                writer.encode(&place, |buffer| {
-                    frontend::password_message(password.as_bytes(), buffer)
-                })?;
-            }
-            5 => {
-                let salt = *body
-                    .first_chunk::<4>()
-                    .ok_or_else(|| reader.unexpected("a short salt".to_owned()))?;
-                let hash = md5_hash(user.as_bytes(), password()?.as_bytes(), salt);
-                writer.encode(&place, |buffer| {
-                    frontend::password_message(hash.as_bytes(), buffer)
-                })?;
-            }
-            10 => {
-                let offered = body
-                    .split(|byte| *byte == 0)
-                    .any(|name| name == SCRAM_SHA_256.as_bytes());
-                if !offered {
-                    return Err(reader.unexpected("no authentication that is known".to_owned()));
-                }
-                let exchange =
-                    ScramSha256::new(password()?.as_bytes(), ChannelBinding::unsupported());
-                writer.encode(&place, |buffer| {
-                    frontend::sasl_initial_response(SCRAM_SHA_256, exchange.message(), buffer)
-                })?;
-                scram = Some(exchange);
-            }
-            11 => {
-                let exchange = scram
-                    .as_mut()
-                    .ok_or_else(|| reader.unexpected("SASL out of order".to_owned()))?;
-                exchange.update(&body).map_err(wrong)?;
-                writer.encode(&place, |buffer| {
-                    frontend::sasl_response(exchange.message(), buffer)
-                })?;
-            }
-            12 => {
-                let exchange = scram
-                    .as_mut()
-                    .ok_or_else(|| reader.unexpected("SASL out of order".to_owned()))?;
-                exchange.finish(&body).map_err(wrong)?;
-                continue;
-            }
-            other => {
-                return Err(reader.unexpected(format!(
-                    "authentication method {other}, which is not supported"
-                )));
-            }
-        }
-        writer.flush().await?;
-    }
+/// A column as text.
+pub(super) fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
+    let value = row.get(at)?.as_ref()?;
+    Some(String::from_utf8_lossy(value).into_owned())
 }

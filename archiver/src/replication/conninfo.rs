@@ -1,29 +1,129 @@
 //! [`ConnInfo`]: where PostgreSQL is and who we are, in libpq's words.
 //!
-//! Keyword/value text or URI, then PG* environment variables, then the password file, then libpq's defaults.
-//! Invariant: `Debug` never shows a password.
+//! The connection text, then the service file, then PG* environment variables, then libpq's defaults; the password file is
+//! read at each connection. Invariant: neither `Debug` nor an error shows a password.
 
-use std::{collections::BTreeMap, env, fmt, fs, path::PathBuf};
+mod environment;
+mod host;
+mod keyword;
+mod parse;
+mod password_file;
+mod require_auth;
+mod service_file;
 
-use super::{Error, Result};
+use std::{fmt, path::PathBuf, time::Duration};
 
-/// A parsed connection text.
+use environment::Environment;
+use keyword::{KEYWORDS, Keyword};
+use parse::Values;
+
+pub(super) use environment::user_name;
+pub use host::Host;
+pub(super) use require_auth::{AuthMethod, RequireAuth};
+
+use super::{Error, Result, client::ConnectionMode};
+
+/// How long a host may take when `connect_timeout` does not say; libpq would wait for ever.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A connection text with everything that libpq adds to it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ConnInfo {
-    values: BTreeMap<String, String>,
+    values: Values,
+    hosts: Vec<Host>,
+    user: String,
+    passfile: Option<PathBuf>,
+    pub(super) connect_timeout: Option<Duration>,
+    pub(super) target: TargetSession,
+    pub(super) load_balance: bool,
+    pub(super) channel_binding: ChannelBindingMode,
+    pub(super) require_auth: RequireAuth,
+    pub(super) tcp: TcpSettings,
+    pub(super) tls: TlsSettings,
 }
 
-/// The environment variable behind each keyword.
-const VARIABLES: [(&str, &str); 8] = [
-    ("host", "PGHOST"),
-    ("port", "PGPORT"),
-    ("user", "PGUSER"),
-    ("dbname", "PGDATABASE"),
-    ("password", "PGPASSWORD"),
-    ("passfile", "PGPASSFILE"),
-    ("sslmode", "PGSSLMODE"),
-    ("application_name", "PGAPPNAME"),
-];
+/// `channel_binding`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ChannelBindingMode {
+    Disable,
+    Prefer,
+    Require,
+}
+
+/// `target_session_attrs`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TargetSession {
+    Any,
+    ReadWrite,
+    ReadOnly,
+    Primary,
+    Standby,
+    PreferStandby,
+}
+
+/// How the operating system finds out that a server is gone; `None` leaves its default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct TcpSettings {
+    pub(super) keepalives: bool,
+    pub(super) idle: Option<Duration>,
+    pub(super) interval: Option<Duration>,
+    pub(super) count: Option<u32>,
+    pub(super) user_timeout_ms: Option<u32>,
+}
+
+/// `sslmode`, in the order of what it demands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum SslMode {
+    Disable,
+    Allow,
+    Prefer,
+    Require,
+    VerifyCa,
+    VerifyFull,
+}
+
+/// A version of TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum TlsVersion {
+    V1,
+    V1_1,
+    V1_2,
+    V1_3,
+}
+
+/// Which authorities are believed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum RootCertificates {
+    /// A file; named by the user, or libpq's default, which may be missing.
+    File { path: PathBuf, named: bool },
+    /// The operating system's.
+    System,
+    /// There is no home directory to have one.
+    None,
+}
+
+/// What to do about TLS.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct TlsSettings {
+    pub(super) mode: SslMode,
+    /// TLS from the first byte, without asking (PostgreSQL 17).
+    pub(super) direct: bool,
+    pub(super) roots: RootCertificates,
+    pub(super) revocations: Option<PathBuf>,
+    /// Certificate and key of the client. Default files may be missing, named ones may not.
+    pub(super) certificate: Option<ClientFiles>,
+    pub(super) sni: bool,
+    pub(super) min_version: TlsVersion,
+    pub(super) max_version: TlsVersion,
+}
+
+/// The client's certificate and its key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct ClientFiles {
+    pub(super) certificate: PathBuf,
+    pub(super) key: PathBuf,
+    pub(super) named: bool,
+}
 
 impl ConnInfo {
     /// Parses `host=… user=…` or `postgresql://…`.
@@ -31,63 +131,123 @@ impl ConnInfo {
     /// # Errors
     /// [`Error::ConnInfo`].
     pub fn parse(text: &str) -> Result<Self> {
-        let uri = ["postgresql://", "postgres://"]
-            .iter()
-            .find_map(|scheme| text.strip_prefix(scheme));
-        let mut values = match uri {
-            Some(rest) => parse_uri(rest)?,
-            None => parse_pairs(text)?,
-        };
-        for (keyword, variable) in VARIABLES {
-            if let Ok(value) = env::var(variable)
-                && !value.is_empty()
-            {
-                values.entry(keyword.to_owned()).or_insert(value);
-            }
-        }
-        let info = Self { values };
-        match info.value("sslmode").unwrap_or("prefer") {
-            "disable" | "allow" | "prefer" => {}
-            mode => {
-                return Err(problem(format!(
-                    "sslmode={mode} is not supported by this build; use a Unix socket or a tunnel with sslmode=disable"
-                )));
-            }
-        }
-        Ok(info)
+        Self::resolve(text, &Environment::of_process())
     }
 
-    /// A keyword's value.
+    fn resolve(text: &str, environment: &Environment) -> Result<Self> {
+        let mut values = parse::parse(text)?;
+        let service = values
+            .get("service")
+            .cloned()
+            .or_else(|| environment.variable("PGSERVICE").map(str::to_owned));
+        if let Some(service) = service.filter(|service| !service.is_empty()) {
+            for (keyword, value) in service_file::lookup(&service, environment)? {
+                values.entry(keyword).or_insert(value);
+            }
+        }
+        for keyword in &KEYWORDS {
+            let Some(variable) = keyword.variable else {
+                continue;
+            };
+            if values.contains_key(keyword.name) {
+                continue;
+            }
+            if let Some(value) = environment.variable(variable) {
+                keyword.check(value, variable)?;
+                values.insert(keyword.name, value.to_owned());
+            }
+        }
+        Self::of_values(values, environment)
+    }
+
+    fn of_values(values: Values, environment: &Environment) -> Result<Self> {
+        let given = Given(&values);
+        let user = match given.text("user") {
+            Some(user) => user.to_owned(),
+            None => environment.user().ok_or_else(|| {
+                problem("the operating system does not know our user; write user=".to_owned())
+            })?,
+        };
+        let passfile = match given.text("passfile") {
+            Some(path) => Some(PathBuf::from(path)),
+            None => environment.in_home(".pgpass"),
+        };
+        let connect_timeout = match given.number("connect_timeout")? {
+            None => Some(CONNECT_TIMEOUT),
+            Some(0) => None,
+            Some(seconds) => Some(Duration::from_secs(seconds.into())),
+        };
+        Ok(Self {
+            hosts: Host::list(&values)?,
+            user,
+            passfile,
+            connect_timeout,
+            target: given.choice(
+                "target_session_attrs",
+                TargetSession::Any,
+                &[
+                    ("any", TargetSession::Any),
+                    ("read-write", TargetSession::ReadWrite),
+                    ("read-only", TargetSession::ReadOnly),
+                    ("primary", TargetSession::Primary),
+                    ("standby", TargetSession::Standby),
+                    ("prefer-standby", TargetSession::PreferStandby),
+                ],
+            )?,
+            load_balance: given.choice(
+                "load_balance_hosts",
+                false,
+                &[("disable", false), ("random", true)],
+            )?,
+            channel_binding: given.choice(
+                "channel_binding",
+                ChannelBindingMode::Prefer,
+                &[
+                    ("disable", ChannelBindingMode::Disable),
+                    ("prefer", ChannelBindingMode::Prefer),
+                    ("require", ChannelBindingMode::Require),
+                ],
+            )?,
+            require_auth: given
+                .text("require_auth")
+                .map_or_else(|| Ok(RequireAuth::default()), RequireAuth::parse)?,
+            tcp: TcpSettings {
+                keepalives: given.number("keepalives")? != Some(0),
+                idle: given.seconds("keepalives_idle")?,
+                interval: given.seconds("keepalives_interval")?,
+                count: given.number("keepalives_count")?.filter(|count| *count > 0),
+                user_timeout_ms: given.number("tcp_user_timeout")?.filter(|ms| *ms > 0),
+            },
+            tls: TlsSettings::of_values(&given, environment)?,
+            values,
+        })
+    }
+
+    /// A keyword's value, unless it is empty.
     #[must_use]
     pub fn value(&self, keyword: &str) -> Option<&str> {
-        self.values.get(keyword).map(String::as_str)
+        Given(&self.values).text(keyword)
     }
 
-    /// The server's host, or the directory of its Unix socket.
+    /// The places to try, in order; one at least.
     #[must_use]
-    pub fn host(&self) -> &str {
-        self.value("hostaddr")
-            .or_else(|| self.value("host"))
-            .unwrap_or("/var/run/postgresql")
+    pub fn hosts(&self) -> &[Host] {
+        &self.hosts
     }
 
-    /// The port.
-    ///
-    /// # Errors
-    /// [`Error::ConnInfo`].
-    pub fn port(&self) -> Result<u16> {
-        let text = self.value("port").unwrap_or("5432");
-        text.parse()
-            .map_err(|_| problem(format!("port \"{text}\" is no port number")))
+    /// The same, for one place only: a second connection must go where the first one went.
+    pub(super) fn pinned_to(&self, host: Host) -> Self {
+        Self {
+            hosts: vec![host],
+            target: TargetSession::Any,
+            ..self.clone()
+        }
     }
 
     /// The role: by default the operating system's user.
     #[must_use]
-    pub fn user(&self) -> String {
-        self.value("user")
-            .map(str::to_owned)
-            .or_else(|| env::var("USER").ok())
-            .unwrap_or_else(|| "postgres".to_owned())
+    pub fn user(&self) -> &str {
+        &self.user
     }
 
     /// The database, for SQL.
@@ -99,175 +259,184 @@ impl ConnInfo {
     /// The name in `pg_stat_replication` and `synchronous_standby_names`.
     #[must_use]
     pub fn application_name(&self) -> &str {
-        self.value("application_name").unwrap_or("tidemark")
+        self.value("application_name")
+            .or_else(|| self.value("fallback_application_name"))
+            .unwrap_or("tidemark")
     }
 
-    /// Where it is, for messages.
-    #[must_use]
-    pub fn place(&self) -> String {
-        format!("{}:{}", self.host(), self.value("port").unwrap_or("5432"))
-    }
-
-    /// The password, given or from the password file.
-    #[must_use]
-    pub fn password(&self) -> Option<String> {
+    /// The password for a place, given or from the password file.
+    pub(super) fn password(&self, host: &Host, mode: ConnectionMode) -> Option<String> {
         if let Some(password) = self.value("password") {
             return Some(password.to_owned());
         }
-        let file = self.value("passfile").map(PathBuf::from).or_else(|| {
-            let home = env::var_os("HOME")?;
-            Some(PathBuf::from(home).join(".pgpass"))
-        })?;
-        let content = fs::read_to_string(file).ok()?;
-        let host = if self.host().starts_with('/') {
-            "localhost"
-        } else {
-            self.host()
+        let database = match mode {
+            ConnectionMode::Physical => "replication",
+            ConnectionMode::Sql => self.dbname(),
         };
-        let (port, user) = (self.value("port").unwrap_or("5432"), self.user());
-        content
-            .lines()
-            .find_map(|line| matching_password(line, [host, port, "replication", &user]))
+        let names = host.password_names();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        password_file::lookup(
+            self.passfile.as_deref()?,
+            &names,
+            host.port,
+            database,
+            &self.user,
+        )
+    }
+}
+
+impl TlsSettings {
+    fn of_values(given: &Given<'_>, environment: &Environment) -> Result<Self> {
+        let roots = match given.text("sslrootcert") {
+            Some("system") => RootCertificates::System,
+            Some(path) => RootCertificates::File {
+                path: PathBuf::from(path),
+                named: true,
+            },
+            None => match environment.in_home(".postgresql/root.crt") {
+                Some(path) => RootCertificates::File { path, named: false },
+                None => RootCertificates::None,
+            },
+        };
+        let default = match roots {
+            RootCertificates::System => SslMode::VerifyFull,
+            _ if environment
+                .variable("PGREQUIRESSL")
+                .is_some_and(|value| value.starts_with('1')) =>
+            {
+                SslMode::Require
+            }
+            _ => SslMode::Prefer,
+        };
+        let mode = given.choice(
+            "sslmode",
+            default,
+            &[
+                ("disable", SslMode::Disable),
+                ("allow", SslMode::Allow),
+                ("prefer", SslMode::Prefer),
+                ("require", SslMode::Require),
+                ("verify-ca", SslMode::VerifyCa),
+                ("verify-full", SslMode::VerifyFull),
+            ],
+        )?;
+        if roots == RootCertificates::System && mode != SslMode::VerifyFull {
+            return Err(problem(
+                "sslrootcert=system needs sslmode=verify-full: anybody can get a certificate from a public authority"
+                    .to_owned(),
+            ));
+        }
+        let direct = given.choice(
+            "sslnegotiation",
+            false,
+            &[("postgres", false), ("direct", true)],
+        )?;
+        if direct && mode < SslMode::Require {
+            return Err(problem(
+                "sslnegotiation=direct needs sslmode=require, verify-ca or verify-full".to_owned(),
+            ));
+        }
+        let versions = [
+            ("TLSv1", TlsVersion::V1),
+            ("TLSv1.1", TlsVersion::V1_1),
+            ("TLSv1.2", TlsVersion::V1_2),
+            ("TLSv1.3", TlsVersion::V1_3),
+        ];
+        let min_version = given.choice("ssl_min_protocol_version", TlsVersion::V1_2, &versions)?;
+        let max_version = given.choice("ssl_max_protocol_version", TlsVersion::V1_3, &versions)?;
+        if max_version < min_version.max(TlsVersion::V1_2) {
+            return Err(problem(
+                "ssl_max_protocol_version allows no version: TLSv1.2 and TLSv1.3 are spoken, and not less than \
+                 ssl_min_protocol_version"
+                    .to_owned(),
+            ));
+        }
+        Ok(Self {
+            mode,
+            direct,
+            roots,
+            revocations: given.text("sslcrl").map(PathBuf::from).or_else(|| {
+                environment
+                    .in_home(".postgresql/root.crl")
+                    .filter(|path| path.exists())
+            }),
+            certificate: client_files(given, environment),
+            sni: given.number("sslsni")? != Some(0),
+            min_version,
+            max_version,
+        })
+    }
+}
+
+fn client_files(given: &Given<'_>, environment: &Environment) -> Option<ClientFiles> {
+    if given.text("sslcertmode") == Some("disable") {
+        return None;
+    }
+    let file = |keyword: &str, default: &str| match given.text(keyword) {
+        Some(path) => Some(PathBuf::from(path)),
+        None => environment.in_home(default),
+    };
+    Some(ClientFiles {
+        certificate: file("sslcert", ".postgresql/postgresql.crt")?,
+        key: file("sslkey", ".postgresql/postgresql.key")?,
+        named: given.text("sslcert").is_some(),
+    })
+}
+
+/// Typed looks at the values. An empty one is the default, as with libpq.
+struct Given<'a>(&'a Values);
+
+impl<'a> Given<'a> {
+    fn text(&self, keyword: &str) -> Option<&'a str> {
+        let value = self.0.get(keyword)?;
+        (!value.is_empty()).then_some(value)
+    }
+
+    /// A number; negative ones mean 0, as with libpq.
+    fn number(&self, keyword: &str) -> Result<Option<u32>> {
+        let Some(text) = self.text(keyword) else {
+            return Ok(None);
+        };
+        let number: i32 = text
+            .trim()
+            .parse()
+            .map_err(|_| problem(format!("{keyword} is no number")))?;
+        Ok(Some(u32::try_from(number).unwrap_or(0)))
+    }
+
+    fn seconds(&self, keyword: &str) -> Result<Option<Duration>> {
+        let seconds = self.number(keyword)?.filter(|seconds| *seconds > 0);
+        Ok(seconds.map(|seconds| Duration::from_secs(seconds.into())))
+    }
+
+    fn choice<T: Copy>(&self, keyword: &str, default: T, choices: &[(&str, T)]) -> Result<T> {
+        let Some(text) = self.text(keyword) else {
+            return Ok(default);
+        };
+        choices
+            .iter()
+            .find_map(|(name, choice)| (*name == text).then_some(*choice))
+            .ok_or_else(|| {
+                let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+                problem(format!(
+                    "{keyword} has a value that is none of {}",
+                    names.join(", ")
+                ))
+            })
     }
 }
 
 impl fmt::Debug for ConnInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut separator = "";
-        for (keyword, value) in &self.values {
-            let shown = if keyword.contains("password") {
-                "…"
-            } else {
-                value
-            };
-            write!(f, "{separator}{keyword}={shown}")?;
+        for (name, value) in &self.values {
+            let secret = Keyword::find(name).is_none_or(Keyword::is_secret);
+            let shown = if secret { "…" } else { value };
+            write!(f, "{separator}{name}={shown}")?;
             separator = " ";
         }
         Ok(())
     }
-}
-
-/// The password of a line of the password file that fits.
-fn matching_password(line: &str, wanted: [&str; 4]) -> Option<String> {
-    if line.starts_with('#') {
-        return None;
-    }
-    let mut fields = vec![String::new()];
-    let mut characters = line.chars();
-    while let Some(character) = characters.next() {
-        if character == ':' && fields.len() < 5 {
-            fields.push(String::new());
-            continue;
-        }
-        let last = fields.last_mut()?;
-        match character {
-            '\\' => last.extend(characters.next()),
-            other => last.push(other),
-        }
-    }
-    let password = fields.get(4)?.clone();
-    let fits = fields
-        .iter()
-        .zip(wanted)
-        .all(|(field, wanted)| field == "*" || field == wanted);
-    fits.then_some(password)
-}
-
-fn parse_pairs(text: &str) -> Result<BTreeMap<String, String>> {
-    let mut values = BTreeMap::new();
-    let mut rest = text.trim_start();
-    while !rest.is_empty() {
-        let (keyword, after) = rest
-            .split_once('=')
-            .ok_or_else(|| problem(format!("\"=\" is missing after \"{rest}\"")))?;
-        let after = after.trim_start();
-        let mut value = String::new();
-        let mut characters = after.char_indices();
-        let quoted = after.starts_with('\'');
-        if quoted {
-            characters.next();
-        }
-        let mut end = after.len();
-        let mut closed = !quoted;
-        while let Some((at, character)) = characters.next() {
-            match character {
-                '\\' => value.extend(characters.next().map(|(_, escaped)| escaped)),
-                '\'' if quoted => {
-                    end = at + 1;
-                    closed = true;
-                    break;
-                }
-                space if !quoted && space.is_whitespace() => {
-                    end = at;
-                    break;
-                }
-                other => value.push(other),
-            }
-        }
-        if !closed {
-            return Err(problem("a quote is not closed".to_owned()));
-        }
-        values.insert(keyword.trim().to_owned(), value);
-        rest = after[end..].trim_start();
-    }
-    Ok(values)
-}
-
-fn parse_uri(rest: &str) -> Result<BTreeMap<String, String>> {
-    let mut values = BTreeMap::new();
-    let mut put = |keyword: &str, text: &str| -> Result<()> {
-        if !text.is_empty() {
-            values.insert(keyword.to_owned(), percent_decoded(text)?);
-        }
-        Ok(())
-    };
-    let (body, query) = rest.split_once('?').unwrap_or((rest, ""));
-    let (authority, dbname) = body.split_once('/').unwrap_or((body, ""));
-    let (login, place) = authority.rsplit_once('@').unwrap_or(("", authority));
-    let (user, password) = login.split_once(':').unwrap_or((login, ""));
-    let (host, port) = match place.strip_prefix('[') {
-        Some(v6) => {
-            let (host, after) = v6.split_once(']').unwrap_or((v6, ""));
-            (host, after.trim_start_matches(':'))
-        }
-        None => place.split_once(':').unwrap_or((place, "")),
-    };
-    for (keyword, text) in [
-        ("user", user),
-        ("password", password),
-        ("host", host),
-        ("port", port),
-        ("dbname", dbname),
-    ] {
-        put(keyword, text)?;
-    }
-    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-        let (keyword, text) = pair
-            .split_once('=')
-            .ok_or_else(|| problem(format!("\"=\" is missing in \"{pair}\"")))?;
-        put(keyword, text)?;
-    }
-    Ok(values)
-}
-
-fn percent_decoded(text: &str) -> Result<String> {
-    let wrong = || problem(format!("\"{text}\" has an invalid %XX"));
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        if byte != b'%' {
-            bytes.push(byte);
-            continue;
-        }
-        let digits = [
-            rest.next().ok_or_else(wrong)?,
-            rest.next().ok_or_else(wrong)?,
-        ];
-        let mut decoded = [0];
-        hex::decode_to_slice(digits, &mut decoded).map_err(|_| wrong())?;
-        bytes.extend(decoded);
-    }
-    String::from_utf8(bytes).map_err(|_| wrong())
 }
 
 fn problem(problem: String) -> Error {
@@ -275,55 +444,4 @@ fn problem(problem: String) -> Error {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn check(text: &str, keyword: &str, value: &str) {
-        let info = ConnInfo::parse(text).expect("it parses");
-        assert_eq!(info.value(keyword), Some(value), "{text}");
-    }
-
-    #[test]
-    fn both_forms_of_libpq_parse() {
-        check("host=a port=1", "port", "1");
-        check(r"user='it\'s' host = b", "user", "it's");
-        check(r"user='it\'s' host = b", "host", "b");
-        check(
-            "postgresql://u:p%40@h:5/db?sslmode=disable",
-            "password",
-            "p@",
-        );
-        check("postgres://h/db", "dbname", "db");
-        check("postgresql://[::1]:9/", "host", "::1");
-        for bad in [
-            "host",
-            "host='a",
-            "postgresql://h/?x",
-            "host=a sslmode=verify-full",
-        ] {
-            assert!(ConnInfo::parse(bad).is_err(), "{bad:?} must not parse");
-        }
-    }
-
-    #[test]
-    fn debug_never_shows_the_password() {
-        let info = ConnInfo::parse("host=h password=secret").expect("it parses");
-        assert!(!format!("{info:?}").contains("secret"));
-    }
-
-    #[test]
-    fn the_password_file_matches_like_libpq() {
-        let wanted = ["localhost", "5432", "replication", "me"];
-        let check = |line, password: Option<&str>| {
-            assert_eq!(
-                matching_password(line, wanted).as_deref(),
-                password,
-                "{line}"
-            );
-        };
-        check("localhost:5432:replication:me:pw", Some("pw"));
-        check(r"*:*:*:me:p\:w:x", Some("p:w:x"));
-        check("other:*:*:me:pw", None);
-        check("#*:*:*:*:pw", None);
-    }
-}
+mod tests;

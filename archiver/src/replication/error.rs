@@ -4,10 +4,20 @@ use std::{fmt, io};
 
 use repository::ExitKind;
 
+use super::tls;
+
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The server, or what it asks for, is not what the connection text allows.
+    #[error("PostgreSQL at {place}: {problem}")]
+    Auth {
+        /// Host and port.
+        place: String,
+        /// What, and what to do.
+        problem: String,
+    },
     /// The connection ended without a word.
     #[error("PostgreSQL at {place} closed the connection")]
     Closed {
@@ -30,6 +40,12 @@ pub enum Error {
         /// The operating system's word.
         source: io::Error,
     },
+    /// Of several hosts none took the connection.
+    #[error("none of {} hosts took the connection: {}", .errors.len(), each(.errors))]
+    Hosts {
+        /// What each of them said, in the order of the connection text.
+        errors: Vec<Self>,
+    },
     /// The connection broke.
     #[error("connection to PostgreSQL at {place}: {source}")]
     Io {
@@ -37,6 +53,16 @@ pub enum Error {
         place: String,
         /// The operating system's word.
         source: io::Error,
+    },
+    /// It is not what `target_session_attrs` asks for.
+    #[error("PostgreSQL at {place} is {found}, but target_session_attrs={wanted}")]
+    OtherSession {
+        /// Host and port.
+        place: String,
+        /// What it is.
+        found: &'static str,
+        /// What was asked for.
+        wanted: &'static str,
     },
     /// The server answered what no server answers.
     #[error("PostgreSQL at {place} answered {what}")]
@@ -54,6 +80,30 @@ pub enum Error {
         /// What it said.
         report: Box<ServerReport>,
     },
+    /// Its replication commands are others than ours.
+    #[error(
+        "PostgreSQL at {place} is version {version}; the oldest that is archived is 13, and 14 the oldest that is tested: \
+         upgrade it"
+    )]
+    ServerTooOld {
+        /// Host and port.
+        place: String,
+        /// As it prints it.
+        version: String,
+    },
+    /// No encrypted connection.
+    #[error("TLS to PostgreSQL at {place}: {problem}")]
+    Tls {
+        /// Host and port.
+        place: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+}
+
+fn each(errors: &[Error]) -> String {
+    let texts: Vec<String> = errors.iter().map(ToString::to_string).collect();
+    texts.join("; ")
 }
 
 /// An `ErrorResponse`.
@@ -69,6 +119,8 @@ pub struct ServerReport {
     pub detail: String,
     /// The hint, or nothing.
     pub hint: String,
+    /// The function of PostgreSQL that raised it: unlike the message it is never translated.
+    pub routine: String,
 }
 
 impl fmt::Display for ServerReport {
@@ -84,19 +136,98 @@ impl fmt::Display for ServerReport {
 }
 
 fn remedy(report: &ServerReport) -> &'static str {
+    let says = |part: &str| report.message.contains(part);
     match report.code.as_str() {
         "28P01" => "; check the password (PGPASSWORD, the password file, or conninfo)",
-        "28000" => {
-            "; the role needs REPLICATION and pg_hba.conf a line for database \"replication\", this role and this host"
+        "28000" if says("client certificate") || says("ertificate authentication") => {
+            "; give the certificate and key that pg_hba.conf asks for as sslcert and sslkey"
         }
-        "42501" => "; give the role the REPLICATION attribute",
-        "53300" => "; raise max_wal_senders (wal_level = minimal allows none: set it to replica)",
-        "55000" if report.message.contains("wal_level") => "; set wal_level = replica and restart",
+        "28000" if says("role ") => {
+            "; create the role, with LOGIN and REPLICATION, or name another one as user"
+        }
+        "28000" => {
+            "; pg_hba.conf needs a line for this role and this host, with database \"replication\" for the stream and \
+             \"postgres\" (or dbname) for SQL"
+        }
+        "3D000" => "; name a database that exists as dbname",
+        "42501" => "; give the role the REPLICATION attribute: ALTER ROLE … REPLICATION",
+        "42704" if says("replication slot") => {
+            "; it was dropped by somebody: the archiver creates it anew at its next connection"
+        }
+        "53300" if report.walsenders_are_off() => {
+            "; set max_wal_senders = 10 and wal_level = replica, and restart the server"
+        }
+        "53300" if says("max_wal_senders") => {
+            "; raise max_wal_senders, or end a walsender in pg_stat_replication"
+        }
+        "53300" => "; raise max_connections, or end sessions that nobody needs",
+        "53400" => "; raise max_replication_slots, or drop a slot that nobody needs",
+        "55000" if says("wal_level") => "; set wal_level = replica and restart the server",
+        "55000" if says("max_replication_slots") => {
+            "; set max_replication_slots = 10 and restart the server"
+        }
+        "55000" if says("logical") => {
+            "; the name belongs to a logical slot: name another one as slot in the configuration"
+        }
+        "55006" => {
+            "; one archiver has one slot: stop the other one, name another slot in the configuration, or, if that walsender \
+             is dead, end it with pg_terminate_backend"
+        }
+        "57P03" => "; it is tried again",
         _ => "",
     }
 }
 
+impl ServerReport {
+    /// `max_wal_senders` is 0, as `wal_level = minimal` demands. The message may be translated; name and number stay.
+    fn walsenders_are_off(&self) -> bool {
+        self.message.contains("max_wal_senders") && self.message.contains(" 0)")
+    }
+}
+
 impl Error {
+    /// What the operating system or rustls says of a connection: an end is an end, whoever noticed it.
+    pub(super) fn of_io(place: &str, source: io::Error) -> Self {
+        let place = place.to_owned();
+        if let Some(problem) = tls::explain(&source) {
+            return Self::Tls { place, problem };
+        }
+        if source.kind() == io::ErrorKind::UnexpectedEof {
+            return Self::Closed { place };
+        }
+        Self::Io { place, source }
+    }
+
+    /// What several hosts said.
+    pub(super) fn of_hosts(mut errors: Vec<Self>) -> Self {
+        match errors.pop() {
+            Some(only) if errors.is_empty() => only,
+            last => {
+                errors.extend(last);
+                Self::Hosts { errors }
+            }
+        }
+    }
+
+    /// Whether another host, or another address, may do better.
+    pub(super) fn concerns_one_host(&self) -> bool {
+        self.is_unreachable()
+            || matches!(self, Self::OtherSession { .. })
+            // The server is starting up, shutting down or not accepting connections (57P03).
+            || self.has_code(&["57P03"])
+    }
+
+    /// Whether the same host may do better with, or without, TLS: `pg_hba.conf` tells them apart.
+    pub(super) fn may_go_the_other_way(&self) -> bool {
+        matches!(self, Self::Tls { .. }) || self.has_code(&["28000"])
+    }
+
+    /// Whether the server ends the connection with this.
+    pub(super) fn is_last_word(&self) -> bool {
+        self.report()
+            .is_none_or(|report| report.severity != "ERROR")
+    }
+
     fn report(&self) -> Option<&ServerReport> {
         match self {
             Self::Server { report, .. } => Some(report),
@@ -119,7 +250,11 @@ impl Error {
     #[must_use]
     pub fn is_wal_removed(&self) -> bool {
         self.report().is_some_and(|report| {
-            report.message.contains("has already been removed")
+            // The messages may be translated, the function's name is not.
+            matches!(
+                report.routine.as_str(),
+                "WalSndSegmentOpen" | "RaiseSlotInvalidationError"
+            ) || report.message.contains("has already been removed")
                 || report
                     .message
                     .contains("can no longer get changes from replication slot")
@@ -140,7 +275,7 @@ impl Error {
     pub fn is_unreachable(&self) -> bool {
         matches!(
             self,
-            Self::Closed { .. } | Self::Connect { .. } | Self::Io { .. }
+            Self::Closed { .. } | Self::Connect { .. } | Self::Hosts { .. } | Self::Io { .. }
         )
     }
 
@@ -148,14 +283,21 @@ impl Error {
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
-            Self::ConnInfo { .. } => ExitKind::Usage,
+            Self::Auth { .. }
+            | Self::ConnInfo { .. }
+            | Self::ServerTooOld { .. }
+            | Self::Tls { .. } => ExitKind::Usage,
             Self::Server { report, .. } => match report.code.as_str() {
                 "28P01" | "28000" | "42501" | "42704" | "42601" | "3D000" => ExitKind::Usage,
+                "53300" if report.walsenders_are_off() => ExitKind::Usage,
+                "55000" if !remedy(report).is_empty() => ExitKind::Usage,
                 _ => ExitKind::Unreachable,
             },
             Self::Closed { .. }
             | Self::Connect { .. }
+            | Self::Hosts { .. }
             | Self::Io { .. }
+            | Self::OtherSession { .. }
             | Self::Protocol { .. } => ExitKind::Unreachable,
         }
     }

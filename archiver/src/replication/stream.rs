@@ -5,8 +5,7 @@ use wal_format::{Lsn, PgTimestamp, TimelineId};
 
 use super::{
     ConnInfo, ReplicationClient, Result, ServerVersion,
-    client::{data_row, text},
-    connection::{Reader, Writer},
+    connection::{Reader, Writer, text},
 };
 use crate::flushed_lsn::FlushedLsn;
 
@@ -147,7 +146,7 @@ impl WalReceiver {
             let message = self.reader.next().await?;
             match message.tag {
                 b'D' => {
-                    let row = data_row(message.body);
+                    let row = self.reader.row(message.body)?;
                     next = (|| {
                         Some(NextTimeline {
                             timeline: TimelineId::new(text(&row, 0)?.parse().ok()?)?,

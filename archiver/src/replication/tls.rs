@@ -1,0 +1,211 @@
+//! TLS by rustls, with libpq's rules about certificates.
+//!
+//! Invariant: nothing is trusted that libpq would not trust with the same `sslmode` and files. A root file that exists is
+//! used in every mode, so `require` with one is `verify-ca`.
+
+mod certificate;
+mod files;
+mod verifier;
+
+use std::{io, sync::Arc};
+
+use rustls::{
+    AlertDescription, CertificateError, ClientConfig, SupportedProtocolVersion,
+    client::Resumption,
+    crypto::{CryptoProvider, aws_lc_rs},
+    pki_types::{IpAddr, ServerName},
+    version::{TLS12, TLS13},
+};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::{
+    Error, Result,
+    conninfo::{Host, SslMode, TlsSettings, TlsVersion},
+};
+
+/// The protocol's name in ALPN, which `sslnegotiation=direct` needs.
+const ALPN: &[u8] = b"postgresql";
+
+/// An encrypted stream.
+pub(super) struct Secured<S> {
+    pub(super) stream: TlsStream<S>,
+    /// The hash of the server's certificate (`tls-server-end-point`), when its signature has one.
+    pub(super) end_point: Option<Vec<u8>>,
+}
+
+/// Encrypts a stream to a server that is ready for it.
+pub(super) async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
+    settings: &TlsSettings,
+    host: &Host,
+    stream: S,
+) -> Result<Secured<S>> {
+    let place = host.to_string();
+    let failed = |problem: String| Error::Tls {
+        place: place.clone(),
+        problem,
+    };
+    let config = config(settings, host).map_err(failed)?;
+    let stream = TlsConnector::from(Arc::new(config))
+        .connect(server_name(host).map_err(failed)?, stream)
+        .await
+        .map_err(|error| match explain(&error) {
+            Some(problem) => failed(problem),
+            None => Error::of_io(&place, error),
+        })?;
+    let (_, session) = stream.get_ref();
+    if settings.direct && session.alpn_protocol() != Some(ALPN) {
+        return Err(failed(
+            "the server does not know sslnegotiation=direct, which needs PostgreSQL 17".to_owned(),
+        ));
+    }
+    let end_point = session
+        .peer_certificates()
+        .and_then(|chain| certificate::end_point_hash(chain.first()?));
+    Ok(Secured { stream, end_point })
+}
+
+fn config(settings: &TlsSettings, host: &Host) -> Result<ClientConfig, String> {
+    let provider = Arc::new(aws_lc_rs::default_provider());
+    let verifier = verifier(settings, host, &provider)?;
+    let versions: Vec<&'static SupportedProtocolVersion> =
+        [(TlsVersion::V1_2, &TLS12), (TlsVersion::V1_3, &TLS13)]
+            .into_iter()
+            .filter(|(version, _)| (settings.min_version..=settings.max_version).contains(version))
+            .map(|(_, version)| version)
+            .collect();
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&versions)
+        .map_err(|error| error.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let identity = settings
+        .certificate
+        .as_ref()
+        .map_or(Ok(None), files::client_identity)?;
+    let mut config = match identity {
+        Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|error| {
+            format!("the client's certificate and key can not be used: {error}")
+        })?,
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.enable_sni = settings.sni;
+    config.resumption = Resumption::disabled();
+    Ok(config)
+}
+
+/// Who is believed to be the server.
+fn verifier(
+    settings: &TlsSettings,
+    host: &Host,
+    provider: &Arc<CryptoProvider>,
+) -> Result<verifier::Verifier, String> {
+    let roots = files::roots(&settings.roots, settings.mode >= SslMode::VerifyCa)?;
+    let name = match settings.mode {
+        SslMode::VerifyFull if host.name.is_empty() => {
+            return Err(
+                "sslmode=verify-full needs the server's name: give host beside hostaddr".to_owned(),
+            );
+        }
+        SslMode::VerifyFull => Some(host.name.clone()),
+        _ => None,
+    };
+    let revocations = match &settings.revocations {
+        Some(path) if roots.is_some() => files::revocations(path)?,
+        _ => Vec::new(),
+    };
+    verifier::Verifier::new(Arc::clone(provider), roots, revocations, name)
+}
+
+/// The name for SNI. rustls wants one in any case; an address is never sent.
+fn server_name(host: &Host) -> Result<ServerName<'static>, String> {
+    if let Ok(name) = ServerName::try_from(host.name.clone()) {
+        return Ok(name);
+    }
+    let address = host
+        .address
+        .map(|address| ServerName::IpAddress(IpAddr::from(address)));
+    address.ok_or_else(|| "the host is no name that TLS could check".to_owned())
+}
+
+/// What rustls objects to, with a remedy; `None` when it is not about TLS.
+pub(super) fn explain(error: &io::Error) -> Option<String> {
+    let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
+    Some(match error {
+        rustls::Error::InvalidCertificate(problem) => certificate_problem(problem),
+        rustls::Error::AlertReceived(alert) => alert_problem(*alert),
+        rustls::Error::InvalidMessage(_) => {
+            "what came after the agreement on TLS is no TLS; is this PostgreSQL's port, and nobody in between?"
+                .to_owned()
+        }
+        rustls::Error::PeerIncompatible(problem) => format!(
+            "the server and this client have no TLS in common ({problem:?}); TLSv1.2 and TLSv1.3 are spoken, see \
+             ssl_min_protocol_version and ssl_ciphers on the server"
+        ),
+        other => other.to_string(),
+    })
+}
+
+fn certificate_problem(problem: &CertificateError) -> String {
+    use CertificateError as E;
+    match problem {
+        E::UnknownIssuer => "the server's certificate is not signed by an authority in sslrootcert; name the file of the \
+                             authority that signed it"
+            .to_owned(),
+        E::Expired | E::ExpiredContext { .. } => {
+            format!("the server's certificate has expired ({problem}); renew it on the server")
+        }
+        E::NotValidYet | E::NotValidYetContext { .. } => format!(
+            "the server's certificate is not valid yet ({problem}); compare the clocks of both machines"
+        ),
+        E::NotValidForNameContext {
+            expected,
+            presented,
+        } => format!(
+            "the server's certificate is for {}, not for {}; connect by a name that it has, or use sslmode=verify-ca",
+            match presented.as_slice() {
+                [] => "no name at all".to_owned(),
+                names => names.join(", "),
+            },
+            expected.to_str()
+        ),
+        E::Revoked => "the server's certificate was revoked (sslcrl); renew it on the server".to_owned(),
+        E::UnknownRevocationStatus => "sslcrl has no list of an authority that signed the server's certificate; add it, \
+                                       or leave sslcrl out"
+            .to_owned(),
+        E::InvalidPurpose | E::InvalidPurposeContext { .. } => {
+            "the server's certificate is not for servers (extended key usage); make one with serverAuth".to_owned()
+        }
+        other if other.to_string().contains("UnsupportedCertVersion") => {
+            "the server's certificate, or one above it, is of X.509 version 1; make it anew as version 3 (openssl x509 -req \
+             with -extfile)"
+                .to_owned()
+        }
+        other => format!("the server's certificate can not be used: {other}"),
+    }
+}
+
+fn alert_problem(alert: AlertDescription) -> String {
+    use AlertDescription as A;
+    match alert {
+        A::CertificateRequired => {
+            "the server requires a certificate of the client; give sslcert and sslkey".to_owned()
+        }
+        A::UnknownCA => "the server does not know the authority that signed our certificate (sslcert); have it signed by \
+                         one in the server's ssl_ca_file"
+            .to_owned(),
+        A::BadCertificate | A::CertificateUnknown | A::UnsupportedCertificate | A::DecryptError => {
+            format!("the server does not take our certificate (sslcert): {alert:?}; look into its log")
+        }
+        A::CertificateExpired => "our certificate (sslcert) has expired; renew it".to_owned(),
+        A::CertificateRevoked => "our certificate (sslcert) was revoked; renew it".to_owned(),
+        A::ProtocolVersion => "the server speaks no version of TLS that is allowed here; see ssl_min_protocol_version and \
+                               ssl_max_protocol_version on both sides"
+            .to_owned(),
+        A::NoApplicationProtocol => {
+            "the server does not know sslnegotiation=direct for PostgreSQL; it needs PostgreSQL 17".to_owned()
+        }
+        other => format!("the server refused TLS: {other:?}; look into its log"),
+    }
+}

@@ -1,0 +1,162 @@
+//! [`Verifier`]: whether a server's certificate is believed.
+//!
+//! webpki judges the chain, we judge the name: libpq's `verify-ca` does not look at it, and its rules differ from webpki's.
+
+use std::sync::Arc;
+
+use rustls::{
+    CertificateError, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{
+        CryptoProvider, verify_tls12_signature, verify_tls13_signature,
+        verify_tls13_signature_with_raw_key,
+    },
+    pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime},
+};
+
+use super::certificate::{Names, Validity, key_of_version_1, validity};
+
+/// Believes according to `sslmode` and the root certificates.
+#[derive(Debug)]
+pub(super) struct Verifier {
+    provider: Arc<CryptoProvider>,
+    chain: Option<Chain>,
+    /// The name that the certificate must have, for `verify-full`.
+    name: Option<String>,
+}
+
+#[derive(Debug)]
+struct Chain {
+    webpki: Arc<WebPkiServerVerifier>,
+    /// A self-signed certificate of the server, named as its own root, is what PostgreSQL's instructions make. webpki takes
+    /// no authority for a server, so it is compared.
+    roots: Vec<CertificateDer<'static>>,
+}
+
+impl Verifier {
+    /// Without roots every certificate is believed, as libpq does up to `require`.
+    pub(super) fn new(
+        provider: Arc<CryptoProvider>,
+        roots: Option<Vec<CertificateDer<'static>>>,
+        revocations: Vec<CertificateRevocationListDer<'static>>,
+        name: Option<String>,
+    ) -> Result<Self, String> {
+        let chain = match roots {
+            None => None,
+            Some(roots) => {
+                let mut store = RootCertStore::empty();
+                let (added, _) = store.add_parsable_certificates(roots.iter().cloned());
+                if added == 0 {
+                    return Err("sslrootcert holds no certificate that can be read".to_owned());
+                }
+                let webpki = WebPkiServerVerifier::builder_with_provider(
+                    Arc::new(store),
+                    Arc::clone(&provider),
+                )
+                .with_crls(revocations)
+                .build()
+                .map_err(|error| format!("sslrootcert or sslcrl can not be used: {error}"))?;
+                Some(Chain { webpki, roots })
+            }
+        };
+        Ok(Self {
+            provider,
+            chain,
+            name,
+        })
+    }
+}
+
+impl Chain {
+    fn verify(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        if self.roots.iter().any(|root| root == end_entity) {
+            return match validity(end_entity, now) {
+                Some(Validity::Now) => Ok(()),
+                Some(Validity::Past) => Err(CertificateError::Expired.into()),
+                Some(Validity::Future) => Err(CertificateError::NotValidYet.into()),
+                None => Err(CertificateError::BadEncoding.into()),
+            };
+        }
+        let verified =
+            self.webpki
+                .verify_server_cert(end_entity, intermediates, server_name, &[], now);
+        match verified {
+            // It looks at the name last, when the chain is found good.
+            Err(Error::InvalidCertificate(
+                CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
+            ))
+            | Ok(_) => Ok(()),
+            // A self-signed certificate that is not ours.
+            Err(Error::InvalidCertificate(CertificateError::Other(error)))
+                if error.to_string().contains("CaUsedAsEndEntity") =>
+            {
+                Err(CertificateError::UnknownIssuer.into())
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        if let Some(chain) = &self.chain {
+            chain.verify(end_entity, intermediates, server_name, now)?;
+        }
+        if let Some(host) = &self.name {
+            let names = Names::of(end_entity).ok_or(CertificateError::BadEncoding)?;
+            if !names.fit(host) {
+                return Err(CertificateError::NotValidForNameContext {
+                    expected: server_name.to_owned(),
+                    presented: names.shown(),
+                }
+                .into());
+            }
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        match key_of_version_1(certificate) {
+            Some(key) => verify_tls13_signature_with_raw_key(message, &key, signature, algorithms),
+            None => verify_tls13_signature(message, certificate, signature, algorithms),
+        }
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
