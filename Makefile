@@ -4,7 +4,7 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/tidemark/target
 CARGO := cargo
 WORKSPACE := --release --workspace
 
-.PHONY: demo test test-long check fmt install-tools
+.PHONY: demo test test-long bench check fmt install-tools
 
 demo: install-tools
 	$(CARGO) build $(WORKSPACE)
@@ -17,6 +17,11 @@ test: install-tools
 test-long: install-tools
 	$(CARGO) build $(WORKSPACE)
 	TIDEMARK_LONG=1 $(CARGO) test $(WORKSPACE) -- --test-threads=2
+
+# Ratios beside pg_receivewal, in one run; `BENCH_FLAGS='--megabytes 200 --runs 1'` makes it short.
+bench: install-tools
+	$(CARGO) build $(WORKSPACE)
+	$(CARGO_TARGET_DIR)/release/catch_up $(BENCH_FLAGS)
 
 check:
 	$(CARGO) fmt --all --check

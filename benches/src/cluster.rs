@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use postgres::{Client, NoTls};
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use tempfile::TempDir;
 
 use crate::programs::{command, directory, succeed};
@@ -125,13 +126,20 @@ impl Cluster {
             .unwrap_or_default()
             .parse()
             .context("postmaster.pid")?;
-        let pid = rustix::process::Pid::from_raw(pid).context("a process has no such number")?;
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+        let postmaster = process(pid)?;
+        // Stopped first, so that it starts no more while its children are listed.
+        kill_process(postmaster, Signal::STOP)?;
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        kill_process(postmaster, Signal::KILL)?;
+        for child in children.split_whitespace() {
+            // One may have ended by itself.
+            let _gone = kill_process(process(child.parse()?)?, Signal::KILL);
+        }
         let began = Instant::now();
-        while rustix::process::test_kill_process(pid).is_ok() && began.elapsed() < PATIENCE {
+        while test_kill_process(postmaster).is_ok() && began.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(10));
         }
-        // Its children notice and end by themselves; until then they may still write.
+        // The kernel takes a moment to end what each was writing.
         while fs::remove_dir_all(self.data()).is_err() && began.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -145,6 +153,10 @@ impl Drop for Cluster {
             let _ = self.pg_ctl(&["stop", "-m", "immediate"]);
         }
     }
+}
+
+fn process(pid: i32) -> Result<Pid> {
+    Pid::from_raw(pid).context("a process has no such number")
 }
 
 /// How a server in `directory` is reached.

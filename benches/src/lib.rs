@@ -1,11 +1,13 @@
 //! The test harness: throwaway PostgreSQL servers, our own programs beside them, and a bank ledger that remembers
 //! outside PostgreSQL what was acknowledged. The demo, the end-to-end tests and the benchmarks are made of it.
 
+pub mod catch_up;
 pub mod cluster;
 pub mod ledger;
 pub mod main_job;
 pub mod programs;
 pub mod restored;
 pub mod tools;
+pub mod usage;
 pub mod waldump;
 pub mod workload;

@@ -3,6 +3,7 @@
 
 use std::{
     fs::File,
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -13,9 +14,10 @@ use jiff::Timestamp;
 use tempfile::TempDir;
 
 use crate::{
-    cluster::{Cluster, connect, conninfo},
+    cluster::{Cluster, connect},
     ledger::{Acknowledged, Ledger, Verdict, prove},
     programs::{command, directory, ours, succeed},
+    restored::Restored,
 };
 
 /// How long anything may take before it counts as failed.
@@ -89,14 +91,23 @@ impl Place {
     /// # Errors
     /// With its log when it does not.
     pub fn daemon(&self, cluster: &Cluster, http: &str) -> Result<Daemon> {
+        self.start(cluster, http, "streaming from")
+    }
+
+    /// Starts the daemon and waits until its log has this text.
+    ///
+    /// # Errors
+    /// With its log when it never does.
+    pub fn start(&self, cluster: &Cluster, http: &str, until: &str) -> Result<Daemon> {
         let path = self.path().join("archiver.log");
         let log = File::create(&path)?;
         let mut run = self.program("wal-archiver")?;
         run.args(["--conninfo", &cluster.conninfo(), "run", "--http", http]);
-        run.env("TIDEMARK_LOG", "info").stdin(Stdio::null());
+        run.env("TIDEMARK_LOG", "info").env("NO_COLOR", "1");
+        run.stdin(Stdio::null());
         let child = run.stdout(Stdio::null()).stderr(log).spawn()?;
         let mut daemon = Daemon { child, log: path };
-        daemon.wait_for(|text| text.contains("streaming"))?;
+        daemon.wait_for(|text| text.contains(until))?;
         Ok(daemon)
     }
 }
@@ -109,6 +120,14 @@ pub struct Daemon {
 }
 
 impl Daemon {
+    /// Where it serves HTTP, as its log says.
+    ///
+    /// # Errors
+    /// When the log can not be read.
+    pub fn address(&self) -> Result<Option<SocketAddr>> {
+        Ok(served_address(&std::fs::read_to_string(&self.log)?))
+    }
+
     /// Waits until its log satisfies `done`.
     ///
     /// # Errors
@@ -164,6 +183,13 @@ impl Drop for Daemon {
     }
 }
 
+/// Where the daemon's log says that HTTP is served.
+pub(crate) fn served_address(log: &str) -> Option<SocketAddr> {
+    let line = log.lines().find(|line| line.contains("serving HTTP"))?;
+    let text = line.split_once("address=")?.1;
+    text.split_whitespace().next()?.parse().ok()
+}
+
 /// Does the job; `say` is told of each step.
 ///
 /// # Errors
@@ -173,9 +199,9 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     let cluster = Cluster::start(&job.bin, job.segment_mib, "")?;
     let place = Place::new()?;
     let daemon = place.daemon(&cluster, &job.http)?;
+    let address = daemon.address()?.context("its log names no address")?;
     say(&format!(
-        "streaming its WAL; dashboard at http://{} while this runs",
-        job.http
+        "streaming its WAL; dashboard at http://{address} while this runs"
     ));
     // Every commit waits for us: what is acknowledged is what may never be lost.
     connect(&cluster.conninfo())?
@@ -202,24 +228,7 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
         cluster.destroy()?;
         // With nothing to stream from, what the spool holds is stored at the start, before anything else.
         say("the archiver died too; a new one stores what its spool holds");
-        let mut run = place.program("wal-archiver")?;
-        run.args([
-            "--conninfo",
-            &cluster.conninfo(),
-            "run",
-            "--http",
-            "127.0.0.1:0",
-        ]);
-        let child = run
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let daemon = Daemon {
-            child,
-            log: place.path().join("archiver.log"),
-        };
-        std::thread::sleep(Duration::from_secs(2));
+        let daemon = place.start(&cluster, "127.0.0.1:0", "not streaming")?;
         daemon.stop()?;
     } else {
         cluster.destroy()?;
@@ -231,10 +240,10 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
         acknowledged.len()
     ));
     say("restoring to the last commit");
-    let latest = restore(job, &place, "latest", None, &acknowledged, say)?;
+    let latest = restore(job, &place, None, &acknowledged, say)?;
     let recovery = disaster.elapsed();
     say(&format!("restoring to {middle}, in the middle of the load"));
-    let middle = restore(job, &place, "middle", Some(middle), &acknowledged, say)?;
+    let middle = restore(job, &place, Some(middle), &acknowledged, say)?;
     say("verifying every object and every record of the archive");
     let said = succeed(place.program("wal-archiver")?.args(["verify", "--deep"]))?;
     say(&said);
@@ -249,42 +258,19 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
 fn restore(
     job: &Job,
     place: &Place,
-    name: &str,
     until: Option<Timestamp>,
     acknowledged: &[Acknowledged],
     say: &dyn Fn(&str),
 ) -> Result<Verdict> {
-    let directory = place.path().join(name);
-    let mut restore = place.program("pitr-restore")?;
-    restore
-        .arg("--target-dir")
-        .arg(&directory)
-        .arg("--pg-bin")
-        .arg(&job.bin);
-    restore.args(["--start", "--json", "--set"]);
-    restore.arg(format!(
-        "unix_socket_directories={}",
-        place.path().display()
-    ));
-    if let Some(until) = until {
-        restore.arg(format!("--target-time={until:.6}"));
-    }
-    let json: serde_json::Value = serde_json::from_str(&succeed(&mut restore)?)?;
-    let stopped = json["stopped"].as_str().context("the report has no stop")?;
+    let arguments: Vec<String> = until
+        .iter()
+        .map(|until| format!("--target-time={until:.6}"))
+        .collect();
+    let restored = Restored::start(place, &job.bin, &arguments)?;
+    let stopped = restored.stopped();
     say(&format!("PostgreSQL stopped {stopped}, as planned"));
-    // The cluster's own port is in its configuration; only the socket's directory is another.
-    let mut restored = connect(&conninfo(place.path(), crate::cluster::PORT))?;
     let until = until
         .map(|until| Timestamp::from_microsecond(until.as_microsecond()))
         .transpose()?;
-    let verdict = prove(&mut restored, acknowledged, until);
-    drop(restored);
-    let mut pg_ctl = command(&job.bin.join("pg_ctl"))?;
-    succeed(
-        pg_ctl
-            .arg("-D")
-            .arg(&directory)
-            .args(["-m", "immediate", "stop"]),
-    )?;
-    verdict
+    prove(&mut restored.connect()?, acknowledged, until)
 }

@@ -74,6 +74,8 @@ impl Restored {
         for setting in QUICK.into_iter().chain([socket.as_str()]) {
             restore.args(["--set", setting]);
         }
+        // The server that it starts has its libraries beside it.
+        restore.env("LD_LIBRARY_PATH", bin.join("../lib"));
         Ok(restore.args(arguments).stdin(Stdio::null()).output()?)
     }
 

@@ -27,16 +27,25 @@ pub fn servers() -> Vec<(u16, PathBuf)> {
     MAJORS.into_iter().filter_map(find).collect()
 }
 
-/// As [`servers`]; under CI an empty answer is a failure and not a skipped test.
+/// As [`servers`], and says what is missing; under CI that is a failure and not a skipped test.
 ///
 /// # Panics
-/// Under CI, when no server is installed.
+/// Under CI, when a version that the installer unpacks is not there.
 #[must_use]
 pub fn servers_or_skip() -> Vec<(u16, PathBuf)> {
     let servers = servers();
+    let missing: Vec<u16> = MAJORS
+        .into_iter()
+        .filter(|major| servers.iter().all(|(installed, _)| installed != major))
+        .collect();
+    // 13 comes from Debian's own packages: elsewhere it is not to be had.
+    let needed = missing.iter().any(|major| *major > 13);
     assert!(
-        !servers.is_empty() || env::var_os("CI").is_none(),
-        "no PostgreSQL server is installed; run `make install-tools`"
+        !needed || env::var_os("CI").is_none(),
+        "PostgreSQL {missing:?} is not installed; run `make install-tools`"
     );
+    if !missing.is_empty() {
+        eprintln!("SKIPPED: PostgreSQL {missing:?} is not installed; run `make install-tools`");
+    }
     servers
 }

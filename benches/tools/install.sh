@@ -51,3 +51,5 @@ done <<'VERSIONS'
 17.11 a222525752d64f8788693f559f736d6de130cc973f28c99badffff69e2cf2224
 18.6 e25217097466f049d4b577b4e980f2ef5fbc6fb0a71f7260a2ef5ca247af0477
 VERSIONS
+
+bash "$(dirname "$0")/install-13.sh" "$tools/postgresql/13"

@@ -1,6 +1,6 @@
 //! A connection: framed messages both ways, and the simple query.
 
-use std::{fmt, io};
+use std::{collections::VecDeque, fmt, io, mem};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use postgres_protocol::message::frontend;
@@ -8,8 +8,13 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{Error, Result, error::ServerReport};
 
-/// Room kept for reading: a few of the largest WAL messages (128 KiB each) per system call.
+/// A buffer for reading: a few of the largest WAL messages (128 KiB each) per system call.
 const READ_BYTES: usize = 512 << 10;
+/// With less room than this left in a buffer the next one is taken.
+const ROOM_BYTES_MIN: usize = 64 << 10;
+/// Buffers whose messages are still on their way, kept to be used again: fresh memory costs a page fault every 4 KiB.
+/// As many as the pipeline holds messages of a catch-up.
+const SPENT_BUFFERS_MAX: usize = 20;
 /// No message is longer; more is not PostgreSQL.
 const MESSAGE_BYTES_MAX: usize = 1 << 30;
 /// No message is longer before we know who is there: a stranger must not fill our memory.
@@ -34,6 +39,8 @@ pub(super) struct Message {
 pub(super) struct Reader {
     stream: Box<dyn AsyncRead + Send + Unpin>,
     buffer: BytesMut,
+    /// Oldest first; one is free again when the last message in it is dropped.
+    spent: VecDeque<BytesMut>,
     message_bytes_max: usize,
     place: String,
 }
@@ -67,6 +74,7 @@ pub(super) fn halves(stream: impl Duplex + 'static, place: &str) -> (Reader, Wri
     let reader = Reader {
         stream: Box::new(stream),
         buffer: BytesMut::new(),
+        spent: VecDeque::new(),
         message_bytes_max: STRANGER_BYTES_MAX,
         place: place.to_owned(),
     };
@@ -119,7 +127,7 @@ impl Reader {
             if let Some(message) = self.buffered()? {
                 return Ok(message);
             }
-            self.buffer.reserve(READ_BYTES);
+            self.make_room();
             match self.stream.read_buf(&mut self.buffer).await {
                 Ok(0) => {
                     return Err(Error::of_io(
@@ -130,6 +138,28 @@ impl Reader {
                 Ok(_) => {}
                 Err(source) => return Err(Error::of_io(&self.place, source)),
             }
+        }
+    }
+
+    /// Makes room to read into: in this buffer, in one that is free again, or in a new one.
+    fn make_room(&mut self) {
+        let room = self.buffer.capacity().saturating_sub(self.buffer.len());
+        if room >= ROOM_BYTES_MIN {
+            return;
+        }
+        // A message that is larger than a buffer gets one that holds it whole.
+        let wanted = READ_BYTES.max(self.buffer.len() * 2);
+        let free = self
+            .spent
+            .front_mut()
+            .is_some_and(|oldest| oldest.try_reclaim(wanted));
+        let reused = if free { self.spent.pop_front() } else { None };
+        let mut next = reused.unwrap_or_else(|| BytesMut::with_capacity(wanted));
+        next.extend_from_slice(&self.buffer);
+        let mut spent = mem::replace(&mut self.buffer, next);
+        if self.spent.len() < SPENT_BUFFERS_MAX {
+            spent.clear();
+            self.spent.push_back(spent);
         }
     }
 

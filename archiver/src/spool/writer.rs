@@ -281,8 +281,10 @@ impl SpoolWriter {
         let offset = self.spool.segment_size().offset_of(self.incoming);
         let mut ours = vec![0; bytes.len()];
         open.read_at(&mut ours, offset)?;
-        let differs = ours.iter().zip(bytes).position(|(ours, new)| ours != new);
-        match differs {
+        if ours == bytes {
+            return Ok(());
+        }
+        match ours.iter().zip(bytes).position(|(ours, new)| ours != new) {
             None => Ok(()),
             Some(index) => Err(Error::Divergence {
                 branch: self.spool.branch(),

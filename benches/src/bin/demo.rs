@@ -3,6 +3,7 @@
 
 use std::{
     io::IsTerminal,
+    net::TcpListener,
     time::{Duration, Instant},
 };
 
@@ -24,7 +25,7 @@ fn main() -> Result<()> {
         clients: 4,
         load: Duration::from_secs(10),
         kill_archiver: false,
-        http: "127.0.0.1:8432".to_owned(),
+        http: http_address().to_owned(),
     };
     let began = Instant::now();
     let bar = ProgressBar::new_spinner();
@@ -64,4 +65,13 @@ fn main() -> Result<()> {
     println!("  wal-archiver backup  --conninfo 'host=… user=…' --repository file:///backup");
     println!("  pitr-restore --repository file:///backup --target-time '10 minutes ago' --dry-run");
     Ok(())
+}
+
+/// The dashboard's usual address, or any other while somebody has it.
+fn http_address() -> &'static str {
+    const USUAL: &str = "127.0.0.1:8432";
+    match TcpListener::bind(USUAL) {
+        Ok(_) => USUAL,
+        Err(_) => "127.0.0.1:0",
+    }
 }
