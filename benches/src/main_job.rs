@@ -91,7 +91,7 @@ impl Place {
     /// # Errors
     /// With its log when it does not.
     pub fn daemon(&self, cluster: &Cluster, http: &str) -> Result<Daemon> {
-        self.start(cluster, http, "streaming from")
+        self.start(cluster, http, " INFO streaming")
     }
 
     /// Starts the daemon and waits until its log has this text.
