@@ -16,7 +16,8 @@ mod tls;
 
 pub use base_backup::{BackupMessage, BackupTablespace, BaseBackupOptions, BaseBackupStream};
 pub use client::{
-    ConnectionMode, ReplicationClient, ServerVersion, SlotCreation, SlotInfo, SystemIdentity,
+    ConnectionMode, ReplicationClient, ReplicationStart, ServerVersion, SlotCreation, SlotInfo,
+    SystemIdentity,
 };
 pub use conninfo::ConnInfo;
 pub use error::Error;
@@ -24,3 +25,6 @@ pub use stream::{NextTimeline, StatusSender, StatusUpdate, StreamMessage, WalRec
 
 /// This module's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests;

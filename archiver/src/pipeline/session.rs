@@ -15,8 +15,8 @@ use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
     replication::{
-        self, ConnInfo, ConnectionMode, ReplicationClient, StatusSender, SystemIdentity,
-        WalReceiver,
+        self, ConnInfo, ConnectionMode, NextTimeline, ReplicationClient, ReplicationStart,
+        StatusSender, SystemIdentity,
     },
     shutdown::Shutdown,
 };
@@ -248,50 +248,59 @@ impl Source {
                 .await?;
             let start_lsn = taken_up.resume_lsn;
             let timeline = branch.branch.timeline;
-            let (mut receiver, mut sender) = client
+            let started = client
                 .start_replication(Some(&settings.slot), start_lsn, timeline)
                 .await
                 .map_err(|error| gap(error, timeline, start_lsn))?;
-            pipeline.begin(start_lsn).await?;
-            tracing::info!(
-                cluster,
-                branch = %branch.branch,
-                from = %start_lsn,
-                held = %taken_up.durable_lsn,
-                "streaming"
-            );
-            archive.status().note(|facts| {
-                facts.connected = true;
-                facts.stream_error = None;
-                facts.broken = None;
-                facts.slot = Some(settings.slot.clone());
-            });
-            let commands = pipeline.spool().commands();
-            let receive = Receive {
-                commands: &commands,
-                status: archive.status(),
-                failure: pipeline.failure(),
-                floor,
-                status_interval: status_interval(self.wal_sender_timeout),
+            let (next_client, next) = match started {
+                ReplicationStart::EndOfTimeline(client, next) => (client, next),
+                ReplicationStart::Streaming(mut receiver, mut sender) => {
+                    pipeline.begin(start_lsn).await?;
+                    tracing::info!(
+                        cluster,
+                        branch = %branch.branch,
+                        from = %start_lsn,
+                        held = %taken_up.durable_lsn,
+                        "streaming"
+                    );
+                    archive.status().note(|facts| {
+                        facts.connected = true;
+                        facts.stream_error = None;
+                        facts.broken = None;
+                        facts.slot = Some(settings.slot.clone());
+                    });
+                    let commands = pipeline.spool().commands();
+                    let receive = Receive {
+                        commands: &commands,
+                        status: archive.status(),
+                        failure: pipeline.failure(),
+                        floor,
+                        status_interval: status_interval(self.wal_sender_timeout),
+                    };
+                    let end = receive
+                        .run(&mut receiver, &mut sender, shutdown)
+                        .await
+                        .map_err(|error| match error {
+                            Error::Replication(error) => gap(error, timeline, start_lsn),
+                            other => other,
+                        })?;
+                    // What came is made durable and reported before anything else happens to the connection.
+                    pipeline.spool().drain().await?;
+                    if let Some(error) = pipeline.failure().take() {
+                        return Err(error);
+                    }
+                    last_report(archive.status(), &mut sender, floor).await;
+                    if end != StreamEnd::Timeline {
+                        return Ok(end);
+                    }
+                    receiver.finish_timeline(sender).await?
+                }
             };
-            let end = receive
-                .run(&mut receiver, &mut sender, shutdown)
-                .await
-                .map_err(|error| match error {
-                    Error::Replication(error) => gap(error, timeline, start_lsn),
-                    other => other,
-                })?;
-            // Everything that came is made durable and reported before anything else happens to the connection.
-            pipeline.spool().drain().await?;
-            if let Some(error) = pipeline.failure().take() {
-                return Err(error);
-            }
-            last_report(archive.status(), &mut sender, floor).await;
-            if end != StreamEnd::Timeline {
-                return Ok(end);
-            }
-            let (next_client, next) = next_timeline(receiver, sender).await?;
-            let Some((next, switch_lsn)) = next else {
+            let Some(NextTimeline {
+                timeline: next,
+                start_lsn: switch_lsn,
+            }) = next
+            else {
                 return Ok(StreamEnd::ServerClosed);
             };
             client = next_client;
@@ -310,14 +319,6 @@ impl Source {
             };
         }
     }
-}
-
-async fn next_timeline(
-    receiver: WalReceiver,
-    sender: StatusSender,
-) -> Result<(ReplicationClient, Option<(TimelineId, Lsn)>)> {
-    let (client, next) = receiver.finish_timeline(sender).await?;
-    Ok((client, next.map(|next| (next.timeline, next.start_lsn))))
 }
 
 /// A server that shuts down waits for this one. It may be gone already, which is no error.

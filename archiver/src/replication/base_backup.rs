@@ -176,7 +176,11 @@ impl BaseBackupStream {
                     self.refused = self.refused.take().or(Some(error));
                 }
                 b'Z' => return self.done(),
-                _ => {}
+                b'C' | b'N' | b'S' => {}
+                other => {
+                    let what = format!("'{}' in a base backup", other.escape_ascii());
+                    return Err(self.client.reader().unexpected(what));
+                }
             }
         }
     }
@@ -300,7 +304,7 @@ impl BaseBackupStream {
             }
             (b'p', _) if body.len() >= 8 => BackupMessage::Progress(body.get_u64()),
             _ => {
-                let what = format!("'{}' in a base backup", kind as char);
+                let what = format!("'{}' in a base backup", kind.escape_ascii());
                 return Err(self.client.reader().unexpected(what));
             }
         };

@@ -7,6 +7,7 @@ use super::{
     ConnInfo, Error, Result, StatusSender, WalReceiver,
     connect::{self, Connection},
     connection::{self, Reader, Row, Writer, text},
+    stream::{self, NextTimeline},
 };
 
 /// What the connection is for.
@@ -56,6 +57,15 @@ pub enum SlotCreation {
     Created,
     /// It was there.
     AlreadyExists,
+}
+
+/// What the server answers to `START_REPLICATION`.
+#[derive(Debug)]
+pub enum ReplicationStart {
+    /// WAL follows.
+    Streaming(WalReceiver, StatusSender),
+    /// The timeline ends where the stream would have begun; where the server goes on.
+    EndOfTimeline(ReplicationClient, Option<NextTimeline>),
 }
 
 /// A connection that is not streaming.
@@ -249,21 +259,28 @@ impl ReplicationClient {
         slot: Option<&str>,
         start_lsn: Lsn,
         timeline: TimelineId,
-    ) -> Result<(WalReceiver, StatusSender)> {
+    ) -> Result<ReplicationStart> {
         let slot = slot.map_or_else(String::new, |slot| format!("SLOT \"{slot}\" "));
         let command = format!("START_REPLICATION {slot}PHYSICAL {start_lsn} TIMELINE {timeline}");
         self.writer.query(&command).await?;
         let answer = self.reader.answer().await?;
-        if answer.tag != b'W' {
-            let tag = answer.tag as char;
-            return Err(self
-                .reader
-                .unexpected(format!("'{tag}' to START_REPLICATION")));
+        match answer.tag {
+            b'W' => Ok(ReplicationStart::Streaming(
+                WalReceiver::new(self.reader, self.version, self.info),
+                StatusSender::new(self.writer),
+            )),
+            // Asked for the very point where its history leaves the timeline, the server has nothing to stream.
+            b'T' => {
+                let next = stream::next_timeline(&mut self.reader).await?;
+                Ok(ReplicationStart::EndOfTimeline(self, next))
+            }
+            other => {
+                let tag = other.escape_ascii();
+                Err(self
+                    .reader
+                    .unexpected(format!("'{tag}' to START_REPLICATION")))
+            }
         }
-        Ok((
-            WalReceiver::new(self.reader, self.version, self.info),
-            StatusSender::new(self.writer),
-        ))
     }
 
     async fn row(&mut self, command: &str) -> Result<Row> {

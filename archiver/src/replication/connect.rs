@@ -222,7 +222,7 @@ fn tune(stream: &TcpStream, tcp: &TcpSettings) -> io::Result<()> {
 }
 
 /// Asks for TLS; whether the server agrees.
-async fn request_tls(
+pub(super) async fn request_tls(
     stream: &mut (impl Duplex + ?Sized),
     place: &str,
     mode: SslMode,
@@ -256,16 +256,21 @@ async fn request_tls(
     }
 }
 
-struct Attempt<'a> {
-    info: &'a ConnInfo,
-    mode: ConnectionMode,
-    host: &'a Host,
-    target: TargetSession,
+/// One way to one address.
+pub(super) struct Attempt<'a> {
+    pub(super) info: &'a ConnInfo,
+    pub(super) mode: ConnectionMode,
+    pub(super) host: &'a Host,
+    pub(super) target: TargetSession,
 }
 
 impl Attempt<'_> {
     /// Everything after the socket.
-    async fn greet(&self, stream: impl Duplex + 'static, encrypted: bool) -> Result<Connection> {
+    pub(super) async fn greet(
+        &self,
+        stream: impl Duplex + 'static,
+        encrypted: bool,
+    ) -> Result<Connection> {
         let place = self.host.to_string();
         let mut end_point = None;
         let (mut reader, mut writer) = if encrypted {

@@ -95,9 +95,8 @@ impl WalReceiver {
                 b'E' => return Err(self.reader.refusal(&message.body)),
                 b'N' | b'S' => {}
                 other => {
-                    return Err(self
-                        .reader
-                        .unexpected(format!("'{}' in the stream", other as char)));
+                    let what = format!("'{}' in the stream", other.escape_ascii());
+                    return Err(self.reader.unexpected(what));
                 }
             }
         }
@@ -125,7 +124,7 @@ impl WalReceiver {
             }
             other => Err(self.reader.unexpected(format!(
                 "'{}' of {} bytes in the stream",
-                other as char,
+                other.escape_ascii(),
                 body.len()
             ))),
         }
@@ -141,27 +140,39 @@ impl WalReceiver {
     ) -> Result<(ReplicationClient, Option<NextTimeline>)> {
         sender.writer.put(b'c', &[]);
         sender.writer.flush().await?;
-        let mut next = None;
-        loop {
-            let message = self.reader.next().await?;
-            match message.tag {
-                b'D' => {
-                    let row = self.reader.row(message.body)?;
-                    next = (|| {
-                        Some(NextTimeline {
-                            timeline: TimelineId::new(text(&row, 0)?.parse().ok()?)?,
-                            start_lsn: text(&row, 1)?.parse().ok()?,
-                        })
-                    })();
-                }
-                b'E' => return Err(self.reader.refusal(&message.body)),
-                b'Z' => break,
-                _ => {}
-            }
-        }
+        let next = next_timeline(&mut self.reader).await?;
         let client =
             ReplicationClient::from_parts(self.reader, sender.writer, self.version, self.info);
         Ok((client, next))
+    }
+}
+
+/// Reads to the end of `START_REPLICATION`: a row names the next timeline, any larger number, and its first position.
+pub(super) async fn next_timeline(reader: &mut Reader) -> Result<Option<NextTimeline>> {
+    let mut next = None;
+    loop {
+        let message = reader.next().await?;
+        match message.tag {
+            b'D' => {
+                let row = reader.row(message.body)?;
+                let parsed = (|| {
+                    Some(NextTimeline {
+                        timeline: TimelineId::new(text(&row, 0)?.parse().ok()?)?,
+                        start_lsn: text(&row, 1)?.parse().ok()?,
+                    })
+                })();
+                let nonsense = || reader.unexpected("a next timeline that is nonsense".to_owned());
+                next = Some(parsed.ok_or_else(nonsense)?);
+            }
+            b'E' => return Err(reader.refusal(&message.body)),
+            b'Z' => return Ok(next),
+            // WAL that was on its way, the end of the COPY, descriptions, completions.
+            b'd' | b'c' | b'T' | b'C' | b'N' | b'S' => {}
+            other => {
+                let what = format!("'{}' at the end of a timeline", other.escape_ascii());
+                return Err(reader.unexpected(what));
+            }
+        }
     }
 }
 
