@@ -91,18 +91,18 @@ impl Place {
     /// # Errors
     /// With its log when it does not.
     pub fn daemon(&self, cluster: &Cluster, http: &str) -> Result<Daemon> {
-        self.start(cluster, http, " INFO streaming")
+        self.daemon_at(&cluster.conninfo(), http, " INFO streaming")
     }
 
-    /// Starts the daemon and waits until its log has this text.
+    /// Starts the daemon on the server that is reached by `conninfo` and waits until its log has a text.
     ///
     /// # Errors
     /// With its log when it never does.
-    pub fn start(&self, cluster: &Cluster, http: &str, until: &str) -> Result<Daemon> {
+    pub fn daemon_at(&self, conninfo: &str, http: &str, until: &str) -> Result<Daemon> {
         let path = self.path().join("archiver.log");
         let log = File::create(&path)?;
         let mut run = self.program("wal-archiver")?;
-        run.args(["--conninfo", &cluster.conninfo(), "run", "--http", http]);
+        run.args(["--conninfo", conninfo, "run", "--http", http]);
         run.env("TIDEMARK_LOG", "info").env("NO_COLOR", "1");
         run.stdin(Stdio::null());
         let child = run.stdout(Stdio::null()).stderr(log).spawn()?;
@@ -228,7 +228,7 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
         cluster.destroy()?;
         // With nothing to stream from, what the spool holds is stored at the start, before anything else.
         say("the archiver died too; a new one stores what its spool holds");
-        let daemon = place.start(&cluster, "127.0.0.1:0", "not streaming")?;
+        let daemon = place.daemon_at(&cluster.conninfo(), "127.0.0.1:0", "not streaming")?;
         daemon.stop()?;
     } else {
         cluster.destroy()?;

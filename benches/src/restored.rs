@@ -3,7 +3,7 @@
 use std::{
     ffi::OsStr,
     path::{Path, PathBuf},
-    process::{Output, Stdio},
+    process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail};
@@ -41,7 +41,7 @@ impl Restored {
     /// With both outputs when it fails.
     pub fn start<I: AsRef<OsStr>>(place: &Place, bin: &Path, arguments: &[I]) -> Result<Self> {
         let directory = directory()?;
-        let output = Self::run(place, bin, &directory, arguments)?;
+        let output = Self::command(place, bin, directory.path(), arguments)?.output()?;
         if !output.status.success() {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
             bail!(
@@ -59,24 +59,37 @@ impl Restored {
         })
     }
 
-    fn run<I: AsRef<OsStr>>(
+    /// Takes a server that a restore started in `data` below `directory`, to look at it and to stop it.
+    #[must_use]
+    pub fn adopt(directory: TempDir, bin: &Path, report: Value) -> Self {
+        Self {
+            directory,
+            bin: bin.to_owned(),
+            report,
+        }
+    }
+
+    /// The command that restores to `data` below `directory` and starts it there.
+    ///
+    /// # Errors
+    /// When `pitr-restore` is not built.
+    pub fn command<I: AsRef<OsStr>>(
         place: &Place,
         bin: &Path,
-        directory: &TempDir,
+        directory: &Path,
         arguments: &[I],
-    ) -> Result<Output> {
+    ) -> Result<Command> {
         let mut restore = place.program("pitr-restore")?;
-        restore
-            .arg("--target-dir")
-            .arg(directory.path().join("data"));
+        restore.arg("--target-dir").arg(directory.join("data"));
         restore.arg("--pg-bin").arg(bin).args(["--start", "--json"]);
-        let socket = format!("unix_socket_directories={}", directory.path().display());
+        let socket = format!("unix_socket_directories={}", directory.display());
         for setting in QUICK.into_iter().chain([socket.as_str()]) {
             restore.args(["--set", setting]);
         }
         // The server that it starts has its libraries beside it.
         restore.env("LD_LIBRARY_PATH", bin.join("../lib"));
-        Ok(restore.args(arguments).stdin(Stdio::null()).output()?)
+        restore.args(arguments).stdin(Stdio::null());
+        Ok(restore)
     }
 
     /// The data directory.

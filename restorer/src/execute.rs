@@ -6,7 +6,6 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::{DirBuilderExt, PermissionsExt},
     path::{Path, PathBuf},
     sync::{
         Mutex,
@@ -21,9 +20,11 @@ use crate::{Error, RestorePlan, Result, inventory::Archive};
 
 mod extract;
 mod manifest;
+mod place;
 mod settings;
 
 pub(crate) use manifest::Manifest;
+use place::{place_tablespaces, take};
 pub use settings::{Action, Recovery};
 
 /// Present while a restore is not complete.
@@ -56,7 +57,7 @@ pub fn execute(
 ) -> Result<()> {
     let backup = backup_of(archive, plan)?;
     let directory = &destination.directory;
-    let tablespaces = place_tablespaces(&backup, &destination.tablespaces)?;
+    let tablespaces = place_tablespaces(&backup, &destination.tablespaces, directory)?;
     take(directory, &backup, &tablespaces)?;
     let control = extract_all(
         &archive.repository,
@@ -90,105 +91,6 @@ fn backup_of(archive: &Archive, plan: &RestorePlan) -> Result<BackupInfo> {
                 plan.backup
             ))
         })
-}
-
-/// OID to the directory that its files go to.
-fn place_tablespaces(
-    backup: &BackupInfo,
-    mapping: &BTreeMap<PathBuf, PathBuf>,
-) -> Result<BTreeMap<u32, PathBuf>> {
-    let known: Vec<&str> = backup
-        .tablespaces
-        .iter()
-        .map(|one| one.location.as_str())
-        .collect();
-    for old in mapping.keys() {
-        if !known.iter().any(|location| Path::new(location) == old) {
-            let known = known.join(", ");
-            return Err(Error::usage(format!(
-                "--tablespace-mapping: the backup has no tablespace at {}; it has: {known}",
-                old.display()
-            )));
-        }
-    }
-    let mut placed = BTreeMap::new();
-    for tablespace in &backup.tablespaces {
-        let old = PathBuf::from(&tablespace.location);
-        // An in-place tablespace lies in the data directory and has no place of its own.
-        if old.is_relative() {
-            continue;
-        }
-        let new = mapping.get(&old).cloned().unwrap_or(old);
-        if new.is_relative() {
-            return Err(Error::usage(format!(
-                "--tablespace-mapping: {} is not absolute",
-                new.display()
-            )));
-        }
-        placed.insert(tablespace.oid, new);
-    }
-    Ok(placed)
-}
-
-/// Makes the directories ours: empty ones, or those of the same restore that was interrupted.
-fn take(directory: &Path, backup: &BackupInfo, tablespaces: &BTreeMap<u32, PathBuf>) -> Result<()> {
-    let marker = directory.join(MARKER);
-    let content = format!("restore of backup {} was not completed\n", backup.id);
-    let ours = fs::read_to_string(&marker).is_ok_and(|found| found == content);
-    for path in tablespaces
-        .values()
-        .map(PathBuf::as_path)
-        .chain([directory])
-    {
-        if !is_empty(path)? && !ours {
-            return Err(Error::usage(format!(
-                "{} is not empty and nothing in it is overwritten; give an empty or new directory",
-                path.display()
-            )));
-        }
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .map_err(Error::io("create directory", path))?;
-        if ours {
-            empty(path)?;
-        }
-        // PostgreSQL refuses a data directory that others can read.
-        fs::set_permissions(path, fs::Permissions::from_mode(0o700))
-            .map_err(Error::io("set the permissions of", path))?;
-    }
-    if !ours {
-        durable::write_new(&marker, content.as_bytes())?;
-    }
-    Ok(())
-}
-
-fn is_empty(directory: &Path) -> Result<bool> {
-    match fs::read_dir(directory) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
-        Err(error) => Err(Error::io("list", directory)(error)),
-    }
-}
-
-/// Removes everything but the marker.
-fn empty(directory: &Path) -> Result<()> {
-    for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
-        let entry = entry.map_err(Error::io("list", directory))?;
-        let path = entry.path();
-        if entry.file_name() == MARKER {
-            continue;
-        }
-        let kind = entry.file_type().map_err(Error::io("look at", &path))?;
-        let removed = if kind.is_dir() {
-            fs::remove_dir_all(&path)
-        } else {
-            fs::remove_file(&path)
-        };
-        removed.map_err(Error::io("remove", &path))?;
-    }
-    Ok(())
 }
 
 /// Extracts every slice; the content of `pg_control` is given back instead of written.

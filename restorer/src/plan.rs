@@ -10,13 +10,14 @@ use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd}
 
 use crate::{Error, Result, inventory::Inventory, target::RecoveryTarget};
 
+mod clock;
 mod in_doubt;
 mod path;
 mod stop;
 
 pub use in_doubt::PreparedTransaction;
 use path::{Coverage, cover};
-pub use path::{PathPart, timeline_path};
+pub use path::{PathPart, print_path, timeline_path};
 use stop::{Found, find_stop};
 
 /// How many late commits a plan lists; all are counted.
@@ -136,6 +137,32 @@ pub enum PlanError {
     /// There is no backup.
     #[error("no base backup is archived; take one with `wal-archiver backup`")]
     NoBackup,
+    /// The backup that was asked for is not on the way to the wanted timeline.
+    #[error(
+        "backup {backup} was taken on timeline {branch}, which the path {path} does not cross before its end at {stop_lsn}; \
+         leave out --backup, or choose with --target-timeline a timeline that continues {branch}"
+    )]
+    BackupElsewhere {
+        /// The backup.
+        backup: BackupId,
+        /// Its timeline.
+        branch: Branch,
+        /// Its end.
+        stop_lsn: Lsn,
+        /// The timelines on the way.
+        path: String,
+    },
+    /// There are backups, but none of them leads to the wanted timeline.
+    #[error(
+        "no base backup leads to timeline {wanted}: each was taken elsewhere, or ends after the path {path} left its timeline; \
+         see `pitr-restore list`, or choose another --target-timeline"
+    )]
+    NoBackupOnPath {
+        /// The timeline.
+        wanted: Branch,
+        /// The timelines on the way.
+        path: String,
+    },
     /// The target lies before the end of every backup.
     #[error(
         "no base backup ends before the target: the earliest reachable target is the end of backup {earliest}, \
@@ -149,11 +176,24 @@ pub enum PlanError {
         /// When that was.
         finished: PgTimestamp,
     },
+    /// The timeline was never archived.
+    #[error("timeline {wanted} is not archived; archived are: {known}")]
+    UnknownTimeline {
+        /// What was asked for.
+        wanted: String,
+        /// Those that are.
+        known: String,
+    },
     /// The named thing does not exist.
-    #[error("{what} is not in the archive between {from} and {to}")]
+    #[error(
+        "{what} is not in the archive of timeline {path} between {from} and {to}; see `pitr-restore list`, or choose another \
+         timeline with --target-timeline"
+    )]
     Unknown {
         /// What was asked for.
         what: String,
+        /// The timelines on the way.
+        path: String,
         /// Where it was looked for.
         from: Lsn,
         /// Until where.
@@ -193,11 +233,26 @@ pub fn plan_restore(
         path.iter()
             .any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
     };
+    let wished = wishes.backup.as_ref().and(backups.first()).cloned();
+    let archived = !backups.is_empty();
     backups.retain(reachable);
     // In the order of the WAL, which on one path is that of time.
     backups.sort_by_key(|backup| backup.start_lsn);
     let Some(oldest) = backups.first().cloned() else {
-        return Err(PlanError::NoBackup.into());
+        return Err(match (wished, path.last()) {
+            (Some(wished), _) => PlanError::BackupElsewhere {
+                backup: wished.id,
+                branch: wished.branch,
+                stop_lsn: wished.stop_lsn,
+                path: print_path(&path),
+            },
+            (None, Some(last)) if archived => PlanError::NoBackupOnPath {
+                wanted: last.branch,
+                path: print_path(&path),
+            },
+            _ => PlanError::NoBackup,
+        }
+        .into());
     };
     let mut refusal = None;
     for (index, backup) in backups.iter().enumerate().rev() {
@@ -214,7 +269,10 @@ pub fn plan_restore(
             Ok(found) => found,
             // What a newer backup can not reach, an older one may: its way is longer.
             Err(Error::Plan(error)) => {
-                refusal.get_or_insert(error.into());
+                // What is unknown to all is unknown from the oldest on.
+                if refusal.is_none() || matches!(error, PlanError::Unknown { .. }) {
+                    refusal = Some(error.into());
+                }
                 continue;
             }
             Err(error) => return Err(error),
@@ -227,8 +285,15 @@ pub fn plan_restore(
         {
             continue;
         }
-        if wishes.backup.is_none() && matches!(target, RecoveryTarget::Time { .. }) {
-            unambiguous(inventory, &path, &backups[..index], target, backup, &found)?;
+        if let RecoveryTarget::Time { time, inclusive } = *target {
+            let stops = |at: PgTimestamp| at > time || (!inclusive && at == time);
+            if !clock::is_before(inventory, &coverage, backup, &found, stops)? {
+                continue;
+            }
+            if wishes.backup.is_none() {
+                let older = &backups[..index];
+                clock::unambiguous(inventory, &path, older, target, backup, &found)?;
+            }
         }
         let reason = if index + 1 == backups.len() {
             "the newest backup".to_owned()
@@ -244,38 +309,6 @@ pub fn plan_restore(
         finished: oldest.finished,
     };
     Err(refusal.unwrap_or_else(|| earliest.into()))
-}
-
-/// PostgreSQL looks at times from the backup's redo on. If the clock went back between two backups, they stop at
-/// different records, and only a person can say which state is wanted.
-fn unambiguous(
-    inventory: &dyn Inventory,
-    path: &[PathPart],
-    older: &[BackupInfo],
-    target: &RecoveryTarget,
-    chosen: &BackupInfo,
-    found: &Found,
-) -> Result<()> {
-    for backup in older.iter().rev() {
-        let coverage = cover(inventory, path, backup.start_lsn)?;
-        if coverage.end_lsn < chosen.start_lsn {
-            break;
-        }
-        let other = find_stop(inventory, &coverage, target)?;
-        let stops_earlier = other
-            .position
-            .is_some_and(|position| position >= backup.stop_lsn);
-        if other.stop != found.stop && stops_earlier {
-            return Err(PlanError::Ambiguous {
-                newer: chosen.id.clone(),
-                newer_stop: found.stop,
-                older: backup.id.clone(),
-                older_stop: other.stop,
-            }
-            .into());
-        }
-    }
-    Ok(())
 }
 
 fn make(

@@ -4,4 +4,6 @@
 //! and more targets.
 
 mod support;
+mod tablespaces;
 mod targets;
+mod timelines;

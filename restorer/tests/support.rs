@@ -9,7 +9,7 @@ use std::{
 };
 
 use benches::{
-    cluster::Cluster,
+    cluster::{Cluster, connect},
     main_job::{Daemon, Place},
     programs::succeed,
     tools::servers_or_skip,
@@ -81,38 +81,33 @@ impl Archived {
         serde_json::from_str(&said).expect("JSON")
     }
 
-    /// Runs SQL; the first column of the first row as text.
+    /// Follows another server, which descends from the first.
+    pub(crate) fn follow(&mut self, conninfo: &str) {
+        let daemon = self
+            .place
+            .daemon_at(conninfo, "127.0.0.1:0", " INFO streaming");
+        self.daemon = Some(daemon.expect("an archiver"));
+    }
+
+    /// Runs SQL on the primary; the first column of the first row as text.
     pub(crate) fn sql(&self, sql: &str) -> String {
-        let mut client = self.cluster.connect().expect("a connection");
-        let messages = client.simple_query(sql).expect(sql);
-        let row = messages.iter().find_map(|message| match message {
-            postgres::SimpleQueryMessage::Row(row) => row.get(0),
-            _ => None,
-        });
-        row.unwrap_or_default().to_owned()
+        query(&self.cluster.conninfo(), sql)
     }
 
     /// The end of the WAL, flushed.
     pub(crate) fn end_lsn(&self) -> Lsn {
-        // Only a commit that waits flushes what asynchronous ones left behind.
-        self.sql("SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'flush', '')");
-        let lsn = self.sql("SELECT pg_current_wal_flush_lsn()");
-        lsn.parse().expect("an LSN")
-    }
-
-    /// Waits until the archiver has everything up to `lsn`.
-    pub(crate) fn wait_archived(&self, lsn: Lsn) {
-        wait_until(&format!("the archiver has {lsn}"), || {
-            self.sql("SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication")
-                .parse::<Lsn>()
-                .is_ok_and(|flushed| flushed >= lsn)
-        });
+        end_lsn(&self.cluster.conninfo())
     }
 
     /// Stops the archiver when it has everything; the end of the WAL.
     pub(crate) fn finish(&mut self) -> Lsn {
-        let end = self.end_lsn();
-        self.wait_archived(end);
+        self.finish_at(&self.cluster.conninfo())
+    }
+
+    /// As [`Archived::finish`], for the server that is followed.
+    pub(crate) fn finish_at(&mut self, conninfo: &str) -> Lsn {
+        let end = end_lsn(conninfo);
+        wait_archived(conninfo, end);
         if let Some(daemon) = self.daemon.take() {
             daemon.stop().expect("the archiver stops");
         }
@@ -123,6 +118,37 @@ impl Archived {
     pub(crate) fn pitr_restore(&self) -> Command {
         self.place.program("pitr-restore").expect("it is built")
     }
+}
+
+fn end_lsn(conninfo: &str) -> Lsn {
+    // Only a commit that waits flushes what asynchronous ones left behind.
+    let flush = "SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'flush', '')";
+    query(conninfo, flush);
+    let lsn = query(conninfo, "SELECT pg_current_wal_flush_lsn()");
+    lsn.parse().expect("an LSN")
+}
+
+/// Waits until the archiver has everything of the server up to `lsn`.
+fn wait_archived(conninfo: &str, lsn: Lsn) {
+    let flushed = "SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication";
+    wait_until(&format!("the archiver has {lsn}"), || {
+        query(conninfo, flushed)
+            .parse::<Lsn>()
+            .is_ok_and(|flushed| flushed >= lsn)
+    });
+}
+
+/// Runs SQL; the first column of the first row as text.
+pub(crate) fn query(conninfo: &str, sql: &str) -> String {
+    let mut client = connect(conninfo).expect("a connection");
+    let messages = client
+        .simple_query(sql)
+        .unwrap_or_else(|error| panic!("{sql}: {error:?}"));
+    let row = messages.iter().find_map(|message| match message {
+        postgres::SimpleQueryMessage::Row(row) => row.get(0),
+        _ => None,
+    });
+    row.unwrap_or_default().to_owned()
 }
 
 /// Both outputs of a program as text.

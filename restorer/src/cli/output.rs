@@ -8,7 +8,11 @@
 use serde::Serialize;
 use wal_format::TransactionEnd;
 
-use crate::{Error, RestorePlan, Result, list::Listing, plan::PreparedTransaction};
+use crate::{
+    Error, RestorePlan, Result,
+    list::Listing,
+    plan::{PreparedTransaction, print_path},
+};
 
 pub(super) fn line(text: &str) {
     println!("{text}");
@@ -27,12 +31,7 @@ pub(super) fn json<T: Serialize>(value: &T) -> Result<()> {
 
 pub(super) fn plan(plan: &RestorePlan) {
     println!("backup        {} ({})", plan.backup, plan.reason);
-    let path: Vec<String> = plan
-        .path
-        .iter()
-        .map(|part| part.branch.to_string())
-        .collect();
-    println!("timelines     {}", path.join(" → "));
+    println!("timelines     {}", print_path(&plan.path));
     println!("redo from     {}", plan.start_lsn);
     println!("stop          {}", plan.stop);
     if let Some(kept) = &plan.last_kept {

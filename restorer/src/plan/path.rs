@@ -4,7 +4,7 @@ use repository::WalRange;
 use serde::{Deserialize, Serialize};
 use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
 
-use super::Wishes;
+use super::{PlanError, Wishes};
 use crate::{Error, Result, inventory::Inventory};
 
 /// A timeline on the path: `[from, to)` of the WAL is replayed from it.
@@ -18,12 +18,19 @@ pub struct PathPart {
     pub to: Lsn,
 }
 
+/// The path as a person reads it.
+#[must_use]
+pub fn print_path(path: &[PathPart]) -> String {
+    let names: Vec<String> = path.iter().map(|part| part.branch.to_string()).collect();
+    names.join(" → ")
+}
+
 type Known = (Branch, Option<TimelineHistory>, Vec<u8>);
 
 /// The path to the wanted timeline; without a wish, to the newest that descends from the newest backup's.
 ///
 /// # Errors
-/// [`Error::Usage`] when the number is not archived or names two timelines.
+/// [`PlanError::UnknownTimeline`], [`Error::Usage`] when the number names two timelines.
 pub fn timeline_path(inventory: &dyn Inventory, wishes: &Wishes) -> Result<Vec<PathPart>> {
     let branches = inventory.branches()?;
     let wanted = match &wishes.timeline {
@@ -40,15 +47,23 @@ fn named(branches: &[Known], text: &str) -> Result<Branch> {
         .map(|(branch, _, _)| *branch)
         .filter(|branch| Some(branch.timeline) == by_number || branch.to_string() == text)
         .collect();
-    one_of(text, &matching)
+    one_of(text, &matching, branches)
 }
 
-fn one_of(text: &str, matching: &[Branch]) -> Result<Branch> {
+fn one_of(text: &str, matching: &[Branch], known: &[Known]) -> Result<Branch> {
     match matching {
         [branch] => Ok(*branch),
-        [] => Err(Error::usage(format!(
-            "timeline {text} is not archived; see `pitr-restore list`"
-        ))),
+        [] => {
+            let known: Vec<String> = known
+                .iter()
+                .map(|(branch, _, _)| branch.to_string())
+                .collect();
+            Err(PlanError::UnknownTimeline {
+                wanted: text.to_owned(),
+                known: known.join(", "),
+            }
+            .into())
+        }
         several => {
             let names: Vec<String> = several.iter().map(ToString::to_string).collect();
             let names = names.join(", ");
@@ -85,7 +100,7 @@ fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
         .into_iter()
         .filter(|branch| branch.timeline == greatest)
         .collect();
-    one_of(&greatest.to_string(), &matching)
+    one_of(&greatest.to_string(), &matching, branches)
 }
 
 fn wishes_none(branch: Branch, branches: &[Known]) -> bool {

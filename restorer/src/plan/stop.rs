@@ -6,7 +6,7 @@
 use repository::WalRange;
 use wal_format::{Lsn, PgTimestamp, TransactionEnd};
 
-use super::{Coverage, LATE_COMMITS_LISTED, PlanError, Stop};
+use super::{Coverage, LATE_COMMITS_LISTED, PlanError, Stop, print_path};
 use crate::{Result, inventory::Inventory, target::RecoveryTarget};
 
 /// The stop, and what is around it.
@@ -137,7 +137,14 @@ impl Walk<'_> {
 
     fn unknown(&self, what: String) -> crate::Error {
         let (from, to) = (self.coverage.start_lsn, self.coverage.end_lsn);
-        PlanError::Unknown { what, from, to }.into()
+        let path = print_path(&self.coverage.path);
+        let unknown = PlanError::Unknown {
+            what,
+            path,
+            from,
+            to,
+        };
+        unknown.into()
     }
 
     /// The refusal for what lies behind the held WAL.

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use repository::{ClusterIdentity, WalRange, WalRangeKind};
 use wal_format::{
-    BackupKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary, SystemIdentifier,
-    TimelineHistory, TransactionEndKind, WalEvent,
+    BackupKind, CheckpointKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary,
+    SystemIdentifier, TimelineHistory, TransactionEndKind, WalEvent,
 };
 
 use super::*;
@@ -189,7 +189,16 @@ proptest! {
         let behind: Vec<_> = ends.iter().filter(|(at, _, _)| at * 8 >= redo).collect();
         let oracle = behind.iter().position(|(_, time, _)| later(*time));
         let plan = plan_restore(&archive, &wanted, &Wishes::default());
+        // A backup behind the target keeps what is later: the last range with ends before the redo tells.
+        let before = |(at, _, _): &&(u64, i64, bool)| at * 8 < redo;
+        let last = ends.iter().rev().find(before).map(|(at, _, _)| at * 8 / RANGE);
+        let inside = ends.iter().filter(|end| before(end) && Some(end.0 * 8 / RANGE) == last);
+        let too_new = inside.map(|(_, time, _)| *time).max().is_some_and(later);
         match oracle {
+            _ if too_new => {
+                let refused = matches!(plan, Err(Error::Plan(PlanError::TooEarly { .. } | PlanError::BeyondArchive { .. })));
+                prop_assert!(refused, "the backup holds what is later");
+            }
             Some(index) => {
                 let plan = plan.expect("it is reachable");
                 let lsn = Lsn(behind[index].0 * 8);
@@ -269,22 +278,23 @@ fn aborts_stop_recovery_and_late_commits_are_listed() {
 
 #[test]
 fn a_clock_that_went_back_makes_the_target_ambiguous() {
+    const SECOND: i64 = 1_000_000;
     let ends = [
-        (600, 100, true),
-        (700, 110, true),
-        (1200, 50, true),
-        (1600, 105, true),
+        (600, 100 * SECOND, true),
+        (700, 110 * SECOND, true),
+        (1200, 50 * SECOND, true),
+        (1600, 105 * SECOND, true),
     ];
     let backups = vec![backup(1, 4000, 4400), backup(2, 8000, 8400)];
-    let archive = memory(&ends, backups, RANGE * 4, 200);
-    let error = refusal(&archive, &time(101));
+    let archive = memory(&ends, backups, RANGE * 4, 200 * SECOND);
+    let error = refusal(&archive, &time(101 * SECOND));
     assert!(matches!(error, PlanError::Ambiguous { .. }), "{error}");
     let id = archive.backups[1].id.clone();
     let wishes = Wishes {
         backup: Some(id),
         timeline: None,
     };
-    let plan = plan_restore(&archive, &time(101), &wishes).expect("it was chosen");
+    let plan = plan_restore(&archive, &time(101 * SECOND), &wishes).expect("it was chosen");
     assert_eq!(plan.stop, Stop::Before { lsn: Lsn(1600 * 8) });
 }
 
@@ -405,4 +415,44 @@ fn prepared_transactions_without_an_end_before_the_stop_are_in_doubt() {
     let unnamed = (9, String::new());
     assert_eq!(plan(3), [named(1), named(4), unnamed.clone()]);
     assert_eq!(plan(1004), [named(1), named(5), unnamed]);
+}
+
+#[test]
+fn a_backup_that_is_newer_than_the_target_is_not_chosen() {
+    // Nothing ends while the second backup is taken, nor between it and the target's neighbours.
+    let ends = [(600, 10, true), (700, 20, true), (1700, 40, true)];
+    let (older, newer) = (backup(1, 4000, 4400), backup(2, 8000, 8400));
+    let archive = memory(&ends, vec![older, newer.clone()], RANGE * 4, 50);
+    let plan = plan_restore(&archive, &time(15), &Wishes::default()).expect("it is reachable");
+    assert_eq!(plan.stop, Stop::Before { lsn: Lsn(700 * 8) });
+    let plan = plan_restore(&archive, &time(30), &Wishes::default()).expect("it is reachable");
+    assert_eq!(plan.backup, newer.id);
+    assert_eq!(plan.stop, Stop::Before { lsn: Lsn(1700 * 8) });
+    let alone = memory(&ends, vec![newer.clone()], RANGE * 4, 50);
+    let error = refusal(&alone, &time(15));
+    assert!(matches!(error, PlanError::TooEarly { .. }), "{error}");
+
+    // Without any WAL before it, its checkpoint tells, which is cut to seconds.
+    let mut alone = memory(
+        &[(1700, 4_000_000, true)],
+        vec![newer],
+        RANGE * 4,
+        5_000_000,
+    );
+    let checkpoint = WalEvent::Checkpoint {
+        kind: CheckpointKind::Online,
+        redo_lsn: Lsn(8000),
+        timeline: Branch::FIRST.timeline,
+        time: PgTimestamp(2_000_000),
+        next_xid: 700,
+    };
+    let (range, summary) = alone.ranges.get_mut(&RANGE).expect("a range");
+    summary.events.push((Lsn(8000), checkpoint));
+    (range.first_record_lsn, range.last_record_lsn) = (Some(Lsn(8000)), Some(Lsn(8000)));
+    assert!(matches!(
+        refusal(&alone, &time(2_999_999)),
+        PlanError::TooEarly { .. }
+    ));
+    let plan = plan_restore(&alone, &time(3_000_000), &Wishes::default());
+    assert!(plan.is_ok(), "{plan:?}");
 }

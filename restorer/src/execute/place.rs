@@ -1,0 +1,208 @@
+//! Takes the directories of a restore: empty ones, or what an unfinished restore of ours left behind.
+//!
+//! The marker names every directory that the restore may empty. What it does not name is never emptied, whatever the
+//! command line says this time.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirBuilderExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+};
+
+use repository::durable;
+use serde::{Deserialize, Serialize};
+use wal_format::{BackupId, BackupInfo};
+
+use super::MARKER;
+use crate::{Error, Result};
+
+/// Its name while it is written ([`durable::replace`]).
+const MARKER_NEW: &str = "RESTORE_INCOMPLETE.new";
+
+/// What stands in the marker while a restore is not complete.
+#[derive(Debug, Serialize, Deserialize)]
+struct Marker {
+    /// For whoever opens it.
+    note: String,
+    backup: BackupId,
+    /// The tablespaces' directories that are the restore's to empty.
+    tablespaces: Vec<PathBuf>,
+}
+
+/// OID to the directory that its files go to.
+pub(super) fn place_tablespaces(
+    backup: &BackupInfo,
+    mapping: &BTreeMap<PathBuf, PathBuf>,
+    directory: &Path,
+) -> Result<BTreeMap<u32, PathBuf>> {
+    let known: Vec<&str> = backup
+        .tablespaces
+        .iter()
+        .map(|one| one.location.as_str())
+        .collect();
+    for old in mapping.keys() {
+        if !known.iter().any(|location| Path::new(location) == old) {
+            let has = match known.as_slice() {
+                [] => "none".to_owned(),
+                some => some.join(", "),
+            };
+            return Err(Error::usage(format!(
+                "--tablespace-mapping: the backup has no tablespace at {}; it has: {has}",
+                old.display()
+            )));
+        }
+    }
+    let mut placed: BTreeMap<u32, PathBuf> = BTreeMap::new();
+    for tablespace in &backup.tablespaces {
+        let old = PathBuf::from(&tablespace.location);
+        // An in-place tablespace lies in the data directory and has no place of its own.
+        if old.is_relative() {
+            continue;
+        }
+        let new = mapping.get(&old).cloned().unwrap_or_else(|| old.clone());
+        if new.is_relative() {
+            return Err(Error::usage(format!(
+                "--tablespace-mapping: {} is not absolute",
+                new.display()
+            )));
+        }
+        // Two in one directory would mix their files; one inside the data directory would be emptied with it.
+        let (new_place, others) = (real(&new), placed.values().map(PathBuf::as_path));
+        for other in others.chain([directory]) {
+            let other = real(other);
+            if new_place.starts_with(&other) || other.starts_with(&new_place) {
+                return Err(Error::usage(format!(
+                    "the tablespace that was at {} can not be at {}, because {} is there; give it another place with \
+                     --tablespace-mapping {}=DIRECTORY",
+                    old.display(),
+                    new.display(),
+                    other.display(),
+                    old.display()
+                )));
+            }
+        }
+        placed.insert(tablespace.oid, new);
+    }
+    Ok(placed)
+}
+
+/// The path behind links, as far as it exists.
+fn real(path: &Path) -> PathBuf {
+    if let Ok(real) = fs::canonicalize(path) {
+        return real;
+    }
+    match (path.parent(), path.file_name()) {
+        (Some(parent), Some(name)) => real(parent).join(name),
+        _ => path.to_owned(),
+    }
+}
+
+/// Makes the directories ours: empty ones, or those of a restore that was interrupted.
+pub(super) fn take(
+    directory: &Path,
+    backup: &BackupInfo,
+    tablespaces: &BTreeMap<u32, PathBuf>,
+) -> Result<()> {
+    let unfinished = unfinished(directory)?;
+    if unfinished.is_none() && !is_empty(directory)? {
+        return Err(Error::usage(format!(
+            "{} is not empty and nothing in it is overwritten; give an empty or new directory",
+            directory.display()
+        )));
+    }
+    let ours = unfinished.map_or_else(Vec::new, |marker| marker.tablespaces);
+    for path in tablespaces.values() {
+        if !ours.contains(path) && !is_empty(path)? {
+            return Err(Error::usage(format!(
+                "{} is not empty and nothing in it is overwritten; put the tablespace elsewhere with \
+                 --tablespace-mapping OLD=NEW",
+                path.display()
+            )));
+        }
+    }
+    create(directory)?;
+    let mut known = ours;
+    known.extend(tablespaces.values().cloned());
+    known.sort();
+    known.dedup();
+    let marker = Marker {
+        note:
+            "This restore was not completed. Run the same command again, or remove the directory."
+                .to_owned(),
+        backup: backup.id.clone(),
+        tablespaces: known,
+    };
+    let path = directory.join(MARKER);
+    let json = serde_json::to_vec_pretty(&marker)
+        .map_err(|error| Error::io("write", &path)(error.into()))?;
+    durable::replace(&path, &json)?;
+    empty(directory)?;
+    for path in tablespaces.values() {
+        create(path)?;
+        empty(path)?;
+    }
+    Ok(())
+}
+
+/// The marker of a restore that was interrupted.
+fn unfinished(directory: &Path) -> Result<Option<Marker>> {
+    let path = directory.join(MARKER);
+    let json = match fs::read(&path) {
+        Ok(json) => json,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        // Not a directory at all: creating it says so better.
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Ok(None),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    serde_json::from_slice(&json).map(Some).map_err(|error| {
+        Error::usage(format!(
+            "{} is not a marker of this version ({error}); remove the directory, or give another one",
+            path.display()
+        ))
+    })
+}
+
+fn create(directory: &Path) -> Result<()> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .map_err(Error::io("create directory", directory))?;
+    // PostgreSQL refuses a data directory that others can read.
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o700))
+        .map_err(Error::io("set the permissions of", directory))
+}
+
+fn is_empty(directory: &Path) -> Result<bool> {
+    match fs::read_dir(directory) {
+        // A marker whose writing was interrupted is nothing either.
+        Ok(mut entries) => Ok(entries.all(|entry| {
+            entry.is_ok_and(|entry| entry.file_name().as_bytes() == MARKER_NEW.as_bytes())
+        })),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(Error::io("list", directory)(error)),
+    }
+}
+
+/// Removes everything but the marker.
+fn empty(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
+        let entry = entry.map_err(Error::io("list", directory))?;
+        let path = entry.path();
+        if entry.file_name() == MARKER {
+            continue;
+        }
+        let kind = entry.file_type().map_err(Error::io("look at", &path))?;
+        let removed = if kind.is_dir() {
+            fs::remove_dir_all(&path)
+        } else {
+            fs::remove_file(&path)
+        };
+        removed.map_err(Error::io("remove", &path))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,167 @@
+//! Two timelines, then a third with the number of the second: every state of each is reached, and what lies on another
+//! timeline is refused with the reason.
+
+use std::path::PathBuf;
+
+use benches::restored::Restored;
+
+use crate::support::{Archived, query, said, servers};
+
+/// The words that a server holds, in order.
+const WORDS: &str = "SELECT string_agg(word, ' ' ORDER BY word) FROM words";
+const NOW: &str =
+    "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')";
+
+struct Scene {
+    archived: Archived,
+    bin: PathBuf,
+}
+
+impl Scene {
+    fn restore(&self, arguments: &[&str]) -> Restored {
+        Restored::start(&self.archived.place, &self.bin, arguments)
+            .unwrap_or_else(|error| panic!("{arguments:?}: {error:?}"))
+    }
+
+    fn assert_words(&self, arguments: &[&str], expected: &str) {
+        let restored = self.restore(arguments);
+        assert_eq!(
+            query(&restored.conninfo(), WORDS),
+            expected,
+            "{arguments:?}"
+        );
+    }
+
+    fn assert_refused(&self, arguments: &[&str], code: i32, reason: &str) {
+        let mut command = self.archived.pitr_restore();
+        let done = command.arg("--dry-run").args(arguments).output();
+        let done = done.expect("it runs");
+        let (_, error) = said(&done);
+        assert_eq!(done.status.code(), Some(code), "{arguments:?}: {error}");
+        assert!(error.contains(reason), "{arguments:?}: {error}");
+        assert_eq!(error.lines().count(), 1, "{arguments:?}: {error}");
+    }
+
+    /// Writes a word; the time after it.
+    fn write(&self, conninfo: &str, word: &str) -> String {
+        query(conninfo, &format!("INSERT INTO words VALUES ('{word}')"));
+        let now = query(conninfo, NOW);
+        // The next commit must have a later time.
+        query(conninfo, "SELECT pg_sleep(0.002)");
+        now
+    }
+}
+
+#[test]
+fn every_timeline_is_reached_and_no_other_is_mixed_in() {
+    let Some((_, bin)) = servers().pop() else {
+        return;
+    };
+    let mut scene = Scene {
+        archived: Archived::start(&bin, ""),
+        bin,
+    };
+    let primary = scene.archived.cluster.conninfo();
+    scene.archived.sql("CREATE TABLE words (word text)");
+    scene.archived.backup();
+    let after_a = scene.write(&primary, "a");
+    scene.write(&primary, "b");
+    scene.archived.sql("SELECT pg_create_restore_point('fork')");
+    let before_c = query(&primary, NOW);
+    let after_c = scene.write(&primary, "c1");
+    scene
+        .archived
+        .sql("SELECT pg_create_restore_point('only on 1')");
+    scene.write(&primary, "d1");
+    scene.archived.finish();
+
+    // Timeline 2 leaves 1 at the restore point.
+    let second = scene.restore(&["--target-name=fork", "--target-action=promote"]);
+    scene.archived.follow(&second.conninfo());
+    assert_eq!(query(&second.conninfo(), WORDS), "a b");
+    scene.write(&second.conninfo(), "c2");
+    query(
+        &second.conninfo(),
+        "SELECT pg_create_restore_point('only on 2')",
+    );
+    scene.write(&second.conninfo(), "d2");
+    let mut backup = scene.archived.place.program("wal-archiver").expect("built");
+    backup.args(["--conninfo", &second.conninfo(), "backup"]);
+    benches::programs::succeed(&mut backup).expect("a backup of timeline 2");
+    scene.write(&second.conninfo(), "e2");
+    scene.archived.finish_at(&second.conninfo());
+    let listing = scene.archived.listing();
+    let on_second = listing["backups"][1]["id"].as_str().expect("two backups");
+    let on_first = listing["backups"][0]["id"].as_str().expect("two backups");
+
+    // The newest is the default; both timelines to their ends; before the fork by either.
+    let on_first_backup = format!("--backup={on_first}");
+    scene.assert_words(&[], "a b c2 d2 e2");
+    scene.assert_words(
+        &["--target-timeline=latest", &on_first_backup],
+        "a b c2 d2 e2",
+    );
+    scene.assert_words(
+        &["--target-timeline=2", "--target-name=only on 2"],
+        "a b c2",
+    );
+    scene.assert_words(&["--target-timeline=1"], "a b c1 d1");
+    scene.assert_words(
+        &["--target-timeline=1", "--target-name=only on 1"],
+        "a b c1",
+    );
+    let (time_a, time_c) = (
+        format!("--target-time={after_a}"),
+        format!("--target-time={after_c}"),
+    );
+    scene.assert_words(&["--target-timeline=2", &time_a], "a");
+    scene.assert_words(&["--target-timeline=1", &time_a], "a");
+    scene.assert_words(&["--target-timeline=1", &time_c], "a b c1");
+    // On timeline 2 nothing had been committed at that time that timeline 1 did not have before the fork.
+    scene.assert_words(&["--target-timeline=2", &time_c], "a b");
+    scene.assert_words(
+        &["--target-timeline=1", &format!("--target-time={before_c}")],
+        "a b",
+    );
+
+    scene.assert_refused(&["--target-timeline=3"], 3, "timeline 3 is not archived");
+    scene.assert_refused(
+        &["--target-timeline=2", "--target-name=only on 1"],
+        3,
+        "\"only on 1\" is not in the archive of timeline 00000001 ",
+    );
+    scene.assert_refused(
+        &["--target-timeline=1", "--target-name=only on 2"],
+        3,
+        "\"only on 2\" is not in the archive of timeline 00000001 ",
+    );
+    let on_second_backup = format!("--backup={on_second}");
+    scene.assert_refused(
+        &["--target-timeline=1", &on_second_backup],
+        3,
+        "was taken on timeline 00000002-",
+    );
+
+    // A second timeline 2, which never knew the first: the number alone is refused, the branch is not.
+    drop(second);
+    let other = scene.restore(&["--target-timeline=1", &time_a, "--target-action=promote"]);
+    std::fs::remove_dir_all(scene.archived.place.path().join("spool")).expect("the spool");
+    scene.archived.follow(&other.conninfo());
+    scene.write(&other.conninfo(), "c3");
+    scene.archived.finish_at(&other.conninfo());
+    scene.assert_refused(&["--target-timeline=2"], 2, "names several histories");
+    let listing = scene.archived.listing();
+    let windows = listing["windows"].as_array().expect("windows").iter();
+    let branches: Vec<&str> = windows
+        .filter_map(|window| window["branch"].as_str())
+        .filter(|branch| branch.starts_with("00000002"))
+        .collect();
+    assert_eq!(branches.len(), 2, "{listing}");
+    let mut found = Vec::new();
+    for branch in branches {
+        let restored = scene.restore(&[&format!("--target-timeline={branch}")]);
+        found.push(query(&restored.conninfo(), WORDS));
+    }
+    found.sort();
+    assert_eq!(found, ["a b c2 d2 e2", "a c3"]);
+}
