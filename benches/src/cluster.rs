@@ -100,6 +100,12 @@ impl Cluster {
         self.directory.path().join("data")
     }
 
+    /// Where its socket is.
+    #[must_use]
+    pub fn socket_directory(&self) -> &Path {
+        self.directory.path()
+    }
+
     /// How to reach it.
     #[must_use]
     pub fn conninfo(&self) -> String {

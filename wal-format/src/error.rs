@@ -36,6 +36,14 @@ pub enum DecodeErrorKind {
         /// What is there.
         found: Lsn,
     },
+    /// The timeline went back from one page to the next, or is none.
+    #[error("page of timeline {found} after timeline {latest}")]
+    PageTimeline {
+        /// The timeline of the page before.
+        latest: u32,
+        /// `xlp_tli`.
+        found: u32,
+    },
     /// The page belongs to another cluster.
     #[error("page of system identifier {found}")]
     SystemIdentifier {
@@ -86,9 +94,21 @@ pub enum DecodeErrorKind {
         /// Of the bytes.
         found: u32,
     },
-    /// A record of a kind we read does not have the layout of its version.
+    /// The lengths in the record contradict each other, or a record of a kind we read does not have the layout of its
+    /// version.
     #[error("record body is malformed")]
     Body,
+    /// The page voids the record before it, but its first record is no `XLOG_OVERWRITE_CONTRECORD`.
+    #[error("the page voids the record before it, and its first record does not say so")]
+    NoOverwrittenContrecord,
+    /// `XLOG_OVERWRITE_CONTRECORD` names another record than the one that its page voids.
+    #[error("the record voids {found}, and the record that is incomplete began at {expected}")]
+    OverwrittenContrecord {
+        /// The start of the incomplete record.
+        expected: Lsn,
+        /// `overwritten_lsn`.
+        found: Lsn,
+    },
     /// An earlier error: nothing more is decoded.
     #[error("decoding has stopped at an earlier error")]
     Stopped,

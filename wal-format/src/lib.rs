@@ -1,8 +1,9 @@
 //! PostgreSQL's write-ahead log and our archive of it, as types. No I/O, no async, no clock.
 //!
-//! Modules in reading order: the words ([`lsn`], [`time`], [`timeline`], [`segment`], [`system`]), the decoder that
-//! reads PostgreSQL's WAL, the [`summary`] of what a range of WAL holds, our container for that range ([`sealed`]),
-//! the files of a base backup, and [`layout`]: every key in the repository, in one enum.
+//! Modules in reading order: the words ([`lsn`], [`time`], [`timeline`], [`segment`], [`system`]), PostgreSQL's WAL
+//! ([`page`], [`record`], the streaming [`decoder`] and the [`indexer`] on top of it), the [`summary`] of what a range of
+//! WAL holds, our container for that range ([`sealed`]), the files of a base backup, and [`layout`]: every key in the
+//! repository, in one enum.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![cfg_attr(
     test,
@@ -16,10 +17,14 @@
 )]
 
 pub mod backup;
+pub mod decoder;
 pub mod error;
+mod fields;
 pub mod indexer;
 pub mod layout;
 pub mod lsn;
+pub mod page;
+pub mod record;
 mod rmgr;
 pub mod sealed;
 pub mod segment;
@@ -30,10 +35,12 @@ pub mod time;
 pub mod timeline;
 
 pub use backup::{BackupInfo, BackupKind, BackupSlice, ContinuedFile, Tablespace};
+pub use decoder::{RecordSink, WalDecoder, WalIdentity};
 pub use error::{DecodeError, DecodeErrorKind};
-pub use indexer::{WalIdentity, WalIndexer};
+pub use indexer::WalIndexer;
 pub use layout::{BackupId, ClusterName, ObjectKey};
 pub use lsn::Lsn;
+pub use record::{RecordHeader, ResourceManager, WalRecord};
 pub use sealed::{FrameCompressor, SealedFooter, SealedHeader, SealedReader, SealedWriter};
 pub use segment::{SegmentName, SegmentNo, SegmentSize, WalFileName};
 pub use summary::{

@@ -5,81 +5,58 @@
 
 use crate::{
     CheckpointKind, Lsn, PgTimestamp, PgVersion, RelationFile, SegmentSummary, TimelineId,
-    TransactionEnd, TransactionEndKind, WalEvent, summary::DROPPED_RELATIONS_MAX,
+    TransactionEnd, TransactionEndKind, WalEvent,
+    fields::Fields,
+    record::{RecordHeader, ResourceManager, WalRecord},
+    summary::DROPPED_RELATIONS_MAX,
 };
 
-const XLOG: u8 = 0;
-const XACT: u8 = 1;
-
 const SWITCH: u8 = 0x40;
-
-/// A record's header facts and body.
-#[derive(Debug)]
-pub(crate) struct RecordFacts<'a> {
-    pub(crate) version: PgVersion,
-    pub(crate) lsn: Lsn,
-    pub(crate) xid: u32,
-    pub(crate) info: u8,
-    pub(crate) rmid: u8,
-    pub(crate) body: &'a [u8],
-    /// Whether `body` is all of it.
-    pub(crate) whole: bool,
-}
+const OVERWRITE_CONTRECORD: u8 = 0xD0;
 
 /// Whether the record's body has to be kept.
-pub(crate) fn is_of_interest(rmid: u8, info: u8) -> bool {
-    match rmid {
-        XACT => matches!(info & 0x70, 0x00 | 0x10 | 0x20 | 0x30 | 0x40),
+pub(crate) fn is_of_interest(header: &RecordHeader) -> bool {
+    match header.resource_manager {
+        ResourceManager::TRANSACTION => {
+            matches!(header.info & 0x70, 0x00 | 0x10 | 0x20 | 0x30 | 0x40)
+        }
         // Everything but no-ops, OID allocation and page images.
-        XLOG => !matches!(info & 0xF0, 0x20 | 0x30 | 0xA0 | 0xB0),
+        ResourceManager::XLOG => !matches!(header.info & 0xF0, 0x20 | 0x30 | 0xA0 | 0xB0),
         _ => false,
     }
 }
 
 /// Whether the rest of the segment is unused.
-pub(crate) fn is_switch(rmid: u8, info: u8) -> bool {
-    rmid == XLOG && info & 0xF0 == SWITCH
+pub(crate) fn is_switch(header: &RecordHeader) -> bool {
+    header.resource_manager == ResourceManager::XLOG && header.info & 0xF0 == SWITCH
+}
+
+/// The start of the record that an `XLOG_OVERWRITE_CONTRECORD` voids.
+pub(crate) fn overwritten_lsn(record: &WalRecord<'_>) -> Option<Lsn> {
+    let header = &record.header;
+    if header.resource_manager != ResourceManager::XLOG
+        || header.info & 0xF0 != OVERWRITE_CONTRECORD
+    {
+        return None;
+    }
+    Fields(record.main_data()).u64().map(Lsn)
 }
 
 /// Reads a record into the summary; `None` where it does not have its version's layout.
-pub(crate) fn read(record: &RecordFacts<'_>, summary: &mut SegmentSummary) -> Option<()> {
-    let mut body = Reader(main_data(record)?);
-    match record.rmid {
-        XACT => transaction(record, &mut body, summary),
+pub(crate) fn read(record: &WalRecord<'_>, summary: &mut SegmentSummary) -> Option<()> {
+    let mut body = Fields(record.main_data());
+    match record.header.resource_manager {
+        ResourceManager::TRANSACTION => transaction(record, &mut body, summary),
         _ => xlog(record, &mut body, summary),
     }
 }
 
-/// Skips the header items of a record without block references; what follows is its main data.
-fn main_data<'a>(record: &RecordFacts<'a>) -> Option<&'a [u8]> {
-    let mut reader = Reader(record.body);
-    loop {
-        if reader.0.is_empty() && record.whole {
-            return Some(&[]);
-        }
-        match reader.u8()? {
-            255 => {
-                reader.u8()?;
-                return Some(reader.0);
-            }
-            254 => {
-                reader.u32()?;
-                return Some(reader.0);
-            }
-            253 => reader.skip(2)?,
-            252 => reader.skip(4)?,
-            // A block reference: no kind that is read here has one.
-            _ => return Some(&[]),
-        }
-    }
-}
-
 fn transaction(
-    record: &RecordFacts<'_>,
-    body: &mut Reader<'_>,
+    record: &WalRecord<'_>,
+    body: &mut Fields<'_>,
     summary: &mut SegmentSummary,
 ) -> Option<()> {
-    let kind = match record.info & 0x70 {
+    let kind = match record.header.info & 0x70 {
         0x00 => TransactionEndKind::Commit,
         0x20 => TransactionEndKind::Abort,
         0x30 => TransactionEndKind::CommitPrepared,
@@ -89,16 +66,16 @@ fn transaction(
     let time = PgTimestamp(body.i64()?);
     let mut end = TransactionEnd {
         lsn: record.lsn,
-        xid: record.xid,
+        xid: record.header.xid,
         time,
         kind,
     };
     let mut relations = Vec::new();
-    if record.info & 0x80 != 0 {
+    if record.header.info & 0x80 != 0 {
         let details = details(record, body, kind, &mut relations);
         match details {
-            Some(prepared) => end.xid = prepared.unwrap_or(record.xid),
-            None if record.whole => return None,
+            Some(prepared) => end.xid = prepared.unwrap_or(record.header.xid),
+            None if record.is_whole() => return None,
             None => {}
         }
     }
@@ -114,8 +91,8 @@ fn transaction(
 
 /// What `xinfo` announces, in its order (`ParseCommitRecord`); the prepared transaction, if it ends one.
 fn details(
-    record: &RecordFacts<'_>,
-    body: &mut Reader<'_>,
+    record: &WalRecord<'_>,
+    body: &mut Fields<'_>,
     kind: TransactionEndKind,
     relations: &mut Vec<RelationFile>,
 ) -> Option<Option<u32>> {
@@ -160,8 +137,8 @@ fn details(
 }
 
 fn prepare(
-    record: &RecordFacts<'_>,
-    body: &mut Reader<'_>,
+    record: &WalRecord<'_>,
+    body: &mut Fields<'_>,
     summary: &mut SegmentSummary,
 ) -> Option<()> {
     // `xl_xact_prepare`: 15 added two counts of dropped statistics before the length of the name.
@@ -170,11 +147,11 @@ fn prepare(
     } else {
         (46, 64)
     };
-    let mut field = Reader(body.0.get(8..)?);
+    let mut field = body.at(8)?;
     let xid = field.u32()?;
-    let mut field = Reader(body.0.get(16..)?);
+    let mut field = body.at(16)?;
     let time = PgTimestamp(field.i64()?);
-    let mut field = Reader(body.0.get(length_at..)?);
+    let mut field = body.at(length_at)?;
     let length = usize::from(field.u16()?);
     let name = body.0.get(name_at..)?.get(..length)?;
     summary.events.push((
@@ -188,22 +165,17 @@ fn prepare(
     Some(())
 }
 
-fn xlog(
-    record: &RecordFacts<'_>,
-    body: &mut Reader<'_>,
-    summary: &mut SegmentSummary,
-) -> Option<()> {
+fn xlog(record: &WalRecord<'_>, body: &mut Fields<'_>, summary: &mut SegmentSummary) -> Option<()> {
     let tracks_wal_level = record.version >= PgVersion::V17;
     let mut add = |event| summary.events.push((record.lsn, event));
-    match record.info & 0xF0 {
+    match record.header.info & 0xF0 {
         kind @ (0x00 | 0x10) => {
             let kind = if kind == 0 {
                 CheckpointKind::Shutdown
             } else {
                 CheckpointKind::Online
             };
-            let whole = body.0;
-            let at = |offset: usize| whole.get(offset..).map(Reader);
+            let at = |offset| body.at(offset);
             let redo_lsn = Lsn(at(0)?.u64()?);
             let timeline = TimelineId::new(at(8)?.u32()?)?;
             let full_page_writes = at(16)?.u8()? != 0;
@@ -255,7 +227,7 @@ fn xlog(
                 add(WalEvent::WalLevel { level });
             }
         }
-        0xD0 => add(WalEvent::OverwrittenContrecord {
+        OVERWRITE_CONTRECORD => add(WalEvent::OverwrittenContrecord {
             overwritten_lsn: Lsn(body.u64()?),
         }),
         _ => {}
@@ -267,49 +239,4 @@ fn xlog(
 fn text(bytes: &[u8]) -> String {
     let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name).into_owned()
-}
-
-/// Little-endian fields from the front.
-#[derive(Clone, Copy)]
-struct Reader<'a>(&'a [u8]);
-
-impl Reader<'_> {
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        let (now, rest) = self.0.split_first_chunk::<N>()?;
-        self.0 = rest;
-        Some(*now)
-    }
-
-    fn skip(&mut self, bytes: usize) -> Option<()> {
-        self.0 = self.0.get(bytes..)?;
-        Some(())
-    }
-
-    fn u8(&mut self) -> Option<u8> {
-        self.array::<1>().map(|[byte]| byte)
-    }
-
-    fn u16(&mut self) -> Option<u16> {
-        self.array().map(u16::from_le_bytes)
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.array().map(u32::from_le_bytes)
-    }
-
-    fn i32(&mut self) -> Option<i32> {
-        self.array().map(i32::from_le_bytes)
-    }
-
-    fn u64(&mut self) -> Option<u64> {
-        self.array().map(u64::from_le_bytes)
-    }
-
-    fn i64(&mut self) -> Option<i64> {
-        self.array().map(i64::from_le_bytes)
-    }
-
-    fn count(&mut self) -> Option<usize> {
-        self.i32().and_then(|count| usize::try_from(count).ok())
-    }
 }

@@ -29,7 +29,7 @@ fn wal(lengths: &[usize]) -> (Vec<u8>, Vec<Lsn>) {
     for length in lengths {
         page_header(&mut bytes, 0);
         let start = START.0 + bytes.len() as u64;
-        let body = vec![0xAB; length.max(&1) - 1];
+        let body = body(*length);
         let mut record = Vec::new();
         record.extend(u32::try_from(24 + body.len()).expect("short").to_le_bytes());
         record.extend(0_u32.to_le_bytes());
@@ -54,6 +54,20 @@ fn wal(lengths: &[usize]) -> (Vec<u8>, Vec<Lsn>) {
         ends.push(START.add(bytes.len() as u64));
     }
     (bytes, ends)
+}
+
+/// A body of `length` bytes, or one more, which is main data and nothing else.
+fn body(length: usize) -> Vec<u8> {
+    let mut body = match length {
+        0 => return Vec::new(),
+        1..5 => vec![255, u8::try_from(length.max(2) - 2).expect("short")],
+        _ => {
+            let main_data = u32::try_from(length - 5).expect("short");
+            [&[254][..], &main_data.to_le_bytes()].concat()
+        }
+    };
+    body.resize(length.max(2), 0xAB);
+    body
 }
 
 /// Begins a page, when one begins here.

@@ -1,0 +1,470 @@
+//! [`WalDecoder`]: WAL bytes in, as they arrive; a call of a [`RecordSink`] for each record that is complete and sound.
+//!
+//! A record that lies whole in the pushed bytes is checked where it lies. Of one that does not, the header and the front of
+//! its body are kept: never more than [`WINDOW_BYTES`]. Invariant: what is handed on passed its CRC-32C and follows the record
+//! before by `xl_prev`; and how the bytes were cut into pushes changes nothing of what is handed on or refused.
+
+use crate::{
+    Lsn, PgVersion, SegmentSize, SystemIdentifier,
+    error::{DecodeError, DecodeErrorKind},
+    lsn::PAGE_SIZE,
+    page::{LONG_HEADER_BYTES, PageFlags, PageHeader, SHORT_HEADER_BYTES},
+    record::{RECORD_HEADER_BYTES, RecordHeader, STRUCTURE_BYTES, WalRecord},
+    rmgr,
+};
+
+/// How much of a record's body is kept for its meaning: a commit with 10,000 subtransactions and dropped files fits.
+pub const WINDOW_BYTES: usize = 256 << 10;
+
+/// Whose WAL it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WalIdentity {
+    /// The major version, which decides about layouts.
+    pub version: PgVersion,
+    /// The cluster.
+    pub system_identifier: SystemIdentifier,
+    /// Its segment size.
+    pub segment_size: SegmentSize,
+}
+
+/// Who is told of records.
+pub trait RecordSink {
+    /// How many bytes of the body [`record`](Self::record) needs; it may get more, but not more than [`WINDOW_BYTES`].
+    fn window(&mut self, header: &RecordHeader) -> usize {
+        let _ = header;
+        WINDOW_BYTES
+    }
+
+    /// A record that passed every check.
+    ///
+    /// # Errors
+    /// What is wrong with its content; decoding ends there.
+    fn record(&mut self, record: &WalRecord<'_>) -> Result<(), DecodeErrorKind>;
+}
+
+/// A streaming decoder.
+#[derive(Debug)]
+pub struct WalDecoder {
+    identity: WalIdentity,
+    position: Lsn,
+    state: State,
+    /// The start of the record before, for `xl_prev`.
+    previous: Option<Lsn>,
+    valid_end_lsn: Lsn,
+    /// The timeline of the latest page; it never decreases.
+    timeline: u32,
+    page: PartialPageHeader,
+    open: OpenRecord,
+    overwrite: Overwrite,
+    failed: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The first page has not said yet whether it continues a record.
+    Start,
+    /// The rest of a record whose start is not known.
+    Skip { left: u32 },
+    /// Between records; padding up to 8 is skipped.
+    Between,
+    /// Inside a record, which is `open`.
+    Record,
+    /// After a switch: the rest of the segment is unused.
+    Switched,
+}
+
+/// A page header that did not arrive in one piece.
+#[derive(Debug)]
+struct PartialPageHeader {
+    bytes: [u8; LONG_HEADER_BYTES],
+    length: usize,
+}
+
+/// A record that is not whole in one page, or did not arrive in one piece. Its buffer is used again for the next one.
+#[derive(Debug)]
+struct OpenRecord {
+    start_lsn: Lsn,
+    header_bytes: [u8; RECORD_HEADER_BYTES],
+    /// `xl_tot_len`; known as soon as its four bytes are there, which are never split.
+    total: u32,
+    /// How much of it has come.
+    got: u32,
+    /// Valid once the header is complete.
+    header: RecordHeader,
+    crc: u32,
+    /// How much of the body is kept, and what is kept.
+    window_bytes: usize,
+    window: Vec<u8>,
+}
+
+/// What the first record of a page has to be that voids the record before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Overwrite {
+    /// Nothing was voided.
+    None,
+    /// `XLOG_OVERWRITE_CONTRECORD`, for the record that started there, where that is known.
+    Of(Option<Lsn>),
+}
+
+impl WalDecoder {
+    /// Starts at `start_lsn`, the start of a page or of a record. `previous` is the start of the record before, where known.
+    #[must_use]
+    pub fn new(identity: WalIdentity, start_lsn: Lsn, previous: Option<Lsn>) -> Self {
+        Self {
+            identity,
+            position: start_lsn,
+            state: State::Start,
+            previous,
+            valid_end_lsn: start_lsn,
+            timeline: 0,
+            page: PartialPageHeader {
+                bytes: [0; LONG_HEADER_BYTES],
+                length: 0,
+            },
+            open: OpenRecord {
+                start_lsn,
+                header_bytes: [0; RECORD_HEADER_BYTES],
+                total: 0,
+                got: 0,
+                header: RecordHeader::parse(&[0; RECORD_HEADER_BYTES]),
+                crc: 0,
+                window_bytes: 0,
+                window: Vec::new(),
+            },
+            overwrite: Overwrite::None,
+            failed: false,
+        }
+    }
+
+    /// The end of what was pushed; after an error somewhere in it.
+    #[must_use]
+    pub fn position(&self) -> Lsn {
+        self.position
+    }
+
+    /// The end of the last complete valid record, aligned to 8; the start, while there is none.
+    #[must_use]
+    pub fn valid_end_lsn(&self) -> Lsn {
+        self.valid_end_lsn
+    }
+
+    /// The start of the record that has begun and is not complete; none after an error.
+    #[must_use]
+    pub fn open_record_lsn(&self) -> Option<Lsn> {
+        (self.state == State::Record && !self.failed).then_some(self.open.start_lsn)
+    }
+
+    /// Decodes the next bytes.
+    ///
+    /// # Errors
+    /// [`DecodeError`] at the first invalid page or record, or what `sink` refused; after it nothing more is decoded.
+    pub fn push<S: RecordSink>(&mut self, bytes: &[u8], sink: &mut S) -> Result<(), DecodeError> {
+        if self.failed {
+            return Err(DecodeError {
+                lsn: self.position,
+                kind: DecodeErrorKind::Stopped,
+            });
+        }
+        let outcome = self.decode(bytes, sink);
+        self.failed = outcome.is_err();
+        outcome
+    }
+
+    fn decode<S: RecordSink>(&mut self, mut bytes: &[u8], sink: &mut S) -> Result<(), DecodeError> {
+        while !bytes.is_empty() {
+            let page = self.position.align_down(PAGE_SIZE);
+            let page_offset = as_usize(self.position.page_offset());
+            let header_bytes = PageHeader::bytes_at(page, self.identity.segment_size);
+            let now;
+            if page_offset < header_bytes {
+                (now, bytes) = split(bytes, header_bytes.saturating_sub(page_offset));
+                self.advance(now.len());
+                if now.len() == header_bytes {
+                    self.begin_page(page, now)?;
+                } else if self.page.take(now) == header_bytes {
+                    let whole = self.page.bytes;
+                    self.page.length = 0;
+                    self.begin_page(page, split(&whole, header_bytes).0)?;
+                }
+            } else {
+                (now, bytes) = split(bytes, as_usize(PAGE_SIZE).saturating_sub(page_offset));
+                self.page_data(now, sink)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.position = self.position.add(bytes as u64);
+    }
+
+    /// Checks a page header, also against the record that is open (`XLogDecodeNextRecord`).
+    fn begin_page(&mut self, page: Lsn, bytes: &[u8]) -> Result<(), DecodeError> {
+        let fail = |kind| Err(DecodeError { lsn: page, kind });
+        let at_segment_start = bytes.len() == LONG_HEADER_BYTES;
+        if self.state == State::Switched && !at_segment_start && bytes == [0; SHORT_HEADER_BYTES] {
+            // Behind a switch the server may leave pages that it never initialised.
+            return Ok(());
+        }
+        let Some(header) = PageHeader::parse(bytes) else {
+            return fail(DecodeErrorKind::PageMagic {
+                expected: self.identity.version.page_magic(),
+                found: 0,
+            });
+        };
+        header.check(&self.identity, page)?;
+        if header.timeline < self.timeline {
+            return fail(DecodeErrorKind::PageTimeline {
+                latest: self.timeline,
+                found: header.timeline,
+            });
+        }
+        self.timeline = header.timeline;
+        let found = header.remaining;
+        let expected = match self.state {
+            State::Start => found,
+            State::Skip { left } => left,
+            State::Record => self.open.total.saturating_sub(self.open.got),
+            State::Between | State::Switched => 0,
+        };
+        if header.flags.has(PageFlags::FIRST_IS_OVERWRITE_CONTRECORD) {
+            // The server crashed inside a record: it is void, and the page begins anew
+            // (`CreateOverwriteContrecordRecord`).
+            if self.state == State::Switched && !at_segment_start {
+                let found = header.flags.0;
+                return fail(DecodeErrorKind::PageFlags { found });
+            }
+            self.overwrite = Overwrite::Of(self.open_record_lsn());
+            self.state = State::Between;
+            return Ok(());
+        }
+        if expected != found {
+            return fail(DecodeErrorKind::Continuation { expected, found });
+        }
+        self.state = match self.state {
+            State::Start if found > 0 => State::Skip { left: found },
+            State::Start => State::Between,
+            State::Switched if at_segment_start => State::Between,
+            other => other,
+        };
+        Ok(())
+    }
+
+    /// Takes bytes of one page behind its header.
+    fn page_data<S: RecordSink>(
+        &mut self,
+        mut now: &[u8],
+        sink: &mut S,
+    ) -> Result<(), DecodeError> {
+        while !now.is_empty() {
+            let taken = match self.state {
+                State::Start | State::Between => {
+                    let padding = self.position.align_up(8).bytes_since(self.position);
+                    let (_, rest) = split(now, as_usize(padding));
+                    self.advance(now.len().saturating_sub(rest.len()));
+                    now = rest;
+                    if now.is_empty() {
+                        break;
+                    }
+                    self.begin_record(now, sink)?
+                }
+                State::Skip { left } => {
+                    let taken = now.len().min(left as usize);
+                    let left = left.saturating_sub(as_u32(taken));
+                    self.state = if left == 0 {
+                        State::Between
+                    } else {
+                        State::Skip { left }
+                    };
+                    taken
+                }
+                State::Record => self.continue_record(now, sink)?,
+                State::Switched => now.len(),
+            };
+            self.advance(taken);
+            now = split(now, taken).1;
+        }
+        Ok(())
+    }
+
+    /// Checks a record that lies whole in `bytes`, or begins one that does not; how many bytes it took.
+    fn begin_record<S: RecordSink>(
+        &mut self,
+        bytes: &[u8],
+        sink: &mut S,
+    ) -> Result<usize, DecodeError> {
+        let lsn = self.position;
+        let Some((header_bytes, rest)) = bytes.split_first_chunk::<RECORD_HEADER_BYTES>() else {
+            return self.begin_open_record(bytes, sink);
+        };
+        let header = RecordHeader::parse(header_bytes);
+        let at_record = |kind| DecodeError { lsn, kind };
+        RecordHeader::check_total(header.total).map_err(at_record)?;
+        let Some(body) = rest.get(..header.body_bytes()) else {
+            return self.begin_open_record(bytes, sink);
+        };
+        header
+            .check(self.identity.version, lsn, self.previous)
+            .map_err(at_record)?;
+        let body_crc = crc32c::crc32c(body);
+        let end = lsn.add(u64::from(header.total));
+        let body = split(body, window_bytes(sink, &header)).0;
+        let mut record = WalRecord::new(self.identity.version, lsn, end, header, body);
+        self.end_record(&mut record, body_crc, header_bytes, sink)?;
+        Ok(header.total as usize)
+    }
+
+    fn begin_open_record<S: RecordSink>(
+        &mut self,
+        bytes: &[u8],
+        sink: &mut S,
+    ) -> Result<usize, DecodeError> {
+        self.state = State::Record;
+        self.open.start_lsn = self.position;
+        (self.open.total, self.open.got) = (0, 0);
+        self.continue_record(bytes, sink)
+    }
+
+    /// Takes bytes of the open record; how many.
+    fn continue_record<S: RecordSink>(
+        &mut self,
+        bytes: &[u8],
+        sink: &mut S,
+    ) -> Result<usize, DecodeError> {
+        let open = &mut self.open;
+        let lsn = open.start_lsn;
+        let at_record = |kind| DecodeError { lsn, kind };
+        let mut body = bytes;
+        let got = open.got as usize;
+        if got < RECORD_HEADER_BYTES {
+            let (now, rest) = split(bytes, RECORD_HEADER_BYTES.saturating_sub(got));
+            body = rest;
+            let got = copy_at(&mut open.header_bytes, got, now);
+            open.got = as_u32(got);
+            if open.total == 0 && got >= 4 {
+                // The rest of the header is not there yet, but its place may be taken by a page's end.
+                let total = RecordHeader::parse(&open.header_bytes).total;
+                RecordHeader::check_total(total).map_err(at_record)?;
+                open.total = total;
+            }
+            if got < RECORD_HEADER_BYTES {
+                return Ok(now.len());
+            }
+            open.header = RecordHeader::parse(&open.header_bytes);
+            open.header
+                .check(self.identity.version, lsn, self.previous)
+                .map_err(at_record)?;
+            open.crc = 0;
+            open.window_bytes = window_bytes(sink, &open.header);
+            open.window.clear();
+        }
+        let before = bytes.len().saturating_sub(body.len());
+        let (now, _) = split(body, open.total.saturating_sub(open.got) as usize);
+        open.crc = crc32c::crc32c_append(open.crc, now);
+        let room = open.window_bytes.saturating_sub(open.window.len());
+        open.window.extend_from_slice(split(now, room).0);
+        open.got = open.got.saturating_add(as_u32(now.len()));
+        let taken = before.saturating_add(now.len());
+        if open.got == open.total {
+            let header_bytes = open.header_bytes;
+            // Given back below, so that its memory serves the next record.
+            let window = std::mem::take(&mut open.window);
+            let end = self.position.add(taken as u64);
+            let body_crc = open.crc;
+            let mut record = WalRecord::new(self.identity.version, lsn, end, open.header, &window);
+            let outcome = self.end_record(&mut record, body_crc, &header_bytes, sink);
+            self.open.window = window;
+            outcome?;
+        }
+        Ok(taken)
+    }
+
+    /// Checks what can only be checked at a record's end, and hands it on. `record.end_lsn` is where its last byte ends;
+    /// `body_crc` is of the whole body.
+    fn end_record<S: RecordSink>(
+        &mut self,
+        record: &mut WalRecord<'_>,
+        body_crc: u32,
+        header_bytes: &[u8; RECORD_HEADER_BYTES],
+        sink: &mut S,
+    ) -> Result<(), DecodeError> {
+        let lsn = record.lsn;
+        let at_record = |kind| DecodeError { lsn, kind };
+        let (before_crc, _) = split(header_bytes, CRC_OFFSET);
+        let (expected, found) = (
+            record.header.crc,
+            crc32c::crc32c_append(body_crc, before_crc),
+        );
+        if found != expected {
+            return Err(at_record(DecodeErrorKind::Crc { expected, found }));
+        }
+        record.read_structure().map_err(at_record)?;
+        let aligned_end = record.end_lsn.align_up(8);
+        record.end_lsn = aligned_end;
+        self.state = State::Between;
+        if rmgr::is_switch(&record.header) {
+            let size = self.identity.segment_size;
+            if size.offset_of(aligned_end) != 0 {
+                record.end_lsn = size.segment_of(aligned_end).end_lsn(size);
+                self.state = State::Switched;
+            }
+        }
+        if let Overwrite::Of(voided) = self.overwrite {
+            check_overwrite(voided, record).map_err(at_record)?;
+            self.overwrite = Overwrite::None;
+        }
+        sink.record(record).map_err(at_record)?;
+        self.previous = Some(lsn);
+        self.valid_end_lsn = aligned_end;
+        Ok(())
+    }
+}
+
+/// `offsetof(XLogRecord, xl_crc)`: the sum covers the body and then the header up to here.
+const CRC_OFFSET: usize = 20;
+
+/// Whether the first record of a page that voids the record from `voided` says so (`VerifyOverwriteContrecord`).
+fn check_overwrite(voided: Option<Lsn>, record: &WalRecord<'_>) -> Result<(), DecodeErrorKind> {
+    let found = rmgr::overwritten_lsn(record).ok_or(DecodeErrorKind::NoOverwrittenContrecord)?;
+    match voided {
+        Some(expected) if expected != found => {
+            Err(DecodeErrorKind::OverwrittenContrecord { expected, found })
+        }
+        _ => Ok(()),
+    }
+}
+
+impl PartialPageHeader {
+    /// Appends `now`; the length so far.
+    fn take(&mut self, now: &[u8]) -> usize {
+        self.length = copy_at(&mut self.bytes, self.length, now);
+        self.length
+    }
+}
+
+/// What is kept of a body: at least what its structure is checked by.
+fn window_bytes<S: RecordSink>(sink: &mut S, header: &RecordHeader) -> usize {
+    sink.window(header).clamp(STRUCTURE_BYTES, WINDOW_BYTES)
+}
+
+/// Copies `from` to the offset `at`; the offset behind it.
+fn copy_at(to: &mut [u8], at: usize, from: &[u8]) -> usize {
+    let end = at.saturating_add(from.len());
+    if let Some(place) = to.get_mut(at..end) {
+        place.copy_from_slice(from);
+    }
+    end
+}
+
+fn split(bytes: &[u8], at: usize) -> (&[u8], &[u8]) {
+    bytes.split_at_checked(at).unwrap_or((bytes, &[]))
+}
+
+/// Below one page, or bounded by it.
+fn as_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+fn as_u32(bytes: usize) -> u32 {
+    u32::try_from(bytes).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,156 @@
+//! Page headers: every 8 KiB of WAL begin with one, and the first of a segment is longer.
+//!
+//! A header says where its page belongs, so that a recycled segment's old content is never taken for new WAL.
+
+use crate::{
+    Lsn, SegmentSize, TimelineId, WalIdentity,
+    error::{DecodeError, DecodeErrorKind},
+    fields::Fields,
+    lsn::PAGE_SIZE,
+};
+
+/// `SizeOfXLogShortPHD`.
+pub const SHORT_HEADER_BYTES: usize = 24;
+/// `SizeOfXLogLongPHD`.
+pub const LONG_HEADER_BYTES: usize = 40;
+
+/// `xlp_info`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageFlags(pub u16);
+
+impl PageFlags {
+    /// `XLP_FIRST_IS_CONTRECORD`: the page begins inside a record.
+    pub const FIRST_IS_CONTRECORD: Self = Self(1);
+    /// `XLP_LONG_HEADER`: the header is the long one.
+    pub const LONG_HEADER: Self = Self(2);
+    /// `XLP_BKP_REMOVABLE`: means nothing to us.
+    pub const BKP_REMOVABLE: Self = Self(4);
+    /// `XLP_FIRST_IS_OVERWRITE_CONTRECORD`: the record that would continue here is void.
+    pub const FIRST_IS_OVERWRITE_CONTRECORD: Self = Self(8);
+    /// `XLP_ALL_FLAGS`.
+    const ALL: u16 = 0xF;
+
+    /// Whether `flag` is set.
+    #[must_use]
+    pub fn has(self, flag: Self) -> bool {
+        self.0 & flag.0 != 0
+    }
+}
+
+/// A page header (`XLogPageHeaderData`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageHeader {
+    /// `xlp_magic`, which names the version.
+    pub magic: u16,
+    /// `xlp_info`.
+    pub flags: PageFlags,
+    /// `xlp_tli`; 0 is no timeline and is refused.
+    pub timeline: u32,
+    /// `xlp_pageaddr`: where the page belongs.
+    pub address: Lsn,
+    /// `xlp_rem_len`: what is left of the record that continues here, on this page and later ones.
+    pub remaining: u32,
+    /// What the first page of a segment says besides.
+    pub long: Option<LongPageHeader>,
+}
+
+/// The rest of the first page's header (`XLogLongPageHeaderData`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LongPageHeader {
+    /// `xlp_sysid`.
+    pub system_identifier: u64,
+    /// `xlp_seg_size`.
+    pub segment_bytes: u32,
+    /// `xlp_xlog_blcksz`.
+    pub page_bytes: u32,
+}
+
+impl PageHeader {
+    /// How long the header of the page at `page` is.
+    #[must_use]
+    pub fn bytes_at(page: Lsn, segment_size: SegmentSize) -> usize {
+        if segment_size.offset_of(page) == 0 {
+            LONG_HEADER_BYTES
+        } else {
+            SHORT_HEADER_BYTES
+        }
+    }
+
+    /// Reads a header; a long one where there are bytes for it. `None` when there are too few for a short one.
+    #[must_use]
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut fields = Fields(bytes);
+        let header = Self {
+            magic: fields.u16()?,
+            flags: PageFlags(fields.u16()?),
+            timeline: fields.u32()?,
+            address: Lsn(fields.u64()?),
+            remaining: fields.u32()?,
+            long: None,
+        };
+        fields.skip(4)?;
+        let mut long = || {
+            Some(LongPageHeader {
+                system_identifier: fields.u64()?,
+                segment_bytes: fields.u32()?,
+                page_bytes: fields.u32()?,
+            })
+        };
+        Some(Self {
+            long: long(),
+            ..header
+        })
+    }
+
+    /// Checks everything that does not depend on the pages before (`XLogReaderValidatePageHeader`).
+    ///
+    /// # Errors
+    /// [`DecodeError`] with the page's place.
+    pub fn check(&self, identity: &WalIdentity, page: Lsn) -> Result<(), DecodeError> {
+        let fail = |kind| Err(DecodeError { lsn: page, kind });
+        let (expected, found) = (identity.version.page_magic(), self.magic);
+        if found != expected {
+            return fail(DecodeErrorKind::PageMagic { expected, found });
+        }
+        let continues = self.flags.has(PageFlags::FIRST_IS_CONTRECORD);
+        let overwrites = self.flags.has(PageFlags::FIRST_IS_OVERWRITE_CONTRECORD);
+        if self.flags.0 & !PageFlags::ALL != 0
+            || self.flags.has(PageFlags::LONG_HEADER) != self.long.is_some()
+            || (continues && (overwrites || self.remaining == 0))
+        {
+            let found = self.flags.0;
+            return fail(DecodeErrorKind::PageFlags { found });
+        }
+        if self.address != page {
+            let found = self.address;
+            return fail(DecodeErrorKind::PageAddress { found });
+        }
+        if TimelineId::new(self.timeline).is_none() {
+            return fail(DecodeErrorKind::PageTimeline {
+                latest: 1,
+                found: self.timeline,
+            });
+        }
+        if let Some(long) = self.long {
+            let found = long.system_identifier;
+            if found != identity.system_identifier.0 {
+                return fail(DecodeErrorKind::SystemIdentifier { found });
+            }
+            if u64::from(long.segment_bytes) != identity.segment_size.bytes()
+                || u64::from(long.page_bytes) != PAGE_SIZE
+            {
+                return fail(DecodeErrorKind::Sizes {
+                    segment_bytes: long.segment_bytes,
+                    page_bytes: long.page_bytes,
+                });
+            }
+        }
+        if !continues && self.remaining != 0 {
+            return fail(DecodeErrorKind::Continuation {
+                expected: 0,
+                found: self.remaining,
+            });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,122 @@
+//! A flipped bit is noticed, or it lies where WAL says nothing.
+//!
+//! Nothing is said by: padding behind records, four bytes of padding in a page header, `XLP_BKP_REMOVABLE`, and the data of
+//! pages behind a switch. A timeline that rises without a reason is noticed at the next page, where it falls again.
+
+use wal_format::PgVersion;
+
+use crate::writer::{OPAQUE, Outcome, PAGE, START, WalWriter, decode_whole};
+
+/// Every page's start in `wal`.
+fn pages(wal: &WalWriter) -> impl Iterator<Item = usize> {
+    (0..wal.bytes.len()).step_by(PAGE)
+}
+
+/// Whether this bit carries no meaning.
+fn is_meaningless(wal: &WalWriter, at: usize, bit: u32) -> bool {
+    let in_page = at % PAGE;
+    // `XLP_BKP_REMOVABLE`.
+    (in_page == 2 && bit == 2) || wal.meaningless.iter().any(|range| range.contains(&at))
+}
+
+/// What came is the front of what is there; and unless the bit means nothing, something is amiss.
+fn check(sound: &Outcome, flipped: &Outcome, meaningless: bool, what: &str) {
+    assert!(
+        flipped.seen.len() <= sound.seen.len()
+            && flipped.seen.iter().zip(&sound.seen).all(|(a, b)| a == b),
+        "{what} changed a record that was handed on"
+    );
+    // A length that grew waits for bytes that do not come.
+    let waits = flipped.error.is_none() && flipped.open_record_lsn.is_some();
+    if !meaningless {
+        assert!(flipped.error.is_some() || waits, "{what} went unnoticed");
+    } else {
+        assert!(flipped == sound, "{what} means something after all");
+    }
+}
+
+#[test]
+fn every_flipped_bit_of_valid_wal_is_noticed_or_means_nothing() {
+    // Over the end of a segment, so that both kinds of page header are there.
+    let mut wal = WalWriter::new(PgVersion::V18, START.add((1 << 20) - 2 * PAGE as u64));
+    wal.record(OPAQUE, b"first");
+    wal.record((1, 0x00), &7_i64.to_le_bytes());
+    wal.record(OPAQUE, &vec![5; PAGE]);
+    wal.fill(8);
+    wal.record(OPAQUE, &[9; 301]);
+    wal.fill(0);
+    wal.record(OPAQUE, &[1; 3]);
+    // A last page proves the timeline of the ones before it, and a last record ends what waits.
+    wal.fill(0);
+    let last_page = wal.bytes.len();
+    wal.record(OPAQUE, b"last");
+    let sound = decode_whole(&wal);
+    assert_eq!(sound.error, None);
+    assert_eq!(pages(&wal).count(), 5);
+    let mut flipped = wal.clone();
+    for at in 0..wal.bytes.len() {
+        for bit in 0..8 {
+            flipped.bytes[at] ^= 1 << bit;
+            // Only the last page's timeline may rise unseen.
+            let timeline_of_last = (last_page + 4..last_page + 8).contains(&at);
+            let meaningless = is_meaningless(&wal, at, bit)
+                || (timeline_of_last && at + bit as usize > last_page + 4);
+            check(
+                &sound,
+                &decode_whole(&flipped),
+                meaningless,
+                &format!("bit {bit} of byte {at}"),
+            );
+            flipped.bytes[at] = wal.bytes[at];
+        }
+    }
+}
+
+#[test]
+fn behind_a_switch_page_headers_count_and_data_does_not() {
+    let mut wal = WalWriter::new(PgVersion::V15, START);
+    wal.record(OPAQUE, b"first");
+    wal.switch();
+    wal.record(OPAQUE, b"next segment");
+    let sound = decode_whole(&wal);
+    assert_eq!(sound.error, None);
+    let mut flipped = wal.clone();
+    let unused = PAGE..wal.bytes.len() - PAGE;
+    // Every header of an unused page, and every 97th byte of its data.
+    for at in unused.filter(|at| at % PAGE < 24 || at % 97 == 0) {
+        for bit in 0..8 {
+            flipped.bytes[at] ^= 1 << bit;
+            check(
+                &sound,
+                &decode_whole(&flipped),
+                is_meaningless(&wal, at, bit),
+                &format!("bit {bit} of byte {at}"),
+            );
+            flipped.bytes[at] = wal.bytes[at];
+        }
+    }
+}
+
+#[test]
+fn wal_that_is_cut_off_gives_its_front_and_no_error() {
+    let mut wal = WalWriter::new(PgVersion::V16, START);
+    for length in [3, 300, PAGE, 40] {
+        wal.record(OPAQUE, &vec![1; length]);
+    }
+    let sound = decode_whole(&wal);
+    for length in 0..wal.bytes.len() {
+        let cut = WalWriter {
+            bytes: wal.bytes[..length].to_vec(),
+            ..wal.clone()
+        };
+        let outcome = decode_whole(&cut);
+        assert_eq!(outcome.error, None, "cut at {length}");
+        assert!(sound.seen.starts_with(&outcome.seen), "cut at {length}");
+        let whole = sound.seen.iter().filter(|seen| {
+            let end = seen.lsn.bytes_since(START) as usize + seen.header.total as usize;
+            // Over a page's end there is a header more.
+            end + 24 * (length / PAGE) <= length
+        });
+        assert!(outcome.seen.len() >= whole.count(), "cut at {length}");
+    }
+}
