@@ -32,7 +32,7 @@ pub enum Error {
         said: String,
     },
     /// A file operation failed.
-    #[error("{action} {path}: {source}", path = path.display())]
+    #[error("{action} {path}: {source}{remedy}", path = path.display(), remedy = remedy(source))]
     Io {
         /// A verb in the present tense.
         action: &'static str,
@@ -79,6 +79,22 @@ pub enum Error {
     },
 }
 
+/// What a person can do about the commonest failures of files.
+fn remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
+            "; make room and run the same command again"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "; let the user who runs this write there, or give another directory"
+        }
+        io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::NotADirectory => {
+            "; give another directory"
+        }
+        _ => "",
+    }
+}
+
 impl Error {
     pub(crate) fn io(
         action: &'static str,
@@ -89,6 +105,22 @@ impl Error {
             action,
             path,
             source,
+        }
+    }
+
+    /// What a durable file operation met on the target's side, which is no word about the repository.
+    pub(crate) fn local(error: repository::Error) -> Self {
+        match error {
+            repository::Error::Store {
+                action,
+                path,
+                source,
+            } => Self::Io {
+                action,
+                path,
+                source,
+            },
+            other => other.into(),
         }
     }
 

@@ -75,8 +75,8 @@ pub fn execute(
         sync_file_system(directory)?;
     }
     // From here on a server could start; everything it needs is on disk.
-    durable::replace(&directory.join("global/pg_control"), &control)?;
-    durable::remove(&directory.join(MARKER))?;
+    durable::replace(&directory.join("global/pg_control"), &control).map_err(Error::local)?;
+    durable::remove(&directory.join(MARKER)).map_err(Error::local)?;
     Ok(())
 }
 

@@ -82,7 +82,7 @@ pub fn start(
     action: Action,
 ) -> Result<Recovered> {
     let log = directory.join(LOG);
-    durable::remove(&log)?;
+    durable::remove(&log).map_err(Error::local)?;
     let file = OpenOptions::new()
         .create(true)
         .append(true)

@@ -91,7 +91,7 @@ fn deliver(
         }
         _ => {}
     }
-    durable::write_new(destination, &content)?;
+    durable::write_new(destination, &content).map_err(Error::local)?;
     Ok(Fetched::Delivered)
 }
 

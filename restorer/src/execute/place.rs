@@ -17,7 +17,7 @@ use repository::durable;
 use serde::{Deserialize, Serialize};
 use wal_format::{BackupId, BackupInfo};
 
-use super::MARKER;
+use super::{MARKER, PLAN_FILE};
 use crate::{Error, Result};
 
 /// Its name while it is written ([`durable::replace`]).
@@ -109,10 +109,7 @@ pub(super) fn take(
 ) -> Result<()> {
     let unfinished = unfinished(directory)?;
     if unfinished.is_none() && !is_empty(directory)? {
-        return Err(Error::usage(format!(
-            "{} is not empty and nothing in it is overwritten; give an empty or new directory",
-            directory.display()
-        )));
+        return Err(occupied(directory));
     }
     let ours = unfinished.map_or_else(Vec::new, |marker| marker.tablespaces);
     for path in tablespaces.values() {
@@ -139,13 +136,28 @@ pub(super) fn take(
     let path = directory.join(MARKER);
     let json = serde_json::to_vec_pretty(&marker)
         .map_err(|error| Error::io("write", &path)(error.into()))?;
-    durable::replace(&path, &json)?;
+    durable::replace(&path, &json).map_err(Error::local)?;
     empty(directory)?;
     for path in tablespaces.values() {
         create(path)?;
         empty(path)?;
     }
     Ok(())
+}
+
+/// Why a directory that is not empty is not taken.
+fn occupied(directory: &Path) -> Error {
+    let shown = directory.display();
+    Error::usage(if directory.join(PLAN_FILE).exists() {
+        format!(
+            "{shown} holds a restore that is complete, and nothing in it is overwritten; start it with pg_ctl -D {shown} start, \
+             or give an empty or new directory"
+        )
+    } else {
+        format!(
+            "{shown} is not empty and nothing in it is overwritten; give an empty or new directory"
+        )
+    })
 }
 
 /// The marker of a restore that was interrupted.

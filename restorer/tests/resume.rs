@@ -1,0 +1,266 @@
+//! A restore that is killed, or meets a full disk: what it leaves never starts and never looks done, and the same command
+//! again finishes it.
+
+use std::{
+    fs,
+    os::unix::fs::chown,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread::sleep,
+    time::Instant,
+};
+
+use benches::{
+    programs::{command, directory, server_user, succeed},
+    restored::Restored,
+};
+
+use crate::support::{Archived, Chance, long, query, said, servers, wait_until};
+
+const MARKER: &str = "RESTORE_INCOMPLETE";
+const SUMS: &str = "SELECT (SELECT count(*) || ' ' || sum(hashtext(filler)::bigint) FROM load) || ' ' \
+    || (SELECT count(*) FROM elsewhere)";
+
+/// An archived cluster with enough in it that a restore takes a while, and a tablespace.
+struct Scene {
+    archived: Archived,
+    bin: PathBuf,
+    places: tempfile::TempDir,
+    sums: String,
+}
+
+impl Scene {
+    fn make() -> Option<Self> {
+        let (_, bin) = servers().pop()?;
+        let places = directory().expect("a directory");
+        let tablespace = owned(&places.path().join("tablespace"));
+        let mut archived = Archived::start(&bin, "");
+        let location = tablespace.display();
+        archived.sql(&format!("CREATE TABLESPACE there LOCATION '{location}'"));
+        archived.sql(
+            "CREATE TABLE elsewhere (n int) TABLESPACE there; INSERT INTO elsewhere SELECT generate_series(1, 100000); \
+             CREATE TABLE load (number int, filler text)",
+        );
+        let load = "INSERT INTO load SELECT n, (SELECT string_agg(md5(n::text || i), '') FROM generate_series(1, 60) i) \
+                    FROM generate_series(1, 20000) n";
+        archived.sql(load);
+        archived.backup();
+        archived.sql("INSERT INTO load VALUES (0, 'last'); INSERT INTO elsewhere VALUES (0)");
+        archived.finish();
+        let sums = archived.sql(SUMS);
+        Some(Self {
+            archived,
+            bin,
+            places,
+            sums,
+        })
+    }
+
+    /// The restore into `root`, without a start.
+    fn restore(&self, root: &Path) -> Command {
+        let mut restore = self.archived.pitr_restore();
+        restore.arg("--target-dir").arg(root.join("data"));
+        restore.arg(self.mapping(&root.join("tablespace")));
+        let socket = format!("unix_socket_directories={}", root.display());
+        restore.args(["--set", "fsync=off", "--set", &socket]);
+        restore
+    }
+
+    fn mapping(&self, new: &Path) -> String {
+        let old = self.places.path().join("tablespace");
+        format!("--tablespace-mapping={}={}", old.display(), new.display())
+    }
+
+    /// Starts what was restored, and compares its content with the primary's.
+    fn prove(&self, root: tempfile::TempDir) {
+        self.verify(&root.path().join("data"));
+        let mut pg_ctl = command(&self.bin.join("pg_ctl")).expect("pg_ctl");
+        pg_ctl.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
+        pg_ctl.arg("-D").arg(root.path().join("data"));
+        pg_ctl
+            .arg("-l")
+            .arg(root.path().join("log"))
+            .args(["-w", "start"]);
+        let status = pg_ctl.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        assert!(
+            status.expect("it runs").success(),
+            "{:?}",
+            fs::read_to_string(root.path().join("log"))
+        );
+        let restored = Restored::adopt(root, &self.bin, serde_json::Value::Null);
+        wait_until("the restored server is promoted", || {
+            query(&restored.conninfo(), "SELECT pg_is_in_recovery()") == "f"
+        });
+        assert_eq!(query(&restored.conninfo(), SUMS), self.sums);
+    }
+
+    /// PostgreSQL's own word on every file of the backup.
+    fn verify(&self, data: &Path) {
+        let manifests = find(self.archived.place.path(), "backup_manifest");
+        let mut verify = command(&self.bin.join("pg_verifybackup")).expect("pg_verifybackup");
+        verify.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
+        verify.arg("-n").arg("-m").arg(&manifests[0]);
+        for ours in ["tidemark_plan.json", "tablespace_map", "pg_wal"] {
+            verify.args(["-i", ours]);
+        }
+        succeed(verify.arg(data)).expect("pg_verifybackup");
+    }
+
+    /// That an unfinished directory does not look like a cluster to PostgreSQL, nor like a finished one to us.
+    fn assert_unfinished(&self, data: &Path) {
+        assert!(data.join(MARKER).exists(), "it looks done");
+        assert!(
+            !data.join("global/pg_control").exists(),
+            "it could be started"
+        );
+        let mut postgres = command(&self.bin.join("postgres")).expect("postgres");
+        postgres.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
+        let refused = postgres.arg("-D").arg(data).output().expect("it runs");
+        assert!(!refused.status.success(), "it started");
+    }
+}
+
+/// A directory of the servers' user.
+fn owned(path: &Path) -> PathBuf {
+    fs::create_dir(path).expect("a directory");
+    if let Some((user, group)) = server_user().expect("the servers' user") {
+        chown(path, Some(user), Some(group)).expect("chown");
+    }
+    path.to_owned()
+}
+
+fn find(root: &Path, name: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root).expect("a directory").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(find(&path, name));
+        } else if entry.file_name() == name {
+            found.push(path);
+        }
+    }
+    found
+}
+
+#[test]
+fn killed_at_any_moment_it_never_looks_done_and_is_finished_by_the_same_command() {
+    let Some(scene) = Scene::make() else { return };
+    let root = directory().expect("a directory");
+    let began = Instant::now();
+    succeed(&mut scene.restore(root.path())).expect("a restore");
+    let whole = began.elapsed();
+    scene.prove(root);
+    eprintln!("a whole restore takes {whole:?}");
+
+    let mut chance = Chance::new();
+    let (mut unfinished, mut done) = (0, 0);
+    let kills = if long() { 50 } else { 10 };
+    let mut root = directory().expect("a directory");
+    let foreign = scene.places.path().join("foreign");
+    fs::create_dir(&foreign).expect("a directory");
+    fs::write(foreign.join("precious"), "somebody's").expect("a file");
+    for kill in 0..kills {
+        let mut child = scene
+            .restore(root.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("it runs");
+        let moment =
+            whole.mul_f64(f64::from(u32::try_from(chance.below(1000)).expect("small")) / 1000.0);
+        sleep(moment);
+        child.kill().expect("kill -9");
+        child.wait().expect("it is gone");
+        let data = root.path().join("data");
+        if data.join("global/pg_control").exists() {
+            // Everything is there when pg_control is; only the marker may not have gone.
+            scene.verify(&data);
+            done += 1;
+        } else if data.join(MARKER).exists() {
+            scene.assert_unfinished(&data);
+            unfinished += 1;
+            // What a restore may empty is what it named, not what it is told now.
+            let mut again = scene.archived.pitr_restore();
+            again
+                .arg("--target-dir")
+                .arg(&data)
+                .arg(scene.mapping(&foreign));
+            let refused = again.output().expect("it runs");
+            assert_eq!(refused.status.code(), Some(2), "{:?}", said(&refused));
+            assert!(foreign.join("precious").exists());
+        } else {
+            let held = fs::read_dir(&data).map_or(0, Iterator::count);
+            assert!(held <= 1, "{held} files without a marker");
+        }
+        let finished = data.join("global/pg_control").exists() && !data.join(MARKER).exists();
+        if finished || kill % 3 == 2 || kill + 1 == kills {
+            if finished {
+                let refused = scene.restore(root.path()).output().expect("it runs");
+                let (_, error) = said(&refused);
+                assert_eq!(refused.status.code(), Some(2), "{error}");
+                assert!(
+                    error.contains("holds a restore that is complete"),
+                    "{error}"
+                );
+            } else {
+                succeed(&mut scene.restore(root.path())).expect("the same command finishes it");
+            }
+            scene.prove(root);
+            root = directory().expect("a directory");
+        }
+    }
+    eprintln!("{kills} kills: {unfinished} left it unfinished, {done} came when it was done");
+    assert!(unfinished > 0, "no kill came while it was under way");
+}
+
+#[test]
+fn a_full_disk_is_said_and_the_same_command_goes_on_when_there_is_room() {
+    let Some(scene) = Scene::make() else { return };
+    let root = directory().expect("a directory");
+    let disk = owned(&root.path().join("disk"));
+    let mounted = mount(&["-t", "tmpfs", "-o", "size=16M,mode=777", "tmpfs"], &disk);
+    let mut restore = scene.restore(&disk);
+    let output = if mounted {
+        restore.output()
+    } else {
+        // Where nothing can be mounted, files may not become large.
+        let mut limited = command(Path::new("/bin/sh")).expect("a shell");
+        limited.args(["-c", "trap '' XFSZ; ulimit -f 2000; exec \"$@\"", "sh"]);
+        limited.arg(restore.get_program()).args(restore.get_args());
+        limited.output()
+    };
+    let output = output.expect("it runs");
+    let (_, error) = said(&output);
+    let outcome = std::panic::catch_unwind(|| {
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(
+            error.contains("make room and run the same command again"),
+            "{error}"
+        );
+        assert!(error.contains(&disk.display().to_string()), "{error}");
+        scene.assert_unfinished(&disk.join("data"));
+        assert!(
+            !mounted || mount(&["-o", "remount,size=1G"], &disk),
+            "a larger disk"
+        );
+        succeed(&mut scene.restore(&disk)).expect("the same command finishes it");
+        scene.verify(&disk.join("data"));
+        assert!(!disk.join("data").join(MARKER).exists());
+    });
+    if mounted {
+        let unmounted = Command::new("umount").arg(&disk).status();
+        assert!(unmounted.is_ok_and(|status| status.success()), "umount");
+    }
+    outcome.expect("what was asserted above");
+}
+
+fn mount(arguments: &[&str], place: &Path) -> bool {
+    let mut mount = Command::new("mount");
+    let status = mount
+        .args(arguments)
+        .arg(place)
+        .stderr(Stdio::null())
+        .status();
+    status.is_ok_and(|status| status.success())
+}
