@@ -2,6 +2,8 @@
 //!
 //! Without a server they are skipped loudly; under CI a missing server is a failure.
 
+mod certificates;
+mod connect;
 mod crash;
 mod faults;
 mod streaming;

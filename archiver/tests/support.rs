@@ -28,7 +28,7 @@ pub(crate) fn postgres_bin() -> Option<PathBuf> {
 }
 
 /// The user that runs servers: PostgreSQL refuses to run as root.
-fn server_user() -> Option<(u32, u32)> {
+pub(crate) fn server_user() -> Option<(u32, u32)> {
     benches::programs::server_user().expect("a user to run PostgreSQL as")
 }
 
@@ -163,6 +163,19 @@ impl Server {
 
     pub(crate) fn data(&self) -> PathBuf {
         self.dir.path().join("data")
+    }
+
+    /// Where its socket is.
+    pub(crate) fn directory(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Appends settings; the last one counts.
+    pub(crate) fn configure_more(&self, settings: &str) {
+        let path = self.data().join("postgresql.auto.conf");
+        let mut all = fs::read_to_string(&path).expect("the configuration");
+        all += &format!("{settings}\n");
+        fs::write(path, all).expect("it is written");
     }
 
     pub(crate) fn conninfo(&self) -> String {

@@ -6,6 +6,7 @@
 mod certificate;
 mod files;
 mod verifier;
+mod version1;
 
 use std::{io, sync::Arc};
 
@@ -14,6 +15,7 @@ use rustls::{
     client::Resumption,
     crypto::{CryptoProvider, aws_lc_rs},
     pki_types::{IpAddr, ServerName},
+    sign::{CertifiedKey, SingleCertAndKey},
     version::{TLS12, TLS13},
 };
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -74,7 +76,7 @@ fn config(settings: &TlsSettings, host: &Host) -> Result<ClientConfig, String> {
             .filter(|(version, _)| (settings.min_version..=settings.max_version).contains(version))
             .map(|(_, version)| version)
             .collect();
-    let builder = ClientConfig::builder_with_provider(provider)
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_protocol_versions(&versions)
         .map_err(|error| error.to_string())?
         .dangerous()
@@ -84,9 +86,21 @@ fn config(settings: &TlsSettings, host: &Host) -> Result<ClientConfig, String> {
         .as_ref()
         .map_or(Ok(None), files::client_identity)?;
     let mut config = match identity {
-        Some((chain, key)) => builder.with_client_auth_cert(chain, key).map_err(|error| {
-            format!("the client's certificate and key can not be used: {error}")
-        })?,
+        Some((chain, key)) => {
+            let key = provider
+                .key_provider
+                .load_private_key(key)
+                .map_err(|error| format!("the private key (sslkey) can not be used: {error}"))?;
+            let is_ours = chain.first().zip(key.public_key());
+            if !is_ours.is_some_and(|(ours, key)| certificate::belongs_to(ours, &key)) {
+                return Err(
+                    "the private key (sslkey) does not belong to the certificate (sslcert)"
+                        .to_owned(),
+                );
+            }
+            let certified = SingleCertAndKey::from(CertifiedKey::new(chain, key));
+            builder.with_client_cert_resolver(Arc::new(certified))
+        }
         None => builder.with_no_client_auth(),
     };
     config.alpn_protocols = vec![ALPN.to_vec()];

@@ -4,10 +4,10 @@
 
 use std::{net::IpAddr, time::Duration};
 
-use rustls::pki_types::{SubjectPublicKeyInfoDer, UnixTime};
+use rustls::pki_types::UnixTime;
 use sha2::{Digest, Sha256, Sha384, Sha512};
 use x509_cert::{
-    Certificate, Version,
+    Certificate,
     der::{Decode, Encode},
     ext::pkix::{SubjectAltName, name::GeneralName},
 };
@@ -83,12 +83,15 @@ fn pss_hash(parameters: &[u8]) -> Option<Hash> {
         .map(|(_, hash)| hash)
 }
 
-/// The public key of a certificate of X.509 version 1, which webpki does not read: older openssl makes them.
-pub(super) fn key_of_version_1(der: &[u8]) -> Option<SubjectPublicKeyInfoDer<'static>> {
-    let certificate = Certificate::from_der(der).ok()?;
-    let certificate = certificate.tbs_certificate();
-    let key = certificate.subject_public_key_info().to_der().ok()?;
-    (certificate.version() == Version::V1).then(|| SubjectPublicKeyInfoDer::from(key))
+/// Whether a key's public half is the one that the certificate is about.
+pub(super) fn belongs_to(der: &[u8], public_key: &[u8]) -> bool {
+    Certificate::from_der(der).is_ok_and(|certificate| {
+        let ours = certificate
+            .tbs_certificate()
+            .subject_public_key_info()
+            .to_der();
+        ours.is_ok_and(|ours| ours == public_key)
+    })
 }
 
 /// Whether it is past its end, or before its beginning.

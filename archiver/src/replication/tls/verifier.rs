@@ -17,7 +17,10 @@ use rustls::{
     pki_types::{CertificateDer, CertificateRevocationListDer, ServerName, UnixTime},
 };
 
-use super::certificate::{Names, Validity, key_of_version_1, validity};
+use super::{
+    certificate::{Names, Validity, validity},
+    version1,
+};
 
 /// Believes according to `sslmode` and the root certificates.
 #[derive(Debug)]
@@ -34,6 +37,9 @@ struct Chain {
     /// A self-signed certificate of the server, named as its own root, is what PostgreSQL's instructions make. webpki takes
     /// no authority for a server, so it is compared.
     roots: Vec<CertificateDer<'static>>,
+    /// Lists were given, and webpki alone reads them.
+    has_revocations: bool,
+    provider: Arc<CryptoProvider>,
 }
 
 impl Verifier {
@@ -47,6 +53,7 @@ impl Verifier {
         let chain = match roots {
             None => None,
             Some(roots) => {
+                let has_revocations = !revocations.is_empty();
                 let mut store = RootCertStore::empty();
                 let (added, _) = store.add_parsable_certificates(roots.iter().cloned());
                 if added == 0 {
@@ -58,8 +65,13 @@ impl Verifier {
                 )
                 .with_crls(revocations)
                 .build()
-                .map_err(|error| format!("sslrootcert or sslcrl can not be used: {error}"))?;
-                Some(Chain { webpki, roots })
+                .map_err(|error| format!("sslrootcert or sslcrl can not be used: {error} (revocation lists are read in version 2: openssl ca needs a crlnumber)"))?;
+                Some(Chain {
+                    webpki,
+                    roots,
+                    has_revocations,
+                    provider: Arc::clone(&provider),
+                })
             }
         };
         Ok(Self {
@@ -85,6 +97,13 @@ impl Chain {
                 Some(Validity::Future) => Err(CertificateError::NotValidYet.into()),
                 None => Err(CertificateError::BadEncoding.into()),
             };
+        }
+        let algorithms = &self.provider.signature_verification_algorithms;
+        if let Some(verdict) = version1::verify(end_entity, &self.roots, algorithms, now) {
+            if self.has_revocations {
+                return Err(CertificateError::UnknownRevocationStatus.into());
+            }
+            return Ok(verdict?);
         }
         let verified =
             self.webpki
@@ -148,7 +167,7 @@ impl ServerCertVerifier for Verifier {
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
         let algorithms = &self.provider.signature_verification_algorithms;
-        match key_of_version_1(certificate) {
+        match version1::key(certificate) {
             Some(key) => verify_tls13_signature_with_raw_key(message, &key, signature, algorithms),
             None => verify_tls13_signature(message, certificate, signature, algorithms),
         }

@@ -1,0 +1,630 @@
+//! Connections to real servers: every authentication over every transport, certificates good and bad, lists of hosts.
+
+use std::fs;
+
+use archiver::replication::{ConnInfo, ConnectionMode, Error, ReplicationClient, ReplicationStart};
+use tokio::runtime::Runtime;
+use wal_format::TimelineId;
+
+use crate::{
+    certificates::{Certificates, private_file},
+    support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_until},
+};
+
+const METHODS: [(&str, &str); 4] = [
+    ("u_trust", "trust"),
+    ("u_password", "password"),
+    ("u_md5", "md5"),
+    ("u_scram", "scram-sha-256"),
+];
+
+/// A server with TLS on 127.0.0.1, and a role for each method.
+struct Secured {
+    server: Server,
+    certificates: Certificates,
+    runtime: Runtime,
+}
+
+impl Secured {
+    fn start(bin: &std::path::Path) -> Self {
+        let certificates = Certificates::make();
+        let settings = format!(
+            "listen_addresses='127.0.0.1'\nssl=on\nssl_cert_file='{}'\nssl_key_file='{}'\nssl_ca_file='{}'",
+            certificates.shown("server.crt"),
+            certificates.shown("server.key"),
+            certificates.shown("ca.crt"),
+        );
+        let server = Server::start(bin, &settings);
+        let mut hba = "local all postgres trust\nlocal replication postgres trust\n".to_owned();
+        for (role, method) in METHODS {
+            let encryption = if method == "md5" {
+                "md5"
+            } else {
+                "scram-sha-256"
+            };
+            server.sql(&format!(
+                "SET password_encryption = '{encryption}'; CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'S3CRET'"
+            ));
+            for database in ["all", "replication"] {
+                hba += &format!("local {database} {role} {method}\n");
+                hba += &format!("host {database} {role} 127.0.0.1/32 {method}\n");
+            }
+        }
+        for role in ["u_cert", "u_tls", "u_plain", "u_nobody"] {
+            server.sql(&format!(
+                "CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'S3CRET'"
+            ));
+        }
+        server.sql("ALTER ROLE u_nobody NOREPLICATION");
+        hba += "hostssl replication u_cert 127.0.0.1/32 cert\n\
+                hostssl replication u_tls 127.0.0.1/32 trust\n\
+                hostnossl replication u_plain 127.0.0.1/32 trust\n\
+                host replication u_nobody 127.0.0.1/32 trust\n";
+        fs::write(server.data().join("pg_hba.conf"), hba).expect("pg_hba.conf");
+        let secured = Self {
+            server,
+            certificates,
+            runtime: Runtime::new().expect("a runtime"),
+        };
+        secured.restart("");
+        secured
+    }
+
+    /// Restarts with settings appended.
+    fn restart(&self, settings: &str) {
+        self.server.down("fast");
+        self.server.configure_more(settings);
+        self.server.up();
+    }
+
+    /// Gives the server another certificate.
+    fn present(&self, name: &str) {
+        self.restart(&format!(
+            "ssl_cert_file='{}'\nssl_key_file='{}'",
+            self.certificates.shown(&format!("{name}.crt")),
+            self.certificates.shown(&format!("{name}.key"))
+        ));
+    }
+
+    fn tcp(&self, settings: &str) -> String {
+        format!("hostaddr=127.0.0.1 port={} {settings}", self.server.port)
+    }
+
+    fn root(&self) -> String {
+        format!("sslrootcert={}", self.certificates.shown("ca.crt"))
+    }
+
+    fn connect(&self, conninfo: &str) -> Result<ReplicationClient, Error> {
+        let info = ConnInfo::parse(conninfo)?;
+        self.runtime
+            .block_on(ReplicationClient::connect(&info, ConnectionMode::Physical))
+    }
+
+    /// Whether the connection that stands is encrypted, as the server sees it.
+    fn is_encrypted(&self, conninfo: &str) -> bool {
+        let client = self
+            .connect(conninfo)
+            .unwrap_or_else(|error| panic!("{conninfo}: {error}"));
+        let name = client.conninfo().user().to_owned();
+        let seen = self.server.sql(&format!(
+            "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE usename = '{name}' AND backend_type = 'walsender'"
+        ));
+        drop(client);
+        wait_until("the walsender is gone", || {
+            self.server.sql(&format!(
+                "SELECT count(*) FROM pg_stat_activity WHERE usename = '{name}'"
+            )) == "0"
+        });
+        seen == "t"
+    }
+
+    fn refusal(&self, conninfo: &str, expected: &str) -> Error {
+        match self.connect(conninfo) {
+            Ok(_) => panic!("{conninfo}: taken, but \"{expected}\" was due"),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(
+                    text.contains(expected),
+                    "{conninfo}: {text}, but \"{expected}\" was due"
+                );
+                assert!(!text.contains("S3CRET") && !text.contains('\n'), "{text}");
+                error
+            }
+        }
+    }
+}
+
+#[test]
+fn every_authentication_works_over_every_transport() {
+    for (major, bin) in benches::tools::servers_or_skip() {
+        let secured = Secured::start(&bin);
+        let socket = secured.server.conninfo().replace(" user=postgres", "");
+        let tcp = secured.tcp("");
+        let root = secured.root();
+        let transports = [
+            (socket.clone(), false),
+            (format!("{socket} sslmode=verify-full"), false),
+            (format!("{tcp} sslmode=disable"), false),
+            (format!("{tcp} sslmode=allow"), false),
+            (tcp.clone(), true),
+            (format!("{tcp} sslmode=require"), true),
+            (
+                format!("{tcp} host=wrong.name sslmode=verify-ca {root}"),
+                true,
+            ),
+            (
+                format!("{tcp} host=localhost sslmode=verify-full {root}"),
+                true,
+            ),
+        ];
+        for (role, method) in METHODS {
+            for (transport, encrypted) in &transports {
+                let conninfo = format!("{transport} user={role} password=S3CRET");
+                assert_eq!(
+                    secured.is_encrypted(&conninfo),
+                    *encrypted,
+                    "{major}: {conninfo}"
+                );
+                if method != "trust" {
+                    let wrong = format!("{transport} user={role} password=wrong");
+                    let error = secured.refusal(&wrong, "check the password");
+                    assert_eq!(error.exit_kind() as u8, 2, "{error}");
+                    secured.refusal(
+                        &format!("{transport} user={role} passfile=/none"),
+                        "PGPASSWORD",
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn certificates_are_believed_as_libpq_believes_them() {
+    let Some(bin) = postgres_bin() else { return };
+    let secured = Secured::start(&bin);
+    let root = secured.root();
+    let all = secured.tcp("user=u_tls sslmode=");
+    let check = |settings: &str, expected: Result<(), &str>| {
+        let conninfo = format!("{all}{settings}");
+        match expected {
+            Ok(()) => assert!(secured.is_encrypted(&conninfo), "{conninfo}"),
+            Err(expected) => {
+                let error = secured.refusal(&conninfo, expected);
+                assert_eq!(error.exit_kind() as u8, 2, "{error}");
+            }
+        }
+    };
+    let shown = |name: &str| secured.certificates.shown(name);
+    let other = format!("sslrootcert={}", shown("other.crt"));
+    let full = |host: &str| format!("verify-full host={host} {root}");
+    check(&full("localhost"), Ok(()));
+    check(&full("DB.Example"), Ok(()));
+    check(
+        &full("whatever"),
+        Err("is for localhost, db.example, not for whatever"),
+    );
+    check(&full("127.0.0.1"), Err("not for 127.0.0.1"));
+    check(
+        &format!("verify-full {root}"),
+        Err("give host beside hostaddr"),
+    );
+    check(
+        &format!("verify-ca {other}"),
+        Err("not signed by an authority in sslrootcert"),
+    );
+    check(
+        &format!("require {other}"),
+        Err("not signed by an authority in sslrootcert"),
+    );
+    check("require sslrootcert=/nonexistent", Ok(()));
+    check(
+        "verify-ca sslrootcert=/nonexistent",
+        Err("sslrootcert=system"),
+    );
+    check(
+        &format!("verify-ca sslrootcert={}", shown("ca.key")),
+        Err("holds no PEM certificate"),
+    );
+    check(
+        "verify-full host=localhost sslrootcert=system",
+        Err("not signed by"),
+    );
+    check(
+        &format!("{} sslcrl={}", full("localhost"), shown("none.crl")),
+        Ok(()),
+    );
+    check(
+        &format!("{} sslcrl={}", full("localhost"), shown("revoked.crl")),
+        Err("was revoked"),
+    );
+    check(
+        &format!("{} sslcrl=/nonexistent", full("localhost")),
+        Err("revocation lists"),
+    );
+    for version in ["TLSv1.2", "TLSv1.3"] {
+        let only = format!("ssl_min_protocol_version={version} ssl_max_protocol_version={version}");
+        check(&format!("{} {only}", full("localhost")), Ok(()));
+    }
+    secured.refusal(
+        &secured.tcp("user=u_tls sslmode=disable"),
+        "pg_hba.conf needs a line",
+    );
+    assert!(secured.is_encrypted(&secured.tcp("user=u_tls sslmode=allow")));
+    assert!(!secured.is_encrypted(&secured.tcp("user=u_plain")));
+    secured.refusal(
+        &secured.tcp("user=u_plain sslmode=require"),
+        "pg_hba.conf needs a line",
+    );
+
+    secured.present("common");
+    check(&full("localhost"), Ok(()));
+    check(&full("db.example"), Err("not for db.example"));
+    check(&format!("verify-ca {other}"), Err("not signed by"));
+    check("require sslrootcert=/nonexistent", Ok(()));
+    for (name, host, expected) in [
+        ("elsewhere", "localhost", Err("is for elsewhere.example")),
+        ("wild", "db.example", Ok(())),
+        ("wild", "127.0.0.1", Ok(())),
+        ("wild", "a.db.example", Err("not for a.db.example")),
+        ("expired", "localhost", Err("has expired")),
+        ("expired1", "localhost", Err("has expired")),
+        ("stranger1", "localhost", Err("not signed by")),
+        ("self", "localhost", Err("not signed by")),
+    ] {
+        secured.present(name);
+        check(&full(host), expected);
+        check("require sslrootcert=/nonexistent", Ok(()));
+    }
+    check(
+        &format!(
+            "verify-full host=localhost sslrootcert={}",
+            shown("self.crt")
+        ),
+        Ok(()),
+    );
+    check(
+        &format!("verify-full host=other sslrootcert={}", shown("self.crt")),
+        Err("not for other"),
+    );
+
+    secured.restart("ssl=off");
+    secured.refusal(
+        &secured.tcp("user=u_tls sslmode=require"),
+        "does not support TLS",
+    );
+    assert!(!secured.is_encrypted(&secured.tcp("user=u_plain sslmode=prefer")));
+}
+
+#[test]
+fn scram_is_bound_to_the_servers_certificate() {
+    let Some(bin) = postgres_bin() else { return };
+    let secured = Secured::start(&bin);
+    let scram = |settings: &str| secured.tcp(&format!("user=u_scram password=S3CRET {settings}"));
+    let bound = scram("sslmode=require channel_binding=require require_auth=scram-sha-256");
+    // SHA-256, SHA-384 and SHA-512 by ECDSA, and RSA-PSS, which names its hash elsewhere.
+    for name in ["server", "common", "wild", "pss"] {
+        secured.present(name);
+        assert!(secured.is_encrypted(&bound), "{name}");
+    }
+    assert!(secured.is_encrypted(&scram("channel_binding=disable")));
+    secured.refusal(
+        &scram("sslmode=disable channel_binding=require"),
+        "is not encrypted",
+    );
+    let socket = secured
+        .server
+        .conninfo()
+        .replace("=postgres", "=u_scram password=S3CRET");
+    secured.refusal(
+        &format!("{socket} channel_binding=require"),
+        "is not encrypted",
+    );
+    for role in ["u_md5", "u_password", "u_trust"] {
+        let conninfo = bound
+            .replace("u_scram", role)
+            .replace("require_auth=scram-sha-256", "");
+        secured.refusal(&conninfo, "did not offer it");
+    }
+    secured.refusal(&scram("require_auth=md5"), "require_auth forbids");
+    let trusted = secured.tcp("user=u_trust require_auth=!none");
+    secured.refusal(&trusted, "lets everybody in");
+    // Ed25519 has no hash to bind to.
+    secured.present("ed25519");
+    assert!(secured.is_encrypted(&scram("sslmode=require")));
+    secured.refusal(&bound, "channel_binding=require");
+}
+
+#[test]
+fn a_client_shows_its_certificate() {
+    let Some(bin) = postgres_bin() else { return };
+    let secured = Secured::start(&bin);
+    let files = |certificate: &str, key: &str| {
+        format!(
+            "user=u_cert sslmode=require sslcert={} sslkey={}",
+            secured.certificates.shown(certificate),
+            secured.certificates.shown(key)
+        )
+    };
+    let ours = secured.tcp(&files("client.crt", "client.key"));
+    assert!(secured.is_encrypted(&ours));
+    for version in ["TLSv1.2", "TLSv1.3"] {
+        let only = format!("ssl_min_protocol_version={version} ssl_max_protocol_version={version}");
+        assert!(secured.is_encrypted(&format!("{ours} {only}")), "{version}");
+    }
+    let none = secured.tcp("user=u_cert sslmode=require");
+    secured.refusal(&none, "client certificate");
+    secured.refusal(&format!("{ours} sslcertmode=disable"), "client certificate");
+    secured.refusal(&ours.replace("u_cert", "u_cert_other"), "PostgreSQL at");
+    let stranger = secured.tcp(&files("stranger.crt", "stranger.key"));
+    let refused = secured.refusal(&stranger, "PostgreSQL at 127.0.0.1");
+    assert!(
+        matches!(
+            refused,
+            Error::Tls { .. } | Error::Io { .. } | Error::Closed { .. }
+        ),
+        "{refused}"
+    );
+    secured.refusal(
+        &secured.tcp(&files("client.crt", "stranger.key")),
+        "does not belong",
+    );
+    secured.refusal(&secured.tcp(&files("none.crt", "client.key")), "none.crt");
+    secured.refusal(
+        &secured.tcp(&files("client.crt", "none.key")),
+        "name the key",
+    );
+    let open = secured.certificates.path("open.key");
+    fs::copy(secured.certificates.path("client.key"), &open).expect("a copy");
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o644)).expect("chmod");
+    secured.refusal(&secured.tcp(&files("client.crt", "open.key")), "chmod 0600");
+}
+
+#[test]
+fn direct_negotiation_works_where_the_server_knows_it() {
+    for (major, bin) in benches::tools::servers_or_skip() {
+        if ![16, 17, 18].contains(&major) {
+            continue;
+        }
+        let secured = Secured::start(&bin);
+        let direct = secured.tcp("user=u_tls sslmode=require sslnegotiation=direct");
+        if major >= 17 {
+            assert!(secured.is_encrypted(&direct));
+        } else {
+            assert!(secured.connect(&direct).is_err());
+        }
+    }
+}
+
+#[test]
+fn of_several_hosts_the_first_that_fits_is_taken() {
+    let Some(bin) = postgres_bin() else { return };
+    let primary = Server::start(&bin, "");
+    let standby = Server::standby_of(&primary);
+    let runtime = Runtime::new().expect("a runtime");
+    let list = |target: &str| {
+        let directory = |server: &Server| server.directory().display().to_string();
+        format!(
+            "host=/nonexistent,{},{} port=1,{},{} user=postgres target_session_attrs={target}",
+            directory(&standby),
+            directory(&primary),
+            standby.port,
+            primary.port
+        )
+    };
+    let connect = |conninfo: &str| {
+        let info = ConnInfo::parse(conninfo).expect("it parses");
+        runtime.block_on(ReplicationClient::connect(&info, ConnectionMode::Physical))
+    };
+    let port = |target: &str| {
+        let client = connect(&list(target)).unwrap_or_else(|error| panic!("{target}: {error}"));
+        client.conninfo().hosts()[0]
+            .to_string()
+            .rsplit(':')
+            .next()
+            .map(str::to_owned)
+    };
+    let (first, second) = (
+        Some(standby.port.to_string()),
+        Some(primary.port.to_string()),
+    );
+    for (target, expected) in [
+        ("any", &first),
+        ("standby", &first),
+        ("prefer-standby", &first),
+        ("read-only", &first),
+        ("primary", &second),
+        ("read-write", &second),
+    ] {
+        assert_eq!(&port(target), expected, "{target}");
+    }
+    let only_primary = format!("{} target_session_attrs=standby", primary.conninfo());
+    let refused = connect(&only_primary).expect_err("it is none").to_string();
+    assert!(
+        refused.contains("is a primary, but target_session_attrs=standby"),
+        "{refused}"
+    );
+    let preferred = format!("{} target_session_attrs=prefer-standby", primary.conninfo());
+    connect(&preferred).expect("a primary, when there is no standby");
+    let nowhere = connect("host=/nonexistent,/nowhere user=x").expect_err("nobody is there");
+    let text = nowhere.to_string();
+    assert!(
+        text.contains("none of 2 hosts")
+            && text.contains("/nonexistent")
+            && text.contains("/nowhere"),
+        "{text}"
+    );
+    assert_eq!(nowhere.exit_kind() as u8, 5);
+
+    // The server has nothing to stream at the point where its history leaves a timeline.
+    standby.promote();
+    let mut client = connect(&standby.conninfo()).expect("it is there");
+    let second = TimelineId::new(2).expect("a timeline");
+    let history = runtime
+        .block_on(client.timeline_history(second))
+        .expect("a history");
+    let history = wal_format::TimelineHistory::parse(second, &history).expect("it parses");
+    let switch_lsn = history.ancestors[0].switch_lsn;
+    let started = client.start_replication(None, switch_lsn, TimelineId::FIRST);
+    let Ok(ReplicationStart::EndOfTimeline(mut client, Some(next))) = runtime.block_on(started)
+    else {
+        panic!("it is the end of the timeline");
+    };
+    assert_eq!((next.timeline, next.start_lsn), (second, switch_lsn));
+    runtime
+        .block_on(client.identify_system())
+        .expect("the connection goes on");
+}
+
+#[test]
+fn wal_is_streamed_over_tls_by_service_and_password_file() {
+    let Some(bin) = postgres_bin() else { return };
+    let secured = Secured::start(&bin);
+    let place = Place::new();
+    let home = tempfile::tempdir().expect("a directory");
+    fs::write(
+        home.path().join(".pg_service.conf"),
+        format!(
+            "[ours]\nhost=localhost\nhostaddr=127.0.0.1\nport={}\nuser=u_scram\nsslmode=verify-full\nsslrootcert={}\n\
+             channel_binding=require\n",
+            secured.server.port,
+            secured.certificates.shown("ca.crt")
+        ),
+    )
+    .expect("a file");
+    let passwords = home.path().join(".pgpass");
+    private_file(
+        &passwords,
+        "localhost:*:replication:u_scram:S3CRET\nlocalhost:*:postgres:u_scram:S3CRET\n",
+    );
+    secured.server.write_wal(3000);
+    let mut command = place.command("service=ours");
+    command.env("HOME", home.path());
+    let archiver = place.run_with(command);
+    archiver.wait_for_log("streaming");
+    secured.server.write_wal(3000);
+    let lsn = secured.server.lsn();
+    wait_flushed(&secured.server, lsn);
+    let seen = secured.server.sql(
+        "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'tidemark'",
+    );
+    assert_eq!(seen, "t");
+    let mut backup = place.command("service=ours");
+    let output = backup.env("HOME", home.path()).arg("backup").output();
+    succeed("backup", &output.expect("wal-archiver runs"));
+    assert!(!archiver.log().contains("S3CRET"), "{}", archiver.log());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&secured.server.data()) >= lsn);
+}
+
+#[test]
+fn bad_input_is_one_clear_line_with_its_exit_code() {
+    let Some(bin) = postgres_bin() else { return };
+    let secured = Secured::start(&bin);
+    let place = Place::new();
+    let (port, socket) = (secured.server.port, secured.server.conninfo());
+    let tcp = secured.tcp("");
+    let run = |conninfo: &str, arguments: &[&str], variables: &[(&str, &str)]| {
+        let mut command = place.command(conninfo);
+        let output = command
+            .env("NO_COLOR", "1")
+            .envs(variables.iter().copied())
+            .args(arguments)
+            .output()
+            .expect("wal-archiver runs");
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    };
+    let expect = |conninfo: &str, arguments: &[&str], code: i32, expected: &str| {
+        let (found, said) = run(conninfo, arguments, &[]);
+        assert_eq!(found, Some(code), "{conninfo}: {said}");
+        let line = said.lines().find(|line| line.contains(expected));
+        assert!(line.is_some(), "{conninfo}: \"{expected}\" was due: {said}");
+        assert!(!said.contains("S3CRET"), "{said}");
+    };
+    let check = &["check"][..];
+    let daemon = &["run", "--http", "127.0.0.1:0"][..];
+    let wrong = format!("{tcp} user=u_scram password=S3CRET-wrong");
+    for arguments in [check, daemon, &["backup"][..]] {
+        expect(&wrong, arguments, 2, "check the password");
+        expect("hots=S3CRET", arguments, 2, "did you mean \"host\"");
+        expect("host=h password=my S3CRET", arguments, 2, "quote a value");
+        expect(
+            &format!("{tcp} user=u_nobody password=S3CRET"),
+            arguments,
+            2,
+            "REPLICATION attribute",
+        );
+        expect(
+            &format!("{tcp} user=nobody password=S3CRET"),
+            arguments,
+            2,
+            "pg_hba.conf needs a line",
+        );
+        expect(
+            &format!("{tcp} user=u_tls sslmode=verify-full host=h sslrootcert=/none"),
+            arguments,
+            2,
+            "sslrootcert=system",
+        );
+    }
+    expect(
+        "postgresql://u:S3CRET%ZZ@h/",
+        &["config", "check"],
+        2,
+        "invalid %XX",
+    );
+    let (code, shown) = run("postgresql://u:S3CRET@h/", &["config", "show"], &[]);
+    assert!(
+        code == Some(0) && shown.contains("password=…") && !shown.contains("S3CRET"),
+        "{shown}"
+    );
+    for arguments in [check, &["backup"][..]] {
+        expect(
+            "host=no-such-host.invalid user=x password=S3CRET",
+            arguments,
+            5,
+            "no-such-host.invalid:5432",
+        );
+        expect(
+            "host=127.0.0.1 port=1 user=x password=S3CRET",
+            arguments,
+            5,
+            "is the server running",
+        );
+        expect(
+            &format!(
+                "host=127.0.0.1 port={port} user=u_tls sslmode=require connect_timeout=5 service=x"
+            ),
+            arguments,
+            2,
+            "is not defined",
+        );
+    }
+
+    // A password file that others can read is not used, and that is said.
+    let passwords = place.spool().with_extension("pgpass");
+    private_file(&passwords, "*:*:*:u_scram:S3CRET\n");
+    let scram = format!("{tcp} user=u_scram");
+    let named = [("PGPASSFILE", passwords.to_str().expect("UTF-8"))];
+    let (code, said) = run(&scram, check, &named);
+    assert_eq!(code, Some(0), "{said}");
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(&passwords, fs::Permissions::from_mode(0o644)).expect("chmod");
+    let (code, said) = run(&scram, check, &named);
+    assert!(
+        code == Some(2) && said.contains("chmod 0600") && said.contains("PGPASSWORD"),
+        "{said}"
+    );
+    let (code, said) = run(&scram, check, &[("PGPASSWORD", "S3CRET")]);
+    assert!(code == Some(0) && !said.contains("S3CRET"), "{said}");
+
+    secured.restart("wal_level=minimal\nmax_wal_senders=0");
+    for arguments in [check, daemon, &["backup"][..]] {
+        expect(&socket, arguments, 2, "wal_level = replica");
+    }
+}
