@@ -36,6 +36,8 @@ pub struct Job {
     pub load: Duration,
     /// Whether the archiver dies with the primary, so that its spool has to be recovered first.
     pub kill_archiver: bool,
+    /// How often the archiver is killed at a random moment while the load goes on.
+    pub kills: u32,
     /// Where HTTP is served; port 0 for any.
     pub http: String,
 }
@@ -99,6 +101,16 @@ impl Place {
     /// # Errors
     /// With its log when it never does.
     pub fn daemon_at(&self, conninfo: &str, http: &str, until: &str) -> Result<Daemon> {
+        let mut daemon = self.spawn(conninfo, http)?;
+        daemon.wait_for(|text| text.contains(until))?;
+        Ok(daemon)
+    }
+
+    /// Starts the daemon and waits for nothing.
+    ///
+    /// # Errors
+    /// When it can not be started.
+    pub fn spawn(&self, conninfo: &str, http: &str) -> Result<Daemon> {
         let path = self.path().join("archiver.log");
         let log = File::create(&path)?;
         let mut run = self.program("wal-archiver")?;
@@ -106,9 +118,7 @@ impl Place {
         run.env("TIDEMARK_LOG", "info").env("NO_COLOR", "1");
         run.stdin(Stdio::null());
         let child = run.stdout(Stdio::null()).stderr(log).spawn()?;
-        let mut daemon = Daemon { child, log: path };
-        daemon.wait_for(|text| text.contains(until))?;
-        Ok(daemon)
+        Ok(Daemon { child, log: path })
     }
 }
 
@@ -183,6 +193,12 @@ impl Drop for Daemon {
     }
 }
 
+/// From the start of a process into its steady work.
+fn random_pause() -> Duration {
+    use std::hash::{BuildHasher, RandomState};
+    Duration::from_millis(RandomState::new().hash_one(0) % 1200 + 20)
+}
+
 /// Where the daemon's log says that HTTP is served.
 pub(crate) fn served_address(log: &str) -> Option<SocketAddr> {
     let line = log.lines().find(|line| line.contains("serving HTTP"))?;
@@ -198,7 +214,7 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     say("starting a throwaway PostgreSQL");
     let cluster = Cluster::start(&job.bin, job.segment_mib, "")?;
     let place = Place::new()?;
-    let daemon = place.daemon(&cluster, &job.http)?;
+    let mut daemon = place.daemon(&cluster, &job.http)?;
     let address = daemon.address()?.context("its log names no address")?;
     say(&format!(
         "streaming its WAL; dashboard at http://{address} while this runs"
@@ -220,6 +236,18 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     say(&said);
     std::thread::sleep(job.load / 2);
     let middle = Timestamp::now();
+    for kill in 0..job.kills {
+        if kill == 0 {
+            say("killing the archiver at random moments");
+        }
+        daemon.kill()?;
+        daemon = place.spawn(&cluster.conninfo(), "127.0.0.1:0")?;
+        std::thread::sleep(random_pause());
+    }
+    if job.kills > 0 {
+        daemon.kill()?;
+        daemon = place.daemon(&cluster, "127.0.0.1:0")?;
+    }
     std::thread::sleep(job.load / 2);
     say("killing the primary with -9 and removing its data directory");
     let disaster = Instant::now();

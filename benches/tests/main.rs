@@ -11,6 +11,7 @@ fn job(bin: std::path::PathBuf, segment_mib: u32, kill_archiver: bool) -> main_j
         clients: 4,
         load: Duration::from_secs(3),
         kill_archiver,
+        kills: 0,
         http: "127.0.0.1:0".to_owned(),
     }
 }
@@ -29,4 +30,24 @@ fn nothing_acknowledged_is_lost_on_any_version() {
             "{outcome:?}"
         );
     }
+}
+
+#[test]
+fn killed_again_and_again_the_archiver_loses_nothing_acknowledged() {
+    let Some((major, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let kills = if std::env::var_os("TIDEMARK_LONG").is_some() {
+        100
+    } else {
+        6
+    };
+    // Small segments: a kill meets every step of completing one.
+    let job = main_job::Job {
+        kills,
+        ..job(bin, 1, true)
+    };
+    let outcome = main_job::run(&job, &|text| eprintln!("PostgreSQL {major}: {text}"))
+        .unwrap_or_else(|error| panic!("PostgreSQL {major}: {error:?}"));
+    assert!(outcome.latest.acknowledged > 50, "{outcome:?}");
 }

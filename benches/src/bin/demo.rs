@@ -25,6 +25,7 @@ fn main() -> Result<()> {
         clients: 4,
         load: Duration::from_secs(10),
         kill_archiver: false,
+        kills: 0,
         http: http_address().to_owned(),
     };
     let began = Instant::now();
