@@ -5,7 +5,10 @@
 
 use wal_format::PgVersion;
 
-use crate::writer::{OPAQUE, Outcome, PAGE, START, WalWriter, decode_whole};
+use crate::{
+    golden,
+    writer::{OPAQUE, Outcome, PAGE, START, WalWriter, decode, decode_whole},
+};
 
 /// Every page's start in `wal`.
 fn pages(wal: &WalWriter) -> impl Iterator<Item = usize> {
@@ -118,5 +121,57 @@ fn wal_that_is_cut_off_gives_its_front_and_no_error() {
             end + 24 * (length / PAGE) <= length
         });
         assert!(outcome.seen.len() >= whole.count(), "cut at {length}");
+    }
+}
+
+#[test]
+fn flipped_bits_of_real_wal_are_noticed_or_mean_nothing() {
+    let mut state = 0x9E37_79B9_7F4A_7C15_u64;
+    let mut random = |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state % below as u64) as usize
+    };
+    for version in PgVersion::ALL {
+        let (identity, start, bytes) = golden::wal(version);
+        let decode = |bytes: &[u8]| decode(identity, start, 0, [bytes]);
+        // Up to the end of a record, so that none stays open.
+        let whole = decode(&bytes);
+        let last = whole.seen.last().expect("records").clone();
+        let end = last.end_lsn.bytes_since(start) as usize;
+        let mut bytes = bytes[..end].to_vec();
+        let sound = decode(&bytes);
+        assert_eq!((sound.error, sound.open_record_lsn), (None, None));
+        let last_page = end / PAGE * PAGE;
+        let mut noticed = 0;
+        for _ in 0..500 {
+            let (at, bit) = (random(end), random(8));
+            bytes[at] ^= 1 << bit;
+            let flipped = decode(&bytes);
+            bytes[at] ^= 1 << bit;
+            if flipped == sound {
+                // What of it is padding: behind a record, in a page header; or the last page's timeline.
+                let lsn = start.add(at as u64);
+                let behind = sound.seen.iter().rfind(|seen| seen.lsn <= lsn);
+                let padding = behind.is_none_or(|seen| seen.end_lsn.bytes_since(lsn) < 8);
+                let in_page = at % PAGE;
+                let header =
+                    (20..24).contains(&in_page) || in_page == 2 || (at >= last_page && in_page < 8);
+                assert!(
+                    padding || header,
+                    "PostgreSQL {version}: bit {bit} of byte {at} went unnoticed"
+                );
+            } else {
+                check(
+                    &sound,
+                    &flipped,
+                    false,
+                    &format!("PostgreSQL {version}: bit {bit} of byte {at}"),
+                );
+                noticed += 1;
+            }
+        }
+        assert!(noticed > 400, "PostgreSQL {version}: {noticed}");
     }
 }

@@ -8,5 +8,7 @@
 
 mod contrecords;
 mod corruption;
+mod golden;
 mod streaming;
+mod waldump;
 mod writer;

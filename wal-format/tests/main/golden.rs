@@ -1,0 +1,78 @@
+//! PostgreSQL's own WAL, 13 to 18, and what `pg_waldump` printed of it.
+//!
+//! `fixtures` holds the first 304 KiB of a segment in which every index type, prepared transactions, subtransactions and page
+//! images of every compression come up; the text is of the records that end in it, printed with `TZ=UTC`. `TIDEMARK_FIXTURES=DIR
+//! cargo test --release -p benches --test decoder golden` makes them anew; `zstd -19` compresses them.
+
+use std::path::Path;
+
+use wal_format::{
+    Lsn, PgVersion, SegmentSize, SystemIdentifier, TransactionEndKind, WalEvent, WalIdentity,
+    page::PageHeader,
+};
+
+use crate::waldump::{self, Line};
+
+fn read(name: &str) -> Vec<u8> {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let stored = std::fs::read(directory.join(name)).expect(name);
+    zstd::decode_all(stored.as_slice()).expect(name)
+}
+
+/// The excerpt of this version's WAL, and where it starts.
+pub(crate) fn wal(version: PgVersion) -> (WalIdentity, Lsn, Vec<u8>) {
+    let bytes = read(&format!("pg{version}.wal.zst"));
+    let page = PageHeader::parse(&bytes).expect("a page header");
+    let long = page.long.expect("of a segment's first page");
+    let identity = WalIdentity {
+        version: PgVersion::from_page_magic(page.magic).expect("a known version"),
+        system_identifier: SystemIdentifier(long.system_identifier),
+        segment_size: SegmentSize::new(u64::from(long.segment_bytes)).expect("a size"),
+    };
+    assert_eq!(identity.version, version);
+    (identity, page.address, bytes)
+}
+
+#[test]
+fn every_record_is_the_one_that_pg_waldump_printed() {
+    for version in PgVersion::ALL {
+        let (identity, start, bytes) = wal(version);
+        let text = String::from_utf8(read(&format!("pg{version}.waldump.zst"))).expect("text");
+        let theirs = text.lines().map(|line| Line::parse(line).expect(line));
+        for pieces in [bytes.len(), 8192, 100, 1] {
+            let (ours, _) = waldump::lines(identity, start, bytes.chunks(pieces)).expect("WAL");
+            for (ours, theirs) in ours.iter().zip(theirs.clone()) {
+                assert_eq!(*ours, theirs, "PostgreSQL {version}");
+            }
+            assert_eq!(ours.len(), theirs.clone().count(), "PostgreSQL {version}");
+            assert!(ours.len() > 900, "PostgreSQL {version}: {}", ours.len());
+        }
+    }
+}
+
+#[test]
+fn the_summary_knows_every_end_of_a_transaction() {
+    for version in PgVersion::ALL {
+        let (identity, start, bytes) = wal(version);
+        let (lines, summary) = waldump::lines(identity, start, [bytes.as_slice()]).expect("WAL");
+        let ends = lines.iter().filter(|line| line.end.is_some()).count();
+        let prepared = summary
+            .events
+            .iter()
+            .filter(|(_, event)| matches!(event, WalEvent::Prepare { .. }));
+        assert_eq!(summary.transactions.len() + prepared.count(), ends);
+        let of = |kind| {
+            summary
+                .transactions
+                .iter()
+                .filter(move |end| end.kind == kind)
+                .count()
+        };
+        assert!(of(TransactionEndKind::Commit) > 5 && of(TransactionEndKind::Abort) > 5);
+        assert!(
+            of(TransactionEndKind::CommitPrepared) > 0,
+            "PostgreSQL {version}"
+        );
+        assert_eq!(summary.record_count, lines.len() as u64);
+    }
+}
