@@ -7,8 +7,8 @@ use tokio::runtime::Runtime;
 use wal_format::TimelineId;
 
 use crate::{
-    certificates::{Certificates, private_file},
-    support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_until},
+    certificates::Certificates,
+    support::{Server, postgres_bin, wait_until},
 };
 
 const METHODS: [(&str, &str); 4] = [
@@ -19,14 +19,14 @@ const METHODS: [(&str, &str); 4] = [
 ];
 
 /// A server with TLS on 127.0.0.1, and a role for each method.
-struct Secured {
-    server: Server,
-    certificates: Certificates,
+pub(crate) struct Secured {
+    pub(crate) server: Server,
+    pub(crate) certificates: Certificates,
     runtime: Runtime,
 }
 
 impl Secured {
-    fn start(bin: &std::path::Path) -> Self {
+    pub(crate) fn start(bin: &std::path::Path) -> Self {
         let certificates = Certificates::make();
         let settings = format!(
             "listen_addresses='127.0.0.1'\nssl=on\nssl_cert_file='{}'\nssl_key_file='{}'\nssl_ca_file='{}'",
@@ -71,7 +71,7 @@ impl Secured {
     }
 
     /// Restarts with settings appended.
-    fn restart(&self, settings: &str) {
+    pub(crate) fn restart(&self, settings: &str) {
         self.server.down("fast");
         self.server.configure_more(settings);
         self.server.up();
@@ -86,7 +86,7 @@ impl Secured {
         ));
     }
 
-    fn tcp(&self, settings: &str) -> String {
+    pub(crate) fn tcp(&self, settings: &str) -> String {
         format!("hostaddr=127.0.0.1 port={} {settings}", self.server.port)
     }
 
@@ -256,6 +256,9 @@ fn certificates_are_believed_as_libpq_believes_them() {
         &secured.tcp("user=u_plain sslmode=require"),
         "pg_hba.conf needs a line",
     );
+    // With prefer an authority that is not believed is a reason to go without, as in libpq.
+    let prefer = secured.tcp(&format!("user=u_scram password=S3CRET {other}"));
+    assert!(!secured.is_encrypted(&prefer));
 
     secured.present("common");
     check(&full("localhost"), Ok(()));
@@ -475,156 +478,4 @@ fn of_several_hosts_the_first_that_fits_is_taken() {
     runtime
         .block_on(client.identify_system())
         .expect("the connection goes on");
-}
-
-#[test]
-fn wal_is_streamed_over_tls_by_service_and_password_file() {
-    let Some(bin) = postgres_bin() else { return };
-    let secured = Secured::start(&bin);
-    let place = Place::new();
-    let home = tempfile::tempdir().expect("a directory");
-    fs::write(
-        home.path().join(".pg_service.conf"),
-        format!(
-            "[ours]\nhost=localhost\nhostaddr=127.0.0.1\nport={}\nuser=u_scram\nsslmode=verify-full\nsslrootcert={}\n\
-             channel_binding=require\n",
-            secured.server.port,
-            secured.certificates.shown("ca.crt")
-        ),
-    )
-    .expect("a file");
-    let passwords = home.path().join(".pgpass");
-    private_file(
-        &passwords,
-        "localhost:*:replication:u_scram:S3CRET\nlocalhost:*:postgres:u_scram:S3CRET\n",
-    );
-    secured.server.write_wal(3000);
-    let mut command = place.command("service=ours");
-    command.env("HOME", home.path());
-    let archiver = place.run_with(command);
-    archiver.wait_for_log("streaming");
-    secured.server.write_wal(3000);
-    let lsn = secured.server.lsn();
-    wait_flushed(&secured.server, lsn);
-    let seen = secured.server.sql(
-        "SELECT bool_and(ssl) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE application_name = 'tidemark'",
-    );
-    assert_eq!(seen, "t");
-    let mut backup = place.command("service=ours");
-    let output = backup.env("HOME", home.path()).arg("backup").output();
-    succeed("backup", &output.expect("wal-archiver runs"));
-    assert!(!archiver.log().contains("S3CRET"), "{}", archiver.log());
-    assert_eq!(archiver.terminate().code(), Some(0));
-    assert!(place.assert_equals_pg_wal(&secured.server.data()) >= lsn);
-}
-
-#[test]
-fn bad_input_is_one_clear_line_with_its_exit_code() {
-    let Some(bin) = postgres_bin() else { return };
-    let secured = Secured::start(&bin);
-    let place = Place::new();
-    let (port, socket) = (secured.server.port, secured.server.conninfo());
-    let tcp = secured.tcp("");
-    let run = |conninfo: &str, arguments: &[&str], variables: &[(&str, &str)]| {
-        let mut command = place.command(conninfo);
-        let output = command
-            .env("NO_COLOR", "1")
-            .envs(variables.iter().copied())
-            .args(arguments)
-            .output()
-            .expect("wal-archiver runs");
-        let said = [output.stdout, output.stderr].concat();
-        (
-            output.status.code(),
-            String::from_utf8_lossy(&said).into_owned(),
-        )
-    };
-    let expect = |conninfo: &str, arguments: &[&str], code: i32, expected: &str| {
-        let (found, said) = run(conninfo, arguments, &[]);
-        assert_eq!(found, Some(code), "{conninfo}: {said}");
-        let line = said.lines().find(|line| line.contains(expected));
-        assert!(line.is_some(), "{conninfo}: \"{expected}\" was due: {said}");
-        assert!(!said.contains("S3CRET"), "{said}");
-    };
-    let check = &["check"][..];
-    let daemon = &["run", "--http", "127.0.0.1:0"][..];
-    let wrong = format!("{tcp} user=u_scram password=S3CRET-wrong");
-    for arguments in [check, daemon, &["backup"][..]] {
-        expect(&wrong, arguments, 2, "check the password");
-        expect("hots=S3CRET", arguments, 2, "did you mean \"host\"");
-        expect("host=h password=my S3CRET", arguments, 2, "quote a value");
-        expect(
-            &format!("{tcp} user=u_nobody password=S3CRET"),
-            arguments,
-            2,
-            "REPLICATION attribute",
-        );
-        expect(
-            &format!("{tcp} user=nobody password=S3CRET"),
-            arguments,
-            2,
-            "pg_hba.conf needs a line",
-        );
-        expect(
-            &format!("{tcp} user=u_tls sslmode=verify-full host=h sslrootcert=/none"),
-            arguments,
-            2,
-            "sslrootcert=system",
-        );
-    }
-    expect(
-        "postgresql://u:S3CRET%ZZ@h/",
-        &["config", "check"],
-        2,
-        "invalid %XX",
-    );
-    let (code, shown) = run("postgresql://u:S3CRET@h/", &["config", "show"], &[]);
-    assert!(
-        code == Some(0) && shown.contains("password=…") && !shown.contains("S3CRET"),
-        "{shown}"
-    );
-    for arguments in [check, &["backup"][..]] {
-        expect(
-            "host=no-such-host.invalid user=x password=S3CRET",
-            arguments,
-            5,
-            "no-such-host.invalid:5432",
-        );
-        expect(
-            "host=127.0.0.1 port=1 user=x password=S3CRET",
-            arguments,
-            5,
-            "is the server running",
-        );
-        expect(
-            &format!(
-                "host=127.0.0.1 port={port} user=u_tls sslmode=require connect_timeout=5 service=x"
-            ),
-            arguments,
-            2,
-            "is not defined",
-        );
-    }
-
-    // A password file that others can read is not used, and that is said.
-    let passwords = place.spool().with_extension("pgpass");
-    private_file(&passwords, "*:*:*:u_scram:S3CRET\n");
-    let scram = format!("{tcp} user=u_scram");
-    let named = [("PGPASSFILE", passwords.to_str().expect("UTF-8"))];
-    let (code, said) = run(&scram, check, &named);
-    assert_eq!(code, Some(0), "{said}");
-    use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(&passwords, fs::Permissions::from_mode(0o644)).expect("chmod");
-    let (code, said) = run(&scram, check, &named);
-    assert!(
-        code == Some(2) && said.contains("chmod 0600") && said.contains("PGPASSWORD"),
-        "{said}"
-    );
-    let (code, said) = run(&scram, check, &[("PGPASSWORD", "S3CRET")]);
-    assert!(code == Some(0) && !said.contains("S3CRET"), "{said}");
-
-    secured.restart("wal_level=minimal\nmax_wal_senders=0");
-    for arguments in [check, daemon, &["backup"][..]] {
-        expect(&socket, arguments, 2, "wal_level = replica");
-    }
 }

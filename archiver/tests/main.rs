@@ -4,6 +4,7 @@
 
 mod certificates;
 mod connect;
+mod conninfo;
 mod crash;
 mod faults;
 mod streaming;

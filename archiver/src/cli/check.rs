@@ -80,9 +80,10 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
         }
     };
     let version = client.server_version().clone();
+    let encryption = client.encryption().unwrap_or("no TLS");
     report.ok(
         "replication connection",
-        "established, the role may replicate",
+        &format!("established with {encryption}, the role may replicate"),
     );
     let major = u16::try_from(version.num / 10_000).unwrap_or(u16::MAX);
     match PgVersion::try_from(major) {
@@ -99,6 +100,14 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
                 "\"{}\" does not exist yet; `wal-archiver run` creates it",
                 cluster.slot
             ),
+        ),
+        Ok(Some(slot)) if !slot.physical => report.fail(
+            "replication slot",
+            &format!(
+                "\"{}\" is a logical slot; name another one as slot in the configuration",
+                cluster.slot
+            ),
+            ExitKind::Usage,
         ),
         Ok(Some(slot)) if slot.wal_status.as_deref() == Some("lost") => report.fail(
             "replication slot",
@@ -120,7 +129,9 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
         }
         Err(error) => report.fail_with("replication slot", &error.into()),
     }
-    match client.identify_system().await {
+    let identified = client.identify_system().await;
+    client.close().await;
+    match identified {
         Ok(system) => {
             report.ok(
                 "server",

@@ -291,6 +291,7 @@ impl Source {
                     }
                     last_report(archive.status(), &mut sender, floor).await;
                     if end != StreamEnd::Timeline {
+                        sender.close().await;
                         return Ok(end);
                     }
                     receiver.finish_timeline(sender).await?

@@ -39,9 +39,11 @@ pub struct SystemIdentity {
     pub flush_lsn: Lsn,
 }
 
-/// A physical replication slot.
+/// A replication slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotInfo {
+    /// Whether it is physical: a logical one keeps no WAL for us.
+    pub physical: bool,
     /// The first WAL it keeps.
     pub restart_lsn: Option<Lsn>,
     /// Whether a walsender uses it.
@@ -123,6 +125,17 @@ impl ReplicationClient {
     #[must_use]
     pub fn conninfo(&self) -> &ConnInfo {
         &self.info
+    }
+
+    /// The version of TLS, when the connection is encrypted.
+    #[must_use]
+    pub fn encryption(&self) -> Option<&'static str> {
+        self.reader.encryption()
+    }
+
+    /// Ends the connection in order.
+    pub async fn close(self) {
+        self.writer.close().await;
     }
 
     /// The server's version.
@@ -226,13 +239,15 @@ impl ReplicationClient {
         let quoted = name.replace('\'', "''");
         let rows = sql
             .query(&format!(
-                "SELECT restart_lsn::text, active::text, wal_status FROM pg_catalog.pg_replication_slots \
+                "SELECT restart_lsn::text, active::text, wal_status, slot_type FROM pg_catalog.pg_replication_slots \
                  WHERE slot_name = '{quoted}'"
             ))
             .await?;
+        sql.close().await;
         Ok(rows.into_iter().next().map(|row| {
             let field = |at: usize| row.get(at).cloned().flatten();
             SlotInfo {
+                physical: field(3).as_deref() != Some("logical"),
                 restart_lsn: field(0).and_then(|lsn| lsn.parse().ok()),
                 active: field(1).as_deref() == Some("true"),
                 wal_status: field(2),

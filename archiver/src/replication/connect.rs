@@ -276,9 +276,9 @@ impl Attempt<'_> {
         let (mut reader, mut writer) = if encrypted {
             let secured = Box::pin(tls::secure(&self.info.tls, self.host, stream)).await?;
             end_point = secured.end_point;
-            halves(secured.stream, &place)
+            halves(secured.stream, Some(secured.version), &place)
         } else {
-            halves(stream, &place)
+            halves(stream, None, &place)
         };
         self.start_up(&mut writer).await?;
         let authentication = Authenticate {
@@ -409,5 +409,78 @@ fn shuffle<T>(items: &mut [T]) {
     for at in (1..items.len()).rev() {
         let other = usize::try_from(chance.hash_one(at) % (at as u64 + 1)).unwrap_or(at);
         items.swap(at, other);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    /// A port that takes connections and says nothing.
+    fn silent() -> (TcpListener, u16) {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("an address").port();
+        (listener, port)
+    }
+
+    #[tokio::test]
+    async fn the_sockets_options_are_those_of_the_connection_text() {
+        let (_listener, port) = silent();
+        let open = async |settings: &str| {
+            let text = format!("hostaddr=127.0.0.1 port={port} {settings}");
+            let info = ConnInfo::parse(&text).expect("it parses");
+            let stream = TcpStream::connect(("127.0.0.1", port))
+                .await
+                .expect("it connects");
+            tune(&stream, &info.tcp).expect("it is tuned");
+            stream
+        };
+        let tuned = open(
+            "keepalives_idle=77 keepalives_interval=7 keepalives_count=3 tcp_user_timeout=12345",
+        )
+        .await;
+        assert!(sockopt::socket_keepalive(&tuned).expect("a flag"));
+        assert_eq!(
+            sockopt::tcp_keepidle(&tuned).expect("an option"),
+            Duration::from_secs(77)
+        );
+        assert_eq!(
+            sockopt::tcp_keepintvl(&tuned).expect("an option"),
+            Duration::from_secs(7)
+        );
+        assert_eq!(sockopt::tcp_keepcnt(&tuned).expect("an option"), 3);
+        assert_eq!(
+            sockopt::tcp_user_timeout(&tuned).expect("an option"),
+            12_345
+        );
+        let without = open("keepalives=0 keepalives_idle=77").await;
+        assert!(!sockopt::socket_keepalive(&without).expect("a flag"));
+        assert_ne!(
+            sockopt::tcp_keepidle(&without).expect("an option"),
+            Duration::from_secs(77)
+        );
+    }
+
+    #[tokio::test]
+    async fn a_host_that_says_nothing_is_left_after_connect_timeout() {
+        let (_first, first) = silent();
+        let (_second, second) = silent();
+        let text = format!(
+            "hostaddr=127.0.0.1,127.0.0.1 port={first},{second} user=x connect_timeout=1 sslmode=disable"
+        );
+        let info = ConnInfo::parse(&text).expect("it parses");
+        let refused = connect(&info, ConnectionMode::Physical)
+            .await
+            .expect_err("nobody speaks");
+        let text = refused.to_string();
+        for port in [first, second] {
+            assert!(
+                text.contains(&format!("127.0.0.1:{port}: no answer within 1 s")),
+                "{text}"
+            );
+        }
+        assert!(matches!(refused, Error::Hosts { .. }) && refused.is_unreachable());
     }
 }

@@ -42,6 +42,8 @@ pub(super) struct Reader {
     /// Oldest first; one is free again when the last message in it is dropped.
     spent: VecDeque<BytesMut>,
     message_bytes_max: usize,
+    /// The version of TLS, when it is encrypted.
+    encryption: Option<&'static str>,
     place: String,
 }
 
@@ -69,13 +71,18 @@ impl fmt::Debug for Writer {
 }
 
 /// The halves of a stream to a server that has not authenticated us yet.
-pub(super) fn halves(stream: impl Duplex + 'static, place: &str) -> (Reader, Writer) {
+pub(super) fn halves(
+    stream: impl Duplex + 'static,
+    encryption: Option<&'static str>,
+    place: &str,
+) -> (Reader, Writer) {
     let (stream, sink) = tokio::io::split(stream);
     let reader = Reader {
         stream: Box::new(stream),
         buffer: BytesMut::new(),
         spent: VecDeque::new(),
         message_bytes_max: STRANGER_BYTES_MAX,
+        encryption,
         place: place.to_owned(),
     };
     let writer = Writer {
@@ -119,6 +126,11 @@ impl Reader {
     /// The server knows us; its messages may be long now.
     pub(super) fn trust(&mut self) {
         self.message_bytes_max = MESSAGE_BYTES_MAX;
+    }
+
+    /// The version of TLS, when it is encrypted.
+    pub(super) fn encryption(&self) -> Option<&'static str> {
+        self.encryption
     }
 
     /// The next message. Cancel-safe: what was read stays in the buffer.
@@ -259,6 +271,14 @@ impl Writer {
         .await;
         self.buffer.clear();
         sent.map_err(|source| Error::of_io(&self.place, source))
+    }
+
+    /// Says good-bye: a server that sees a connection just end writes a line into its log. It may be gone already.
+    pub(super) async fn close(mut self) {
+        self.put(b'X', &[]);
+        if self.flush().await.is_ok() {
+            drop(self.stream.shutdown().await);
+        }
     }
 
     /// Puts a message together by hand.

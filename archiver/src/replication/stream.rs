@@ -181,6 +181,11 @@ impl StatusSender {
         Self { writer }
     }
 
+    /// Ends the stream for good. What was sent before is read by the server before.
+    pub async fn close(self) {
+        self.writer.close().await;
+    }
+
     /// Tells the server how far we are.
     ///
     /// # Errors

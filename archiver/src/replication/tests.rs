@@ -417,7 +417,7 @@ fn remedies_are_told_for_what_administrators_meet() {
     let check = |code: &str, text: &str, exit: u8, remedy: &str| {
         let (mut reader, _) = runtime().block_on(async {
             let (ours, _) = duplex(1);
-            halves(ours, "db:5432")
+            halves(ours, None, "db:5432")
         });
         reader.trust();
         let body = Bytes::from(format!("SFATAL\0VFATAL\0C{code}\0M{text}\0\0"));

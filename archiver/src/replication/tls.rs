@@ -34,6 +34,7 @@ pub(super) struct Secured<S> {
     pub(super) stream: TlsStream<S>,
     /// The hash of the server's certificate (`tls-server-end-point`), when its signature has one.
     pub(super) end_point: Option<Vec<u8>>,
+    pub(super) version: &'static str,
 }
 
 /// Encrypts a stream to a server that is ready for it.
@@ -64,7 +65,15 @@ pub(super) async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
     let end_point = session
         .peer_certificates()
         .and_then(|chain| certificate::end_point_hash(chain.first()?));
-    Ok(Secured { stream, end_point })
+    let version = match session.protocol_version() {
+        Some(rustls::ProtocolVersion::TLSv1_2) => "TLSv1.2",
+        _ => "TLSv1.3",
+    };
+    Ok(Secured {
+        stream,
+        end_point,
+        version,
+    })
 }
 
 fn config(settings: &TlsSettings, host: &Host) -> Result<ClientConfig, String> {

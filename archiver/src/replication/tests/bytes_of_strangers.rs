@@ -33,7 +33,7 @@ async fn heard(said: Vec<u8>, piece: usize) -> (Vec<StreamMessage>, String) {
 }
 
 async fn stream_of(ours: DuplexStream) -> (Vec<StreamMessage>, String) {
-    let (mut reader, writer) = halves(ours, "db:5432");
+    let (mut reader, writer) = halves(ours, None, "db:5432");
     reader.trust();
     let version = ServerVersion::of_parameter("17.2");
     let client = ReplicationClient::from_parts(reader, writer, version, conninfo(""));
