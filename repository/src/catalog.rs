@@ -64,6 +64,8 @@ pub struct Catalog {
     db: DB,
     path: PathBuf,
     identity: ClusterIdentity,
+    /// Objects that could not be understood when it was opened for a restore.
+    damaged_objects: Vec<(String, String)>,
     /// Holds the directory of a catalog that lives only as long as this.
     _temporary: Option<TempDir>,
 }
@@ -95,6 +97,7 @@ impl Catalog {
             db,
             path,
             identity: identity.clone(),
+            damaged_objects: Vec::new(),
             _temporary: temporary,
         };
         match catalog.get(META, IDENTITY)? {
@@ -138,14 +141,14 @@ impl Catalog {
             .tempdir()
             .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
         let path = temporary.path().join("catalog");
-        let catalog = Self::open_at(path, &identity, Some(temporary))?;
+        let mut catalog = Self::open_at(path, &identity, Some(temporary))?;
         if let Some(directory) = directory.filter(|directory| directory.join("CURRENT").is_file())
             && let Err(error) = catalog.copy_from(directory)
         {
             tracing::warn!(%error, "the catalog can not be used; reading the repository instead");
             catalog.clear()?;
         }
-        catalog.refresh(repository)?;
+        catalog.damaged_objects = catalog.refresh(repository)?.damaged;
         Ok(catalog)
     }
 
@@ -185,6 +188,13 @@ impl Catalog {
             }
         }
         Ok(())
+    }
+
+    /// Objects that could not be understood when it was [opened for a restore](Self::open_for_restore), with the
+    /// reason. They count as missing; one that an older catalog knows already was not read again.
+    #[must_use]
+    pub fn damaged_objects(&self) -> &[(String, String)] {
+        &self.damaged_objects
     }
 
     /// Whose catalog it is.

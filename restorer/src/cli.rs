@@ -181,7 +181,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         }
         Some(Command::List { json }) => {
             let settings = Settings::resolve(&cli.common)?;
-            let listing = list::list(&archive(settings.cluster()?)?)?;
+            let archive = archive(settings.cluster()?)?;
+            let listing = list::list(&archive, archive.catalog.damaged_objects())?;
             if json {
                 output::json(&listing)?;
             } else {
@@ -237,7 +238,10 @@ fn read_plan(path: &Path) -> Result<RestorePlan> {
 /// Opens a repository for reading: a missing folder is an error and not a new repository.
 fn open(url: &RepositoryUrl, cluster: &ClusterName) -> Result<Repository> {
     if !url.folder().is_dir() {
-        let missing = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let missing = std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            "there is no such folder; check --repository, and that it is mounted",
+        );
         let action = "open the repository";
         let path = url.folder().to_owned();
         return Err(repository::Error::Store {
@@ -303,7 +307,7 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
         backup: args.backup.clone(),
         timeline: args.target_timeline.clone(),
     };
-    let plan = plan_restore(&archive, &target, &wishes)?;
+    let plan = plan_restore(&archive, &target, &wishes).map_err(|error| archive.explain(error))?;
     if !args.json {
         if let RecoveryTarget::Time { time, .. } = &target {
             output::line(&format!("target        {}", explain_time(*time, now)));
@@ -352,6 +356,7 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
         Some(postgres) => Some(start::start(
             &postgres,
             &destination.directory,
+            &archive.repository,
             &plan,
             action,
         )?),

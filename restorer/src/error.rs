@@ -53,12 +53,12 @@ pub enum Error {
         found: String,
     },
     /// PostgreSQL ended before the recovery did.
-    #[error("PostgreSQL ended before recovery did; the end of its log {log}:\n{tail}", log = log.display())]
+    #[error("PostgreSQL ended before recovery did: {said}; its log is {log}", log = log.display())]
     RecoveryFailed {
         /// The log.
         log: PathBuf,
-        /// Its last lines.
-        tail: String,
+        /// Its last words.
+        said: String,
     },
     /// The repository or the catalog.
     #[error(transparent)]

@@ -2,11 +2,11 @@
 
 use repository::{Catalog, ClusterIdentity, Repository, WalRange};
 use wal_format::{
-    BackupInfo, Branch, Lsn, PgTimestamp, SealedReader, SegmentSummary, TimelineHistory,
+    BackupInfo, Branch, Lsn, ObjectKey, PgTimestamp, SealedReader, SegmentSummary, TimelineHistory,
     WalIdentity, WalIndexer,
 };
 
-use crate::{Error, Result, execute::Manifest};
+use crate::{Error, PlanError, Result, execute::Manifest};
 
 /// What is archived of one cluster.
 pub trait Inventory {
@@ -59,6 +59,46 @@ pub struct Archive {
 }
 
 impl Archive {
+    /// Why a target is not reached, when the reason is an object that is there and damaged: that is not the same as one
+    /// that was never archived.
+    #[must_use]
+    pub fn explain(&self, refusal: Error) -> Error {
+        let Error::Plan(plan) = &refusal else {
+            return refusal;
+        };
+        let is_it = |key: &ObjectKey| match (plan, key) {
+            (PlanError::Gap { from, .. } | PlanError::BeyondArchive { end_lsn: from, .. }, _) => {
+                self.covers(key, *from)
+            }
+            (
+                PlanError::NoBackup | PlanError::NoBackupOnPath { .. } | PlanError::TooEarly { .. },
+                ObjectKey::BackupInfo(..),
+            ) => true,
+            _ => false,
+        };
+        let damaged = self.catalog.damaged_objects().iter();
+        let found = damaged
+            .into_iter()
+            .find(|(key, _)| key.parse().is_ok_and(|key| is_it(&key)));
+        match found {
+            Some((object, problem)) => Error::Damaged {
+                object: object.clone(),
+                problem: format!("{problem}, so it counts as missing: {refusal}"),
+            },
+            None => refusal,
+        }
+    }
+
+    /// Whether an object of WAL holds, by its name, the byte at `lsn`.
+    fn covers(&self, key: &ObjectKey, lsn: Lsn) -> bool {
+        let size = self.catalog.identity().wal_segment_size;
+        match key {
+            ObjectKey::Segment(_, _, name) => name.segment(size) == Some(size.segment_of(lsn)),
+            ObjectKey::Tail(_, _, _, start, end) => (*start..*end).contains(&lsn),
+            _ => false,
+        }
+    }
+
     /// The WAL of a range.
     fn wal(&self, range: &WalRange) -> Result<Vec<u8>> {
         let key = range.key(self.catalog.identity());

@@ -16,6 +16,17 @@ pub struct Listing {
     pub gaps: Vec<Gap>,
     /// The restore points.
     pub restore_points: Vec<RestorePoint>,
+    /// Objects that can not be understood; they count as missing.
+    pub damaged: Vec<DamagedObject>,
+}
+
+/// An object that can not be understood.
+#[derive(Clone, Debug, Serialize)]
+pub struct DamagedObject {
+    /// Its key.
+    pub object: String,
+    /// What is wrong with it.
+    pub problem: String,
 }
 
 /// A base backup.
@@ -84,7 +95,7 @@ pub struct RestorePoint {
 ///
 /// # Errors
 /// What reading the inventory met.
-pub fn list(inventory: &dyn Inventory) -> Result<Listing> {
+pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<Listing> {
     let backups = inventory.backups()?;
     let (mut windows, mut gaps) = (Vec::<Window>::new(), Vec::new());
     for (branch, _, _) in inventory.branches()? {
@@ -155,5 +166,12 @@ pub fn list(inventory: &dyn Inventory) -> Result<Listing> {
         windows,
         gaps,
         restore_points,
+        damaged: damaged
+            .iter()
+            .map(|(object, problem)| DamagedObject {
+                object: object.clone(),
+                problem: problem.clone(),
+            })
+            .collect(),
     })
 }

@@ -125,14 +125,16 @@ pub enum PlanError {
     },
     /// WAL is missing on the way.
     #[error(
-        "WAL is missing from {from} on timeline branch {branch}, before the target is reached; the nearest target is \
-         --target-lsn {from} with --target-exclusive"
+        "WAL is missing from {from} on timeline {branch}, before the target is reached; {nearest}",
+        nearest = nearest(*last)
     )]
     Gap {
         /// The branch.
         branch: Branch,
         /// The first missing byte.
         from: Lsn,
+        /// The last record before it that a recovery can stop after.
+        last: Option<Lsn>,
     },
     /// There is no backup.
     #[error("no base backup is archived; take one with `wal-archiver backup`")]
@@ -152,6 +154,9 @@ pub enum PlanError {
         /// The timelines on the way.
         path: String,
     },
+    /// There is no WAL.
+    #[error("no WAL is archived; is `wal-archiver run` running, and is this its --cluster?")]
+    NoWal,
     /// There are backups, but none of them leads to the wanted timeline.
     #[error(
         "no base backup leads to timeline {wanted}: each was taken elsewhere, or ends after the path {path} left its timeline; \
@@ -165,8 +170,8 @@ pub enum PlanError {
     },
     /// The target lies before the end of every backup.
     #[error(
-        "no base backup ends before the target: the earliest reachable target is the end of backup {earliest}, \
-         --target-lsn {stop_lsn} ({finished})"
+        "no base backup ends before the target: the earliest reachable state is that of backup {earliest} at {stop_lsn} \
+         ({finished}), --backup {earliest} --target-immediate"
     )]
     TooEarly {
         /// The oldest backup.
@@ -199,6 +204,15 @@ pub enum PlanError {
         /// Until where.
         to: Lsn,
     },
+}
+
+fn nearest(last: Option<Lsn>) -> String {
+    match last {
+        Some(last) => format!("the nearest reachable target is --target-lsn {last}"),
+        None => {
+            "the backup can not be made consistent, choose another one with --backup".to_owned()
+        }
+    }
 }
 
 /// What a person may fix beside the target.
@@ -261,6 +275,7 @@ pub fn plan_restore(
             let gap = PlanError::Gap {
                 branch: coverage.gap_branch,
                 from: coverage.end_lsn,
+                last: None,
             };
             refusal.get_or_insert(Error::from(gap));
             continue;

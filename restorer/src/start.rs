@@ -8,18 +8,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use repository::durable;
+use repository::{Repository, durable};
 use rustix::process::{Pid, Signal, kill_process};
 use wal_format::{Lsn, PgVersion};
 
-use crate::{Error, RestorePlan, Result, Stop, execute::Action};
+use crate::{Error, RestorePlan, Result, Stop, execute::Action, wal_fetch};
 
 /// PostgreSQL's log of the recovery.
 pub const LOG: &str = "tidemark_recovery.log";
 /// How often the log is looked at.
 const POLL: Duration = Duration::from_millis(50);
-/// How much of the log an error shows.
-const TAIL_LINES: usize = 15;
 /// What PostgreSQL 14 and later say before they pause for good.
 const INSUFFICIENT: &str = "because of insufficient parameter settings";
 
@@ -52,6 +50,7 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
             ));
         }
     }
+    let mut others: Vec<String> = Vec::new();
     for place in &places {
         let program = place.join("postgres");
         let said = Command::new(&program).arg("--version").output();
@@ -65,9 +64,17 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
         if found == Some(major) {
             return Ok(program);
         }
+        if !said.trim().is_empty() {
+            others.push(format!("{} is {}", program.display(), said.trim()));
+        }
     }
     Err(Error::usage(format!(
-        "no PostgreSQL {major} server program was found; name its directory with --pg-bin"
+        "the backup is of PostgreSQL {major}, and no server program of it was found{}; name its directory with --pg-bin",
+        if others.is_empty() {
+            String::new()
+        } else {
+            format!(" ({})", others.join(", "))
+        }
     )))
 }
 
@@ -78,6 +85,7 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
 pub fn start(
     postgres: &Path,
     directory: &Path,
+    repository: &Repository,
     plan: &RestorePlan,
     action: Action,
 ) -> Result<Recovered> {
@@ -114,7 +122,7 @@ pub fn start(
         Err(error) => {
             // A copy that is not what was planned must not go on to take connections.
             stop(&mut server);
-            return Err(error);
+            return Err(reason(&log, repository, plan).unwrap_or(error));
         }
     };
     let running = server
@@ -126,6 +134,15 @@ pub fn start(
         duration: began.elapsed(),
         process: running.then(|| server.id()),
     })
+}
+
+/// Why the recovery got no WAL, if that is why it failed: the file that PostgreSQL names is asked for once more.
+fn reason(log: &Path, repository: &Repository, plan: &RestorePlan) -> Option<Error> {
+    let text = fs::read(log).ok()?;
+    let text = String::from_utf8_lossy(&text);
+    let (_, rest) = text.split_once("FATAL:  could not restore file \"")?;
+    let (name, _) = rest.split_once('"')?;
+    wal_fetch::probe(repository, plan, name).err()
 }
 
 /// Asks for an immediate shutdown: nothing in the copy is worth keeping, and it can be recovered anew.
@@ -168,15 +185,36 @@ fn wait(server: &mut Child, log: &Path, action: Action) -> Result<String> {
             });
         }
         if ended.is_some() {
-            let lines: Vec<&str> = text.lines().collect();
-            let tail = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n");
             return Err(Error::RecoveryFailed {
                 log: log.to_owned(),
-                tail,
+                said: last_words(&text),
             });
         }
         thread::sleep(POLL);
     }
+}
+
+/// The message with which a server ended: its last FATAL or PANIC, with the hint that follows it.
+fn last_words(text: &str) -> String {
+    let fatal = |line: &&str| line.contains("FATAL:") || line.contains("PANIC:");
+    let lines: Vec<&str> = text.lines().collect();
+    let Some(at) = lines.iter().rposition(fatal) else {
+        return lines.last().copied().unwrap_or("nothing").to_owned();
+    };
+    let message = |line: &str| {
+        let after = ["FATAL:", "PANIC:", "HINT:", "DETAIL:"]
+            .iter()
+            .find_map(|word| line.split_once(word).map(|(_, after)| after));
+        after.unwrap_or(line).trim().to_owned()
+    };
+    let follows = lines[at..].iter().skip(1).take(3);
+    let more = follows.filter(|line| line.contains("HINT:") || line.contains("DETAIL:"));
+    let said: Vec<String> = [lines[at]]
+        .iter()
+        .chain(more)
+        .map(|line| message(line))
+        .collect();
+    said.join("; ")
 }
 
 /// PostgreSQL's own word on where it stopped, held against the plan.

@@ -49,12 +49,19 @@ pub fn wal_fetch(
     unreachable!("BUG: the last attempt returns")
 }
 
-fn deliver(
+/// Whether `name` can be delivered, without delivering it: after a recovery that failed, the reason with its type.
+///
+/// # Errors
+/// What a fetch would meet.
+pub fn probe(repository: &Repository, plan: &RestorePlan, name: &str) -> Result<()> {
+    content(repository, Some(plan), name).map(|_| ())
+}
+
+fn content(
     repository: &Repository,
     plan: Option<&RestorePlan>,
     name: &str,
-    destination: &Path,
-) -> Result<Fetched> {
+) -> Result<Option<Vec<u8>>> {
     let name: WalFileName = name
         .parse()
         .map_err(|error| Error::usage(format!("{error}")))?;
@@ -65,23 +72,30 @@ fn deliver(
             repository.cluster()
         )));
     };
-    let content = match name {
-        WalFileName::Segment(name) => segment(repository, &identity, plan, name)?,
+    match name {
+        WalFileName::Segment(name) => segment(repository, &identity, plan, name),
         WalFileName::History(timeline) => {
             let found = branch_of(repository, &identity, plan, timeline)?;
-            match found.filter(|branch| branch.digest != [0; 4]) {
-                Some(branch) => Some(
-                    repository
-                        .history(identity.system_identifier, branch)?
-                        .to_vec(),
-                ),
-                None => None,
-            }
+            found
+                .filter(|branch| branch.digest != [0; 4])
+                .map(|branch| {
+                    let history = repository.history(identity.system_identifier, branch)?;
+                    Ok(history.to_vec())
+                })
+                .transpose()
         }
         // Neither is needed for a recovery, and neither is archived by the stream.
-        WalFileName::Partial(_) | WalFileName::Backup(..) => None,
-    };
-    let Some(content) = content else {
+        WalFileName::Partial(_) | WalFileName::Backup(..) => Ok(None),
+    }
+}
+
+fn deliver(
+    repository: &Repository,
+    plan: Option<&RestorePlan>,
+    name: &str,
+    destination: &Path,
+) -> Result<Fetched> {
+    let Some(content) = content(repository, plan, name)? else {
         return Ok(Fetched::Absent);
     };
     // PostgreSQL asks again under the same name after a crash: what is there from then is replaced.

@@ -3,6 +3,7 @@
 //! Without a server they are skipped loudly; under CI a missing server is a failure. `TIDEMARK_LONG` takes every version
 //! and more targets.
 
+mod bad_input;
 mod resume;
 mod support;
 mod tablespaces;

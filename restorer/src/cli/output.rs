@@ -130,6 +130,9 @@ pub(super) fn listing(listing: &Listing) {
             gap.branch, gap.start_lsn, gap.end_lsn
         );
     }
+    for one in &listing.damaged {
+        println!("DAMAGED  {}  {}", one.object, one.problem);
+    }
     for point in &listing.restore_points {
         println!(
             "restore point  {}  {}  {}",

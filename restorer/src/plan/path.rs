@@ -92,9 +92,7 @@ fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
         .filter(reachable)
         .collect();
     let Some(greatest) = candidates.iter().map(|branch| branch.timeline).max() else {
-        return Err(Error::usage(
-            "no WAL is archived yet; is `wal-archiver run` running?",
-        ));
+        return Err(PlanError::NoWal.into());
     };
     let matching: Vec<Branch> = candidates
         .into_iter()

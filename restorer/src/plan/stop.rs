@@ -31,6 +31,8 @@ pub(super) fn find_stop(
         coverage,
     };
     match target {
+        // Up to a gap is not up to the end: whoever wants that says so with its position.
+        RecoveryTarget::Latest if coverage.gap => Err(walk.gap()),
         RecoveryTarget::Latest => walk.after_the_last_record(),
         RecoveryTarget::Immediate => Ok(Found {
             stop: Stop::Consistent,
@@ -135,7 +137,20 @@ impl Walk<'_> {
         }
     }
 
+    fn gap(&self) -> crate::Error {
+        let gap = PlanError::Gap {
+            branch: self.coverage.gap_branch,
+            from: self.coverage.end_lsn,
+            last: self.last_record(),
+        };
+        gap.into()
+    }
+
     fn unknown(&self, what: String) -> crate::Error {
+        // It may lie in the gap or behind it.
+        if self.coverage.gap {
+            return self.gap();
+        }
         let (from, to) = (self.coverage.start_lsn, self.coverage.end_lsn);
         let path = print_path(&self.coverage.path);
         let unknown = PlanError::Unknown {
@@ -150,14 +165,15 @@ impl Walk<'_> {
     /// The refusal for what lies behind the held WAL.
     fn beyond(&self, target: String) -> Result<crate::Error> {
         if self.coverage.gap {
-            let (branch, from) = (self.coverage.gap_branch, self.coverage.end_lsn);
-            return Ok(PlanError::Gap { branch, from }.into());
+            return Ok(self.gap());
         }
         let last = self.last_commit(Lsn::MAX, true)?;
+        // A commit proves its own time too, where nothing was reported after it.
+        let proven = self.proven().max(last.map(|end| end.time));
         let unknown = || "nothing".to_owned();
         Ok(PlanError::BeyondArchive {
             target,
-            proven: self.proven().map_or_else(unknown, |time| time.to_string()),
+            proven: proven.map_or_else(unknown, |time| time.to_string()),
             last_commit: last.map_or_else(unknown, |end| end.time.to_string()),
             end_lsn: self.coverage.end_lsn,
         }

@@ -307,9 +307,12 @@ fn missing_wal_is_named() {
         error,
         PlanError::Gap {
             branch: Branch::FIRST,
-            from: Lsn(RANGE * 4)
+            from: Lsn(RANGE * 4),
+            last: Some(Lsn(1700 * 8)),
         }
     );
+    let latest = refusal(&archive, &RecoveryTarget::Latest);
+    assert!(matches!(latest, PlanError::Gap { .. }), "{latest}");
     assert!(
         plan_restore(&archive, &time(15), &Wishes::default()).is_ok(),
         "it lies before the gap"
