@@ -2,11 +2,11 @@
 
 use repository::{Catalog, ClusterIdentity, Repository, WalRange};
 use wal_format::{
-    BackupInfo, Branch, Lsn, ObjectKey, PgTimestamp, SealedReader, SegmentSummary, TimelineHistory,
-    WalIdentity, WalIndexer,
+    BackupInfo, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary, TimelineHistory, WalIdentity,
+    WalIndexer,
 };
 
-use crate::{Error, PlanError, Result, execute::Manifest};
+use crate::{Error, PlanError, Result, execute::Manifest, wal_fetch};
 
 /// What is archived of one cluster.
 pub trait Inventory {
@@ -103,14 +103,8 @@ impl Archive {
     fn wal(&self, range: &WalRange) -> Result<Vec<u8>> {
         let key = range.key(self.catalog.identity());
         let object = self.repository.get(&key)?;
-        let damaged = |error: wal_format::sealed::SealedError| Error::Damaged {
-            object: key.to_string(),
-            problem: error.to_string(),
-        };
         let mut wal = Vec::new();
-        SealedReader::open(&object)
-            .and_then(|reader| reader.read_all(&mut wal))
-            .map_err(damaged)?;
+        wal_fetch::read(&key, &object, &mut wal)?;
         Ok(wal)
     }
 }

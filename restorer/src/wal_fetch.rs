@@ -251,13 +251,30 @@ fn assemble(
     Ok((!wal.is_empty()).then_some(wal))
 }
 
-fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<()> {
-    SealedReader::open(object)
-        .and_then(|reader| reader.read_all(wal))
-        .map_err(|error| Error::Damaged {
-            object: key.to_string(),
-            problem: error.to_string(),
-        })
+/// Reads the WAL of an object, if it is the one that its name says: PostgreSQL takes another segment's pages for the end.
+pub(crate) fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<()> {
+    let damaged = |problem: String| Error::Damaged {
+        object: key.to_string(),
+        problem,
+    };
+    let reader = SealedReader::open(object).map_err(|error| damaged(error.to_string()))?;
+    let header = reader.header();
+    let (system, branch, name) = (
+        header.system_identifier,
+        header.branch,
+        header.segment_name(),
+    );
+    let (start, end) = (header.start_lsn, header.end_lsn);
+    let holds = match key {
+        ObjectKey::Tail(..) => ObjectKey::Tail(system, branch, name, start, end),
+        _ => ObjectKey::Segment(system, branch, name),
+    };
+    if holds != *key {
+        return Err(damaged(format!("it holds {holds}")));
+    }
+    reader
+        .read_all(wal)
+        .map_err(|error| damaged(error.to_string()))
 }
 
 fn whole(key: &ObjectKey, wal: Vec<u8>, size: usize) -> Result<Vec<u8>> {

@@ -9,3 +9,4 @@ mod support;
 mod tablespaces;
 mod targets;
 mod timelines;
+mod wal_fetch;

@@ -1,0 +1,345 @@
+//! `restore_command`: 0 delivered, 1 proved absent, 255 anything else. PostgreSQL ends recovery at a 1 and may promote, so
+//! a 1 that is not proved loses data.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    thread::sleep,
+    time::Duration,
+};
+
+use benches::programs::{command, directory, ours, succeed};
+use repository::{Repository, config::RepositoryUrl};
+use tempfile::TempDir;
+use wal_format::{Branch, SegmentName, SystemIdentifier, TimelineId};
+
+use crate::support::{Archived, said, servers};
+
+const SEGMENT_BYTES: usize = 1 << 20;
+
+struct Scene {
+    archived: Archived,
+    root: TempDir,
+}
+
+impl Scene {
+    fn make() -> Option<Self> {
+        let (_, bin) = servers().pop()?;
+        let mut archived = Archived::start(&bin, "");
+        archived.backup();
+        archived.sql("CREATE TABLE load (n int, filler text)");
+        archived.sql("INSERT INTO load SELECT n, repeat('x', 700) FROM generate_series(1, 6000) n");
+        archived.finish();
+        let root = directory().expect("a directory");
+        Some(Self { archived, root })
+    }
+
+    fn repository(&self) -> PathBuf {
+        self.archived.place.path().join("repository")
+    }
+
+    /// The archived segments of timeline 1, complete ones and the open one.
+    fn segments(&self) -> Vec<SegmentName> {
+        let mut names: Vec<SegmentName> = Vec::new();
+        let mut open = vec![self.repository()];
+        while let Some(folder) = open.pop() {
+            for entry in fs::read_dir(folder).expect("a folder").flatten() {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                names.extend(name.trim_end_matches(".zst").parse::<SegmentName>());
+                if entry.path().is_dir() {
+                    open.push(entry.path());
+                }
+            }
+        }
+        names.sort();
+        names.dedup();
+        names
+    }
+
+    fn object(&self, name: SegmentName) -> PathBuf {
+        let file = format!("{name}.zst");
+        let mut open = vec![self.repository()];
+        while let Some(folder) = open.pop() {
+            for entry in fs::read_dir(folder).expect("a folder").flatten() {
+                if entry.file_name().to_string_lossy() == file {
+                    return entry.path();
+                }
+                if entry.path().is_dir() {
+                    open.push(entry.path());
+                }
+            }
+        }
+        panic!("{name} is not sealed");
+    }
+
+    fn destination(&self) -> PathBuf {
+        self.root.path().join("RECOVERYXLOG")
+    }
+
+    fn fetch(&self, name: &str) -> Command {
+        fetch(&self.repository(), name, &self.destination())
+    }
+
+    /// The exit code; what was delivered is checked to be all that is there.
+    fn code(&self, name: &str, arguments: &[&str]) -> Option<i32> {
+        let _before = fs::remove_file(self.destination());
+        let output = self.fetch(name).args(arguments).output().expect("it runs");
+        let (_, error) = said(&output);
+        let code = output.status.code();
+        eprintln!("{code:?}  {name} {arguments:?}  {error}");
+        let files = fs::read_dir(self.root.path()).expect("a directory").count();
+        assert_eq!(
+            files,
+            usize::from(code == Some(0)),
+            "{name}: files are left"
+        );
+        assert_eq!(error.is_empty(), code != Some(255), "{name}: {error}");
+        code
+    }
+
+    /// As [`Self::code`] for a file that is delivered: its content.
+    fn content(&self, name: &str) -> Vec<u8> {
+        assert_eq!(self.code(name, &[]), Some(0), "{name}");
+        fs::read(self.destination()).expect("it was delivered")
+    }
+
+    fn of_server(&self, name: SegmentName) -> Vec<u8> {
+        let path = self
+            .archived
+            .cluster
+            .data()
+            .join("pg_wal")
+            .join(name.to_string());
+        fs::read(path).expect("the server keeps its WAL")
+    }
+}
+
+fn fetch(repository: &Path, name: &str, destination: &Path) -> Command {
+    let mut fetch = command(&ours("pitr-restore").expect("it is built")).expect("a user");
+    fetch.arg(format!("--repository=file://{}", repository.display()));
+    fetch.args(["wal-fetch", name]).arg(destination);
+    fetch
+}
+
+#[test]
+fn one_is_only_for_what_is_proved_absent() {
+    let Some(scene) = Scene::make() else { return };
+    let segments = scene.segments();
+    let (open, sealed) = segments.split_last().expect("segments");
+    assert!(sealed.len() > 4, "{segments:?}");
+    let middle = sealed[sealed.len() / 2];
+
+    assert!(
+        scene.content(&middle.to_string()) == scene.of_server(middle),
+        "{middle}"
+    );
+    // The open segment: what is archived of it, then zeros. The server has written no more than that.
+    let last = scene.content(&open.to_string());
+    assert_eq!(last.len(), SEGMENT_BYTES);
+    let theirs = scene.of_server(*open);
+    let end = last.iter().rposition(|byte| *byte != 0).expect("some WAL");
+    assert!(end > 8192 && end + 1 < SEGMENT_BYTES, "{end}");
+    assert!(last[..=end] == theirs[..=end], "{open}");
+
+    let next = beyond(*open);
+    for (name, code) in [
+        (next.as_str(), 1),
+        ("000000090000000000000003", 1),
+        ("00000002.history", 1),
+        ("00000001.history", 1),
+        ("000000010000000000000003.partial", 1),
+        ("000000010000000000000003.00000028.backup", 1),
+        ("nonsense", 255),
+        ("../../etc/passwd", 255),
+        ("00000001000000000000000", 255),
+    ] {
+        assert_eq!(scene.code(name, &[]), Some(code), "{name}");
+    }
+    histories(&scene);
+    with_a_plan(&scene, middle, &next);
+    wrong_calls_are_no_answer(&scene, middle);
+    damage_is_no_answer(&scene, middle);
+    a_repository_that_is_away_is_waited_for(&scene, sealed[0]);
+}
+
+/// The name of the segment after the next.
+fn beyond(name: SegmentName) -> String {
+    let text = name.to_string();
+    let number = u32::from_str_radix(&text[16..], 16).expect("hexadecimal");
+    format!("{}{:08X}", &text[..16], number + 2)
+}
+
+fn histories(scene: &Scene) {
+    let url: RepositoryUrl = format!("file://{}", scene.repository().display())
+        .parse()
+        .expect("a URL");
+    let repository = Repository::open(&url, &"main".parse().expect("a name")).expect("it opens");
+    let system: SystemIdentifier = repository
+        .identity()
+        .expect("it is readable")
+        .expect("it is claimed")
+        .system_identifier;
+    let timeline = |number| TimelineId::new(number).expect("a timeline");
+    let put = |number, content: &[u8]| {
+        let branch = Branch::of_history(timeline(number), content);
+        repository
+            .put_history(system, branch, content)
+            .expect("stored");
+        branch
+    };
+    let second = b"1\t0/300000\tno recovery target specified\n";
+    put(2, second);
+    own(&scene.repository());
+    assert_eq!(scene.content("00000002.history"), second);
+    assert_eq!(scene.code("00000003.history", &[]), Some(1));
+    // One copy is lost: the other one is delivered.
+    let copies = find(&scene.repository(), "history");
+    let first = copies
+        .iter()
+        .find(|path| path.extension().is_some())
+        .expect("a copy");
+    fs::remove_file(first).expect("it goes");
+    assert_eq!(scene.content("00000002.history"), second);
+    // Two histories of one number: without a plan nobody knows which.
+    put(2, b"1\t0/400000\tno recovery target specified\n");
+    own(&scene.repository());
+    assert_eq!(scene.code("00000002.history", &[]), Some(255));
+    assert_eq!(scene.code("000000020000000000000003", &[]), Some(255));
+}
+
+fn with_a_plan(scene: &Scene, middle: SegmentName, next: &str) {
+    let mut restore = scene.archived.pitr_restore();
+    let plan = succeed(restore.args(["--target-timeline=1", "--dry-run", "--json"]));
+    let places = directory().expect("a directory");
+    let file = places.path().join("plan.json");
+    fs::write(&file, plan.expect("a plan")).expect("a file");
+    let plan = format!("--plan={}", file.display());
+    assert_eq!(scene.code(&middle.to_string(), &[&plan]), Some(0));
+    // Behind its end, and on timelines that it does not touch, there is nothing to have.
+    for name in [next, "00000002.history", "000000020000000000000003"] {
+        assert_eq!(scene.code(name, &[&plan]), Some(1), "{name}");
+    }
+    let object = scene.object(middle);
+    let aside = object.with_extension("aside");
+    fs::copy(&object, &aside).expect("a copy");
+    fs::remove_file(&object).expect("it goes");
+    assert_eq!(
+        scene.code(&middle.to_string(), &[&plan]),
+        Some(255),
+        "the plan needs it"
+    );
+    assert_eq!(
+        scene.code(&middle.to_string(), &[]),
+        Some(255),
+        "it is a gap"
+    );
+    fs::copy(&aside, &object).expect("back");
+    fs::remove_file(&aside).expect("it goes");
+    own(&scene.repository());
+    fs::write(&file, "{").expect("a file");
+    assert_eq!(scene.code(&middle.to_string(), &[&plan]), Some(255));
+    assert_eq!(
+        scene.code(&middle.to_string(), &["--plan=/nonexistent"]),
+        Some(255)
+    );
+}
+
+fn wrong_calls_are_no_answer(scene: &Scene, middle: SegmentName) {
+    let name = middle.to_string();
+    // PostgreSQL takes every code up to 125 for the end of the archive.
+    for arguments in [
+        &["--unknown-flag"][..],
+        &["one too many"],
+        &["--cluster=other"],
+        &["--cluster=../escape"],
+        &["--config=/nonexistent.toml"],
+    ] {
+        assert_eq!(scene.code(&name, arguments), Some(255), "{arguments:?}");
+    }
+    let mut bare = command(&ours("pitr-restore").expect("built")).expect("a user");
+    let bare = bare.arg("wal-fetch").output().expect("it runs");
+    assert_eq!(bare.status.code(), Some(255));
+    let nowhere = scene.root.path().join("missing/RECOVERYXLOG");
+    let output = fetch(&scene.repository(), &name, &nowhere)
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(255));
+    let gone = scene.root.path().join("no repository");
+    let output = fetch(&gone, &name, &scene.destination())
+        .output()
+        .expect("it runs");
+    assert_eq!(output.status.code(), Some(255), "{:?}", said(&output));
+    assert!(!gone.exists(), "reading made a repository");
+}
+
+fn damage_is_no_answer(scene: &Scene, middle: SegmentName) {
+    let object = scene.object(middle);
+    let sound = fs::read(&object).expect("an object");
+    fs::set_permissions(&object, fs::Permissions::from_mode(0o644)).expect("permissions");
+    let mut flipped = sound.clone();
+    flipped[sound.len() / 3] ^= 1;
+    for (what, bytes) in [
+        ("flipped", &flipped[..]),
+        ("cut off", &sound[..sound.len() / 2]),
+        ("empty", &[]),
+    ] {
+        fs::write(&object, bytes).expect("an object");
+        assert_eq!(scene.code(&middle.to_string(), &[]), Some(255), "{what}");
+    }
+    // Another segment's object under this one's name.
+    let other = scene.segments()[0];
+    fs::write(&object, fs::read(scene.object(other)).expect("an object")).expect("an object");
+    assert_eq!(
+        scene.code(&middle.to_string(), &[]),
+        Some(255),
+        "another segment"
+    );
+    fs::write(&object, &sound).expect("an object");
+    assert_eq!(scene.code(&middle.to_string(), &[]), Some(0));
+}
+
+/// A mount that comes back within the retries.
+fn a_repository_that_is_away_is_waited_for(scene: &Scene, name: SegmentName) {
+    let object = scene.object(name);
+    let folder = object.parent().expect("a folder");
+    let _before = fs::remove_file(scene.destination());
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o000)).expect("permissions");
+    let mut child = scene.fetch(&name.to_string()).spawn().expect("it runs");
+    sleep(Duration::from_millis(700));
+    assert!(
+        child.try_wait().expect("a child").is_none(),
+        "it gave up at once"
+    );
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).expect("permissions");
+    assert_eq!(child.wait().expect("a child").code(), Some(0));
+    let delivered = fs::read(scene.destination()).expect("it was delivered");
+    assert!(delivered == scene.of_server(name));
+}
+
+fn find(root: &Path, text: &str) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root).expect("a folder").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(find(&path, text));
+        } else if path.to_string_lossy().contains(text) {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// Gives what the test wrote to the servers' user.
+fn own(path: &Path) {
+    if let Some((user, group)) = benches::programs::server_user().expect("a user") {
+        let mut chown = Command::new("chown");
+        let status = chown
+            .arg("-R")
+            .arg(format!("{user}:{group}"))
+            .arg(path)
+            .status();
+        assert!(status.expect("chown").success());
+    }
+}
