@@ -70,6 +70,8 @@ pub struct Facts {
     pub repository_error: Option<String>,
     /// Why archiving is broken: only a person can mend it.
     pub broken: Option<String>,
+    /// WAL that was declared lost, until a base backup behind it makes the archive whole again.
+    pub lost: Option<String>,
     /// Whether the spool waits for disk space.
     pub spool_full: bool,
     /// Bytes in the spool's files.

@@ -48,9 +48,9 @@ pub enum Error {
     },
     /// The server does not hold WAL that the archive still needs.
     #[error(
-        "gap: the server no longer has WAL from {from} of timeline {timeline} ({message}); archived up to {from}. Find \
-         the missing segments (a standby's pg_wal, another archive) and give each to `wal-archiver push`, or archive \
-         under a new --cluster name and take a new base backup; then keep the slot so that it can not happen again"
+        "gap: the server no longer has WAL from {from} of timeline {timeline} ({message}). The servers in heal_from are \
+         asked for it, segments given to `wal-archiver push` are taken; what nobody has is declared lost, and a base backup \
+         is taken behind it"
     )]
     Gap {
         /// The timeline.

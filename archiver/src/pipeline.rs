@@ -10,7 +10,8 @@
 pub mod archive;
 pub mod failure;
 pub mod flush;
-mod observe;
+pub mod gap;
+pub(crate) mod observe;
 pub mod positions;
 pub mod progress;
 pub mod receive;

@@ -13,9 +13,18 @@ use repository::{Catalog, ClusterIdentity, ExitKind, Repository, config::Cluster
 use wal_format::WalIdentity;
 
 use crate::{
+    base_backup,
     cluster_status::ClusterStatus,
     error::{Error, Result},
-    pipeline::{Pipeline, archive::Archive, blocking, receive::StreamEnd, session::Source},
+    pipeline::{
+        Pipeline,
+        archive::Archive,
+        blocking,
+        gap::{self, Closed},
+        observe::describe_loss,
+        receive::StreamEnd,
+        session::{Purpose, Source},
+    },
     replication::ConnInfo,
     shutdown::Shutdown,
     spool::Spool,
@@ -27,6 +36,10 @@ const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Pause while archiving is broken: only a person can mend it, the log need not repeat it more often.
 const BROKEN_RETRY: Duration = Duration::from_secs(30);
+/// How soon a loss is noticed.
+const LOSS_POLL: Duration = Duration::from_millis(500);
+/// Pause after a base backup that failed: long enough for its cause to pass.
+const BACKUP_RETRY: Duration = Duration::from_secs(30);
 /// A stream that lived this long was healthy: the next failure is a new one.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// A damaged record is asked for this often: damage on the way heals, damage on the server's disk does not.
@@ -56,7 +69,12 @@ pub async fn run(
         retry: RETRY_MIN,
         damaged: 0,
     };
+    let backups = tokio::spawn(back_up_after_loss(
+        supervisor.settings.clone(),
+        Arc::clone(&supervisor.status),
+    ));
     let outcome = supervisor.supervise(&mut shutdown).await;
+    backups.abort();
     supervisor.status.note(|facts| {
         facts.connected = false;
         if let Err(error) = &outcome {
@@ -96,6 +114,10 @@ impl Supervisor {
                 Err(error) => Err(error),
             };
             self.status.note(|facts| facts.connected = false);
+            let outcome = match outcome {
+                Err(gap @ Error::Gap { .. }) => self.close_gap(gap, shutdown).await,
+                other => other,
+            };
             if shutdown.is_requested() {
                 return outcome.map_or_else(|error| self.give_up_or_warn(error), |_| Ok(()));
             }
@@ -103,6 +125,7 @@ impl Supervisor {
                 self.retry = RETRY_MIN;
             }
             let reason = match outcome {
+                Ok(StreamEnd::Reached) => "gap_closed",
                 Ok(_) => {
                     tracing::info!(cluster = %self.settings.name, "the server ended the stream; reconnecting");
                     self.damaged = 0;
@@ -122,6 +145,43 @@ impl Supervisor {
                 return Ok(());
             }
         }
+    }
+
+    /// A gap: healed or declared lost, the stages start anew and go on; otherwise it stays an error.
+    async fn close_gap(&mut self, gap: Error, shutdown: &mut Shutdown) -> Result<StreamEnd> {
+        let Some(pipeline) = &self.pipeline else {
+            return Err(gap);
+        };
+        tracing::error!(cluster = %self.settings.name, error = %gap, "a gap: looking for the missing WAL");
+        let said = gap.to_string();
+        self.status.note(|facts| facts.broken = Some(said.clone()));
+        let connect = Source::connect(&self.conninfo, &self.settings.name);
+        let Some(connected) = shutdown.until(connect).await else {
+            return Ok(StreamEnd::Shutdown);
+        };
+        match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await? {
+            Closed::Healed => {
+                tracing::info!(cluster = %self.settings.name, "the gap is healed");
+            }
+            Closed::Lost(gaps) => {
+                for gap in &gaps {
+                    let words = describe_loss(gap);
+                    tracing::error!(cluster = %self.settings.name, "{words}");
+                    self.status.note(|facts| facts.lost = Some(words));
+                }
+            }
+            Closed::Waiting(reason) => {
+                tracing::warn!(cluster = %self.settings.name, reason, "the gap is not closed yet");
+                return Err(gap);
+            }
+        }
+        // The stages know the archive as it was before.
+        if let Some(pipeline) = self.pipeline.take() {
+            pipeline.stop().await?;
+        }
+        self.retry = RETRY_MIN;
+        self.status.note(|facts| facts.broken = None);
+        Ok(StreamEnd::Reached)
     }
 
     /// On the way out only what matters is still an error.
@@ -255,7 +315,7 @@ impl Supervisor {
             .as_ref()
             .expect("BUG: the pipeline was started above");
         self.connected_once = true;
-        Box::pin(source.stream(pipeline, shutdown)).await
+        Box::pin(source.stream(pipeline, Purpose::Follow, shutdown)).await
     }
 
     /// Another cluster's server or repository is an error before a single byte moves.
@@ -275,6 +335,28 @@ impl Supervisor {
             Ok(())
         })
         .await
+    }
+}
+
+/// Takes a base backup whenever WAL was declared lost: only behind it the archive is whole again.
+async fn back_up_after_loss(settings: ClusterSettings, status: Arc<ClusterStatus>) {
+    loop {
+        tokio::time::sleep(LOSS_POLL).await;
+        let facts = status.facts();
+        if facts.lost.is_none() || !facts.connected {
+            continue;
+        }
+        tracing::info!(cluster = %settings.name, "taking a base backup behind the lost WAL");
+        match base_backup::take(&settings, "after lost WAL", &|_| {}).await {
+            Ok(backup) => {
+                tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
+                status.note(|facts| facts.lost = None);
+            }
+            Err(error) => {
+                tracing::error!(cluster = %settings.name, %error, "the base backup behind the lost WAL failed; it is tried again");
+                tokio::time::sleep(BACKUP_RETRY).await;
+            }
+        }
     }
 }
 

@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::PermissionsExt, process::Command, thread::sleep, tim
 
 use rustix::process::Signal;
 
-use crate::support::{Place, Server, postgres_bin, wait_flushed, wait_until};
+use crate::support::{Place, Server, postgres_bin, wait_flushed};
 
 /// Runs `run` until it ends by itself; its exit code and log.
 fn ends(place: &Place, conninfo: &str) -> (Option<i32>, String) {
@@ -42,30 +42,6 @@ fn a_second_archiver_on_the_same_spool_is_refused() {
     assert_eq!(code, Some(2), "{log}");
     assert!(log.contains("in use by another archiver"), "{log}");
     assert_eq!(first.terminate().code(), Some(0));
-}
-
-#[test]
-fn wal_that_the_server_removed_is_a_gap_in_words_and_never_skipped() {
-    let Some(bin) = postgres_bin() else { return };
-    let server = Server::start(&bin, "wal_keep_size=0\nmax_wal_size=2MB\nmin_wal_size=2MB");
-    let place = Place::new();
-    let archiver = place.run(&server.conninfo());
-    archiver.wait_for_log("streaming");
-    server.write_wal(2000);
-    wait_flushed(&server, server.lsn());
-    assert_eq!(archiver.terminate().code(), Some(0));
-    wait_until("the slot is free", || {
-        server.sql("SELECT active FROM pg_replication_slots") == "f"
-    });
-    server.sql("SELECT pg_drop_replication_slot('tidemark_main')");
-    for _ in 0..4 {
-        server.write_wal(3000);
-        server.sql("CHECKPOINT");
-    }
-    let archiver = place.run(&server.conninfo());
-    archiver.wait_for_log("gap: the server no longer has WAL");
-    assert_eq!(archiver.terminate().code(), Some(0));
-    place.verify(&server.conninfo());
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod connect;
 mod conninfo;
 mod crash;
 mod faults;
+mod gaps;
 mod streaming;
 mod support;
 mod timelines;

@@ -371,7 +371,7 @@ impl Place {
         succeed("verify", &output.expect("wal-archiver runs"))
     }
 
-    fn files_below(&self, kind: &str) -> Vec<PathBuf> {
+    pub(crate) fn files_below(&self, kind: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut open = vec![self.repository()];
         while let Some(directory) = open.pop() {

@@ -151,6 +151,9 @@ pub struct ClusterSettings {
     pub spool: PathBuf,
     /// The index. Default: `{spool}/{name}/catalog`.
     pub catalog: PathBuf,
+    /// Servers that are asked for WAL which the first no longer has, standbys for example. Default: none. As secret as
+    /// `conninfo`.
+    pub heal_from: Vec<String>,
     /// When PostgreSQL is told that WAL is flushed. Default: local.
     pub acknowledge: Acknowledge,
     /// How long new WAL may stay out of the repository. Default: 1 s.
@@ -313,6 +316,11 @@ fn cluster(
                     .map(|catalog| catalog.join(name.as_str()))
             })
             .unwrap_or_else(|| spool.join(name.as_str()).join("catalog")),
+        heal_from: table
+            .heal_from
+            .clone()
+            .or_else(|| defaults.heal_from.clone())
+            .unwrap_or_default(),
         acknowledge: table
             .acknowledge
             .or(defaults.acknowledge)

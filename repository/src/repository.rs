@@ -9,8 +9,8 @@ use std::{ops::ControlFlow, ops::Range, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    Branch, ClusterName, ObjectKey, PgTimestamp, PgVersion, SegmentSize, SystemIdentifier,
-    TimelineHistory,
+    Branch, ClusterName, DeclaredGap, ObjectKey, PgTimestamp, PgVersion, SegmentSize,
+    SystemIdentifier, TimelineHistory,
 };
 
 use crate::{
@@ -248,6 +248,41 @@ impl Repository {
             .into_iter()
             .map(|branch| Ok((branch, self.history(system, branch)?)))
             .collect()
+    }
+
+    /// Declares a range of WAL lost. Declared before, by whom and with whatever words: fine.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn put_gap(&self, system: SystemIdentifier, gap: &DeclaredGap) -> Result<()> {
+        let key = gap.key(system);
+        let json = serde_json::to_vec_pretty(gap).map_err(|error| Error::Damaged {
+            key: key.to_string(),
+            url: self.url(),
+            problem: error.to_string(),
+        })?;
+        match self.put(&key, &json) {
+            Err(error) if error.is_conflict() => Ok(()),
+            outcome => outcome.map(|_| ()),
+        }
+    }
+
+    /// Every range of WAL that was declared lost, by branch and LSN.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; [`Error::Damaged`].
+    pub fn gaps(&self, system: SystemIdentifier) -> Result<Vec<DeclaredGap>> {
+        let mut gaps = Vec::new();
+        for (key, _) in self.list(&format!("{system}/gap/"))? {
+            let content = self.get(&key)?;
+            let gap = serde_json::from_slice(&content).map_err(|error| Error::Damaged {
+                key: key.to_string(),
+                url: self.url(),
+                problem: error.to_string(),
+            })?;
+            gaps.push(gap);
+        }
+        Ok(gaps)
     }
 
     /// One history file, healed from its copy.

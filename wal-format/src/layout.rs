@@ -126,6 +126,8 @@ pub enum ObjectKey {
     Segment(SystemIdentifier, Branch, SegmentName),
     /// `{sysid}/tail/{branch}/{segment}/{start:016X}-{end:016X}.zst`: a range of a segment that is still open.
     Tail(SystemIdentifier, Branch, SegmentName, Lsn, Lsn),
+    /// `{sysid}/gap/{branch}/{from:016X}-{to:016X}.json`: a range that was declared lost ([`crate::DeclaredGap`]).
+    Gap(SystemIdentifier, Branch, Lsn, Lsn),
     /// `{sysid}/backup/{id}/{archive}.{n:06}.tar.zst`: slice `n`, from 1, of `base` or of a tablespace's OID.
     BackupSlice(SystemIdentifier, BackupId, BackupArchive, u32),
     /// `{sysid}/backup/{id}/backup_manifest`: as PostgreSQL sent it.
@@ -170,6 +172,13 @@ impl fmt::Display for ObjectKey {
                     f,
                     "{system}/tail/{branch}/{name}/{:016X}-{:016X}.zst",
                     start.0, end.0
+                )
+            }
+            Self::Gap(system, branch, from, to) => {
+                write!(
+                    f,
+                    "{system}/gap/{branch}/{:016X}-{:016X}.json",
+                    from.0, to.0
                 )
             }
             Self::BackupSlice(system, id, archive, number) => {
@@ -229,6 +238,12 @@ fn parse_key(text: &str) -> Option<ObjectKey> {
                 start,
                 end,
             ))
+        }
+        [system, "gap", branch, file] => {
+            let (from, to) = file.strip_suffix(".json")?.split_once('-')?;
+            let (from, to) = (lsn16(from)?, lsn16(to)?);
+            let (system, branch) = (system.parse().ok()?, branch.parse().ok()?);
+            Some(ObjectKey::Gap(system, branch, from, to))
         }
         [system, "backup", id, file] => {
             let (system, id) = (system.parse().ok()?, id.parse().ok()?);
@@ -298,6 +313,10 @@ mod tests {
             (
                 ObjectKey::Tail(system, branch, name, Lsn(0x1_0A00_0000), Lsn(0x1_0A00_2000)),
                 "7432188851234567890/tail/00000002-1a2b3c4d/00000002000000010000000A/000000010A000000-000000010A002000.zst",
+            ),
+            (
+                ObjectKey::Gap(system, branch, Lsn(0x1_0A00_0000), Lsn(0x1_0B00_0000)),
+                "7432188851234567890/gap/00000002-1a2b3c4d/000000010A000000-000000010B000000.json",
             ),
             (
                 ObjectKey::BackupSlice(system, id.clone(), BackupArchive::Tablespace(16400), 12),

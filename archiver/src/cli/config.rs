@@ -8,6 +8,9 @@ use crate::{error::Result, replication::ConnInfo};
 pub(super) fn check(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
         ConnInfo::parse(&cluster.conninfo)?;
+        for other in &cluster.heal_from {
+            ConnInfo::parse(other)?;
+        }
         output::line(&format!("cluster {}: configuration is valid", cluster.name));
     }
     Ok(())
@@ -18,6 +21,11 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
         // Only the parsed form knows which parts are secret.
         let conninfo = ConnInfo::parse(&cluster.conninfo)?;
+        let heal_from = cluster
+            .heal_from
+            .iter()
+            .map(|other| Ok(format!("{:?}", ConnInfo::parse(other)?).replace('"', "'")))
+            .collect::<Result<Vec<_>>>()?;
         let acknowledge = format!("{:?}", cluster.acknowledge).to_lowercase();
         for line in [
             String::new(),
@@ -26,6 +34,7 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
                 "conninfo = \"{}\"",
                 format!("{conninfo:?}").replace('"', "'")
             ),
+            format!("heal_from = {heal_from:?}"),
             format!("slot = \"{}\"", cluster.slot),
             format!("repository = \"{}\"", cluster.repository),
             format!("spool = \"{}\"", cluster.spool.display()),

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use repository::{Catalog, Repository, WalRange, config::Settings};
 use sha2::{Digest, Sha256};
 use wal_format::{
-    BackupId, BackupInfo, Branch, Lsn, ObjectKey, SealedReader, SegmentSize, TimelineHistory,
-    WalIdentity, WalIndexer,
+    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, ObjectKey, SealedReader, SegmentSize,
+    TimelineHistory, WalIdentity, WalIndexer,
 };
 
 use super::output;
@@ -24,6 +24,7 @@ pub(super) fn verify(settings: &Settings, deep: bool) -> Result<()> {
                 cluster.repository, cluster.name
             ),
         })?;
+        let gaps = repository.gaps(identity.system_identifier)?;
         let mut verifier = Verifier {
             repository,
             wal: WalIdentity {
@@ -34,16 +35,26 @@ pub(super) fn verify(settings: &Settings, deep: bool) -> Result<()> {
             deep,
             indexers: BTreeMap::new(),
             problems: Vec::new(),
+            losses: Vec::new(),
+            gaps,
         };
         let objects = verifier.objects()?;
         verifier.continuity()?;
         for problem in &verifier.problems {
             output::line(&format!("cluster {}: {problem}", cluster.name));
         }
+        for loss in &verifier.losses {
+            output::line(&format!("cluster {}: {loss}", cluster.name));
+        }
         if verifier.problems.is_empty() {
+            let other = if verifier.losses.is_empty() {
+                ""
+            } else {
+                "other "
+            };
             let depth = if deep { "every record" } else { "every frame" };
             output::line(&format!(
-                "cluster {}: {objects} objects checked, {depth}; no gap, no damage",
+                "cluster {}: {objects} objects checked, {depth}; no {other}gap, no damage",
                 cluster.name
             ));
         }
@@ -63,6 +74,9 @@ struct Verifier {
     /// Per branch, the decoder behind the last sealed segment.
     indexers: BTreeMap<Branch, WalIndexer>,
     problems: Vec<String>,
+    /// What was declared lost, with a backup behind it: known, and mended as far as it can be.
+    losses: Vec<String>,
+    gaps: Vec<DeclaredGap>,
 }
 
 impl Verifier {
@@ -75,10 +89,12 @@ impl Verifier {
                 ObjectKey::Segment(..) | ObjectKey::Tail(..) => self.wal_object(key)?,
                 ObjectKey::BackupInfo(_, id) => self.backup(id)?,
                 ObjectKey::History(_, branch) => self.history(*branch, key)?,
-                // The second copy is compared with the first; slices and manifests with their backup.
+                // The second copy is compared with the first, slices and manifests with their backup; declared losses
+                // were read at the start.
                 ObjectKey::HistoryCopy(..)
                 | ObjectKey::BackupSlice(..)
                 | ObjectKey::BackupManifest(..)
+                | ObjectKey::Gap(..)
                 | ObjectKey::Epoch(_) => None,
             };
             self.problems
@@ -205,13 +221,32 @@ impl Verifier {
                 }
             }
             for (start, end) in missing {
-                self.problems.push(format!(
-                    "WAL {start} to {end} of timeline branch {branch} is missing"
-                ));
+                self.missing(branch, start, end, &backups);
             }
             self.fork(&catalog, history.as_ref(), &backups, size)?;
         }
         Ok(())
+    }
+
+    /// A gap: a problem, unless it was declared lost and a backup was taken behind it.
+    fn missing(&mut self, branch: Branch, start: Lsn, end: Lsn, backups: &[BackupInfo]) {
+        let declared = self
+            .gaps
+            .iter()
+            .find(|gap| gap.branch == branch && gap.from_lsn <= start && end <= gap.to_lsn);
+        let behind = backups
+            .iter()
+            .any(|backup| backup.branch == branch && backup.start_lsn >= end);
+        match declared {
+            Some(gap) if behind => self.losses.push(format!(
+                "WAL {start} to {end} of timeline branch {branch} was declared lost {}; a later backup makes the archive \
+                 whole again behind it",
+                gap.declared
+            )),
+            _ => self.problems.push(format!(
+                "WAL {start} to {end} of timeline branch {branch} is missing"
+            )),
+        }
     }
 
     /// A branch continues its parent: the parent's WAL has to reach the segment in which the branch begins.

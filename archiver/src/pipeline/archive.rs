@@ -12,8 +12,8 @@ use repository::{
     Catalog, ClusterIdentity, Repository, WalRange, WalRangeKind, config::ClusterSettings,
 };
 use wal_format::{
-    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SealedReader, SegmentNo, SegmentSummary,
-    TimelineHistory, TimelineId, WalIdentity,
+    Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SealedReader, SegmentNo,
+    SegmentSummary, TimelineHistory, TimelineId, WalIdentity,
 };
 
 use super::{positions::Coverage, start::Held};
@@ -40,6 +40,8 @@ pub struct Archive {
     tails: Mutex<BTreeMap<(Branch, SegmentNo), Vec<WalRange>>>,
     /// Segments sealed since the start, so that a tail in flight does not outlive its segment.
     sealed: Mutex<BTreeSet<(Branch, SegmentNo)>>,
+    /// Ranges that were declared lost: nobody has them, and nothing waits for them.
+    gaps: Vec<DeclaredGap>,
     /// Branches whose history is in the repository.
     histories: Mutex<BTreeSet<Branch>>,
 }
@@ -59,6 +61,7 @@ impl Archive {
         status: Arc<ClusterStatus>,
     ) -> Result<Self> {
         catalog.refresh(&repository)?;
+        let gaps = repository.gaps(identity.system_identifier)?;
         let histories = catalog
             .branches()?
             .into_iter()
@@ -74,6 +77,7 @@ impl Archive {
             status,
             tails: Mutex::default(),
             sealed: Mutex::default(),
+            gaps,
             histories: Mutex::new(histories),
         })
     }
@@ -122,14 +126,31 @@ impl Archive {
         self.spool.branches(&self.identity)
     }
 
-    /// What the repository holds of a branch without a gap, from its newest backup or else from its first byte on.
+    /// What was declared lost when the archive was opened.
+    #[must_use]
+    pub fn gaps(&self) -> &[DeclaredGap] {
+        &self.gaps
+    }
+
+    /// The time of the last commit that is stored of a branch before an LSN.
+    ///
+    /// # Errors
+    /// [`Error::Repository`].
+    pub fn last_commit(&self, branch: Branch, before: Lsn) -> Result<Option<PgTimestamp>> {
+        let ranges = self.catalog.ranges(branch, Lsn::ZERO, before)?;
+        Ok(ranges.iter().filter_map(|range| range.max_time).max())
+    }
+
+    /// What the repository holds of a branch without a gap, from its newest backup or else from its first byte on. What
+    /// was declared lost is no gap: the archive goes on behind it.
     ///
     /// # Errors
     /// [`Error::Repository`].
     pub fn stored(&self, branch: Branch) -> Result<Option<Coverage>> {
         let ranges = self.catalog.ranges(branch, Lsn::ZERO, Lsn::MAX)?;
+        let lost = || self.gaps.iter().filter(|gap| gap.branch == branch);
         let Some(first) = ranges.first() else {
-            return Ok(None);
+            return Ok(lost().map(|gap| gap.to_lsn).max().map(Coverage::up_to));
         };
         let backups = self.catalog.backups()?;
         let from = backups
@@ -140,6 +161,9 @@ impl Archive {
         let mut coverage = Coverage::up_to(self.catalog.contiguous_end(branch, from)?);
         for range in &ranges {
             coverage.add(range.start_lsn, range.end_lsn);
+        }
+        for gap in lost() {
+            coverage.add(gap.from_lsn, gap.to_lsn);
         }
         let mut tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
         for range in ranges {
@@ -162,7 +186,8 @@ impl Archive {
     /// [`Error::Io`], [`Error::Repository`].
     pub fn held(&self) -> Result<Vec<Held>> {
         let mut held: BTreeMap<Branch, Lsn> = BTreeMap::new();
-        for (branch, _, _) in self.catalog.branches()? {
+        let archived = self.catalog.branches()?.into_iter().map(|known| known.0);
+        for branch in archived.chain(self.gaps.iter().map(|gap| gap.branch)) {
             if let Some(stored) = self.stored(branch)? {
                 held.insert(branch, stored.end());
             }
@@ -197,7 +222,17 @@ impl Archive {
         let ours = spool.read(partial)?.unwrap_or_default();
         let name = spool.name(partial);
         let key = ObjectKey::Segment(self.identity.system_identifier, spool.branch(), name);
-        let sealed = self.read_object(&key)?;
+        // What lies before a range that was declared lost is never sealed: the repository has it as tails.
+        let sealed = match self.repository.head(&key)? {
+            Some(_) => self.read_object(&key)?,
+            None => self.read_tails(spool.branch(), partial)?,
+        };
+        if sealed.len() < ours.len() {
+            return Err(Error::SpoolHole {
+                path: spool.directory().to_path_buf(),
+                missing: name,
+            });
+        }
         if let Some(index) = ours.iter().zip(&sealed).position(|(ours, new)| ours != new) {
             return Err(Error::Divergence {
                 branch: spool.branch(),

@@ -4,7 +4,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tokio::time::MissedTickBehavior;
-use wal_format::{Lsn, ObjectKey};
+use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey};
 
 use super::{archive::Archive, blocking};
 use crate::{
@@ -95,7 +95,7 @@ fn look_once(archive: &Archive, list: bool) -> Result<()> {
     archive.status().note(|facts| facts.spool_used_bytes = used);
     let catalog = archive.catalog();
     let mut backups = catalog.backups()?;
-    if list {
+    if list || loss(archive, &backups)?.is_some() {
         let system = archive.identity().system_identifier;
         let stored = archive.repository().list(&format!("{system}/backup/"))?;
         let is_info = |key: &ObjectKey| matches!(key, ObjectKey::BackupInfo(..));
@@ -133,9 +133,39 @@ fn look_once(archive: &Archive, list: bool) -> Result<()> {
         finished: backup.finished,
         stored_bytes: backup.stored_bytes,
     });
+    let lost = loss(archive, &backups)?;
     archive.status().note(|facts| {
+        facts.lost = lost;
         facts.window = window;
         facts.last_backup = last_backup;
     });
     Ok(())
+}
+
+/// What was declared lost, in words, while no backup lies behind it.
+fn loss(archive: &Archive, backups: &[BackupInfo]) -> Result<Option<String>> {
+    let catalog = archive.catalog();
+    for gap in archive.gaps() {
+        let behind = |backup: &BackupInfo| {
+            let later = backup.branch.timeline > gap.branch.timeline;
+            later || (backup.branch == gap.branch && backup.start_lsn >= gap.to_lsn)
+        };
+        let given = catalog.contiguous_end(gap.branch, gap.from_lsn)? >= gap.to_lsn;
+        if !given && !backups.iter().any(behind) {
+            return Ok(Some(describe_loss(gap)));
+        }
+    }
+    Ok(None)
+}
+
+/// A loss for people: where, since when, and what mends it.
+pub(crate) fn describe_loss(gap: &DeclaredGap) -> String {
+    let since = gap
+        .last_commit
+        .map_or_else(String::new, |time| format!(", after {time}"));
+    format!(
+        "WAL {} to {} of timeline branch {} is lost{since}: the server removed it before it was archived, and nobody else \
+         had it. A restore to a later time needs a base backup taken after it, which the archiver takes now",
+        gap.from_lsn, gap.to_lsn, gap.branch
+    )
 }

@@ -26,6 +26,9 @@ const PING_AFTER: Duration = Duration::from_secs(10);
 /// After this long without one, although asked, the connection counts as dead: a half-open TCP connection says nothing.
 const SILENT_MAX: Duration = Duration::from_secs(30);
 
+/// A stream that has an end ends as well when no WAL came for this long: the other server has no more.
+const EXHAUSTED_AFTER: Duration = Duration::from_secs(3);
+
 /// Why a stream ended in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamEnd {
@@ -35,6 +38,8 @@ pub enum StreamEnd {
     ServerClosed,
     /// We were asked to stop.
     Shutdown,
+    /// All that was wanted is here.
+    Reached,
 }
 
 /// What the task needs beside the connection.
@@ -48,6 +53,8 @@ pub struct Receive<'a> {
     pub failure: &'a Failure,
     /// Flush LSNs before this were said already, in an earlier stream: they are not said again.
     pub floor: Lsn,
+    /// Where the stream is to end.
+    pub until: Lsn,
     /// How often the server hears from us at least.
     pub status_interval: Duration,
 }
@@ -67,6 +74,8 @@ impl Receive<'_> {
         let mut timer = tokio::time::interval(self.status_interval);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
+        let mut fed = Instant::now();
+        let mut exhausted = tokio::time::interval(EXHAUSTED_AFTER);
         let mut held: Option<Command> = None;
         loop {
             tokio::select! {
@@ -85,6 +94,11 @@ impl Receive<'_> {
                     let now = *acknowledgements.borrow_and_update();
                     self.report(sender, now, silent > PING_AFTER).await?;
                 }
+                _ = exhausted.tick(), if self.until < Lsn::MAX && held.is_none() => {
+                    if fed.elapsed() >= EXHAUSTED_AFTER {
+                        return Ok(StreamEnd::Reached);
+                    }
+                }
                 room = self.commands.reserve(), if held.is_some() => {
                     let room = room.map_err(|_| spool_stopped())?;
                     if let Some(command) = held.take() {
@@ -101,11 +115,16 @@ impl Receive<'_> {
                                 data.len() as u64,
                             );
                             self.status.heard(Some(wal_end));
+                            fed = heard;
+                            let end = start_lsn.add(data.len() as u64);
                             let command = Command::Data { start_lsn, wal_end, send_time, data };
                             match self.commands.try_send(command) {
                                 Ok(()) => {}
                                 Err(TrySendError::Full(command)) => held = Some(command),
                                 Err(TrySendError::Closed(_)) => return Err(spool_stopped()),
+                            }
+                            if end >= self.until && held.is_none() {
+                                return Ok(StreamEnd::Reached);
                             }
                         }
                         StreamMessage::Keepalive { reply_requested, .. } => {

@@ -24,6 +24,15 @@ use crate::{
 /// How long a server that let us in may take to say who it is. Connecting has its own limit, `connect_timeout`.
 const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// What a stream is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To follow the server for good, with a slot that keeps its WAL for us.
+    Follow,
+    /// To get what another server lost, up to here, without leaving a trace.
+    Heal(Lsn),
+}
+
 /// A connection that was identified.
 #[derive(Debug)]
 pub struct Source {
@@ -105,6 +114,12 @@ impl Source {
         Ok(branch)
     }
 
+    /// The end of its WAL when it was asked.
+    #[must_use]
+    pub fn flush_lsn(&self) -> Lsn {
+        self.system.flush_lsn
+    }
+
     /// The connection, for another purpose than streaming.
     #[must_use]
     pub fn into_client(self) -> ReplicationClient {
@@ -112,7 +127,7 @@ impl Source {
     }
 
     /// The server's path of timelines to the one it is on, with their history files.
-    async fn path(&mut self, pipeline: &Pipeline) -> Result<Vec<ServerBranch>> {
+    pub(super) async fn path(&mut self, pipeline: &Pipeline) -> Result<Vec<ServerBranch>> {
         let current = self.system.timeline;
         let mut path = Vec::new();
         let mut history = None;
@@ -171,7 +186,7 @@ impl Source {
     }
 
     /// Makes sure of the slot; where it keeps WAL from.
-    async fn slot(&mut self, name: &str, cluster: &str) -> Result<Option<Lsn>> {
+    pub(super) async fn slot(&mut self, name: &str, cluster: &str) -> Result<Option<Lsn>> {
         let mut slot = self.client.slot(name).await?;
         if slot
             .as_ref()
@@ -200,6 +215,7 @@ impl Source {
     pub async fn stream(
         mut self,
         pipeline: &Pipeline,
+        purpose: Purpose,
         shutdown: &mut Shutdown,
     ) -> Result<StreamEnd> {
         let archive = pipeline.archive();
@@ -216,7 +232,12 @@ impl Source {
             // A server that is not ours is refused before anything is changed on it.
             plan_start(&server, &held, size)?;
         }
-        let slot_restart_lsn = self.slot(&settings.slot, cluster).await?;
+        let follows = purpose == Purpose::Follow;
+        let slot_restart_lsn = if follows {
+            self.slot(&settings.slot, cluster).await?
+        } else {
+            None
+        };
         server.slot_restart_lsn = slot_restart_lsn;
         let plan = plan_start(&server, &held, size)?;
         if let Some(orphan) = plan.orphan {
@@ -230,11 +251,13 @@ impl Source {
         }
         // Dropped with the session, and the poll with it.
         let mut beside = tokio::task::JoinSet::new();
-        beside.spawn(Box::pin(observe::poll(
-            self.client.conninfo().clone(),
-            settings.slot.clone(),
-            Arc::clone(archive.status()),
-        )));
+        if follows {
+            beside.spawn(Box::pin(observe::poll(
+                self.client.conninfo().clone(),
+                settings.slot.clone(),
+                Arc::clone(archive.status()),
+            )));
+        }
         let mut floor = slot_restart_lsn.unwrap_or(Lsn::ZERO);
         let mut client = self.client;
         let mut plan = plan;
@@ -249,7 +272,11 @@ impl Source {
             let start_lsn = taken_up.resume_lsn;
             let timeline = branch.branch.timeline;
             let started = client
-                .start_replication(Some(&settings.slot), start_lsn, timeline)
+                .start_replication(
+                    follows.then_some(settings.slot.as_str()),
+                    start_lsn,
+                    timeline,
+                )
                 .await
                 .map_err(|error| gap(error, timeline, start_lsn))?;
             let (next_client, next) = match started {
@@ -263,18 +290,24 @@ impl Source {
                         held = %taken_up.durable_lsn,
                         "streaming"
                     );
-                    archive.status().note(|facts| {
-                        facts.connected = true;
-                        facts.stream_error = None;
-                        facts.broken = None;
-                        facts.slot = Some(settings.slot.clone());
-                    });
+                    if follows {
+                        archive.status().note(|facts| {
+                            facts.connected = true;
+                            facts.stream_error = None;
+                            facts.broken = None;
+                            facts.slot = Some(settings.slot.clone());
+                        });
+                    }
                     let commands = pipeline.spool().commands();
                     let receive = Receive {
                         commands: &commands,
                         status: archive.status(),
                         failure: pipeline.failure(),
                         floor,
+                        until: match purpose {
+                            Purpose::Follow => Lsn::MAX,
+                            Purpose::Heal(until) => until,
+                        },
                         status_interval: status_interval(self.wal_sender_timeout),
                     };
                     let end = receive

@@ -9,11 +9,12 @@ use super::{Acknowledge, RepositoryUrl};
 use crate::{Error, Result};
 
 /// Keys of a cluster, also allowed at the top as defaults.
-const CLUSTER_KEYS: [&str; 10] = [
+const CLUSTER_KEYS: [&str; 11] = [
     "acknowledge",
     "catalog",
     "compression_level",
     "conninfo",
+    "heal_from",
     "remote_flush_interval",
     "repository",
     "rpo_target",
@@ -39,6 +40,7 @@ pub(super) struct ClusterTable {
     pub(super) catalog: Option<PathBuf>,
     pub(super) compression_level: Option<i32>,
     pub(super) conninfo: Option<String>,
+    pub(super) heal_from: Option<Vec<String>>,
     pub(super) remote_flush_interval: Option<String>,
     pub(super) repository: Option<RepositoryUrl>,
     pub(super) rpo_target: Option<String>,
