@@ -74,7 +74,7 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct RestoreArgs {
-    /// The directory to restore into; new or empty.
+    /// The directory to restore into; new or empty, or with --delta a data directory of this cluster.
     #[arg(long, value_name = "DIR")]
     target_dir: Option<PathBuf>,
     /// Stop before the first commit after this time.
@@ -110,6 +110,9 @@ struct RestoreArgs {
     /// Put the tablespace that was at OLD to NEW.
     #[arg(long, value_name = "OLD=NEW", value_parser = pair)]
     tablespace_mapping: Vec<(String, String)>,
+    /// Restore into an existing data directory of this cluster: files that the backup has as they are stay, all others go.
+    #[arg(long)]
+    delta: bool,
     /// Threads that extract. Default: one for each processor.
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
@@ -339,6 +342,7 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
     let destination = Destination {
         directory: std::path::absolute(directory).map_err(Error::io("find", directory))?,
         tablespaces: mapping(args),
+        delta: args.delta,
         jobs,
         recovery: Recovery {
             action,
@@ -350,7 +354,7 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
         },
     };
     let bar = bar(&archive, &plan)?;
-    execute::execute(&archive, &plan, &destination, &|bytes| bar.inc(bytes))?;
+    let executed = execute::execute(&archive, &plan, &destination, &|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     let recovered = match postgres {
         Some(postgres) => Some(start::start(
@@ -366,6 +370,7 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
         output::json(&serde_json::json!({
             "plan": plan,
             "directory": destination.directory,
+            "executed": executed,
             "stopped": recovered.as_ref().map(|one| &one.stopped),
             "recovery_seconds": recovered.as_ref().map(|one| one.duration.as_secs_f64()),
             "process": recovered.as_ref().and_then(|one| one.process),
@@ -376,6 +381,12 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
         "restored      {}",
         destination.directory.display()
     ));
+    if executed.kept_files > 0 {
+        output::line(&format!(
+            "kept          {} files of {} bytes; {} of {} slices were fetched",
+            executed.kept_files, executed.kept_bytes, executed.fetched_slices, executed.slices
+        ));
+    }
     match recovered {
         Some(recovered) => {
             output::line(&format!("stopped       {} (as planned)", recovered.stopped));

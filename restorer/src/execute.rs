@@ -14,17 +14,19 @@ use std::{
 };
 
 use repository::{Repository, durable};
-use wal_format::{BackupInfo, layout::BackupArchive};
+use wal_format::{BackupInfo, BackupSlice, layout::BackupArchive};
 
 use crate::{Error, RestorePlan, Result, inventory::Archive};
 
+mod delta;
 mod extract;
 mod manifest;
 mod place;
 mod settings;
 
+use delta::Kept;
 pub(crate) use manifest::Manifest;
-use place::{place_tablespaces, take};
+use place::{Taken, place_tablespaces, take};
 pub use settings::{Action, Recovery};
 
 /// Present while a restore is not complete.
@@ -39,10 +41,25 @@ pub struct Destination {
     pub directory: PathBuf,
     /// Old tablespace location to new one.
     pub tablespaces: BTreeMap<PathBuf, PathBuf>,
+    /// Keep what an existing data directory has and the backup has too.
+    pub delta: bool,
     /// Threads that extract.
     pub jobs: usize,
     /// The settings.
     pub recovery: Recovery,
+}
+
+/// What an execution did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Executed {
+    /// Files that were there already, as they are in the backup.
+    pub kept_files: usize,
+    /// Their length.
+    pub kept_bytes: u64,
+    /// Slices that were fetched.
+    pub fetched_slices: usize,
+    /// Slices of the backup.
+    pub slices: usize,
 }
 
 /// Restores into `destination` by `plan`. `progress` is told of each slice's raw bytes.
@@ -54,22 +71,27 @@ pub fn execute(
     plan: &RestorePlan,
     destination: &Destination,
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<()> {
+) -> Result<Executed> {
     let backup = backup_of(archive, plan)?;
     let directory = &destination.directory;
+    let jobs = destination.jobs;
     let tablespaces = place_tablespaces(&backup, &destination.tablespaces, directory)?;
-    take(directory, &backup, &tablespaces)?;
-    let control = extract_all(
-        &archive.repository,
-        &backup,
-        destination,
-        &tablespaces,
-        progress,
-    )?;
+    let manifest = Manifest::parse(&archive.repository.get(&backup.manifest_key())?, &backup)?;
+    let kept = match take(directory, &backup, &tablespaces, destination.delta)? {
+        Taken::Empty => Kept::default(),
+        Taken::AsItIs => delta::sift(&roots(directory, &tablespaces), &manifest, jobs)?,
+    };
+    let work = Extraction {
+        repository: &archive.repository,
+        backup: &backup,
+        needed: kept.needs(&backup, &manifest),
+        kept: &kept,
+        directory,
+        tablespaces: &tablespaces,
+    };
+    let control = work.extract_all(jobs, progress)?;
     link_tablespaces(directory, &tablespaces)?;
-    let key = backup.manifest_key();
-    let manifest = archive.repository.get(&key)?;
-    manifest::verify(directory, &manifest, &backup, &control, destination.jobs)?;
+    manifest::verify(directory, &manifest, &kept, &control, jobs)?;
     settings::write(archive, plan, destination)?;
     for directory in tablespaces.values().chain([directory]) {
         sync_file_system(directory)?;
@@ -77,7 +99,20 @@ pub fn execute(
     // From here on a server could start; everything it needs is on disk.
     durable::replace(&directory.join("global/pg_control"), &control).map_err(Error::local)?;
     durable::remove(&directory.join(MARKER)).map_err(Error::local)?;
-    Ok(())
+    Ok(Executed {
+        kept_files: kept.count(),
+        kept_bytes: kept.bytes,
+        fetched_slices: work.needed.iter().filter(|needed| **needed).count(),
+        slices: backup.slices.len(),
+    })
+}
+
+/// The directories of the restore, with what the manifest puts before the names in them.
+fn roots(directory: &Path, tablespaces: &BTreeMap<u32, PathBuf>) -> Vec<(String, PathBuf)> {
+    let below = |(oid, path): (&u32, &PathBuf)| (format!("pg_tblspc/{oid}/"), path.clone());
+    let mut roots: Vec<_> = tablespaces.iter().map(below).collect();
+    roots.push((String::new(), directory.to_owned()));
+    roots
 }
 
 fn backup_of(archive: &Archive, plan: &RestorePlan) -> Result<BackupInfo> {
@@ -93,59 +128,87 @@ fn backup_of(archive: &Archive, plan: &RestorePlan) -> Result<BackupInfo> {
         })
 }
 
-/// Extracts every slice; the content of `pg_control` is given back instead of written.
-fn extract_all(
-    repository: &Repository,
-    backup: &BackupInfo,
-    destination: &Destination,
-    tablespaces: &BTreeMap<u32, PathBuf>,
-    progress: &(dyn Fn(u64) + Sync),
-) -> Result<Vec<u8>> {
-    let next = AtomicUsize::new(0);
-    let control = Mutex::new(Vec::new());
-    let failure: Mutex<Option<Error>> = Mutex::new(None);
-    let work = || {
-        while let Some(slice) = backup.slices.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let root = match slice.archive {
-                BackupArchive::Base => destination.directory.clone(),
-                BackupArchive::Tablespace(oid) => tablespaces
-                    .get(&oid)
-                    .cloned()
-                    .unwrap_or_else(|| destination.directory.join(format!("pg_tblspc/{oid}"))),
-            };
-            let done = extract::extract(repository, backup, slice, &root, &control);
-            match done {
-                Ok(()) => progress(slice.raw_bytes),
-                Err(error) => {
-                    next.store(usize::MAX / 2, Ordering::Relaxed);
-                    if let Ok(mut failure) = failure.lock() {
-                        failure.get_or_insert(error);
+/// What is extracted, and to where.
+struct Extraction<'a> {
+    repository: &'a Repository,
+    backup: &'a BackupInfo,
+    /// For each slice, whether it is fetched.
+    needed: Vec<bool>,
+    kept: &'a Kept,
+    directory: &'a Path,
+    tablespaces: &'a BTreeMap<u32, PathBuf>,
+}
+
+impl Extraction<'_> {
+    /// Extracts every slice that is needed; the content of `pg_control` is given back instead of written.
+    fn extract_all(&self, jobs: usize, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<u8>> {
+        let next = AtomicUsize::new(0);
+        let control = Mutex::new(Vec::new());
+        let failure: Mutex<Option<Error>> = Mutex::new(None);
+        let work = || {
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(slice) = self.backup.slices.get(index) else {
+                    return;
+                };
+                let needed = self.needed.get(index).is_none_or(|needed| *needed);
+                let done = if needed {
+                    self.extract(slice, &control)
+                } else {
+                    Ok(())
+                };
+                match done {
+                    Ok(()) => progress(slice.raw_bytes),
+                    Err(error) => {
+                        next.store(usize::MAX / 2, Ordering::Relaxed);
+                        if let Ok(mut failure) = failure.lock() {
+                            failure.get_or_insert(error);
+                        }
                     }
                 }
             }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 0..destination.jobs.max(1) {
-            scope.spawn(work);
-        }
-    });
-    if let Some(error) = failure
-        .into_inner()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-    {
-        return Err(error);
-    }
-    let control = control
-        .into_inner()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    if control.is_empty() {
-        return Err(Error::Damaged {
-            object: format!("backup {}", backup.id),
-            problem: "it holds no global/pg_control".to_owned(),
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..jobs.max(1) {
+                scope.spawn(work);
+            }
         });
+        if let Some(error) = failure
+            .into_inner()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+        {
+            return Err(error);
+        }
+        let control = control
+            .into_inner()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if control.is_empty() {
+            return Err(Error::Damaged {
+                object: format!("backup {}", self.backup.id),
+                problem: "it holds no global/pg_control".to_owned(),
+            });
+        }
+        Ok(control)
     }
-    Ok(control)
+
+    fn extract(&self, slice: &BackupSlice, control: &Mutex<Vec<u8>>) -> Result<()> {
+        let root = match slice.archive {
+            BackupArchive::Base => self.directory.to_owned(),
+            BackupArchive::Tablespace(oid) => self
+                .tablespaces
+                .get(&oid)
+                .cloned()
+                .unwrap_or_else(|| self.directory.join(format!("pg_tblspc/{oid}"))),
+        };
+        extract::extract(
+            self.repository,
+            self.backup,
+            slice,
+            &root,
+            self.kept,
+            control,
+        )
+    }
 }
 
 fn link_tablespaces(directory: &Path, tablespaces: &BTreeMap<u32, PathBuf>) -> Result<()> {

@@ -4,7 +4,9 @@
 //! and more targets.
 
 mod bad_input;
+mod delta;
 mod resume;
+mod scene;
 mod support;
 mod tablespaces;
 mod targets;

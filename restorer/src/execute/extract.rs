@@ -16,17 +16,19 @@ use wal_format::{
     tar::{BLOCK_BYTES, TarError, TarHeader, TarKind},
 };
 
+use super::delta::Kept;
 use crate::{Error, Result};
 
 /// Without it no server starts; it is written last.
 const CONTROL: &str = "global/pg_control";
 
-/// Fetches, checks and extracts `slice` below `root`; `pg_control`'s content goes to `control`.
+/// Fetches, checks and extracts `slice` below `root`, but for what is kept; `pg_control`'s content goes to `control`.
 pub(super) fn extract(
     repository: &Repository,
     backup: &BackupInfo,
     slice: &BackupSlice,
     root: &Path,
+    kept: &Kept,
     control: &Mutex<Vec<u8>>,
 ) -> Result<()> {
     let key = backup.slice_key(slice);
@@ -56,11 +58,17 @@ pub(super) fn extract(
             raw.len()
         )));
     }
+    let is_kept = |path: &str| match slice.archive {
+        BackupArchive::Base => kept.has(path),
+        BackupArchive::Tablespace(oid) => kept.has(&format!("pg_tblspc/{oid}/{path}")),
+    };
     let mut rest = &raw[..];
     if let Some(file) = &slice.continues {
         let left = file.size.saturating_sub(file.offset);
         let content = take(&mut rest, left, true);
-        write_at(root, &file.path, content, file.offset, 0o600)?;
+        if !is_kept(&file.path) {
+            write_at(root, &file.path, content, file.offset, 0o600)?;
+        }
     }
     let tar = |error: TarError| damaged(error.to_string());
     while let Some((block, after)) = rest.split_first_chunk::<BLOCK_BYTES>() {
@@ -80,7 +88,9 @@ pub(super) fn extract(
                     }
                     continue;
                 }
-                write_at(root, &entry.path, content, 0, entry.mode)?;
+                if !is_kept(&entry.path) {
+                    write_at(root, &entry.path, content, 0, entry.mode)?;
+                }
             }
         }
     }

@@ -14,13 +14,15 @@ use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use wal_format::BackupInfo;
 
+use super::delta::Kept;
 use crate::{Error, Result};
 
 /// A `backup_manifest`.
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
 pub(crate) struct Manifest {
-    files: Vec<Entry>,
+    /// In the order of the tar streams.
+    pub(super) files: Vec<Entry>,
 }
 
 impl Manifest {
@@ -44,14 +46,15 @@ impl Manifest {
     }
 }
 
+/// A file of a `backup_manifest`.
 #[derive(Deserialize)]
-struct Entry {
+pub(crate) struct Entry {
     #[serde(rename = "Path")]
     path: Option<String>,
     #[serde(rename = "Encoded-Path")]
     encoded_path: Option<String>,
     #[serde(rename = "Size")]
-    size: u64,
+    pub(super) size: u64,
     #[serde(rename = "Checksum-Algorithm")]
     algorithm: Option<String>,
     #[serde(rename = "Checksum")]
@@ -59,7 +62,8 @@ struct Entry {
 }
 
 impl Entry {
-    fn name(&self) -> String {
+    /// Its path in the data directory.
+    pub(super) fn name(&self) -> String {
         match (&self.path, &self.encoded_path) {
             (Some(path), _) => path.clone(),
             (None, Some(hexadecimal)) => hex::decode(hexadecimal)
@@ -68,22 +72,49 @@ impl Entry {
             (None, None) => String::new(),
         }
     }
+
+    /// Whether a file is what the manifest says. Another algorithm than SHA-256 proves nothing.
+    pub(super) fn is_content_of(&self, path: &Path) -> Result<bool> {
+        let (Some("SHA256"), Some(expected)) = (self.algorithm.as_deref(), &self.checksum) else {
+            return Ok(false);
+        };
+        let mut sum = Sha256::new();
+        let size = read(path, &mut sum)?;
+        Ok(size == self.size && *expected == hex::encode(sum.finalize()))
+    }
 }
 
-/// Compares size and SHA-256 of every file that the manifest names. `control` stands for `pg_control`, which is not
-/// written yet.
+/// Adds a file's content to a sum; its length.
+fn read(path: &Path, sum: &mut Sha256) -> Result<u64> {
+    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let mut buffer = vec![0; 256 << 10];
+    let mut size = 0;
+    loop {
+        let read = file.read(&mut buffer).map_err(Error::io("read", path))?;
+        if read == 0 {
+            return Ok(size);
+        }
+        sum.update(&buffer[..read]);
+        size += read as u64;
+    }
+}
+
+/// Compares size and SHA-256 of every file that the manifest names, but for those that were compared to be kept.
+/// `control` stands for `pg_control`, which is not written yet.
 pub(super) fn verify(
     directory: &Path,
-    manifest: &[u8],
-    backup: &BackupInfo,
+    manifest: &Manifest,
+    kept: &Kept,
     control: &[u8],
     jobs: usize,
 ) -> Result<()> {
-    let manifest = Manifest::parse(manifest, backup)?;
     let next = AtomicUsize::new(0);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let work = || {
         while let Some(entry) = manifest.files.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if kept.has(&entry.name()) {
+                continue;
+            }
             if let Err(error) = check(directory, entry, control) {
                 next.store(usize::MAX / 2, Ordering::Relaxed);
                 if let Ok(mut failure) = failure.lock() {
@@ -118,22 +149,12 @@ fn check(directory: &Path, entry: &Entry, control: &[u8]) -> Result<()> {
         problem,
     };
     let mut sum = Sha256::new();
-    let mut size = 0;
-    if name == "global/pg_control" {
+    let size = if name == "global/pg_control" {
         sum.update(control);
-        size = control.len() as u64;
+        control.len() as u64
     } else {
-        let mut file = File::open(&path).map_err(Error::io("open", &path))?;
-        let mut buffer = vec![0; 256 << 10];
-        loop {
-            let read = file.read(&mut buffer).map_err(Error::io("read", &path))?;
-            if read == 0 {
-                break;
-            }
-            sum.update(&buffer[..read]);
-            size += read as u64;
-        }
-    }
+        read(&path, &mut sum)?
+    };
     if size != entry.size {
         return Err(damaged(format!(
             "it has {size} bytes, the manifest says {}",

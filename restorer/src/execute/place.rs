@@ -6,6 +6,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::ErrorKind,
     os::unix::{
         ffi::OsStrExt,
         fs::{DirBuilderExt, PermissionsExt},
@@ -20,6 +21,8 @@ use wal_format::{BackupId, BackupInfo};
 use super::{MARKER, PLAN_FILE};
 use crate::{Error, Result};
 
+/// Without it no server starts.
+const CONTROL: &str = "global/pg_control";
 /// Its name while it is written ([`durable::replace`]).
 const MARKER_NEW: &str = "RESTORE_INCOMPLETE.new";
 
@@ -29,6 +32,9 @@ struct Marker {
     /// For whoever opens it.
     note: String,
     backup: BackupId,
+    /// Whether it keeps what is there.
+    #[serde(default)]
+    delta: bool,
     /// The tablespaces' directories that are the restore's to empty.
     tablespaces: Vec<PathBuf>,
 }
@@ -101,17 +107,42 @@ fn real(path: &Path) -> PathBuf {
     }
 }
 
-/// Makes the directories ours: empty ones, or those of a restore that was interrupted.
+/// How the directories were taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// With their content, to be compared.
+    AsItIs,
+    /// Empty.
+    Empty,
+}
+
+/// Makes the directories ours: empty ones, or those of a restore that was interrupted; with `delta` also a data directory
+/// of the same cluster, in which no server runs.
 pub(super) fn take(
     directory: &Path,
     backup: &BackupInfo,
     tablespaces: &BTreeMap<u32, PathBuf>,
-) -> Result<()> {
+    delta: bool,
+) -> Result<Taken> {
     let unfinished = unfinished(directory)?;
-    if unfinished.is_none() && !is_empty(directory)? {
-        return Err(occupied(directory));
+    let empty_before = is_empty(directory)?;
+    let delta = delta && !empty_before;
+    let mut ours = Vec::new();
+    match unfinished {
+        Some(marker) if marker.delta && !delta => {
+            return Err(Error::usage(format!(
+                "{} holds a --delta restore that was not completed; run it again with --delta, or give another directory",
+                directory.display()
+            )));
+        }
+        Some(marker) => ours = marker.tablespaces,
+        None if delta => {
+            is_of_cluster(directory, backup)?;
+            ours = linked(directory);
+        }
+        None if !empty_before => return Err(occupied(directory)),
+        None => {}
     }
-    let ours = unfinished.map_or_else(Vec::new, |marker| marker.tablespaces);
     for path in tablespaces.values() {
         if !ours.contains(path) && !is_empty(path)? {
             return Err(Error::usage(format!(
@@ -122,27 +153,72 @@ pub(super) fn take(
         }
     }
     create(directory)?;
-    let mut known = ours;
-    known.extend(tablespaces.values().cloned());
-    known.sort();
-    known.dedup();
+    ours.extend(tablespaces.values().cloned());
+    ours.sort();
+    ours.dedup();
     let marker = Marker {
         note:
             "This restore was not completed. Run the same command again, or remove the directory."
                 .to_owned(),
         backup: backup.id.clone(),
-        tablespaces: known,
+        delta,
+        tablespaces: ours,
     };
     let path = directory.join(MARKER);
     let json = serde_json::to_vec_pretty(&marker)
         .map_err(|error| Error::io("write", &path)(error.into()))?;
     durable::replace(&path, &json).map_err(Error::local)?;
-    empty(directory)?;
+    // Before anything else changes: what is being restored must not start.
+    durable::remove(&directory.join(CONTROL)).map_err(Error::local)?;
+    if !delta {
+        empty(directory)?;
+    }
     for path in tablespaces.values() {
         create(path)?;
-        empty(path)?;
+        if !delta {
+            empty(path)?;
+        }
+    }
+    Ok(if delta { Taken::AsItIs } else { Taken::Empty })
+}
+
+/// Refuses what `--delta` must not touch: another cluster's directory, no data directory at all, a running server.
+fn is_of_cluster(directory: &Path, backup: &BackupInfo) -> Result<()> {
+    let shown = directory.display();
+    let control = match fs::read(directory.join(CONTROL)) {
+        Ok(control) => control,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return Err(Error::usage(format!(
+                "{shown} is not empty and no data directory of PostgreSQL, so --delta does not touch it; give another directory"
+            )));
+        }
+        Err(error) => return Err(Error::io("read", directory.join(CONTROL))(error)),
+    };
+    // `ControlFileData` begins with the system identifier, in the byte order of the machine.
+    let found = control.first_chunk().copied().map(u64::from_ne_bytes);
+    if found != Some(backup.system_identifier.0) {
+        return Err(Error::usage(format!(
+            "{shown} is another cluster's: its system identifier is {}, the archive's is {}; give another directory",
+            found.map_or_else(|| "unreadable".to_owned(), |found| found.to_string()),
+            backup.system_identifier
+        )));
+    }
+    if directory.join("postmaster.pid").exists() {
+        return Err(Error::usage(format!(
+            "a server runs in {shown}, or was not shut down; stop it with pg_ctl -D {shown} stop, and if none runs remove its \
+             postmaster.pid"
+        )));
     }
     Ok(())
+}
+
+/// Where the tablespaces of an existing data directory are.
+fn linked(directory: &Path) -> Vec<PathBuf> {
+    let links = fs::read_dir(directory.join("pg_tblspc"));
+    let targets = links.into_iter().flatten().flatten();
+    targets
+        .filter_map(|link| fs::read_link(link.path()).ok())
+        .collect()
 }
 
 /// Why a directory that is not empty is not taken.
@@ -165,9 +241,9 @@ fn unfinished(directory: &Path) -> Result<Option<Marker>> {
     let path = directory.join(MARKER);
     let json = match fs::read(&path) {
         Ok(json) => json,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
         // Not a directory at all: creating it says so better.
-        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => return Ok(None),
         Err(error) => return Err(Error::io("read", path)(error)),
     };
     serde_json::from_slice(&json).map(Some).map_err(|error| {
@@ -195,7 +271,7 @@ fn is_empty(directory: &Path) -> Result<bool> {
         Ok(mut entries) => Ok(entries.all(|entry| {
             entry.is_ok_and(|entry| entry.file_name().as_bytes() == MARKER_NEW.as_bytes())
         })),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(true),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
         Err(error) => Err(Error::io("list", directory)(error)),
     }
 }
