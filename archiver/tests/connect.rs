@@ -1,6 +1,9 @@
 //! Connections to real servers: every authentication over every transport, certificates good and bad, lists of hosts.
 
-use std::fs;
+use std::{
+    fs,
+    sync::atomic::{AtomicU32, Ordering},
+};
 
 use archiver::replication::{ConnInfo, ConnectionMode, Error, ReplicationClient, ReplicationStart};
 use tokio::runtime::Runtime;
@@ -8,7 +11,7 @@ use wal_format::TimelineId;
 
 use crate::{
     certificates::Certificates,
-    support::{Server, postgres_bin, wait_until},
+    support::{Server, postgres_bin},
 };
 
 const METHODS: [(&str, &str); 4] = [
@@ -56,7 +59,10 @@ impl Secured {
             ));
         }
         server.sql("ALTER ROLE u_nobody NOREPLICATION");
-        hba += "hostssl replication u_cert 127.0.0.1/32 cert\n\
+        hba += "hostssl all u_tls 127.0.0.1/32 trust\n\
+                hostnossl all u_plain 127.0.0.1/32 trust\n\
+                hostssl all u_cert 127.0.0.1/32 cert\n\
+                hostssl replication u_cert 127.0.0.1/32 cert\n\
                 hostssl replication u_tls 127.0.0.1/32 trust\n\
                 hostnossl replication u_plain 127.0.0.1/32 trust\n\
                 host replication u_nobody 127.0.0.1/32 trust\n";
@@ -78,7 +84,7 @@ impl Secured {
     }
 
     /// Gives the server another certificate.
-    fn present(&self, name: &str) {
+    pub(crate) fn present(&self, name: &str) {
         self.restart(&format!(
             "ssl_cert_file='{}'\nssl_key_file='{}'",
             self.certificates.shown(&format!("{name}.crt")),
@@ -94,27 +100,24 @@ impl Secured {
         format!("sslrootcert={}", self.certificates.shown("ca.crt"))
     }
 
-    fn connect(&self, conninfo: &str) -> Result<ReplicationClient, Error> {
+    pub(crate) fn connect(&self, conninfo: &str) -> Result<ReplicationClient, Error> {
         let info = ConnInfo::parse(conninfo)?;
         self.runtime
             .block_on(ReplicationClient::connect(&info, ConnectionMode::Physical))
     }
 
-    /// Whether the connection that stands is encrypted, as the server sees it.
+    /// Whether the connection is encrypted, as the server sees it.
     fn is_encrypted(&self, conninfo: &str) -> bool {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test-{}", NEXT.fetch_add(1, Ordering::Relaxed));
         let client = self
-            .connect(conninfo)
+            .connect(&format!("{conninfo} application_name={name}"))
             .unwrap_or_else(|error| panic!("{conninfo}: {error}"));
-        let name = client.conninfo().user().to_owned();
         let seen = self.server.sql(&format!(
-            "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_activity USING (pid) WHERE usename = '{name}' AND backend_type = 'walsender'"
+            "SELECT ssl FROM pg_stat_ssl JOIN pg_stat_replication USING (pid) WHERE application_name = '{name}'"
         ));
-        drop(client);
-        wait_until("the walsender is gone", || {
-            self.server.sql(&format!(
-                "SELECT count(*) FROM pg_stat_activity WHERE usename = '{name}'"
-            )) == "0"
-        });
+        assert_eq!(client.encryption().is_some(), seen == "t", "{conninfo}");
+        self.runtime.block_on(client.close());
         seen == "t"
     }
 

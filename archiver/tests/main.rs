@@ -8,6 +8,7 @@ mod conninfo;
 mod crash;
 mod faults;
 mod gaps;
+mod libpq;
 mod streaming;
 mod support;
 mod timelines;

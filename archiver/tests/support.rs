@@ -232,6 +232,15 @@ impl Server {
         succeed(sql, &output)
     }
 
+    /// psql, and so libpq, of the server's version with a connection text of the test.
+    pub(crate) fn psql(&self, conninfo: &str, sql: &str) -> Output {
+        self.command("psql")
+            .env("HOME", "/nonexistent")
+            .args(["-qAtX", "-d", conninfo, "-c", sql])
+            .output()
+            .expect("psql runs")
+    }
+
     pub(crate) fn lsn(&self) -> Lsn {
         self.sql("SELECT pg_current_wal_flush_lsn()")
             .parse()

@@ -10,6 +10,7 @@ mod parse;
 mod password_file;
 mod require_auth;
 mod service_file;
+mod tls_settings;
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -20,6 +21,7 @@ use parse::Values;
 pub(super) use environment::user_name;
 pub use host::Host;
 pub(super) use require_auth::{AuthMethod, RequireAuth};
+pub(super) use tls_settings::{ClientFiles, RootCertificates, SslMode, TlsSettings, TlsVersion};
 
 use super::{Error, Result, client::ConnectionMode};
 
@@ -69,60 +71,6 @@ pub(super) struct TcpSettings {
     pub(super) interval: Option<Duration>,
     pub(super) count: Option<u32>,
     pub(super) user_timeout_ms: Option<u32>,
-}
-
-/// `sslmode`, in the order of what it demands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum SslMode {
-    Disable,
-    Allow,
-    Prefer,
-    Require,
-    VerifyCa,
-    VerifyFull,
-}
-
-/// A version of TLS.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum TlsVersion {
-    V1,
-    V1_1,
-    V1_2,
-    V1_3,
-}
-
-/// Which authorities are believed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum RootCertificates {
-    /// A file; named by the user, or libpq's default, which may be missing.
-    File { path: PathBuf, named: bool },
-    /// The operating system's.
-    System,
-    /// There is no home directory to have one.
-    None,
-}
-
-/// What to do about TLS.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct TlsSettings {
-    pub(super) mode: SslMode,
-    /// TLS from the first byte, without asking (PostgreSQL 17).
-    pub(super) direct: bool,
-    pub(super) roots: RootCertificates,
-    pub(super) revocations: Option<PathBuf>,
-    /// Certificate and key of the client. Default files may be missing, named ones may not.
-    pub(super) certificate: Option<ClientFiles>,
-    pub(super) sni: bool,
-    pub(super) min_version: TlsVersion,
-    pub(super) max_version: TlsVersion,
-}
-
-/// The client's certificate and its key.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct ClientFiles {
-    pub(super) certificate: PathBuf,
-    pub(super) key: PathBuf,
-    pub(super) named: bool,
 }
 
 impl ConnInfo {
@@ -285,104 +233,6 @@ impl ConnInfo {
     }
 }
 
-impl TlsSettings {
-    fn of_values(given: &Given<'_>, environment: &Environment) -> Result<Self> {
-        let roots = match given.text("sslrootcert") {
-            Some("system") => RootCertificates::System,
-            Some(path) => RootCertificates::File {
-                path: PathBuf::from(path),
-                named: true,
-            },
-            None => match environment.in_home(".postgresql/root.crt") {
-                Some(path) => RootCertificates::File { path, named: false },
-                None => RootCertificates::None,
-            },
-        };
-        let default = match roots {
-            RootCertificates::System => SslMode::VerifyFull,
-            _ if environment
-                .variable("PGREQUIRESSL")
-                .is_some_and(|value| value.starts_with('1')) =>
-            {
-                SslMode::Require
-            }
-            _ => SslMode::Prefer,
-        };
-        let mode = given.choice(
-            "sslmode",
-            default,
-            &[
-                ("disable", SslMode::Disable),
-                ("allow", SslMode::Allow),
-                ("prefer", SslMode::Prefer),
-                ("require", SslMode::Require),
-                ("verify-ca", SslMode::VerifyCa),
-                ("verify-full", SslMode::VerifyFull),
-            ],
-        )?;
-        if roots == RootCertificates::System && mode != SslMode::VerifyFull {
-            return Err(problem(
-                "sslrootcert=system needs sslmode=verify-full: anybody can get a certificate from a public authority"
-                    .to_owned(),
-            ));
-        }
-        let direct = given.choice(
-            "sslnegotiation",
-            false,
-            &[("postgres", false), ("direct", true)],
-        )?;
-        if direct && mode < SslMode::Require {
-            return Err(problem(
-                "sslnegotiation=direct needs sslmode=require, verify-ca or verify-full".to_owned(),
-            ));
-        }
-        let versions = [
-            ("TLSv1", TlsVersion::V1),
-            ("TLSv1.1", TlsVersion::V1_1),
-            ("TLSv1.2", TlsVersion::V1_2),
-            ("TLSv1.3", TlsVersion::V1_3),
-        ];
-        let min_version = given.choice("ssl_min_protocol_version", TlsVersion::V1_2, &versions)?;
-        let max_version = given.choice("ssl_max_protocol_version", TlsVersion::V1_3, &versions)?;
-        if max_version < min_version.max(TlsVersion::V1_2) {
-            return Err(problem(
-                "ssl_max_protocol_version allows no version: TLSv1.2 and TLSv1.3 are spoken, and not less than \
-                 ssl_min_protocol_version"
-                    .to_owned(),
-            ));
-        }
-        Ok(Self {
-            mode,
-            direct,
-            roots,
-            revocations: given.text("sslcrl").map(PathBuf::from).or_else(|| {
-                environment
-                    .in_home(".postgresql/root.crl")
-                    .filter(|path| path.exists())
-            }),
-            certificate: client_files(given, environment),
-            sni: given.number("sslsni")? != Some(0),
-            min_version,
-            max_version,
-        })
-    }
-}
-
-fn client_files(given: &Given<'_>, environment: &Environment) -> Option<ClientFiles> {
-    if given.text("sslcertmode") == Some("disable") {
-        return None;
-    }
-    let file = |keyword: &str, default: &str| match given.text(keyword) {
-        Some(path) => Some(PathBuf::from(path)),
-        None => environment.in_home(default),
-    };
-    Some(ClientFiles {
-        certificate: file("sslcert", ".postgresql/postgresql.crt")?,
-        key: file("sslkey", ".postgresql/postgresql.key")?,
-        named: given.text("sslcert").is_some(),
-    })
-}
-
 /// Typed looks at the values. An empty one is the default, as with libpq.
 struct Given<'a>(&'a Values);
 
@@ -394,7 +244,7 @@ impl<'a> Given<'a> {
 
     /// A number; negative ones mean 0, as with libpq.
     fn number(&self, keyword: &str) -> Result<Option<u32>> {
-        let Some(text) = self.text(keyword) else {
+        let Some(text) = self.0.get(keyword) else {
             return Ok(None);
         };
         let number: i32 = text
@@ -410,7 +260,8 @@ impl<'a> Given<'a> {
     }
 
     fn choice<T: Copy>(&self, keyword: &str, default: T, choices: &[(&str, T)]) -> Result<T> {
-        let Some(text) = self.text(keyword) else {
+        // An empty value is none of the choices, as in libpq.
+        let Some(text) = self.0.get(keyword) else {
             return Ok(default);
         };
         choices

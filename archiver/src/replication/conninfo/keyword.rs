@@ -81,13 +81,13 @@ pub(super) static KEYWORDS: [Keyword; 50] = [
     keyword(
         "sslcrldir",
         Some("PGSSLCRLDIR"),
-        Refused(&[], "put the lists into one file and name it as sslcrl"),
+        Refused(&[""], "put the lists into one file and name it as sslcrl"),
     ),
     keyword("sslsni", Some("PGSSLSNI"), Used),
     keyword(
         "sslkeylogfile",
         None,
-        Refused(&[], "the keys of a connection are never written down"),
+        Refused(&[""], "the keys of a connection are never written down"),
     ),
     keyword("requirepeer", Some("PGREQUIREPEER"), Used),
     keyword("require_auth", Some("PGREQUIREAUTH"), Used),
@@ -116,19 +116,19 @@ pub(super) static KEYWORDS: [Keyword; 50] = [
         Some("PGGSSENCMODE"),
         Refused(&["disable", "prefer"], NO_GSS),
     ),
-    keyword("krbsrvname", None, Refused(&[], NO_GSS)),
-    keyword("gsslib", None, Refused(&[], NO_GSS)),
+    keyword("krbsrvname", None, Refused(&[""], NO_GSS)),
+    keyword("gsslib", None, Refused(&[""], NO_GSS)),
     keyword("gssdelegation", None, Refused(&["0"], NO_GSS)),
     // We say ourselves what a connection is for, as pg_receivewal does.
     keyword("replication", None, WithoutEffect),
     keyword("target_session_attrs", Some("PGTARGETSESSIONATTRS"), Used),
     keyword("load_balance_hosts", Some("PGLOADBALANCEHOSTS"), Used),
-    keyword("scram_client_key", None, Refused(&[], NO_KEYS)),
-    keyword("scram_server_key", None, Refused(&[], NO_KEYS)),
-    keyword("oauth_issuer", None, Refused(&[], NO_OAUTH)),
-    keyword("oauth_client_id", None, Refused(&[], NO_OAUTH)),
-    keyword("oauth_client_secret", None, Refused(&[], NO_OAUTH)),
-    keyword("oauth_scope", None, Refused(&[], NO_OAUTH)),
+    keyword("scram_client_key", None, Refused(&[""], NO_KEYS)),
+    keyword("scram_server_key", None, Refused(&[""], NO_KEYS)),
+    keyword("oauth_issuer", None, Refused(&[""], NO_OAUTH)),
+    keyword("oauth_client_id", None, Refused(&[""], NO_OAUTH)),
+    keyword("oauth_client_secret", None, Refused(&[""], NO_OAUTH)),
+    keyword("oauth_scope", None, Refused(&[""], NO_OAUTH)),
 ];
 
 impl Keyword {
@@ -145,11 +145,9 @@ impl Keyword {
     /// Refuses what can not be granted. `origin` says where it was asked for.
     pub(super) fn check(&self, value: &str, origin: &str) -> Result<()> {
         match self.support {
-            Refused(harmless, remedy) if !value.is_empty() && !harmless.contains(&value) => {
-                Err(Error::ConnInfo {
-                    problem: format!("{} ({origin}) is refused: {remedy}", self.name),
-                })
-            }
+            Refused(harmless, remedy) if !harmless.contains(&value) => Err(Error::ConnInfo {
+                problem: format!("{} ({origin}) is refused: {remedy}", self.name),
+            }),
             _ => Ok(()),
         }
     }

@@ -143,11 +143,13 @@ fn parse_uri(rest: &str) -> Result<Values> {
 }
 
 fn parse_query(query: &str, values: &mut Values) -> Result<()> {
-    for (index, pair) in query.split('&').enumerate() {
-        let origin = format!("URI parameter {}", index + 1);
-        if pair.is_empty() && index == 0 && !query.contains('&') {
-            return Ok(());
-        }
+    let mut rest = query;
+    let mut number = 0;
+    while !rest.is_empty() {
+        number += 1;
+        let origin = format!("URI parameter {number}");
+        let pair;
+        (pair, rest) = rest.split_once('&').unwrap_or((rest, ""));
         let (name, text) = pair
             .split_once('=')
             .ok_or_else(|| problem(format!("{origin}: \"=\" is missing")))?;
