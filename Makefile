@@ -22,6 +22,7 @@ test-long: install-tools
 bench: install-tools
 	$(CARGO) build $(WORKSPACE)
 	$(CARGO_TARGET_DIR)/release/catch_up $(BENCH_FLAGS)
+	$(CARGO_TARGET_DIR)/release/commit_latency
 
 check:
 	$(CARGO) fmt --all --check

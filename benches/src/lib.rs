@@ -3,6 +3,7 @@
 
 pub mod catch_up;
 pub mod cluster;
+pub mod commit_latency;
 pub mod ledger;
 pub mod main_job;
 pub mod programs;
