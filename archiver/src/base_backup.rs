@@ -10,8 +10,8 @@ use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings}
 use sha2::{Digest, Sha256};
 use tokio::{sync::Semaphore, task::JoinSet};
 use wal_format::{
-    BackupId, BackupInfo, BackupKind, BackupSlice, Branch, Lsn, ObjectKey, PgTimestamp, Tablespace,
-    TimelineId, backup::BACKUP_FORMAT_VERSION, layout::BackupArchive,
+    BackupId, BackupInfo, BackupKind, BackupLabel, BackupSlice, Branch, Lsn, ObjectKey,
+    PgTimestamp, Tablespace, TimelineId, backup::BACKUP_FORMAT_VERSION, layout::BackupArchive,
 };
 
 use crate::{
@@ -20,12 +20,10 @@ use crate::{
     replication::{BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo},
 };
 
-mod label;
 mod manifest;
 mod slicer;
 mod wait;
 
-use label::Label;
 use slicer::{RawSlice, Slicer};
 
 /// Slices that are compressed and stored at once. Each holds its raw bytes and its compressed ones: 32 MiB at the most.
@@ -207,7 +205,8 @@ impl Taking {
         manifest::check(&received.manifest, received.slicer.files())?;
         let (start_lsn, timeline) = received.start.ok_or_else(|| malformed("it has no start"))?;
         let (stop_lsn, _) = received.stop.ok_or_else(|| malformed("it has no stop"))?;
-        let label = Label::parse(received.slicer.backup_label())?;
+        let label = BackupLabel::parse(received.slicer.backup_label())
+            .map_err(|error| malformed(error.to_string()))?;
         if label.start_lsn != start_lsn || timeline != self.branch.timeline {
             return Err(malformed(
                 "backup_label and the stream disagree about the start",

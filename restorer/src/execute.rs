@@ -25,7 +25,7 @@ mod place;
 mod settings;
 
 use delta::Kept;
-pub(crate) use manifest::Manifest;
+pub(crate) use manifest::read_manifest;
 use place::{Taken, place_tablespaces, take};
 pub use settings::{Action, Recovery};
 
@@ -76,7 +76,7 @@ pub fn execute(
     let directory = &destination.directory;
     let jobs = destination.jobs;
     let tablespaces = place_tablespaces(&backup, &destination.tablespaces, directory)?;
-    let manifest = Manifest::parse(&archive.repository.get(&backup.manifest_key())?, &backup)?;
+    let manifest = read_manifest(&archive.repository.get(&backup.manifest_key())?, &backup)?;
     let kept = match take(directory, &backup, &tablespaces, destination.delta)? {
         Taken::Empty => Kept::default(),
         Taken::AsItIs => delta::sift(&roots(directory, &tablespaces), &manifest, jobs)?,

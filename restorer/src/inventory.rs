@@ -6,7 +6,7 @@ use wal_format::{
     WalIndexer,
 };
 
-use crate::{Error, PlanError, Result, execute::Manifest, wal_fetch};
+use crate::{Error, PlanError, Result, execute::read_manifest, wal_fetch};
 
 /// What is archived of one cluster.
 pub trait Inventory {
@@ -140,10 +140,11 @@ impl Inventory for Archive {
 
     fn prepared_in(&self, backup: &BackupInfo) -> Result<Vec<u32>> {
         let manifest = self.repository.get(&backup.manifest_key())?;
-        let names = Manifest::parse(&manifest, backup)?.into_names();
-        let files = names
+        let manifest = read_manifest(&manifest, backup)?;
+        let files = manifest
+            .files
             .iter()
-            .filter_map(|name| name.strip_prefix("pg_twophase/"));
+            .filter_map(|file| file.path.strip_prefix("pg_twophase/"));
         // Named by the transaction in hexadecimal, from 17 on with its epoch in the upper half.
         let xid = |name: &str| u64::from_str_radix(name, 16).ok();
         #[expect(clippy::cast_possible_truncation, reason = "the lower half is wanted")]

@@ -2,8 +2,9 @@
 //!
 //! Modules in reading order: the words ([`lsn`], [`time`], [`timeline`], [`segment`], [`system`]), PostgreSQL's WAL
 //! ([`page`], [`record`], the streaming [`decoder`] and the [`indexer`] on top of it), the [`summary`] of what a range of
-//! WAL holds, our container for that range ([`sealed`]), the files of a base backup, and [`layout`]: every key in the
-//! repository, in one enum.
+//! WAL holds, our container for that range ([`sealed`]), the files of a cluster and its base backups ([`control_file`],
+//! [`backup_label`], [`tablespace_map`], [`backup_manifest`], [`tar`], our own [`backup`]), and [`layout`]: every key in
+//! the repository, in one enum.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![cfg_attr(
     test,
@@ -17,6 +18,9 @@
 )]
 
 pub mod backup;
+pub mod backup_label;
+pub mod backup_manifest;
+pub mod control_file;
 pub mod decoder;
 pub mod error;
 mod fields;
@@ -31,11 +35,15 @@ pub mod sealed;
 pub mod segment;
 pub mod summary;
 pub mod system;
+pub mod tablespace_map;
 pub mod tar;
 pub mod time;
 pub mod timeline;
 
 pub use backup::{BackupInfo, BackupKind, BackupSlice, ContinuedFile, Tablespace};
+pub use backup_label::BackupLabel;
+pub use backup_manifest::{BackupManifest, ManifestFile};
+pub use control_file::ControlFile;
 pub use decoder::{RecordSink, WalDecoder, WalIdentity};
 pub use error::{DecodeError, DecodeErrorKind};
 pub use gap::DeclaredGap;

@@ -2,33 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
-use sha2::{Digest, Sha256};
+use wal_format::BackupManifest;
 
 use super::{BaseBackupError, slicer::ReceivedFile};
 use crate::error::{Error, Result};
-
-#[derive(Deserialize)]
-struct Manifest {
-    #[serde(rename = "Files")]
-    files: Vec<Entry>,
-    #[serde(rename = "Manifest-Checksum")]
-    checksum: String,
-}
-
-#[derive(Deserialize)]
-struct Entry {
-    #[serde(rename = "Path")]
-    path: Option<String>,
-    #[serde(rename = "Encoded-Path")]
-    encoded_path: Option<String>,
-    #[serde(rename = "Size")]
-    size: u64,
-    #[serde(rename = "Checksum-Algorithm")]
-    algorithm: Option<String>,
-    #[serde(rename = "Checksum")]
-    checksum: Option<String>,
-}
 
 fn differs(problem: String) -> Error {
     Error::BaseBackup(BaseBackupError::Manifest { problem })
@@ -36,25 +13,10 @@ fn differs(problem: String) -> Error {
 
 /// Compares size and SHA-256 of every file.
 pub(super) fn check(manifest: &[u8], received: &BTreeMap<String, ReceivedFile>) -> Result<()> {
-    let parsed: Manifest = serde_json::from_slice(manifest)
-        .map_err(|error| differs(format!("the manifest can not be read: {error}")))?;
-    // The sum covers everything before the line that holds it.
-    let last_line = manifest
-        .windows(21)
-        .rposition(|window| window == b"\n\"Manifest-Checksum\":".as_slice())
-        .map_or(0, |at| at + 1);
-    if hex::encode(Sha256::digest(&manifest[..last_line])) != parsed.checksum {
-        return Err(differs("the manifest's own checksum is wrong".to_owned()));
-    }
-    for entry in parsed.files {
-        let path = match (entry.path, entry.encoded_path) {
-            (Some(path), _) => path,
-            (None, Some(encoded)) => hex::decode(&encoded)
-                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-                .map_err(|_| differs(format!("the path {encoded} is not hexadecimal")))?,
-            (None, None) => return Err(differs("a file has no path".to_owned())),
-        };
-        let Some(file) = received.get(&path) else {
+    let manifest = BackupManifest::parse(manifest).map_err(|error| differs(error.to_string()))?;
+    for entry in manifest.files {
+        let path = &entry.path;
+        let Some(file) = received.get(path) else {
             return Err(differs(format!("{path} did not come")));
         };
         if file.size != entry.size {
@@ -63,9 +25,7 @@ pub(super) fn check(manifest: &[u8], received: &BTreeMap<String, ReceivedFile>) 
                 "{path} has {found} bytes instead of {expected}"
             )));
         }
-        if entry.algorithm.as_deref() != Some("SHA256")
-            || entry.checksum.as_deref() != Some(file.sha256.as_str())
-        {
+        if entry.sha256() != Some(file.sha256.as_str()) {
             return Err(differs(format!("{path} has another SHA-256")));
         }
     }
@@ -74,6 +34,8 @@ pub(super) fn check(manifest: &[u8], received: &BTreeMap<String, ReceivedFile>) 
 
 #[cfg(test)]
 mod tests {
+    use sha2::{Digest, Sha256};
+
     use super::*;
 
     #[test]

@@ -14,12 +14,11 @@ use std::{
     },
 };
 
-use wal_format::{BackupInfo, BackupSlice, layout::BackupArchive, tar::BLOCK_BYTES};
-
-use super::{
-    MARKER,
-    manifest::{Entry, Manifest},
+use wal_format::{
+    BackupInfo, BackupManifest, BackupSlice, ManifestFile, layout::BackupArchive, tar::BLOCK_BYTES,
 };
+
+use super::{MARKER, manifest::is_content_of};
 use crate::{Error, Result};
 
 /// Directories that a server needs and that may be empty, so that no file of the manifest names them.
@@ -59,7 +58,7 @@ impl Kept {
     }
 
     /// Whether a slice has to be fetched: it may hold a file that is not kept.
-    pub(super) fn needs(&self, backup: &BackupInfo, manifest: &Manifest) -> Vec<bool> {
+    pub(super) fn needs(&self, backup: &BackupInfo, manifest: &BackupManifest) -> Vec<bool> {
         if self.names.is_empty() {
             return vec![true; backup.slices.len()];
         }
@@ -76,17 +75,17 @@ impl Kept {
     fn mark(
         &self,
         backup: &BackupInfo,
-        manifest: &Manifest,
+        manifest: &BackupManifest,
         archive: BackupArchive,
         needed: &mut [bool],
     ) {
-        let files: Vec<&Entry> = manifest
+        let files: Vec<&ManifestFile> = manifest
             .files
             .iter()
-            .filter(|entry| archive_of(backup, &entry.name()) == archive)
+            .filter(|entry| archive_of(backup, &entry.path) == archive)
             .collect();
         let block = BLOCK_BYTES as u64;
-        let in_tar = |entry: &Entry| entry.size.div_ceil(block).saturating_add(1) * block;
+        let in_tar = |entry: &ManifestFile| entry.size.div_ceil(block).saturating_add(1) * block;
         let all: u64 = files.iter().map(|entry| in_tar(entry)).sum();
         let slices = || {
             let of_archive = |(_, slice): &(usize, &BackupSlice)| slice.archive == archive;
@@ -103,7 +102,7 @@ impl Kept {
         let mut from = 0;
         for entry in files {
             let to = from + in_tar(entry);
-            if !self.has(&entry.name()) {
+            if !self.has(&entry.path) {
                 missing.push((from, to + others));
             }
             from = to;
@@ -133,11 +132,15 @@ fn archive_of(backup: &BackupInfo, name: &str) -> BackupArchive {
 }
 
 /// Removes from the directories what the backup does not have as it is; what stays is told.
-pub(super) fn sift(roots: &[(String, PathBuf)], manifest: &Manifest, jobs: usize) -> Result<Kept> {
-    let wanted: HashMap<String, &Entry> = manifest
+pub(super) fn sift(
+    roots: &[(String, PathBuf)],
+    manifest: &BackupManifest,
+    jobs: usize,
+) -> Result<Kept> {
+    let wanted: HashMap<String, &ManifestFile> = manifest
         .files
         .iter()
-        .map(|entry| (entry.name(), entry))
+        .map(|entry| (entry.path.clone(), entry))
         .collect();
     let mut parents: HashSet<String> = NEEDED.iter().map(|name| (*name).to_owned()).collect();
     for name in wanted.keys() {
@@ -161,7 +164,7 @@ pub(super) fn sift(roots: &[(String, PathBuf)], manifest: &Manifest, jobs: usize
 }
 
 struct Sieve<'a> {
-    wanted: &'a HashMap<String, &'a Entry>,
+    wanted: &'a HashMap<String, &'a ManifestFile>,
     /// Directories that something of the backup lies in.
     parents: &'a HashSet<String>,
     /// Files of the right name and size.
@@ -187,7 +190,8 @@ impl Sieve<'_> {
                 }
                 continue;
             }
-            let same_size = |entry: &&Entry| metadata.is_file() && entry.size == metadata.len();
+            let same_size =
+                |entry: &&ManifestFile| metadata.is_file() && entry.size == metadata.len();
             if self.wanted.get(&name).is_some_and(same_size) {
                 self.candidates.push((name, path));
             } else {
@@ -201,7 +205,7 @@ impl Sieve<'_> {
 /// Keeps the candidates whose SHA-256 is the manifest's, and removes the others.
 fn compare(
     candidates: &[(String, PathBuf)],
-    wanted: &HashMap<String, &Entry>,
+    wanted: &HashMap<String, &ManifestFile>,
     jobs: usize,
 ) -> Result<Kept> {
     let next = AtomicUsize::new(0);
@@ -209,7 +213,7 @@ fn compare(
     let work = || {
         while let Some((name, path)) = candidates.get(next.fetch_add(1, Ordering::Relaxed)) {
             let entry = wanted.get(name);
-            let equal = entry.map_or(Ok(false), |entry| entry.is_content_of(path));
+            let equal = entry.map_or(Ok(false), |entry| is_content_of(entry, path));
             let done = equal.and_then(|equal| {
                 if !equal {
                     fs::remove_file(path).map_err(Error::io("remove", path))?;

@@ -10,78 +10,34 @@ use std::{
     },
 };
 
-use serde::Deserialize;
 use sha2::{Digest, Sha256};
-use wal_format::BackupInfo;
+use wal_format::{BackupInfo, BackupManifest, ManifestFile};
 
 use super::delta::Kept;
 use crate::{Error, Result};
 
-/// A `backup_manifest`.
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-pub(crate) struct Manifest {
-    /// In the order of the tar streams.
-    pub(super) files: Vec<Entry>,
+/// Reads the manifest of `backup`, if it is the one that was recorded.
+pub(crate) fn read_manifest(content: &[u8], backup: &BackupInfo) -> Result<BackupManifest> {
+    let damaged = |problem: String| Error::Damaged {
+        object: backup.manifest_key().to_string(),
+        problem,
+    };
+    if hex::encode(Sha256::digest(content)) != backup.manifest_sha256 {
+        return Err(damaged(
+            "its SHA-256 is not the one that was recorded".to_owned(),
+        ));
+    }
+    BackupManifest::parse(content).map_err(|error| damaged(error.to_string()))
 }
 
-impl Manifest {
-    /// Reads the manifest of `backup`, if it is the one that was recorded.
-    pub(crate) fn parse(json: &[u8], backup: &BackupInfo) -> Result<Self> {
-        let damaged = |problem: String| Error::Damaged {
-            object: backup.manifest_key().to_string(),
-            problem,
-        };
-        if hex::encode(Sha256::digest(json)) != backup.manifest_sha256 {
-            return Err(damaged(
-                "its SHA-256 is not the one that was recorded".to_owned(),
-            ));
-        }
-        serde_json::from_slice(json).map_err(|error| damaged(error.to_string()))
-    }
-
-    /// The paths of all files.
-    pub(crate) fn into_names(self) -> Vec<String> {
-        self.files.iter().map(Entry::name).collect()
-    }
-}
-
-/// A file of a `backup_manifest`.
-#[derive(Deserialize)]
-pub(crate) struct Entry {
-    #[serde(rename = "Path")]
-    path: Option<String>,
-    #[serde(rename = "Encoded-Path")]
-    encoded_path: Option<String>,
-    #[serde(rename = "Size")]
-    pub(super) size: u64,
-    #[serde(rename = "Checksum-Algorithm")]
-    algorithm: Option<String>,
-    #[serde(rename = "Checksum")]
-    checksum: Option<String>,
-}
-
-impl Entry {
-    /// Its path in the data directory.
-    pub(super) fn name(&self) -> String {
-        match (&self.path, &self.encoded_path) {
-            (Some(path), _) => path.clone(),
-            (None, Some(hexadecimal)) => hex::decode(hexadecimal)
-                .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-                .unwrap_or_default(),
-            (None, None) => String::new(),
-        }
-    }
-
-    /// Whether a file is what the manifest says. Another algorithm than SHA-256 proves nothing.
-    pub(super) fn is_content_of(&self, path: &Path) -> Result<bool> {
-        let (Some("SHA256"), Some(expected)) = (self.algorithm.as_deref(), &self.checksum) else {
-            return Ok(false);
-        };
-        let mut sum = Sha256::new();
-        let size = read(path, &mut sum)?;
-        Ok(size == self.size && *expected == hex::encode(sum.finalize()))
-    }
+/// Whether a file is what the manifest says. Another algorithm than SHA-256 proves nothing.
+pub(super) fn is_content_of(entry: &ManifestFile, path: &Path) -> Result<bool> {
+    let Some(expected) = entry.sha256() else {
+        return Ok(false);
+    };
+    let mut sum = Sha256::new();
+    let size = read(path, &mut sum)?;
+    Ok(size == entry.size && expected == hex::encode(sum.finalize()))
 }
 
 /// Adds a file's content to a sum; its length.
@@ -103,7 +59,7 @@ fn read(path: &Path, sum: &mut Sha256) -> Result<u64> {
 /// `control` stands for `pg_control`, which is not written yet.
 pub(super) fn verify(
     directory: &Path,
-    manifest: &Manifest,
+    manifest: &BackupManifest,
     kept: &Kept,
     control: &[u8],
     jobs: usize,
@@ -112,7 +68,7 @@ pub(super) fn verify(
     let failure: Mutex<Option<Error>> = Mutex::new(None);
     let work = || {
         while let Some(entry) = manifest.files.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if kept.has(&entry.name()) {
+            if kept.has(&entry.path) {
                 continue;
             }
             if let Err(error) = check(directory, entry, control) {
@@ -137,13 +93,13 @@ pub(super) fn verify(
     }
 }
 
-fn check(directory: &Path, entry: &Entry, control: &[u8]) -> Result<()> {
-    let name = entry.name();
+fn check(directory: &Path, entry: &ManifestFile, control: &[u8]) -> Result<()> {
+    let name = entry.path.as_str();
     // It is consumed when the links are made from the plan instead.
     if name == "tablespace_map" {
         return Ok(());
     }
-    let path = directory.join(&name);
+    let path = directory.join(name);
     let damaged = |problem: String| Error::Damaged {
         object: path.display().to_string(),
         problem,
@@ -161,8 +117,8 @@ fn check(directory: &Path, entry: &Entry, control: &[u8]) -> Result<()> {
             entry.size
         )));
     }
-    match (entry.algorithm.as_deref(), &entry.checksum) {
-        (Some("SHA256"), Some(expected)) if *expected != hex::encode(sum.finalize()) => {
+    match entry.sha256() {
+        Some(expected) if expected != hex::encode(sum.finalize()) => {
             Err(damaged("its SHA-256 is not the manifest's".to_owned()))
         }
         _ => Ok(()),

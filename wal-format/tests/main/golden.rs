@@ -13,10 +13,15 @@ use wal_format::{
 
 use crate::waldump::{self, Line};
 
-fn read(name: &str) -> Vec<u8> {
+/// A fixture that is stored as it is.
+pub(crate) fn read_plain(name: &str) -> Vec<u8> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-    let stored = std::fs::read(directory.join(name)).expect(name);
-    zstd::decode_all(stored.as_slice()).expect(name)
+    std::fs::read(directory.join(name)).expect(name)
+}
+
+/// A fixture that is stored compressed.
+pub(crate) fn read(name: &str) -> Vec<u8> {
+    zstd::decode_all(read_plain(name).as_slice()).expect(name)
 }
 
 /// The excerpt of this version's WAL, and where it starts.

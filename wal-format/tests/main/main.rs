@@ -1,4 +1,5 @@
-//! The decoder against WAL: made here, where a case has to be built byte by byte, and PostgreSQL's own from `fixtures`.
+//! The decoder against WAL: made here, where a case has to be built byte by byte, and PostgreSQL's own from `fixtures`; and the
+//! parsers of a cluster's other files.
 #![allow(
     clippy::indexing_slicing,
     clippy::arithmetic_side_effects,
@@ -6,6 +7,7 @@
     reason = "tests panic on purpose"
 )]
 
+mod cluster_files;
 mod contrecords;
 mod corruption;
 mod golden;
