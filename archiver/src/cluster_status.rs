@@ -8,16 +8,18 @@ mod report;
 use std::{
     collections::BTreeMap,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
-use repository::config::Acknowledge;
+use prometheus_client::metrics::histogram::Histogram;
+use repository::{config::Acknowledge, store::Observer};
 use wal_format::{Branch, ClusterName, Lsn, PgTimestamp, SystemIdentifier};
 
 use crate::{
+    instruments::Instruments,
     pipeline::progress::Progress,
     report::{BackupReport, SlotReport, WindowReport},
     rpo::{Exposure, RpoEstimator},
@@ -39,6 +41,8 @@ pub struct ClusterStatus {
     pub segments_completed: AtomicU64,
     /// Group fsyncs of the spool.
     pub flushes: AtomicU64,
+    instruments: Instruments,
+    flush_duration: Histogram,
 }
 
 #[derive(Debug, Default)]
@@ -76,6 +80,8 @@ pub struct Facts {
     pub spool_full: bool,
     /// Bytes in the spool's files.
     pub spool_used_bytes: u64,
+    /// Bytes that the spool may grow to: what it uses and what its disk has left.
+    pub spool_limit_bytes: Option<u64>,
     /// The slot as the server last showed it.
     pub slot_report: Option<SlotReport>,
     /// From when to when the cluster can be restored, as of the last look into the catalog.
@@ -91,8 +97,10 @@ pub struct Facts {
 impl ClusterStatus {
     /// A cluster of which nothing is known yet.
     #[must_use]
-    pub fn new(cluster: ClusterName, acknowledge: Acknowledge) -> Self {
+    pub fn new(cluster: ClusterName, acknowledge: Acknowledge, instruments: Instruments) -> Self {
         Self {
+            flush_duration: instruments.flush_duration(&cluster),
+            instruments,
             cluster,
             progress: Progress::new(acknowledge),
             started: Instant::now(),
@@ -103,6 +111,24 @@ impl ClusterStatus {
             segments_completed: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
         }
+    }
+
+    /// An fdatasync of the spool took so long.
+    pub fn flushed(&self, duration: Duration) {
+        Self::count(&self.flushes, 1);
+        self.flush_duration.observe(duration.as_secs_f64());
+    }
+
+    /// Told of each request of the repository.
+    #[must_use]
+    pub fn observer(&self) -> Observer {
+        let (instruments, cluster) = (self.instruments.clone(), self.cluster.clone());
+        Arc::new(move |op, duration, answered| {
+            let outcome = if answered { "ok" } else { "error" };
+            instruments
+                .repository_request(&cluster, op, outcome)
+                .observe(duration.as_secs_f64());
+        })
     }
 
     /// The cluster.

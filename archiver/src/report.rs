@@ -152,6 +152,8 @@ pub struct Counters {
     pub repository_errors: Vec<(String, String, u64)>,
     /// Bytes in the spool.
     pub spool_used_bytes: u64,
+    /// Bytes that the spool may grow to: what it uses and what its disk has left.
+    pub spool_limit_bytes: Option<u64>,
     /// Bytes that wait for the repository.
     pub upload_queue_bytes: u64,
 }

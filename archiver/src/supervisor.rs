@@ -367,7 +367,8 @@ fn open_archive(
     spool: Arc<Spool>,
     status: Arc<ClusterStatus>,
 ) -> Result<Archive> {
-    let repository = Repository::open(&settings.repository, &settings.name)?;
+    let repository =
+        Repository::open(&settings.repository, &settings.name)?.observed(status.observer());
     let identity = repository.claim(identity)?;
     let catalog = Catalog::open(&settings.catalog, &identity)?;
     let wal = WalIdentity {

@@ -14,7 +14,9 @@ use wal_format::{
 };
 
 use crate::{
-    Error, ObjectMeta, ObjectStore, PutOutcome, Result, config::RepositoryUrl, store::LocalStore,
+    Error, ObjectMeta, ObjectStore, PutOutcome, Result,
+    config::RepositoryUrl,
+    store::{LocalStore, ObservedStore, Observer},
 };
 
 /// The version of the epoch file that this build writes.
@@ -58,6 +60,13 @@ impl Repository {
     #[must_use]
     pub fn with_store(store: Arc<dyn ObjectStore>, cluster: ClusterName) -> Self {
         Self { store, cluster }
+    }
+
+    /// The same repository, each request told to `observer`.
+    #[must_use]
+    pub fn observed(self, observer: Observer) -> Self {
+        let store = Arc::new(ObservedStore::new(self.store, observer));
+        Self { store, ..self }
     }
 
     /// The cluster.

@@ -13,10 +13,12 @@ use crate::Error;
 use crate::Result;
 
 mod local;
+mod observed;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
 pub use local::LocalStore;
+pub use observed::{ObservedStore, Observer};
 
 /// What a `put` found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,12 +28,14 @@ async fn serve(settings: Settings, http: Option<SocketAddr>) -> Result<()> {
     let shutdown = Shutdown::on_signals().map_err(Error::io("watch", "the signals"))?;
     let server = HttpServer::bind(http.unwrap_or(settings.http)).await?;
     tracing::info!(address = %server.address(), "serving HTTP");
+    let instruments = Instruments::default();
     let mut clusters = JoinSet::new();
     let mut statuses = Vec::new();
     for cluster in settings.clusters {
         let status = Arc::new(ClusterStatus::new(
             cluster.name.clone(),
             cluster.acknowledge,
+            instruments.clone(),
         ));
         statuses.push((cluster.clone(), Arc::clone(&status)));
         tracing::info!(cluster = %cluster.name, repository = %cluster.repository, spool = %cluster.spool.display(), "archiving");
@@ -47,7 +49,7 @@ async fn serve(settings: Settings, http: Option<SocketAddr>) -> Result<()> {
     };
     tokio::spawn(server.serve(Sources {
         reports: Arc::new(reports),
-        instruments: Instruments::default(),
+        instruments,
     }));
     // One cluster that can not go on does not stop the others; the exit code tells of the first.
     let mut first = Ok(());

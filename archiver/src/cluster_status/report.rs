@@ -85,6 +85,7 @@ impl ClusterStatus {
                     .map(|(operation, count)| ((*operation).to_owned(), "error".to_owned(), *count))
                     .collect(),
                 spool_used_bytes: facts.spool_used_bytes,
+                spool_limit_bytes: facts.spool_limit_bytes,
                 upload_queue_bytes: flushed.bytes_since(positions.remote()),
             },
             repository: settings.repository.to_string(),

@@ -17,6 +17,20 @@ use crate::{
 /// The text format of `OpenMetrics`.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
+/// Why a stream is begun anew, as the supervisor counts it.
+const RECONNECT_REASONS: [&str; 8] = [
+    "connection",
+    "damaged_record",
+    "gap",
+    "gap_closed",
+    "repository",
+    "server_closed",
+    "silent",
+    "slot_in_use",
+];
+/// What of the pipeline failed at the repository.
+const REPOSITORY_OPERATIONS: [&str; 2] = ["seal", "tail"];
+
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 type Counters = Family<Labels, Counter>;
 
@@ -151,9 +165,13 @@ impl Page<'_> {
             "pitr_stream_reconnects",
             "Reconnections of the stream",
             |report| {
-                let reconnects = report.counters.reconnects.iter();
-                reconnects
-                    .map(|(reason, count)| (vec![("reason", reason.clone())], *count))
+                // A counter that appears with its first event hides that event from `increase()`.
+                let known = RECONNECT_REASONS.map(|reason| (reason.to_owned(), 0));
+                let counted = report.counters.reconnects.iter().cloned();
+                known
+                    .into_iter()
+                    .chain(counted)
+                    .map(|(reason, count)| (vec![("reason", reason)], count))
                     .collect()
             },
         );
@@ -195,11 +213,12 @@ impl Page<'_> {
             "pitr_repository_errors",
             "Repository requests that failed",
             |report| {
-                let errors = report.counters.repository_errors.iter();
-                errors
-                    .map(|(op, kind, count)| {
-                        (vec![("op", op.clone()), ("kind", kind.clone())], *count)
-                    })
+                let known = REPOSITORY_OPERATIONS.map(|op| (op.to_owned(), "error".to_owned(), 0));
+                let counted = report.counters.repository_errors.iter().cloned();
+                known
+                    .into_iter()
+                    .chain(counted)
+                    .map(|(op, kind, count)| (vec![("op", op), ("kind", kind)], count))
                     .collect()
             },
         );
@@ -212,6 +231,11 @@ impl Page<'_> {
             "pitr_spool_used_bytes",
             "WAL files in the spool",
             |report| Some(number(report.counters.spool_used_bytes)),
+        );
+        self.gauge(
+            "pitr_spool_limit_bytes",
+            "What the spool may grow to: what it uses and what its disk has left",
+            |report| report.counters.spool_limit_bytes.map(number),
         );
     }
 
@@ -234,6 +258,23 @@ impl Page<'_> {
     }
 
     fn restorable(&mut self) {
+        // None of these exists before a drill or a restore was measured: until then they are unknown.
+        for (name, help) in [
+            (
+                "pitr_drill_last_success_timestamp_seconds",
+                "When a restore drill last succeeded; NaN before the first",
+            ),
+            (
+                "pitr_drill_rto_seconds",
+                "How long the last drill took until PostgreSQL answered; NaN before the first",
+            ),
+            (
+                "pitr_rto_estimate_seconds",
+                "How long a restore is estimated to take; NaN while no rate was measured",
+            ),
+        ] {
+            self.gauge(name, help, |_| None);
+        }
         self.gauge(
             "pitr_window_earliest_timestamp_seconds",
             "The earliest time that can be restored",

@@ -159,3 +159,45 @@ async fn a_public_address_is_refused() {
     let error = HttpServer::bind(taken).await.expect_err("it is taken");
     assert!(error.to_string().contains("--http"), "{error}");
 }
+
+#[tokio::test]
+async fn every_metric_of_the_contract_has_a_sample_from_the_start() {
+    let (_, _, metrics) = fetch("/metrics", "").await;
+    for name in [
+        "pitr_backup_duration_seconds",
+        "pitr_backup_last_success_timestamp_seconds",
+        "pitr_backup_stored_bytes",
+        "pitr_build_info",
+        "pitr_drill_last_success_timestamp_seconds",
+        "pitr_drill_rto_seconds",
+        "pitr_flush_duration_seconds",
+        "pitr_lag_bytes",
+        "pitr_repository_errors_total",
+        "pitr_repository_request_duration_seconds",
+        "pitr_rpo_seconds",
+        "pitr_rpo_target_seconds",
+        "pitr_rto_estimate_seconds",
+        "pitr_slot_active",
+        "pitr_slot_retained_bytes",
+        "pitr_slot_safe_wal_bytes",
+        "pitr_spool_limit_bytes",
+        "pitr_spool_used_bytes",
+        "pitr_state",
+        "pitr_stream_connected",
+        "pitr_stream_reconnects_total",
+        "pitr_timeline_id",
+        "pitr_upload_queue_bytes",
+        "pitr_wal_received_bytes_total",
+        "pitr_wal_segments_completed_total",
+        "pitr_wal_stored_bytes_total",
+        "pitr_window_earliest_timestamp_seconds",
+        "pitr_window_gaps",
+        "pitr_window_latest_timestamp_seconds",
+    ] {
+        let sampled = metrics.lines().any(|line| {
+            line.strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with(['{', ' ', '_']))
+        });
+        assert!(sampled, "{name} has no sample in\n{metrics}");
+    }
+}

@@ -9,13 +9,13 @@ use std::{
         mpsc::{Receiver, SyncSender, sync_channel},
     },
     thread::JoinHandle,
+    time::Instant,
 };
 
 use wal_format::Lsn;
 
 use super::{archive::Archive, failure::Failure, seal::Backlog};
 use crate::{
-    cluster_status::ClusterStatus,
     error::{Error, Result},
     spool::{CompletedSegment, OpenSegment},
 };
@@ -141,6 +141,8 @@ fn work(
 ) {
     let progress = archive.status().progress();
     while let Ok(job) = queue.recv() {
+        let began = Instant::now();
+        let syncs = !matches!(job, Job::Settle(_));
         let outcome = match job {
             Job::Finish(segment) => {
                 let number = segment.file.segment();
@@ -170,7 +172,9 @@ fn work(
                 Ok(())
             }
         };
-        ClusterStatus::count(&archive.status().flushes, 1);
+        if syncs {
+            archive.status().flushed(began.elapsed());
+        }
         pending.fetch_sub(1, Ordering::AcqRel);
         if let Err(error) = outcome {
             failure.raise(error);

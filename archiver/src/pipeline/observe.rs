@@ -92,7 +92,13 @@ fn look_once(archive: &Archive, list: bool) -> Result<()> {
         used += segments.complete.len() as u64 * spool.segment_size().bytes();
         used += segments.open.map_or(0, |(_, length)| length);
     }
-    archive.status().note(|facts| facts.spool_used_bytes = used);
+    let limit = rustix::fs::statvfs(archive.settings().spool.as_path())
+        .ok()
+        .map(|disk| used + disk.f_bavail * disk.f_frsize);
+    archive.status().note(|facts| {
+        facts.spool_used_bytes = used;
+        facts.spool_limit_bytes = limit;
+    });
     let catalog = archive.catalog();
     let mut backups = catalog.backups()?;
     if list || loss(archive, &backups)?.is_some() {

@@ -22,7 +22,6 @@ use super::{
     tail::TailSlot,
 };
 use crate::{
-    cluster_status::ClusterStatus,
     error::{Error, Result},
     spool::{SpoolWriter, TailCut},
 };
@@ -457,8 +456,9 @@ impl Stage {
             return Ok(());
         }
         if let Some(open) = writer.open_segment() {
+            let began = Instant::now();
             open.sync()?;
-            ClusterStatus::count(&self.archive.status().flushes, 1);
+            self.archive.status().flushed(began.elapsed());
             self.archive.status().note(|facts| facts.spool_full = false);
             let (start, end) = (writer.resume_lsn(), writer.written());
             self.archive

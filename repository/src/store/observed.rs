@@ -1,0 +1,107 @@
+//! [`ObservedStore`]: any store, with each request's duration and outcome told to an observer.
+
+use std::{
+    fmt,
+    ops::{ControlFlow, Range},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use super::{ObjectMeta, ObjectStore, PutOutcome};
+use crate::{Error, Result};
+
+/// Told of each request: its name, how long it took, and whether it was answered. "Absent" is an answer.
+pub type Observer = Arc<dyn Fn(&'static str, Duration, bool) + Send + Sync>;
+
+/// A store under observation.
+pub struct ObservedStore {
+    store: Arc<dyn ObjectStore>,
+    observer: Observer,
+}
+
+impl fmt::Debug for ObservedStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.store.fmt(f)
+    }
+}
+
+impl ObservedStore {
+    /// Observes a store.
+    #[must_use]
+    pub fn new(store: Arc<dyn ObjectStore>, observer: Observer) -> Self {
+        Self { store, observer }
+    }
+
+    fn timed<T>(&self, op: &'static str, request: impl FnOnce() -> Result<T>) -> Result<T> {
+        let began = Instant::now();
+        let outcome = request();
+        let answered = outcome.as_ref().map_or_else(Error::is_not_found, |_| true);
+        (self.observer)(op, began.elapsed(), answered);
+        outcome
+    }
+}
+
+impl ObjectStore for ObservedStore {
+    fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.timed("put", || self.store.put_if_absent(key, body))
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        self.timed("get", || self.store.get(key))
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.timed("get", || self.store.get_range(key, range))
+    }
+
+    fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
+        self.timed("head", || self.store.head(key))
+    }
+
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.timed("list", || self.store.list(prefix, visit))
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        self.timed("delete", || self.store.delete(key))
+    }
+
+    fn url(&self) -> String {
+        self.store.url()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+    use crate::store::LocalStore;
+
+    #[test]
+    fn each_request_is_told_and_absence_is_an_answer() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let told = Arc::clone(&seen);
+        let store = ObservedStore::new(
+            Arc::new(LocalStore::open(directory.path()).expect("a store")),
+            Arc::new(move |op, _, answered| {
+                told.lock().expect("a list").push((op, answered));
+            }),
+        );
+        store.put_if_absent("a", b"1").expect("a put");
+        assert!(store.get("b").is_err());
+        // A key outside of the store is refused.
+        assert!(store.get("../b").is_err());
+        assert_eq!(
+            *seen.lock().expect("a list"),
+            [("put", true), ("get", true), ("get", false)]
+        );
+    }
+}
