@@ -53,7 +53,7 @@ impl Secured {
                 hba += &format!("host {database} {role} 127.0.0.1/32 {method}\n");
             }
         }
-        for role in ["u_cert", "u_tls", "u_plain", "u_nobody"] {
+        for role in ["u_cert", "u_tls", "u_plain", "u_stream", "u_nobody"] {
             server.sql(&format!(
                 "CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'S3CRET'"
             ));
@@ -65,6 +65,7 @@ impl Secured {
                 hostssl replication u_cert 127.0.0.1/32 cert\n\
                 hostssl replication u_tls 127.0.0.1/32 trust\n\
                 hostnossl replication u_plain 127.0.0.1/32 trust\n\
+                host replication u_stream 127.0.0.1/32 trust\n\
                 host replication u_nobody 127.0.0.1/32 trust\n";
         fs::write(server.data().join("pg_hba.conf"), hba).expect("pg_hba.conf");
         let secured = Self {

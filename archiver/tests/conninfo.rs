@@ -185,3 +185,40 @@ fn a_slot_that_is_not_ours_is_named_with_its_remedy() {
     let log = fs::read_to_string(server.directory().join("log")).expect("a log");
     assert!(!log.contains("unexpected EOF"), "{log}");
 }
+
+#[test]
+fn a_role_that_may_only_replicate_is_enough() {
+    for (major, bin) in benches::tools::servers_or_skip() {
+        if ![14, 15, 18].contains(&major) {
+            continue;
+        }
+        let secured = Secured::start(&bin);
+        let conninfo = secured.tcp("user=u_stream");
+        let place = Place::new();
+        let check = || {
+            let output = place.command(&conninfo).arg("check").output();
+            let output = output.expect("wal-archiver runs");
+            let said = String::from_utf8_lossy(&output.stdout).into_owned();
+            assert_eq!(output.status.code(), Some(0), "{major}: {said}");
+            said
+        };
+        let before = check();
+        assert!(before.contains("note  SQL connection: refused"), "{before}");
+        // Twice: the slot is made, then found.
+        for _ in 0..2 {
+            let archiver = place.run(&conninfo);
+            archiver.wait_for_log("streaming");
+            secured.server.write_wal(100);
+            wait_flushed(&secured.server, secured.server.lsn());
+            assert_eq!(archiver.terminate().code(), Some(0));
+        }
+        let after = check();
+        let expected = if major >= 15 {
+            "keeps WAL from"
+        } else {
+            "not to be seen without SQL"
+        };
+        assert!(after.contains(expected), "{major}: {after}");
+        place.assert_equals_pg_wal(&secured.server.data());
+    }
+}

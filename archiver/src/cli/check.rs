@@ -93,7 +93,26 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
     if let Err(error) = server_settings(&mut client, report).await {
         report.fail_with("server settings", &error);
     }
+    let sql = ReplicationClient::connect(client.conninfo(), ConnectionMode::Sql).await;
+    let sees_slots = sql.is_ok() || version.num >= 150_000;
+    match sql {
+        Ok(sql) => {
+            report.ok(
+                "SQL connection",
+                "established: the RPO of an idle server is known too",
+            );
+            sql.close().await;
+        }
+        Err(error) => report.note(
+            "SQL connection",
+            &format!("refused, so the RPO is known from the stream only ({error})"),
+        ),
+    }
     match client.slot(&cluster.slot).await {
+        Ok(None) if !sees_slots => report.note(
+            "replication slot",
+            "not to be seen without SQL before PostgreSQL 15; `wal-archiver run` creates it when it is missing",
+        ),
         Ok(None) => report.note(
             "replication slot",
             &format!(

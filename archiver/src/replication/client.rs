@@ -231,11 +231,21 @@ impl ReplicationClient {
 
     /// A slot, by SQL on a connection of its own: `READ_REPLICATION_SLOT` is missing before 15 and hides `wal_status`.
     ///
+    /// A role that `pg_hba.conf` lets in for replication only is told what this connection can tell: before 15 that is
+    /// nothing, as if there were no slot.
+    ///
     /// # Errors
     /// Whatever [`Error`] knows.
     pub async fn slot(&mut self, name: &str) -> Result<Option<SlotInfo>> {
         let info = self.info.clone();
-        let mut sql = Box::pin(Self::connect(&info, ConnectionMode::Sql)).await?;
+        let mut sql = match Box::pin(Self::connect(&info, ConnectionMode::Sql)).await {
+            Ok(sql) => sql,
+            Err(error) if error.is_auth() && self.version.num >= 150_000 => {
+                return self.read_slot(name).await;
+            }
+            Err(error) if error.is_auth() => return Ok(None),
+            Err(error) => return Err(error),
+        };
         let quoted = name.replace('\'', "''");
         let rows = sql
             .query(&format!(
@@ -252,6 +262,20 @@ impl ReplicationClient {
                 active: field(1).as_deref() == Some("true"),
                 wal_status: field(2),
             }
+        }))
+    }
+
+    async fn read_slot(&mut self, name: &str) -> Result<Option<SlotInfo>> {
+        let row = self
+            .row(&format!("READ_REPLICATION_SLOT \"{name}\""))
+            .await?;
+        let restart_lsn = text(&row, 1).and_then(|lsn| lsn.parse().ok());
+        Ok(text(&row, 0).map(|_| SlotInfo {
+            physical: true,
+            restart_lsn,
+            active: false,
+            // We make slots that keep WAL from their first moment; one that keeps none was invalidated.
+            wal_status: restart_lsn.is_none().then(|| "lost".to_owned()),
         }))
     }
 

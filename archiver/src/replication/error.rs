@@ -243,7 +243,7 @@ impl Error {
     /// Whether the role or its password was refused.
     #[must_use]
     pub fn is_auth(&self) -> bool {
-        self.has_code(&["28P01", "28000", "42501"])
+        matches!(self, Self::Auth { .. }) || self.has_code(&["28P01", "28000", "42501", "3D000"])
     }
 
     /// Whether the WAL that was asked for is gone from the server.
