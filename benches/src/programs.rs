@@ -1,11 +1,12 @@
 //! Our own programs and PostgreSQL's, run as an ordinary user: PostgreSQL refuses root, and CI is root.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::{PermissionsExt, chown},
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::OnceLock,
+    time::{Duration, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result, bail};
@@ -13,6 +14,10 @@ use tempfile::TempDir;
 
 /// The user that servers run as, where we are root.
 const USER: &str = "tidemark";
+/// Where that user finds copies of our programs, beside the servers that the installer unpacks.
+const COPIES: &str = "/var/cache/tidemark/programs";
+/// No test takes longer.
+const KEEP_COPIES: Duration = Duration::from_secs(3600);
 
 /// User and group to drop to; `None` where we are an ordinary user already.
 ///
@@ -96,7 +101,6 @@ pub fn directory() -> Result<TempDir> {
 /// # Errors
 /// When it was not built: `cargo build --release --workspace` builds it.
 pub fn ours(name: &str) -> Result<PathBuf> {
-    static COPIES: OnceLock<TempDir> = OnceLock::new();
     let this = std::env::current_exe()?;
     let built = this
         .ancestors()
@@ -109,29 +113,32 @@ pub fn ours(name: &str) -> Result<PathBuf> {
         return Ok(built);
     }
     // The build may lie in root's home, which others can not enter.
-    let directory = match COPIES.get() {
-        Some(directory) => directory,
-        None => {
-            let fresh = tempfile::Builder::new()
-                .prefix("tidemark-bin-")
-                .tempdir_in("/tmp")?;
-            fs::set_permissions(fresh.path(), fs::Permissions::from_mode(0o755))?;
-            COPIES.get_or_init(|| fresh)
-        }
-    };
-    let copy = directory.path().join(name);
+    let metadata = fs::metadata(&built)?;
+    let made = metadata.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+    let directory = Path::new(COPIES);
+    fs::create_dir_all(directory)?;
+    let copy = directory.join(format!("{name}-{}-{made}", metadata.len()));
     if !copy.exists() {
-        let fresh = directory
-            .path()
-            .join(format!("{name}.{:?}", std::thread::current().id()));
-        fs::copy(&built, &fresh)?;
-        fs::set_permissions(&fresh, fs::Permissions::from_mode(0o755))?;
-        match fs::hard_link(&fresh, &copy) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error.into()),
-            _ => {}
-        }
+        forget_old(directory)?;
+        // Another test process may do the same: each renames a whole file into place.
+        let fresh = tempfile::NamedTempFile::new_in(directory)?;
+        fs::copy(&built, fresh.path())?;
+        fs::set_permissions(fresh.path(), fs::Permissions::from_mode(0o755))?;
+        fresh.persist(&copy)?;
     }
     Ok(copy)
+}
+
+/// Removes copies of builds that nothing runs any more.
+fn forget_old(directory: &Path) -> Result<()> {
+    for entry in fs::read_dir(directory)?.flatten() {
+        let age = entry.metadata().and_then(|metadata| metadata.modified());
+        if age.is_ok_and(|made| made.elapsed().is_ok_and(|age| age > KEEP_COPIES)) {
+            // Another process may have removed it first.
+            let _gone = fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
 }
 
 /// Standard output of a command that must succeed.

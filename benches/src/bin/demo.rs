@@ -12,7 +12,10 @@ use benches::{
     main_job::{Job, run},
     tools::servers,
 };
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// What the job tells of itself on its way.
+const STEPS: u64 = 12;
 
 fn main() -> Result<()> {
     let (major, bin) = servers()
@@ -29,16 +32,22 @@ fn main() -> Result<()> {
         http: http_address().to_owned(),
     };
     let began = Instant::now();
-    let bar = ProgressBar::new_spinner();
     let terminal = std::io::stderr().is_terminal();
-    if terminal {
-        bar.enable_steady_tick(Duration::from_millis(100));
-    }
+    let bar = if terminal {
+        ProgressBar::new(STEPS)
+    } else {
+        ProgressBar::hidden()
+    };
+    bar.set_style(ProgressStyle::with_template(
+        "{bar:30} {pos}/{len} {elapsed} {msg}",
+    )?);
+    bar.enable_steady_tick(Duration::from_millis(100));
     let say = |text: &str| {
         let line = format!("{:6.1} s  {text}", began.elapsed().as_secs_f64());
         if terminal {
             bar.println(&line);
             bar.set_message(text.to_owned());
+            bar.inc(1);
         } else {
             println!("{line}");
         }
