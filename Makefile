@@ -4,7 +4,7 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/tidemark/target
 CARGO := cargo
 WORKSPACE := --release --workspace
 
-.PHONY: demo test test-long bench check fmt install-tools
+.PHONY: demo test test-long bench check fuzz fmt install-tools
 
 demo: install-tools
 	$(CARGO) build $(WORKSPACE)
@@ -27,6 +27,10 @@ bench: install-tools
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(WORKSPACE) --all-targets -- -D warnings
+
+# Every parser of wal-format for FUZZ_SECONDS (60) each.
+fuzz: install-tools
+	bash wal-format/fuzz/run.sh
 
 fmt:
 	$(CARGO) fmt --all

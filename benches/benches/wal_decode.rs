@@ -1,7 +1,7 @@
 //! How many bytes of real WAL one core decodes: every page and record checked, every CRC computed.
 //!
-//! The WAL is pgbench's on the newest PostgreSQL that is installed: the load, which is full pages and large records, and the
-//! transactions, which are small records.
+//! `cargo bench --workspace --bench wal_decode`. The WAL is pgbench's on the newest PostgreSQL that is installed: the load,
+//! which is full pages and large records, and the transactions, which are small records.
 
 use std::{fs, hint::black_box, path::Path};
 

@@ -120,6 +120,22 @@ impl Cluster {
         connect(&self.conninfo())
     }
 
+    /// Stops the server as a crash would (`pg_ctl stop -m immediate`); its data stays.
+    ///
+    /// # Errors
+    /// What `pg_ctl` said.
+    pub fn crash(&self) -> Result<()> {
+        self.pg_ctl(&["stop", "-m", "immediate"])
+    }
+
+    /// Starts the server again.
+    ///
+    /// # Errors
+    /// What `pg_ctl` and the server said.
+    pub fn start_again(&self) -> Result<()> {
+        self.pg_ctl(&["start"])
+    }
+
     /// Kills every process of the server at once, as a dead host would, and removes its data.
     ///
     /// # Errors

@@ -202,6 +202,44 @@ fn every_flipped_bit_and_every_truncation_of_a_small_container_is_noticed() {
 }
 
 #[test]
+fn every_flipped_bit_behind_the_frames_is_noticed_by_the_end_alone() {
+    let wal = wal_like(2 * FRAME_BYTES + 77);
+    let end = 0x100_0000 + wal.len() as u64;
+    let object = seal_at_once(header(0x100_0000, end), &wal);
+    let total = object.len() as u64;
+    let whole = SealedFooter::from_tail(total, &object).expect("sound");
+    let FooterFromTail::Complete(footer) = whole else {
+        panic!("the whole object is enough");
+    };
+    let frames_end = footer.frame_range(2).expect("a third frame").end as usize;
+    let mut tail = object[frames_end..].to_vec();
+    for at in 0..tail.len() {
+        for bit in 0..8 {
+            tail[at] ^= 1 << bit;
+            let read = SealedFooter::from_tail(total, &tail);
+            // A length that grew asks for more, and that is not the footer either.
+            let refused = match read {
+                Ok(FooterFromTail::NeedMore { bytes }) => {
+                    let mut whole = object[..frames_end].to_vec();
+                    whole.extend(&tail);
+                    bytes > total || SealedFooter::from_tail(total, &whole).is_err()
+                }
+                Ok(FooterFromTail::Complete(_)) => false,
+                Err(_) => true,
+            };
+            assert!(
+                refused,
+                "bit {bit} of byte {at} behind the frames went unnoticed"
+            );
+            tail[at] ^= 1 << bit;
+        }
+    }
+    // Of another length than it was stored with.
+    assert!(SealedFooter::from_tail(total + 1, &tail).is_err());
+    assert!(SealedFooter::from_tail(total - 1, &tail).is_err());
+}
+
+#[test]
 fn random_flipped_bits_of_a_whole_segment_are_noticed() {
     let wal = wal_like(SegmentSize::DEFAULT.len());
     let mut object = seal_at_once(header(0x100_0000, 0x200_0000), &wal);

@@ -195,3 +195,48 @@ fn thirty_thousand_transactions_cost_less_than_five_bytes_each_even_uncompressed
     assert!(bytes.len() < 30_000 * 5, "{} bytes", bytes.len());
     assert_eq!(SegmentSummary::decode(base, &bytes), Ok(summary));
 }
+
+#[test]
+fn the_bytes_are_those_that_format_md_describes() {
+    let base = Lsn(0x100_0000);
+    let end = |distance, xid, time, kind| TransactionEnd {
+        lsn: base.add(distance),
+        xid,
+        time: PgTimestamp(time),
+        kind,
+    };
+    let summary = SegmentSummary {
+        record_count: 300,
+        first_record_lsn: Some(Lsn(base.0 - 16)),
+        last_record_lsn: Some(base.add(64)),
+        transactions: vec![
+            end(64, 700, 10, TransactionEndKind::CommitPrepared),
+            end(128, 699, 7, TransactionEndKind::Abort),
+        ],
+        events: vec![
+            (base.add(64), WalEvent::Switch),
+            (
+                base.add(72),
+                WalEvent::RestorePoint {
+                    time: PgTimestamp(1),
+                    name: "p".to_owned(),
+                },
+            ),
+        ],
+        ..SegmentSummary::default()
+    };
+    let bytes = [
+        &[0xAC, 0x02][..],
+        &[0b0011, 31, 0x80, 0x01],
+        &[2, 0b0110, 3],
+        &[8, 8],
+        &[0xF8, 0x0A, 1],
+        &[20, 5],
+        &[2],
+        &[0x80, 0x01, 9],
+        &[16, 8, 2, 1, b'p'],
+    ]
+    .concat();
+    assert_eq!(summary.encode(base), bytes);
+    assert_eq!(SegmentSummary::decode(base, &bytes), Ok(summary));
+}
