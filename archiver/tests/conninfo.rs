@@ -205,11 +205,15 @@ fn a_role_that_may_only_replicate_is_enough() {
         let before = check();
         assert!(before.contains("note  SQL connection: refused"), "{before}");
         // Twice: the slot is made, then found.
-        for _ in 0..2 {
+        for round in 0..2 {
             let archiver = place.run(&conninfo);
             archiver.wait_for_log("streaming");
             secured.server.write_wal(100);
             wait_flushed(&secured.server, secured.server.lsn());
+            if round == 1 {
+                let backup = place.command(&conninfo).arg("backup").output();
+                succeed("backup", &backup.expect("wal-archiver runs"));
+            }
             assert_eq!(archiver.terminate().code(), Some(0));
         }
         let after = check();

@@ -60,3 +60,37 @@ fn a_promotion_while_we_were_away_is_followed_and_the_old_primary_refused() {
     assert_eq!(archiver.terminate().code(), Some(0));
     place.verify(&standby.conninfo());
 }
+
+#[test]
+fn a_failover_is_followed_along_the_list_of_hosts() {
+    let Some(bin) = postgres_bin() else { return };
+    let primary = Server::start(&bin, "");
+    let standby = Server::standby_of(&primary);
+    let place = Place::new();
+    let list = format!(
+        "host={},{} port={},{} user=postgres target_session_attrs=primary connect_timeout=5",
+        primary.directory().display(),
+        standby.directory().display(),
+        primary.port,
+        standby.port
+    );
+    let archiver = place.run(&list);
+    archiver.wait_for_log("streaming");
+    primary.write_wal(1500);
+    let lsn = primary.lsn();
+    wait_flushed(&primary, lsn);
+    wait_until("the standby has replayed", || {
+        standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+    });
+    primary.down("immediate");
+    // Nobody is a primary now: both hosts are named with their reason.
+    archiver.wait_for_log("is a standby, but target_session_attrs=primary");
+    standby.promote();
+    standby.write_wal(1500);
+    let lsn = standby.lsn();
+    wait_flushed(&standby, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let verdict = place.verify(&list);
+    assert!(verdict.contains("no gap"), "{verdict}");
+    assert!(place.assert_equals_pg_wal(&standby.data()) >= lsn);
+}
