@@ -66,6 +66,16 @@ impl Certificates {
                 "-sha384",
             ],
         );
+        made.openssl(&[
+            "pkey",
+            "-in",
+            "client.key",
+            "-outform",
+            "DER",
+            "-out",
+            "client.der",
+        ]);
+        made.give_away("client.der");
         made.revocations();
         made
     }

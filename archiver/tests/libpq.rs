@@ -291,7 +291,9 @@ fn certificates_are_judged_the_same() {
         ("client.crt", "client.key"),
         ("client.crt", "stranger.key"),
         ("stranger.crt", "stranger.key"),
+        ("client.crt", "client.der"),
         ("client.crt", "none.key"),
+        ("client.crt", "client.crt"),
         ("none.crt", "client.key"),
     ] {
         both.compare(&format!(

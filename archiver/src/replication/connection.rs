@@ -214,7 +214,7 @@ impl Reader {
             .filter(|field| !field.is_empty())
         {
             let (kind, text) = field.split_at(1);
-            let text = String::from_utf8_lossy(text).into_owned();
+            let text = one_line(text);
             match kind {
                 b"S" if report.severity.is_empty() => report.severity = text,
                 // The same word, never translated.
@@ -308,4 +308,18 @@ impl Writer {
 pub(super) fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
     let value = row.get(at)?.as_ref()?;
     Some(String::from_utf8_lossy(value).into_owned())
+}
+
+/// A server's words on one line of a log, and without anything that a terminal would obey.
+fn one_line(text: &[u8]) -> String {
+    String::from_utf8_lossy(text)
+        .chars()
+        .map(|character| {
+            if character.is_control() {
+                ' '
+            } else {
+                character
+            }
+        })
+        .collect()
 }

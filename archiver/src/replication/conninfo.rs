@@ -12,7 +12,11 @@ mod require_auth;
 mod service_file;
 mod tls_settings;
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{
+    fmt::{self, Write as _},
+    path::PathBuf,
+    time::Duration,
+};
 
 use environment::Environment;
 use keyword::{KEYWORDS, Keyword};
@@ -283,7 +287,15 @@ impl fmt::Debug for ConnInfo {
         for (name, value) in &self.values {
             let secret = Keyword::find(name).is_none_or(Keyword::is_secret);
             let shown = if secret { "…" } else { value };
-            write!(f, "{separator}{name}={shown}")?;
+            write!(f, "{separator}{name}=")?;
+            // A URI can hold a line feed.
+            for character in shown.chars() {
+                f.write_char(if character.is_control() {
+                    ' '
+                } else {
+                    character
+                })?;
+            }
             separator = " ";
         }
         Ok(())

@@ -413,6 +413,21 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 #[test]
+fn what_a_server_says_stays_on_one_line_and_moves_no_cursor() {
+    let (reader, _) = runtime().block_on(async {
+        let (ours, _) = duplex(1);
+        halves(ours, None, "db:5432")
+    });
+    let body = b"SERROR\0VERROR\0CXX000\0Mone\ntwo\x1b[2J\0Dthree\r\nfour\0\0";
+    let shown = reader.refusal(body).to_string();
+    assert!(
+        shown.contains("one two [2J") && shown.contains("three  four"),
+        "{shown}"
+    );
+    assert!(!shown.contains(char::is_control), "{shown:?}");
+}
+
+#[test]
 fn remedies_are_told_for_what_administrators_meet() {
     let check = |code: &str, text: &str, exit: u8, remedy: &str| {
         let (mut reader, _) = runtime().block_on(async {

@@ -166,7 +166,7 @@ impl Keyword {
             .min();
         match nearest {
             Some((distance, name)) if distance <= 2 && distance * 3 <= name.len() => {
-                format!("\"{unknown}\" is no keyword; did you mean \"{name}\"?")
+                format!("{unknown:?} is no keyword; did you mean \"{name}\"?")
             }
             _ => "it has an unknown keyword (not shown: it may be part of a password); known are host, port, user, \
                   dbname, password, sslmode and the others of libpq; quote a value that holds spaces"

@@ -38,7 +38,7 @@ pub(super) fn lookup(service: &str, environment: &Environment) -> Result<Values>
         looked.push(path.display().to_string());
     }
     Err(problem(format!(
-        "service \"{service}\" is not defined; looked for [{service}] in {}",
+        "service {service:?} is not defined; looked for a section of that name in {}",
         looked.join(", ")
     )))
 }
@@ -124,7 +124,7 @@ mod tests {
         assert_eq!(host("c", &both).expect("in the system's"), "hc");
         let error = host("d", &both).expect_err("it is nowhere").to_string();
         assert!(
-            error.contains("[d]") && error.contains("pg_service.conf"),
+            error.contains("\"d\"") && error.contains("pg_service.conf"),
             "{error}"
         );
         let error = host("b", &both).expect_err("a blank before =").to_string();

@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use proptest::prelude::*;
+
 use super::*;
 
 fn environment(variables: &[(&str, &str)]) -> Environment {
@@ -294,4 +296,35 @@ fn the_password_comes_from_the_text_or_the_file_by_database() {
     );
     assert_eq!(password("host=/run", physical).as_deref(), Some("socket"));
     assert_eq!(password("host=other", physical), None);
+}
+
+proptest! {
+    #[test]
+    fn a_value_survives_quoting_and_percent_signs(value in "\\PC{0,30}") {
+        let quoted = value.replace('\\', r"\\").replace('\'', r"\'");
+        let info = resolve(&format!("host=h password='{quoted}' user=me"));
+        let expected = (!value.is_empty()).then_some(value.as_str());
+        prop_assert_eq!(info.value("password"), expected);
+        let coded: String = value.bytes().map(|byte| format!("%{byte:02x}")).collect();
+        for uri in [format!("postgresql://me:{coded}@h/"), format!("postgresql://h/?password={coded}")] {
+            let info = resolve(&uri);
+            prop_assert_eq!(info.value("password"), expected);
+            prop_assert_eq!(info.hosts()[0].to_string(), "h:5432");
+        }
+    }
+
+    #[test]
+    fn no_text_makes_us_panic(
+        text in "((host|port|password|sslmode|hostaddr|require_auth)?[ =',\\\\]{0,2}\\PC{0,6}){0,4}",
+        uri in "postgres(ql)?://[a-z%:@/?&=,\\[\\]0-9]{0,30}",
+    ) {
+        let environment = environment(&[]);
+        for text in [text, uri] {
+            if let Ok(info) = ConnInfo::resolve(&text, &environment) {
+                prop_assert!(!info.hosts().is_empty());
+                let shown = format!("{info:?}");
+                prop_assert!(!shown.contains(char::is_control), "{}", shown);
+            }
+        }
+    }
 }

@@ -103,16 +103,20 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
         ));
     }
     let content = fs::read(path).map_err(|error| format!("private key {shown}: {error}"))?;
-    PrivateKeyDer::from_pem_slice(&content).map_err(|error| {
+    PrivateKeyDer::from_pem_slice(&content).or_else(|error| {
+        // As libpq, which takes a key without PEM's wrapping too.
+        if let Ok(key) = PrivateKeyDer::try_from(content.clone()) {
+            return Ok(key);
+        }
         let encrypted = String::from_utf8_lossy(&content).contains("ENCRYPTED");
-        if encrypted {
+        Err(if encrypted {
             format!(
                 "private key {shown} is encrypted, which is not supported; decrypt it with `openssl pkey -in {shown}` into \
                  a file of mode 0600"
             )
         } else {
             format!("private key {shown}: {}", pem_problem(&error))
-        }
+        })
     })
 }
 
