@@ -38,6 +38,7 @@ use crate::{
     wal_fetch::{self, Fetched},
 };
 
+mod locate;
 mod output;
 
 /// Restores a PostgreSQL cluster from a Tidemark repository to any instant; says before it copies where recovery stops.
@@ -60,6 +61,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Finds the moment: commits, drops and large deletes near a time, each with the flags that restore to just before it.
+    Locate(locate::LocateArgs),
     /// `restore_command` = 'pitr-restore wal-fetch %f %p': 0 delivered, 1 proved absent, 255 anything else.
     WalFetch {
         /// The file PostgreSQL asks for: %f.
@@ -191,6 +194,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             } else {
                 output::listing(&listing);
             }
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::Locate(args)) => {
+            let settings = Settings::resolve(&cli.common)?;
+            locate::run(&archive(settings.cluster()?)?, &args)?;
             Ok(ExitCode::SUCCESS)
         }
         None => {

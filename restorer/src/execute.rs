@@ -20,11 +20,13 @@ use crate::{Error, RestorePlan, Result, inventory::Archive};
 
 mod delta;
 mod extract;
+mod files;
 mod manifest;
 mod place;
 mod settings;
 
 use delta::Kept;
+pub(crate) use files::files;
 pub(crate) use manifest::read_manifest;
 use place::{Taken, place_tablespaces, take};
 pub use settings::{Action, Recovery};

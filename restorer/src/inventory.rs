@@ -2,8 +2,8 @@
 
 use repository::{Catalog, ClusterIdentity, Repository, WalRange};
 use wal_format::{
-    BackupInfo, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary, TimelineHistory, WalIdentity,
-    WalIndexer,
+    BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
+    TimelineHistory, WalIdentity, WalIndexer,
 };
 
 use crate::{Error, PlanError, Result, execute::read_manifest, wal_fetch};
@@ -99,8 +99,23 @@ impl Archive {
         }
     }
 
+    /// Whose WAL it is.
+    pub(crate) fn wal_identity(&self) -> WalIdentity {
+        let identity = self.catalog.identity();
+        WalIdentity {
+            version: identity.postgresql_major,
+            system_identifier: identity.system_identifier,
+            segment_size: identity.wal_segment_size,
+        }
+    }
+
+    /// The manifest of a backup.
+    pub(crate) fn manifest(&self, backup: &BackupInfo) -> Result<BackupManifest> {
+        read_manifest(&self.repository.get(&backup.manifest_key())?, backup)
+    }
+
     /// The WAL of a range.
-    fn wal(&self, range: &WalRange) -> Result<Vec<u8>> {
+    pub(crate) fn wal(&self, range: &WalRange) -> Result<Vec<u8>> {
         let key = range.key(self.catalog.identity());
         let object = self.repository.get(&key)?;
         let mut wal = Vec::new();
@@ -139,8 +154,7 @@ impl Inventory for Archive {
     }
 
     fn prepared_in(&self, backup: &BackupInfo) -> Result<Vec<u32>> {
-        let manifest = self.repository.get(&backup.manifest_key())?;
-        let manifest = read_manifest(&manifest, backup)?;
+        let manifest = self.manifest(backup)?;
         let files = manifest
             .files
             .iter()
@@ -154,11 +168,7 @@ impl Inventory for Archive {
 
     fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>> {
         let identity = self.identity();
-        let wal_identity = WalIdentity {
-            version: identity.postgresql_major,
-            system_identifier: identity.system_identifier,
-            segment_size: identity.wal_segment_size,
-        };
+        let wal_identity = self.wal_identity();
         // Decoding starts at the segment that holds the position: a segment's first page says where its records begin.
         let segment = identity.wal_segment_size.segment_of(lsn);
         let mut indexer: Option<WalIndexer> = None;

@@ -1,14 +1,15 @@
 //! Rebuilds a data directory at a recovery target; serves `restore_command`.
 //!
 //! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived, the [`plan`] (pure:
-//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery, and
-//! [`start`] which runs it and compares the outcome with the plan.
+//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery,
+//! [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
 
 pub mod cli;
 pub mod error;
 pub mod execute;
 pub mod inventory;
 pub mod list;
+pub mod locate;
 pub mod plan;
 pub mod start;
 pub mod target;

@@ -16,7 +16,8 @@ mod path;
 mod stop;
 
 pub use in_doubt::PreparedTransaction;
-use path::{Coverage, cover};
+use path::Coverage;
+pub(crate) use path::cover;
 pub use path::{PathPart, print_path, timeline_path};
 use stop::{Found, find_stop};
 

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod delta;
+mod locate;
 mod resume;
 mod scene;
 mod support;

@@ -5,7 +5,7 @@
 //! what a stream holds beside files (directories, padding at its end) is its length less theirs.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     fs,
     path::{Path, PathBuf},
     sync::{
@@ -49,6 +49,15 @@ pub(super) struct Kept {
 }
 
 impl Kept {
+    /// As if everything but `wanted` were there already.
+    pub(super) fn all_but(manifest: &BackupManifest, wanted: &BTreeSet<String>) -> Self {
+        let names = manifest.files.iter().map(|file| file.path.clone());
+        Self {
+            names: names.filter(|name| !wanted.contains(name)).collect(),
+            bytes: 0,
+        }
+    }
+
     pub(super) fn has(&self, name: &str) -> bool {
         self.names.contains(name)
     }

@@ -22,6 +22,18 @@ use crate::{Error, Result};
 /// Without it no server starts; it is written last.
 const CONTROL: &str = "global/pg_control";
 
+/// What a slice holds, in its order.
+pub(super) enum Part<'a> {
+    Directory(String),
+    /// A file, or from `offset` on as much of it as the slice has.
+    File {
+        path: String,
+        offset: u64,
+        mode: u32,
+        content: &'a [u8],
+    },
+}
+
 /// Fetches, checks and extracts `slice` below `root`, but for what is kept; `pg_control`'s content goes to `control`.
 pub(super) fn extract(
     repository: &Repository,
@@ -31,12 +43,43 @@ pub(super) fn extract(
     kept: &Kept,
     control: &Mutex<Vec<u8>>,
 ) -> Result<()> {
-    let key = backup.slice_key(slice);
-    let damaged = |problem: String| Error::Damaged {
-        object: key.to_string(),
-        problem,
-    };
-    let stored = repository.get(&key)?;
+    let raw = fetch(repository, backup, slice)?;
+    parts(backup, slice, &raw, &mut |part| match part {
+        Part::Directory(path) => make_directory(&root.join(path)),
+        Part::File { path, content, .. }
+            if slice.archive == BackupArchive::Base && path == CONTROL =>
+        {
+            if let Ok(mut control) = control.lock() {
+                control.extend_from_slice(content);
+            }
+            Ok(())
+        }
+        Part::File { path, .. } if kept.has(&manifest_name(slice, &path)) => Ok(()),
+        Part::File {
+            path,
+            offset,
+            mode,
+            content,
+        } => write_at(root, &path, content, offset, mode),
+    })
+}
+
+/// How `backup_manifest` names a file of the slice's archive.
+pub(super) fn manifest_name(slice: &BackupSlice, path: &str) -> String {
+    match slice.archive {
+        BackupArchive::Base => path.to_owned(),
+        BackupArchive::Tablespace(oid) => format!("pg_tblspc/{oid}/{path}"),
+    }
+}
+
+/// The tar stream of a slice, if it is what was stored.
+pub(super) fn fetch(
+    repository: &Repository,
+    backup: &BackupInfo,
+    slice: &BackupSlice,
+) -> Result<Vec<u8>> {
+    let damaged = |problem: String| damaged(backup, slice, problem);
+    let stored = repository.get(&backup.slice_key(slice))?;
     if hex::encode(Sha256::digest(&stored)) != slice.sha256 {
         return Err(damaged(
             "its SHA-256 is not the one that was recorded".to_owned(),
@@ -58,43 +101,52 @@ pub(super) fn extract(
             raw.len()
         )));
     }
-    let is_kept = |path: &str| match slice.archive {
-        BackupArchive::Base => kept.has(path),
-        BackupArchive::Tablespace(oid) => kept.has(&format!("pg_tblspc/{oid}/{path}")),
-    };
-    let mut rest = &raw[..];
+    Ok(raw)
+}
+
+/// Tells `each` of everything in a slice.
+pub(super) fn parts(
+    backup: &BackupInfo,
+    slice: &BackupSlice,
+    raw: &[u8],
+    each: &mut dyn FnMut(Part<'_>) -> Result<()>,
+) -> Result<()> {
+    let mut rest = raw;
     if let Some(file) = &slice.continues {
         let left = file.size.saturating_sub(file.offset);
-        let content = take(&mut rest, left, true);
-        if !is_kept(&file.path) {
-            write_at(root, &file.path, content, file.offset, 0o600)?;
-        }
+        each(Part::File {
+            path: file.path.clone(),
+            offset: file.offset,
+            mode: 0o600,
+            content: take(&mut rest, left, true),
+        })?;
     }
-    let tar = |error: TarError| damaged(error.to_string());
+    let tar = |error: TarError| damaged(backup, slice, error.to_string());
     while let Some((block, after)) = rest.split_first_chunk::<BLOCK_BYTES>() {
         rest = after;
         let Some(entry) = TarHeader::parse(block).map_err(tar)? else {
             continue;
         };
-        match &entry.kind {
-            TarKind::Directory => make_directory(&root.join(&entry.path))?,
+        match entry.kind {
+            TarKind::Directory => each(Part::Directory(entry.path))?,
             // A link leads to where a tablespace was; where it shall be is decided by the plan.
             TarKind::Symlink(_) => {}
-            TarKind::File => {
-                let content = take(&mut rest, entry.size, true);
-                if slice.archive == BackupArchive::Base && entry.path == CONTROL {
-                    if let Ok(mut control) = control.lock() {
-                        control.extend_from_slice(content);
-                    }
-                    continue;
-                }
-                if !is_kept(&entry.path) {
-                    write_at(root, &entry.path, content, 0, entry.mode)?;
-                }
-            }
+            TarKind::File => each(Part::File {
+                path: entry.path,
+                offset: 0,
+                mode: entry.mode,
+                content: take(&mut rest, entry.size, true),
+            })?,
         }
     }
     Ok(())
+}
+
+fn damaged(backup: &BackupInfo, slice: &BackupSlice, problem: String) -> Error {
+    Error::Damaged {
+        object: backup.slice_key(slice).to_string(),
+        problem,
+    }
 }
 
 /// As much of `length` bytes as the slice has, and skips the padding behind them.

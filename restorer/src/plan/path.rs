@@ -142,31 +142,31 @@ fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
 
 /// The WAL along a path from one LSN on.
 #[derive(Clone, Debug)]
-pub(super) struct Coverage {
-    pub(super) start_lsn: Lsn,
+pub(crate) struct Coverage {
+    pub(crate) start_lsn: Lsn,
     /// The ranges in order; neighbours may overlap.
-    pub(super) ranges: Vec<WalRange>,
+    pub(crate) ranges: Vec<WalRange>,
     /// The first byte that is missing, or the end of the archive.
-    pub(super) end_lsn: Lsn,
+    pub(crate) end_lsn: Lsn,
     /// Where that is.
-    pub(super) gap_branch: Branch,
+    pub(crate) gap_branch: Branch,
     /// Whether WAL exists behind the first missing byte: then it is a gap and not the end.
-    pub(super) gap: bool,
+    pub(crate) gap: bool,
     /// The path's switch points: which records of a range count is decided by them.
-    pub(super) path: Vec<PathPart>,
+    pub(crate) path: Vec<PathPart>,
 }
 
 impl Coverage {
     /// Whether a record of `branch` at `lsn` is on the path. The segment that holds a switch point is archived on both
     /// timelines, with equal bytes before it.
-    pub(super) fn holds(&self, branch: Branch, lsn: Lsn) -> bool {
+    pub(crate) fn holds(&self, branch: Branch, lsn: Lsn) -> bool {
         let part = self.path.iter().find(|part| part.branch == branch);
         lsn >= self.start_lsn && lsn < self.end_lsn && part.is_some_and(|part| lsn < part.to)
     }
 }
 
 /// Walks the path from `start_lsn` as far as WAL is held without a gap.
-pub(super) fn cover(
+pub(crate) fn cover(
     inventory: &dyn Inventory,
     path: &[PathPart],
     start_lsn: Lsn,

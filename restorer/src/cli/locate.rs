@@ -1,0 +1,134 @@
+//! `pitr-restore locate`: its flags, and how the answer is printed.
+
+use clap::{ArgGroup, Args};
+use jiff::{SignedDuration, SpanRelativeTo, Timestamp};
+
+use super::output;
+use crate::{
+    Error, Result,
+    inventory::Archive,
+    locate::{Located, LocatedTransaction, Question, Relation, locate},
+    target::parse_time,
+};
+
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("question").required(true).args(["around", "xid", "dropped"])))]
+pub(super) struct LocateArgs {
+    /// What happened near this time.
+    #[arg(long, value_name = "TIME")]
+    around: Option<String>,
+    /// How far on both sides of the time.
+    #[arg(long, value_name = "SPAN", default_value = "5 minutes")]
+    within: String,
+    /// How and when this transaction ended, and what it did.
+    #[arg(long, value_name = "XID")]
+    xid: Option<u32>,
+    /// When this relation was dropped, truncated or rewritten: its name, or the number of its file.
+    #[arg(long, value_name = "NAME")]
+    dropped: Option<String>,
+    /// On this timeline and those before it. Default: the newest.
+    #[arg(long, value_name = "TIMELINE")]
+    target_timeline: Option<String>,
+    /// Zone of a time without an offset, for example Europe/Berlin.
+    #[arg(long, value_name = "ZONE")]
+    time_zone: Option<String>,
+    /// One JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+impl LocateArgs {
+    fn question(&self) -> Result<Question> {
+        if let Some(xid) = self.xid {
+            return Ok(Question::Xid(xid));
+        }
+        if let Some(name) = &self.dropped {
+            return Ok(Question::Dropped(name.clone()));
+        }
+        let around = self.around.as_deref().unwrap_or_default();
+        let within = self
+            .within
+            .parse::<jiff::Span>()
+            .and_then(|span| span.to_duration(SpanRelativeTo::days_are_24_hours()))
+            .map(SignedDuration::abs)
+            .map_err(|_| {
+                let within = &self.within;
+                Error::usage(format!(
+                    "--within \"{within}\" is no span of time; write it as '10 minutes'"
+                ))
+            })?;
+        Ok(Question::Around {
+            time: parse_time(around, self.time_zone.as_deref(), Timestamp::now())?,
+            within: i64::try_from(within.as_micros()).unwrap_or(i64::MAX),
+        })
+    }
+}
+
+pub(super) fn run(archive: &Archive, args: &LocateArgs) -> Result<()> {
+    let located = locate(archive, &args.question()?, args.target_timeline.clone())?;
+    if args.json {
+        return output::json(&located);
+    }
+    print(&located);
+    Ok(())
+}
+
+fn print(located: &Located) {
+    output::line(&format!("timelines {}", located.timelines));
+    for one in &located.transactions {
+        transaction(one);
+    }
+    for point in &located.restore_points {
+        let (time, lsn, name) = (point.time, point.lsn, &point.name);
+        output::line(&format!(
+            "{time}  restore point \"{name}\" at {lsn}: --target-name '{name}'"
+        ));
+    }
+    for note in &located.notes {
+        output::line(&format!("note: {note}"));
+    }
+}
+
+fn transaction(one: &LocatedTransaction) {
+    let kind = if one.kind.is_commit() {
+        "commit"
+    } else {
+        "abort"
+    };
+    output::line(&format!(
+        "{}  {kind} of transaction {} at {}",
+        one.time, one.xid, one.lsn
+    ));
+    for relation in &one.removed {
+        output::line(&format!(
+            "    dropped, truncated or rewritten: {}",
+            called(relation)
+        ));
+    }
+    for rows in &one.rows {
+        let counts = rows.counts;
+        output::line(&format!(
+            "    {} rows deleted, {} updated, {} inserted: {}",
+            counts.deleted,
+            counts.updated,
+            counts.inserted,
+            called(&rows.relation)
+        ));
+    }
+    output::line(&match &one.just_before {
+        Some(flags) => format!("    just before: {flags}"),
+        None => "    not restorable: no backup reaches it".to_owned(),
+    });
+}
+
+fn called(relation: &Relation) -> String {
+    let file = relation.file;
+    let database = relation.database.as_ref().map_or_else(
+        || format!("database {}", file.database),
+        |name| format!("database {name}"),
+    );
+    match &relation.name {
+        Some(name) => format!("{name} in {database}"),
+        None => format!("file {} in {database}", file.relation),
+    }
+}

@@ -1,0 +1,43 @@
+//! Single files of a backup, in memory, without restoring it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use repository::Repository;
+use wal_format::{BackupInfo, BackupManifest};
+
+use super::{
+    delta::Kept,
+    extract::{self, Part},
+};
+use crate::Result;
+
+/// The content of those `wanted` files that the backup has, by their names in its manifest. Only slices that may hold
+/// them are fetched.
+pub(crate) fn files(
+    repository: &Repository,
+    backup: &BackupInfo,
+    manifest: &BackupManifest,
+    wanted: &BTreeSet<String>,
+) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut found: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let needed = Kept::all_but(manifest, wanted).needs(backup, manifest);
+    for (slice, _) in backup
+        .slices
+        .iter()
+        .zip(needed)
+        .filter(|(_, needed)| *needed)
+    {
+        let raw = extract::fetch(repository, backup, slice)?;
+        extract::parts(backup, slice, &raw, &mut |part| {
+            if let Part::File { path, content, .. } = part {
+                let name = extract::manifest_name(slice, &path);
+                // The parts of a file come in their order.
+                if wanted.contains(&name) {
+                    found.entry(name).or_default().extend_from_slice(content);
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(found)
+}

@@ -1,0 +1,452 @@
+//! `pitr-restore locate`: when did it happen? Commits, drops and large deletes near a time, of a transaction, or of a
+//! relation, each with the flags that restore to just before it.
+//!
+//! Ends of transactions and files that they removed come from the archive's summaries; rows and names from WAL and a
+//! backup, as far as that is little enough to be read. What is not known is said, never guessed.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use repository::WalRange;
+use serde::Serialize;
+use wal_format::{
+    BackupInfo, Lsn, ManifestFile, PgTimestamp, RelationFile, TransactionEnd, TransactionEndKind,
+    WalEvent,
+};
+
+use crate::{
+    Result,
+    inventory::{Archive, Inventory},
+    list::RestorePoint,
+    plan::{PathPart, PlanError, Wishes, cover, print_path, timeline_path},
+};
+
+mod changes;
+mod heap;
+mod names;
+
+use changes::Changes;
+pub use changes::RowCounts;
+use names::Names;
+
+/// How many commits on each side of a time are listed although they did nothing remarkable.
+const NEIGHBOURS: usize = 5;
+/// How many transactions are listed; all are counted.
+const LISTED_MAX: usize = 200;
+/// From how many rows on a delete is large.
+const LARGE_DELETE: u64 = 1000;
+/// How much WAL is read to count rows and to learn names.
+const READ_MAX_BYTES: u64 = 1 << 30;
+/// How far before its end a transaction's own records are looked for.
+const TRANSACTION_MAX_BYTES: u64 = 256 << 20;
+
+/// What is looked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// What happened near a time, `within` so many microseconds on both sides.
+    Around {
+        /// The time.
+        time: PgTimestamp,
+        /// Microseconds.
+        within: i64,
+    },
+    /// When a relation's file was removed: a name, with or without its schema, or a file number.
+    Dropped(String),
+    /// How and when a transaction ended.
+    Xid(u32),
+}
+
+/// A relation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Relation {
+    /// Its file.
+    pub file: RelationFile,
+    /// Its database.
+    pub database: Option<String>,
+    /// Its schema and name.
+    pub name: Option<String>,
+}
+
+/// Rows of a relation that a transaction changed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ChangedRows {
+    /// The relation.
+    pub relation: Relation,
+    /// How many.
+    #[serde(flatten)]
+    pub counts: RowCounts,
+}
+
+/// A transaction that was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LocatedTransaction {
+    /// The transaction.
+    pub xid: u32,
+    /// Where its end is recorded.
+    pub lsn: Lsn,
+    /// When it ended.
+    pub time: PgTimestamp,
+    /// How.
+    pub kind: TransactionEndKind,
+    /// Relations whose file its commit removed: by DROP, TRUNCATE, or a rewrite as of VACUUM FULL.
+    pub removed: Vec<Relation>,
+    /// Rows it changed, as far as they were counted.
+    pub rows: Vec<ChangedRows>,
+    /// The flags that restore to just before it; `None` when no backup reaches it.
+    pub just_before: Option<String>,
+}
+
+/// The answer.
+#[derive(Clone, Debug, Serialize)]
+pub struct Located {
+    /// The timelines that were looked at.
+    pub timelines: String,
+    /// What was found, in the order of the WAL.
+    pub transactions: Vec<LocatedTransaction>,
+    /// Restore points near the time.
+    pub restore_points: Vec<RestorePoint>,
+    /// What was not looked at, or is not known.
+    pub notes: Vec<String>,
+}
+
+/// Answers a question.
+///
+/// # Errors
+/// [`PlanError::Unknown`] when nothing is found, what reading the archive met.
+pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) -> Result<Located> {
+    let wishes = Wishes {
+        backup: None,
+        timeline,
+    };
+    let path = timeline_path(archive, &wishes)?;
+    let mut search = Search {
+        archive,
+        path,
+        notes: Vec::new(),
+    };
+    let found = search.ends(question)?;
+    let mut names = search.names(&found, question)?;
+    let rows = search.rows(&found, question, &mut names)?;
+    let reach = search.reach()?;
+    let describe = |file: &RelationFile| Relation {
+        file: *file,
+        database: names.database(file.database),
+        name: names.relation(*file),
+    };
+    let mut transactions: Vec<LocatedTransaction> = Vec::new();
+    for (lsn, (end, removed)) in &found {
+        let changed = rows.get(&end.xid).into_iter().flatten();
+        let mut rows: Vec<ChangedRows> = changed
+            .map(|(file, counts)| ChangedRows {
+                relation: describe(file),
+                counts: *counts,
+            })
+            .collect();
+        rows.sort_by_key(|rows| std::cmp::Reverse(rows.counts.deleted));
+        transactions.push(LocatedTransaction {
+            xid: end.xid,
+            lsn: *lsn,
+            time: end.time,
+            kind: end.kind,
+            removed: removed.iter().map(describe).collect(),
+            rows,
+            just_before: search.just_before(&reach, *lsn, !removed.is_empty()),
+        });
+    }
+    search.select(question, &mut transactions);
+    let restore_points = search.restore_points(question)?;
+    if transactions.is_empty() && restore_points.is_empty() {
+        return Err(search.nothing(question));
+    }
+    if transactions.len() > LISTED_MAX {
+        let more = transactions.len() - LISTED_MAX;
+        search.notes.push(format!(
+            "{more} more were found and are not listed; ask for less with --within"
+        ));
+        transactions.truncate(LISTED_MAX);
+    }
+    Ok(Located {
+        timelines: print_path(&search.path),
+        transactions,
+        restore_points,
+        notes: search.notes,
+    })
+}
+
+type Found = BTreeMap<Lsn, (TransactionEnd, Vec<RelationFile>)>;
+
+struct Search<'a> {
+    archive: &'a Archive,
+    path: Vec<PathPart>,
+    notes: Vec<String>,
+}
+
+impl Search<'_> {
+    fn ranges(&self, part: &PathPart) -> Result<Vec<WalRange>> {
+        let size = self.archive.identity().wal_segment_size.bytes();
+        self.archive
+            .ranges(part.branch, part.from.align_down(size), part.to)
+    }
+
+    /// The ends that may be meant, and the files that they removed.
+    fn ends(&self, question: &Question) -> Result<Found> {
+        let mut found = Found::new();
+        for part in &self.path {
+            for range in self.ranges(part)? {
+                if !may_hold(&range, question) {
+                    continue;
+                }
+                let summary = self.archive.summary(&range)?;
+                let mut removed: HashMap<Lsn, Vec<RelationFile>> = HashMap::new();
+                for (lsn, event) in summary.events {
+                    if let WalEvent::DroppedRelations { relations, .. } = event {
+                        removed.entry(lsn).or_default().extend(relations);
+                    }
+                }
+                for end in summary.transactions {
+                    let files = removed.remove(&end.lsn).unwrap_or_default();
+                    let on_path = part.from <= end.lsn && end.lsn < part.to;
+                    if on_path && is_meant(&end, !files.is_empty(), question) {
+                        found.insert(end.lsn, (end, files));
+                    }
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Names as of the newest backup before what was found.
+    fn names(&mut self, found: &Found, question: &Question) -> Result<Names> {
+        let Some(first) = found.keys().next() else {
+            return Ok(Names::default());
+        };
+        let Some(backup) = self.backup_before(*first)? else {
+            self.notes.push(
+                "no backup ends before it: relations are shown by their file numbers".to_owned(),
+            );
+            return Ok(Names::default());
+        };
+        let mut databases: BTreeSet<u32> = found
+            .values()
+            .flat_map(|(_, files)| files)
+            .map(|file| file.database)
+            .collect();
+        if !matches!(question, Question::Dropped(_)) {
+            // Whose rows are changed is known only when they are counted.
+            let manifest = self.archive.manifest(&backup)?;
+            let database = |file: &ManifestFile| {
+                let rest = file.path.strip_prefix("base/")?;
+                rest.split('/').next()?.parse::<u32>().ok()
+            };
+            databases.extend(manifest.files.iter().filter_map(database));
+        }
+        databases.remove(&0);
+        Names::of_backup(self.archive, &backup, &databases)
+    }
+
+    fn backup_before(&self, lsn: Lsn) -> Result<Option<BackupInfo>> {
+        let on_path = |backup: &BackupInfo| {
+            let mut parts = self.path.iter();
+            backup.stop_lsn <= lsn
+                && parts.any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
+        };
+        let backups = self.archive.backups()?.into_iter();
+        Ok(backups
+            .filter(on_path)
+            .max_by_key(|backup| backup.start_lsn))
+    }
+
+    /// Reads the WAL of what was found, as far as that is not too much.
+    fn rows(
+        &mut self,
+        found: &Found,
+        question: &Question,
+        names: &mut Names,
+    ) -> Result<HashMap<u32, HashMap<RelationFile, RowCounts>>> {
+        let (Some(first), Some(last)) = (found.keys().next(), found.keys().next_back()) else {
+            return Ok(HashMap::new());
+        };
+        let from = match question {
+            Question::Around { .. } => *first,
+            Question::Xid(_) => Lsn(first.0.saturating_sub(TRANSACTION_MAX_BYTES)),
+            // What was made after the backup has its name in the WAL from there on.
+            Question::Dropped(_) => match self.backup_before(*first)? {
+                Some(backup) => backup.start_lsn,
+                None => return Ok(HashMap::new()),
+            },
+        };
+        let mut parts = Vec::new();
+        let mut bytes = 0_u64;
+        for part in &self.path {
+            let mut ranges = self.ranges(part)?;
+            ranges.retain(|range| range.end_lsn > from && range.start_lsn <= *last);
+            let length = |range: &WalRange| range.end_lsn.bytes_since(range.start_lsn);
+            bytes = bytes.saturating_add(ranges.iter().map(length).sum());
+            parts.push((*part, ranges));
+        }
+        if bytes > READ_MAX_BYTES {
+            let mebibytes = bytes >> 20;
+            self.notes.push(match question {
+                Question::Dropped(_) => format!(
+                    "{mebibytes} MiB of WAL since the backup were not read: a relation that was made since has no name here"
+                ),
+                _ => format!("rows were not counted in {mebibytes} MiB of WAL; ask for less with --within"),
+            });
+            return Ok(HashMap::new());
+        }
+        let mut changes = Changes::new(names);
+        for (part, ranges) in parts {
+            changes.count(self.archive, &part, &ranges)?;
+        }
+        if matches!(question, Question::Dropped(_)) {
+            return Ok(HashMap::new());
+        }
+        self.notes.push(format!("rows were counted from {from} on"));
+        Ok(changes.by_transaction())
+    }
+
+    /// For each usable backup from where to where it reaches.
+    fn reach(&self) -> Result<Vec<(Lsn, Lsn)>> {
+        let mut reach = Vec::new();
+        for backup in self.archive.backups()? {
+            let mut parts = self.path.iter();
+            if parts.any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to) {
+                let coverage = cover(self.archive, &self.path, backup.start_lsn)?;
+                reach.push((backup.stop_lsn, coverage.end_lsn));
+            }
+        }
+        Ok(reach)
+    }
+
+    fn just_before(&self, reach: &[(Lsn, Lsn)], lsn: Lsn, removes: bool) -> Option<String> {
+        // Its lock was replayed before its commit: a paused server lets nobody read what it is about to drop.
+        let action = if removes {
+            " --target-action promote"
+        } else {
+            ""
+        };
+        let reached = reach.iter().any(|(from, to)| *from <= lsn && lsn < *to);
+        let timeline = self.path.last().map(|part| part.branch);
+        reached.then_some(timeline).flatten().map(|timeline| {
+            format!("--target-timeline {timeline} --target-lsn {lsn} --target-exclusive{action}")
+        })
+    }
+
+    /// Keeps what was asked for.
+    fn select(&self, question: &Question, transactions: &mut Vec<LocatedTransaction>) {
+        match question {
+            Question::Xid(_) => {}
+            Question::Dropped(wanted) => transactions.retain(|one| {
+                one.removed
+                    .iter()
+                    .any(|relation| is_called(relation, wanted))
+            }),
+            Question::Around { time, .. } => {
+                let before = transactions.iter().filter(|one| one.time <= *time).count();
+                let mut index = 0;
+                let mut earlier = 0;
+                let mut later = 0;
+                transactions.retain(|one| {
+                    index += 1;
+                    let near = if one.time <= *time {
+                        earlier += 1;
+                        before - earlier < NEIGHBOURS
+                    } else {
+                        later += 1;
+                        later <= NEIGHBOURS
+                    };
+                    near || is_remarkable(one)
+                });
+            }
+        }
+    }
+
+    fn restore_points(&self, question: &Question) -> Result<Vec<RestorePoint>> {
+        let Question::Around { time, within } = question else {
+            return Ok(Vec::new());
+        };
+        let points = self.archive.restore_points()?.into_iter();
+        let near = points.filter(|(branch, lsn, at, _)| {
+            let mut parts = self.path.iter();
+            at.micros_since(*time).saturating_abs() <= *within
+                && parts.any(|part| part.branch == *branch && part.from <= *lsn && *lsn < part.to)
+        });
+        Ok(near
+            .map(|(branch, lsn, time, name)| RestorePoint {
+                branch,
+                lsn,
+                time,
+                name,
+            })
+            .collect())
+    }
+
+    fn nothing(&self, question: &Question) -> crate::Error {
+        let what = match question {
+            Question::Around { time, .. } => {
+                format!("anything near {time} (ask for more with --within)")
+            }
+            Question::Dropped(name) => {
+                format!(
+                    "the end of a relation that is known as \"{name}\" (or give the number of its file)"
+                )
+            }
+            Question::Xid(xid) => format!("the end of transaction {xid}"),
+        };
+        let ranges = self
+            .path
+            .iter()
+            .flat_map(|part| self.ranges(part).unwrap_or_default());
+        let bounds: Vec<(Lsn, Lsn)> = ranges
+            .map(|range| (range.start_lsn, range.end_lsn))
+            .collect();
+        let unknown = PlanError::Unknown {
+            what,
+            path: print_path(&self.path),
+            from: bounds
+                .iter()
+                .map(|(from, _)| *from)
+                .min()
+                .unwrap_or(Lsn::ZERO),
+            to: bounds.iter().map(|(_, to)| *to).max().unwrap_or(Lsn::ZERO),
+        };
+        unknown.into()
+    }
+}
+
+/// Whether a range may hold an end that is meant.
+fn may_hold(range: &WalRange, question: &Question) -> bool {
+    match question {
+        Question::Around { time, within } => {
+            let near = |at: PgTimestamp| at.micros_since(*time).saturating_abs() <= *within;
+            let spans = range.min_time.zip(range.max_time);
+            spans.is_some_and(|(min, max)| near(min) || near(max) || (min..=max).contains(time))
+        }
+        Question::Dropped(_) | Question::Xid(_) => range.transaction_count > 0,
+    }
+}
+
+fn is_meant(end: &TransactionEnd, removes: bool, question: &Question) -> bool {
+    match question {
+        Question::Around { time, within } => {
+            end.kind.is_commit() && end.time.micros_since(*time).saturating_abs() <= *within
+        }
+        Question::Dropped(_) => end.kind.is_commit() && removes,
+        Question::Xid(xid) => end.xid == *xid,
+    }
+}
+
+fn is_remarkable(one: &LocatedTransaction) -> bool {
+    !one.removed.is_empty()
+        || one
+            .rows
+            .iter()
+            .any(|rows| rows.counts.deleted >= LARGE_DELETE)
+}
+
+fn is_called(relation: &Relation, wanted: &str) -> bool {
+    let name = relation.name.as_deref();
+    let bare = name
+        .and_then(|name| name.split_once('.'))
+        .map(|(_, bare)| bare);
+    name == Some(wanted) || bare == Some(wanted) || relation.file.relation.to_string() == wanted
+}

@@ -1,0 +1,205 @@
+//! How many rows each transaction inserted, updated and deleted: counted from the WAL itself, record by record.
+
+use std::collections::HashMap;
+
+use repository::WalRange;
+use wal_format::{
+    DecodeErrorKind, Lsn, RecordHeader, RecordSink, RelationFile, ResourceManager, WalDecoder,
+    WalRecord,
+    decoder::WINDOW_BYTES,
+    record::{BlockReference, Fork, ImageCompression},
+};
+
+use super::{
+    heap::{PAGE_BYTES, Row, rows},
+    names::Names,
+};
+use crate::{Error, Result, inventory::Archive, plan::PathPart};
+
+const HEAP2: ResourceManager = ResourceManager(9);
+const HEAP: ResourceManager = ResourceManager(10);
+/// `FirstNormalObjectId`: below are catalogs that were never rewritten.
+const FIRST_NORMAL: u32 = 16_384;
+/// Enough of a heap record for its blocks and the image of one page.
+const HEAP_WINDOW_BYTES: usize = 10 << 10;
+
+/// Rows of one relation that a transaction changed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RowCounts {
+    /// New ones.
+    pub inserted: u64,
+    /// Changed ones.
+    pub updated: u64,
+    /// Removed ones.
+    pub deleted: u64,
+}
+
+/// What was counted.
+#[derive(Debug)]
+pub(super) struct Changes<'a> {
+    names: &'a mut Names,
+    rows: HashMap<u32, HashMap<RelationFile, RowCounts>>,
+    /// Subtransactions to the transaction that ended them.
+    parents: HashMap<u32, u32>,
+    /// Only records that start here count.
+    from: Lsn,
+    to: Lsn,
+}
+
+impl<'a> Changes<'a> {
+    pub(super) fn new(names: &'a mut Names) -> Self {
+        Self {
+            names,
+            rows: HashMap::new(),
+            parents: HashMap::new(),
+            from: Lsn::ZERO,
+            to: Lsn::MAX,
+        }
+    }
+
+    /// Counts what is in the ranges of one part of the path.
+    pub(super) fn count(
+        &mut self,
+        archive: &Archive,
+        part: &PathPart,
+        ranges: &[WalRange],
+    ) -> Result<()> {
+        (self.from, self.to) = (part.from, part.to);
+        let mut decoder: Option<WalDecoder> = None;
+        for range in ranges {
+            // Behind a gap decoding begins anew.
+            let current = decoder
+                .take()
+                .filter(|decoder| decoder.position() >= range.start_lsn);
+            let mut current = current
+                .unwrap_or_else(|| WalDecoder::new(archive.wal_identity(), range.start_lsn, None));
+            let wal = archive.wal(range)?;
+            let known = current.position().bytes_since(range.start_lsn);
+            let known = usize::try_from(known).unwrap_or(usize::MAX);
+            if let Some(fresh) = wal.get(known..) {
+                current.push(fresh, self).map_err(|error| Error::Wal {
+                    lsn: error.lsn,
+                    problem: error.to_string(),
+                })?;
+            }
+            decoder = Some(current);
+        }
+        Ok(())
+    }
+
+    /// The rows by transaction, subtransactions with theirs.
+    pub(super) fn by_transaction(self) -> HashMap<u32, HashMap<RelationFile, RowCounts>> {
+        let mut all: HashMap<u32, HashMap<RelationFile, RowCounts>> = HashMap::new();
+        for (xid, relations) in self.rows {
+            let top = self.parents.get(&xid).copied().unwrap_or(xid);
+            let sums = all.entry(top).or_default();
+            for (file, counts) in relations {
+                let sum = sums.entry(file).or_default();
+                sum.inserted += counts.inserted;
+                sum.updated += counts.updated;
+                sum.deleted += counts.deleted;
+            }
+        }
+        all
+    }
+
+    fn heap(&mut self, record: &WalRecord<'_>) {
+        let Some(block) = record.blocks().next() else {
+            return;
+        };
+        if block.fork != Fork::MAIN {
+            return;
+        }
+        let operation = record.header.info & 0x70;
+        if let Some(database) = self.names.is_class(block.relation) {
+            let insert = record.header.resource_manager == HEAP && operation == 0;
+            // The first change of a page after a checkpoint carries all of it, and no row of its own.
+            if let Some(page) = page(&block) {
+                rows(&page).for_each(|row| self.names.learn(database, row));
+            } else if let Some(row) = Row::of_record(block.data).filter(|_| insert) {
+                self.names.learn(database, row);
+            }
+        }
+        if block.relation.relation < FIRST_NORMAL {
+            return;
+        }
+        let counts = self.rows.entry(record.header.xid).or_default();
+        let counts = counts.entry(block.relation).or_default();
+        match (record.header.resource_manager, operation) {
+            (HEAP, 0x00) => counts.inserted += 1,
+            (HEAP, 0x10) => counts.deleted += 1,
+            (HEAP, 0x20 | 0x40) => counts.updated += 1,
+            // `xl_heap_multi_insert.ntuples`
+            (HEAP2, 0x50) => {
+                let count = record.main_data().get(2..).and_then(<[u8]>::first_chunk);
+                counts.inserted += count.map_or(0, |count| u64::from(u16::from_le_bytes(*count)));
+            }
+            _ => {}
+        }
+    }
+
+    /// The subtransactions that a commit names (`xl_xact_subxacts` behind `xl_xact_dbinfo`).
+    fn commit(&mut self, record: &WalRecord<'_>) -> Option<()> {
+        const HAS_INFO: u8 = 0x80;
+        let (info, data) = (record.header.info, record.main_data());
+        if !matches!(info & 0x70, 0x00 | 0x30) || info & HAS_INFO == 0 {
+            return None;
+        }
+        let field = |at: usize| {
+            let bytes = data.get(at..)?.first_chunk()?;
+            Some(u32::from_le_bytes(*bytes))
+        };
+        let xinfo = field(8)?;
+        let at = if xinfo & 1 == 0 { 12 } else { 20 };
+        if xinfo & 2 != 0 {
+            for number in 0..field(at)? as usize {
+                let xid = field(at + 4 + 4 * number)?;
+                self.parents.insert(xid, record.header.xid);
+            }
+        }
+        Some(())
+    }
+}
+
+/// A page image with its hole filled; `None` where there is none, or one that only PostgreSQL's or LZ4's code unpacks.
+fn page(block: &BlockReference<'_>) -> Option<Vec<u8>> {
+    let image = block.image?;
+    let hole = usize::from(image.hole_bytes);
+    let whole = PAGE_BYTES.checked_sub(hole)?;
+    let mut page = match image.compression {
+        ImageCompression::None => block.image_bytes.to_vec(),
+        ImageCompression::Zstd => zstd::bulk::decompress(block.image_bytes, whole).ok()?,
+        ImageCompression::Lz4 | ImageCompression::Pglz => return None,
+    };
+    if page.len() != whole {
+        return None;
+    }
+    let rest = page.split_off(usize::from(image.hole_offset).min(whole));
+    page.resize(page.len() + hole, 0);
+    page.extend_from_slice(&rest);
+    Some(page)
+}
+
+impl RecordSink for Changes<'_> {
+    fn window(&mut self, header: &RecordHeader) -> usize {
+        match header.resource_manager {
+            HEAP | HEAP2 => HEAP_WINDOW_BYTES,
+            ResourceManager::TRANSACTION => WINDOW_BYTES,
+            _ => 0,
+        }
+    }
+
+    fn record(&mut self, record: &WalRecord<'_>) -> std::result::Result<(), DecodeErrorKind> {
+        if record.lsn < self.from || record.lsn >= self.to {
+            return Ok(());
+        }
+        match record.header.resource_manager {
+            HEAP | HEAP2 => self.heap(record),
+            ResourceManager::TRANSACTION => {
+                self.commit(record);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
