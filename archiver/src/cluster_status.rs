@@ -76,6 +76,8 @@ pub struct Facts {
     pub broken: Option<String>,
     /// WAL that was declared lost, until a base backup behind it makes the archive whole again.
     pub lost: Option<String>,
+    /// A setting of the server that makes commits hang on us.
+    pub danger: Option<&'static str>,
     /// Whether the spool waits for disk space.
     pub spool_full: bool,
     /// Bytes in the spool's files.

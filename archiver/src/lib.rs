@@ -18,3 +18,4 @@ pub mod rpo;
 pub mod shutdown;
 pub mod spool;
 pub mod supervisor;
+pub mod synchronous;

@@ -204,6 +204,8 @@ pub struct Facts<'a> {
     pub remote_rpo_seconds: Option<f64>,
     /// The target, in seconds.
     pub rpo_target_seconds: f64,
+    /// A setting of the server that makes commits hang on us.
+    pub danger: Option<&'a str>,
     /// Whether a base backup is listed.
     pub has_backup: bool,
     /// `wal_status` of the slot.
@@ -257,6 +259,9 @@ pub fn judge(facts: Facts<'_>) -> (State, String) {
             "the replication slot is about to be lost".to_owned(),
         );
     }
+    if let Some(danger) = facts.danger {
+        return (State::Degraded, danger.to_owned());
+    }
     if !facts.has_backup {
         let remedy = "no base backup yet, nothing can be restored: run `wal-archiver backup`";
         return (State::Degraded, remedy.to_owned());
@@ -278,6 +283,7 @@ mod tests {
         stream_connected: true,
         remote_rpo_seconds: Some(0.4),
         rpo_target_seconds: 5.0,
+        danger: None,
         has_backup: true,
         slot_wal_status: Some("reserved"),
     };
@@ -296,6 +302,13 @@ mod tests {
         check(
             Facts {
                 slot_wal_status: Some("unreserved"),
+                ..GOOD
+            },
+            State::Degraded,
+        );
+        check(
+            Facts {
+                danger: Some("remote_apply"),
                 ..GOOD
             },
             State::Degraded,

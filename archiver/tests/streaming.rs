@@ -92,3 +92,34 @@ fn a_restarted_server_is_found_again_and_its_shutdown_does_not_hang() {
     assert_eq!(archiver.terminate().code(), Some(0));
     assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
 }
+
+#[test]
+fn settings_that_hang_commits_on_us_are_told() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    let check = || {
+        let output = place.command(&server.conninfo()).arg("check").output();
+        let output = output.expect("wal-archiver runs");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        (output.status.code(), text)
+    };
+    for (name, value, expected) in [
+        ("synchronous_standby_names", "*", "by accident"),
+        ("synchronous_commit", "remote_apply", "never does"),
+    ] {
+        server.sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
+        server.sql("SELECT pg_reload_conf()");
+        wait_until(expected, || check().1.contains(expected));
+        assert_eq!(check().0, Some(2));
+        wait_until("the light says it", || {
+            archiver.get("/api/v1/clusters").contains(expected)
+        });
+    }
+    server.sql("ALTER SYSTEM RESET ALL");
+    server.sql("SELECT pg_reload_conf()");
+    wait_until("all is well", || check().0 == Some(0));
+    assert_eq!(archiver.terminate().code(), Some(0));
+}

@@ -471,6 +471,27 @@ impl Archiver {
         fs::read_to_string(&self.log).expect("a log")
     }
 
+    /// What it answers over HTTP.
+    pub(crate) fn get(&self, path: &str) -> String {
+        use std::io::{Read, Write};
+        let log = self.log();
+        let address = log
+            .lines()
+            .rfind(|line| line.contains("serving HTTP"))
+            .and_then(|line| line.split_once("address="))
+            .expect("an address in the log")
+            .1;
+        let mut stream = std::net::TcpStream::connect(address).expect("it listens");
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        )
+        .expect("a request");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        answer
+    }
+
     pub(crate) fn wait_for_log(&self, text: &str) {
         wait_until(&format!("the archiver says \"{text}\""), || {
             self.log().contains(text)

@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Result},
     replication::{ConnInfo, ConnectionMode, ReplicationClient},
     spool,
+    synchronous::{Membership, danger, membership},
 };
 
 /// Less free space than this in the spool is worth a word: a store that is down for an hour at 16 MiB a minute fills it.
@@ -93,6 +94,9 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
     if let Err(error) = server_settings(&mut client, report).await {
         report.fail_with("server settings", &error);
     }
+    if let Err(error) = synchronous(&mut client, report).await {
+        report.fail_with("synchronous standby", &error);
+    }
     let sql = ReplicationClient::connect(client.conninfo(), ConnectionMode::Sql).await;
     let sees_slots = sql.is_ok() || version.num >= 150_000;
     match sql {
@@ -166,6 +170,23 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
             None
         }
     }
+}
+
+/// Whether commits wait for us, and whether that is meant.
+async fn synchronous(client: &mut ReplicationClient, report: &mut Report) -> Result<()> {
+    let names = client.show("synchronous_standby_names").await?;
+    let remote_apply = client.show("synchronous_commit").await? == "remote_apply";
+    let membership = membership(&names, client.conninfo().application_name());
+    let what = "synchronous standby";
+    match (danger(&membership, remote_apply), membership) {
+        (Some(danger), _) => report.fail(what, danger, ExitKind::Usage),
+        (None, Membership::Asynchronous) => report.note(
+            what,
+            "no: a crash of the server may lose the newest commits; name us in synchronous_standby_names for an RPO of 0",
+        ),
+        (None, _) => report.ok(what, "yes, as named: an acknowledged commit is safe here"),
+    }
+    Ok(())
 }
 
 async fn server_settings(client: &mut ReplicationClient, report: &mut Report) -> Result<()> {

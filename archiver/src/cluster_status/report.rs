@@ -32,6 +32,7 @@ impl ClusterStatus {
             stream_connected: facts.connected,
             remote_rpo_seconds: remote.rpo.map(|age| age.as_secs_f64()),
             rpo_target_seconds,
+            danger: facts.danger,
             has_backup: facts.last_backup.is_some(),
             slot_wal_status: facts
                 .slot_report

@@ -12,10 +12,13 @@ use crate::{
     error::Result,
     replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
     report::{BackupReport, SlotReport, WindowReport},
+    synchronous,
 };
 
 /// How often the server is asked: the resolution of the RPO while no WAL flows.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// Polls between two looks at settings, which change by hand.
+const POLLS_PER_SETTINGS: u32 = 10;
 /// How long after a failed poll it is tried again: a role that may only replicate is refused each time.
 const POLL_RETRY: Duration = Duration::from_secs(10);
 /// How often the catalog is looked at.
@@ -48,8 +51,14 @@ async fn poll_once_connected(
     );
     let mut timer = tokio::time::interval(POLL_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut polls = 0_u32;
     loop {
         timer.tick().await;
+        if polls.is_multiple_of(POLLS_PER_SETTINGS) {
+            let danger = synchronous_danger(&mut client, conninfo.application_name()).await?;
+            status.note(|facts| facts.danger = danger);
+        }
+        polls = polls.wrapping_add(1);
         let rows = client.query(&sql).await?;
         let field = |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten();
         let lsn = |at: usize| field(at).and_then(|text| text.parse::<Lsn>().ok());
@@ -67,6 +76,25 @@ async fn poll_once_connected(
         });
         status.note(|facts| facts.slot_report = report);
     }
+}
+
+/// Whether the server's settings make commits hang on us.
+async fn synchronous_danger(
+    client: &mut ReplicationClient,
+    application_name: &str,
+) -> replication::Result<Option<&'static str>> {
+    let rows = client
+        .query(
+            "SELECT current_setting('synchronous_standby_names'), (current_setting('synchronous_commit') = 'remote_apply' \
+             OR EXISTS (SELECT FROM pg_catalog.pg_db_role_setting, unnest(setconfig) setting \
+             WHERE setting = 'synchronous_commit=remote_apply'))::text",
+        )
+        .await?;
+    let field = |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten();
+    let names = field(0).unwrap_or_default();
+    let remote_apply = field(1).as_deref() == Some("true");
+    let membership = synchronous::membership(&names, application_name);
+    Ok(synchronous::danger(&membership, remote_apply))
 }
 
 /// Keeps window, newest backup and the spool's size up to date.

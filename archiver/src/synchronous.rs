@@ -1,0 +1,116 @@
+//! Whether commits wait for us, and whether that is meant: read from `synchronous_standby_names` and `synchronous_commit`.
+//!
+//! Two settings hang a cluster quietly: `*` makes every standby synchronous, an archiver too, and `remote_apply` waits for
+//! something that an archiver never reports. Pure; `check` and the daemon ask the server and show the answer.
+
+/// What the server's settings make of us.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Membership {
+    /// Commits do not wait for us.
+    Asynchronous,
+    /// Commits wait for us, as somebody wrote down.
+    Named,
+    /// Commits wait for us only because of `*`.
+    Accidental,
+}
+
+/// Reads `synchronous_standby_names`: a list, `FIRST n (…)`, `ANY n (…)` or `n (…)`; names match without regard to case
+/// (`SyncRepGetStandbyPriority` in `syncrep.c`).
+#[must_use]
+pub fn membership(standby_names: &str, application_name: &str) -> Membership {
+    let list = match (standby_names.find('('), standby_names.rfind(')')) {
+        (Some(open), Some(close)) if open < close && !standby_names[..open].contains('"') => {
+            &standby_names[open + 1..close]
+        }
+        _ => standby_names,
+    };
+    let names = split(list);
+    let named = names
+        .iter()
+        .any(|(name, _)| name.eq_ignore_ascii_case(application_name));
+    if named {
+        Membership::Named
+    } else if names.iter().any(|(name, quoted)| name == "*" && !quoted) {
+        Membership::Accidental
+    } else {
+        Membership::Asynchronous
+    }
+}
+
+/// The names of a list, and whether each was quoted; `""` in quotes is one.
+fn split(list: &str) -> Vec<(String, bool)> {
+    let mut names = vec![(String::new(), false)];
+    let mut quoted = false;
+    let mut characters = list.chars().peekable();
+    while let Some(character) = characters.next() {
+        let Some((name, was_quoted)) = names.last_mut() else {
+            break;
+        };
+        match character {
+            '"' if quoted && characters.peek() == Some(&'"') => {
+                characters.next();
+                name.push('"');
+            }
+            '"' => {
+                quoted = !quoted;
+                *was_quoted = true;
+            }
+            ',' if !quoted => names.push((String::new(), false)),
+            space if space.is_whitespace() && !quoted => {}
+            other => name.push(other),
+        }
+    }
+    names
+}
+
+/// What is dangerous about the settings, with the remedy; `None` when nothing is. `remote_apply` tells whether
+/// `synchronous_commit = remote_apply` is set for the server, a database or a role.
+#[must_use]
+pub fn danger(membership: &Membership, remote_apply: bool) -> Option<&'static str> {
+    match (membership, remote_apply) {
+        (Membership::Asynchronous, _) | (Membership::Named, false) => None,
+        (Membership::Accidental, false) => Some(
+            "synchronous_standby_names = '*' makes the archiver a synchronous standby by accident: commits stand still \
+             while it is away. Name the standbys that are meant; add tidemark only for an RPO of 0",
+        ),
+        (_, true) => Some(
+            "synchronous_commit = remote_apply waits until a standby has applied the WAL, which an archiver never does: \
+             such commits never end while it is a synchronous standby. Use synchronous_commit = on, or leave the archiver \
+             out of synchronous_standby_names",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn membership_is_read_as_postgresql_reads_it() {
+        let check =
+            |names, expected| assert_eq!(membership(names, "tidemark"), expected, "{names}");
+        check("", Membership::Asynchronous);
+        check("standby1", Membership::Asynchronous);
+        check("tidemark", Membership::Named);
+        check("ANY 1 (standby1, Tidemark)", Membership::Named);
+        check("FIRST 2 (standby1, *)", Membership::Accidental);
+        check("2 (standby1, \"tidemark\")", Membership::Named);
+        check("*", Membership::Accidental);
+        check("tidemark, *", Membership::Named);
+        check("\"*\"", Membership::Asynchronous);
+        check("\"tide(mark\"", Membership::Asynchronous);
+    }
+
+    #[test]
+    fn only_what_hangs_commits_is_a_danger() {
+        assert_eq!(danger(&Membership::Asynchronous, true), None);
+        assert_eq!(danger(&Membership::Named, false), None);
+        for (membership, remote_apply) in [
+            (Membership::Accidental, false),
+            (Membership::Accidental, true),
+            (Membership::Named, true),
+        ] {
+            assert!(danger(&membership, remote_apply).is_some());
+        }
+    }
+}
