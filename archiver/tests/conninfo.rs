@@ -1,9 +1,9 @@
 //! What a user writes as conninfo, right and wrong, through the programs: files and variables, one clear line for each mistake.
 
-use std::{fs, os::unix::fs::PermissionsExt};
+use std::{fs, os::unix::fs::PermissionsExt, rc::Rc};
 
 use crate::{
-    certificates::private_file,
+    certificates::{Certificates, private_file},
     connect::Secured,
     support::{Place, Server, postgres_bin, succeed, wait_flushed},
 };
@@ -188,11 +188,12 @@ fn a_slot_that_is_not_ours_is_named_with_its_remedy() {
 
 #[test]
 fn a_role_that_may_only_replicate_is_enough() {
+    let certificates = Rc::new(Certificates::make());
     for (major, bin) in benches::tools::servers_or_skip() {
         if ![14, 15, 18].contains(&major) {
             continue;
         }
-        let secured = Secured::start(&bin);
+        let secured = Secured::start_with(&bin, &certificates);
         let conninfo = secured.tcp("user=u_stream");
         let place = Place::new();
         let check = || {
