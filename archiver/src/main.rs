@@ -1,6 +1,6 @@
 //! `wal-archiver`: parses the command line, runs the command, and turns its outcome into an exit code.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal, process::ExitCode};
 
 use archiver::cli::{Cli, run};
 use clap::Parser;
@@ -10,6 +10,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             EnvFilter::try_from_env("TIDEMARK_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
         )

@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         // As restore_command it writes into PostgreSQL's log.
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| {
+            tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG").unwrap_or_else(|_| {
                 tracing_subscriber::EnvFilter::new("warn,repository::catalog=off")
             }),
         )

@@ -129,7 +129,8 @@ fn look_once(archive: &Archive, list: bool) -> Result<()> {
     });
     let catalog = archive.catalog();
     let mut backups = catalog.backups()?;
-    if list || loss(archive, &backups)?.is_some() {
+    // The first backup, and the one that mends a loss, are waited for.
+    if list || backups.is_empty() || loss(archive, &backups)?.is_some() {
         let system = archive.identity().system_identifier;
         let stored = archive.repository().list(&format!("{system}/backup/"))?;
         let is_info = |key: &ObjectKey| matches!(key, ObjectKey::BackupInfo(..));
