@@ -94,3 +94,44 @@ fn a_failover_is_followed_along_the_list_of_hosts() {
     assert!(verdict.contains("no gap"), "{verdict}");
     assert!(place.assert_equals_pg_wal(&standby.data()) >= lsn);
 }
+
+#[test]
+fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
+    let Some(bin) = postgres_bin() else { return };
+    let primary = Server::start(&bin, "");
+    let standby = Server::standby_of(&primary);
+    let place = Place::new();
+    let archiver = place.run(&primary.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    primary.write_wal(300);
+    let lsn = primary.lsn();
+    wait_until("the standby has replayed", || {
+        standby.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'")) == "t"
+    });
+    // From here on only the archiver hears of commits, over more than one segment.
+    standby.down("fast");
+    for _ in 0..7 {
+        primary.sql("INSERT INTO load SELECT 1, repeat('x', 1000) FROM generate_series(1, 200)");
+    }
+    let ahead = primary.lsn();
+    wait_flushed(&primary, ahead);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    primary.down("immediate");
+    standby.up();
+    standby.promote();
+    standby.write_wal(100);
+
+    let archiver = place.run(&standby.conninfo());
+    archiver.wait_for_log("its transactions were lost by the failover");
+    archiver.wait_for_log("INFO streaming");
+    let log = archiver.log();
+    assert!(log.contains("commits=7"), "{log}");
+    let listed = log.matches("ERROR lost by the failover").count();
+    assert_eq!(listed, 7, "{log}");
+    standby.write_wal(1500);
+    let lsn = standby.lsn();
+    wait_flushed(&standby, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let verdict = place.verify(&standby.conninfo());
+    assert!(verdict.contains("no gap"), "{verdict}");
+}

@@ -13,14 +13,14 @@ use repository::{
 };
 use wal_format::{
     Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SealedReader, SegmentNo,
-    SegmentSummary, TimelineHistory, TimelineId, WalIdentity,
+    SegmentSummary, TimelineHistory, TimelineId, TransactionEnd, WalIdentity,
 };
 
 use super::{positions::Coverage, start::Held};
 use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
-    spool::{BranchSpool, Spool},
+    spool::{BranchSpool, Spool, primed_indexer},
 };
 
 /// Segments remembered as sealed: a tail in flight is of the newest one or two, the rest is slack.
@@ -303,6 +303,32 @@ impl Archive {
             }
         }
         Ok(None)
+    }
+
+    /// The transactions that committed in a range of a branch, from whatever of its WAL is here, in LSN order.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Io`].
+    pub fn commits(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<TransactionEnd>> {
+        let size = self.identity.segment_size;
+        let mut segment = size.segment_of(from);
+        let mut indexer = primed_indexer(&self.identity, segment, |earlier| {
+            self.read_segment(branch, earlier)
+        })?;
+        while segment.start_lsn(size) < to {
+            let bytes = match self.read_segment(branch, segment)? {
+                Some(bytes) => bytes,
+                None => self.read_tails(branch, segment)?,
+            };
+            // What ends in the middle of a record ends there.
+            if indexer.push(&bytes).is_err() || bytes.len() < size.len() {
+                break;
+            }
+            segment = segment.next();
+        }
+        let mut ends = indexer.take_summary().transactions;
+        ends.retain(|end| end.kind.is_commit() && from <= end.lsn && end.lsn < to);
+        Ok(ends)
     }
 
     /// The branch, and for a segment that ends before the branch began, its ancestors that hold it.

@@ -7,7 +7,7 @@ use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
-    Pipeline, observe,
+    Pipeline, blocking, observe,
     receive::{Receive, StreamEnd, parse_duration, status_interval},
     start::{ServerBranch, ServerState, StartPlan, plan_start},
 };
@@ -23,6 +23,9 @@ use crate::{
 
 /// How long a server that let us in may take to say who it is. Connecting has its own limit, `connect_timeout`.
 const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// More commits than this that a failover lost are counted, not listed: the log is for people.
+const LOST_COMMITS_LOGGED_MAX: usize = 100;
 
 /// What a stream is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -241,13 +244,20 @@ impl Source {
         server.slot_restart_lsn = slot_restart_lsn;
         let plan = plan_start(&server, &held, size)?;
         if let Some(orphan) = plan.orphan {
+            let read = Arc::clone(archive);
+            let commits =
+                blocking(move || read.commits(orphan.branch, orphan.from, orphan.to)).await?;
             tracing::error!(
                 cluster,
                 branch = %orphan.branch,
                 from = %orphan.from,
                 to = %orphan.to,
+                commits = commits.len(),
                 "the new primary never had this WAL: its transactions were lost by the failover. It is kept in the repository"
             );
+            for commit in commits.iter().take(LOST_COMMITS_LOGGED_MAX) {
+                tracing::error!(cluster, xid = commit.xid, time = %commit.time, lsn = %commit.lsn, "lost by the failover");
+            }
         }
         // Dropped with the session, and the poll with it.
         let mut beside = tokio::task::JoinSet::new();
