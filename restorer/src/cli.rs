@@ -389,6 +389,11 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
         "restored      {}",
         destination.directory.display()
     ));
+    if executed.made_configuration {
+        output::line(
+            "configuration made, with what recovery needs: the backup has none; compare it with the server's own",
+        );
+    }
     if executed.kept_files > 0 {
         output::line(&format!(
             "kept          {} files of {} bytes; {} of {} slices were fetched",

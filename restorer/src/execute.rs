@@ -62,6 +62,8 @@ pub struct Executed {
     pub fetched_slices: usize,
     /// Slices of the backup.
     pub slices: usize,
+    /// Whether configuration files were made, because the backup has none.
+    pub made_configuration: bool,
 }
 
 /// Restores into `destination` by `plan`. `progress` is told of each slice's raw bytes.
@@ -95,6 +97,7 @@ pub fn execute(
     link_tablespaces(directory, &tablespaces)?;
     manifest::verify(directory, &manifest, &kept, &control, jobs)?;
     settings::write(archive, plan, destination)?;
+    let made_configuration = settings::complete(directory, &control)?;
     for directory in tablespaces.values().chain([directory]) {
         sync_file_system(directory)?;
     }
@@ -106,6 +109,7 @@ pub fn execute(
         kept_bytes: kept.bytes,
         fetched_slices: work.needed.iter().filter(|needed| **needed).count(),
         slices: backup.slices.len(),
+        made_configuration,
     })
 }
 

@@ -101,7 +101,8 @@ pub fn start(
     let mut server = Command::new(postgres)
         .arg("-D")
         .arg(directory)
-        // The log is read here: in English, and into this file whatever the restored settings say.
+        // The log is read here: in English, and into this file whatever the restored settings say. At "log" it would hold
+        // no warnings, which name the settings that recovery can not go on with.
         .args([
             "-c",
             "lc_messages=C",
@@ -110,7 +111,7 @@ pub fn start(
             "-c",
             "log_destination=stderr",
         ])
-        .args(["-c", "log_min_messages=log", "-c", "hot_standby=on"])
+        .args(["-c", "log_min_messages=warning", "-c", "hot_standby=on"])
         .stdin(Stdio::null())
         .stdout(file)
         .stderr(errors)
@@ -182,6 +183,12 @@ fn wait(server: &mut Child, log: &Path, action: Action) -> Result<String> {
             let said = line.split_once("DETAIL:").map_or(line, |(_, said)| said);
             return Err(Error::InsufficientParameter {
                 said: said.trim().to_owned(),
+            });
+        }
+        if text.contains("recovery has paused") {
+            return Err(Error::RecoveryFailed {
+                log: log.to_owned(),
+                said: "recovery has paused before its target".to_owned(),
             });
         }
         if ended.is_some() {

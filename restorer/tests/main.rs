@@ -8,6 +8,7 @@ mod delta;
 mod locate;
 mod resume;
 mod scene;
+mod start;
 mod support;
 mod tablespaces;
 mod targets;

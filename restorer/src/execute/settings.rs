@@ -8,7 +8,7 @@ use std::{
 };
 
 use repository::config::RepositoryUrl;
-use wal_format::layout::history_file_name;
+use wal_format::{ControlFile, control_file::ControlFileError, layout::history_file_name};
 
 use super::{Destination, PLAN_FILE};
 use crate::{Error, RestorePlan, Result, Stop, inventory::Archive};
@@ -81,6 +81,41 @@ pub(super) fn write(
         "recovery.signal"
     };
     create(&directory.join(signal), b"")
+}
+
+/// Makes the configuration files that the backup does not have, because its server kept them elsewhere, as Debian does:
+/// without them no server starts. Whether any was made.
+pub(super) fn complete(directory: &Path, control: &[u8]) -> Result<bool> {
+    let damaged = |error: ControlFileError| Error::Damaged {
+        object: "global/pg_control of the backup".to_owned(),
+        problem: error.to_string(),
+    };
+    let control = ControlFile::parse(control).map_err(damaged)?;
+    // Recovery refuses less than the server had (`CheckRequiredParameterValues`).
+    let postgresql = format!(
+        "# Made by pitr-restore: the backup holds none, because the server kept it outside of its data directory.\n\
+         max_connections = {}\nmax_worker_processes = {}\nmax_wal_senders = {}\nmax_prepared_transactions = {}\n\
+         max_locks_per_transaction = {}\n",
+        control.max_connections,
+        control.max_worker_processes,
+        control.max_wal_senders,
+        control.max_prepared_transactions,
+        control.max_locks_per_transaction
+    );
+    let hba = "# Made by pitr-restore: the backup holds none.\nlocal all all peer\n";
+    let mut made = false;
+    for (name, content) in [
+        ("postgresql.conf", postgresql.as_str()),
+        ("pg_hba.conf", hba),
+        ("pg_ident.conf", ""),
+    ] {
+        let path = directory.join(name);
+        if !path.exists() {
+            create(&path, content.as_bytes())?;
+            made = true;
+        }
+    }
+    Ok(made)
 }
 
 fn lines(archive: &Archive, plan: &RestorePlan, destination: &Destination) -> Result<String> {

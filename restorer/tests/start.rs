@@ -1,0 +1,85 @@
+//! `--start` where the settings of the backup are not enough: a primary that was given more afterwards, and a cluster
+//! whose configuration lies outside of its data directory, as Debian keeps it.
+
+use std::{fs, process::Stdio};
+
+use benches::{programs::directory, restored::Restored};
+
+use crate::support::{Archived, query, said, servers, wait_until};
+
+#[test]
+fn missing_settings_are_named_and_missing_files_are_made() {
+    let Some((_, bin)) = servers().pop() else {
+        return;
+    };
+    let mut archived = Archived::start(&bin, "max_connections = 40\n");
+    archived.sql("CREATE TABLE done (n int)");
+    archived.backup();
+    archived.sql("ALTER SYSTEM SET max_connections = 80");
+    let data = archived.cluster.data();
+    let mut restart = archived.cluster.program("pg_ctl").expect("pg_ctl");
+    restart
+        .arg("-D")
+        .arg(&data)
+        .arg("-l")
+        .arg(data.join("restart.log"));
+    let status = restart
+        .args(["-w", "restart"])
+        .stdout(Stdio::null())
+        .status();
+    assert!(status.expect("it runs").success());
+    archived.sql("INSERT INTO done VALUES (1)");
+    // The archiver comes back by itself.
+    wait_until("the archiver is back", || {
+        archived.sql("SELECT count(*) FROM pg_stat_replication") == "1"
+    });
+    archived.end_lsn();
+
+    let root = directory().expect("a directory");
+    let place = &archived.place;
+    let restore = |root: &std::path::Path, arguments: &[&str]| {
+        let mut restore = Restored::command(place, &bin, root, arguments).expect("built");
+        restore.output().expect("it runs")
+    };
+    wait_until("the new setting is archived", || {
+        let mut plan = place.program("pitr-restore").expect("built");
+        let plan = plan
+            .args(["--dry-run", "--target-time", "1 second ago"])
+            .output();
+        plan.is_ok_and(|plan| plan.status.success())
+    });
+    let output = restore(root.path(), &[]);
+    let (_, error) = said(&output);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert_eq!(error.lines().count(), 1, "{error}");
+    for part in ["max_connections = 40", "80", "--set NAME=VALUE"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert!(
+        !root.path().join("data/postmaster.pid").exists(),
+        "it is left running"
+    );
+    let root = directory().expect("a directory");
+    let output = restore(root.path(), &["--set", "max_connections=80"]);
+    let (report, error) = said(&output);
+    assert!(output.status.success(), "{error}");
+    let restored = Restored::adopt(root, &bin, serde_json::from_str(&report).expect("JSON"));
+    assert_eq!(query(&restored.conninfo(), "SELECT n FROM done"), "1");
+
+    // The running server has read its files; a backup finds them no more.
+    for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
+        fs::remove_file(data.join(name)).expect("it goes");
+    }
+    archived.backup();
+    archived.finish();
+    let restored = Restored::start(
+        &archived.place,
+        &bin,
+        &["--target-immediate", "--set", "listen_addresses="],
+    );
+    let restored = restored.expect("it starts without the server's own files");
+    assert_eq!(restored.report["executed"]["made_configuration"], true);
+    let made = fs::read_to_string(restored.data().join("postgresql.conf")).expect("it was made");
+    assert!(made.contains("max_prepared_transactions = 64"), "{made}");
+    assert!(restored.data().join("postmaster.pid").exists());
+}
