@@ -27,6 +27,7 @@ bench: install-tools
 check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(WORKSPACE) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(WORKSPACE) --no-deps
 
 # Every parser of wal-format for FUZZ_SECONDS (60) each.
 fuzz: install-tools

@@ -4,7 +4,7 @@
 //! | family | key | value |
 //! |---|---|---|
 //! | `meta` | `identity` | [`ClusterIdentity`] as JSON |
-//! | `segments` | range key ([`keys::range`]) | [`WalRange`] as JSON |
+//! | `segments` | range key (branch, segment, kind, LSNs; `keys.rs`) | [`WalRange`] as JSON |
 //! | `commit_times` | range key | the range's summary, as in the object's footer |
 //! | `restore_points` | branch, LSN | name and time as JSON |
 //! | `timelines` | branch | the history file, empty for timeline 1 |
