@@ -33,6 +33,9 @@ fn missing_settings_are_named_and_missing_files_are_made() {
     wait_until("the archiver is back", || {
         archived.sql("SELECT count(*) FROM pg_stat_replication") == "1"
     });
+    let now = "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00')";
+    let behind = archived.sql(now);
+    // A commit behind that time proves it, when it is archived.
     archived.end_lsn();
 
     let root = directory().expect("a directory");
@@ -43,9 +46,7 @@ fn missing_settings_are_named_and_missing_files_are_made() {
     };
     wait_until("the new setting is archived", || {
         let mut plan = place.program("pitr-restore").expect("built");
-        let plan = plan
-            .args(["--dry-run", "--target-time", "1 second ago"])
-            .output();
+        let plan = plan.args(["--dry-run", "--target-time", &behind]).output();
         plan.is_ok_and(|plan| plan.status.success())
     });
     let output = restore(root.path(), &[]);

@@ -24,15 +24,18 @@ pub(crate) fn long() -> bool {
     env::var_os("TIDEMARK_LONG").is_some()
 }
 
-/// The server programs to test with: 17 or what there is; in the long tier all.
+/// The server programs to test with: 17 or what there is; in the long tier all; with `TIDEMARK_MAJOR` that one.
 pub(crate) fn servers() -> Vec<(u16, PathBuf)> {
     let mut servers = servers_or_skip();
     servers.retain(|(major, _)| *major >= 14);
     if servers.is_empty() {
         eprintln!("SKIPPED: no PostgreSQL server is installed; run `make install-tools`");
     }
-    if !long() {
-        let at = servers.iter().position(|(major, _)| *major == 17);
+    let asked = env::var("TIDEMARK_MAJOR").ok();
+    let asked = asked.and_then(|major| major.parse().ok());
+    if !long() || asked.is_some() {
+        let wanted = asked.unwrap_or(17_u16);
+        let at = servers.iter().position(|(major, _)| *major == wanted);
         servers = servers.into_iter().skip(at.unwrap_or(0)).take(1).collect();
     }
     servers

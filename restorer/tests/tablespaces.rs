@@ -44,8 +44,8 @@ fn each_goes_where_it_is_mapped_and_nothing_is_overwritten() {
         "CREATE TABLESPACE two LOCATION '{}'",
         link.display()
     ));
-    // Only 15 and later can do that, and it is only meant for tests.
-    let in_place = major >= 15;
+    // It is only meant for tests, and 15 leaves its files out of a base backup with a tablespace map.
+    let in_place = major >= 16;
     let mut three = "";
     if in_place {
         query(
