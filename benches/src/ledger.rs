@@ -6,7 +6,7 @@
 use std::{
     collections::HashSet,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -38,7 +38,8 @@ pub struct Acknowledged {
 #[derive(Debug)]
 pub struct Ledger {
     stop: Arc<AtomicBool>,
-    clients: Vec<JoinHandle<Vec<Acknowledged>>>,
+    acknowledged: Arc<Mutex<Vec<Acknowledged>>>,
+    clients: Vec<JoinHandle<()>>,
 }
 
 impl Ledger {
@@ -53,12 +54,27 @@ impl Ledger {
              CREATE TABLE transfer (client int, seq int, amount bigint, PRIMARY KEY (client, seq));"
         ))?;
         let stop = Arc::new(AtomicBool::new(false));
+        let acknowledged = Arc::new(Mutex::default());
         let spawn = |client: i32| {
             let (stop, conninfo) = (Arc::clone(&stop), conninfo.to_owned());
-            std::thread::spawn(move || run(&conninfo, client, &stop))
+            let all = Arc::clone(&acknowledged);
+            std::thread::spawn(move || run(&conninfo, client, &stop, &all))
         };
         let clients = (1..=clients).map(spawn).collect();
-        Ok(Self { stop, clients })
+        Ok(Self {
+            stop,
+            acknowledged,
+            clients,
+        })
+    }
+
+    /// What was acknowledged so far.
+    #[must_use]
+    pub fn acknowledged(&self) -> Vec<Acknowledged> {
+        self.acknowledged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Ends the clients, if the server has not done so, and returns what was acknowledged.
@@ -67,23 +83,23 @@ impl Ledger {
     /// When a client died of something else than its connection.
     pub fn finish(self) -> Result<Vec<Acknowledged>> {
         self.stop.store(true, Ordering::Relaxed);
-        let mut all = Vec::new();
         for client in self.clients {
-            all.extend(
-                client
-                    .join()
-                    .ok()
-                    .context("a client of the ledger panicked")?,
-            );
+            client
+                .join()
+                .ok()
+                .context("a client of the ledger panicked")?;
         }
-        Ok(all)
+        let mut all = self
+            .acknowledged
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        Ok(std::mem::take(&mut all))
     }
 }
 
-fn run(conninfo: &str, client: i32, stop: &AtomicBool) -> Vec<Acknowledged> {
-    let mut acknowledged = Vec::new();
+fn run(conninfo: &str, client: i32, stop: &AtomicBool, all: &Mutex<Vec<Acknowledged>>) {
     let Ok(mut connection) = connect(conninfo) else {
-        return acknowledged;
+        return;
     };
     for seq in 1.. {
         if stop.load(Ordering::Relaxed) {
@@ -94,14 +110,14 @@ fn run(conninfo: &str, client: i32, stop: &AtomicBool) -> Vec<Acknowledged> {
         if transfer(&mut connection, client, seq).is_err() {
             break;
         }
-        acknowledged.push(Acknowledged {
+        let one = Acknowledged {
             client,
             seq,
             sent,
             acknowledged: Timestamp::now(),
-        });
+        };
+        all.lock().unwrap_or_else(PoisonError::into_inner).push(one);
     }
-    acknowledged
 }
 
 fn transfer(connection: &mut Client, client: i32, seq: i32) -> Result<()> {
@@ -193,5 +209,36 @@ pub fn prove(
     Ok(Verdict {
         present: present.len(),
         acknowledged: acknowledged.iter().filter(before).count(),
+    })
+}
+
+/// What a restore does not have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Loss {
+    /// Acknowledged transfers that are missing.
+    pub transfers: usize,
+    /// From the newest acknowledged transfer that is there to the newest one.
+    pub seconds: f64,
+}
+
+/// Measures what a restore has lost of what was acknowledged; it must end at one moment, with the books balanced.
+///
+/// # Errors
+/// When something older than what is there is missing.
+pub fn measure(restored: &mut Client, acknowledged: &[Acknowledged]) -> Result<Loss> {
+    let rows = restored.query("SELECT client, seq FROM transfer", &[])?;
+    let present: HashSet<(i32, i32)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    let is_present = |one: &&Acknowledged| present.contains(&(one.client, one.seq));
+    let kept: Vec<Acknowledged> = acknowledged.iter().filter(is_present).copied().collect();
+    // Holes and unbalanced books, of what is there.
+    prove(restored, &kept, None)?;
+    let newest = |some: &[Acknowledged]| some.iter().map(|one| one.acknowledged).max();
+    let seconds = match (newest(acknowledged), newest(&kept)) {
+        (Some(lost), Some(kept)) => lost.duration_since(kept).as_secs_f64(),
+        _ => bail!("nothing that was acknowledged is there"),
+    };
+    Ok(Loss {
+        transfers: acknowledged.len() - kept.len(),
+        seconds,
     })
 }

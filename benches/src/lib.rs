@@ -4,8 +4,10 @@
 pub mod catch_up;
 pub mod cluster;
 pub mod commit_latency;
+pub mod host_loss;
 pub mod ledger;
 pub mod main_job;
+pub mod object_store;
 pub mod programs;
 pub mod restored;
 pub mod tools;

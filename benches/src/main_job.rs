@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use crate::{
     cluster::{Cluster, connect},
     ledger::{Acknowledged, Ledger, Verdict, prove},
+    object_store::{BUCKET, ObjectStoreServer},
     programs::{command, directory, ours, succeed},
     restored::Restored,
 };
@@ -57,6 +58,7 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Place {
     directory: TempDir,
+    store: Option<ObjectStoreServer>,
 }
 
 impl Place {
@@ -67,6 +69,24 @@ impl Place {
     pub fn new() -> Result<Self> {
         Ok(Self {
             directory: directory()?,
+            store: None,
+        })
+    }
+
+    /// A new place whose repository is in a bucket of `store`; `settings` are further lines of `tidemark.toml`.
+    ///
+    /// # Errors
+    /// When it can not be made.
+    pub fn in_bucket(store: ObjectStoreServer, settings: &str) -> Result<Self> {
+        let directory = directory()?;
+        let lines = format!(
+            "repository = \"s3://{BUCKET}/main/job\"\n{}{settings}\n",
+            store.configuration()
+        );
+        std::fs::write(directory.path().join("tidemark.toml"), lines)?;
+        Ok(Self {
+            directory,
+            store: Some(store),
         })
     }
 
@@ -83,7 +103,11 @@ impl Place {
     pub fn program(&self, name: &str) -> Result<Command> {
         let mut command = command(&ours(name)?)?;
         let root = self.path().display();
-        command.arg(format!("--repository=file://{root}/repository"));
+        command.arg(if self.store.is_some() {
+            format!("--config={root}/tidemark.toml")
+        } else {
+            format!("--repository=file://{root}/repository")
+        });
         command.arg(format!("--spool={root}/spool"));
         Ok(command)
     }
@@ -194,7 +218,7 @@ impl Drop for Daemon {
 }
 
 /// From the start of a process into its steady work.
-fn random_pause() -> Duration {
+pub(crate) fn random_pause() -> Duration {
     use std::hash::{BuildHasher, RandomState};
     Duration::from_millis(RandomState::new().hash_one(0) % 1200 + 20)
 }

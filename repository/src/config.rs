@@ -3,21 +3,19 @@
 //! Two types on purpose: what was typed, and what it means. Keys at the top of the file are defaults for every cluster;
 //! a table `[cluster.NAME]` overrides them; flags override both.
 
-use std::{
-    fmt,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    str::FromStr,
-    time::Duration,
-};
+use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use wal_format::ClusterName;
 
 use crate::{Error, Result};
 
 mod file;
+mod s3;
+mod url;
 
 use file::{ClusterTable, ConfigFile};
+pub use s3::{S3Credentials, S3Settings, Secret};
+pub use url::{RepositoryPlace, RepositoryUrl};
 
 /// The flags that every command of both programs takes, before or after it.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -38,7 +36,7 @@ pub struct CommonArgs {
         help_heading = "Common options"
     )]
     pub cluster: Option<ClusterName>,
-    /// Where archived objects live: `file:///dir`.
+    /// Where archived objects live: `file:///dir` or `s3://bucket/prefix`.
     #[arg(
         long,
         global = true,
@@ -72,6 +70,11 @@ pub struct CommonArgs {
     pub catalog: Option<PathBuf>,
 }
 
+/// `remote_flush_bytes`: a segment of the usual size; less would send a busy server's WAL twice.
+const FLUSH_BYTES_DEFAULT: u64 = 16 << 20;
+/// The least `remote_flush_bytes`: below it an object costs more than what is in it.
+const FLUSH_BYTES_MIN: u64 = 64 << 10;
+
 /// When PostgreSQL is told that WAL is flushed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -81,59 +84,6 @@ pub enum Acknowledge {
     Local,
     /// When it is in the repository.
     Remote,
-}
-
-/// Where a repository is. `file:///dir` in this version.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RepositoryUrl {
-    folder: PathBuf,
-}
-
-impl RepositoryUrl {
-    /// The folder of a `file://` repository.
-    #[must_use]
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-}
-
-impl FromStr for RepositoryUrl {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        if let Some(path) = text.strip_prefix("file://") {
-            if path.starts_with('/') {
-                return Ok(Self {
-                    folder: PathBuf::from(path),
-                });
-            }
-            let message = format!("repository \"{text}\" is not absolute; write file:///directory");
-            return Err(Error::config(message));
-        }
-        if text.starts_with("s3://") {
-            let message =
-                format!("repository \"{text}\": S3 is not in this version; use file:///directory");
-            return Err(Error::config(message));
-        }
-        let message = format!("repository \"{text}\" is no URL; write file:///directory");
-        Err(Error::config(message))
-    }
-}
-
-impl fmt::Display for RepositoryUrl {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "file://{}", self.folder.display())
-    }
-}
-
-impl<'de> serde::Deserialize<'de> for RepositoryUrl {
-    fn deserialize<D: serde::Deserializer<'de>>(
-        deserializer: D,
-    ) -> std::result::Result<Self, D::Error> {
-        String::deserialize(deserializer)?
-            .parse()
-            .map_err(serde::de::Error::custom)
-    }
 }
 
 /// One cluster, resolved.
@@ -146,7 +96,7 @@ pub struct ClusterSettings {
     /// The replication slot. Default: `tidemark_` and the name.
     pub slot: String,
     /// Where its objects live.
-    pub repository: RepositoryUrl,
+    pub repository: RepositoryPlace,
     /// The local WAL that is not sealed yet.
     pub spool: PathBuf,
     /// The index. Default: `{spool}/{name}/catalog`.
@@ -158,6 +108,8 @@ pub struct ClusterSettings {
     pub acknowledge: Acknowledge,
     /// How long new WAL may stay out of the repository. Default: 1 s.
     pub remote_flush_interval: Duration,
+    /// How much new WAL may stay out of the repository, however young. Default: 16 MiB.
+    pub remote_flush_bytes: u64,
     /// The RPO to be held. Default: 5 s.
     pub rpo_target: Duration,
     /// zstd's level for WAL and backups. Default: 1.
@@ -185,6 +137,8 @@ pub struct Settings {
     pub clusters: Vec<ClusterSettings>,
     /// Where HTTP is served. Default: `127.0.0.1:8432`.
     pub http: SocketAddr,
+    /// The file that was read, if any.
+    pub file: Option<PathBuf>,
 }
 
 impl Settings {
@@ -193,11 +147,15 @@ impl Settings {
     /// # Errors
     /// [`Error::Config`] that names the file, the key and the remedy.
     pub fn resolve(args: &CommonArgs) -> Result<Self> {
-        let file = match find(args)? {
-            Some(path) => ConfigFile::read(&path)?,
+        let path = find(args)?;
+        let file = match &path {
+            Some(path) => ConfigFile::read(path)?,
             None => ConfigFile::default(),
         };
-        Self::from_file(args, &file)
+        Ok(Self {
+            file: path,
+            ..Self::from_file(args, &file)?
+        })
     }
 
     fn from_file(args: &CommonArgs, file: &ConfigFile) -> Result<Self> {
@@ -236,7 +194,11 @@ impl Settings {
             })?,
             None => SocketAddr::from(([127, 0, 0, 1], 8432)),
         };
-        Ok(Self { clusters, http })
+        Ok(Self {
+            clusters,
+            http,
+            file: None,
+        })
     }
 
     /// The one cluster that a command is about.
@@ -276,7 +238,7 @@ fn cluster(
         .or_else(|| defaults.repository.clone())
         .ok_or_else(|| {
             Error::config(
-                "no repository: give --repository file:///directory, or `repository` in the file",
+                "no repository: give --repository file:///directory or s3://bucket/prefix, or `repository` in the file",
             )
         })?;
     let spool = args
@@ -355,8 +317,20 @@ fn cluster(
             }
             None => 2,
         },
+        remote_flush_bytes: match table.remote_flush_bytes.or(defaults.remote_flush_bytes) {
+            Some(bytes @ FLUSH_BYTES_MIN..) => bytes,
+            Some(bytes) => {
+                return Err(Error::config(format!(
+                    "remote_flush_bytes = {bytes} is less than {FLUSH_BYTES_MIN}; every tail is a request"
+                )));
+            }
+            None => FLUSH_BYTES_DEFAULT,
+        },
+        repository: RepositoryPlace {
+            url: repository,
+            s3: S3Settings::resolve(&table.s3, &defaults.s3)?,
+        },
         name,
-        repository,
         spool,
     })
 }

@@ -121,6 +121,20 @@ pub enum Error {
         /// The server's.
         found: u64,
     },
+    /// An S3 store failed or refused.
+    #[error("{action} {key} in {url}: {problem}")]
+    S3 {
+        /// A verb in the present tense.
+        action: &'static str,
+        /// The object, or a prefix.
+        key: String,
+        /// The repository.
+        url: String,
+        /// What the store said, and the remedy where one is known.
+        problem: String,
+        /// Whether the same request may succeed later by itself.
+        transient: bool,
+    },
     /// The store failed or refused.
     #[error("{action} {path}: {source}", path = path.display())]
     Store {
@@ -175,6 +189,16 @@ impl Error {
         matches!(self, Self::NotFound { .. })
     }
 
+    /// Whether the same request may succeed later by itself: the store is away or busy, as opposed to refusing.
+    #[must_use]
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::S3 { transient, .. } => *transient,
+            Self::Store { .. } => true,
+            _ => false,
+        }
+    }
+
     /// Whether other bytes have the object's name.
     #[must_use]
     pub fn is_conflict(&self) -> bool {
@@ -202,7 +226,7 @@ impl Error {
             Self::Conflict { .. } | Self::Damaged { .. } | Self::NotFound { .. } => {
                 ExitKind::Integrity
             }
-            Self::Store { .. } => ExitKind::Unreachable,
+            Self::S3 { .. } | Self::Store { .. } => ExitKind::Unreachable,
         }
     }
 }

@@ -15,8 +15,8 @@ use wal_format::{
 
 use crate::{
     Error, ObjectMeta, ObjectStore, PutOutcome, Result,
-    config::RepositoryUrl,
-    store::{LocalStore, ObservedStore, Observer},
+    config::{RepositoryPlace, RepositoryUrl},
+    store::{LocalStore, ObservedStore, Observer, S3Store},
 };
 
 /// The version of the epoch file that this build writes.
@@ -47,13 +47,19 @@ pub struct Repository {
 }
 
 impl Repository {
-    /// Opens the store at `url` for `cluster`.
+    /// Opens the store at `place` for `cluster`. A bucket is not asked before the first request.
     ///
     /// # Errors
-    /// [`Error::Store`] when it can not be opened or created.
-    pub fn open(url: &RepositoryUrl, cluster: &ClusterName) -> Result<Self> {
-        let store = LocalStore::open(url.folder())?;
-        Ok(Self::with_store(Arc::new(store), cluster.clone()))
+    /// [`Error::Store`] when a folder can not be opened or created, [`Error::Config`] when the settings of a bucket can
+    /// not be used.
+    pub fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
+        let store: Arc<dyn ObjectStore> = match &place.url {
+            RepositoryUrl::Folder(folder) => Arc::new(LocalStore::open(folder)?),
+            RepositoryUrl::S3 { bucket, prefix } => {
+                Arc::new(S3Store::open(bucket, prefix, &place.s3)?)
+            }
+        };
+        Ok(Self::with_store(store, cluster.clone()))
     }
 
     /// The objects of `cluster` in any store.
@@ -79,6 +85,14 @@ impl Repository {
     #[must_use]
     pub fn url(&self) -> String {
         self.store.url()
+    }
+
+    /// Finds out whether writing would work, where that can be known without an object.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`] with what is missing.
+    pub fn ready_to_write(&self) -> Result<()> {
+        self.store.ready_to_write()
     }
 
     fn path(&self, key: &ObjectKey) -> String {

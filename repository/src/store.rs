@@ -14,11 +14,14 @@ use crate::Result;
 
 mod local;
 mod observed;
+pub mod retry;
+mod s3;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
 pub use local::LocalStore;
 pub use observed::{ObservedStore, Observer};
+pub use s3::S3Store;
 
 /// What a `put` found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,31 +46,31 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Stores `body` under `key` unless something is there. Durable when it returns.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`], [`Error::S3`].
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome>;
 
     /// The whole object.
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::Store`].
+    /// [`Error::NotFound`], [`Error::Store`], [`Error::S3`], [`Error::Damaged`].
     fn get(&self, key: &str) -> Result<Bytes>;
 
     /// The bytes of `range`, all of which must be inside the object.
     ///
     /// # Errors
-    /// [`Error::NotFound`], [`Error::Store`].
+    /// [`Error::NotFound`], [`Error::Store`], [`Error::S3`], [`Error::Damaged`].
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes>;
 
     /// What is there, or `None` when proved absent.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`], [`Error::S3`].
     fn head(&self, key: &str) -> Result<Option<ObjectMeta>>;
 
     /// Visits the objects whose keys begin with `prefix`, ascending, until `visit` breaks.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`], [`Error::S3`].
     fn list(
         &self,
         prefix: &str,
@@ -77,9 +80,23 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Removes an object; one that is not there is fine.
     ///
     /// # Errors
-    /// [`Error::Store`].
+    /// [`Error::Store`], [`Error::S3`].
     fn delete(&self, key: &str) -> Result<()>;
+
+    /// Finds out whether writing would work, where that can be known without an object.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`] with what is missing.
+    fn ready_to_write(&self) -> Result<()>;
 
     /// Where it is, for people.
     fn url(&self) -> String;
+}
+
+/// Whether a text can be a key: parts between single slashes, none of them hidden or leading out.
+fn is_sound_key(key: &str) -> bool {
+    !key.is_empty()
+        && key
+            .split('/')
+            .all(|part| !part.is_empty() && !part.starts_with('.'))
 }

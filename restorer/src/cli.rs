@@ -23,7 +23,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use repository::{
     Catalog, Repository,
-    config::{ClusterSettings, CommonArgs, RepositoryUrl, Settings},
+    config::{ClusterSettings, CommonArgs, RepositoryPlace, Settings},
 };
 use wal_format::{BackupId, ClusterName, Lsn};
 
@@ -208,7 +208,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
                 return as_owner(owner);
             }
             let settings = Settings::resolve(&cli.common)?;
-            restore(settings.cluster()?, &cli.restore)
+            let config = settings.file.as_deref().map(absolute).transpose()?;
+            restore(settings.cluster()?, config, &cli.restore)
         }
     }
 }
@@ -247,14 +248,16 @@ fn read_plan(path: &Path) -> Result<RestorePlan> {
 }
 
 /// Opens a repository for reading: a missing folder is an error and not a new repository.
-fn open(url: &RepositoryUrl, cluster: &ClusterName) -> Result<Repository> {
-    if !url.folder().is_dir() {
+fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Repository> {
+    if let Some(folder) = place.url.folder()
+        && !folder.is_dir()
+    {
         let missing = std::io::Error::new(
             std::io::ErrorKind::NotFound,
             "there is no such folder; check --repository, and that it is mounted",
         );
         let action = "open the repository";
-        let path = url.folder().to_owned();
+        let path = folder.to_owned();
         return Err(repository::Error::Store {
             action,
             path,
@@ -262,7 +265,7 @@ fn open(url: &RepositoryUrl, cluster: &ClusterName) -> Result<Repository> {
         }
         .into());
     }
-    Ok(Repository::open(url, cluster)?)
+    Ok(Repository::open(place, cluster)?)
 }
 
 fn archive(cluster: &ClusterSettings) -> Result<Archive> {
@@ -298,7 +301,15 @@ fn target(args: &RestoreArgs, now: Timestamp) -> Result<RecoveryTarget> {
     })
 }
 
-fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
+fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(Error::io("find", path))
+}
+
+fn restore(
+    cluster: &ClusterSettings,
+    config: Option<PathBuf>,
+    args: &RestoreArgs,
+) -> Result<ExitCode> {
     let now = Timestamp::now();
     let target = target(args, now)?;
     if !args.dry_run {
@@ -348,7 +359,7 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
         .jobs
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
     let destination = Destination {
-        directory: std::path::absolute(directory).map_err(Error::io("find", directory))?,
+        directory: absolute(directory)?,
         tablespaces: mapping(args),
         delta: args.delta,
         jobs,
@@ -358,6 +369,7 @@ fn restore(cluster: &ClusterSettings, args: &RestoreArgs) -> Result<ExitCode> {
             keep_archiving: args.keep_archiving,
             set: args.set.clone(),
             repository: cluster.repository.clone(),
+            config,
             program: std::env::current_exe().map_err(Error::io("find", "this program"))?,
         },
     };

@@ -36,9 +36,7 @@ pub fn wal_fetch(
     let mut pause = FIRST_PAUSE;
     for attempt in 1.. {
         match deliver(repository, plan, name, destination) {
-            Err(Error::Repository(error @ repository::Error::Store { .. }))
-                if attempt < ATTEMPTS_MAX =>
-            {
+            Err(Error::Repository(error)) if error.is_transient() && attempt < ATTEMPTS_MAX => {
                 tracing::warn!(%error, attempt, "fetching {name} failed and is tried again");
                 thread::sleep(pause);
                 pause *= 2;

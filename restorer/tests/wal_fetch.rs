@@ -175,7 +175,8 @@ fn histories(scene: &Scene) {
     let url: RepositoryUrl = format!("file://{}", scene.repository().display())
         .parse()
         .expect("a URL");
-    let repository = Repository::open(&url, &"main".parse().expect("a name")).expect("it opens");
+    let repository =
+        Repository::open(&url.into(), &"main".parse().expect("a name")).expect("it opens");
     let system: SystemIdentifier = repository
         .identity()
         .expect("it is readable")

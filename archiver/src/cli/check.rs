@@ -225,8 +225,10 @@ async fn server_settings(client: &mut ReplicationClient, report: &mut Report) ->
 }
 
 fn store(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &mut Report) {
-    let identity = Repository::open(&cluster.repository, &cluster.name)
-        .and_then(|repository| repository.identity());
+    let identity = Repository::open(&cluster.repository, &cluster.name).and_then(|repository| {
+        repository.ready_to_write()?;
+        repository.identity()
+    });
     let identity = match identity {
         Ok(identity) => identity,
         Err(error) => return report.fail_with("repository", &error.into()),

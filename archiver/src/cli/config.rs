@@ -44,11 +44,17 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
                 "remote_flush_interval = \"{:?}\"",
                 cluster.remote_flush_interval
             ),
+            format!("remote_flush_bytes = {}", cluster.remote_flush_bytes),
             format!("rpo_target = \"{:?}\"", cluster.rpo_target),
             format!("compression_level = {}", cluster.compression_level),
             format!("seal_threads = {}", cluster.seal_threads),
         ] {
             output::line(&line);
+        }
+        if cluster.repository.url.folder().is_none() {
+            for line in cluster.repository.s3.lines() {
+                output::line(&line);
+            }
         }
     }
     Ok(())

@@ -124,6 +124,7 @@ impl SpoolThread {
             left: Vec::new(),
             unsynced: 0,
             server_end: Lsn::ZERO,
+            uncut: 0,
             last_cut: Instant::now(),
         };
         let thread = std::thread::Builder::new()
@@ -220,6 +221,8 @@ struct Stage {
     /// Bytes in the open segment's file since its last fsync was asked for.
     unsynced: u64,
     server_end: Lsn,
+    /// Bytes that came since the last tail was handed over.
+    uncut: u64,
     last_cut: Instant,
 }
 
@@ -414,7 +417,9 @@ impl Stage {
         outcome?;
         writer.note_server(wal_end, send_time);
         self.server_end = wal_end;
-        self.unsynced += writer.written().bytes_since(before);
+        let fresh = writer.written().bytes_since(before);
+        self.unsynced += fresh;
+        self.uncut += fresh;
         let (incoming, written) = (writer.incoming(), writer.written());
         self.archive
             .status()
@@ -441,7 +446,10 @@ impl Stage {
             return Ok(());
         }
         self.flush()?;
-        if self.last_cut.elapsed() >= self.archive.settings().remote_flush_interval {
+        let settings = self.archive.settings();
+        if self.uncut >= settings.remote_flush_bytes
+            || self.last_cut.elapsed() >= settings.remote_flush_interval
+        {
             self.cut_tail();
         }
         Ok(())
@@ -501,6 +509,7 @@ impl Stage {
 
     fn put_tail(&mut self, tail: TailCut) {
         self.last_cut = Instant::now();
+        self.uncut = 0;
         self.tails.put(tail);
     }
 }

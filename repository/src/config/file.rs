@@ -5,16 +5,20 @@ use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
 
 use serde::Deserialize;
 
-use super::{Acknowledge, RepositoryUrl};
+use super::{
+    Acknowledge, RepositoryUrl,
+    s3::{S3_KEYS, S3Table},
+};
 use crate::{Error, Result};
 
 /// Keys of a cluster, also allowed at the top as defaults.
-const CLUSTER_KEYS: [&str; 11] = [
+const CLUSTER_KEYS: [&str; 12] = [
     "acknowledge",
     "catalog",
     "compression_level",
     "conninfo",
     "heal_from",
+    "remote_flush_bytes",
     "remote_flush_interval",
     "repository",
     "rpo_target",
@@ -41,12 +45,15 @@ pub(super) struct ClusterTable {
     pub(super) compression_level: Option<i32>,
     pub(super) conninfo: Option<String>,
     pub(super) heal_from: Option<Vec<String>>,
+    pub(super) remote_flush_bytes: Option<u64>,
     pub(super) remote_flush_interval: Option<String>,
     pub(super) repository: Option<RepositoryUrl>,
     pub(super) rpo_target: Option<String>,
     pub(super) seal_threads: Option<usize>,
     pub(super) slot: Option<String>,
     pub(super) spool: Option<PathBuf>,
+    #[serde(flatten)]
+    pub(super) s3: S3Table,
 }
 
 impl ConfigFile {
@@ -75,8 +82,9 @@ impl ConfigFile {
                 ));
             }
         };
-        let known: Vec<&str> = CLUSTER_KEYS.into_iter().chain(TOP_KEYS).collect();
-        let defaults = read_table(table, "", &known)?;
+        let of_cluster: Vec<&str> = CLUSTER_KEYS.into_iter().chain(S3_KEYS).collect();
+        let known: Vec<&str> = of_cluster.iter().copied().chain(TOP_KEYS).collect();
+        let defaults = read_table(table, "", &of_cluster, &known)?;
         let mut tables = BTreeMap::new();
         for (name, value) in clusters {
             let toml::Value::Table(table) = value else {
@@ -85,7 +93,7 @@ impl ConfigFile {
                 )));
             };
             let place = format!(" in [cluster.{name}]");
-            tables.insert(name, read_table(table, &place, &CLUSTER_KEYS)?);
+            tables.insert(name, read_table(table, &place, &of_cluster, &of_cluster)?);
         }
         Ok(Self {
             http,
@@ -105,9 +113,14 @@ fn take_text(table: &mut toml::Table, key: &str) -> Result<Option<String>> {
     }
 }
 
-fn read_table(table: toml::Table, place: &str, known: &[&str]) -> Result<ClusterTable> {
+fn read_table(
+    table: toml::Table,
+    place: &str,
+    taken: &[&str],
+    known: &[&str],
+) -> Result<ClusterTable> {
     for key in table.keys() {
-        if !CLUSTER_KEYS.contains(&key.as_str()) {
+        if !taken.contains(&key.as_str()) {
             let nearest = known
                 .iter()
                 .min_by_key(|name| strsim::damerau_levenshtein(name, key));

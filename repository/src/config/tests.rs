@@ -1,5 +1,7 @@
 //! What is typed, what it means, and what is refused.
 
+use std::path::Path;
+
 use super::*;
 
 fn resolve(text: &str, args: &CommonArgs) -> Result<Settings> {
@@ -73,7 +75,27 @@ fn a_mistyped_key_is_named_with_the_nearest_one() {
 fn wrong_values_say_how_to_write_them() {
     for (text, part) in [
         ("repository = 'file://r'", "file:///directory"),
-        ("repository = 's3://b/p'", "not in this version"),
+        ("repository = 's3://b/p'", "can not name a bucket"),
+        (
+            "repository = 's3://bucket//p'",
+            "empty or begins with a dot",
+        ),
+        (
+            "repository = 's3://bucket/p'\ns3_endpoint = 'localhost:9000'",
+            "write \"https://host:port\"",
+        ),
+        (
+            "repository = 's3://bucket/p'\ns3_access_key = 'a'",
+            "go together",
+        ),
+        (
+            "repository = 's3://bucket/p'\ns3_access_key = 'a'\ns3_secret_key = 'b'\ns3_profile = 'c'",
+            "only one way to sign",
+        ),
+        (
+            "repository = 'file:///r'\nremote_flush_bytes = 10",
+            "every tail is a request",
+        ),
         ("repository = '/r'", "no URL"),
         ("repository = 'file:///r'\nrpo_target = '5'", "write 500ms"),
         ("repository = 'file:///r'\nrpo_target = '0s'", "no duration"),
@@ -97,7 +119,45 @@ fn wrong_values_say_how_to_write_them() {
 
 #[test]
 fn a_password_is_not_printed() {
-    let text = "repository = 'file:///r'\nconninfo = 'password=hunter2'";
+    let text = "repository = 's3://bucket'\nconninfo = 'password=hunter2'\n\
+                s3_access_key = 'a'\ns3_secret_key = 'hunter3'\ns3_session_token = 'hunter4'";
     let settings = resolve(text, &CommonArgs::default()).expect("it resolves");
-    assert!(!format!("{settings:?}").contains("hunter2"));
+    let cluster = settings.cluster().expect("one cluster");
+    let shown = format!("{settings:?}\n{:?}", cluster.repository);
+    assert!(!shown.contains("hunter"), "{shown}");
+    let lines = cluster.repository.s3.lines().join("\n");
+    assert!(
+        lines.contains("s3_secret_key = \"****\"") && !lines.contains("hunter"),
+        "{lines}"
+    );
+}
+
+#[test]
+fn keys_of_s3_stand_at_the_top_and_in_tables() {
+    let text = "repository = 's3://bucket/a/b/'\ns3_endpoint = 'http://127.0.0.1:9000'\n\
+                s3_access_key = 'top'\ns3_secret_key = 'x'\n\
+                [cluster.one]\ns3_checksums = false\n\
+                [cluster.two]\ns3_profile = 'other'\ns3_path_style = false\n";
+    let both = resolve(text, &CommonArgs::default()).expect("it resolves");
+    let [one, two] = both.clusters.as_slice() else {
+        panic!("two clusters");
+    };
+    assert_eq!(one.repository.to_string(), "s3://bucket/a/b");
+    let s3 = &one.repository.s3;
+    assert_eq!((s3.checksums, s3.path_style), (false, true));
+    assert!(
+        matches!(&s3.credentials, S3Credentials::Keys { access_key, .. } if access_key == "top")
+    );
+    let s3 = &two.repository.s3;
+    assert_eq!((s3.checksums, s3.path_style), (true, false));
+    assert_eq!(s3.profile.as_deref(), Some("other"));
+    assert_eq!(
+        s3.credentials,
+        S3Credentials::Standard,
+        "one choice, not a mixture"
+    );
+    assert_eq!(
+        refused("[cluster.main]\ns3_endpont = 'x'"),
+        "unknown key \"s3_endpont\" in [cluster.main]; did you mean \"s3_endpoint\"?"
+    );
 }

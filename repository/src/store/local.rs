@@ -11,7 +11,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{ObjectMeta, ObjectStore, PutOutcome};
+use super::{ObjectMeta, ObjectStore, PutOutcome, is_sound_key};
 use crate::{Error, Result, durable};
 
 /// Where files are written before they have a name. On the same file system, and no key can begin with a dot.
@@ -70,11 +70,7 @@ impl LocalStore {
 
     /// The file of a key. Keys come from our own types, but also from listings and tests: none may leave the folder.
     fn path(&self, key: &str) -> Result<PathBuf> {
-        let sound = !key.is_empty()
-            && key
-                .split('/')
-                .all(|part| !part.is_empty() && !part.starts_with('.'));
-        if sound {
+        if is_sound_key(key) {
             return Ok(self.root.join(key));
         }
         let source = io::Error::new(io::ErrorKind::InvalidInput, "not a key of this store");
@@ -181,6 +177,10 @@ impl ObjectStore for LocalStore {
 
     fn delete(&self, key: &str) -> Result<()> {
         durable::remove(&self.path(key)?)
+    }
+
+    fn ready_to_write(&self) -> Result<()> {
+        self.temporary().map(drop)
     }
 
     fn url(&self) -> String {

@@ -72,6 +72,10 @@ impl ObjectStore for ObservedStore {
         self.timed("delete", || self.store.delete(key))
     }
 
+    fn ready_to_write(&self) -> Result<()> {
+        self.store.ready_to_write()
+    }
+
     fn url(&self) -> String {
         self.store.url()
     }

@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use repository::config::RepositoryUrl;
+use repository::config::RepositoryPlace;
 use wal_format::{ControlFile, control_file::ControlFileError, layout::history_file_name};
 
 use super::{Destination, PLAN_FILE};
@@ -46,7 +46,9 @@ pub struct Recovery {
     /// Further settings, appended last.
     pub set: Vec<(String, String)>,
     /// Where WAL comes from.
-    pub repository: RepositoryUrl,
+    pub repository: RepositoryPlace,
+    /// The configuration that says how it is reached, if there is one.
+    pub config: Option<std::path::PathBuf>,
     /// This program, for `restore_command`.
     pub program: std::path::PathBuf,
 }
@@ -132,6 +134,13 @@ fn lines(archive: &Archive, plan: &RestorePlan, destination: &Destination) -> Re
         shell_quoted(&recovery.repository.to_string()),
         archive.repository.cluster(),
     );
+    // A folder's URL says everything; how a bucket is reached, and with which key, stands in the file.
+    if let Some(config) = &recovery.config
+        && recovery.repository.url.folder().is_none()
+    {
+        command.push_str(" --config ");
+        command.push_str(&shell_quoted(&config.display().to_string()));
+    }
     if !recovery.standby {
         command.push_str(" --plan ");
         command.push_str(&shell_quoted(&plan_file.display().to_string()));

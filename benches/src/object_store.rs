@@ -1,0 +1,207 @@
+//! [`ObjectStoreServer`]: a throwaway S3 store (SeaweedFS) on loopback; stopped and removed when dropped.
+//!
+//! A real one, distributed and strict about signatures and checksums: what a mock forgives, a customer's store does not.
+
+use std::{
+    env,
+    fs::{self, File},
+    io::{BufRead, BufReader, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    path::PathBuf,
+    process::{Child, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+use crate::programs::{command, directory};
+
+/// Who signs the tests' requests.
+pub const ACCESS_KEY: &str = "tidemark-test";
+/// With what.
+pub const SECRET_KEY: &str = "tidemark-test-secret";
+/// The bucket that exists from the start.
+pub const BUCKET: &str = "archive";
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A running store.
+#[derive(Debug)]
+pub struct ObjectStoreServer {
+    directory: TempDir,
+    process: Child,
+    port: u16,
+}
+
+/// Where SeaweedFS's program is, as `benches/tools/install.sh` leaves it.
+#[must_use]
+pub fn weed() -> Option<PathBuf> {
+    let mut places: Vec<PathBuf> = vec!["/var/cache/tidemark/seaweedfs/weed".into()];
+    places.extend(
+        env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/tidemark/seaweedfs/weed")),
+    );
+    places.into_iter().find(|path| path.is_file())
+}
+
+impl ObjectStoreServer {
+    /// Starts a store, or says that its program is missing; under CI that is a failure and not a skipped test.
+    ///
+    /// # Panics
+    /// Under CI, when the program is missing; when it does not start.
+    #[must_use]
+    pub fn start_or_skip() -> Option<Self> {
+        if weed().is_none() {
+            assert!(
+                env::var_os("CI").is_none(),
+                "SeaweedFS is not installed; run `make install-tools`"
+            );
+            eprintln!("SKIPPED: SeaweedFS is not installed; run `make install-tools`");
+            return None;
+        }
+        Some(Self::start().expect("SeaweedFS starts"))
+    }
+
+    /// Starts a store with one empty bucket.
+    ///
+    /// # Errors
+    /// With its log when it does not become ready.
+    pub fn start() -> Result<Self> {
+        let program = weed().context("SeaweedFS is not installed; run `make install-tools`")?;
+        let directory = directory()?;
+        let root = directory.path().display().to_string();
+        let identities = directory.path().join("s3.json");
+        fs::write(
+            &identities,
+            format!(
+                r#"{{"identities":[{{"name":"tidemark",
+                "credentials":[{{"accessKey":"{ACCESS_KEY}","secretKey":"{SECRET_KEY}"}}],
+                "actions":["Admin","Read","Write","List","Tagging"]}}]}}"#
+            ),
+        )?;
+        let [
+            master,
+            master_rpc,
+            volume,
+            volume_rpc,
+            filer,
+            filer_rpc,
+            s3,
+            s3_rpc,
+        ] = free_ports()?;
+        let log = File::create(directory.path().join("seaweedfs.log"))?;
+        let mut server = command(&program)?;
+        server.arg("-logtostderr=true").arg("server");
+        server.args([
+            format!("-dir={root}"),
+            "-ip=127.0.0.1".to_owned(),
+            "-ip.bind=127.0.0.1".to_owned(),
+            "-s3".to_owned(),
+            format!("-s3.config={}", identities.display()),
+            format!("-master.port={master}"),
+            format!("-master.port.grpc={master_rpc}"),
+            format!("-volume.port={volume}"),
+            format!("-volume.port.grpc={volume_rpc}"),
+            format!("-filer.port={filer}"),
+            format!("-filer.port.grpc={filer_rpc}"),
+            format!("-s3.port={s3}"),
+            format!("-s3.port.grpc={s3_rpc}"),
+            "-s3.port.iceberg=0".to_owned(),
+            "-s3.port.lance=0".to_owned(),
+            "-s3.iam=false".to_owned(),
+            "-master.volumeSizeLimitMB=256".to_owned(),
+            "-volume.max=100".to_owned(),
+            "-master.telemetry=false".to_owned(),
+        ]);
+        // It keeps settings in its home.
+        server.env("HOME", directory.path());
+        server
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        let process = server.spawn().context("run SeaweedFS")?;
+        let mut started = Self {
+            directory,
+            process,
+            port: s3,
+        };
+        started.wait(filer)?;
+        Ok(started)
+    }
+
+    /// It is ready when its filer stores a file and the S3 side answers.
+    fn wait(&mut self, filer: u16) -> Result<()> {
+        let began = Instant::now();
+        let is_ready = |port: u16| -> Result<bool> {
+            // Buckets are the folders below /buckets; it may be there from the last look.
+            let bucket = http(filer, &format!("POST /buckets/{BUCKET}/"), "")?;
+            Ok(http(filer, "PUT /ready", "x")?.contains(" 20")
+                && [" 201 ", " 409 "].iter().any(|made| bucket.contains(made))
+                && !http(port, "GET /", "")?.is_empty())
+        };
+        loop {
+            if is_ready(self.port).unwrap_or(false) {
+                return Ok(());
+            }
+            if began.elapsed() > PATIENCE || self.process.try_wait()?.is_some() {
+                bail!(
+                    "SeaweedFS did not become ready; its log:\n{}",
+                    fs::read_to_string(self.directory.path().join("seaweedfs.log"))?
+                );
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    fn address(&self) -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], self.port))
+    }
+
+    /// `http://127.0.0.1:PORT`.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address())
+    }
+
+    /// The settings of `tidemark.toml` that reach it.
+    #[must_use]
+    pub fn configuration(&self) -> String {
+        format!(
+            "s3_endpoint = \"{}\"\ns3_access_key = \"{ACCESS_KEY}\"\ns3_secret_key = \"{SECRET_KEY}\"\n",
+            self.endpoint()
+        )
+    }
+}
+
+impl Drop for ObjectStoreServer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Ports that nothing listens on now.
+fn free_ports() -> Result<[u16; 8]> {
+    // All bound at once, so that they differ.
+    let mut listeners = Vec::new();
+    let mut ports = [0; 8];
+    for port in &mut ports {
+        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        *port = listener.local_addr()?.port();
+        listeners.push(listener);
+    }
+    Ok(ports)
+}
+
+/// One request, and the first line of its answer.
+fn http(port: u16, request: &str, body: &str) -> Result<String> {
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let length = body.len();
+    write!(
+        stream,
+        "{request} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    )?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    Ok(line)
+}

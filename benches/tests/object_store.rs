@@ -1,0 +1,47 @@
+//! The main job with a bucket as the repository: the archiver's host is lost, and only the bucket is left.
+//!
+//! `TIDEMARK_LONG=1` loses it twenty times for each class of durability and prints the percentiles.
+
+use benches::{
+    host_loss::{self, percentile},
+    object_store::ObjectStoreServer,
+    tools::servers_or_skip,
+};
+
+fn lose_the_host(settings: &str) -> Vec<f64> {
+    let Some((major, bin)) = servers_or_skip().pop() else {
+        return Vec::new();
+    };
+    let Some(store) = ObjectStoreServer::start_or_skip() else {
+        return Vec::new();
+    };
+    let times = if std::env::var_os("TIDEMARK_LONG").is_some() {
+        20
+    } else {
+        2
+    };
+    let say = |text: &str| eprintln!("PostgreSQL {major}, {settings:?}: {text}");
+    let losses = host_loss::run(&bin, store, settings, times, &say)
+        .unwrap_or_else(|error| panic!("PostgreSQL {major}: {error:?}"));
+    let mut seconds: Vec<f64> = losses.iter().map(|(loss, _)| loss.seconds).collect();
+    seconds.sort_by(f64::total_cmp);
+    say(&format!(
+        "{times} losses: p50 {:.3} s, p99 {:.3} s, max {:.3} s",
+        percentile(&seconds, 0.5),
+        percentile(&seconds, 0.99),
+        percentile(&seconds, 1.0)
+    ));
+    seconds
+}
+
+#[test]
+fn with_acknowledge_remote_nothing_acknowledged_dies_with_the_host() {
+    let seconds = lose_the_host("acknowledge = \"remote\"");
+    assert!(seconds.iter().all(|one| *one == 0.0), "{seconds:?}");
+}
+
+/// What is lost is measured and not asserted: how much depends on the machine. That it is a moment, and not a hole, is.
+#[test]
+fn with_acknowledge_local_a_moment_dies_with_the_host() {
+    lose_the_host("acknowledge = \"local\"");
+}

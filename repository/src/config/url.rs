@@ -1,0 +1,123 @@
+//! [`RepositoryUrl`]: where a repository is, as typed; [`RepositoryPlace`]: with all that reaching it takes.
+//!
+//! A URL alone names a folder completely; a bucket needs an endpoint and somebody who signs.
+
+use std::{fmt, path::Path, path::PathBuf, str::FromStr};
+
+use super::S3Settings;
+use crate::{Error, Result};
+
+/// Where a repository is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum RepositoryUrl {
+    /// `file:///dir`.
+    Folder(PathBuf),
+    /// `s3://bucket/prefix`.
+    S3 {
+        /// The bucket.
+        bucket: String,
+        /// What every key begins with, without slashes at its ends; may be empty.
+        prefix: String,
+    },
+}
+
+impl RepositoryUrl {
+    /// The folder of a `file://` repository.
+    #[must_use]
+    pub fn folder(&self) -> Option<&Path> {
+        match self {
+            Self::Folder(folder) => Some(folder),
+            Self::S3 { .. } => None,
+        }
+    }
+}
+
+impl FromStr for RepositoryUrl {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        if let Some(path) = text.strip_prefix("file://") {
+            if path.starts_with('/') {
+                return Ok(Self::Folder(PathBuf::from(path)));
+            }
+            let message = format!("repository \"{text}\" is not absolute; write file:///directory");
+            return Err(Error::config(message));
+        }
+        if let Some(place) = text.strip_prefix("s3://") {
+            return bucket(text, place);
+        }
+        let message = format!(
+            "repository \"{text}\" is no URL; write file:///directory or s3://bucket/prefix"
+        );
+        Err(Error::config(message))
+    }
+}
+
+fn bucket(text: &str, place: &str) -> Result<RepositoryUrl> {
+    let (bucket, prefix) = place.split_once('/').unwrap_or((place, ""));
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    if bucket.len() < 3 || bucket.len() > 63 || !bucket.chars().all(plain) {
+        let message = format!(
+            "repository \"{text}\": \"{bucket}\" can not name a bucket; write s3://bucket/prefix"
+        );
+        return Err(Error::config(message));
+    }
+    let prefix = prefix.trim_end_matches('/');
+    let sound = |part: &str| {
+        !part.is_empty() && !part.starts_with('.') && !part.chars().any(char::is_control)
+    };
+    if !prefix.is_empty() && !prefix.split('/').all(sound) {
+        let message = format!(
+            "repository \"{text}\": a part of the prefix is empty or begins with a dot; write s3://bucket/prefix"
+        );
+        return Err(Error::config(message));
+    }
+    Ok(RepositoryUrl::S3 {
+        bucket: bucket.to_owned(),
+        prefix: prefix.to_owned(),
+    })
+}
+
+impl fmt::Display for RepositoryUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Folder(folder) => write!(f, "file://{}", folder.display()),
+            Self::S3 { bucket, prefix } if prefix.is_empty() => write!(f, "s3://{bucket}"),
+            Self::S3 { bucket, prefix } => write!(f, "s3://{bucket}/{prefix}"),
+        }
+    }
+}
+
+impl<'de> serde::Deserialize<'de> for RepositoryUrl {
+    fn deserialize<D: serde::Deserializer<'de>>(
+        deserializer: D,
+    ) -> std::result::Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
+/// A repository and all that reaching it takes. Prints as its URL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RepositoryPlace {
+    /// Where it is.
+    pub url: RepositoryUrl,
+    /// How its bucket is reached; without meaning for a folder.
+    pub s3: S3Settings,
+}
+
+impl From<RepositoryUrl> for RepositoryPlace {
+    fn from(url: RepositoryUrl) -> Self {
+        Self {
+            url,
+            s3: S3Settings::default(),
+        }
+    }
+}
+
+impl fmt::Display for RepositoryPlace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.url.fmt(f)
+    }
+}

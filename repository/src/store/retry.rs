@@ -1,0 +1,239 @@
+//! [`Retrying`]: a store that asks again what failed in passing, with growing pauses, jitter and a budget.
+//!
+//! Only what may succeed by itself is asked again ([`Error::is_transient`]); a refusal is told at once. The budget is shared
+//! by everybody who uses the store: while it is down, requests fail soon instead of queueing retries against it.
+
+use std::{
+    hash::{BuildHasher, RandomState},
+    ops::{ControlFlow, Range},
+    sync::atomic::{AtomicU32, Ordering},
+    thread,
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::{ObjectMeta, ObjectStore, PutOutcome};
+#[cfg(doc)]
+use crate::Error;
+use crate::Result;
+
+/// How often and how fast a request is asked again.
+#[derive(Debug)]
+pub struct RetryPolicy {
+    /// Attempts of one request, the first included.
+    pub attempts_max: u32,
+    /// The first pause; the next ones double.
+    pub pause_min: Duration,
+    /// No pause is longer.
+    pub pause_max: Duration,
+    /// Retries that are left; every success gives one back.
+    budget: AtomicU32,
+    budget_max: u32,
+}
+
+impl Default for RetryPolicy {
+    fn default() -> Self {
+        Self::new(5, Duration::from_millis(100), Duration::from_secs(5), 100)
+    }
+}
+
+impl RetryPolicy {
+    /// A policy with a full budget.
+    #[must_use]
+    pub fn new(attempts_max: u32, pause_min: Duration, pause_max: Duration, budget: u32) -> Self {
+        Self {
+            attempts_max,
+            pause_min,
+            pause_max,
+            budget: AtomicU32::new(budget),
+            budget_max: budget,
+        }
+    }
+
+    /// Does `request` until it succeeds, is refused, or its attempts or the budget are used up.
+    ///
+    /// # Errors
+    /// Those of the last attempt.
+    pub fn run<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
+        for attempt in 1.. {
+            match request() {
+                Err(error) if error.is_transient() => {
+                    if attempt >= self.attempts_max || !self.spend() {
+                        return Err(error);
+                    }
+                    let pause = self.pause(attempt);
+                    tracing::debug!(%error, attempt, ?pause, "a request failed and is tried again");
+                    thread::sleep(pause);
+                }
+                outcome => {
+                    if outcome.is_ok() {
+                        self.refund();
+                    }
+                    return outcome;
+                }
+            }
+        }
+        unreachable!("BUG: the last attempt returns")
+    }
+
+    /// Between nothing and the doubled pause ("full jitter"): clients that failed together come back apart.
+    fn pause(&self, attempt: u32) -> Duration {
+        let ceiling = self
+            .pause_min
+            .saturating_mul(1 << (attempt - 1).min(16))
+            .min(self.pause_max);
+        let micros = u64::try_from(ceiling.as_micros()).unwrap_or(u64::MAX);
+        Duration::from_micros(RandomState::new().hash_one(attempt) % micros.max(1))
+    }
+
+    fn spend(&self) -> bool {
+        let less = |left: u32| left.checked_sub(1);
+        self.budget
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, less)
+            .is_ok()
+    }
+
+    fn refund(&self) {
+        let more = |left: u32| (left < self.budget_max).then_some(left + 1);
+        let _full = self
+            .budget
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
+    }
+}
+
+/// A store behind a [`RetryPolicy`].
+#[derive(Debug)]
+pub struct Retrying<S> {
+    store: S,
+    policy: RetryPolicy,
+}
+
+impl<S: ObjectStore> Retrying<S> {
+    /// Puts a policy before a store.
+    pub fn new(store: S, policy: RetryPolicy) -> Self {
+        Self { store, policy }
+    }
+}
+
+impl<S: ObjectStore> ObjectStore for Retrying<S> {
+    /// A put whose reply was lost is found to be there already: callers compare, as they do for anybody else's object.
+    fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.policy.run(|| self.store.put_if_absent(key, body))
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        self.policy.run(|| self.store.get(key))
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.policy.run(|| self.store.get_range(key, range.clone()))
+    }
+
+    fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
+        self.policy.run(|| self.store.head(key))
+    }
+
+    /// A listing that breaks in the middle begins again behind what was visited.
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let mut last: Option<String> = None;
+        self.policy.run(|| {
+            self.store.list(prefix, &mut |object| {
+                if last.as_ref().is_some_and(|last| object.key <= *last) {
+                    return ControlFlow::Continue(());
+                }
+                last = Some(object.key.clone());
+                visit(object)
+            })
+        })
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        self.policy.run(|| self.store.delete(key))
+    }
+
+    fn ready_to_write(&self) -> Result<()> {
+        self.policy.run(|| self.store.ready_to_write())
+    }
+
+    fn url(&self) -> String {
+        self.store.url()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Error;
+
+    fn failure(transient: bool) -> Error {
+        Error::S3 {
+            action: "get",
+            key: "k".to_owned(),
+            url: "s3://b".to_owned(),
+            problem: "SlowDown".to_owned(),
+            transient,
+        }
+    }
+
+    fn quick(attempts_max: u32, budget: u32) -> RetryPolicy {
+        let pause = Duration::from_micros(10);
+        RetryPolicy::new(attempts_max, pause, pause, budget)
+    }
+
+    #[test]
+    fn what_fails_in_passing_is_asked_again() {
+        let mut asked = 0;
+        let outcome = quick(5, 10).run(|| {
+            asked += 1;
+            if asked < 4 {
+                Err(failure(true))
+            } else {
+                Ok(asked)
+            }
+        });
+        assert_eq!(outcome.expect("the fourth succeeds"), 4);
+    }
+
+    #[test]
+    fn a_refusal_is_not_asked_again_and_attempts_are_bounded() {
+        for (transient, expected) in [(false, 1), (true, 5)] {
+            let mut asked = 0;
+            let outcome: Result<()> = quick(5, 10).run(|| {
+                asked += 1;
+                Err(failure(transient))
+            });
+            assert!(outcome.is_err());
+            assert_eq!(asked, expected, "transient: {transient}");
+        }
+    }
+
+    #[test]
+    fn the_budget_is_shared_and_successes_fill_it_again() {
+        let policy = quick(5, 6);
+        let mut asked = 0;
+        let mut fail = || {
+            let outcome: Result<()> = policy.run(|| {
+                asked += 1;
+                Err(failure(true))
+            });
+            assert!(outcome.is_err());
+            std::mem::take(&mut asked)
+        };
+        assert_eq!([fail(), fail(), fail()], [5, 3, 1]);
+        policy.run(|| Ok(())).expect("it succeeds");
+        assert_eq!(policy.budget.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn no_pause_is_longer_than_the_longest() {
+        let policy = RetryPolicy::default();
+        for attempt in 1..100 {
+            assert!(policy.pause(attempt) <= policy.pause_max);
+        }
+    }
+}

@@ -1,0 +1,514 @@
+//! A bucket as an object store: AWS's, or anything that speaks its protocol.
+//!
+//! The SDK is asynchronous and the trait is not: every request runs on a small runtime of the store's own, so it may be
+//! called from any thread. The SDK's retries are off; [`Retrying`](super::retry::Retrying) asks again.
+//! Invariant: only `NoSuchKey` proves an object absent. A 403, another 404 and an answer that breaks off are errors.
+
+use std::{
+    future::Future,
+    ops::{ControlFlow, Range},
+    sync::{Mutex, mpsc},
+    time::Duration,
+};
+
+use aws_sdk_s3::{
+    Client,
+    error::{ProvideErrorMetadata, SdkError},
+    operation::get_object::GetObjectOutput,
+    primitives::ByteStream,
+};
+use aws_smithy_types::base64;
+use bytes::{Bytes, BytesMut};
+use tokio::runtime::{Builder, Runtime};
+
+use self::{
+    errors::{Action, Failure, HttpResponse},
+    probe::Conditional,
+};
+use super::{
+    ObjectMeta, ObjectStore, PutOutcome, is_sound_key,
+    retry::{RetryPolicy, Retrying},
+};
+use crate::{Error, Result, config::S3Settings};
+
+mod client;
+mod errors;
+mod multipart;
+mod probe;
+#[cfg(test)]
+mod tests;
+
+/// No single attempt takes longer: a part of 16 MiB at 56 kB/s.
+const ATTEMPT_MAX: Duration = Duration::from_secs(300);
+/// How long a body may stand still.
+const STANDSTILL_MAX: Duration = Duration::from_secs(30);
+/// How often an object whose checksum is wrong is read: a wrong read is one thing, a wrong object another.
+const READS_MAX: u32 = 2;
+/// Room made at once for a body, whatever length the store announces.
+const BODY_ROOM_MAX: u64 = 64 << 20;
+
+/// Objects in a bucket, below a prefix.
+#[derive(Debug)]
+pub struct S3Store {
+    client: Client,
+    runtime: Option<Runtime>,
+    bucket: String,
+    prefix: String,
+    checksums: bool,
+    conditional: Mutex<Conditional>,
+    /// In the place of a condition, where the store has none: writers of this process, one at a time per key.
+    turns: [Mutex<()>; 16],
+}
+
+impl S3Store {
+    /// A store that asks again what fails in passing. No request is made before the first one is needed.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the settings can not be used.
+    pub fn open(bucket: &str, prefix: &str, settings: &S3Settings) -> Result<Retrying<Self>> {
+        let store = Self::without_retries(bucket, prefix, settings)?;
+        Ok(Retrying::new(store, RetryPolicy::default()))
+    }
+
+    /// A store whose every request is made once.
+    ///
+    /// # Errors
+    /// As [`S3Store::open`].
+    pub fn without_retries(bucket: &str, prefix: &str, settings: &S3Settings) -> Result<Self> {
+        let runtime = Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("s3")
+            .enable_all()
+            .build()
+            .map_err(|error| Error::config(format!("start threads for S3: {error}")))?;
+        let client = client::connect(&runtime, settings)?;
+        Ok(Self {
+            client,
+            runtime: Some(runtime),
+            bucket: bucket.to_owned(),
+            prefix: prefix.to_owned(),
+            checksums: settings.checksums,
+            conditional: Mutex::default(),
+            turns: Default::default(),
+        })
+    }
+
+    /// Runs a request to its end on the store's runtime.
+    fn request<T, E>(
+        &self,
+        request: impl Future<Output = std::result::Result<T, SdkError<E, HttpResponse>>>
+        + Send
+        + 'static,
+    ) -> std::result::Result<T, Failure>
+    where
+        T: Send + 'static,
+        E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
+    {
+        let request = Box::pin(request);
+        self.drive(async move {
+            match tokio::time::timeout(ATTEMPT_MAX, request).await {
+                Ok(answer) => answer.map_err(|error| Failure::of(&error)),
+                Err(_) => Err(Failure::transient("it took longer than any request may")),
+            }
+        })
+    }
+
+    fn drive<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = std::result::Result<T, Failure>> + Send + 'static,
+    ) -> std::result::Result<T, Failure> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let gone = || Failure::transient("the threads for S3 have ended");
+        let runtime = self.runtime.as_ref().ok_or_else(gone)?;
+        runtime.spawn(async move {
+            // Nobody waits any more when the caller's thread is gone.
+            let _gone = reply.send(work.await);
+        });
+        answer.recv().unwrap_or_else(|_| Err(gone()))
+    }
+
+    /// The key in the bucket. Keys come from our own types, but also from listings and tests: none may leave the prefix.
+    fn full_key(&self, action: Action, key: &str) -> Result<String> {
+        if !is_sound_key(key) {
+            let failure = Failure::refused("not a key of this store");
+            return Err(self.failed(action, key, failure));
+        }
+        Ok(self.place(key))
+    }
+
+    fn place(&self, key: &str) -> String {
+        if self.prefix.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{}/{key}", self.prefix)
+        }
+    }
+
+    fn failed(&self, action: Action, key: &str, failure: Failure) -> Error {
+        if failure.is_absent() {
+            return Error::NotFound {
+                key: key.to_owned(),
+                url: self.url(),
+            };
+        }
+        failure.into_error(action, key, self.url())
+    }
+
+    fn damaged(&self, key: &str, problem: &str) -> Error {
+        Error::Damaged {
+            key: key.to_owned(),
+            url: self.url(),
+            problem: problem.to_owned(),
+        }
+    }
+
+    /// One `PutObject`.
+    fn put_object(
+        &self,
+        full_key: &str,
+        body: Bytes,
+        condition: bool,
+    ) -> std::result::Result<PutOutcome, Failure> {
+        let sum = self.checksums.then(|| checksum(&body));
+        let put = self
+            .client
+            .put_object()
+            .bucket(&self.bucket)
+            .key(full_key)
+            .content_type("application/octet-stream")
+            .set_if_none_match(condition.then(|| "*".to_owned()))
+            .set_checksum_crc32_c(sum.clone())
+            .body(ByteStream::from(body));
+        match self.request(put.send()) {
+            Ok(answer) => match (sum, answer.checksum_crc32_c()) {
+                (Some(sent), Some(stored)) if sent != stored => Err(Failure::transient(
+                    "the store took other bytes than were sent: their checksums differ",
+                )),
+                _ => Ok(PutOutcome::Created),
+            },
+            Err(failure) if condition && failure.is_taken() => Ok(PutOutcome::AlreadyExists),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// In a store without conditions: looks, writes, reads back. Two hosts that write one name at once may both write it,
+    /// but each reads what is there in the end, and every object of ours is determined by what it holds.
+    fn put_unconditionally(&self, key: &str, full_key: &str, body: &Bytes) -> Result<PutOutcome> {
+        let turn = key.bytes().fold(0usize, |sum, byte| {
+            sum.wrapping_mul(31).wrapping_add(usize::from(byte))
+        });
+        let _turn = self.turns[turn % self.turns.len()]
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if self.head(key)?.is_some() {
+            return Ok(PutOutcome::AlreadyExists);
+        }
+        if body.len() > multipart::PART_BYTES {
+            self.put_parts(key, full_key, body, false)?;
+        } else {
+            self.put_object(full_key, body.clone(), false)
+                .map_err(|failure| self.failed(Action::Put, key, failure))?;
+        }
+        if self.get(key)? == body {
+            Ok(PutOutcome::Created)
+        } else {
+            Ok(PutOutcome::AlreadyExists)
+        }
+    }
+
+    /// One `GetObject`, its body and the checksum that was stored with it.
+    fn get_object(
+        &self,
+        full_key: &str,
+        range: Option<&Range<u64>>,
+    ) -> std::result::Result<Body, Failure> {
+        let get = self
+            .client
+            .get_object()
+            .bucket(&self.bucket)
+            .key(full_key)
+            .set_range(range.map(|range| format!("bytes={}-{}", range.start, range.end - 1)));
+        // Asked for by hand: the SDK's own comparison has no error of its own to tell damage from a lost connection.
+        let wanted = self.checksums && range.is_none();
+        let request = Box::pin(async move {
+            if !wanted {
+                return get.send().await;
+            }
+            let ask = |request: &mut aws_sdk_s3::config::http::HttpRequest| {
+                request
+                    .headers_mut()
+                    .insert("x-amz-checksum-mode", "ENABLED");
+            };
+            get.customize().mutate_request(ask).send().await
+        });
+        self.drive(async move {
+            let answer = match tokio::time::timeout(ATTEMPT_MAX, request).await {
+                Ok(answer) => answer.map_err(|error| Failure::of(&error))?,
+                Err(_) => return Err(Failure::transient("it did not answer")),
+            };
+            Box::pin(Body::collect(answer)).await
+        })
+    }
+}
+
+/// What a `GetObject` brought.
+struct Body {
+    bytes: Bytes,
+    content_range: Option<String>,
+    checksum: Option<String>,
+}
+
+impl Body {
+    async fn collect(answer: GetObjectOutput) -> std::result::Result<Self, Failure> {
+        let announced = answer
+            .content_length()
+            .and_then(|length| u64::try_from(length).ok());
+        let content_range = answer.content_range().map(str::to_owned);
+        // A checksum of parts' checksums ends in their number; it says nothing that can be compared here.
+        let checksum = answer
+            .checksum_crc32_c()
+            .filter(|sum| !sum.contains('-'))
+            .map(str::to_owned);
+        let room = announced.unwrap_or(0).min(BODY_ROOM_MAX);
+        let mut bytes = BytesMut::with_capacity(usize::try_from(room).unwrap_or(0));
+        let mut body = answer.body;
+        loop {
+            match tokio::time::timeout(STANDSTILL_MAX, body.try_next()).await {
+                Ok(Ok(Some(chunk))) => bytes.extend_from_slice(&chunk),
+                Ok(Ok(None)) => break,
+                Ok(Err(error)) => {
+                    let problem = format!("its body broke off: {}", errors::chain(&error));
+                    return Err(Failure::transient(&problem));
+                }
+                Err(_) => return Err(Failure::transient("its body stood still")),
+            }
+        }
+        if announced.is_some_and(|announced| announced != bytes.len() as u64) {
+            return Err(Failure::transient("its body is not as long as announced"));
+        }
+        Ok(Self {
+            bytes: bytes.freeze(),
+            content_range,
+            checksum,
+        })
+    }
+}
+
+/// CRC-32C as S3 writes it.
+fn checksum(bytes: &[u8]) -> String {
+    base64::encode(crc32c::crc32c(bytes).to_be_bytes())
+}
+
+impl ObjectStore for S3Store {
+    fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        let full_key = self.full_key(Action::Put, key)?;
+        let body = Bytes::copy_from_slice(body);
+        if !self.honours_conditions()? {
+            return self.put_unconditionally(key, &full_key, &body);
+        }
+        if body.len() > multipart::PART_BYTES {
+            if !self.honours_conditions_on_parts()? {
+                return self.put_unconditionally(key, &full_key, &body);
+            }
+            // Before a gigabyte goes out for nothing.
+            if self.head(key)?.is_some() {
+                return Ok(PutOutcome::AlreadyExists);
+            }
+            return self.put_parts(key, &full_key, &body, true);
+        }
+        self.put_object(&full_key, body, true)
+            .map_err(|failure| self.failed(Action::Put, key, failure))
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        let full_key = self.full_key(Action::Get, key)?;
+        for _ in 0..READS_MAX {
+            let body = self
+                .get_object(&full_key, None)
+                .map_err(|failure| self.failed(Action::Get, key, failure))?;
+            if body
+                .checksum
+                .is_none_or(|stored| stored == checksum(&body.bytes))
+            {
+                return Ok(body.bytes);
+            }
+            tracing::warn!(key, "an object was read with a wrong checksum");
+        }
+        Err(self.damaged(
+            key,
+            "its bytes do not have the checksum that was stored with them",
+        ))
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let full_key = self.full_key(Action::Get, key)?;
+        let outside = || {
+            let failure = Failure::refused("the range is not inside");
+            self.failed(Action::Get, key, failure)
+        };
+        if range.is_empty() {
+            // S3 has no words for it.
+            return match self.head(key)? {
+                Some(object) if range.start == range.end && range.end <= object.size => {
+                    Ok(Bytes::new())
+                }
+                Some(_) => Err(outside()),
+                None => Err(Error::NotFound {
+                    key: key.to_owned(),
+                    url: self.url(),
+                }),
+            };
+        }
+        let body = self
+            .get_object(&full_key, Some(&range))
+            .map_err(|failure| self.failed(Action::Get, key, failure))?;
+        let answered = body.content_range.as_deref().and_then(parse_content_range);
+        match answered {
+            // At the object's end S3 answers with what there is.
+            Some(answered) if answered.start == range.start && answered.end < range.end => {
+                Err(outside())
+            }
+            Some(answered)
+                if answered == range && body.bytes.len() as u64 == range.end - range.start =>
+            {
+                Ok(body.bytes)
+            }
+            _ => {
+                let failure = Failure::refused("the store answered with another range");
+                Err(self.failed(Action::Get, key, failure))
+            }
+        }
+    }
+
+    /// An answer without a body can not say *what* is missing: absence is proved by the words of a `GetObject`.
+    fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
+        let full_key = self.full_key(Action::Head, key)?;
+        let head = self
+            .client
+            .head_object()
+            .bucket(&self.bucket)
+            .key(&full_key);
+        match self.request(head.send()) {
+            Ok(answer) => {
+                let size = answer
+                    .content_length()
+                    .and_then(|size| u64::try_from(size).ok());
+                match size {
+                    Some(size) => Ok(Some(ObjectMeta {
+                        key: key.to_owned(),
+                        size,
+                    })),
+                    None => {
+                        let failure = Failure::refused("the store does not say its length");
+                        Err(self.failed(Action::Head, key, failure))
+                    }
+                }
+            }
+            Err(failure) if failure.status() == Some(404) => {
+                match self.get_object(&full_key, None) {
+                    Ok(body) => Ok(Some(ObjectMeta {
+                        key: key.to_owned(),
+                        size: body.bytes.len() as u64,
+                    })),
+                    Err(failure) if failure.is_absent() => Ok(None),
+                    Err(failure) => Err(self.failed(Action::Head, key, failure)),
+                }
+            }
+            Err(failure) => Err(self.failed(Action::Head, key, failure)),
+        }
+    }
+
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let root = self.place("");
+        let full_prefix = self.place(prefix);
+        let mut token = None;
+        let mut last = String::new();
+        loop {
+            let list = self
+                .client
+                .list_objects_v2()
+                .bucket(&self.bucket)
+                .prefix(&full_prefix)
+                .set_continuation_token(token);
+            let page = self
+                .request(list.send())
+                .map_err(|failure| self.failed(Action::List, prefix, failure))?;
+            for object in page.contents() {
+                let (Some(full_key), Some(size)) = (object.key(), object.size()) else {
+                    continue;
+                };
+                let key = full_key.strip_prefix(&root).unwrap_or_default();
+                if !is_sound_key(key) {
+                    continue;
+                }
+                if key <= last.as_str() {
+                    let failure =
+                        Failure::refused("the store's listing is not in the order of the keys");
+                    return Err(self.failed(Action::List, prefix, failure));
+                }
+                last = key.to_owned();
+                let object = ObjectMeta {
+                    key: key.to_owned(),
+                    size: u64::try_from(size).unwrap_or(0),
+                };
+                if visit(object).is_break() {
+                    return Ok(());
+                }
+            }
+            token = page.next_continuation_token().map(str::to_owned);
+            if page.is_truncated() != Some(true) {
+                return Ok(());
+            }
+            if token.is_none() {
+                let failure = Failure::refused("the store's listing breaks off");
+                return Err(self.failed(Action::List, prefix, failure));
+            }
+        }
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        let full_key = self.full_key(Action::Delete, key)?;
+        let delete = self
+            .client
+            .delete_object()
+            .bucket(&self.bucket)
+            .key(full_key);
+        match self.request(delete.send()) {
+            Ok(_) => Ok(()),
+            Err(failure) if failure.is_absent() => Ok(()),
+            Err(failure) => Err(self.failed(Action::Delete, key, failure)),
+        }
+    }
+
+    fn ready_to_write(&self) -> Result<()> {
+        self.honours_conditions().map(drop)
+    }
+
+    fn url(&self) -> String {
+        if self.prefix.is_empty() {
+            format!("s3://{}", self.bucket)
+        } else {
+            format!("s3://{}/{}", self.bucket, self.prefix)
+        }
+    }
+}
+
+impl Drop for S3Store {
+    fn drop(&mut self) {
+        // A runtime may not wait for its threads inside another one.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+/// `bytes 2-5/10` as the half-open `2..6`.
+fn parse_content_range(text: &str) -> Option<Range<u64>> {
+    let (range, _) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    Some(first.parse().ok()?..last.parse::<u64>().ok()?.checked_add(1)?)
+}

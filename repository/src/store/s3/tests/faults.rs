@@ -1,0 +1,309 @@
+//! What a store says when it is not well, and what follows from it.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use super::{
+    fault_server::{Answer, FaultServer, Request},
+    *,
+};
+
+const PROBE: &str = "PUT /bucket/p/.tidemark-probe?";
+const KEY: &str = "/bucket/p/a/key";
+
+fn store(server: &FaultServer) -> Retrying<S3Store> {
+    let quick = Duration::from_millis(1);
+    let plain = S3Store::without_retries("bucket", "p", &settings(&server.endpoint()));
+    Retrying::new(
+        plain.expect("a store"),
+        RetryPolicy::new(4, quick, quick, 100),
+    )
+}
+
+/// A store with conditions that is well, but for what `fault` answers in its place. `fault` sees the requests for our key,
+/// and their number.
+fn with_fault(
+    fault: impl Fn(usize, &Request) -> Option<Answer> + Send + Sync + 'static,
+) -> FaultServer {
+    let asked = AtomicUsize::new(0);
+    let objects: Mutex<BTreeMap<String, Vec<u8>>> = Mutex::default();
+    FaultServer::start(move |request| {
+        if request.is(PROBE) {
+            return Answer::error(412, "PreconditionFailed");
+        }
+        if request.line.contains("uploads") && request.is("GET") {
+            return Answer::ok(b"<ListMultipartUploadsResult></ListMultipartUploadsResult>");
+        }
+        let told = fault(asked.fetch_add(1, Ordering::SeqCst), request);
+        let path = request.line.split([' ', '?']).nth(1).unwrap_or_default();
+        let mut objects = objects.lock().expect("no panic");
+        let usual = match request.line.split(' ').next() {
+            Some("PUT")
+                if objects.contains_key(path) && request.header("if-none-match").is_some() =>
+            {
+                Answer::error(412, "PreconditionFailed")
+            }
+            Some("PUT") => {
+                objects.insert(path.to_owned(), request.body.clone());
+                Answer::status(200)
+            }
+            _ => match objects.get(path) {
+                Some(body) => Answer::ok(body),
+                None => Answer::error(404, "NoSuchKey"),
+            },
+        };
+        told.unwrap_or(usual)
+    })
+}
+
+#[test]
+fn slow_down_is_obeyed_and_then_it_succeeds() {
+    for (status, code) in [
+        (503, "SlowDown"),
+        (500, "InternalError"),
+        (409, "ConditionalRequestConflict"),
+        (429, "TooManyRequests"),
+        (409, "OperationAborted"),
+    ] {
+        let told = Answer::error(status, code);
+        let server = FaultServer::start({
+            let asked = AtomicUsize::new(0);
+            move |request| match request {
+                request if request.is(PROBE) => Answer::error(412, "PreconditionFailed"),
+                request if request.is("GET") => Answer::error(403, "AccessDenied"),
+                _ if asked.fetch_add(1, Ordering::SeqCst) < 2 => told.clone(),
+                _ => Answer::status(200),
+            }
+        });
+        let outcome = store(&server).put_if_absent("a/key", b"body");
+        assert_eq!(
+            outcome.expect("the third succeeds"),
+            PutOutcome::Created,
+            "{code}"
+        );
+        assert_eq!(server.count(&format!("PUT {KEY}")), 3, "{code}");
+    }
+}
+
+#[test]
+fn a_put_carries_its_condition_and_its_checksum() {
+    let server = with_fault(|_, _| None);
+    store(&server)
+        .put_if_absent("a/key", b"123456789")
+        .expect("a put");
+    let requests = server.requests();
+    let put = requests
+        .iter()
+        .find(|request| request.is(&format!("PUT {KEY}")))
+        .expect("a put");
+    assert_eq!(put.header("if-none-match"), Some("*"));
+    // 0xE3069283, the check value of CRC-32C.
+    assert_eq!(put.header("x-amz-checksum-crc32c"), Some("4waSgw=="));
+    assert_eq!(put.body, b"123456789", "as it is, not in signed chunks");
+}
+
+#[test]
+fn a_put_whose_reply_was_lost_is_found_to_be_there() {
+    let server = with_fault(|asked, _| (asked == 0).then_some(Answer::HangUp));
+    let store = store(&server);
+    let outcome = store.put_if_absent("a/key", b"body").expect("a put");
+    assert_eq!(outcome, PutOutcome::AlreadyExists, "the caller compares");
+    assert_eq!(store.get("a/key").expect("a get"), b"body"[..]);
+}
+
+#[test]
+fn a_body_that_breaks_off_is_read_again_and_never_delivered() {
+    let server = with_fault(|asked, request| {
+        (request.is("GET") && asked < 3).then(|| Answer::Truncated(b"0123456789".to_vec(), 4))
+    });
+    let store = store(&server);
+    store.put_if_absent("a/key", b"body").expect("a put");
+    assert_eq!(store.get("a/key").expect("the third read"), b"body"[..]);
+    let server = with_fault(|_, _| Some(Answer::Truncated(b"0123456789".to_vec(), 4)));
+    let error = self::store(&server)
+        .get("a/key")
+        .expect_err("no whole body");
+    assert!(error.is_transient() && !error.is_not_found(), "{error}");
+}
+
+#[test]
+fn a_wrong_checksum_is_damage() {
+    let sum = vec![("x-amz-checksum-crc32c", checksum(b"what was stored"))];
+    let other = Answer::Http(200, sum.clone(), b"what came back".to_vec());
+    let server = with_fault(move |_, _| Some(other.clone()));
+    let error = store(&server).get("a/key").expect_err("other bytes");
+    assert!(matches!(error, Error::Damaged { .. }), "{error}");
+    assert_eq!(
+        server.count(&format!("GET {KEY}")),
+        2,
+        "read twice, then told"
+    );
+    let asked = server.requests();
+    assert_eq!(asked[0].header("x-amz-checksum-mode"), Some("ENABLED"));
+    let right = Answer::Http(200, sum, b"what was stored".to_vec());
+    let server = with_fault(move |_, _| Some(right.clone()));
+    store(&server).get("a/key").expect("the right bytes");
+}
+
+#[test]
+fn only_no_such_key_means_absent() {
+    let absent = with_fault(|_, _| Some(Answer::error(404, "NoSuchKey")));
+    let absent = store(&absent);
+    assert!(absent.get("a/key").expect_err("absent").is_not_found());
+    assert!(absent.head("a/key").expect("an answer").is_none());
+    for (status, code, part) in [
+        (403, "AccessDenied", "s3:GetObject and s3:ListBucket"),
+        (403, "RequestTimeTooSkewed", "set this host's clock"),
+        (400, "ExpiredToken", "renew the temporary credentials"),
+        (404, "NoSuchBucket", "create the bucket"),
+        (404, "", "HTTP 404"),
+        (301, "PermanentRedirect", "correct s3_region"),
+    ] {
+        let server = with_fault(move |_, _| {
+            Some(match code {
+                "" => Answer::Http(404, Vec::new(), b"<html>a proxy's page</html>".to_vec()),
+                code => Answer::error(status, code),
+            })
+        });
+        let store = store(&server);
+        let errors = [
+            store.get("a/key").expect_err("an error"),
+            store.get_range("a/key", 0..1).expect_err("an error"),
+            store.head("a/key").expect_err("an error"),
+        ];
+        for error in &errors {
+            assert!(!error.is_not_found(), "{status} {code}: {error}");
+        }
+        assert!(errors[0].to_string().contains(part), "{}", errors[0]);
+        // A refusal is not asked again: three questions, and a look at what the 404 of a HEAD means.
+        let questions = server.requests().len();
+        assert!(code.is_empty() || questions <= 4, "{code}: {questions}");
+    }
+}
+
+#[test]
+fn a_store_that_ignores_conditions_is_found_out_and_still_never_overwritten() {
+    let objects: Mutex<BTreeMap<String, Vec<u8>>> = Mutex::default();
+    let server = FaultServer::start(move |request| {
+        let path = request.line.split([' ', '?']).nth(1).unwrap_or_default();
+        let mut objects = objects.lock().expect("no panic");
+        if request.is("PUT") {
+            objects.insert(path.to_owned(), request.body.clone());
+            return Answer::status(200);
+        }
+        match objects.get(path) {
+            Some(body) => Answer::ok(body),
+            None => Answer::error(404, "NoSuchKey"),
+        }
+    });
+    let store = store(&server);
+    let put = |body: &[u8]| store.put_if_absent("a/key", body).expect("a put");
+    assert_eq!(put(b"first"), PutOutcome::Created);
+    assert_eq!(server.count(PROBE), 2, "found out by putting it twice");
+    assert_eq!(put(b"other"), PutOutcome::AlreadyExists);
+    assert_eq!(store.get("a/key").expect("a get"), b"first"[..]);
+    assert_eq!(server.count(&format!("PUT {KEY}")), 1);
+    assert_eq!(server.count(PROBE), 2, "found out once");
+}
+
+#[test]
+fn a_range_that_is_not_the_one_asked_for_is_refused() {
+    let range = |range: &str, body: &[u8]| {
+        let headers = vec![("Content-Range", range.to_owned())];
+        Answer::Http(206, headers, body.to_vec())
+    };
+    for (answer, sound) in [
+        (range("bytes 2-5/10", b"2345"), true),
+        (range("bytes 0-3/10", b"0123"), false),
+        (range("bytes 2-4/5", b"234"), false),
+        // The range was ignored.
+        (Answer::ok(b"0123456789"), false),
+        (Answer::error(416, "InvalidRange"), false),
+    ] {
+        let told = answer.clone();
+        let server = with_fault(move |_, _| Some(told.clone()));
+        let outcome = store(&server).get_range("a/key", 2..6);
+        assert_eq!(outcome.is_ok(), sound, "{answer:?}: {outcome:?}");
+        assert_eq!(server.requests()[0].header("range"), Some("bytes=2-5"));
+    }
+}
+
+/// A multipart upload whose completion is answered with 200 and an error.
+#[test]
+fn an_error_inside_of_a_200_is_the_error_it_is() {
+    let server = FaultServer::start(|request| {
+        let created = b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>";
+        let is_probe = request.line.contains(".tidemark-probe");
+        match request.line.split(' ').next() {
+            Some("POST") if request.line.contains("uploads") => Answer::ok(created),
+            Some("POST") if is_probe => Answer::error(412, "PreconditionFailed"),
+            Some("POST") => Answer::error(200, "InternalError"),
+            Some("PUT") if is_probe && !request.line.contains("uploadId") => {
+                Answer::error(412, "PreconditionFailed")
+            }
+            Some("PUT") => Answer::Http(200, vec![("ETag", "\"1\"".to_owned())], Vec::new()),
+            Some("DELETE") => Answer::status(204),
+            Some("GET") if request.line.contains("uploads") => {
+                Answer::ok(b"<ListMultipartUploadsResult></ListMultipartUploadsResult>")
+            }
+            _ => Answer::error(404, "NoSuchKey"),
+        }
+    });
+    let body = vec![1; multipart::PART_BYTES + 1];
+    let error = store(&server)
+        .put_if_absent("a/key", &body)
+        .expect_err("it was not completed");
+    assert!(error.is_transient(), "{error}");
+    assert!(error.to_string().contains("InternalError"), "{error}");
+    let completed = format!("POST {KEY}?uploadId=7");
+    assert_eq!(server.count(&completed), 4, "every attempt");
+    let aborted = server.count(&format!("DELETE {KEY}"));
+    assert_eq!(aborted, 4, "no attempt leaves its parts");
+}
+
+#[test]
+fn uploads_that_a_crash_left_are_aborted_when_they_are_old() {
+    let now = jiff::Timestamp::now();
+    let old = now - jiff::SignedDuration::from_hours(30);
+    let young = now - jiff::SignedDuration::from_hours(2);
+    let server = FaultServer::start(move |request| {
+        match request {
+        request if request.is("PUT") => Answer::error(412, "PreconditionFailed"),
+        request if request.is("GET") => Answer::ok(
+            format!(
+                "<ListMultipartUploadsResult>\
+                 <Upload><Key>p/old</Key><UploadId>1</UploadId><Initiated>{old:.3}</Initiated></Upload>\
+                 <Upload><Key>p/young</Key><UploadId>2</UploadId><Initiated>{young:.3}</Initiated></Upload>\
+                 </ListMultipartUploadsResult>"
+            )
+            .as_bytes(),
+        ),
+        _ => Answer::status(204),
+    }
+    });
+    store(&server).ready_to_write().expect("it is ready");
+    assert_eq!(server.count("DELETE /bucket/p/old?"), 1);
+    assert_eq!(server.count("DELETE /bucket/p/young?"), 0);
+    let list = server.requests().into_iter().find(|one| one.is("GET"));
+    assert!(list.expect("a list").line.contains("prefix=p%2F"));
+}
+
+/// A writer that is at work lists nothing: a million objects would make every tail slow and dear.
+#[test]
+fn puts_and_gets_make_one_request_each() {
+    let server = with_fault(|_, _| None);
+    let store = store(&server);
+    store.ready_to_write().expect("it is ready");
+    let before = server.requests().len();
+    for number in 0..10 {
+        let key = format!("a/{number}");
+        store.put_if_absent(&key, b"x").expect("a put");
+        store.get(&key).expect("a get");
+    }
+    assert_eq!(server.requests().len() - before, 20);
+}
