@@ -83,7 +83,6 @@ pub fn percentile(sorted: &[f64], share: f64) -> f64 {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
-        clippy::cast_precision_loss,
         reason = "a place among a few dozen values"
     )]
     let at = (share * last as f64).ceil() as usize;

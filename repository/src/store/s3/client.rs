@@ -5,7 +5,12 @@
 
 use std::{path::Path, time::Duration};
 
-use aws_config::{BehaviorVersion, ConfigLoader, Region};
+use aws_config::{
+    BehaviorVersion, ConfigLoader, Region,
+    environment::EnvironmentVariableRegionProvider,
+    meta::region::RegionProviderChain,
+    profile::{ProfileFileCredentialsProvider, ProfileFileRegionProvider},
+};
 use aws_runtime::env_config::file::{EnvConfigFileKind, EnvConfigFiles};
 use aws_sdk_s3::{
     Client,
@@ -66,6 +71,17 @@ async fn load(settings: &S3Settings, http: SharedHttpClient) -> aws_config::SdkC
     }
     if let Some(region) = &settings.region {
         loader = loader.region(Region::new(region.clone()));
+    } else if settings.endpoint.is_some() {
+        // Not the whole chain: it ends in asking the cloud's own address, which nobody answers beside another store.
+        let mut profile = ProfileFileRegionProvider::builder();
+        if let Some(name) = &settings.profile {
+            profile = profile.profile_name(name);
+        }
+        loader = loader.region(
+            RegionProviderChain::first_try(EnvironmentVariableRegionProvider::new())
+                .or_else(profile.build())
+                .or_else(Region::from_static(REGION_OF_ENDPOINTS)),
+        );
     }
     if let Some(profile) = &settings.profile {
         loader = loader.profile_name(profile);
@@ -93,8 +109,7 @@ async fn load(settings: &S3Settings, http: SharedHttpClient) -> aws_config::SdkC
                 .with_file(EnvConfigFileKind::Credentials, path)
                 .include_default_config_file(true)
                 .build();
-            let mut provider =
-                aws_config::profile::ProfileFileCredentialsProvider::builder().profile_files(files);
+            let mut provider = ProfileFileCredentialsProvider::builder().profile_files(files);
             if let Some(profile) = &settings.profile {
                 provider = provider.profile_name(profile);
             }
