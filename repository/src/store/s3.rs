@@ -418,6 +418,8 @@ impl ObjectStore for S3Store {
         }
     }
 
+    /// Read whole and sorted before the first is visited: not every store lists in the order of the keys (SeaweedFS goes
+    /// folder by folder).
     fn list(
         &self,
         prefix: &str,
@@ -425,8 +427,8 @@ impl ObjectStore for S3Store {
     ) -> Result<()> {
         let root = self.place("");
         let full_prefix = self.place(prefix);
+        let mut objects = Vec::new();
         let mut token = None;
-        let mut last = String::new();
         loop {
             let list = self
                 .client
@@ -438,36 +440,32 @@ impl ObjectStore for S3Store {
                 .request(list.send())
                 .map_err(|failure| self.failed(Action::List, prefix, failure))?;
             for object in page.contents() {
-                let (Some(full_key), Some(size)) = (object.key(), object.size()) else {
-                    continue;
-                };
-                let key = full_key.strip_prefix(&root).unwrap_or_default();
-                if !is_sound_key(key) {
-                    continue;
-                }
-                if key <= last.as_str() {
-                    let failure =
-                        Failure::refused("the store's listing is not in the order of the keys");
-                    return Err(self.failed(Action::List, prefix, failure));
-                }
-                last = key.to_owned();
-                let object = ObjectMeta {
-                    key: key.to_owned(),
-                    size: u64::try_from(size).unwrap_or(0),
-                };
-                if visit(object).is_break() {
-                    return Ok(());
+                let key = object.key().and_then(|key| key.strip_prefix(&root));
+                if let (Some(key), Some(size)) = (key, object.size())
+                    && is_sound_key(key)
+                {
+                    objects.push(ObjectMeta {
+                        key: key.to_owned(),
+                        size: u64::try_from(size).unwrap_or(0),
+                    });
                 }
             }
             token = page.next_continuation_token().map(str::to_owned);
             if page.is_truncated() != Some(true) {
-                return Ok(());
+                break;
             }
             if token.is_none() {
                 let failure = Failure::refused("the store's listing breaks off");
                 return Err(self.failed(Action::List, prefix, failure));
             }
         }
+        objects.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+        for object in objects {
+            if visit(object).is_break() {
+                break;
+            }
+        }
+        Ok(())
     }
 
     fn delete(&self, key: &str) -> Result<()> {
