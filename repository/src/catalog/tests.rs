@@ -121,7 +121,7 @@ fn the_folder_passes_the_conformance_suite() {
     let directory = tempfile::tempdir().expect("a directory");
     let store: Arc<dyn ObjectStore> =
         Arc::new(LocalStore::open(directory.path()).expect("a store"));
-    conformance(&store);
+    conformance(&store, 20);
 }
 
 #[test]

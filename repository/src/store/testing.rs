@@ -15,11 +15,11 @@ fn keys(store: &dyn ObjectStore, prefix: &str) -> Vec<String> {
     keys
 }
 
-/// Runs the whole suite on an empty store.
+/// Runs the whole suite on an empty store; `races` of sixteen writers each, which a distributed store decides slowly.
 ///
 /// # Panics
 /// On the first promise of [`ObjectStore`] that does not hold.
-pub fn conformance(store: &Arc<dyn ObjectStore>) {
+pub fn conformance(store: &Arc<dyn ObjectStore>, races: u32) {
     let absent = store.get("a/nothing").expect_err("nothing is there");
     assert!(absent.is_not_found(), "{absent}");
     assert!(
@@ -84,12 +84,12 @@ pub fn conformance(store: &Arc<dyn ObjectStore>) {
     for key in ["", "/", "../x", "a/../x", "a//b", "/a", ".x", "a/.x"] {
         assert!(store.put_if_absent(key, b"x").is_err(), "{key:?} is no key");
     }
-    race(store);
+    race(store, races);
 }
 
 /// Sixteen writers of one name: one wins, and everybody reads the winner's bytes.
-fn race(store: &Arc<dyn ObjectStore>) {
-    for round in 0..20 {
+fn race(store: &Arc<dyn ObjectStore>, races: u32) {
+    for round in 0..races {
         let key = format!("race/{round}");
         let writers: Vec<_> = (0..16u8)
             .map(|writer| {

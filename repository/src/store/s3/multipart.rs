@@ -94,7 +94,7 @@ impl S3Store {
                     return Ok(sent);
                 }
                 let end = body.len().min((at + 1) * PART_BYTES);
-                let part = self.send_part(full_key, id, at, body.slice(at * PART_BYTES..end));
+                let part = self.send_part(full_key, id, at, &body.slice(at * PART_BYTES..end));
                 if part.is_err() {
                     next.store(count, Ordering::Relaxed);
                 }
@@ -123,11 +123,11 @@ impl S3Store {
         full_key: &str,
         id: &str,
         at: usize,
-        bytes: Bytes,
+        bytes: &Bytes,
     ) -> std::result::Result<CompletedPart, Failure> {
         let number = i32::try_from(at + 1)
             .map_err(|_| Failure::refused("the object has more parts than S3 can count"))?;
-        let sum = self.checksums.then(|| checksum(&bytes));
+        let sum = self.checksums.then(|| checksum(bytes));
         let mut last = None;
         let sent = RetryPolicy::default().run(|| {
             let part = self

@@ -37,14 +37,14 @@ fn a_real_store_keeps_every_promise() {
         return;
     };
     let store: Arc<dyn ObjectStore> = Arc::new(open(&server, "some/prefix"));
-    conformance(&store);
+    conformance(&store, 3);
     let plain = S3Settings {
         checksums: false,
         ..settings(&server.endpoint())
     };
     let store: Arc<dyn ObjectStore> =
         Arc::new(S3Store::open(BUCKET, "no/checksums", &plain).expect("a store"));
-    conformance(&store);
+    conformance(&store, 1);
     pages(&server);
     large_objects(&server);
     refusals(&server);
