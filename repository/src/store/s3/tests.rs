@@ -114,7 +114,6 @@ fn refusals(server: &ObjectStoreServer) {
     for error in [
         missing.get("a/b").expect_err("no bucket"),
         missing.head("a/b").expect_err("no bucket"),
-        missing.ready_to_write().expect_err("no bucket"),
     ] {
         assert!(!error.is_not_found() && !error.is_transient(), "{error}");
         assert!(error.to_string().contains("NoSuchBucket"), "{error}");
