@@ -5,6 +5,7 @@
 use std::{
     env,
     fs::{self, File},
+    hash::{BuildHasher, RandomState},
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
@@ -179,13 +180,21 @@ impl Drop for ObjectStoreServer {
     }
 }
 
-/// Ports that nothing listens on now.
+/// Ports that nothing listens on now, below those that the system gives to whoever asks for any: another test must not be
+/// given one of them before the store has taken it.
 fn free_ports() -> Result<[u16; 8]> {
-    // All bound at once, so that they differ.
     let mut listeners = Vec::new();
     let mut ports = [0; 8];
+    let mut next = 20_000 + u16::try_from(RandomState::new().hash_one(0) % 10_000)?;
     for port in &mut ports {
-        let listener = TcpListener::bind(("127.0.0.1", 0))?;
+        let listener = loop {
+            next += 1;
+            match TcpListener::bind(("127.0.0.1", next)) {
+                Ok(listener) => break listener,
+                Err(_) if next < 32_000 => {}
+                Err(error) => return Err(error.into()),
+            }
+        };
         *port = listener.local_addr()?.port();
         listeners.push(listener);
     }
