@@ -4,7 +4,7 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/tidemark/target
 CARGO := cargo
 WORKSPACE := --release --workspace
 
-.PHONY: demo test test-long bench check fuzz fmt install-tools
+.PHONY: demo test test-long bench check deny fuzz fmt install-tools
 
 demo: install-tools
 	$(CARGO) build $(WORKSPACE)
@@ -28,6 +28,11 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy $(WORKSPACE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(WORKSPACE) --no-deps
+
+# Licences, banned crates and sources of every dependency.
+deny:
+	$(CARGO) deny --version >/dev/null 2>&1 || $(CARGO) install --locked --quiet cargo-deny
+	$(CARGO) deny check licenses bans sources
 
 # Every parser of wal-format for FUZZ_SECONDS (60) each.
 fuzz: install-tools
