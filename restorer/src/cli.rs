@@ -31,7 +31,7 @@ use crate::{
     Error, RestorePlan, Result,
     execute::{self, Action, Destination, Recovery},
     inventory::{Archive, Inventory},
-    list,
+    list, look_ahead,
     plan::{Wishes, plan_restore},
     start,
     target::{RecoveryTarget, explain_time, parse_time},
@@ -72,6 +72,17 @@ enum Command {
         /// The plan of the restore.
         #[arg(long, value_name = "FILE")]
         plan: Option<PathBuf>,
+    },
+    /// Fetches what follows NAME before it is asked for; `wal-fetch` starts it.
+    #[command(hide = true)]
+    WalAhead {
+        /// The segment that was just delivered.
+        name: String,
+        /// Where it went.
+        destination: PathBuf,
+        /// The plan of the restore.
+        #[arg(long, value_name = "FILE")]
+        plan: PathBuf,
     },
 }
 
@@ -176,14 +187,37 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             destination,
             plan,
         }) => {
+            let plan = plan.as_deref().map(read_plan).transpose()?;
+            if let Some((_, content)) = &plan
+                && look_ahead::take(content, &name, &destination)
+            {
+                return Ok(ExitCode::SUCCESS);
+            }
             let settings = Settings::resolve(&cli.common)?;
             let cluster = settings.cluster()?;
             let repository = open(&cluster.repository, &cluster.name)?;
-            let plan = plan.as_deref().map(read_plan).transpose()?;
-            match wal_fetch::wal_fetch(&repository, plan.as_ref(), &name, &destination)? {
-                Fetched::Delivered => Ok(ExitCode::SUCCESS),
+            let known = plan.as_ref().map(|(plan, _)| plan);
+            match wal_fetch::wal_fetch(&repository, known, &name, &destination)? {
+                Fetched::Delivered => {
+                    if let Some((plan, content)) = &plan {
+                        look_ahead::start(plan, content, &name, &destination);
+                    }
+                    Ok(ExitCode::SUCCESS)
+                }
                 Fetched::Absent => Ok(ExitCode::from(1)),
             }
+        }
+        Some(Command::WalAhead {
+            name,
+            destination,
+            plan,
+        }) => {
+            let settings = Settings::resolve(&cli.common)?;
+            let cluster = settings.cluster()?;
+            let repository = open(&cluster.repository, &cluster.name)?;
+            let (plan, content) = read_plan(&plan)?;
+            look_ahead::run(&repository, &plan, &content, &name, &destination)?;
+            Ok(ExitCode::SUCCESS)
         }
         Some(Command::List { json }) => {
             let settings = Settings::resolve(&cli.common)?;
@@ -239,12 +273,14 @@ fn as_owner(owner: &str) -> Result<ExitCode> {
     Err(Error::io("run as the owner with", "setpriv")(error))
 }
 
-fn read_plan(path: &Path) -> Result<RestorePlan> {
+/// A plan, and the bytes of its file.
+fn read_plan(path: &Path) -> Result<(RestorePlan, Vec<u8>)> {
     let json = std::fs::read(path).map_err(Error::io("read", path))?;
-    serde_json::from_slice(&json).map_err(|error| Error::Damaged {
+    let plan = serde_json::from_slice(&json).map_err(|error| Error::Damaged {
         object: path.display().to_string(),
         problem: error.to_string(),
-    })
+    })?;
+    Ok((plan, json))
 }
 
 /// Opens a repository for reading: a missing folder is an error and not a new repository.

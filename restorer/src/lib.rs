@@ -1,8 +1,8 @@
 //! Rebuilds a data directory at a recovery target; serves `restore_command`.
 //!
 //! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived, the [`plan`] (pure:
-//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery,
-//! [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
+//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery
+//! and [`look_ahead`] which does so before it asks, [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
 
 pub mod cli;
 pub mod error;
@@ -10,6 +10,7 @@ pub mod execute;
 pub mod inventory;
 pub mod list;
 pub mod locate;
+pub mod look_ahead;
 pub mod plan;
 pub mod start;
 pub mod target;

@@ -3,9 +3,9 @@
 //! Invariant: exit 1 means *proved absent*. PostgreSQL takes 1 for the end of the archive and may promote, so an
 //! unreachable store, a damaged object and a hole in the WAL are 255, which stops recovery where it can be resumed.
 
-use std::{fs, path::Path, thread, time::Duration};
+use std::{io::Write, path::Path, thread, time::Duration};
 
-use repository::{ClusterIdentity, Repository, durable};
+use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, ObjectKey, SealedReader, SegmentName, WalFileName};
 
 use crate::{Error, RestorePlan, Result};
@@ -55,7 +55,11 @@ pub fn probe(repository: &Repository, plan: &RestorePlan, name: &str) -> Result<
     content(repository, Some(plan), name).map(|_| ())
 }
 
-fn content(
+/// What `name` holds; `None` when it is proved absent.
+///
+/// # Errors
+/// What prevents an answer.
+pub(crate) fn content(
     repository: &Repository,
     plan: Option<&RestorePlan>,
     name: &str,
@@ -96,14 +100,20 @@ fn deliver(
     let Some(content) = content(repository, plan, name)? else {
         return Ok(Fetched::Absent);
     };
-    // PostgreSQL asks again under the same name after a crash: what is there from then is replaced.
-    match fs::remove_file(destination) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Error::io("replace", destination)(error));
-        }
-        _ => {}
-    }
-    durable::write_new(destination, &content).map_err(Error::local)?;
+    // Whole or not at all. PostgreSQL fsyncs it when it takes it (`durable_rename` in `KeepFileRestoredFromArchive`), and
+    // removes what a crash left under this name before it asks.
+    let beside = match destination.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let mut file = tempfile::Builder::new()
+        .prefix(".tidemark-")
+        .tempfile_in(beside)
+        .map_err(Error::io("create a file in", beside))?;
+    file.write_all(&content)
+        .map_err(Error::io("write", destination))?;
+    file.persist(destination)
+        .map_err(|error| Error::io("replace", destination)(error.error))?;
     Ok(Fetched::Delivered)
 }
 

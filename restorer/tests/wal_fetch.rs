@@ -15,7 +15,7 @@ use repository::{Repository, config::RepositoryUrl};
 use tempfile::TempDir;
 use wal_format::{Branch, SegmentName, SystemIdentifier, TimelineId};
 
-use crate::support::{Archived, said, servers};
+use crate::support::{Archived, said, servers, wait_until};
 
 const SEGMENT_BYTES: usize = 1 << 20;
 
@@ -89,7 +89,12 @@ impl Scene {
         let (_, error) = said(&output);
         let code = output.status.code();
         eprintln!("{code:?}  {name} {arguments:?}  {error}");
-        let files = fs::read_dir(self.root.path()).expect("a directory").count();
+        let files = fs::read_dir(self.root.path())
+            .expect("a directory")
+            .flatten();
+        let files = files
+            .filter(|file| file.file_name() != "tidemark_ahead")
+            .count();
         assert_eq!(
             files,
             usize::from(code == Some(0)),
@@ -245,6 +250,71 @@ fn with_a_plan(scene: &Scene, middle: SegmentName, next: &str) {
         scene.code(&middle.to_string(), &["--plan=/nonexistent"]),
         Some(255)
     );
+}
+
+/// What is fetched before it is asked for is the same; what nobody alive vouches for is not used.
+#[test]
+fn segments_are_fetched_ahead_by_the_plan() {
+    let Some(scene) = Scene::make() else { return };
+    let segments = scene.segments();
+    let mut restore = scene.archived.pitr_restore();
+    let plan = succeed(restore.args(["--target-timeline=1", "--dry-run", "--json"]));
+    let places = directory().expect("a directory");
+    let file = places.path().join("plan.json");
+    fs::write(&file, plan.expect("a plan")).expect("a file");
+    let plan = format!("--plan={}", file.display());
+    let ahead = |name: &SegmentName| find(scene.root.path(), &format!("/{name}"));
+    let deliver = |name: &SegmentName| {
+        assert_eq!(scene.code(&name.to_string(), &[&plan]), Some(0), "{name}");
+        let delivered = fs::read(scene.destination()).expect("it was delivered");
+        let theirs = scene.of_server(*name);
+        // The server may have written more into the segment that is open.
+        let end = delivered.iter().rposition(|byte| *byte != 0).expect("WAL");
+        assert!(delivered[..=end] == theirs[..=end], "{name}");
+    };
+    assert!(segments.len() >= 7, "{segments:?}");
+    let sealed = &segments[segments.len() - 7..];
+    deliver(&sealed[0]);
+    wait_until("the next is fetched ahead", || {
+        ahead(&sealed[1])
+            .iter()
+            .any(|path| path.extension().is_none())
+    });
+    deliver(&sealed[1]);
+    assert_eq!(ahead(&sealed[1]), Vec::<PathBuf>::new(), "it was copied");
+    deliver(&sealed[2]);
+
+    // Killed, it leaves files that nobody alive vouches for.
+    let process = find_process("wal-ahead", &file);
+    let kill = Command::new("kill").args(["-9", &process]).status();
+    assert!(kill.expect("it runs").success());
+    let folder = find(scene.root.path(), "/lock").pop().expect("a folder");
+    wait_until("it is gone", || {
+        !Path::new("/proc").join(&process).join("exe").exists()
+    });
+    fs::write(
+        folder.with_file_name(sealed[3].to_string()),
+        "from before a crash",
+    )
+    .expect("a file");
+    deliver(&sealed[3]);
+    // Another one took its place, and another plan's is not asked.
+    deliver(&sealed[4]);
+    fs::write(&file, fs::read_to_string(&file).expect("a plan") + "\n").expect("a file");
+    deliver(&sealed[5]);
+    deliver(&sealed[6]);
+}
+
+fn find_process(word: &str, plan: &Path) -> String {
+    let plan = plan.display().to_string();
+    for entry in fs::read_dir("/proc").expect("processes").flatten() {
+        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).into_owned();
+        if line.contains(word) && line.contains(&plan) {
+            return entry.file_name().to_string_lossy().into_owned();
+        }
+    }
+    panic!("no process {word} runs");
 }
 
 fn wrong_calls_are_no_answer(scene: &Scene, middle: SegmentName) {
