@@ -15,7 +15,6 @@ mod catalog;
 mod check;
 mod config;
 mod output;
-mod push;
 mod run;
 mod status;
 mod verify;
@@ -25,7 +24,10 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Parser, Subcommand, ValueEnum};
 use repository::config::{ClusterSettings, CommonArgs, Settings};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    push::client::push,
+};
 
 /// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base backups, and proves
 /// that nothing is missing.
@@ -110,7 +112,7 @@ pub fn run(cli: Cli) -> Result<()> {
     let settings = Settings::resolve(&cli.common)?;
     match cli.command {
         Command::Run { http } => run::run(settings, http),
-        Command::Push { path } => push::push(one(&settings)?, &path),
+        Command::Push { path } => push(one(&settings)?, &path),
         Command::Backup {
             kind: BackupType::Full,
             label,

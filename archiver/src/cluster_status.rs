@@ -7,6 +7,7 @@ mod report;
 
 use std::{
     collections::BTreeMap,
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -76,6 +77,8 @@ pub struct Facts {
     pub broken: Option<String>,
     /// WAL that was declared lost, until a base backup behind it makes the archive whole again.
     pub lost: Option<String>,
+    /// Files that `archive_command` pushed and whose bytes differ from the archived ones, and where.
+    pub push_differs: BTreeMap<PathBuf, String>,
     /// A setting of the server that makes commits hang on us.
     pub danger: Option<&'static str>,
     /// Whether the spool waits for disk space.

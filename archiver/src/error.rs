@@ -101,6 +101,14 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A push of a file that is archived with other bytes.
+    #[error("{path}: {problem}", path = path.display())]
+    PushDiffers {
+        /// The file.
+        path: PathBuf,
+        /// Where they differ.
+        problem: String,
+    },
     /// The connection to PostgreSQL.
     #[error(transparent)]
     Replication(#[from] replication::Error),
@@ -260,6 +268,7 @@ impl Error {
             Self::Check { kind, .. } => *kind,
             Self::Io { .. }
             | Self::Push { .. }
+            | Self::PushDiffers { .. }
             | Self::ThreadStopped { .. }
             | Self::SlotLost { .. } => ExitKind::Failed,
             Self::Replication(error) => error.exit_kind(),

@@ -12,6 +12,7 @@ pub mod flushed_lsn;
 pub mod http;
 pub mod instruments;
 pub mod pipeline;
+pub mod push;
 pub mod replication;
 pub mod report;
 pub mod rpo;

@@ -25,6 +25,7 @@ use crate::{
         receive::StreamEnd,
         session::{Purpose, Source},
     },
+    push,
     replication::ConnInfo,
     shutdown::Shutdown,
     spool::Spool,
@@ -59,6 +60,7 @@ pub async fn run(
         let settings = settings.clone();
         blocking(move || Spool::open(&settings.spool, &settings.name)).await?
     });
+    push::server::start(&settings, Arc::clone(&status))?;
     let mut supervisor = Supervisor {
         settings,
         status,

@@ -121,59 +121,6 @@ fn a_frozen_archiver_comes_back_where_it_was() {
 }
 
 #[test]
-fn push_is_idempotent_and_refuses_other_bytes() {
-    let Some(bin) = postgres_bin() else { return };
-    let server = Server::start(&bin, "");
-    server.write_wal(2500);
-    let place = Place::new();
-    let mut names: Vec<_> = fs::read_dir(server.data().join("pg_wal"))
-        .expect("pg_wal")
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.file_name().is_some_and(|name| name.len() == 24))
-        .collect();
-    names.sort();
-    let push = |path: &std::path::Path| {
-        let output = place
-            .command(&server.conninfo())
-            .arg("push")
-            .arg(path)
-            .output();
-        let output = output.expect("wal-archiver runs");
-        (
-            output.status.code(),
-            String::from_utf8_lossy(&output.stderr).into_owned(),
-        )
-    };
-    for path in &names[..2] {
-        assert_eq!(push(path).0, Some(0));
-        assert_eq!(push(path).0, Some(0));
-    }
-    place.assert_equals_pg_wal(&server.data());
-    let scratch = tempfile::tempdir().expect("a directory");
-    let edited = scratch.path().join(names[0].file_name().expect("a name"));
-    let mut wal = fs::read(&names[0]).expect("a segment");
-    for (at, expected) in [
-        (wal.len() / 2, "fails its checks"),
-        (24, "system identifier"),
-    ] {
-        wal[at] ^= 1;
-        fs::write(&edited, &wal).expect("a file");
-        let (code, said) = push(&edited);
-        assert!(
-            code.is_some_and(|code| (1..=125).contains(&code)),
-            "{code:?} {said}"
-        );
-        assert!(said.contains(expected), "{said}");
-        wal[at] ^= 1;
-    }
-    fs::write(&edited, &wal[..4096]).expect("a file");
-    assert_eq!(push(&edited).0, Some(1));
-    assert_eq!(push(&scratch.path().join("nonsense")).0, Some(1));
-    place.assert_equals_pg_wal(&server.data());
-}
-
-#[test]
 fn a_full_spool_waits_and_goes_on_when_there_is_space() {
     let Some(bin) = postgres_bin() else { return };
     let mount = tempfile::tempdir().expect("a directory");

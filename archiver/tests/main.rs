@@ -9,6 +9,7 @@ mod crash;
 mod faults;
 mod gaps;
 mod libpq;
+mod push;
 mod streaming;
 mod support;
 mod timelines;

@@ -26,7 +26,11 @@ impl ClusterStatus {
             .or(facts.repository_error.as_deref())
             .or(facts.stream_error.as_deref());
         let (state, reason) = judge(Judged {
-            broken: facts.broken.as_deref().or(facts.lost.as_deref()),
+            broken: facts.broken.as_deref().or(facts.lost.as_deref()).or(facts
+                .push_differs
+                .values()
+                .next()
+                .map(String::as_str)),
             failing,
             source_known: remote.source_known,
             stream_connected: facts.connected,

@@ -1,0 +1,89 @@
+//! A decoder at the start of a pushed segment that knows the record which crosses into it.
+//!
+//! The segment before says where that record begins, so only the end of it is decoded: from the repository, or where it is
+//! not archived yet, because pushes run side by side, from the file beside the pushed one.
+
+use wal_format::{
+    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, WalIdentity, WalIndexer,
+};
+
+use super::{Pusher, WalFile};
+use crate::{
+    error::{Error, Result},
+    spool::primed_indexer,
+};
+
+/// WAL's page, `XLOG_BLCKSZ`.
+const PAGE_BYTES: u64 = 8192;
+
+impl Pusher<'_> {
+    pub(super) fn indexer(
+        &self,
+        file: &WalFile,
+        identity: &WalIdentity,
+        branch: Branch,
+        segment: SegmentNo,
+    ) -> Result<WalIndexer> {
+        let size = identity.segment_size;
+        let key = |segment| {
+            let name = SegmentName::new(branch.timeline, segment, size);
+            ObjectKey::Segment(identity.system_identifier, branch, name)
+        };
+        if let Some(previous) = segment.previous()
+            && let Some(object) = self.stored(&key(previous))?
+            && let Some(indexer) = from_end_of(&key(previous), &object, identity)?
+        {
+            return Ok(indexer);
+        }
+        primed_indexer(identity, segment, |earlier| {
+            if let Some(object) = self.stored(&key(earlier))? {
+                let mut wal = Vec::new();
+                SealedReader::open(&object)
+                    .and_then(|reader| reader.read_all(&mut wal))
+                    .map_err(damaged(&key(earlier)))?;
+                return Ok(Some(wal));
+            }
+            let name = SegmentName::new(branch.timeline, earlier, size);
+            let beside = file.directory().join(name.to_string());
+            // A recycled file keeps a name of the past or the future; its page addresses tell the decoder.
+            Ok(WalFile::open(&beside).and_then(|file| file.read()).ok())
+        })
+    }
+}
+
+/// Decodes the end of the segment before, from the page on which the record that crosses its end begins. `None` when that
+/// record begins even earlier.
+fn from_end_of(
+    key: &ObjectKey,
+    object: &[u8],
+    identity: &WalIdentity,
+) -> Result<Option<WalIndexer>> {
+    let reader = SealedReader::open(object).map_err(damaged(key))?;
+    let header = *reader.header();
+    let summary = reader.summary();
+    let Some(from) = summary.open_record_lsn.or(summary.last_record_lsn) else {
+        return Ok(None);
+    };
+    if from < header.start_lsn {
+        return Ok(None);
+    }
+    let page = Lsn(from.0 / PAGE_BYTES * PAGE_BYTES);
+    let bytes = usize::try_from(header.end_lsn.bytes_since(page)).unwrap_or(usize::MAX);
+    let wal = reader.read_at(page, bytes).map_err(damaged(key))?;
+    let mut indexer = WalIndexer::new(*identity, page, None);
+    if indexer.push(&wal).is_err() {
+        return Ok(None);
+    }
+    let end = indexer.take_summary();
+    let agrees = end.open_record_lsn == summary.open_record_lsn
+        && (summary.open_record_lsn.is_some() || end.last_record_lsn == summary.last_record_lsn);
+    Ok(agrees.then_some(indexer))
+}
+
+fn damaged(key: &ObjectKey) -> impl Fn(wal_format::sealed::SealedError) -> Error {
+    let object = key.to_string();
+    move |source| Error::Sealed {
+        object: object.clone(),
+        source,
+    }
+}
