@@ -24,6 +24,7 @@ use crate::{
     pipeline::progress::Progress,
     report::{BackupReport, SlotReport, WindowReport},
     rpo::{Exposure, RpoEstimator},
+    standby_slots::StandbyReport,
 };
 
 /// What is known of one cluster.
@@ -87,6 +88,8 @@ pub struct Facts {
     pub spool_used_bytes: u64,
     /// Bytes that the spool may grow to: what it uses and what its disk has left.
     pub spool_limit_bytes: Option<u64>,
+    /// Our slots on standbys, as last seen.
+    pub standbys: Vec<StandbyReport>,
     /// The slot as the server last showed it.
     pub slot_report: Option<SlotReport>,
     /// From when to when the cluster can be restored, as of the last look into the catalog.

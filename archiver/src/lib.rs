@@ -18,5 +18,6 @@ pub mod report;
 pub mod rpo;
 pub mod shutdown;
 pub mod spool;
+pub mod standby_slots;
 pub mod supervisor;
 pub mod synchronous;

@@ -7,7 +7,7 @@
 use serde::Serialize;
 use wal_format::{BackupId, ClusterName, Lsn, PgTimestamp, SystemIdentifier, TimelineId};
 
-use crate::rpo::Exposure;
+use crate::{rpo::Exposure, standby_slots::StandbyReport};
 
 /// The one light of a cluster; the worst fact decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -181,6 +181,8 @@ pub struct ClusterReport {
     pub window: WindowReport,
     /// The slot; unknown until the primary was asked.
     pub slot: Option<SlotReport>,
+    /// Our slots on the standbys that were named.
+    pub standbys: Vec<StandbyReport>,
     /// The newest base backup; `None` where there is none yet.
     pub last_backup: Option<BackupReport>,
     /// What was counted.
@@ -206,6 +208,8 @@ pub struct Facts<'a> {
     pub rpo_target_seconds: f64,
     /// A setting of the server that makes commits hang on us.
     pub danger: Option<&'a str>,
+    /// A standby on which our slot is not kept.
+    pub standby: Option<&'a str>,
     /// Whether a base backup is listed.
     pub has_backup: bool,
     /// `wal_status` of the slot.
@@ -262,6 +266,9 @@ pub fn judge(facts: Facts<'_>) -> (State, String) {
     if let Some(danger) = facts.danger {
         return (State::Degraded, danger.to_owned());
     }
+    if let Some(standby) = facts.standby {
+        return (State::Degraded, standby.to_owned());
+    }
     if !facts.has_backup {
         let remedy = "no base backup yet, nothing can be restored: run `wal-archiver backup`";
         return (State::Degraded, remedy.to_owned());
@@ -284,6 +291,7 @@ mod tests {
         remote_rpo_seconds: Some(0.4),
         rpo_target_seconds: 5.0,
         danger: None,
+        standby: None,
         has_backup: true,
         slot_wal_status: Some("reserved"),
     };
@@ -309,6 +317,13 @@ mod tests {
         check(
             Facts {
                 danger: Some("remote_apply"),
+                ..GOOD
+            },
+            State::Degraded,
+        );
+        check(
+            Facts {
+                standby: Some("its slot is gone"),
                 ..GOOD
             },
             State::Degraded,

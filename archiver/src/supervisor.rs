@@ -29,6 +29,7 @@ use crate::{
     replication::ConnInfo,
     shutdown::Shutdown,
     spool::Spool,
+    standby_slots,
 };
 
 /// First pause after a failure: a restarted server is back within a second.
@@ -75,8 +76,13 @@ pub async fn run(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),
     ));
+    let standbys = tokio::spawn(standby_slots::keep(
+        supervisor.settings.clone(),
+        Arc::clone(&supervisor.status),
+    ));
     let outcome = supervisor.supervise(&mut shutdown).await;
     backups.abort();
+    standbys.abort();
     supervisor.status.note(|facts| {
         facts.connected = false;
         if let Err(error) = &outcome {

@@ -53,6 +53,56 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// A standby that streams from `primary`, with `settings` after the primary's own.
+    ///
+    /// # Errors
+    /// What `pg_basebackup` or the server said.
+    pub fn standby_of(primary: &Self, settings: &str) -> Result<Self> {
+        let standby = Self {
+            directory: directory()?,
+            bin: primary.bin.clone(),
+        };
+        let mut copy = standby.program("pg_basebackup")?;
+        copy.arg("-h").arg(primary.socket_directory());
+        copy.args(["-p", &PORT.to_string(), "-U", "postgres", "-R"]);
+        copy.args(["-X", "stream", "-c", "fast", "-D"]);
+        succeed(copy.arg(standby.data()))?;
+        let directory = standby.directory.path().display();
+        standby.configure(&format!(
+            "unix_socket_directories = '{directory}'\nhot_standby = on\n{settings}"
+        ))?;
+        standby.pg_ctl(&["start"])?;
+        Ok(standby)
+    }
+
+    /// Appends settings; the last one counts, at the next start.
+    ///
+    /// # Errors
+    /// When the file can not be written.
+    pub fn configure(&self, settings: &str) -> Result<()> {
+        let mut configuration = fs::OpenOptions::new()
+            .append(true)
+            .open(self.data().join("postgresql.conf"))?;
+        writeln!(configuration, "{settings}")?;
+        Ok(())
+    }
+
+    /// Ends a standby's recovery; it is a primary on a new timeline when this returns.
+    ///
+    /// # Errors
+    /// What `pg_ctl` said.
+    pub fn promote(&self) -> Result<()> {
+        self.pg_ctl(&["promote"])
+    }
+
+    /// Stops the server in order: every walsender gets the shutdown checkpoint.
+    ///
+    /// # Errors
+    /// What `pg_ctl` said.
+    pub fn stop(&self) -> Result<()> {
+        self.pg_ctl(&["stop", "-m", "fast"])
+    }
+
     fn pg_ctl(&self, arguments: &[&str]) -> Result<()> {
         let log = self.directory.path().join("postgresql.log");
         let mut pg_ctl = self.program("pg_ctl")?;

@@ -73,6 +73,16 @@ impl Place {
         })
     }
 
+    /// A new place with further lines of `tidemark.toml`.
+    ///
+    /// # Errors
+    /// When it can not be made.
+    pub fn with_settings(settings: &str) -> Result<Self> {
+        let place = Self::new()?;
+        std::fs::write(place.path().join("tidemark.toml"), format!("{settings}\n"))?;
+        Ok(place)
+    }
+
     /// A new place whose repository is in a bucket of `store`; `settings` are further lines of `tidemark.toml`.
     ///
     /// # Errors
@@ -103,11 +113,12 @@ impl Place {
     pub fn program(&self, name: &str) -> Result<Command> {
         let mut command = command(&ours(name)?)?;
         let root = self.path().display();
-        command.arg(if self.store.is_some() {
-            format!("--config={root}/tidemark.toml")
-        } else {
-            format!("--repository=file://{root}/repository")
-        });
+        if self.path().join("tidemark.toml").exists() {
+            command.arg(format!("--config={root}/tidemark.toml"));
+        }
+        if self.store.is_none() {
+            command.arg(format!("--repository=file://{root}/repository"));
+        }
         command.arg(format!("--spool={root}/spool"));
         Ok(command)
     }

@@ -72,6 +72,8 @@ pub struct CommonArgs {
 
 /// `remote_flush_bytes`: a segment of the usual size; less would send a busy server's WAL twice.
 const FLUSH_BYTES_DEFAULT: u64 = 16 << 20;
+/// `gap_grace`: a standby that restarts is back by then. Until it is over nothing newer is archived, so it is not longer.
+const GAP_GRACE_DEFAULT: Duration = Duration::from_secs(30);
 /// The least `remote_flush_bytes`: below it an object costs more than what is in it.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
@@ -104,6 +106,11 @@ pub struct ClusterSettings {
     /// Servers that are asked for WAL which the first no longer has, standbys for example. Default: none. As secret as
     /// `conninfo`.
     pub heal_from: Vec<String>,
+    /// Standbys on which our slot is kept, so that a failover to one of them finds the WAL that was not archived yet; they
+    /// are asked for missing WAL too, after `heal_from`. Default: none. As secret as `conninfo`.
+    pub standbys: Vec<String>,
+    /// How long missing WAL is looked for before it is declared lost and archiving goes on behind it. Default: 30 s.
+    pub gap_grace: Duration,
     /// When PostgreSQL is told that WAL is flushed. Default: local.
     pub acknowledge: Acknowledge,
     /// How long new WAL may stay out of the repository. Default: 1 s.
@@ -283,6 +290,17 @@ fn cluster(
             .clone()
             .or_else(|| defaults.heal_from.clone())
             .unwrap_or_default(),
+        standbys: table
+            .standbys
+            .clone()
+            .or_else(|| defaults.standbys.clone())
+            .unwrap_or_default(),
+        gap_grace: duration(
+            &table.gap_grace,
+            &defaults.gap_grace,
+            "gap_grace",
+            GAP_GRACE_DEFAULT,
+        )?,
         acknowledge: table
             .acknowledge
             .or(defaults.acknowledge)

@@ -123,7 +123,7 @@ impl Archived {
     }
 }
 
-fn end_lsn(conninfo: &str) -> Lsn {
+pub(crate) fn end_lsn(conninfo: &str) -> Lsn {
     // Only a commit that waits flushes what asynchronous ones left behind.
     let flush = "SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'flush', '')";
     query(conninfo, flush);
@@ -132,7 +132,7 @@ fn end_lsn(conninfo: &str) -> Lsn {
 }
 
 /// Waits until the archiver has everything of the server up to `lsn`.
-fn wait_archived(conninfo: &str, lsn: Lsn) {
+pub(crate) fn wait_archived(conninfo: &str, lsn: Lsn) {
     let flushed = "SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication";
     wait_until(&format!("the archiver has {lsn}"), || {
         query(conninfo, flushed)

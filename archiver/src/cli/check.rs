@@ -13,6 +13,7 @@ use crate::{
     error::{Error, Result},
     replication::{ConnInfo, ConnectionMode, ReplicationClient},
     spool,
+    standby_slots::Standby,
     synchronous::{Membership, danger, membership},
 };
 
@@ -25,6 +26,9 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
         output::line(&format!("cluster {}", cluster.name));
         let system = runtime.block_on(server(cluster, &mut report));
+        for conninfo in &cluster.standbys {
+            runtime.block_on(standby(conninfo, cluster, system, &mut report));
+        }
         store(cluster, system, &mut report);
         local(cluster, system, &mut report);
     }
@@ -168,6 +172,66 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
         Err(error) => {
             report.fail_with("server", &error.into());
             None
+        }
+    }
+}
+
+/// Whether a standby keeps WAL for us, so that a failover to it needs no new base backup.
+async fn standby(
+    conninfo: &str,
+    cluster: &ClusterSettings,
+    system: Option<SystemIdentifier>,
+    report: &mut Report,
+) {
+    let conninfo = match ConnInfo::parse(conninfo) {
+        Ok(conninfo) => conninfo,
+        Err(error) => return report.fail_with("standbys", &error.into()),
+    };
+    let what = format!("standby {}", conninfo.places());
+    let found = async {
+        let mut found = Standby::look(&conninfo, &cluster.slot).await?;
+        let (sql, in_recovery) = found.sql().await?;
+        sql.close().await;
+        Ok::<_, crate::replication::Error>((found, in_recovery))
+    };
+    let (found, in_recovery) = match found.await {
+        Ok(found) => found,
+        Err(error) => return report.fail_with(&what, &error.into()),
+    };
+    let slot = &cluster.slot;
+    let lost = |wal_status: &str| wal_status == "lost";
+    match found.slot {
+        _ if system.is_some_and(|system| system != found.system_identifier) => report.fail(
+            &what,
+            &format!(
+                "is another cluster (system identifier {}); remove it from standbys",
+                found.system_identifier
+            ),
+            ExitKind::Usage,
+        ),
+        _ if !in_recovery => report.note(
+            &what,
+            "is a primary at the moment; put it into conninfo's list of hosts to follow a failover to it",
+        ),
+        None => report.note(
+            &what,
+            &format!("has no slot \"{slot}\" yet; `wal-archiver run` creates it"),
+        ),
+        Some(found) if !found.physical => report.fail(
+            &what,
+            &format!("\"{slot}\" is a logical slot there; name another one as slot in the configuration"),
+            ExitKind::Usage,
+        ),
+        Some(found) if found.wal_status.as_deref().is_some_and(lost) => report.fail(
+            &what,
+            &format!("has invalidated \"{slot}\"; `wal-archiver run` creates it anew"),
+            ExitKind::Integrity,
+        ),
+        Some(found) => {
+            let from = found
+                .restart_lsn
+                .map_or_else(|| "nothing yet".to_owned(), |lsn| format!("WAL from {lsn}"));
+            report.ok(&what, &format!("\"{slot}\" keeps {from} there"));
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::{error::Result, replication::ConnInfo};
 pub(super) fn check(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
         ConnInfo::parse(&cluster.conninfo)?;
-        for other in &cluster.heal_from {
+        for other in cluster.heal_from.iter().chain(&cluster.standbys) {
             ConnInfo::parse(other)?;
         }
         output::line(&format!("cluster {}: configuration is valid", cluster.name));
@@ -21,11 +21,12 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
         // Only the parsed form knows which parts are secret.
         let conninfo = ConnInfo::parse(&cluster.conninfo)?;
-        let heal_from = cluster
-            .heal_from
-            .iter()
-            .map(|other| Ok(format!("{:?}", ConnInfo::parse(other)?).replace('"', "'")))
-            .collect::<Result<Vec<_>>>()?;
+        let servers = |list: &[String]| {
+            list.iter()
+                .map(|other| Ok(format!("{:?}", ConnInfo::parse(other)?).replace('"', "'")))
+                .collect::<Result<Vec<_>>>()
+        };
+        let (heal_from, standbys) = (servers(&cluster.heal_from)?, servers(&cluster.standbys)?);
         let acknowledge = format!("{:?}", cluster.acknowledge).to_lowercase();
         for line in [
             String::new(),
@@ -35,6 +36,8 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
                 format!("{conninfo:?}").replace('"', "'")
             ),
             format!("heal_from = {heal_from:?}"),
+            format!("standbys = {standbys:?}"),
+            format!("gap_grace = \"{:?}\"", cluster.gap_grace),
             format!("slot = \"{}\"", cluster.slot),
             format!("repository = \"{}\"", cluster.repository),
             format!("spool = \"{}\"", cluster.spool.display()),

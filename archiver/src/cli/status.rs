@@ -118,6 +118,15 @@ fn print_daemon(report: &Value) {
     ] {
         output::line(&format!("  {name:<13} {value}"));
     }
+    let standbys = report["standbys"].as_array().into_iter().flatten();
+    for standby in standbys {
+        let text = |field: &str| standby[field].as_str().unwrap_or("unknown").to_owned();
+        let value = match standby["problem"].as_str() {
+            Some(problem) => format!("{}: {problem}", text("server")),
+            None => format!("{} keeps WAL from {}", text("server"), text("restart_lsn")),
+        };
+        output::line(&format!("  {:<13} {value}", "standby"));
+    }
 }
 
 /// What is found without a daemon.

@@ -25,6 +25,13 @@ impl ClusterStatus {
         let failing = spool_full
             .or(facts.repository_error.as_deref())
             .or(facts.stream_error.as_deref());
+        let standby = facts.standbys.iter().find_map(|standby| {
+            let problem = standby.problem.as_ref()?;
+            let server = &standby.server;
+            Some(format!(
+                "a failover to the standby {server} may need a new base backup: {problem}"
+            ))
+        });
         let (state, reason) = judge(Judged {
             broken: facts.broken.as_deref().or(facts.lost.as_deref()).or(facts
                 .push_differs
@@ -37,6 +44,7 @@ impl ClusterStatus {
             remote_rpo_seconds: remote.rpo.map(|age| age.as_secs_f64()),
             rpo_target_seconds,
             danger: facts.danger,
+            standby: standby.as_deref(),
             has_backup: facts.last_backup.is_some(),
             slot_wal_status: facts
                 .slot_report
@@ -74,6 +82,7 @@ impl ClusterStatus {
                     safe_wal_bytes: None,
                 })
             }),
+            standbys: facts.standbys,
             last_backup: facts.last_backup,
             counters: Counters {
                 wal_received_bytes: self.wal_received_bytes.load(Ordering::Relaxed),

@@ -187,6 +187,13 @@ impl ConnInfo {
         &self.hosts
     }
 
+    /// The places as text, without anything secret.
+    #[must_use]
+    pub fn places(&self) -> String {
+        let places: Vec<String> = self.hosts.iter().map(Host::to_string).collect();
+        places.join(", ")
+    }
+
     /// The same, for one place only: a second connection must go where the first one went.
     pub(super) fn pinned_to(&self, host: Host) -> Self {
         Self {

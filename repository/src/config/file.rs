@@ -12,11 +12,12 @@ use super::{
 use crate::{Error, Result};
 
 /// Keys of a cluster, also allowed at the top as defaults.
-const CLUSTER_KEYS: [&str; 12] = [
+const CLUSTER_KEYS: &[&str] = &[
     "acknowledge",
     "catalog",
     "compression_level",
     "conninfo",
+    "gap_grace",
     "heal_from",
     "remote_flush_bytes",
     "remote_flush_interval",
@@ -25,6 +26,7 @@ const CLUSTER_KEYS: [&str; 12] = [
     "seal_threads",
     "slot",
     "spool",
+    "standbys",
 ];
 /// Keys that stand only at the top.
 const TOP_KEYS: [&str; 2] = ["cluster", "http"];
@@ -44,6 +46,7 @@ pub(super) struct ClusterTable {
     pub(super) catalog: Option<PathBuf>,
     pub(super) compression_level: Option<i32>,
     pub(super) conninfo: Option<String>,
+    pub(super) gap_grace: Option<String>,
     pub(super) heal_from: Option<Vec<String>>,
     pub(super) remote_flush_bytes: Option<u64>,
     pub(super) remote_flush_interval: Option<String>,
@@ -52,6 +55,7 @@ pub(super) struct ClusterTable {
     pub(super) seal_threads: Option<usize>,
     pub(super) slot: Option<String>,
     pub(super) spool: Option<PathBuf>,
+    pub(super) standbys: Option<Vec<String>>,
     #[serde(flatten)]
     pub(super) s3: S3Table,
 }
@@ -82,7 +86,7 @@ impl ConfigFile {
                 ));
             }
         };
-        let of_cluster: Vec<&str> = CLUSTER_KEYS.into_iter().chain(S3_KEYS).collect();
+        let of_cluster: Vec<&str> = CLUSTER_KEYS.iter().copied().chain(S3_KEYS).collect();
         let known: Vec<&str> = of_cluster.iter().copied().chain(TOP_KEYS).collect();
         let defaults = read_table(table, "", &of_cluster, &known)?;
         let mut tables = BTreeMap::new();

@@ -1,0 +1,225 @@
+//! Keeps our slot on the standbys that `standbys` names, so that a failover to one of them finds the WAL we still need.
+//!
+//! Physical slots are not copied to standbys: without one of ours, a promoted standby may have removed WAL that was never
+//! archived. Each slot is made as soon as the standby is reached and moved up to what we have acknowledged, at once and then
+//! every minute. Invariant: a slot never passes what is durable in the chosen class, and only one on our own timeline moves.
+
+use std::{sync::Arc, time::Duration};
+
+use repository::config::ClusterSettings;
+use serde::Serialize;
+use wal_format::{Branch, Lsn, SystemIdentifier, TimelineId};
+
+use crate::{
+    cluster_status::ClusterStatus,
+    replication::{ConnInfo, ConnectionMode, ReplicationClient, Result, SlotInfo},
+};
+
+/// How often the slots are moved: WAL of about a minute more stays on each standby.
+const KEEP_INTERVAL: Duration = Duration::from_secs(60);
+/// How often a standby is tried while something is wrong with it, or nothing was acknowledged yet.
+const RETRY_INTERVAL: Duration = Duration::from_secs(5);
+/// How long one standby may take: one that hangs must not keep the others waiting.
+const STANDBY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Our slot on one standby, as last seen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct StandbyReport {
+    /// Where the standby is.
+    pub server: String,
+    /// The first WAL that our slot keeps there; unknown while it can not be asked.
+    pub restart_lsn: Option<Lsn>,
+    /// Why a failover to it could need a new base backup, in words; `None` while the slot is kept.
+    pub problem: Option<String>,
+}
+
+/// What is found of a standby, without changing anything.
+#[derive(Debug)]
+pub(crate) struct Standby {
+    client: ReplicationClient,
+    /// Whose standby it is.
+    pub(crate) system_identifier: SystemIdentifier,
+    /// The timeline it follows.
+    pub(crate) timeline: TimelineId,
+    /// Our slot there.
+    pub(crate) slot: Option<SlotInfo>,
+}
+
+impl Standby {
+    /// Connects and asks.
+    pub(crate) async fn look(conninfo: &ConnInfo, slot: &str) -> Result<Self> {
+        let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Physical).await?;
+        let system = client.identify_system().await?;
+        let slot = client.slot(slot).await?;
+        Ok(Self {
+            client,
+            system_identifier: system.system_identifier,
+            timeline: system.timeline,
+            slot,
+        })
+    }
+
+    /// Whether the server is in recovery; asked on a connection of its own, which is left open for more.
+    pub(crate) async fn sql(&mut self) -> Result<(ReplicationClient, bool)> {
+        let place = self.client.conninfo();
+        let mut sql = Box::pin(ReplicationClient::connect(place, ConnectionMode::Sql)).await?;
+        let answer = sql.query("SELECT pg_is_in_recovery()::text").await?;
+        let standby = answer.into_iter().flatten().flatten().next();
+        Ok((sql, standby.as_deref() == Some("true")))
+    }
+}
+
+/// Keeps the slots until the task is aborted.
+pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) {
+    if settings.standbys.is_empty() {
+        return;
+    }
+    loop {
+        let mut reports = Vec::with_capacity(settings.standbys.len());
+        let moved_to = acknowledged(&status);
+        for conninfo in &settings.standbys {
+            reports.push(keep_one(conninfo, &settings, &status).await);
+        }
+        tell(&settings, &status, &reports);
+        let settled = moved_to.is_some() && reports.iter().all(|report| report.problem.is_none());
+        status.note(|facts| facts.standbys = reports);
+        tokio::time::sleep(if settled {
+            KEEP_INTERVAL
+        } else {
+            RETRY_INTERVAL
+        })
+        .await;
+    }
+}
+
+/// Says what changed, once.
+fn tell(settings: &ClusterSettings, status: &ClusterStatus, reports: &[StandbyReport]) {
+    let before = status.facts().standbys;
+    for report in reports {
+        let known = before.iter().find(|known| known.server == report.server);
+        let known_problem = known.and_then(|known| known.problem.as_ref());
+        let (cluster, server) = (&settings.name, &report.server);
+        match &report.problem {
+            Some(problem) if known_problem != Some(problem) => {
+                tracing::warn!(%cluster, %server, %problem, "the slot on a standby is not kept");
+            }
+            None if known.is_none_or(|known| known.problem.is_some()) => {
+                tracing::info!(%cluster, %server, slot = settings.slot, "the slot on a standby is kept");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The branch that is archived and the LSN up to which nothing is needed from anybody any more.
+fn acknowledged(status: &ClusterStatus) -> Option<(Branch, Lsn)> {
+    let flush = status.progress().acknowledgements().borrow().flush.lsn();
+    (flush > Lsn::ZERO).then(|| (status.progress().positions().branch(), flush))
+}
+
+async fn keep_one(
+    conninfo: &str,
+    settings: &ClusterSettings,
+    status: &ClusterStatus,
+) -> StandbyReport {
+    let (server, outcome) = match ConnInfo::parse(conninfo) {
+        Ok(conninfo) => {
+            let kept = tokio::time::timeout(STANDBY_TIMEOUT, keep_at(&conninfo, settings, status));
+            let seconds = STANDBY_TIMEOUT.as_secs();
+            let outcome = kept
+                .await
+                .map_err(|_| format!("it did not answer within {seconds} s"))
+                .and_then(|kept| kept.map_err(|error| error.to_string()));
+            (conninfo.places(), outcome)
+        }
+        Err(error) => ("standbys".to_owned(), Err(error.to_string())),
+    };
+    let (restart_lsn, problem) = match outcome {
+        Ok(Kept::At(lsn)) => (lsn, None),
+        Ok(Kept::Not(problem)) | Err(problem) => (None, Some(problem)),
+    };
+    StandbyReport {
+        server,
+        restart_lsn,
+        problem,
+    }
+}
+
+/// What came of one standby.
+enum Kept {
+    /// The slot is there and keeps WAL from here on.
+    At(Option<Lsn>),
+    /// It can not be used.
+    Not(String),
+}
+
+async fn keep_at(
+    conninfo: &ConnInfo,
+    settings: &ClusterSettings,
+    status: &ClusterStatus,
+) -> Result<Kept> {
+    let mut standby = Standby::look(conninfo, &settings.slot).await?;
+    let ours = status.facts().system_identifier;
+    if ours.is_some_and(|ours| ours != standby.system_identifier) {
+        return Ok(Kept::Not(format!(
+            "it is another cluster (system identifier {}); remove it from standbys",
+            standby.system_identifier
+        )));
+    }
+    let lost = |slot: &SlotInfo| slot.wal_status.as_deref() == Some("lost");
+    if standby.slot.as_ref().is_some_and(lost) {
+        tracing::warn!(cluster = %settings.name, server = %conninfo.places(), slot = settings.slot, "a standby has invalidated our slot; it is made anew");
+        standby.client.drop_slot(&settings.slot).await?;
+        standby.slot = None;
+    }
+    if standby.slot.is_none() {
+        standby.client.create_slot(&settings.slot, true).await?;
+        standby.slot = standby.client.slot(&settings.slot).await?;
+    }
+    let Some(slot) = standby.slot.take() else {
+        return Ok(Kept::Not(
+            "the slot can not be seen: let the role connect to the database too (pg_hba.conf)"
+                .to_owned(),
+        ));
+    };
+    if !slot.physical {
+        let problem = format!(
+            "\"{}\" is a logical slot there; name another one as slot",
+            settings.slot
+        );
+        return Ok(Kept::Not(problem));
+    }
+    // The stream itself moves the slot that it uses.
+    if slot.active {
+        return Ok(Kept::At(slot.restart_lsn));
+    }
+    let (mut sql, in_recovery) = standby.sql().await?;
+    if !in_recovery {
+        return Ok(Kept::Not(
+            "it is a primary and not a standby; after a failover to it, put it into conninfo"
+                .to_owned(),
+        ));
+    }
+    let Some((branch, target)) = acknowledged(status) else {
+        return Ok(Kept::At(slot.restart_lsn));
+    };
+    if branch.timeline != standby.timeline {
+        return Ok(Kept::Not(format!(
+            "it follows timeline {}, the archive timeline {}: its slot stays where it is",
+            standby.timeline, branch.timeline
+        )));
+    }
+    if slot.restart_lsn.is_some_and(|kept| kept >= target) {
+        return Ok(Kept::At(slot.restart_lsn));
+    }
+    let name = settings.slot.replace('\'', "''");
+    // It goes no further than the standby has replayed.
+    let moved = format!(
+        "SELECT end_lsn::text FROM pg_catalog.pg_replication_slot_advance('{name}', '{target}')"
+    );
+    let rows = sql.query(&moved).await?;
+    sql.close().await;
+    standby.client.close().await;
+    let end = rows.into_iter().flatten().flatten().next();
+    Ok(Kept::At(end.and_then(|lsn| lsn.parse().ok())))
+}
