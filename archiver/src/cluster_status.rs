@@ -82,8 +82,8 @@ pub struct Facts {
     pub push_differs: BTreeMap<PathBuf, String>,
     /// A setting of the server that makes commits hang on us.
     pub danger: Option<&'static str>,
-    /// Whether the spool waits for disk space.
-    pub spool_full: bool,
+    /// Why the spool takes no more WAL, while it waits for room.
+    pub spool_full: Option<&'static str>,
     /// Bytes in the spool's files.
     pub spool_used_bytes: u64,
     /// Bytes that the spool may grow to: what it uses and what its disk has left.

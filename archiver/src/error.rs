@@ -146,6 +146,9 @@ pub enum Error {
         /// The slot.
         slot: String,
     },
+    /// There is no room for more WAL, and nobody waits for it any more.
+    #[error("the spool is full; WAL that the server still keeps was not taken")]
+    SpoolFull,
     /// Files in the spool that do not follow one another.
     #[error(
         "the spool {path} lacks segment {missing} between segments it holds, and the repository does not have it; move \
@@ -278,9 +281,10 @@ impl Error {
             | Self::SpoolSystemMismatch { .. }
             | Self::Unsupported(_)
             | Self::Usage { .. } => ExitKind::Usage,
-            Self::NotDrained { .. } | Self::Silent { .. } | Self::StreamOutOfOrder { .. } => {
-                ExitKind::Unreachable
-            }
+            Self::NotDrained { .. }
+            | Self::Silent { .. }
+            | Self::SpoolFull
+            | Self::StreamOutOfOrder { .. } => ExitKind::Unreachable,
         }
     }
 

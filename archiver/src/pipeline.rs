@@ -15,6 +15,7 @@ pub(crate) mod observe;
 pub mod positions;
 pub mod progress;
 pub mod receive;
+pub mod room;
 pub mod seal;
 pub mod session;
 pub mod start;
@@ -176,8 +177,10 @@ impl Pipeline {
         let deadline = Instant::now() + DRAIN_MAX;
         loop {
             self.spool.drain().await?;
-            if let Some(error) = self.failure.take() {
-                return Err(error);
+            match self.failure.take() {
+                // What there is no room for was never acknowledged: the server keeps it.
+                None | Some(Error::SpoolFull) => {}
+                Some(error) => return Err(error),
             }
             let positions = self.archive.status().progress().positions();
             let behind = positions.flushed().bytes_since(positions.remote());

@@ -23,6 +23,7 @@ use crate::{
         gap::{self, Closed},
         observe::describe_loss,
         receive::StreamEnd,
+        room::endangers_primary,
         session::{Purpose, Source},
     },
     push,
@@ -40,6 +41,10 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const BROKEN_RETRY: Duration = Duration::from_secs(30);
 /// How soon a loss is noticed.
 const LOSS_POLL: Duration = Duration::from_millis(500);
+/// How often it is looked whether the primary has to be protected, and whether there is room again.
+const ROOM_POLL: Duration = Duration::from_millis(500);
+/// How long what came before a gap may take to reach the repository before the gap is looked at: it is on its way.
+const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Pause after a base backup that failed: long enough for its cause to pass.
 const BACKUP_RETRY: Duration = Duration::from_secs(30);
 /// A stream that lived this long was healthy: the next failure is a new one.
@@ -71,6 +76,7 @@ pub async fn run(
         connected_once: false,
         retry: RETRY_MIN,
         damaged: 0,
+        gave_up: false,
     };
     let backups = tokio::spawn(back_up_after_loss(
         supervisor.settings.clone(),
@@ -111,6 +117,8 @@ struct Supervisor {
     connected_once: bool,
     retry: Duration,
     damaged: u32,
+    /// Whether the stream was ended because the primary had to be protected.
+    gave_up: bool,
 }
 
 impl Supervisor {
@@ -133,6 +141,7 @@ impl Supervisor {
                 self.retry = RETRY_MIN;
             }
             let reason = match outcome {
+                Ok(StreamEnd::Reached) if self.gave_up => "gave_up",
                 Ok(StreamEnd::Reached) => "gap_closed",
                 Ok(_) => {
                     tracing::info!(cluster = %self.settings.name, "the server ended the stream; reconnecting");
@@ -143,7 +152,8 @@ impl Supervisor {
             };
             self.status
                 .note(|facts| *facts.reconnects.entry(reason).or_default() += 1);
-            let pause = if self.status.facts().broken.is_some() {
+            let gave_up = std::mem::take(&mut self.gave_up);
+            let pause = if self.status.facts().broken.is_some() && !gave_up {
                 BROKEN_RETRY
             } else {
                 self.retry
@@ -167,6 +177,7 @@ impl Supervisor {
         let Some(connected) = shutdown.until(connect).await else {
             return Ok(StreamEnd::Shutdown);
         };
+        settle(pipeline, shutdown).await;
         match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await? {
             Closed::Healed => {
                 tracing::info!(cluster = %self.settings.name, "the gap is healed");
@@ -233,6 +244,7 @@ impl Supervisor {
             Error::Replication(_) => "connection",
             Error::Repository(_) => "repository",
             Error::Silent { .. } => "silent",
+            Error::SpoolFull => "spool_full",
             _ => "other",
         })
     }
@@ -245,6 +257,7 @@ impl Supervisor {
             | Error::LostHistory { .. }
             | Error::ServerBehind { .. }
             | Error::Silent { .. }
+            | Error::SpoolFull
             | Error::StreamOutOfOrder { .. } => false,
             // A wrong password or a missing right is told at once at the start; later it may be a change in progress.
             Error::Replication(error) => {
@@ -323,7 +336,69 @@ impl Supervisor {
             .as_ref()
             .expect("BUG: the pipeline was started above");
         self.connected_once = true;
-        Box::pin(source.stream(pipeline, Purpose::Follow, shutdown)).await
+        let mut stop = shutdown.clone();
+        let mut stream = Box::pin(source.stream(pipeline, Purpose::Follow, shutdown));
+        let endangered = tokio::select! {
+            end = &mut stream => return end,
+            () = stop.requested() => {
+                // A spool without room must not keep the archiver from ending.
+                pipeline.spool().give_up_waiting();
+                return stream.await;
+            }
+            endangered = endangered(&self.settings, &self.status) => endangered,
+        };
+        drop(stream);
+        self.protect_primary(&endangered, shutdown).await
+    }
+
+    /// Gives up the WAL that the slot keeps on the primary, and waits until there is room to go on. What PostgreSQL has
+    /// removed by then is a gap, which is closed as every other one.
+    async fn protect_primary(&mut self, why: &str, shutdown: &mut Shutdown) -> Result<StreamEnd> {
+        let pipeline = self
+            .pipeline
+            .as_ref()
+            .expect("BUG: a stream was up, so the stages run");
+        let (settings, archive) = (&self.settings, pipeline.archive());
+        let words = format!(
+            "the spool is full and {why}: the slot was given up to protect the primary (when_full = \"protect-primary\"). \
+             WAL that PostgreSQL removes before there is room again is lost to the archive"
+        );
+        tracing::error!(cluster = %settings.name, "{words}");
+        self.status.note(|facts| {
+            facts.connected = false;
+            facts.broken = Some(words);
+        });
+        archive.room().give_up(true);
+        pipeline.spool().drain().await?;
+        match pipeline.failure().take() {
+            None | Some(Error::SpoolFull) => {}
+            Some(error) => return Err(error),
+        }
+        let mut dropped = false;
+        loop {
+            if !dropped {
+                match drop_slot(&self.conninfo, settings).await {
+                    Ok(()) => {
+                        dropped = true;
+                        tracing::warn!(cluster = %settings.name, slot = settings.slot, "the slot is dropped");
+                    }
+                    Err(error) => {
+                        tracing::warn!(cluster = %settings.name, %error, "the slot can not be dropped yet");
+                    }
+                }
+            } else if archive.room().is_free_again(settings, &self.status) {
+                break;
+            }
+            if !shutdown.sleep(ROOM_POLL).await {
+                return Ok(StreamEnd::Shutdown);
+            }
+        }
+        tracing::info!(cluster = %settings.name, "there is room again; going on");
+        archive.room().give_up(false);
+        self.status.note(|facts| facts.spool_full = None);
+        self.gave_up = true;
+        self.retry = RETRY_MIN;
+        Ok(StreamEnd::Reached)
     }
 
     /// Another cluster's server or repository is an error before a single byte moves.
@@ -343,6 +418,40 @@ impl Supervisor {
             Ok(())
         })
         .await
+    }
+}
+
+/// Returns when the primary has to be protected from its slot, with the reason.
+async fn endangered(settings: &ClusterSettings, status: &ClusterStatus) -> String {
+    loop {
+        if let Some(why) = endangers_primary(settings, &status.facts()) {
+            return why;
+        }
+        tokio::time::sleep(ROOM_POLL).await;
+    }
+}
+
+async fn drop_slot(conninfo: &ConnInfo, settings: &ClusterSettings) -> Result<()> {
+    let (source, _) = Source::connect(conninfo, &settings.name).await?;
+    let mut client = source.into_client();
+    if client.slot(&settings.slot).await?.is_some() {
+        client.drop_slot(&settings.slot).await?;
+    }
+    client.close().await;
+    Ok(())
+}
+
+/// Waits a while until the repository holds what the spool holds.
+async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
+    let deadline = Instant::now() + SETTLE_MAX;
+    loop {
+        let positions = pipeline.archive().status().progress().positions();
+        if positions.remote() >= positions.flushed()
+            || Instant::now() > deadline
+            || !shutdown.sleep(ROOM_POLL / 5).await
+        {
+            return;
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod crash;
 mod faults;
 mod gaps;
 mod libpq;
+mod pressure;
 mod push;
 mod streaming;
 mod support;

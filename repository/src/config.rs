@@ -77,6 +77,49 @@ const GAP_GRACE_DEFAULT: Duration = Duration::from_secs(30);
 /// The least `remote_flush_bytes`: below it an object costs more than what is in it.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
+/// The least `spool_limit_bytes`: below it every short hiccup of the repository would stop the stream.
+const SPOOL_LIMIT_MIN: u64 = 4 << 20;
+/// `primary_wal_max_bytes`: an hour of 4 MiB a second.
+const PRIMARY_WAL_MAX_DEFAULT: u64 = 16 << 30;
+/// The least `primary_wal_max_bytes`: below it a checkpoint alone would count as danger.
+const PRIMARY_WAL_MAX_MIN: u64 = 4 << 20;
+
+/// What is protected when the spool is full and the repository takes nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum WhenFull {
+    /// The archive: the slot holds WAL on the primary until it was taken, and may fill the primary's disk.
+    #[default]
+    ProtectArchive,
+    /// The primary: its slot is dropped when it holds too much; what is removed then is lost for the archive.
+    ProtectPrimary,
+}
+
+impl WhenFull {
+    /// As it is written in the file.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::ProtectArchive => "protect-archive",
+            Self::ProtectPrimary => "protect-primary",
+        }
+    }
+
+    /// What it costs, in a sentence.
+    #[must_use]
+    pub fn cost(self) -> &'static str {
+        match self {
+            Self::ProtectArchive => {
+                "nothing is given up: while the spool is full the slot keeps WAL on the primary, whose disk may fill"
+            }
+            Self::ProtectPrimary => {
+                "while the spool is full and the slot keeps too much, the slot is dropped: WAL that PostgreSQL removes then is \
+                 lost to the archive, no moment in it can be restored, and a base backup is taken behind it"
+            }
+        }
+    }
+}
+
 /// When PostgreSQL is told that WAL is flushed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -89,7 +132,7 @@ pub enum Acknowledge {
 }
 
 /// One cluster, resolved.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub struct ClusterSettings {
     /// Its name in the repository.
     pub name: ClusterName,
@@ -101,6 +144,12 @@ pub struct ClusterSettings {
     pub repository: RepositoryPlace,
     /// The local WAL that is not sealed yet.
     pub spool: PathBuf,
+    /// How much WAL may wait in the spool for the repository. Default: as much as its disk takes.
+    pub spool_limit_bytes: Option<u64>,
+    /// What is protected when the spool is full. Default: the archive.
+    pub when_full: WhenFull,
+    /// With [`WhenFull::ProtectPrimary`]: how much WAL the slot may keep on the primary while the spool is full. Default: 16 GiB.
+    pub primary_wal_max_bytes: u64,
     /// The index. Default: `{spool}/{name}/catalog`.
     pub catalog: PathBuf,
     /// Servers that are asked for WAL which the first no longer has, standbys for example. Default: none. As secret as
@@ -344,6 +393,20 @@ fn cluster(
             }
             None => FLUSH_BYTES_DEFAULT,
         },
+        spool_limit_bytes: at_least(
+            "spool_limit_bytes",
+            table.spool_limit_bytes.or(defaults.spool_limit_bytes),
+            SPOOL_LIMIT_MIN,
+        )?,
+        when_full: table.when_full.or(defaults.when_full).unwrap_or_default(),
+        primary_wal_max_bytes: at_least(
+            "primary_wal_max_bytes",
+            table
+                .primary_wal_max_bytes
+                .or(defaults.primary_wal_max_bytes),
+            PRIMARY_WAL_MAX_MIN,
+        )?
+        .unwrap_or(PRIMARY_WAL_MAX_DEFAULT),
         repository: RepositoryPlace {
             url: repository,
             s3: S3Settings::resolve(&table.s3, &defaults.s3)?,
@@ -351,6 +414,15 @@ fn cluster(
         name,
         spool,
     })
+}
+
+fn at_least(key: &str, bytes: Option<u64>, least: u64) -> Result<Option<u64>> {
+    match bytes {
+        Some(bytes) if bytes < least => Err(Error::config(format!(
+            "{key} = {bytes} is less than {least}"
+        ))),
+        bytes => Ok(bytes),
+    }
 }
 
 /// The file to read: the one that was named must exist, the usual places may be empty.

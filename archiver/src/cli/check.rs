@@ -339,6 +339,10 @@ fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
         ),
         Err(error) => report.fail_with("spool", &error),
     }
+    report.note(
+        "when_full",
+        &format!("{}: {}", cluster.when_full.name(), cluster.when_full.cost()),
+    );
     match spool::stored_identity(&directory) {
         Ok(Some(held)) if system.is_some_and(|system| system != held.system_identifier) => {
             report.fail(

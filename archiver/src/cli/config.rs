@@ -41,6 +41,16 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
             format!("slot = \"{}\"", cluster.slot),
             format!("repository = \"{}\"", cluster.repository),
             format!("spool = \"{}\"", cluster.spool.display()),
+            cluster.spool_limit_bytes.map_or_else(
+                || "# spool_limit_bytes: as much as the spool's disk takes".to_owned(),
+                |bytes| format!("spool_limit_bytes = {bytes}"),
+            ),
+            format!(
+                "when_full = \"{}\"  # {}",
+                cluster.when_full.name(),
+                cluster.when_full.cost()
+            ),
+            format!("primary_wal_max_bytes = {}", cluster.primary_wal_max_bytes),
             format!("catalog = \"{}\"", cluster.catalog.display()),
             format!("acknowledge = \"{acknowledge}\""),
             format!(

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use repository::config::ClusterSettings;
 use wal_format::{Lsn, PgTimestamp};
 
-use super::ClusterStatus;
+use super::{ClusterStatus, Facts};
 use crate::report::{
     ClusterReport, Counters, DurableReport, Facts as Judged, SlotReport, SourceReport, TierReport,
     judge,
@@ -19,12 +19,14 @@ impl ClusterStatus {
         let positions = self.progress.positions();
         let (local, remote) = self.exposure();
         let rpo_target_seconds = settings.rpo_target.as_secs_f64();
-        let spool_full = facts
-            .spool_full
-            .then_some("the spool's disk is full; free space on it");
-        let failing = spool_full
-            .or(facts.repository_error.as_deref())
-            .or(facts.stream_error.as_deref());
+        let shortage = shortage(&facts);
+        let failing: Vec<&str> = shortage
+            .iter()
+            .map(String::as_str)
+            .chain(facts.repository_error.as_deref())
+            .chain(facts.stream_error.as_deref())
+            .collect();
+        let failing = (!failing.is_empty()).then(|| failing.join("; "));
         let standby = facts.standbys.iter().find_map(|standby| {
             let problem = standby.problem.as_ref()?;
             let server = &standby.server;
@@ -38,7 +40,7 @@ impl ClusterStatus {
                 .values()
                 .next()
                 .map(String::as_str)),
-            failing,
+            failing: failing.as_deref(),
             source_known: remote.source_known,
             stream_connected: facts.connected,
             remote_rpo_seconds: remote.rpo.map(|age| age.as_secs_f64()),
@@ -105,4 +107,26 @@ impl ClusterStatus {
             repository: settings.repository.to_string(),
         }
     }
+}
+
+/// What runs out, said before it has: four fifths leave time to do something.
+fn shortage(facts: &Facts) -> Option<String> {
+    if let Some(full) = facts.spool_full {
+        return Some(full.to_owned());
+    }
+    let used = facts.spool_used_bytes;
+    if let Some(limit) = facts.spool_limit_bytes.filter(|limit| *limit > 0)
+        && used >= limit / 5 * 4
+    {
+        let percent = used.saturating_mul(100) / limit;
+        return Some(format!(
+            "the spool is {percent} % full: it takes {} bytes more while the repository takes nothing",
+            limit.saturating_sub(used)
+        ));
+    }
+    let slot = facts.slot_report.as_ref()?;
+    let (kept, safe) = (slot.retained_bytes?, slot.safe_wal_bytes?);
+    (safe < kept.saturating_add(safe) / 5).then(|| {
+        format!("the slot may keep {safe} bytes more on the primary before PostgreSQL removes WAL (max_slot_wal_keep_size)")
+    })
 }

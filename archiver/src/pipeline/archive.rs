@@ -16,7 +16,7 @@ use wal_format::{
     SegmentSummary, TimelineHistory, TimelineId, TransactionEnd, WalIdentity,
 };
 
-use super::{positions::Coverage, start::Held};
+use super::{positions::Coverage, room::Room, start::Held};
 use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
@@ -36,6 +36,7 @@ pub struct Archive {
     repository: Repository,
     catalog: Catalog,
     status: Arc<ClusterStatus>,
+    room: Room,
     /// Tails in the repository, by segment, that the sealed segment will replace.
     tails: Mutex<BTreeMap<(Branch, SegmentNo), Vec<WalRange>>>,
     /// Segments sealed since the start, so that a tail in flight does not outlive its segment.
@@ -68,6 +69,7 @@ impl Archive {
             .map(|(branch, _, _)| branch)
             .collect();
         Ok(Self {
+            room: Room::new(&settings, identity.segment_size),
             settings,
             cluster,
             identity,
@@ -104,6 +106,12 @@ impl Archive {
     #[must_use]
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
+    }
+
+    /// Whether the spool may grow.
+    #[must_use]
+    pub fn room(&self) -> &Room {
+        &self.room
     }
 
     /// What is known of the cluster.

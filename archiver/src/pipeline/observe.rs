@@ -122,7 +122,10 @@ fn look_once(archive: &Archive, list: bool) -> Result<()> {
     }
     let limit = rustix::fs::statvfs(archive.settings().spool.as_path())
         .ok()
-        .map(|disk| used + disk.f_bavail * disk.f_frsize);
+        .map(|disk| used + disk.f_bavail * disk.f_frsize)
+        .into_iter()
+        .chain(archive.settings().spool_limit_bytes)
+        .min();
     archive.status().note(|facts| {
         facts.spool_used_bytes = used;
         facts.spool_limit_bytes = limit;

@@ -62,6 +62,13 @@ impl Progress {
         self.lock().clone()
     }
 
+    /// How much was written here that the repository does not hold.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> u64 {
+        let positions = self.lock();
+        positions.written().bytes_since(positions.remote())
+    }
+
     /// Follows what may be told to PostgreSQL.
     #[must_use]
     pub fn acknowledgements(&self) -> watch::Receiver<Acknowledgement> {

@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -35,8 +35,6 @@ const CATCH_UP_BYTES: u64 = 4 << 20;
 const UNSYNCED_BYTES_MAX: u64 = 16 << 20;
 /// How much is taken in one group while the server is not ahead: bounds the latency of a commit under load.
 const GROUP_BYTES_MAX: u64 = 2 << 20;
-/// How often a full disk is tried again.
-const SPACE_RETRY: Duration = Duration::from_millis(200);
 
 /// What the thread is asked to do.
 #[derive(Debug)]
@@ -399,6 +397,9 @@ impl Stage {
         send_time: PgTimestamp,
         data: &Bytes,
     ) -> Result<()> {
+        if self.writer.is_some() && self.archive.room().is_at_limit(self.archive.status()) {
+            self.wait_for_room()?;
+        }
         // After an error the rest of that stream is on its way still: it is dropped until the next one begins.
         let Some(writer) = &mut self.writer else {
             return Ok(());
@@ -428,6 +429,19 @@ impl Stage {
         if self.unsynced >= UNSYNCED_BYTES_MAX {
             self.hand_over()?;
         }
+        Ok(())
+    }
+
+    /// The limit is reached: what is here is made durable, said and sent on before it is waited for.
+    fn wait_for_room(&mut self) -> Result<()> {
+        self.flush()?;
+        self.cut_tail();
+        while self.archive.room().is_at_limit(self.archive.status()) {
+            if !wait_for_space(&self.stop, &self.archive) {
+                return Err(Error::SpoolFull);
+            }
+        }
+        self.archive.status().note(|facts| facts.spool_full = None);
         Ok(())
     }
 
@@ -467,7 +481,7 @@ impl Stage {
             let began = Instant::now();
             open.sync()?;
             self.archive.status().flushed(began.elapsed());
-            self.archive.status().note(|facts| facts.spool_full = false);
+            self.archive.status().note(|facts| facts.spool_full = None);
             let (start, end) = (writer.resume_lsn(), writer.written());
             self.archive
                 .status()
@@ -517,14 +531,5 @@ impl Stage {
 /// A full disk stops the stream, not the archiver: the server keeps the WAL, the keepalives go on, and it continues when
 /// there is space.
 fn wait_for_space(stop: &AtomicBool, archive: &Archive) -> bool {
-    archive.status().note(|facts| {
-        if !facts.spool_full {
-            facts.spool_full = true;
-            tracing::error!(
-                "the spool's disk is full; waiting for space, nothing is lost meanwhile"
-            );
-        }
-    });
-    std::thread::sleep(SPACE_RETRY);
-    !stop.load(Ordering::Acquire)
+    archive.room().wait(stop, archive.status())
 }

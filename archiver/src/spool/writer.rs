@@ -325,8 +325,11 @@ impl SpoolWriter {
                 let segment = self.spool.segment_size().segment_of(self.written);
                 match OpenSegment::create(&self.spool, segment) {
                     Ok(open) => self.open = Some(open),
-                    Err(Error::Io { source, .. }) if is_no_space(&source) && wait_for_space() => {
-                        continue;
+                    Err(Error::Io { source, .. }) if is_no_space(&source) => {
+                        if wait_for_space() {
+                            continue;
+                        }
+                        return Err(Error::SpoolFull);
                     }
                     Err(error) => return Err(error),
                 }
@@ -337,7 +340,11 @@ impl SpoolWriter {
                 .expect("BUG: the segment was opened above");
             match open.append(bytes) {
                 Ok(count) => bytes = &bytes[count..],
-                Err(error) if is_no_space(&error) && wait_for_space() => {}
+                Err(error) if is_no_space(&error) => {
+                    if !wait_for_space() {
+                        return Err(Error::SpoolFull);
+                    }
+                }
                 Err(error) => return Err(Error::io("write", open.partial_path())(error)),
             }
         }

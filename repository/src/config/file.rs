@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
 use serde::Deserialize;
 
 use super::{
-    Acknowledge, RepositoryUrl,
+    Acknowledge, RepositoryUrl, WhenFull,
     s3::{S3_KEYS, S3Table},
 };
 use crate::{Error, Result};
@@ -19,6 +19,7 @@ const CLUSTER_KEYS: &[&str] = &[
     "conninfo",
     "gap_grace",
     "heal_from",
+    "primary_wal_max_bytes",
     "remote_flush_bytes",
     "remote_flush_interval",
     "repository",
@@ -26,7 +27,9 @@ const CLUSTER_KEYS: &[&str] = &[
     "seal_threads",
     "slot",
     "spool",
+    "spool_limit_bytes",
     "standbys",
+    "when_full",
 ];
 /// Keys that stand only at the top.
 const TOP_KEYS: [&str; 2] = ["cluster", "http"];
@@ -48,6 +51,7 @@ pub(super) struct ClusterTable {
     pub(super) conninfo: Option<String>,
     pub(super) gap_grace: Option<String>,
     pub(super) heal_from: Option<Vec<String>>,
+    pub(super) primary_wal_max_bytes: Option<u64>,
     pub(super) remote_flush_bytes: Option<u64>,
     pub(super) remote_flush_interval: Option<String>,
     pub(super) repository: Option<RepositoryUrl>,
@@ -56,6 +60,8 @@ pub(super) struct ClusterTable {
     pub(super) slot: Option<String>,
     pub(super) spool: Option<PathBuf>,
     pub(super) standbys: Option<Vec<String>>,
+    pub(super) spool_limit_bytes: Option<u64>,
+    pub(super) when_full: Option<WhenFull>,
     #[serde(flatten)]
     pub(super) s3: S3Table,
 }

@@ -96,6 +96,14 @@ fn wrong_values_say_how_to_write_them() {
             "repository = 'file:///r'\nremote_flush_bytes = 10",
             "every tail is a request",
         ),
+        (
+            "repository = 'file:///r'\nspool_limit_bytes = 10",
+            "less than 4194304",
+        ),
+        (
+            "repository = 'file:///r'\nwhen_full = 'protect'",
+            "protect-archive",
+        ),
         ("repository = '/r'", "no URL"),
         ("repository = 'file:///r'\nrpo_target = '5'", "write 500ms"),
         ("repository = 'file:///r'\nrpo_target = '0s'", "no duration"),

@@ -1,0 +1,168 @@
+//! [`Room`]: whether the spool may grow. A spool at its limit, or on a full disk, stops the stream and not the archiver: the
+//! server keeps the WAL, the keepalives go on with the true flush position, and the stream goes on when there is room.
+//!
+//! Invariant: nothing is thrown away here. Who waits is told to stop waiting only when the archiver ends, or when the
+//! supervisor has decided to give the primary's WAL up.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use repository::config::{ClusterSettings, WhenFull};
+use wal_format::SegmentSize;
+
+use crate::{
+    cluster_status::{ClusterStatus, Facts},
+    report::SlotReport,
+};
+
+/// How often a full spool is looked at again.
+const ROOM_RETRY: Duration = Duration::from_millis(200);
+/// With `max_slot_wal_keep_size` set: the part of it that must be left before PostgreSQL takes the slot's WAL by itself.
+const SAFE_PART_MIN: u64 = 10;
+
+/// The room that is left for WAL that the repository does not have.
+#[derive(Debug)]
+pub struct Room {
+    limit: Option<u64>,
+    segment_size: u64,
+    given_up: AtomicBool,
+}
+
+impl Room {
+    /// What the settings allow; never less than two segments, one that is open and one on its way.
+    #[must_use]
+    pub fn new(settings: &ClusterSettings, segment_size: SegmentSize) -> Self {
+        let segment_size = segment_size.bytes();
+        Self {
+            limit: settings
+                .spool_limit_bytes
+                .map(|limit| limit.max(segment_size.saturating_mul(2))),
+            segment_size,
+            given_up: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether as much as allowed waits for the repository.
+    #[must_use]
+    pub fn is_at_limit(&self, status: &ClusterStatus) -> bool {
+        self.limit
+            .is_some_and(|limit| status.progress().waiting_bytes() >= limit)
+    }
+
+    /// Whether there is room for a segment again, after it was short: on the disk and below the limit.
+    #[must_use]
+    pub fn is_free_again(&self, settings: &ClusterSettings, status: &ClusterStatus) -> bool {
+        let free = rustix::fs::statvfs(settings.spool.as_path())
+            .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
+        let waiting = status.progress().waiting_bytes();
+        free >= self.segment_size.saturating_mul(2) && waiting <= self.segment_size
+    }
+
+    /// Waits a moment; false when there is nothing to wait for any more.
+    pub fn wait(&self, stop: &AtomicBool, status: &ClusterStatus) -> bool {
+        let at_limit = self.is_at_limit(status);
+        let newly = status.facts().spool_full.is_none();
+        if newly {
+            let which = if at_limit {
+                "spool is at its limit"
+            } else {
+                "spool's disk is full"
+            };
+            tracing::error!(
+                cluster = %status.cluster(),
+                "the {which}; waiting for space, nothing is lost meanwhile: the slot keeps the WAL on the primary"
+            );
+        }
+        status.note(|facts| {
+            facts.spool_full = Some(if at_limit {
+                "the spool is at its limit (spool_limit_bytes)"
+            } else {
+                "the spool's disk is full; free space on it"
+            });
+        });
+        std::thread::sleep(ROOM_RETRY);
+        !stop.load(Ordering::Acquire) && !self.given_up.load(Ordering::Acquire)
+    }
+
+    /// Lets nobody wait any more, or again.
+    pub fn give_up(&self, given_up: bool) {
+        self.given_up.store(given_up, Ordering::Release);
+    }
+}
+
+/// Why the primary has to be protected from its own slot now; `None` while it has not, or is not to be.
+#[must_use]
+pub fn endangers_primary(settings: &ClusterSettings, facts: &Facts) -> Option<String> {
+    if settings.when_full != WhenFull::ProtectPrimary || facts.spool_full.is_none() {
+        return None;
+    }
+    let slot = facts.slot_report.as_ref()?;
+    let kept = slot.retained_bytes?;
+    if kept > settings.primary_wal_max_bytes {
+        return Some(format!(
+            "the slot kept {kept} bytes of WAL on the primary, more than primary_wal_max_bytes = {}",
+            settings.primary_wal_max_bytes
+        ));
+    }
+    if is_nearly_lost(slot) {
+        return Some(format!(
+            "PostgreSQL was about to remove the {kept} bytes of WAL that the slot kept (max_slot_wal_keep_size)"
+        ));
+    }
+    None
+}
+
+/// Whether less than a tenth of what the slot may keep is left.
+fn is_nearly_lost(slot: &SlotReport) -> bool {
+    match (slot.retained_bytes, slot.safe_wal_bytes) {
+        (Some(kept), Some(safe)) => safe < kept.saturating_add(safe) / SAFE_PART_MIN,
+        _ => slot.wal_status.as_deref() == Some("unreserved"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(text: &str) -> ClusterSettings {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(file.path(), format!("repository = 'file:///r'\n{text}")).expect("a file");
+        let args = repository::config::CommonArgs {
+            config: Some(file.path().to_owned()),
+            ..Default::default()
+        };
+        let settings = repository::config::Settings::resolve(&args).expect("it resolves");
+        settings.cluster().expect("one").clone()
+    }
+
+    fn facts(full: bool, kept: u64, safe: Option<u64>) -> Facts {
+        Facts {
+            spool_full: full.then_some("full"),
+            slot_report: Some(SlotReport {
+                name: "s".to_owned(),
+                active: true,
+                wal_status: Some("reserved".to_owned()),
+                retained_bytes: Some(kept),
+                safe_wal_bytes: safe,
+            }),
+            ..Facts::default()
+        }
+    }
+
+    #[test]
+    fn only_a_full_spool_and_a_slot_that_keeps_too_much_endanger_the_primary() {
+        const MIB: u64 = 1 << 20;
+        let protect = settings("when_full = 'protect-primary'\nprimary_wal_max_bytes = 10485760");
+        let says = |facts: &Facts| endangers_primary(&protect, facts).is_some();
+        assert!(says(&facts(true, 11 * MIB, None)));
+        assert!(!says(&facts(true, 9 * MIB, None)));
+        assert!(!says(&facts(false, 11 * MIB, None)), "it takes WAL");
+        assert!(says(&facts(true, 9 * MIB, Some(MIB / 2))));
+        assert!(!says(&facts(true, 5 * MIB, Some(5 * MIB))));
+        let archive = settings("");
+        let endangered = facts(true, u64::MAX, Some(0));
+        assert_eq!(endangers_primary(&archive, &endangered), None);
+    }
+}
