@@ -14,6 +14,7 @@ mod backup;
 mod catalog;
 mod check;
 mod config;
+mod key;
 mod output;
 mod run;
 mod status;
@@ -82,6 +83,9 @@ enum Command {
     /// The configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// The keys of an encrypted repository.
+    #[command(subcommand)]
+    Key(KeyCommand),
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -104,11 +108,27 @@ enum ConfigCommand {
     Show,
 }
 
+#[derive(Debug, Subcommand)]
+enum KeyCommand {
+    /// Makes a key: a line for the file, variable or command that the configuration names.
+    New {
+        /// A new file for it, readable by its owner only. Default: standard output.
+        path: Option<PathBuf>,
+    },
+    /// Proves that the configured keys open every data key.
+    Check,
+    /// Wraps every data key for every configured key; no object changes.
+    Rewrap,
+}
+
 /// Runs a command.
 ///
 /// # Errors
 /// What stopped it; [`Error::exit_kind`] is the exit code.
 pub fn run(cli: Cli) -> Result<()> {
+    if let Command::Key(KeyCommand::New { path }) = &cli.command {
+        return key::new(path.as_deref());
+    }
     let settings = Settings::resolve(&cli.common)?;
     match cli.command {
         Command::Run { http } => run::run(settings, http),
@@ -123,6 +143,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
         Command::Config(ConfigCommand::Check) => config::check(&settings),
         Command::Config(ConfigCommand::Show) => config::show(&settings),
+        Command::Key(KeyCommand::New { path }) => key::new(path.as_deref()),
+        Command::Key(KeyCommand::Check) => key::check(&settings),
+        Command::Key(KeyCommand::Rewrap) => key::rewrap(&settings),
     }
 }
 

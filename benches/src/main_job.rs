@@ -73,12 +73,13 @@ impl Place {
         })
     }
 
-    /// A new place with further lines of `tidemark.toml`.
+    /// A new place with further lines of `tidemark.toml`, in which `{place}` is the place's own path.
     ///
     /// # Errors
     /// When it can not be made.
     pub fn with_settings(settings: &str) -> Result<Self> {
         let place = Self::new()?;
+        let settings = settings.replace("{place}", &place.path().display().to_string());
         std::fs::write(place.path().join("tidemark.toml"), format!("{settings}\n"))?;
         Ok(place)
     }

@@ -10,6 +10,7 @@ use wal_format::ClusterName;
 use crate::{Error, Result};
 
 mod file;
+mod repositories;
 mod s3;
 mod url;
 
@@ -311,6 +312,7 @@ fn cluster(
             Some(text) => parse_duration(key, text),
             None => Ok(default),
         };
+    let encryption = table.encryption.resolve(&defaults.encryption)?;
     Ok(ClusterSettings {
         conninfo: args
             .conninfo
@@ -408,8 +410,17 @@ fn cluster(
         )?
         .unwrap_or(PRIMARY_WAL_MAX_DEFAULT),
         repository: RepositoryPlace {
+            others: match table
+                .repositories
+                .as_ref()
+                .or(defaults.repositories.as_ref())
+            {
+                Some(tables) => repositories::others(tables, &repository, encryption.as_ref())?,
+                None => Vec::new(),
+            },
             url: repository,
             s3: S3Settings::resolve(&table.s3, &defaults.s3)?,
+            encryption,
         },
         name,
         spool,

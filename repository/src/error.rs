@@ -84,6 +84,16 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// A key is missing, wrong, or given where nothing is encrypted.
+    #[error("cluster {cluster} in {url}: {problem}")]
+    Key {
+        /// The cluster.
+        cluster: String,
+        /// The repository.
+        url: String,
+        /// What is wrong, and the remedy.
+        problem: String,
+    },
     /// The cluster in the repository has another major version.
     #[error(
         "cluster {cluster} in {url} is PostgreSQL {expected}, the server is {found}; after pg_upgrade archive under a new \
@@ -220,6 +230,7 @@ impl Error {
             }
             Self::CatalogMismatch { .. }
             | Self::Config { .. }
+            | Self::Key { .. }
             | Self::MajorVersionMismatch { .. }
             | Self::SegmentSizeMismatch { .. }
             | Self::SystemIdentifierMismatch { .. } => ExitKind::Usage,

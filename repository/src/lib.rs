@@ -7,6 +7,7 @@
 pub mod catalog;
 pub mod config;
 pub mod durable;
+pub mod encryption;
 mod error;
 mod exit;
 mod repository;

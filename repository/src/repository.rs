@@ -16,7 +16,7 @@ use wal_format::{
 use crate::{
     Error, ObjectMeta, ObjectStore, PutOutcome, Result,
     config::{RepositoryPlace, RepositoryUrl},
-    store::{LocalStore, ObservedStore, Observer, S3Store},
+    store::{ENCRYPTED_SUFFIX, EncryptedStore, LocalStore, ObservedStore, Observer, S3Store},
 };
 
 /// The version of the epoch file that this build writes.
@@ -50,16 +50,29 @@ impl Repository {
     /// Opens the store at `place` for `cluster`. A bucket is not asked before the first request.
     ///
     /// # Errors
-    /// [`Error::Store`] when a folder can not be opened or created, [`Error::Config`] when the settings of a bucket can
-    /// not be used.
+    /// [`Error::Store`] when a folder can not be opened or created, [`Error::Config`] when the settings of a bucket or
+    /// the keys can not be used.
     pub fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
-        let store: Arc<dyn ObjectStore> = match &place.url {
-            RepositoryUrl::Folder(folder) => Arc::new(LocalStore::open(folder)?),
-            RepositoryUrl::S3 { bucket, prefix } => {
-                Arc::new(S3Store::open(bucket, prefix, &place.s3)?)
-            }
+        if let Some(encrypted) = Self::encrypted(place, cluster)? {
+            return Ok(Self::with_store(Arc::new(encrypted), cluster.clone()));
+        }
+        Ok(Self::with_store(open_store(place)?, cluster.clone()))
+    }
+
+    /// The store at `place` with its keys; `None` when nothing is encrypted there.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn encrypted(
+        place: &RepositoryPlace,
+        cluster: &ClusterName,
+    ) -> Result<Option<EncryptedStore>> {
+        let Some(source) = &place.encryption else {
+            return Ok(None);
         };
-        Ok(Self::with_store(store, cluster.clone()))
+        let keys = Arc::new(source.load()?);
+        let store = open_store(place)?;
+        Ok(Some(EncryptedStore::new(store, cluster.as_str(), keys)))
     }
 
     /// The objects of `cluster` in any store.
@@ -104,8 +117,26 @@ impl Repository {
     /// # Errors
     /// [`Error::Store`], [`Error::Damaged`].
     pub fn identity(&self) -> Result<Option<ClusterIdentity>> {
-        let newest = self.list("epoch/")?.into_iter().next_back();
-        let Some((key, _)) = newest else {
+        let root = format!("{}/", self.cluster);
+        let mut newest: Option<ObjectKey> = None;
+        let mut closed = false;
+        self.store.list(&format!("{root}epoch/"), &mut |object| {
+            // Without keys an encrypted cluster looks like none at all: that must not be taken for an empty place.
+            closed |= object.key.ends_with(ENCRYPTED_SUFFIX);
+            let key = object.key.strip_prefix(&root);
+            newest = key.and_then(|key| key.parse().ok()).or(newest.take());
+            ControlFlow::Continue(())
+        })?;
+        if closed {
+            return Err(Error::Key {
+                cluster: self.cluster.to_string(),
+                url: self.url(),
+                problem: "its objects are encrypted; name their key in encryption_key_file, encryption_key_env or \
+                          encryption_key_command"
+                    .to_owned(),
+            });
+        }
+        let Some(key) = newest else {
             return Ok(None);
         };
         let body = self.get(&key)?;
@@ -133,7 +164,8 @@ impl Repository {
                 let body = serde_json::to_vec_pretty(found)
                     .map_err(|error| self.damaged(&key, error.to_string()))?;
                 match self.store.put_if_absent(&self.path(&key), &body)? {
-                    PutOutcome::Created => found.clone(),
+                    // Looked at once more: one with keys and one without do not see each other's names.
+                    PutOutcome::Created => self.identity()?.unwrap_or_else(|| found.clone()),
                     PutOutcome::AlreadyExists => self.identity()?.unwrap_or_else(|| found.clone()),
                 }
             }
@@ -341,6 +373,14 @@ impl Repository {
             problem,
         }
     }
+}
+
+/// What is stored at a place, as it is stored.
+fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>> {
+    Ok(match &place.url {
+        RepositoryUrl::Folder(folder) => Arc::new(LocalStore::open(folder)?),
+        RepositoryUrl::S3 { bucket, prefix } => Arc::new(S3Store::open(bucket, prefix, &place.s3)?),
+    })
 }
 
 /// The branch's name holds a digest of the file, so that damage shows.

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use crate::Error;
 use crate::Result;
 
+mod encrypted;
 mod local;
 mod observed;
 pub mod retry;
@@ -19,6 +20,8 @@ mod s3;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub use encrypted::EncryptedStore;
+pub(crate) use encrypted::SUFFIX as ENCRYPTED_SUFFIX;
 pub use local::LocalStore;
 pub use observed::{ObservedStore, Observer};
 pub use s3::S3Store;

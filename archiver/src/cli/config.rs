@@ -64,6 +64,22 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
         ] {
             output::line(&line);
         }
+        if let Some(source) = &cluster.repository.encryption {
+            output::line(&source.to_string());
+        }
+        for other in &cluster.repository.others {
+            let mut entry = format!("url = \"{other}\"");
+            let s3 = other
+                .s3
+                .lines()
+                .into_iter()
+                .filter(|_| other.url.folder().is_none());
+            for line in s3.chain(other.encryption.as_ref().map(ToString::to_string)) {
+                entry.push_str(", ");
+                entry.push_str(&line);
+            }
+            output::line(&format!("# repositories: {{ {entry} }}"));
+        }
         if cluster.repository.url.folder().is_none() {
             for line in cluster.repository.s3.lines() {
                 output::line(&line);

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::{
     Acknowledge, RepositoryUrl, WhenFull,
+    repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
     s3::{S3_KEYS, S3Table},
 };
 use crate::{Error, Result};
@@ -22,6 +23,7 @@ const CLUSTER_KEYS: &[&str] = &[
     "primary_wal_max_bytes",
     "remote_flush_bytes",
     "remote_flush_interval",
+    "repositories",
     "repository",
     "rpo_target",
     "seal_threads",
@@ -54,6 +56,7 @@ pub(super) struct ClusterTable {
     pub(super) primary_wal_max_bytes: Option<u64>,
     pub(super) remote_flush_bytes: Option<u64>,
     pub(super) remote_flush_interval: Option<String>,
+    pub(super) repositories: Option<Vec<RepositoryTable>>,
     pub(super) repository: Option<RepositoryUrl>,
     pub(super) rpo_target: Option<String>,
     pub(super) seal_threads: Option<usize>,
@@ -64,6 +67,8 @@ pub(super) struct ClusterTable {
     pub(super) when_full: Option<WhenFull>,
     #[serde(flatten)]
     pub(super) s3: S3Table,
+    #[serde(flatten)]
+    pub(super) encryption: EncryptionTable,
 }
 
 impl ConfigFile {
@@ -92,7 +97,12 @@ impl ConfigFile {
                 ));
             }
         };
-        let of_cluster: Vec<&str> = CLUSTER_KEYS.iter().copied().chain(S3_KEYS).collect();
+        let of_cluster: Vec<&str> = CLUSTER_KEYS
+            .iter()
+            .copied()
+            .chain(S3_KEYS)
+            .chain(ENCRYPTION_KEYS)
+            .collect();
         let known: Vec<&str> = of_cluster.iter().copied().chain(TOP_KEYS).collect();
         let defaults = read_table(table, "", &of_cluster, &known)?;
         let mut tables = BTreeMap::new();
@@ -131,16 +141,21 @@ fn read_table(
 ) -> Result<ClusterTable> {
     for key in table.keys() {
         if !taken.contains(&key.as_str()) {
-            let nearest = known
-                .iter()
-                .min_by_key(|name| strsim::damerau_levenshtein(name, key));
-            let nearest = nearest.copied().unwrap_or_default();
-            return Err(Error::config(format!(
-                "unknown key \"{key}\"{place}; did you mean \"{nearest}\"?"
-            )));
+            return Err(unknown(key, place, known));
         }
     }
+    repositories::check_keys(&table, place)?;
     table
         .try_into()
         .map_err(|error: toml::de::Error| Error::config(format!("{}{place}", error.message())))
+}
+
+pub(super) fn unknown(key: &str, place: &str, known: &[&str]) -> Error {
+    let nearest = known
+        .iter()
+        .min_by_key(|name| strsim::damerau_levenshtein(name, key));
+    let nearest = nearest.copied().unwrap_or_default();
+    Error::config(format!(
+        "unknown key \"{key}\"{place}; did you mean \"{nearest}\"?"
+    ))
 }

@@ -5,7 +5,7 @@
 use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
 use super::S3Settings;
-use crate::{Error, Result};
+use crate::{Error, Result, encryption::KeySource};
 
 /// Where a repository is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,6 +105,24 @@ pub struct RepositoryPlace {
     pub url: RepositoryUrl,
     /// How its bucket is reached; without meaning for a folder.
     pub s3: S3Settings,
+    /// Where the keys come from, when its objects are encrypted.
+    pub encryption: Option<KeySource>,
+    /// Further repositories that hold the same objects, in the order in which they are asked. Theirs is empty.
+    pub others: Vec<Self>,
+}
+
+impl RepositoryPlace {
+    /// This one and the others, each alone, in the order in which they are asked.
+    #[must_use]
+    pub fn each(&self) -> Vec<Self> {
+        let first = Self {
+            others: Vec::new(),
+            ..self.clone()
+        };
+        std::iter::once(first)
+            .chain(self.others.iter().cloned())
+            .collect()
+    }
 }
 
 impl From<RepositoryUrl> for RepositoryPlace {
@@ -112,6 +130,8 @@ impl From<RepositoryUrl> for RepositoryPlace {
         Self {
             url,
             s3: S3Settings::default(),
+            encryption: None,
+            others: Vec::new(),
         }
     }
 }

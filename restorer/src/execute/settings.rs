@@ -134,9 +134,12 @@ fn lines(archive: &Archive, plan: &RestorePlan, destination: &Destination) -> Re
         shell_quoted(&recovery.repository.to_string()),
         archive.repository.cluster(),
     );
-    // A folder's URL says everything; how a bucket is reached, and with which key, stands in the file.
+    // A folder's URL says everything; how a bucket is reached, what else there is, and with which key, stands in the file.
+    let place = &recovery.repository;
+    let url_is_all =
+        place.url.folder().is_some() && place.encryption.is_none() && place.others.is_empty();
     if let Some(config) = &recovery.config
-        && recovery.repository.url.folder().is_none()
+        && !url_is_all
     {
         command.push_str(" --config ");
         command.push_str(&shell_quoted(&config.display().to_string()));

@@ -1,0 +1,89 @@
+//! `wal-archiver key new`, `key check` and `key rewrap`: the keys of an encrypted repository.
+//!
+//! A key that is lost takes the archive with it: a new one is shown once, and the advice to keep it elsewhere with it.
+
+use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
+
+use repository::{
+    Repository,
+    config::{ClusterSettings, RepositoryPlace, Settings},
+    encryption::Key,
+    store::EncryptedStore,
+};
+
+use super::output;
+use crate::error::{Error, Result};
+
+pub(super) fn new(path: Option<&Path>) -> Result<()> {
+    let (key, line) = Key::generate()?;
+    let Some(path) = path else {
+        output::line(&line);
+        return Ok(());
+    };
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(Error::io("create", path))?;
+    file.write_all(format!("{}\n", line.as_str()).as_bytes())
+        .and_then(|()| file.sync_all())
+        .map_err(Error::io("write", path))?;
+    output::line(&format!(
+        "key {} is in {}; keep a copy away from this host and from the repository: without it the archive is lost",
+        key.id,
+        path.display()
+    ));
+    Ok(())
+}
+
+pub(super) fn check(settings: &Settings) -> Result<()> {
+    each(settings, |cluster, place, store| {
+        store.check_keys()?;
+        output::line(&format!(
+            "cluster {}: the configured keys open everything in {place}",
+            cluster.name
+        ));
+        Ok(())
+    })
+}
+
+pub(super) fn rewrap(settings: &Settings) -> Result<()> {
+    each(settings, |cluster, place, store| {
+        let wrapped = store.rewrap()?;
+        output::line(&format!(
+            "cluster {}: {wrapped} wrapped keys were added to {place}; no object changed",
+            cluster.name
+        ));
+        Ok(())
+    })
+}
+
+/// Every encrypted repository of every cluster; that there is none is a mistake.
+fn each(
+    settings: &Settings,
+    act: impl Fn(&ClusterSettings, &RepositoryPlace, &EncryptedStore) -> Result<()>,
+) -> Result<()> {
+    let mut encrypted = false;
+    for cluster in &settings.clusters {
+        for place in cluster.repository.each() {
+            match Repository::encrypted(&place, &cluster.name)? {
+                Some(store) => {
+                    encrypted = true;
+                    act(cluster, &place, &store)?;
+                }
+                None => output::line(&format!(
+                    "cluster {}: {place} is not encrypted",
+                    cluster.name
+                )),
+            }
+        }
+    }
+    if encrypted {
+        return Ok(());
+    }
+    Err(Error::Usage {
+        message: "no key is configured: set encryption_key_file, encryption_key_env or encryption_key_command"
+            .to_owned(),
+    })
+}

@@ -1,0 +1,212 @@
+//! An encrypted repository from end to end: what its operator sees, who may read it, and that `FORMAT.md` is enough to.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use benches::{
+    cluster::Cluster,
+    main_job::Place,
+    programs::{command, succeed},
+    restored::Restored,
+    tools::servers_or_skip,
+};
+
+const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+const OTHER: &str = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100";
+/// In the table, its name, and the label of the backup.
+const MARKER: &str = "swordfish_4711";
+
+fn keys(keys: &str) -> String {
+    format!("encryption_key_command = \"printf '{keys}'\"")
+}
+
+/// The programs of the place, with other keys.
+fn with_keys(place: &Place, keys_line: &str) -> PathBuf {
+    let path = place.path().join("other.toml");
+    let text = format!(
+        "repository = \"file://{}/repository\"\n{keys_line}\n",
+        place.path().display()
+    );
+    fs::write(&path, text).expect("a configuration");
+    path
+}
+
+fn run(place: &Place, config: &Path, arguments: &[&str]) -> Output {
+    let mut program =
+        command(&benches::programs::ours("wal-archiver").expect("it is built")).expect("a user");
+    program.arg("--config").arg(config);
+    program.arg("--spool").arg(place.path().join("spool"));
+    program.args(arguments).output().expect("it runs")
+}
+
+fn files(folder: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files(&path, found);
+        } else {
+            found.push(path);
+        }
+    }
+}
+
+fn contains(bytes: &[u8], what: &[u8]) -> bool {
+    bytes.windows(what.len()).any(|window| window == what)
+}
+
+/// Every object is encrypted, but the wrapped keys.
+fn nothing_is_readable(place: &Place) {
+    let mut found = Vec::new();
+    files(&place.path().join("repository"), &mut found);
+    assert!(found.len() > 8, "{found:?}");
+    for path in found {
+        let name = path.display().to_string();
+        let content = fs::read(&path).expect("an object");
+        if name.contains("/main/keys/") {
+            assert!(!contains(&content, KEY.as_bytes()), "{name}");
+            continue;
+        }
+        assert!(
+            name.ends_with(".enc") && content.starts_with(b"TMCIPHER"),
+            "{name}"
+        );
+        for plain in [
+            MARKER.as_bytes(),
+            b"system_identifier",
+            b"backup_label",
+            b"TIDEMARK",
+            b"TMSUMMRY",
+            b"\x28\xb5\x2f\xfd",
+        ] {
+            // Four bytes of zstd's magic come about by chance once in four billion places.
+            assert!(!contains(&content, plain), "{name} has {plain:?}");
+        }
+    }
+}
+
+#[test]
+fn the_main_job_with_encryption() {
+    let Some((major, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let place = Place::with_settings(&keys(KEY)).expect("a place");
+    let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
+    let mut client = cluster.connect().expect("a connection");
+    let fill = format!(
+        "CREATE TABLE {MARKER} AS SELECT '{MARKER}' || n AS t FROM generate_series(1, 20000) n"
+    );
+    client.batch_execute(&fill).expect("a table");
+    let conninfo = cluster.conninfo();
+    let mut backup = place.program("wal-archiver").expect("it is built");
+    backup.args(["--conninfo", &conninfo, "backup", "--label", MARKER]);
+    succeed(&mut backup).expect("a backup");
+    let more = format!("INSERT INTO {MARKER} SELECT 'later' FROM generate_series(1, 30000)");
+    client.batch_execute(&more).expect("rows");
+    drop(client);
+    daemon.stop().expect("it stops");
+    nothing_is_readable(&place);
+
+    // A wrong key and none are told in one line, and nothing is touched.
+    let before = {
+        let mut found = Vec::new();
+        files(&place.path().join("repository"), &mut found);
+        found.len()
+    };
+    for (line, words) in [
+        (keys(OTHER), "the configured key is"),
+        (String::new(), "encryption_key_file"),
+        (keys("12"), "no key"),
+    ] {
+        let config = with_keys(&place, &line);
+        for arguments in [["verify"].as_slice(), &["catalog", "rebuild"], &["status"]] {
+            let output = run(&place, &config, arguments);
+            let said = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+            assert!(said.contains(words), "{said}");
+            assert_eq!(said.trim().lines().count(), 1, "{said}");
+        }
+    }
+    // A new key beside the old one: everything is wrapped again, then the old one is not needed any more.
+    let both = with_keys(&place, &keys(&format!("{OTHER}\\\\n{KEY}")));
+    let rewrapped = run(&place, &both, &["key", "rewrap"]);
+    assert!(rewrapped.status.success(), "{rewrapped:?}");
+    let new_only = with_keys(&place, &keys(OTHER));
+    for arguments in [
+        ["key", "check"].as_slice(),
+        &["verify", "--deep"],
+        &["catalog", "rebuild"],
+    ] {
+        let output = run(&place, &new_only, arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+    }
+    let mut now = Vec::new();
+    files(&place.path().join("repository"), &mut now);
+    assert!(now.len() > before, "wrapped keys were added");
+
+    let began = Instant::now();
+    let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
+    let rows: i64 = restored
+        .connect()
+        .expect("a connection")
+        .query_one(&format!("SELECT count(*) FROM {MARKER}"), &[])
+        .expect("a count")
+        .get(0);
+    assert_eq!(rows, 50_000, "PostgreSQL {major}");
+    eprintln!(
+        "PostgreSQL {major}: restored in {:.1} s",
+        began.elapsed().as_secs_f64()
+    );
+    a_stranger_reads_it(&place);
+    assert!(began.elapsed() < Duration::from_secs(600));
+}
+
+/// The program in `FORMAT.md`, run as it stands there.
+fn a_stranger_reads_it(place: &Place) {
+    let has = Command::new("python3")
+        .args(["-c", "import cryptography"])
+        .output();
+    if !has.is_ok_and(|output| output.status.success()) {
+        eprintln!("SKIPPED: python3 has no module cryptography");
+        return;
+    }
+    let manual =
+        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../wal-format/FORMAT.md"))
+            .expect("FORMAT.md");
+    let program = manual
+        .split_once("```python\n")
+        .and_then(|(_, rest)| rest.split_once("```"))
+        .expect("a program in FORMAT.md")
+        .0;
+    let repository = place.path().join("repository");
+    let mut found = Vec::new();
+    files(&repository, &mut found);
+    let mut read = 0;
+    for path in found
+        .iter()
+        .filter(|path| path.extension().is_some_and(|end| end == "enc"))
+    {
+        let name = path.strip_prefix(&repository).expect("below it");
+        let output = Command::new("python3")
+            .args(["-c", program, KEY])
+            .arg(name)
+            .current_dir(&repository)
+            .output()
+            .expect("python3 runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{}: {said}", name.display());
+        let plain = output.stdout;
+        let expected: &[u8] = match name.to_string_lossy() {
+            name if name.ends_with(".tar.zst.enc") => b"\x28\xb5\x2f\xfd",
+            name if name.contains("/wal/") || name.contains("/tail/") => b"\x54\x2a\x4d\x18",
+            _ => b"",
+        };
+        assert!(plain.starts_with(expected), "{}", name.display());
+        read += 1;
+    }
+    assert!(read > 8, "{read}");
+}

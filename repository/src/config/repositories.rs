@@ -1,0 +1,130 @@
+//! Which repositories a cluster has, and with whose keys: `repository`, `repositories` and the `encryption_key_*` keys.
+//!
+//! `repository` is the nearest; those of `repositories` hold the same objects elsewhere and each say themselves how they
+//! are reached. Keys of encryption hold for all of them unless one says otherwise: forgetting them there would be a leak.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::{
+    RepositoryPlace, RepositoryUrl, S3Settings,
+    s3::{S3_KEYS, S3Table},
+};
+use crate::{Error, Result, encryption::KeySource};
+
+/// The keys, for messages about mistyped ones.
+pub(super) const ENCRYPTION_KEYS: [&str; 3] = [
+    "encryption_key_command",
+    "encryption_key_env",
+    "encryption_key_file",
+];
+/// More are a mistake: each is written to with every object.
+const REPOSITORIES_MAX: usize = 8;
+
+/// The keys as typed.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct EncryptionTable {
+    encryption_key_command: Option<String>,
+    encryption_key_env: Option<String>,
+    encryption_key_file: Option<PathBuf>,
+}
+
+impl EncryptionTable {
+    /// One place or none.
+    fn source(&self) -> Result<Option<KeySource>> {
+        let sources = [
+            self.encryption_key_file.clone().map(KeySource::File),
+            self.encryption_key_env.clone().map(KeySource::Environment),
+            self.encryption_key_command.clone().map(KeySource::Command),
+        ];
+        let mut sources = sources.into_iter().flatten();
+        match (sources.next(), sources.next()) {
+            (source, None) => Ok(source),
+            _ => Err(Error::config(
+                "several of encryption_key_file, encryption_key_env and encryption_key_command are set; set one, it may \
+                 yield several keys",
+            )),
+        }
+    }
+
+    pub(super) fn resolve(&self, defaults: &Self) -> Result<Option<KeySource>> {
+        match self.source()? {
+            Some(source) => Ok(Some(source)),
+            None => defaults.source(),
+        }
+    }
+}
+
+/// An entry of `repositories`.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct RepositoryTable {
+    url: RepositoryUrl,
+    #[serde(flatten)]
+    s3: S3Table,
+    #[serde(flatten)]
+    encryption: EncryptionTable,
+}
+
+impl RepositoryTable {
+    fn resolve(&self, keys: Option<&KeySource>) -> Result<RepositoryPlace> {
+        Ok(RepositoryPlace {
+            url: self.url.clone(),
+            s3: S3Settings::resolve(&self.s3, &S3Table::default())?,
+            encryption: self.encryption.source()?.or_else(|| keys.cloned()),
+            others: Vec::new(),
+        })
+    }
+}
+
+/// The repositories beside the first.
+pub(super) fn others(
+    tables: &[RepositoryTable],
+    first: &RepositoryUrl,
+    keys: Option<&KeySource>,
+) -> Result<Vec<RepositoryPlace>> {
+    if tables.len() >= REPOSITORIES_MAX {
+        return Err(Error::config(format!(
+            "there are {} repositories; {REPOSITORIES_MAX} are the most",
+            tables.len() + 1
+        )));
+    }
+    let mut others: Vec<RepositoryPlace> = Vec::new();
+    for table in tables {
+        let place = table.resolve(keys)?;
+        let same = |other: &RepositoryPlace| {
+            other.url == place.url && other.s3.endpoint == place.s3.endpoint
+        };
+        if (place.url == *first && place.url.folder().is_some()) || others.iter().any(same) {
+            return Err(Error::config(format!(
+                "repository {place} stands twice; a second copy needs a second place"
+            )));
+        }
+        others.push(place);
+    }
+    Ok(others)
+}
+
+/// Looks for keys in `repositories` that nobody knows.
+pub(super) fn check_keys(table: &toml::Table, place: &str) -> Result<()> {
+    let known: Vec<&str> = ["url"]
+        .into_iter()
+        .chain(S3_KEYS)
+        .chain(ENCRYPTION_KEYS)
+        .collect();
+    let Some(toml::Value::Array(entries)) = table.get("repositories") else {
+        return Ok(());
+    };
+    for entry in entries.iter().filter_map(toml::Value::as_table) {
+        for key in entry.keys() {
+            if !known.contains(&key.as_str()) {
+                return Err(super::file::unknown(
+                    key,
+                    &format!(" in repositories{place}"),
+                    &known,
+                ));
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,286 @@
+//! [`EncryptedStore`]: any store, where nothing but names, sizes and keys' names can be read by whoever runs it.
+//!
+//! An object `x` is stored as `x.enc` ([`object`]), so an encrypted and a plain one are never taken for each other; the
+//! cluster's data keys lie wrapped in `keys/` ([`keys`]). Ranges cost a request more, for the header.
+
+use std::{
+    ops::{ControlFlow, Range},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use bytes::Bytes;
+
+use self::{
+    keys::{DataKey, DataKeyId, KeyStore, Keys},
+    object::{HEADER_BYTES, Header, SealError},
+};
+use super::{ObjectMeta, ObjectStore, PutOutcome};
+use crate::{Error, Result, encryption::KeyRing};
+
+mod keys;
+mod object;
+#[cfg(test)]
+mod tests;
+
+/// What an encrypted object's name ends in.
+pub(crate) const SUFFIX: &str = ".enc";
+
+/// A cluster's objects, encrypted.
+#[derive(Debug)]
+pub struct EncryptedStore {
+    keys: KeyStore,
+    known: Mutex<Option<Keys>>,
+}
+
+impl EncryptedStore {
+    /// Encrypts what a cluster puts into `store`. Keys are looked for at the first request.
+    #[must_use]
+    pub fn new(store: Arc<dyn ObjectStore>, cluster: &str, ring: Arc<KeyRing>) -> Self {
+        let root = format!("{cluster}/");
+        Self {
+            keys: KeyStore { store, ring, root },
+            known: Mutex::default(),
+        }
+    }
+
+    /// Every data key of the cluster is open to the configured keys.
+    ///
+    /// # Errors
+    /// [`Error::Key`] that names the keys that are missing.
+    pub fn check_keys(&self) -> Result<()> {
+        let keys = self.keys.load()?;
+        self.keys.check(&keys)?;
+        *self.known() = Some(keys);
+        Ok(())
+    }
+
+    /// Wraps every data key for every configured key; what is new is encrypted under the first of them. How many wrapped
+    /// keys were added. No object changes.
+    ///
+    /// # Errors
+    /// [`Error::Key`] when a data key is closed to all of them.
+    pub fn rewrap(&self) -> Result<usize> {
+        self.check_keys()?;
+        self.writer()?;
+        let keys = self.keys.load()?;
+        self.keys.rewrap(&keys)
+    }
+
+    fn store(&self) -> &dyn ObjectStore {
+        &*self.keys.store
+    }
+
+    fn known(&self) -> MutexGuard<'_, Option<Keys>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The data key for what is new. A new first key makes one of its own: what an old key could open ends there.
+    fn writer(&self) -> Result<Arc<DataKey>> {
+        let mut known = self.known();
+        let first = self.keys.ring.first().id;
+        let keys = match known.take() {
+            Some(keys) => keys,
+            None => self.keys.load()?,
+        };
+        self.keys.check(&keys)?;
+        if let Some(data) = keys.made_by(first) {
+            *known = Some(keys);
+            return Ok(data);
+        }
+        let made = self.keys.make()?;
+        *known = Some(self.keys.load()?);
+        Ok(Arc::new(made))
+    }
+
+    /// The data key that an object names. Another archiver may have made it since we looked.
+    fn reader(&self, id: DataKeyId, name: &str) -> Result<Arc<DataKey>> {
+        let mut known = self.known();
+        if let Some(data) = known.as_ref().and_then(|keys| keys.open(id)) {
+            return Ok(data);
+        }
+        let keys = self.keys.load()?;
+        let data = keys.open(id);
+        let closed = if keys.is_closed(id) {
+            self.keys.check(&keys)
+        } else {
+            Ok(())
+        };
+        *known = Some(keys);
+        closed?;
+        data.ok_or_else(|| {
+            self.damaged(
+                name,
+                format!("it names data key {id}, which does not exist"),
+            )
+        })
+    }
+
+    fn damaged(&self, name: &str, problem: String) -> Error {
+        Error::Damaged {
+            key: name.to_owned(),
+            url: self.url(),
+            problem,
+        }
+    }
+
+    fn plain_name(&self, error: Error) -> Error {
+        match error {
+            Error::NotFound { key, url } => Error::NotFound {
+                key: key.strip_suffix(SUFFIX).unwrap_or(&key).to_owned(),
+                url,
+            },
+            error => error,
+        }
+    }
+
+    /// Whether the object is as long as its header says, when a range of it could not be read.
+    fn check_length(&self, name: &str, header: &Header) -> Result<()> {
+        let expected = header.stored_bytes().unwrap_or(u64::MAX);
+        match self.store().head(&stored(name))? {
+            Some(object) if object.size != expected => {
+                let found = object.size;
+                let problem = SealError::Length { expected, found }.to_string();
+                Err(self.damaged(name, problem))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn stored(name: &str) -> String {
+    format!("{name}{SUFFIX}")
+}
+
+impl ObjectStore for EncryptedStore {
+    fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        let data = self.writer()?;
+        let mut salt = [0; 32];
+        self.keys.random(&mut salt)?;
+        let object = object::seal(&data, &salt, key, body)
+            .map_err(|error| self.keys.problem(error.to_string()))?;
+        self.store().put_if_absent(&stored(key), &object)
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        let object = self.store().get(&stored(key));
+        let object = object.map_err(|error| self.plain_name(error))?;
+        let damaged = |error: SealError| self.damaged(key, error.to_string());
+        let header = Header::parse(&object).map_err(damaged)?;
+        let data = self.reader(header.data_key, key)?;
+        let plain = object::open(&header, &data, key, &object).map_err(damaged)?;
+        Ok(plain.into())
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let name = stored(key);
+        let damaged = |error: SealError| self.damaged(key, error.to_string());
+        let header = match self.store().get_range(&name, 0..HEADER_BYTES) {
+            Ok(header) => header,
+            Err(error) if error.is_not_found() => return Err(self.plain_name(error)),
+            Err(error) => match self.store().head(&name)? {
+                Some(object) if object.size < HEADER_BYTES => {
+                    return Err(damaged(SealError::NotEncrypted));
+                }
+                _ => return Err(error),
+            },
+        };
+        let header = Header::parse(&header).map_err(damaged)?;
+        if range.start > range.end || range.end > header.plain_bytes {
+            return Err(self.damaged(
+                key,
+                format!(
+                    "bytes {} to {} are not inside of its {}",
+                    range.start, range.end, header.plain_bytes
+                ),
+            ));
+        }
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let (first, place) = header.place(&range);
+        if header.stored_bytes().is_none() || place.is_empty() {
+            return Err(self.damaged(key, "its header names an impossible length".to_owned()));
+        }
+        let frames = match self.store().get_range(&name, place) {
+            Ok(frames) => frames,
+            Err(error) => {
+                self.check_length(key, &header)?;
+                return Err(self.plain_name(error));
+            }
+        };
+        let data = self.reader(header.data_key, key)?;
+        let plain = header
+            .open_frames(&data, key, first, &frames)
+            .map_err(damaged)?;
+        // The first byte of the first frame that was read.
+        let begin = object::frame_start(first);
+        let inside = |at: u64| usize::try_from(at - begin).unwrap_or(usize::MAX);
+        let wanted = plain.get(inside(range.start)..inside(range.end));
+        let wanted = wanted.ok_or_else(|| damaged(SealError::Frame(first)))?;
+        Ok(Bytes::copy_from_slice(wanted))
+    }
+
+    fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
+        let object = self.store().head(&stored(key))?;
+        Ok(object.map(|object| ObjectMeta {
+            key: key.to_owned(),
+            size: object::plain_bytes(object.size).unwrap_or(0),
+        }))
+    }
+
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> Result<()> {
+        let mut objects = Vec::new();
+        let mut plain = None;
+        let identities = format!("{}epoch/", self.keys.root);
+        self.store().list(prefix, &mut |object| {
+            match object.key.strip_suffix(SUFFIX) {
+                Some(key) => objects.push(ObjectMeta {
+                    key: key.to_owned(),
+                    size: object::plain_bytes(object.size).unwrap_or(0),
+                }),
+                None if object.key.starts_with(&identities) => plain = Some(object.key),
+                None => {}
+            }
+            ControlFlow::Continue(())
+        })?;
+        if let Some(plain) = plain {
+            return Err(self.keys.problem(format!(
+                "{plain} is not encrypted, and a key is configured: what is there stays as it is; encrypt under a new \
+                 --cluster name or in another repository"
+            )));
+        }
+        // Without its ending a name has another place in the order.
+        objects.sort_unstable_by(|one, other| one.key.cmp(&other.key));
+        for object in objects {
+            if visit(object).is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        let mut known = self.known();
+        if known.is_none() {
+            *known = Some(self.keys.load()?);
+        }
+        if let Some(keys) = known.as_ref() {
+            self.keys.check(keys)?;
+        }
+        drop(known);
+        self.store().delete(&stored(key))
+    }
+
+    fn ready_to_write(&self) -> Result<()> {
+        self.store().ready_to_write()?;
+        self.check_keys()
+    }
+
+    fn url(&self) -> String {
+        self.store().url()
+    }
+}

@@ -1,0 +1,308 @@
+//! The keys of one cluster in a store: data keys encrypt objects, key-encryption keys wrap data keys.
+//!
+//! `keys/{data key}/{key-encryption key}.json` is a data key, wrapped; to re-wrap is to add such an object, nothing else
+//! changes. Invariant: nothing is written or deleted while a data key of the cluster is closed to us: whoever has the
+//! wrong key is told so before it can do harm, and not on the day of a restore.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    ops::ControlFlow,
+    sync::Arc,
+};
+
+use aws_lc_rs::{
+    aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
+    rand,
+};
+use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
+
+use crate::{
+    Error, ObjectStore, Result,
+    encryption::{Key, KeyId, KeyRing},
+};
+
+const FORMAT_VERSION: u32 = 1;
+
+/// A data key's name: chance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct DataKeyId(pub(super) [u8; 16]);
+
+impl fmt::Display for DataKeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex::encode(self.0))
+    }
+}
+
+/// What objects' own keys are made of.
+#[derive(Clone)]
+pub(super) struct DataKey {
+    pub(super) id: DataKeyId,
+    made: String,
+    made_by: KeyId,
+    key: Zeroizing<[u8; 32]>,
+}
+
+impl fmt::Debug for DataKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DataKey({})", self.id)
+    }
+}
+
+impl DataKey {
+    /// For the one place that derives from it.
+    pub(super) fn reveal(&self) -> &[u8] {
+        &*self.key
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_test(id: [u8; 16], key: [u8; 32]) -> Self {
+        Self {
+            id: DataKeyId(id),
+            made: String::new(),
+            made_by: KeyId([0; 8]),
+            key: Zeroizing::new(key),
+        }
+    }
+}
+
+/// `keys/{data_key}/{wrapped_by}.json`.
+#[derive(Debug, Serialize, Deserialize)]
+struct WrappedKey {
+    format_version: u32,
+    data_key: String,
+    made: String,
+    made_by: String,
+    wrapped_by: String,
+    nonce: String,
+    wrapped: String,
+}
+
+impl WrappedKey {
+    /// What the wrapped key is bound to.
+    fn bound(&self) -> Aad<String> {
+        Aad::from(format!(
+            "tidemark data key v1\n{}\n{}\n{}\n{}",
+            self.data_key, self.made, self.made_by, self.wrapped_by
+        ))
+    }
+}
+
+/// What is known of a cluster's keys.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Keys {
+    open: BTreeMap<DataKeyId, Arc<DataKey>>,
+    /// Data keys that none of our keys opens, with those that would.
+    closed: BTreeMap<DataKeyId, Vec<String>>,
+    wraps: BTreeSet<(DataKeyId, KeyId)>,
+}
+
+/// Where a cluster's keys lie.
+#[derive(Clone, Debug)]
+pub(super) struct KeyStore {
+    pub(super) store: Arc<dyn ObjectStore>,
+    pub(super) ring: Arc<KeyRing>,
+    /// `{cluster}/`.
+    pub(super) root: String,
+}
+
+impl Keys {
+    pub(super) fn open(&self, id: DataKeyId) -> Option<Arc<DataKey>> {
+        self.open.get(&id).cloned()
+    }
+
+    pub(super) fn is_closed(&self, id: DataKeyId) -> bool {
+        self.closed.contains_key(&id)
+    }
+
+    /// The newest data key that was made under a key-encryption key.
+    pub(super) fn made_by(&self, key: KeyId) -> Option<Arc<DataKey>> {
+        let made_by = self.open.values().filter(|data| data.made_by == key);
+        made_by.max_by_key(|data| (&data.made, data.id)).cloned()
+    }
+}
+
+impl KeyStore {
+    /// Reads every data key that our keys open: one listing, one object for each.
+    pub(super) fn load(&self) -> Result<Keys> {
+        let folder = format!("{}keys/", self.root);
+        let mut names: BTreeMap<DataKeyId, Vec<String>> = BTreeMap::new();
+        self.store.list(&folder, &mut |object| {
+            if let Some((id, by)) = object.key.strip_prefix(&folder).and_then(parse_name) {
+                names.entry(id).or_default().push(by);
+            }
+            ControlFlow::Continue(())
+        })?;
+        let mut keys = Keys::default();
+        for (id, wrapped_by) in names {
+            let ours = self
+                .ring
+                .keys()
+                .find(|key| wrapped_by.contains(&key.id.to_string()));
+            match ours {
+                Some(key) => {
+                    let data = self.unwrap(id, key)?;
+                    keys.open.insert(id, Arc::new(data));
+                }
+                None => {
+                    keys.closed.insert(id, wrapped_by.clone());
+                }
+            }
+            let known = wrapped_by.iter().filter_map(|by| by.parse().ok());
+            keys.wraps.extend(known.map(|by| (id, by)));
+        }
+        Ok(keys)
+    }
+
+    /// Every data key of the cluster opens, or this says whose keys are missing.
+    pub(super) fn check(&self, keys: &Keys) -> Result<()> {
+        if keys.closed.is_empty() {
+            return Ok(());
+        }
+        let wanted: BTreeSet<&str> = keys.closed.values().flatten().map(String::as_str).collect();
+        let wanted: Vec<&str> = wanted.into_iter().collect();
+        let ours: Vec<String> = self.ring.keys().map(|key| key.id.to_string()).collect();
+        Err(self.problem(format!(
+            "objects are encrypted for key {}, and the configured key is {}: add that key as a further line of \
+             encryption_key_file (or of what stands in its place); nothing was changed",
+            wanted.join(" or "),
+            ours.join(" and ")
+        )))
+    }
+
+    pub(super) fn problem(&self, problem: String) -> Error {
+        Error::Key {
+            cluster: self.root.trim_end_matches('/').to_owned(),
+            url: self.store.url(),
+            problem,
+        }
+    }
+
+    /// Makes a data key under the first of our keys, and stores it before anything is encrypted with it.
+    pub(super) fn make(&self) -> Result<DataKey> {
+        let mut id = DataKeyId([0; 16]);
+        let mut key = Zeroizing::new([0; 32]);
+        self.random(&mut id.0)?;
+        self.random(&mut key[..])?;
+        let made_by = self.ring.first().id;
+        let made = jiff::Timestamp::now().to_string();
+        let data = DataKey {
+            id,
+            made,
+            made_by,
+            key,
+        };
+        self.wrap(&data, self.ring.first())?;
+        tracing::info!(repository = %self.store.url(), data_key = %id, key = %made_by, "a data key was made");
+        Ok(data)
+    }
+
+    /// Wraps every open data key for every one of our keys, where that was not done; how many were.
+    pub(super) fn rewrap(&self, keys: &Keys) -> Result<usize> {
+        let mut wrapped = 0;
+        for data in keys.open.values() {
+            for key in self.ring.keys() {
+                if !keys.wraps.contains(&(data.id, key.id)) {
+                    self.wrap(data, key)?;
+                    wrapped += 1;
+                }
+            }
+        }
+        Ok(wrapped)
+    }
+
+    pub(super) fn random(&self, bytes: &mut [u8]) -> Result<()> {
+        rand::fill(bytes).map_err(|_| self.problem("the system gives no random bytes".to_owned()))
+    }
+
+    fn wrap(&self, data: &DataKey, key: &Key) -> Result<()> {
+        let mut nonce = [0; NONCE_LEN];
+        self.random(&mut nonce)?;
+        let mut wrapped = WrappedKey {
+            format_version: FORMAT_VERSION,
+            data_key: data.id.to_string(),
+            made: data.made.clone(),
+            made_by: data.made_by.to_string(),
+            wrapped_by: key.id.to_string(),
+            nonce: hex::encode(nonce),
+            wrapped: String::new(),
+        };
+        let mut bytes = Zeroizing::new(data.key.to_vec());
+        let tag = cipher(key)
+            .and_then(|cipher| {
+                let nonce = Nonce::assume_unique_for_key(nonce);
+                cipher
+                    .seal_in_place_separate_tag(nonce, wrapped.bound(), bytes.as_mut_slice())
+                    .ok()
+            })
+            .ok_or_else(|| self.problem("a data key could not be wrapped".to_owned()))?;
+        wrapped.wrapped = hex::encode([bytes.as_slice(), tag.as_ref()].concat());
+        let json = serde_json::to_vec_pretty(&wrapped)
+            .map_err(|error| self.problem(format!("write a data key: {error}")))?;
+        let name = self.name(data.id, &key.id.to_string());
+        self.store.put_if_absent(&name, &json)?;
+        // The key that will encrypt the archive for years has to be readable from where it was put.
+        if *self.unwrap(data.id, key)?.key == *data.key {
+            Ok(())
+        } else {
+            Err(self.damaged(&name, "it is not the key that was stored"))
+        }
+    }
+
+    fn unwrap(&self, id: DataKeyId, key: &Key) -> Result<DataKey> {
+        let name = self.name(id, &key.id.to_string());
+        let json = self.store.get(&name)?;
+        let wrapped: WrappedKey = serde_json::from_slice(&json)
+            .map_err(|error| self.damaged(&name, &error.to_string()))?;
+        if wrapped.format_version != FORMAT_VERSION {
+            return Err(self.damaged(&name, "its format version is newer than this build"));
+        }
+        let named = wrapped.data_key == id.to_string() && wrapped.wrapped_by == key.id.to_string();
+        let nonce: Option<[u8; NONCE_LEN]> = hex::decode(&wrapped.nonce)
+            .ok()
+            .and_then(|nonce| nonce.try_into().ok());
+        let bytes = hex::decode(&wrapped.wrapped).ok().map(Zeroizing::new);
+        let opened = (named.then_some(()).and(nonce).zip(bytes)).and_then(|(nonce, mut bytes)| {
+            let nonce = Nonce::assume_unique_for_key(nonce);
+            let opened = cipher(key)?
+                .open_in_place(nonce, wrapped.bound(), &mut bytes)
+                .ok()?;
+            let key: [u8; 32] = (&*opened).try_into().ok()?;
+            Some(Zeroizing::new(key))
+        });
+        let made_by = wrapped.made_by.parse().ok();
+        match opened.zip(made_by) {
+            Some((key, made_by)) => Ok(DataKey {
+                id,
+                made: wrapped.made,
+                made_by,
+                key,
+            }),
+            None => Err(self.damaged(&name, "the data key in it is not authentic")),
+        }
+    }
+
+    fn name(&self, id: DataKeyId, by: &str) -> String {
+        format!("{}keys/{id}/{by}.json", self.root)
+    }
+
+    fn damaged(&self, name: &str, problem: &str) -> Error {
+        Error::Damaged {
+            key: name.to_owned(),
+            url: self.store.url(),
+            problem: problem.to_owned(),
+        }
+    }
+}
+
+fn cipher(key: &Key) -> Option<LessSafeKey> {
+    let key = UnboundKey::new(&AES_256_GCM, key.reveal()).ok()?;
+    Some(LessSafeKey::new(key))
+}
+
+fn parse_name(name: &str) -> Option<(DataKeyId, String)> {
+    let (id, file) = name.split_once('/')?;
+    let id: [u8; 16] = hex::decode(id).ok()?.try_into().ok()?;
+    Some((DataKeyId(id), file.strip_suffix(".json")?.to_owned()))
+}
