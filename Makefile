@@ -18,11 +18,13 @@ test-long: install-tools
 	$(CARGO) build $(WORKSPACE)
 	TIDEMARK_LONG=1 $(CARGO) test $(WORKSPACE) -- --test-threads=2
 
-# Ratios beside pg_receivewal, in one run; `BENCH_FLAGS='--megabytes 200 --runs 1'` makes it short.
+# Ratios beside the peers, in one run; `BENCH_FLAGS='--megabytes 200 --runs 1'` makes it short.
 bench: install-tools
+	bash benches/tools/install-peers.sh
 	$(CARGO) build $(WORKSPACE)
 	$(CARGO_TARGET_DIR)/release/catch_up $(BENCH_FLAGS)
 	$(CARGO_TARGET_DIR)/release/commit_latency
+	$(CARGO_TARGET_DIR)/release/archive_commands
 
 check:
 	$(CARGO) fmt --all --check

@@ -1,6 +1,7 @@
 //! The test harness: throwaway PostgreSQL servers, our own programs beside them, and a bank ledger that remembers
 //! outside PostgreSQL what was acknowledged. The demo, the end-to-end tests and the benchmarks are made of it.
 
+pub mod archive_commands;
 pub mod catch_up;
 pub mod cluster;
 pub mod commit_latency;

@@ -136,6 +136,11 @@ pub fn run(
         repository,
         plan,
         folder: &folder,
+        server: folder
+            .ancestors()
+            .nth(3)
+            .map(|data| data.join("postmaster.pid"))
+            .filter(|running| running.exists()),
         window: usize::try_from((WINDOW_BYTES / size.bytes()).max(2)).unwrap_or(2),
         state: Mutex::new(State {
             names,
@@ -165,6 +170,8 @@ struct Ahead<'a> {
     repository: &'a Repository,
     plan: &'a RestorePlan,
     folder: &'a Path,
+    /// Says that the server runs which asks; `None` where none does.
+    server: Option<PathBuf>,
     /// How many segments may be ready or in the making.
     window: usize,
     state: Mutex<State>,
@@ -207,7 +214,11 @@ impl Ahead<'_> {
             state.taken = Instant::now();
         }
         // A stopped server asks for nothing more, and its directory may be on its way out.
-        let over = state.taken.elapsed() > IDLE_MAX || !self.folder.exists();
+        let stopped = self
+            .server
+            .as_ref()
+            .is_some_and(|running| !running.exists());
+        let over = stopped || state.taken.elapsed() > IDLE_MAX || !self.folder.exists();
         if over || (state.names.is_empty() && state.ready.is_empty()) {
             return Next::End;
         }

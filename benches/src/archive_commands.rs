@@ -1,0 +1,394 @@
+//! `archive_command` and `restore_command`: ours beside pgBackRest's and `cp`, segment by segment and as a whole
+//! recovery, on the same pgbench WAL in one run.
+//!
+//! Each pass hands over all segments one after the other, as PostgreSQL's archiver does; passes take turns.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{
+    cluster::{Cluster, PORT, connect},
+    main_job::Place,
+    programs::{command, succeed},
+};
+
+const PATIENCE: Duration = Duration::from_secs(300);
+const POLL: Duration = Duration::from_millis(20);
+
+/// What to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct ArchiveCommands {
+    /// Segments of 16 MiB.
+    pub segments: usize,
+    /// How often each pass is made.
+    pub rounds: usize,
+}
+
+/// One way of doing one thing: seconds for a segment, or for a recovery, of each round.
+#[derive(Clone, Debug)]
+pub struct Pass {
+    /// What was done.
+    pub name: &'static str,
+    /// Seconds.
+    pub seconds: Vec<f64>,
+}
+
+/// The passes of the three things that were measured.
+#[derive(Clone, Debug, Default)]
+pub struct Measured {
+    /// A segment's way into the archive.
+    pub push: Vec<Pass>,
+    /// A segment's way out of it.
+    pub fetch: Vec<Pass>,
+    /// The redo of all segments, as PostgreSQL's log tells it.
+    pub recovery: Vec<Pass>,
+}
+
+struct Scene {
+    cluster: Cluster,
+    place: Place,
+    names: Vec<PathBuf>,
+    pgbackrest: PathBuf,
+}
+
+impl ArchiveCommands {
+    /// Measures.
+    ///
+    /// # Errors
+    /// What a program said.
+    pub fn measure(&self, bin: &Path, say: &dyn Fn(&str)) -> Result<Measured> {
+        say("making WAL with pgbench");
+        let scene = self.scene(bin)?;
+        say(&format!("{} segments", scene.names.len()));
+        let mut measured = Measured::default();
+        for round in 0..self.rounds {
+            say(&format!("round {}", round + 1));
+            scene.pushes(&mut measured.push)?;
+            scene.fetches(&mut measured.fetch)?;
+            scene.recoveries(bin, &mut measured.recovery)?;
+        }
+        Ok(measured)
+    }
+
+    fn scene(&self, bin: &Path) -> Result<Scene> {
+        let settings = "shared_buffers = 512MB\nfsync = off\nsynchronous_commit = off\nmax_wal_size = 4GB\n\
+                        wal_keep_size = 8GB\nautovacuum = off\narchive_mode = on\narchive_command = '/bin/false'\n";
+        let cluster = Cluster::start(bin, 16, settings)?;
+        let place = Place::new()?;
+        pgbench(&cluster, &["-q", "-i", "-s", "50"])?;
+        let mut sql = connect(&cluster.conninfo())?;
+        let start: String = sql
+            .query_one("SELECT pg_walfile_name(pg_switch_wal() + 1)", &[])?
+            .get(0);
+        // The base of the recoveries; the stream has its WAL.
+        let daemon = place.daemon(&cluster, "127.0.0.1:0")?;
+        let mut backup = place.program("wal-archiver")?;
+        succeed(backup.args(["--conninfo", &cluster.conninfo(), "backup"]))?;
+        daemon.stop()?;
+        let names = loop {
+            pgbench(&cluster, &["-n", "-c", "8", "-j", "2", "-t", "10000"])?;
+            let current: String = sql
+                .query_one("SELECT pg_walfile_name(pg_current_wal_lsn())", &[])?
+                .get(0);
+            let names = segments(&cluster.data().join("pg_wal"), &start, &current)?;
+            if names.len() > self.segments {
+                break names;
+            }
+        };
+        // Settles what is dirty, so that nothing runs beside the passes.
+        sql.batch_execute("CHECKPOINT")?;
+        let pgbackrest = place.path().join("pgbackrest.conf");
+        let root = place.path().display().to_string();
+        fs::write(
+            &pgbackrest,
+            format!(
+                "[global]\nrepo1-path={root}/pgbackrest\nlog-path={root}\nlock-path={root}/lock\nspool-path={root}\n\
+                 log-level-file=off\nlog-level-console=error\ncompress-type=lz4\n[main]\npg1-path={}\npg1-socket-path={}\n\
+                 pg1-port={PORT}\npg1-user=postgres\n",
+                cluster.data().display(),
+                cluster.socket_directory().display()
+            ),
+        )?;
+        let names = names.into_iter().take(self.segments).collect();
+        Ok(Scene {
+            cluster,
+            place,
+            names,
+            pgbackrest,
+        })
+    }
+}
+
+impl Scene {
+    fn pgbackrest(&self, arguments: &[&str]) -> Result<Command> {
+        let mut pgbackrest = command(Path::new("/usr/bin/pgbackrest"))?;
+        pgbackrest.arg(format!("--config={}", self.pgbackrest.display()));
+        pgbackrest.arg("--stanza=main").args(arguments);
+        Ok(pgbackrest)
+    }
+
+    /// Our program with an archive of its own below `name`.
+    fn ours(&self, program: &str, name: &str) -> Result<Command> {
+        let mut ours = command(&crate::programs::ours(program)?)?;
+        let root = self.place.path().join(name);
+        ours.arg(format!("--repository=file://{}/repository", root.display()));
+        ours.arg(format!("--spool={}/spool", root.display()));
+        ours.args(["--conninfo", &self.cluster.conninfo()]);
+        Ok(ours)
+    }
+
+    /// Removes an archive and makes its folder anew.
+    fn empty(&self, name: &str) -> Result<PathBuf> {
+        let path = self.place.path().join(name);
+        if path.exists() {
+            fs::remove_dir_all(&path)?;
+        }
+        succeed(command(Path::new("/bin/mkdir"))?.arg("-p").arg(&path))?;
+        Ok(path)
+    }
+
+    /// Seconds for a segment when all are handed over one after the other.
+    fn pass(
+        &self,
+        passes: &mut Vec<Pass>,
+        name: &'static str,
+        mut each: impl FnMut(&Path) -> Result<Command>,
+    ) -> Result<()> {
+        let began = Instant::now();
+        for segment in &self.names {
+            succeed(&mut each(segment)?)?;
+        }
+        let seconds = began.elapsed().as_secs_f64() / f64::from(u32::try_from(self.names.len())?);
+        note(passes, name, seconds);
+        Ok(())
+    }
+
+    fn pushes(&self, passes: &mut Vec<Pass>) -> Result<()> {
+        self.empty("alone")?;
+        self.pass(passes, "wal-archiver push, alone", |segment| {
+            let mut push = self.ours("wal-archiver", "alone")?;
+            push.arg("push").arg(segment);
+            Ok(push)
+        })?;
+        self.empty("pgbackrest")?;
+        succeed(&mut self.pgbackrest(&["stanza-create"])?)?;
+        self.pass(passes, "pgbackrest archive-push", |segment| {
+            let mut push = self.pgbackrest(&["archive-push"])?;
+            push.arg(segment);
+            Ok(push)
+        })?;
+        self.with_daemon(passes, "daemon", "wal-archiver push, with the daemon")?;
+        let folder = self.empty("copies")?;
+        self.pass(passes, "cp", |segment| {
+            let mut copy = command(Path::new("/bin/cp"))?;
+            copy.arg(segment).arg(&folder);
+            Ok(copy)
+        })?;
+        // Once more on the same archive: everything is there, as it is where the stream runs beside.
+        self.with_daemon(passes, "alone", "wal-archiver push, already streamed")
+    }
+
+    fn with_daemon(&self, passes: &mut Vec<Pass>, folder: &str, name: &'static str) -> Result<()> {
+        if folder != "alone" {
+            self.empty(folder)?;
+        }
+        let log = self.place.path().join(folder).join("log");
+        let mut run = self.ours("wal-archiver", folder)?;
+        run.args(["run", "--http", "127.0.0.1:0"]);
+        let mut daemon = run
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&log)?)
+            .spawn()?;
+        let socket = self.place.path().join(folder).join("spool/main.push");
+        let began = Instant::now();
+        while !socket.exists() {
+            if began.elapsed() > PATIENCE {
+                bail!("the daemon does not listen: {}", fs::read_to_string(&log)?);
+            }
+            std::thread::sleep(POLL);
+        }
+        let outcome = self.pass(passes, name, |segment| {
+            let mut push = self.ours("wal-archiver", folder)?;
+            push.arg("push").arg(segment);
+            Ok(push)
+        });
+        daemon.kill()?;
+        daemon.wait()?;
+        outcome
+    }
+
+    fn fetches(&self, passes: &mut Vec<Pass>) -> Result<()> {
+        let folder = self.empty("fetched")?;
+        let destination = folder.join("RECOVERYXLOG");
+        let name = |segment: &Path| segment.file_name().map(ToOwned::to_owned).context("a name");
+        self.pass(passes, "pitr-restore wal-fetch", |segment| {
+            let mut fetch = self.ours("pitr-restore", "alone")?;
+            fetch.arg("wal-fetch").arg(name(segment)?).arg(&destination);
+            Ok(fetch)
+        })?;
+        self.pass(passes, "pgbackrest archive-get", |segment| {
+            let mut fetch = self.pgbackrest(&["archive-get"])?;
+            fetch.arg(name(segment)?).arg(&destination);
+            Ok(fetch)
+        })?;
+        let copies = self.place.path().join("copies");
+        self.pass(passes, "cp", |segment| {
+            let mut copy = command(Path::new("/bin/cp"))?;
+            copy.arg(copies.join(name(segment)?)).arg(&destination);
+            Ok(copy)
+        })
+    }
+
+    fn recoveries(&self, bin: &Path, passes: &mut Vec<Pass>) -> Result<()> {
+        // The archive of the recoveries has the segments as `push` archives them.
+        for segment in &self.names {
+            let mut push = self.place.program("wal-archiver")?;
+            push.args(["--conninfo", &self.cluster.conninfo(), "push"]);
+            succeed(push.arg(segment))?;
+        }
+        let copies = self.place.path().join("copies").display().to_string();
+        let pgbackrest = format!(
+            "/usr/bin/pgbackrest --config={} --stanza=main --pg1-path={}/recovery/data archive-get %f %p",
+            self.pgbackrest.display(),
+            self.place.path().display()
+        );
+        let copy = format!("cp {copies}/%f %p");
+        for (name, restore_command) in [
+            ("all in pg_wal", Some("/bin/false")),
+            ("pitr-restore wal-fetch", None),
+            ("cp", Some(copy.as_str())),
+            ("pgbackrest archive-get", Some(pgbackrest.as_str())),
+        ] {
+            note(passes, name, self.recovery(bin, name, restore_command)?);
+        }
+        Ok(())
+    }
+
+    /// Restores the base, replays everything, and reads the time of the redo from PostgreSQL's log.
+    fn recovery(&self, bin: &Path, name: &str, restore_command: Option<&str>) -> Result<f64> {
+        let root = self.empty("recovery")?;
+        let data = root.join("data");
+        let mut restore = self.place.program("pitr-restore")?;
+        restore.arg("--target-dir").arg(&data);
+        let socket = format!("unix_socket_directories={}", root.display());
+        for setting in [
+            "shared_buffers=512MB",
+            "hot_standby=off",
+            "listen_addresses=",
+            &socket,
+        ] {
+            restore.args(["--set", setting]);
+        }
+        if let Some(restore_command) = restore_command {
+            restore.args(["--set", &format!("restore_command={restore_command}")]);
+        }
+        succeed(&mut restore)?;
+        if name == "all in pg_wal" {
+            for segment in &self.names {
+                let mut copy = command(Path::new("/bin/cp"))?;
+                succeed(copy.arg(segment).arg(data.join("pg_wal")))?;
+            }
+        }
+        let log = root.join("log");
+        let mut pg_ctl = command(&bin.join("pg_ctl"))?;
+        pg_ctl.env("LD_LIBRARY_PATH", bin.join("../lib")).arg("-D");
+        pg_ctl
+            .arg(&data)
+            .arg("-l")
+            .arg(&log)
+            .args(["-w", "-t", "300", "start"]);
+        let started = pg_ctl.stdout(Stdio::null()).status()?;
+        let began = Instant::now();
+        let text = loop {
+            let text = fs::read_to_string(&log)?;
+            let ended = text.contains("redo done at") || text.contains("FATAL");
+            if ended || began.elapsed() > PATIENCE {
+                break text;
+            }
+            std::thread::sleep(POLL);
+        };
+        if !started.success() {
+            bail!("{name}: the recovery failed:\n{text}");
+        }
+        let mut stop = command(&bin.join("pg_ctl"))?;
+        stop.env("LD_LIBRARY_PATH", bin.join("../lib")).arg("-D");
+        stop.arg(&data).args(["-m", "immediate", "-w", "stop"]);
+        succeed(&mut stop)?;
+        text.lines()
+            .find(|line| line.contains("redo done at"))
+            .and_then(|line| line.split("elapsed: ").nth(1))
+            .and_then(|rest| rest.split(' ').next())
+            .and_then(|seconds| seconds.parse().ok())
+            .with_context(|| format!("{name}: no redo in the log:\n{text}"))
+    }
+}
+
+fn note(passes: &mut Vec<Pass>, name: &'static str, seconds: f64) {
+    match passes.iter_mut().find(|pass| pass.name == name) {
+        Some(pass) => pass.seconds.push(seconds),
+        None => passes.push(Pass {
+            name,
+            seconds: vec![seconds],
+        }),
+    }
+}
+
+fn segments(pg_wal: &Path, from: &str, to: &str) -> Result<Vec<PathBuf>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(pg_wal)? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        if name.is_some_and(|name| name.len() == 24 && (from..to).contains(&name)) {
+            names.push(path);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+fn pgbench(cluster: &Cluster, arguments: &[&str]) -> Result<()> {
+    let mut pgbench = cluster.program("pgbench")?;
+    pgbench.arg("-h").arg(cluster.socket_directory());
+    pgbench.args(["-p", &PORT.to_string(), "-U", "postgres"]);
+    succeed(pgbench.args(arguments).arg("postgres"))?;
+    Ok(())
+}
+
+impl Measured {
+    /// Medians in milliseconds, and as ratios to the first of each thing, as Markdown tables.
+    #[must_use]
+    pub fn tables(&self) -> String {
+        let mut text = String::new();
+        for (title, unit, passes) in [
+            ("push, a segment", "ms", &self.push),
+            ("fetch, a segment", "ms", &self.fetch),
+            ("recovery, redo of all segments", "s", &self.recovery),
+        ] {
+            let scale = if unit == "ms" { 1000.0 } else { 1.0 };
+            text.push_str(&format!(
+                "| {title} | median, {unit} | least | greatest |\n|---|---|---|---|\n"
+            ));
+            for pass in passes {
+                let mut seconds = pass.seconds.clone();
+                seconds.sort_by(f64::total_cmp);
+                let at = |index: usize| seconds.get(index).copied().unwrap_or(f64::NAN) * scale;
+                text.push_str(&format!(
+                    "| {} | {:.2} | {:.2} | {:.2} |\n",
+                    pass.name,
+                    at(seconds.len() / 2),
+                    at(0),
+                    at(seconds.len().saturating_sub(1))
+                ));
+            }
+            text.push('\n');
+        }
+        text
+    }
+}
