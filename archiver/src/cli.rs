@@ -14,6 +14,7 @@ mod backup;
 mod catalog;
 mod check;
 mod config;
+mod epoch;
 mod key;
 mod output;
 mod run;
@@ -24,6 +25,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use repository::config::{ClusterSettings, CommonArgs, Settings};
+use wal_format::SystemIdentifier;
 
 use crate::{
     error::{Error, Result},
@@ -80,6 +82,9 @@ enum Command {
     /// The catalog, a cache of what the repository holds.
     #[command(subcommand)]
     Catalog(CatalogCommand),
+    /// The system identifiers that the cluster has had.
+    #[command(subcommand)]
+    Epoch(EpochCommand),
     /// The configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -98,6 +103,17 @@ enum BackupType {
 enum CatalogCommand {
     /// Makes the catalog anew from the repository alone.
     Rebuild,
+}
+
+#[derive(Debug, Subcommand)]
+enum EpochCommand {
+    /// Archives the server from now on although it has a new system identifier, which `pg_upgrade` or initdb gave it. The old
+    /// epoch stays restorable. The daemon has to be stopped.
+    Begin {
+        /// The server's new system identifier, so that no other server is taken by mistake.
+        #[arg(long, value_name = "N")]
+        system_identifier: SystemIdentifier,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -141,6 +157,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Check => check::check(&settings),
         Command::Verify { deep } => verify::verify(&settings, deep),
         Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
+        Command::Epoch(EpochCommand::Begin { system_identifier }) => {
+            epoch::begin(one(&settings)?, system_identifier)
+        }
         Command::Config(ConfigCommand::Check) => config::check(&settings),
         Command::Config(ConfigCommand::Show) => config::show(&settings),
         Command::Key(KeyCommand::New { path }) => key::new(path.as_deref()),

@@ -291,6 +291,9 @@ impl Error {
     /// Whether WAL is missing or in doubt, so that the cluster's state is broken and not merely disconnected.
     #[must_use]
     pub fn is_broken(&self) -> bool {
+        if let Self::Repository(error) = self {
+            return error.is_mismatch();
+        }
         matches!(
             self,
             Self::Decode { .. }

@@ -263,6 +263,8 @@ impl Supervisor {
             Error::Replication(error) => {
                 !self.connected_once && error.exit_kind() == ExitKind::Usage
             }
+            // Another cluster at the start is a mistake; later the server was upgraded or exchanged, and a person decides.
+            Error::Repository(error) if error.is_mismatch() => !self.connected_once,
             Error::Repository(error) => error.exit_kind() != ExitKind::Unreachable,
             _ => true,
         }
@@ -405,6 +407,8 @@ impl Supervisor {
     async fn check_identity(&self, identity: ClusterIdentity) -> Result<()> {
         let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
         blocking(move || {
+            // The repository first: its word names what to do about a new system identifier.
+            Repository::open(&settings.repository, &settings.name)?.claim(&identity)?;
             if let Some(spooled) = spool.identity()?
                 && spooled.system_identifier != identity.system_identifier
             {
@@ -414,7 +418,6 @@ impl Supervisor {
                     found: spooled.system_identifier.to_string(),
                 });
             }
-            Repository::open(&settings.repository, &settings.name)?.claim(&identity)?;
             Ok(())
         })
         .await
@@ -478,7 +481,7 @@ async fn back_up_after_loss(settings: ClusterSettings, status: Arc<ClusterStatus
 }
 
 /// Opens the repository, claimed for this cluster, and the catalog.
-fn open_archive(
+pub(crate) fn open_archive(
     settings: ClusterSettings,
     identity: &ClusterIdentity,
     spool: Arc<Spool>,

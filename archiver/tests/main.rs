@@ -6,6 +6,7 @@ mod certificates;
 mod connect;
 mod conninfo;
 mod crash;
+mod divergence;
 mod faults;
 mod gaps;
 mod libpq;

@@ -73,6 +73,13 @@ impl Server {
     /// A new cluster, with `settings` appended to its configuration.
     pub(crate) fn start(bin: &Path, settings: &str) -> Self {
         let server = Self::prepare(bin);
+        server.init(settings);
+        server
+    }
+
+    /// Makes and starts a new cluster in the server's place.
+    pub(crate) fn init(&self, settings: &str) {
+        let server = self;
         let data = server.data();
         let data = data.to_str().expect("UTF-8");
         succeed(
@@ -98,7 +105,6 @@ impl Server {
         );
         server.configure(settings);
         server.up();
-        server
     }
 
     /// A standby that streams from `primary`.

@@ -75,6 +75,24 @@ impl Cluster {
         Ok(standby)
     }
 
+    /// What `pg_upgrade` makes of this stopped cluster with the programs in `bin`: started, with a system identifier of its
+    /// own.
+    ///
+    /// # Errors
+    /// What `initdb`, `pg_upgrade` or the server said.
+    pub fn upgraded(&self, bin: &Path, segment_mib: u32, settings: &str) -> Result<Self> {
+        let new = Self::start(bin, segment_mib, settings)?;
+        new.stop()?;
+        let mut upgrade = new.program("pg_upgrade")?;
+        upgrade.current_dir(new.directory.path());
+        upgrade.arg("-b").arg(&self.bin).arg("-B").arg(bin);
+        upgrade.arg("-d").arg(self.data()).arg("-D").arg(new.data());
+        upgrade.args(["-U", "postgres", "-s"]);
+        succeed(upgrade.arg(new.directory.path()))?;
+        new.pg_ctl(&["start"])?;
+        Ok(new)
+    }
+
     /// Appends settings; the last one counts, at the next start.
     ///
     /// # Errors

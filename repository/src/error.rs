@@ -96,8 +96,8 @@ pub enum Error {
     },
     /// The cluster in the repository has another major version.
     #[error(
-        "cluster {cluster} in {url} is PostgreSQL {expected}, the server is {found}; after pg_upgrade archive under a new \
-         --cluster name, the old one stays restorable"
+        "cluster {cluster} in {url} is PostgreSQL {expected}, the server is {found} with the same system identifier, which \
+         pg_upgrade never makes: check whether this is the right server, or archive it under another --cluster name"
     )]
     MajorVersionMismatch {
         /// The cluster.
@@ -158,7 +158,9 @@ pub enum Error {
     /// The cluster in the repository is another one.
     #[error(
         "cluster {cluster} in {url} has system identifier {expected}, the server has {found}: this repository belongs to \
-         another cluster; choose another --cluster or --repository"
+         another cluster, and nothing was written. If the server was upgraded by pg_upgrade or made anew on purpose, stop the \
+         archiver and begin a new epoch with `wal-archiver epoch begin --system-identifier {found}`: the old one stays \
+         restorable; else choose another --cluster or --repository"
     )]
     SystemIdentifierMismatch {
         /// The cluster.
@@ -213,6 +215,17 @@ impl Error {
     #[must_use]
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Conflict { .. })
+    }
+
+    /// Whether the server is not the cluster that the repository knows under its name.
+    #[must_use]
+    pub fn is_mismatch(&self) -> bool {
+        matches!(
+            self,
+            Self::SystemIdentifierMismatch { .. }
+                | Self::MajorVersionMismatch { .. }
+                | Self::SegmentSizeMismatch { .. }
+        )
     }
 
     /// Whether another process has the catalog.

@@ -8,6 +8,7 @@ pub mod catalog;
 pub mod config;
 pub mod durable;
 pub mod encryption;
+mod epochs;
 mod error;
 mod exit;
 mod repository;

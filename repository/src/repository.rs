@@ -44,6 +44,8 @@ pub struct ClusterIdentity {
 pub struct Repository {
     store: Arc<dyn ObjectStore>,
     cluster: ClusterName,
+    /// Whose epoch is read; `None` for the newest one's.
+    system: Option<SystemIdentifier>,
 }
 
 impl Repository {
@@ -78,7 +80,11 @@ impl Repository {
     /// The objects of `cluster` in any store.
     #[must_use]
     pub fn with_store(store: Arc<dyn ObjectStore>, cluster: ClusterName) -> Self {
-        Self { store, cluster }
+        Self {
+            store,
+            cluster,
+            system: None,
+        }
     }
 
     /// The same repository, each request told to `observer`.
@@ -92,6 +98,17 @@ impl Repository {
     #[must_use]
     pub fn cluster(&self) -> &ClusterName {
         &self.cluster
+    }
+
+    pub(crate) fn system(&self) -> Option<SystemIdentifier> {
+        self.system
+    }
+
+    pub(crate) fn with_system(&self, system: SystemIdentifier) -> Self {
+        Self {
+            system: Some(system),
+            ..self.clone()
+        }
     }
 
     /// Where it is, for people.
@@ -117,6 +134,9 @@ impl Repository {
     /// # Errors
     /// [`Error::Store`], [`Error::Damaged`].
     pub fn identity(&self) -> Result<Option<ClusterIdentity>> {
+        if self.system.is_some() {
+            return Ok(self.epochs()?.pop().map(|(_, identity)| identity));
+        }
         let root = format!("{}/", self.cluster);
         let mut newest: Option<ObjectKey> = None;
         let mut closed = false;
@@ -139,16 +159,28 @@ impl Repository {
         let Some(key) = newest else {
             return Ok(None);
         };
-        let body = self.get(&key)?;
+        self.epoch(&key).map(Some)
+    }
+
+    /// An epoch's file.
+    pub(crate) fn epoch(&self, key: &ObjectKey) -> Result<ClusterIdentity> {
+        let body = self.get(key)?;
         let identity: ClusterIdentity =
-            serde_json::from_slice(&body).map_err(|error| self.damaged(&key, error.to_string()))?;
+            serde_json::from_slice(&body).map_err(|error| self.damaged(key, error.to_string()))?;
         if identity.format_version != EPOCH_FORMAT_VERSION {
             let found = identity.format_version;
             let problem =
                 format!("format version {found} is newer than this build; use a newer Tidemark");
-            return Err(self.damaged(&key, problem));
+            return Err(self.damaged(key, problem));
         }
-        Ok(Some(identity))
+        Ok(identity)
+    }
+
+    /// Writes an epoch's file, if nobody has.
+    pub(crate) fn create(&self, key: &ObjectKey, epoch: &ClusterIdentity) -> Result<PutOutcome> {
+        let body = serde_json::to_vec_pretty(epoch)
+            .map_err(|error| self.damaged(key, error.to_string()))?;
+        self.store.put_if_absent(&self.path(key), &body)
     }
 
     /// Claims the cluster's name for `found`, or checks that it is the one that has it. Two claims at once agree on
@@ -159,16 +191,12 @@ impl Repository {
     pub fn claim(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
         let known = match self.identity()? {
             Some(known) => known,
-            None => {
-                let key = ObjectKey::Epoch(1);
-                let body = serde_json::to_vec_pretty(found)
-                    .map_err(|error| self.damaged(&key, error.to_string()))?;
-                match self.store.put_if_absent(&self.path(&key), &body)? {
-                    // Looked at once more: one with keys and one without do not see each other's names.
-                    PutOutcome::Created => self.identity()?.unwrap_or_else(|| found.clone()),
-                    PutOutcome::AlreadyExists => self.identity()?.unwrap_or_else(|| found.clone()),
+            None => match self.create(&ObjectKey::Epoch(1), found)? {
+                // Looked at once more: one with keys and one without do not see each other's names.
+                PutOutcome::Created | PutOutcome::AlreadyExists => {
+                    self.identity()?.unwrap_or_else(|| found.clone())
                 }
-            }
+            },
         };
         let (cluster, url) = (self.cluster.clone(), self.url());
         if known.system_identifier != found.system_identifier {

@@ -25,7 +25,7 @@ use repository::{
     Catalog, Repository,
     config::{ClusterSettings, CommonArgs, RepositoryPlace, Settings},
 };
-use wal_format::{BackupId, ClusterName, Lsn};
+use wal_format::{BackupId, ClusterName, Lsn, SystemIdentifier};
 
 use crate::{
     Error, RestorePlan, Result,
@@ -47,6 +47,10 @@ mod output;
 pub struct Cli {
     #[command(flatten)]
     common: CommonArgs,
+    /// The system identifier the cluster had, when `pg_upgrade` or initdb gave it a new one. Default: the newest; `list` shows
+    /// all.
+    #[arg(long, global = true, value_name = "N")]
+    system: Option<SystemIdentifier>,
     #[command(flatten)]
     restore: RestoreArgs,
     #[command(subcommand)]
@@ -195,7 +199,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             }
             let settings = Settings::resolve(&cli.common)?;
             let cluster = settings.cluster()?;
-            let repository = open(&cluster.repository, &cluster.name)?;
+            let repository = open(&cluster.repository, &cluster.name, cli.system)?;
             let known = plan.as_ref().map(|(plan, _)| plan);
             match wal_fetch::wal_fetch(&repository, known, &name, &destination)? {
                 Fetched::Delivered => {
@@ -214,15 +218,20 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         }) => {
             let settings = Settings::resolve(&cli.common)?;
             let cluster = settings.cluster()?;
-            let repository = open(&cluster.repository, &cluster.name)?;
+            let repository = open(&cluster.repository, &cluster.name, cli.system)?;
             let (plan, content) = read_plan(&plan)?;
             look_ahead::run(&repository, &plan, &content, &name, &destination)?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::List { json }) => {
             let settings = Settings::resolve(&cli.common)?;
-            let archive = archive(settings.cluster()?)?;
-            let listing = list::list(&archive, archive.catalog.damaged_objects())?;
+            let cluster = settings.cluster()?;
+            let archive = archive(cluster, cli.system)?;
+            let mut listing = list::list(&archive, archive.catalog.damaged_objects())?;
+            listing.epochs = list::epochs(
+                &open(&cluster.repository, &cluster.name, None)?,
+                archive.identity().system_identifier,
+            )?;
             if json {
                 output::json(&listing)?;
             } else {
@@ -232,7 +241,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         }
         Some(Command::Locate(args)) => {
             let settings = Settings::resolve(&cli.common)?;
-            locate::run(&archive(settings.cluster()?)?, &args)?;
+            locate::run(&archive(settings.cluster()?, cli.system)?, &args)?;
             Ok(ExitCode::SUCCESS)
         }
         None => {
@@ -243,7 +252,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             }
             let settings = Settings::resolve(&cli.common)?;
             let config = settings.file.as_deref().map(absolute).transpose()?;
-            restore(settings.cluster()?, config, &cli.restore)
+            restore(settings.cluster()?, config, cli.system, &cli.restore)
         }
     }
 }
@@ -284,7 +293,11 @@ fn read_plan(path: &Path) -> Result<(RestorePlan, Vec<u8>)> {
 }
 
 /// Opens a repository for reading: a missing folder is an error and not a new repository.
-fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Repository> {
+fn open(
+    place: &RepositoryPlace,
+    cluster: &ClusterName,
+    system: Option<SystemIdentifier>,
+) -> Result<Repository> {
     if let Some(folder) = place.url.folder()
         && !folder.is_dir()
     {
@@ -301,11 +314,15 @@ fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Repository> {
         }
         .into());
     }
-    Ok(Repository::open(place, cluster)?)
+    let repository = Repository::open(place, cluster)?;
+    Ok(match system {
+        Some(system) => repository.of_system(system)?,
+        None => repository,
+    })
 }
 
-fn archive(cluster: &ClusterSettings) -> Result<Archive> {
-    let repository = open(&cluster.repository, &cluster.name)?;
+fn archive(cluster: &ClusterSettings, system: Option<SystemIdentifier>) -> Result<Archive> {
+    let repository = open(&cluster.repository, &cluster.name, system)?;
     let catalog = Catalog::open_for_restore(Some(&cluster.catalog), &repository)?;
     Ok(Archive {
         repository,
@@ -344,6 +361,7 @@ fn absolute(path: &Path) -> Result<PathBuf> {
 fn restore(
     cluster: &ClusterSettings,
     config: Option<PathBuf>,
+    system: Option<SystemIdentifier>,
     args: &RestoreArgs,
 ) -> Result<ExitCode> {
     let now = Timestamp::now();
@@ -360,7 +378,7 @@ fn restore(
             ));
         }
     }
-    let archive = archive(cluster)?;
+    let archive = archive(cluster, system)?;
     let wishes = Wishes {
         backup: args.backup.clone(),
         timeline: args.target_timeline.clone(),

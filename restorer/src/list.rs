@@ -1,14 +1,17 @@
 //! `pitr-restore list`: backups, restorable windows, gaps and restore points.
 
+use repository::Repository;
 use serde::Serialize;
-use wal_format::{BackupId, Branch, Lsn, PgTimestamp};
+use wal_format::{BackupId, Branch, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier};
 
 use crate::{Result, inventory::Inventory};
 
 /// Everything that is listed.
 #[derive(Clone, Debug, Serialize)]
 pub struct Listing {
-    /// The base backups, oldest first.
+    /// The system identifiers the cluster has had, oldest first.
+    pub epochs: Vec<ListedEpoch>,
+    /// The base backups, oldest first; these and all that follows are of the epoch that is listed.
     pub backups: Vec<ListedBackup>,
     /// The stretches of WAL without a gap.
     pub windows: Vec<Window>,
@@ -18,6 +21,49 @@ pub struct Listing {
     pub restore_points: Vec<RestorePoint>,
     /// Objects that can not be understood; they count as missing.
     pub damaged: Vec<DamagedObject>,
+}
+
+/// A time in which the cluster had one system identifier.
+#[derive(Clone, Debug, Serialize)]
+pub struct ListedEpoch {
+    /// Its number, from 1.
+    pub number: u32,
+    /// `--system` of its restores.
+    pub system_identifier: SystemIdentifier,
+    /// PostgreSQL's major version.
+    pub postgresql_major: PgVersion,
+    /// When it began.
+    pub since: PgTimestamp,
+    /// The names of its base backups, oldest first.
+    pub backups: Vec<BackupId>,
+    /// Whether the rest of this listing is about it.
+    pub listed: bool,
+}
+
+/// The epochs of a repository, of which `listed` is listed in full.
+///
+/// # Errors
+/// What reading the repository met.
+pub fn epochs(repository: &Repository, listed: SystemIdentifier) -> Result<Vec<ListedEpoch>> {
+    let mut epochs = Vec::new();
+    for (number, identity) in repository.epochs()? {
+        let system = identity.system_identifier;
+        let objects = repository.list(&format!("{system}/backup/"))?.into_iter();
+        epochs.push(ListedEpoch {
+            number,
+            system_identifier: system,
+            postgresql_major: identity.postgresql_major,
+            since: identity.created,
+            backups: objects
+                .filter_map(|(key, _)| match key {
+                    ObjectKey::BackupInfo(_, id) => Some(id),
+                    _ => None,
+                })
+                .collect(),
+            listed: system == listed,
+        });
+    }
+    Ok(epochs)
 }
 
 /// An object that can not be understood.
@@ -162,6 +208,7 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         })
         .collect();
     Ok(Listing {
+        epochs: Vec::new(),
         backups,
         windows,
         gaps,

@@ -5,6 +5,7 @@
 
 mod bad_input;
 mod delta;
+mod epochs;
 mod failover;
 mod locate;
 mod resume;

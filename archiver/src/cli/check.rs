@@ -306,7 +306,8 @@ fn store(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
         (Some(stored), Some(found)) if stored.system_identifier != found => report.fail(
             "identity",
             &format!(
-                "the repository belongs to system identifier {}, the server is {found}; use another --cluster name",
+                "the repository belongs to system identifier {}, the server is {found}; after pg_upgrade begin a new epoch with \
+                 `wal-archiver epoch begin --system-identifier {found}`, else use another --cluster name",
                 stored.system_identifier
             ),
             ExitKind::Usage,

@@ -87,6 +87,26 @@ fn in_doubt(prepared: &PreparedTransaction) -> String {
 }
 
 pub(super) fn listing(listing: &Listing) {
+    if listing.epochs.len() > 1 {
+        println!("system identifiers of the cluster, one after the other");
+        for epoch in &listing.epochs {
+            let how = if epoch.listed {
+                "listed below".to_owned()
+            } else {
+                format!(
+                    "see and restore it with --system {}",
+                    epoch.system_identifier
+                )
+            };
+            println!(
+                "  {}  PostgreSQL {}  since {}  {} backups  {how}",
+                epoch.system_identifier,
+                epoch.postgresql_major,
+                epoch.since,
+                epoch.backups.len()
+            );
+        }
+    }
     println!("backups");
     for one in &listing.backups {
         let usable = if one.usable {

@@ -129,10 +129,12 @@ fn lines(archive: &Archive, plan: &RestorePlan, destination: &Destination) -> Re
     let plan_file = fs::canonicalize(destination.directory.join(PLAN_FILE))
         .map_err(Error::io("find", destination.directory.join(PLAN_FILE)))?;
     let mut command = format!(
-        "{} wal-fetch --repository {} --cluster {}",
+        "{} wal-fetch --repository {} --cluster {} --system {}",
         shell_quoted(&recovery.program.display().to_string()),
         shell_quoted(&recovery.repository.to_string()),
         archive.repository.cluster(),
+        // A new epoch may begin while this server lives.
+        archive.catalog.identity().system_identifier,
     );
     // A folder's URL says everything; how a bucket is reached, what else there is, and with which key, stands in the file.
     let place = &recovery.repository;
