@@ -147,7 +147,7 @@ pub fn run(cli: Cli) -> Result<()> {
     }
     let settings = Settings::resolve(&cli.common)?;
     match cli.command {
-        Command::Run { http } => run::run(settings, http),
+        Command::Run { http } => run::run(cli.common, settings, http),
         Command::Push { path } => push(one(&settings)?, &path),
         Command::Backup {
             kind: BackupType::Full,

@@ -43,6 +43,8 @@ pub struct ClusterStatus {
     pub segments_completed: AtomicU64,
     /// Group fsyncs of the spool.
     pub flushes: AtomicU64,
+    /// Since `started`, in milliseconds.
+    beat: AtomicU64,
     instruments: Instruments,
     flush_duration: Histogram,
 }
@@ -118,6 +120,7 @@ impl ClusterStatus {
             wal_stored_bytes: AtomicU64::new(0),
             segments_completed: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
+            beat: AtomicU64::new(0),
         }
     }
 
@@ -125,6 +128,19 @@ impl ClusterStatus {
     pub fn flushed(&self, duration: Duration) {
         Self::count(&self.flushes, 1);
         self.flush_duration.observe(duration.as_secs_f64());
+    }
+
+    /// The cluster's task lives.
+    pub(crate) fn beat(&self) {
+        let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.beat.store(now, Ordering::Relaxed);
+    }
+
+    /// How long ago the cluster's task last ran.
+    #[must_use]
+    pub fn last_beat(&self) -> Duration {
+        let beat = Duration::from_millis(self.beat.load(Ordering::Relaxed));
+        self.started.elapsed().saturating_sub(beat)
     }
 
     /// Told of each request of the repository.

@@ -7,10 +7,12 @@
 pub mod base_backup;
 pub mod cli;
 pub mod cluster_status;
+pub mod daemon;
 pub mod error;
 pub mod flushed_lsn;
 pub mod http;
 pub mod instruments;
+pub mod notify;
 pub mod pipeline;
 pub mod push;
 pub mod replication;

@@ -44,6 +44,8 @@ use crate::error::{Error, Result};
 
 /// How long a stop waits for the repository. Beyond it the WAL stays in the spool, which says so.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
+/// How long a stop waits for who still reads the catalog.
+const RELEASE_MAX: Duration = Duration::from_secs(5);
 /// How often a drain looks.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
@@ -209,7 +211,8 @@ impl Pipeline {
         for timer in &self.timers {
             timer.abort();
         }
-        blocking(move || {
+        let archive = Arc::downgrade(&self.archive);
+        let stopped = blocking(move || {
             self.spool.stop();
             self.backlog.stop();
             self.tails.stop();
@@ -221,7 +224,19 @@ impl Pipeline {
             }
             Ok(())
         })
-        .await
+        .await;
+        // A look at the catalog that was under way ends by itself; only then the catalog can be opened again.
+        let deadline = Instant::now() + RELEASE_MAX;
+        while archive.strong_count() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        stopped
+    }
+
+    /// Whether a thread has ended although nobody asked it to: it panicked.
+    #[must_use]
+    pub fn has_lost_a_thread(&self) -> bool {
+        self.spool.commands().is_closed() || self.threads.iter().any(JoinHandle::is_finished)
     }
 }
 

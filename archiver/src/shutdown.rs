@@ -1,13 +1,11 @@
 //! [`Shutdown`]: the wish to stop, seen by every task and thread.
 //!
-//! SIGTERM and SIGINT ask once; a stage finishes what it holds and ends. Nothing is cut off.
+//! The daemon asks each cluster once, for SIGTERM or for a changed configuration; a stage finishes what it holds and ends.
+//! Nothing is cut off.
 
-use std::{future::Future, io, time::Duration};
+use std::{future::Future, time::Duration};
 
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::watch,
-};
+use tokio::sync::watch;
 
 /// A handle on the wish to stop; clones see the same wish.
 #[derive(Clone, Debug)]
@@ -27,24 +25,6 @@ impl Shutdown {
     pub fn new() -> (ShutdownRequest, Self) {
         let (request, requested) = watch::channel(false);
         (ShutdownRequest { request }, Self { requested })
-    }
-
-    /// A wish made by SIGTERM or SIGINT.
-    ///
-    /// # Errors
-    /// When the signals can not be watched.
-    pub fn on_signals() -> io::Result<Self> {
-        let (request, shutdown) = Self::new();
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        tokio::spawn(async move {
-            tokio::select! {
-                _ = terminate.recv() => tracing::info!("SIGTERM: draining"),
-                _ = interrupt.recv() => tracing::info!("SIGINT: draining"),
-            }
-            request.request();
-        });
-        Ok(shutdown)
     }
 
     /// Whether it was asked.
@@ -76,6 +56,12 @@ impl Shutdown {
 }
 
 impl ShutdownRequest {
+    /// Whether it asked.
+    #[must_use]
+    pub fn is_requested(&self) -> bool {
+        *self.request.borrow()
+    }
+
     /// Asks.
     pub fn request(&self) {
         self.request.send_replace(true);

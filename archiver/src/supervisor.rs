@@ -4,6 +4,7 @@
 //! repository end the program with their exit code. A gap keeps the cluster in state broken, in words, until it is closed.
 
 use std::{
+    convert::Infallible,
     hash::{BuildHasher, RandomState},
     sync::Arc,
     time::{Duration, Instant},
@@ -41,6 +42,8 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const BROKEN_RETRY: Duration = Duration::from_secs(30);
 /// How soon a loss is noticed.
 const LOSS_POLL: Duration = Duration::from_millis(500);
+/// How often the task says that it lives.
+const BEAT: Duration = Duration::from_millis(500);
 /// How often it is looked whether the primary has to be protected, and whether there is room again.
 const ROOM_POLL: Duration = Duration::from_millis(500);
 /// How long what came before a gap may take to reach the repository before the gap is looked at: it is on its way.
@@ -86,7 +89,11 @@ pub async fn run(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),
     ));
-    let outcome = supervisor.supervise(&mut shutdown).await;
+    let beating = Arc::clone(&supervisor.status);
+    let outcome = tokio::select! {
+        outcome = supervisor.supervise(&mut shutdown) => outcome,
+        never = beat(&beating) => match never {},
+    };
     backups.abort();
     standbys.abort();
     supervisor.status.note(|facts| {
@@ -148,7 +155,13 @@ impl Supervisor {
                     self.damaged = 0;
                     "server_closed"
                 }
-                Err(error) => self.judge(error)?,
+                Err(error) => {
+                    let reason = self.judge(error)?;
+                    if reason == "disk" {
+                        self.start_anew().await?;
+                    }
+                    reason
+                }
             };
             self.status
                 .note(|facts| *facts.reconnects.entry(reason).or_default() += 1);
@@ -203,9 +216,18 @@ impl Supervisor {
         Ok(StreamEnd::Reached)
     }
 
+    /// After a failed write or fsync nothing of the stages is used again: the next ones read back what the files hold, and
+    /// everything behind is streamed again.
+    async fn start_anew(&mut self) -> Result<()> {
+        if let Some(pipeline) = self.pipeline.take() {
+            pipeline.stop().await?;
+        }
+        Ok(())
+    }
+
     /// On the way out only what matters is still an error.
     fn give_up_or_warn(&self, error: Error) -> Result<()> {
-        if self.is_fatal(&error) {
+        if self.is_fatal(&error) || matches!(error, Error::Io { .. }) {
             return Err(error);
         }
         tracing::warn!(cluster = %self.settings.name, %error, "stopped while not streaming");
@@ -220,7 +242,8 @@ impl Supervisor {
         if self.is_fatal(&error) {
             return Err(error);
         }
-        let broken = error.is_broken().then(|| error.to_string());
+        let broken =
+            (error.is_broken() || matches!(error, Error::Io { .. })).then(|| error.to_string());
         let message = error.to_string();
         let facts = self.status.facts();
         let known = facts.stream_error.as_ref() == Some(&message);
@@ -239,6 +262,7 @@ impl Supervisor {
         });
         Ok(match error {
             Error::Decode { .. } => "damaged_record",
+            Error::Io { .. } => "disk",
             Error::Gap { .. } => "gap",
             Error::Replication(error) if error.is_slot_in_use() => "slot_in_use",
             Error::Replication(_) => "connection",
@@ -259,6 +283,8 @@ impl Supervisor {
             | Error::Silent { .. }
             | Error::SpoolFull
             | Error::StreamOutOfOrder { .. } => false,
+            // A disk that fails at the start is told at once; one that failed later may be mended beside us.
+            Error::Io { .. } => !self.connected_once,
             // A wrong password or a missing right is told at once at the start; later it may be a change in progress.
             Error::Replication(error) => {
                 !self.connected_once && error.exit_kind() == ExitKind::Usage
@@ -348,6 +374,12 @@ impl Supervisor {
                 return stream.await;
             }
             endangered = endangered(&self.settings, &self.status) => endangered,
+            () = thread_lost(pipeline) => {
+                return Err(Error::ThreadStopped {
+                    name: "store",
+                    reason: "it panicked".to_owned(),
+                });
+            }
         };
         drop(stream);
         self.protect_primary(&endangered, shutdown).await
@@ -424,6 +456,14 @@ impl Supervisor {
     }
 }
 
+/// Says that this task lives: polled by the same task as the work, so that work which blocks it is noticed.
+async fn beat(status: &ClusterStatus) -> Infallible {
+    loop {
+        status.beat();
+        tokio::time::sleep(BEAT).await;
+    }
+}
+
 /// Returns when the primary has to be protected from its slot, with the reason.
 async fn endangered(settings: &ClusterSettings, status: &ClusterStatus) -> String {
     loop {
@@ -431,6 +471,13 @@ async fn endangered(settings: &ClusterSettings, status: &ClusterStatus) -> Strin
             return why;
         }
         tokio::time::sleep(ROOM_POLL).await;
+    }
+}
+
+/// Returns when a stage's thread is gone: nothing would be stored any more while the stream goes on.
+async fn thread_lost(pipeline: &Pipeline) {
+    while !pipeline.has_lost_a_thread() {
+        tokio::time::sleep(BEAT).await;
     }
 }
 

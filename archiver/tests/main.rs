@@ -3,6 +3,7 @@
 //! Without a server they are skipped loudly; under CI a missing server is a failure.
 
 mod certificates;
+mod clusters;
 mod connect;
 mod conninfo;
 mod crash;

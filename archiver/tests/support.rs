@@ -365,20 +365,8 @@ impl Place {
         self.run_with(self.command(conninfo))
     }
 
-    pub(crate) fn run_with(&self, mut command: Command) -> Archiver {
-        let log = self.dir.path().join("archiver.log");
-        let file = fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&log)
-            .expect("a log");
-        let child = command
-            .args(["run", "--http", "127.0.0.1:0"])
-            .env("NO_COLOR", "1")
-            .stderr(file)
-            .spawn()
-            .expect("wal-archiver runs");
-        Archiver { child, log }
+    pub(crate) fn run_with(&self, command: Command) -> Archiver {
+        run_command(command, self.dir.path())
     }
 
     pub(crate) fn verify(&self, conninfo: &str) -> String {
@@ -437,6 +425,23 @@ impl Place {
     pub(crate) fn sealed(&self) -> usize {
         self.files_below("/wal/").len()
     }
+}
+
+/// Runs `wal-archiver` with these flags, its log in `directory`.
+pub(crate) fn run_command(mut command: Command, directory: &Path) -> Archiver {
+    let log = directory.join("archiver.log");
+    let file = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&log)
+        .expect("a log");
+    let child = command
+        .args(["run", "--http", "127.0.0.1:0"])
+        .env("NO_COLOR", "1")
+        .stderr(file)
+        .spawn()
+        .expect("wal-archiver runs");
+    Archiver { child, log }
 }
 
 /// A running archiver.

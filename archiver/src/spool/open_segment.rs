@@ -1,7 +1,8 @@
 //! [`OpenSegment`]: the file `SEGMENT.partial`, appended to until it is a whole segment.
 //!
-//! Invariant: a file that failed an fsync is never fsynced again: the kernel may have dropped the pages and would report
-//! success (the lesson of "fsyncgate"). The caller stops, and the next start reads back what the disk holds.
+//! Invariant: a file that failed an fsync is never fsynced again as it is: the kernel may have dropped the pages, shows them
+//! still, and would report success (the lesson of "fsyncgate"). The caller stops; who opens the file next writes its valid
+//! bytes anew before they count as durable.
 
 use std::{
     fs::File,
@@ -119,6 +120,17 @@ impl OpenSegment {
         self.file
             .read_exact_at(bytes, offset)
             .map_err(Error::io("read", &self.partial))
+    }
+
+    /// Writes the bytes that the file begins with once more, so that the next fsync is about these very pages: an earlier
+    /// one may have failed, and said so to nobody who is still alive.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn write_again(&self, bytes: &[u8]) -> Result<()> {
+        self.file
+            .write_all_at(bytes, 0)
+            .map_err(Error::io("write", &self.partial))
     }
 
     /// Cuts the file to `length` bytes.

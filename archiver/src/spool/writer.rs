@@ -133,11 +133,12 @@ impl SpoolWriter {
                 );
                 open.truncate(valid)?;
             }
-            // The bytes may still be in the page cache of a process that was killed: durable only from here.
-            open.sync()?;
-            sync_directory(spool.directory())?;
             let mut bytes = vec![0; usize::try_from(valid).unwrap_or(usize::MAX)];
             open.read_at(&mut bytes, 0)?;
+            // The bytes may be in the page cache only, of a process that was killed or whose fsync failed: durable from here.
+            open.write_again(&bytes)?;
+            open.sync()?;
+            sync_directory(spool.directory())?;
             writer.indexer = prime()?;
             writer.open = Some(open);
             writer.index(&bytes, &mut completed)?;

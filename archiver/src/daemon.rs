@@ -1,0 +1,344 @@
+//! [`Daemon`]: every configured cluster side by side, and the signals: SIGTERM drains, a second one ends at once, SIGHUP reads
+//! the configuration again.
+//!
+//! Invariant: what happens to one cluster touches no other one; a configuration is applied only when all of it is valid, and
+//! a cluster whose settings are the same goes on undisturbed.
+
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use repository::config::{ClusterSettings, CommonArgs, Settings};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    task::JoinSet,
+    time::MissedTickBehavior,
+};
+use wal_format::ClusterName;
+
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result},
+    http::{HttpServer, Sources},
+    instruments::Instruments,
+    notify::Notify,
+    push,
+    replication::ConnInfo,
+    report::{ClusterReport, State},
+    shutdown::{Shutdown, ShutdownRequest},
+    supervisor,
+};
+
+/// How often systemd's line is looked at, and the watchdog's at most.
+const LOOK: Duration = Duration::from_secs(1);
+/// A cluster's task that has not run for this long hangs: it only ever waits for something that wakes it.
+const BEAT_MAX: Duration = Duration::from_secs(20);
+
+/// A cluster that is, or was, taken care of.
+#[derive(Debug)]
+struct Kept {
+    settings: ClusterSettings,
+    status: Arc<ClusterStatus>,
+    stop: ShutdownRequest,
+    running: bool,
+    /// What takes its place when it has ended.
+    next: Next,
+}
+
+#[derive(Debug)]
+enum Next {
+    Nothing,
+    /// No longer configured.
+    Forget,
+    Restart(Box<ClusterSettings>),
+}
+
+type Clusters = Arc<Mutex<BTreeMap<ClusterName, Kept>>>;
+
+/// The daemon.
+#[derive(Debug)]
+pub struct Daemon {
+    args: CommonArgs,
+    http: SocketAddr,
+    clusters: Clusters,
+    tasks: JoinSet<(ClusterName, Result<()>)>,
+    instruments: Instruments,
+    notify: Notify,
+    line: String,
+    stopping: bool,
+    /// The first cluster that could not go on gives the exit code.
+    outcome: Result<()>,
+}
+
+/// Runs until every cluster has ended, which is when a signal asks for it or when none can go on. `args` are read again on
+/// SIGHUP.
+///
+/// # Errors
+/// What ended the first cluster that ended with an error; [`Error::NotDrained`] after a second signal.
+pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>) -> Result<()> {
+    let watch = |kind| signal(kind).map_err(Error::io("watch", "the signals"));
+    let signals = (
+        watch(SignalKind::terminate())?,
+        watch(SignalKind::interrupt())?,
+        watch(SignalKind::hangup())?,
+    );
+    validate(&settings)?;
+    let server = HttpServer::bind(http.unwrap_or(settings.http)).await?;
+    tracing::info!(address = %server.address(), "serving HTTP");
+    let mut daemon = Daemon {
+        args,
+        http: settings.http,
+        clusters: Clusters::default(),
+        tasks: JoinSet::new(),
+        instruments: Instruments::default(),
+        notify: Notify::from_environment(),
+        line: String::new(),
+        stopping: false,
+        outcome: Ok(()),
+    };
+    let shown = Arc::clone(&daemon.clusters);
+    tokio::spawn(server.serve(Sources {
+        reports: Arc::new(move || reports(&shown)),
+        instruments: daemon.instruments.clone(),
+    }));
+    for cluster in settings.clusters {
+        daemon.start(cluster);
+    }
+    daemon.notify.ready();
+    daemon.keep(signals).await
+}
+
+impl Daemon {
+    async fn keep(mut self, signals: (Signal, Signal, Signal)) -> Result<()> {
+        let (mut terminate, mut interrupt, mut hangup) = signals;
+        let period = self.notify.watchdog().map_or(LOOK, |max| LOOK.min(max / 3));
+        let mut look = tokio::time::interval(period);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let name = tokio::select! {
+                ended = self.tasks.join_next() => match ended {
+                    Some(ended) => {
+                        self.ended(ended);
+                        continue;
+                    }
+                    None => return self.outcome,
+                },
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+                _ = hangup.recv() => {
+                    self.reload();
+                    continue;
+                }
+                _ = look.tick() => {
+                    self.tell_systemd();
+                    continue;
+                }
+            };
+            if self.stopping {
+                tracing::warn!("{name} again: ending at once");
+                return self.outcome.and(Err(Error::NotDrained {
+                    what: "a second signal ended the draining".to_owned(),
+                }));
+            }
+            tracing::info!("{name}: draining");
+            self.stopping = true;
+            self.notify.stopping();
+            for kept in lock(&self.clusters).values_mut() {
+                kept.next = Next::Nothing;
+                kept.stop.request();
+            }
+        }
+    }
+
+    fn start(&mut self, settings: ClusterSettings) {
+        let name = settings.name.clone();
+        tracing::info!(cluster = %name, repository = %settings.repository, spool = %settings.spool.display(), "archiving");
+        let status = Arc::new(ClusterStatus::new(
+            name.clone(),
+            settings.acknowledge,
+            self.instruments.clone(),
+        ));
+        let (stop, shutdown) = Shutdown::new();
+        let kept = Kept {
+            settings: settings.clone(),
+            status: Arc::clone(&status),
+            stop,
+            running: true,
+            next: Next::Nothing,
+        };
+        lock(&self.clusters).insert(name.clone(), kept);
+        self.tasks.spawn(async move {
+            // A task of its own, so that a panic is the end of this cluster only.
+            let task = tokio::spawn(Box::pin(supervisor::run(settings, status, shutdown)));
+            let outcome = task.await.unwrap_or_else(|error| {
+                Err(Error::ThreadStopped {
+                    name: "cluster",
+                    reason: error.to_string(),
+                })
+            });
+            (name, outcome)
+        });
+    }
+
+    /// One cluster that can not go on does not stop the others.
+    fn ended(&mut self, ended: Result<(ClusterName, Result<()>), tokio::task::JoinError>) {
+        let Ok((name, outcome)) = ended else { return };
+        let mut clusters = lock(&self.clusters);
+        let Some(kept) = clusters.get_mut(&name) else {
+            return;
+        };
+        kept.running = false;
+        let next = std::mem::replace(&mut kept.next, Next::Nothing);
+        // Who pushes is told at once that nobody listens.
+        let _gone = std::fs::remove_file(push::server::socket_path(&kept.settings));
+        if let Err(error) = outcome {
+            tracing::error!(cluster = %name, %error, "archiving of a cluster has ended; SIGHUP starts it again");
+            let words = error.to_string();
+            kept.status.note(|facts| facts.broken = Some(words));
+            if self.outcome.is_ok() && matches!(next, Next::Nothing) {
+                self.outcome = Err(error);
+            }
+        }
+        match next {
+            Next::Nothing => {}
+            Next::Forget => {
+                tracing::info!(cluster = %name, "no longer archived");
+                clusters.remove(&name);
+            }
+            Next::Restart(settings) => {
+                drop(clusters);
+                self.start(*settings);
+            }
+        }
+    }
+
+    /// Reads the configuration again. One that is not valid changes nothing.
+    fn reload(&mut self) {
+        if self.stopping {
+            return;
+        }
+        self.notify.reloading();
+        let read = Settings::resolve(&self.args)
+            .map_err(Error::from)
+            .and_then(|settings| validate(&settings).map(|()| settings));
+        match read {
+            Ok(settings) => self.apply(settings),
+            Err(error) => {
+                tracing::error!(%error, "SIGHUP: the configuration is not valid; nothing was changed");
+            }
+        }
+        self.notify.ready();
+    }
+
+    fn apply(&mut self, settings: Settings) {
+        if settings.http != self.http {
+            tracing::warn!(http = %settings.http, "http is changed by a restart only");
+        }
+        let mut unchanged = 0_usize;
+        let mut start = Vec::new();
+        {
+            let mut clusters = lock(&self.clusters);
+            let removed =
+                |name: &ClusterName| settings.clusters.iter().all(|one| one.name != *name);
+            for (_, kept) in clusters.iter_mut().filter(|(name, _)| removed(name)) {
+                tracing::info!(cluster = %kept.settings.name, "SIGHUP: removed; draining");
+                kept.next = Next::Forget;
+                kept.stop.request();
+            }
+            clusters.retain(|_, kept| kept.running || !matches!(kept.next, Next::Forget));
+            for wanted in settings.clusters {
+                match clusters.get_mut(&wanted.name) {
+                    Some(kept)
+                        if kept.running
+                            && matches!(kept.next, Next::Nothing)
+                            && kept.settings == wanted =>
+                    {
+                        unchanged += 1;
+                    }
+                    Some(kept) if kept.running => {
+                        tracing::info!(cluster = %wanted.name, "SIGHUP: changed; draining, then starting anew");
+                        kept.next = Next::Restart(Box::new(wanted));
+                        kept.stop.request();
+                    }
+                    _ => start.push(wanted),
+                }
+            }
+        }
+        for wanted in start {
+            tracing::info!(cluster = %wanted.name, "SIGHUP: starting");
+            self.start(wanted);
+        }
+        // What ended before was started anew: its failure is history.
+        self.outcome = Ok(());
+        tracing::info!(unchanged, "SIGHUP: the configuration is applied");
+    }
+
+    /// The line for `systemctl status`, and the sign of life while every cluster's task lives.
+    fn tell_systemd(&mut self) {
+        let reports = reports(&self.clusters);
+        let line = describe(&reports);
+        if line != self.line {
+            self.notify.status(&line);
+            self.line = line;
+        }
+        if self.notify.watchdog().is_none() {
+            return;
+        }
+        let hangs = lock(&self.clusters)
+            .values()
+            .find(|kept| {
+                // Draining has a limit of its own.
+                let works = kept.running && !kept.stop.is_requested();
+                works && kept.status.last_beat() > BEAT_MAX
+            })
+            .map(|kept| kept.settings.name.clone());
+        match hangs {
+            None => self.notify.alive(),
+            Some(name) => {
+                tracing::error!(cluster = %name, "its task hangs; systemd's watchdog is left to end this process");
+            }
+        }
+    }
+}
+
+/// What only a look at each setting can find.
+fn validate(settings: &Settings) -> Result<()> {
+    for cluster in &settings.clusters {
+        ConnInfo::parse(&cluster.conninfo)?;
+        for other in cluster.heal_from.iter().chain(&cluster.standbys) {
+            ConnInfo::parse(other)?;
+        }
+    }
+    Ok(())
+}
+
+fn reports(clusters: &Clusters) -> Vec<ClusterReport> {
+    lock(clusters)
+        .values()
+        .map(|kept| kept.status.report(&kept.settings))
+        .collect()
+}
+
+/// `2 clusters: ok; b is at_risk: …`: the clusters that are not well by name, the others by their number.
+fn describe(reports: &[ClusterReport]) -> String {
+    let mut line = match reports.len() {
+        1 => "1 cluster".to_owned(),
+        count => format!("{count} clusters"),
+    };
+    let mut separator = ": ";
+    for report in reports.iter().filter(|report| report.state != State::Ok) {
+        line += &format!("{separator}{} is {}", report.cluster, report.state.name());
+        separator = ", ";
+    }
+    if separator == ": " {
+        line += ": ok";
+    }
+    line
+}
+
+fn lock(clusters: &Clusters) -> MutexGuard<'_, BTreeMap<ClusterName, Kept>> {
+    clusters.lock().unwrap_or_else(PoisonError::into_inner)
+}
