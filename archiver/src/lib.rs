@@ -1,12 +1,13 @@
 //! Streams WAL from a primary into the repository; takes base backups.
 //!
-//! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`spool`] it is written to first,
+//! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`core`](mod@core) that decides, the [`spool`] it is written to first,
 //! [`replication`] (PostgreSQL's protocol), [`base_backup`], the [`supervisor`] that keeps a cluster archived, and what is
 //! said about it: [`cluster_status`], [`report`], [`http`]. [`cli`] is the outside.
 
 pub mod base_backup;
 pub mod cli;
 pub mod cluster_status;
+pub mod core;
 pub mod daemon;
 pub mod error;
 pub mod flushed_lsn;

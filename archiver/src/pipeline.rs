@@ -5,14 +5,15 @@
 //! once. Complete segments are sealed by worker threads ([`seal`]), the open one follows as tails ([`tail`]).
 //! A full channel stops the stage before it, so a slow store ends as files in the spool and a slow disk as back pressure on
 //! the connection, never as memory; the status to the server waits for no stage.
-//! Invariant: stages see WAL in LSN order without gaps, and [`positions`] alone says what is safe.
+//! Invariant: stages see WAL in LSN order without gaps, and [`crate::core`] alone says what is safe:
+//! the stages tell it what happened and do what it answers.
 
 pub mod archive;
 pub mod failure;
 pub mod flush;
 pub mod gap;
+pub mod line;
 pub(crate) mod observe;
-pub mod positions;
 pub mod progress;
 pub mod receive;
 pub mod room;
@@ -20,6 +21,7 @@ pub mod seal;
 pub mod session;
 pub mod start;
 pub mod tail;
+pub mod voice;
 pub mod write;
 
 use std::{
@@ -40,7 +42,10 @@ use self::{
     tail::TailSlot,
     write::{Command, SpoolThread},
 };
-use crate::error::{Error, Result};
+use crate::{
+    core::{Event, pace::PaceSettings},
+    error::{Error, Result},
+};
 
 /// How long a stop waits for the repository. Beyond it the WAL stays in the spool, which says so.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
@@ -68,7 +73,12 @@ impl Pipeline {
     /// # Errors
     /// [`Error::Io`], [`Error::Repository`], [`Error::Divergence`] from what the spool holds.
     pub async fn start(archive: Arc<Archive>) -> Result<Self> {
-        let backlog = Arc::new(Backlog::default());
+        let settings = archive.settings();
+        archive.status().progress().on(Event::Started(PaceSettings {
+            tail_interval: settings.remote_flush_interval,
+            tail_bytes: settings.remote_flush_bytes,
+        }));
+        let backlog = Arc::new(Backlog::new(Arc::clone(archive.status())));
         let tails = Arc::new(TailSlot::default());
         let failure = Arc::new(Failure::default());
         let mut threads = seal::start(&archive, &backlog, &failure)?;
@@ -119,7 +129,7 @@ impl Pipeline {
 
     /// What a thread raised.
     #[must_use]
-    pub fn failure(&self) -> &Failure {
+    pub fn failure(&self) -> &Arc<Failure> {
         &self.failure
     }
 
@@ -186,7 +196,7 @@ impl Pipeline {
             }
             let positions = self.archive.status().progress().positions();
             let behind = positions.flushed().bytes_since(positions.remote());
-            if behind == 0 && self.backlog.is_empty() && self.tails.is_free() {
+            if behind == 0 && self.backlog.is_empty() && self.tails.is_free(&self.archive) {
                 return Ok(());
             }
             if Instant::now() > deadline {

@@ -345,7 +345,7 @@ impl Supervisor {
     }
 
     async fn connect_and_stream(&mut self, shutdown: &mut Shutdown) -> Result<StreamEnd> {
-        let connect = Source::connect(&self.conninfo, &self.settings.name);
+        let connect = Source::connect_to_stream(&self.conninfo, &self.settings.name);
         let Some(connected) = shutdown.until(connect).await else {
             return Ok(StreamEnd::Shutdown);
         };

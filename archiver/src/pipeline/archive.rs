@@ -16,9 +16,10 @@ use wal_format::{
     SegmentSummary, TimelineHistory, TimelineId, TransactionEnd, WalIdentity,
 };
 
-use super::{positions::Coverage, room::Room, start::Held};
+use super::{room::Room, start::Held};
 use crate::{
     cluster_status::ClusterStatus,
+    core::positions::Coverage,
     error::{Error, Result},
     spool::{BranchSpool, Spool, primed_indexer},
 };

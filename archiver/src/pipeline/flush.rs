@@ -16,6 +16,7 @@ use wal_format::Lsn;
 
 use super::{archive::Archive, failure::Failure, seal::Backlog};
 use crate::{
+    core::Event,
     error::{Error, Result},
     spool::{CompletedSegment, OpenSegment},
 };
@@ -149,9 +150,8 @@ fn work(
                 let done = segment.file.finish();
                 if done.is_ok() {
                     let end = number.end_lsn(archive.identity().segment_size);
-                    progress.update(|positions| positions.on_finished(end));
                     let summary = Some((segment.summary, segment.proven));
-                    backlog.push(segment.branch, number, summary);
+                    backlog.push(segment.branch, number, Some(end), summary);
                 }
                 done
             }
@@ -162,7 +162,10 @@ fn work(
             } => {
                 let done = open.sync();
                 if done.is_ok() {
-                    progress.update(|positions| positions.on_synced(start_lsn, end_lsn));
+                    progress.on(Event::Synced {
+                        segment_start: start_lsn,
+                        end_lsn,
+                    });
                 }
                 done
             }

@@ -108,7 +108,7 @@ async fn heal(conninfo: &str, pipeline: &Pipeline, until: Lsn, shutdown: &mut Sh
     let settings = pipeline.archive().settings();
     let attempt = async {
         let conninfo = ConnInfo::parse(conninfo)?;
-        let (source, _) = Source::connect(&conninfo, &settings.name).await?;
+        let (source, _) = Source::connect_to_stream(&conninfo, &settings.name).await?;
         let ours = pipeline.archive().identity().system_identifier;
         if source.identity().system_identifier != ours {
             tracing::warn!(cluster = %settings.name, "a server in heal_from is another cluster");

@@ -1,7 +1,7 @@
-//! [`Progress`]: the positions, shared between the stages, and what may be told to PostgreSQL, pushed to who tells it.
+//! [`Progress`]: the core, shared between the stages, and what may be told to PostgreSQL, pushed to who tells it.
 //!
-//! Invariant: a [`FlushedLsn`] is made here and nowhere else, from what the spool's fsync or the repository's verified
-//! put has reported.
+//! Invariant: a [`FlushedLsn`] is made here and nowhere else, from what the core says after the spool's fsync or the
+//! repository's verified put was reported to it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,8 +9,10 @@ use repository::config::Acknowledge;
 use tokio::sync::watch;
 use wal_format::Lsn;
 
-use super::positions::Positions;
-use crate::flushed_lsn::FlushedLsn;
+use crate::{
+    core::{Action, Core, Event, positions::Positions},
+    flushed_lsn::FlushedLsn,
+};
 
 /// What a status update says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +23,10 @@ pub struct Acknowledgement {
     pub flush: FlushedLsn,
 }
 
-/// Shared positions.
+/// The shared core.
 #[derive(Debug)]
 pub struct Progress {
-    positions: Mutex<Positions>,
+    core: Mutex<Core>,
     acknowledgement: watch::Sender<Acknowledgement>,
 }
 
@@ -37,16 +39,16 @@ impl Progress {
             flush: FlushedLsn::proved(Lsn::ZERO),
         });
         Self {
-            positions: Mutex::new(Positions::new(acknowledge)),
+            core: Mutex::new(Core::new(acknowledge)),
             acknowledgement,
         }
     }
 
-    /// Tells the positions what happened, and everyone who reports what may be said now.
-    pub fn update(&self, happened: impl FnOnce(&mut Positions)) {
-        let mut positions = self.lock();
-        happened(&mut positions);
-        let report = positions.report();
+    /// Tells the core what happened, and everyone who reports what may be said now; what is to be done.
+    pub fn on(&self, event: Event) -> Vec<Action> {
+        let mut core = self.lock();
+        let actions = core.on(event);
+        let report = core.report();
         let now = Acknowledgement {
             write: report.write,
             flush: FlushedLsn::proved(report.flush),
@@ -54,18 +56,32 @@ impl Progress {
         // Sent under the lock, so that an older report can not overtake a newer one.
         self.acknowledgement
             .send_if_modified(|last| std::mem::replace(last, now) != now);
+        actions
     }
 
     /// A copy of the positions.
     #[must_use]
     pub fn positions(&self) -> Positions {
-        self.lock().clone()
+        self.lock().positions().clone()
+    }
+
+    /// Complete segments that are not sealed yet.
+    #[must_use]
+    pub fn unsealed(&self) -> usize {
+        self.lock().unsealed()
+    }
+
+    /// Whether no tail is on its way.
+    #[must_use]
+    pub fn is_tail_free(&self) -> bool {
+        self.lock().is_tail_free()
     }
 
     /// How much was written here that the repository does not hold.
     #[must_use]
     pub fn waiting_bytes(&self) -> u64 {
-        let positions = self.lock();
+        let core = self.lock();
+        let positions = core.positions();
         positions.written().bytes_since(positions.remote())
     }
 
@@ -75,10 +91,8 @@ impl Progress {
         self.acknowledgement.subscribe()
     }
 
-    fn lock(&self) -> MutexGuard<'_, Positions> {
-        // The positions are whole between any two statements, so a panic elsewhere does not spoil them.
-        self.positions
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Core> {
+        // The core is whole between any two events, so a panic elsewhere does not spoil it.
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

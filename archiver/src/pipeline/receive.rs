@@ -1,23 +1,33 @@
 //! Stages 1 and 4: reads the replication stream, and tells PostgreSQL how far our copy is safe.
 //!
-//! One task does both and waits for nothing but the socket: a message that the spool has no room for is held, no further
-//! one is read, and the status goes on. Invariant: the server hears from us at least every `status_interval`, and `flush`
-//! never passes WAL that is not durable in the class the user chose. `apply` is never reported.
+//! It runs on the connection's own thread ([`super::line`]) and takes what has arrived through comparing, writing and
+//! fsyncing to the acknowledgement without another thread. In a catch-up it hands messages to the spool thread instead; one
+//! that has no room there is held, no further one is read, and the status goes on.
+//! Invariant: the server hears from us at least every `status_interval` (from [`super::voice`] when this thread is held up),
+//! and `flush` never passes WAL that is not durable in the class the user chose. `apply` is never reported.
 
-use std::time::{Duration, Instant};
+use std::{
+    future::ready,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{
-    sync::mpsc::{Sender, error::TrySendError},
+    sync::{mpsc::error::TrySendError, watch},
     time::MissedTickBehavior,
 };
 use wal_format::Lsn;
 
-use super::{failure::Failure, progress::Acknowledgement, write::Command};
+use super::{
+    failure::Failure,
+    progress::Acknowledgement,
+    voice::Voice,
+    write::{Command, Intake, Received},
+};
 use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
-    flushed_lsn::FlushedLsn,
-    replication::{StatusSender, StatusUpdate, StreamMessage, WalReceiver},
+    replication::{StreamMessage, WalReceiver},
     shutdown::Shutdown,
 };
 
@@ -25,6 +35,10 @@ use crate::{
 const PING_AFTER: Duration = Duration::from_secs(10);
 /// After this long without one, although asked, the connection counts as dead: a half-open TCP connection says nothing.
 const SILENT_MAX: Duration = Duration::from_secs(30);
+/// How often the silence is looked at.
+const SILENCE_POLL: Duration = Duration::from_secs(1);
+/// How much is taken in one group: bounds the latency of a commit under load.
+const GROUP_BYTES_MAX: u64 = 2 << 20;
 
 /// A stream that has an end ends as well when no WAL came for this long: the other server has no more.
 const EXHAUSTED_AFTER: Duration = Duration::from_secs(3);
@@ -42,127 +56,193 @@ pub enum StreamEnd {
     Reached,
 }
 
-/// What the task needs beside the connection.
+/// What the stream needs beside the connection.
 #[derive(Debug)]
-pub struct Receive<'a> {
+pub struct Receive {
     /// Where WAL goes.
-    pub commands: &'a Sender<Command>,
+    pub intake: Intake,
     /// What is known of the cluster.
-    pub status: &'a ClusterStatus,
+    pub status: Arc<ClusterStatus>,
     /// What may stop the stream from behind.
-    pub failure: &'a Failure,
-    /// Flush LSNs before this were said already, in an earlier stream: they are not said again.
-    pub floor: Lsn,
+    pub failure: Arc<Failure>,
+    /// Where PostgreSQL is told.
+    pub voice: Arc<Voice>,
     /// Where the stream is to end.
     pub until: Lsn,
     /// How often the server hears from us at least.
     pub status_interval: Duration,
 }
 
-impl Receive<'_> {
+/// What a stream has come to.
+#[derive(Debug)]
+struct Course {
+    /// A message that the spool thread had no room for.
+    held: Option<Command>,
+    /// When the server was last heard, as far as we listened.
+    heard: Instant,
+    /// When WAL last came.
+    fed: Instant,
+    /// Bytes taken on this thread that are not settled yet.
+    group: u64,
+    /// Whether any are.
+    unsettled: bool,
+    /// What may be said; seen as far as it was said.
+    acknowledgements: watch::Receiver<Acknowledgement>,
+}
+
+impl Receive {
     /// Streams until the end.
     ///
     /// # Errors
     /// The connection's, or what a stage raised.
     pub async fn run(
-        &self,
+        self,
         receiver: &mut WalReceiver,
-        sender: &mut StatusSender,
         shutdown: &mut Shutdown,
     ) -> Result<StreamEnd> {
-        let mut acknowledgements = self.status.progress().acknowledgements();
         let mut timer = tokio::time::interval(self.status_interval);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heard = Instant::now();
-        let mut fed = Instant::now();
-        let mut exhausted = tokio::time::interval(EXHAUSTED_AFTER);
-        let mut held: Option<Command> = None;
+        let mut silence = tokio::time::interval(SILENCE_POLL);
+        silence.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let now = Instant::now();
+        let mut pinged = now;
+        let mut course = Course {
+            held: None,
+            heard: now,
+            fed: now,
+            group: 0,
+            unsettled: false,
+            acknowledgements: self.status.progress().acknowledgements(),
+        };
         loop {
+            if course.unsettled {
+                // What arrived meanwhile belongs to the same group.
+                let next = if course.group < GROUP_BYTES_MAX {
+                    tokio::select! {
+                        biased;
+                        message = receiver.next() => Some(message?),
+                        () = ready(()) => None,
+                    }
+                } else {
+                    None
+                };
+                if let Some(message) = next {
+                    if let Some(end) = self.on_message(message, &mut course).await? {
+                        return Ok(end);
+                    }
+                    continue;
+                }
+                if self.settle(&mut course).await? {
+                    timer.reset();
+                }
+            }
             tokio::select! {
                 biased;
                 error = self.failure.raised() => return Err(error),
                 () = shutdown.requested() => return Ok(StreamEnd::Shutdown),
-                Ok(()) = acknowledgements.changed() => {
-                    let now = *acknowledgements.borrow_and_update();
-                    self.report(sender, now, false).await?;
+                Ok(()) = course.acknowledgements.changed() => {
+                    course.acknowledgements.mark_unchanged();
+                    self.voice.say(false).await?;
                 }
-                _ = timer.tick() => {
-                    let silent = heard.elapsed();
-                    if held.is_none() && silent > SILENT_MAX {
+                _ = timer.tick() => self.voice.say(false).await?,
+                _ = silence.tick(), if course.held.is_none() => {
+                    let silent = course.heard.elapsed();
+                    if silent > SILENT_MAX {
                         return Err(Error::Silent { seconds: silent.as_secs() });
                     }
-                    let now = *acknowledgements.borrow_and_update();
-                    self.report(sender, now, silent > PING_AFTER).await?;
-                }
-                _ = exhausted.tick(), if self.until < Lsn::MAX && held.is_none() => {
-                    if fed.elapsed() >= EXHAUSTED_AFTER {
+                    if silent > PING_AFTER && pinged.elapsed() > PING_AFTER {
+                        pinged = Instant::now();
+                        self.voice.say(true).await?;
+                    }
+                    if self.until < Lsn::MAX && course.fed.elapsed() >= EXHAUSTED_AFTER {
                         return Ok(StreamEnd::Reached);
                     }
                 }
-                room = self.commands.reserve(), if held.is_some() => {
+                room = self.intake.room(), if course.held.is_some() => {
                     let room = room.map_err(|_| spool_stopped())?;
-                    if let Some(command) = held.take() {
+                    if let Some(command) = course.held.take() {
                         room.send(command);
                     }
-                    heard = Instant::now();
+                    course.heard = Instant::now();
                 }
-                message = receiver.next(), if held.is_none() => {
-                    heard = Instant::now();
-                    match message? {
-                        StreamMessage::XLogData { start_lsn, wal_end, send_time, data } => {
-                            ClusterStatus::count(
-                                &self.status.wal_received_bytes,
-                                data.len() as u64,
-                            );
-                            self.status.heard(Some(wal_end));
-                            fed = heard;
-                            let end = start_lsn.add(data.len() as u64);
-                            let command = Command::Data { start_lsn, wal_end, send_time, data };
-                            match self.commands.try_send(command) {
-                                Ok(()) => {}
-                                Err(TrySendError::Full(command)) => held = Some(command),
-                                Err(TrySendError::Closed(_)) => return Err(spool_stopped()),
-                            }
-                            if end >= self.until && held.is_none() {
-                                return Ok(StreamEnd::Reached);
-                            }
-                        }
-                        StreamMessage::Keepalive { reply_requested, .. } => {
-                            self.status.heard(None);
-                            if reply_requested {
-                                let now = *acknowledgements.borrow_and_update();
-                                self.report(sender, now, false).await?;
-                            }
-                        }
-                        StreamMessage::EndOfTimeline => return Ok(StreamEnd::Timeline),
-                        StreamMessage::ServerClosed => return Ok(StreamEnd::ServerClosed),
+                message = receiver.next(), if course.held.is_none() => {
+                    if let Some(end) = self.on_message(message?, &mut course).await? {
+                        return Ok(end);
                     }
                 }
             }
         }
     }
 
-    /// Says how far we are.
-    async fn report(
+    /// What was taken on this thread is made durable, and said at once; whether there was something to say.
+    async fn settle(&self, course: &mut Course) -> Result<bool> {
+        self.intake.settle()?;
+        (course.unsettled, course.group) = (false, 0);
+        let is_news = course.acknowledgements.has_changed().unwrap_or(false);
+        if is_news {
+            course.acknowledgements.mark_unchanged();
+            self.voice.say(false).await?;
+        }
+        self.intake.cut_tail_if_due()?;
+        // The time that our own disk took is not the server's silence.
+        course.heard = Instant::now();
+        Ok(is_news)
+    }
+
+    async fn on_message(
         &self,
-        sender: &mut StatusSender,
-        now: Acknowledgement,
-        reply_requested: bool,
-    ) -> Result<()> {
-        // 0/0 tells the server nothing. A smaller position than before would move its slot back.
-        let flush = if now.flush.lsn() < self.floor {
-            FlushedLsn::proved(Lsn::ZERO)
-        } else {
-            now.flush
-        };
-        sender
-            .send(StatusUpdate {
-                write: now.write,
-                flush,
-                reply_requested,
-            })
-            .await?;
-        Ok(())
+        message: StreamMessage,
+        course: &mut Course,
+    ) -> Result<Option<StreamEnd>> {
+        course.heard = Instant::now();
+        match message {
+            StreamMessage::XLogData {
+                start_lsn,
+                wal_end,
+                send_time,
+                data,
+            } => {
+                let length = data.len() as u64;
+                ClusterStatus::count(&self.status.wal_received_bytes, length);
+                self.status.heard(Some(wal_end));
+                course.fed = course.heard;
+                let received = Received {
+                    start_lsn,
+                    wal_end,
+                    send_time,
+                    data,
+                };
+                match self.intake.take(received)? {
+                    None => {
+                        course.group += length;
+                        course.unsettled = true;
+                    }
+                    Some(received) => {
+                        if course.unsettled {
+                            self.settle(course).await?;
+                        }
+                        match self.intake.hand_over(received) {
+                            Ok(()) => {}
+                            Err(TrySendError::Full(command)) => course.held = Some(command),
+                            Err(TrySendError::Closed(_)) => return Err(spool_stopped()),
+                        }
+                    }
+                }
+                let reached = start_lsn.add(length) >= self.until && course.held.is_none();
+                Ok(reached.then_some(StreamEnd::Reached))
+            }
+            StreamMessage::Keepalive {
+                reply_requested, ..
+            } => {
+                self.status.heard(None);
+                if reply_requested {
+                    self.voice.say(false).await?;
+                }
+                Ok(None)
+            }
+            StreamMessage::EndOfTimeline => Ok(Some(StreamEnd::Timeline)),
+            StreamMessage::ServerClosed => Ok(Some(StreamEnd::ServerClosed)),
+        }
     }
 }
 

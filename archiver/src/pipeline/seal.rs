@@ -6,7 +6,7 @@
 //! where a record began.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs::File,
     os::unix::fs::FileExt,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -18,6 +18,7 @@ use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SealedWriter, SegmentNo
 use super::{archive::Archive, failure::Failure};
 use crate::{
     cluster_status::ClusterStatus,
+    core::{Action, Event},
     error::{Error, Result},
     spool::primed_indexer,
 };
@@ -34,19 +35,18 @@ const READ_BYTES: usize = 1 << 20;
 
 type Place = (Branch, SegmentNo);
 
-/// The segments that wait to be sealed, shared by the spool threads and the workers.
-#[derive(Debug, Default)]
+/// The segments that wait to be sealed, shared by the spool threads and the workers. The core decides which is next; here
+/// are the summaries of those that wait, and the workers' bell.
+#[derive(Debug)]
 pub struct Backlog {
+    status: Arc<ClusterStatus>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    waiting: BTreeMap<Place, Option<Indexed>>,
-    sealing: BTreeSet<Place>,
-    /// Sealed segments whose files are still in the spool, and the record open at their end.
-    retained: BTreeMap<Place, Option<Lsn>>,
+    summaries: BTreeMap<Place, Indexed>,
     summary_bytes: usize,
     stopping: bool,
 }
@@ -65,25 +65,39 @@ impl Indexed {
 }
 
 impl Backlog {
-    /// A complete, durable segment waits. Without a summary it is indexed from the spool.
+    /// Nothing waits.
+    #[must_use]
+    pub fn new(status: Arc<ClusterStatus>) -> Self {
+        Self {
+            status,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// A segment is complete and durable; `end_lsn` when it became so now. Without a summary it is indexed from the spool.
     pub fn push(
         &self,
         branch: Branch,
         segment: SegmentNo,
+        end_lsn: Option<Lsn>,
         summary: Option<(SegmentSummary, Option<PgTimestamp>)>,
     ) {
         let mut state = self.lock();
-        let place = (branch, segment);
-        if state.retained.contains_key(&place) || state.sealing.contains(&place) {
-            return;
-        }
         let indexed = summary
             .map(|(summary, proven)| Indexed { summary, proven })
             .filter(|indexed| state.summary_bytes + indexed.bytes() <= SUMMARY_BYTES_MAX);
-        state.summary_bytes += indexed.as_ref().map_or(0, Indexed::bytes);
-        if let Some(Some(old)) = state.waiting.insert(place, indexed) {
-            state.summary_bytes -= old.bytes();
+        if let Some(indexed) = indexed {
+            state.summary_bytes += indexed.bytes();
+            if let Some(old) = state.summaries.insert((branch, segment), indexed) {
+                state.summary_bytes -= old.bytes();
+            }
         }
+        self.status.progress().on(Event::Finished {
+            branch,
+            segment,
+            end_lsn,
+        });
         drop(state);
         self.changed.notify_all();
     }
@@ -91,8 +105,7 @@ impl Backlog {
     /// How many segments wait or are being sealed.
     #[must_use]
     pub fn len(&self) -> usize {
-        let state = self.lock();
-        state.waiting.len() + state.sealing.len()
+        self.status.progress().unsealed()
     }
 
     /// Whether nothing waits.
@@ -107,29 +120,6 @@ impl Backlog {
         self.changed.notify_all();
     }
 
-    /// Whether the branch has no complete segment that waits.
-    #[must_use]
-    pub fn is_branch_sealed(&self, branch: Branch) -> bool {
-        let state = self.lock();
-        let of_branch = |place: &Place| place.0 == branch;
-        !state.waiting.keys().any(of_branch) && !state.sealing.iter().any(of_branch)
-    }
-
-    /// Forgets the files of a branch that was left and stored whole; the caller removes them.
-    pub fn release(&self, branch: Branch) -> Vec<SegmentNo> {
-        let mut state = self.lock();
-        let places: Vec<Place> = state
-            .retained
-            .keys()
-            .filter(|place| place.0 == branch)
-            .copied()
-            .collect();
-        for place in &places {
-            state.retained.remove(place);
-        }
-        places.into_iter().map(|place| place.1).collect()
-    }
-
     /// The oldest segment that waits; blocks. `None` when stopping.
     fn take(&self) -> Option<(Place, Option<Indexed>)> {
         let mut state = self.lock();
@@ -137,9 +127,11 @@ impl Backlog {
             if state.stopping {
                 return None;
             }
-            if let Some((place, indexed)) = state.waiting.pop_first() {
+            let next = self.status.progress().on(Event::SealerFree);
+            if let Some(Action::Seal(branch, segment)) = next.first() {
+                let place = (*branch, *segment);
+                let indexed = state.summaries.remove(&place);
                 state.summary_bytes -= indexed.as_ref().map_or(0, Indexed::bytes);
-                state.sealing.insert(place);
                 return Some((place, indexed));
             }
             state = self
@@ -159,67 +151,16 @@ impl Backlog {
         !state.stopping
     }
 
-    /// A segment is sealed; the files of its branch that nothing needs any more.
-    fn sealed(&self, place: Place, open_record_lsn: Option<Lsn>, archive: &Archive) -> Vec<Place> {
-        let mut state = self.lock();
-        state.sealing.remove(&place);
-        state.retained.insert(place, open_record_lsn);
-        let size = archive.identity().segment_size;
-        let removable = removable(&state, place.0, |lsn| size.segment_of(lsn));
-        for place in &removable {
-            state.retained.remove(place);
-        }
-        removable
-    }
-
-    fn give_back(&self, place: Place) {
-        let mut state = self.lock();
-        state.sealing.remove(&place);
-        state.waiting.insert(place, None);
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Sealed segments of a branch before the one in which the record begins that the first unsealed segment continues.
-fn removable(state: &State, branch: Branch, segment_of: impl Fn(Lsn) -> SegmentNo) -> Vec<Place> {
-    let of_branch = |place: &&Place| place.0 == branch;
-    let waiting = state.waiting.keys().find(of_branch);
-    let sealing = state.sealing.iter().find(of_branch);
-    let after_last = state
-        .retained
-        .keys()
-        .rfind(of_branch)
-        .map(|last| (branch, last.1.next()));
-    let first_unsealed = [waiting.copied(), sealing.copied(), after_last]
-        .into_iter()
-        .flatten()
-        .min();
-    let Some((_, first_unsealed)) = first_unsealed else {
-        return Vec::new();
-    };
-    let open = first_unsealed
-        .previous()
-        .and_then(|last| state.retained.get(&(branch, last)))
-        .copied()
-        .flatten();
-    let needed = open.map_or(first_unsealed, segment_of).min(first_unsealed);
-    state
-        .retained
-        .keys()
-        .filter(|place| place.0 == branch && place.1 < needed)
-        .copied()
-        .collect()
 }
 
 /// One worker: seals until told to stop.
 pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
     lower_priority();
     let mut retry = RETRY_MIN;
-    while let Some((place, indexed)) = backlog.take() {
-        let (branch, segment) = place;
+    while let Some(((branch, segment), indexed)) = backlog.take() {
         match seal(archive, branch, segment, indexed) {
             Ok(open_record_lsn) => {
                 retry = RETRY_MIN;
@@ -227,9 +168,16 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                 ClusterStatus::count(&archive.status().segments_completed, 1);
                 let size = archive.identity().segment_size;
                 let (start, end) = (segment.start_lsn(size), segment.end_lsn(size));
-                let progress = archive.status().progress();
-                progress.update(|positions| positions.on_stored(branch, start, end));
-                for (branch, segment) in backlog.sealed(place, open_record_lsn, archive) {
+                let removable = archive.status().progress().on(Event::Sealed {
+                    branch,
+                    segment,
+                    range: (start, end),
+                    open_record_in: open_record_lsn.map(|lsn| size.segment_of(lsn)),
+                });
+                for action in removable {
+                    let Action::Remove(branch, segment) = action else {
+                        continue;
+                    };
                     if let Err(error) = archive.branch_spool(branch).remove(segment) {
                         tracing::warn!(%error, "a sealed segment stays in the spool");
                     }
@@ -237,14 +185,20 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
             }
             Err(Error::Repository(error)) if !error.is_conflict() => {
                 archive.status().repository_failed("seal", &error);
-                backlog.give_back(place);
+                archive
+                    .status()
+                    .progress()
+                    .on(Event::SealFailed { branch, segment });
                 if !backlog.pause(retry) {
                     return;
                 }
                 retry = (retry * 2).min(RETRY_MAX);
             }
             Err(error) => {
-                backlog.give_back(place);
+                archive
+                    .status()
+                    .progress()
+                    .on(Event::SealFailed { branch, segment });
                 failure.raise(error);
                 return;
             }

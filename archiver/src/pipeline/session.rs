@@ -7,16 +7,18 @@ use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
-    Pipeline, blocking, observe,
+    Pipeline, blocking,
+    line::Line,
+    observe,
     receive::{Receive, StreamEnd, parse_duration, status_interval},
     start::{ServerBranch, ServerState, StartPlan, plan_start},
+    voice::Voice,
 };
 use crate::{
-    cluster_status::ClusterStatus,
     error::{Error, Result},
     replication::{
         self, ConnInfo, ConnectionMode, NextTimeline, ReplicationClient, ReplicationStart,
-        StatusSender, SystemIdentity,
+        SystemIdentity,
     },
     shutdown::Shutdown,
 };
@@ -43,6 +45,8 @@ pub struct Source {
     system: SystemIdentity,
     identity: ClusterIdentity,
     wal_sender_timeout: Option<Duration>,
+    /// The thread that drives the connection, when it is to stream.
+    line: Option<Line>,
 }
 
 impl Source {
@@ -60,6 +64,22 @@ impl Source {
             .map_err(|_| Error::Silent {
                 seconds: IDENTIFY_TIMEOUT.as_secs(),
             })?
+    }
+
+    /// As [`Source::connect`], for [`Source::stream`]: on a thread of its own.
+    ///
+    /// # Errors
+    /// As [`Source::connect`].
+    pub async fn connect_to_stream(
+        conninfo: &ConnInfo,
+        cluster: &wal_format::ClusterName,
+    ) -> Result<(Self, String)> {
+        let line = Line::start()?;
+        let (conninfo, cluster) = (conninfo.clone(), cluster.clone());
+        let connect = async move { Self::connect(&conninfo, &cluster).await };
+        let (mut source, version) = line.run(connect).await??;
+        source.line = Some(line);
+        Ok((source, version))
     }
 
     async fn identify(
@@ -85,6 +105,7 @@ impl Source {
             system,
             identity,
             wal_sender_timeout,
+            line: None,
         };
         Ok((source, version.text))
     }
@@ -270,6 +291,10 @@ impl Source {
         }
         let mut floor = slot_restart_lsn.unwrap_or(Lsn::ZERO);
         let mut client = self.client;
+        let line = self
+            .line
+            .as_ref()
+            .expect("BUG: a stream needs a connection that was made for one");
         let mut plan = plan;
         loop {
             let StartPlan {
@@ -291,7 +316,7 @@ impl Source {
                 .map_err(|error| gap(error, timeline, start_lsn))?;
             let (next_client, next) = match started {
                 ReplicationStart::EndOfTimeline(client, next) => (client, next),
-                ReplicationStart::Streaming(mut receiver, mut sender) => {
+                ReplicationStart::Streaming(mut receiver, sender) => {
                     pipeline.begin(start_lsn).await?;
                     tracing::info!(
                         cluster,
@@ -308,31 +333,54 @@ impl Source {
                             facts.slot = Some(settings.slot.clone());
                         });
                     }
-                    let commands = pipeline.spool().commands();
+                    let acknowledgements = archive.status().progress().acknowledgements();
+                    let voice = Voice::new(sender, acknowledgements, floor);
+                    let status_interval = status_interval(self.wal_sender_timeout);
+                    let alive = voice.keep_alive(status_interval);
                     let receive = Receive {
-                        commands: &commands,
-                        status: archive.status(),
-                        failure: pipeline.failure(),
-                        floor,
+                        intake: pipeline.spool().intake(),
+                        status: Arc::clone(archive.status()),
+                        failure: Arc::clone(pipeline.failure()),
+                        voice: Arc::clone(&voice),
                         until: match purpose {
                             Purpose::Follow => Lsn::MAX,
                             Purpose::Heal(until) => until,
                         },
-                        status_interval: status_interval(self.wal_sender_timeout),
+                        status_interval,
                     };
-                    let end = receive
-                        .run(&mut receiver, &mut sender, shutdown)
-                        .await
-                        .map_err(|error| match error {
+                    let mut asked = shutdown.clone();
+                    let work = async move {
+                        let end = receive.run(&mut receiver, &mut asked).await;
+                        (receiver, end)
+                    };
+                    let mut streaming = std::pin::pin!(line.run(work));
+                    let (receiver, end) = tokio::select! {
+                        outcome = &mut streaming => outcome?,
+                        () = shutdown.requested() => {
+                            // A thread that waits for space on the disk hears of it here only.
+                            pipeline.spool().give_up_waiting();
+                            streaming.await?
+                        }
+                    };
+                    let end = end.map_err(|error| match pipeline.failure().take() {
+                        // What stopped another thread comes first: this one only ran into it.
+                        Some(first) => first,
+                        None => match error {
                             Error::Replication(error) => gap(error, timeline, start_lsn),
                             other => other,
-                        })?;
+                        },
+                    })?;
                     // What came is made durable and reported before anything else happens to the connection.
                     pipeline.spool().drain().await?;
                     if let Some(error) = pipeline.failure().take() {
                         return Err(error);
                     }
-                    last_report(archive.status(), &mut sender, floor).await;
+                    // A server that shuts down waits for this one. It may be gone already, which is no error.
+                    if let Err(error) = voice.say(false).await {
+                        tracing::debug!(%error, "the last status found no listener");
+                    }
+                    drop(alive);
+                    let sender = voice.end().await.expect("BUG: a stream ends once");
                     if end != StreamEnd::Timeline {
                         sender.close().await;
                         return Ok(end);
@@ -361,21 +409,6 @@ impl Source {
                 start_lsn: switch_lsn.align_down(size.bytes()),
                 orphan: None,
             };
-        }
-    }
-}
-
-/// A server that shuts down waits for this one. It may be gone already, which is no error.
-async fn last_report(status: &ClusterStatus, sender: &mut StatusSender, floor: Lsn) {
-    let now = *status.progress().acknowledgements().borrow();
-    if now.flush.lsn() >= floor {
-        let update = replication::StatusUpdate {
-            write: now.write,
-            flush: now.flush,
-            reply_requested: false,
-        };
-        if let Err(error) = sender.send(update).await {
-            tracing::debug!(%error, "the last status found no listener");
         }
     }
 }

@@ -14,6 +14,7 @@ use wal_format::SealedHeader;
 
 use super::{archive::Archive, failure::Failure, seal::seal_range};
 use crate::{
+    core::Event,
     error::{Error, Result},
     spool::TailCut,
 };
@@ -32,19 +33,17 @@ pub struct TailSlot {
 #[derive(Debug, Default)]
 struct State {
     next: Option<TailCut>,
-    busy: bool,
     stopping: bool,
 }
 
 impl TailSlot {
-    /// Whether a tail would be taken now.
+    /// Whether no tail is on its way.
     #[must_use]
-    pub fn is_free(&self) -> bool {
-        let state = self.lock();
-        state.next.is_none() && !state.busy
+    pub fn is_free(&self, archive: &Archive) -> bool {
+        self.lock().next.is_none() && archive.status().progress().is_tail_free()
     }
 
-    /// Hands over a tail; only when [`TailSlot::is_free`], which only the one thread that cuts tails can end.
+    /// Hands over a tail; only when the core says that there is room for one.
     pub fn put(&self, tail: TailCut) {
         let mut state = self.lock();
         debug_assert!(state.next.is_none(), "BUG: a tail was cut while one waits");
@@ -61,13 +60,11 @@ impl TailSlot {
 
     fn take(&self) -> Option<TailCut> {
         let mut state = self.lock();
-        state.busy = false;
         loop {
             if state.stopping {
                 return None;
             }
             if let Some(tail) = state.next.take() {
-                state.busy = true;
                 return Some(tail);
             }
             state = self
@@ -93,14 +90,19 @@ impl TailSlot {
 
 fn work(archive: &Archive, slot: &TailSlot, failure: &Failure) {
     while let Some(tail) = slot.take() {
+        let progress = archive.status().progress();
         let mut retry = RETRY_MIN;
-        while !archive.is_sealed(tail.branch, tail.segment) {
+        loop {
+            if archive.is_sealed(tail.branch, tail.segment) {
+                progress.on(Event::TailSuperseded);
+                break;
+            }
             match store(archive, &tail) {
                 Ok(()) => {
                     archive.status().repository_answered();
-                    let progress = archive.status().progress();
-                    progress.update(|positions| {
-                        positions.on_stored(tail.branch, tail.start_lsn, tail.end_lsn);
+                    progress.on(Event::TailStored {
+                        branch: tail.branch,
+                        range: (tail.start_lsn, tail.end_lsn),
                     });
                     break;
                 }

@@ -1,27 +1,32 @@
-//! Stage 2: one thread that compares, decodes, writes and fsyncs what arrives.
+//! Stage 2: compares, decodes, writes and fsyncs what arrives.
 //!
-//! Natural group commit: it takes all that has arrived, then fsyncs once, then says so. During a catch-up the fsyncs run
-//! beside it in the flusher. Invariant: nothing is reported before its fsync returned, and after any error nothing more of
+//! Natural group commit: all that has arrived is taken, then fsynced once, then reported. While the server is not ahead the
+//! stream's own thread does so ([`Intake::take`]); during a catch-up the spool thread does, and the fsyncs run beside it in
+//! the flusher. Invariant: one of them at a time, in the order of arrival; nothing is reported before its fsync returned, and after any error nothing more of
 //! that stream is taken.
 
 use std::{
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     thread::JoinHandle,
     time::Instant,
 };
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{
+    mpsc::{
+        self,
+        error::{SendError, TrySendError},
+    },
+    oneshot,
+};
 use wal_format::{Branch, Lsn, PgTimestamp};
 
-use super::{
-    archive::Archive, failure::Failure, flush::Flusher, positions::Coverage, seal::Backlog,
-    tail::TailSlot,
-};
+use super::{archive::Archive, failure::Failure, flush::Flusher, seal::Backlog, tail::TailSlot};
 use crate::{
+    core::{Action, Event, cursor::take_up_at, pace::CATCH_UP_BYTES, positions::Coverage},
     error::{Error, Result},
     spool::{SpoolWriter, TailCut},
 };
@@ -29,10 +34,6 @@ use crate::{
 /// Messages between the connection and this thread. One message is at most 128 KiB (`MAX_SEND_SIZE` in `walsender.c`), so
 /// this is 8 MiB: enough to keep the socket draining through one fsync of a fast disk.
 pub const RECEIVED_MESSAGES_MAX: usize = 64;
-/// How far the server has to be ahead before fsyncs are handed to the flusher instead of waited for.
-const CATCH_UP_BYTES: u64 = 4 << 20;
-/// How much may be written before an fsync is asked for even though more is at hand.
-const UNSYNCED_BYTES_MAX: u64 = 16 << 20;
 /// How much is taken in one group while the server is not ahead: bounds the latency of a commit under load.
 const GROUP_BYTES_MAX: u64 = 2 << 20;
 
@@ -58,16 +59,7 @@ pub enum Command {
         reply: oneshot::Sender<Result<()>>,
     },
     /// WAL arrived.
-    Data {
-        /// Its first byte.
-        start_lsn: Lsn,
-        /// The server's flush LSN.
-        wal_end: Lsn,
-        /// The server's clock.
-        send_time: PgTimestamp,
-        /// The bytes.
-        data: Bytes,
-    },
+    Data(Received),
     /// The remote flush interval has passed.
     Tick,
     /// Make everything durable here, hand the tail on, and answer.
@@ -75,6 +67,19 @@ pub enum Command {
         /// Done.
         reply: oneshot::Sender<()>,
     },
+}
+
+/// WAL that arrived.
+#[derive(Debug)]
+pub struct Received {
+    /// Its first byte.
+    pub start_lsn: Lsn,
+    /// The server's flush LSN.
+    pub wal_end: Lsn,
+    /// The server's clock.
+    pub send_time: PgTimestamp,
+    /// The bytes.
+    pub data: Bytes,
 }
 
 /// A branch that was taken up.
@@ -89,9 +94,93 @@ pub struct TakenUp {
 /// The thread, as its users see it.
 #[derive(Debug)]
 pub struct SpoolThread {
-    commands: mpsc::Sender<Command>,
+    intake: Intake,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Where a stream's WAL goes.
+#[derive(Clone, Debug)]
+pub struct Intake {
+    commands: mpsc::Sender<Command>,
+    /// Messages that the spool thread has not taken yet.
+    queued: Arc<AtomicUsize>,
+    archive: Arc<Archive>,
+    stage: Arc<Mutex<Stage>>,
+}
+
+impl Intake {
+    /// Takes WAL on the calling thread; given back when it belongs to the spool thread, because the server is far ahead or
+    /// because what came before is still there.
+    ///
+    /// # Errors
+    /// What stood in the way: nothing more of this stream is taken.
+    pub fn take(&self, received: Received) -> Result<Option<Received>> {
+        let end = received.start_lsn.add(received.data.len() as u64);
+        let is_far = received.wal_end.bytes_since(end) > CATCH_UP_BYTES;
+        // Waiting for room is the spool thread's: this one has to say what is safe meanwhile.
+        let is_full = || self.archive.room().is_at_limit(self.archive.status());
+        if is_far || self.queued.load(Ordering::Acquire) > 0 || is_full() {
+            return Ok(Some(received));
+        }
+        self.work(|stage| stage.data(&received))?;
+        Ok(None)
+    }
+
+    /// Everything that has arrived was taken: makes it durable and says so.
+    ///
+    /// # Errors
+    /// As [`Intake::take`].
+    pub fn settle(&self) -> Result<()> {
+        self.work(Stage::settle_group)
+    }
+
+    /// Hands a tail on, if it is time for one. What it costs comes after the acknowledgement.
+    ///
+    /// # Errors
+    /// As [`Intake::take`].
+    pub fn cut_tail_if_due(&self) -> Result<()> {
+        self.work(|stage| stage.tick(false))
+    }
+
+    /// Hands WAL to the spool thread.
+    ///
+    /// # Errors
+    /// With the command that has to wait for [`Intake::room`]; when the thread has ended.
+    pub fn hand_over(&self, received: Received) -> Result<(), TrySendError<Command>> {
+        self.queued.fetch_add(1, Ordering::AcqRel);
+        self.commands.try_send(Command::Data(received))
+    }
+
+    /// Waits for room at the spool thread.
+    ///
+    /// # Errors
+    /// When the thread has ended.
+    pub async fn room(&self) -> Result<mpsc::Permit<'_, Command>, SendError<()>> {
+        self.commands.reserve().await
+    }
+
+    fn work(&self, work: impl FnOnce(&mut Stage) -> Result<()>) -> Result<()> {
+        let mut stage = self.lock();
+        let outcome = work(&mut stage);
+        if outcome.is_err() {
+            stage.writer = None;
+        }
+        outcome
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Stage> {
+        lock(&self.stage)
+    }
+}
+
+fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
+    stage.lock().unwrap_or_else(|poisoned| {
+        // What a panic left half done is not gone on with: the next stream opens the spool anew.
+        let mut stage = PoisonError::into_inner(poisoned);
+        stage.writer = None;
+        stage
+    })
 }
 
 impl SpoolThread {
@@ -112,7 +201,8 @@ impl SpoolThread {
             Arc::clone(&backlog),
             Arc::clone(&failure),
         )?;
-        let stage = Stage {
+        let shared = Arc::clone(&archive);
+        let stage = Arc::new(Mutex::new(Stage {
             archive,
             backlog,
             tails,
@@ -120,20 +210,25 @@ impl SpoolThread {
             stop: Arc::clone(&stop),
             writer: None,
             left: Vec::new(),
-            unsynced: 0,
             server_end: Lsn::ZERO,
-            uncut: 0,
-            last_cut: Instant::now(),
+            started: Instant::now(),
+        }));
+        let intake = Intake {
+            commands,
+            queued: Arc::default(),
+            archive: shared,
+            stage: Arc::clone(&stage),
         };
+        let queued = Arc::clone(&intake.queued);
         let thread = std::thread::Builder::new()
             .name("spool".to_owned())
-            .spawn(move || stage.run(queue, &failure))
+            .spawn(move || run(&stage, queue, &queued, &failure))
             .map_err(|error| Error::ThreadStopped {
                 name: "spool",
                 reason: error.to_string(),
             })?;
         Ok(Self {
-            commands,
+            intake,
             stop,
             thread: Some(thread),
         })
@@ -142,7 +237,13 @@ impl SpoolThread {
     /// Where commands go.
     #[must_use]
     pub fn commands(&self) -> mpsc::Sender<Command> {
-        self.commands.clone()
+        self.intake.commands.clone()
+    }
+
+    /// Where a stream's WAL goes.
+    #[must_use]
+    pub fn intake(&self) -> Intake {
+        self.intake.clone()
     }
 
     /// Sends a command and waits for its answer.
@@ -155,7 +256,8 @@ impl SpoolThread {
             name: "spool",
             reason: "see the error before".to_owned(),
         };
-        self.commands
+        self.intake
+            .commands
             .send(command(reply))
             .await
             .map_err(|_| stopped())?;
@@ -197,7 +299,7 @@ impl SpoolThread {
     /// Ends the thread after what it was sent.
     pub fn stop(mut self) {
         self.give_up_waiting();
-        drop(self.commands);
+        drop(self.intake);
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -205,7 +307,44 @@ impl SpoolThread {
         }
     }
 }
+/// Works off the queue.
+fn run(
+    stage: &Mutex<Stage>,
+    mut queue: mpsc::Receiver<Command>,
+    queued: &AtomicUsize,
+    failure: &Failure,
+) {
+    while let Some(command) = queue.blocking_recv() {
+        let mut stage = lock(stage);
+        let mut next = Some(command);
+        let mut group = 0;
+        while let Some(command) = next {
+            let length = match &command {
+                Command::Data(received) => Some(received.data.len() as u64),
+                _ => None,
+            };
+            if let Err(error) = stage.handle(command) {
+                stage.writer = None;
+                failure.raise(error);
+            }
+            if let Some(length) = length {
+                group += length;
+                queued.fetch_sub(1, Ordering::AcqRel);
+            }
+            next = if group < GROUP_BYTES_MAX || stage.is_catching_up() {
+                queue.try_recv().ok()
+            } else {
+                None
+            };
+        }
+        if let Err(error) = stage.settle_group().and_then(|()| stage.tick(false)) {
+            stage.writer = None;
+            failure.raise(error);
+        }
+    }
+}
 
+#[derive(Debug)]
 struct Stage {
     archive: Arc<Archive>,
     backlog: Arc<Backlog>,
@@ -216,40 +355,13 @@ struct Stage {
     writer: Option<SpoolWriter>,
     /// Branches that were left with a tail not cut yet, because the store was busy.
     left: Vec<SpoolWriter>,
-    /// Bytes in the open segment's file since its last fsync was asked for.
-    unsynced: u64,
+    /// The server's flush LSN.
     server_end: Lsn,
-    /// Bytes that came since the last tail was handed over.
-    uncut: u64,
-    last_cut: Instant,
+    /// Where the core's clock begins.
+    started: Instant,
 }
 
 impl Stage {
-    fn run(mut self, mut queue: mpsc::Receiver<Command>, failure: &Failure) {
-        while let Some(command) = queue.blocking_recv() {
-            let mut next = Some(command);
-            let mut group = 0;
-            while let Some(command) = next {
-                if let Command::Data { data, .. } = &command {
-                    group += data.len() as u64;
-                }
-                if let Err(error) = self.handle(command) {
-                    self.writer = None;
-                    failure.raise(error);
-                }
-                next = if group < GROUP_BYTES_MAX || self.is_catching_up() {
-                    queue.try_recv().ok()
-                } else {
-                    None
-                };
-            }
-            if let Err(error) = self.settle_group() {
-                self.writer = None;
-                failure.raise(error);
-            }
-        }
-    }
-
     fn handle(&mut self, command: Command) -> Result<()> {
         match command {
             Command::TakeUp {
@@ -269,22 +381,10 @@ impl Stage {
                 drop(reply.send(self.begin(start_lsn)));
                 Ok(())
             }
-            Command::Data {
-                start_lsn,
-                wal_end,
-                send_time,
-                data,
-            } => self.data(start_lsn, wal_end, send_time, &data),
-            Command::Tick => {
-                self.flush()?;
-                self.cut_tail();
-                Ok(())
-            }
+            Command::Data(received) => self.data(&received),
+            Command::Tick => self.tick(true),
             Command::Drain { reply } => {
-                let outcome = self.flush().and_then(|()| self.flusher.settle());
-                if outcome.is_ok() {
-                    self.cut_tail();
-                }
+                let outcome = self.flusher.settle().and_then(|()| self.tick(true));
                 // Answered after a failure too: the failure itself is raised.
                 let _gone = reply.send(());
                 outcome
@@ -298,8 +398,8 @@ impl Stage {
         history: Option<Bytes>,
         start_lsn: Lsn,
     ) -> Result<TakenUp> {
-        self.flush()?;
         self.flusher.settle()?;
+        self.tick(true)?;
         if let Some(writer) = &self.writer
             && writer.branch() == branch
         {
@@ -309,7 +409,7 @@ impl Stage {
             });
         }
         self.left.extend(self.writer.take());
-        self.cut_tail();
+        self.tick(true)?;
         self.left.retain(|left| left.branch() != branch);
         let spool = self.archive.branch_spool(branch);
         if let Some(content) = history {
@@ -317,13 +417,7 @@ impl Stage {
         }
         let stored = self.archive.stored(branch)?;
         let held = spool.end_lsn()?;
-        // The repository may be ahead of a spool that was lost or put back from an older copy.
-        let start = match (held, &stored) {
-            (None, None) => start_lsn,
-            (held, stored) => held
-                .max(stored.as_ref().map(Coverage::end))
-                .unwrap_or(start_lsn),
-        };
+        let start = take_up_at(held, stored.as_ref().map(Coverage::end), start_lsn);
         let coverage = stored.unwrap_or_else(|| Coverage::up_to(start));
         let size = self.archive.identity().segment_size;
         let open = self.archive.open_segment(&spool, start)?;
@@ -354,23 +448,23 @@ impl Stage {
             }
         }
         for segment in spool.segments()?.complete {
-            self.backlog.push(branch, segment, None);
+            self.backlog.push(branch, segment, None, None);
         }
         let durable = writer.written();
         let resume_lsn = writer.resume_lsn();
-        self.archive
-            .status()
-            .progress()
-            .update(|positions| positions.take_up(branch, durable, coverage));
+        self.archive.status().progress().on(Event::TakenUp {
+            branch,
+            durable_lsn: durable,
+            stored: coverage,
+        });
         for segment in completed {
             self.flusher.finish(segment)?;
         }
-        self.unsynced = 0;
         self.writer = Some(writer);
         self.archive
             .status()
             .note(|facts| facts.branch = Some(branch));
-        self.cut_tail();
+        self.tick(true)?;
         Ok(TakenUp {
             resume_lsn,
             durable_lsn: durable,
@@ -386,17 +480,17 @@ impl Stage {
         };
         writer.begin(start_lsn)?;
         let progress = self.archive.status().progress();
-        progress.update(|positions| positions.begin_stream(start_lsn));
+        progress.on(Event::StreamBegun { start_lsn });
         Ok(())
     }
 
-    fn data(
-        &mut self,
-        start_lsn: Lsn,
-        wal_end: Lsn,
-        send_time: PgTimestamp,
-        data: &Bytes,
-    ) -> Result<()> {
+    fn data(&mut self, received: &Received) -> Result<()> {
+        let Received {
+            start_lsn,
+            wal_end,
+            send_time,
+            ref data,
+        } = *received;
         if self.writer.is_some() && self.archive.room().is_at_limit(self.archive.status()) {
             self.wait_for_room()?;
         }
@@ -413,29 +507,24 @@ impl Stage {
         // Segments completed before an error are whole: they are kept.
         for segment in completed {
             self.flusher.finish(segment)?;
-            self.unsynced = 0;
+            self.archive.status().progress().on(Event::Completed);
         }
         outcome?;
         writer.note_server(wal_end, send_time);
         self.server_end = wal_end;
-        let fresh = writer.written().bytes_since(before);
-        self.unsynced += fresh;
-        self.uncut += fresh;
-        let (incoming, written) = (writer.incoming(), writer.written());
-        self.archive
-            .status()
-            .progress()
-            .update(|positions| positions.on_written(incoming, written));
-        if self.unsynced >= UNSYNCED_BYTES_MAX {
-            self.hand_over()?;
-        }
-        Ok(())
+        let written = Event::Written {
+            streamed_lsn: writer.incoming(),
+            written_lsn: writer.written(),
+            server_lsn: wal_end,
+            bytes: writer.written().bytes_since(before),
+        };
+        let actions = self.archive.status().progress().on(written);
+        self.carry_out(&actions)
     }
 
     /// The limit is reached: what is here is made durable, said and sent on before it is waited for.
     fn wait_for_room(&mut self) -> Result<()> {
-        self.flush()?;
-        self.cut_tail();
+        self.tick(true)?;
         while self.archive.room().is_at_limit(self.archive.status()) {
             if !wait_for_space(&self.stop, &self.archive) {
                 return Err(Error::SpoolFull);
@@ -453,42 +542,48 @@ impl Stage {
 
     /// All that has arrived is written.
     fn settle_group(&mut self) -> Result<()> {
-        if self.is_catching_up() {
-            if self.unsynced > 0 && self.flusher.is_idle() {
-                self.hand_over()?;
+        let flusher_idle = self.flusher.is_idle();
+        let progress = self.archive.status().progress();
+        let actions = progress.on(Event::GroupTaken { flusher_idle });
+        self.carry_out(&actions)
+    }
+
+    /// A moment for a tail; `due` in any case.
+    fn tick(&mut self, due: bool) -> Result<()> {
+        let now = self.started.elapsed();
+        let progress = self.archive.status().progress();
+        let actions = progress.on(Event::Tick { now, due });
+        self.carry_out(&actions)
+    }
+
+    fn carry_out(&mut self, actions: &[Action]) -> Result<()> {
+        for action in actions {
+            match action {
+                Action::Sync => self.sync()?,
+                Action::HandOver => self.hand_over()?,
+                Action::CutTail => self.cut_tail(),
+                // The workers' actions.
+                Action::Seal(..) | Action::Remove(..) => {}
             }
-            return Ok(());
-        }
-        self.flush()?;
-        let settings = self.archive.settings();
-        if self.uncut >= settings.remote_flush_bytes
-            || self.last_cut.elapsed() >= settings.remote_flush_interval
-        {
-            self.cut_tail();
         }
         Ok(())
     }
 
     /// Fsyncs the open segment and says so.
-    fn flush(&mut self) -> Result<()> {
+    fn sync(&mut self) -> Result<()> {
         let Some(writer) = &self.writer else {
             return Ok(());
         };
-        if self.unsynced == 0 {
-            return Ok(());
-        }
         if let Some(open) = writer.open_segment() {
             let began = Instant::now();
             open.sync()?;
             self.archive.status().flushed(began.elapsed());
             self.archive.status().note(|facts| facts.spool_full = None);
-            let (start, end) = (writer.resume_lsn(), writer.written());
-            self.archive
-                .status()
-                .progress()
-                .update(|positions| positions.on_synced(start, end));
+            self.archive.status().progress().on(Event::Synced {
+                segment_start: writer.resume_lsn(),
+                end_lsn: writer.written(),
+            });
         }
-        self.unsynced = 0;
         Ok(())
     }
 
@@ -500,15 +595,11 @@ impl Stage {
             let (start, end) = (writer.resume_lsn(), writer.written());
             self.flusher.sync(open.clone(), start, end)?;
         }
-        self.unsynced = 0;
         Ok(())
     }
 
-    /// Hands a tail to the store, if there is one and the store is free. Everything written is durable here.
+    /// Hands a tail to the store, if there is one. Everything written is durable here.
     fn cut_tail(&mut self) {
-        if !self.tails.is_free() {
-            return;
-        }
         while let Some(mut left) = self.left.pop() {
             if let Some(tail) = left.cut_tail() {
                 self.left.push(left);
@@ -522,8 +613,11 @@ impl Stage {
     }
 
     fn put_tail(&mut self, tail: TailCut) {
-        self.last_cut = Instant::now();
-        self.uncut = 0;
+        self.archive.status().progress().on(Event::TailCut {
+            branch: tail.branch,
+            range: (tail.start_lsn, tail.end_lsn),
+            now: self.started.elapsed(),
+        });
         self.tails.put(tail);
     }
 }

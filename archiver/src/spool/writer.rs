@@ -11,7 +11,10 @@ use wal_format::{
 };
 
 use super::{BranchSpool, OpenSegment, open_segment::is_no_space, primed_indexer, sync_directory};
-use crate::error::{Error, Result};
+use crate::{
+    core::cursor::{self, Cursor, OutOfOrder, Reached, Step},
+    error::{Error, Result},
+};
 
 /// A segment whose last byte was written; it is neither durable nor renamed yet.
 #[derive(Debug)]
@@ -54,13 +57,8 @@ pub struct SpoolWriter {
     spool: BranchSpool,
     indexer: WalIndexer,
     open: Option<OpenSegment>,
-    /// The end of what the files hold.
-    written: Lsn,
-    /// Where the stream's next byte belongs; before `written` while the overlap is compared.
-    incoming: Lsn,
-    /// The end of what the repository already has of the open segment as tails.
-    tail_end: Lsn,
-    /// The summary of the open segment up to `tail_end`.
+    cursor: Cursor,
+    /// The summary of the open segment up to the end of its tails.
     summary: SegmentSummary,
     /// The sending time of the message before the last one.
     previous_send_time: Option<PgTimestamp>,
@@ -89,19 +87,15 @@ impl SpoolWriter {
             tracing::info!(segment = %spool.name(*later), "removing an unacknowledged segment behind a torn one");
             spool.remove_partial(*later)?;
         }
-        let next = segments.complete.last().map(|last| last.next());
-        let start_segment = size.segment_of(start_lsn);
-        let segment = match (segments.open, next) {
-            (Some((open, _)), Some(next)) if open < next => {
-                return Err(Error::SpoolHole {
-                    path: spool.directory().to_path_buf(),
-                    missing: spool.name(open),
-                });
-            }
-            (Some((open, _)), _) => open,
-            (None, Some(next)) => next.max(start_segment),
-            (None, None) => start_segment,
-        };
+        let segment = cursor::open_segment(
+            segments.complete.last().copied(),
+            segments.open.map(|(open, _)| open),
+            size.segment_of(start_lsn),
+        )
+        .map_err(|missing| Error::SpoolHole {
+            path: spool.directory().to_path_buf(),
+            missing: spool.name(missing),
+        })?;
         let segment_start = segment.start_lsn(size);
         let mut prime = || {
             primed_indexer(identity, segment, |wanted| match spool.read(wanted)? {
@@ -113,9 +107,7 @@ impl SpoolWriter {
             indexer: prime()?,
             spool: spool.clone(),
             open: None,
-            written: segment_start,
-            incoming: segment_start,
-            tail_end: tail_end.max(segment_start),
+            cursor: Cursor::new(size, segment, tail_end),
             summary: SegmentSummary::default(),
             previous_send_time: None,
             proven: None,
@@ -143,7 +135,6 @@ impl SpoolWriter {
             writer.open = Some(open);
             writer.index(&bytes, &mut completed)?;
         }
-        writer.incoming = writer.written;
         Ok((writer, completed))
     }
 
@@ -156,19 +147,19 @@ impl SpoolWriter {
     /// The end of what was written, and decoded.
     #[must_use]
     pub fn written(&self) -> Lsn {
-        self.written
+        self.cursor.written()
     }
 
     /// Where the stream is: before [`SpoolWriter::written`] while an overlap is compared.
     #[must_use]
     pub fn incoming(&self) -> Lsn {
-        self.incoming
+        self.cursor.incoming()
     }
 
     /// The start of the segment that the next new byte belongs to: where a stream resumes.
     #[must_use]
     pub fn resume_lsn(&self) -> Lsn {
-        self.written.align_down(self.spool.segment_size().bytes())
+        self.cursor.resume_lsn()
     }
 
     /// The open segment's file, if a byte of it was written.
@@ -188,13 +179,9 @@ impl SpoolWriter {
     /// # Errors
     /// [`Error::StreamOutOfOrder`] when that leaves a gap, or lies before the open segment.
     pub fn begin(&mut self, start_lsn: Lsn) -> Result<()> {
-        if start_lsn > self.written || start_lsn < self.resume_lsn() {
-            return Err(Error::StreamOutOfOrder {
-                expected: self.resume_lsn(),
-                found: start_lsn,
-            });
-        }
-        self.incoming = start_lsn;
+        self.cursor
+            .begin(start_lsn)
+            .map_err(out_of_order(start_lsn))?;
         self.previous_send_time = None;
         Ok(())
     }
@@ -212,32 +199,28 @@ impl SpoolWriter {
         completed: &mut Vec<CompletedSegment>,
         wait_for_space: WaitForSpace<'_>,
     ) -> Result<()> {
-        if start_lsn != self.incoming {
-            return Err(Error::StreamOutOfOrder {
-                expected: self.incoming,
-                found: start_lsn,
-            });
-        }
-        if self.incoming < self.written {
-            let held = usize::try_from(self.written.bytes_since(self.incoming))
-                .unwrap_or(usize::MAX)
-                .min(bytes.len());
-            let (overlap, rest) = bytes.split_at(held);
-            self.compare(overlap, from)?;
-            self.incoming = self.incoming.add(held as u64);
-            bytes = rest;
-        }
+        let mut at = start_lsn;
         while !bytes.is_empty() {
-            let (now, rest) = bytes.split_at(self.room().min(bytes.len()));
-            let decoded = self.indexer.push(now);
-            decoded.map_err(|source| Error::Decode {
-                branch: self.spool.branch(),
-                source,
-            })?;
-            self.append(now, wait_for_space)?;
-            self.advance(now.len() as u64, completed);
-            self.incoming = self.written;
-            bytes = rest;
+            let step = self.cursor.next(at, bytes.len() as u64);
+            let step = step.map_err(out_of_order(at))?;
+            let (Step::Compare(count) | Step::Append(count)) = step;
+            let (now, rest) = bytes.split_at(usize::try_from(count).unwrap_or(usize::MAX));
+            match step {
+                Step::Compare(_) => {
+                    self.compare(now, from)?;
+                    self.cursor.compared(count);
+                }
+                Step::Append(_) => {
+                    let decoded = self.indexer.push(now);
+                    decoded.map_err(|source| Error::Decode {
+                        branch: self.spool.branch(),
+                        source,
+                    })?;
+                    self.append(now, wait_for_space)?;
+                    self.advance(count, completed);
+                }
+            }
+            (at, bytes) = (at.add(count), rest);
         }
         Ok(())
     }
@@ -246,7 +229,7 @@ impl SpoolWriter {
     /// have `wal_end`, everything flushed before that earlier time is here.
     pub fn note_server(&mut self, wal_end: Lsn, send_time: PgTimestamp) {
         if let Some(previous) = self.previous_send_time
-            && self.written >= wal_end
+            && self.written() >= wal_end
         {
             self.proven = self.proven.max(Some(previous));
         }
@@ -256,21 +239,18 @@ impl SpoolWriter {
     /// The range from the last tail to here, if there is any; it must be durable by now.
     pub fn cut_tail(&mut self) -> Option<TailCut> {
         let open = self.open.as_ref()?;
-        if self.written <= self.tail_end {
-            return None;
-        }
+        let (start_lsn, end_lsn) = self.cursor.cut_tail()?;
         let summary = self.indexer.take_summary();
         let tail = TailCut {
             branch: self.spool.branch(),
             segment: open.segment(),
             file: open.file(),
-            start_lsn: self.tail_end,
-            end_lsn: self.written,
+            start_lsn,
+            end_lsn,
             summary: summary.clone(),
             proven: self.proven,
         };
         self.summary.merge(summary);
-        self.tail_end = self.written;
         Some(tail)
     }
 
@@ -279,7 +259,7 @@ impl SpoolWriter {
         let Some(open) = &self.open else {
             return Ok(());
         };
-        let offset = self.spool.segment_size().offset_of(self.incoming);
+        let offset = self.spool.segment_size().offset_of(self.incoming());
         let mut ours = vec![0; bytes.len()];
         open.read_at(&mut ours, offset)?;
         if ours == bytes {
@@ -289,7 +269,7 @@ impl SpoolWriter {
             None => Ok(()),
             Some(index) => Err(Error::Divergence {
                 branch: self.spool.branch(),
-                lsn: self.incoming.add(index as u64),
+                lsn: self.incoming().add(index as u64),
                 from,
                 ours: open.partial_path().display().to_string(),
             }),
@@ -299,7 +279,8 @@ impl SpoolWriter {
     /// Decodes bytes that the open segment's file holds.
     fn index(&mut self, mut bytes: &[u8], completed: &mut Vec<CompletedSegment>) -> Result<()> {
         while !bytes.is_empty() {
-            let (now, rest) = bytes.split_at(self.room().min(bytes.len()));
+            let room = usize::try_from(self.cursor.room()).unwrap_or(usize::MAX);
+            let (now, rest) = bytes.split_at(room.min(bytes.len()));
             self.indexer.push(now).map_err(|source| Error::Decode {
                 branch: self.spool.branch(),
                 source,
@@ -310,20 +291,10 @@ impl SpoolWriter {
         Ok(())
     }
 
-    /// Bytes up to the next cut: the end of the segment, or of the tails that the repository has.
-    fn room(&self) -> usize {
-        let size = self.spool.segment_size();
-        let mut end = size.segment_of(self.written).end_lsn(size);
-        if self.tail_end > self.written {
-            end = end.min(self.tail_end);
-        }
-        usize::try_from(end.bytes_since(self.written)).unwrap_or(usize::MAX)
-    }
-
     fn append(&mut self, mut bytes: &[u8], wait_for_space: WaitForSpace<'_>) -> Result<()> {
         while !bytes.is_empty() {
             if self.open.is_none() {
-                let segment = self.spool.segment_size().segment_of(self.written);
+                let segment = self.cursor.segment();
                 match OpenSegment::create(&self.spool, segment) {
                     Ok(open) => self.open = Some(open),
                     Err(Error::Io { source, .. }) if is_no_space(&source) => {
@@ -354,20 +325,27 @@ impl SpoolWriter {
 
     /// Counts bytes that are decoded and in the file; completes the segment, or the part that the repository has.
     fn advance(&mut self, bytes: u64, completed: &mut Vec<CompletedSegment>) {
-        self.written = self.written.add(bytes);
-        debug_assert_eq!(self.indexer.position(), self.written);
-        if self.spool.segment_size().offset_of(self.written) == 0 {
-            self.summary.merge(self.indexer.take_summary());
+        let reached = self.cursor.appended(bytes);
+        debug_assert_eq!(self.indexer.position(), self.written());
+        if reached == Reached::Nothing {
+            return;
+        }
+        self.summary.merge(self.indexer.take_summary());
+        if reached == Reached::SegmentEnd {
             completed.push(CompletedSegment {
                 branch: self.spool.branch(),
                 file: self.open.take().expect("BUG: a full segment has a file"),
                 summary: std::mem::take(&mut self.summary),
                 proven: self.proven,
             });
-            self.tail_end = self.written;
-        } else if self.written == self.tail_end {
-            self.summary.merge(self.indexer.take_summary());
         }
+    }
+}
+
+fn out_of_order(found: Lsn) -> impl FnOnce(OutOfOrder) -> Error {
+    move |order| Error::StreamOutOfOrder {
+        expected: order.expected,
+        found,
     }
 }
 
