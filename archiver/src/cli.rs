@@ -16,6 +16,8 @@ mod check;
 mod config;
 mod epoch;
 mod key;
+mod nagios;
+mod notify;
 mod output;
 mod run;
 mod status;
@@ -70,7 +72,13 @@ enum Command {
         /// One JSON document.
         #[arg(long)]
         json: bool,
+        /// One line for Nagios and Icinga, with its exit code: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
+        #[arg(long, conflicts_with = "json")]
+        nagios: bool,
     },
+    /// Tells people of alerts.
+    #[command(subcommand)]
+    Notify(NotifyCommand),
     /// Checks every precondition, one line each, with the remedy.
     Check,
     /// Proves the continuity of the WAL and the integrity of every object.
@@ -117,6 +125,12 @@ enum EpochCommand {
 }
 
 #[derive(Debug, Subcommand)]
+enum NotifyCommand {
+    /// Sends a test to every receiver of the configuration, from here.
+    Test,
+}
+
+#[derive(Debug, Subcommand)]
 enum ConfigCommand {
     /// Validates the configuration.
     Check,
@@ -153,7 +167,9 @@ pub fn run(cli: Cli) -> Result<()> {
             kind: BackupType::Full,
             label,
         } => backup::backup(one(&settings)?, &label),
-        Command::Status { json } => status::status(&settings, json),
+        Command::Status { nagios: true, .. } => nagios::nagios(&settings),
+        Command::Status { json, .. } => status::status(&settings, json),
+        Command::Notify(NotifyCommand::Test) => notify::test(&settings),
         Command::Check => check::check(&settings),
         Command::Verify { deep } => verify::verify(&settings, deep),
         Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),

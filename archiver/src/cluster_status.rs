@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -21,8 +21,8 @@ use wal_format::{Branch, ClusterName, Lsn, PgTimestamp, SystemIdentifier};
 
 use crate::{
     instruments::Instruments,
-    pipeline::progress::Progress,
-    report::{BackupReport, SlotReport, WindowReport},
+    pipeline::{archive::Archive, progress::Progress},
+    report::{BackupReport, Details, SlotReport, WindowReport},
     rpo::{Exposure, RpoEstimator},
     standby_slots::StandbyReport,
 };
@@ -34,6 +34,9 @@ pub struct ClusterStatus {
     progress: Progress,
     started: Instant,
     facts: Mutex<Facts>,
+    details: Mutex<Arc<Details>>,
+    archive: Mutex<Weak<Archive>>,
+    caught_up: Mutex<Option<PgTimestamp>>,
     rpo: Mutex<Estimators>,
     /// WAL bytes received, overlap after a reconnect included.
     pub wal_received_bytes: AtomicU64,
@@ -98,6 +101,10 @@ pub struct Facts {
     pub window: WindowReport,
     /// The newest base backup, as of the last look into the catalog.
     pub last_backup: Option<BackupReport>,
+    /// The server's clock minus ours, in seconds.
+    pub clock_offset_seconds: Option<f64>,
+    /// Whether the catalog was looked at since the start.
+    pub looked: bool,
     /// Reconnections by reason.
     pub reconnects: BTreeMap<&'static str, u64>,
     /// Failed repository requests by operation.
@@ -115,6 +122,9 @@ impl ClusterStatus {
             progress: Progress::new(acknowledge),
             started: Instant::now(),
             facts: Mutex::default(),
+            details: Mutex::default(),
+            archive: Mutex::default(),
+            caught_up: Mutex::default(),
             rpo: Mutex::default(),
             wal_received_bytes: AtomicU64::new(0),
             wal_stored_bytes: AtomicU64::new(0),
@@ -206,6 +216,39 @@ impl ClusterStatus {
         rpo.local.held(positions.flushed());
         rpo.remote.held(positions.remote());
         (rpo.local.exposure(now), rpo.remote.exposure(now))
+    }
+
+    /// When the repository was last proved to hold everything that the server had flushed.
+    #[must_use]
+    pub fn caught_up_as_of(&self, remote: Exposure) -> Option<PgTimestamp> {
+        let mut caught_up = self
+            .caught_up
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if remote.source_known && remote.rpo == Some(Duration::ZERO) {
+            *caught_up = self.lock().last_message;
+        }
+        *caught_up
+    }
+
+    /// What the dashboard draws beside the numbers.
+    #[must_use]
+    pub fn details(&self) -> Arc<Details> {
+        Arc::clone(&self.details.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The catalog was looked at.
+    pub(crate) fn looked(&self, archive: &Arc<Archive>, details: Details) {
+        *self.details.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(details);
+        *self.archive.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(archive);
+        self.note(|facts| facts.looked = true);
+    }
+
+    /// The archive, while its pipeline runs: for questions that only the catalog answers.
+    #[must_use]
+    pub fn archive(&self) -> Option<Arc<Archive>> {
+        let archive = self.archive.lock().unwrap_or_else(PoisonError::into_inner);
+        archive.upgrade()
     }
 
     /// How long the daemon has run.

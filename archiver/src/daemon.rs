@@ -24,6 +24,7 @@ use crate::{
     error::{Error, Result},
     http::{HttpServer, Sources},
     instruments::Instruments,
+    monitor::Monitor,
     notify::Notify,
     push,
     replication::ConnInfo,
@@ -66,6 +67,7 @@ pub struct Daemon {
     clusters: Clusters,
     tasks: JoinSet<(ClusterName, Result<()>)>,
     instruments: Instruments,
+    monitor: Arc<Monitor>,
     notify: Notify,
     line: String,
     stopping: bool,
@@ -86,7 +88,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         watch(SignalKind::hangup())?,
     );
     validate(&settings)?;
-    let server = HttpServer::bind(http.unwrap_or(settings.http)).await?;
+    let server = HttpServer::bind(http.unwrap_or(settings.http), &settings.http_access).await?;
     tracing::info!(address = %server.address(), "serving HTTP");
     let mut daemon = Daemon {
         args,
@@ -94,16 +96,18 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         clusters: Clusters::default(),
         tasks: JoinSet::new(),
         instruments: Instruments::default(),
+        monitor: Monitor::new(settings.notify),
         notify: Notify::from_environment(),
         line: String::new(),
         stopping: false,
         outcome: Ok(()),
     };
-    let shown = Arc::clone(&daemon.clusters);
-    tokio::spawn(server.serve(Sources {
-        reports: Arc::new(move || reports(&shown)),
-        instruments: daemon.instruments.clone(),
-    }));
+    tokio::spawn(Arc::clone(&daemon.monitor).run());
+    tokio::spawn(server.serve(Sources::new(
+        Arc::clone(&daemon.monitor),
+        daemon.instruments.clone(),
+        &settings.http_access,
+    )));
     for cluster in settings.clusters {
         daemon.start(cluster);
     }
@@ -161,6 +165,7 @@ impl Daemon {
             settings.acknowledge,
             self.instruments.clone(),
         ));
+        self.monitor.watch(settings.clone(), Arc::clone(&status));
         let (stop, shutdown) = Shutdown::new();
         let kept = Kept {
             settings: settings.clone(),
@@ -207,6 +212,7 @@ impl Daemon {
             Next::Forget => {
                 tracing::info!(cluster = %name, "no longer archived");
                 clusters.remove(&name);
+                self.monitor.forget(&name);
             }
             Next::Restart(settings) => {
                 drop(clusters);
@@ -248,7 +254,13 @@ impl Daemon {
                 kept.next = Next::Forget;
                 kept.stop.request();
             }
-            clusters.retain(|_, kept| kept.running || !matches!(kept.next, Next::Forget));
+            clusters.retain(|name, kept| {
+                let stays = kept.running || !matches!(kept.next, Next::Forget);
+                if !stays {
+                    self.monitor.forget(name);
+                }
+                stays
+            });
             for wanted in settings.clusters {
                 match clusters.get_mut(&wanted.name) {
                     Some(kept)

@@ -198,6 +198,18 @@ pub enum Error {
         /// How long.
         seconds: u64,
     },
+    /// What `status --nagios` found; its line on standard output says it.
+    #[error("not OK")]
+    Nagios {
+        /// Nagios's exit code.
+        code: u8,
+    },
+    /// Receivers of alerts that were not told.
+    #[error("not told: {targets}")]
+    NotNotified {
+        /// Their names in the configuration.
+        targets: String,
+    },
     /// The time to drain ran out.
     #[error(
         "stopped with WAL that is only in the spool and not yet in the repository: {what}. It is safe there and is stored \
@@ -269,7 +281,10 @@ impl Error {
             | Self::SpoolHole { .. }
             | Self::Verify { .. } => ExitKind::Integrity,
             Self::Check { kind, .. } => *kind,
+            // Nagios has exit codes of its own, which are the same numbers.
+            Self::Nagios { code: 3 } => ExitKind::TargetNotReachable,
             Self::Io { .. }
+            | Self::Nagios { code: 0 | 1 | 4.. }
             | Self::Push { .. }
             | Self::PushDiffers { .. }
             | Self::ThreadStopped { .. }
@@ -277,11 +292,13 @@ impl Error {
             Self::Replication(error) => error.exit_kind(),
             Self::Repository(error) => error.exit_kind(),
             Self::Http(_)
+            | Self::Nagios { code: 2 }
             | Self::SpoolLocked { .. }
             | Self::SpoolSystemMismatch { .. }
             | Self::Unsupported(_)
             | Self::Usage { .. } => ExitKind::Usage,
             Self::NotDrained { .. }
+            | Self::NotNotified { .. }
             | Self::Silent { .. }
             | Self::SpoolFull
             | Self::StreamOutOfOrder { .. } => ExitKind::Unreachable,

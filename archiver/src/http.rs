@@ -1,36 +1,51 @@
-//! Serves what is known over HTTP: the page, the API, the metrics, the two health routes. Read only.
+//! Serves what is known over HTTP: the page, the API, the metrics, the live stream, the two health routes.
 //!
-//! Every answer is made from [`ClusterReport`]s that the daemon already holds: a request touches neither the store nor
-//! PostgreSQL, so `/readyz` and `/metrics` keep answering when those are down, which is when they are needed.
+//! Every answer is made from what the daemon already holds: a request touches neither the store nor PostgreSQL, so
+//! `/readyz` and `/metrics` keep answering when those are down, which is when they are needed. Strangers, slow clients
+//! and idle connections are bounded here and nowhere near the stages.
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use http_body_util::Full;
-use hyper::{
-    Method, Request, Response, StatusCode,
-    body::Incoming,
-    header::{ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue},
-    server::conn::http1,
-    service::service_fn,
-};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde::Serialize;
-use tokio::{net::TcpListener, sync::Semaphore};
+use repository::config::HttpAccess;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    time::timeout,
+};
 
-use crate::{instruments::Instruments, report::ClusterReport};
+use self::{
+    access::Access,
+    connections::{Busy, Connections},
+    tls::TlsFiles,
+};
+use crate::{instruments::Instruments, monitor::Monitor, report::ClusterReport};
 
+mod access;
+mod answer;
+mod api;
+mod connections;
 mod health;
+mod live;
 mod metrics;
 mod page;
+mod routes;
+mod tls;
 
 /// Where the answers come from.
 #[derive(Clone)]
 pub struct Sources {
     /// One call makes all reports, from memory.
     pub reports: Arc<dyn Fn() -> Vec<ClusterReport> + Send + Sync>,
+    /// Numbers over time, events, the live stream.
+    pub monitor: Arc<Monitor>,
     /// The process's measurements.
     pub instruments: Instruments,
+    access: Arc<Access>,
+    /// One base backup at a time is asked for over HTTP.
+    backups: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for Sources {
@@ -39,25 +54,37 @@ impl std::fmt::Debug for Sources {
     }
 }
 
-/// How many connections are served at once; the others wait in the listen queue. Each costs a few KiB.
-const CONNECTIONS_MAX: usize = 512;
-/// How long a client may take to send its request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+impl Sources {
+    /// Answers from `monitor`, for those whom `access` lets in.
+    #[must_use]
+    pub fn new(monitor: Arc<Monitor>, instruments: Instruments, access: &HttpAccess) -> Self {
+        let of = Arc::clone(&monitor);
+        Self {
+            reports: Arc::new(move || of.reports()),
+            monitor,
+            instruments,
+            access: Arc::new(Access::new(access)),
+            backups: Arc::new(Semaphore::new(1)),
+        }
+    }
+}
 
-const JSON: &str = "application/json";
-const PROBLEM: &str = "application/problem+json";
-const HTML: &str = "text/html; charset=utf-8";
-const TEXT: &str = "text/plain; charset=utf-8";
-const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; base-uri 'none'; \
-                   form-action 'none'; frame-ancestors 'none'";
+/// How long a client may take to send its request's head, or to finish TLS's handshake.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long one connection may last: also the limit for a client that does not read its answer.
+const CONNECTION_MAX: Duration = Duration::from_secs(600);
+/// How often the certificate's files are looked at.
+const CERTIFICATE_POLL: Duration = Duration::from_secs(2);
+/// What a request's head may be.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
 
 /// Why HTTP could not be served.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
     /// The address can be reached from other hosts and nothing would keep strangers out.
     #[error(
-        "refusing to serve HTTP on {address}: it can be reached from other hosts and this build has no access token; \
-         bind 127.0.0.1 and put an authenticating proxy before it"
+        "refusing to serve HTTP on {address}: it can be reached from other hosts and no access token is set; \
+         set http_token_file (or TIDEMARK_HTTP_TOKEN), or bind 127.0.0.1"
     )]
     Public {
         /// The address asked for.
@@ -71,6 +98,12 @@ pub enum HttpError {
         /// What the system said.
         source: io::Error,
     },
+    /// The certificate or its key can not be used.
+    #[error("serve HTTPS: {problem}; mend http_tls_certificate and http_tls_key")]
+    Tls {
+        /// Which file, and what is wrong with it.
+        problem: String,
+    },
 }
 
 /// A bound server, so that a taken port is an error of the start and not of a background task.
@@ -78,21 +111,41 @@ pub enum HttpError {
 pub struct HttpServer {
     listener: TcpListener,
     address: SocketAddr,
+    tls: Option<Arc<TlsFiles>>,
 }
 
 impl HttpServer {
     /// Binds `address`.
     ///
     /// # Errors
-    /// [`HttpError::Public`] for an address that is not a loopback one, [`HttpError::Bind`] when the system refuses.
-    pub async fn bind(address: SocketAddr) -> Result<Self, HttpError> {
+    /// [`HttpError::Public`] for an address that is not a loopback one without a token, [`HttpError::Tls`] for files that
+    /// can not be used, [`HttpError::Bind`] when the system refuses.
+    pub async fn bind(address: SocketAddr, access: &HttpAccess) -> Result<Self, HttpError> {
         if !address.ip().is_loopback() {
-            return Err(HttpError::Public { address });
+            if !access.is_guarded() {
+                return Err(HttpError::Public { address });
+            }
+            if access.tls.is_none() {
+                tracing::warn!(%address, "tokens travel in clear: set http_tls_certificate and http_tls_key, or put a proxy before it");
+            }
         }
+        let tls = match &access.tls {
+            None => None,
+            Some((certificate, key)) => {
+                let files = TlsFiles::open(certificate, key);
+                Some(Arc::new(
+                    files.map_err(|problem| HttpError::Tls { problem })?,
+                ))
+            }
+        };
         let failed = |source| HttpError::Bind { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        Ok(Self { listener, address })
+        Ok(Self {
+            listener,
+            address,
+            tls,
+        })
     }
 
     /// The address that was bound, with the port the system chose where 0 was asked for.
@@ -103,11 +156,17 @@ impl HttpServer {
 
     /// Serves until the task is dropped.
     pub async fn serve(self, sources: Sources) -> Infallible {
-        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let connections = Arc::new(Connections::default());
+        if let Some(tls) = self.tls.clone() {
+            let monitor = Arc::clone(&sources.monitor);
+            tokio::spawn(async move {
+                loop {
+                    monitor.certificate_ends(tls.refresh());
+                    tokio::time::sleep(CERTIFICATE_POLL).await;
+                }
+            });
+        }
         loop {
-            let Ok(permit) = Arc::clone(&connections).acquire_owned().await else {
-                unreachable!("BUG: the semaphore is never closed");
-            };
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
@@ -117,119 +176,52 @@ impl HttpServer {
                     continue;
                 }
             };
-            let sources = sources.clone();
-            tokio::spawn(async move {
-                let service = service_fn(move |request| {
-                    let response = answer(&request, &sources);
-                    async move { Ok::<_, Infallible>(response) }
-                });
-                let served = http1::Builder::new()
-                    .timer(TokioTimer::new())
-                    .header_read_timeout(HEADER_TIMEOUT)
-                    .max_buf_size(16 * 1024)
-                    .serve_connection(TokioIo::new(stream), service)
-                    .await;
-                if let Err(error) = served {
-                    tracing::debug!(error = %error, "serve an HTTP connection");
-                }
-                drop(permit);
-            });
-        }
-    }
-}
-
-/// Routes a request. Unknown paths and clusters are 404, other methods 405, both as problem documents.
-fn answer(request: &Request<Incoming>, sources: &Sources) -> Response<Full<Bytes>> {
-    if request.method() != Method::GET && request.method() != Method::HEAD {
-        let mut response = problem(
-            StatusCode::METHOD_NOT_ALLOWED,
-            "only GET and HEAD are served",
-        );
-        response
-            .headers_mut()
-            .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-        return response;
-    }
-    route(
-        request.uri().path(),
-        request.uri().query().unwrap_or_default(),
-        sources,
-    )
-}
-
-fn route(path: &str, query: &str, sources: &Sources) -> Response<Full<Bytes>> {
-    let reports = || (sources.reports)();
-    let parts: Vec<&str> = path.split('/').skip(1).collect();
-    match *parts.as_slice() {
-        [""] => respond(StatusCode::OK, HTML, page::render(&reports())),
-        ["style.css"] => respond(
-            StatusCode::OK,
-            "text/css; charset=utf-8",
-            page::STYLE.to_owned(),
-        ),
-        // Both say that this process lives and serves; neither looks at the store or at PostgreSQL, so that an
-        // orchestrator does not take the archiver away exactly when it is needed.
-        ["healthz"] => respond(StatusCode::OK, TEXT, "alive\n".to_owned()),
-        ["readyz"] => respond(StatusCode::OK, TEXT, "ready to stream\n".to_owned()),
-        ["metrics"] => respond(
-            StatusCode::OK,
-            metrics::CONTENT_TYPE,
-            metrics::render(&reports(), &sources.instruments),
-        ),
-        ["api", "v1", "clusters"] => json(StatusCode::OK, &reports()),
-        ["api", "v1", "clusters", name, ref rest @ ..] => {
-            let Some(report) = reports()
-                .into_iter()
-                .find(|report| report.cluster.as_str() == name)
-            else {
-                return problem(
-                    StatusCode::NOT_FOUND,
-                    "no such cluster; see /api/v1/clusters",
-                );
-            };
-            match *rest {
-                [] => json(StatusCode::OK, &report),
-                ["window"] => json(StatusCode::OK, &report.window),
-                ["health"] => match health::judge(&report, query) {
-                    Ok(verdict) => json(verdict.status(), &verdict),
-                    Err(error) => problem(StatusCode::BAD_REQUEST, &error.to_string()),
-                },
-                _ => problem(StatusCode::NOT_FOUND, "no such route below a cluster"),
+            if !connections.make_room() {
+                continue;
             }
+            let (busy, number) = (Busy::default(), connections.number());
+            let task = tokio::spawn({
+                let (sources, busy) = (sources.clone(), busy.clone());
+                let (tls, connections) = (self.tls.clone(), Arc::clone(&connections));
+                async move {
+                    let served = serve_one(stream, tls, sources, busy);
+                    drop(timeout(CONNECTION_MAX, served).await);
+                    connections.closed(number);
+                }
+            });
+            connections.opened(number, busy, task.abort_handle());
         }
-        _ => problem(StatusCode::NOT_FOUND, "no such route"),
     }
 }
 
-fn respond(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(body)));
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(CSP));
-    headers.insert(
-        "x-content-type-options",
-        HeaderValue::from_static("nosniff"),
-    );
-    headers.insert("referrer-policy", HeaderValue::from_static("no-referrer"));
-    response
-}
-
-fn json<T: Serialize>(status: StatusCode, value: &T) -> Response<Full<Bytes>> {
-    match serde_json::to_string(value) {
-        Ok(body) => respond(status, JSON, body),
-        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+async fn serve_one(stream: TcpStream, tls: Option<Arc<TlsFiles>>, sources: Sources, busy: Busy) {
+    let Some(tls) = tls else {
+        return serve_stream(stream, sources, busy).await;
+    };
+    match timeout(HEADER_TIMEOUT, tls.acceptor().accept(stream)).await {
+        Ok(Ok(stream)) => serve_stream(stream, sources, busy).await,
+        Ok(Err(error)) => tracing::debug!(error = %error, "begin TLS with a browser"),
+        Err(_) => {}
     }
 }
 
-/// An RFC 9457 problem document.
-fn problem(status: StatusCode, detail: &str) -> Response<Full<Bytes>> {
-    let title = status.canonical_reason().unwrap_or("error");
-    let body = serde_json::json!({
-        "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail,
+async fn serve_stream<S>(stream: S, sources: Sources, busy: Busy)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let service = service_fn(move |request: hyper::Request<Incoming>| {
+        let (sources, guard) = (sources.clone(), busy.begin());
+        async move { Ok::<_, Infallible>(routes::answer(request, &sources, guard).await) }
     });
-    respond(status, PROBLEM, body.to_string())
+    let served = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+    if let Err(error) = served {
+        tracing::debug!(error = %error, "serve an HTTP connection");
+    }
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! [`replication`] (PostgreSQL's protocol), [`base_backup`], the [`supervisor`] that keeps a cluster archived, and what is
 //! said about it: [`cluster_status`], [`report`], [`http`]. [`cli`] is the outside.
 
+pub mod alerts;
 pub mod base_backup;
 pub mod cli;
 pub mod cluster_status;
@@ -13,6 +14,8 @@ pub mod error;
 pub mod flushed_lsn;
 pub mod http;
 pub mod instruments;
+pub mod monitor;
+pub mod notifications;
 pub mod notify;
 pub mod pipeline;
 pub mod push;

@@ -22,6 +22,7 @@ pub mod session;
 pub mod start;
 pub mod tail;
 pub mod voice;
+pub(crate) mod window;
 pub mod write;
 
 use std::{

@@ -5,9 +5,13 @@
 //! become a light.
 
 use serde::Serialize;
-use wal_format::{BackupId, ClusterName, Lsn, PgTimestamp, SystemIdentifier, TimelineId};
+use wal_format::{BackupId, ClusterName, Lsn, Outcome, PgTimestamp, SystemIdentifier, TimelineId};
 
-use crate::{rpo::Exposure, standby_slots::StandbyReport};
+use crate::{alerts::Alert, rpo::Exposure, standby_slots::StandbyReport};
+
+mod details;
+
+pub use details::{Details, GapReport, HeldRange, Mark, MarkKind};
 
 /// The one light of a cluster; the worst fact decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -122,9 +126,32 @@ pub struct WindowReport {
     pub latest_commit: Option<PgTimestamp>,
     /// Interruptions of the WAL within the window; unknown without a backup.
     pub gaps: Option<u64>,
+    /// Those with no base backup behind them: later times can not be restored.
+    pub open_gaps: Option<u64>,
 }
 
-/// The newest base backup.
+/// What a restore would take.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct RtoReport {
+    /// The RTO the operator set.
+    pub target_seconds: Option<f64>,
+    /// What the last drill took.
+    pub measured_seconds: Option<f64>,
+    /// What a restore to the newest commit is estimated to take now.
+    pub estimate_seconds: Option<f64>,
+    /// How fast the last drill fetched.
+    pub fetch_bytes_per_second: Option<f64>,
+    /// How fast it replayed WAL.
+    pub replay_bytes_per_second: Option<f64>,
+    /// WAL that would be replayed.
+    pub wal_since_backup_bytes: Option<u64>,
+    /// How the estimate is made, or why there is none.
+    pub how: String,
+    /// What to do about it.
+    pub advice: Option<String>,
+}
+
+/// A base backup.
 #[derive(Clone, Debug, Serialize)]
 pub struct BackupReport {
     /// Its name.
@@ -133,6 +160,10 @@ pub struct BackupReport {
     pub started: PgTimestamp,
     /// When it became restorable.
     pub finished: PgTimestamp,
+    /// Where redo begins.
+    pub start_lsn: Lsn,
+    /// The timeline it was taken on.
+    pub timeline: TimelineId,
     /// Bytes in the repository.
     pub stored_bytes: u64,
 }
@@ -189,6 +220,36 @@ pub struct ClusterReport {
     pub counters: Counters,
     /// Where the WAL goes.
     pub repository: String,
+    /// The greatest RPO of the last 24 hours.
+    pub rpo_max_24h_seconds: Option<f64>,
+    /// When the repository was last proved to hold everything that the primary had flushed.
+    pub caught_up_as_of: Option<PgTimestamp>,
+    /// What a restore would take.
+    pub rto: RtoReport,
+    /// The newest restore drill.
+    pub last_drill: Option<Outcome>,
+    /// When a drill last passed.
+    pub last_drill_passed: Option<PgTimestamp>,
+    /// The newest base backup, if it failed.
+    pub failed_backup: Option<Outcome>,
+    /// Objects that were found damaged or missing; unknown before the first verification.
+    pub corrupt_objects: Option<u64>,
+    /// The age at which the newest base backup is overdue.
+    pub backup_max_age_seconds: f64,
+    /// The age at which the newest drill is overdue.
+    pub drill_max_age_seconds: Option<f64>,
+    /// The server's clock minus ours.
+    pub clock_offset_seconds: Option<f64>,
+    /// When the dashboard's certificate ends.
+    pub certificate_expiry: Option<PgTimestamp>,
+    /// Whether the catalog was looked at since the start.
+    pub looked: bool,
+    /// The stream's last error while it is down.
+    pub stream_error: Option<String>,
+    /// The repository's last error while it fails.
+    pub repository_error: Option<String>,
+    /// What a person should act on.
+    pub alerts: Vec<Alert>,
 }
 
 /// The facts that decide the light.
@@ -214,6 +275,8 @@ pub struct Facts<'a> {
     pub has_backup: bool,
     /// `wal_status` of the slot.
     pub slot_wal_status: Option<&'a str>,
+    /// What a drill or a verification found wrong with the archive.
+    pub not_restorable: Option<&'a str>,
 }
 
 /// The light and its reason. The worst fact wins: broken, then at risk, then unknown, then degraded.
@@ -231,6 +294,9 @@ pub fn judge(facts: Facts<'_>) -> (State, String) {
             State::Broken,
             "the replication slot is lost: PostgreSQL removed WAL".to_owned(),
         );
+    }
+    if let Some(problem) = facts.not_restorable {
+        return (State::Broken, problem.to_owned());
     }
     if let Some(rpo) = facts
         .remote_rpo_seconds
@@ -294,6 +360,7 @@ mod tests {
         standby: None,
         has_backup: true,
         slot_wal_status: Some("reserved"),
+        not_restorable: None,
     };
 
     #[test]

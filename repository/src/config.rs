@@ -10,11 +10,15 @@ use wal_format::ClusterName;
 use crate::{Error, Result};
 
 mod file;
+mod http;
+mod notify;
 mod repositories;
 mod s3;
 mod url;
 
 use file::{ClusterTable, ConfigFile};
+pub use http::HttpAccess;
+pub use notify::{NotifyKind, NotifyTarget, SmtpTls};
 pub use s3::{S3Credentials, S3Settings, Secret};
 pub use url::{RepositoryPlace, RepositoryUrl};
 
@@ -169,6 +173,12 @@ pub struct ClusterSettings {
     pub remote_flush_bytes: u64,
     /// The RPO to be held. Default: 5 s.
     pub rpo_target: Duration,
+    /// The RTO to be held. Default: none is demanded.
+    pub rto_target: Option<Duration>,
+    /// The age at which the newest base backup is overdue. Default: 7 days.
+    pub backup_max_age: Duration,
+    /// The age at which the newest restore drill is overdue. Default: none is demanded.
+    pub drill_max_age: Option<Duration>,
     /// zstd's level for WAL and backups. Default: 1.
     pub compression_level: i32,
     /// Threads that seal segments. Default: 2.
@@ -194,6 +204,10 @@ pub struct Settings {
     pub clusters: Vec<ClusterSettings>,
     /// Where HTTP is served. Default: `127.0.0.1:8432`.
     pub http: SocketAddr,
+    /// Who may see it.
+    pub http_access: HttpAccess,
+    /// Who is told of alerts.
+    pub notify: Vec<NotifyTarget>,
     /// The file that was read, if any.
     pub file: Option<PathBuf>,
 }
@@ -254,6 +268,8 @@ impl Settings {
         Ok(Self {
             clusters,
             http,
+            http_access: HttpAccess::resolve(&file.http_access)?,
+            notify: notify::resolve(file.notify.clone())?,
             file: None,
         })
     }
@@ -313,7 +329,26 @@ fn cluster(
             None => Ok(default),
         };
     let encryption = table.encryption.resolve(&defaults.encryption)?;
+    let optional = |of_table: &Option<String>, of_defaults: &Option<String>, key| {
+        of_table
+            .as_ref()
+            .or(of_defaults.as_ref())
+            .map(|text| parse_duration(key, text))
+            .transpose()
+    };
     Ok(ClusterSettings {
+        rto_target: optional(&table.rto_target, &defaults.rto_target, "rto_target")?,
+        drill_max_age: optional(
+            &table.drill_max_age,
+            &defaults.drill_max_age,
+            "drill_max_age",
+        )?,
+        backup_max_age: duration(
+            &table.backup_max_age,
+            &defaults.backup_max_age,
+            "backup_max_age",
+            Duration::from_secs(7 * 86_400),
+        )?,
         conninfo: args
             .conninfo
             .clone()

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{Branch, Lsn, SegmentName, SystemIdentifier, TimelineId};
+use crate::{Branch, Lsn, OutcomeKind, SegmentName, SystemIdentifier, TimelineId};
 
 /// A cluster's name in the repository: `[a-z0-9][a-z0-9_-]{0,62}`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -134,6 +134,8 @@ pub enum ObjectKey {
     BackupManifest(SystemIdentifier, BackupId),
     /// `{sysid}/backup/{id}/backup.json`: written last; a base backup without it does not exist.
     BackupInfo(SystemIdentifier, BackupId),
+    /// `{sysid}/outcome/{kind}/{id}.json`: how a drill, a backup or a verification ended ([`crate::Outcome`]).
+    Outcome(SystemIdentifier, OutcomeKind, BackupId),
 }
 
 /// Which tar archive of a base backup.
@@ -186,6 +188,7 @@ impl fmt::Display for ObjectKey {
             }
             Self::BackupManifest(system, id) => write!(f, "{system}/backup/{id}/backup_manifest"),
             Self::BackupInfo(system, id) => write!(f, "{system}/backup/{id}/backup.json"),
+            Self::Outcome(system, kind, id) => write!(f, "{system}/outcome/{kind}/{id}.json"),
         }
     }
 }
@@ -244,6 +247,14 @@ fn parse_key(text: &str) -> Option<ObjectKey> {
             let (from, to) = (lsn16(from)?, lsn16(to)?);
             let (system, branch) = (system.parse().ok()?, branch.parse().ok()?);
             Some(ObjectKey::Gap(system, branch, from, to))
+        }
+        [system, "outcome", kind, file] => {
+            let id = file.strip_suffix(".json")?.parse().ok()?;
+            Some(ObjectKey::Outcome(
+                system.parse().ok()?,
+                kind.parse().ok()?,
+                id,
+            ))
         }
         [system, "backup", id, file] => {
             let (system, id) = (system.parse().ok()?, id.parse().ok()?);
@@ -331,8 +342,12 @@ mod tests {
                 "7432188851234567890/backup/20261121T101500Z-9f3c/backup_manifest",
             ),
             (
-                ObjectKey::BackupInfo(system, id),
+                ObjectKey::BackupInfo(system, id.clone()),
                 "7432188851234567890/backup/20261121T101500Z-9f3c/backup.json",
+            ),
+            (
+                ObjectKey::Outcome(system, OutcomeKind::Drill, id),
+                "7432188851234567890/outcome/drill/20261121T101500Z-9f3c.json",
             ),
         ] {
             assert_eq!(key.to_string(), text);

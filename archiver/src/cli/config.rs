@@ -18,6 +18,26 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
 
 pub(super) fn show(settings: &Settings) -> Result<()> {
     output::line(&format!("http = \"{}\"", settings.http));
+    let access = &settings.http_access;
+    for (key, token) in [
+        ("http_token", &access.read),
+        ("http_operate_token", &access.operate),
+    ] {
+        if token.is_some() {
+            output::line(&format!("# {key}: set"));
+        }
+    }
+    if let Some((certificate, key)) = &access.tls {
+        output::line(&format!(
+            "http_tls_certificate = \"{}\"",
+            certificate.display()
+        ));
+        output::line(&format!("http_tls_key = \"{}\"", key.display()));
+    }
+    for target in &settings.notify {
+        // Addresses of webhooks are as secret as passwords.
+        output::line(&format!("# notify {}: {:?}", target.name, target.kind));
+    }
     for cluster in &settings.clusters {
         // Only the parsed form knows which parts are secret.
         let conninfo = ConnInfo::parse(&cluster.conninfo)?;
@@ -59,6 +79,7 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
             ),
             format!("remote_flush_bytes = {}", cluster.remote_flush_bytes),
             format!("rpo_target = \"{:?}\"", cluster.rpo_target),
+            format!("backup_max_age = \"{:?}\"", cluster.backup_max_age),
             format!("compression_level = {}", cluster.compression_level),
             format!("seal_threads = {}", cluster.seal_threads),
         ] {

@@ -23,7 +23,7 @@ const DAEMON_TIMEOUT: Duration = Duration::from_millis(500);
 const ANSWER_BYTES_MAX: u64 = 4 << 20;
 
 pub(super) fn status(settings: &Settings, json: bool) -> Result<()> {
-    let answered = daemon(settings.http);
+    let answered = daemon(settings);
     let mut documents = Vec::new();
     for cluster in &settings.clusters {
         let of_daemon = answered
@@ -48,14 +48,20 @@ pub(super) fn status(settings: &Settings, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// The reports of a daemon, if one answers.
-fn daemon(address: SocketAddr) -> Vec<Value> {
+/// The reports of a daemon, if one answers. A token of the configuration opens its door; over TLS it is not asked.
+pub(super) fn daemon(settings: &Settings) -> Vec<Value> {
+    let address: SocketAddr = settings.http;
+    let access = &settings.http_access;
+    let token = access.read.as_ref().or(access.operate.as_ref());
+    let authorization = token.map_or_else(String::new, |token| {
+        format!("Authorization: Bearer {}\r\n", token.reveal())
+    });
     let ask = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect_timeout(&address, DAEMON_TIMEOUT)?;
         stream.set_read_timeout(Some(DAEMON_TIMEOUT))?;
         write!(
             stream,
-            "GET /api/v1/clusters HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n"
+            "GET /api/v1/clusters HTTP/1.1\r\nHost: {address}\r\n{authorization}Connection: close\r\n\r\n"
         )?;
         let mut answer = String::new();
         stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer)?;
@@ -113,10 +119,57 @@ fn print_daemon(report: &Value) {
                 text("/durable/remote/rpo_seconds")
             ),
         ),
+        (
+            "lag",
+            format!(
+                "{} bytes; target {} s, greatest in 24 h {} s",
+                text("/durable/remote/lag_bytes"),
+                text("/rpo_target_seconds"),
+                text("/rpo_max_24h_seconds")
+            ),
+        ),
+        (
+            "restorable",
+            format!(
+                "{} to {}",
+                text("/window/earliest"),
+                text("/window/latest_commit")
+            ),
+        ),
+        (
+            "rto",
+            format!(
+                "measured {} s, estimated {} s. {}",
+                text("/rto/measured_seconds"),
+                text("/rto/estimate_seconds"),
+                text("/rto/how")
+            ),
+        ),
+        (
+            "last drill",
+            match report
+                .pointer("/last_drill/passed")
+                .and_then(Value::as_bool)
+            {
+                None => "none yet: run `pitr-restore drill`".to_owned(),
+                Some(true) => format!("passed {}", text("/last_drill/finished")),
+                Some(false) => format!("failed: {}", text("/last_drill/message")),
+            },
+        ),
         ("last backup", text("/last_backup/id")),
         ("repository", text("/repository")),
     ] {
         output::line(&format!("  {name:<13} {value}"));
+    }
+    for alert in report["alerts"].as_array().into_iter().flatten() {
+        let field = |name: &str| alert[name].as_str().unwrap_or_default();
+        output::line(&format!(
+            "  {:<13} {} {}",
+            field("severity"),
+            field("name"),
+            field("summary")
+        ));
+        output::line(&format!("                {}", field("runbook")));
     }
     let standbys = report["standbys"].as_array().into_iter().flatten();
     for standby in standbys {

@@ -95,6 +95,7 @@ impl Verifier {
                 | ObjectKey::BackupSlice(..)
                 | ObjectKey::BackupManifest(..)
                 | ObjectKey::Gap(..)
+                | ObjectKey::Outcome(..)
                 | ObjectKey::Epoch(_) => None,
             };
             self.problems

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use repository::config::ClusterSettings;
-use wal_format::{Lsn, PgTimestamp};
+use wal_format::{Lsn, OutcomeKind, PgTimestamp};
 
 use super::{ClusterStatus, Facts};
 use crate::report::{
@@ -18,6 +18,28 @@ impl ClusterStatus {
         let facts = self.facts();
         let positions = self.progress.positions();
         let (local, remote) = self.exposure();
+        let details = self.details();
+        let drill = details.newest(OutcomeKind::Drill).cloned();
+        let verified = details.newest(OutcomeKind::Verify);
+        let found = verified.map(|verify| verify.damaged.len() as u64);
+        let corrupt_objects = match (found, details.damaged.len() as u64) {
+            (None, 0) => None,
+            (found, damaged) => Some(found.unwrap_or_default().max(damaged)),
+        };
+        let newest_backup = details.backups.last().map(|backup| backup.finished);
+        let failed_backup = details
+            .newest(OutcomeKind::Backup)
+            .filter(|outcome| !outcome.passed && Some(outcome.finished) > newest_backup)
+            .cloned();
+        let not_restorable = match (&drill, corrupt_objects) {
+            (Some(drill), _) if !drill.passed => {
+                Some(format!("the last restore drill failed: {}", drill.message))
+            }
+            (_, Some(objects @ 1..)) => Some(format!(
+                "{objects} object(s) of the repository are damaged or missing: run `wal-archiver verify`"
+            )),
+            _ => None,
+        };
         let rpo_target_seconds = settings.rpo_target.as_secs_f64();
         let shortage = shortage(&facts);
         let failing: Vec<&str> = shortage
@@ -52,7 +74,14 @@ impl ClusterStatus {
                 .slot_report
                 .as_ref()
                 .and_then(|slot| slot.wal_status.as_deref()),
+            not_restorable: not_restorable.as_deref(),
         });
+        let mut window = facts.window;
+        if facts.lost.is_some() {
+            // Declared a moment ago, before the next look into the catalog.
+            window.open_gaps = window.open_gaps.max(Some(1));
+            window.gaps = window.gaps.max(window.open_gaps);
+        }
         let known = |lsn: Lsn| (lsn > Lsn::ZERO).then_some(lsn);
         let flushed = positions.flushed();
         ClusterReport {
@@ -74,7 +103,7 @@ impl ClusterStatus {
                 remote: TierReport::new(known(positions.remote()), remote),
             },
             rpo_target_seconds,
-            window: facts.window,
+            window,
             slot: facts.slot_report.or_else(|| {
                 facts.slot.map(|name| SlotReport {
                     name,
@@ -105,6 +134,28 @@ impl ClusterStatus {
                 upload_queue_bytes: flushed.bytes_since(positions.remote()),
             },
             repository: settings.repository.to_string(),
+            rpo_max_24h_seconds: None,
+            caught_up_as_of: self.caught_up_as_of(remote),
+            rto: details.rto(
+                known(positions.remote()),
+                settings.rto_target.map(|target| target.as_secs_f64()),
+            ),
+            last_drill_passed: details
+                .of_kind(OutcomeKind::Drill)
+                .filter(|drill| drill.passed)
+                .map(|drill| drill.finished)
+                .max(),
+            last_drill: drill,
+            failed_backup,
+            corrupt_objects,
+            backup_max_age_seconds: settings.backup_max_age.as_secs_f64(),
+            drill_max_age_seconds: settings.drill_max_age.map(|age| age.as_secs_f64()),
+            clock_offset_seconds: facts.clock_offset_seconds,
+            certificate_expiry: None,
+            looked: facts.looked,
+            stream_error: facts.stream_error.filter(|_| !facts.connected),
+            repository_error: facts.repository_error,
+            alerts: Vec::new(),
         }
     }
 }

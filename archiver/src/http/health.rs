@@ -1,4 +1,4 @@
-//! `…/health?max_rpo=&max_backup_age=`: 200 or 503 with reasons, for probes that know no JSON.
+//! `…/health?max_rpo=&max_backup_age=&max_drill_age=`: 200 or 503 with reasons, for probes that know no JSON.
 
 use hyper::StatusCode;
 use serde::Serialize;
@@ -57,8 +57,17 @@ pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, Quer
                 let age = age.map(|micros| micros as f64 / 1e6);
                 ("age of the last base backup", age)
             }
-            // No drill has been recorded by this version, so no limit on its age can hold.
-            "max_drill_age" => ("age of the last restore drill", None),
+            "max_drill_age" => {
+                let age = report
+                    .last_drill_passed
+                    .map(|time| report.as_of.micros_since(time));
+                #[expect(
+                    clippy::cast_precision_loss,
+                    reason = "an age in seconds needs no more"
+                )]
+                let age = age.map(|micros| micros as f64 / 1e6);
+                ("age of the last restore drill that passed", age)
+            }
             _ => return Err(QueryError::Unknown(name.to_owned())),
         };
         let limit = limit()?;

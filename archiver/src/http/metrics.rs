@@ -10,6 +10,7 @@ use prometheus_client::{
 use wal_format::PgTimestamp;
 
 use crate::{
+    alerts::RUNBOOK,
     instruments::{Instruments, Labels},
     report::{ClusterReport, State, TierReport},
 };
@@ -250,6 +251,23 @@ impl Page<'_> {
             "WAL the slot keeps on the primary",
             |report| report.slot.as_ref()?.retained_bytes.map(number),
         );
+        self.gauges(
+            "pitr_slot_wal_status",
+            "1 for the slot's wal_status",
+            |report| {
+                let known = report
+                    .slot
+                    .as_ref()
+                    .and_then(|slot| slot.wal_status.as_deref());
+                ["reserved", "extended", "unreserved", "lost"]
+                    .into_iter()
+                    .map(|status| {
+                        let value = known.map(|known| flag(known == status));
+                        (vec![("status", status.to_owned())], value)
+                    })
+                    .collect()
+            },
+        );
         self.gauge(
             "pitr_slot_safe_wal_bytes",
             "WAL that can be written before the slot is lost; NaN without a limit",
@@ -258,23 +276,84 @@ impl Page<'_> {
     }
 
     fn restorable(&mut self) {
-        // None of these exists before a drill or a restore was measured: until then they are unknown.
-        for (name, help) in [
-            (
-                "pitr_drill_last_success_timestamp_seconds",
-                "When a restore drill last succeeded; NaN before the first",
-            ),
-            (
-                "pitr_drill_rto_seconds",
-                "How long the last drill took until PostgreSQL answered; NaN before the first",
-            ),
-            (
-                "pitr_rto_estimate_seconds",
-                "How long a restore is estimated to take; NaN while no rate was measured",
-            ),
-        ] {
-            self.gauge(name, help, |_| None);
-        }
+        self.gauge(
+            "pitr_drill_last_success_timestamp_seconds",
+            "When a restore drill last passed; NaN before the first",
+            |report| unix_seconds(report.last_drill_passed),
+        );
+        self.gauge(
+            "pitr_drill_last_passed",
+            "Whether the last restore drill passed; NaN before the first",
+            |report| report.last_drill.as_ref().map(|drill| flag(drill.passed)),
+        );
+        self.gauge(
+            "pitr_drill_rto_seconds",
+            "How long the last drill took until PostgreSQL answered; NaN before the first",
+            |report| report.rto.measured_seconds,
+        );
+        self.gauge(
+            "pitr_rto_estimate_seconds",
+            "How long a restore is estimated to take; NaN while no rate was measured",
+            |report| report.rto.estimate_seconds,
+        );
+        self.gauge(
+            "pitr_rto_target_seconds",
+            "The RTO that the operator set; NaN without one",
+            |report| report.rto.target_seconds,
+        );
+        self.gauge(
+            "pitr_window_open_gaps",
+            "Gaps with no base backup behind them: later times can not be restored",
+            |report| report.window.open_gaps.map(number),
+        );
+        self.gauge(
+            "pitr_corrupt_objects",
+            "Objects of the repository found damaged or missing; NaN before a verification",
+            |report| report.corrupt_objects.map(number),
+        );
+        self.gauge(
+            "pitr_backup_last_failed",
+            "Whether the newest base backup failed",
+            |report| Some(flag(report.failed_backup.is_some())),
+        );
+        self.gauge(
+            "pitr_backup_max_age_seconds",
+            "The age at which the newest base backup is overdue",
+            |report| Some(report.backup_max_age_seconds),
+        );
+        self.gauge(
+            "pitr_drill_max_age_seconds",
+            "The age at which the newest drill is overdue; NaN where none is demanded",
+            |report| report.drill_max_age_seconds,
+        );
+        self.gauge(
+            "pitr_clock_offset_seconds",
+            "The server's clock minus the archiver's; NaN while the server is not asked",
+            |report| report.clock_offset_seconds,
+        );
+        self.gauge(
+            "pitr_certificate_expiry_timestamp_seconds",
+            "When the dashboard's certificate ends; NaN without TLS",
+            |report| unix_seconds(report.certificate_expiry),
+        );
+        self.gauge(
+            "pitr_repository_failing",
+            "Whether the last request that matters to the repository failed",
+            |report| Some(flag(report.repository_error.is_some())),
+        );
+        self.gauges(
+            "pitr_alert_firing",
+            "Whether the archiver's own alert fires",
+            |report| {
+                RUNBOOK
+                    .iter()
+                    .map(|(name, ..)| {
+                        let fires = report.alerts.iter().any(|alert| alert.name == *name);
+                        (vec![("alert", (*name).to_owned())], Some(flag(fires)))
+                    })
+                    .collect()
+            },
+        );
         self.gauge(
             "pitr_window_earliest_timestamp_seconds",
             "The earliest time that can be restored",

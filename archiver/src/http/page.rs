@@ -1,118 +1,282 @@
-//! `/`: the same facts for a person, rendered here so that it reads without JavaScript.
+//! The pages for people, rendered here so that they read without JavaScript; `app.js` only keeps them fresh and moves the
+//! picker.
+//!
+//! Elements marked `data-live` have an id and are replaced by their newer selves; what a person may be typing in is not
+//! marked. Invariant: every text that comes from outside goes through [`format::escape`].
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, sync::Arc};
 
-use crate::report::{ClusterReport, State};
+use jiff::Timestamp;
 
-/// The page's style sheet, served beside it: the content security policy allows no inline style.
-pub(super) const STYLE: &str = include_str!("style.css");
+use self::format::{bytes, duration, escape, instant, seconds};
+use crate::{
+    monitor::Watched,
+    pipeline::window::Located,
+    report::{ClusterReport, Details, State},
+};
 
-/// Renders the page. It asks the browser to load itself again every few seconds.
-pub(super) fn render(reports: &[ClusterReport]) -> String {
+mod chart;
+mod fleet;
+mod format;
+mod picker;
+mod strip;
+mod tables;
+
+pub(super) use self::{chart::Range, fleet::fleet};
+
+/// Served beside the page: the content security policy allows nothing inline.
+pub(super) const STYLE: &str = include_str!("page/style.css");
+/// The page's script.
+pub(super) const SCRIPT: &str = include_str!("page/app.js");
+/// The page's icon.
+pub(super) const ICON: &str = include_str!("page/icon.svg");
+
+/// What the page of one cluster shows.
+pub(super) struct View<'a> {
+    pub(super) report: &'a ClusterReport,
+    pub(super) cluster: &'a Watched,
+    pub(super) details: Arc<Details>,
+    pub(super) range: Range,
+    pub(super) picked: Option<(Timestamp, Result<Located, String>)>,
+    pub(super) of_fleet: bool,
+    pub(super) guarded: bool,
+}
+
+/// The page of one cluster.
+pub(super) fn cluster(view: &View<'_>) -> String {
+    let report = view.report;
     let mut body = String::new();
-    for report in reports {
-        // Writing to a String does not fail.
-        let _ = cluster(&mut body, report);
-    }
-    if reports.is_empty() {
-        body.push_str("<p>No cluster is configured.</p>");
-    }
+    header(&mut body, view);
+    tiles(&mut body, view);
+    strip::render(&mut body, view);
+    picker::render(&mut body, view);
+    chart::render(&mut body, view);
+    tables::flow(&mut body, view);
+    tables::alerts(&mut body, report);
+    tables::backups(&mut body, view);
+    tables::drills(&mut body, view);
+    tables::events(&mut body, view);
+    let title = format!("{} · {} · Tidemark", badge(report.state).1, report.cluster);
+    let attributes = format!(" data-cluster=\"{}\"", escape(report.cluster.as_str()));
+    document(&title, &attributes, &body, view.guarded)
+}
+
+/// The frame around every page.
+fn document(title: &str, attributes: &str, body: &str, guarded: bool) -> String {
+    let logout = if guarded {
+        "<form method=\"post\" action=\"/logout\"><button class=\"quiet\">Log out</button></form>"
+    } else {
+        ""
+    };
     format!(
-        "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\">\
+        "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
-         <meta http-equiv=\"refresh\" content=\"2\"><title>Tidemark</title>\
-         <link rel=\"stylesheet\" href=\"/style.css\"></head><body><main><h1>Tidemark</h1>{body}\
-         <footer>Read only. <a href=\"/metrics\">Metrics</a> · <a href=\"/api/v1/clusters\">API</a>\
-         </footer></main></body></html>"
+         <meta name=\"color-scheme\" content=\"light dark\"><title>{title}</title>\
+         <link rel=\"icon\" href=\"/icon.svg\"><link rel=\"stylesheet\" href=\"/style.css\">\
+         <script src=\"/app.js\" defer></script>\
+         <noscript><meta http-equiv=\"refresh\" content=\"5\"></noscript></head><body{attributes}>\
+         <a class=\"skip\" href=\"#main\">Skip to content</a>\
+         <header class=\"bar\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"22\" height=\"22\"> Tidemark</a>\
+         <nav aria-label=\"Elsewhere\"><a href=\"/metrics\">Metrics</a><a href=\"/api/v1/clusters\">API</a>\
+         <a href=\"/api/v1/openapi.json\">OpenAPI</a>{logout}</nav></header>\
+         <p id=\"stale\" role=\"status\" hidden></p><main id=\"main\">{body}</main></body></html>"
     )
 }
 
-/// A state's word and shape: it is never told by colour alone.
-fn badge(state: State) -> &'static str {
+/// The form for a token.
+pub(super) fn login(failed: bool) -> String {
+    let wrong = if failed {
+        "<p class=\"error\" role=\"alert\">This token is not known.</p>"
+    } else {
+        ""
+    };
+    let body = format!(
+        "<section class=\"card login\"><h1>Log in</h1>{wrong}<form method=\"post\" action=\"/login\">\
+         <label for=\"token\">Access token</label>\
+         <input id=\"token\" name=\"token\" type=\"password\" autocomplete=\"current-password\" required>\
+         <button>Log in</button></form></section>"
+    );
+    document("Log in · Tidemark", "", &body, false)
+}
+
+/// A state's shape and word: it is never told by colour alone.
+pub(super) fn badge(state: State) -> (&'static str, &'static str) {
     match state {
-        State::Ok => "● OK",
-        State::Degraded => "▲ DEGRADED",
-        State::AtRisk => "◆ AT RISK",
-        State::Broken => "✖ BROKEN",
-        State::Unknown => "? UNKNOWN",
+        State::Ok => ("●", "OK"),
+        State::Degraded => ("▲", "DEGRADED"),
+        State::AtRisk => ("◆", "AT RISK"),
+        State::Broken => ("✖", "BROKEN"),
+        State::Unknown => ("?", "UNKNOWN"),
     }
 }
 
-fn cluster(out: &mut String, report: &ClusterReport) -> std::fmt::Result {
+fn badge_html(state: State) -> String {
+    let (shape, word) = badge(state);
+    format!(
+        "<span class=\"badge {}\"><span aria-hidden=\"true\">{shape}</span> {word}</span>",
+        state.name()
+    )
+}
+
+fn header(out: &mut String, view: &View<'_>) {
+    let report = view.report;
     let unknown = || "unknown".to_owned();
-    let seconds = |value: Option<f64>| value.map_or_else(unknown, |value| format!("{value:.1} s"));
-    let bytes = |value: Option<u64>| value.map_or_else(unknown, human_bytes);
-    let text = |value: Option<String>| value.map_or_else(unknown, |value| escape(&value));
-    let (local, remote) = (&report.durable.local, &report.durable.remote);
-    write!(
-        out,
-        "<section aria-labelledby=\"c-{name}\"><h2 id=\"c-{name}\">{name} <span class=\"badge {state}\">{badge}</span></h2>\
-         <p class=\"sentence\">{sentence}</p><dl class=\"tiles\">",
-        name = report.cluster,
-        state = report.state.name(),
-        badge = badge(report.state),
-        sentence = escape(&sentence(report)),
-    )?;
-    let window = match (report.window.earliest, report.window.latest_commit) {
-        (Some(earliest), Some(latest)) => format!("{earliest} → {latest}"),
-        _ => "none yet: run <code>wal-archiver backup</code>".to_owned(),
-    };
-    let backup = report.last_backup.as_ref().map_or_else(
-        || "none yet: run <code>wal-archiver backup</code>".to_owned(),
-        |backup| format!("{} · {}", backup.id, human_bytes(backup.stored_bytes)),
-    );
-    let slot = report.slot.as_ref().map_or_else(unknown, |slot| {
-        let status = slot.wal_status.as_deref().unwrap_or("unknown");
-        let active = if slot.active { "active" } else { "not active" };
-        format!(
-            "{} ({active}, {status}), keeps {}",
-            slot.name,
-            bytes(slot.retained_bytes)
-        )
-    });
-    for (term, value) in [
-        ("RPO now", seconds(remote.rpo_seconds)),
-        ("RPO target", format!("{:.1} s", report.rpo_target_seconds)),
-        (
-            "Local",
-            format!(
-                "{} behind {}",
-                seconds(local.rpo_seconds),
-                bytes(local.lag_bytes)
-            ),
-        ),
-        (
-            "Repository",
-            format!(
-                "{} behind {}",
-                seconds(remote.rpo_seconds),
-                bytes(remote.lag_bytes)
-            ),
-        ),
-        ("Restorable", window),
-        ("Last base backup", backup),
-        ("Primary", text(report.source.server_version.clone())),
-        (
-            "Timeline",
-            text(report.source.timeline.map(|timeline| timeline.to_string())),
-        ),
-        ("Slot", escape(&slot)),
-        (
-            "Flush LSN of the primary",
-            text(report.source.flush_lsn.map(|lsn| lsn.to_string())),
-        ),
-        ("Flushed here", text(local.lsn.map(|lsn| lsn.to_string()))),
-        (
-            "In the repository",
-            text(remote.lsn.map(|lsn| lsn.to_string())),
-        ),
-        ("Repository URL", escape(&report.repository)),
-        ("As of", report.as_of.to_string()),
-    ] {
-        write!(out, "<div><dt>{term}</dt><dd>{value}</dd></div>")?;
+    let mut facts = Vec::new();
+    if let Some(version) = &report.source.server_version {
+        facts.push(format!("PostgreSQL {}", escape(version)));
     }
-    out.push_str("</dl></section>");
-    Ok(())
+    if let Some(timeline) = report.source.timeline {
+        facts.push(format!("timeline {timeline}"));
+    }
+    if let Some(slot) = &report.slot {
+        let active = if slot.active { "active" } else { "not active" };
+        facts.push(format!("slot {} ({active})", escape(&slot.name)));
+    }
+    let lsn = report
+        .source
+        .flush_lsn
+        .map_or_else(unknown, |lsn| lsn.to_string());
+    facts.push(format!("flush LSN {lsn}"));
+    let fleet = if view.of_fleet {
+        "<p class=\"crumb\"><a href=\"/\">← All clusters</a></p>"
+    } else {
+        ""
+    };
+    // Writing to a String does not fail.
+    let _ = write!(
+        out,
+        "<section class=\"hero {state}\" id=\"hero\" data-live aria-label=\"Summary\">{fleet}\
+         <div class=\"hero-line\"><h1>{name}</h1>{badge}<span class=\"as-of\">as of {as_of}</span></div>\
+         <p class=\"sentence\" id=\"sentence\">{sentence}</p><p class=\"facts\">{facts}</p></section>",
+        state = report.state.name(),
+        name = report.cluster,
+        badge = badge_html(report.state),
+        as_of = instant(report.as_of),
+        sentence = escape(&sentence(report)),
+        facts = facts.join(" <span aria-hidden=\"true\">·</span> "),
+    );
+}
+
+fn tiles(out: &mut String, view: &View<'_>) {
+    let report = view.report;
+    let remote = &report.durable.remote;
+    let over = remote
+        .rpo_seconds
+        .is_none_or(|rpo| rpo > report.rpo_target_seconds);
+    let rpo = vec![
+        format!("target {}", duration(report.rpo_target_seconds)),
+        format!("greatest in 24 h {}", seconds(report.rpo_max_24h_seconds)),
+    ];
+    let lag = vec![
+        format!("this host {}", bytes(report.durable.local.lag_bytes)),
+        format!("repository {}", bytes(remote.lag_bytes)),
+        format!("queue {}", bytes(Some(report.counters.upload_queue_bytes))),
+    ];
+    let (window, window_notes) = match (report.window.earliest, report.window.latest_commit) {
+        (Some(earliest), Some(latest)) => {
+            let span = seconds(Some(format::span(latest, earliest)));
+            let gaps = match report.window.gaps {
+                Some(0) => "no gap".to_owned(),
+                Some(1) => "1 gap".to_owned(),
+                Some(gaps) => format!("{gaps} gaps"),
+                None => "gaps unknown".to_owned(),
+            };
+            (
+                span,
+                vec![
+                    format!("from {}", instant(earliest)),
+                    format!("to {}", instant(latest)),
+                    gaps,
+                ],
+            )
+        }
+        (Some(_), None) => (
+            "waiting".to_owned(),
+            vec!["for the first commit after the backup".to_owned()],
+        ),
+        _ => (
+            "none yet".to_owned(),
+            vec!["run <code>wal-archiver backup</code>".to_owned()],
+        ),
+    };
+    let rto = &report.rto;
+    let mut rto_notes = vec![format!("estimated now {}", seconds(rto.estimate_seconds))];
+    if let Some(target) = rto.target_seconds {
+        rto_notes.push(format!("target {}", duration(target)));
+    }
+    if let Some(advice) = &rto.advice {
+        rto_notes.push(format!("<strong>{}</strong>", format::code(advice)));
+    } else if rto.estimate_seconds.is_none() {
+        rto_notes.push(format::code(&rto.how));
+    }
+    let measured = rto
+        .measured_seconds
+        .map_or_else(|| "not measured".to_owned(), duration);
+    let (drill, drill_notes, drill_bad) = match &report.last_drill {
+        None => (
+            "none yet".to_owned(),
+            vec!["run <code>pitr-restore drill</code>".to_owned()],
+            false,
+        ),
+        Some(drill) => (
+            if drill.passed {
+                "✓ passed"
+            } else {
+                "✖ failed"
+            }
+            .to_owned(),
+            vec![
+                format!(
+                    "{} ago",
+                    seconds(Some(format::span(report.as_of, drill.finished)))
+                ),
+                format!("lost {}", seconds(drill.loss_seconds)),
+            ],
+            !drill.passed,
+        ),
+    };
+    out.push_str("<dl class=\"tiles\" id=\"tiles\" data-live>");
+    tile(
+        out,
+        "rpo",
+        "RPO now",
+        &seconds(remote.rpo_seconds),
+        &rpo,
+        over,
+    );
+    tile(out, "lag", "Lag", &bytes(remote.lag_bytes), &lag, false);
+    tile(
+        out,
+        "window",
+        "Restorable",
+        &window,
+        &window_notes,
+        report.window.open_gaps.is_some_and(|gaps| gaps > 0),
+    );
+    tile(
+        out,
+        "rto",
+        "RTO measured",
+        &measured,
+        &rto_notes,
+        rto.advice.is_some(),
+    );
+    tile(out, "drill", "Last drill", &drill, &drill_notes, drill_bad);
+    out.push_str("</dl>");
+}
+
+/// A tile: `notes` are HTML, already escaped where they need it.
+fn tile(out: &mut String, id: &str, term: &str, value: &str, notes: &[String], bad: bool) {
+    let class = if bad { "tile bad" } else { "tile" };
+    let notes: String = notes
+        .iter()
+        .map(|note| format!("<span>{note}</span>"))
+        .collect();
+    let _ = write!(
+        out,
+        "<div class=\"{class}\" id=\"tile-{id}\"><dt>{term}</dt><dd><b class=\"value\">{value}</b>\
+         <span class=\"notes\">{notes}</span></dd></div>"
+    );
 }
 
 /// The page's first sentence: what is lost if the primary dies now.
@@ -125,7 +289,10 @@ pub(crate) fn sentence(report: &ClusterReport) -> String {
         Some(0.0) => "Losing the primary now loses nothing that it had flushed".to_owned(),
         Some(rpo) => format!("Losing the primary now loses up to {rpo:.1} s"),
     };
-    format!("{loss}. {}.", capitalised(&report.reason))
+    format!(
+        "{loss}. {}.",
+        capitalised(report.reason.trim_end_matches('.'))
+    )
 }
 
 fn capitalised(text: &str) -> String {
@@ -133,26 +300,4 @@ fn capitalised(text: &str) -> String {
     chars.next().map_or_else(String::new, |first| {
         first.to_uppercase().chain(chars).collect()
     })
-}
-
-fn human_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    #[expect(clippy::cast_precision_loss, reason = "it is printed with one digit")]
-    let mut value = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS[unit])
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
 }

@@ -1,11 +1,12 @@
 //! The routes without a socket, and the start without a daemon.
 
 use http_body_util::BodyExt;
+use hyper::{Method, Request, StatusCode, header::CONTENT_TYPE};
 use wal_format::{Lsn, PgTimestamp, TimelineId};
 
-use super::*;
+use super::{answer::PROBLEM, *};
 use crate::report::{
-    BackupReport, Counters, DurableReport, SourceReport, State, TierReport, WindowReport,
+    BackupReport, Counters, DurableReport, RtoReport, SourceReport, State, TierReport, WindowReport,
 };
 
 fn report() -> ClusterReport {
@@ -37,6 +38,8 @@ fn report() -> ClusterReport {
             id: "20261121T101500Z-9f3c".parse().expect("an id"),
             started,
             finished: PgTimestamp(started.0 + 60_000_000),
+            start_lsn: Lsn(0x200_0000),
+            timeline: TimelineId::FIRST,
             stored_bytes: 1 << 20,
         }),
         counters: Counters {
@@ -44,18 +47,40 @@ fn report() -> ClusterReport {
             ..Counters::default()
         },
         repository: "file:///r&d".to_owned(),
+        rpo_max_24h_seconds: None,
+        caught_up_as_of: None,
+        rto: RtoReport::default(),
+        last_drill: None,
+        last_drill_passed: None,
+        failed_backup: None,
+        corrupt_objects: None,
+        backup_max_age_seconds: 86_400.0,
+        drill_max_age_seconds: None,
+        clock_offset_seconds: None,
+        certificate_expiry: None,
+        looked: true,
+        stream_error: None,
+        repository_error: None,
+        alerts: Vec::new(),
+    }
+}
+
+fn sources_with(access: &HttpAccess) -> Sources {
+    let mut other = report();
+    other.cluster = "broken-one".parse().expect("a name");
+    other.state = State::Broken;
+    Sources {
+        reports: Arc::new(move || vec![report(), other.clone()]),
+        ..Sources::new(Monitor::new(Vec::new()), Instruments::default(), access)
     }
 }
 
 fn sources() -> Sources {
-    Sources {
-        reports: Arc::new(|| vec![report()]),
-        instruments: Instruments::default(),
-    }
+    sources_with(&HttpAccess::default())
 }
 
 async fn fetch(path: &str, query: &str) -> (StatusCode, String, String) {
-    let response = route(path, query, &sources());
+    let response = routes::read(path, query, &sources()).await;
     let status = response.status();
     let content_type = response.headers()[CONTENT_TYPE]
         .to_str()
@@ -140,24 +165,167 @@ async fn strangers_get_problem_documents() {
 }
 
 #[tokio::test]
-async fn the_page_escapes_what_it_shows() {
+async fn the_fleet_shows_the_worst_first_and_escapes() {
     let (_, _, body) = fetch("/", "").await;
-    assert!(body.contains("file:///r&amp;d"), "{body}");
+    let place = |text: &str| {
+        body.find(text)
+            .unwrap_or_else(|| panic!("{text} in {body}"))
+    };
+    assert!(place(">broken-one<") < place(">main<"), "{body}");
     assert!(body.contains("loses up to 0.2 s"), "{body}");
+    assert!(body.contains("1 of 2 clusters"), "{body}");
+    assert!(
+        !body.contains("style=") && !body.contains("onclick"),
+        "the CSP forbids inline"
+    );
+}
+
+fn guarded() -> Sources {
+    let secret = |text: &str| Some(text.to_owned().into());
+    sources_with(&HttpAccess {
+        read: secret("a-token-that-reads"),
+        operate: secret("a-token-that-operates"),
+        tls: None,
+    })
+}
+
+async fn ask(
+    sources: &Sources,
+    method: Method,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &str,
+) -> answer::Answer {
+    let mut request = Request::builder().method(method).uri(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let body = http_body_util::Full::new(bytes::Bytes::from(body.to_owned()));
+    let request = request.body(body).expect("a request");
+    routes::answer(request, sources, Busy::default().begin()).await
+}
+
+#[tokio::test]
+async fn strangers_see_that_it_lives_and_nothing_else() {
+    let sources = guarded();
+    let status = async |path: &str, headers: &[(&str, &str)]| {
+        ask(&sources, Method::GET, path, headers, "").await.status()
+    };
+    for path in ["/healthz", "/readyz", "/login", "/style.css", "/app.js"] {
+        assert_eq!(status(path, &[]).await, StatusCode::OK, "{path}");
+    }
+    for path in [
+        "/metrics",
+        "/api/v1/clusters",
+        "/api/v1/events/stream",
+        "/api/v1/openapi.json",
+        "/x",
+    ] {
+        assert_eq!(status(path, &[]).await, StatusCode::UNAUTHORIZED, "{path}");
+        let wrong = [("authorization", "Bearer a-token-that-fails")];
+        assert_eq!(
+            status(path, &wrong).await,
+            StatusCode::UNAUTHORIZED,
+            "{path}"
+        );
+    }
+    assert_eq!(status("/", &[]).await, StatusCode::SEE_OTHER);
+    for token in ["a-token-that-reads", "a-token-that-operates"] {
+        let right = format!("Bearer {token}");
+        assert_eq!(
+            status("/metrics", &[("authorization", &right)]).await,
+            StatusCode::OK
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_login_makes_a_session_and_a_logout_ends_it() {
+    let sources = guarded();
+    let wrong = ask(&sources, Method::POST, "/login", &[], "token=wrong").await;
+    assert_eq!(wrong.status(), StatusCode::UNAUTHORIZED);
+    let login = ask(
+        &sources,
+        Method::POST,
+        "/login",
+        &[],
+        "token=a-token-that-reads",
+    )
+    .await;
+    assert_eq!(login.status(), StatusCode::SEE_OTHER);
+    let cookie = login.headers()["set-cookie"]
+        .to_str()
+        .expect("text")
+        .to_owned();
+    assert!(cookie.contains("HttpOnly; SameSite=Strict"), "{cookie}");
+    assert!(!cookie.contains("a-token"), "{cookie}");
+    let cookie = cookie.split(';').next().expect("a pair").to_owned();
+    let with = [("cookie", cookie.as_str())];
+    assert_eq!(
+        ask(&sources, Method::GET, "/", &with, "").await.status(),
+        StatusCode::OK
+    );
+    ask(&sources, Method::POST, "/logout", &with, "").await;
+    assert_eq!(
+        ask(&sources, Method::GET, "/", &with, "").await.status(),
+        StatusCode::SEE_OTHER
+    );
+}
+
+#[tokio::test]
+async fn only_the_operate_token_acts_and_no_other_site_does() {
+    let path = "/api/v1/notify/test";
+    let sources = guarded();
+    let status = async |headers: &[(&str, &str)]| {
+        ask(&sources, Method::POST, path, headers, "")
+            .await
+            .status()
+    };
+    assert_eq!(status(&[]).await, StatusCode::UNAUTHORIZED);
+    assert_eq!(
+        status(&[("authorization", "Bearer a-token-that-reads")]).await,
+        StatusCode::FORBIDDEN
+    );
+    let operates = ("authorization", "Bearer a-token-that-operates");
+    assert_eq!(
+        status(&[operates]).await,
+        StatusCode::CONFLICT,
+        "nobody is to be told"
+    );
+    assert_eq!(
+        status(&[("origin", "https://evil"), ("host", "here")]).await,
+        StatusCode::FORBIDDEN
+    );
+    // Without any token everyone may look and nobody may act.
+    let open = self::sources();
+    assert_eq!(
+        ask(&open, Method::POST, path, &[], "").await.status(),
+        StatusCode::FORBIDDEN
+    );
+    let long = "x".repeat(100_000);
+    let answer = ask(&sources, Method::POST, "/login", &[], &long).await;
+    assert_eq!(answer.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    let answer = ask(&sources, Method::DELETE, "/", &[], "").await;
+    assert_eq!(answer.status(), StatusCode::METHOD_NOT_ALLOWED);
 }
 
 #[tokio::test]
 async fn a_public_address_is_refused() {
     let public = "0.0.0.0:0".parse().expect("an address");
     assert!(matches!(
-        HttpServer::bind(public).await,
+        HttpServer::bind(public, &HttpAccess::default()).await,
         Err(HttpError::Public { .. })
     ));
-    let server = HttpServer::bind("127.0.0.1:0".parse().expect("an address"))
-        .await
-        .expect("free");
+    let server = HttpServer::bind(
+        "127.0.0.1:0".parse().expect("an address"),
+        &HttpAccess::default(),
+    )
+    .await
+    .expect("free");
     let taken = server.address();
-    let error = HttpServer::bind(taken).await.expect_err("it is taken");
+    let error = HttpServer::bind(taken, &HttpAccess::default())
+        .await
+        .expect_err("it is taken");
     assert!(error.to_string().contains("--http"), "{error}");
 }
 

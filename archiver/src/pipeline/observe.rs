@@ -1,17 +1,20 @@
 //! What the status shows beside the stream: the server's flush LSN and slot once a second, what can be restored from time
 //! to time. Nothing here stands in the way of WAL; what can not be asked stays unknown.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::time::MissedTickBehavior;
 use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey};
 
-use super::{archive::Archive, blocking};
+use super::{archive::Archive, blocking, window::Marks};
 use crate::{
     cluster_status::ClusterStatus,
     error::Result,
     replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
-    report::{BackupReport, SlotReport, WindowReport},
+    report::SlotReport,
     synchronous,
 };
 
@@ -45,8 +48,9 @@ async fn poll_once_connected(
     let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Sql).await?;
     let quoted = slot.replace('\'', "''");
     let sql = format!(
-        "SELECT (CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_flush_lsn() END)::text, \
-         s.active::text, s.wal_status, s.safe_wal_size::text, s.restart_lsn::text \
+        "SELECT (CASE WHEN pg_is_in_recovery() THEN greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) ELSE pg_current_wal_flush_lsn() END)::text, \
+         s.active::text, s.wal_status, s.safe_wal_size::text, s.restart_lsn::text, \
+         (extract(epoch FROM clock_timestamp()))::text \
          FROM (VALUES (1)) one LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = '{quoted}'"
     );
     let mut timer = tokio::time::interval(POLL_INTERVAL);
@@ -59,7 +63,9 @@ async fn poll_once_connected(
             status.note(|facts| facts.danger = danger);
         }
         polls = polls.wrapping_add(1);
+        let asked = jiff::Timestamp::now();
         let rows = client.query(&sql).await?;
+        let answered = jiff::Timestamp::now();
         let field = |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten();
         let lsn = |at: usize| field(at).and_then(|text| text.parse::<Lsn>().ok());
         let flush_lsn = lsn(0);
@@ -74,7 +80,13 @@ async fn poll_once_connected(
             retained_bytes: retained,
             safe_wal_bytes: field(3).and_then(|bytes| bytes.parse().ok()),
         });
-        status.note(|facts| facts.slot_report = report);
+        // The server read its clock between the two: the middle is wrong by half the round trip at most.
+        let ours = (asked.as_duration() + answered.as_duration()).as_secs_f64() / 2.0;
+        let clock = field(5).and_then(|text| text.parse::<f64>().ok());
+        status.note(|facts| {
+            facts.slot_report = report;
+            facts.clock_offset_seconds = clock.map(|clock| clock - ours);
+        });
     }
 }
 
@@ -102,18 +114,19 @@ pub(super) async fn look(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(LOOK_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut looks = 0;
+    let marks = Arc::new(Mutex::new(Marks::default()));
     loop {
         timer.tick().await;
         let list = looks % LOOKS_PER_LISTING == 0;
         looks = looks.wrapping_add(1);
-        let looked = Arc::clone(&archive);
-        if let Err(error) = blocking(move || look_once(&looked, list)).await {
+        let (looked, marks) = (Arc::clone(&archive), Arc::clone(&marks));
+        if let Err(error) = blocking(move || look_once(&looked, list, &marks)).await {
             tracing::debug!(%error, "the window is not known");
         }
     }
 }
 
-fn look_once(archive: &Archive, list: bool) -> Result<()> {
+fn look_once(archive: &Arc<Archive>, list: bool, marks: &Mutex<Marks>) -> Result<()> {
     let mut used = 0;
     for spool in archive.spooled_branches()? {
         let segments = spool.segments()?;
@@ -142,35 +155,14 @@ fn look_once(archive: &Archive, list: bool) -> Result<()> {
             backups = catalog.backups()?;
         }
     }
-    let window = match backups.first() {
-        None => WindowReport::default(),
-        Some(oldest) => {
-            let end = catalog.contiguous_end(oldest.branch, oldest.start_lsn)?;
-            let ranges = catalog.ranges(oldest.branch, oldest.start_lsn, Lsn::MAX)?;
-            let mut reached = oldest.start_lsn;
-            let mut gaps = 0;
-            for range in &ranges {
-                gaps += u64::from(range.start_lsn > reached);
-                reached = reached.max(range.end_lsn);
-            }
-            let latest_commit = ranges
-                .iter()
-                .filter(|range| range.end_lsn <= end)
-                .filter_map(|range| range.max_time)
-                .max();
-            WindowReport {
-                earliest: Some(oldest.finished),
-                latest_commit,
-                gaps: Some(gaps),
-            }
-        }
-    };
-    let last_backup = backups.last().map(|backup| BackupReport {
-        id: backup.id.clone(),
-        started: backup.started,
-        finished: backup.finished,
-        stored_bytes: backup.stored_bytes,
-    });
+    let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
+    // A folder is looked into at once; a bucket, where each listing has a price, as often as for backups.
+    if list || archive.settings().repository.url.folder().is_some() {
+        marks.ask(archive)?;
+    }
+    let (window, details) = marks.look(archive, &backups)?;
+    let last_backup = details.backups.last().cloned();
+    archive.status().looked(archive, details);
     let lost = loss(archive, &backups)?;
     archive.status().note(|facts| {
         facts.lost = lost;

@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::{
     Acknowledge, RepositoryUrl, WhenFull,
+    http::{HTTP_KEYS, HttpTable},
     repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
     s3::{S3_KEYS, S3Table},
 };
@@ -15,9 +16,11 @@ use crate::{Error, Result};
 /// Keys of a cluster, also allowed at the top as defaults.
 const CLUSTER_KEYS: &[&str] = &[
     "acknowledge",
+    "backup_max_age",
     "catalog",
     "compression_level",
     "conninfo",
+    "drill_max_age",
     "gap_grace",
     "heal_from",
     "primary_wal_max_bytes",
@@ -26,6 +29,7 @@ const CLUSTER_KEYS: &[&str] = &[
     "repositories",
     "repository",
     "rpo_target",
+    "rto_target",
     "seal_threads",
     "slot",
     "spool",
@@ -34,12 +38,14 @@ const CLUSTER_KEYS: &[&str] = &[
     "when_full",
 ];
 /// Keys that stand only at the top.
-const TOP_KEYS: [&str; 2] = ["cluster", "http"];
+const TOP_KEYS: [&str; 3] = ["cluster", "http", "notify"];
 
 /// The file.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ConfigFile {
     pub(super) http: Option<String>,
+    pub(super) http_access: HttpTable,
+    pub(super) notify: BTreeMap<String, toml::Value>,
     pub(super) defaults: ClusterTable,
     pub(super) clusters: BTreeMap<String, ClusterTable>,
 }
@@ -48,10 +54,12 @@ pub(super) struct ConfigFile {
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct ClusterTable {
     pub(super) acknowledge: Option<Acknowledge>,
+    pub(super) backup_max_age: Option<String>,
     pub(super) catalog: Option<PathBuf>,
     pub(super) compression_level: Option<i32>,
     pub(super) conninfo: Option<String>,
     pub(super) gap_grace: Option<String>,
+    pub(super) drill_max_age: Option<String>,
     pub(super) heal_from: Option<Vec<String>>,
     pub(super) primary_wal_max_bytes: Option<u64>,
     pub(super) remote_flush_bytes: Option<u64>,
@@ -59,6 +67,7 @@ pub(super) struct ClusterTable {
     pub(super) repositories: Option<Vec<RepositoryTable>>,
     pub(super) repository: Option<RepositoryUrl>,
     pub(super) rpo_target: Option<String>,
+    pub(super) rto_target: Option<String>,
     pub(super) seal_threads: Option<usize>,
     pub(super) slot: Option<String>,
     pub(super) spool: Option<PathBuf>,
@@ -88,6 +97,22 @@ impl ConfigFile {
             .parse()
             .map_err(|error: toml::de::Error| Error::config(error.message()))?;
         let http = take_text(&mut table, "http")?;
+        let mut of_http = toml::Table::new();
+        for key in HTTP_KEYS {
+            if let Some(value) = table.remove(key) {
+                of_http.insert(key.to_owned(), value);
+            }
+        }
+        let http_access = of_http
+            .try_into()
+            .map_err(|error: toml::de::Error| Error::config(error.message()))?;
+        let notify = match table.remove("notify") {
+            None => BTreeMap::new(),
+            Some(toml::Value::Table(tables)) => tables.into_iter().collect(),
+            Some(_) => {
+                return Err(Error::config("\"notify\" is a table: write [notify.NAME]"));
+            }
+        };
         let clusters = match table.remove("cluster") {
             None => toml::Table::new(),
             Some(toml::Value::Table(clusters)) => clusters,
@@ -103,7 +128,12 @@ impl ConfigFile {
             .chain(S3_KEYS)
             .chain(ENCRYPTION_KEYS)
             .collect();
-        let known: Vec<&str> = of_cluster.iter().copied().chain(TOP_KEYS).collect();
+        let known: Vec<&str> = of_cluster
+            .iter()
+            .copied()
+            .chain(TOP_KEYS)
+            .chain(HTTP_KEYS)
+            .collect();
         let defaults = read_table(table, "", &of_cluster, &known)?;
         let mut tables = BTreeMap::new();
         for (name, value) in clusters {
@@ -117,6 +147,8 @@ impl ConfigFile {
         }
         Ok(Self {
             http,
+            http_access,
+            notify,
             defaults,
             clusters: tables,
         })

@@ -1,0 +1,140 @@
+//! `wal-archiver status --nagios`: one line, performance data, and the exit code that Nagios and Icinga know.
+//!
+//! The exit codes are theirs: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN. No daemon is CRITICAL: nothing is archived.
+
+use repository::config::Settings;
+use serde_json::Value;
+
+use super::{output, status};
+use crate::error::{Error, Result};
+
+/// What Nagios knows, by its exit code; the order in which several are joined is that of [`Level::rank`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    Ok = 0,
+    Warning = 1,
+    Critical = 2,
+    Unknown = 3,
+}
+
+impl Level {
+    fn rank(self) -> u8 {
+        match self {
+            Self::Ok => 0,
+            Self::Warning => 1,
+            Self::Unknown => 2,
+            Self::Critical => 3,
+        }
+    }
+
+    fn of(report: &Value) -> Self {
+        let of_alerts = report["alerts"].as_array().map_or(Self::Ok, |alerts| {
+            if alerts.iter().any(|alert| alert["severity"] == "critical") {
+                Self::Critical
+            } else if alerts.is_empty() {
+                Self::Ok
+            } else {
+                Self::Warning
+            }
+        });
+        let of_state = match report["state"].as_str() {
+            Some("ok") => Self::Ok,
+            Some("degraded") => Self::Warning,
+            Some("at_risk" | "broken") => Self::Critical,
+            _ => Self::Unknown,
+        };
+        [of_alerts, of_state]
+            .into_iter()
+            .max_by_key(|level| level.rank())
+            .unwrap_or(Self::Unknown)
+    }
+
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "OK",
+            Self::Warning => "WARNING",
+            Self::Critical => "CRITICAL",
+            Self::Unknown => "UNKNOWN",
+        }
+    }
+}
+
+pub(super) fn nagios(settings: &Settings) -> Result<()> {
+    let reports = status::daemon(settings);
+    let mut worst = Level::Ok;
+    let (mut texts, mut data) = (Vec::new(), Vec::new());
+    for cluster in &settings.clusters {
+        let report = reports
+            .iter()
+            .find(|report| report["cluster"] == cluster.name.as_str());
+        let level = report.map_or(Level::Critical, Level::of);
+        if level.rank() > worst.rank() {
+            worst = level;
+        }
+        match report {
+            None => texts.push(format!(
+                "{}: no daemon answers, nothing is archived",
+                cluster.name
+            )),
+            Some(report) => {
+                let reason = report["reason"].as_str().unwrap_or("unknown");
+                texts.push(format!("{}: {reason}", cluster.name));
+                data.push(performance(cluster.name.as_str(), report));
+            }
+        }
+    }
+    // A bar would begin the performance data, a line break the long output.
+    let text = texts
+        .join("; ")
+        .replace('|', "/")
+        .replace(['\n', '\r'], " ");
+    output::line(&format!(
+        "TIDEMARK {} - {text} | {}",
+        worst.word(),
+        data.join(" ")
+    ));
+    match worst {
+        Level::Ok => Ok(()),
+        worst => Err(Error::Nagios { code: worst as u8 }),
+    }
+}
+
+/// `'name'=value;warning;critical;minimum`; `U` is Nagios's unknown.
+fn performance(cluster: &str, report: &Value) -> String {
+    let number = |pointer: &str| match report.pointer(pointer).and_then(Value::as_f64) {
+        Some(number) => format!("{number}"),
+        None => "U".to_owned(),
+    };
+    let target = number("/rpo_target_seconds");
+    format!(
+        "'{cluster}_rpo'={}s;;{target};0 '{cluster}_lag'={}B;;;0 '{cluster}_spool'={}B;;;0",
+        number("/durable/remote/rpo_seconds"),
+        number("/durable/remote/lag_bytes"),
+        number("/counters/spool_used_bytes"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_worst_of_state_and_alerts_counts() {
+        let check = |report: Value, expected| assert_eq!(Level::of(&report), expected, "{report}");
+        check(json!({ "state": "ok", "alerts": [] }), Level::Ok);
+        check(
+            json!({ "state": "ok", "alerts": [{ "severity": "warning" }] }),
+            Level::Warning,
+        );
+        check(
+            json!({ "state": "unknown", "alerts": [{ "severity": "critical" }] }),
+            Level::Critical,
+        );
+        check(json!({ "state": "broken", "alerts": [] }), Level::Critical);
+        check(json!({}), Level::Unknown);
+        let data = performance("main", &json!({ "rpo_target_seconds": 5.0 }));
+        assert!(data.starts_with("'main_rpo'=Us;;5;0"), "{data}");
+    }
+}

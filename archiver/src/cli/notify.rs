@@ -1,0 +1,42 @@
+//! `wal-archiver notify test`: tells every configured receiver, and says of each whether it took it.
+
+use repository::config::Settings;
+
+use super::{output, runtime};
+use crate::{
+    error::{Error, Result},
+    notifications::{self, Notification},
+};
+
+pub(super) fn test(settings: &Settings) -> Result<()> {
+    if settings.notify.is_empty() {
+        return Err(Error::Usage {
+            message: "nobody is to be told: add a table [notify.NAME] to the configuration"
+                .to_owned(),
+        });
+    }
+    let runtime = runtime()?;
+    let mut failed = Vec::new();
+    for target in &settings.notify {
+        let mut notification = Notification::test();
+        let sent = runtime.block_on(async {
+            notifications::send(target, &notification).await?;
+            // What was begun is ended, so that no incident stays open.
+            notification.fires = false;
+            notifications::send(target, &notification).await
+        });
+        match sent {
+            Ok(()) => output::line(&format!("notify {}: told", target.name)),
+            Err(error) => {
+                output::line(&format!("notify {}: {error}", target.name));
+                failed.push(target.name.as_str());
+            }
+        }
+    }
+    if failed.is_empty() {
+        return Ok(());
+    }
+    Err(Error::NotNotified {
+        targets: failed.join(", "),
+    })
+}

@@ -1,0 +1,159 @@
+//! Who asks, and what they may do: bearer tokens for programs, a session cookie for browsers.
+//!
+//! Tokens and cookies are compared as SHA-256 sums, so that the time of a comparison says nothing about them; neither is
+//! ever part of an answer or a log line.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use hyper::{
+    HeaderMap,
+    header::{AUTHORIZATION, COOKIE, HOST, ORIGIN},
+};
+use repository::config::HttpAccess;
+use sha2::{Digest, Sha256};
+
+/// How long a login lasts.
+const SESSION: Duration = Duration::from_secs(12 * 3600);
+/// Logins at once; the oldest goes.
+const SESSIONS_MAX: usize = 1000;
+
+type Sum = [u8; 32];
+
+/// What somebody may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Role {
+    /// Look.
+    Read,
+    /// Ask for a base backup or a test notification too.
+    Operate,
+}
+
+/// The guard.
+#[derive(Debug)]
+pub(super) struct Access {
+    tokens: Vec<(Sum, Role)>,
+    sessions: Mutex<VecDeque<(Sum, Role, Instant)>>,
+    secure: bool,
+}
+
+impl Access {
+    pub(super) fn new(settings: &HttpAccess) -> Self {
+        let operate = settings.operate.iter().map(|token| (token, Role::Operate));
+        let read = settings.read.iter().map(|token| (token, Role::Read));
+        Self {
+            tokens: operate
+                .chain(read)
+                .map(|(token, role)| (sum(token.reveal()), role))
+                .collect(),
+            sessions: Mutex::default(),
+            secure: settings.tls.is_some(),
+        }
+    }
+
+    /// Whether strangers are kept out.
+    pub(super) fn is_guarded(&self) -> bool {
+        !self.tokens.is_empty()
+    }
+
+    /// What the sender of these headers may do; `None` for a stranger.
+    pub(super) fn role(&self, headers: &HeaderMap) -> Option<Role> {
+        if !self.is_guarded() {
+            return Some(Role::Read);
+        }
+        let bearer = headers
+            .get(AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.split_once(' '))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        if let Some((_, token)) = bearer {
+            return self.token(token.trim());
+        }
+        let session = sum(session_cookie(headers)?);
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        sessions.retain(|(.., began)| began.elapsed() < SESSION);
+        sessions
+            .iter()
+            .find(|(known, ..)| *known == session)
+            .map(|(_, role, _)| *role)
+    }
+
+    /// Whether a request that changes something was made by our own page or by a program, and not by a stranger's page in
+    /// a browser that is logged in here.
+    pub(super) fn is_own_request(headers: &HeaderMap) -> bool {
+        if headers.contains_key(AUTHORIZATION) {
+            return true;
+        }
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        match text(ORIGIN) {
+            // `Origin: null` and every other host are strangers.
+            Some(origin) => origin
+                .split_once("://")
+                .is_some_and(|(_, host)| Some(host) == text(HOST)),
+            None => matches!(
+                headers.get("sec-fetch-site").map(|value| value.as_bytes()),
+                None | Some(b"same-origin" | b"none")
+            ),
+        }
+    }
+
+    /// The role of a token.
+    pub(super) fn token(&self, token: &str) -> Option<Role> {
+        let sum = sum(token);
+        self.tokens
+            .iter()
+            .find(|(known, _)| *known == sum)
+            .map(|(_, role)| *role)
+    }
+
+    /// Begins a session; its `Set-Cookie`.
+    pub(super) fn log_in(&self, role: Role) -> Option<String> {
+        let mut chance = [0; 32];
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        provider.secure_random.fill(&mut chance).ok()?;
+        let cookie = hex::encode(chance);
+        let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+        if sessions.len() >= SESSIONS_MAX {
+            sessions.pop_front();
+        }
+        sessions.push_back((sum(&cookie), role, Instant::now()));
+        Some(self.cookie(&cookie, SESSION.as_secs()))
+    }
+
+    /// Ends the session of these headers; the `Set-Cookie` that removes it.
+    pub(super) fn log_out(&self, headers: &HeaderMap) -> String {
+        if let Some(cookie) = session_cookie(headers) {
+            let session = sum(cookie);
+            let mut sessions = self.sessions.lock().unwrap_or_else(PoisonError::into_inner);
+            sessions.retain(|(known, ..)| *known != session);
+        }
+        self.cookie("", 0)
+    }
+
+    fn cookie(&self, value: &str, seconds: u64) -> String {
+        let secure = if self.secure { "; Secure" } else { "" };
+        format!(
+            "{COOKIE_NAME}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={seconds}{secure}"
+        )
+    }
+}
+
+const COOKIE_NAME: &str = "tidemark_session";
+
+fn session_cookie(headers: &HeaderMap) -> Option<&str> {
+    headers
+        .get_all(COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(';'))
+        .filter_map(|pair| pair.trim().split_once('='))
+        .find(|(name, _)| *name == COOKIE_NAME)
+        .map(|(_, value)| value)
+}
+
+fn sum(text: &str) -> Sum {
+    Sha256::digest(text.as_bytes()).into()
+}

@@ -1,0 +1,116 @@
+//! Responses: their headers, problem documents, and the body that is either whole or live.
+
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Response, StatusCode,
+    body::{Body, Frame, SizeHint},
+    header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue},
+};
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use super::connections::BusyGuard;
+
+pub(super) const JSON: &str = "application/json";
+pub(super) const PROBLEM: &str = "application/problem+json";
+pub(super) const HTML: &str = "text/html; charset=utf-8";
+pub(super) const TEXT: &str = "text/plain; charset=utf-8";
+const CSP: &str = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; \
+                   base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
+
+/// A body.
+#[derive(Debug)]
+pub(super) enum Content {
+    /// Known when the answer begins.
+    Whole(Full<Bytes>),
+    /// Goes on until one side ends.
+    Live {
+        messages: mpsc::Receiver<Bytes>,
+        /// Held so that the connection does not count as idle.
+        _busy: BusyGuard,
+    },
+}
+
+impl Body for Content {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match self.get_mut() {
+            Self::Whole(body) => Pin::new(body).poll_frame(context),
+            Self::Live { messages, .. } => messages
+                .poll_recv(context)
+                .map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes)))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Whole(body) => body.is_end_stream(),
+            Self::Live { .. } => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(body) => body.size_hint(),
+            Self::Live { .. } => SizeHint::default(),
+        }
+    }
+}
+
+pub(super) type Answer = Response<Content>;
+
+pub(super) fn respond(status: StatusCode, content_type: &'static str, body: String) -> Answer {
+    with_headers(
+        status,
+        content_type,
+        Content::Whole(Full::new(Bytes::from(body))),
+    )
+}
+
+pub(super) fn with_headers(
+    status: StatusCode,
+    content_type: &'static str,
+    content: Content,
+) -> Answer {
+    let mut response = Response::new(content);
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(CSP));
+    headers.insert(
+        "x-content-type-options",
+        HeaderValue::from_static("nosniff"),
+    );
+    headers.insert("referrer-policy", HeaderValue::from_static("no-referrer"));
+    headers.insert("x-frame-options", HeaderValue::from_static("DENY"));
+    response
+}
+
+pub(super) fn json<T: Serialize>(status: StatusCode, value: &T) -> Answer {
+    match serde_json::to_string(value) {
+        Ok(body) => respond(status, JSON, body),
+        Err(error) => problem(StatusCode::INTERNAL_SERVER_ERROR, &error.to_string()),
+    }
+}
+
+/// An RFC 9457 problem document.
+pub(super) fn problem(status: StatusCode, detail: &str) -> Answer {
+    let title = status.canonical_reason().unwrap_or("error");
+    let body = serde_json::json!({
+        "type": "about:blank", "title": title, "status": status.as_u16(), "detail": detail,
+    });
+    respond(status, PROBLEM, body.to_string())
+}

@@ -1,0 +1,254 @@
+//! The routes below one cluster that are more than its report: series, events, backups, drills, locate.
+
+use std::sync::Arc;
+
+use hyper::StatusCode;
+use jiff::Timestamp;
+use serde::Serialize;
+use serde_json::json as object;
+use wal_format::{OutcomeKind, PgTimestamp};
+
+use super::answer::{Answer, json, problem};
+use crate::{
+    monitor::{
+        Watched,
+        series::{METRICS, POINTS_MAX},
+        unix_second,
+    },
+    pipeline::{blocking, window},
+    report::ClusterReport,
+};
+
+/// A query's pairs, percent-decoded. A name that is not in `known` is an error: a mistyped limit must not be ignored.
+pub(super) fn parameters(query: &str, known: &[&str]) -> Result<Vec<(String, String)>, String> {
+    query
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let (name, value) = (decode(name), decode(value));
+            if known.contains(&name.as_str()) {
+                Ok((name, value))
+            } else {
+                Err(format!(
+                    "unknown parameter \"{name}\"; known are {}",
+                    known.join(", ")
+                ))
+            }
+        })
+        .collect()
+}
+
+/// `+` and `%XX`; what is no such escape stays as it is.
+pub(super) fn decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let escaped = tail
+            .get(..2)
+            .filter(|_| *first == b'%')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        if let Some(byte) = escaped {
+            bytes.push(byte);
+            rest = &tail[2..];
+        } else {
+            bytes.push(if *first == b'+' { b' ' } else { *first });
+            rest = tail;
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// An instant: RFC 3339, what a browser's date field sends (UTC), or seconds of the Unix epoch.
+pub(super) fn instant(text: &str) -> Option<Timestamp> {
+    if let Ok(seconds) = text.parse::<i64>() {
+        return Timestamp::from_second(seconds).ok();
+    }
+    // An unescaped plus sign of an offset arrives as a space.
+    let text = text.trim().replace(' ', "+");
+    text.parse()
+        .ok()
+        .or_else(|| format!("{text}Z").parse().ok())
+        .or_else(|| format!("{text}:00Z").parse().ok())
+}
+
+pub(super) fn series(cluster: &Watched, query: &str) -> Answer {
+    let asked = match parameters(query, &["metric", "from", "to", "points"]) {
+        Ok(asked) => asked,
+        Err(error) => return problem(StatusCode::BAD_REQUEST, &error),
+    };
+    let value = |name: &str| {
+        asked
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value)
+    };
+    let second = |name: &str, default: u64| match value(name) {
+        None => Some(default),
+        Some(text) => instant(text).and_then(|time| u64::try_from(time.as_second()).ok()),
+    };
+    let bad = |detail: &str| problem(StatusCode::BAD_REQUEST, detail);
+    let Some(to) = second("to", unix_second() + 1) else {
+        return bad("\"to\" is no time; write 2026-11-21T10:00:00Z");
+    };
+    let Some(from) = second("from", to.saturating_sub(900)) else {
+        return bad("\"from\" is no time; write 2026-11-21T10:00:00Z");
+    };
+    if from >= to {
+        return bad("\"from\" is not before \"to\"");
+    }
+    let points = match value("points").map(|text| text.parse::<usize>()) {
+        None => 300,
+        Some(Ok(points @ 1..=POINTS_MAX)) => points,
+        Some(_) => return bad("\"points\" is not from 1 to 2000"),
+    };
+    let metric = value("metric").map_or("rpo_remote", String::as_str);
+    let Some(found) = cluster.series().query(metric, from, to, points) else {
+        return bad(&format!("no such metric; known are {}", METRICS.join(", ")));
+    };
+    let rfc3339 = |second: u64| {
+        i64::try_from(second)
+            .ok()
+            .and_then(|second| Timestamp::from_second(second).ok())
+            .map(|time| time.to_string())
+    };
+    let points: Vec<_> = found
+        .iter()
+        .map(|point| object!({ "time": rfc3339(point.time), "max": point.max }))
+        .collect();
+    json(
+        StatusCode::OK,
+        &object!({ "schema": "v1", "metric": metric, "points": points }),
+    )
+}
+
+pub(super) fn events(cluster: &Watched, query: &str) -> Answer {
+    let after = match parameters(query, &["after"]).map(|mut asked| asked.pop()) {
+        Ok(None) => 0,
+        Ok(Some((_, text))) => match text.parse() {
+            Ok(after) => after,
+            Err(_) => return problem(StatusCode::BAD_REQUEST, "\"after\" is the id of an event"),
+        },
+        Err(error) => return problem(StatusCode::BAD_REQUEST, &error),
+    };
+    let events = cluster.events().after(after);
+    json(
+        StatusCode::OK,
+        &object!({ "schema": "v1", "events": events }),
+    )
+}
+
+pub(super) fn window(cluster: &Watched, report: &ClusterReport) -> Answer {
+    let details = cluster.status().details();
+    json(
+        StatusCode::OK,
+        &object!({
+            "schema": "v1",
+            "earliest": report.window.earliest,
+            "latest_commit": report.window.latest_commit,
+            "caught_up_as_of": report.caught_up_as_of,
+            "ranges": details.ranges,
+            "gaps": details.gaps,
+            "marks": details.marks,
+        }),
+    )
+}
+
+pub(super) fn backups(cluster: &Watched) -> Answer {
+    let details = cluster.status().details();
+    let hint = "none yet: run `wal-archiver backup`";
+    json(StatusCode::OK, &listed("backups", &details.backups, hint))
+}
+
+pub(super) fn drills(cluster: &Watched) -> Answer {
+    let details = cluster.status().details();
+    let drills: Vec<_> = details.of_kind(OutcomeKind::Drill).collect();
+    json(
+        StatusCode::OK,
+        &listed("drills", &drills, "none yet: run `pitr-restore drill`"),
+    )
+}
+
+/// A list, and how to get its first entry while it is empty.
+fn listed<T: Serialize>(name: &str, entries: &[T], hint: &str) -> serde_json::Value {
+    let hint = entries.is_empty().then_some(hint);
+    object!({ "schema": "v1", name: entries, "hint": hint })
+}
+
+/// The nearest commits, from the catalog on this host.
+pub(super) async fn nearest(cluster: &Watched, time: Timestamp) -> Result<window::Located, String> {
+    let archive = cluster
+        .status()
+        .archive()
+        .ok_or("the archive is not open yet; ask again in a moment")?;
+    let time = PgTimestamp::from_jiff(time);
+    let looked = blocking(move || window::locate(&Arc::clone(&archive), time)).await;
+    looked.map_err(|error| error.to_string())
+}
+
+pub(super) async fn locate(cluster: &Watched, query: &str) -> Answer {
+    let asked = match parameters(query, &["time"]) {
+        Ok(asked) => asked,
+        Err(error) => return problem(StatusCode::BAD_REQUEST, &error),
+    };
+    let Some(time) = asked.first().and_then(|(_, text)| instant(text)) else {
+        return problem(
+            StatusCode::BAD_REQUEST,
+            "\"time\" is no time; write 2026-11-21T10:00:00Z",
+        );
+    };
+    match nearest(cluster, time).await {
+        Err(error) => problem(StatusCode::SERVICE_UNAVAILABLE, &error),
+        Ok(located) => {
+            let command = located
+                .before
+                .as_ref()
+                .map(|commit| restore_command(cluster, &commit.flags));
+            json(
+                StatusCode::OK,
+                &object!({
+                    "schema": "v1", "time": located.time, "before": located.before, "after": located.after,
+                    "command": command,
+                }),
+            )
+        }
+    }
+}
+
+/// The command that restores to a commit.
+pub(super) fn restore_command(cluster: &Watched, flags: &str) -> String {
+    let settings = cluster.settings();
+    format!(
+        "pitr-restore --repository {} --cluster {} {flags} --target-dir /var/lib/postgresql/restore",
+        settings.repository, settings.name
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn instants_come_in_the_spellings_of_people_and_browsers() {
+        let expected: Timestamp = "2026-11-21T10:00:00Z".parse().expect("a time");
+        for text in [
+            "2026-11-21T10:00:00Z",
+            "2026-11-21T10:00:00",
+            "2026-11-21T10:00",
+            "2026-11-21T15:30:00 05:30",
+            "1795255200",
+        ] {
+            assert_eq!(instant(text), Some(expected), "{text}");
+        }
+        for text in ["", "now", "2026-13-01T00:00:00Z"] {
+            assert_eq!(instant(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn escapes_are_decoded_and_broken_ones_kept() {
+        assert_eq!(decode("a%20b+c%zz%"), "a b c%zz%");
+        assert!(parameters("metrik=x", &["metric"]).is_err());
+    }
+}

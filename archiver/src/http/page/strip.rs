@@ -1,0 +1,325 @@
+//! The window strip: one row per timeline, with what is held, what is missing and why, backups, drills, switches, restore
+//! points and removals. Shapes differ, so that it reads without colours; a table says the same in words.
+
+use std::{collections::BTreeMap, fmt::Write as _};
+
+use wal_format::{OutcomeKind, PgTimestamp, TimelineId};
+
+use super::{
+    View,
+    format::{duration, escape, instant, span},
+};
+use crate::report::MarkKind;
+
+/// Height of a row, and of the axis.
+const ROW: u32 = 46;
+const AXIS: u32 = 22;
+/// Rows that are drawn; the newest timelines.
+const ROWS_MAX: usize = 8;
+/// Lines of the table in words.
+const WORDS_MAX: usize = 60;
+
+/// The instants between which the strip lies.
+#[derive(Clone, Copy)]
+pub(super) struct Axis {
+    pub(super) from: PgTimestamp,
+    pub(super) to: PgTimestamp,
+}
+
+impl Axis {
+    /// From the first known commit or backup to now.
+    pub(super) fn of(view: &View<'_>) -> Option<Self> {
+        let ranges = view.details.ranges.iter().filter_map(|range| range.from);
+        let backups = view.details.backups.iter().map(|backup| backup.started);
+        let from = ranges.chain(backups).min()?;
+        let to = view.report.as_of;
+        // At least a minute, so that a new archive has a width.
+        (from < to).then(|| Self {
+            from: from.min(PgTimestamp(to.0 - 60_000_000)),
+            to,
+        })
+    }
+
+    /// Where a time lies, in percent.
+    fn place(self, time: PgTimestamp) -> f64 {
+        (span(time, self.from) / span(self.to, self.from) * 100.0).clamp(0.0, 100.0)
+    }
+}
+
+pub(super) fn render(out: &mut String, view: &View<'_>) {
+    let _ = draw(out, view);
+}
+
+fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
+    out.push_str(
+        "<section class=\"card\" aria-labelledby=\"strip-title\"><h2 id=\"strip-title\">Restorable window</h2>",
+    );
+    let Some(axis) = Axis::of(view) else {
+        out.push_str(
+            "<p class=\"empty\" id=\"strip\" data-live>Nothing is archived yet, or the catalog was not looked at since the \
+             start. The first commit appears here within seconds.</p></section>",
+        );
+        return Ok(());
+    };
+    let rows = rows(view);
+    let height = (0..).zip(&rows).last().map_or(0, |(last, _)| last + 1) * ROW + AXIS;
+    write!(
+        out,
+        "<div class=\"strip-frame\"><div id=\"strip\" data-live data-from=\"{}\" data-to=\"{}\">\
+         <svg class=\"strip\" width=\"100%\" height=\"{height}\" role=\"img\" aria-label=\"{}\">{DEFINITIONS}",
+        axis.from,
+        axis.to,
+        escape(&summary(view, axis)),
+    )?;
+    for (number, timeline) in (0..).zip(&rows) {
+        row(out, view, axis, *timeline, number * ROW)?;
+    }
+    ticks(out, axis, height)?;
+    out.push_str("</svg></div><div id=\"cursor\" aria-hidden=\"true\" hidden></div></div>");
+    legend(out);
+    words(out, view)?;
+    out.push_str("</section>");
+    Ok(())
+}
+
+const DEFINITIONS: &str = "<defs><pattern id=\"hatch\" width=\"7\" height=\"7\" patternUnits=\"userSpaceOnUse\" \
+    patternTransform=\"rotate(45)\"><rect width=\"7\" height=\"7\" class=\"gap-ground\"/>\
+    <line x1=\"0\" y1=\"0\" x2=\"0\" y2=\"7\" class=\"gap-line\"/></pattern>\
+    <symbol id=\"m-backup\" overflow=\"visible\"><rect x=\"-5\" y=\"-5\" width=\"10\" height=\"10\" rx=\"2\"/></symbol>\
+    <symbol id=\"m-drill\" overflow=\"visible\"><path d=\"M0-7 7 0 0 7-7 0z\"/></symbol>\
+    <symbol id=\"m-failed\" overflow=\"visible\"><path d=\"M-5-5 5 5M5-5-5 5\"/></symbol>\
+    <symbol id=\"m-point\" overflow=\"visible\"><path d=\"M0 7V-7L8-3.5 0 0\"/></symbol>\
+    <symbol id=\"m-removal\" overflow=\"visible\"><path d=\"M-5-4H5L0 5z\"/></symbol>\
+    <symbol id=\"m-switch\" overflow=\"visible\"><path d=\"M0-14V14M-4-8 4-14M-4-14 4-8\"/></symbol></defs>";
+
+fn rows(view: &View<'_>) -> Vec<TimelineId> {
+    let mut rows: Vec<TimelineId> = view
+        .details
+        .ranges
+        .iter()
+        .map(|range| range.timeline)
+        .collect();
+    rows.extend(view.details.backups.iter().map(|backup| backup.timeline));
+    rows.sort();
+    rows.dedup();
+    let surplus = rows.len().saturating_sub(ROWS_MAX);
+    rows.drain(..surplus);
+    rows
+}
+
+fn row(
+    out: &mut String,
+    view: &View<'_>,
+    axis: Axis,
+    timeline: TimelineId,
+    top: u32,
+) -> std::fmt::Result {
+    let details = &view.details;
+    let middle = top + ROW / 2 + 4;
+    write!(
+        out,
+        "<rect class=\"ground\" x=\"0\" y=\"{}\" width=\"100%\" height=\"18\" rx=\"4\"/>",
+        middle - 9
+    )?;
+    let newest = details.ranges.iter().map(|range| range.timeline).max();
+    for range in details
+        .ranges
+        .iter()
+        .filter(|range| range.timeline == timeline)
+    {
+        let (Some(from), Some(mut to)) = (range.from, range.to) else {
+            continue;
+        };
+        // The newest range reaches to where the repository was last proved complete: an idle server is not a gap.
+        let last = details.ranges.iter().rfind(|one| one.timeline == timeline);
+        if newest == Some(timeline)
+            && last.is_some_and(|last| last.end_lsn == range.end_lsn)
+            && let Some(caught_up) = view.report.caught_up_as_of
+        {
+            to = to.max(caught_up);
+        }
+        let (start, end) = (axis.place(from), axis.place(to));
+        write!(
+            out,
+            "<rect class=\"held\" x=\"{start:.3}%\" y=\"{}\" width=\"{:.3}%\" height=\"18\" rx=\"4\"><title>WAL {} to {}</title></rect>",
+            middle - 9,
+            (end - start).max(0.4),
+            range.start_lsn,
+            range.end_lsn
+        )?;
+    }
+    for gap in details
+        .gaps
+        .iter()
+        .filter(|gap| gap.branch.timeline == timeline)
+    {
+        let start = gap.after.map_or(0.0, |time| axis.place(time));
+        let end = gap.before.map_or(100.0, |time| axis.place(time));
+        write!(
+            out,
+            "<rect class=\"gap\" x=\"{start:.3}%\" y=\"{}\" width=\"{:.3}%\" height=\"22\"><title>Gap {} to {}: {}</title></rect>",
+            middle - 11,
+            (end - start).max(0.8),
+            gap.from_lsn,
+            gap.to_lsn,
+            escape(&gap.cause)
+        )?;
+    }
+    let mut put = |symbol: &str, time: PgTimestamp, y: u32, title: &str| {
+        let _ = write!(
+            out,
+            "<use class=\"{symbol}\" href=\"#{symbol}\" x=\"{:.3}%\" y=\"{y}\"><title>{}</title></use>",
+            axis.place(time),
+            escape(title)
+        );
+    };
+    for backup in details
+        .backups
+        .iter()
+        .filter(|backup| backup.timeline == timeline)
+    {
+        put(
+            "m-backup",
+            backup.finished,
+            middle,
+            &format!("Base backup {}", backup.id),
+        );
+    }
+    for mark in details
+        .marks
+        .iter()
+        .filter(|mark| mark.timeline == timeline)
+    {
+        let (symbol, y) = match mark.kind {
+            MarkKind::RestorePoint => ("m-point", middle - 15),
+            MarkKind::Removal => ("m-removal", middle - 16),
+            MarkKind::Switch => ("m-switch", middle),
+        };
+        put(symbol, mark.time, y, &mark.text);
+    }
+    if newest == Some(timeline) {
+        for drill in details.of_kind(OutcomeKind::Drill) {
+            let (symbol, how) = if drill.passed {
+                ("m-drill", "passed")
+            } else {
+                ("m-failed", "failed")
+            };
+            put(
+                symbol,
+                drill.finished,
+                middle,
+                &format!("Drill {how}: {}", drill.message),
+            );
+        }
+    }
+    write!(
+        out,
+        "<text class=\"row-name\" x=\"0\" y=\"{}\">Timeline {timeline}</text>",
+        top + 11
+    )
+}
+
+/// Four times along the bottom.
+fn ticks(out: &mut String, axis: Axis, height: u32) -> std::fmt::Result {
+    let whole = span(axis.to, axis.from);
+    let pattern = if whole > 3.0 * 86_400.0 {
+        "%m-%d"
+    } else if whole > 600.0 {
+        "%H:%M"
+    } else {
+        "%H:%M:%S"
+    };
+    for number in 0..=3_i64 {
+        let micros = axis.to.micros_since(axis.from) / 3 * number;
+        let time = PgTimestamp(axis.from.0 + micros);
+        let anchor = match number {
+            0 => "start",
+            3 => "end",
+            _ => "middle",
+        };
+        let text = time
+            .to_jiff()
+            .map_or_else(String::new, |time| time.strftime(pattern).to_string());
+        write!(
+            out,
+            "<text class=\"tick\" x=\"{:.2}%\" y=\"{}\" text-anchor=\"{anchor}\">{text}</text>",
+            axis.place(time),
+            height - 4
+        )?;
+    }
+    Ok(())
+}
+
+fn summary(view: &View<'_>, axis: Axis) -> String {
+    let details = &view.details;
+    format!(
+        "WAL of {} timeline(s) over {}; {} gap(s), {} base backup(s), {} drill(s). The table below says the same in words.",
+        rows(view).len(),
+        duration(span(axis.to, axis.from)),
+        details.gaps.len(),
+        details.backups.len(),
+        details.of_kind(OutcomeKind::Drill).count()
+    )
+}
+
+fn legend(out: &mut String) {
+    out.push_str("<ul class=\"legend\" aria-label=\"Shapes of the strip\">");
+    for (symbol, text) in [
+        ("m-backup", "base backup"),
+        ("m-drill", "drill passed"),
+        ("m-failed", "drill failed"),
+        ("m-switch", "timeline switch"),
+        ("m-point", "restore point"),
+        ("m-removal", "DROP, TRUNCATE or rewrite"),
+    ] {
+        let _ = write!(
+            out,
+            "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><use class=\"{symbol}\" href=\"#{symbol}\" x=\"9\" y=\"9\"/></svg>{text}</li>"
+        );
+    }
+    out.push_str(
+        "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"gap\" y=\"2\" width=\"18\" height=\"14\"/></svg>gap</li></ul>",
+    );
+}
+
+/// The strip in words, newest first.
+fn words(out: &mut String, view: &View<'_>) -> std::fmt::Result {
+    let details = &view.details;
+    let mut lines: BTreeMap<(PgTimestamp, usize), String> = BTreeMap::new();
+    let mut add = |time: PgTimestamp, text: String| {
+        let number = lines.len();
+        lines.insert((time, number), text);
+    };
+    for gap in &details.gaps {
+        if let Some(time) = gap.after.or(gap.before) {
+            let text = format!(
+                "<strong>Gap</strong> on timeline {}: WAL {} to {}; {}",
+                gap.branch.timeline,
+                gap.from_lsn,
+                gap.to_lsn,
+                super::format::code(&gap.cause)
+            );
+            add(time, text);
+        }
+    }
+    for backup in &details.backups {
+        add(backup.finished, format!("Base backup {}", backup.id));
+    }
+    for drill in details.of_kind(OutcomeKind::Drill) {
+        let how = if drill.passed { "passed" } else { "failed" };
+        add(
+            drill.finished,
+            format!("Drill {how}: {}", escape(&drill.message)),
+        );
+    }
+    for mark in &details.marks {
+        add(mark.time, format!("{} at {}", escape(&mark.text), mark.lsn));
+    }
+    out.push_str("<details class=\"words\"><summary>The strip in words</summary><table id=\"strip-words\" data-live>\
+                  <thead><tr><th scope=\"col\">Time</th><th scope=\"col\">What</th></tr></thead><tbody>");
+    for ((time, _), text) in lines.iter().rev().take(WORDS_MAX) {
+        write!(out, "<tr><td>{}</td><td>{text}</td></tr>", instant(*time))?;
+    }
+    out.push_str("</tbody></table></details>");
+    Ok(())
+}

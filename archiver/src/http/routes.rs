@@ -1,0 +1,335 @@
+//! Which path is answered by what. Unknown paths and clusters are 404, other methods 405, strangers 401.
+
+use std::time::Duration;
+
+use http_body_util::{BodyExt, Limited};
+use hyper::{
+    HeaderMap, Method, Request, StatusCode,
+    header::{ALLOW, HeaderValue, LOCATION, RETRY_AFTER, SET_COOKIE, WWW_AUTHENTICATE},
+};
+
+use super::{
+    Sources,
+    access::{Access, Role},
+    answer::{Answer, HTML, JSON, TEXT, json, problem, respond},
+    api,
+    connections::BusyGuard,
+    health, live, metrics, page,
+};
+use crate::base_backup;
+
+/// A form with a token is far smaller.
+const BODY_BYTES_MAX: usize = 8 * 1024;
+/// How long a body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+/// What a wrong token costs its sender.
+const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(300);
+
+/// Answers a request.
+pub(super) async fn answer<B>(request: Request<B>, sources: &Sources, busy: BusyGuard) -> Answer
+where
+    B: hyper::body::Body + Unpin,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let (head, body) = request.into_parts();
+    let path = head.uri.path();
+    let query = head.uri.query().unwrap_or_default();
+    match head.method {
+        Method::GET | Method::HEAD => get(path, query, &head.headers, sources, busy).await,
+        Method::POST => {
+            if !Access::is_own_request(&head.headers) {
+                return problem(
+                    StatusCode::FORBIDDEN,
+                    "the request comes from another site's page",
+                );
+            }
+            let limited = Limited::new(body, BODY_BYTES_MAX).collect();
+            let Ok(Ok(body)) = tokio::time::timeout(BODY_TIMEOUT, limited).await else {
+                return problem(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "the body is too long, or did not arrive in time",
+                );
+            };
+            post(path, &body.to_bytes(), &head.headers, sources).await
+        }
+        _ => {
+            let mut response = problem(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "only GET, HEAD and POST are served",
+            );
+            response
+                .headers_mut()
+                .insert(ALLOW, HeaderValue::from_static("GET, HEAD, POST"));
+            response
+        }
+    }
+}
+
+/// What strangers may see: whether the process lives, and how to log in.
+fn open_to_all(path: &str) -> Option<Answer> {
+    Some(match path {
+        // Both say that this process lives and serves; neither looks at the store or at PostgreSQL, so that an
+        // orchestrator does not take the archiver away exactly when it is needed.
+        "/healthz" => respond(StatusCode::OK, TEXT, "alive\n".to_owned()),
+        "/readyz" => respond(StatusCode::OK, TEXT, "ready to stream\n".to_owned()),
+        "/login" => respond(StatusCode::OK, HTML, page::login(false)),
+        "/style.css" => respond(
+            StatusCode::OK,
+            "text/css; charset=utf-8",
+            page::STYLE.to_owned(),
+        ),
+        "/app.js" => respond(
+            StatusCode::OK,
+            "text/javascript; charset=utf-8",
+            page::SCRIPT.to_owned(),
+        ),
+        "/icon.svg" => respond(StatusCode::OK, "image/svg+xml", page::ICON.to_owned()),
+        _ => return None,
+    })
+}
+
+async fn get(
+    path: &str,
+    query: &str,
+    headers: &HeaderMap,
+    sources: &Sources,
+    busy: BusyGuard,
+) -> Answer {
+    if let Some(answer) = open_to_all(path) {
+        return answer;
+    }
+    if sources.access.role(headers).is_none() {
+        if headers.contains_key(hyper::header::AUTHORIZATION) {
+            tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
+        }
+        let is_page = path == "/" || path.starts_with("/clusters/");
+        return if is_page {
+            redirect("/login")
+        } else {
+            stranger()
+        };
+    }
+    if path == "/api/v1/events/stream" {
+        return live::stream(&sources.monitor, busy);
+    }
+    read(path, query, sources).await
+}
+
+/// The routes of those who may read.
+pub(super) async fn read(path: &str, query: &str, sources: &Sources) -> Answer {
+    let reports = || (sources.reports)();
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    match *parts.as_slice() {
+        [""] => {
+            let reports = reports();
+            match reports.as_slice() {
+                [report] => page_of(report, query, sources, false).await,
+                reports => respond(
+                    StatusCode::OK,
+                    HTML,
+                    page::fleet(reports, sources.access.is_guarded()),
+                ),
+            }
+        }
+        ["clusters", name] => {
+            let reports = reports();
+            match reports
+                .iter()
+                .find(|report| report.cluster.as_str() == name)
+            {
+                Some(report) => page_of(report, query, sources, reports.len() > 1).await,
+                None => problem(StatusCode::NOT_FOUND, "no such cluster; see /"),
+            }
+        }
+        ["metrics"] => respond(
+            StatusCode::OK,
+            metrics::CONTENT_TYPE,
+            metrics::render(&reports(), &sources.instruments),
+        ),
+        ["api", "v1", "openapi.json"] => respond(
+            StatusCode::OK,
+            JSON,
+            include_str!("openapi.json").to_owned(),
+        ),
+        ["api", "v1", "clusters"] => json(StatusCode::OK, &reports()),
+        ["api", "v1", "clusters", name, ref rest @ ..] => {
+            let found = reports()
+                .into_iter()
+                .find(|report| report.cluster.as_str() == name);
+            let Some(report) = found else {
+                return problem(
+                    StatusCode::NOT_FOUND,
+                    "no such cluster; see /api/v1/clusters",
+                );
+            };
+            match *rest {
+                [] => return json(StatusCode::OK, &report),
+                ["health"] => {
+                    return match health::judge(&report, query) {
+                        Ok(verdict) => json(verdict.status(), &verdict),
+                        Err(error) => problem(StatusCode::BAD_REQUEST, &error.to_string()),
+                    };
+                }
+                _ => {}
+            }
+            let Some(cluster) = sources.monitor.cluster(name) else {
+                return problem(StatusCode::NOT_FOUND, "no such route below a cluster");
+            };
+            match *rest {
+                ["window"] => api::window(&cluster, &report),
+                ["backups"] => api::backups(&cluster),
+                ["drills"] => api::drills(&cluster),
+                ["events"] => api::events(&cluster, query),
+                ["series"] => api::series(&cluster, query),
+                ["locate"] => api::locate(&cluster, query).await,
+                _ => problem(StatusCode::NOT_FOUND, "no such route below a cluster"),
+            }
+        }
+        _ => problem(StatusCode::NOT_FOUND, "no such route"),
+    }
+}
+
+async fn page_of(
+    report: &crate::report::ClusterReport,
+    query: &str,
+    sources: &Sources,
+    of_fleet: bool,
+) -> Answer {
+    let asked = api::parameters(query, &["at", "range"]).unwrap_or_default();
+    let value = |name: &str| {
+        asked
+            .iter()
+            .find(|(known, _)| known == name)
+            .map(|(_, value)| value.as_str())
+    };
+    let Some(cluster) = sources.monitor.cluster(report.cluster.as_str()) else {
+        return problem(StatusCode::NOT_FOUND, "no such cluster");
+    };
+    let picked = match value("at").and_then(api::instant) {
+        None => None,
+        Some(time) => Some((time, api::nearest(&cluster, time).await)),
+    };
+    let view = page::View {
+        report,
+        cluster: &cluster,
+        details: cluster.status().details(),
+        range: page::Range::of(value("range").unwrap_or_default()),
+        picked,
+        of_fleet,
+        guarded: sources.access.is_guarded(),
+    };
+    respond(StatusCode::OK, HTML, page::cluster(&view))
+}
+
+async fn post(path: &str, body: &[u8], headers: &HeaderMap, sources: &Sources) -> Answer {
+    match path {
+        "/login" => {
+            let form = String::from_utf8_lossy(body);
+            let fields = api::parameters(&form, &["token"]).unwrap_or_default();
+            let role = fields
+                .first()
+                .and_then(|(_, token)| sources.access.token(token.trim()));
+            let cookie = role.and_then(|role| sources.access.log_in(role));
+            let Some(cookie) = cookie else {
+                tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
+                return respond(StatusCode::UNAUTHORIZED, HTML, page::login(true));
+            };
+            with_cookie(redirect("/"), &cookie)
+        }
+        "/logout" => with_cookie(redirect("/login"), &sources.access.log_out(headers)),
+        _ => operate(path, headers, sources).await,
+    }
+}
+
+async fn operate(path: &str, headers: &HeaderMap, sources: &Sources) -> Answer {
+    match sources.access.role(headers) {
+        Some(Role::Operate) => {}
+        Some(Role::Read) => {
+            return problem(
+                StatusCode::FORBIDDEN,
+                "this needs the operate token; set http_operate_token_file",
+            );
+        }
+        None => {
+            tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
+            return stranger();
+        }
+    }
+    let parts: Vec<&str> = path.split('/').skip(1).collect();
+    match *parts.as_slice() {
+        ["api", "v1", "notify", "test"] => {
+            if sources.monitor.notify_test() {
+                json(
+                    StatusCode::ACCEPTED,
+                    &serde_json::json!({ "accepted": true }),
+                )
+            } else {
+                problem(
+                    StatusCode::CONFLICT,
+                    "nobody is to be told: add [notify.NAME] to the configuration",
+                )
+            }
+        }
+        ["api", "v1", "clusters", name, "backups"] => {
+            let Some(cluster) = sources.monitor.cluster(name) else {
+                return problem(
+                    StatusCode::NOT_FOUND,
+                    "no such cluster; see /api/v1/clusters",
+                );
+            };
+            let Ok(permit) = std::sync::Arc::clone(&sources.backups).try_acquire_owned() else {
+                let mut answer = problem(
+                    StatusCode::CONFLICT,
+                    "a base backup asked for here is under way",
+                );
+                answer
+                    .headers_mut()
+                    .insert(RETRY_AFTER, HeaderValue::from_static("60"));
+                return answer;
+            };
+            let settings = cluster.settings().clone();
+            tokio::spawn(async move {
+                let _permit = permit;
+                match base_backup::take(&settings, "asked for over HTTP", &|_| {}).await {
+                    Ok(backup) => {
+                        tracing::info!(cluster = %settings.name, backup = %backup.id, "base backup complete");
+                    }
+                    Err(error) => {
+                        tracing::error!(cluster = %settings.name, %error, "the base backup failed");
+                    }
+                }
+            });
+            json(
+                StatusCode::ACCEPTED,
+                &serde_json::json!({ "accepted": true }),
+            )
+        }
+        _ => problem(StatusCode::NOT_FOUND, "nothing to POST to here"),
+    }
+}
+
+fn stranger() -> Answer {
+    let mut answer = problem(
+        StatusCode::UNAUTHORIZED,
+        "a token is needed: Authorization: Bearer …, or log in at /login",
+    );
+    answer
+        .headers_mut()
+        .insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    answer
+}
+
+fn redirect(to: &'static str) -> Answer {
+    let mut answer = respond(StatusCode::SEE_OTHER, TEXT, String::new());
+    answer
+        .headers_mut()
+        .insert(LOCATION, HeaderValue::from_static(to));
+    answer
+}
+
+fn with_cookie(mut answer: Answer, cookie: &str) -> Answer {
+    if let Ok(value) = HeaderValue::from_str(cookie) {
+        answer.headers_mut().insert(SET_COOKIE, value);
+    }
+    answer
+}

@@ -1,0 +1,453 @@
+//! [`Monitor`]: looks at every cluster once a second; numbers over time, events, alerts, the live stream and the
+//! notifications come from here.
+//!
+//! It reads what the stages have noted and nothing else, so it can not disturb them; views ask it and never compute.
+
+pub mod events;
+pub mod series;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    time::Duration,
+};
+
+use repository::config::{ClusterSettings, NotifyTarget};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::MissedTickBehavior,
+};
+use wal_format::{ClusterName, OutcomeKind, PgTimestamp};
+
+use self::{
+    events::{Event, Events},
+    series::{METRICS, Sample, Series},
+};
+use crate::{
+    alerts::{self, Alert},
+    cluster_status::ClusterStatus,
+    notifications,
+    report::{ClusterReport, Details, State},
+};
+
+/// How often it looks.
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Messages that a slow reader of the live stream may be behind before it misses some.
+const STREAM_MESSAGES_MAX: usize = 256;
+/// Notifications that may wait for their receiver.
+const NOTIFICATIONS_MAX: usize = 256;
+
+/// A message of the live stream.
+#[derive(Clone, Debug)]
+pub struct Message {
+    /// `status`, `alert` or `event`.
+    pub event: &'static str,
+    /// One JSON document.
+    pub data: Arc<str>,
+}
+
+/// One cluster, watched.
+#[derive(Debug)]
+pub struct Watched {
+    settings: ClusterSettings,
+    status: Arc<ClusterStatus>,
+    recorded: Arc<Recorded>,
+}
+
+/// What outlives a change of the cluster's settings.
+#[derive(Debug)]
+struct Recorded {
+    series: Mutex<Series>,
+    events: Mutex<Events>,
+    book: Mutex<Book>,
+}
+
+/// What was seen a second ago.
+#[derive(Debug, Default)]
+struct Book {
+    /// Since when each condition holds.
+    holds: BTreeMap<&'static str, PgTimestamp>,
+    firing: Vec<Alert>,
+    state: Option<State>,
+    timeline: Option<u32>,
+    backup: Option<String>,
+    outcomes: BTreeMap<OutcomeKind, String>,
+    looked: bool,
+    received: VecDeque<(u64, u64)>,
+}
+
+/// Watches every cluster.
+#[derive(Debug)]
+pub struct Monitor {
+    clusters: RwLock<BTreeMap<ClusterName, Arc<Watched>>>,
+    stream: broadcast::Sender<Message>,
+    notifications: Option<mpsc::Sender<notifications::Notification>>,
+    certificate_expiry: Mutex<Option<PgTimestamp>>,
+}
+
+impl Monitor {
+    /// Watches nothing yet; tells `targets` of alerts.
+    #[must_use]
+    pub fn new(targets: Vec<NotifyTarget>) -> Arc<Self> {
+        let notifications = (!targets.is_empty()).then(|| {
+            let (sender, receiver) = mpsc::channel(NOTIFICATIONS_MAX);
+            tokio::spawn(notifications::deliver(targets, receiver));
+            sender
+        });
+        Arc::new(Self {
+            clusters: RwLock::default(),
+            stream: broadcast::Sender::new(STREAM_MESSAGES_MAX),
+            notifications,
+            certificate_expiry: Mutex::default(),
+        })
+    }
+
+    /// Looks once a second, for ever.
+    pub async fn run(self: Arc<Self>) {
+        let mut timer = tokio::time::interval(INTERVAL);
+        timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            timer.tick().await;
+            for cluster in self.clusters() {
+                self.look(&cluster);
+            }
+        }
+    }
+
+    /// Watches a cluster from now on. What an earlier run recorded, or an earlier start in this run, is taken up.
+    pub fn watch(&self, settings: ClusterSettings, status: Arc<ClusterStatus>) {
+        let name = settings.name.clone();
+        let known = self.cluster(name.as_str());
+        let recorded = known.map_or_else(
+            || {
+                let directory = settings.spool.join(name.as_str()).join("history");
+                // Without it both live in memory, and say so.
+                drop(std::fs::create_dir_all(&directory));
+                Arc::new(Recorded {
+                    series: Mutex::new(Series::open(&directory.join("series"))),
+                    events: Mutex::new(Events::open(&directory.join("events"))),
+                    book: Mutex::default(),
+                })
+            },
+            |known| Arc::clone(&known.recorded),
+        );
+        let watched = Arc::new(Watched {
+            settings,
+            status,
+            recorded,
+        });
+        let mut clusters = self
+            .clusters
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        clusters.insert(name, watched);
+    }
+
+    /// A cluster is no longer archived on purpose: its alerts have ended.
+    pub fn forget(&self, name: &ClusterName) {
+        let mut clusters = self
+            .clusters
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let gone = clusters.remove(name);
+        drop(clusters);
+        if let Some(cluster) = gone {
+            for alert in std::mem::take(&mut lock(&cluster.recorded.book).firing) {
+                self.notify(&cluster, &alert, false);
+            }
+        }
+    }
+
+    fn clusters(&self) -> Vec<Arc<Watched>> {
+        let clusters = self.clusters.read().unwrap_or_else(PoisonError::into_inner);
+        clusters.values().map(Arc::clone).collect()
+    }
+
+    /// When the certificate of the dashboard ends.
+    pub fn certificate_ends(&self, expiry: Option<PgTimestamp>) {
+        *lock(&self.certificate_expiry) = expiry;
+    }
+
+    /// Every report, from memory, with its alerts.
+    #[must_use]
+    pub fn reports(&self) -> Vec<ClusterReport> {
+        self.clusters()
+            .iter()
+            .map(|cluster| self.report(cluster))
+            .collect()
+    }
+
+    /// The cluster of that name.
+    #[must_use]
+    pub fn cluster(&self, name: &str) -> Option<Arc<Watched>> {
+        self.clusters()
+            .into_iter()
+            .find(|cluster| cluster.settings.name.as_str() == name)
+    }
+
+    /// The live stream.
+    #[must_use]
+    pub fn subscribe(&self) -> broadcast::Receiver<Message> {
+        self.stream.subscribe()
+    }
+
+    /// Whether somebody would be told of an alert, and the test of it.
+    #[must_use]
+    pub fn notify_test(&self) -> bool {
+        let Some(notifications) = &self.notifications else {
+            return false;
+        };
+        notifications
+            .try_send(notifications::Notification::test())
+            .is_ok()
+    }
+
+    fn report(&self, cluster: &Watched) -> ClusterReport {
+        let mut report = cluster.status.report(&cluster.settings);
+        report.certificate_expiry = *lock(&self.certificate_expiry);
+        report.alerts = lock(&cluster.recorded.book).firing.clone();
+        let day = 86_400;
+        report.rpo_max_24h_seconds = lock(&cluster.recorded.series)
+            .greatest("rpo_remote", unix_second(), day)
+            .map(f64::from);
+        report
+    }
+
+    fn look(&self, cluster: &Watched) {
+        let report = self.report(cluster);
+        let second = unix_second();
+        let sample = lock(&cluster.recorded.book).sample(&report);
+        lock(&cluster.recorded.series).add(second, &sample);
+        let mut said: Vec<Event> = Vec::new();
+        {
+            let mut book = lock(&cluster.recorded.book);
+            let mut events = lock(&cluster.recorded.events);
+            for (kind, severity, message) in book.news(&report, &cluster.status.details()) {
+                said.push(events.add(kind, severity, &message));
+            }
+            let (raised, resolved) = book.update(&report);
+            for (what, alerts) in [("alert", raised), ("resolved", resolved)] {
+                for alert in alerts {
+                    let severity = if what == "alert" {
+                        alert.severity.name()
+                    } else {
+                        "info"
+                    };
+                    let message = format!("{}: {}", alert.name, alert.summary);
+                    said.push(events.add(what, severity, &message));
+                    self.notify(cluster, &alert, what == "alert");
+                    self.send("alert", &serde_json::json!({
+                        "cluster": cluster.settings.name, "resolved": what != "alert", "alert": alert,
+                    }));
+                }
+            }
+        }
+        for event in said {
+            self.send(
+                "event",
+                &serde_json::json!({
+                    "cluster": cluster.settings.name, "event": event,
+                }),
+            );
+        }
+        self.send("status", &self.report(cluster));
+    }
+
+    fn notify(&self, cluster: &Watched, alert: &Alert, fires: bool) {
+        let Some(notifications) = &self.notifications else {
+            return;
+        };
+        let notification =
+            notifications::Notification::new(cluster.settings.name.as_str(), alert.clone(), fires);
+        if notifications.try_send(notification).is_err() {
+            tracing::error!(
+                alert = alert.name,
+                "too many notifications wait; this one is not sent"
+            );
+        }
+    }
+
+    fn send<T: serde::Serialize>(&self, event: &'static str, data: &T) {
+        if self.stream.receiver_count() == 0 {
+            return;
+        }
+        if let Ok(data) = serde_json::to_string(data) {
+            let data = Arc::from(data);
+            drop(self.stream.send(Message { event, data }));
+        }
+    }
+}
+
+impl Watched {
+    /// What it is called and how it is set.
+    #[must_use]
+    pub fn settings(&self) -> &ClusterSettings {
+        &self.settings
+    }
+
+    /// What the stages have noted.
+    #[must_use]
+    pub fn status(&self) -> &Arc<ClusterStatus> {
+        &self.status
+    }
+
+    /// Numbers over time.
+    pub fn series(&self) -> MutexGuard<'_, Series> {
+        lock(&self.recorded.series)
+    }
+
+    /// What happened.
+    pub fn events(&self) -> MutexGuard<'_, Events> {
+        lock(&self.recorded.events)
+    }
+}
+
+impl Book {
+    /// Rates over the last second, and the levels.
+    fn sample(&mut self, report: &ClusterReport) -> Sample {
+        let counters = &report.counters;
+        self.received
+            .push_back((counters.wal_received_bytes, counters.wal_stored_bytes));
+        if self.received.len() > 2 {
+            self.received.pop_front();
+        }
+        let rate = |of: fn(&(u64, u64)) -> u64| {
+            let before = self.received.front().map_or(0, of);
+            let now = self.received.back().map_or(0, of);
+            float(Some(now.saturating_sub(before)))
+        };
+        let seconds = |seconds: Option<f64>| {
+            #[expect(clippy::cast_possible_truncation, reason = "a point of a picture")]
+            let seconds = seconds.unwrap_or(f64::NAN) as f32;
+            seconds
+        };
+        let mut sample = [f32::NAN; METRICS.len()];
+        sample.copy_from_slice(&[
+            seconds(report.durable.remote.rpo_seconds),
+            seconds(report.durable.local.rpo_seconds),
+            float(report.durable.remote.lag_bytes),
+            rate(|pair| pair.0),
+            rate(|pair| pair.1),
+            float(Some(counters.upload_queue_bytes)),
+            float(Some(counters.spool_used_bytes)),
+            float(report.slot.as_ref().and_then(|slot| slot.retained_bytes)),
+        ]);
+        sample
+    }
+
+    /// What is different from a second ago, for people: kind, severity, words.
+    fn news(
+        &mut self,
+        report: &ClusterReport,
+        details: &Details,
+    ) -> Vec<(&'static str, &'static str, String)> {
+        let mut news = Vec::new();
+        if self.state != Some(report.state) {
+            let severity = match report.state {
+                State::Ok => "info",
+                State::Degraded | State::Unknown => "warning",
+                State::AtRisk | State::Broken => "critical",
+            };
+            let name = report.state.name().replace('_', " ");
+            news.push(("state", severity, format!("{name}: {}", report.reason)));
+            self.state = Some(report.state);
+        }
+        if let Some(timeline) = report.source.timeline.map(|timeline| timeline.get()) {
+            if self.timeline.is_some_and(|known| known != timeline) {
+                news.push((
+                    "timeline",
+                    "warning",
+                    format!("the server is on timeline {timeline}"),
+                ));
+            }
+            self.timeline = Some(timeline);
+        }
+        if !report.looked {
+            return news;
+        }
+        let newest = details.backups.last().map(|backup| backup.id.to_string());
+        if newest != self.backup {
+            if let (true, Some(id)) = (self.looked, &newest) {
+                news.push(("backup", "info", format!("base backup {id} is complete")));
+            }
+            self.backup = newest;
+        }
+        for kind in [OutcomeKind::Backup, OutcomeKind::Drill, OutcomeKind::Verify] {
+            let Some(outcome) = details.newest(kind) else {
+                continue;
+            };
+            let id = outcome.id.to_string();
+            if self.outcomes.get(&kind) != Some(&id) {
+                if self.looked {
+                    let (severity, how) = if outcome.passed {
+                        ("info", "passed")
+                    } else {
+                        ("critical", "failed")
+                    };
+                    news.push((
+                        kind.name(),
+                        severity,
+                        format!("{kind} {how}: {}", outcome.message),
+                    ));
+                }
+                self.outcomes.insert(kind, id);
+            }
+        }
+        self.looked = true;
+        news
+    }
+
+    /// Which alerts begin and which end.
+    fn update(&mut self, report: &ClusterReport) -> (Vec<Alert>, Vec<Alert>) {
+        let conditions = alerts::firing(report);
+        self.holds
+            .retain(|name, _| conditions.iter().any(|(holds, _)| holds == name));
+        let mut firing = Vec::new();
+        for (name, summary) in conditions {
+            let since = *self.holds.entry(name).or_insert(report.as_of);
+            #[expect(clippy::cast_precision_loss, reason = "seconds")]
+            let held = report.as_of.micros_since(since) as f64 / 1e6;
+            if held >= alerts::patience_seconds(name) {
+                let (severity, runbook) = alerts::describe(name);
+                firing.push(Alert {
+                    name,
+                    severity,
+                    summary,
+                    runbook,
+                    since,
+                });
+            }
+        }
+        firing.sort_by_key(|alert| std::cmp::Reverse(alert.severity));
+        let missing =
+            |alert: &Alert, among: &[Alert]| !among.iter().any(|one| one.name == alert.name);
+        let raised = firing
+            .iter()
+            .filter(|alert| missing(alert, &self.firing))
+            .cloned()
+            .collect();
+        let resolved = self
+            .firing
+            .iter()
+            .filter(|alert| missing(alert, &firing))
+            .cloned()
+            .collect();
+        self.firing = firing;
+        (raised, resolved)
+    }
+}
+
+/// Seconds of the Unix epoch.
+pub(crate) fn unix_second() -> u64 {
+    u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default()
+}
+
+fn float(value: Option<u64>) -> f32 {
+    #[expect(clippy::cast_precision_loss, reason = "a point of a picture")]
+    let value = value.map_or(f32::NAN, |value| value as f32);
+    value
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,311 @@
+//! What can be restored, for the dashboard: the window, its ranges and gaps, and the instants a person may look for.
+//!
+//! Reads the catalog only. Summaries of ranges are decoded once: [`Marks`] remembers what it has seen, so that a look
+//! costs what is new and not what is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use repository::WalRange;
+use wal_format::{
+    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
+};
+
+use super::archive::Archive;
+use crate::{
+    error::Result,
+    report::{BackupReport, Details, GapReport, HeldRange, Mark, MarkKind, WindowReport},
+};
+
+/// How many marks are kept: more could not be told apart on the strip.
+const MARKS_MAX: usize = 400;
+/// How many ranges and gaps are shown.
+const RANGES_MAX: usize = 200;
+
+/// What is remembered from look to look.
+#[derive(Debug, Default)]
+pub(crate) struct Marks {
+    seen: BTreeSet<(Branch, Lsn, Lsn)>,
+    marks: BTreeMap<(PgTimestamp, Lsn), Mark>,
+    outcomes: BTreeMap<(OutcomeKind, BackupId), Outcome>,
+}
+
+impl Marks {
+    /// Asks the repository for outcomes that are new.
+    pub(crate) fn ask(&mut self, archive: &Archive) -> Result<()> {
+        let system = archive.identity().system_identifier;
+        archive
+            .repository()
+            .add_outcomes(system, &mut self.outcomes)?;
+        Ok(())
+    }
+
+    /// The window and everything beside it, as the catalog has them now.
+    pub(crate) fn look(
+        &mut self,
+        archive: &Archive,
+        backups: &[BackupInfo],
+    ) -> Result<(WindowReport, Details)> {
+        let mut details = Details {
+            backups: backups.iter().map(backup_report).collect(),
+            outcomes: self.outcomes.values().cloned().collect(),
+            ..Details::default()
+        };
+        details.outcomes.sort_by_key(|outcome| outcome.finished);
+        let mut all = BTreeSet::new();
+        for (branch, history, _) in archive.catalog().branches()? {
+            let ranges = archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)?;
+            for range in &ranges {
+                let key = (branch, range.start_lsn, range.end_lsn);
+                if self.seen.insert(key) {
+                    self.remember(archive, range)?;
+                }
+                all.insert(key);
+            }
+            if let Some(switch) = history
+                .as_ref()
+                .and_then(|history| history.ancestors.last())
+                && let Some(time) = ranges.iter().filter_map(|range| range.min_time).min()
+            {
+                let mark = Mark {
+                    kind: MarkKind::Switch,
+                    time,
+                    lsn: switch.switch_lsn,
+                    timeline: branch.timeline,
+                    text: format!(
+                        "timeline {} begins at {}",
+                        branch.timeline, switch.switch_lsn
+                    ),
+                };
+                self.marks.insert((time, mark.lsn), mark);
+            }
+            join(&mut details, &ranges, archive.gaps());
+        }
+        self.seen.retain(|key| all.contains(key));
+        while self.marks.len() > MARKS_MAX {
+            self.marks.pop_first();
+        }
+        details.marks = self.marks.values().cloned().collect();
+        let window = window(&details, backups);
+        let surplus = details.ranges.len().saturating_sub(RANGES_MAX);
+        details.ranges.drain(..surplus);
+        Ok((window, details))
+    }
+
+    fn remember(&mut self, archive: &Archive, range: &WalRange) -> Result<()> {
+        // A tail's events come again with its segment: the key is the same.
+        let summary = archive.catalog().summary(range)?;
+        let timeline = range.branch.timeline;
+        for (lsn, event) in &summary.events {
+            let (kind, time, text) = match event {
+                WalEvent::RestorePoint { time, name } => (
+                    MarkKind::RestorePoint,
+                    *time,
+                    format!("restore point {name}"),
+                ),
+                WalEvent::DroppedRelations { xid, relations } => {
+                    let ended = |end: &&wal_format::TransactionEnd| end.lsn == *lsn;
+                    let Some(end) = summary.transactions.iter().find(ended) else {
+                        continue;
+                    };
+                    if !end.kind.is_commit() {
+                        continue;
+                    }
+                    let text = format!(
+                        "transaction {xid} removed {} relation file(s): DROP, TRUNCATE or a rewrite",
+                        relations.len()
+                    );
+                    (MarkKind::Removal, end.time, text)
+                }
+                _ => continue,
+            };
+            let mark = Mark {
+                kind,
+                time,
+                lsn: *lsn,
+                timeline,
+                text,
+            };
+            self.marks.insert((time, *lsn), mark);
+        }
+        Ok(())
+    }
+}
+
+fn backup_report(backup: &BackupInfo) -> BackupReport {
+    BackupReport {
+        id: backup.id.clone(),
+        started: backup.started,
+        finished: backup.finished,
+        start_lsn: backup.start_lsn,
+        timeline: backup.branch.timeline,
+        stored_bytes: backup.stored_bytes,
+    }
+}
+
+/// Joins what follows without a gap, and names what is missing between.
+fn join(details: &mut Details, ranges: &[WalRange], declared: &[DeclaredGap]) {
+    let mut open: Option<HeldRange> = None;
+    for range in ranges {
+        match &mut open {
+            Some(held) if range.start_lsn <= held.end_lsn => {
+                held.end_lsn = held.end_lsn.max(range.end_lsn);
+                held.from = earliest(held.from, range.min_time);
+                held.to = held.to.max(range.max_time);
+            }
+            _ => {
+                if let Some(before) = open.take() {
+                    if details.gaps.len() < RANGES_MAX {
+                        details.gaps.push(gap(&before, range, declared));
+                    }
+                    details.ranges.push(before);
+                }
+                open = Some(HeldRange {
+                    branch: range.branch,
+                    timeline: range.branch.timeline,
+                    start_lsn: range.start_lsn,
+                    end_lsn: range.end_lsn,
+                    from: range.min_time,
+                    to: range.max_time,
+                });
+            }
+        }
+    }
+    details.ranges.extend(open);
+}
+
+fn gap(before: &HeldRange, next: &WalRange, declared: &[DeclaredGap]) -> GapReport {
+    let known = declared.iter().find(|gap| {
+        gap.branch == next.branch && gap.to_lsn > before.end_lsn && gap.from_lsn < next.start_lsn
+    });
+    let cause = known.map_or_else(
+        || "objects are missing in the repository; run `wal-archiver verify`".to_owned(),
+        |gap| format!("declared lost: {}", gap.reason),
+    );
+    GapReport {
+        branch: next.branch,
+        from_lsn: before.end_lsn,
+        to_lsn: next.start_lsn,
+        after: before.to,
+        before: next.min_time,
+        cause,
+    }
+}
+
+fn earliest(one: Option<PgTimestamp>, other: Option<PgTimestamp>) -> Option<PgTimestamp> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
+/// From the oldest base backup to the last commit; gaps that lie behind it, and those without a backup behind them.
+fn window(details: &Details, backups: &[BackupInfo]) -> WindowReport {
+    let Some(oldest) = backups.first() else {
+        return WindowReport::default();
+    };
+    let inside = |gap: &&GapReport| {
+        gap.branch.timeline > oldest.branch.timeline
+            || (gap.branch == oldest.branch && gap.from_lsn > oldest.start_lsn)
+    };
+    let open = |gap: &&GapReport| {
+        !backups.iter().any(|backup| {
+            backup.branch.timeline > gap.branch.timeline
+                || (backup.branch == gap.branch && backup.start_lsn >= gap.to_lsn)
+        })
+    };
+    let gaps: Vec<&GapReport> = details.gaps.iter().filter(inside).collect();
+    // Behind an open gap nothing can be restored.
+    let reachable = |range: &&HeldRange| {
+        !gaps
+            .iter()
+            .filter(|gap| open(gap))
+            .any(|gap| gap.branch == range.branch && range.start_lsn >= gap.to_lsn)
+    };
+    WindowReport {
+        earliest: Some(oldest.finished),
+        latest_commit: details
+            .ranges
+            .iter()
+            .filter(reachable)
+            .filter_map(|range| range.to)
+            .max(),
+        gaps: Some(gaps.len() as u64),
+        open_gaps: Some(gaps.iter().filter(|gap| open(gap)).count() as u64),
+    }
+}
+
+/// A commit near an instant.
+#[derive(Clone, Debug, serde::Serialize)]
+pub(crate) struct NearCommit {
+    pub(crate) time: PgTimestamp,
+    pub(crate) lsn: Lsn,
+    pub(crate) xid: u32,
+    pub(crate) timeline: wal_format::TimelineId,
+    /// Flags of `pitr-restore` that keep this commit as the last one.
+    pub(crate) flags: String,
+}
+
+/// The nearest commits around an instant.
+#[derive(Clone, Debug, serde::Serialize)]
+pub(crate) struct Located {
+    pub(crate) time: PgTimestamp,
+    pub(crate) before: Option<NearCommit>,
+    pub(crate) after: Option<NearCommit>,
+}
+
+/// The last commit at or before `time` and the first one after it. Aborted transactions are nothing to restore to.
+pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
+    let mut found = Located {
+        time,
+        before: None,
+        after: None,
+    };
+    for (branch, ..) in archive.catalog().branches()? {
+        for range in archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)? {
+            let (Some(min), Some(max)) = (range.min_time, range.max_time) else {
+                continue;
+            };
+            let better_before = min <= time
+                && found
+                    .before
+                    .as_ref()
+                    .is_none_or(|known| max.min(time) >= known.time);
+            let better_after =
+                max > time && found.after.as_ref().is_none_or(|known| min < known.time);
+            if !better_before && !better_after {
+                continue;
+            }
+            for end in archive.catalog().transactions(&range)? {
+                if !end.kind.is_commit() {
+                    continue;
+                }
+                let near = || NearCommit {
+                    time: end.time,
+                    lsn: end.lsn,
+                    xid: end.xid,
+                    timeline: branch.timeline,
+                    flags: format!(
+                        "--target-lsn {} --target-timeline {}",
+                        end.lsn, branch.timeline
+                    ),
+                };
+                if end.time <= time {
+                    if found
+                        .before
+                        .as_ref()
+                        .is_none_or(|known| end.time >= known.time)
+                    {
+                        found.before = Some(near());
+                    }
+                } else if found
+                    .after
+                    .as_ref()
+                    .is_none_or(|known| end.time < known.time)
+                {
+                    found.after = Some(near());
+                }
+            }
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,179 @@
+//! Where the daemon sends its alerts: `[notify.NAME]` tables.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use serde::Deserialize;
+
+use super::Secret;
+use crate::{Error, Result};
+
+const NOTIFY_KEYS: [&str; 13] = [
+    "certificate_authority",
+    "from",
+    "password",
+    "password_file",
+    "routing_key",
+    "routing_key_file",
+    "smtp",
+    "tls",
+    "to",
+    "type",
+    "url",
+    "url_file",
+    "user",
+];
+
+/// How an alert travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NotifyKind {
+    /// Mail by SMTP.
+    Email,
+    /// `PagerDuty`'s events API, version 2.
+    Pagerduty,
+    /// Slack's incoming webhook, or what understands the same.
+    Slack,
+    /// A JSON document by POST.
+    Webhook,
+}
+
+/// How SMTP is protected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SmtpTls {
+    /// From the first byte, port 465.
+    Implicit,
+    /// Not at all: a relay on this host.
+    None,
+    /// After STARTTLS, port 587.
+    #[default]
+    Starttls,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct NotifyTable {
+    #[serde(rename = "type")]
+    kind: NotifyKind,
+    certificate_authority: Option<PathBuf>,
+    url: Option<String>,
+    url_file: Option<PathBuf>,
+    routing_key: Option<String>,
+    routing_key_file: Option<PathBuf>,
+    smtp: Option<String>,
+    #[serde(default)]
+    tls: SmtpTls,
+    user: Option<String>,
+    password: Option<String>,
+    password_file: Option<PathBuf>,
+    from: Option<String>,
+    #[serde(default)]
+    to: Vec<String>,
+}
+
+/// A receiver of alerts, resolved. Its `Debug` names no secret.
+#[derive(Clone, Debug)]
+pub struct NotifyTarget {
+    /// The table's name.
+    pub name: String,
+    /// How.
+    pub kind: NotifyKind,
+    /// The address of a webhook, which is as secret as a password.
+    pub url: Secret,
+    /// `PagerDuty`'s key.
+    pub routing_key: Secret,
+    /// The certificate authority of the receiver, PEM. Default: the system's.
+    pub certificate_authority: Option<PathBuf>,
+    /// `host:port` of the mail server.
+    pub smtp: String,
+    /// How it is protected.
+    pub tls: SmtpTls,
+    /// Who logs in; nobody where it is empty.
+    pub user: String,
+    /// The password.
+    pub password: Secret,
+    /// The sender.
+    pub from: String,
+    /// The receivers.
+    pub to: Vec<String>,
+}
+
+pub(super) fn resolve(tables: BTreeMap<String, toml::Value>) -> Result<Vec<NotifyTarget>> {
+    tables
+        .into_iter()
+        .map(|(name, value)| {
+            if let toml::Value::Table(table) = &value {
+                unknown_key(&name, table)?;
+            }
+            let table: NotifyTable = value.try_into().map_err(|error: toml::de::Error| {
+                Error::config(format!("[notify.{name}]: {}", error.message()))
+            })?;
+            target(name, table)
+        })
+        .collect()
+}
+
+fn unknown_key(name: &str, table: &toml::Table) -> Result<()> {
+    for key in table.keys() {
+        if !NOTIFY_KEYS.contains(&key.as_str()) {
+            let nearest = NOTIFY_KEYS
+                .iter()
+                .min_by_key(|known| strsim::damerau_levenshtein(known, key));
+            return Err(Error::config(format!(
+                "unknown key \"{key}\" in [notify.{name}]; did you mean \"{}\"?",
+                nearest.copied().unwrap_or_default()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
+    let required = |what: &str| Error::config(format!("[notify.{name}] needs {what}"));
+    let default_url = (table.kind == NotifyKind::Pagerduty)
+        .then(|| "https://events.pagerduty.com/v2/enqueue".to_owned());
+    let url = secret(table.url, table.url_file)?.or(default_url.map(Secret::from));
+    let routing_key = secret(table.routing_key, table.routing_key_file)?;
+    match table.kind {
+        NotifyKind::Webhook | NotifyKind::Slack if url.is_none() => {
+            return Err(required("url or url_file"));
+        }
+        NotifyKind::Pagerduty if routing_key.is_none() => {
+            return Err(required("routing_key or routing_key_file"));
+        }
+        NotifyKind::Email
+            if table.smtp.is_none() || table.from.is_none() || table.to.is_empty() =>
+        {
+            return Err(required("smtp = \"host:port\", from and to = [\"…\"]"));
+        }
+        _ => {}
+    }
+    // What ends up in a line of SMTP must not be able to end that line.
+    let texts = table.to.iter().chain(&table.from).chain(&table.user);
+    if texts.flat_map(|text| text.chars()).any(char::is_control) {
+        return Err(required("addresses without control characters"));
+    }
+    Ok(NotifyTarget {
+        kind: table.kind,
+        url: url.unwrap_or_default(),
+        routing_key: routing_key.unwrap_or_default(),
+        certificate_authority: table.certificate_authority,
+        smtp: table.smtp.unwrap_or_default(),
+        tls: table.tls,
+        user: table.user.unwrap_or_default(),
+        password: secret(table.password, table.password_file)?.unwrap_or_default(),
+        from: table.from.unwrap_or_default(),
+        to: table.to,
+        name,
+    })
+}
+
+fn secret(text: Option<String>, file: Option<PathBuf>) -> Result<Option<Secret>> {
+    match (text, file) {
+        (Some(text), _) => Ok(Some(text.into())),
+        (None, Some(path)) => match fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text.trim().to_owned().into())),
+            Err(error) => Err(Error::config(format!("read {}: {error}", path.display()))),
+        },
+        (None, None) => Ok(None),
+    }
+}

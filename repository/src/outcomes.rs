@@ -1,0 +1,65 @@
+//! How drills, backups and verifications ended: the small objects that any host may leave in the repository and that the
+//! archiver's dashboard reads.
+
+use std::collections::BTreeMap;
+
+use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, SystemIdentifier};
+
+use crate::{Error, Repository, Result};
+
+/// How many outcomes of a kind are kept in memory: a trend of months, bounded.
+pub const OUTCOMES_MAX: usize = 100;
+
+impl Repository {
+    /// Records how something ended.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`]; [`Error::Conflict`] when another outcome has this name.
+    pub fn put_outcome(&self, system: SystemIdentifier, outcome: &Outcome) -> Result<()> {
+        let key = outcome.key(system);
+        let json = serde_json::to_vec_pretty(outcome).map_err(|error| Error::Damaged {
+            key: key.to_string(),
+            url: self.url(),
+            problem: error.to_string(),
+        })?;
+        self.put(&key, &json).map(|_| ())
+    }
+
+    /// Adds to `known` what is new, and forgets all but the newest of each kind. One that does not parse is skipped with a
+    /// warning: a newer version may have written it.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn add_outcomes(
+        &self,
+        system: SystemIdentifier,
+        known: &mut BTreeMap<(OutcomeKind, BackupId), Outcome>,
+    ) -> Result<()> {
+        let mut listed: BTreeMap<OutcomeKind, Vec<BackupId>> = BTreeMap::new();
+        for (key, _) in self.list(&format!("{system}/outcome/"))? {
+            if let ObjectKey::Outcome(_, kind, id) = key {
+                listed.entry(kind).or_default().push(id);
+            }
+        }
+        for (kind, ids) in &listed {
+            for id in ids.iter().rev().take(OUTCOMES_MAX) {
+                if known.contains_key(&(*kind, id.clone())) {
+                    continue;
+                }
+                let key = ObjectKey::Outcome(system, *kind, id.clone());
+                match serde_json::from_slice::<Outcome>(&self.get(&key)?) {
+                    Ok(outcome) => {
+                        known.insert((*kind, id.clone()), outcome);
+                    }
+                    Err(error) => tracing::warn!(%key, %error, "an outcome that can not be read"),
+                }
+            }
+        }
+        known.retain(|(kind, id), _| {
+            let newest = listed.get(kind).map_or(&[][..], Vec::as_slice);
+            let from = newest.len().saturating_sub(OUTCOMES_MAX);
+            newest[from..].contains(id)
+        });
+        Ok(())
+    }
+}

@@ -1,0 +1,109 @@
+//! [`Outcome`]: `outcome/….json`, how a restore drill, a base backup or a verification ended.
+//!
+//! Whoever ran it, on whatever host, leaves it in the repository; the archiver's dashboard reads it there. Written once.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{BackupId, ObjectKey, PgTimestamp, SystemIdentifier};
+
+/// The version of an outcome that this build writes, and the newest that it reads.
+pub const OUTCOME_FORMAT_VERSION: u32 = 1;
+
+/// What has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OutcomeKind {
+    /// A base backup that failed; one that succeeded is its own proof.
+    Backup,
+    /// A restore into a scratch directory, booted and checked.
+    Drill,
+    /// A verification of the repository.
+    Verify,
+}
+
+impl OutcomeKind {
+    /// The name in keys and JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Backup => "backup",
+            Self::Drill => "drill",
+            Self::Verify => "verify",
+        }
+    }
+}
+
+impl fmt::Display for OutcomeKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A text that names no kind of outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("no kind of outcome")]
+pub struct InvalidOutcomeKind;
+
+impl FromStr for OutcomeKind {
+    type Err = InvalidOutcomeKind;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        [Self::Backup, Self::Drill, Self::Verify]
+            .into_iter()
+            .find(|kind| kind.name() == text)
+            .ok_or(InvalidOutcomeKind)
+    }
+}
+
+/// How something ended. What does not apply or was not measured is `None`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// [`OUTCOME_FORMAT_VERSION`].
+    pub format_version: u32,
+    /// What ended.
+    pub kind: OutcomeKind,
+    /// Its name: spelled as a backup's, from the time it began.
+    pub id: BackupId,
+    /// When it began.
+    pub started: PgTimestamp,
+    /// When it ended.
+    pub finished: PgTimestamp,
+    /// Whether it succeeded.
+    pub passed: bool,
+    /// What was found, in a sentence for people.
+    pub message: String,
+    /// The base backup that was used.
+    #[serde(default)]
+    pub backup: Option<BackupId>,
+    /// Seconds until PostgreSQL answered a query.
+    #[serde(default)]
+    pub rto_seconds: Option<f64>,
+    /// Bytes of the base backup that were fetched.
+    #[serde(default)]
+    pub fetched_bytes: Option<u64>,
+    /// How long fetching them took, in seconds.
+    #[serde(default)]
+    pub fetch_seconds: Option<f64>,
+    /// Bytes of WAL that were replayed.
+    #[serde(default)]
+    pub replayed_bytes: Option<u64>,
+    /// How long replay took, in seconds.
+    #[serde(default)]
+    pub replay_seconds: Option<f64>,
+    /// What was lost against the newest commit known, in seconds.
+    #[serde(default)]
+    pub loss_seconds: Option<f64>,
+    /// Keys of the objects that are damaged or missing.
+    #[serde(default)]
+    pub damaged: Vec<String>,
+}
+
+impl Outcome {
+    /// Its key.
+    #[must_use]
+    pub fn key(&self, system: SystemIdentifier) -> ObjectKey {
+        ObjectKey::Outcome(system, self.kind, self.id.clone())
+    }
+}
