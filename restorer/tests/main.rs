@@ -10,6 +10,7 @@ mod failover;
 mod locate;
 mod resume;
 mod scene;
+mod standby;
 mod start;
 mod support;
 mod tablespaces;
