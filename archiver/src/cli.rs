@@ -15,6 +15,7 @@ mod catalog;
 mod check;
 mod config;
 mod epoch;
+mod import;
 mod key;
 mod nagios;
 mod notify;
@@ -57,6 +58,14 @@ enum Command {
     Push {
         /// The file; PostgreSQL writes %p.
         path: PathBuf,
+    },
+    /// Takes over the WAL that another tool archived: a folder of `cp`, of pg_receivewal, or a pgBackRest repository.
+    Import {
+        /// The folder.
+        directory: PathBuf,
+        /// Only reports where that archive and ours differ.
+        #[arg(long)]
+        compare: bool,
     },
     /// Takes a base backup now.
     Backup {
@@ -162,6 +171,7 @@ pub fn run(cli: Cli) -> Result<()> {
     let settings = Settings::resolve(&cli.common)?;
     match cli.command {
         Command::Run { http } => run::run(cli.common, settings, http),
+        Command::Import { directory, compare } => import::run(one(&settings)?, &directory, compare),
         Command::Push { path } => push(one(&settings)?, &path),
         Command::Backup {
             kind: BackupType::Full,

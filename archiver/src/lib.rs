@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod error;
 pub mod flushed_lsn;
 pub mod http;
+pub mod import;
 pub mod instruments;
 pub mod monitor;
 pub mod notifications;

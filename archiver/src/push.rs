@@ -33,6 +33,9 @@ const READ_BYTES: usize = 1 << 20;
 /// The long header of a segment's first page, and then some.
 const HEADER_BYTES: usize = 8192;
 
+/// What is wrong with a segment in which nothing was written yet.
+pub(crate) const NO_RECORD: &str = "holds no valid record";
+
 /// Pushes one file without a daemon.
 ///
 /// # Errors
@@ -265,7 +268,7 @@ impl Pusher<'_> {
         let wal = file.read()?;
         let end = self.valid_end(file, &identity, branch, segment, &wal)?;
         if end == start {
-            return Err(file.refuse("holds no valid record"));
+            return Err(file.refuse(NO_RECORD));
         }
         let header = SealedHeader {
             start_lsn: start,

@@ -10,6 +10,7 @@ mod crash;
 mod divergence;
 mod faults;
 mod gaps;
+mod import;
 mod libpq;
 mod pressure;
 mod push;

@@ -153,7 +153,7 @@ impl Server {
         .expect("it is written");
     }
 
-    fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(self.bin.join(program));
         command
             .current_dir(self.dir.path())

@@ -1,0 +1,319 @@
+//! `wal-archiver import DIR`: WAL that another tool archived becomes ours, or is compared with ours.
+//!
+//! Reads what `archive_command = 'cp …'`, `pg_receivewal` and an unencrypted pgBackRest repository leave: segments, partial
+//! ones and history files, plain or as gzip, LZ4 frames or zstd, with or without pgBackRest's checksum in the name.
+//! Invariant: a file counts only when `push` would have taken it; the other archive is only read.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufReader, Read, Seek},
+    path::{Path, PathBuf},
+};
+
+use repository::{Repository, config::ClusterSettings};
+use tempfile::TempDir;
+use wal_format::{SegmentName, WalFileName};
+
+use crate::{
+    error::{Error, Result},
+    push::{NO_RECORD, Pusher, Running, WalFile},
+    spool::long_header_identity,
+};
+
+/// Hexadecimal digits of the SHA-1 in pgBackRest's names.
+const SHA1_DIGITS: usize = 40;
+
+/// How a file is compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Codec {
+    None,
+    Gzip,
+    Lz4,
+    Zstd,
+}
+
+/// One file of the other archive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Found {
+    name: WalFileName,
+    path: PathBuf,
+    codec: Codec,
+}
+
+/// What became of one file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It is in our archive now, and was not before.
+    Imported,
+    /// Our archive has the same bytes.
+    Same,
+    /// Our archive does not have it; said only when comparing.
+    Missing,
+    /// Our archive has other bytes: where, and which.
+    Differs(String),
+    /// It is not what its name says, or can not be placed.
+    Refused(String),
+}
+
+/// How many files met each fate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Count {
+    /// New in our archive.
+    pub imported: u64,
+    /// There with the same bytes.
+    pub same: u64,
+    /// Not there.
+    pub missing: u64,
+    /// There with other bytes.
+    pub differing: u64,
+    /// Not usable.
+    pub refused: u64,
+}
+
+/// Imports everything below `directory`, or with `compare` only looks; `say` hears of each file.
+///
+/// # Errors
+/// When the folder can not be read, or the repository not be reached; a file's own fault is its [`Fate`].
+pub fn import(
+    settings: &ClusterSettings,
+    directory: &Path,
+    compare: bool,
+    say: &dyn Fn(&Path, &Fate),
+) -> Result<Count> {
+    let repository = Repository::open(&settings.repository, &settings.name)?;
+    if compare && repository.identity()?.is_none() {
+        return Err(Error::Usage {
+            message: format!(
+                "{} holds nothing of cluster {} to compare with",
+                repository.url(),
+                repository.cluster()
+            ),
+        });
+    }
+    let mut found = Vec::new();
+    collect(directory, &mut found)?;
+    found.sort_by_key(|file| order(&file.name));
+    if found.is_empty() {
+        return Err(Error::Usage {
+            message: format!("no WAL file lies below {}", directory.display()),
+        });
+    }
+    let scratch = tempfile::tempdir().map_err(Error::io(
+        "create a directory in",
+        "the temporary directory",
+    ))?;
+    let pusher = Pusher {
+        settings,
+        repository: &repository,
+    };
+    let mut running = None;
+    let mut count = Count::default();
+    for file in found {
+        let outcome = one(pusher, &file, scratch.path(), compare, &mut running);
+        let fate = match outcome {
+            Ok(fate) => fate,
+            // Without the repository no file has a fate.
+            Err(Error::Repository(error)) => return Err(error.into()),
+            Err(Error::PushDiffers { problem, .. }) => Fate::Differs(problem),
+            // The last file of a tool that had just begun it: there is nothing in it to have.
+            Err(Error::Push { problem, .. }) if problem == NO_RECORD => Fate::Same,
+            Err(Error::Push { problem, .. }) => Fate::Refused(problem),
+            Err(error) => Fate::Refused(error.to_string()),
+        };
+        let counter = match fate {
+            Fate::Imported => &mut count.imported,
+            Fate::Same => &mut count.same,
+            Fate::Missing => &mut count.missing,
+            Fate::Differs(_) => &mut count.differing,
+            Fate::Refused(_) => &mut count.refused,
+        };
+        *counter += 1;
+        say(&file.path, &fate);
+    }
+    Ok(count)
+}
+
+fn one(
+    pusher: Pusher<'_>,
+    found: &Found,
+    scratch: &Path,
+    compare: bool,
+    running: &mut Option<Running>,
+) -> Result<Fate> {
+    if compare && !matches!(found.name, WalFileName::Segment(_)) {
+        // A history file names the branch that its segments are compared on; it is compared with them.
+        return Ok(Fate::Same);
+    }
+    let file = open(found, scratch)?;
+    match pusher.check(&file, running)? {
+        None => Ok(match found.name {
+            WalFileName::Segment(_) => Fate::Same,
+            _ => Fate::Imported,
+        }),
+        Some(_) if compare => Ok(Fate::Missing),
+        Some(checked) => {
+            pusher.store(&file, &checked)?;
+            Ok(Fate::Imported)
+        }
+    }
+}
+
+/// The file under its own name: itself, or decompressed into `scratch`, where only the last one is kept.
+fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
+    let name = found.name.to_string();
+    let plain = found.path.file_name().is_some_and(|file| *file == *name);
+    if found.codec == Codec::None && plain {
+        return WalFile::open(&found.path);
+    }
+    let input = File::open(&found.path).map_err(Error::io("read", &found.path))?;
+    let input = BufReader::new(input);
+    let mut reader: Box<dyn Read> = match found.codec {
+        Codec::None => Box::new(input),
+        Codec::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(input)),
+        Codec::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(input)),
+        Codec::Zstd => Box::new(
+            zstd::stream::read::Decoder::with_buffer(input)
+                .map_err(Error::io("decompress", &found.path))?,
+        ),
+    };
+    // An open file outlives its name, and `push` reads by the descriptor.
+    let place = TempDir::new_in(scratch).map_err(Error::io("create a directory in", scratch))?;
+    let path = place.path().join(name);
+    let mut output = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .map_err(Error::io("create", &path))?;
+    // No segment is longer; what decompresses to more is no WAL.
+    const SEGMENT_BYTES_MAX: u64 = 1 << 30;
+    io::copy(
+        &mut reader.by_ref().take(SEGMENT_BYTES_MAX + 1),
+        &mut output,
+    )
+    .map_err(Error::io("decompress", &found.path))?;
+    if matches!(found.name, WalFileName::Partial(_)) {
+        pad(&mut output).map_err(Error::io("pad", &path))?;
+    }
+    output.rewind().map_err(Error::io("read", &path))?;
+    WalFile::of(path, output)
+}
+
+/// pg_receivewal's compressed partial segments end where the stream did; a plain one has the rest as zeros.
+fn pad(file: &mut File) -> io::Result<()> {
+    const PAGE_BYTES: u64 = 8192;
+    let mut header = Vec::new();
+    file.rewind()?;
+    file.by_ref().take(PAGE_BYTES).read_to_end(&mut header)?;
+    header.resize(usize::try_from(PAGE_BYTES).unwrap_or(0), 0);
+    if let Some(identity) = long_header_identity(&header) {
+        let length = file.metadata()?.len().max(identity.segment_size.bytes());
+        file.set_len(length)?;
+    }
+    Ok(())
+}
+
+/// Every WAL file below a folder; what has no WAL file's name is passed over.
+fn collect(directory: &Path, found: &mut Vec<Found>) -> Result<()> {
+    let entries = fs::read_dir(directory).map_err(Error::io("list", directory))?;
+    for entry in entries {
+        let entry = entry.map_err(Error::io("list", directory))?;
+        let path = entry.path();
+        // Not followed: a link into pg_wal would import what is being written.
+        let kind = entry.file_type().map_err(Error::io("read", &path))?;
+        if kind.is_dir() {
+            collect(&path, found)?;
+        } else if kind.is_file()
+            && let Some(name) = entry.file_name().to_str()
+            && let Some((name, codec)) = parse(name)
+        {
+            found.push(Found { name, path, codec });
+        }
+    }
+    Ok(())
+}
+
+fn parse(file: &str) -> Option<(WalFileName, Codec)> {
+    let suffixes = [
+        (".gz", Codec::Gzip),
+        (".lz4", Codec::Lz4),
+        (".zst", Codec::Zstd),
+    ];
+    // pg_receivewal writes `NAME.gz.partial` for a segment that is not complete.
+    let (file, partial) = match file.strip_suffix(".partial") {
+        Some(rest) => (rest, ".partial"),
+        None => (file, ""),
+    };
+    let (stem, codec) = suffixes
+        .iter()
+        .find_map(|(suffix, codec)| Some((file.strip_suffix(suffix)?, *codec)))
+        .unwrap_or((file, Codec::None));
+    let stem = match stem.rsplit_once('-') {
+        Some((name, sum))
+            if sum.len() == SHA1_DIGITS && sum.chars().all(|digit| digit.is_ascii_hexdigit()) =>
+        {
+            name
+        }
+        _ => stem,
+    };
+    Some((format!("{stem}{partial}").parse().ok()?, codec))
+}
+
+/// Histories first, because they say where segments belong; then segments in order, so that each begins where the one
+/// before ended.
+fn order(name: &WalFileName) -> (u8, Option<SegmentName>, String) {
+    match name {
+        WalFileName::History(_) => (0, None, name.to_string()),
+        WalFileName::Segment(segment) => (1, Some(*segment), String::new()),
+        WalFileName::Partial(segment) => (2, Some(*segment), String::new()),
+        WalFileName::Backup(..) => (3, None, name.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_other_tools_are_known() {
+        let segment = "000000010000000000000003";
+        let sum = "da39a3ee5e6b4b0d3255bfef95601890afd80709";
+        for (file, name, codec) in [
+            (segment.to_owned(), segment.to_owned(), Codec::None),
+            (format!("{segment}.gz"), segment.to_owned(), Codec::Gzip),
+            (format!("{segment}.lz4"), segment.to_owned(), Codec::Lz4),
+            (
+                format!("{segment}-{sum}.zst"),
+                segment.to_owned(),
+                Codec::Zstd,
+            ),
+            (format!("{segment}-{sum}"), segment.to_owned(), Codec::None),
+            (
+                format!("{segment}.gz.partial"),
+                format!("{segment}.partial"),
+                Codec::Gzip,
+            ),
+            (
+                format!("{segment}.partial-{sum}.lz4"),
+                format!("{segment}.partial"),
+                Codec::Lz4,
+            ),
+            (
+                "00000002.history".to_owned(),
+                "00000002.history".to_owned(),
+                Codec::None,
+            ),
+        ] {
+            let (parsed, found) = parse(&file).expect(&file);
+            assert_eq!((parsed.to_string(), found), (name, codec), "{file}");
+        }
+        for file in [
+            "archive.info",
+            "backup.info.copy",
+            "LOCK",
+            &format!("{segment}-{}", &sum[1..]),
+        ] {
+            assert_eq!(parse(file), None, "{file}");
+        }
+    }
+}
