@@ -59,7 +59,7 @@ enum Command {
         /// The file; PostgreSQL writes %p.
         path: PathBuf,
     },
-    /// Takes over the WAL that another tool archived: a folder of `cp`, of pg_receivewal, or a pgBackRest repository.
+    /// Takes over the WAL that another tool archived: a folder of `cp`, of `pg_receivewal`, or a pgBackRest repository.
     Import {
         /// The folder.
         directory: PathBuf,

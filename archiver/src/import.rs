@@ -199,7 +199,7 @@ fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
     WalFile::of(path, output)
 }
 
-/// pg_receivewal's compressed partial segments end where the stream did; a plain one has the rest as zeros.
+/// The compressed partial segments of `pg_receivewal` end where the stream did; a plain one has the rest as zeros.
 fn pad(file: &mut File) -> io::Result<()> {
     const PAGE_BYTES: u64 = 8192;
     let mut header = Vec::new();

@@ -69,7 +69,7 @@ pub async fn run(
         let settings = settings.clone();
         blocking(move || Spool::open(&settings.spool, &settings.name)).await?
     });
-    push::server::start(&settings, Arc::clone(&status))?;
+    let _pushes = push::server::start(&settings, Arc::clone(&status))?;
     let mut supervisor = Supervisor {
         settings,
         status,

@@ -12,7 +12,10 @@ use std::{
         net::{UnixListener, UnixStream},
     },
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -90,13 +93,37 @@ struct Desk {
     running: Mutex<Option<Running>>,
     repository: Mutex<Option<Repository>>,
     connections: Mutex<usize>,
+    stopping: AtomicBool,
 }
 
-/// Listens until the process ends.
+/// Listens until it is dropped; what is under way then is finished, and its client hears nothing and works alone.
+#[derive(Debug)]
+pub struct PushServer {
+    desk: Arc<Desk>,
+    path: PathBuf,
+}
+
+impl Drop for PushServer {
+    fn drop(&mut self) {
+        {
+            // Whoever looked at the flag before waits by now.
+            let _entries = lock(&self.desk.entries);
+            self.desk.stopping.store(true, Ordering::Release);
+        }
+        self.desk.changed.notify_all();
+        // Wakes the thread that accepts.
+        drop(UnixStream::connect(&self.path));
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, "the socket for pushes stays behind");
+        }
+    }
+}
+
+/// Listens.
 ///
 /// # Errors
 /// [`Error::Io`] when the socket can not be made.
-pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<()> {
+pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<PushServer> {
     let path = socket_path(settings);
     fs::create_dir_all(&settings.spool).map_err(Error::io("create directory", &settings.spool))?;
     // A daemon that was killed leaves its socket. One that lives holds the spool's lock, and has said so by now.
@@ -117,20 +144,29 @@ pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<(
         running: Mutex::default(),
         repository: Mutex::default(),
         connections: Mutex::new(0),
+        stopping: AtomicBool::new(false),
     });
+    let server = PushServer {
+        desk: Arc::clone(&desk),
+        path,
+    };
     for _ in 0..WORKERS {
         let desk = Arc::clone(&desk);
         spawn(move || desk.work())?;
     }
     spawn(move || {
         for socket in listener.incoming().flatten() {
+            if desk.stopping.load(Ordering::Acquire) {
+                return;
+            }
             let desk = Arc::clone(&desk);
             // Without a thread the client hears nothing and pushes alone.
             if desk.admit() && spawn(move || desk.serve(socket)).is_err() {
                 return;
             }
         }
-    })
+    })?;
+    Ok(server)
 }
 
 fn spawn(work: impl FnOnce() + Send + 'static) -> Result<()> {
@@ -172,7 +208,10 @@ impl Desk {
         let Some((path, content)) = wanted else {
             return Ok(());
         };
-        send_answer(socket, &self.wait(&path, content))
+        match self.wait(&path, content) {
+            Some(answer) => send_answer(socket, &answer),
+            None => Ok(()),
+        }
     }
 
     /// A file is to be archived, unless it is known. One that failed is tried again when it is asked for.
@@ -205,25 +244,27 @@ impl Desk {
         self.changed.notify_all();
     }
 
-    /// Waits for the end of a file's work.
-    fn wait(&self, path: &PathBuf, content: Content) -> Answer {
+    /// Waits for the end of a file's work; `None` when stopping.
+    fn wait(&self, path: &PathBuf, content: Content) -> Option<Answer> {
         let mut entries = lock(&self.entries);
         loop {
             let entry = entries
                 .iter()
                 .find(|entry| entry.path == *path && entry.content == content);
             match entry.map(|entry| &entry.progress) {
-                Some(Progress::Done) => return Answer::Archived,
+                Some(Progress::Done) => return Some(Answer::Archived),
                 Some(Progress::Failed(problem)) => {
-                    return Answer::Failed {
+                    return Some(Answer::Failed {
                         problem: problem.clone(),
-                    };
+                    });
                 }
                 None => {
-                    return Answer::Failed {
+                    return Some(Answer::Failed {
                         problem: "was forgotten under load; PostgreSQL asks again".to_owned(),
-                    };
+                    });
                 }
+                // Nobody works on it any more.
+                Some(Progress::Waiting(_)) if self.stopping.load(Ordering::Acquire) => return None,
                 Some(_) => {}
             }
             entries = self
@@ -237,7 +278,9 @@ impl Desk {
         loop {
             // Taken and decoded under one lock: in order.
             let mut running = lock(&self.running);
-            let (path, content, file) = self.next();
+            let Some((path, content, file)) = self.next() else {
+                return;
+            };
             let checked = self.with_pusher(|pusher| pusher.check(&file, &mut running));
             drop(running);
             let outcome = match checked {
@@ -249,10 +292,13 @@ impl Desk {
         }
     }
 
-    /// The first file that waits; blocks.
-    fn next(&self) -> (PathBuf, Content, WalFile) {
+    /// The first file that waits; blocks. `None` when stopping.
+    fn next(&self) -> Option<(PathBuf, Content, WalFile)> {
         let mut entries = lock(&self.entries);
         loop {
+            if self.stopping.load(Ordering::Acquire) {
+                return None;
+            }
             let waiting = entries
                 .iter_mut()
                 .find(|entry| matches!(entry.progress, Progress::Waiting(_)));
@@ -260,7 +306,7 @@ impl Desk {
                 && let Progress::Waiting(file) =
                     std::mem::replace(&mut entry.progress, Progress::Working)
             {
-                return (entry.path.clone(), entry.content, file);
+                return Some((entry.path.clone(), entry.content, file));
             }
             entries = self
                 .changed
