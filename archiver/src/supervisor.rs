@@ -24,7 +24,6 @@ use crate::{
         gap::{self, Closed},
         observe::describe_loss,
         receive::StreamEnd,
-        room::endangers_primary,
         session::{Purpose, Source},
     },
     push,
@@ -33,6 +32,10 @@ use crate::{
     spool::Spool,
     standby_slots,
 };
+
+mod protect;
+
+use protect::endangered;
 
 /// First pause after a failure: a restarted server is back within a second.
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -44,8 +47,8 @@ const BROKEN_RETRY: Duration = Duration::from_secs(30);
 const LOSS_POLL: Duration = Duration::from_millis(500);
 /// How often the task says that it lives.
 const BEAT: Duration = Duration::from_millis(500);
-/// How often it is looked whether the primary has to be protected, and whether there is room again.
-const ROOM_POLL: Duration = Duration::from_millis(500);
+/// How often it is looked whether it has.
+const SETTLE_POLL: Duration = Duration::from_millis(100);
 /// How long what came before a gap may take to reach the repository before the gap is looked at: it is on its way.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// Pause after a base backup that failed: long enough for its cause to pass.
@@ -166,7 +169,9 @@ impl Supervisor {
             self.status
                 .note(|facts| *facts.reconnects.entry(reason).or_default() += 1);
             let gave_up = std::mem::take(&mut self.gave_up);
-            let pause = if self.status.facts().broken.is_some() && !gave_up {
+            // A disk may be mended at any moment, and commits may wait for it.
+            let mends_itself = gave_up || reason == "disk";
+            let pause = if self.status.facts().broken.is_some() && !mends_itself {
                 BROKEN_RETRY
             } else {
                 self.retry
@@ -385,56 +390,6 @@ impl Supervisor {
         self.protect_primary(&endangered, shutdown).await
     }
 
-    /// Gives up the WAL that the slot keeps on the primary, and waits until there is room to go on. What PostgreSQL has
-    /// removed by then is a gap, which is closed as every other one.
-    async fn protect_primary(&mut self, why: &str, shutdown: &mut Shutdown) -> Result<StreamEnd> {
-        let pipeline = self
-            .pipeline
-            .as_ref()
-            .expect("BUG: a stream was up, so the stages run");
-        let (settings, archive) = (&self.settings, pipeline.archive());
-        let words = format!(
-            "the spool is full and {why}: the slot was given up to protect the primary (when_full = \"protect-primary\"). \
-             WAL that PostgreSQL removes before there is room again is lost to the archive"
-        );
-        tracing::error!(cluster = %settings.name, "{words}");
-        self.status.note(|facts| {
-            facts.connected = false;
-            facts.broken = Some(words);
-        });
-        archive.room().give_up(true);
-        pipeline.spool().drain().await?;
-        match pipeline.failure().take() {
-            None | Some(Error::SpoolFull) => {}
-            Some(error) => return Err(error),
-        }
-        let mut dropped = false;
-        loop {
-            if !dropped {
-                match drop_slot(&self.conninfo, settings).await {
-                    Ok(()) => {
-                        dropped = true;
-                        tracing::warn!(cluster = %settings.name, slot = settings.slot, "the slot is dropped");
-                    }
-                    Err(error) => {
-                        tracing::warn!(cluster = %settings.name, %error, "the slot can not be dropped yet");
-                    }
-                }
-            } else if archive.room().is_free_again(settings, &self.status) {
-                break;
-            }
-            if !shutdown.sleep(ROOM_POLL).await {
-                return Ok(StreamEnd::Shutdown);
-            }
-        }
-        tracing::info!(cluster = %settings.name, "there is room again; going on");
-        archive.room().give_up(false);
-        self.status.note(|facts| facts.spool_full = None);
-        self.gave_up = true;
-        self.retry = RETRY_MIN;
-        Ok(StreamEnd::Reached)
-    }
-
     /// Another cluster's server or repository is an error before a single byte moves.
     async fn check_identity(&self, identity: ClusterIdentity) -> Result<()> {
         let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
@@ -464,31 +419,11 @@ async fn beat(status: &ClusterStatus) -> Infallible {
     }
 }
 
-/// Returns when the primary has to be protected from its slot, with the reason.
-async fn endangered(settings: &ClusterSettings, status: &ClusterStatus) -> String {
-    loop {
-        if let Some(why) = endangers_primary(settings, &status.facts()) {
-            return why;
-        }
-        tokio::time::sleep(ROOM_POLL).await;
-    }
-}
-
 /// Returns when a stage's thread is gone: nothing would be stored any more while the stream goes on.
 async fn thread_lost(pipeline: &Pipeline) {
     while !pipeline.has_lost_a_thread() {
         tokio::time::sleep(BEAT).await;
     }
-}
-
-async fn drop_slot(conninfo: &ConnInfo, settings: &ClusterSettings) -> Result<()> {
-    let (source, _) = Source::connect(conninfo, &settings.name).await?;
-    let mut client = source.into_client();
-    if client.slot(&settings.slot).await?.is_some() {
-        client.drop_slot(&settings.slot).await?;
-    }
-    client.close().await;
-    Ok(())
 }
 
 /// Waits a while until the repository holds what the spool holds.
@@ -498,7 +433,7 @@ async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
         let positions = pipeline.archive().status().progress().positions();
         if positions.remote() >= positions.flushed()
             || Instant::now() > deadline
-            || !shutdown.sleep(ROOM_POLL / 5).await
+            || !shutdown.sleep(SETTLE_POLL).await
         {
             return;
         }

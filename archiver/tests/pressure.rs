@@ -83,6 +83,33 @@ fn at_its_limit_the_spool_holds_the_stream_and_nothing_is_lost() {
 }
 
 #[test]
+fn wal_that_waits_for_the_store_costs_disk_and_not_memory() {
+    let Some(bin) = postgres_bin() else { return };
+    let mib = if std::env::var_os("TIDEMARK_LONG").is_some() {
+        2000
+    } else {
+        100
+    };
+    let server = Server::start(&bin, "wal_sender_timeout=2s");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(100);
+    wait_flushed(&server, server.lsn());
+    let before = archiver.peak_memory_kib();
+    let comes_back = store_goes_down(&place);
+    server.write_wal(mib << 10);
+    wait_flushed(&server, server.lsn());
+    let after = archiver.peak_memory_kib();
+    eprintln!("{mib} MiB wait for the store: at most {after} KiB of memory, {before} KiB before");
+    assert!(after < MEMORY_MAX_KIB, "{after} KiB");
+    comes_back();
+    let lsn = server.lsn();
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+}
+
+#[test]
 fn a_full_spool_does_not_keep_the_archiver_from_ending() {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, "");

@@ -32,6 +32,19 @@ impl Cluster {
     /// # Errors
     /// What `initdb` or the server said.
     pub fn start(bin: &Path, segment_mib: u32, settings: &str) -> Result<Self> {
+        Self::start_with(bin, segment_mib, true, settings)
+    }
+
+    /// As [`Cluster::start`], with or without data checksums.
+    ///
+    /// # Errors
+    /// What `initdb` or the server said.
+    pub fn start_with(
+        bin: &Path,
+        segment_mib: u32,
+        checksums: bool,
+        settings: &str,
+    ) -> Result<Self> {
         let cluster = Self {
             directory: directory()?,
             bin: bin.to_owned(),
@@ -39,7 +52,14 @@ impl Cluster {
         let segments = format!("--wal-segsize={segment_mib}");
         let mut initdb = cluster.program("initdb")?;
         initdb.arg("-D").arg(cluster.data());
-        succeed(initdb.args(["-U", "postgres", "-A", "trust", "-N", "-k", &segments]))?;
+        initdb.args(["-U", "postgres", "-A", "trust", "-N", &segments]);
+        if checksums {
+            initdb.arg("-k");
+        } else if succeed(cluster.program("initdb")?.arg("--help"))?.contains("no-data-checksums") {
+            // The default since 18.
+            initdb.arg("--no-data-checksums");
+        }
+        succeed(&mut initdb)?;
         let mut configuration = fs::OpenOptions::new()
             .append(true)
             .open(cluster.data().join("postgresql.conf"))?;

@@ -5,6 +5,7 @@ pub mod archive_commands;
 pub mod catch_up;
 pub mod cluster;
 pub mod commit_latency;
+pub mod fault_proxy;
 pub mod host_loss;
 pub mod ledger;
 pub mod main_job;

@@ -31,6 +31,11 @@ pub struct Job {
     pub bin: PathBuf,
     /// `wal_segment_size` in MiB.
     pub segment_mib: u32,
+    /// Whether its data pages have checksums.
+    pub checksums: bool,
+    /// `wal_compression`, by the names of PostgreSQL 15; where the server was built without the method it is left off, and
+    /// said.
+    pub wal_compression: &'static str,
     /// Clients of the ledger.
     pub clients: i32,
     /// How long they work before the disaster.
@@ -46,6 +51,8 @@ pub struct Job {
 /// What came of it.
 #[derive(Clone, Debug)]
 pub struct Outcome {
+    /// The `wal_compression` that was in effect.
+    pub wal_compression: &'static str,
     /// The restore to the last commit.
     pub latest: Verdict,
     /// The restore to a moment in the middle.
@@ -248,7 +255,14 @@ pub(crate) fn served_address(log: &str) -> Option<SocketAddr> {
 /// The first promise that was not kept.
 pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     say("starting a throwaway PostgreSQL");
-    let cluster = Cluster::start(&job.bin, job.segment_mib, "")?;
+    let cluster = Cluster::start_with(&job.bin, job.segment_mib, job.checksums, "")?;
+    let wal_compression = compress_wal(&mut cluster.connect()?, job.wal_compression)?;
+    if wal_compression != job.wal_compression {
+        say(&format!(
+            "SKIPPED: this server was built without wal_compression = {}",
+            job.wal_compression
+        ));
+    }
     let place = Place::new()?;
     let mut daemon = place.daemon(&cluster, &job.http)?;
     let address = daemon.address()?.context("its log names no address")?;
@@ -312,10 +326,32 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     let said = succeed(place.program("wal-archiver")?.args(["verify", "--deep"]))?;
     say(&said);
     Ok(Outcome {
+        wal_compression,
         latest,
         middle,
         recovery,
     })
+}
+
+/// Sets `wal_compression`; what is in effect then. Before 15 there is one method, and it is called "on".
+fn compress_wal(client: &mut postgres::Client, method: &'static str) -> Result<&'static str> {
+    let version: String = client.query_one("SHOW server_version_num", &[])?.get(0);
+    let value = match (version.parse::<u32>()? < 150_000, method) {
+        (true, "pglz") => "on",
+        _ => method,
+    };
+    if let Err(error) =
+        client.batch_execute(&format!("ALTER SYSTEM SET wal_compression = '{value}'"))
+    {
+        let unknown = error.code() == Some(&postgres::error::SqlState::INVALID_PARAMETER_VALUE);
+        return if unknown {
+            Ok("off")
+        } else {
+            Err(error.into())
+        };
+    }
+    client.batch_execute("SELECT pg_reload_conf()")?;
+    Ok(method)
 }
 
 /// Restores, starts, proves, stops.

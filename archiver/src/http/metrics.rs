@@ -19,15 +19,18 @@ use crate::{
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// Why a stream is begun anew, as the supervisor counts it.
-const RECONNECT_REASONS: [&str; 8] = [
+const RECONNECT_REASONS: [&str; 11] = [
     "connection",
     "damaged_record",
+    "disk",
     "gap",
     "gap_closed",
+    "gave_up",
     "repository",
     "server_closed",
     "silent",
     "slot_in_use",
+    "spool_full",
 ];
 /// What of the pipeline failed at the repository.
 const REPOSITORY_OPERATIONS: [&str; 2] = ["seal", "tail"];

@@ -25,6 +25,8 @@ fn main() -> Result<()> {
     let job = Job {
         bin,
         segment_mib: 16,
+        checksums: true,
+        wal_compression: "off",
         clients: 4,
         load: Duration::from_secs(10),
         kill_archiver: false,
