@@ -125,6 +125,9 @@ impl OpenSegment {
     /// Writes the bytes that the file begins with once more, so that the next fsync is about these very pages: an earlier
     /// one may have failed, and said so to nobody who is still alive.
     ///
+    /// Not always enough: on ext4 without a journal, blocks that failed were seen to stay as they were on the disk although
+    /// this and the fsync after it succeeded. Only the next segment's blocks are new there.
+    ///
     /// # Errors
     /// [`Error::Io`].
     pub fn write_again(&self, bytes: &[u8]) -> Result<()> {
