@@ -7,6 +7,7 @@ mod clusters;
 mod connect;
 mod conninfo;
 mod crash;
+mod dashboard;
 mod disk;
 mod divergence;
 mod faults;

@@ -369,6 +369,11 @@ impl Place {
         run_command(command, self.dir.path())
     }
 
+    /// Serves HTTP on `address`, where an earlier one did.
+    pub(crate) fn run_at(&self, command: Command, address: &str) -> Archiver {
+        run_command_at(command, self.dir.path(), address)
+    }
+
     pub(crate) fn verify(&self, conninfo: &str) -> String {
         let output = self.command(conninfo).args(["verify", "--deep"]).output();
         succeed("verify", &output.expect("wal-archiver runs"))
@@ -428,7 +433,11 @@ impl Place {
 }
 
 /// Runs `wal-archiver` with these flags, its log in `directory`.
-pub(crate) fn run_command(mut command: Command, directory: &Path) -> Archiver {
+pub(crate) fn run_command(command: Command, directory: &Path) -> Archiver {
+    run_command_at(command, directory, "127.0.0.1:0")
+}
+
+fn run_command_at(mut command: Command, directory: &Path, address: &str) -> Archiver {
     let log = directory.join("archiver.log");
     let file = fs::OpenOptions::new()
         .create(true)
@@ -436,7 +445,7 @@ pub(crate) fn run_command(mut command: Command, directory: &Path) -> Archiver {
         .open(&log)
         .expect("a log");
     let child = command
-        .args(["run", "--http", "127.0.0.1:0"])
+        .args(["run", "--http", address])
         .env("NO_COLOR", "1")
         .stderr(file)
         .spawn()
@@ -482,17 +491,21 @@ impl Archiver {
         fs::read_to_string(&self.log).expect("a log")
     }
 
-    /// What it answers over HTTP.
-    pub(crate) fn get(&self, path: &str) -> String {
-        use std::io::{Read, Write};
+    /// Where it serves HTTP.
+    pub(crate) fn address(&self) -> String {
         let log = self.log();
-        let address = log
-            .lines()
+        log.lines()
             .rfind(|line| line.contains("serving HTTP"))
             .and_then(|line| line.split_once("address="))
             .expect("an address in the log")
-            .1;
-        let mut stream = std::net::TcpStream::connect(address).expect("it listens");
+            .1
+            .to_owned()
+    }
+
+    /// What it answers over HTTP.
+    pub(crate) fn get(&self, path: &str) -> String {
+        use std::io::{Read, Write};
+        let mut stream = std::net::TcpStream::connect(self.address()).expect("it listens");
         write!(
             stream,
             "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"

@@ -13,6 +13,7 @@ pub mod object_store;
 pub mod programs;
 pub mod restored;
 pub mod tools;
+pub mod truth;
 pub mod usage;
 pub mod waldump;
 pub mod workload;

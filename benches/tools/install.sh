@@ -19,9 +19,14 @@ have unzip || missing+=(unzip)
 { have python3 && python3 -m pip --version >/dev/null 2>&1; } || missing+=(python3 python3-pip)
 have setpriv || missing+=(util-linux)
 have useradd || missing+=(passwd)
+# The dashboard's tests: rules are checked by promtool, the page is driven in a browser.
+have promtool || missing+=(prometheus)
+have chromium || have chromium-browser || have google-chrome || missing+=(chromium)
+have node || missing+=(nodejs)
+have npm || have node || missing+=(npm)
 if [ "${#missing[@]}" -gt 0 ]; then
     $sudo apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq "${missing[@]}" >/dev/null
+    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
 mkdir -p "$tools/postgresql"
@@ -76,6 +81,21 @@ elif [ ! -x "$home/weed" ] || [ "$(cat "$home/.version" 2>/dev/null)" != "$weed_
     echo "$weed_version" > "$home.new/.version"
     mv "$home.new" "$home"
     rm -rf "$work"
+fi
+
+# What drives the browser (playwright-core) and what judges accessibility (axe-core), of npm, pinned.
+browser="$tools/browser"
+browser_versions="playwright-core@1.65.1 axe-core@4.14.1"
+if [ "$(cat "$browser/.version" 2>/dev/null)" != "$browser_versions" ]; then
+    if have npm; then
+        echo "installing $browser_versions"
+        mkdir -p "$browser"
+        # shellcheck disable=SC2086
+        npm install --silent --no-audit --no-fund --ignore-scripts --prefix "$browser" $browser_versions
+        echo "$browser_versions" > "$browser/.version"
+    else
+        echo "npm is not installed: the page is not driven in a browser"
+    fi
 fi
 
 bash "$(dirname "$0")/install-13.sh" "$tools/postgresql/13"

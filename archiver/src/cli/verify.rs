@@ -4,19 +4,23 @@
 
 use std::collections::BTreeMap;
 
-use repository::{Catalog, Repository, WalRange, config::Settings};
+use repository::{Catalog, ClusterIdentity, Repository, WalRange, config::Settings};
 use sha2::{Digest, Sha256};
 use wal_format::{
-    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, ObjectKey, SealedReader, SegmentSize,
-    TimelineHistory, WalIdentity, WalIndexer,
+    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, OUTCOME_FORMAT_VERSION, ObjectKey, Outcome,
+    OutcomeKind, PgTimestamp, SealedReader, SegmentSize, TimelineHistory, WalIdentity, WalIndexer,
 };
 
 use super::output;
 use crate::error::{Error, Result};
 
+/// Problems that an outcome names; the output has them all.
+const DAMAGED_MAX: usize = 1000;
+
 pub(super) fn verify(settings: &Settings, deep: bool) -> Result<()> {
     let mut problems = 0;
     for cluster in &settings.clusters {
+        let started = jiff::Timestamp::now();
         let repository = Repository::open(&cluster.repository, &cluster.name)?;
         let identity = repository.identity()?.ok_or_else(|| Error::Usage {
             message: format!(
@@ -58,12 +62,49 @@ pub(super) fn verify(settings: &Settings, deep: bool) -> Result<()> {
                 cluster.name
             ));
         }
+        record(&verifier, &identity, started);
         problems += verifier.problems.len();
     }
     if problems == 0 {
         Ok(())
     } else {
         Err(Error::Verify { problems })
+    }
+}
+
+/// Leaves the verdict in the repository, for the dashboard. Who may only read can still verify.
+fn record(verifier: &Verifier, identity: &ClusterIdentity, started: jiff::Timestamp) {
+    let chance = started.subsec_nanosecond().unsigned_abs() & 0xffff;
+    let id = format!("{}-{chance:04x}", started.strftime("%Y%m%dT%H%M%SZ"));
+    let Ok(id) = id.parse::<BackupId>() else {
+        return;
+    };
+    let problems = &verifier.problems;
+    let outcome = Outcome {
+        format_version: OUTCOME_FORMAT_VERSION,
+        kind: OutcomeKind::Verify,
+        id,
+        started: PgTimestamp::from_jiff(started),
+        finished: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+        passed: problems.is_empty(),
+        message: match problems.len() {
+            0 => "no damage".to_owned(),
+            count => format!("{count} problem(s)"),
+        },
+        backup: None,
+        rto_seconds: None,
+        fetched_bytes: None,
+        fetch_seconds: None,
+        replayed_bytes: None,
+        replay_seconds: None,
+        loss_seconds: None,
+        damaged: problems.iter().take(DAMAGED_MAX).cloned().collect(),
+    };
+    let stored = verifier
+        .repository
+        .put_outcome(identity.system_identifier, &outcome);
+    if let Err(error) = stored {
+        tracing::warn!(%error, "the verdict is not recorded in the repository");
     }
 }
 
@@ -83,7 +124,9 @@ impl Verifier {
     /// Reads every object whole; how many there are.
     fn objects(&mut self) -> Result<usize> {
         let system = self.wal.system_identifier;
-        let objects = self.repository.list(&format!("{system}/"))?;
+        let mut objects = self.repository.list(&format!("{system}/"))?;
+        // Verdicts of earlier verifications are not what is verified.
+        objects.retain(|(key, _)| !matches!(key, ObjectKey::Outcome(..)));
         for (key, _) in &objects {
             let verdict = match key {
                 ObjectKey::Segment(..) | ObjectKey::Tail(..) => self.wal_object(key)?,

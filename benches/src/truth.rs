@@ -1,0 +1,126 @@
+//! Whether the RPO that the dashboard shows is the truth: a writer stamps a row every 10 ms, server and archiver die at a
+//! random instant, only the repository is left, and what is really lost is held against what was shown.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpStream},
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::{
+    cluster::{Cluster, connect},
+    main_job::{Place, random_pause},
+    programs::succeed,
+    restored::Restored,
+};
+
+/// Between two rows.
+const STAMP_INTERVAL: Duration = Duration::from_millis(10);
+
+/// One death.
+#[derive(Clone, Copy, Debug)]
+pub struct Death {
+    /// `rpo_seconds{tier="remote"}` as it was shown last.
+    pub reported: f64,
+    /// From the newest row that was restored to the death.
+    pub real: f64,
+}
+
+/// Kills everything `times` times.
+///
+/// # Errors
+/// What went wrong.
+pub fn run(bin: &Path, times: u32, say: &dyn Fn(&str)) -> Result<Vec<Death>> {
+    (1..=times)
+        .map(|time| {
+            let death = die(bin).with_context(|| format!("death {time}"))?;
+            say(&format!(
+                "death {time}: reported {:.3} s, really lost {:.3} s",
+                death.reported, death.real
+            ));
+            Ok(death)
+        })
+        .collect()
+}
+
+fn die(bin: &Path) -> Result<Death> {
+    let cluster = Cluster::start(bin, 16, "")?;
+    let place = Place::new()?;
+    let daemon = place.daemon(&cluster, "127.0.0.1:0")?;
+    let mut client = connect(&cluster.conninfo())?;
+    client.batch_execute("CREATE TABLE stamp (at timestamptz NOT NULL)")?;
+    let mut backup = place.program("wal-archiver")?;
+    succeed(backup.args(["--conninfo", &cluster.conninfo(), "backup"]))?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let writer = thread::spawn({
+        let stop = Arc::clone(&stop);
+        move || {
+            // Ends with the server.
+            while !stop.load(Ordering::Relaxed)
+                && client
+                    .execute("INSERT INTO stamp VALUES (clock_timestamp())", &[])
+                    .is_ok()
+            {
+                thread::sleep(STAMP_INTERVAL);
+            }
+        }
+    });
+    thread::sleep(Duration::from_secs(1) + random_pause());
+    let address = daemon.address()?.context("the daemon serves HTTP")?;
+    let reported = reported(address)?;
+    let died = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
+    daemon.kill()?;
+    cluster.destroy()?;
+    stop.store(true, Ordering::Relaxed);
+    drop(writer.join());
+    std::fs::remove_dir_all(place.path().join("spool"))?;
+    let restored = Restored::start::<&str>(&place, bin, &[])?;
+    let newest: f64 = restored
+        .connect()?
+        .query_one("SELECT extract(epoch FROM max(at))::float8 FROM stamp", &[])?
+        .get(0);
+    Ok(Death {
+        reported,
+        real: (died - newest).max(0.0),
+    })
+}
+
+fn reported(address: SocketAddr) -> Result<f64> {
+    let mut stream = TcpStream::connect(address)?;
+    write!(
+        stream,
+        "GET /api/v1/clusters/main HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (_, body) = answer.split_once("\r\n\r\n").context("an answer")?;
+    let report: Value = serde_json::from_str(body)?;
+    report["durable"]["remote"]["rpo_seconds"]
+        .as_f64()
+        .context("the RPO is known while the archiver streams")
+}
+
+/// How often each error of the report occurred: `real - reported`, in steps of 0.25 s.
+#[must_use]
+pub fn histogram(deaths: &[Death]) -> String {
+    let mut lines = String::new();
+    for step in -4_i32..=4 {
+        let (from, to) = (f64::from(step) * 0.25, f64::from(step + 1) * 0.25);
+        let count = deaths
+            .iter()
+            .map(|death| death.real - death.reported)
+            .filter(|error| (from..to).contains(error))
+            .count();
+        lines += &format!("{from:+.2} s to {to:+.2} s  {}\n", "#".repeat(count));
+    }
+    lines
+}

@@ -1,0 +1,26 @@
+//! What the dashboard says would be lost is not less than what is lost, but for the second of its poll.
+//!
+//! `TIDEMARK_LONG=1` kills thirty times and prints the histogram.
+
+use benches::{tools::servers_or_skip, truth};
+
+#[test]
+fn no_more_is_lost_than_the_dashboard_said() {
+    let Some((major, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let times = if std::env::var_os("TIDEMARK_LONG").is_some() {
+        30
+    } else {
+        3
+    };
+    let say = |text: &str| eprintln!("PostgreSQL {major}: {text}");
+    let deaths = truth::run(&bin, times, &say).unwrap_or_else(|error| panic!("{error:?}"));
+    say(&format!(
+        "lost more than shown:\n{}",
+        truth::histogram(&deaths)
+    ));
+    for death in &deaths {
+        assert!(death.real <= death.reported + 1.0, "{death:?}");
+    }
+}
