@@ -1,12 +1,15 @@
 //! What the archiver decides, as a pure state machine: events in, actions out. No I/O, no clock, no thread.
 //!
 //! The stages in [`crate::pipeline`] are its drivers: they tell it what happened and do what it answers. Because nothing
-//! else is in here, a test can drive it through every order of events. Invariant: acknowledged <= durable in the class the user chose <= received.
+//! else is in here, the simulation (`core/simulation.rs`) runs this very code against a server, a disk and a store that
+//! fail in every order. Invariant: acknowledged <= durable in the class the user chose <= received.
 
 pub mod cursor;
 pub mod pace;
 pub mod positions;
 pub mod sealing;
+#[cfg(test)]
+mod simulation;
 
 use std::time::Duration;
 
@@ -134,12 +137,30 @@ pub enum Action {
     Sync,
 }
 
+/// Mistakes that the simulation has to find.
+#[cfg(test)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// What is written is said to be flushed.
+    AcknowledgeBeforeFsync,
+    /// A branch that was left no longer holds the report back.
+    ForgetLeftBranch,
+    /// A tail counts when it is sent, not when it was read back.
+    ReportUnverified,
+    /// Some segment is never sealed.
+    SkipSegment,
+    /// What lies beyond a hole in the store counts.
+    TailBeyondHole,
+}
+
 /// One cluster's decisions.
 #[derive(Clone, Debug)]
 pub struct Core {
     positions: Positions,
     sealing: Sealing,
     pace: Pace,
+    #[cfg(test)]
+    mutation: Option<Mutation>,
 }
 
 impl Core {
@@ -150,11 +171,17 @@ impl Core {
             positions: Positions::new(acknowledge),
             sealing: Sealing::default(),
             pace: Pace::default(),
+            #[cfg(test)]
+            mutation: None,
         }
     }
 
     /// Takes what happened; what is to be done about it, in this order.
     pub fn on(&mut self, event: Event) -> Vec<Action> {
+        #[cfg(test)]
+        if let Some(actions) = self.on_mutated(&event) {
+            return actions;
+        }
         match event {
             Event::Started(settings) => {
                 self.pace = Pace::new(settings);
@@ -190,7 +217,10 @@ impl Core {
                 segment,
                 end_lsn,
             } => {
-                if let Some(end_lsn) = end_lsn {
+                // What an earlier run left of another branch is finished before that one is taken up.
+                if let Some(end_lsn) = end_lsn
+                    && branch == self.positions.branch()
+                {
                     self.positions.on_finished(end_lsn);
                 }
                 self.sealing.push((branch, segment));
@@ -228,7 +258,15 @@ impl Core {
 
     /// What may be said now.
     pub fn report(&mut self) -> Report {
-        self.positions.report()
+        let report = self.positions.report();
+        #[cfg(test)]
+        if self.mutation == Some(Mutation::AcknowledgeBeforeFsync) && report != Report::default() {
+            return Report {
+                flush: report.write,
+                ..report
+            };
+        }
+        report
     }
 
     /// Which WAL is where.
@@ -247,5 +285,54 @@ impl Core {
     #[must_use]
     pub fn is_tail_free(&self) -> bool {
         self.pace.is_tail_free()
+    }
+
+    #[cfg(test)]
+    fn mutated(acknowledge: Acknowledge, mutation: Option<Mutation>) -> Self {
+        let mut core = Self::new(acknowledge);
+        core.mutation = mutation;
+        core
+    }
+
+    /// Does it wrong, where a mutation says so.
+    #[cfg(test)]
+    fn on_mutated(&mut self, event: &Event) -> Option<Vec<Action>> {
+        match (self.mutation?, event) {
+            (
+                Mutation::SkipSegment,
+                Event::Finished {
+                    segment,
+                    end_lsn: Some(end_lsn),
+                    ..
+                },
+            ) if segment.0 % 4 == 3 => {
+                self.positions.on_finished(*end_lsn);
+                Some(Vec::new())
+            }
+            (Mutation::ForgetLeftBranch, Event::TakenUp { branch, .. })
+                if *branch != self.positions.branch() =>
+            {
+                let mut event = event.clone();
+                if let Event::TakenUp { branch, .. } = &mut event {
+                    self.positions.forget_left(*branch);
+                }
+                self.mutation = None;
+                let actions = self.on(event);
+                self.mutation = Some(Mutation::ForgetLeftBranch);
+                Some(actions)
+            }
+            (Mutation::ReportUnverified, Event::TailCut { branch, range, now }) => {
+                self.positions.on_stored(*branch, range.0, range.1);
+                self.pace.on_tail_cut(*now);
+                Some(Vec::new())
+            }
+            (Mutation::TailBeyondHole, Event::Sealed { branch, range, .. })
+            | (Mutation::TailBeyondHole, Event::TailStored { branch, range }) => {
+                let end = self.positions.stored_on(*branch);
+                self.positions.on_stored(*branch, end.min(range.0), range.1);
+                None
+            }
+            _ => None,
+        }
     }
 }

@@ -44,6 +44,10 @@ pub struct Job {
     pub kill_archiver: bool,
     /// How often the archiver is killed at a random moment while the load goes on.
     pub kills: u32,
+    /// `synchronous_standby_names`: who a commit waits for.
+    pub standbys: &'static str,
+    /// `synchronous_commit`: for what it waits.
+    pub synchronous_commit: &'static str,
     /// Where HTTP is served; port 0 for any.
     pub http: String,
 }
@@ -270,9 +274,14 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
         "streaming its WAL; dashboard at http://{address} while this runs"
     ));
     // Every commit waits for us: what is acknowledged is what may never be lost.
-    connect(&cluster.conninfo())?
-        .batch_execute("ALTER SYSTEM SET synchronous_standby_names = 'tidemark'")?;
-    connect(&cluster.conninfo())?.batch_execute("SELECT pg_reload_conf()")?;
+    let mut sql = connect(&cluster.conninfo())?;
+    for (name, value) in [
+        ("synchronous_commit", job.synchronous_commit),
+        ("synchronous_standby_names", job.standbys),
+    ] {
+        sql.batch_execute(&format!("ALTER SYSTEM SET {name} = '{value}'"))?;
+    }
+    sql.batch_execute("SELECT pg_reload_conf()")?;
     let ledger = Ledger::start(&cluster.conninfo(), job.clients)?;
     say("taking a base backup under load");
     let mut backup = place.program("wal-archiver")?;

@@ -72,6 +72,8 @@ fn job(bin: PathBuf, segment_mib: u32, kill_archiver: bool) -> main_job::Job {
         load: Duration::from_secs(3),
         kill_archiver,
         kills: 0,
+        standbys: "tidemark",
+        synchronous_commit: "on",
         http: "127.0.0.1:0".to_owned(),
     }
 }
@@ -157,4 +159,42 @@ fn killed_again_and_again_the_archiver_loses_nothing_acknowledged() {
     let outcome = main_job::run(&job, &|text| eprintln!("PostgreSQL {major}: {text}"))
         .unwrap_or_else(|error| panic!("PostgreSQL {major}: {error:?}"));
     assert!(outcome.latest.acknowledged > 50, "{outcome:?}");
+}
+
+/// A commit that was acknowledged because we alone had it is restored, whichever way we were asked for: the other standby
+/// that is named never comes.
+#[test]
+fn killed_as_a_member_of_any_or_first_it_loses_nothing_acknowledged() {
+    let kills = if std::env::var_os("TIDEMARK_LONG").is_some() {
+        30
+    } else {
+        2
+    };
+    let servers = servers_or_skip();
+    for (at, (standbys, synchronous_commit)) in [
+        ("ANY 1 (tidemark, other)", "on"),
+        ("FIRST 1 (other, tidemark)", "remote_write"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // The oldest and the newest server.
+        let found = if at == 0 {
+            servers.first()
+        } else {
+            servers.last()
+        };
+        let Some((major, bin)) = found else { return };
+        let job = main_job::Job {
+            kills,
+            standbys,
+            synchronous_commit,
+            load: Duration::from_secs(2),
+            ..job(bin.clone(), 1, true)
+        };
+        let said = |text: &str| eprintln!("PostgreSQL {major}, {standbys}: {text}");
+        let outcome = main_job::run(&job, &said)
+            .unwrap_or_else(|error| panic!("PostgreSQL {major}, {standbys}: {error:?}"));
+        assert!(outcome.latest.acknowledged > 50, "{outcome:?}");
+    }
 }

@@ -158,6 +158,15 @@ pub fn take_up_at(spooled: Option<Lsn>, stored: Option<Lsn>, start_lsn: Lsn) -> 
     spooled.max(stored).unwrap_or(start_lsn)
 }
 
+/// Whether the first file that was not renamed is still the open segment: it ends at `file_end`, the archive at `end`. The
+/// repository may be ahead of it, or have all of it up to a range that was declared lost.
+#[must_use]
+pub fn is_still_open(segment: SegmentNo, file_end: Lsn, end: Lsn, size: SegmentSize) -> bool {
+    // Written to its last byte but not renamed, it ends where the next segment begins.
+    let is_full = file_end == segment.end_lsn(size);
+    segment >= size.segment_of(end) || (is_full && end <= file_end)
+}
+
 /// Which segment is open: the first file that was not renamed, or the one behind the complete ones.
 ///
 /// # Errors

@@ -50,6 +50,21 @@ impl Coverage {
     }
 }
 
+/// Where what the archive has of a branch begins: with what is `stored`, with what is `spooled`, whose first segments may be
+/// the last to be stored, or where it `forked` from a branch that is archived too. Ranges that were declared lost begin it only
+/// where there is nothing else. `None`: nothing is known of it.
+#[must_use]
+pub fn coverage_begin(
+    stored: Option<Lsn>,
+    spooled: Option<Lsn>,
+    forked: Option<Lsn>,
+    lost: &[(Lsn, Lsn)],
+) -> Option<Lsn> {
+    let known = [stored, spooled].into_iter().flatten().min();
+    let known = known.or_else(|| lost.iter().map(|lost| lost.1).max())?;
+    Some(forked.map_or(known, |forked| forked.min(known)))
+}
+
 /// What a status update says: `0/0` says nothing and moves nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
@@ -131,13 +146,22 @@ impl Positions {
     /// The end of what the repository holds without a gap, branches that were left included.
     #[must_use]
     pub fn remote(&self) -> Lsn {
-        for (branch, end) in &self.left {
+        let mut end = self.stored_on(self.branch);
+        for (branch, left_at) in &self.left {
             let stored = self.stored_on(*branch);
-            if stored < *end {
-                return stored;
+            if stored < *left_at {
+                // What a branch has beyond the switch says nothing about the next one.
+                end = end.min(stored);
             }
         }
-        self.stored_on(self.branch)
+        end
+    }
+
+    /// Whether the repository holds everything that is durable here, of every branch.
+    #[must_use]
+    pub fn is_stored(&self) -> bool {
+        let is_stored = |(branch, end): &(Branch, Lsn)| self.stored_on(*branch) >= *end;
+        self.left.iter().all(is_stored) && self.stored_on(self.branch) >= self.flushed()
     }
 
     /// The end of what the repository holds of one branch.
@@ -157,7 +181,8 @@ impl Positions {
             self.reported = Lsn::ZERO;
         }
         let known = self.stored.entry(branch).or_default();
-        if stored.end() > known.end() {
+        // Nothing is stored beyond what is held, unless a branch of which nothing was held begins anew, further back.
+        if stored.end() > known.end() || known.end() > durable {
             *known = stored;
         }
         self.branch = branch;
@@ -168,6 +193,14 @@ impl Positions {
         self.verify_to = Lsn::MAX;
     }
 
+    /// A branch was left and nobody remembers it.
+    #[cfg(test)]
+    pub(super) fn forget_left(&mut self, next: Branch) {
+        self.branch = next;
+        self.left.clear();
+        self.reported = Lsn::ZERO;
+    }
+
     /// A stream begins at `start`: what it sends up to the end of what is written is compared before anything is said.
     pub fn begin_stream(&mut self, start: Lsn) {
         self.streamed = start;
@@ -175,15 +208,11 @@ impl Positions {
         self.reported = Lsn::ZERO;
     }
 
-    /// Bytes up to `end` came in.
-    pub fn on_received(&mut self, end: Lsn) {
-        self.received = self.received.max(end);
-    }
-
     /// The stream was compared and written up to `streamed`; the files end at `written`.
     pub fn on_written(&mut self, streamed: Lsn, written: Lsn) {
         self.streamed = streamed;
         self.written = self.written.max(written);
+        self.received = self.received.max(self.written);
     }
 
     /// The open segment, which starts at `start`, was fsynced up to `end`.

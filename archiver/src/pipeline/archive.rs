@@ -19,7 +19,10 @@ use wal_format::{
 use super::{room::Room, start::Held};
 use crate::{
     cluster_status::ClusterStatus,
-    core::positions::Coverage,
+    core::{
+        cursor::is_still_open,
+        positions::{Coverage, coverage_begin},
+    },
     error::{Error, Result},
     spool::{BranchSpool, Spool, primed_indexer},
 };
@@ -157,22 +160,33 @@ impl Archive {
     /// [`Error::Repository`].
     pub fn stored(&self, branch: Branch) -> Result<Option<Coverage>> {
         let ranges = self.catalog.ranges(branch, Lsn::ZERO, Lsn::MAX)?;
-        let lost = || self.gaps.iter().filter(|gap| gap.branch == branch);
-        let Some(first) = ranges.first() else {
-            return Ok(lost().map(|gap| gap.to_lsn).max().map(Coverage::up_to));
-        };
+        let gaps = self.gaps.iter().filter(|gap| gap.branch == branch);
+        let lost: Vec<(Lsn, Lsn)> = gaps.map(|gap| (gap.from_lsn, gap.to_lsn)).collect();
+        let first = ranges.first().map(|range| range.start_lsn);
         let backups = self.catalog.backups()?;
-        let from = backups
+        let backup = backups
             .iter()
             .rev()
-            .find(|backup| backup.branch == branch && backup.start_lsn >= first.start_lsn)
-            .map_or(first.start_lsn, |backup| backup.start_lsn);
-        let mut coverage = Coverage::up_to(self.catalog.contiguous_end(branch, from)?);
+            .map(|backup| (backup.branch, backup.start_lsn))
+            .find(|backup| backup.0 == branch && first.is_some_and(|first| backup.1 >= first));
+        let size = self.identity.segment_size;
+        let spooled = self.branch_spool(branch).segments()?;
+        let open = spooled.open.map(|(segment, _)| segment);
+        let spooled = spooled.complete.first().copied().into_iter().chain(open);
+        let spooled = spooled.min().map(|segment| segment.start_lsn(size));
+        let (stored, forked) = match backup {
+            Some((_, start_lsn)) => (Some(start_lsn), None),
+            None => (first, self.forked(branch)?),
+        };
+        let Some(begin) = coverage_begin(stored, spooled, forked, &lost) else {
+            return Ok(None);
+        };
+        let mut coverage = Coverage::up_to(begin);
         for range in &ranges {
             coverage.add(range.start_lsn, range.end_lsn);
         }
-        for gap in lost() {
-            coverage.add(gap.from_lsn, gap.to_lsn);
+        for (from_lsn, to_lsn) in lost {
+            coverage.add(from_lsn, to_lsn);
         }
         let mut tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
         for range in ranges {
@@ -187,6 +201,31 @@ impl Archive {
             }
         }
         Ok(Some(coverage))
+    }
+
+    /// The start of the segment in which a branch left its ancestors, when WAL of one of them is archived.
+    fn forked(&self, branch: Branch) -> Result<Option<Lsn>> {
+        let Some(history) = self.history(branch)? else {
+            return Ok(None);
+        };
+        let is_ancestor = |known: &Branch| {
+            let timeline = known.timeline;
+            history.ancestors.iter().any(|on| on.timeline == timeline)
+        };
+        let spooled = self.spooled_branches()?;
+        let spooled = spooled.iter().map(BranchSpool::branch);
+        let lost = self.gaps.iter().map(|gap| gap.branch);
+        let mut is_held = spooled.chain(lost).any(|known| is_ancestor(&known));
+        for (known, _, _) in self.catalog.branches()? {
+            is_held = is_held
+                || (is_ancestor(&known)
+                    && !self.catalog.ranges(known, Lsn::ZERO, Lsn::MAX)?.is_empty());
+        }
+        let last = history.ancestors.last().filter(|_| is_held);
+        Ok(last.map(|last| {
+            last.switch_lsn
+                .align_down(self.identity.segment_size.bytes())
+        }))
     }
 
     /// What the archive holds, branch by branch.
@@ -221,11 +260,11 @@ impl Archive {
     pub fn open_segment(&self, spool: &BranchSpool, end_lsn: Lsn) -> Result<SegmentNo> {
         let size = self.identity.segment_size;
         let open = size.segment_of(end_lsn);
-        let Some((partial, _)) = spool.segments()?.open else {
+        let Some((partial, length)) = spool.segments()?.open else {
             return Ok(open);
         };
-        // Written to its last byte but not renamed, it ends where the next segment begins.
-        if partial >= open || end_lsn <= partial.end_lsn(size) {
+        let file_end = partial.start_lsn(size).add(length);
+        if is_still_open(partial, file_end, end_lsn, size) {
             return Ok(partial);
         }
         let ours = spool.read(partial)?.unwrap_or_default();

@@ -11,7 +11,7 @@ use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentSize};
 use super::{
     Pipeline, blocking,
     session::{Purpose, Source},
-    start::{ServerBranch, ServerState, plan_start},
+    start::{Held, ServerBranch, ServerState, plan_start},
 };
 use crate::{error::Result, replication::ConnInfo, shutdown::Shutdown};
 
@@ -62,7 +62,7 @@ pub async fn close(
     let Some(goes_on) = goes_on else {
         return Ok(Closed::Waiting("the server has no position for the slot"));
     };
-    let lost = plan_loss(&server.path, branch, from, goes_on, size);
+    let lost = plan_loss(&server.path, branch, from, goes_on, &held, size);
     if lost.is_empty() {
         return Ok(Closed::Waiting("the server has no WAL behind it either"));
     }
@@ -72,7 +72,7 @@ pub async fn close(
         }
     }
     let positions = archive.status().progress().positions();
-    if positions.remote() < positions.flushed() {
+    if !positions.is_stored() {
         return Ok(Closed::Waiting(
             "what came before it is not in the repository yet",
         ));
@@ -133,25 +133,27 @@ async fn heal(conninfo: &str, pipeline: &Pipeline, until: Lsn, shutdown: &mut Sh
 
 /// A range that nobody has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct LostRange {
-    branch: Branch,
-    from_lsn: Lsn,
-    to_lsn: Lsn,
+pub(crate) struct LostRange {
+    pub(crate) branch: Branch,
+    pub(crate) from_lsn: Lsn,
+    pub(crate) to_lsn: Lsn,
 }
 
 /// What is missing between the end of the archive on one of the server's branches and the segment where the server's WAL
 /// goes on, branch by branch.
-fn plan_loss(
+pub(crate) fn plan_loss(
     path: &[ServerBranch],
     branch: Branch,
     from: Lsn,
     goes_on: Lsn,
+    held: &[Held],
     size: SegmentSize,
 ) -> Vec<LostRange> {
     let goes_on = goes_on.align_down(size.bytes());
     let mut lost = Vec::new();
     let mut at = from;
-    for on in path.iter().skip_while(|on| on.branch != branch) {
+    let mut rest = path.iter().skip_while(|on| on.branch != branch).peekable();
+    while let Some(on) = rest.next() {
         let to_lsn = on.switch_lsn.min(goes_on);
         if at < to_lsn {
             lost.push(LostRange {
@@ -163,8 +165,12 @@ fn plan_loss(
         if goes_on < on.switch_lsn {
             break;
         }
-        // The next branch begins with the segment in which it left this one.
+        // The next branch begins with the segment in which it left this one; perhaps some of it is here.
         at = on.switch_lsn.align_down(size.bytes());
+        let next = rest.peek().map(|next| next.branch);
+        if let Some(known) = held.iter().find(|held| Some(held.branch) == next) {
+            at = at.max(known.end_lsn);
+        }
     }
     lost
 }
@@ -190,6 +196,7 @@ mod tests {
             first,
             Lsn(from * MIB),
             Lsn(goes_on * MIB),
+            &[],
             SegmentSize::DEFAULT,
         );
         let lost: Vec<(String, u64, u64)> = lost

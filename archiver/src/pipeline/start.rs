@@ -87,15 +87,27 @@ pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Res
     if current.branch.timeline < newest.branch.timeline {
         return Err(lost());
     }
-    let ours = server
-        .path
-        .iter()
-        .enumerate()
-        .rev()
-        .find_map(|(index, on)| {
-            let held = held.iter().find(|held| held.branch == on.branch)?;
-            Some((index, on, held))
-        });
+    let held_of = |on: &ServerBranch| held.iter().find(|held| held.branch == on.branch);
+    // The first branch of which something is missing: not always the newest, when a host was lost while the end of an older
+    // one was still on its way.
+    let mut ours = None;
+    for (index, on) in server.path.iter().enumerate() {
+        let Some(held) = held_of(on) else {
+            let before = index
+                .checked_sub(1)
+                .and_then(|before| server.path.get(before));
+            let begin = before.map_or(Lsn::ZERO, |before| segment_start(before.switch_lsn));
+            // One that was left in its first segment is whole in the next one's.
+            if ours.is_some() && segment_start(on.switch_lsn) > begin {
+                break;
+            }
+            continue;
+        };
+        ours = Some((index, on, held));
+        if held.end_lsn < on.switch_lsn {
+            break;
+        }
+    }
     let (index, on, ours) = ours.ok_or_else(lost)?;
     if on.branch == current.branch && server.flush_lsn < ours.end_lsn {
         return Err(Error::ServerBehind {
@@ -227,6 +239,24 @@ mod tests {
         );
         let orphan = plan.orphan.expect("an orphan");
         assert_eq!((orphan.from, orphan.to), (Lsn(40 * MIB), Lsn(44 * MIB)));
+    }
+
+    #[test]
+    fn a_hole_at_the_end_of_an_older_branch_is_streamed_before_the_newest_goes_on() {
+        let path = [
+            branch("00000001", Some(40)),
+            branch("00000002-0a0b0c0d", None),
+        ];
+        let ours = [held("00000001", 39), held("00000002-0a0b0c0d", 60)];
+        check(&server(&path, 100), &ours, "00000001", 32);
+        // One that was left in its first segment is whole in the next one's.
+        let path = [
+            branch("00000001", Some(40)),
+            branch("00000002-0a0b0c0d", Some(41)),
+            branch("00000003-0a0b0c0d", None),
+        ];
+        let ours = [held("00000001", 40), held("00000003-0a0b0c0d", 60)];
+        check(&server(&path, 100), &ours, "00000003-0a0b0c0d", 48);
     }
 
     #[test]

@@ -400,8 +400,10 @@ impl Stage {
     ) -> Result<TakenUp> {
         self.flusher.settle()?;
         self.tick(true)?;
+        // While nothing of the branch is held the stream may begin elsewhere than last time.
         if let Some(writer) = &self.writer
             && writer.branch() == branch
+            && (writer.resume_lsn()..=writer.written()).contains(&start_lsn)
         {
             return Ok(TakenUp {
                 resume_lsn: writer.resume_lsn(),
@@ -452,14 +454,16 @@ impl Stage {
         }
         let durable = writer.written();
         let resume_lsn = writer.resume_lsn();
+        // A segment counts when it has its final name: a start streams again what lies behind the first that has not.
+        for segment in completed {
+            self.flusher.finish(segment)?;
+        }
+        self.flusher.settle()?;
         self.archive.status().progress().on(Event::TakenUp {
             branch,
             durable_lsn: durable,
             stored: coverage,
         });
-        for segment in completed {
-            self.flusher.finish(segment)?;
-        }
         self.writer = Some(writer);
         self.archive
             .status()

@@ -31,6 +31,8 @@ fn main() -> Result<()> {
         load: Duration::from_secs(10),
         kill_archiver: false,
         kills: 0,
+        standbys: "tidemark",
+        synchronous_commit: "on",
         http: http_address().to_owned(),
     };
     let began = Instant::now();
