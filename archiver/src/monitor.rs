@@ -108,9 +108,14 @@ impl Monitor {
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             timer.tick().await;
-            for cluster in self.clusters() {
-                self.look(&cluster);
-            }
+            let monitor = Arc::clone(&self);
+            // What is recorded is written to a disk: one that stands still must not hold up the tasks beside this.
+            let looked = tokio::task::spawn_blocking(move || {
+                for cluster in monitor.clusters() {
+                    monitor.look(&cluster);
+                }
+            });
+            drop(looked.await);
         }
     }
 
