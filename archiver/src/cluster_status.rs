@@ -21,7 +21,7 @@ use wal_format::{Branch, ClusterName, Lsn, PgTimestamp, SystemIdentifier};
 
 use crate::{
     instruments::Instruments,
-    pipeline::{archive::Archive, progress::Progress},
+    pipeline::{archive::Archive, gap::OpenGap, progress::Progress},
     report::{BackupReport, Details, SlotReport, WindowReport},
     rpo::{Exposure, RpoEstimator},
     standby_slots::StandbyReport,
@@ -93,6 +93,8 @@ pub struct Facts {
     pub spool_used_bytes: u64,
     /// Bytes that the spool may grow to: what it uses and what its disk has left.
     pub spool_limit_bytes: Option<u64>,
+    /// Missing WAL that is looked for, until it is healed or declared lost.
+    pub gap: Option<OpenGap>,
     /// Our slots on standbys, as last seen.
     pub standbys: Vec<StandbyReport>,
     /// The slot as the server last showed it.

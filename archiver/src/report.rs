@@ -7,7 +7,7 @@
 use serde::Serialize;
 use wal_format::{BackupId, ClusterName, Lsn, Outcome, PgTimestamp, SystemIdentifier, TimelineId};
 
-use crate::{alerts::Alert, rpo::Exposure, standby_slots::StandbyReport};
+use crate::{alerts::Alert, pipeline::gap::OpenGap, rpo::Exposure, standby_slots::StandbyReport};
 
 mod details;
 
@@ -212,6 +212,8 @@ pub struct ClusterReport {
     pub window: WindowReport,
     /// The slot; unknown until the primary was asked.
     pub slot: Option<SlotReport>,
+    /// Missing WAL that is looked for; `None` where nothing is, or it is declared lost already.
+    pub gap: Option<OpenGap>,
     /// Our slots on the standbys that were named.
     pub standbys: Vec<StandbyReport>,
     /// The newest base backup; `None` where there is none yet.

@@ -43,6 +43,8 @@ const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 /// Pause while archiving is broken: only a person can mend it, the log need not repeat it more often.
 const BROKEN_RETRY: Duration = Duration::from_secs(30);
+/// Pause while missing WAL is looked for: whoever has it may be back at any moment.
+const GAP_RETRY: Duration = Duration::from_secs(2);
 /// How soon a loss is noticed.
 const LOSS_POLL: Duration = Duration::from_millis(500);
 /// How often the task says that it lives.
@@ -171,7 +173,10 @@ impl Supervisor {
             let gave_up = std::mem::take(&mut self.gave_up);
             // A disk may be mended at any moment, and commits may wait for it.
             let mends_itself = gave_up || reason == "disk";
-            let pause = if self.status.facts().broken.is_some() && !mends_itself {
+            let facts = self.status.facts();
+            let pause = if facts.gap.is_some() {
+                GAP_RETRY
+            } else if facts.broken.is_some() && !mends_itself {
                 BROKEN_RETRY
             } else {
                 self.retry
@@ -198,7 +203,10 @@ impl Supervisor {
         settle(pipeline, shutdown).await;
         match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await? {
             Closed::Healed => {
-                tracing::info!(cluster = %self.settings.name, "the gap is healed");
+                let gap = self.status.facts().gap;
+                let source = gap.and_then(|gap| gap.source);
+                let source = source.as_deref().unwrap_or("the repository");
+                tracing::info!(cluster = %self.settings.name, source, "the gap is healed");
             }
             Closed::Lost(gaps) => {
                 for gap in &gaps {
@@ -217,7 +225,10 @@ impl Supervisor {
             pipeline.stop().await?;
         }
         self.retry = RETRY_MIN;
-        self.status.note(|facts| facts.broken = None);
+        self.status.note(|facts| {
+            facts.broken = None;
+            facts.gap = None;
+        });
         Ok(StreamEnd::Reached)
     }
 

@@ -1,7 +1,7 @@
 //! WAL that the server removed before it was archived: asked for elsewhere, or declared lost with a backup behind it.
 //! Each ends streaming again without a person.
 
-use std::fs;
+use std::{fs, process::Command};
 
 use crate::support::{Archiver, Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
 
@@ -27,6 +27,15 @@ fn fall_behind(place: &Place, server: &Server, archiver: Archiver) {
     assert!(place.sealed() >= 1);
 }
 
+/// `wal-archiver` with these keys in its configuration.
+fn configured(place: &Place, server: &Server, keys: &str) -> Command {
+    let configuration = place.spool().with_extension("toml");
+    fs::write(&configuration, keys).expect("a configuration");
+    let mut command = place.command(&server.conninfo());
+    command.arg("--config").arg(&configuration);
+    command
+}
+
 fn backups(place: &Place) -> usize {
     place.files_below("backup.json").len()
 }
@@ -43,7 +52,14 @@ fn what_nobody_has_is_declared_lost_and_a_backup_behind_it_makes_the_archive_who
     fall_behind(&place, &server, archiver);
     assert_eq!(backups(&place), 1);
 
-    let archiver = place.run(&server.conninfo());
+    let archiver = place.run_with(configured(&place, &server, "gap_grace = '3s'\n"));
+    archiver.wait_for_log("a gap is detected");
+    // Looked for as long as was said, visibly.
+    wait_until("it waits", || {
+        archiver.get("/api/v1/clusters").contains("\"waiting\"")
+    });
+    let status = archiver.get("/api/v1/clusters");
+    assert!(status.contains("\"broken\""), "{status}");
     archiver.wait_for_log("is lost");
     server.write_wal(1500);
     wait_flushed(&server, server.lsn());
@@ -88,14 +104,8 @@ fn a_standby_that_still_has_it_heals_the_gap() {
     wait_until("the standby has it all", || {
         standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
     });
-    let configuration = place.spool().with_extension("toml");
-    fs::write(
-        &configuration,
-        format!("heal_from = [\"{}\"]\n", standby.conninfo()),
-    )
-    .expect("a configuration");
-    let mut command = place.command(&server.conninfo());
-    command.arg("--config").arg(&configuration);
+    let keys = format!("heal_from = [\"{}\"]\n", standby.conninfo());
+    let command = configured(&place, &server, &keys);
     let archiver = place.run_with(command);
     archiver.wait_for_log("the gap is healed");
     server.write_wal(1500);
@@ -106,4 +116,114 @@ fn a_standby_that_still_has_it_heals_the_gap() {
     let verdict = place.verify(&server.conninfo());
     assert!(verdict.contains("no gap, no damage"), "{verdict}");
     assert!(place.assert_equals_pg_wal(&standby.data()) >= lsn);
+}
+
+#[test]
+fn what_no_stream_gives_is_read_out_of_pg_wal() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, KEEPS_NOTHING);
+    let standby = Server::standby_of(&server);
+    standby.sql("ALTER SYSTEM SET wal_keep_size = '2GB'");
+    standby.sql("SELECT pg_reload_conf()");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    fall_behind(&place, &server, archiver);
+    let lsn = server.lsn();
+    wait_until("the standby has it all", || {
+        standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+    });
+    // Replication is refused there from now on, SQL is not.
+    let hba = standby.data().join("pg_hba.conf");
+    let rules = fs::read_to_string(&hba).expect("its rules");
+    fs::write(&hba, format!("local replication all reject\n{rules}")).expect("it is written");
+    standby.sql("SELECT pg_reload_conf()");
+    let keys = format!(
+        "heal_from = [\"{}\"]\ngap_grace = '1s'\n",
+        standby.conninfo()
+    );
+    let archiver = place.run_with(configured(&place, &server, &keys));
+    archiver.wait_for_log("missing WAL was read out of pg_wal");
+    archiver.wait_for_log("the gap is healed");
+    server.write_wal(1500);
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert_eq!(place.files_below("/gap/").len(), 0);
+    let verdict = place.verify(&server.conninfo());
+    assert!(verdict.contains("no gap, no damage"), "{verdict}");
+}
+
+#[test]
+fn a_lost_spool_whose_wal_was_acknowledged_is_a_gap_with_its_range() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, KEEPS_NOTHING);
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(3300);
+    wait_flushed(&server, server.lsn());
+    archiver.kill();
+    // The newest two segments never reached the repository, and the host with the spool is gone.
+    let mut newest = place.files_below("/wal/");
+    for path in newest.split_off(newest.len() - 2) {
+        fs::remove_file(path).expect("it goes");
+    }
+    for path in place.files_below("/tail/") {
+        fs::remove_file(path).expect("it goes");
+    }
+    fs::remove_dir_all(place.spool()).expect("the spool goes");
+    let first = newest.len();
+    wait_until("the server has removed it", || {
+        server.write_wal(1000);
+        server.sql("CHECKPOINT");
+        server.sql(&format!(
+            "SELECT count(*) FROM pg_ls_waldir() WHERE name = '0000000100000000{:08X}'",
+            first + 1
+        )) == "0"
+    });
+    let archiver = place.run_with(configured(&place, &server, "gap_grace = '1s'\n"));
+    archiver.wait_for_log("is lost");
+    archiver.wait_for_log("the archive is whole again");
+    server.write_wal(1500);
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert_eq!(place.files_below("/gap/").len(), 1);
+    let verdict = place.verify(&server.conninfo());
+    // Nothing can be restored from before the new backup, so that is where the proof begins.
+    assert!(verdict.contains("no gap"), "{verdict}");
+}
+
+#[test]
+fn a_slot_that_was_idle_too_long_is_made_anew_without_a_gap() {
+    let servers = benches::tools::servers_or_skip();
+    let Some((_, bin)) = servers.iter().find(|(major, _)| *major >= 18) else {
+        return;
+    };
+    let server = Server::start(bin, "idle_replication_slot_timeout = '1s'");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(700);
+    wait_flushed(&server, server.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    wait_until("the slot is lost", || {
+        server.sql("CHECKPOINT");
+        server.sql("SELECT invalidation_reason FROM pg_replication_slots WHERE slot_name = 'tidemark_main'")
+            == "idle_timeout"
+    });
+    let check = place.command(&server.conninfo()).arg("check").output();
+    let check = String::from_utf8_lossy(&check.expect("it runs").stdout).into_owned();
+    assert!(check.contains("loses its slot"), "{check}");
+    assert!(check.contains("was invalidated"), "{check}");
+    server.write_wal(700);
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("created anew");
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+    let verdict = place.verify(&server.conninfo());
+    assert!(verdict.contains("no gap"), "{verdict}");
 }

@@ -254,6 +254,15 @@ async fn synchronous(client: &mut ReplicationClient, report: &mut Report) -> Res
 }
 
 async fn server_settings(client: &mut ReplicationClient, report: &mut Report) -> Result<()> {
+    if client.server_version().num >= 180_000 {
+        let timeout = client.show("idle_replication_slot_timeout").await?;
+        if timeout != "0" {
+            report.note(
+                "idle_replication_slot_timeout",
+                &format!("{timeout}: an archiver that is away for longer loses its slot, and with it WAL; set it to 0"),
+            );
+        }
+    }
     let wal_level = client.show("wal_level").await?;
     if wal_level == "minimal" {
         report.fail(

@@ -113,6 +113,7 @@ impl ClusterStatus {
                     safe_wal_bytes: None,
                 })
             }),
+            gap: facts.gap,
             standbys: facts.standbys,
             last_backup: facts.last_backup,
             counters: Counters {

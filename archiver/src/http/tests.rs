@@ -33,6 +33,7 @@ fn report() -> ClusterReport {
         rpo_target_seconds: 5.0,
         window: WindowReport::default(),
         slot: None,
+        gap: None,
         standbys: Vec::new(),
         last_backup: Some(BackupReport {
             id: "20261121T101500Z-9f3c".parse().expect("an id"),

@@ -5,6 +5,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -122,6 +123,12 @@ impl Archive {
     #[must_use]
     pub fn status(&self) -> &Arc<ClusterStatus> {
         &self.status
+    }
+
+    /// Where the cluster's spool is.
+    #[must_use]
+    pub fn spool_directory(&self) -> &Path {
+        self.spool.directory()
     }
 
     /// One branch's part of the spool.

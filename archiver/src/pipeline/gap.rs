@@ -1,11 +1,15 @@
-//! What happens when the server no longer has WAL that the archive needs: asked for elsewhere, or declared lost.
+//! What happens when the server no longer has WAL that the archive needs: looked for elsewhere, or declared lost.
 //!
-//! look again (somebody may have pushed it) -> heal from other servers -> declare lost -> the stream goes on behind it.
+//! detected -> look again (somebody may have pushed it) -> heal from other servers by streaming -> heal from files in `pg_wal`
+//! -> wait, until `gap_grace` is over -> declare lost -> the stream goes on behind it.
 //! Invariant: a range is declared lost only when everything before it is in the repository, so that the declaration names
 //! exactly what is missing. The light stays red until a base backup that begins behind the range is listed.
 
+mod files;
+
 use std::sync::Arc;
 
+use serde::Serialize;
 use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentSize};
 
 use super::{
@@ -18,12 +22,43 @@ use crate::{error::Result, replication::ConnInfo, shutdown::Shutdown};
 /// How a gap was closed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Closed {
-    /// The WAL is here by now.
+    /// The WAL is here by now, or some of it.
     Healed,
     /// Nobody has it: the ranges that were declared lost.
     Lost(Vec<DeclaredGap>),
     /// Not yet: it is tried again.
     Waiting(&'static str),
+}
+
+/// What is being done about a gap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GapState {
+    /// It was just found.
+    Detected,
+    /// A server is asked for it.
+    Healing,
+    /// Nobody who was asked has it; they are asked again until it is declared lost.
+    Waiting,
+}
+
+/// Missing WAL that is not declared lost yet.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct OpenGap {
+    /// What is being done.
+    pub state: GapState,
+    /// The branch on which it begins.
+    pub branch: Branch,
+    /// The first missing byte.
+    pub from_lsn: Lsn,
+    /// Where the server's WAL goes on.
+    pub to_lsn: Lsn,
+    /// When it was found, by our clock.
+    pub detected: PgTimestamp,
+    /// When it is declared lost if nobody has it by then, by our clock.
+    pub declared_after: PgTimestamp,
+    /// Who is asked.
+    pub source: Option<String>,
 }
 
 /// Tries to close the gap at which the stream of `source` can not begin; `said` is what the server said.
@@ -37,19 +72,15 @@ pub async fn close(
     shutdown: &mut Shutdown,
 ) -> Result<Closed> {
     let archive = pipeline.archive();
+    let settings = archive.settings();
     let size = archive.identity().segment_size;
     let before = pipeline.held().await?;
-    {
-        let archive = Arc::clone(archive);
-        blocking(move || Ok(archive.catalog().refresh(archive.repository())?)).await?;
-    }
+    refresh(pipeline).await?;
     let held = pipeline.held().await?;
     if held != before {
         return Ok(Closed::Healed);
     }
-    let goes_on = source
-        .slot(&archive.settings().slot, archive.settings().name.as_str())
-        .await?;
+    let goes_on = source.slot(&settings.slot, settings.name.as_str()).await?;
     let server = ServerState {
         path: source.path(pipeline).await?,
         flush_lsn: source.flush_lsn(),
@@ -66,10 +97,41 @@ pub async fn close(
     if lost.is_empty() {
         return Ok(Closed::Waiting("the server has no WAL behind it either"));
     }
-    for conninfo in &archive.settings().heal_from {
-        if heal(conninfo, pipeline, goes_on, shutdown).await {
+    let declared_after = found(pipeline, branch, from, goes_on);
+    let places = settings.heal_from.iter().chain(&settings.standbys);
+    let mut others = Vec::new();
+    for place in places {
+        others.push(ConnInfo::parse(place)?);
+    }
+    for other in &others {
+        if heal(other, pipeline, goes_on, shutdown).await {
             return Ok(Closed::Healed);
         }
+    }
+    let mut missing = still_missing(pipeline, lost).await?;
+    // The server itself may have what lies behind a missing segment.
+    for place in std::iter::once(source.conninfo()).chain(&others) {
+        asking(pipeline, &format!("pg_wal of {}", place.places()));
+        match files::fetch(place, pipeline, &server.path, &missing).await {
+            Ok(0) => continue,
+            Ok(_) => {}
+            Err(error) if error.is_broken() => return Err(error),
+            Err(error) => {
+                tracing::info!(cluster = %settings.name, server = place.places(), %error, "files of pg_wal can not be read over SQL; that needs the roles pg_monitor and pg_read_server_files");
+                continue;
+            }
+        }
+        refresh(pipeline).await?;
+        if pipeline.held().await? != held {
+            return Ok(Closed::Healed);
+        }
+        missing = still_missing(pipeline, missing).await?;
+    }
+    state(pipeline, GapState::Waiting, None);
+    if PgTimestamp::from_jiff(jiff::Timestamp::now()) < declared_after {
+        return Ok(Closed::Waiting(
+            "nobody who was asked has the missing WAL; all are asked again until gap_grace is over",
+        ));
     }
     let positions = archive.status().progress().positions();
     if !positions.is_stored() {
@@ -79,7 +141,7 @@ pub async fn close(
     }
     let declared = PgTimestamp::from_jiff(jiff::Timestamp::now());
     let mut gaps = Vec::new();
-    for range in lost {
+    for range in missing {
         let archive = Arc::clone(archive);
         let reason = said.to_owned();
         gaps.push(
@@ -103,15 +165,88 @@ pub async fn close(
     Ok(Closed::Lost(gaps))
 }
 
-/// Streams the missing WAL from another server, as far as it has it; whether anything came.
-async fn heal(conninfo: &str, pipeline: &Pipeline, until: Lsn, shutdown: &mut Shutdown) -> bool {
+/// Makes the catalog true to the repository.
+async fn refresh(pipeline: &Pipeline) -> Result<()> {
+    let archive = Arc::clone(pipeline.archive());
+    blocking(move || {
+        archive.catalog().refresh(archive.repository())?;
+        Ok(())
+    })
+    .await
+}
+
+/// Notes the gap, once; when it is declared lost at the earliest. A restart of the archiver begins the time anew.
+fn found(pipeline: &Pipeline, branch: Branch, from_lsn: Lsn, to_lsn: Lsn) -> PgTimestamp {
     let settings = pipeline.archive().settings();
+    let now = jiff::Timestamp::now();
+    let mut declared_after = PgTimestamp::from_jiff(now + settings.gap_grace);
+    let mut is_new = false;
+    pipeline.archive().status().note(|facts| {
+        let known = facts.gap.take();
+        let known = known.filter(|gap| gap.branch == branch && gap.from_lsn == from_lsn);
+        is_new = known.is_none();
+        let gap = known.unwrap_or(OpenGap {
+            state: GapState::Detected,
+            branch,
+            from_lsn,
+            to_lsn,
+            detected: PgTimestamp::from_jiff(now),
+            declared_after,
+            source: None,
+        });
+        declared_after = gap.declared_after;
+        facts.gap = Some(OpenGap { to_lsn, ..gap });
+    });
+    if is_new {
+        tracing::error!(cluster = %settings.name, %branch, from = %from_lsn, to = %to_lsn, grace = ?settings.gap_grace, "a gap is detected");
+    }
+    declared_after
+}
+
+fn state(pipeline: &Pipeline, state: GapState, source: Option<String>) {
+    pipeline.archive().status().note(|facts| {
+        if let Some(gap) = &mut facts.gap {
+            gap.state = state;
+            gap.source = source;
+        }
+    });
+}
+
+fn asking(pipeline: &Pipeline, source: &str) {
+    state(pipeline, GapState::Healing, Some(source.to_owned()));
+}
+
+/// What of the ranges the archive still does not have.
+async fn still_missing(pipeline: &Pipeline, ranges: Vec<LostRange>) -> Result<Vec<LostRange>> {
+    let archive = Arc::clone(pipeline.archive());
+    blocking(move || {
+        let mut missing = Vec::new();
+        for range in ranges {
+            let held = archive
+                .catalog()
+                .ranges(range.branch, range.from_lsn, range.to_lsn)?;
+            let held = held.iter().map(|held| (held.start_lsn, held.end_lsn));
+            missing.extend(range.without(held));
+        }
+        Ok(missing)
+    })
+    .await
+}
+
+/// Streams the missing WAL from another server, as far as it has it; whether anything came.
+async fn heal(
+    conninfo: &ConnInfo,
+    pipeline: &Pipeline,
+    until: Lsn,
+    shutdown: &mut Shutdown,
+) -> bool {
+    let settings = pipeline.archive().settings();
+    asking(pipeline, &conninfo.places());
     let attempt = async {
-        let conninfo = ConnInfo::parse(conninfo)?;
-        let (source, _) = Source::connect_to_stream(&conninfo, &settings.name).await?;
+        let (source, _) = Source::connect_to_stream(conninfo, &settings.name).await?;
         let ours = pipeline.archive().identity().system_identifier;
         if source.identity().system_identifier != ours {
-            tracing::warn!(cluster = %settings.name, "a server in heal_from is another cluster");
+            tracing::warn!(cluster = %settings.name, server = conninfo.places(), "a server that could heal is another cluster");
             return Ok(false);
         }
         tracing::info!(cluster = %settings.name, server = ?conninfo, %until, "asking another server for the missing WAL");
@@ -137,6 +272,31 @@ pub(crate) struct LostRange {
     pub(crate) branch: Branch,
     pub(crate) from_lsn: Lsn,
     pub(crate) to_lsn: Lsn,
+}
+
+impl LostRange {
+    /// What is left of it without these ranges, which are in the order of their starts.
+    fn without(self, held: impl Iterator<Item = (Lsn, Lsn)>) -> Vec<Self> {
+        let mut left = Vec::new();
+        let mut at = self.from_lsn;
+        for (start, end) in held {
+            if start > at {
+                left.push(Self {
+                    from_lsn: at,
+                    to_lsn: start.min(self.to_lsn),
+                    ..self
+                });
+            }
+            at = at.max(end);
+        }
+        if at < self.to_lsn {
+            left.push(Self {
+                from_lsn: at,
+                ..self
+            });
+        }
+        left
+    }
 }
 
 /// What is missing between the end of the archive on one of the server's branches and the segment where the server's WAL
@@ -215,6 +375,28 @@ mod tests {
             .map(|(branch, from, to)| ((*branch).to_owned(), *from, *to))
             .collect();
         assert_eq!(lost, expected);
+    }
+
+    #[test]
+    fn what_was_healed_in_the_middle_is_not_lost() {
+        let range = LostRange {
+            branch: Branch::FIRST,
+            from_lsn: Lsn(10),
+            to_lsn: Lsn(50),
+        };
+        let check = |held: &[(u64, u64)], expected: &[(u64, u64)]| {
+            let held = held.iter().map(|(from, to)| (Lsn(*from), Lsn(*to)));
+            let left: Vec<(u64, u64)> = range
+                .without(held)
+                .iter()
+                .map(|left| (left.from_lsn.0, left.to_lsn.0))
+                .collect();
+            assert_eq!(left, expected);
+        };
+        check(&[], &[(10, 50)]);
+        check(&[(20, 30)], &[(10, 20), (30, 50)]);
+        check(&[(0, 20), (15, 30), (40, 60)], &[(30, 40)]);
+        check(&[(0, 60)], &[]);
     }
 
     #[test]

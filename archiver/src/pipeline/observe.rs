@@ -143,6 +143,11 @@ fn look_once(archive: &Arc<Archive>, list: bool, marks: &Mutex<Marks>) -> Result
         facts.spool_used_bytes = used;
         facts.spool_limit_bytes = limit;
     });
+    let flushed = archive.status().progress().positions().flushed();
+    archive.status().note(|facts| {
+        // A stream that went on behind it has closed it.
+        facts.gap.take_if(|gap| flushed > gap.from_lsn);
+    });
     let catalog = archive.catalog();
     let mut backups = catalog.backups()?;
     // The first backup, and the one that mends a loss, are waited for.

@@ -144,6 +144,12 @@ impl Source {
         self.system.flush_lsn
     }
 
+    /// Where it is.
+    #[must_use]
+    pub fn conninfo(&self) -> &ConnInfo {
+        self.client.conninfo()
+    }
+
     /// The connection, for another purpose than streaming.
     #[must_use]
     pub fn into_client(self) -> ReplicationClient {
