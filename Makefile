@@ -10,12 +10,11 @@ demo: install-tools
 	$(CARGO) build $(WORKSPACE)
 	$(CARGO_TARGET_DIR)/release/demo
 
+# `cargo test` builds the programs too; building them before it would compile what the tests' features differ in twice.
 test: install-tools
-	$(CARGO) build $(WORKSPACE)
 	$(CARGO) test $(WORKSPACE) -- --test-threads=2
 
 test-long: install-tools
-	$(CARGO) build $(WORKSPACE)
 	TIDEMARK_LONG=1 $(CARGO) test $(WORKSPACE) -- --test-threads=2
 
 # Ratios beside the peers, in one run; `BENCH_FLAGS='--megabytes 200 --runs 1'` makes it short.

@@ -97,6 +97,15 @@ fn the_main_job_with_encryption() {
     let place = Place::with_settings(&keys(KEY)).expect("a place");
     let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
     let mut client = cluster.connect().expect("a connection");
+    // A commit that returned is in the spool, and a stop sends it on.
+    for setting in [
+        "ALTER SYSTEM SET synchronous_standby_names = 'tidemark'",
+        "SELECT pg_reload_conf()",
+    ] {
+        client.batch_execute(setting).expect("a setting");
+    }
+    drop(client);
+    let mut client = cluster.connect().expect("a connection");
     let fill = format!(
         "CREATE TABLE {MARKER} AS SELECT '{MARKER}' || n AS t FROM generate_series(1, 20000) n"
     );
