@@ -409,7 +409,7 @@ fn the_page_works_in_a_browser() {
     };
     record(&place, &outcome(OutcomeKind::Drill, true));
     // The picker moves by whole seconds: a commit has to lie some of them before the end of the strip.
-    std::thread::sleep(std::time::Duration::from_secs(4));
+    std::thread::sleep(Duration::from_secs(4));
     server.write_wal(50);
     let address = archiver.address();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
