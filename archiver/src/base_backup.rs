@@ -119,10 +119,25 @@ pub async fn take(
         level: settings.compression_level,
     };
     let outcome = backup.run(source, progress).await;
-    if outcome.is_err() {
-        backup.discard().await;
+    match &outcome {
+        Err(_) => backup.discard().await,
+        Ok(info) => {
+            let mark = mark(settings);
+            if let Err(error) = std::fs::write(&mark, info.id.as_str()) {
+                tracing::debug!(%error, path = %mark.display(), "the daemon of this host sees the backup within an hour");
+            }
+        }
     }
     outcome
+}
+
+/// The file in the spool's directory that tells the daemon of this host of the newest backup, so that it need not ask the
+/// repository again and again.
+pub(crate) fn mark(settings: &ClusterSettings) -> std::path::PathBuf {
+    settings
+        .spool
+        .join(settings.name.as_str())
+        .join("newest-backup")
 }
 
 /// A name that no other backup has.

@@ -20,6 +20,7 @@ mod key;
 mod nagios;
 mod notify;
 mod output;
+mod repair;
 mod run;
 mod status;
 mod verify;
@@ -95,6 +96,9 @@ enum Command {
         /// Decodes every record too.
         #[arg(long)]
         deep: bool,
+        /// Puts sound copies from the other repositories in the place of damaged and missing objects.
+        #[arg(long)]
+        repair: bool,
     },
     /// The catalog, a cache of what the repository holds.
     #[command(subcommand)]
@@ -181,7 +185,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Status { json, .. } => status::status(&settings, json),
         Command::Notify(NotifyCommand::Test) => notify::test(&settings),
         Command::Check => check::check(&settings),
-        Command::Verify { deep } => verify::verify(&settings, deep),
+        Command::Verify { deep, repair } => verify::verify(&settings, deep, repair),
         Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
         Command::Epoch(EpochCommand::Begin { system_identifier }) => {
             epoch::begin(one(&settings)?, system_identifier)

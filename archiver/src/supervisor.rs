@@ -483,6 +483,7 @@ pub(crate) fn open_archive(
     let repository =
         Repository::open(&settings.repository, &settings.name)?.observed(status.observer());
     let identity = repository.claim(identity)?;
+    repository.keep_in_step();
     let catalog = Catalog::open(&settings.catalog, &identity)?;
     let wal = WalIdentity {
         version: identity.postgresql_major,

@@ -136,6 +136,17 @@ pub enum Acknowledge {
     Remote,
 }
 
+/// Which of several repositories have to hold an object before it counts as stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Required {
+    /// One: a repository that is away holds up nothing, and catches up from another.
+    #[default]
+    Any,
+    /// Every one: with `acknowledge = "remote"` no commit returns before.
+    All,
+}
+
 /// One cluster, resolved.
 #[derive(Clone, PartialEq)]
 pub struct ClusterSettings {
@@ -456,6 +467,10 @@ fn cluster(
             url: repository,
             s3: S3Settings::resolve(&table.s3, &defaults.s3)?,
             encryption,
+            required: table
+                .repositories_required
+                .or(defaults.repositories_required)
+                .unwrap_or_default(),
         },
         name,
         spool,

@@ -94,6 +94,16 @@ pub enum Error {
         /// What is wrong, and the remedy.
         problem: String,
     },
+    /// The store does not let an object go: it is under a retention lock, or we may not delete.
+    #[error("{key} in {url} is locked and stays: {problem}")]
+    Locked {
+        /// The object.
+        key: String,
+        /// The repository.
+        url: String,
+        /// What the store said.
+        problem: String,
+    },
     /// The cluster in the repository has another major version.
     #[error(
         "cluster {cluster} in {url} is PostgreSQL {expected}, the server is {found} with the same system identifier, which \
@@ -228,6 +238,12 @@ impl Error {
         )
     }
 
+    /// Whether the store keeps an object that was to be removed: no failure, where deleting is forbidden on purpose.
+    #[must_use]
+    pub fn is_object_locked(&self) -> bool {
+        matches!(self, Self::Locked { .. })
+    }
+
     /// Whether another process has the catalog.
     #[must_use]
     pub fn is_locked(&self) -> bool {
@@ -238,9 +254,10 @@ impl Error {
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
-            Self::Catalog { .. } | Self::CatalogEntry { .. } | Self::CatalogLocked { .. } => {
-                ExitKind::Failed
-            }
+            Self::Catalog { .. }
+            | Self::CatalogEntry { .. }
+            | Self::CatalogLocked { .. }
+            | Self::Locked { .. } => ExitKind::Failed,
             Self::CatalogMismatch { .. }
             | Self::Config { .. }
             | Self::Key { .. }

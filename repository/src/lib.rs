@@ -20,6 +20,6 @@ pub use catalog::{Catalog, RefreshReport};
 pub use error::{Error, Result};
 pub use exit::ExitKind;
 pub use outcomes::OUTCOMES_MAX;
-pub use repository::{ClusterIdentity, Repository};
+pub use repository::{ClusterIdentity, Repository, is_sound};
 pub use store::{ObjectMeta, ObjectStore, PutOutcome};
 pub use wal_range::{WalRange, WalRangeKind};

@@ -9,14 +9,17 @@ use std::{ops::ControlFlow, ops::Range, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    Branch, ClusterName, DeclaredGap, ObjectKey, PgTimestamp, PgVersion, SegmentSize,
-    SystemIdentifier, TimelineHistory,
+    BackupInfo, Branch, ClusterName, DeclaredGap, ObjectKey, PgTimestamp, PgVersion, SealedReader,
+    SegmentSize, SystemIdentifier, TimelineHistory,
 };
 
 use crate::{
     Error, ObjectMeta, ObjectStore, PutOutcome, Result,
     config::{RepositoryPlace, RepositoryUrl},
-    store::{ENCRYPTED_SUFFIX, EncryptedStore, LocalStore, ObservedStore, Observer, S3Store},
+    store::{
+        ENCRYPTED_SUFFIX, EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore,
+        Observer, S3Store,
+    },
 };
 
 /// The version of the epoch file that this build writes.
@@ -46,6 +49,37 @@ pub struct Repository {
     cluster: ClusterName,
     /// Whose epoch is read; `None` for the newest one's.
     system: Option<SystemIdentifier>,
+    /// Where there are several: each alone, and their queues.
+    mirror: Option<Mirror>,
+}
+
+#[derive(Clone, Debug)]
+struct Mirror {
+    places: Vec<Repository>,
+    store: Arc<MirroredStore>,
+}
+
+impl Mirror {
+    /// A place that is new gets the epochs of the others, before it gets one of its own.
+    fn share_epochs(&self) -> Result<()> {
+        for place in &self.places {
+            match place.identity() {
+                Ok(None) => {}
+                Err(error) if !error.is_transient() => return Err(error),
+                _ => continue,
+            }
+            for other in &self.places {
+                let epochs = match other.list("epoch/") {
+                    Err(error) if error.is_transient() => continue,
+                    epochs => epochs?,
+                };
+                for (key, _) in epochs {
+                    place.put(&key, &other.get(&key)?)?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Repository {
@@ -55,10 +89,58 @@ impl Repository {
     /// [`Error::Store`] when a folder can not be opened or created, [`Error::Config`] when the settings of a bucket or
     /// the keys can not be used.
     pub fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
+        if !place.others.is_empty() {
+            return Self::open_all(place, cluster);
+        }
         if let Some(encrypted) = Self::encrypted(place, cluster)? {
             return Ok(Self::with_store(Arc::new(encrypted), cluster.clone()));
         }
         Ok(Self::with_store(open_store(place)?, cluster.clone()))
+    }
+
+    /// Several places as one. A folder that can not be opened is passed over while another place can.
+    fn open_all(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
+        let mut places = Vec::new();
+        let mut failed = None;
+        for one in place.each() {
+            match Self::open(&one, cluster) {
+                Ok(opened) => places.push(opened),
+                Err(error @ Error::Store { .. }) => {
+                    tracing::warn!(%error, "a repository is passed over until the next start");
+                    failed = Some(error);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if let (true, Some(error)) = (places.is_empty(), failed) {
+            return Err(error);
+        }
+        let stores = places.iter().map(|one| Arc::clone(&one.store)).collect();
+        let store = Arc::new(MirroredStore::new(
+            stores,
+            cluster.as_str(),
+            place.required,
+        )?);
+        Ok(Self {
+            store: Arc::clone(&store) as Arc<dyn ObjectStore>,
+            cluster: cluster.clone(),
+            system: None,
+            mirror: Some(Mirror { places, store }),
+        })
+    }
+
+    /// From now on each of several places is brought into step with the others.
+    pub fn keep_in_step(&self) {
+        if let Some(mirror) = &self.mirror {
+            mirror.store.keep_in_step();
+        }
+    }
+
+    /// How each of several places is; empty for one.
+    #[must_use]
+    pub fn places(&self) -> Vec<MemberState> {
+        let mirror = self.mirror.as_ref();
+        mirror.map_or_else(Vec::new, |mirror| mirror.store.states())
     }
 
     /// The store at `place` with its keys; `None` when nothing is encrypted there.
@@ -84,6 +166,7 @@ impl Repository {
             store,
             cluster,
             system: None,
+            mirror: None,
         }
     }
 
@@ -189,6 +272,26 @@ impl Repository {
     /// # Errors
     /// [`Error::SystemIdentifierMismatch`] and its kin.
     pub fn claim(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
+        let Some(mirror) = &self.mirror else {
+            return self.claim_one(found);
+        };
+        mirror.share_epochs()?;
+        // In each place, or another cluster may own one of them.
+        let mut outcome = None;
+        for place in &mirror.places {
+            match (place.claim_one(found), &outcome) {
+                (Ok(known), _) => outcome = Some(Ok(known)),
+                (Err(error), None | Some(Err(_))) if error.is_transient() => {
+                    outcome = Some(Err(error));
+                }
+                (Err(error), Some(Ok(_))) if error.is_transient() => {}
+                (Err(error), _) => return Err(error),
+            }
+        }
+        outcome.unwrap_or_else(|| self.claim_one(found))
+    }
+
+    fn claim_one(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
         let known = match self.identity()? {
             Some(known) => known,
             None => match self.create(&ObjectKey::Epoch(1), found)? {
@@ -250,7 +353,18 @@ impl Repository {
     /// # Errors
     /// [`Error::NotFound`] when proved absent, [`Error::Store`].
     pub fn get(&self, key: &ObjectKey) -> Result<Bytes> {
-        self.store.get(&self.path(key))
+        if self.mirror.is_none() {
+            return self.store.get(&self.path(key));
+        }
+        self.get_sound(key, &|body| is_sound(key, body))
+    }
+
+    /// A whole object; of several places, from the first where it is sound. Sound nowhere, it comes as it is.
+    ///
+    /// # Errors
+    /// As [`Repository::get`].
+    pub fn get_sound(&self, key: &ObjectKey, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        self.store.get_sound(&self.path(key), sound)
     }
 
     /// A part of an object.
@@ -385,7 +499,7 @@ impl Repository {
                     tracing::error!(key = %key, "a history file is damaged; its copy is used");
                     problem = Some(self.damaged(key, "it is not what was stored".to_owned()));
                 }
-                Err(error) if error.is_not_found() => {
+                Err(error @ (Error::NotFound { .. } | Error::Damaged { .. })) => {
                     problem.get_or_insert(error);
                 }
                 Err(error) => return Err(error),
@@ -400,6 +514,25 @@ impl Repository {
             url: self.url(),
             problem,
         }
+    }
+}
+
+/// Whether an object that tells of its own damage is what it was. Slices and manifests do not: their backup knows.
+#[must_use]
+pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
+    match key {
+        ObjectKey::Segment(..) | ObjectKey::Tail(..) => SealedReader::open(body)
+            .and_then(|reader| {
+                reader
+                    .read_all(&mut Vec::new())
+                    .map(|_| reader.header().key() == *key)
+            })
+            .unwrap_or(false),
+        ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) => sound(*branch, body),
+        ObjectKey::BackupInfo(..) => BackupInfo::parse(body).is_ok(),
+        ObjectKey::Gap(..) => serde_json::from_slice::<DeclaredGap>(body).is_ok(),
+        ObjectKey::Epoch(_) => serde_json::from_slice::<ClusterIdentity>(body).is_ok(),
+        ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
     }
 }
 

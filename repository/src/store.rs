@@ -14,6 +14,7 @@ use crate::Result;
 
 mod encrypted;
 mod local;
+mod mirrored;
 mod observed;
 pub mod retry;
 mod s3;
@@ -23,6 +24,7 @@ pub mod testing;
 pub use encrypted::EncryptedStore;
 pub(crate) use encrypted::SUFFIX as ENCRYPTED_SUFFIX;
 pub use local::LocalStore;
+pub use mirrored::{MemberState, MirroredStore};
 pub use observed::{ObservedStore, Observer};
 pub use s3::S3Store;
 
@@ -57,6 +59,14 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`Error::NotFound`], [`Error::Store`], [`Error::S3`], [`Error::Damaged`].
     fn get(&self, key: &str) -> Result<Bytes>;
+
+    /// The object from wherever it is sound, when there are several places; where none is, it comes as it is.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::get`].
+    fn get_sound(&self, key: &str, _sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        self.get(key)
+    }
 
     /// The bytes of `range`, all of which must be inside the object.
     ///

@@ -292,12 +292,20 @@ fn read_plan(path: &Path) -> Result<(RestorePlan, Vec<u8>)> {
     Ok((plan, json))
 }
 
-/// Opens a repository for reading: a missing folder is an error and not a new repository.
+/// Opens a repository for reading: a missing folder is an error and not a new repository. Of several, one is enough.
 fn open(
     place: &RepositoryPlace,
     cluster: &ClusterName,
     system: Option<SystemIdentifier>,
 ) -> Result<Repository> {
+    let mut there = place.each();
+    there.retain(|one| one.url.folder().is_none_or(Path::is_dir));
+    let here = (!there.is_empty() && !place.others.is_empty()).then(|| RepositoryPlace {
+        others: there.split_off(1),
+        required: place.required,
+        ..there.remove(0)
+    });
+    let place = here.as_ref().unwrap_or(place);
     if let Some(folder) = place.url.folder()
         && !folder.is_dir()
     {

@@ -80,7 +80,7 @@ pub fn execute(
     let directory = &destination.directory;
     let jobs = destination.jobs;
     let tablespaces = place_tablespaces(&backup, &destination.tablespaces, directory)?;
-    let manifest = read_manifest(&archive.repository.get(&backup.manifest_key())?, &backup)?;
+    let manifest = archive.manifest(&backup)?;
     let kept = match take(directory, &backup, &tablespaces, destination.delta)? {
         Taken::Empty => Kept::default(),
         Taken::AsItIs => delta::sift(&roots(directory, &tablespaces), &manifest, jobs)?,

@@ -1,5 +1,6 @@
 //! [`Inventory`]: what a plan may know of the archive. The catalog implements it; tests implement it in memory.
 
+use bytes::Bytes;
 use repository::{Catalog, ClusterIdentity, Repository, WalRange};
 use wal_format::{
     BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
@@ -111,7 +112,9 @@ impl Archive {
 
     /// The manifest of a backup.
     pub(crate) fn manifest(&self, backup: &BackupInfo) -> Result<BackupManifest> {
-        read_manifest(&self.repository.get(&backup.manifest_key())?, backup)
+        let sound = |content: &Bytes| read_manifest(content, backup).is_ok();
+        let content = self.repository.get_sound(&backup.manifest_key(), &sound)?;
+        read_manifest(&content, backup)
     }
 
     /// The WAL of a range.

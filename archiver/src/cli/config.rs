@@ -88,6 +88,10 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
         if let Some(source) = &cluster.repository.encryption {
             output::line(&source.to_string());
         }
+        if !cluster.repository.others.is_empty() {
+            let required = format!("{:?}", cluster.repository.required).to_lowercase();
+            output::line(&format!("repositories_required = \"{required}\""));
+        }
         for other in &cluster.repository.others {
             let mut entry = format!("url = \"{other}\"");
             let s3 = other

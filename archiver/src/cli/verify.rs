@@ -2,68 +2,54 @@
 //!
 //! Invariant: it reads the objects, never the catalog: a cache can not vouch for what it was made of.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
+use bytes::Bytes;
 use repository::{Catalog, ClusterIdentity, Repository, WalRange, config::Settings};
 use sha2::{Digest, Sha256};
 use wal_format::{
-    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, OUTCOME_FORMAT_VERSION, ObjectKey, Outcome,
-    OutcomeKind, PgTimestamp, SealedReader, SegmentSize, TimelineHistory, WalIdentity, WalIndexer,
+    BackupId, BackupInfo, Branch, ClusterName, DeclaredGap, Lsn, OUTCOME_FORMAT_VERSION, ObjectKey,
+    Outcome, OutcomeKind, PgTimestamp, SealedReader, SegmentSize, SystemIdentifier,
+    TimelineHistory, WalIdentity, WalIndexer,
 };
 
-use super::output;
+use super::{output, repair};
 use crate::error::{Error, Result};
 
 /// Problems that an outcome names; the output has them all.
 const DAMAGED_MAX: usize = 1000;
+/// Rounds of a repair: an identity, a description and its parts are three.
+const REPAIRS_MAX: u32 = 4;
 
-pub(super) fn verify(settings: &Settings, deep: bool) -> Result<()> {
+pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()> {
     let mut problems = 0;
     for cluster in &settings.clusters {
         let started = jiff::Timestamp::now();
-        let repository = Repository::open(&cluster.repository, &cluster.name)?;
-        let identity = repository.identity()?.ok_or_else(|| Error::Usage {
-            message: format!(
-                "the repository {} holds nothing of cluster {}; check --repository and --cluster",
-                cluster.repository, cluster.name
-            ),
-        })?;
-        let gaps = repository.gaps(identity.system_identifier)?;
-        let mut verifier = Verifier {
-            repository,
-            wal: WalIdentity {
-                version: identity.postgresql_major,
-                system_identifier: identity.system_identifier,
-                segment_size: identity.wal_segment_size,
-            },
-            deep,
-            indexers: BTreeMap::new(),
-            problems: Vec::new(),
-            losses: Vec::new(),
-            gaps,
-        };
-        let objects = verifier.objects()?;
-        verifier.continuity()?;
-        for problem in &verifier.problems {
-            output::line(&format!("cluster {}: {problem}", cluster.name));
+        let places = cluster
+            .repository
+            .each()
+            .iter()
+            .map(|place| Repository::open(place, &cluster.name))
+            .collect::<repository::Result<Vec<_>>>()?;
+        let (system, mut findings) = examine_all(&places, deep)?;
+        // Again, because what a damaged description of a backup lists is seen only when it is sound.
+        for _ in 0..REPAIRS_MAX {
+            if !repair {
+                break;
+            }
+            let mended = repair::repair(&places, &findings, &|line| {
+                output::line(&format!("cluster {}: {line}", cluster.name));
+            })?;
+            if mended == 0 {
+                break;
+            }
+            findings = examine_all(&places, deep)?.1;
         }
-        for loss in &verifier.losses {
-            output::line(&format!("cluster {}: {loss}", cluster.name));
+        for findings in &findings {
+            findings.print(&cluster.name, deep);
+            problems += findings.problems.len();
         }
-        if verifier.problems.is_empty() {
-            let other = if verifier.losses.is_empty() {
-                ""
-            } else {
-                "other "
-            };
-            let depth = if deep { "every record" } else { "every frame" };
-            output::line(&format!(
-                "cluster {}: {objects} objects checked, {depth}; no {other}gap, no damage",
-                cluster.name
-            ));
-        }
-        record(&verifier, &identity, started);
-        problems += verifier.problems.len();
+        record(&places, system, &findings, started);
     }
     if problems == 0 {
         Ok(())
@@ -72,14 +58,28 @@ pub(super) fn verify(settings: &Settings, deep: bool) -> Result<()> {
     }
 }
 
-/// Leaves the verdict in the repository, for the dashboard. Who may only read can still verify.
-fn record(verifier: &Verifier, identity: &ClusterIdentity, started: jiff::Timestamp) {
+/// Leaves the verdict in each place, for the dashboard. Who may only read can still verify.
+fn record(
+    places: &[Repository],
+    system: SystemIdentifier,
+    findings: &[Findings],
+    started: jiff::Timestamp,
+) {
     let chance = started.subsec_nanosecond().unsigned_abs() & 0xffff;
     let id = format!("{}-{chance:04x}", started.strftime("%Y%m%dT%H%M%SZ"));
     let Ok(id) = id.parse::<BackupId>() else {
         return;
     };
-    let problems = &verifier.problems;
+    let problems: Vec<String> = findings
+        .iter()
+        .flat_map(|found| {
+            let several = (places.len() > 1).then_some(&found.url);
+            found.problems.iter().map(move |problem| match several {
+                Some(url) => format!("{url}: {problem}"),
+                None => problem.to_string(),
+            })
+        })
+        .collect();
     let outcome = Outcome {
         format_version: OUTCOME_FORMAT_VERSION,
         kind: OutcomeKind::Verify,
@@ -98,23 +98,164 @@ fn record(verifier: &Verifier, identity: &ClusterIdentity, started: jiff::Timest
         replayed_bytes: None,
         replay_seconds: None,
         loss_seconds: None,
-        damaged: problems.iter().take(DAMAGED_MAX).cloned().collect(),
+        damaged: problems.into_iter().take(DAMAGED_MAX).collect(),
     };
-    let stored = verifier
-        .repository
-        .put_outcome(identity.system_identifier, &outcome);
-    if let Err(error) = stored {
-        tracing::warn!(%error, "the verdict is not recorded in the repository");
+    for place in places {
+        if let Err(error) = place.put_outcome(system, &outcome) {
+            tracing::warn!(%error, "the verdict is not recorded in the repository");
+        }
     }
+}
+
+/// What is wrong, with the object that it is about, if it is about one.
+#[derive(Debug)]
+pub(super) struct Problem {
+    /// The object.
+    pub(super) key: Option<ObjectKey>,
+    what: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.key {
+            Some(key) => write!(f, "{key}: {}", self.what),
+            None => f.write_str(&self.what),
+        }
+    }
+}
+
+/// What was found in one place.
+#[derive(Debug)]
+pub(super) struct Findings {
+    url: String,
+    objects: usize,
+    /// What is damaged or missing.
+    pub(super) problems: Vec<Problem>,
+    losses: Vec<String>,
+}
+
+impl Findings {
+    fn print(&self, cluster: &ClusterName, deep: bool) {
+        let place = &self.url;
+        for problem in &self.problems {
+            output::line(&format!("cluster {cluster}: {place}: {problem}"));
+        }
+        for loss in &self.losses {
+            output::line(&format!("cluster {cluster}: {place}: {loss}"));
+        }
+        if self.problems.is_empty() {
+            let other = if self.losses.is_empty() { "" } else { "other " };
+            let depth = if deep { "every record" } else { "every frame" };
+            output::line(&format!(
+                "cluster {cluster}: {place}: {} objects checked, {depth}; no {other}gap, no damage",
+                self.objects
+            ));
+        }
+    }
+}
+
+/// Every place alone; then what one has and another lacks. The cluster's system identifier with it.
+fn examine_all(places: &[Repository], deep: bool) -> Result<(SystemIdentifier, Vec<Findings>)> {
+    let mut identity = None;
+    for place in places {
+        match place.identity() {
+            Ok(Some(known)) => {
+                identity.get_or_insert(known);
+            }
+            // Damage is said below, where it is known whose place it is.
+            Ok(None) | Err(repository::Error::Damaged { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let Some(identity) = identity else {
+        if let [place] = places {
+            place.identity()?;
+        }
+        let urls: Vec<String> = places.iter().map(Repository::url).collect();
+        let cluster = places.first().map(Repository::cluster);
+        return Err(Error::Usage {
+            message: format!(
+                "the repository {} holds nothing of cluster {}; check --repository and --cluster",
+                urls.join(" and "),
+                cluster.map_or("", ClusterName::as_str)
+            ),
+        });
+    };
+    let mut all = Vec::new();
+    for place in places {
+        all.push(examine(place, &identity, deep)?);
+    }
+    if places.len() > 1 {
+        for (findings, missing) in all.iter_mut().zip(repair::missing(places)?) {
+            for key in missing {
+                if !findings
+                    .problems
+                    .iter()
+                    .any(|known| known.key.as_ref() == Some(&key))
+                {
+                    findings.problems.push(Problem {
+                        key: Some(key),
+                        what: "it is in another repository, but not in this one".to_owned(),
+                    });
+                }
+            }
+        }
+    }
+    Ok((identity.system_identifier, all))
+}
+
+fn examine(place: &Repository, identity: &ClusterIdentity, deep: bool) -> Result<Findings> {
+    let mut problems = Vec::new();
+    match place.identity() {
+        Ok(Some(known)) if known.system_identifier != identity.system_identifier => {
+            return Err(Error::Usage {
+                message: format!(
+                    "{} holds system identifier {}, another repository of the cluster {}",
+                    place.url(),
+                    known.system_identifier,
+                    identity.system_identifier
+                ),
+            });
+        }
+        Ok(_) => {}
+        Err(repository::Error::Damaged { key, problem, .. }) => problems.push(Problem {
+            key: repair::key_of(place, &key),
+            what: problem,
+        }),
+        Err(error) => return Err(error.into()),
+    }
+    let mut verifier = Verifier {
+        repository: place.clone(),
+        identity: identity.clone(),
+        wal: WalIdentity {
+            version: identity.postgresql_major,
+            system_identifier: identity.system_identifier,
+            segment_size: identity.wal_segment_size,
+        },
+        deep,
+        indexers: BTreeMap::new(),
+        problems,
+        losses: Vec::new(),
+        gaps: Vec::new(),
+    };
+    let objects = verifier.objects()?;
+    verifier.continuity()?;
+    Ok(Findings {
+        url: place.url(),
+        objects,
+        problems: verifier.problems,
+        losses: verifier.losses,
+    })
 }
 
 struct Verifier {
     repository: Repository,
+    identity: ClusterIdentity,
     wal: WalIdentity,
     deep: bool,
     /// Per branch, the decoder behind the last sealed segment.
     indexers: BTreeMap<Branch, WalIndexer>,
-    problems: Vec<String>,
+    problems: Vec<Problem>,
     /// What was declared lost, with a backup behind it: known, and mended as far as it can be.
     losses: Vec<String>,
     gaps: Vec<DeclaredGap>,
@@ -128,51 +269,92 @@ impl Verifier {
         // Verdicts of earlier verifications are not what is verified.
         objects.retain(|(key, _)| !matches!(key, ObjectKey::Outcome(..)));
         for (key, _) in &objects {
-            let verdict = match key {
+            match key {
                 ObjectKey::Segment(..) | ObjectKey::Tail(..) => self.wal_object(key)?,
                 ObjectKey::BackupInfo(_, id) => self.backup(id)?,
                 ObjectKey::History(_, branch) => self.history(*branch, key)?,
-                // The second copy is compared with the first, slices and manifests with their backup; declared losses
-                // were read at the start.
-                ObjectKey::HistoryCopy(..)
-                | ObjectKey::BackupSlice(..)
+                ObjectKey::HistoryCopy(_, branch) => {
+                    let first = ObjectKey::History(system, *branch);
+                    if self.repository.head(&first)?.is_none() {
+                        self.problem(&first, "the first of its two copies is missing");
+                    }
+                }
+                ObjectKey::Gap(..) => {
+                    if let Some(content) = self.read(key)? {
+                        match serde_json::from_slice(&content) {
+                            Ok(gap) => self.gaps.push(gap),
+                            Err(error) => self.problem(key, &error.to_string()),
+                        }
+                    }
+                }
+                // Checked with their backup; the identity before anything.
+                ObjectKey::BackupSlice(..)
                 | ObjectKey::BackupManifest(..)
-                | ObjectKey::Gap(..)
                 | ObjectKey::Outcome(..)
-                | ObjectKey::Epoch(_) => None,
-            };
-            self.problems
-                .extend(verdict.map(|problem| format!("{key}: {problem}")));
+                | ObjectKey::Epoch(_) => {}
+            }
         }
         Ok(objects.len())
     }
 
-    fn wal_object(&mut self, key: &ObjectKey) -> Result<Option<String>> {
-        let object = self.repository.get(key)?;
+    fn problem(&mut self, key: &ObjectKey, what: &str) {
+        self.problems.push(Problem {
+            key: Some(key.clone()),
+            what: what.to_owned(),
+        });
+    }
+
+    fn general(&mut self, what: String) {
+        self.problems.push(Problem { key: None, what });
+    }
+
+    /// An object, unless the store itself sees its damage, or it was replaced since it was listed.
+    fn read(&mut self, key: &ObjectKey) -> Result<Option<Bytes>> {
+        match self.repository.get(key) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(repository::Error::Damaged { problem, .. }) => {
+                self.problem(key, &problem);
+                Ok(None)
+            }
+            Err(error) if error.is_not_found() && matches!(key, ObjectKey::Tail(..)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn wal_object(&mut self, key: &ObjectKey) -> Result<()> {
+        if let Some(object) = self.read(key)?
+            && let Some(problem) = self.wal_problem(key, &object)
+        {
+            self.problem(key, &problem);
+        }
+        Ok(())
+    }
+
+    fn wal_problem(&mut self, key: &ObjectKey, object: &[u8]) -> Option<String> {
         let mut wal = Vec::new();
-        let reader = match SealedReader::open(&object) {
+        let reader = match SealedReader::open(object) {
             Ok(reader) => reader,
-            Err(error) => return Ok(Some(error.to_string())),
+            Err(error) => return Some(error.to_string()),
         };
         if let Err(error) = reader.read_all(&mut wal) {
-            return Ok(Some(error.to_string()));
+            return Some(error.to_string());
         }
         let header = reader.header();
         if header.key() != *key {
-            return Ok(Some(format!("it holds {}", header.key())));
+            return Some(format!("it holds {}", header.key()));
         }
         if !self.deep {
-            return Ok(None);
+            return None;
         }
         let whole = header.is_whole_segment();
         let mut indexer = match self.indexers.remove(&header.branch) {
             Some(indexer) if whole && indexer.position() == header.start_lsn => indexer,
             // A tail in the middle of a page can not be decoded alone; its frames were checked.
-            _ if !whole && header.start_lsn.page_offset() != 0 => return Ok(None),
+            _ if !whole && header.start_lsn.page_offset() != 0 => return None,
             _ => WalIndexer::new(self.wal, header.start_lsn, None),
         };
         if let Err(error) = indexer.push(&wal) {
-            return Ok(Some(error.to_string()));
+            return Some(error.to_string());
         }
         let decoded = indexer.take_summary();
         let stored = reader.summary();
@@ -183,64 +365,77 @@ impl Verifier {
         if whole {
             self.indexers.insert(header.branch, indexer);
         }
-        Ok(missing.map(|transaction| {
+        missing.map(|transaction| {
             format!(
                 "its summary lacks the transaction end at {}",
                 transaction.lsn
             )
-        }))
+        })
     }
 
-    fn history(&self, branch: Branch, key: &ObjectKey) -> Result<Option<String>> {
-        let system = self.wal.system_identifier;
-        let content = self.repository.get(key)?;
-        let copy = ObjectKey::HistoryCopy(system, branch);
-        if Branch::of_history(branch.timeline, &content) != branch {
-            return Ok(Some("its content is not what its name says".to_owned()));
-        }
-        if let Err(error) = TimelineHistory::parse(branch.timeline, &content) {
-            return Ok(Some(error.to_string()));
-        }
-        match self.repository.head(&copy)? {
-            None => Ok(Some("its second copy is missing".to_owned())),
-            Some(_) if self.repository.get(&copy)? != content => {
-                Ok(Some("its second copy differs".to_owned()))
+    fn history(&mut self, branch: Branch, key: &ObjectKey) -> Result<()> {
+        let copy = ObjectKey::HistoryCopy(self.wal.system_identifier, branch);
+        for key in [key, &copy] {
+            if *key == copy && self.repository.head(key)?.is_none() {
+                self.problem(key, "the second of its two copies is missing");
+            } else if let Some(content) = self.read(key)? {
+                if Branch::of_history(branch.timeline, &content) != branch {
+                    self.problem(key, "its content is not what its name says");
+                } else if let Err(error) = TimelineHistory::parse(branch.timeline, &content) {
+                    self.problem(key, &error.to_string());
+                }
             }
-            Some(_) => Ok(None),
         }
+        Ok(())
     }
 
-    fn backup(&self, id: &BackupId) -> Result<Option<String>> {
+    fn backup(&mut self, id: &BackupId) -> Result<()> {
         let system = self.wal.system_identifier;
-        let content = self
-            .repository
-            .get(&ObjectKey::BackupInfo(system, id.clone()))?;
-        let info: BackupInfo = match serde_json::from_slice(&content) {
-            Ok(info) => info,
-            Err(error) => return Ok(Some(format!("it can not be read: {error}"))),
+        let key = ObjectKey::BackupInfo(system, id.clone());
+        let Some(content) = self.read(&key)? else {
+            return Ok(());
         };
-        let slices = info.slices.iter().map(|slice| {
-            let key = ObjectKey::BackupSlice(system, id.clone(), slice.archive, slice.number);
-            (key, &slice.sha256)
-        });
-        let manifest = ObjectKey::BackupManifest(system, id.clone());
-        for (key, sha256) in slices.chain([(manifest, &info.manifest_sha256)]) {
-            if self.repository.head(&key)?.is_none() {
-                return Ok(Some(format!("{key} is missing")));
+        let info = match BackupInfo::parse(&content) {
+            Ok(info) => info,
+            Err(error) => {
+                self.problem(&key, &format!("it can not be read: {error}"));
+                return Ok(());
             }
-            let found = hex::encode(Sha256::digest(self.repository.get(&key)?));
-            if found != *sha256 {
-                return Ok(Some(format!(
-                    "{key} is damaged: SHA-256 {found}, recorded {sha256}"
-                )));
+        };
+        for (key, sha256) in repair::parts(&info) {
+            if self.repository.head(&key)?.is_none() {
+                self.problem(&key, "it is missing");
+                continue;
+            }
+            let Some(body) = self.read(&key)? else {
+                continue;
+            };
+            let found = hex::encode(Sha256::digest(body));
+            if found != sha256 {
+                self.problem(
+                    &key,
+                    &format!("it is damaged: SHA-256 {found}, recorded {sha256}"),
+                );
             }
         }
-        Ok(None)
+        Ok(())
     }
 
     /// From the oldest backup on, every byte of WAL has to be there.
     fn continuity(&mut self) -> Result<()> {
-        let catalog = Catalog::open_for_restore(None, &self.repository)?;
+        // The identity may be what is damaged here.
+        let folder = tempfile::tempdir().map_err(Error::io("create", "a temporary directory"))?;
+        let catalog = Catalog::open(folder.path(), &self.identity)?;
+        match catalog.refresh(&self.repository) {
+            // A timeline whose history is lost in both its copies: what continues what is not known.
+            Err(repository::Error::Damaged { key, problem, .. }) => {
+                self.general(format!(
+                    "continuity is not known while {key} is damaged: {problem}"
+                ));
+                return Ok(());
+            }
+            outcome => outcome?,
+        };
         let backups = catalog.backups()?;
         let size = self.wal.segment_size;
         for (branch, history, _) in catalog.branches()? {
@@ -258,7 +453,7 @@ impl Verifier {
             for backup in backups.iter().filter(|backup| backup.branch == branch) {
                 let end = catalog.contiguous_end(branch, backup.start_lsn)?;
                 if end < backup.stop_lsn {
-                    self.problems.push(format!(
+                    self.general(format!(
                         "backup {} can not be restored: WAL {end} to {} of timeline branch {branch} is missing",
                         backup.id, backup.stop_lsn
                     ));
@@ -287,7 +482,7 @@ impl Verifier {
                  whole again behind it",
                 gap.declared
             )),
-            _ => self.problems.push(format!(
+            _ => self.general(format!(
                 "WAL {start} to {end} of timeline branch {branch} is missing"
             )),
         }
@@ -313,7 +508,7 @@ impl Verifier {
             let end = catalog.contiguous_end(backup.branch, backup.start_lsn)?;
             let needed = parent.switch_lsn.align_down(size.bytes());
             if end < needed {
-                self.problems.push(format!(
+                self.general(format!(
                     "WAL {end} to {needed} of timeline branch {} is missing: backup {} can not be followed past it",
                     backup.branch, backup.id
                 ));

@@ -543,7 +543,14 @@ impl Archive {
     }
 
     fn delete_tail(&self, tail: &WalRange) -> Result<()> {
-        self.repository.delete(&tail.key(&self.cluster))?;
+        match self.repository.delete(&tail.key(&self.cluster)) {
+            // It stays, and does no harm: where the segment is sealed nobody reads its tails.
+            Err(error) if error.is_object_locked() => {
+                tracing::debug!(%error, "a tail that was replaced stays in the repository");
+                return Ok(());
+            }
+            outcome => outcome?,
+        }
         self.catalog.remove_range(tail)?;
         Ok(())
     }

@@ -11,6 +11,7 @@ use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey};
 
 use super::{archive::Archive, blocking, window::Marks};
 use crate::{
+    base_backup,
     cluster_status::ClusterStatus,
     error::Result,
     replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
@@ -26,8 +27,11 @@ const POLLS_PER_SETTINGS: u32 = 10;
 const POLL_RETRY: Duration = Duration::from_secs(10);
 /// How often the catalog is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-/// Looks between two listings of the repository's backups, which another process may have taken.
-const LOOKS_PER_LISTING: u32 = 6;
+/// Looks between two listings of the repository's backups, which another host may have taken: an hour. A listing is a
+/// request, and an idle archiver makes none; a backup taken on this host says so in the spool's directory.
+const LOOKS_PER_LISTING: u32 = 720;
+/// Looks between two listings while there is no backup, or none behind a loss: a minute.
+const LOOKS_PER_LISTING_WAITING: u32 = 12;
 
 /// Polls the server over SQL for as long as the stream lives.
 pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterStatus>) {
@@ -113,11 +117,20 @@ async fn synchronous_danger(
 pub(super) async fn look(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(LOOK_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut looks = 0;
+    let mut looks: u32 = 0;
+    let mut taken = None;
+    let mark = base_backup::mark(archive.settings());
     let marks = Arc::new(Mutex::new(Marks::default()));
     loop {
         timer.tick().await;
-        let list = looks % LOOKS_PER_LISTING == 0;
+        let known = std::mem::replace(&mut taken, std::fs::read(&mark).ok());
+        let list = if looks.is_multiple_of(LOOKS_PER_LISTING) || known != taken {
+            Listing::Now
+        } else if looks.is_multiple_of(LOOKS_PER_LISTING_WAITING) {
+            Listing::WhenWaiting
+        } else {
+            Listing::Never
+        };
         looks = looks.wrapping_add(1);
         let (looked, marks) = (Arc::clone(&archive), Arc::clone(&marks));
         if let Err(error) = blocking(move || look_once(&looked, list, &marks)).await {
@@ -126,7 +139,16 @@ pub(super) async fn look(archive: Arc<Archive>) {
     }
 }
 
-fn look_once(archive: &Arc<Archive>, list: bool, marks: &Mutex<Marks>) -> Result<()> {
+/// Whether a look asks the repository for backups.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Listing {
+    Now,
+    /// When one is waited for: the first one, or the one that mends a loss.
+    WhenWaiting,
+    Never,
+}
+
+fn look_once(archive: &Arc<Archive>, list: Listing, marks: &Mutex<Marks>) -> Result<()> {
     let mut used = 0;
     for spool in archive.spooled_branches()? {
         let segments = spool.segments()?;
@@ -150,8 +172,15 @@ fn look_once(archive: &Arc<Archive>, list: bool, marks: &Mutex<Marks>) -> Result
     });
     let catalog = archive.catalog();
     let mut backups = catalog.backups()?;
-    // The first backup, and the one that mends a loss, are waited for.
-    if list || backups.is_empty() || loss(archive, &backups)?.is_some() {
+    // A folder's listings cost nothing.
+    let folder = archive.settings().repository.url.folder().is_some();
+    let waiting = backups.is_empty() || loss(archive, &backups)?.is_some();
+    let asks = match list {
+        Listing::Now => true,
+        Listing::WhenWaiting => folder || waiting,
+        Listing::Never => folder && waiting,
+    };
+    if asks {
         let system = archive.identity().system_identifier;
         let stored = archive.repository().list(&format!("{system}/backup/"))?;
         let is_info = |key: &ObjectKey| matches!(key, ObjectKey::BackupInfo(..));
@@ -162,7 +191,7 @@ fn look_once(archive: &Arc<Archive>, list: bool, marks: &Mutex<Marks>) -> Result
     }
     let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
     // A folder is looked into at once; a bucket, where each listing has a price, as often as for backups.
-    if list || archive.settings().repository.url.folder().is_some() {
+    if list == Listing::Now || folder {
         marks.ask(archive)?;
     }
     let (window, details) = marks.look(archive, &backups)?;

@@ -50,7 +50,14 @@ fn refresh_ranges(
             if gone.remove(keys::range(&skeleton).as_slice()) {
                 continue;
             }
-            match read_footer(repository, &key, size) {
+            let footer = match read_footer(repository, &key, size) {
+                // Another place may have it as it was.
+                Err(Error::Damaged { .. }) => repository
+                    .get(&key)
+                    .and_then(|object| footer_of(repository, &key, &object)),
+                footer => footer,
+            };
+            match footer {
                 Ok(footer) => {
                     let kind = skeleton.kind;
                     let header = footer.header();
@@ -152,6 +159,19 @@ fn read_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<Se
     }
 }
 
+fn footer_of(repository: &Repository, key: &ObjectKey, object: &[u8]) -> Result<SealedFooter> {
+    let problem = match SealedFooter::from_tail(object.len() as u64, object) {
+        Ok(FooterFromTail::Complete(footer)) => return Ok(*footer),
+        Ok(FooterFromTail::NeedMore { .. }) => "its footer does not fit its length".to_owned(),
+        Err(error) => error.to_string(),
+    };
+    Err(Error::Damaged {
+        key: key.to_string(),
+        url: repository.url(),
+        problem,
+    })
+}
+
 fn refresh_backups(
     catalog: &Catalog,
     repository: &Repository,
@@ -172,7 +192,15 @@ fn refresh_backups(
         if known.contains(id) {
             continue;
         }
-        match BackupInfo::parse(&repository.get(&key)?) {
+        let body = match repository.get(&key) {
+            Err(Error::Damaged { key, problem, .. }) => {
+                tracing::error!(%key, %problem, "a damaged backup counts as missing");
+                report.damaged.push((key, problem));
+                continue;
+            }
+            body => body?,
+        };
+        match BackupInfo::parse(&body) {
             Ok(backup) => {
                 catalog.put_backup(&backup)?;
                 report.added += 1;

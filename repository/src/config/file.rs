@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
 use serde::Deserialize;
 
 use super::{
-    Acknowledge, RepositoryUrl, WhenFull,
+    Acknowledge, RepositoryUrl, Required, WhenFull,
     http::{HTTP_KEYS, HttpTable},
     repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
     s3::{S3_KEYS, S3Table},
@@ -27,6 +27,7 @@ const CLUSTER_KEYS: &[&str] = &[
     "remote_flush_bytes",
     "remote_flush_interval",
     "repositories",
+    "repositories_required",
     "repository",
     "rpo_target",
     "rto_target",
@@ -65,6 +66,7 @@ pub(super) struct ClusterTable {
     pub(super) remote_flush_bytes: Option<u64>,
     pub(super) remote_flush_interval: Option<String>,
     pub(super) repositories: Option<Vec<RepositoryTable>>,
+    pub(super) repositories_required: Option<Required>,
     pub(super) repository: Option<RepositoryUrl>,
     pub(super) rpo_target: Option<String>,
     pub(super) rto_target: Option<String>,

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde::Deserialize;
 
 use super::{
-    RepositoryPlace, RepositoryUrl, S3Settings,
+    RepositoryPlace, RepositoryUrl, Required, S3Settings,
     s3::{S3_KEYS, S3Table},
 };
 use crate::{Error, Result, encryption::KeySource};
@@ -73,6 +73,7 @@ impl RepositoryTable {
             s3: S3Settings::resolve(&self.s3, &S3Table::default())?,
             encryption: self.encryption.source()?.or_else(|| keys.cloned()),
             others: Vec::new(),
+            required: Required::default(),
         })
     }
 }

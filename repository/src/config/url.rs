@@ -4,7 +4,7 @@
 
 use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
-use super::S3Settings;
+use super::{Required, S3Settings};
 use crate::{Error, Result, encryption::KeySource};
 
 /// Where a repository is.
@@ -109,6 +109,8 @@ pub struct RepositoryPlace {
     pub encryption: Option<KeySource>,
     /// Further repositories that hold the same objects, in the order in which they are asked. Theirs is empty.
     pub others: Vec<Self>,
+    /// Which of them have to hold an object before it counts as stored.
+    pub required: Required,
 }
 
 impl RepositoryPlace {
@@ -132,6 +134,7 @@ impl From<RepositoryUrl> for RepositoryPlace {
             s3: S3Settings::default(),
             encryption: None,
             others: Vec::new(),
+            required: Required::default(),
         }
     }
 }

@@ -52,6 +52,10 @@ impl ObjectStore for ObservedStore {
         self.timed("get", || self.store.get(key))
     }
 
+    fn get_sound(&self, key: &str, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        self.timed("get", || self.store.get_sound(key, sound))
+    }
+
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
         self.timed("get", || self.store.get_range(key, range))
     }

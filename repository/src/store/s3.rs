@@ -478,6 +478,13 @@ impl ObjectStore for S3Store {
         match self.request(delete.send()) {
             Ok(_) => Ok(()),
             Err(failure) if failure.is_absent() => Ok(()),
+            Err(failure) if failure.is_denied() => Err(Error::Locked {
+                key: key.to_owned(),
+                url: self.url(),
+                problem: failure
+                    .into_error(Action::Delete, key, self.url())
+                    .to_string(),
+            }),
             Err(failure) => Err(self.failed(Action::Delete, key, failure)),
         }
     }

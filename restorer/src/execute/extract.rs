@@ -8,6 +8,7 @@ use std::{
     sync::Mutex,
 };
 
+use bytes::Bytes;
 use repository::Repository;
 use sha2::{Digest, Sha256};
 use wal_format::{
@@ -79,8 +80,9 @@ pub(super) fn fetch(
     slice: &BackupSlice,
 ) -> Result<Vec<u8>> {
     let damaged = |problem: String| damaged(backup, slice, problem);
-    let stored = repository.get(&backup.slice_key(slice))?;
-    if hex::encode(Sha256::digest(&stored)) != slice.sha256 {
+    let sound = |stored: &Bytes| hex::encode(Sha256::digest(stored)) == slice.sha256;
+    let stored = repository.get_sound(&backup.slice_key(slice), &sound)?;
+    if !sound(&stored) {
         return Err(damaged(
             "its SHA-256 is not the one that was recorded".to_owned(),
         ));

@@ -1,6 +1,6 @@
 //! The keys of one cluster in a store: data keys encrypt objects, key-encryption keys wrap data keys.
 //!
-//! `keys/{data key}/{key-encryption key}.json` is a data key, wrapped; to re-wrap is to add such an object, nothing else
+//! `keys/{data key}/{key-encryption key}.json` is a data key, wrapped, and `keys-copy/…` the same once more; to re-wrap is to add such an object, nothing else
 //! changes. Invariant: nothing is written or deleted while a data key of the cluster is closed to us: whoever has the
 //! wrong key is told so before it can do harm, and not on the day of a restore.
 
@@ -240,8 +240,12 @@ impl KeyStore {
         wrapped.wrapped = hex::encode([bytes.as_slice(), tag.as_ref()].concat());
         let json = serde_json::to_vec_pretty(&wrapped)
             .map_err(|error| self.problem(format!("write a data key: {error}")))?;
-        let name = self.name(data.id, &key.id.to_string());
-        self.store.put_if_absent(&name, &json)?;
+        let by = key.id.to_string();
+        // Twice, the copy first: without its data key an archive is noise.
+        for name in [self.copy(data.id, &by), self.name(data.id, &by)] {
+            self.store.put_if_absent(&name, &json)?;
+        }
+        let name = self.name(data.id, &by);
         // The key that will encrypt the archive for years has to be readable from where it was put.
         if *self.unwrap(data.id, key)?.key == *data.key {
             Ok(())
@@ -251,12 +255,23 @@ impl KeyStore {
     }
 
     fn unwrap(&self, id: DataKeyId, key: &Key) -> Result<DataKey> {
-        let name = self.name(id, &key.id.to_string());
-        let json = self.store.get(&name)?;
+        let by = key.id.to_string();
+        match self.unwrap_object(&self.name(id, &by), id, key) {
+            Err(error @ Error::Damaged { .. }) => {
+                tracing::error!(%error, "a wrapped data key is damaged; its copy is used");
+                self.unwrap_object(&self.copy(id, &by), id, key)
+                    .map_err(|_| error)
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn unwrap_object(&self, name: &str, id: DataKeyId, key: &Key) -> Result<DataKey> {
+        let json = self.store.get(name)?;
         let wrapped: WrappedKey = serde_json::from_slice(&json)
-            .map_err(|error| self.damaged(&name, &error.to_string()))?;
+            .map_err(|error| self.damaged(name, &error.to_string()))?;
         if wrapped.format_version != FORMAT_VERSION {
-            return Err(self.damaged(&name, "its format version is newer than this build"));
+            return Err(self.damaged(name, "its format version is newer than this build"));
         }
         let named = wrapped.data_key == id.to_string() && wrapped.wrapped_by == key.id.to_string();
         let nonce: Option<[u8; NONCE_LEN]> = hex::decode(&wrapped.nonce)
@@ -279,8 +294,12 @@ impl KeyStore {
                 made_by,
                 key,
             }),
-            None => Err(self.damaged(&name, "the data key in it is not authentic")),
+            None => Err(self.damaged(name, "the data key in it is not authentic")),
         }
+    }
+
+    fn copy(&self, id: DataKeyId, by: &str) -> String {
+        format!("{}keys-copy/{id}/{by}.json", self.root)
     }
 
     fn name(&self, id: DataKeyId, by: &str) -> String {

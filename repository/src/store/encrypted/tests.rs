@@ -213,7 +213,7 @@ fn a_new_key_starts_at_once_and_rewrapping_changes_no_object() {
     assert_eq!(both.rewrap().expect("again"), 0);
     let after = files(directory.path());
     assert!(before.iter().all(|file| after.contains(file)));
-    assert_eq!(after.len(), before.len() + 2);
+    assert_eq!(after.len(), before.len() + 4);
     for name in ["old", "new"] {
         let key = format!("main/{name}");
         assert_eq!(only_new().get(&key).expect("a get"), name.as_bytes());
@@ -222,6 +222,25 @@ fn a_new_key_starts_at_once_and_rewrapping_changes_no_object() {
         .put_if_absent("main/newer", b"newer")
         .expect("a put");
     assert_eq!(data_key("new"), data_key("newer"));
+}
+
+#[test]
+fn a_damaged_data_key_is_read_from_its_copy() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let first = store(directory.path(), "main", &[ONE]);
+    first.put_if_absent("main/x", b"x").expect("a put");
+    let wrapped = files(directory.path());
+    let wrapped = wrapped
+        .iter()
+        .find(|(name, _)| name.starts_with("main/keys/"));
+    let (name, content) = wrapped.expect("a wrapped key");
+    for at in 0..content.len() {
+        let mut damaged = content.clone();
+        damaged[at] ^= 1;
+        fs::write(directory.path().join(name), damaged).expect("a file");
+        let again = store(directory.path(), "main", &[ONE]);
+        assert_eq!(again.get("main/x").expect("a get"), &b"x"[..], "byte {at}");
+    }
 }
 
 #[test]

@@ -129,6 +129,11 @@ impl Failure {
         self.status == Some(404) && self.code == "NoSuchKey"
     }
 
+    /// Whether the store forbids what was asked, of us or of everybody: a policy, a retention lock, a legal hold.
+    pub(super) fn is_denied(&self) -> bool {
+        self.code == "AccessDenied" || self.code == "ObjectLocked"
+    }
+
     /// Whether the name has an object already.
     pub(super) fn is_taken(&self) -> bool {
         self.status == Some(412) || self.code == "PreconditionFailed"

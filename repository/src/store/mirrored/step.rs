@@ -1,0 +1,133 @@
+//! Brings one place into step with the others: what they have is copied, what they replaced is removed.
+//!
+//! Objects are written once, so names are all there is to compare. A backup's `backup.json` goes last, and a tail only when
+//! the segment that replaced it is there: at no moment is the place a worse archive than before.
+
+use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc};
+
+use wal_format::ObjectKey;
+
+use crate::{Error, ObjectStore, Result};
+
+/// What was done.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct StepReport {
+    pub(super) copied: usize,
+    pub(super) removed: usize,
+    /// Whether everything that the others have is here now.
+    pub(super) complete: bool,
+}
+
+impl StepReport {
+    pub(super) fn why(&self, url: &str) -> Error {
+        Error::S3 {
+            action: "bring into step",
+            key: String::new(),
+            url: url.to_owned(),
+            problem: "another repository could not be read".to_owned(),
+            transient: true,
+        }
+    }
+}
+
+fn names(store: &dyn ObjectStore, root: &str) -> Result<BTreeMap<String, Option<ObjectKey>>> {
+    let mut names = BTreeMap::new();
+    store.list(root, &mut |object| {
+        let key = object.key.strip_prefix(root);
+        if let Some(key) = key.and_then(|key| key.parse().ok()) {
+            names.insert(object.key, Some(key));
+        }
+        ControlFlow::Continue(())
+    })?;
+    Ok(names)
+}
+
+/// Whose segment a tail belongs to, as a name.
+fn replaced_by(key: &ObjectKey, root: &str) -> Option<String> {
+    match key {
+        ObjectKey::Tail(system, branch, name, _, _) => {
+            let segment = ObjectKey::Segment(*system, *branch, *name);
+            Some(format!("{root}{segment}"))
+        }
+        _ => None,
+    }
+}
+
+/// In which order objects are copied.
+fn rank(key: &ObjectKey) -> u8 {
+    match key {
+        ObjectKey::Epoch(_) => 0,
+        ObjectKey::History(..) | ObjectKey::HistoryCopy(..) => 1,
+        ObjectKey::BackupInfo(..) => 3,
+        _ => 2,
+    }
+}
+
+/// Copies to `store` what `others` have and it lacks. Stops early when `stop` says so.
+pub(super) fn catch_up(
+    store: &dyn ObjectStore,
+    others: &[Arc<dyn ObjectStore>],
+    root: &str,
+    stop: &dyn Fn() -> bool,
+) -> Result<StepReport> {
+    let mut here = names(store, root)?;
+    let mut report = StepReport {
+        complete: true,
+        ..StepReport::default()
+    };
+    let mut there = Vec::new();
+    for other in others {
+        match names(&**other, root) {
+            Ok(names) => there.push((other, names)),
+            Err(error) => {
+                tracing::debug!(repository = %other.url(), %error, "it can not be compared");
+            }
+        }
+    }
+    for (other, names) in &there {
+        let mut missing: Vec<(&String, &ObjectKey)> = names
+            .iter()
+            .filter_map(|(name, key)| Some((name, key.as_ref()?)))
+            .filter(|(name, key)| {
+                let replaced = replaced_by(key, root).is_some_and(|by| here.contains_key(&by));
+                !here.contains_key(*name) && !replaced
+            })
+            .collect();
+        missing.sort_by_key(|(name, key)| (rank(key), (*name).clone()));
+        for (name, key) in missing {
+            if stop() {
+                report.complete = false;
+                return Ok(report);
+            }
+            match other.get(name) {
+                Ok(body) => {
+                    store.put_if_absent(name, &body)?;
+                    here.insert(name.clone(), Some(key.clone()));
+                    report.copied += 1;
+                }
+                // Replaced since it was listed.
+                Err(error) if error.is_not_found() => {}
+                Err(error) => {
+                    tracing::warn!(%error, "an object can not be copied");
+                    report.complete = false;
+                }
+            }
+        }
+    }
+    let replaced: Vec<String> = here
+        .iter()
+        .filter(|(_, key)| {
+            let by = key.as_ref().and_then(|key| replaced_by(key, root));
+            by.is_some_and(|by| here.contains_key(&by))
+        })
+        .map(|(name, _)| name.clone())
+        .collect();
+    for name in replaced {
+        match store.delete(&name) {
+            Ok(()) => report.removed += 1,
+            Err(error) if error.is_object_locked() => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(report)
+}

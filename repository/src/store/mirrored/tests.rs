@@ -1,0 +1,187 @@
+//! Two folders as one repository: one that fails holds up nobody, catches up, and what is damaged is read elsewhere.
+
+use std::{
+    fs,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
+};
+
+use super::*;
+use crate::store::{LocalStore, testing::conformance};
+
+/// A folder that is away while it is told to be.
+#[derive(Debug)]
+struct Flaky {
+    store: LocalStore,
+    away: Arc<AtomicBool>,
+}
+
+impl Flaky {
+    fn here(&self) -> Result<&LocalStore> {
+        if self.away.load(Ordering::SeqCst) {
+            return Err(Error::S3 {
+                action: "ask",
+                key: String::new(),
+                url: self.store.url(),
+                problem: "no route".to_owned(),
+                transient: true,
+            });
+        }
+        Ok(&self.store)
+    }
+}
+
+impl ObjectStore for Flaky {
+    fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.here()?.put_if_absent(key, body)
+    }
+    fn get(&self, key: &str) -> Result<Bytes> {
+        self.here()?.get(key)
+    }
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.here()?.get_range(key, range)
+    }
+    fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
+        self.here()?.head(key)
+    }
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.here()?.list(prefix, visit)
+    }
+    fn delete(&self, key: &str) -> Result<()> {
+        self.here()?.delete(key)
+    }
+    fn ready_to_write(&self) -> Result<()> {
+        self.here()?.ready_to_write()
+    }
+    fn url(&self) -> String {
+        self.store.url()
+    }
+}
+
+fn pair(directory: &Path, required: Required) -> (MirroredStore, [Arc<AtomicBool>; 2]) {
+    let away = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let stores = ["a", "b"].into_iter().zip(&away).map(|(name, away)| {
+        let store = LocalStore::open(&directory.join(name)).expect("a folder");
+        let away = Arc::clone(away);
+        Arc::new(Flaky { store, away }) as Arc<dyn ObjectStore>
+    });
+    let store = MirroredStore::new(stores.collect(), "main", required).expect("it opens");
+    (store, away)
+}
+
+fn wait_for(what: &str, done: impl Fn() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+const SEGMENT: &str = "main/7/wal/00000001/00000000/000000010000000000000001.zst";
+const TAIL: &str =
+    "main/7/tail/00000001/000000010000000000000001/0000000001000000-0000000001002000.zst";
+
+#[test]
+fn several_stores_are_a_store() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, _) = pair(directory.path(), Required::All);
+    let store: Arc<dyn ObjectStore> = Arc::new(store);
+    conformance(&store, 0);
+}
+
+#[test]
+fn a_place_that_is_away_holds_up_nobody_and_catches_up() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, [first, second]) = pair(directory.path(), Required::Any);
+    store.keep_in_step();
+    let is_in = |place: &str, key: &str| directory.path().join(place).join(key).exists();
+    for (away, place) in [(&second, "b"), (&first, "a")] {
+        away.store(true, Ordering::SeqCst);
+        let segment = SEGMENT
+            .replace("0001.zst", &format!("000{place}.zst").to_uppercase())
+            .replace(".ZST", ".zst");
+        let epoch = format!("main/epoch/0000000{}.json", u8::from(place == "a") + 1);
+        for key in [&segment, &epoch] {
+            store.put_if_absent(key, b"wal").expect("one is enough");
+            assert_eq!(store.get(key).expect("a get"), &b"wal"[..]);
+        }
+        assert!(!is_in(place, &segment));
+        wait_for("it is known", || {
+            store.states().iter().any(|state| state.behind)
+        });
+        let absent = store.get("main/nothing").expect_err("it is nowhere");
+        assert!(
+            !absent.is_not_found(),
+            "what a place that is away has is not known: {absent}"
+        );
+        away.store(false, Ordering::SeqCst);
+        wait_for("it catches up", || {
+            is_in(place, &segment) && is_in(place, &epoch)
+        });
+        wait_for("nothing is behind", || {
+            store
+                .states()
+                .iter()
+                .all(|state| !state.behind && state.error.is_none())
+        });
+        let absent = store.get("main/nothing").expect_err("it is nowhere");
+        assert!(absent.is_not_found());
+    }
+}
+
+#[test]
+fn a_tail_goes_only_when_its_segment_is_there() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, [_, second]) = pair(directory.path(), Required::Any);
+    store.put_if_absent(TAIL, b"tail").expect("a put");
+    let tail = directory.path().join("b").join(TAIL);
+    wait_for("both have the tail", || tail.exists());
+    second.store(true, Ordering::SeqCst);
+    store.put_if_absent(SEGMENT, b"segment").expect("a put");
+    store.delete(TAIL).expect("a delete");
+    assert!(tail.exists(), "it was away");
+    second.store(false, Ordering::SeqCst);
+    store.keep_in_step();
+    wait_for("it catches up", || !tail.exists());
+    assert!(directory.path().join("b").join(SEGMENT).exists());
+    assert!(!directory.path().join("a").join(TAIL).exists());
+}
+
+#[test]
+fn all_means_all() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, [_, second]) = pair(directory.path(), Required::All);
+    second.store(true, Ordering::SeqCst);
+    let refused = store
+        .put_if_absent("main/x", b"x")
+        .expect_err("one is away");
+    assert!(refused.is_transient(), "{refused}");
+    second.store(false, Ordering::SeqCst);
+    wait_for("it is asked again", || {
+        store.put_if_absent("main/x", b"x").is_ok()
+    });
+    assert!(directory.path().join("b/main/x").exists());
+}
+
+#[test]
+fn a_damaged_object_is_read_from_the_other_place() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, _) = pair(directory.path(), Required::All);
+    store.put_if_absent("main/x", b"sound").expect("a put");
+    fs::write(directory.path().join("a/main/x"), b"wrong").expect("a file");
+    let sound = |bytes: &Bytes| &bytes[..] == b"sound";
+    assert_eq!(
+        store.get_sound("main/x", &sound).expect("it"),
+        &b"sound"[..]
+    );
+    fs::write(directory.path().join("b/main/x"), b"WRONG").expect("a file");
+    let unsound = store.get_sound("main/x", &sound).expect("as it is");
+    assert_eq!(unsound, &b"wrong"[..]);
+    fs::remove_file(directory.path().join("a/main/x")).expect("a file");
+    assert_eq!(store.get("main/x").expect("a get"), &b"WRONG"[..]);
+}
