@@ -4,6 +4,7 @@
 
 use std::{
     collections::VecDeque,
+    io::ErrorKind,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc::Sender},
     time::{Duration, Instant},
 };
@@ -126,7 +127,10 @@ impl Member {
 
     /// What failed: away, when that passes by itself; a refusal concerns one object.
     pub(super) fn failed(&self, error: &Error) {
-        if !error.is_transient() {
+        // A wrong name or range is the asker's fault, and a short object is one object's.
+        let of_one = matches!(error, Error::Store { source, .. }
+            if matches!(source.kind(), ErrorKind::InvalidInput | ErrorKind::UnexpectedEof));
+        if of_one || !error.is_transient() {
             return;
         }
         let mut state = self.lock();
