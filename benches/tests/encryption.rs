@@ -28,7 +28,7 @@ fn keys(keys: &str) -> String {
 fn with_keys(place: &Place, keys_line: &str) -> PathBuf {
     let path = place.path().join("other.toml");
     let text = format!(
-        "repository = \"file://{}/repository\"\n{keys_line}\n",
+        "repository = \"file://{}/repository\"\nhttp = \"127.0.0.1:1\"\n{keys_line}\n",
         place.path().display()
     );
     fs::write(&path, text).expect("a configuration");
