@@ -328,12 +328,7 @@ fn another_archiver_takes_over_at_once() {
     drop(load);
     let spool = place.spool().join("b");
     let archiver = place.run_with(place.command_with_spool(&server.conninfo(), &spool));
-    let lsn = server.lsn();
-    wait_flushed(&server, lsn);
-    assert_eq!(archiver.terminate().code(), Some(0));
-    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
-    let verdict = place.verify(&server.conninfo());
-    assert!(verdict.contains("no gap, no damage"), "{verdict}");
+    place.assert_whole(&server, archiver);
 }
 
 #[test]

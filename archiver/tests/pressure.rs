@@ -74,12 +74,7 @@ fn at_its_limit_the_spool_holds_the_stream_and_nothing_is_lost() {
     let kib = archiver.peak_memory_kib();
     assert!(kib < MEMORY_MAX_KIB, "{kib} KiB");
     comes_back();
-    let lsn = server.lsn();
-    wait_flushed(&server, lsn);
-    assert_eq!(archiver.terminate().code(), Some(0));
-    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
-    let verdict = place.verify(&server.conninfo());
-    assert!(verdict.contains("no gap, no damage"), "{verdict}");
+    place.assert_whole(&server, archiver);
 }
 
 #[test]

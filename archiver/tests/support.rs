@@ -396,6 +396,16 @@ impl Place {
         found
     }
 
+    /// Waits until all is flushed, ends the archiver, and finds the archive equal to the server's `pg_wal`, without a gap.
+    pub(crate) fn assert_whole(&self, server: &Server, archiver: Archiver) {
+        let lsn = server.lsn();
+        wait_flushed(server, lsn);
+        assert_eq!(archiver.terminate().code(), Some(0));
+        assert!(self.assert_equals_pg_wal(&server.data()) >= lsn);
+        let verdict = self.verify(&server.conninfo());
+        assert!(verdict.contains("no gap, no damage"), "{verdict}");
+    }
+
     /// Compares every archived byte with the server's own files; the end of what was compared.
     pub(crate) fn assert_equals_pg_wal(&self, data: &Path) -> Lsn {
         let mut end = Lsn::ZERO;
