@@ -81,7 +81,7 @@ impl ArchiveCommands {
                         wal_keep_size = 8GB\nautovacuum = off\narchive_mode = on\narchive_command = '/bin/false'\n";
         let cluster = Cluster::start(bin, 16, settings)?;
         let place = Place::new()?;
-        pgbench(&cluster, &["-q", "-i", "-s", "50"])?;
+        cluster.pgbench(&["-q", "-i", "-s", "50"])?;
         let mut sql = connect(&cluster.conninfo())?;
         let start: String = sql
             .query_one("SELECT pg_walfile_name(pg_switch_wal() + 1)", &[])?
@@ -92,7 +92,7 @@ impl ArchiveCommands {
         succeed(backup.args(["--conninfo", &cluster.conninfo(), "backup"]))?;
         daemon.stop()?;
         let names = loop {
-            pgbench(&cluster, &["-n", "-c", "8", "-j", "2", "-t", "10000"])?;
+            cluster.pgbench(&["-n", "-c", "8", "-j", "2", "-t", "10000"])?;
             let current: String = sql
                 .query_one("SELECT pg_walfile_name(pg_current_wal_lsn())", &[])?
                 .get(0);
@@ -351,14 +351,6 @@ fn segments(pg_wal: &Path, from: &str, to: &str) -> Result<Vec<PathBuf>> {
     }
     names.sort();
     Ok(names)
-}
-
-fn pgbench(cluster: &Cluster, arguments: &[&str]) -> Result<()> {
-    let mut pgbench = cluster.program("pgbench")?;
-    pgbench.arg("-h").arg(cluster.socket_directory());
-    pgbench.args(["-p", &PORT.to_string(), "-U", "postgres"]);
-    succeed(pgbench.args(arguments).arg("postgres"))?;
-    Ok(())
 }
 
 impl Measured {

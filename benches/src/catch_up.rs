@@ -18,7 +18,7 @@ use wal_format::Lsn;
 
 use crate::{
     cluster::Cluster,
-    programs::{directory, ours, succeed},
+    programs::{directory, ours},
     usage::{Usage, Watched},
 };
 
@@ -73,7 +73,7 @@ impl CatchUp {
         );
         let cluster = Cluster::start(bin, 16, &settings)?;
         let mut sql = cluster.connect()?;
-        pgbench(&cluster, &["-q", "-i", "-s", "50"])?;
+        cluster.pgbench(&["-q", "-i", "-s", "50"])?;
         sql.batch_execute("CHECKPOINT; SELECT pg_switch_wal()")?;
         for round in 0..self.runs {
             for name in ["ours", "theirs"] {
@@ -103,7 +103,7 @@ impl CatchUp {
             if made >= self.wal_bytes {
                 break;
             }
-            pgbench(&cluster, &["-n", "-c", "8", "-j", "2", "-t", TRANSACTIONS])?;
+            cluster.pgbench(&["-n", "-c", "8", "-j", "2", "-t", TRANSACTIONS])?;
         }
         // Complete segments for everybody: an open one is not compressed by pg_receivewal.
         sql.batch_execute("CHECKPOINT; SELECT pg_switch_wal()")?;
@@ -136,16 +136,6 @@ impl CatchUp {
         }
         Ok(Measured { wal_bytes, rounds })
     }
-}
-
-fn pgbench(cluster: &Cluster, arguments: &[&str]) -> Result<()> {
-    let mut pgbench = cluster.program("pgbench")?;
-    let directory = cluster.data();
-    let directory = directory.parent().context("the cluster's directory")?;
-    pgbench.arg("-h").arg(directory);
-    pgbench.args(["-p", &crate::cluster::PORT.to_string(), "-U", "postgres"]);
-    succeed(pgbench.args(arguments).arg("postgres"))?;
-    Ok(())
 }
 
 fn run_theirs(cluster: &Cluster, round: u32, end: Lsn) -> Result<Run> {

@@ -176,6 +176,18 @@ impl Cluster {
         Ok(command)
     }
 
+    /// Runs pgbench in the database postgres until it ends.
+    ///
+    /// # Errors
+    /// When it fails; what it said is in the error.
+    pub fn pgbench(&self, arguments: &[&str]) -> Result<()> {
+        let mut pgbench = self.program("pgbench")?;
+        pgbench.arg("-h").arg(self.socket_directory());
+        pgbench.args(["-p", &PORT.to_string(), "-U", "postgres"]);
+        succeed(pgbench.args(arguments).arg("postgres"))?;
+        Ok(())
+    }
+
     /// The programs' directory.
     #[must_use]
     pub fn bin(&self) -> &Path {

@@ -8,14 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use postgres::Client;
 
-use crate::{
-    cluster::{Cluster, PORT},
-    main_job::Place,
-    programs::{directory, succeed},
-};
+use crate::{cluster::Cluster, main_job::Place, programs::directory};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// One small row: the commit is all that costs.
@@ -154,15 +150,22 @@ impl CommitLatency {
         let place = directory()?;
         let script = place.path().join("script.sql");
         fs::write(&script, SCRIPT)?;
-        let mut pgbench = cluster.program("pgbench")?;
-        let data = cluster.data();
-        let socket = data.parent().context("the cluster's directory")?;
-        pgbench.arg("-h").arg(socket).arg("-f").arg(&script);
-        pgbench.args(["-p", &PORT.to_string(), "-U", "postgres", "-n", "-j", "2"]);
-        pgbench.args(["-c", &clients.to_string(), "-T", &self.seconds.to_string()]);
-        let prefix = place.path().join("log");
-        pgbench.arg("--log").arg("--log-prefix").arg(&prefix);
-        succeed(pgbench.arg("postgres"))?;
+        let (script_name, prefix) = (script.to_string_lossy(), place.path().join("log"));
+        let (clients, seconds) = (clients.to_string(), self.seconds.to_string());
+        cluster.pgbench(&[
+            "-n",
+            "-j",
+            "2",
+            "-c",
+            &clients,
+            "-T",
+            &seconds,
+            "-f",
+            &script_name,
+            "--log",
+            "--log-prefix",
+            &prefix.to_string_lossy(),
+        ])?;
         let mut latencies = Vec::new();
         for entry in fs::read_dir(place.path())? {
             let path = entry?.path();
