@@ -20,6 +20,7 @@ pub mod room;
 pub mod seal;
 pub mod session;
 pub mod start;
+pub mod stored;
 pub mod tail;
 pub mod voice;
 pub(crate) mod window;
@@ -223,6 +224,8 @@ impl Pipeline {
             timer.abort();
         }
         let archive = Arc::downgrade(&self.archive);
+        // The closure takes the other fields only; this one would live on until we return, and be waited for.
+        drop(self.archive);
         let stopped = blocking(move || {
             self.spool.stop();
             self.backlog.stop();

@@ -18,13 +18,16 @@ use std::{
 
 use repository::{ClusterIdentity, Repository, config::ClusterSettings};
 use wal_format::{
-    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SealedReader, SealedWriter, SegmentName,
-    SegmentNo, SegmentSummary, TimelineHistory, TimelineId, WalFileName, WalIdentity, WalIndexer,
+    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
+    TimelineHistory, TimelineId, WalFileName, WalIdentity, WalIndexer,
 };
 
 use crate::{
     error::{Error, Result},
-    pipeline::archive::put_wal,
+    pipeline::{
+        seal::seal_range,
+        stored::{compare_wal, put_wal},
+    },
     spool::long_header_identity,
 };
 
@@ -193,18 +196,9 @@ impl Pusher<'_> {
     /// As [`Pusher::push`].
     pub fn store(&self, file: &WalFile, checked: &Checked) -> Result<()> {
         let header = &checked.header;
-        let key = header.key();
-        let broken = |source| Error::Sealed {
-            object: key.to_string(),
-            source,
-        };
-        let mut writer =
-            SealedWriter::new(*header, self.settings.compression_level).map_err(broken)?;
-        file.pieces(header.raw_bytes(), |piece| {
-            writer.push(piece).map_err(broken)
-        })?;
-        let object = writer.finish(&checked.summary, None).map_err(broken)?;
         let read = |bytes: &mut [u8], offset: u64| file.read_at(bytes, offset);
+        let level = self.settings.compression_level;
+        let object = seal_range(level, *header, &checked.summary, None, &read)?;
         put_wal(self.repository, header, &object, "the pushed file", &read)
             .map_err(|error| differs(file, error))?;
         Ok(())
@@ -403,33 +397,10 @@ impl Pusher<'_> {
 
 /// Compares the file with what is archived of the range of `header`.
 fn compare(file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
-    let key = header.key();
-    let damaged = |source| Error::Sealed {
-        object: key.to_string(),
-        source,
-    };
-    let reader = SealedReader::open(object).map_err(damaged)?;
-    let mut ours = Vec::new();
-    let mut frames = reader.frames().map_err(damaged)?;
-    while let Some(frame) = frames.next() {
-        let (lsn, archived) = frame.map_err(damaged)?;
-        let common = header.end_lsn.bytes_since(lsn).min(archived.len() as u64);
-        let archived = &archived[..usize::try_from(common).unwrap_or(archived.len())];
-        ours.resize(archived.len(), 0);
-        file.read_at(&mut ours, lsn.bytes_since(header.start_lsn))?;
-        if ours != archived
-            && let Some(index) = ours.iter().zip(archived).position(|(new, old)| new != old)
-        {
-            let divergence = Error::Divergence {
-                branch: header.branch,
-                lsn: lsn.add(index as u64),
-                from: "the pushed file",
-                ours: key.to_string(),
-            };
-            return Err(differs(file, divergence));
-        }
-    }
-    Ok(())
+    let read = |bytes: &mut [u8], offset: u64| file.read_at(bytes, offset);
+    let name = header.key().to_string();
+    compare_wal(object, &name, header, "the pushed file", &read)
+        .map_err(|error| differs(file, error))
 }
 
 /// Other bytes under an archived name are exit 1 here, by contract.

@@ -384,25 +384,29 @@ fn remove_file(path: &Path) -> Result<()> {
 
 /// Makes a directory and its parents, each durable in its parent.
 fn create_directory(path: &Path) -> Result<()> {
-    if path.is_dir() {
-        return Ok(());
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    let existed = path.is_dir();
+    if !existed {
+        if let Some(parent) = parent {
+            create_directory(parent)?;
+        }
+        match fs::create_dir(path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(Error::io("create directory", path)(error)),
+        }
     }
-    if let Some(parent) = path.parent()
-        && !parent.as_os_str().is_empty()
-    {
-        create_directory(parent)?;
+    // One that is there may have been made by a process that died before this; not when its parent is closed to us.
+    match parent.map_or(Ok(()), sync_directory) {
+        Err(Error::Io { source, .. })
+            if existed && source.kind() == io::ErrorKind::PermissionDenied =>
+        {
+            Ok(())
+        }
+        outcome => outcome,
     }
-    match fs::create_dir(path) {
-        Ok(()) => {}
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => return Err(Error::io("create directory", path)(error)),
-    }
-    if let Some(parent) = path.parent()
-        && !parent.as_os_str().is_empty()
-    {
-        sync_directory(parent)?;
-    }
-    Ok(())
 }
 
 /// Makes names in a directory durable. Never retried: after a failed fsync the kernel may have dropped the pages.

@@ -17,7 +17,7 @@ use wal_format::{
     SegmentSummary, TimelineHistory, TimelineId, TransactionEnd, WalIdentity,
 };
 
-use super::{room::Room, start::Held};
+use super::{room::Room, start::Held, stored::put_wal};
 use crate::{
     cluster_status::ClusterStatus,
     core::{
@@ -554,50 +554,4 @@ impl Archive {
         self.catalog.remove_range(tail)?;
         Ok(())
     }
-}
-
-/// Puts a sealed range, reads it back and compares it with the WAL it was made of; its size in the repository.
-///
-/// # Errors
-/// [`Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
-pub fn put_wal(
-    repository: &Repository,
-    header: &SealedHeader,
-    object: &[u8],
-    from: &'static str,
-    wal: &dyn Fn(&mut [u8], u64) -> Result<()>,
-) -> Result<u64> {
-    let key = header.key();
-    match repository.put(&key, object) {
-        // Made again it may differ in its compression or its proof; what counts is the WAL in it.
-        Err(error) if error.is_conflict() => {}
-        outcome => {
-            outcome?;
-        }
-    }
-    let damaged = |source| Error::Sealed {
-        object: format!("{key} in {}", repository.url()),
-        source,
-    };
-    let stored = repository.get(&key)?;
-    let reader = SealedReader::open(&stored).map_err(damaged)?;
-    let mut ours = Vec::new();
-    let mut frames = reader.frames().map_err(damaged)?;
-    while let Some(frame) = frames.next() {
-        let (lsn, bytes) = frame.map_err(damaged)?;
-        ours.resize(bytes.len(), 0);
-        wal(&mut ours, lsn.bytes_since(header.start_lsn))?;
-        // The whole first: looking for the place byte by byte is for the day when they differ.
-        if ours != bytes
-            && let Some(index) = ours.iter().zip(bytes).position(|(new, old)| new != old)
-        {
-            return Err(Error::Divergence {
-                branch: header.branch,
-                lsn: lsn.add(index as u64),
-                from,
-                ours: format!("{key} in {}", repository.url()),
-            });
-        }
-    }
-    Ok(stored.len() as u64)
 }

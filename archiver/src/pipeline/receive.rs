@@ -161,7 +161,7 @@ impl Receive {
                 room = self.intake.room(), if course.held.is_some() => {
                     let room = room.map_err(|_| spool_stopped())?;
                     if let Some(command) = course.held.take() {
-                        room.send(command);
+                        self.intake.hand_over_late(room, command);
                     }
                     course.heard = Instant::now();
                 }

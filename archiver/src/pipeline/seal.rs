@@ -232,15 +232,16 @@ fn seal(
         identity.segment_size,
         segment,
     );
-    let object = seal_range(archive, header, &indexed.summary, indexed.proven, &read)?;
+    let level = archive.settings().compression_level;
+    let object = seal_range(level, header, &indexed.summary, indexed.proven, &read)?;
     archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &read)?;
     archive.note_sealed(branch, segment)?;
     Ok(indexed.summary.open_record_lsn)
 }
 
 /// Compresses a range that `read` yields.
-pub(super) fn seal_range(
-    archive: &Archive,
+pub(crate) fn seal_range(
+    compression_level: i32,
     header: SealedHeader,
     summary: &SegmentSummary,
     proven: Option<PgTimestamp>,
@@ -251,8 +252,7 @@ pub(super) fn seal_range(
         source,
     };
     let length = header.raw_bytes();
-    let mut writer =
-        SealedWriter::new(header, archive.settings().compression_level).map_err(broken)?;
+    let mut writer = SealedWriter::new(header, compression_level).map_err(broken)?;
     let mut buffer = vec![0; READ_BYTES];
     let mut offset = 0;
     while offset < length {

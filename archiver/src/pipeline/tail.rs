@@ -140,7 +140,8 @@ fn store(archive: &Archive, tail: &TailCut) -> Result<()> {
             .read_exact_at(bytes, base + offset)
             .map_err(Error::io("read", &path))
     };
-    let object = seal_range(archive, header, &tail.summary, tail.proven, &read)?;
+    let level = archive.settings().compression_level;
+    let object = seal_range(level, header, &tail.summary, tail.proven, &read)?;
     let range = archive.store_wal(&header, &object, &tail.summary, tail.proven, &read)?;
     archive.note_tail(range)
 }

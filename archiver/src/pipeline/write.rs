@@ -149,7 +149,17 @@ impl Intake {
     /// With the command that has to wait for [`Intake::room`]; when the thread has ended.
     pub fn hand_over(&self, received: Received) -> Result<(), TrySendError<Command>> {
         self.queued.fetch_add(1, Ordering::AcqRel);
-        self.commands.try_send(Command::Data(received))
+        let sent = self.commands.try_send(Command::Data(received));
+        if sent.is_err() {
+            self.queued.fetch_sub(1, Ordering::AcqRel);
+        }
+        sent
+    }
+
+    /// Hands over what had to wait, into the room that [`Intake::room`] found.
+    pub fn hand_over_late(&self, room: mpsc::Permit<'_, Command>, command: Command) {
+        self.queued.fetch_add(1, Ordering::AcqRel);
+        room.send(command);
     }
 
     /// Waits for room at the spool thread.
