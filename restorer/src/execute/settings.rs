@@ -11,7 +11,7 @@ use repository::config::RepositoryPlace;
 use wal_format::{ControlFile, control_file::ControlFileError, layout::history_file_name};
 
 use super::{Destination, PLAN_FILE};
-use crate::{Error, RestorePlan, Result, Stop, inventory::Archive};
+use crate::{Error, RestorePlan, Result, Stop, inventory::Archive, look_ahead};
 
 /// What PostgreSQL does when it has reached the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -75,7 +75,7 @@ pub(super) fn write(
     create(&directory.join(PLAN_FILE), &json)?;
     append(
         &directory.join("postgresql.auto.conf"),
-        &lines(archive, plan, destination)?,
+        &lines(archive, plan, &json, destination)?,
     )?;
     let signal = if recovery.standby {
         "standby.signal"
@@ -120,7 +120,12 @@ pub(super) fn complete(directory: &Path, control: &[u8]) -> Result<bool> {
     Ok(made)
 }
 
-fn lines(archive: &Archive, plan: &RestorePlan, destination: &Destination) -> Result<String> {
+fn lines(
+    archive: &Archive,
+    plan: &RestorePlan,
+    json: &[u8],
+    destination: &Destination,
+) -> Result<String> {
     let recovery = &destination.recovery;
     let timeline = plan
         .path
@@ -151,7 +156,10 @@ fn lines(archive: &Archive, plan: &RestorePlan, destination: &Destination) -> Re
         command.push_str(&shell_quoted(&plan_file.display().to_string()));
     }
     // restore_command knows %f, %p and %r; any other percent sign is a literal one and is doubled.
-    let command = format!("{} %f %p", command.replace('%', "%%"));
+    let mut command = format!("{} %f %p", command.replace('%', "%%"));
+    if !recovery.standby {
+        command.insert_str(0, &look_ahead::shell_shortcut(json));
+    }
     let mut settings: Vec<(&str, String)> = vec![("restore_command", command)];
     for name in [
         "recovery_target",

@@ -1,0 +1,287 @@
+//! The process that is ahead of a recovery: fetches what PostgreSQL will ask for, and ends when nobody asks any more.
+//!
+//! Invariant: a file gets its name when it is whole and checked; what is ready or in the making is bounded in bytes.
+
+use std::{
+    collections::VecDeque,
+    fs::{self, File, OpenOptions},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use repository::{ClusterIdentity, Repository};
+use rustix::fs::{FlockOperation, flock};
+use wal_format::{SegmentName, SegmentNo, SegmentSize, TimelineId};
+
+use super::{LOCK, UNFINISHED, rename};
+use crate::{Error, RestorePlan, Result, wal_fetch};
+
+/// What may lie ready or be in the making. Sixteen segments of 16 MiB: more than PostgreSQL replays in the time of one
+/// fetch from a far store by several threads.
+const WINDOW_BYTES: u64 = 256 << 20;
+/// More than this many fetches at once win nothing: the replay is one process.
+const THREADS_MAX: u64 = 4;
+/// The replay goes first; while it waits, the processor is free.
+const NICENESS: i32 = 5;
+/// How long nothing was asked for before the process ends. A replay that takes longer over what it has starts it again.
+const IDLE_MAX: Duration = Duration::from_secs(30);
+/// How often it is looked whether something was taken.
+const POLL: Duration = Duration::from_millis(5);
+
+/// Fetches into `folder` what follows `name`, by the plan or without one on its timeline, until all was taken or nobody
+/// takes any more.
+///
+/// # Errors
+/// When the folder can not be made; a segment that can not be fetched is left to `wal-fetch`, which says why.
+pub fn run(
+    repository: &Repository,
+    plan: Option<&RestorePlan>,
+    name: &str,
+    folder: &Path,
+) -> Result<()> {
+    let asked: SegmentName = name
+        .parse()
+        .map_err(|error| Error::usage(format!("{error}")))?;
+    let identity = wal_fetch::identity(repository)?;
+    let size = identity.wal_segment_size;
+    let Some(from) = asked.segment(size) else {
+        return Ok(());
+    };
+    let Some(lock) = hold(folder)? else {
+        return Ok(());
+    };
+    let names = match plan {
+        Some(plan) => {
+            let mut names = segments(plan, size);
+            names.retain(|name| name.segment(size).is_some_and(|number| number > from));
+            Names::Planned(names)
+        }
+        None => Names::Following(asked.timeline, from.next()),
+    };
+    let fetcher = Fetcher {
+        repository,
+        identity,
+        plan,
+        folder,
+        server: folder
+            .ancestors()
+            .nth(3)
+            .map(|data| data.join("postmaster.pid"))
+            .filter(|running| running.exists()),
+        window: usize::try_from((WINDOW_BYTES / size.bytes()).max(2)).unwrap_or(2),
+        state: Mutex::new(State {
+            names,
+            ready: VecDeque::new(),
+            taken: Instant::now(),
+        }),
+    };
+    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+        tracing::debug!(%error, "fetching ahead keeps its priority");
+    }
+    let threads = (WINDOW_BYTES / 2 / size.bytes()).clamp(1, THREADS_MAX);
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| fetcher.work());
+        }
+    });
+    drop(fs::remove_dir_all(folder));
+    drop(lock);
+    // Goes when no other recovery's folder is in it.
+    if let Some(all) = folder.parent() {
+        drop(fs::remove_dir(all));
+    }
+    Ok(())
+}
+
+struct Fetcher<'a> {
+    repository: &'a Repository,
+    identity: ClusterIdentity,
+    plan: Option<&'a RestorePlan>,
+    folder: &'a Path,
+    /// Says that the server runs which asks; `None` where none does.
+    server: Option<PathBuf>,
+    /// How many segments may be ready or in the making.
+    window: usize,
+    state: Mutex<State>,
+}
+
+struct State {
+    names: Names,
+    /// What was begun and not seen taken, in the order in which it was begun.
+    ready: VecDeque<PathBuf>,
+    /// When something was last taken.
+    taken: Instant,
+}
+
+/// What was not begun.
+enum Names {
+    /// In the order of replay.
+    Planned(VecDeque<SegmentName>),
+    /// From here on, until one is not sealed yet.
+    Following(TimelineId, SegmentNo),
+    Ended,
+}
+
+enum Next {
+    Fetch(SegmentName),
+    Wait,
+    End,
+}
+
+impl Fetcher<'_> {
+    fn work(&self) {
+        loop {
+            match self.next() {
+                Next::Fetch(name) => self.fetch(name),
+                Next::Wait => thread::sleep(POLL),
+                Next::End => return,
+            }
+        }
+    }
+
+    fn next(&self) -> Next {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        // They are taken in this order; one that could not be fetched is gone too.
+        while let Some(first) = state.ready.front()
+            && !first.exists()
+            && !unfinished(first).exists()
+        {
+            state.ready.pop_front();
+            state.taken = Instant::now();
+        }
+        // A stopped server asks for nothing more, and its directory may be on its way out.
+        let stopped = self
+            .server
+            .as_ref()
+            .is_some_and(|running| !running.exists());
+        let over = stopped || state.taken.elapsed() > IDLE_MAX || !self.folder.exists();
+        let all_begun = match &state.names {
+            Names::Planned(names) => names.is_empty(),
+            Names::Following(..) => false,
+            Names::Ended => true,
+        };
+        if over || (all_begun && state.ready.is_empty()) {
+            return Next::End;
+        }
+        if all_begun || state.ready.len() >= self.window {
+            return Next::Wait;
+        }
+        let size = self.identity.wal_segment_size;
+        let name = match &mut state.names {
+            Names::Planned(names) => names.pop_front(),
+            Names::Following(timeline, number) => {
+                let name = SegmentName::new(*timeline, *number, size);
+                *number = number.next();
+                Some(name)
+            }
+            Names::Ended => None,
+        };
+        let Some(name) = name else {
+            return Next::Wait;
+        };
+        let path = self.folder.join(name.to_string());
+        // Created under the lock, so that the order of fetching is the order of replay.
+        if File::create(unfinished(&path)).is_err() {
+            return Next::End;
+        }
+        state.ready.push_back(path);
+        Next::Fetch(name)
+    }
+
+    fn fetch(&self, name: SegmentName) {
+        let path = self.folder.join(name.to_string());
+        let new = unfinished(&path);
+        let whole = self.write(name, &new).unwrap_or(false);
+        if whole && rename(&new, &path).is_ok() {
+            return;
+        }
+        // Without a plan it is known only so that something comes next.
+        if self.plan.is_none() {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.names = Names::Ended;
+        }
+        drop(fs::remove_file(&new));
+    }
+
+    fn write(&self, name: SegmentName, path: &Path) -> Result<bool> {
+        // No fsync: PostgreSQL does it when it takes the file, and after a crash nothing of this is believed.
+        let mut options = OpenOptions::new();
+        let file = options.write(true).truncate(true).create(true).mode(0o600);
+        let mut file = file.open(path).map_err(Error::io("create", path))?;
+        match self.plan {
+            Some(plan) => {
+                wal_fetch::segment(self.repository, &self.identity, Some(plan), name, &mut file)
+            }
+            None => wal_fetch::sealed(self.repository, &self.identity, name, &mut file),
+        }
+    }
+}
+
+/// The segments of the plan in the order of replay. Where the path changes timelines within a segment, PostgreSQL asks for
+/// the newer timeline's file first.
+fn segments(plan: &RestorePlan, size: SegmentSize) -> VecDeque<SegmentName> {
+    let mut names = VecDeque::new();
+    let mut number = size.segment_of(plan.start_lsn);
+    while number.start_lsn(size) < plan.wal_end_lsn {
+        let holder = plan
+            .path
+            .iter()
+            .rev()
+            .find(|part| part.from < number.end_lsn(size));
+        if let Some(part) = holder {
+            names.push_back(SegmentName::new(part.branch.timeline, number, size));
+        }
+        number = number.next();
+    }
+    names
+}
+
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(UNFINISHED);
+    name.into()
+}
+
+/// Takes the folder, emptied of what an earlier process left; `None` when one that lives has it.
+fn hold(folder: &Path) -> Result<Option<File>> {
+    fs::create_dir_all(folder).map_err(Error::io("create directory", folder))?;
+    let path = folder.join(LOCK);
+    let mut options = OpenOptions::new();
+    let lock = options.write(true).create(true).truncate(false).open(&path);
+    let lock = lock.map_err(Error::io("open", &path))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(None);
+    }
+    for entry in fs::read_dir(folder)
+        .map_err(Error::io("list", folder))?
+        .flatten()
+    {
+        if entry.file_name() != LOCK {
+            drop(fs::remove_file(entry.path()));
+        }
+    }
+    remove_older(folder);
+    Ok(Some(lock))
+}
+
+/// What the same recovery left before the host was started again takes room and is never looked at.
+fn remove_older(folder: &Path) {
+    let Some(key) = folder
+        .file_name()
+        .and_then(|name| name.to_str()?.split_once('-'))
+        .map(|(key, _)| format!("{key}-"))
+    else {
+        return;
+    };
+    let entries = folder.parent().and_then(|all| fs::read_dir(all).ok());
+    for entry in entries.into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let is_ours = name.to_str().is_some_and(|name| name.starts_with(&key));
+        if is_ours && entry.path() != folder {
+            drop(fs::remove_dir_all(entry.path()));
+        }
+    }
+}
