@@ -1,7 +1,7 @@
 //! The spool: received WAL on this host's disk, fsynced, until the repository holds it.
 //!
 //! `{spool}/{cluster}/wal/{system identifier}/{branch}/` holds `SEGMENT` (complete, waiting to be sealed) and at most one
-//! `SEGMENT.partial` (open; its length is what was written) and, but for timeline 1, `history`.
+//! `SEGMENT.partial` (open: what was written, then zeros) and, but for timeline 1, `history`.
 //! Invariant: where to resume is derived from these files' content alone; a crash at any instant leaves a readable spool.
 
 mod open_segment;
@@ -15,6 +15,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
@@ -28,6 +29,7 @@ pub use prime::primed_indexer;
 pub use writer::{CompletedSegment, SpoolWriter, TailCut};
 
 use crate::error::{Error, Result};
+use open_segment::content_length;
 
 /// The file that one archiver locks.
 const LOCK_FILE: &str = "lock";
@@ -195,7 +197,7 @@ pub struct BranchSpool {
 pub struct SpooledSegments {
     /// Complete segments, by number.
     pub complete: Vec<SegmentNo>,
-    /// The open segment, the first whose file was not renamed, and the length of its file.
+    /// The open segment, the first whose file was not renamed, and the length of its content.
     pub open: Option<(SegmentNo, u64)>,
     /// Segments behind the open one that a crash left. They are renamed in order before anything behind them is
     /// reported, so nothing of these was ever acknowledged.
@@ -271,7 +273,9 @@ impl BranchSpool {
                 }
                 Ok(WalFileName::Partial(segment)) => {
                     let path = self.directory.join(&name);
-                    let length = fs::metadata(&path).map_err(Error::io("stat", &path))?.len();
+                    let length = File::open(&path)
+                        .and_then(|file| content_length(&file))
+                        .map_err(Error::io("read", &path))?;
                     open.extend(segment.segment(self.segment_size).map(|s| (s, length)));
                 }
                 _ => {}
@@ -283,19 +287,28 @@ impl BranchSpool {
         Ok(found)
     }
 
-    /// The bytes of a segment, complete or open; `None` when the spool has it not.
+    /// The bytes of a segment, complete or what the open one holds before zeros; `None` when the spool has it not.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn read(&self, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
-        for path in [self.path(segment), self.partial_path(segment)] {
-            match fs::read(&path) {
-                Ok(bytes) => return Ok(Some(bytes)),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::io("read", path)(error)),
-            }
+        let complete = self.path(segment);
+        match fs::read(&complete) {
+            Ok(bytes) => return Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io("read", complete)(error)),
         }
-        Ok(None)
+        let partial = self.partial_path(segment);
+        let read = File::open(&partial).and_then(|file| {
+            let mut bytes = vec![0; usize::try_from(content_length(&file)?).unwrap_or(usize::MAX)];
+            file.read_exact_at(&mut bytes, 0)?;
+            Ok(bytes)
+        });
+        match read {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", partial)(error)),
+        }
     }
 
     /// Removes a complete segment; fine when it is gone already.

@@ -116,13 +116,16 @@ impl SpoolWriter {
         if segments.open.is_some() {
             let mut open = OpenSegment::open(spool, segment)?;
             let valid = valid_length(&open, &mut writer.indexer, segment_start)?;
-            if valid < open.length() {
+            let content = segments.open.map_or(0, |(_, length)| length);
+            if valid < content {
                 tracing::info!(
                     file = %open.partial_path().display(),
                     from = %segment_start.add(valid),
-                    bytes = open.length() - valid,
+                    bytes = content - valid,
                     "cut the torn end of the spool; it is streamed again"
                 );
+            }
+            if valid < open.length() {
                 open.truncate(valid)?;
             }
             let mut bytes = vec![0; usize::try_from(valid).unwrap_or(usize::MAX)];
