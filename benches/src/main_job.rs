@@ -118,6 +118,12 @@ impl Place {
         self.directory.path()
     }
 
+    /// The store of a place in a bucket.
+    #[must_use]
+    pub fn store(&self) -> Option<&ObjectStoreServer> {
+        self.store.as_ref()
+    }
+
     /// One of our programs with repository and spool of this place.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use std::{
     hash::{BuildHasher, RandomState},
     io::{BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener, TcpStream},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -161,6 +161,12 @@ impl ObjectStoreServer {
     #[must_use]
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address())
+    }
+
+    /// Where it keeps everything: what whoever runs it can read.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// The settings of `tidemark.toml` that reach it.

@@ -1,6 +1,6 @@
 //! The main job with a bucket as the repository: the archiver's host is lost, and only the bucket is left.
 //!
-//! `TIDEMARK_LONG=1` loses it twenty times for each class of durability and prints the percentiles.
+//! `TIDEMARK_LONG=1` loses it fifty times for each class of durability and prints the percentiles.
 
 use benches::{
     host_loss::{self, percentile},
@@ -16,7 +16,7 @@ fn lose_the_host(settings: &str) -> Vec<f64> {
         return Vec::new();
     };
     let times = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        20
+        50
     } else {
         2
     };
