@@ -4,6 +4,7 @@
 //! disturb the stream. Invariant: what is not known is `None`, never 0, and [`judge`] is the only place where facts
 //! become a light.
 
+use repository::store::RequestReport;
 use serde::Serialize;
 use wal_format::{BackupId, ClusterName, Lsn, Outcome, PgTimestamp, SystemIdentifier, TimelineId};
 
@@ -222,6 +223,8 @@ pub struct ClusterReport {
     pub counters: Counters,
     /// Where the WAL goes.
     pub repository: String,
+    /// What this daemon asked of its buckets; `None` for folders, which cost nothing.
+    pub requests: Option<RequestReport>,
     /// The greatest RPO of the last 24 hours.
     pub rpo_max_24h_seconds: Option<f64>,
     /// When the repository was last proved to hold everything that the primary had flushed.

@@ -7,7 +7,7 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use wal_format::ClusterName;
 
-use crate::{Error, Result};
+use crate::{Error, Result, store::RequestMeter};
 
 mod file;
 mod http;
@@ -471,6 +471,7 @@ fn cluster(
                 .repositories_required
                 .or(defaults.repositories_required)
                 .unwrap_or_default(),
+            requests: RequestMeter::default(),
         },
         name,
         spool,

@@ -540,7 +540,12 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
 fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>> {
     Ok(match &place.url {
         RepositoryUrl::Folder(folder) => Arc::new(LocalStore::open(folder)?),
-        RepositoryUrl::S3 { bucket, prefix } => Arc::new(S3Store::open(bucket, prefix, &place.s3)?),
+        RepositoryUrl::S3 { bucket, prefix } => Arc::new(S3Store::open(
+            bucket,
+            prefix,
+            &place.s3,
+            place.requests.clone(),
+        )?),
     })
 }
 

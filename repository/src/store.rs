@@ -16,6 +16,7 @@ mod encrypted;
 mod local;
 mod mirrored;
 mod observed;
+mod requests;
 pub mod retry;
 mod s3;
 #[cfg(any(test, feature = "testing"))]
@@ -26,6 +27,7 @@ pub(crate) use encrypted::SUFFIX as ENCRYPTED_SUFFIX;
 pub use local::LocalStore;
 pub use mirrored::{MemberState, MirroredStore};
 pub use observed::{ObservedStore, Observer};
+pub use requests::{RequestCounts, RequestKind, RequestMeter, RequestReport};
 pub use s3::S3Store;
 
 /// What a `put` found.

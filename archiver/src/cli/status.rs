@@ -158,6 +158,7 @@ fn print_daemon(report: &Value) {
         ),
         ("last backup", text("/last_backup/id")),
         ("repository", text("/repository")),
+        ("requests", requests(report)),
     ] {
         output::line(&format!("  {name:<13} {value}"));
     }
@@ -180,6 +181,28 @@ fn print_daemon(report: &Value) {
         };
         output::line(&format!("  {:<13} {value}", "standby"));
     }
+}
+
+/// What the daemon asked of its buckets, as the store's operator bills it.
+fn requests(report: &Value) -> String {
+    let Some(requests) = report.get("requests").filter(|value| value.is_object()) else {
+        return "a folder costs none".to_owned();
+    };
+    let counts = |which: &str| {
+        let names = ["put", "get", "head", "list", "delete"];
+        let count = |name: &str| format!("{} {name}", requests[which][name]);
+        names.map(count).join(", ")
+    };
+    let minutes = requests["seconds"].as_u64().unwrap_or_default() / 60;
+    let hour = match minutes {
+        60.. => "last hour".to_owned(),
+        _ => format!("last {} min", minutes + 1),
+    };
+    format!(
+        "{hour}: {}; since the start: {}",
+        counts("last_hour"),
+        counts("total")
+    )
 }
 
 /// What is found without a daemon.

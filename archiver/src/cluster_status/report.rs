@@ -135,6 +135,7 @@ impl ClusterStatus {
                 upload_queue_bytes: flushed.bytes_since(positions.remote()),
             },
             repository: settings.repository.to_string(),
+            requests: settings.repository.request_report(),
             rpo_max_24h_seconds: None,
             caught_up_as_of: self.caught_up_as_of(remote),
             rto: details.rto(

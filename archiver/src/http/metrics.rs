@@ -226,6 +226,17 @@ impl Page<'_> {
                     .collect()
             },
         );
+        self.counter(
+            "pitr_repository_requests",
+            "Requests that this daemon sent to its buckets, each attempt, page and part; none for folders",
+            |report| {
+                let counts = report.requests.unwrap_or_default().total.each();
+                counts
+                    .into_iter()
+                    .map(|(op, count)| (vec![("op", op.to_owned())], count))
+                    .collect()
+            },
+        );
         self.gauge(
             "pitr_upload_queue_bytes",
             "WAL that waits for the repository",

@@ -48,6 +48,7 @@ fn report() -> ClusterReport {
             ..Counters::default()
         },
         repository: "file:///r&d".to_owned(),
+        requests: None,
         rpo_max_24h_seconds: None,
         caught_up_as_of: None,
         rto: RtoReport::default(),

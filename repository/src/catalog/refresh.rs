@@ -1,6 +1,6 @@
 //! Makes a catalog equal to its repository, from listings and the ends of objects.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, thread};
 
 use wal_format::{
     BackupInfo, Branch, ObjectKey, SealedFooter,
@@ -9,6 +9,11 @@ use wal_format::{
 
 use super::{Catalog, RESTORE_POINTS, keys};
 use crate::{Error, Repository, Result, WalRange, WalRangeKind};
+
+/// Ends of objects that are read at a time: each read is a wait for the network.
+const READERS: usize = 16;
+/// Objects whose ends are in memory at a time.
+const ROUND: usize = 512;
 
 /// What a refresh did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,42 +47,18 @@ fn refresh_ranges(
     let mut branches: BTreeSet<Branch> = BTreeSet::new();
     // Sealed segments after tails: one that is sealed between the listings is then seen in one of them at least.
     for folder in ["tail", "wal"] {
-        for (key, size) in repository.list(&format!("{system}/{folder}/"))? {
-            let Some(skeleton) = skeleton(catalog, &key, size) else {
-                continue;
+        let mut listed = repository.list(&format!("{system}/{folder}/"))?;
+        listed.retain(|(key, size)| {
+            let Some(skeleton) = skeleton(catalog, key, *size) else {
+                return false;
             };
             branches.insert(skeleton.branch);
-            if gone.remove(keys::range(&skeleton).as_slice()) {
-                continue;
-            }
-            let footer = match read_footer(repository, &key, size) {
-                // Another place may have it as it was.
-                Err(Error::Damaged { .. }) => repository
-                    .get(&key)
-                    .and_then(|object| footer_of(repository, &key, &object)),
-                footer => footer,
-            };
-            match footer {
-                Ok(footer) => {
-                    let kind = skeleton.kind;
-                    let header = footer.header();
-                    let (summary, proven) = (footer.summary(), footer.proven());
-                    let range = WalRange::of_summary(header, kind, size, summary, proven);
-                    if range.key(&catalog.identity) != key || header.system_identifier != system {
-                        let problem = "its header names another range".to_owned();
-                        report.damaged.push((key.to_string(), problem));
-                        continue;
-                    }
-                    catalog.put_range(&range, summary)?;
-                    report.added += 1;
-                }
-                // A tail that was replaced by its sealed segment since it was listed.
-                Err(error) if error.is_not_found() => {}
-                Err(Error::Damaged { key, problem, .. }) => {
-                    tracing::error!(%key, %problem, "a damaged object counts as missing");
-                    report.damaged.push((key, problem));
-                }
-                Err(error) => return Err(error),
+            !gone.remove(keys::range(&skeleton).as_slice())
+        });
+        for round in listed.chunks(ROUND) {
+            let footers = read_footers(repository, round);
+            for ((key, size), footer) in round.iter().zip(footers) {
+                add(catalog, (key, *size), footer, report)?;
             }
         }
     }
@@ -98,6 +79,75 @@ fn refresh_ranges(
         "BUG: restore points can be read"
     );
     Ok(())
+}
+
+/// Puts what an object's end says into the catalog.
+fn add(
+    catalog: &Catalog,
+    (key, size): (&ObjectKey, u64),
+    footer: Result<SealedFooter>,
+    report: &mut RefreshReport,
+) -> Result<()> {
+    match footer {
+        Ok(footer) => {
+            let kind = match key {
+                ObjectKey::Tail(..) => WalRangeKind::Tail,
+                _ => WalRangeKind::Sealed,
+            };
+            let header = footer.header();
+            let (summary, proven) = (footer.summary(), footer.proven());
+            let range = WalRange::of_summary(header, kind, size, summary, proven);
+            let ours = header.system_identifier == catalog.identity.system_identifier;
+            if range.key(&catalog.identity) != *key || !ours {
+                let problem = "its header names another range".to_owned();
+                report.damaged.push((key.to_string(), problem));
+                return Ok(());
+            }
+            catalog.put_range(&range, summary)?;
+            report.added += 1;
+        }
+        // A tail that was replaced by its sealed segment since it was listed.
+        Err(error) if error.is_not_found() => {}
+        Err(Error::Damaged { key, problem, .. }) => {
+            tracing::error!(%key, %problem, "a damaged object counts as missing");
+            report.damaged.push((key, problem));
+        }
+        Err(error) => return Err(error),
+    }
+    Ok(())
+}
+
+/// The ends of a round's objects, in its order.
+fn read_footers(repository: &Repository, round: &[(ObjectKey, u64)]) -> Vec<Result<SealedFooter>> {
+    let share = round.len().div_ceil(READERS).max(1);
+    thread::scope(|scope| {
+        let readers: Vec<_> = round
+            .chunks(share)
+            .map(|share| {
+                let read = move || -> Vec<_> {
+                    let one = |(key, size): &(ObjectKey, u64)| sound_footer(repository, key, *size);
+                    share.iter().map(one).collect()
+                };
+                (share.len(), scope.spawn(read))
+            })
+            .collect();
+        let joined = readers.into_iter().flat_map(|(count, reader)| {
+            let panicked = || Err(Error::config("BUG: a reader of summaries panicked"));
+            let failed = |_| (0..count).map(|_| panicked()).collect();
+            reader.join().unwrap_or_else(failed)
+        });
+        joined.collect()
+    })
+}
+
+fn sound_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<SealedFooter> {
+    match read_footer(repository, key, size) {
+        // Another place may have it as it was.
+        Err(Error::Damaged { .. }) => repository
+            .get(key)
+            .and_then(|object| footer_of(repository, key, &object)),
+        footer => footer,
+    }
 }
 
 /// What the key alone says of a range: enough to find it in the catalog.

@@ -10,6 +10,8 @@ use wal_format::{
 use super::*;
 use crate::store::{LocalStore, ObjectStore, testing::conformance};
 
+mod scale;
+
 const SIZE: SegmentSize = SegmentSize::DEFAULT;
 
 fn identity() -> ClusterIdentity {

@@ -11,7 +11,7 @@ use super::{
     RepositoryPlace, RepositoryUrl, Required, S3Settings,
     s3::{S3_KEYS, S3Table},
 };
-use crate::{Error, Result, encryption::KeySource};
+use crate::{Error, Result, encryption::KeySource, store::RequestMeter};
 
 /// The keys, for messages about mistyped ones.
 pub(super) const ENCRYPTION_KEYS: [&str; 3] = [
@@ -74,6 +74,7 @@ impl RepositoryTable {
             encryption: self.encryption.source()?.or_else(|| keys.cloned()),
             others: Vec::new(),
             required: Required::default(),
+            requests: RequestMeter::default(),
         })
     }
 }

@@ -5,7 +5,11 @@
 use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
 use super::{Required, S3Settings};
-use crate::{Error, Result, encryption::KeySource};
+use crate::{
+    Error, Result,
+    encryption::KeySource,
+    store::{RequestMeter, RequestReport},
+};
 
 /// Where a repository is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +115,8 @@ pub struct RepositoryPlace {
     pub others: Vec<Self>,
     /// Which of them have to hold an object before it counts as stored.
     pub required: Required,
+    /// Counts what the bucket is asked.
+    pub requests: RequestMeter,
 }
 
 impl RepositoryPlace {
@@ -125,6 +131,18 @@ impl RepositoryPlace {
             .chain(self.others.iter().cloned())
             .collect()
     }
+
+    /// What its buckets were asked; `None` where there is none.
+    #[must_use]
+    pub fn request_report(&self) -> Option<RequestReport> {
+        let mut sum = None;
+        for place in std::iter::once(self).chain(&self.others) {
+            if place.url.folder().is_none() {
+                *sum.get_or_insert_default() += place.requests.report();
+            }
+        }
+        sum
+    }
 }
 
 impl From<RepositoryUrl> for RepositoryPlace {
@@ -135,6 +153,7 @@ impl From<RepositoryUrl> for RepositoryPlace {
             encryption: None,
             others: Vec::new(),
             required: Required::default(),
+            requests: RequestMeter::default(),
         }
     }
 }

@@ -26,7 +26,7 @@ use self::{
     probe::Conditional,
 };
 use super::{
-    ObjectMeta, ObjectStore, PutOutcome, is_sound_key,
+    ObjectMeta, ObjectStore, PutOutcome, RequestKind, RequestMeter, is_sound_key,
     retry::{RetryPolicy, Retrying},
 };
 use crate::{Error, Result, config::S3Settings};
@@ -55,6 +55,7 @@ pub struct S3Store {
     bucket: String,
     prefix: String,
     checksums: bool,
+    requests: RequestMeter,
     conditional: Mutex<Conditional>,
     /// In the place of a condition, where the store has none: writers of this process, one at a time per key.
     turns: [Mutex<()>; 16],
@@ -65,8 +66,14 @@ impl S3Store {
     ///
     /// # Errors
     /// [`Error::Config`] when the settings can not be used.
-    pub fn open(bucket: &str, prefix: &str, settings: &S3Settings) -> Result<Retrying<Self>> {
-        let store = Self::without_retries(bucket, prefix, settings)?;
+    pub fn open(
+        bucket: &str,
+        prefix: &str,
+        settings: &S3Settings,
+        requests: RequestMeter,
+    ) -> Result<Retrying<Self>> {
+        let mut store = Self::without_retries(bucket, prefix, settings)?;
+        store.requests = requests;
         Ok(Retrying::new(store, RetryPolicy::default()))
     }
 
@@ -88,6 +95,7 @@ impl S3Store {
             bucket: bucket.to_owned(),
             prefix: prefix.to_owned(),
             checksums: settings.checksums,
+            requests: RequestMeter::default(),
             conditional: Mutex::default(),
             turns: Default::default(),
         })
@@ -96,6 +104,7 @@ impl S3Store {
     /// Runs a request to its end on the store's runtime.
     fn request<T, E>(
         &self,
+        kind: RequestKind,
         request: impl Future<Output = std::result::Result<T, SdkError<E, HttpResponse>>>
         + Send
         + 'static,
@@ -104,6 +113,7 @@ impl S3Store {
         T: Send + 'static,
         E: ProvideErrorMetadata + std::error::Error + Send + Sync + 'static,
     {
+        self.requests.count(kind);
         let request = Box::pin(request);
         self.drive(async move {
             match tokio::time::timeout(ATTEMPT_MAX, request).await {
@@ -179,7 +189,7 @@ impl S3Store {
             .set_if_none_match(condition.then(|| "*".to_owned()))
             .set_checksum_crc32_c(sum.clone())
             .body(ByteStream::from(body));
-        match self.request(put.send()) {
+        match self.request(RequestKind::Put, put.send()) {
             Ok(answer) => match (sum, answer.checksum_crc32_c()) {
                 (Some(sent), Some(stored)) if sent != stored => Err(Failure::transient(
                     "the store took other bytes than were sent: their checksums differ",
@@ -228,6 +238,7 @@ impl S3Store {
             .bucket(&self.bucket)
             .key(full_key)
             .set_range(range.map(|range| format!("bytes={}-{}", range.start, range.end - 1)));
+        self.requests.count(RequestKind::Get);
         // Asked for by hand: the SDK's own comparison has no error of its own to tell damage from a lost connection.
         let wanted = self.checksums && range.is_none();
         let request = Box::pin(async move {
@@ -388,7 +399,7 @@ impl ObjectStore for S3Store {
             .head_object()
             .bucket(&self.bucket)
             .key(&full_key);
-        match self.request(head.send()) {
+        match self.request(RequestKind::Head, head.send()) {
             Ok(answer) => {
                 let size = answer
                     .content_length()
@@ -437,7 +448,7 @@ impl ObjectStore for S3Store {
                 .prefix(&full_prefix)
                 .set_continuation_token(token);
             let page = self
-                .request(list.send())
+                .request(RequestKind::List, list.send())
                 .map_err(|failure| self.failed(Action::List, prefix, failure))?;
             for object in page.contents() {
                 let key = object.key().and_then(|key| key.strip_prefix(&root));
@@ -475,7 +486,7 @@ impl ObjectStore for S3Store {
             .delete_object()
             .bucket(&self.bucket)
             .key(full_key);
-        match self.request(delete.send()) {
+        match self.request(RequestKind::Delete, delete.send()) {
             Ok(_) => Ok(()),
             Err(failure) if failure.is_absent() => Ok(()),
             Err(failure) if failure.is_denied() => Err(Error::Locked {

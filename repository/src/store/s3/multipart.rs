@@ -18,7 +18,10 @@ use super::{
     S3Store, checksum,
     errors::{Action, Failure},
 };
-use crate::{ObjectStore, PutOutcome, Result, store::retry::RetryPolicy};
+use crate::{
+    ObjectStore, PutOutcome, Result,
+    store::{RequestKind, retry::RetryPolicy},
+};
 
 /// The length of a part, and of the largest object that is put in one. S3 wants 5 MiB at least and 10,000 parts at most:
 /// this is good for objects of 156 GiB.
@@ -65,7 +68,7 @@ impl S3Store {
             .content_type("application/octet-stream")
             .set_checksum_algorithm(self.checksums.then_some(ChecksumAlgorithm::Crc32C))
             .set_checksum_type(self.checksums.then_some(ChecksumType::FullObject));
-        let upload = self.request(create.send())?;
+        let upload = self.request(RequestKind::Put, create.send())?;
         let Some(id) = upload.upload_id() else {
             return Err(Failure::refused("the store gave the upload no number"));
         };
@@ -139,10 +142,11 @@ impl S3Store {
                 .part_number(number)
                 .set_checksum_crc32_c(sum.clone())
                 .body(ByteStream::from(bytes.clone()));
-            self.request(part.send()).map_err(|failure| {
-                last = Some(failure.clone());
-                self.failed(Action::Put, full_key, failure)
-            })
+            self.request(RequestKind::Put, part.send())
+                .map_err(|failure| {
+                    last = Some(failure.clone());
+                    self.failed(Action::Put, full_key, failure)
+                })
         });
         match (sent, last) {
             (Ok(answer), _) => Ok(CompletedPart::builder()
@@ -176,7 +180,7 @@ impl S3Store {
             .set_checksum_crc32_c(self.checksums.then(|| checksum(body)))
             .set_checksum_type(self.checksums.then_some(ChecksumType::FullObject))
             .multipart_upload(parts);
-        match self.request(complete.send()) {
+        match self.request(RequestKind::Put, complete.send()) {
             Ok(_) => Ok(PutOutcome::Created),
             Err(failure) if condition && failure.is_taken() => Ok(PutOutcome::AlreadyExists),
             Err(failure) => Err(failure),
@@ -191,7 +195,7 @@ impl S3Store {
             .bucket(&self.bucket)
             .key(full_key)
             .upload_id(id);
-        match self.request(abort.send()) {
+        match self.request(RequestKind::Delete, abort.send()) {
             Err(failure) if !failure.is_no_upload() => {
                 let error = self.failed(Action::Abort, full_key, failure);
                 tracing::debug!(%error, "an upload is left to a later start");

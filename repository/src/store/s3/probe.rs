@@ -11,7 +11,7 @@ use super::{
     S3Store,
     errors::{Action, Failure},
 };
-use crate::{PutOutcome, Result};
+use crate::{PutOutcome, Result, store::RequestKind};
 
 /// No key of ours can begin with a dot.
 const PROBE: &str = ".tidemark-probe";
@@ -101,7 +101,7 @@ impl S3Store {
             .list_multipart_uploads()
             .bucket(&self.bucket)
             .prefix(self.place(""));
-        let uploads = match self.request(list.send()) {
+        let uploads = match self.request(RequestKind::List, list.send()) {
             Ok(uploads) => uploads,
             Err(failure) => {
                 tracing::debug!(?failure, "abandoned uploads can not be listed");

@@ -27,7 +27,13 @@ fn settings(endpoint: &str) -> S3Settings {
 }
 
 fn open(server: &ObjectStoreServer, prefix: &str) -> Retrying<S3Store> {
-    S3Store::open(BUCKET, prefix, &settings(&server.endpoint())).expect("a store")
+    S3Store::open(
+        BUCKET,
+        prefix,
+        &settings(&server.endpoint()),
+        RequestMeter::default(),
+    )
+    .expect("a store")
 }
 
 /// One server for all of it: it takes seconds to start.
@@ -42,8 +48,9 @@ fn a_real_store_keeps_every_promise() {
         checksums: false,
         ..settings(&server.endpoint())
     };
-    let store: Arc<dyn ObjectStore> =
-        Arc::new(S3Store::open(BUCKET, "no/checksums", &plain).expect("a store"));
+    let store: Arc<dyn ObjectStore> = Arc::new(
+        S3Store::open(BUCKET, "no/checksums", &plain, RequestMeter::default()).expect("a store"),
+    );
     conformance(&store, 1);
     pages(&server);
     large_objects(&server);
@@ -101,12 +108,19 @@ fn large_objects(server: &ObjectStoreServer) {
     let body = plain.get("second").expect("a get");
     assert!(body.iter().all(|byte| *byte == 1), "untouched");
     let uploads = plain.client.list_multipart_uploads().bucket(BUCKET);
-    let left = plain.request(uploads.send()).expect("a list");
+    let left = plain
+        .request(RequestKind::List, uploads.send())
+        .expect("a list");
     assert!(left.uploads().is_empty(), "the loser's parts are gone");
 }
 
 fn refusals(server: &ObjectStoreServer) {
-    let missing = S3Store::open("no-such-bucket", "", &settings(&server.endpoint()));
+    let missing = S3Store::open(
+        "no-such-bucket",
+        "",
+        &settings(&server.endpoint()),
+        RequestMeter::default(),
+    );
     let missing = missing.expect("a store");
     for error in [
         missing.get("a/b").expect_err("no bucket"),
@@ -123,7 +137,7 @@ fn refusals(server: &ObjectStoreServer) {
         },
         ..settings(&server.endpoint())
     };
-    let stranger = S3Store::open(BUCKET, "", &stranger).expect("a store");
+    let stranger = S3Store::open(BUCKET, "", &stranger, RequestMeter::default()).expect("a store");
     let error = stranger.get("a/b").expect_err("a wrong secret");
     assert!(!error.is_not_found(), "{error}");
     assert!(

@@ -1,0 +1,97 @@
+//! What a bucket is asked, by the archiver's own count: nothing while the server is idle, and never a listing for WAL.
+
+use std::{net::TcpListener, thread::sleep, time::Duration};
+
+use benches::{
+    cluster::Cluster, main_job::Place, object_store::ObjectStoreServer, programs::succeed,
+    tools::servers_or_skip,
+};
+use serde_json::Value;
+
+/// How long nothing may be asked: many times any interval of the archiver's but the hourly one.
+const QUIET: Duration = Duration::from_secs(12);
+
+fn requests(place: &Place) -> Value {
+    let mut status = place.program("wal-archiver").expect("it is built");
+    let said = succeed(status.args(["status", "--json"])).expect("a status");
+    let reports: Value = serde_json::from_str(&said).expect("JSON");
+    let total = reports[0]["requests"]["total"].clone();
+    assert!(total.is_object(), "the daemon answers: {reports}");
+    total
+}
+
+fn of(counts: &Value, kind: &str) -> u64 {
+    counts[kind].as_u64().expect("a count")
+}
+
+#[test]
+fn an_idle_server_costs_nothing_and_wal_needs_no_listing() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let Some(store) = ObjectStoreServer::start_or_skip() else {
+        return;
+    };
+    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = free.local_addr().expect("an address").to_string();
+    drop(free);
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let settings = format!("http = \"{address}\"");
+    let place = Place::in_bucket(store, &settings).expect("a place");
+    let daemon = place.daemon(&cluster, &address).expect("a daemon");
+    let conninfo = cluster.conninfo();
+    let mut backup = place.program("wal-archiver").expect("it is built");
+    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+
+    // A backup's own WAL is on its way for a while, and PostgreSQL notes now and then which transactions run.
+    let mut quiet = false;
+    for _ in 0..6 {
+        let before = requests(&place);
+        sleep(QUIET);
+        let after = requests(&place);
+        eprintln!("idle for {} s: {before} to {after}", QUIET.as_secs());
+        if before == after {
+            quiet = true;
+            break;
+        }
+    }
+    assert!(quiet, "an idle archiver asks the bucket");
+
+    let before = requests(&place);
+    let mut client = cluster.connect().expect("a connection");
+    client
+        .batch_execute("CREATE TABLE t (n int, filler text)")
+        .expect("a table");
+    for _ in 0..6 {
+        let fill =
+            "INSERT INTO t SELECT n, repeat(md5(n::text), 20) FROM generate_series(1, 2000) n";
+        client.batch_execute(fill).expect("rows");
+        sleep(Duration::from_secs(1));
+    }
+    let mut after = requests(&place);
+    for _ in 0..40 {
+        if of(&after, "put") >= of(&before, "put") + 10 {
+            break;
+        }
+        sleep(Duration::from_millis(250));
+        after = requests(&place);
+    }
+    eprintln!("busy: {before} to {after}");
+    assert!(of(&after, "put") >= of(&before, "put") + 10, "WAL went out");
+    assert_eq!(
+        of(&after, "list"),
+        of(&before, "list"),
+        "a listing on the way of WAL"
+    );
+    assert_eq!(of(&after, "head"), of(&before, "head"));
+
+    let mut status = place.program("wal-archiver").expect("it is built");
+    let said = succeed(status.arg("status")).expect("a status");
+    let line = said.lines().find(|line| line.contains("requests"));
+    let line = line.expect("a line of requests");
+    assert!(
+        line.contains("since the start: ") && line.contains(" put, "),
+        "{line}"
+    );
+    daemon.stop().expect("it stops");
+}
