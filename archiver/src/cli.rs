@@ -17,6 +17,7 @@ mod config;
 mod epoch;
 mod import;
 mod key;
+mod lock;
 mod nagios;
 mod notify;
 mod output;
@@ -28,8 +29,11 @@ mod verify;
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
-use repository::config::{ClusterSettings, CommonArgs, Settings};
-use wal_format::SystemIdentifier;
+use repository::{
+    config::{ClusterSettings, CommonArgs, Settings},
+    store::LockMode,
+};
+use wal_format::{BackupId, SystemIdentifier};
 
 use crate::{
     error::{Error, Result},
@@ -112,6 +116,9 @@ enum Command {
     /// The keys of an encrypted repository.
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Retention locks of buckets with Object Lock.
+    #[command(subcommand)]
+    Lock(LockCommand),
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -164,6 +171,33 @@ enum KeyCommand {
     Rewrap,
 }
 
+#[derive(Debug, Subcommand)]
+enum LockCommand {
+    /// Locks what the kept backups need, their WAL up to now included, for longer. No lock gets shorter.
+    Extend {
+        /// For how many days from now.
+        #[arg(long, value_name = "N")]
+        days: u32,
+        /// The oldest backup to keep. Default: the oldest there is.
+        #[arg(long, value_name = "ID")]
+        from_backup: Option<BackupId>,
+        /// Who may lift the lock before.
+        #[arg(long, value_enum, default_value = "governance")]
+        mode: LockModeArg,
+        /// Counts, and locks nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LockModeArg {
+    /// Who has the permission `s3:BypassGovernanceRetention`.
+    Governance,
+    /// Nobody, not even the owner of the account.
+    Compliance,
+}
+
 /// Runs a command.
 ///
 /// # Errors
@@ -195,6 +229,18 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Key(KeyCommand::New { path }) => key::new(path.as_deref()),
         Command::Key(KeyCommand::Check) => key::check(&settings),
         Command::Key(KeyCommand::Rewrap) => key::rewrap(&settings),
+        Command::Lock(LockCommand::Extend {
+            days,
+            from_backup,
+            mode,
+            dry_run,
+        }) => {
+            let mode = match mode {
+                LockModeArg::Governance => LockMode::Governance,
+                LockModeArg::Compliance => LockMode::Compliance,
+            };
+            lock::extend(&settings, days, from_backup.as_ref(), mode, dry_run)
+        }
     }
 }
 

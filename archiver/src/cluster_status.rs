@@ -44,6 +44,8 @@ pub struct ClusterStatus {
     pub wal_stored_bytes: AtomicU64,
     /// Segments sealed, stored and verified.
     pub segments_completed: AtomicU64,
+    /// Objects that were superfluous and that the repository does not let go.
+    pub objects_locked: AtomicU64,
     /// Group fsyncs of the spool.
     pub flushes: AtomicU64,
     /// Since `started`, in milliseconds.
@@ -131,8 +133,19 @@ impl ClusterStatus {
             wal_received_bytes: AtomicU64::new(0),
             wal_stored_bytes: AtomicU64::new(0),
             segments_completed: AtomicU64::new(0),
+            objects_locked: AtomicU64::new(0),
             flushes: AtomicU64::new(0),
             beat: AtomicU64::new(0),
+        }
+    }
+
+    /// An object stays because the repository lets nothing go: said once, and counted.
+    pub(crate) fn locked(&self, error: &repository::Error) {
+        if self.objects_locked.fetch_add(1, Ordering::Relaxed) == 0 {
+            tracing::info!(
+                %error,
+                "deleting is forbidden there: superfluous objects stay, do no harm, and are counted"
+            );
         }
     }
 

@@ -178,6 +178,8 @@ pub struct Counters {
     pub wal_stored_bytes: u64,
     /// Segments sealed, stored and verified.
     pub segments_completed: u64,
+    /// Superfluous objects that the repository does not let go: locked, or deleting is forbidden.
+    pub objects_locked: u64,
     /// Reconnections, by reason.
     pub reconnects: Vec<(String, u64)>,
     /// Repository requests that failed, by operation and kind.

@@ -471,6 +471,7 @@ fn cluster(
                 .repositories_required
                 .or(defaults.repositories_required)
                 .unwrap_or_default(),
+            as_of: None,
             requests: RequestMeter::default(),
         },
         name,

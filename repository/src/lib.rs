@@ -13,6 +13,7 @@ mod error;
 mod exit;
 mod outcomes;
 mod repository;
+mod retention_lock;
 pub mod store;
 mod wal_range;
 
@@ -21,5 +22,6 @@ pub use error::{Error, Result};
 pub use exit::ExitKind;
 pub use outcomes::OUTCOMES_MAX;
 pub use repository::{ClusterIdentity, Repository, is_sound};
+pub use retention_lock::{LockReport, extend_locks};
 pub use store::{ObjectMeta, ObjectStore, PutOutcome};
 pub use wal_range::{WalRange, WalRangeKind};

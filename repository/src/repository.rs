@@ -18,7 +18,7 @@ use crate::{
     config::{RepositoryPlace, RepositoryUrl},
     store::{
         ENCRYPTED_SUFFIX, EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore,
-        Observer, S3Store,
+        Observer, S3AsOf, S3Store,
     },
 };
 
@@ -537,9 +537,14 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
 }
 
 /// What is stored at a place, as it is stored.
-fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>> {
+pub(crate) fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>> {
     Ok(match &place.url {
         RepositoryUrl::Folder(folder) => Arc::new(LocalStore::open(folder)?),
+        RepositoryUrl::S3 { bucket, prefix } if place.as_of.is_some() => {
+            let at = place.as_of.unwrap_or_default();
+            let requests = place.requests.clone();
+            Arc::new(S3AsOf::open(bucket, prefix, &place.s3, requests, at)?)
+        }
         RepositoryUrl::S3 { bucket, prefix } => Arc::new(S3Store::open(
             bucket,
             prefix,

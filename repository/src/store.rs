@@ -7,6 +7,7 @@
 use std::{fmt, ops::ControlFlow, ops::Range};
 
 use bytes::Bytes;
+use jiff::Timestamp;
 
 #[cfg(doc)]
 use crate::Error;
@@ -28,7 +29,7 @@ pub use local::LocalStore;
 pub use mirrored::{MemberState, MirroredStore};
 pub use observed::{ObservedStore, Observer};
 pub use requests::{RequestCounts, RequestKind, RequestMeter, RequestReport};
-pub use s3::S3Store;
+pub use s3::{S3AsOf, S3Store};
 
 /// What a `put` found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,24 @@ pub enum PutOutcome {
     Created,
     /// An object of that name was there and is untouched.
     AlreadyExists,
+}
+
+/// Who may lift a retention lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockMode {
+    /// Who has the permission for it.
+    Governance,
+    /// Nobody.
+    Compliance,
+}
+
+/// What came of a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockOutcome {
+    /// The object is locked for longer now.
+    Extended,
+    /// It was already.
+    AlreadyLonger,
 }
 
 /// What a listing says of an object.
@@ -97,6 +116,17 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
     fn delete(&self, key: &str) -> Result<()>;
+
+    /// Locks an object against everybody until a time, or longer where it is already.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the place has no locks, [`Error::S3`].
+    fn lock_until(&self, key: &str, _until: Timestamp, _mode: LockMode) -> Result<LockOutcome> {
+        Err(crate::Error::config(format!(
+            "{key} in {} can not be locked: only a bucket with Object Lock can",
+            self.url()
+        )))
+    }
 
     /// Finds out whether writing would work, where that can be known without an object.
     ///

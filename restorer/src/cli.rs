@@ -52,6 +52,9 @@ pub struct Cli {
     /// all.
     #[arg(long, global = true, value_name = "N")]
     system: Option<SystemIdentifier>,
+    /// Look at a versioned bucket as it was at this time: what was deleted or overwritten since is undone.
+    #[arg(long, global = true, value_name = "TIME")]
+    at: Option<String>,
     #[command(flatten)]
     restore: RestoreArgs,
     #[command(subcommand)]
@@ -188,8 +191,8 @@ pub fn run(cli: Cli) -> ExitCode {
     }
 }
 
-fn dispatch(cli: Cli) -> Result<ExitCode> {
-    match cli.command {
+fn dispatch(mut cli: Cli) -> Result<ExitCode> {
+    match cli.command.take() {
         Some(Command::WalFetch {
             name,
             destination,
@@ -206,7 +209,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             {
                 return Ok(ExitCode::SUCCESS);
             }
-            let settings = Settings::resolve(&cli.common)?;
+            let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
             let repository = open(&cluster.repository, &cluster.name, cli.system)?;
             let known = plan.as_ref().map(|(plan, _)| plan);
@@ -227,7 +230,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             plan,
             folder,
         }) => {
-            let settings = Settings::resolve(&cli.common)?;
+            let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
             let repository = open(&cluster.repository, &cluster.name, cli.system)?;
             let plan = plan.as_deref().map(read_plan).transpose()?;
@@ -236,7 +239,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::List { json }) => {
-            let settings = Settings::resolve(&cli.common)?;
+            let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
             let archive = archive(cluster, cli.system)?;
             let mut listing = list::list(&archive, archive.catalog.damaged_objects())?;
@@ -252,7 +255,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Locate(args)) => {
-            let settings = Settings::resolve(&cli.common)?;
+            let settings = resolve(&cli)?;
             locate::run(&archive(settings.cluster()?, cli.system)?, &args)?;
             Ok(ExitCode::SUCCESS)
         }
@@ -262,7 +265,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
             {
                 return as_owner(owner);
             }
-            let settings = Settings::resolve(&cli.common)?;
+            let settings = resolve(&cli)?;
             let config = settings.file.as_deref().map(absolute).transpose()?;
             restore(settings.cluster()?, config, cli.system, &cli.restore)
         }
@@ -304,6 +307,39 @@ fn read_plan(path: &Path) -> Result<(RestorePlan, Vec<u8>)> {
     Ok((plan, json))
 }
 
+/// The settings; with `--at` every bucket is seen as it was then, and folders, which keep no versions, are left out.
+fn resolve(cli: &Cli) -> Result<Settings> {
+    let mut settings = Settings::resolve(&cli.common)?;
+    let Some(text) = &cli.at else {
+        return Ok(settings);
+    };
+    let now = Timestamp::now();
+    let at = parse_time(text, cli.restore.time_zone.as_deref(), now)?
+        .to_jiff()
+        .filter(|at| *at <= now)
+        .ok_or_else(|| Error::usage(format!("--at \"{text}\" lies in the future")))?;
+    for cluster in &mut settings.clusters {
+        let mut places = cluster.repository.each();
+        places.retain(|place| place.url.folder().is_none());
+        for place in &mut places {
+            place.as_of = Some(at);
+        }
+        if places.is_empty() {
+            return Err(Error::usage(format!(
+                "--at looks at the versions that a bucket keeps; {} is a folder",
+                cluster.repository
+            )));
+        }
+        let first = places.remove(0);
+        cluster.repository = RepositoryPlace {
+            others: places,
+            required: cluster.repository.required,
+            ..first
+        };
+    }
+    Ok(settings)
+}
+
 /// Opens a repository for reading: a missing folder is an error and not a new repository. Of several, one is enough.
 fn open(
     place: &RepositoryPlace,
@@ -343,7 +379,9 @@ fn open(
 
 fn archive(cluster: &ClusterSettings, system: Option<SystemIdentifier>) -> Result<Archive> {
     let repository = open(&cluster.repository, &cluster.name, system)?;
-    let catalog = Catalog::open_for_restore(Some(&cluster.catalog), &repository)?;
+    // Of the past the catalog knows nothing.
+    let catalog = Some(cluster.catalog.as_path()).filter(|_| cluster.repository.as_of.is_none());
+    let catalog = Catalog::open_for_restore(catalog, &repository)?;
     Ok(Archive {
         repository,
         catalog,

@@ -162,6 +162,12 @@ fn print_daemon(report: &Value) {
     ] {
         output::line(&format!("  {name:<13} {value}"));
     }
+    if let Some(count @ 1..) = report["counters"]["objects_locked"].as_u64() {
+        output::line(&format!(
+            "  {:<13} {count} superfluous objects stay: the repository lets nothing go",
+            "locked"
+        ));
+    }
     for alert in report["alerts"].as_array().into_iter().flatten() {
         let field = |name: &str| alert[name].as_str().unwrap_or_default();
         output::line(&format!(

@@ -237,6 +237,11 @@ impl Page<'_> {
                     .collect()
             },
         );
+        self.counter(
+            "pitr_repository_objects_locked",
+            "Superfluous objects that the repository does not let go",
+            |report| vec![(Vec::new(), report.counters.objects_locked)],
+        );
         self.gauge(
             "pitr_upload_queue_bytes",
             "WAL that waits for the repository",

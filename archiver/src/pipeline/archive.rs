@@ -546,7 +546,7 @@ impl Archive {
         match self.repository.delete(&tail.key(&self.cluster)) {
             // It stays, and does no harm: where the segment is sealed nobody reads its tails.
             Err(error) if error.is_object_locked() => {
-                tracing::debug!(%error, "a tail that was replaced stays in the repository");
+                self.status.locked(&error);
                 return Ok(());
             }
             outcome => outcome?,

@@ -46,19 +46,34 @@ fn refresh_ranges(
     let mut gone = catalog.all_ranges()?;
     let mut branches: BTreeSet<Branch> = BTreeSet::new();
     // Sealed segments after tails: one that is sealed between the listings is then seen in one of them at least.
-    for folder in ["tail", "wal"] {
-        let mut listed = repository.list(&format!("{system}/{folder}/"))?;
+    let tails = repository.list(&format!("{system}/tail/"))?;
+    let segments = repository.list(&format!("{system}/wal/"))?;
+    let mut sealed = BTreeSet::new();
+    // A bucket that lets nothing go keeps every tail for ever: one whose segment is sealed and sound is not read.
+    for mut listed in [segments, tails] {
         listed.retain(|(key, size)| {
             let Some(skeleton) = skeleton(catalog, key, *size) else {
                 return false;
             };
             branches.insert(skeleton.branch);
+            let place = (skeleton.branch, skeleton.segment);
+            match skeleton.kind {
+                WalRangeKind::Sealed => {
+                    sealed.insert(place);
+                }
+                WalRangeKind::Tail if sealed.contains(&place) => return false,
+                WalRangeKind::Tail => {}
+            }
             !gone.remove(keys::range(&skeleton).as_slice())
         });
         for round in listed.chunks(ROUND) {
             let footers = read_footers(repository, round);
             for ((key, size), footer) in round.iter().zip(footers) {
-                add(catalog, (key, *size), footer, report)?;
+                if !add(catalog, (key, *size), footer, report)?
+                    && let Some(skeleton) = skeleton(catalog, key, *size)
+                {
+                    sealed.remove(&(skeleton.branch, skeleton.segment));
+                }
             }
         }
     }
@@ -81,13 +96,13 @@ fn refresh_ranges(
     Ok(())
 }
 
-/// Puts what an object's end says into the catalog.
+/// Puts what an object's end says into the catalog; whether it could.
 fn add(
     catalog: &Catalog,
     (key, size): (&ObjectKey, u64),
     footer: Result<SealedFooter>,
     report: &mut RefreshReport,
-) -> Result<()> {
+) -> Result<bool> {
     match footer {
         Ok(footer) => {
             let kind = match key {
@@ -101,10 +116,11 @@ fn add(
             if range.key(&catalog.identity) != *key || !ours {
                 let problem = "its header names another range".to_owned();
                 report.damaged.push((key.to_string(), problem));
-                return Ok(());
+                return Ok(false);
             }
             catalog.put_range(&range, summary)?;
             report.added += 1;
+            return Ok(true);
         }
         // A tail that was replaced by its sealed segment since it was listed.
         Err(error) if error.is_not_found() => {}
@@ -114,7 +130,7 @@ fn add(
         }
         Err(error) => return Err(error),
     }
-    Ok(())
+    Ok(false)
 }
 
 /// The ends of a round's objects, in its order.

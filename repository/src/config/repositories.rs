@@ -74,6 +74,7 @@ impl RepositoryTable {
             encryption: self.encryption.source()?.or_else(|| keys.cloned()),
             others: Vec::new(),
             required: Required::default(),
+            as_of: None,
             requests: RequestMeter::default(),
         })
     }

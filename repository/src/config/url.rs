@@ -4,6 +4,8 @@
 
 use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
+use jiff::Timestamp;
+
 use super::{Required, S3Settings};
 use crate::{
     Error, Result,
@@ -115,6 +117,8 @@ pub struct RepositoryPlace {
     pub others: Vec<Self>,
     /// Which of them have to hold an object before it counts as stored.
     pub required: Required,
+    /// Seen as it was at a time, to read only: `pitr-restore --at`.
+    pub as_of: Option<Timestamp>,
     /// Counts what the bucket is asked.
     pub requests: RequestMeter,
 }
@@ -153,6 +157,7 @@ impl From<RepositoryUrl> for RepositoryPlace {
             encryption: None,
             others: Vec::new(),
             required: Required::default(),
+            as_of: None,
             requests: RequestMeter::default(),
         }
     }

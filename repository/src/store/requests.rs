@@ -203,7 +203,8 @@ mod tests {
         let at = Duration::from_secs;
         meter.count_at(RequestKind::Put, at(10));
         meter.count_at(RequestKind::Put, at(1800));
-        meter.clone().count_at(RequestKind::Get, at(3000));
+        let same = meter.clone();
+        same.count_at(RequestKind::Get, at(3000));
         let report = meter.report_at(at(3000));
         assert_eq!(
             (report.last_hour, report.total),

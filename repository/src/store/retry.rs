@@ -12,8 +12,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use jiff::Timestamp;
 
-use super::{ObjectMeta, ObjectStore, PutOutcome};
+use super::{LockMode, LockOutcome, ObjectMeta, ObjectStore, PutOutcome};
 #[cfg(doc)]
 use crate::Error;
 use crate::Result;
@@ -154,6 +155,10 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
 
     fn delete(&self, key: &str) -> Result<()> {
         self.policy.run(|| self.store.delete(key))
+    }
+
+    fn lock_until(&self, key: &str, until: Timestamp, mode: LockMode) -> Result<LockOutcome> {
+        self.policy.run(|| self.store.lock_until(key, until, mode))
     }
 
     fn ready_to_write(&self) -> Result<()> {

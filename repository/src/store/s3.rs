@@ -19,6 +19,7 @@ use aws_sdk_s3::{
 };
 use aws_smithy_types::base64;
 use bytes::{Bytes, BytesMut};
+use jiff::Timestamp;
 use tokio::runtime::{Builder, Runtime};
 
 use self::{
@@ -26,17 +27,22 @@ use self::{
     probe::Conditional,
 };
 use super::{
-    ObjectMeta, ObjectStore, PutOutcome, RequestKind, RequestMeter, is_sound_key,
+    LockMode, LockOutcome, ObjectMeta, ObjectStore, PutOutcome, RequestKind, RequestMeter,
+    is_sound_key,
     retry::{RetryPolicy, Retrying},
 };
 use crate::{Error, Result, config::S3Settings};
 
+mod as_of;
 mod client;
 mod errors;
 mod multipart;
 mod probe;
+mod retention;
 #[cfg(test)]
 mod tests;
+
+pub use as_of::S3AsOf;
 
 /// No single attempt takes longer: a part of 16 MiB at 56 kB/s.
 const ATTEMPT_MAX: Duration = Duration::from_secs(300);
@@ -231,12 +237,14 @@ impl S3Store {
         &self,
         full_key: &str,
         range: Option<&Range<u64>>,
+        version: Option<&str>,
     ) -> std::result::Result<Body, Failure> {
         let get = self
             .client
             .get_object()
             .bucket(&self.bucket)
             .key(full_key)
+            .set_version_id(version.map(str::to_owned))
             .set_range(range.map(|range| format!("bytes={}-{}", range.start, range.end - 1)));
         self.requests.count(RequestKind::Get);
         // Asked for by hand: the SDK's own comparison has no error of its own to tell damage from a lost connection.
@@ -259,6 +267,55 @@ impl S3Store {
             };
             Box::pin(Body::collect(answer)).await
         })
+    }
+
+    /// A whole object, or one of its versions.
+    fn read_whole(&self, key: &str, version: Option<&str>) -> Result<Bytes> {
+        let full_key = self.full_key(Action::Get, key)?;
+        for _ in 0..READS_MAX {
+            let body = self
+                .get_object(&full_key, None, version)
+                .map_err(|failure| self.failed(Action::Get, key, failure))?;
+            if body
+                .checksum
+                .is_none_or(|stored| stored == checksum(&body.bytes))
+            {
+                return Ok(body.bytes);
+            }
+            tracing::warn!(key, "an object was read with a wrong checksum");
+        }
+        Err(self.damaged(
+            key,
+            "its bytes do not have the checksum that was stored with them",
+        ))
+    }
+
+    /// The bytes of a range that is not empty.
+    fn read_part(&self, key: &str, range: Range<u64>, version: Option<&str>) -> Result<Bytes> {
+        let full_key = self.full_key(Action::Get, key)?;
+        let outside = || {
+            let failure = Failure::refused("the range is not inside");
+            self.failed(Action::Get, key, failure)
+        };
+        let body = self
+            .get_object(&full_key, Some(&range), version)
+            .map_err(|failure| self.failed(Action::Get, key, failure))?;
+        let answered = body.content_range.as_deref().and_then(parse_content_range);
+        match answered {
+            // At the object's end S3 answers with what there is.
+            Some(answered) if answered.start == range.start && answered.end < range.end => {
+                Err(outside())
+            }
+            Some(answered)
+                if answered == range && body.bytes.len() as u64 == range.end - range.start =>
+            {
+                Ok(body.bytes)
+            }
+            _ => {
+                let failure = Failure::refused("the store answered with another range");
+                Err(self.failed(Action::Get, key, failure))
+            }
+        }
     }
 }
 
@@ -327,68 +384,37 @@ impl ObjectStore for S3Store {
             }
             return self.put_parts(key, &full_key, &body, true);
         }
-        self.put_object(&full_key, body, true)
-            .map_err(|failure| self.failed(Action::Put, key, failure))
+        match self.put_object(&full_key, body, true) {
+            // Where overwriting is forbidden a refusal may only mean that the name is taken.
+            Err(failure) if failure.is_denied() && matches!(self.head(key), Ok(Some(_))) => {
+                Ok(PutOutcome::AlreadyExists)
+            }
+            outcome => outcome.map_err(|failure| self.failed(Action::Put, key, failure)),
+        }
     }
 
     fn get(&self, key: &str) -> Result<Bytes> {
-        let full_key = self.full_key(Action::Get, key)?;
-        for _ in 0..READS_MAX {
-            let body = self
-                .get_object(&full_key, None)
-                .map_err(|failure| self.failed(Action::Get, key, failure))?;
-            if body
-                .checksum
-                .is_none_or(|stored| stored == checksum(&body.bytes))
-            {
-                return Ok(body.bytes);
-            }
-            tracing::warn!(key, "an object was read with a wrong checksum");
-        }
-        Err(self.damaged(
-            key,
-            "its bytes do not have the checksum that was stored with them",
-        ))
+        self.read_whole(key, None)
     }
 
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        let full_key = self.full_key(Action::Get, key)?;
-        let outside = || {
-            let failure = Failure::refused("the range is not inside");
-            self.failed(Action::Get, key, failure)
-        };
         if range.is_empty() {
             // S3 has no words for it.
             return match self.head(key)? {
                 Some(object) if range.start == range.end && range.end <= object.size => {
                     Ok(Bytes::new())
                 }
-                Some(_) => Err(outside()),
+                Some(_) => {
+                    let failure = Failure::refused("the range is not inside");
+                    Err(self.failed(Action::Get, key, failure))
+                }
                 None => Err(Error::NotFound {
                     key: key.to_owned(),
                     url: self.url(),
                 }),
             };
         }
-        let body = self
-            .get_object(&full_key, Some(&range))
-            .map_err(|failure| self.failed(Action::Get, key, failure))?;
-        let answered = body.content_range.as_deref().and_then(parse_content_range);
-        match answered {
-            // At the object's end S3 answers with what there is.
-            Some(answered) if answered.start == range.start && answered.end < range.end => {
-                Err(outside())
-            }
-            Some(answered)
-                if answered == range && body.bytes.len() as u64 == range.end - range.start =>
-            {
-                Ok(body.bytes)
-            }
-            _ => {
-                let failure = Failure::refused("the store answered with another range");
-                Err(self.failed(Action::Get, key, failure))
-            }
-        }
+        self.read_part(key, range, None)
     }
 
     /// An answer without a body can not say *what* is missing: absence is proved by the words of a `GetObject`.
@@ -416,7 +442,7 @@ impl ObjectStore for S3Store {
                 }
             }
             Err(failure) if failure.status() == Some(404) => {
-                match self.get_object(&full_key, None) {
+                match self.get_object(&full_key, None, None) {
                     Ok(body) => Ok(Some(ObjectMeta {
                         key: key.to_owned(),
                         size: body.bytes.len() as u64,
@@ -498,6 +524,10 @@ impl ObjectStore for S3Store {
             }),
             Err(failure) => Err(self.failed(Action::Delete, key, failure)),
         }
+    }
+
+    fn lock_until(&self, key: &str, until: Timestamp, mode: LockMode) -> Result<LockOutcome> {
+        self.extend_lock(key, until, mode)
     }
 
     fn ready_to_write(&self) -> Result<()> {

@@ -151,6 +151,9 @@ fn lines(
         command.push_str(" --config ");
         command.push_str(&shell_quoted(&config.display().to_string()));
     }
+    if let Some(at) = place.as_of {
+        command.push_str(&format!(" --at {at}"));
+    }
     if !recovery.standby {
         command.push_str(" --plan ");
         command.push_str(&shell_quoted(&plan_file.display().to_string()));

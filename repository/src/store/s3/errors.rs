@@ -17,6 +17,8 @@ pub(super) enum Action {
     Get,
     Head,
     List,
+    ListVersions,
+    Lock,
     Put,
 }
 
@@ -28,6 +30,8 @@ impl Action {
             Self::Get => "get",
             Self::Head => "look at",
             Self::List => "list",
+            Self::ListVersions => "list the versions of",
+            Self::Lock => "lock",
             Self::Put => "put",
         }
     }
@@ -39,6 +43,8 @@ impl Action {
             // Without the second one S3 says 403 of what is not there.
             Self::Get | Self::Head => "s3:GetObject and s3:ListBucket",
             Self::List => "s3:ListBucket",
+            Self::ListVersions => "s3:ListBucketVersions and s3:GetObjectVersion",
+            Self::Lock => "s3:PutObjectRetention and s3:GetObjectRetention",
             Self::Put => "s3:PutObject",
         }
     }

@@ -34,7 +34,7 @@ impl S3Store {
             return Ok(honoured);
         }
         let key = self.place(PROBE);
-        let honoured = self.is_refused_twice(|| self.put_object(&key, Bytes::new(), true));
+        let honoured = self.is_refused_twice(&key, || self.put_object(&key, Bytes::new(), true));
         let honoured = honoured.map_err(|failure| self.failed(Action::Put, PROBE, failure))?;
         if !honoured {
             self.warn();
@@ -52,7 +52,7 @@ impl S3Store {
         }
         let key = self.place(PROBE_OF_PARTS);
         let body = Bytes::from_static(b"?");
-        let honoured = self.is_refused_twice(|| self.upload_parts(&key, &body, true));
+        let honoured = self.is_refused_twice(&key, || self.upload_parts(&key, &body, true));
         let honoured =
             honoured.map_err(|failure| self.failed(Action::Put, PROBE_OF_PARTS, failure))?;
         if !honoured {
@@ -71,6 +71,7 @@ impl S3Store {
     /// An answer that the name is taken proves it; success proves it only when it does not come twice.
     fn is_refused_twice(
         &self,
+        key: &str,
         put: impl Fn() -> std::result::Result<PutOutcome, Failure>,
     ) -> std::result::Result<bool, Failure> {
         for _ in 0..2 {
@@ -78,10 +79,16 @@ impl S3Store {
                 Ok(PutOutcome::AlreadyExists) => return Ok(true),
                 Ok(PutOutcome::Created) => {}
                 Err(failure) if failure.is_not_implemented() => return Ok(false),
+                // Where overwriting is forbidden the second put is refused outright.
+                Err(failure) if failure.is_denied() && self.is_there(key) => return Ok(true),
                 Err(failure) => return Err(failure),
             }
         }
         Ok(false)
+    }
+
+    fn is_there(&self, full_key: &str) -> bool {
+        self.get_object(full_key, None, None).is_ok()
     }
 
     fn warn(&self) {

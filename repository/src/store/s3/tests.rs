@@ -11,6 +11,8 @@ use crate::{config::S3Credentials, store::testing::conformance};
 
 mod fault_server;
 mod faults;
+mod tls;
+mod worm;
 
 fn settings(endpoint: &str) -> S3Settings {
     S3Settings {

@@ -4,10 +4,12 @@
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener},
     sync::{Arc, Mutex},
     thread,
 };
+
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
 /// A request as it came.
 #[derive(Clone, Debug)]
@@ -68,10 +70,20 @@ type Script = dyn Fn(&Request) -> Answer + Send + Sync;
 pub(super) struct FaultServer {
     address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
+    is_tls: bool,
 }
 
 impl FaultServer {
     pub(super) fn start(script: impl Fn(&Request) -> Answer + Send + Sync + 'static) -> Self {
+        Self::start_with(None, script)
+    }
+
+    /// The same behind TLS.
+    pub(super) fn start_with(
+        tls: Option<Arc<ServerConfig>>,
+        script: impl Fn(&Request) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let is_tls = tls.is_some();
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
         let address = listener.local_addr().expect("an address");
         let requests = Arc::new(Mutex::new(Vec::new()));
@@ -79,18 +91,29 @@ impl FaultServer {
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
                 let script: Arc<Script> = script.clone();
-                let seen = Arc::clone(&seen);
+                let (seen, tls) = (Arc::clone(&seen), tls.clone());
                 thread::spawn(move || {
                     // A client that went away is a part of some scripts.
-                    let _gone = serve(&stream, &*script, &seen);
+                    let _gone = match tls {
+                        None => serve(stream, &*script, &seen),
+                        Some(tls) => {
+                            let connection = ServerConnection::new(tls).expect("a connection");
+                            serve(StreamOwned::new(connection, stream), &*script, &seen)
+                        }
+                    };
                 });
             }
         });
-        Self { address, requests }
+        Self {
+            address,
+            requests,
+            is_tls,
+        }
     }
 
     pub(super) fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
+        let scheme = if self.is_tls { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
 
     /// What it was asked so far.
@@ -107,7 +130,11 @@ impl FaultServer {
     }
 }
 
-fn serve(stream: &TcpStream, script: &Script, seen: &Mutex<Vec<Request>>) -> std::io::Result<()> {
+fn serve(
+    stream: impl Read + Write,
+    script: &Script,
+    seen: &Mutex<Vec<Request>>,
+) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
     let mut first = String::new();
     reader.read_line(&mut first)?;
@@ -130,14 +157,15 @@ fn serve(stream: &TcpStream, script: &Script, seen: &Mutex<Vec<Request>>) -> std
         .header("content-length")
         .and_then(|length| length.parse().ok());
     if request.header("expect").is_some() {
-        let mut stream = stream;
-        stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+        reader
+            .get_mut()
+            .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
     }
     request.body = vec![0; length.unwrap_or(0)];
     reader.read_exact(&mut request.body)?;
     seen.lock().expect("no panic").push(request.clone());
     let is_head = request.is("HEAD");
-    let mut stream = stream;
+    let mut stream = reader.into_inner();
     match script(&request) {
         Answer::HangUp => Ok(()),
         Answer::Truncated(body, sent) => {

@@ -268,7 +268,7 @@ fn an_error_inside_of_a_200_is_the_error_it_is() {
 
 #[test]
 fn uploads_that_a_crash_left_are_aborted_when_they_are_old() {
-    let now = jiff::Timestamp::now();
+    let now = Timestamp::now();
     let old = now - jiff::SignedDuration::from_hours(30);
     let young = now - jiff::SignedDuration::from_hours(2);
     let server = FaultServer::start(move |request| {
@@ -306,4 +306,70 @@ fn puts_and_gets_make_one_request_each() {
         store.get(&key).expect("a get");
     }
     assert_eq!(server.requests().len() - before, 20);
+}
+
+/// In a bucket whose policy forbids deletes: the object stays, and that is no failure.
+#[test]
+fn a_denied_delete_is_a_lock() {
+    for code in ["AccessDenied", "ObjectLocked"] {
+        let server =
+            with_fault(move |_, request| request.is("DELETE").then(|| Answer::error(403, code)));
+        let error = store(&server).delete("a/key").expect_err("it stays");
+        assert!(error.is_object_locked() && !error.is_transient(), "{error}");
+        assert_eq!(server.count("DELETE"), 1, "asked once");
+    }
+    let busy =
+        with_fault(|_, request| request.is("DELETE").then(|| Answer::error(503, "SlowDown")));
+    let error = store(&busy).delete("a/key").expect_err("not now");
+    assert!(!error.is_object_locked() && error.is_transient(), "{error}");
+}
+
+/// In a bucket whose policy forbids overwrites a taken name may be refused before its condition is looked at.
+#[test]
+fn a_denied_overwrite_means_that_the_name_is_taken() {
+    let objects: Mutex<BTreeMap<String, Vec<u8>>> = Mutex::default();
+    let server = FaultServer::start(move |request| {
+        let path = request.line.split([' ', '?']).nth(1).unwrap_or_default();
+        let mut objects = objects.lock().expect("no panic");
+        match (request.line.split(' ').next(), objects.get(path)) {
+            (Some("PUT"), Some(_)) => Answer::error(403, "AccessDenied"),
+            (Some("PUT"), None) if path.contains("forbidden") => Answer::error(403, "AccessDenied"),
+            (Some("PUT"), None) => {
+                objects.insert(path.to_owned(), request.body.clone());
+                Answer::status(200)
+            }
+            (_, Some(body)) => Answer::ok(body),
+            (_, None) => Answer::error(404, "NoSuchKey"),
+        }
+    });
+    let store = store(&server);
+    let put = |key: &str, body: &[u8]| store.put_if_absent(key, body);
+    assert_eq!(put("a/key", b"first").expect("a put"), PutOutcome::Created);
+    assert_eq!(
+        put("a/key", b"other").expect("an answer"),
+        PutOutcome::AlreadyExists
+    );
+    assert_eq!(store.get("a/key").expect("a get"), b"first"[..]);
+    // Where nothing is, a refusal is one.
+    let error = put("a/forbidden", b"x").expect_err("no permission");
+    assert!(error.to_string().contains("s3:PutObject"), "{error}");
+}
+
+/// Scenario 38: the store says that it took the object, and has lost it, or has another one.
+#[test]
+fn what_was_put_is_proved_by_reading_it() {
+    for lies in [None, Some(b"what nobody put".to_vec())] {
+        let told = lies.clone();
+        let server = with_fault(move |_, request| match &told {
+            _ if request.is("PUT") => Some(Answer::status(200)),
+            None => Some(Answer::error(404, "NoSuchKey")),
+            Some(body) => Some(Answer::ok(body)),
+        });
+        let store = store(&server);
+        store.put_if_absent("a/key", b"body").expect("it says so");
+        match store.get("a/key") {
+            Ok(body) => assert_ne!(body, b"body"[..], "the archiver compares and puts it again"),
+            Err(error) => assert!(error.is_not_found() && lies.is_none(), "{error}"),
+        }
+    }
 }

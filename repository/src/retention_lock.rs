@@ -1,0 +1,65 @@
+//! Extends the retention locks of what a cluster still needs, in a bucket with Object Lock.
+//!
+//! It works on the objects as they are stored, so that the wrapped keys of an encrypted cluster are locked with what they
+//! open.
+
+use std::ops::ControlFlow;
+
+use jiff::Timestamp;
+use wal_format::{ClusterName, ObjectKey};
+
+use crate::{
+    Result,
+    config::RepositoryPlace,
+    repository::open_store,
+    store::{ENCRYPTED_SUFFIX, LockMode, LockOutcome},
+};
+
+/// What was locked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LockReport {
+    /// Objects whose lock lasts longer now.
+    pub extended: usize,
+    /// Objects that were locked for longer already.
+    pub already: usize,
+    /// Objects that are not needed: their locks end when they end.
+    pub left: usize,
+}
+
+/// Locks what of `cluster` is needed at `place` until `until`; with `dry_run` only counts it, as extended.
+///
+/// # Errors
+/// [`Error::Config`](crate::Error::Config) for a folder, [`Error::S3`](crate::Error::S3).
+pub fn extend_locks(
+    place: &RepositoryPlace,
+    cluster: &ClusterName,
+    (until, mode): (Timestamp, LockMode),
+    needed: &dyn Fn(&ObjectKey) -> bool,
+    dry_run: bool,
+) -> Result<LockReport> {
+    let store = open_store(place)?;
+    let root = format!("{cluster}/");
+    let mut keys = Vec::new();
+    store.list(&root, &mut |object| {
+        keys.push(object.key);
+        ControlFlow::Continue(())
+    })?;
+    let mut report = LockReport::default();
+    for key in keys {
+        let name = key.strip_prefix(&root).unwrap_or(&key);
+        let name = name.strip_suffix(ENCRYPTED_SUFFIX).unwrap_or(name);
+        // What is no object of the layout are the wrapped keys.
+        let wanted = name.parse::<ObjectKey>().map_or(true, |key| needed(&key));
+        if !wanted {
+            report.left += 1;
+        } else if dry_run {
+            report.extended += 1;
+        } else {
+            match store.lock_until(&key, until, mode)? {
+                LockOutcome::Extended => report.extended += 1,
+                LockOutcome::AlreadyLonger => report.already += 1,
+            }
+        }
+    }
+    Ok(report)
+}

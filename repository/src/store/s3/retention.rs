@@ -1,0 +1,59 @@
+//! Retention locks: until when the bucket keeps an object, whoever asks it to go.
+//!
+//! A lock is only ever made longer: what is kept to a later day already stays as it is.
+
+use aws_sdk_s3::{
+    primitives::DateTime,
+    types::{ObjectLockRetention, ObjectLockRetentionMode},
+};
+use jiff::Timestamp;
+
+use super::{S3Store, errors::Action};
+use crate::{
+    Result,
+    store::{LockMode, LockOutcome, RequestKind},
+};
+
+impl S3Store {
+    pub(super) fn extend_lock(
+        &self,
+        key: &str,
+        until: Timestamp,
+        mode: LockMode,
+    ) -> Result<LockOutcome> {
+        let full_key = self.full_key(Action::Lock, key)?;
+        let failed = |failure| self.failed(Action::Lock, key, failure);
+        let head = self
+            .client
+            .head_object()
+            .bucket(&self.bucket)
+            .key(&full_key);
+        let head = self
+            .request(RequestKind::Head, head.send())
+            .map_err(failed)?;
+        let kept = head.object_lock_retain_until_date().map(DateTime::secs);
+        if kept.is_some_and(|kept| kept >= until.as_second()) {
+            return Ok(LockOutcome::AlreadyLonger);
+        }
+        // A lock that nobody may lift is never made one that somebody may.
+        let compliance = head
+            .object_lock_mode()
+            .is_some_and(|mode| mode.as_str() == "COMPLIANCE");
+        let mode = match mode {
+            LockMode::Governance if !compliance => ObjectLockRetentionMode::Governance,
+            _ => ObjectLockRetentionMode::Compliance,
+        };
+        let retention = ObjectLockRetention::builder()
+            .mode(mode)
+            .retain_until_date(DateTime::from_secs(until.as_second()))
+            .build();
+        let put = self
+            .client
+            .put_object_retention()
+            .bucket(&self.bucket)
+            .key(&full_key)
+            .retention(retention);
+        self.request(RequestKind::Put, put.send()).map_err(failed)?;
+        Ok(LockOutcome::Extended)
+    }
+}
