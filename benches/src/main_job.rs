@@ -70,6 +70,7 @@ pub struct Outcome {
 pub struct Place {
     directory: TempDir,
     store: Option<ObjectStoreServer>,
+    in_bucket: bool,
 }
 
 impl Place {
@@ -81,6 +82,7 @@ impl Place {
         Ok(Self {
             directory: directory()?,
             store: None,
+            in_bucket: false,
         })
     }
 
@@ -109,6 +111,26 @@ impl Place {
         Ok(Self {
             directory,
             store: Some(store),
+            in_bucket: true,
+        })
+    }
+
+    /// Another host with the same bucket and a spool of its own; `settings` are further lines of its `tidemark.toml`.
+    ///
+    /// # Errors
+    /// When it can not be made, or this place has no bucket.
+    pub fn beside(&self, settings: &str) -> Result<Self> {
+        if !self.in_bucket {
+            bail!("a place without a bucket has nothing to share");
+        }
+        let directory = directory()?;
+        let lines = std::fs::read_to_string(self.path().join("tidemark.toml"))?;
+        let file = directory.path().join("tidemark.toml");
+        std::fs::write(file, format!("{lines}{settings}\n"))?;
+        Ok(Self {
+            directory,
+            store: None,
+            in_bucket: true,
         })
     }
 
@@ -134,7 +156,7 @@ impl Place {
         if self.path().join("tidemark.toml").exists() {
             command.arg(format!("--config={root}/tidemark.toml"));
         }
-        if self.store.is_none() {
+        if !self.in_bucket {
             command.arg(format!("--repository=file://{root}/repository"));
         }
         command.arg(format!("--spool={root}/spool"));

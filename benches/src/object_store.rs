@@ -6,7 +6,7 @@ use std::{
     env,
     fs::{self, File},
     hash::{BuildHasher, RandomState},
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Stdio},
@@ -51,6 +51,19 @@ impl ObjectStoreServer {
     /// Under CI, when the program is missing; when it does not start.
     #[must_use]
     pub fn start_or_skip() -> Option<Self> {
+        Self::start_for_or_skip(false)
+    }
+
+    /// The same where whoever does not sign may do everything: the owner of the account, or an intruder.
+    ///
+    /// # Panics
+    /// As [`ObjectStoreServer::start_or_skip`].
+    #[must_use]
+    pub fn open_to_all_or_skip() -> Option<Self> {
+        Self::start_for_or_skip(true)
+    }
+
+    fn start_for_or_skip(open_to_all: bool) -> Option<Self> {
         if weed().is_none() {
             assert!(
                 env::var_os("CI").is_none(),
@@ -59,7 +72,7 @@ impl ObjectStoreServer {
             eprintln!("SKIPPED: SeaweedFS is not installed; run `make install-tools`");
             return None;
         }
-        Some(Self::start().expect("SeaweedFS starts"))
+        Some(Self::start_for(open_to_all).expect("SeaweedFS starts"))
     }
 
     /// Starts a store with one empty bucket.
@@ -67,6 +80,10 @@ impl ObjectStoreServer {
     /// # Errors
     /// With its log when it does not become ready.
     pub fn start() -> Result<Self> {
+        Self::start_for(false)
+    }
+
+    fn start_for(open_to_all: bool) -> Result<Self> {
         let program = weed().context("SeaweedFS is not installed; run `make install-tools`")?;
         let directory = directory()?;
         let root = directory.path().display().to_string();
@@ -76,7 +93,12 @@ impl ObjectStoreServer {
             format!(
                 r#"{{"identities":[{{"name":"tidemark",
                 "credentials":[{{"accessKey":"{ACCESS_KEY}","secretKey":"{SECRET_KEY}"}}],
-                "actions":["Admin","Read","Write","List","Tagging"]}}]}}"#
+                "actions":["Admin","Read","Write","List","Tagging"]}}{}]}}"#,
+                if open_to_all {
+                    r#",{"name":"anonymous","actions":["Admin","Read","Write","List"]}"#
+                } else {
+                    ""
+                }
             ),
         )?;
         let [
@@ -163,6 +185,17 @@ impl ObjectStoreServer {
         format!("http://{}", self.address())
     }
 
+    /// Makes a request without a signature, as `PUT /bucket/key`; its answer.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn unsigned(&self, request: &str, body: &str) -> Result<String> {
+        let mut stream = ask(self.port, request, body)?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer)
+    }
+
     /// Where it keeps everything: what whoever runs it can read.
     #[must_use]
     pub fn directory(&self) -> &Path {
@@ -209,6 +242,12 @@ fn free_ports() -> Result<[u16; 8]> {
 
 /// One request, and the first line of its answer.
 fn http(port: u16, request: &str, body: &str) -> Result<String> {
+    let mut line = String::new();
+    BufReader::new(ask(port, request, body)?).read_line(&mut line)?;
+    Ok(line)
+}
+
+fn ask(port: u16, request: &str, body: &str) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let length = body.len();
@@ -216,7 +255,5 @@ fn http(port: u16, request: &str, body: &str) -> Result<String> {
         stream,
         "{request} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
     )?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
-    Ok(line)
+    Ok(stream)
 }

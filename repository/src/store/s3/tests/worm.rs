@@ -35,7 +35,7 @@ impl Moto {
             .stderr(Stdio::null())
             .spawn()
             .inspect_err(|error| {
-                eprintln!("SKIPPED: moto_server (pip install 'moto[server]'): {error}")
+                eprintln!("SKIPPED: moto_server (pip install 'moto[server]'): {error}");
             })
             .ok()?;
         let began = Instant::now();

@@ -1,0 +1,187 @@
+//! Who else may write where a cluster is archived: another cluster may not, a second archiver of the same one may, and a
+//! restored copy that was promoted goes on beside its origin. Nothing is ever overwritten.
+
+use std::{path::Path, thread::sleep, time::Duration};
+
+use benches::{
+    cluster::Cluster,
+    ledger::{Ledger, measure},
+    main_job::{Daemon, Place},
+    object_store::ObjectStoreServer,
+    programs::succeed,
+    restored::Restored,
+    tools::servers_or_skip,
+};
+
+fn scene(settings: &str) -> Option<(std::path::PathBuf, Cluster, Place)> {
+    let (_, bin) = servers_or_skip().pop()?;
+    let store = ObjectStoreServer::start_or_skip()?;
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let place = Place::in_bucket(store, settings).expect("a place");
+    Some((bin, cluster, place))
+}
+
+fn daemon(place: &Place, cluster: &Cluster) -> Daemon {
+    place.daemon(cluster, "127.0.0.1:0").expect("a daemon")
+}
+
+fn backup(place: &Place, cluster: &Cluster) {
+    let mut backup = place.program("wal-archiver").expect("it is built");
+    let conninfo = cluster.conninfo();
+    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+}
+
+fn verify(place: &Place) {
+    let mut verify = place.program("wal-archiver").expect("it is built");
+    succeed(verify.args(["verify", "--deep"])).expect("everything is sound");
+}
+
+fn sql(client: &mut postgres::Client, text: &str) {
+    client.batch_execute(text).expect(text);
+}
+
+fn count(place: &Place, bin: &Path, arguments: &[&str]) -> i64 {
+    let restored = Restored::start(place, bin, arguments).expect("a restore");
+    let mut client = restored.connect().expect("a connection");
+    let row = client.query_one("SELECT count(*) FROM t", &[]);
+    row.expect("a count").get(0)
+}
+
+#[test]
+fn a_second_cluster_at_one_prefix_is_refused_and_writes_nothing() {
+    let Some((bin, cluster, place)) = scene("") else {
+        return;
+    };
+    let ours = daemon(&place, &cluster);
+    let stranger = Cluster::start(&bin, 1, "").expect("a server");
+    let beside = place.beside("").expect("a place");
+    let conninfo = stranger.conninfo();
+    for arguments in [
+        ["run", "--http", "127.0.0.1:0"].as_slice(),
+        &["backup", "--label", "stranger"],
+    ] {
+        let mut program = beside.program("wal-archiver").expect("it is built");
+        program.args(["--conninfo", &conninfo]).args(arguments);
+        let output = program.output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains("belongs to another cluster"), "{said}");
+        assert!(said.contains("nothing was written"), "{said}");
+    }
+    backup(&place, &cluster);
+    let mut client = cluster.connect().expect("a connection");
+    sql(
+        &mut client,
+        "CREATE TABLE t AS SELECT generate_series(1, 1000)",
+    );
+    drop(client);
+    cluster.stop().expect("it stops");
+    ours.stop().expect("it stops");
+    verify(&place);
+    assert_eq!(count(&place, &bin, &[]), 1000);
+}
+
+/// Both put the same names; whoever is second finds what it wanted to put.
+#[test]
+fn two_archivers_of_one_cluster_agree_under_kills() {
+    let Some((bin, cluster, place)) =
+        scene("acknowledge = \"remote\"\nremote_flush_interval = \"200ms\"")
+    else {
+        return;
+    };
+    let beside = place.beside("slot = \"second\"").expect("a place");
+    let mut daemons = [daemon(&place, &cluster), daemon(&beside, &cluster)];
+    let mut client = cluster.connect().expect("a connection");
+    sql(
+        &mut client,
+        "ALTER SYSTEM SET synchronous_standby_names = 'tidemark'",
+    );
+    sql(&mut client, "SELECT pg_reload_conf()");
+    drop(client);
+    let ledger = Ledger::start(&cluster.conninfo(), 4).expect("a ledger");
+    backup(&place, &cluster);
+    let rounds = match std::env::var_os("TIDEMARK_LONG") {
+        Some(_) => 20,
+        None => 4,
+    };
+    for round in 0..rounds {
+        sleep(Duration::from_millis(700));
+        let [first, second] = daemons;
+        // One of them dies, now and then with all that its host has.
+        daemons = if round % 2 == 0 {
+            first.kill().expect("it dies");
+            if round % 4 == 2 {
+                std::fs::remove_dir_all(place.path().join("spool")).expect("a spool");
+            }
+            [daemon(&place, &cluster), second]
+        } else {
+            second.kill().expect("it dies");
+            if round % 4 == 3 {
+                std::fs::remove_dir_all(beside.path().join("spool")).expect("a spool");
+            }
+            [first, daemon(&beside, &cluster)]
+        };
+    }
+    sleep(Duration::from_millis(700));
+    for daemon in daemons {
+        daemon.kill().expect("it dies");
+    }
+    sleep(Duration::from_millis(300));
+    let acknowledged = ledger.acknowledged();
+    for place in [&place, &beside] {
+        std::fs::remove_dir_all(place.path().join("spool")).expect("a spool");
+    }
+    assert!(acknowledged.len() > 20, "{}", acknowledged.len());
+    let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
+    let loss = measure(
+        &mut restored.connect().expect("a connection"),
+        &acknowledged,
+    );
+    let loss = loss.expect("one moment");
+    assert_eq!(loss.transfers, 0, "of {} acknowledged", acknowledged.len());
+    drop(restored);
+    cluster.destroy().expect("it is gone");
+    ledger.finish().expect("it ends");
+    verify(&place);
+}
+
+/// A restored copy has the same system identifier. Promoted, it has a timeline of its own and is archived beside its origin.
+#[test]
+fn an_archiver_of_a_promoted_copy_joins_on_its_own_timeline() {
+    let Some((bin, cluster, place)) = scene("") else {
+        return;
+    };
+    let origin = daemon(&place, &cluster);
+    backup(&place, &cluster);
+    let mut client = cluster.connect().expect("a connection");
+    sql(
+        &mut client,
+        "CREATE TABLE t AS SELECT generate_series(1, 1000)",
+    );
+    sql(&mut client, "SELECT pg_switch_wal()");
+    sleep(Duration::from_secs(3));
+    let copy = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
+    let beside = place.beside("").expect("a place");
+    let conninfo = copy.conninfo();
+    let joined = beside.daemon_at(&conninfo, "127.0.0.1:0", " INFO streaming");
+    let joined = joined.expect("it joins");
+    // Both go on, over the same positions.
+    sql(&mut client, "INSERT INTO t SELECT generate_series(1, 500)");
+    drop(client);
+    let mut client = copy.connect().expect("a connection");
+    sql(&mut client, "INSERT INTO t SELECT generate_series(1, 20)");
+    sql(&mut client, "CHECKPOINT");
+    drop(client);
+    sleep(Duration::from_secs(3));
+    joined.stop().expect("it stops");
+    drop(copy);
+    cluster.stop().expect("it stops");
+    origin.stop().expect("the origin was not disturbed");
+    verify(&place);
+    assert_eq!(count(&place, &bin, &["--target-timeline", "1"]), 1500);
+    assert_eq!(
+        count(&place, &bin, &[]),
+        1020,
+        "the newest timeline is the copy's"
+    );
+}

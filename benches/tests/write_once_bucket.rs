@@ -1,0 +1,180 @@
+//! A bucket with versions whose policy forbids deletes, and an intruder who may do everything.
+
+use std::{fs, net::TcpListener, thread::sleep, time::Duration};
+
+use benches::{
+    cluster::Cluster,
+    main_job::Place,
+    object_store::{BUCKET, ObjectStoreServer},
+    programs::succeed,
+    restored::Restored,
+    tools::servers_or_skip,
+};
+
+const VERSIONS: &str = r#"<VersioningConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Status>Enabled</Status></VersioningConfiguration>"#;
+
+fn unsigned(place: &Place, request: &str, body: &str) -> String {
+    let store = place.store().expect("a store");
+    let answer = store.unsigned(request, body).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 20"), "{request}: {answer}");
+    answer
+}
+
+/// Every key of the bucket.
+fn keys(place: &Place) -> Vec<String> {
+    let listed = unsigned(place, &format!("GET /{BUCKET}?list-type=2"), "");
+    let parts = listed.split("<Key>").skip(1);
+    parts
+        .filter_map(|part| part.split_once("</Key>"))
+        .map(|(key, _)| key.to_owned())
+        .collect()
+}
+
+fn rows(client: &mut postgres::Client) -> i64 {
+    let row = client.query_one("SELECT count(*) FROM t", &[]);
+    row.expect("a count").get(0)
+}
+
+#[test]
+fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let Some(store) = ObjectStoreServer::open_to_all_or_skip() else {
+        return;
+    };
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let place = Place::in_bucket(store, "").expect("a place");
+    unsigned(&place, &format!("PUT /{BUCKET}?versioning"), VERSIONS);
+    let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
+    let conninfo = cluster.conninfo();
+    let mut backup = place.program("wal-archiver").expect("it is built");
+    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+    let mut client = cluster.connect().expect("a connection");
+    let fill =
+        "CREATE TABLE t AS SELECT n, repeat(md5(n::text), 4) FROM generate_series(1, 20000) n";
+    client.batch_execute(fill).expect("a table");
+    drop(client);
+    cluster.stop().expect("it stops");
+    daemon.stop().expect("everything is in the bucket");
+    fs::remove_dir_all(place.path().join("spool")).expect("a spool");
+    // Stores tell times in whole seconds.
+    sleep(Duration::from_millis(1500));
+    let good = format!("{:.6}", jiff::Timestamp::now());
+    sleep(Duration::from_millis(1500));
+
+    let all = keys(&place);
+    assert!(all.len() > 8, "{all:?}");
+    for (at, key) in all.iter().enumerate() {
+        if at % 2 == 0 {
+            unsigned(&place, &format!("DELETE /{BUCKET}/{key}"), "");
+        } else {
+            unsigned(&place, &format!("PUT /{BUCKET}/{key}"), "ransom");
+        }
+    }
+    let mut list = place.program("pitr-restore").expect("it is built");
+    let lost = list.arg("list").output().expect("it runs");
+    assert!(!lost.status.success(), "nothing is left to restore");
+
+    let mut list = place.program("pitr-restore").expect("it is built");
+    let listed = succeed(list.args(["list", "--at", &good])).expect("the past is there");
+    assert!(listed.contains("backup"), "{listed}");
+    let restored = Restored::start(&place, &bin, &["--at", &good]).expect("a restore");
+    assert_eq!(rows(&mut restored.connect().expect("a connection")), 20_000);
+    let settings = restored.data().join("postgresql.auto.conf");
+    let settings = fs::read_to_string(settings).expect("settings");
+    assert!(
+        settings.contains(" --at "),
+        "PostgreSQL's own fetches see the past too"
+    );
+
+    // Before there was anything, and in a folder.
+    for (arguments, words) in [
+        (
+            ["list", "--at", "2020-01-01 00:00:00Z"].as_slice(),
+            "holds nothing",
+        ),
+        (
+            &["list", "--at", "now", "--repository", "file:///tmp"],
+            "is a folder",
+        ),
+        (&["list", "--at", "2999-01-01 00:00:00Z"], "in the future"),
+    ] {
+        let mut list = place.program("pitr-restore").expect("it is built");
+        let output = list.args(arguments).output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(words), "{arguments:?}: {said}");
+    }
+}
+
+#[test]
+fn where_deleting_is_forbidden_the_archiver_goes_on_and_counts() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let Some(store) = ObjectStoreServer::open_to_all_or_skip() else {
+        return;
+    };
+    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = free.local_addr().expect("an address").to_string();
+    drop(free);
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let settings = format!("http = \"{address}\"");
+    let place = Place::in_bucket(store, &settings).expect("a place");
+    unsigned(&place, &format!("PUT /{BUCKET}?versioning"), VERSIONS);
+    let policy = format!(
+        r#"{{"Version":"2012-10-17","Statement":[{{"Effect":"Deny","Principal":"*","Action":["s3:DeleteObject"],
+        "Resource":"arn:aws:s3:::{BUCKET}/*"}}]}}"#
+    );
+    unsigned(&place, &format!("PUT /{BUCKET}?policy"), &policy);
+    let daemon = place.daemon(&cluster, &address).expect("a daemon");
+    let conninfo = cluster.conninfo();
+    let mut backup = place.program("wal-archiver").expect("it is built");
+    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+    let mut client = cluster.connect().expect("a connection");
+    client
+        .batch_execute("CREATE TABLE t (n int, filler text)")
+        .expect("a table");
+    for _ in 0..5 {
+        let fill =
+            "INSERT INTO t SELECT n, repeat(md5(n::text), 20) FROM generate_series(1, 2000) n";
+        client.batch_execute(fill).expect("rows");
+        sleep(Duration::from_millis(1200));
+    }
+    let mut locked = 0;
+    let mut report = serde_json::Value::Null;
+    for _ in 0..40 {
+        let mut status = place.program("wal-archiver").expect("it is built");
+        let said = succeed(status.args(["status", "--json"])).expect("a status");
+        report = serde_json::from_str(&said).expect("JSON");
+        locked = report[0]["counters"]["objects_locked"]
+            .as_u64()
+            .unwrap_or_default();
+        if locked > 0 {
+            break;
+        }
+        sleep(Duration::from_millis(250));
+    }
+    assert!(locked > 0, "{report}");
+    assert!(
+        report[0]["repository_error"].is_null(),
+        "a lock is no failure: {report}"
+    );
+    assert_eq!(report[0]["state"], "ok", "{report}");
+    drop(client);
+    cluster.stop().expect("it stops");
+    daemon.stop().expect("a lock is no failure");
+    let log = fs::read_to_string(place.path().join("archiver.log")).expect("a log");
+    let told = log.matches("deleting is forbidden there").count();
+    assert_eq!(told, 1, "said once: {log}");
+    let tails = keys(&place)
+        .iter()
+        .filter(|key| key.contains("/tail/"))
+        .count();
+    assert!(tails as u64 >= locked, "{tails} tails, {locked} locked");
+    let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
+    assert_eq!(rows(&mut restored.connect().expect("a connection")), 10_000);
+    let mut verify = place.program("wal-archiver").expect("it is built");
+    succeed(verify.args(["verify", "--deep"])).expect("everything is sound");
+}
