@@ -105,6 +105,7 @@ pub fn import(
     let pusher = Pusher {
         settings,
         repository: &repository,
+        spool_counts: false,
     };
     let mut running = None;
     let mut count = Count::default();

@@ -2,7 +2,7 @@
 //!
 //! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`core`](mod@core) that decides, the [`spool`] it is written to first,
 //! [`replication`] (PostgreSQL's protocol), [`base_backup`], the [`supervisor`] that keeps a cluster archived, and what is
-//! said about it: [`cluster_status`], [`report`], [`http`]. [`cli`] is the outside.
+//! said about it: [`cluster_status`], [`report`], [`http`]. The [`walsender`] streams it on to standbys. [`cli`] is the outside.
 
 pub mod alerts;
 pub mod base_backup;
@@ -28,3 +28,4 @@ pub mod spool;
 pub mod standby_slots;
 pub mod supervisor;
 pub mod synchronous;
+pub mod walsender;

@@ -9,6 +9,8 @@ pub mod client;
 mod message;
 mod prime;
 pub mod server;
+mod side_by_side;
+mod spooled;
 
 use std::{
     fs::{self, File},
@@ -49,6 +51,7 @@ pub fn push_alone(settings: &ClusterSettings, path: &Path) -> Result<()> {
     Pusher {
         settings,
         repository: &repository,
+        spool_counts: false,
     }
     .push(&file, &mut None)
 }
@@ -162,6 +165,26 @@ pub struct Pusher<'a> {
     pub settings: &'a ClusterSettings,
     /// Its repository.
     pub repository: &'a Repository,
+    /// Whether what lies complete in the spool counts as archived: only while a daemon takes care that it gets there, and
+    /// only where the operator's class is this host's disk.
+    pub spool_counts: bool,
+}
+
+/// What is known of a file before its records are looked at.
+#[derive(Debug)]
+pub enum Looked {
+    /// It is archived: all of it was compared, or there is nothing in it to be archived.
+    Archived,
+    /// A segment that is new.
+    New(NewSegment),
+}
+
+/// A segment that is new, and whose.
+#[derive(Clone, Copy, Debug)]
+pub struct NewSegment {
+    identity: WalIdentity,
+    segment: SegmentNo,
+    header: SealedHeader,
 }
 
 impl Pusher<'_> {
@@ -170,9 +193,12 @@ impl Pusher<'_> {
     /// # Errors
     /// [`Error::Push`] when the file is not what its name says or differs from what is archived.
     pub fn push(&self, file: &WalFile, running: &mut Option<Running>) -> Result<()> {
-        match self.check(file, running)? {
-            Some(checked) => self.store(file, &checked),
-            None => Ok(()),
+        match self.look(file)? {
+            Looked::Archived => Ok(()),
+            Looked::New(new) => {
+                let (checked, object) = self.check_and_seal(file, new, running)?;
+                self.put(file, &checked.header, &object)
+            }
         }
     }
 
@@ -181,13 +207,24 @@ impl Pusher<'_> {
     /// # Errors
     /// As [`Pusher::push`].
     pub fn check(&self, file: &WalFile, running: &mut Option<Running>) -> Result<Option<Checked>> {
+        match self.look(file)? {
+            Looked::Archived => Ok(None),
+            Looked::New(new) => self.decode(file, new, running).map(Some),
+        }
+    }
+
+    /// Compares a segment with what is archived under its name, and does everything for other files.
+    ///
+    /// # Errors
+    /// As [`Pusher::push`].
+    pub fn look(&self, file: &WalFile) -> Result<Looked> {
         match file.name()? {
-            WalFileName::Segment(name) => return self.segment(file, name, running),
+            WalFileName::Segment(name) => return self.segment(file, name),
             WalFileName::Partial(name) => self.partial(file, name)?,
             WalFileName::History(timeline) => self.history(file, timeline)?,
             WalFileName::Backup(..) => backup_history(file)?,
         }
-        Ok(None)
+        Ok(Looked::Archived)
     }
 
     /// Compresses a segment, stores it, reads it back and compares.
@@ -199,17 +236,17 @@ impl Pusher<'_> {
         let read = |bytes: &mut [u8], offset: u64| file.read_at(bytes, offset);
         let level = self.settings.compression_level;
         let object = seal_range(level, *header, &checked.summary, None, &read)?;
-        put_wal(self.repository, header, &object, "the pushed file", &read)
+        self.put(file, header, &object)
+    }
+
+    fn put(&self, file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
+        let read = |bytes: &mut [u8], offset: u64| file.read_at(bytes, offset);
+        put_wal(self.repository, header, object, "the pushed file", &read)
             .map_err(|error| differs(file, error))?;
         Ok(())
     }
 
-    fn segment(
-        &self,
-        file: &WalFile,
-        name: SegmentName,
-        running: &mut Option<Running>,
-    ) -> Result<Option<Checked>> {
+    fn segment(&self, file: &WalFile, name: SegmentName) -> Result<Looked> {
         let (identity, segment) = self.identify(file, name)?;
         let branch = self.branch(file, &identity, name.timeline)?;
         let size = identity.segment_size;
@@ -221,10 +258,36 @@ impl Pusher<'_> {
             segment,
         );
         // The stream was here before, or this is the second time: equal bytes need no second look at their records.
+        if self.spool_counts && self.is_spooled(file, &header, name)? {
+            return Ok(Looked::Archived);
+        }
         if let Some(object) = self.stored(&header.key())? {
             compare(file, &header, &object)?;
-            return Ok(None);
+            return Ok(Looked::Archived);
         }
+        Ok(Looked::New(NewSegment {
+            identity,
+            segment,
+            header,
+        }))
+    }
+
+    /// Checks every record of a segment. `running` saves looking for the start of a record that crosses into it.
+    ///
+    /// # Errors
+    /// As [`Pusher::push`].
+    pub fn decode(
+        &self,
+        file: &WalFile,
+        new: NewSegment,
+        running: &mut Option<Running>,
+    ) -> Result<Checked> {
+        let NewSegment {
+            identity,
+            segment,
+            header,
+        } = new;
+        let (branch, size) = (header.branch, identity.segment_size);
         let mut indexer = match running.take() {
             Some(running) if running.branch == branch && running.next == segment => running.indexer,
             _ => self.indexer(file, &identity, branch, segment)?,
@@ -243,7 +306,7 @@ impl Pusher<'_> {
             next: segment.next(),
             indexer,
         });
-        Ok(Some(Checked { header, summary }))
+        Ok(Checked { header, summary })
     }
 
     /// The last segment of a timeline that a promotion left: kept as a tail, up to its last valid record.

@@ -369,6 +369,15 @@ impl BranchSpool {
     }
 }
 
+/// The directory of a branch below `{spool}/{cluster}`, without taking the lock: for a push.
+pub(crate) fn branch_directory(
+    cluster_directory: &Path,
+    system: SystemIdentifier,
+    branch: Branch,
+) -> PathBuf {
+    system_directory(cluster_directory, system).join(branch.to_string())
+}
+
 fn system_directory(cluster_directory: &Path, system: SystemIdentifier) -> PathBuf {
     cluster_directory.join("wal").join(system.to_string())
 }

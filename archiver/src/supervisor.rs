@@ -30,7 +30,7 @@ use crate::{
     replication::ConnInfo,
     shutdown::Shutdown,
     spool::Spool,
-    standby_slots,
+    standby_slots, walsender,
 };
 
 mod protect;
@@ -75,6 +75,7 @@ pub async fn run(
         blocking(move || Spool::open(&settings.spool, &settings.name)).await?
     });
     let _pushes = push::server::start(&settings, Arc::clone(&status))?;
+    let _standbys = walsender::start(&settings, Arc::clone(&status)).await?;
     let mut supervisor = Supervisor {
         settings,
         status,

@@ -8,6 +8,9 @@ use std::{
 
 use crate::support::{Place, Server, owned_dir, postgres_bin, succeed};
 
+const PGBACKREST: &str = "/usr/bin/pgbackrest";
+/// One for each way in which `pg_receivewal` compresses.
+const SLOTS: [&str; 3] = ["theirs_plain", "theirs_gzip", "theirs_lz4"];
 const SHA1: &str = "da39a3ee5e6b4b0d3255bfef95601890afd80709";
 
 fn import(
@@ -39,7 +42,11 @@ fn wal_of_other_tools_is_taken_over_and_compared() {
         copies.path().display()
     );
     let server = Server::start(&bin, &archive_command);
-    server.sql("SELECT pg_create_physical_replication_slot('theirs', true)");
+    for slot in SLOTS {
+        server.sql(&format!(
+            "SELECT pg_create_physical_replication_slot('{slot}', true)"
+        ));
+    }
     server.write_wal(6000);
     let last = server.sql("SELECT pg_walfile_name(pg_switch_wal())");
     crate::support::wait_until("cp has archived everything", || {
@@ -71,30 +78,7 @@ fn wal_of_other_tools_is_taken_over_and_compared() {
     place.assert_equals_pg_wal(&server.data());
     place.verify(&server.conninfo());
 
-    // pg_receivewal's, compressed by itself, with an incomplete last one.
-    let received = owned_dir();
-    let output = server
-        .psql(&server.conninfo(), "SELECT pg_current_wal_flush_lsn()")
-        .stdout;
-    let end = String::from_utf8_lossy(&output).trim().to_owned();
-    let mut receive = server.command("pg_receivewal");
-    receive.args([
-        "--slot=theirs",
-        "--compress=gzip:1",
-        "--no-loop",
-        "--synchronous",
-    ]);
-    receive
-        .arg(format!("--endpos={end}"))
-        .arg("-D")
-        .arg(received.path());
-    let output = receive.args(["-d", &server.conninfo()]).output();
-    succeed("pg_receivewal", &output.expect("it runs"));
-    let place = Place::new();
-    let (code, said) = import(&place, &server, &[], received.path());
-    assert_eq!(code, Some(0), "{said}");
-    place.assert_equals_pg_wal(&server.data());
-    place.verify(&server.conninfo());
+    received_ones_are_taken_over(&server);
 
     // pgBackRest's layout: a checksum in the name, zstd and LZ4, other files between.
     let backrest = owned_dir();
@@ -123,6 +107,145 @@ fn wal_of_other_tools_is_taken_over_and_compared() {
         "{said}"
     );
     differences_are_named(&server, &place, &segments()[2]);
+}
+
+/// Folders of `pg_receivewal`, plain and compressed by itself, with an incomplete last file.
+fn received_ones_are_taken_over(server: &Server) {
+    let output = server
+        .psql(&server.conninfo(), "SELECT pg_current_wal_flush_lsn()")
+        .stdout;
+    let end = String::from_utf8_lossy(&output).trim().to_owned();
+    for (slot, compress) in SLOTS.into_iter().zip(["none", "gzip:1", "lz4"]) {
+        let received = owned_dir();
+        let mut receive = server.command("pg_receivewal");
+        receive.arg(format!("--slot={slot}"));
+        receive.args([
+            &format!("--compress={compress}"),
+            "--no-loop",
+            "--synchronous",
+        ]);
+        receive.arg(format!("--endpos={end}")).arg("-D");
+        receive
+            .arg(received.path())
+            .args(["-d", &server.conninfo()]);
+        let output = receive.output().expect("it runs");
+        if String::from_utf8_lossy(&output.stderr).contains("does not support compression") {
+            eprintln!("SKIPPED: this pg_receivewal has no {compress}");
+            continue;
+        }
+        succeed("pg_receivewal", &output);
+        let place = Place::new();
+        let (code, said) = import(&place, server, &[], received.path());
+        assert_eq!(code, Some(0), "{compress}: {said}");
+        place.assert_equals_pg_wal(&server.data());
+        place.verify(&server.conninfo());
+    }
+}
+
+/// Repositories that pgBackRest itself has written, in each of its compressions.
+#[test]
+fn a_real_pgbackrest_repository_is_taken_over_and_compared() {
+    let servers = benches::tools::servers_or_skip();
+    // The newest that the pgBackRest of Debian 12 knows.
+    let Some((_, bin)) = servers.into_iter().find(|(major, _)| *major == 15) else {
+        return;
+    };
+    if !Path::new(PGBACKREST).exists() {
+        eprintln!("SKIPPED: pgBackRest is not installed; run `make install-tools`");
+        return;
+    }
+    let server = Server::start(&bin, "archive_mode=on\narchive_command='/bin/false'\n");
+    server.write_wal(4000);
+    let last = server.sql("SELECT pg_walfile_name(pg_switch_wal())");
+    let mut segments: Vec<PathBuf> = fs::read_dir(server.data().join("pg_wal"))
+        .expect("pg_wal")
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            let name = path.file_name().and_then(|name| name.to_str());
+            name.is_some_and(|name| name.len() == 24 && name <= last.as_str())
+        })
+        .collect();
+    segments.sort();
+    let place = Place::new();
+    for (round, compress) in ["gz", "lz4", "zst", "none"].into_iter().enumerate() {
+        let root = owned_dir();
+        backrest(&server, root.path(), compress, &["stanza-create"]);
+        for segment in &segments {
+            let segment = segment.to_str().expect("UTF-8");
+            backrest(&server, root.path(), compress, &["archive-push", segment]);
+        }
+        let repository = root.path().join("repository");
+        let count = segments.len();
+        if round == 0 {
+            let (code, said) = import(&place, &server, &[], &repository);
+            assert_eq!(code, Some(0), "{said}");
+            assert!(
+                said.contains(&format!("{count} files imported, 0 were there")),
+                "{said}"
+            );
+            place.assert_equals_pg_wal(&server.data());
+            place.verify(&server.conninfo());
+        }
+        let (code, said) = import(&place, &server, &["--compare"], &repository);
+        assert_eq!(code, Some(0), "{compress}: {said}");
+        let same = format!("{count} segments are the same, 0 are missing");
+        assert!(said.contains(&same), "{compress}: {said}");
+    }
+    // It archives what it is given; ours has other bytes, and says from where on.
+    let root = owned_dir();
+    let edited = root.path().join(segments[2].file_name().expect("a name"));
+    let mut wal = fs::read(&segments[2]).expect("a segment");
+    wal[700_000] ^= 1;
+    fs::write(&edited, &wal).expect("a file");
+    backrest(&server, root.path(), "lz4", &["stanza-create"]);
+    let path = edited.to_str().expect("UTF-8");
+    backrest(&server, root.path(), "lz4", &["archive-push", path]);
+    let repository = root.path().join("repository");
+    let (code, said) = import(&place, &server, &["--compare"], &repository);
+    assert_eq!(code, Some(4), "{said}");
+    let name = segments[2]
+        .file_name()
+        .and_then(|name| name.to_str())
+        .expect("a name");
+    let number = u64::from_str_radix(&name[16..], 16).expect("hexadecimal");
+    let lsn = format!("at 0/{:X}", (number << 20) + 700_000);
+    assert!(
+        said.contains("differs") && said.contains(&lsn),
+        "{lsn}: {said}"
+    );
+}
+
+fn backrest(server: &Server, root: &Path, compress: &str, arguments: &[&str]) {
+    let root = root.display();
+    let mut backrest = server.command(PGBACKREST);
+    // Its own libpq, not the server's.
+    backrest.env_remove("LD_LIBRARY_PATH");
+    for option in [
+        format!("--repo1-path={root}/repository"),
+        format!("--log-path={root}"),
+        format!("--lock-path={root}/lock"),
+        format!("--spool-path={root}"),
+        format!("--pg1-path={}", server.data().display()),
+        format!("--pg1-socket-path={}", server.directory().display()),
+        format!("--pg1-port={}", server.port),
+        format!("--compress-type={compress}"),
+    ] {
+        // Each command knows some of them only; as variables it passes over the others.
+        let (name, value) = option.split_once('=').expect("an option");
+        let name = name
+            .trim_start_matches('-')
+            .replace('-', "_")
+            .to_uppercase();
+        backrest.env(format!("PGBACKREST_{name}"), value);
+    }
+    backrest.env("PGBACKREST_LOG_LEVEL_FILE", "off");
+    backrest.env("PGBACKREST_PG1_USER", "postgres");
+    let output = backrest
+        .args(["--stanza=main", "--no-config"])
+        .args(arguments)
+        .output();
+    succeed("pgbackrest", &output.expect("it runs"));
 }
 
 /// One bit, one cut, one that we do not have: each is said, and nothing changes.

@@ -20,3 +20,4 @@ mod push;
 mod streaming;
 mod support;
 mod timelines;
+mod walsender;

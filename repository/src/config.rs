@@ -15,12 +15,14 @@ mod notify;
 mod repositories;
 mod s3;
 mod url;
+mod walsender;
 
 use file::{ClusterTable, ConfigFile};
 pub use http::HttpAccess;
 pub use notify::{NotifyKind, NotifyTarget, SmtpTls};
 pub use s3::{S3Credentials, S3Settings, Secret};
 pub use url::{RepositoryPlace, RepositoryUrl};
+pub use walsender::WalsenderSettings;
 
 /// The flags that every command of both programs takes, before or after it.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -194,6 +196,8 @@ pub struct ClusterSettings {
     pub compression_level: i32,
     /// Threads that seal segments. Default: 2.
     pub seal_threads: usize,
+    /// Where standbys stream from the archive. Default: nowhere.
+    pub walsender: Option<WalsenderSettings>,
 }
 
 impl fmt::Debug for ClusterSettings {
@@ -348,6 +352,7 @@ fn cluster(
             .transpose()
     };
     Ok(ClusterSettings {
+        walsender: WalsenderSettings::resolve(&table.walsender, &defaults.walsender)?,
         rto_target: optional(&table.rto_target, &defaults.rto_target, "rto_target")?,
         drill_max_age: optional(
             &table.drill_max_age,

@@ -7,7 +7,7 @@ use std::{
     io::{self, Write},
     path::Path,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use repository::{ClusterIdentity, Repository};
@@ -17,9 +17,11 @@ use wal_format::{
 
 use crate::{Error, RestorePlan, Result};
 
-/// How often a failing store is asked again, with pauses of 0.2 s doubling: about half a minute in all.
-const ATTEMPTS_MAX: u32 = 8;
+/// How long a failing store is asked again before 255 stops the recovery: longer than a store restarts or fails over.
+const PATIENCE: Duration = Duration::from_secs(150);
+/// The pauses between, doubling from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
 
 /// What became of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,17 +43,17 @@ pub fn wal_fetch(
     destination: &Path,
 ) -> Result<Fetched> {
     let mut pause = FIRST_PAUSE;
-    for attempt in 1.. {
+    let began = Instant::now();
+    loop {
         match deliver(repository, plan, name, destination) {
-            Err(Error::Repository(error)) if error.is_transient() && attempt < ATTEMPTS_MAX => {
-                tracing::warn!(%error, attempt, "fetching {name} failed and is tried again");
+            Err(Error::Repository(error)) if error.is_transient() && began.elapsed() < PATIENCE => {
+                tracing::warn!(%error, "fetching {name} failed and is tried again");
                 thread::sleep(pause);
-                pause *= 2;
+                pause = (pause * 2).min(LAST_PAUSE);
             }
             outcome => return outcome,
         }
     }
-    unreachable!("BUG: the last attempt returns")
 }
 
 /// Whether `name` can be delivered, without delivering it: after a recovery that failed, the reason with its type.

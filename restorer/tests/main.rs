@@ -8,6 +8,7 @@ mod delta;
 mod epochs;
 mod failover;
 mod locate;
+mod outage;
 mod resume;
 mod scene;
 mod standby;

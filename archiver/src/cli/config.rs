@@ -85,6 +85,20 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
         ] {
             output::line(&line);
         }
+        if let Some(walsender) = &cluster.walsender {
+            output::line(&format!("walsender = \"{}\"", walsender.address));
+            output::line(&format!("walsender_user = \"{}\"", walsender.user));
+            if walsender.password.is_some() {
+                output::line("# walsender_password: set");
+            }
+            if let Some((certificate, key)) = &walsender.tls {
+                output::line(&format!(
+                    "walsender_tls_certificate = \"{}\"",
+                    certificate.display()
+                ));
+                output::line(&format!("walsender_tls_key = \"{}\"", key.display()));
+            }
+        }
         if let Some(source) = &cluster.repository.encryption {
             output::line(&source.to_string());
         }

@@ -402,7 +402,11 @@ impl Archive {
     }
 
     /// The branch of an ancestor: the one of that timeline whose own history agrees with the descendant's.
-    fn ancestor(&self, history: &TimelineHistory, timeline: TimelineId) -> Result<Option<Branch>> {
+    pub(crate) fn ancestor(
+        &self,
+        history: &TimelineHistory,
+        timeline: TimelineId,
+    ) -> Result<Option<Branch>> {
         if timeline == TimelineId::FIRST {
             return Ok(Some(Branch::FIRST));
         }
@@ -418,7 +422,8 @@ impl Archive {
         Ok(None)
     }
 
-    fn history(&self, branch: Branch) -> Result<Option<TimelineHistory>> {
+    /// The history of a branch, from the spool or the catalog.
+    pub(crate) fn history(&self, branch: Branch) -> Result<Option<TimelineHistory>> {
         let parse = |content: &[u8]| TimelineHistory::parse(branch.timeline, content).ok();
         if let Some(content) = self.branch_spool(branch).history()? {
             return Ok(parse(&content));

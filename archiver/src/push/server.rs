@@ -20,10 +20,13 @@ use std::{
     time::Duration,
 };
 
-use repository::{Repository, config::ClusterSettings};
+use repository::{
+    Repository,
+    config::{Acknowledge, ClusterSettings},
+};
 
 use super::{
-    Checked, Pusher, Running, WalFile,
+    Looked, Pusher, Running, WalFile,
     message::{Answer, receive_request, send_answer},
 };
 use crate::{
@@ -276,18 +279,10 @@ impl Desk {
 
     fn work(&self) {
         loop {
-            // Taken and decoded under one lock: in order.
-            let mut running = lock(&self.running);
             let Some((path, content, file)) = self.next() else {
                 return;
             };
-            let checked = self.with_pusher(|pusher| pusher.check(&file, &mut running));
-            drop(running);
-            let outcome = match checked {
-                Ok(Some(checked)) => self.store(&file, &checked),
-                Ok(None) => Ok(()),
-                Err(error) => Err(error),
-            };
+            let outcome = self.archive(&file);
             self.finish(&path, content, outcome);
         }
     }
@@ -315,8 +310,18 @@ impl Desk {
         }
     }
 
-    fn store(&self, file: &WalFile, checked: &Checked) -> Result<()> {
-        self.with_pusher(|pusher| pusher.store(file, checked))
+    fn archive(&self, file: &WalFile) -> Result<()> {
+        // Side by side: what the stream brought is only compared.
+        let new = match self.with_pusher(|pusher| pusher.look(file))? {
+            Looked::Archived => return Ok(()),
+            Looked::New(new) => new,
+        };
+        // One after the other, each going on where the one before ended.
+        let checked = {
+            let mut running = lock(&self.running);
+            self.with_pusher(|pusher| pusher.decode(file, new, &mut running))?
+        };
+        self.with_pusher(|pusher| pusher.store(file, &checked))
     }
 
     fn with_pusher<T>(&self, work: impl FnOnce(Pusher<'_>) -> Result<T>) -> Result<T> {
@@ -334,6 +339,7 @@ impl Desk {
         work(Pusher {
             settings: &self.settings,
             repository: &repository,
+            spool_counts: self.settings.acknowledge == Acknowledge::Local,
         })
     }
 

@@ -10,6 +10,7 @@ use super::{
     http::{HTTP_KEYS, HttpTable},
     repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
     s3::{S3_KEYS, S3Table},
+    walsender::{WALSENDER_KEYS, WalsenderTable},
 };
 use crate::{Error, Result};
 
@@ -80,6 +81,8 @@ pub(super) struct ClusterTable {
     pub(super) s3: S3Table,
     #[serde(flatten)]
     pub(super) encryption: EncryptionTable,
+    #[serde(flatten)]
+    pub(super) walsender: WalsenderTable,
 }
 
 impl ConfigFile {
@@ -129,6 +132,7 @@ impl ConfigFile {
             .copied()
             .chain(S3_KEYS)
             .chain(ENCRYPTION_KEYS)
+            .chain(WALSENDER_KEYS)
             .collect();
         let known: Vec<&str> = of_cluster
             .iter()

@@ -163,6 +163,7 @@ fn keep(
         }
     }
     let pusher = Pusher {
+        spool_counts: false,
         settings: archive.settings(),
         repository: archive.repository(),
     };

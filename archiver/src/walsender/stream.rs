@@ -1,0 +1,280 @@
+//! `START_REPLICATION`: WAL out, feedback in, to the end of the timeline or of the client's patience.
+//!
+//! The order of messages is `walsender.c`'s: `CopyBoth`, data and keepalives, `CopyDone` from either side, on a timeline that
+//! was left the result set that names its successor, and two completions.
+//! Invariant: a record is never split across messages but at a page's end; what the client says moves nothing here, because
+//! the archive keeps everything.
+
+use std::{
+    io,
+    pin::pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::BufMut;
+use tokio::io::{AsyncRead, AsyncWrite};
+use wal_format::{Lsn, PgTimestamp, TimelineId};
+
+use super::{
+    Shared, session,
+    source::{Place, Source, WalReader},
+    wire::{Answer, Message, read_message},
+};
+use crate::{error::Error, pipeline::blocking};
+
+/// `MAX_SEND_SIZE`.
+const SEND_BYTES_MAX: usize = 128 << 10;
+/// WAL's page, `XLOG_BLCKSZ`.
+const PAGE_BYTES: u64 = 8192;
+/// How soon new WAL is seen when nobody wakes us.
+const POLL: Duration = Duration::from_millis(20);
+/// How often an idle client is asked whether it lives, and how long it may keep silent, as `wal_sender_timeout`.
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// An error that the client is told.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    pub(super) code: &'static str,
+    pub(super) words: String,
+}
+
+impl Refusal {
+    pub(super) fn new(code: &'static str, words: String) -> Self {
+        Self { code, words }
+    }
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Self {
+        Self::new("58030", error.to_string())
+    }
+}
+
+/// A stream under way.
+struct Stream<'a> {
+    shared: &'a Shared,
+    source: Source,
+    place: Place,
+    timeline: TimelineId,
+    reader: WalReader,
+    sent: Lsn,
+    copy_done: bool,
+    heard: Instant,
+    asked: Instant,
+}
+
+/// Streams; an inner error is for the client, an outer one ends the connection.
+pub(super) async fn run(
+    reader: &mut (impl AsyncRead + Unpin),
+    writer: &mut (impl AsyncWrite + Unpin),
+    shared: &Shared,
+    answer: &mut Answer,
+    start: Lsn,
+    timeline: Option<TimelineId>,
+) -> io::Result<Result<(), Refusal>> {
+    let mut stream = match Stream::open(shared, start, timeline).await {
+        Ok(stream) => stream,
+        Err(refusal) => return Ok(Err(refusal)),
+    };
+    // A timeline that ends where the client wants to begin has nothing to copy.
+    if stream.place.next.is_none_or(|(switch, _)| switch != start) {
+        answer.message(b'W', |out| out.put_slice(&[0, 0, 0]));
+        answer.send(writer).await?;
+        if let Err(refusal) = stream.copy(reader, writer, answer).await? {
+            return Ok(Err(refusal));
+        }
+    }
+    if let Some((switch, successor)) = stream.place.next {
+        session::next_timeline(answer, successor.timeline, switch);
+    }
+    answer.complete("START_STREAMING");
+    answer.complete("START_REPLICATION");
+    Ok(Ok(()))
+}
+
+impl<'a> Stream<'a> {
+    async fn open(
+        shared: &'a Shared,
+        start: Lsn,
+        timeline: Option<TimelineId>,
+    ) -> Result<Self, Refusal> {
+        let source = Source::open(shared).await?;
+        let timeline = timeline.unwrap_or(source.timeline());
+        let place = source.place(shared, timeline).await?;
+        if let Some((switch, _)) = place.next
+            && switch < start
+        {
+            let words = format!(
+                "requested starting point {start} on timeline {timeline} is not in this archive's history, which forked from it at {switch}"
+            );
+            return Err(Refusal::new("58P01", words));
+        }
+        if place.next.is_none() && source.end() < start {
+            let words = format!(
+                "requested starting point {start} is ahead of the WAL flush position of this archive {}",
+                source.end()
+            );
+            return Err(Refusal::new("XX000", words));
+        }
+        Ok(Self {
+            reader: WalReader::new(&source, place),
+            shared,
+            source,
+            place,
+            timeline,
+            sent: start,
+            copy_done: false,
+            heard: Instant::now(),
+            asked: Instant::now(),
+        })
+    }
+
+    async fn copy(
+        &mut self,
+        reader: &mut (impl AsyncRead + Unpin),
+        writer: &mut (impl AsyncWrite + Unpin),
+        answer: &mut Answer,
+    ) -> io::Result<Result<(), Refusal>> {
+        let mut news = self.shared.status.progress().acknowledgements();
+        loop {
+            // One message of the client's at a time; while it is on its way, WAL goes out.
+            let mut incoming = pin!(read_message(&mut *reader));
+            let message = loop {
+                let sent = match self.send(answer).await {
+                    Ok(sent) => sent,
+                    Err(refusal) => return Ok(Err(refusal)),
+                };
+                answer.send(writer).await?;
+                let pause = if sent { Duration::ZERO } else { POLL };
+                tokio::select! {
+                    biased;
+                    message = &mut incoming => break message?,
+                    () = tokio::time::sleep(pause), if !sent => {}
+                    _ = news.changed(), if !sent => {}
+                    () = std::future::ready(()), if sent => {}
+                }
+                if self.heard.elapsed() > SILENCE_MAX {
+                    return Err(io::ErrorKind::TimedOut.into());
+                }
+                if self.asked.elapsed() > KEEPALIVE {
+                    self.keepalive(answer, true);
+                }
+            };
+            self.heard = Instant::now();
+            match message.tag {
+                b'd' if wants_reply(&message) => self.keepalive(answer, false),
+                b'd' => {}
+                b'c' => {
+                    if !self.copy_done {
+                        answer.message(b'c', |_| {});
+                    }
+                    return Ok(Ok(()));
+                }
+                b'X' => return Err(io::ErrorKind::UnexpectedEof.into()),
+                b'f' => {
+                    return Ok(Err(Refusal::new(
+                        "57014",
+                        "the client gave the copy up".to_owned(),
+                    )));
+                }
+                _ => {
+                    let words = "unexpected message during a copy".to_owned();
+                    return Ok(Err(Refusal::new("08P01", words)));
+                }
+            }
+        }
+    }
+
+    /// Appends what is next; whether there was anything.
+    async fn send(&mut self, answer: &mut Answer) -> Result<bool, Refusal> {
+        if self.copy_done {
+            return Ok(false);
+        }
+        let limit = self.limit().await?;
+        if self.sent >= limit {
+            if self.place.next.is_some() {
+                answer.message(b'c', |_| {});
+                self.copy_done = true;
+            }
+            return Ok(false);
+        }
+        let (from, status) = (self.sent, Arc::clone(&self.shared.status));
+        let mut wal_reader =
+            std::mem::replace(&mut self.reader, WalReader::new(&self.source, self.place));
+        let (wal_reader, wal) = blocking(move || {
+            let Some(archive) = status.archive() else {
+                return Ok((wal_reader, None));
+            };
+            let wal = wal_reader.read(&archive, from, limit, SEND_BYTES_MAX)?;
+            Ok((wal_reader, wal))
+        })
+        .await?;
+        self.reader = wal_reader;
+        let Some(mut wal) = wal else {
+            let name = wal_format::SegmentName::new(
+                self.timeline,
+                self.source.segment_size().segment_of(from),
+                self.source.segment_size(),
+            );
+            let words = format!("requested WAL segment {name} is not in the archive");
+            return Err(Refusal::new("58P01", words));
+        };
+        let end = from.add(wal.len() as u64);
+        let whole = end.align_down(PAGE_BYTES);
+        if end < limit && whole > from {
+            wal.truncate(usize::try_from(whole.bytes_since(from)).unwrap_or(wal.len()));
+        }
+        answer.message(b'd', |out| {
+            out.put_u8(b'w');
+            out.put_u64(from.0);
+            out.put_u64(limit.0);
+            out.put_i64(now());
+            out.put_slice(&wal);
+        });
+        self.sent = from.add(wal.len() as u64);
+        Ok(true)
+    }
+
+    /// How far this timeline can be sent now. Notices when it was left.
+    async fn limit(&mut self) -> Result<Lsn, Refusal> {
+        if let Some((switch, _)) = self.place.next {
+            return Ok(switch);
+        }
+        if let Some(end) = self.source.end_now(&self.shared.status) {
+            return Ok(end);
+        }
+        self.source = Source::open(self.shared).await?;
+        self.place = self.source.place(self.shared, self.timeline).await?;
+        self.reader = WalReader::new(&self.source, self.place);
+        Ok(match self.place.next {
+            Some((switch, _)) => switch,
+            None => self.source.end(),
+        })
+    }
+
+    fn keepalive(&mut self, answer: &mut Answer, reply: bool) {
+        if reply {
+            self.asked = Instant::now();
+        }
+        if self.copy_done {
+            return;
+        }
+        answer.message(b'd', |out| {
+            out.put_u8(b'k');
+            out.put_u64(self.sent.0);
+            out.put_i64(now());
+            out.put_u8(u8::from(reply));
+        });
+    }
+}
+
+/// A status update that asks for a sign of life; its last byte says so.
+fn wants_reply(message: &Message) -> bool {
+    message.body.first() == Some(&b'r') && message.body.last() == Some(&1)
+}
+
+fn now() -> i64 {
+    PgTimestamp::from_jiff(jiff::Timestamp::now()).0
+}
