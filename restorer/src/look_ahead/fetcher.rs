@@ -14,10 +14,10 @@ use std::{
 
 use repository::{ClusterIdentity, Repository};
 use rustix::fs::{FlockOperation, flock};
-use wal_format::{SegmentName, SegmentNo, SegmentSize, TimelineId};
+use wal_format::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
 use super::{LOCK, UNFINISHED, rename};
-use crate::{Error, RestorePlan, Result, wal_fetch};
+use crate::{Error, RestorePlan, Result, plan::PathPart, wal_fetch};
 
 /// What may lie ready or be in the making. Sixteen segments of 16 MiB: more than PostgreSQL replays in the time of one
 /// fetch from a far store by several threads.
@@ -55,7 +55,7 @@ pub fn run(
     };
     let names = match plan {
         Some(plan) => {
-            let mut names = segments(plan, size);
+            let mut names = segments(&plan.path, plan.start_lsn, plan.wal_end_lsn, size);
             names.retain(|name| name.segment(size).is_some_and(|number| number > from));
             Names::Planned(names)
         }
@@ -222,12 +222,11 @@ impl Fetcher<'_> {
 
 /// The segments of the plan in the order of replay. Where the path changes timelines within a segment, PostgreSQL asks for
 /// the newer timeline's file first.
-fn segments(plan: &RestorePlan, size: SegmentSize) -> VecDeque<SegmentName> {
+fn segments(path: &[PathPart], start: Lsn, end: Lsn, size: SegmentSize) -> VecDeque<SegmentName> {
     let mut names = VecDeque::new();
-    let mut number = size.segment_of(plan.start_lsn);
-    while number.start_lsn(size) < plan.wal_end_lsn {
-        let holder = plan
-            .path
+    let mut number = size.segment_of(start);
+    while number.start_lsn(size) < end {
+        let holder = path
             .iter()
             .rev()
             .find(|part| part.from < number.end_lsn(size));
@@ -283,5 +282,55 @@ fn remove_older(folder: &Path) {
         if is_ours && entry.path() != folder {
             drop(fs::remove_dir_all(entry.path()));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use wal_format::Branch;
+
+    use super::*;
+
+    /// What PostgreSQL will ask for where the path changes timelines: in the middle of a segment the newer timeline's file,
+    /// which begins with the older one's bytes; at its edge each its own.
+    #[test]
+    fn names_follow_the_path_over_switches() {
+        let size = SegmentSize::new(1 << 20).expect("a size");
+        let part = |timeline, from, to| PathPart {
+            branch: Branch::without_history(TimelineId::new(timeline).expect("a timeline")),
+            from: Lsn(from),
+            to: Lsn(to),
+        };
+        let names = |path: &[PathPart], start, end| {
+            let names = segments(path, Lsn(start), Lsn(end), size);
+            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+            names
+        };
+        let path = [
+            part(1, 0, 0x50_0800),
+            part(3, 0x50_0800, 0x70_0000),
+            part(4, 0x70_0000, u64::MAX),
+        ];
+        assert_eq!(
+            names(&path, 0x30_0028, 0x80_0001),
+            [
+                "000000010000000000000003",
+                "000000010000000000000004",
+                "000000030000000000000005",
+                "000000030000000000000006",
+                "000000040000000000000007",
+                "000000040000000000000008",
+            ]
+        );
+        // Two switches within one segment: the newest has all of it.
+        let path = [
+            part(1, 0, 0x50_0800),
+            part(2, 0x50_0800, 0x50_0900),
+            part(3, 0x50_0900, u64::MAX),
+        ];
+        assert_eq!(
+            names(&path, 0x50_0028, 0x60_0000),
+            ["000000030000000000000005"]
+        );
     }
 }
