@@ -35,6 +35,29 @@ fn rows(client: &mut postgres::Client) -> i64 {
     row.expect("a count").get(0)
 }
 
+const LOCKS: &str = r#"<ObjectLockConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><ObjectLockEnabled>Enabled</ObjectLockEnabled></ObjectLockConfiguration>"#;
+
+/// What the backup needs is locked, and never for less. That locks hold is shown where the store is tested.
+fn locks_are_extended(place: &Place) {
+    unsigned(place, &format!("PUT /{BUCKET}?object-lock"), LOCKS);
+    let extend = |arguments: &[&str]| {
+        let mut lock = place.program("wal-archiver").expect("it is built");
+        let said = succeed(lock.args(["lock", "extend"]).args(arguments));
+        let said = said.expect("locks");
+        eprintln!("{said}");
+        let numbers: Vec<usize> = said
+            .split([' ', ';'])
+            .filter_map(|word| word.parse().ok())
+            .collect();
+        // Extended, locked for longer already, not needed.
+        (numbers[0], numbers[1])
+    };
+    let (planned, _) = extend(&["--days", "30", "--dry-run"]);
+    assert!(planned > 6, "{planned}");
+    assert_eq!(extend(&["--days", "30"]), (planned, 0));
+    assert_eq!(extend(&["--days", "29"]), (0, planned));
+}
+
 #[test]
 fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
     let Some((_, bin)) = servers_or_skip().pop() else {
@@ -57,6 +80,7 @@ fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
     drop(client);
     cluster.stop().expect("it stops");
     daemon.stop().expect("everything is in the bucket");
+    locks_are_extended(&place);
     fs::remove_dir_all(place.path().join("spool")).expect("a spool");
     // Stores tell times in whole seconds.
     sleep(Duration::from_millis(1500));

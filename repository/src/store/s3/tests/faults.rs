@@ -373,3 +373,60 @@ fn what_was_put_is_proved_by_reading_it() {
         }
     }
 }
+
+/// Scenario 37: a connection dies in the middle of an upload. The part is sent again, and nothing is left behind.
+#[test]
+fn a_part_whose_connection_died_is_sent_again() {
+    let hung_up = AtomicUsize::new(0);
+    let stored: Mutex<BTreeMap<String, usize>> = Mutex::default();
+    let server = FaultServer::start(move |request| {
+        let created = b"<InitiateMultipartUploadResult><UploadId>7</UploadId></InitiateMultipartUploadResult>";
+        let is_probe = request.line.contains(".tidemark-probe");
+        let mut stored = stored.lock().expect("no panic");
+        match request.line.split(' ').next() {
+            Some("POST") if request.line.contains("uploads") => Answer::ok(created),
+            Some("POST") if is_probe => Answer::error(412, "PreconditionFailed"),
+            Some("POST") => {
+                let length = stored.values().sum();
+                stored.insert("whole".to_owned(), length);
+                Answer::ok(b"<CompleteMultipartUploadResult></CompleteMultipartUploadResult>")
+            }
+            Some("PUT") if is_probe && !request.line.contains("uploadId") => {
+                Answer::error(412, "PreconditionFailed")
+            }
+            Some("PUT")
+                if request.line.contains("partNumber=2")
+                    && hung_up.fetch_add(1, Ordering::SeqCst) < 2 =>
+            {
+                Answer::HangUp
+            }
+            Some("PUT") => {
+                if !is_probe {
+                    stored.insert(request.line.clone(), request.body.len());
+                }
+                Answer::Http(200, vec![("ETag", "\"1\"".to_owned())], Vec::new())
+            }
+            Some("DELETE") => Answer::status(204),
+            Some("HEAD") if stored.contains_key("whole") => {
+                Answer::Http(200, Vec::new(), vec![0; stored["whole"]])
+            }
+            Some("GET") if request.line.contains("uploads") => {
+                Answer::ok(b"<ListMultipartUploadsResult></ListMultipartUploadsResult>")
+            }
+            _ => Answer::error(404, "NoSuchKey"),
+        }
+    });
+    let body = vec![1; multipart::PART_BYTES + 1];
+    let put = store(&server).put_if_absent("a/key", &body).expect("a put");
+    assert_eq!(put, PutOutcome::Created);
+    assert_eq!(
+        server.count(&format!("PUT {KEY}?partNumber=2"))
+            + server.count(&format!("PUT {KEY}?x-id=UploadPart&partNumber=2")),
+        3
+    );
+    assert_eq!(
+        server.count(&format!("DELETE {KEY}")),
+        0,
+        "nothing is aborted"
+    );
+}
