@@ -113,6 +113,23 @@ impl Cluster {
         Ok(new)
     }
 
+    /// A copy of this stopped cluster, started: the same system identifier on the same timeline.
+    ///
+    /// # Errors
+    /// What `cp` or the server said.
+    pub fn copied(&self) -> Result<Self> {
+        let copy = Self {
+            directory: directory()?,
+            bin: self.bin.clone(),
+        };
+        let mut cp = command(Path::new("/bin/cp"))?;
+        succeed(cp.arg("-a").arg(self.data()).arg(copy.data()))?;
+        let directory = copy.directory.path().display();
+        copy.configure(&format!("unix_socket_directories = '{directory}'"))?;
+        copy.pg_ctl(&["start"])?;
+        Ok(copy)
+    }
+
     /// Appends settings; the last one counts, at the next start.
     ///
     /// # Errors
