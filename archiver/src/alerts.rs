@@ -125,9 +125,9 @@ pub const RUNBOOK: [(&str, Severity, &str); 15] = [
 ];
 
 /// Clocks that differ by more are not set by NTP.
-const CLOCK_OFFSET_SECONDS_MAX: f64 = 5.0;
+pub(crate) const CLOCK_OFFSET_SECONDS_MAX: f64 = 5.0;
 /// A certificate with less left is renewed too late.
-const CERTIFICATE_SECONDS_MIN: f64 = 14.0 * 86_400.0;
+pub(crate) const CERTIFICATE_SECONDS_MIN: f64 = 14.0 * 86_400.0;
 /// A spool that is fuller than this is near full.
 const SPOOL_SHARE_MAX: f64 = 0.9;
 /// Less WAL than this share of what the slot may keep is near its loss.
@@ -193,11 +193,16 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
             "The spool has used nine tenths of its room.".to_owned(),
         );
     }
-    if let Some(error) = &report.repository_error {
-        raise(
-            "PitrRepositoryFailing",
-            format!("The repository fails: {error}."),
-        );
+    let away = report.repositories.iter().find_map(|place| {
+        let error = place.error.as_ref()?;
+        Some(format!("The repository {} is away: {error}.", place.url))
+    });
+    let failing = report
+        .repository_error
+        .as_ref()
+        .map(|error| format!("The repository fails: {error}."));
+    if let Some(summary) = failing.or(away) {
+        raise("PitrRepositoryFailing", summary);
     }
     let age = |time: Option<PgTimestamp>| time.map(|time| micros(report.as_of.micros_since(time)));
     match age(report.last_backup.as_ref().map(|backup| backup.finished)) {

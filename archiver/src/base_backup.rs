@@ -16,6 +16,7 @@ use wal_format::{
 
 use crate::{
     error::{Error, Result},
+    outcomes,
     pipeline::session::Source,
     replication::{BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo},
 };
@@ -24,6 +25,7 @@ mod manifest;
 mod slicer;
 mod wait;
 
+pub(crate) use crate::outcomes::record_failed_backup as record_failure;
 use slicer::{RawSlice, Slicer};
 
 /// Slices that are compressed and stored at once. Each holds its raw bytes and its compressed ones: 32 MiB at the most.
@@ -88,11 +90,28 @@ impl BaseBackupError {
     }
 }
 
-/// Takes a full base backup and waits until it can be restored.
+/// Takes a full base backup and waits until it can be restored. A failure is recorded in the repository, for the dashboard.
 ///
 /// # Errors
 /// Whatever stopped it; then nothing is listed.
 pub async fn take(
+    settings: &ClusterSettings,
+    label: &str,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<BackupInfo> {
+    let began = jiff::Timestamp::now();
+    let taken = attempt(settings, label, progress).await;
+    if let Err(error) = &taken {
+        record_failure(settings, began, &error.to_string()).await;
+    }
+    taken
+}
+
+/// As [`take`], for one who tries again by itself and says so once.
+///
+/// # Errors
+/// Whatever stopped it; then nothing is listed.
+pub(crate) async fn attempt(
     settings: &ClusterSettings,
     label: &str,
     progress: &(dyn Fn(Progress) + Sync),
@@ -121,32 +140,15 @@ pub async fn take(
     let outcome = backup.run(source, progress).await;
     match &outcome {
         Err(_) => backup.discard().await,
-        Ok(info) => {
-            let mark = mark(settings);
-            if let Err(error) = std::fs::write(&mark, info.id.as_str()) {
-                tracing::debug!(%error, path = %mark.display(), "the daemon of this host sees the backup within an hour");
-            }
-        }
+        Ok(info) => outcomes::tell_the_daemon(settings, &info.id),
     }
     outcome
 }
 
-/// The file in the spool's directory that tells the daemon of this host of the newest backup, so that it need not ask the
-/// repository again and again.
-pub(crate) fn mark(settings: &ClusterSettings) -> std::path::PathBuf {
-    settings
-        .spool
-        .join(settings.name.as_str())
-        .join("newest-backup")
-}
-
 /// A name that no other backup has.
 fn new_id() -> Result<BackupId> {
-    let now = jiff::Timestamp::now();
-    let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), now) & 0xFFFF;
-    let text = format!("{}-{nonce:04x}", now.strftime("%Y%m%dT%H%M%SZ"));
-    text.parse()
-        .map_err(|_| malformed("the clock gives no year of four digits"))
+    outcomes::name(jiff::Timestamp::now())
+        .ok_or_else(|| malformed("the clock gives no year of four digits"))
 }
 
 fn malformed(problem: impl Into<String>) -> Error {

@@ -17,6 +17,7 @@ use std::{
 
 use prometheus_client::metrics::histogram::Histogram;
 use repository::{config::Acknowledge, store::Observer};
+use tokio::task::AbortHandle;
 use wal_format::{Branch, ClusterName, Lsn, PgTimestamp, SystemIdentifier};
 
 use crate::{
@@ -37,6 +38,7 @@ pub struct ClusterStatus {
     details: Mutex<Arc<Details>>,
     archive: Mutex<Weak<Archive>>,
     caught_up: Mutex<Option<PgTimestamp>>,
+    poll: Mutex<Option<AbortHandle>>,
     rpo: Mutex<Estimators>,
     /// WAL bytes received, overlap after a reconnect included.
     pub wal_received_bytes: AtomicU64,
@@ -129,6 +131,7 @@ impl ClusterStatus {
             details: Mutex::default(),
             archive: Mutex::default(),
             caught_up: Mutex::default(),
+            poll: Mutex::default(),
             rpo: Mutex::default(),
             wal_received_bytes: AtomicU64::new(0),
             wal_stored_bytes: AtomicU64::new(0),
@@ -264,6 +267,14 @@ impl ClusterStatus {
     pub fn archive(&self) -> Option<Arc<Archive>> {
         let archive = self.archive.lock().unwrap_or_else(PoisonError::into_inner);
         archive.upgrade()
+    }
+
+    /// From now on `task` asks the server over SQL, and whoever did before ends.
+    pub(crate) fn polled_by(&self, task: Option<AbortHandle>) {
+        let mut poll = self.poll.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = std::mem::replace(&mut *poll, task) {
+            before.abort();
+        }
     }
 
     /// How long the daemon has run.

@@ -194,6 +194,17 @@ impl HttpServer {
     }
 }
 
+/// When the certificate in these files ends.
+///
+/// # Errors
+/// Why they can not be used, in words.
+pub(crate) fn tls_expiry(
+    certificate: &std::path::Path,
+    key: &std::path::Path,
+) -> Result<Option<wal_format::PgTimestamp>, String> {
+    TlsFiles::open(certificate, key).map(|files| files.refresh())
+}
+
 async fn serve_one(stream: TcpStream, tls: Option<Arc<TlsFiles>>, sources: Sources, busy: Busy) {
     let Some(tls) = tls else {
         return serve_stream(stream, sources, busy).await;
@@ -210,8 +221,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let service = service_fn(move |request: hyper::Request<Incoming>| {
-        let (sources, guard) = (sources.clone(), busy.begin());
-        async move { Ok::<_, Infallible>(routes::answer(request, &sources, guard).await) }
+        let (sources, busy) = (sources.clone(), busy.clone());
+        async move { Ok::<_, Infallible>(routes::answer(request, &sources, &busy).await) }
     });
     let served = http1::Builder::new()
         .timer(TokioTimer::new())

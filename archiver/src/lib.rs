@@ -18,6 +18,7 @@ pub mod instruments;
 pub mod monitor;
 pub mod notifications;
 pub mod notify;
+mod outcomes;
 pub mod pipeline;
 pub mod push;
 pub mod replication;

@@ -211,10 +211,16 @@ impl Monitor {
         let mut report = cluster.status.report(&cluster.settings);
         report.certificate_expiry = *lock(&self.certificate_expiry);
         report.alerts = lock(&cluster.recorded.book).firing.clone();
-        let day = 86_400;
-        report.rpo_max_24h_seconds = lock(&cluster.recorded.series)
-            .greatest("rpo_remote", unix_second(), day)
-            .map(f64::from);
+        let (now, day) = (unix_second(), 86_400);
+        let series = lock(&cluster.recorded.series);
+        report.rpo_max_24h_seconds = series.greatest("rpo_remote", now, day).map(f64::from);
+        report.wal_bytes_per_second = series.mean("received_bytes_per_second", now, 60);
+        drop(series);
+        if let (Some(slot), Some(rate)) = (&mut report.slot, report.wal_bytes_per_second) {
+            #[expect(clippy::cast_precision_loss, reason = "a length of time to be read")]
+            let safe = slot.safe_wal_bytes.map(|safe| safe as f64);
+            slot.full_in_seconds = safe.filter(|_| rate >= 1.0).map(|safe| safe / rate);
+        }
         report
     }
 
@@ -238,7 +244,12 @@ impl Monitor {
                     } else {
                         "info"
                     };
-                    let message = format!("{}: {}", alert.name, alert.summary);
+                    let over = if what == "alert" {
+                        ""
+                    } else {
+                        "over. It was: "
+                    };
+                    let message = format!("{}: {over}{}", alert.name, alert.summary);
                     said.push(events.add(what, severity, &message));
                     self.notify(cluster, &alert, what == "alert");
                     self.send("alert", &serde_json::json!({

@@ -4,13 +4,14 @@
 //! disturb the stream. Invariant: what is not known is `None`, never 0, and [`judge`] is the only place where facts
 //! become a light.
 
-use repository::store::RequestReport;
+use repository::store::{MemberState, RequestReport};
 use serde::Serialize;
 use wal_format::{BackupId, ClusterName, Lsn, Outcome, PgTimestamp, SystemIdentifier, TimelineId};
 
 use crate::{alerts::Alert, pipeline::gap::OpenGap, rpo::Exposure, standby_slots::StandbyReport};
 
 mod details;
+pub(crate) mod words;
 
 pub use details::{Details, GapReport, HeldRange, Mark, MarkKind};
 
@@ -116,6 +117,9 @@ pub struct SlotReport {
     /// WAL that can be written before the slot is lost, in bytes; unknown (no limit) without
     /// `max_slot_wal_keep_size`.
     pub safe_wal_bytes: Option<u64>,
+    /// How long until it is lost if WAL goes on being written as in the last minute and is not archived; unknown without a
+    /// limit, and while nothing is written.
+    pub full_in_seconds: Option<f64>,
 }
 
 /// From when to when the cluster can be restored.
@@ -229,6 +233,10 @@ pub struct ClusterReport {
     pub requests: Option<RequestReport>,
     /// The greatest RPO of the last 24 hours.
     pub rpo_max_24h_seconds: Option<f64>,
+    /// The places of the repository, where there are several; the nearest first.
+    pub repositories: Vec<MemberState>,
+    /// WAL that the primary writes, the mean of the last minute.
+    pub wal_bytes_per_second: Option<f64>,
     /// When the repository was last proved to hold everything that the primary had flushed.
     pub caught_up_as_of: Option<PgTimestamp>,
     /// What a restore would take.
@@ -257,6 +265,15 @@ pub struct ClusterReport {
     pub repository_error: Option<String>,
     /// What a person should act on.
     pub alerts: Vec<Alert>,
+}
+
+impl ClusterReport {
+    /// Whether the repository, or one of its places, refuses or does not answer.
+    #[must_use]
+    pub fn repository_fails(&self) -> bool {
+        self.repository_error.is_some()
+            || self.repositories.iter().any(|place| place.error.is_some())
+    }
 }
 
 /// The facts that decide the light.

@@ -102,6 +102,7 @@ pub async fn run(
     };
     backups.abort();
     standbys.abort();
+    supervisor.status.polled_by(None);
     supervisor.status.note(|facts| {
         facts.connected = false;
         if let Err(error) = &outcome {
@@ -454,6 +455,7 @@ async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
 
 /// Takes a base backup whenever WAL was declared lost: only behind it the archive is whole again.
 async fn back_up_after_loss(settings: ClusterSettings, status: Arc<ClusterStatus>) {
+    let mut said = String::new();
     loop {
         tokio::time::sleep(LOSS_POLL).await;
         let facts = status.facts();
@@ -461,13 +463,21 @@ async fn back_up_after_loss(settings: ClusterSettings, status: Arc<ClusterStatus
             continue;
         }
         tracing::info!(cluster = %settings.name, "taking a base backup behind the lost WAL");
-        match base_backup::take(&settings, "after lost WAL", &|_| {}).await {
+        let began = jiff::Timestamp::now();
+        match base_backup::attempt(&settings, "after lost WAL", &|_| {}).await {
             Ok(backup) => {
+                said.clear();
                 tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
                 status.note(|facts| facts.lost = None);
             }
             Err(error) => {
                 tracing::error!(cluster = %settings.name, %error, "the base backup behind the lost WAL failed; it is tried again");
+                let message = error.to_string();
+                // Each try would leave an object in the repository; what is new is said once.
+                if message != said {
+                    base_backup::record_failure(&settings, began, &message).await;
+                    said = message;
+                }
                 tokio::time::sleep(BACKUP_RETRY).await;
             }
         }

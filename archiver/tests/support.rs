@@ -514,11 +514,16 @@ impl Archiver {
 
     /// What it answers over HTTP.
     pub(crate) fn get(&self, path: &str) -> String {
+        self.ask("GET", path, "")
+    }
+
+    /// What it answers to a request without a body; `headers` end in line breaks.
+    pub(crate) fn ask(&self, method: &str, path: &str, headers: &str) -> String {
         use std::io::{Read, Write};
         let mut stream = std::net::TcpStream::connect(self.address()).expect("it listens");
         write!(
             stream,
-            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+            "{method} {path} HTTP/1.1\r\nHost: localhost\r\n{headers}Connection: close\r\n\r\n"
         )
         .expect("a request");
         let mut answer = String::new();

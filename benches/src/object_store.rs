@@ -179,6 +179,15 @@ impl ObjectStoreServer {
         SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
+    /// Stops it as it stands, or lets it go on.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.process);
+        Ok(rustix::process::kill_process(pid, signal)?)
+    }
+
     /// `http://127.0.0.1:PORT`.
     #[must_use]
     pub fn endpoint(&self) -> String {

@@ -2,6 +2,7 @@
 //! random instant, only the repository is left, and what is really lost is held against what was shown.
 
 use std::{
+    collections::BTreeMap,
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
     path::Path,
@@ -19,6 +20,7 @@ use serde_json::Value;
 use crate::{
     cluster::{Cluster, connect},
     main_job::{Place, random_pause},
+    object_store::ObjectStoreServer,
     programs::succeed,
     restored::Restored,
 };
@@ -54,7 +56,11 @@ pub fn run(bin: &Path, times: u32, say: &dyn Fn(&str)) -> Result<Vec<Death>> {
 
 fn die(bin: &Path) -> Result<Death> {
     let cluster = Cluster::start(bin, 16, "")?;
-    let place = Place::new()?;
+    // A bucket is what is left; a folder where no store is installed.
+    let place = match ObjectStoreServer::start_or_skip() {
+        Some(store) => Place::in_bucket(store, "")?,
+        None => Place::new()?,
+    };
     let daemon = place.daemon(&cluster, "127.0.0.1:0")?;
     let mut client = connect(&cluster.conninfo())?;
     client.batch_execute("CREATE TABLE stamp (at timestamptz NOT NULL)")?;
@@ -109,18 +115,32 @@ fn reported(address: SocketAddr) -> Result<f64> {
         .context("the RPO is known while the archiver streams")
 }
 
-/// How often each error of the report occurred: `real - reported`, in steps of 0.25 s.
+/// How often each error of the report occurred: `real - reported`, in steps of 10 ms. Lines in between may be empty.
 #[must_use]
 pub fn histogram(deaths: &[Death]) -> String {
-    let mut lines = String::new();
-    for step in -4_i32..=4 {
-        let (from, to) = (f64::from(step) * 0.25, f64::from(step + 1) * 0.25);
-        let count = deaths
-            .iter()
-            .map(|death| death.real - death.reported)
-            .filter(|error| (from..to).contains(error))
-            .count();
-        lines += &format!("{from:+.2} s to {to:+.2} s  {}\n", "#".repeat(count));
+    let mut counts: BTreeMap<i64, usize> = BTreeMap::new();
+    for death in deaths {
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "seconds, in steps of 10 ms"
+        )]
+        let step = ((death.real - death.reported) / 0.01).floor() as i64;
+        *counts.entry(step).or_default() += 1;
     }
-    lines
+    let (Some(first), Some(last)) = (
+        counts.first_key_value().map(|(step, _)| *step),
+        counts.last_key_value().map(|(step, _)| *step),
+    ) else {
+        return String::new();
+    };
+    (first..=last)
+        .map(|step| {
+            let marks = "#".repeat(counts.get(&step).copied().unwrap_or_default());
+            format!(
+                "{:+4} ms to {:+4} ms  {marks}\n",
+                step * 10,
+                (step + 1) * 10
+            )
+        })
+        .collect()
 }

@@ -8,14 +8,17 @@ use repository::{
 };
 use wal_format::{PgVersion, SystemIdentifier};
 
-use super::{output, runtime};
+use super::{daemon, output, runtime};
 use crate::{
     error::{Error, Result},
+    http::tls_expiry,
     replication::{ConnInfo, ConnectionMode, ReplicationClient},
     spool,
     standby_slots::Standby,
     synchronous::{Membership, danger, membership},
 };
+
+mod beside;
 
 /// Less free space than this in the spool is worth a word: a store that is down for an hour at 16 MiB a minute fills it.
 const SPOOL_FREE_MIN: u64 = 1 << 30;
@@ -31,7 +34,9 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
         }
         store(cluster, system, &mut report);
         local(cluster, system, &mut report);
+        beside::backups(cluster, &mut report);
     }
+    beside::dashboard(settings, &mut report);
     match report.worst {
         None => Ok(()),
         Some(kind) => Err(Error::Check {
@@ -104,11 +109,14 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
     let sql = ReplicationClient::connect(client.conninfo(), ConnectionMode::Sql).await;
     let sees_slots = sql.is_ok() || version.num >= 150_000;
     match sql {
-        Ok(sql) => {
+        Ok(mut sql) => {
             report.ok(
                 "SQL connection",
                 "established: the RPO of an idle server is known too",
             );
+            if let Err(error) = beside::server(&mut sql, &cluster.slot, report).await {
+                report.fail_with("server's room", &error);
+            }
             sql.close().await;
         }
         Err(error) => report.note(

@@ -5,7 +5,7 @@
 use repository::config::Settings;
 use serde_json::Value;
 
-use super::{output, status};
+use super::{daemon, output};
 use crate::error::{Error, Result};
 
 /// What Nagios knows, by its exit code; the order in which several are joined is that of [`Level::rank`].
@@ -60,7 +60,7 @@ impl Level {
 }
 
 pub(super) fn nagios(settings: &Settings) -> Result<()> {
-    let reports = status::daemon(settings);
+    let reports = daemon::reports(settings);
     let mut worst = Level::Ok;
     let (mut texts, mut data) = (Vec::new(), Vec::new());
     for cluster in &settings.clusters {

@@ -5,16 +5,21 @@
 use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
-use repository::{Catalog, ClusterIdentity, Repository, WalRange, config::Settings};
+use repository::{
+    Catalog, ClusterIdentity, Repository, WalRange,
+    config::{ClusterSettings, Settings},
+};
 use sha2::{Digest, Sha256};
 use wal_format::{
-    BackupId, BackupInfo, Branch, ClusterName, DeclaredGap, Lsn, OUTCOME_FORMAT_VERSION, ObjectKey,
-    Outcome, OutcomeKind, PgTimestamp, SealedReader, SegmentSize, SystemIdentifier,
-    TimelineHistory, WalIdentity, WalIndexer,
+    BackupId, BackupInfo, Branch, ClusterName, DeclaredGap, Lsn, ObjectKey, OutcomeKind,
+    SealedReader, SegmentSize, SystemIdentifier, TimelineHistory, WalIdentity, WalIndexer,
 };
 
 use super::{output, repair};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    outcomes,
+};
 
 /// Problems that an outcome names; the output has them all.
 const DAMAGED_MAX: usize = 1000;
@@ -49,7 +54,7 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
             findings.print(&cluster.name, deep);
             problems += findings.problems.len();
         }
-        record(&places, system, &findings, started);
+        record(cluster, &places, system, &findings, started);
     }
     if problems == 0 {
         Ok(())
@@ -60,16 +65,12 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
 
 /// Leaves the verdict in each place, for the dashboard. Who may only read can still verify.
 fn record(
+    settings: &ClusterSettings,
     places: &[Repository],
     system: SystemIdentifier,
     findings: &[Findings],
     started: jiff::Timestamp,
 ) {
-    let chance = started.subsec_nanosecond().unsigned_abs() & 0xffff;
-    let id = format!("{}-{chance:04x}", started.strftime("%Y%m%dT%H%M%SZ"));
-    let Ok(id) = id.parse::<BackupId>() else {
-        return;
-    };
     let problems: Vec<String> = findings
         .iter()
         .flat_map(|found| {
@@ -80,31 +81,21 @@ fn record(
             })
         })
         .collect();
-    let outcome = Outcome {
-        format_version: OUTCOME_FORMAT_VERSION,
-        kind: OutcomeKind::Verify,
-        id,
-        started: PgTimestamp::from_jiff(started),
-        finished: PgTimestamp::from_jiff(jiff::Timestamp::now()),
-        passed: problems.is_empty(),
-        message: match problems.len() {
-            0 => "no damage".to_owned(),
-            count => format!("{count} problem(s)"),
-        },
-        backup: None,
-        rto_seconds: None,
-        fetched_bytes: None,
-        fetch_seconds: None,
-        replayed_bytes: None,
-        replay_seconds: None,
-        loss_seconds: None,
-        damaged: problems.into_iter().take(DAMAGED_MAX).collect(),
+    let message = match problems.len() {
+        0 => "no damage".to_owned(),
+        count => format!("{count} problem(s)"),
     };
+    let passed = problems.is_empty();
+    let Some(mut outcome) = outcomes::ended(OutcomeKind::Verify, started, passed, &message) else {
+        return;
+    };
+    outcome.damaged = problems.into_iter().take(DAMAGED_MAX).collect();
     for place in places {
         if let Err(error) = place.put_outcome(system, &outcome) {
             tracing::warn!(%error, "the verdict is not recorded in the repository");
         }
     }
+    outcomes::tell_the_daemon(settings, &outcome.id);
 }
 
 /// What is wrong, with the object that it is about, if it is about one.

@@ -111,6 +111,7 @@ impl ClusterStatus {
                     wal_status: None,
                     retained_bytes: None,
                     safe_wal_bytes: None,
+                    full_in_seconds: None,
                 })
             }),
             gap: facts.gap,
@@ -138,6 +139,10 @@ impl ClusterStatus {
             repository: settings.repository.to_string(),
             requests: settings.repository.request_report(),
             rpo_max_24h_seconds: None,
+            repositories: self
+                .archive()
+                .map_or_else(Vec::new, |archive| archive.repository().places()),
+            wal_bytes_per_second: None,
             caught_up_as_of: self.caught_up_as_of(remote),
             rto: details.rto(
                 known(positions.remote()),

@@ -357,8 +357,8 @@ impl Page<'_> {
         );
         self.gauge(
             "pitr_repository_failing",
-            "Whether the last request that matters to the repository failed",
-            |report| Some(flag(report.repository_error.is_some())),
+            "Whether the repository, or one of its places, refuses or does not answer",
+            |report| Some(flag(report.repository_fails())),
         );
         self.gauges(
             "pitr_alert_firing",

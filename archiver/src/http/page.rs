@@ -279,7 +279,7 @@ fn tile(out: &mut String, id: &str, term: &str, value: &str, notes: &[String], b
     );
 }
 
-/// The page's first sentence: what is lost if the primary dies now.
+/// The page's first sentences: what is lost if the primary dies now, how long until it is back, and why.
 pub(crate) fn sentence(report: &ClusterReport) -> String {
     let loss = match report.durable.remote.rpo_seconds {
         None => "What losing the primary now would lose is not known".to_owned(),
@@ -289,10 +289,18 @@ pub(crate) fn sentence(report: &ClusterReport) -> String {
         Some(0.0) => "Losing the primary now loses nothing that it had flushed".to_owned(),
         Some(rpo) => format!("Losing the primary now loses up to {rpo:.1} s"),
     };
-    format!(
-        "{loss}. {}.",
-        capitalised(report.reason.trim_end_matches('.'))
-    )
+    let back = match report.rto.estimate_seconds {
+        Some(estimate) => format!("A restore would take about {}", duration(estimate)),
+        None if report.last_backup.is_none() => "Nothing can be restored yet".to_owned(),
+        None => "How long a restore would take was not measured".to_owned(),
+    };
+    let reason = capitalised(report.reason.trim_end_matches('.'));
+    let end = if reason.ends_with(['?', '!']) {
+        ""
+    } else {
+        "."
+    };
+    format!("{loss}. {back}. {reason}{end}")
 }
 
 fn capitalised(text: &str) -> String {

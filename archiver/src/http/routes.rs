@@ -13,7 +13,7 @@ use super::{
     access::{Access, Role},
     answer::{Answer, HTML, JSON, TEXT, json, problem, respond},
     api,
-    connections::BusyGuard,
+    connections::Busy,
     health, live, metrics, page,
 };
 use crate::base_backup;
@@ -26,7 +26,10 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(300);
 
 /// Answers a request.
-pub(super) async fn answer<B>(request: Request<B>, sources: &Sources, busy: BusyGuard) -> Answer
+///
+/// A connection is `busy`, and not given up for a newcomer, only while an answer is made for one who may have it: a body
+/// that never comes, or a wrong token, holds no place.
+pub(super) async fn answer<B>(request: Request<B>, sources: &Sources, busy: &Busy) -> Answer
 where
     B: hyper::body::Body + Unpin,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
@@ -43,14 +46,18 @@ where
                     "the request comes from another site's page",
                 );
             }
+            let announced = body.size_hint().lower();
             let limited = Limited::new(body, BODY_BYTES_MAX).collect();
+            if announced > BODY_BYTES_MAX as u64 {
+                return problem(StatusCode::PAYLOAD_TOO_LARGE, "the body is too long");
+            }
             let Ok(Ok(body)) = tokio::time::timeout(BODY_TIMEOUT, limited).await else {
                 return problem(
                     StatusCode::PAYLOAD_TOO_LARGE,
                     "the body is too long, or did not arrive in time",
                 );
             };
-            post(path, &body.to_bytes(), &head.headers, sources).await
+            post(path, &body.to_bytes(), &head.headers, sources, busy).await
         }
         _ => {
             let mut response = problem(
@@ -93,7 +100,7 @@ async fn get(
     query: &str,
     headers: &HeaderMap,
     sources: &Sources,
-    busy: BusyGuard,
+    busy: &Busy,
 ) -> Answer {
     if let Some(answer) = open_to_all(path) {
         return answer;
@@ -109,8 +116,9 @@ async fn get(
             stranger()
         };
     }
+    let guard = busy.begin();
     if path == "/api/v1/events/stream" {
-        return live::stream(&sources.monitor, busy);
+        return live::stream(&sources.monitor, guard);
     }
     read(path, query, sources).await
 }
@@ -221,7 +229,13 @@ async fn page_of(
     respond(StatusCode::OK, HTML, page::cluster(&view))
 }
 
-async fn post(path: &str, body: &[u8], headers: &HeaderMap, sources: &Sources) -> Answer {
+async fn post(
+    path: &str,
+    body: &[u8],
+    headers: &HeaderMap,
+    sources: &Sources,
+    busy: &Busy,
+) -> Answer {
     match path {
         "/login" => {
             let form = String::from_utf8_lossy(body);
@@ -237,11 +251,11 @@ async fn post(path: &str, body: &[u8], headers: &HeaderMap, sources: &Sources) -
             with_cookie(redirect("/"), &cookie)
         }
         "/logout" => with_cookie(redirect("/login"), &sources.access.log_out(headers)),
-        _ => operate(path, headers, sources).await,
+        _ => operate(path, headers, sources, busy).await,
     }
 }
 
-async fn operate(path: &str, headers: &HeaderMap, sources: &Sources) -> Answer {
+async fn operate(path: &str, headers: &HeaderMap, sources: &Sources, busy: &Busy) -> Answer {
     match sources.access.role(headers) {
         Some(Role::Operate) => {}
         Some(Role::Read) => {
@@ -255,6 +269,7 @@ async fn operate(path: &str, headers: &HeaderMap, sources: &Sources) -> Answer {
             return stranger();
         }
     }
+    let _guard = busy.begin();
     let parts: Vec<&str> = path.split('/').skip(1).collect();
     match *parts.as_slice() {
         ["api", "v1", "notify", "test"] => {

@@ -50,6 +50,8 @@ fn report() -> ClusterReport {
         repository: "file:///r&d".to_owned(),
         requests: None,
         rpo_max_24h_seconds: None,
+        repositories: Vec::new(),
+        wal_bytes_per_second: None,
         caught_up_as_of: None,
         rto: RtoReport::default(),
         last_drill: None,
@@ -204,7 +206,7 @@ async fn ask(
     }
     let body = http_body_util::Full::new(bytes::Bytes::from(body.to_owned()));
     let request = request.body(body).expect("a request");
-    routes::answer(request, sources, Busy::default().begin()).await
+    routes::answer(request, sources, &Busy::default()).await
 }
 
 #[tokio::test]

@@ -136,6 +136,20 @@ impl Series {
         }
     }
 
+    /// The mean of a metric over the `seconds` before `now`, of what is known; `None` where nothing is.
+    #[must_use]
+    pub fn mean(&self, metric: &str, now: u64, seconds: u64) -> Option<f64> {
+        let points = usize::try_from(seconds).ok()?;
+        let points = self.query(metric, now.saturating_sub(seconds), now, points)?;
+        let known: Vec<f64> = points
+            .iter()
+            .filter_map(|point| point.max.map(f64::from))
+            .collect();
+        #[expect(clippy::cast_precision_loss, reason = "at most a few thousand")]
+        let count = known.len() as f64;
+        (count > 0.0).then(|| known.iter().sum::<f64>() / count)
+    }
+
     /// The maxima of a metric from `from` up to `to`, in at most `points` buckets. `None` for an unknown metric.
     #[must_use]
     pub fn query(&self, metric: &str, from: u64, to: u64, points: usize) -> Option<Vec<Point>> {

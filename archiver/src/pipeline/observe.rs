@@ -3,7 +3,7 @@
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::time::MissedTickBehavior;
@@ -11,9 +11,9 @@ use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey};
 
 use super::{archive::Archive, blocking, window::Marks};
 use crate::{
-    base_backup,
     cluster_status::ClusterStatus,
     error::Result,
+    outcomes,
     replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
     report::SlotReport,
     synchronous,
@@ -33,14 +33,16 @@ const LOOKS_PER_LISTING: u32 = 720;
 /// Looks between two listings while there is no backup, or none behind a loss: a minute.
 const LOOKS_PER_LISTING_WAITING: u32 = 12;
 
-/// Polls the server over SQL for as long as the stream lives.
+/// Polls the server over SQL until the next stream, maybe of another server, begins: also while none is up.
 pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterStatus>) {
     loop {
+        let began = Instant::now();
         if let Err(error) = poll_once_connected(&conninfo, &slot, &status).await {
             tracing::debug!(%error, "the server's flush LSN is not known beyond the stream");
         }
         status.note(|facts| facts.slot_report = None);
-        tokio::time::sleep(POLL_RETRY).await;
+        let answered = began.elapsed() > POLL_RETRY;
+        tokio::time::sleep(if answered { POLL_INTERVAL } else { POLL_RETRY }).await;
     }
 }
 
@@ -83,6 +85,7 @@ async fn poll_once_connected(
             wal_status: field(2),
             retained_bytes: retained,
             safe_wal_bytes: field(3).and_then(|bytes| bytes.parse().ok()),
+            full_in_seconds: None,
         });
         // The server read its clock between the two: the middle is wrong by half the round trip at most.
         let ours = (asked.as_duration() + answered.as_duration()).as_secs_f64() / 2.0;
@@ -119,7 +122,7 @@ pub(super) async fn look(archive: Arc<Archive>) {
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut looks: u32 = 0;
     let mut taken = None;
-    let mark = base_backup::mark(archive.settings());
+    let mark = outcomes::mark(archive.settings());
     let marks = Arc::new(Mutex::new(Marks::default()));
     loop {
         timer.tick().await;

@@ -146,6 +146,7 @@ mod tests {
                 wal_status: Some("reserved".to_owned()),
                 retained_bytes: Some(kept),
                 safe_wal_bytes: safe,
+                full_in_seconds: None,
             }),
             ..Facts::default()
         }

@@ -286,14 +286,14 @@ impl Source {
                 tracing::error!(cluster, xid = commit.xid, time = %commit.time, lsn = %commit.lsn, "lost by the failover");
             }
         }
-        // Dropped with the session, and the poll with it.
-        let mut beside = tokio::task::JoinSet::new();
         if follows {
-            beside.spawn(Box::pin(observe::poll(
+            // It outlives the stream: while that is down, the slot and the WAL that piles up behind it matter most.
+            let polling = tokio::spawn(Box::pin(observe::poll(
                 self.client.conninfo().clone(),
                 settings.slot.clone(),
                 Arc::clone(archive.status()),
             )));
+            archive.status().polled_by(Some(polling.abort_handle()));
         }
         let mut floor = slot_restart_lsn.unwrap_or(Lsn::ZERO);
         let mut client = self.client;

@@ -40,6 +40,7 @@ try {
   for (const id of ["rpo", "lag", "window", "rto", "drill"]) assert.ok(await page.locator(`#tile-${id} .value`).innerText(), id);
   await until("it is OK", async () => /OK/.test(await page.locator("#hero .badge").innerText()));
   assert.match(await page.locator("#sentence").innerText(), /Losing the primary now loses/);
+  await until("the drill is seen", async () => /A restore would take about/.test(await page.locator("#sentence").innerText()));
   assert.match(await page.locator("#tile-drill").innerText(), /passed/);
   assert.ok((await page.locator(".strip .held").count()) >= 1, "held WAL on the strip");
   assert.ok((await page.locator(".strip .m-backup").count()) >= 1, "a backup on the strip");
@@ -60,7 +61,10 @@ try {
   assert.ok(await page.locator("#cursor").isVisible());
   assert.match(await page.locator("#when").getAttribute("aria-valuetext"), /UTC$/);
   // It stays while the page goes on living.
-  await sleep(2500);
+  for (let news = 0; news < 2; news += 1) {
+    const asOf = await page.locator("#hero .as-of").innerText();
+    await until("the page is fresher", async () => (await page.locator("#hero .as-of").innerText()) !== asOf);
+  }
   assert.match(await page.locator("#command").innerText(), /^pitr-restore /);
 
   // Tab reaches what can be used, with a focus that can be seen.
@@ -77,9 +81,9 @@ try {
   for (const name of ["when", "at", "Find commits", "24 h", "Metrics"]) assert.ok(reached.has(name), `Tab reaches ${name}: ${[...reached]}`);
 
   const shoot = async (name) => page.screenshot({ path: join(artefacts, `${name}.png`), fullPage: true });
-  const check = async (name) => {
-    await page.evaluate(axe);
-    const { violations } = await page.evaluate(() => window.axe.run());
+  const check = async (name, of = page) => {
+    await of.evaluate(axe);
+    const { violations } = await of.evaluate(() => window.axe.run());
     const bad = violations.filter(({ impact }) => impact === "serious" || impact === "critical");
     assert.deepEqual(bad.map(({ id, nodes }) => `${id}: ${nodes.map((node) => node.html).join(" ")}`), [], name);
   };
@@ -104,6 +108,12 @@ try {
   await plain.locator("#pick button").click();
   assert.match(await plain.locator("#command").innerText(), /^pitr-restore /);
   assert.equal(await plain.locator("#stale").isVisible(), false);
+
+  // The form for a token is a page of its own.
+  const login = await context.newPage();
+  await login.goto(new URL("/login", url).href);
+  await check("login", login);
+  await login.close();
 
   // The archiver is gone: the page says so and greys out; it comes back: the page does too.
   await step("stop");

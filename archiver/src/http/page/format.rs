@@ -2,6 +2,8 @@
 
 use wal_format::PgTimestamp;
 
+pub(super) use crate::report::words::{amount, bytes, duration, seconds, span};
+
 /// Makes a text safe inside of HTML's text and attributes.
 pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
@@ -24,63 +26,6 @@ pub(super) fn code(text: &str) -> String {
     html
 }
 
-pub(super) fn seconds(value: Option<f64>) -> String {
-    value.map_or_else(|| "unknown".to_owned(), duration)
-}
-
-/// `0 s`, `0.4 s`, `12 s`, `3 min 20 s`, `5 h 1 min`, `2 d 4 h`.
-pub(super) fn duration(seconds: f64) -> String {
-    if seconds <= 0.0 {
-        return "0 s".to_owned();
-    }
-    if seconds < 9.95 {
-        return format!("{seconds:.1} s");
-    }
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "positive, and saturating is fine for a length of time"
-    )]
-    let whole = seconds.round() as u64;
-    let pair = |major: u64, unit: &str, minor: u64, small: &str| {
-        if minor == 0 {
-            format!("{major} {unit}")
-        } else {
-            format!("{major} {unit} {minor} {small}")
-        }
-    };
-    match whole {
-        0..60 => format!("{whole} s"),
-        60..3600 => pair(whole / 60, "min", whole % 60, "s"),
-        3600..86_400 => pair(whole / 3600, "h", whole % 3600 / 60, "min"),
-        _ => pair(whole / 86_400, "d", whole % 86_400 / 3600, "h"),
-    }
-}
-
-pub(super) fn bytes(value: Option<u64>) -> String {
-    #[expect(clippy::cast_precision_loss, reason = "it is printed with one digit")]
-    let value = value.map(|value| value as f64);
-    value.map_or_else(|| "unknown".to_owned(), amount)
-}
-
-/// An amount of bytes, or a rate without its `/s`.
-pub(super) fn amount(mut value: f64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if value < 1024.0 {
-        return format!("{value:.0} B");
-    }
-    value /= 1024.0;
-    let mut unit = UNITS[0];
-    for next in &UNITS[1..] {
-        if value < 1024.0 {
-            break;
-        }
-        value /= 1024.0;
-        unit = next;
-    }
-    format!("{value:.1} {unit}")
-}
-
 /// A time element: UTC to the second; the script adds local time on hover.
 pub(super) fn instant(time: PgTimestamp) -> String {
     let text = time.to_jiff().map_or_else(
@@ -90,33 +35,9 @@ pub(super) fn instant(time: PgTimestamp) -> String {
     format!("<time datetime=\"{time}\">{text}</time>")
 }
 
-/// Seconds from `earlier` to `later`.
-pub(super) fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "a span to be read")]
-    let seconds = later.micros_since(earlier) as f64 / 1e6;
-    seconds
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lengths_and_amounts_are_short_and_have_units() {
-        for (value, text) in [
-            (0.0, "0 s"),
-            (0.42, "0.4 s"),
-            (12.3, "12 s"),
-            (200.0, "3 min 20 s"),
-            (3600.0, "1 h"),
-            (187_200.0, "2 d 4 h"),
-        ] {
-            assert_eq!(duration(value), text);
-        }
-        assert_eq!(bytes(Some(1023)), "1023 B");
-        assert_eq!(bytes(Some(3 << 20)), "3.0 MiB");
-        assert_eq!(bytes(None), "unknown");
-    }
 
     #[test]
     fn code_is_set_and_nothing_gets_through() {

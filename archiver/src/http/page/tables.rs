@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use repository::store::MemberState;
 use wal_format::OutcomeKind;
 
 use super::{
@@ -10,7 +11,6 @@ use super::{
 };
 use crate::{
     alerts::Severity,
-    monitor::unix_second,
     report::{ClusterReport, SlotReport},
 };
 
@@ -23,18 +23,7 @@ pub(super) fn flow(out: &mut String, view: &View<'_>) {
     let report = view.report;
     let counters = &report.counters;
     out.push_str("<section class=\"quad\" id=\"flow\" data-live aria-label=\"Where WAL waits\">");
-    let rate = {
-        let now = unix_second();
-        let series = view.cluster.series();
-        let points = series.query("received_bytes_per_second", now.saturating_sub(60), now, 60);
-        let known: Vec<f32> = points
-            .unwrap_or_default()
-            .iter()
-            .filter_map(|point| point.max)
-            .collect();
-        (!known.is_empty()).then(|| f64::from(known.iter().sum::<f32>()) / known.len() as f64)
-    };
-    let (slot, slot_bar, slot_notes) = slot(report.slot.as_ref(), rate);
+    let (slot, slot_bar, slot_notes) = slot(report.slot.as_ref(), report.wal_bytes_per_second);
     card(out, "Slot headroom", &slot, slot_bar, &slot_notes);
     let used = counters.spool_used_bytes as f64;
     let share = counters
@@ -50,32 +39,34 @@ pub(super) fn flow(out: &mut String, view: &View<'_>) {
             bytes(counters.spool_limit_bytes)
         )],
     );
-    let left = rate.map(|_| {
-        if counters.upload_queue_bytes == 0 {
-            "nothing waits".to_owned()
-        } else {
-            "waits for the repository".to_owned()
-        }
-    });
+    let left = if counters.upload_queue_bytes == 0 {
+        "nothing waits"
+    } else {
+        "waits for the repository"
+    };
     card(
         out,
         "Upload queue",
         &bytes(Some(counters.upload_queue_bytes)),
         None,
         &[
-            left.unwrap_or_else(|| "unknown".to_owned()),
+            left.to_owned(),
             format!(
                 "{} segments stored since the start",
                 counters.segments_completed
             ),
         ],
     );
-    let state = if report.repository_error.is_some() {
+    let state = if report.repository_fails() {
         "✖ failing"
     } else {
         "✓ answers"
     };
-    let mut notes = vec![escape(&report.repository)];
+    let mut notes = if report.repositories.is_empty() {
+        vec![escape(&report.repository)]
+    } else {
+        report.repositories.iter().map(place).collect()
+    };
     notes.extend(report.repository_error.as_deref().map(escape));
     notes.push(match report.corrupt_objects {
         None => "not verified yet: run <code>wal-archiver verify</code>".to_owned(),
@@ -111,23 +102,33 @@ fn slot(slot: Option<&SlotReport>, rate: Option<f64>) -> (String, Option<f64>, V
     let retained = slot.retained_bytes.unwrap_or_default() as f64;
     let share = retained / (retained + safe as f64).max(1.0);
     notes.push(format!("{} may still be written", bytes(Some(safe))));
-    let time = match rate {
-        Some(rate) if rate >= 1.0 => {
-            let left = safe as f64 / rate;
+    let time = match (slot.full_in_seconds, rate) {
+        (Some(left), Some(rate)) => {
             notes.push(format!(
                 "at {}/s, the mean of the last minute",
                 amount(rate)
             ));
             if left > 7.0 * 86_400.0 {
-                "over 7 d".to_owned()
+                "over 7 d <small>to full</small>".to_owned()
             } else {
-                duration(left)
+                format!("{} <small>to full</small>", duration(left))
             }
         }
-        Some(_) => "idle".to_owned(),
-        None => "unknown".to_owned(),
+        (None, Some(_)) => "idle <small>no WAL is written</small>".to_owned(),
+        (_, None) => "unknown".to_owned(),
     };
-    (format!("{time} <small>to full</small>"), Some(share), notes)
+    (time, Some(share), notes)
+}
+
+/// One place of several, with what it lacks.
+fn place(place: &MemberState) -> String {
+    let how = match (&place.error, place.queued_bytes, place.behind) {
+        (Some(error), ..) => format!("<strong>✖ away</strong>: {}", escape(error)),
+        (None, 1.., _) => format!("▲ {} wait for it", bytes(Some(place.queued_bytes as u64))),
+        (None, 0, true) => "▲ catching up from another".to_owned(),
+        (None, 0, false) => "✓ in step".to_owned(),
+    };
+    format!("{}: {how}", escape(&place.url))
 }
 
 fn card(out: &mut String, title: &str, value: &str, share: Option<f64>, notes: &[String]) {

@@ -1,0 +1,142 @@
+//! What `check` looks at beside the stream itself: the server's room for us, both clocks, base backups, the dashboard.
+//! Nothing here changes anything.
+
+use repository::{
+    ExitKind, Repository,
+    config::{ClusterSettings, Settings},
+};
+use wal_format::{ObjectKey, PgTimestamp};
+
+use super::{Report, daemon, output, tls_expiry};
+use crate::{
+    alerts::{CERTIFICATE_SECONDS_MIN, CLOCK_OFFSET_SECONDS_MAX},
+    error::Result,
+    replication::ReplicationClient,
+    report::words,
+};
+
+/// Whether there is a walsender and a slot to be had, and what the server's clock says.
+pub(super) async fn server(
+    sql: &mut ReplicationClient,
+    slot: &str,
+    report: &mut Report,
+) -> Result<()> {
+    let quoted = slot.replace('\'', "''");
+    let rows = sql
+        .query(&format!(
+            "SELECT (current_setting('max_wal_senders')::int - (SELECT count(*) FROM pg_catalog.pg_stat_replication))::text, \
+             (current_setting('max_replication_slots')::int - (SELECT count(*) FROM pg_catalog.pg_replication_slots))::text, \
+             (EXISTS (SELECT FROM pg_catalog.pg_replication_slots WHERE slot_name = '{quoted}'))::text, \
+             (extract(epoch FROM clock_timestamp()))::text"
+        ))
+        .await?;
+    let ours = jiff::Timestamp::now().as_duration().as_secs_f64();
+    let field = |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten();
+    let number = |at: usize| field(at).and_then(|text| text.parse::<i64>().ok());
+    match number(0) {
+        Some(free) if free < 2 => report.note(
+            "max_wal_senders",
+            &format!("{free} free; the stream and a base backup need one each: raise it and restart the server"),
+        ),
+        Some(free) => report.ok("max_wal_senders", &format!("{free} free")),
+        None => {}
+    }
+    match (number(1), field(2).as_deref()) {
+        (Some(..=0), Some("false")) => report.fail(
+            "max_replication_slots",
+            "none is free for ours; raise it and restart the server, or drop a slot that nobody uses",
+            ExitKind::Usage,
+        ),
+        (Some(free), _) => report.ok("max_replication_slots", &format!("{free} free")),
+        _ => {}
+    }
+    let offset = field(3)
+        .and_then(|text| text.parse::<f64>().ok())
+        .map(|clock| clock - ours);
+    match offset {
+        Some(offset) if offset.abs() > CLOCK_OFFSET_SECONDS_MAX => report.note(
+            "clock",
+            &format!(
+                "the server's differs from this host's by {offset:.1} s; set both by NTP: a restore by time follows the server's"
+            ),
+        ),
+        Some(_) => report.ok("clock", "the server's and this host's agree"),
+        None => {}
+    }
+    Ok(())
+}
+
+/// Whether there is a base backup, and whether it is young enough.
+pub(super) fn backups(cluster: &ClusterSettings, report: &mut Report) {
+    let what = "base backup";
+    let age = match newest(cluster) {
+        // That the repository can not be reached was said before.
+        Err(_) => return,
+        Ok(None) => {
+            let remedy = "none yet, so nothing can be restored; run `wal-archiver backup` while `wal-archiver run` runs";
+            return report.note(what, remedy);
+        }
+        Ok(Some(begun)) => words::span(PgTimestamp::from_jiff(jiff::Timestamp::now()), begun),
+    };
+    let limit = cluster.backup_max_age.as_secs_f64();
+    let found = format!("the newest is {} old", words::duration(age));
+    if age > limit {
+        let remedy = "older than backup_max_age; run `wal-archiver backup`";
+        report.note(what, &format!("{found}, {remedy}"));
+    } else {
+        report.ok(what, &found);
+    }
+}
+
+/// When the newest backup was begun: its name says it.
+fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> {
+    let repository = Repository::open(&cluster.repository, &cluster.name)?;
+    let Some(identity) = repository.identity()? else {
+        return Ok(None);
+    };
+    let listed = repository.list(&format!("{}/backup/", identity.system_identifier))?;
+    let begun = listed.iter().filter_map(|(key, _)| {
+        let ObjectKey::BackupInfo(_, id) = key else {
+            return None;
+        };
+        let time = format!("{}+0000", id.as_str().get(..15)?);
+        let time = jiff::Timestamp::strptime("%Y%m%dT%H%M%S%z", time).ok()?;
+        Some(PgTimestamp::from_jiff(time))
+    });
+    Ok(begun.max())
+}
+
+/// Whether the daemon answers, and how long its certificate lasts.
+pub(super) fn dashboard(settings: &Settings, report: &mut Report) {
+    output::line("this host");
+    let address = settings.http;
+    if daemon::reports(settings).is_empty() {
+        let remedy = "start `wal-archiver run`, or name its address as http";
+        report.note("daemon", &format!("none answers at {address}; {remedy}"));
+    } else {
+        report.ok("daemon", &format!("answers at {address}"));
+    }
+    let Some((certificate, key)) = &settings.http_access.tls else {
+        return;
+    };
+    let what = "dashboard's certificate";
+    match tls_expiry(certificate, key) {
+        Ok(None) => report.ok(what, "can be used"),
+        Ok(Some(end)) => {
+            let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
+            let left = words::span(end, now);
+            let found = format!("lasts for {}", words::duration(left));
+            if left < CERTIFICATE_SECONDS_MIN {
+                let remedy = "replace the file, it is read again by itself";
+                report.note(what, &format!("{found}; {remedy}"));
+            } else {
+                report.ok(what, &found);
+            }
+        }
+        Err(problem) => report.fail(
+            what,
+            &format!("{problem}; mend http_tls_certificate and http_tls_key"),
+            ExitKind::Usage,
+        ),
+    }
+}

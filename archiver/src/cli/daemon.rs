@@ -1,0 +1,153 @@
+//! Asks the daemon of this configuration over HTTP or HTTPS, with its own token and its own certificate.
+//!
+//! Whoever has the configuration knows the certificate that the daemon serves: exactly that one is believed, so that neither
+//! an authority nor a host name is needed on a loopback address.
+
+use std::{
+    io::{self, ErrorKind, Read, Write},
+    net::{SocketAddr, TcpStream},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use repository::config::Settings;
+use rustls::{
+    ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
+use serde_json::Value;
+
+use super::output;
+
+/// A daemon on this host answers from memory; longer means that nobody is there.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// A report of a hundred clusters is far smaller.
+const ANSWER_BYTES_MAX: u64 = 4 << 20;
+
+/// The reports of a daemon, if one answers. One that is there and does not let us in is told on standard error.
+pub(super) fn reports(settings: &Settings) -> Vec<Value> {
+    match ask(settings) {
+        Ok(reports) => reports,
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused => Vec::new(),
+        Err(error) => {
+            output::error_line(&format!("ask the daemon at {}: {error}", settings.http));
+            Vec::new()
+        }
+    }
+}
+
+fn ask(settings: &Settings) -> io::Result<Vec<Value>> {
+    let address: SocketAddr = settings.http;
+    let access = &settings.http_access;
+    let stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    stream.set_read_timeout(Some(TIMEOUT))?;
+    stream.set_write_timeout(Some(TIMEOUT))?;
+    let token = access.read.as_ref().or(access.operate.as_ref());
+    let authorization = token.map_or_else(String::new, |token| {
+        format!("Authorization: Bearer {}\r\n", token.reveal())
+    });
+    let request = format!(
+        "GET /api/v1/clusters HTTP/1.1\r\nHost: {address}\r\n{authorization}Connection: close\r\n\r\n"
+    );
+    let answer = match &access.tls {
+        None => converse(stream, &request)?,
+        Some((certificate, _)) => {
+            let config = trusting(certificate)?;
+            let name = ServerName::IpAddress(address.ip().into());
+            let connection =
+                ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
+            converse(StreamOwned::new(connection, stream), &request)?
+        }
+    };
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .ok_or_else(|| io::Error::other("it answers with something that is not HTTP"))?;
+    if !head.starts_with("HTTP/1.1 200") {
+        let status = head.lines().next().unwrap_or_default();
+        return Err(io::Error::other(format!(
+            "it answers \"{status}\"; is this its configuration, with http_token_file?"
+        )));
+    }
+    Ok(serde_json::from_str(body)?)
+}
+
+fn converse(mut stream: impl Read + Write, request: &str) -> io::Result<String> {
+    stream.write_all(request.as_bytes())?;
+    let mut answer = Vec::new();
+    match stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer) {
+        // A server may hang up without TLS's goodbye; a body that was cut is no JSON.
+        Err(error) if error.kind() != ErrorKind::UnexpectedEof => return Err(error),
+        _ => {}
+    }
+    String::from_utf8(answer).map_err(io::Error::other)
+}
+
+/// TLS that believes the certificate in this file and no other.
+fn trusting(certificate: &Path) -> io::Result<ClientConfig> {
+    let expected = CertificateDer::from_pem_file(certificate)
+        .map_err(|error| io::Error::other(format!("{}: {error}", certificate.display())))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let verifier = Arc::new(Pinned {
+        expected,
+        provider: Arc::clone(&provider),
+    });
+    Ok(ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(io::Error::other)?
+        .dangerous()
+        .with_custom_certificate_verifier(verifier)
+        .with_no_client_auth())
+}
+
+#[derive(Debug)]
+struct Pinned {
+    expected: CertificateDer<'static>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _name: &ServerName<'_>,
+        _ocsp: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        if *end_entity == self.expected {
+            Ok(ServerCertVerified::assertion())
+        } else {
+            Err(rustls::Error::General(
+                "it serves another certificate than http_tls_certificate".to_owned(),
+            ))
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let known = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, certificate, signature, known)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        let known = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, certificate, signature, known)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        let known = &self.provider.signature_verification_algorithms;
+        known.supported_schemes()
+    }
+}

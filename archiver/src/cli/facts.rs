@@ -1,0 +1,280 @@
+//! One screen of `wal-archiver status`: the facts of the page, in its words, from the daemon's report.
+
+use serde_json::Value;
+
+use crate::report::words;
+
+/// The report of one cluster, line by line.
+pub(super) fn lines(report: &Value) -> Vec<String> {
+    let of = Of(report);
+    let mut lines = vec![format!("cluster {}", of.text("/cluster"))];
+    let mut add = |name: &str, value: String| lines.push(format!("  {name:<13} {value}"));
+    add(
+        "state",
+        format!("{}: {}", of.text("/state"), of.text("/reason")),
+    );
+    add("as of", of.instant("/as_of"));
+    add(
+        "server",
+        format!(
+            "PostgreSQL {}, timeline {}, system identifier {}, flush LSN {}",
+            of.text("/source/server_version"),
+            of.text("/source/timeline"),
+            of.text("/source/system_identifier"),
+            of.text("/source/flush_lsn"),
+        ),
+    );
+    add(
+        "rpo",
+        format!(
+            "{}; target {}, greatest in 24 h {}",
+            of.seconds("/durable/remote/rpo_seconds"),
+            of.seconds("/rpo_target_seconds"),
+            of.seconds("/rpo_max_24h_seconds"),
+        ),
+    );
+    for (name, tier) in [("local", "local"), ("remote", "remote")] {
+        add(
+            name,
+            format!(
+                "{}, {} and {} behind",
+                of.text(&format!("/durable/{tier}/lsn")),
+                of.seconds(&format!("/durable/{tier}/rpo_seconds")),
+                of.bytes(&format!("/durable/{tier}/lag_bytes")),
+            ),
+        );
+    }
+    add(
+        "restorable",
+        format!(
+            "{}, {} to {}; gaps: {}, without a backup behind them: {}; complete as of {}",
+            of.between("/window/earliest", "/window/latest_commit"),
+            of.instant("/window/earliest"),
+            of.instant("/window/latest_commit"),
+            of.text("/window/gaps"),
+            of.text("/window/open_gaps"),
+            of.instant("/caught_up_as_of"),
+        ),
+    );
+    add(
+        "rto",
+        format!(
+            "measured {}, estimated now {}, target {}. {}",
+            of.seconds("/rto/measured_seconds"),
+            of.seconds("/rto/estimate_seconds"),
+            of.seconds("/rto/target_seconds"),
+            of.string("/rto/advice")
+                .unwrap_or_else(|| of.text("/rto/how")),
+        ),
+    );
+    add("last drill", of.drill());
+    add("last backup", of.backup());
+    add("slot", of.slot());
+    add(
+        "spool",
+        format!(
+            "{} of {}; queue {}",
+            of.bytes("/counters/spool_used_bytes"),
+            of.bytes("/counters/spool_limit_bytes"),
+            of.bytes("/counters/upload_queue_bytes"),
+        ),
+    );
+    add(
+        "stored",
+        format!(
+            "{} segments since the start",
+            of.text("/counters/segments_completed")
+        ),
+    );
+    add("requests", requests(report));
+    if let Some(count @ 1..) = report["counters"]["objects_locked"].as_u64() {
+        let why = "superfluous objects stay: the repository lets nothing go";
+        add("locked", format!("{count} {why}"));
+    }
+    let damaged = match report.pointer("/corrupt_objects").and_then(Value::as_u64) {
+        None => "not verified yet: run `wal-archiver verify`".to_owned(),
+        Some(0) => "no damaged object found".to_owned(),
+        Some(count) => format!("{count} damaged object(s)"),
+    };
+    let error = of
+        .string("/repository_error")
+        .map(|error| format!("failing: {error}; "));
+    add(
+        "repository",
+        format!(
+            "{}; {}{damaged}",
+            of.text("/repository"),
+            error.unwrap_or_default()
+        ),
+    );
+    for place in of.list("/repositories") {
+        let place = Of(place);
+        let how = match place.string("/error") {
+            Some(error) => format!("away: {error}"),
+            None if place.text("/behind") == "true" => "catching up from another".to_owned(),
+            None => format!("{} wait for it", place.bytes("/queued_bytes")),
+        };
+        add("", format!("{}: {how}", place.text("/url")));
+    }
+    for standby in of.list("/standbys").map(Of) {
+        let value = match standby.string("/problem") {
+            Some(problem) => format!("{}: {problem}", standby.text("/server")),
+            None => format!(
+                "{} keeps WAL from {}",
+                standby.text("/server"),
+                standby.text("/restart_lsn")
+            ),
+        };
+        add("standby", value);
+    }
+    for alert in of.list("/alerts").map(Of) {
+        let (name, summary) = (alert.text("/name"), alert.text("/summary"));
+        add(
+            &alert.text("/severity"),
+            format!("{name} since {}: {summary}", alert.instant("/since")),
+        );
+        add("", alert.text("/runbook"));
+    }
+    lines
+}
+
+/// What the daemon asked of its buckets, as the store's operator bills it.
+fn requests(report: &Value) -> String {
+    let Some(requests) = report.get("requests").filter(|value| value.is_object()) else {
+        return "a folder costs none".to_owned();
+    };
+    let counts = |which: &str| {
+        let names = ["put", "get", "head", "list", "delete"];
+        let count = |name: &str| format!("{} {name}", requests[which][name]);
+        names.map(count).join(", ")
+    };
+    let minutes = requests["seconds"].as_u64().unwrap_or_default() / 60;
+    let hour = match minutes {
+        60.. => "last hour".to_owned(),
+        _ => format!("last {} min", minutes + 1),
+    };
+    format!(
+        "{hour}: {}; since the start: {}",
+        counts("last_hour"),
+        counts("total")
+    )
+}
+
+/// What a document says; what it does not know is said so.
+#[derive(Clone, Copy)]
+struct Of<'a>(&'a Value);
+
+impl<'a> Of<'a> {
+    fn text(self, pointer: &str) -> String {
+        match self.0.pointer(pointer) {
+            None | Some(Value::Null) => "unknown".to_owned(),
+            Some(Value::String(text)) => text.clone(),
+            Some(other) => other.to_string(),
+        }
+    }
+
+    fn string(self, pointer: &str) -> Option<String> {
+        Some(self.0.pointer(pointer)?.as_str()?.to_owned())
+    }
+
+    fn seconds(self, pointer: &str) -> String {
+        words::seconds(self.0.pointer(pointer).and_then(Value::as_f64))
+    }
+
+    fn bytes(self, pointer: &str) -> String {
+        words::bytes(self.0.pointer(pointer).and_then(Value::as_u64))
+    }
+
+    fn rate(self, pointer: &str) -> String {
+        let rate = self.0.pointer(pointer).and_then(Value::as_f64);
+        rate.map_or_else(
+            || "unknown".to_owned(),
+            |rate| format!("{}/s", words::amount(rate)),
+        )
+    }
+
+    fn time(self, pointer: &str) -> Option<jiff::Timestamp> {
+        self.0.pointer(pointer)?.as_str()?.parse().ok()
+    }
+
+    /// As the page writes it, to the second.
+    fn instant(self, pointer: &str) -> String {
+        self.time(pointer).map_or_else(
+            || "unknown".to_owned(),
+            |time| time.strftime("%Y-%m-%d %H:%M:%SZ").to_string(),
+        )
+    }
+
+    /// From one instant to another.
+    fn between(self, earlier: &str, later: &str) -> String {
+        let span = self.time(earlier).zip(self.time(later));
+        words::seconds(span.map(|(earlier, later)| later.duration_since(earlier).as_secs_f64()))
+    }
+
+    fn list(self, pointer: &str) -> impl Iterator<Item = &'a Value> {
+        self.0
+            .pointer(pointer)
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten()
+    }
+
+    fn drill(self) -> String {
+        let when = format!("{} ago", self.between("/last_drill/finished", "/as_of"));
+        match self
+            .0
+            .pointer("/last_drill/passed")
+            .and_then(Value::as_bool)
+        {
+            None => "none yet: run `pitr-restore drill`".to_owned(),
+            Some(true) => {
+                format!(
+                    "passed {when}, lost {}",
+                    self.seconds("/last_drill/loss_seconds")
+                )
+            }
+            Some(false) => format!("failed {when}: {}", self.text("/last_drill/message")),
+        }
+    }
+
+    fn backup(self) -> String {
+        let Some(id) = self.string("/last_backup/id") else {
+            return "none yet, so nothing can be restored: run `wal-archiver backup`".to_owned();
+        };
+        format!(
+            "{id}, restorable since {}, took {}, stored {}",
+            self.instant("/last_backup/finished"),
+            self.between("/last_backup/started", "/last_backup/finished"),
+            self.bytes("/last_backup/stored_bytes"),
+        )
+    }
+
+    fn slot(self) -> String {
+        let Some(name) = self.string("/slot/name") else {
+            return "unknown: the server was not asked yet".to_owned();
+        };
+        let active = if self.text("/slot/active") == "true" {
+            "active"
+        } else {
+            "not active"
+        };
+        let safe = self
+            .0
+            .pointer("/slot/safe_wal_bytes")
+            .and_then(Value::as_u64);
+        let room = match safe {
+            None => "no limit".to_owned(),
+            Some(safe) => format!(
+                "{} may still be written, full in {} at {}",
+                words::bytes(Some(safe)),
+                self.seconds("/slot/full_in_seconds"),
+                self.rate("/wal_bytes_per_second")
+            ),
+        };
+        format!(
+            "{name} ({active}): {}, keeps {}, {room}",
+            self.text("/slot/wal_status"),
+            self.bytes("/slot/retained_bytes")
+        )
+    }
+}

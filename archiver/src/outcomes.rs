@@ -1,0 +1,89 @@
+//! Leaves in the repository how something ended, where every archiver's dashboard reads it, and tells the daemon of this
+//! host at once: an idle archiver asks a repository for news only once an hour.
+
+use std::path::PathBuf;
+
+use repository::{Repository, config::ClusterSettings};
+use wal_format::{BackupId, OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind, PgTimestamp};
+
+use crate::{error::Result, pipeline::blocking};
+
+/// The file in the spool's directory that changes with each backup and outcome of this host.
+pub(crate) fn mark(settings: &ClusterSettings) -> PathBuf {
+    settings
+        .spool
+        .join(settings.name.as_str())
+        .join("newest-backup")
+}
+
+/// Something new is in the repository.
+pub(crate) fn tell_the_daemon(settings: &ClusterSettings, id: &BackupId) {
+    let mark = mark(settings);
+    if let Err(error) = std::fs::write(&mark, id.as_str()) {
+        tracing::debug!(%error, path = %mark.display(), "the daemon of this host sees it within an hour");
+    }
+}
+
+/// A name that nothing else has, from the time it began.
+pub(crate) fn name(began: jiff::Timestamp) -> Option<BackupId> {
+    let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), began) & 0xFFFF;
+    format!("{}-{nonce:04x}", began.strftime("%Y%m%dT%H%M%SZ"))
+        .parse()
+        .ok()
+}
+
+/// How `kind` ended now, without any measurement.
+pub(crate) fn ended(
+    kind: OutcomeKind,
+    began: jiff::Timestamp,
+    passed: bool,
+    message: &str,
+) -> Option<Outcome> {
+    Some(Outcome {
+        format_version: OUTCOME_FORMAT_VERSION,
+        kind,
+        id: name(began)?,
+        started: PgTimestamp::from_jiff(began),
+        finished: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+        passed,
+        message: message.to_owned(),
+        backup: None,
+        rto_seconds: None,
+        fetched_bytes: None,
+        fetch_seconds: None,
+        replayed_bytes: None,
+        replay_seconds: None,
+        loss_seconds: None,
+        damaged: Vec::new(),
+    })
+}
+
+/// Records a base backup that failed, where the repository can be reached and knows the cluster. One that succeeded is its
+/// own proof.
+pub(crate) async fn record_failed_backup(
+    settings: &ClusterSettings,
+    began: jiff::Timestamp,
+    message: &str,
+) {
+    let Some(outcome) = ended(OutcomeKind::Backup, began, false, message) else {
+        return;
+    };
+    let (place, name) = (settings.repository.clone(), settings.name.clone());
+    let id = outcome.id.clone();
+    let stored = blocking(move || -> Result<bool> {
+        let repository = Repository::open(&place, &name)?;
+        let Some(identity) = repository.identity()? else {
+            return Ok(false);
+        };
+        repository.put_outcome(identity.system_identifier, &outcome)?;
+        Ok(true)
+    })
+    .await;
+    match stored {
+        Ok(true) => tell_the_daemon(settings, &id),
+        Ok(false) => {}
+        Err(error) => {
+            tracing::warn!(%error, "that the base backup failed is not recorded in the repository");
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The page in a real browser: tiles, strip, picker, live update, staleness, dark mode, phone width, keyboard, accessibility.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use wal_format::OutcomeKind;
+
+use super::{archived, outcome, record};
+use crate::support::{succeed, wait_until};
+
+/// Where the modules of the page test are: `benches/tools/install.sh` puts them there.
+fn browser_modules() -> Option<PathBuf> {
+    let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/tidemark"));
+    let roots = [Some(PathBuf::from("/var/cache/tidemark")), home];
+    let modules = roots
+        .into_iter()
+        .flatten()
+        .map(|root| root.join("browser"))
+        .find(|root| root.join("node_modules/playwright-core").exists());
+    let chromium = [
+        "/usr/bin/chromium",
+        "/usr/bin/chromium-browser",
+        "/usr/bin/google-chrome",
+    ];
+    let found = modules.filter(|_| chromium.iter().any(|path| Path::new(path).exists()));
+    if found.is_none() {
+        assert!(
+            env::var_os("CI").is_none(),
+            "no browser is installed; run `make install-tools`"
+        );
+        eprintln!("SKIPPED: no browser is installed; run `make install-tools`");
+    }
+    found
+}
+
+#[test]
+fn the_page_works_in_a_browser() {
+    let Some(modules) = browser_modules() else {
+        return;
+    };
+    let Some((server, place, archiver)) = archived() else {
+        return;
+    };
+    record(&place, &outcome(OutcomeKind::Drill, true));
+    // The picker moves by whole seconds: a commit has to lie some of them before the end of the strip.
+    std::thread::sleep(Duration::from_secs(4));
+    server.write_wal(50);
+    let address = archiver.address();
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let artefacts = here.join("../artefacts");
+    fs::create_dir_all(&artefacts).expect("a directory");
+    let steps = tempfile::tempdir().expect("a directory");
+    let mut script = Command::new("node")
+        .arg(here.join("tests/dashboard/page.mjs"))
+        .arg(&modules)
+        .arg(format!("http://{address}/"))
+        .arg(&artefacts)
+        .arg(steps.path())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("node runs");
+    let mut archiver = Some(archiver);
+    wait_until("the browser is done", || {
+        let asked = |name: &str| {
+            let file = |end: &str| steps.path().join(format!("{name}.{end}"));
+            (file("asked").exists() && !file("done").exists()).then(|| file("done"))
+        };
+        if let Some(done) = asked("write") {
+            server.write_wal(50);
+            fs::write(done, "").expect("written");
+        }
+        if let Some(done) = asked("stop") {
+            archiver.take().expect("it runs").kill();
+            fs::write(done, "").expect("written");
+        }
+        if let Some(done) = asked("start") {
+            let again = place.command(&server.conninfo());
+            archiver = Some(place.run_at(again, &address));
+            fs::write(done, "").expect("written");
+        }
+        script.try_wait().expect("a child").is_some()
+    });
+    succeed("page.mjs", &script.wait_with_output().expect("it ended"));
+}

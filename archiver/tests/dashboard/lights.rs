@@ -1,0 +1,430 @@
+//! Every light is broken once on purpose, on a real server: the page, the API, the metric, and the shipped rule in a real
+//! Prometheus turn on, and off again when it is mended.
+//!
+//! How long each took is printed; `TIDEMARK_LONG=1` holds it to 10 s.
+
+use std::{
+    env,
+    fs::{self, Permissions},
+    os::unix::fs::{PermissionsExt, chown},
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use wal_format::OutcomeKind;
+
+use super::{body, outcome, prometheus::Prometheus, record, report};
+use crate::support::{
+    Archiver, Place, Server, postgres_bin, server_user, wait_flushed, wait_until,
+};
+
+/// How soon everything has to show a fault.
+const SHOWN_WITHIN: Duration = Duration::from_secs(10);
+const SETTINGS: &str = "wal_keep_size=0\nmin_wal_size=2MB\nmax_slot_wal_keep_size=1GB";
+/// Small enough to be filled in a moment.
+const SPOOL_LIMIT: u32 = 64 << 20;
+
+/// A fault, and what has to say so.
+struct Light {
+    alert: &'static str,
+    /// Another alert that the same fault raises.
+    also: &'static str,
+    state: &'static str,
+    breaks: fn(&World),
+    mends: fn(&World),
+    /// Whether everything is well when it is mended, or the next one goes on from here.
+    whole: bool,
+}
+
+/// In an order in which each leaves what the next needs.
+const LIGHTS: [Light; 11] = [
+    Light {
+        alert: "PitrStreamDown",
+        also: "PitrRpoOverTarget",
+        state: "at_risk",
+        breaks: |world| {
+            world.cut_the_stream();
+            world.server.write_wal(100);
+        },
+        mends: World::let_it_stream,
+        whole: true,
+    },
+    Light {
+        alert: "PitrRepositoryFailing",
+        also: "PitrSpoolNearFull",
+        state: "at_risk",
+        breaks: |world| {
+            world.take_the_store();
+            world.server.write_wal(SPOOL_LIMIT >> 10);
+        },
+        mends: |_| {},
+        whole: false,
+    },
+    Light {
+        alert: "PitrSpoolNearFull",
+        also: "PitrRpoOverTarget",
+        state: "at_risk",
+        breaks: |_| {},
+        mends: World::give_the_store_back,
+        whole: true,
+    },
+    Light {
+        alert: "PitrCorruptObject",
+        also: "PitrBroken",
+        state: "broken",
+        breaks: |world| {
+            world.flip_a_bit();
+            assert_eq!(world.run(&["verify"]), Some(4));
+        },
+        mends: |world| {
+            world.flip_a_bit();
+            assert_eq!(world.run(&["verify"]), Some(0));
+        },
+        whole: true,
+    },
+    Light {
+        alert: "PitrDrillFailed",
+        also: "PitrBroken",
+        state: "broken",
+        breaks: |world| record(&world.place, &outcome(OutcomeKind::Drill, false)),
+        mends: |world| record(&world.place, &outcome(OutcomeKind::Drill, true)),
+        whole: true,
+    },
+    Light {
+        alert: "PitrDrillOverdue",
+        also: "PitrBackupOverdue",
+        state: "ok",
+        breaks: |world| world.configure("drill_max_age = '1s'\nbackup_max_age = '1s'"),
+        mends: |world| world.configure(""),
+        whole: true,
+    },
+    Light {
+        alert: "PitrBackupFailed",
+        also: "PitrBackupFailed",
+        state: "ok",
+        breaks: |world| {
+            world.forbid_backups();
+            assert_ne!(world.run(&["backup"]), Some(0));
+        },
+        mends: |world| {
+            world.allow_backups();
+            assert_eq!(world.run(&["backup"]), Some(0));
+        },
+        whole: true,
+    },
+    Light {
+        alert: "PitrClockStep",
+        also: "PitrClockStep",
+        state: "ok",
+        breaks: |world| {
+            // The archiver's search_path has public before pg_catalog: the server's clock, an hour fast.
+            world.server.sql(
+                "CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql \
+                 RETURN pg_catalog.clock_timestamp() + interval '1 hour'",
+            );
+        },
+        mends: |world| {
+            world.server.sql("DROP FUNCTION public.clock_timestamp()");
+        },
+        whole: true,
+    },
+    Light {
+        alert: "PitrSlotAtRisk",
+        also: "PitrStreamDown",
+        state: "at_risk",
+        breaks: |world| {
+            world.server_setting("max_slot_wal_keep_size", "16MB");
+            world.cut_the_stream();
+            let share = "SELECT safe_wal_size < 3 << 20 FROM pg_replication_slots";
+            while world.server.sql(share) != "t" {
+                world.server.write_wal(500);
+            }
+        },
+        mends: |_| {},
+        whole: false,
+    },
+    Light {
+        alert: "PitrSlotLost",
+        also: "PitrStreamDown",
+        state: "broken",
+        breaks: |world| {
+            world.server_setting("max_slot_wal_keep_size", "1MB");
+            world.server_setting("max_wal_size", "2MB");
+            wait_until("the slot is lost", || {
+                world.server.write_wal(2000);
+                world.server.sql("CHECKPOINT");
+                world
+                    .server
+                    .sql("SELECT wal_status FROM pg_replication_slots")
+                    == "lost"
+            });
+        },
+        mends: |_| {},
+        whole: false,
+    },
+    Light {
+        alert: "PitrGap",
+        also: "PitrBackupFailed",
+        state: "broken",
+        breaks: |world| {
+            // Else the archive would be whole again by itself at once.
+            world.forbid_backups();
+            world.let_it_stream();
+        },
+        mends: World::allow_backups,
+        whole: true,
+    },
+];
+
+struct World {
+    server: Server,
+    place: Place,
+    archiver: Archiver,
+    prometheus: Option<Prometheus>,
+    configuration: PathBuf,
+}
+
+impl World {
+    fn start() -> Option<Self> {
+        let bin = postgres_bin()?;
+        let server = Server::start(&bin, SETTINGS);
+        let place = Place::new();
+        let configuration = place.spool().with_extension("toml");
+        fs::write(&configuration, configured("")).expect("a configuration");
+        let archiver = place.run_with(command(&place, &server, &configuration));
+        archiver.wait_for_log("INFO streaming");
+        let prometheus = Prometheus::start(&archiver.address());
+        let world = Self {
+            server,
+            place,
+            archiver,
+            prometheus,
+            configuration,
+        };
+        world.server.write_wal(200);
+        assert_eq!(world.run(&["backup"]), Some(0));
+        record(&world.place, &outcome(OutcomeKind::Drill, true));
+        wait_flushed(&world.server, world.server.lsn());
+        Some(world)
+    }
+
+    /// The exit code of another `wal-archiver` on the same host.
+    fn run(&self, arguments: &[&str]) -> Option<i32> {
+        let mut command = command(&self.place, &self.server, &self.configuration);
+        let output = command.args(arguments).output();
+        output.expect("wal-archiver runs").status.code()
+    }
+
+    /// The line for Nagios, and the exit code.
+    fn nagios(&self) -> (String, Option<i32>) {
+        let asking = self.configuration.with_extension("status");
+        let text = format!("http = '{}'\n{}", self.archiver.address(), configured(""));
+        fs::write(&asking, text).expect("a configuration");
+        let mut command = command(&self.place, &self.server, &asking);
+        let output = command
+            .args(["status", "--nagios"])
+            .output()
+            .expect("it runs");
+        (
+            String::from_utf8(output.stdout).expect("UTF-8"),
+            output.status.code(),
+        )
+    }
+
+    fn configure(&self, more: &str) {
+        fs::write(&self.configuration, configured(more)).expect("a configuration");
+        self.archiver.signal(rustix::process::Signal::HUP);
+    }
+
+    fn server_setting(&self, name: &str, value: &str) {
+        self.server
+            .sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
+        self.server.sql("SELECT pg_reload_conf()");
+        wait_until(name, || self.server.sql(&format!("SHOW {name}")) == value);
+    }
+
+    /// Replication is refused, SQL is not.
+    fn cut_the_stream(&self) {
+        self.access("local replication all reject\n");
+        wait_until("the stream is cut", || {
+            self.server
+                .sql("SELECT pg_terminate_backend(pid) FROM pg_stat_replication");
+            self.server.sql("SELECT count(*) FROM pg_stat_replication") == "0"
+        });
+    }
+
+    fn let_it_stream(&self) {
+        self.access("local replication all trust\n");
+    }
+
+    fn access(&self, of_replication: &str) {
+        let file = self.server.data().join("pg_hba.conf");
+        fs::write(file, format!("{of_replication}local all all trust\n")).expect("pg_hba.conf");
+        self.server.sql("SELECT pg_reload_conf()");
+    }
+
+    fn take_the_store(&self) {
+        let place = self.place.repository();
+        repository::durable::rename(&place, &place.with_extension("aside")).expect("it goes");
+        fs::write(place, "a file is no folder").expect("in its place");
+    }
+
+    fn give_the_store_back(&self) {
+        let place = self.place.repository();
+        fs::remove_file(&place).expect("the file goes");
+        repository::durable::rename(&place.with_extension("aside"), &place).expect("it is back");
+    }
+
+    /// Done twice, it is as before.
+    fn flip_a_bit(&self) {
+        let slice = self.place.files_below("base.000001");
+        let slice = slice.first().expect("a slice");
+        let mut object = fs::read(slice).expect("an object");
+        object[100] ^= 1;
+        fs::write(slice, object).expect("it is written");
+    }
+
+    /// A file of the data directory that the server can not read fails every base backup.
+    fn forbid_backups(&self) {
+        let file = self.server.data().join("base/unreadable");
+        fs::write(&file, "").expect("a file");
+        if let Some((user, group)) = server_user() {
+            chown(&file, Some(user), Some(group)).expect("chown");
+        }
+        fs::set_permissions(&file, Permissions::from_mode(0o000)).expect("chmod");
+    }
+
+    fn allow_backups(&self) {
+        fs::remove_file(self.server.data().join("base/unreadable")).expect("it goes");
+    }
+
+    /// What fires, by each who says so: page, API, metric, Prometheus.
+    fn shown(&self) -> [Vec<String>; 4] {
+        let page = body(&self.archiver.get("/"));
+        let (_, alerts) = page
+            .split_once("id=\"alerts\"")
+            .expect("the page has alerts");
+        let (alerts, _) = alerts.split_once("</section>").expect("it ends");
+        let metrics = body(&self.archiver.get("/metrics"));
+        let of_metrics = metrics
+            .lines()
+            .filter_map(|line| line.strip_prefix("pitr_alert_firing{cluster=\"main\",alert=\""))
+            .filter_map(|line| line.strip_suffix("\"} 1.0"));
+        let report = report(&self.archiver);
+        let of_api = report["alerts"].as_array().expect("a list").iter();
+        let known = archiver::alerts::RUNBOOK
+            .iter()
+            .map(|(name, ..)| (*name).to_owned());
+        [
+            known
+                .filter(|name| alerts.contains(&format!("<strong>{name}</strong>")))
+                .collect(),
+            of_api
+                .map(|alert| alert["name"].as_str().expect("a name").to_owned())
+                .collect(),
+            of_metrics.map(str::to_owned).collect(),
+            self.prometheus
+                .as_ref()
+                .map(Prometheus::firing)
+                .unwrap_or_default(),
+        ]
+    }
+
+    /// Waits until all four say it, or none does.
+    fn wait_for(&self, alert: &str, on: bool) -> Duration {
+        let began = Instant::now();
+        let installed = if self.prometheus.is_some() { 4 } else { 3 };
+        wait_until(&format!("{alert} is shown: {on}"), || {
+            let shown = self.shown();
+            let mut shown = shown.iter().take(installed);
+            shown.all(|names| names.iter().any(|name| name == alert) == on)
+        });
+        began.elapsed()
+    }
+
+    fn wait_until_well(&self) {
+        wait_until("nothing is wrong", || {
+            let page = body(&self.archiver.get("/"));
+            self.shown().iter().all(Vec::is_empty)
+                && page.contains("Nothing needs you.")
+                && report(&self.archiver)["state"] == "ok"
+        });
+    }
+}
+
+fn configured(more: &str) -> String {
+    format!("gap_grace = '1s'\nrpo_target = '3s'\nspool_limit_bytes = {SPOOL_LIMIT}\n{more}\n")
+}
+
+fn command(place: &Place, server: &Server, configuration: &PathBuf) -> std::process::Command {
+    let conninfo = format!(
+        "{} options='-c search_path=public,pg_catalog'",
+        server.conninfo()
+    );
+    let mut command = place.command(&conninfo);
+    command.arg("--config").arg(configuration);
+    command
+}
+
+#[test]
+fn every_light_is_broken_once_and_recovers() {
+    let Some(world) = World::start() else { return };
+    world.wait_until_well();
+    let (line, code) = world.nagios();
+    assert_eq!(
+        (line.starts_with("TIDEMARK OK"), code),
+        (true, Some(0)),
+        "{line}"
+    );
+    for light in LIGHTS {
+        (light.breaks)(&world);
+        let took = world.wait_for(light.alert, true);
+        eprintln!(
+            "{}: shown everywhere after {:.1} s",
+            light.alert,
+            took.as_secs_f64()
+        );
+        if env::var_os("TIDEMARK_LONG").is_some() {
+            assert!(took <= SHOWN_WITHIN, "{}: {took:?}", light.alert);
+        }
+        world.wait_for(light.also, true);
+        let report = report(&world.archiver);
+        assert_eq!(report["state"], light.state, "{}: {report}", light.alert);
+        if light.alert == "PitrStreamDown" {
+            let (line, code) = world.nagios();
+            assert!(
+                line.starts_with("TIDEMARK CRITICAL - main: losing the primary"),
+                "{line}"
+            );
+            assert_eq!(code, Some(2));
+        }
+        (light.mends)(&world);
+        if light.whole {
+            world.wait_for(light.alert, false);
+            world.wait_until_well();
+        }
+    }
+    let events = body(&world.archiver.get("/api/v1/clusters/main/events"));
+    for (name, ..) in archiver::alerts::RUNBOOK {
+        // The certificate's light is broken where there is one: in `tls`.
+        if name != "PitrCertificateExpiry" {
+            let told = events.matches(&format!("{name}: ")).count();
+            assert!(told >= 2, "{name} is told and resolved in {events}");
+        }
+    }
+    let failed = "could not open file";
+    assert!(
+        events.contains(failed),
+        "why the backup failed is told in {events}"
+    );
+    // An archiver that does not answer is told by Prometheus alone.
+    if let Some(prometheus) = &world.prometheus {
+        world.archiver.signal(rustix::process::Signal::STOP);
+        wait_until("the archiver is down", || {
+            prometheus.firing() == ["PitrArchiverDown"]
+        });
+        world.archiver.signal(rustix::process::Signal::CONT);
+    }
+    world.wait_until_well();
+    assert_eq!(world.archiver.terminate().code(), Some(0));
+}
