@@ -17,6 +17,7 @@ mod wire;
 
 use std::{
     io,
+    net::SocketAddr,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -38,6 +39,8 @@ use crate::{
 
 /// Connections at once, as `max_wal_senders` bounds a server's.
 const CONNECTIONS_MAX: usize = 32;
+/// How often an address that is in use is asked for again: two seconds in all.
+const BIND_ATTEMPTS_MAX: u32 = 10;
 /// Pause after a failed accept: descriptors come back when connections end.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
@@ -82,7 +85,7 @@ pub async fn start(
     let verifier = walsender.password.as_ref();
     let verifier = verifier.map(|password| scram::Verifier::of(password.reveal()));
     let address = walsender.address;
-    let listener = TcpListener::bind(address)
+    let listener = bind(address)
         .await
         .map_err(Error::io("listen on", address.to_string()))?;
     if let Ok(address) = listener.local_addr() {
@@ -99,6 +102,19 @@ pub async fn start(
     Ok(Some(Walsender {
         listening: tokio::spawn(listen(listener, shared)),
     }))
+}
+
+/// A cluster whose settings changed starts anew where its predecessor has just listened.
+async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    for _ in 1..BIND_ATTEMPTS_MAX {
+        match TcpListener::bind(address).await {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                tokio::time::sleep(ACCEPT_RETRY).await;
+            }
+            outcome => return outcome,
+        }
+    }
+    TcpListener::bind(address).await
 }
 
 async fn listen(listener: TcpListener, shared: Arc<Shared>) {

@@ -18,3 +18,4 @@ mod tablespaces;
 mod targets;
 mod timelines;
 mod wal_fetch;
+mod wal_fetch_s3;

@@ -24,8 +24,8 @@ use crate::{Error, RestorePlan, Result, plan::PathPart, wal_fetch};
 const WINDOW_BYTES: u64 = 256 << 20;
 /// More than this many fetches at once win nothing: the replay is one process.
 const THREADS_MAX: u64 = 4;
-/// The replay goes first; while it waits, the processor is free.
-const NICENESS: i32 = 5;
+/// The replay goes first, by little: on a host that is busy with something else it waits for what is fetched here.
+const NICENESS: i32 = 1;
 /// How long nothing was asked for before the process ends. A replay that takes longer over what it has starts it again.
 const IDLE_MAX: Duration = Duration::from_secs(30);
 /// How often it is looked whether something was taken.
