@@ -374,3 +374,45 @@ async fn every_metric_of_the_contract_has_a_sample_from_the_start() {
         assert!(sampled, "{name} has no sample in\n{metrics}");
     }
 }
+
+#[tokio::test]
+async fn every_field_of_a_report_is_described() {
+    let described: serde_json::Value =
+        serde_json::from_str(include_str!("openapi.json")).expect("JSON");
+    let described = &described["components"]["schemas"]["Cluster"]["properties"];
+    let report = serde_json::to_value(report()).expect("JSON");
+    for name in report.as_object().expect("an object").keys() {
+        assert!(!described[name].is_null(), "openapi.json lacks {name}");
+    }
+}
+
+#[test]
+fn a_place_that_is_away_among_several_is_told() {
+    let place = |error: Option<&str>| repository::store::MemberState {
+        url: "s3://far/away".to_owned(),
+        queued_objects: 0,
+        queued_bytes: 0,
+        behind: false,
+        error: error.map(str::to_owned),
+    };
+    let fires = |place| {
+        let report = ClusterReport {
+            repositories: vec![place],
+            ..report()
+        };
+        let metrics = metrics::render(std::slice::from_ref(&report), &Instruments::default());
+        let metric = metrics.contains("pitr_repository_failing{cluster=\"main\"} 1.0");
+        let told = crate::alerts::firing(&report);
+        let told = told
+            .iter()
+            .find(|(name, _)| *name == "PitrRepositoryFailing");
+        assert_eq!(metric, told.is_some());
+        told.map(|(_, summary)| summary.clone())
+    };
+    assert_eq!(fires(place(None)), None);
+    let told = fires(place(Some("no route to host"))).expect("it is away");
+    assert!(
+        told.contains("s3://far/away is away: no route to host"),
+        "{told}"
+    );
+}
