@@ -41,6 +41,8 @@ pub enum Event {
         /// Its first byte.
         start_lsn: Lsn,
     },
+    /// The connection is gone, or was closed: until another stream has been compared nothing is said.
+    StreamEnded,
     /// WAL was compared and written.
     Written {
         /// Where the stream is.
@@ -147,6 +149,8 @@ pub enum Mutation {
     ForgetLeftBranch,
     /// A tail counts when it is sent, not when it was read back.
     ReportUnverified,
+    /// A server is told of what is held before it has shown that its WAL is the same.
+    SayBeforeCompared,
     /// Some segment is never sealed.
     SkipSegment,
     /// What lies beyond a hole in the store counts.
@@ -196,6 +200,7 @@ impl Core {
                 self.pace.take_up(durable_lsn);
             }
             Event::StreamBegun { start_lsn } => self.positions.begin_stream(start_lsn),
+            Event::StreamEnded => self.positions.end_stream(),
             Event::Written {
                 streamed_lsn,
                 written_lsn,
@@ -320,6 +325,10 @@ impl Core {
                 let actions = self.on(event);
                 self.mutation = Some(Mutation::ForgetLeftBranch);
                 Some(actions)
+            }
+            (Mutation::SayBeforeCompared, Event::StreamBegun { .. }) => {
+                self.positions.begin_stream(self.positions.written());
+                Some(Vec::new())
             }
             (Mutation::ReportUnverified, Event::TailCut { branch, range, now }) => {
                 self.positions.on_stored(*branch, range.0, range.1);

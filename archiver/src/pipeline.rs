@@ -15,6 +15,7 @@ pub mod gap;
 pub mod line;
 pub(crate) mod observe;
 pub mod progress;
+mod reads;
 pub mod receive;
 pub mod room;
 pub mod seal;
@@ -27,7 +28,10 @@ pub(crate) mod window;
 pub mod write;
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -39,6 +43,7 @@ use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
 use self::{
     archive::Archive,
     failure::Failure,
+    receive::StreamEnd,
     seal::Backlog,
     start::Held,
     tail::TailSlot,
@@ -64,6 +69,8 @@ pub struct Pipeline {
     tails: Arc<TailSlot>,
     failure: Arc<Failure>,
     spool: SpoolThread,
+    /// Where a stream resumes without an overlap, because the server has removed it; 0 for nowhere.
+    forgone: AtomicU64,
     threads: Vec<JoinHandle<()>>,
     /// Ticks and looks; both end with the pipeline.
     timers: [task::JoinHandle<()>; 2],
@@ -102,19 +109,29 @@ impl Pipeline {
             tails,
             failure,
             spool,
+            forgone: AtomicU64::new(0),
             threads,
             timers,
         };
-        let spooled = {
-            let archive = Arc::clone(&pipeline.archive);
-            blocking(move || archive.spooled_branches()).await?
-        };
-        for branch in spooled {
-            if let Some(end) = branch.end_lsn()? {
-                pipeline.spool.take_up(branch.branch(), None, end).await?;
+        match pipeline.take_up_spooled().await {
+            Ok(()) => Ok(pipeline),
+            Err(error) => {
+                // Its threads hold the catalog.
+                pipeline.stop().await?;
+                Err(error)
             }
         }
-        Ok(pipeline)
+    }
+
+    /// Sends everything that a previous run left in the spool on its way.
+    async fn take_up_spooled(&self) -> Result<()> {
+        let archive = Arc::clone(&self.archive);
+        for branch in blocking(move || archive.spooled_branches()).await? {
+            if let Some(end) = branch.end_lsn()? {
+                self.spool.take_up(branch.branch(), None, end).await?;
+            }
+        }
+        Ok(())
     }
 
     /// What the stages share.
@@ -127,6 +144,19 @@ impl Pipeline {
     #[must_use]
     pub fn spool(&self) -> &SpoolThread {
         &self.spool
+    }
+
+    /// The place at which the next stream may resume without an overlap.
+    fn forgone_overlap(&self) -> Option<Lsn> {
+        let lsn = Lsn(self.forgone.load(Ordering::Relaxed));
+        (lsn > Lsn::ZERO).then_some(lsn)
+    }
+
+    /// The server does not have what was to be compared before `resume_lsn`: the next stream begins there.
+    fn forgo_overlap(&self, resume_lsn: Lsn) -> StreamEnd {
+        tracing::info!(%resume_lsn, "the server has removed the WAL before; the stream begins without an overlap to compare");
+        self.forgone.store(resume_lsn.0, Ordering::Relaxed);
+        StreamEnd::NoOverlap
     }
 
     /// What a thread raised.

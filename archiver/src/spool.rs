@@ -1,11 +1,13 @@
 //! The spool: received WAL on this host's disk, fsynced, until the repository holds it.
 //!
 //! `{spool}/{cluster}/wal/{system identifier}/{branch}/` holds `SEGMENT` (complete, waiting to be sealed) and at most one
-//! `SEGMENT.partial` (open: what was written, then zeros) and, but for timeline 1, `history`.
+//! `SEGMENT.partial` (open: what was written, then zeros) and, but for timeline 1, `history`. `SEGMENT.new` is a copy that is
+//! being made of either.
 //! Invariant: where to resume is derived from these files' content alone; a crash at any instant leaves a readable spool.
 
 mod open_segment;
 mod prime;
+mod record;
 mod writer;
 
 #[cfg(test)]
@@ -26,10 +28,11 @@ use wal_format::{
 
 pub use open_segment::OpenSegment;
 pub use prime::primed_indexer;
+pub use record::SpoolRecord;
 pub use writer::{CompletedSegment, SpoolWriter, TailCut};
 
 use crate::error::{Error, Result};
-use open_segment::content_length;
+use open_segment::{content_length, of_the_disk};
 
 /// The file that one archiver locks.
 const LOCK_FILE: &str = "lock";
@@ -343,15 +346,12 @@ impl BranchSpool {
     /// Keeps the branch's history file, durably, before any of the branch's WAL.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Repository`] from the durable write.
+    /// [`Error::Io`].
     pub fn put_history(&self, content: &[u8]) -> Result<()> {
         self.create()?;
-        if self.history()?.as_deref() == Some(content) {
-            return Ok(());
-        }
+        // One that is there already may be so in memory only, when the disk failed while it was written.
         let path = self.directory.join(HISTORY_FILE);
-        repository::durable::write_new(&path, content)?;
-        Ok(())
+        repository::durable::replace(&path, content).map_err(of_the_disk)
     }
 
     /// The LSN after the last byte the branch's files hold; `None` when it holds none.

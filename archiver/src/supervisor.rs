@@ -11,15 +11,15 @@ use std::{
 };
 
 use repository::{Catalog, ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
-use wal_format::WalIdentity;
 
 use crate::{
     base_backup,
     cluster_status::ClusterStatus,
+    core::Event,
     error::{Error, Result},
     pipeline::{
         Pipeline,
-        archive::Archive,
+        archive::{Archive, Away},
         blocking,
         gap::{self, Closed},
         observe::describe_loss,
@@ -33,8 +33,10 @@ use crate::{
     standby_slots, walsender,
 };
 
+mod known;
 mod protect;
 
+use known::Known;
 use protect::endangered;
 
 /// First pause after a failure: a restarted server is back within a second.
@@ -144,6 +146,7 @@ impl Supervisor {
                 Err(error) => Err(error),
             };
             self.status.note(|facts| facts.connected = false);
+            self.status.progress().on(Event::StreamEnded);
             let outcome = match outcome {
                 Err(gap @ Error::Gap { .. }) => self.close_gap(gap, shutdown).await,
                 other => other,
@@ -156,7 +159,9 @@ impl Supervisor {
             }
             let reason = match outcome {
                 Ok(StreamEnd::Reached) if self.gave_up => "gave_up",
+                Ok(StreamEnd::Reached) if self.is_away() => "repository_back",
                 Ok(StreamEnd::Reached) => "gap_closed",
+                Ok(StreamEnd::NoOverlap) => "no_overlap",
                 Ok(_) => {
                     tracing::info!(cluster = %self.settings.name, "the server ended the stream; reconnecting");
                     self.damaged = 0;
@@ -195,6 +200,10 @@ impl Supervisor {
         let Some(pipeline) = &self.pipeline else {
             return Err(gap);
         };
+        if pipeline.archive().is_away() {
+            // Only the repository knows whether it is one.
+            return Err(gap);
+        }
         tracing::error!(cluster = %self.settings.name, error = %gap, "a gap: looking for the missing WAL");
         let said = gap.to_string();
         self.status.note(|facts| facts.broken = Some(said.clone()));
@@ -315,49 +324,47 @@ impl Supervisor {
     }
 
     /// Starts the stages when the repository or the spool says whose WAL this is: what the spool holds then reaches the
-    /// repository without any server.
+    /// repository without any server, and without the repository a server's WAL reaches the spool.
     async fn start_from_what_is_known(&mut self) -> Result<()> {
-        if self.pipeline.is_some() {
+        let is_away = self.is_away();
+        if self.pipeline.is_some() && !is_away {
             return Ok(());
         }
-        let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
-        let identity = blocking(move || {
-            let repository = Repository::open(&settings.repository, &settings.name)?;
-            let known = repository.identity()?;
-            let spooled = spool.identity()?;
-            Ok(match (known, spooled) {
-                (Some(known), Some(spooled))
-                    if known.system_identifier != spooled.system_identifier =>
-                {
-                    return Err(Error::SpoolSystemMismatch {
-                        path: spool.directory().to_path_buf(),
-                        expected: known.system_identifier,
-                        found: spooled.system_identifier.to_string(),
-                    });
-                }
-                (Some(known), _) => Some(known),
-                (None, Some(spooled)) => Some(ClusterIdentity {
-                    format_version: 1,
-                    cluster: settings.name,
-                    system_identifier: spooled.system_identifier,
-                    postgresql_major: spooled.version,
-                    wal_segment_size: spooled.segment_size,
-                    created: wal_format::PgTimestamp::from_jiff(jiff::Timestamp::now()),
-                }),
-                (None, None) => None,
-            })
-        })
-        .await?;
-        match identity {
-            Some(identity) => self.start(&identity).await,
-            None => Ok(()),
+        match known::ask(&self.settings, &self.spool).await? {
+            Known::Away(..) if is_away => Ok(()),
+            Known::Away(identity, away, error) => {
+                tracing::warn!(
+                    cluster = %self.settings.name,
+                    %error,
+                    "the repository does not answer; archiving goes on in the spool, from what that holds"
+                );
+                self.status.repository_failed("start", &error);
+                self.start(&identity, Some(away)).await
+            }
+            Known::Here(identity) => {
+                self.start_anew().await?;
+                self.start(&identity, None).await
+            }
+            Known::Nothing => self.start_anew().await,
         }
     }
 
-    async fn start(&mut self, identity: &ClusterIdentity) -> Result<()> {
+    fn is_away(&self) -> bool {
+        let pipeline = self.pipeline.as_ref();
+        pipeline.is_some_and(|pipeline| pipeline.archive().is_away())
+    }
+
+    async fn start(&mut self, identity: &ClusterIdentity, away: Option<Away>) -> Result<()> {
         let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
         let (status, identity) = (Arc::clone(&self.status), identity.clone());
-        let archive = blocking(move || open_archive(settings, &identity, spool, status)).await?;
+        let archive = blocking(move || match away {
+            None => open_archive(settings, &identity, spool, status),
+            Some(away) => {
+                let repository = known::absent_repository(&settings);
+                open_archive_in(repository, settings, identity, spool, status, Some(away))
+            }
+        })
+        .await?;
         self.pipeline = Some(Pipeline::start(Arc::new(archive)).await?);
         Ok(())
     }
@@ -375,7 +382,7 @@ impl Supervisor {
             facts.server_version = Some(version);
         });
         if self.pipeline.is_none() {
-            self.start(source.identity()).await?;
+            self.start(source.identity(), None).await?;
         }
         let pipeline = self
             .pipeline
@@ -392,6 +399,13 @@ impl Supervisor {
                 return stream.await;
             }
             endangered = endangered(&self.settings, &self.status) => endangered,
+            () = known::answers(&self.settings), if pipeline.archive().is_away() => {
+                tracing::info!(cluster = %self.settings.name, "the repository answers; the stages start anew with what it knows");
+                drop(stream);
+                pipeline.spool().drain().await?;
+                self.retry = RETRY_MIN;
+                return Ok(StreamEnd::Reached);
+            }
             () = thread_lost(pipeline) => {
                 return Err(Error::ThreadStopped {
                     name: "store",
@@ -405,6 +419,16 @@ impl Supervisor {
 
     /// Another cluster's server or repository is an error before a single byte moves.
     async fn check_identity(&self, identity: ClusterIdentity) -> Result<()> {
+        if let Some(pipeline) = &self.pipeline {
+            let ours = pipeline.archive().identity();
+            // The repository has said so before, or can not be asked: a connection during an outage does not wait for it.
+            if ours.system_identifier == identity.system_identifier
+                && ours.version == identity.postgresql_major
+                && ours.segment_size == identity.wal_segment_size
+            {
+                return Ok(());
+            }
+        }
         let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
         blocking(move || {
             // The repository first: its word names what to do about a new system identifier.
@@ -495,13 +519,19 @@ pub(crate) fn open_archive(
         Repository::open(&settings.repository, &settings.name)?.observed(status.observer());
     let identity = repository.claim(identity)?;
     repository.keep_in_step();
+    open_archive_in(repository, settings, identity, spool, status, None)
+}
+
+fn open_archive_in(
+    repository: Repository,
+    settings: ClusterSettings,
+    identity: ClusterIdentity,
+    spool: Arc<Spool>,
+    status: Arc<ClusterStatus>,
+    away: Option<Away>,
+) -> Result<Archive> {
     let catalog = Catalog::open(&settings.catalog, &identity)?;
-    let wal = WalIdentity {
-        version: identity.postgresql_major,
-        system_identifier: identity.system_identifier,
-        segment_size: identity.wal_segment_size,
-    };
-    Archive::open(settings, identity, wal, spool, repository, catalog, status)
+    Archive::open(settings, identity, spool, repository, catalog, status, away)
 }
 
 /// Three quarters to five quarters of a pause, so that many archivers do not knock at once.

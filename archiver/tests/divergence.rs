@@ -3,7 +3,9 @@
 
 use std::{collections::BTreeMap, fs, path::PathBuf, process::Command};
 
-use crate::support::{Place, Server, postgres_bin, wait_flushed};
+use wal_format::Lsn;
+
+use crate::support::{Archiver, Place, Server, postgres_bin, wait_flushed};
 
 /// Every object with its bytes.
 fn objects(place: &Place) -> BTreeMap<PathBuf, Vec<u8>> {
@@ -89,6 +91,85 @@ fn a_server_set_back_to_a_snapshot_is_refused_behind_and_ahead_of_what_was_archi
     assert!(log.contains("nothing was overwritten"), "{log}");
     assert_untouched(&place, &archived);
     place.verify("host=/nonexistent");
+}
+
+/// Fills the open segment, and waits until the archive ends exactly where the next one begins.
+fn archive_to_a_boundary(server: &Server, archiver: &Archiver, letter: char) -> Lsn {
+    archiver.wait_for_log("INFO streaming");
+    insert(server, letter);
+    server.sql("SELECT pg_switch_wal()");
+    let boundary = Lsn(server.lsn().0.next_multiple_of(1 << 20));
+    wait_flushed(server, boundary);
+    boundary
+}
+
+fn insert(server: &Server, letter: char) {
+    server.sql(&format!(
+        "INSERT INTO load SELECT n, repeat('{letter}', 700) FROM generate_series(1, 300) n"
+    ));
+}
+
+#[test]
+fn another_history_that_meets_the_archive_exactly_between_two_segments_is_refused() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "autovacuum=off");
+    server.write_wal(300);
+    server.down("fast");
+    let snapshot = server.directory().join("snapshot");
+    copy(&server.data(), &snapshot);
+    server.up();
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    let boundary = archive_to_a_boundary(&server, &archiver, 'a');
+    server.down("immediate");
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let archived = objects(&place);
+    fs::remove_dir_all(server.data()).expect("the data directory goes");
+    copy(&snapshot, &server.data());
+    server.up();
+    // Records of the same lengths: not even `xl_prev` tells the two apart.
+    insert(&server, 'b');
+    server.sql("SELECT pg_switch_wal()");
+    insert(&server, 'b');
+    assert!(server.lsn() > boundary);
+    let mut archiver = place.run(&server.conninfo());
+    assert_eq!(archiver.wait().code(), Some(4));
+    let log = archiver.log();
+    let at = log.split("divergence: at ").nth(1).expect(&log);
+    let at: Lsn = at
+        .split_whitespace()
+        .next()
+        .expect("an LSN")
+        .parse()
+        .expect(&log);
+    assert!(at < boundary, "{log}");
+    assert_untouched(&place, &archived);
+}
+
+#[test]
+fn an_overlap_that_the_server_has_removed_is_done_without() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "wal_keep_size=0\nmin_wal_size=2MB\nautovacuum=off");
+    server.write_wal(100);
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    let boundary = archive_to_a_boundary(&server, &archiver, 'a');
+    assert_eq!(archiver.terminate().code(), Some(0));
+    for _ in 0..2 {
+        server.sql("CHECKPOINT");
+        server.sql("SELECT pg_switch_wal()");
+    }
+    server.sql("CHECKPOINT");
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log(&format!("from={boundary}"));
+    let log = archiver.log();
+    assert!(log.contains("begins without an overlap"), "{log}");
+    insert(&server, 'c');
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let verdict = place.verify(&server.conninfo());
+    assert!(verdict.contains("no gap, no damage"), "{verdict}");
 }
 
 #[test]

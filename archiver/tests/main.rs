@@ -19,5 +19,6 @@ mod pressure;
 mod push;
 mod streaming;
 mod support;
+mod takeover;
 mod timelines;
 mod walsender;

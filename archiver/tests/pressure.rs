@@ -2,7 +2,9 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use crate::support::{Archiver, Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
+use crate::support::{
+    Archiver, Place, Server, postgres_bin, store_goes_down, succeed, wait_flushed, wait_until,
+};
 
 /// The least that a spool may be limited to.
 const LIMIT: &str = "spool_limit_bytes = 4194304\n";
@@ -16,22 +18,6 @@ fn configured(place: &Place, conninfo: &str, settings: &str) -> Command {
     let mut command = place.command(conninfo);
     command.arg("--config").arg(file);
     command
-}
-
-/// Takes the repository away, as a store that is down; the way back.
-fn store_goes_down(place: &Place) -> impl FnOnce() {
-    let (here, aside) = (
-        place.repository(),
-        place.repository().with_extension("aside"),
-    );
-    let back = (aside.clone(), here.clone());
-    repository::durable::rename(&here, &aside).expect("the repository goes");
-    fs::write(&here, "a file is no folder").expect("in its place");
-    move || {
-        let (aside, here): (PathBuf, PathBuf) = back;
-        fs::remove_file(&here).expect("the file goes");
-        repository::durable::rename(&aside, &here).expect("the repository is back");
-    }
 }
 
 fn says(archiver: &Archiver, text: &str) {

@@ -442,6 +442,22 @@ impl Place {
     }
 }
 
+/// Takes the repository away, as a store that is down; the way back.
+pub(crate) fn store_goes_down(place: &Place) -> impl FnOnce() + use<> {
+    let (here, aside) = (
+        place.repository(),
+        place.repository().with_extension("aside"),
+    );
+    let back = (aside.clone(), here.clone());
+    repository::durable::rename(&here, &aside).expect("the repository goes");
+    fs::write(&here, "a file is no folder").expect("in its place");
+    move || {
+        let (aside, here): (PathBuf, PathBuf) = back;
+        fs::remove_file(&here).expect("the file goes");
+        repository::durable::rename(&aside, &here).expect("the repository is back");
+    }
+}
+
 /// Runs `wal-archiver` with these flags, its log in `directory`.
 pub(crate) fn run_command(command: Command, directory: &Path) -> Archiver {
     run_command_at(command, directory, "127.0.0.1:0")
@@ -554,6 +570,11 @@ impl Archiver {
 
 impl Drop for Archiver {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(20).collect();
+            eprintln!("the archiver, newest line first: {tail:#?}");
+        }
         drop(self.child.kill());
         drop(self.child.wait());
     }

@@ -15,6 +15,8 @@ pub struct Cursor {
     incoming: Lsn,
     /// The end of what the repository has, or is given, of the open segment as tails.
     tail_end: Lsn,
+    /// Bytes before the open segment that are at hand to be compared.
+    before: u64,
 }
 
 /// What to do with the next bytes.
@@ -54,6 +56,7 @@ impl Cursor {
             written: start,
             incoming: start,
             tail_end: tail_end.max(start),
+            before: 0,
         }
     }
 
@@ -75,6 +78,23 @@ impl Cursor {
         self.written.align_down(self.size.bytes())
     }
 
+    /// So many bytes before the open segment are at hand. Without them a stream that resumes between two segments would have
+    /// nothing to be compared with.
+    pub fn hold_before(&mut self, bytes: u64) {
+        self.before = bytes;
+    }
+
+    /// Where a stream begins that is compared with what is held: in the open segment, or before it while that is empty.
+    #[must_use]
+    pub fn compare_lsn(&self) -> Lsn {
+        let resume = self.resume_lsn();
+        if self.written == resume {
+            Lsn(resume.0.saturating_sub(self.before))
+        } else {
+            resume
+        }
+    }
+
     /// The segment that the next new byte belongs to.
     #[must_use]
     pub fn segment(&self) -> SegmentNo {
@@ -84,9 +104,9 @@ impl Cursor {
     /// A new stream begins.
     ///
     /// # Errors
-    /// [`OutOfOrder`] when that leaves a gap, or lies before the open segment.
+    /// [`OutOfOrder`] when that leaves a gap, or lies before what is at hand.
     pub fn begin(&mut self, start_lsn: Lsn) -> Result<(), OutOfOrder> {
-        if start_lsn > self.written || start_lsn < self.resume_lsn() {
+        if start_lsn > self.written || start_lsn < self.compare_lsn() {
             return Err(OutOfOrder {
                 expected: self.resume_lsn(),
             });
@@ -133,6 +153,7 @@ impl Cursor {
         self.incoming = self.written;
         if self.size.offset_of(self.written) == 0 {
             self.tail_end = self.written;
+            self.before = 0;
             Reached::SegmentEnd
         } else if self.written == self.tail_end {
             Reached::TailEnd

@@ -208,6 +208,12 @@ impl Positions {
         self.reported = Lsn::ZERO;
     }
 
+    /// No stream any more: there is nobody to say anything to.
+    pub fn end_stream(&mut self) {
+        self.streamed = Lsn::ZERO;
+        self.verify_to = Lsn::MAX;
+    }
+
     /// The stream was compared and written up to `streamed`; the files end at `written`.
     pub fn on_written(&mut self, streamed: Lsn, written: Lsn) {
         self.streamed = streamed;
@@ -308,6 +314,10 @@ mod tests {
         positions.on_written(Lsn(150), Lsn(150));
         assert_eq!(positions.report().flush, Lsn(150));
         positions.begin_stream(Lsn(100));
+        assert_eq!(positions.report(), Report::default());
+        positions.on_written(Lsn(150), Lsn(150));
+        assert_eq!(positions.report().flush, Lsn(150));
+        positions.end_stream();
         assert_eq!(positions.report(), Report::default());
     }
 

@@ -239,7 +239,7 @@ impl Simulation {
 
     fn disconnect(&mut self) {
         if let Some(archiver) = &mut self.archiver {
-            archiver.connection = None;
+            archiver.disconnect();
         }
     }
 
@@ -363,6 +363,7 @@ fn each_mutation_of_the_core_is_caught() {
         Mutation::AcknowledgeBeforeFsync,
         Mutation::ForgetLeftBranch,
         Mutation::ReportUnverified,
+        Mutation::SayBeforeCompared,
         Mutation::SkipSegment,
         Mutation::TailBeyondHole,
     ] {

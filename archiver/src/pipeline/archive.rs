@@ -13,8 +13,8 @@ use repository::{
     Catalog, ClusterIdentity, Repository, WalRange, WalRangeKind, config::ClusterSettings,
 };
 use wal_format::{
-    Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SealedReader, SegmentNo,
-    SegmentSummary, TimelineHistory, TimelineId, TransactionEnd, WalIdentity,
+    Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary,
+    WalIdentity,
 };
 
 use super::{room::Room, start::Held, stored::put_wal};
@@ -25,7 +25,7 @@ use crate::{
         positions::{Coverage, coverage_begin},
     },
     error::{Error, Result},
-    spool::{BranchSpool, Spool, primed_indexer},
+    spool::{BranchSpool, Spool, SpoolRecord},
 };
 
 /// Segments remembered as sealed: a tail in flight is of the newest one or two, the rest is slack.
@@ -35,15 +35,19 @@ const SEALED_REMEMBERED_MAX: usize = 256;
 #[derive(Debug)]
 pub struct Archive {
     settings: ClusterSettings,
-    cluster: ClusterIdentity,
+    pub(super) cluster: ClusterIdentity,
     identity: WalIdentity,
     spool: Arc<Spool>,
     repository: Repository,
     catalog: Catalog,
     status: Arc<ClusterStatus>,
     room: Room,
+    /// Why the repository can not be asked, and what the spool says in its place; `None` in ordinary times.
+    away: Option<Away>,
+    /// Held while a file leaves the spool.
+    leaving: Mutex<()>,
     /// Tails in the repository, by segment, that the sealed segment will replace.
-    tails: Mutex<BTreeMap<(Branch, SegmentNo), Vec<WalRange>>>,
+    pub(super) tails: Mutex<BTreeMap<(Branch, SegmentNo), Vec<WalRange>>>,
     /// Segments sealed since the start, so that a tail in flight does not outlive its segment.
     sealed: Mutex<BTreeSet<(Branch, SegmentNo)>>,
     /// Ranges that were declared lost: nobody has them, and nothing waits for them.
@@ -52,22 +56,39 @@ pub struct Archive {
     histories: Mutex<BTreeSet<Branch>>,
 }
 
+/// A start at which the repository does not answer.
+#[derive(Clone, Debug, Default)]
+pub struct Away {
+    /// What the spool knows of an archive that it holds nothing of.
+    pub record: Option<SpoolRecord>,
+}
+
 impl Archive {
-    /// Takes the parts together; the catalog is brought up to date with the repository.
+    /// Takes the parts together; the catalog is brought up to date with the repository, unless that is `away`: then the
+    /// catalog counts as it is, which is never more than what is stored.
     ///
     /// # Errors
     /// [`Error::Repository`].
     pub fn open(
         settings: ClusterSettings,
         cluster: ClusterIdentity,
-        identity: WalIdentity,
         spool: Arc<Spool>,
         repository: Repository,
         catalog: Catalog,
         status: Arc<ClusterStatus>,
+        away: Option<Away>,
     ) -> Result<Self> {
-        catalog.refresh(&repository)?;
-        let gaps = repository.gaps(identity.system_identifier)?;
+        let identity = WalIdentity {
+            version: cluster.postgresql_major,
+            system_identifier: cluster.system_identifier,
+            segment_size: cluster.wal_segment_size,
+        };
+        let gaps = if away.is_none() {
+            catalog.refresh(&repository)?;
+            repository.gaps(identity.system_identifier)?
+        } else {
+            Vec::new()
+        };
         let histories = catalog
             .branches()?
             .into_iter()
@@ -82,6 +103,8 @@ impl Archive {
             repository,
             catalog,
             status,
+            away,
+            leaving: Mutex::default(),
             tails: Mutex::default(),
             sealed: Mutex::default(),
             gaps,
@@ -111,6 +134,12 @@ impl Archive {
     #[must_use]
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
+    }
+
+    /// Whether the repository could not be asked at the start: nothing is sent to it before it was.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.away.is_some()
     }
 
     /// Whether the spool may grow.
@@ -195,6 +224,11 @@ impl Archive {
         for (from_lsn, to_lsn) in lost {
             coverage.add(from_lsn, to_lsn);
         }
+        if let Some(recorded) = self.recorded(branch)
+            && spooled.is_none_or(|spooled| recorded <= spooled)
+        {
+            coverage.add(coverage.end(), recorded);
+        }
         let mut tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
         for range in ranges {
             if range.kind == WalRangeKind::Tail {
@@ -208,6 +242,37 @@ impl Archive {
             }
         }
         Ok(Some(coverage))
+    }
+
+    /// The end of what the repository held of a branch when the spool held no WAL, where only the spool can be asked.
+    fn recorded(&self, branch: Branch) -> Option<Lsn> {
+        let record = self.away.as_ref()?.record.as_ref()?;
+        (record.branch == branch).then_some(record.end_lsn)
+    }
+
+    /// Removes a sealed segment from the spool. The last one of the branch that is streamed leaves a record of where the
+    /// archive ends.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Repository`] from the spool's disk; then the file stays.
+    pub fn remove_spooled(&self, branch: Branch, segment: SegmentNo) -> Result<()> {
+        let _alone = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
+        let spool = self.branch_spool(branch);
+        let left = spool.segments()?;
+        let positions = self.status.progress().positions();
+        let end_lsn = segment.end_lsn(self.identity.segment_size);
+        if left.open.is_none()
+            && left.complete == [segment]
+            && branch == positions.branch()
+            && positions.stored_on(branch) >= end_lsn
+        {
+            self.spool.put_record(&SpoolRecord {
+                cluster: self.cluster.clone(),
+                branch,
+                end_lsn,
+            })?;
+        }
+        spool.remove(segment)
     }
 
     /// The start of the segment in which a branch left its ancestors, when WAL of one of them is archived.
@@ -252,6 +317,10 @@ impl Archive {
                 let known = held.entry(spool.branch()).or_default();
                 *known = end.max(*known);
             }
+        }
+        if let Some(record) = self.away.as_ref().and_then(|away| away.record.as_ref()) {
+            let known = held.entry(record.branch).or_default();
+            *known = record.end_lsn.max(*known);
         }
         Ok(held
             .into_iter()
@@ -298,142 +367,6 @@ impl Archive {
         }
         spool.remove_partial(partial)?;
         Ok(open)
-    }
-
-    /// The WAL of the tails that the repository holds of an open segment, from its start, without a gap.
-    ///
-    /// # Errors
-    /// [`Error::Repository`], [`Error::Sealed`].
-    pub fn read_tails(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<u8>> {
-        let start = segment.start_lsn(self.identity.segment_size);
-        let mut tails: Vec<WalRange> = {
-            let tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
-            tails.get(&(branch, segment)).cloned().unwrap_or_default()
-        };
-        tails.sort_by_key(|tail| tail.start_lsn);
-        let mut wal = Vec::new();
-        for tail in tails {
-            let end = start.add(wal.len() as u64);
-            if tail.start_lsn > end {
-                break;
-            }
-            if tail.end_lsn <= end {
-                continue;
-            }
-            let bytes = self.read_object(&tail.key(&self.cluster))?;
-            let known = usize::try_from(end.bytes_since(tail.start_lsn)).unwrap_or(usize::MAX);
-            wal.extend_from_slice(bytes.get(known..).unwrap_or_default());
-        }
-        Ok(wal)
-    }
-
-    /// The WAL bytes of a sealed object, all checked.
-    ///
-    /// # Errors
-    /// [`Error::Repository`], [`Error::Sealed`].
-    pub fn read_object(&self, key: &ObjectKey) -> Result<Vec<u8>> {
-        let object = self.repository.get(key)?;
-        let mut wal = Vec::new();
-        SealedReader::open(&object)
-            .and_then(|reader| reader.read_all(&mut wal))
-            .map_err(|source| Error::Sealed {
-                object: key.to_string(),
-                source,
-            })?;
-        Ok(wal)
-    }
-
-    /// A segment's WAL as far as the archive has it, from the spool or the repository, on the branch itself or on the
-    /// one it grew from. Used to learn where a record that crosses in began; a segment that can not be read is as good as
-    /// none.
-    pub fn read_segment(&self, branch: Branch, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
-        for branch in self.lineage_at(branch, segment)? {
-            if let Some(bytes) = self.branch_spool(branch).read(segment)? {
-                return Ok(Some(bytes));
-            }
-            let name = self.branch_spool(branch).name(segment);
-            let key = ObjectKey::Segment(self.identity.system_identifier, branch, name);
-            if self.repository.head(&key)?.is_some() {
-                return self.read_object(&key).map(Some);
-            }
-        }
-        Ok(None)
-    }
-
-    /// The transactions that committed in a range of a branch, from whatever of its WAL is here, in LSN order.
-    ///
-    /// # Errors
-    /// [`Error::Repository`], [`Error::Io`].
-    pub fn commits(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<TransactionEnd>> {
-        let size = self.identity.segment_size;
-        let mut segment = size.segment_of(from);
-        let mut indexer = primed_indexer(&self.identity, segment, |earlier| {
-            self.read_segment(branch, earlier)
-        })?;
-        while segment.start_lsn(size) < to {
-            let bytes = match self.read_segment(branch, segment)? {
-                Some(bytes) => bytes,
-                None => self.read_tails(branch, segment)?,
-            };
-            // What ends in the middle of a record ends there.
-            if indexer.push(&bytes).is_err() || bytes.len() < size.len() {
-                break;
-            }
-            segment = segment.next();
-        }
-        let mut ends = indexer.take_summary().transactions;
-        ends.retain(|end| end.kind.is_commit() && from <= end.lsn && end.lsn < to);
-        Ok(ends)
-    }
-
-    /// The branch, and for a segment that ends before the branch began, its ancestors that hold it.
-    fn lineage_at(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<Branch>> {
-        let mut lineage = vec![branch];
-        let Some(history) = self.history(branch)? else {
-            return Ok(lineage);
-        };
-        let end = segment.end_lsn(self.identity.segment_size);
-        let holder = history.timeline_at(Lsn(end.0.saturating_sub(1)));
-        if holder == branch.timeline {
-            return Ok(lineage);
-        }
-        lineage.extend(self.ancestor(&history, holder)?);
-        Ok(lineage)
-    }
-
-    /// The branch of an ancestor: the one of that timeline whose own history agrees with the descendant's.
-    pub(crate) fn ancestor(
-        &self,
-        history: &TimelineHistory,
-        timeline: TimelineId,
-    ) -> Result<Option<Branch>> {
-        if timeline == TimelineId::FIRST {
-            return Ok(Some(Branch::FIRST));
-        }
-        for (branch, known, _) in self.catalog.branches()? {
-            let agrees = known.is_some_and(|known| {
-                known.ancestors.len() < history.ancestors.len()
-                    && history.ancestors.starts_with(&known.ancestors)
-            });
-            if branch.timeline == timeline && agrees {
-                return Ok(Some(branch));
-            }
-        }
-        Ok(None)
-    }
-
-    /// The history of a branch, from the spool or the catalog.
-    pub(crate) fn history(&self, branch: Branch) -> Result<Option<TimelineHistory>> {
-        let parse = |content: &[u8]| TimelineHistory::parse(branch.timeline, content).ok();
-        if let Some(content) = self.branch_spool(branch).history()? {
-            return Ok(parse(&content));
-        }
-        Ok(self
-            .catalog
-            .branches()?
-            .into_iter()
-            .find(|(known, _, _)| *known == branch)
-            .and_then(|(_, history, _)| history))
     }
 
     /// Puts the branch's history into the repository, twice, before any of its WAL.

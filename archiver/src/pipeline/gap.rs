@@ -14,6 +14,7 @@ use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentSize};
 
 use super::{
     Pipeline, blocking,
+    receive::StreamEnd,
     session::{Purpose, Source},
     start::{Held, ServerBranch, ServerState, plan_start},
 };
@@ -251,9 +252,15 @@ async fn heal(
         }
         tracing::info!(cluster = %settings.name, server = ?conninfo, %until, "asking another server for the missing WAL");
         let before = pipeline.archive().status().progress().positions().flushed();
-        source
+        let end = source
             .stream(pipeline, Purpose::Heal(until), shutdown)
             .await?;
+        if end == StreamEnd::NoOverlap {
+            let (source, _) = Source::connect_to_stream(conninfo, &settings.name).await?;
+            source
+                .stream(pipeline, Purpose::Heal(until), shutdown)
+                .await?;
+        }
         let now = pipeline.archive().status().progress().positions().flushed();
         Ok::<bool, crate::error::Error>(now > before)
     };

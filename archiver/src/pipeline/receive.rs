@@ -54,6 +54,8 @@ pub enum StreamEnd {
     Shutdown,
     /// All that was wanted is here.
     Reached,
+    /// The server has removed what was to be compared, but perhaps not what comes behind it: to be tried again at once.
+    NoOverlap,
 }
 
 /// What the stream needs beside the connection.

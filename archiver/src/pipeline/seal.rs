@@ -178,7 +178,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                     let Action::Remove(branch, segment) = action else {
                         continue;
                     };
-                    if let Err(error) = archive.branch_spool(branch).remove(segment) {
+                    if let Err(error) = archive.remove_spooled(branch, segment) {
                         tracing::warn!(%error, "a sealed segment stays in the spool");
                     }
                 }

@@ -310,7 +310,12 @@ impl Source {
                 .spool()
                 .take_up(branch.branch, branch.history.clone(), start_lsn)
                 .await?;
-            let start_lsn = taken_up.resume_lsn;
+            let forgone = pipeline.forgone_overlap() == Some(taken_up.resume_lsn);
+            let start_lsn = if forgone {
+                taken_up.resume_lsn
+            } else {
+                taken_up.compare_lsn
+            };
             let timeline = branch.branch.timeline;
             let started = client
                 .start_replication(
@@ -318,8 +323,13 @@ impl Source {
                     start_lsn,
                     timeline,
                 )
-                .await
-                .map_err(|error| gap(error, timeline, start_lsn))?;
+                .await;
+            let started = match started {
+                Err(error) if error.is_wal_removed() && start_lsn < taken_up.resume_lsn => {
+                    return Ok(pipeline.forgo_overlap(taken_up.resume_lsn));
+                }
+                started => started.map_err(|error| gap(error, timeline, start_lsn))?,
+            };
             let (next_client, next) = match started {
                 ReplicationStart::EndOfTimeline(client, next) => (client, next),
                 ReplicationStart::Streaming(mut receiver, sender) => {
@@ -368,6 +378,12 @@ impl Source {
                             streaming.await?
                         }
                     };
+                    if let Err(Error::Replication(error)) = &end
+                        && error.is_wal_removed()
+                        && start_lsn < taken_up.resume_lsn
+                    {
+                        return Ok(pipeline.forgo_overlap(taken_up.resume_lsn));
+                    }
                     let end = end.map_err(|error| match pipeline.failure().take() {
                         // What stopped another thread comes first: this one only ran into it.
                         Some(first) => first,

@@ -36,6 +36,9 @@ use crate::{
 pub const RECEIVED_MESSAGES_MAX: usize = 64;
 /// How much is taken in one group while the server is not ahead: bounds the latency of a commit under load.
 const GROUP_BYTES_MAX: u64 = 2 << 20;
+/// How much of the segment before is compared when a stream resumes between two segments: all of it in the usual size, for
+/// after `pg_switch_wal` most of it is padding that says nothing.
+const OVERLAP_BYTES: usize = 16 << 20;
 
 /// What the thread is asked to do.
 #[derive(Debug)]
@@ -89,6 +92,8 @@ pub struct TakenUp {
     pub resume_lsn: Lsn,
     /// The end of what we hold.
     pub durable_lsn: Lsn,
+    /// Where the stream begins so that something of it can be compared: before `resume_lsn` when the open segment is empty.
+    pub compare_lsn: Lsn,
 }
 
 /// The thread, as its users see it.
@@ -415,10 +420,19 @@ impl Stage {
             && writer.branch() == branch
             && (writer.resume_lsn()..=writer.written()).contains(&start_lsn)
         {
-            return Ok(TakenUp {
+            let mut taken_up = TakenUp {
                 resume_lsn: writer.resume_lsn(),
                 durable_lsn: writer.written(),
-            });
+                compare_lsn: writer.compare_lsn(),
+            };
+            if writer.lacks_overlap() {
+                let before = self.end_of_segment_before(branch, taken_up.resume_lsn);
+                if let Some(writer) = &mut self.writer {
+                    writer.hold_before(&before);
+                    taken_up.compare_lsn = writer.compare_lsn();
+                }
+            }
+            return Ok(taken_up);
         }
         self.left.extend(self.writer.take());
         self.tick(true)?;
@@ -433,8 +447,14 @@ impl Stage {
         let coverage = stored.unwrap_or_else(|| Coverage::up_to(start));
         let size = self.archive.identity().segment_size;
         let open = self.archive.open_segment(&spool, start)?;
-        let tail = self.archive.read_tails(branch, open)?;
-        let tail_end = open.start_lsn(size).add(tail.len() as u64);
+        let (tail, tail_end) = if self.archive.is_away() {
+            // What the repository has of it was durable here before, and what a torn end lost is streamed again.
+            (Vec::new(), self.archive.tail_end(branch, open))
+        } else {
+            let tail = self.archive.read_tails(branch, open)?;
+            let tail_end = open.start_lsn(size).add(tail.len() as u64);
+            (tail, tail_end)
+        };
         let archive = Arc::clone(&self.archive);
         let (mut writer, mut completed) = SpoolWriter::open(
             &spool,
@@ -464,6 +484,10 @@ impl Stage {
         }
         let durable = writer.written();
         let resume_lsn = writer.resume_lsn();
+        if writer.lacks_overlap() {
+            writer.hold_before(&self.end_of_segment_before(branch, resume_lsn));
+        }
+        let compare_lsn = writer.compare_lsn();
         // A segment counts when it has its final name: a start streams again what lies behind the first that has not.
         for segment in completed {
             self.flusher.finish(segment)?;
@@ -482,7 +506,26 @@ impl Stage {
         Ok(TakenUp {
             resume_lsn,
             durable_lsn: durable,
+            compare_lsn,
         })
+    }
+
+    /// The end of what the archive has of a branch before a segment that begins here; nothing where it can not be read.
+    fn end_of_segment_before(&self, branch: Branch, start_lsn: Lsn) -> Vec<u8> {
+        let size = self.archive.identity().segment_size;
+        let Some(before) = size.segment_of(start_lsn).previous() else {
+            return Vec::new();
+        };
+        match self.archive.read_on(branch, before) {
+            Ok(Some(bytes)) if bytes.len() == size.len() => {
+                bytes[bytes.len().saturating_sub(OVERLAP_BYTES)..].to_vec()
+            }
+            Ok(_) => Vec::new(),
+            Err(error) => {
+                tracing::info!(%error, "the segment before can not be read; the stream begins without an overlap to compare");
+                Vec::new()
+            }
+        }
     }
 
     fn begin(&mut self, start_lsn: Lsn) -> Result<()> {

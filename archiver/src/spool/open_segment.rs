@@ -157,30 +157,31 @@ impl OpenSegment {
             .map_err(Error::io("read", &self.partial))
     }
 
-    /// Writes the bytes that the file begins with once more, so that the next fsync is about these very pages: an earlier
-    /// one may have failed, and said so to nobody who is still alive.
-    ///
-    /// Not always enough: on ext4 without a journal, blocks that failed were seen to stay as they were on the disk although
-    /// this and the fsync after it succeeded. Only the next segment's blocks are new there.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn write_again(&self, bytes: &[u8]) -> Result<()> {
-        self.file
-            .write_all_at(bytes, 0)
-            .map_err(Error::io("write", &self.partial))
-    }
-
-    /// Cuts the file to `length` bytes.
+    /// Puts a new, durable file with these bytes, which this one begins with, in its place: an earlier fsync of it may have
+    /// failed, and said so to nobody who is still alive. What the kernel shows of such a file need not be on the disk, and
+    /// writing the same blocks again does not always bring it there (ext4 leaves an extent unwritten whose first write
+    /// failed); blocks that are new do. A disk without room for a copy gets them written in place.
     ///
     /// # Errors
-    /// [`Error::Io`].
-    pub fn truncate(&mut self, length: u64) -> Result<()> {
-        self.file
-            .set_len(length)
-            .map_err(Error::io("truncate", &self.partial))?;
-        (self.length, self.allocated) = (length, length);
-        Ok(())
+    /// [`Error::Io`]: fatal, see the invariant above.
+    pub fn renew(mut self, spool: &BranchSpool, bytes: &[u8]) -> Result<Self> {
+        let mut source = bytes;
+        match copy_in_place(&mut source, &self.partial, &self.partial) {
+            Ok(()) => Self::at(spool, self.segment, false),
+            Err(error) if is_no_space(&error) => {
+                tracing::warn!(file = %self.partial.display(), "no room for a copy; written in place");
+                let in_place = self
+                    .file
+                    .write_all_at(bytes, 0)
+                    .and_then(|()| self.file.set_len(bytes.len() as u64))
+                    .and_then(|()| self.file.sync_all());
+                in_place.map_err(Error::io("write", &self.partial))?;
+                sync_directory(spool.directory())?;
+                (self.length, self.allocated) = (bytes.len() as u64, bytes.len() as u64);
+                Ok(self)
+            }
+            Err(error) => Err(Error::io("write anew", &self.partial)(error)),
+        }
     }
 
     /// Makes what was written durable.
@@ -196,11 +197,10 @@ impl OpenSegment {
     /// Makes the whole segment durable under its final name.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Repository`]: fatal.
+    /// [`Error::Io`]: fatal.
     pub fn finish(&self) -> Result<()> {
         self.sync()?;
-        repository::durable::rename(&self.partial, &self.path)?;
-        Ok(())
+        repository::durable::rename(&self.partial, &self.path).map_err(of_the_disk)
     }
 }
 
@@ -222,6 +222,67 @@ pub(super) fn content_length(file: &File) -> io::Result<u64> {
         end = start;
     }
     Ok(0)
+}
+
+/// What a durable file operation says of the spool's disk: it is not the repository that failed.
+pub(super) fn of_the_disk(error: repository::Error) -> Error {
+    match error {
+        repository::Error::Store {
+            action,
+            path,
+            source,
+        } => Error::Io {
+            action,
+            path,
+            source,
+        },
+        other => other.into(),
+    }
+}
+
+/// Puts a copy of a complete segment in its place. Its content was fsynced before it got its name, but the directory's fsync
+/// that would have made the name durable may have failed; a rename writes the directory again.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn renew_complete(spool: &BranchSpool, segment: SegmentNo) -> Result<()> {
+    let path = spool.path(segment);
+    let copied = File::open(&path)
+        .and_then(|mut file| copy_in_place(&mut file, &path, &spool.partial_path(segment)));
+    match copied {
+        Err(error) if is_no_space(&error) => {
+            tracing::warn!(file = %path.display(), "no room for a copy; its name is made durable as it is");
+            sync_directory(spool.directory())
+        }
+        // Sealed meanwhile, and no longer needed.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        outcome => outcome.map_err(Error::io("write anew", &path)),
+    }
+}
+
+/// Writes `source` to a new file, durably, and renames that to `path`, durably. A crash leaves one or the other.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the new file is synced before and the directory after it"
+)]
+fn copy_in_place(source: &mut dyn io::Read, path: &Path, beside: &Path) -> io::Result<()> {
+    let fresh = beside.with_extension("new");
+    let copied = (|| {
+        match std::fs::remove_file(&fresh) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let mut file = File::options().write(true).create_new(true).open(&fresh)?;
+        io::copy(source, &mut file)?;
+        file.sync_all()?;
+        std::fs::rename(&fresh, path)?;
+        File::open(path.parent().unwrap_or(path))?.sync_all()
+    })();
+    if copied.is_err() {
+        // What is left of it is removed before the next attempt, too.
+        drop(std::fs::remove_file(&fresh));
+    }
+    copied
 }
 
 /// Whether the disk or the quota is full: the only write error worth waiting for.

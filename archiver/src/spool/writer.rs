@@ -10,7 +10,11 @@ use wal_format::{
     Branch, Lsn, PgTimestamp, SegmentNo, SegmentSummary, WalIdentity, WalIndexer, lsn::PAGE_SIZE,
 };
 
-use super::{BranchSpool, OpenSegment, open_segment::is_no_space, primed_indexer, sync_directory};
+use super::{
+    BranchSpool, OpenSegment,
+    open_segment::{is_no_space, renew_complete},
+    primed_indexer,
+};
 use crate::{
     core::cursor::{self, Cursor, OutOfOrder, Reached, Step},
     error::{Error, Result},
@@ -57,6 +61,8 @@ pub struct SpoolWriter {
     spool: BranchSpool,
     indexer: WalIndexer,
     open: Option<OpenSegment>,
+    /// The end of the segment before, while the open one is empty.
+    before: Vec<u8>,
     cursor: Cursor,
     /// The summary of the open segment up to the end of its tails.
     summary: SegmentSummary,
@@ -96,6 +102,9 @@ impl SpoolWriter {
             path: spool.directory().to_path_buf(),
             missing: spool.name(missing),
         })?;
+        if let Some(last) = segments.complete.last() {
+            renew_complete(spool, *last)?;
+        }
         let segment_start = segment.start_lsn(size);
         let mut prime = || {
             primed_indexer(identity, segment, |wanted| match spool.read(wanted)? {
@@ -107,6 +116,7 @@ impl SpoolWriter {
             indexer: prime()?,
             spool: spool.clone(),
             open: None,
+            before: Vec::new(),
             cursor: Cursor::new(size, segment, tail_end),
             summary: SegmentSummary::default(),
             previous_send_time: None,
@@ -114,7 +124,7 @@ impl SpoolWriter {
         };
         let mut completed = Vec::new();
         if segments.open.is_some() {
-            let mut open = OpenSegment::open(spool, segment)?;
+            let open = OpenSegment::open(spool, segment)?;
             let valid = valid_length(&open, &mut writer.indexer, segment_start)?;
             let content = segments.open.map_or(0, |(_, length)| length);
             if valid < content {
@@ -125,17 +135,11 @@ impl SpoolWriter {
                     "cut the torn end of the spool; it is streamed again"
                 );
             }
-            if valid < open.length() {
-                open.truncate(valid)?;
-            }
             let mut bytes = vec![0; usize::try_from(valid).unwrap_or(usize::MAX)];
             open.read_at(&mut bytes, 0)?;
             // The bytes may be in the page cache only, of a process that was killed or whose fsync failed: durable from here.
-            open.write_again(&bytes)?;
-            open.sync()?;
-            sync_directory(spool.directory())?;
+            writer.open = Some(open.renew(spool, &bytes)?);
             writer.indexer = prime()?;
-            writer.open = Some(open);
             writer.index(&bytes, &mut completed)?;
         }
         Ok((writer, completed))
@@ -163,6 +167,26 @@ impl SpoolWriter {
     #[must_use]
     pub fn resume_lsn(&self) -> Lsn {
         self.cursor.resume_lsn()
+    }
+
+    /// Where a stream is to begin, so that something of it is compared: see [`SpoolWriter::hold_before`].
+    #[must_use]
+    pub fn compare_lsn(&self) -> Lsn {
+        self.cursor.compare_lsn()
+    }
+
+    /// Whether a stream that resumes here has nothing to be compared with.
+    #[must_use]
+    pub fn lacks_overlap(&self) -> bool {
+        self.written() == self.resume_lsn() && self.before.is_empty()
+    }
+
+    /// Takes the end of the segment before the open one, to be compared with what the server sends of it.
+    pub fn hold_before(&mut self, bytes: &[u8]) {
+        if self.written() == self.resume_lsn() {
+            self.before = bytes.to_vec();
+            self.cursor.hold_before(bytes.len() as u64);
+        }
     }
 
     /// The open segment's file, if a byte of it was written.
@@ -257,14 +281,21 @@ impl SpoolWriter {
         Some(tail)
     }
 
-    /// Compares bytes at `incoming` with the open segment's file.
+    /// Compares bytes at `incoming` with the open segment's file, or with the end of the one before.
     fn compare(&self, bytes: &[u8], from: &'static str) -> Result<()> {
-        let Some(open) = &self.open else {
-            return Ok(());
+        let (ours, place) = if let Some(open) = &self.open {
+            let offset = self.spool.segment_size().offset_of(self.incoming());
+            let mut ours = vec![0; bytes.len()];
+            open.read_at(&mut ours, offset)?;
+            (ours, open.partial_path().display().to_string())
+        } else {
+            let left = self.written().bytes_since(self.incoming());
+            let left = usize::try_from(left).unwrap_or(usize::MAX);
+            let at = self.before.len().saturating_sub(left);
+            let ours = self.before.get(at..).unwrap_or_default();
+            let ours = ours.get(..bytes.len()).unwrap_or(ours).to_vec();
+            (ours, "the end of the segment before".to_owned())
         };
-        let offset = self.spool.segment_size().offset_of(self.incoming());
-        let mut ours = vec![0; bytes.len()];
-        open.read_at(&mut ours, offset)?;
         if ours == bytes {
             return Ok(());
         }
@@ -274,7 +305,7 @@ impl SpoolWriter {
                 branch: self.spool.branch(),
                 lsn: self.incoming().add(index as u64),
                 from,
-                ours: open.partial_path().display().to_string(),
+                ours: place,
             }),
         }
     }
@@ -335,6 +366,7 @@ impl SpoolWriter {
         }
         self.summary.merge(self.indexer.take_summary());
         if reached == Reached::SegmentEnd {
+            self.before = Vec::new();
             completed.push(CompletedSegment {
                 branch: self.spool.branch(),
                 file: self.open.take().expect("BUG: a full segment has a file"),

@@ -73,6 +73,11 @@ impl From<Broken> for Stop {
 }
 
 impl Archiver {
+    pub(super) fn disconnect(&mut self) {
+        self.connection = None;
+        self.core.on(Event::StreamEnded);
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         let is_quiet = self.jobs.is_empty() && self.seals.is_empty() && self.tail.is_none();
         is_quiet && self.is_settled && self.core.unsealed() == 0 && self.left.is_empty()
@@ -152,7 +157,7 @@ impl Simulation {
         match work(self, &mut archiver) {
             Ok(()) => {}
             Err(Stop::Broken(broken)) => return Err(broken),
-            Err(Stop::Disconnected) => archiver.connection = None,
+            Err(Stop::Disconnected) => archiver.disconnect(),
             Err(Stop::Crash(power)) => {
                 self.crash(power);
                 return Ok(());
@@ -469,6 +474,15 @@ impl Simulation {
         }
         if report.flush == Lsn::ZERO || report.flush < floor {
             return Ok(());
+        }
+        // As far back as a stream is compared: what lies before was compared when it came.
+        let compared = Lsn(report.flush.0.saturating_sub(PAGE));
+        let is_begun = self
+            .begins
+            .get(&branch)
+            .is_some_and(|begin| *begin <= compared);
+        if is_begun && !self.is_ours(branch, compared, report.flush) {
+            return Err(format!("{report:?} is told to a server that has other WAL"));
         }
         if self.server.slot.is_some_and(|slot| report.flush < slot) {
             return Err(format!(

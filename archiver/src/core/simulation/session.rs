@@ -75,22 +75,28 @@ impl Simulation {
         if resume > until.unwrap_or(self.server.flush_lsn()) {
             return Err(Stop::Disconnected);
         }
-        // What the decoder finds by `xl_prev` where a stream resumes between two segments.
         let before = Lsn(resume.0 - PAGE);
         let begin = self.begins.get(&branch).copied().unwrap_or(resume);
-        if before >= begin && !self.is_ours(branch, before, resume) {
+        let is_ours = before < begin || self.is_ours(branch, before, resume);
+        let writer = archiver.writer.as_mut().expect("it was taken up");
+        let mut from = resume;
+        if before >= begin && before >= self.server.oldest && writer.cursor.written() == resume {
+            // The stream resumes between two segments: the end of the one before is compared.
+            writer.cursor.hold_before(PAGE);
+            from = writer.cursor.compare_lsn();
+        } else if !is_ours {
+            // What the decoder finds by `xl_prev`.
             self.trace("divergence");
             return Err(Stop::Crash(false));
         }
-        let writer = archiver.writer.as_mut().expect("it was taken up");
-        let begun = writer.cursor.begin(resume);
-        begun.map_err(|order| format!("the stream begins at {resume}, not at {order:?}"))?;
-        archiver.core.on(Event::StreamBegun { start_lsn: resume });
+        let begun = writer.cursor.begin(from);
+        begun.map_err(|order| format!("the stream begins at {from}, not at {order:?}"))?;
+        archiver.core.on(Event::StreamBegun { start_lsn: from });
         archiver.server_end = resume;
-        self.trace(&format!("streams {branch} from {resume}"));
+        self.trace(&format!("streams {branch} from {from}"));
         archiver.connection = Some(Connection {
             branch,
-            next: resume,
+            next: from,
             floor,
         });
         Ok(())
@@ -98,7 +104,7 @@ impl Simulation {
 
     /// As `gap::close`, when nobody else has the WAL.
     fn close_gap(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
-        archiver.connection = None;
+        archiver.disconnect();
         let held = self.held();
         let server = self.server.state();
         let (Some(goes_on), Ok(plan)) = (

@@ -1,0 +1,191 @@
+//! WAL as far as the archive has it: from the spool, from the repository, on a branch or on the one it grew from.
+//!
+//! Invariant: nothing is changed here, and what is returned was checked.
+
+use std::sync::PoisonError;
+
+use repository::WalRange;
+use wal_format::{
+    Branch, Lsn, ObjectKey, SealedReader, SegmentNo, TimelineHistory, TimelineId, TransactionEnd,
+};
+
+use super::archive::Archive;
+use crate::{
+    error::{Error, Result},
+    spool::primed_indexer,
+};
+
+/// More zeros than a commit's record ends with.
+const ZEROS_OF_A_RECORD: usize = 64;
+
+impl Archive {
+    /// The WAL of the tails that the repository holds of an open segment, from its start, without a gap.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Sealed`].
+    pub fn read_tails(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<u8>> {
+        let start = segment.start_lsn(self.identity().segment_size);
+        let tails = self.tails_of(branch, segment);
+        let mut wal = Vec::new();
+        for tail in tails {
+            let end = start.add(wal.len() as u64);
+            if tail.start_lsn > end {
+                break;
+            }
+            if tail.end_lsn <= end {
+                continue;
+            }
+            let bytes = self.read_object(&tail.key(&self.cluster))?;
+            let known = usize::try_from(end.bytes_since(tail.start_lsn)).unwrap_or(usize::MAX);
+            wal.extend_from_slice(bytes.get(known..).unwrap_or_default());
+        }
+        Ok(wal)
+    }
+
+    /// The end of those tails, as far as they are known.
+    pub(super) fn tail_end(&self, branch: Branch, segment: SegmentNo) -> Lsn {
+        let start = segment.start_lsn(self.identity().segment_size);
+        let tails = self.tails_of(branch, segment);
+        tails.iter().fold(start, |end, tail| {
+            if tail.start_lsn > end {
+                end
+            } else {
+                end.max(tail.end_lsn)
+            }
+        })
+    }
+
+    fn tails_of(&self, branch: Branch, segment: SegmentNo) -> Vec<WalRange> {
+        let known = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tails = known.get(&(branch, segment)).cloned().unwrap_or_default();
+        drop(known);
+        tails.sort_by_key(|tail| tail.start_lsn);
+        tails
+    }
+
+    /// The WAL bytes of a sealed object, all checked.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Sealed`].
+    pub fn read_object(&self, key: &ObjectKey) -> Result<Vec<u8>> {
+        let object = self.repository().get(key)?;
+        let mut wal = Vec::new();
+        SealedReader::open(&object)
+            .and_then(|reader| reader.read_all(&mut wal))
+            .map_err(|source| Error::Sealed {
+                object: key.to_string(),
+                source,
+            })?;
+        Ok(wal)
+    }
+
+    /// A segment's WAL as far as the archive has it, from the spool or the repository, on the branch itself or on the
+    /// one it grew from. Used to learn where a record that crosses in began; a segment that can not be read is as good as
+    /// none.
+    pub fn read_segment(&self, branch: Branch, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
+        for branch in self.lineage_at(branch, segment)? {
+            if let Some(bytes) = self.read_on(branch, segment)? {
+                return Ok(Some(bytes));
+            }
+        }
+        Ok(None)
+    }
+
+    /// As [`Archive::read_segment`], on this very branch.
+    pub(super) fn read_on(&self, branch: Branch, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
+        if let Some(bytes) = self.branch_spool(branch).read(segment)? {
+            return Ok(Some(bytes));
+        }
+        let name = self.branch_spool(branch).name(segment);
+        let key = ObjectKey::Segment(self.identity().system_identifier, branch, name);
+        // A segment into whose end no record runs has left the spool; of one that is still needed the file is here.
+        if !self.is_away() && self.repository().head(&key)?.is_some() {
+            return self.read_object(&key).map(Some);
+        }
+        Ok(None)
+    }
+
+    /// The transactions that committed in a range of a branch, from whatever of its WAL is here, in LSN order.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Io`].
+    pub fn commits(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<TransactionEnd>> {
+        let size = self.identity().segment_size;
+        let mut segment = size.segment_of(from);
+        let mut indexer = primed_indexer(self.identity(), segment, |earlier| {
+            self.read_segment(branch, earlier)
+        })?;
+        while segment.start_lsn(size) < to {
+            let bytes = match self.read_segment(branch, segment)? {
+                Some(bytes) => bytes,
+                None => self.read_tails(branch, segment)?,
+            };
+            // What ends in the middle of a record ends there; what a record has of zeros at its end the spool does not tell
+            // from those behind it.
+            if indexer.push(&bytes).is_err() {
+                break;
+            }
+            if bytes.len() < size.len() {
+                let zeros = [0; ZEROS_OF_A_RECORD];
+                if let Err(error) = indexer.push(&zeros) {
+                    tracing::debug!(%error, "the WAL ends here");
+                }
+                break;
+            }
+            segment = segment.next();
+        }
+        let mut ends = indexer.take_summary().transactions;
+        ends.retain(|end| end.kind.is_commit() && from <= end.lsn && end.lsn < to);
+        Ok(ends)
+    }
+
+    /// The branch, and for a segment that ends before the branch began, its ancestors that hold it.
+    fn lineage_at(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<Branch>> {
+        let mut lineage = vec![branch];
+        let Some(history) = self.history(branch)? else {
+            return Ok(lineage);
+        };
+        let end = segment.end_lsn(self.identity().segment_size);
+        let holder = history.timeline_at(Lsn(end.0.saturating_sub(1)));
+        if holder == branch.timeline {
+            return Ok(lineage);
+        }
+        lineage.extend(self.ancestor(&history, holder)?);
+        Ok(lineage)
+    }
+
+    /// The branch of an ancestor: the one of that timeline whose own history agrees with the descendant's.
+    pub(crate) fn ancestor(
+        &self,
+        history: &TimelineHistory,
+        timeline: TimelineId,
+    ) -> Result<Option<Branch>> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Some(Branch::FIRST));
+        }
+        for (branch, known, _) in self.catalog().branches()? {
+            let agrees = known.is_some_and(|known| {
+                known.ancestors.len() < history.ancestors.len()
+                    && history.ancestors.starts_with(&known.ancestors)
+            });
+            if branch.timeline == timeline && agrees {
+                return Ok(Some(branch));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The history of a branch, from the spool or the catalog.
+    pub(crate) fn history(&self, branch: Branch) -> Result<Option<TimelineHistory>> {
+        let parse = |content: &[u8]| TimelineHistory::parse(branch.timeline, content).ok();
+        if let Some(content) = self.branch_spool(branch).history()? {
+            return Ok(parse(&content));
+        }
+        Ok(self
+            .catalog()
+            .branches()?
+            .into_iter()
+            .find(|(known, _, _)| *known == branch)
+            .and_then(|(_, history, _)| history))
+    }
+}

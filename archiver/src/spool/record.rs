@@ -1,0 +1,51 @@
+//! [`SpoolRecord`]: where the archive ends while the spool holds no WAL, for a start at which the repository can not be asked.
+//!
+//! `{spool}/{cluster}/position.json`, replaced whenever the last file leaves the spool. Invariant: everything of the branch
+//! before `end_lsn` is in the repository; where the spool holds WAL that ends later, its content counts.
+
+use std::{fs, io};
+
+use repository::ClusterIdentity;
+use serde::{Deserialize, Serialize};
+use wal_format::{Branch, Lsn};
+
+use super::{Spool, open_segment::of_the_disk};
+use crate::error::{Error, Result};
+
+const RECORD_FILE: &str = "position.json";
+
+/// Whose WAL was archived, and up to where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpoolRecord {
+    /// The cluster.
+    pub cluster: ClusterIdentity,
+    /// The branch that was streamed.
+    pub branch: Branch,
+    /// The end of what the repository held of it.
+    pub end_lsn: Lsn,
+}
+
+impl Spool {
+    /// The record; `None` when none was written, or it can not be read: then the repository is waited for.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn record(&self) -> Result<Option<SpoolRecord>> {
+        let path = self.directory().join(RECORD_FILE);
+        match fs::read(&path) {
+            Ok(content) => Ok(serde_json::from_slice(&content).ok()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io("read", path)(error)),
+        }
+    }
+
+    /// Writes the record, durably.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn put_record(&self, record: &SpoolRecord) -> Result<()> {
+        let path = self.directory().join(RECORD_FILE);
+        let content = serde_json::to_vec_pretty(record).unwrap_or_default();
+        repository::durable::replace(&path, &content).map_err(of_the_disk)
+    }
+}

@@ -1,0 +1,173 @@
+//! Whose WAL this is, before any server is asked: the repository says so, or, while it does not answer, the spool.
+//!
+//! Invariant: until the repository has confirmed the cluster nothing is sent to it. A start at which it is away streams into
+//! the spool from what that proves; as soon as it answers the stages start anew, with all that it knows.
+
+use std::{io, ops::ControlFlow, ops::Range, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use repository::{
+    ClusterIdentity, Error as StoreError, ExitKind, ObjectMeta, ObjectStore, PutOutcome,
+    Repository, config::ClusterSettings,
+};
+use wal_format::PgTimestamp;
+
+use crate::{
+    error::{Error, Result},
+    pipeline::{archive::Away, blocking},
+    spool::Spool,
+};
+
+/// How long the repository may take to say whose it is while the spool could say it too.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// How often an absent repository is asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+
+/// Who says whose WAL this is.
+pub(super) enum Known {
+    /// Nobody: nothing was ever archived.
+    Nothing,
+    /// The repository answers.
+    Here(ClusterIdentity),
+    /// Only the spool says it.
+    Away(ClusterIdentity, Away, StoreError),
+}
+
+/// Asks the repository, and in its absence the spool.
+///
+/// # Errors
+/// [`Error::SpoolSystemMismatch`] when they contradict each other; [`Error::Repository`] when the repository does not answer
+/// and the spool does not know; [`Error::Io`].
+pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Result<Known> {
+    let local = Arc::clone(spool);
+    let (spooled, record) = blocking(move || Ok((local.identity()?, local.record()?))).await?;
+    let created = PgTimestamp::from_jiff(jiff::Timestamp::now());
+    let spooled = spooled.map(|spooled| ClusterIdentity {
+        format_version: 1,
+        cluster: settings.name.clone(),
+        system_identifier: spooled.system_identifier,
+        postgresql_major: spooled.version,
+        wal_segment_size: spooled.segment_size,
+        created,
+    });
+    let knows = spooled
+        .clone()
+        .or_else(|| record.as_ref().map(|record| record.cluster.clone()));
+    let asked = stored_identity(settings.clone());
+    let answer = if knows.is_some() {
+        let late = |_| Err(Error::Repository(absent("no answer within five seconds")));
+        tokio::time::timeout(ANSWER_MAX, asked)
+            .await
+            .unwrap_or_else(late)
+    } else {
+        asked.await
+    };
+    match (answer, spooled) {
+        (Ok(Some(known)), Some(spooled))
+            if known.system_identifier != spooled.system_identifier =>
+        {
+            Err(Error::SpoolSystemMismatch {
+                path: spool.directory().to_path_buf(),
+                expected: known.system_identifier,
+                found: spooled.system_identifier.to_string(),
+            })
+        }
+        (Ok(Some(known)), _) => Ok(Known::Here(known)),
+        (Ok(None), Some(spooled)) => Ok(Known::Here(spooled)),
+        (Ok(None), None) => Ok(Known::Nothing),
+        (Err(Error::Repository(error)), _) if error.exit_kind() == ExitKind::Unreachable => {
+            let Some(known) = knows else {
+                return Err(error.into());
+            };
+            let record =
+                record.filter(|record| record.cluster.system_identifier == known.system_identifier);
+            Ok(Known::Away(known, Away { record }, error))
+        }
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// Returns when an absent repository answers.
+pub(super) async fn answers(settings: &ClusterSettings) {
+    loop {
+        tokio::time::sleep(ASK_AGAIN).await;
+        if stored_identity(settings.clone()).await.is_ok() {
+            return;
+        }
+    }
+}
+
+async fn stored_identity(settings: ClusterSettings) -> Result<Option<ClusterIdentity>> {
+    blocking(move || Ok(Repository::open(&settings.repository, &settings.name)?.identity()?)).await
+}
+
+fn absent(why: &str) -> StoreError {
+    StoreError::Store {
+        action: "reach",
+        path: "the repository".into(),
+        source: io::Error::new(io::ErrorKind::TimedOut, why.to_owned()),
+    }
+}
+
+/// In the place of a repository that did not answer: who has not seen whose it is must not write to it.
+#[derive(Debug)]
+struct Absent {
+    url: String,
+}
+
+/// A repository that answers nothing.
+pub(super) fn absent_repository(settings: &ClusterSettings) -> Repository {
+    let url = settings.repository.url.to_string();
+    Repository::with_store(Arc::new(Absent { url }), settings.name.clone())
+}
+
+impl Absent {
+    fn answer<T>(&self) -> repository::Result<T> {
+        Err(StoreError::Store {
+            action: "reach",
+            path: self.url.clone().into(),
+            source: io::Error::new(
+                io::ErrorKind::NotConnected,
+                "the repository has not answered since the start; WAL waits in the spool",
+            ),
+        })
+    }
+}
+
+impl ObjectStore for Absent {
+    fn put_if_absent(&self, _key: &str, _body: &[u8]) -> repository::Result<PutOutcome> {
+        self.answer()
+    }
+
+    fn get(&self, _key: &str) -> repository::Result<Bytes> {
+        self.answer()
+    }
+
+    fn get_range(&self, _key: &str, _range: Range<u64>) -> repository::Result<Bytes> {
+        self.answer()
+    }
+
+    fn head(&self, _key: &str) -> repository::Result<Option<ObjectMeta>> {
+        self.answer()
+    }
+
+    fn list(
+        &self,
+        _prefix: &str,
+        _visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> repository::Result<()> {
+        self.answer()
+    }
+
+    fn delete(&self, _key: &str) -> repository::Result<()> {
+        self.answer()
+    }
+
+    fn ready_to_write(&self) -> repository::Result<()> {
+        self.answer()
+    }
+
+    fn url(&self) -> String {
+        self.url.clone()
+    }
+}

@@ -1,0 +1,94 @@
+//! A start in the worst moment: the store is away, the host before was killed, another archiver goes on. Commits are acknowledged
+//! again without a person, nothing twice and nothing missing.
+
+use wal_format::Lsn;
+
+use crate::support::{Place, Server, postgres_bin, store_goes_down, wait_flushed, wait_until};
+
+/// Every commit waits for the archiver.
+const SYNCHRONOUS: &str = "synchronous_standby_names='tidemark'";
+
+fn commit(server: &Server, number: u32) {
+    server.sql(&format!(
+        "INSERT INTO load VALUES ({number}, 'acknowledged')"
+    ));
+}
+
+/// Stops in order, and compares all that is archived with the server's files.
+fn assert_whole(place: &Place, server: &Server, from: Lsn) {
+    let lsn = server.lsn();
+    wait_flushed(server, lsn);
+    let archiver = place.verify(&server.conninfo());
+    assert!(archiver.contains("no gap, no damage"), "{archiver}");
+    assert!(from <= lsn);
+}
+
+#[test]
+fn killed_while_the_store_is_away_it_goes_on_from_what_the_spool_proves() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    server.configure_more(SYNCHRONOUS);
+    server.sql("SELECT pg_reload_conf()");
+    let comes_back = store_goes_down(&place);
+    commit(&server, 1);
+    server.write_wal(2500);
+    archiver.kill();
+    for round in 2..5 {
+        let archiver = place.run(&server.conninfo());
+        // Returns when it is durable here: nobody else is there to say so.
+        commit(&server, round);
+        server.write_wal(300);
+        archiver.kill();
+    }
+    let archiver = place.run(&server.conninfo());
+    commit(&server, 5);
+    let acknowledged = server.lsn();
+    let log = archiver.log();
+    assert!(log.contains("the repository does not answer"), "{log}");
+    // A disconnect meanwhile is none of the store's business.
+    server.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_replication");
+    commit(&server, 6);
+    comes_back();
+    archiver.wait_for_log("the repository answers");
+    commit(&server, 7);
+    wait_flushed(&server, server.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= acknowledged);
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    assert_whole(&place, &server, acknowledged);
+}
+
+#[test]
+fn an_empty_spool_remembers_where_the_archive_ends() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "wal_keep_size=0\nmax_wal_size=32MB\nmin_wal_size=2MB");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    server.sql("SELECT pg_switch_wal()");
+    let boundary = Lsn(server.lsn().0.next_multiple_of(1 << 20));
+    let record = place.spool().join("main/position.json");
+    wait_until("the last segment leaves the spool", || {
+        std::fs::read_to_string(&record)
+            .is_ok_and(|record| record.contains(&format!("\"{boundary}\"")))
+    });
+    archiver.kill();
+    let comes_back = store_goes_down(&place);
+    server.configure_more(SYNCHRONOUS);
+    server.sql("SELECT pg_reload_conf()");
+    let archiver = place.run(&server.conninfo());
+    commit(&server, 1);
+    let log = archiver.log();
+    assert!(log.contains(&format!("from={boundary}")), "{log}");
+    comes_back();
+    archiver.wait_for_log("the repository answers");
+    commit(&server, 2);
+    assert_whole(&place, &server, boundary);
+}
