@@ -1,7 +1,7 @@
 //! START HERE: receive -> write -> flush -> seal / tail -> acknowledge
 //!
 //! One cluster's WAL on its way from PostgreSQL into the repository. The connection's task ([`receive`]) hands messages to
-//! the spool thread ([`write`](mod@write)), which compares, decodes, writes and fsyncs them; what is durable here is acknowledged at
+//! the spool thread ([`write`](mod@write)), which compares, decodes, writes and fsyncs them (`stage`); what is durable here is acknowledged at
 //! once. Complete segments are sealed by worker threads ([`seal`]), the open one follows as tails ([`tail`]).
 //! A full channel stops the stage before it, so a slow store ends as files in the spool and a slow disk as back pressure on
 //! the connection, never as memory; the status to the server waits for no stage.
@@ -20,6 +20,7 @@ pub mod receive;
 pub mod room;
 pub mod seal;
 pub mod session;
+mod stage;
 pub mod start;
 pub mod stored;
 pub mod tail;
