@@ -185,3 +185,64 @@ fn an_archiver_of_a_promoted_copy_joins_on_its_own_timeline() {
         "the newest timeline is the copy's"
     );
 }
+
+/// A copy that was started without a restore goes another way on the same timeline: only one of them can be right.
+#[test]
+fn an_archiver_of_a_copy_on_the_same_timeline_is_refused() {
+    let Some((bin, cluster, place)) = scene("") else {
+        return;
+    };
+    let mut origin = daemon(&place, &cluster);
+    backup(&place, &cluster);
+    cluster.stop().expect("it stops");
+    let copy = cluster.copied().expect("a copy");
+    cluster.start_again().expect("it starts");
+    let again = origin.wait_for(|log| log.matches(" INFO streaming").count() > 1);
+    again.expect("it streams again");
+    let mut client = cluster.connect().expect("a connection");
+    sql(
+        &mut client,
+        "CREATE TABLE t AS SELECT n, repeat('origin', 50) FROM generate_series(1, 5000) n",
+    );
+    drop(client);
+    sleep(Duration::from_secs(2));
+    cluster.stop().expect("it stops");
+    origin.stop().expect("everything is in the bucket");
+    // The copy is ahead of what is archived, with other bytes.
+    let mut client = copy.connect().expect("a connection");
+    sql(
+        &mut client,
+        "CREATE TABLE t AS SELECT n, repeat('copied', 90) FROM generate_series(1, 9000) n",
+    );
+    drop(client);
+    let beside = place.beside("").expect("a place");
+    let log = beside.path().join("copy.log");
+    let mut run = beside.program("wal-archiver").expect("it is built");
+    run.args([
+        "--conninfo",
+        &copy.conninfo(),
+        "run",
+        "--http",
+        "127.0.0.1:0",
+    ]);
+    run.stderr(std::fs::File::create(&log).expect("a log"));
+    let mut run = run.spawn().expect("it runs");
+    let mut status = None;
+    for _ in 0..600 {
+        status = run.try_wait().expect("a status");
+        if status.is_some() {
+            break;
+        }
+        sleep(Duration::from_millis(100));
+    }
+    if status.is_none() {
+        run.kill().expect("it dies");
+        run.wait().expect("it ends");
+    }
+    let log = std::fs::read_to_string(log).expect("a log");
+    let code = status.and_then(|status| status.code());
+    assert_eq!(code, Some(4), "{log}");
+    assert!(log.contains("nothing was overwritten"), "{log}");
+    verify(&place);
+    assert_eq!(count(&place, &bin, &[]), 5000, "the origin's");
+}
