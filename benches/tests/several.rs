@@ -200,3 +200,49 @@ fn any_damage_heals_between_encrypted_repositories() {
         "ab".repeat(32)
     ));
 }
+
+/// A second repository that nobody reaches holds up nothing, and is shown as what it is.
+#[test]
+fn a_repository_that_is_away_is_told_with_its_lag() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = free.local_addr().expect("an address").to_string();
+    drop(free);
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let place = Place::with_settings(&format!(
+        "http = '{address}'\nrepositories = [{{ url = 's3://away/x', s3_endpoint = 'http://127.0.0.1:1', \
+         s3_access_key = 'k', s3_secret_key = 's' }}]"
+    ))
+    .expect("a place");
+    let daemon = place.daemon(&cluster, &address).expect("a daemon");
+    let mut client = cluster.connect().expect("a connection");
+    let fill = "CREATE TABLE t AS SELECT n FROM generate_series(1, 20000) n";
+    client.batch_execute(fill).expect("a table");
+    drop(client);
+    let mut report = serde_json::Value::Null;
+    for _ in 0..150 {
+        let mut status = place.program("wal-archiver").expect("it is built");
+        let said = succeed(status.args(["status", "--json"])).expect("a status");
+        report = serde_json::from_str(&said).expect("JSON");
+        let places = &report[0]["repositories"];
+        if places[1]["error"].is_string() && report[0]["durable"]["remote"]["lag_bytes"] == 0 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    let places = &report[0]["repositories"];
+    assert!(places[0]["error"].is_null(), "{report}");
+    let away = &places[1];
+    assert!(
+        away["error"].is_string() && away["behind"] == true,
+        "{report}"
+    );
+    assert!(away["lag_seconds"].as_f64() > Some(0.0), "{report}");
+    assert_eq!(report[0]["durable"]["remote"]["lag_bytes"], 0, "{report}");
+    let mut status = place.program("wal-archiver").expect("it is built");
+    let said = succeed(status.arg("status")).expect("a status");
+    assert!(said.contains("s3://away/x: away"), "{said}");
+    drop(daemon);
+}

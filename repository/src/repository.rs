@@ -143,6 +143,14 @@ impl Repository {
         mirror.map_or_else(Vec::new, |mirror| mirror.store.states())
     }
 
+    /// Whether of several places some answer and some do not.
+    #[must_use]
+    pub fn is_partly_away(&self) -> bool {
+        let places = self.places();
+        let away = places.iter().filter(|place| place.error.is_some()).count();
+        (1..places.len()).contains(&away)
+    }
+
     /// The store at `place` with its keys; `None` when nothing is encrypted there.
     ///
     /// # Errors

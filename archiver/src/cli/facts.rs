@@ -114,7 +114,8 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
             None if place.text("/behind") == "true" => "catching up from another".to_owned(),
             None => format!("{} wait for it", place.bytes("/queued_bytes")),
         };
-        add("", format!("{}: {how}", place.text("/url")));
+        let lag = place.seconds("/lag_seconds");
+        add("", format!("{}: {how}; {lag} behind", place.text("/url")));
     }
     for standby in of.list("/standbys").map(Of) {
         let value = match standby.string("/problem") {

@@ -393,6 +393,7 @@ fn a_place_that_is_away_among_several_is_told() {
         queued_objects: 0,
         queued_bytes: 0,
         behind: false,
+        lag_seconds: 0.0,
         error: error.map(str::to_owned),
     };
     let fires = |place| {

@@ -99,10 +99,16 @@ impl Archive {
         let name = self.branch_spool(branch).name(segment);
         let key = ObjectKey::Segment(self.identity().system_identifier, branch, name);
         // A segment into whose end no record runs has left the spool; of one that is still needed the file is here.
-        if !self.is_away() && self.repository().head(&key)?.is_some() {
-            return self.read_object(&key).map(Some);
+        if self.is_away() {
+            return Ok(None);
         }
-        Ok(None)
+        match self.repository().head(&key) {
+            Ok(Some(_)) => self.read_object(&key).map(Some),
+            Ok(None) => Ok(None),
+            // Of several repositories one is away: what those that answer lack is as good as none.
+            Err(error) if error.is_transient() && self.repository().is_partly_away() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// The transactions that committed in a range of a branch, from whatever of its WAL is here, in LSN order.

@@ -42,7 +42,7 @@ const AWAY_MAX: Duration = Duration::from_secs(30);
 const COMPARE_EVERY: Duration = Duration::from_secs(24 * 3600);
 
 /// How a place is.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct MemberState {
     /// Where it is.
     pub url: String,
@@ -52,22 +52,39 @@ pub struct MemberState {
     pub queued_bytes: usize,
     /// Whether it lacks what another one has, as far as is known.
     pub behind: bool,
+    /// For how long the oldest of what it lacks has waited, in seconds; 0 when it is in step.
+    pub lag_seconds: f64,
     /// Why it is passed over, if it is.
     pub error: Option<String>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    queue: VecDeque<Job>,
+    /// Each with the time at which it was given.
+    queue: VecDeque<(Instant, Job)>,
     queued_bytes: usize,
-    working: bool,
+    /// Since when what is worked on has waited.
+    working: Option<Instant>,
     /// Not to be asked before, and why.
     away: Option<(Instant, String)>,
     pause: Duration,
-    behind: bool,
+    /// Since when it lacks something that is not in its queue.
+    behind: Option<Instant>,
     in_step: bool,
     compared: Option<Instant>,
     finishing: bool,
+}
+
+impl State {
+    fn fall_behind(&mut self) {
+        self.behind.get_or_insert_with(Instant::now);
+    }
+
+    fn lag(&self) -> Duration {
+        let oldest = self.queue.front().map(|(given, _)| *given);
+        let since = [self.behind, self.working, oldest].into_iter().flatten();
+        since.min().map_or(Duration::ZERO, |since| since.elapsed())
+    }
 }
 
 /// One place.
@@ -98,7 +115,7 @@ impl Member {
     pub(super) fn keep_in_step(&self) {
         let mut state = self.lock();
         state.in_step = true;
-        state.behind = true;
+        state.fall_behind();
         drop(state);
         self.changed.notify_all();
     }
@@ -107,9 +124,10 @@ impl Member {
         let state = self.lock();
         MemberState {
             url: self.store.url(),
-            queued_objects: state.queue.len() + usize::from(state.working),
+            queued_objects: state.queue.len() + usize::from(state.working.is_some()),
             queued_bytes: state.queued_bytes,
-            behind: state.behind,
+            behind: state.behind.is_some(),
+            lag_seconds: state.lag().as_secs_f64(),
             error: state.away.as_ref().map(|(_, error)| error.clone()),
         }
     }
@@ -149,13 +167,13 @@ impl Member {
             None => None,
         };
         if let Some(problem) = problem {
-            state.behind = true;
+            state.fall_behind();
             drop(state);
             self.changed.notify_all();
             return refuse(job, &self.store.url(), &problem);
         }
         state.queued_bytes += job.bytes();
-        state.queue.push_back(job);
+        state.queue.push_back((Instant::now(), job));
         drop(state);
         self.changed.notify_all();
     }
@@ -165,12 +183,12 @@ impl Member {
         let mut state = self.lock();
         state.finishing = true;
         self.changed.notify_all();
-        let waiting = |state: &mut State| !state.queue.is_empty() || state.working;
+        let waiting = |state: &mut State| !state.queue.is_empty() || state.working.is_some();
         let (state, timeout) = self
             .changed
             .wait_timeout_while(state, patience, waiting)
             .unwrap_or_else(PoisonError::into_inner);
-        if timeout.timed_out() || (state.behind && !state.in_step) {
+        if timeout.timed_out() || (state.behind.is_some() && !state.in_step) {
             tracing::warn!(
                 repository = %self.store.url(),
                 "this repository does not have everything; `wal-archiver run` or `verify --repair` brings it into step"
@@ -182,13 +200,13 @@ impl Member {
     pub(super) fn work(&self, others: &[Arc<dyn ObjectStore>], root: &str) {
         loop {
             let mut state = self.lock();
-            if let Some(job) = state.queue.pop_front() {
-                state.working = true;
+            if let Some((given, job)) = state.queue.pop_front() {
+                state.working = Some(given);
                 drop(state);
                 let bytes = job.bytes();
                 self.act(job);
                 let mut state = self.lock();
-                state.working = false;
+                state.working = None;
                 state.queued_bytes -= bytes;
                 drop(state);
                 self.changed.notify_all();
@@ -202,7 +220,7 @@ impl Member {
                 .compared
                 .is_some_and(|compared| now.duration_since(compared) > COMPARE_EVERY);
             let ready = state.away.as_ref().is_none_or(|(until, _)| *until <= now);
-            if state.in_step && ready && (state.behind || old) {
+            if state.in_step && ready && (state.behind.is_some() || old) {
                 state.compared = Some(now);
                 drop(state);
                 self.catch_up(others, root);
@@ -250,7 +268,7 @@ impl Member {
             Some(error) => {
                 tracing::warn!(repository = %self.store.url(), %error, "this repository falls behind");
                 self.failed(error);
-                self.lock().behind = true;
+                self.lock().fall_behind();
             }
         }
     }
@@ -265,7 +283,9 @@ impl Member {
                 let mut state = self.lock();
                 state.away = None;
                 state.pause = Duration::ZERO;
-                state.behind = !report.complete;
+                if report.complete {
+                    state.behind = None;
+                }
                 drop(state);
                 if report.copied + report.removed > 0 {
                     tracing::info!(

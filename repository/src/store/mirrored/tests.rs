@@ -112,7 +112,10 @@ fn a_place_that_is_away_holds_up_nobody_and_catches_up() {
         }
         assert!(!is_in(place, &segment));
         wait_for("it is known", || {
-            store.states().iter().any(|state| state.behind)
+            let states = store.states();
+            states
+                .iter()
+                .any(|state| state.behind && state.lag_seconds > 0.0)
         });
         let absent = store.get("main/nothing").expect_err("it is nowhere");
         assert!(
@@ -127,7 +130,7 @@ fn a_place_that_is_away_holds_up_nobody_and_catches_up() {
             store
                 .states()
                 .iter()
-                .all(|state| !state.behind && state.error.is_none())
+                .all(|state| !state.behind && state.error.is_none() && state.lag_seconds == 0.0)
         });
         let absent = store.get("main/nothing").expect_err("it is nowhere");
         assert!(absent.is_not_found());
