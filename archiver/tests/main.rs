@@ -15,6 +15,7 @@ mod gaps;
 mod import;
 mod libpq;
 mod network;
+mod odd_wal;
 mod pressure;
 mod push;
 mod streaming;

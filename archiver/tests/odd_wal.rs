@@ -1,0 +1,118 @@
+//! WAL of unusual shape: huge records, storms of switches, LSNs over the 32-bit boundary, a crash within a record.
+
+use std::{fs, path::PathBuf};
+
+use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed};
+
+/// What the daemon may use whatever WAL it sees: RocksDB's caches and two segments of 1 MiB are far below.
+const MEMORY_KIB_MAX: u64 = 192 << 10;
+
+/// `pg_resetwal` of the stopped server: its WAL goes on in this segment.
+fn reset_wal(server: &Server, segment: &str) {
+    let mut reset = server.command("pg_resetwal");
+    reset.arg("-D").arg(server.data()).args(["-l", segment]);
+    succeed("pg_resetwal", &reset.output().expect("pg_resetwal runs"));
+}
+
+#[test]
+fn a_record_of_many_megabytes_is_streamed_in_bounded_memory() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    let megabytes = if std::env::var_os("TIDEMARK_LONG").is_some() {
+        900
+    } else {
+        200
+    };
+    server.sql(&format!(
+        "SELECT pg_logical_emit_message(false, 'huge', repeat('x', {megabytes} * 1000000))"
+    ));
+    server.write_wal(100);
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    let peak = archiver.peak_memory_kib();
+    assert!(peak < MEMORY_KIB_MAX, "{peak} KiB");
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+}
+
+#[test]
+fn a_storm_of_segment_switches_costs_almost_nothing() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.sql("CREATE TABLE load (number int, filler text)");
+    for number in 0..40 {
+        server.sql(&format!("INSERT INTO load VALUES ({number}, 'x')"));
+        server.sql("SELECT pg_switch_wal()");
+    }
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.sealed() >= 40, "{} segments", place.sealed());
+    let bytes = |path: &PathBuf| fs::metadata(path).expect("an object").len();
+    let stored: u64 = place.files_below("/wal/").iter().skip(8).map(bytes).sum();
+    assert!(
+        stored < 32 * 64 * 1024,
+        "{stored} bytes for segments that hold a commit each"
+    );
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+    place.verify(&server.conninfo());
+}
+
+#[test]
+fn lsns_cross_the_32_bit_boundary() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    server.down("fast");
+    // 1 MiB segments: the last one below the boundary is number FFF.
+    reset_wal(&server, "000000010000000000000FFE");
+    server.up();
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(4500);
+    let lsn = server.lsn();
+    assert!(lsn.0 > u64::from(u32::MAX), "{lsn}");
+    wait_flushed(&server, lsn);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+    let verdict = place.verify(&server.conninfo());
+    assert!(verdict.contains("no gap"), "{verdict}");
+}
+
+#[test]
+fn a_crash_within_a_record_is_streamed_over() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "autovacuum=off");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(300);
+    wait_flushed(&server, server.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    // As PostgreSQL's `026_overwrite_contrecord.pl`: a record that crosses into a segment which a crash takes away.
+    server.sql(
+        "DO $$ BEGIN LOOP INSERT INTO load SELECT g, repeat(md5(g::text), 20) FROM generate_series(1, 10) g; \
+         EXIT WHEN (1 << 20) - (pg_current_wal_insert_lsn() - '0/0') % (1 << 20) < 16384; END LOOP; END $$",
+    );
+    server.sql("SELECT pg_logical_emit_message(true, 'x', repeat('xyzxz', 123456))");
+    let gone = server.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
+    server.down("immediate");
+    fs::remove_file(server.data().join("pg_wal").join(gone)).expect("it goes");
+    server.up();
+    let archiver = place.run(&server.conninfo());
+    server.write_wal(1500);
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    let backup = place.command(&server.conninfo()).arg("backup").output();
+    succeed("backup", &backup.expect("wal-archiver runs"));
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
+    let verdict = place.verify(&server.conninfo());
+    assert!(verdict.contains("no gap"), "{verdict}");
+}
