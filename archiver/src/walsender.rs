@@ -1,7 +1,7 @@
 //! The walsender: a stock PostgreSQL standby, or `pg_receivewal`, streams WAL from the archive by `primary_conninfo`.
 //!
-//! In reading order: [`wire`] reads and writes messages, [`scram`] proves who asks, [`startup`] brings a connection up,
-//! [`command`] is the grammar, [`session`] answers commands, [`stream`] sends WAL, [`source`] finds it: sealed segments,
+//! In reading order: `wire` reads and writes messages, `scram` proves who asks, `startup` brings a connection up,
+//! `command` is the grammar, `session` answers commands, `stream` sends WAL, `source` finds it: sealed segments,
 //! tails, the spool.
 //! Invariant: nothing is sent that is not durable here, and nothing that the primary had not flushed; a stranger gets no
 //! byte of WAL.

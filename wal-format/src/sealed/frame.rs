@@ -56,6 +56,8 @@ pub struct EncodedFrame {
 /// Compresses frames; keeps zstd's context from one frame to the next.
 pub struct FrameCompressor {
     zstd: zstd::bulk::Compressor<'static>,
+    /// Room for the longest that a frame can become: what is taken anew for each is cleared by the kernel each time.
+    scratch: Vec<u8>,
 }
 
 impl std::fmt::Debug for FrameCompressor {
@@ -83,7 +85,10 @@ impl FrameCompressor {
             part: SealedPart::Frame(0),
             source,
         })?;
-        Ok(Self { zstd })
+        Ok(Self {
+            zstd,
+            scratch: Vec::new(),
+        })
     }
 
     /// Compresses one frame's WAL.
@@ -111,15 +116,18 @@ impl FrameCompressor {
             part: SealedPart::Frame(0),
             source,
         };
-        let before = out.len();
-        out.resize(
-            before.saturating_add(zstd::zstd_safe::compress_bound(raw.len())),
-            0,
-        );
-        let room = out.get_mut(before..).unwrap_or_default();
-        let stored = self.zstd.compress_to_buffer(raw, room).map_err(fail)?;
-        out.truncate(before.saturating_add(stored));
-        let stored = out.get(before..).unwrap_or_default();
+        let bound = zstd::zstd_safe::compress_bound(raw.len());
+        if self.scratch.len() < bound {
+            self.scratch.resize(bound, 0);
+        }
+        let stored = self
+            .zstd
+            .compress_to_buffer(raw, self.scratch.as_mut_slice());
+        let stored = self
+            .scratch
+            .get(..stored.map_err(fail)?)
+            .unwrap_or_default();
+        out.extend_from_slice(stored);
         Ok((crc32fast::hash(stored), crc32fast::hash(raw)))
     }
 }
