@@ -2,7 +2,9 @@
 
 use std::{fs, path::PathBuf};
 
-use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed};
+use wal_format::{Lsn, SealedReader};
+
+use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
 
 /// What the daemon may use whatever WAL it sees: RocksDB's caches and two segments of 1 MiB are far below.
 const MEMORY_KIB_MAX: u64 = 192 << 10;
@@ -115,4 +117,50 @@ fn a_crash_within_a_record_is_streamed_over() {
     assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
     let verdict = place.verify(&server.conninfo());
     assert!(verdict.contains("no gap"), "{verdict}");
+}
+
+/// The end of the WAL in the repository.
+fn archived_end(place: &Place) -> Lsn {
+    let objects = [place.files_below("/wal/"), place.files_below("/tail/")].concat();
+    let end = |path: &PathBuf| {
+        // A tail may go while it is looked at.
+        let object = fs::read(path).ok()?;
+        Some(SealedReader::open(&object).ok()?.header().end_lsn)
+    };
+    objects.iter().filter_map(end).max().unwrap_or(Lsn::ZERO)
+}
+
+/// Where the newest checkpoint of the stopped server is.
+fn checkpoint(server: &Server) -> Lsn {
+    let mut control = server.command("pg_controldata");
+    let output = control.arg("-D").arg(server.data()).output();
+    let text = succeed("pg_controldata", &output.expect("pg_controldata runs"));
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("Latest checkpoint location:"))
+        .expect("a checkpoint");
+    line.trim().parse().expect("an LSN")
+}
+
+#[test]
+fn a_shutdown_checkpoint_is_archived_while_the_server_is_down() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    for _ in 0..2 {
+        server.write_wal(700);
+        // Connected again: who is away at a shutdown gets the checkpoint after the next start.
+        wait_flushed(&server, server.lsn());
+        server.down("fast");
+        let checkpoint = checkpoint(&server);
+        // The server has ended; what it wrote last is on its way into the repository.
+        wait_until("the shutdown checkpoint is archived", || {
+            archived_end(&place) > checkpoint
+        });
+        server.up();
+    }
+    server.write_wal(700);
+    place.assert_whole(&server, archiver);
 }

@@ -135,3 +135,40 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
     let verdict = place.verify(&standby.conninfo());
     assert!(verdict.contains("no gap"), "{verdict}");
 }
+
+#[test]
+fn several_promotions_while_we_were_away_are_followed_one_after_the_other() {
+    let Some(bin) = postgres_bin() else { return };
+    // Nothing is removed: what is asked here is the way, not the gap.
+    let primary = Server::start(&bin, "wal_keep_size=1GB");
+    let first = Server::standby_of(&primary);
+    let second = Server::standby_of(&first);
+    let third = Server::standby_of(&second);
+    let place = Place::new();
+    let archiver = place.run(&primary.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    primary.write_wal(700);
+    wait_flushed(&primary, primary.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    // Each serves a while and dies, and its standby serves.
+    for (last, next) in [(&primary, &first), (&first, &second), (&second, &third)] {
+        last.write_wal(700);
+        let lsn = last.lsn();
+        wait_until("the standby has it", || {
+            next.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+        });
+        last.down("immediate");
+        next.promote();
+    }
+    third.write_wal(700);
+    let archiver = place.run(&third.conninfo());
+    let lsn = third.lsn();
+    wait_flushed(&third, lsn);
+    let status = archiver.get("/api/v1/clusters");
+    assert!(status.contains("\"timeline\":4"), "{status}");
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert_eq!(place.files_below("/history/").len(), 3);
+    assert_eq!(place.files_below("/history-copy/").len(), 3);
+    let verdict = place.verify(&third.conninfo());
+    assert!(verdict.contains("no gap, no damage"), "{verdict}");
+}

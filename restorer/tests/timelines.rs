@@ -91,8 +91,19 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     scene.write(&second.conninfo(), "e2");
     scene.archived.finish_at(&second.conninfo());
     let listing = scene.archived.listing();
-    let on_second = listing["backups"][1]["id"].as_str().expect("two backups");
-    let on_first = listing["backups"][0]["id"].as_str().expect("two backups");
+    // By timeline: what began within one second is not listed in its order.
+    let on = |timeline: &str| {
+        let backups = listing["backups"].as_array().expect("backups").iter();
+        let is_on = |backup: &&serde_json::Value| {
+            let branch = backup["branch"].as_str();
+            branch.is_some_and(|branch| branch.starts_with(timeline))
+        };
+        let found = backups.clone().find(is_on);
+        found
+            .and_then(|backup| backup["id"].as_str())
+            .expect("one of each")
+    };
+    let (on_first, on_second) = (on("00000001"), on("00000002"));
 
     // The newest is the default; both timelines to their ends; before the fork by either.
     let on_first_backup = format!("--backup={on_first}");
