@@ -7,7 +7,7 @@ pub mod events;
 pub mod series;
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
     time::Duration,
 };
@@ -17,14 +17,14 @@ use tokio::{
     sync::{broadcast, mpsc},
     time::MissedTickBehavior,
 };
-use wal_format::{ClusterName, OutcomeKind, PgTimestamp};
+use wal_format::{Branch, ClusterName, OutcomeKind, PgTimestamp};
 
 use self::{
     events::{Event, Events},
     series::{METRICS, Sample, Series},
 };
 use crate::{
-    alerts::{self, Alert},
+    alerts::{self, Alert, Severity},
     cluster_status::ClusterStatus,
     notifications,
     report::{ClusterReport, Details, State},
@@ -36,6 +36,13 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const STREAM_MESSAGES_MAX: usize = 256;
 /// Notifications that may wait for their receiver.
 const NOTIFICATIONS_MAX: usize = 256;
+
+/// The kind of event for what a failover lost.
+const FAILOVER: &str = "failover";
+/// A failover that was found longer ago, by whichever host, is no news.
+const FAILOVER_NEWS_MICROS: i64 = 86_400 * 1_000_000;
+/// What to do about it.
+const FAILOVER_RUNBOOK: &str = "Commits that the old primary had confirmed are not on the new one. Their WAL is kept: `pitr-restore list` names each transaction, and a restore with --target-timeline of the old timeline shows their rows. Name the archiver and a standby in synchronous_standby_names, so that the next failover loses none.";
 
 /// A message of the live stream.
 #[derive(Clone, Debug)]
@@ -72,6 +79,8 @@ struct Book {
     timeline: Option<u32>,
     backup: Option<String>,
     outcomes: BTreeMap<OutcomeKind, String>,
+    /// Failovers that were told, in this run or an earlier one.
+    failovers: BTreeSet<(Branch, Branch)>,
     looked: bool,
     received: VecDeque<(u64, u64)>,
 }
@@ -233,8 +242,21 @@ impl Monitor {
         {
             let mut book = lock(&cluster.recorded.book);
             let mut events = lock(&cluster.recorded.events);
-            for (kind, severity, message) in book.news(&report, &cluster.status.details()) {
+            let details = cluster.status.details();
+            for (kind, severity, message) in book.news(&report, &details) {
                 said.push(events.add(kind, severity, &message));
+            }
+            for summary in book.failovers(&report, &details, &events) {
+                said.push(events.add(FAILOVER, Severity::Critical.name(), &summary));
+                // A fact that does not pass: it is told once, and nobody is told that it is over.
+                let alert = Alert {
+                    name: "PitrFailoverLoss",
+                    severity: Severity::Critical,
+                    summary,
+                    runbook: FAILOVER_RUNBOOK,
+                    since: report.as_of,
+                };
+                self.notify(cluster, &alert, true);
             }
             let (raised, resolved) = book.update(&report);
             for (what, alerts) in [("alert", raised), ("resolved", resolved)] {
@@ -410,6 +432,28 @@ impl Book {
             }
         }
         self.looked = true;
+        news
+    }
+
+    /// Failovers of the last day that lost commits and that nobody was told of yet, in words.
+    fn failovers(
+        &mut self,
+        report: &ClusterReport,
+        details: &Details,
+        events: &Events,
+    ) -> Vec<String> {
+        let mut news = Vec::new();
+        for loss in &details.failover_losses {
+            let is_recent = report.as_of.micros_since(loss.found) < FAILOVER_NEWS_MICROS;
+            if loss.commits == 0 || !self.failovers.insert((loss.branch, loss.successor)) {
+                continue;
+            }
+            let message = loss.to_string();
+            let told = |event: &Event| event.kind == FAILOVER && event.message == message;
+            if is_recent && !events.after(0).iter().any(told) {
+                news.push(message);
+            }
+        }
         news
     }
 

@@ -11,6 +11,7 @@
 pub mod archive;
 pub mod failure;
 pub mod flush;
+mod fork;
 pub mod gap;
 pub mod line;
 pub(crate) mod observe;

@@ -247,6 +247,8 @@ pub struct ClusterReport {
     pub last_drill_passed: Option<PgTimestamp>,
     /// The newest base backup, if it failed.
     pub failed_backup: Option<Outcome>,
+    /// When a failover that lost commits was last found.
+    pub last_failover_loss: Option<PgTimestamp>,
     /// Objects that were found damaged or missing; unknown before the first verification.
     pub corrupt_objects: Option<u64>,
     /// The age at which the newest base backup is overdue.

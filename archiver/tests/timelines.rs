@@ -1,6 +1,10 @@
 //! Promotions: every timeline under its own branch, history first, no gap.
 
-use crate::support::{Place, Server, postgres_bin, wait_flushed, wait_until};
+use std::{fs, process::Command};
+
+use crate::support::{
+    Place, Server, postgres_bin, store_goes_down, succeed, wait_flushed, wait_until,
+};
 
 #[test]
 fn a_promotion_under_way_is_followed() {
@@ -110,9 +114,15 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
     });
     // From here on only the archiver hears of commits, over more than one segment.
     standby.down("fast");
-    for _ in 0..7 {
-        primary.sql("INSERT INTO load SELECT 1, repeat('x', 1000) FROM generate_series(1, 200)");
-    }
+    let lost: Vec<u64> = (0..7)
+        .map(|_| {
+            let xid = primary.sql(
+                "INSERT INTO load SELECT 1, repeat('x', 1000) FROM generate_series(1, 200); \
+                 SELECT max(xmin::text::bigint) FROM load",
+            );
+            xid.parse().expect("a transaction")
+        })
+        .collect();
     let ahead = primary.lsn();
     wait_flushed(&primary, ahead);
     assert_eq!(archiver.terminate().code(), Some(0));
@@ -121,19 +131,75 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
     standby.promote();
     standby.write_wal(100);
 
+    // The store is away when the fork is found, and the archiver is killed before it is back.
+    let comes_back = store_goes_down(&place);
+    let archiver = place.run(&standby.conninfo());
+    standby.write_wal(300);
+    wait_flushed(&standby, standby.lsn());
+    assert!(!archiver.log().contains("ERROR lost by the failover"));
+    archiver.kill();
+    comes_back();
+
     let archiver = place.run(&standby.conninfo());
     archiver.wait_for_log("its transactions were lost by the failover");
-    archiver.wait_for_log("INFO streaming");
-    let log = archiver.log();
-    assert!(log.contains("commits=7"), "{log}");
-    let listed = log.matches("ERROR lost by the failover").count();
-    assert_eq!(listed, 7, "{log}");
     standby.write_wal(1500);
-    let lsn = standby.lsn();
-    wait_flushed(&standby, lsn);
+    wait_flushed(&standby, standby.lsn());
+    let events = "/api/v1/clusters/main/events";
+    wait_until("it is told", || {
+        archiver
+            .get(events)
+            .contains("it lost 7 commits of timeline 1")
+    });
+    assert_eq!(place.files_below("/failover/").len(), 1);
+    let window = archiver.get("/api/v1/clusters/main/window");
+    assert!(window.contains("\"commits\":7"), "{window}");
+    assert!(
+        !archiver
+            .get("/metrics")
+            .contains("pitr_failover_loss_timestamp_seconds{cluster=\"main\"} NaN")
+    );
     assert_eq!(archiver.terminate().code(), Some(0));
+
+    // It is known after a restart, and told once.
+    let archiver = place.run(&standby.conninfo());
+    standby.write_wal(10);
+    wait_flushed(&standby, standby.lsn());
+    wait_until("it is known", || {
+        archiver
+            .get("/api/v1/clusters/main/window")
+            .contains("\"commits\":7")
+    });
+    let log = archiver.log();
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert!(log.contains("commits=7"), "{log}");
+    assert_eq!(
+        log.matches("ERROR lost by the failover").count(),
+        7,
+        "{log}"
+    );
+    let told = fs::read_to_string(place.spool().join("main/history/events")).expect("events");
+    assert_eq!(told.matches("it lost 7 commits").count(), 1, "{told}");
+    assert_eq!(listed(&place), lost);
     let verdict = place.verify(&standby.conninfo());
     assert!(verdict.contains("no gap"), "{verdict}");
+}
+
+/// The transactions that `pitr-restore list` names as lost.
+fn listed(place: &Place) -> Vec<u64> {
+    let program = benches::programs::ours("pitr-restore").expect("it is built");
+    let url = format!("file://{}", place.repository().display());
+    let output = Command::new(program)
+        .args(["--repository", &url, "list", "--json"])
+        .output();
+    let listed = succeed("list", &output.expect("pitr-restore runs"));
+    let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
+    let losses = listed["failover_losses"].as_array().expect("a list");
+    assert_eq!(losses.len(), 1, "{listed}");
+    let commits = losses[0]["listed"].as_array().expect("a list");
+    commits
+        .iter()
+        .map(|commit| commit["xid"].as_u64().expect("a transaction"))
+        .collect()
 }
 
 #[test]

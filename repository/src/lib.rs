@@ -11,6 +11,7 @@ pub mod encryption;
 mod epochs;
 mod error;
 mod exit;
+mod failover;
 mod outcomes;
 mod repository;
 mod retention_lock;

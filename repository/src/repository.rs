@@ -9,8 +9,8 @@ use std::{ops::ControlFlow, ops::Range, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    BackupInfo, Branch, ClusterName, DeclaredGap, ObjectKey, PgTimestamp, PgVersion, SealedReader,
-    SegmentSize, SystemIdentifier, TimelineHistory,
+    BackupInfo, Branch, ClusterName, DeclaredGap, FailoverLoss, ObjectKey, PgTimestamp, PgVersion,
+    SealedReader, SegmentSize, SystemIdentifier, TimelineHistory,
 };
 
 use crate::{
@@ -539,6 +539,7 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
         ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) => sound(*branch, body),
         ObjectKey::BackupInfo(..) => BackupInfo::parse(body).is_ok(),
         ObjectKey::Gap(..) => serde_json::from_slice::<DeclaredGap>(body).is_ok(),
+        ObjectKey::FailoverLoss(..) => serde_json::from_slice::<FailoverLoss>(body).is_ok(),
         ObjectKey::Epoch(_) => serde_json::from_slice::<ClusterIdentity>(body).is_ok(),
         ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
     }

@@ -243,10 +243,10 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             let cluster = settings.cluster()?;
             let archive = archive(cluster, cli.system)?;
             let mut listing = list::list(&archive, archive.catalog.damaged_objects())?;
-            listing.epochs = list::epochs(
-                &open(&cluster.repository, &cluster.name, None)?,
-                archive.identity().system_identifier,
-            )?;
+            let repository = open(&cluster.repository, &cluster.name, None)?;
+            let system = archive.identity().system_identifier;
+            listing.epochs = list::epochs(&repository, system)?;
+            listing.failover_losses = repository.failover_losses(system)?;
             if json {
                 output::json(&listing)?;
             } else {

@@ -2,7 +2,9 @@
 
 use repository::Repository;
 use serde::Serialize;
-use wal_format::{BackupId, Branch, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier};
+use wal_format::{
+    BackupId, Branch, FailoverLoss, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier,
+};
 
 use crate::{Result, inventory::Inventory};
 
@@ -17,6 +19,8 @@ pub struct Listing {
     pub windows: Vec<Window>,
     /// What is missing between them.
     pub gaps: Vec<Gap>,
+    /// Commits that failovers lost; their WAL is kept on the timeline that was left.
+    pub failover_losses: Vec<FailoverLoss>,
     /// The restore points.
     pub restore_points: Vec<RestorePoint>,
     /// Objects that can not be understood; they count as missing.
@@ -212,6 +216,7 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         backups,
         windows,
         gaps,
+        failover_losses: Vec::new(),
         restore_points,
         damaged: damaged
             .iter()

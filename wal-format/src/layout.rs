@@ -128,6 +128,8 @@ pub enum ObjectKey {
     Tail(SystemIdentifier, Branch, SegmentName, Lsn, Lsn),
     /// `{sysid}/gap/{branch}/{from:016X}-{to:016X}.json`: a range that was declared lost ([`crate::DeclaredGap`]).
     Gap(SystemIdentifier, Branch, Lsn, Lsn),
+    /// `{sysid}/failover/{branch}/{successor}.json`: what was lost when one gave way to the other ([`crate::FailoverLoss`]).
+    FailoverLoss(SystemIdentifier, Branch, Branch),
     /// `{sysid}/backup/{id}/{archive}.{n:06}.tar.zst`: slice `n`, from 1, of `base` or of a tablespace's OID.
     BackupSlice(SystemIdentifier, BackupId, BackupArchive, u32),
     /// `{sysid}/backup/{id}/backup_manifest`: as PostgreSQL sent it.
@@ -182,6 +184,9 @@ impl fmt::Display for ObjectKey {
                     "{system}/gap/{branch}/{:016X}-{:016X}.json",
                     from.0, to.0
                 )
+            }
+            Self::FailoverLoss(system, branch, successor) => {
+                write!(f, "{system}/failover/{branch}/{successor}.json")
             }
             Self::BackupSlice(system, id, archive, number) => {
                 write!(f, "{system}/backup/{id}/{archive}.{number:06}.tar.zst")
@@ -247,6 +252,11 @@ fn parse_key(text: &str) -> Option<ObjectKey> {
             let (from, to) = (lsn16(from)?, lsn16(to)?);
             let (system, branch) = (system.parse().ok()?, branch.parse().ok()?);
             Some(ObjectKey::Gap(system, branch, from, to))
+        }
+        [system, "failover", branch, file] => {
+            let successor = file.strip_suffix(".json")?.parse().ok()?;
+            let (system, branch) = (system.parse().ok()?, branch.parse().ok()?);
+            Some(ObjectKey::FailoverLoss(system, branch, successor))
         }
         [system, "outcome", kind, file] => {
             let id = file.strip_suffix(".json")?.parse().ok()?;
@@ -328,6 +338,10 @@ mod tests {
             (
                 ObjectKey::Gap(system, branch, Lsn(0x1_0A00_0000), Lsn(0x1_0B00_0000)),
                 "7432188851234567890/gap/00000002-1a2b3c4d/000000010A000000-000000010B000000.json",
+            ),
+            (
+                ObjectKey::FailoverLoss(system, Branch::FIRST, branch),
+                "7432188851234567890/failover/00000001/00000002-1a2b3c4d.json",
             ),
             (
                 ObjectKey::BackupSlice(system, id.clone(), BackupArchive::Tablespace(16400), 12),

@@ -111,6 +111,7 @@ impl Kept {
             ObjectKey::Tail(..) | ObjectKey::Outcome(..) => false,
             ObjectKey::Epoch(_)
             | ObjectKey::Gap(..)
+            | ObjectKey::FailoverLoss(..)
             | ObjectKey::History(..)
             | ObjectKey::HistoryCopy(..) => true,
         }

@@ -11,8 +11,9 @@ use repository::{
 };
 use sha2::{Digest, Sha256};
 use wal_format::{
-    BackupId, BackupInfo, Branch, ClusterName, DeclaredGap, Lsn, ObjectKey, OutcomeKind,
-    SealedReader, SegmentSize, SystemIdentifier, TimelineHistory, WalIdentity, WalIndexer,
+    BackupId, BackupInfo, Branch, ClusterName, DeclaredGap, FailoverLoss, Lsn, ObjectKey,
+    OutcomeKind, SealedReader, SegmentSize, SystemIdentifier, TimelineHistory, WalIdentity,
+    WalIndexer,
 };
 
 use super::{output, repair};
@@ -276,6 +277,13 @@ impl Verifier {
                             Ok(gap) => self.gaps.push(gap),
                             Err(error) => self.problem(key, &error.to_string()),
                         }
+                    }
+                }
+                ObjectKey::FailoverLoss(..) => {
+                    if let Some(content) = self.read(key)?
+                        && let Err(error) = serde_json::from_slice::<FailoverLoss>(&content)
+                    {
+                        self.problem(key, &error.to_string());
                     }
                 }
                 // Checked with their backup; the identity before anything.

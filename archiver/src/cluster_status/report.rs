@@ -155,6 +155,12 @@ impl ClusterStatus {
                 .max(),
             last_drill: drill,
             failed_backup,
+            last_failover_loss: details
+                .failover_losses
+                .iter()
+                .filter(|loss| loss.commits > 0)
+                .map(|loss| loss.found)
+                .max(),
             corrupt_objects,
             backup_max_age_seconds: settings.backup_max_age.as_secs_f64(),
             drill_max_age_seconds: settings.drill_max_age.map(|age| age.as_secs_f64()),

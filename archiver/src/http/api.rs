@@ -150,6 +150,7 @@ pub(super) fn window(cluster: &Watched, report: &ClusterReport) -> Answer {
             "caught_up_as_of": report.caught_up_as_of,
             "ranges": details.ranges,
             "gaps": details.gaps,
+            "failover_losses": details.failover_losses,
             "marks": details.marks,
         }),
     )

@@ -326,6 +326,11 @@ impl Page<'_> {
             |report| report.window.open_gaps.map(number),
         );
         self.gauge(
+            "pitr_failover_loss_timestamp_seconds",
+            "When a failover that lost commits was last found; NaN where none was",
+            |report| unix_seconds(report.last_failover_loss),
+        );
+        self.gauge(
             "pitr_corrupt_objects",
             "Objects of the repository found damaged or missing; NaN before a verification",
             |report| report.corrupt_objects.map(number),

@@ -20,7 +20,7 @@ pub struct Event {
     pub id: u64,
     /// When it was noticed.
     pub time: PgTimestamp,
-    /// `state`, `alert`, `resolved`, `timeline`, `backup`, `drill`, `verify`, `start`.
+    /// `state`, `alert`, `resolved`, `timeline`, `failover`, `backup`, `drill`, `verify`, `start`.
     pub kind: String,
     /// `info`, `warning` or `critical`.
     pub severity: String,

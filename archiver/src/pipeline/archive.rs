@@ -17,7 +17,7 @@ use wal_format::{
     WalIdentity,
 };
 
-use super::{room::Room, start::Held, stored::put_wal};
+use super::{fork::Losses, room::Room, start::Held, stored::put_wal};
 use crate::{
     cluster_status::ClusterStatus,
     core::{
@@ -52,6 +52,8 @@ pub struct Archive {
     sealed: Mutex<BTreeSet<(Branch, SegmentNo)>>,
     /// Ranges that were declared lost: nobody has them, and nothing waits for them.
     gaps: Vec<DeclaredGap>,
+    /// What failovers lost.
+    losses: Losses,
     /// Branches whose history is in the repository.
     histories: Mutex<BTreeSet<Branch>>,
 }
@@ -83,12 +85,13 @@ impl Archive {
             system_identifier: cluster.system_identifier,
             segment_size: cluster.wal_segment_size,
         };
-        let gaps = if away.is_none() {
+        let system = identity.system_identifier;
+        let (mut gaps, mut losses) = (Vec::new(), Losses::default());
+        if away.is_none() {
             catalog.refresh(&repository)?;
-            repository.gaps(identity.system_identifier)?
-        } else {
-            Vec::new()
-        };
+            gaps = repository.gaps(system)?;
+            losses = Losses::of(repository.failover_losses(system)?);
+        }
         let histories = catalog
             .branches()?
             .into_iter()
@@ -108,6 +111,7 @@ impl Archive {
             tails: Mutex::default(),
             sealed: Mutex::default(),
             gaps,
+            losses,
             histories: Mutex::new(histories),
         })
     }
@@ -178,6 +182,11 @@ impl Archive {
     #[must_use]
     pub fn gaps(&self) -> &[DeclaredGap] {
         &self.gaps
+    }
+
+    /// What failovers lost.
+    pub(crate) fn losses(&self) -> &Losses {
+        &self.losses
     }
 
     /// The time of the last commit that is stored of a branch before an LSN.

@@ -168,6 +168,9 @@ fn look_once(archive: &Arc<Archive>, list: Listing, marks: &Mutex<Marks>) -> Res
         facts.spool_used_bytes = used;
         facts.spool_limit_bytes = limit;
     });
+    if let Err(error) = archive.record_losses() {
+        tracing::debug!(%error, "what a failover lost is not recorded yet");
+    }
     let flushed = archive.status().progress().positions().flushed();
     archive.status().note(|facts| {
         // A stream that went on behind it has closed it.

@@ -111,21 +111,35 @@ impl Archive {
         }
     }
 
-    /// The transactions that committed in a range of a branch, from whatever of its WAL is here, in LSN order.
+    /// The transactions that committed in a range of a branch, in LSN order; `None` where some of its WAL can not be read now.
     ///
     /// # Errors
     /// [`Error::Repository`], [`Error::Io`].
-    pub fn commits(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<TransactionEnd>> {
+    pub fn commits(
+        &self,
+        branch: Branch,
+        from: Lsn,
+        to: Lsn,
+    ) -> Result<Option<Vec<TransactionEnd>>> {
         let size = self.identity().segment_size;
         let mut segment = size.segment_of(from);
         let mut indexer = primed_indexer(self.identity(), segment, |earlier| {
             self.read_segment(branch, earlier)
         })?;
         while segment.start_lsn(size) < to {
-            let bytes = match self.read_segment(branch, segment)? {
-                Some(bytes) => bytes,
-                None => self.read_tails(branch, segment)?,
-            };
+            let needed = to.min(segment.end_lsn(size));
+            let has = |bytes: &[u8]| segment.start_lsn(size).add(bytes.len() as u64) >= needed;
+            let mut bytes = self.read_segment(branch, segment)?.unwrap_or_default();
+            if !has(&bytes) {
+                // A torn spool may be behind what the repository was given.
+                let tails = self.read_tails(branch, segment)?;
+                if tails.len() > bytes.len() {
+                    bytes = tails;
+                }
+            }
+            if !has(&bytes) {
+                return Ok(None);
+            }
             // What ends in the middle of a record ends there; what a record has of zeros at its end the spool does not tell
             // from those behind it.
             if indexer.push(&bytes).is_err() {
@@ -142,7 +156,7 @@ impl Archive {
         }
         let mut ends = indexer.take_summary().transactions;
         ends.retain(|end| end.kind.is_commit() && from <= end.lsn && end.lsn < to);
-        Ok(ends)
+        Ok(Some(ends))
     }
 
     /// The branch, and for a segment that ends before the branch began, its ancestors that hold it.

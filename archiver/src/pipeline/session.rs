@@ -7,7 +7,7 @@ use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
-    Pipeline, blocking,
+    Pipeline, fork,
     line::Line,
     observe,
     receive::{Receive, StreamEnd, parse_duration, status_interval},
@@ -25,9 +25,6 @@ use crate::{
 
 /// How long a server that let us in may take to say who it is. Connecting has its own limit, `connect_timeout`.
 const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// More commits than this that a failover lost are counted, not listed: the log is for people.
-const LOST_COMMITS_LOGGED_MAX: usize = 100;
 
 /// What a stream is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -270,21 +267,8 @@ impl Source {
         };
         server.slot_restart_lsn = slot_restart_lsn;
         let plan = plan_start(&server, &held, size)?;
-        if let Some(orphan) = plan.orphan {
-            let read = Arc::clone(archive);
-            let commits =
-                blocking(move || read.commits(orphan.branch, orphan.from, orphan.to)).await?;
-            tracing::error!(
-                cluster,
-                branch = %orphan.branch,
-                from = %orphan.from,
-                to = %orphan.to,
-                commits = commits.len(),
-                "the new primary never had this WAL: its transactions were lost by the failover. It is kept in the repository"
-            );
-            for commit in commits.iter().take(LOST_COMMITS_LOGGED_MAX) {
-                tracing::error!(cluster, xid = commit.xid, time = %commit.time, lsn = %commit.lsn, "lost by the failover");
-            }
+        if follows {
+            fork::note(pipeline, &server.path).await?;
         }
         if follows {
             // It outlives the stream: while that is down, the slot and the WAL that piles up behind it matter most.
@@ -422,14 +406,22 @@ impl Source {
             parse_history(next, &content)?;
             tracing::info!(cluster, timeline = %next, at = %switch_lsn, "the server changed its timeline");
             floor = floor.max(switch_lsn);
+            let next = ServerBranch {
+                branch: Branch::of_history(next, &content),
+                history: Some(content),
+                switch_lsn: Lsn::MAX,
+            };
+            if follows {
+                // A standby that was promoted at a recovery target had sent more than it replayed.
+                let left = ServerBranch {
+                    switch_lsn,
+                    ..branch
+                };
+                fork::note(pipeline, &[left, next.clone()]).await?;
+            }
             plan = StartPlan {
-                branch: ServerBranch {
-                    branch: Branch::of_history(next, &content),
-                    history: Some(content),
-                    switch_lsn: Lsn::MAX,
-                },
+                branch: next,
                 start_lsn: switch_lsn.align_down(size.bytes()),
-                orphan: None,
             };
         }
     }

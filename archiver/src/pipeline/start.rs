@@ -35,19 +35,6 @@ pub struct StartPlan {
     pub branch: ServerBranch,
     /// The first byte to ask for where the archive has nothing of that branch: the start of a segment.
     pub start_lsn: Lsn,
-    /// A branch that we hold beyond the point where the server left it.
-    pub orphan: Option<Orphan>,
-}
-
-/// WAL that we hold and the server never had: transactions that a failover lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Orphan {
-    /// The branch.
-    pub branch: Branch,
-    /// Where the server's history left it.
-    pub from: Lsn,
-    /// The end of what we hold.
-    pub to: Lsn,
 }
 
 /// What the server says.
@@ -75,7 +62,6 @@ pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Res
         return Ok(StartPlan {
             branch: branch_at(server, from).clone(),
             start_lsn: segment_start(from),
-            orphan: None,
         });
     };
     let current = current(server);
@@ -120,7 +106,6 @@ pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Res
         return Ok(StartPlan {
             branch: on.clone(),
             start_lsn: segment_start(ours.end_lsn),
-            orphan: None,
         });
     }
     // All of that timeline that is on the server's path is here; the next one begins with the segment of the switch.
@@ -128,11 +113,6 @@ pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Res
     Ok(StartPlan {
         branch: next.clone(),
         start_lsn: segment_start(on.switch_lsn),
-        orphan: (ours.end_lsn > on.switch_lsn).then_some(Orphan {
-            branch: on.branch,
-            from: on.switch_lsn,
-            to: ours.end_lsn,
-        }),
     })
 }
 
@@ -226,19 +206,17 @@ mod tests {
     }
 
     #[test]
-    fn ahead_of_the_fork_the_orphan_is_named_and_the_new_timeline_followed() {
+    fn ahead_of_the_fork_the_new_timeline_is_followed() {
         let path = [
             branch("00000001", Some(40)),
             branch("00000002-0a0b0c0d", None),
         ];
-        let plan = check(
+        check(
             &server(&path, 41),
             &[held("00000001", 44)],
             "00000002-0a0b0c0d",
             32,
         );
-        let orphan = plan.orphan.expect("an orphan");
-        assert_eq!((orphan.from, orphan.to), (Lsn(40 * MIB), Lsn(44 * MIB)));
     }
 
     #[test]

@@ -84,6 +84,7 @@ impl Marks {
         while self.marks.len() > MARKS_MAX {
             self.marks.pop_first();
         }
+        details.failover_losses = archive.losses().all();
         details.marks = self.marks.values().cloned().collect();
         let window = window(&details, backups);
         let surplus = details.ranges.len().saturating_sub(RANGES_MAX);

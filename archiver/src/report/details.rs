@@ -3,7 +3,7 @@
 //! Made from the catalog and the repository's outcomes every few seconds, read from memory.
 
 use serde::Serialize;
-use wal_format::{Branch, Lsn, Outcome, OutcomeKind, PgTimestamp, TimelineId};
+use wal_format::{Branch, FailoverLoss, Lsn, Outcome, OutcomeKind, PgTimestamp, TimelineId};
 
 use super::{BackupReport, RtoReport};
 
@@ -75,6 +75,8 @@ pub struct Details {
     pub ranges: Vec<HeldRange>,
     /// Missing WAL.
     pub gaps: Vec<GapReport>,
+    /// Commits that failovers lost.
+    pub failover_losses: Vec<FailoverLoss>,
     /// Instants to look for, in order of time; the newest few hundred.
     pub marks: Vec<Mark>,
     /// Base backups, oldest first.

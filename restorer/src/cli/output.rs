@@ -14,6 +14,9 @@ use crate::{
     plan::{PreparedTransaction, print_path},
 };
 
+/// Commits of a failover that are shown to people; `--json` has more.
+const LOST_COMMITS_SHOWN_MAX: usize = 100;
+
 pub(super) fn line(text: &str) {
     println!("{text}");
 }
@@ -149,6 +152,29 @@ pub(super) fn listing(listing: &Listing) {
             "GAP  timeline {}  {} to {}",
             gap.branch, gap.start_lsn, gap.end_lsn
         );
+    }
+    for loss in &listing.failover_losses {
+        println!("FAILOVER  {loss}");
+        for commit in loss.listed.iter().take(LOST_COMMITS_SHOWN_MAX) {
+            println!(
+                "  lost  transaction {}  {}  {}",
+                commit.xid, commit.lsn, commit.time
+            );
+        }
+        let shown = LOST_COMMITS_SHOWN_MAX.min(loss.listed.len()) as u64;
+        if loss.commits > shown {
+            let listed = loss.listed.len();
+            println!(
+                "  and {} more; --json lists the first {listed}",
+                loss.commits - shown
+            );
+        }
+        if loss.commits > 0 {
+            println!(
+                "  to see their rows, restore with --target-timeline {}",
+                loss.branch.timeline
+            );
+        }
     }
     for one in &listing.damaged {
         println!("DAMAGED  {}  {}", one.object, one.problem);

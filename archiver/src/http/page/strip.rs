@@ -302,6 +302,12 @@ fn words(out: &mut String, view: &View<'_>) -> std::fmt::Result {
             add(time, text);
         }
     }
+    for loss in &details.failover_losses {
+        add(
+            loss.found,
+            format!("<strong>Failover</strong>: {}", escape(&loss.to_string())),
+        );
+    }
     for backup in &details.backups {
         add(backup.finished, format!("Base backup {}", backup.id));
     }

@@ -1,0 +1,235 @@
+//! WAL that we hold beyond the place where the server left its branch: commits that a failover lost.
+//!
+//! They are worked out anew from what is held and the server's path at every start of a stream, so a crash forgets none; what
+//! the repository has recorded of a fork is not read again. Invariant: the stream waits for none of this: what can not be
+//! written now is written by a later look, when the repository is back.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use wal_format::{Branch, FailoverLoss, Lsn, PgTimestamp};
+
+use super::{
+    Pipeline,
+    archive::Archive,
+    blocking,
+    start::{Held, ServerBranch},
+};
+use crate::error::Result;
+
+/// More commits than this that a failover lost are counted, not logged: the log is for people.
+const LOST_COMMITS_LOGGED_MAX: usize = 100;
+
+/// WAL that we hold and the server never had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Orphan {
+    /// The branch.
+    pub(crate) branch: Branch,
+    /// The branch that the server went on with.
+    pub(crate) successor: Branch,
+    /// Where the server's history left it.
+    pub(crate) from: Lsn,
+    /// The end of what we hold.
+    pub(crate) to: Lsn,
+}
+
+/// What of the server's path we hold beyond its forks, oldest first.
+pub(crate) fn orphans(path: &[ServerBranch], held: &[Held]) -> Vec<Orphan> {
+    let forks = path.iter().zip(path.iter().skip(1));
+    forks
+        .filter_map(|(on, next)| {
+            let held = held.iter().find(|held| held.branch == on.branch)?;
+            (held.end_lsn > on.switch_lsn).then_some(Orphan {
+                branch: on.branch,
+                successor: next.branch,
+                from: on.switch_lsn,
+                to: held.end_lsn,
+            })
+        })
+        .collect()
+}
+
+/// What failovers lost, as far as this archiver knows.
+#[derive(Debug, Default)]
+pub(crate) struct Losses {
+    known: Mutex<Known>,
+    /// Held while they are looked into and recorded.
+    working: Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    /// Found, and not looked into yet.
+    found: Vec<Orphan>,
+    /// Looked into, and not in the repository yet.
+    unrecorded: Vec<FailoverLoss>,
+    /// In the repository.
+    recorded: Vec<FailoverLoss>,
+}
+
+impl Known {
+    fn has(&self, orphan: &Orphan) -> bool {
+        let mut losses = self.recorded.iter().chain(&self.unrecorded);
+        losses.any(|loss| (loss.branch, loss.successor) == (orphan.branch, orphan.successor))
+            || self.found.contains(orphan)
+    }
+}
+
+impl Losses {
+    /// Those that the repository has.
+    pub(super) fn of(recorded: Vec<FailoverLoss>) -> Self {
+        Self {
+            known: Mutex::new(Known {
+                recorded,
+                ..Known::default()
+            }),
+            working: Mutex::default(),
+        }
+    }
+
+    /// Every one that was looked into.
+    pub(crate) fn all(&self) -> Vec<FailoverLoss> {
+        let known = self.lock();
+        known
+            .recorded
+            .iter()
+            .chain(&known.unrecorded)
+            .cloned()
+            .collect()
+    }
+
+    fn found(&self, orphans: Vec<Orphan>) {
+        let mut known = self.lock();
+        for orphan in orphans {
+            if !known.has(&orphan) {
+                tracing::warn!(branch = %orphan.branch, from = %orphan.from, to = %orphan.to, "more of a timeline is held than the server took over");
+                known.found.push(orphan);
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Archive {
+    /// Looks into what was found, says it, and records it in the repository. What fails stays for the next time.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Repository`], [`crate::error::Error::Io`].
+    pub(super) fn record_losses(&self) -> Result<()> {
+        if self.is_away() {
+            // Only the repository has all of that WAL, and knows whether it was recorded.
+            return Ok(());
+        }
+        let losses = self.losses();
+        let Ok(_alone) = losses.working.try_lock() else {
+            return Ok(());
+        };
+        let found = losses.lock().found.clone();
+        for orphan in found {
+            let commits = self.commits(orphan.branch, orphan.from, orphan.to)?;
+            let Some(commits) = commits else {
+                tracing::debug!(branch = %orphan.branch, from = %orphan.from, "what a failover lost can not be read now");
+                continue;
+            };
+            let cluster = self.settings().name.as_str();
+            tracing::error!(
+                cluster,
+                branch = %orphan.branch,
+                from = %orphan.from,
+                to = %orphan.to,
+                commits = commits.len(),
+                "the new primary never had this WAL: its transactions were lost by the failover. It is kept in the repository"
+            );
+            for commit in commits.iter().take(LOST_COMMITS_LOGGED_MAX) {
+                tracing::error!(cluster, xid = commit.xid, time = %commit.time, lsn = %commit.lsn, "lost by the failover");
+            }
+            let loss = FailoverLoss::new(
+                (orphan.branch, orphan.successor),
+                (orphan.from, orphan.to),
+                PgTimestamp::from_jiff(jiff::Timestamp::now()),
+                commits,
+            );
+            let mut known = losses.lock();
+            known.found.retain(|found| *found != orphan);
+            known.unrecorded.push(loss);
+        }
+        let system = self.identity().system_identifier;
+        let unrecorded = losses.lock().unrecorded.clone();
+        for loss in unrecorded {
+            self.repository().put_failover_loss(system, &loss)?;
+            let mut known = losses.lock();
+            known.unrecorded.retain(|one| *one != loss);
+            known.recorded.push(loss);
+        }
+        Ok(())
+    }
+}
+
+/// Notes what of the server's path we hold beyond its forks; the next look records it.
+///
+/// # Errors
+/// [`crate::error::Error::Io`], [`crate::error::Error::Repository`] from what is held.
+pub(super) async fn note(pipeline: &Pipeline, path: &[ServerBranch]) -> Result<()> {
+    let held = pipeline.held().await?;
+    let orphans = orphans(path, &held);
+    if orphans.is_empty() {
+        return Ok(());
+    }
+    let archive = Arc::clone(pipeline.archive());
+    archive.losses().found(orphans);
+    let recorded = blocking(move || archive.record_losses());
+    tokio::spawn(async move {
+        if let Err(error) = recorded.await {
+            tracing::warn!(%error, "what the failover lost is not recorded yet; it is tried again");
+        }
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn branch(text: &str, switch: Lsn) -> ServerBranch {
+        ServerBranch {
+            branch: text.parse().expect("a branch"),
+            history: None,
+            switch_lsn: switch,
+        }
+    }
+
+    #[test]
+    fn what_is_held_beyond_any_fork_of_the_path_is_found() {
+        let path = [
+            branch("00000001", Lsn(40)),
+            branch("00000002-0a0b0c0d", Lsn(60)),
+            branch("00000005-01010101", Lsn::MAX),
+        ];
+        let check = |held: &[(usize, u64)], expected: &[(usize, u64, u64)]| {
+            let held: Vec<Held> = held
+                .iter()
+                .map(|(at, end)| Held {
+                    branch: path[*at].branch,
+                    end_lsn: Lsn(*end),
+                })
+                .collect();
+            let expected: Vec<Orphan> = expected
+                .iter()
+                .map(|(at, from, to)| Orphan {
+                    branch: path[*at].branch,
+                    successor: path[at + 1].branch,
+                    from: Lsn(*from),
+                    to: Lsn(*to),
+                })
+                .collect();
+            assert_eq!(orphans(&path, &held), expected);
+        };
+        check(&[], &[]);
+        check(&[(0, 40), (1, 60), (2, 99)], &[]);
+        check(&[(0, 44)], &[(0, 40, 44)]);
+        // Also when the next timeline is here already: the archiver may have died before it said so.
+        check(&[(0, 44), (1, 61), (2, 99)], &[(0, 40, 44), (1, 60, 61)]);
+    }
+}
