@@ -2,6 +2,7 @@
 //! outside PostgreSQL what was acknowledged. The demo, the end-to-end tests and the benchmarks are made of it.
 
 pub mod archive_commands;
+pub mod bucket_proxy;
 pub mod catch_up;
 pub mod cluster;
 pub mod commit_latency;

@@ -102,11 +102,17 @@ impl Place {
     /// # Errors
     /// When it can not be made.
     pub fn in_bucket(store: ObjectStoreServer, settings: &str) -> Result<Self> {
+        let reached = store.configuration();
+        Self::in_bucket_behind(store, &format!("{reached}{settings}"))
+    }
+
+    /// The same; how the store is reached is said in `settings` too.
+    ///
+    /// # Errors
+    /// When it can not be made.
+    pub fn in_bucket_behind(store: ObjectStoreServer, settings: &str) -> Result<Self> {
         let directory = directory()?;
-        let lines = format!(
-            "repository = \"s3://{BUCKET}/main/job\"\n{}{settings}\n",
-            store.configuration()
-        );
+        let lines = format!("repository = \"s3://{BUCKET}/main/job\"\n{settings}\n");
         std::fs::write(directory.path().join("tidemark.toml"), lines)?;
         Ok(Self {
             directory,

@@ -175,7 +175,9 @@ impl ObjectStoreServer {
         }
     }
 
-    fn address(&self) -> SocketAddr {
+    /// Where it answers.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
@@ -199,10 +201,63 @@ impl ObjectStoreServer {
     /// # Errors
     /// When there is none.
     pub fn unsigned(&self, request: &str, body: &str) -> Result<String> {
-        let mut stream = ask(self.port, request, body)?;
+        let mut stream = ask(self.port, request, body.as_bytes())?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer)?;
         Ok(answer)
+    }
+
+    /// Every key of the bucket, where whoever does not sign may do everything.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub fn keys(&self) -> Result<Vec<String>> {
+        let mut keys: Vec<String> = Vec::new();
+        loop {
+            let after = keys.last().map_or("", String::as_str).to_owned();
+            let listed = self.unsigned(
+                &format!("GET /{BUCKET}?list-type=2&start-after={after}"),
+                "",
+            )?;
+            let parts = listed.split("<Key>").skip(1);
+            let found = parts.filter_map(|part| part.split_once("</Key>"));
+            let before = keys.len();
+            keys.extend(found.map(|(key, _)| key.to_owned()));
+            if keys.len() == before || !listed.contains("<IsTruncated>true") {
+                keys.sort();
+                return Ok(keys);
+            }
+        }
+    }
+
+    /// An object as it lies there, without a signature.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn object(&self, key: &str) -> Result<Vec<u8>> {
+        let mut stream = ask(self.port, &format!("GET /{BUCKET}/{key}"), b"")?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer)?;
+        let head = answer.windows(4).position(|four| four == b"\r\n\r\n");
+        let head = head.context("no answer")? + 4;
+        if !answer.starts_with(b"HTTP/1.1 200") {
+            bail!("GET {key}: {}", String::from_utf8_lossy(&answer));
+        }
+        Ok(answer.split_off(head))
+    }
+
+    /// Puts an object over whatever is there, as an administrator's tool does.
+    ///
+    /// # Errors
+    /// When it is refused.
+    pub fn overwrite(&self, key: &str, body: &[u8]) -> Result<()> {
+        let mut line = String::new();
+        let stream = ask(self.port, &format!("PUT /{BUCKET}/{key}"), body)?;
+        BufReader::new(stream).read_line(&mut line)?;
+        if line.contains(" 200") {
+            return Ok(());
+        }
+        bail!("PUT {key}: {line}");
     }
 
     /// Where it keeps everything: what whoever runs it can read.
@@ -214,9 +269,14 @@ impl ObjectStoreServer {
     /// The settings of `tidemark.toml` that reach it.
     #[must_use]
     pub fn configuration(&self) -> String {
+        Self::configuration_at(&self.endpoint())
+    }
+
+    /// The same for one that is reached through something else.
+    #[must_use]
+    pub fn configuration_at(endpoint: &str) -> String {
         format!(
-            "s3_endpoint = \"{}\"\ns3_access_key = \"{ACCESS_KEY}\"\ns3_secret_key = \"{SECRET_KEY}\"\n",
-            self.endpoint()
+            "s3_endpoint = \"{endpoint}\"\ns3_access_key = \"{ACCESS_KEY}\"\ns3_secret_key = \"{SECRET_KEY}\"\n"
         )
     }
 }
@@ -252,17 +312,18 @@ fn free_ports() -> Result<[u16; 8]> {
 /// One request, and the first line of its answer.
 fn http(port: u16, request: &str, body: &str) -> Result<String> {
     let mut line = String::new();
-    BufReader::new(ask(port, request, body)?).read_line(&mut line)?;
+    BufReader::new(ask(port, request, body.as_bytes())?).read_line(&mut line)?;
     Ok(line)
 }
 
-fn ask(port: u16, request: &str, body: &str) -> Result<TcpStream> {
+fn ask(port: u16, request: &str, body: &[u8]) -> Result<TcpStream> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     let length = body.len();
     write!(
         stream,
-        "{request} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+        "{request} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
     )?;
+    stream.write_all(body)?;
     Ok(stream)
 }

@@ -271,7 +271,7 @@ impl Repository {
     pub(crate) fn create(&self, key: &ObjectKey, epoch: &ClusterIdentity) -> Result<PutOutcome> {
         let body = serde_json::to_vec_pretty(epoch)
             .map_err(|error| self.damaged(key, error.to_string()))?;
-        self.store.put_if_absent(&self.path(key), &body)
+        self.store.put_proved(&self.path(key), &body)
     }
 
     /// Claims the cluster's name for `found`, or checks that it is the one that has it. Two claims at once agree on
@@ -341,12 +341,26 @@ impl Repository {
         Ok(known)
     }
 
-    /// Stores an object, durable when it returns. The same bytes again are [`PutOutcome::AlreadyExists`].
+    /// Stores an object, durable and proved to be there when it returns. The same bytes again are
+    /// [`PutOutcome::AlreadyExists`].
     ///
     /// # Errors
     /// [`Error::Conflict`] when other bytes have the name; nothing is overwritten.
     pub fn put(&self, key: &ObjectKey, body: &[u8]) -> Result<PutOutcome> {
+        let outcome = self.store.put_proved(&self.path(key), body)?;
+        self.same(key, body, outcome)
+    }
+
+    /// The same for one who reads it back: that the store says so proves nothing.
+    ///
+    /// # Errors
+    /// As [`Repository::put`].
+    pub fn put_unproved(&self, key: &ObjectKey, body: &[u8]) -> Result<PutOutcome> {
         let outcome = self.store.put_if_absent(&self.path(key), body)?;
+        self.same(key, body, outcome)
+    }
+
+    fn same(&self, key: &ObjectKey, body: &[u8], outcome: PutOutcome) -> Result<PutOutcome> {
         if outcome == PutOutcome::AlreadyExists && self.get(key)? != body {
             return Err(Error::Conflict {
                 key: key.clone(),

@@ -75,6 +75,22 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// [`Error::Store`], [`Error::S3`].
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome>;
 
+    /// The same, for what nobody reads back: that the object is there and is `body` is proved as cheaply as the place can.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::put_if_absent`]; [`Error::Damaged`] when the place says that it took it, and has something else.
+    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        let outcome = self.put_if_absent(key, body)?;
+        if outcome == PutOutcome::Created && self.get(key)? != body {
+            return Err(crate::Error::Damaged {
+                key: key.to_owned(),
+                url: self.url(),
+                problem: "what was put there is not what is there".to_owned(),
+            });
+        }
+        Ok(outcome)
+    }
+
     /// The whole object.
     ///
     /// # Errors

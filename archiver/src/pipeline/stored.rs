@@ -2,8 +2,8 @@
 //!
 //! Invariant: nothing counts as stored whose object does not cover its whole range, byte for byte.
 
-use repository::Repository;
-use wal_format::{SealedHeader, SealedReader, sealed::SealedError};
+use repository::{Repository, is_sound};
+use wal_format::{ObjectKey, SealedHeader, SealedReader, sealed::SealedError};
 
 use crate::error::{Error, Result};
 
@@ -19,17 +19,60 @@ pub fn put_wal(
     wal: &dyn Fn(&mut [u8], u64) -> Result<()>,
 ) -> Result<u64> {
     let key = header.key();
-    match repository.put(&key, object) {
+    match repository.put_unproved(&key, object) {
         // Made again it may differ in its compression or its proof; what counts is the WAL in it.
+        // One that is damaged is looked at below.
         Err(error) if error.is_conflict() => {}
+        Err(repository::Error::Damaged { .. }) => {}
         outcome => {
             outcome?;
         }
     }
-    let stored = repository.get(&key)?;
     let name = format!("{key} in {}", repository.url());
-    compare_wal(&stored, &name, header, from, wal)?;
-    Ok(stored.len() as u64)
+    let compare = || -> Result<u64> {
+        let stored = repository.get(&key)?;
+        compare_wal(&stored, &name, header, from, wal)?;
+        Ok(stored.len() as u64)
+    };
+    match compare() {
+        Err(error) if is_damage(&error) => {
+            tracing::error!(%error, "a damaged object is put again");
+            replace_damaged(repository, &key, object)?;
+            // Once more of the same is told as what it is, and tried again like any request that failed.
+            compare().map_err(|error| match error {
+                Error::Sealed { source, .. } => Error::Repository(repository::Error::Damaged {
+                    key: key.to_string(),
+                    url: repository.url(),
+                    problem: source.to_string(),
+                }),
+                error => error,
+            })
+        }
+        outcome => outcome,
+    }
+}
+
+/// Whether an object can not be what was stored: its sums are wrong. Sound bytes of another history are no damage.
+fn is_damage(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Sealed { .. } | Error::Repository(repository::Error::Damaged { .. })
+    )
+}
+
+/// Takes a damaged object away, if it is damaged in every place, and puts what it has to hold.
+fn replace_damaged(repository: &Repository, key: &ObjectKey, object: &[u8]) -> Result<()> {
+    // Read again: bits may have changed on their way here.
+    match repository.get(key) {
+        Ok(stored) if is_sound(key, &stored) => return Ok(()),
+        Ok(_) | Err(repository::Error::Damaged { .. } | repository::Error::NotFound { .. }) => {}
+        Err(error) => return Err(error.into()),
+    }
+    repository.delete(key)?;
+    match repository.put(key, object) {
+        Err(error) if error.is_conflict() => Ok(()),
+        outcome => Ok(outcome.map(drop)?),
+    }
 }
 
 /// Compares the object `name` with the range of `header` as `wal` yields it, by the offset from its start. The object may
@@ -111,6 +154,44 @@ mod tests {
         writer
             .finish(&SegmentSummary::default(), None)
             .expect("it is whole")
+    }
+
+    /// What rotted in the store is put again while the WAL is at hand; sound bytes of another history stay.
+    #[test]
+    fn a_damaged_object_is_put_again_and_another_history_is_not() {
+        let folder = tempfile::tempdir().expect("a directory");
+        let url: repository::config::RepositoryUrl = format!("file://{}", folder.path().display())
+            .parse()
+            .expect("a URL");
+        let cluster = "main".parse().expect("a name");
+        let repository = Repository::open(&url.into(), &cluster).expect("it opens");
+        let wal: Vec<u8> = (0..300_000_u32).map(|n| (n % 251) as u8).collect();
+        let (header, good) = (header(wal.len() as u64), object(&wal));
+        let path = folder.path().join(format!("main/{}", header.key()));
+        let put = || {
+            let read = |bytes: &mut [u8], offset: u64| {
+                let offset = usize::try_from(offset).expect("it is small");
+                bytes.copy_from_slice(&wal[offset..offset + bytes.len()]);
+                Ok(())
+            };
+            put_wal(&repository, &header, &good, "a test", &read)
+        };
+        put().expect("it is put");
+        let mut flipped = good.clone();
+        flipped[good.len() / 2] ^= 1;
+        for damage in [&flipped[..], &good[..good.len() - 9], b"", b"<Error/>"] {
+            std::fs::remove_file(&path).expect("it goes");
+            std::fs::write(&path, damage).expect("a file");
+            put().expect("it is put again");
+            assert!(std::fs::read(&path).expect("an object") == good);
+        }
+        let mut other = wal.clone();
+        other[250_000] ^= 1;
+        std::fs::remove_file(&path).expect("it goes");
+        std::fs::write(&path, object(&other)).expect("a file");
+        let refused = put().expect_err("another history");
+        assert!(matches!(refused, Error::Divergence { .. }), "{refused}");
+        assert!(std::fs::read(&path).expect("an object") == object(&other));
     }
 
     #[test]

@@ -115,6 +115,13 @@ impl EncryptedStore {
         })
     }
 
+    fn seal(&self, key: &str, body: &[u8]) -> Result<Vec<u8>> {
+        let data = self.writer()?;
+        let mut salt = [0; 32];
+        self.keys.random(&mut salt)?;
+        object::seal(&data, &salt, key, body).map_err(|error| self.keys.problem(error.to_string()))
+    }
+
     fn damaged(&self, name: &str, problem: String) -> Error {
         Error::Damaged {
             key: name.to_owned(),
@@ -153,12 +160,13 @@ fn stored(name: &str) -> String {
 
 impl ObjectStore for EncryptedStore {
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
-        let data = self.writer()?;
-        let mut salt = [0; 32];
-        self.keys.random(&mut salt)?;
-        let object = object::seal(&data, &salt, key, body)
-            .map_err(|error| self.keys.problem(error.to_string()))?;
-        self.store().put_if_absent(&stored(key), &object)
+        self.store()
+            .put_if_absent(&stored(key), &self.seal(key, body)?)
+    }
+
+    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.store()
+            .put_proved(&stored(key), &self.seal(key, body)?)
     }
 
     fn get(&self, key: &str) -> Result<Bytes> {

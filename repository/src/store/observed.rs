@@ -48,6 +48,10 @@ impl ObjectStore for ObservedStore {
         self.timed("put", || self.store.put_if_absent(key, body))
     }
 
+    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.timed("put", || self.store.put_proved(key, body))
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.timed("get", || self.store.get(key))
     }

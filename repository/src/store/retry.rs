@@ -123,6 +123,10 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
         self.policy.run(|| self.store.put_if_absent(key, body))
     }
 
+    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.policy.run(|| self.store.put_proved(key, body))
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.policy.run(|| self.store.get(key))
     }

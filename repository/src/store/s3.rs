@@ -12,7 +12,6 @@ use std::{
 };
 
 use aws_sdk_s3::{
-    Client,
     error::{ProvideErrorMetadata, SdkError},
     operation::get_object::GetObjectOutput,
     primitives::ByteStream,
@@ -23,6 +22,7 @@ use jiff::Timestamp;
 use tokio::runtime::{Builder, Runtime};
 
 use self::{
+    client::Signer,
     errors::{Action, Failure, HttpResponse},
     probe::Conditional,
 };
@@ -38,6 +38,7 @@ mod client;
 mod errors;
 mod multipart;
 mod probe;
+mod proof;
 mod retention;
 #[cfg(test)]
 mod tests;
@@ -46,8 +47,9 @@ pub use as_of::S3AsOf;
 
 /// No single attempt takes longer: a part of 16 MiB at 56 kB/s.
 const ATTEMPT_MAX: Duration = Duration::from_secs(300);
-/// How long a body may stand still.
+/// How long a body may stand still, or take over so many bytes: one that trickles is no better than one that stands.
 const STANDSTILL_MAX: Duration = Duration::from_secs(30);
+const PACE_BYTES: usize = 64 << 10;
 /// How often an object whose checksum is wrong is read: a wrong read is one thing, a wrong object another.
 const READS_MAX: u32 = 2;
 /// Room made at once for a body, whatever length the store announces.
@@ -56,13 +58,16 @@ const BODY_ROOM_MAX: u64 = 64 << 20;
 /// Objects in a bucket, below a prefix.
 #[derive(Debug)]
 pub struct S3Store {
-    client: Client,
+    signer: Mutex<Signer>,
+    settings: S3Settings,
     runtime: Option<Runtime>,
     bucket: String,
     prefix: String,
     checksums: bool,
     requests: RequestMeter,
     conditional: Mutex<Conditional>,
+    /// How long a body may take over each [`PACE_BYTES`] of it.
+    standstill_max: Duration,
     /// In the place of a condition, where the store has none: writers of this process, one at a time per key.
     turns: [Mutex<()>; 16],
 }
@@ -94,15 +99,17 @@ impl S3Store {
             .enable_all()
             .build()
             .map_err(|error| Error::config(format!("start threads for S3: {error}")))?;
-        let client = client::connect(&runtime, settings)?;
+        let signer = Mutex::new(Signer::new(&runtime, settings)?);
         Ok(Self {
-            client,
+            signer,
+            settings: settings.clone(),
             runtime: Some(runtime),
             bucket: bucket.to_owned(),
             prefix: prefix.to_owned(),
             checksums: settings.checksums,
             requests: RequestMeter::default(),
             conditional: Mutex::default(),
+            standstill_max: STANDSTILL_MAX,
             turns: Default::default(),
         })
     }
@@ -121,12 +128,13 @@ impl S3Store {
     {
         self.requests.count(kind);
         let request = Box::pin(request);
-        self.drive(async move {
+        let answer = self.drive(async move {
             match tokio::time::timeout(ATTEMPT_MAX, request).await {
                 Ok(answer) => answer.map_err(|error| Failure::of(&error)),
                 Err(_) => Err(Failure::transient("it took longer than any request may")),
             }
-        })
+        });
+        answer.map_err(|failure| self.with_new_credentials(failure))
     }
 
     fn drive<T: Send + 'static>(
@@ -187,7 +195,7 @@ impl S3Store {
     ) -> std::result::Result<PutOutcome, Failure> {
         let sum = self.checksums.then(|| checksum(&body));
         let put = self
-            .client
+            .client()
             .put_object()
             .bucket(&self.bucket)
             .key(full_key)
@@ -199,6 +207,10 @@ impl S3Store {
             Ok(answer) => match (sum, answer.checksum_crc32_c()) {
                 (Some(sent), Some(stored)) if sent != stored => Err(Failure::transient(
                     "the store took other bytes than were sent: their checksums differ",
+                )),
+                // Every object that was stored has one: this is a proxy's page, or an error in the words of a success.
+                _ if answer.e_tag().is_none() => Err(Failure::transient(
+                    "the store's answer to a put names no ETag, so it is none",
                 )),
                 _ => Ok(PutOutcome::Created),
             },
@@ -240,7 +252,7 @@ impl S3Store {
         version: Option<&str>,
     ) -> std::result::Result<Body, Failure> {
         let get = self
-            .client
+            .client()
             .get_object()
             .bucket(&self.bucket)
             .key(full_key)
@@ -260,13 +272,15 @@ impl S3Store {
             };
             get.customize().mutate_request(ask).send().await
         });
-        self.drive(async move {
+        let standstill_max = self.standstill_max;
+        let body = self.drive(async move {
             let answer = match tokio::time::timeout(ATTEMPT_MAX, request).await {
                 Ok(answer) => answer.map_err(|error| Failure::of(&error))?,
                 Err(_) => return Err(Failure::transient("it did not answer")),
             };
-            Box::pin(Body::collect(answer)).await
-        })
+            Box::pin(Body::collect(answer, standstill_max)).await
+        });
+        body.map_err(|failure| self.with_new_credentials(failure))
     }
 
     /// A whole object, or one of its versions.
@@ -327,7 +341,10 @@ struct Body {
 }
 
 impl Body {
-    async fn collect(answer: GetObjectOutput) -> std::result::Result<Self, Failure> {
+    async fn collect(
+        answer: GetObjectOutput,
+        standstill_max: Duration,
+    ) -> std::result::Result<Self, Failure> {
         let announced = answer
             .content_length()
             .and_then(|length| u64::try_from(length).ok());
@@ -340,15 +357,22 @@ impl Body {
         let room = announced.unwrap_or(0).min(BODY_ROOM_MAX);
         let mut bytes = BytesMut::with_capacity(usize::try_from(room).unwrap_or(0));
         let mut body = answer.body;
+        let mut paced = (tokio::time::Instant::now() + standstill_max, PACE_BYTES);
         loop {
-            match tokio::time::timeout(STANDSTILL_MAX, body.try_next()).await {
-                Ok(Ok(Some(chunk))) => bytes.extend_from_slice(&chunk),
+            match tokio::time::timeout_at(paced.0, body.try_next()).await {
+                Ok(Ok(Some(chunk))) => {
+                    bytes.extend_from_slice(&chunk);
+                    if bytes.len() >= paced.1 {
+                        let until = tokio::time::Instant::now() + standstill_max;
+                        paced = (until, bytes.len() + PACE_BYTES);
+                    }
+                }
                 Ok(Ok(None)) => break,
                 Ok(Err(error)) => {
                     let problem = format!("its body broke off: {}", errors::chain(&error));
                     return Err(Failure::transient(&problem));
                 }
-                Err(_) => return Err(Failure::transient("its body stood still")),
+                Err(_) => return Err(Failure::transient("its body stood still, or all but")),
             }
         }
         if announced.is_some_and(|announced| announced != bytes.len() as u64) {
@@ -393,6 +417,14 @@ impl ObjectStore for S3Store {
         }
     }
 
+    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        let outcome = self.put_if_absent(key, body)?;
+        if outcome == PutOutcome::Created {
+            self.prove(key, body)?;
+        }
+        Ok(outcome)
+    }
+
     fn get(&self, key: &str) -> Result<Bytes> {
         self.read_whole(key, None)
     }
@@ -421,7 +453,7 @@ impl ObjectStore for S3Store {
     fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
         let full_key = self.full_key(Action::Head, key)?;
         let head = self
-            .client
+            .client()
             .head_object()
             .bucket(&self.bucket)
             .key(&full_key);
@@ -468,7 +500,7 @@ impl ObjectStore for S3Store {
         let mut token = None;
         loop {
             let list = self
-                .client
+                .client()
                 .list_objects_v2()
                 .bucket(&self.bucket)
                 .prefix(&full_prefix)
@@ -508,7 +540,7 @@ impl ObjectStore for S3Store {
     fn delete(&self, key: &str) -> Result<()> {
         let full_key = self.full_key(Action::Delete, key)?;
         let delete = self
-            .client
+            .client()
             .delete_object()
             .bucket(&self.bucket)
             .key(full_key);

@@ -255,10 +255,9 @@ impl Member {
         }
     }
 
-    /// The caller compares what it finds under a name with what it put, in the first place that has it; that the others
-    /// have the same is seen here.
+    /// The caller reads back what it put in the first place that has it; that this one has it is proved here.
     fn put(&self, key: &str, body: &Bytes) -> Result<PutOutcome> {
-        self.store.put_if_absent(key, body)
+        self.store.put_proved(key, body)
     }
 
     fn note(&self, error: Option<&Error>) {

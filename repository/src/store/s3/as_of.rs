@@ -94,7 +94,7 @@ impl S3AsOf {
         loop {
             let list = self
                 .store
-                .client
+                .client()
                 .list_object_versions()
                 .bucket(&self.store.bucket)
                 .prefix(&full_prefix)

@@ -3,7 +3,11 @@
 //! What the settings do not say comes from the standard places of AWS: environment, profile files with assumed roles, web
 //! identity, container and instance roles.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
 
 use aws_config::{
     BehaviorVersion, ConfigLoader, Region,
@@ -27,6 +31,7 @@ use aws_smithy_http_client::{
 use rustls_pki_types::{CertificateDer, pem::PemObject};
 use tokio::runtime::Runtime;
 
+use super::{S3Store, errors::Failure};
 use crate::{
     Error, Result,
     config::{S3Credentials, S3Settings},
@@ -35,10 +40,64 @@ use crate::{
 const CONNECT_MAX: Duration = Duration::from_secs(5);
 /// From the last byte sent to the first byte of the answer; completing a large upload takes a store its time.
 const READ_MAX: Duration = Duration::from_secs(60);
+/// How often credentials are read again that the store does not take.
+const RENEWAL_MIN: Duration = Duration::from_secs(2);
 /// Where a region is meaningless but has to be signed.
 const REGION_OF_ENDPOINTS: &str = "us-east-1";
 
-pub(super) fn connect(runtime: &Runtime, settings: &S3Settings) -> Result<Client> {
+/// A client, and since when its credentials are what the settings led to.
+#[derive(Debug)]
+pub(super) struct Signer {
+    client: Client,
+    made: Instant,
+}
+
+impl Signer {
+    pub(super) fn new(runtime: &Runtime, settings: &S3Settings) -> Result<Self> {
+        let client = connect(runtime, settings)?;
+        let made = Instant::now();
+        Ok(Self { client, made })
+    }
+}
+
+impl S3Store {
+    pub(super) fn client(&self) -> Client {
+        self.signer().client.clone()
+    }
+
+    fn signer(&self) -> MutexGuard<'_, Signer> {
+        self.signer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The credentials may have been exchanged since they were read: they are read again, and if that was not just done the
+    /// request is worth another try. Those that run out at a known time the SDK renews before.
+    pub(super) fn with_new_credentials(&self, failure: Failure) -> Failure {
+        let can_change = !matches!(self.settings.credentials, S3Credentials::Keys { .. });
+        if !can_change || !failure.is_about_credentials() {
+            return failure;
+        }
+        let mut signer = self.signer();
+        let Some(runtime) = &self.runtime else {
+            return failure;
+        };
+        if signer.made.elapsed() < RENEWAL_MIN {
+            return failure;
+        }
+        match Signer::new(runtime, &self.settings) {
+            Ok(renewed) => {
+                tracing::info!(?failure, "the credentials of S3 are read again");
+                *signer = renewed;
+                failure.passing()
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the credentials of S3 can not be read again");
+                failure
+            }
+        }
+    }
+}
+
+fn connect(runtime: &Runtime, settings: &S3Settings) -> Result<Client> {
     let http = http_client(settings)?;
     let shared = runtime.block_on_anywhere(load(settings, http))?;
     let region = shared.region().cloned();

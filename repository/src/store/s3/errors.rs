@@ -155,6 +155,30 @@ impl Failure {
         self.code == "NoSuchUpload"
     }
 
+    /// Whether other credentials than those that signed might do: they ran out, or were exchanged for new ones. An answer
+    /// without a body does not say which refusal it is.
+    pub(super) fn is_about_credentials(&self) -> bool {
+        const CODES: [&str; 7] = [
+            "ExpiredToken",
+            "InvalidAccessKeyId",
+            "InvalidToken",
+            "NoCredentials",
+            "RequestExpired",
+            "SignatureDoesNotMatch",
+            "TokenRefreshRequired",
+        ];
+        CODES.contains(&self.code.as_str())
+            || (self.code.is_empty() && matches!(self.status, Some(400 | 401 | 403)))
+    }
+
+    /// The same failure, of a request that is worth another try.
+    pub(super) fn passing(self) -> Self {
+        Self {
+            transient: true,
+            ..self
+        }
+    }
+
     pub(super) fn into_error(self, action: Action, key: &str, url: String) -> Error {
         let mut problem = match (self.status, self.code.as_str()) {
             (Some(status), "") if self.message.is_empty() => format!("HTTP {status}"),
@@ -187,7 +211,9 @@ impl Failure {
             ("InvalidAccessKeyId" | "SignatureDoesNotMatch", _) => {
                 "check the access key, its secret and s3_region"
             }
-            ("ExpiredToken" | "TokenRefreshRequired", _) => "renew the temporary credentials",
+            ("ExpiredToken" | "InvalidToken" | "TokenRefreshRequired", _) => {
+                "renew the temporary credentials"
+            }
             ("RequestTimeTooSkewed", _) => "set this host's clock",
             ("PermanentRedirect" | "AuthorizationHeaderMalformed", _) => "correct s3_region",
             ("InvalidRequest" | "BadDigest" | "InvalidDigest", Some(400)) => {
@@ -210,7 +236,11 @@ impl Failure {
 
 /// Whether S3 itself says "later".
 fn is_transient(status: u16, code: &str) -> bool {
-    const LATER: [&str; 7] = [
+    // The first two: the bytes were changed on their way, and sent again they may arrive.
+    const LATER: [&str; 10] = [
+        "BadDigest",
+        "XAmzContentSHA256Mismatch",
+        "IncompleteBody",
         "ConditionalRequestConflict",
         "InternalError",
         "OperationAborted",

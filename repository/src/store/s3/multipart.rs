@@ -61,7 +61,7 @@ impl S3Store {
         condition: bool,
     ) -> std::result::Result<PutOutcome, Failure> {
         let create = self
-            .client
+            .client()
             .create_multipart_upload()
             .bucket(&self.bucket)
             .key(full_key)
@@ -134,7 +134,7 @@ impl S3Store {
         let mut last = None;
         let sent = RetryPolicy::default().run(|| {
             let part = self
-                .client
+                .client()
                 .upload_part()
                 .bucket(&self.bucket)
                 .key(full_key)
@@ -171,7 +171,7 @@ impl S3Store {
             .set_parts(Some(parts))
             .build();
         let complete = self
-            .client
+            .client()
             .complete_multipart_upload()
             .bucket(&self.bucket)
             .key(full_key)
@@ -190,7 +190,7 @@ impl S3Store {
     /// Best effort: what can not be aborted now is aborted by a later start.
     pub(super) fn abort(&self, full_key: &str, id: &str) {
         let abort = self
-            .client
+            .client()
             .abort_multipart_upload()
             .bucket(&self.bucket)
             .key(full_key)

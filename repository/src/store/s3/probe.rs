@@ -104,7 +104,7 @@ impl S3Store {
     /// let us is no reason not to write.
     fn abort_abandoned(&self) {
         let list = self
-            .client
+            .client()
             .list_multipart_uploads()
             .bucket(&self.bucket)
             .prefix(self.place(""));

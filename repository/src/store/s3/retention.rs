@@ -24,7 +24,7 @@ impl S3Store {
         let full_key = self.full_key(Action::Lock, key)?;
         let failed = |failure| self.failed(Action::Lock, key, failure);
         let head = self
-            .client
+            .client()
             .head_object()
             .bucket(&self.bucket)
             .key(&full_key);
@@ -48,7 +48,7 @@ impl S3Store {
             .retain_until_date(DateTime::from_secs(until.as_second()))
             .build();
         let put = self
-            .client
+            .client()
             .put_object_retention()
             .bucket(&self.bucket)
             .key(&full_key)

@@ -109,7 +109,7 @@ fn large_objects(server: &ObjectStoreServer) {
     }
     let body = plain.get("second").expect("a get");
     assert!(body.iter().all(|byte| *byte == 1), "untouched");
-    let uploads = plain.client.list_multipart_uploads().bucket(BUCKET);
+    let uploads = plain.client().list_multipart_uploads().bucket(BUCKET);
     let left = plain
         .request(RequestKind::List, uploads.send())
         .expect("a list");

@@ -7,6 +7,7 @@ use std::{
     net::{SocketAddr, TcpListener},
     sync::{Arc, Mutex},
     thread,
+    time::Duration,
 };
 
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
@@ -42,6 +43,8 @@ pub(super) enum Answer {
     Http(u16, Vec<(&'static str, String)>, Vec<u8>),
     /// As above, but only so many bytes of the body before the connection is closed.
     Truncated(Vec<u8>, usize),
+    /// As above, but byte by byte, this long apart.
+    Trickled(Vec<u8>, Duration),
     /// The connection is closed without a word.
     HangUp,
 }
@@ -176,8 +179,23 @@ fn serve(
             )?;
             stream.write_all(&body[..sent])
         }
+        Answer::Trickled(body, pause) => {
+            let length = body.len();
+            write!(
+                stream,
+                "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n"
+            )?;
+            body.chunks(1).try_for_each(|byte| {
+                thread::sleep(pause);
+                stream.write_all(byte)
+            })
+        }
         Answer::Http(status, headers, body) => {
             write!(stream, "HTTP/1.1 {status} As Told\r\nConnection: close\r\n")?;
+            // As every store answers a put that it took; an error in the place of that answer has a body.
+            if request.is("PUT") && status == 200 && body.is_empty() && headers.is_empty() {
+                stream.write_all(b"ETag: \"1\"\r\n")?;
+            }
             for (name, value) in headers {
                 write!(stream, "{name}: {value}\r\n")?;
             }

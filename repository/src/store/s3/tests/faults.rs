@@ -266,6 +266,69 @@ fn an_error_inside_of_a_200_is_the_error_it_is() {
     assert_eq!(aborted, 4, "no attempt leaves its parts");
 }
 
+/// The same in the place of the answer to a small put, and a proxy's page: nobody may take it for a success.
+#[test]
+fn an_error_in_the_answer_to_a_put_is_no_success() {
+    for (answer, words) in [
+        (Answer::error(200, "InternalError"), "InternalError"),
+        (Answer::ok(b"<html>welcome</html>"), "ETag"),
+    ] {
+        let told = answer.clone();
+        let server = with_fault(move |asked, request| {
+            (request.is("PUT") && asked < 1).then(|| told.clone())
+        });
+        let outcome = store(&server).put_if_absent("a/key", b"body");
+        // What the script stores it stores at once.
+        assert_eq!(outcome.expect("the second"), PutOutcome::AlreadyExists);
+        let server = with_fault(move |_, request| request.is("PUT").then(|| answer.clone()));
+        // Whether the object is there after all is asked by its condition.
+        let outcome = store(&server).put_if_absent("a/key", b"body");
+        let error = outcome.expect_err("it was never said to be stored");
+        assert!(error.is_transient(), "{error}");
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(server.count(&format!("PUT {KEY}")), 4, "every attempt");
+    }
+}
+
+/// Bytes that change on their way up are sent again.
+#[test]
+fn a_put_whose_bytes_were_changed_on_their_way_is_sent_again() {
+    for code in ["BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"] {
+        let server = FaultServer::start({
+            let asked = AtomicUsize::new(0);
+            move |request| match request {
+                request if request.is(PROBE) => Answer::error(412, "PreconditionFailed"),
+                request if request.is("GET") => Answer::error(403, "AccessDenied"),
+                _ if asked.fetch_add(1, Ordering::SeqCst) < 2 => Answer::error(400, code),
+                _ => Answer::status(200),
+            }
+        });
+        let outcome = store(&server).put_if_absent("a/key", b"body");
+        assert_eq!(outcome.expect("the third"), PutOutcome::Created, "{code}");
+    }
+}
+
+/// One byte in a while is no progress: neither a thread nor a recovery waits for ever.
+#[test]
+fn a_body_that_trickles_is_given_up_and_read_again() {
+    let server = with_fault(|asked, request| {
+        let trickle = request.is("GET") && asked < 3;
+        trickle.then(|| Answer::Trickled(vec![b'x'; 1000], Duration::from_millis(50)))
+    });
+    let mut plain =
+        S3Store::without_retries("bucket", "p", &settings(&server.endpoint())).expect("a store");
+    plain.standstill_max = Duration::from_millis(400);
+    plain.put_if_absent("a/key", b"body").expect("a put");
+    let error = plain.get("a/key").expect_err("it trickles");
+    assert!(
+        error.is_transient() && error.to_string().contains("stood still"),
+        "{error}"
+    );
+    let quick = Duration::from_millis(1);
+    let store = Retrying::new(plain, RetryPolicy::new(4, quick, quick, 100));
+    assert_eq!(store.get("a/key").expect("the third"), b"body"[..]);
+}
+
 #[test]
 fn uploads_that_a_crash_left_are_aborted_when_they_are_old() {
     let now = Timestamp::now();
@@ -372,6 +435,84 @@ fn what_was_put_is_proved_by_reading_it() {
             Err(error) => assert!(error.is_not_found() && lies.is_none(), "{error}"),
         }
     }
+}
+
+/// Scenario 38 for what nobody reads back: a put that is proved asks for the checksum that the store has.
+#[test]
+fn a_proved_put_believes_only_the_store_s_own_checksum() {
+    let sum = |body: &[u8]| {
+        let headers = vec![("x-amz-checksum-crc32c", checksum(body))];
+        Answer::Http(200, headers, body.to_vec())
+    };
+    // Taken and lost; other bytes of another length, and of the same; a store without checksums that has other bytes.
+    for lie in [
+        Answer::error(404, "NoSuchKey"),
+        sum(b"what nobody put"),
+        sum(b"bodY"),
+        Answer::ok(b"bodY"),
+    ] {
+        let told = lie.clone();
+        let server = FaultServer::start({
+            let (puts, checksum) = (AtomicUsize::new(0), sum(b"body"));
+            move |request| match request {
+                request if request.is(PROBE) => Answer::error(412, "PreconditionFailed"),
+                request if request.is("PUT") => {
+                    puts.fetch_add(1, Ordering::SeqCst);
+                    Answer::status(200)
+                }
+                request if request.is("DELETE") => Answer::status(204),
+                _ if puts.load(Ordering::SeqCst) < 3 => told.clone(),
+                _ => checksum.clone(),
+            }
+        });
+        let store = store(&server);
+        let outcome = store.put_proved("a/key", b"body");
+        assert_eq!(outcome.expect("the third"), PutOutcome::Created, "{lie:?}");
+        assert_eq!(server.count(&format!("PUT {KEY}")), 3, "{lie:?}");
+        let withdrawn = usize::from(!matches!(lie, Answer::Http(404, ..))) * 2;
+        assert_eq!(server.count(&format!("DELETE {KEY}")), withdrawn, "{lie:?}");
+        let heads = server.requests().into_iter().filter(|one| one.is("HEAD"));
+        for head in heads {
+            assert_eq!(head.header("x-amz-checksum-mode"), Some("ENABLED"));
+        }
+    }
+}
+
+/// A credentials file that is replaced while we run: temporary credentials are renewed by somebody else.
+#[test]
+fn credentials_that_were_exchanged_are_read_again() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let file = folder.path().join("credentials");
+    let write = |key: &str| {
+        let text = format!("[default]\naws_access_key_id = {key}\naws_secret_access_key = s\n");
+        std::fs::write(&file, text).expect("a file");
+    };
+    write("AKIAOLD");
+    let server = FaultServer::start(|request| {
+        let signed = request.header("authorization").unwrap_or_default();
+        match request {
+            _ if signed.contains("AKIAOLD") => Answer::error(400, "ExpiredToken"),
+            _ if !signed.contains("AKIANEW") => Answer::error(403, "InvalidAccessKeyId"),
+            request if request.is(PROBE) => Answer::error(412, "PreconditionFailed"),
+            _ => Answer::ok(b"body"),
+        }
+    });
+    let from_file = S3Settings {
+        credentials: S3Credentials::File(file.clone()),
+        ..settings(&server.endpoint())
+    };
+    let quick = Duration::from_millis(1);
+    let plain = S3Store::without_retries("bucket", "p", &from_file).expect("a store");
+    let store = Retrying::new(plain, RetryPolicy::new(4, quick, quick, 100));
+    let error = store.get("a/key").expect_err("they ran out");
+    assert!(
+        !error.is_not_found() && error.to_string().contains("renew"),
+        "{error}"
+    );
+    write("AKIANEW");
+    // Not with every request: the place that they come from is not to be hammered.
+    std::thread::sleep(Duration::from_millis(2100));
+    assert_eq!(store.get("a/key").expect("the new ones"), b"body"[..]);
 }
 
 /// Scenario 37: a connection dies in the middle of an upload. The part is sent again, and nothing is left behind.

@@ -68,7 +68,7 @@ fn plain(endpoint: &str, bucket: &str) -> S3Store {
 
 fn create_bucket(store: &S3Store, locks: bool) {
     let create = store
-        .client
+        .client()
         .create_bucket()
         .bucket(&store.bucket)
         .object_lock_enabled_for_bucket(locks);
@@ -82,7 +82,7 @@ fn enable_versions(store: &S3Store) {
         .status(BucketVersioningStatus::Enabled)
         .build();
     let enable = store
-        .client
+        .client()
         .put_bucket_versioning()
         .bucket(&store.bucket)
         .versioning_configuration(versions);
@@ -182,7 +182,7 @@ fn locks_hold(endpoint: &str, bucket: &str, objects: &[(&str, usize)]) {
         );
         assert_eq!(lock(in_hours(72)).expect("a lock"), LockOutcome::Extended);
         let full_key = store.place(key);
-        let head = store.client.head_object().bucket(bucket).key(&full_key);
+        let head = store.client().head_object().bucket(bucket).key(&full_key);
         let head = store
             .request(RequestKind::Head, head.send())
             .expect("a head");
@@ -190,7 +190,7 @@ fn locks_hold(endpoint: &str, bucket: &str, objects: &[(&str, usize)]) {
         assert!(until > long.as_second(), "{until}");
         // The version itself can not be removed; that is what a delete means where versions are kept.
         let version = head.version_id().expect("a version").to_owned();
-        let delete = store.client.delete_object().bucket(bucket).key(&full_key);
+        let delete = store.client().delete_object().bucket(bucket).key(&full_key);
         let delete = delete.version_id(version).send();
         let refused = store
             .request(RequestKind::Delete, delete)

@@ -1,0 +1,354 @@
+//! [`BucketProxy`]: HTTP between our programs and an S3 store, which goes wrong as it is told.
+//!
+//! A request passes as it is, signature and all, so that the store behind it is a real one. Invariant: without a fault the
+//! bytes of both directions are untouched.
+
+use std::{
+    fmt,
+    hash::{BuildHasher, RandomState},
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use anyhow::Result;
+
+/// How long one side may say nothing.
+const SILENCE_MAX: Duration = Duration::from_secs(180);
+
+/// What happens to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// S3's error document with this status; the store hears nothing. With 200 it is an error in the words of a success.
+    Refuse(u16, &'static str),
+    /// "Done", and the store hears nothing.
+    Lie,
+    /// The connection ends before anything was heard.
+    Reset,
+    /// The connection ends when the store has done it.
+    AnswerLost,
+    /// Half of the body goes up, then the connection ends.
+    CutUp,
+    /// Half of the body comes down, then the connection ends.
+    CutDown,
+    /// One bit of the body is another when the store gets it.
+    FlipUp,
+    /// One bit of the body is another when we get it.
+    FlipDown,
+    /// Nobody answers for so long, then the connection ends.
+    Silence(Duration),
+    /// The answer comes byte by byte, with this pause between two.
+    Trickle(Duration),
+}
+
+/// What is asked, for whoever decides about a fault.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// `PUT /bucket/key?query`.
+    pub line: String,
+    /// Its headers, names in lower case.
+    pub headers: Vec<(String, String)>,
+    /// Its body.
+    pub body: Vec<u8>,
+}
+
+impl Asked {
+    /// Whether it begins so.
+    #[must_use]
+    pub fn is(&self, beginning: &str) -> bool {
+        self.line.starts_with(beginning)
+    }
+
+    /// A header.
+    #[must_use]
+    pub fn header(&self, name: &str) -> Option<&str> {
+        let mut headers = self.headers.iter();
+        let found = headers.find(|(known, _)| known == name);
+        found.map(|(_, value)| value.as_str())
+    }
+}
+
+/// What is done with a request.
+#[derive(Clone, Debug)]
+pub enum Verdict {
+    /// It passes.
+    Pass,
+    /// It passes without its signature, as somebody's that the store lets do everything.
+    PassUnsigned,
+    /// It goes wrong.
+    Fail(Fault),
+    /// Somebody else answers with 200 and these words.
+    Say(String),
+}
+
+type Script = dyn Fn(&Asked) -> Verdict + Send + Sync;
+
+struct Shared {
+    store: SocketAddr,
+    script: Mutex<Arc<Script>>,
+    met: AtomicUsize,
+    stop: AtomicBool,
+}
+
+/// A running proxy; it takes no more connections when it is dropped.
+pub struct BucketProxy {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+}
+
+impl fmt::Debug for BucketProxy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BucketProxy({})", self.address)
+    }
+}
+
+impl BucketProxy {
+    /// Listens on a port of its own, before the store at `store`.
+    ///
+    /// # Errors
+    /// When no port is to be had.
+    pub fn start(store: SocketAddr) -> Result<Self> {
+        let listener = TcpListener::bind("127.0.0.1:0")?;
+        let address = listener.local_addr()?;
+        let shared = Arc::new(Shared {
+            store,
+            script: Mutex::new(Arc::new(|_| Verdict::Pass)),
+            met: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let of_listener = Arc::clone(&shared);
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                if of_listener.stop.load(Ordering::SeqCst) {
+                    break;
+                }
+                let shared = Arc::clone(&of_listener);
+                // Whoever hangs up is a part of some scripts.
+                thread::spawn(move || serve(client, &shared).unwrap_or_default());
+            }
+        });
+        Ok(Self { address, shared })
+    }
+
+    /// `http://127.0.0.1:PORT`.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// From now on `script` decides about each request.
+    pub fn decide(&self, script: impl Fn(&Asked) -> Verdict + Send + Sync + 'static) {
+        let mut current = self.script();
+        self.shared.met.store(0, Ordering::SeqCst);
+        *current = Arc::new(script);
+    }
+
+    /// From now on every request that `concerns` is met by `fault`.
+    pub fn fail(&self, fault: Fault, concerns: impl Fn(&Asked) -> bool + Send + Sync + 'static) {
+        self.decide(move |asked| {
+            if concerns(asked) {
+                Verdict::Fail(fault)
+            } else {
+                Verdict::Pass
+            }
+        });
+    }
+
+    /// From now on so many of a hundred requests are met by one of `faults`, whichever.
+    pub fn storm(&self, percent: u64, faults: &'static [Fault]) {
+        let chance = RandomState::new();
+        let number = AtomicUsize::new(0);
+        self.decide(move |_| {
+            let drawn = chance.hash_one(number.fetch_add(1, Ordering::SeqCst));
+            let fault = usize::try_from(drawn >> 32).unwrap_or(0) % faults.len();
+            if drawn % 100 < percent {
+                Verdict::Fail(faults[fault])
+            } else {
+                Verdict::Pass
+            }
+        });
+    }
+
+    /// From now on everything passes.
+    pub fn heal(&self) {
+        self.decide(|_| Verdict::Pass);
+    }
+
+    /// How many requests went wrong since the last change.
+    #[must_use]
+    pub fn met(&self) -> usize {
+        self.shared.met.load(Ordering::SeqCst)
+    }
+
+    fn script(&self) -> std::sync::MutexGuard<'_, Arc<Script>> {
+        let script = self.shared.script.lock();
+        script.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for BucketProxy {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        // Its thread waits for a connection; whether this one comes about does not matter.
+        let _last = TcpStream::connect(self.address);
+    }
+}
+
+/// One request; we say so, and both sides make a connection for each.
+fn serve(client: TcpStream, shared: &Shared) -> io::Result<()> {
+    client.set_read_timeout(Some(SILENCE_MAX))?;
+    let mut reader = BufReader::new(client);
+    let mut asked = read_head(&mut reader)?;
+    let script = shared.script.lock().unwrap_or_else(PoisonError::into_inner);
+    let script = Arc::clone(&script);
+    if asked.header("expect").is_some() {
+        reader
+            .get_mut()
+            .write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
+    }
+    let length = asked
+        .header("content-length")
+        .and_then(|length| length.parse().ok());
+    asked.body = vec![0; length.unwrap_or(0)];
+    reader.read_exact(&mut asked.body)?;
+    let mut client = reader.into_inner();
+    match script(&asked) {
+        Verdict::Pass => client.write_all(&forward(shared.store, &asked)?),
+        Verdict::PassUnsigned => {
+            let named = |name: &str| name == "authorization" || name.starts_with("x-amz-security");
+            asked.headers.retain(|(name, _)| !named(name));
+            client.write_all(&forward(shared.store, &asked)?)
+        }
+        Verdict::Say(words) => client.write_all(&answer(200, "text/xml", &words)),
+        Verdict::Fail(fault) => {
+            shared.met.fetch_add(1, Ordering::SeqCst);
+            fail(client, shared.store, &mut asked, fault)
+        }
+    }
+}
+
+fn read_head(reader: &mut impl BufRead) -> io::Result<Asked> {
+    let mut first = String::new();
+    reader.read_line(&mut first)?;
+    let mut asked = Asked {
+        line: first.trim_end().trim_end_matches(" HTTP/1.1").to_owned(),
+        headers: Vec::new(),
+        body: Vec::new(),
+    };
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line)?;
+        let Some((name, value)) = line.trim_end().split_once(':') else {
+            return Ok(asked);
+        };
+        let named = (name.to_ascii_lowercase(), value.trim().to_owned());
+        asked.headers.push(named);
+    }
+}
+
+fn answer(status: u16, kind: &str, body: &str) -> Vec<u8> {
+    let length = body.len();
+    format!(
+        "HTTP/1.1 {status} As told\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    )
+    .into_bytes()
+}
+
+fn send(store: SocketAddr, asked: &Asked, body: &[u8]) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(store)?;
+    stream.set_read_timeout(Some(SILENCE_MAX))?;
+    let mut head = format!("{} HTTP/1.1\r\n", asked.line);
+    for (name, value) in &asked.headers {
+        if name != "connection" && name != "expect" {
+            head += &format!("{name}: {value}\r\n");
+        }
+    }
+    head += "Connection: close\r\n\r\n";
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body)?;
+    Ok(stream)
+}
+
+/// The store's whole answer.
+fn forward(store: SocketAddr, asked: &Asked) -> io::Result<Vec<u8>> {
+    let mut answer = Vec::new();
+    send(store, asked, &asked.body)?.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+/// Where an answer's body begins.
+fn body_of(answer: &[u8]) -> usize {
+    let end = answer.windows(4).position(|four| four == b"\r\n\r\n");
+    end.map_or(answer.len(), |end| end + 4)
+}
+
+fn flip(bytes: &mut [u8]) {
+    let middle = bytes.len() / 2;
+    if let Some(byte) = bytes.get_mut(middle) {
+        *byte ^= 0x10;
+    }
+}
+
+fn fail(
+    mut client: TcpStream,
+    store: SocketAddr,
+    asked: &mut Asked,
+    fault: Fault,
+) -> io::Result<()> {
+    match fault {
+        Fault::Refuse(status, code) => {
+            let words = format!(
+                "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>as told</Message></Error>"
+            );
+            let words = if asked.is("HEAD") { "" } else { &words };
+            client.write_all(&answer(status, "application/xml", words))
+        }
+        Fault::Lie => {
+            let done =
+                "HTTP/1.1 200 OK\r\nETag: \"1\"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+            client.write_all(done.as_bytes())
+        }
+        Fault::Reset => client.shutdown(Shutdown::Both),
+        Fault::AnswerLost => {
+            forward(store, asked)?;
+            client.shutdown(Shutdown::Both)
+        }
+        Fault::CutUp => {
+            // The store sees what was announced break off.
+            let stream = send(store, asked, &asked.body[..asked.body.len() / 2])?;
+            stream.shutdown(Shutdown::Both)?;
+            client.shutdown(Shutdown::Both)
+        }
+        Fault::CutDown => {
+            let answer = forward(store, asked)?;
+            let body = body_of(&answer);
+            client.write_all(&answer[..body + (answer.len() - body) / 2])
+        }
+        Fault::FlipUp => {
+            flip(&mut asked.body);
+            client.write_all(&forward(store, asked)?)
+        }
+        Fault::FlipDown => {
+            let mut answer = forward(store, asked)?;
+            let body = body_of(&answer);
+            flip(&mut answer[body..]);
+            client.write_all(&answer)
+        }
+        Fault::Silence(pause) => {
+            thread::sleep(pause);
+            client.shutdown(Shutdown::Both)
+        }
+        Fault::Trickle(pause) => {
+            for byte in forward(store, asked)?.chunks(1) {
+                client.write_all(byte)?;
+                thread::sleep(pause);
+            }
+            Ok(())
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! The running archiver on a bucket that goes wrong in every way between them: what it told PostgreSQL is in the bucket at
+//! every moment, WAL goes on into the spool, the light says what is wrong, and all is well again by itself.
+//!
+//! `acknowledge = "remote"`, so that a commit's return is a word about the bucket. Every fault alone with
+//! `TIDEMARK_LONG=1`; else the ones that lie, and a storm of all.
+
+use std::{
+    fs,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread::{self, JoinHandle, sleep},
+    time::{Duration, Instant},
+};
+
+use benches::{
+    bucket_proxy::{Asked, BucketProxy, Fault, Verdict},
+    cluster::{Cluster, connect},
+    main_job::{Daemon, Place},
+    object_store::{BUCKET, ObjectStoreServer},
+    programs::succeed,
+    restored::Restored,
+    tools::servers_or_skip,
+};
+use serde_json::Value;
+use wal_format::Lsn;
+
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How long a fault lasts.
+const LASTS: Duration = Duration::from_secs(2);
+
+/// What goes wrong with which requests, in the words of the error that people then see.
+#[derive(Clone, Copy)]
+struct Case {
+    fault: Fault,
+    concerns: fn(&Asked) -> bool,
+    words: &'static str,
+    /// Whether the short tier has it.
+    short: bool,
+}
+
+fn of_wal(asked: &Asked) -> bool {
+    asked.line.contains("/wal/") || asked.line.contains("/tail/")
+}
+
+fn all(_: &Asked) -> bool {
+    true
+}
+
+fn puts(asked: &Asked) -> bool {
+    asked.is("PUT") && of_wal(asked)
+}
+
+fn reads(asked: &Asked) -> bool {
+    asked.is("GET") && of_wal(asked)
+}
+
+const fn case(fault: Fault, concerns: fn(&Asked) -> bool, words: &'static str) -> Case {
+    Case {
+        fault,
+        concerns,
+        words,
+        short: false,
+    }
+}
+
+const fn short(case: Case) -> Case {
+    Case {
+        short: true,
+        ..case
+    }
+}
+
+const PIECE: Duration = Duration::from_millis(30);
+
+/// By the numbers of the failure catalogue.
+const CASES: [Case; 19] = [
+    // 35: busy, in each of its words.
+    case(Fault::Refuse(503, "SlowDown"), all, "SlowDown"),
+    case(Fault::Refuse(500, "InternalError"), all, "InternalError"),
+    case(
+        Fault::Refuse(409, "OperationAborted"),
+        puts,
+        "OperationAborted",
+    ),
+    // 36: an error in the words of a success.
+    short(case(
+        Fault::Refuse(200, "InternalError"),
+        puts,
+        "InternalError",
+    )),
+    // 37: connections that die, at each of their ends.
+    case(Fault::Reset, all, "s3://"),
+    case(Fault::AnswerLost, puts, "s3://"),
+    case(Fault::CutUp, puts, "s3://"),
+    case(Fault::CutDown, reads, "body"),
+    case(Fault::Silence(Duration::from_secs(1)), all, "s3://"),
+    case(Fault::Trickle(PIECE), reads, ""),
+    // 38: taken and lost; other bytes than were sent, or than are there.
+    short(case(Fault::Lie, puts, "is not in")),
+    case(Fault::FlipUp, puts, "HTTP 4"),
+    short(case(Fault::FlipDown, reads, "damaged")),
+    // 39: credentials and clocks.
+    case(Fault::Refuse(400, "ExpiredToken"), all, "renew"),
+    case(Fault::Refuse(403, "RequestTimeTooSkewed"), all, "clock"),
+    case(Fault::Refuse(403, "InvalidAccessKeyId"), all, "access key"),
+    // 40: a refusal is not "absent".
+    short(case(
+        Fault::Refuse(403, "AccessDenied"),
+        reads,
+        "s3:GetObject",
+    )),
+    case(Fault::Refuse(403, "AccessDenied"), puts, "s3:PutObject"),
+    case(Fault::Refuse(404, "NoSuchBucket"), all, "create the bucket"),
+];
+
+const STORM: [Fault; 12] = [
+    Fault::Refuse(503, "SlowDown"),
+    Fault::Refuse(500, "InternalError"),
+    Fault::Refuse(200, "InternalError"),
+    Fault::Refuse(403, "AccessDenied"),
+    Fault::Lie,
+    Fault::Reset,
+    Fault::AnswerLost,
+    Fault::CutUp,
+    Fault::CutDown,
+    Fault::FlipUp,
+    Fault::FlipDown,
+    Fault::Silence(Duration::from_millis(300)),
+];
+
+struct Scene {
+    cluster: Cluster,
+    bin: std::path::PathBuf,
+    place: Place,
+    /// The same bucket, past the proxy.
+    direct: Place,
+    proxy: BucketProxy,
+    daemon: Daemon,
+    rows: i64,
+}
+
+/// The first requests of a kind go wrong.
+fn first(
+    count: usize,
+    fault: Fault,
+    beginning: &'static str,
+    part: &'static str,
+) -> impl Fn(&Asked) -> Verdict + Send + Sync {
+    let left = AtomicUsize::new(count);
+    move |asked: &Asked| {
+        let less = |left: usize| left.checked_sub(1);
+        let concerned = asked.is(beginning) && asked.line.contains(part);
+        let order = Ordering::SeqCst;
+        if concerned && left.fetch_update(order, order, less).is_ok() {
+            Verdict::Fail(fault)
+        } else {
+            Verdict::Pass
+        }
+    }
+}
+
+impl Scene {
+    fn make(segment_mib: u32) -> Option<Self> {
+        let (_, bin) = servers_or_skip().pop()?;
+        let store = ObjectStoreServer::open_to_all_or_skip()?;
+        let proxy = BucketProxy::start(store.address()).expect("a proxy");
+        let (there, through) = (store.endpoint(), proxy.endpoint());
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = free.local_addr().expect("an address").to_string();
+        drop(free);
+        let settings = format!(
+            "{}acknowledge = \"remote\"\nhttp = \"{address}\"\n",
+            ObjectStoreServer::configuration_at(&through)
+        );
+        let place = Place::in_bucket_behind(store, &settings).expect("a place");
+        let direct = place.beside("").expect("a place");
+        let file = direct.path().join("tidemark.toml");
+        let text = fs::read_to_string(&file).expect("a configuration");
+        fs::write(&file, text.replace(&through, &there)).expect("a configuration");
+        let cluster = Cluster::start(&bin, segment_mib, "autovacuum = off").expect("a server");
+        let daemon = place.daemon(&cluster, &address).expect("a daemon");
+        let mut client = cluster.connect().expect("a connection");
+        let conninfo = cluster.conninfo();
+        let mut backup = place.program("wal-archiver").expect("it is built");
+        succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+        for setting in [
+            "CREATE TABLE t (n int, filler text)",
+            "ALTER SYSTEM SET synchronous_standby_names = 'tidemark'",
+            "SELECT pg_reload_conf()",
+        ] {
+            client.batch_execute(setting).expect("a setting");
+        }
+        Some(Self {
+            cluster,
+            bin,
+            place,
+            direct,
+            proxy,
+            daemon,
+            rows: 0,
+        })
+    }
+
+    /// A transaction over a segment and a half; its commit returns when the bucket has it.
+    fn commit(&mut self) -> JoinHandle<()> {
+        let conninfo = self.cluster.conninfo();
+        self.rows += 1500;
+        thread::spawn(move || {
+            let mut client = connect(&conninfo).expect("a connection");
+            let fill =
+                "INSERT INTO t SELECT n, repeat(md5(n::text), 30) FROM generate_series(1, 1500) n";
+            client.batch_execute(fill).expect("a commit");
+        })
+    }
+
+    fn status(&self) -> Value {
+        let mut status = self.place.program("wal-archiver").expect("it is built");
+        // A light that is not green is an exit code, and no failure here.
+        let output = status.args(["status", "--json"]).output();
+        let said = output.expect("it runs").stdout;
+        let reports: Value = serde_json::from_slice(&said).expect("JSON");
+        reports[0].clone()
+    }
+
+    fn wait(&self, what: &str, done: impl Fn(&Value) -> bool) {
+        let began = Instant::now();
+        loop {
+            let report = self.status();
+            if done(&report) {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{what}: {report:#}");
+            sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// What PostgreSQL was told: what is written, and what is in the bucket.
+    fn told(&self) -> (Lsn, Lsn, Lsn) {
+        let mut client = self.cluster.connect().expect("a connection");
+        let query = "SELECT pg_current_wal_flush_lsn()::text, write_lsn::text, flush_lsn::text \
+                     FROM pg_stat_replication WHERE application_name LIKE 'tidemark%'";
+        let row = client.query_one(query, &[]).expect("the stream is up");
+        let lsn = |at: usize| row.get::<_, String>(at).parse().expect("an LSN");
+        (lsn(0), lsn(1), lsn(2))
+    }
+
+    /// The word that PostgreSQL was given is true: another program, past the faults, finds that much in the bucket.
+    fn assert_true(&self) {
+        let (_, _, told) = self.told();
+        let mut list = self.direct.program("pitr-restore").expect("it is built");
+        let said = succeed(list.args(["list", "--json"])).expect("a listing");
+        let listing: Value = serde_json::from_str(&said).expect("JSON");
+        let windows = listing["windows"].as_array().expect("windows");
+        let ends = windows.iter().map(|window| {
+            let end = window["end_lsn"].as_str().expect("an LSN");
+            end.parse::<Lsn>().expect("an LSN")
+        });
+        let end = ends.max().expect("WAL");
+        assert!(
+            end >= told,
+            "{told} was acknowledged, the bucket ends at {end}"
+        );
+        assert_eq!(listing["damaged"], Value::Array(Vec::new()), "{listing}");
+        assert_eq!(windows.len(), 1, "a gap: {listing}");
+    }
+
+    fn assert_streams(&self) {
+        let began = Instant::now();
+        loop {
+            let (current, written, _) = self.told();
+            if written >= current {
+                return;
+            }
+            assert!(began.elapsed() < PATIENCE, "{current}, but {written}");
+            sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn assert_well(&self, what: &str) {
+        self.wait(&format!("well again after {what}"), |report| {
+            report["state"] == "ok"
+                && report["repository_error"].is_null()
+                && report["durable"]["remote"]["lag_bytes"] == 0
+        });
+        self.assert_true();
+    }
+
+    fn meet(&mut self, case: &Case) {
+        let Case {
+            fault,
+            concerns,
+            words,
+            ..
+        } = case;
+        let name = format!("{fault:?} {words}");
+        let began = Instant::now();
+        self.proxy.fail(*fault, *concerns);
+        let commit = self.commit();
+        // A read that trickles is slow, and comes to its end.
+        if !words.is_empty() {
+            self.wait(&name, |report| {
+                let error = report["repository_error"].as_str().unwrap_or_default();
+                error.contains(words) && report["state"] != "ok"
+            });
+            sleep(LASTS.saturating_sub(began.elapsed()));
+            assert!(
+                !commit.is_finished(),
+                "{name}: acknowledged without the bucket"
+            );
+        }
+        self.assert_streams();
+        self.assert_true();
+        assert!(self.proxy.met() > 0, "{name}: nothing went wrong");
+        let met = self.proxy.met();
+        self.proxy.heal();
+        commit.join().expect("a commit");
+        self.assert_well(&name);
+        eprintln!("{name}: met {met} times, well after {:?}", began.elapsed());
+    }
+
+    /// Everything at once, and no order in it: what gets through is right.
+    fn weather_a_storm(&mut self, lasts: Duration) {
+        let began = Instant::now();
+        self.proxy.storm(40, &STORM);
+        let mut commits = Vec::new();
+        while began.elapsed() < lasts {
+            commits.push(self.commit());
+            self.assert_true();
+            sleep(Duration::from_millis(700));
+        }
+        let met = self.proxy.met();
+        self.proxy.heal();
+        for commit in commits {
+            commit.join().expect("a commit");
+        }
+        self.assert_well("the storm");
+        eprintln!("a storm of {met} faults, well after {:?}", began.elapsed());
+    }
+
+    /// What nobody reads back at once: a backup is whole, or it is none.
+    fn back_up(&self, faults: &[(Fault, &'static str)]) {
+        for (fault, part) in faults {
+            self.proxy.decide(first(2, *fault, "PUT", part));
+            let conninfo = self.cluster.conninfo();
+            let mut backup = self.place.program("wal-archiver").expect("it is built");
+            let backup = backup.args(["--conninfo", &conninfo, "backup"]);
+            succeed(backup).expect("a backup");
+            assert_eq!(self.proxy.met(), 2, "{fault:?} of {part}");
+        }
+        self.proxy.heal();
+    }
+
+    fn finish(self) {
+        self.cluster.stop().expect("it stops");
+        self.daemon.stop().expect("everything is in the bucket");
+        let log = fs::read_to_string(self.place.path().join("archiver.log")).expect("a log");
+        assert!(!log.contains("divergence"), "{log}");
+        let mut verify = self.direct.program("wal-archiver").expect("it is built");
+        let said = succeed(verify.args(["verify", "--deep"])).expect("everything is sound");
+        assert!(said.contains("no gap, no damage"), "{said}");
+        let restored = Restored::start::<&str>(&self.direct, &self.bin, &[]).expect("a restore");
+        let mut client = restored.connect().expect("a connection");
+        let row = client.query_one("SELECT count(*) FROM t", &[]);
+        assert_eq!(row.expect("a count").get::<_, i64>(0), self.rows);
+    }
+}
+
+#[test]
+fn nothing_that_a_bucket_does_wrong_is_taken_for_a_success() {
+    let Some(mut scene) = Scene::make(1) else {
+        return;
+    };
+    let long = std::env::var_os("TIDEMARK_LONG").is_some();
+    for case in CASES.iter().filter(|case| long || case.short) {
+        scene.meet(case);
+    }
+    scene.weather_a_storm(Duration::from_secs(if long { 60 } else { 4 }));
+    let faults = [
+        (Fault::Lie, "/base."),
+        (Fault::Lie, "backup.json"),
+        (Fault::Lie, "backup_manifest"),
+        (Fault::FlipUp, "/base."),
+        (Fault::CutUp, "/base."),
+        (Fault::Refuse(200, "InternalError"), "/base."),
+    ];
+    scene.back_up(if long { &faults } else { &faults[..2] });
+    scene.finish();
+}
+
+/// Scenarios 36 and 37 with a segment that goes up in parts.
+#[test]
+fn an_upload_in_parts_is_whole_or_none_and_leaves_nothing() {
+    let Some(mut scene) = Scene::make(64) else {
+        return;
+    };
+    let long = std::env::var_os("TIDEMARK_LONG").is_some();
+    let faults = [
+        (Fault::Refuse(200, "InternalError"), "POST", "uploadId="),
+        (Fault::CutUp, "PUT", "partNumber="),
+        (Fault::AnswerLost, "POST", "uploadId="),
+        (Fault::FlipUp, "PUT", "partNumber="),
+        (Fault::Reset, "PUT", "partNumber="),
+        (Fault::Lie, "POST", "uploadId="),
+    ];
+    for (fault, beginning, part) in &faults[..if long { 6 } else { 1 }] {
+        let began = Instant::now();
+        // Not of what is open: only a whole segment is large enough.
+        scene.proxy.decide(first(2, *fault, beginning, part));
+        let mut client = scene.cluster.connect().expect("a connection");
+        for fill in [
+            "SET synchronous_commit = local",
+            "DROP TABLE IF EXISTS noise",
+            "CREATE TABLE noise AS SELECT string_agg(md5(random()::text || i), '') \
+             FROM generate_series(1, 2200000) i GROUP BY i % 10000",
+            "SELECT pg_switch_wal()",
+        ] {
+            client.batch_execute(fill).expect("WAL");
+        }
+        drop(client);
+        scene.commit().join().expect("a commit");
+        scene.wait(&format!("{fault:?} of {part}"), |report| {
+            scene.proxy.met() == 2 && report["durable"]["remote"]["lag_bytes"] == 0
+        });
+        scene.proxy.heal();
+        scene.assert_well(part);
+        eprintln!("{fault:?} of {beginning} {part}: {:?}", began.elapsed());
+    }
+    let store = scene.place.store().expect("a store");
+    let uploads = store.unsigned(&format!("GET /{BUCKET}?uploads"), "");
+    let uploads = uploads.expect("a listing");
+    assert!(uploads.contains("ListMultipartUploadsResult"), "{uploads}");
+    assert!(!uploads.contains("/wal/"), "parts are left: {uploads}");
+    scene.finish();
+}
