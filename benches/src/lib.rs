@@ -10,6 +10,7 @@ pub mod fault_proxy;
 pub mod host_loss;
 pub mod ledger;
 pub mod main_job;
+pub mod moto;
 pub mod object_store;
 pub mod programs;
 pub mod restored;

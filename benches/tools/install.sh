@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what building and testing need on Debian or Ubuntu: libclang for RocksDB's bindings, a C and C++ compiler,
-# PostgreSQL servers of every supported version, unpacked side by side, and an object store. Quick when everything is there.
+# PostgreSQL servers of every supported version, unpacked side by side, and two object stores. Quick when everything is there.
 set -euo pipefail
 
 sudo=""
@@ -98,4 +98,5 @@ if [ "$(cat "$browser/.version" 2>/dev/null)" != "$browser_versions" ]; then
     fi
 fi
 
+bash "$(dirname "$0")/install-moto.sh" "$tools/moto"
 bash "$(dirname "$0")/install-13.sh" "$tools/postgresql/13"

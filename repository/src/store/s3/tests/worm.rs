@@ -1,66 +1,17 @@
 //! Buckets with versions and Object Lock, on two servers: what an attacker deletes or overwrites is still to be seen as it
 //! was, and what is locked stays.
 
-use std::{
-    env,
-    net::{TcpListener, TcpStream},
-    process::{Child, Command, Stdio},
-    thread::sleep,
-    time::Instant,
-};
+use std::thread::sleep;
 
 use aws_sdk_s3::types::{BucketVersioningStatus, VersioningConfiguration};
+
+use benches::moto::MotoServer;
 
 use super::*;
 use crate::store::testing::conformance;
 
 /// Stores tell times in whole seconds.
 const TICK: Duration = Duration::from_millis(1200);
-
-/// moto, a mock of AWS in Python, for its differences from SeaweedFS; stopped when dropped.
-struct Moto {
-    process: Child,
-    endpoint: String,
-}
-
-impl Moto {
-    fn start_or_skip() -> Option<Self> {
-        let program = env::var_os("MOTO_SERVER").unwrap_or_else(|| "moto_server".into());
-        let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = free.local_addr().expect("an address");
-        drop(free);
-        let mut process = Command::new(program)
-            .args(["-H", "127.0.0.1", "-p", &address.port().to_string()])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .inspect_err(|error| {
-                eprintln!("SKIPPED: moto_server (pip install 'moto[server]'): {error}");
-            })
-            .ok()?;
-        let began = Instant::now();
-        while TcpStream::connect(address).is_err() {
-            if began.elapsed() > Duration::from_secs(60)
-                || process.try_wait().expect("a status").is_some()
-            {
-                eprintln!("SKIPPED: moto_server does not start");
-                return None;
-            }
-            sleep(Duration::from_millis(100));
-        }
-        Some(Self {
-            process,
-            endpoint: format!("http://{address}"),
-        })
-    }
-}
-
-impl Drop for Moto {
-    fn drop(&mut self) {
-        let _ended = self.process.kill();
-        let _ended = self.process.wait();
-    }
-}
 
 fn plain(endpoint: &str, bucket: &str) -> S3Store {
     S3Store::without_retries(bucket, "p", &settings(endpoint)).expect("a store")
@@ -211,14 +162,14 @@ fn versions_and_locks_on_seaweedfs() {
 
 #[test]
 fn moto_keeps_every_promise_with_versions_and_locks() {
-    let Some(moto) = Moto::start_or_skip() else {
+    let Some(moto) = MotoServer::start_or_skip() else {
         return;
     };
-    let store = plain(&moto.endpoint, "conformance");
+    let store = plain(moto.endpoint(), "conformance");
     create_bucket(&store, false);
     let store: Arc<dyn ObjectStore> = Arc::new(store);
     conformance(&store, 1);
-    the_past_is_undamaged(&moto.endpoint, "versioned");
+    the_past_is_undamaged(moto.endpoint(), "versioned");
     // Not a large one: moto 5.2 answers the end of an upload with another element than S3, which the SDK refuses.
-    locks_hold(&moto.endpoint, "locked", &[("a/small", 5)]);
+    locks_hold(moto.endpoint(), "locked", &[("a/small", 5)]);
 }

@@ -1,0 +1,145 @@
+//! [`MotoServer`]: moto, a mock of AWS in Python, as a second S3 server; stopped when dropped.
+//!
+//! It differs from SeaweedFS where a store may differ: who passes on both has not learnt one of them by heart. Invariant: it
+//! is the version of `benches/tools/moto.txt` or none at all.
+
+use std::{
+    env,
+    fs::File,
+    net::{TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+/// Importing it takes seconds on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+const LOCK: &str = include_str!("../tools/moto.txt");
+/// Another version has other habits: the test would be about something else.
+const RUN: &str = "import sys, moto
+wanted, port = sys.argv[1:]
+if moto.__version__ != wanted:
+    sys.exit(f'moto {moto.__version__} is installed in {moto.__path__[0]}, the tests need {wanted}; run `make install-tools`')
+from moto.server import main
+main(['-H', '127.0.0.1', '-p', port])
+";
+
+/// A running server without any bucket.
+#[derive(Debug)]
+pub struct MotoServer {
+    process: Child,
+    endpoint: String,
+    _log: TempDir,
+}
+
+/// Where it is, as `benches/tools/install-moto.sh` leaves it.
+fn home() -> Option<PathBuf> {
+    let mut places: Vec<PathBuf> = vec!["/var/cache/tidemark/moto".into()];
+    let own = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/tidemark/moto"));
+    places.extend(own);
+    places.into_iter().find(|path| path.join("moto").is_dir())
+}
+
+fn wanted() -> Option<&'static str> {
+    let line = LOCK.lines().find_map(|line| line.strip_prefix("moto=="));
+    line?.split(' ').next()
+}
+
+impl MotoServer {
+    /// Starts it, or says that it is missing; under CI that is a failure and not a skipped test.
+    ///
+    /// # Panics
+    /// Under CI, when it is missing; when it does not start.
+    #[must_use]
+    pub fn start_or_skip() -> Option<Self> {
+        let Some(home) = home() else {
+            assert!(
+                env::var_os("CI").is_none(),
+                "moto is not installed; run `make install-tools`"
+            );
+            eprintln!("SKIPPED: moto is not installed; run `make install-tools`");
+            return None;
+        };
+        Some(Self::start(&home).expect("moto starts"))
+    }
+
+    /// Starts what is installed in `home`.
+    ///
+    /// # Errors
+    /// With what it said when it is another version or does not become ready.
+    pub fn start(home: &Path) -> Result<Self> {
+        let wanted = wanted().context("benches/tools/moto.txt does not name moto")?;
+        let free = TcpListener::bind("127.0.0.1:0")?;
+        let address = free.local_addr()?;
+        drop(free);
+        let directory = tempfile::tempdir()?;
+        let log = directory.path().join("moto.log");
+        let mut process = Command::new("python3")
+            // Not what else is installed on this machine.
+            .args(["-s", "-c", RUN, wanted, &address.port().to_string()])
+            .env("PYTHONPATH", home)
+            .env("PYTHONDONTWRITEBYTECODE", "1")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log)?)
+            .spawn()
+            .context("run python3")?;
+        let began = Instant::now();
+        while TcpStream::connect(address).is_err() {
+            let ended = process.try_wait()?.is_some();
+            if ended || began.elapsed() > PATIENCE {
+                let _gone = process.kill();
+                let _gone = process.wait();
+                bail!(
+                    "moto did not become ready: {}",
+                    std::fs::read_to_string(log)?
+                );
+            }
+            sleep(Duration::from_millis(100));
+        }
+        Ok(Self {
+            process,
+            endpoint: format!("http://{address}"),
+            _log: directory,
+        })
+    }
+
+    /// `http://127.0.0.1:PORT`.
+    #[must_use]
+    pub fn endpoint(&self) -> &str {
+        &self.endpoint
+    }
+}
+
+impl Drop for MotoServer {
+    fn drop(&mut self) {
+        let _ended = self.process.kill();
+        let _ended = self.process.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_version_is_refused_by_name() {
+        let home = tempfile::tempdir().expect("a directory");
+        let package = home.path().join("moto");
+        std::fs::create_dir(&package).expect("a directory");
+        let old = "__version__ = '4.0.1'\n";
+        std::fs::write(package.join("__init__.py"), old).expect("a file");
+        let error = MotoServer::start(home.path()).expect_err("an old one");
+        let said = error.to_string();
+        let wanted = format!("the tests need {}", wanted().expect("a version"));
+        assert!(
+            said.contains("moto 4.0.1") && said.contains(&wanted),
+            "{said}"
+        );
+        assert!(said.contains("make install-tools"), "{said}");
+    }
+}
