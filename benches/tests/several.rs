@@ -2,18 +2,105 @@
 //! either of them alone is enough.
 
 use std::{
-    collections::BTreeMap,
     fs,
+    os::unix::fs::{MetadataExt, chown},
     path::{Path, PathBuf},
 };
 
 use benches::{
-    cluster::Cluster, main_job::Place, programs::succeed, restored::Restored,
+    cluster::Cluster,
+    main_job::Place,
+    object_store::{BUCKET, ObjectStoreServer},
+    programs::{directory, free_address, succeed},
+    restored::Restored,
     tools::servers_or_skip,
 };
+use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentName};
 
-fn files(root: &Path) -> BTreeMap<String, PathBuf> {
-    let mut found = BTreeMap::new();
+const ROWS: i64 = 50_010;
+const NEAR: &str = "main/job";
+const FAR: &str = "far";
+
+/// One of the two repositories, for who runs it and can change every object.
+enum Shelf<'a> {
+    Folder(PathBuf),
+    /// Below a prefix.
+    Bucket(&'a ObjectStoreServer, &'static str),
+}
+
+impl Shelf<'_> {
+    /// Every object by its name in the repository.
+    fn names(&self) -> Vec<String> {
+        let mut names = match self {
+            Self::Folder(root) => files(root),
+            Self::Bucket(store, prefix) => {
+                let keys = store.keys().expect("a listing").into_iter();
+                keys.filter_map(|key| Some(key.strip_prefix(prefix)?.strip_prefix('/')?.to_owned()))
+                    .filter(|key| !key.starts_with('.'))
+                    .collect()
+            }
+        };
+        names.sort();
+        names
+    }
+
+    fn get(&self, name: &str) -> Vec<u8> {
+        match self {
+            Self::Folder(root) => fs::read(root.join(name)).expect("an object"),
+            Self::Bucket(store, prefix) => {
+                let object = store.object(&format!("{prefix}/{name}"));
+                object.expect("an object")
+            }
+        }
+    }
+
+    /// Over what is there.
+    fn put(&self, name: &str, body: &[u8]) {
+        match self {
+            Self::Folder(root) => {
+                let path = root.join(name);
+                // With its owner, who is not the one who tests.
+                let mut folder = path.parent().expect("a folder");
+                fs::create_dir_all(folder).expect("a folder");
+                let owner = fs::metadata(root).expect("the repository");
+                // The archiver leaves files that nobody may write.
+                drop(fs::remove_file(&path));
+                fs::write(&path, body).expect("a file");
+                drop(chown(&path, Some(owner.uid()), Some(owner.gid())));
+                while folder != root {
+                    drop(chown(folder, Some(owner.uid()), Some(owner.gid())));
+                    folder = folder.parent().expect("a folder");
+                }
+            }
+            Self::Bucket(store, prefix) => {
+                let put = store.overwrite(&format!("{prefix}/{name}"), body);
+                put.expect("an administrator may");
+            }
+        }
+    }
+
+    fn remove(&self, name: &str) {
+        match self {
+            Self::Folder(root) => fs::remove_file(root.join(name)).expect("it goes"),
+            Self::Bucket(store, prefix) => {
+                let delete = format!("DELETE /{BUCKET}/{prefix}/{name}");
+                let answer = store.unsigned(&delete, "").expect("an answer");
+                assert!(answer.starts_with("HTTP/1.1 20"), "{answer}");
+            }
+        }
+    }
+
+    fn flip(&self, name: &str, at: usize) -> Vec<u8> {
+        let sound = self.get(name);
+        let mut damaged = sound.clone();
+        damaged[at] ^= 0x10;
+        self.put(name, &damaged);
+        sound
+    }
+}
+
+fn files(root: &Path) -> Vec<String> {
+    let mut found = Vec::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(folder).expect("a folder").flatten() {
@@ -22,49 +109,60 @@ fn files(root: &Path) -> BTreeMap<String, PathBuf> {
                 folders.push(path);
             } else {
                 let name = path.strip_prefix(root).expect("below it").display();
-                found.insert(name.to_string(), path);
+                found.push(name.to_string());
             }
         }
     }
     found
 }
 
-/// One object of each kind, by what its name has.
-fn kinds(root: &Path) -> Vec<PathBuf> {
-    let files = files(root);
-    let kinds = [
-        "/epoch/",
-        "/history/",
-        "/history-copy/",
-        "/wal/",
-        "/tail/",
-        "/base.000001.tar.zst",
-        "/backup_manifest",
-        "/backup.json",
-    ];
-    let found: Vec<PathBuf> = kinds
-        .iter()
-        .filter_map(|kind| {
-            let of_kind = files.iter().find(|(name, _)| name.contains(kind));
-            of_kind.map(|(_, path)| path.clone())
-        })
-        .collect();
-    assert!(found.len() >= 7, "{files:?}");
-    found
+/// Where in an object a bit flips.
+#[derive(Clone, Copy, Debug)]
+enum At {
+    Begin,
+    Middle,
+    End,
 }
 
-fn flip(path: &Path) -> Vec<u8> {
-    let sound = fs::read(path).expect("an object");
-    let mut damaged = sound.clone();
-    let middle = damaged.len() / 2;
-    damaged[middle] ^= 0x10;
-    replace(path, &damaged);
-    sound
-}
+/// Every kind of object that there is, by what its name has, and where it is hit: a segment in its header, its frames, and
+/// its footer with the summary.
+const KINDS: [(&str, At); 12] = [
+    ("/epoch/", At::Middle),
+    ("/history/", At::Middle),
+    ("/history-copy/", At::Middle),
+    ("/wal/", At::Begin),
+    ("/wal/", At::Middle),
+    ("/wal/", At::End),
+    ("/tail/", At::Middle),
+    ("/base.000001.tar.zst", At::Middle),
+    ("/backup_manifest", At::Middle),
+    ("/backup.json", At::Middle),
+    ("/gap/", At::Middle),
+    ("/keys/", At::Middle),
+];
 
-fn replace(path: &Path, content: &[u8]) {
-    fs::remove_file(path).expect("it can be removed");
-    fs::write(path, content).expect("a file");
+/// An object of each kind, no object twice, and the byte to hit.
+fn targets(shelf: &Shelf<'_>, encrypted: bool) -> Vec<(String, usize)> {
+    let names = shelf.names();
+    let mut targets: Vec<(String, usize)> = Vec::new();
+    for (kind, at) in KINDS {
+        let is_new =
+            |name: &&String| name.contains(kind) && targets.iter().all(|(known, _)| known != *name);
+        let Some(name) = names.iter().find(is_new) else {
+            // Only plain ones are written by hand, and only the others have keys.
+            let none = (kind == "/gap/" && encrypted) || (kind == "/keys/" && !encrypted);
+            assert!(none, "no {kind} in {names:#?}");
+            continue;
+        };
+        let length = shelf.get(name).len();
+        let byte = match at {
+            At::Begin => 20,
+            At::Middle => length / 2,
+            At::End => length - 40,
+        };
+        targets.push((name.clone(), byte));
+    }
+    targets
 }
 
 fn verify(place: &Place, arguments: &[&str]) -> (Option<i32>, String) {
@@ -85,63 +183,125 @@ fn rows(place: &Place, bin: &Path) -> i64 {
     row.expect("a count").get(0)
 }
 
-fn two_repositories(encryption: &str) {
-    let Some((major, bin)) = servers_or_skip().pop() else {
-        return;
-    };
-    let cluster = Cluster::start(&bin, 1, "").expect("a server");
-    let settings = format!("repositories = [{{ url = 'file://{{place}}/offsite' }}]\n{encryption}");
-    let place = Place::with_settings(&settings).expect("a place");
-    let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
-    let mut client = cluster.connect().expect("a connection");
-    // A commit that returned is in the spool, and a stop sends it on.
-    for setting in [
-        "ALTER SYSTEM SET synchronous_standby_names = 'tidemark'",
-        "SELECT pg_reload_conf()",
-    ] {
-        client.batch_execute(setting).expect("a setting");
+/// Every sealed segment as `restore_command` delivers it is the server's own.
+fn assert_fetched(place: &Place, cluster: &Cluster, shelf: &Shelf<'_>) {
+    let root = directory().expect("a directory");
+    let mut fetched = 0;
+    for name in shelf.names().iter().filter(|name| name.contains("/wal/")) {
+        let file = name.rsplit('/').next().expect("a name");
+        let segment: SegmentName = file[..24].parse().expect("a segment");
+        let destination = root.path().join("fetched");
+        let mut fetch = place.program("pitr-restore").expect("it is built");
+        fetch.args(["wal-fetch", &segment.to_string()]);
+        succeed(fetch.arg(&destination)).expect("it is delivered");
+        let theirs = cluster.data().join("pg_wal").join(segment.to_string());
+        let theirs = fs::read(theirs).expect("the server keeps it");
+        let delivered = fs::read(&destination).expect("a file");
+        assert!(delivered == theirs, "{segment}");
+        fetched += 1;
     }
-    drop(client);
+    assert!(fetched > 3, "{fetched}");
+}
+
+/// An archive on two timelines, as a promotion leaves them, with a backup, in both places.
+fn archive(cluster: &Cluster, place: &Place) {
+    let daemon = place.daemon(cluster, "127.0.0.1:0").expect("a daemon");
+    // A commit that returned is in the spool, and a stop sends it on.
+    cluster.wait_for_standbys("tidemark").expect("a setting");
     let mut client = cluster.connect().expect("a connection");
     client
         .batch_execute("CREATE TABLE t AS SELECT n FROM generate_series(1, 20000) n")
         .expect("a table");
-    let mut backup = place.program("wal-archiver").expect("it is built");
-    backup.args(["--conninfo", &cluster.conninfo(), "backup"]);
-    succeed(&mut backup).expect("a backup");
+    let backup = place.back_up(&cluster.conninfo(), &[]);
+    backup.expect("a backup");
     client
         .batch_execute("INSERT INTO t SELECT n FROM generate_series(1, 30000) n")
         .expect("rows");
     drop(client);
     daemon.stop().expect("it stops");
-    // A history as a promotion leaves it, so that this kind is there too.
     let mut programs = cluster.program("pg_ctl").expect("it is there");
     let data = cluster.data();
     let standby = data.join("standby.signal");
     cluster.crash().expect("it dies");
     fs::write(&standby, "").expect("a signal file");
     let owner = fs::metadata(&data).expect("the data directory");
-    drop(std::os::unix::fs::chown(
-        &standby,
-        Some(std::os::unix::fs::MetadataExt::uid(&owner)),
-        Some(std::os::unix::fs::MetadataExt::gid(&owner)),
-    ));
+    drop(chown(&standby, Some(owner.uid()), Some(owner.gid())));
     cluster.start_again().expect("it starts");
     succeed(programs.args(["promote", "-w", "-D"]).arg(&data)).expect("it is promoted");
-    let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
+    let daemon = place.daemon(cluster, "127.0.0.1:0").expect("a daemon");
     let mut client = cluster.connect().expect("a connection");
     client
         .batch_execute("INSERT INTO t SELECT n FROM generate_series(1, 10) n")
         .expect("rows");
     drop(client);
     daemon.stop().expect("it stops");
+}
 
-    let (near, far) = (
-        place.path().join("repository"),
-        place.path().join("offsite"),
-    );
-    let names = |root: &Path| -> Vec<String> {
-        let names = files(root).into_keys();
+/// A range before everything else that was declared lost, so that this kind of object is there.
+fn declare_a_gap(shelves: [&Shelf<'_>; 2]) {
+    let names = shelves[0].names();
+    let epoch = names.iter().find(|name| name.contains("/epoch/"));
+    let epoch = shelves[0].get(epoch.expect("an epoch"));
+    let epoch: serde_json::Value = serde_json::from_slice(&epoch).expect("JSON");
+    let system = serde_json::from_value(epoch["system_identifier"].clone());
+    let gap = DeclaredGap {
+        branch: Branch::FIRST,
+        from_lsn: Lsn(0),
+        to_lsn: Lsn(1 << 20),
+        declared: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+        last_commit: None,
+        reason: "a test".to_owned(),
+    };
+    let key = gap.key(system.expect("a number"));
+    let json = serde_json::to_vec_pretty(&gap).expect("JSON");
+    for shelf in shelves {
+        shelf.put(&format!("main/{key}"), &json);
+    }
+}
+
+/// Whether each place is in a bucket, and the keys.
+fn two_repositories(near_in_bucket: bool, far_in_bucket: bool, encryption: &str) {
+    let Some((major, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let Some(store) = ObjectStoreServer::open_to_all_or_skip() else {
+        return;
+    };
+    let cluster = Cluster::start(&bin, 1, "wal_keep_size = 1GB").expect("a server");
+    let elsewhere = directory().expect("a directory");
+    let far = if far_in_bucket {
+        let keys = store.configuration().trim().replace('\n', ", ");
+        format!("{{ url = 's3://{BUCKET}/{FAR}', {keys} }}")
+    } else {
+        format!("{{ url = 'file://{}/far' }}", elsewhere.path().display())
+    };
+    let settings = format!("repositories = [{far}]\n{encryption}");
+    let mut kept = None;
+    let place = if near_in_bucket {
+        Place::in_bucket(store, &settings)
+    } else {
+        kept = Some(store);
+        Place::with_settings(&settings)
+    };
+    let place = place.expect("a place");
+    archive(&cluster, &place);
+
+    let store = kept.as_ref().or_else(|| place.store()).expect("a store");
+    let near = if near_in_bucket {
+        Shelf::Bucket(store, NEAR)
+    } else {
+        Shelf::Folder(place.path().join("repository"))
+    };
+    let far = if far_in_bucket {
+        Shelf::Bucket(store, FAR)
+    } else {
+        Shelf::Folder(elsewhere.path().join("far"))
+    };
+    if encryption.is_empty() {
+        declare_a_gap([&near, &far]);
+    }
+    let names = |shelf: &Shelf<'_>| -> Vec<String> {
+        let names = shelf.names().into_iter();
         names.filter(|name| !name.contains("/keys")).collect()
     };
     assert_eq!(names(&near), names(&far), "PostgreSQL {major}");
@@ -149,56 +309,75 @@ fn two_repositories(encryption: &str) {
     assert_eq!(code, Some(0), "{said}");
 
     let mut sound = Vec::new();
-    for path in kinds(&near) {
-        sound.push((path.clone(), flip(&path)));
+    let targets = targets(&near, !encryption.is_empty());
+    for (name, byte) in &targets {
+        sound.push((name, near.flip(name, *byte)));
         let (code, said) = verify(&place, &[]);
-        assert_eq!(code, Some(4), "{}: {said}", path.display());
+        assert_eq!(code, Some(4), "{name} at {byte}: {said}");
+        let object = name.trim_start_matches("main/").trim_end_matches(".enc");
+        assert!(said.contains(object), "{name} at {byte}: {said}");
     }
-    assert_eq!(rows(&place, &bin), 50_010, "from the other repository");
-    let missing = files(&near)
+    assert_eq!(rows(&place, &bin), ROWS, "from the other repository");
+    assert_fetched(&place, &cluster, &far);
+    let missing = near
+        .names()
         .into_iter()
-        .rfind(|(name, _)| name.contains("/wal/"))
-        .expect("a segment")
-        .1;
-    sound.push((missing.clone(), fs::read(&missing).expect("an object")));
-    fs::remove_file(&missing).expect("it can be removed");
+        .rfind(|name| name.contains("/wal/"));
+    let missing = missing.expect("a segment");
+    sound.push((&missing, near.get(&missing)));
+    near.remove(&missing);
     let (code, said) = verify(&place, &["--repair"]);
     assert_eq!(code, Some(0), "{said}");
     let repaired = said.matches("was repaired from").count();
-    assert!(repaired >= kinds(&near).len(), "{said}");
+    assert!(repaired > targets.len(), "{said}");
     if encryption.is_empty() {
-        for (path, sound) in sound {
-            assert_eq!(fs::read(&path).expect("an object"), sound, "{path:?}");
+        for (name, sound) in sound {
+            assert!(near.get(name) == sound, "{name}");
         }
     }
     // Damaged in both places it stays, and is named.
-    let segment = &kinds(&near)[3];
-    let other = far.join(segment.strip_prefix(&near).expect("below it"));
-    let kept = [flip(segment), flip(&other)];
+    let (segment, byte) = &targets[4];
+    assert!(segment.contains("/wal/"), "{segment}");
+    let kept = [near.flip(segment, *byte), far.flip(segment, *byte)];
     let (code, said) = verify(&place, &["--repair"]);
     assert_eq!(code, Some(4), "{said}");
     assert!(
         said.contains("no other repository has a sound copy"),
         "{said}"
     );
-    replace(segment, &kept[0]);
-    replace(&other, &kept[1]);
+    near.put(segment, &kept[0]);
+    far.put(segment, &kept[1]);
 
-    fs::remove_dir_all(&near).expect("the near one burns");
-    assert_eq!(rows(&place, &bin), 50_010, "from the far one alone");
+    for name in near.names() {
+        near.remove(&name);
+    }
+    assert_eq!(rows(&place, &bin), ROWS, "from the far one alone");
+}
+
+fn key() -> String {
+    let key = "ab".repeat(32);
+    format!("encryption_key_command = \"printf '{key}'\"")
 }
 
 #[test]
-fn any_damage_heals_from_the_second_repository() {
-    two_repositories("");
+fn any_damage_in_a_bucket_heals_from_a_folder() {
+    two_repositories(true, false, "");
 }
 
 #[test]
-fn any_damage_heals_between_encrypted_repositories() {
-    two_repositories(&format!(
-        "encryption_key_command = \"printf '{}'\"",
-        "ab".repeat(32)
-    ));
+fn any_damage_in_an_encrypted_folder_heals_from_a_bucket() {
+    two_repositories(false, true, &key());
+}
+
+#[test]
+fn any_damage_heals_between_any_two_places() {
+    if std::env::var_os("TIDEMARK_LONG").is_some() {
+        two_repositories(false, false, "");
+        two_repositories(true, true, "");
+        two_repositories(true, true, &key());
+        two_repositories(false, true, "");
+        two_repositories(true, false, &key());
+    }
 }
 
 /// A second repository that nobody reaches holds up nothing, and is shown as what it is.
@@ -207,9 +386,7 @@ fn a_repository_that_is_away_is_told_with_its_lag() {
     let Some((_, bin)) = servers_or_skip().pop() else {
         return;
     };
-    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = free.local_addr().expect("an address").to_string();
-    drop(free);
+    let address = free_address().expect("an address");
     let cluster = Cluster::start(&bin, 1, "").expect("a server");
     let place = Place::with_settings(&format!(
         "http = '{address}'\nrepositories = [{{ url = 's3://away/x', s3_endpoint = 'http://127.0.0.1:1', \

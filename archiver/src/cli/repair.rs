@@ -6,11 +6,11 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use repository::{Repository, is_sound};
+use repository::{Repository, config::ClusterSettings, is_sound};
 use sha2::{Digest, Sha256};
 use wal_format::{BackupInfo, ObjectKey};
 
-use super::verify::Findings;
+use super::{output, verify::Findings};
 use crate::error::Result;
 
 /// What a backup consists of, with the SHA-256 of each part.
@@ -21,6 +21,33 @@ pub(super) fn parts(info: &BackupInfo) -> Vec<(ObjectKey, String)> {
         .map(|slice| (info.slice_key(slice), slice.sha256.clone()));
     let manifest = (info.manifest_key(), info.manifest_sha256.clone());
     slices.chain([manifest]).collect()
+}
+
+/// Per place, what is wrong with the data keys of its encrypted objects. With `mend` the sound copy of each is put in the
+/// place of the broken one, and said.
+pub(super) fn keys(settings: &ClusterSettings, mend: bool) -> Result<Vec<Vec<String>>> {
+    let mut all = Vec::new();
+    for place in settings.repository.each() {
+        let Some(encrypted) = Repository::encrypted(&place, &settings.name)? else {
+            all.push(Vec::new());
+            continue;
+        };
+        let mut problems = Vec::new();
+        for (name, sound) in encrypted.broken_keys(mend)? {
+            if mend && sound {
+                output::line(&format!(
+                    "cluster {}: {name} in {place} was repaired from its copy",
+                    settings.name
+                ));
+            }
+            problems.push(match sound {
+                true => format!("{name} is damaged or lost; its copy is sound"),
+                false => format!("{name} is damaged or lost, and its copy too"),
+            });
+        }
+        all.push(problems);
+    }
+    Ok(all)
 }
 
 /// The key in an error's words, with or without the cluster.

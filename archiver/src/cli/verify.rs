@@ -37,7 +37,10 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
             .iter()
             .map(|place| Repository::open(place, &cluster.name))
             .collect::<repository::Result<Vec<_>>>()?;
-        let (system, mut findings) = examine_all(&places, deep)?;
+        if repair {
+            repair::keys(cluster, true)?;
+        }
+        let (system, mut findings) = examine_all(cluster, &places, deep)?;
         // Again, because what a damaged description of a backup lists is seen only when it is sound.
         for _ in 0..REPAIRS_MAX {
             if !repair {
@@ -49,7 +52,7 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
             if mended == 0 {
                 break;
             }
-            findings = examine_all(&places, deep)?.1;
+            findings = examine_all(cluster, &places, deep)?.1;
         }
         for findings in &findings {
             findings.print(&cluster.name, deep);
@@ -107,6 +110,12 @@ pub(super) struct Problem {
     what: String,
 }
 
+impl Problem {
+    fn general(what: String) -> Self {
+        Self { key: None, what }
+    }
+}
+
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.key {
@@ -147,7 +156,11 @@ impl Findings {
 }
 
 /// Every place alone; then what one has and another lacks. The cluster's system identifier with it.
-fn examine_all(places: &[Repository], deep: bool) -> Result<(SystemIdentifier, Vec<Findings>)> {
+fn examine_all(
+    settings: &ClusterSettings,
+    places: &[Repository],
+    deep: bool,
+) -> Result<(SystemIdentifier, Vec<Findings>)> {
     let mut identity = None;
     for place in places {
         match place.identity() {
@@ -176,6 +189,10 @@ fn examine_all(places: &[Repository], deep: bool) -> Result<(SystemIdentifier, V
     let mut all = Vec::new();
     for place in places {
         all.push(examine(place, &identity, deep)?);
+    }
+    for (findings, broken) in all.iter_mut().zip(repair::keys(settings, false)?) {
+        let broken = broken.into_iter().map(Problem::general);
+        findings.problems.extend(broken);
     }
     if places.len() > 1 {
         for (findings, missing) in all.iter_mut().zip(repair::missing(places)?) {
@@ -304,7 +321,7 @@ impl Verifier {
     }
 
     fn general(&mut self, what: String) {
-        self.problems.push(Problem { key: None, what });
+        self.problems.push(Problem::general(what));
     }
 
     /// An object, unless the store itself sees its damage, or it was replaced since it was listed.

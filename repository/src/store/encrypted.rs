@@ -66,6 +66,22 @@ impl EncryptedStore {
         self.keys.rewrap(&keys)
     }
 
+    /// Wrapped data keys of which one of the two copies is lost or damaged, and whether the other one is sound; with `mend`
+    /// that one is put in its place.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn broken_keys(&self, mend: bool) -> Result<Vec<(String, bool)>> {
+        let mut broken = Vec::new();
+        for (name, sound) in self.keys.broken()? {
+            if let (true, Some(sound)) = (mend, &sound) {
+                self.keys.mend(&name, sound)?;
+            }
+            broken.push((name, sound.is_some()));
+        }
+        Ok(broken)
+    }
+
     fn store(&self) -> &dyn ObjectStore {
         &*self.keys.store
     }

@@ -15,6 +15,7 @@ use aws_lc_rs::{
     aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey},
     rand,
 };
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -124,18 +125,77 @@ impl Keys {
 }
 
 impl KeyStore {
-    /// Reads every data key that our keys open: one listing, one object for each.
-    pub(super) fn load(&self) -> Result<Keys> {
-        let folder = format!("{}keys/", self.root);
-        let mut names: BTreeMap<DataKeyId, Vec<String>> = BTreeMap::new();
-        self.store.list(&folder, &mut |object| {
-            if let Some((id, by)) = object.key.strip_prefix(&folder).and_then(parse_name) {
-                names.entry(id).or_default().push(by);
+    /// The data keys, and for whom each is wrapped. A name that only the copy has is one too.
+    fn names(&self) -> Result<BTreeMap<DataKeyId, BTreeSet<String>>> {
+        let mut names: BTreeMap<DataKeyId, BTreeSet<String>> = BTreeMap::new();
+        // Both folders in one listing.
+        let root = format!("{}keys", self.root);
+        self.store.list(&root, &mut |object| {
+            let name = object.key.strip_prefix(&root);
+            let name = name.and_then(|name| {
+                name.strip_prefix("-copy/")
+                    .or_else(|| name.strip_prefix('/'))
+            });
+            if let Some((id, by)) = name.and_then(parse_name) {
+                names.entry(id).or_default().insert(by);
             }
             ControlFlow::Continue(())
         })?;
+        Ok(names)
+    }
+
+    /// Wrapped keys that are lost or damaged in one of their two copies: its name, and the other's content where that one
+    /// is sound.
+    pub(super) fn broken(&self) -> Result<Vec<(String, Option<Bytes>)>> {
+        let mut broken = Vec::new();
+        for (id, wrapped_by) in self.names()? {
+            for by in wrapped_by {
+                let key = self.ring.keys().find(|key| key.id.to_string() == by);
+                let names = [self.name(id, &by), self.copy(id, &by)];
+                let mut sound = Vec::new();
+                for name in &names {
+                    sound.push(self.sound(name, id, key)?);
+                }
+                for (name, (own, other)) in names.into_iter().zip([(0, 1), (1, 0)]) {
+                    if sound[own].is_none() {
+                        broken.push((name, sound[other].clone()));
+                    }
+                }
+            }
+        }
+        Ok(broken)
+    }
+
+    /// A wrapped key's object, if nothing is wrong with it. Of one that is wrapped for somebody else less can be said.
+    fn sound(&self, name: &str, id: DataKeyId, key: Option<&Key>) -> Result<Option<Bytes>> {
+        let json = match self.store.get(name) {
+            Ok(json) => json,
+            Err(Error::NotFound { .. } | Error::Damaged { .. }) => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let authentic = match key {
+            Some(key) => self.unwrap_object(name, id, key).map(drop),
+            None => serde_json::from_slice::<WrappedKey>(&json)
+                .map(drop)
+                .map_err(|error| self.damaged(name, &error.to_string())),
+        };
+        match authentic {
+            Ok(()) => Ok(Some(json)),
+            Err(Error::NotFound { .. } | Error::Damaged { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Puts the sound copy in the place of the broken one, and reads it back.
+    pub(super) fn mend(&self, name: &str, sound: &Bytes) -> Result<()> {
+        self.store.delete(name)?;
+        self.store.put_proved(name, sound).map(drop)
+    }
+
+    /// Reads every data key that our keys open: one listing, one object for each.
+    pub(super) fn load(&self) -> Result<Keys> {
         let mut keys = Keys::default();
-        for (id, wrapped_by) in names {
+        for (id, wrapped_by) in self.names()? {
             let ours = self
                 .ring
                 .keys()
@@ -146,7 +206,7 @@ impl KeyStore {
                     keys.open.insert(id, Arc::new(data));
                 }
                 None => {
-                    keys.closed.insert(id, wrapped_by.clone());
+                    keys.closed.insert(id, wrapped_by.iter().cloned().collect());
                 }
             }
             let known = wrapped_by.iter().filter_map(|by| by.parse().ok());
@@ -243,7 +303,7 @@ impl KeyStore {
         let by = key.id.to_string();
         // Twice, the copy first: without its data key an archive is noise.
         for name in [self.copy(data.id, &by), self.name(data.id, &by)] {
-            self.store.put_if_absent(&name, &json)?;
+            self.store.put_proved(&name, &json)?;
         }
         let name = self.name(data.id, &by);
         // The key that will encrypt the archive for years has to be readable from where it was put.
@@ -257,8 +317,8 @@ impl KeyStore {
     fn unwrap(&self, id: DataKeyId, key: &Key) -> Result<DataKey> {
         let by = key.id.to_string();
         match self.unwrap_object(&self.name(id, &by), id, key) {
-            Err(error @ Error::Damaged { .. }) => {
-                tracing::error!(%error, "a wrapped data key is damaged; its copy is used");
+            Err(error @ (Error::Damaged { .. } | Error::NotFound { .. })) => {
+                tracing::error!(%error, "a wrapped data key is damaged or lost; its copy is used");
                 self.unwrap_object(&self.copy(id, &by), id, key)
                     .map_err(|_| error)
             }
