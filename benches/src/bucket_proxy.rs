@@ -159,6 +159,25 @@ impl BucketProxy {
         });
     }
 
+    /// From now on the first `count` requests that `concerns` are met by `fault`.
+    pub fn fail_first(
+        &self,
+        count: usize,
+        fault: Fault,
+        concerns: impl Fn(&Asked) -> bool + Send + Sync + 'static,
+    ) {
+        let left = AtomicUsize::new(count);
+        self.decide(move |asked| {
+            let less = |left: usize| left.checked_sub(1);
+            let take = || left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, less);
+            if concerns(asked) && take().is_ok() {
+                Verdict::Fail(fault)
+            } else {
+                Verdict::Pass
+            }
+        });
+    }
+
     /// From now on so many of a hundred requests are met by one of `faults`, whichever.
     pub fn storm(&self, percent: u64, faults: &'static [Fault]) {
         let chance = RandomState::new();

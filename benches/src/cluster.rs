@@ -142,6 +142,19 @@ impl Cluster {
         Ok(())
     }
 
+    /// From now on commits of new connections wait for these standbys.
+    ///
+    /// # Errors
+    /// What the server said.
+    pub fn wait_for_standbys(&self, names: &str) -> Result<()> {
+        let mut client = self.connect()?;
+        client.batch_execute(&format!(
+            "ALTER SYSTEM SET synchronous_standby_names = '{names}'"
+        ))?;
+        client.batch_execute("SELECT pg_reload_conf()")?;
+        Ok(())
+    }
+
     /// Ends a standby's recovery; it is a primary on a new timeline when this returns.
     ///
     /// # Errors

@@ -71,6 +71,8 @@ pub struct Place {
     directory: TempDir,
     store: Option<ObjectStoreServer>,
     in_bucket: bool,
+    /// What our programs find in their environment.
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Place {
@@ -83,6 +85,7 @@ impl Place {
             directory: directory()?,
             store: None,
             in_bucket: false,
+            environment: Vec::new(),
         })
     }
 
@@ -118,6 +121,7 @@ impl Place {
             directory,
             store: Some(store),
             in_bucket: true,
+            environment: Vec::new(),
         })
     }
 
@@ -137,7 +141,17 @@ impl Place {
             directory,
             store: None,
             in_bucket: true,
+            environment: self.environment.clone(),
         })
+    }
+
+    /// The same; our programs find these variables in their environment.
+    #[must_use]
+    pub fn with_environment(self, environment: &[(&'static str, String)]) -> Self {
+        Self {
+            environment: environment.to_vec(),
+            ..self
+        }
     }
 
     /// Below which everything lies.
@@ -158,6 +172,7 @@ impl Place {
     /// When it was not built.
     pub fn program(&self, name: &str) -> Result<Command> {
         let mut command = command(&ours(name)?)?;
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         let root = self.path().display();
         if self.path().join("tidemark.toml").exists() {
             command.arg(format!("--config={root}/tidemark.toml"));
@@ -167,6 +182,15 @@ impl Place {
         }
         command.arg(format!("--spool={root}/spool"));
         Ok(command)
+    }
+
+    /// Takes a base backup of the server that is reached by `conninfo`; what the program said.
+    ///
+    /// # Errors
+    /// With both outputs when it fails.
+    pub fn back_up(&self, conninfo: &str, more: &[&str]) -> Result<String> {
+        let mut backup = self.program("wal-archiver")?;
+        succeed(backup.args(["--conninfo", conninfo, "backup"]).args(more))
     }
 
     /// Starts the daemon and waits until it streams.

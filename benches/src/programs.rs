@@ -96,6 +96,15 @@ pub fn directory() -> Result<TempDir> {
     Ok(directory)
 }
 
+/// An address on loopback that nobody listens on now.
+///
+/// # Errors
+/// When there is none.
+pub fn free_address() -> Result<String> {
+    let free = std::net::TcpListener::bind("127.0.0.1:0")?;
+    Ok(free.local_addr()?.to_string())
+}
+
 /// A program that was built beside this one, where the servers' user can run it.
 ///
 /// # Errors

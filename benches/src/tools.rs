@@ -2,6 +2,8 @@
 
 use std::{env, path::PathBuf};
 
+use anyhow::Context;
+
 /// Majors that are looked for.
 pub const MAJORS: [u16; 6] = [13, 14, 15, 16, 17, 18];
 
@@ -25,6 +27,18 @@ pub fn servers() -> Vec<(u16, PathBuf)> {
             .map(|bin| (major, bin))
     };
     MAJORS.into_iter().filter_map(find).collect()
+}
+
+/// The programs of one major version.
+///
+/// # Errors
+/// When it is not installed.
+pub fn server(major: u16) -> anyhow::Result<PathBuf> {
+    let found = servers().into_iter().find(|(known, _)| *known == major);
+    let (_, bin) = found.with_context(|| {
+        format!("PostgreSQL {major} is not installed; run `make install-tools`")
+    })?;
+    Ok(bin)
 }
 
 /// As [`servers`], and says what is missing; under CI that is a failure and not a skipped test.

@@ -6,17 +6,16 @@
 
 use std::{
     fs,
-    sync::atomic::{AtomicUsize, Ordering},
     thread::{self, JoinHandle, sleep},
     time::{Duration, Instant},
 };
 
 use benches::{
-    bucket_proxy::{Asked, BucketProxy, Fault, Verdict},
+    bucket_proxy::{Asked, BucketProxy, Fault},
     cluster::{Cluster, connect},
     main_job::{Daemon, Place},
     object_store::{BUCKET, ObjectStoreServer},
-    programs::succeed,
+    programs::{free_address, succeed},
     restored::Restored,
     tools::servers_or_skip,
 };
@@ -138,35 +137,13 @@ struct Scene {
     rows: i64,
 }
 
-/// The first requests of a kind go wrong.
-fn first(
-    count: usize,
-    fault: Fault,
-    beginning: &'static str,
-    part: &'static str,
-) -> impl Fn(&Asked) -> Verdict + Send + Sync {
-    let left = AtomicUsize::new(count);
-    move |asked: &Asked| {
-        let less = |left: usize| left.checked_sub(1);
-        let concerned = asked.is(beginning) && asked.line.contains(part);
-        let order = Ordering::SeqCst;
-        if concerned && left.fetch_update(order, order, less).is_ok() {
-            Verdict::Fail(fault)
-        } else {
-            Verdict::Pass
-        }
-    }
-}
-
 impl Scene {
     fn make(segment_mib: u32) -> Option<Self> {
         let (_, bin) = servers_or_skip().pop()?;
         let store = ObjectStoreServer::open_to_all_or_skip()?;
         let proxy = BucketProxy::start(store.address()).expect("a proxy");
         let (there, through) = (store.endpoint(), proxy.endpoint());
-        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let address = free.local_addr().expect("an address").to_string();
-        drop(free);
+        let address = free_address().expect("an address");
         let settings = format!(
             "{}acknowledge = \"remote\"\nhttp = \"{address}\"\n",
             ObjectStoreServer::configuration_at(&through)
@@ -179,16 +156,11 @@ impl Scene {
         let cluster = Cluster::start(&bin, segment_mib, "autovacuum = off").expect("a server");
         let daemon = place.daemon(&cluster, &address).expect("a daemon");
         let mut client = cluster.connect().expect("a connection");
-        let conninfo = cluster.conninfo();
-        let mut backup = place.program("wal-archiver").expect("it is built");
-        succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
-        for setting in [
-            "CREATE TABLE t (n int, filler text)",
-            "ALTER SYSTEM SET synchronous_standby_names = 'tidemark'",
-            "SELECT pg_reload_conf()",
-        ] {
-            client.batch_execute(setting).expect("a setting");
-        }
+        let backup = place.back_up(&cluster.conninfo(), &[]);
+        backup.expect("a backup");
+        let table = "CREATE TABLE t (n int, filler text)";
+        client.batch_execute(table).expect("a table");
+        cluster.wait_for_standbys("tidemark").expect("a setting");
         Some(Self {
             cluster,
             bin,
@@ -339,11 +311,11 @@ impl Scene {
     /// What nobody reads back at once: a backup is whole, or it is none.
     fn back_up(&self, faults: &[(Fault, &'static str)]) {
         for (fault, part) in faults {
-            self.proxy.decide(first(2, *fault, "PUT", part));
-            let conninfo = self.cluster.conninfo();
-            let mut backup = self.place.program("wal-archiver").expect("it is built");
-            let backup = backup.args(["--conninfo", &conninfo, "backup"]);
-            succeed(backup).expect("a backup");
+            let part = *part;
+            let concerns = move |asked: &Asked| asked.is("PUT") && asked.line.contains(part);
+            self.proxy.fail_first(2, *fault, concerns);
+            let backup = self.place.back_up(&self.cluster.conninfo(), &[]);
+            backup.expect("a backup");
             assert_eq!(self.proxy.met(), 2, "{fault:?} of {part}");
         }
         self.proxy.heal();
@@ -404,7 +376,9 @@ fn an_upload_in_parts_is_whole_or_none_and_leaves_nothing() {
     for (fault, beginning, part) in &faults[..if long { 6 } else { 1 }] {
         let began = Instant::now();
         // Not of what is open: only a whole segment is large enough.
-        scene.proxy.decide(first(2, *fault, beginning, part));
+        let (beginning, part) = (*beginning, *part);
+        let concerns = move |asked: &Asked| asked.is(beginning) && asked.line.contains(part);
+        scene.proxy.fail_first(2, *fault, concerns);
         let mut client = scene.cluster.connect().expect("a connection");
         for fill in [
             "SET synchronous_commit = local",

@@ -1,15 +1,25 @@
 //! Who signs: every way that an AWS program finds its credentials, through our own program, against stubs of S3 and STS.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::Path,
     sync::{Arc, Mutex},
     thread,
+    time::{Duration, Instant},
 };
 
-use benches::programs::{command, directory, ours};
+use benches::{
+    bucket_proxy::{Asked, BucketProxy, Fault, Verdict},
+    cluster::Cluster,
+    main_job::Place,
+    object_store::ObjectStoreServer,
+    programs::{command, directory, ours},
+    restored::Restored,
+    tools::servers_or_skip,
+};
 
 /// What STS gives.
 const ROLE_KEY: &str = "ASIAROLE";
@@ -60,16 +70,8 @@ fn serve(stream: &TcpStream, seen: &Mutex<Vec<String>>) -> std::io::Result<()> {
     let mut body = vec![0; length];
     reader.read_exact(&mut body)?;
     request.push_str(&String::from_utf8_lossy(&body));
-    let answer = match ["AssumeRoleWithWebIdentity", "AssumeRole"]
-        .into_iter()
-        .find(|action| request.contains(&format!("Action={action}&")))
-    {
-        Some(action) => format!(
-            "<{action}Response><{action}Result><Credentials><AccessKeyId>{ROLE_KEY}</AccessKeyId>\
-             <SecretAccessKey>secret</SecretAccessKey><SessionToken>{ROLE_TOKEN}</SessionToken>\
-             <Expiration>2099-01-01T00:00:00Z</Expiration></Credentials><AssumedRoleUser><AssumedRoleId>r:s</AssumedRoleId>\
-             <Arn>arn:aws:sts::1:assumed-role/r/s</Arn></AssumedRoleUser></{action}Result></{action}Response>"
-        ),
+    let answer = match role(&request, ROLE_KEY, "2099-01-01T00:00:00Z") {
+        Some(answer) => answer,
         None => "<ListBucketResult><IsTruncated>false</IsTruncated></ListBucketResult>".to_owned(),
     };
     seen.lock().expect("no panic").push(request);
@@ -79,6 +81,19 @@ fn serve(stream: &TcpStream, seen: &Mutex<Vec<String>>) -> std::io::Result<()> {
         "HTTP/1.1 200 OK\r\nContent-Type: text/xml\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{answer}",
         answer.len()
     )
+}
+
+/// What STS answers to who asks for a role; `None` when nobody does.
+fn role(request: &str, key: &str, expiration: &str) -> Option<String> {
+    let action = ["AssumeRoleWithWebIdentity", "AssumeRole"]
+        .into_iter()
+        .find(|action| request.contains(&format!("Action={action}&")))?;
+    Some(format!(
+        "<{action}Response><{action}Result><Credentials><AccessKeyId>{key}</AccessKeyId>\
+         <SecretAccessKey>secret</SecretAccessKey><SessionToken>{ROLE_TOKEN}</SessionToken>\
+         <Expiration>{expiration}</Expiration></Credentials><AssumedRoleUser><AssumedRoleId>r:s</AssumedRoleId>\
+         <Arn>arn:aws:sts::1:assumed-role/r/s</Arn></AssumedRoleUser></{action}Result></{action}Response>"
+    ))
 }
 
 /// Lists the repository with these settings and this environment; what the stub was asked.
@@ -128,7 +143,6 @@ fn every_way_to_sign_is_found() {
     let stub = Stub::start();
     let place = directory().expect("a directory");
     let place = place.path();
-    let role = "arn:aws:iam::1:role/archive";
     fs::write(
         place.join("credentials"),
         "[default]\naws_access_key_id = AKIADEFAULT\naws_secret_access_key = secret-d\n\
@@ -139,7 +153,7 @@ fn every_way_to_sign_is_found() {
         place.join("config"),
         format!(
             "[default]\nregion = eu-north-1\n[profile two]\nregion = eu-south-2\n\
-             [profile role]\nrole_arn = {role}\nsource_profile = two\nregion = eu-west-1\n"
+             [profile role]\nrole_arn = {ROLE}\nsource_profile = two\nregion = eu-west-1\n"
         ),
     )
     .expect("a file");
@@ -202,30 +216,33 @@ fn every_way_to_sign_is_found() {
     }
 }
 
-#[test]
-fn roles_are_assumed_with_a_profile_and_with_a_web_identity() {
-    let stub = Stub::start();
-    let place = directory().expect("a directory");
-    let place = place.path();
-    let role = "arn:aws:iam::1:role/archive";
-    fs::write(
-        place.join("credentials"),
-        "[two]\naws_access_key_id = AKIATWO\naws_secret_access_key = secret-2\n",
-    )
-    .expect("a file");
+const ROLE: &str = "arn:aws:iam::1:role/archive";
+
+/// A profile that assumes a role, in the files of a place; the variables of a web identity that does.
+fn roles(place: &Path) -> Vec<(&'static str, String)> {
+    let keys = "[two]\naws_access_key_id = AKIATWO\naws_secret_access_key = secret-2\n";
+    fs::write(place.join("credentials"), keys).expect("a file");
     let profile =
-        format!("[profile role]\nrole_arn = {role}\nsource_profile = two\nregion = eu-west-1\n");
+        format!("[profile role]\nrole_arn = {ROLE}\nsource_profile = two\nregion = eu-west-1\n");
     fs::write(place.join("config"), profile).expect("a file");
     let identity = place.join("identity");
     fs::write(&identity, "a-web-identity").expect("a file");
-    let web = vec![
-        ("AWS_ROLE_ARN", role.to_owned()),
+    vec![
+        ("AWS_ROLE_ARN", ROLE.to_owned()),
         (
             "AWS_WEB_IDENTITY_TOKEN_FILE",
             identity.display().to_string(),
         ),
         ("AWS_REGION", "eu-west-1".to_owned()),
-    ];
+    ]
+}
+
+#[test]
+fn roles_are_assumed_with_a_profile_and_with_a_web_identity() {
+    let stub = Stub::start();
+    let place = directory().expect("a directory");
+    let place = place.path();
+    let web = roles(place);
     for (settings, environment, action, proof) in [
         (
             "s3_profile = \"role\"",
@@ -254,5 +271,149 @@ fn roles_are_assumed_with_a_profile_and_with_a_web_identity() {
             request.contains(&format!("x-amz-security-token: {ROLE_TOKEN}")),
             "{request}"
         );
+    }
+}
+
+/// Long enough for the SDK, which asks anew ten seconds before an end, to use one for a moment.
+const LIFETIME: Duration = Duration::from_secs(12);
+
+/// What a provider gave out: until when each key is good, and how often it signed.
+struct Given {
+    /// Of the next one.
+    lifetime: Duration,
+    keys: BTreeMap<String, (Instant, usize)>,
+    refused: usize,
+}
+
+/// STS and S3 in one: a key that has ended is refused as S3 does it; the others pass to a store that lets everybody do all.
+fn judge(given: &Mutex<Given>, asked: &Asked) -> Verdict {
+    let mut given = given.lock().expect("no panic");
+    let body = String::from_utf8_lossy(&asked.body);
+    let key = format!("ASIA{}", given.keys.len());
+    let lifetime = given.lifetime;
+    let until = jiff::Timestamp::now() + lifetime;
+    if let Some(answer) = role(&body, &key, &format!("{until:.0}")) {
+        given.keys.insert(key, (Instant::now() + lifetime, 0));
+        return Verdict::Say(answer);
+    }
+    let signed = asked.header("authorization").unwrap_or_default();
+    let name = signed.split("Credential=").nth(1).unwrap_or_default();
+    let name = name.split('/').next().unwrap_or_default();
+    match given.keys.get_mut(name) {
+        Some((until, signed)) if *until > Instant::now() => {
+            *signed += 1;
+            Verdict::PassUnsigned
+        }
+        known => {
+            let code = if known.is_some() {
+                "ExpiredToken"
+            } else {
+                "InvalidAccessKeyId"
+            };
+            given.refused += 1;
+            Verdict::Fail(Fault::Refuse(400, code))
+        }
+    }
+}
+
+/// Credentials end again and again while the archiver streams, at the time that was said and, when they are withdrawn,
+/// before: commits that wait for the bucket go on.
+#[test]
+fn a_running_archiver_outlives_its_credentials() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let long = std::env::var_os("TIDEMARK_LONG").is_some();
+    for by_profile in [false, true] {
+        if by_profile && !long {
+            continue;
+        }
+        let Some(store) = ObjectStoreServer::open_to_all_or_skip() else {
+            return;
+        };
+        let proxy = BucketProxy::start(store.address()).expect("a proxy");
+        let given = Arc::new(Mutex::new(Given {
+            lifetime: LIFETIME,
+            keys: BTreeMap::new(),
+            refused: 0,
+        }));
+        let of_proxy = Arc::clone(&given);
+        proxy.decide(move |asked| judge(&of_proxy, asked));
+        let files = directory().expect("a directory");
+        let web = roles(files.path());
+        let mut environment = vec![
+            ("AWS_ENDPOINT_URL_STS", proxy.endpoint()),
+            (
+                "AWS_CONFIG_FILE",
+                files.path().join("config").display().to_string(),
+            ),
+            (
+                "AWS_SHARED_CREDENTIALS_FILE",
+                files.path().join("credentials").display().to_string(),
+            ),
+        ];
+        let profile = if by_profile {
+            "s3_profile = \"role\"\n"
+        } else {
+            ""
+        };
+        if !by_profile {
+            environment.extend(web);
+        }
+        let settings = format!(
+            "s3_endpoint = \"{}\"\n{profile}acknowledge = \"remote\"\n",
+            proxy.endpoint()
+        );
+        let place = Place::in_bucket_behind(store, &settings).expect("a place");
+        let place = place.with_environment(&environment);
+        let cluster = Cluster::start(&bin, 1, "").expect("a server");
+        let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
+        let backup = place.back_up(&cluster.conninfo(), &[]);
+        backup.expect("a backup");
+        let mut client = cluster.connect().expect("a connection");
+        let table = "CREATE TABLE t (n int)";
+        client.batch_execute(table).expect("a table");
+        cluster.wait_for_standbys("tidemark").expect("a setting");
+        let mut commit = |count: i64| {
+            for _ in 0..count {
+                client
+                    .batch_execute("INSERT INTO t VALUES (1)")
+                    .expect("a commit");
+                thread::sleep(Duration::from_millis(200));
+            }
+        };
+        let began = Instant::now();
+        let mut rows = 0;
+        while began.elapsed() < if long { LIFETIME * 4 } else { LIFETIME / 2 } {
+            commit(1);
+            rows += 1;
+        }
+        let seen = |given: &Mutex<Given>| {
+            let given = given.lock().expect("no panic");
+            let used = given.keys.values().filter(|(_, signed)| *signed > 0);
+            (used.count(), given.refused)
+        };
+        let (used, refused) = seen(&given);
+        assert!(used >= 3, "{used} keys were used");
+        assert_eq!(refused, 0, "each was renewed before its end");
+        // The next one is good for an hour, and withdrawn before its time: nobody tells us but the bucket.
+        given.lock().expect("no panic").lifetime = LIFETIME * 300;
+        commit(15);
+        rows += 15;
+        for (until, _) in given.lock().expect("no panic").keys.values_mut() {
+            *until = Instant::now();
+        }
+        commit(5);
+        rows += 5;
+        let (after, refused) = seen(&given);
+        eprintln!("{used} keys, {after} after the withdrawal, {refused} refusals, {rows} commits");
+        assert!(refused > 0 && after > used, "{refused}, {after}");
+        drop(client);
+        cluster.stop().expect("it stops");
+        daemon.stop().expect("everything is in the bucket");
+        let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
+        let mut client = restored.connect().expect("a connection");
+        let row = client.query_one("SELECT count(*) FROM t", &[]);
+        assert_eq!(row.expect("a count").get::<_, i64>(0), rows);
     }
 }

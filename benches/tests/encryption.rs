@@ -9,20 +9,12 @@ use std::{
 
 use benches::{
     cluster::Cluster,
+    encrypted_job::{KEY, OTHER, PLAIN, ROWS, fill, key_setting, rows},
     main_job::Place,
-    programs::{command, succeed},
+    programs::command,
     restored::Restored,
     tools::servers_or_skip,
 };
-
-const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
-const OTHER: &str = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100";
-/// In the table, its name, and the label of the backup.
-const MARKER: &str = "swordfish_4711";
-
-fn keys(keys: &str) -> String {
-    format!("encryption_key_command = \"printf '{keys}'\"")
-}
 
 /// The programs of the place, with other keys.
 fn with_keys(place: &Place, keys_line: &str) -> PathBuf {
@@ -74,14 +66,7 @@ fn nothing_is_readable(place: &Place) {
             name.ends_with(".enc") && content.starts_with(b"TMCIPHER"),
             "{name}"
         );
-        for plain in [
-            MARKER.as_bytes(),
-            b"system_identifier",
-            b"backup_label",
-            b"TIDEMARK",
-            b"TMSUMMRY",
-            b"\x28\xb5\x2f\xfd",
-        ] {
+        for plain in PLAIN.iter().chain(&[&b"\x28\xb5\x2f\xfd"[..]]) {
             // Four bytes of zstd's magic come about by chance once in four billion places.
             assert!(!contains(&content, plain), "{name} has {plain:?}");
         }
@@ -94,29 +79,9 @@ fn the_main_job_with_encryption() {
         return;
     };
     let cluster = Cluster::start(&bin, 1, "").expect("a server");
-    let place = Place::with_settings(&keys(KEY)).expect("a place");
+    let place = Place::with_settings(&key_setting(KEY)).expect("a place");
     let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
-    let mut client = cluster.connect().expect("a connection");
-    // A commit that returned is in the spool, and a stop sends it on.
-    for setting in [
-        "ALTER SYSTEM SET synchronous_standby_names = 'tidemark'",
-        "SELECT pg_reload_conf()",
-    ] {
-        client.batch_execute(setting).expect("a setting");
-    }
-    drop(client);
-    let mut client = cluster.connect().expect("a connection");
-    let fill = format!(
-        "CREATE TABLE {MARKER} AS SELECT '{MARKER}' || n AS t FROM generate_series(1, 20000) n"
-    );
-    client.batch_execute(&fill).expect("a table");
-    let conninfo = cluster.conninfo();
-    let mut backup = place.program("wal-archiver").expect("it is built");
-    backup.args(["--conninfo", &conninfo, "backup", "--label", MARKER]);
-    succeed(&mut backup).expect("a backup");
-    let more = format!("INSERT INTO {MARKER} SELECT 'later' FROM generate_series(1, 30000)");
-    client.batch_execute(&more).expect("rows");
-    drop(client);
+    fill(&cluster, &place).expect("an archive");
     daemon.stop().expect("it stops");
     nothing_is_readable(&place);
 
@@ -127,9 +92,9 @@ fn the_main_job_with_encryption() {
         found.len()
     };
     for (line, words) in [
-        (keys(OTHER), "the configured key is"),
+        (key_setting(OTHER), "the configured key is"),
         (String::new(), "encryption_key_file"),
-        (keys("12"), "no key"),
+        (key_setting("12"), "no key"),
     ] {
         let config = with_keys(&place, &line);
         for arguments in [["verify"].as_slice(), &["catalog", "rebuild"], &["status"]] {
@@ -141,10 +106,10 @@ fn the_main_job_with_encryption() {
         }
     }
     // A new key beside the old one: everything is wrapped again, then the old one is not needed any more.
-    let both = with_keys(&place, &keys(&format!("{OTHER}\\\\n{KEY}")));
+    let both = with_keys(&place, &key_setting(&format!("{OTHER}\\\\n{KEY}")));
     let rewrapped = run(&place, &both, &["key", "rewrap"]);
     assert!(rewrapped.status.success(), "{rewrapped:?}");
-    let new_only = with_keys(&place, &keys(OTHER));
+    let new_only = with_keys(&place, &key_setting(OTHER));
     for arguments in [
         ["key", "check"].as_slice(),
         &["verify", "--deep"],
@@ -159,13 +124,9 @@ fn the_main_job_with_encryption() {
 
     let began = Instant::now();
     let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
-    let rows: i64 = restored
-        .connect()
-        .expect("a connection")
-        .query_one(&format!("SELECT count(*) FROM {MARKER}"), &[])
-        .expect("a count")
-        .get(0);
-    assert_eq!(rows, 50_000, "PostgreSQL {major}");
+    let mut client = restored.connect().expect("a connection");
+    let found = rows(&mut client).expect("a count");
+    assert_eq!(found, ROWS, "PostgreSQL {major}");
     eprintln!(
         "PostgreSQL {major}: restored in {:.1} s",
         began.elapsed().as_secs_f64()

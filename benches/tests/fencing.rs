@@ -12,6 +12,7 @@ use benches::{
     restored::Restored,
     tools::servers_or_skip,
 };
+use wal_format::Lsn;
 
 fn scene(settings: &str) -> Option<(std::path::PathBuf, Cluster, Place)> {
     let (_, bin) = servers_or_skip().pop()?;
@@ -26,9 +27,8 @@ fn daemon(place: &Place, cluster: &Cluster) -> Daemon {
 }
 
 fn backup(place: &Place, cluster: &Cluster) {
-    let mut backup = place.program("wal-archiver").expect("it is built");
-    let conninfo = cluster.conninfo();
-    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+    let backup = place.back_up(&cluster.conninfo(), &[]);
+    backup.expect("a backup");
 }
 
 fn verify(place: &Place) {
@@ -45,6 +45,37 @@ fn count(place: &Place, bin: &Path, arguments: &[&str]) -> i64 {
     let mut client = restored.connect().expect("a connection");
     let row = client.query_one("SELECT count(*) FROM t", &[]);
     row.expect("a count").get(0)
+}
+
+/// The archiver ends by itself on a server that goes another way than what is archived.
+fn refuses(place: &Place, server: &Cluster) {
+    let log = place.path().join("refused.log");
+    let mut run = place.program("wal-archiver").expect("it is built");
+    run.args([
+        "--conninfo",
+        &server.conninfo(),
+        "run",
+        "--http",
+        "127.0.0.1:0",
+    ]);
+    run.stderr(std::fs::File::create(&log).expect("a log"));
+    let mut run = run.spawn().expect("it runs");
+    let mut status = None;
+    for _ in 0..600 {
+        status = run.try_wait().expect("a status");
+        if status.is_some() {
+            break;
+        }
+        sleep(Duration::from_millis(100));
+    }
+    if status.is_none() {
+        run.kill().expect("it dies");
+        run.wait().expect("it ends");
+    }
+    let log = std::fs::read_to_string(log).expect("a log");
+    let code = status.and_then(|status| status.code());
+    assert_eq!(code, Some(4), "{log}");
+    assert!(log.contains("nothing was overwritten"), "{log}");
 }
 
 #[test]
@@ -91,13 +122,7 @@ fn two_archivers_of_one_cluster_agree_under_kills() {
     };
     let beside = place.beside("slot = \"second\"").expect("a place");
     let mut daemons = [daemon(&place, &cluster), daemon(&beside, &cluster)];
-    let mut client = cluster.connect().expect("a connection");
-    sql(
-        &mut client,
-        "ALTER SYSTEM SET synchronous_standby_names = 'tidemark'",
-    );
-    sql(&mut client, "SELECT pg_reload_conf()");
-    drop(client);
+    cluster.wait_for_standbys("tidemark").expect("a setting");
     let ledger = Ledger::start(&cluster.conninfo(), 4).expect("a ledger");
     backup(&place, &cluster);
     let rounds = match std::env::var_os("TIDEMARK_LONG") {
@@ -215,34 +240,60 @@ fn an_archiver_of_a_copy_on_the_same_timeline_is_refused() {
         "CREATE TABLE t AS SELECT n, repeat('copied', 90) FROM generate_series(1, 9000) n",
     );
     drop(client);
-    let beside = place.beside("").expect("a place");
-    let log = beside.path().join("copy.log");
-    let mut run = beside.program("wal-archiver").expect("it is built");
-    run.args([
-        "--conninfo",
-        &copy.conninfo(),
-        "run",
-        "--http",
-        "127.0.0.1:0",
-    ]);
-    run.stderr(std::fs::File::create(&log).expect("a log"));
-    let mut run = run.spawn().expect("it runs");
-    let mut status = None;
-    for _ in 0..600 {
-        status = run.try_wait().expect("a status");
-        if status.is_some() {
+    refuses(&place.beside("").expect("a place"), &copy);
+    verify(&place);
+    assert_eq!(count(&place, &bin, &[]), 5000, "the origin's");
+}
+
+/// Such a copy at its narrowest: it meets the archive exactly between two segments, its records are as long as the
+/// origin's, so that not even `xl_prev` differs, and the segment before ends in nothing, as a switch leaves it.
+#[test]
+fn a_copy_that_meets_the_archive_between_two_large_segments_is_refused() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let settings = "autovacuum = off\nwal_keep_size = 1GB";
+    let cluster = Cluster::start(&bin, 64, settings).expect("a server");
+    let mut client = cluster.connect().expect("a connection");
+    sql(&mut client, "CREATE TABLE t (n int, filler text)");
+    drop(client);
+    cluster.stop().expect("it stops");
+    let copy = cluster.copied().expect("a copy");
+    cluster.start_again().expect("it starts");
+    let place = Place::new().expect("a place");
+    let origin = daemon(&place, &cluster);
+    let fill = |server: &Cluster, letter: char| -> String {
+        let mut client = server.connect().expect("a connection");
+        let rows = format!(
+            "INSERT INTO t SELECT n, repeat('{letter}', 700) FROM generate_series(1, 300) n"
+        );
+        sql(&mut client, &rows);
+        let switched = client.query_one("SELECT pg_switch_wal()::text", &[]);
+        switched.expect("an LSN").get(0)
+    };
+    let end = fill(&cluster, 'a');
+    let mut client = cluster.connect().expect("a connection");
+    let archived = "SELECT coalesce(max(flush_lsn), '0/0')::text FROM pg_stat_replication";
+    let lsn = |text: &str| text.parse::<Lsn>().expect("an LSN");
+    let boundary = lsn(&end).0.next_multiple_of(64 << 20);
+    let mut whole = false;
+    for _ in 0..300 {
+        let row = client.query_one(archived, &[]).expect("a row");
+        whole = lsn(row.get(0)).0 >= boundary;
+        if whole {
             break;
         }
         sleep(Duration::from_millis(100));
     }
-    if status.is_none() {
-        run.kill().expect("it dies");
-        run.wait().expect("it ends");
-    }
-    let log = std::fs::read_to_string(log).expect("a log");
-    let code = status.and_then(|status| status.code());
-    assert_eq!(code, Some(4), "{log}");
-    assert!(log.contains("nothing was overwritten"), "{log}");
+    assert!(whole, "the segment that ends behind {end} is archived");
+    drop(client);
+    cluster.crash().expect("it dies");
+    origin.stop().expect("it stops");
+    assert_eq!(fill(&copy, 'b'), end, "the copy goes the same length");
+    fill(&copy, 'b');
+    refuses(&place, &copy);
+    // Nor does one that knows only the repository take it for the archived one.
+    std::fs::remove_dir_all(place.path().join("spool")).expect("a spool");
+    refuses(&place, &copy);
     verify(&place);
-    assert_eq!(count(&place, &bin, &[]), 5000, "the origin's");
 }

@@ -1,10 +1,14 @@
 //! What a bucket is asked, by the archiver's own count: nothing while the server is idle, and never a listing for WAL.
 
-use std::{net::TcpListener, thread::sleep, time::Duration};
+use std::{thread::sleep, time::Duration};
 
 use benches::{
-    cluster::Cluster, ledger::Ledger, main_job::Place, object_store::ObjectStoreServer,
-    programs::succeed, tools::servers_or_skip,
+    cluster::Cluster,
+    ledger::Ledger,
+    main_job::Place,
+    object_store::ObjectStoreServer,
+    programs::{free_address, succeed},
+    tools::servers_or_skip,
 };
 use serde_json::Value;
 
@@ -52,16 +56,13 @@ fn an_idle_server_costs_nothing_and_wal_needs_no_listing() {
         return;
     };
     let long = std::env::var_os("TIDEMARK_LONG").is_some();
-    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = free.local_addr().expect("an address").to_string();
-    drop(free);
+    let address = free_address().expect("an address");
     let cluster = Cluster::start(&bin, if long { 16 } else { 1 }, "").expect("a server");
     let settings = format!("http = \"{address}\"");
     let place = Place::in_bucket(store, &settings).expect("a place");
     let daemon = place.daemon(&cluster, &address).expect("a daemon");
-    let conninfo = cluster.conninfo();
-    let mut backup = place.program("wal-archiver").expect("it is built");
-    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+    let backup = place.back_up(&cluster.conninfo(), &[]);
+    backup.expect("a backup");
 
     // A backup's own WAL is on its way for a while, and PostgreSQL notes now and then which transactions run.
     let mut quiet = false;

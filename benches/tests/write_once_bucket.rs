@@ -1,12 +1,12 @@
 //! A bucket with versions whose policy forbids deletes, and an intruder who may do everything.
 
-use std::{fs, net::TcpListener, thread::sleep, time::Duration};
+use std::{fs, thread::sleep, time::Duration};
 
 use benches::{
     cluster::Cluster,
     main_job::Place,
     object_store::{BUCKET, ObjectStoreServer},
-    programs::succeed,
+    programs::{free_address, succeed},
     restored::Restored,
     tools::servers_or_skip,
 };
@@ -70,9 +70,8 @@ fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
     let place = Place::in_bucket(store, "").expect("a place");
     unsigned(&place, &format!("PUT /{BUCKET}?versioning"), VERSIONS);
     let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
-    let conninfo = cluster.conninfo();
-    let mut backup = place.program("wal-archiver").expect("it is built");
-    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+    let backup = place.back_up(&cluster.conninfo(), &[]);
+    backup.expect("a backup");
     let mut client = cluster.connect().expect("a connection");
     let fill =
         "CREATE TABLE t AS SELECT n, repeat(md5(n::text), 4) FROM generate_series(1, 20000) n";
@@ -140,9 +139,7 @@ fn where_deleting_is_forbidden_the_archiver_goes_on_and_counts() {
     let Some(store) = ObjectStoreServer::open_to_all_or_skip() else {
         return;
     };
-    let free = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = free.local_addr().expect("an address").to_string();
-    drop(free);
+    let address = free_address().expect("an address");
     let cluster = Cluster::start(&bin, 1, "").expect("a server");
     let settings = format!("http = \"{address}\"");
     let place = Place::in_bucket(store, &settings).expect("a place");
@@ -153,9 +150,8 @@ fn where_deleting_is_forbidden_the_archiver_goes_on_and_counts() {
     );
     unsigned(&place, &format!("PUT /{BUCKET}?policy"), &policy);
     let daemon = place.daemon(&cluster, &address).expect("a daemon");
-    let conninfo = cluster.conninfo();
-    let mut backup = place.program("wal-archiver").expect("it is built");
-    succeed(backup.args(["--conninfo", &conninfo, "backup"])).expect("a backup");
+    let backup = place.back_up(&cluster.conninfo(), &[]);
+    backup.expect("a backup");
     let mut client = cluster.connect().expect("a connection");
     client
         .batch_execute("CREATE TABLE t (n int, filler text)")

@@ -4,6 +4,7 @@
 //! and more targets.
 
 mod bad_input;
+mod bad_store;
 mod delta;
 mod epochs;
 mod failover;

@@ -1,30 +1,23 @@
 //! `make bench`: `archive_command` and `restore_command` beside pgBackRest and `cp`.
 #![expect(clippy::print_stdout, reason = "it reports to a person")]
 
-use anyhow::{Context, Result};
-use benches::{archive_commands::ArchiveCommands, tools::servers};
+use anyhow::Result;
+use benches::{archive_commands::ArchiveCommands, flags, tools::server};
 
 fn main() -> Result<()> {
     let mut job = ArchiveCommands {
         segments: 75,
         rounds: 3,
     };
-    let mut arguments = std::env::args().skip(1);
-    while let Some(name) = arguments.next() {
-        let value = arguments
-            .next()
-            .with_context(|| format!("{name} needs a value"))?;
-        match name.as_str() {
+    flags::each(&["--segments", "--rounds"], |name, value| {
+        match name {
             "--segments" => job.segments = value.parse()?,
-            "--rounds" => job.rounds = value.parse()?,
-            _ => anyhow::bail!("unknown flag {name}; known: --segments, --rounds"),
+            _ => job.rounds = value.parse()?,
         }
-    }
+        Ok(())
+    })?;
     // The newest that the pgBackRest of Debian 12 knows.
-    let (_, bin) = servers()
-        .into_iter()
-        .find(|(major, _)| *major == 15)
-        .context("PostgreSQL 15 is not installed; run `make install-tools`")?;
+    let bin = server(15)?;
     let measured = job.measure(&bin, &|text| println!("{text}"))?;
     println!("\n{}", measured.tables());
     Ok(())

@@ -1,0 +1,282 @@
+//! `restore_command` and a whole restore through a bucket that goes wrong in every way: right bytes or 255, never 1, and no
+//! file that is not whole. PostgreSQL would take a 1 for the end of the archive and open without the commits behind it.
+//!
+//! The bucket is a real one, and all that goes wrong does so between it and us (`benches::bucket_proxy`).
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use benches::{
+    bucket_proxy::{BucketProxy, Fault, Verdict},
+    cluster::Cluster,
+    main_job::Place,
+    object_store::ObjectStoreServer,
+    programs::{command, directory, ours},
+    restored::Restored,
+};
+use wal_format::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
+
+use crate::support::{SETTINGS, end_lsn, long, query, said, servers, wait_archived};
+
+const ROWS: &str = "6000";
+
+/// What a store says that may pass by itself.
+const PASSING: [Fault; 8] = [
+    Fault::Refuse(503, "SlowDown"),
+    Fault::Refuse(500, "InternalError"),
+    Fault::Refuse(200, "InternalError"),
+    Fault::Reset,
+    Fault::AnswerLost,
+    Fault::CutDown,
+    Fault::FlipDown,
+    Fault::Silence(Duration::from_millis(700)),
+];
+
+/// What asking again does not mend.
+const REFUSALS: [Fault; 6] = [
+    Fault::Refuse(403, "AccessDenied"),
+    Fault::Refuse(403, "RequestTimeTooSkewed"),
+    Fault::Refuse(400, "ExpiredToken"),
+    Fault::Refuse(404, "NoSuchBucket"),
+    // A proxy's page, or a store that speaks another language.
+    Fault::Refuse(404, "Not found"),
+    Fault::FlipDown,
+];
+
+/// What lasts is asked for again until patience ends.
+const LASTING: [Fault; 5] = [
+    Fault::Refuse(503, "SlowDown"),
+    Fault::Refuse(200, "InternalError"),
+    Fault::Reset,
+    Fault::CutDown,
+    Fault::Silence(Duration::from_millis(700)),
+];
+
+const STORM: [Fault; 7] = [
+    Fault::Refuse(503, "SlowDown"),
+    Fault::Refuse(500, "InternalError"),
+    Fault::Reset,
+    Fault::AnswerLost,
+    Fault::CutDown,
+    Fault::Silence(Duration::from_millis(200)),
+    Fault::Refuse(429, "TooManyRequests"),
+];
+
+/// An archive in a bucket, and the way to it that goes wrong.
+struct Scene {
+    bin: PathBuf,
+    cluster: Cluster,
+    place: Place,
+    /// A sealed segment, the open one, and one that is not there yet.
+    names: [SegmentName; 3],
+}
+
+impl Scene {
+    fn make() -> Option<Self> {
+        let (_, bin) = servers().pop()?;
+        let store = ObjectStoreServer::start_or_skip()?;
+        let cluster = Cluster::start(&bin, 1, SETTINGS).expect("a server");
+        let place = Place::in_bucket(store, "").expect("a place");
+        let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
+        let conninfo = cluster.conninfo();
+        place.back_up(&conninfo, &[]).expect("a backup");
+        let fill =
+            "CREATE TABLE load AS SELECT n, repeat('x', 700) FROM generate_series(1, 6000) n";
+        query(&conninfo, fill);
+        let end = end_lsn(&conninfo);
+        wait_archived(&conninfo, end);
+        daemon.stop().expect("everything is in the bucket");
+        let size = SegmentSize::new(1 << 20).expect("a size");
+        let open = size.segment_of(end);
+        let name = |number: SegmentNo| SegmentName::new(TimelineId::FIRST, number, size);
+        let sealed = size.segment_of(Lsn(end.0 - (2 << 20)));
+        let names = [sealed, open, open.next().next()].map(name);
+        Some(Self {
+            bin,
+            cluster,
+            place,
+            names,
+        })
+    }
+
+    fn proxy(&self) -> BucketProxy {
+        let store = self.place.store().expect("a store");
+        BucketProxy::start(store.address()).expect("a proxy")
+    }
+
+    /// The restoring host, which reaches the bucket through `proxy` only.
+    fn behind(&self, proxy: &BucketProxy) -> Place {
+        let there = self.place.beside("").expect("a place");
+        let file = there.path().join("tidemark.toml");
+        let text = fs::read_to_string(&file).expect("a configuration");
+        let store = self.place.store().expect("a store");
+        let text = text.replace(&store.endpoint(), &proxy.endpoint());
+        fs::write(&file, text).expect("a configuration");
+        there
+    }
+
+    /// `wal-fetch` through `proxy`: its exit code, what it said, and what it delivered.
+    fn fetch(&self, proxy: &BucketProxy, name: &str) -> (Option<i32>, String, Option<Vec<u8>>) {
+        let root = directory().expect("a directory");
+        let config = root.path().join("tidemark.toml");
+        let reached = ObjectStoreServer::configuration_at(&proxy.endpoint());
+        let text = format!("repository = \"s3://archive/main/job\"\n{reached}");
+        fs::write(&config, text).expect("a file");
+        let destination = root.path().join("000000010000000000000001.fetched");
+        let mut fetch: Command = command(&ours("pitr-restore").expect("built")).expect("a user");
+        fetch.arg("--config").arg(&config).args(["wal-fetch", name]);
+        let output = fetch.arg(&destination).output().expect("it runs");
+        let delivered = fs::read(&destination).ok();
+        let files = fs::read_dir(root.path()).expect("a directory").count();
+        assert_eq!(
+            files,
+            1 + usize::from(delivered.is_some()),
+            "{name}: pieces are left"
+        );
+        (output.status.code(), said(&output).1, delivered)
+    }
+
+    /// What was delivered is what the server has, as far as it is archived.
+    fn assert_equal(&self, name: SegmentName, delivered: &[u8]) {
+        let path = self.cluster.data().join("pg_wal").join(name.to_string());
+        let theirs = fs::read(path).expect("the server keeps its WAL");
+        assert_eq!(delivered.len(), theirs.len(), "{name}");
+        let end = delivered.iter().rposition(|byte| *byte != 0);
+        let end = end.expect("some WAL");
+        assert!(delivered[..=end] == theirs[..=end], "{name}");
+    }
+}
+
+fn what_passes_is_waited_for(scene: &Scene) {
+    let proxy = scene.proxy();
+    for (round, fault) in PASSING.into_iter().enumerate() {
+        // A bit that is flipped on its way is read again once: what is flipped twice counts as damage.
+        let count = match fault {
+            Fault::FlipDown => 1,
+            _ if long() => 7,
+            _ => 3,
+        };
+        for (at, name) in scene.names.into_iter().enumerate() {
+            if !long() && at != round % 3 {
+                continue;
+            }
+            proxy.fail_first(count, fault, |_| true);
+            let (code, said, delivered) = scene.fetch(&proxy, &name.to_string());
+            let met = proxy.met();
+            eprintln!("{fault:?} {met} times, {name}: {code:?} {said}");
+            assert!(met > 0, "{fault:?}");
+            match (at, fault, code) {
+                // Flipped in a listing: that is no answer.
+                (_, Fault::FlipDown, Some(255)) => assert!(delivered.is_none()),
+                (2, _, code) => assert_eq!((code, delivered), (Some(1), None), "{fault:?}"),
+                (_, _, code) => {
+                    assert_eq!(code, Some(0), "{fault:?}: {said}");
+                    scene.assert_equal(name, &delivered.expect("it was delivered"));
+                }
+            }
+        }
+    }
+}
+
+fn what_lasts_is_never_the_end(scene: &Scene) {
+    let proxy = scene.proxy();
+    for (round, fault) in REFUSALS.into_iter().enumerate() {
+        for (at, name) in scene.names.into_iter().enumerate() {
+            if !long() && at != round % 3 {
+                continue;
+            }
+            proxy.fail(fault, |_| true);
+            let (code, said, delivered) = scene.fetch(&proxy, &name.to_string());
+            eprintln!("{fault:?}, {name}: {code:?} {said}");
+            assert_eq!((code, delivered), (Some(255), None), "{fault:?}: {said}");
+            assert!(!said.is_empty());
+        }
+        // Only of the object, while everything else is well.
+        proxy.fail(fault, |asked| asked.line.contains("/wal/"));
+        let (code, said, delivered) = scene.fetch(&proxy, &scene.names[0].to_string());
+        assert_eq!((code, delivered), (Some(255), None), "{fault:?}: {said}");
+    }
+}
+
+/// Bounded: minutes, not for ever. All of them at once, because each takes its whole patience.
+fn patience_ends(scene: &Scene) {
+    thread::scope(|scope| {
+        for fault in LASTING {
+            for name in [scene.names[0], scene.names[2]] {
+                scope.spawn(move || {
+                    let proxy = scene.proxy();
+                    proxy.fail(fault, |_| true);
+                    let began = Instant::now();
+                    let (code, said, delivered) = scene.fetch(&proxy, &name.to_string());
+                    let (took, met) = (began.elapsed(), proxy.met());
+                    eprintln!("{fault:?}, {name}: {code:?} after {took:?}, {met} times");
+                    assert_eq!((code, delivered), (Some(255), None), "{fault:?}: {said}");
+                    assert!(took > Duration::from_secs(120), "{took:?}");
+                    assert!(took < Duration::from_secs(400), "{took:?}");
+                });
+            }
+        }
+    });
+}
+
+/// A whole restore while nearly half of all requests go wrong: it ends where it was planned to end, with every row.
+fn a_restore_weathers_a_storm(scene: &Scene) {
+    let proxy = scene.proxy();
+    proxy.storm(40, &STORM);
+    let there = scene.behind(&proxy);
+    let restored = Restored::start::<&str>(&there, &scene.bin, &["--target-action=promote"]);
+    let restored = restored.expect("a restore");
+    eprintln!("restored in spite of {} faults", proxy.met());
+    assert!(proxy.met() > 10, "{}", proxy.met());
+    assert_eq!(
+        query(&restored.conninfo(), "SELECT count(*) FROM load"),
+        ROWS
+    );
+}
+
+/// Scenario 62: with its first WAL lost there is no restore, rather than one that "succeeds" with the backup alone.
+fn without_its_first_wal_nothing_is_restored(scene: &Scene) {
+    let proxy = scene.proxy();
+    let lost = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&lost);
+    // Listed, and not to be had: a store that lost what it lists.
+    proxy.decide(move |asked| {
+        if asked.is("GET") && asked.line.contains("/wal/") {
+            seen.fetch_add(1, Ordering::SeqCst);
+            return Verdict::Fail(Fault::Refuse(404, "NoSuchKey"));
+        }
+        Verdict::Pass
+    });
+    let there = scene.behind(&proxy);
+    let root = directory().expect("a directory");
+    let mut restore =
+        Restored::command::<&str>(&there, &scene.bin, root.path(), &[]).expect("it is built");
+    let output = restore.output().expect("it runs");
+    let (_, error) = said(&output);
+    eprintln!("{:?}: {error}", output.status.code());
+    assert!(!output.status.success(), "a success without any WAL");
+    assert!(lost.load(Ordering::SeqCst) > 0, "nothing was asked for");
+    let running = root.path().join("data/postmaster.pid");
+    assert!(!running.exists(), "a server runs");
+}
+
+#[test]
+fn whatever_a_bucket_does_wrong_a_recovery_never_ends_early() {
+    let Some(scene) = Scene::make() else { return };
+    what_passes_is_waited_for(&scene);
+    what_lasts_is_never_the_end(&scene);
+    a_restore_weathers_a_storm(&scene);
+    without_its_first_wal_nothing_is_restored(&scene);
+    if long() {
+        patience_ends(&scene);
+    }
+}
