@@ -25,9 +25,10 @@ use crate::{
     spool::{SpoolWriter, TailCut},
 };
 
-/// How much of the segment before is compared when a stream resumes between two segments: all of it in the usual size, for
-/// after `pg_switch_wal` most of it is padding that says nothing.
+/// How much of the segment before is compared when a stream resumes between two segments, of what is used in it: after
+/// `pg_switch_wal` most may be padding that says nothing.
 const OVERLAP_BYTES: usize = 16 << 20;
+const PAGE_BYTES: usize = 8192;
 
 /// The spool of the branch that is streamed, and what goes on from it.
 #[derive(Debug)]
@@ -215,7 +216,10 @@ impl Stage {
         };
         match self.archive.read_on(branch, before) {
             Ok(Some(bytes)) if bytes.len() == size.len() => {
-                bytes[bytes.len().saturating_sub(OVERLAP_BYTES)..].to_vec()
+                // A switch leaves nothing at the end, in which every history is equal.
+                let used = bytes.iter().rposition(|byte| *byte != 0).unwrap_or(0);
+                let from = used.saturating_sub(OVERLAP_BYTES) & !(PAGE_BYTES - 1);
+                bytes[from..].to_vec()
             }
             Ok(_) => Vec::new(),
             Err(error) => {
