@@ -5,6 +5,7 @@
 //! being made of either.
 //! Invariant: where to resume is derived from these files' content alone; a crash at any instant leaves a readable spool.
 
+mod before;
 mod open_segment;
 mod prime;
 mod record;
@@ -26,6 +27,7 @@ use wal_format::{
     WalIdentity,
 };
 
+pub use before::Before;
 pub use open_segment::OpenSegment;
 pub use prime::primed_indexer;
 pub use record::SpoolRecord;

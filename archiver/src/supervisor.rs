@@ -181,7 +181,7 @@ impl Supervisor {
             // A disk may be mended at any moment, and commits may wait for it.
             let mends_itself = gave_up || reason == "disk";
             let facts = self.status.facts();
-            let pause = if facts.gap.is_some() {
+            let pause = if facts.gap.is_some() || reason == "gap" {
                 GAP_RETRY
             } else if facts.broken.is_some() && !mends_itself {
                 BROKEN_RETRY
@@ -189,7 +189,12 @@ impl Supervisor {
                 self.retry
             };
             self.retry = (self.retry * 2).min(RETRY_MAX);
-            if !shutdown.sleep(jitter(pause)).await {
+            let goes_on = tokio::select! {
+                goes_on = shutdown.sleep(jitter(pause)) => goes_on,
+                // What was broken without it may be none at all: it is not waited for.
+                () = known::answers(&self.settings), if self.is_away() => true,
+            };
+            if !goes_on {
                 return Ok(());
             }
         }
@@ -212,7 +217,15 @@ impl Supervisor {
             return Ok(StreamEnd::Shutdown);
         };
         settle(pipeline, shutdown).await;
-        match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await? {
+        let closed = match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await {
+            // Without it nobody knows whether it is a gap, and it stays red: only the next attempt can tell.
+            Err(Error::Repository(error)) if error.is_transient() => {
+                tracing::warn!(cluster = %self.settings.name, %error, "the gap can not be closed while the repository does not answer");
+                return Err(gap);
+            }
+            closed => closed?,
+        };
+        match closed {
             Closed::Healed => {
                 let gap = self.status.facts().gap;
                 let source = gap.and_then(|gap| gap.source);

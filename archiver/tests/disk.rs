@@ -280,3 +280,49 @@ fn a_disk_that_stands_still_does_not_cost_the_connection() {
     assert_eq!(archiver.terminate().code(), Some(0));
     assert!(place.assert_equals_pg_wal(&server.data()) >= lsn);
 }
+
+#[test]
+fn without_room_for_a_copy_what_was_acknowledged_survives_a_power_loss_too() {
+    let (Some(bin), Some(disk)) = (postgres_bin(), FailingDisk::mount(100, true)) else {
+        return;
+    };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    fs::create_dir_all(place.spool()).expect("a directory");
+    let command = || {
+        let mut command = place.command_with_spool(&server.conninfo(), &disk.path());
+        command.arg("--catalog").arg(place.spool().join("catalog"));
+        command
+    };
+    let archiver = place.run_with(command());
+    archiver.wait_for_log("INFO streaming");
+    let comes_back = store_goes_down(&place);
+    server.write_wal(2500);
+    wait_flushed(&server, server.lsn());
+    archiver.kill();
+    let told = acknowledged(&server);
+    // To the last block, and then some.
+    let mut filler = fs::File::create(disk.path().join("filler")).expect("a file");
+    let zeros = vec![1; 4096];
+    while std::io::Write::write_all(&mut filler, &zeros).is_ok() {}
+    drop(filler.sync_all());
+    drop(filler);
+
+    let archiver = place.run_with(command());
+    archiver.wait_for_log("no room for a copy; written in place");
+    archiver.wait_for_log("no room for a copy; its name is made durable as it is");
+    disk.assert_survives_power_loss(&server, &archiver, told);
+    server.write_wal(1500);
+    archiver.wait_for_log("INFO streaming");
+    let told = acknowledged(&server).max(told);
+    disk.assert_survives_power_loss(&server, &archiver, told);
+
+    fs::remove_file(disk.path().join("filler")).expect("there is room again");
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    disk.assert_survives_power_loss(&server, &archiver, lsn);
+    comes_back();
+    archiver.wait_for_log("the repository answers");
+    server.write_wal(100);
+    place.assert_whole(&server, archiver);
+}

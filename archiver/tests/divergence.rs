@@ -94,11 +94,11 @@ fn a_server_set_back_to_a_snapshot_is_refused_behind_and_ahead_of_what_was_archi
 }
 
 /// Fills the open segment, and waits until the archive ends exactly where the next one begins.
-fn archive_to_a_boundary(server: &Server, archiver: &Archiver, letter: char) -> Lsn {
+fn archive_to_a_boundary(server: &Server, archiver: &Archiver, mib: u32) -> Lsn {
     archiver.wait_for_log("INFO streaming");
-    insert(server, letter);
+    insert(server, 'a');
     server.sql("SELECT pg_switch_wal()");
-    let boundary = Lsn(server.lsn().0.next_multiple_of(1 << 20));
+    let boundary = Lsn(server.lsn().0.next_multiple_of(u64::from(mib) << 20));
     wait_flushed(server, boundary);
     boundary
 }
@@ -111,8 +111,17 @@ fn insert(server: &Server, letter: char) {
 
 #[test]
 fn another_history_that_meets_the_archive_exactly_between_two_segments_is_refused() {
+    meet_between_two_segments(1);
+}
+
+#[test]
+fn also_where_nothing_but_the_first_bytes_of_a_large_segment_tells_them_apart() {
+    meet_between_two_segments(64);
+}
+
+fn meet_between_two_segments(mib: u32) {
     let Some(bin) = postgres_bin() else { return };
-    let server = Server::start(&bin, "autovacuum=off");
+    let server = Server::start_with_segments(&bin, mib, "autovacuum=off");
     server.write_wal(300);
     server.down("fast");
     let snapshot = server.directory().join("snapshot");
@@ -120,7 +129,7 @@ fn another_history_that_meets_the_archive_exactly_between_two_segments_is_refuse
     server.up();
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
-    let boundary = archive_to_a_boundary(&server, &archiver, 'a');
+    let boundary = archive_to_a_boundary(&server, &archiver, mib);
     server.down("immediate");
     assert_eq!(archiver.terminate().code(), Some(0));
     let archived = objects(&place);
@@ -153,7 +162,7 @@ fn an_overlap_that_the_server_has_removed_is_done_without() {
     server.write_wal(100);
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
-    let boundary = archive_to_a_boundary(&server, &archiver, 'a');
+    let boundary = archive_to_a_boundary(&server, &archiver, 1);
     assert_eq!(archiver.terminate().code(), Some(0));
     for _ in 0..2 {
         server.sql("CHECKPOINT");
@@ -185,7 +194,7 @@ fn a_cluster_made_anew_is_refused_and_begins_an_epoch_only_on_the_operators_word
     let archived = objects(&place);
     server.down("immediate");
     fs::remove_dir_all(server.data()).expect("the data directory goes");
-    server.init("");
+    server.init(1, "");
     let mut archiver = archiver;
     archiver.wait_for_log("epoch begin --system-identifier");
     let status = archiver.get("/api/v1/clusters");

@@ -3,7 +3,9 @@
 
 use std::{fs, process::Command};
 
-use crate::support::{Archiver, Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
+use crate::support::{
+    Archiver, Place, Server, postgres_bin, store_goes_down, succeed, wait_flushed, wait_until,
+};
 
 /// A server that keeps no more WAL than its slots make it keep.
 const KEEPS_NOTHING: &str =
@@ -89,6 +91,80 @@ fn what_nobody_has_is_declared_lost_and_a_backup_behind_it_makes_the_archive_who
 }
 
 #[test]
+fn a_gap_that_is_found_while_the_store_is_away_is_closed_when_it_is_back() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, KEEPS_NOTHING);
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    fall_behind(&place, &server, archiver);
+    let comes_back = store_goes_down(&place);
+    let archiver = place.run_with(configured(&place, &server, "gap_grace = '1s'\n"));
+    archiver.wait_for_log("archiving is interrupted");
+    let status = archiver.get("/api/v1/clusters");
+    assert!(status.contains("\"broken\""), "{status}");
+    // Whether it is one the repository decides: nothing is declared, nobody gives up.
+    assert!(!archiver.log().contains("is lost"));
+    comes_back();
+    archiver.wait_for_log("is lost");
+    archiver.wait_for_log("the archive is whole again");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    wait_until("the light is green", || {
+        let status = archiver.get("/api/v1/clusters");
+        status.contains("\"state\":\"ok\"") && status.contains("\"gap\":null")
+    });
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert_eq!(place.files_below("/gap/").len(), 1);
+    place.verify(&server.conninfo());
+}
+
+#[test]
+fn a_gap_that_a_running_archiver_finds_without_its_store_is_closed_when_it_is_back() {
+    if std::env::var_os("TIDEMARK_LONG").is_none() {
+        return;
+    }
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, KEEPS_NOTHING);
+    let place = Place::new();
+    let archiver = place.run_with(configured(&place, &server, "gap_grace = '1s'\n"));
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(2300);
+    wait_flushed(&server, server.lsn());
+    archiver.signal(rustix::process::Signal::STOP);
+    // A checkpoint would wait for the walsender of somebody who does not read.
+    server.down("immediate");
+    server.up();
+    wait_until("the slot is lost", || {
+        server.write_wal(2000);
+        server.sql("CHECKPOINT");
+        server.sql("SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'tidemark_main'")
+            == "lost"
+    });
+    let comes_back = store_goes_down(&place);
+    archiver.signal(rustix::process::Signal::CONT);
+    archiver.wait_for_log("a gap: looking for the missing WAL");
+    archiver.wait_for_log("the gap can not be closed while the repository does not answer");
+    for _ in 0..20 {
+        let status = archiver.get("/api/v1/clusters");
+        assert!(status.contains("\"state\":\"broken\""), "{status}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    comes_back();
+    archiver.wait_for_log("is lost");
+    archiver.wait_for_log("the archive is whole again");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    wait_until("the light is green", || {
+        let status = archiver.get("/api/v1/clusters");
+        status.contains("\"state\":\"ok\"") && status.contains("\"gap\":null")
+    });
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert_eq!(place.files_below("/gap/").len(), 1);
+    place.verify(&server.conninfo());
+}
+
+#[test]
 fn a_standby_that_still_has_it_heals_the_gap() {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, KEEPS_NOTHING);
@@ -163,23 +239,24 @@ fn a_lost_spool_whose_wal_was_acknowledged_is_a_gap_with_its_range() {
     archiver.wait_for_log("INFO streaming");
     server.write_wal(3300);
     wait_flushed(&server, server.lsn());
+    wait_until("something before them is stored", || place.sealed() >= 3);
     archiver.kill();
     // The newest two segments never reached the repository, and the host with the spool is gone.
     let mut newest = place.files_below("/wal/");
-    for path in newest.split_off(newest.len() - 2) {
+    let gone = newest.split_off(newest.len() - 2);
+    let first = gone[0].file_stem().expect("a name").to_string_lossy();
+    for path in &gone {
         fs::remove_file(path).expect("it goes");
     }
     for path in place.files_below("/tail/") {
         fs::remove_file(path).expect("it goes");
     }
     fs::remove_dir_all(place.spool()).expect("the spool goes");
-    let first = newest.len();
     wait_until("the server has removed it", || {
         server.write_wal(1000);
         server.sql("CHECKPOINT");
         server.sql(&format!(
-            "SELECT count(*) FROM pg_ls_waldir() WHERE name = '0000000100000000{:08X}'",
-            first + 1
+            "SELECT count(*) FROM pg_ls_waldir() WHERE name = '{first}'"
         )) == "0"
     });
     let archiver = place.run_with(configured(&place, &server, "gap_grace = '1s'\n"));

@@ -3,6 +3,7 @@
 //! Without a server they are skipped loudly; under CI a missing server is a failure.
 
 mod certificates;
+mod clock;
 mod clusters;
 mod connect;
 mod conninfo;
@@ -12,6 +13,7 @@ mod disk;
 mod divergence;
 mod faults;
 mod gaps;
+mod history;
 mod import;
 mod libpq;
 mod network;

@@ -2,7 +2,7 @@
 
 use std::{fs, path::PathBuf};
 
-use wal_format::{Lsn, SealedReader};
+use wal_format::{Lsn, SealedReader, SegmentName, SegmentSize, TimelineId};
 
 use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
 
@@ -163,4 +163,87 @@ fn a_shutdown_checkpoint_is_archived_while_the_server_is_down() {
     }
     server.write_wal(700);
     place.assert_whole(&server, archiver);
+}
+
+#[test]
+fn pages_of_an_unknown_version_are_refused_by_name_and_wait_on_the_server() {
+    let Some(bin) = postgres_bin() else { return };
+    // Else the server sends them from memory.
+    let server = Server::start(&bin, "wal_buffers=64kB");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(300);
+    wait_flushed(&server, server.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let size = SegmentSize::new(1 << 20).expect("1 MiB");
+    let next = size.segment_of(server.lsn()).next();
+    server.write_wal(3500);
+    let name = SegmentName::new(TimelineId::FIRST, next, size).to_string();
+    let path = server.data().join("pg_wal").join(name);
+    let sound = fs::read(&path).expect("a segment");
+    let page = 5 * 8192;
+    let mut forged = sound.clone();
+    forged[page..page + 2].copy_from_slice(&0xD1FF_u16.to_le_bytes());
+    fs::write(&path, &forged).expect("it is forged");
+
+    let mut archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("0xD1FF");
+    wait_until("it is red", || {
+        archiver
+            .get("/api/v1/clusters")
+            .contains("\"state\":\"broken\"")
+    });
+    let log = archiver.log();
+    if std::env::var_os("TIDEMARK_LONG").is_some() {
+        // It is asked for again, in case that it was damaged on its way.
+        assert_eq!(archiver.wait().code(), Some(4));
+    } else {
+        archiver.kill();
+    }
+    let at = next.start_lsn(size).add(page as u64);
+    assert!(
+        log.contains("0xD1FF") && log.contains(&at.to_string()),
+        "{log}"
+    );
+    let kept: Lsn = server
+        .sql("SELECT restart_lsn FROM pg_replication_slots")
+        .parse()
+        .expect("an LSN");
+    assert!(kept <= at, "{kept} was acknowledged, {at} can not be read");
+
+    fs::write(&path, &sound).expect("it is mended");
+    let archiver = place.run(&server.conninfo());
+    place.assert_whole(&server, archiver);
+}
+
+#[test]
+fn segments_of_a_gigabyte() {
+    if std::env::var_os("TIDEMARK_LONG").is_none() {
+        return;
+    }
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start_with_segments(&bin, 1024, "max_wal_size=3GB\nwal_keep_size=3GB");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    for _ in 0..2 {
+        server.write_wal(3000);
+        server.sql("SELECT pg_switch_wal()");
+    }
+    server.write_wal(3000);
+    wait_flushed(&server, server.lsn());
+    archiver.kill();
+    let archiver = place.run(&server.conninfo());
+    server.write_wal(300);
+    wait_flushed(&server, server.lsn());
+    eprintln!("peak: {} KiB", archiver.peak_memory_kib());
+    place.assert_whole(&server, archiver);
+    let sealed = place.files_below("/wal/");
+    assert!(sealed.len() >= 2, "{sealed:?}");
+    for path in sealed {
+        let object = fs::read(path).expect("an object");
+        let header = *SealedReader::open(&object).expect("sound").header();
+        assert_eq!(header.raw_bytes(), 1 << 30);
+    }
 }

@@ -72,13 +72,18 @@ pub(crate) struct Server {
 impl Server {
     /// A new cluster, with `settings` appended to its configuration.
     pub(crate) fn start(bin: &Path, settings: &str) -> Self {
+        Self::start_with_segments(bin, 1, settings)
+    }
+
+    /// The same with segments of so many MiB.
+    pub(crate) fn start_with_segments(bin: &Path, mib: u32, settings: &str) -> Self {
         let server = Self::prepare(bin);
-        server.init(settings);
+        server.init(mib, settings);
         server
     }
 
     /// Makes and starts a new cluster in the server's place.
-    pub(crate) fn init(&self, settings: &str) {
+    pub(crate) fn init(&self, mib: u32, settings: &str) {
         let server = self;
         let data = server.data();
         let data = data.to_str().expect("UTF-8");
@@ -86,16 +91,8 @@ impl Server {
             "initdb",
             &server
                 .command("initdb")
-                .args([
-                    "-D",
-                    data,
-                    "-U",
-                    "postgres",
-                    "-A",
-                    "trust",
-                    "-N",
-                    "--wal-segsize=1",
-                ])
+                .args(["-D", data, "-U", "postgres", "-A", "trust", "-N"])
+                .arg(format!("--wal-segsize={mib}"))
                 .output()
                 .expect("initdb runs"),
         );

@@ -1,6 +1,8 @@
 //! A start in the worst moment: the store is away, the host before was killed, another archiver goes on. Commits are acknowledged
 //! again without a person, nothing twice and nothing missing.
 
+use std::fs;
+
 use wal_format::Lsn;
 
 use crate::support::{Place, Server, postgres_bin, store_goes_down, wait_flushed, wait_until};
@@ -76,8 +78,7 @@ fn an_empty_spool_remembers_where_the_archive_ends() {
     let boundary = Lsn(server.lsn().0.next_multiple_of(1 << 20));
     let record = place.spool().join("main/position.json");
     wait_until("the last segment leaves the spool", || {
-        std::fs::read_to_string(&record)
-            .is_ok_and(|record| record.contains(&format!("\"{boundary}\"")))
+        fs::read_to_string(&record).is_ok_and(|record| record.contains(&format!("\"{boundary}\"")))
     });
     archiver.kill();
     let comes_back = store_goes_down(&place);
@@ -91,4 +92,52 @@ fn an_empty_spool_remembers_where_the_archive_ends() {
     archiver.wait_for_log("the repository answers");
     commit(&server, 2);
     assert_whole(&place, &server, boundary);
+}
+
+#[test]
+fn a_clean_end_lets_commits_go_that_wait_for_the_repository_and_leaves_nothing_to_do_again() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let configuration = place.spool().with_extension("toml");
+    let settings = "acknowledge = 'remote'\nremote_flush_interval = '1h'\n";
+    fs::write(&configuration, settings).expect("a configuration");
+    let command = || {
+        let mut command = place.command(&server.conninfo());
+        command.arg("--config").arg(&configuration);
+        command
+    };
+    let archiver = place.run_with(command());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    server.configure_more(SYNCHRONOUS);
+    server.sql("SELECT pg_reload_conf()");
+    let waiting = std::thread::scope(|scope| {
+        let commit = scope.spawn(|| commit(&server, 1));
+        wait_until("the commit waits", || {
+            server.sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'") == "1"
+        });
+        let waiting = server.lsn();
+        assert_eq!(archiver.terminate().code(), Some(0));
+        // Nobody else could have said so.
+        commit.join().expect("the commit is acknowledged");
+        waiting
+    });
+    let slot = "SELECT restart_lsn FROM pg_replication_slots";
+    let told: Lsn = server.sql(slot).parse().expect("an LSN");
+    assert!(
+        told >= waiting,
+        "{told} was said at the end, {waiting} is archived"
+    );
+    let everything = || (place.files_below("/wal/"), place.files_below("/tail/"));
+    let archived = everything();
+
+    // The successor compares the open segment again, and has nothing to store.
+    let successor = place.run_with(command());
+    successor.wait_for_log(&format!("held={told}"));
+    wait_flushed(&server, told);
+    assert_eq!(successor.terminate().code(), Some(0));
+    let same = server.lsn() > told || everything() == archived;
+    assert!(same, "{:?} is not {archived:?}", everything());
+    place.verify(&server.conninfo());
 }

@@ -53,7 +53,10 @@ fn a_promotion_while_we_were_away_is_followed_and_the_old_primary_refused() {
     standby.write_wal(700);
     wait_flushed(&standby, standby.lsn());
     assert_eq!(archiver.terminate().code(), Some(0));
-    place.verify(&standby.conninfo());
+    // What nobody archived of the old timeline before the promotion came from the server that was promoted.
+    let verdict = place.verify(&standby.conninfo());
+    assert!(verdict.contains("no gap"), "{verdict}");
+    assert!(place.assert_equals_pg_wal(&standby.data()) > lsn);
 
     let archiver = place.run(&primary.conninfo());
     archiver.wait_for_log("left behind by a promotion");
@@ -188,10 +191,22 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
 fn listed(place: &Place) -> Vec<u64> {
     let program = benches::programs::ours("pitr-restore").expect("it is built");
     let url = format!("file://{}", place.repository().display());
-    let output = Command::new(program)
-        .args(["--repository", &url, "list", "--json"])
-        .output();
-    let listed = succeed("list", &output.expect("pitr-restore runs"));
+    let list = |how: &[&str]| {
+        let mut command = Command::new(&program);
+        let output = command.args(["--repository", &url, "list"]).args(how);
+        succeed("list", &output.output().expect("pitr-restore runs"))
+    };
+    let people = list(&[]);
+    assert!(
+        people.contains("FAILOVER  timeline 2 went on at"),
+        "{people}"
+    );
+    assert_eq!(
+        people.matches("  lost  transaction ").count(),
+        7,
+        "{people}"
+    );
+    let listed = list(&["--json"]);
     let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
     let losses = listed["failover_losses"].as_array().expect("a list");
     assert_eq!(losses.len(), 1, "{listed}");

@@ -4,7 +4,7 @@
 //! bytes it is [`Error::Conflict`]; everything of a cluster lies below its system identifier, so a stranger under the
 //! same cluster name is refused before it writes.
 
-use std::{ops::ControlFlow, ops::Range, sync::Arc};
+use std::{collections::BTreeMap, ops::ControlFlow, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -453,20 +453,26 @@ impl Repository {
     /// # Errors
     /// [`Error::Damaged`] when both copies of one are.
     pub fn histories(&self, system: SystemIdentifier) -> Result<Vec<(Branch, Bytes)>> {
-        let mut branches = Vec::new();
+        self.history_copies(system)?
+            .into_keys()
+            .map(|branch| Ok((branch, self.history(system, branch)?)))
+            .collect()
+    }
+
+    /// How many of the two copies there are of each history file, sound or not.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn history_copies(&self, system: SystemIdentifier) -> Result<BTreeMap<Branch, u8>> {
+        let mut copies = BTreeMap::new();
         for folder in ["history", "history-copy"] {
             for (key, _) in self.list(&format!("{system}/{folder}/"))? {
                 if let ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) = key {
-                    branches.push(branch);
+                    *copies.entry(branch).or_default() += 1;
                 }
             }
         }
-        branches.sort_unstable();
-        branches.dedup();
-        branches
-            .into_iter()
-            .map(|branch| Ok((branch, self.history(system, branch)?)))
-            .collect()
+        Ok(copies)
     }
 
     /// Declares a range of WAL lost. Declared before, by whom and with whatever words: fine.

@@ -51,6 +51,8 @@ pub struct WalDecoder {
     /// The start of the record before, for `xl_prev`.
     previous: Option<Lsn>,
     valid_end_lsn: Lsn,
+    /// Its last byte that a checksum covers is before this.
+    checked_end_lsn: Lsn,
     /// The timeline of the latest page; it never decreases.
     timeline: u32,
     page: PartialPageHeader,
@@ -116,6 +118,7 @@ impl WalDecoder {
             state: State::Start,
             previous,
             valid_end_lsn: start_lsn,
+            checked_end_lsn: start_lsn,
             timeline: 0,
             page: PartialPageHeader {
                 bytes: [0; LONG_HEADER_BYTES],
@@ -146,6 +149,13 @@ impl WalDecoder {
     #[must_use]
     pub fn valid_end_lsn(&self) -> Lsn {
         self.valid_end_lsn
+    }
+
+    /// The end of that record as such: what follows up to [`WalDecoder::valid_end_lsn`] is padding, which no checksum covers and
+    /// which PostgreSQL leaves zero.
+    #[must_use]
+    pub fn checked_end_lsn(&self) -> Lsn {
+        self.checked_end_lsn
     }
 
     /// The start of the record that has begun and is not complete; none after an error.
@@ -399,7 +409,8 @@ impl WalDecoder {
             return Err(at_record(DecodeErrorKind::Crc { expected, found }));
         }
         record.read_structure().map_err(at_record)?;
-        let aligned_end = record.end_lsn.align_up(8);
+        let checked_end = record.end_lsn;
+        let aligned_end = checked_end.align_up(8);
         record.end_lsn = aligned_end;
         self.state = State::Between;
         if rmgr::is_switch(&record.header) {
@@ -416,6 +427,7 @@ impl WalDecoder {
         sink.record(record).map_err(at_record)?;
         self.previous = Some(lsn);
         self.valid_end_lsn = aligned_end;
+        self.checked_end_lsn = checked_end;
         Ok(())
     }
 }

@@ -42,6 +42,12 @@ impl WalIndexer {
         self.decoder.valid_end_lsn()
     }
 
+    /// Where that record's padding begins: see [`WalDecoder::checked_end_lsn`].
+    #[must_use]
+    pub fn checked_end_lsn(&self) -> Lsn {
+        self.decoder.checked_end_lsn()
+    }
+
     /// What was completed since the last call, or since the start.
     pub fn take_summary(&mut self) -> SegmentSummary {
         let mut summary = std::mem::take(&mut self.summary.0);

@@ -19,6 +19,7 @@ use crate::{
 };
 
 mod beside;
+mod disk;
 
 /// Less free space than this in the spool is worth a word: a store that is down for an hour at 16 MiB a minute fills it.
 const SPOOL_FREE_MIN: u64 = 1 << 30;
@@ -357,6 +358,7 @@ fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
         ),
         Err(error) => report.fail_with("spool", &error),
     }
+    disk::journal(&directory, report);
     report.note(
         "when_full",
         &format!("{}: {}", cluster.when_full.name(), cluster.when_full.cost()),

@@ -92,11 +92,21 @@ impl Archive {
             gaps = repository.gaps(system)?;
             losses = Losses::of(repository.failover_losses(system)?);
         }
-        let histories = catalog
-            .branches()?
-            .into_iter()
-            .map(|(branch, _, _)| branch)
-            .collect();
+        let branches = catalog.branches()?;
+        if away.is_none() {
+            let copies = repository.history_copies(system)?;
+            for (branch, history, content) in &branches {
+                if history.is_some() && copies.get(branch).is_none_or(|copies| *copies < 2) {
+                    tracing::warn!(%branch, "a history file is missing in the repository; it is put there again");
+                    match repository.put_history(system, *branch, content) {
+                        // One copy is damaged: `verify` says so, and nothing is written over.
+                        Err(error) if error.is_conflict() => tracing::error!(%branch, %error),
+                        outcome => outcome?,
+                    }
+                }
+            }
+        }
+        let histories = branches.into_iter().map(|(branch, ..)| branch).collect();
         Ok(Self {
             room: Room::new(&settings, identity.segment_size),
             settings,

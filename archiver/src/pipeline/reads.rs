@@ -2,7 +2,7 @@
 //!
 //! Invariant: nothing is changed here, and what is returned was checked.
 
-use std::sync::PoisonError;
+use std::{fs::File, io, sync::PoisonError};
 
 use repository::WalRange;
 use wal_format::{
@@ -12,8 +12,20 @@ use wal_format::{
 use super::archive::Archive;
 use crate::{
     error::{Error, Result},
-    spool::primed_indexer,
+    spool::{Before, primed_indexer},
 };
+
+/// Why a segment could not be put into a file.
+enum Unheld {
+    Sealed(Error),
+    Disk(io::Error),
+}
+
+impl From<io::Error> for Unheld {
+    fn from(error: io::Error) -> Self {
+        Self::Disk(error)
+    }
+}
 
 /// More zeros than a commit's record ends with.
 const ZEROS_OF_A_RECORD: usize = 64;
@@ -96,6 +108,14 @@ impl Archive {
         if let Some(bytes) = self.branch_spool(branch).read(segment)? {
             return Ok(Some(bytes));
         }
+        match self.sealed_key(branch, segment)? {
+            Some(key) => self.read_object(&key).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// The key of a sealed segment that the repository has.
+    fn sealed_key(&self, branch: Branch, segment: SegmentNo) -> Result<Option<ObjectKey>> {
         let name = self.branch_spool(branch).name(segment);
         let key = ObjectKey::Segment(self.identity().system_identifier, branch, name);
         // A segment into whose end no record runs has left the spool; of one that is still needed the file is here.
@@ -103,12 +123,55 @@ impl Archive {
             return Ok(None);
         }
         match self.repository().head(&key) {
-            Ok(Some(_)) => self.read_object(&key).map(Some),
-            Ok(None) => Ok(None),
+            Ok(found) => Ok(found.map(|_| key)),
             // Of several repositories one is away: what those that answer lack is as good as none.
             Err(error) if error.is_transient() && self.repository().is_partly_away() => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// A segment of this very branch in a file, as far as the archive has it: never all of it in memory but as it is stored.
+    ///
+    /// # Errors
+    /// [`Error::Repository`], [`Error::Sealed`], [`Error::Io`].
+    pub(super) fn hold_segment(
+        &self,
+        branch: Branch,
+        segment: SegmentNo,
+    ) -> Result<Option<Before>> {
+        let spool = self.branch_spool(branch);
+        let path = spool.path(segment);
+        match File::open(&path) {
+            Ok(file) => {
+                return Before::of_file(file)
+                    .map(Some)
+                    .map_err(Error::io("stat", path));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io("open", path)(error)),
+        }
+        let Some(key) = self.sealed_key(branch, segment)? else {
+            return Ok(None);
+        };
+        let object = self.repository().get(&key)?;
+        let damaged = |source| Error::Sealed {
+            object: key.to_string(),
+            source,
+        };
+        let directory = spool.directory();
+        let held = Before::of_pieces(directory, |file| {
+            let reader = SealedReader::open(&object).map_err(|e| Unheld::Sealed(damaged(e)))?;
+            let mut frames = reader.frames().map_err(|e| Unheld::Sealed(damaged(e)))?;
+            while let Some(frame) = frames.next() {
+                let (_, wal) = frame.map_err(|e| Unheld::Sealed(damaged(e)))?;
+                file.write_all(wal)?;
+            }
+            Ok(())
+        });
+        held.map(Some).map_err(|error| match error {
+            Unheld::Sealed(error) => error,
+            Unheld::Disk(error) => Error::io("write a file in", directory)(error),
+        })
     }
 
     /// The transactions that committed in a range of a branch, in LSN order; `None` where some of its WAL can not be read now.

@@ -26,6 +26,9 @@ use crate::{
 /// How long a server that let us in may take to say who it is. Connecting has its own limit, `connect_timeout`.
 const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// How long a stop waits, with the connection up, for the repository to hold what the server is still to be told of.
+const HAND_OVER_MAX: Duration = Duration::from_secs(10);
+
 /// What a stream is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -380,6 +383,14 @@ impl Source {
                     pipeline.spool().drain().await?;
                     if let Some(error) = pipeline.failure().take() {
                         return Err(error);
+                    }
+                    if end == StreamEnd::Shutdown {
+                        // With `acknowledge = "remote"` commits may wait for what is on its way to the repository.
+                        let progress = archive.status().progress();
+                        let flushed = progress.positions().flushed();
+                        let mut said = progress.acknowledgements();
+                        let all = said.wait_for(|said| said.flush.lsn() >= flushed);
+                        drop(tokio::time::timeout(HAND_OVER_MAX, all).await);
                     }
                     // A server that shuts down waits for this one. It may be gone already, which is no error.
                     if let Err(error) = voice.say(false).await {

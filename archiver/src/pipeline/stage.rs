@@ -22,13 +22,8 @@ use super::{
 use crate::{
     core::{Action, Event, cursor::take_up_at, pace::CATCH_UP_BYTES, positions::Coverage},
     error::{Error, Result},
-    spool::{SpoolWriter, TailCut},
+    spool::{Before, SpoolWriter, TailCut},
 };
-
-/// How much of the segment before is compared when a stream resumes between two segments, of what is used in it: after
-/// `pg_switch_wal` most may be padding that says nothing.
-const OVERLAP_BYTES: usize = 16 << 20;
-const PAGE_BYTES: usize = 8192;
 
 /// The spool of the branch that is streamed, and what goes on from it.
 #[derive(Debug)]
@@ -124,9 +119,9 @@ impl Stage {
                 compare_lsn: writer.compare_lsn(),
             };
             if writer.lacks_overlap() {
-                let before = self.end_of_segment_before(branch, taken_up.resume_lsn);
+                let before = self.segment_before(branch, taken_up.resume_lsn);
                 if let Some(writer) = &mut self.writer {
-                    writer.hold_before(&before);
+                    writer.hold_before(before);
                     taken_up.compare_lsn = writer.compare_lsn();
                 }
             }
@@ -183,7 +178,7 @@ impl Stage {
         let durable = writer.written();
         let resume_lsn = writer.resume_lsn();
         if writer.lacks_overlap() {
-            writer.hold_before(&self.end_of_segment_before(branch, resume_lsn));
+            writer.hold_before(self.segment_before(branch, resume_lsn));
         }
         let compare_lsn = writer.compare_lsn();
         // A segment counts when it has its final name: a start streams again what lies behind the first that has not.
@@ -208,23 +203,16 @@ impl Stage {
         })
     }
 
-    /// The end of what the archive has of a branch before a segment that begins here; nothing where it can not be read.
-    fn end_of_segment_before(&self, branch: Branch, start_lsn: Lsn) -> Vec<u8> {
+    /// What the archive has of a branch before a segment that begins here; nothing where it can not be read. All of the segment:
+    /// after `pg_switch_wal` most of it is padding that says nothing.
+    fn segment_before(&self, branch: Branch, start_lsn: Lsn) -> Option<Before> {
         let size = self.archive.identity().segment_size;
-        let Some(before) = size.segment_of(start_lsn).previous() else {
-            return Vec::new();
-        };
-        match self.archive.read_on(branch, before) {
-            Ok(Some(bytes)) if bytes.len() == size.len() => {
-                // A switch leaves nothing at the end, in which every history is equal.
-                let used = bytes.iter().rposition(|byte| *byte != 0).unwrap_or(0);
-                let from = used.saturating_sub(OVERLAP_BYTES) & !(PAGE_BYTES - 1);
-                bytes[from..].to_vec()
-            }
-            Ok(_) => Vec::new(),
+        let before = size.segment_of(start_lsn).previous()?;
+        match self.archive.hold_segment(branch, before) {
+            Ok(held) => held.filter(|held| held.bytes() == size.bytes()),
             Err(error) => {
                 tracing::info!(%error, "the segment before can not be read; the stream begins without an overlap to compare");
-                Vec::new()
+                None
             }
         }
     }

@@ -289,6 +289,33 @@ proptest! {
     }
 
     #[test]
+    fn garbage_in_the_padding_behind_the_last_record_is_no_divergence(
+        lengths in prop::collection::vec(3_usize..3_000, 2..20),
+        record in any::<prop::sample::Index>(),
+        cut in any::<prop::sample::Index>(),
+        garbage in prop::collection::vec(1_u8.., 8..600),
+    ) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+        let (bytes, ends) = wal(&lengths);
+        let (mut writer, _) = open(&branch);
+        push(&mut writer, &bytes).expect("valid WAL");
+        drop(writer);
+        let end = *record.get(&ends);
+        let aligned = usize::try_from(end.bytes_since(START)).expect("short");
+        // A record of these ends in another byte than zero.
+        let padding = bytes[..aligned].iter().rev().take_while(|byte| **byte == 0).count();
+        let torn = aligned - cut.index(padding + 1);
+        let content = [&bytes[..torn], &garbage].concat();
+        std::fs::write(branch.partial_path(START_SEGMENT), content).expect("it is torn");
+        let (mut writer, _) = open(&branch);
+        prop_assert_eq!(writer.written(), end);
+        writer.begin(START).expect("the start of the segment");
+        push(&mut writer, &bytes).expect("the same WAL again");
+        prop_assert!(begins_with(&branch, &bytes));
+    }
+
+    #[test]
     fn fed_byte_by_byte_the_indexer_says_the_same(
         lengths in prop::collection::vec(1_usize..20_000, 2..12),
         cut in 1_usize..9000,

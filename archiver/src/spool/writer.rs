@@ -11,7 +11,7 @@ use wal_format::{
 };
 
 use super::{
-    BranchSpool, OpenSegment,
+    Before, BranchSpool, OpenSegment,
     open_segment::{is_no_space, renew_complete},
     primed_indexer,
 };
@@ -61,8 +61,8 @@ pub struct SpoolWriter {
     spool: BranchSpool,
     indexer: WalIndexer,
     open: Option<OpenSegment>,
-    /// The end of the segment before, while the open one is empty.
-    before: Vec<u8>,
+    /// The segment before, while the open one is empty.
+    before: Option<Before>,
     cursor: Cursor,
     /// The summary of the open segment up to the end of its tails.
     summary: SegmentSummary,
@@ -116,7 +116,7 @@ impl SpoolWriter {
             indexer: prime()?,
             spool: spool.clone(),
             open: None,
-            before: Vec::new(),
+            before: None,
             cursor: Cursor::new(size, segment, tail_end),
             summary: SegmentSummary::default(),
             previous_send_time: None,
@@ -125,7 +125,7 @@ impl SpoolWriter {
         let mut completed = Vec::new();
         if segments.open.is_some() {
             let open = OpenSegment::open(spool, segment)?;
-            let valid = valid_length(&open, &mut writer.indexer, segment_start)?;
+            let (valid, checked) = valid_length(&open, &mut writer.indexer, segment_start)?;
             let content = segments.open.map_or(0, |(_, length)| length);
             if valid < content {
                 tracing::info!(
@@ -137,6 +137,11 @@ impl SpoolWriter {
             }
             let mut bytes = vec![0; usize::try_from(valid).unwrap_or(usize::MAX)];
             open.read_at(&mut bytes, 0)?;
+            // The last record's padding is covered by no checksum: what a torn write left in it is not the server's.
+            let checked = usize::try_from(checked).unwrap_or(usize::MAX);
+            if let Some(padding) = bytes.get_mut(checked..) {
+                padding.fill(0);
+            }
             // The bytes may be in the page cache only, of a process that was killed or whose fsync failed: durable from here.
             writer.open = Some(open.renew(spool, &bytes)?);
             writer.indexer = prime()?;
@@ -178,14 +183,15 @@ impl SpoolWriter {
     /// Whether a stream that resumes here has nothing to be compared with.
     #[must_use]
     pub fn lacks_overlap(&self) -> bool {
-        self.written() == self.resume_lsn() && self.before.is_empty()
+        self.written() == self.resume_lsn() && self.before.is_none()
     }
 
-    /// Takes the end of the segment before the open one, to be compared with what the server sends of it.
-    pub fn hold_before(&mut self, bytes: &[u8]) {
+    /// Takes the segment before the open one, to be compared with what the server sends of it.
+    pub fn hold_before(&mut self, before: Option<Before>) {
         if self.written() == self.resume_lsn() {
-            self.before = bytes.to_vec();
-            self.cursor.hold_before(bytes.len() as u64);
+            self.cursor
+                .hold_before(before.as_ref().map_or(0, Before::bytes));
+            self.before = before;
         }
     }
 
@@ -290,11 +296,14 @@ impl SpoolWriter {
             (ours, open.partial_path().display().to_string())
         } else {
             let left = self.written().bytes_since(self.incoming());
-            let left = usize::try_from(left).unwrap_or(usize::MAX);
-            let at = self.before.len().saturating_sub(left);
-            let ours = self.before.get(at..).unwrap_or_default();
-            let ours = ours.get(..bytes.len()).unwrap_or(ours).to_vec();
-            (ours, "the end of the segment before".to_owned())
+            let place = "the segment before".to_owned();
+            let ours = match &self.before {
+                Some(before) => before
+                    .read(left, bytes.len())
+                    .map_err(Error::io("read", self.spool.directory()))?,
+                None => Vec::new(),
+            };
+            (ours, place)
         };
         if ours == bytes {
             return Ok(());
@@ -366,7 +375,7 @@ impl SpoolWriter {
         }
         self.summary.merge(self.indexer.take_summary());
         if reached == Reached::SegmentEnd {
-            self.before = Vec::new();
+            self.before = None;
             completed.push(CompletedSegment {
                 branch: self.spool.branch(),
                 file: self.open.take().expect("BUG: a full segment has a file"),
@@ -384,8 +393,13 @@ fn out_of_order(found: Lsn) -> impl FnOnce(OutOfOrder) -> Error {
     }
 }
 
-/// The length of the file's valid prefix: up to the end of the last record that is whole and passes its checks.
-fn valid_length(open: &OpenSegment, indexer: &mut WalIndexer, start_lsn: Lsn) -> Result<u64> {
+/// The length of the file's valid prefix: up to the end of the last record that is whole and passes its checks; and how much
+/// of it comes before that record's padding.
+fn valid_length(
+    open: &OpenSegment,
+    indexer: &mut WalIndexer,
+    start_lsn: Lsn,
+) -> Result<(u64, u64)> {
     let page_bytes = usize::try_from(PAGE_SIZE).unwrap_or(usize::MAX);
     let mut page = vec![0; page_bytes];
     let mut offset = 0;
@@ -400,5 +414,6 @@ fn valid_length(open: &OpenSegment, indexer: &mut WalIndexer, start_lsn: Lsn) ->
         offset += length as u64;
     }
     let valid = indexer.valid_end_lsn().bytes_since(start_lsn);
-    Ok(valid.min(open.length()))
+    let checked = indexer.checked_end_lsn().bytes_since(start_lsn);
+    Ok((valid.min(open.length()), checked))
 }
