@@ -16,6 +16,7 @@ mod check;
 mod config;
 mod daemon;
 mod epoch;
+mod expire;
 mod facts;
 mod import;
 mod key;
@@ -105,6 +106,19 @@ enum Command {
         /// Puts sound copies from the other repositories in the place of damaged and missing objects.
         #[arg(long)]
         repair: bool,
+    },
+    /// Applies retention: marks what is no longer kept, and removes what was marked `expire_grace` ago. Says before which
+    /// moments can not be restored any more.
+    Expire {
+        /// Says what would be marked and removed, and changes nothing.
+        #[arg(long)]
+        dry_run: bool,
+        /// One JSON document.
+        #[arg(long)]
+        json: bool,
+        /// An earlier epoch of the cluster, by its system identifier; without it the one that is archived now.
+        #[arg(long, value_name = "N")]
+        system: Option<SystemIdentifier>,
     },
     /// The catalog, a cache of what the repository holds.
     #[command(subcommand)]
@@ -222,6 +236,11 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Notify(NotifyCommand::Test) => notify::test(&settings),
         Command::Check => check::check(&settings),
         Command::Verify { deep, repair } => verify::verify(&settings, deep, repair),
+        Command::Expire {
+            dry_run,
+            json,
+            system,
+        } => expire::expire(&settings, system, dry_run, json),
         Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
         Command::Epoch(EpochCommand::Begin { system_identifier }) => {
             epoch::begin(one(&settings)?, system_identifier)

@@ -230,6 +230,14 @@ pub enum Error {
     /// A server that we can not archive.
     #[error(transparent)]
     Unsupported(#[from] wal_format::system::UnsupportedVersion),
+    /// Retention could not be applied everywhere.
+    #[error("{problem}")]
+    Expire {
+        /// What stood in the way, and where.
+        problem: String,
+        /// The contract's exit code.
+        kind: ExitKind,
+    },
     /// `wal-archiver verify` found damage.
     #[error("{problems} integrity violation(s) found")]
     Verify {
@@ -280,7 +288,7 @@ impl Error {
             | Self::ServerBehind { .. }
             | Self::SpoolHole { .. }
             | Self::Verify { .. } => ExitKind::Integrity,
-            Self::Check { kind, .. } => *kind,
+            Self::Check { kind, .. } | Self::Expire { kind, .. } => *kind,
             // Nagios has exit codes of its own, which are the same numbers.
             Self::Nagios { code: 3 } => ExitKind::TargetNotReachable,
             Self::Io { .. }

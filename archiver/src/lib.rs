@@ -11,6 +11,7 @@ pub mod cluster_status;
 pub mod core;
 pub mod daemon;
 pub mod error;
+pub mod expire;
 pub mod flushed_lsn;
 pub mod http;
 pub mod import;

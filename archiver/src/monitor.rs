@@ -410,7 +410,12 @@ impl Book {
             }
             self.backup = newest;
         }
-        for kind in [OutcomeKind::Backup, OutcomeKind::Drill, OutcomeKind::Verify] {
+        for kind in [
+            OutcomeKind::Backup,
+            OutcomeKind::Drill,
+            OutcomeKind::Expire,
+            OutcomeKind::Verify,
+        ] {
             let Some(outcome) = details.newest(kind) else {
                 continue;
             };

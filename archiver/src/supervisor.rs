@@ -17,6 +17,7 @@ use crate::{
     cluster_status::ClusterStatus,
     core::Event,
     error::{Error, Result},
+    expire,
     pipeline::{
         Pipeline,
         archive::{Archive, Away},
@@ -93,6 +94,7 @@ pub async fn run(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),
     ));
+    let expiry = tokio::spawn(expire::keep(supervisor.settings.clone()));
     let standbys = tokio::spawn(standby_slots::keep(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),
@@ -103,6 +105,7 @@ pub async fn run(
         never = beat(&beating) => match never {},
     };
     backups.abort();
+    expiry.abort();
     standbys.abort();
     supervisor.status.polled_by(None);
     supervisor.status.note(|facts| {

@@ -4,6 +4,7 @@
 //! | family | key | value |
 //! |---|---|---|
 //! | `meta` | `identity` | [`ClusterIdentity`] as JSON |
+//! | `meta` | `expired` | [`ExpiredSet`] as JSON: what counts as absent |
 //! | `segments` | range key (branch, segment, kind, LSNs; `keys.rs`) | [`WalRange`] as JSON |
 //! | `commit_times` | range key | the range's summary, as in the object's footer |
 //! | `restore_points` | branch, LSN | name and time as JSON |
@@ -28,8 +29,11 @@ use wal_format::{
     TransactionEnd, WalEvent,
 };
 
+#[cfg(doc)]
+use crate::ExpiredSet;
 use crate::{ClusterIdentity, Error, Repository, Result, WalRange, WalRangeKind};
 
+mod expired;
 mod keys;
 mod refresh;
 
@@ -57,6 +61,7 @@ const FAMILIES: [&str; 6] = [
     BACKUPS,
 ];
 const IDENTITY: &[u8] = b"identity";
+const EXPIRED: &[u8] = b"expired";
 
 /// The index of one cluster's repository.
 #[derive(Debug)]
@@ -150,6 +155,32 @@ impl Catalog {
         }
         catalog.damaged_objects = catalog.refresh(repository)?.damaged;
         Ok(catalog)
+    }
+
+    /// The catalog of a running archiver, for looking things up: as it is now, and without its lock.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`] when there is none, [`Error::CatalogMismatch`] for another cluster's.
+    pub fn open_read_only(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
+        let db = DB::open_cf_for_read_only(&options(), directory, FAMILIES, false)
+            .map_err(|source| opening(directory, source))?;
+        let catalog = Self {
+            db,
+            path: directory.to_owned(),
+            identity: identity.clone(),
+            damaged_objects: Vec::new(),
+            _temporary: None,
+        };
+        let found = catalog.get(META, IDENTITY)?;
+        let found = found.map(|json| catalog.parse::<ClusterIdentity>(META, &json));
+        match found.transpose()? {
+            Some(found) if found.system_identifier == identity.system_identifier => Ok(catalog),
+            found => Err(Error::CatalogMismatch {
+                path: catalog.path,
+                expected: identity.system_identifier.to_string(),
+                found: found.map_or_else(String::new, |one| one.system_identifier.to_string()),
+            }),
+        }
     }
 
     /// Copies another catalog, which may be in use, into this empty one.

@@ -13,6 +13,7 @@ mod file;
 mod http;
 mod notify;
 mod repositories;
+mod retention;
 mod s3;
 mod url;
 mod walsender;
@@ -81,6 +82,8 @@ pub struct CommonArgs {
 const FLUSH_BYTES_DEFAULT: u64 = 16 << 20;
 /// `gap_grace`: a standby that restarts is back by then. Until it is over nothing newer is archived, so it is not longer.
 const GAP_GRACE_DEFAULT: Duration = Duration::from_secs(30);
+/// `expire_interval` and `expire_grace`: a day to look at what goes, and for a restore that has begun to end.
+const EXPIRE_DEFAULT: Duration = Duration::from_secs(86_400);
 /// The least `remote_flush_bytes`: below it an object costs more than what is in it.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
@@ -192,6 +195,10 @@ pub struct ClusterSettings {
     pub backup_max_age: Duration,
     /// The age at which the newest restore drill is overdue. Default: none is demanded.
     pub drill_max_age: Option<Duration>,
+    /// How often the daemon applies retention. Default: 1 day.
+    pub expire_interval: Duration,
+    /// How long what expired stays in the repository, hidden, before it is removed. Default: 1 day.
+    pub expire_grace: Duration,
     /// zstd's level for WAL and backups. Default: 1.
     pub compression_level: i32,
     /// Threads that seal segments. Default: 2.
@@ -344,6 +351,7 @@ fn cluster(
             None => Ok(default),
         };
     let encryption = table.encryption.resolve(&defaults.encryption)?;
+    let keep = table.keep.over(&defaults.keep);
     let optional = |of_table: &Option<String>, of_defaults: &Option<String>, key| {
         of_table
             .as_ref()
@@ -419,6 +427,18 @@ fn cluster(
             "rpo_target",
             Duration::from_secs(5),
         )?,
+        expire_interval: duration(
+            &table.expire_interval,
+            &defaults.expire_interval,
+            "expire_interval",
+            EXPIRE_DEFAULT,
+        )?,
+        expire_grace: duration(
+            &table.expire_grace,
+            &defaults.expire_grace,
+            "expire_grace",
+            EXPIRE_DEFAULT,
+        )?,
         compression_level: match table.compression_level.or(defaults.compression_level) {
             Some(level @ 1..=19) => level,
             Some(level) => {
@@ -466,7 +486,9 @@ fn cluster(
                 .as_ref()
                 .or(defaults.repositories.as_ref())
             {
-                Some(tables) => repositories::others(tables, &repository, encryption.as_ref())?,
+                Some(tables) => {
+                    repositories::others(tables, &repository, encryption.as_ref(), &keep)?
+                }
                 None => Vec::new(),
             },
             url: repository,
@@ -477,6 +499,7 @@ fn cluster(
                 .or(defaults.repositories_required)
                 .unwrap_or_default(),
             as_of: None,
+            retention: keep.resolve()?,
             requests: RequestMeter::default(),
         },
         name,

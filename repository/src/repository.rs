@@ -143,6 +143,18 @@ impl Repository {
         mirror.map_or_else(Vec::new, |mirror| mirror.store.states())
     }
 
+    /// Each of several places alone; itself where there is one.
+    pub(crate) fn each_place(&self) -> Vec<Self> {
+        let alone = |place: &Self| Self {
+            system: self.system,
+            ..place.clone()
+        };
+        match &self.mirror {
+            Some(mirror) => mirror.places.iter().map(alone).collect(),
+            None => vec![self.clone()],
+        }
+    }
+
     /// Whether of several places some answer and some do not.
     #[must_use]
     pub fn is_partly_away(&self) -> bool {
@@ -425,6 +437,31 @@ impl Repository {
         Ok(found)
     }
 
+    /// As [`Repository::list`], one after the other, however many there are.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; what `visit` fails with, which ends it.
+    pub fn visit(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectKey, u64) -> Result<()>,
+    ) -> Result<()> {
+        let root = format!("{}/", self.cluster);
+        let mut failed = Ok(());
+        self.store.list(&format!("{root}{prefix}"), &mut |object| {
+            let key = object.key.strip_prefix(&root);
+            if let Some(key) = key.and_then(|key| key.parse().ok()) {
+                failed = visit(key, object.size);
+            }
+            if failed.is_err() {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        })?;
+        failed
+    }
+
     /// Removes an object.
     ///
     /// # Errors
@@ -561,6 +598,7 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
         ObjectKey::Gap(..) => serde_json::from_slice::<DeclaredGap>(body).is_ok(),
         ObjectKey::FailoverLoss(..) => serde_json::from_slice::<FailoverLoss>(body).is_ok(),
         ObjectKey::Epoch(_) => serde_json::from_slice::<ClusterIdentity>(body).is_ok(),
+        ObjectKey::Expired(..) => serde_json::from_slice::<wal_format::Expired>(body).is_ok(),
         ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
     }
 }

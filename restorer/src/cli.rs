@@ -30,6 +30,7 @@ use wal_format::{BackupId, ClusterName, Lsn, SystemIdentifier};
 use crate::{
     Error, RestorePlan, Result,
     execute::{self, Action, Destination, Recovery},
+    expired,
     inventory::{Archive, Inventory},
     list,
     look_ahead::{self, Ahead},
@@ -243,6 +244,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             let cluster = settings.cluster()?;
             let archive = archive(cluster, cli.system)?;
             let mut listing = list::list(&archive, archive.catalog.damaged_objects())?;
+            listing.tell_expired(&archive.catalog.expired()?);
             let repository = open(&cluster.repository, &cluster.name, None)?;
             let system = archive.identity().system_identifier;
             listing.epochs = list::epochs(&repository, system)?;
@@ -441,7 +443,11 @@ fn restore(
         backup: args.backup.clone(),
         timeline: args.target_timeline.clone(),
     };
-    let plan = plan_restore(&archive, &target, &wishes).map_err(|error| archive.explain(error))?;
+    if let Some(id) = &wishes.backup {
+        expired::refuse_backup(&archive, id)?;
+    }
+    let plan = plan_restore(&archive, &target, &wishes)
+        .map_err(|error| expired::explain(&archive, &target, archive.explain(error)))?;
     if !args.json {
         if let RecoveryTarget::Time { time, .. } = &target {
             output::line(&format!("target        {}", explain_time(*time, now)));

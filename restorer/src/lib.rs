@@ -7,6 +7,7 @@
 pub mod cli;
 pub mod error;
 pub mod execute;
+mod expired;
 pub mod inventory;
 pub mod list;
 pub mod locate;

@@ -1,9 +1,10 @@
 //! `pitr-restore list`: backups, restorable windows, gaps and restore points.
 
-use repository::Repository;
+use repository::{ExpiredSet, Repository};
 use serde::Serialize;
 use wal_format::{
-    BackupId, Branch, FailoverLoss, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier,
+    BackupId, Branch, ExpiredWindow, FailoverLoss, Lsn, ObjectKey, PgTimestamp, PgVersion,
+    SystemIdentifier,
 };
 
 use crate::{Result, inventory::Inventory};
@@ -17,10 +18,12 @@ pub struct Listing {
     pub backups: Vec<ListedBackup>,
     /// The stretches of WAL without a gap.
     pub windows: Vec<Window>,
-    /// What is missing between them.
+    /// What is missing between them, for another reason than that it expired.
     pub gaps: Vec<Gap>,
     /// Commits that failovers lost; their WAL is kept on the timeline that was left.
     pub failover_losses: Vec<FailoverLoss>,
+    /// The moments that retention gave up.
+    pub expired: Vec<ExpiredWindow>,
     /// The restore points.
     pub restore_points: Vec<RestorePoint>,
     /// Objects that can not be understood; they count as missing.
@@ -53,6 +56,7 @@ pub fn epochs(repository: &Repository, listed: SystemIdentifier) -> Result<Vec<L
     for (number, identity) in repository.epochs()? {
         let system = identity.system_identifier;
         let objects = repository.list(&format!("{system}/backup/"))?.into_iter();
+        let expired = repository.expired(system)?;
         epochs.push(ListedEpoch {
             number,
             system_identifier: system,
@@ -60,7 +64,7 @@ pub fn epochs(repository: &Repository, listed: SystemIdentifier) -> Result<Vec<L
             since: identity.created,
             backups: objects
                 .filter_map(|(key, _)| match key {
-                    ObjectKey::BackupInfo(_, id) => Some(id),
+                    ObjectKey::BackupInfo(_, id) if !expired.backups().contains(&id) => Some(id),
                     _ => None,
                 })
                 .collect(),
@@ -141,6 +145,25 @@ pub struct RestorePoint {
     pub name: String,
 }
 
+impl Listing {
+    /// Tells what expired from what is missing.
+    pub fn tell_expired(&mut self, expired: &ExpiredSet) {
+        let gaps = std::mem::take(&mut self.gaps).into_iter();
+        let missing = gaps.flat_map(|gap| {
+            let rest = expired.not_expired(gap.branch, gap.start_lsn, gap.end_lsn);
+            rest.into_iter().map(move |(start_lsn, end_lsn)| Gap {
+                branch: gap.branch,
+                start_lsn,
+                end_lsn,
+            })
+        });
+        self.gaps = missing.collect();
+        let records = expired.records().iter();
+        self.expired = records.flat_map(|record| record.windows.clone()).collect();
+        self.expired.sort_unstable();
+    }
+}
+
 /// Lists what is archived.
 ///
 /// # Errors
@@ -213,6 +236,7 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         .collect();
     Ok(Listing {
         epochs: Vec::new(),
+        expired: Vec::new(),
         backups,
         windows,
         gaps,

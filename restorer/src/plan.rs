@@ -124,6 +124,28 @@ pub enum PlanError {
         /// The end of the WAL.
         end_lsn: Lsn,
     },
+    /// Retention gave the moment up.
+    #[error("{refusal}. What was there expired: {expired}")]
+    Expired {
+        /// Why it can not be reached.
+        refusal: Box<Self>,
+        /// What retention gave up, when, and by which policy.
+        expired: String,
+    },
+    /// Retention gave the named backup up.
+    #[error(
+        "backup {backup}, which ended {finished}, expired {marked}: {policy}; see `pitr-restore list`"
+    )]
+    ExpiredBackup {
+        /// The backup.
+        backup: BackupId,
+        /// Its end.
+        finished: PgTimestamp,
+        /// When it was given up.
+        marked: PgTimestamp,
+        /// The policy.
+        policy: String,
+    },
     /// WAL is missing on the way.
     #[error(
         "WAL is missing from {from} on timeline {branch}, before the target is reached; {nearest}",

@@ -7,6 +7,7 @@ mod bad_input;
 mod bad_store;
 mod delta;
 mod epochs;
+mod expire;
 mod failover;
 mod locate;
 mod outage;

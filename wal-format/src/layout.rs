@@ -114,7 +114,7 @@ impl<'de> Deserialize<'de> for BackupId {
 
 /// A key below `{cluster}/`. Everything but the epochs lies below `{cluster}/{system identifier}/`, so that two
 /// clusters under one name can not touch each other's objects.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ObjectKey {
     /// `epoch/{n:08}.json`: which system identifier the cluster has since when ([`crate::layout`]); 1 is the first.
     Epoch(u32),
@@ -136,6 +136,8 @@ pub enum ObjectKey {
     BackupManifest(SystemIdentifier, BackupId),
     /// `{sysid}/backup/{id}/backup.json`: written last; a base backup without it does not exist.
     BackupInfo(SystemIdentifier, BackupId),
+    /// `{sysid}/expired/{id}.json`: what a retention policy gave up ([`crate::Expired`]).
+    Expired(SystemIdentifier, BackupId),
     /// `{sysid}/outcome/{kind}/{id}.json`: how a drill, a backup or a verification ended ([`crate::Outcome`]).
     Outcome(SystemIdentifier, OutcomeKind, BackupId),
 }
@@ -193,6 +195,7 @@ impl fmt::Display for ObjectKey {
             }
             Self::BackupManifest(system, id) => write!(f, "{system}/backup/{id}/backup_manifest"),
             Self::BackupInfo(system, id) => write!(f, "{system}/backup/{id}/backup.json"),
+            Self::Expired(system, id) => write!(f, "{system}/expired/{id}.json"),
             Self::Outcome(system, kind, id) => write!(f, "{system}/outcome/{kind}/{id}.json"),
         }
     }
@@ -252,6 +255,10 @@ fn parse_key(text: &str) -> Option<ObjectKey> {
             let (from, to) = (lsn16(from)?, lsn16(to)?);
             let (system, branch) = (system.parse().ok()?, branch.parse().ok()?);
             Some(ObjectKey::Gap(system, branch, from, to))
+        }
+        [system, "expired", file] => {
+            let id = file.strip_suffix(".json")?.parse().ok()?;
+            Some(ObjectKey::Expired(system.parse().ok()?, id))
         }
         [system, "failover", branch, file] => {
             let successor = file.strip_suffix(".json")?.parse().ok()?;
@@ -358,6 +365,10 @@ mod tests {
             (
                 ObjectKey::BackupInfo(system, id.clone()),
                 "7432188851234567890/backup/20261121T101500Z-9f3c/backup.json",
+            ),
+            (
+                ObjectKey::Expired(system, id.clone()),
+                "7432188851234567890/expired/20261121T101500Z-9f3c.json",
             ),
             (
                 ObjectKey::Outcome(system, OutcomeKind::Drill, id),

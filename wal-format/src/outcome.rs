@@ -1,4 +1,4 @@
-//! [`Outcome`]: `outcome/….json`, how a restore drill, a base backup or a verification ended.
+//! [`Outcome`]: `outcome/….json`, how a restore drill, a base backup, an expiry or a verification ended.
 //!
 //! Whoever ran it, on whatever host, leaves it in the repository; the archiver's dashboard reads it there. Written once.
 
@@ -19,6 +19,8 @@ pub enum OutcomeKind {
     Backup,
     /// A restore into a scratch directory, booted and checked.
     Drill,
+    /// An application of the retention policy that removed something or failed.
+    Expire,
     /// A verification of the repository.
     Verify,
 }
@@ -30,6 +32,7 @@ impl OutcomeKind {
         match self {
             Self::Backup => "backup",
             Self::Drill => "drill",
+            Self::Expire => "expire",
             Self::Verify => "verify",
         }
     }
@@ -50,7 +53,7 @@ impl FromStr for OutcomeKind {
     type Err = InvalidOutcomeKind;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        [Self::Backup, Self::Drill, Self::Verify]
+        [Self::Backup, Self::Drill, Self::Expire, Self::Verify]
             .into_iter()
             .find(|kind| kind.name() == text)
             .ok_or(InvalidOutcomeKind)

@@ -36,6 +36,7 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
         store(cluster, system, &mut report);
         local(cluster, system, &mut report);
         beside::backups(cluster, &mut report);
+        beside::retention(cluster, &mut report);
     }
     beside::dashboard(settings, &mut report);
     match report.worst {

@@ -80,6 +80,12 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
             format!("remote_flush_bytes = {}", cluster.remote_flush_bytes),
             format!("rpo_target = \"{:?}\"", cluster.rpo_target),
             format!("backup_max_age = \"{:?}\"", cluster.backup_max_age),
+            match &cluster.repository.retention {
+                Some(policy) => format!("# keeps {policy}"),
+                None => "# keeps everything for ever".to_owned(),
+            },
+            format!("expire_interval = \"{:?}\"", cluster.expire_interval),
+            format!("expire_grace = \"{:?}\"", cluster.expire_grace),
             format!("compression_level = {}", cluster.compression_level),
             format!("seal_threads = {}", cluster.seal_threads),
         ] {
@@ -117,7 +123,9 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
                 entry.push_str(", ");
                 entry.push_str(&line);
             }
-            output::line(&format!("# repositories: {{ {entry} }}"));
+            let keeps = other.retention.as_ref();
+            let keeps = keeps.map_or_else(|| "everything for ever".to_owned(), ToString::to_string);
+            output::line(&format!("# repositories: {{ {entry} }} keeps {keeps}"));
         }
         if cluster.repository.url.folder().is_none() {
             for line in cluster.repository.s3.lines() {

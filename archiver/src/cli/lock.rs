@@ -38,8 +38,10 @@ pub(super) fn extend(
             )));
         };
         let mut backups = Vec::new();
+        let expired = repository.expired(identity.system_identifier)?;
         for (key, _) in repository.list(&format!("{}/backup/", identity.system_identifier))? {
-            if matches!(key, ObjectKey::BackupInfo(..)) {
+            let hidden = expired.hides(&key, identity.wal_segment_size);
+            if matches!(key, ObjectKey::BackupInfo(..)) && !hidden {
                 let content = repository.get(&key)?;
                 backups.push(BackupInfo::parse(&content).map_err(|error| {
                     usage(format!(
@@ -110,6 +112,7 @@ impl Kept {
             // A tail lives until its segment is sealed; a lock would only keep what is superfluous.
             ObjectKey::Tail(..) | ObjectKey::Outcome(..) => false,
             ObjectKey::Epoch(_)
+            | ObjectKey::Expired(..)
             | ObjectKey::Gap(..)
             | ObjectKey::FailoverLoss(..)
             | ObjectKey::History(..)

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use repository::{Repository, config::ClusterSettings, is_sound};
+use repository::{ClusterIdentity, ExpiredSet, Repository, config::ClusterSettings, is_sound};
 use sha2::{Digest, Sha256};
 use wal_format::{BackupInfo, ObjectKey};
 
@@ -57,28 +57,34 @@ pub(super) fn key_of(place: &Repository, text: &str) -> Option<ObjectKey> {
 }
 
 /// Per place what the others have and it has not. A tail whose segment it has is not missing.
-pub(super) fn missing(places: &[Repository]) -> Result<Vec<Vec<ObjectKey>>> {
+pub(super) fn missing(
+    places: &[Repository],
+    identity: &ClusterIdentity,
+) -> Result<Vec<Vec<ObjectKey>>> {
     let mut names: Vec<BTreeSet<String>> = Vec::new();
+    let mut given_up = Vec::new();
     for place in places {
+        given_up.push(place.expired(identity.system_identifier)?);
         let listed = place.list("")?;
         names.push(listed.into_iter().map(|(key, _)| key.to_string()).collect());
     }
     let all: BTreeSet<&String> = names.iter().flatten().collect();
-    let of = |have: &BTreeSet<String>| {
+    let of = |(have, given_up): (&BTreeSet<String>, &ExpiredSet)| {
         let lacking = all.iter().filter(|name| !have.contains(**name));
         lacking
             .filter_map(|name| name.parse().ok())
+            .filter(|key| !given_up.hides(key, identity.wal_segment_size))
             .filter(|key| match key {
                 ObjectKey::Tail(system, branch, name, _, _) => {
                     !have.contains(&ObjectKey::Segment(*system, *branch, *name).to_string())
                 }
-                // Each place forgets old ones by itself.
-                ObjectKey::Outcome(..) => false,
+                // Each place forgets old ones by itself, and has its own retention.
+                ObjectKey::Expired(..) | ObjectKey::Outcome(..) => false,
                 _ => true,
             })
             .collect()
     };
-    Ok(names.iter().map(of).collect())
+    Ok(names.iter().zip(&given_up).map(of).collect())
 }
 
 /// Mends what can be mended, and how much that was; a line for each attempt.

@@ -195,7 +195,7 @@ fn examine_all(
         findings.problems.extend(broken);
     }
     if places.len() > 1 {
-        for (findings, missing) in all.iter_mut().zip(repair::missing(places)?) {
+        for (findings, missing) in all.iter_mut().zip(repair::missing(places, &identity)?) {
             for key in missing {
                 if !findings
                     .problems
@@ -275,8 +275,11 @@ impl Verifier {
     fn objects(&mut self) -> Result<usize> {
         let system = self.wal.system_identifier;
         let mut objects = self.repository.list(&format!("{system}/"))?;
-        // Verdicts of earlier verifications are not what is verified.
-        objects.retain(|(key, _)| !matches!(key, ObjectKey::Outcome(..)));
+        // Verdicts of earlier verifications are not what is verified, nor what waits for its removal.
+        let expired = self.repository.expired(system)?;
+        objects.retain(|(key, _)| {
+            !matches!(key, ObjectKey::Outcome(..)) && !expired.hides(key, self.wal.segment_size)
+        });
         for (key, _) in &objects {
             match key {
                 ObjectKey::Segment(..) | ObjectKey::Tail(..) => self.wal_object(key)?,
@@ -303,6 +306,13 @@ impl Verifier {
                         self.problem(key, &error.to_string());
                     }
                 }
+                ObjectKey::Expired(..) => {
+                    if let Some(content) = self.read(key)?
+                        && let Err(error) = serde_json::from_slice::<wal_format::Expired>(&content)
+                    {
+                        self.problem(key, &error.to_string());
+                    }
+                }
                 // Checked with their backup; the identity before anything.
                 ObjectKey::BackupSlice(..)
                 | ObjectKey::BackupManifest(..)
@@ -324,7 +334,7 @@ impl Verifier {
         self.problems.push(Problem::general(what));
     }
 
-    /// An object, unless the store itself sees its damage, or it was replaced since it was listed.
+    /// An object, unless the store itself sees its damage, or it was replaced.
     fn read(&mut self, key: &ObjectKey) -> Result<Option<Bytes>> {
         match self.repository.get(key) {
             Ok(bytes) => Ok(Some(bytes)),
@@ -332,7 +342,13 @@ impl Verifier {
                 self.problem(key, &problem);
                 Ok(None)
             }
-            Err(error) if error.is_not_found() && matches!(key, ObjectKey::Tail(..)) => Ok(None),
+            // Replaced since it was listed.
+            Err(error)
+                if error.is_not_found()
+                    && matches!(key, ObjectKey::Tail(..) | ObjectKey::Expired(..)) =>
+            {
+                Ok(None)
+            }
             Err(error) => Err(error.into()),
         }
     }
@@ -453,6 +469,7 @@ impl Verifier {
             outcome => outcome?,
         };
         let backups = catalog.backups()?;
+        let expired = catalog.expired()?;
         let size = self.wal.segment_size;
         for (branch, history, _) in catalog.branches()? {
             let ranges = catalog.ranges(branch, Lsn::ZERO, Lsn::MAX)?;
@@ -475,6 +492,10 @@ impl Verifier {
                     ));
                 }
             }
+            // What is no longer kept is not missing.
+            let missing = missing
+                .into_iter()
+                .flat_map(|(start, end)| expired.not_expired(branch, start, end));
             for (start, end) in missing {
                 self.missing(branch, start, end, &backups);
             }
@@ -515,6 +536,7 @@ impl Verifier {
         let Some(parent) = history.and_then(|history| history.ancestors.last()) else {
             return Ok(());
         };
+        let expired = catalog.expired()?;
         for backup in backups {
             let on_parent =
                 backup.branch.timeline == parent.timeline && backup.start_lsn < parent.switch_lsn;
@@ -523,7 +545,8 @@ impl Verifier {
             }
             let end = catalog.contiguous_end(backup.branch, backup.start_lsn)?;
             let needed = parent.switch_lsn.align_down(size.bytes());
-            if end < needed {
+            let kept = expired.not_expired(backup.branch, end, needed);
+            if end < needed && kept == [(end, needed)] {
                 self.general(format!(
                     "WAL {end} to {needed} of timeline branch {} is missing: backup {} can not be followed past it",
                     backup.branch, backup.id

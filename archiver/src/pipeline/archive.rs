@@ -240,7 +240,9 @@ impl Archive {
         for range in &ranges {
             coverage.add(range.start_lsn, range.end_lsn);
         }
-        for (from_lsn, to_lsn) in lost {
+        // What expired was stored: nobody has to send it again.
+        let expired = self.catalog.expired()?.wal(branch);
+        for (from_lsn, to_lsn) in lost.into_iter().chain(expired.iter()) {
             coverage.add(from_lsn, to_lsn);
         }
         if let Some(recorded) = self.recorded(branch)

@@ -136,7 +136,10 @@ pub(super) async fn look(archive: Arc<Archive>) {
         };
         looks = looks.wrapping_add(1);
         let (looked, marks) = (Arc::clone(&archive), Arc::clone(&marks));
-        if let Err(error) = blocking(move || look_once(&looked, list, &marks)).await {
+        let retains = archive.settings().repository.each();
+        let retains = retains.iter().any(|place| place.retention.is_some());
+        let expires = known != taken || (retains && list == Listing::Now);
+        if let Err(error) = blocking(move || look_once(&looked, list, expires, &marks)).await {
             tracing::debug!(%error, "the window is not known");
         }
     }
@@ -151,7 +154,12 @@ enum Listing {
     Never,
 }
 
-fn look_once(archive: &Arc<Archive>, list: Listing, marks: &Mutex<Marks>) -> Result<()> {
+fn look_once(
+    archive: &Arc<Archive>,
+    list: Listing,
+    expires: bool,
+    marks: &Mutex<Marks>,
+) -> Result<()> {
     let mut used = 0;
     for spool in archive.spooled_branches()? {
         let segments = spool.segments()?;
@@ -177,6 +185,9 @@ fn look_once(archive: &Arc<Archive>, list: Listing, marks: &Mutex<Marks>) -> Res
         facts.gap.take_if(|gap| flushed > gap.from_lsn);
     });
     let catalog = archive.catalog();
+    if expires {
+        catalog.follow_expired(archive.repository())?;
+    }
     let mut backups = catalog.backups()?;
     // A folder's listings cost nothing.
     let folder = archive.settings().repository.url.folder().is_some();
@@ -189,7 +200,11 @@ fn look_once(archive: &Arc<Archive>, list: Listing, marks: &Mutex<Marks>) -> Res
     if asks {
         let system = archive.identity().system_identifier;
         let stored = archive.repository().list(&format!("{system}/backup/"))?;
-        let is_info = |key: &ObjectKey| matches!(key, ObjectKey::BackupInfo(..));
+        let expired = catalog.expired()?;
+        let is_info = |key: &ObjectKey| match key {
+            ObjectKey::BackupInfo(_, id) => !expired.backups().contains(id),
+            _ => false,
+        };
         if stored.iter().filter(|(key, _)| is_info(key)).count() != backups.len() {
             catalog.refresh(archive.repository())?;
             backups = catalog.backups()?;

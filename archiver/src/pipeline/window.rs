@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use repository::WalRange;
+use repository::{ExpiredSet, WalRange};
 use wal_format::{
     BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
 };
@@ -51,6 +51,7 @@ impl Marks {
             ..Details::default()
         };
         details.outcomes.sort_by_key(|outcome| outcome.finished);
+        let expired = archive.catalog().expired()?;
         let mut all = BTreeSet::new();
         for (branch, history, _) in archive.catalog().branches()? {
             let ranges = archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)?;
@@ -78,7 +79,7 @@ impl Marks {
                 };
                 self.marks.insert((time, mark.lsn), mark);
             }
-            join(&mut details, &ranges, archive.gaps());
+            join(&mut details, &ranges, archive.gaps(), &expired);
         }
         self.seen.retain(|key| all.contains(key));
         while self.marks.len() > MARKS_MAX {
@@ -86,7 +87,7 @@ impl Marks {
         }
         details.failover_losses = archive.losses().all();
         details.marks = self.marks.values().cloned().collect();
-        let window = window(&details, backups);
+        let window = window(&details, backups, &expired);
         let surplus = details.ranges.len().saturating_sub(RANGES_MAX);
         details.ranges.drain(..surplus);
         Ok((window, details))
@@ -144,7 +145,12 @@ fn backup_report(backup: &BackupInfo) -> BackupReport {
 }
 
 /// Joins what follows without a gap, and names what is missing between.
-fn join(details: &mut Details, ranges: &[WalRange], declared: &[DeclaredGap]) {
+fn join(
+    details: &mut Details,
+    ranges: &[WalRange],
+    declared: &[DeclaredGap],
+    expired: &ExpiredSet,
+) {
     let mut open: Option<HeldRange> = None;
     for range in ranges {
         match &mut open {
@@ -155,7 +161,9 @@ fn join(details: &mut Details, ranges: &[WalRange], declared: &[DeclaredGap]) {
             }
             _ => {
                 if let Some(before) = open.take() {
-                    if details.gaps.len() < RANGES_MAX {
+                    let (from, to) = (before.end_lsn, range.start_lsn);
+                    let lacks = !expired.not_expired(range.branch, from, to).is_empty();
+                    if lacks && details.gaps.len() < RANGES_MAX {
                         details.gaps.push(gap(&before, range, declared));
                     }
                     details.ranges.push(before);
@@ -199,9 +207,17 @@ fn earliest(one: Option<PgTimestamp>, other: Option<PgTimestamp>) -> Option<PgTi
     }
 }
 
-/// From the oldest base backup to the last commit; gaps that lie behind it, and those without a backup behind them.
-fn window(details: &Details, backups: &[BackupInfo]) -> WindowReport {
-    let Some(oldest) = backups.first() else {
+/// From the oldest base backup behind which nothing expired to the last commit; gaps that lie behind it, and those without
+/// a backup behind them. Backups before it are restored to their ends only.
+fn window(details: &Details, backups: &[BackupInfo], expired: &ExpiredSet) -> WindowReport {
+    let is_followed = |backup: &&BackupInfo| {
+        !expired.branches().any(|(branch, wal)| {
+            branch.timeline > backup.branch.timeline
+                || (branch == backup.branch && wal.iter().any(|(from, _)| from >= backup.start_lsn))
+        })
+    };
+    let oldest = backups.iter().find(is_followed);
+    let Some(oldest) = oldest.or(backups.last()) else {
         return WindowReport::default();
     };
     let inside = |gap: &&GapReport| {

@@ -29,6 +29,7 @@ pub struct RefreshReport {
 pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<RefreshReport> {
     let mut report = RefreshReport::default();
     let system = catalog.identity.system_identifier;
+    catalog.follow_expired(repository)?;
     for (branch, content) in repository.histories(system)? {
         catalog.put_branch(branch, Some(&content))?;
     }
@@ -43,6 +44,7 @@ fn refresh_ranges(
     report: &mut RefreshReport,
 ) -> Result<()> {
     let system = catalog.identity.system_identifier;
+    let expired = catalog.expired()?;
     let mut gone = catalog.all_ranges()?;
     let mut branches: BTreeSet<Branch> = BTreeSet::new();
     // Sealed segments after tails: one that is sealed between the listings is then seen in one of them at least.
@@ -55,6 +57,9 @@ fn refresh_ranges(
             let Some(skeleton) = skeleton(catalog, key, *size) else {
                 return false;
             };
+            if expired.hides(key, catalog.identity.wal_segment_size) {
+                return false;
+            }
             branches.insert(skeleton.branch);
             let place = (skeleton.branch, skeleton.segment);
             match skeleton.kind {
@@ -94,6 +99,25 @@ fn refresh_ranges(
         "BUG: restore points can be read"
     );
     Ok(())
+}
+
+/// What an object's name and end say of it, from the catalog where that knows it; `None` when it is no WAL of ours.
+pub(super) fn range_of(
+    catalog: &Catalog,
+    repository: &Repository,
+    key: &ObjectKey,
+    size: u64,
+) -> Result<Option<WalRange>> {
+    let Some(skeleton) = skeleton(catalog, key, size) else {
+        return Ok(None);
+    };
+    if let Some(value) = catalog.get(super::SEGMENTS, &keys::range(&skeleton))? {
+        return catalog.parse(super::SEGMENTS, &value).map(Some);
+    }
+    let footer = sound_footer(repository, key, size)?;
+    let (header, summary) = (footer.header(), footer.summary());
+    let range = WalRange::of_summary(header, skeleton.kind, size, summary, footer.proven());
+    Ok((range.key(&catalog.identity) == *key).then_some(range))
 }
 
 /// Puts what an object's end says into the catalog; whether it could.
@@ -249,11 +273,15 @@ fn refresh_backups(
         .into_iter()
         .map(|backup| backup.id)
         .collect();
+    let expired = catalog.expired()?;
     let mut found = Vec::new();
     for (key, _) in repository.list(&format!("{system}/backup/"))? {
         let ObjectKey::BackupInfo(_, id) = &key else {
             continue;
         };
+        if expired.backups().contains(id) {
+            continue;
+        }
         found.push(id.clone());
         if known.contains(id) {
             continue;

@@ -9,6 +9,7 @@ use super::{
     Acknowledge, RepositoryUrl, Required, WhenFull,
     http::{HTTP_KEYS, HttpTable},
     repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
+    retention::{KEEP_KEYS, KeepTable},
     s3::{S3_KEYS, S3Table},
     walsender::{WALSENDER_KEYS, WalsenderTable},
 };
@@ -22,6 +23,8 @@ const CLUSTER_KEYS: &[&str] = &[
     "compression_level",
     "conninfo",
     "drill_max_age",
+    "expire_grace",
+    "expire_interval",
     "gap_grace",
     "heal_from",
     "primary_wal_max_bytes",
@@ -62,6 +65,8 @@ pub(super) struct ClusterTable {
     pub(super) conninfo: Option<String>,
     pub(super) gap_grace: Option<String>,
     pub(super) drill_max_age: Option<String>,
+    pub(super) expire_grace: Option<String>,
+    pub(super) expire_interval: Option<String>,
     pub(super) heal_from: Option<Vec<String>>,
     pub(super) primary_wal_max_bytes: Option<u64>,
     pub(super) remote_flush_bytes: Option<u64>,
@@ -81,6 +86,8 @@ pub(super) struct ClusterTable {
     pub(super) s3: S3Table,
     #[serde(flatten)]
     pub(super) encryption: EncryptionTable,
+    #[serde(flatten)]
+    pub(super) keep: KeepTable,
     #[serde(flatten)]
     pub(super) walsender: WalsenderTable,
 }
@@ -133,6 +140,7 @@ impl ConfigFile {
             .chain(S3_KEYS)
             .chain(ENCRYPTION_KEYS)
             .chain(WALSENDER_KEYS)
+            .chain(KEEP_KEYS)
             .collect();
         let known: Vec<&str> = of_cluster
             .iter()

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::{
     RepositoryPlace, RepositoryUrl, Required, S3Settings,
+    retention::{KEEP_KEYS, KeepTable},
     s3::{S3_KEYS, S3Table},
 };
 use crate::{Error, Result, encryption::KeySource, store::RequestMeter};
@@ -64,10 +65,12 @@ pub(super) struct RepositoryTable {
     s3: S3Table,
     #[serde(flatten)]
     encryption: EncryptionTable,
+    #[serde(flatten)]
+    keep: KeepTable,
 }
 
 impl RepositoryTable {
-    fn resolve(&self, keys: Option<&KeySource>) -> Result<RepositoryPlace> {
+    fn resolve(&self, keys: Option<&KeySource>, keep: &KeepTable) -> Result<RepositoryPlace> {
         Ok(RepositoryPlace {
             url: self.url.clone(),
             s3: S3Settings::resolve(&self.s3, &S3Table::default())?,
@@ -75,6 +78,7 @@ impl RepositoryTable {
             others: Vec::new(),
             required: Required::default(),
             as_of: None,
+            retention: self.keep.over(keep).resolve()?,
             requests: RequestMeter::default(),
         })
     }
@@ -85,6 +89,7 @@ pub(super) fn others(
     tables: &[RepositoryTable],
     first: &RepositoryUrl,
     keys: Option<&KeySource>,
+    keep: &KeepTable,
 ) -> Result<Vec<RepositoryPlace>> {
     if tables.len() >= REPOSITORIES_MAX {
         return Err(Error::config(format!(
@@ -94,7 +99,7 @@ pub(super) fn others(
     }
     let mut others: Vec<RepositoryPlace> = Vec::new();
     for table in tables {
-        let place = table.resolve(keys)?;
+        let place = table.resolve(keys, keep)?;
         let same = |other: &RepositoryPlace| {
             other.url == place.url && other.s3.endpoint == place.s3.endpoint
         };
@@ -114,6 +119,7 @@ pub(super) fn check_keys(table: &toml::Table, place: &str) -> Result<()> {
         .into_iter()
         .chain(S3_KEYS)
         .chain(ENCRYPTION_KEYS)
+        .chain(KEEP_KEYS)
         .collect();
     let Some(toml::Value::Array(entries)) = table.get("repositories") else {
         return Ok(());

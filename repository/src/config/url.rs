@@ -10,6 +10,7 @@ use super::{Required, S3Settings};
 use crate::{
     Error, Result,
     encryption::KeySource,
+    expire::RetentionPolicy,
     store::{RequestMeter, RequestReport},
 };
 
@@ -117,6 +118,8 @@ pub struct RepositoryPlace {
     pub others: Vec<Self>,
     /// Which of them have to hold an object before it counts as stored.
     pub required: Required,
+    /// What is kept there. Default: everything, for ever.
+    pub retention: Option<RetentionPolicy>,
     /// Seen as it was at a time, to read only: `pitr-restore --at`.
     pub as_of: Option<Timestamp>,
     /// Counts what the bucket is asked.
@@ -157,6 +160,7 @@ impl From<RepositoryUrl> for RepositoryPlace {
             encryption: None,
             others: Vec::new(),
             required: Required::default(),
+            retention: None,
             as_of: None,
             requests: RequestMeter::default(),
         }

@@ -176,6 +176,19 @@ pub(super) fn listing(listing: &Listing) {
             );
         }
     }
+    for window in &listing.expired {
+        let time = |time: Option<wal_format::PgTimestamp>| {
+            time.map_or_else(|| "?".to_owned(), |time| time.to_string())
+        };
+        println!(
+            "expired  timeline {}  {} to {}  {} to {}",
+            window.branch,
+            window.from_lsn,
+            window.to_lsn,
+            time(window.from),
+            time(window.to)
+        );
+    }
     for one in &listing.damaged {
         println!("DAMAGED  {}  {}", one.object, one.problem);
     }

@@ -1,22 +1,11 @@
 //! The path of timelines to the wanted one, and the WAL that covers it.
 
+pub use repository::PathPart;
 use repository::WalRange;
-use serde::{Deserialize, Serialize};
 use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
 
 use super::{PlanError, Wishes};
 use crate::{Error, Result, inventory::Inventory};
-
-/// A timeline on the path: `[from, to)` of the WAL is replayed from it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PathPart {
-    /// The timeline.
-    pub branch: Branch,
-    /// Where the path enters it.
-    pub from: Lsn,
-    /// Where the path leaves it; the greatest LSN for the last.
-    pub to: Lsn,
-}
 
 /// The path as a person reads it.
 #[must_use]
@@ -106,38 +95,8 @@ fn wishes_none(branch: Branch, branches: &[Known]) -> bool {
 }
 
 fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
-    let entry = branches.iter().find(|(branch, _, _)| *branch == wanted);
-    let Some((_, history, content)) = entry else {
-        return Err(Error::usage(format!(
-            "timeline branch {wanted} is not archived"
-        )));
-    };
-    let mut path = Vec::new();
-    let mut from = Lsn::ZERO;
-    for ancestor in history.iter().flat_map(|history| &history.ancestors) {
-        // A child's history file begins with its parent's, byte for byte: that tells two timelines of one number apart.
-        let branch = branches
-            .iter()
-            .find(|(branch, _, parent)| {
-                branch.timeline == ancestor.timeline && content.starts_with(parent)
-            })
-            .map_or_else(
-                || Branch::without_history(ancestor.timeline),
-                |(branch, _, _)| *branch,
-            );
-        path.push(PathPart {
-            branch,
-            from,
-            to: ancestor.switch_lsn,
-        });
-        from = ancestor.switch_lsn;
-    }
-    path.push(PathPart {
-        branch: wanted,
-        from,
-        to: Lsn::MAX,
-    });
-    Ok(path)
+    repository::timeline_path(branches, wanted)
+        .ok_or_else(|| Error::usage(format!("timeline branch {wanted} is not archived")))
 }
 
 /// The WAL along a path from one LSN on.

@@ -88,6 +88,23 @@ pub(super) fn backups(cluster: &ClusterSettings, report: &mut Report) {
     }
 }
 
+/// What is kept where: that nothing is said means for ever, and a disk has an end.
+pub(super) fn retention(cluster: &ClusterSettings, report: &mut Report) {
+    for place in cluster.repository.each() {
+        let what = match cluster.repository.others.is_empty() {
+            true => "retention".to_owned(),
+            false => format!("retention in {place}"),
+        };
+        match &place.retention {
+            Some(policy) => report.ok(&what, &policy.to_string()),
+            None => report.note(
+                &what,
+                "everything is kept for ever; keep_window and its kin say for how long",
+            ),
+        }
+    }
+}
+
 /// When the newest backup was begun: its name says it.
 fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> {
     let repository = Repository::open(&cluster.repository, &cluster.name)?;

@@ -5,9 +5,9 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc};
 
-use wal_format::ObjectKey;
+use wal_format::{Expired, ObjectKey, SegmentSize, SystemIdentifier};
 
-use crate::{Error, ObjectStore, Result};
+use crate::{ClusterIdentity, Error, ExpiredSet, ObjectStore, Result};
 
 /// What was done.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -63,6 +63,55 @@ fn rank(key: &ObjectKey) -> u8 {
     }
 }
 
+/// What a place no longer keeps, of each system identifier: it is not copied there again.
+struct GivenUp(Vec<(String, ExpiredSet, SegmentSize)>);
+
+impl GivenUp {
+    fn of(
+        store: &dyn ObjectStore,
+        root: &str,
+        here: &BTreeMap<String, Option<ObjectKey>>,
+    ) -> Result<Self> {
+        let mut records: BTreeMap<SystemIdentifier, Vec<Expired>> = BTreeMap::new();
+        let mut sizes = BTreeMap::new();
+        let any = here
+            .values()
+            .any(|key| matches!(key, Some(ObjectKey::Expired(..))));
+        for (name, key) in here.iter().filter(|_| any) {
+            match key {
+                Some(ObjectKey::Expired(system, _)) => match store.get(name) {
+                    Ok(body) => {
+                        let record = serde_json::from_slice(&body).ok();
+                        records.entry(*system).or_default().extend(record);
+                    }
+                    // Taken together with others since it was listed: they are compared again soon.
+                    Err(error) if error.is_not_found() => {}
+                    Err(error) => return Err(error),
+                },
+                Some(ObjectKey::Epoch(_)) => {
+                    let epoch: Option<ClusterIdentity> =
+                        serde_json::from_slice(&store.get(name)?).ok();
+                    sizes.extend(epoch.map(|one| (one.system_identifier, one.wal_segment_size)));
+                }
+                _ => {}
+            }
+        }
+        let known = records.into_iter().filter_map(|(system, records)| {
+            let size = sizes.get(&system)?;
+            Some((format!("{root}{system}/"), records.into(), *size))
+        });
+        Ok(Self(known.collect()))
+    }
+
+    fn has(&self, name: &str, key: &ObjectKey) -> bool {
+        let mut of_system = self
+            .0
+            .iter()
+            .filter(|(prefix, ..)| name.starts_with(prefix));
+        of_system.any(|(_, expired, size)| expired.hides(key, *size))
+    }
+}
+
 /// Copies to `store` what `others` have and it lacks. Stops early when `stop` says so.
 pub(super) fn catch_up(
     store: &dyn ObjectStore,
@@ -84,13 +133,16 @@ pub(super) fn catch_up(
             }
         }
     }
+    let given_up = GivenUp::of(store, root, &here)?;
     for (other, names) in &there {
         let mut missing: Vec<(&String, &ObjectKey)> = names
             .iter()
             .filter_map(|(name, key)| Some((name, key.as_ref()?)))
             .filter(|(name, key)| {
                 let replaced = replaced_by(key, root).is_some_and(|by| here.contains_key(&by));
-                !here.contains_key(*name) && !replaced
+                // What expired is each place's own: its retention may be shorter than another's.
+                let own = matches!(key, ObjectKey::Expired(..));
+                !here.contains_key(*name) && !replaced && !own && !given_up.has(name, key)
             })
             .collect();
         missing.sort_by_key(|(name, key)| (rank(key), (*name).clone()));

@@ -188,3 +188,40 @@ fn a_damaged_object_is_read_from_the_other_place() {
     fs::remove_file(directory.path().join("a/main/x")).expect("a file");
     assert_eq!(store.get("main/x").expect("a get"), &b"WRONG"[..]);
 }
+
+#[test]
+fn what_expired_in_one_place_is_not_brought_back_from_the_other() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, _) = pair(directory.path(), Required::All);
+    let epoch = r#"{"format_version": 1, "cluster": "main", "system_identifier": "7", "postgresql_major": 17,
+        "wal_segment_size": 16777216, "created": "2026-11-21T10:00:00Z"}"#;
+    let record = r#"{"format_version": 1, "id": "20261121T101500Z-9f3c", "marked": "2026-11-21T10:15:00Z", "policy": "",
+        "backups": [{"id": "20261101T101500Z-9f3c", "finished": "2026-11-01T10:15:00Z"}], "windows": [],
+        "wal": [{"branch": "00000001", "from_lsn": "0/1000000", "to_lsn": "0/2000000"}]}"#;
+    let old_backup = "main/7/backup/20261101T101500Z-9f3c/backup.json";
+    let next = SEGMENT.replace("0001.zst", "0002.zst");
+    let here = |place: &str, key: &str| directory.path().join(place).join(key);
+    for (places, key, body) in [
+        (&["a", "b"][..], "main/epoch/00000001.json", epoch),
+        (&["a"], "main/7/expired/20261121T101500Z-9f3c.json", record),
+        (&["b"], SEGMENT, "wal"),
+        (&["b"], old_backup, "{}"),
+        (&["b"], &next, "wal"),
+    ] {
+        for place in places {
+            let path = here(place, key);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+            fs::write(path, body).expect("a file");
+        }
+    }
+    store.keep_in_step();
+    wait_for("the other place's own is copied", || {
+        here("a", &next).exists()
+    });
+    wait_for("nothing is behind", || {
+        store.states().iter().all(|state| !state.behind)
+    });
+    assert!(!here("a", SEGMENT).exists() && !here("a", old_backup).exists());
+    assert!(here("b", SEGMENT).exists(), "the other keeps longer");
+    assert!(!here("b", "main/7/expired").exists(), "each has its own");
+}

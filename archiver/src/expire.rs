@@ -1,0 +1,442 @@
+//! Applies retention to one cluster, repository by repository, each by its own policy; the daemon does it by itself.
+//!
+//! What is decided is told before it is written down, and written down before anything is removed (`repository::expire`).
+//! Invariant: a repository in which something stands in the way loses nothing, and the others do not wait for it.
+
+use std::{path::PathBuf, time::Duration};
+
+use jiff::Timestamp;
+use repository::{
+    Catalog, ClusterIdentity, ExitKind, ExpiredSet, Repository,
+    config::{ClusterSettings, RepositoryPlace},
+    expire::{ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep},
+};
+use serde::Serialize;
+use wal_format::{
+    BackupId, ExpiredWal, ExpiredWindow, ObjectKey, Outcome, OutcomeKind, PgTimestamp,
+    SystemIdentifier,
+};
+
+use crate::{
+    error::{Error, Result},
+    outcomes,
+    pipeline::blocking,
+};
+
+/// How often it is looked whether it is time.
+const LOOK: Duration = Duration::from_secs(60);
+/// After a start the stream comes first.
+const START_PAUSE: Duration = Duration::from_secs(60);
+/// How often it is decided anew because another archiver decided at the same moment.
+const TRIES_MAX: u64 = 5;
+
+/// What came of one repository.
+#[derive(Clone, Debug, Serialize)]
+pub struct PlaceReport {
+    /// Where.
+    pub repository: String,
+    /// What is kept there, in words; `None` for everything.
+    pub policy: Option<String>,
+    /// The backups that stay, oldest first.
+    pub kept: Vec<ReportedBackup>,
+    /// Those that go.
+    pub removed: Vec<ReportedBackup>,
+    /// The WAL that goes.
+    pub wal: Vec<ExpiredWal>,
+    /// The moments that can not be restored any more.
+    pub vanishing: Vec<ExpiredWindow>,
+    /// From when on what goes now is removed.
+    pub removed_from: Option<PgTimestamp>,
+    /// The record that says so.
+    pub marked: Option<BackupId>,
+    /// What was removed, or would be.
+    pub swept: Swept,
+    /// Why nothing was done.
+    pub problem: Option<String>,
+    #[serde(skip)]
+    kind: Option<ExitKind>,
+}
+
+/// A backup, and why it stays.
+#[derive(Clone, Debug, Serialize)]
+pub struct ReportedBackup {
+    /// Its name.
+    pub id: BackupId,
+    /// What the operator called it.
+    pub label: String,
+    /// When it was complete.
+    pub finished: PgTimestamp,
+    /// Its length.
+    pub stored_bytes: u64,
+    /// Why it is kept.
+    pub reasons: Vec<String>,
+    /// Why it could not be restored, if it could not.
+    pub problem: Option<String>,
+}
+
+impl PlaceReport {
+    fn new(place: &RepositoryPlace) -> Self {
+        Self {
+            repository: place.to_string(),
+            policy: place.retention.as_ref().map(ToString::to_string),
+            kept: Vec::new(),
+            removed: Vec::new(),
+            wal: Vec::new(),
+            vanishing: Vec::new(),
+            removed_from: None,
+            marked: None,
+            swept: Swept::default(),
+            problem: None,
+            kind: None,
+        }
+    }
+
+    fn decided(&mut self, plan: &ExpirePlan) {
+        let report = |backup: &repository::expire::HeldBackup, reasons| ReportedBackup {
+            id: backup.id.clone(),
+            label: backup.label.clone(),
+            finished: backup.finished,
+            stored_bytes: backup.stored_bytes,
+            reasons,
+            problem: backup.problem.clone(),
+        };
+        self.kept = plan
+            .kept
+            .iter()
+            .map(|kept| {
+                let reasons = kept.reasons.iter().map(ToString::to_string);
+                report(&kept.backup, reasons.collect())
+            })
+            .collect();
+        let removed = plan.removed.iter();
+        self.removed = removed.map(|backup| report(backup, Vec::new())).collect();
+        self.wal.clone_from(&plan.wal);
+        self.vanishing.clone_from(&plan.windows);
+    }
+
+    /// Whether anything was given up or removed.
+    #[must_use]
+    pub fn did_something(&self) -> bool {
+        self.marked.is_some() || self.swept.objects > 0
+    }
+}
+
+/// How to go about it.
+#[derive(Clone, Copy, Debug)]
+pub struct Wish {
+    /// An earlier epoch of the cluster.
+    pub system: Option<SystemIdentifier>,
+    /// The time it is.
+    pub now: Timestamp,
+    /// Changes nothing.
+    pub dry_run: bool,
+}
+
+/// Applies retention. `announce` is told of each repository's decision before anything of it is done.
+#[must_use]
+pub fn expire(
+    settings: &ClusterSettings,
+    wish: Wish,
+    announce: &dyn Fn(&PlaceReport),
+) -> Vec<PlaceReport> {
+    let places = settings.repository.each();
+    let apply = |place: &RepositoryPlace| {
+        let mut report = PlaceReport::new(place);
+        let applied = match &place.retention {
+            Some(policy) => apply(settings, place, policy, wish, &mut report, announce),
+            None => {
+                announce(&report);
+                Ok(())
+            }
+        };
+        if let Err(error) = applied {
+            report.kind = Some(error.exit_kind());
+            report.problem = Some(error.to_string());
+        }
+        report
+    };
+    places.iter().map(apply).collect()
+}
+
+/// Whether every repository was done.
+///
+/// # Errors
+/// [`Error::Expire`] with what stood in the way.
+pub fn outcome(reports: &[PlaceReport]) -> Result<()> {
+    let problems = reports.iter().filter_map(|report| {
+        let problem = report.problem.as_ref()?;
+        Some(format!("{}: {problem}", report.repository))
+    });
+    let problem: Vec<String> = problems.collect();
+    match reports.iter().filter_map(|report| report.kind).max() {
+        None => Ok(()),
+        Some(kind) => Err(Error::Expire {
+            problem: problem.join("; "),
+            kind,
+        }),
+    }
+}
+
+fn apply(
+    settings: &ClusterSettings,
+    place: &RepositoryPlace,
+    policy: &RetentionPolicy,
+    wish: Wish,
+    report: &mut PlaceReport,
+    announce: &dyn Fn(&PlaceReport),
+) -> Result<()> {
+    let mut repository = Repository::open(place, &settings.name)?;
+    if let Some(system) = wish.system {
+        repository = repository.of_system(system)?;
+    }
+    let Some(identity) = repository.identity()? else {
+        // A place that is new has nothing to give up.
+        announce(report);
+        return Ok(());
+    };
+    let system = identity.system_identifier;
+    let catalog = catalog(settings, &identity, &repository)?;
+    let now = PgTimestamp::from_jiff(wish.now);
+    let mut tries = 0;
+    let (mut expired, plan) = loop {
+        let (expired, plan) = decide(settings, &repository, &identity, &catalog, policy, now)?;
+        report.decided(&plan);
+        if !plan.is_empty() {
+            report.removed_from = wish
+                .now
+                .checked_add(settings.expire_grace)
+                .ok()
+                .map(PgTimestamp::from_jiff);
+        }
+        if tries == 0 {
+            announce(report);
+        }
+        tries += 1;
+        if wish.dry_run || plan.is_empty() {
+            break (expired, plan);
+        }
+        let record = (name()?, now, policy.to_string());
+        match mark(&repository, system, &plan, &expired, record)? {
+            Some(record) => {
+                report.marked = Some(record.id);
+                break (repository.expired(system)?, plan);
+            }
+            None if tries < TRIES_MAX => std::thread::sleep(Duration::from_millis(
+                tries * (100 + std::process::id() as u64 % 400),
+            )),
+            None => {
+                return Err(Error::Expire {
+                    problem: "others expire there all the time; nothing was done".to_owned(),
+                    kind: ExitKind::Failed,
+                });
+            }
+        }
+    };
+    if wish.dry_run && !plan.is_empty() {
+        let mut records = expired.records().to_vec();
+        records.push(plan.record(name()?, now, policy.to_string()));
+        expired = records.into();
+    }
+    // What would go with a grace of nothing: a dry run says all of it.
+    let grace = if wish.dry_run {
+        Duration::ZERO
+    } else {
+        settings.expire_grace
+    };
+    let due = due(&expired, grace, now);
+    report.swept = sweep(
+        &repository,
+        &identity,
+        (&expired, &due),
+        (name()?, now),
+        wish.dry_run,
+    )?;
+    Ok(())
+}
+
+fn decide(
+    settings: &ClusterSettings,
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    catalog: &Catalog,
+    policy: &RetentionPolicy,
+    now: PgTimestamp,
+) -> Result<(ExpiredSet, ExpirePlan)> {
+    let expired = repository.expired(identity.system_identifier)?;
+    let window = i64::try_from(policy.window.as_micros()).unwrap_or(i64::MAX);
+    let window_start = PgTimestamp(now.0.saturating_sub(window));
+    let holding = Holding::read(repository, identity, catalog, (window_start, now), &expired)?;
+    // An earlier epoch gets no new backups; its last one stays, whatever its age.
+    let newest = repository.epochs()?.pop();
+    let is_past =
+        newest.is_some_and(|(_, newest)| newest.system_identifier != identity.system_identifier);
+    let max_age = if is_past {
+        Duration::MAX
+    } else {
+        settings.backup_max_age
+    };
+    let plan = plan_expire(&holding, policy, now, max_age).map_err(|refusal| Error::Expire {
+        problem: refusal.to_string(),
+        kind: ExitKind::Failed,
+    })?;
+    Ok((expired, plan))
+}
+
+/// What the daemon's catalog knows saves a request for each segment; without one, one is made for the while.
+fn catalog(
+    settings: &ClusterSettings,
+    identity: &ClusterIdentity,
+    repository: &Repository,
+) -> Result<Catalog> {
+    if settings.catalog.join("CURRENT").is_file()
+        && let Ok(catalog) = Catalog::open_read_only(&settings.catalog, identity)
+    {
+        return Ok(catalog);
+    }
+    Ok(Catalog::open_for_restore(None, repository)?)
+}
+
+fn name() -> Result<BackupId> {
+    outcomes::name(Timestamp::now()).ok_or_else(|| Error::Expire {
+        problem: "the clock gives no year of four digits".to_owned(),
+        kind: ExitKind::Failed,
+    })
+}
+
+/// Leaves in the repository how it ended, for the dashboard: what was done, and a failure once.
+pub(crate) fn record(settings: &ClusterSettings, began: Timestamp, reports: &[PlaceReport]) {
+    let failed = outcome(reports).err().map(|error| error.to_string());
+    let done = reports.iter().filter(|report| report.did_something());
+    let words = |report: &PlaceReport| {
+        format!(
+            "{}: {} backup(s) and WAL in {} place(s) marked; {} object(s) removed, {} locked",
+            report.repository,
+            report.marked.as_ref().map_or(0, |_| report.removed.len()),
+            report.marked.as_ref().map_or(0, |_| report.wal.len()),
+            report.swept.objects,
+            report.swept.locked
+        )
+    };
+    let done: Vec<String> = done.map(words).collect();
+    let message = failed.clone().unwrap_or_else(|| match done.is_empty() {
+        true => "nothing to do".to_owned(),
+        false => done.join("; "),
+    });
+    let written = (|| -> Result<Option<BackupId>> {
+        let repository = Repository::open(&settings.repository, &settings.name)?;
+        let Some(identity) = repository.identity()? else {
+            return Ok(None);
+        };
+        let system = identity.system_identifier;
+        let last = newest_outcome(&repository, system)?;
+        let failed_before = last.as_ref().is_some_and(|last| !last.passed);
+        let news = match &failed {
+            Some(message) => !failed_before || last.is_some_and(|last| last.message != *message),
+            None => failed_before || !done.is_empty(),
+        };
+        let ended = outcomes::ended(OutcomeKind::Expire, began, failed.is_none(), &message);
+        match ended.filter(|_| news) {
+            Some(ended) => {
+                repository.put_outcome(system, &ended)?;
+                Ok(Some(ended.id))
+            }
+            None => Ok(None),
+        }
+    })();
+    match written {
+        Ok(Some(id)) => outcomes::tell_the_daemon(settings, &id),
+        Ok(None) => {}
+        Err(error) => {
+            tracing::warn!(%error, "how the expiry ended is not recorded in the repository");
+        }
+    }
+}
+
+fn newest_outcome(repository: &Repository, system: SystemIdentifier) -> Result<Option<Outcome>> {
+    let prefix = format!("{system}/outcome/{}/", OutcomeKind::Expire);
+    match repository.list(&prefix)?.pop() {
+        Some((key @ ObjectKey::Outcome(..), _)) => {
+            Ok(serde_json::from_slice(&repository.get(&key)?).ok())
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Applies retention every `expire_interval`, counted from the last time on this host, across restarts.
+pub(crate) async fn keep(settings: ClusterSettings) {
+    let retains = settings.repository.each();
+    if retains.iter().all(|place| place.retention.is_none()) {
+        return;
+    }
+    let interval = settings.expire_interval;
+    tokio::time::sleep(START_PAUSE.min(interval)).await;
+    loop {
+        if is_due(&settings) {
+            let settings = settings.clone();
+            let applied = blocking(move || {
+                apply_now(&settings);
+                Ok(())
+            });
+            if let Err(error) = applied.await {
+                tracing::error!(%error, "retention was not applied");
+            }
+        }
+        tokio::time::sleep(LOOK.min(interval)).await;
+    }
+}
+
+/// When it was last done here.
+fn last_done(settings: &ClusterSettings) -> PathBuf {
+    let directory = settings.spool.join(settings.name.as_str());
+    directory.join("last-expire")
+}
+
+fn is_due(settings: &ClusterSettings) -> bool {
+    let Ok(text) = std::fs::read_to_string(last_done(settings)) else {
+        return true;
+    };
+    let Ok(last) = text.trim().parse::<Timestamp>() else {
+        return true;
+    };
+    let passed = Timestamp::now().duration_since(last);
+    // A clock that went back does not put it off for ever.
+    passed.is_negative() || passed.unsigned_abs() >= settings.expire_interval
+}
+
+fn apply_now(settings: &ClusterSettings) {
+    let now = Timestamp::now();
+    if let Err(error) = std::fs::write(last_done(settings), now.to_string()) {
+        tracing::debug!(%error, "after a restart retention is applied again");
+    }
+    let wish = Wish {
+        system: None,
+        now,
+        dry_run: false,
+    };
+    let reports = expire(settings, wish, &|report| {
+        for window in &report.vanishing {
+            tracing::info!(
+                cluster = %settings.name, repository = %report.repository, timeline = %window.branch,
+                from = %time(window.from), to = %time(window.to),
+                "these moments expire"
+            );
+        }
+    });
+    for report in &reports {
+        if let Some(problem) = &report.problem {
+            tracing::error!(cluster = %settings.name, repository = %report.repository, problem, "nothing expires");
+        } else if report.did_something() {
+            tracing::info!(
+                cluster = %settings.name, repository = %report.repository, backups = report.removed.len(),
+                objects = report.swept.objects, bytes = report.swept.bytes, locked = report.swept.locked,
+                "retention was applied"
+            );
+        }
+    }
+    record(settings, now, &reports);
+}
+
+/// A time of a window, for people.
+pub(crate) fn time(time: Option<PgTimestamp>) -> String {
+    time.map_or_else(|| "an unknown time".to_owned(), |time| time.to_string())
+}

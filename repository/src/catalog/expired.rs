@@ -1,0 +1,64 @@
+//! What expired counts as absent: the catalog remembers it, and forgets the ranges and backups that it names.
+
+use rocksdb::WriteBatch;
+
+use super::{
+    BACKUPS, COMMIT_TIMES, Catalog, EXPIRED, META, RESTORE_POINTS, SEGMENTS, keys, refresh,
+};
+use crate::{ExpiredSet, Repository, Result, WalRange};
+
+impl Catalog {
+    /// What counts as absent because it expired.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`](crate::Error::Catalog).
+    pub fn expired(&self) -> Result<ExpiredSet> {
+        match self.get(META, EXPIRED)? {
+            Some(json) => self.parse(META, &json),
+            None => Ok(ExpiredSet::default()),
+        }
+    }
+
+    /// Asks the repository what expired, and forgets that; whether it was news.
+    ///
+    /// # Errors
+    /// [`Error::Store`](crate::Error::Store), [`Error::Catalog`](crate::Error::Catalog).
+    pub fn follow_expired(&self, repository: &Repository) -> Result<bool> {
+        let expired = repository.expired(self.identity.system_identifier)?;
+        if expired == self.expired()? {
+            return Ok(false);
+        }
+        let size = self.identity.wal_segment_size;
+        let mut batch = WriteBatch::default();
+        for (branch, wal) in expired.branches() {
+            for (from, to) in wal.iter() {
+                let first = keys::segment(branch, size.segment_of(from));
+                let behind = keys::segment(branch, size.segment_of(to));
+                for family in [SEGMENTS, COMMIT_TIMES] {
+                    batch.delete_range_cf(self.family(family), first, behind);
+                }
+                let (first, behind) = (keys::position(branch, from), keys::position(branch, to));
+                batch.delete_range_cf(self.family(RESTORE_POINTS), first, behind);
+            }
+        }
+        for id in expired.backups() {
+            batch.delete_cf(self.family(BACKUPS), id.as_str());
+        }
+        batch.put_cf(self.family(META), EXPIRED, self.json(META, &expired)?);
+        self.db.write(batch).map_err(|error| self.failed(error))?;
+        Ok(true)
+    }
+
+    /// What is known of an object of WAL; read from its end when the catalog does not know it.
+    ///
+    /// # Errors
+    /// As reading the object.
+    pub(crate) fn range_of(
+        &self,
+        repository: &Repository,
+        key: &wal_format::ObjectKey,
+        size: u64,
+    ) -> Result<Option<WalRange>> {
+        refresh::range_of(self, repository, key, size)
+    }
+}

@@ -1,0 +1,342 @@
+//! [`Holding`]: what one repository has, as far as retention has to know it.
+//!
+//! Read from listings; the times of WAL come from a catalog where it knows the object, else from the object's end. Kept in
+//! memory are backups and a few ranges, however many segments there are.
+
+use std::collections::BTreeMap;
+
+use wal_format::{
+    BackupId, BackupInfo, Branch, Lsn, ObjectKey, Outcome, OutcomeKind, PgTimestamp, SegmentSize,
+};
+
+use super::{ExpiredSet, Intervals, reach};
+use crate::{Catalog, ClusterIdentity, PathPart, Repository, Result, WalRange, timeline_path};
+
+/// A time that is later than now by more than this was never true.
+const CLOCK_AHEAD_MAX_MICROS: i64 = 86_400_000_000;
+
+/// What one repository has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holding {
+    /// `wal_segment_size`.
+    pub segment_size: SegmentSize,
+    /// The first moment that has to stay restorable.
+    pub window_start: PgTimestamp,
+    /// The base backups that did not expire.
+    pub backups: Vec<HeldBackup>,
+    /// The timelines.
+    pub branches: Vec<HeldBranch>,
+}
+
+/// A base backup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldBackup {
+    /// Its name.
+    pub id: BackupId,
+    /// What the operator called it.
+    pub label: String,
+    /// Its timeline.
+    pub branch: Branch,
+    /// Where redo starts.
+    pub start_lsn: Lsn,
+    /// Where it is consistent.
+    pub stop_lsn: Lsn,
+    /// When it was complete.
+    pub finished: PgTimestamp,
+    /// Its length here.
+    pub stored_bytes: u64,
+    /// Why it can not be restored, if it can not.
+    pub problem: Option<String>,
+}
+
+/// A timeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HeldBranch {
+    /// The timeline.
+    pub branch: Branch,
+    /// How it is reached.
+    pub path: Vec<PathPart>,
+    /// The WAL that is held of it and did not expire.
+    pub wal: Intervals,
+    /// The ends of its stretches, and the last time that is known of each.
+    pub ends: Vec<(Lsn, Option<PgTimestamp>)>,
+    /// From where on it may hold moments of the window; `None` when all of it is older.
+    pub young_from: Option<Lsn>,
+    /// Whether anything says when its WAL was written, and where it comes from; else all of it stays.
+    pub is_dated: bool,
+}
+
+impl HeldBackup {
+    /// What sorts backups by age.
+    pub(super) fn age_order(&self) -> (PgTimestamp, Lsn, BackupId) {
+        (self.finished, self.start_lsn, self.id.clone())
+    }
+}
+
+impl Holding {
+    /// The length of a segment.
+    pub(super) fn segment(&self) -> u64 {
+        self.segment_size.bytes()
+    }
+
+    /// Reads what `place`, which is one repository, has of the cluster's epoch `identity`.
+    ///
+    /// # Errors
+    /// What reading the repository met.
+    pub fn read(
+        place: &Repository,
+        identity: &ClusterIdentity,
+        catalog: &Catalog,
+        (window_start, now): (PgTimestamp, PgTimestamp),
+        expired: &ExpiredSet,
+    ) -> Result<Self> {
+        let system = identity.system_identifier;
+        let size = identity.wal_segment_size;
+        let backups = read_backups(place, identity, catalog, expired)?;
+        let mut dating: BTreeMap<Branch, Dating> = BTreeMap::new();
+        let mut histories: Vec<_> = vec![(Branch::FIRST, None, bytes::Bytes::new())];
+        for (branch, content) in place.histories(system)? {
+            let history = wal_format::TimelineHistory::parse(branch.timeline, &content).ok();
+            histories.push((branch, history, content));
+            dating.entry(branch).or_default();
+        }
+        for backup in &backups {
+            dating.entry(backup.branch).or_default();
+        }
+        // Sealed segments first: a tail whose segment is there says nothing more.
+        for folder in ["wal", "tail"] {
+            place.visit(&format!("{system}/{folder}/"), &mut |key, stored_bytes| {
+                let (ObjectKey::Segment(_, branch, _) | ObjectKey::Tail(_, branch, ..)) = &key
+                else {
+                    return Ok(());
+                };
+                let known = dating.entry(*branch).or_default();
+                if expired.hides(&key, size) || known.has(&key, size) {
+                    return Ok(());
+                }
+                match catalog.range_of(place, &key, stored_bytes) {
+                    Ok(Some(range)) => known.add(&range, (window_start, now), &backups),
+                    Ok(None) => {}
+                    // A tail that was replaced since it was listed.
+                    Err(error) if error.is_not_found() => {}
+                    Err(crate::Error::Damaged { key, problem, .. }) => {
+                        tracing::error!(%key, %problem, "a damaged object counts as missing");
+                    }
+                    Err(error) => return Err(error),
+                }
+                Ok(())
+            })?;
+        }
+        let branches = dating.into_iter().map(|(branch, dating)| {
+            let path = timeline_path(&histories, branch);
+            let is_known = path.is_some();
+            let alone = || {
+                vec![PathPart {
+                    branch,
+                    from: Lsn::ZERO,
+                    to: Lsn::MAX,
+                }]
+            };
+            dating.branch(branch, path.unwrap_or_else(alone), is_known)
+        });
+        let mut holding = Self {
+            segment_size: size,
+            window_start,
+            branches: branches.collect(),
+            backups,
+        };
+        holding.prove_wal();
+        Ok(holding)
+    }
+
+    /// A backup whose own WAL is not all there can not be restored.
+    pub(super) fn prove_wal(&mut self) {
+        let wal = reach::held(self);
+        let size = self.segment();
+        for backup in &mut self.backups {
+            let of = |branch: &&HeldBranch| branch.branch == backup.branch;
+            let end = self.branches.iter().find(of);
+            let end = end.and_then(|branch| reach::end_on(branch, backup, &wal, size));
+            if backup.problem.is_none() && end.is_none_or(|end| end < backup.stop_lsn) {
+                let from = end.unwrap_or(backup.start_lsn);
+                backup.problem = Some(format!(
+                    "WAL {from} to {} of timeline branch {} is missing",
+                    backup.stop_lsn, backup.branch
+                ));
+            }
+        }
+    }
+}
+
+/// What is learned of a timeline's WAL, range by range.
+#[derive(Debug, Default)]
+pub(super) struct Dating {
+    wal: Intervals,
+    times: BTreeMap<Lsn, Option<PgTimestamp>>,
+    /// The start of the first range that holds a moment of the window.
+    young: Option<Lsn>,
+    /// The end of the last range before it that ends before the window.
+    old_until: Lsn,
+    is_dated: bool,
+}
+
+impl Dating {
+    fn has(&self, key: &ObjectKey, size: SegmentSize) -> bool {
+        let ObjectKey::Tail(_, _, name, ..) = key else {
+            return false;
+        };
+        let segment = name.segment(size);
+        segment.is_some_and(|one| self.wal.covers(one.start_lsn(size), one.end_lsn(size)))
+    }
+
+    pub(super) fn add(
+        &mut self,
+        range: &WalRange,
+        (window_start, now): (PgTimestamp, PgTimestamp),
+        backups: &[HeldBackup],
+    ) {
+        let (start, end) = (range.start_lsn, range.end_lsn);
+        let ended_here = |backup: &&HeldBackup| {
+            backup.branch == range.branch && start < backup.stop_lsn && backup.stop_lsn <= end
+        };
+        let finished = backups.iter().filter(ended_here).map(|one| one.finished);
+        let sane = |time: &PgTimestamp| time.micros_since(now) <= CLOCK_AHEAD_MAX_MICROS;
+        let of_range = [range.min_time, range.max_time, range.proven];
+        let last = of_range.into_iter().flatten().filter(sane).max();
+        let newest = last.into_iter().chain(finished.filter(sane)).max();
+        self.is_dated |= newest.is_some();
+        if newest.is_some_and(|time| time >= window_start) {
+            self.young = Some(self.young.map_or(start, |known| known.min(start)));
+        } else if last.is_some() && self.young.is_none_or(|young| end <= young) {
+            self.old_until = self.old_until.max(end);
+        }
+        self.wal.add(start, end);
+        // One entry for each stretch: what it grew out of is forgotten.
+        if let Some((at, known)) = self.times.range(..=end).next_back()
+            && *at >= start
+        {
+            let (at, known) = (*at, *known);
+            self.times.remove(&at);
+            self.times.insert(end.max(at), last.max(known));
+        } else {
+            self.times.insert(end, last);
+        }
+    }
+
+    pub(super) fn branch(self, branch: Branch, path: Vec<PathPart>, is_known: bool) -> HeldBranch {
+        HeldBranch {
+            branch,
+            path,
+            // Between the two nothing says when it was.
+            young_from: self.young.map(|young| self.old_until.min(young)),
+            is_dated: is_known && (self.is_dated || self.wal.is_empty()),
+            ends: self.times.into_iter().collect(),
+            wal: self.wal,
+        }
+    }
+}
+
+fn read_backups(
+    place: &Repository,
+    identity: &ClusterIdentity,
+    catalog: &Catalog,
+    expired: &ExpiredSet,
+) -> Result<Vec<HeldBackup>> {
+    let system = identity.system_identifier;
+    let suspects = suspects(place, identity)?;
+    let known: BTreeMap<BackupId, BackupInfo> = catalog
+        .backups()?
+        .into_iter()
+        .map(|backup| (backup.id.clone(), backup))
+        .collect();
+    let mut backups = Vec::new();
+    let mut parts: Option<(BackupId, BTreeMap<ObjectKey, u64>)> = None;
+    let mut take = |parts: Option<(BackupId, BTreeMap<ObjectKey, u64>)>| -> Result<()> {
+        let Some((id, parts)) = parts else {
+            return Ok(());
+        };
+        let key = ObjectKey::BackupInfo(system, id.clone());
+        // Without a description it is none: one that is being taken, or what is left of one that failed.
+        if expired.backups().contains(&id) || !parts.contains_key(&key) {
+            return Ok(());
+        }
+        let info = match known.get(&id) {
+            Some(info) => info.clone(),
+            None => match BackupInfo::parse(&place.get(&key)?) {
+                Ok(info) => info,
+                Err(error) => {
+                    tracing::error!(%key, %error, "a backup that can not be read counts for nothing, and stays");
+                    return Ok(());
+                }
+            },
+        };
+        let suspect = suspects.iter().find(|one| one.contains(id.as_str()));
+        let suspect = suspect.map(|one| format!("the last verification says: {one}"));
+        backups.push(HeldBackup {
+            problem: incomplete(&info, &parts).or(suspect),
+            id,
+            label: info.label,
+            branch: info.branch,
+            start_lsn: info.start_lsn,
+            stop_lsn: info.stop_lsn,
+            finished: info.finished,
+            stored_bytes: info.stored_bytes,
+        });
+        Ok(())
+    };
+    place.visit(&format!("{system}/backup/"), &mut |key, size| {
+        let (ObjectKey::BackupInfo(_, id)
+        | ObjectKey::BackupManifest(_, id)
+        | ObjectKey::BackupSlice(_, id, ..)) = &key
+        else {
+            return Ok(());
+        };
+        match &mut parts {
+            Some((known, parts)) if known == id => {
+                parts.insert(key, size);
+            }
+            _ => {
+                let id = id.clone();
+                let of_next = (id, BTreeMap::from([(key, size)]));
+                take(parts.replace(of_next))?;
+            }
+        }
+        Ok(())
+    })?;
+    take(parts)?;
+    Ok(backups)
+}
+
+/// What of a backup is not there, by name and length.
+fn incomplete(info: &BackupInfo, parts: &BTreeMap<ObjectKey, u64>) -> Option<String> {
+    let slices = info.slices.iter();
+    let slices = slices.map(|slice| (info.slice_key(slice), slice.stored_bytes));
+    let manifest = (info.manifest_key(), info.manifest_bytes);
+    slices
+        .chain([manifest])
+        .find_map(|(key, bytes)| match parts.get(&key) {
+            None => Some(format!("{key} is missing")),
+            Some(found) if *found != bytes => {
+                Some(format!("{key} has {found} bytes instead of {bytes}"))
+            }
+            Some(_) => None,
+        })
+}
+
+/// What the last verification found damaged, in its words.
+fn suspects(place: &Repository, identity: &ClusterIdentity) -> Result<Vec<String>> {
+    let prefix = format!(
+        "{}/outcome/{}/",
+        identity.system_identifier,
+        OutcomeKind::Verify
+    );
+    let Some((key, _)) = place.list(&prefix)?.pop() else {
+        return Ok(Vec::new());
+    };
+    let outcome = serde_json::from_slice::<Outcome>(&place.get(&key)?);
+    let mut damaged = outcome.map(|outcome| outcome.damaged).unwrap_or_default();
+    // Of several repositories the verdict names all, each with its address.
+    let here = place.url();
+    damaged.retain(|problem| problem.starts_with(&here) || !problem.contains("://"));
+    Ok(damaged)
+}

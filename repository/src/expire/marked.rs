@@ -1,0 +1,189 @@
+//! [`ExpiredSet`]: what the records of a repository say is no longer kept, all taken together.
+//!
+//! It only grows, so two archivers that expire at once can not contradict each other. Invariant: readers hide what it
+//! names before the first byte of it is removed.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use wal_format::{
+    BackupId, Branch, EXPIRED_FORMAT_VERSION, Expired, Lsn, ObjectKey, SegmentSize,
+    SystemIdentifier,
+};
+
+use super::Intervals;
+use crate::{Repository, Result};
+
+/// The records, and what they name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpiredSet {
+    records: Vec<Expired>,
+    backups: BTreeSet<BackupId>,
+    wal: BTreeMap<Branch, Intervals>,
+}
+
+impl From<Vec<Expired>> for ExpiredSet {
+    fn from(records: Vec<Expired>) -> Self {
+        let mut set = Self::default();
+        for record in &records {
+            set.backups
+                .extend(record.backups.iter().map(|backup| backup.id.clone()));
+            for range in &record.wal {
+                let known = set.wal.entry(range.branch).or_default();
+                known.add(range.from_lsn, range.to_lsn);
+            }
+        }
+        set.records = records;
+        set
+    }
+}
+
+impl ExpiredSet {
+    /// The records, by name.
+    #[must_use]
+    pub fn records(&self) -> &[Expired] {
+        &self.records
+    }
+
+    /// Whether nothing was ever expired.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.backups.is_empty() && self.wal.is_empty()
+    }
+
+    /// The backups that are no longer kept.
+    #[must_use]
+    pub fn backups(&self) -> &BTreeSet<BackupId> {
+        &self.backups
+    }
+
+    /// The WAL of a branch that is no longer kept.
+    #[must_use]
+    pub fn wal(&self, branch: Branch) -> Intervals {
+        self.wal.get(&branch).cloned().unwrap_or_default()
+    }
+
+    /// Every branch of which WAL is no longer kept.
+    pub fn branches(&self) -> impl Iterator<Item = (Branch, &Intervals)> {
+        self.wal.iter().map(|(branch, wal)| (*branch, wal))
+    }
+
+    /// What of `[from, to)` is missing for another reason than that it expired.
+    #[must_use]
+    pub fn not_expired(&self, branch: Branch, from: Lsn, to: Lsn) -> Vec<(Lsn, Lsn)> {
+        match self.wal.get(&branch) {
+            Some(wal) => wal.missing_in(from, to),
+            None => vec![(from, to)],
+        }
+    }
+
+    /// Whether a reader takes this object for absent.
+    #[must_use]
+    pub fn hides(&self, key: &ObjectKey, size: SegmentSize) -> bool {
+        match key {
+            ObjectKey::BackupInfo(_, id)
+            | ObjectKey::BackupManifest(_, id)
+            | ObjectKey::BackupSlice(_, id, ..) => self.backups.contains(id),
+            ObjectKey::Segment(_, branch, name) | ObjectKey::Tail(_, branch, name, ..) => {
+                let segment = name.segment(size);
+                let wal = self.wal.get(branch);
+                wal.zip(segment).is_some_and(|(wal, segment)| {
+                    wal.covers(segment.start_lsn(size), segment.end_lsn(size))
+                })
+            }
+            ObjectKey::Epoch(_)
+            | ObjectKey::Expired(..)
+            | ObjectKey::FailoverLoss(..)
+            | ObjectKey::Gap(..)
+            | ObjectKey::History(..)
+            | ObjectKey::HistoryCopy(..)
+            | ObjectKey::Outcome(..) => false,
+        }
+    }
+
+    /// What both say is no longer kept: of several repositories, what none keeps.
+    #[must_use]
+    pub fn and(&self, other: &Self) -> Self {
+        let both = |(branch, wal): (&Branch, &Intervals)| {
+            let wal = wal.and(&other.wal(*branch));
+            (!wal.is_empty()).then_some((*branch, wal))
+        };
+        let mut records = self.records.clone();
+        for record in &other.records {
+            if !records.iter().any(|known| known.id == record.id) {
+                records.push(record.clone());
+            }
+        }
+        Self {
+            records,
+            backups: self.backups.intersection(&other.backups).cloned().collect(),
+            wal: self.wal.iter().filter_map(both).collect(),
+        }
+    }
+
+    /// Those of its records that `chosen` takes.
+    #[must_use]
+    pub fn part(&self, chosen: impl Fn(&Expired) -> bool) -> Self {
+        let records = self.records.iter().filter(|record| chosen(record));
+        records.cloned().collect::<Vec<_>>().into()
+    }
+
+    /// Whether it names everything that `record` does.
+    #[must_use]
+    pub fn names_all_of(&self, record: &Expired) -> bool {
+        let wal = |range: &wal_format::ExpiredWal| {
+            let known = self.wal.get(&range.branch);
+            known.is_some_and(|known| known.covers(range.from_lsn, range.to_lsn))
+        };
+        let backup = |backup: &wal_format::ExpiredBackup| self.backups.contains(&backup.id);
+        record.backups.iter().all(backup) && record.wal.iter().all(wal)
+    }
+}
+
+impl Repository {
+    /// What is no longer kept. Of several places what none of them keeps: what one has still is there for a restore.
+    ///
+    /// # Errors
+    /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
+    pub fn expired(&self, system: SystemIdentifier) -> Result<ExpiredSet> {
+        let mut all: Option<ExpiredSet> = None;
+        for place in self.each_place() {
+            let of_place = match place.expired_here(system) {
+                // It is away: what it keeps is not known, so nothing counts as given up by all.
+                Err(error) if error.is_transient() && self.each_place().len() > 1 => {
+                    return Ok(ExpiredSet::default());
+                }
+                set => set?,
+            };
+            all = Some(match all {
+                None => of_place,
+                Some(known) => known.and(&of_place),
+            });
+        }
+        Ok(all.unwrap_or_default())
+    }
+
+    fn expired_here(&self, system: SystemIdentifier) -> Result<ExpiredSet> {
+        let mut records = Vec::new();
+        for (key, _) in self.list(&format!("{system}/expired/"))? {
+            let body = match self.get(&key) {
+                // Taken together with others into a new one since it was listed.
+                Err(error) if error.is_not_found() => return self.expired_here(system),
+                body => body?,
+            };
+            match serde_json::from_slice::<Expired>(&body) {
+                Ok(record) if record.format_version == EXPIRED_FORMAT_VERSION => {
+                    records.push(record);
+                }
+                // What it gave up counts as kept: nothing is removed for it.
+                Ok(_) => {
+                    tracing::warn!(%key, "a newer Tidemark expired something here; use that one");
+                }
+                Err(error) => {
+                    tracing::warn!(%key, %error, "a record of what expired can not be read");
+                }
+            }
+        }
+        Ok(records.into())
+    }
+}

@@ -1,0 +1,73 @@
+//! What can be restored: how far WAL leads from a backup along a path of timelines.
+//!
+//! The rule is the restorer's (`plan/path.rs`): the segment of a switch is read from the later timeline.
+
+use std::collections::BTreeMap;
+
+use wal_format::{Branch, Lsn};
+
+use super::{HeldBackup, HeldBranch, Holding, Intervals};
+
+/// The WAL that is held, by branch.
+pub(super) type Wal = BTreeMap<Branch, Intervals>;
+
+/// The WAL of a holding, all of it.
+pub(super) fn held(holding: &Holding) -> Wal {
+    let spans = |branch: &HeldBranch| (branch.branch, branch.wal.clone());
+    holding.branches.iter().map(spans).collect()
+}
+
+/// Whether a backup can be made consistent on this path.
+pub(super) fn is_on(branch: &HeldBranch, backup: &HeldBackup) -> bool {
+    let mut parts = branch.path.iter();
+    parts.any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
+}
+
+/// The end of the WAL of `branch` itself that is reached from `backup` without a gap; `None` when it is not reached.
+pub(super) fn end_on(
+    branch: &HeldBranch,
+    backup: &HeldBackup,
+    wal: &Wal,
+    segment: u64,
+) -> Option<Lsn> {
+    let mut at = backup.start_lsn.align_down(segment);
+    for part in branch.path.iter().filter(|part| part.to > backup.start_lsn) {
+        let from = part.from.align_down(segment).max(at);
+        let end = |wal: &Wal| {
+            wal.get(&part.branch)
+                .map_or(from, |held| held.end_from(from))
+        };
+        if part.branch == branch.branch {
+            return Some(end(wal)).filter(|end| *end > from);
+        }
+        let until = part.to.align_down(segment);
+        if from < until && end(wal) < until {
+            return None;
+        }
+        at = at.max(until);
+    }
+    None
+}
+
+/// What of the WAL of `branch` itself can be stopped in, from these backups.
+pub(super) fn restorable<'a>(
+    branch: &HeldBranch,
+    backups: impl Iterator<Item = &'a HeldBackup>,
+    wal: &Wal,
+    segment: u64,
+) -> Intervals {
+    let begin = branch.path.last().map_or(Lsn::ZERO, |part| part.from);
+    let mut all = Intervals::default();
+    for backup in backups.filter(|backup| is_on(branch, backup)) {
+        let Some(end) = end_on(branch, backup, wal, segment) else {
+            continue;
+        };
+        let from = if backup.branch == branch.branch {
+            backup.stop_lsn
+        } else {
+            begin
+        };
+        all.add(from, end);
+    }
+    all
+}

@@ -1,0 +1,270 @@
+//! Retention on a real server: what stays is restored, what went is refused by name, a second repository keeps longer, an
+//! expiry that is killed goes on; and a daemon that expires by itself goes on streaming as if nothing had been there.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Output,
+    thread::sleep,
+    time::Duration,
+};
+
+use benches::{
+    cluster::Cluster, main_job::Place, object_store::ObjectStoreServer, programs::succeed,
+    restored::Restored,
+};
+
+use crate::support::{
+    Chance, SETTINGS, end_lsn, long, query, said, servers, wait_archived, wait_until,
+};
+
+const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+const WORDS: &str = "SELECT string_agg(word, ' ' ORDER BY word) FROM words";
+
+fn write(cluster: &Cluster, word: &str) {
+    let conninfo = cluster.conninfo();
+    query(&conninfo, &format!("INSERT INTO words VALUES ('{word}')"));
+    // Segments of 1 MiB: some of them lie between any two backups.
+    for _ in 0..3 {
+        query(
+            &conninfo,
+            "SELECT pg_logical_emit_message(true, '', repeat('x', 100000)); SELECT pg_switch_wal()",
+        );
+    }
+}
+
+fn backup(place: &Place, cluster: &Cluster) -> String {
+    let mut backup = place.program("wal-archiver").expect("built");
+    succeed(backup.args(["--conninfo", &cluster.conninfo(), "backup"])).expect("a backup");
+    let backups = listing(place)["backups"].clone();
+    let newest = backups.as_array().expect("backups").last().expect("one");
+    newest["id"].as_str().expect("an id").to_owned()
+}
+
+fn listing(place: &Place) -> serde_json::Value {
+    let mut list = place.program("pitr-restore").expect("built");
+    let said = succeed(list.args(["list", "--json"])).expect("a listing");
+    serde_json::from_str(&said).expect("JSON")
+}
+
+fn ids(place: &Place) -> Vec<String> {
+    let listing = listing(place);
+    let backups = listing["backups"].as_array().expect("backups");
+    let usable = backups.iter().filter(|one| one["usable"] == true);
+    usable
+        .map(|one| one["id"].as_str().expect("an id").to_owned())
+        .collect()
+}
+
+fn configure(place: &Place, lines: &str) {
+    let lines = lines.replace("{place}", &place.path().display().to_string());
+    fs::write(place.path().join("tidemark.toml"), lines).expect("a configuration");
+}
+
+fn expire(place: &Place, arguments: &[&str]) -> Output {
+    let mut expire = place.program("wal-archiver").expect("built");
+    expire
+        .arg("expire")
+        .args(arguments)
+        .output()
+        .expect("it runs")
+}
+
+fn dry_run(place: &Place, arguments: &[&str]) -> (Option<i32>, String) {
+    let mut restore = place.program("pitr-restore").expect("built");
+    let output = restore.args(arguments).arg("--dry-run").output();
+    let output = output.expect("it runs");
+    (output.status.code(), said(&output).1)
+}
+
+fn words(place: &Place, bin: &Path, arguments: &[&str]) -> String {
+    let restored = Restored::start(place, bin, arguments).expect("a restore");
+    query(&restored.conninfo(), WORDS)
+}
+
+fn files(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(root).expect("a folder").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            found.push(path);
+        }
+    }
+    found.sort();
+    found
+}
+
+#[test]
+fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
+    let Some((_, bin)) = servers().pop() else {
+        return;
+    };
+    let mut chance = Chance::new();
+    let cluster = Cluster::start(&bin, 1, SETTINGS).expect("a server");
+    let both = "repositories = [{ url = 'file://{place}/second', keep_everything = true }]\n";
+    let place = Place::with_settings(both).expect("a place");
+    let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
+    query(&cluster.conninfo(), "CREATE TABLE words (word text)");
+    write(&cluster, "a");
+    let first = backup(&place, &cluster);
+    write(&cluster, "b");
+    let second = backup(&place, &cluster);
+    write(&cluster, "c");
+    sleep(Duration::from_millis(50));
+    let moment = jiff::Timestamp::now().to_string();
+    sleep(Duration::from_millis(50));
+    write(&cluster, "d");
+    let third = backup(&place, &cluster);
+    write(&cluster, "e");
+    wait_archived(&cluster.conninfo(), end_lsn(&cluster.conninfo()));
+    wait_until("the second repository has it", || {
+        let count = |name: &str| files(&place.path().join(name).join("main")).len();
+        count("repository") == count("second")
+    });
+    // The window has passed when the third backup is older than it.
+    sleep(Duration::from_secs(2));
+    let keep = format!(
+        "keep_window = '1s'\nkeep_backups_min = 1\nkeep_backups = ['{first}']\nexpire_grace = '1ms'\n"
+    );
+    configure(&place, &format!("{keep}{both}"));
+    let repository = place.path().join("repository");
+    let before = files(&repository);
+
+    let output = expire(&place, &["--dry-run", "--json"]);
+    assert!(output.status.success(), "{:?}", said(&output));
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let [here, there] = document[0]["repositories"]
+        .as_array()
+        .expect("two")
+        .as_slice()
+    else {
+        panic!("two repositories: {document}");
+    };
+    assert_eq!(here["removed"][0]["id"], second.as_str(), "{document}");
+    assert_eq!(
+        here["removed"].as_array().map(Vec::len),
+        Some(1),
+        "{document}"
+    );
+    assert_eq!(here["kept"].as_array().map(Vec::len), Some(2), "{document}");
+    assert!(
+        !here["vanishing"].as_array().expect("windows").is_empty(),
+        "{document}"
+    );
+    assert!(
+        there["policy"].is_null() && there["swept"]["objects"] == 0,
+        "{document}"
+    );
+    assert_eq!(files(&repository), before, "a dry run changes nothing");
+
+    // Killed again and again, at whatever it is doing.
+    for _ in 0..if long() { 40 } else { 6 } {
+        let mut killed = place.program("wal-archiver").expect("built");
+        let mut killed = killed.arg("expire").spawn().expect("it starts");
+        sleep(Duration::from_millis(chance.below(120) as u64 + 5));
+        drop(killed.kill());
+        killed.wait().expect("it ended");
+        assert!(
+            ids(&place).contains(&third),
+            "what stays is whole at every moment"
+        );
+    }
+    let output = expire(&place, &[]);
+    let (told, problem) = said(&output);
+    assert!(output.status.success(), "{told}\n{problem}");
+    assert!(
+        told.contains("pinned") && told.contains("kept for ever"),
+        "{told}"
+    );
+
+    // With both, nothing is lost: the second keeps everything.
+    assert_eq!(ids(&place), [first.as_str(), &second, &third]);
+    assert_eq!(words(&place, &bin, &["--target-time", &moment]), "a b c");
+    let mut verify = place.program("wal-archiver").expect("built");
+    succeed(verify.arg("verify")).expect("each is as it should be, by its own retention");
+
+    // The first alone.
+    configure(&place, &keep);
+    assert!(
+        files(&repository).len() + 5 < before.len(),
+        "objects are gone"
+    );
+    assert_eq!(ids(&place), [first.as_str(), &third]);
+    let listed = listing(&place);
+    assert_eq!(listed["gaps"].as_array().map(Vec::len), Some(0), "{listed}");
+    assert!(
+        !listed["expired"].as_array().expect("windows").is_empty(),
+        "{listed}"
+    );
+    assert_eq!(
+        words(&place, &bin, &["--backup", &first, "--target-immediate"]),
+        "a"
+    );
+    assert_eq!(words(&place, &bin, &[]), "a b c d e");
+    for arguments in [["--target-time", &moment], ["--backup", &second]] {
+        let (code, problem) = dry_run(&place, &arguments);
+        assert_eq!(code, Some(3), "{arguments:?}: {problem}");
+        assert!(problem.contains("expired"), "{arguments:?}: {problem}");
+    }
+    let mut verify = place.program("wal-archiver").expect("built");
+    let told = succeed(verify.args(["verify", "--deep"])).expect("nothing is missing");
+    assert!(told.contains("no gap, no damage"), "{told}");
+    let output = expire(&place, &[]);
+    let (told, _) = said(&output);
+    assert!(
+        output.status.success() && told.contains("nothing expires"),
+        "{told}"
+    );
+    daemon.stop().expect("it stops");
+}
+
+#[test]
+fn a_daemon_that_expires_goes_on_as_if_nothing_had_been_there() {
+    let Some((_, bin)) = servers().pop() else {
+        return;
+    };
+    let Some(store) = ObjectStoreServer::start_or_skip() else {
+        return;
+    };
+    let settings = format!(
+        "keep_window = '1s'\nkeep_backups_min = 1\nexpire_grace = '1ms'\nexpire_interval = '1s'\n\
+         encryption_key_command = \"printf {KEY}\""
+    );
+    let cluster = Cluster::start(&bin, 1, SETTINGS).expect("a server");
+    let place = Place::in_bucket(store, &settings).expect("a place");
+    let mut daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
+    query(&cluster.conninfo(), "CREATE TABLE words (word text)");
+    write(&cluster, "a");
+    let first = backup(&place, &cluster);
+    write(&cluster, "b");
+    let second = backup(&place, &cluster);
+    write(&cluster, "c");
+    wait_until("the first one expires", || ids(&place) == [second.as_str()]);
+    daemon
+        .wait_for(|log| log.contains("retention was applied"))
+        .expect("it says so");
+    // It dies, and another one takes over from what is left.
+    daemon.kill().expect("it dies");
+    let mut daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
+    write(&cluster, "d");
+    let third = backup(&place, &cluster);
+    write(&cluster, "e");
+    wait_until("the second one expires", || ids(&place) == [third.as_str()]);
+    let (code, problem) = dry_run(&place, &["--backup", &first]);
+    assert_eq!(code, Some(3), "{problem}");
+    wait_archived(&cluster.conninfo(), end_lsn(&cluster.conninfo()));
+    daemon.kill().expect("it dies");
+    daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
+    write(&cluster, "f");
+    wait_archived(&cluster.conninfo(), end_lsn(&cluster.conninfo()));
+    daemon
+        .wait_for(|log| !log.contains("is missing") && !log.contains("declared lost"))
+        .expect("no gap");
+    daemon.stop().expect("it stops");
+    assert_eq!(words(&place, &bin, &[]), "a b c d e f");
+    let mut verify = place.program("wal-archiver").expect("built");
+    let told = succeed(verify.arg("verify")).expect("nothing is missing");
+    assert!(told.contains("no gap, no damage"), "{told}");
+}
