@@ -113,7 +113,7 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
     let second = backup(&place, &cluster);
     write(&cluster, "c");
     sleep(Duration::from_millis(50));
-    let moment = jiff::Timestamp::now().to_string();
+    let moment = wal_format::PgTimestamp::from_jiff(jiff::Timestamp::now()).to_string();
     sleep(Duration::from_millis(50));
     write(&cluster, "d");
     let third = backup(&place, &cluster);
