@@ -25,6 +25,7 @@ pub mod push;
 pub mod replication;
 pub mod report;
 pub mod rpo;
+mod server_certificate;
 pub mod shutdown;
 pub mod spool;
 pub mod standby_slots;

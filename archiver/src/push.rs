@@ -26,10 +26,7 @@ use wal_format::{
 
 use crate::{
     error::{Error, Result},
-    pipeline::{
-        seal::seal_range,
-        stored::{compare_wal, put_wal},
-    },
+    pipeline::stored::{compare_wal, put_wal, seal_range},
     spool::long_header_identity,
 };
 
@@ -187,6 +184,36 @@ pub struct NewSegment {
     header: SealedHeader,
 }
 
+impl NewSegment {
+    /// Checks the records of the next piece.
+    fn check(&self, indexer: &mut WalIndexer, piece: &[u8]) -> Result<()> {
+        let branch = self.header.branch;
+        indexer
+            .push(piece)
+            .map_err(|source| Error::Decode { branch, source })
+    }
+
+    /// All pieces were checked.
+    fn checked(
+        self,
+        file: &WalFile,
+        mut indexer: WalIndexer,
+        running: &mut Option<Running>,
+    ) -> Result<Checked> {
+        let header = self.header;
+        let summary = indexer.take_summary();
+        if indexer.position() != header.end_lsn {
+            return Err(file.refuse(&format!("is a segment cut short at {}", indexer.position())));
+        }
+        *running = Some(Running {
+            branch: header.branch,
+            next: self.segment.next(),
+            indexer,
+        });
+        Ok(Checked { header, summary })
+    }
+}
+
 impl Pusher<'_> {
     /// Pushes one file. `running` saves looking for the start of a record that crosses into the segment.
     ///
@@ -282,31 +309,27 @@ impl Pusher<'_> {
         new: NewSegment,
         running: &mut Option<Running>,
     ) -> Result<Checked> {
-        let NewSegment {
-            identity,
-            segment,
-            header,
-        } = new;
-        let (branch, size) = (header.branch, identity.segment_size);
-        let mut indexer = match running.take() {
-            Some(running) if running.branch == branch && running.next == segment => running.indexer,
-            _ => self.indexer(file, &identity, branch, segment)?,
-        };
-        file.pieces(size.bytes(), |piece| {
-            indexer
-                .push(piece)
-                .map_err(|source| Error::Decode { branch, source })
+        let mut indexer = self.decoder(file, new, running)?;
+        file.pieces(new.header.raw_bytes(), |piece| {
+            new.check(&mut indexer, piece)
         })?;
-        let summary = indexer.take_summary();
-        if indexer.position() != segment.end_lsn(size) {
-            return Err(file.refuse(&format!("is a segment cut short at {}", indexer.position())));
+        new.checked(file, indexer, running)
+    }
+
+    /// A decoder at the start of the segment.
+    fn decoder(
+        &self,
+        file: &WalFile,
+        new: NewSegment,
+        running: &mut Option<Running>,
+    ) -> Result<WalIndexer> {
+        let (branch, segment) = (new.header.branch, new.segment);
+        match running.take() {
+            Some(running) if running.branch == branch && running.next == segment => {
+                Ok(running.indexer)
+            }
+            _ => self.indexer(file, &new.identity, branch, segment),
         }
-        *running = Some(Running {
-            branch,
-            next: segment.next(),
-            indexer,
-        });
-        Ok(Checked { header, summary })
     }
 
     /// The last segment of a timeline that a promotion left: kept as a tail, up to its last valid record.

@@ -34,7 +34,8 @@ pub use record::SpoolRecord;
 pub use writer::{CompletedSegment, SpoolWriter, TailCut};
 
 use crate::error::{Error, Result};
-use open_segment::{content_length, of_the_disk};
+pub(crate) use open_segment::content_length;
+use open_segment::of_the_disk;
 
 /// The file that one archiver locks.
 const LOCK_FILE: &str = "lock";

@@ -12,6 +12,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
+mod live;
+
 use crate::{
     cluster::{Cluster, PORT, connect},
     main_job::Place,
@@ -20,6 +22,8 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(20);
+/// Segments that PostgreSQL pushes one by one: enough for a median.
+const LIVE_MAX: usize = 20;
 
 /// What to measure.
 #[derive(Clone, Copy, Debug)]
@@ -42,8 +46,10 @@ pub struct Pass {
 /// The passes of the three things that were measured.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
-    /// A segment's way into the archive.
+    /// A segment's way into the archive, many waiting.
     pub push: Vec<Pass>,
+    /// The same as PostgreSQL asks for it, one at a time.
+    pub live: Vec<Pass>,
     /// A segment's way out of it.
     pub fetch: Vec<Pass>,
     /// The redo of all segments, as PostgreSQL's log tells it.
@@ -70,6 +76,7 @@ impl ArchiveCommands {
         for round in 0..self.rounds {
             say(&format!("round {}", round + 1));
             scene.pushes(&mut measured.push)?;
+            live::pushes(bin, self.segments.min(LIVE_MAX), &mut measured.live)?;
             scene.fetches(&mut measured.fetch)?;
             scene.recoveries(bin, &mut measured.recovery)?;
         }
@@ -103,18 +110,7 @@ impl ArchiveCommands {
         };
         // Settles what is dirty, so that nothing runs beside the passes.
         sql.batch_execute("CHECKPOINT")?;
-        let pgbackrest = place.path().join("pgbackrest.conf");
-        let root = place.path().display().to_string();
-        fs::write(
-            &pgbackrest,
-            format!(
-                "[global]\nrepo1-path={root}/pgbackrest\nlog-path={root}\nlock-path={root}/lock\nspool-path={root}\n\
-                 log-level-file=off\nlog-level-console=error\ncompress-type=lz4\n[main]\npg1-path={}\npg1-socket-path={}\n\
-                 pg1-port={PORT}\npg1-user=postgres\n",
-                cluster.data().display(),
-                cluster.socket_directory().display()
-            ),
-        )?;
+        let pgbackrest = pgbackrest_configuration(&place, &cluster, "pgbackrest")?;
         let names = names.into_iter().take(self.segments).collect();
         Ok(Scene {
             cluster,
@@ -227,7 +223,22 @@ impl Scene {
     fn fetches(&self, passes: &mut Vec<Pass>) -> Result<()> {
         let folder = self.empty("fetched")?;
         let destination = folder.join("RECOVERYXLOG");
-        let name = |segment: &Path| segment.file_name().map(ToOwned::to_owned).context("a name");
+        // As PostgreSQL does, which takes each file away under its own name before it asks for the next: writing over a
+        // file would make ext4 flush it first.
+        let taken = folder.join("taken");
+        let take = || -> Result<()> {
+            if destination.exists() {
+                if taken.exists() {
+                    fs::remove_file(&taken)?;
+                }
+                renamed(&destination, &taken)?;
+            }
+            Ok(())
+        };
+        let name = |segment: &Path| -> Result<_> {
+            take()?;
+            segment.file_name().map(ToOwned::to_owned).context("a name")
+        };
         self.pass(passes, "pitr-restore wal-fetch", |segment| {
             let mut fetch = self.ours("pitr-restore", "alone")?;
             fetch.arg("wal-fetch").arg(name(segment)?).arg(&destination);
@@ -330,6 +341,31 @@ impl Scene {
     }
 }
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a file of a benchmark need not survive the host"
+)]
+fn renamed(from: &Path, to: &Path) -> Result<()> {
+    Ok(fs::rename(from, to)?)
+}
+
+/// pgBackRest's configuration for a cluster, with a repository `name` in the place.
+fn pgbackrest_configuration(place: &Place, cluster: &Cluster, name: &str) -> Result<PathBuf> {
+    let configuration = place.path().join(format!("{name}.conf"));
+    let root = place.path().display();
+    fs::write(
+        &configuration,
+        format!(
+            "[global]\nrepo1-path={root}/{name}\nlog-path={root}\nlock-path={root}/lock\nspool-path={root}\n\
+             log-level-file=off\nlog-level-console=error\ncompress-type=lz4\n[main]\npg1-path={}\npg1-socket-path={}\n\
+             pg1-port={PORT}\npg1-user=postgres\n",
+            cluster.data().display(),
+            cluster.socket_directory().display()
+        ),
+    )?;
+    Ok(configuration)
+}
+
 fn note(passes: &mut Vec<Pass>, name: &'static str, seconds: f64) {
     match passes.iter_mut().find(|pass| pass.name == name) {
         Some(pass) => pass.seconds.push(seconds),
@@ -359,7 +395,8 @@ impl Measured {
     pub fn tables(&self) -> String {
         let mut text = String::new();
         for (title, unit, passes) in [
-            ("push, a segment", "ms", &self.push),
+            ("push, a segment of many", "ms", &self.push),
+            ("push, as PostgreSQL runs it", "ms", &self.live),
             ("fetch, a segment", "ms", &self.fetch),
             ("recovery, redo of all segments", "s", &self.recovery),
         ] {

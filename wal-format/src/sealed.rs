@@ -12,6 +12,7 @@
 mod footer;
 mod frame;
 mod header;
+mod proved;
 mod reader;
 mod writer;
 
@@ -21,6 +22,7 @@ mod tests;
 pub use footer::{FOOTER_LEN_HINT, FooterFromTail, SealedFooter};
 pub use frame::{EncodedFrame, FrameCompressor, FrameDecompressor, FrameEntry};
 pub use header::SealedHeader;
+pub use proved::ProvedCompressor;
 pub use reader::{Frames, SealedReader};
 pub use writer::{SealedWriter, seal};
 

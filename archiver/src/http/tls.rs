@@ -7,11 +7,10 @@ use std::{
     time::SystemTime,
 };
 
-use rustls::ServerConfig;
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use tokio_rustls::TlsAcceptor;
 use wal_format::PgTimestamp;
-use x509_cert::{Certificate, der::Decode};
+
+use crate::server_certificate::{self, ServerCertificate};
 
 /// The pair in use.
 #[derive(Debug)]
@@ -22,15 +21,14 @@ pub(super) struct TlsFiles {
 }
 
 struct Used {
-    config: Arc<ServerConfig>,
-    expiry: Option<PgTimestamp>,
+    certificate: ServerCertificate,
     stamps: [Option<SystemTime>; 2],
 }
 
 impl std::fmt::Debug for Used {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Used")
-            .field("expiry", &self.expiry)
+            .field("expiry", &self.certificate.expiry)
             .finish_non_exhaustive()
     }
 }
@@ -46,7 +44,7 @@ impl TlsFiles {
 
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        TlsAcceptor::from(Arc::clone(&used.config))
+        TlsAcceptor::from(Arc::clone(&used.certificate.config))
     }
 
     /// Takes up what changed; when the certificate in use ends.
@@ -68,7 +66,7 @@ impl TlsFiles {
                 }
             }
         }
-        used.expiry
+        used.certificate.expiry
     }
 }
 
@@ -77,37 +75,10 @@ fn stamp(path: &Path) -> Option<SystemTime> {
 }
 
 fn load(certificate: &Path, key: &Path) -> Result<Used, String> {
-    let bad = |path: &Path, error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    // Before the files are read: what changes after this is seen by the next look.
     let stamps = [stamp(certificate), stamp(key)];
-    let chain = CertificateDer::pem_file_iter(certificate)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|error| bad(certificate, &error))?;
-    let expiry = chain
-        .first()
-        .and_then(|first| Certificate::from_der(first).ok())
-        .and_then(|first| {
-            let end = first
-                .tbs_certificate()
-                .validity()
-                .not_after
-                .to_unix_duration();
-            i64::try_from(end.as_secs()).ok()
-        })
-        .map(PgTimestamp::from_unix_seconds);
-    // The parser's own words could quote the key.
-    let key = PrivateKeyDer::from_pem_file(key)
-        .map_err(|_| bad(key, &"no private key in PEM can be read from it"))?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(|error| error.to_string())?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)
-        .map_err(|error| bad(certificate, &error))?;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Used {
-        config: Arc::new(config),
-        expiry,
+        certificate: server_certificate::load(certificate, key, b"http/1.1")?,
         stamps,
     })
 }

@@ -13,9 +13,9 @@ use std::{
     time::Duration,
 };
 
-use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SealedWriter, SegmentNo, SegmentSummary};
+use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary};
 
-use super::{archive::Archive, failure::Failure};
+use super::{archive::Archive, failure::Failure, stored::seal_range};
 use crate::{
     cluster_status::ClusterStatus,
     core::{Action, Event},
@@ -30,8 +30,6 @@ const SUMMARY_BYTES_MAX: usize = 16 << 20;
 /// that the remote RPO recovers within seconds of it.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(10);
-/// How much of a spool file is read at once.
-const READ_BYTES: usize = 1 << 20;
 
 type Place = (Branch, SegmentNo);
 
@@ -237,33 +235,6 @@ fn seal(
     archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &read)?;
     archive.note_sealed(branch, segment)?;
     Ok(indexed.summary.open_record_lsn)
-}
-
-/// Compresses a range that `read` yields.
-pub(crate) fn seal_range(
-    compression_level: i32,
-    header: SealedHeader,
-    summary: &SegmentSummary,
-    proven: Option<PgTimestamp>,
-    read: &dyn Fn(&mut [u8], u64) -> Result<()>,
-) -> Result<Vec<u8>> {
-    let broken = |source| Error::Sealed {
-        object: header.key().to_string(),
-        source,
-    };
-    let length = header.raw_bytes();
-    let mut writer = SealedWriter::new(header, compression_level).map_err(broken)?;
-    let mut buffer = vec![0; READ_BYTES];
-    let mut offset = 0;
-    while offset < length {
-        let count = usize::try_from(length - offset)
-            .unwrap_or(READ_BYTES)
-            .min(READ_BYTES);
-        read(&mut buffer[..count], offset)?;
-        writer.push(&buffer[..count]).map_err(broken)?;
-        offset += count as u64;
-    }
-    writer.finish(summary, proven).map_err(broken)
 }
 
 /// Makes the summary again for a segment that a previous run left, or whose summary had no room.

@@ -12,7 +12,7 @@ use std::{
 
 use wal_format::SealedHeader;
 
-use super::{archive::Archive, failure::Failure, seal::seal_range};
+use super::{archive::Archive, failure::Failure, stored::seal_range};
 use crate::{
     core::Event,
     error::{Error, Result},

@@ -1,19 +1,19 @@
-//! One segment on several processors: while one thread checks its records, another compresses; then both compress.
+//! One segment on several processors: one thread reads it and checks its records, the others compress what was checked;
+//! then all compress.
 //!
 //! For a push that works alone, where PostgreSQL waits. The daemon works on several segments at once instead.
-//! Invariant: what is handed on was checked to its last record.
+//! Invariant: each byte is read once, so what is stored is what was checked; what is handed on was checked to its last
+//! record.
 
 use std::{
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    collections::VecDeque,
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
     thread,
 };
 
 use wal_format::{
-    FrameCompressor, SealedHeader, SealedWriter,
-    sealed::{EncodedFrame, FRAME_BYTES, SealedError},
+    SealedHeader, SealedWriter, WalIndexer,
+    sealed::{EncodedFrame, FRAME_BYTES, ProvedCompressor, SealedError},
 };
 
 use super::{Checked, NewSegment, Pusher, Running, WalFile};
@@ -21,14 +21,26 @@ use crate::error::{Error, Result};
 
 /// More win little: the rest of a push is one after the other.
 const THREADS_MAX: usize = 4;
+/// Frames that wait for a compressor; beyond it the reader compresses too, which bounds the memory.
+const WAITING_MAX: usize = 4;
 
-/// Frames of a segment, taken one by one by whoever is free.
-struct Frames<'a> {
-    file: &'a WalFile,
+/// Frames between the reader and the compressors.
+struct Frames {
     header: SealedHeader,
     level: i32,
-    next: AtomicUsize,
-    done: Mutex<Vec<Option<EncodedFrame>>>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    checked: VecDeque<(u32, Vec<u8>)>,
+    /// Buffers to be used again: what is taken anew is cleared by the kernel each time.
+    free: Vec<Vec<u8>>,
+    /// In the order in which they became ready.
+    compressed: Vec<(u32, EncodedFrame)>,
+    /// Nothing comes any more.
+    ended: bool,
 }
 
 impl Pusher<'_> {
@@ -39,28 +51,23 @@ impl Pusher<'_> {
         new: NewSegment,
         running: &mut Option<Running>,
     ) -> Result<(Checked, Vec<u8>)> {
-        let header = new.header;
-        let count = header.raw_bytes().div_ceil(FRAME_BYTES as u64);
-        let count = usize::try_from(count).unwrap_or_default();
         let frames = Frames {
-            file,
-            header,
+            header: new.header,
             level: self.settings.compression_level,
-            next: AtomicUsize::new(0),
-            done: Mutex::new(vec![None; count]),
+            state: Mutex::default(),
+            changed: Condvar::new(),
         };
-        let helpers = thread::available_parallelism().map_or(1, usize::from);
-        let helpers = helpers.min(THREADS_MAX).min(count).saturating_sub(1);
-        let checked = thread::scope(|scope| {
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        let helpers = threads.min(THREADS_MAX).saturating_sub(1);
+        let mut indexer = self.decoder(file, new, running)?;
+        thread::scope(|scope| {
             let helping: Vec<_> = (0..helpers)
-                .map(|_| scope.spawn(|| frames.compress()))
+                .map(|_| scope.spawn(|| frames.compressor()?.work(&frames)))
                 .collect();
-            let checked = self.decode(file, new, running);
-            if checked.is_err() {
-                // Nothing of it will be stored.
-                frames.next.store(count, Ordering::Relaxed);
-            }
-            let own = frames.compress();
+            let checked = frames.fill(file, new, &mut indexer);
+            // Of a segment that is refused nothing is compressed any more.
+            frames.end(checked.is_err());
+            let own = frames.compressor().and_then(|own| own.work(&frames));
             let all = helping.into_iter().map(|helper| {
                 helper.join().unwrap_or_else(|_| {
                     Err(Error::ThreadStopped {
@@ -70,53 +77,127 @@ impl Pusher<'_> {
                 })
             });
             let compressed: Result<()> = all.chain([own]).collect();
-            let checked = checked?;
-            compressed.map(|()| checked)
+            checked.and(compressed)
         })?;
-        let broken = broken(&header);
-        let mut writer = SealedWriter::new(header, frames.level).map_err(&broken)?;
-        let done = frames.done.into_inner();
-        // A missing one is noticed by the writer, which counts.
-        for frame in done
-            .unwrap_or_else(PoisonError::into_inner)
-            .iter()
-            .flatten()
-        {
-            writer.push_frame(frame).map_err(&broken)?;
-        }
-        let object = writer.finish(&checked.summary, None).map_err(&broken)?;
+        let checked = new.checked(file, indexer, running)?;
+        let object = frames.sealed(&checked)?;
         Ok((checked, object))
     }
 }
 
-impl Frames<'_> {
-    fn compress(&self) -> Result<()> {
-        let broken = broken(&self.header);
-        let mut compressor = FrameCompressor::new(self.level).map_err(&broken)?;
-        let mut wal = vec![0; FRAME_BYTES];
-        loop {
-            let number = self.next.fetch_add(1, Ordering::Relaxed);
-            let offset = number as u64 * FRAME_BYTES as u64;
+impl Frames {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn broken(&self, source: SealedError) -> Error {
+        Error::Sealed {
+            object: self.header.key().to_string(),
+            source,
+        }
+    }
+
+    fn compressor(&self) -> Result<Compressor> {
+        ProvedCompressor::new(self.level)
+            .map(Compressor)
+            .map_err(|source| self.broken(source))
+    }
+
+    /// Reads and checks the segment, frame by frame.
+    fn fill(&self, file: &WalFile, new: NewSegment, indexer: &mut WalIndexer) -> Result<()> {
+        let mut own = None;
+        for number in 0.. {
+            let offset = u64::from(number) * FRAME_BYTES as u64;
             let left = self.header.raw_bytes().saturating_sub(offset);
             if left == 0 {
-                return Ok(());
+                break;
             }
-            let length = usize::try_from(left).unwrap_or(FRAME_BYTES);
-            let wal = &mut wal[..length.min(FRAME_BYTES)];
-            self.file.read_at(wal, offset)?;
-            let frame = compressor.compress(wal).map_err(&broken)?;
-            let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(place) = done.get_mut(number) {
-                *place = Some(frame);
+            let mut wal = self.lock().free.pop().unwrap_or_default();
+            wal.resize(
+                usize::try_from(left)
+                    .unwrap_or(FRAME_BYTES)
+                    .min(FRAME_BYTES),
+                0,
+            );
+            file.read_at(&mut wal, offset)?;
+            new.check(indexer, &wal)?;
+            let mut state = self.lock();
+            state.checked.push_back((number, wal));
+            let own_turn = state.checked.len() > WAITING_MAX;
+            drop(state);
+            self.changed.notify_one();
+            if own_turn {
+                let mut compressor = match own.take() {
+                    Some(compressor) => compressor,
+                    None => self.compressor()?,
+                };
+                let first = self.lock().checked.pop_front();
+                if let Some((number, wal)) = first {
+                    compressor.compress(self, number, wal)?;
+                }
+                own = Some(compressor);
             }
         }
+        Ok(())
+    }
+
+    fn end(&self, refused: bool) {
+        let mut state = self.lock();
+        state.ended = true;
+        if refused {
+            state.checked.clear();
+        }
+        drop(state);
+        self.changed.notify_all();
+    }
+
+    fn sealed(self, checked: &Checked) -> Result<Vec<u8>> {
+        let mut writer =
+            SealedWriter::new(self.header, self.level).map_err(|source| self.broken(source))?;
+        let mut state = self.lock();
+        state.compressed.sort_by_key(|(number, _)| *number);
+        // A missing one is noticed by the writer, which counts.
+        for (_, frame) in &state.compressed {
+            writer
+                .push_frame(frame)
+                .map_err(|source| self.broken(source))?;
+        }
+        writer
+            .finish(&checked.summary, None)
+            .map_err(|source| self.broken(source))
     }
 }
 
-fn broken(header: &SealedHeader) -> impl Fn(SealedError) -> Error + use<> {
-    let object = header.key().to_string();
-    move |source| Error::Sealed {
-        object: object.clone(),
-        source,
+struct Compressor(ProvedCompressor);
+
+impl Compressor {
+    /// Compresses what was checked until nothing comes any more.
+    fn work(mut self, frames: &Frames) -> Result<()> {
+        loop {
+            let mut state = frames.lock();
+            let (number, wal) = loop {
+                if let Some(first) = state.checked.pop_front() {
+                    break first;
+                }
+                if state.ended {
+                    return Ok(());
+                }
+                state = frames
+                    .changed
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+            };
+            drop(state);
+            self.compress(frames, number, wal)?;
+        }
+    }
+
+    fn compress(&mut self, frames: &Frames, number: u32, wal: Vec<u8>) -> Result<()> {
+        let frame = self.0.compress(number, &wal);
+        let frame = frame.map_err(|source| frames.broken(source))?;
+        let mut state = frames.lock();
+        state.free.push(wal);
+        state.compressed.push((number, frame));
+        Ok(())
     }
 }

@@ -209,7 +209,7 @@ impl OpenSegment {
 ///
 /// # Errors
 /// The operating system's.
-pub(super) fn content_length(file: &File) -> io::Result<u64> {
+pub(crate) fn content_length(file: &File) -> io::Result<u64> {
     let mut end = file.metadata()?.len();
     let mut buffer = vec![0; ZEROS.len()];
     while end > 0 {
