@@ -185,8 +185,8 @@ fn look_once(
         facts.gap.take_if(|gap| flushed > gap.from_lsn);
     });
     let catalog = archive.catalog();
-    if expires {
-        catalog.follow_expired(archive.repository())?;
+    if expires && catalog.follow_expired(archive.repository())? {
+        catalog.refresh(archive.repository())?;
     }
     let mut backups = catalog.backups()?;
     // A folder's listings cost nothing.

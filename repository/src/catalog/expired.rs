@@ -19,13 +19,15 @@ impl Catalog {
         }
     }
 
-    /// Asks the repository what expired, and forgets that; whether it was news.
+    /// Asks the repository what expired, and forgets that. True when something came back that was expired, because a
+    /// record was removed or a place that keeps longer answers again: then a refresh finds it.
     ///
     /// # Errors
     /// [`Error::Store`](crate::Error::Store), [`Error::Catalog`](crate::Error::Catalog).
     pub fn follow_expired(&self, repository: &Repository) -> Result<bool> {
         let expired = repository.expired(self.identity.system_identifier)?;
-        if expired == self.expired()? {
+        let known = self.expired()?;
+        if expired == known {
             return Ok(false);
         }
         let size = self.identity.wal_segment_size;
@@ -46,7 +48,7 @@ impl Catalog {
         }
         batch.put_cf(self.family(META), EXPIRED, self.json(META, &expired)?);
         self.db.write(batch).map_err(|error| self.failed(error))?;
-        Ok(true)
+        Ok(!expired.names_all_in(&known))
     }
 
     /// What is known of an object of WAL; read from its end when the catalog does not know it.

@@ -128,6 +128,13 @@ impl ExpiredSet {
         records.cloned().collect::<Vec<_>>().into()
     }
 
+    /// Whether it names everything that `other` does.
+    #[must_use]
+    pub fn names_all_in(&self, other: &Self) -> bool {
+        let wal = |(branch, wal): (&Branch, &Intervals)| wal.without(&self.wal(*branch)).is_empty();
+        other.backups.is_subset(&self.backups) && other.wal.iter().all(wal)
+    }
+
     /// Whether it names everything that `record` does.
     #[must_use]
     pub fn names_all_of(&self, record: &Expired) -> bool {
@@ -141,17 +148,20 @@ impl ExpiredSet {
 }
 
 impl Repository {
-    /// What is no longer kept. Of several places what none of them keeps: what one has still is there for a restore.
+    /// What is no longer kept. Of several places what none of those that answer keeps: what one has still is there for a
+    /// restore.
     ///
     /// # Errors
     /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
     pub fn expired(&self, system: SystemIdentifier) -> Result<ExpiredSet> {
         let mut all: Option<ExpiredSet> = None;
+        let mut away = None;
         for place in self.each_place() {
             let of_place = match place.expired_here(system) {
-                // It is away: what it keeps is not known, so nothing counts as given up by all.
-                Err(error) if error.is_transient() && self.each_place().len() > 1 => {
-                    return Ok(ExpiredSet::default());
+                // What it keeps can not be read either.
+                Err(error) if error.is_transient() => {
+                    away.get_or_insert(error);
+                    continue;
                 }
                 set => set?,
             };
@@ -160,7 +170,10 @@ impl Repository {
                 Some(known) => known.and(&of_place),
             });
         }
-        Ok(all.unwrap_or_default())
+        match (all, away) {
+            (None, Some(error)) => Err(error),
+            (all, _) => Ok(all.unwrap_or_default()),
+        }
     }
 
     fn expired_here(&self, system: SystemIdentifier) -> Result<ExpiredSet> {

@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 
 use super::*;
-use crate::{ObjectMeta, PutOutcome};
+use crate::{ExpiredSet, ObjectMeta, PutOutcome, expire::Holding};
 
 /// Commits in each segment.
 const COMMITS: u64 = 20;
@@ -243,6 +243,27 @@ fn a_rebuild_reads_summaries_and_never_a_segment() {
         before,
         peak_mib()
     );
+    // Retention looks at names only: what the catalog knows is not read again, and nothing is kept for each segment.
+    let (began, before) = (Instant::now(), peak_mib());
+    let times = (PgTimestamp(2000), PgTimestamp(3000));
+    let holding = Holding::read(
+        &repository,
+        &identity,
+        &catalog,
+        times,
+        &ExpiredSet::default(),
+    );
+    let holding = holding.expect("it reads");
+    assert_eq!(count(&store.ranges), segments);
+    let branch = &holding.branches[0];
+    assert_eq!(branch.wal.iter().count(), 1);
+    assert_eq!((branch.young_from, branch.is_dated), (None, true));
+    let grown = peak_mib() - before;
+    eprintln!(
+        "held: {:.1} s, {grown} MiB more",
+        began.elapsed().as_secs_f64()
+    );
+    assert!(grown < 64, "{grown} MiB");
     // What is known is not read again.
     let again = catalog.refresh(&repository).expect("it refreshes");
     assert_eq!((again.added, again.removed), (0, 0));
