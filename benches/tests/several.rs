@@ -15,7 +15,7 @@ use benches::{
     restored::Restored,
     tools::servers_or_skip,
 };
-use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentName};
+use wal_format::{Branch, DeclaredGap, FailoverLoss, Lsn, PgTimestamp, SegmentName, checked_json};
 
 const ROWS: i64 = 50_010;
 const NEAR: &str = "main/job";
@@ -36,10 +36,11 @@ impl Shelf<'_> {
             Self::Bucket(store, prefix) => {
                 let keys = store.keys().expect("a listing").into_iter();
                 keys.filter_map(|key| Some(key.strip_prefix(prefix)?.strip_prefix('/')?.to_owned()))
-                    .filter(|key| !key.starts_with('.'))
                     .collect()
             }
         };
+        // What is no object: the probe of a bucket, a file in the making.
+        names.retain(|name| !name.starts_with('.'));
         names.sort();
         names
     }
@@ -93,7 +94,7 @@ impl Shelf<'_> {
     fn flip(&self, name: &str, at: usize) -> Vec<u8> {
         let sound = self.get(name);
         let mut damaged = sound.clone();
-        damaged[at] ^= 0x10;
+        damaged[at] ^= 0x01;
         self.put(name, &damaged);
         sound
     }
@@ -122,12 +123,14 @@ enum At {
     Begin,
     Middle,
     End,
+    /// In a digit of JSON, which stays one: only a sum tells.
+    Digit,
 }
 
 /// Every kind of object that there is, by what its name has, and where it is hit: a segment in its header, its frames, and
 /// its footer with the summary.
-const KINDS: [(&str, At); 12] = [
-    ("/epoch/", At::Middle),
+const KINDS: [(&str, At); 13] = [
+    ("/epoch/", At::Digit),
     ("/history/", At::Middle),
     ("/history-copy/", At::Middle),
     ("/wal/", At::Begin),
@@ -136,8 +139,9 @@ const KINDS: [(&str, At); 12] = [
     ("/tail/", At::Middle),
     ("/base.000001.tar.zst", At::Middle),
     ("/backup_manifest", At::Middle),
-    ("/backup.json", At::Middle),
-    ("/gap/", At::Middle),
+    ("/backup.json", At::Digit),
+    ("/gap/", At::Digit),
+    ("/failover/", At::Digit),
     ("/keys/", At::Middle),
 ];
 
@@ -150,12 +154,21 @@ fn targets(shelf: &Shelf<'_>, encrypted: bool) -> Vec<(String, usize)> {
             |name: &&String| name.contains(kind) && targets.iter().all(|(known, _)| known != *name);
         let Some(name) = names.iter().find(is_new) else {
             // Only plain ones are written by hand, and only the others have keys.
-            let none = (kind == "/gap/" && encrypted) || (kind == "/keys/" && !encrypted);
+            let by_hand = ["/gap/", "/failover/"].contains(&kind);
+            let none = (by_hand && encrypted) || (kind == "/keys/" && !encrypted);
             assert!(none, "no {kind} in {names:#?}");
             continue;
         };
-        let length = shelf.get(name).len();
+        let object = shelf.get(name);
+        let length = object.len();
         let byte = match at {
+            At::Digit if !encrypted => {
+                let sum = object.iter().rposition(|byte| *byte == b':');
+                let before = &object[..sum.expect("a sum") - 10];
+                let digit = before.iter().rposition(u8::is_ascii_digit);
+                digit.expect("a digit")
+            }
+            At::Digit => length / 2,
             At::Begin => 20,
             At::Middle => length / 2,
             At::End => length - 40,
@@ -237,8 +250,8 @@ fn archive(cluster: &Cluster, place: &Place) {
     daemon.stop().expect("it stops");
 }
 
-/// A range before everything else that was declared lost, so that this kind of object is there.
-fn declare_a_gap(shelves: [&Shelf<'_>; 2]) {
+/// A range before everything else that was declared lost, and a failover that lost nothing: so that these kinds are there.
+fn declare_losses(shelves: [&Shelf<'_>; 2]) {
     let names = shelves[0].names();
     let epoch = names.iter().find(|name| name.contains("/epoch/"));
     let epoch = shelves[0].get(epoch.expect("an epoch"));
@@ -252,10 +265,14 @@ fn declare_a_gap(shelves: [&Shelf<'_>; 2]) {
         last_commit: None,
         reason: "a test".to_owned(),
     };
-    let key = gap.key(system.expect("a number"));
-    let json = serde_json::to_vec_pretty(&gap).expect("JSON");
+    let system = system.expect("a number");
+    let branches = (Branch::FIRST, Branch::FIRST);
+    let lost = FailoverLoss::new(branches, (Lsn(1 << 20), Lsn(1 << 20)), gap.declared, vec![]);
     for shelf in shelves {
-        shelf.put(&format!("main/{key}"), &json);
+        let json = checked_json::to_vec(&gap).expect("JSON");
+        shelf.put(&format!("main/{}", gap.key(system)), &json);
+        let json = checked_json::to_vec(&lost).expect("JSON");
+        shelf.put(&format!("main/{}", lost.key(system)), &json);
     }
 }
 
@@ -298,7 +315,7 @@ fn two_repositories(near_in_bucket: bool, far_in_bucket: bool, encryption: &str)
         Shelf::Folder(elsewhere.path().join("far"))
     };
     if encryption.is_empty() {
-        declare_a_gap([&near, &far]);
+        declare_losses([&near, &far]);
     }
     let names = |shelf: &Shelf<'_>| -> Vec<String> {
         let names = shelf.names().into_iter();

@@ -2,7 +2,7 @@
 //!
 //! One that does not parse is skipped with a warning: a newer version may have written it, and the WAL itself is kept.
 
-use wal_format::{FailoverLoss, ObjectKey, SystemIdentifier};
+use wal_format::{FailoverLoss, ObjectKey, SystemIdentifier, checked_json};
 
 use crate::{Error, Repository, Result};
 
@@ -13,7 +13,7 @@ impl Repository {
     /// [`Error::Store`], [`Error::S3`].
     pub fn put_failover_loss(&self, system: SystemIdentifier, loss: &FailoverLoss) -> Result<()> {
         let key = loss.key(system);
-        let json = serde_json::to_vec_pretty(loss).map_err(|error| Error::Damaged {
+        let json = checked_json::to_vec(loss).map_err(|error| Error::Damaged {
             key: key.to_string(),
             url: self.url(),
             problem: error.to_string(),
@@ -34,7 +34,7 @@ impl Repository {
             let ObjectKey::FailoverLoss(..) = key else {
                 continue;
             };
-            match serde_json::from_slice(&self.get(&key)?) {
+            match checked_json::from_slice(&self.get(&key)?) {
                 Ok(loss) => losses.push(loss),
                 Err(error) => {
                     tracing::warn!(%key, %error, "a record of a failover that can not be read");

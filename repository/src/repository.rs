@@ -10,7 +10,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use wal_format::{
     BackupInfo, Branch, ClusterName, DeclaredGap, FailoverLoss, ObjectKey, PgTimestamp, PgVersion,
-    SealedReader, SegmentSize, SystemIdentifier, TimelineHistory,
+    SealedReader, SegmentSize, SystemIdentifier, TimelineHistory, checked_json,
 };
 
 use crate::{
@@ -268,8 +268,8 @@ impl Repository {
     /// An epoch's file.
     pub(crate) fn epoch(&self, key: &ObjectKey) -> Result<ClusterIdentity> {
         let body = self.get(key)?;
-        let identity: ClusterIdentity =
-            serde_json::from_slice(&body).map_err(|error| self.damaged(key, error.to_string()))?;
+        let identity: ClusterIdentity = checked_json::from_slice(&body)
+            .map_err(|error| self.damaged(key, error.to_string()))?;
         if identity.format_version != EPOCH_FORMAT_VERSION {
             let found = identity.format_version;
             let problem =
@@ -281,8 +281,8 @@ impl Repository {
 
     /// Writes an epoch's file, if nobody has.
     pub(crate) fn create(&self, key: &ObjectKey, epoch: &ClusterIdentity) -> Result<PutOutcome> {
-        let body = serde_json::to_vec_pretty(epoch)
-            .map_err(|error| self.damaged(key, error.to_string()))?;
+        let body =
+            checked_json::to_vec(epoch).map_err(|error| self.damaged(key, error.to_string()))?;
         self.store.put_proved(&self.path(key), &body)
     }
 
@@ -518,7 +518,7 @@ impl Repository {
     /// [`Error::Store`].
     pub fn put_gap(&self, system: SystemIdentifier, gap: &DeclaredGap) -> Result<()> {
         let key = gap.key(system);
-        let json = serde_json::to_vec_pretty(gap).map_err(|error| Error::Damaged {
+        let json = checked_json::to_vec(gap).map_err(|error| Error::Damaged {
             key: key.to_string(),
             url: self.url(),
             problem: error.to_string(),
@@ -537,7 +537,7 @@ impl Repository {
         let mut gaps = Vec::new();
         for (key, _) in self.list(&format!("{system}/gap/"))? {
             let content = self.get(&key)?;
-            let gap = serde_json::from_slice(&content).map_err(|error| Error::Damaged {
+            let gap = checked_json::from_slice(&content).map_err(|error| Error::Damaged {
                 key: key.to_string(),
                 url: self.url(),
                 problem: error.to_string(),
@@ -595,10 +595,10 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
             .unwrap_or(false),
         ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) => sound(*branch, body),
         ObjectKey::BackupInfo(..) => BackupInfo::parse(body).is_ok(),
-        ObjectKey::Gap(..) => serde_json::from_slice::<DeclaredGap>(body).is_ok(),
-        ObjectKey::FailoverLoss(..) => serde_json::from_slice::<FailoverLoss>(body).is_ok(),
-        ObjectKey::Epoch(_) => serde_json::from_slice::<ClusterIdentity>(body).is_ok(),
-        ObjectKey::Expired(..) => serde_json::from_slice::<wal_format::Expired>(body).is_ok(),
+        ObjectKey::Gap(..) => checked_json::from_slice::<DeclaredGap>(body).is_ok(),
+        ObjectKey::FailoverLoss(..) => checked_json::from_slice::<FailoverLoss>(body).is_ok(),
+        ObjectKey::Epoch(_) => checked_json::from_slice::<ClusterIdentity>(body).is_ok(),
+        ObjectKey::Expired(..) => checked_json::from_slice::<wal_format::Expired>(body).is_ok(),
         ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
     }
 }

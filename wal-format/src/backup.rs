@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BackupId, Branch, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier,
+    BackupId, Branch, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier, checked_json,
     layout::BackupArchive,
 };
 
@@ -151,7 +151,7 @@ impl BackupInfo {
                 found: format_version,
             });
         }
-        let info: Self = serde_json::from_slice(json)?;
+        let info: Self = checked_json::from_slice(json)?;
         info.check()?;
         Ok(info)
     }
@@ -162,7 +162,7 @@ impl BackupInfo {
     /// [`BackupInfoError`] when it contradicts itself, so that no reader would take it.
     pub fn to_json(&self) -> Result<Vec<u8>, BackupInfoError> {
         self.check()?;
-        let mut json = serde_json::to_vec_pretty(self)?;
+        let mut json = checked_json::to_vec(self)?;
         json.push(b'\n');
         Ok(json)
     }

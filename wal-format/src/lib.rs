@@ -20,6 +20,7 @@
 pub mod backup;
 pub mod backup_label;
 pub mod backup_manifest;
+pub mod checked_json;
 pub mod control_file;
 pub mod decoder;
 pub mod error;

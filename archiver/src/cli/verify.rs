@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 use wal_format::{
     BackupId, BackupInfo, Branch, ClusterName, DeclaredGap, FailoverLoss, Lsn, ObjectKey,
     OutcomeKind, SealedReader, SegmentSize, SystemIdentifier, TimelineHistory, WalIdentity,
-    WalIndexer,
+    WalIndexer, checked_json,
 };
 
 use super::{output, repair};
@@ -293,7 +293,7 @@ impl Verifier {
                 }
                 ObjectKey::Gap(..) => {
                     if let Some(content) = self.read(key)? {
-                        match serde_json::from_slice(&content) {
+                        match checked_json::from_slice(&content) {
                             Ok(gap) => self.gaps.push(gap),
                             Err(error) => self.problem(key, &error.to_string()),
                         }
@@ -301,14 +301,14 @@ impl Verifier {
                 }
                 ObjectKey::FailoverLoss(..) => {
                     if let Some(content) = self.read(key)?
-                        && let Err(error) = serde_json::from_slice::<FailoverLoss>(&content)
+                        && let Err(error) = checked_json::from_slice::<FailoverLoss>(&content)
                     {
                         self.problem(key, &error.to_string());
                     }
                 }
                 ObjectKey::Expired(..) => {
                     if let Some(content) = self.read(key)?
-                        && let Err(error) = serde_json::from_slice::<wal_format::Expired>(&content)
+                        && let Err(error) = checked_json::from_slice::<wal_format::Expired>(&content)
                     {
                         self.problem(key, &error.to_string());
                     }

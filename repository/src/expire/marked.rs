@@ -184,7 +184,7 @@ impl Repository {
                 Err(error) if error.is_not_found() => return self.expired_here(system),
                 body => body?,
             };
-            match serde_json::from_slice::<Expired>(&body) {
+            match wal_format::checked_json::from_slice::<Expired>(&body) {
                 Ok(record) if record.format_version == EXPIRED_FORMAT_VERSION => {
                     records.push(record);
                 }

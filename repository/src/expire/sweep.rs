@@ -72,7 +72,7 @@ pub fn mark(
 
 fn put(place: &Repository, system: SystemIdentifier, record: &Expired) -> Result<()> {
     let key = record.key(system);
-    let json = serde_json::to_vec_pretty(record).map_err(|error| Error::Damaged {
+    let json = wal_format::checked_json::to_vec(record).map_err(|error| Error::Damaged {
         key: key.to_string(),
         url: place.url(),
         problem: error.to_string(),
