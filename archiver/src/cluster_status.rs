@@ -83,6 +83,8 @@ pub struct Facts {
     pub stream_error: Option<String>,
     /// The repository's last error; cleared by the next success.
     pub repository_error: Option<String>,
+    /// Why what the backups need could not be locked at the last look.
+    pub lock_error: Option<String>,
     /// Why archiving is broken: only a person can mend it.
     pub broken: Option<String>,
     /// WAL that was declared lost, until a base backup behind it makes the archive whole again.

@@ -16,6 +16,7 @@ pub mod flushed_lsn;
 pub mod http;
 pub mod import;
 pub mod instruments;
+mod locks;
 pub mod monitor;
 pub mod notifications;
 pub mod notify;

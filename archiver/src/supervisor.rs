@@ -17,7 +17,7 @@ use crate::{
     cluster_status::ClusterStatus,
     core::Event,
     error::{Error, Result},
-    expire,
+    expire, locks,
     pipeline::{
         Pipeline,
         archive::{Archive, Away},
@@ -95,6 +95,10 @@ pub async fn run(
         Arc::clone(&supervisor.status),
     ));
     let expiry = tokio::spawn(expire::keep(supervisor.settings.clone()));
+    let locks = tokio::spawn(locks::keep(
+        supervisor.settings.clone(),
+        Arc::clone(&supervisor.status),
+    ));
     let standbys = tokio::spawn(standby_slots::keep(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),
@@ -106,6 +110,7 @@ pub async fn run(
     };
     backups.abort();
     expiry.abort();
+    locks.abort();
     standbys.abort();
     supervisor.status.polled_by(None);
     supervisor.status.note(|facts| {

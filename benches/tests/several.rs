@@ -168,9 +168,8 @@ fn targets(shelf: &Shelf<'_>, encrypted: bool) -> Vec<(String, usize)> {
                 let digit = before.iter().rposition(u8::is_ascii_digit);
                 digit.expect("a digit")
             }
-            At::Digit => length / 2,
             At::Begin => 20,
-            At::Middle => length / 2,
+            At::Middle | At::Digit => length / 2,
             At::End => length - 40,
         };
         targets.push((name.clone(), byte));

@@ -58,6 +58,35 @@ fn locks_are_extended(place: &Place) {
     assert_eq!(extend(&["--days", "29"]), (0, planned));
 }
 
+/// With `lock_days` the daemon does the same by itself, soon after its start, and leaves alone what has enough left.
+fn the_daemon_extends_locks(place: &Place, cluster: &Cluster) {
+    let file = place.path().join("tidemark.toml");
+    let text = fs::read_to_string(&file).expect("a configuration");
+    cluster.start_again().expect("it starts");
+    // 30 days are more than half of 50, and less than half of 90.
+    for (days, expected) in [(50, 30), (90, 90)] {
+        fs::write(&file, format!("{text}lock_days = {days}\n")).expect("a configuration");
+        let mut daemon = place.daemon(cluster, "127.0.0.1:0").expect("a daemon");
+        let looked = daemon.wait_for(|log| log.contains("locks were looked at"));
+        looked.expect("a look");
+        daemon.stop().expect("it stops");
+        let all = keys(place);
+        let backup = all.iter().find(|key| key.ends_with("/backup.json"));
+        let backup = backup.expect("a backup");
+        let kept = unsigned(place, &format!("GET /{BUCKET}/{backup}?retention"), "");
+        let until = kept.split("<RetainUntilDate>").nth(1).expect(&kept);
+        let until = until.split('<').next().expect("a time");
+        let until: jiff::Timestamp = until.parse().expect(until);
+        let left = until.duration_since(jiff::Timestamp::now()).as_hours();
+        assert!(
+            (expected * 24 - 1..=expected * 24).contains(&left),
+            "{days}: {left} h"
+        );
+    }
+    cluster.stop().expect("it stops");
+    fs::write(&file, text).expect("a configuration");
+}
+
 #[test]
 fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
     let Some((_, bin)) = servers_or_skip().pop() else {
@@ -80,6 +109,7 @@ fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
     cluster.stop().expect("it stops");
     daemon.stop().expect("everything is in the bucket");
     locks_are_extended(&place);
+    the_daemon_extends_locks(&place, &cluster);
     fs::remove_dir_all(place.path().join("spool")).expect("a spool");
     // Stores tell times in whole seconds.
     sleep(Duration::from_millis(1500));

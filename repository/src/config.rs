@@ -11,6 +11,7 @@ use crate::{Error, Result, store::RequestMeter};
 
 mod file;
 mod http;
+mod lock;
 mod notify;
 mod repositories;
 mod retention;
@@ -20,6 +21,7 @@ mod walsender;
 
 use file::{ClusterTable, ConfigFile};
 pub use http::HttpAccess;
+pub use lock::{LOCK_DAYS_MAX, LockSettings};
 pub use notify::{NotifyKind, NotifyTarget, SmtpTls};
 pub use s3::{S3Credentials, S3Settings, Secret};
 pub use url::{RepositoryPlace, RepositoryUrl};
@@ -199,6 +201,8 @@ pub struct ClusterSettings {
     pub expire_interval: Duration,
     /// How long what expired stays in the repository, hidden, before it is removed. Default: 1 day.
     pub expire_grace: Duration,
+    /// How the daemon locks what the backups need. Default: not at all.
+    pub lock: Option<LockSettings>,
     /// zstd's level for WAL and backups. Default: 1.
     pub compression_level: i32,
     /// Threads that seal segments. Default: 2.
@@ -360,6 +364,7 @@ fn cluster(
             .transpose()
     };
     Ok(ClusterSettings {
+        lock: table.lock.resolve(&defaults.lock)?,
         walsender: WalsenderSettings::resolve(&table.walsender, &defaults.walsender)?,
         rto_target: optional(&table.rto_target, &defaults.rto_target, "rto_target")?,
         drill_max_age: optional(

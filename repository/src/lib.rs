@@ -26,7 +26,7 @@ pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use outcomes::OUTCOMES_MAX;
 pub use repository::{ClusterIdentity, Repository, is_sound};
-pub use retention_lock::{LockReport, extend_locks};
+pub use retention_lock::{KnownLocks, LockReport, extend_locks};
 pub use store::{ObjectMeta, ObjectStore, PutOutcome};
 pub use timeline_path::{PathPart, timeline_path};
 pub use wal_range::{WalRange, WalRangeKind};

@@ -3,7 +3,7 @@
 //! It works on the objects as they are stored, so that the wrapped keys of an encrypted cluster are locked with what they
 //! open.
 
-use std::ops::ControlFlow;
+use std::{collections::HashMap, ops::ControlFlow};
 
 use jiff::Timestamp;
 use wal_format::{ClusterName, ObjectKey};
@@ -12,7 +12,7 @@ use crate::{
     Result,
     config::RepositoryPlace,
     repository::open_store,
-    store::{ENCRYPTED_SUFFIX, LockMode, LockOutcome},
+    store::{ENCRYPTED_SUFFIX, LockOutcome, LockSpan},
 };
 
 /// What was locked.
@@ -26,15 +26,20 @@ pub struct LockReport {
     pub left: usize,
 }
 
-/// Locks what of `cluster` is needed at `place` until `until`; with `dry_run` only counts it, as extended.
+/// Locks that were seen: an object whose lock lasts long enough is not asked about again.
+#[derive(Clone, Debug, Default)]
+pub struct KnownLocks(HashMap<(String, String), Timestamp>);
+
+/// Locks what of `cluster` is needed at `place`; with `dry_run` only counts it, as extended.
 ///
 /// # Errors
 /// [`Error::Config`](crate::Error::Config) for a folder, [`Error::S3`](crate::Error::S3).
 pub fn extend_locks(
     place: &RepositoryPlace,
     cluster: &ClusterName,
-    (until, mode): (Timestamp, LockMode),
+    span: LockSpan,
     needed: &dyn Fn(&ObjectKey) -> bool,
+    known: &mut KnownLocks,
     dry_run: bool,
 ) -> Result<LockReport> {
     let store = open_store(place)?;
@@ -50,15 +55,29 @@ pub fn extend_locks(
         let name = name.strip_suffix(ENCRYPTED_SUFFIX).unwrap_or(name);
         // What is no object of the layout are the wrapped keys.
         let wanted = name.parse::<ObjectKey>().map_or(true, |key| needed(&key));
+        let place = (store.url(), key);
         if !wanted {
             report.left += 1;
+        } else if known
+            .0
+            .get(&place)
+            .is_some_and(|kept| *kept >= span.at_least)
+        {
+            report.already += 1;
         } else if dry_run {
             report.extended += 1;
         } else {
-            match store.lock_until(&key, until, mode)? {
-                LockOutcome::Extended => report.extended += 1,
-                LockOutcome::AlreadyLonger => report.already += 1,
-            }
+            let kept = match store.lock(&place.1, span)? {
+                LockOutcome::Extended => {
+                    report.extended += 1;
+                    span.until
+                }
+                LockOutcome::AlreadyLonger(kept) => {
+                    report.already += 1;
+                    kept
+                }
+            };
+            known.0.insert(place, kept);
         }
     }
     Ok(report)

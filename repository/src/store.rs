@@ -49,13 +49,36 @@ pub enum LockMode {
     Compliance,
 }
 
+/// Until when an object is to be locked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockSpan {
+    /// A lock that lasts until then stays as it is.
+    pub at_least: Timestamp,
+    /// Another one lasts until then from now on.
+    pub until: Timestamp,
+    /// Who may lift it.
+    pub mode: LockMode,
+}
+
+impl LockSpan {
+    /// Exactly so long, or longer.
+    #[must_use]
+    pub fn until(until: Timestamp, mode: LockMode) -> Self {
+        Self {
+            at_least: until,
+            until,
+            mode,
+        }
+    }
+}
+
 /// What came of a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockOutcome {
     /// The object is locked for longer now.
     Extended,
-    /// It was already.
-    AlreadyLonger,
+    /// It was already, until then.
+    AlreadyLonger(Timestamp),
 }
 
 /// What a listing says of an object.
@@ -133,11 +156,11 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// [`Error::Store`], [`Error::S3`].
     fn delete(&self, key: &str) -> Result<()>;
 
-    /// Locks an object against everybody until a time, or longer where it is already.
+    /// Locks an object against everybody for a time, or longer where it is already.
     ///
     /// # Errors
     /// [`Error::Config`] where the place has no locks, [`Error::S3`].
-    fn lock_until(&self, key: &str, _until: Timestamp, _mode: LockMode) -> Result<LockOutcome> {
+    fn lock(&self, key: &str, _span: LockSpan) -> Result<LockOutcome> {
         Err(crate::Error::config(format!(
             "{key} in {} can not be locked: only a bucket with Object Lock can",
             self.url()

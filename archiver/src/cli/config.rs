@@ -86,6 +86,14 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
             },
             format!("expire_interval = \"{:?}\"", cluster.expire_interval),
             format!("expire_grace = \"{:?}\"", cluster.expire_grace),
+            match cluster.lock {
+                None => "# lock_days: nothing is locked".to_owned(),
+                Some(lock) => format!(
+                    "lock_days = {}  # lock_mode = \"{}\"",
+                    lock.days,
+                    format!("{:?}", lock.mode).to_lowercase()
+                ),
+            },
             format!("compression_level = {}", cluster.compression_level),
             format!("seal_threads = {}", cluster.seal_threads),
         ] {

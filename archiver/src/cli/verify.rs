@@ -308,7 +308,8 @@ impl Verifier {
                 }
                 ObjectKey::Expired(..) => {
                     if let Some(content) = self.read(key)?
-                        && let Err(error) = checked_json::from_slice::<wal_format::Expired>(&content)
+                        && let Err(error) =
+                            checked_json::from_slice::<wal_format::Expired>(&content)
                     {
                         self.problem(key, &error.to_string());
                     }

@@ -42,8 +42,13 @@ impl ClusterStatus {
         };
         let rpo_target_seconds = settings.rpo_target.as_secs_f64();
         let shortage = shortage(&facts);
+        let locks = facts
+            .lock_error
+            .as_ref()
+            .map(|problem| format!("retention locks could not be extended: {problem}"));
         let failing: Vec<&str> = shortage
             .iter()
+            .chain(&locks)
             .map(String::as_str)
             .chain(facts.repository_error.as_deref())
             .chain(facts.stream_error.as_deref())

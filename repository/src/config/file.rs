@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::{
     Acknowledge, RepositoryUrl, Required, WhenFull,
     http::{HTTP_KEYS, HttpTable},
+    lock::{LOCK_KEYS, LockTable},
     repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
     retention::{KEEP_KEYS, KeepTable},
     s3::{S3_KEYS, S3Table},
@@ -89,6 +90,8 @@ pub(super) struct ClusterTable {
     #[serde(flatten)]
     pub(super) keep: KeepTable,
     #[serde(flatten)]
+    pub(super) lock: LockTable,
+    #[serde(flatten)]
     pub(super) walsender: WalsenderTable,
 }
 
@@ -141,6 +144,7 @@ impl ConfigFile {
             .chain(ENCRYPTION_KEYS)
             .chain(WALSENDER_KEYS)
             .chain(KEEP_KEYS)
+            .chain(LOCK_KEYS)
             .collect();
         let known: Vec<&str> = of_cluster
             .iter()

@@ -12,9 +12,8 @@ use std::{
 };
 
 use bytes::Bytes;
-use jiff::Timestamp;
 
-use super::{LockMode, LockOutcome, ObjectMeta, ObjectStore, PutOutcome};
+use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, PutOutcome};
 #[cfg(doc)]
 use crate::Error;
 use crate::Result;
@@ -161,8 +160,8 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
         self.policy.run(|| self.store.delete(key))
     }
 
-    fn lock_until(&self, key: &str, until: Timestamp, mode: LockMode) -> Result<LockOutcome> {
-        self.policy.run(|| self.store.lock_until(key, until, mode))
+    fn lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome> {
+        self.policy.run(|| self.store.lock(key, span))
     }
 
     fn ready_to_write(&self) -> Result<()> {

@@ -18,7 +18,6 @@ use aws_sdk_s3::{
 };
 use aws_smithy_types::base64;
 use bytes::{Bytes, BytesMut};
-use jiff::Timestamp;
 use tokio::runtime::{Builder, Runtime};
 
 use self::{
@@ -27,7 +26,7 @@ use self::{
     probe::Conditional,
 };
 use super::{
-    LockMode, LockOutcome, ObjectMeta, ObjectStore, PutOutcome, RequestKind, RequestMeter,
+    LockOutcome, LockSpan, ObjectMeta, ObjectStore, PutOutcome, RequestKind, RequestMeter,
     is_sound_key,
     retry::{RetryPolicy, Retrying},
 };
@@ -558,8 +557,8 @@ impl ObjectStore for S3Store {
         }
     }
 
-    fn lock_until(&self, key: &str, until: Timestamp, mode: LockMode) -> Result<LockOutcome> {
-        self.extend_lock(key, until, mode)
+    fn lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome> {
+        self.extend_lock(key, span)
     }
 
     fn ready_to_write(&self) -> Result<()> {

@@ -11,16 +11,11 @@ use jiff::Timestamp;
 use super::{S3Store, errors::Action};
 use crate::{
     Result,
-    store::{LockMode, LockOutcome, RequestKind},
+    store::{LockMode, LockOutcome, LockSpan, RequestKind},
 };
 
 impl S3Store {
-    pub(super) fn extend_lock(
-        &self,
-        key: &str,
-        until: Timestamp,
-        mode: LockMode,
-    ) -> Result<LockOutcome> {
+    pub(super) fn extend_lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome> {
         let full_key = self.full_key(Action::Lock, key)?;
         let failed = |failure| self.failed(Action::Lock, key, failure);
         let head = self
@@ -32,20 +27,24 @@ impl S3Store {
             .request(RequestKind::Head, head.send())
             .map_err(failed)?;
         let kept = head.object_lock_retain_until_date().map(DateTime::secs);
-        if kept.is_some_and(|kept| kept >= until.as_second()) {
-            return Ok(LockOutcome::AlreadyLonger);
+        let kept = kept.and_then(|kept| Timestamp::from_second(kept).ok());
+        // Stores tell whole seconds.
+        if let Some(kept) = kept
+            && kept.as_second() >= span.at_least.as_second()
+        {
+            return Ok(LockOutcome::AlreadyLonger(kept));
         }
         // A lock that nobody may lift is never made one that somebody may.
         let compliance = head
             .object_lock_mode()
             .is_some_and(|mode| mode.as_str() == "COMPLIANCE");
-        let mode = match mode {
+        let mode = match span.mode {
             LockMode::Governance if !compliance => ObjectLockRetentionMode::Governance,
             _ => ObjectLockRetentionMode::Compliance,
         };
         let retention = ObjectLockRetention::builder()
             .mode(mode)
-            .retain_until_date(DateTime::from_secs(until.as_second()))
+            .retain_until_date(DateTime::from_secs(span.until.as_second()))
             .build();
         let put = self
             .client()

@@ -8,6 +8,8 @@ use std::{
     },
 };
 
+use jiff::Timestamp;
+
 use super::{
     fault_server::{Answer, FaultServer, Request},
     *,

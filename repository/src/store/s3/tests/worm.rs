@@ -7,8 +7,10 @@ use aws_sdk_s3::types::{BucketVersioningStatus, VersioningConfiguration};
 
 use benches::moto::MotoServer;
 
+use jiff::Timestamp;
+
 use super::*;
-use crate::store::testing::conformance;
+use crate::store::{LockMode, testing::conformance};
 
 /// Stores tell times in whole seconds.
 const TICK: Duration = Duration::from_millis(1200);
@@ -124,13 +126,18 @@ fn locks_hold(endpoint: &str, bucket: &str, objects: &[(&str, usize)]) {
         let again = store.put_if_absent(key, b"other").expect("a put");
         assert_eq!(again, PutOutcome::AlreadyExists);
         let in_hours = |hours| Timestamp::now() + jiff::SignedDuration::from_hours(hours);
-        let lock = |until| store.lock_until(key, until, LockMode::Governance);
+        let lock = |until| store.lock(key, LockSpan::until(until, LockMode::Governance));
         let long = in_hours(48);
         assert_eq!(lock(long).expect("a lock"), LockOutcome::Extended);
-        assert_eq!(
-            lock(in_hours(24)).expect("an answer"),
-            LockOutcome::AlreadyLonger
-        );
+        let shorter = lock(in_hours(24)).expect("an answer");
+        assert!(matches!(shorter, LockOutcome::AlreadyLonger(kept) if kept >= in_hours(47)));
+        // Long enough is left alone, though it could be longer.
+        let span = LockSpan {
+            at_least: in_hours(36),
+            ..LockSpan::until(in_hours(72), LockMode::Governance)
+        };
+        let enough = store.lock(key, span).expect("an answer");
+        assert!(matches!(enough, LockOutcome::AlreadyLonger(_)));
         assert_eq!(lock(in_hours(72)).expect("a lock"), LockOutcome::Extended);
         let full_key = store.place(key);
         let head = store.client().head_object().bucket(bucket).key(&full_key);

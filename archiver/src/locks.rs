@@ -1,0 +1,205 @@
+//! What the kept backups need stays locked, in buckets with Object Lock: by the daemon (`lock_days`), and by
+//! `wal-archiver lock extend`.
+//!
+//! A chain is as long as its weakest lock: with a backup goes all WAL from its start on, every timeline's history, and the
+//! keys. Older objects are left to their own dates. Invariant: a lock is only ever made longer.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use repository::{
+    KnownLocks, LockReport, Repository,
+    config::{ClusterSettings, LockSettings, RepositoryPlace},
+    extend_locks,
+    store::LockSpan,
+};
+use wal_format::{BackupId, BackupInfo, Lsn, ObjectKey, SegmentSize};
+
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result},
+};
+
+/// The first look is soon after a start: the daemon may have been away while locks ran out.
+const FIRST_LOOK: Duration = Duration::from_secs(5);
+/// Looks are a day apart, or closer where locks are short.
+const LOOK_MAX: Duration = Duration::from_secs(86_400);
+/// After a look that failed.
+const RETRY: Duration = Duration::from_secs(300);
+
+/// What came of one place.
+pub(crate) struct Locked {
+    /// The place.
+    pub(crate) place: RepositoryPlace,
+    /// `None` for a folder, which has no locks.
+    pub(crate) report: Option<LockReport>,
+}
+
+/// Locks what the backups of a cluster need from `oldest` on.
+///
+/// # Errors
+/// [`Error::Usage`] when there is nothing to keep, [`Error::Repository`].
+pub(crate) fn extend(
+    settings: &ClusterSettings,
+    oldest: Option<&BackupId>,
+    span: LockSpan,
+    known: &mut KnownLocks,
+    dry_run: bool,
+) -> Result<Vec<Locked>> {
+    let usage = |message: String| Error::Usage { message };
+    let repository = Repository::open(&settings.repository, &settings.name)?;
+    let Some(identity) = repository.identity()? else {
+        return Err(usage(format!(
+            "{} holds nothing of cluster {}; check --repository and --cluster",
+            settings.repository, settings.name
+        )));
+    };
+    let mut backups = Vec::new();
+    let expired = repository.expired(identity.system_identifier)?;
+    for (key, _) in repository.list(&format!("{}/backup/", identity.system_identifier))? {
+        let hidden = expired.hides(&key, identity.wal_segment_size);
+        if matches!(key, ObjectKey::BackupInfo(..)) && !hidden {
+            let content = repository.get(&key)?;
+            backups.push(BackupInfo::parse(&content).map_err(|error| {
+                usage(format!(
+                    "{key} can not be read: {error}; run `wal-archiver verify`"
+                ))
+            })?);
+        }
+    }
+    let kept = Kept::new(&backups, oldest, identity.wal_segment_size).ok_or_else(|| {
+        usage(match oldest {
+            Some(id) => format!("cluster {} has no backup {id}", settings.name),
+            None => format!(
+                "cluster {} has no backup yet: nothing to keep",
+                settings.name
+            ),
+        })
+    })?;
+    let needed = |key: &ObjectKey| kept.needs(key);
+    let mut all = Vec::new();
+    for place in settings.repository.each() {
+        let report = match place.url.folder() {
+            Some(_) => None,
+            None => Some(extend_locks(
+                &place,
+                &settings.name,
+                span,
+                &needed,
+                known,
+                dry_run,
+            )?),
+        };
+        all.push(Locked { place, report });
+    }
+    Ok(all)
+}
+
+/// The daemon's own looks, for as long as it runs; ends at once where nothing is to be locked.
+pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) {
+    let Some(lock) = settings.lock else {
+        return;
+    };
+    let known = Arc::new(Mutex::new(KnownLocks::default()));
+    let mut pause = FIRST_LOOK;
+    loop {
+        tokio::time::sleep(pause).await;
+        let (of_look, known) = (settings.clone(), Arc::clone(&known));
+        let looked = tokio::task::spawn_blocking(move || {
+            let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+            extend(&of_look, None, span(lock)?, &mut known, false)
+        })
+        .await
+        .unwrap_or_else(|error| {
+            Err(Error::ThreadStopped {
+                name: "locks",
+                reason: error.to_string(),
+            })
+        });
+        let problem = match looked {
+            Ok(places) => {
+                for Locked { place, report } in &places {
+                    let extended = report.map_or(0, |report| report.extended);
+                    tracing::info!(cluster = %settings.name, %place, extended, "locks were looked at");
+                }
+                let none = places.iter().all(|locked| locked.report.is_none());
+                none.then(|| "lock_days is set, but no repository is a bucket".to_owned())
+            }
+            Err(Error::Usage { message }) => {
+                tracing::info!(cluster = %settings.name, message, "nothing is locked yet");
+                None
+            }
+            Err(error) => Some(error.to_string()),
+        };
+        pause = match &problem {
+            Some(problem) => {
+                tracing::error!(cluster = %settings.name, problem, "locks could not be extended");
+                RETRY
+            }
+            None => (lock.lasts() / 8).min(LOOK_MAX),
+        };
+        status.note(|facts| facts.lock_error = problem);
+    }
+}
+
+/// From now on. Half of the time may pass before a lock is made longer: each costs a request.
+fn span(lock: LockSettings) -> Result<LockSpan> {
+    let later = |seconds: u64| {
+        let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
+        Timestamp::now()
+            .checked_add(jiff::SignedDuration::from_secs(seconds))
+            .map_err(|error| Error::Usage {
+                message: format!("lock_days: {error}"),
+            })
+    };
+    let lasts = lock.lasts().as_secs();
+    Ok(LockSpan {
+        at_least: later(lasts / 2)?,
+        until: later(lasts)?,
+        mode: lock.mode,
+    })
+}
+
+/// What is needed: the backups from one on, and the WAL from the start of the first of them.
+struct Kept {
+    ids: Vec<BackupId>,
+    from: Lsn,
+    size: SegmentSize,
+}
+
+impl Kept {
+    fn new(backups: &[BackupInfo], oldest: Option<&BackupId>, size: SegmentSize) -> Option<Self> {
+        let first = match oldest {
+            Some(id) => backups.iter().find(|backup| backup.id == *id)?.started,
+            None => backups.iter().map(|backup| backup.started).min()?,
+        };
+        let kept = || backups.iter().filter(|backup| backup.started >= first);
+        Some(Self {
+            ids: kept().map(|backup| backup.id.clone()).collect(),
+            from: kept().map(|backup| backup.start_lsn).min()?,
+            size,
+        })
+    }
+
+    fn needs(&self, key: &ObjectKey) -> bool {
+        match key {
+            ObjectKey::BackupInfo(_, id)
+            | ObjectKey::BackupManifest(_, id)
+            | ObjectKey::BackupSlice(_, id, ..) => self.ids.contains(id),
+            ObjectKey::Segment(_, _, name) => name
+                .segment(self.size)
+                .is_none_or(|segment| segment.end_lsn(self.size) > self.from),
+            // A tail lives until its segment is sealed; a lock would only keep what is superfluous.
+            ObjectKey::Tail(..) | ObjectKey::Outcome(..) => false,
+            ObjectKey::Epoch(_)
+            | ObjectKey::Expired(..)
+            | ObjectKey::Gap(..)
+            | ObjectKey::FailoverLoss(..)
+            | ObjectKey::History(..)
+            | ObjectKey::HistoryCopy(..) => true,
+        }
+    }
+}

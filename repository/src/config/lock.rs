@@ -1,0 +1,86 @@
+//! `lock_days` and `lock_mode`: whether the daemon keeps what the backups need under Object Lock, and how.
+//!
+//! Off by default: a lock costs a request for each object, and one in compliance mode is not lifted by anyone.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::{Error, Result, store::LockMode};
+
+/// More is a mistake that nobody can undo.
+pub const LOCK_DAYS_MAX: u32 = 3660;
+
+/// The keys, for messages about mistyped ones.
+pub(super) const LOCK_KEYS: [&str; 2] = ["lock_days", "lock_mode"];
+
+/// The keys as typed.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub(super) struct LockTable {
+    lock_days: Option<u32>,
+    lock_mode: Option<String>,
+}
+
+/// How the daemon locks what the backups need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LockSettings {
+    /// For how long from each look on.
+    pub days: u32,
+    /// Who may lift a lock.
+    pub mode: LockMode,
+}
+
+impl LockSettings {
+    /// How long a lock lasts that is made now.
+    #[must_use]
+    pub fn lasts(&self) -> Duration {
+        Duration::from_secs(u64::from(self.days) * 86_400)
+    }
+}
+
+impl LockTable {
+    /// What holds for a cluster; `None` when nothing is locked.
+    pub(super) fn resolve(&self, defaults: &Self) -> Result<Option<LockSettings>> {
+        let mode = match self.lock_mode.as_deref().or(defaults.lock_mode.as_deref()) {
+            None | Some("governance") => LockMode::Governance,
+            Some("compliance") => LockMode::Compliance,
+            Some(other) => {
+                return Err(Error::config(format!(
+                    "lock_mode = {other:?}: it is \"governance\" or \"compliance\""
+                )));
+            }
+        };
+        match self.lock_days.or(defaults.lock_days) {
+            None | Some(0) => Ok(None),
+            Some(days @ 1..=LOCK_DAYS_MAX) => Ok(Some(LockSettings { days, mode })),
+            Some(days) => Err(Error::config(format!(
+                "lock_days = {days} is more than {LOCK_DAYS_MAX}"
+            ))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_locked_unless_it_is_said_and_mistakes_are_refused() {
+        let table = |text: &str| -> LockTable { toml::from_str(text).expect("a table") };
+        let resolve = |own: &str, top: &str| table(own).resolve(&table(top));
+        assert_eq!(resolve("", "").expect("valid"), None);
+        assert_eq!(
+            resolve("lock_days = 0", "lock_days = 9").expect("valid"),
+            None
+        );
+        let own = resolve("lock_mode = 'compliance'", "lock_days = 9");
+        let expected = LockSettings {
+            days: 9,
+            mode: LockMode::Compliance,
+        };
+        assert_eq!(own.expect("valid"), Some(expected));
+        for wrong in ["lock_days = 3661", "lock_mode = 'none'"] {
+            resolve(wrong, "").expect_err(wrong);
+        }
+    }
+}
