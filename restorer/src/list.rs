@@ -169,7 +169,9 @@ impl Listing {
 /// # Errors
 /// What reading the inventory met.
 pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<Listing> {
-    let backups = inventory.backups()?;
+    let mut backups = inventory.backups()?;
+    // Their names begin with a second, in which two may have begun.
+    backups.sort_by_key(|backup| (backup.finished, backup.start_lsn));
     let (mut windows, mut gaps) = (Vec::<Window>::new(), Vec::new());
     for (branch, _, _) in inventory.branches()? {
         let mut open: Option<Window> = None;
