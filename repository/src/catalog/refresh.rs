@@ -14,6 +14,8 @@ use crate::{Error, Repository, Result, WalRange, WalRangeKind};
 const READERS: usize = 16;
 /// Objects whose ends are in memory at a time.
 const ROUND: usize = 512;
+/// How often WAL is looked at that moves meanwhile. Each look is short: what the one before found is in the catalog.
+const LOOKS_MAX: usize = 8;
 
 /// What a refresh did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -33,16 +35,23 @@ pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<Refr
     for (branch, content) in repository.histories(system)? {
         catalog.put_branch(branch, Some(&content))?;
     }
-    refresh_ranges(catalog, repository, &mut report)?;
+    for _ in 0..LOOKS_MAX {
+        report.damaged.clear();
+        if refresh_ranges(catalog, repository, &mut report)? {
+            break;
+        }
+    }
     refresh_backups(catalog, repository, &mut report)?;
     Ok(report)
 }
 
+/// Looks once; false when something that was listed was gone before it was read, as a tail is whose segment was sealed after
+/// the segments were listed. Then this look has seen neither, and a hole where there is none.
 fn refresh_ranges(
     catalog: &Catalog,
     repository: &Repository,
     report: &mut RefreshReport,
-) -> Result<()> {
+) -> Result<bool> {
     let system = catalog.identity.system_identifier;
     let expired = catalog.expired()?;
     let mut gone = catalog.all_ranges()?;
@@ -50,7 +59,7 @@ fn refresh_ranges(
     // Sealed segments after tails: one that is sealed between the listings is then seen in one of them at least.
     let tails = repository.list(&format!("{system}/tail/"))?;
     let segments = repository.list(&format!("{system}/wal/"))?;
-    let mut sealed = BTreeSet::new();
+    let (mut sealed, mut is_still) = (BTreeSet::new(), true);
     // A bucket that lets nothing go keeps every tail for ever: one whose segment is sealed and sound is not read.
     for mut listed in [segments, tails] {
         listed.retain(|(key, size)| {
@@ -74,6 +83,7 @@ fn refresh_ranges(
         for round in listed.chunks(ROUND) {
             let footers = read_footers(repository, round);
             for ((key, size), footer) in round.iter().zip(footers) {
+                is_still &= !footer.as_ref().is_err_and(Error::is_not_found);
                 if !add(catalog, (key, *size), footer, report)?
                     && let Some(skeleton) = skeleton(catalog, key, *size)
                 {
@@ -98,7 +108,7 @@ fn refresh_ranges(
         catalog.all(RESTORE_POINTS).is_ok(),
         "BUG: restore points can be read"
     );
-    Ok(())
+    Ok(is_still)
 }
 
 /// What an object's name and end say of it, from the catalog where that knows it; `None` when it is no WAL of ours.
@@ -146,7 +156,7 @@ fn add(
             report.added += 1;
             return Ok(true);
         }
-        // A tail that was replaced by its sealed segment since it was listed.
+        // Replaced by its sealed segment since it was listed: the next look has that.
         Err(error) if error.is_not_found() => {}
         Err(Error::Damaged { key, problem, .. }) => {
             tracing::error!(%key, %problem, "a damaged object counts as missing");

@@ -1,6 +1,9 @@
 //! The catalog against real containers in a real folder.
 
-use std::sync::Arc;
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
 
 use wal_format::{
     FrameCompressor, ObjectKey, PgVersion, SealedHeader, SegmentNo, SegmentSize, SystemIdentifier,
@@ -221,6 +224,40 @@ fn sealed_segments_win_and_gaps_end_the_coverage() {
         catalog.transactions(&sealed).expect("transactions").len(),
         1
     );
+}
+
+#[test]
+fn what_is_sealed_while_a_catalog_is_made_leaves_no_hole() {
+    let fixture = fixture();
+    let (start, end) = segment(1);
+    let sealed = store(&fixture, WalRangeKind::Sealed, start, end).key(&identity());
+    let body = fixture.repository.get(&sealed).expect("it is there");
+    fixture.repository.delete(&sealed).expect("it goes");
+    let tail = store(&fixture, WalRangeKind::Tail, start, start + 5000).key(&identity());
+    // Makes a catalog; the segment takes its tail's place after so many listings.
+    let make = |seal_after: usize| {
+        let listings = Arc::new(AtomicUsize::new(0));
+        let (repository, body) = (fixture.repository.clone(), body.clone());
+        let (counted, sealed, tail) = (Arc::clone(&listings), sealed.clone(), tail.clone());
+        let observed = fixture
+            .repository
+            .clone()
+            .observed(Arc::new(move |op, _, _| {
+                if op == "list" && counted.fetch_add(1, Ordering::SeqCst) + 1 == seal_after {
+                    repository.put(&sealed, &body).expect("it is new");
+                    repository.delete(&tail).expect("it goes");
+                }
+            }));
+        let catalog = Catalog::open_for_restore(None, &observed).expect("it is made");
+        let held = catalog.contiguous_end(Branch::FIRST, Lsn(start));
+        (held.expect("an end"), listings.load(Ordering::SeqCst))
+    };
+    let (held, listings) = make(usize::MAX);
+    assert_eq!(held, Lsn(start + 5000));
+    // The last listing is that of the backups, the one before it that of the segments.
+    let (held, again) = make(listings - 1);
+    assert_eq!(held, Lsn(end));
+    assert!(again > listings, "it was looked once more");
 }
 
 #[test]
