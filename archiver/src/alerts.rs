@@ -46,7 +46,7 @@ pub struct Alert {
 
 /// Every alert, with what to do about it: one list for the page, the notifications, the metric and the test that holds
 /// the Prometheus rules against it.
-pub const RUNBOOK: [(&str, Severity, &str); 15] = [
+pub const RUNBOOK: [(&str, Severity, &str); 16] = [
     (
         "PitrRpoOverTarget",
         Severity::Critical,
@@ -96,6 +96,11 @@ pub const RUNBOOK: [(&str, Severity, &str); 15] = [
         "PitrBackupFailed",
         Severity::Warning,
         "The last base backup failed; its message says why. Run `wal-archiver backup` after mending it.",
+    ),
+    (
+        "PitrExpireFailed",
+        Severity::Warning,
+        "Retention was not applied, so nothing is removed and the repository grows; the message says what stands in the way. Run `wal-archiver expire` after mending it.",
     ),
     (
         "PitrDrillOverdue",
@@ -223,6 +228,12 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
         raise(
             "PitrBackupFailed",
             format!("The last base backup failed: {}", failed.message),
+        );
+    }
+    if let Some(failed) = &report.failed_expire {
+        raise(
+            "PitrExpireFailed",
+            format!("Retention was not applied: {}", failed.message),
         );
     }
     if let Some(limit) = report.drill_max_age_seconds {

@@ -247,6 +247,8 @@ pub struct ClusterReport {
     pub last_drill_passed: Option<PgTimestamp>,
     /// The newest base backup, if it failed.
     pub failed_backup: Option<Outcome>,
+    /// The newest application of retention, if it failed.
+    pub failed_expire: Option<Outcome>,
     /// When a failover that lost commits was last found.
     pub last_failover_loss: Option<PgTimestamp>,
     /// Objects that were found damaged or missing; unknown before the first verification.

@@ -215,24 +215,21 @@ impl Scene {
         (lsn(0), lsn(1), lsn(2))
     }
 
-    /// The word that PostgreSQL was given is true: another program, past the faults, finds that much in the bucket.
-    fn assert_true(&self) {
+    /// The word that PostgreSQL was given is true: another program, past the faults, finds that much in the bucket without a
+    /// hole. Segments go up side by side: behind what was acknowledged one may be there before the one that it follows.
+    fn assert_true(&self) -> Value {
         let (_, _, told) = self.told();
         let mut list = self.direct.program("pitr-restore").expect("it is built");
         let said = succeed(list.args(["list", "--json"])).expect("a listing");
         let listing: Value = serde_json::from_str(&said).expect("JSON");
-        let windows = listing["windows"].as_array().expect("windows");
-        let ends = windows.iter().map(|window| {
-            let end = window["end_lsn"].as_str().expect("an LSN");
-            end.parse::<Lsn>().expect("an LSN")
-        });
-        let end = ends.max().expect("WAL");
+        let end = listing["windows"][0]["end_lsn"].as_str().expect("WAL");
+        let end: Lsn = end.parse().expect("an LSN");
         assert!(
             end >= told,
-            "{told} was acknowledged, the bucket ends at {end}"
+            "{told} was acknowledged, the bucket ends at {end}: {listing}"
         );
         assert_eq!(listing["damaged"], Value::Array(Vec::new()), "{listing}");
-        assert_eq!(windows.len(), 1, "a gap: {listing}");
+        listing
     }
 
     fn assert_streams(&self) {
@@ -253,7 +250,8 @@ impl Scene {
                 && report["repository_error"].is_null()
                 && report["durable"]["remote"]["lag_bytes"] == 0
         });
-        self.assert_true();
+        let listing = self.assert_true();
+        assert_eq!(listing["gaps"], Value::Array(Vec::new()), "{listing}");
     }
 
     fn meet(&mut self, case: &Case) {
@@ -392,7 +390,8 @@ fn an_upload_in_parts_is_whole_or_none_and_leaves_nothing() {
         drop(client);
         scene.commit().join().expect("a commit");
         scene.wait(&format!("{fault:?} of {part}"), |report| {
-            scene.proxy.met() == 2 && report["durable"]["remote"]["lag_bytes"] == 0
+            // A completion whose answer is lost is not asked for again: the object is there.
+            scene.proxy.met() > 0 && report["durable"]["remote"]["lag_bytes"] == 0
         });
         scene.proxy.heal();
         scene.assert_well(part);

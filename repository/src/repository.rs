@@ -9,13 +9,14 @@ use std::{collections::BTreeMap, ops::ControlFlow, ops::Range, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    BackupInfo, Branch, ClusterName, DeclaredGap, FailoverLoss, ObjectKey, PgTimestamp, PgVersion,
-    SealedReader, SegmentSize, SystemIdentifier, TimelineHistory, checked_json,
+    Branch, ClusterName, ObjectKey, PgTimestamp, PgVersion, SegmentSize, SystemIdentifier,
+    checked_json,
 };
 
 use crate::{
     Error, ObjectMeta, ObjectStore, PutOutcome, Result,
     config::{RepositoryPlace, RepositoryUrl},
+    sound::{is_history, is_sound},
     store::{
         ENCRYPTED_SUFFIX, EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore,
         Observer, S3AsOf, S3Store,
@@ -267,9 +268,7 @@ impl Repository {
 
     /// An epoch's file.
     pub(crate) fn epoch(&self, key: &ObjectKey) -> Result<ClusterIdentity> {
-        let body = self.get(key)?;
-        let identity: ClusterIdentity = checked_json::from_slice(&body)
-            .map_err(|error| self.damaged(key, error.to_string()))?;
+        let identity: ClusterIdentity = self.record(key)?;
         if identity.format_version != EPOCH_FORMAT_VERSION {
             let found = identity.format_version;
             let problem =
@@ -512,41 +511,6 @@ impl Repository {
         Ok(copies)
     }
 
-    /// Declares a range of WAL lost. Declared before, by whom and with whatever words: fine.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub fn put_gap(&self, system: SystemIdentifier, gap: &DeclaredGap) -> Result<()> {
-        let key = gap.key(system);
-        let json = checked_json::to_vec(gap).map_err(|error| Error::Damaged {
-            key: key.to_string(),
-            url: self.url(),
-            problem: error.to_string(),
-        })?;
-        match self.put(&key, &json) {
-            Err(error) if error.is_conflict() => Ok(()),
-            outcome => outcome.map(|_| ()),
-        }
-    }
-
-    /// Every range of WAL that was declared lost, by branch and LSN.
-    ///
-    /// # Errors
-    /// [`Error::Store`]; [`Error::Damaged`].
-    pub fn gaps(&self, system: SystemIdentifier) -> Result<Vec<DeclaredGap>> {
-        let mut gaps = Vec::new();
-        for (key, _) in self.list(&format!("{system}/gap/"))? {
-            let content = self.get(&key)?;
-            let gap = checked_json::from_slice(&content).map_err(|error| Error::Damaged {
-                key: key.to_string(),
-                url: self.url(),
-                problem: error.to_string(),
-            })?;
-            gaps.push(gap);
-        }
-        Ok(gaps)
-    }
-
     /// One history file, healed from its copy.
     ///
     /// # Errors
@@ -559,7 +523,7 @@ impl Repository {
         let mut problem = None;
         for key in &keys {
             match self.get(key) {
-                Ok(content) if sound(branch, &content) => return Ok(content),
+                Ok(content) if is_history(branch, &content) => return Ok(content),
                 Ok(_) => {
                     tracing::error!(key = %key, "a history file is damaged; its copy is used");
                     problem = Some(self.damaged(key, "it is not what was stored".to_owned()));
@@ -573,33 +537,12 @@ impl Repository {
         Err(problem.unwrap_or_else(|| self.damaged(&keys[0], "unreadable".to_owned())))
     }
 
-    fn damaged(&self, key: &ObjectKey, problem: String) -> Error {
+    pub(crate) fn damaged(&self, key: &ObjectKey, problem: String) -> Error {
         Error::Damaged {
             key: key.to_string(),
             url: self.url(),
             problem,
         }
-    }
-}
-
-/// Whether an object that tells of its own damage is what it was. Slices and manifests do not: their backup knows.
-#[must_use]
-pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
-    match key {
-        ObjectKey::Segment(..) | ObjectKey::Tail(..) => SealedReader::open(body)
-            .and_then(|reader| {
-                reader
-                    .read_all(&mut Vec::new())
-                    .map(|_| reader.header().key() == *key)
-            })
-            .unwrap_or(false),
-        ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) => sound(*branch, body),
-        ObjectKey::BackupInfo(..) => BackupInfo::parse(body).is_ok(),
-        ObjectKey::Gap(..) => checked_json::from_slice::<DeclaredGap>(body).is_ok(),
-        ObjectKey::FailoverLoss(..) => checked_json::from_slice::<FailoverLoss>(body).is_ok(),
-        ObjectKey::Epoch(_) => checked_json::from_slice::<ClusterIdentity>(body).is_ok(),
-        ObjectKey::Expired(..) => checked_json::from_slice::<wal_format::Expired>(body).is_ok(),
-        ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
     }
 }
 
@@ -619,10 +562,4 @@ pub(crate) fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>
             place.requests.clone(),
         )?),
     })
-}
-
-/// The branch's name holds a digest of the file, so that damage shows.
-fn sound(branch: Branch, content: &[u8]) -> bool {
-    Branch::of_history(branch.timeline, content) == branch
-        && TimelineHistory::parse(branch.timeline, content).is_ok()
 }

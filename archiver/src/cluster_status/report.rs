@@ -31,6 +31,10 @@ impl ClusterStatus {
             .newest(OutcomeKind::Backup)
             .filter(|outcome| !outcome.passed && Some(outcome.finished) > newest_backup)
             .cloned();
+        let failed_expire = details
+            .newest(OutcomeKind::Expire)
+            .filter(|outcome| !outcome.passed)
+            .cloned();
         let not_restorable = match (&drill, corrupt_objects) {
             (Some(drill), _) if !drill.passed => {
                 Some(format!("the last restore drill failed: {}", drill.message))
@@ -160,6 +164,7 @@ impl ClusterStatus {
                 .max(),
             last_drill: drill,
             failed_backup,
+            failed_expire,
             last_failover_loss: details
                 .failover_losses
                 .iter()

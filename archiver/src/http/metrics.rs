@@ -341,6 +341,11 @@ impl Page<'_> {
             |report| Some(flag(report.failed_backup.is_some())),
         );
         self.gauge(
+            "pitr_expire_last_failed",
+            "Whether the newest application of retention failed",
+            |report| Some(flag(report.failed_expire.is_some())),
+        );
+        self.gauge(
             "pitr_backup_max_age_seconds",
             "The age at which the newest base backup is overdue",
             |report| Some(report.backup_max_age_seconds),

@@ -57,6 +57,7 @@ fn report() -> ClusterReport {
         last_drill: None,
         last_drill_passed: None,
         failed_backup: None,
+        failed_expire: None,
         last_failover_loss: None,
         corrupt_objects: None,
         backup_max_age_seconds: 86_400.0,

@@ -88,17 +88,17 @@ impl Live<'_> {
         let quoted = archive_command.replace('\'', "''");
         sql.batch_execute(&format!("ALTER SYSTEM SET archive_command = '{quoted}'"))?;
         sql.batch_execute("SELECT pg_reload_conf()")?;
-        let mut tenth = 0;
+        let mut part = 0;
         while self.taken()?.len() < count + WARM_UP {
             let pushed = self.taken()?.len();
             let began = Instant::now();
-            // A tenth of the accounts at a time, until a segment is full and was pushed.
+            // A hundredth of the accounts at a time, until a segment is full and was pushed.
             while self.taken()?.len() == pushed {
                 if !self.waits()? {
                     sql.batch_execute(&format!(
-                        "UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid % 100 = {tenth}"
+                        "UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid % 100 = {part}"
                     ))?;
-                    tenth = (tenth + 1) % 100;
+                    part = (part + 1) % 100;
                 }
                 thread::sleep(POLL);
                 if began.elapsed() > PATIENCE {

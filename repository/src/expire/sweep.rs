@@ -52,7 +52,7 @@ pub fn mark(
     (id, now, policy): (BackupId, PgTimestamp, String),
 ) -> Result<Option<Expired>> {
     let record = plan.record(id, now, policy);
-    put(place, system, &record)?;
+    place.put_record(&record.key(system), &record)?;
     // Two policies that each leave enough may together leave too little: whoever sees the other takes its own back.
     let overtaken = place.expired(system)?.records().iter().any(|other| {
         let mine = other.id == record.id;
@@ -68,16 +68,6 @@ pub fn mark(
         }
     }
     Ok(Some(record))
-}
-
-fn put(place: &Repository, system: SystemIdentifier, record: &Expired) -> Result<()> {
-    let key = record.key(system);
-    let json = wal_format::checked_json::to_vec(record).map_err(|error| Error::Damaged {
-        key: key.to_string(),
-        url: place.url(),
-        problem: error.to_string(),
-    })?;
-    place.put(&key, &json).map(drop)
 }
 
 /// What was marked at least `grace` ago and may have objects left.
@@ -187,7 +177,7 @@ fn settle(
         wal: wal.collect(),
         windows: join(records.iter().flat_map(|one| one.windows.clone()).collect()),
     };
-    put(place, system, &one)?;
+    place.put_record(&one.key(system), &one)?;
     records
         .iter()
         .try_for_each(|record| forget(place, system, record))

@@ -1,0 +1,37 @@
+//! Whether an object's bytes are what was written, told by the object itself.
+
+use wal_format::{
+    BackupInfo, Branch, DeclaredGap, Expired, FailoverLoss, ObjectKey, SealedReader,
+    TimelineHistory, checked_json,
+};
+
+use crate::ClusterIdentity;
+
+/// Whether an object that tells of its own damage is what it was. Slices and manifests do not: their backup knows.
+#[must_use]
+pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
+    match key {
+        ObjectKey::Segment(..) | ObjectKey::Tail(..) => SealedReader::open(body)
+            .and_then(|reader| {
+                reader
+                    .read_all(&mut Vec::new())
+                    .map(|_| reader.header().key() == *key)
+            })
+            .unwrap_or(false),
+        ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) => {
+            is_history(*branch, body)
+        }
+        ObjectKey::BackupInfo(..) => BackupInfo::parse(body).is_ok(),
+        ObjectKey::Gap(..) => checked_json::from_slice::<DeclaredGap>(body).is_ok(),
+        ObjectKey::FailoverLoss(..) => checked_json::from_slice::<FailoverLoss>(body).is_ok(),
+        ObjectKey::Epoch(_) => checked_json::from_slice::<ClusterIdentity>(body).is_ok(),
+        ObjectKey::Expired(..) => checked_json::from_slice::<Expired>(body).is_ok(),
+        ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
+    }
+}
+
+/// The branch's name holds a digest of the file, so that damage shows.
+pub(crate) fn is_history(branch: Branch, content: &[u8]) -> bool {
+    Branch::of_history(branch.timeline, content) == branch
+        && TimelineHistory::parse(branch.timeline, content).is_ok()
+}
