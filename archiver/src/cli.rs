@@ -40,7 +40,7 @@ use wal_format::{BackupId, SystemIdentifier};
 
 use crate::{
     error::{Error, Result},
-    push::client::push,
+    push::push_alone,
 };
 
 /// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base backups, and proves
@@ -226,7 +226,8 @@ pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run { http } => run::run(cli.common, settings, http),
         Command::Import { directory, compare } => import::run(one(&settings)?, &directory, compare),
-        Command::Push { path } => push(one(&settings)?, &path),
+        // Asking a daemon is the quick program's part; here none answered.
+        Command::Push { path } => push_alone(one(&settings)?, &path),
         Command::Backup {
             kind: BackupType::Full,
             label,

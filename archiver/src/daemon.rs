@@ -26,7 +26,6 @@ use crate::{
     instruments::Instruments,
     monitor::Monitor,
     notify::Notify,
-    push,
     replication::ConnInfo,
     report::{ClusterReport, State},
     shutdown::{Shutdown, ShutdownRequest},
@@ -198,7 +197,7 @@ impl Daemon {
         kept.running = false;
         let next = std::mem::replace(&mut kept.next, Next::Nothing);
         // Who pushes is told at once that nobody listens.
-        let _gone = std::fs::remove_file(push::server::socket_path(&kept.settings));
+        let _gone = std::fs::remove_file(quick::push::socket_path(&kept.settings));
         if let Err(error) = outcome {
             tracing::error!(cluster = %name, %error, "archiving of a cluster has ended; SIGHUP starts it again");
             let words = error.to_string();

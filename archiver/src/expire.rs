@@ -5,9 +5,10 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use catalog::Catalog;
 use jiff::Timestamp;
 use repository::{
-    Catalog, ClusterIdentity, ExitKind, ExpiredSet, Repository,
+    ClusterIdentity, ExitKind, ExpiredSet, Repository,
     config::{ClusterSettings, RepositoryPlace},
     expire::{ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep},
 };

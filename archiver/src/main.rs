@@ -1,26 +1,17 @@
-//! `wal-archiver`: parses the command line, runs the command, and turns its outcome into an exit code.
+//! `wal-archiver`: asks the daemon to archive a file, which PostgreSQL does for every segment; becomes `wal-archiver-full` for
+//! everything else.
 
-use std::{io::IsTerminal, process::ExitCode};
-
-use archiver::cli::{Cli, run};
-use clap::Parser;
-use tracing_subscriber::EnvFilter;
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_env_filter(
-            EnvFilter::try_from_env("TIDEMARK_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
-        )
-        .with_target(false)
-        .init();
-    match run(cli) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            archiver::cli::report(&error);
-            ExitCode::from(error.exit_kind() as u8)
-        }
-    }
+    let problem = match quick::push::asked() {
+        Some(Ok(())) => return ExitCode::SUCCESS,
+        Some(Err(problem)) => problem,
+        None => quick::whole::become_whole(),
+    };
+    drop(writeln!(io::stderr(), "wal-archiver: {problem}"));
+    ExitCode::FAILURE
 }

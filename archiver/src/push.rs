@@ -1,12 +1,10 @@
 //! `wal-archiver push PATH`, `archive_command`: one file of `pg_wal` into the repository, alone or through the daemon.
 //!
-//! In reading order: [`client`] asks the daemon, if one listens, and offers it what waits behind the file; [`server`] is
+//! In reading order: [`quick::push`] asks the daemon, if one listens, and offers it what waits behind the file; [`server`] is
 //! the daemon's side, which works ahead; [`Pusher`] checks and stores one file, in either process.
 //! Invariant: success means that the bytes are in the repository and were read back; the same bytes again are success
 //! again, other bytes under the same name are an error and nothing is overwritten.
 
-pub mod client;
-mod message;
 mod prime;
 pub mod server;
 mod side_by_side;

@@ -10,7 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use repository::{Catalog, ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
+use catalog::Catalog;
+use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
 
 use crate::{
     base_backup,

@@ -52,6 +52,8 @@ pub struct Measured {
     pub live: Vec<Pass>,
     /// A segment's way out of it.
     pub fetch: Vec<Pass>,
+    /// The same as a recovery asks for it, which replays between two.
+    pub live_fetch: Vec<Pass>,
     /// The redo of all segments, as PostgreSQL's log tells it.
     pub recovery: Vec<Pass>,
 }
@@ -79,6 +81,7 @@ impl ArchiveCommands {
             live::pushes(bin, self.segments.min(LIVE_MAX), &mut measured.live)?;
             scene.fetches(&mut measured.fetch)?;
             scene.recoveries(bin, &mut measured.recovery)?;
+            live::fetches(&scene, bin, &mut measured.live_fetch)?;
         }
         Ok(measured)
     }
@@ -264,13 +267,7 @@ impl Scene {
             push.args(["--conninfo", &self.cluster.conninfo(), "push"]);
             succeed(push.arg(segment))?;
         }
-        let copies = self.place.path().join("copies").display().to_string();
-        let pgbackrest = format!(
-            "/usr/bin/pgbackrest --config={} --stanza=main --pg1-path={}/recovery/data archive-get %f %p",
-            self.pgbackrest.display(),
-            self.place.path().display()
-        );
-        let copy = format!("cp {copies}/%f %p");
+        let (copy, pgbackrest) = (self.copy_back(), self.archive_get());
         for (name, restore_command) in [
             ("all in pg_wal", Some("/bin/false")),
             ("pitr-restore wal-fetch", None),
@@ -280,6 +277,20 @@ impl Scene {
             note(passes, name, self.recovery(bin, name, restore_command)?);
         }
         Ok(())
+    }
+
+    /// `restore_command` of a plain folder.
+    fn copy_back(&self) -> String {
+        format!("cp {}/copies/%f %p", self.place.path().display())
+    }
+
+    /// `restore_command` of pgBackRest.
+    fn archive_get(&self) -> String {
+        format!(
+            "/usr/bin/pgbackrest --config={} --stanza=main --pg1-path={}/recovery/data archive-get %f %p",
+            self.pgbackrest.display(),
+            self.place.path().display()
+        )
     }
 
     /// Restores the base, replays everything, and reads the time of the redo from PostgreSQL's log.
@@ -397,7 +408,8 @@ impl Measured {
         for (title, unit, passes) in [
             ("push, a segment of many", "ms", &self.push),
             ("push, as PostgreSQL runs it", "ms", &self.live),
-            ("fetch, a segment", "ms", &self.fetch),
+            ("fetch, a segment of many", "ms", &self.fetch),
+            ("fetch, as PostgreSQL runs it", "ms", &self.live_fetch),
             ("recovery, redo of all segments", "s", &self.recovery),
         ] {
             let scale = if unit == "ms" { 1000.0 } else { 1.0 };

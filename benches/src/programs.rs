@@ -121,21 +121,47 @@ pub fn ours(name: &str) -> Result<PathBuf> {
     if server_user()?.is_none() {
         return Ok(built);
     }
-    // The build may lie in root's home, which others can not enter.
-    let metadata = fs::metadata(&built)?;
-    let made = metadata.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+    // The build may lie in root's home, which others can not enter. A quick program finds its whole one beside itself.
+    let whole = format!("{name}-full");
+    let mut parts = vec![(name, built.clone())];
+    if built.with_file_name(&whole).is_file() {
+        parts.push((&whole, built.with_file_name(&whole)));
+    }
+    let mut stamp = name.to_owned();
+    for (_, part) in &parts {
+        let metadata = fs::metadata(part)?;
+        let made = metadata.modified()?.duration_since(UNIX_EPOCH)?.as_nanos();
+        stamp.push_str(&format!("-{}-{made}", metadata.len()));
+    }
     let directory = Path::new(COPIES);
     fs::create_dir_all(directory)?;
-    let copy = directory.join(format!("{name}-{}-{made}", metadata.len()));
-    if !copy.exists() {
+    let copies = directory.join(stamp);
+    if !copies.exists() {
         forget_old(directory)?;
-        // Another test process may do the same: each renames a whole file into place.
-        let fresh = tempfile::NamedTempFile::new_in(directory)?;
-        fs::copy(&built, fresh.path())?;
+        let fresh = TempDir::new_in(directory)?;
+        for (name, part) in &parts {
+            fs::copy(part, fresh.path().join(name))?;
+            let mode = fs::Permissions::from_mode(0o755);
+            fs::set_permissions(fresh.path().join(name), mode)?;
+        }
         fs::set_permissions(fresh.path(), fs::Permissions::from_mode(0o755))?;
-        fresh.persist(&copy)?;
+        put_in_place(fresh, &copies)?;
     }
-    Ok(copy)
+    Ok(copies.join(name))
+}
+
+/// Another test process may do the same: the first wins.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a copy need not survive the host"
+)]
+fn put_in_place(fresh: TempDir, copies: &Path) -> Result<()> {
+    match fs::rename(fresh.path(), copies) {
+        Ok(()) => drop(fresh.keep()),
+        Err(_) if copies.exists() => {}
+        Err(error) => return Err(error).context("put copies of our programs in place"),
+    }
+    Ok(())
 }
 
 /// Removes copies of builds that nothing runs any more.
@@ -144,7 +170,7 @@ fn forget_old(directory: &Path) -> Result<()> {
         let age = entry.metadata().and_then(|metadata| metadata.modified());
         if age.is_ok_and(|made| made.elapsed().is_ok_and(|age| age > KEEP_COPIES)) {
             // Another process may have removed it first.
-            let _gone = fs::remove_file(entry.path());
+            let _gone = fs::remove_dir_all(entry.path());
         }
     }
     Ok(())

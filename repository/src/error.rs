@@ -22,7 +22,7 @@ pub enum Error {
         /// The catalog's directory.
         path: PathBuf,
         /// What the database said.
-        source: rocksdb::Error,
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// An entry of the catalog can not be read.
     #[error(
@@ -186,10 +186,7 @@ pub enum Error {
 
 impl Error {
     /// An [`Error::Store`].
-    pub(crate) fn store(
-        action: &'static str,
-        path: impl Into<PathBuf>,
-    ) -> impl FnOnce(io::Error) -> Self {
+    pub fn store(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Store {
             action,
@@ -199,7 +196,8 @@ impl Error {
     }
 
     /// An [`Error::Config`].
-    pub(crate) fn config(message: impl Into<String>) -> Self {
+    #[must_use]
+    pub fn config(message: impl Into<String>) -> Self {
         Self::Config {
             message: message.into(),
         }

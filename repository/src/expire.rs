@@ -16,7 +16,7 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
-pub use holding::{HeldBackup, HeldBranch, Holding};
+pub use holding::{HeldBackup, HeldBranch, Holding, Index};
 pub use intervals::Intervals;
 pub use marked::ExpiredSet;
 pub use plan::{ExpirePlan, KeptBackup, Reason, Refusal, plan_expire};

@@ -4,7 +4,6 @@
 //! [`Catalog`] that indexes it, and the [`config`] both programs share. The API blocks on purpose: a store that needs a
 //! runtime drives its own, and async callers use `spawn_blocking`.
 
-pub mod catalog;
 pub mod config;
 pub mod durable;
 pub mod encryption;
@@ -21,7 +20,6 @@ pub mod store;
 mod timeline_path;
 mod wal_range;
 
-pub use catalog::{Catalog, RefreshReport};
 pub use error::{Error, Result};
 pub use exit::ExitKind;
 pub use expire::ExpiredSet;

@@ -18,11 +18,13 @@ use std::{
     process::{Command as Process, ExitCode},
 };
 
+use catalog::Catalog;
 use clap::{Args, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
+use quick::{ahead::Ahead, whole};
 use repository::{
-    Catalog, Repository,
+    Repository,
     config::{ClusterSettings, CommonArgs, RepositoryPlace, Settings},
 };
 use wal_format::{BackupId, ClusterName, Lsn, SystemIdentifier};
@@ -32,8 +34,7 @@ use crate::{
     execute::{self, Action, Destination, Recovery},
     expired,
     inventory::{Archive, Inventory},
-    list,
-    look_ahead::{self, Ahead},
+    list, look_ahead,
     plan::{Wishes, plan_restore},
     start,
     target::{RecoveryTarget, explain_time, parse_time},
@@ -488,7 +489,7 @@ fn restore(
             set: args.set.clone(),
             repository: cluster.repository.clone(),
             config,
-            program: std::env::current_exe().map_err(Error::io("find", "this program"))?,
+            program: whole::called().map_err(Error::io("find", "this program"))?,
         },
     };
     let bar = bar(&archive, &plan)?;

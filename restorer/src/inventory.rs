@@ -1,7 +1,8 @@
 //! [`Inventory`]: what a plan may know of the archive. The catalog implements it; tests implement it in memory.
 
 use bytes::Bytes;
-use repository::{Catalog, ClusterIdentity, Repository, WalRange};
+use catalog::Catalog;
+use repository::{ClusterIdentity, Repository, WalRange};
 use wal_format::{
     BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
     TimelineHistory, WalIdentity, WalIndexer,

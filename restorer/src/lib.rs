@@ -2,7 +2,8 @@
 //!
 //! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived, the [`plan`] (pure:
 //! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery
-//! and [`look_ahead`] which does so before it asks ([`quick`] asks that first), [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
+//! and [`look_ahead`] which does so before it asks,
+//! [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
 
 pub mod cli;
 pub mod error;
@@ -13,7 +14,6 @@ pub mod list;
 pub mod locate;
 pub mod look_ahead;
 pub mod plan;
-pub mod quick;
 pub mod start;
 pub mod target;
 pub mod wal_fetch;

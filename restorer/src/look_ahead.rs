@@ -1,185 +1,336 @@
-//! Recovery without waiting: fetches, decompresses and checks segments before PostgreSQL asks for them.
+//! The process that is ahead of a recovery: fetches what PostgreSQL will ask for, and ends when nobody asks any more.
 //!
-//! A process beside the recovery (`fetcher`) fills `pg_wal/tidemark_ahead/KEY-BOOT/`, bounded in bytes; `wal-fetch`, or `mv` in
-//! the restored `restore_command`, then only renames.
-//! Invariant: a file there is whole, was checked, and belongs to this boot of the host (`BOOT`): what a crash of the host
-//! left is never looked at. `KEY` is the plan's digest, so that no other path's segment of the same name is taken; without
-//! a plan only sealed segments are fetched ahead, by one timeline's name. Without the process, or with it killed,
-//! `wal-fetch` fetches by itself: that costs speed, never correctness.
+//! Invariant: a file gets its name when it is whole and checked; what is ready or in the making is bounded in bytes.
 
 use std::{
-    env,
-    ffi::OsString,
-    fs::{self, File},
-    io,
-    os::unix::{ffi::OsStrExt, fs::MetadataExt, process::CommandExt},
+    collections::VecDeque,
+    fs::{self, File, OpenOptions},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
 
+use repository::{ClusterIdentity, Repository};
 use rustix::fs::{FlockOperation, flock};
-use sha2::{Digest, Sha256};
-use wal_format::SegmentName;
+use wal_format::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
-mod fetcher;
+use crate::{Error, RestorePlan, Result, plan::PathPart, wal_fetch};
+use quick::ahead::{LOCK, UNFINISHED, rename};
 
-pub use fetcher::run;
+/// What may lie ready or be in the making. Sixteen segments of 16 MiB: more than PostgreSQL replays in the time of one
+/// fetch from a far store by several threads.
+const WINDOW_BYTES: u64 = 256 << 20;
+/// More than this many fetches at once win nothing: the replay is one process.
+const THREADS_MAX: u64 = 4;
+/// The replay goes first, by little: on a host that is busy with something else it waits for what is fetched here.
+const NICENESS: i32 = 1;
+/// How long nothing was asked for before the process ends. A replay that takes longer over what it has starts it again.
+const IDLE_MAX: Duration = Duration::from_secs(30);
+/// How often it is looked whether something was taken.
+const POLL: Duration = Duration::from_millis(5);
 
-/// The folder in `pg_wal`; PostgreSQL passes over names that it does not know.
-const FOLDER: &str = "tidemark_ahead";
-/// Changes with every start of the host.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-const LOCK: &str = "lock";
-/// Ends the name of a file that is not whole yet.
-const UNFINISHED: &str = ".new";
-/// What PostgreSQL's `%p` ends with for a segment. Who fetches one file by hand wants no others.
-const ASKED_BY_POSTGRESQL: &str = "RECOVERYXLOG";
-const POLL: Duration = Duration::from_millis(1);
-/// How long `wal-fetch` waits for a file in the making: its maker retries a failing store for about this long.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Where the segments of one recovery lie ready.
-#[derive(Clone, Debug)]
-pub struct Ahead {
-    folder: PathBuf,
+/// Fetches into `folder` what follows `name`, by the plan or without one on its timeline, until all was taken or nobody
+/// takes any more.
+///
+/// # Errors
+/// When the folder can not be made; a segment that can not be fetched is left to `wal-fetch`, which says why.
+pub fn run(
+    repository: &Repository,
+    plan: Option<&RestorePlan>,
+    name: &str,
+    folder: &Path,
+) -> Result<()> {
+    let asked: SegmentName = name
+        .parse()
+        .map_err(|error| Error::usage(format!("{error}")))?;
+    let identity = wal_fetch::identity(repository)?;
+    let size = identity.wal_segment_size;
+    let Some(from) = asked.segment(size) else {
+        return Ok(());
+    };
+    let Some(lock) = hold(folder)? else {
+        return Ok(());
+    };
+    let names = match plan {
+        Some(plan) => {
+            let mut names = segments(&plan.path, plan.start_lsn, plan.wal_end_lsn, size);
+            names.retain(|name| name.segment(size).is_some_and(|number| number > from));
+            Names::Planned(names)
+        }
+        None => Names::Following(asked.timeline, from.next()),
+    };
+    let fetcher = Fetcher {
+        repository,
+        identity,
+        plan,
+        folder,
+        server: folder
+            .ancestors()
+            .nth(3)
+            .map(|data| data.join("postmaster.pid"))
+            .filter(|running| running.exists()),
+        window: usize::try_from((WINDOW_BYTES / size.bytes()).max(2)).unwrap_or(2),
+        state: Mutex::new(State {
+            names,
+            ready: VecDeque::new(),
+            taken: Instant::now(),
+        }),
+    };
+    if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
+        tracing::debug!(%error, "fetching ahead keeps its priority");
+    }
+    let threads = (WINDOW_BYTES / 2 / size.bytes()).clamp(1, THREADS_MAX);
+    thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| fetcher.work());
+        }
+    });
+    drop(fs::remove_dir_all(folder));
+    drop(lock);
+    // Goes when no other recovery's folder is in it.
+    if let Some(all) = folder.parent() {
+        drop(fs::remove_dir(all));
+    }
+    Ok(())
 }
 
-impl Ahead {
-    /// Of a plan, given as the bytes of its file.
-    #[must_use]
-    pub fn of_plan(plan: &[u8], destination: &Path) -> Option<Self> {
-        Self::beside(&digest_of_plan(plan), destination)
+struct Fetcher<'a> {
+    repository: &'a Repository,
+    identity: ClusterIdentity,
+    plan: Option<&'a RestorePlan>,
+    folder: &'a Path,
+    /// Says that the server runs which asks; `None` where none does.
+    server: Option<PathBuf>,
+    /// How many segments may be ready or in the making.
+    window: usize,
+    state: Mutex<State>,
+}
+
+struct State {
+    names: Names,
+    /// What was begun and not seen taken, in the order in which it was begun.
+    ready: VecDeque<PathBuf>,
+    /// When something was last taken.
+    taken: Instant,
+}
+
+/// What was not begun.
+enum Names {
+    /// In the order of replay.
+    Planned(VecDeque<SegmentName>),
+    /// From here on, until one is not sealed yet.
+    Following(TimelineId, SegmentNo),
+    Ended,
+}
+
+enum Next {
+    Fetch(SegmentName),
+    Wait,
+    End,
+}
+
+impl Fetcher<'_> {
+    fn work(&self) {
+        loop {
+            match self.next() {
+                Next::Fetch(name) => self.fetch(name),
+                Next::Wait => thread::sleep(POLL),
+                Next::End => return,
+            }
+        }
     }
 
-    /// Of a recovery without a plan: the same program, told the same, about the same timeline.
-    #[must_use]
-    pub fn of_arguments(name: &str, destination: &Path) -> Option<Self> {
-        let asked: SegmentName = name.parse().ok()?;
-        if destination.file_name()? != ASKED_BY_POSTGRESQL {
-            return None;
-        }
-        let mut digest = Sha256::new();
-        digest.update(asked.timeline.get().to_be_bytes());
-        let arguments = env::args_os().skip(1);
-        for argument in arguments
-            .filter(|argument| argument != name && argument != destination.as_os_str())
-            .chain(env::var_os("TIDEMARK_CONFIG"))
+    fn next(&self) -> Next {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        // They are taken in this order; one that could not be fetched is gone too.
+        while let Some(first) = state.ready.front()
+            && !first.exists()
+            && !unfinished(first).exists()
         {
-            digest.update(argument.as_bytes());
-            digest.update([0]);
-            // A configuration that says something else from now on.
-            for file in [Path::new(&argument), Path::new("tidemark.toml")] {
-                if let Ok(metadata) = fs::metadata(file) {
-                    digest.update(metadata.ino().to_be_bytes());
-                    digest.update(metadata.mtime_nsec().to_be_bytes());
-                    digest.update(metadata.mtime().to_be_bytes());
-                }
-            }
+            state.ready.pop_front();
+            state.taken = Instant::now();
         }
-        Self::beside(&short(&digest.finalize()), destination)
-    }
-
-    /// On the file system of the destination.
-    fn beside(key: &str, destination: &Path) -> Option<Self> {
-        let boot = fs::read_to_string(BOOT_ID).ok()?;
-        let beside = match destination.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent,
-            _ => Path::new("."),
+        // A stopped server asks for nothing more, and its directory may be on its way out.
+        let stopped = self
+            .server
+            .as_ref()
+            .is_some_and(|running| !running.exists());
+        let over = stopped || state.taken.elapsed() > IDLE_MAX || !self.folder.exists();
+        let all_begun = match &state.names {
+            Names::Planned(names) => names.is_empty(),
+            Names::Following(..) => false,
+            Names::Ended => true,
         };
-        let folder = beside.join(FOLDER).join(format!("{key}-{}", boot.trim()));
-        Some(Self { folder })
-    }
-
-    /// Moves `name` to `destination` if it was fetched ahead. False when it was not.
-    #[must_use]
-    pub fn take(&self, name: &str, destination: &Path) -> bool {
-        if name.parse::<SegmentName>().is_err() {
-            return false;
+        if over || (all_begun && state.ready.is_empty()) {
+            return Next::End;
         }
-        let Ok(lock) = File::open(self.folder.join(LOCK)) else {
-            return false;
+        if all_begun || state.ready.len() >= self.window {
+            return Next::Wait;
+        }
+        let size = self.identity.wal_segment_size;
+        let name = match &mut state.names {
+            Names::Planned(names) => names.pop_front(),
+            Names::Following(timeline, number) => {
+                let name = SegmentName::new(*timeline, *number, size);
+                *number = number.next();
+                Some(name)
+            }
+            Names::Ended => None,
         };
-        let asked = Instant::now();
-        // An exclusive lock that can not be had is held by the living process.
-        while flock(&lock, FlockOperation::NonBlockingLockShared).is_err() {
-            if moved(&self.folder.join(name), destination) {
-                return true;
-            }
-            let unfinished = self.folder.join(format!("{name}{UNFINISHED}"));
-            if !unfinished.exists() || asked.elapsed() > PATIENCE {
-                // It may have been finished between the two looks.
-                return moved(&self.folder.join(name), destination);
-            }
-            thread::sleep(POLL);
+        let Some(name) = name else {
+            return Next::Wait;
+        };
+        let path = self.folder.join(name.to_string());
+        // Created under the lock, so that the order of fetching is the order of replay.
+        if File::create(unfinished(&path)).is_err() {
+            return Next::End;
         }
-        false
+        state.ready.push_back(path);
+        Next::Fetch(name)
     }
 
-    /// Starts the process that fetches what follows `name`, unless one lives.
-    pub fn start(&self, name: &str) {
-        if name.parse::<SegmentName>().is_err() || self.is_held() {
+    fn fetch(&self, name: SegmentName) {
+        let path = self.folder.join(name.to_string());
+        let new = unfinished(&path);
+        let whole = self.write(name, &new).unwrap_or(false);
+        if whole && rename(&new, &path).is_ok() {
             return;
         }
-        let Ok(program) = env::current_exe() else {
-            return;
-        };
-        let arguments = env::args_os().skip(1).map(|argument| {
-            if argument == "wal-fetch" {
-                "wal-ahead".into()
-            } else {
-                argument
+        // Without a plan it is known only so that something comes next.
+        if self.plan.is_none() {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.names = Names::Ended;
+        }
+        drop(fs::remove_file(&new));
+    }
+
+    fn write(&self, name: SegmentName, path: &Path) -> Result<bool> {
+        // No fsync: PostgreSQL does it when it takes the file, and after a crash nothing of this is believed.
+        let mut options = OpenOptions::new();
+        let file = options.write(true).truncate(true).create(true).mode(0o600);
+        let mut file = file.open(path).map_err(Error::io("create", path))?;
+        match self.plan {
+            Some(plan) => {
+                wal_fetch::segment(self.repository, &self.identity, Some(plan), name, &mut file)
             }
-        });
-        let mut folder = OsString::from("--folder=");
-        folder.push(&self.folder);
-        // Its own process group: PostgreSQL signals the group of the process that asked.
-        let spawned = Command::new(program)
-            .args(arguments)
-            .arg(folder)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn();
-        if let Err(error) = spawned {
-            tracing::warn!(%error, "segments after {name} are not fetched ahead; recovery goes on without");
+            None => wal_fetch::sealed(self.repository, &self.identity, name, &mut file),
         }
     }
+}
 
-    fn is_held(&self) -> bool {
-        File::open(self.folder.join(LOCK))
-            .is_ok_and(|lock| flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
+/// The segments of the plan in the order of replay. Where the path changes timelines within a segment, PostgreSQL asks for
+/// the newer timeline's file first.
+fn segments(path: &[PathPart], start: Lsn, end: Lsn, size: SegmentSize) -> VecDeque<SegmentName> {
+    let mut names = VecDeque::new();
+    let mut number = size.segment_of(start);
+    while number.start_lsn(size) < end {
+        let holder = path
+            .iter()
+            .rev()
+            .find(|part| part.from < number.end_lsn(size));
+        if let Some(part) = holder {
+            names.push_back(SegmentName::new(part.branch.timeline, number, size));
+        }
+        number = number.next();
+    }
+    names
+}
+
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(UNFINISHED);
+    name.into()
+}
+
+/// Takes the folder, emptied of what an earlier process left; `None` when one that lives has it.
+fn hold(folder: &Path) -> Result<Option<File>> {
+    fs::create_dir_all(folder).map_err(Error::io("create directory", folder))?;
+    let path = folder.join(LOCK);
+    let mut options = OpenOptions::new();
+    let lock = options.write(true).create(true).truncate(false).open(&path);
+    let lock = lock.map_err(Error::io("open", &path))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(None);
+    }
+    for entry in fs::read_dir(folder)
+        .map_err(Error::io("list", folder))?
+        .flatten()
+    {
+        if entry.file_name() != LOCK {
+            drop(fs::remove_file(entry.path()));
+        }
+    }
+    remove_older(folder);
+    Ok(Some(lock))
+}
+
+/// What the same recovery left before the host was started again takes room and is never looked at.
+fn remove_older(folder: &Path) {
+    let Some(key) = folder
+        .file_name()
+        .and_then(|name| name.to_str()?.split_once('-'))
+        .map(|(key, _)| format!("{key}-"))
+    else {
+        return;
+    };
+    let entries = folder.parent().and_then(|all| fs::read_dir(all).ok());
+    for entry in entries.into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let is_ours = name.to_str().is_some_and(|name| name.starts_with(&key));
+        if is_ours && entry.path() != folder {
+            drop(fs::remove_dir_all(entry.path()));
+        }
     }
 }
 
-/// The words before our program in a `restore_command` with a plan: what lies ready is moved by the shell, which takes a
-/// fraction of the time that a program with a database in it needs to start. A name of the folder that does not exist is no
-/// more than a failed `mv`.
-#[must_use]
-pub fn shell_shortcut(plan: &[u8]) -> String {
-    let key = digest_of_plan(plan);
-    format!("read -r boot <{BOOT_ID}; mv \"pg_wal/{FOLDER}/{key}-$boot/%f\" %p 2>/dev/null || ")
-}
+#[cfg(test)]
+mod tests {
+    use wal_format::Branch;
 
-fn digest_of_plan(plan: &[u8]) -> String {
-    short(&Sha256::digest(plan))
-}
+    use super::*;
 
-fn short(digest: &[u8]) -> String {
-    const DIGEST_BYTES: usize = 8;
-    hex::encode(digest.get(..DIGEST_BYTES).unwrap_or_default())
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "not durable on purpose: after a crash of the host nothing of this is believed"
-)]
-fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    fs::rename(from, to)
-}
-
-fn moved(from: &Path, to: &Path) -> bool {
-    rename(from, to).is_ok()
+    /// What PostgreSQL will ask for where the path changes timelines: in the middle of a segment the newer timeline's file,
+    /// which begins with the older one's bytes; at its edge each its own.
+    #[test]
+    fn names_follow_the_path_over_switches() {
+        let size = SegmentSize::new(1 << 20).expect("a size");
+        let part = |timeline, from, to| PathPart {
+            branch: Branch::without_history(TimelineId::new(timeline).expect("a timeline")),
+            from: Lsn(from),
+            to: Lsn(to),
+        };
+        let names = |path: &[PathPart], start, end| {
+            let names = segments(path, Lsn(start), Lsn(end), size);
+            let names: Vec<String> = names.iter().map(ToString::to_string).collect();
+            names
+        };
+        let path = [
+            part(1, 0, 0x50_0800),
+            part(3, 0x50_0800, 0x70_0000),
+            part(4, 0x70_0000, u64::MAX),
+        ];
+        assert_eq!(
+            names(&path, 0x30_0028, 0x80_0001),
+            [
+                "000000010000000000000003",
+                "000000010000000000000004",
+                "000000030000000000000005",
+                "000000030000000000000006",
+                "000000040000000000000007",
+                "000000040000000000000008",
+            ]
+        );
+        // Two switches within one segment: the newest has all of it.
+        let path = [
+            part(1, 0, 0x50_0800),
+            part(2, 0x50_0800, 0x50_0900),
+            part(3, 0x50_0900, u64::MAX),
+        ];
+        assert_eq!(
+            names(&path, 0x50_0028, 0x60_0000),
+            ["000000030000000000000005"]
+        );
+    }
 }

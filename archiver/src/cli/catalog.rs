@@ -2,7 +2,8 @@
 
 use std::{fs, io};
 
-use repository::{Catalog, Repository, config::Settings};
+use catalog::Catalog;
+use repository::{Repository, config::Settings};
 
 use super::output;
 use crate::error::{Error, Result};

@@ -1,7 +1,8 @@
 //! `wal-archiver status`: asks the running daemon; where none answers, looks into repository, catalog and spool itself.
 
+use catalog::Catalog;
 use repository::{
-    Catalog, Repository,
+    Repository,
     config::{ClusterSettings, Settings},
 };
 use serde::Serialize;

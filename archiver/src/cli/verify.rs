@@ -5,8 +5,9 @@
 use std::{collections::BTreeMap, fmt};
 
 use bytes::Bytes;
+use catalog::Catalog;
 use repository::{
-    Catalog, ClusterIdentity, Repository, WalRange,
+    ClusterIdentity, Repository, WalRange,
     config::{ClusterSettings, Settings},
 };
 use sha2::{Digest, Sha256};

@@ -9,9 +9,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use repository::{
-    Catalog, ClusterIdentity, Repository, WalRange, WalRangeKind, config::ClusterSettings,
-};
+use catalog::Catalog;
+use repository::{ClusterIdentity, Repository, WalRange, WalRangeKind, config::ClusterSettings};
 use wal_format::{
     Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary,
     WalIdentity,

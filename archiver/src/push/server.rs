@@ -20,15 +20,16 @@ use std::{
     time::Duration,
 };
 
+use quick::{
+    message::{Answer, receive_request, send_answer},
+    push::socket_path,
+};
 use repository::{
     Repository,
     config::{Acknowledge, ClusterSettings},
 };
 
-use super::{
-    Looked, Pusher, Running, WalFile,
-    message::{Answer, receive_request, send_answer},
-};
+use super::{Looked, Pusher, Running, WalFile};
 use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
@@ -42,12 +43,6 @@ const REMEMBERED_MAX: usize = 64;
 const CONNECTIONS_MAX: usize = 32;
 /// A client says what it wants at once.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Where the daemon of these settings listens.
-#[must_use]
-pub fn socket_path(settings: &ClusterSettings) -> PathBuf {
-    settings.spool.join(format!("{}.push", settings.name))
-}
 
 /// The very content of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,13 +1,20 @@
-//! `archive_command` as PostgreSQL itself runs it, segment by segment as they are written; ours while the daemon streams the
-//! same WAL, which is how it is meant to be used.
+//! `archive_command` and `restore_command` as PostgreSQL itself runs them, segment by segment.
 //!
-//! One segment at a time on a server that then rests: what is measured is the command, not a queue.
+//! A push: as segments are written, ours while the daemon streams the same WAL, which is how it is meant to be used; one at a
+//! time on a server that then rests: what is measured is the command, not a queue. A fetch: in a recovery, which replays
+//! between two of them; ours without a plan, as whoever writes the line by hand has it.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, thread, time::Instant};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    thread,
+    time::Instant,
+};
 
 use anyhow::{Context, Result, bail};
 
-use super::{PATIENCE, POLL, Pass, note, pgbackrest_configuration};
+use super::{PATIENCE, POLL, Pass, Scene, note, pgbackrest_configuration};
 use crate::{
     cluster::Cluster,
     main_job::Place,
@@ -28,9 +35,7 @@ pub(super) fn pushes(bin: &Path, segments: usize, passes: &mut Vec<Pass>) -> Res
     let place = Place::new()?;
     cluster.pgbench(&["-q", "-i", "-s", "20"])?;
     let root = place.path().display().to_string();
-    let stopwatch = place.path().join("stopwatch");
-    fs::write(&stopwatch, STOPWATCH)?;
-    fs::set_permissions(&stopwatch, fs::Permissions::from_mode(0o755))?;
+    let watch = Stopwatch::new(&place)?;
     let copies = place.path().join("copies");
     succeed(command(Path::new("/bin/mkdir"))?.arg(&copies))?;
     let pgbackrest = pgbackrest_configuration(&place, &cluster, "live")?;
@@ -54,31 +59,94 @@ pub(super) fn pushes(bin: &Path, segments: usize, passes: &mut Vec<Pass>) -> Res
         ),
         ("cp", format!("/bin/cp %p {}/%f", copies.display())),
     ] {
-        let log = place.path().join("stopwatch.log");
-        if log.exists() {
-            fs::remove_file(&log)?;
-        }
-        let timed = format!(
-            "{} {} {archive_command}",
-            stopwatch.display(),
-            log.display()
-        );
-        let mut taken = Live {
+        let timed = watch.timed(&archive_command)?;
+        let live = Live {
             cluster: &cluster,
-            log: &log,
-        }
-        .segments(&timed, segments)
-        .with_context(|| name.to_owned())?;
-        taken.sort_by(f64::total_cmp);
-        let median = taken.get(taken.len() / 2).context("no segment")?;
-        note(passes, name, *median);
+            watch: &watch,
+        };
+        let taken = live.segments(&timed, segments);
+        note(
+            passes,
+            name,
+            median(taken.with_context(|| name.to_owned())?)?,
+        );
     }
     daemon.stop()
 }
 
+/// Every way in turn; the median of the segments of one recovery.
+pub(super) fn fetches(scene: &Scene, bin: &Path, passes: &mut Vec<Pass>) -> Result<()> {
+    let watch = Stopwatch::new(&scene.place)?;
+    let wal_fetch = format!(
+        "{} --repository=file://{}/repository wal-fetch %f %p",
+        ours("pitr-restore")?.display(),
+        scene.place.path().display()
+    );
+    for (name, restore_command) in [
+        ("pitr-restore wal-fetch", wal_fetch),
+        ("pgbackrest archive-get", scene.archive_get()),
+        ("cp", scene.copy_back()),
+    ] {
+        let timed = watch.timed(&restore_command)?;
+        scene.recovery(bin, name, Some(&timed))?;
+        // Others are what the archive does not have: a history file, the segment behind the last.
+        let delivered = watch.taken()?.into_iter().filter(|(_, code)| code == "0");
+        note(
+            passes,
+            name,
+            median(delivered.map(|(seconds, _)| seconds).collect())?,
+        );
+    }
+    Ok(())
+}
+
+fn median(mut seconds: Vec<f64>) -> Result<f64> {
+    seconds.sort_by(f64::total_cmp);
+    let middle = seconds.get(seconds.len() / 2);
+    middle.copied().context("no segment")
+}
+
+/// A program before a command, and what it wrote down.
+struct Stopwatch {
+    program: PathBuf,
+    log: PathBuf,
+}
+
+impl Stopwatch {
+    fn new(place: &Place) -> Result<Self> {
+        let program = place.path().join("stopwatch");
+        fs::write(&program, STOPWATCH)?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        let log = place.path().join("stopwatch.log");
+        Ok(Self { program, log })
+    }
+
+    /// Forgets what was taken, and puts itself before a command.
+    fn timed(&self, command: &str) -> Result<String> {
+        if self.log.exists() {
+            fs::remove_file(&self.log)?;
+        }
+        let (program, log) = (self.program.display(), self.log.display());
+        Ok(format!("{program} {log} {command}"))
+    }
+
+    /// Seconds and exit code of each run.
+    fn taken(&self) -> Result<Vec<(f64, String)>> {
+        if !self.log.exists() {
+            return Ok(Vec::new());
+        }
+        let mut taken = Vec::new();
+        for line in fs::read_to_string(&self.log)?.lines() {
+            let (micros, code) = line.split_once(' ').context("a line of the stopwatch")?;
+            taken.push((micros.parse::<f64>()? / 1e6, code.to_owned()));
+        }
+        Ok(taken)
+    }
+}
+
 struct Live<'a> {
     cluster: &'a Cluster,
-    log: &'a Path,
+    watch: &'a Stopwatch,
 }
 
 impl Live<'_> {
@@ -118,17 +186,12 @@ impl Live<'_> {
     }
 
     fn taken(&self) -> Result<Vec<f64>> {
-        if !self.log.exists() {
-            return Ok(Vec::new());
-        }
-        let mut taken = Vec::new();
-        for line in fs::read_to_string(self.log)?.lines() {
-            let (micros, code) = line.split_once(' ').context("a line of the stopwatch")?;
+        let taken = self.watch.taken()?.into_iter().map(|(seconds, code)| {
             if code != "0" {
                 bail!("a push ended with {code}");
             }
-            taken.push(micros.parse::<f64>()? / 1e6);
-        }
-        Ok(taken)
+            Ok(seconds)
+        });
+        taken.collect()
     }
 }

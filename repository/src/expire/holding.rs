@@ -1,6 +1,6 @@
 //! [`Holding`]: what one repository has, as far as retention has to know it.
 //!
-//! Read from listings; the times of WAL come from a catalog where it knows the object, else from the object's end. Kept in
+//! Read from listings; the times of WAL come from an index where it knows the object, else from the object's end. Kept in
 //! memory are backups and a few ranges, however many segments there are.
 
 use std::collections::BTreeMap;
@@ -10,10 +10,25 @@ use wal_format::{
 };
 
 use super::{ExpiredSet, Intervals, reach};
-use crate::{Catalog, ClusterIdentity, PathPart, Repository, Result, WalRange, timeline_path};
+use crate::{ClusterIdentity, PathPart, Repository, Result, WalRange, timeline_path};
 
 /// A time that is later than now by more than this was never true.
 const CLOCK_AHEAD_MAX_MICROS: i64 = 86_400_000_000;
+
+/// What is known of objects already, so that not each of them is read.
+pub trait Index {
+    /// The base backups, oldest first.
+    ///
+    /// # Errors
+    /// When the index can not be read.
+    fn backups(&self) -> Result<Vec<BackupInfo>>;
+
+    /// What an object of WAL holds; read from its end when it is not known. `None` when it is no WAL of this cluster.
+    ///
+    /// # Errors
+    /// As reading the object, of `size` bytes.
+    fn range_of(&self, place: &Repository, key: &ObjectKey, size: u64) -> Result<Option<WalRange>>;
+}
 
 /// What one repository has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,13 +101,13 @@ impl Holding {
     pub fn read(
         place: &Repository,
         identity: &ClusterIdentity,
-        catalog: &Catalog,
+        index: &dyn Index,
         (window_start, now): (PgTimestamp, PgTimestamp),
         expired: &ExpiredSet,
     ) -> Result<Self> {
         let system = identity.system_identifier;
         let size = identity.wal_segment_size;
-        let backups = read_backups(place, identity, catalog, expired)?;
+        let backups = read_backups(place, identity, index, expired)?;
         let mut dating: BTreeMap<Branch, Dating> = BTreeMap::new();
         let mut histories: Vec<_> = vec![(Branch::FIRST, None, bytes::Bytes::new())];
         for (branch, content) in place.histories(system)? {
@@ -114,7 +129,7 @@ impl Holding {
                 if expired.hides(&key, size) || known.has(&key, size) {
                     return Ok(());
                 }
-                match catalog.range_of(place, &key, stored_bytes) {
+                match index.range_of(place, &key, stored_bytes) {
                     Ok(Some(range)) => known.add(&range, (window_start, now), &backups),
                     Ok(None) => {}
                     // A tail that was replaced since it was listed.
@@ -239,12 +254,12 @@ impl Dating {
 fn read_backups(
     place: &Repository,
     identity: &ClusterIdentity,
-    catalog: &Catalog,
+    index: &dyn Index,
     expired: &ExpiredSet,
 ) -> Result<Vec<HeldBackup>> {
     let system = identity.system_identifier;
     let suspects = suspects(place, identity)?;
-    let known: BTreeMap<BackupId, BackupInfo> = catalog
+    let known: BTreeMap<BackupId, BackupInfo> = index
         .backups()?
         .into_iter()
         .map(|backup| (backup.id.clone(), backup))

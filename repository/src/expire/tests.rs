@@ -12,8 +12,6 @@ use wal_format::{BackupId, Branch, Lsn, PgTimestamp, SegmentSize, TimelineId};
 use super::{holding::Dating, *};
 use crate::{PathPart, WalRange, WalRangeKind};
 
-mod removal;
-
 /// Pieces in a segment of 1 MiB.
 const PIECES: u64 = 4;
 const PIECE: u64 = (1 << 20) / PIECES;

@@ -249,3 +249,19 @@ fn walk(
     }
     Ok(ControlFlow::Continue(()))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::store::testing::conformance;
+
+    #[test]
+    fn the_folder_passes_the_conformance_suite() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store: Arc<dyn ObjectStore> =
+            Arc::new(LocalStore::open(directory.path()).expect("a store"));
+        conformance(&store, 20);
+    }
+}

@@ -11,7 +11,8 @@ use repository::config::RepositoryPlace;
 use wal_format::{ControlFile, control_file::ControlFileError, layout::history_file_name};
 
 use super::{Destination, PLAN_FILE};
-use crate::{Error, RestorePlan, Result, Stop, inventory::Archive, look_ahead};
+use crate::{Error, RestorePlan, Result, Stop, inventory::Archive};
+use quick::ahead;
 
 /// What PostgreSQL does when it has reached the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -161,7 +162,7 @@ fn lines(
     // restore_command knows %f, %p and %r; any other percent sign is a literal one and is doubled.
     let mut command = format!("{} %f %p", command.replace('%', "%%"));
     if !recovery.standby {
-        command.insert_str(0, &look_ahead::shell_shortcut(json));
+        command.insert_str(0, &ahead::shell_shortcut(json));
     }
     let mut settings: Vec<(&str, String)> = vec![("restore_command", command)];
     for name in [

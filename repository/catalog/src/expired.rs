@@ -5,13 +5,14 @@ use rocksdb::WriteBatch;
 use super::{
     BACKUPS, COMMIT_TIMES, Catalog, EXPIRED, META, RESTORE_POINTS, SEGMENTS, keys, refresh,
 };
-use crate::{ExpiredSet, Repository, Result, WalRange};
+use repository::{ExpiredSet, Repository, Result, WalRange, expire::Index};
+use wal_format::{BackupInfo, ObjectKey};
 
 impl Catalog {
     /// What counts as absent because it expired.
     ///
     /// # Errors
-    /// [`Error::Catalog`](crate::Error::Catalog).
+    /// [`Error::Catalog`](repository::Error::Catalog).
     pub fn expired(&self) -> Result<ExpiredSet> {
         match self.get(META, EXPIRED)? {
             Some(json) => self.parse(META, &json),
@@ -23,7 +24,7 @@ impl Catalog {
     /// record was removed or a place that keeps longer answers again: then a refresh finds it.
     ///
     /// # Errors
-    /// [`Error::Store`](crate::Error::Store), [`Error::Catalog`](crate::Error::Catalog).
+    /// [`Error::Store`](repository::Error::Store), [`Error::Catalog`](repository::Error::Catalog).
     pub fn follow_expired(&self, repository: &Repository) -> Result<bool> {
         let expired = repository.expired(self.identity.system_identifier)?;
         let known = self.expired()?;
@@ -50,17 +51,14 @@ impl Catalog {
         self.db.write(batch).map_err(|error| self.failed(error))?;
         Ok(!expired.names_all_in(&known))
     }
+}
 
-    /// What is known of an object of WAL; read from its end when the catalog does not know it.
-    ///
-    /// # Errors
-    /// As reading the object.
-    pub(crate) fn range_of(
-        &self,
-        repository: &Repository,
-        key: &wal_format::ObjectKey,
-        size: u64,
-    ) -> Result<Option<WalRange>> {
-        refresh::range_of(self, repository, key, size)
+impl Index for Catalog {
+    fn backups(&self) -> Result<Vec<BackupInfo>> {
+        self.backups()
+    }
+
+    fn range_of(&self, place: &Repository, key: &ObjectKey, size: u64) -> Result<Option<WalRange>> {
+        refresh::range_of(self, place, key, size)
     }
 }

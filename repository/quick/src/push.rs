@@ -1,45 +1,63 @@
-//! The side that PostgreSQL starts: asks the daemon, and does the work itself where none answers.
+//! The side that PostgreSQL starts: asks the daemon, and leaves the work to the whole program where none answers.
 //!
-//! Invariant: it believes a daemon only about the very file that it opened, and falls back on itself whenever the daemon
-//! is not there, is busy with another version, or dies before its answer.
+//! Invariant: it believes a daemon only about the very file that it opened, and falls back whenever the daemon is not
+//! there, is busy with another version, or dies before its answer.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     os::{fd::AsFd, unix::net::UnixStream},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use repository::config::ClusterSettings;
+use clap::{Parser, Subcommand};
+use repository::config::{ClusterSettings, CommonArgs, Settings};
 use wal_format::SegmentName;
 
-use super::{
-    WalFile,
-    message::{Answer, FILES_MAX, Request, receive_answer, send_request},
-    push_alone,
-    server::socket_path,
-};
-use crate::error::{Error, Result};
+use crate::message::{Answer, FILES_MAX, Request, receive_answer, send_request};
 
 /// A daemon that has not answered by then has met something that it does not know; PostgreSQL must not wait for it for good.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Pushes one file, through the daemon where one listens.
-///
-/// # Errors
-/// As [`push_alone`].
-pub fn push(settings: &ClusterSettings, path: &Path) -> Result<()> {
-    match ask(settings, path) {
-        Ok(Answer::Archived) => Ok(()),
-        Ok(Answer::Failed { problem }) => Err(Error::Push {
-            path: path.to_path_buf(),
-            problem,
-        }),
-        Err(error) => {
-            tracing::debug!(%error, "no daemon answers; pushing alone");
-            push_alone(settings, path)
-        }
-    }
+/// The command line as far as this goes. Whatever else is typed is read by the whole program, which explains it.
+#[derive(Debug, Parser)]
+#[command(
+    name = "wal-archiver",
+    disable_help_flag = true,
+    disable_help_subcommand = true
+)]
+struct Line {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Push { path: PathBuf },
+}
+
+/// Where the daemon of these settings listens.
+#[must_use]
+pub fn socket_path(settings: &ClusterSettings) -> PathBuf {
+    settings.spool.join(format!("{}.push", settings.name))
+}
+
+/// What the daemon says of the push that this process was asked for: archived, or why not. `None` when it was asked for
+/// something else, or no daemon answers.
+#[must_use]
+pub fn asked() -> Option<Result<(), String>> {
+    let Line {
+        common,
+        command: Command::Push { path },
+    } = Line::try_parse().ok()?;
+    let settings = Settings::resolve(&common).ok()?;
+    Some(match ask(settings.cluster().ok()?, &path).ok()? {
+        Answer::Archived => Ok(()),
+        Answer::Failed { problem } => Err(format!("{}: {problem}", path.display())),
+    })
 }
 
 fn ask(settings: &ClusterSettings, path: &Path) -> io::Result<Answer> {
@@ -48,14 +66,14 @@ fn ask(settings: &ClusterSettings, path: &Path) -> io::Result<Answer> {
     let path = std::path::absolute(path)?;
     let mut paths = vec![path.clone()];
     paths.extend(waiting(&path));
-    let files: Vec<(PathBuf, WalFile)> = paths
+    let files: Vec<(PathBuf, File)> = paths
         .into_iter()
-        .filter_map(|path| Some((path.clone(), WalFile::open(&path).ok()?)))
+        .filter_map(|path| Some((path.clone(), File::open(&path).ok()?)))
         .collect();
     if files.first().is_none_or(|(first, _)| *first != path) {
         return Err(io::ErrorKind::NotFound.into());
     }
-    let descriptors: Vec<_> = files.iter().map(|(_, file)| file.file.as_fd()).collect();
+    let descriptors: Vec<_> = files.iter().map(|(_, file)| file.as_fd()).collect();
     let request = Request {
         paths: files.iter().map(|(path, _)| path.clone()).collect(),
     };

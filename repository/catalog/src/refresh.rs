@@ -8,7 +8,7 @@ use wal_format::{
 };
 
 use super::{Catalog, RESTORE_POINTS, keys};
-use crate::{Error, Repository, Result, WalRange, WalRangeKind};
+use repository::{Error, Repository, Result, WalRange, WalRangeKind};
 
 /// Ends of objects that are read at a time: each read is a wait for the network.
 const READERS: usize = 16;

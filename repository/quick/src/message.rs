@@ -19,21 +19,21 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 /// The pushed file and what waits behind it.
-pub(super) const FILES_MAX: usize = 9;
+pub const FILES_MAX: usize = 9;
 /// More than the longest names need.
 const LINE_BYTES_MAX: usize = 64 << 10;
 
 /// What is asked: the first file is wanted now, the others will be next.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Request {
+pub struct Request {
     /// As PostgreSQL names them, in the order of the descriptors; absolute.
-    pub(super) paths: Vec<PathBuf>,
+    pub paths: Vec<PathBuf>,
 }
 
 /// What is answered about the first file.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(super) enum Answer {
+pub enum Answer {
     /// It is in the repository, and was read back.
     Archived,
     /// It is not.
@@ -43,7 +43,11 @@ pub(super) enum Answer {
     },
 }
 
-pub(super) fn send_request(
+/// Sends a request with its files.
+///
+/// # Errors
+/// When the daemon is gone.
+pub fn send_request(
     socket: &mut UnixStream,
     request: &Request,
     files: &[BorrowedFd<'_>],
@@ -60,7 +64,11 @@ pub(super) fn send_request(
     socket.write_all(line.get(sent..).unwrap_or_default())
 }
 
-pub(super) fn receive_request(socket: &mut UnixStream) -> io::Result<(Request, Vec<File>)> {
+/// What a client asks, with its files.
+///
+/// # Errors
+/// When it is no request of this build's.
+pub fn receive_request(socket: &mut UnixStream) -> io::Result<(Request, Vec<File>)> {
     let mut line = Vec::new();
     let mut files = Vec::new();
     let mut buffer = vec![0; 4096];
@@ -91,13 +99,21 @@ pub(super) fn receive_request(socket: &mut UnixStream) -> io::Result<(Request, V
     Ok((request, files))
 }
 
-pub(super) fn send_answer(socket: &mut UnixStream, answer: &Answer) -> io::Result<()> {
+/// Sends an answer.
+///
+/// # Errors
+/// When the client is gone.
+pub fn send_answer(socket: &mut UnixStream, answer: &Answer) -> io::Result<()> {
     let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
     socket.write_all(&line)
 }
 
-pub(super) fn receive_answer(socket: &UnixStream) -> io::Result<Answer> {
+/// What the daemon answers.
+///
+/// # Errors
+/// When it ended before, or says what this build does not know.
+pub fn receive_answer(socket: &UnixStream) -> io::Result<Answer> {
     let mut line = String::new();
     BufReader::new(socket).read_line(&mut line)?;
     Ok(serde_json::from_str(&line)?)

@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 
 use super::*;
-use crate::{ExpiredSet, ObjectMeta, PutOutcome, expire::Holding};
+use repository::{ExpiredSet, ObjectMeta, PutOutcome, expire::Holding};
 
 /// Commits in each segment.
 const COMMITS: u64 = 20;

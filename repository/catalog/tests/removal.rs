@@ -17,9 +17,12 @@ use wal_format::{
     TransactionEnd, TransactionEndKind, layout::BackupArchive, sealed::seal,
 };
 
-use super::super::*;
-use crate::{
-    Catalog, ClusterIdentity, Error, ObjectMeta, ObjectStore, PutOutcome, Repository, Result,
+use catalog::Catalog;
+use repository::expire::{
+    ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep,
+};
+use repository::{
+    ClusterIdentity, Error, ExpiredSet, ObjectMeta, ObjectStore, PutOutcome, Repository, Result,
     store::LocalStore,
 };
 

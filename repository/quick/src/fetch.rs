@@ -5,7 +5,7 @@
 
 use std::{env, ffi::OsString, fs, path::Path};
 
-use crate::look_ahead::Ahead;
+use crate::ahead::Ahead;
 
 /// The flags that may stand beside, each with a value.
 const FLAGS: [&str; 8] = [

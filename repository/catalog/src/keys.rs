@@ -2,7 +2,7 @@
 
 use wal_format::{Branch, Lsn, SegmentNo, TimelineId};
 
-use crate::{WalRange, WalRangeKind};
+use repository::{WalRange, WalRangeKind};
 
 /// Branch: timeline (4), digest (4).
 pub(super) fn branch(branch: Branch) -> [u8; 8] {

@@ -30,8 +30,8 @@ use wal_format::{
 };
 
 #[cfg(doc)]
-use crate::ExpiredSet;
-use crate::{ClusterIdentity, Error, Repository, Result, WalRange, WalRangeKind};
+use repository::ExpiredSet;
+use repository::{ClusterIdentity, Error, Repository, Result, WalRange, WalRangeKind, durable};
 
 mod expired;
 mod keys;
@@ -81,7 +81,7 @@ impl Catalog {
     /// # Errors
     /// [`Error::CatalogLocked`], [`Error::CatalogMismatch`] for another cluster's, [`Error::Catalog`] for a damaged one.
     pub fn open(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
-        crate::durable::create_dir_all(directory)?;
+        durable::create_dir_all(directory)?;
         Self::open_at(directory.to_owned(), identity, None)
     }
 
@@ -544,7 +544,7 @@ impl Catalog {
     fn failed(&self, source: rocksdb::Error) -> Error {
         Error::Catalog {
             path: self.path.clone(),
-            source,
+            source: source.into(),
         }
     }
 
@@ -574,7 +574,10 @@ fn opening(path: &Path, source: rocksdb::Error) -> Error {
     if text.contains("lock file") || text.contains("While lock") || text.contains("lock hold") {
         return Error::CatalogLocked { path };
     }
-    Error::Catalog { path, source }
+    Error::Catalog {
+        path,
+        source: source.into(),
+    }
 }
 
 fn options() -> Options {

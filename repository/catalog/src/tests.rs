@@ -11,7 +11,7 @@ use wal_format::{
 };
 
 use super::*;
-use crate::store::{LocalStore, ObjectStore, testing::conformance};
+use repository::store::{LocalStore, ObjectStore};
 
 mod scale;
 
@@ -119,14 +119,6 @@ fn segment(number: u64) -> (u64, u64) {
         SegmentNo(number).start_lsn(SIZE).0,
         SegmentNo(number).end_lsn(SIZE).0,
     )
-}
-
-#[test]
-fn the_folder_passes_the_conformance_suite() {
-    let directory = tempfile::tempdir().expect("a directory");
-    let store: Arc<dyn ObjectStore> =
-        Arc::new(LocalStore::open(directory.path()).expect("a store"));
-    conformance(&store, 20);
 }
 
 #[test]

@@ -1,0 +1,51 @@
+//! The whole program beside a quick one: `NAME-full` in the same directory.
+
+use std::{
+    env, io,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// What the name of a whole program ends with.
+const SUFFIX: &str = "-full";
+
+/// Becomes the whole program, told the same; returns only when that failed, with the remedy.
+#[must_use]
+pub fn become_whole() -> String {
+    let this = match env::current_exe() {
+        Ok(this) => this,
+        Err(error) => return format!("this program's own path can not be found: {error}"),
+    };
+    let whole = beside(&this);
+    let mut arguments = env::args_os();
+    let mut command = Command::new(&whole);
+    if let Some(name) = arguments.next() {
+        command.arg0(name);
+    }
+    let error = command.args(arguments).exec();
+    format!(
+        "{} can not be run: {error}; install both programs into one directory",
+        whole.display()
+    )
+}
+
+/// The program as people and PostgreSQL call it, for who runs as the whole one.
+///
+/// # Errors
+/// When the system does not tell which program this is.
+pub fn called() -> io::Result<PathBuf> {
+    let this = env::current_exe()?;
+    let name = this.file_name().and_then(|name| name.to_str());
+    let quick = name.and_then(|name| name.strip_suffix(SUFFIX));
+    Ok(match quick.map(|name| this.with_file_name(name)) {
+        Some(quick) if quick.is_file() => quick,
+        _ => this,
+    })
+}
+
+fn beside(quick: &Path) -> PathBuf {
+    let mut name = quick.file_name().unwrap_or_default().to_owned();
+    name.push(SUFFIX);
+    quick.with_file_name(name)
+}
