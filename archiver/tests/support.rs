@@ -2,7 +2,10 @@
 
 use std::{
     fs,
-    os::unix::{fs::chown, process::CommandExt},
+    os::unix::{
+        fs::chown,
+        process::{CommandExt, ExitStatusExt},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
     sync::atomic::{AtomicU16, Ordering},
@@ -503,7 +506,9 @@ impl Archiver {
             status = self.child.try_wait().expect("a child");
             status.is_some()
         });
-        status.expect("it ended")
+        let status = status.expect("it ended");
+        assert_eq!(status.signal(), None, "it crashed: {}", self.log());
+        status
     }
 
     pub(crate) fn is_running(&mut self) -> bool {
