@@ -81,7 +81,7 @@ pub fn run(
     if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
         tracing::debug!(%error, "fetching ahead keeps its priority");
     }
-    let threads = (WINDOW_BYTES / 2 / size.bytes()).clamp(1, THREADS_MAX);
+    let threads = (WINDOW_BYTES / 2 / size.bytes()).clamp(1, threads_max(repository));
     thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| fetcher.work());
@@ -94,6 +94,15 @@ pub fn run(
         drop(fs::remove_dir(all));
     }
     Ok(())
+}
+
+/// What lies in a folder costs nothing but processors, of which the replay needs one.
+fn threads_max(repository: &Repository) -> u64 {
+    if !repository.url().starts_with("file:") {
+        return THREADS_MAX;
+    }
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    THREADS_MAX.min(processors.saturating_sub(1).max(1) as u64)
 }
 
 struct Fetcher<'a> {
