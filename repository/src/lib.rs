@@ -1,8 +1,8 @@
 //! Where archived WAL and base backups live, and how to find them.
 //!
 //! Modules in reading order: the [`store`] of objects (a folder or a bucket), the [`Repository`] of one cluster in it, the
-//! [`Catalog`] that indexes it, and the [`config`] both programs share. The API blocks on purpose: a store that needs a
-//! runtime drives its own, and async callers use `spawn_blocking`.
+//! [`config`] both programs share, and what is kept of it ([`expire`]). The crate `catalog` indexes it.
+//! The API blocks on purpose: a store that needs a runtime drives its own, and async callers use `spawn_blocking`.
 
 pub mod config;
 pub mod durable;
