@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use repository::{ClusterIdentity, Repository};
+use repository::{ClusterIdentity, Repository, config::Acknowledge};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
@@ -384,8 +384,9 @@ impl Source {
                     if let Some(error) = pipeline.failure().take() {
                         return Err(error);
                     }
-                    if end == StreamEnd::Shutdown {
-                        // With `acknowledge = "remote"` commits may wait for what is on its way to the repository.
+                    let waits_for_remote = archive.settings().acknowledge == Acknowledge::Remote;
+                    if end == StreamEnd::Shutdown && waits_for_remote {
+                        // Commits may wait for what is on its way to the repository.
                         let progress = archive.status().progress();
                         let flushed = progress.positions().flushed();
                         let mut said = progress.acknowledgements();
