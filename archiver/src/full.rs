@@ -1,4 +1,5 @@
-//! `wal-archiver-full`, which `wal-archiver` becomes: parses the command line, runs the command, and turns its outcome into an exit code.
+//! `wal-archiver-full`, which `wal-archiver` becomes: parses the command line, runs the command, and turns its outcome into
+//! an exit code.
 
 use std::{io::IsTerminal, process::ExitCode};
 

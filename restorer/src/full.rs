@@ -1,4 +1,5 @@
-//! `pitr-restore-full`, which `pitr-restore` becomes: parses the command line, runs it, turns the outcome into the contract's exit code.
+//! `pitr-restore-full`, which `pitr-restore` becomes: parses the command line, runs it, turns the outcome into the contract's
+//! exit code.
 //!
 //! Invariant: as `restore_command` it never ends with a code that PostgreSQL takes for the end of the archive, unless that
 //! is proved: neither when it is called wrongly, nor when it panics.

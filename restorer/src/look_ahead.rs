@@ -12,12 +12,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use quick::ahead::{LOCK, UNFINISHED, rename};
 use repository::{ClusterIdentity, Repository};
 use rustix::fs::{FlockOperation, flock};
 use wal_format::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
 use crate::{Error, RestorePlan, Result, plan::PathPart, wal_fetch};
-use quick::ahead::{LOCK, UNFINISHED, rename};
 
 /// What may lie ready or be in the making. Sixteen segments of 16 MiB: more than PostgreSQL replays in the time of one
 /// fetch from a far store by several threads.

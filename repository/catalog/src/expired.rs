@@ -1,12 +1,12 @@
 //! What expired counts as absent: the catalog remembers it, and forgets the ranges and backups that it names.
 
+use repository::{ExpiredSet, Repository, Result, WalRange, expire::Index};
 use rocksdb::WriteBatch;
+use wal_format::{BackupInfo, ObjectKey};
 
 use super::{
     BACKUPS, COMMIT_TIMES, Catalog, EXPIRED, META, RESTORE_POINTS, SEGMENTS, keys, refresh,
 };
-use repository::{ExpiredSet, Repository, Result, WalRange, expire::Index};
-use wal_format::{BackupInfo, ObjectKey};
 
 impl Catalog {
     /// What counts as absent because it expired.

@@ -1,8 +1,7 @@
 //! The keys of the catalog: fixed width, big-endian, so that their order is that of what they stand for.
 
-use wal_format::{Branch, Lsn, SegmentNo, TimelineId};
-
 use repository::{WalRange, WalRangeKind};
+use wal_format::{Branch, Lsn, SegmentNo, TimelineId};
 
 /// Branch: timeline (4), digest (4).
 pub(super) fn branch(branch: Branch) -> [u8; 8] {

@@ -19,6 +19,9 @@ use std::{
 };
 
 use bytes::Bytes;
+#[cfg(doc)]
+use repository::ExpiredSet;
+use repository::{ClusterIdentity, Error, Repository, Result, WalRange, WalRangeKind, durable};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode,
     Options, WriteBatch,
@@ -28,10 +31,6 @@ use wal_format::{
     BackupId, BackupInfo, Branch, Lsn, PgTimestamp, SegmentSummary, TimelineHistory,
     TransactionEnd, WalEvent,
 };
-
-#[cfg(doc)]
-use repository::ExpiredSet;
-use repository::{ClusterIdentity, Error, Repository, Result, WalRange, WalRangeKind, durable};
 
 mod expired;
 mod keys;

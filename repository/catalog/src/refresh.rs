@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeSet, thread};
 
+use repository::{Error, Repository, Result, WalRange, WalRangeKind};
 use wal_format::{
     BackupInfo, Branch, ObjectKey, SealedFooter,
     sealed::{FOOTER_LEN_HINT, FooterFromTail, SealedError},
 };
 
 use super::{Catalog, RESTORE_POINTS, keys};
-use repository::{Error, Repository, Result, WalRange, WalRangeKind};
 
 /// Ends of objects that are read at a time: each read is a wait for the network.
 const READERS: usize = 16;

@@ -5,13 +5,13 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
+use repository::store::{LocalStore, ObjectStore};
 use wal_format::{
     FrameCompressor, ObjectKey, PgVersion, SealedHeader, SegmentNo, SegmentSize, SystemIdentifier,
     TransactionEndKind, sealed::seal,
 };
 
 use super::*;
-use repository::store::{LocalStore, ObjectStore};
 
 mod scale;
 

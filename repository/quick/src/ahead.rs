@@ -1,7 +1,7 @@
-//! Recovery without waiting: fetches, decompresses and checks segments before PostgreSQL asks for them.
+//! [`Ahead`]: where the segments of a recovery lie ready before PostgreSQL asks for them.
 //!
-//! A process beside the recovery (`pitr-restore wal-ahead`) fills `pg_wal/tidemark_ahead/KEY-BOOT/`, bounded in bytes; `wal-fetch`, or `mv` in
-//! the restored `restore_command`, then only renames.
+//! A process beside the recovery (`pitr-restore wal-ahead`, `restorer/src/look_ahead.rs`) fills
+//! `pg_wal/tidemark_ahead/KEY-BOOT/`, bounded in bytes; `wal-fetch`, or `mv` in the restored `restore_command`, then only renames.
 //! Invariant: a file there is whole, was checked, and belongs to this boot of the host (`BOOT`): what a crash of the host
 //! left is never looked at. `KEY` is the plan's digest, so that no other path's segment of the same name is taken; without
 //! a plan only sealed segments are fetched ahead, by one timeline's name. Without the process, or with it killed,

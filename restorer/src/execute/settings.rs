@@ -7,12 +7,12 @@ use std::{
     path::Path,
 };
 
+use quick::ahead;
 use repository::config::RepositoryPlace;
 use wal_format::{ControlFile, control_file::ControlFileError, layout::history_file_name};
 
 use super::{Destination, PLAN_FILE};
 use crate::{Error, RestorePlan, Result, Stop, inventory::Archive};
-use quick::ahead;
 
 /// What PostgreSQL does when it has reached the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

@@ -13,9 +13,9 @@ use std::{
 };
 
 use bytes::Bytes;
+use repository::{ExpiredSet, ObjectMeta, PutOutcome, expire::Holding};
 
 use super::*;
-use repository::{ExpiredSet, ObjectMeta, PutOutcome, expire::Holding};
 
 /// Commits in each segment.
 const COMMITS: u64 = 20;
