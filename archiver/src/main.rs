@@ -6,11 +6,17 @@ use std::{
     process::ExitCode,
 };
 
+use quick::{
+    push::{self, Asked},
+    whole::become_whole,
+};
+
 fn main() -> ExitCode {
-    let problem = match quick::push::asked() {
-        Some(Ok(())) => return ExitCode::SUCCESS,
-        Some(Err(problem)) => problem,
-        None => quick::whole::become_whole(),
+    let problem = match push::asked() {
+        Asked::Answered(Ok(())) => return ExitCode::SUCCESS,
+        Asked::Answered(Err(problem)) => problem,
+        Asked::Alone => become_whole(&push::MEMORY),
+        Asked::Other => become_whole(&[]),
     };
     drop(writeln!(io::stderr(), "wal-archiver: {problem}"));
     ExitCode::FAILURE

@@ -22,6 +22,8 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(20);
+/// `shared_buffers` of the recoveries, as the cluster's own are.
+const BUFFERS: &str = "512MB";
 /// Segments that PostgreSQL pushes one by one: enough for a median.
 const LIVE_MAX: usize = 20;
 
@@ -268,13 +270,15 @@ impl Scene {
             succeed(push.arg(segment))?;
         }
         let (copy, pgbackrest) = (self.copy_back(), self.archive_get());
-        for (name, restore_command) in [
-            ("all in pg_wal", Some("/bin/false")),
-            ("pitr-restore wal-fetch", None),
-            ("cp", Some(copy.as_str())),
-            ("pgbackrest archive-get", Some(pgbackrest.as_str())),
+        for (name, restore_command, buffers) in [
+            ("all in pg_wal", Some("/bin/false"), BUFFERS),
+            ("pitr-restore wal-fetch", None, BUFFERS),
+            ("the same, with --recovery-buffers=2GB", None, "2GB"),
+            ("cp", Some(copy.as_str()), BUFFERS),
+            ("pgbackrest archive-get", Some(pgbackrest.as_str()), BUFFERS),
         ] {
-            note(passes, name, self.recovery(bin, name, restore_command)?);
+            let seconds = self.recovery(bin, name, restore_command, buffers)?;
+            note(passes, name, seconds);
         }
         Ok(())
     }
@@ -294,14 +298,20 @@ impl Scene {
     }
 
     /// Restores the base, replays everything, and reads the time of the redo from PostgreSQL's log.
-    fn recovery(&self, bin: &Path, name: &str, restore_command: Option<&str>) -> Result<f64> {
+    fn recovery(
+        &self,
+        bin: &Path,
+        name: &str,
+        restore_command: Option<&str>,
+        buffers: &str,
+    ) -> Result<f64> {
         let root = self.empty("recovery")?;
         let data = root.join("data");
         let mut restore = self.place.program("pitr-restore")?;
         restore.arg("--target-dir").arg(&data);
         let socket = format!("unix_socket_directories={}", root.display());
         for setting in [
-            "shared_buffers=512MB",
+            &format!("shared_buffers={BUFFERS}"),
             "hot_standby=off",
             "listen_addresses=",
             &socket,
@@ -325,7 +335,10 @@ impl Scene {
             .arg(&data)
             .arg("-l")
             .arg(&log)
-            .args(["-w", "-t", "300", "start"]);
+            .args(["-w", "-t", "300", "-o"])
+            // As `pitr-restore --start` does it.
+            .arg(format!("-c shared_buffers={buffers}"))
+            .arg("start");
         let started = pg_ctl.stdout(Stdio::null()).status()?;
         let began = Instant::now();
         let text = loop {

@@ -38,17 +38,20 @@ impl Restored {
     /// Restores from `place` with `arguments`, which name the target, and starts it.
     ///
     /// # Errors
-    /// With both outputs when it fails.
+    /// With both outputs and the server's log when it fails.
     pub fn start<I: AsRef<OsStr>>(place: &Place, bin: &Path, arguments: &[I]) -> Result<Self> {
         let directory = directory()?;
         let output = Self::command(place, bin, directory.path(), arguments)?.output()?;
         if !output.status.success() {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+            // What restore_command said stands there, and goes with the directory.
+            let log = directory.path().join("data/tidemark_recovery.log");
             bail!(
-                "pitr-restore: {}\n{}\n{}",
+                "pitr-restore: {}\n{}\n{}\n{}",
                 output.status,
                 text(&output.stdout),
-                text(&output.stderr)
+                text(&output.stderr),
+                text(&std::fs::read(log).unwrap_or_default())
             );
         }
         let report = serde_json::from_slice(&output.stdout).context("its JSON document")?;

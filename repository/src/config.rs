@@ -7,7 +7,10 @@ use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use wal_format::ClusterName;
 
-use crate::{Error, Result, store::RequestMeter};
+use crate::{
+    Error, Result,
+    store::{Patience, RequestMeter},
+};
 
 mod file;
 mod http;
@@ -505,6 +508,7 @@ fn cluster(
                 .unwrap_or_default(),
             as_of: None,
             retention: keep.resolve()?,
+            patience: Patience::default(),
             requests: RequestMeter::default(),
         },
         name,

@@ -15,6 +15,7 @@ mod outcomes;
 mod records;
 mod repository;
 mod retention_lock;
+mod sealed_parts;
 mod sound;
 pub mod store;
 mod timeline_path;

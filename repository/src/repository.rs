@@ -392,6 +392,17 @@ impl Repository {
         self.get_sound(key, &|body| is_sound(key, body))
     }
 
+    /// Whether an object is `body`, read back; of several places, from the first where it is sound.
+    ///
+    /// # Errors
+    /// As [`Repository::get`].
+    pub fn holds(&self, key: &ObjectKey, body: &[u8]) -> Result<bool> {
+        if self.mirror.is_none() {
+            return self.store.holds(&self.path(key), body);
+        }
+        Ok(self.get(key)? == body)
+    }
+
     /// A whole object; of several places, from the first where it is sound. Sound nowhere, it comes as it is.
     ///
     /// # Errors
@@ -553,13 +564,16 @@ pub(crate) fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>
         RepositoryUrl::S3 { bucket, prefix } if place.as_of.is_some() => {
             let at = place.as_of.unwrap_or_default();
             let requests = place.requests.clone();
-            Arc::new(S3AsOf::open(bucket, prefix, &place.s3, requests, at)?)
+            let patience = place.patience;
+            let view = S3AsOf::open(bucket, prefix, &place.s3, requests, patience, at)?;
+            Arc::new(view)
         }
         RepositoryUrl::S3 { bucket, prefix } => Arc::new(S3Store::open(
             bucket,
             prefix,
             &place.s3,
             place.requests.clone(),
+            place.patience,
         )?),
     })
 }

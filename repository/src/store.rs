@@ -29,6 +29,7 @@ pub use local::LocalStore;
 pub use mirrored::{MemberState, MirroredStore};
 pub use observed::{ObservedStore, Observer};
 pub use requests::{RequestCounts, RequestKind, RequestMeter, RequestReport};
+pub use retry::Patience;
 pub use s3::{S3AsOf, S3Store};
 
 /// What a `put` found.
@@ -119,6 +120,14 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`Error::NotFound`], [`Error::Store`], [`Error::S3`], [`Error::Damaged`].
     fn get(&self, key: &str) -> Result<Bytes>;
+
+    /// Whether the object is `body`, read back.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::get`].
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
+        Ok(self.get(key)? == body)
+    }
 
     /// The object from wherever it is sound, when there are several places; where none is, it comes as it is.
     ///

@@ -26,6 +26,7 @@ use quick::{ahead::Ahead, whole};
 use repository::{
     Repository,
     config::{ClusterSettings, CommonArgs, RepositoryPlace, Settings},
+    store::Patience,
 };
 use wal_format::{BackupId, ClusterName, Lsn, SystemIdentifier};
 
@@ -152,6 +153,9 @@ struct RestoreArgs {
     /// Where PostgreSQL's programs are.
     #[arg(long, value_name = "DIR")]
     pg_bin: Option<PathBuf>,
+    /// `shared_buffers` of the server that --start runs, until its next restart: a recovery with more of them is faster.
+    #[arg(long, value_name = "SIZE", requires = "start", value_parser = buffers)]
+    recovery_buffers: Option<String>,
     /// Append a setting to the restored ones.
     #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
     set: Vec<(String, String)>,
@@ -167,6 +171,17 @@ struct RestoreArgs {
     /// One JSON document.
     #[arg(long)]
     json: bool,
+}
+
+/// As PostgreSQL writes sizes; a number alone would be pages.
+fn buffers(text: &str) -> std::result::Result<String, String> {
+    let number = ["kB", "MB", "GB", "TB"]
+        .iter()
+        .find_map(|unit| text.strip_suffix(unit));
+    match number.map(str::parse::<u32>) {
+        Some(Ok(1..)) => Ok(text.to_owned()),
+        _ => Err("write a size with its unit, for example 4GB".to_owned()),
+    }
 }
 
 fn pair(text: &str) -> std::result::Result<(String, String), String> {
@@ -213,7 +228,10 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             }
             let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
-            let repository = open(&cluster.repository, &cluster.name, cli.system)?;
+            // Which system it is, is asked of the store already.
+            let repository = wal_fetch::patiently(&name, || {
+                open(&cluster.repository, &cluster.name, cli.system)
+            })?;
             let known = plan.as_ref().map(|(plan, _)| plan);
             match wal_fetch::wal_fetch(&repository, known, &name, &destination)? {
                 Fetched::Delivered => {
@@ -270,7 +288,12 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             }
             let settings = resolve(&cli)?;
             let config = settings.file.as_deref().map(absolute).transpose()?;
-            restore(settings.cluster()?, config, cli.system, &cli.restore)
+            let mut cluster = settings.cluster()?.clone();
+            // Where there is no other place to ask, a store that restarts is waited for: the copy would begin anew.
+            if cluster.repository.others.is_empty() {
+                cluster.repository.patience = Patience::Long;
+            }
+            restore(&cluster, config, cli.system, &cli.restore)
         }
     }
 }
@@ -502,6 +525,7 @@ fn restore(
             &archive.repository,
             &plan,
             action,
+            args.recovery_buffers.as_deref(),
         )?),
         None => None,
     };

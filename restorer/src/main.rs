@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     if panic::catch_unwind(quick::fetch::delivered).unwrap_or(false) {
         return ExitCode::SUCCESS;
     }
-    let problem = quick::whole::become_whole();
+    let problem = quick::whole::become_whole(&[]);
     drop(writeln!(io::stderr(), "pitr-restore: {problem}"));
     ExitCode::from(NO_ANSWER)
 }

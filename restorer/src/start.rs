@@ -78,7 +78,9 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
     )))
 }
 
-/// Starts PostgreSQL and waits for the end of recovery.
+/// Starts PostgreSQL and waits for the end of recovery. `buffers` are its `shared_buffers`, for as long as it runs: how many
+/// a server has changes nothing of what it recovers, and no primary's setting is held against it
+/// (`CheckRequiredParameterValues`).
 ///
 /// # Errors
 /// [`Error::RecoveryFailed`] with the log's end, [`Error::PlanMismatch`].
@@ -88,6 +90,7 @@ pub fn start(
     repository: &Repository,
     plan: &RestorePlan,
     action: Action,
+    buffers: Option<&str>,
 ) -> Result<Recovered> {
     let log = directory.join(LOG);
     durable::remove(&log).map_err(Error::local)?;
@@ -112,6 +115,11 @@ pub fn start(
             "log_destination=stderr",
         ])
         .args(["-c", "log_min_messages=warning", "-c", "hot_standby=on"])
+        .args(
+            buffers
+                .iter()
+                .flat_map(|size| ["-c".to_owned(), format!("shared_buffers={size}")]),
+        )
         .stdin(Stdio::null())
         .stdout(file)
         .stderr(errors)

@@ -42,10 +42,19 @@ pub fn wal_fetch(
     name: &str,
     destination: &Path,
 ) -> Result<Fetched> {
+    patiently(name, || deliver(repository, plan, name, destination))
+}
+
+/// Does `attempt` for the sake of `name` until the store answers or patience ends: everything that `restore_command` asks of
+/// a store, because PostgreSQL does not ask twice.
+///
+/// # Errors
+/// Those of the last attempt.
+pub fn patiently<T>(name: &str, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let mut pause = FIRST_PAUSE;
     let began = Instant::now();
     loop {
-        match deliver(repository, plan, name, destination) {
+        match attempt() {
             Err(Error::Repository(error)) if error.is_transient() && began.elapsed() < PATIENCE => {
                 tracing::warn!(%error, "fetching {name} failed and is tried again");
                 thread::sleep(pause);

@@ -126,6 +126,15 @@ impl Scene {
 
     /// `wal-fetch` through `proxy`: its exit code, what it said, and what it delivered.
     fn fetch(&self, proxy: &BucketProxy, name: &str) -> (Option<i32>, String, Option<Vec<u8>>) {
+        self.fetch_with(proxy, name, &[])
+    }
+
+    fn fetch_with(
+        &self,
+        proxy: &BucketProxy,
+        name: &str,
+        options: &[&str],
+    ) -> (Option<i32>, String, Option<Vec<u8>>) {
         let root = directory().expect("a directory");
         let config = root.path().join("tidemark.toml");
         let reached = ObjectStoreServer::configuration_at(&proxy.endpoint());
@@ -133,7 +142,8 @@ impl Scene {
         fs::write(&config, text).expect("a file");
         let destination = root.path().join("000000010000000000000001.fetched");
         let mut fetch: Command = command(&ours("pitr-restore").expect("built")).expect("a user");
-        fetch.arg("--config").arg(&config).args(["wal-fetch", name]);
+        fetch.arg("--config").arg(&config).args(options);
+        fetch.args(["wal-fetch", name]);
         let output = fetch.arg(&destination).output().expect("it runs");
         let delivered = fs::read(&destination).ok();
         let files = fs::read_dir(root.path()).expect("a directory").count();
@@ -185,6 +195,20 @@ fn what_passes_is_waited_for(scene: &Scene) {
             }
         }
     }
+}
+
+/// Before the file is asked for, the store is asked which system is meant, as the `restore_command` of a restore does.
+fn the_first_question_is_asked_patiently_too(scene: &Scene) {
+    let system = "SELECT system_identifier FROM pg_control_system()";
+    let system = query(&scene.cluster.conninfo(), system);
+    let proxy = scene.proxy();
+    // More than a request is repeated by itself.
+    proxy.fail_first(8, Fault::Refuse(503, "SlowDown"), |_| true);
+    let name = scene.names[0];
+    let options = ["--system", system.as_str()];
+    let (code, said, delivered) = scene.fetch_with(&proxy, &name.to_string(), &options);
+    assert_eq!((code, proxy.met()), (Some(0), 8), "{said}");
+    scene.assert_equal(name, &delivered.expect("it was delivered"));
 }
 
 fn what_lasts_is_never_the_end(scene: &Scene) {
@@ -273,6 +297,7 @@ fn without_its_first_wal_nothing_is_restored(scene: &Scene) {
 fn whatever_a_bucket_does_wrong_a_recovery_never_ends_early() {
     let Some(scene) = Scene::make() else { return };
     what_passes_is_waited_for(&scene);
+    the_first_question_is_asked_patiently_too(&scene);
     what_lasts_is_never_the_end(&scene);
     a_restore_weathers_a_storm(&scene);
     without_its_first_wal_nothing_is_restored(&scene);

@@ -1,5 +1,5 @@
-//! `--start` where the settings of the backup are not enough: a primary that was given more afterwards, and a cluster
-//! whose configuration lies outside of its data directory, as Debian keeps it.
+//! `--start` where the settings of the backup are not enough: a primary that was given more afterwards, a cluster whose
+//! configuration lies outside of its data directory, as Debian keeps it, and a recovery that is given more memory.
 
 use std::{fs, process::Stdio};
 
@@ -61,11 +61,18 @@ fn missing_settings_are_named_and_missing_files_are_made() {
         "it is left running"
     );
     let root = directory().expect("a directory");
-    let output = restore(root.path(), &["--set", "max_connections=80"]);
+    let arguments = ["--set", "max_connections=80", "--recovery-buffers=48MB"];
+    let output = restore(root.path(), &arguments);
     let (report, error) = said(&output);
     assert!(output.status.success(), "{error}");
+    let settings = root.path().join("data/postgresql.auto.conf");
+    let settings = fs::read_to_string(settings).expect("settings");
+    assert!(settings.contains("shared_buffers = '16MB'"), "{settings}");
+    assert!(!settings.contains("48MB"), "{settings}");
     let restored = Restored::adopt(root, &bin, serde_json::from_str(&report).expect("JSON"));
     assert_eq!(query(&restored.conninfo(), "SELECT n FROM done"), "1");
+    let buffers = query(&restored.conninfo(), "SHOW shared_buffers");
+    assert_eq!(buffers, "48MB");
 
     // The running server has read its files; a backup finds them no more.
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {

@@ -64,10 +64,10 @@ pub fn put_wal(
     }
     let name = format!("{key} in {}", repository.url());
     let compare = || -> Result<u64> {
-        let stored = repository.get(&key)?;
-        if stored == object {
-            return Ok(stored.len() as u64);
+        if repository.holds(&key, object)? {
+            return Ok(object.len() as u64);
         }
+        let stored = repository.get(&key)?;
         compare_wal(&stored, &name, header, from, wal)?;
         Ok(stored.len() as u64)
     };

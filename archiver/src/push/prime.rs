@@ -30,8 +30,7 @@ impl Pusher<'_> {
             ObjectKey::Segment(identity.system_identifier, branch, name)
         };
         if let Some(previous) = segment.previous()
-            && let Some(object) = self.stored(&key(previous))?
-            && let Some(indexer) = from_end_of(&key(previous), &object, identity)?
+            && let Some(indexer) = self.from_end_of(&key(previous), identity)?
         {
             return Ok(indexer);
         }
@@ -49,35 +48,39 @@ impl Pusher<'_> {
             Ok(WalFile::open(&beside).and_then(|file| file.read()).ok())
         })
     }
-}
 
-/// Decodes the end of the segment before, from the page on which the record that crosses its end begins. `None` when that
-/// record begins even earlier.
-fn from_end_of(
-    key: &ObjectKey,
-    object: &[u8],
-    identity: &WalIdentity,
-) -> Result<Option<WalIndexer>> {
-    let reader = SealedReader::open(object).map_err(damaged(key))?;
-    let header = *reader.header();
-    let summary = reader.summary();
-    let Some(from) = summary.open_record_lsn.or(summary.last_record_lsn) else {
-        return Ok(None);
-    };
-    if from < header.start_lsn {
-        return Ok(None);
+    /// Decodes the end of the segment before, from the page on which the record that crosses its end begins. `None` when that
+    /// record begins even earlier, or when that segment is not here or not sound: looking at all of it tells more.
+    fn from_end_of(&self, key: &ObjectKey, identity: &WalIdentity) -> Result<Option<WalIndexer>> {
+        let Some(there) = self.repository.head(key)? else {
+            return Ok(None);
+        };
+        let footer = match self.repository.footer(key, there.size) {
+            Err(repository::Error::Damaged { .. }) => return Ok(None),
+            footer => footer?,
+        };
+        let summary = footer.summary();
+        let Some(from) = summary.open_record_lsn.or(summary.last_record_lsn) else {
+            return Ok(None);
+        };
+        if from < footer.header().start_lsn {
+            return Ok(None);
+        }
+        let page = Lsn(from.0 / PAGE_BYTES * PAGE_BYTES);
+        let wal = match self.repository.wal_from(key, &footer, page) {
+            Err(repository::Error::Damaged { .. }) => return Ok(None),
+            wal => wal?,
+        };
+        let mut indexer = WalIndexer::new(*identity, page, None);
+        if indexer.push(&wal).is_err() {
+            return Ok(None);
+        }
+        let end = indexer.take_summary();
+        let agrees = end.open_record_lsn == summary.open_record_lsn
+            && (summary.open_record_lsn.is_some()
+                || end.last_record_lsn == summary.last_record_lsn);
+        Ok(agrees.then_some(indexer))
     }
-    let page = Lsn(from.0 / PAGE_BYTES * PAGE_BYTES);
-    let bytes = usize::try_from(header.end_lsn.bytes_since(page)).unwrap_or(usize::MAX);
-    let wal = reader.read_at(page, bytes).map_err(damaged(key))?;
-    let mut indexer = WalIndexer::new(*identity, page, None);
-    if indexer.push(&wal).is_err() {
-        return Ok(None);
-    }
-    let end = indexer.take_summary();
-    let agrees = end.open_record_lsn == summary.open_record_lsn
-        && (summary.open_record_lsn.is_some() || end.last_record_lsn == summary.last_record_lsn);
-    Ok(agrees.then_some(indexer))
 }
 
 fn damaged(key: &ObjectKey) -> impl Fn(wal_format::sealed::SealedError) -> Error {

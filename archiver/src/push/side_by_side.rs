@@ -1,13 +1,13 @@
-//! One segment on several processors: one thread reads it and checks its records, the others compress what was checked;
-//! then all compress.
+//! One segment on several processors: one thread reads it and checks its records, the others compress beside it; then all
+//! compress.
 //!
 //! For a push that works alone, where PostgreSQL waits. The daemon works on several segments at once instead.
-//! Invariant: each byte is read once, so what is stored is what was checked; what is handed on was checked to its last
-//! record.
+//! Invariant: each byte is read once, so what is stored is what was checked; nothing is put together before the last record
+//! was checked.
 
 use std::{
     collections::VecDeque,
-    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
 };
 
@@ -21,8 +21,11 @@ use crate::error::{Error, Result};
 
 /// More win little: the rest of a push is one after the other.
 const THREADS_MAX: usize = 4;
-/// Frames that wait for a compressor; beyond it the reader compresses too, which bounds the memory.
-const WAITING_MAX: usize = 4;
+/// Frames that wait for a compressor; beyond it the reader compresses too. Few: what is read into fresh memory costs as
+/// much again for the memory.
+const WAITING_MAX: usize = 1;
+/// Frames that are read before it is looked where the first record begins, for which the segment before is asked for.
+const EARLY: u32 = 2;
 
 /// Frames between the reader and the compressors.
 struct Frames {
@@ -34,7 +37,7 @@ struct Frames {
 
 #[derive(Default)]
 struct State {
-    checked: VecDeque<(u32, Vec<u8>)>,
+    read: VecDeque<(u32, Arc<Vec<u8>>)>,
     /// Buffers to be used again: what is taken anew is cleared by the kernel each time.
     free: Vec<Vec<u8>>,
     /// In the order in which they became ready.
@@ -59,15 +62,17 @@ impl Pusher<'_> {
         };
         let threads = thread::available_parallelism().map_or(1, usize::from);
         let helpers = threads.min(THREADS_MAX).saturating_sub(1);
-        let mut indexer = self.decoder(file, new, running)?;
-        thread::scope(|scope| {
+        let indexer = thread::scope(|scope| {
             let helping: Vec<_> = (0..helpers)
                 .map(|_| scope.spawn(|| frames.compressor()?.work(&frames)))
                 .collect();
-            let checked = frames.fill(file, new, &mut indexer);
+            let mut own = None;
+            let checked = self.check_beside(file, new, running, &frames, &mut own);
             // Of a segment that is refused nothing is compressed any more.
             frames.end(checked.is_err());
-            let own = frames.compressor().and_then(|own| own.work(&frames));
+            let own = own
+                .map_or_else(|| frames.compressor(), Ok)
+                .and_then(|own| own.work(&frames));
             let all = helping.into_iter().map(|helper| {
                 helper.join().unwrap_or_else(|_| {
                     Err(Error::ThreadStopped {
@@ -77,11 +82,46 @@ impl Pusher<'_> {
                 })
             });
             let compressed: Result<()> = all.chain([own]).collect();
-            checked.and(compressed)
+            let indexer = checked?;
+            compressed.and(Ok(indexer))
         })?;
         let checked = new.checked(file, indexer, running)?;
         let object = frames.sealed(&checked)?;
         Ok((checked, object))
+    }
+
+    /// Reads and checks the segment, frame by frame, and hands each on as soon as it was read. `own` is the compressor of
+    /// this thread, once it needed one.
+    fn check_beside(
+        &self,
+        file: &WalFile,
+        new: NewSegment,
+        running: &mut Option<Running>,
+        frames: &Frames,
+        own: &mut Option<Compressor>,
+    ) -> Result<WalIndexer> {
+        let mut early = VecDeque::new();
+        for number in 0..EARLY.min(frames.count()) {
+            early.push_back(frames.read(file, number)?);
+        }
+        let mut indexer = self.decoder(file, new, running)?;
+        for number in 0..frames.count() {
+            let wal = match early.pop_front() {
+                Some(wal) => wal,
+                None => frames.read(file, number)?,
+            };
+            new.check(&mut indexer, &wal)?;
+            frames.release(wal);
+            while let Some((number, wal)) = frames.surplus() {
+                let mut compressor = match own.take() {
+                    Some(compressor) => compressor,
+                    None => frames.compressor()?,
+                };
+                compressor.compress(frames, number, wal)?;
+                *own = Some(compressor);
+            }
+        }
+        Ok(indexer)
     }
 }
 
@@ -103,49 +143,44 @@ impl Frames {
             .map_err(|source| self.broken(source))
     }
 
-    /// Reads and checks the segment, frame by frame.
-    fn fill(&self, file: &WalFile, new: NewSegment, indexer: &mut WalIndexer) -> Result<()> {
-        let mut own = None;
-        for number in 0.. {
-            let offset = u64::from(number) * FRAME_BYTES as u64;
-            let left = self.header.raw_bytes().saturating_sub(offset);
-            if left == 0 {
-                break;
-            }
-            let mut wal = self.lock().free.pop().unwrap_or_default();
-            wal.resize(
-                usize::try_from(left)
-                    .unwrap_or(FRAME_BYTES)
-                    .min(FRAME_BYTES),
-                0,
-            );
-            file.read_at(&mut wal, offset)?;
-            new.check(indexer, &wal)?;
-            let mut state = self.lock();
-            state.checked.push_back((number, wal));
-            let own_turn = state.checked.len() > WAITING_MAX;
-            drop(state);
-            self.changed.notify_one();
-            if own_turn {
-                let mut compressor = match own.take() {
-                    Some(compressor) => compressor,
-                    None => self.compressor()?,
-                };
-                let first = self.lock().checked.pop_front();
-                if let Some((number, wal)) = first {
-                    compressor.compress(self, number, wal)?;
-                }
-                own = Some(compressor);
-            }
+    fn count(&self) -> u32 {
+        let count = self.header.raw_bytes().div_ceil(FRAME_BYTES as u64);
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// Reads a frame and offers it to the compressors.
+    fn read(&self, file: &WalFile, number: u32) -> Result<Arc<Vec<u8>>> {
+        let offset = u64::from(number) * FRAME_BYTES as u64;
+        let left = self.header.raw_bytes().saturating_sub(offset);
+        let bytes = usize::try_from(left).unwrap_or(FRAME_BYTES);
+        let mut wal = self.lock().free.pop().unwrap_or_default();
+        wal.resize(bytes.min(FRAME_BYTES), 0);
+        file.read_at(&mut wal, offset)?;
+        let wal = Arc::new(wal);
+        self.lock().read.push_back((number, Arc::clone(&wal)));
+        self.changed.notify_one();
+        Ok(wal)
+    }
+
+    /// The first of more frames than may wait.
+    fn surplus(&self) -> Option<(u32, Arc<Vec<u8>>)> {
+        let mut state = self.lock();
+        let many = state.read.len() > WAITING_MAX;
+        many.then(|| state.read.pop_front()).flatten()
+    }
+
+    /// Gives a frame's memory back when it was checked and compressed.
+    fn release(&self, wal: Arc<Vec<u8>>) {
+        if let Some(wal) = Arc::into_inner(wal) {
+            self.lock().free.push(wal);
         }
-        Ok(())
     }
 
     fn end(&self, refused: bool) {
         let mut state = self.lock();
         state.ended = true;
         if refused {
-            state.checked.clear();
+            state.read.clear();
         }
         drop(state);
         self.changed.notify_all();
@@ -156,6 +191,8 @@ impl Frames {
             SealedWriter::new(self.header, self.level).map_err(|source| self.broken(source))?;
         let mut state = self.lock();
         state.compressed.sort_by_key(|(number, _)| *number);
+        let stored = state.compressed.iter().map(|(_, frame)| frame.stored.len());
+        writer.reserve(stored.sum());
         // A missing one is noticed by the writer, which counts.
         for (_, frame) in &state.compressed {
             writer
@@ -171,12 +208,12 @@ impl Frames {
 struct Compressor(ProvedCompressor);
 
 impl Compressor {
-    /// Compresses what was checked until nothing comes any more.
+    /// Compresses what was read until nothing comes any more.
     fn work(mut self, frames: &Frames) -> Result<()> {
         loop {
             let mut state = frames.lock();
             let (number, wal) = loop {
-                if let Some(first) = state.checked.pop_front() {
+                if let Some(first) = state.read.pop_front() {
                     break first;
                 }
                 if state.ended {
@@ -192,12 +229,11 @@ impl Compressor {
         }
     }
 
-    fn compress(&mut self, frames: &Frames, number: u32, wal: Vec<u8>) -> Result<()> {
+    fn compress(&mut self, frames: &Frames, number: u32, wal: Arc<Vec<u8>>) -> Result<()> {
         let frame = self.0.compress(number, &wal);
+        frames.release(wal);
         let frame = frame.map_err(|source| frames.broken(source))?;
-        let mut state = frames.lock();
-        state.free.push(wal);
-        state.compressed.push((number, frame));
+        frames.lock().compressed.push((number, frame));
         Ok(())
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{PATIENCE, POLL, Pass, Scene, note, pgbackrest_configuration};
+use super::{BUFFERS, PATIENCE, POLL, Pass, Scene, note, pgbackrest_configuration};
 use crate::{
     cluster::Cluster,
     main_job::Place,
@@ -88,7 +88,7 @@ pub(super) fn fetches(scene: &Scene, bin: &Path, passes: &mut Vec<Pass>) -> Resu
         ("cp", scene.copy_back()),
     ] {
         let timed = watch.timed(&restore_command)?;
-        scene.recovery(bin, name, Some(&timed))?;
+        scene.recovery(bin, name, Some(&timed), BUFFERS)?;
         // Others are what the archive does not have: a history file, the segment behind the last.
         let delivered = watch.taken()?.into_iter().filter(|(_, code)| code == "0");
         note(

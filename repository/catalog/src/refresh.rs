@@ -3,10 +3,7 @@
 use std::{collections::BTreeSet, thread};
 
 use repository::{Error, Repository, Result, WalRange, WalRangeKind};
-use wal_format::{
-    BackupInfo, Branch, ObjectKey, SealedFooter,
-    sealed::{FOOTER_LEN_HINT, FooterFromTail, SealedError},
-};
+use wal_format::{BackupInfo, Branch, ObjectKey, SealedFooter, sealed::FooterFromTail};
 
 use super::{Catalog, RESTORE_POINTS, keys};
 
@@ -191,7 +188,7 @@ fn read_footers(repository: &Repository, round: &[(ObjectKey, u64)]) -> Vec<Resu
 }
 
 fn sound_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<SealedFooter> {
-    match read_footer(repository, key, size) {
+    match repository.footer(key, size) {
         // Another place may have it as it was.
         Err(Error::Damaged { .. }) => repository
             .get(key)
@@ -234,29 +231,6 @@ fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
         max_time: None,
         proven: None,
     })
-}
-
-fn read_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<SealedFooter> {
-    let damaged = |error: SealedError| Error::Damaged {
-        key: key.to_string(),
-        url: repository.url(),
-        problem: error.to_string(),
-    };
-    let mut wanted = FOOTER_LEN_HINT.min(size);
-    loop {
-        let tail = repository.get_range(key, size - wanted..size)?;
-        match SealedFooter::from_tail(size, &tail).map_err(damaged)? {
-            FooterFromTail::Complete(footer) => return Ok(*footer),
-            FooterFromTail::NeedMore { bytes } if bytes > wanted && bytes <= size => wanted = bytes,
-            FooterFromTail::NeedMore { .. } => {
-                return Err(Error::Damaged {
-                    key: key.to_string(),
-                    url: repository.url(),
-                    problem: "its footer does not fit its length".to_owned(),
-                });
-            }
-        }
-    }
 }
 
 fn footer_of(repository: &Repository, key: &ObjectKey, object: &[u8]) -> Result<SealedFooter> {

@@ -10,9 +10,10 @@ use std::{
 /// What the name of a whole program ends with.
 const SUFFIX: &str = "-full";
 
-/// Becomes the whole program, told the same; returns only when that failed, with the remedy.
+/// Becomes the whole program, told the same, with `environment` where it says nothing else; returns only when that failed,
+/// with the remedy.
 #[must_use]
-pub fn become_whole() -> String {
+pub fn become_whole(environment: &[(&str, &str)]) -> String {
     let this = match env::current_exe() {
         Ok(this) => this,
         Err(error) => return format!("this program's own path can not be found: {error}"),
@@ -22,6 +23,11 @@ pub fn become_whole() -> String {
     let mut command = Command::new(&whole);
     if let Some(name) = arguments.next() {
         command.arg0(name);
+    }
+    for (name, value) in environment {
+        if env::var_os(name).is_none() {
+            command.env(name, value);
+        }
     }
     let error = command.args(arguments).exec();
     format!(

@@ -12,7 +12,11 @@ use super::{
     retention::{KEEP_KEYS, KeepTable},
     s3::{S3_KEYS, S3Table},
 };
-use crate::{Error, Result, encryption::KeySource, store::RequestMeter};
+use crate::{
+    Error, Result,
+    encryption::KeySource,
+    store::{Patience, RequestMeter},
+};
 
 /// The keys, for messages about mistyped ones.
 pub(super) const ENCRYPTION_KEYS: [&str; 3] = [
@@ -79,6 +83,7 @@ impl RepositoryTable {
             required: Required::default(),
             as_of: None,
             retention: self.keep.over(keep).resolve()?,
+            patience: Patience::default(),
             requests: RequestMeter::default(),
         })
     }

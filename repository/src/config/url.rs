@@ -11,7 +11,7 @@ use crate::{
     Error, Result,
     encryption::KeySource,
     expire::RetentionPolicy,
-    store::{RequestMeter, RequestReport},
+    store::{Patience, RequestMeter, RequestReport},
 };
 
 /// Where a repository is.
@@ -122,6 +122,8 @@ pub struct RepositoryPlace {
     pub retention: Option<RetentionPolicy>,
     /// Seen as it was at a time, to read only: `pitr-restore --at`.
     pub as_of: Option<Timestamp>,
+    /// How long its bucket is waited for.
+    pub patience: Patience,
     /// Counts what the bucket is asked.
     pub requests: RequestMeter,
 }
@@ -162,6 +164,7 @@ impl From<RepositoryUrl> for RepositoryPlace {
             required: Required::default(),
             retention: None,
             as_of: None,
+            patience: Patience::default(),
             requests: RequestMeter::default(),
         }
     }

@@ -56,6 +56,10 @@ impl ObjectStore for ObservedStore {
         self.timed("get", || self.store.get(key))
     }
 
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
+        self.timed("get", || self.store.holds(key, body))
+    }
+
     fn get_sound(&self, key: &str, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
         self.timed("get", || self.store.get_sound(key, sound))
     }

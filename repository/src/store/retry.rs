@@ -18,6 +18,16 @@ use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, PutOutcome};
 use crate::Error;
 use crate::Result;
 
+/// How long whoever uses a store waits for it to recover.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Patience {
+    /// Five attempts, about a second: whoever asks comes back by itself, or has another place to ask.
+    #[default]
+    Short,
+    /// Twelve attempts, up to half a minute: longer than a store restarts, for a restore that would have to begin anew.
+    Long,
+}
+
 /// How often and how fast a request is asked again.
 #[derive(Debug)]
 pub struct RetryPolicy {
@@ -34,7 +44,18 @@ pub struct RetryPolicy {
 
 impl Default for RetryPolicy {
     fn default() -> Self {
-        Self::new(5, Duration::from_millis(100), Duration::from_secs(5), 100)
+        Patience::Short.into()
+    }
+}
+
+impl From<Patience> for RetryPolicy {
+    fn from(patience: Patience) -> Self {
+        let attempts_max = match patience {
+            Patience::Short => 5,
+            Patience::Long => 12,
+        };
+        let pause_min = Duration::from_millis(100);
+        Self::new(attempts_max, pause_min, Duration::from_secs(5), 100)
     }
 }
 
@@ -79,12 +100,14 @@ impl RetryPolicy {
 
     /// Between nothing and the doubled pause ("full jitter"): clients that failed together come back apart.
     fn pause(&self, attempt: u32) -> Duration {
-        let ceiling = self
-            .pause_min
-            .saturating_mul(1 << (attempt - 1).min(16))
-            .min(self.pause_max);
-        let micros = u64::try_from(ceiling.as_micros()).unwrap_or(u64::MAX);
+        let micros = u64::try_from(self.ceiling(attempt).as_micros()).unwrap_or(u64::MAX);
         Duration::from_micros(RandomState::new().hash_one(attempt) % micros.max(1))
+    }
+
+    fn ceiling(&self, attempt: u32) -> Duration {
+        self.pause_min
+            .saturating_mul(1 << (attempt - 1).min(16))
+            .min(self.pause_max)
     }
 
     fn spend(&self) -> bool {
@@ -235,6 +258,16 @@ mod tests {
         assert_eq!([fail(), fail(), fail()], [5, 3, 1]);
         policy.run(|| Ok(())).expect("it succeeds");
         assert_eq!(policy.budget.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn patience_decides_how_long_a_store_is_waited_for() {
+        for (patience, longest) in [(Patience::Short, 1), (Patience::Long, 31)] {
+            let policy = RetryPolicy::from(patience);
+            let ceilings = (1..policy.attempts_max).map(|attempt| policy.ceiling(attempt));
+            let sum: Duration = ceilings.sum();
+            assert_eq!(sum.as_secs(), longest, "{patience:?}");
+        }
     }
 
     #[test]

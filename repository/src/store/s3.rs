@@ -28,7 +28,7 @@ use self::{
 use super::{
     LockOutcome, LockSpan, ObjectMeta, ObjectStore, PutOutcome, RequestKind, RequestMeter,
     is_sound_key,
-    retry::{RetryPolicy, Retrying},
+    retry::{Patience, Retrying},
 };
 use crate::{Error, Result, config::S3Settings};
 
@@ -81,10 +81,11 @@ impl S3Store {
         prefix: &str,
         settings: &S3Settings,
         requests: RequestMeter,
+        patience: Patience,
     ) -> Result<Retrying<Self>> {
         let mut store = Self::without_retries(bucket, prefix, settings)?;
         store.requests = requests;
-        Ok(Retrying::new(store, RetryPolicy::default()))
+        Ok(Retrying::new(store, patience.into()))
     }
 
     /// A store whose every request is made once.

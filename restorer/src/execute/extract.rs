@@ -23,6 +23,12 @@ use crate::{Error, Result};
 /// Without it no server starts; it is written last.
 const CONTROL: &str = "global/pg_control";
 
+/// How much is written at once. Linux keeps in its page cache what one `write` brought as one folio, and ext4 walks the
+/// buffers of a whole folio at every later write into it (`ext4_block_write_begin`; seen with 6.18): where a slice was
+/// written at once, each page of 8 KiB that PostgreSQL wrote during the recovery took as long as a hundred, and the slice
+/// itself took five times as long.
+const WRITE_BYTES: usize = 32 << 10;
+
 /// What a slice holds, in its order.
 pub(super) enum Part<'a> {
     Directory(String),
@@ -185,6 +191,10 @@ fn write_at(root: &Path, name: &str, content: &[u8], offset: u64, mode: u32) -> 
         .mode(mode & 0o700 | 0o600)
         .open(&path)
         .map_err(Error::io("create", &path))?;
-    file.write_all_at(content, offset)
-        .map_err(Error::io("write", &path))
+    let pieces = content.chunks(WRITE_BYTES);
+    for (piece, at) in pieces.zip((offset..).step_by(WRITE_BYTES)) {
+        file.write_all_at(piece, at)
+            .map_err(Error::io("write", &path))?;
+    }
+    Ok(())
 }

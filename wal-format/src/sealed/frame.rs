@@ -56,7 +56,8 @@ pub struct EncodedFrame {
 /// Compresses frames; keeps zstd's context from one frame to the next.
 pub struct FrameCompressor {
     zstd: zstd::bulk::Compressor<'static>,
-    /// Room for the longest that a frame can become: what is taken anew for each is cleared by the kernel each time.
+    /// Room for the longest that a frame can become: what is taken anew for each is cleared by the kernel each time. Of it
+    /// only what frames do become is ever touched.
     scratch: Vec<u8>,
 }
 
@@ -117,18 +118,13 @@ impl FrameCompressor {
             source,
         };
         let bound = zstd::zstd_safe::compress_bound(raw.len());
-        if self.scratch.len() < bound {
-            self.scratch.resize(bound, 0);
-        }
-        let stored = self
-            .zstd
-            .compress_to_buffer(raw, self.scratch.as_mut_slice());
-        let stored = self
-            .scratch
-            .get(..stored.map_err(fail)?)
-            .unwrap_or_default();
-        out.extend_from_slice(stored);
-        Ok((crc32fast::hash(stored), crc32fast::hash(raw)))
+        self.scratch.clear();
+        self.scratch.reserve_exact(bound);
+        self.zstd
+            .compress_to_buffer(raw, &mut self.scratch)
+            .map_err(fail)?;
+        out.extend_from_slice(&self.scratch);
+        Ok((crc32fast::hash(&self.scratch), crc32fast::hash(raw)))
     }
 }
 
@@ -170,6 +166,12 @@ impl FrameDecompressor {
     ) -> Result<(), SealedError> {
         let part = SealedPart::Frame(number);
         check_crc(part, entry.stored_crc, stored)?;
+        if out.is_empty() {
+            return self
+                .decompress(part, stored, raw_bytes, out)
+                .and_then(|()| check_crc(part, entry.raw_crc, out))
+                .inspect_err(|_| out.clear());
+        }
         let before = out.len();
         out.resize(before.saturating_add(raw_bytes), 0);
         let result = self.fill(
@@ -182,6 +184,25 @@ impl FrameDecompressor {
             out.truncate(before);
         }
         result
+    }
+
+    /// Decompresses into `out`, which is empty and need not be cleared for it; its memory bounds what zstd may write.
+    pub(super) fn decompress(
+        &mut self,
+        part: SealedPart,
+        stored: &[u8],
+        raw_bytes: usize,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SealedError> {
+        out.clear();
+        out.reserve_exact(raw_bytes);
+        match self.zstd.decompress_to_buffer(stored, out) {
+            Ok(written) if written == raw_bytes => Ok(()),
+            _ => Err(SealedError::Decompress {
+                part,
+                expected: raw_bytes,
+            }),
+        }
     }
 
     fn fill(

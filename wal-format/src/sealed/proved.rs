@@ -4,8 +4,8 @@
 //! read would do the same work once more, on cold memory.
 
 use super::{
-    SealedError, SealedPart,
-    frame::{EncodedFrame, FrameCompressor, FrameDecompressor, FrameEntry},
+    SealedError, SealedPart, check_crc,
+    frame::{EncodedFrame, FrameCompressor, FrameDecompressor},
 };
 
 /// Compresses frames and proves each.
@@ -40,19 +40,15 @@ impl ProvedCompressor {
     }
 
     fn prove(&mut self, number: u32, frame: &EncodedFrame, raw: &[u8]) -> Result<(), SealedError> {
-        let entry = FrameEntry {
-            stored_bytes: u32::try_from(frame.stored.len()).unwrap_or(u32::MAX),
-            stored_crc: frame.stored_crc,
-            raw_crc: frame.raw_crc,
-        };
-        self.again.clear();
+        let part = SealedPart::Frame(number);
+        check_crc(part, frame.stored_crc, &frame.stored)?;
         self.decompressor
-            .append(number, entry, &frame.stored, raw.len(), &mut self.again)?;
+            .decompress(part, &frame.stored, raw.len(), &mut self.again)?;
         if self.again == raw {
             return Ok(());
         }
         Err(SealedError::Malformed {
-            part: SealedPart::Frame(number),
+            part,
             problem: "it does not decompress to what it was made of; check this machine's memory",
         })
     }

@@ -66,6 +66,11 @@ impl SealedWriter {
         Ok(())
     }
 
+    /// Makes room for so many stored bytes, where they are known: growing piece by piece would copy them.
+    pub fn reserve(&mut self, stored_bytes: usize) {
+        self.assembly.object.reserve(stored_bytes);
+    }
+
     /// Appends a frame that was compressed elsewhere: the next [`FRAME_BYTES`] of the range, or what is left of it.
     ///
     /// # Errors

@@ -21,7 +21,7 @@ use crate::{
     config::S3Settings,
     store::{
         RequestKind, RequestMeter,
-        retry::{RetryPolicy, Retrying},
+        retry::{Patience, Retrying},
     },
 };
 
@@ -71,6 +71,7 @@ impl S3AsOf {
         prefix: &str,
         settings: &S3Settings,
         requests: RequestMeter,
+        patience: Patience,
         at: Timestamp,
     ) -> Result<Retrying<Self>> {
         let mut store = S3Store::without_retries(bucket, prefix, settings)?;
@@ -80,7 +81,7 @@ impl S3AsOf {
             at,
             known: Mutex::default(),
         };
-        Ok(Retrying::new(view, RetryPolicy::default()))
+        Ok(Retrying::new(view, patience.into()))
     }
 
     /// What every key below a prefix was.

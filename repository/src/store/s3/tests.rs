@@ -34,6 +34,7 @@ fn open(server: &ObjectStoreServer, prefix: &str) -> Retrying<S3Store> {
         prefix,
         &settings(&server.endpoint()),
         RequestMeter::default(),
+        Patience::Short,
     )
     .expect("a store")
 }
@@ -51,7 +52,14 @@ fn a_real_store_keeps_every_promise() {
         ..settings(&server.endpoint())
     };
     let store: Arc<dyn ObjectStore> = Arc::new(
-        S3Store::open(BUCKET, "no/checksums", &plain, RequestMeter::default()).expect("a store"),
+        S3Store::open(
+            BUCKET,
+            "no/checksums",
+            &plain,
+            RequestMeter::default(),
+            Patience::Short,
+        )
+        .expect("a store"),
     );
     conformance(&store, 1);
     pages(&server);
@@ -122,6 +130,7 @@ fn refusals(server: &ObjectStoreServer) {
         "",
         &settings(&server.endpoint()),
         RequestMeter::default(),
+        Patience::Short,
     );
     let missing = missing.expect("a store");
     for error in [
@@ -139,7 +148,14 @@ fn refusals(server: &ObjectStoreServer) {
         },
         ..settings(&server.endpoint())
     };
-    let stranger = S3Store::open(BUCKET, "", &stranger, RequestMeter::default()).expect("a store");
+    let stranger = S3Store::open(
+        BUCKET,
+        "",
+        &stranger,
+        RequestMeter::default(),
+        Patience::Short,
+    )
+    .expect("a store");
     let error = stranger.get("a/b").expect_err("a wrong secret");
     assert!(!error.is_not_found(), "{error}");
     assert!(

@@ -10,6 +10,8 @@ use std::{
 
 use jiff::Timestamp;
 
+use crate::store::retry::RetryPolicy;
+
 use super::{
     fault_server::{Answer, FaultServer, Request},
     *,

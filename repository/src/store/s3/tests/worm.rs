@@ -84,8 +84,17 @@ fn the_past_is_undamaged(endpoint: &str, bucket: &str) {
     assert_eq!(store.get("a/overwritten").expect("a get"), b"evil"[..]);
 
     let requests = RequestMeter::default();
-    let view =
-        |at| S3AsOf::open(bucket, "p", &settings(endpoint), requests.clone(), at).expect("a view");
+    let view = |at| {
+        S3AsOf::open(
+            bucket,
+            "p",
+            &settings(endpoint),
+            requests.clone(),
+            Patience::Short,
+            at,
+        )
+        .expect("a view")
+    };
     let then = view(good);
     // Before anything was listed, as `wal-fetch` does it.
     assert_eq!(then.get("a/overwritten").expect("a get"), b"two"[..]);
