@@ -30,7 +30,7 @@ impl Pusher<'_> {
             ObjectKey::Segment(identity.system_identifier, branch, name)
         };
         if let Some(previous) = segment.previous()
-            && let Some(indexer) = self.from_end_of(&key(previous), identity)?
+            && let Some(indexer) = self.indexer_from_end(&key(previous), identity)?
         {
             return Ok(indexer);
         }
@@ -51,7 +51,11 @@ impl Pusher<'_> {
 
     /// Decodes the end of the segment before, from the page on which the record that crosses its end begins. `None` when that
     /// record begins even earlier, or when that segment is not here or not sound: looking at all of it tells more.
-    fn from_end_of(&self, key: &ObjectKey, identity: &WalIdentity) -> Result<Option<WalIndexer>> {
+    fn indexer_from_end(
+        &self,
+        key: &ObjectKey,
+        identity: &WalIdentity,
+    ) -> Result<Option<WalIndexer>> {
         let Some(there) = self.repository.head(key)? else {
             return Ok(None);
         };
