@@ -161,6 +161,8 @@ impl Scene {
         name: &'static str,
         mut each: impl FnMut(&Path) -> Result<Command>,
     ) -> Result<()> {
+        // What the pass before wrote is not written back at the expense of this one.
+        succeed(&mut command(Path::new("/bin/sync"))?)?;
         let began = Instant::now();
         for segment in &self.names {
             succeed(&mut each(segment)?)?;
@@ -328,6 +330,7 @@ impl Scene {
                 succeed(copy.arg(segment).arg(data.join("pg_wal")))?;
             }
         }
+        succeed(&mut command(Path::new("/bin/sync"))?)?;
         let log = root.join("log");
         let mut pg_ctl = command(&bin.join("pg_ctl"))?;
         pg_ctl.env("LD_LIBRARY_PATH", bin.join("../lib")).arg("-D");

@@ -33,6 +33,16 @@ struct Frames {
     level: i32,
     state: Mutex<State>,
     changed: Condvar,
+    object: Mutex<Object>,
+}
+
+/// What is compressed.
+struct Object {
+    writer: SealedWriter,
+    /// The number of the frame that comes next.
+    next: u32,
+    /// Frames that became ready before one in front of them.
+    early: Vec<(u32, EncodedFrame)>,
 }
 
 #[derive(Default)]
@@ -40,8 +50,6 @@ struct State {
     read: VecDeque<(u32, Arc<Vec<u8>>)>,
     /// Buffers to be used again: what is taken anew is cleared by the kernel each time.
     free: Vec<Vec<u8>>,
-    /// In the order in which they became ready.
-    compressed: Vec<(u32, EncodedFrame)>,
     /// Nothing comes any more.
     ended: bool,
 }
@@ -54,12 +62,7 @@ impl Pusher<'_> {
         new: NewSegment,
         running: &mut Option<Running>,
     ) -> Result<(Checked, Vec<u8>)> {
-        let frames = Frames {
-            header: new.header,
-            level: self.settings.compression_level,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-        };
+        let frames = Frames::new(new.header, self.settings.compression_level)?;
         let threads = thread::available_parallelism().map_or(1, usize::from);
         let helpers = threads.min(THREADS_MAX).saturating_sub(1);
         let indexer = thread::scope(|scope| {
@@ -126,6 +129,27 @@ impl Pusher<'_> {
 }
 
 impl Frames {
+    fn new(header: SealedHeader, level: i32) -> Result<Self> {
+        let broken = |source| Error::Sealed {
+            object: header.key().to_string(),
+            source,
+        };
+        let mut writer = SealedWriter::new(header, level).map_err(broken)?;
+        // Address space only: what is not written is never taken.
+        writer.reserve(usize::try_from(header.raw_bytes()).unwrap_or_default());
+        Ok(Self {
+            header,
+            level,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            object: Mutex::new(Object {
+                writer,
+                next: 0,
+                early: Vec::new(),
+            }),
+        })
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -186,22 +210,39 @@ impl Frames {
         self.changed.notify_all();
     }
 
-    fn sealed(self, checked: &Checked) -> Result<Vec<u8>> {
-        let mut writer =
-            SealedWriter::new(self.header, self.level).map_err(|source| self.broken(source))?;
-        let mut state = self.lock();
-        state.compressed.sort_by_key(|(number, _)| *number);
-        let stored = state.compressed.iter().map(|(_, frame)| frame.stored.len());
-        writer.reserve(stored.sum());
-        // A missing one is noticed by the writer, which counts.
-        for (_, frame) in &state.compressed {
+    /// Appends a frame to the object, as soon as all before it are there.
+    fn append(&self, number: u32, frame: EncodedFrame) -> Result<()> {
+        let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
+        let Object {
+            writer,
+            next,
+            early,
+        } = &mut *object;
+        early.push((number, frame));
+        while let Some(at) = early.iter().position(|(number, _)| number == next) {
+            let (_, frame) = early.swap_remove(at);
             writer
-                .push_frame(frame)
+                .push_frame(&frame)
                 .map_err(|source| self.broken(source))?;
+            *next += 1;
         }
-        writer
+        Ok(())
+    }
+
+    fn sealed(self, checked: &Checked) -> Result<Vec<u8>> {
+        let key = self.header.key();
+        let object = self
+            .object
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        // A missing frame is noticed by the writer, which counts.
+        object
+            .writer
             .finish(&checked.summary, None)
-            .map_err(|source| self.broken(source))
+            .map_err(|source| Error::Sealed {
+                object: key.to_string(),
+                source,
+            })
     }
 }
 
@@ -233,7 +274,6 @@ impl Compressor {
         let frame = self.0.compress(number, &wal);
         frames.release(wal);
         let frame = frame.map_err(|source| frames.broken(source))?;
-        frames.lock().compressed.push((number, frame));
-        Ok(())
+        frames.append(number, frame)
     }
 }
