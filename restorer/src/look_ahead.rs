@@ -24,6 +24,9 @@ use crate::{Error, RestorePlan, Result, plan::PathPart, wal_fetch};
 const WINDOW_BYTES: u64 = 256 << 20;
 /// More than this many fetches at once win nothing: the replay is one process.
 const THREADS_MAX: u64 = 4;
+/// With fewer than this many begun or ready PostgreSQL is about to wait: then the processor that is left to the replay is of
+/// more use here.
+const FEW: usize = 4;
 /// The replay goes first, by little: on a host that is busy with something else it waits for what is fetched here.
 const NICENESS: i32 = 1;
 /// How long nothing was asked for before the process ends. A replay that takes longer over what it has starts it again.
@@ -81,10 +84,13 @@ pub fn run(
     if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
         tracing::debug!(%error, "fetching ahead keeps its priority");
     }
-    let threads = (WINDOW_BYTES / 2 / size.bytes()).clamp(1, threads_max(repository));
+    let steady = steady_threads(repository);
+    let threads = (WINDOW_BYTES / 2 / size.bytes()).clamp(1, THREADS_MAX.min(steady + 1));
     thread::scope(|scope| {
-        for _ in 0..threads {
-            scope.spawn(|| fetcher.work());
+        for number in 0..threads {
+            let fetcher = &fetcher;
+            let window = if number < steady { fetcher.window } else { FEW };
+            scope.spawn(move || fetcher.work(window));
         }
     });
     drop(fs::remove_dir_all(folder));
@@ -96,8 +102,9 @@ pub fn run(
     Ok(())
 }
 
-/// What lies in a folder costs nothing but processors, of which the replay needs one.
-fn threads_max(repository: &Repository) -> u64 {
+/// How many threads fetch while there is room. What lies in a folder costs nothing but processors, of which the replay needs
+/// one.
+fn steady_threads(repository: &Repository) -> u64 {
     if !repository.url().starts_with("file:") {
         return THREADS_MAX;
     }
@@ -141,9 +148,10 @@ enum Next {
 }
 
 impl Fetcher<'_> {
-    fn work(&self) {
+    /// Fetches while fewer than `window` segments are begun or ready.
+    fn work(&self, window: usize) {
         loop {
-            match self.next() {
+            match self.next(window.min(self.window)) {
                 Next::Fetch(name) => self.fetch(name),
                 Next::Wait => thread::sleep(POLL),
                 Next::End => return,
@@ -151,7 +159,7 @@ impl Fetcher<'_> {
         }
     }
 
-    fn next(&self) -> Next {
+    fn next(&self, window: usize) -> Next {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // They are taken in this order; one that could not be fetched is gone too.
         while let Some(first) = state.ready.front()
@@ -175,7 +183,7 @@ impl Fetcher<'_> {
         if over || (all_begun && state.ready.is_empty()) {
             return Next::End;
         }
-        if all_begun || state.ready.len() >= self.window {
+        if all_begun || state.ready.len() >= window {
             return Next::Wait;
         }
         let size = self.identity.wal_segment_size;
