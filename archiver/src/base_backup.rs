@@ -66,6 +66,16 @@ pub enum BaseBackupError {
         /// What.
         problem: String,
     },
+    /// The server removed WAL that the backup needs before it was archived.
+    #[error(
+        "the WAL from {from_lsn} to {to_lsn}, without which the base backup can not be restored, was declared lost; take it again"
+    )]
+    WalLost {
+        /// The first byte that is missing.
+        from_lsn: Lsn,
+        /// The first byte after.
+        to_lsn: Lsn,
+    },
     /// The WAL never came.
     #[error(
         "the WAL up to {stop_lsn} did not arrive in the repository within {seconds} s, so the backup was not listed: is \
@@ -85,7 +95,7 @@ impl BaseBackupError {
     pub fn exit_kind(&self) -> ExitKind {
         match self {
             Self::Manifest { .. } | Self::Malformed { .. } => ExitKind::Integrity,
-            Self::WalMissing { .. } => ExitKind::Failed,
+            Self::WalLost { .. } | Self::WalMissing { .. } => ExitKind::Failed,
         }
     }
 }

@@ -514,7 +514,12 @@ async fn back_up_after_loss(settings: ClusterSettings, status: Arc<ClusterStatus
             Ok(backup) => {
                 said.clear();
                 tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
-                status.note(|facts| facts.lost = None);
+                // What was lost meanwhile needs another.
+                status.note(|now| {
+                    if now.lost == facts.lost {
+                        now.lost = None;
+                    }
+                });
             }
             Err(error) => {
                 tracing::error!(cluster = %settings.name, %error, "the base backup behind the lost WAL failed; it is tried again");

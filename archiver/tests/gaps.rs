@@ -62,6 +62,9 @@ fn what_nobody_has_is_declared_lost_and_a_backup_behind_it_makes_the_archive_who
     });
     let status = archiver.get("/api/v1/clusters");
     assert!(status.contains("\"broken\""), "{status}");
+    // One loss is enough here.
+    server.sql("ALTER SYSTEM SET max_slot_wal_keep_size = '64MB'");
+    server.sql("SELECT pg_reload_conf()");
     archiver.wait_for_log("is lost");
     server.write_wal(1500);
     wait_flushed(&server, server.lsn());

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 const POLL: Duration = Duration::from_millis(300);
 
-/// Returns when every byte of `[start_lsn, stop_lsn)` is stored.
+/// Returns when every byte of `[start_lsn, stop_lsn)` is stored, or when one of them never will be.
 pub(super) async fn for_wal(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -21,11 +21,25 @@ pub(super) async fn for_wal(
     let began = Instant::now();
     loop {
         let (repository, identity) = (repository.clone(), identity.clone());
-        let stored =
-            blocking(move || is_stored(&repository, &identity, branch, start_lsn, stop_lsn))
-                .await?;
-        if stored {
-            return Ok(());
+        let look = move || {
+            if is_stored(&repository, &identity, branch, start_lsn, stop_lsn)? {
+                return Ok((true, None));
+            }
+            let mut gaps = repository.gaps(identity.system_identifier)?;
+            gaps.retain(|gap| {
+                gap.branch == branch && gap.from_lsn < stop_lsn && start_lsn < gap.to_lsn
+            });
+            Ok((false, gaps.pop()))
+        };
+        match blocking(look).await? {
+            (true, _) => return Ok(()),
+            (false, Some(gap)) => {
+                return Err(Error::BaseBackup(BaseBackupError::WalLost {
+                    from_lsn: gap.from_lsn,
+                    to_lsn: gap.to_lsn,
+                }));
+            }
+            (false, None) => {}
         }
         if began.elapsed() > WAL_PATIENCE {
             let seconds = WAL_PATIENCE.as_secs();
@@ -77,4 +91,45 @@ fn is_stored(
         }
     }
     Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use wal_format::{DeclaredGap, PgTimestamp, PgVersion, SegmentSize, SystemIdentifier};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn wal_that_was_declared_lost_is_not_waited_for() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let url = repository::config::RepositoryUrl::Folder(folder.path().to_owned());
+        let cluster: wal_format::ClusterName = "main".parse().expect("a name");
+        let repository = Repository::open(&url.into(), &cluster).expect("it opens");
+        let system = SystemIdentifier(7);
+        let identity = ClusterIdentity {
+            format_version: 1,
+            cluster,
+            system_identifier: system,
+            postgresql_major: PgVersion::try_from(17).expect("a version"),
+            wal_segment_size: SegmentSize::new(1 << 20).expect("a size"),
+            created: PgTimestamp(0),
+        };
+        let gap = DeclaredGap {
+            branch: Branch::FIRST,
+            from_lsn: Lsn(0xD6_0000),
+            to_lsn: Lsn(0xF0_0000),
+            declared: PgTimestamp(0),
+            last_commit: None,
+            reason: "removed".to_owned(),
+        };
+        repository.put_gap(system, &gap).expect("it is declared");
+        let (start, stop) = (Lsn(0xE0_00D8), Lsn(0xF0_0028));
+        let waited = for_wal(&repository, &identity, Branch::FIRST, start, stop).await;
+        let error = waited.expect_err("it never comes").to_string();
+        assert!(error.contains("0/D60000 to 0/F00000"), "{error}");
+        // WAL behind it may still come.
+        let behind = for_wal(&repository, &identity, Branch::FIRST, gap.to_lsn, stop);
+        let waits = tokio::time::timeout(POLL * 3, behind).await;
+        assert!(waits.is_err(), "it is waited for");
+    }
 }
