@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 const POLL: Duration = Duration::from_millis(300);
 
-/// Returns when every byte of `[start_lsn, stop_lsn)` is stored, or when one of them never will be.
+/// Returns when every byte of `[start_lsn, stop_lsn)` is stored, or fails when one of them never will be.
 pub(super) async fn for_wal(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -23,23 +23,20 @@ pub(super) async fn for_wal(
         let (repository, identity) = (repository.clone(), identity.clone());
         let look = move || {
             if is_stored(&repository, &identity, branch, start_lsn, stop_lsn)? {
-                return Ok((true, None));
+                return Ok(true);
             }
-            let mut gaps = repository.gaps(identity.system_identifier)?;
-            gaps.retain(|gap| {
-                gap.branch == branch && gap.from_lsn < stop_lsn && start_lsn < gap.to_lsn
-            });
-            Ok((false, gaps.pop()))
+            for gap in repository.gaps(identity.system_identifier)? {
+                if gap.branch == branch && gap.from_lsn < stop_lsn && start_lsn < gap.to_lsn {
+                    return Err(Error::BaseBackup(BaseBackupError::WalLost {
+                        from_lsn: gap.from_lsn,
+                        to_lsn: gap.to_lsn,
+                    }));
+                }
+            }
+            Ok(false)
         };
-        match blocking(look).await? {
-            (true, _) => return Ok(()),
-            (false, Some(gap)) => {
-                return Err(Error::BaseBackup(BaseBackupError::WalLost {
-                    from_lsn: gap.from_lsn,
-                    to_lsn: gap.to_lsn,
-                }));
-            }
-            (false, None) => {}
+        if blocking(look).await? {
+            return Ok(());
         }
         if began.elapsed() > WAL_PATIENCE {
             let seconds = WAL_PATIENCE.as_secs();

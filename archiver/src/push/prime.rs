@@ -87,7 +87,8 @@ impl Pusher<'_> {
     }
 }
 
-fn damaged(key: &ObjectKey) -> impl Fn(wal_format::sealed::SealedError) -> Error {
+/// What an object that is no sound container is told as.
+pub(super) fn damaged(key: &ObjectKey) -> impl Fn(wal_format::sealed::SealedError) -> Error {
     let object = key.to_string();
     move |source| Error::Sealed {
         object: object.clone(),

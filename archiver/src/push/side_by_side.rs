@@ -13,10 +13,10 @@ use std::{
 
 use wal_format::{
     SealedHeader, SealedWriter, WalIndexer,
-    sealed::{EncodedFrame, FRAME_BYTES, ProvedCompressor, SealedError},
+    sealed::{EncodedFrame, FRAME_BYTES, ProvedCompressor},
 };
 
-use super::{Checked, NewSegment, Pusher, Running, WalFile};
+use super::{Checked, NewSegment, Pusher, Running, WalFile, prime::damaged};
 use crate::error::{Error, Result};
 
 /// More win little: the rest of a push is one after the other.
@@ -130,11 +130,7 @@ impl Pusher<'_> {
 
 impl Frames {
     fn new(header: SealedHeader, level: i32) -> Result<Self> {
-        let broken = |source| Error::Sealed {
-            object: header.key().to_string(),
-            source,
-        };
-        let mut writer = SealedWriter::new(header, level).map_err(broken)?;
+        let mut writer = SealedWriter::new(header, level).map_err(damaged(&header.key()))?;
         // Address space only: what is not written is never taken.
         writer.reserve(usize::try_from(header.raw_bytes()).unwrap_or_default());
         Ok(Self {
@@ -154,17 +150,10 @@ impl Frames {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn broken(&self, source: SealedError) -> Error {
-        Error::Sealed {
-            object: self.header.key().to_string(),
-            source,
-        }
-    }
-
     fn compressor(&self) -> Result<Compressor> {
         ProvedCompressor::new(self.level)
             .map(Compressor)
-            .map_err(|source| self.broken(source))
+            .map_err(damaged(&self.header.key()))
     }
 
     fn count(&self) -> u32 {
@@ -223,7 +212,7 @@ impl Frames {
             let (_, frame) = early.swap_remove(at);
             writer
                 .push_frame(&frame)
-                .map_err(|source| self.broken(source))?;
+                .map_err(damaged(&self.header.key()))?;
             *next += 1;
         }
         Ok(())
@@ -239,10 +228,7 @@ impl Frames {
         object
             .writer
             .finish(&checked.summary, None)
-            .map_err(|source| Error::Sealed {
-                object: key.to_string(),
-                source,
-            })
+            .map_err(damaged(&key))
     }
 }
 
@@ -273,7 +259,7 @@ impl Compressor {
     fn compress(&mut self, frames: &Frames, number: u32, wal: Arc<Vec<u8>>) -> Result<()> {
         let frame = self.0.compress(number, &wal);
         frames.release(wal);
-        let frame = frame.map_err(|source| frames.broken(source))?;
+        let frame = frame.map_err(damaged(&frames.header.key()))?;
         frames.append(number, frame)
     }
 }
