@@ -33,15 +33,13 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use repository::{
+    Repository,
     config::{ClusterSettings, CommonArgs, Settings},
     store::LockMode,
 };
 use wal_format::{BackupId, SystemIdentifier};
 
-use crate::{
-    error::{Error, Result},
-    push::push_alone,
-};
+use crate::error::{Error, Result};
 
 /// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base backups, and proves
 /// that nothing is missing.
@@ -227,7 +225,11 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Run { http } => run::run(cli.common, settings, http),
         Command::Import { directory, compare } => import::run(one(&settings)?, &directory, compare),
         // Asking a daemon is the quick program's part; here none answered.
-        Command::Push { path } => push_alone(one(&settings)?, &path),
+        Command::Push { path } => {
+            let settings = one(&settings)?;
+            let repository = Repository::open(&settings.repository, &settings.name)?;
+            Ok(intake::push_alone(settings, &repository, &path)?)
+        }
         Command::Backup {
             kind: BackupType::Full,
             label,

@@ -20,32 +20,6 @@ pub enum Error {
     /// A base backup came to nothing.
     #[error(transparent)]
     BaseBackup(#[from] crate::base_backup::BaseBackupError),
-    /// A record failed its checks on receipt.
-    #[error(
-        "WAL of timeline branch {branch} fails its checks on receipt: {source}; it was not acknowledged"
-    )]
-    Decode {
-        /// The branch that is streamed.
-        branch: Branch,
-        /// What is wrong, and where.
-        source: wal_format::DecodeError,
-    },
-    /// The server sent other bytes than the archive holds for the same place.
-    #[error(
-        "divergence: at {lsn} of timeline branch {branch} the WAL from {from} differs from the WAL already archived \
-         ({ours}); nothing was overwritten. This server is not the one that was archived: restored from a snapshot, or a \
-         second primary. Point the archiver at the right server, or archive this one under another --cluster name"
-    )]
-    Divergence {
-        /// The branch.
-        branch: Branch,
-        /// The first byte that differs.
-        lsn: Lsn,
-        /// Where the new bytes came from.
-        from: &'static str,
-        /// Where the archived bytes are.
-        ours: String,
-    },
     /// The server does not hold WAL that the archive still needs.
     #[error(
         "gap: the server no longer has WAL from {from} of timeline {timeline} ({message}). The servers in heal_from are \
@@ -93,36 +67,12 @@ pub enum Error {
         /// Its end in the archive.
         durable_lsn: Lsn,
     },
-    /// A push of a file that can not be archived.
-    #[error("{path}: {problem}", path = path.display())]
-    Push {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// A push of a file that is archived with other bytes.
-    #[error("{path}: {problem}", path = path.display())]
-    PushDiffers {
-        /// The file.
-        path: PathBuf,
-        /// Where they differ.
-        problem: String,
-    },
     /// The connection to PostgreSQL.
     #[error(transparent)]
     Replication(#[from] replication::Error),
     /// The repository or the catalog.
     #[error(transparent)]
     Repository(#[from] repository::Error),
-    /// An object that we wrote, or are about to write, is not sound.
-    #[error("sealed WAL {object}: {source}")]
-    Sealed {
-        /// Which object.
-        object: String,
-        /// What is wrong.
-        source: wal_format::sealed::SealedError,
-    },
     /// The server has less WAL than it once acknowledged to us.
     #[error(
         "the server's WAL ends at {server_lsn} of timeline {timeline}, before {durable_lsn} which is archived already: \
@@ -244,6 +194,9 @@ pub enum Error {
         /// How many.
         problems: usize,
     },
+    /// WAL that can not be taken as it is.
+    #[error(transparent)]
+    Wal(intake::Error),
     /// A wish that can not be granted as written.
     #[error("{message}")]
     Usage {
@@ -279,12 +232,9 @@ impl Error {
     pub fn exit_kind(&self) -> ExitKind {
         match self {
             Self::BaseBackup(error) => error.exit_kind(),
-            Self::Decode { .. }
-            | Self::Divergence { .. }
-            | Self::Gap { .. }
+            Self::Gap { .. }
             | Self::History { .. }
             | Self::LostHistory { .. }
-            | Self::Sealed { .. }
             | Self::ServerBehind { .. }
             | Self::SpoolHole { .. }
             | Self::Verify { .. } => ExitKind::Integrity,
@@ -293,12 +243,11 @@ impl Error {
             Self::Nagios { code: 3 } => ExitKind::TargetNotReachable,
             Self::Io { .. }
             | Self::Nagios { code: 0 | 1 | 4.. }
-            | Self::Push { .. }
-            | Self::PushDiffers { .. }
             | Self::ThreadStopped { .. }
             | Self::SlotLost { .. } => ExitKind::Failed,
             Self::Replication(error) => error.exit_kind(),
             Self::Repository(error) => error.exit_kind(),
+            Self::Wal(error) => error.exit_kind(),
             Self::Http(_)
             | Self::Nagios { code: 2 }
             | Self::SpoolLocked { .. }
@@ -316,19 +265,39 @@ impl Error {
     /// Whether WAL is missing or in doubt, so that the cluster's state is broken and not merely disconnected.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        if let Self::Repository(error) = self {
-            return error.is_mismatch();
+        match self {
+            Self::Repository(error) => return error.is_mismatch(),
+            Self::Wal(error) => return error.is_broken(),
+            _ => {}
         }
         matches!(
             self,
-            Self::Decode { .. }
-                | Self::Divergence { .. }
-                | Self::Gap { .. }
+            Self::Gap { .. }
                 | Self::History { .. }
                 | Self::LostHistory { .. }
                 | Self::ServerBehind { .. }
                 | Self::SlotLost { .. }
                 | Self::SpoolHole { .. }
         )
+    }
+}
+
+impl From<intake::Error> for Error {
+    /// What can happen on every way is the same on each.
+    fn from(error: intake::Error) -> Self {
+        match error {
+            intake::Error::Io {
+                action,
+                path,
+                source,
+            } => Self::Io {
+                action,
+                path,
+                source,
+            },
+            intake::Error::Repository(error) => Self::Repository(error),
+            intake::Error::ThreadStopped { name, reason } => Self::ThreadStopped { name, reason },
+            error => Self::Wal(error),
+        }
     }
 }

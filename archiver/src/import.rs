@@ -10,15 +10,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use intake::{NO_RECORD, Pusher, Running, WalFile};
 use repository::{Repository, config::ClusterSettings};
 use tempfile::TempDir;
-use wal_format::{SegmentName, WalFileName};
+use wal_format::{SegmentName, WalFileName, page::PageHeader};
 
-use crate::{
-    error::{Error, Result},
-    push::{NO_RECORD, Pusher, Running, WalFile},
-    spool::long_header_identity,
-};
+use crate::error::{Error, Result};
 
 /// Hexadecimal digits of the SHA-1 in pgBackRest's names.
 const SHA1_DIGITS: usize = 40;
@@ -115,10 +112,12 @@ pub fn import(
             Ok(fate) => fate,
             // Without the repository no file has a fate.
             Err(Error::Repository(error)) => return Err(error.into()),
-            Err(Error::PushDiffers { problem, .. }) => Fate::Differs(problem),
+            Err(Error::Wal(intake::Error::Differs { problem, .. })) => Fate::Differs(problem),
             // The last file of a tool that had just begun it: there is nothing in it to have.
-            Err(Error::Push { problem, .. }) if problem == NO_RECORD => Fate::Same,
-            Err(Error::Push { problem, .. }) => Fate::Refused(problem),
+            Err(Error::Wal(intake::Error::Refused { problem, .. })) if problem == NO_RECORD => {
+                Fate::Same
+            }
+            Err(Error::Wal(intake::Error::Refused { problem, .. })) => Fate::Refused(problem),
             Err(error) => Fate::Refused(error.to_string()),
         };
         let counter = match fate {
@@ -164,7 +163,7 @@ fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
     let name = found.name.to_string();
     let plain = found.path.file_name().is_some_and(|file| *file == *name);
     if found.codec == Codec::None && plain {
-        return WalFile::open(&found.path);
+        return Ok(WalFile::open(&found.path)?);
     }
     let input = File::open(&found.path).map_err(Error::io("read", &found.path))?;
     let input = BufReader::new(input);
@@ -197,7 +196,7 @@ fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
         pad(&mut output).map_err(Error::io("pad", &path))?;
     }
     output.rewind().map_err(Error::io("read", &path))?;
-    WalFile::of(path, output)
+    Ok(WalFile::of(path, output)?)
 }
 
 /// The compressed partial segments of `pg_receivewal` end where the stream did; a plain one has the rest as zeros.
@@ -207,7 +206,7 @@ fn pad(file: &mut File) -> io::Result<()> {
     file.rewind()?;
     file.by_ref().take(PAGE_BYTES).read_to_end(&mut header)?;
     header.resize(usize::try_from(PAGE_BYTES).unwrap_or(0), 0);
-    if let Some(identity) = long_header_identity(&header) {
+    if let Some(identity) = PageHeader::parse(&header).and_then(|header| header.identity()) {
         let length = file.metadata()?.len().max(identity.segment_size.bytes());
         file.set_len(length)?;
     }

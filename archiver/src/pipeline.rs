@@ -23,7 +23,6 @@ pub mod seal;
 pub mod session;
 mod stage;
 pub mod start;
-pub mod stored;
 pub mod tail;
 pub mod voice;
 pub(crate) mod window;
@@ -82,7 +81,7 @@ impl Pipeline {
     /// Starts the stages, and sends everything that a previous run left in the spool on its way to the repository.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Repository`], [`Error::Divergence`] from what the spool holds.
+    /// [`Error::Io`], [`Error::Repository`], [`intake::Error::Divergence`] from what the spool holds.
     pub async fn start(archive: Arc<Archive>) -> Result<Self> {
         let settings = archive.settings();
         archive.status().progress().on(Event::Started(PaceSettings {

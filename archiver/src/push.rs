@@ -1,534 +1,380 @@
-//! `wal-archiver push PATH`, `archive_command`: one file of `pg_wal` into the repository, alone or through the daemon.
+//! The daemon's side of `push`: a Unix socket beside the spool, and workers that are ahead of PostgreSQL.
 //!
-//! In reading order: [`quick::push`] asks the daemon, if one listens, and offers it what waits behind the file; [`server`] is
-//! the daemon's side, which works ahead; [`Pusher`] checks and stores one file, in either process.
-//! Invariant: success means that the bytes are in the repository and were read back; the same bytes again are success
-//! again, other bytes under the same name are an error and nothing is overwritten.
-
-mod prime;
-pub mod server;
-mod side_by_side;
-mod spooled;
+//! Invariant: "archived" is answered only for a file that was checked and stored as [`Pusher`] does it, whoever asked
+//! first; a file counts as the same one only while device, inode, length and time of change are.
 
 use std::{
+    collections::VecDeque,
     fs::{self, File},
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    io,
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
 };
 
-use repository::{ClusterIdentity, Repository, config::ClusterSettings};
-use wal_format::{
-    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
-    TimelineHistory, TimelineId, WalFileName, WalIdentity, WalIndexer,
+use intake::{Looked, Pusher, Running, WalFile};
+use quick::{
+    message::{Answer, receive_request, send_answer},
+    push::socket_path,
+};
+use repository::{
+    Repository,
+    config::{Acknowledge, ClusterSettings},
 };
 
 use crate::{
+    cluster_status::ClusterStatus,
     error::{Error, Result},
-    pipeline::stored::{compare_wal, put_wal, seal_range},
-    spool::long_header_identity,
 };
 
-/// How much of a file is read at once.
-const READ_BYTES: usize = 1 << 20;
-/// The long header of a segment's first page, and then some.
-const HEADER_BYTES: usize = 8192;
+/// One compresses while the other checks.
+const WORKERS: usize = 2;
+/// Files that are remembered: those that were offered and some that were asked for twice.
+const REMEMBERED_MAX: usize = 64;
+/// PostgreSQL has one archiver; more than a few at once are somebody's script.
+const CONNECTIONS_MAX: usize = 32;
+/// A client says what it wants at once.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What is wrong with a segment in which nothing was written yet.
-pub(crate) const NO_RECORD: &str = "holds no valid record";
+/// The very content of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Content {
+    device: u64,
+    inode: u64,
+    length: u64,
+    changed: (i64, i64),
+}
 
-/// Pushes one file without a daemon.
+impl Content {
+    fn of(file: &File) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        Ok(Self {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            length: metadata.len(),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        })
+    }
+}
+
+#[derive(Debug)]
+enum Progress {
+    Waiting(WalFile),
+    Working,
+    Done,
+    Failed(String),
+}
+
+#[derive(Debug)]
+struct Entry {
+    path: PathBuf,
+    content: Content,
+    progress: Progress,
+}
+
+#[derive(Debug)]
+struct Desk {
+    settings: ClusterSettings,
+    status: Arc<ClusterStatus>,
+    /// In the order of work.
+    entries: Mutex<VecDeque<Entry>>,
+    changed: Condvar,
+    /// Segments are decoded one after the other, each going on where the one before ended.
+    running: Mutex<Option<Running>>,
+    repository: Mutex<Option<Repository>>,
+    connections: Mutex<usize>,
+    stopping: AtomicBool,
+}
+
+/// Listens until it is dropped; what is under way then is finished, and its client hears nothing and works alone.
+#[derive(Debug)]
+pub struct PushServer {
+    desk: Arc<Desk>,
+    path: PathBuf,
+}
+
+impl Drop for PushServer {
+    fn drop(&mut self) {
+        {
+            // Whoever looked at the flag before waits by now.
+            let _entries = lock(&self.desk.entries);
+            self.desk.stopping.store(true, Ordering::Release);
+        }
+        self.desk.changed.notify_all();
+        // Wakes the thread that accepts.
+        drop(UnixStream::connect(&self.path));
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, "the socket for pushes stays behind");
+        }
+    }
+}
+
+/// Listens.
 ///
 /// # Errors
-/// Every refusal is exit 1: PostgreSQL keeps the file and asks again.
-pub fn push_alone(settings: &ClusterSettings, path: &Path) -> Result<()> {
-    let repository = Repository::open(&settings.repository, &settings.name)?;
-    let file = WalFile::open(path)?;
-    Pusher {
-        settings,
-        repository: &repository,
-        spool_counts: false,
-    }
-    .push(&file, &mut None)
-}
-
-/// An open file of `pg_wal`. It is read by its descriptor, which the daemon may have got from another user's process.
-#[derive(Debug)]
-pub struct WalFile {
-    path: PathBuf,
-    file: File,
-    length: u64,
-}
-
-impl WalFile {
-    /// Opens a file.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io("read", path))?;
-        Self::of(path.to_owned(), file)
-    }
-
-    /// A file that was opened elsewhere under `path`.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn of(path: PathBuf, file: File) -> Result<Self> {
-        let length = file.metadata().map_err(Error::io("read", &path))?.len();
-        Ok(Self { path, file, length })
-    }
-
-    fn name(&self) -> Result<WalFileName> {
-        self.path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .and_then(|name| name.parse().ok())
-            .ok_or_else(|| self.refuse("is no WAL file name; PostgreSQL passes %p"))
-    }
-
-    fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
-        self.file
-            .read_exact_at(bytes, offset)
-            .map_err(Error::io("read", &self.path))
-    }
-
-    /// Everything; for files that are small, or whose end has to be found.
-    fn read(&self) -> Result<Vec<u8>> {
-        let length = usize::try_from(self.length)
-            .map_err(|_| self.refuse("does not fit into this machine's memory"))?;
-        let mut content = vec![0; length];
-        self.read_at(&mut content, 0)?;
-        Ok(content)
-    }
-
-    fn header(&self) -> Result<Vec<u8>> {
-        let length = usize::try_from(self.length).unwrap_or(HEADER_BYTES);
-        let mut header = vec![0; length.min(HEADER_BYTES)];
-        self.read_at(&mut header, 0)?;
-        Ok(header)
-    }
-
-    /// Hands out the first `length` bytes, piece by piece.
-    fn pieces(&self, length: u64, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
-        let mut buffer = vec![0; READ_BYTES];
-        let mut offset = 0;
-        while offset < length {
-            let count = usize::try_from(length - offset)
-                .unwrap_or(READ_BYTES)
-                .min(READ_BYTES);
-            self.read_at(&mut buffer[..count], offset)?;
-            take(&buffer[..count])?;
-            offset += count as u64;
+/// [`Error::Io`] when the socket can not be made.
+pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<PushServer> {
+    let path = socket_path(settings);
+    fs::create_dir_all(&settings.spool).map_err(Error::io("create directory", &settings.spool))?;
+    // A daemon that was killed leaves its socket. One that lives holds the spool's lock, and has said so by now.
+    match fs::remove_file(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::io("remove", &path)(error));
         }
-        Ok(())
+        _ => {}
     }
-
-    fn directory(&self) -> PathBuf {
-        match self.path.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
-            _ => PathBuf::from("."),
-        }
+    let listener = UnixListener::bind(&path).map_err(Error::io("listen on", &path))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))
+        .map_err(Error::io("protect", &path))?;
+    let desk = Arc::new(Desk {
+        settings: settings.clone(),
+        status,
+        entries: Mutex::default(),
+        changed: Condvar::new(),
+        running: Mutex::default(),
+        repository: Mutex::default(),
+        connections: Mutex::new(0),
+        stopping: AtomicBool::new(false),
+    });
+    let server = PushServer {
+        desk: Arc::clone(&desk),
+        path,
+    };
+    for _ in 0..WORKERS {
+        let desk = Arc::clone(&desk);
+        spawn(move || desk.work())?;
     }
-
-    fn refuse(&self, problem: &str) -> Error {
-        Error::Push {
-            path: self.path.clone(),
-            problem: problem.to_owned(),
-        }
-    }
-}
-
-/// A decoder that has just read the segment before.
-#[derive(Debug)]
-pub struct Running {
-    branch: Branch,
-    next: SegmentNo,
-    indexer: WalIndexer,
-}
-
-/// A segment whose every record was checked, on its way into the repository.
-#[derive(Debug)]
-pub struct Checked {
-    header: SealedHeader,
-    summary: SegmentSummary,
-}
-
-/// Checks and stores files of one cluster.
-#[derive(Clone, Copy, Debug)]
-pub struct Pusher<'a> {
-    /// The cluster's settings.
-    pub settings: &'a ClusterSettings,
-    /// Its repository.
-    pub repository: &'a Repository,
-    /// Whether what lies complete in the spool counts as archived: only while a daemon takes care that it gets there, and
-    /// only where the operator's class is this host's disk.
-    pub spool_counts: bool,
-}
-
-/// What is known of a file before its records are looked at.
-#[derive(Debug)]
-pub enum Looked {
-    /// It is archived: all of it was compared, or there is nothing in it to be archived.
-    Archived,
-    /// A segment that is new.
-    New(NewSegment),
-}
-
-/// A segment that is new, and whose.
-#[derive(Clone, Copy, Debug)]
-pub struct NewSegment {
-    identity: WalIdentity,
-    segment: SegmentNo,
-    header: SealedHeader,
-}
-
-impl NewSegment {
-    /// Checks the records of the next piece.
-    fn check(&self, indexer: &mut WalIndexer, piece: &[u8]) -> Result<()> {
-        let branch = self.header.branch;
-        indexer
-            .push(piece)
-            .map_err(|source| Error::Decode { branch, source })
-    }
-
-    /// All pieces were checked.
-    fn checked(
-        self,
-        file: &WalFile,
-        mut indexer: WalIndexer,
-        running: &mut Option<Running>,
-    ) -> Result<Checked> {
-        let header = self.header;
-        let summary = indexer.take_summary();
-        if indexer.position() != header.end_lsn {
-            return Err(file.refuse(&format!("is a segment cut short at {}", indexer.position())));
-        }
-        *running = Some(Running {
-            branch: header.branch,
-            next: self.segment.next(),
-            indexer,
-        });
-        Ok(Checked { header, summary })
-    }
-}
-
-impl Pusher<'_> {
-    /// Pushes one file. `running` saves looking for the start of a record that crosses into the segment.
-    ///
-    /// # Errors
-    /// [`Error::Push`] when the file is not what its name says or differs from what is archived.
-    pub fn push(&self, file: &WalFile, running: &mut Option<Running>) -> Result<()> {
-        match self.look(file)? {
-            Looked::Archived => Ok(()),
-            Looked::New(new) => {
-                let (checked, object) = self.check_and_seal(file, new, running)?;
-                self.put(file, &checked.header, &object)
+    spawn(move || {
+        for socket in listener.incoming().flatten() {
+            if desk.stopping.load(Ordering::Acquire) {
+                return;
+            }
+            let desk = Arc::clone(&desk);
+            // Without a thread the client hears nothing and pushes alone.
+            if desk.admit() && spawn(move || desk.serve(socket)).is_err() {
+                return;
             }
         }
+    })?;
+    Ok(server)
+}
+
+fn spawn(work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let thread = thread::Builder::new().name("push".to_owned()).spawn(work);
+    thread.map(drop).map_err(|error| Error::ThreadStopped {
+        name: "push",
+        reason: error.to_string(),
+    })
+}
+
+impl Desk {
+    fn admit(&self) -> bool {
+        let mut connections = lock(&self.connections);
+        let admitted = *connections < CONNECTIONS_MAX;
+        *connections += usize::from(admitted);
+        admitted
     }
 
-    /// Does everything but the storing of a segment that is not archived yet.
-    ///
-    /// # Errors
-    /// As [`Pusher::push`].
-    pub fn check(&self, file: &WalFile, running: &mut Option<Running>) -> Result<Option<Checked>> {
-        match self.look(file)? {
-            Looked::Archived => Ok(None),
-            Looked::New(new) => self.decode(file, new, running).map(Some),
+    fn serve(&self, mut socket: UnixStream) {
+        if let Err(error) = self.answer(&mut socket) {
+            tracing::debug!(%error, "a push was not answered");
         }
+        *lock(&self.connections) -= 1;
     }
 
-    /// Compares a segment with what is archived under its name, and does everything for other files.
-    ///
-    /// # Errors
-    /// As [`Pusher::push`].
-    pub fn look(&self, file: &WalFile) -> Result<Looked> {
-        match file.name()? {
-            WalFileName::Segment(name) => return self.segment(file, name),
-            WalFileName::Partial(name) => self.partial(file, name)?,
-            WalFileName::History(timeline) => self.history(file, timeline)?,
-            WalFileName::Backup(..) => backup_history(file)?,
-        }
-        Ok(Looked::Archived)
-    }
-
-    /// Compresses a segment, stores it, reads it back and compares.
-    ///
-    /// # Errors
-    /// As [`Pusher::push`].
-    pub fn store(&self, file: &WalFile, checked: &Checked) -> Result<()> {
-        let header = &checked.header;
-        let read = |bytes: &mut [u8], offset: u64| file.read_at(bytes, offset);
-        let level = self.settings.compression_level;
-        let object = seal_range(level, *header, &checked.summary, None, &read)?;
-        self.put(file, header, &object)
-    }
-
-    fn put(&self, file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
-        let read = |bytes: &mut [u8], offset: u64| file.read_at(bytes, offset);
-        put_wal(self.repository, header, object, "the pushed file", &read)
-            .map_err(|error| differs(file, error))?;
-        Ok(())
-    }
-
-    fn segment(&self, file: &WalFile, name: SegmentName) -> Result<Looked> {
-        let (identity, segment) = self.identify(file, name)?;
-        let branch = self.branch(file, &identity, name.timeline)?;
-        let size = identity.segment_size;
-        let header = SealedHeader::of_segment(
-            identity.system_identifier,
-            identity.version,
-            branch,
-            size,
-            segment,
-        );
-        // The stream was here before, or this is the second time: equal bytes need no second look at their records.
-        if self.spool_counts && self.is_spooled(file, &header, name)? {
-            return Ok(Looked::Archived);
-        }
-        if let Some(object) = self.stored(&header.key())? {
-            compare(file, &header, &object)?;
-            return Ok(Looked::Archived);
-        }
-        Ok(Looked::New(NewSegment {
-            identity,
-            segment,
-            header,
-        }))
-    }
-
-    /// Checks every record of a segment. `running` saves looking for the start of a record that crosses into it.
-    ///
-    /// # Errors
-    /// As [`Pusher::push`].
-    pub fn decode(
-        &self,
-        file: &WalFile,
-        new: NewSegment,
-        running: &mut Option<Running>,
-    ) -> Result<Checked> {
-        let mut indexer = self.decoder(file, new, running)?;
-        file.pieces(new.header.raw_bytes(), |piece| {
-            new.check(&mut indexer, piece)
-        })?;
-        new.checked(file, indexer, running)
-    }
-
-    /// A decoder at the start of the segment.
-    fn decoder(
-        &self,
-        file: &WalFile,
-        new: NewSegment,
-        running: &mut Option<Running>,
-    ) -> Result<WalIndexer> {
-        let (branch, segment) = (new.header.branch, new.segment);
-        match running.take() {
-            Some(running) if running.branch == branch && running.next == segment => {
-                Ok(running.indexer)
+    fn answer(&self, socket: &mut UnixStream) -> io::Result<()> {
+        socket.set_read_timeout(Some(REQUEST_TIMEOUT))?;
+        let (request, files) = receive_request(socket)?;
+        let mut wanted = None;
+        for (path, file) in request.paths.into_iter().zip(files) {
+            let content = Content::of(&file)?;
+            if wanted.is_none() {
+                wanted = Some((path.clone(), content));
             }
-            _ => self.indexer(file, &new.identity, branch, segment),
+            if let Ok(file) = WalFile::of(path.clone(), file) {
+                self.take_in(path, content, file);
+            }
         }
-    }
-
-    /// The last segment of a timeline that a promotion left: kept as a tail, up to its last valid record.
-    fn partial(&self, file: &WalFile, name: SegmentName) -> Result<()> {
-        let (identity, segment) = self.identify(file, name)?;
-        let branch = self.branch(file, &identity, name.timeline)?;
-        let size = identity.segment_size;
-        let start = segment.start_lsn(size);
-        let sealed = SealedHeader::of_segment(
-            identity.system_identifier,
-            identity.version,
-            branch,
-            size,
-            segment,
-        );
-        let wal = file.read()?;
-        let end = self.valid_end(file, &identity, branch, segment, &wal)?;
-        if end == start {
-            return Err(file.refuse(NO_RECORD));
-        }
-        let header = SealedHeader {
-            start_lsn: start,
-            // Valid to its last byte it is the whole segment, whatever it is called.
-            end_lsn: end,
-            ..sealed
+        let Some((path, content)) = wanted else {
+            return Ok(());
         };
-        if let Some(object) = self.stored(&sealed.key())? {
-            return compare(file, &header, &object);
+        match self.wait(&path, content) {
+            Some(answer) => send_answer(socket, &answer),
+            None => Ok(()),
         }
-        let valid = usize::try_from(end.bytes_since(start)).unwrap_or(usize::MAX);
-        let mut indexer = self.indexer(file, &identity, branch, segment)?;
-        indexer
-            .push(&wal[..valid.min(wal.len())])
-            .map_err(|source| Error::Decode { branch, source })?;
-        let summary = indexer.take_summary();
-        self.store(file, &Checked { header, summary })
     }
 
-    fn history(&self, file: &WalFile, timeline: TimelineId) -> Result<()> {
-        let content = file.read()?;
-        TimelineHistory::parse(timeline, &content)
-            .map_err(|error| file.refuse(&error.to_string()))?;
-        let identity = match self.repository.identity()? {
-            Some(identity) => identity,
-            None => self.claim(&neighbour(file)?.ok_or_else(|| {
-                file.refuse("names no system identifier, and neither the repository nor a segment beside it does")
-            })?)?,
+    /// A file is to be archived, unless it is known. One that failed is tried again when it is asked for.
+    fn take_in(&self, path: PathBuf, content: Content, file: WalFile) {
+        let mut entries = lock(&self.entries);
+        let known = entries
+            .iter_mut()
+            .find(|entry| entry.path == path && entry.content == content);
+        match known {
+            Some(entry) => {
+                if matches!(entry.progress, Progress::Failed(_)) {
+                    entry.progress = Progress::Waiting(file);
+                }
+            }
+            None => entries.push_back(Entry {
+                path,
+                content,
+                progress: Progress::Waiting(file),
+            }),
+        }
+        while entries.len() > REMEMBERED_MAX {
+            let ended =
+                |entry: &Entry| matches!(entry.progress, Progress::Done | Progress::Failed(_));
+            let Some(at) = entries.iter().position(ended) else {
+                break;
+            };
+            entries.remove(at);
+        }
+        drop(entries);
+        self.changed.notify_all();
+    }
+
+    /// Waits for the end of a file's work; `None` when stopping.
+    fn wait(&self, path: &PathBuf, content: Content) -> Option<Answer> {
+        let mut entries = lock(&self.entries);
+        loop {
+            let entry = entries
+                .iter()
+                .find(|entry| entry.path == *path && entry.content == content);
+            match entry.map(|entry| &entry.progress) {
+                Some(Progress::Done) => return Some(Answer::Archived),
+                Some(Progress::Failed(problem)) => {
+                    return Some(Answer::Failed {
+                        problem: problem.clone(),
+                    });
+                }
+                None => {
+                    return Some(Answer::Failed {
+                        problem: "was forgotten under load; PostgreSQL asks again".to_owned(),
+                    });
+                }
+                // Nobody works on it any more.
+                Some(Progress::Waiting(_)) if self.stopping.load(Ordering::Acquire) => return None,
+                Some(_) => {}
+            }
+            entries = self
+                .changed
+                .wait(entries)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn work(&self) {
+        loop {
+            let Some((path, content, file)) = self.next() else {
+                return;
+            };
+            let outcome = self.archive(&file);
+            self.finish(&path, content, outcome);
+        }
+    }
+
+    /// The first file that waits; blocks. `None` when stopping.
+    fn next(&self) -> Option<(PathBuf, Content, WalFile)> {
+        let mut entries = lock(&self.entries);
+        loop {
+            if self.stopping.load(Ordering::Acquire) {
+                return None;
+            }
+            let waiting = entries
+                .iter_mut()
+                .find(|entry| matches!(entry.progress, Progress::Waiting(_)));
+            if let Some(entry) = waiting
+                && let Progress::Waiting(file) =
+                    std::mem::replace(&mut entry.progress, Progress::Working)
+            {
+                return Some((entry.path.clone(), entry.content, file));
+            }
+            entries = self
+                .changed
+                .wait(entries)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn archive(&self, file: &WalFile) -> Result<()> {
+        // Side by side: what the stream brought is only compared.
+        let new = match self.with_pusher(|pusher| pusher.look(file))? {
+            Looked::Archived => return Ok(()),
+            Looked::New(new) => new,
         };
-        let branch = Branch::of_history(timeline, &content);
-        self.repository
-            .put_history(identity.system_identifier, branch, &content)?;
-        Ok(())
+        // One after the other, each going on where the one before ended.
+        let checked = {
+            let mut running = lock(&self.running);
+            self.with_pusher(|pusher| pusher.decode(file, new, &mut running))?
+        };
+        self.with_pusher(|pusher| pusher.store(file, &checked))
     }
 
-    /// Checks that the file is what its name says.
-    fn identify(&self, file: &WalFile, name: SegmentName) -> Result<(WalIdentity, SegmentNo)> {
-        let identity = long_header_identity(&file.header()?).ok_or_else(|| {
-            file.refuse("does not begin with the header of a WAL segment of PostgreSQL 13 to 18")
-        })?;
-        let size = identity.segment_size;
-        if file.length != size.bytes() {
-            return Err(file.refuse(&format!(
-                "has {} bytes, a segment of this cluster has {}",
-                file.length,
-                size.bytes()
-            )));
-        }
-        let segment = name
-            .segment(size)
-            .ok_or_else(|| file.refuse("has a name that does not fit its segment size"))?;
-        self.claim(&identity)?;
-        Ok((identity, segment))
-    }
-
-    fn claim(&self, identity: &WalIdentity) -> Result<ClusterIdentity> {
-        Ok(self.repository.claim(&ClusterIdentity {
-            format_version: 1,
-            cluster: self.settings.name.clone(),
-            system_identifier: identity.system_identifier,
-            postgresql_major: identity.version,
-            wal_segment_size: identity.segment_size,
-            created: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+    fn with_pusher<T>(&self, work: impl FnOnce(Pusher<'_>) -> intake::Result<T>) -> Result<T> {
+        let repository = {
+            let mut opened = lock(&self.repository);
+            match &*opened {
+                Some(repository) => repository.clone(),
+                None => {
+                    let place = &self.settings.repository;
+                    let repository = Repository::open(place, &self.settings.name)?;
+                    opened.insert(repository).clone()
+                }
+            }
+        };
+        Ok(work(Pusher {
+            settings: &self.settings,
+            repository: &repository,
+            spool_counts: self.settings.acknowledge == Acknowledge::Local,
         })?)
     }
 
-    /// The branch of a timeline: named by the history file beside the segment, or the only one the repository knows.
-    fn branch(
-        &self,
-        file: &WalFile,
-        identity: &WalIdentity,
-        timeline: TimelineId,
-    ) -> Result<Branch> {
-        if timeline == TimelineId::FIRST {
-            return Ok(Branch::FIRST);
-        }
-        let history = file
-            .directory()
-            .join(wal_format::layout::history_file_name(timeline));
-        if let Ok(content) = fs::read(&history) {
-            let branch = Branch::of_history(timeline, &content);
-            // A branch's history goes first: without it its WAL can not be placed.
-            self.repository
-                .put_history(identity.system_identifier, branch, &content)?;
-            return Ok(branch);
-        }
-        let known: Vec<Branch> = self
-            .repository
-            .histories(identity.system_identifier)?
-            .into_iter()
-            .map(|(branch, _)| branch)
-            .filter(|branch| branch.timeline == timeline)
-            .collect();
-        match known.as_slice() {
-            [branch] => Ok(*branch),
-            _ => Err(file.refuse(&format!(
-                "is of timeline {timeline}, whose history file is neither beside it nor (once) in the repository; push {} first",
-                history.display()
-            ))),
-        }
-    }
-
-    /// The end of the last valid record of a segment that is not full.
-    fn valid_end(
-        &self,
-        file: &WalFile,
-        identity: &WalIdentity,
-        branch: Branch,
-        segment: SegmentNo,
-        wal: &[u8],
-    ) -> Result<Lsn> {
-        const PAGE: usize = 8192;
-        let mut probe = self.indexer(file, identity, branch, segment)?;
-        for page in wal.chunks(PAGE) {
-            if probe.push(page).is_err() {
-                break;
+    fn finish(&self, path: &PathBuf, content: Content, outcome: Result<()>) {
+        let progress = match outcome {
+            Ok(()) => {
+                self.status.note(|facts| {
+                    facts.push_differs.remove(path);
+                });
+                Progress::Done
             }
-        }
-        Ok(probe
-            .valid_end_lsn()
-            .max(segment.start_lsn(identity.segment_size)))
-    }
-
-    fn stored(&self, key: &ObjectKey) -> Result<Option<bytes::Bytes>> {
-        match self.repository.get(key) {
-            Ok(object) => Ok(Some(object)),
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-/// Compares the file with what is archived of the range of `header`.
-fn compare(file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
-    let read = |bytes: &mut [u8], offset: u64| file.read_at(bytes, offset);
-    let name = header.key().to_string();
-    compare_wal(object, &name, header, "the pushed file", &read)
-        .map_err(|error| differs(file, error))
-}
-
-/// Other bytes under an archived name are exit 1 here, by contract.
-fn differs(file: &WalFile, error: Error) -> Error {
-    match error {
-        Error::Divergence { .. } => Error::PushDiffers {
-            path: file.path.clone(),
-            problem: error.to_string(),
-        },
-        other => other,
-    }
-}
-
-/// `SEGMENT.OFFSET.backup` describes a backup that another tool took; a backup of ours carries its own description, and
-/// a restore never asks for it. It is checked for what it claims to be, and PostgreSQL may go on.
-fn backup_history(file: &WalFile) -> Result<()> {
-    if !file.read()?.starts_with(b"START WAL LOCATION: ") {
-        return Err(file.refuse("is no backup history file"));
-    }
-    tracing::info!(
-        file = %file.path.display(),
-        "a backup history file of another tool's backup is not kept: Tidemark's restores do not use it"
-    );
-    Ok(())
-}
-
-/// Whose WAL lies beside the file.
-fn neighbour(file: &WalFile) -> Result<Option<WalIdentity>> {
-    let directory = file.directory();
-    let entries = fs::read_dir(&directory).map_err(Error::io("list", &directory))?;
-    for entry in entries.flatten() {
-        let is_segment = entry
-            .file_name()
-            .to_str()
-            .is_some_and(|name| name.parse::<SegmentName>().is_ok());
-        if is_segment
-            && let Ok(segment) = WalFile::open(&entry.path())
-            && let Ok(header) = segment.header()
-        {
-            let identity = long_header_identity(&header);
-            if identity.is_some() {
-                return Ok(identity);
+            Err(error) => {
+                let problem = match &error {
+                    Error::Wal(
+                        intake::Error::Refused { problem, .. }
+                        | intake::Error::Differs { problem, .. },
+                    ) => problem.clone(),
+                    other => other.to_string(),
+                };
+                if matches!(error, Error::Wal(intake::Error::Differs { .. })) {
+                    tracing::error!(cluster = %self.settings.name, file = %path.display(), "{problem}");
+                    self.status.note(|facts| {
+                        facts.push_differs.insert(path.clone(), problem.clone());
+                    });
+                }
+                Progress::Failed(problem)
             }
+        };
+        let mut entries = lock(&self.entries);
+        let entry = entries
+            .iter_mut()
+            .find(|entry| entry.path == *path && entry.content == content);
+        if let Some(entry) = entry {
+            entry.progress = progress;
         }
+        drop(entries);
+        self.changed.notify_all();
     }
-    Ok(None)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

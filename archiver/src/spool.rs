@@ -7,7 +7,6 @@
 
 mod before;
 mod open_segment;
-mod prime;
 mod record;
 mod writer;
 
@@ -22,19 +21,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use intake::spool_files;
 use wal_format::{
-    Branch, Lsn, PgVersion, SegmentName, SegmentNo, SegmentSize, SystemIdentifier, WalFileName,
-    WalIdentity,
+    Branch, Lsn, SegmentName, SegmentNo, SegmentSize, WalFileName, WalIdentity, page::PageHeader,
 };
 
 pub use before::Before;
 pub use open_segment::OpenSegment;
-pub use prime::primed_indexer;
 pub use record::SpoolRecord;
 pub use writer::{CompletedSegment, SpoolWriter, TailCut};
 
 use crate::error::{Error, Result};
-pub(crate) use open_segment::content_length;
 use open_segment::of_the_disk;
 
 /// The file that one archiver locks.
@@ -109,7 +106,7 @@ impl Spool {
 /// # Errors
 /// [`Error::Io`].
 pub fn branches(cluster_directory: &Path, identity: &WalIdentity) -> Result<Vec<BranchSpool>> {
-    let directory = system_directory(cluster_directory, identity.system_identifier);
+    let directory = spool_files::system_directory(cluster_directory, identity.system_identifier);
     let mut branches: Vec<Branch> = names_in(&directory)?
         .iter()
         .filter_map(|name| name.parse().ok())
@@ -168,26 +165,7 @@ fn first_page_identity(path: &Path) -> Result<Option<WalIdentity>> {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),
         Err(error) => return Err(Error::io("read", path)(error)),
     }
-    Ok(long_header_identity(&header))
-}
-
-/// The identity that a long page header states; `None` where there is no such header.
-#[must_use]
-pub fn long_header_identity(page: &[u8]) -> Option<WalIdentity> {
-    const LONG_HEADER: u16 = 2;
-    let field = |from: usize, len: usize| page.get(from..from.checked_add(len)?);
-    let version = PgVersion::from_page_magic(u16::from_le_bytes(field(0, 2)?.try_into().ok()?))?;
-    let info = u16::from_le_bytes(field(2, 2)?.try_into().ok()?);
-    if info & LONG_HEADER == 0 {
-        return None;
-    }
-    let system = u64::from_le_bytes(field(24, 8)?.try_into().ok()?);
-    let size = u32::from_le_bytes(field(32, 4)?.try_into().ok()?);
-    Some(WalIdentity {
-        version,
-        system_identifier: SystemIdentifier(system),
-        segment_size: SegmentSize::new(u64::from(size)).ok()?,
-    })
+    Ok(PageHeader::parse(&header).and_then(|header| header.identity()))
 }
 
 /// The files of one branch.
@@ -213,7 +191,7 @@ pub struct SpooledSegments {
 impl BranchSpool {
     fn new(cluster_directory: &Path, identity: &WalIdentity, branch: Branch) -> Self {
         Self {
-            directory: system_directory(cluster_directory, identity.system_identifier)
+            directory: spool_files::system_directory(cluster_directory, identity.system_identifier)
                 .join(branch.to_string()),
             branch,
             segment_size: identity.segment_size,
@@ -280,7 +258,7 @@ impl BranchSpool {
                 Ok(WalFileName::Partial(segment)) => {
                     let path = self.directory.join(&name);
                     let length = File::open(&path)
-                        .and_then(|file| content_length(&file))
+                        .and_then(|file| spool_files::content_length(&file))
                         .map_err(Error::io("read", &path))?;
                     open.extend(segment.segment(self.segment_size).map(|s| (s, length)));
                 }
@@ -306,7 +284,8 @@ impl BranchSpool {
         }
         let partial = self.partial_path(segment);
         let read = File::open(&partial).and_then(|file| {
-            let mut bytes = vec![0; usize::try_from(content_length(&file)?).unwrap_or(usize::MAX)];
+            let mut bytes =
+                vec![0; usize::try_from(spool_files::content_length(&file)?).unwrap_or(usize::MAX)];
             file.read_exact_at(&mut bytes, 0)?;
             Ok(bytes)
         });
@@ -370,19 +349,6 @@ impl BranchSpool {
             .map(|(segment, length)| segment.start_lsn(size).add(length));
         Ok(complete.max(open))
     }
-}
-
-/// The directory of a branch below `{spool}/{cluster}`, without taking the lock: for a push.
-pub(crate) fn branch_directory(
-    cluster_directory: &Path,
-    system: SystemIdentifier,
-    branch: Branch,
-) -> PathBuf {
-    system_directory(cluster_directory, system).join(branch.to_string())
-}
-
-fn system_directory(cluster_directory: &Path, system: SystemIdentifier) -> PathBuf {
-    cluster_directory.join("wal").join(system.to_string())
 }
 
 fn names_in(directory: &Path) -> Result<Vec<String>> {

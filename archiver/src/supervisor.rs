@@ -78,7 +78,7 @@ pub async fn run(
         let settings = settings.clone();
         blocking(move || Spool::open(&settings.spool, &settings.name)).await?
     });
-    let _pushes = push::server::start(&settings, Arc::clone(&status))?;
+    let _pushes = push::start(&settings, Arc::clone(&status))?;
     let _standbys = walsender::start(&settings, Arc::clone(&status)).await?;
     let mut supervisor = Supervisor {
         settings,
@@ -285,7 +285,7 @@ impl Supervisor {
 
     /// Decides about an error: why to reconnect, or the error itself when no retry can mend it.
     fn judge(&mut self, error: Error) -> Result<&'static str> {
-        if matches!(error, Error::Decode { .. }) {
+        if matches!(error, Error::Wal(intake::Error::Decode { .. })) {
             self.damaged += 1;
         }
         if self.is_fatal(&error) {
@@ -310,7 +310,7 @@ impl Supervisor {
             facts.broken = broken;
         });
         Ok(match error {
-            Error::Decode { .. } => "damaged_record",
+            Error::Wal(intake::Error::Decode { .. }) => "damaged_record",
             Error::Io { .. } => "disk",
             Error::Gap { .. } => "gap",
             Error::Replication(error) if error.is_slot_in_use() => "slot_in_use",
@@ -324,7 +324,7 @@ impl Supervisor {
 
     fn is_fatal(&self, error: &Error) -> bool {
         match error {
-            Error::Decode { .. } => self.damaged >= DECODE_ATTEMPTS_MAX,
+            Error::Wal(intake::Error::Decode { .. }) => self.damaged >= DECODE_ATTEMPTS_MAX,
             Error::Gap { .. }
             | Error::History { .. }
             | Error::LostHistory { .. }

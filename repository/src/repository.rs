@@ -99,6 +99,23 @@ impl Repository {
         Ok(Self::with_store(open_store(place)?, cluster.clone()))
     }
 
+    /// The repository where it is one folder without keys; `None` for any other place. A program that opens no others has no
+    /// client of a bucket in it, which starts slowly.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn open_plain_folder(
+        place: &RepositoryPlace,
+        cluster: &ClusterName,
+    ) -> Result<Option<Self>> {
+        let plain = place.others.is_empty() && place.encryption.is_none();
+        let Some(folder) = place.url.folder().filter(|_| plain) else {
+            return Ok(None);
+        };
+        let store = Arc::new(LocalStore::open(folder)?);
+        Ok(Some(Self::with_store(store, cluster.clone())))
+    }
+
     /// Several places as one. A folder that can not be opened is passed over while another place can.
     fn open_all(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
         let mut places = Vec::new();

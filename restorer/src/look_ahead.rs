@@ -127,9 +127,15 @@ struct Fetcher<'a> {
 struct State {
     names: Names,
     /// What was begun and not seen taken, in the order in which it was begun.
-    ready: VecDeque<PathBuf>,
+    ready: VecDeque<Begun>,
     /// When something was last taken.
     taken: Instant,
+}
+
+struct Begun {
+    path: PathBuf,
+    /// The whole file while it may be in memory only.
+    unsettled: Option<File>,
 }
 
 /// What was not begun.
@@ -142,7 +148,13 @@ enum Names {
 }
 
 enum Next {
-    Fetch(SegmentName),
+    /// Into a file that was just created. It is never opened again: ext4 begins to write a file to its disk as soon as one is
+    /// closed that was opened with `O_TRUNC`, empty or not.
+    Fetch(SegmentName, File),
+    /// PostgreSQL fsyncs each segment that it takes and replays nothing meanwhile (`durable_rename` in
+    /// `KeepFileRestoredFromArchive`); it finds little left to do. Our own word does not depend on it: after a crash nothing
+    /// of this is believed.
+    Settle(File),
     Wait,
     End,
 }
@@ -152,7 +164,8 @@ impl Fetcher<'_> {
     fn work(&self, window: usize) {
         loop {
             match self.next(window.min(self.window)) {
-                Next::Fetch(name) => self.fetch(name),
+                Next::Fetch(name, file) => self.fetch(name, file),
+                Next::Settle(file) => drop(file.sync_data()),
                 Next::Wait => thread::sleep(POLL),
                 Next::End => return,
             }
@@ -163,8 +176,8 @@ impl Fetcher<'_> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // They are taken in this order; one that could not be fetched is gone too.
         while let Some(first) = state.ready.front()
-            && !first.exists()
-            && !unfinished(first).exists()
+            && !first.path.exists()
+            && !unfinished(&first.path).exists()
         {
             state.ready.pop_front();
             state.taken = Instant::now();
@@ -184,7 +197,11 @@ impl Fetcher<'_> {
             return Next::End;
         }
         if all_begun || state.ready.len() >= window {
-            return Next::Wait;
+            // Who asks as fast as it is fetched is not held up by the disk.
+            let unhurried = state.ready.len() >= self.window;
+            let mut ready = state.ready.iter_mut().filter(|_| unhurried);
+            let unsettled = ready.find_map(|begun| begun.unsettled.take());
+            return unsettled.map_or(Next::Wait, Next::Settle);
         }
         let size = self.identity.wal_segment_size;
         let name = match &mut state.names {
@@ -201,18 +218,27 @@ impl Fetcher<'_> {
         };
         let path = self.folder.join(name.to_string());
         // Created under the lock, so that the order of fetching is the order of replay.
-        if File::create(unfinished(&path)).is_err() {
+        let mut options = OpenOptions::new();
+        let created = options.write(true).create_new(true).mode(0o600);
+        let Ok(file) = created.open(unfinished(&path)) else {
             return Next::End;
-        }
-        state.ready.push_back(path);
-        Next::Fetch(name)
+        };
+        state.ready.push_back(Begun {
+            path,
+            unsettled: None,
+        });
+        Next::Fetch(name, file)
     }
 
-    fn fetch(&self, name: SegmentName) {
+    fn fetch(&self, name: SegmentName, mut file: File) {
         let path = self.folder.join(name.to_string());
         let new = unfinished(&path);
-        let whole = self.write(name, &new).unwrap_or(false);
+        let whole = self.write(name, &mut file).unwrap_or(false);
         if whole && rename(&new, &path).is_ok() {
+            let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(begun) = state.ready.iter_mut().find(|begun| begun.path == path) {
+                begun.unsettled = Some(file);
+            }
             return;
         }
         // Without a plan it is known only so that something comes next.
@@ -223,16 +249,12 @@ impl Fetcher<'_> {
         drop(fs::remove_file(&new));
     }
 
-    fn write(&self, name: SegmentName, path: &Path) -> Result<bool> {
-        // No fsync: PostgreSQL does it when it takes the file, and after a crash nothing of this is believed.
-        let mut options = OpenOptions::new();
-        let file = options.write(true).truncate(true).create(true).mode(0o600);
-        let mut file = file.open(path).map_err(Error::io("create", path))?;
+    fn write(&self, name: SegmentName, file: &mut File) -> Result<bool> {
         match self.plan {
             Some(plan) => {
-                wal_fetch::segment(self.repository, &self.identity, Some(plan), name, &mut file)
+                wal_fetch::segment(self.repository, &self.identity, Some(plan), name, file)
             }
-            None => wal_fetch::sealed(self.repository, &self.identity, name, &mut file),
+            None => wal_fetch::sealed(self.repository, &self.identity, name, file),
         }
     }
 }

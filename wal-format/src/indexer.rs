@@ -2,6 +2,8 @@
 //!
 //! It is the [`WalDecoder`] with a sink that keeps what a restore has to know.
 
+mod primed;
+
 use crate::{
     Lsn, SegmentSummary,
     decoder::{RecordSink, WINDOW_BYTES, WalDecoder, WalIdentity},

@@ -3,7 +3,7 @@
 //! A header says where its page belongs, so that a recycled segment's old content is never taken for new WAL.
 
 use crate::{
-    Lsn, SegmentSize, TimelineId, WalIdentity,
+    Lsn, PgVersion, SegmentSize, SystemIdentifier, TimelineId, WalIdentity,
     error::{DecodeError, DecodeErrorKind},
     fields::Fields,
     lsn::PAGE_SIZE,
@@ -99,6 +99,20 @@ impl PageHeader {
         Some(Self {
             long: long(),
             ..header
+        })
+    }
+
+    /// Whose WAL a segment holds that begins with this header; `None` where it is no long one of a version that we know.
+    #[must_use]
+    pub fn identity(&self) -> Option<WalIdentity> {
+        let long = self.long?;
+        if !self.flags.has(PageFlags::LONG_HEADER) {
+            return None;
+        }
+        Some(WalIdentity {
+            version: PgVersion::from_page_magic(self.magic)?,
+            system_identifier: SystemIdentifier(long.system_identifier),
+            segment_size: SegmentSize::new(u64::from(long.segment_bytes)).ok()?,
         })
     }
 

@@ -38,10 +38,10 @@ pub(super) fn run(settings: &ClusterSettings, directory: &Path, compare: bool) -
         });
     }
     if count.refused > 0 {
-        return Err(Error::Push {
+        return Err(Error::Wal(intake::Error::Refused {
             path: directory.to_owned(),
             problem: format!("{} files were refused", count.refused),
-        });
+        }));
     }
     Ok(())
 }

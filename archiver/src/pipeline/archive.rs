@@ -10,13 +10,14 @@ use std::{
 };
 
 use catalog::Catalog;
+use intake::stored::{WalSource, put_wal};
 use repository::{ClusterIdentity, Repository, WalRange, WalRangeKind, config::ClusterSettings};
 use wal_format::{
     Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary,
     WalIdentity,
 };
 
-use super::{fork::Losses, room::Room, start::Held, stored::put_wal};
+use super::{fork::Losses, room::Room, start::Held};
 use crate::{
     cluster_status::ClusterStatus,
     core::{
@@ -352,7 +353,7 @@ impl Archive {
     /// the repository has whole by now, is compared with it and removed.
     ///
     /// # Errors
-    /// [`Error::Divergence`] when they differ; [`Error::Io`], [`Error::Repository`].
+    /// [`intake::Error::Divergence`] when they differ; [`Error::Io`], [`Error::Repository`].
     pub fn open_segment(&self, spool: &BranchSpool, end_lsn: Lsn) -> Result<SegmentNo> {
         let size = self.identity.segment_size;
         let open = size.segment_of(end_lsn);
@@ -378,12 +379,12 @@ impl Archive {
             });
         }
         if let Some(index) = ours.iter().zip(&sealed).position(|(ours, new)| ours != new) {
-            return Err(Error::Divergence {
+            return Err(Error::Wal(intake::Error::Divergence {
                 branch: spool.branch(),
                 lsn: partial.start_lsn(size).add(index as u64),
                 from: "the spool",
                 ours: format!("{key} in {}", self.repository.url()),
-            });
+            }));
         }
         spool.remove_partial(partial)?;
         Ok(open)
@@ -412,19 +413,18 @@ impl Archive {
     }
 
     /// Puts a sealed range, reads it back, compares it with the WAL it was made of, and enters it in the catalog.
-    /// `wal` yields the range's bytes from an offset on.
     ///
     /// # Errors
-    /// [`Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
+    /// [`intake::Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
     pub fn store_wal(
         &self,
         header: &SealedHeader,
         object: &[u8],
         summary: &SegmentSummary,
         proven: Option<PgTimestamp>,
-        wal: &dyn Fn(&mut [u8], u64) -> Result<()>,
+        source: &WalSource<'_>,
     ) -> Result<WalRange> {
-        let stored_bytes = put_wal(&self.repository, header, object, "the spool", wal)?;
+        let stored_bytes = put_wal(&self.repository, header, object, source)?;
         let kind = if header.is_whole_segment() {
             WalRangeKind::Sealed
         } else {

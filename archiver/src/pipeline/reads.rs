@@ -7,12 +7,13 @@ use std::{fs::File, io, sync::PoisonError};
 use repository::WalRange;
 use wal_format::{
     Branch, Lsn, ObjectKey, SealedReader, SegmentNo, TimelineHistory, TimelineId, TransactionEnd,
+    WalIndexer,
 };
 
 use super::archive::Archive;
 use crate::{
     error::{Error, Result},
-    spool::{Before, primed_indexer},
+    spool::Before,
 };
 
 /// Why a segment could not be put into a file.
@@ -34,7 +35,7 @@ impl Archive {
     /// The WAL of the tails that the repository holds of an open segment, from its start, without a gap.
     ///
     /// # Errors
-    /// [`Error::Repository`], [`Error::Sealed`].
+    /// [`Error::Repository`], [`intake::Error::Sealed`].
     pub fn read_tails(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<u8>> {
         let start = segment.start_lsn(self.identity().segment_size);
         let tails = self.tails_of(branch, segment);
@@ -78,15 +79,17 @@ impl Archive {
     /// The WAL bytes of a sealed object, all checked.
     ///
     /// # Errors
-    /// [`Error::Repository`], [`Error::Sealed`].
+    /// [`Error::Repository`], [`intake::Error::Sealed`].
     pub fn read_object(&self, key: &ObjectKey) -> Result<Vec<u8>> {
         let object = self.repository().get(key)?;
         let mut wal = Vec::new();
         SealedReader::open(&object)
             .and_then(|reader| reader.read_all(&mut wal))
-            .map_err(|source| Error::Sealed {
-                object: key.to_string(),
-                source,
+            .map_err(|source| {
+                Error::Wal(intake::Error::Sealed {
+                    object: key.to_string(),
+                    source,
+                })
             })?;
         Ok(wal)
     }
@@ -133,7 +136,7 @@ impl Archive {
     /// A segment of this very branch in a file, as far as the archive has it: never all of it in memory but as it is stored.
     ///
     /// # Errors
-    /// [`Error::Repository`], [`Error::Sealed`], [`Error::Io`].
+    /// [`Error::Repository`], [`intake::Error::Sealed`], [`Error::Io`].
     pub(super) fn hold_segment(
         &self,
         branch: Branch,
@@ -154,9 +157,11 @@ impl Archive {
             return Ok(None);
         };
         let object = self.repository().get(&key)?;
-        let damaged = |source| Error::Sealed {
-            object: key.to_string(),
-            source,
+        let damaged = |source| {
+            Error::Wal(intake::Error::Sealed {
+                object: key.to_string(),
+                source,
+            })
         };
         let directory = spool.directory();
         let held = Before::of_pieces(directory, |file| {
@@ -186,7 +191,7 @@ impl Archive {
     ) -> Result<Option<Vec<TransactionEnd>>> {
         let size = self.identity().segment_size;
         let mut segment = size.segment_of(from);
-        let mut indexer = primed_indexer(self.identity(), segment, |earlier| {
+        let mut indexer = WalIndexer::primed(self.identity(), segment, |earlier| {
             self.read_segment(branch, earlier)
         })?;
         while segment.start_lsn(size) < to {

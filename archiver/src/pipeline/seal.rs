@@ -8,19 +8,18 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    os::unix::fs::FileExt,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary};
+use intake::stored::{WalSource, seal_range};
+use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary, WalIndexer};
 
-use super::{archive::Archive, failure::Failure, stored::seal_range};
+use super::{archive::Archive, failure::Failure};
 use crate::{
     cluster_status::ClusterStatus,
     core::{Action, Event},
     error::{Error, Result},
-    spool::primed_indexer,
 };
 
 /// Summaries kept in memory for segments that wait; beyond it a summary is made again from the spool. Sixteen MiB is a
@@ -218,9 +217,11 @@ fn seal(
     };
     let path = archive.branch_spool(branch).path(segment);
     let file = File::open(&path).map_err(Error::io("open", &path))?;
-    let read = |bytes: &mut [u8], offset: u64| {
-        file.read_exact_at(bytes, offset)
-            .map_err(Error::io("read", &path))
+    let source = WalSource {
+        file: &file,
+        path: &path,
+        offset: 0,
+        from: "the spool",
     };
     let identity = archive.identity();
     let header = SealedHeader::of_segment(
@@ -231,8 +232,8 @@ fn seal(
         segment,
     );
     let level = archive.settings().compression_level;
-    let object = seal_range(level, header, &indexed.summary, indexed.proven, &read)?;
-    archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &read)?;
+    let object = seal_range(level, header, &indexed.summary, indexed.proven, &source)?;
+    archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &source)?;
     archive.note_sealed(branch, segment)?;
     Ok(indexed.summary.open_record_lsn)
 }
@@ -240,12 +241,12 @@ fn seal(
 /// Makes the summary again for a segment that a previous run left, or whose summary had no room.
 fn index(archive: &Archive, branch: Branch, segment: SegmentNo) -> Result<Indexed> {
     let earlier = |wanted| archive.read_segment(branch, wanted);
-    let mut indexer = primed_indexer(archive.identity(), segment, earlier)?;
+    let mut indexer = WalIndexer::primed(archive.identity(), segment, earlier)?;
     let spool = archive.branch_spool(branch);
     let bytes = spool.read(segment)?.unwrap_or_default();
     indexer
         .push(&bytes)
-        .map_err(|source| Error::Decode { branch, source })?;
+        .map_err(|source| Error::Wal(intake::Error::Decode { branch, source }))?;
     Ok(Indexed {
         summary: indexer.take_summary(),
         proven: None,

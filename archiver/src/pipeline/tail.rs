@@ -4,15 +4,15 @@
 //! costs no request. A tail is only ever a copy of spooled WAL; the sealed segment replaces it.
 
 use std::{
-    os::unix::fs::FileExt,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::JoinHandle,
     time::Duration,
 };
 
+use intake::stored::{WalSource, seal_range};
 use wal_format::SealedHeader;
 
-use super::{archive::Archive, failure::Failure, stored::seal_range};
+use super::{archive::Archive, failure::Failure};
 use crate::{
     core::Event,
     error::{Error, Result},
@@ -134,15 +134,15 @@ fn store(archive: &Archive, tail: &TailCut) -> Result<()> {
         end_lsn: tail.end_lsn,
     };
     let path = archive.branch_spool(tail.branch).partial_path(tail.segment);
-    let base = identity.segment_size.offset_of(tail.start_lsn);
-    let read = |bytes: &mut [u8], offset: u64| {
-        tail.file
-            .read_exact_at(bytes, base + offset)
-            .map_err(Error::io("read", &path))
+    let source = WalSource {
+        file: &tail.file,
+        path: &path,
+        offset: identity.segment_size.offset_of(tail.start_lsn),
+        from: "the spool",
     };
     let level = archive.settings().compression_level;
-    let object = seal_range(level, header, &tail.summary, tail.proven, &read)?;
-    let range = archive.store_wal(&header, &object, &tail.summary, tail.proven, &read)?;
+    let object = seal_range(level, header, &tail.summary, tail.proven, &source)?;
+    let range = archive.store_wal(&header, &object, &tail.summary, tail.proven, &source)?;
     archive.note_tail(range)
 }
 

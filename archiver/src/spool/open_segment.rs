@@ -204,26 +204,6 @@ impl OpenSegment {
     }
 }
 
-/// How many bytes of a file lie before the zeros at its end. WAL may end in zeros too, so this is at most what was written;
-/// which of it counts is for the decoder to say.
-///
-/// # Errors
-/// The operating system's.
-pub(crate) fn content_length(file: &File) -> io::Result<u64> {
-    let mut end = file.metadata()?.len();
-    let mut buffer = vec![0; ZEROS.len()];
-    while end > 0 {
-        let start = end.saturating_sub(ZEROS.len() as u64);
-        let bytes = &mut buffer[..usize::try_from(end - start).unwrap_or(usize::MAX)];
-        file.read_exact_at(bytes, start)?;
-        if let Some(last) = bytes.iter().rposition(|byte| *byte != 0) {
-            return Ok(start + last as u64 + 1);
-        }
-        end = start;
-    }
-    Ok(0)
-}
-
 /// What a durable file operation says of the spool's disk: it is not the repository that failed.
 pub(super) fn of_the_disk(error: repository::Error) -> Error {
     match error {

@@ -209,7 +209,7 @@ fn the_overlap_is_compared_and_nothing_is_written_over() {
     other[77_777] ^= 1;
     let error = push(&mut writer, &other).expect_err("they differ");
     assert!(
-        matches!(error, Error::Divergence { lsn, .. } if lsn == START.add(77_777)),
+        matches!(error, Error::Wal(intake::Error::Divergence { lsn, .. }) if lsn == START.add(77_777)),
         "{error}"
     );
     assert!(begins_with(&branch, &bytes));
@@ -232,7 +232,10 @@ fn a_damaged_record_is_neither_written_nor_counted() {
     bytes[damaged] ^= 0x10;
     let (mut writer, _) = open(&branch);
     let error = push(&mut writer, &bytes).expect_err("a record is damaged");
-    assert!(matches!(error, Error::Decode { .. }), "{error}");
+    assert!(
+        matches!(error, Error::Wal(intake::Error::Decode { .. })),
+        "{error}"
+    );
     let (writer, _) = open(&branch);
     assert!(writer.written() <= ends[50]);
 }

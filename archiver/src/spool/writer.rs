@@ -7,13 +7,13 @@
 use std::{fs::File, sync::Arc};
 
 use wal_format::{
-    Branch, Lsn, PgTimestamp, SegmentNo, SegmentSummary, WalIdentity, WalIndexer, lsn::PAGE_SIZE,
+    Branch, DecodeError, Lsn, PgTimestamp, SegmentNo, SegmentSummary, WalIdentity, WalIndexer,
+    lsn::PAGE_SIZE,
 };
 
 use super::{
     Before, BranchSpool, OpenSegment,
     open_segment::{is_no_space, renew_complete},
-    primed_indexer,
 };
 use crate::{
     core::cursor::{self, Cursor, OutOfOrder, Reached, Step},
@@ -107,7 +107,7 @@ impl SpoolWriter {
         }
         let segment_start = segment.start_lsn(size);
         let mut prime = || {
-            primed_indexer(identity, segment, |wanted| match spool.read(wanted)? {
+            WalIndexer::primed(identity, segment, |wanted| match spool.read(wanted)? {
                 Some(bytes) => Ok(Some(bytes)),
                 None => earlier(wanted),
             })
@@ -222,7 +222,7 @@ impl SpoolWriter {
     /// Takes the stream's next bytes. `from` names their source in a divergence.
     ///
     /// # Errors
-    /// [`Error::StreamOutOfOrder`], [`Error::Divergence`], [`Error::Decode`]: nothing of the offending bytes was written.
+    /// [`Error::StreamOutOfOrder`], [`intake::Error::Divergence`], [`intake::Error::Decode`]: nothing of the offending bytes was written.
     /// [`Error::Io`]: fatal. After any error the writer is to be opened anew.
     pub fn push(
         &mut self,
@@ -245,10 +245,7 @@ impl SpoolWriter {
                 }
                 Step::Append(_) => {
                     let decoded = self.indexer.push(now);
-                    decoded.map_err(|source| Error::Decode {
-                        branch: self.spool.branch(),
-                        source,
-                    })?;
+                    decoded.map_err(|source| self.damaged(source))?;
                     self.append(now, wait_for_space)?;
                     self.advance(count, completed);
                 }
@@ -310,13 +307,20 @@ impl SpoolWriter {
         }
         match ours.iter().zip(bytes).position(|(ours, new)| ours != new) {
             None => Ok(()),
-            Some(index) => Err(Error::Divergence {
+            Some(index) => Err(Error::Wal(intake::Error::Divergence {
                 branch: self.spool.branch(),
                 lsn: self.incoming().add(index as u64),
                 from,
                 ours: place,
-            }),
+            })),
         }
+    }
+
+    fn damaged(&self, source: DecodeError) -> Error {
+        Error::Wal(intake::Error::Decode {
+            branch: self.spool.branch(),
+            source,
+        })
     }
 
     /// Decodes bytes that the open segment's file holds.
@@ -324,10 +328,8 @@ impl SpoolWriter {
         while !bytes.is_empty() {
             let room = usize::try_from(self.cursor.room()).unwrap_or(usize::MAX);
             let (now, rest) = bytes.split_at(room.min(bytes.len()));
-            self.indexer.push(now).map_err(|source| Error::Decode {
-                branch: self.spool.branch(),
-                source,
-            })?;
+            let decoded = self.indexer.push(now);
+            decoded.map_err(|source| self.damaged(source))?;
             self.advance(now.len() as u64, completed);
             bytes = rest;
         }

@@ -294,9 +294,11 @@ impl Held {
             Self::Object { key, object, chunk } => {
                 let (first, wal) = chunk;
                 if from < *first || from >= first.add(wal.len() as u64) {
-                    let damaged = |source| Error::Sealed {
-                        object: key.to_string(),
-                        source,
+                    let damaged = |source| {
+                        Error::Wal(intake::Error::Sealed {
+                            object: key.to_string(),
+                            source,
+                        })
                     };
                     let reader = SealedReader::open(object).map_err(damaged)?;
                     let end = reader.header().end_lsn;

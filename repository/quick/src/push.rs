@@ -51,13 +51,13 @@ pub enum Asked {
     /// A push, and the daemon said: archived, or why not.
     Answered(Result<(), String>),
     /// A push, and no daemon answers.
-    Alone,
+    Alone(Box<ClusterSettings>, PathBuf),
     /// Something else.
     Other,
 }
 
 /// For a process that compresses one segment and ends: glibc would take each buffer of a megabyte anew from the kernel, which
-/// clears it page by page, and would give it back. Seen to be a tenth of a push.
+/// clears it page by page, and would give it back. Seen to be a tenth of a push. It is read when a process starts.
 pub const MEMORY: [(&str, &str); 1] = [(
     "GLIBC_TUNABLES",
     "glibc.malloc.mmap_threshold=67108864:glibc.malloc.trim_threshold=268435456:glibc.malloc.hugetlb=1",
@@ -73,16 +73,18 @@ pub fn asked() -> Asked {
     else {
         return Asked::Other;
     };
-    let answer = || {
-        let settings = Settings::resolve(&common).ok()?;
-        ask(settings.cluster().ok()?, &path).ok()
+    let Ok(settings) = Settings::resolve(&common) else {
+        return Asked::Other;
     };
-    match answer() {
-        Some(Answer::Archived) => Asked::Answered(Ok(())),
-        Some(Answer::Failed { problem }) => {
+    let Ok(cluster) = settings.cluster() else {
+        return Asked::Other;
+    };
+    match ask(cluster, &path) {
+        Ok(Answer::Archived) => Asked::Answered(Ok(())),
+        Ok(Answer::Failed { problem }) => {
             Asked::Answered(Err(format!("{}: {problem}", path.display())))
         }
-        None => Asked::Alone,
+        Err(_) => Asked::Alone(Box::new(cluster.clone()), path),
     }
 }
 

@@ -19,8 +19,31 @@ pub fn become_whole(environment: &[(&str, &str)]) -> String {
         Err(error) => return format!("this program's own path can not be found: {error}"),
     };
     let whole = beside(&this);
+    let error = replaced_by(&whole, environment);
+    format!(
+        "{} can not be run: {error}; install both programs into one directory",
+        whole.display()
+    )
+}
+
+/// Starts this program anew, told the same, with `environment` where it says nothing else; returns when all of that is set, or
+/// when it fails.
+pub fn start_with(environment: &[(&str, &str)]) {
+    if environment
+        .iter()
+        .all(|(name, _)| env::var_os(name).is_some())
+    {
+        return;
+    }
+    if let Ok(this) = env::current_exe() {
+        let error = replaced_by(&this, environment);
+        tracing::debug!(%error, "this program goes on as it was started");
+    }
+}
+
+fn replaced_by(program: &Path, environment: &[(&str, &str)]) -> io::Error {
     let mut arguments = env::args_os();
-    let mut command = Command::new(&whole);
+    let mut command = Command::new(program);
     if let Some(name) = arguments.next() {
         command.arg0(name);
     }
@@ -29,11 +52,7 @@ pub fn become_whole(environment: &[(&str, &str)]) -> String {
             command.env(name, value);
         }
     }
-    let error = command.args(arguments).exec();
-    format!(
-        "{} can not be run: {error}; install both programs into one directory",
-        whole.display()
-    )
+    command.args(arguments).exec()
 }
 
 /// The program as people and PostgreSQL call it, for who runs as the whole one.

@@ -131,6 +131,8 @@ impl FrameCompressor {
 /// Checks and decompresses frames; keeps zstd's context from one frame to the next.
 pub struct FrameDecompressor {
     zstd: zstd::bulk::Decompressor<'static>,
+    /// The frame without its own sum.
+    unsummed: Vec<u8>,
 }
 
 impl std::fmt::Debug for FrameDecompressor {
@@ -149,7 +151,10 @@ impl FrameDecompressor {
             part: SealedPart::Frame(0),
             expected: 0,
         })?;
-        Ok(Self { zstd })
+        Ok(Self {
+            zstd,
+            unsummed: Vec::new(),
+        })
     }
 
     /// Checks frame `number` and appends its `raw_bytes` of WAL to `out`; on an error `out` is as before.
@@ -196,7 +201,10 @@ impl FrameDecompressor {
     ) -> Result<(), SealedError> {
         out.clear();
         out.reserve_exact(raw_bytes);
-        match self.zstd.decompress_to_buffer(stored, out) {
+        match self
+            .zstd
+            .decompress_to_buffer(without_sum(stored, &mut self.unsummed), out)
+        {
             Ok(written) if written == raw_bytes => Ok(()),
             _ => Err(SealedError::Decompress {
                 part,
@@ -213,7 +221,10 @@ impl FrameDecompressor {
         raw: &mut [u8],
     ) -> Result<(), SealedError> {
         // The buffer's length bounds what zstd may write.
-        match self.zstd.decompress_to_buffer(stored, raw) {
+        match self
+            .zstd
+            .decompress_to_buffer(without_sum(stored, &mut self.unsummed), raw)
+        {
             Ok(written) if written == raw.len() => check_crc(part, entry.raw_crc, raw),
             _ => Err(SealedError::Decompress {
                 part,
@@ -221,4 +232,28 @@ impl FrameDecompressor {
             }),
         }
     }
+}
+
+/// The zstd frame `stored` without its content checksum (RFC 8878, 3.1.1), made in `unsummed`. That sum is for stock zstd:
+/// ours is checked in its place, and each pass over what was decompressed costs a tenth of the decompression.
+fn without_sum<'a>(stored: &'a [u8], unsummed: &'a mut Vec<u8>) -> &'a [u8] {
+    /// Behind the magic number.
+    const DESCRIPTOR: usize = 4;
+    const SUM_FLAG: u8 = 1 << 2;
+    const SUM_BYTES: usize = 4;
+    let content = stored.len().saturating_sub(SUM_BYTES);
+    let (Some(content), Some(descriptor)) = (stored.get(..content), stored.get(DESCRIPTOR)) else {
+        return stored;
+    };
+    if !stored.starts_with(&zstd::zstd_safe::MAGICNUMBER.to_le_bytes())
+        || descriptor & SUM_FLAG == 0
+    {
+        return stored;
+    }
+    unsummed.clear();
+    unsummed.extend_from_slice(content);
+    if let Some(descriptor) = unsummed.get_mut(DESCRIPTOR) {
+        *descriptor &= !SUM_FLAG;
+    }
+    unsummed
 }

@@ -6,13 +6,13 @@
 
 use std::{fs, path::Path, sync::Arc};
 
+use intake::{Pusher, Running, WalFile};
 use wal_format::{SegmentName, WalIdentity, layout::history_file_name, page::PageHeader};
 
 use super::LostRange;
 use crate::{
     error::{Error, Result},
     pipeline::{Pipeline, archive::Archive, blocking, start::ServerBranch},
-    push::{Pusher, Running, WalFile},
     replication::{ConnInfo, ConnectionMode, ReplicationClient},
 };
 
@@ -154,12 +154,12 @@ fn keep(
     if let Some(segment) = name.segment(size) {
         let ours = archive.read_tails(branch, segment)?;
         if let Some(index) = ours.iter().zip(wal).position(|(ours, new)| ours != new) {
-            return Err(Error::Divergence {
+            return Err(Error::Wal(intake::Error::Divergence {
                 branch,
                 lsn: segment.start_lsn(size).add(index as u64),
                 from: "a file of another server's pg_wal",
                 ours: format!("tails in {}", archive.repository().url()),
-            });
+            }));
         }
     }
     let pusher = Pusher {

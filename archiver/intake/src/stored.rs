@@ -2,6 +2,8 @@
 //!
 //! Invariant: nothing counts as stored whose object does not cover its whole range, byte for byte.
 
+use std::{fs::File, os::unix::fs::FileExt, path::Path};
+
 use repository::{Repository, is_sound};
 use wal_format::{
     ObjectKey, PgTimestamp, SealedHeader, SealedReader, SealedWriter, SegmentSummary,
@@ -10,13 +12,38 @@ use wal_format::{
 
 use crate::error::{Error, Result};
 
-/// Compresses a range that `read` yields; every frame is proved to hold it.
+/// WAL in a file, which an object is made of or has to hold.
+#[derive(Clone, Copy, Debug)]
+pub struct WalSource<'a> {
+    /// The open file.
+    pub file: &'a File,
+    /// As it is called.
+    pub path: &'a Path,
+    /// Where in the file the range begins.
+    pub offset: u64,
+    /// What it is, for people.
+    pub from: &'static str,
+}
+
+impl WalSource<'_> {
+    /// Reads from `offset` of the range on.
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        self.file
+            .read_exact_at(bytes, self.offset + offset)
+            .map_err(Error::io("read", self.path))
+    }
+}
+
+/// Compresses the range of `header`; every frame is proved to hold it.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Sealed`] when this machine computes wrongly or has no memory.
 pub fn seal_range(
     compression_level: i32,
     header: SealedHeader,
     summary: &SegmentSummary,
     proven: Option<PgTimestamp>,
-    read: &dyn Fn(&mut [u8], u64) -> Result<()>,
+    source: &WalSource<'_>,
 ) -> Result<Vec<u8>> {
     let broken = |source| Error::Sealed {
         object: header.key().to_string(),
@@ -33,7 +60,7 @@ pub fn seal_range(
         }
         let count = usize::try_from(length - offset).unwrap_or(FRAME_BYTES);
         let wal = &mut buffer[..count.min(FRAME_BYTES)];
-        read(wal, offset)?;
+        source.read_at(wal, offset)?;
         let frame = compressor.compress(number, wal).map_err(broken)?;
         writer.push_frame(&frame).map_err(broken)?;
     }
@@ -49,8 +76,7 @@ pub fn put_wal(
     repository: &Repository,
     header: &SealedHeader,
     object: &[u8],
-    from: &'static str,
-    wal: &dyn Fn(&mut [u8], u64) -> Result<()>,
+    source: &WalSource<'_>,
 ) -> Result<u64> {
     let key = header.key();
     match repository.put_unproved(&key, object) {
@@ -68,7 +94,7 @@ pub fn put_wal(
             return Ok(object.len() as u64);
         }
         let stored = repository.get(&key)?;
-        compare_wal(&stored, &name, header, from, wal)?;
+        compare_wal(&stored, &name, header, source)?;
         Ok(stored.len() as u64)
     };
     match compare() {
@@ -112,8 +138,7 @@ fn replace_damaged(repository: &Repository, key: &ObjectKey, object: &[u8]) -> R
     }
 }
 
-/// Compares the object `name` with the range of `header` as `wal` yields it, by the offset from its start. The object may
-/// go on behind the range.
+/// Compares the object `name` with the range of `header` in `source`. The object may go on behind the range.
 ///
 /// # Errors
 /// [`Error::Divergence`] when it holds other WAL; [`Error::Sealed`] when it is damaged or does not hold the whole range.
@@ -121,8 +146,7 @@ pub fn compare_wal(
     object: &[u8],
     name: &str,
     header: &SealedHeader,
-    from: &'static str,
-    wal: &dyn Fn(&mut [u8], u64) -> Result<()>,
+    source: &WalSource<'_>,
 ) -> Result<()> {
     let damaged = |source| Error::Sealed {
         object: name.to_owned(),
@@ -148,7 +172,7 @@ pub fn compare_wal(
         let wanted = usize::try_from(header.end_lsn.bytes_since(lsn)).unwrap_or(usize::MAX);
         let bytes = &bytes[..wanted.min(bytes.len())];
         ours.resize(bytes.len(), 0);
-        wal(&mut ours, lsn.bytes_since(header.start_lsn))?;
+        source.read_at(&mut ours, lsn.bytes_since(header.start_lsn))?;
         // The whole first: looking for the place byte by byte is for the day when they differ.
         if ours != bytes
             && let Some(index) = ours.iter().zip(bytes).position(|(new, old)| new != old)
@@ -156,7 +180,7 @@ pub fn compare_wal(
             return Err(Error::Divergence {
                 branch: header.branch,
                 lsn: lsn.add(index as u64),
-                from,
+                from: source.from,
                 ours: name.to_owned(),
             });
         }
@@ -185,6 +209,24 @@ mod tests {
         }
     }
 
+    /// Something lies before the range.
+    const OFFSET: u64 = 3;
+
+    fn file(wal: &[u8]) -> File {
+        let file = tempfile::tempfile().expect("a file");
+        file.write_all_at(wal, OFFSET).expect("it has room");
+        file
+    }
+
+    fn source(file: &File) -> WalSource<'_> {
+        WalSource {
+            file,
+            path: Path::new("it"),
+            offset: OFFSET,
+            from: "a test",
+        }
+    }
+
     fn object(wal: &[u8]) -> Vec<u8> {
         let mut writer = SealedWriter::new(header(wal.len() as u64), 1).expect("a writer");
         writer.push(wal).expect("it has room");
@@ -205,14 +247,8 @@ mod tests {
         let wal: Vec<u8> = (0..300_000_u32).map(|n| (n % 251) as u8).collect();
         let (header, good) = (header(wal.len() as u64), object(&wal));
         let path = folder.path().join(format!("main/{}", header.key()));
-        let put = || {
-            let read = |bytes: &mut [u8], offset: u64| {
-                let offset = usize::try_from(offset).expect("it is small");
-                bytes.copy_from_slice(&wal[offset..offset + bytes.len()]);
-                Ok(())
-            };
-            put_wal(&repository, &header, &good, "a test", &read)
-        };
+        let file = file(&wal);
+        let put = || put_wal(&repository, &header, &good, &source(&file));
         put().expect("it is put");
         let mut flipped = good.clone();
         flipped[good.len() / 2] ^= 1;
@@ -222,7 +258,7 @@ mod tests {
             put().expect("it is put again");
             assert!(std::fs::read(&path).expect("an object") == good);
         }
-        let mut other = wal.clone();
+        let mut other = wal;
         other[250_000] ^= 1;
         std::fs::remove_file(&path).expect("it goes");
         std::fs::write(&path, object(&other)).expect("a file");
@@ -236,12 +272,7 @@ mod tests {
         let wal: Vec<u8> = (0..300_000_u32).map(|n| (n % 251) as u8).collect();
         let compare = |held: &[u8], asked: &[u8]| {
             let header = header(asked.len() as u64);
-            let read = |bytes: &mut [u8], offset: u64| {
-                let offset = usize::try_from(offset).expect("it is small");
-                bytes.copy_from_slice(&asked[offset..offset + bytes.len()]);
-                Ok(())
-            };
-            compare_wal(&object(held), "it", &header, "a test", &read)
+            compare_wal(&object(held), "it", &header, &source(&file(asked)))
         };
         compare(&wal, &wal).expect("the same");
         compare(&wal, &wal[..1000]).expect("its beginning");

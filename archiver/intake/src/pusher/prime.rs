@@ -8,10 +8,7 @@ use wal_format::{
 };
 
 use super::{Pusher, WalFile};
-use crate::{
-    error::{Error, Result},
-    spool::primed_indexer,
-};
+use crate::error::{Error, Result};
 
 /// WAL's page, `XLOG_BLCKSZ`.
 const PAGE_BYTES: u64 = 8192;
@@ -34,7 +31,7 @@ impl Pusher<'_> {
         {
             return Ok(indexer);
         }
-        primed_indexer(identity, segment, |earlier| {
+        WalIndexer::primed(identity, segment, |earlier| {
             if let Some(object) = self.stored(&key(earlier))? {
                 let mut wal = Vec::new();
                 SealedReader::open(&object)

@@ -18,7 +18,7 @@ use wal_format::{SealedHeader, SegmentName};
 use super::{Pusher, WalFile, differs};
 use crate::{
     error::{Error, Result},
-    spool::{branch_directory, content_length},
+    spool_files::{branch_directory, content_length},
 };
 
 /// How long the end of a segment may be on its way when its beginning is here.

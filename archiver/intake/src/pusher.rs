@@ -1,0 +1,533 @@
+//! [`Pusher`]: checks and stores one file of `pg_wal`, in whichever process.
+//!
+//! Invariant: success means that the bytes are in the repository and were read back; the same bytes again are success
+//! again, other bytes under the same name are an error and nothing is overwritten.
+
+mod prime;
+mod side_by_side;
+mod spooled;
+
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+};
+
+use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+use wal_format::{
+    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
+    TimelineHistory, TimelineId, WalFileName, WalIdentity, WalIndexer,
+    page::{LONG_HEADER_BYTES, PageHeader},
+};
+
+use crate::{
+    error::{Error, Result},
+    stored::{WalSource, compare_wal, put_wal, seal_range},
+};
+
+/// How much of a file is read at once.
+const READ_BYTES: usize = 1 << 20;
+
+/// What is wrong with a segment in which nothing was written yet.
+pub const NO_RECORD: &str = "holds no valid record";
+
+/// Pushes one file without a daemon.
+///
+/// # Errors
+/// As [`Pusher::push`]. PostgreSQL keeps the file and asks again.
+pub fn push_alone(settings: &ClusterSettings, repository: &Repository, path: &Path) -> Result<()> {
+    let file = WalFile::open(path)?;
+    Pusher {
+        settings,
+        repository,
+        spool_counts: false,
+    }
+    .push(&file, &mut None)
+}
+
+/// An open file of `pg_wal`. It is read by its descriptor, which the daemon may have got from another user's process.
+#[derive(Debug)]
+pub struct WalFile {
+    path: PathBuf,
+    file: File,
+    length: u64,
+}
+
+impl WalFile {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(Error::io("read", path))?;
+        Self::of(path.to_owned(), file)
+    }
+
+    /// A file that was opened elsewhere under `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn of(path: PathBuf, file: File) -> Result<Self> {
+        let length = file.metadata().map_err(Error::io("read", &path))?.len();
+        Ok(Self { path, file, length })
+    }
+
+    fn name(&self) -> Result<WalFileName> {
+        self.path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .and_then(|name| name.parse().ok())
+            .ok_or_else(|| self.refuse("is no WAL file name; PostgreSQL passes %p"))
+    }
+
+    fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        self.file
+            .read_exact_at(bytes, offset)
+            .map_err(Error::io("read", &self.path))
+    }
+
+    /// Everything; for files that are small, or whose end has to be found.
+    fn read(&self) -> Result<Vec<u8>> {
+        let length = usize::try_from(self.length)
+            .map_err(|_| self.refuse("does not fit into this machine's memory"))?;
+        let mut content = vec![0; length];
+        self.read_at(&mut content, 0)?;
+        Ok(content)
+    }
+
+    /// Whose WAL it is, by its first page.
+    fn identity(&self) -> Result<Option<WalIdentity>> {
+        let length = usize::try_from(self.length).unwrap_or(LONG_HEADER_BYTES);
+        let mut header = [0; LONG_HEADER_BYTES];
+        self.read_at(&mut header[..length.min(LONG_HEADER_BYTES)], 0)?;
+        Ok(PageHeader::parse(&header).and_then(|header| header.identity()))
+    }
+
+    /// As the WAL that an object has to hold.
+    fn source(&self) -> WalSource<'_> {
+        WalSource {
+            file: &self.file,
+            path: &self.path,
+            offset: 0,
+            from: "the pushed file",
+        }
+    }
+
+    /// Hands out the first `length` bytes, piece by piece.
+    fn pieces(&self, length: u64, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        let mut buffer = vec![0; READ_BYTES];
+        let mut offset = 0;
+        while offset < length {
+            let count = usize::try_from(length - offset)
+                .unwrap_or(READ_BYTES)
+                .min(READ_BYTES);
+            self.read_at(&mut buffer[..count], offset)?;
+            take(&buffer[..count])?;
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    fn directory(&self) -> PathBuf {
+        match self.path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+            _ => PathBuf::from("."),
+        }
+    }
+
+    fn refuse(&self, problem: &str) -> Error {
+        Error::Refused {
+            path: self.path.clone(),
+            problem: problem.to_owned(),
+        }
+    }
+}
+
+/// A decoder that has just read the segment before.
+#[derive(Debug)]
+pub struct Running {
+    branch: Branch,
+    next: SegmentNo,
+    indexer: WalIndexer,
+}
+
+/// A segment whose every record was checked, on its way into the repository.
+#[derive(Debug)]
+pub struct Checked {
+    header: SealedHeader,
+    summary: SegmentSummary,
+}
+
+/// Checks and stores files of one cluster.
+#[derive(Clone, Copy, Debug)]
+pub struct Pusher<'a> {
+    /// The cluster's settings.
+    pub settings: &'a ClusterSettings,
+    /// Its repository.
+    pub repository: &'a Repository,
+    /// Whether what lies complete in the spool counts as archived: only while a daemon takes care that it gets there, and
+    /// only where the operator's class is this host's disk.
+    pub spool_counts: bool,
+}
+
+/// What is known of a file before its records are looked at.
+#[derive(Debug)]
+pub enum Looked {
+    /// It is archived: all of it was compared, or there is nothing in it to be archived.
+    Archived,
+    /// A segment that is new.
+    New(NewSegment),
+}
+
+/// A segment that is new, and whose.
+#[derive(Clone, Copy, Debug)]
+pub struct NewSegment {
+    identity: WalIdentity,
+    segment: SegmentNo,
+    header: SealedHeader,
+}
+
+impl NewSegment {
+    /// Checks the records of the next piece.
+    fn check(&self, indexer: &mut WalIndexer, piece: &[u8]) -> Result<()> {
+        let branch = self.header.branch;
+        indexer
+            .push(piece)
+            .map_err(|source| Error::Decode { branch, source })
+    }
+
+    /// All pieces were checked.
+    fn checked(
+        self,
+        file: &WalFile,
+        mut indexer: WalIndexer,
+        running: &mut Option<Running>,
+    ) -> Result<Checked> {
+        let header = self.header;
+        let summary = indexer.take_summary();
+        if indexer.position() != header.end_lsn {
+            return Err(file.refuse(&format!("is a segment cut short at {}", indexer.position())));
+        }
+        *running = Some(Running {
+            branch: header.branch,
+            next: self.segment.next(),
+            indexer,
+        });
+        Ok(Checked { header, summary })
+    }
+}
+
+impl Pusher<'_> {
+    /// Pushes one file. `running` saves looking for the start of a record that crosses into the segment.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] and [`Error::Decode`] when the file is not what its name says, [`Error::Differs`] when other bytes are
+    /// archived under it.
+    pub fn push(&self, file: &WalFile, running: &mut Option<Running>) -> Result<()> {
+        match self.look(file)? {
+            Looked::Archived => Ok(()),
+            Looked::New(new) => {
+                let (checked, object) = self.check_and_seal(file, new, running)?;
+                self.put(file, &checked.header, &object)
+            }
+        }
+    }
+
+    /// Does everything but the storing of a segment that is not archived yet.
+    ///
+    /// # Errors
+    /// As [`Pusher::push`].
+    pub fn check(&self, file: &WalFile, running: &mut Option<Running>) -> Result<Option<Checked>> {
+        match self.look(file)? {
+            Looked::Archived => Ok(None),
+            Looked::New(new) => self.decode(file, new, running).map(Some),
+        }
+    }
+
+    /// Compares a segment with what is archived under its name, and does everything for other files.
+    ///
+    /// # Errors
+    /// As [`Pusher::push`].
+    pub fn look(&self, file: &WalFile) -> Result<Looked> {
+        match file.name()? {
+            WalFileName::Segment(name) => return self.segment(file, name),
+            WalFileName::Partial(name) => self.partial(file, name)?,
+            WalFileName::History(timeline) => self.history(file, timeline)?,
+            WalFileName::Backup(..) => backup_history(file)?,
+        }
+        Ok(Looked::Archived)
+    }
+
+    /// Compresses a segment, stores it, reads it back and compares.
+    ///
+    /// # Errors
+    /// As [`Pusher::push`].
+    pub fn store(&self, file: &WalFile, checked: &Checked) -> Result<()> {
+        let header = &checked.header;
+        let level = self.settings.compression_level;
+        let object = seal_range(level, *header, &checked.summary, None, &file.source())?;
+        self.put(file, header, &object)
+    }
+
+    fn put(&self, file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
+        put_wal(self.repository, header, object, &file.source())
+            .map_err(|error| differs(file, error))?;
+        Ok(())
+    }
+
+    fn segment(&self, file: &WalFile, name: SegmentName) -> Result<Looked> {
+        let (identity, segment) = self.identify(file, name)?;
+        let branch = self.branch(file, &identity, name.timeline)?;
+        let size = identity.segment_size;
+        let header = SealedHeader::of_segment(
+            identity.system_identifier,
+            identity.version,
+            branch,
+            size,
+            segment,
+        );
+        // The stream was here before, or this is the second time: equal bytes need no second look at their records.
+        if self.spool_counts && self.is_spooled(file, &header, name)? {
+            return Ok(Looked::Archived);
+        }
+        if let Some(object) = self.stored(&header.key())? {
+            compare(file, &header, &object)?;
+            return Ok(Looked::Archived);
+        }
+        Ok(Looked::New(NewSegment {
+            identity,
+            segment,
+            header,
+        }))
+    }
+
+    /// Checks every record of a segment. `running` saves looking for the start of a record that crosses into it.
+    ///
+    /// # Errors
+    /// As [`Pusher::push`].
+    pub fn decode(
+        &self,
+        file: &WalFile,
+        new: NewSegment,
+        running: &mut Option<Running>,
+    ) -> Result<Checked> {
+        let mut indexer = self.decoder(file, new, running)?;
+        file.pieces(new.header.raw_bytes(), |piece| {
+            new.check(&mut indexer, piece)
+        })?;
+        new.checked(file, indexer, running)
+    }
+
+    /// A decoder at the start of the segment.
+    fn decoder(
+        &self,
+        file: &WalFile,
+        new: NewSegment,
+        running: &mut Option<Running>,
+    ) -> Result<WalIndexer> {
+        let (branch, segment) = (new.header.branch, new.segment);
+        match running.take() {
+            Some(running) if running.branch == branch && running.next == segment => {
+                Ok(running.indexer)
+            }
+            _ => self.indexer(file, &new.identity, branch, segment),
+        }
+    }
+
+    /// The last segment of a timeline that a promotion left: kept as a tail, up to its last valid record.
+    fn partial(&self, file: &WalFile, name: SegmentName) -> Result<()> {
+        let (identity, segment) = self.identify(file, name)?;
+        let branch = self.branch(file, &identity, name.timeline)?;
+        let size = identity.segment_size;
+        let start = segment.start_lsn(size);
+        let sealed = SealedHeader::of_segment(
+            identity.system_identifier,
+            identity.version,
+            branch,
+            size,
+            segment,
+        );
+        let wal = file.read()?;
+        let end = self.valid_end(file, &identity, branch, segment, &wal)?;
+        if end == start {
+            return Err(file.refuse(NO_RECORD));
+        }
+        let header = SealedHeader {
+            start_lsn: start,
+            // Valid to its last byte it is the whole segment, whatever it is called.
+            end_lsn: end,
+            ..sealed
+        };
+        if let Some(object) = self.stored(&sealed.key())? {
+            return compare(file, &header, &object);
+        }
+        let valid = usize::try_from(end.bytes_since(start)).unwrap_or(usize::MAX);
+        let mut indexer = self.indexer(file, &identity, branch, segment)?;
+        indexer
+            .push(&wal[..valid.min(wal.len())])
+            .map_err(|source| Error::Decode { branch, source })?;
+        let summary = indexer.take_summary();
+        self.store(file, &Checked { header, summary })
+    }
+
+    fn history(&self, file: &WalFile, timeline: TimelineId) -> Result<()> {
+        let content = file.read()?;
+        TimelineHistory::parse(timeline, &content)
+            .map_err(|error| file.refuse(&error.to_string()))?;
+        let identity = match self.repository.identity()? {
+            Some(identity) => identity,
+            None => self.claim(&neighbour(file)?.ok_or_else(|| {
+                file.refuse("names no system identifier, and neither the repository nor a segment beside it does")
+            })?)?,
+        };
+        let branch = Branch::of_history(timeline, &content);
+        self.repository
+            .put_history(identity.system_identifier, branch, &content)?;
+        Ok(())
+    }
+
+    /// Checks that the file is what its name says.
+    fn identify(&self, file: &WalFile, name: SegmentName) -> Result<(WalIdentity, SegmentNo)> {
+        let identity = file.identity()?.ok_or_else(|| {
+            file.refuse("does not begin with the header of a WAL segment of PostgreSQL 13 to 18")
+        })?;
+        let size = identity.segment_size;
+        if file.length != size.bytes() {
+            return Err(file.refuse(&format!(
+                "has {} bytes, a segment of this cluster has {}",
+                file.length,
+                size.bytes()
+            )));
+        }
+        let segment = name
+            .segment(size)
+            .ok_or_else(|| file.refuse("has a name that does not fit its segment size"))?;
+        self.claim(&identity)?;
+        Ok((identity, segment))
+    }
+
+    fn claim(&self, identity: &WalIdentity) -> Result<ClusterIdentity> {
+        Ok(self.repository.claim(&ClusterIdentity {
+            format_version: 1,
+            cluster: self.settings.name.clone(),
+            system_identifier: identity.system_identifier,
+            postgresql_major: identity.version,
+            wal_segment_size: identity.segment_size,
+            created: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+        })?)
+    }
+
+    /// The branch of a timeline: named by the history file beside the segment, or the only one the repository knows.
+    fn branch(
+        &self,
+        file: &WalFile,
+        identity: &WalIdentity,
+        timeline: TimelineId,
+    ) -> Result<Branch> {
+        if timeline == TimelineId::FIRST {
+            return Ok(Branch::FIRST);
+        }
+        let history = file
+            .directory()
+            .join(wal_format::layout::history_file_name(timeline));
+        if let Ok(content) = fs::read(&history) {
+            let branch = Branch::of_history(timeline, &content);
+            // A branch's history goes first: without it its WAL can not be placed.
+            self.repository
+                .put_history(identity.system_identifier, branch, &content)?;
+            return Ok(branch);
+        }
+        let known: Vec<Branch> = self
+            .repository
+            .histories(identity.system_identifier)?
+            .into_iter()
+            .map(|(branch, _)| branch)
+            .filter(|branch| branch.timeline == timeline)
+            .collect();
+        match known.as_slice() {
+            [branch] => Ok(*branch),
+            _ => Err(file.refuse(&format!(
+                "is of timeline {timeline}, whose history file is neither beside it nor (once) in the repository; push {} first",
+                history.display()
+            ))),
+        }
+    }
+
+    /// The end of the last valid record of a segment that is not full.
+    fn valid_end(
+        &self,
+        file: &WalFile,
+        identity: &WalIdentity,
+        branch: Branch,
+        segment: SegmentNo,
+        wal: &[u8],
+    ) -> Result<Lsn> {
+        const PAGE: usize = 8192;
+        let mut probe = self.indexer(file, identity, branch, segment)?;
+        for page in wal.chunks(PAGE) {
+            if probe.push(page).is_err() {
+                break;
+            }
+        }
+        Ok(probe
+            .valid_end_lsn()
+            .max(segment.start_lsn(identity.segment_size)))
+    }
+
+    fn stored(&self, key: &ObjectKey) -> Result<Option<bytes::Bytes>> {
+        match self.repository.get(key) {
+            Ok(object) => Ok(Some(object)),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// Compares the file with what is archived of the range of `header`.
+fn compare(file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
+    let name = header.key().to_string();
+    compare_wal(object, &name, header, &file.source()).map_err(|error| differs(file, error))
+}
+
+/// Other bytes under an archived name are exit 1 here, by contract.
+fn differs(file: &WalFile, error: Error) -> Error {
+    match error {
+        Error::Divergence { .. } => Error::Differs {
+            path: file.path.clone(),
+            problem: error.to_string(),
+        },
+        other => other,
+    }
+}
+
+/// `SEGMENT.OFFSET.backup` describes a backup that another tool took; a backup of ours carries its own description, and
+/// a restore never asks for it. It is checked for what it claims to be, and PostgreSQL may go on.
+fn backup_history(file: &WalFile) -> Result<()> {
+    if !file.read()?.starts_with(b"START WAL LOCATION: ") {
+        return Err(file.refuse("is no backup history file"));
+    }
+    tracing::info!(
+        file = %file.path.display(),
+        "a backup history file of another tool's backup is not kept: Tidemark's restores do not use it"
+    );
+    Ok(())
+}
+
+/// Whose WAL lies beside the file.
+fn neighbour(file: &WalFile) -> Result<Option<WalIdentity>> {
+    let directory = file.directory();
+    let entries = fs::read_dir(&directory).map_err(Error::io("list", &directory))?;
+    for entry in entries.flatten() {
+        let is_segment = entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.parse::<SegmentName>().is_ok());
+        if is_segment
+            && let Ok(segment) = WalFile::open(&entry.path())
+            && let Ok(identity @ Some(_)) = segment.identity()
+        {
+            return Ok(identity);
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,55 @@
+//! [`WalIndexer::primed`]: an indexer that knows the record which crosses into a segment.
+//!
+//! A record belongs to the segment in which it ends, under the LSN where it starts. To know that start, decoding begins
+//! in an earlier segment: the one before, or further back while a single record fills whole segments.
+
+use super::WalIndexer;
+use crate::{SegmentNo, WalIdentity};
+
+/// A record is less than 1 GiB (`XLogRecordMaxSize` in `xlogrecord.h`), so its start is never further back than this.
+const RECORD_BYTES_MAX: u64 = 1 << 30;
+
+impl WalIndexer {
+    /// An indexer at the start of `segment`, primed from the segments before as far as `read` has them. Without them the
+    /// remainder of a record that crosses in is skipped: its start is not in the archive.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub fn primed<E>(
+        identity: &WalIdentity,
+        segment: SegmentNo,
+        mut read: impl FnMut(SegmentNo) -> Result<Option<Vec<u8>>, E>,
+    ) -> Result<Self, E> {
+        let size = identity.segment_size;
+        let start_lsn = segment.start_lsn(size);
+        let back_max = RECORD_BYTES_MAX.div_ceil(size.bytes()).saturating_add(1);
+        let mut first = segment;
+        for _ in 0..back_max {
+            let Some(previous) = first.previous() else {
+                break;
+            };
+            match read(previous)? {
+                Some(bytes) if bytes.len() == size.len() => first = previous,
+                _ => break,
+            }
+            let mut indexer = Self::new(*identity, first.start_lsn(size), None);
+            let mut known = false;
+            let mut sound = true;
+            let mut next = first;
+            while next < segment && sound {
+                let Some(bytes) = read(next)? else { break };
+                sound = indexer.push(&bytes).is_ok();
+                let summary = indexer.take_summary();
+                known |= summary.record_count > 0 || summary.open_record_lsn.is_some();
+                next = next.next();
+            }
+            if !sound {
+                break;
+            }
+            if known && indexer.position() == start_lsn {
+                return Ok(indexer);
+            }
+        }
+        Ok(Self::new(*identity, start_lsn, None))
+    }
+}
