@@ -23,7 +23,21 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(20);
 /// `shared_buffers` of the recoveries, as the cluster's own are.
-const BUFFERS: &str = "512MB";
+const BUFFERS: &str = "shared_buffers=512MB";
+/// How `pitr-restore --start` recovers for a promotion.
+const OUR_START: [&str; 2] = [BUFFERS, "hot_standby=off"];
+/// What the other recoveries are held against: nothing has to be fetched.
+const IN_PG_WAL: &str = "all in pg_wal";
+/// The same as PostgreSQL recovers where nobody says otherwise.
+const READABLE: &str = "all in pg_wal, hot_standby=on";
+/// pgBackRest at its fastest: lz4, which stores more.
+const PGBACKREST: &str = "pgbackrest";
+/// pgBackRest with our codec.
+const LIKE_OURS: &str = "pgbackrest-zst";
+/// pgBackRest as it comes: gz.
+const DEFAULT: &str = "pgbackrest-gz";
+/// A segment's length.
+const SEGMENT_BYTES: f64 = 16_777_216.0;
 /// Segments that PostgreSQL pushes one by one: enough for a median.
 const LIVE_MAX: usize = 20;
 
@@ -52,6 +66,8 @@ pub struct Measured {
     pub push: Vec<Pass>,
     /// The same as PostgreSQL asks for it, one at a time.
     pub live: Vec<Pass>,
+    /// How much of a segment's bytes the archives hold, in hundredths.
+    pub stored: Vec<(&'static str, f64)>,
     /// A segment's way out of it.
     pub fetch: Vec<Pass>,
     /// The same as a recovery asks for it, which replays between two.
@@ -64,7 +80,6 @@ struct Scene {
     cluster: Cluster,
     place: Place,
     names: Vec<PathBuf>,
-    pgbackrest: PathBuf,
 }
 
 impl ArchiveCommands {
@@ -80,6 +95,7 @@ impl ArchiveCommands {
         for round in 0..self.rounds {
             say(&format!("round {}", round + 1));
             scene.pushes(&mut measured.push)?;
+            measured.stored = scene.stored()?;
             live::pushes(bin, self.segments.min(LIVE_MAX), &mut measured.live)?;
             scene.fetches(&mut measured.fetch)?;
             scene.recoveries(bin, &mut measured.recovery)?;
@@ -115,21 +131,24 @@ impl ArchiveCommands {
         };
         // Settles what is dirty, so that nothing runs beside the passes.
         sql.batch_execute("CHECKPOINT")?;
-        let pgbackrest = pgbackrest_configuration(&place, &cluster, "pgbackrest")?;
+        for (name, compress_type) in [(PGBACKREST, "lz4"), (LIKE_OURS, "zst"), (DEFAULT, "gz")] {
+            pgbackrest_configuration(&place, &cluster, name, compress_type)?;
+        }
         let names = names.into_iter().take(self.segments).collect();
         Ok(Scene {
             cluster,
             place,
             names,
-            pgbackrest,
         })
     }
 }
 
 impl Scene {
-    fn pgbackrest(&self, arguments: &[&str]) -> Result<Command> {
+    /// pgBackRest with the configuration and the repository `name`.
+    fn pgbackrest(&self, name: &str, arguments: &[&str]) -> Result<Command> {
         let mut pgbackrest = command(Path::new("/usr/bin/pgbackrest"))?;
-        pgbackrest.arg(format!("--config={}", self.pgbackrest.display()));
+        let configuration = self.place.path().join(format!("{name}.conf"));
+        pgbackrest.arg(format!("--config={}", configuration.display()));
         pgbackrest.arg("--stanza=main").args(arguments);
         Ok(pgbackrest)
     }
@@ -179,13 +198,19 @@ impl Scene {
             push.arg("push").arg(segment);
             Ok(push)
         })?;
-        self.empty("pgbackrest")?;
-        succeed(&mut self.pgbackrest(&["stanza-create"])?)?;
-        self.pass(passes, "pgbackrest archive-push", |segment| {
-            let mut push = self.pgbackrest(&["archive-push"])?;
-            push.arg(segment);
-            Ok(push)
-        })?;
+        for (name, title) in [
+            (PGBACKREST, "pgbackrest archive-push, lz4"),
+            (LIKE_OURS, "pgbackrest archive-push, zst"),
+            (DEFAULT, "pgbackrest archive-push, gz"),
+        ] {
+            self.empty(name)?;
+            succeed(&mut self.pgbackrest(name, &["stanza-create"])?)?;
+            self.pass(passes, title, |segment| {
+                let mut push = self.pgbackrest(name, &["archive-push"])?;
+                push.arg(segment);
+                Ok(push)
+            })?;
+        }
         self.with_daemon(passes, "daemon", "wal-archiver push, with the daemon")?;
         let folder = self.empty("copies")?;
         self.pass(passes, "cp", |segment| {
@@ -195,6 +220,17 @@ impl Scene {
         })?;
         // Once more on the same archive: everything is there, as it is where the stream runs beside.
         self.with_daemon(passes, "alone", "wal-archiver push, already streamed")
+    }
+
+    /// What the archives of the pushes hold of each segment.
+    fn stored(&self) -> Result<Vec<(&'static str, f64)>> {
+        let pushed = f64::from(u32::try_from(self.names.len())?) * SEGMENT_BYTES;
+        let mut stored = Vec::new();
+        for name in ["alone/repository", PGBACKREST, LIKE_OURS, DEFAULT] {
+            let bytes = bytes_below(&self.place.path().join(name))?;
+            stored.push((name, bytes * 100.0 / pushed));
+        }
+        Ok(stored)
     }
 
     fn with_daemon(&self, passes: &mut Vec<Pass>, folder: &str, name: &'static str) -> Result<()> {
@@ -252,7 +288,7 @@ impl Scene {
             Ok(fetch)
         })?;
         self.pass(passes, "pgbackrest archive-get", |segment| {
-            let mut fetch = self.pgbackrest(&["archive-get"])?;
+            let mut fetch = self.pgbackrest(PGBACKREST, &["archive-get"])?;
             fetch.arg(name(segment)?).arg(&destination);
             Ok(fetch)
         })?;
@@ -272,14 +308,20 @@ impl Scene {
             succeed(push.arg(segment))?;
         }
         let (copy, pgbackrest) = (self.copy_back(), self.archive_get());
-        for (name, restore_command, buffers) in [
-            ("all in pg_wal", Some("/bin/false"), BUFFERS),
-            ("pitr-restore wal-fetch", None, BUFFERS),
-            ("the same, with --recovery-buffers=2GB", None, "2GB"),
-            ("cp", Some(copy.as_str()), BUFFERS),
-            ("pgbackrest archive-get", Some(pgbackrest.as_str()), BUFFERS),
+        let many = ["shared_buffers=2GB", "hot_standby=off"];
+        for (name, restore_command, settings) in [
+            (IN_PG_WAL, Some("/bin/false"), OUR_START),
+            (READABLE, Some("/bin/false"), [BUFFERS, "hot_standby=on"]),
+            ("pitr-restore wal-fetch", None, OUR_START),
+            ("the same, with --recovery-buffers=2GB", None, many),
+            ("cp", Some(copy.as_str()), OUR_START),
+            (
+                "pgbackrest archive-get",
+                Some(pgbackrest.as_str()),
+                OUR_START,
+            ),
         ] {
-            let seconds = self.recovery(bin, name, restore_command, buffers)?;
+            let seconds = self.recovery(bin, name, restore_command, settings)?;
             note(passes, name, seconds);
         }
         Ok(())
@@ -293,9 +335,8 @@ impl Scene {
     /// `restore_command` of pgBackRest.
     fn archive_get(&self) -> String {
         format!(
-            "/usr/bin/pgbackrest --config={} --stanza=main --pg1-path={}/recovery/data archive-get %f %p",
-            self.pgbackrest.display(),
-            self.place.path().display()
+            "/usr/bin/pgbackrest --config={root}/{PGBACKREST}.conf --stanza=main --pg1-path={root}/recovery/data archive-get %f %p",
+            root = self.place.path().display()
         )
     }
 
@@ -305,26 +346,21 @@ impl Scene {
         bin: &Path,
         name: &str,
         restore_command: Option<&str>,
-        buffers: &str,
+        settings: [&str; 2],
     ) -> Result<f64> {
         let root = self.empty("recovery")?;
         let data = root.join("data");
         let mut restore = self.place.program("pitr-restore")?;
         restore.arg("--target-dir").arg(&data);
         let socket = format!("unix_socket_directories={}", root.display());
-        for setting in [
-            &format!("shared_buffers={BUFFERS}"),
-            "hot_standby=off",
-            "listen_addresses=",
-            &socket,
-        ] {
+        for setting in [BUFFERS, "listen_addresses=", &socket] {
             restore.args(["--set", setting]);
         }
         if let Some(restore_command) = restore_command {
             restore.args(["--set", &format!("restore_command={restore_command}")]);
         }
         succeed(&mut restore)?;
-        if name == "all in pg_wal" {
+        if [IN_PG_WAL, READABLE].contains(&name) {
             for segment in &self.names {
                 let mut copy = command(Path::new("/bin/cp"))?;
                 succeed(copy.arg(segment).arg(data.join("pg_wal")))?;
@@ -340,7 +376,7 @@ impl Scene {
             .arg(&log)
             .args(["-w", "-t", "300", "-o"])
             // As `pitr-restore --start` does it.
-            .arg(format!("-c shared_buffers={buffers}"))
+            .arg(settings.map(|setting| format!("-c {setting}")).join(" "))
             .arg("start");
         let started = pg_ctl.stdout(Stdio::null()).status()?;
         let began = Instant::now();
@@ -368,6 +404,20 @@ impl Scene {
     }
 }
 
+fn bytes_below(directory: &Path) -> Result<f64> {
+    let mut bytes = 0.0;
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        bytes += if entry.file_type()?.is_dir() {
+            bytes_below(&entry.path())?
+        } else {
+            // Of a segment and more; no count of them loses its last bits.
+            f64::from(u32::try_from(entry.metadata()?.len())?)
+        };
+    }
+    Ok(bytes)
+}
+
 #[expect(
     clippy::disallowed_methods,
     reason = "a file of a benchmark need not survive the host"
@@ -377,14 +427,19 @@ fn renamed(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// pgBackRest's configuration for a cluster, with a repository `name` in the place.
-fn pgbackrest_configuration(place: &Place, cluster: &Cluster, name: &str) -> Result<PathBuf> {
+fn pgbackrest_configuration(
+    place: &Place,
+    cluster: &Cluster,
+    name: &str,
+    compress_type: &str,
+) -> Result<PathBuf> {
     let configuration = place.path().join(format!("{name}.conf"));
     let root = place.path().display();
     fs::write(
         &configuration,
         format!(
             "[global]\nrepo1-path={root}/{name}\nlog-path={root}\nlock-path={root}/lock\nspool-path={root}\n\
-             log-level-file=off\nlog-level-console=error\ncompress-type=lz4\n[main]\npg1-path={}\npg1-socket-path={}\n\
+             log-level-file=off\nlog-level-console=error\ncompress-type={compress_type}\n[main]\npg1-path={}\npg1-socket-path={}\n\
              pg1-port={PORT}\npg1-user=postgres\n",
             cluster.data().display(),
             cluster.socket_directory().display()
@@ -445,6 +500,10 @@ impl Measured {
                 ));
             }
             text.push('\n');
+        }
+        text.push_str("| stored | % of the WAL |\n|---|---|\n");
+        for (name, share) in &self.stored {
+            text.push_str(&format!("| {name} | {share:.1} |\n"));
         }
         text
     }

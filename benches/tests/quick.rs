@@ -3,7 +3,11 @@
 
 use std::fs;
 
-use benches::programs::{command, directory, ours};
+use benches::{
+    cluster::Cluster,
+    programs::{command, directory, ours},
+    tools::servers_or_skip,
+};
 
 /// How the linker names what belongs to RocksDB.
 const OF_ROCKSDB: &[u8] = b"_ZN7rocksdb";
@@ -43,4 +47,66 @@ fn alone_it_names_what_is_missing() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(said.contains("install both programs"), "{said}");
     }
+}
+
+/// Without a daemon and without the whole program: a segment into a folder is all that it does itself, and what it refuses it
+/// leaves to the whole program to explain.
+#[test]
+fn alone_it_archives_a_segment_in_a_folder() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let mut sql = cluster.connect().expect("a connection");
+    let switch = "CREATE TABLE t AS SELECT 1; SELECT pg_walfile_name(pg_switch_wal())";
+    let name = sql.simple_query(switch).expect("it switches");
+    let name = name
+        .iter()
+        .find_map(|message| match message {
+            postgres::SimpleQueryMessage::Row(row) => row.get(0),
+            _ => None,
+        })
+        .expect("a name");
+    let segment = cluster.data().join("pg_wal").join(name);
+
+    let directory = directory().expect("a directory");
+    let alone = directory.path().join("wal-archiver");
+    fs::copy(ours("wal-archiver").expect("it is built"), &alone).expect("a copy");
+    let push = |path: &std::path::Path| {
+        let mut push = command(&alone).expect("a command");
+        let root = directory.path().display();
+        push.arg(format!("--repository=file://{root}/repository"));
+        push.arg(format!("--spool={root}/spool"));
+        let output = push.arg("push").arg(path).output().expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    for _ in 0..2 {
+        assert_eq!(push(&segment), (Some(0), String::new()));
+    }
+    let root = directory.path().join("repository/main");
+    let archived = fs::read_dir(&root)
+        .expect("a cluster's folder")
+        .flatten()
+        .find(|entry| entry.file_name() != "epoch")
+        .expect("a system's folder");
+    let object = format!("wal/00000001/00000000/{name}.zst");
+    let object = archived.path().join(object);
+    let wal = fs::read(&segment).expect("a segment");
+    let stored = fs::read(&object).expect("an object");
+    let held = wal_format::SealedReader::open(&stored).expect("it is sound");
+    let mut read = Vec::new();
+    held.read_all(&mut read).expect("it is sound");
+    assert!(read == wal, "other bytes are archived");
+
+    let edited = directory.path().join(name);
+    let mut other = wal;
+    // The address of the third page.
+    other[2 * 8192 + 8] ^= 1;
+    fs::write(&edited, &other).expect("a file");
+    fs::remove_file(&object).expect("it goes");
+    let (code, said) = push(&edited);
+    assert!(said.contains("install both programs"), "{said}");
+    assert_eq!(code, Some(1));
+    assert!(!object.exists(), "a damaged segment is archived");
 }

@@ -82,6 +82,10 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
 /// a server has changes nothing of what it recovers, and no primary's setting is held against it
 /// (`CheckRequiredParameterValues`).
 ///
+/// It takes no connections meanwhile, unless it is to stay read-only: nobody is shown a moment before the target; replay does
+/// not keep the list of running transactions, which is for readers alone (`standbyState` in `xlogutils.h`; seen to be a tenth
+/// of it); and a server with fewer connections than the primary had, which could not show them all, recovers.
+///
 /// # Errors
 /// [`Error::RecoveryFailed`] with the log's end, [`Error::PlanMismatch`].
 pub fn start(
@@ -100,6 +104,10 @@ pub fn start(
         .open(&log)
         .map_err(Error::io("create", &log))?;
     let errors = file.try_clone().map_err(Error::io("open", &log))?;
+    let readers = match action {
+        Action::Pause => "hot_standby=on",
+        Action::Promote | Action::Shutdown => "hot_standby=off",
+    };
     let began = Instant::now();
     let mut server = Command::new(postgres)
         .arg("-D")
@@ -114,7 +122,7 @@ pub fn start(
             "-c",
             "log_destination=stderr",
         ])
-        .args(["-c", "log_min_messages=warning", "-c", "hot_standby=on"])
+        .args(["-c", "log_min_messages=warning", "-c", readers])
         .args(
             buffers
                 .iter()

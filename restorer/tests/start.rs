@@ -49,7 +49,7 @@ fn missing_settings_are_named_and_missing_files_are_made() {
         let plan = plan.args(["--dry-run", "--target-time", &behind]).output();
         plan.is_ok_and(|plan| plan.status.success())
     });
-    let output = restore(root.path(), &[]);
+    let output = restore(root.path(), &["--target-action=pause"]);
     let (_, error) = said(&output);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert_eq!(error.lines().count(), 1, "{error}");
@@ -60,8 +60,19 @@ fn missing_settings_are_named_and_missing_files_are_made() {
         !root.path().join("data/postmaster.pid").exists(),
         "it is left running"
     );
+    // Nobody reads while it recovers, so that fewer connections are enough, and no readers are provided for.
+    let restored = Restored::start::<&str>(place, &bin, &[]).expect("it is promoted");
+    let shown =
+        "SELECT current_setting('max_connections') || '|' || current_setting('hot_standby')";
+    assert_eq!(query(&restored.conninfo(), shown), "40|off");
+    assert_eq!(query(&restored.conninfo(), "SELECT n FROM done"), "1");
+    drop(restored);
     let root = directory().expect("a directory");
-    let arguments = ["--set", "max_connections=80", "--recovery-buffers=48MB"];
+    let arguments = [
+        "--target-action=pause",
+        "--set=max_connections=80",
+        "--recovery-buffers=48MB",
+    ];
     let output = restore(root.path(), &arguments);
     let (report, error) = said(&output);
     assert!(output.status.success(), "{error}");

@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{BUFFERS, PATIENCE, POLL, Pass, Scene, note, pgbackrest_configuration};
+use super::{OUR_START, PATIENCE, POLL, Pass, Scene, note, pgbackrest_configuration};
 use crate::{
     cluster::Cluster,
     main_job::Place,
@@ -38,7 +38,7 @@ pub(super) fn pushes(bin: &Path, segments: usize, passes: &mut Vec<Pass>) -> Res
     let watch = Stopwatch::new(&place)?;
     let copies = place.path().join("copies");
     succeed(command(Path::new("/bin/mkdir"))?.arg(&copies))?;
-    let pgbackrest = pgbackrest_configuration(&place, &cluster, "live")?;
+    let pgbackrest = pgbackrest_configuration(&place, &cluster, "live", "lz4")?;
     let stanza = format!(
         "/usr/bin/pgbackrest --config={} --stanza=main",
         pgbackrest.display()
@@ -88,7 +88,7 @@ pub(super) fn fetches(scene: &Scene, bin: &Path, passes: &mut Vec<Pass>) -> Resu
         ("cp", scene.copy_back()),
     ] {
         let timed = watch.timed(&restore_command)?;
-        scene.recovery(bin, name, Some(&timed), BUFFERS)?;
+        scene.recovery(bin, name, Some(&timed), OUR_START)?;
         // Others are what the archive does not have: a history file, the segment behind the last.
         let delivered = watch.taken()?.into_iter().filter(|(_, code)| code == "0");
         note(
