@@ -198,7 +198,7 @@ impl Fetcher<'_> {
         }
         if all_begun || state.ready.len() >= window {
             // Who asks as fast as it is fetched is not held up by the disk.
-            let unhurried = state.ready.len() >= self.window;
+            let unhurried = all_begun || state.ready.len() >= self.window;
             let mut ready = state.ready.iter_mut().filter(|_| unhurried);
             let unsettled = ready.find_map(|begun| begun.unsettled.take());
             return unsettled.map_or(Next::Wait, Next::Settle);
