@@ -83,8 +83,7 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
 /// (`CheckRequiredParameterValues`).
 ///
 /// It takes no connections meanwhile, unless it is to stay read-only: nobody is shown a moment before the target; replay does
-/// not keep the list of running transactions, which is for readers alone (`standbyState` in `xlogutils.h`; seen to be a tenth
-/// of it); and a server with fewer connections than the primary had, which could not show them all, recovers.
+/// not keep the list of running transactions, which is for readers alone (`standbyState` in `xlogutils.h`); and a server with fewer connections than the primary had, which could not show them all, recovers.
 ///
 /// # Errors
 /// [`Error::RecoveryFailed`] with the log's end, [`Error::PlanMismatch`].
