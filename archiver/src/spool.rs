@@ -191,8 +191,11 @@ pub struct SpooledSegments {
 impl BranchSpool {
     fn new(cluster_directory: &Path, identity: &WalIdentity, branch: Branch) -> Self {
         Self {
-            directory: spool_files::system_directory(cluster_directory, identity.system_identifier)
-                .join(branch.to_string()),
+            directory: spool_files::branch_directory(
+                cluster_directory,
+                identity.system_identifier,
+                branch,
+            ),
             branch,
             segment_size: identity.segment_size,
         }

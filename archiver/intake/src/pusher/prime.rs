@@ -4,14 +4,12 @@
 //! not archived yet, because pushes run side by side, from the file beside the pushed one.
 
 use wal_format::{
-    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, WalIdentity, WalIndexer,
+    Branch, ObjectKey, SealedReader, SegmentName, SegmentNo, WalIdentity, WalIndexer,
+    lsn::PAGE_SIZE,
 };
 
 use super::{Pusher, WalFile};
 use crate::error::{Error, Result};
-
-/// WAL's page, `XLOG_BLCKSZ`.
-const PAGE_BYTES: u64 = 8192;
 
 impl Pusher<'_> {
     pub(super) fn indexer(
@@ -67,7 +65,7 @@ impl Pusher<'_> {
         if from < footer.header().start_lsn {
             return Ok(None);
         }
-        let page = Lsn(from.0 / PAGE_BYTES * PAGE_BYTES);
+        let page = from.align_down(PAGE_SIZE);
         let wal = match self.repository.wal_from(key, &footer, page) {
             Err(repository::Error::Damaged { .. }) => return Ok(None),
             wal => wal?,
