@@ -1,10 +1,11 @@
-//! The walsender: a stock PostgreSQL standby, or `pg_receivewal`, streams WAL from the archive by `primary_conninfo`.
+//! The walsender: a stock PostgreSQL standby, or `pg_receivewal`, streams WAL from the archive with
+//! `primary_conninfo`.
 //!
-//! In reading order: `wire` reads and writes messages, `scram` proves who asks, `startup` brings a connection up,
-//! `command` is the grammar, `session` answers commands, `stream` sends WAL, `source` finds it: sealed segments,
-//! tails, the spool.
-//! Invariant: nothing is sent that is not durable here, and nothing that the primary had not flushed; a stranger gets no
-//! byte of WAL.
+//! In reading order: `wire` reads and writes messages, `scram` authenticates the client, `startup`
+//! sets a connection up, `command` parses commands, `session` answers them, `stream` sends WAL, and
+//! `source` finds it in sealed segments, tails or the spool.
+//! Invariant: WAL that is not durable here, or that the primary had not flushed, is never sent. An
+//! unauthenticated client receives no WAL.
 
 mod command;
 mod scram;
@@ -37,14 +38,14 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Connections at once, as `max_wal_senders` bounds a server's.
+/// The maximum number of concurrent connections, like a server's `max_wal_senders`.
 const CONNECTIONS_MAX: usize = 32;
-/// How often an address that is in use is asked for again: two seconds in all.
+/// The number of attempts to bind an address that is in use: two seconds in total.
 const BIND_ATTEMPTS_MAX: u32 = 10;
-/// Pause after a failed accept: descriptors come back when connections end.
+/// The pause after a failed accept. File descriptors become available when connections end.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
-/// What every connection of one cluster shares.
+/// State shared by all connections of one cluster.
 struct Shared {
     settings: WalsenderSettings,
     cluster: String,
@@ -54,7 +55,7 @@ struct Shared {
     connections: AtomicUsize,
 }
 
-/// Listens until it is dropped; connections end with it.
+/// A listener. Dropping it closes the listener and its connections.
 #[derive(Debug)]
 pub struct Walsender {
     listening: JoinHandle<()>,
@@ -66,10 +67,11 @@ impl Drop for Walsender {
     }
 }
 
-/// Listens for a cluster, if its settings say so.
+/// Starts a listener for a cluster if its settings ask for one.
 ///
 /// # Errors
-/// [`Error::Io`] when the address can not be had, [`Error::Usage`] when the certificate or the password can not be used.
+/// [`Error::Io`] when the address cannot be bound, [`Error::Usage`] when the certificate or the
+/// password cannot be used.
 pub async fn start(
     settings: &ClusterSettings,
     status: Arc<ClusterStatus>,
@@ -104,7 +106,8 @@ pub async fn start(
     }))
 }
 
-/// A cluster whose settings changed starts anew where its predecessor has just listened.
+/// Binds the address, with retries: a restarted cluster may bind before its predecessor has closed
+/// the listener.
 async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     for _ in 1..BIND_ATTEMPTS_MAX {
         match TcpListener::bind(address).await {
@@ -118,7 +121,7 @@ async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 async fn listen(listener: TcpListener, shared: Arc<Shared>) {
-    // Aborted with this task.
+    // Dropping the set aborts the connections together with this task.
     let mut connections = tokio::task::JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -137,7 +140,7 @@ async fn listen(listener: TcpListener, shared: Arc<Shared>) {
     }
 }
 
-/// Counts a connection while it lives.
+/// Counts a connection for as long as it exists.
 struct Counted<'a>(&'a AtomicUsize);
 
 impl Drop for Counted<'_> {
@@ -159,7 +162,8 @@ async fn serve(socket: TcpStream, shared: Arc<Shared>) {
     let outcome = startup::serve(socket, &shared, before < CONNECTIONS_MAX, &peer).await;
     match outcome {
         Ok(()) => tracing::info!(cluster = shared.cluster, peer, "a standby has left"),
-        // Who goes without a word has lost its connection or been stopped.
+        // The client disconnected without a Terminate message: it lost its connection or was
+        // stopped.
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
             tracing::debug!(cluster = shared.cluster, peer, "a connection ended");
         }

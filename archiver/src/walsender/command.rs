@@ -1,10 +1,10 @@
-//! The replication grammar, as far as physical replication uses it (`repl_gram.y`).
+//! The part of the replication grammar that physical replication uses (`repl_gram.y`).
 //!
-//! Keywords in any case, names bare or in double quotes; what is not known is an error in the client's hands.
+//! Keywords are case-insensitive, names are bare or in double quotes. An unknown command is an
+//! error for the client.
 
 use wal_format::{Lsn, TimelineId};
 
-/// A command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Command {
     IdentifySystem,
@@ -14,17 +14,17 @@ pub(super) enum Command {
         start: Lsn,
         timeline: Option<TimelineId>,
     },
-    /// The archive keeps everything: a slot is nothing that it would need.
+    /// Accepted and ignored: the archive keeps all WAL, so a slot has no effect.
     CreateSlot {
         name: String,
     },
     ReadSlot,
     DropSlot,
-    /// Nothing but blanks.
+    /// An empty query.
     Empty,
 }
 
-/// Parses a command; what is wrong with it otherwise.
+/// Parses a command. Returns the reason if the text is not a valid command.
 pub(super) fn parse(text: &str) -> Result<Command, String> {
     let text = text.trim().trim_end_matches(';').trim_end();
     let mut words = Words { rest: text };

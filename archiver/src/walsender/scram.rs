@@ -1,6 +1,8 @@
-//! SCRAM-SHA-256 (RFC 5802, RFC 7677), the server's half: the client proves that it knows the password, and so do we.
+//! The server side of SCRAM-SHA-256 (RFC 5802, RFC 7677): the client proves that it knows the
+//! password, and the server proves it too.
 //!
-//! Invariant: who names an unknown user walks the same way to the same refusal; sums are compared, never secrets.
+//! Invariant: an unknown user takes the same steps to the same refusal as a wrong password. Hashes
+//! are compared, never the secrets themselves.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use hmac::{Hmac, KeyInit, Mac};
@@ -8,12 +10,12 @@ use sha2::{Digest, Sha256};
 
 use crate::error::{Error, Result};
 
-/// The mechanism's name.
 pub(super) const MECHANISM: &str = "SCRAM-SHA-256";
-/// Bytes of chance in our part of the nonce, as PostgreSQL's `SCRAM_RAW_NONCE_LEN`.
+/// The number of random bytes in the server's part of the nonce (`SCRAM_RAW_NONCE_LEN` in
+/// PostgreSQL).
 const NONCE_BYTES: usize = 18;
 
-/// What is kept of a password.
+/// The verifier that is stored instead of the password.
 #[derive(Clone)]
 pub(super) struct Verifier {
     iterations: String,
@@ -38,7 +40,7 @@ pub(super) struct Exchange {
 }
 
 impl Verifier {
-    /// With new salt.
+    /// Derives a verifier with a new random salt.
     pub(super) fn of(password: &str) -> Result<Self> {
         // `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, as in `pg_authid`.
         let text = postgres_protocol::password::scram_sha_256(password.as_bytes());
@@ -59,14 +61,16 @@ impl Verifier {
         })
     }
 
-    /// Answers the client's first message; `None` when it is none, or wants what was not offered.
+    /// Answers the client's first message. Returns `None` if the message is invalid or requests
+    /// channel binding, which was not offered.
     pub(super) fn begin(&self, client_first: &str) -> Option<(Exchange, String)> {
         let chance = chance()?;
         self.begin_with(client_first, &STANDARD.encode(chance))
     }
 
     fn begin_with(&self, client_first: &str, ours: &str) -> Option<(Exchange, String)> {
-        // n or y: without channel binding, which was not offered; then an authorization identity, which PostgreSQL ignores.
+        // `n` or `y`: no channel binding, which was not offered. An authorization identity follows,
+        // which PostgreSQL ignores.
         let (flag, rest) = client_first.split_once(',')?;
         if !matches!(flag, "n" | "y") {
             return None;
@@ -87,7 +91,7 @@ impl Verifier {
         Some((exchange, server_first))
     }
 
-    /// Judges the client's proof; our own when it holds.
+    /// Verifies the client's proof. Returns the server's own proof if it is valid.
     pub(super) fn finish(&self, exchange: &Exchange, client_final: &str) -> Option<String> {
         let (without_proof, proof) = client_final.rsplit_once(",p=")?;
         let mut parts = without_proof.split(',');
@@ -106,7 +110,8 @@ impl Verifier {
             return None;
         }
         let client_key: Vec<u8> = proof.iter().zip(&signature).map(|(a, b)| a ^ b).collect();
-        // Sums of sums, so that the time of the comparison says nothing about either.
+        // Compares hashes of the hashes, so that the duration of the comparison reveals nothing
+        // about either value.
         let found = Sha256::digest(Sha256::digest(&client_key));
         if found != Sha256::digest(&self.stored_key) {
             return None;
@@ -163,7 +168,8 @@ mod tests {
     /// The example of RFC 7677.
     #[test]
     fn the_example_of_the_standard_is_accepted() {
-        // Hi(), by hand: the crate that makes verifiers picks its own salt.
+        // The function Hi() of the RFC, written out: the crate that creates verifiers chooses its
+        // own salt.
         let mut block = STANDARD.decode("W22ZaJ0SNY7soEsUEjb6gQ==").expect("it is");
         block.extend([0, 0, 0, 1]);
         let mut last = sign(b"pencil", &block).expect("any key");

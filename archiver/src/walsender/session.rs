@@ -1,6 +1,7 @@
-//! A connection that was let in: one simple query after the other, each answered or refused.
+//! An authenticated connection: answers or refuses one simple query after the other.
 //!
-//! Invariant: an error is the answer to its command only; the connection goes on, as PostgreSQL's does.
+//! Invariant: an error answers only its own command. The connection continues, as PostgreSQL's
+//! does.
 
 use std::io;
 
@@ -25,7 +26,7 @@ pub(super) async fn serve(socket: impl Socket, shared: &Shared) -> io::Result<()
         let text = match message.tag {
             b'Q' => message.body.strip_suffix(b"\0").unwrap_or(&message.body),
             b'X' => return Ok(()),
-            // Late words about a stream that has ended.
+            // Messages of a stream that has ended already.
             b'd' | b'c' | b'f' => continue,
             _ => {
                 answer.error(
@@ -143,7 +144,7 @@ async fn show(shared: &Shared, name: &str) -> Result<String, Refusal> {
     })
 }
 
-/// As PostgreSQL prints a size of the unit MB or GB.
+/// Formats a size as PostgreSQL formats a setting with the unit MB or GB.
 fn size_text(size: SegmentSize) -> String {
     let megabytes = size.bytes() >> 20;
     if megabytes.is_multiple_of(1024) {
@@ -153,7 +154,7 @@ fn size_text(size: SegmentSize) -> String {
     }
 }
 
-/// The result set behind a timeline's last byte: where its successor begins.
+/// Appends the result set that follows a timeline's last byte: the next timeline and its start.
 pub(super) fn next_timeline(answer: &mut Answer, timeline: TimelineId, start: Lsn) {
     answer.columns(&[("next_tli", Type::Int8), ("next_tli_startpos", Type::Text)]);
     let (timeline, start) = (timeline.get().to_string(), start.to_string());

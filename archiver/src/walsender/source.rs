@@ -1,6 +1,8 @@
-//! Where WAL to be sent comes from: the spool, a sealed segment, the tails of one that was open, whichever has it.
+//! Reads the WAL to send from the spool, from a sealed segment, or from the tails of an open
+//! segment.
 //!
-//! Invariant: nothing beyond what is durable here is read; a timeline is followed only to where its successor left it.
+//! Invariant: WAL that is not durable here is never read. A timeline is read only up to the point
+//! where its successor begins.
 
 use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
@@ -17,10 +19,10 @@ use crate::{
     pipeline::{archive::Archive, blocking},
 };
 
-/// How much is decompressed at once: a frame of a sealed segment.
+/// The number of bytes decompressed at once: one frame of a sealed segment.
 const CHUNK_BYTES: u64 = 1 << 20;
 
-/// What can be streamed, as of now.
+/// The WAL that can be streamed now.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
     system: SystemIdentifier,
@@ -30,16 +32,17 @@ pub(super) struct Source {
     end: Lsn,
 }
 
-/// One timeline of it.
+/// One timeline of the path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Place {
     branch: Branch,
-    /// Where its successor left it, and which that is; `None` for the one that is archived now.
+    /// The end of this timeline and the branch that follows it. `None` for the timeline that is
+    /// being archived now.
     pub(super) next: Option<(Lsn, Branch)>,
 }
 
 impl Source {
-    /// What there is now.
+    /// Reads the current state of the archive.
     pub(super) async fn open(shared: &Shared) -> std::result::Result<Self, Refusal> {
         let status = Arc::clone(&shared.status);
         let source = blocking(move || Self::look(&status)).await?;
@@ -57,7 +60,8 @@ impl Source {
         let (branch, end) = if positions.flushed() > Lsn::ZERO {
             (positions.branch(), positions.flushed())
         } else {
-            // No server since the start: what was archived before can still be followed to its end.
+            // No server has connected since the start. WAL that was archived earlier can still be
+            // streamed to its end.
             let held = archive.held()?;
             let Some(newest) = held.iter().max_by_key(|one| one.branch.timeline) else {
                 return Ok(None);
@@ -86,12 +90,12 @@ impl Source {
         self.size
     }
 
-    /// The end of what is durable here.
+    /// The end of the WAL that is durable here.
     pub(super) fn end(&self) -> Lsn {
         self.end
     }
 
-    /// The end as it is now; `None` when another branch is archived by now.
+    /// Returns the current end, or `None` when another branch is being archived by now.
     pub(super) fn end_now(&self, status: &ClusterStatus) -> Option<Lsn> {
         let positions = status.progress().positions();
         if positions.flushed() == Lsn::ZERO {
@@ -100,7 +104,7 @@ impl Source {
         (positions.branch() == self.branch).then(|| positions.flushed().max(self.end))
     }
 
-    /// The history file of a timeline on the way to the one that is archived.
+    /// Returns the history file of a timeline on the path to the current one.
     pub(super) async fn history(
         &self,
         shared: &Shared,
@@ -129,7 +133,7 @@ impl Source {
         })
     }
 
-    /// A timeline on the way to the one that is archived.
+    /// Returns a timeline on the path to the current one.
     pub(super) async fn place(
         &self,
         shared: &Shared,
@@ -180,7 +184,7 @@ impl Source {
     }
 }
 
-/// Reads one timeline's WAL, forwards.
+/// Reads one timeline's WAL in ascending order.
 #[derive(Debug)]
 pub(super) struct WalReader {
     place: Place,
@@ -191,7 +195,7 @@ pub(super) struct WalReader {
 /// A segment that is being read.
 #[derive(Debug)]
 enum Held {
-    /// Of the spool: the file stays readable when it is renamed or removed.
+    /// A file of the spool. The open file stays readable when it is renamed or removed.
     File(File),
     Object {
         key: ObjectKey,
@@ -210,7 +214,8 @@ impl WalReader {
         }
     }
 
-    /// Up to `most` bytes from `from` on, not beyond `to`; `None` when the archive does not have the first.
+    /// Reads up to `most` bytes of `[from, to)`. Returns `None` if the archive does not have the
+    /// byte at `from`.
     pub(super) fn read(
         &mut self,
         archive: &Archive,
@@ -231,7 +236,7 @@ impl WalReader {
         }
         self.held = None;
         let switched = self.place.next.filter(|(switch, _)| {
-            // The successor's file of this segment begins with a copy.
+            // The successor's file of this segment begins with a copy of this WAL.
             *switch <= segment.end_lsn(self.size)
         });
         let branches = [Some(self.place.branch), switched.map(|(_, branch)| branch)];
@@ -248,7 +253,8 @@ impl WalReader {
     }
 }
 
-/// Where a segment may be, the nearest first; each is looked for when it is asked for.
+/// Returns the places that may hold a segment, the fastest first. Each place is searched only when
+/// it is needed.
 fn candidates(
     archive: &Archive,
     branch: Branch,

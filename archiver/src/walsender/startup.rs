@@ -1,6 +1,7 @@
-//! A connection's first words: TLS where it is configured, the start-up packet, the password, the parameters.
+//! The start of a connection: TLS if it is configured, the startup packet, the password, the
+//! parameters.
 //!
-//! Invariant: until the password was proved nothing is said about the cluster.
+//! Invariant: nothing about the cluster is revealed before the password has been verified.
 
 use std::{collections::BTreeMap, io, time::Duration};
 
@@ -19,14 +20,14 @@ use super::{
 const SSL_REQUEST: u32 = 80_877_103;
 const GSSENC_REQUEST: u32 = 80_877_104;
 const CANCEL_REQUEST: u32 = 80_877_102;
-/// `authentication_timeout`.
+/// Corresponds to PostgreSQL's `authentication_timeout`.
 const STARTUP_MAX: Duration = Duration::from_secs(60);
 
-/// What a stream of bytes has to be able to.
+/// The operations that a connection's byte stream must support.
 pub(super) trait Socket: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<S: AsyncRead + AsyncWrite + Unpin + Send> Socket for S {}
 
-/// Who is there.
+/// The parameters of a startup packet.
 struct Client {
     user: String,
     application: String,
@@ -83,7 +84,7 @@ async fn begin(
     };
     let mut answer = Answer::default();
     if code & 0xffff != 0 {
-        // Newer minor versions are negotiated down to 3.0.
+        // Newer minor protocol versions are negotiated down to 3.0.
         answer.message(b'v', |out| out.extend_from_slice(&[0, 3, 0, 0, 0, 0, 0, 0]));
     }
     if let Some(verifier) = &shared.verifier {
@@ -138,7 +139,7 @@ async fn begin(
     session::serve(socket, shared).await
 }
 
-/// The SASL exchange; whether the client knows the password.
+/// Runs the SASL exchange. Returns whether the client knows the password.
 async fn prove(
     socket: &mut impl Socket,
     verifier: &scram::Verifier,
@@ -185,7 +186,7 @@ async fn in_time<T>(work: impl Future<Output = io::Result<T>>) -> io::Result<T> 
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-/// Names and values, each ended by a zero byte, and one more at the end.
+/// Parses names and values, each terminated by a zero byte, with one more zero byte at the end.
 fn client(body: &[u8]) -> Option<Client> {
     let text = std::str::from_utf8(body).ok()?.strip_suffix("\0\0")?;
     let mut words = text.split('\0');
@@ -196,7 +197,7 @@ fn client(body: &[u8]) -> Option<Client> {
     Some(Client {
         user: (*given.get("user")?).to_owned(),
         application: (*given.get("application_name").unwrap_or(&"")).to_owned(),
-        // `replication=database` is for SQL and logical decoding, of which there is none.
+        // `replication=database` is for SQL and logical decoding, which the archive does not offer.
         is_replication: given
             .get("replication")
             .is_some_and(|value| matches!(*value, "true" | "on" | "yes" | "1" | "t")),

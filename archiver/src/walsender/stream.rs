@@ -1,9 +1,11 @@
-//! `START_REPLICATION`: WAL out, feedback in, to the end of the timeline or of the client's patience.
+//! `START_REPLICATION`: sends WAL and reads status updates, until the timeline ends or the client
+//! disconnects.
 //!
-//! The order of messages is `walsender.c`'s: `CopyBoth`, data and keepalives, `CopyDone` from either side, on a timeline that
-//! was left the result set that names its successor, and two completions.
-//! Invariant: a record is never split across messages but at a page's end; what the client says moves nothing here, because
-//! the archive keeps everything.
+//! The order of messages is that of `walsender.c`: `CopyBoth`, data and keepalives, `CopyDone` from
+//! either side, on a finished timeline the result set that names its successor, and two
+//! completions.
+//! Invariant: a record is split across messages only at the end of a page. A client's status
+//! updates change nothing here, because the archive keeps all WAL.
 
 use std::{
     io,
@@ -23,17 +25,18 @@ use super::{
 };
 use crate::{error::Error, pipeline::blocking};
 
-/// `MAX_SEND_SIZE`.
+/// Corresponds to `MAX_SEND_SIZE` in `walsender.c`.
 const SEND_BYTES_MAX: usize = 128 << 10;
-/// WAL's page, `XLOG_BLCKSZ`.
+/// The size of a WAL page (`XLOG_BLCKSZ`).
 const PAGE_BYTES: u64 = 8192;
-/// How soon new WAL is seen when nobody wakes us.
+/// The interval at which new WAL is polled for.
 const POLL: Duration = Duration::from_millis(20);
-/// How often an idle client is asked whether it lives, and how long it may keep silent, as `wal_sender_timeout`.
+/// The interval of keepalives to an idle client, and the time that it may stay silent, like
+/// `wal_sender_timeout`.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
-/// An error that the client is told.
+/// An error that is sent to the client.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) code: &'static str,
@@ -52,7 +55,7 @@ impl From<Error> for Refusal {
     }
 }
 
-/// A stream under way.
+/// A running stream.
 struct Stream<'a> {
     shared: &'a Shared,
     source: Source,
@@ -65,7 +68,7 @@ struct Stream<'a> {
     asked: Instant,
 }
 
-/// Streams; an inner error is for the client, an outer one ends the connection.
+/// Streams WAL. An inner error is sent to the client, an outer error ends the connection.
 pub(super) async fn run(
     reader: &mut (impl AsyncRead + Unpin),
     writer: &mut (impl AsyncWrite + Unpin),
@@ -78,7 +81,7 @@ pub(super) async fn run(
         Ok(stream) => stream,
         Err(refusal) => return Ok(Err(refusal)),
     };
-    // A timeline that ends where the client wants to begin has nothing to copy.
+    // If the timeline ends at the requested start, there is nothing to copy.
     if stream.place.next.is_none_or(|(switch, _)| switch != start) {
         answer.message(b'W', |out| out.put_slice(&[0, 0, 0]));
         answer.send(writer).await?;
@@ -139,7 +142,7 @@ impl<'a> Stream<'a> {
     ) -> io::Result<Result<(), Refusal>> {
         let mut news = self.shared.status.progress().acknowledgements();
         loop {
-            // One message of the client's at a time; while it is on its way, WAL goes out.
+            // Reads one message of the client at a time, and sends WAL while waiting for it.
             let mut incoming = pin!(read_message(&mut *reader));
             let message = loop {
                 let sent = match self.send(answer).await {
@@ -187,7 +190,7 @@ impl<'a> Stream<'a> {
         }
     }
 
-    /// Appends what is next; whether there was anything.
+    /// Appends the next WAL message. Returns whether there was WAL to send.
     async fn send(&mut self, answer: &mut Answer) -> Result<bool, Refusal> {
         if self.copy_done {
             return Ok(false);
@@ -237,7 +240,8 @@ impl<'a> Stream<'a> {
         Ok(true)
     }
 
-    /// How far this timeline can be sent now. Notices when it was left.
+    /// Returns the LSN up to which this timeline can be sent now. Detects that the timeline has
+    /// ended.
     async fn limit(&mut self) -> Result<Lsn, Refusal> {
         if let Some((switch, _)) = self.place.next {
             return Ok(switch);
@@ -270,7 +274,7 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// A status update that asks for a sign of life; its last byte says so.
+/// Returns whether a status update requests a reply, which its last byte says.
 fn wants_reply(message: &Message) -> bool {
     message.body.first() == Some(&b'r') && message.body.last() == Some(&1)
 }

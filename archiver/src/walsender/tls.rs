@@ -1,6 +1,8 @@
-//! TLS of the walsender: certificate chain and key from two PEM files, read when the cluster starts.
+//! TLS of the walsender: certificate chain and key from two PEM files, read when the cluster
+//! starts.
 //!
-//! libpq 17 and later offer the protocol name `postgresql` (ALPN) and insist on it where TLS comes first.
+//! libpq 17 and later offer the protocol name `postgresql` (ALPN) and require it with direct TLS
+//! negotiation.
 
 use std::path::Path;
 

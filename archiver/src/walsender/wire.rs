@@ -1,18 +1,20 @@
-//! Messages of PostgreSQL's protocol 3 from the server's side: what a client sends, and what it is answered.
+//! Messages of PostgreSQL's protocol 3 from the server's side: client messages and the answers to
+//! them.
 //!
-//! Invariant: a length that a client announces is bounded before memory is taken for it.
+//! Invariant: a length announced by a client is checked against a bound before memory is allocated
+//! for it.
 
 use std::io;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-/// A start-up packet is a few names; PostgreSQL's own bound (`MAX_STARTUP_PACKET_LENGTH`).
+/// The maximum size of a startup packet, which holds a few names (`MAX_STARTUP_PACKET_LENGTH`).
 const STARTUP_BYTES_MAX: usize = 10_000;
-/// A command or a status is short.
+/// The maximum size of a client message. Commands and status updates are short.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
-/// The types of the columns that are answered.
+/// The types of result columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Type {
     Text,
@@ -39,7 +41,7 @@ fn malformed(problem: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, problem.to_owned())
 }
 
-/// Reads a packet without a tag: its code and the rest.
+/// Reads a packet without a tag. Returns its code and the rest.
 pub(super) async fn read_startup(
     socket: &mut (impl AsyncRead + Unpin),
 ) -> io::Result<(u32, Bytes)> {
@@ -53,7 +55,6 @@ pub(super) async fn read_startup(
     Ok((code, body.into()))
 }
 
-/// Reads a message.
 pub(super) async fn read_message(socket: &mut (impl AsyncRead + Unpin)) -> io::Result<Message> {
     let tag = socket.read_u8().await?;
     let length = socket.read_u32().await? as usize;
@@ -68,14 +69,13 @@ pub(super) async fn read_message(socket: &mut (impl AsyncRead + Unpin)) -> io::R
     })
 }
 
-/// What is on its way to the client.
+/// Messages that are buffered for the client.
 #[derive(Debug, Default)]
 pub(super) struct Answer {
     buffer: BytesMut,
 }
 
 impl Answer {
-    /// Appends a message.
     pub(super) fn message(&mut self, tag: u8, fill: impl FnOnce(&mut BytesMut)) -> &mut Self {
         self.buffer.put_u8(tag);
         let at = self.buffer.len();
@@ -156,7 +156,7 @@ impl Answer {
         })
     }
 
-    /// Sends everything.
+    /// Sends all buffered messages.
     pub(super) async fn send(&mut self, socket: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
         socket.write_all(&self.buffer).await?;
         self.buffer.clear();
@@ -165,7 +165,7 @@ impl Answer {
 }
 
 fn text(out: &mut BytesMut, value: &str) {
-    // A zero byte would end the text early and shift everything behind it.
+    // A zero byte would terminate the text early and shift everything after it.
     out.extend(value.bytes().filter(|byte| *byte != 0));
     out.put_u8(0);
 }
