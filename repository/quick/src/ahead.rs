@@ -1,11 +1,14 @@
-//! [`Ahead`]: where the segments of a recovery lie ready before PostgreSQL asks for them.
+//! [`Ahead`]: the directory of segments that were fetched before PostgreSQL asked for them.
 //!
-//! A process beside the recovery (`pitr-restore wal-ahead`, `restorer/src/look_ahead.rs`) fills
-//! `pg_wal/tidemark_ahead/KEY-BOOT/`, bounded in bytes; `wal-fetch`, or `mv` in the restored `restore_command`, then only renames.
-//! Invariant: a file there is whole, was checked, and belongs to this boot of the host (`BOOT`): what a crash of the host
-//! left is never looked at. `KEY` is the plan's digest, so that no other path's segment of the same name is taken; without
-//! a plan only sealed segments are fetched ahead, by one timeline's name. Without the process, or with it killed,
-//! `wal-fetch` fetches by itself: that costs speed, never correctness.
+//! A separate process (`pitr-restore wal-ahead`, `restorer/src/look_ahead.rs`) fills
+//! `pg_wal/tidemark_ahead/KEY-BOOT/`, up to a limit in bytes. `wal-fetch`, or `mv` in the restored
+//! `restore_command`, then only renames a file.
+//! Invariant: a file in this directory is complete, was checked, and was written since the last
+//! boot of the host (`BOOT`). Files that a crash of the host left are never used.
+//!
+//! `KEY` is the plan's digest, so a segment of another path with the same name is not used. Without
+//! a plan only sealed segments are prefetched, for one timeline number. If the process does not run
+//! or was killed, `wal-fetch` fetches segments itself; this is slower but correct.
 
 use std::{
     env,
@@ -23,34 +26,37 @@ use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 use wal_format::SegmentName;
 
-/// The folder in `pg_wal`; PostgreSQL passes over names that it does not know.
+/// The directory in `pg_wal`. PostgreSQL ignores names that it does not know.
 const FOLDER: &str = "tidemark_ahead";
-/// Changes with every start of the host.
+/// Changes at every boot of the host.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// Held by the process that fills the folder.
+/// The lock file, held by the process that fills the directory.
 pub const LOCK: &str = "lock";
-/// Ends the name of a file that is not whole yet.
+/// The suffix of an incomplete file.
 pub const UNFINISHED: &str = ".new";
-/// What PostgreSQL's `%p` ends with for a segment. Who fetches one file by hand wants no others.
+/// The file name that PostgreSQL passes as `%p` for a segment. Prefetching would be useless for a
+/// single file that is fetched by hand.
 const ASKED_BY_POSTGRESQL: &str = "RECOVERYXLOG";
 const POLL: Duration = Duration::from_millis(1);
-/// How long `wal-fetch` waits for a file in the making: its maker retries a failing store for about this long.
+/// The time for which `wal-fetch` waits for a file that is being fetched. The fetching process
+/// retries a failing store for about as long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where the segments of one recovery lie ready.
+/// The prefetch directory of one recovery.
 #[derive(Clone, Debug)]
 pub struct Ahead {
     folder: PathBuf,
 }
 
 impl Ahead {
-    /// Of a plan, given as the bytes of its file.
+    /// The directory for a plan, given as the bytes of the plan file.
     #[must_use]
     pub fn of_plan(plan: &[u8], destination: &Path) -> Option<Self> {
         Self::beside(&digest_of_plan(plan), destination)
     }
 
-    /// Of a recovery without a plan: the same program, told the same, about the same timeline.
+    /// The directory for a recovery without a plan, identified by the program's arguments and the
+    /// timeline.
     #[must_use]
     pub fn of_arguments(name: &str, destination: &Path) -> Option<Self> {
         let asked: SegmentName = name.parse().ok()?;
@@ -66,7 +72,7 @@ impl Ahead {
         {
             digest.update(argument.as_bytes());
             digest.update([0]);
-            // A configuration that says something else from now on.
+            // A changed configuration file gives another key.
             for file in [Path::new(&argument), Path::new("tidemark.toml")] {
                 if let Ok(metadata) = fs::metadata(file) {
                     digest.update(metadata.ino().to_be_bytes());
@@ -78,7 +84,7 @@ impl Ahead {
         Self::beside(&short(&digest.finalize()), destination)
     }
 
-    /// On the file system of the destination.
+    /// The directory next to the destination, and so on the same file system.
     fn beside(key: &str, destination: &Path) -> Option<Self> {
         let boot = fs::read_to_string(BOOT_ID).ok()?;
         let beside = match destination.parent() {
@@ -89,7 +95,7 @@ impl Ahead {
         Some(Self { folder })
     }
 
-    /// Moves `name` to `destination` if it was fetched ahead. False when it was not.
+    /// Moves `name` to `destination` if it was prefetched. Returns whether it was.
     #[must_use]
     pub fn take(&self, name: &str, destination: &Path) -> bool {
         if name.parse::<SegmentName>().is_err() {
@@ -99,14 +105,14 @@ impl Ahead {
             return false;
         };
         let asked = Instant::now();
-        // An exclusive lock that can not be had is held by the living process.
+        // While the exclusive lock is held, the filling process is alive.
         while flock(&lock, FlockOperation::NonBlockingLockShared).is_err() {
             if moved(&self.folder.join(name), destination) {
                 return true;
             }
             let unfinished = self.folder.join(format!("{name}{UNFINISHED}"));
             if !unfinished.exists() || asked.elapsed() > PATIENCE {
-                // It may have been finished between the two looks.
+                // The file may have been completed between the two checks.
                 return moved(&self.folder.join(name), destination);
             }
             thread::sleep(POLL);
@@ -114,7 +120,7 @@ impl Ahead {
         false
     }
 
-    /// Starts the process that fetches what follows `name`, unless one lives.
+    /// Starts the process that fetches the segments after `name`, unless it runs already.
     pub fn start(&self, name: &str) {
         if name.parse::<SegmentName>().is_err() || self.is_held() {
             return;
@@ -131,7 +137,8 @@ impl Ahead {
         });
         let mut folder = OsString::from("--folder=");
         folder.push(&self.folder);
-        // Its own process group: PostgreSQL signals the group of the process that asked.
+        // A separate process group, because PostgreSQL signals the group of the process that it
+        // started.
         let spawned = Command::new(program)
             .args(arguments)
             .arg(folder)
@@ -151,9 +158,9 @@ impl Ahead {
     }
 }
 
-/// The words before our program in a `restore_command` with a plan: what lies ready is moved by the shell, which takes a
-/// fraction of the time that a program with a database in it needs to start. A name of the folder that does not exist is no
-/// more than a failed `mv`.
+/// Returns the start of a `restore_command` with a plan: the shell moves a prefetched file, which
+/// takes a fraction of the time that our program needs to start. If the directory does not exist,
+/// `mv` fails and our program runs.
 #[must_use]
 pub fn shell_shortcut(plan: &[u8]) -> String {
     let key = digest_of_plan(plan);
@@ -173,10 +180,10 @@ fn short(digest: &[u8]) -> String {
     clippy::disallowed_methods,
     reason = "not durable on purpose: after a crash of the host nothing of this is believed"
 )]
-/// Moves a file that need not survive the host.
+/// Moves a file that need not survive a crash of the host.
 ///
 /// # Errors
-/// As the system call.
+/// The error of the system call.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
 }

@@ -1,13 +1,14 @@
-//! The short way of `wal-fetch`: a segment that lies ready is delivered before the command line is parsed for good.
+//! The fast path of `wal-fetch`: delivers a prefetched segment without parsing the whole command
+//! line.
 //!
-//! Invariant: it delivers, or it leaves no trace and the long way answers. Whatever it does not know for certain (a flag, a
-//! number of arguments) is not its business.
+//! Invariant: it either delivers the segment or changes nothing and leaves the request to the full
+//! program. It does not handle any flag or number of arguments that it does not know.
 
 use std::{env, ffi::OsString, fs, path::Path};
 
 use crate::ahead::Ahead;
 
-/// The flags that may stand beside, each with a value.
+/// The flags that may be present, each with a value.
 const FLAGS: [&str; 8] = [
     "--catalog",
     "--cluster",
@@ -19,7 +20,7 @@ const FLAGS: [&str; 8] = [
     "--system",
 ];
 
-/// Delivers what this process was asked for, if it lies ready.
+/// Delivers the requested segment if it was prefetched. Returns whether it did.
 #[must_use]
 pub fn delivered() -> bool {
     try_deliver(env::args_os().skip(1)).unwrap_or(false)
@@ -41,7 +42,8 @@ fn try_deliver(arguments: impl Iterator<Item = OsString>) -> Option<bool> {
     Some(ahead?.take(name, destination))
 }
 
-/// What stands beside the flags, and the plan; `None` when there is anything else.
+/// Splits the command line into positional arguments and the plan. Returns `None` if it contains
+/// anything else.
 fn parse(
     mut arguments: impl Iterator<Item = OsString>,
 ) -> Option<(Vec<OsString>, Option<OsString>)> {

@@ -1,8 +1,9 @@
-//! What PostgreSQL starts for every segment: `wal-archiver push` and `pitr-restore wal-fetch`, as long as another process has
-//! done the work already. Everything else is done by the whole program beside it ([`whole`]).
+//! The small binaries that PostgreSQL starts for every segment: `wal-archiver push` and
+//! `pitr-restore wal-fetch`, for the case that another process has already done the work. The full
+//! binary in the same directory does everything else ([`whole`]).
 //!
-//! A program with RocksDB in it needs several times as long to start as this one to answer. Invariant: nothing here depends
-//! on the catalog; a test of each program holds it to that.
+//! A program that links RocksDB takes several times as long to start as this one takes to answer.
+//! Invariant: nothing here depends on the catalog. A test of each program checks this.
 
 pub mod ahead;
 pub mod fetch;

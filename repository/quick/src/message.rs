@@ -1,5 +1,6 @@
-//! What `push` and the daemon say to each other over a Unix socket: one line of JSON each way, and with the request the
-//! open files themselves (`SCM_RIGHTS`), so that the daemon needs no right to read the data directory.
+//! The messages between `push` and the daemon over a Unix socket: one line of JSON in each
+//! direction. The request also passes the open files (`SCM_RIGHTS`), so that the daemon needs no
+//! permission to read the data directory.
 
 use std::{
     fs::File,
@@ -18,27 +19,27 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-/// The pushed file and what waits behind it.
+/// The maximum number of files in a request: the pushed file and those that wait after it.
 pub const FILES_MAX: usize = 9;
-/// More than the longest names need.
+/// A bound that the longest names do not reach.
 const LINE_BYTES_MAX: usize = 64 << 10;
 
-/// What is asked: the first file is wanted now, the others will be next.
+/// A request. The first file is needed now, the others next.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Request {
-    /// As PostgreSQL names them, in the order of the descriptors; absolute.
+    /// Absolute paths as PostgreSQL names them, in the order of the descriptors.
     pub paths: Vec<PathBuf>,
 }
 
-/// What is answered about the first file.
+/// The answer about the first file.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// It is in the repository, and was read back.
+    /// The file is in the repository and was read back.
     Archived,
-    /// It is not.
+    /// The file is not in the repository.
     Failed {
-        /// Why.
+        /// The reason.
         problem: String,
     },
 }
@@ -46,7 +47,7 @@ pub enum Answer {
 /// Sends a request with its files.
 ///
 /// # Errors
-/// When the daemon is gone.
+/// When the daemon has closed the connection.
 pub fn send_request(
     socket: &mut UnixStream,
     request: &Request,
@@ -64,10 +65,10 @@ pub fn send_request(
     socket.write_all(line.get(sent..).unwrap_or_default())
 }
 
-/// What a client asks, with its files.
+/// Receives a client's request with its files.
 ///
 /// # Errors
-/// When it is no request of this build's.
+/// When it is not a request that this build understands.
 pub fn receive_request(socket: &mut UnixStream) -> io::Result<(Request, Vec<File>)> {
     let mut line = Vec::new();
     let mut files = Vec::new();
@@ -102,17 +103,17 @@ pub fn receive_request(socket: &mut UnixStream) -> io::Result<(Request, Vec<File
 /// Sends an answer.
 ///
 /// # Errors
-/// When the client is gone.
+/// When the client has closed the connection.
 pub fn send_answer(socket: &mut UnixStream, answer: &Answer) -> io::Result<()> {
     let mut line = serde_json::to_vec(answer)?;
     line.push(b'\n');
     socket.write_all(&line)
 }
 
-/// What the daemon answers.
+/// Receives the daemon's answer.
 ///
 /// # Errors
-/// When it ended before, or says what this build does not know.
+/// When the daemon ended before it answered, or sent an answer that this build does not understand.
 pub fn receive_answer(socket: &UnixStream) -> io::Result<Answer> {
     let mut line = String::new();
     BufReader::new(socket).read_line(&mut line)?;

@@ -1,7 +1,8 @@
-//! The side that PostgreSQL starts: asks the daemon, and leaves the work to the whole program where none answers.
+//! The client side of `push`, which PostgreSQL starts: asks the daemon, and leaves the work to the
+//! full program if no daemon answers.
 //!
-//! Invariant: it believes a daemon only about the very file that it opened, and falls back whenever the daemon is not
-//! there, is busy with another version, or dies before its answer.
+//! Invariant: a daemon's answer counts only for the file that this process opened. If the daemon
+//! does not run, has another version or ends before its answer, the full program does the work.
 
 use std::{
     fs::{self, File},
@@ -17,10 +18,11 @@ use wal_format::SegmentName;
 
 use crate::message::{Answer, FILES_MAX, Request, receive_answer, send_request};
 
-/// A daemon that has not answered by then has met something that it does not know; PostgreSQL must not wait for it for good.
+/// The time after which a daemon is considered stuck. PostgreSQL must not wait for it forever.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// The command line as far as this goes. Whatever else is typed is read by the whole program, which explains it.
+/// The part of the command line that matters here. The full program parses and explains everything
+/// else.
 #[derive(Debug, Parser)]
 #[command(
     name = "wal-archiver",
@@ -39,31 +41,32 @@ enum Command {
     Push { path: PathBuf },
 }
 
-/// Where the daemon of these settings listens.
+/// Returns the path of the daemon's socket for these settings.
 #[must_use]
 pub fn socket_path(settings: &ClusterSettings) -> PathBuf {
     settings.spool.join(format!("{}.push", settings.name))
 }
 
-/// What this process was asked for.
+/// The result of examining this process's command line.
 #[derive(Debug)]
 pub enum Asked {
-    /// A push, and the daemon said: archived, or why not.
+    /// A push that the daemon answered: archived, or the reason why not.
     Answered(Result<(), String>),
-    /// A push, and no daemon answers.
+    /// A push, but no daemon answers.
     Alone(Box<ClusterSettings>, PathBuf),
-    /// Something else.
+    /// Another command.
     Other,
 }
 
-/// For a process that compresses one segment and ends: glibc would take each buffer of a megabyte anew from the kernel, which
-/// clears it page by page, and would give it back. Seen to be a tenth of a push. It is read when a process starts.
+/// Environment for a process that compresses one segment and ends. By default glibc requests each
+/// large buffer from the kernel, which clears it page by page, and returns it afterwards; that took
+/// a tenth of a push. glibc reads this variable when a process starts.
 pub const MEMORY: [(&str, &str); 1] = [(
     "GLIBC_TUNABLES",
     "glibc.malloc.mmap_threshold=67108864:glibc.malloc.trim_threshold=268435456:glibc.malloc.hugetlb=1",
 )];
 
-/// Asks the daemon, if this process was asked for a push.
+/// Asks the daemon if this process was started for a push.
 #[must_use]
 pub fn asked() -> Asked {
     let Ok(Line {
@@ -109,7 +112,8 @@ fn ask(settings: &ClusterSettings, path: &Path) -> io::Result<Answer> {
     receive_answer(&socket)
 }
 
-/// The segments that PostgreSQL will push next: those behind `path` that it has marked.
+/// Returns the segments that PostgreSQL will push next: those after `path` that are marked as
+/// ready.
 fn waiting(path: &Path) -> Vec<PathBuf> {
     let (Some(directory), Some(name)) = (path.parent(), segment_name(path)) else {
         return Vec::new();

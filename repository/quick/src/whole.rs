@@ -1,4 +1,4 @@
-//! The whole program beside a quick one: `NAME-full` in the same directory.
+//! Executes the full program, `NAME-full` in the same directory.
 
 use std::{
     env, io,
@@ -7,11 +7,12 @@ use std::{
     process::Command,
 };
 
-/// What the name of a whole program ends with.
+/// The suffix of the full program's name.
 const SUFFIX: &str = "-full";
 
-/// Becomes the whole program, told the same, with `environment` where it says nothing else; returns only when that failed,
-/// with the remedy.
+/// Replaces this process with the full program, with the same arguments, and with `environment`
+/// where a variable is not set. Returns only if that failed, with an error message that names the
+/// remedy.
 #[must_use]
 pub fn become_whole(environment: &[(&str, &str)]) -> String {
     let this = match env::current_exe() {
@@ -26,8 +27,8 @@ pub fn become_whole(environment: &[(&str, &str)]) -> String {
     )
 }
 
-/// Starts this program anew, told the same, with `environment` where it says nothing else; returns when all of that is set, or
-/// when it fails.
+/// Executes this program again with the same arguments, and with `environment` where a variable is
+/// not set. Returns if all variables are set already, or if it fails.
 pub fn start_with(environment: &[(&str, &str)]) {
     if environment
         .iter()
@@ -55,10 +56,11 @@ fn replaced_by(program: &Path, environment: &[(&str, &str)]) -> io::Error {
     command.args(arguments).exec()
 }
 
-/// The program as people and PostgreSQL call it, for who runs as the whole one.
+/// Returns the path by which people and PostgreSQL call this program: the small one, if this
+/// process is the full one.
 ///
 /// # Errors
-/// When the system does not tell which program this is.
+/// When the operating system cannot report this program's path.
 pub fn called() -> io::Result<PathBuf> {
     let this = env::current_exe()?;
     let name = this.file_name().and_then(|name| name.to_str());
