@@ -1,8 +1,10 @@
-//! PostgreSQL's replication protocol: [`ReplicationClient`] and the stream of WAL.
+//! PostgreSQL's replication protocol: [`ReplicationClient`] and the WAL stream.
 //!
-//! Modules in reading order: [`conninfo`] (where and who), `connect` (hosts, sockets, startup), `tls`, `authenticate`,
-//! `connection` (framing), `client` (commands), `stream` (WAL in, status out). Invariant: a status is built from a [`crate::flushed_lsn::FlushedLsn`]; what the server
-//! says of its own positions is never sent back as ours.
+//! Modules in reading order: [`conninfo`] (address and role), `connect` (hosts, sockets, startup),
+//! `tls`, `authenticate`, `connection` (framing), `client` (commands), `stream` (WAL in, status
+//! out).
+//! Invariant: a status update is built from a [`crate::flushed_lsn::FlushedLsn`]. The server's own
+//! positions are never reported back as ours.
 
 mod authenticate;
 mod base_backup;
@@ -23,7 +25,7 @@ pub use conninfo::ConnInfo;
 pub use error::Error;
 pub use stream::{NextTimeline, StatusSender, StatusUpdate, StreamMessage, WalReceiver};
 
-/// This module's result.
+/// The result type of this module.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 #[cfg(test)]

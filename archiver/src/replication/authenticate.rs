@@ -1,6 +1,7 @@
 //! Authentication: password, MD5, SCRAM-SHA-256 with and without channel binding.
 //!
-//! Invariant: what `require_auth` and `channel_binding` forbid is refused before a secret is sent.
+//! Invariant: a method that `require_auth` or `channel_binding` forbids is refused before a secret
+//! is sent.
 
 use std::io;
 
@@ -19,25 +20,25 @@ use super::{
     conninfo::{AuthMethod, ChannelBindingMode, Host},
 };
 
-/// Who authenticates where, over what.
+/// The inputs of an authentication.
 pub(super) struct Authenticate<'a> {
     pub(super) info: &'a ConnInfo,
     pub(super) host: &'a Host,
     pub(super) mode: ConnectionMode,
     pub(super) encrypted: bool,
-    /// The hash of the server's certificate that SCRAM binds to.
+    /// The hash of the server's certificate to which SCRAM binds the channel.
     pub(super) end_point: Option<Vec<u8>>,
 }
 
-/// An exchange under way.
+/// A SCRAM exchange in progress.
 struct Exchange {
     scram: ScramSha256,
     bound: bool,
-    /// The server has proved that it knows the password too.
+    /// Whether the server has proved that it knows the password too.
     finished: bool,
 }
 
-/// Answers the server until it is content.
+/// Answers the server's requests until it accepts the authentication.
 pub(super) async fn authenticate(
     reader: &mut Reader,
     writer: &mut Writer,
@@ -134,7 +135,7 @@ impl Authenticate<'_> {
         })
     }
 
-    /// Whether the server may ask for this.
+    /// Returns an error if the server may not request this method.
     fn check_method(&self, method: AuthMethod) -> Result<()> {
         if !self.info.require_auth.allows(method) {
             return Err(self.refused(format!(
@@ -159,7 +160,7 @@ impl Authenticate<'_> {
         self.refused(format!("channel_binding=require, but {remedy}"))
     }
 
-    /// Chooses the mechanism and says the first word.
+    /// Chooses the mechanism and creates the client's first message.
     fn begin(&self, offered: &Bytes, reader: &Reader) -> Result<(&'static str, Exchange)> {
         let offers = |mechanism: &str| {
             offered
@@ -188,7 +189,8 @@ impl Authenticate<'_> {
                     "the server offers no SASL mechanism that is known (SCRAM-SHA-256)".to_owned(),
                 ));
             }
-            // "We could have": a server that can, too, knows then that its offer was taken out on the way.
+            // `y` in the GS2 header: the client supports channel binding but the server did not
+            // offer it. A server that did offer it then knows that an attacker removed its offer.
             None if wanted && self.end_point.is_some() => {
                 (SCRAM_SHA_256, ChannelBinding::unrequested())
             }
@@ -202,7 +204,7 @@ impl Authenticate<'_> {
         Ok((mechanism, exchange))
     }
 
-    /// The server is content; whether we are.
+    /// Checks that the server's acceptance fulfils our own requirements.
     fn check_end(
         &self,
         asked: AuthMethod,

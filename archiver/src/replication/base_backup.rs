@@ -1,7 +1,9 @@
-//! `BASE_BACKUP`: one flow of messages for both wire forms (one COPY per tablespace before 15, one for all since).
+//! `BASE_BACKUP`: presents both wire formats as one sequence of messages (one COPY per tablespace
+//! before 15, a single COPY since).
 //!
-//! Invariant: [`BackupMessage::Done`] comes only after the server's last word: a checksum failure is raised after all data,
-//! the manifest and the stop position, so a stream that looks complete is not yet a backup.
+//! Invariant: [`BackupMessage::Done`] comes only after the server's final completion. The server
+//! raises a checksum failure after all data, the manifest and the stop position, so a stream that
+//! looks complete is not yet a backup.
 
 use std::collections::VecDeque;
 
@@ -10,32 +12,33 @@ use wal_format::{Lsn, TimelineId};
 
 use super::{Error, ReplicationClient, Result, connection::text};
 
-/// The end of a tar archive, which servers before 15 leave out (`MINIMUM_VERSION_FOR_TERMINATED_TARFILE`).
+/// The end of a tar archive, which servers before 15 omit
+/// (`MINIMUM_VERSION_FOR_TERMINATED_TARFILE`).
 static TAR_END: [u8; 1024] = [0; 1024];
 
-/// How to take it.
+/// Options of `BASE_BACKUP`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BaseBackupOptions {
     /// The backup's label.
     pub label: String,
-    /// Whether the checkpoint is done at once and not spread.
+    /// Whether the checkpoint is performed immediately instead of spread over time.
     pub fast_checkpoint: bool,
-    /// The greatest rate in KiB per second.
+    /// The maximum transfer rate in KiB per second.
     pub max_rate: Option<u32>,
 }
 
-/// A tablespace; the data directory itself has neither OID nor location.
+/// A tablespace. The data directory itself has neither OID nor location.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackupTablespace {
     /// Its OID.
     pub oid: Option<u32>,
     /// Its directory on the server.
     pub location: Option<String>,
-    /// About how large it is.
+    /// Its approximate size.
     pub size_kib: Option<u64>,
 }
 
-/// What comes, in this order.
+/// The messages, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackupMessage {
     /// The backup has begun.
@@ -44,14 +47,14 @@ pub enum BackupMessage {
         lsn: Lsn,
         /// Its timeline.
         timeline: TimelineId,
-        /// What will come.
+        /// The tablespaces that follow.
         tablespaces: Vec<BackupTablespace>,
     },
     /// A tar archive begins.
     Archive {
-        /// The tablespace's OID; `None` for the data directory.
+        /// The tablespace's OID. `None` for the data directory.
         tablespace: Option<u32>,
-        /// Its directory on the server, empty for the data directory.
+        /// Its directory on the server. Empty for the data directory.
         location: String,
     },
     /// Bytes of the archive.
@@ -60,16 +63,16 @@ pub enum BackupMessage {
     Manifest,
     /// Bytes of the manifest.
     ManifestData(Bytes),
-    /// Bytes done so far, as the server counts.
+    /// The number of bytes sent so far, as counted by the server.
     Progress(u64),
-    /// Where the backup is consistent.
+    /// The LSN at which the backup is consistent.
     Stop {
         /// The position.
         lsn: Lsn,
         /// Its timeline.
         timeline: TimelineId,
     },
-    /// The server is satisfied.
+    /// The server reported success.
     Done,
 }
 
@@ -80,16 +83,16 @@ enum Part {
     Manifest,
 }
 
-/// A backup that is coming in.
+/// A base backup that is being received.
 #[derive(Debug)]
 pub struct BaseBackupStream {
     client: ReplicationClient,
-    /// One COPY for everything, each message with a type byte (15+).
+    /// Whether a single COPY carries everything, each message with a type byte (15 and later).
     typed: bool,
     result_sets: usize,
     tablespaces: Vec<BackupTablespace>,
     start: Option<(Lsn, TimelineId)>,
-    /// COPY streams begun, before 15.
+    /// The number of COPY streams begun (before 15).
     copies: usize,
     part: Part,
     ready: VecDeque<BackupMessage>,
@@ -98,10 +101,10 @@ pub struct BaseBackupStream {
 }
 
 impl ReplicationClient {
-    /// Takes a base backup, without WAL: the stream has it.
+    /// Starts a base backup without WAL, which the archive already receives.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn base_backup(mut self, options: &BaseBackupOptions) -> Result<BaseBackupStream> {
         let typed = self.server_version().num >= 150_000;
         let label = options.label.replace('\'', "''");
@@ -145,10 +148,12 @@ impl ReplicationClient {
 }
 
 impl BaseBackupStream {
-    /// The next message. A spread checkpoint sends nothing for minutes: put no timeout on the first one.
+    /// Returns the next message. Set no timeout on the first one: during a spread checkpoint the
+    /// server sends nothing for minutes.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows; whatever came before is then no backup.
+    /// Any [`Error`] of the connection or the server. Everything received earlier is then not a
+    /// backup.
     pub async fn next(&mut self) -> Result<BackupMessage> {
         loop {
             if let Some(message) = self.ready.pop_front() {
@@ -185,7 +190,8 @@ impl BaseBackupStream {
         }
     }
 
-    /// The server is ready for the next command. Only with a stop position was this one a backup.
+    /// The server is ready for the next command. The backup succeeded only if a stop position was
+    /// received.
     fn done(&mut self) -> Result<BackupMessage> {
         if let Some(error) = self.refused.take() {
             return Err(error);
@@ -225,7 +231,7 @@ impl BaseBackupStream {
         Ok(())
     }
 
-    /// Start position and tablespaces are known.
+    /// The start position and the tablespaces are known.
     fn begin(&mut self) -> Result<()> {
         let (lsn, timeline) = self.start.take().ok_or_else(|| {
             self.client
@@ -284,7 +290,7 @@ impl BaseBackupStream {
                 let stem = name.strip_suffix(".tar");
                 let tablespace = match stem {
                     Some("base") => None,
-                    // The name decides about a place on our disk: nothing but a number is taken.
+                    // The name determines a path on our disk, so only a number is accepted.
                     Some(oid) if oid.parse::<u32>().is_ok() => oid.parse().ok(),
                     _ => {
                         let what = format!("an archive named {name:?}");

@@ -10,63 +10,63 @@ use super::{
     stream::{self, NextTimeline},
 };
 
-/// What the connection is for.
+/// The purpose of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionMode {
-    /// The replication grammar alone.
+    /// Replication commands only.
     Physical,
-    /// SQL, in an ordinary session of the database.
+    /// SQL in an ordinary session of the database.
     Sql,
 }
 
 /// The server's version.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerVersion {
-    /// `170011` for 17.11.
+    /// The number, for example `170011` for 17.11.
     pub num: u32,
-    /// As the server prints it.
+    /// The text that the server reports.
     pub text: String,
 }
 
 /// The answer to `IDENTIFY_SYSTEM`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SystemIdentity {
-    /// The cluster.
+    /// The system identifier of the cluster.
     pub system_identifier: SystemIdentifier,
-    /// The timeline it is on.
+    /// The current timeline.
     pub timeline: TimelineId,
-    /// The end of its durable WAL.
+    /// The end of the WAL that the server has flushed.
     pub flush_lsn: Lsn,
 }
 
 /// A replication slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SlotInfo {
-    /// Whether it is physical: a logical one keeps no WAL for us.
+    /// True for a physical slot. A logical slot retains no WAL for us.
     pub physical: bool,
-    /// The first WAL it keeps.
+    /// The first LSN that the slot retains.
     pub restart_lsn: Option<Lsn>,
-    /// Whether a walsender uses it.
+    /// Whether a walsender is using the slot.
     pub active: bool,
-    /// `wal_status`, where it is known.
+    /// `wal_status`, if the server reports it.
     pub wal_status: Option<String>,
 }
 
-/// Whether a slot is new.
+/// The result of creating a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SlotCreation {
-    /// It was made.
+    /// The slot was created.
     Created,
-    /// It was there.
+    /// A slot of this name existed.
     AlreadyExists,
 }
 
-/// What the server answers to `START_REPLICATION`.
+/// The server's answer to `START_REPLICATION`.
 #[derive(Debug)]
 pub enum ReplicationStart {
-    /// WAL follows.
+    /// The stream has started.
     Streaming(WalReceiver, StatusSender),
-    /// The timeline ends where the stream would have begun; where the server goes on.
+    /// The timeline ends at the requested start. Contains the next timeline.
     EndOfTimeline(ReplicationClient, Option<NextTimeline>),
 }
 
@@ -80,10 +80,10 @@ pub struct ReplicationClient {
 }
 
 impl ReplicationClient {
-    /// Connects.
+    /// Connects to the server.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn connect(info: &ConnInfo, mode: ConnectionMode) -> Result<Self> {
         let Connection {
             reader,
@@ -121,19 +121,19 @@ impl ReplicationClient {
         &mut self.writer
     }
 
-    /// Where this connection goes: of several hosts only the one that took it.
+    /// The connection settings limited to the host that accepted the connection.
     #[must_use]
     pub fn conninfo(&self) -> &ConnInfo {
         &self.info
     }
 
-    /// The version of TLS, when the connection is encrypted.
+    /// The TLS version, if the connection is encrypted.
     #[must_use]
     pub fn encryption(&self) -> Option<&'static str> {
         self.reader.encryption()
     }
 
-    /// Ends the connection in order.
+    /// Closes the connection with a Terminate message.
     pub async fn close(self) {
         self.writer.close().await;
     }
@@ -144,10 +144,10 @@ impl ReplicationClient {
         &self.version
     }
 
-    /// Who the server is.
+    /// Runs `IDENTIFY_SYSTEM`.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn identify_system(&mut self) -> Result<SystemIdentity> {
         let row = self.row("IDENTIFY_SYSTEM").await?;
         let parsed = (|| {
@@ -163,19 +163,19 @@ impl ReplicationClient {
         })
     }
 
-    /// A setting, as `SHOW` prints it.
+    /// Returns a setting as `SHOW` prints it.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn show(&mut self, name: &str) -> Result<String> {
         let row = self.row(&format!("SHOW {name}")).await?;
         Ok(text(&row, 0).unwrap_or_default())
     }
 
-    /// `wal_segment_size`.
+    /// Returns `wal_segment_size`.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn wal_segment_size(&mut self) -> Result<SegmentSize> {
         let shown = self.show("wal_segment_size").await?;
         let digits = shown.trim_end_matches(|c: char| !c.is_ascii_digit());
@@ -193,10 +193,10 @@ impl ReplicationClient {
             .ok_or_else(|| self.reader.unexpected(format!("wal_segment_size {shown}")))
     }
 
-    /// A timeline's history file.
+    /// Returns the content of a timeline's history file.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn timeline_history(&mut self, timeline: TimelineId) -> Result<Bytes> {
         let mut row = self.row(&format!("TIMELINE_HISTORY {timeline}")).await?;
         let content = row.drain(..).nth(1).flatten();
@@ -206,7 +206,7 @@ impl ReplicationClient {
     /// Creates a physical slot.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn create_slot(&mut self, name: &str, reserve_wal: bool) -> Result<SlotCreation> {
         let reserve = if reserve_wal { " RESERVE_WAL" } else { "" };
         let command = format!("CREATE_REPLICATION_SLOT \"{name}\" PHYSICAL{reserve}");
@@ -222,20 +222,21 @@ impl ReplicationClient {
     /// Drops a slot.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn drop_slot(&mut self, name: &str) -> Result<()> {
         self.rows(&format!("DROP_REPLICATION_SLOT \"{name}\""))
             .await?;
         Ok(())
     }
 
-    /// A slot, by SQL on a connection of its own: `READ_REPLICATION_SLOT` is missing before 15 and hides `wal_status`.
+    /// Reads a slot over a separate SQL connection: `READ_REPLICATION_SLOT` does not exist before
+    /// 15 and does not report `wal_status`.
     ///
-    /// A role that `pg_hba.conf` lets in for replication only is told what this connection can tell: before 15 that is
-    /// nothing, as if there were no slot.
+    /// If `pg_hba.conf` permits the role only replication connections, the result is limited to
+    /// what this connection can report. Before 15 that is nothing, as if the slot did not exist.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn slot(&mut self, name: &str) -> Result<Option<SlotInfo>> {
         let info = self.info.clone();
         let mut sql = match Box::pin(Self::connect(&info, ConnectionMode::Sql)).await {
@@ -274,25 +275,26 @@ impl ReplicationClient {
             physical: true,
             restart_lsn,
             active: false,
-            // We make slots that keep WAL from their first moment; one that keeps none was invalidated.
+            // Our slots retain WAL from their creation. A slot without a restart LSN was
+            // invalidated.
             wal_status: restart_lsn.is_none().then(|| "lost".to_owned()),
         }))
     }
 
-    /// A simple query; every value as text.
+    /// Runs a simple query. Returns every value as text.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn query(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>> {
         let rows = self.rows(sql).await?;
         let texts = |row: Row| (0..row.len()).map(|at| text(&row, at)).collect();
         Ok(rows.into_iter().map(texts).collect())
     }
 
-    /// Begins to stream.
+    /// Starts streaming.
     ///
     /// # Errors
-    /// Whatever [`Error`] knows.
+    /// Any [`Error`] of the connection or the server.
     pub async fn start_replication(
         mut self,
         slot: Option<&str>,
@@ -308,7 +310,7 @@ impl ReplicationClient {
                 WalReceiver::new(self.reader, self.version, self.info),
                 StatusSender::new(self.writer),
             )),
-            // Asked for the very point where its history leaves the timeline, the server has nothing to stream.
+            // The requested start is the end of the timeline, so there is nothing to stream.
             b'T' => {
                 let next = stream::next_timeline(&mut self.reader).await?;
                 Ok(ReplicationStart::EndOfTimeline(self, next))
@@ -335,7 +337,7 @@ impl ReplicationClient {
 }
 
 impl ServerVersion {
-    /// From the parameter `server_version`.
+    /// Reads the version from the parameter `server_version`.
     pub(super) fn of_parameter(text: &str) -> Self {
         Self {
             num: version_number(text),
@@ -344,7 +346,7 @@ impl ServerVersion {
     }
 }
 
-/// `17.11 (Debian …)` is 170011, `18beta1` is 180000.
+/// Converts `17.11 (Debian …)` to 170011 and `18beta1` to 180000.
 fn version_number(text: &str) -> u32 {
     let mut numbers = text
         .split(|c: char| !c.is_ascii_digit())

@@ -1,7 +1,8 @@
-//! From a [`ConnInfo`] to a server that is ready for commands: hosts in turn, socket, TLS, startup, authentication.
+//! Connects to the servers of a [`ConnInfo`]: each host in turn, socket, TLS, startup,
+//! authentication.
 //!
-//! As in libpq the next host is tried when one is not there or not what `target_session_attrs` asks for, never when it
-//! refused who we are.
+//! As in libpq, the next host is tried when a host does not answer or does not match
+//! `target_session_attrs`, but never when it refused our authentication.
 
 use std::{
     collections::BTreeMap,
@@ -26,22 +27,22 @@ use super::{
     tls,
 };
 
-/// The oldest server whose replication commands are those that we send.
+/// The oldest server version whose replication commands equal the ones used here.
 const SERVER_VERSION_MIN: u32 = 130_000;
-/// Asks for TLS where a startup message would begin (`NEGOTIATE_SSL_CODE`).
+/// The request for TLS, sent in place of a startup message (`NEGOTIATE_SSL_CODE`).
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
 
-/// A server that is ready for commands.
+/// A connection to a server that is ready for commands.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) reader: Reader,
     pub(super) writer: Writer,
     pub(super) version: ServerVersion,
-    /// Where it is, with the address that answered.
+    /// The host, with the address that answered.
     pub(super) host: Host,
 }
 
-/// Connects to the first host that is there and fits.
+/// Connects to the first host that answers and matches.
 pub(super) async fn connect(info: &ConnInfo, mode: ConnectionMode) -> Result<Connection> {
     let passes: &[TargetSession] = match info.target {
         TargetSession::PreferStandby => &[TargetSession::Standby, TargetSession::Any],
@@ -110,13 +111,13 @@ async fn connect_host(
         }
     }
     match failures.pop() {
-        // The other addresses of the same name tell nothing new.
+        // The other addresses of the same name would give the same answer.
         Some(last) => Err(last),
         None => Err(failed(io::Error::other("the name has no address"))),
     }
 }
 
-/// With `sslmode` allow and prefer what fails one way may go the other way.
+/// `sslmode` `allow` and `prefer` retry with the other transport.
 async fn attempt_transports(
     info: &ConnInfo,
     mode: ConnectionMode,
@@ -151,7 +152,7 @@ async fn attempt_transports(
             return Err(outcome);
         }
         match (first.take(), &outcome) {
-            // That there is no TLS explains less than what went wrong without it.
+            // Prefer the first error: "no TLS" hides the real cause.
             (Some(first), Error::Tls { .. }) => return Err(first),
             _ => {
                 if info.tls.mode == SslMode::Prefer && *with_tls {
@@ -166,7 +167,7 @@ async fn attempt_transports(
     }))
 }
 
-/// A socket to the host.
+/// Opens a socket to the host.
 async fn open(info: &ConnInfo, host: &Host) -> Result<Box<dyn Duplex>> {
     let place = host.to_string();
     let failed = |source| Error::Connect {
@@ -221,7 +222,7 @@ fn tune(stream: &TcpStream, tcp: &TcpSettings) -> io::Result<()> {
     Ok(())
 }
 
-/// Asks for TLS; whether the server agrees.
+/// Requests TLS. Returns whether the server agrees.
 pub(super) async fn request_tls(
     stream: &mut (impl Duplex + ?Sized),
     place: &str,
@@ -234,8 +235,8 @@ pub(super) async fn request_tls(
     };
     stream.write_all(&SSL_REQUEST).await.map_err(lost)?;
     stream.flush().await.map_err(lost)?;
-    // One byte is the answer. A second one was put there by somebody on the way, who hopes that it is read as if it had
-    // come encrypted (CVE-2021-23222).
+    // The answer is one byte. A second byte would come from an attacker who wants it to be read as
+    // if it had been encrypted (CVE-2021-23222).
     let mut answer = [0; 2];
     let length = stream.read(&mut answer).await.map_err(lost)?;
     match (length, answer[0]) {
@@ -247,7 +248,8 @@ pub(super) async fn request_tls(
             problem: "the server does not support TLS; set ssl = on there, or sslmode=disable or prefer here"
                 .to_owned(),
         }),
-        // Its text is not shown: it was not encrypted, so anybody may have written it (CVE-2024-10977).
+        // The server's text is not shown: it was not encrypted, so anybody may have written it
+        // (CVE-2024-10977).
         (_, b'E') => Err(odd("the request for TLS with an error; look into its log")),
         (2, b'S' | b'N') => Err(odd(
             "the request for TLS with more than one byte; somebody on the way may be tampering",
@@ -256,7 +258,7 @@ pub(super) async fn request_tls(
     }
 }
 
-/// One way to one address.
+/// A connection attempt to one address with one transport.
 pub(super) struct Attempt<'a> {
     pub(super) info: &'a ConnInfo,
     pub(super) mode: ConnectionMode,
@@ -265,7 +267,7 @@ pub(super) struct Attempt<'a> {
 }
 
 impl Attempt<'_> {
-    /// Everything after the socket.
+    /// Performs everything after the socket is open.
     pub(super) async fn greet(
         &self,
         stream: impl Duplex + 'static,
@@ -319,7 +321,8 @@ impl Attempt<'_> {
         ];
         parameters.push(match self.mode {
             ConnectionMode::Physical => ("replication", "true"),
-            // An ordinary session: a walsender would count against max_wal_senders and show up as a second standby.
+            // An ordinary session: a walsender would count against max_wal_senders and appear as a
+            // second standby.
             ConnectionMode::Sql => ("database", self.info.dbname()),
         });
         if let Some(options) = self.info.value("options") {
@@ -329,7 +332,7 @@ impl Attempt<'_> {
         writer.flush().await
     }
 
-    /// Whether it is what `target_session_attrs` asks for. Servers report both facts since 14.
+    /// Checks `target_session_attrs`. Servers report both facts since 14.
     async fn check_target(
         &self,
         reader: &mut Reader,
@@ -349,7 +352,8 @@ impl Attempt<'_> {
         let default_read_only = is_on("default_transaction_read_only").await?;
         let standby = match reported.get("in_hot_standby") {
             Some(value) => value == "on",
-            // On 13 a session that is read-only without having been told to be is on a standby.
+            // On 13, a session that is read-only although `default_transaction_read_only` is off
+            // runs on a standby.
             None => is_on("transaction_read_only").await? && !default_read_only,
         };
         let read_only = standby || default_read_only;
@@ -375,7 +379,7 @@ impl Attempt<'_> {
     }
 }
 
-/// What the server reports until it is ready.
+/// Collects the parameters that the server reports until it is ready.
 async fn parameters(reader: &mut Reader) -> Result<BTreeMap<String, String>> {
     let mut parameters = BTreeMap::new();
     loop {
@@ -403,7 +407,7 @@ fn timed_out(limit: Duration) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, text)
 }
 
-/// `load_balance_hosts=random`.
+/// Implements `load_balance_hosts=random`.
 fn shuffle<T>(items: &mut [T]) {
     let chance = RandomState::new();
     for at in (1..items.len()).rev() {
@@ -418,7 +422,7 @@ mod tests {
 
     use super::*;
 
-    /// A port that takes connections and says nothing.
+    /// A port that accepts connections and sends nothing.
     fn silent() -> (TcpListener, u16) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();

@@ -1,4 +1,4 @@
-//! A connection: framed messages both ways, and the simple query.
+//! A connection: framed messages in both directions, and the simple query.
 
 use std::{collections::VecDeque, fmt, io, mem};
 
@@ -8,27 +8,29 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
 use super::{Error, Result, error::ServerReport};
 
-/// A buffer for reading: a few of the largest WAL messages (128 KiB each) per system call.
+/// The size of a read buffer: a few of the largest WAL messages (128 KiB each) per system call.
 const READ_BYTES: usize = 512 << 10;
-/// With less room than this left in a buffer the next one is taken.
+/// The minimum free space in a buffer. With less, the next buffer is used.
 const ROOM_BYTES_MIN: usize = 64 << 10;
-/// Buffers whose messages are still on their way, kept to be used again: fresh memory costs a page fault every 4 KiB.
-/// As many as the pipeline holds messages of a catch-up.
+/// The number of buffers kept for reuse while their messages are still in use: newly allocated
+/// memory costs a page fault every 4 KiB. Equals the number of messages that the pipeline holds
+/// during a catch-up.
 const SPENT_BUFFERS_MAX: usize = 20;
-/// No message is longer; more is not PostgreSQL.
+/// The maximum length of a message. PostgreSQL never sends a longer one.
 const MESSAGE_BYTES_MAX: usize = 1 << 30;
-/// No message is longer before we know who is there: a stranger must not fill our memory.
+/// The maximum length of a message before authentication, so that an unknown server cannot fill our
+/// memory.
 const STRANGER_BYTES_MAX: usize = 64 << 10;
 
-/// Both directions at once: a socket, TLS over one, or a test's pipe.
+/// A bidirectional byte stream: a socket, TLS over a socket, or a pipe in a test.
 pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
 
-/// A row of an answer.
+/// A row of a query result.
 pub(super) type Row = Vec<Option<Bytes>>;
 
-/// One framed message.
+/// A framed message.
 #[derive(Debug)]
 pub(super) struct Message {
     pub(super) tag: u8,
@@ -39,10 +41,10 @@ pub(super) struct Message {
 pub(super) struct Reader {
     stream: Box<dyn AsyncRead + Send + Unpin>,
     buffer: BytesMut,
-    /// Oldest first; one is free again when the last message in it is dropped.
+    /// Used buffers, oldest first. A buffer is free again when the last message in it is dropped.
     spent: VecDeque<BytesMut>,
     message_bytes_max: usize,
-    /// The version of TLS, when it is encrypted.
+    /// The TLS version, if the connection is encrypted.
     encryption: Option<&'static str>,
     place: String,
 }
@@ -70,7 +72,7 @@ impl fmt::Debug for Writer {
     }
 }
 
-/// The halves of a stream to a server that has not authenticated us yet.
+/// Splits a stream to a server that has not authenticated us yet.
 pub(super) fn halves(
     stream: impl Duplex + 'static,
     encryption: Option<&'static str>,
@@ -93,7 +95,8 @@ pub(super) fn halves(
     (reader, writer)
 }
 
-/// Runs a command; an error is returned only when the server is ready for the next one. An error after rows is an error.
+/// Runs a command. Reads until the server is ready for the next command, also after an error. An
+/// error after rows is an error.
 pub(super) async fn rows(
     reader: &mut Reader,
     writer: &mut Writer,
@@ -123,17 +126,17 @@ pub(super) async fn rows(
 }
 
 impl Reader {
-    /// The server knows us; its messages may be long now.
+    /// Permits long messages. Called after authentication.
     pub(super) fn trust(&mut self) {
         self.message_bytes_max = MESSAGE_BYTES_MAX;
     }
 
-    /// The version of TLS, when it is encrypted.
+    /// The TLS version, if the connection is encrypted.
     pub(super) fn encryption(&self) -> Option<&'static str> {
         self.encryption
     }
 
-    /// The next message. Cancel-safe: what was read stays in the buffer.
+    /// Returns the next message. Cancel-safe: bytes that were read stay in the buffer.
     pub(super) async fn next(&mut self) -> Result<Message> {
         loop {
             if let Some(message) = self.buffered()? {
@@ -153,13 +156,13 @@ impl Reader {
         }
     }
 
-    /// Makes room to read into: in this buffer, in one that is free again, or in a new one.
+    /// Provides free space to read into: in this buffer, in a reusable one, or in a new one.
     fn make_room(&mut self) {
         let room = self.buffer.capacity().saturating_sub(self.buffer.len());
         if room >= ROOM_BYTES_MIN {
             return;
         }
-        // A message that is larger than a buffer gets one that holds it whole.
+        // A message that is larger than a buffer gets a buffer that holds it completely.
         let wanted = READ_BYTES.max(self.buffer.len() * 2);
         let free = self
             .spent
@@ -195,7 +198,8 @@ impl Reader {
         }))
     }
 
-    /// The next message that is not a notice or a parameter; an error response is an error.
+    /// Returns the next message that is neither a notice nor a parameter status. An error response
+    /// is returned as an error.
     pub(super) async fn answer(&mut self) -> Result<Message> {
         loop {
             let message = self.next().await?;
@@ -233,7 +237,7 @@ impl Reader {
         }
     }
 
-    /// The columns of a `DataRow`, which must fill it exactly.
+    /// Splits a `DataRow` into columns, which must fill it exactly.
     pub(super) fn row(&self, mut body: Bytes) -> Result<Row> {
         let wrong = || self.unexpected("a malformed row".to_owned());
         let columns = body.try_get_u16().map_err(|_| wrong())?;
@@ -262,7 +266,7 @@ impl Reader {
 }
 
 impl Writer {
-    /// Sends what is in the buffer.
+    /// Sends the content of the buffer.
     pub(super) async fn flush(&mut self) -> Result<()> {
         let sent = async {
             self.stream.write_all(&self.buffer).await?;
@@ -273,7 +277,8 @@ impl Writer {
         sent.map_err(|source| Error::of_io(&self.place, source))
     }
 
-    /// Says good-bye: a server that sees a connection just end writes a line into its log. It may be gone already.
+    /// Sends Terminate, since a server logs a message when a connection ends without it. The
+    /// connection may have ended already.
     pub(super) async fn close(mut self) {
         self.put(b'X', &[]);
         if self.flush().await.is_ok() {
@@ -281,7 +286,7 @@ impl Writer {
         }
     }
 
-    /// Puts a message together by hand.
+    /// Appends a message with the given tag and body.
     pub(super) fn put(&mut self, tag: u8, body: &[u8]) {
         self.buffer.put_u8(tag);
         let length = u32::try_from(body.len() + 4).expect("BUG: our messages are short");
@@ -289,7 +294,8 @@ impl Writer {
         self.buffer.put_slice(body);
     }
 
-    /// Puts a message together with `postgres-protocol`, which refuses what the wire can not carry.
+    /// Appends a message with `postgres-protocol`, which refuses values that the protocol cannot
+    /// represent.
     pub(super) fn encode(
         &mut self,
         encode: impl FnOnce(&mut BytesMut) -> io::Result<()>,
@@ -297,20 +303,21 @@ impl Writer {
         encode(&mut self.buffer).map_err(|source| Error::of_io(&self.place, source))
     }
 
-    /// A simple query.
+    /// Sends a simple query.
     pub(super) async fn query(&mut self, sql: &str) -> Result<()> {
         self.encode(|buffer| frontend::query(sql, buffer))?;
         self.flush().await
     }
 }
 
-/// A column as text.
+/// Returns a column as text.
 pub(super) fn text(row: &[Option<Bytes>], at: usize) -> Option<String> {
     let value = row.get(at)?.as_ref()?;
     Some(String::from_utf8_lossy(value).into_owned())
 }
 
-/// A server's words on one line of a log, and without anything that a terminal would obey.
+/// Formats a server's text for one log line, without control characters that a terminal would
+/// interpret.
 fn one_line(text: &[u8]) -> String {
     String::from_utf8_lossy(text)
         .chars()

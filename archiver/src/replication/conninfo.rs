@@ -1,7 +1,8 @@
-//! [`ConnInfo`]: where PostgreSQL is and who we are, in libpq's words.
+//! [`ConnInfo`]: the server's address and our role, in libpq's terms.
 //!
-//! The connection text, then the service file, then PG* environment variables, then libpq's defaults; the password file is
-//! read at each connection. Invariant: neither `Debug` nor an error shows a password.
+//! Values come from the connection string, then the service file, then PG* environment variables,
+//! then libpq's defaults. The password file is read at each connection.
+//! Invariant: neither `Debug` nor an error shows a password.
 
 mod environment;
 mod host;
@@ -29,10 +30,10 @@ pub(super) use tls_settings::{ClientFiles, RootCertificates, SslMode, TlsSetting
 
 use super::{Error, Result, client::ConnectionMode};
 
-/// How long a host may take when `connect_timeout` does not say; libpq would wait for ever.
+/// The time that a host may take if `connect_timeout` is not set. libpq would wait forever.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// A connection text with everything that libpq adds to it.
+/// A connection string completed as libpq completes it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct ConnInfo {
     values: Values,
@@ -67,7 +68,8 @@ pub(super) enum TargetSession {
     PreferStandby,
 }
 
-/// How the operating system finds out that a server is gone; `None` leaves its default.
+/// TCP keepalive settings, by which the operating system detects a dead server. `None` keeps its
+/// default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TcpSettings {
     pub(super) keepalives: bool,
@@ -175,26 +177,27 @@ impl ConnInfo {
         })
     }
 
-    /// A keyword's value, unless it is empty.
+    /// Returns a keyword's value, unless it is empty.
     #[must_use]
     pub fn value(&self, keyword: &str) -> Option<&str> {
         Given(&self.values).text(keyword)
     }
 
-    /// The places to try, in order; one at least.
+    /// The hosts to try, in order. At least one.
     #[must_use]
     pub fn hosts(&self) -> &[Host] {
         &self.hosts
     }
 
-    /// The places as text, without anything secret.
+    /// The hosts as text, without secrets.
     #[must_use]
     pub fn places(&self) -> String {
         let places: Vec<String> = self.hosts.iter().map(Host::to_string).collect();
         places.join(", ")
     }
 
-    /// The same, for one place only: a second connection must go where the first one went.
+    /// Returns the same settings for a single host: a second connection must go to the same server
+    /// as the first.
     pub(super) fn pinned_to(&self, host: Host) -> Self {
         Self {
             hosts: vec![host],
@@ -203,7 +206,7 @@ impl ConnInfo {
         }
     }
 
-    /// The role: by default the operating system's user.
+    /// The role. Default: the name of the operating system's user.
     #[must_use]
     pub fn user(&self) -> &str {
         &self.user
@@ -223,7 +226,7 @@ impl ConnInfo {
             .unwrap_or("tidemark")
     }
 
-    /// The password for a place, given or from the password file.
+    /// Returns the password for a host, from the connection settings or the password file.
     pub(super) fn password(&self, host: &Host, mode: ConnectionMode) -> Option<String> {
         if let Some(password) = self.value("password") {
             return Some(password.to_owned());
@@ -244,7 +247,7 @@ impl ConnInfo {
     }
 }
 
-/// Typed looks at the values. An empty one is the default, as with libpq.
+/// Typed access to the values. An empty value means the default, as in libpq.
 struct Given<'a>(&'a Values);
 
 impl<'a> Given<'a> {
@@ -253,7 +256,7 @@ impl<'a> Given<'a> {
         (!value.is_empty()).then_some(value)
     }
 
-    /// A number; negative ones mean 0, as with libpq.
+    /// Parses a number. Negative numbers mean 0, as in libpq.
     fn number(&self, keyword: &str) -> Result<Option<u32>> {
         let Some(text) = self.0.get(keyword) else {
             return Ok(None);
@@ -271,7 +274,7 @@ impl<'a> Given<'a> {
     }
 
     fn choice<T: Copy>(&self, keyword: &str, default: T, choices: &[(&str, T)]) -> Result<T> {
-        // An empty value is none of the choices, as in libpq.
+        // An empty value is not one of the choices, as in libpq.
         let Some(text) = self.0.get(keyword) else {
             return Ok(default);
         };
@@ -295,7 +298,7 @@ impl fmt::Debug for ConnInfo {
             let secret = Keyword::find(name).is_none_or(Keyword::is_secret);
             let shown = if secret { "…" } else { value };
             write!(f, "{separator}{name}=")?;
-            // A URI can hold a line feed.
+            // A URI can contain a line feed.
             for character in shown.chars() {
                 f.write_char(if character.is_control() {
                     ' '

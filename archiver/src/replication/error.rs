@@ -1,4 +1,4 @@
-//! [`Error`]: what PostgreSQL or the way to it objected to.
+//! [`Error`]: failures of the connection, and errors that PostgreSQL reports.
 
 use std::{fmt, io};
 
@@ -6,44 +6,44 @@ use repository::ExitKind;
 
 use super::tls;
 
-/// What went wrong.
+/// A failure of the connection or of a command.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The server, or what it asks for, is not what the connection text allows.
+    /// The server, or the authentication it requests, is not what the connection string permits.
     #[error("PostgreSQL at {place}: {problem}")]
     Auth {
         /// Host and port.
         place: String,
-        /// What, and what to do.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// The connection ended without a word.
+    /// The server closed the connection without an error message.
     #[error("PostgreSQL at {place} closed the connection")]
     Closed {
         /// Host and port.
         place: String,
     },
-    /// The connection text can not be used.
+    /// The connection string is invalid.
     #[error("conninfo: {problem}")]
     ConnInfo {
-        /// Why, and what to write.
+        /// The problem and its remedy.
         problem: String,
     },
-    /// No connection.
+    /// The connection could not be opened.
     #[error(
         "connect to PostgreSQL at {place}: {source}; is the server running, and is this its address?"
     )]
     Connect {
         /// Host and port.
         place: String,
-        /// The operating system's word.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// Of several hosts none took the connection.
+    /// None of several hosts accepted the connection.
     #[error("none of {} hosts took the connection: {}", .errors.len(), each(.errors))]
     Hosts {
-        /// What each of them said, in the order of the connection text.
+        /// The error of each host, in the order of the connection string.
         errors: Vec<Self>,
     },
     /// The connection broke.
@@ -51,36 +51,36 @@ pub enum Error {
     Io {
         /// Host and port.
         place: String,
-        /// The operating system's word.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// It is not what `target_session_attrs` asks for.
+    /// The server does not match `target_session_attrs`.
     #[error("PostgreSQL at {place} is {found}, but target_session_attrs={wanted}")]
     OtherSession {
         /// Host and port.
         place: String,
-        /// What it is.
+        /// The server's state.
         found: &'static str,
-        /// What was asked for.
+        /// The required state.
         wanted: &'static str,
     },
-    /// The server answered what no server answers.
+    /// The server sent an answer that the protocol does not allow.
     #[error("PostgreSQL at {place} answered {what}")]
     Protocol {
         /// Host and port.
         place: String,
-        /// What came.
+        /// The answer.
         what: String,
     },
-    /// The server refused.
+    /// The server reported an error.
     #[error("PostgreSQL at {place}: {report}{}", remedy(report))]
     Server {
         /// Host and port.
         place: String,
-        /// What it said.
+        /// The server's report.
         report: Box<ServerReport>,
     },
-    /// Its replication commands are others than ours.
+    /// The server's version is not supported.
     #[error(
         "PostgreSQL at {place} is version {version}; the oldest that is archived is 13, and 14 the oldest that is tested: \
          upgrade it"
@@ -88,15 +88,15 @@ pub enum Error {
     ServerTooOld {
         /// Host and port.
         place: String,
-        /// As it prints it.
+        /// The version that the server reports.
         version: String,
     },
-    /// No encrypted connection.
+    /// The connection could not be encrypted.
     #[error("TLS to PostgreSQL at {place}: {problem}")]
     Tls {
         /// Host and port.
         place: String,
-        /// What is wrong, and what to do.
+        /// The problem and its remedy.
         problem: String,
     },
 }
@@ -106,7 +106,7 @@ fn each(errors: &[Error]) -> String {
     texts.join("; ")
 }
 
-/// An `ErrorResponse`.
+/// The content of an `ErrorResponse`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ServerReport {
     /// ERROR, FATAL or PANIC.
@@ -115,11 +115,12 @@ pub struct ServerReport {
     pub code: String,
     /// The message.
     pub message: String,
-    /// The detail, or nothing.
+    /// The detail, or an empty string.
     pub detail: String,
-    /// The hint, or nothing.
+    /// The hint, or an empty string.
     pub hint: String,
-    /// The function of PostgreSQL that raised it: unlike the message it is never translated.
+    /// The function in PostgreSQL's source that raised the error. Unlike the message it is never
+    /// translated.
     pub routine: String,
 }
 
@@ -179,14 +180,16 @@ fn remedy(report: &ServerReport) -> &'static str {
 }
 
 impl ServerReport {
-    /// `max_wal_senders` is 0, as `wal_level = minimal` demands. The message may be translated; name and number stay.
+    /// Returns true if `max_wal_senders` is 0, as `wal_level = minimal` requires. The message may
+    /// be translated, but the setting's name and the number stay.
     fn walsenders_are_off(&self) -> bool {
         self.message.contains("max_wal_senders") && self.message.contains(" 0)")
     }
 }
 
 impl Error {
-    /// What the operating system or rustls says of a connection: an end is an end, whoever noticed it.
+    /// Converts an error of the operating system or of rustls. The end of the connection gives the
+    /// same error from both.
     pub(super) fn of_io(place: &str, source: io::Error) -> Self {
         let place = place.to_owned();
         if let Some(problem) = tls::explain(&source) {
@@ -198,7 +201,7 @@ impl Error {
         Self::Io { place, source }
     }
 
-    /// What several hosts said.
+    /// Combines the errors of several hosts.
     pub(super) fn of_hosts(mut errors: Vec<Self>) -> Self {
         match errors.pop() {
             Some(only) if errors.is_empty() => only,
@@ -209,7 +212,7 @@ impl Error {
         }
     }
 
-    /// Whether another host, or another address, may do better.
+    /// Returns true if another host or address may succeed.
     pub(super) fn concerns_one_host(&self) -> bool {
         self.is_unreachable()
             || matches!(self, Self::OtherSession { .. })
@@ -217,12 +220,13 @@ impl Error {
             || self.has_code(&["57P03"])
     }
 
-    /// Whether the same host may do better with, or without, TLS: `pg_hba.conf` tells them apart.
+    /// Returns true if the same host may succeed with, or without, TLS, which `pg_hba.conf`
+    /// distinguishes.
     pub(super) fn may_go_the_other_way(&self) -> bool {
         matches!(self, Self::Tls { .. }) || self.has_code(&["28000"])
     }
 
-    /// Whether the server ends the connection with this.
+    /// Returns true if the server closes the connection after this error.
     pub(super) fn is_last_word(&self) -> bool {
         self.report()
             .is_none_or(|report| report.severity != "ERROR")
@@ -240,13 +244,13 @@ impl Error {
             .is_some_and(|report| codes.contains(&report.code.as_str()))
     }
 
-    /// Whether the role or its password was refused.
+    /// Returns true if the role or its password was refused.
     #[must_use]
     pub fn is_auth(&self) -> bool {
         matches!(self, Self::Auth { .. }) || self.has_code(&["28P01", "28000", "42501", "3D000"])
     }
 
-    /// Whether the WAL that was asked for is gone from the server.
+    /// Returns true if the server no longer has the requested WAL.
     #[must_use]
     pub fn is_wal_removed(&self) -> bool {
         self.report().is_some_and(|report| {
@@ -264,13 +268,14 @@ impl Error {
         })
     }
 
-    /// Whether another walsender has the slot: for a moment after a crash that is our own old one.
+    /// Returns true if another walsender uses the slot. Shortly after a crash this may be our own
+    /// previous one.
     #[must_use]
     pub fn is_slot_in_use(&self) -> bool {
         self.has_code(&["55006"])
     }
 
-    /// Whether nobody answered.
+    /// Returns true if no server answered.
     #[must_use]
     pub fn is_unreachable(&self) -> bool {
         matches!(
@@ -279,7 +284,7 @@ impl Error {
         )
     }
 
-    /// The contract's exit code.
+    /// The exit code of the contract for this error.
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {

@@ -1,4 +1,4 @@
-//! The stream: WAL in, status out.
+//! The replication stream: receives WAL, sends status updates.
 
 use bytes::{Buf, BufMut, Bytes};
 use wal_format::{Lsn, PgTimestamp, TimelineId};
@@ -9,56 +9,56 @@ use super::{
 };
 use crate::flushed_lsn::FlushedLsn;
 
-/// What the server sends.
+/// A message of the server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StreamMessage {
     /// WAL.
     XLogData {
-        /// Its first byte.
+        /// The LSN of the first byte.
         start_lsn: Lsn,
         /// The server's flush LSN.
         wal_end: Lsn,
         /// The server's clock.
         send_time: PgTimestamp,
-        /// The bytes.
+        /// The WAL bytes.
         data: Bytes,
     },
-    /// A sign of life.
+    /// A keepalive.
     Keepalive {
-        /// The end of what was sent: not the server's flush LSN.
+        /// The end of the WAL that was sent. This is not the server's flush LSN.
         wal_end: Lsn,
         /// The server's clock.
         send_time: PgTimestamp,
-        /// Whether it wants an answer at once.
+        /// Whether the server requests an immediate reply.
         reply_requested: bool,
     },
-    /// Everything of this timeline was sent: see [`WalReceiver::finish_timeline`].
+    /// All WAL of this timeline was sent: see [`WalReceiver::finish_timeline`].
     EndOfTimeline,
-    /// The server shuts down, in order.
+    /// The server is shutting down normally.
     ServerClosed,
 }
 
-/// Where the server goes on.
+/// The continuation after a timeline's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NextTimeline {
-    /// The next timeline: any larger number.
+    /// The next timeline. Its number may be any larger number.
     pub timeline: TimelineId,
-    /// Where it begins.
+    /// The LSN where it begins.
     pub start_lsn: Lsn,
 }
 
-/// What we tell the server. `apply` is always 0/0: we apply nothing.
+/// A status update. `apply` is always 0/0, because the archiver applies nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StatusUpdate {
-    /// Written here.
+    /// The end of the WAL that was written here.
     pub write: Lsn,
-    /// Durable here.
+    /// The end of the WAL that is durable here.
     pub flush: FlushedLsn,
-    /// Whether the server shall answer at once.
+    /// Whether the server should reply immediately.
     pub reply_requested: bool,
 }
 
-/// The reading side of a stream.
+/// The reading half of a stream.
 #[derive(Debug)]
 pub struct WalReceiver {
     reader: Reader,
@@ -66,7 +66,7 @@ pub struct WalReceiver {
     info: ConnInfo,
 }
 
-/// The writing side of a stream.
+/// The writing half of a stream.
 #[derive(Debug)]
 pub struct StatusSender {
     writer: Writer,
@@ -81,10 +81,10 @@ impl WalReceiver {
         }
     }
 
-    /// The next message. Cancel-safe.
+    /// Returns the next message. Cancel-safe.
     ///
     /// # Errors
-    /// Whatever [`super::Error`] knows.
+    /// Any [`super::Error`] of the connection or the server.
     pub async fn next(&mut self) -> Result<StreamMessage> {
         loop {
             let message = self.reader.next().await?;
@@ -130,10 +130,11 @@ impl WalReceiver {
         }
     }
 
-    /// Answers the end of a timeline; where the server goes on, and the connection for the next command.
+    /// Acknowledges the end of a timeline. Returns the next timeline and the connection, ready for
+    /// the next command.
     ///
     /// # Errors
-    /// Whatever [`super::Error`] knows.
+    /// Any [`super::Error`] of the connection or the server.
     pub async fn finish_timeline(
         mut self,
         mut sender: StatusSender,
@@ -147,7 +148,8 @@ impl WalReceiver {
     }
 }
 
-/// Reads to the end of `START_REPLICATION`: a row names the next timeline, any larger number, and its first position.
+/// Reads to the end of `START_REPLICATION`. A row names the next timeline, which may have any
+/// larger number, and its first LSN.
 pub(super) async fn next_timeline(reader: &mut Reader) -> Result<Option<NextTimeline>> {
     let mut next = None;
     loop {
@@ -166,7 +168,7 @@ pub(super) async fn next_timeline(reader: &mut Reader) -> Result<Option<NextTime
             }
             b'E' => return Err(reader.refusal(&message.body)),
             b'Z' => return Ok(next),
-            // WAL that was on its way, the end of the COPY, descriptions, completions.
+            // WAL that was already sent, the end of the COPY, row descriptions, completions.
             b'd' | b'c' | b'T' | b'C' | b'N' | b'S' => {}
             other => {
                 let what = format!("'{}' at the end of a timeline", other.escape_ascii());
@@ -181,15 +183,16 @@ impl StatusSender {
         Self { writer }
     }
 
-    /// Ends the stream for good. What was sent before is read by the server before.
+    /// Ends the stream and closes the connection. The server reads everything that was sent earlier
+    /// first.
     pub async fn close(self) {
         self.writer.close().await;
     }
 
-    /// Tells the server how far we are.
+    /// Sends a status update.
     ///
     /// # Errors
-    /// Whatever [`super::Error`] knows.
+    /// Any [`super::Error`] of the connection or the server.
     pub async fn send(&mut self, status: StatusUpdate) -> Result<()> {
         let mut body = Vec::with_capacity(34);
         body.put_u8(b'r');

@@ -1,4 +1,5 @@
-//! A scripted server at the other end of a pipe: what a real one never says, or says once in a blue moon.
+//! Tests with a scripted server at the other end of a pipe, which sends messages that a real server
+//! never or very rarely sends.
 
 use bytes::{BufMut, Bytes};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
@@ -55,7 +56,7 @@ fn ready() -> Vec<u8> {
     message(b'Z', b"I")
 }
 
-/// What a server says first when it lets everybody in.
+/// The first messages of a server that requires no authentication.
 fn welcome(version: &str) -> Vec<u8> {
     [auth(0, b""), parameter("server_version", version), ready()].concat()
 }
@@ -65,7 +66,8 @@ fn conninfo(text: &str) -> ConnInfo {
     ConnInfo::parse(&text).expect("it parses")
 }
 
-/// Connects to a server that says this, then closes, whatever it hears.
+/// Connects to a server that sends this and then closes the connection, regardless of what it
+/// receives.
 async fn greet(
     said: &[u8],
     text: &str,
@@ -94,7 +96,7 @@ async fn greet(
     if outcome.is_err() {
         theirs.read_to_end(&mut heard).await.expect("it is closed");
     } else {
-        // It goes on listening.
+        // The server continues to read.
         tokio::spawn(
             async move { drop(tokio::io::copy(&mut theirs, &mut tokio::io::sink()).await) },
         );
@@ -102,7 +104,7 @@ async fn greet(
     (outcome, heard)
 }
 
-/// A client of a server that says this after its welcome.
+/// A client of a server that sends this after its welcome.
 async fn client(said: &[u8]) -> ReplicationClient {
     let all = [&welcome("17.2")[..], said].concat();
     let (outcome, _) = greet(&all, "", TargetSession::Any).await;
@@ -182,7 +184,7 @@ async fn nothing_secret_is_sent_to_a_server_that_asks_for_what_is_forbidden() {
     ] {
         let (refused, heard) = refusal(&said, text).await;
         assert!(matches!(refused, Error::Auth { .. }), "{text}: {refused}");
-        // The startup message has no type byte; nothing with one came after it.
+        // The startup message has no type byte, and no message with a type byte followed it.
         let startup = usize::from(heard[3]) + 256 * usize::from(heard[2]);
         assert_eq!(heard.len(), startup, "{text}");
     }
@@ -248,7 +250,7 @@ async fn a_server_that_is_not_what_was_asked_for_is_passed_over() {
             }
         }
     }
-    // 13 reports neither; a session that is read-only without cause is on a standby.
+    // Version 13 reports neither. A session that is read-only without a reason runs on a standby.
     let off = [row(&[Some("off")]), ready()].concat();
     let on = [row(&[Some("on")]), ready()].concat();
     let said = [welcome("13.9"), off, on].concat();
@@ -397,7 +399,7 @@ async fn a_backup_without_its_stop_position_is_no_backup() {
 async fn a_stranger_can_not_fill_the_memory() {
     let (refused, _) = refusal(b"R\x3f\xff\xff\xff", "").await;
     assert!(refused.to_string().contains("a message of"), "{refused}");
-    // Known servers send long messages.
+    // Authenticated servers send long messages.
     let long = "x".repeat(200 << 10);
     let mut client = client(&[row(&[Some(&long)]), ready()].concat()).await;
     assert_eq!(

@@ -1,7 +1,8 @@
-//! TLS by rustls, with libpq's rules about certificates.
+//! TLS with rustls and libpq's rules for certificates.
 //!
-//! Invariant: nothing is trusted that libpq would not trust with the same `sslmode` and files. A root file that exists is
-//! used in every mode, so `require` with one is `verify-ca`.
+//! Invariant: nothing is trusted that libpq would not trust with the same `sslmode` and files. An
+//! existing root certificate file is used in every mode, so `require` with such a file means
+//! `verify-ca`.
 
 mod certificate;
 mod files;
@@ -26,18 +27,19 @@ use super::{
     conninfo::{Host, SslMode, TlsSettings, TlsVersion},
 };
 
-/// The protocol's name in ALPN, which `sslnegotiation=direct` needs.
+/// The protocol's ALPN name, which `sslnegotiation=direct` requires.
 const ALPN: &[u8] = b"postgresql";
 
 /// An encrypted stream.
 pub(super) struct Secured<S> {
     pub(super) stream: TlsStream<S>,
-    /// The hash of the server's certificate (`tls-server-end-point`), when its signature has one.
+    /// The hash of the server's certificate (`tls-server-end-point`), if its signature algorithm
+    /// has one.
     pub(super) end_point: Option<Vec<u8>>,
     pub(super) version: &'static str,
 }
 
-/// Encrypts a stream to a server that is ready for it.
+/// Encrypts a stream to a server that has agreed to TLS.
 pub(super) async fn secure<S: AsyncRead + AsyncWrite + Unpin>(
     settings: &TlsSettings,
     host: &Host,
@@ -118,7 +120,7 @@ fn config(settings: &TlsSettings, host: &Host) -> Result<ClientConfig, String> {
     Ok(config)
 }
 
-/// Who is believed to be the server.
+/// Creates the verifier for the server's certificate.
 fn verifier(
     settings: &TlsSettings,
     host: &Host,
@@ -141,7 +143,7 @@ fn verifier(
     verifier::Verifier::new(Arc::clone(provider), roots, revocations, name)
 }
 
-/// The name for SNI. rustls wants one in any case; an address is never sent.
+/// The name for SNI. rustls always requires one, but an IP address is never sent.
 fn server_name(host: &Host) -> Result<ServerName<'static>, String> {
     if let Ok(name) = ServerName::try_from(host.name.clone()) {
         return Ok(name);
@@ -152,7 +154,7 @@ fn server_name(host: &Host) -> Result<ServerName<'static>, String> {
     address.ok_or_else(|| "the host is no name that TLS could check".to_owned())
 }
 
-/// What rustls objects to, with a remedy; `None` when it is not about TLS.
+/// Explains a rustls error, with a remedy. Returns `None` if the error does not concern TLS.
 pub(super) fn explain(error: &io::Error) -> Option<String> {
     let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
     Some(match error {

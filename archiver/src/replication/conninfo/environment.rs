@@ -1,8 +1,8 @@
-//! [`Environment`]: what libpq reads beside the connection text: PG* variables, the home directory, the user's name.
+//! [`Environment`]: the inputs of libpq other than the connection string: PG* variables, the home directory, the user's name.
 
 use std::{collections::BTreeMap, env, fs, path::PathBuf, process::Command};
 
-/// A copy, so that a test gives its own.
+/// A copy, so that a test can supply its own.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Environment {
     pub(super) variables: BTreeMap<String, String>,
@@ -10,7 +10,7 @@ pub(super) struct Environment {
 }
 
 impl Environment {
-    /// This process's.
+    /// The environment of this process.
     pub(super) fn of_process() -> Self {
         let variables = env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
@@ -22,7 +22,7 @@ impl Environment {
         }
     }
 
-    /// A variable that is set to something.
+    /// Returns a variable that is set and not empty.
     pub(super) fn variable(&self, name: &str) -> Option<&str> {
         let value = self.variables.get(name)?;
         (!value.is_empty()).then_some(value)
@@ -37,12 +37,12 @@ impl Environment {
         Some(PathBuf::from(account.home))
     }
 
-    /// A file of libpq's in the home directory.
+    /// The path of one of libpq's files in the home directory.
     pub(super) fn in_home(&self, name: &str) -> Option<PathBuf> {
         Some(self.home()?.join(name))
     }
 
-    /// The operating system's name of the user whose rights we have.
+    /// The operating system's name of the effective user.
     pub(super) fn user(&self) -> Option<String> {
         if self.user.is_some() {
             return self.user.clone();
@@ -51,7 +51,7 @@ impl Environment {
     }
 }
 
-/// A user's name. Users of a directory service are not in the file; `id` knows them.
+/// Returns a user's name. Users of a directory service are not in `/etc/passwd`; `id` knows them.
 pub(in crate::replication) fn user_name(uid: u32) -> Option<String> {
     if let Some(account) = account(uid) {
         return Some(account.name);

@@ -1,26 +1,26 @@
-//! [`Host`]: one of the places to try, from the lists of `host`, `hostaddr` and `port`.
+//! [`Host`]: one of the hosts to try, from the lists in `host`, `hostaddr` and `port`.
 
 use std::{fmt, net::IpAddr, path::Path};
 
 use super::{super::Result, parse::Values, problem};
 
-/// Where servers put their sockets: Debian's way, then PostgreSQL's own.
+/// The default socket directories: Debian's, then PostgreSQL's own.
 const SOCKET_DIRECTORIES: [&str; 2] = ["/var/run/postgresql", "/tmp"];
 const PORT: u16 = 5432;
 
-/// A place to try.
+/// A host to try.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
-    /// A name, an address, or the directory of a Unix socket; empty when only the address was given.
+    /// A name, an address, or the directory of a Unix socket. Empty if only `hostaddr` was given.
     pub(in crate::replication) name: String,
-    /// Where to connect without asking for the name.
+    /// The address to connect to without resolving the name.
     pub(in crate::replication) address: Option<IpAddr>,
-    /// The port, also of a socket.
+    /// The port, also for a socket.
     pub(in crate::replication) port: u16,
 }
 
 impl Host {
-    /// The places, in the order to try them.
+    /// Returns the hosts in the order in which they are tried.
     pub(super) fn list(values: &Values) -> Result<Vec<Self>> {
         let list = |keyword: &str| -> Vec<&str> {
             match values.get(keyword).map(String::as_str) {
@@ -78,13 +78,13 @@ impl Host {
             .collect()
     }
 
-    /// Whether it is a Unix socket: a directory, or a name in the abstract namespace.
+    /// Returns true for a Unix socket: a directory, or a name in the abstract namespace.
     #[must_use]
     pub fn is_socket(&self) -> bool {
         self.address.is_none() && self.name.starts_with(['/', '@'])
     }
 
-    /// By which names the password file may know it.
+    /// The names under which the password file may list this host.
     pub(super) fn password_names(&self) -> Vec<String> {
         if self.is_socket() {
             return vec![self.name.clone(), "localhost".to_owned()];

@@ -1,10 +1,11 @@
-//! The keywords of libpq 18, the environment variable behind each, and what is done with it here.
+//! The keywords of libpq 18, their environment variables, and their treatment here.
 //!
-//! Invariant: a keyword that would change what the user gets is either obeyed or refused, never ignored.
+//! Invariant: a keyword that would change the result for the user is either obeyed or refused,
+//! never ignored.
 
 use super::super::{Error, Result};
 
-/// A keyword of a connection text.
+/// A keyword of a connection string.
 #[derive(Debug)]
 pub(super) struct Keyword {
     pub(super) name: &'static str,
@@ -14,13 +15,14 @@ pub(super) struct Keyword {
 
 #[derive(Debug)]
 enum Support {
-    /// It has its effect.
+    /// The keyword is obeyed.
     Used,
-    /// As `Used`; the value is never shown.
+    /// As `Used`, and the value is never shown.
     Secret,
-    /// Nothing that we do depends on it.
+    /// The keyword does not affect anything that the archiver does.
     WithoutEffect,
-    /// Only these values are taken, which ask for nothing; otherwise the remedy is told.
+    /// Only the listed values, which request nothing, are accepted. Any other value is refused with
+    /// the remedy.
     Refused(&'static [&'static str], &'static str),
 }
 
@@ -38,8 +40,8 @@ const fn keyword(name: &'static str, variable: Option<&'static str>, support: Su
     }
 }
 
-/// In libpq's order (`PQconninfoOptions`). GSSAPI's names have no variable: they ask for nothing by themselves, and an
-/// environment is shared with other programs.
+/// In libpq's order (`PQconninfoOptions`). The GSSAPI keywords have no variable here: by themselves
+/// they request nothing, and the environment is shared with other programs.
 pub(super) static KEYWORDS: [Keyword; 50] = [
     keyword("service", Some("PGSERVICE"), Used),
     keyword("user", Some("PGUSER"), Used),
@@ -51,7 +53,7 @@ pub(super) static KEYWORDS: [Keyword; 50] = [
     keyword("host", Some("PGHOST"), Used),
     keyword("hostaddr", Some("PGHOSTADDR"), Used),
     keyword("port", Some("PGPORT"), Used),
-    // Messages are read as UTF-8, whatever the programs beside us prefer.
+    // Messages are read as UTF-8, regardless of the environment.
     keyword("client_encoding", Some("PGCLIENTENCODING"), WithoutEffect),
     keyword("options", Some("PGOPTIONS"), Used),
     keyword("application_name", Some("PGAPPNAME"), Used),
@@ -63,7 +65,7 @@ pub(super) static KEYWORDS: [Keyword; 50] = [
     keyword("tcp_user_timeout", None, Used),
     keyword("sslmode", Some("PGSSLMODE"), Used),
     keyword("sslnegotiation", Some("PGSSLNEGOTIATION"), Used),
-    // Dead in libpq too.
+    // Without effect in libpq too.
     keyword("sslcompression", Some("PGSSLCOMPRESSION"), WithoutEffect),
     keyword("sslcert", Some("PGSSLCERT"), Used),
     keyword("sslkey", Some("PGSSLKEY"), Used),
@@ -119,7 +121,7 @@ pub(super) static KEYWORDS: [Keyword; 50] = [
     keyword("krbsrvname", None, Refused(&[""], NO_GSS)),
     keyword("gsslib", None, Refused(&[""], NO_GSS)),
     keyword("gssdelegation", None, Refused(&["0"], NO_GSS)),
-    // We say ourselves what a connection is for, as pg_receivewal does.
+    // The archiver sets the purpose of a connection itself, as pg_receivewal does.
     keyword("replication", None, WithoutEffect),
     keyword("target_session_attrs", Some("PGTARGETSESSIONATTRS"), Used),
     keyword("load_balance_hosts", Some("PGLOADBALANCEHOSTS"), Used),
@@ -132,17 +134,17 @@ pub(super) static KEYWORDS: [Keyword; 50] = [
 ];
 
 impl Keyword {
-    /// Finds it by its exact name, as libpq does.
+    /// Finds a keyword by its exact name, as libpq does.
     pub(super) fn find(name: &str) -> Option<&'static Self> {
         KEYWORDS.iter().find(|keyword| keyword.name == name)
     }
 
-    /// Whether the value must not be shown.
+    /// Returns true if the value must not be shown.
     pub(super) fn is_secret(&self) -> bool {
         matches!(self.support, Secret)
     }
 
-    /// Refuses what can not be granted. `origin` says where it was asked for.
+    /// Refuses a value that cannot be obeyed. `origin` says where it was set.
     pub(super) fn check(&self, value: &str, origin: &str) -> Result<()> {
         match self.support {
             Refused(harmless, remedy) if !harmless.contains(&value) => Err(Error::ConnInfo {
@@ -152,8 +154,8 @@ impl Keyword {
         }
     }
 
-    /// What to write instead of an unknown keyword. A text that resembles no keyword is not repeated: after a password with
-    /// an unquoted space it may be the rest of that password.
+    /// Returns a suggestion for an unknown keyword. Text that resembles no keyword is not repeated:
+    /// after a password with an unquoted space it may be the rest of that password.
     pub(super) fn advice(unknown: &str) -> String {
         let nearest = KEYWORDS
             .iter()

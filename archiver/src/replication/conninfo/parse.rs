@@ -1,15 +1,17 @@
-//! The two forms of a connection text, as libpq reads them (`conninfo_parse`, `conninfo_uri_parse_options`).
+//! Parses the two forms of a connection string as libpq does (`conninfo_parse`,
+//! `conninfo_uri_parse_options`).
 //!
-//! Invariant: an error names keywords and places, never a piece of the text that may be a value: it may be a password.
+//! Invariant: an error names keywords and positions, never text that may be a value, because it may
+//! be a password.
 
 use std::collections::BTreeMap;
 
 use super::{super::Result, keyword::Keyword, problem};
 
-/// Values by keyword. An empty one was given and stands for the default.
+/// Values by keyword. An empty value was given and stands for the default.
 pub(super) type Values = BTreeMap<&'static str, String>;
 
-/// Reads `host=… user=…` or `postgresql://…`.
+/// Parses `host=… user=…` or `postgresql://…`.
 pub(super) fn parse(text: &str) -> Result<Values> {
     let uri = ["postgresql://", "postgres://"]
         .iter()
@@ -55,7 +57,7 @@ fn parse_pairs(text: &str) -> Result<Values> {
     Ok(values)
 }
 
-/// The value at the start of the text, and the rest of the text.
+/// Returns the value at the start of the text, and the rest.
 fn pair_value<'a>(text: &'a str, origin: &str) -> Result<(String, &'a str)> {
     let mut value = String::new();
     let quoted = text.starts_with('\'');
@@ -88,7 +90,8 @@ fn parse_uri(rest: &str) -> Result<Values> {
         }
         Ok(())
     };
-    // The first "@" before the path ends the credentials; a password may hold ":" and "?" as they are.
+    // The first "@" before the path ends the credentials. A password may contain ":" and "?"
+    // unescaped.
     let path_from = rest.find('/').unwrap_or(rest.len());
     let (login, place) = match rest.find('@') {
         Some(at) if at < path_from => rest.split_at(at),
@@ -159,7 +162,7 @@ fn parse_query(query: &str, values: &mut Values) -> Result<()> {
             )));
         }
         let (name, value) = (decoded(name, &origin)?, decoded(text, &origin)?);
-        // As JDBC writes it.
+        // JDBC's form.
         if name == "ssl" && value == "true" {
             values.insert("sslmode", "require".to_owned());
         } else {

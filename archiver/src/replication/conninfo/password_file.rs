@@ -1,8 +1,9 @@
-//! The password file: `hostname:port:database:user:password`, first line that fits.
+//! The password file: `hostname:port:database:user:password`. The first matching line applies.
 
 use std::{fs, os::unix::fs::MetadataExt, path::Path};
 
-/// The password for a connection, or nothing. A file that others can read is not used, as with libpq.
+/// Returns the password for a connection, if there is one. A file that others can read is ignored,
+/// as in libpq.
 pub(super) fn lookup(
     path: &Path,
     hosts: &[&str],
@@ -37,7 +38,7 @@ pub(super) fn lookup(
     })
 }
 
-/// The password of a line that fits.
+/// Returns the password of a matching line.
 fn matching(line: &str, wanted: [&str; 4]) -> Option<String> {
     if line.starts_with('#') {
         return None;
@@ -53,7 +54,7 @@ fn matching(line: &str, wanted: [&str; 4]) -> Option<String> {
     Some(unescaped(rest))
 }
 
-/// A field as it stands, and what comes after its colon.
+/// Returns a field without its escapes, and the text after its colon.
 fn field(text: &str) -> Option<(&str, &str)> {
     let mut escaped = false;
     let end = text.find(|character| {

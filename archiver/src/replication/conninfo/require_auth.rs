@@ -1,13 +1,13 @@
-//! [`RequireAuth`]: the ways of authentication that the user allows a server to ask for.
+//! [`RequireAuth`]: the authentication methods that the user allows a server to request.
 
 use super::{super::Result, problem};
 
-/// A way of authentication, by libpq's names.
+/// An authentication method, with libpq's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::replication) enum AuthMethod {
-    /// The password in clear.
+    /// The password in clear text.
     Password,
-    /// Its MD5 hash.
+    /// The password's MD5 hash.
     Md5,
     /// Kerberos.
     Gss,
@@ -15,9 +15,9 @@ pub(in crate::replication) enum AuthMethod {
     Sspi,
     /// SCRAM, with or without channel binding.
     ScramSha256,
-    /// A token.
+    /// A bearer token.
     Oauth,
-    /// The server asks for nothing: trust, peer, a certificate.
+    /// No authentication request: trust, peer, a certificate.
     None,
 }
 
@@ -48,7 +48,7 @@ pub(in crate::replication) struct RequireAuth {
 }
 
 impl RequireAuth {
-    /// A list of names, all or none of them with "!".
+    /// Parses a list of names, of which all or none begin with "!".
     pub(super) fn parse(text: &str) -> Result<Self> {
         let mut required = Self::default();
         for (index, item) in text.split(',').enumerate() {
@@ -83,7 +83,8 @@ impl RequireAuth {
         Ok(required)
     }
 
-    /// Whether the server may ask for this. Without `require_auth` it may ask for anything.
+    /// Returns true if the server may request this method. Without `require_auth` it may request
+    /// any.
     pub(in crate::replication) fn allows(&self, method: AuthMethod) -> bool {
         self.listed.is_empty() || self.listed.contains(&method) != self.negated
     }

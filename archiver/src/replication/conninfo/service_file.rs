@@ -1,4 +1,4 @@
-//! The service file: sections of settings, chosen by `service=` or PGSERVICE.
+//! The service file: sections of settings, selected by `service=` or PGSERVICE.
 
 use std::{
     fs, io,
@@ -7,10 +7,10 @@ use std::{
 
 use super::{super::Result, environment::Environment, keyword::Keyword, parse::Values, problem};
 
-/// Where Debian's and PostgreSQL's own builds look when PGSYSCONFDIR is not set.
+/// The directories that Debian's and PostgreSQL's own builds search if PGSYSCONFDIR is not set.
 const SYSTEM_DIRECTORIES: [&str; 2] = ["/etc/postgresql-common", "/usr/local/pgsql/etc"];
 
-/// The settings of a service.
+/// Returns the settings of a service.
 pub(super) fn lookup(service: &str, environment: &Environment) -> Result<Values> {
     let named = environment.variable("PGSERVICEFILE").map(PathBuf::from);
     let must_exist = named.is_some();
@@ -43,7 +43,7 @@ pub(super) fn lookup(service: &str, environment: &Environment) -> Result<Values>
     )))
 }
 
-/// The settings of a section, if it is there. The first value of a keyword counts.
+/// Returns the settings of a section, if it exists. The first value of a keyword applies.
 fn section(content: &str, service: &str, path: &Path) -> Result<Option<Values>> {
     let mut found: Option<Values> = None;
     for (index, line) in content.lines().enumerate() {

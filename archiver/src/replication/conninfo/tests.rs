@@ -1,4 +1,4 @@
-//! What libpq would make of each text, and that no error repeats a value.
+//! Compares the parsed settings with libpq's rules, and checks that no error repeats a value.
 
 use std::fs;
 

@@ -1,10 +1,10 @@
-//! [`TlsSettings`]: `sslmode` and the keywords around it, with libpq's default files.
+//! [`TlsSettings`]: `sslmode` and the related keywords, with libpq's default files.
 
 use std::path::PathBuf;
 
 use super::{super::Result, Given, environment::Environment, problem};
 
-/// `sslmode`, in the order of what it demands.
+/// `sslmode`, from the weakest to the strictest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::replication) enum SslMode {
     Disable,
@@ -15,7 +15,7 @@ pub(in crate::replication) enum SslMode {
     VerifyFull,
 }
 
-/// A version of TLS.
+/// A TLS version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::replication) enum TlsVersion {
     V1,
@@ -24,26 +24,26 @@ pub(in crate::replication) enum TlsVersion {
     V1_3,
 }
 
-/// Which authorities are believed.
+/// The trusted certificate authorities.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::replication) enum RootCertificates {
-    /// A file; named by the user, or libpq's default, which may be missing.
+    /// A file, either named by the user or libpq's default, which may be missing.
     File { path: PathBuf, named: bool },
-    /// The operating system's.
+    /// The operating system's certificates.
     System,
-    /// There is no home directory to have one.
+    /// No file, because there is no home directory.
     None,
 }
 
-/// What to do about TLS.
+/// The TLS settings of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(in crate::replication) struct TlsSettings {
     pub(in crate::replication) mode: SslMode,
-    /// TLS from the first byte, without asking (PostgreSQL 17).
+    /// TLS from the first byte, without a request (PostgreSQL 17).
     pub(in crate::replication) direct: bool,
     pub(in crate::replication) roots: RootCertificates,
     pub(in crate::replication) revocations: Option<PathBuf>,
-    /// Certificate and key of the client. Default files may be missing, named ones may not.
+    /// The client's certificate and key. Default files may be missing, named ones may not.
     pub(in crate::replication) certificate: Option<ClientFiles>,
     pub(in crate::replication) sni: bool,
     pub(in crate::replication) min_version: TlsVersion,

@@ -1,4 +1,4 @@
-//! Any bytes, in any pieces: the same messages, and never a panic.
+//! Random bytes in pieces of random size give the same messages and never a panic.
 
 use proptest::prelude::*;
 use tokio::io::{AsyncWriteExt, DuplexStream, duplex};
@@ -13,7 +13,8 @@ use super::{
     PIPE_BYTES, conninfo, greet, message, runtime, welcome,
 };
 
-/// Everything that a stream says until its end, when it comes in pieces of at most so many bytes.
+/// Returns all messages of a stream that arrives in pieces of at most `piece` bytes, and the error
+/// that ends it.
 async fn heard(said: Vec<u8>, piece: usize) -> (Vec<StreamMessage>, String) {
     let (ours, theirs) = duplex(piece);
     let mut said_all = message(b'W', &[0, 0, 0]);

@@ -1,6 +1,8 @@
-//! What is read from a certificate by ourselves: its names, its validity, the hash that SCRAM binds to.
+//! The parts of a certificate that are read here: its names, its validity, the hash to which SCRAM
+//! binds the channel.
 //!
-//! The names follow libpq and not RFC 6125: PostgreSQL's own instructions make certificates that have a common name only.
+//! The name rules are libpq's and not those of RFC 6125: certificates created by PostgreSQL's
+//! instructions have only a common name.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -12,7 +14,7 @@ use x509_cert::{
     ext::pkix::{SubjectAltName, name::GeneralName},
 };
 
-/// Signature algorithms by the hash that they use; MD5 and SHA-1 are bound with SHA-256 (RFC 5929).
+/// Signature algorithms by their hash. MD5 and SHA-1 are replaced by SHA-256 (RFC 5929).
 const SHA256_SIGNATURES: [&str; 5] = [
     "1.2.840.113549.1.1.4",
     "1.2.840.113549.1.1.5",
@@ -44,7 +46,8 @@ fn sha512(bytes: &[u8]) -> Vec<u8> {
     Sha512::digest(bytes).to_vec()
 }
 
-/// `tls-server-end-point`: the certificate's hash by its own signature algorithm. Ed25519 has none.
+/// Returns the certificate's hash for `tls-server-end-point`, computed with the hash of its
+/// signature algorithm. Ed25519 has none.
 pub(super) fn end_point_hash(der: &[u8]) -> Option<Vec<u8>> {
     let certificate = Certificate::from_der(der).ok()?;
     let algorithm = certificate.signature_algorithm();
@@ -65,7 +68,8 @@ pub(super) fn end_point_hash(der: &[u8]) -> Option<Vec<u8>> {
     Some(hash(der))
 }
 
-/// The first hash that the parameters name: that of the message comes before that of the mask.
+/// Returns the first hash that the parameters name: the hash of the message precedes that of the
+/// mask.
 fn pss_hash(parameters: &[u8]) -> Option<Hash> {
     let find = |oid: &str| {
         let needle = x509_cert::der::asn1::ObjectIdentifier::new(oid)
@@ -83,7 +87,7 @@ fn pss_hash(parameters: &[u8]) -> Option<Hash> {
         .map(|(_, hash)| hash)
 }
 
-/// Whether a key's public half is the one that the certificate is about.
+/// Returns true if the certificate contains this public key.
 pub(super) fn belongs_to(der: &[u8], public_key: &[u8]) -> bool {
     Certificate::from_der(der).is_ok_and(|certificate| {
         let ours = certificate
@@ -94,14 +98,14 @@ pub(super) fn belongs_to(der: &[u8], public_key: &[u8]) -> bool {
     })
 }
 
-/// Whether it is past its end, or before its beginning.
+/// The state of a certificate's validity period.
 pub(super) enum Validity {
     Now,
     Past,
     Future,
 }
 
-/// When it is valid.
+/// Checks the validity period.
 pub(super) fn validity(der: &[u8], now: UnixTime) -> Option<Validity> {
     let certificate = Certificate::from_der(der).ok()?;
     let validity = certificate.tbs_certificate().validity();
@@ -115,7 +119,7 @@ pub(super) fn validity(der: &[u8], now: UnixTime) -> Option<Validity> {
     })
 }
 
-/// The names of a certificate.
+/// The names in a certificate.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Names {
     dns: Vec<String>,
@@ -150,7 +154,7 @@ impl Names {
         Some(names)
     }
 
-    /// Whether the server may be called this (`pq_verify_peer_name_matches_certificate`).
+    /// Returns true if a name matches the host (`pq_verify_peer_name_matches_certificate`).
     pub(super) fn fit(&self, host: &str) -> bool {
         if self.dns.iter().any(|name| matches(name, host)) {
             return true;
@@ -171,7 +175,7 @@ impl Names {
                 .is_some_and(|name| matches(name, host))
     }
 
-    /// For the message when none fits.
+    /// The names for an error message.
     pub(super) fn shown(&self) -> Vec<String> {
         let mut shown = self.dns.clone();
         shown.extend(self.addresses.iter().map(ToString::to_string));
@@ -189,7 +193,7 @@ fn address(octets: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(octets).ok().map(IpAddr::from)
 }
 
-/// A star stands for the first label, whole, and for nothing else.
+/// An asterisk matches the whole first label and nothing else.
 fn matches(pattern: &str, host: &str) -> bool {
     if pattern.contains('\0') {
         return false;

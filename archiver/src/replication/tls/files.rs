@@ -1,4 +1,4 @@
-//! The files of TLS: root certificates, revocation lists, the client's certificate and key.
+//! The TLS files: root certificates, revocation lists, the client's certificate and key.
 
 use std::{fs, io, os::unix::fs::MetadataExt, path::Path};
 
@@ -9,7 +9,7 @@ use rustls::pki_types::{
 
 use crate::replication::conninfo::{ClientFiles, RootCertificates};
 
-/// The certificates that are believed; `None` when there are none and none are needed.
+/// Reads the trusted certificates. Returns `None` if there are none and none are needed.
 pub(super) fn roots(
     roots: &RootCertificates,
     needed: bool,
@@ -45,7 +45,7 @@ pub(super) fn roots(
     }
 }
 
-/// Every certificate of a PEM file; one at least.
+/// Returns all certificates of a PEM file, at least one.
 fn certificates(content: &[u8], path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(content).collect();
     match found {
@@ -55,7 +55,7 @@ fn certificates(content: &[u8], path: &Path) -> Result<Vec<CertificateDer<'stati
     }
 }
 
-/// The lists of `sslcrl`.
+/// Reads the revocation lists of `sslcrl`.
 pub(super) fn revocations(
     path: &Path,
 ) -> Result<Vec<CertificateRevocationListDer<'static>>, String> {
@@ -69,7 +69,7 @@ pub(super) fn revocations(
     }
 }
 
-/// The client's certificates and key; `None` when libpq's default files are not there.
+/// Reads the client's certificates and key. Returns `None` if libpq's default files do not exist.
 pub(super) fn client_identity(
     files: &ClientFiles,
 ) -> Result<Option<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)>, String> {
@@ -87,7 +87,8 @@ pub(super) fn client_identity(
     Ok(Some((chain, private_key(&files.key)?)))
 }
 
-/// A key that others can read is refused as libpq does: only root's may be read by a group.
+/// A key that others can read is refused, as in libpq. Only a key owned by root may be readable by
+/// a group.
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     let shown = path.display();
     let metadata = fs::metadata(path).map_err(|error| {
@@ -104,7 +105,7 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     }
     let content = fs::read(path).map_err(|error| format!("private key {shown}: {error}"))?;
     PrivateKeyDer::from_pem_slice(&content).or_else(|error| {
-        // As libpq, which takes a key without PEM's wrapping too.
+        // libpq also accepts a key without the PEM wrapping.
         if let Ok(key) = PrivateKeyDer::try_from(content.clone()) {
             return Ok(key);
         }
@@ -120,7 +121,7 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     })
 }
 
-/// Never the content: it may be a key.
+/// Never shows the content, which may be a key.
 fn pem_problem(error: &pem::Error) -> &'static str {
     match error {
         pem::Error::NoItemsFound => "holds nothing of this kind in PEM",

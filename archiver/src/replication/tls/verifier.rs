@@ -1,6 +1,7 @@
-//! [`Verifier`]: whether a server's certificate is believed.
+//! [`Verifier`]: verifies a server's certificate.
 //!
-//! webpki judges the chain, we judge the name: libpq's `verify-ca` does not look at it, and its rules differ from webpki's.
+//! webpki verifies the chain, and this module verifies the name: libpq's `verify-ca` does not check
+//! it, and libpq's rules differ from webpki's.
 
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ use super::{
     version1,
 };
 
-/// Believes according to `sslmode` and the root certificates.
+/// Verifies according to `sslmode` and the root certificates.
 #[derive(Debug)]
 pub(super) struct Verifier {
     provider: Arc<CryptoProvider>,
@@ -34,16 +35,17 @@ pub(super) struct Verifier {
 #[derive(Debug)]
 struct Chain {
     webpki: Arc<WebPkiServerVerifier>,
-    /// A self-signed certificate of the server, named as its own root, is what PostgreSQL's instructions make. webpki takes
-    /// no authority for a server, so it is compared.
+    /// PostgreSQL's instructions create a self-signed server certificate that is its own root.
+    /// webpki does not accept a certificate authority as a server, so such a certificate is
+    /// compared.
     roots: Vec<CertificateDer<'static>>,
-    /// Lists were given, and webpki alone reads them.
+    /// Revocation lists were given, which only webpki reads.
     has_revocations: bool,
     provider: Arc<CryptoProvider>,
 }
 
 impl Verifier {
-    /// Without roots every certificate is believed, as libpq does up to `require`.
+    /// Without root certificates every certificate is accepted, as libpq does up to `require`.
     pub(super) fn new(
         provider: Arc<CryptoProvider>,
         roots: Option<Vec<CertificateDer<'static>>>,
@@ -109,7 +111,7 @@ impl Chain {
             self.webpki
                 .verify_server_cert(end_entity, intermediates, server_name, &[], now);
         match verified {
-            // It looks at the name last, when the chain is found good.
+            // webpki checks the name last, after it has accepted the chain.
             Err(Error::InvalidCertificate(
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             ))

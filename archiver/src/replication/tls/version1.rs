@@ -1,7 +1,8 @@
-//! Certificates of X.509 version 1, which webpki does not read and libpq takes.
+//! X.509 version 1 certificates, which webpki does not read and libpq accepts.
 //!
-//! `openssl x509 -req` makes them unless it is told otherwise, also by the commands in PostgreSQL's manual. Such a
-//! certificate is believed only when a root certificate itself signed it: version 1 can not say who may sign others.
+//! `openssl x509 -req` creates them by default, also with the commands in PostgreSQL's manual. Such
+//! a certificate is accepted only if a root certificate itself signed it: version 1 cannot express
+//! who may sign others.
 
 use rustls::{
     CertificateError,
@@ -16,20 +17,20 @@ use x509_cert::{
 
 use super::certificate::{Validity, validity};
 
-/// The certificate, if it is of version 1.
+/// Parses the certificate, if it has version 1.
 fn parse(der: &[u8]) -> Option<Certificate> {
     let certificate = Certificate::from_der(der).ok()?;
     (certificate.tbs_certificate().version() == Version::V1).then_some(certificate)
 }
 
-/// Its public key, if it is of version 1.
+/// Returns its public key, if it has version 1.
 pub(super) fn key(der: &[u8]) -> Option<SubjectPublicKeyInfoDer<'static>> {
     let certificate = parse(der)?;
     let key = certificate.tbs_certificate().subject_public_key_info();
     Some(SubjectPublicKeyInfoDer::from(key.to_der().ok()?))
 }
 
-/// Whether a root signed it, and both are valid now. `None` when it is of another version.
+/// Returns whether a root signed it and both are valid now. Returns `None` for another version.
 pub(super) fn verify(
     der: &CertificateDer<'_>,
     roots: &[CertificateDer<'_>],
@@ -67,7 +68,7 @@ fn is_signed_by(
     let (Ok(message), Some(public_key), Some(signature)) = parts else {
         return false;
     };
-    // What is signed names its algorithm too; a difference is a forgery.
+    // The signed part also names the algorithm. A difference is a forgery.
     tbs.issuer() == root.subject()
         && tbs.signature() == certificate.signature_algorithm()
         && algorithms.all.iter().any(|algorithm| {
@@ -81,7 +82,7 @@ fn is_signed_by(
         })
 }
 
-/// rustls keeps what is inside of the SEQUENCE.
+/// rustls keeps the content of the SEQUENCE.
 fn is_same(known: AlgorithmIdentifier, found: &AlgorithmIdentifierOwned) -> bool {
     found.to_der().is_ok_and(|der| {
         der.get(2..) == Some(known.as_ref()) && usize::from(der[1]) == der.len() - 2
