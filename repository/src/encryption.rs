@@ -1,7 +1,9 @@
-//! Key-encryption keys: who may read an encrypted repository. They never leave the host, and never a log.
+//! Key-encryption keys, which decrypt an encrypted repository. They never leave the host and are
+//! never logged.
 //!
-//! Where they come from is said by `encryption_key_file`, `encryption_key_env` or `encryption_key_command`; each yields one
-//! key in a line. The first is used for what is new, all of them open what is there: a new key is a new first line.
+//! `encryption_key_file`, `encryption_key_env` or `encryption_key_command` says where they come
+//! from. Each yields one key per line. The first key is used for new objects, and all of them can
+//! decrypt. A new key is a new first line.
 
 use std::{fmt, fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command, str::FromStr};
 
@@ -29,9 +31,9 @@ impl FromStr for KeyId {
     }
 }
 
-/// 256 bits of chance. Prints as its name.
+/// 256 random bits. Prints as its name.
 pub struct Key {
-    /// Its name.
+    /// The name.
     pub id: KeyId,
     key: Zeroizing<[u8; 32]>,
 }
@@ -53,10 +55,10 @@ impl Key {
         Self { id, key }
     }
 
-    /// A new key and its line for a file.
+    /// Generates a new key and its line for a file.
     ///
     /// # Errors
-    /// [`Error::Config`] when the system gives no random bytes.
+    /// [`Error::Config`] when the operating system gives no random bytes.
     pub fn generate() -> Result<(Self, Zeroizing<String>)> {
         let mut key = Zeroizing::new([0; 32]);
         aws_lc_rs::rand::fill(&mut key[..])
@@ -65,13 +67,13 @@ impl Key {
         Ok((Self::new(key), line))
     }
 
-    /// For the one place that wraps with it.
+    /// For the single place that wraps keys with it.
     pub(crate) fn reveal(&self) -> &[u8] {
         &*self.key
     }
 }
 
-/// The keys of a repository: the first is for what is new.
+/// The keys of a repository. The first one is for new objects.
 #[derive(Debug)]
 pub struct KeyRing {
     first: Key,
@@ -79,21 +81,22 @@ pub struct KeyRing {
 }
 
 impl KeyRing {
-    /// The key for what is new.
+    /// The key for new objects.
     #[must_use]
     pub fn first(&self) -> &Key {
         &self.first
     }
 
-    /// All keys, the first first.
+    /// All keys, beginning with the first.
     pub fn keys(&self) -> impl Iterator<Item = &Key> {
         std::iter::once(&self.first).chain(&self.others)
     }
 
-    /// One key in a line, 64 hexadecimal digits each; empty lines and what begins with # are passed over.
+    /// Parses one key per line, 64 hexadecimal digits each. Empty lines and lines that begin with #
+    /// are ignored.
     ///
     /// # Errors
-    /// What is wrong, without showing it.
+    /// A description of the problem that does not contain the key.
     pub fn parse(text: &str) -> std::result::Result<Self, String> {
         let mut keys = Vec::new();
         for (number, line) in (1..).zip(text.lines()) {
@@ -120,14 +123,14 @@ impl KeyRing {
     }
 }
 
-/// Where the keys come from. Prints as the line in the configuration; it is no secret.
+/// The source of the keys. Prints as the line in the configuration, which is not secret.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeySource {
     /// `encryption_key_file`.
     File(PathBuf),
-    /// `encryption_key_env`: a variable's name.
+    /// `encryption_key_env`: the name of a variable.
     Environment(String),
-    /// `encryption_key_command`: for the shell; its standard output.
+    /// `encryption_key_command`: a shell command whose standard output is used.
     Command(String),
 }
 
@@ -145,7 +148,7 @@ impl KeySource {
     /// Reads the keys.
     ///
     /// # Errors
-    /// [`Error::Config`] that names the place and never shows a key.
+    /// [`Error::Config`], which names the source and never shows a key.
     pub fn load(&self) -> Result<KeyRing> {
         let wrong = |problem: String| Error::config(format!("{self}: {problem}"));
         let text = Zeroizing::new(match self {

@@ -1,9 +1,11 @@
-//! Retention: what of a cluster is kept, decided before anything is removed.
+//! Retention: decides what to keep of a cluster before anything is removed.
 //!
-//! [`Holding`] is what one repository has, [`plan_expire`] decides (no clock, no I/O), [`mark`] writes the decision down,
-//! and [`sweep`] removes what was marked long enough ago. Each of several repositories is treated alone, by its own
-//! [`RetentionPolicy`]. Invariants: every kept backup keeps the WAL that makes it consistent; every moment of the window
-//! that could be restored still can; the newest backup stays, and when it is not proved whole nothing goes.
+//! [`Holding`] is the content of one repository, [`plan_expire`] decides (no clock, no I/O),
+//! [`mark`] records the decision, and [`sweep`] removes what was marked long enough ago. Each of
+//! several repositories is treated separately, with its own [`RetentionPolicy`]. Invariants: every
+//! kept backup keeps the WAL that makes it consistent. Every moment of the window that could be
+//! restored still can. The newest backup stays, and nothing is removed while the newest backup is
+//! not proved intact.
 
 mod holding;
 mod intervals;

@@ -1,7 +1,7 @@
-//! [`Holding`]: what one repository has, as far as retention has to know it.
+//! [`Holding`]: the content of one repository, as far as retention needs it.
 //!
-//! Read from listings; the times of WAL come from an index where it knows the object, else from the object's end. Kept in
-//! memory are backups and a few ranges, however many segments there are.
+//! Read from listings. The times of WAL come from an index if it knows the object, else from the
+//! end of the object. Memory holds the backups and a few ranges, however many segments there are.
 
 use std::collections::BTreeMap;
 
@@ -12,32 +12,33 @@ use wal_format::{
 use super::{ExpiredSet, Intervals, reach};
 use crate::{ClusterIdentity, PathPart, Repository, Result, WalRange, timeline_path};
 
-/// A time that is later than now by more than this was never true.
+/// A time that exceeds the current time by more than this is considered wrong.
 const CLOCK_AHEAD_MAX_MICROS: i64 = 86_400_000_000;
 
-/// What is known of objects already, so that not each of them is read.
+/// An index of known objects, so that not every object has to be read.
 pub trait Index {
     /// The base backups, oldest first.
     ///
     /// # Errors
-    /// When the index can not be read.
+    /// When the index cannot be read.
     fn backups(&self) -> Result<Vec<BackupInfo>>;
 
-    /// What an object of WAL holds; read from its end when it is not known. `None` when it is no WAL of this cluster.
+    /// The range and times of a WAL object, read from its end if the index does not know it. `None`
+    /// if it is not WAL of this cluster.
     ///
     /// # Errors
     /// As reading the object, of `size` bytes.
     fn range_of(&self, place: &Repository, key: &ObjectKey, size: u64) -> Result<Option<WalRange>>;
 }
 
-/// What one repository has.
+/// The content of one repository.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holding {
     /// `wal_segment_size`.
     pub segment_size: SegmentSize,
-    /// The first moment that has to stay restorable.
+    /// The earliest moment that must remain restorable.
     pub window_start: PgTimestamp,
-    /// The base backups that did not expire.
+    /// The base backups that have not expired.
     pub backups: Vec<HeldBackup>,
     /// The timelines.
     pub branches: Vec<HeldBranch>,
@@ -46,43 +47,43 @@ pub struct Holding {
 /// A base backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldBackup {
-    /// Its name.
+    /// Its ID.
     pub id: BackupId,
-    /// What the operator called it.
+    /// The operator's label.
     pub label: String,
     /// Its timeline.
     pub branch: Branch,
-    /// Where redo starts.
+    /// The LSN where redo starts.
     pub start_lsn: Lsn,
-    /// Where it is consistent.
+    /// The LSN where it is consistent.
     pub stop_lsn: Lsn,
-    /// When it was complete.
+    /// The time when it was complete.
     pub finished: PgTimestamp,
-    /// Its length here.
+    /// Its size in this repository.
     pub stored_bytes: u64,
-    /// Why it can not be restored, if it can not.
+    /// The reason why it cannot be restored, if there is one.
     pub problem: Option<String>,
 }
 
 /// A timeline.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldBranch {
-    /// The timeline.
+    /// The branch.
     pub branch: Branch,
-    /// How it is reached.
+    /// The path of timelines that leads to it.
     pub path: Vec<PathPart>,
-    /// The WAL that is held of it and did not expire.
+    /// Its stored WAL that has not expired.
     pub wal: Intervals,
-    /// The ends of its stretches, and the last time that is known of each.
+    /// The ends of its contiguous ranges, with the last known time of each.
     pub ends: Vec<(Lsn, Option<PgTimestamp>)>,
-    /// From where on it may hold moments of the window; `None` when all of it is older.
+    /// The LSN from which it may contain moments of the window. `None` if all of it is older.
     pub young_from: Option<Lsn>,
-    /// Whether anything says when its WAL was written, and where it comes from; else all of it stays.
+    /// Whether anything gives the time and place of its WAL. Otherwise all of it is kept.
     pub is_dated: bool,
 }
 
 impl HeldBackup {
-    /// What sorts backups by age.
+    /// The key that sorts backups by age.
     pub(super) fn age_order(&self) -> (PgTimestamp, Lsn, BackupId) {
         (self.finished, self.start_lsn, self.id.clone())
     }
@@ -94,10 +95,10 @@ impl Holding {
         self.segment_size.bytes()
     }
 
-    /// Reads what `place`, which is one repository, has of the cluster's epoch `identity`.
+    /// Reads the content of `place`, a single repository, for the cluster's epoch `identity`.
     ///
     /// # Errors
-    /// What reading the repository met.
+    /// Any error of reading the repository.
     pub fn read(
         place: &Repository,
         identity: &ClusterIdentity,
@@ -118,7 +119,7 @@ impl Holding {
         for backup in &backups {
             dating.entry(backup.branch).or_default();
         }
-        // Sealed segments first: a tail whose segment is there says nothing more.
+        // Sealed segments first: a tail whose sealed segment exists adds nothing.
         for folder in ["wal", "tail"] {
             place.visit(&format!("{system}/{folder}/"), &mut |key, stored_bytes| {
                 let (ObjectKey::Segment(_, branch, _) | ObjectKey::Tail(_, branch, ..)) = &key
@@ -132,7 +133,7 @@ impl Holding {
                 match index.range_of(place, &key, stored_bytes) {
                     Ok(Some(range)) => known.add(&range, (window_start, now), &backups),
                     Ok(None) => {}
-                    // A tail that was replaced since it was listed.
+                    // A tail that was replaced after the listing.
                     Err(error) if error.is_not_found() => {}
                     Err(crate::Error::Damaged { key, problem, .. }) => {
                         tracing::error!(%key, %problem, "a damaged object counts as missing");
@@ -164,7 +165,7 @@ impl Holding {
         Ok(holding)
     }
 
-    /// A backup whose own WAL is not all there can not be restored.
+    /// Marks backups whose own WAL is incomplete, because they cannot be restored.
     pub(super) fn prove_wal(&mut self) {
         let wal = reach::held(self);
         let size = self.segment();
@@ -183,12 +184,12 @@ impl Holding {
     }
 }
 
-/// What is learned of a timeline's WAL, range by range.
+/// Facts collected about a timeline's WAL, range by range.
 #[derive(Debug, Default)]
 pub(super) struct Dating {
     wal: Intervals,
     times: BTreeMap<Lsn, Option<PgTimestamp>>,
-    /// The start of the first range that holds a moment of the window.
+    /// The start of the first range that contains a moment of the window.
     young: Option<Lsn>,
     /// The end of the last range before it that ends before the window.
     old_until: Lsn,
@@ -226,7 +227,7 @@ impl Dating {
             self.old_until = self.old_until.max(end);
         }
         self.wal.add(start, end);
-        // One entry for each stretch: what it grew out of is forgotten.
+        // One entry per contiguous range. The entry of the range that it extends is dropped.
         if let Some((at, known)) = self.times.range(..=end).next_back()
             && *at >= start
         {
@@ -242,7 +243,7 @@ impl Dating {
         HeldBranch {
             branch,
             path,
-            // Between the two nothing says when it was.
+            // No timestamp exists between these two LSNs.
             young_from: self.young.map(|young| self.old_until.min(young)),
             is_dated: is_known && (self.is_dated || self.wal.is_empty()),
             ends: self.times.into_iter().collect(),
@@ -271,7 +272,8 @@ fn read_backups(
             return Ok(());
         };
         let key = ObjectKey::BackupInfo(system, id.clone());
-        // Without a description it is none: one that is being taken, or what is left of one that failed.
+        // Without `backup.json` it is not a backup: either it is being taken, or it is the remains
+        // of a failed one.
         if expired.backups().contains(&id) || !parts.contains_key(&key) {
             return Ok(());
         }
@@ -322,7 +324,7 @@ fn read_backups(
     Ok(backups)
 }
 
-/// What of a backup is not there, by name and length.
+/// Returns the missing or wrong objects of a backup, by name and length.
 fn incomplete(info: &BackupInfo, parts: &BTreeMap<ObjectKey, u64>) -> Option<String> {
     let slices = info.slices.iter();
     let slices = slices.map(|slice| (info.slice_key(slice), slice.stored_bytes));
@@ -338,7 +340,7 @@ fn incomplete(info: &BackupInfo, parts: &BTreeMap<ObjectKey, u64>) -> Option<Str
         })
 }
 
-/// What the last verification found damaged, in its words.
+/// Returns the objects that the last verification found damaged, in its words.
 fn suspects(place: &Repository, identity: &ClusterIdentity) -> Result<Vec<String>> {
     let prefix = format!(
         "{}/outcome/{}/",
@@ -350,7 +352,7 @@ fn suspects(place: &Repository, identity: &ClusterIdentity) -> Result<Vec<String
     };
     let outcome = serde_json::from_slice::<Outcome>(&place.get(&key)?);
     let mut damaged = outcome.map(|outcome| outcome.damaged).unwrap_or_default();
-    // Of several repositories the verdict names all, each with its address.
+    // With several repositories the outcome names all of them, each with its address.
     let here = place.url();
     damaged.retain(|problem| problem.starts_with(&here) || !problem.contains("://"));
     Ok(damaged)

@@ -1,9 +1,9 @@
-//! [`Intervals`]: sets of WAL as half-open ranges, of which there are few however much WAL there is.
+//! [`Intervals`]: sets of WAL as half-open ranges. Their number does not grow with the amount of WAL.
 
 use serde::{Deserialize, Serialize};
 use wal_format::Lsn;
 
-/// Disjoint ranges in order; neighbours that touch are one.
+/// Disjoint ranges in ascending order. Adjacent ranges are merged.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Intervals(Vec<(Lsn, Lsn)>);
 
@@ -25,7 +25,7 @@ impl Intervals {
         self.0.splice(first..behind.max(first), [(from, to)]);
     }
 
-    /// What of `[from, to)` is not in it.
+    /// Returns the parts of `[from, to)` that are not in the set.
     #[must_use]
     pub fn missing_in(&self, from: Lsn, to: Lsn) -> Vec<(Lsn, Lsn)> {
         let mut missing = Vec::new();
@@ -48,20 +48,21 @@ impl Intervals {
         missing
     }
 
-    /// Whether all of `[from, to)` is in it.
+    /// Returns true if all of `[from, to)` is in the set.
     #[must_use]
     pub fn covers(&self, from: Lsn, to: Lsn) -> bool {
         self.missing_in(from, to).is_empty()
     }
 
-    /// The end of the range that holds the byte at `lsn`, or begins there; `lsn` itself where none does.
+    /// Returns the end of the range that contains or begins at `lsn`, or `lsn` itself if there is
+    /// none.
     #[must_use]
     pub fn end_from(&self, lsn: Lsn) -> Lsn {
         let holds = |range: &&(Lsn, Lsn)| range.0 <= lsn && lsn < range.1;
         self.0.iter().find(holds).map_or(lsn, |range| range.1)
     }
 
-    /// What is in it and not in `other`.
+    /// Returns the set without the ranges of `other`.
     #[must_use]
     pub fn without(&self, other: &Self) -> Self {
         let mut rest = Self::default();
@@ -73,18 +74,18 @@ impl Intervals {
         rest
     }
 
-    /// What is in both.
+    /// Returns the intersection.
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {
         self.without(&self.without(other))
     }
 
-    /// The ranges in order.
+    /// Iterates over the ranges in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = (Lsn, Lsn)> + '_ {
         self.0.iter().copied()
     }
 
-    /// Whether nothing is in it.
+    /// Returns true if the set is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

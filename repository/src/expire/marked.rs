@@ -1,7 +1,7 @@
-//! [`ExpiredSet`]: what the records of a repository say is no longer kept, all taken together.
+//! [`ExpiredSet`]: the union of a repository's expiry records.
 //!
-//! It only grows, so two archivers that expire at once can not contradict each other. Invariant: readers hide what it
-//! names before the first byte of it is removed.
+//! The set only grows, so two archivers that expire at once cannot contradict each other.
+//! Invariant: readers hide the named objects before the first byte of them is removed.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,7 +14,7 @@ use wal_format::{
 use super::Intervals;
 use crate::{Repository, Result};
 
-/// The records, and what they name.
+/// The records and the objects that they name.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExpiredSet {
     records: Vec<Expired>,
@@ -45,30 +45,30 @@ impl ExpiredSet {
         &self.records
     }
 
-    /// Whether nothing was ever expired.
+    /// Returns true if nothing ever expired.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.backups.is_empty() && self.wal.is_empty()
     }
 
-    /// The backups that are no longer kept.
+    /// The expired backups.
     #[must_use]
     pub fn backups(&self) -> &BTreeSet<BackupId> {
         &self.backups
     }
 
-    /// The WAL of a branch that is no longer kept.
+    /// The expired WAL of a branch.
     #[must_use]
     pub fn wal(&self, branch: Branch) -> Intervals {
         self.wal.get(&branch).cloned().unwrap_or_default()
     }
 
-    /// Every branch of which WAL is no longer kept.
+    /// Iterates over the branches with expired WAL.
     pub fn branches(&self) -> impl Iterator<Item = (Branch, &Intervals)> {
         self.wal.iter().map(|(branch, wal)| (*branch, wal))
     }
 
-    /// What of `[from, to)` is missing for another reason than that it expired.
+    /// Returns the parts of `[from, to)` that are missing for a reason other than expiry.
     #[must_use]
     pub fn not_expired(&self, branch: Branch, from: Lsn, to: Lsn) -> Vec<(Lsn, Lsn)> {
         match self.wal.get(&branch) {
@@ -77,7 +77,7 @@ impl ExpiredSet {
         }
     }
 
-    /// Whether a reader takes this object for absent.
+    /// Returns true if readers treat this object as absent.
     #[must_use]
     pub fn hides(&self, key: &ObjectKey, size: SegmentSize) -> bool {
         match key {
@@ -101,7 +101,7 @@ impl ExpiredSet {
         }
     }
 
-    /// What both say is no longer kept: of several repositories, what none keeps.
+    /// Returns the intersection: for several repositories, what none of them keeps.
     #[must_use]
     pub fn and(&self, other: &Self) -> Self {
         let both = |(branch, wal): (&Branch, &Intervals)| {
@@ -121,21 +121,21 @@ impl ExpiredSet {
         }
     }
 
-    /// Those of its records that `chosen` takes.
+    /// Returns the records that `chosen` selects.
     #[must_use]
     pub fn part(&self, chosen: impl Fn(&Expired) -> bool) -> Self {
         let records = self.records.iter().filter(|record| chosen(record));
         records.cloned().collect::<Vec<_>>().into()
     }
 
-    /// Whether it names everything that `other` does.
+    /// Returns true if this set names everything that `other` names.
     #[must_use]
     pub fn names_all_in(&self, other: &Self) -> bool {
         let wal = |(branch, wal): (&Branch, &Intervals)| wal.without(&self.wal(*branch)).is_empty();
         other.backups.is_subset(&self.backups) && other.wal.iter().all(wal)
     }
 
-    /// Whether it names everything that `record` does.
+    /// Returns true if this set names everything that `record` names.
     #[must_use]
     pub fn names_all_of(&self, record: &Expired) -> bool {
         let wal = |range: &wal_format::ExpiredWal| {
@@ -148,8 +148,8 @@ impl ExpiredSet {
 }
 
 impl Repository {
-    /// What is no longer kept. Of several places what none of those that answer keeps: what one has still is there for a
-    /// restore.
+    /// Returns what has expired. For several repositories, that is what none of the answering ones
+    /// keeps: WAL that one of them still has can be restored.
     ///
     /// # Errors
     /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
@@ -158,7 +158,7 @@ impl Repository {
         let mut away = None;
         for place in self.each_place() {
             let of_place = match place.expired_here(system) {
-                // What it keeps can not be read either.
+                // What this repository keeps cannot be read either.
                 Err(error) if error.is_transient() => {
                     away.get_or_insert(error);
                     continue;
@@ -180,7 +180,7 @@ impl Repository {
         let mut records = Vec::new();
         for (key, _) in self.list(&format!("{system}/expired/"))? {
             let body = match self.get(&key) {
-                // Taken together with others into a new one since it was listed.
+                // The record was merged into a new one after the listing.
                 Err(error) if error.is_not_found() => return self.expired_here(system),
                 body => body?,
             };
@@ -188,7 +188,7 @@ impl Repository {
                 Ok(record) if record.format_version == EXPIRED_FORMAT_VERSION => {
                     records.push(record);
                 }
-                // What it gave up counts as kept: nothing is removed for it.
+                // Its expired objects count as kept: nothing is removed because of this record.
                 Ok(_) => {
                     tracing::warn!(%key, "a newer Tidemark expired something here; use that one");
                 }

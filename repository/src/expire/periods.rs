@@ -1,14 +1,14 @@
-//! Days, weeks and months of backups: grandfather, father, son.
+//! Daily, weekly and monthly backups.
 //!
-//! A backup belongs to the period in which it ended, in UTC. Counted are periods that have a backup, so a pause of the
-//! archiver uses none up; of each the last backup is kept.
+//! A backup belongs to the period in which it ended, in UTC. Only periods that contain a backup
+//! count, so a pause of the archiver does not use any up. The last backup of each period is kept.
 
 use std::collections::BTreeSet;
 
 use jiff::{civil::Date, tz::TimeZone};
 use wal_format::PgTimestamp;
 
-/// A way to cut time into periods.
+/// A division of time into periods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Period {
     Day,
@@ -17,7 +17,8 @@ pub(super) enum Period {
 }
 
 impl Period {
-    /// The first day of the period that `time` lies in; `None` outside of the years that the calendar knows.
+    /// Returns the first day of the period that contains `time`, or `None` outside of the
+    /// calendar's range.
     pub(super) fn of(self, time: PgTimestamp) -> Option<Date> {
         let date = time.to_jiff()?.to_zoned(TimeZone::UTC).date();
         match self {
@@ -29,7 +30,7 @@ impl Period {
         }
     }
 
-    /// Of backups, newest first, those that are kept: index and first day of the period.
+    /// Chooses the backups to keep, given newest first: index, and first day of the period.
     pub(super) fn choose(self, newest_first: &[PgTimestamp], count: u32) -> Vec<(usize, Date)> {
         let mut seen = BTreeSet::new();
         let mut chosen = Vec::new();
@@ -67,7 +68,7 @@ mod tests {
         let times = [
             "2026-11-21T23:59:59Z",
             "2026-11-21T00:00:00Z",
-            // In UTC the same day, whatever the clock on the wall said.
+            // The same day in UTC, although local clocks differ.
             "2026-11-21T00:30:00+02:00",
             "2026-11-18T12:00:00Z",
         ];

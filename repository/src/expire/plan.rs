@@ -1,11 +1,13 @@
-//! [`plan_expire`]: which backups and which WAL stay, each with its reason. Pure: no clock, no I/O.
+//! [`plan_expire`]: decides which backups and which WAL stay, each with its reason. Pure: no clock, no I/O.
 //!
-//! 1. Backups are chosen: the newest, a minimum, days, weeks and months, pinned ones, and on every timeline that is alive
-//!    those that lead to a moment of the window. A backup that is not whole counts for nothing: it stays when it would
-//!    if it were whole, beside the one that takes its place.
-//! 2. The WAL that they need is added up: of each backup from its start to its stop; from the first that leads to the
-//!    window on everything, along every timeline that follows; and what is younger than the window's beginning anywhere.
-//! 3. What is left of what is held goes. What could be restored before and can not be after is named.
+//! 1. Choose the backups: the newest, a minimum number, daily, weekly and monthly ones, pinned
+//!    ones, and on every live timeline those that lead to a moment of the window. A damaged backup
+//!    does not count: it stays if it would stay when intact, in addition to the one that replaces
+//!    it.
+//! 2. Add up the WAL that they need: for each backup from its start to its stop; from the first
+//!    backup that leads to the window all later WAL, along every timeline that follows; and all WAL
+//!    anywhere that is newer than the beginning of the window.
+//! 3. Everything else expires. Moments that can no longer be restored are named.
 
 use std::{collections::BTreeMap, fmt, time::Duration};
 
@@ -21,15 +23,15 @@ use super::{
     reach::{self, Wal},
 };
 
-/// A clock that is behind the newest backup by more than this is wrong, or was.
+/// A clock that is behind the newest backup by more than this is, or was, wrong.
 const CLOCK_BEHIND_MAX: Duration = Duration::from_secs(3600);
 
-/// Why a backup is kept.
+/// The reason for keeping a backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Reason {
     /// It is the newest.
     Newest,
-    /// It is one of the fewest that there have to be.
+    /// It is one of the minimum number.
     Minimum,
     /// It ended within the window.
     Window,
@@ -65,31 +67,31 @@ impl fmt::Display for Reason {
 pub struct KeptBackup {
     /// The backup.
     pub backup: HeldBackup,
-    /// Why.
+    /// The reasons.
     pub reasons: Vec<Reason>,
 }
 
-/// What stays and what goes.
+/// The decision: what stays and what expires.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExpirePlan {
     /// The backups that stay, oldest first.
     pub kept: Vec<KeptBackup>,
-    /// The backups that go, oldest first.
+    /// The backups that expire, oldest first.
     pub removed: Vec<HeldBackup>,
-    /// The WAL that goes, in whole segments.
+    /// The WAL that expires, in whole segments.
     pub wal: Vec<ExpiredWal>,
-    /// The moments that vanish.
+    /// The moments that can no longer be restored.
     pub windows: Vec<ExpiredWindow>,
 }
 
 impl ExpirePlan {
-    /// Whether nothing goes.
+    /// Returns true if nothing expires.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.removed.is_empty() && self.wal.is_empty()
     }
 
-    /// What it gives up, as it is written down.
+    /// Returns the record of what expires.
     #[must_use]
     pub fn record(&self, id: BackupId, marked: PgTimestamp, policy: String) -> Expired {
         let backups = self.removed.iter().map(|backup| ExpiredBackup {
@@ -109,7 +111,7 @@ impl ExpirePlan {
     }
 }
 
-/// Why nothing is removed.
+/// The reason why nothing may be removed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -122,10 +124,10 @@ pub enum Refusal {
         newest: BackupId,
         /// Its end.
         finished: PgTimestamp,
-        /// The clock.
+        /// The current time.
         now: PgTimestamp,
     },
-    /// The newest backup can not be trusted.
+    /// The newest backup cannot be trusted.
     #[error(
         "nothing is removed: the newest backup {newest} is not proved whole: {problem}; run `wal-archiver verify`, or take a \
          new one with `wal-archiver backup`"
@@ -133,10 +135,10 @@ pub enum Refusal {
     NewestNotWhole {
         /// The newest backup.
         newest: BackupId,
-        /// What is wrong with it.
+        /// The problem with it.
         problem: String,
     },
-    /// There has been no backup for long, or the clock has jumped.
+    /// There has been no backup for too long, or the clock has jumped.
     #[error(
         "nothing is removed: the newest backup {newest} ended {finished}, more than {limit_seconds} s (twice backup_max_age) \
          before {now}; take a backup with `wal-archiver backup`, or, if that is not the time, set this host's clock"
@@ -146,19 +148,20 @@ pub enum Refusal {
         newest: BackupId,
         /// Its end.
         finished: PgTimestamp,
-        /// The clock.
+        /// The current time.
         now: PgTimestamp,
-        /// How old it may be.
+        /// The maximum age.
         limit_seconds: u64,
     },
 }
 
 type Chosen = BTreeMap<usize, Vec<Reason>>;
 
-/// Decides what of `holding` stays by `policy` at `now`. `backup_max_age` is how often backups are taken at the least.
+/// Decides what stays of `holding` under `policy` at `now`. `backup_max_age` is the longest
+/// expected interval between backups.
 ///
 /// # Errors
-/// [`Refusal`] when removing could lose what was to be kept.
+/// [`Refusal`] when removing anything could lose data that must be kept.
 pub fn plan_expire(
     holding: &Holding,
     policy: &RetentionPolicy,
@@ -166,7 +169,7 @@ pub fn plan_expire(
     backup_max_age: Duration,
 ) -> Result<ExpirePlan, Refusal> {
     let Some(newest) = holding.backups.iter().max_by_key(|one| one.age_order()) else {
-        // Nothing can be restored, and nothing is given up.
+        // Nothing can be restored, so nothing expires.
         return Ok(ExpirePlan::default());
     };
     if let Some(problem) = &newest.problem {
@@ -255,7 +258,8 @@ fn decide(holding: &Holding, policy: &RetentionPolicy) -> ExpirePlan {
     plan
 }
 
-/// The backups that stay, among those that `counts`, and from which of them on all WAL is needed on which timelines.
+/// Returns the backups that stay, among those for which `counts` is true, and the backups from
+/// which all WAL is needed on a timeline.
 fn choose(
     holding: &Holding,
     policy: &RetentionPolicy,
@@ -296,7 +300,8 @@ fn choose(
             keep(*index, Reason::Pinned);
         }
     }
-    // Whole timelines from a backup on: from the newest, wherever that leads, and where there are moments of the window.
+    // Backups from which whole timelines are needed: the newest, on every timeline that it leads
+    // to, and those that lead to moments of the window.
     let mut roots = Vec::new();
     let last = holding.branches.iter().map(|one| one.branch.timeline).max();
     for (at, branch) in holding.branches.iter().enumerate() {
@@ -325,12 +330,14 @@ fn choose(
     (chosen, roots)
 }
 
-/// The newest backup from which the first moment of the window is restored on a timeline; `None` when none ends before it.
+/// Returns the newest backup from which the first moment of a timeline's window is restored, or
+/// `None` if none ends before it.
 fn begins_window(holding: &Holding, branch: &HeldBranch, among: &[usize]) -> Option<usize> {
     let before = branch.young_from.unwrap_or(Lsn::MAX);
     let on_path = among.iter().copied().filter(|index| {
         let backup = &holding.backups[*index];
-        // By the WAL, which has the server's clock, and by the archiver's: whichever is more careful.
+        // Uses the more careful of two times: that of the WAL, from the server's clock, and that of
+        // the archiver's clock.
         reach::is_on(branch, backup)
             && backup.stop_lsn <= before
             && backup.finished <= holding.window_start
@@ -338,7 +345,7 @@ fn begins_window(holding: &Holding, branch: &HeldBranch, among: &[usize]) -> Opt
     on_path.max_by_key(|index| holding.backups[*index].start_lsn)
 }
 
-/// All WAL along the path to a timeline, from a backup on.
+/// Adds all WAL along the path to a timeline, starting at a backup.
 fn need_all_from(needed: &mut Wal, holding: &Holding, branch: usize, backup: usize) {
     let (size, start) = (holding.segment(), holding.backups[backup].start_lsn);
     for part in holding.branches[branch].path.iter() {
@@ -352,7 +359,7 @@ fn need_all_from(needed: &mut Wal, holding: &Holding, branch: usize, backup: usi
     }
 }
 
-/// The WAL that makes a backup consistent.
+/// Adds the WAL that makes a backup consistent.
 fn need_consistency(needed: &mut Wal, holding: &Holding, backup: &HeldBackup) {
     let size = holding.segment();
     let known = holding
@@ -375,7 +382,7 @@ fn need_consistency(needed: &mut Wal, holding: &Holding, backup: &HeldBackup) {
     add(backup.branch, backup.start_lsn, backup.stop_lsn);
 }
 
-/// What can be restored now and can not be afterwards.
+/// Returns the moments that can be restored now but not afterwards.
 fn vanished(holding: &Holding, plan: &ExpirePlan, rest: &Wal) -> Vec<ExpiredWindow> {
     let size = holding.segment();
     let held = reach::held(holding);
@@ -400,7 +407,7 @@ fn vanished(holding: &Holding, plan: &ExpirePlan, rest: &Wal) -> Vec<ExpiredWind
     windows
 }
 
-/// About when a stretch of WAL was: between the ends of the backups around it.
+/// Returns the approximate times of a range of WAL: between the ends of the surrounding backups.
 fn times(
     holding: &Holding,
     branch: &HeldBranch,

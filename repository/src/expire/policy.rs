@@ -1,23 +1,23 @@
-//! [`RetentionPolicy`]: what is to be kept in one repository, and how it is said in a sentence.
+//! [`RetentionPolicy`]: what to keep in one repository, and its description in a sentence.
 
 use std::{fmt, time::Duration};
 
 use wal_format::BackupId;
 
-/// What is kept. Where there is none, everything is.
+/// A retention policy. Without one everything is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RetentionPolicy {
-    /// Every moment of so long can be restored.
+    /// Every moment of this duration can be restored.
     pub window: Duration,
-    /// Of so many days that have a backup, the last one each, by its end in UTC.
+    /// The number of days with a backup of which the last backup is kept, by its end in UTC.
     pub daily: u32,
-    /// Of so many weeks (Monday to Sunday).
+    /// The same for weeks (Monday to Sunday).
     pub weekly: u32,
-    /// Of so many months.
+    /// The same for months.
     pub monthly: u32,
-    /// So many of the newest backups stay, whatever their age.
+    /// The number of newest backups that stay at any age.
     pub backups_min: u32,
-    /// These stay until the setting names them no more.
+    /// Backups that stay until the setting no longer names them.
     pub pinned: Vec<BackupId>,
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for RetentionPolicy {
     }
 }
 
-/// A duration as the configuration writes it.
+/// Formats a duration as the configuration writes it.
 fn words(duration: Duration) -> String {
     let millis = duration.as_millis();
     let units = [

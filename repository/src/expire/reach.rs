@@ -1,6 +1,7 @@
-//! What can be restored: how far WAL leads from a backup along a path of timelines.
+//! Computes what can be restored: how far WAL leads from a backup along a path of timelines.
 //!
-//! The rule is the restorer's (`plan/path.rs`): the segment of a switch is read from the later timeline.
+//! The rule is the restorer's (`plan/path.rs`): the segment that contains a switch is read from the
+//! later timeline.
 
 use std::collections::BTreeMap;
 
@@ -8,22 +9,23 @@ use wal_format::{Branch, Lsn};
 
 use super::{HeldBackup, HeldBranch, Holding, Intervals};
 
-/// The WAL that is held, by branch.
+/// Stored WAL by branch.
 pub(super) type Wal = BTreeMap<Branch, Intervals>;
 
-/// The WAL of a holding, all of it.
+/// Returns all WAL of a holding.
 pub(super) fn held(holding: &Holding) -> Wal {
     let spans = |branch: &HeldBranch| (branch.branch, branch.wal.clone());
     holding.branches.iter().map(spans).collect()
 }
 
-/// Whether a backup can be made consistent on this path.
+/// Returns true if a backup can be made consistent on this path.
 pub(super) fn is_on(branch: &HeldBranch, backup: &HeldBackup) -> bool {
     let mut parts = branch.path.iter();
     parts.any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
 }
 
-/// The end of the WAL of `branch` itself that is reached from `backup` without a gap; `None` when it is not reached.
+/// Returns the end of the WAL of `branch` itself that is reached from `backup` without a gap, or
+/// `None` if it is not reached.
 pub(super) fn end_on(
     branch: &HeldBranch,
     backup: &HeldBackup,
@@ -49,7 +51,7 @@ pub(super) fn end_on(
     None
 }
 
-/// What of the WAL of `branch` itself can be stopped in, from these backups.
+/// Returns the WAL of `branch` itself at which recovery can stop, starting from these backups.
 pub(super) fn restorable<'a>(
     branch: &HeldBranch,
     backups: impl Iterator<Item = &'a HeldBackup>,

@@ -1,8 +1,10 @@
-//! [`mark`] writes down what is no longer kept; [`sweep`] removes what was marked long enough ago.
+//! [`mark`] records what has expired, and [`sweep`] removes what was marked long enough ago.
 //!
-//! Crash-safe by order: the record first, from which on no reader plans on what it names; then of each backup its
-//! `backup.json`, its other objects, and the WAL; last the record is replaced by one that says that it is done. Whatever cuts
-//! this off, the next sweep begins again with the same records. What the store does not let go stays hidden and is counted.
+//! The order makes it crash-safe: first the record, after which no reader plans with the named
+//! objects; then for each backup its `backup.json`, its other objects, and the WAL; finally the
+//! record is replaced by one that says that the removal is complete. After an interruption the next
+//! sweep starts again with the same records. Objects that the store refuses to delete stay hidden
+//! and are counted.
 
 use std::{
     sync::{
@@ -21,26 +23,27 @@ use wal_format::{
 use super::{ExpirePlan, ExpiredSet};
 use crate::{ClusterIdentity, Error, Repository, Result};
 
-/// Requests at a time: each is a wait for the network.
+/// The number of concurrent requests. Each one waits for the network.
 const REMOVERS: usize = 8;
-/// Objects whose names are in memory at a time, but for one folder's.
+/// The number of object names in memory at a time, except those of one folder.
 const BATCH: usize = 1000;
-/// After so many refusals, and nothing that was let go, the others are not tried: deleting is forbidden here.
+/// After this number of refusals without any success the rest is not tried: deleting is forbidden
+/// here.
 const REFUSALS_MAX: usize = 64;
 
-/// What a sweep did.
+/// The result of a sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Swept {
-    /// Objects that are gone, or would be.
+    /// Objects that were removed, or would be.
     pub objects: usize,
-    /// Their length.
+    /// Their total size in bytes.
     pub bytes: u64,
-    /// Objects that the store does not let go; at least so many where deleting is forbidden.
+    /// Objects that the store refuses to delete. A lower bound where deleting is forbidden.
     pub locked: usize,
 }
 
-/// Writes down what `plan` gives up. `None` when somebody else wrote at the same moment: then nothing is marked, and what is
-/// held has to be looked at again.
+/// Records what `plan` removes. Returns `None` if another process wrote a record at the same time:
+/// then nothing is marked, and the content has to be read again.
 ///
 /// # Errors
 /// [`Error::Store`], [`Error::S3`].
@@ -53,7 +56,8 @@ pub fn mark(
 ) -> Result<Option<Expired>> {
     let record = plan.record(id, now, policy);
     place.put_record(&record.key(system), &record)?;
-    // Two policies that each leave enough may together leave too little: whoever sees the other takes its own back.
+    // Two policies that each leave enough may together leave too little. If another record appeared
+    // meanwhile, withdraw ours.
     let overtaken = place.expired(system)?.records().iter().any(|other| {
         let mine = other.id == record.id;
         let seen = known.records().iter().any(|known| known.id == other.id);
@@ -62,7 +66,7 @@ pub fn mark(
     if overtaken {
         match place.delete(&record.key(system)) {
             Ok(()) => return Ok(None),
-            // It stands, and is followed.
+            // The record is locked and cannot be deleted. Treat it as valid.
             Err(error) if error.is_object_locked() => {}
             Err(error) => return Err(error),
         }
@@ -70,7 +74,7 @@ pub fn mark(
     Ok(Some(record))
 }
 
-/// What was marked at least `grace` ago and may have objects left.
+/// Returns what was marked at least `grace` ago and may still have objects.
 #[must_use]
 pub fn due(expired: &ExpiredSet, grace: Duration, now: PgTimestamp) -> ExpiredSet {
     let done = expired.part(|record| record.swept.is_some());
@@ -81,11 +85,11 @@ pub fn due(expired: &ExpiredSet, grace: Duration, now: PgTimestamp) -> ExpiredSe
     })
 }
 
-/// Removes everything that `due` names; with `dry_run` only counts it. When nothing of it is left, the records of `expired`
-/// that are done become one, named `id`.
+/// Removes everything that `due` names; with `dry_run` only counts it. When nothing of it remains,
+/// the completed records of `expired` are merged into one, named `id`.
 ///
 /// # Errors
-/// [`Error::Store`], [`Error::S3`]; the next sweep goes on.
+/// [`Error::Store`], [`Error::S3`]. The next sweep continues.
 pub fn sweep(
     place: &Repository,
     identity: &ClusterIdentity,
@@ -126,7 +130,7 @@ pub fn sweep(
     Ok(swept)
 }
 
-/// Removes records that a later one has taken the place of, which a crash left.
+/// Removes records that a later record replaced and a crash left.
 fn tidy(place: &Repository, system: SystemIdentifier, expired: &ExpiredSet) -> Result<()> {
     for record in expired.records() {
         let later = expired.part(|other| other.swept.is_some() && other.id > record.id);
@@ -144,7 +148,7 @@ fn forget(place: &Repository, system: SystemIdentifier, record: &Expired) -> Res
     }
 }
 
-/// One record in the place of those that are done.
+/// Replaces the completed records by one.
 fn settle(
     place: &Repository,
     system: SystemIdentifier,
@@ -183,7 +187,7 @@ fn settle(
         .try_for_each(|record| forget(place, system, record))
 }
 
-/// Windows that touch, as one.
+/// Merges adjacent windows.
 fn join(mut windows: Vec<ExpiredWindow>) -> Vec<ExpiredWindow> {
     windows.sort_unstable();
     let mut joined: Vec<ExpiredWindow> = Vec::new();
@@ -208,7 +212,8 @@ struct Sweeper<'a> {
 }
 
 impl Sweeper<'_> {
-    /// The description first: without it the backup does not exist, whoever looks. One that stays keeps its files.
+    /// Removes the description first: without it the backup does not exist for any reader. If the
+    /// description cannot be deleted, its files stay.
     fn backup(&mut self, system: SystemIdentifier, id: &BackupId) -> Result<()> {
         let mut objects = self.place.list(&format!("{system}/backup/{id}/"))?;
         let is_info = |(key, _): &(ObjectKey, u64)| matches!(key, ObjectKey::BackupInfo(..));
@@ -226,7 +231,7 @@ impl Sweeper<'_> {
             .try_for_each(|batch| self.remove(batch))
     }
 
-    /// What `ours` takes of a folder, in batches.
+    /// Removes the objects of a folder that `ours` selects, in batches.
     fn folder(&mut self, prefix: &str, ours: &dyn Fn(&ObjectKey) -> bool) -> Result<()> {
         let mut batch = Vec::new();
         let place = self.place.clone();

@@ -1,5 +1,6 @@
-//! Retention plans over made-up archives: forks, gaps, backups that are not whole, clocks that disagree. What can be
-//! restored is counted here piece by piece, by PostgreSQL's rule, and not with the planner's own arithmetic.
+//! Retention plans over generated archives: forks, gaps, damaged backups, clocks that disagree. The
+//! restorable moments are counted here piece by piece by PostgreSQL's rule, not with the planner's
+//! own arithmetic.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,10 +21,10 @@ const YEARS: Duration = Duration::from_secs(86_400 * 10_000);
 
 #[derive(Clone, Debug)]
 struct Timeline {
-    /// Whose history it continues, and from which piece on.
+    /// The parent timeline, and the piece at which this one begins.
     parent: Option<(usize, u64)>,
     end: u64,
-    /// When its first piece was written, in hours.
+    /// The time of its first piece, in hours.
     begun: i64,
 }
 
@@ -36,11 +37,12 @@ struct Made {
     whole: bool,
 }
 
-/// A made-up archive.
+/// A generated archive.
 #[derive(Clone, Debug)]
 struct World {
     timelines: Vec<Timeline>,
-    /// Held pieces; a segment is held whole, or, the last of a timeline, up to some piece.
+    /// Stored pieces. A segment is stored completely or, if it is the last of a timeline, up to
+    /// some piece.
     held: BTreeSet<(usize, u64)>,
     /// Pieces with a commit, and its time.
     commits: BTreeMap<(usize, u64), i64>,
@@ -163,8 +165,8 @@ impl World {
         holding
     }
 
-    /// Whether recovery from `backup` along the path to `index` gets behind `piece`, one piece after the other: each
-    /// segment is read from the latest timeline that has begun by then.
+    /// Returns true if recovery from `backup` along the path to `index` gets past `piece`. Walks
+    /// piece by piece: each segment is read from the latest timeline that has begun by then.
     fn gets_to(
         &self,
         backup: &Made,
@@ -203,7 +205,7 @@ impl World {
             })
     }
 
-    /// What of each timeline's own pieces can be restored.
+    /// Returns the restorable pieces of each timeline.
     fn restorable(&self, of: &[usize], held: &BTreeSet<(usize, u64)>) -> BTreeSet<(usize, u64)> {
         let mut all = BTreeSet::new();
         for (index, timeline) in self.timelines.iter().enumerate() {
@@ -359,7 +361,7 @@ proptest! {
     #[test]
     fn what_stays_is_enough(mut world in world(), policy in policy()) {
         let holding = world.holding();
-        // One that lacks WAL is not whole either.
+        // A backup that lacks WAL is not intact either.
         for (made, known) in world.backups.iter_mut().zip(&holding.backups) {
             let consistent = made.whole && known.problem.is_none();
             made.whole = consistent;
@@ -396,21 +398,22 @@ proptest! {
                 rest.remove(&(index, piece));
             }
         }
-        // Every kept backup is restorable to consistency.
+        // Every kept backup can be made consistent.
         for index in &kept {
             let made = &world.backups[*index];
             prop_assert!(!made.whole || world.gets_to(made, made.timeline, made.stop - 1, &rest), "backup {index}");
         }
         let before = world.restorable(&all, &world.held);
         let after = world.restorable(&kept, &rest);
-        // Every moment of the window that was restorable stays so, and no WAL of the window goes.
+        // Every moment of the window that was restorable remains so, and no WAL of the window
+        // expires.
         for (place, time) in &world.commits {
             if *time >= world.window_start {
                 prop_assert!(!before.contains(place) || after.contains(place), "{place:?} vanished");
                 prop_assert!(rest.contains(place), "{place:?} was removed");
             }
         }
-        // So does the latest state, from the newest backup on.
+        // The same holds for the latest state, from the newest backup.
         let latest = world.restorable(&[number(&newest)], &world.held);
         prop_assert!(latest.is_subset(&after));
         let last = world.timelines.len() - 1;
@@ -421,7 +424,7 @@ proptest! {
             pieces.chain(whole.map(|one| one.stop)).max()
         };
         prop_assert_eq!(end(&before, &all), end(&after, &kept), "the end of the last timeline");
-        // What vanishes is named, and nothing else.
+        // The vanished moments are named, and no others.
         let mut named = BTreeSet::new();
         for window in &plan.windows {
             let index = window.branch.timeline.get() as usize - 1;
@@ -434,7 +437,7 @@ proptest! {
     }
 }
 
-/// One timeline of `days`, a backup at the beginning of each, a commit an hour.
+/// One timeline of `days`, with a backup at the beginning of each day and a commit per hour.
 fn daily(days: u64, window_days: i64) -> World {
     let timelines = vec![Timeline {
         parent: None,
@@ -483,7 +486,7 @@ fn plan_of(world: &World, policy: &RetentionPolicy) -> Result<ExpirePlan, Refusa
 
 #[test]
 fn grandfather_father_and_son_of_two_years() {
-    // Day 0 is 2000-01-01, a Saturday; the last one, 729, is 2001-12-30, a Sunday.
+    // Day 0 is 2000-01-01, a Saturday. The last one, 729, is 2001-12-30, a Sunday.
     let plan = plan_of(&daily(730, 2), &SEVEN).expect("a plan");
     let days: Vec<usize> = plan.kept.iter().map(|kept| number(&kept.backup)).collect();
     let months = [396, 424, 455, 485, 516, 546, 577, 608, 638, 669, 699];

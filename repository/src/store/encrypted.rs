@@ -1,7 +1,8 @@
-//! [`EncryptedStore`]: any store, where nothing but names, sizes and keys' names can be read by whoever runs it.
+//! [`EncryptedStore`]: wraps a store so that its operator can read only names, sizes and the names of keys.
 //!
-//! An object `x` is stored as `x.enc` ([`object`]), so an encrypted and a plain one are never taken for each other; the
-//! cluster's data keys lie wrapped in `keys/` ([`keys`]). Ranges cost a request more, for the header.
+//! An object `x` is stored as `x.enc` ([`object`]), so an encrypted object and a plain one are
+//! never confused. The cluster's data keys are stored, wrapped, in `keys/` ([`keys`]). Reading a
+//! range costs one more request, for the header.
 
 use std::{
     ops::{ControlFlow, Range},
@@ -22,7 +23,7 @@ mod object;
 #[cfg(test)]
 mod tests;
 
-/// What an encrypted object's name ends in.
+/// The suffix of an encrypted object's name.
 pub(crate) const SUFFIX: &str = ".enc";
 
 /// A cluster's objects, encrypted.
@@ -33,7 +34,8 @@ pub struct EncryptedStore {
 }
 
 impl EncryptedStore {
-    /// Encrypts what a cluster puts into `store`. Keys are looked for at the first request.
+    /// Encrypts the objects that a cluster puts into `store`. The keys are read at the first
+    /// request.
     #[must_use]
     pub fn new(store: Arc<dyn ObjectStore>, cluster: &str, ring: Arc<KeyRing>) -> Self {
         let root = format!("{cluster}/");
@@ -43,10 +45,10 @@ impl EncryptedStore {
         }
     }
 
-    /// Every data key of the cluster is open to the configured keys.
+    /// Checks that the configured keys can unwrap every data key of the cluster.
     ///
     /// # Errors
-    /// [`Error::Key`] that names the keys that are missing.
+    /// [`Error::Key`], which names the missing keys.
     pub fn check_keys(&self) -> Result<()> {
         let keys = self.keys.load()?;
         self.keys.check(&keys)?;
@@ -54,11 +56,11 @@ impl EncryptedStore {
         Ok(())
     }
 
-    /// Wraps every data key for every configured key; what is new is encrypted under the first of them. How many wrapped
-    /// keys were added. No object changes.
+    /// Wraps every data key with every configured key. New objects use the first key. Returns the
+    /// number of wrapped keys that were added. No object changes.
     ///
     /// # Errors
-    /// [`Error::Key`] when a data key is closed to all of them.
+    /// [`Error::Key`] when no configured key can unwrap a data key.
     pub fn rewrap(&self) -> Result<usize> {
         self.check_keys()?;
         self.writer()?;
@@ -66,8 +68,8 @@ impl EncryptedStore {
         self.keys.rewrap(&keys)
     }
 
-    /// Wrapped data keys of which one of the two copies is lost or damaged, and whether the other one is sound; with `mend`
-    /// that one is put in its place.
+    /// Returns the wrapped data keys of which one copy is lost or damaged, and whether the other
+    /// copy is intact. With `mend`, the intact copy replaces the broken one.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
@@ -90,7 +92,8 @@ impl EncryptedStore {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The data key for what is new. A new first key makes one of its own: what an old key could open ends there.
+    /// Returns the data key for new objects. A new first key creates a new data key, so an older
+    /// key cannot decrypt objects from then on.
     fn writer(&self) -> Result<Arc<DataKey>> {
         let mut known = self.known();
         let first = self.keys.ring.first().id;
@@ -108,7 +111,8 @@ impl EncryptedStore {
         Ok(Arc::new(made))
     }
 
-    /// The data key that an object names. Another archiver may have made it since we looked.
+    /// Returns the data key that an object names. Another archiver may have created it since the
+    /// keys were read.
     fn reader(&self, id: DataKeyId, name: &str) -> Result<Arc<DataKey>> {
         let mut known = self.known();
         if let Some(data) = known.as_ref().and_then(|keys| keys.open(id)) {
@@ -156,7 +160,7 @@ impl EncryptedStore {
         }
     }
 
-    /// Whether the object is as long as its header says, when a range of it could not be read.
+    /// Checks the object's length against its header after a range of it could not be read.
     fn check_length(&self, name: &str, header: &Header) -> Result<()> {
         let expected = header.stored_bytes().unwrap_or(u64::MAX);
         match self.store().head(&stored(name))? {
@@ -277,7 +281,7 @@ impl ObjectStore for EncryptedStore {
                  --cluster name or in another repository"
             )));
         }
-        // Without its ending a name has another place in the order.
+        // Without its suffix a name sorts differently.
         objects.sort_unstable_by(|one, other| one.key.cmp(&other.key));
         for object in objects {
             if visit(object).is_break() {

@@ -1,4 +1,4 @@
-//! [`ObservedStore`]: any store, with each request's duration and outcome told to an observer.
+//! [`ObservedStore`]: wraps a store and reports each request's duration and outcome to an observer.
 
 use std::{
     fmt,
@@ -12,10 +12,11 @@ use bytes::Bytes;
 use super::{ObjectMeta, ObjectStore, PutOutcome};
 use crate::{Error, Result};
 
-/// Told of each request: its name, how long it took, and whether it was answered. "Absent" is an answer.
+/// Called for each request with its name, its duration, and whether the store answered. "Absent" is
+/// an answer.
 pub type Observer = Arc<dyn Fn(&'static str, Duration, bool) + Send + Sync>;
 
-/// A store under observation.
+/// A store whose requests are observed.
 pub struct ObservedStore {
     store: Arc<dyn ObjectStore>,
     observer: Observer,
@@ -28,7 +29,7 @@ impl fmt::Debug for ObservedStore {
 }
 
 impl ObservedStore {
-    /// Observes a store.
+    /// Wraps a store.
     #[must_use]
     pub fn new(store: Arc<dyn ObjectStore>, observer: Observer) -> Self {
         Self { store, observer }

@@ -1,7 +1,9 @@
-//! What a bucket is asked, counted as its operator counts it: each attempt, page and part is a request of its own.
+//! Counts the requests to a bucket as its operator counts them: each attempt, page and part is a
+//! request.
 //!
-//! A [`RequestMeter`] belongs to a place of the configuration, and every store that is opened there counts on it, so that
-//! nothing starts anew with a new connection. Folders cost nothing and count nothing.
+//! A [`RequestMeter`] belongs to a place in the configuration. Every store that is opened for this
+//! place uses the same meter, so a new connection does not reset the counts. Folders cost nothing
+//! and are not counted.
 
 use std::{
     collections::VecDeque,
@@ -14,36 +16,36 @@ use std::{
 use serde::Serialize;
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// Minutes that make the last hour.
+/// The minutes of the last hour.
 const MINUTES: u64 = 60;
 
-/// What was asked, by what it costs.
+/// The kinds of requests, grouped by their price.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
-    /// An object removed, or an upload aborted.
+    /// Deletes an object or aborts an upload.
     Delete,
-    /// An object or a part of one.
+    /// Reads an object or a part of one.
     Get,
-    /// What is known of an object.
+    /// Reads an object's metadata.
     Head,
-    /// A page of a listing.
+    /// Reads one page of a listing.
     List,
-    /// An object stored; begin, parts and end of an upload.
+    /// Stores an object; also begin, parts and completion of a multipart upload.
     Put,
 }
 
 /// Numbers of requests.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RequestCounts {
-    /// Objects stored, and the parts of large ones.
+    /// Objects stored, and parts of large ones.
     pub put: u64,
     /// Objects and ranges read.
     pub get: u64,
-    /// Objects looked at.
+    /// Metadata reads.
     pub head: u64,
     /// Pages of listings.
     pub list: u64,
-    /// Objects removed.
+    /// Objects deleted.
     pub delete: u64,
 }
 
@@ -59,7 +61,7 @@ impl RequestCounts {
         *count += 1;
     }
 
-    /// By name.
+    /// The counts by name.
     #[must_use]
     pub fn each(&self) -> [(&'static str, u64); 5] {
         [
@@ -92,14 +94,14 @@ impl fmt::Display for RequestCounts {
     }
 }
 
-/// What was asked of one place, or of several.
+/// The requests to one place, or to several.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct RequestReport {
     /// Since the program started.
     pub total: RequestCounts,
-    /// In the last hour, or since the start where that is less.
+    /// In the last hour, or since the start if that is more recent.
     pub last_hour: RequestCounts,
-    /// For how long it has been counted.
+    /// Seconds since counting began.
     pub seconds: u64,
 }
 
@@ -111,7 +113,7 @@ impl AddAssign for RequestReport {
     }
 }
 
-/// Counts; a clone counts on the same numbers.
+/// A counter. Clones share the same numbers.
 #[derive(Clone)]
 pub struct RequestMeter {
     since: Instant,
@@ -121,12 +123,13 @@ pub struct RequestMeter {
 #[derive(Default)]
 struct Counts {
     total: RequestCounts,
-    /// The last hour by minutes since the start, oldest first; minutes without a request have no entry.
+    /// The last hour by minutes since the start, oldest first. Minutes without a request have no
+    /// entry.
     minutes: VecDeque<(u64, RequestCounts)>,
 }
 
 impl RequestMeter {
-    /// One request was sent.
+    /// Counts one request.
     pub fn count(&self, kind: RequestKind) {
         self.count_at(kind, self.since.elapsed());
     }
@@ -146,7 +149,7 @@ impl RequestMeter {
         }
     }
 
-    /// The numbers now.
+    /// Returns the current numbers.
     #[must_use]
     pub fn report(&self) -> RequestReport {
         self.report_at(self.since.elapsed())
@@ -184,7 +187,7 @@ impl fmt::Debug for RequestMeter {
     }
 }
 
-/// What was counted does not make one place another.
+/// Counts do not affect whether two places are equal.
 impl PartialEq for RequestMeter {
     fn eq(&self, _: &Self) -> bool {
         true

@@ -1,7 +1,8 @@
-//! [`Retrying`]: a store that asks again what failed in passing, with growing pauses, jitter and a budget.
+//! [`Retrying`]: a store that retries transient failures, with growing pauses, jitter and a budget.
 //!
-//! Only what may succeed by itself is asked again ([`Error::is_transient`]); a refusal is told at once. The budget is shared
-//! by everybody who uses the store: while it is down, requests fail soon instead of queueing retries against it.
+//! Only failures that may disappear by themselves are retried ([`Error::is_transient`]). A refusal
+//! is returned at once. All users of the store share the budget: while the store is down, requests
+//! fail early instead of queueing retries.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -18,26 +19,28 @@ use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, PutOutcome};
 use crate::Error;
 use crate::Result;
 
-/// How long whoever uses a store waits for it to recover.
+/// How long the user of a store waits for it to recover.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Patience {
-    /// Five attempts, about a second: whoever asks comes back by itself, or has another place to ask.
+    /// Five attempts, about one second: for callers that retry themselves or have another store to
+    /// ask.
     #[default]
     Short,
-    /// Twelve attempts, up to half a minute: longer than a store restarts, for a restore that would have to begin anew.
+    /// Twelve attempts, up to half a minute: longer than a store needs to restart. For a restore,
+    /// which would otherwise have to start again.
     Long,
 }
 
-/// How often and how fast a request is asked again.
+/// The number and pace of retries.
 #[derive(Debug)]
 pub struct RetryPolicy {
-    /// Attempts of one request, the first included.
+    /// The attempts per request, including the first.
     pub attempts_max: u32,
-    /// The first pause; the next ones double.
+    /// The first pause. Each further pause is twice as long.
     pub pause_min: Duration,
-    /// No pause is longer.
+    /// The longest pause.
     pub pause_max: Duration,
-    /// Retries that are left; every success gives one back.
+    /// The retries that are left. Every success adds one.
     budget: AtomicU32,
     budget_max: u32,
 }
@@ -60,7 +63,7 @@ impl From<Patience> for RetryPolicy {
 }
 
 impl RetryPolicy {
-    /// A policy with a full budget.
+    /// Creates a policy with a full budget.
     #[must_use]
     pub fn new(attempts_max: u32, pause_min: Duration, pause_max: Duration, budget: u32) -> Self {
         Self {
@@ -72,10 +75,10 @@ impl RetryPolicy {
         }
     }
 
-    /// Does `request` until it succeeds, is refused, or its attempts or the budget are used up.
+    /// Runs `request` until it succeeds, is refused, or the attempts or the budget are used up.
     ///
     /// # Errors
-    /// Those of the last attempt.
+    /// The error of the last attempt.
     pub fn run<T>(&self, mut request: impl FnMut() -> Result<T>) -> Result<T> {
         for attempt in 1.. {
             match request() {
@@ -98,7 +101,8 @@ impl RetryPolicy {
         unreachable!("BUG: the last attempt returns")
     }
 
-    /// Between nothing and the doubled pause ("full jitter"): clients that failed together come back apart.
+    /// Returns a random pause between zero and the doubled pause ("full jitter"), so that clients
+    /// that failed together retry at different times.
     fn pause(&self, attempt: u32) -> Duration {
         let micros = u64::try_from(self.ceiling(attempt).as_micros()).unwrap_or(u64::MAX);
         Duration::from_micros(RandomState::new().hash_one(attempt) % micros.max(1))
@@ -125,7 +129,7 @@ impl RetryPolicy {
     }
 }
 
-/// A store behind a [`RetryPolicy`].
+/// A store with a [`RetryPolicy`].
 #[derive(Debug)]
 pub struct Retrying<S> {
     store: S,
@@ -133,14 +137,15 @@ pub struct Retrying<S> {
 }
 
 impl<S: ObjectStore> Retrying<S> {
-    /// Puts a policy before a store.
+    /// Wraps a store with a policy.
     pub fn new(store: S, policy: RetryPolicy) -> Self {
         Self { store, policy }
     }
 }
 
 impl<S: ObjectStore> ObjectStore for Retrying<S> {
-    /// A put whose reply was lost is found to be there already: callers compare, as they do for anybody else's object.
+    /// If the reply to a put was lost, the retry finds the object. Callers compare it, as they do
+    /// with an object from anybody else.
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         self.policy.run(|| self.store.put_if_absent(key, body))
     }
@@ -161,7 +166,7 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
         self.policy.run(|| self.store.head(key))
     }
 
-    /// A listing that breaks in the middle begins again behind what was visited.
+    /// A listing that breaks continues after the last visited key.
     fn list(
         &self,
         prefix: &str,

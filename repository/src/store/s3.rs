@@ -1,8 +1,10 @@
-//! A bucket as an object store: AWS's, or anything that speaks its protocol.
+//! A bucket as an object store: AWS S3, or any store that speaks its protocol.
 //!
-//! The SDK is asynchronous and the trait is not: every request runs on a small runtime of the store's own, so it may be
-//! called from any thread. The SDK's retries are off; [`Retrying`](super::retry::Retrying) asks again.
-//! Invariant: only `NoSuchKey` proves an object absent. A 403, another 404 and an answer that breaks off are errors.
+//! The SDK is asynchronous and the trait is not, so every request runs on a small runtime that
+//! belongs to the store. The store may therefore be called from any thread. The SDK's own retries
+//! are off; [`Retrying`](super::retry::Retrying) retries instead.
+//! Invariant: only `NoSuchKey` proves that an object is absent. A 403, any other 404 and a
+//! truncated answer are errors.
 
 use std::{
     future::Future,
@@ -44,17 +46,19 @@ mod tests;
 
 pub use as_of::S3AsOf;
 
-/// No single attempt takes longer: a part of 16 MiB at 56 kB/s.
+/// The maximum duration of one attempt: a part of 16 MiB at 56 kB/s.
 const ATTEMPT_MAX: Duration = Duration::from_secs(300);
-/// How long a body may stand still, or take over so many bytes: one that trickles is no better than one that stands.
+/// The maximum time without progress while a body is read, where progress means `PACE_BYTES`. A
+/// body that trickles is treated like one that has stalled.
 const STANDSTILL_MAX: Duration = Duration::from_secs(30);
 const PACE_BYTES: usize = 64 << 10;
-/// How often an object whose checksum is wrong is read: a wrong read is one thing, a wrong object another.
+/// The number of reads of an object with a wrong checksum. The second read distinguishes a faulty
+/// transfer from a damaged object.
 const READS_MAX: u32 = 2;
-/// Room made at once for a body, whatever length the store announces.
+/// The maximum memory reserved in advance for a body, whatever length the store announces.
 const BODY_ROOM_MAX: u64 = 64 << 20;
 
-/// Objects in a bucket, below a prefix.
+/// The objects in a bucket that have a common prefix.
 #[derive(Debug)]
 pub struct S3Store {
     signer: Mutex<Signer>,
@@ -65,17 +69,19 @@ pub struct S3Store {
     checksums: bool,
     requests: RequestMeter,
     conditional: Mutex<Conditional>,
-    /// How long a body may take over each [`PACE_BYTES`] of it.
+    /// The maximum time for each [`PACE_BYTES`] of a body.
     standstill_max: Duration,
-    /// In the place of a condition, where the store has none: writers of this process, one at a time per key.
+    /// Locks that replace the missing condition in a store without conditional writes: within this
+    /// process, one writer at a time per key.
     turns: [Mutex<()>; 16],
 }
 
 impl S3Store {
-    /// A store that asks again what fails in passing. No request is made before the first one is needed.
+    /// Opens a store that retries transient failures. The first request is made only when it is
+    /// needed.
     ///
     /// # Errors
-    /// [`Error::Config`] when the settings can not be used.
+    /// [`Error::Config`] when the settings cannot be used.
     pub fn open(
         bucket: &str,
         prefix: &str,
@@ -88,7 +94,7 @@ impl S3Store {
         Ok(Retrying::new(store, patience.into()))
     }
 
-    /// A store whose every request is made once.
+    /// Opens a store that makes every request once.
     ///
     /// # Errors
     /// As [`S3Store::open`].
@@ -114,7 +120,7 @@ impl S3Store {
         })
     }
 
-    /// Runs a request to its end on the store's runtime.
+    /// Runs a request to completion on the store's runtime.
     fn request<T, E>(
         &self,
         kind: RequestKind,
@@ -145,13 +151,14 @@ impl S3Store {
         let gone = || Failure::transient("the threads for S3 have ended");
         let runtime = self.runtime.as_ref().ok_or_else(gone)?;
         runtime.spawn(async move {
-            // Nobody waits any more when the caller's thread is gone.
+            // The receiver is gone if the caller's thread has ended.
             let _gone = reply.send(work.await);
         });
         answer.recv().unwrap_or_else(|_| Err(gone()))
     }
 
-    /// The key in the bucket. Keys come from our own types, but also from listings and tests: none may leave the prefix.
+    /// Returns the key in the bucket. Keys come from our own types, but also from listings and
+    /// tests. A key must not leave the prefix.
     fn full_key(&self, action: Action, key: &str) -> Result<String> {
         if !is_sound_key(key) {
             let failure = Failure::refused("not a key of this store");
@@ -186,7 +193,7 @@ impl S3Store {
         }
     }
 
-    /// One `PutObject`.
+    /// Sends one `PutObject`.
     fn put_object(
         &self,
         full_key: &str,
@@ -208,7 +215,8 @@ impl S3Store {
                 (Some(sent), Some(stored)) if sent != stored => Err(Failure::transient(
                     "the store took other bytes than were sent: their checksums differ",
                 )),
-                // Every object that was stored has one: this is a proxy's page, or an error in the words of a success.
+                // Every stored object has an ETag. This is a proxy's page, or an error document
+                // with a success status.
                 _ if answer.e_tag().is_none() => Err(Failure::transient(
                     "the store's answer to a put names no ETag, so it is none",
                 )),
@@ -219,8 +227,9 @@ impl S3Store {
         }
     }
 
-    /// In a store without conditions: looks, writes, reads back. Two hosts that write one name at once may both write it,
-    /// but each reads what is there in the end, and every object of ours is determined by what it holds.
+    /// Puts an object in a store without conditional writes: checks that it is absent, writes,
+    /// reads back. Two hosts that write the same name at once may both write it, but each reads
+    /// back the final object, and every object of ours is determined by its content.
     fn put_unconditionally(&self, key: &str, full_key: &str, body: &Bytes) -> Result<PutOutcome> {
         let turn = key.bytes().fold(0usize, |sum, byte| {
             sum.wrapping_mul(31).wrapping_add(usize::from(byte))
@@ -244,7 +253,7 @@ impl S3Store {
         }
     }
 
-    /// One `GetObject`, its body and the checksum that was stored with it.
+    /// Sends one `GetObject`. Returns the body and the checksum that was stored with it.
     fn get_object(
         &self,
         full_key: &str,
@@ -259,7 +268,8 @@ impl S3Store {
             .set_version_id(version.map(str::to_owned))
             .set_range(range.map(|range| format!("bytes={}-{}", range.start, range.end - 1)));
         self.requests.count(RequestKind::Get);
-        // Asked for by hand: the SDK's own comparison has no error of its own to tell damage from a lost connection.
+        // The checksum is compared here: the SDK's own comparison does not distinguish damage from
+        // a lost connection.
         let wanted = self.checksums && range.is_none();
         let request = Box::pin(async move {
             if !wanted {
@@ -283,7 +293,7 @@ impl S3Store {
         body.map_err(|failure| self.with_new_credentials(failure))
     }
 
-    /// A whole object, or one of its versions.
+    /// Reads a whole object, or one of its versions.
     fn read_whole(&self, key: &str, version: Option<&str>) -> Result<Bytes> {
         let full_key = self.full_key(Action::Get, key)?;
         for _ in 0..READS_MAX {
@@ -304,7 +314,7 @@ impl S3Store {
         ))
     }
 
-    /// The bytes of a range that is not empty.
+    /// Reads a non-empty range.
     fn read_part(&self, key: &str, range: Range<u64>, version: Option<&str>) -> Result<Bytes> {
         let full_key = self.full_key(Action::Get, key)?;
         let outside = || {
@@ -316,7 +326,7 @@ impl S3Store {
             .map_err(|failure| self.failed(Action::Get, key, failure))?;
         let answered = body.content_range.as_deref().and_then(parse_content_range);
         match answered {
-            // At the object's end S3 answers with what there is.
+            // At the end of the object S3 returns the bytes that exist.
             Some(answered) if answered.start == range.start && answered.end < range.end => {
                 Err(outside())
             }
@@ -333,7 +343,7 @@ impl S3Store {
     }
 }
 
-/// What a `GetObject` brought.
+/// The result of a `GetObject`.
 struct Body {
     bytes: Bytes,
     content_range: Option<String>,
@@ -349,7 +359,7 @@ impl Body {
             .content_length()
             .and_then(|length| u64::try_from(length).ok());
         let content_range = answer.content_range().map(str::to_owned);
-        // A checksum of parts' checksums ends in their number; it says nothing that can be compared here.
+        // A checksum of the parts' checksums ends with their number. It cannot be compared here.
         let checksum = answer
             .checksum_crc32_c()
             .filter(|sum| !sum.contains('-'))
@@ -386,7 +396,7 @@ impl Body {
     }
 }
 
-/// CRC-32C as S3 writes it.
+/// Returns the CRC-32C in S3's notation.
 fn checksum(bytes: &[u8]) -> String {
     base64::encode(crc32c::crc32c(bytes).to_be_bytes())
 }
@@ -402,14 +412,14 @@ impl ObjectStore for S3Store {
             if !self.honours_conditions_on_parts()? {
                 return self.put_unconditionally(key, &full_key, &body);
             }
-            // Before a gigabyte goes out for nothing.
+            // Avoids uploading a large object in vain.
             if self.head(key)?.is_some() {
                 return Ok(PutOutcome::AlreadyExists);
             }
             return self.put_parts(key, &full_key, &body, true);
         }
         match self.put_object(&full_key, body, true) {
-            // Where overwriting is forbidden a refusal may only mean that the name is taken.
+            // Where overwriting is forbidden, a refusal may only mean that the name is taken.
             Err(failure) if failure.is_denied() && matches!(self.head(key), Ok(Some(_))) => {
                 Ok(PutOutcome::AlreadyExists)
             }
@@ -431,7 +441,7 @@ impl ObjectStore for S3Store {
 
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
         if range.is_empty() {
-            // S3 has no words for it.
+            // S3 has no error for this case.
             return match self.head(key)? {
                 Some(object) if range.start == range.end && range.end <= object.size => {
                     Ok(Bytes::new())
@@ -449,7 +459,8 @@ impl ObjectStore for S3Store {
         self.read_part(key, range, None)
     }
 
-    /// An answer without a body can not say *what* is missing: absence is proved by the words of a `GetObject`.
+    /// Sends a `HeadObject`. An answer without a body cannot say *what* is missing; absence is
+    /// proved by the error document of a `GetObject`.
     fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
         let full_key = self.full_key(Action::Head, key)?;
         let head = self
@@ -487,8 +498,8 @@ impl ObjectStore for S3Store {
         }
     }
 
-    /// Read whole and sorted before the first is visited: not every store lists in the order of the keys (SeaweedFS goes
-    /// folder by folder).
+    /// Reads the whole listing and sorts it before the first visit: not every store lists in key
+    /// order (SeaweedFS lists folder by folder).
     fn list(
         &self,
         prefix: &str,
@@ -577,14 +588,14 @@ impl ObjectStore for S3Store {
 
 impl Drop for S3Store {
     fn drop(&mut self) {
-        // A runtime may not wait for its threads inside another one.
+        // A runtime must not be dropped, which waits for its threads, inside another runtime.
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
     }
 }
 
-/// `bytes 2-5/10` as the half-open `2..6`.
+/// Parses `bytes 2-5/10` as the half-open range `2..6`.
 fn parse_content_range(text: &str) -> Option<Range<u64>> {
     let (range, _) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;

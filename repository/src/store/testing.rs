@@ -1,4 +1,4 @@
-//! What every store must pass, as functions of any store: run it on each implementation.
+//! The conformance suite that every store implementation must pass.
 
 use std::{ops::ControlFlow, sync::Arc, thread};
 
@@ -15,10 +15,11 @@ fn keys(store: &dyn ObjectStore, prefix: &str) -> Vec<String> {
     keys
 }
 
-/// Runs the whole suite on an empty store; `races` of sixteen writers each, which a distributed store decides slowly.
+/// Runs the whole suite on an empty store, with `races` races of sixteen writers each, which a
+/// distributed store decides slowly.
 ///
 /// # Panics
-/// On the first promise of [`ObjectStore`] that does not hold.
+/// On the first violated guarantee of [`ObjectStore`].
 pub fn conformance(store: &Arc<dyn ObjectStore>, races: u32) {
     let absent = store.get("a/nothing").expect_err("nothing is there");
     assert!(absent.is_not_found(), "{absent}");
@@ -87,7 +88,7 @@ pub fn conformance(store: &Arc<dyn ObjectStore>, races: u32) {
     race(store, races);
 }
 
-/// Sixteen writers of one name: one wins, and everybody reads the winner's bytes.
+/// Sixteen writers of one name: one wins, and all read the winner's bytes.
 fn race(store: &Arc<dyn ObjectStore>, races: u32) {
     for round in 0..races {
         let key = format!("race/{round}");

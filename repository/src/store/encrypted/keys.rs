@@ -1,8 +1,11 @@
-//! The keys of one cluster in a store: data keys encrypt objects, key-encryption keys wrap data keys.
+//! The keys of one cluster in a store: data keys encrypt objects, key-encryption keys wrap data
+//! keys.
 //!
-//! `keys/{data key}/{key-encryption key}.json` is a data key, wrapped, and `keys-copy/…` the same once more; to re-wrap is to add such an object, nothing else
-//! changes. Invariant: nothing is written or deleted while a data key of the cluster is closed to us: whoever has the
-//! wrong key is told so before it can do harm, and not on the day of a restore.
+//! `keys/{data key}/{key-encryption key}.json` is a wrapped data key, and `keys-copy/…` is its
+//! second copy. Re-wrapping adds such an object and changes nothing else.
+//! Invariant: nothing is written or deleted while our keys cannot unwrap every data key of the
+//! cluster. A user with the wrong key gets an error before any harm is done, and not on the day of
+//! a restore.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,7 +29,7 @@ use crate::{
 
 const FORMAT_VERSION: u32 = 1;
 
-/// A data key's name: chance.
+/// The random name of a data key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct DataKeyId(pub(super) [u8; 16]);
 
@@ -36,7 +39,7 @@ impl fmt::Display for DataKeyId {
     }
 }
 
-/// What objects' own keys are made of.
+/// A data key, from which the objects' own keys are derived.
 #[derive(Clone)]
 pub(super) struct DataKey {
     pub(super) id: DataKeyId,
@@ -52,7 +55,7 @@ impl fmt::Debug for DataKey {
 }
 
 impl DataKey {
-    /// For the one place that derives from it.
+    /// For the single place that derives keys from it.
     pub(super) fn reveal(&self) -> &[u8] {
         &*self.key
     }
@@ -81,7 +84,7 @@ struct WrappedKey {
 }
 
 impl WrappedKey {
-    /// What the wrapped key is bound to.
+    /// The data that the wrapping authenticates.
     fn bound(&self) -> Aad<String> {
         Aad::from(format!(
             "tidemark data key v1\n{}\n{}\n{}\n{}",
@@ -90,16 +93,16 @@ impl WrappedKey {
     }
 }
 
-/// What is known of a cluster's keys.
+/// The known keys of a cluster.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Keys {
     open: BTreeMap<DataKeyId, Arc<DataKey>>,
-    /// Data keys that none of our keys opens, with those that would.
+    /// Data keys that none of our keys can unwrap, with the keys that can.
     closed: BTreeMap<DataKeyId, Vec<String>>,
     wraps: BTreeSet<(DataKeyId, KeyId)>,
 }
 
-/// Where a cluster's keys lie.
+/// The location of a cluster's keys.
 #[derive(Clone, Debug)]
 pub(super) struct KeyStore {
     pub(super) store: Arc<dyn ObjectStore>,
@@ -117,7 +120,7 @@ impl Keys {
         self.closed.contains_key(&id)
     }
 
-    /// The newest data key that was made under a key-encryption key.
+    /// Returns the newest data key that was created under a key-encryption key.
     pub(super) fn made_by(&self, key: KeyId) -> Option<Arc<DataKey>> {
         let made_by = self.open.values().filter(|data| data.made_by == key);
         made_by.max_by_key(|data| (&data.made, data.id)).cloned()
@@ -125,10 +128,11 @@ impl Keys {
 }
 
 impl KeyStore {
-    /// The data keys, and for whom each is wrapped. A name that only the copy has is one too.
+    /// Returns the data keys and the keys that wrap each of them. A name that exists only as the
+    /// second copy counts.
     fn names(&self) -> Result<BTreeMap<DataKeyId, BTreeSet<String>>> {
         let mut names: BTreeMap<DataKeyId, BTreeSet<String>> = BTreeMap::new();
-        // Both folders in one listing.
+        // Lists both folders with one listing.
         let root = format!("{}keys", self.root);
         self.store.list(&root, &mut |object| {
             let name = object.key.strip_prefix(&root);
@@ -144,8 +148,8 @@ impl KeyStore {
         Ok(names)
     }
 
-    /// Wrapped keys that are lost or damaged in one of their two copies: its name, and the other's content where that one
-    /// is sound.
+    /// Returns the wrapped keys of which one copy is lost or damaged: the name, and the other
+    /// copy's content if that is intact.
     pub(super) fn broken(&self) -> Result<Vec<(String, Option<Bytes>)>> {
         let mut broken = Vec::new();
         for (id, wrapped_by) in self.names()? {
@@ -166,7 +170,8 @@ impl KeyStore {
         Ok(broken)
     }
 
-    /// A wrapped key's object, if nothing is wrong with it. Of one that is wrapped for somebody else less can be said.
+    /// Returns a wrapped key's object if it is intact. If it is wrapped with a key that we do not
+    /// have, fewer checks are possible.
     fn sound(&self, name: &str, id: DataKeyId, key: Option<&Key>) -> Result<Option<Bytes>> {
         let json = match self.store.get(name) {
             Ok(json) => json,
@@ -186,13 +191,13 @@ impl KeyStore {
         }
     }
 
-    /// Puts the sound copy in the place of the broken one, and reads it back.
+    /// Replaces the broken copy with the intact one and reads it back.
     pub(super) fn mend(&self, name: &str, sound: &Bytes) -> Result<()> {
         self.store.delete(name)?;
         self.store.put_proved(name, sound).map(drop)
     }
 
-    /// Reads every data key that our keys open: one listing, one object for each.
+    /// Reads every data key that our keys can unwrap: one listing, and one object for each.
     pub(super) fn load(&self) -> Result<Keys> {
         let mut keys = Keys::default();
         for (id, wrapped_by) in self.names()? {
@@ -215,7 +220,8 @@ impl KeyStore {
         Ok(keys)
     }
 
-    /// Every data key of the cluster opens, or this says whose keys are missing.
+    /// Returns an error that names the missing keys, unless every data key of the cluster can be
+    /// unwrapped.
     pub(super) fn check(&self, keys: &Keys) -> Result<()> {
         if keys.closed.is_empty() {
             return Ok(());
@@ -239,7 +245,8 @@ impl KeyStore {
         }
     }
 
-    /// Makes a data key under the first of our keys, and stores it before anything is encrypted with it.
+    /// Creates a data key under the first of our keys and stores it before anything is encrypted
+    /// with it.
     pub(super) fn make(&self) -> Result<DataKey> {
         let mut id = DataKeyId([0; 16]);
         let mut key = Zeroizing::new([0; 32]);
@@ -258,7 +265,8 @@ impl KeyStore {
         Ok(data)
     }
 
-    /// Wraps every open data key for every one of our keys, where that was not done; how many were.
+    /// Wraps every unwrapped data key with every one of our keys where that is missing. Returns the
+    /// number of wrappings added.
     pub(super) fn rewrap(&self, keys: &Keys) -> Result<usize> {
         let mut wrapped = 0;
         for data in keys.open.values() {
@@ -301,12 +309,12 @@ impl KeyStore {
         let json = serde_json::to_vec_pretty(&wrapped)
             .map_err(|error| self.problem(format!("write a data key: {error}")))?;
         let by = key.id.to_string();
-        // Twice, the copy first: without its data key an archive is noise.
+        // Both copies, the second copy first: without its data key an archive cannot be read.
         for name in [self.copy(data.id, &by), self.name(data.id, &by)] {
             self.store.put_proved(&name, &json)?;
         }
         let name = self.name(data.id, &by);
-        // The key that will encrypt the archive for years has to be readable from where it was put.
+        // Reads the stored key back, because it must be readable for as long as the archive exists.
         if *self.unwrap(data.id, key)?.key == *data.key {
             Ok(())
         } else {

@@ -1,7 +1,9 @@
-//! The container of an encrypted object: a header in the clear, then frames of AES-256-GCM (`FORMAT.md`, *Encryption*).
+//! The container of an encrypted object: a plain header, then frames of AES-256-GCM (`FORMAT.md`,
+//! *Encryption*).
 //!
-//! Invariant: every byte is authenticated together with the object's name: a frame that was changed, cut off, moved or
-//! taken from another object does not open. Each object has a key of its own, so a frame's number can be its nonce.
+//! Invariant: every byte is authenticated together with the object's name. A frame that was
+//! changed, truncated, moved or taken from another object does not decrypt. Each object has its own
+//! key, so a frame's number can be its nonce.
 
 use std::ops::Range;
 
@@ -12,13 +14,13 @@ use aws_lc_rs::{
 
 use super::keys::{DataKey, DataKeyId};
 
-/// First in every encrypted object.
+/// The first bytes of every encrypted object.
 const MAGIC: [u8; 8] = *b"TMCIPHER";
 const FORMAT_VERSION: u16 = 1;
-/// AES-256-GCM, keys by HKDF-SHA-256.
+/// AES-256-GCM with keys from HKDF-SHA-256.
 const ALGORITHM: u8 = 1;
 const FRAME_SHIFT: u8 = 16;
-/// Plain bytes of every frame but the last.
+/// The plain bytes of every frame except the last.
 const FRAME_LEN: usize = 1 << FRAME_SHIFT;
 const FRAME_BYTES: u64 = FRAME_LEN as u64;
 const TAG_LEN: usize = 16;
@@ -26,12 +28,12 @@ const TAG_BYTES: u64 = TAG_LEN as u64;
 const STORED_FRAME_LEN: usize = FRAME_LEN + TAG_LEN;
 const STORED_FRAME_BYTES: u64 = STORED_FRAME_LEN as u64;
 const HEADER_LEN: usize = 72;
-/// Bytes of the header.
+/// The size of the header in bytes.
 pub(super) const HEADER_BYTES: u64 = HEADER_LEN as u64;
-/// What an object's key is made for; the header and the name follow.
+/// The purpose of the key derivation. The header and the name follow.
 const PURPOSE: &[u8] = b"tidemark object v1\0";
 
-/// What an object says of itself.
+/// The header of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     bytes: [u8; HEADER_LEN],
@@ -39,16 +41,16 @@ pub(super) struct Header {
     pub(super) plain_bytes: u64,
 }
 
-/// Why an object does not open.
+/// The reason why an object cannot be decrypted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum SealError {
-    /// It is none of ours.
+    /// It is not an encrypted object of ours.
     #[error("it is not an encrypted object of this format")]
     NotEncrypted,
     /// A newer build wrote it, or its header is damaged.
     #[error("its header is of format version {0}, which this build does not read")]
     Version(u16),
-    /// It is longer or shorter than its header says.
+    /// Its length differs from its header.
     #[error("it is {found} bytes long, its header says {expected}: it was cut off or appended to")]
     Length { expected: u64, found: u64 },
     /// A frame was changed.
@@ -56,7 +58,7 @@ pub(super) enum SealError {
         "frame {0} is not authentic: it was changed, or the object was moved from another name"
     )]
     Frame(u64),
-    /// The library refused; it says no more.
+    /// The library refused without a reason.
     #[error("AES-256-GCM could not be set up")]
     Setup,
 }
@@ -81,7 +83,7 @@ impl Header {
         }
     }
 
-    /// Reads the first bytes of an object.
+    /// Parses the first bytes of an object.
     pub(super) fn parse(object: &[u8]) -> Result<Self, SealError> {
         let bytes: [u8; HEADER_LEN] = object
             .get(..HEADER_LEN)
@@ -109,7 +111,7 @@ impl Header {
         self.plain_bytes.div_ceil(FRAME_BYTES).max(1)
     }
 
-    /// How long the object is in the store.
+    /// The length of the object in the store.
     pub(super) fn stored_bytes(&self) -> Option<u64> {
         self.frames()
             .checked_mul(TAG_BYTES)?
@@ -117,7 +119,7 @@ impl Header {
             .checked_add(HEADER_BYTES)
     }
 
-    /// The frames that hold a range, and where they are in the store.
+    /// Returns the frames that contain a range, and their place in the store.
     pub(super) fn place(&self, plain: &Range<u64>) -> (u64, Range<u64>) {
         let first = plain.start / FRAME_BYTES;
         let after = plain.end.div_ceil(FRAME_BYTES).max(first + 1);
@@ -126,7 +128,7 @@ impl Header {
         (first, start..end)
     }
 
-    /// The object's own key.
+    /// Derives the object's own key.
     fn key(&self, data_key: &DataKey, name: &str) -> Result<LessSafeKey, SealError> {
         let info = [PURPOSE, &self.bytes, name.as_bytes()];
         let key = Salt::new(HKDF_SHA256, &self.bytes[32..64]).extract(data_key.reveal());
@@ -144,7 +146,7 @@ impl Header {
         Ok(Nonce::assume_unique_for_key(nonce))
     }
 
-    /// Decrypts whole frames, of which `first` is the number of the first, into their plain bytes.
+    /// Decrypts whole frames. `first` is the number of the first one.
     pub(super) fn open_frames(
         &self,
         data_key: &DataKey,
@@ -165,12 +167,13 @@ impl Header {
     }
 }
 
-/// Where a frame begins in the plain object.
+/// The offset of a frame in the plain object.
 pub(super) fn frame_start(frame: u64) -> u64 {
     frame * FRAME_BYTES
 }
 
-/// The plain length of an object that is so long in the store; `None` for a length that no object has.
+/// Returns the plain length of an object of this stored length, or `None` if no object has this
+/// length.
 pub(super) fn plain_bytes(stored: u64) -> Option<u64> {
     let frames = stored.checked_sub(HEADER_BYTES)?;
     let count = frames.div_ceil(STORED_FRAME_BYTES).max(1);
@@ -189,7 +192,7 @@ pub(super) fn seal(
     let stored = header.stored_bytes().ok_or(SealError::Setup)?;
     let mut object = Vec::with_capacity(usize::try_from(stored).unwrap_or(0));
     object.extend_from_slice(&header.bytes);
-    // An empty object has one empty frame: its tag proves that it was empty.
+    // An empty object has one empty frame, whose tag proves that it was empty.
     let empty: [&[u8]; 1] = [b""];
     let pieces = plain.chunks(FRAME_LEN);
     let pieces = pieces.chain(empty.into_iter().take(usize::from(plain.is_empty())));
@@ -204,7 +207,7 @@ pub(super) fn seal(
     Ok(object)
 }
 
-/// Decrypts a whole object, whose header was read.
+/// Decrypts a whole object whose header was parsed.
 pub(super) fn open(
     header: &Header,
     data_key: &DataKey,

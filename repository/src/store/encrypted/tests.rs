@@ -1,4 +1,4 @@
-//! Encryption over a folder: the contract of any store, and that nothing that was touched opens.
+//! Encryption over a folder: the contract of any store, and that no modified object decrypts.
 
 use std::{fs, path::Path};
 
@@ -14,7 +14,7 @@ fn store(directory: &Path, cluster: &str, keys: &[&str]) -> EncryptedStore {
     EncryptedStore::new(inner, cluster, Arc::new(ring))
 }
 
-/// Every file below a folder, with its content.
+/// Returns every file below a folder with its content.
 fn files(directory: &Path) -> Vec<(String, Vec<u8>)> {
     let inner = LocalStore::open(directory).expect("a folder");
     let mut names = Vec::new();
@@ -149,7 +149,7 @@ fn frames_can_not_be_cut_off_swapped_or_moved_to_another_name() {
     let mixed = [&x[..72 + frame], &y[72 + frame..]];
     refused(&mixed.concat(), "frames of two objects");
     refused(&text(300), "a plain text");
-    // Cut off, an end can not be read as the end of a shorter object.
+    // A truncated object cannot be read as a shorter one.
     fs::write(at("x"), &x[..72 + 2 * frame]).expect("a file");
     let size = store.head("main/x").expect("a head").expect("it is there");
     let end = store.get_range("main/x", size.size - 100..size.size);
@@ -196,7 +196,7 @@ fn a_new_key_starts_at_once_and_rewrapping_changes_no_object() {
     let both = store(directory.path(), "main", &[TWO, ONE]);
     assert_eq!(both.get("main/old").expect("a get"), &b"old"[..]);
     both.put_if_absent("main/new", b"new").expect("a put");
-    // What the old key could open ends with it.
+    // The old key cannot decrypt what is encrypted from now on.
     let data_key = |name: &str| {
         let object = fs::read(directory.path().join(format!("main/{name}.enc")));
         object.expect("an object")[16..32].to_vec()
@@ -208,7 +208,7 @@ fn a_new_key_starts_at_once_and_rewrapping_changes_no_object() {
         .expect_err("it was not wrapped again");
     assert!(matches!(closed, Error::Key { .. }), "{closed:?}");
     let before = files(directory.path());
-    // The old data key for the new key, and the new one for the old.
+    // The old data key for the new key, and the new data key for the old key.
     assert_eq!(both.rewrap().expect("it wraps"), 2);
     assert_eq!(both.rewrap().expect("again"), 0);
     let after = files(directory.path());
@@ -276,7 +276,8 @@ fn plain_and_encrypted_clusters_refuse_each_other_s_place() {
     assert!(encrypted("b").identity().expect("it reads").is_some());
 }
 
-/// Made by another implementation from `FORMAT.md` alone: the Python of its last chapter, run backwards.
+/// Created by an independent implementation from `FORMAT.md` alone: the Python code of its last
+/// chapter, in reverse.
 #[test]
 fn an_object_of_another_implementation_opens() {
     let data = DataKey::of_test([7; 16], [9; 32]);

@@ -1,7 +1,8 @@
-//! [`S3AsOf`]: a versioned bucket as it was at a time, whatever was deleted or overwritten since.
+//! [`S3AsOf`]: a versioned bucket as of an earlier time, whatever was deleted or overwritten since.
 //!
-//! The store's own clock says when a version came to be, so a view does not depend on ours. Invariant: nothing is written,
-//! and every read names its version: what an attacker put over an object later is never delivered.
+//! The store's own clock dates the versions, so a view does not depend on our clock.
+//! Invariant: nothing is written, and every read names a version. An object that an attacker wrote
+//! later is never returned.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -25,7 +26,7 @@ use crate::{
     },
 };
 
-/// The version ids of a bucket that never had versioning.
+/// The version ID in a bucket that never had versioning.
 const NO_VERSION: &str = "null";
 
 /// A version of an object.
@@ -35,7 +36,7 @@ struct Version {
     size: u64,
 }
 
-/// What happened to a key, at a time.
+/// A change of a key, with its time.
 struct Event {
     when: Timestamp,
     is_latest: bool,
@@ -44,28 +45,29 @@ struct Event {
 }
 
 impl Event {
-    /// Whether it came after another one of the same key. Times are whole seconds in many stores: what the store calls the
-    /// latest is, and objects are put before they are deleted.
+    /// Returns true if this event is later than another event of the same key. Many stores have
+    /// times in whole seconds; among equal times the version that the store calls the latest is
+    /// later, and an object is put before it is deleted.
     fn is_after(&self, other: &Self) -> bool {
         let rank = |event: &Self| (event.when, event.is_latest, event.version.is_none());
         rank(self) > rank(other)
     }
 }
 
-/// A bucket as it was.
+/// A bucket as of a time.
 #[derive(Debug)]
 pub struct S3AsOf {
     store: S3Store,
     at: Timestamp,
-    /// What was seen so far; the past does not change.
+    /// Versions that were looked up. The past does not change.
     known: Mutex<HashMap<String, Option<Version>>>,
 }
 
 impl S3AsOf {
-    /// The bucket as it was at `at`.
+    /// Opens the bucket as of `at`.
     ///
     /// # Errors
-    /// [`Error::Config`] when the settings can not be used.
+    /// [`Error::Config`] when the settings cannot be used.
     pub fn open(
         bucket: &str,
         prefix: &str,
@@ -84,7 +86,7 @@ impl S3AsOf {
         Ok(Retrying::new(view, patience.into()))
     }
 
-    /// What every key below a prefix was.
+    /// Returns the version of every key below a prefix.
     fn versions(&self, prefix: &str) -> Result<BTreeMap<String, Option<Version>>> {
         let root = self.store.place("");
         let full_prefix = self.store.place(prefix);
@@ -179,7 +181,7 @@ impl S3AsOf {
         Ok(found)
     }
 
-    /// What a key was.
+    /// Returns the version of a key.
     fn version(&self, action: Action, key: &str) -> Result<Option<Version>> {
         self.store.full_key(action, key)?;
         let known = {

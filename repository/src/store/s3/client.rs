@@ -1,7 +1,7 @@
-//! Makes the client: who signs, whom TLS believes, how long anything may take.
+//! Creates the S3 client: credentials, trusted certificates, timeouts.
 //!
-//! What the settings do not say comes from the standard places of AWS: environment, profile files with assumed roles, web
-//! identity, container and instance roles.
+//! Settings that are not configured come from AWS's standard places: environment, profile files
+//! with assumed roles, web identity, container and instance roles.
 
 use std::{
     path::Path,
@@ -38,14 +38,15 @@ use crate::{
 };
 
 const CONNECT_MAX: Duration = Duration::from_secs(5);
-/// From the last byte sent to the first byte of the answer; completing a large upload takes a store its time.
+/// The time from the last byte sent to the first byte of the answer. Completing a large upload
+/// takes a store some time.
 const READ_MAX: Duration = Duration::from_secs(60);
-/// How often credentials are read again that the store does not take.
+/// The minimum interval between two reads of credentials that the store rejects.
 const RENEWAL_MIN: Duration = Duration::from_secs(2);
-/// Where a region is meaningless but has to be signed.
+/// The region to sign where a region has no meaning.
 const REGION_OF_ENDPOINTS: &str = "us-east-1";
 
-/// A client, and since when its credentials are what the settings led to.
+/// A client, and the time at which its credentials were read.
 #[derive(Debug)]
 pub(super) struct Signer {
     client: Client,
@@ -69,8 +70,9 @@ impl S3Store {
         self.signer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The credentials may have been exchanged since they were read: they are read again, and if that was not just done the
-    /// request is worth another try. Those that run out at a known time the SDK renews before.
+    /// Reads the credentials again, because they may have been replaced since they were read. If
+    /// they were not read very recently, the request is worth a retry. The SDK itself renews
+    /// credentials with a known expiry in time.
     pub(super) fn with_new_credentials(&self, failure: Failure) -> Failure {
         let can_change = !matches!(self.settings.credentials, S3Credentials::Keys { .. });
         if !can_change || !failure.is_about_credentials() {
@@ -109,7 +111,7 @@ fn connect(runtime: &Runtime, settings: &S3Settings) -> Result<Client> {
     let config = aws_sdk_s3::config::Builder::from(&shared)
         .region(region.unwrap_or(Region::from_static(REGION_OF_ENDPOINTS)))
         .force_path_style(settings.path_style || shared.endpoint_url().is_some())
-        // We send and compare our own; stores that know none get none.
+        // We send and compare our own checksums. Stores without checksums get none.
         .request_checksum_calculation(RequestChecksumCalculation::WhenRequired)
         .response_checksum_validation(ResponseChecksumValidation::WhenRequired)
         .build();
@@ -131,7 +133,8 @@ async fn load(settings: &S3Settings, http: SharedHttpClient) -> aws_config::SdkC
     if let Some(region) = &settings.region {
         loader = loader.region(Region::new(region.clone()));
     } else if settings.endpoint.is_some() {
-        // Not the whole chain: it ends in asking the cloud's own address, which nobody answers beside another store.
+        // Not the whole provider chain: its last step asks the cloud's metadata address, which does
+        // not answer for other stores.
         let mut profile = ProfileFileRegionProvider::builder();
         if let Some(name) = &settings.profile {
             profile = profile.profile_name(name);
@@ -202,7 +205,8 @@ fn http_client(settings: &S3Settings) -> Result<SharedHttpClient> {
     )
 }
 
-/// The file's content, when every certificate in it can be used: the client takes only what is sound.
+/// Reads the certificate file and checks that every certificate in it is valid, since the client
+/// accepts only valid ones.
 fn certificates(file: &Path) -> Result<Vec<u8>> {
     let wrong =
         |problem: String| Error::config(format!("s3_ca_file {}: {problem}", file.display()));
@@ -220,7 +224,7 @@ fn certificates(file: &Path) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// `block_on` for callers that may be inside of another runtime.
+/// `block_on` for callers that may be inside another runtime.
 trait BlockOnAnywhere {
     fn block_on_anywhere<T: Send + 'static>(
         &self,

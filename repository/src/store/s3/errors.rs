@@ -1,4 +1,4 @@
-//! What a store's refusal means, in S3's words and with the remedy where there is one.
+//! Interprets a store's error in S3's terms, with the remedy where there is one.
 
 use std::error::Error as StdError;
 
@@ -9,7 +9,7 @@ use crate::Error;
 
 pub(super) type HttpResponse = aws_sdk_s3::config::http::HttpResponse;
 
-/// What was tried, for messages and for the permission it takes.
+/// The attempted operation, for messages and for the permission that it needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Abort,
@@ -40,7 +40,7 @@ impl Action {
         match self {
             Self::Abort => "s3:AbortMultipartUpload",
             Self::Delete => "s3:DeleteObject",
-            // Without the second one S3 says 403 of what is not there.
+            // Without `s3:ListBucket`, S3 answers 403 for an object that does not exist.
             Self::Get | Self::Head => "s3:GetObject and s3:ListBucket",
             Self::List => "s3:ListBucket",
             Self::ListVersions => "s3:ListBucketVersions and s3:GetObjectVersion",
@@ -50,20 +50,20 @@ impl Action {
     }
 }
 
-/// Why a request did not succeed.
+/// The reason why a request failed.
 #[derive(Clone, Debug)]
 pub(super) struct Failure {
-    /// The HTTP status, when there was an answer.
+    /// The HTTP status, if there was an answer.
     status: Option<u16>,
-    /// S3's own name of the error.
+    /// S3's name of the error.
     code: String,
-    /// What was said.
+    /// The message.
     message: String,
     transient: bool,
 }
 
 impl Failure {
-    /// Something that may succeed when it is tried again.
+    /// Creates a failure that may succeed when retried.
     pub(super) fn transient(message: &str) -> Self {
         Self {
             status: None,
@@ -73,7 +73,7 @@ impl Failure {
         }
     }
 
-    /// Something that will not.
+    /// Creates a failure that will not succeed when retried.
     pub(super) fn refused(message: &str) -> Self {
         Self {
             transient: false,
@@ -97,7 +97,7 @@ impl Failure {
                     transient: is_transient(status, code),
                 }
             }
-            // Half an answer, or one that is not S3's: no proof of anything.
+            // A truncated answer, or one that does not come from S3, proves nothing.
             SdkError::ResponseError(answer) => Self {
                 status: Some(answer.raw().status().as_u16()),
                 ..Self::transient(&format!("its answer can not be read: {}", chain(error)))
@@ -129,34 +129,35 @@ impl Failure {
         self.status
     }
 
-    /// Whether S3 says in so many words that there is no such key. Of another 404, as of a bucket that is gone or of a
-    /// proxy's, nothing follows.
+    /// Returns true if S3 explicitly says that the key does not exist. Any other 404, for example
+    /// of a deleted bucket or from a proxy, proves nothing.
     pub(super) fn is_absent(&self) -> bool {
         self.status == Some(404) && self.code == "NoSuchKey"
     }
 
-    /// Whether the store forbids what was asked, of us or of everybody: a policy, a retention lock, a legal hold.
+    /// Returns true if the store forbids the request, for us or for everybody: a policy, a
+    /// retention lock, a legal hold.
     pub(super) fn is_denied(&self) -> bool {
         self.code == "AccessDenied" || self.code == "ObjectLocked"
     }
 
-    /// Whether the name has an object already.
+    /// Returns true if an object with this name exists already.
     pub(super) fn is_taken(&self) -> bool {
         self.status == Some(412) || self.code == "PreconditionFailed"
     }
 
-    /// Whether the store does not know conditions at all.
+    /// Returns true if the store does not support conditional requests.
     pub(super) fn is_not_implemented(&self) -> bool {
         self.status == Some(501) || self.code == "NotImplemented"
     }
 
-    /// Whether the upload that was to be completed or aborted is not there any more.
+    /// Returns true if the upload to be completed or aborted no longer exists.
     pub(super) fn is_no_upload(&self) -> bool {
         self.code == "NoSuchUpload"
     }
 
-    /// Whether other credentials than those that signed might do: they ran out, or were exchanged for new ones. An answer
-    /// without a body does not say which refusal it is.
+    /// Returns true if other credentials might succeed: the current ones expired or were replaced.
+    /// An answer without a body does not say which refusal it is.
     pub(super) fn is_about_credentials(&self) -> bool {
         const CODES: [&str; 7] = [
             "ExpiredToken",
@@ -171,7 +172,7 @@ impl Failure {
             || (self.code.is_empty() && matches!(self.status, Some(400 | 401 | 403)))
     }
 
-    /// The same failure, of a request that is worth another try.
+    /// Returns the same failure, marked as worth a retry.
     pub(super) fn passing(self) -> Self {
         Self {
             transient: true,
@@ -234,9 +235,9 @@ impl Failure {
     }
 }
 
-/// Whether S3 itself says "later".
+/// Returns true if S3 itself asks for a retry.
 fn is_transient(status: u16, code: &str) -> bool {
-    // The first two: the bytes were changed on their way, and sent again they may arrive.
+    // The first two: the bytes were changed in transit and may arrive intact when sent again.
     const LATER: [&str; 10] = [
         "BadDigest",
         "XAmzContentSHA256Mismatch",
@@ -249,11 +250,11 @@ fn is_transient(status: u16, code: &str) -> bool {
         "SlowDown",
         "Throttling",
     ];
-    // An error inside of a 200 has that status: its code decides.
+    // An error inside of a 200 answer has that status, so its code decides.
     LATER.contains(&code) || matches!(status, 408 | 429 | 500 | 502..=504)
 }
 
-/// What the places of credentials said, when that is why there was no request.
+/// Returns the messages of the credential providers if they are the reason why no request was sent.
 fn credentials(error: &(dyn StdError + 'static)) -> Option<String> {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -265,7 +266,7 @@ fn credentials(error: &(dyn StdError + 'static)) -> Option<String> {
     None
 }
 
-/// An error and its causes, without what a cause repeats.
+/// Formats an error and its causes without repetitions.
 pub(super) fn chain(error: &dyn StdError) -> String {
     let mut text = error.to_string();
     let mut next = error.source();

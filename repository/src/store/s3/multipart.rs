@@ -1,7 +1,8 @@
-//! Large objects in parts: the object appears when its upload is completed, and only if nothing has its name by then.
+//! Uploads large objects in parts. The object appears when its upload is completed, and only if no
+//! object has its name by then.
 //!
-//! A part that fails is sent again by itself. An upload that can not be completed is aborted; what a crash leaves is aborted
-//! by a later start.
+//! A failed part is sent again on its own. An upload that cannot be completed is aborted. Uploads
+//! left by a crash are aborted by a later start.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -23,14 +24,14 @@ use crate::{
     store::{RequestKind, retry::RetryPolicy},
 };
 
-/// The length of a part, and of the largest object that is put in one. S3 wants 5 MiB at least and 10,000 parts at most:
-/// this is good for objects of 156 GiB.
+/// The size of a part, and of the largest object that is put in one request. S3 requires at least 5
+/// MiB and at most 10,000 parts, so this suffices for objects of 156 GiB.
 pub(super) const PART_BYTES: usize = 16 << 20;
-/// Parts on their way at a time.
+/// The number of parts that are uploaded concurrently.
 const PARTS_IN_FLIGHT: usize = 4;
 
 impl S3Store {
-    /// Uploads `body` in parts and looks at what came of it.
+    /// Uploads `body` in parts and checks the result.
     pub(super) fn put_parts(
         &self,
         key: &str,
@@ -42,7 +43,7 @@ impl S3Store {
             .upload_parts(full_key, body, condition)
             .map_err(|failure| self.failed(Action::Put, key, failure))?;
         if outcome == PutOutcome::Created {
-            // Some stores answer "complete" before they know.
+            // Some stores report completion before they know the result.
             let stored = self.head(key)?.map(|object| object.size);
             if stored != Some(body.len() as u64) {
                 let failure = Failure::transient(
@@ -187,7 +188,7 @@ impl S3Store {
         }
     }
 
-    /// Best effort: what can not be aborted now is aborted by a later start.
+    /// Aborts an upload if possible. Otherwise a later start aborts it.
     pub(super) fn abort(&self, full_key: &str, id: &str) {
         let abort = self
             .client()

@@ -1,7 +1,9 @@
-//! Finds out, before anything is written, whether the store keeps `If-None-Match: *`: some answer 200 and overwrite.
+//! Finds out, before anything is written, whether the store honours `If-None-Match: *`. Some stores
+//! answer 200 and overwrite.
 //!
-//! The probe's object has one name for ever and stays, so that it costs one request at a start, works in buckets that forbid
-//! deletes, and two programs that start at once agree.
+//! The probe's object always has the same name and is never deleted. The probe therefore costs one
+//! request at a start, works in buckets that forbid deletes, and gives two programs that start at
+//! once the same result.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,13 +15,13 @@ use super::{
 };
 use crate::{PutOutcome, Result, store::RequestKind};
 
-/// No key of ours can begin with a dot.
+/// None of our keys can begin with a dot.
 const PROBE: &str = ".tidemark-probe";
 const PROBE_OF_PARTS: &str = ".tidemark-probe-parts";
-/// An upload as old as this was left by a crash: no put takes a day.
+/// An upload of this age was left by a crash, because no put takes a day.
 const ABANDONED_AGE: Duration = Duration::from_secs(24 * 3600);
 
-/// What is known of the store.
+/// The known properties of the store.
 #[derive(Debug, Default)]
 pub(super) struct Conditional {
     put: Option<bool>,
@@ -27,7 +29,7 @@ pub(super) struct Conditional {
 }
 
 impl S3Store {
-    /// Whether a `PutObject` can be conditional. Asked once.
+    /// Returns whether a `PutObject` can be conditional. Tested once.
     pub(super) fn honours_conditions(&self) -> Result<bool> {
         let mut known = self.known();
         if let Some(honoured) = known.put {
@@ -44,7 +46,8 @@ impl S3Store {
         Ok(honoured)
     }
 
-    /// Whether a multipart upload can be. Asked once, when the first large object comes.
+    /// Returns whether a multipart upload can be conditional. Tested once, when the first large
+    /// object is put.
     pub(super) fn honours_conditions_on_parts(&self) -> Result<bool> {
         let mut known = self.known();
         if let Some(honoured) = known.parts {
@@ -68,7 +71,7 @@ impl S3Store {
             .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// An answer that the name is taken proves it; success proves it only when it does not come twice.
+    /// A refusal because the name is taken proves support. Two successes prove the lack of it.
     fn is_refused_twice(
         &self,
         key: &str,
@@ -100,8 +103,8 @@ impl S3Store {
         );
     }
 
-    /// Aborts uploads that a crash left below our prefix: their parts cost money and are not listed. A store that does not
-    /// let us is no reason not to write.
+    /// Aborts uploads below our prefix that a crash left: their parts cost money and are not
+    /// listed. Failure here does not prevent writing.
     fn abort_abandoned(&self) {
         let list = self
             .client()

@@ -1,7 +1,8 @@
-//! Proves that what was put is there, without reading it again: by the checksum that the store keeps of it.
+//! Verifies that a put object is stored, without reading it again, by the checksum that the store
+//! keeps.
 //!
-//! Some stores answer 200 before they know, or say so of what they have lost since. Invariant: an object that turns out to
-//! be something else was put by this very call, so it may go, and is put again.
+//! Some stores answer 200 before they know the result, or for objects that they have lost since.
+//! Invariant: if the object differs, this very call put it, so it may be deleted and put again.
 
 use aws_sdk_s3::types::ChecksumMode;
 
@@ -12,7 +13,8 @@ use super::{
 use crate::{Error, ObjectStore, Result, store::RequestKind};
 
 impl S3Store {
-    /// That the object which was just created is there and is `body`; what is not leaves no trace.
+    /// Verifies that the object that was just created exists and equals `body`. An object that
+    /// differs is removed.
     pub(super) fn prove(&self, key: &str, body: &[u8]) -> Result<()> {
         let problem = match self.is_stored(key, body) {
             Ok(true) => return Ok(()),
@@ -26,7 +28,7 @@ impl S3Store {
         Err(self.failed(Action::Put, key, Failure::transient(problem)))
     }
 
-    /// Where names can be taken twice, what is there may be another host's: it stays.
+    /// Where two writers can use the same name, the object may be another host's, so it stays.
     fn withdraw(&self, key: &str) -> Result<()> {
         if !self.honours_conditions()? {
             return Ok(());
@@ -38,7 +40,8 @@ impl S3Store {
         })
     }
 
-    /// By its length and checksum, or, where the store keeps none of the whole object, by its bytes.
+    /// Compares length and checksum or, if the store keeps no checksum of the whole object, the
+    /// bytes.
     fn is_stored(&self, key: &str, body: &[u8]) -> Result<bool> {
         if self.checksums {
             let full_key = self.full_key(Action::Head, key)?;
@@ -54,12 +57,12 @@ impl S3Store {
                     if length.and_then(|length| usize::try_from(length).ok()) != Some(body.len()) {
                         return Ok(false);
                     }
-                    // A sum of parts' sums ends in their number.
+                    // A checksum of the parts' checksums ends with their number.
                     if let Some(sum) = answer.checksum_crc32_c().filter(|sum| !sum.contains('-')) {
                         return Ok(sum == checksum(body));
                     }
                 }
-                // It can not say what is missing.
+                // The answer cannot say what is missing.
                 Err(failure) if failure.status() == Some(404) => {}
                 Err(failure) => return Err(self.failed(Action::Head, key, failure)),
             }

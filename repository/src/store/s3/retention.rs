@@ -1,6 +1,6 @@
-//! Retention locks: until when the bucket keeps an object, whoever asks it to go.
+//! Retention locks: the time until which the bucket refuses to delete an object.
 //!
-//! A lock is only ever made longer: what is kept to a later day already stays as it is.
+//! A lock is only ever extended. An object that is locked until a later time stays as it is.
 
 use aws_sdk_s3::{
     primitives::DateTime,
@@ -28,13 +28,13 @@ impl S3Store {
             .map_err(failed)?;
         let kept = head.object_lock_retain_until_date().map(DateTime::secs);
         let kept = kept.and_then(|kept| Timestamp::from_second(kept).ok());
-        // Stores tell whole seconds.
+        // Stores report whole seconds.
         if let Some(kept) = kept
             && kept.as_second() >= span.at_least.as_second()
         {
             return Ok(LockOutcome::AlreadyLonger(kept));
         }
-        // A lock that nobody may lift is never made one that somebody may.
+        // A lock that nobody may lift is never replaced by one that somebody may lift.
         let compliance = head
             .object_lock_mode()
             .is_some_and(|mode| mode.as_str() == "COMPLIANCE");

@@ -1,6 +1,6 @@
-//! The store on a real server, and on one that fails as told.
+//! Tests of the store on a real server, and on one that fails as scripted.
 //!
-//! What a server says when it is well is SeaweedFS's business; what it says when it is not is written down in `faults`.
+//! SeaweedFS gives the answers of a healthy server. `faults` contains the answers of a faulty one.
 
 use std::sync::Arc;
 
@@ -39,7 +39,7 @@ fn open(server: &ObjectStoreServer, prefix: &str) -> Retrying<S3Store> {
     .expect("a store")
 }
 
-/// One server for all of it: it takes seconds to start.
+/// One server for all of these tests, since it takes seconds to start.
 #[test]
 fn a_real_store_keeps_every_promise() {
     let Some(server) = ObjectStoreServer::start_or_skip() else {
@@ -105,8 +105,9 @@ fn large_objects(server: &ObjectStoreServer) {
     let range = store.get_range("a/large", from as u64..to as u64);
     assert_eq!(range.expect("a range"), body[from..to]);
 
-    // Past the look before: the completion itself is refused. (Not raced: SeaweedFS 4.48 was seen to complete two uploads of
-    // one name at the same instant, which its small puts never did.)
+    // This skips the preceding check, so the completion itself is refused. (There is no race in
+    // this test: SeaweedFS 4.48 has been seen to complete two uploads of the same name at the same
+    // instant, which never happened with its small puts.)
     let plain =
         S3Store::without_retries(BUCKET, "large", &settings(&server.endpoint())).expect("a store");
     assert!(plain.honours_conditions_on_parts().expect("an answer"));
@@ -164,7 +165,7 @@ fn refusals(server: &ObjectStoreServer) {
     );
 }
 
-/// The store blocks; where it is called from is the caller's choice.
+/// The store blocks, and its caller may be on any thread.
 fn any_thread(server: &ObjectStoreServer) {
     let store = Arc::new(open(server, "threads"));
     let runtime = Runtime::new().expect("a runtime");
@@ -173,7 +174,7 @@ fn any_thread(server: &ObjectStoreServer) {
         let one = Arc::clone(&inner);
         let put = tokio::task::spawn_blocking(move || one.put_if_absent("blocking", b"1"));
         put.await.expect("no panic").expect("a put");
-        // Not what one should do, but no reason to panic either.
+        // Not recommended, but it must not panic.
         inner.put_if_absent("async", b"1").expect("a put");
         drop(inner);
     });

@@ -1,6 +1,6 @@
-//! [`FaultServer`]: answers S3 requests from a script, and remembers what it was asked.
+//! [`FaultServer`]: answers S3 requests from a script and records the requests.
 //!
-//! One connection at a time per request and no keep-alive: a test says what goes over the wire, byte for byte.
+//! One connection per request and no keep-alive: a test defines every byte that is sent.
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
@@ -12,14 +12,14 @@ use std::{
 
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-/// A request as it came.
+/// A request as received.
 #[derive(Clone, Debug)]
 pub(super) struct Request {
-    /// `PUT /bucket/key?query`.
+    /// For example `PUT /bucket/key?query`.
     pub(super) line: String,
-    /// Its headers, names in lower case.
+    /// Headers, with names in lower case.
     pub(super) headers: Vec<(String, String)>,
-    /// Its body.
+    /// The body.
     pub(super) body: Vec<u8>,
 }
 
@@ -36,16 +36,16 @@ impl Request {
     }
 }
 
-/// What is sent back.
+/// A scripted answer.
 #[derive(Clone, Debug)]
 pub(super) enum Answer {
     /// Status, headers and body, with the body's length.
     Http(u16, Vec<(&'static str, String)>, Vec<u8>),
-    /// As above, but only so many bytes of the body before the connection is closed.
+    /// As `Http`, but the connection is closed after this number of bytes of the body.
     Truncated(Vec<u8>, usize),
-    /// As above, but byte by byte, this long apart.
+    /// As `Http`, but byte by byte with this interval.
     Trickled(Vec<u8>, Duration),
-    /// The connection is closed without a word.
+    /// The connection is closed without an answer.
     HangUp,
 }
 
@@ -69,7 +69,7 @@ impl Answer {
 
 type Script = dyn Fn(&Request) -> Answer + Send + Sync;
 
-/// The server; it ends with the test's process.
+/// The server. It ends with the test's process.
 pub(super) struct FaultServer {
     address: SocketAddr,
     requests: Arc<Mutex<Vec<Request>>>,
@@ -81,7 +81,7 @@ impl FaultServer {
         Self::start_with(None, script)
     }
 
-    /// The same behind TLS.
+    /// Starts the same server with TLS.
     pub(super) fn start_with(
         tls: Option<Arc<ServerConfig>>,
         script: impl Fn(&Request) -> Answer + Send + Sync + 'static,
@@ -96,7 +96,7 @@ impl FaultServer {
                 let script: Arc<Script> = script.clone();
                 let (seen, tls) = (Arc::clone(&seen), tls.clone());
                 thread::spawn(move || {
-                    // A client that went away is a part of some scripts.
+                    // A client that disconnects is part of some scripts.
                     let _gone = match tls {
                         None => serve(stream, &*script, &seen),
                         Some(tls) => {
@@ -119,12 +119,12 @@ impl FaultServer {
         format!("{scheme}://{}", self.address)
     }
 
-    /// What it was asked so far.
+    /// The requests received so far.
     pub(super) fn requests(&self) -> Vec<Request> {
         self.requests.lock().expect("no panic").clone()
     }
 
-    /// How many requests began so.
+    /// The number of requests that begin with this text.
     pub(super) fn count(&self, beginning: &str) -> usize {
         self.requests()
             .iter()
@@ -192,7 +192,8 @@ fn serve(
         }
         Answer::Http(status, headers, body) => {
             write!(stream, "HTTP/1.1 {status} As Told\r\nConnection: close\r\n")?;
-            // As every store answers a put that it took; an error in the place of that answer has a body.
+            // Adds the ETag with which every store answers a successful put. An error in place of
+            // that answer has a body.
             if request.is("PUT") && status == 200 && body.is_empty() && headers.is_empty() {
                 stream.write_all(b"ETag: \"1\"\r\n")?;
             }

@@ -1,4 +1,4 @@
-//! What a store says when it is not well, and what follows from it.
+//! Answers of a faulty store, and their consequences.
 
 use std::{
     collections::BTreeMap,
@@ -29,8 +29,8 @@ fn store(server: &FaultServer) -> Retrying<S3Store> {
     )
 }
 
-/// A store with conditions that is well, but for what `fault` answers in its place. `fault` sees the requests for our key,
-/// and their number.
+/// A healthy store with conditional writes, except for the answers that `fault` gives. `fault`
+/// receives the requests for our key and their number.
 fn with_fault(
     fault: impl Fn(usize, &Request) -> Option<Answer> + Send + Sync + 'static,
 ) -> FaultServer {
@@ -184,7 +184,8 @@ fn only_no_such_key_means_absent() {
             assert!(!error.is_not_found(), "{status} {code}: {error}");
         }
         assert!(errors[0].to_string().contains(part), "{}", errors[0]);
-        // A refusal is not asked again: three questions, and a look at what the 404 of a HEAD means.
+        // A refusal is not retried: three requests, and one more to find out the meaning of the 404
+        // of a HEAD.
         let questions = server.requests().len();
         assert!(code.is_empty() || questions <= 4, "{code}: {questions}");
     }
@@ -225,7 +226,7 @@ fn a_range_that_is_not_the_one_asked_for_is_refused() {
         (range("bytes 2-5/10", b"2345"), true),
         (range("bytes 0-3/10", b"0123"), false),
         (range("bytes 2-4/5", b"234"), false),
-        // The range was ignored.
+        // The store ignored the range.
         (Answer::ok(b"0123456789"), false),
         (Answer::error(416, "InvalidRange"), false),
     ] {
@@ -270,7 +271,7 @@ fn an_error_inside_of_a_200_is_the_error_it_is() {
     assert_eq!(aborted, 4, "no attempt leaves its parts");
 }
 
-/// The same in the place of the answer to a small put, and a proxy's page: nobody may take it for a success.
+/// The same as the answer to a small put, and a proxy's page. Neither may count as success.
 #[test]
 fn an_error_in_the_answer_to_a_put_is_no_success() {
     for (answer, words) in [
@@ -282,10 +283,10 @@ fn an_error_in_the_answer_to_a_put_is_no_success() {
             (request.is("PUT") && asked < 1).then(|| told.clone())
         });
         let outcome = store(&server).put_if_absent("a/key", b"body");
-        // What the script stores it stores at once.
+        // The script stores objects immediately.
         assert_eq!(outcome.expect("the second"), PutOutcome::AlreadyExists);
         let server = with_fault(move |_, request| request.is("PUT").then(|| answer.clone()));
-        // Whether the object is there after all is asked by its condition.
+        // The condition of the retry finds out whether the object was stored after all.
         let outcome = store(&server).put_if_absent("a/key", b"body");
         let error = outcome.expect_err("it was never said to be stored");
         assert!(error.is_transient(), "{error}");
@@ -294,7 +295,7 @@ fn an_error_in_the_answer_to_a_put_is_no_success() {
     }
 }
 
-/// Bytes that change on their way up are sent again.
+/// Bytes that change in transit are sent again.
 #[test]
 fn a_put_whose_bytes_were_changed_on_their_way_is_sent_again() {
     for code in ["BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody"] {
@@ -312,7 +313,7 @@ fn a_put_whose_bytes_were_changed_on_their_way_is_sent_again() {
     }
 }
 
-/// One byte in a while is no progress: neither a thread nor a recovery waits for ever.
+/// A byte now and then is not progress: neither a thread nor a recovery waits forever.
 #[test]
 fn a_body_that_trickles_is_given_up_and_read_again() {
     let server = with_fault(|asked, request| {
@@ -360,7 +361,8 @@ fn uploads_that_a_crash_left_are_aborted_when_they_are_old() {
     assert!(list.expect("a list").line.contains("prefix=p%2F"));
 }
 
-/// A writer that is at work lists nothing: a million objects would make every tail slow and dear.
+/// A running writer makes no listings: with a million objects every tail would be slow and
+/// expensive.
 #[test]
 fn puts_and_gets_make_one_request_each() {
     let server = with_fault(|_, _| None);
@@ -375,7 +377,7 @@ fn puts_and_gets_make_one_request_each() {
     assert_eq!(server.requests().len() - before, 20);
 }
 
-/// In a bucket whose policy forbids deletes: the object stays, and that is no failure.
+/// In a bucket whose policy forbids deletes the object stays, and that is not a failure.
 #[test]
 fn a_denied_delete_is_a_lock() {
     for code in ["AccessDenied", "ObjectLocked"] {
@@ -391,7 +393,8 @@ fn a_denied_delete_is_a_lock() {
     assert!(!error.is_object_locked() && error.is_transient(), "{error}");
 }
 
-/// In a bucket whose policy forbids overwrites a taken name may be refused before its condition is looked at.
+/// In a bucket whose policy forbids overwrites, a taken name may be refused before its condition is
+/// evaluated.
 #[test]
 fn a_denied_overwrite_means_that_the_name_is_taken() {
     let objects: Mutex<BTreeMap<String, Vec<u8>>> = Mutex::default();
@@ -417,12 +420,12 @@ fn a_denied_overwrite_means_that_the_name_is_taken() {
         PutOutcome::AlreadyExists
     );
     assert_eq!(store.get("a/key").expect("a get"), b"first"[..]);
-    // Where nothing is, a refusal is one.
+    // If the object does not exist, a refusal is a real one.
     let error = put("a/forbidden", b"x").expect_err("no permission");
     assert!(error.to_string().contains("s3:PutObject"), "{error}");
 }
 
-/// Scenario 38: the store says that it took the object, and has lost it, or has another one.
+/// The store answers that it stored the object, and has lost it or has another one.
 #[test]
 fn what_was_put_is_proved_by_reading_it() {
     for lies in [None, Some(b"what nobody put".to_vec())] {
@@ -441,14 +444,16 @@ fn what_was_put_is_proved_by_reading_it() {
     }
 }
 
-/// Scenario 38 for what nobody reads back: a put that is proved asks for the checksum that the store has.
+/// The same for objects that are not read back: a verified put asks for the checksum that the store
+/// has.
 #[test]
 fn a_proved_put_believes_only_the_store_s_own_checksum() {
     let sum = |body: &[u8]| {
         let headers = vec![("x-amz-checksum-crc32c", checksum(body))];
         Answer::Http(200, headers, body.to_vec())
     };
-    // Taken and lost; other bytes of another length, and of the same; a store without checksums that has other bytes.
+    // Cases: stored and lost; other bytes of another length; other bytes of the same length; a
+    // store without checksums that has other bytes.
     for lie in [
         Answer::error(404, "NoSuchKey"),
         sum(b"what nobody put"),
@@ -482,7 +487,8 @@ fn a_proved_put_believes_only_the_store_s_own_checksum() {
     }
 }
 
-/// A credentials file that is replaced while we run: temporary credentials are renewed by somebody else.
+/// A credentials file that is replaced while the program runs: something else renews the temporary
+/// credentials.
 #[test]
 fn credentials_that_were_exchanged_are_read_again() {
     let folder = tempfile::tempdir().expect("a directory");
@@ -514,12 +520,12 @@ fn credentials_that_were_exchanged_are_read_again() {
         "{error}"
     );
     write("AKIANEW");
-    // Not with every request: the place that they come from is not to be hammered.
+    // Not with every request, so that the source of the credentials is not overloaded.
     std::thread::sleep(Duration::from_millis(2100));
     assert_eq!(store.get("a/key").expect("the new ones"), b"body"[..]);
 }
 
-/// Scenario 37: a connection dies in the middle of an upload. The part is sent again, and nothing is left behind.
+/// A connection breaks in the middle of an upload. The part is sent again, and no upload remains.
 #[test]
 fn a_part_whose_connection_died_is_sent_again() {
     let hung_up = AtomicUsize::new(0);

@@ -1,4 +1,5 @@
-//! A store with a certificate of the house: believed when its authority is named, and only then.
+//! A store with a private certificate authority is trusted if and only if that authority is
+//! configured.
 
 use std::{path::Path, process::Command};
 
@@ -67,7 +68,7 @@ fn an_authority_is_believed_when_it_is_named() {
         assert!(!error.is_not_found(), "{error}");
         assert!(error.to_string().contains("s3_ca_file"), "{error}");
     }
-    // A file that holds no certificate is told at once.
+    // A file without a certificate is reported immediately.
     let error = open(Some("ca.key")).expect_err("a key is no certificate");
     assert!(
         error.to_string().contains("it holds no certificate"),

@@ -1,5 +1,5 @@
-//! Buckets with versions and Object Lock, on two servers: what an attacker deletes or overwrites is still to be seen as it
-//! was, and what is locked stays.
+//! Buckets with versioning and Object Lock, on two servers: objects that an attacker deletes or
+//! overwrites can still be read as of an earlier time, and locked objects remain.
 
 use std::thread::sleep;
 
@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use super::*;
 use crate::store::{LockMode, testing::conformance};
 
-/// Stores tell times in whole seconds.
+/// Stores have times in whole seconds.
 const TICK: Duration = Duration::from_millis(1200);
 
 fn plain(endpoint: &str, bucket: &str) -> S3Store {
@@ -55,7 +55,8 @@ fn keys(store: &dyn ObjectStore, prefix: &str) -> Vec<(String, u64)> {
     keys
 }
 
-/// Objects are put, then deleted and overwritten by somebody who may; the view of the time between has what was put.
+/// Objects are put, then deleted and overwritten by an authorised user. The view as of the time
+/// between has the original objects.
 fn the_past_is_undamaged(endpoint: &str, bucket: &str) {
     let store = plain(endpoint, bucket);
     create_bucket(&store, false);
@@ -67,7 +68,7 @@ fn the_past_is_undamaged(endpoint: &str, bucket: &str) {
         let put = store.put_if_absent(key, body).expect("a put");
         assert_eq!(put, PutOutcome::Created);
     }
-    // Deleted by its owner before the time that is looked at: it stays deleted.
+    // Deleted by its owner before the time of the view, so it stays deleted.
     store.delete("a/early").expect("a delete");
     sleep(TICK);
     let good = Timestamp::now();
@@ -96,7 +97,7 @@ fn the_past_is_undamaged(endpoint: &str, bucket: &str) {
         .expect("a view")
     };
     let then = view(good);
-    // Before anything was listed, as `wal-fetch` does it.
+    // Reads without a previous listing, as `wal-fetch` does.
     assert_eq!(then.get("a/overwritten").expect("a get"), b"two"[..]);
     let expected = [("a/deleted", 3), ("a/overwritten", 3)];
     let expected = expected.map(|(key, size)| (key.to_owned(), size));
@@ -125,7 +126,7 @@ fn the_past_is_undamaged(endpoint: &str, bucket: &str) {
     assert!(now.get("a/deleted").expect_err("gone").is_not_found());
 }
 
-/// A bucket with Object Lock takes what we put, and a lock only gets longer.
+/// A bucket with Object Lock accepts our puts, and a lock is only extended.
 fn locks_hold(endpoint: &str, bucket: &str, objects: &[(&str, usize)]) {
     let store = plain(endpoint, bucket);
     create_bucket(&store, true);
@@ -140,7 +141,7 @@ fn locks_hold(endpoint: &str, bucket: &str, objects: &[(&str, usize)]) {
         assert_eq!(lock(long).expect("a lock"), LockOutcome::Extended);
         let shorter = lock(in_hours(24)).expect("an answer");
         assert!(matches!(shorter, LockOutcome::AlreadyLonger(kept) if kept >= in_hours(47)));
-        // Long enough is left alone, though it could be longer.
+        // A lock that is long enough stays unchanged.
         let span = LockSpan {
             at_least: in_hours(36),
             ..LockSpan::until(in_hours(72), LockMode::Governance)
@@ -155,7 +156,7 @@ fn locks_hold(endpoint: &str, bucket: &str, objects: &[(&str, usize)]) {
             .expect("a head");
         let until = head.object_lock_retain_until_date().expect("a date").secs();
         assert!(until > long.as_second(), "{until}");
-        // The version itself can not be removed; that is what a delete means where versions are kept.
+        // The version itself cannot be removed, which is what a delete means in a versioned bucket.
         let version = head.version_id().expect("a version").to_owned();
         let delete = store.client().delete_object().bucket(bucket).key(&full_key);
         let delete = delete.version_id(version).send();
@@ -186,6 +187,7 @@ fn moto_keeps_every_promise_with_versions_and_locks() {
     let store: Arc<dyn ObjectStore> = Arc::new(store);
     conformance(&store, 1);
     the_past_is_undamaged(moto.endpoint(), "versioned");
-    // Not a large one: moto 5.2 answers the end of an upload with another element than S3, which the SDK refuses.
+    // No large object: moto 5.2 answers the completion of an upload with an element that differs
+    // from S3's, which the SDK refuses.
     locks_hold(moto.endpoint(), "locked", &[("a/small", 5)]);
 }
