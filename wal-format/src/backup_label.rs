@@ -1,45 +1,45 @@
-//! [`BackupLabel`]: `backup_label`, where a base backup says from where it has to be replayed.
+//! [`BackupLabel`]: `backup_label`, which contains the position from which a base backup has to be replayed.
 //!
-//! PostgreSQL writes it in `build_backup_content` (`xlogbackup.c`) and reads it in `read_backup_label` (`xlogrecovery.c`). The
-//! operator's text in LABEL may hold anything, so that what stands before it is looked up from the front, and the rest from
-//! the end.
+//! PostgreSQL writes it in `build_backup_content` (`xlogbackup.c`) and reads it in
+//! `read_backup_label` (`xlogrecovery.c`). The operator's text in LABEL may contain anything, so
+//! lines before it are searched from the front, and lines after it from the end.
 
 use crate::{Lsn, SegmentName, TimelineId};
 
 /// The content of `backup_label`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackupLabel {
-    /// START WAL LOCATION: where replay begins.
+    /// START WAL LOCATION: the LSN where replay begins.
     pub start_lsn: Lsn,
-    /// The segment that holds it, on the timeline the backup began on.
+    /// The segment that contains it, on the timeline where the backup began.
     pub start_segment: SegmentName,
-    /// CHECKPOINT LOCATION: the checkpoint's record.
+    /// CHECKPOINT LOCATION: the LSN of the checkpoint record.
     pub checkpoint_lsn: Lsn,
-    /// BACKUP FROM: whether a standby gave it.
+    /// BACKUP FROM: whether the backup was taken from a standby.
     pub from_standby: bool,
     /// START TIME, in the server's time zone.
     pub start_time: Option<String>,
-    /// LABEL: what the operator called it.
+    /// LABEL: the operator's text.
     pub label: Option<String>,
-    /// INCREMENTAL FROM LSN and TLI (17+): the backup it needs to be whole.
+    /// INCREMENTAL FROM LSN and TLI (17 and later): the backup that this one depends on.
     pub incremental_from: Option<(Lsn, TimelineId)>,
 }
 
-/// Why a `backup_label` can not be used.
+/// The reason why a `backup_label` cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BackupLabelError {
-    /// It has no such line.
+    /// A line is missing.
     #[error("backup_label has no line \"{name}\"")]
     Missing {
         /// The line's name.
         name: &'static str,
     },
-    /// A line is not what PostgreSQL writes.
+    /// A line differs from the format that PostgreSQL writes.
     #[error("backup_label, \"{name}\": \"{value}\" is malformed")]
     Malformed {
         /// The line's name.
         name: &'static str,
-        /// What follows it.
+        /// The text after the name.
         value: String,
     },
     /// START TIMELINE and the segment's name contradict each other.
@@ -53,10 +53,11 @@ pub enum BackupLabelError {
 }
 
 impl BackupLabel {
-    /// Reads a `backup_label`.
+    /// Parses a `backup_label`.
     ///
     /// # Errors
-    /// [`BackupLabelError`] when a line is missing or malformed, or two contradict each other.
+    /// [`BackupLabelError`] when a line is missing or malformed, or two lines contradict each
+    /// other.
     pub fn parse(content: &[u8]) -> Result<Self, BackupLabelError> {
         let text = String::from_utf8_lossy(content);
         let start = Line::first(&text, "START WAL LOCATION")?;
@@ -70,7 +71,7 @@ impl BackupLabel {
         let from = Line::first(&text, "BACKUP FROM")?;
         let from_standby = match from.value {
             "standby" => true,
-            // 13 has the older word.
+            // Version 13 writes "master".
             "primary" | "master" => false,
             _ => return Err(from.malformed()),
         };
@@ -104,7 +105,7 @@ impl BackupLabel {
     }
 }
 
-/// One line, as `NAME: value`.
+/// A line of the form `NAME: value`.
 struct Line<'a> {
     name: &'static str,
     value: &'a str,

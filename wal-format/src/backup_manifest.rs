@@ -1,6 +1,7 @@
 //! [`BackupManifest`]: PostgreSQL's `backup_manifest`, which lists every file of a base backup with its size and checksum.
 //!
-//! Version 1 is written by 13 to 16; version 2 (17+) names the cluster too (`backup_manifest.c`, `parse_manifest.c`).
+//! Versions 13 to 16 write format version 1. Version 2 (17 and later) also contains the system
+//! identifier (`backup_manifest.c`, `parse_manifest.c`).
 
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
@@ -9,28 +10,29 @@ use crate::{Lsn, SystemIdentifier, TimelineId};
 
 /// The newest version that this build reads.
 const VERSION_MAX: u64 = 2;
-/// What begins the last line, which is not part of its own sum.
+/// The start of the last line, which is not part of the manifest's own checksum.
 const LAST_LINE: &[u8] = b"\n\"Manifest-Checksum\":";
 
-/// A manifest whose own checksum is right.
+/// A manifest whose own checksum is correct.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackupManifest {
-    /// The cluster (17+).
+    /// The system identifier (17 and later).
     pub system_identifier: Option<SystemIdentifier>,
-    /// Every file but those in `pg_wal` and the manifest itself.
+    /// Every file except those in `pg_wal` and the manifest itself.
     pub files: Vec<ManifestFile>,
-    /// The WAL that makes the backup consistent, one range for each timeline.
+    /// The WAL that makes the backup consistent, one range per timeline.
     pub wal_ranges: Vec<ManifestWalRange>,
 }
 
 /// A file of the backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ManifestFile {
-    /// Its path below the data directory: relative, without `.` and `..`. What is not UTF-8 in it is replaced by U+FFFD.
+    /// Its path below the data directory: relative, without `.` and `..`. Bytes that are not UTF-8
+    /// are replaced by U+FFFD.
     pub path: String,
     /// Its length in bytes.
     pub size: u64,
-    /// Its checksum, where the backup was asked for any.
+    /// Its checksum, if the backup was taken with checksums.
     pub checksum: Option<ManifestChecksum>,
 }
 
@@ -44,7 +46,7 @@ pub struct ManifestChecksum {
 }
 
 impl ManifestFile {
-    /// Its SHA-256 in lower-case hexadecimal, when that is what the backup was asked for.
+    /// Returns the SHA-256 in lower-case hexadecimal, if that is the algorithm.
     #[must_use]
     pub fn sha256(&self) -> Option<&str> {
         self.checksum
@@ -59,37 +61,37 @@ impl ManifestFile {
 pub struct ManifestWalRange {
     /// The timeline.
     pub timeline: TimelineId,
-    /// Where it begins.
+    /// The start LSN.
     pub start_lsn: Lsn,
-    /// Where it ends.
+    /// The end LSN.
     pub end_lsn: Lsn,
 }
 
-/// Why a `backup_manifest` can not be used.
+/// The reason why a `backup_manifest` cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BackupManifestError {
     /// Its own checksum is wrong.
     #[error("backup_manifest's own checksum is wrong")]
     Checksum,
-    /// It is no JSON, or a field is missing.
+    /// It is not JSON, or a field is missing.
     #[error("backup_manifest can not be read: {problem}")]
     Json {
-        /// What the JSON reader says, with line and column.
+        /// The JSON parser's message, with line and column.
         problem: String,
     },
-    /// A file has no path, or one that leaves the data directory.
+    /// A file has no path, or a path that leaves the data directory.
     #[error("backup_manifest names the file \"{path}\", which is no path below a data directory")]
     Path {
-        /// As it stands there.
+        /// The path in the manifest.
         path: String,
     },
-    /// A later PostgreSQL's.
+    /// The manifest of a later PostgreSQL version.
     #[error("backup_manifest has version {found}; Tidemark reads 1 and 2")]
     Version {
         /// Its version.
         found: u64,
     },
-    /// A range of WAL that is none.
+    /// An invalid range of WAL.
     #[error("backup_manifest names the WAL from {start} to {end} on timeline {timeline}")]
     WalRange {
         /// `Timeline`.
@@ -140,7 +142,7 @@ struct StoredRange {
 }
 
 impl BackupManifest {
-    /// Reads a manifest and checks its own checksum.
+    /// Parses a manifest and checks its own checksum.
     ///
     /// # Errors
     /// [`BackupManifestError`].
@@ -153,7 +155,8 @@ impl BackupManifest {
             let found = stored.version;
             return Err(BackupManifestError::Version { found });
         }
-        // The sum covers everything before the line that holds it, its newline too.
+        // The checksum covers everything before the line that contains it, including the preceding
+        // newline.
         let last_line = content
             .windows(LAST_LINE.len())
             .rposition(|window| window == LAST_LINE)
@@ -224,7 +227,7 @@ fn wal_range(stored: &StoredRange) -> Result<ManifestWalRange, BackupManifestErr
 mod tests {
     use super::*;
 
-    /// A manifest of these fields, with its checksum.
+    /// Returns a manifest with these fields and a correct checksum.
     fn manifest(fields: &str) -> String {
         let body = format!("{{ {fields},\n");
         let own = hex::encode(Sha256::digest(body.as_bytes()));

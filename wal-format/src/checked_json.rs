@@ -1,20 +1,22 @@
-//! JSON objects that tell of their own damage: their last field, `crc32`, is the sum of every byte before its comma.
+//! JSON objects with a checksum: the last field, `crc32`, is the CRC-32 of every byte before its
+//! comma.
 //!
-//! A flipped bit in a text or a number is still JSON. Invariant: what is read with a sum has it; objects of earlier builds
-//! have none and are read as they are.
+//! Without a checksum, a flipped bit in a text or a number would still give valid JSON.
+//! Invariant: an object with a checksum is returned only if the checksum matches. Objects of
+//! earlier builds have none and are read without the check.
 
 use serde::{Serialize, de::DeserializeOwned};
 
-/// What comes before the sum, and after it.
+/// The text before the checksum, and after it.
 const BEGIN: &str = ",\n  \"crc32\": \"";
 const END: &str = "\"\n}";
-/// Both, and eight digits between them.
+/// The length of both and of the eight digits between them.
 const SUM_BYTES: usize = BEGIN.len() + 8 + END.len();
 
-/// The object as it is stored.
+/// Serializes a value with its checksum.
 ///
 /// # Errors
-/// When the value is no JSON.
+/// When the value cannot be represented as JSON.
 pub fn to_vec(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     let mut json = serde_json::to_vec_pretty(value)?;
     if json.ends_with(b"\n}") {
@@ -25,10 +27,10 @@ pub fn to_vec(value: &impl Serialize) -> serde_json::Result<Vec<u8>> {
     Ok(json)
 }
 
-/// The value of a stored object.
+/// Parses a stored object.
 ///
 /// # Errors
-/// When it is no such value, or has another sum than it names.
+/// When it is not such a value, or its checksum does not match.
 pub fn from_slice<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result<T> {
     check(json)?;
     serde_json::from_slice(json)
@@ -44,7 +46,8 @@ fn check(json: &[u8]) -> serde_json::Result<()> {
         return Ok(());
     };
     let sum = format!("{BEGIN}{:08x}{END}", crc32fast::hash(body));
-    // One that has a sum is followed by nothing; one in which only the field's name is damaged has lost no more than that.
+    // If there is a checksum, nothing follows it. If only the name of its field is damaged, no
+    // other data is.
     let named = tail.starts_with(BEGIN.as_bytes()) || tail.ends_with(END.as_bytes());
     let has_sum = named && tail.windows(6).any(|six| six == b"crc32\"");
     if has_sum && tail != sum.as_bytes() {
@@ -94,7 +97,7 @@ mod tests {
                 }
             }
         }
-        // In the name of the sum's own field, or beside it: nothing that anybody reads.
+        // Bits in the name of the checksum's field or around it, which no reader uses.
         assert!(undetected <= 64, "{undetected}");
     }
 

@@ -1,17 +1,18 @@
-//! [`ControlFile`]: `global/pg_control`, what a cluster knows of itself before it reads any WAL.
+//! [`ControlFile`]: `global/pg_control`, the state of a cluster that is known before any WAL is read.
 //!
-//! The layout is `ControlFileData` in `pg_control.h`: one from 13 to 17, and 18 has one flag more. The version is told by the
-//! catalog's version, because the layout's number is the same from 13 to 16.
+//! The layout is `ControlFileData` in `pg_control.h`: the same from 13 to 17, and 18 has one more
+//! flag. The version is derived from the catalog version, because the layout number is the same
+//! from 13 to 16.
 
 use crate::{Lsn, PgTimestamp, PgVersion, SystemIdentifier, TimelineId, fields::Fields};
 
-/// `PG_CONTROL_FILE_SIZE`: the file is this long, mostly zeros.
+/// `PG_CONTROL_FILE_SIZE`: the length of the file, which is mostly zeros.
 pub const CONTROL_FILE_BYTES: usize = 8192;
 
-/// Where `CheckPoint` lies.
+/// The offset of `CheckPoint`.
 const CHECKPOINT: usize = 40;
 
-/// `CATALOG_VERSION_NO` of each version's releases.
+/// `CATALOG_VERSION_NO` of the releases of each version.
 const CATALOG_VERSIONS: [(u32, PgVersion); 6] = [
     (202_007_201, PgVersion::V13),
     (202_107_181, PgVersion::V14),
@@ -21,36 +22,37 @@ const CATALOG_VERSIONS: [(u32, PgVersion); 6] = [
     (202_506_291, PgVersion::V18),
 ];
 
-/// What `pg_control` says.
+/// The content of `pg_control`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlFile {
     /// The major version.
     pub version: PgVersion,
-    /// The cluster.
+    /// The system identifier.
     pub system_identifier: SystemIdentifier,
-    /// Whether it runs, and how it ended.
+    /// The state of the cluster.
     pub state: ClusterState,
-    /// When the file was written, cut to seconds.
+    /// The time when the file was written, truncated to seconds.
     pub written: PgTimestamp,
-    /// The latest checkpoint's record.
+    /// The LSN of the latest checkpoint record.
     pub checkpoint_lsn: Lsn,
-    /// What that record says.
+    /// The content of that record.
     pub checkpoint: ControlFileCheckpoint,
-    /// Recovery has to reach this before the cluster is consistent (`minRecoveryPoint`); zero when there is nothing to reach.
+    /// The LSN that recovery has to reach before the cluster is consistent (`minRecoveryPoint`).
+    /// Zero if there is none.
     pub min_recovery_lsn: Lsn,
-    /// The timeline of that; `None` with zero.
+    /// The timeline of that LSN. `None` with zero.
     pub min_recovery_timeline: Option<TimelineId>,
-    /// Where the backup that is being recovered began; zero without one.
+    /// The start of the backup that is being recovered. Zero without one.
     pub backup_start_lsn: Lsn,
-    /// Where the backup of a standby that is being recovered ended; zero without one.
+    /// The end of a standby's backup that is being recovered. Zero without one.
     pub backup_end_lsn: Lsn,
-    /// Whether recovery has to see the backup's end record.
+    /// Whether recovery has to reach the backup's end record.
     pub backup_end_required: bool,
     /// `wal_level`: 0 minimal, 1 replica, 2 logical.
     pub wal_level: i32,
     /// `wal_log_hints`.
     pub wal_log_hints: bool,
-    /// `max_connections`, which a standby has to match; so do the next four.
+    /// `max_connections`, which a standby must match, like the following four settings.
     pub max_connections: i32,
     /// `max_worker_processes`.
     pub max_worker_processes: i32,
@@ -68,48 +70,48 @@ pub struct ControlFile {
     pub wal_page_bytes: u32,
     /// `wal_segment_size` in bytes.
     pub segment_bytes: u32,
-    /// Whether data pages carry checksums.
+    /// Whether data pages have checksums.
     pub data_checksums: bool,
 }
 
 /// The latest checkpoint (`CheckPoint`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ControlFileCheckpoint {
-    /// Where redo begins.
+    /// The LSN where redo begins.
     pub redo_lsn: Lsn,
     /// The timeline.
     pub timeline: TimelineId,
-    /// The timeline before, at the begin of a new one; else the same.
+    /// The previous timeline, at the beginning of a new one. Otherwise the same timeline.
     pub previous_timeline: TimelineId,
     /// `full_page_writes`.
     pub full_page_writes: bool,
-    /// The next transaction, with its epoch in the upper half.
+    /// The next transaction ID, with its epoch in the upper half.
     pub next_xid: u64,
-    /// When it was made, cut to seconds.
+    /// The time of the checkpoint, truncated to seconds.
     pub time: PgTimestamp,
 }
 
-/// Whether a cluster runs, and how it ended (`DBState`).
+/// The state of a cluster (`DBState`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClusterState {
-    /// It starts.
+    /// Starting up.
     StartingUp,
-    /// It was shut down.
+    /// Shut down.
     ShutDown,
-    /// It was shut down while it replayed WAL.
+    /// Shut down during recovery.
     ShutDownInRecovery,
-    /// It shuts down.
+    /// Shutting down.
     ShuttingDown,
-    /// It recovers from a crash.
+    /// In crash recovery.
     InCrashRecovery,
-    /// It recovers from an archive or follows a primary.
+    /// In archive recovery, or following a primary.
     InArchiveRecovery,
-    /// It runs, or was killed while it ran.
+    /// Running, or killed while it was running.
     InProduction,
 }
 
 impl ClusterState {
-    /// In `DBState`'s order.
+    /// In the order of `DBState`.
     const ALL: [Self; 7] = [
         Self::StartingUp,
         Self::ShutDown,
@@ -120,7 +122,7 @@ impl ClusterState {
         Self::InProduction,
     ];
 
-    /// As `pg_controldata` prints it.
+    /// Returns the text that `pg_controldata` prints.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -135,30 +137,31 @@ impl ClusterState {
     }
 }
 
-/// Why bytes are no usable `pg_control`.
+/// The reason why bytes are not a usable `pg_control`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ControlFileError {
-    /// The sum does not match: the file is damaged, or of a machine with another byte order.
+    /// The checksum does not match: the file is damaged, or comes from a machine with another byte
+    /// order.
     #[error("pg_control has CRC {found:#010X}, recorded {expected:#010X}")]
     Crc {
-        /// What the file says.
+        /// The checksum in the file.
         expected: u32,
-        /// Of its bytes.
+        /// The checksum of the bytes.
         found: u32,
     },
-    /// A field that its version can not hold.
+    /// A field has a value that its version does not allow.
     #[error("pg_control's {field} is invalid")]
     Field {
-        /// Its name.
+        /// The field's name.
         field: &'static str,
     },
-    /// It ends too early.
+    /// The file is too short.
     #[error("pg_control has only {bytes} bytes")]
     Truncated {
         /// Its length.
         bytes: usize,
     },
-    /// It is of a version that this build does not know.
+    /// The file has a version that this build does not know.
     #[error(
         "pg_control is of layout {layout} and catalog {catalog}; Tidemark reads those of PostgreSQL 13 to 18"
     )]
@@ -171,7 +174,7 @@ pub enum ControlFileError {
 }
 
 impl ControlFile {
-    /// Reads `pg_control`.
+    /// Parses `pg_control`.
     ///
     /// # Errors
     /// [`ControlFileError`].
@@ -191,7 +194,8 @@ impl ControlFile {
         let field = |field| ControlFileError::Field { field };
 
         let (layout, catalog) = (u32_at(8)?, u32_at(12)?);
-        // The nonce moved by a byte, and the sum to the next multiple of four.
+        // Version 18's flag moves the nonce by one byte and the checksum to the next multiple of
+        // four.
         let crc_offset = match layout {
             1300 | 1700 => 288,
             1800 => 292,

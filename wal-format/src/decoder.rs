@@ -1,8 +1,9 @@
-//! [`WalDecoder`]: WAL bytes in, as they arrive; a call of a [`RecordSink`] for each record that is complete and sound.
+//! [`WalDecoder`]: accepts WAL bytes as they arrive and calls a [`RecordSink`] for each complete and valid record.
 //!
-//! A record that lies whole in the pushed bytes is checked where it lies. Of one that does not, the header and the front of
-//! its body are kept: never more than [`WINDOW_BYTES`]. Invariant: what is handed on passed its CRC-32C and follows the record
-//! before by `xl_prev`; and how the bytes were cut into pushes changes nothing of what is handed on or refused.
+//! A record that is completely inside the pushed bytes is checked in place. Of any other record the
+//! header and the front of the body are kept, at most [`WINDOW_BYTES`].
+//! Invariant: a record that is passed on has a valid CRC-32C and follows the previous record by
+//! `xl_prev`. How the bytes were divided into pushes does not affect the result.
 
 use crate::{
     Lsn, PgVersion, SegmentSize, SystemIdentifier,
@@ -13,32 +14,34 @@ use crate::{
     rmgr,
 };
 
-/// How much of a record's body is kept for its meaning: a commit with 10,000 subtransactions and dropped files fits.
+/// The maximum part of a record's body that is kept for interpretation. A commit with 10,000
+/// subtransactions and dropped files fits.
 pub const WINDOW_BYTES: usize = 256 << 10;
 
-/// Whose WAL it is.
+/// The origin of WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WalIdentity {
-    /// The major version, which decides about layouts.
+    /// The major version, which determines layouts.
     pub version: PgVersion,
-    /// The cluster.
+    /// The system identifier.
     pub system_identifier: SystemIdentifier,
-    /// Its segment size.
+    /// The segment size.
     pub segment_size: SegmentSize,
 }
 
-/// Who is told of records.
+/// Receives decoded records.
 pub trait RecordSink {
-    /// How many bytes of the body [`record`](Self::record) needs; it may get more, but not more than [`WINDOW_BYTES`].
+    /// Returns the number of bytes of the body that [`record`](Self::record) needs. It may receive
+    /// more, but never more than [`WINDOW_BYTES`].
     fn window(&mut self, header: &RecordHeader) -> usize {
         let _ = header;
         WINDOW_BYTES
     }
 
-    /// A record that passed every check.
+    /// Receives a record that passed every check.
     ///
     /// # Errors
-    /// What is wrong with its content; decoding ends there.
+    /// The problem with its content. Decoding ends there.
     fn record(&mut self, record: &WalRecord<'_>) -> Result<(), DecodeErrorKind>;
 }
 
@@ -48,12 +51,12 @@ pub struct WalDecoder {
     identity: WalIdentity,
     position: Lsn,
     state: State,
-    /// The start of the record before, for `xl_prev`.
+    /// The start of the previous record, for `xl_prev`.
     previous: Option<Lsn>,
     valid_end_lsn: Lsn,
-    /// Its last byte that a checksum covers is before this.
+    /// The end of the last byte of that record that a checksum covers.
     checked_end_lsn: Lsn,
-    /// The timeline of the latest page; it never decreases.
+    /// The timeline of the latest page. It never decreases.
     timeline: u32,
     page: PartialPageHeader,
     open: OpenRecord,
@@ -63,53 +66,54 @@ pub struct WalDecoder {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
-    /// The first page has not said yet whether it continues a record.
+    /// Before the first page header, which says whether the page continues a record.
     Start,
-    /// The rest of a record whose start is not known.
+    /// Inside a record whose start is unknown.
     Skip { left: u32 },
-    /// Between records; padding up to 8 is skipped.
+    /// Between records. Padding to a multiple of 8 is skipped.
     Between,
-    /// Inside a record, which is `open`.
+    /// Inside the record in `open`.
     Record,
     /// After a switch: the rest of the segment is unused.
     Switched,
 }
 
-/// A page header that did not arrive in one piece.
+/// A page header that has not arrived completely.
 #[derive(Debug)]
 struct PartialPageHeader {
     bytes: [u8; LONG_HEADER_BYTES],
     length: usize,
 }
 
-/// A record that is not whole in one page, or did not arrive in one piece. Its buffer is used again for the next one.
+/// A record that spans pages, or has not arrived completely. Its buffer is reused for the next one.
 #[derive(Debug)]
 struct OpenRecord {
     start_lsn: Lsn,
     header_bytes: [u8; RECORD_HEADER_BYTES],
-    /// `xl_tot_len`; known as soon as its four bytes are there, which are never split.
+    /// `xl_tot_len`. Known as soon as its four bytes have arrived, which are never split.
     total: u32,
-    /// How much of it has come.
+    /// The number of its bytes that have arrived.
     got: u32,
     /// Valid once the header is complete.
     header: RecordHeader,
     crc: u32,
-    /// How much of the body is kept, and what is kept.
+    /// The number of bytes of the body to keep, and the bytes kept so far.
     window_bytes: usize,
     window: Vec<u8>,
 }
 
-/// What the first record of a page has to be that voids the record before it.
+/// The first record that a page must contain if the page voids the record before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Overwrite {
-    /// Nothing was voided.
+    /// The page voids no record.
     None,
-    /// `XLOG_OVERWRITE_CONTRECORD`, for the record that started there, where that is known.
+    /// `XLOG_OVERWRITE_CONTRECORD` for the record that started at this LSN, if it is known.
     Of(Option<Lsn>),
 }
 
 impl WalDecoder {
-    /// Starts at `start_lsn`, the start of a page or of a record. `previous` is the start of the record before, where known.
+    /// Creates a decoder that starts at `start_lsn`, the start of a page or of a record. `previous`
+    /// is the start of the previous record, if known.
     #[must_use]
     pub fn new(identity: WalIdentity, start_lsn: Lsn, previous: Option<Lsn>) -> Self {
         Self {
@@ -139,26 +143,27 @@ impl WalDecoder {
         }
     }
 
-    /// The end of what was pushed; after an error somewhere in it.
+    /// The end of the pushed bytes. After an error, a position in the bytes of the last push.
     #[must_use]
     pub fn position(&self) -> Lsn {
         self.position
     }
 
-    /// The end of the last complete valid record, aligned to 8; the start, while there is none.
+    /// The end of the last complete valid record, aligned to 8. The start position before the first
+    /// record.
     #[must_use]
     pub fn valid_end_lsn(&self) -> Lsn {
         self.valid_end_lsn
     }
 
-    /// The end of that record as such: what follows up to [`WalDecoder::valid_end_lsn`] is padding, which no checksum covers and
-    /// which PostgreSQL leaves zero.
+    /// The unaligned end of that record. The bytes from there to [`WalDecoder::valid_end_lsn`] are
+    /// padding, which no checksum covers and which PostgreSQL leaves zero.
     #[must_use]
     pub fn checked_end_lsn(&self) -> Lsn {
         self.checked_end_lsn
     }
 
-    /// The start of the record that has begun and is not complete; none after an error.
+    /// The start of the record that has begun and is not complete. `None` after an error.
     #[must_use]
     pub fn open_record_lsn(&self) -> Option<Lsn> {
         (self.state == State::Record && !self.failed).then_some(self.open.start_lsn)
@@ -167,7 +172,8 @@ impl WalDecoder {
     /// Decodes the next bytes.
     ///
     /// # Errors
-    /// [`DecodeError`] at the first invalid page or record, or what `sink` refused; after it nothing more is decoded.
+    /// [`DecodeError`] at the first invalid page or record, or the error of `sink`. Nothing is
+    /// decoded after an error.
     pub fn push<S: RecordSink>(&mut self, bytes: &[u8], sink: &mut S) -> Result<(), DecodeError> {
         if self.failed {
             return Err(DecodeError {
@@ -208,12 +214,12 @@ impl WalDecoder {
         self.position = self.position.add(bytes as u64);
     }
 
-    /// Checks a page header, also against the record that is open (`XLogDecodeNextRecord`).
+    /// Checks a page header, also against the open record (`XLogDecodeNextRecord`).
     fn begin_page(&mut self, page: Lsn, bytes: &[u8]) -> Result<(), DecodeError> {
         let fail = |kind| Err(DecodeError { lsn: page, kind });
         let at_segment_start = bytes.len() == LONG_HEADER_BYTES;
         if self.state == State::Switched && !at_segment_start && bytes == [0; SHORT_HEADER_BYTES] {
-            // Behind a switch the server may leave pages that it never initialised.
+            // After a switch the server may leave pages that it never initialised.
             return Ok(());
         }
         let Some(header) = PageHeader::parse(bytes) else {
@@ -238,8 +244,8 @@ impl WalDecoder {
             State::Between | State::Switched => 0,
         };
         if header.flags.has(PageFlags::FIRST_IS_OVERWRITE_CONTRECORD) {
-            // The server crashed inside a record: it is void, and the page begins anew
-            // (`CreateOverwriteContrecordRecord`).
+            // The server crashed inside a record. The record is void, and the page starts with a
+            // new one (`CreateOverwriteContrecordRecord`).
             if self.state == State::Switched && !at_segment_start {
                 let found = header.flags.0;
                 return fail(DecodeErrorKind::PageFlags { found });
@@ -260,7 +266,7 @@ impl WalDecoder {
         Ok(())
     }
 
-    /// Takes bytes of one page behind its header.
+    /// Consumes bytes of one page after its header.
     fn page_data<S: RecordSink>(
         &mut self,
         mut now: &[u8],
@@ -297,7 +303,8 @@ impl WalDecoder {
         Ok(())
     }
 
-    /// Checks a record that lies whole in `bytes`, or begins one that does not; how many bytes it took.
+    /// Checks a record that is complete in `bytes`, or begins one that is not. Returns the number
+    /// of bytes consumed.
     fn begin_record<S: RecordSink>(
         &mut self,
         bytes: &[u8],
@@ -335,7 +342,7 @@ impl WalDecoder {
         self.continue_record(bytes, sink)
     }
 
-    /// Takes bytes of the open record; how many.
+    /// Consumes bytes of the open record. Returns their number.
     fn continue_record<S: RecordSink>(
         &mut self,
         bytes: &[u8],
@@ -352,7 +359,7 @@ impl WalDecoder {
             let got = copy_at(&mut open.header_bytes, got, now);
             open.got = as_u32(got);
             if open.total == 0 && got >= 4 {
-                // The rest of the header is not there yet, but its place may be taken by a page's end.
+                // The rest of the header has not arrived, and the end of a page may come first.
                 let total = RecordHeader::parse(&open.header_bytes).total;
                 RecordHeader::check_total(total).map_err(at_record)?;
                 open.total = total;
@@ -377,7 +384,7 @@ impl WalDecoder {
         let taken = before.saturating_add(now.len());
         if open.got == open.total {
             let header_bytes = open.header_bytes;
-            // Given back below, so that its memory serves the next record.
+            // Returned below, so that its memory is reused for the next record.
             let window = std::mem::take(&mut open.window);
             let end = self.position.add(taken as u64);
             let body_crc = open.crc;
@@ -389,8 +396,8 @@ impl WalDecoder {
         Ok(taken)
     }
 
-    /// Checks what can only be checked at a record's end, and hands it on. `record.end_lsn` is where its last byte ends;
-    /// `body_crc` is of the whole body.
+    /// Performs the checks that need the whole record, and passes it on. `record.end_lsn` is the
+    /// end of its last byte. `body_crc` covers the whole body.
     fn end_record<S: RecordSink>(
         &mut self,
         record: &mut WalRecord<'_>,
@@ -432,10 +439,11 @@ impl WalDecoder {
     }
 }
 
-/// `offsetof(XLogRecord, xl_crc)`: the sum covers the body and then the header up to here.
+/// `offsetof(XLogRecord, xl_crc)`: the checksum covers the body and then the header up to here.
 const CRC_OFFSET: usize = 20;
 
-/// Whether the first record of a page that voids the record from `voided` says so (`VerifyOverwriteContrecord`).
+/// Checks that the first record of a page that voids the record at `voided` says so
+/// (`VerifyOverwriteContrecord`).
 fn check_overwrite(voided: Option<Lsn>, record: &WalRecord<'_>) -> Result<(), DecodeErrorKind> {
     let found = rmgr::overwritten_lsn(record).ok_or(DecodeErrorKind::NoOverwrittenContrecord)?;
     match voided {
@@ -447,19 +455,19 @@ fn check_overwrite(voided: Option<Lsn>, record: &WalRecord<'_>) -> Result<(), De
 }
 
 impl PartialPageHeader {
-    /// Appends `now`; the length so far.
+    /// Appends `now`. Returns the total length.
     fn take(&mut self, now: &[u8]) -> usize {
         self.length = copy_at(&mut self.bytes, self.length, now);
         self.length
     }
 }
 
-/// What is kept of a body: at least what its structure is checked by.
+/// Returns the number of bytes of a body to keep: at least those that contain its structure.
 fn window_bytes<S: RecordSink>(sink: &mut S, header: &RecordHeader) -> usize {
     sink.window(header).clamp(STRUCTURE_BYTES, WINDOW_BYTES)
 }
 
-/// Copies `from` to the offset `at`; the offset behind it.
+/// Copies `from` to the offset `at`. Returns the offset after it.
 fn copy_at(to: &mut [u8], at: usize, from: &[u8]) -> usize {
     let end = at.saturating_add(from.len());
     if let Some(place) = to.get_mut(at..end) {
@@ -472,7 +480,7 @@ fn split(bytes: &[u8], at: usize) -> (&[u8], &[u8]) {
     bytes.split_at_checked(at).unwrap_or((bytes, &[]))
 }
 
-/// Below one page, or bounded by it.
+/// For numbers that are at most one page.
 fn as_usize(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

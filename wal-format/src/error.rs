@@ -1,4 +1,4 @@
-//! [`DecodeError`]: why bytes are not valid WAL, and where.
+//! [`DecodeError`]: the reason and the position at which bytes are not valid WAL.
 
 use crate::Lsn;
 
@@ -6,40 +6,40 @@ use crate::Lsn;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{lsn}: {kind}")]
 pub struct DecodeError {
-    /// Where: the start of the page, or of the record.
+    /// The start of the page or of the record.
     pub lsn: Lsn,
-    /// Why.
+    /// The reason.
     pub kind: DecodeErrorKind,
 }
 
-/// Why bytes are not valid WAL.
+/// The reason why bytes are not valid WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum DecodeErrorKind {
-    /// The page's magic number is of another version, or none.
+    /// The page's magic number belongs to another version, or to none.
     #[error("page magic {found:#06X}, expected {expected:#06X}")]
     PageMagic {
-        /// What the version writes.
+        /// The magic number of the version.
         expected: u16,
-        /// What is there.
+        /// The number found.
         found: u16,
     },
-    /// The page header has flags that do not exist, or the wrong kind of header for its place.
+    /// The page header has unknown flags, or is of the wrong kind for its place.
     #[error("page header flags {found:#06X} are invalid here")]
     PageFlags {
-        /// What is there.
+        /// The flags found.
         found: u16,
     },
-    /// The page says that it belongs elsewhere: a recycled segment's old content.
+    /// The page's address differs from its position: old content of a recycled segment.
     #[error("page address {found}, which is not where the page is")]
     PageAddress {
-        /// What is there.
+        /// The address found.
         found: Lsn,
     },
-    /// The timeline went back from one page to the next, or is none.
+    /// The timeline decreased from one page to the next, or is 0.
     #[error("page of timeline {found} after timeline {latest}")]
     PageTimeline {
-        /// The timeline of the page before.
+        /// The timeline of the previous page.
         latest: u32,
         /// `xlp_tli`.
         found: u32,
@@ -47,10 +47,10 @@ pub enum DecodeErrorKind {
     /// The page belongs to another cluster.
     #[error("page of system identifier {found}")]
     SystemIdentifier {
-        /// What is there.
+        /// The system identifier found.
         found: u64,
     },
-    /// The page belongs to WAL of another segment size or page size.
+    /// The page belongs to WAL with another segment size or page size.
     #[error("page of segment size {segment_bytes} and page size {page_bytes}")]
     Sizes {
         /// `xlp_seg_size`.
@@ -58,24 +58,25 @@ pub enum DecodeErrorKind {
         /// `xlp_xlog_blcksz`.
         page_bytes: u32,
     },
-    /// A record has to continue on this page and does not, or the reverse, or with another length.
+    /// The page does not continue a record that must continue on it, or continues an unexpected
+    /// one, or one of another length.
     #[error("the page continues {found} bytes of a record, expected {expected}")]
     Continuation {
-        /// What is left of the record.
+        /// The number of bytes left of the record.
         expected: u32,
         /// `xlp_rem_len`.
         found: u32,
     },
-    /// No record begins here: zero is how WAL ends.
+    /// No record begins here. A length of zero marks the end of WAL.
     #[error("record length {found}")]
     RecordLength {
         /// `xl_tot_len`.
         found: u32,
     },
-    /// The record does not follow the one before.
+    /// The record does not follow the previous one.
     #[error("record's previous is {found}, expected {expected}")]
     Previous {
-        /// The start of the record before.
+        /// The start of the previous record.
         expected: Lsn,
         /// `xl_prev`.
         found: Lsn,
@@ -86,19 +87,20 @@ pub enum DecodeErrorKind {
         /// `xl_rmid`.
         found: u8,
     },
-    /// The record's bytes are not what was written.
+    /// The record's bytes are not those that were written.
     #[error("record CRC {found:#010X}, recorded {expected:#010X}")]
     Crc {
         /// `xl_crc`.
         expected: u32,
-        /// Of the bytes.
+        /// The checksum of the bytes.
         found: u32,
     },
-    /// The lengths in the record contradict each other, or a record of a kind we read does not have the layout of its
-    /// version.
+    /// The lengths in the record contradict each other, or a record of a known kind does not have
+    /// the layout of its version.
     #[error("record body is malformed")]
     Body,
-    /// The page voids the record before it, but its first record is no `XLOG_OVERWRITE_CONTRECORD`.
+    /// The page voids the record before it, but its first record is not
+    /// `XLOG_OVERWRITE_CONTRECORD`.
     #[error("the page voids the record before it, and its first record does not say so")]
     NoOverwrittenContrecord,
     /// `XLOG_OVERWRITE_CONTRECORD` names another record than the one that its page voids.
@@ -109,7 +111,7 @@ pub enum DecodeErrorKind {
         /// `overwritten_lsn`.
         found: Lsn,
     },
-    /// An earlier error: nothing more is decoded.
+    /// An error occurred earlier. Nothing more is decoded.
     #[error("decoding has stopped at an earlier error")]
     Stopped,
 }

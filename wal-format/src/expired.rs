@@ -1,8 +1,8 @@
-//! [`Expired`]: `expired/….json`, our word that backups and WAL are no longer kept: whoever reads the repository takes
-//! them for absent from then on, and after a grace they are removed.
+//! [`Expired`]: `expired/….json` records that backups and WAL are no longer kept. From then on every reader treats them as absent, and after a grace period they are removed.
 //!
-//! Written once, before anything is removed. What counts is the union of all that lie there: a removal that was cut off
-//! goes on from it, and a hole in the WAL that it names is no gap. Each of several repositories has its own.
+//! Written once, before anything is removed. The union of all stored records applies: an
+//! interrupted removal continues from it, and a hole in the WAL that it names is not a gap. Each of
+//! several repositories has its own records.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,25 +11,25 @@ use crate::{BackupId, Branch, Lsn, ObjectKey, PgTimestamp, SystemIdentifier};
 /// The version that this build writes, and the newest that it reads.
 pub const EXPIRED_FORMAT_VERSION: u32 = 1;
 
-/// What one application of a retention policy gave up.
+/// The data given up by one application of a retention policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expired {
     /// [`EXPIRED_FORMAT_VERSION`].
     pub format_version: u32,
-    /// Its name: spelled as a backup's, from the time it was written.
+    /// The name, in the form of a backup ID, from the time when it was written.
     pub id: BackupId,
-    /// When this was decided; the objects stay for a grace from then on.
+    /// The time of the decision. The grace period begins then.
     pub marked: PgTimestamp,
-    /// When every object of it was removed; it then only says what was there.
+    /// The time when every named object had been removed. Since then the record is only history.
     #[serde(default)]
     pub swept: Option<PgTimestamp>,
-    /// The policy, in words.
+    /// The policy as text.
     pub policy: String,
     /// The base backups.
     pub backups: Vec<ExpiredBackup>,
     /// The WAL, in whole segments.
     pub wal: Vec<ExpiredWal>,
-    /// The moments that can not be restored any more.
+    /// The moments that can no longer be restored.
     pub windows: Vec<ExpiredWindow>,
 }
 
@@ -53,23 +53,23 @@ pub struct ExpiredWal {
     pub to_lsn: Lsn,
 }
 
-/// A stretch of moments that could be restored until then.
+/// A range of moments that could be restored until then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ExpiredWindow {
     /// The branch.
     pub branch: Branch,
-    /// From where on.
+    /// The start.
     pub from_lsn: Lsn,
-    /// Up to where.
+    /// The end.
     pub to_lsn: Lsn,
-    /// About when that was: the end of the backup before it.
+    /// The approximate time of the start: the end of the backup before it.
     pub from: Option<PgTimestamp>,
-    /// About when that was: the end of the backup behind it, or the last commit.
+    /// The approximate time of the end: the end of the backup after it, or the last commit.
     pub to: Option<PgTimestamp>,
 }
 
 impl Expired {
-    /// Its key.
+    /// Returns the object key.
     #[must_use]
     pub fn key(&self, system: SystemIdentifier) -> ObjectKey {
         ObjectKey::Expired(system, self.id.clone())

@@ -1,7 +1,7 @@
-//! [`FailoverLoss`]: `failover/….json`, the commits that a failover lost: WAL that the archive holds of a branch beyond the
-//! place where its successor left it, so that the server that took over never had it.
+//! [`FailoverLoss`]: `failover/….json`, the commits that a failover lost. The archive holds WAL of a branch beyond the fork, which the server that took over never had.
 //!
-//! Written once, when the fork is first seen. The WAL itself stays where it is, and can be restored on its own branch.
+//! Written once, when the fork is first seen. The WAL itself stays in the repository and can be
+//! restored on its own branch.
 
 use std::fmt;
 
@@ -12,25 +12,26 @@ use crate::{Branch, Lsn, ObjectKey, PgTimestamp, SystemIdentifier, TransactionEn
 /// The version of the object that this build writes, and the newest that it reads.
 pub const FAILOVER_LOSS_FORMAT_VERSION: u32 = 1;
 
-/// Commits that are listed one by one; of more there is the number and the time.
+/// The number of commits that are listed individually. Of further ones only the number and the time
+/// are recorded.
 pub const LOST_COMMITS_LISTED_MAX: usize = 1000;
 
-/// What a failover lost.
+/// The commits lost by a failover.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FailoverLoss {
     /// [`FAILOVER_LOSS_FORMAT_VERSION`].
     pub format_version: u32,
-    /// The branch that was left.
+    /// The branch that was abandoned.
     pub branch: Branch,
-    /// The branch that went on.
+    /// The branch that continued.
     pub successor: Branch,
-    /// Where it went on: the first byte of `branch` that it does not have.
+    /// The fork: the LSN of the first byte of `branch` that the successor does not have.
     pub switch_lsn: Lsn,
-    /// The end of what the archive has of `branch`.
+    /// The end of the archived WAL of `branch`.
     pub end_lsn: Lsn,
-    /// When the archiver saw it.
+    /// The time when the archiver detected the fork.
     pub found: PgTimestamp,
-    /// How many transactions committed between the two.
+    /// The number of transactions that committed between the two LSNs.
     pub commits: u64,
     /// The earliest of their commit times.
     pub first_commit: Option<PgTimestamp>,
@@ -41,7 +42,8 @@ pub struct FailoverLoss {
 }
 
 impl FailoverLoss {
-    /// What was lost of `branch` in `[switch_lsn, end_lsn)`, where these transactions committed, in LSN order.
+    /// Creates the record of what was lost of `branch` in `[switch_lsn, end_lsn)`, with the
+    /// transactions that committed there, in LSN order.
     #[must_use]
     pub fn new(
         (branch, successor): (Branch, Branch),
@@ -67,14 +69,14 @@ impl FailoverLoss {
         }
     }
 
-    /// Its key.
+    /// Returns the object key.
     #[must_use]
     pub fn key(&self, system: SystemIdentifier) -> ObjectKey {
         ObjectKey::FailoverLoss(system, self.branch, self.successor)
     }
 }
 
-/// For people.
+/// A sentence for logs and reports.
 impl fmt::Display for FailoverLoss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (from, to) = (self.branch.timeline, self.successor.timeline);
@@ -106,7 +108,7 @@ mod tests {
             .map(|at| TransactionEnd {
                 lsn: Lsn(at as u64 * 8),
                 xid: 700 + at as u32,
-                // Commit times are not in the order of LSNs.
+                // Commit times are not in LSN order.
                 time: PgTimestamp(1_000_000 - at as i64),
                 kind: TransactionEndKind::Commit,
             })

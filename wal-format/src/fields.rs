@@ -1,6 +1,6 @@
-//! [`Fields`]: little-endian numbers from the front of a slice; `None` where the slice ends inside one.
+//! [`Fields`]: reads little-endian numbers from the front of a slice. Returns `None` if the slice ends inside one.
 
-/// What is left of the bytes.
+/// The remaining bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 
@@ -40,12 +40,12 @@ impl<'a> Fields<'a> {
         self.array().map(i64::from_le_bytes)
     }
 
-    /// A C `int` that counts: not negative.
+    /// Reads a C `int` that must not be negative.
     pub(crate) fn count(&mut self) -> Option<usize> {
         self.i32().and_then(|count| usize::try_from(count).ok())
     }
 
-    /// The fields from `offset` on.
+    /// Returns the fields from `offset` on.
     pub(crate) fn at(&self, offset: usize) -> Option<Self> {
         self.0.get(offset..).map(Self)
     }

@@ -1,7 +1,7 @@
-//! [`DeclaredGap`]: `gap/….json`, our word that a range of WAL is lost: nobody who could be asked has it any more.
+//! [`DeclaredGap`]: `gap/….json` records that a range of WAL is lost: no server that could be asked has it any more.
 //!
-//! Written once, when archiving goes on behind the range. The WAL itself may still be given later; then the range is
-//! held, and the declaration is history.
+//! Written once, when archiving continues after the range. If the WAL is archived later after all,
+//! the range is complete, and the record is only history.
 
 use serde::{Deserialize, Serialize};
 
@@ -12,20 +12,20 @@ use crate::{Branch, Lsn, ObjectKey, PgTimestamp, SystemIdentifier};
 pub struct DeclaredGap {
     /// The branch.
     pub branch: Branch,
-    /// The first byte that is missing.
+    /// The first missing byte.
     pub from_lsn: Lsn,
-    /// The first byte after.
+    /// The first byte after the range.
     pub to_lsn: Lsn,
-    /// When it was declared.
+    /// The time of the declaration.
     pub declared: PgTimestamp,
-    /// The last commit that is archived before it: what is lost happened after this time.
+    /// The last commit that is archived before the range. Everything lost happened after this time.
     pub last_commit: Option<PgTimestamp>,
-    /// What the server said when it was asked for the range.
+    /// The server's answer when it was asked for the range.
     pub reason: String,
 }
 
 impl DeclaredGap {
-    /// Its key.
+    /// Returns the object key.
     #[must_use]
     pub fn key(&self, system: SystemIdentifier) -> ObjectKey {
         ObjectKey::Gap(system, self.branch, self.from_lsn, self.to_lsn)

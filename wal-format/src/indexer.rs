@@ -1,6 +1,6 @@
-//! [`WalIndexer`]: WAL bytes in, as they arrive; every page and record checked; a [`SegmentSummary`] out.
+//! [`WalIndexer`]: accepts WAL bytes as they arrive, checks every page and record, and returns a [`SegmentSummary`].
 //!
-//! It is the [`WalDecoder`] with a sink that keeps what a restore has to know.
+//! It is the [`WalDecoder`] with a sink that keeps the facts a restore needs.
 
 mod primed;
 
@@ -23,7 +23,8 @@ pub struct WalIndexer {
 struct SummaryBuilder(SegmentSummary);
 
 impl WalIndexer {
-    /// Starts at `start_lsn`, the start of a page. `previous` is the start of the record before, where known.
+    /// Creates an indexer that starts at `start_lsn`, the start of a page. `previous` is the start
+    /// of the previous record, if known.
     #[must_use]
     pub fn new(identity: WalIdentity, start_lsn: Lsn, previous: Option<Lsn>) -> Self {
         Self {
@@ -32,25 +33,26 @@ impl WalIndexer {
         }
     }
 
-    /// The end of what was pushed.
+    /// The end of the pushed bytes.
     #[must_use]
     pub fn position(&self) -> Lsn {
         self.decoder.position()
     }
 
-    /// The end of the last complete valid record, aligned to 8; the start, while there is none.
+    /// The end of the last complete valid record, aligned to 8. The start position before the first
+    /// record.
     #[must_use]
     pub fn valid_end_lsn(&self) -> Lsn {
         self.decoder.valid_end_lsn()
     }
 
-    /// Where that record's padding begins: see [`WalDecoder::checked_end_lsn`].
+    /// The start of that record's padding: see [`WalDecoder::checked_end_lsn`].
     #[must_use]
     pub fn checked_end_lsn(&self) -> Lsn {
         self.decoder.checked_end_lsn()
     }
 
-    /// What was completed since the last call, or since the start.
+    /// Returns the summary of the records completed since the last call, or since the start.
     pub fn take_summary(&mut self) -> SegmentSummary {
         let mut summary = std::mem::take(&mut self.summary.0);
         summary.open_record_lsn = self.decoder.open_record_lsn();
@@ -60,7 +62,7 @@ impl WalIndexer {
     /// Decodes the next bytes.
     ///
     /// # Errors
-    /// [`DecodeError`] at the first invalid page or record; after it nothing more is decoded.
+    /// [`DecodeError`] at the first invalid page or record. Nothing is decoded after an error.
     pub fn push(&mut self, bytes: &[u8]) -> Result<(), DecodeError> {
         self.decoder.push(bytes, &mut self.summary)
     }

@@ -1,10 +1,11 @@
-//! PostgreSQL's write-ahead log and our archive of it, as types. No I/O, no async, no clock.
+//! Types for PostgreSQL's write-ahead log and for our archive of it. No I/O, no async, no clock.
 //!
-//! Modules in reading order: the words ([`lsn`], [`time`], [`timeline`], [`segment`], [`system`]), PostgreSQL's WAL
-//! ([`page`], [`record`], the streaming [`decoder`] and the [`indexer`] on top of it), the [`summary`] of what a range of
-//! WAL holds, our container for that range ([`sealed`]), the files of a cluster and its base backups ([`control_file`],
-//! [`backup_label`], [`tablespace_map`], [`backup_manifest`], [`tar`], our own [`backup`]), and [`layout`]: every key in
-//! the repository, in one enum.
+//! Modules in reading order: the basic terms ([`lsn`], [`time`], [`timeline`], [`segment`],
+//! [`system`]), PostgreSQL's WAL ([`page`], [`record`], the streaming [`decoder`] and the
+//! [`indexer`] that uses it), the [`summary`] of a range of WAL, our container for that range
+//! ([`sealed`]), the files of a cluster and its base backups ([`control_file`], [`backup_label`],
+//! [`tablespace_map`], [`backup_manifest`], [`tar`], our own [`backup`]), and [`layout`] with every
+//! key in the repository.
 #![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
 #![cfg_attr(
     test,

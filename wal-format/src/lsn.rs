@@ -19,7 +19,7 @@ impl Lsn {
     /// The greatest position.
     pub const MAX: Self = Self(u64::MAX);
 
-    /// This position moved forward; saturates at [`Lsn::MAX`].
+    /// Returns this position moved forward. Saturates at [`Lsn::MAX`].
     #[must_use]
     #[expect(
         clippy::should_implement_trait,
@@ -29,7 +29,7 @@ impl Lsn {
         Self(self.0.saturating_add(bytes))
     }
 
-    /// Bytes from `earlier` to `self`, 0 when `earlier` is not earlier.
+    /// Returns the bytes from `earlier` to `self`, or 0 if `earlier` is not earlier.
     #[must_use]
     pub fn bytes_since(self, earlier: Self) -> u64 {
         self.0.saturating_sub(earlier.0)
@@ -45,7 +45,8 @@ impl Lsn {
         Self(self.0 & !alignment.wrapping_sub(1))
     }
 
-    /// This position rounded up to a multiple of `alignment`, which must be a power of two; saturates.
+    /// Returns this position rounded up to a multiple of `alignment`, which must be a power of two.
+    /// Saturates.
     #[must_use]
     pub fn align_up(self, alignment: u64) -> Self {
         self.add(alignment.wrapping_sub(1)).align_down(alignment)
@@ -64,7 +65,7 @@ impl fmt::Display for Lsn {
     }
 }
 
-/// A text that is no LSN.
+/// Text that is not an LSN.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{0}\" is no LSN; write it as PostgreSQL does, for example 16/B374D848")]
 pub struct ParseLsnError(String);

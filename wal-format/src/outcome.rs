@@ -1,6 +1,7 @@
-//! [`Outcome`]: `outcome/….json`, how a restore drill, a base backup, an expiry or a verification ended.
+//! [`Outcome`]: `outcome/….json`, the result of a restore drill, a base backup, an expiry or a verification.
 //!
-//! Whoever ran it, on whatever host, leaves it in the repository; the archiver's dashboard reads it there. Written once.
+//! Every host stores its results in the repository, where the archiver's dashboard reads them.
+//! Written once.
 
 use std::{fmt, str::FromStr};
 
@@ -11,13 +12,13 @@ use crate::{BackupId, ObjectKey, PgTimestamp, SystemIdentifier};
 /// The version of an outcome that this build writes, and the newest that it reads.
 pub const OUTCOME_FORMAT_VERSION: u32 = 1;
 
-/// What has ended.
+/// The kind of operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OutcomeKind {
-    /// A base backup that failed; one that succeeded is its own proof.
+    /// A base backup that failed. A successful one is its own proof.
     Backup,
-    /// A restore into a scratch directory, booted and checked.
+    /// A restore into a scratch directory that was started and checked.
     Drill,
     /// An application of the retention policy that removed something or failed.
     Expire,
@@ -44,7 +45,7 @@ impl fmt::Display for OutcomeKind {
     }
 }
 
-/// A text that names no kind of outcome.
+/// Text that does not name a kind of outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no kind of outcome")]
 pub struct InvalidOutcomeKind;
@@ -60,14 +61,14 @@ impl FromStr for OutcomeKind {
     }
 }
 
-/// How something ended. What does not apply or was not measured is `None`.
+/// The result of an operation. A value that does not apply or was not measured is `None`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// [`OUTCOME_FORMAT_VERSION`].
     pub format_version: u32,
-    /// What ended.
+    /// The kind of operation.
     pub kind: OutcomeKind,
-    /// Its name: spelled as a backup's, from the time it began.
+    /// The name, in the form of a backup ID, from the time when it began.
     pub id: BackupId,
     /// When it began.
     pub started: PgTimestamp,
@@ -75,7 +76,7 @@ pub struct Outcome {
     pub finished: PgTimestamp,
     /// Whether it succeeded.
     pub passed: bool,
-    /// What was found, in a sentence for people.
+    /// The result in a sentence.
     pub message: String,
     /// The base backup that was used.
     #[serde(default)]
@@ -86,25 +87,25 @@ pub struct Outcome {
     /// Bytes of the base backup that were fetched.
     #[serde(default)]
     pub fetched_bytes: Option<u64>,
-    /// How long fetching them took, in seconds.
+    /// The duration of that fetch in seconds.
     #[serde(default)]
     pub fetch_seconds: Option<f64>,
     /// Bytes of WAL that were replayed.
     #[serde(default)]
     pub replayed_bytes: Option<u64>,
-    /// How long replay took, in seconds.
+    /// The duration of the replay in seconds.
     #[serde(default)]
     pub replay_seconds: Option<f64>,
-    /// What was lost against the newest commit known, in seconds.
+    /// The loss against the newest known commit in seconds.
     #[serde(default)]
     pub loss_seconds: Option<f64>,
-    /// Keys of the objects that are damaged or missing.
+    /// Keys of the damaged or missing objects.
     #[serde(default)]
     pub damaged: Vec<String>,
 }
 
 impl Outcome {
-    /// Its key.
+    /// Returns the object key.
     #[must_use]
     pub fn key(&self, system: SystemIdentifier) -> ObjectKey {
         ObjectKey::Outcome(system, self.kind, self.id.clone())

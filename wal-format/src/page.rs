@@ -1,6 +1,7 @@
-//! Page headers: every 8 KiB of WAL begin with one, and the first of a segment is longer.
+//! Page headers. Every 8 KiB of WAL begin with one, and the first header of a segment is longer.
 //!
-//! A header says where its page belongs, so that a recycled segment's old content is never taken for new WAL.
+//! A header contains the page's address, so old content of a recycled segment is never mistaken for
+//! new WAL.
 
 use crate::{
     Lsn, PgVersion, SegmentSize, SystemIdentifier, TimelineId, WalIdentity,
@@ -23,14 +24,14 @@ impl PageFlags {
     pub const FIRST_IS_CONTRECORD: Self = Self(1);
     /// `XLP_LONG_HEADER`: the header is the long one.
     pub const LONG_HEADER: Self = Self(2);
-    /// `XLP_BKP_REMOVABLE`: means nothing to us.
+    /// `XLP_BKP_REMOVABLE`: not used here.
     pub const BKP_REMOVABLE: Self = Self(4);
     /// `XLP_FIRST_IS_OVERWRITE_CONTRECORD`: the record that would continue here is void.
     pub const FIRST_IS_OVERWRITE_CONTRECORD: Self = Self(8);
     /// `XLP_ALL_FLAGS`.
     const ALL: u16 = 0xF;
 
-    /// Whether `flag` is set.
+    /// Returns true if `flag` is set.
     #[must_use]
     pub fn has(self, flag: Self) -> bool {
         self.0 & flag.0 != 0
@@ -40,17 +41,18 @@ impl PageFlags {
 /// A page header (`XLogPageHeaderData`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageHeader {
-    /// `xlp_magic`, which names the version.
+    /// `xlp_magic`, which identifies the version.
     pub magic: u16,
     /// `xlp_info`.
     pub flags: PageFlags,
-    /// `xlp_tli`; 0 is no timeline and is refused.
+    /// `xlp_tli`. 0 is not a timeline and is refused.
     pub timeline: u32,
-    /// `xlp_pageaddr`: where the page belongs.
+    /// `xlp_pageaddr`: the page's address.
     pub address: Lsn,
-    /// `xlp_rem_len`: what is left of the record that continues here, on this page and later ones.
+    /// `xlp_rem_len`: the remaining bytes of the record that continues on this page and possibly on
+    /// later ones.
     pub remaining: u32,
-    /// What the first page of a segment says besides.
+    /// The additional fields of the first page of a segment.
     pub long: Option<LongPageHeader>,
 }
 
@@ -66,7 +68,7 @@ pub struct LongPageHeader {
 }
 
 impl PageHeader {
-    /// How long the header of the page at `page` is.
+    /// Returns the length of the header of the page at `page`.
     #[must_use]
     pub fn bytes_at(page: Lsn, segment_size: SegmentSize) -> usize {
         if segment_size.offset_of(page) == 0 {
@@ -76,7 +78,8 @@ impl PageHeader {
         }
     }
 
-    /// Reads a header; a long one where there are bytes for it. `None` when there are too few for a short one.
+    /// Parses a header; a long one if there are enough bytes for it. Returns `None` if there are
+    /// too few for a short one.
     #[must_use]
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let mut fields = Fields(bytes);
@@ -102,7 +105,8 @@ impl PageHeader {
         })
     }
 
-    /// Whose WAL a segment holds that begins with this header; `None` where it is no long one of a version that we know.
+    /// Returns the origin of a segment that begins with this header, or `None` if it is not a long
+    /// header of a known version.
     #[must_use]
     pub fn identity(&self) -> Option<WalIdentity> {
         let long = self.long?;
@@ -116,10 +120,10 @@ impl PageHeader {
         })
     }
 
-    /// Checks everything that does not depend on the pages before (`XLogReaderValidatePageHeader`).
+    /// Performs the checks that do not depend on preceding pages (`XLogReaderValidatePageHeader`).
     ///
     /// # Errors
-    /// [`DecodeError`] with the page's place.
+    /// [`DecodeError`] with the page's address.
     pub fn check(&self, identity: &WalIdentity, page: Lsn) -> Result<(), DecodeError> {
         let fail = |kind| Err(DecodeError { lsn: page, kind });
         let (expected, found) = (identity.version.page_magic(), self.magic);

@@ -1,7 +1,8 @@
-//! A WAL record: its header, and what its body consists of: block references, page images and main data.
+//! A WAL record: its header, and the parts of its body: block references, page images and main
+//! data.
 //!
-//! The body is headers first, then data in the same order; so its structure is checked from its first
-//! [`STRUCTURE_BYTES`], however long it is. Nothing here allocates.
+//! The body contains first all headers, then all data in the same order. Its structure is therefore
+//! checked from the first [`STRUCTURE_BYTES`], however long it is. Nothing here allocates memory.
 
 mod block;
 
@@ -11,9 +12,10 @@ use crate::{Lsn, PgVersion, error::DecodeErrorKind, fields::Fields};
 
 /// `SizeOfXLogRecord`.
 pub const RECORD_HEADER_BYTES: usize = 24;
-/// `XLogRecordMaxSize` (16+), which no record of an older version reaches either.
+/// `XLogRecordMaxSize` (16 and later). Records of older versions do not reach it either.
 pub const RECORD_BYTES_MAX: u32 = 1020 << 20;
-/// No record has more bytes of headers in its body: 33 block headers of 27 bytes, and three other items.
+/// The maximum length of the headers in a body: 33 block headers of 27 bytes, and three other
+/// items.
 pub const STRUCTURE_BYTES: usize = 1024;
 
 /// `RM_MAX_BUILTIN_ID`, the same from 13 to 18.
@@ -56,13 +58,13 @@ impl ResourceManager {
     /// Commits, aborts, prepared transactions.
     pub const TRANSACTION: Self = Self(1);
 
-    /// Whether records of it exist in WAL of `version`.
+    /// Returns true if WAL of `version` contains records of this resource manager.
     #[must_use]
     pub fn exists_in(self, version: PgVersion) -> bool {
         self.0 <= BUILTIN_MAX || (self.0 >= CUSTOM_MIN && version >= PgVersion::V15)
     }
 
-    /// The name of a built-in one, as `pg_waldump` prints it.
+    /// Returns the name of a built-in one, as `pg_waldump` prints it.
     #[must_use]
     pub fn name(self) -> Option<&'static str> {
         NAMES.get(usize::from(self.0)).copied()
@@ -76,9 +78,9 @@ pub struct RecordHeader {
     pub total: u32,
     /// `xl_xid`.
     pub xid: u32,
-    /// `xl_prev`: the start of the record before.
+    /// `xl_prev`: the start of the previous record.
     pub previous: Lsn,
-    /// `xl_info`; the upper four bits belong to the resource manager.
+    /// `xl_info`. The upper four bits belong to the resource manager.
     pub info: u8,
     /// `xl_rmid`.
     pub resource_manager: ResourceManager,
@@ -87,10 +89,10 @@ pub struct RecordHeader {
 }
 
 impl RecordHeader {
-    /// Reads a header.
+    /// Parses a header.
     #[must_use]
     pub fn parse(bytes: &[u8; RECORD_HEADER_BYTES]) -> Self {
-        // One load per field; the slices' lengths are known to the compiler.
+        // One load per field, since the compiler knows the lengths of the slices.
         let [
             t0,
             t1,
@@ -141,7 +143,8 @@ impl RecordHeader {
         Ok(())
     }
 
-    /// Checks the rest (`ValidXLogRecordHeader`). `previous` is the start of the record before, where known.
+    /// Checks the rest (`ValidXLogRecordHeader`). `previous` is the start of the previous record,
+    /// if known.
     pub(crate) fn check(
         &self,
         version: PgVersion,
@@ -167,33 +170,33 @@ impl RecordHeader {
 /// A complete record that passed its checks.
 #[derive(Clone, Copy, Debug)]
 pub struct WalRecord<'a> {
-    /// The major version, which decides about layouts.
+    /// The major version, which determines layouts.
     pub version: PgVersion,
-    /// Where it starts.
+    /// The start LSN.
     pub lsn: Lsn,
-    /// Its end, aligned to 8, as PostgreSQL reports it: a page's end is not moved behind the next page's header, and a switch
-    /// ends with its segment.
+    /// The end LSN, aligned to 8, as PostgreSQL reports it: the end of a page is not moved past the
+    /// next page's header, and a switch ends with its segment.
     pub end_lsn: Lsn,
     /// Its header.
     pub header: RecordHeader,
-    /// The front of its body: all of it, or as much as was asked for.
+    /// The front of the body: all of it, or as much as was requested.
     pub body: &'a [u8],
     layout: Layout,
 }
 
-/// Where the parts of a body lie.
+/// The offsets of the parts of a body.
 #[derive(Clone, Copy, Debug, Default)]
 struct Layout {
-    /// Where the headers end and the first block's data begins.
+    /// The end of the headers, where the first block's data begins.
     headers: usize,
-    /// Where the main data begins.
+    /// The start of the main data.
     main_data: usize,
     origin: Option<u16>,
     toplevel_xid: Option<u32>,
 }
 
 impl<'a> WalRecord<'a> {
-    /// A record whose structure was not read yet.
+    /// Creates a record whose structure has not been read.
     pub(crate) fn new(
         version: PgVersion,
         lsn: Lsn,
@@ -211,26 +214,27 @@ impl<'a> WalRecord<'a> {
         }
     }
 
-    /// Checks the body's structure (`DecodeXLogRecord`); `body` has to hold [`STRUCTURE_BYTES`] of it, or all.
+    /// Checks the structure of the body (`DecodeXLogRecord`). `body` must contain
+    /// [`STRUCTURE_BYTES`] of it, or all.
     pub(crate) fn read_structure(&mut self) -> Result<(), DecodeErrorKind> {
         self.layout
             .read(self.version, self.header.body_bytes(), self.body)
             .ok_or(DecodeErrorKind::Body)
     }
 
-    /// Whether [`body`](Self::body) is all of it.
+    /// Returns true if [`body`](Self::body) is complete.
     #[must_use]
     pub fn is_whole(&self) -> bool {
         self.body.len() == self.header.body_bytes()
     }
 
-    /// The main data, as far as it lies in [`body`](Self::body).
+    /// The main data, as far as [`body`](Self::body) contains it.
     #[must_use]
     pub fn main_data(&self) -> &'a [u8] {
         self.body.get(self.layout.main_data..).unwrap_or_default()
     }
 
-    /// The blocks that it changes, in their order.
+    /// The blocks that the record changes, in order.
     #[must_use]
     pub fn blocks(&self) -> BlockReferences<'a> {
         BlockReferences::new(self.version, self.body, self.layout.headers)
@@ -242,14 +246,15 @@ impl<'a> WalRecord<'a> {
         self.layout.origin
     }
 
-    /// The top-level transaction, in the first record of a subtransaction with `wal_level = logical` (14+).
+    /// The top-level transaction, which the first record of a subtransaction contains with
+    /// `wal_level = logical` (14 and later).
     #[must_use]
     pub fn toplevel_xid(&self) -> Option<u32> {
         self.layout.toplevel_xid
     }
 }
 
-/// `XLR_BLOCK_ID_DATA_SHORT` and its neighbours.
+/// `XLR_BLOCK_ID_DATA_SHORT` and the following IDs.
 const MAIN_DATA_SHORT: u8 = 255;
 const MAIN_DATA_LONG: u8 = 254;
 const ORIGIN: u8 = 253;
@@ -262,7 +267,7 @@ impl Layout {
         let mut blocks = block::Order::default();
         let mut data = 0_usize;
         let mut main_data = 0_usize;
-        // Of the whole body, also where less of it is here.
+        // Of the whole body, even if less of it is available.
         let left = |fields: &Fields<'_>| {
             let read = body.len().saturating_sub(fields.0.len());
             body_bytes.saturating_sub(read)

@@ -1,7 +1,8 @@
-//! What a restore has to know of a record: transactions' ends, checkpoints, restore points, switches.
+//! The records that matter for a restore: ends of transactions, checkpoints, restore points,
+//! switches.
 //!
-//! Layouts differ by version; only the fields that are used are read. The body may be cut (a commit can carry a million
-//! invalidations): what is read lies at its front.
+//! Layouts differ by version, and only the fields that are used are read. The body may be truncated
+//! (a commit can contain a million invalidations); the fields that are read are at its front.
 
 use crate::{
     CheckpointKind, Lsn, PgTimestamp, PgVersion, RelationFile, SegmentSummary, TimelineId,
@@ -14,24 +15,24 @@ use crate::{
 const SWITCH: u8 = 0x40;
 const OVERWRITE_CONTRECORD: u8 = 0xD0;
 
-/// Whether the record's body has to be kept.
+/// Returns true if the record's body has to be kept.
 pub(crate) fn is_of_interest(header: &RecordHeader) -> bool {
     match header.resource_manager {
         ResourceManager::TRANSACTION => {
             matches!(header.info & 0x70, 0x00 | 0x10 | 0x20 | 0x30 | 0x40)
         }
-        // Everything but no-ops, OID allocation and page images.
+        // Everything except no-ops, OID allocation and page images.
         ResourceManager::XLOG => !matches!(header.info & 0xF0, 0x20 | 0x30 | 0xA0 | 0xB0),
         _ => false,
     }
 }
 
-/// Whether the rest of the segment is unused.
+/// Returns true if the rest of the segment is unused after this record.
 pub(crate) fn is_switch(header: &RecordHeader) -> bool {
     header.resource_manager == ResourceManager::XLOG && header.info & 0xF0 == SWITCH
 }
 
-/// The start of the record that an `XLOG_OVERWRITE_CONTRECORD` voids.
+/// Returns the start of the record that an `XLOG_OVERWRITE_CONTRECORD` voids.
 pub(crate) fn overwritten_lsn(record: &WalRecord<'_>) -> Option<Lsn> {
     let header = &record.header;
     if header.resource_manager != ResourceManager::XLOG
@@ -42,7 +43,7 @@ pub(crate) fn overwritten_lsn(record: &WalRecord<'_>) -> Option<Lsn> {
     Fields(record.main_data()).u64().map(Lsn)
 }
 
-/// Reads a record into the summary; `None` where it does not have its version's layout.
+/// Adds a record to the summary. Returns `None` if it does not have the layout of its version.
 pub(crate) fn read(record: &WalRecord<'_>, summary: &mut SegmentSummary) -> Option<()> {
     let mut body = Fields(record.main_data());
     match record.header.resource_manager {
@@ -89,7 +90,8 @@ fn transaction(
     Some(())
 }
 
-/// What `xinfo` announces, in its order (`ParseCommitRecord`); the prepared transaction, if it ends one.
+/// Reads the parts that `xinfo` announces, in order (`ParseCommitRecord`). Returns the prepared
+/// transaction, if the record ends one.
 fn details(
     record: &WalRecord<'_>,
     body: &mut Fields<'_>,
@@ -141,7 +143,8 @@ fn prepare(
     body: &mut Fields<'_>,
     summary: &mut SegmentSummary,
 ) -> Option<()> {
-    // `xl_xact_prepare`: 15 added two counts of dropped statistics before the length of the name.
+    // `xl_xact_prepare`: version 15 added two counts of dropped statistics before the length of the
+    // name.
     let (length_at, name_at) = if record.version >= PgVersion::V15 {
         (54, 72)
     } else {
@@ -235,7 +238,7 @@ fn xlog(record: &WalRecord<'_>, body: &mut Fields<'_>, summary: &mut SegmentSumm
     Some(())
 }
 
-/// A C string.
+/// Reads a C string.
 fn text(bytes: &[u8]) -> String {
     let name = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
     String::from_utf8_lossy(name).into_owned()

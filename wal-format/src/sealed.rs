@@ -1,13 +1,15 @@
-//! Our container for a range of WAL: a sealed segment, or a tail range of a segment that is still open.
+//! Our container for a range of WAL: a sealed segment, or a tail range of a segment that is still
+//! open.
 //!
 //! ```text
 //! header (skippable) | zstd frame | zstd frame | … | summary (skippable) | footer (skippable): seek index, trailer
 //! ```
 //!
-//! Stock `zstd -d` skips header, summary and footer and yields exactly the WAL. Every byte lies under a CRC-32; a
-//! range GET of the object's end gives the header's facts, the summary and the index without the WAL itself.
-//! `FORMAT.md` gives the bytes. Invariant: [`SealedReader::open`] and [`SealedReader::read_all`] together notice any
-//! damage, and decompress no more than the header announces.
+//! Stock `zstd -d` skips header, summary and footer and returns exactly the WAL. A CRC-32 covers
+//! every byte. A range GET of the object's end gives the header's content, the summary and the
+//! index without the WAL itself. `FORMAT.md` describes the bytes.
+//! Invariant: [`SealedReader::open`] and [`SealedReader::read_all`] together detect any damage, and
+//! decompress no more than the header announces.
 
 mod footer;
 mod frame;
@@ -31,15 +33,18 @@ use crate::{Lsn, summary::DecodeSummaryError, system::UnsupportedVersion};
 /// The version of the container that this build writes, and the newest that it reads.
 pub const FORMAT_VERSION: u16 = 1;
 
-/// Raw bytes in every frame but the last. Frames of 256 KiB store 2 % more, frames of 4 MiB 1 % less.
+/// The raw bytes in every frame except the last. Frames of 256 KiB need 2 % more space, frames of 4
+/// MiB 1 % less.
 pub const FRAME_BYTES: usize = 1 << 20;
 
-/// The most raw bytes that a frame of any writer may hold: what a reader must be able to allocate.
+/// The maximum raw bytes in a frame by any writer, and so the memory that a reader must be able to
+/// allocate.
 pub const FRAME_BYTES_MAX: usize = 16 << 20;
 
-/// zstd's level for new objects where the configuration names none.
+/// The zstd level for new objects, unless configured.
 ///
-/// Measured once on pgbench's WAL of PostgreSQL 17, frames of 1 MiB, one core; ratio and MB/s of raw WAL:
+/// Measured once on pgbench WAL of PostgreSQL 17, frames of 1 MiB, one core; ratio and MB/s of raw
+/// WAL:
 ///
 /// | | 256 MiB with full page images | 64 MiB without any |
 /// |---|---|---|
@@ -59,7 +64,7 @@ const SKIPPABLE_MAGIC: u32 = 0x184D_2A54;
 /// Bytes before a skippable frame's payload: the magic number and the payload's length.
 const SKIPPABLE_HEADER_BYTES: usize = 8;
 
-/// First in the payload of the header and last in the object.
+/// The first bytes in the header's payload and the last in the object.
 const MAGIC: [u8; 8] = *b"TIDEMARK";
 
 /// A part of the container, for errors.
@@ -86,72 +91,72 @@ impl std::fmt::Display for SealedPart {
     }
 }
 
-/// Why a container can not be written or read.
+/// The reason why a container cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum SealedError {
     /// The part's bytes are not those that were written.
     #[error("{part} is damaged: CRC-32 is {found:08x}, stored is {stored:08x}")]
     Checksum {
-        /// Which part.
+        /// The part.
         part: SealedPart,
-        /// The sum that was stored.
+        /// The stored checksum.
         stored: u32,
-        /// The sum of the bytes that were read.
+        /// The checksum of the bytes that were read.
         found: u32,
     },
-    /// The compressor failed; it lacks memory.
+    /// The compressor failed, for lack of memory.
     #[error("compress {part}: {source}")]
     Compress {
         /// Which part.
         part: SealedPart,
-        /// What the compressor said.
+        /// The compressor's error.
         source: std::io::Error,
     },
     /// The part's compressed bytes do not decompress to the announced length.
     #[error("{part} does not decompress to the {expected} bytes announced")]
     Decompress {
-        /// Which part.
+        /// The part.
         part: SealedPart,
-        /// How many bytes were announced.
+        /// The announced number of bytes.
         expected: usize,
     },
-    /// Not as many bytes of WAL as the header announces.
+    /// The amount of WAL differs from the header.
     #[error("the header announces {expected} bytes of WAL, {found} were given")]
     Length {
-        /// What the header announces.
+        /// The number of bytes in the header.
         expected: u64,
-        /// What was given.
+        /// The number of bytes given.
         found: u64,
     },
-    /// The part's checksum holds but its content contradicts itself or the rest.
+    /// The part's checksum is correct but its content contradicts itself or other parts.
     #[error("{part} is malformed: {problem}")]
     Malformed {
         /// Which part.
         part: SealedPart,
-        /// What is wrong with it.
+        /// The problem.
         problem: &'static str,
     },
-    /// The bytes are no container of ours, or their beginning or end is gone.
+    /// The bytes are not a container of ours, or the beginning or the end is missing.
     #[error("no sealed WAL: the {part}'s magic is missing; the object is foreign or was cut off")]
     NotSealed {
-        /// Which part was looked for.
+        /// The part that was expected.
         part: SealedPart,
     },
-    /// Asked for WAL that this object does not hold.
+    /// The requested WAL is not in this object.
     #[error(
         "{start_lsn} to {end_lsn} was asked of an object that holds {held_start} to {held_end}"
     )]
     OutOfRange {
-        /// Start of what was asked.
+        /// The requested start.
         start_lsn: Lsn,
-        /// End of what was asked.
+        /// The requested end.
         end_lsn: Lsn,
-        /// Start of what is held.
+        /// The start of the object's WAL.
         held_start: Lsn,
-        /// End of what is held.
+        /// The end of the object's WAL.
         held_end: Lsn,
     },
-    /// The header's range is empty or leaves its segment.
+    /// The header's range is empty or not inside one segment.
     #[error("{start_lsn} to {end_lsn} is no range inside one WAL segment")]
     Range {
         /// The start.
@@ -159,26 +164,26 @@ pub enum SealedError {
         /// The end.
         end_lsn: Lsn,
     },
-    /// The summary does not decode.
+    /// The summary cannot be decoded.
     #[error("summary is malformed: {0}")]
     Summary(#[from] DecodeSummaryError),
-    /// The object ends too early.
+    /// The object is too short.
     #[error("{part} is cut off: it needs {needed} bytes, {found} are left")]
     Truncated {
         /// Which part.
         part: SealedPart,
-        /// Bytes it needs.
+        /// The number of bytes needed.
         needed: u64,
-        /// Bytes that are left.
+        /// The number of bytes available.
         found: u64,
     },
-    /// Compressed by something this build does not know.
+    /// The object is compressed with a codec that this build does not know.
     #[error("codec {found} is unknown to this build; a newer Tidemark wrote the object")]
     UnsupportedCodec {
         /// The codec's number.
         found: u8,
     },
-    /// Written by a newer Tidemark.
+    /// The object was written by a newer Tidemark.
     #[error(
         "sealed WAL of format version {found}; this build reads up to version {FORMAT_VERSION}, use the Tidemark that wrote it or a newer one"
     )]
@@ -186,7 +191,7 @@ pub enum SealedError {
         /// The object's format version.
         found: u16,
     },
-    /// A PostgreSQL that this build does not know.
+    /// The PostgreSQL version is unknown to this build.
     #[error(transparent)]
     UnsupportedPostgres(#[from] UnsupportedVersion),
 }
@@ -205,7 +210,7 @@ fn check_crc(part: SealedPart, stored: u32, bytes: &[u8]) -> Result<(), SealedEr
     }
 }
 
-/// The fixed-length field at `at`; `None` when `bytes` is too short.
+/// Returns the fixed-length field at `at`, or `None` if `bytes` is too short.
 fn field<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }

@@ -14,7 +14,7 @@ use crate::{Lsn, TimelineId};
 #[serde(into = "u32", try_from = "u32")]
 pub struct SegmentSize(u32);
 
-/// A number that is no WAL segment size.
+/// A number that is not a WAL segment size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{bytes} bytes is no WAL segment size; it is a power of two from 1 MiB to 1 GiB")]
 pub struct InvalidSegmentSize {
@@ -52,13 +52,14 @@ impl SegmentSize {
         self.0 as usize
     }
 
-    /// How many segments share the middle eight digits of a name (`XLogSegmentsPerXLogId`).
+    /// Returns the number of segments that share the middle eight digits of a name
+    /// (`XLogSegmentsPerXLogId`).
     #[must_use]
     pub fn per_log(self) -> u64 {
         (1u64 << 32) >> self.0.trailing_zeros()
     }
 
-    /// The segment that holds `lsn`.
+    /// Returns the segment that contains `lsn`.
     #[must_use]
     pub fn segment_of(self, lsn: Lsn) -> SegmentNo {
         SegmentNo(lsn.0 >> self.0.trailing_zeros())
@@ -91,32 +92,33 @@ impl From<SegmentSize> for u32 {
 pub struct SegmentNo(pub u64);
 
 impl SegmentNo {
-    /// The first LSN of this segment; saturates.
+    /// The first LSN of this segment. Saturates.
     #[must_use]
     pub fn start_lsn(self, size: SegmentSize) -> Lsn {
         Lsn(self.0.saturating_mul(size.bytes()))
     }
 
-    /// The first LSN after this segment; saturates.
+    /// The first LSN after this segment. Saturates.
     #[must_use]
     pub fn end_lsn(self, size: SegmentSize) -> Lsn {
         self.start_lsn(size).add(size.bytes())
     }
 
-    /// The segment that follows.
+    /// The next segment.
     #[must_use]
     pub fn next(self) -> Self {
         Self(self.0.saturating_add(1))
     }
 
-    /// The segment before; `None` at the first.
+    /// The previous segment. `None` at the first.
     #[must_use]
     pub fn previous(self) -> Option<Self> {
         self.0.checked_sub(1).map(Self)
     }
 }
 
-/// The 24 hexadecimal digits of a segment's name, taken apart but not yet tied to a segment size.
+/// The 24 hexadecimal digits of a segment's name, split into fields but independent of a segment
+/// size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SegmentName {
     /// The timeline: the first eight digits.
@@ -141,7 +143,8 @@ impl SegmentName {
         }
     }
 
-    /// The segment's number, or `None` where the last eight digits do not fit the segment size.
+    /// Returns the segment's number, or `None` if the last eight digits are too large for the
+    /// segment size.
     #[must_use]
     pub fn segment(self, size: SegmentSize) -> Option<SegmentNo> {
         let per_log = size.per_log();
@@ -167,13 +170,13 @@ impl fmt::Display for SegmentName {
     }
 }
 
-/// A text that is no name of a file in `pg_wal`.
+/// Text that is not the name of a file in `pg_wal`.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{0}\" is no WAL file name")]
 pub struct ParseWalFileNameError(String);
 
 fn hex8(text: &str) -> Option<u32> {
-    // PostgreSQL writes upper case only; lower case would name another file.
+    // PostgreSQL writes upper case only. Lower case would name another file.
     let valid = text.len() == 8 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'A'..=b'F'));
     if valid {
         u32::from_str_radix(text, 16).ok()
@@ -198,12 +201,13 @@ impl FromStr for SegmentName {
     }
 }
 
-/// Every kind of file that PostgreSQL hands to `archive_command` or asks of `restore_command`.
+/// The kinds of file that PostgreSQL passes to `archive_command` or requests from
+/// `restore_command`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WalFileName {
-    /// A whole segment.
+    /// A complete segment.
     Segment(SegmentName),
-    /// `SEGMENT.partial`: the last segment of a timeline that was left by a promotion.
+    /// `SEGMENT.partial`: the last segment of a timeline that ended with a promotion.
     Partial(SegmentName),
     /// `TTTTTTTT.history`.
     History(TimelineId),
@@ -255,7 +259,7 @@ mod tests {
 
     #[test]
     fn names_match_postgresql_for_every_segment_size() {
-        // pg_walfile_name() of a server of each size.
+        // The results of pg_walfile_name() on a server with each size.
         let timeline = TimelineId::new(1).expect("1 is a timeline");
         for (size, lsn, name) in [
             (1 << 20, Lsn(0x1_0000_0000), "000000010000000100000000"),

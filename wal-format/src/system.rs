@@ -1,11 +1,12 @@
-//! Which cluster and which PostgreSQL: [`SystemIdentifier`], [`PgVersion`] and its WAL page magic.
+//! Identifies a cluster and its version: [`SystemIdentifier`], [`PgVersion`] and its WAL page
+//! magic.
 
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// The unique number that `initdb` gives a cluster (`system_identifier` in `pg_control`). Text in every interface,
-/// because it does not survive JavaScript's numbers.
+/// The unique number that `initdb` gives a cluster (`system_identifier` in `pg_control`). Text in
+/// every interface, because JavaScript's numbers cannot represent it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SystemIdentifier(pub u64);
 
@@ -36,7 +37,7 @@ impl<'de> Deserialize<'de> for SystemIdentifier {
     }
 }
 
-/// A major version of PostgreSQL whose WAL we can read.
+/// A major version of PostgreSQL whose WAL this build reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(into = "u16", try_from = "u16")]
 pub enum PgVersion {
@@ -54,7 +55,7 @@ pub enum PgVersion {
     V18,
 }
 
-/// A PostgreSQL that this build can not read.
+/// A PostgreSQL version that this build cannot read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("PostgreSQL {major} is not supported; Tidemark reads the WAL of 13 to 18")]
 pub struct UnsupportedVersion {

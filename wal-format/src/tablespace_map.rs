@@ -1,24 +1,25 @@
-//! `tablespace_map`: which directory each link in `pg_tblspc` pointed to when a base backup was taken.
+//! `tablespace_map`: the target of each link in `pg_tblspc` when a base backup was taken.
 //!
-//! One line for each, `OID path`, in which a backslash takes the meaning from a newline, a carriage return or, from 14 on, a
-//! backslash in the path (`do_pg_backup_start` in `xlog.c`, `read_tablespace_map` in `xlogrecovery.c`).
+//! One line for each link, `OID path`. A backslash escapes a newline, a carriage return or, from 14
+//! on, a backslash in the path (`do_pg_backup_start` in `xlog.c`, `read_tablespace_map` in
+//! `xlogrecovery.c`).
 
 use crate::{PgVersion, Tablespace};
 
-/// Why a `tablespace_map` can not be used.
+/// The reason why a `tablespace_map` cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("tablespace_map, line {line}: {problem}")]
 pub struct TablespaceMapError {
-    /// The line, from 1.
+    /// The line number, from 1.
     pub line: usize,
-    /// What is wrong.
+    /// The problem.
     pub problem: &'static str,
 }
 
-/// Reads a `tablespace_map` that a server of `version` wrote.
+/// Parses a `tablespace_map` that a server of `version` wrote.
 ///
 /// # Errors
-/// [`TablespaceMapError`] names the first line that is not what PostgreSQL writes.
+/// [`TablespaceMapError`] names the first line that differs from the format that PostgreSQL writes.
 pub fn parse(version: PgVersion, content: &[u8]) -> Result<Vec<Tablespace>, TablespaceMapError> {
     let mut tablespaces: Vec<Tablespace> = Vec::new();
     let mut line = Vec::new();
@@ -27,7 +28,7 @@ pub fn parse(version: PgVersion, content: &[u8]) -> Result<Vec<Tablespace>, Tabl
     for byte in content {
         let ends_line = matches!(byte, b'\n' | b'\r');
         if escaped && version < PgVersion::V14 && !ends_line {
-            // The backslash stood for itself.
+            // The backslash was not an escape.
             line.push(b'\\');
             escaped = false;
         }

@@ -1,5 +1,6 @@
-//! The headers of the tar archives that `BASE_BACKUP` sends (`tar.h`, `tarCreateHeader`): plain ustar, names up to 99
-//! bytes, sizes above 8 GiB in base 256. Names are checked before anybody makes a path of them.
+//! The headers of the tar archives that `BASE_BACKUP` sends (`tar.h`, `tarCreateHeader`): plain
+//! ustar, names up to 99 bytes, sizes above 8 GiB in base 256. Names are checked before they are
+//! used as paths.
 
 /// Headers and padding come in blocks of this many bytes.
 pub const BLOCK_BYTES: usize = 512;
@@ -9,15 +10,15 @@ pub const BLOCK_BYTES: usize = 512;
 pub struct TarHeader {
     /// Its path below the archive's root: relative, without `.` and `..`.
     pub path: String,
-    /// What it is.
+    /// Its kind.
     pub kind: TarKind,
-    /// Length of its content in bytes, without padding; 0 for all but files.
+    /// The length of its content in bytes, without padding. 0 for everything except files.
     pub size: u64,
     /// Permission bits.
     pub mode: u32,
 }
 
-/// What an entry is.
+/// The kind of an entry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TarKind {
     /// A directory.
@@ -28,25 +29,25 @@ pub enum TarKind {
     Symlink(String),
 }
 
-/// Why a header is refused.
+/// The reason why a header is refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TarError {
-    /// The sum does not match.
+    /// The checksum does not match.
     #[error("a tar header's checksum does not match")]
     Checksum,
     /// A kind that PostgreSQL never sends.
     #[error("a tar entry of an unknown type")]
     Kind,
-    /// A number that is none.
+    /// A number is malformed.
     #[error("a tar header holds a malformed number")]
     Number,
-    /// An empty, absolute or climbing path.
+    /// A path is empty, absolute or leaves its directory.
     #[error("a tar entry's path leaves its directory")]
     Path,
 }
 
 impl TarHeader {
-    /// Parses a block; `None` for a block of zeros, which ends an archive.
+    /// Parses a block. Returns `None` for a block of zeros, which ends an archive.
     ///
     /// # Errors
     /// [`TarError`].
@@ -56,7 +57,7 @@ impl TarHeader {
         }
         let field =
             |at: usize, length: usize| block.get(at..at.saturating_add(length)).unwrap_or_default();
-        // The sum counts its own field as spaces.
+        // The checksum counts its own field as spaces.
         let whole: u32 = block.iter().map(|byte| u32::from(*byte)).sum();
         let own: u32 = field(148, 8).iter().map(|byte| u32::from(*byte)).sum();
         let expected = number(field(148, 8))?;
@@ -81,7 +82,7 @@ impl TarHeader {
         }))
     }
 
-    /// Bytes of content and padding behind the header.
+    /// The length of content and padding after the header.
     #[must_use]
     pub fn padded_size(&self) -> u64 {
         self.size
@@ -98,7 +99,7 @@ fn text(field: &[u8]) -> String {
     String::from_utf8_lossy(field.get(..end).unwrap_or_default()).into_owned()
 }
 
-/// Octal digits, or with the first bit set a big-endian number in base 256.
+/// Parses octal digits or, if the first bit is set, a big-endian number in base 256.
 fn number(field: &[u8]) -> Result<u64, TarError> {
     if field.first().is_some_and(|first| *first & 0x80 != 0) {
         let mut value = 0u64;

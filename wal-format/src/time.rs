@@ -12,7 +12,7 @@ pub struct PgTimestamp(pub i64);
 const POSTGRES_EPOCH_UNIX_MICROS: i64 = 946_684_800_000_000;
 
 impl PgTimestamp {
-    /// From seconds of the Unix epoch, as `CheckPoint.time` stores them; saturates.
+    /// Converts seconds of the Unix epoch, as `CheckPoint.time` stores them. Saturates.
     #[must_use]
     pub fn from_unix_seconds(seconds: i64) -> Self {
         Self(
@@ -22,7 +22,7 @@ impl PgTimestamp {
         )
     }
 
-    /// From a `jiff` timestamp, cut to microseconds.
+    /// Converts a `jiff` timestamp, truncated to microseconds.
     #[must_use]
     pub fn from_jiff(timestamp: jiff::Timestamp) -> Self {
         Self(
@@ -32,20 +32,20 @@ impl PgTimestamp {
         )
     }
 
-    /// As a `jiff` timestamp; `None` outside of the years that jiff knows.
+    /// Converts to a `jiff` timestamp. Returns `None` outside of jiff's range.
     #[must_use]
     pub fn to_jiff(self) -> Option<jiff::Timestamp> {
         jiff::Timestamp::from_microsecond(self.0.checked_add(POSTGRES_EPOCH_UNIX_MICROS)?).ok()
     }
 
-    /// Microseconds from `earlier` to `self`; negative when `self` is earlier; saturates.
+    /// Returns the microseconds from `earlier` to `self`. Negative if `self` is earlier. Saturates.
     #[must_use]
     pub fn micros_since(self, earlier: Self) -> i64 {
         self.0.saturating_sub(earlier.0)
     }
 }
 
-/// RFC 3339 in UTC with six digits of the second: `2026-11-21T10:00:00.000000Z`.
+/// Prints RFC 3339 in UTC with six fractional digits: `2026-11-21T10:00:00.000000Z`.
 impl fmt::Display for PgTimestamp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.to_jiff() {

@@ -1,20 +1,23 @@
 //! [`WalIndexer::primed`]: an indexer that knows the record which crosses into a segment.
 //!
-//! A record belongs to the segment in which it ends, under the LSN where it starts. To know that start, decoding begins
-//! in an earlier segment: the one before, or further back while a single record fills whole segments.
+//! A record belongs to the segment in which it ends, under the LSN where it starts. To find that
+//! start, decoding begins in an earlier segment: the previous one, or an earlier one if a single
+//! record fills whole segments.
 
 use super::WalIndexer;
 use crate::{SegmentNo, WalIdentity};
 
-/// A record is less than 1 GiB (`XLogRecordMaxSize` in `xlogrecord.h`), so its start is never further back than this.
+/// A record is shorter than 1 GiB (`XLogRecordMaxSize` in `xlogrecord.h`), so its start is at most
+/// this far back.
 const RECORD_BYTES_MAX: u64 = 1 << 30;
 
 impl WalIndexer {
-    /// An indexer at the start of `segment`, primed from the segments before as far as `read` has them. Without them the
-    /// remainder of a record that crosses in is skipped: its start is not in the archive.
+    /// Returns an indexer at the start of `segment`, primed from the preceding segments as far as
+    /// `read` has them. Without them the rest of a record that crosses in is skipped, since its
+    /// start is not in the archive.
     ///
     /// # Errors
-    /// Those of `read`.
+    /// The errors of `read`.
     pub fn primed<E>(
         identity: &WalIdentity,
         segment: SegmentNo,

@@ -1,6 +1,7 @@
-//! Block references: which block a record changes, its image and its data (`XLogRecordBlockHeader`).
+//! Block references: the block that a record changes, its image and its data
+//! (`XLogRecordBlockHeader`).
 //!
-//! The bits of `bimg_info` were numbered anew in 15; everything else is the same from 13 to 18.
+//! Version 15 renumbered the bits of `bimg_info`. Everything else is the same from 13 to 18.
 
 use std::fmt;
 
@@ -30,7 +31,7 @@ impl Fork {
     pub const FREE_SPACE_MAP: Self = Self(1);
     /// The visibility map.
     pub const VISIBILITY_MAP: Self = Self(2);
-    /// What an unlogged relation is made of after a crash.
+    /// The fork from which an unlogged relation is recreated after a crash.
     pub const INIT: Self = Self(3);
 }
 
@@ -47,12 +48,12 @@ impl fmt::Display for Fork {
     }
 }
 
-/// How a page image is compressed (`wal_compression`).
+/// The compression of a page image (`wal_compression`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ImageCompression {
-    /// Not at all.
+    /// Not compressed.
     None,
-    /// PostgreSQL's own.
+    /// PostgreSQL's own method.
     Pglz,
     /// A raw LZ4 block (15+).
     Lz4,
@@ -60,25 +61,25 @@ pub enum ImageCompression {
     Zstd,
 }
 
-/// A full page image, without the hole that every page has between its two ends.
+/// A full page image, without the unused space in the middle of the page (the hole).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockImage {
     /// Its length in the record.
     pub bytes: u16,
-    /// Where the hole is.
+    /// The offset of the hole.
     pub hole_offset: u16,
-    /// How long the hole is; 0 for none.
+    /// The length of the hole. 0 if there is none.
     pub hole_bytes: u16,
-    /// How the rest is compressed.
+    /// The compression of the rest.
     pub compression: ImageCompression,
-    /// `BKPIMAGE_APPLY`: redo restores it; otherwise it is there for `wal_consistency_checking`.
+    /// `BKPIMAGE_APPLY`: redo restores the image. Otherwise it serves `wal_consistency_checking`.
     pub apply: bool,
 }
 
 /// A block that a record changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockReference<'a> {
-    /// The number by which redo asks for it.
+    /// The number by which redo refers to it.
     pub id: u8,
     /// The relation.
     pub relation: RelationFile,
@@ -86,30 +87,30 @@ pub struct BlockReference<'a> {
     pub fork: Fork,
     /// The block's number in the fork.
     pub block: u32,
-    /// Whether redo makes the page anew.
+    /// Whether redo initialises the page.
     pub will_init: bool,
     /// The page image.
     pub image: Option<BlockImage>,
-    /// The image's bytes; empty when they do not lie in the record's window.
+    /// The image's bytes. Empty if they are outside of the record's window.
     pub image_bytes: &'a [u8],
-    /// The resource manager's data; empty when it does not lie in the record's window.
+    /// The resource manager's data. Empty if it is outside of the record's window.
     pub data: &'a [u8],
 }
 
-/// One block header, as it stands in the record.
+/// A block header as stored in the record.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Header {
     id: u8,
     flags: u8,
     data_bytes: u16,
     image: Option<BlockImage>,
-    /// `None` for the relation of the block before.
+    /// `None` for the relation of the previous block.
     relation: Option<RelationFile>,
     block: u32,
 }
 
 impl Header {
-    /// Reads what follows `id`; `None` when it is cut off or contradicts itself.
+    /// Parses the bytes after `id`. Returns `None` if they are truncated or contradict themselves.
     #[inline]
     pub(super) fn read(version: PgVersion, id: u8, fields: &mut Fields<'_>) -> Option<Self> {
         if id > BLOCK_ID_MAX {
@@ -191,14 +192,14 @@ impl BlockImage {
     }
 }
 
-/// What has to hold from one block header to the next.
+/// Conditions between consecutive block headers.
 #[derive(Debug, Default)]
 pub(super) struct Order {
     last: Option<u8>,
 }
 
 impl Order {
-    /// Their numbers ascend, and the first one names its relation.
+    /// Checks that the numbers ascend, and that the first header names its relation.
     pub(super) fn check(&mut self, header: &Header) -> Option<()> {
         let sound = match self.last {
             Some(last) => header.id > last,
@@ -219,7 +220,7 @@ pub struct BlockReferences<'a> {
 }
 
 impl<'a> BlockReferences<'a> {
-    /// Of a body whose structure was checked and whose headers take `headers` bytes.
+    /// For a body whose structure was checked and whose headers take `headers` bytes.
     pub(super) fn new(version: PgVersion, body: &'a [u8], headers: usize) -> Self {
         let (headers, data) = body.split_at_checked(headers).unwrap_or((body, &[]));
         let relation = RelationFile {

@@ -1,4 +1,4 @@
-//! Structures that PostgreSQL writes, version by version, and lengths that contradict each other.
+//! Structures that each version of PostgreSQL writes, and lengths that contradict each other.
 
 use super::*;
 use crate::RelationFile;
@@ -9,7 +9,7 @@ const RELATION: RelationFile = RelationFile {
     relation: 16_384,
 };
 
-/// A block header's fields, one by one, so that a test can get each one wrong.
+/// The fields of a block header, so that a test can set each one to a wrong value.
 #[derive(Clone, Debug)]
 struct Block {
     id: u8,
@@ -38,7 +38,7 @@ impl Block {
     }
 }
 
-/// Reads a record of these header items and so much data behind them.
+/// Parses a record with these header items followed by this many bytes of data.
 fn read(version: PgVersion, headers: &[u8], data: usize) -> Option<WalRecord<'static>> {
     let mut body = headers.to_vec();
     body.extend((0..data).map(|at| at as u8));
@@ -104,7 +104,7 @@ fn every_part_of_a_record_is_found() {
         (3, RELATION, Fork::VISIBILITY_MAP)
     );
     assert_eq!((second.data, second.will_init), (&[105, 106][..], false));
-    // Without a body there is nothing to find: a switch.
+    // A switch has no body.
     let switch = read(PgVersion::V15, &[], 0).expect("it is sound");
     assert!(switch.main_data().is_empty() && switch.blocks().next().is_none());
 }
@@ -162,7 +162,7 @@ fn what_postgresql_refuses_is_refused() {
     assert!(sound(v15, &plain, 3));
     assert!(!sound(v15, &plain, 2) && !sound(v15, &plain, 4));
     for wrong in [
-        // HAS_DATA without data and the reverse; no relation at all; a number too high.
+        // HAS_DATA without data and the reverse; no relation at all; a number that is too high.
         Block {
             data: 0,
             ..plain.clone()
@@ -200,14 +200,15 @@ fn what_postgresql_refuses_is_refused() {
         let data = usize::from(length);
         assert_eq!(sound(v15, &block, data), expected, "{block:?}");
     }
-    // Two blocks in the wrong order; an item that the version does not have; one that no version has.
+    // Two blocks in the wrong order; an item that the version does not have; one that no version
+    // has.
     let twice = [plain.header(), plain.header()].concat();
     assert!(read(v15, &twice, 6).is_none());
     let toplevel = [252, 1, 0, 0, 0, 255, 1];
     assert!(read(PgVersion::V14, &toplevel, 1).is_some());
     assert!(read(PgVersion::V13, &toplevel, 1).is_none());
     assert!(read(v15, &[200, 255, 1], 1).is_none());
-    // Main data longer and shorter than announced; headers that are cut off.
+    // Main data longer and shorter than announced; truncated headers.
     assert!(read(v15, &[254, 9, 0, 0, 0], 9).is_some());
     assert!(read(v15, &[254, 9, 0, 0, 0], 8).is_none());
     assert!(read(v15, &[255, 9], 10).is_none());

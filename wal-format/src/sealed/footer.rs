@@ -1,5 +1,6 @@
-//! The object's end: summary frame and footer frame, the latter with the header once more, the seek index and a
-//! trailer of fixed length, so that one or two range GETs of the end describe the whole object.
+//! The end of an object: the summary frame and the footer frame. The footer contains a copy of the
+//! header, the seek index and a trailer of fixed length, so that one or two range GETs of the end
+//! describe the whole object.
 
 use std::ops::Range;
 
@@ -13,7 +14,8 @@ use super::{
 };
 use crate::{Lsn, PgTimestamp, SegmentSummary};
 
-/// How much of an object's end to fetch first: enough for the footer and summary of nearly every object.
+/// The number of bytes of an object's end to fetch first: enough for the footer and summary of
+/// nearly every object.
 pub const FOOTER_LEN_HINT: u64 = 64 << 10;
 
 /// First in the footer's payload.
@@ -21,32 +23,33 @@ const FOOTER_MAGIC: [u8; 8] = *b"TMFOOTER";
 /// First in the summary's payload.
 const SUMMARY_MAGIC: [u8; 8] = *b"TMSUMMRY";
 
-/// Where the header's copy stands, behind skippable header and magic.
+/// The offset of the header's copy, after the skippable header and the magic.
 const HEADER_AT: usize = SKIPPABLE_HEADER_BYTES + 8;
-/// Where `proven` and the frame count stand.
+/// The offset of `proven` and the frame count.
 const PROVEN_AT: usize = HEADER_AT + HEADER_BYTES;
-/// Where the seek index stands.
+/// The offset of the seek index.
 const FIXED_BYTES: usize = PROVEN_AT + 8 + 4;
-/// One frame in the seek index.
+/// The length of an entry in the seek index.
 const ENTRY_BYTES: usize = 12;
 /// Footer length, summary length, format version, reserved, CRC-32, magic.
 const TRAILER_BYTES: usize = 4 + 4 + 2 + 2 + 4 + 8;
-/// The trailer from its CRC on, which the CRC can not cover.
+/// The end of the trailer from its CRC on, which the CRC cannot cover.
 const UNCOVERED_BYTES: usize = 4 + 8;
 
 /// Skippable header, magic, encoding, reserved, decoded length.
 const SUMMARY_FIXED_BYTES: usize = SKIPPABLE_HEADER_BYTES + 8 + 1 + 3 + 4;
 const SUMMARY_PLAIN: u8 = 0;
 const SUMMARY_ZSTD: u8 = 1;
-/// zstd's level for summaries; they are small.
+/// zstd's level for summaries, which are small.
 const SUMMARY_LEVEL: i32 = 9;
-/// A summary is never longer than this and the WAL it describes: what a reader must be able to allocate.
+/// A summary is at most this much longer than the WAL that it describes. Bounds the memory that a
+/// reader must allocate.
 const SUMMARY_SLACK_BYTES: u64 = 1 << 20;
 
-/// `proven` when there is none.
+/// The value of `proven` when there is none.
 const NOT_PROVEN: i64 = i64::MIN;
 
-/// Everything about a container but its WAL.
+/// Everything in a container except its WAL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SealedFooter {
     header: SealedHeader,
@@ -57,30 +60,31 @@ pub struct SealedFooter {
     object_bytes: u64,
 }
 
-/// What the end of an object gave.
+/// The result of parsing the end of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FooterFromTail {
-    /// Everything but the WAL.
+    /// The complete footer.
     Complete(Box<SealedFooter>),
-    /// The end that was read is too short: read again, with the object's last `bytes` bytes.
+    /// More bytes are needed: read the object's last `bytes` bytes.
     NeedMore {
-        /// How many bytes of the end to read.
+        /// The number of bytes at the end to read.
         bytes: u64,
     },
 }
 
-/// The trailer's lengths.
+/// The lengths in the trailer.
 struct Trailer {
     footer_bytes: usize,
     summary_bytes: usize,
 }
 
 impl SealedFooter {
-    /// Reads the object's end. `tail` is the last bytes of an object that is `object_bytes` long; start with
-    /// [`FOOTER_LEN_HINT`] of them.
+    /// Parses the object's end. `tail` is the last bytes of an object of `object_bytes`. Start with
+    /// [`FOOTER_LEN_HINT`] bytes.
     ///
     /// # Errors
-    /// [`SealedError`] when the end is damaged or of a format version that this build does not know.
+    /// [`SealedError`] when the end is damaged or has a format version that this build does not
+    /// know.
     pub fn from_tail(object_bytes: u64, tail: &[u8]) -> Result<FooterFromTail, SealedError> {
         let part = SealedPart::Footer;
         let found = tail.len() as u64;
@@ -169,25 +173,26 @@ impl SealedFooter {
         })
     }
 
-    /// The header's facts.
+    /// The content of the header.
     #[must_use]
     pub fn header(&self) -> &SealedHeader {
         &self.header
     }
 
-    /// The time at which the source was last seen to hold no WAL beyond this range, if that was ever seen.
+    /// The time at which the source was last seen to have no WAL beyond this range, if that was
+    /// ever seen.
     #[must_use]
     pub fn proven(&self) -> Option<PgTimestamp> {
         self.proven
     }
 
-    /// What the range holds.
+    /// The summary of the range.
     #[must_use]
     pub fn summary(&self) -> &SegmentSummary {
         &self.summary
     }
 
-    /// Takes the summary out.
+    /// Returns the summary and drops the rest.
     #[must_use]
     pub fn into_summary(self) -> SegmentSummary {
         self.summary
@@ -199,7 +204,7 @@ impl SealedFooter {
         self.object_bytes
     }
 
-    /// Raw bytes in every frame but the last.
+    /// The raw bytes in every frame except the last.
     #[must_use]
     pub fn frame_bytes(&self) -> usize {
         self.frame_bytes
@@ -211,7 +216,7 @@ impl SealedFooter {
         &self.entries
     }
 
-    /// How many bytes of WAL frame `number` holds; 0 when there is no such frame.
+    /// Returns the number of bytes of WAL in frame `number`, or 0 if there is no such frame.
     #[must_use]
     pub fn frame_raw_bytes(&self, number: u32) -> usize {
         let start = u64::from(number).saturating_mul(self.frame_bytes as u64);
@@ -221,14 +226,15 @@ impl SealedFooter {
             .min(self.frame_bytes)
     }
 
-    /// Where the WAL of frame `number` starts.
+    /// Returns the LSN where the WAL of frame `number` starts.
     #[must_use]
     pub fn frame_start_lsn(&self, number: u32) -> Lsn {
         let offset = u64::from(number).saturating_mul(self.frame_bytes as u64);
         self.header.start_lsn.add(offset)
     }
 
-    /// The object's bytes that hold frame `number`, for a range GET; `None` when there is no such frame.
+    /// Returns the byte range of frame `number` in the object, for a range GET, or `None` if there
+    /// is no such frame.
     #[must_use]
     pub fn frame_range(&self, number: u32) -> Option<Range<u64>> {
         let number = usize::try_from(number).ok()?;
@@ -285,7 +291,7 @@ fn parse_entry(bytes: &[u8; ENTRY_BYTES]) -> FrameEntry {
     }
 }
 
-/// Checks a skippable frame's own header and the magic that its payload begins with.
+/// Checks a skippable frame's own header and the magic at the start of its payload.
 fn check_skippable(part: SealedPart, frame: &[u8], magic: [u8; 8]) -> Result<(), SealedError> {
     let skippable = field(frame, 0).map(u32::from_le_bytes);
     if skippable != Some(SKIPPABLE_MAGIC) || field(frame, SKIPPABLE_HEADER_BYTES) != Some(magic) {
@@ -343,7 +349,7 @@ fn parse_summary(header: &SealedHeader, frame: &[u8]) -> Result<SegmentSummary, 
     Ok(SegmentSummary::decode(header.start_lsn, decoded)?)
 }
 
-/// The summary's skippable frame.
+/// Encodes the summary's skippable frame.
 pub(super) fn encode_summary(
     header: &SealedHeader,
     summary: &SegmentSummary,
@@ -379,7 +385,7 @@ pub(super) fn encode_summary(
     Ok(out)
 }
 
-/// The footer's skippable frame.
+/// Encodes the footer's skippable frame.
 pub(super) fn encode_footer(
     encoded_header: &[u8],
     proven: Option<PgTimestamp>,

@@ -1,15 +1,17 @@
-//! One zstd frame: compress, check, decompress. Frames do not depend on each other, so a caller may compress the
-//! frames of one segment on several threads and hand them to the writer in order.
+//! A zstd frame: compress, check, decompress. Frames do not depend on each other, so a caller may
+//! compress the frames of a segment on several threads and pass them to the writer in order.
 //!
-//! Invariant: a frame decompresses to exactly the length that the header implies, or it is an error; never to more.
+//! Invariant: a frame decompresses to exactly the length that the header implies, or the result is
+//! an error. It never decompresses to more.
 
 use zstd::zstd_safe::{CParameter, Strategy};
 
 use super::{SealedError, SealedPart, check_crc};
 
-/// What we set beside the level. WAL's structure is 8-aligned fields, so that matches of 5 bytes pay; and its matches
-/// are near, so that tables which fit the processor's first cache are faster and no worse than zstd's larger ones.
-/// [`super::DEFAULT_LEVEL`] has the measurements.
+/// Compression parameters that are set in addition to the level. WAL consists of 8-aligned fields,
+/// so matches of 5 bytes pay off. Its matches are near, so tables that fit into the processor's
+/// first cache are faster than zstd's larger ones and compress as well. [`super::DEFAULT_LEVEL`]
+/// has the measurements.
 fn tuning(level: i32) -> &'static [CParameter] {
     match level {
         1 => &[
@@ -29,7 +31,7 @@ fn tuning(level: i32) -> &'static [CParameter] {
     }
 }
 
-/// What the seek index says about a frame.
+/// The entry of a frame in the seek index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameEntry {
     /// Compressed length.
@@ -45,7 +47,7 @@ pub struct FrameEntry {
 pub struct EncodedFrame {
     /// The zstd frame.
     pub stored: Vec<u8>,
-    /// How many bytes of WAL it holds.
+    /// The number of bytes of WAL in it.
     pub raw_bytes: usize,
     /// CRC-32 of the compressed bytes.
     pub stored_crc: u32,
@@ -53,11 +55,11 @@ pub struct EncodedFrame {
     pub raw_crc: u32,
 }
 
-/// Compresses frames; keeps zstd's context from one frame to the next.
+/// Compresses frames. Keeps zstd's context from one frame to the next.
 pub struct FrameCompressor {
     zstd: zstd::bulk::Compressor<'static>,
-    /// Room for the longest that a frame can become: what is taken anew for each is cleared by the kernel each time. Of it
-    /// only what frames do become is ever touched.
+    /// A buffer for the longest possible result. A new allocation for each frame would be cleared
+    /// by the kernel each time. Only the part that a result occupies is ever touched.
     scratch: Vec<u8>,
 }
 
@@ -68,14 +70,14 @@ impl std::fmt::Debug for FrameCompressor {
 }
 
 impl FrameCompressor {
-    /// A compressor of zstd's `level`; 1 to 4 are tuned to WAL.
+    /// Creates a compressor with zstd's `level`. Levels 1 to 4 are tuned to WAL.
     ///
     /// # Errors
-    /// [`SealedError::Compress`] when zstd has no memory or knows no such level.
+    /// [`SealedError::Compress`] when zstd has no memory or does not know the level.
     pub fn new(level: i32) -> Result<Self, SealedError> {
         let configure = || {
             let mut zstd = zstd::bulk::Compressor::new(level)?;
-            // Stock zstd then notices damage too.
+            // With it, stock zstd detects damage too.
             zstd.set_parameter(CParameter::ChecksumFlag(true))?;
             for parameter in tuning(level) {
                 zstd.set_parameter(*parameter)?;
@@ -107,7 +109,7 @@ impl FrameCompressor {
         })
     }
 
-    /// Compresses onto the end of `out`; gives the CRC-32 of what was appended and of `raw`.
+    /// Compresses and appends to `out`. Returns the CRC-32 of the appended bytes and of `raw`.
     pub(super) fn append(
         &mut self,
         raw: &[u8],
@@ -128,10 +130,10 @@ impl FrameCompressor {
     }
 }
 
-/// Checks and decompresses frames; keeps zstd's context from one frame to the next.
+/// Checks and decompresses frames. Keeps zstd's context from one frame to the next.
 pub struct FrameDecompressor {
     zstd: zstd::bulk::Decompressor<'static>,
-    /// The frame without its own sum.
+    /// The frame without its own checksum.
     unsummed: Vec<u8>,
 }
 
@@ -142,7 +144,7 @@ impl std::fmt::Debug for FrameDecompressor {
 }
 
 impl FrameDecompressor {
-    /// A new context.
+    /// Creates a decompressor.
     ///
     /// # Errors
     /// [`SealedError::Decompress`] when zstd has no memory.
@@ -157,7 +159,8 @@ impl FrameDecompressor {
         })
     }
 
-    /// Checks frame `number` and appends its `raw_bytes` of WAL to `out`; on an error `out` is as before.
+    /// Checks frame `number` and appends its `raw_bytes` of WAL to `out`. After an error `out` is
+    /// unchanged.
     ///
     /// # Errors
     /// [`SealedError::Checksum`] or [`SealedError::Decompress`] when the frame is damaged.
@@ -191,7 +194,8 @@ impl FrameDecompressor {
         result
     }
 
-    /// Decompresses into `out`, which is empty and need not be cleared for it; its memory bounds what zstd may write.
+    /// Decompresses into `out`, which is empty and need not be cleared. Its capacity bounds what
+    /// zstd may write.
     pub(super) fn decompress(
         &mut self,
         part: SealedPart,
@@ -234,10 +238,11 @@ impl FrameDecompressor {
     }
 }
 
-/// The zstd frame `stored` without its content checksum (RFC 8878, 3.1.1), made in `unsummed`. That sum is for stock zstd:
-/// ours is checked in its place, and each pass over what was decompressed costs a tenth of the decompression.
+/// Copies the zstd frame `stored` into `unsummed` without its content checksum (RFC 8878, 3.1.1).
+/// That checksum is for stock zstd. Ours is checked instead, because each pass over the
+/// decompressed bytes costs a tenth of the decompression.
 fn without_sum<'a>(stored: &'a [u8], unsummed: &'a mut Vec<u8>) -> &'a [u8] {
-    /// Behind the magic number.
+    /// The offset after the magic number.
     const DESCRIPTOR: usize = 4;
     const SUM_FLAG: u8 = 1 << 2;
     const SUM_BYTES: usize = 4;

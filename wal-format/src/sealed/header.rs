@@ -1,7 +1,8 @@
-//! The header: who wrote which range of which cluster's WAL, and how it is cut into frames.
+//! The header: the origin of the WAL, its range, and its division into frames.
 //!
-//! It is a skippable zstd frame of fixed length; the footer repeats it, so that the object's end alone describes the
-//! object. Magic, format version and CRC keep their place in every version of the format.
+//! It is a skippable zstd frame of fixed length. The footer repeats it, so that the object's end
+//! alone describes the object. Magic, format version and CRC have the same position in every
+//! version of the format.
 
 use bytes::BufMut;
 
@@ -17,18 +18,18 @@ use crate::{
 /// zstd, the only codec of format version 1.
 const CODEC_ZSTD: u8 = 1;
 
-/// Length of the whole header, skippable frame included.
+/// The length of the whole header, including the skippable frame.
 pub(super) const HEADER_BYTES: usize = 68;
 
-/// Where the header's CRC-32 stands; it covers everything before it.
+/// The offset of the header's CRC-32, which covers everything before it.
 const CRC_AT: usize = 64;
 
-/// What a container says about itself.
+/// The content of the header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SealedHeader {
-    /// The cluster.
+    /// The system identifier.
     pub system_identifier: SystemIdentifier,
-    /// Its PostgreSQL.
+    /// The PostgreSQL version.
     pub version: PgVersion,
     /// The timeline, with the digest of its history.
     pub branch: Branch,
@@ -36,7 +37,7 @@ pub struct SealedHeader {
     pub segment_size: SegmentSize,
     /// The first byte of WAL.
     pub start_lsn: Lsn,
-    /// The first byte after; at most the end of the segment that holds `start_lsn`.
+    /// The first byte after the range. At most the end of the segment that contains `start_lsn`.
     pub end_lsn: Lsn,
 }
 
@@ -60,7 +61,7 @@ impl SealedHeader {
         }
     }
 
-    /// The segment that the range lies in.
+    /// The segment that contains the range.
     #[must_use]
     pub fn segment(&self) -> SegmentNo {
         self.segment_size.segment_of(self.start_lsn)
@@ -78,13 +79,13 @@ impl SealedHeader {
         self.end_lsn.bytes_since(self.start_lsn)
     }
 
-    /// Whether the range is a whole segment rather than a tail range.
+    /// Returns true if the range is a whole segment, not a tail.
     #[must_use]
     pub fn is_whole_segment(&self) -> bool {
         self.raw_bytes() == self.segment_size.bytes()
     }
 
-    /// Where the object lies in the repository.
+    /// Returns the object's key in the repository.
     #[must_use]
     pub fn key(&self) -> ObjectKey {
         let (system, name) = (self.system_identifier, self.segment_name());
@@ -95,7 +96,7 @@ impl SealedHeader {
         }
     }
 
-    /// Refuses an empty range and one that leaves its segment.
+    /// Refuses a range that is empty or not inside one segment.
     pub(super) fn check_range(&self) -> Result<(), SealedError> {
         let inside = self.start_lsn < self.end_lsn
             && self.end_lsn <= self.segment().end_lsn(self.segment_size);
@@ -109,7 +110,7 @@ impl SealedHeader {
         }
     }
 
-    /// The header as it stands at the object's start and, once more, in its footer.
+    /// Encodes the header, which is stored at the object's start and again in its footer.
     pub(super) fn encode(&self, frame_bytes: usize) -> Vec<u8> {
         let mut out = Vec::with_capacity(HEADER_BYTES);
         out.put_u32_le(SKIPPABLE_MAGIC);
@@ -133,7 +134,7 @@ impl SealedHeader {
         out
     }
 
-    /// Reads the header at the start of `bytes`: the header itself and the raw bytes per frame.
+    /// Parses the header at the start of `bytes`. Returns the header and the raw bytes per frame.
     pub(super) fn parse(bytes: &[u8]) -> Result<(Self, usize), SealedError> {
         let part = SealedPart::Header;
         let truncated = || SealedError::Truncated {
@@ -202,7 +203,7 @@ impl SealedHeader {
     }
 }
 
-/// The length field of a skippable frame that is `frame_bytes` long as a whole.
+/// Returns the length field of a skippable frame with a total length of `frame_bytes`.
 pub(super) fn skippable_len(frame_bytes: usize) -> u32 {
     u32::try_from(frame_bytes.saturating_sub(SKIPPABLE_HEADER_BYTES))
         .expect("BUG: a skippable frame of 4 GiB")

@@ -1,14 +1,15 @@
-//! [`ProvedCompressor`]: compresses a frame and decompresses it again beside its WAL, while both are in the processor's cache.
+//! [`ProvedCompressor`]: compresses a frame and decompresses it again for comparison with its WAL, while both are in the processor's cache.
 //!
-//! An object of such frames that reads back from a store byte for byte is proved to hold its WAL: decompressing what was
-//! read would do the same work once more, on cold memory.
+//! If an object made of such frames reads back from a store byte for byte, it is proved to contain
+//! its WAL. Decompressing the object after reading it back would repeat this work with data that is
+//! no longer in the cache.
 
 use super::{
     SealedError, SealedPart, check_crc,
     frame::{EncodedFrame, FrameCompressor, FrameDecompressor},
 };
 
-/// Compresses frames and proves each.
+/// Compresses frames and verifies each of them.
 #[derive(Debug)]
 pub struct ProvedCompressor {
     compressor: FrameCompressor,
@@ -17,7 +18,7 @@ pub struct ProvedCompressor {
 }
 
 impl ProvedCompressor {
-    /// A compressor of zstd's `level`; 1 to 4 are tuned to WAL.
+    /// Creates a compressor with zstd's `level`. Levels 1 to 4 are tuned to WAL.
     ///
     /// # Errors
     /// [`SealedError::Compress`] or [`SealedError::Decompress`] when zstd has no memory.
@@ -29,10 +30,10 @@ impl ProvedCompressor {
         })
     }
 
-    /// Compresses frame `number`'s WAL, and proves that it comes out again.
+    /// Compresses the WAL of frame `number` and verifies that it decompresses to the same bytes.
     ///
     /// # Errors
-    /// Any [`SealedError`] about the frame when it does not: this machine computes wrongly.
+    /// Any [`SealedError`] about the frame if it does not. Then this machine computes incorrectly.
     pub fn compress(&mut self, number: u32, raw: &[u8]) -> Result<EncodedFrame, SealedError> {
         let frame = self.compressor.compress(raw)?;
         self.prove(number, &frame, raw)?;
@@ -64,7 +65,7 @@ mod tests {
         let mut compressor = ProvedCompressor::new(1).expect("zstd has memory");
         let frame = compressor.compress(3, &wal).expect("it comes out");
         compressor.prove(3, &frame, &wal).expect("and once more");
-        // As if a bit had flipped between the read and the compression.
+        // Simulates a bit that flips between reading and compressing.
         let mut other = wal.clone();
         if let Some(byte) = other.get_mut(7) {
             *byte ^= 1;

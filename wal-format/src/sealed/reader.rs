@@ -1,4 +1,4 @@
-//! Reads a container that is in memory as a whole, frame by frame or by LSN, and checks every byte it hands out.
+//! Reads a container in memory, frame by frame or by LSN, and checks every byte that it returns.
 
 use super::{
     FooterFromTail, SealedError, SealedFooter, SealedHeader, SealedPart, frame::FrameDecompressor,
@@ -6,7 +6,8 @@ use super::{
 };
 use crate::{Lsn, PgTimestamp, SegmentSummary};
 
-/// A container whose header, summary and footer were checked; its frames are checked when they are read.
+/// A container whose header, summary and footer were checked. Its frames are checked when they are
+/// read.
 #[derive(Debug)]
 pub struct SealedReader<'a> {
     object: &'a [u8],
@@ -40,31 +41,32 @@ impl<'a> SealedReader<'a> {
         Ok(Self { object, footer })
     }
 
-    /// What the object says about itself.
+    /// The content of the header.
     #[must_use]
     pub fn header(&self) -> &SealedHeader {
         self.footer.header()
     }
 
-    /// Everything but the WAL.
+    /// Everything except the WAL.
     #[must_use]
     pub fn footer(&self) -> &SealedFooter {
         &self.footer
     }
 
-    /// What the range holds.
+    /// The summary of the range.
     #[must_use]
     pub fn summary(&self) -> &SegmentSummary {
         self.footer.summary()
     }
 
-    /// The time at which the source was last seen to hold no WAL beyond this range, if that was ever seen.
+    /// The time at which the source was last seen to have no WAL beyond this range, if that was
+    /// ever seen.
     #[must_use]
     pub fn proven(&self) -> Option<PgTimestamp> {
         self.footer.proven()
     }
 
-    /// The frames in order, each checked and decompressed when it is asked for.
+    /// Returns the frames in order. Each is checked and decompressed when it is requested.
     ///
     /// # Errors
     /// [`SealedError::Decompress`] when zstd has no memory.
@@ -78,7 +80,7 @@ impl<'a> SealedReader<'a> {
         })
     }
 
-    /// Appends the whole range to `out`; on an error `out` is as before.
+    /// Appends the whole range to `out`. After an error `out` is unchanged.
     ///
     /// # Errors
     /// [`SealedError`] when a frame is damaged.
@@ -88,10 +90,11 @@ impl<'a> SealedReader<'a> {
             .inspect_err(|_| out.truncate(before))
     }
 
-    /// The `bytes` bytes of WAL from `lsn` on; decompresses only the frames that hold them.
+    /// Returns `bytes` bytes of WAL from `lsn` on. Decompresses only the frames that contain them.
     ///
     /// # Errors
-    /// [`SealedError::OutOfRange`] when the object does not hold them, another [`SealedError`] when it is damaged.
+    /// [`SealedError::OutOfRange`] when the object does not contain them, another [`SealedError`]
+    /// when it is damaged.
     pub fn read_at(&self, lsn: Lsn, bytes: usize) -> Result<Vec<u8>, SealedError> {
         let header = self.header();
         let end_lsn = lsn.add(bytes as u64);
@@ -142,7 +145,7 @@ impl<'a> SealedReader<'a> {
         Ok(())
     }
 
-    /// Appends frame `number`, which lies at `offset`, and moves `offset` behind it.
+    /// Appends frame `number`, which is at `offset`, and moves `offset` past it.
     fn append_frame(
         &self,
         decompressor: &mut FrameDecompressor,
@@ -171,7 +174,7 @@ impl<'a> SealedReader<'a> {
     }
 }
 
-/// The frames of a container, in order; [`Frames::next`] lends each in turn.
+/// The frames of a container, in order. [`Frames::next`] lends one after the other.
 #[derive(Debug)]
 pub struct Frames<'r> {
     reader: &'r SealedReader<'r>,
@@ -182,10 +185,10 @@ pub struct Frames<'r> {
 }
 
 impl Frames<'_> {
-    /// The next frame's start and its WAL, checked; `None` after the last.
+    /// Returns the start of the next frame and its checked WAL, or `None` after the last.
     ///
     /// # Errors
-    /// [`SealedError`] when the frame is damaged; asking again gives the same error.
+    /// [`SealedError`] when the frame is damaged. Further calls return the same error.
     #[expect(
         clippy::should_implement_trait,
         reason = "the frame is lent, which Iterator can not"

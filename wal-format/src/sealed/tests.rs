@@ -1,4 +1,5 @@
-//! The container: round trip, every flipped bit, hostile lengths, and the object's end alone.
+//! Tests of the container: round trip, every flipped bit, hostile lengths, and reading only the end
+//! of an object.
 
 use super::{footer::encode_summary, *};
 use crate::{
@@ -17,7 +18,7 @@ fn header(start: u64, end: u64) -> SealedHeader {
     }
 }
 
-/// Bytes that compress about as WAL does: half of them noise.
+/// Returns bytes that compress about as well as WAL: half of them are noise.
 fn wal_like(bytes: usize) -> Vec<u8> {
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     (0..bytes)
@@ -56,7 +57,7 @@ fn seal_at_once(header: SealedHeader, wal: &[u8]) -> Vec<u8> {
     .expect("it seals")
 }
 
-/// Reads everything; `Ok` only when nothing is noticed.
+/// Reads everything. Returns `Ok` only if no damage is detected.
 fn read(object: &[u8]) -> Result<Vec<u8>, SealedError> {
     let mut wal = Vec::new();
     SealedReader::open(object)?.read_all(&mut wal)?;
@@ -217,7 +218,8 @@ fn every_flipped_bit_behind_the_frames_is_noticed_by_the_end_alone() {
         for bit in 0..8 {
             tail[at] ^= 1 << bit;
             let read = SealedFooter::from_tail(total, &tail);
-            // A length that grew asks for more, and that is not the footer either.
+            // A length that became larger requests more bytes, which do not contain the footer
+            // either.
             let refused = match read {
                 Ok(FooterFromTail::NeedMore { bytes }) => {
                     let mut whole = object[..frames_end].to_vec();
@@ -234,7 +236,7 @@ fn every_flipped_bit_behind_the_frames_is_noticed_by_the_end_alone() {
             tail[at] ^= 1 << bit;
         }
     }
-    // Of another length than it was stored with.
+    // The object has another length than when it was stored.
     assert!(SealedFooter::from_tail(total + 1, &tail).is_err());
     assert!(SealedFooter::from_tail(total - 1, &tail).is_err());
 }
@@ -282,7 +284,7 @@ fn the_objects_end_alone_tells_everything_but_the_wal() {
     };
     assert_eq!((*footer.header(), footer.summary()), (header, &summary()));
 
-    // A range GET of one frame.
+    // A range GET of a single frame.
     let range = footer.frame_range(1).expect("a second frame");
     let stored = &object[range.start as usize..range.end as usize];
     let mut raw = Vec::new();
@@ -322,7 +324,7 @@ fn foreign_and_newer_objects_are_named_as_such() {
 
 #[test]
 fn a_zstd_bomb_is_bounded_by_the_header() {
-    // A frame of 64 MiB where the header announces 3000 bytes, every checksum correct.
+    // A frame of 64 MiB where the header announces 3000 bytes, with correct checksums.
     let bomb = FrameCompressor::new(1)
         .expect("a compressor")
         .compress(&vec![0; 64 << 20])

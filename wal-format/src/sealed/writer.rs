@@ -1,4 +1,5 @@
-//! Writes a container: WAL in, object out. Streaming on its input; it holds one frame's WAL and the object so far.
+//! Writes a container. The input is streamed; memory holds the WAL of one frame and the object so
+//! far.
 
 use super::{
     FRAME_BYTES, SealedError, SealedHeader, SealedPart,
@@ -12,23 +13,23 @@ use crate::{PgTimestamp, SegmentSummary};
 pub struct SealedWriter {
     assembly: Assembly,
     compressor: FrameCompressor,
-    /// WAL of the frame that is not full yet.
+    /// WAL of the incomplete frame.
     pending: Vec<u8>,
 }
 
 impl SealedWriter {
-    /// A writer of the range that `header` names.
+    /// Creates a writer for the range that `header` names.
     ///
     /// # Errors
-    /// [`SealedError::Range`] when the range is empty or leaves its segment.
+    /// [`SealedError::Range`] when the range is empty or not inside one segment.
     pub fn new(header: SealedHeader, level: i32) -> Result<Self, SealedError> {
         Self::with_compressor(header, FrameCompressor::new(level)?)
     }
 
-    /// As [`SealedWriter::new`], with a compressor that has served before.
+    /// As [`SealedWriter::new`], with an existing compressor.
     ///
     /// # Errors
-    /// [`SealedError::Range`] when the range is empty or leaves its segment.
+    /// [`SealedError::Range`] when the range is empty or not inside one segment.
     pub fn with_compressor(
         header: SealedHeader,
         compressor: FrameCompressor,
@@ -66,15 +67,17 @@ impl SealedWriter {
         Ok(())
     }
 
-    /// Makes room for so many stored bytes, where they are known: growing piece by piece would copy them.
+    /// Reserves memory for this many stored bytes, if they are known. Growing piece by piece would
+    /// copy them.
     pub fn reserve(&mut self, stored_bytes: usize) {
         self.assembly.object.reserve(stored_bytes);
     }
 
-    /// Appends a frame that was compressed elsewhere: the next [`FRAME_BYTES`] of the range, or what is left of it.
+    /// Appends a frame that was compressed elsewhere: the next [`FRAME_BYTES`] of the range, or the
+    /// rest of it.
     ///
     /// # Errors
-    /// [`SealedError::Length`] when the frame holds another number of bytes than comes next.
+    /// [`SealedError::Length`] when the frame contains another number of bytes than expected.
     pub fn push_frame(&mut self, frame: &EncodedFrame) -> Result<(), SealedError> {
         if !self.pending.is_empty() {
             return Err(SealedError::Length {
@@ -85,7 +88,8 @@ impl SealedWriter {
         self.assembly.append(frame)
     }
 
-    /// Ends the object. `proven` is the time at which the source was last seen to hold nothing beyond the range.
+    /// Completes the object. `proven` is the time at which the source was last seen to have no WAL
+    /// beyond the range.
     ///
     /// # Errors
     /// [`SealedError::Length`] when less WAL was pushed than the header announces.
@@ -98,7 +102,7 @@ impl SealedWriter {
             .map(|(object, _)| object)
     }
 
-    /// As [`SealedWriter::finish`], and gives the compressor back.
+    /// As [`SealedWriter::finish`], and returns the compressor.
     ///
     /// # Errors
     /// [`SealedError::Length`] when less WAL was pushed than the header announces.
@@ -115,7 +119,7 @@ impl SealedWriter {
     }
 }
 
-/// Seals WAL that is in memory as a whole.
+/// Seals WAL that is completely in memory.
 ///
 /// # Errors
 /// [`SealedError::Range`] or [`SealedError::Length`] when `header` does not describe `wal`.
