@@ -1,8 +1,10 @@
-//! What the archiver decides, as a pure state machine: events in, actions out. No I/O, no clock, no thread.
+//! The archiver's decisions as a pure state machine: events in, actions out. No I/O, no clock, no
+//! threads.
 //!
-//! The stages in [`crate::pipeline`] are its drivers: they tell it what happened and do what it answers. Because nothing
-//! else is in here, the simulation (`core/simulation.rs`) runs this very code against a server, a disk and a store that
-//! fail in every order. Invariant: acknowledged <= durable in the class the user chose <= received.
+//! The stages in [`crate::pipeline`] drive it: they report events and perform the returned actions.
+//! The simulation (`core/simulation.rs`) therefore runs this very code against a server, a disk and
+//! a store that fail in every order.
+//! Invariant: acknowledged <= durable in the class the user chose <= received.
 
 pub mod cursor;
 pub mod pace;
@@ -22,57 +24,58 @@ use self::{
     sealing::Sealing,
 };
 
-/// Something happened.
+/// An event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The stages start, with nothing under way.
+    /// The stages have started, with no work in progress.
     Started(PaceSettings),
-    /// A branch was taken up: its spool is open.
+    /// A branch is taken up: its spool is open.
     TakenUp {
         /// The branch.
         branch: Branch,
         /// The end of what is durable here.
         durable_lsn: Lsn,
-        /// What the repository holds.
+        /// The ranges that the repository holds.
         stored: Coverage,
     },
-    /// A stream of the branch begins; what it sends up to the end of what is held is compared first.
+    /// A stream of the branch begins. WAL that it sends up to the end of the stored WAL is compared
+    /// first.
     StreamBegun {
         /// Its first byte.
         start_lsn: Lsn,
     },
-    /// The connection is gone, or was closed: until another stream has been compared nothing is said.
+    /// The connection has ended. Nothing is reported until another stream has been compared.
     StreamEnded,
     /// WAL was compared and written.
     Written {
-        /// Where the stream is.
+        /// The stream's position.
         streamed_lsn: Lsn,
-        /// The end of what the files hold.
+        /// The end of the WAL in the files.
         written_lsn: Lsn,
         /// The server's flush LSN.
         server_lsn: Lsn,
-        /// Bytes that are new.
+        /// The number of new bytes.
         bytes: u64,
     },
-    /// The open segment's last byte was written; the next one is open.
+    /// The last byte of the open segment was written, and the next segment is open.
     Completed,
-    /// All that has arrived was written.
+    /// All received WAL was written.
     GroupTaken {
-        /// Whether the flusher has nothing to do.
+        /// Whether the flusher is idle.
         flusher_idle: bool,
     },
-    /// A moment in which a tail may be cut.
+    /// A point in time at which a tail may be cut.
     Tick {
         /// The monotonic clock.
         now: Duration,
-        /// Whether it is time for a tail in any case.
+        /// Whether a tail is due regardless of its size.
         due: bool,
     },
     /// The open segment was fsynced.
     Synced {
         /// Its start.
         segment_start: Lsn,
-        /// Up to here.
+        /// The end of the fsynced WAL.
         end_lsn: Lsn,
     },
     /// A complete segment is durable under its final name, or was found so at the start.
@@ -81,10 +84,10 @@ pub enum Event {
         branch: Branch,
         /// The segment.
         segment: SegmentNo,
-        /// Its end; `None` when it was found.
+        /// Its end. `None` when it was found at the start.
         end_lsn: Option<Lsn>,
     },
-    /// A sealing worker is free.
+    /// A sealing worker is idle.
     SealerFree,
     /// A sealed segment was stored and verified.
     Sealed {
@@ -94,17 +97,17 @@ pub enum Event {
         segment: SegmentNo,
         /// Its range.
         range: (Lsn, Lsn),
-        /// Where the record begins that is open at its end.
+        /// The segment in which the record begins that is incomplete at its end.
         open_record_in: Option<SegmentNo>,
     },
-    /// A segment could not be sealed this time.
+    /// An attempt to seal a segment failed.
     SealFailed {
         /// Its branch.
         branch: Branch,
         /// The segment.
         segment: SegmentNo,
     },
-    /// A tail was handed to the store.
+    /// A tail was passed to the store.
     TailCut {
         /// Its branch.
         branch: Branch,
@@ -120,16 +123,17 @@ pub enum Event {
         /// Its range.
         range: (Lsn, Lsn),
     },
-    /// A tail is of no use any more: its segment is sealed.
+    /// A tail is no longer needed, since its segment is sealed.
     TailSuperseded,
 }
 
-/// Something is to be done.
+/// An action for the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Action {
-    /// Hand a tail to the store, if there is one: of a branch that was left before of the open segment.
+    /// Pass a tail to the store, if there is one. Tails of an abandoned branch come before those of
+    /// the open segment.
     CutTail,
-    /// Have the open segment fsynced beside the writer.
+    /// Let the flusher fsync the open segment, concurrently with the writer.
     HandOver,
     /// Remove a segment's file from the spool.
     Remove(Branch, SegmentNo),
@@ -139,25 +143,25 @@ pub enum Action {
     Sync,
 }
 
-/// Mistakes that the simulation has to find.
+/// Deliberate mistakes that the simulation has to detect.
 #[cfg(test)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
-    /// What is written is said to be flushed.
+    /// Written WAL is reported as flushed.
     AcknowledgeBeforeFsync,
-    /// A branch that was left no longer holds the report back.
+    /// An abandoned branch no longer limits the report.
     ForgetLeftBranch,
-    /// A tail counts when it is sent, not when it was read back.
+    /// A tail counts when it is sent, not when it has been read back.
     ReportUnverified,
-    /// A server is told of what is held before it has shown that its WAL is the same.
+    /// A position is reported to a server before the server has shown that its WAL is the same.
     SayBeforeCompared,
-    /// Some segment is never sealed.
+    /// A segment is never sealed.
     SkipSegment,
-    /// What lies beyond a hole in the store counts.
+    /// WAL after a hole in the store counts.
     TailBeyondHole,
 }
 
-/// One cluster's decisions.
+/// The decisions for one cluster.
 #[derive(Clone, Debug)]
 pub struct Core {
     positions: Positions,
@@ -168,7 +172,7 @@ pub struct Core {
 }
 
 impl Core {
-    /// Nothing has happened yet.
+    /// Creates the initial state.
     #[must_use]
     pub fn new(acknowledge: Acknowledge) -> Self {
         Self {
@@ -180,7 +184,7 @@ impl Core {
         }
     }
 
-    /// Takes what happened; what is to be done about it, in this order.
+    /// Processes an event. Returns the actions to perform, in order.
     pub fn on(&mut self, event: Event) -> Vec<Action> {
         #[cfg(test)]
         if let Some(actions) = self.on_mutated(&event) {
@@ -222,7 +226,8 @@ impl Core {
                 segment,
                 end_lsn,
             } => {
-                // What an earlier run left of another branch is finished before that one is taken up.
+                // Segments that an earlier run left of another branch are completed before that
+                // branch is taken up.
                 if let Some(end_lsn) = end_lsn
                     && branch == self.positions.branch()
                 {
@@ -261,7 +266,7 @@ impl Core {
         Vec::new()
     }
 
-    /// What may be said now.
+    /// Returns the positions that may be reported now.
     pub fn report(&mut self) -> Report {
         let report = self.positions.report();
         #[cfg(test)]
@@ -274,19 +279,19 @@ impl Core {
         report
     }
 
-    /// Which WAL is where.
+    /// The positions of WAL.
     #[must_use]
     pub fn positions(&self) -> &Positions {
         &self.positions
     }
 
-    /// Complete segments that are not sealed yet.
+    /// The number of complete segments that are not sealed yet.
     #[must_use]
     pub fn unsealed(&self) -> usize {
         self.sealing.len()
     }
 
-    /// Whether a tail would be taken now.
+    /// Returns true if a tail would be cut now.
     #[must_use]
     pub fn is_tail_free(&self) -> bool {
         self.pace.is_tail_free()
@@ -299,7 +304,7 @@ impl Core {
         core
     }
 
-    /// Does it wrong, where a mutation says so.
+    /// Enables a deliberate mistake.
     #[cfg(test)]
     fn on_mutated(&mut self, event: &Event) -> Option<Vec<Action>> {
         match (self.mutation?, event) {

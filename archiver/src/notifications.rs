@@ -1,7 +1,8 @@
-//! Tells people of alerts without Prometheus: webhook, Slack, `PagerDuty`, mail.
+//! Sends alerts without Prometheus: webhook, Slack, `PagerDuty`, mail.
 //!
-//! An alert is told once when it begins and once when it ends (the monitor sees to that); a receiver that does not answer
-//! is tried again with growing pauses, one after the other, so that a resolve never overtakes its alert.
+//! The monitor passes an alert on once when it begins and once when it ends. A receiver that does
+//! not answer is retried with growing pauses, one notification after the other, so that a resolve
+//! never overtakes its alert.
 
 mod client;
 mod message;
@@ -15,53 +16,54 @@ use wal_format::PgTimestamp;
 
 use crate::alerts::{Alert, Severity};
 
-/// Tries of one notification, with pauses of 1, 2, 4, … s between them.
+/// Attempts per notification, with pauses of 1, 2, 4, … s between them.
 const ATTEMPTS_MAX: u32 = 6;
-/// How long one try may take.
+/// The maximum duration of an attempt.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(15);
-/// Notifications that may wait for one receiver.
+/// The maximum number of notifications that wait for one receiver.
 const WAITING_MAX: usize = 64;
 
-/// Why a receiver was not told. Never holds the secret part of its address.
+/// The reason why a notification could not be delivered. Never contains the secret part of an
+/// address.
 #[derive(Debug, thiserror::Error)]
 pub enum NotifyError {
-    /// The address or the certificate authority is no good.
+    /// The address or the certificate authority is invalid.
     #[error("{0}")]
     Settings(String),
-    /// The network.
+    /// A network error.
     #[error("{what}: {source}")]
     Io {
-        /// What was tried.
+        /// The attempted operation.
         what: &'static str,
-        /// What the system said.
+        /// The operating system's error.
         source: std::io::Error,
     },
     /// The receiver refused.
     #[error("{what} was refused: {answer}")]
     Refused {
-        /// What.
+        /// The refused operation.
         what: &'static str,
         /// The first line of the answer.
         answer: String,
     },
-    /// It took too long.
+    /// The receiver did not answer in time.
     #[error("no answer within {ATTEMPT_TIMEOUT:?}")]
     Timeout,
 }
 
-/// What is told.
+/// A notification.
 #[derive(Clone, Debug)]
 pub struct Notification {
     /// The cluster.
     pub cluster: String,
     /// The alert.
     pub alert: Alert,
-    /// Whether it begins; otherwise it has ended.
+    /// Whether the alert begins. Otherwise it has ended.
     pub fires: bool,
 }
 
 impl Notification {
-    /// An alert of a cluster begins or has ended.
+    /// Creates the notification that an alert of a cluster begins or has ended.
     #[must_use]
     pub fn new(cluster: &str, alert: Alert, fires: bool) -> Self {
         Self {
@@ -71,7 +73,7 @@ impl Notification {
         }
     }
 
-    /// What `notify test` sends: it resolves itself.
+    /// Creates the notification of `notify test`, which resolves itself.
     #[must_use]
     pub fn test() -> Self {
         let alert = Alert {
@@ -84,14 +86,15 @@ impl Notification {
         Self::new("test", alert, true)
     }
 
-    /// What makes two notifications about the same alert: the receiver joins them by it.
+    /// Returns the key by which the receiver joins notifications of the same alert.
     #[must_use]
     pub fn key(&self) -> String {
         format!("tidemark/{}/{}", self.cluster, self.alert.name)
     }
 }
 
-/// Delivers what comes in to every target, for as long as the sender lives. A slow target does not delay the others.
+/// Delivers incoming notifications to every target until the sender is dropped. A slow target does
+/// not delay the others.
 pub async fn deliver(targets: Vec<NotifyTarget>, mut incoming: mpsc::Receiver<Notification>) {
     let queues: Vec<mpsc::Sender<Notification>> = targets
         .into_iter()
@@ -138,7 +141,7 @@ async fn insist(target: &NotifyTarget, notification: &Notification) {
     );
 }
 
-/// Tells one target once.
+/// Sends a notification to one target, without retries.
 ///
 /// # Errors
 /// [`NotifyError`].

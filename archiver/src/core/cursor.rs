@@ -1,53 +1,55 @@
-//! Where the next byte of a branch belongs: compared with what is held, appended, or refused; and where files and tails
-//! begin and end.
+//! Decides for the next bytes of a branch whether to compare, append or refuse them, and where
+//! files and tails begin and end.
 //!
-//! Invariant: bytes are taken in order and without gaps; what is held is compared and never written again.
+//! Invariant: bytes are accepted in order and without gaps. Stored bytes are compared and never
+//! written again.
 
 use wal_format::{Lsn, SegmentNo, SegmentSize};
 
-/// The place of one branch in its stream and its files.
+/// The position of one branch in its stream and its files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cursor {
     size: SegmentSize,
-    /// The end of what the files hold.
+    /// The end of the WAL in the files.
     written: Lsn,
-    /// Where the stream's next byte belongs; before `written` while the overlap is compared.
+    /// The LSN of the stream's next byte. Less than `written` while the overlap is compared.
     incoming: Lsn,
-    /// The end of what the repository has, or is given, of the open segment as tails.
+    /// The end of the open segment's WAL that the repository has, or is receiving, as tails.
     tail_end: Lsn,
-    /// Bytes before the open segment that are at hand to be compared.
+    /// The number of bytes before the open segment that are available for comparison.
     before: u64,
 }
 
-/// What to do with the next bytes.
+/// The action for the next bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Compare so many with what is held.
+    /// Compare this many bytes with the stored ones.
     Compare(u64),
-    /// Append so many: they end within the open segment and do not cross the end of its tails.
+    /// Append this many bytes. They end within the open segment and do not cross the end of its
+    /// tails.
     Append(u64),
 }
 
-/// What an append reached.
+/// The boundary that an append reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reached {
-    /// A place like any other.
+    /// No boundary.
     Nothing,
     /// The end of the open segment.
     SegmentEnd,
-    /// The end of what the repository has as tails.
+    /// The end of the WAL that the repository has as tails.
     TailEnd,
 }
 
-/// A stream that does not continue what is held; where it would.
+/// A stream that does not continue the stored WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OutOfOrder {
-    /// Where it would.
+    /// The LSN at which it would continue it.
     pub expected: Lsn,
 }
 
 impl Cursor {
-    /// At the start of a segment of which nothing was read yet.
+    /// Creates a cursor at the start of a segment of which nothing was read yet.
     #[must_use]
     pub fn new(size: SegmentSize, segment: SegmentNo, tail_end: Lsn) -> Self {
         let start = segment.start_lsn(size);
@@ -60,31 +62,32 @@ impl Cursor {
         }
     }
 
-    /// The end of what the files hold.
+    /// The end of the WAL in the files.
     #[must_use]
     pub fn written(&self) -> Lsn {
         self.written
     }
 
-    /// Where the stream is.
+    /// The stream's position.
     #[must_use]
     pub fn incoming(&self) -> Lsn {
         self.incoming
     }
 
-    /// The start of the open segment: where a stream resumes.
+    /// The start of the open segment, where a stream resumes.
     #[must_use]
     pub fn resume_lsn(&self) -> Lsn {
         self.written.align_down(self.size.bytes())
     }
 
-    /// So many bytes before the open segment are at hand. Without them a stream that resumes between two segments would have
-    /// nothing to be compared with.
+    /// Makes this many bytes before the open segment available for comparison. Without them, a
+    /// stream that resumes between two segments would have no overlap to compare.
     pub fn hold_before(&mut self, bytes: u64) {
         self.before = bytes;
     }
 
-    /// Where a stream begins that is compared with what is held: in the open segment, or before it while that is empty.
+    /// Returns the start of a stream whose beginning can be compared: in the open segment, or
+    /// before it if that is empty.
     #[must_use]
     pub fn compare_lsn(&self) -> Lsn {
         let resume = self.resume_lsn();
@@ -95,16 +98,16 @@ impl Cursor {
         }
     }
 
-    /// The segment that the next new byte belongs to.
+    /// Returns the segment that the next new byte belongs to.
     #[must_use]
     pub fn segment(&self) -> SegmentNo {
         self.size.segment_of(self.written)
     }
 
-    /// A new stream begins.
+    /// Begins a new stream.
     ///
     /// # Errors
-    /// [`OutOfOrder`] when that leaves a gap, or lies before what is at hand.
+    /// [`OutOfOrder`] when it would leave a gap, or starts before the available bytes.
     pub fn begin(&mut self, start_lsn: Lsn) -> Result<(), OutOfOrder> {
         if start_lsn > self.written || start_lsn < self.compare_lsn() {
             return Err(OutOfOrder {
@@ -115,10 +118,10 @@ impl Cursor {
         Ok(())
     }
 
-    /// What to do with `length` bytes, more than none, that the stream has at `start_lsn`.
+    /// Returns the action for `length` bytes (at least one) that the stream has at `start_lsn`.
     ///
     /// # Errors
-    /// [`OutOfOrder`] when they do not follow the ones before.
+    /// [`OutOfOrder`] when they do not follow the previous ones.
     pub fn next(&self, start_lsn: Lsn, length: u64) -> Result<Step, OutOfOrder> {
         if start_lsn != self.incoming {
             return Err(OutOfOrder {
@@ -132,7 +135,8 @@ impl Cursor {
         Ok(Step::Append(self.room().min(length)))
     }
 
-    /// Bytes up to the next cut: the end of the segment, or of the tails that the repository has.
+    /// Returns the number of bytes up to the next boundary: the end of the segment, or of the tails
+    /// that the repository has.
     #[must_use]
     pub fn room(&self) -> u64 {
         let mut end = self.segment().end_lsn(self.size);
@@ -142,12 +146,12 @@ impl Cursor {
         end.bytes_since(self.written)
     }
 
-    /// Bytes were compared and are the same.
+    /// Records that bytes were compared and are equal.
     pub fn compared(&mut self, bytes: u64) {
         self.incoming = self.incoming.add(bytes);
     }
 
-    /// Bytes are in the file.
+    /// Records that bytes were written to the file.
     pub fn appended(&mut self, bytes: u64) -> Reached {
         self.written = self.written.add(bytes);
         self.incoming = self.written;
@@ -162,7 +166,7 @@ impl Cursor {
         }
     }
 
-    /// The range from the last tail to here, if there is any.
+    /// Returns the range since the last tail, if it is not empty.
     pub fn cut_tail(&mut self) -> Option<(Lsn, Lsn)> {
         if self.written <= self.tail_end {
             return None;
@@ -172,26 +176,29 @@ impl Cursor {
     }
 }
 
-/// Where a branch is taken up: behind everything that is held of it. The repository may be ahead of a spool that was lost or
-/// put back from an older copy; `start_lsn` counts where nothing is held.
+/// Returns the LSN at which a branch is taken up: after everything that is stored of it. The
+/// repository may be ahead of a spool that was lost or restored from an older copy. `start_lsn`
+/// applies if nothing is stored.
 #[must_use]
 pub fn take_up_at(spooled: Option<Lsn>, stored: Option<Lsn>, start_lsn: Lsn) -> Lsn {
     spooled.max(stored).unwrap_or(start_lsn)
 }
 
-/// Whether the first file that was not renamed is still the open segment: it ends at `file_end`, the archive at `end`. The
-/// repository may be ahead of it, or have all of it up to a range that was declared lost.
+/// Returns true if the first file without its final name is still the open segment. It ends at
+/// `file_end`, the archive at `end`. The repository may be ahead of it, or have everything up to a
+/// range that was declared lost.
 #[must_use]
 pub fn is_still_open(segment: SegmentNo, file_end: Lsn, end: Lsn, size: SegmentSize) -> bool {
-    // Written to its last byte but not renamed, it ends where the next segment begins.
+    // A file that was written completely but not renamed ends where the next segment begins.
     let is_full = file_end == segment.end_lsn(size);
     segment >= size.segment_of(end) || (is_full && end <= file_end)
 }
 
-/// Which segment is open: the first file that was not renamed, or the one behind the complete ones.
+/// Returns the open segment: the first file without its final name, or the one after the complete
+/// ones.
 ///
 /// # Errors
-/// With the segment that is missing before complete ones.
+/// The segment that is missing before complete ones.
 pub fn open_segment(
     last_complete: Option<SegmentNo>,
     open: Option<SegmentNo>,

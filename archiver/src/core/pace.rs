@@ -1,8 +1,10 @@
-//! When to fsync and when to cut a tail.
+//! Decides when to fsync and when to cut a tail.
 //!
-//! While the server is not ahead, everything that has arrived is fsynced before anything else happens: natural group
-//! commit. During a catch-up fsyncs run beside the writer, and no tail is cut: complete segments are on their way.
-//! Invariant: a tail is cut only when no written byte waits for an fsync, and only one is under way.
+//! Unless the server is ahead, everything that has arrived is fsynced before anything else happens
+//! (natural group commit). During a catch-up fsyncs run concurrently with the writer, and no tail
+//! is cut, because complete segments are being uploaded.
+//! Invariant: a tail is cut only when no written byte waits for an fsync, and only one is in
+//! progress.
 
 use std::time::Duration;
 
@@ -10,17 +12,18 @@ use wal_format::Lsn;
 
 use super::Action;
 
-/// How far the server has to be ahead before fsyncs are handed to the flusher instead of waited for.
+/// The distance to the server's flush LSN from which fsyncs are passed to the flusher instead of
+/// awaited.
 pub const CATCH_UP_BYTES: u64 = 4 << 20;
-/// How much may be written before an fsync is asked for even though more is at hand.
+/// The number of bytes written after which an fsync is requested even if more WAL has arrived.
 const UNSYNCED_BYTES_MAX: u64 = 16 << 20;
 
-/// What the user chose.
+/// The user's settings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PaceSettings {
-    /// How often a tail is cut.
+    /// The interval between tails.
     pub tail_interval: Duration,
-    /// After how many bytes a tail is cut in any case.
+    /// The number of bytes after which a tail is cut in any case.
     pub tail_bytes: u64,
 }
 
@@ -30,9 +33,9 @@ pub struct Pace {
     settings: PaceSettings,
     written: Lsn,
     server: Lsn,
-    /// Bytes in the open segment's file since its last fsync was asked for.
+    /// Bytes in the open segment's file since its last fsync was requested.
     unsynced: u64,
-    /// Bytes that came since the last tail was handed over.
+    /// Bytes received since the last tail was passed on.
     uncut: u64,
     last_cut: Duration,
     tail_under_way: bool,
@@ -55,7 +58,8 @@ impl Pace {
     pub(super) fn on_written(&mut self, written: Lsn, server: Lsn, bytes: u64) -> Vec<Action> {
         self.written = written;
         self.server = server;
-        // What completed a segment is the flusher's already; counting all of it asks for an fsync too many at worst.
+        // The bytes that completed a segment are already with the flusher. Counting all of them
+        // requests at most one fsync too many.
         self.unsynced += bytes;
         self.uncut += bytes;
         if self.unsynced >= UNSYNCED_BYTES_MAX {

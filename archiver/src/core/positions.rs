@@ -1,24 +1,25 @@
-//! Which WAL is where: received, written, durable here, stored in the repository. Pure: told what happened, it answers
-//! what may be reported.
+//! The positions of WAL: received, written, durable here, stored in the repository. Pure: it is
+//! informed of events and answers which positions may be reported.
 //!
-//! Invariant: [`Positions::report`] never says more than is proved in the class the user chose, never says less than it
-//! said before on the same branch, and says nothing before the server has shown that its WAL is the one we hold.
+//! Invariant: [`Positions::report`] never exceeds what is proved in the class the user chose, never
+//! decreases on the same branch, and reports nothing before the server has shown that its WAL is
+//! the one we hold.
 
 use std::collections::BTreeMap;
 
 use repository::config::Acknowledge;
 use wal_format::{Branch, Lsn};
 
-/// A growing prefix, made of ranges that arrive in any order.
+/// A contiguous range that grows from its start, built from ranges that arrive in any order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Coverage {
     end: Lsn,
-    /// Ranges beyond a gap: start to end, disjoint.
+    /// Ranges after a gap: start to end, disjoint.
     beyond: BTreeMap<Lsn, Lsn>,
 }
 
 impl Coverage {
-    /// Nothing but what lies before `end`.
+    /// Creates a coverage that contains only what precedes `end`.
     #[must_use]
     pub fn up_to(end: Lsn) -> Self {
         Self {
@@ -27,7 +28,7 @@ impl Coverage {
         }
     }
 
-    /// The end of the prefix.
+    /// The end of the contiguous range.
     #[must_use]
     pub fn end(&self) -> Lsn {
         self.end
@@ -50,9 +51,10 @@ impl Coverage {
     }
 }
 
-/// Where what the archive has of a branch begins: with what is `stored`, with what is `spooled`, whose first segments may be
-/// the last to be stored, or where it `forked` from a branch that is archived too. Ranges that were declared lost begin it only
-/// where there is nothing else. `None`: nothing is known of it.
+/// Start LSN of the archived part of a branch: the first stored byte, else the first spooled byte
+/// (whose first segments may be the last to be stored), else its fork point if the parent is
+/// archived. Ranges declared lost count only if nothing else is known. `None` if nothing is known
+/// of the branch.
 #[must_use]
 pub fn coverage_begin(
     stored: Option<Lsn>,
@@ -65,38 +67,40 @@ pub fn coverage_begin(
     Some(forked.map_or(known, |forked| forked.min(known)))
 }
 
-/// What a status update says: `0/0` says nothing and moves nothing.
+/// The positions of a status update. `0/0` reports nothing and changes nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
-    /// Written to the spool's file, perhaps not durable.
+    /// Written to the spool's file, possibly not durable.
     pub write: Lsn,
     /// Durable in the chosen class.
     pub flush: Lsn,
 }
 
-/// The positions of the branch being archived, and what is left of the ones before.
+/// The positions of the branch being archived, and the unfinished parts of previous branches.
 #[derive(Clone, Debug)]
 pub struct Positions {
     acknowledge: Acknowledge,
     branch: Branch,
     received: Lsn,
     written: Lsn,
-    /// The end of the segments that are durable under their final name.
+    /// The end of the segments that are durable under their final names.
     finished: Lsn,
-    /// The open segment: its start, and how far it was fsynced.
+    /// The open segment: its start, and the end of its fsynced WAL.
     open: (Lsn, Lsn),
-    /// Per branch, what the repository holds.
+    /// For each branch, the ranges that the repository holds.
     stored: BTreeMap<Branch, Coverage>,
-    /// Branches that were left, and where they end here: before these are stored, nothing later is "stored up to".
+    /// Abandoned branches and the LSN where each ends here. Until they are stored to that LSN, no
+    /// later WAL counts as stored.
     left: Vec<(Branch, Lsn)>,
-    /// The end of what we held when the stream began; the server has to show the same bytes up to here.
+    /// The end of the WAL we held when the stream began. The server has to send the same bytes up
+    /// to here.
     verify_to: Lsn,
     streamed: Lsn,
     reported: Lsn,
 }
 
 impl Positions {
-    /// Nothing yet.
+    /// Creates the initial state.
     #[must_use]
     pub fn new(acknowledge: Acknowledge) -> Self {
         Self {
@@ -120,19 +124,19 @@ impl Positions {
         self.branch
     }
 
-    /// The end of what was received.
+    /// The end of the received WAL.
     #[must_use]
     pub fn received(&self) -> Lsn {
         self.received
     }
 
-    /// The end of what was written to the spool.
+    /// The end of the WAL written to the spool.
     #[must_use]
     pub fn written(&self) -> Lsn {
         self.written
     }
 
-    /// The end of what is durable here.
+    /// The end of the WAL that is durable here.
     #[must_use]
     pub fn flushed(&self) -> Lsn {
         let (start, synced) = self.open;
@@ -143,34 +147,35 @@ impl Positions {
         }
     }
 
-    /// The end of what the repository holds without a gap, branches that were left included.
+    /// The end of the WAL that the repository holds without a gap, including abandoned branches.
     #[must_use]
     pub fn remote(&self) -> Lsn {
         let mut end = self.stored_on(self.branch);
         for (branch, left_at) in &self.left {
             let stored = self.stored_on(*branch);
             if stored < *left_at {
-                // What a branch has beyond the switch says nothing about the next one.
+                // WAL after the switch point is not on the new timeline's path; ignore it.
                 end = end.min(stored);
             }
         }
         end
     }
 
-    /// Whether the repository holds everything that is durable here, of every branch.
+    /// Returns true if the repository holds everything that is durable here, of every branch.
     #[must_use]
     pub fn is_stored(&self) -> bool {
         let is_stored = |(branch, end): &(Branch, Lsn)| self.stored_on(*branch) >= *end;
         self.left.iter().all(is_stored) && self.stored_on(self.branch) >= self.flushed()
     }
 
-    /// The end of what the repository holds of one branch.
+    /// The end of the WAL of one branch that the repository holds.
     #[must_use]
     pub fn stored_on(&self, branch: Branch) -> Lsn {
         self.stored.get(&branch).map_or(Lsn::ZERO, Coverage::end)
     }
 
-    /// A branch is taken up: durable here up to `durable`, in the repository as `stored` says.
+    /// Takes up a branch that is durable here up to `durable` and stored in the repository as
+    /// `stored` says.
     pub fn take_up(&mut self, branch: Branch, durable: Lsn, stored: Coverage) {
         if branch != self.branch {
             let flushed = self.flushed();
@@ -181,7 +186,8 @@ impl Positions {
             self.reported = Lsn::ZERO;
         }
         let known = self.stored.entry(branch).or_default();
-        // Nothing is stored beyond what is held, unless a branch of which nothing was held begins anew, further back.
+        // Stored WAL never exceeds what we hold, except for a branch we held nothing of, which
+        // restarts at an earlier LSN.
         if stored.end() > known.end() || known.end() > durable {
             *known = stored;
         }
@@ -193,7 +199,7 @@ impl Positions {
         self.verify_to = Lsn::MAX;
     }
 
-    /// A branch was left and nobody remembers it.
+    /// Forgets an abandoned branch.
     #[cfg(test)]
     pub(super) fn forget_left(&mut self, next: Branch) {
         self.branch = next;
@@ -201,20 +207,21 @@ impl Positions {
         self.reported = Lsn::ZERO;
     }
 
-    /// A stream begins at `start`: what it sends up to the end of what is written is compared before anything is said.
+    /// A stream begins at `start`. WAL that it sends up to the end of the written WAL is compared
+    /// before anything is reported.
     pub fn begin_stream(&mut self, start: Lsn) {
         self.streamed = start;
         self.verify_to = self.written;
         self.reported = Lsn::ZERO;
     }
 
-    /// No stream any more: there is nobody to say anything to.
+    /// The stream has ended, so nothing is reported.
     pub fn end_stream(&mut self) {
         self.streamed = Lsn::ZERO;
         self.verify_to = Lsn::MAX;
     }
 
-    /// The stream was compared and written up to `streamed`; the files end at `written`.
+    /// The stream was compared and written up to `streamed`. The files end at `written`.
     pub fn on_written(&mut self, streamed: Lsn, written: Lsn) {
         self.streamed = streamed;
         self.written = self.written.max(written);
@@ -230,7 +237,7 @@ impl Positions {
         }
     }
 
-    /// Segments are durable under their final names up to `end`. Called in order of LSN.
+    /// Segments are durable under their final names up to `end`. Called in LSN order.
     pub fn on_finished(&mut self, end: Lsn) {
         self.finished = self.finished.max(end);
     }
@@ -246,7 +253,7 @@ impl Positions {
             .retain(|(left, end)| stored.get(left).map_or(Lsn::ZERO, Coverage::end) < *end);
     }
 
-    /// What may be said now.
+    /// Returns the positions that may be reported now.
     pub fn report(&mut self) -> Report {
         if self.streamed < self.verify_to {
             return Report::default();

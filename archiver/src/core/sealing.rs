@@ -1,7 +1,7 @@
-//! Which segment is sealed next, and which of the spool's files nothing needs any more.
+//! Decides which segment is sealed next, and which files of the spool are no longer needed.
 //!
-//! Invariant: a file goes only when its segment is in the repository and no unsealed segment needs it to learn where a
-//! record began.
+//! Invariant: a file is removed only when its segment is in the repository and no unsealed segment
+//! needs it to find the start of a record.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,32 +15,33 @@ pub type Place = (Branch, SegmentNo);
 pub struct Sealing {
     waiting: BTreeSet<Place>,
     under_way: BTreeSet<Place>,
-    /// Sealed segments whose files are still in the spool, and where the record begins that is open at their end.
+    /// Sealed segments whose files are still in the spool, and the segment in which the record
+    /// begins that is incomplete at their end.
     retained: BTreeMap<Place, Option<SegmentNo>>,
 }
 
 impl Sealing {
-    /// A complete, durable segment waits; one that is known does not wait twice.
+    /// Adds a complete, durable segment. A known one is not added twice.
     pub fn push(&mut self, place: Place) {
         if !self.retained.contains_key(&place) && !self.under_way.contains(&place) {
             self.waiting.insert(place);
         }
     }
 
-    /// The oldest that waits is begun.
+    /// Returns the oldest waiting segment, to be sealed now.
     pub fn take(&mut self) -> Option<Place> {
         let place = self.waiting.pop_first()?;
         self.under_way.insert(place);
         Some(place)
     }
 
-    /// One that was begun came to nothing.
+    /// Returns a segment whose sealing failed to the queue.
     pub fn give_back(&mut self, place: Place) {
         self.under_way.remove(&place);
         self.waiting.insert(place);
     }
 
-    /// One is stored; the files of its branch that nothing needs any more.
+    /// Records that a segment is stored. Returns the files of its branch that are no longer needed.
     pub fn sealed(&mut self, place: Place, open_record_in: Option<SegmentNo>) -> Vec<Place> {
         self.under_way.remove(&place);
         self.retained.insert(place, open_record_in);
@@ -51,19 +52,20 @@ impl Sealing {
         removable
     }
 
-    /// How many wait or are under way.
+    /// The number of segments that wait or are being sealed.
     #[must_use]
     pub fn len(&self) -> usize {
         self.waiting.len() + self.under_way.len()
     }
 
-    /// Whether nothing waits.
+    /// Returns true if no segment waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Sealed segments of a branch before the one in which the record begins that the first unsealed segment continues.
+    /// Returns the sealed segments of a branch before the one in which the record begins that the
+    /// first unsealed segment continues.
     fn removable(&self, branch: Branch) -> Vec<Place> {
         let of_branch = |place: &&Place| place.0 == branch;
         let waiting = self.waiting.iter().find(of_branch);
@@ -109,7 +111,7 @@ mod tests {
         assert_eq!(sealing.len(), 4);
         let begun: Vec<_> = (0..3).filter_map(|_| sealing.take()).collect();
         assert_eq!(begun, [place(1), place(2), place(3)]);
-        // The record that is open at the end of 2 began in 1.
+        // The record that is incomplete at the end of 2 began in 1.
         assert_eq!(sealing.sealed(place(2), Some(SegmentNo(1))), []);
         assert_eq!(sealing.sealed(place(1), Some(SegmentNo(1))), []);
         sealing.give_back(place(3));

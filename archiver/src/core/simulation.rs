@@ -1,9 +1,12 @@
-//! The core in a simulated world: thousands of histories, each from one seed, checked after every step.
+//! Runs the core in a simulated world: thousands of histories, each from one seed, checked after
+//! every step.
 //!
-//! Chaos first, in any order: WAL, crashes, power loss, failing and full disks, a store that fails, forgets to answer or is
-//! slow, promotions before and behind our position, lost slots, a primary put back from a snapshot. Then the faults stop, and
-//! everything has to be in the store within a bounded number of steps. `TIDEMARK_SEED=N` replays one with its steps.
-//! The core is the real one; what drives it here is as `pipeline/write.rs`, `seal.rs`, `tail.rs` and `session.rs` do.
+//! First faults occur in any order: WAL, crashes, power loss, failing and full disks, a store that
+//! fails, loses answers or is slow, promotions before and after our position, lost slots, a primary
+//! restored from a snapshot. Then the faults stop, and everything has to be in the store within a
+//! bounded number of steps. `TIDEMARK_SEED=N` replays one history and prints its steps. The core is
+//! the real one. Its driver here does what `pipeline/write.rs`, `seal.rs`, `tail.rs` and
+//! `session.rs` do.
 
 mod archiver;
 mod session;
@@ -21,27 +24,28 @@ use self::{
 use super::Mutation;
 
 const CHAOS_STEPS: u64 = 250;
-/// Every step does something, so this is far more than what any history leaves to do.
+/// Every step makes progress, so this is far more than any history needs.
 const CALM_STEPS_MAX: u64 = 40_000;
 const PAGE: u64 = 8192;
 
-/// What did not hold, in words.
+/// The violated condition, as text.
 type Broken = String;
 
 struct Simulation {
     rng: Rng,
     size: SegmentSize,
     server: Server,
-    /// The right server, while a copy of its past is in its place.
+    /// The real server, while a copy of its past is in its place.
     right: Option<Server>,
-    /// What the first server of a branch wrote on it.
+    /// The bytes that the first server of a branch wrote on it.
     truth: BTreeMap<Branch, Vec<Run>>,
     disk: Disk,
     store: Store,
     archiver: Option<Archiver>,
-    /// What clients of the server were told, per branch: from the first byte we were to keep.
+    /// The range acknowledged to the server's clients, per branch: from the first byte that we had
+    /// to keep.
     acknowledged: BTreeMap<Branch, (Lsn, Lsn)>,
-    /// Where the archive of each branch begins.
+    /// The start of the archive of each branch.
     begins: Begins,
     acknowledge: Acknowledge,
     mutation: Option<Mutation>,
@@ -79,7 +83,7 @@ impl Simulation {
         }
     }
 
-    /// A whole history.
+    /// Runs a whole history.
     fn run(mut self) -> Result<(), Broken> {
         let chaos = CHAOS_STEPS / 2 + self.rng.below(CHAOS_STEPS);
         for _ in 0..chaos {
@@ -134,7 +138,7 @@ impl Simulation {
         }
     }
 
-    /// Something goes wrong.
+    /// Lets a fault occur.
     fn misfortune(&mut self) {
         match self.rng.below(12) {
             0 | 1 => self.crash(false),
@@ -142,7 +146,7 @@ impl Simulation {
             3 => self.disconnect(),
             4 => self.disk.is_full = !self.disk.is_full,
             5 if self.right.is_none() => {
-                // A promotion of a standby that was behind, more or less.
+                // A promotion of a standby that was more or less behind.
                 let back = self.rng.below(200) * PAGE;
                 let end = self.server.flush_lsn();
                 let at = Lsn(end.0.saturating_sub(back)).max(self.server.oldest);
@@ -174,7 +178,7 @@ impl Simulation {
                 self.trace("the host is lost");
                 self.archiver = None;
                 self.disk = Disk::default();
-                // What nobody was told of may be lost from the archive's beginning.
+                // WAL that was not acknowledged may be missing from the start of the archive.
                 let told = &self.acknowledged;
                 self.begins.retain(|branch, _| told.contains_key(branch));
                 for branch in self.store.branches() {
@@ -188,10 +192,10 @@ impl Simulation {
         }
     }
 
-    /// The primary comes back from a copy of its past, and goes on differently.
+    /// The primary is restored from a copy of its past and then diverges.
     fn put_back_snapshot(&mut self) {
         let branch = self.server.branch();
-        // Only what was acknowledged is surely still there to be compared with.
+        // Only acknowledged WAL is certainly still available for comparison.
         let Some(held) = self.acknowledged.get(&branch).map(|told| told.1) else {
             return;
         };
@@ -249,7 +253,7 @@ impl Simulation {
         }
     }
 
-    /// Everything that must hold at any moment.
+    /// Checks everything that must hold at any time.
     fn check(&self) -> Result<(), Broken> {
         let disk = (self.acknowledge == Acknowledge::Local).then_some(&self.disk);
         for (branch, (from, to)) in &self.acknowledged {
@@ -271,14 +275,14 @@ impl Simulation {
         Ok(())
     }
 
-    /// What was acknowledged of a branch is worth nothing without the branches before it.
+    /// Acknowledged WAL of a branch is useless without the preceding branches.
     fn check_path(&self, branch: Branch, to: Lsn, disk: Option<&Disk>) -> Result<(), Broken> {
         let server = self.right.as_ref().unwrap_or(&self.server);
         for on in server.path.iter().take_while(|on| on.branch != branch) {
             let Some(begin) = self.begins.get(&on.branch) else {
                 continue;
             };
-            // The segment of the switch is in the next branch as well.
+            // The next branch contains the segment of the switch too.
             let needed = on.switch_lsn.align_down(self.size.bytes()).min(to);
             let safe = safe_end(disk, &self.store, on.branch, *begin, self.size);
             if safe < needed {
@@ -305,7 +309,8 @@ impl Simulation {
             && told.is_some_and(|told| told.1 == end)
     }
 
-    /// At the end: the store has all of the server's path that was ever begun, or says that it is lost.
+    /// At the end: the store has the whole path of the server since the archive began, or declares
+    /// parts of it lost.
     fn check_whole(&self) -> Result<(), Broken> {
         for on in &self.server.path {
             let Some(begin) = self.begins.get(&on.branch) else {
@@ -356,7 +361,7 @@ fn nothing_acknowledged_is_lost_in_any_history() {
     }
 }
 
-/// Each mistake must be found by some seed of the short tier.
+/// Some seed of the short tier must detect each mistake.
 #[test]
 fn each_mutation_of_the_core_is_caught() {
     for mutation in [

@@ -1,4 +1,4 @@
-//! A POST of one JSON document over HTTP or HTTPS, and the connections that SMTP shares.
+//! Posts a JSON document over HTTP or HTTPS. Also opens the connections for SMTP.
 
 use std::{io, sync::Arc};
 
@@ -17,7 +17,7 @@ use tokio_rustls::TlsConnector;
 
 use super::NotifyError;
 
-/// Either side of TLS.
+/// A plain or encrypted connection.
 pub(super) trait Connection: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Connection for T {}
@@ -26,7 +26,7 @@ pub(super) fn io(what: &'static str) -> impl Fn(io::Error) -> NotifyError {
     move |source| NotifyError::Io { what, source }
 }
 
-/// Sends `document`; any answer of the 200s is success.
+/// Posts `document`. Any 2xx answer is success.
 pub(super) async fn post(
     target: &NotifyTarget,
     document: &serde_json::Value,
@@ -83,7 +83,8 @@ pub(super) async fn post(
     })
 }
 
-/// TLS with the receiver's certificate checked against its authority, or the system's.
+/// Starts TLS and verifies the receiver's certificate with the configured authority or the
+/// system's.
 pub(super) async fn encrypt<S: Connection>(
     target: &NotifyTarget,
     host: &str,

@@ -1,11 +1,11 @@
-//! What each receiver is sent.
+//! Formats notifications for each kind of receiver.
 
 use serde_json::{Value, json};
 
 use super::Notification;
 use crate::alerts::Severity;
 
-/// One line that says it all.
+/// A one-line summary.
 pub(super) fn headline(notification: &Notification) -> String {
     let alert = &notification.alert;
     let what = match (notification.fires, alert.severity) {
@@ -35,7 +35,7 @@ pub(super) fn webhook(notification: &Notification) -> Value {
 }
 
 pub(super) fn slack(notification: &Notification) -> Value {
-    // The three characters that Slack's own markup reserves.
+    // The three characters that Slack's markup reserves.
     let escape = |text: &str| {
         text.replace('&', "&amp;")
             .replace('<', "&lt;")

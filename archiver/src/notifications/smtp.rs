@@ -1,6 +1,7 @@
-//! The little of SMTP (RFC 5321) that one mail needs: EHLO, STARTTLS, AUTH PLAIN, MAIL, RCPT, DATA.
+//! The part of SMTP (RFC 5321) that one mail needs: EHLO, STARTTLS, AUTH PLAIN, MAIL, RCPT, DATA.
 //!
-//! Credentials are never sent without TLS, and a server that does not offer STARTTLS where it is asked for is an error.
+//! Credentials are never sent without TLS. A server that does not offer a required STARTTLS is an
+//! error.
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use repository::config::{NotifyTarget, SmtpTls};
@@ -15,9 +16,9 @@ use super::{
     message,
 };
 
-/// A line of an answer, far above the 512 of the RFC.
+/// The maximum length of a line in an answer, far above the RFC's 512.
 const LINE_BYTES_MAX: u64 = 4096;
-/// Lines of one answer.
+/// The maximum number of lines in an answer.
 const LINES_MAX: usize = 100;
 
 struct Session(BufReader<Box<dyn Connection>>);
@@ -44,7 +45,7 @@ pub(super) async fn send(
     if target.tls == SmtpTls::Starttls {
         session.ask("STARTTLS", "STARTTLS", "220").await?;
         if !session.0.buffer().is_empty() {
-            // What was sent before TLS would be taken for an answer inside of it.
+            // Data sent before TLS would be read as an answer inside of it.
             return Err(NotifyError::Refused {
                 what: "STARTTLS",
                 answer: "the server sent more than its answer".to_owned(),
@@ -86,7 +87,7 @@ pub(super) async fn send(
     session
         .ask("the mail", &letter(target, notification), "250")
         .await?;
-    // It is delivered: how the connection ends matters no more.
+    // The mail is delivered, so the way the connection ends no longer matters.
     drop(session.ask("QUIT", "QUIT", "221").await);
     Ok(())
 }
@@ -108,7 +109,7 @@ impl Session {
         self.expect(what, code).await
     }
 
-    /// Reads an answer; each of its lines begins with the code, the last one with a space behind it.
+    /// Reads an answer. Each line begins with the code, and in the last one a space follows it.
     async fn expect(&mut self, what: &'static str, code: &str) -> Result<Vec<String>, NotifyError> {
         let mut lines: Vec<String> = Vec::new();
         loop {
@@ -129,10 +130,10 @@ impl Session {
     }
 }
 
-/// Head and text, dots doubled (RFC 5321, 4.5.2), ended by a line with one dot.
+/// Header and text with dots doubled (RFC 5321, 4.5.2), terminated by a line with one dot.
 fn letter(target: &NotifyTarget, notification: &Notification) -> String {
     let (subject, text) = message::mail(notification);
-    // A header is ASCII: RFC 2047 wraps the rest, in pieces that fit a line.
+    // A header is ASCII. RFC 2047 encodes other text, in pieces that fit a line.
     let mut pieces: Vec<String> = vec![String::new()];
     for character in subject.chars().filter(|character| !character.is_control()) {
         if pieces.last().is_some_and(|piece| piece.len() > 40) {

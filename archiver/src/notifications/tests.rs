@@ -1,4 +1,5 @@
-//! Each receiver as a local stub: what arrives, what is tried again, what stays secret.
+//! Tests each receiver with a local stub: the content received, the retries, and that secrets stay
+//! secret.
 
 use std::sync::{Arc, Mutex};
 
@@ -33,7 +34,7 @@ async fn read_until(stream: &mut TcpStream, end: &str) -> String {
     text
 }
 
-/// Answers each request with the next of `statuses`, the last for ever.
+/// Answers each request with the next of `statuses`, and all further ones with the last.
 async fn stub(statuses: &'static [u16]) -> (u16, Arc<Mutex<Vec<String>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("an address").port();

@@ -1,4 +1,5 @@
-//! The driver of the core in the simulation: what the pipeline's threads do, one step at a time and in any order.
+//! The driver of the core in the simulation: performs the work of the pipeline's threads, one step
+//! at a time and in any order.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -15,14 +16,14 @@ use crate::core::{
     sealing::Place,
 };
 
-/// `walsender.c`'s `MAX_SEND_SIZE`.
+/// `MAX_SEND_SIZE` in `walsender.c`.
 const MESSAGE_PAGES_MAX: u64 = 16;
 const SEAL_WORKERS: usize = 2;
 
 pub(super) struct Connection {
     pub(super) branch: Branch,
     pub(super) next: Lsn,
-    /// Positions before this were said in an earlier stream.
+    /// Positions before this were reported in an earlier stream.
     pub(super) floor: Lsn,
 }
 
@@ -36,7 +37,7 @@ pub(super) enum Job {
     Sync(Place, Lsn),
 }
 
-/// An object on its way.
+/// An object being uploaded.
 struct Put {
     place: Place,
     range: (Lsn, Lsn),
@@ -56,11 +57,11 @@ pub(super) struct Archiver {
     now: Duration,
 }
 
-/// Why a step ended before its end.
+/// The reason why a step ended early.
 pub(super) enum Stop {
-    /// A promise was broken.
+    /// A guarantee was violated.
     Broken(Broken),
-    /// The process died; true: and the power went.
+    /// The process died. True if the power failed too.
     Crash(bool),
     /// The connection ended.
     Disconnected,
@@ -96,7 +97,7 @@ impl Archiver {
 }
 
 impl Simulation {
-    /// The process starts: as `Pipeline::start`.
+    /// Starts the process, as `Pipeline::start` does.
     pub(super) fn start(&mut self) -> Result<(), Broken> {
         self.trace("the archiver starts");
         let core = Core::mutated(self.acknowledge, self.mutation);
@@ -130,7 +131,7 @@ impl Simulation {
         })
     }
 
-    /// One of the threads does something.
+    /// Lets one of the threads do a step.
     pub(super) fn work(&mut self) -> Result<(), Broken> {
         let kind = self.rng.below(10);
         self.with(|simulation, archiver| match kind {
@@ -163,12 +164,12 @@ impl Simulation {
                 return Ok(());
             }
         }
-        // A gap that was closed has put a new one in its place.
+        // A closed gap has replaced the archiver by a new one.
         self.archiver.get_or_insert(archiver);
         Ok(())
     }
 
-    /// A message comes.
+    /// Delivers a message.
     fn deliver(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
         let Some(connection) = &mut archiver.connection else {
             return Ok(());
@@ -236,7 +237,7 @@ impl Simulation {
         self.carry_out(archiver, &actions)
     }
 
-    /// Whether the server has the same bytes as the one that was archived.
+    /// Returns true if the server has the same bytes as the archived one.
     pub(super) fn is_ours(&self, branch: Branch, from: Lsn, to: Lsn) -> bool {
         let truth = self.truth.get(&branch).map(|runs| origins(runs, from, to));
         truth == Some(origins(&self.server.runs, from, to))
@@ -309,7 +310,8 @@ impl Simulation {
         Ok(())
     }
 
-    /// An fsync fails, and then the archiver stops and the kernel forgets what was not written; or the power goes.
+    /// An fsync may fail, after which the archiver stops and the kernel drops unwritten data, or
+    /// the power may fail.
     fn fsync_may_fail(&mut self) -> Result<(), Stop> {
         if !self.is_calm && self.rng.one_in(80) {
             self.trace("an fsync fails");
@@ -325,14 +327,14 @@ impl Simulation {
         Ok(())
     }
 
-    /// The flusher does a job.
+    /// Lets the flusher do one job.
     fn flush_one(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
         let Some(job) = archiver.jobs.pop_front() else {
             return Ok(());
         };
         self.fsync_may_fail()?;
         let (Job::Finish(place) | Job::Sync(place, _)) = job;
-        // Removed when a start found that the store has it.
+        // Removed by a start that found the segment in the store.
         let Some(file) = self.disk.files.get_mut(&place) else {
             return Ok(());
         };
@@ -389,7 +391,7 @@ impl Simulation {
         }
     }
 
-    /// The tail's thread: puts, later reads back.
+    /// The tail's thread: puts a tail and later reads it back.
     fn tail(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
         let Some(tail) = &mut archiver.tail else {
             return Ok(());
@@ -407,7 +409,7 @@ impl Simulation {
             let tails = self.store.tails.entry(branch).or_default();
             let known = tails.entry(start).or_insert(end);
             *known = (*known).max(end);
-            // The answer may be lost: then it is put once more.
+            // The answer may be lost, after which the tail is put again.
             tail.is_stored = self.is_calm || !self.rng.one_in(4);
             return Ok(());
         }
@@ -419,7 +421,7 @@ impl Simulation {
         Ok(())
     }
 
-    /// A sealing worker: takes, puts, reads back.
+    /// A sealing worker: takes a segment, puts it, reads it back.
     fn seal(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
         if archiver.seals.len() < SEAL_WORKERS && self.rng.one_in(2) {
             let actions = archiver.core.on(Event::SealerFree);
@@ -461,7 +463,7 @@ impl Simulation {
         self.carry_out(archiver, &actions)
     }
 
-    /// The server is told what may be said.
+    /// Reports positions to the server.
     pub(super) fn say(&mut self, archiver: &mut Archiver) -> Result<(), Broken> {
         let Some(connection) = &archiver.connection else {
             return Ok(());
@@ -475,7 +477,7 @@ impl Simulation {
         if report.flush == Lsn::ZERO || report.flush < floor {
             return Ok(());
         }
-        // As far back as a stream is compared: what lies before was compared when it came.
+        // Only as far back as a stream is compared. Earlier WAL was compared when it arrived.
         let compared = Lsn(report.flush.0.saturating_sub(PAGE));
         let is_begun = self
             .begins
@@ -507,5 +509,5 @@ impl Simulation {
     }
 }
 
-/// For [`Simulation::begins`].
+/// The type of [`Simulation::begins`].
 pub(super) type Begins = BTreeMap<Branch, Lsn>;

@@ -1,4 +1,5 @@
-//! The driver's connections: what `pipeline/session.rs`, `gap.rs` and the start of `write.rs` do.
+//! The driver's connections: performs the work of `pipeline/session.rs`, `gap.rs` and the start of
+//! `write.rs`.
 
 use wal_format::{Branch, Lsn, SegmentNo};
 
@@ -23,7 +24,7 @@ impl Simulation {
     pub(super) fn connect(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
         let held = self.held();
         if held.is_empty() {
-            // Nothing was ever kept: the archive begins anew.
+            // Nothing was ever stored, so the archive starts from scratch.
             self.begins.clear();
         }
         let is_refused = |simulation: &Self| {
@@ -49,7 +50,7 @@ impl Simulation {
         self.stream(archiver, branch, resume, floor)
     }
 
-    /// What the archive holds, branch by branch: as `Archive::held`.
+    /// Returns what the archive holds, branch by branch, as `Archive::held` does.
     fn held(&self) -> Vec<Held> {
         let mut branches = self.store.branches();
         branches.extend(self.disk.branches());
@@ -81,11 +82,11 @@ impl Simulation {
         let writer = archiver.writer.as_mut().expect("it was taken up");
         let mut from = resume;
         if before >= begin && before >= self.server.oldest && writer.cursor.written() == resume {
-            // The stream resumes between two segments: the end of the one before is compared.
+            // The stream resumes between two segments, so the end of the previous one is compared.
             writer.cursor.hold_before(PAGE);
             from = writer.cursor.compare_lsn();
         } else if !is_ours {
-            // What the decoder finds by `xl_prev`.
+            // The decoder detects this by `xl_prev`.
             self.trace("divergence");
             return Err(Stop::Crash(false));
         }
@@ -102,7 +103,7 @@ impl Simulation {
         Ok(())
     }
 
-    /// As `gap::close`, when nobody else has the WAL.
+    /// As `gap::close`, when no other server has the WAL.
     fn close_gap(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
         archiver.disconnect();
         let held = self.held();
@@ -136,7 +137,8 @@ impl Simulation {
         Ok(self.restart(core)?)
     }
 
-    /// As the spool thread's: the end of what is held is found from content, and the open segment put back.
+    /// As the spool thread does: finds the end of the stored WAL from its content, and restores the
+    /// open segment.
     pub(super) fn take_up(
         &mut self,
         archiver: &mut Archiver,
@@ -252,7 +254,8 @@ impl Simulation {
         Ok(resume)
     }
 
-    /// As `Archive::open_segment`: an older open file goes when the repository has it whole.
+    /// As `Archive::open_segment`: an older open file is removed when the repository has the whole
+    /// segment.
     fn open_segment(&mut self, branch: Branch, end: Lsn) -> Result<SegmentNo, Broken> {
         let open = self.size.segment_of(end);
         let Some((partial, length)) = self.disk.segments(branch).1 else {

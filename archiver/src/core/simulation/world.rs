@@ -1,6 +1,7 @@
-//! The world around the core: a server, a disk and a store, with everything that can go wrong in them.
+//! The world around the core: a server, a disk and a store, with all their faults.
 //!
-//! WAL is positions and where each byte came from: a promotion or a restored snapshot makes other bytes at the same place.
+//! WAL consists of positions and the origin of each byte. A promotion or a restored snapshot gives
+//! other bytes at the same position.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,7 +16,7 @@ use crate::{
     pipeline::start::{ServerBranch, ServerState},
 };
 
-/// `SplitMix64`: the same seed, the same world.
+/// `SplitMix64`: the same seed gives the same world.
 pub(super) struct Rng(pub(super) u64);
 
 impl Rng {
@@ -32,10 +33,10 @@ impl Rng {
     }
 }
 
-/// Bytes up to here have this origin; they begin where the ones before end.
+/// Bytes up to this LSN have this origin. They begin where the previous run ends.
 pub(super) type Run = (Lsn, u64);
 
-/// The origins of a range.
+/// Returns the origins of a range.
 pub(super) fn origins(runs: &[Run], from: Lsn, to: Lsn) -> Vec<Run> {
     let mut found = Vec::new();
     let mut start = Lsn::ZERO;
@@ -96,13 +97,13 @@ impl Server {
         }
     }
 
-    /// Its WAL ends here, and what it writes from now on are other bytes.
+    /// Truncates the server's WAL here. Bytes that it writes from now on have another origin.
     pub(super) fn cut(&mut self, at: Lsn, origin: u64) {
         self.runs = origins(&self.runs, Lsn::ZERO, at);
         self.origin = origin;
     }
 
-    /// A standby that had received up to `at` is promoted.
+    /// Promotes a standby that had received WAL up to `at`.
     pub(super) fn promote(&mut self, at: Lsn, skip: u32, origin: u64) {
         self.cut(at, origin);
         let timeline = self.branch().timeline.get() + 1 + skip;
@@ -117,7 +118,7 @@ impl Server {
         self.slot = None;
     }
 
-    /// Where it left a branch, and what came next.
+    /// Returns the LSN where it left a branch, and the next branch.
     pub(super) fn after(&self, branch: Branch) -> Option<(Lsn, Branch)> {
         let index = self.path.iter().position(|on| on.branch == branch)?;
         let next = self.path.get(index + 1)?;
@@ -132,7 +133,7 @@ pub(super) struct File {
     pub(super) is_complete: bool,
 }
 
-/// The spool's files.
+/// The files of the spool.
 #[derive(Default)]
 pub(super) struct Disk {
     pub(super) files: BTreeMap<Place, File>,
@@ -150,7 +151,7 @@ impl Disk {
         file.written = file.written.add(bytes);
     }
 
-    /// What was written and not fsynced is there in part.
+    /// Bytes that were written and not fsynced survive only in part.
     pub(super) fn lose_power(&mut self, rng: &mut Rng) {
         for file in self.files.values_mut() {
             let unsynced = file.written.bytes_since(file.durable);
@@ -162,7 +163,7 @@ impl Disk {
         self.files.keys().map(|place| place.0).collect()
     }
 
-    /// As `BranchSpool::segments`: complete ones, the open one with its end, those behind it.
+    /// As `BranchSpool::segments`: complete ones, the open one with its end, and later ones.
     pub(super) fn segments(
         &self,
         branch: Branch,
@@ -234,7 +235,7 @@ impl Store {
         Some(coverage)
     }
 
-    /// Where the archive of a branch begins.
+    /// Returns the start of the archive of a branch.
     pub(super) fn begin(
         &self,
         branch: Branch,
@@ -268,7 +269,7 @@ impl Store {
             .collect()
     }
 
-    /// The end of the tails that cover a segment from its start.
+    /// Returns the end of the tails that cover a segment from its start.
     pub(super) fn tails_of(&self, place: Place, size: SegmentSize) -> Lsn {
         let mut at = place.1.start_lsn(size);
         for (start, end) in self.tails.get(&place.0).into_iter().flatten() {
@@ -287,8 +288,8 @@ impl Store {
     }
 }
 
-/// How far WAL of a branch is safe from `at` on without a hole: in the store, or lost on record, or (when `disk` counts)
-/// here where a power loss leaves it.
+/// Returns how far WAL of a branch is safe from `at` on without a hole: stored, declared lost, or
+/// (if `disk` counts) here in a state that survives a power loss.
 pub(super) fn safe_end(
     disk: Option<&Disk>,
     store: &Store,
@@ -316,7 +317,7 @@ pub(super) fn safe_end(
         {
             end = file.durable;
             if !file.is_complete {
-                // A start streams again what lies behind the first segment that was not renamed.
+                // A start streams everything after the first file without its final name again.
                 disk = None;
             }
         }
