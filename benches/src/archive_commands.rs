@@ -1,7 +1,8 @@
-//! `archive_command` and `restore_command`: ours beside pgBackRest's and `cp`, segment by segment and as a whole
-//! recovery, on the same pgbench WAL in one run.
+//! Compares our `archive_command` and `restore_command` with those of pgBackRest and `cp`, per
+//! segment and for a whole recovery, on the same pgbench WAL in one run.
 //!
-//! Each pass hands over all segments one after the other, as PostgreSQL's archiver does; passes take turns.
+//! Each pass processes all segments one after the other, as PostgreSQL's archiver does. The passes
+//! alternate.
 
 use std::{
     fs,
@@ -22,57 +23,57 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(300);
 const POLL: Duration = Duration::from_millis(20);
-/// `shared_buffers` of the recoveries, as the cluster's own are.
+/// `shared_buffers` of the recoveries, the same as in the cluster's own settings.
 const BUFFERS: &str = "shared_buffers=512MB";
-/// How `pitr-restore --start` recovers for a promotion.
+/// The settings with which `pitr-restore --start` recovers for a promotion.
 const OUR_START: [&str; 2] = [BUFFERS, "hot_standby=off"];
-/// What the other recoveries are held against: nothing has to be fetched.
+/// The reference for the other recoveries: nothing has to be fetched.
 const IN_PG_WAL: &str = "all in pg_wal";
-/// The same as PostgreSQL recovers where nobody says otherwise.
+/// The same with PostgreSQL's default `hot_standby`.
 const READABLE: &str = "all in pg_wal, hot_standby=on";
-/// pgBackRest at its fastest: lz4, which stores more.
+/// pgBackRest with its fastest codec, lz4, which stores more.
 const PGBACKREST: &str = "pgbackrest";
 /// pgBackRest with our codec.
 const LIKE_OURS: &str = "pgbackrest-zst";
-/// pgBackRest as it comes: gz.
+/// pgBackRest with its default codec, gz.
 const DEFAULT: &str = "pgbackrest-gz";
-/// A segment's length.
+/// The size of a segment.
 const SEGMENT_BYTES: f64 = 16_777_216.0;
-/// Segments that PostgreSQL pushes one by one: enough for a median.
+/// The number of segments that PostgreSQL pushes one by one: enough for a median.
 const LIVE_MAX: usize = 20;
 
-/// What to measure.
+/// The parameters of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct ArchiveCommands {
-    /// Segments of 16 MiB.
+    /// The number of segments of 16 MiB.
     pub segments: usize,
-    /// How often each pass is made.
+    /// The number of passes of each kind.
     pub rounds: usize,
 }
 
-/// One way of doing one thing: seconds for a segment, or for a recovery, of each round.
+/// One program doing one thing: seconds per segment, or per recovery, in each round.
 #[derive(Clone, Debug)]
 pub struct Pass {
-    /// What was done.
+    /// The name.
     pub name: &'static str,
     /// Seconds.
     pub seconds: Vec<f64>,
 }
 
-/// The passes of the three things that were measured.
+/// The passes of all measured operations.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
-    /// A segment's way into the archive, many waiting.
+    /// Storing many waiting segments.
     pub push: Vec<Pass>,
-    /// The same as PostgreSQL asks for it, one at a time.
+    /// Storing segments one at a time, as PostgreSQL requests it.
     pub live: Vec<Pass>,
-    /// How much of a segment's bytes the archives hold, in hundredths.
+    /// The stored size as a percentage of the segments' size.
     pub stored: Vec<(&'static str, f64)>,
-    /// A segment's way out of it.
+    /// Fetching segments.
     pub fetch: Vec<Pass>,
-    /// The same as a recovery asks for it, which replays between two.
+    /// Fetching segments as a recovery requests them, with replay between them.
     pub live_fetch: Vec<Pass>,
-    /// The redo of all segments, as PostgreSQL's log tells it.
+    /// The redo of all segments, according to PostgreSQL's log.
     pub recovery: Vec<Pass>,
 }
 
@@ -83,10 +84,10 @@ struct Scene {
 }
 
 impl ArchiveCommands {
-    /// Measures.
+    /// Runs the measurement.
     ///
     /// # Errors
-    /// What a program said.
+    /// The message of the program that failed.
     pub fn measure(&self, bin: &Path, say: &dyn Fn(&str)) -> Result<Measured> {
         say("making WAL with pgbench");
         let scene = self.scene(bin)?;
@@ -114,7 +115,7 @@ impl ArchiveCommands {
         let start: String = sql
             .query_one("SELECT pg_walfile_name(pg_switch_wal() + 1)", &[])?
             .get(0);
-        // The base of the recoveries; the stream has its WAL.
+        // The base backup of the recoveries. The stream has its WAL.
         let daemon = place.daemon(&cluster, "127.0.0.1:0")?;
         let mut backup = place.program("wal-archiver")?;
         succeed(backup.args(["--conninfo", &cluster.conninfo(), "backup"]))?;
@@ -129,7 +130,7 @@ impl ArchiveCommands {
                 break names;
             }
         };
-        // Settles what is dirty, so that nothing runs beside the passes.
+        // Writes dirty pages first, so that nothing else runs during the passes.
         sql.batch_execute("CHECKPOINT")?;
         for (name, compress_type) in [(PGBACKREST, "lz4"), (LIKE_OURS, "zst"), (DEFAULT, "gz")] {
             pgbackrest_configuration(&place, &cluster, name, compress_type)?;
@@ -144,7 +145,7 @@ impl ArchiveCommands {
 }
 
 impl Scene {
-    /// pgBackRest with the configuration and the repository `name`.
+    /// Returns a pgBackRest command with the configuration and repository `name`.
     fn pgbackrest(&self, name: &str, arguments: &[&str]) -> Result<Command> {
         let mut pgbackrest = command(Path::new("/usr/bin/pgbackrest"))?;
         let configuration = self.place.path().join(format!("{name}.conf"));
@@ -153,7 +154,7 @@ impl Scene {
         Ok(pgbackrest)
     }
 
-    /// Our program with an archive of its own below `name`.
+    /// Returns a command of ours with its own archive below `name`.
     fn ours(&self, program: &str, name: &str) -> Result<Command> {
         let mut ours = command(&crate::programs::ours(program)?)?;
         let root = self.place.path().join(name);
@@ -163,7 +164,7 @@ impl Scene {
         Ok(ours)
     }
 
-    /// Removes an archive and makes its folder anew.
+    /// Removes an archive and creates its directory again.
     fn empty(&self, name: &str) -> Result<PathBuf> {
         let path = self.place.path().join(name);
         if path.exists() {
@@ -173,14 +174,14 @@ impl Scene {
         Ok(path)
     }
 
-    /// Seconds for a segment when all are handed over one after the other.
+    /// Returns the seconds per segment when all are processed one after the other.
     fn pass(
         &self,
         passes: &mut Vec<Pass>,
         name: &'static str,
         mut each: impl FnMut(&Path) -> Result<Command>,
     ) -> Result<()> {
-        // What the pass before wrote is not written back at the expense of this one.
+        // Data written by the previous pass must not be written back during this one.
         succeed(&mut command(Path::new("/bin/sync"))?)?;
         let began = Instant::now();
         for segment in &self.names {
@@ -218,11 +219,12 @@ impl Scene {
             copy.arg(segment).arg(&folder);
             Ok(copy)
         })?;
-        // Once more on the same archive: everything is there, as it is where the stream runs beside.
+        // Repeats the push on the same archive: everything is stored already, as it is while the
+        // daemon streams.
         self.with_daemon(passes, "alone", "wal-archiver push, already streamed")
     }
 
-    /// What the archives of the pushes hold of each segment.
+    /// Returns the stored size of the pushed segments.
     fn stored(&self) -> Result<Vec<(&'static str, f64)>> {
         let pushed = f64::from(u32::try_from(self.names.len())?) * SEGMENT_BYTES;
         let mut stored = Vec::new();
@@ -266,8 +268,8 @@ impl Scene {
     fn fetches(&self, passes: &mut Vec<Pass>) -> Result<()> {
         let folder = self.empty("fetched")?;
         let destination = folder.join("RECOVERYXLOG");
-        // As PostgreSQL does, which takes each file away under its own name before it asks for the next: writing over a
-        // file would make ext4 flush it first.
+        // Moves each file away before the next request, as PostgreSQL does: overwriting a file
+        // would make ext4 flush it first.
         let taken = folder.join("taken");
         let take = || -> Result<()> {
             if destination.exists() {
@@ -301,7 +303,7 @@ impl Scene {
     }
 
     fn recoveries(&self, bin: &Path, passes: &mut Vec<Pass>) -> Result<()> {
-        // The archive of the recoveries has the segments as `push` archives them.
+        // The archive of the recoveries has the segments as `push` stores them.
         for segment in &self.names {
             let mut push = self.place.program("wal-archiver")?;
             push.args(["--conninfo", &self.cluster.conninfo(), "push"]);
@@ -327,12 +329,12 @@ impl Scene {
         Ok(())
     }
 
-    /// `restore_command` of a plain folder.
+    /// The `restore_command` of a plain directory.
     fn copy_back(&self) -> String {
         format!("cp {}/copies/%f %p", self.place.path().display())
     }
 
-    /// `restore_command` of pgBackRest.
+    /// The `restore_command` of pgBackRest.
     fn archive_get(&self) -> String {
         format!(
             "/usr/bin/pgbackrest --config={root}/{PGBACKREST}.conf --stanza=main --pg1-path={root}/recovery/data archive-get %f %p",
@@ -340,7 +342,8 @@ impl Scene {
         )
     }
 
-    /// Restores the base, replays everything, and reads the time of the redo from PostgreSQL's log.
+    /// Restores the base backup, replays everything, and reads the duration of the redo from
+    /// PostgreSQL's log.
     fn recovery(
         &self,
         bin: &Path,
@@ -375,7 +378,7 @@ impl Scene {
             .arg("-l")
             .arg(&log)
             .args(["-w", "-t", "300", "-o"])
-            // As `pitr-restore --start` does it.
+            // The same settings as `pitr-restore --start`.
             .arg(settings.map(|setting| format!("-c {setting}")).join(" "))
             .arg("start");
         let started = pg_ctl.stdout(Stdio::null()).status()?;
@@ -411,7 +414,7 @@ fn bytes_below(directory: &Path) -> Result<f64> {
         bytes += if entry.file_type()?.is_dir() {
             bytes_below(&entry.path())?
         } else {
-            // Of a segment and more; no count of them loses its last bits.
+            // Sizes are small enough to convert without loss.
             f64::from(u32::try_from(entry.metadata()?.len())?)
         };
     }
@@ -426,7 +429,7 @@ fn renamed(from: &Path, to: &Path) -> Result<()> {
     Ok(fs::rename(from, to)?)
 }
 
-/// pgBackRest's configuration for a cluster, with a repository `name` in the place.
+/// Returns pgBackRest's configuration for a cluster, with a repository `name` in the place.
 fn pgbackrest_configuration(
     place: &Place,
     cluster: &Cluster,
@@ -472,7 +475,7 @@ fn segments(pg_wal: &Path, from: &str, to: &str) -> Result<Vec<PathBuf>> {
 }
 
 impl Measured {
-    /// Medians in milliseconds, and as ratios to the first of each thing, as Markdown tables.
+    /// Formats medians in milliseconds, and ratios to the first of each group, as Markdown tables.
     #[must_use]
     pub fn tables(&self) -> String {
         let mut text = String::new();

@@ -1,7 +1,8 @@
-//! [`BucketProxy`]: HTTP between our programs and an S3 store, which goes wrong as it is told.
+//! [`BucketProxy`]: an HTTP proxy between our programs and an S3 store that injects faults.
 //!
-//! A request passes as it is, signature and all, so that the store behind it is a real one. Invariant: without a fault the
-//! bytes of both directions are untouched.
+//! A request passes unchanged, including its signature, so the store behind the proxy can be a real
+//! one.
+//! Invariant: without a fault the bytes of both directions are unchanged.
 
 use std::{
     fmt,
@@ -18,53 +19,54 @@ use std::{
 
 use anyhow::Result;
 
-/// How long one side may say nothing.
+/// The maximum time without data from one side.
 const SILENCE_MAX: Duration = Duration::from_secs(180);
 
-/// What happens to a request.
+/// A fault of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// S3's error document with this status; the store hears nothing. With 200 it is an error in the words of a success.
+    /// Answers with S3's error document and this status; the store receives nothing. With 200 it is
+    /// an error inside a success.
     Refuse(u16, &'static str),
-    /// "Done", and the store hears nothing.
+    /// Answers with success; the store receives nothing.
     Lie,
-    /// The connection ends before anything was heard.
+    /// Closes the connection before anything is forwarded.
     Reset,
-    /// The connection ends when the store has done it.
+    /// Closes the connection after the store has processed the request.
     AnswerLost,
-    /// Half of the body goes up, then the connection ends.
+    /// Forwards half of the body, then closes the connection.
     CutUp,
-    /// Half of the body comes down, then the connection ends.
+    /// Returns half of the body, then closes the connection.
     CutDown,
-    /// One bit of the body is another when the store gets it.
+    /// Flips one bit of the body on its way to the store.
     FlipUp,
-    /// One bit of the body is another when we get it.
+    /// Flips one bit of the body on its way to us.
     FlipDown,
-    /// Nobody answers for so long, then the connection ends.
+    /// Sends no answer for this long, then closes the connection.
     Silence(Duration),
-    /// The answer comes byte by byte, with this pause between two.
+    /// Sends the answer byte by byte with this pause.
     Trickle(Duration),
 }
 
-/// What is asked, for whoever decides about a fault.
+/// A request, for the script that decides about faults.
 #[derive(Clone, Debug)]
 pub struct Asked {
-    /// `PUT /bucket/key?query`.
+    /// For example `PUT /bucket/key?query`.
     pub line: String,
-    /// Its headers, names in lower case.
+    /// Headers, with names in lower case.
     pub headers: Vec<(String, String)>,
-    /// Its body.
+    /// The body.
     pub body: Vec<u8>,
 }
 
 impl Asked {
-    /// Whether it begins so.
+    /// Returns true if the request line begins with this text.
     #[must_use]
     pub fn is(&self, beginning: &str) -> bool {
         self.line.starts_with(beginning)
     }
 
-    /// A header.
+    /// Returns a header.
     #[must_use]
     pub fn header(&self, name: &str) -> Option<&str> {
         let mut headers = self.headers.iter();
@@ -73,16 +75,17 @@ impl Asked {
     }
 }
 
-/// What is done with a request.
+/// The treatment of a request.
 #[derive(Clone, Debug)]
 pub enum Verdict {
-    /// It passes.
+    /// Forwards it unchanged.
     Pass,
-    /// It passes without its signature, as somebody's that the store lets do everything.
+    /// Forwards it without its signature, as a request by a user to whom the store permits
+    /// everything.
     PassUnsigned,
-    /// It goes wrong.
+    /// Injects a fault.
     Fail(Fault),
-    /// Somebody else answers with 200 and these words.
+    /// Answers with 200 and this text, as another server would.
     Say(String),
 }
 
@@ -95,7 +98,7 @@ struct Shared {
     stop: AtomicBool,
 }
 
-/// A running proxy; it takes no more connections when it is dropped.
+/// A running proxy. Dropping it stops new connections.
 pub struct BucketProxy {
     address: SocketAddr,
     shared: Arc<Shared>,
@@ -108,10 +111,10 @@ impl fmt::Debug for BucketProxy {
 }
 
 impl BucketProxy {
-    /// Listens on a port of its own, before the store at `store`.
+    /// Listens on a free port, in front of the store at `store`.
     ///
     /// # Errors
-    /// When no port is to be had.
+    /// When no port is free.
     pub fn start(store: SocketAddr) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         let address = listener.local_addr()?;
@@ -128,7 +131,7 @@ impl BucketProxy {
                     break;
                 }
                 let shared = Arc::clone(&of_listener);
-                // Whoever hangs up is a part of some scripts.
+                // Closed connections are part of some scripts.
                 thread::spawn(move || serve(client, &shared).unwrap_or_default());
             }
         });
@@ -141,14 +144,14 @@ impl BucketProxy {
         format!("http://{}", self.address)
     }
 
-    /// From now on `script` decides about each request.
+    /// Lets `script` decide about each request from now on.
     pub fn decide(&self, script: impl Fn(&Asked) -> Verdict + Send + Sync + 'static) {
         let mut current = self.script();
         self.shared.met.store(0, Ordering::SeqCst);
         *current = Arc::new(script);
     }
 
-    /// From now on every request that `concerns` is met by `fault`.
+    /// From now on, injects `fault` into every request for which `concerns` is true.
     pub fn fail(&self, fault: Fault, concerns: impl Fn(&Asked) -> bool + Send + Sync + 'static) {
         self.decide(move |asked| {
             if concerns(asked) {
@@ -159,7 +162,7 @@ impl BucketProxy {
         });
     }
 
-    /// From now on the first `count` requests that `concerns` are met by `fault`.
+    /// From now on, injects `fault` into the first `count` requests for which `concerns` is true.
     pub fn fail_first(
         &self,
         count: usize,
@@ -178,7 +181,7 @@ impl BucketProxy {
         });
     }
 
-    /// From now on so many of a hundred requests are met by one of `faults`, whichever.
+    /// From now on, injects one of `faults` into this percentage of requests.
     pub fn storm(&self, percent: u64, faults: &'static [Fault]) {
         let chance = RandomState::new();
         let number = AtomicUsize::new(0);
@@ -193,12 +196,12 @@ impl BucketProxy {
         });
     }
 
-    /// From now on everything passes.
+    /// Forwards everything from now on.
     pub fn heal(&self) {
         self.decide(|_| Verdict::Pass);
     }
 
-    /// How many requests went wrong since the last change.
+    /// The number of faults since the last change.
     #[must_use]
     pub fn met(&self) -> usize {
         self.shared.met.load(Ordering::SeqCst)
@@ -213,12 +216,12 @@ impl BucketProxy {
 impl Drop for BucketProxy {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        // Its thread waits for a connection; whether this one comes about does not matter.
+        // The proxy's thread waits for a connection. It does not matter whether this one succeeds.
         let _last = TcpStream::connect(self.address);
     }
 }
 
-/// One request; we say so, and both sides make a connection for each.
+/// Serves one request. The answer says so, and both sides open a connection per request.
 fn serve(client: TcpStream, shared: &Shared) -> io::Result<()> {
     client.set_read_timeout(Some(SILENCE_MAX))?;
     let mut reader = BufReader::new(client);
@@ -293,14 +296,14 @@ fn send(store: SocketAddr, asked: &Asked, body: &[u8]) -> io::Result<TcpStream> 
     Ok(stream)
 }
 
-/// The store's whole answer.
+/// Returns the store's complete answer.
 fn forward(store: SocketAddr, asked: &Asked) -> io::Result<Vec<u8>> {
     let mut answer = Vec::new();
     send(store, asked, &asked.body)?.read_to_end(&mut answer)?;
     Ok(answer)
 }
 
-/// Where an answer's body begins.
+/// Returns the offset of an answer's body.
 fn body_of(answer: &[u8]) -> usize {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n");
     end.map_or(answer.len(), |end| end + 4)
@@ -338,7 +341,7 @@ fn fail(
             client.shutdown(Shutdown::Both)
         }
         Fault::CutUp => {
-            // The store sees what was announced break off.
+            // The store sees the announced body end early.
             let stream = send(store, asked, &asked.body[..asked.body.len() / 2])?;
             stream.shutdown(Shutdown::Both)?;
             client.shutdown(Shutdown::Both)

@@ -1,8 +1,9 @@
-//! Catch-up: the same gigabyte of pgbench WAL taken by `wal-archiver` and by `pg_receivewal --synchronous --compress=lz4`,
-//! in turns, from slots that were made before the load.
+//! Catch-up: `wal-archiver` and `pg_receivewal --synchronous --compress=lz4` receive the same
+//! gigabyte of pgbench WAL, alternately, from slots that were created before the load.
 //!
-//! Ours is timed twice: until the server has our flush of the last byte (what `pg_receivewal` does), and until the
-//! repository holds everything, sealed, read back and compared, with every commit in the catalog.
+//! Ours is timed twice: until the server has received our flush position of the last byte (which is
+//! what `pg_receivewal` does), and until the repository holds everything, sealed, read back and
+//! compared, with every commit in the catalog.
 
 use std::{
     fs::{self, File},
@@ -23,15 +24,15 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(600);
-/// Transactions of pgbench between two looks at how much WAL there is.
+/// pgbench transactions between two checks of the amount of WAL.
 const TRANSACTIONS: &str = "20000";
 
-/// What to measure.
+/// The parameters of a measurement.
 #[derive(Clone, Debug)]
 pub struct CatchUp {
-    /// WAL to produce, in bytes.
+    /// The amount of WAL to produce, in bytes.
     pub wal_bytes: u64,
-    /// Runs of each.
+    /// The number of runs of each program.
     pub runs: u32,
     /// `wal_compression` of the server.
     pub wal_compression: String,
@@ -40,30 +41,30 @@ pub struct CatchUp {
 /// One run of one program.
 #[derive(Clone, Copy, Debug)]
 pub struct Run {
-    /// Until the last byte was durable here, in seconds.
+    /// Seconds until the last byte was durable here.
     pub seconds: f64,
-    /// Until everything was in the repository, in seconds; as `seconds` for `pg_receivewal`.
+    /// Seconds until everything was in the repository. Equals `seconds` for `pg_receivewal`.
     pub stored_seconds: f64,
-    /// Bytes of the files it left.
+    /// The size of the resulting files.
     pub stored_bytes: u64,
     /// Processor time and memory.
     pub usage: Usage,
 }
 
-/// Runs in pairs, and how much WAL each took.
+/// Pairs of runs, and the amount of WAL in each.
 #[derive(Clone, Debug)]
 pub struct Measured {
-    /// WAL of each run, in bytes.
+    /// The WAL of each run in bytes.
     pub wal_bytes: u64,
-    /// Ours and theirs of each round.
+    /// Our run and theirs for each round.
     pub rounds: Vec<(Run, Run)>,
 }
 
 impl CatchUp {
-    /// Makes the WAL and measures.
+    /// Produces the WAL and runs the measurement.
     ///
     /// # Errors
-    /// What a program said.
+    /// The message of the program that failed.
     pub fn measure(&self, bin: &Path, say: &dyn Fn(&str)) -> Result<Measured> {
         let settings = format!(
             "max_replication_slots = {0}\nmax_wal_senders = 8\nshared_buffers = 512MB\nfsync = off\n\
@@ -105,7 +106,7 @@ impl CatchUp {
             }
             cluster.pgbench(&["-n", "-c", "8", "-j", "2", "-t", TRANSACTIONS])?;
         }
-        // Complete segments for everybody: an open one is not compressed by pg_receivewal.
+        // Complete segments for both: pg_receivewal does not compress an open one.
         sql.batch_execute("CHECKPOINT; SELECT pg_switch_wal()")?;
         let end: String = sql
             .query_one("SELECT pg_current_wal_lsn()::text", &[])?
@@ -117,7 +118,8 @@ impl CatchUp {
         for round in 0..self.runs {
             let ours = || run_ours(&cluster, round, end);
             let theirs = || run_theirs(&cluster, round, end);
-            // In turns, so that neither always finds the machine as the other left it.
+            // Alternate the order, so that neither program always finds the machine as the other
+            // left it.
             let pair = if round % 2 == 0 {
                 let ours = ours()?;
                 (ours, theirs()?)
@@ -193,7 +195,7 @@ fn run_ours(cluster: &Cluster, round: u32, end: Lsn) -> Result<Run> {
         let seconds = watched.until(PATIENCE, || Ok(durable(address, "local")? >= Some(end)))?;
         let stored_seconds =
             watched.until(PATIENCE, || Ok(durable(address, "remote")? >= Some(end)))?;
-        // The stop is ours to pay as well: what it costs is in the processor time.
+        // The stop is part of our cost: the processor time includes it.
         Ok((seconds, stored_seconds))
     })();
     let (seconds, stored_seconds) = match measured {
@@ -212,7 +214,7 @@ fn run_ours(cluster: &Cluster, round: u32, end: Lsn) -> Result<Run> {
     })
 }
 
-/// What the daemon says that a tier holds.
+/// Returns the durable LSN of a tier that the daemon reports.
 fn durable(address: SocketAddr, tier: &str) -> Result<Option<Lsn>> {
     let mut stream = TcpStream::connect(address)?;
     stream.write_all(
@@ -243,7 +245,8 @@ fn bytes_below(directory: &Path) -> Result<u64> {
 }
 
 impl Measured {
-    /// Ratios as a Markdown table: median, least and greatest of the rounds. Above 1 is in our favour.
+    /// Formats the ratios as a Markdown table: median, minimum and maximum of the rounds. Above 1
+    /// is in our favour.
     ///
     /// # Errors
     /// Without any round.
@@ -284,7 +287,7 @@ impl Measured {
         Ok(table)
     }
 
-    /// The figures behind the ratios, one line a run.
+    /// Formats the underlying numbers, one line per run.
     #[must_use]
     pub fn figures(&self) -> String {
         let mut text = String::new();

@@ -1,4 +1,4 @@
-//! [`Cluster`]: a throwaway PostgreSQL server on a Unix socket of its own; stopped and removed when dropped.
+//! [`Cluster`]: a temporary PostgreSQL server on its own Unix socket. Dropping it stops and removes the server.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use crate::programs::{command, directory, succeed};
 
-/// The port's number is only a part of the socket's name: nothing listens on TCP.
+/// The port number is only a part of the socket's name. The server does not listen on TCP.
 pub const PORT: u16 = 54_321;
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -27,10 +27,10 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Makes and starts a cluster of the server programs in `bin`.
+    /// Creates and starts a cluster with the server programs in `bin`.
     ///
     /// # Errors
-    /// What `initdb` or the server said.
+    /// The message of `initdb` or of the server.
     pub fn start(bin: &Path, segment_mib: u32, settings: &str) -> Result<Self> {
         Self::start_with(bin, segment_mib, true, settings)
     }
@@ -38,7 +38,7 @@ impl Cluster {
     /// As [`Cluster::start`], with or without data checksums.
     ///
     /// # Errors
-    /// What `initdb` or the server said.
+    /// The message of `initdb` or of the server.
     pub fn start_with(
         bin: &Path,
         segment_mib: u32,
@@ -73,10 +73,10 @@ impl Cluster {
         Ok(cluster)
     }
 
-    /// A standby that streams from `primary`, with `settings` after the primary's own.
+    /// Creates a standby that streams from `primary`. `settings` follow the primary's own.
     ///
     /// # Errors
-    /// What `pg_basebackup` or the server said.
+    /// The message of `pg_basebackup` or of the server.
     pub fn standby_of(primary: &Self, settings: &str) -> Result<Self> {
         let standby = Self {
             directory: directory()?,
@@ -95,11 +95,11 @@ impl Cluster {
         Ok(standby)
     }
 
-    /// What `pg_upgrade` makes of this stopped cluster with the programs in `bin`: started, with a system identifier of its
-    /// own.
+    /// Upgrades this stopped cluster with `pg_upgrade` and the programs in `bin`. The new cluster
+    /// is started and has its own system identifier.
     ///
     /// # Errors
-    /// What `initdb`, `pg_upgrade` or the server said.
+    /// The message of `initdb`, `pg_upgrade` or of the server.
     pub fn upgraded(&self, bin: &Path, segment_mib: u32, settings: &str) -> Result<Self> {
         let new = Self::start(bin, segment_mib, settings)?;
         new.stop()?;
@@ -113,10 +113,11 @@ impl Cluster {
         Ok(new)
     }
 
-    /// A copy of this stopped cluster, started: the same system identifier on the same timeline.
+    /// Copies this stopped cluster and starts the copy: the same system identifier on the same
+    /// timeline.
     ///
     /// # Errors
-    /// What `cp` or the server said.
+    /// The message of `cp` or of the server.
     pub fn copied(&self) -> Result<Self> {
         let copy = Self {
             directory: directory()?,
@@ -130,10 +131,10 @@ impl Cluster {
         Ok(copy)
     }
 
-    /// Appends settings; the last one counts, at the next start.
+    /// Appends settings. The last value of a setting applies, from the next start.
     ///
     /// # Errors
-    /// When the file can not be written.
+    /// When the file cannot be written.
     pub fn configure(&self, settings: &str) -> Result<()> {
         let mut configuration = fs::OpenOptions::new()
             .append(true)
@@ -142,10 +143,10 @@ impl Cluster {
         Ok(())
     }
 
-    /// From now on commits of new connections wait for these standbys.
+    /// Makes commits of new connections wait for these standbys.
     ///
     /// # Errors
-    /// What the server said.
+    /// The server's message.
     pub fn wait_for_standbys(&self, names: &str) -> Result<()> {
         let mut client = self.connect()?;
         client.batch_execute(&format!(
@@ -155,18 +156,18 @@ impl Cluster {
         Ok(())
     }
 
-    /// Ends a standby's recovery; it is a primary on a new timeline when this returns.
+    /// Promotes a standby. When this returns, it is a primary on a new timeline.
     ///
     /// # Errors
-    /// What `pg_ctl` said.
+    /// The message of `pg_ctl`.
     pub fn promote(&self) -> Result<()> {
         self.pg_ctl(&["promote"])
     }
 
-    /// Stops the server in order: every walsender gets the shutdown checkpoint.
+    /// Shuts the server down normally: every walsender sends the shutdown checkpoint.
     ///
     /// # Errors
-    /// What `pg_ctl` said.
+    /// The message of `pg_ctl`.
     pub fn stop(&self) -> Result<()> {
         self.pg_ctl(&["stop", "-m", "fast"])
     }
@@ -181,7 +182,7 @@ impl Cluster {
             .arg(&log)
             .arg("-w")
             .args(arguments);
-        // pg_ctl's output would be held open by the server it starts.
+        // The server would inherit pg_ctl's output and keep it open.
         let status = pg_ctl
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null())
@@ -195,10 +196,10 @@ impl Cluster {
         );
     }
 
-    /// A program of this server's version, run as its user.
+    /// Returns a command for a program of this server's version, run as its user.
     ///
     /// # Errors
-    /// When the user can not be created.
+    /// When the user cannot be created.
     pub fn program(&self, name: &str) -> Result<Command> {
         let mut command = command(&self.bin.join(name))?;
         // A walreceiver must load its own version's libpq, not an older one of the system.
@@ -209,7 +210,7 @@ impl Cluster {
     /// Runs pgbench in the database postgres until it ends.
     ///
     /// # Errors
-    /// When it fails; what it said is in the error.
+    /// Its output when it fails.
     pub fn pgbench(&self, arguments: &[&str]) -> Result<()> {
         let mut pgbench = self.program("pgbench")?;
         pgbench.arg("-h").arg(self.socket_directory());
@@ -218,7 +219,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// The programs' directory.
+    /// The directory of the programs.
     #[must_use]
     pub fn bin(&self) -> &Path {
         &self.bin
@@ -230,19 +231,19 @@ impl Cluster {
         self.directory.path().join("data")
     }
 
-    /// Where its socket is.
+    /// The directory of its socket.
     #[must_use]
     pub fn socket_directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// How to reach it.
+    /// The connection string.
     #[must_use]
     pub fn conninfo(&self) -> String {
         conninfo(self.directory.path(), PORT)
     }
 
-    /// A connection.
+    /// Opens a connection.
     ///
     /// # Errors
     /// When it is refused.
@@ -250,10 +251,10 @@ impl Cluster {
         connect(&self.conninfo())
     }
 
-    /// Stops the server as a crash would (`pg_ctl stop -m immediate`); its data stays.
+    /// Stops the server as a crash would (`pg_ctl stop -m immediate`). Its data remains.
     ///
     /// # Errors
-    /// What `pg_ctl` said.
+    /// The message of `pg_ctl`.
     pub fn crash(&self) -> Result<()> {
         self.pg_ctl(&["stop", "-m", "immediate"])
     }
@@ -261,15 +262,16 @@ impl Cluster {
     /// Starts the server again.
     ///
     /// # Errors
-    /// What `pg_ctl` and the server said.
+    /// The message of `pg_ctl` and of the server.
     pub fn start_again(&self) -> Result<()> {
         self.pg_ctl(&["start"])
     }
 
-    /// Kills every process of the server at once, as a dead host would, and removes its data.
+    /// Kills every process of the server at once, as the loss of a host would, and removes its
+    /// data.
     ///
     /// # Errors
-    /// When its process can not be found.
+    /// When its process cannot be found.
     pub fn destroy(&self) -> Result<()> {
         let pid = fs::read_to_string(self.data().join("postmaster.pid"))?;
         let pid: i32 = pid
@@ -279,19 +281,19 @@ impl Cluster {
             .parse()
             .context("postmaster.pid")?;
         let postmaster = process(pid)?;
-        // Stopped first, so that it starts no more while its children are listed.
+        // Stopped first, so that it cannot start further children while they are listed.
         kill_process(postmaster, Signal::STOP)?;
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
         kill_process(postmaster, Signal::KILL)?;
         for child in children.split_whitespace() {
-            // One may have ended by itself.
+            // A child may have ended already.
             let _gone = kill_process(process(child.parse()?)?, Signal::KILL);
         }
         let began = Instant::now();
         while test_kill_process(postmaster).is_ok() && began.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(10));
         }
-        // The kernel takes a moment to end what each was writing.
+        // The kernel needs a moment until each process has ended its writes.
         while fs::remove_dir_all(self.data()).is_err() && began.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -311,7 +313,7 @@ fn process(pid: i32) -> Result<Pid> {
     Pid::from_raw(pid).context("a process has no such number")
 }
 
-/// How a server in `directory` is reached.
+/// Returns the connection string of a server in `directory`.
 #[must_use]
 pub fn conninfo(directory: &Path, port: u16) -> String {
     format!(
@@ -320,7 +322,7 @@ pub fn conninfo(directory: &Path, port: u16) -> String {
     )
 }
 
-/// A connection.
+/// Opens a connection.
 ///
 /// # Errors
 /// When it is refused.

@@ -1,5 +1,5 @@
-//! Commit latency: how long a commit waits for its synchronous standby, `wal-archiver` or `pg_receivewal --synchronous`, in
-//! turns on one server, at each number of clients.
+//! Commit latency: the time that a commit waits for its synchronous standby, `wal-archiver` or
+//! `pg_receivewal --synchronous`, alternately on one server, for each number of clients.
 
 use std::{
     fs,
@@ -14,17 +14,17 @@ use postgres::Client;
 use crate::{cluster::Cluster, main_job::Place, programs::directory};
 
 const PATIENCE: Duration = Duration::from_secs(60);
-/// One small row: the commit is all that costs.
+/// One small row, so that the commit is the only cost.
 const SCRIPT: &str = "INSERT INTO latency VALUES (1);\n";
 
-/// What to measure.
+/// The parameters of a measurement.
 #[derive(Clone, Debug)]
 pub struct CommitLatency {
     /// Numbers of clients.
     pub clients: Vec<u32>,
-    /// Seconds of each run.
+    /// The seconds of each run.
     pub seconds: u32,
-    /// Runs of each program at each number of clients.
+    /// The runs of each program for each number of clients.
     pub runs: u32,
 }
 
@@ -39,10 +39,10 @@ pub struct Latency {
     pub tps: f64,
 }
 
-/// Ours and theirs, run by run, at one number of clients.
+/// Our runs and theirs, for one number of clients.
 #[derive(Clone, Debug)]
 pub struct AtClients {
-    /// How many.
+    /// The number of clients.
     pub clients: u32,
     /// Pairs of runs.
     pub rounds: Vec<(Latency, Latency)>,
@@ -55,10 +55,10 @@ enum Standby {
 }
 
 impl CommitLatency {
-    /// Measures.
+    /// Runs the measurement.
     ///
     /// # Errors
-    /// What a program said.
+    /// The message of the program that failed.
     pub fn measure(&self, bin: &Path, say: &dyn Fn(&str)) -> Result<Vec<AtClients>> {
         let cluster = Cluster::start(bin, 16, "max_wal_senders = 8\nmax_connections = 100")?;
         let mut sql = cluster.connect()?;
@@ -186,13 +186,13 @@ impl CommitLatency {
     }
 }
 
-/// The latency of a line of pgbench's log: client, number, microseconds, …
+/// Reads the latency from a line of pgbench's log: client, number, microseconds, …
 fn latency(line: &str) -> Option<f64> {
     let microseconds: f64 = line.split_whitespace().nth(2)?.parse().ok()?;
     Some(microseconds / 1000.0)
 }
 
-/// Lets commits go on alone before the standby goes.
+/// Lets commits continue without a standby before it stops.
 fn wait_for_no_one(sql: &mut Client) -> Result<()> {
     sql.batch_execute("ALTER SYSTEM SET synchronous_standby_names = ''")?;
     sql.batch_execute("SELECT pg_reload_conf()")?;
@@ -209,7 +209,7 @@ impl Drop for Receiver {
     }
 }
 
-/// Ratios as a Markdown table; above 1 is in our favour.
+/// Formats the ratios as a Markdown table. Above 1 is in our favour.
 #[must_use]
 pub fn table(measured: &[AtClients]) -> String {
     let mut table =

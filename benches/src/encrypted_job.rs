@@ -1,5 +1,5 @@
-//! An archive that is encrypted, with a text in it that nobody without the key may find: what the tests of encryption in a
-//! folder and in a bucket have in common.
+//! An encrypted archive that contains a known text, which must not be found without the key. Shared
+//! by the encryption tests for a folder and for a bucket.
 
 use anyhow::Result;
 use postgres::Client;
@@ -8,11 +8,11 @@ use crate::{cluster::Cluster, main_job::Place};
 
 /// The key, in hexadecimal.
 pub const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
-/// Another one.
+/// Another key.
 pub const OTHER: &str = "ffeeddccbbaa99887766554433221100ffeeddccbbaa99887766554433221100";
-/// In the table, its name, and the label of the backup.
+/// A text in the table, in its name, and in the label of the backup.
 pub const MARKER: &str = "swordfish_4711";
-/// What stands in objects that are not encrypted.
+/// Texts in unencrypted objects.
 pub const PLAIN: [&[u8]; 5] = [
     MARKER.as_bytes(),
     b"system_identifier",
@@ -20,19 +20,19 @@ pub const PLAIN: [&[u8]; 5] = [
     b"TIDEMARK",
     b"TMSUMMRY",
 ];
-/// Of the table in the end.
+/// The final number of rows in the table.
 pub const ROWS: i64 = 50_000;
 
-/// The setting that names keys, each on a line of its own.
+/// Returns the setting that names the keys, one per line.
 #[must_use]
 pub fn key_setting(keys: &str) -> String {
     format!("encryption_key_command = \"printf '{keys}'\"")
 }
 
-/// Writes what must not be found, before a base backup and after it; every commit is where it was acknowledged from.
+/// Writes the text that must not be found, before and after a base backup.
 ///
 /// # Errors
-/// What the server or the backup said.
+/// The message of the server or of the backup.
 pub fn fill(cluster: &Cluster, place: &Place) -> Result<()> {
     cluster.wait_for_standbys("tidemark")?;
     let mut client = cluster.connect()?;
@@ -46,10 +46,10 @@ pub fn fill(cluster: &Cluster, place: &Place) -> Result<()> {
     Ok(())
 }
 
-/// How many rows are there.
+/// Returns the number of rows.
 ///
 /// # Errors
-/// What the server said.
+/// The server's message.
 pub fn rows(client: &mut Client) -> Result<i64> {
     let row = client.query_one(&format!("SELECT count(*) FROM {MARKER}"), &[])?;
     Ok(row.try_get(0)?)

@@ -1,7 +1,7 @@
-//! [`FaultProxy`]: a TCP listener before a server's Unix socket, which delays, throttles, cuts or swallows what passes.
+//! [`FaultProxy`]: a TCP listener in front of a server's Unix socket that delays, throttles, cuts or swallows data.
 //!
-//! A connection that is swallowed stays open on both sides and nobody is told anything, as when a cable is pulled: not even
-//! that the other side has hung up.
+//! A swallowed connection stays open on both sides without any notice, as when a cable is pulled;
+//! even a closed connection is not passed on.
 
 use std::{
     io::{self, Read, Write},
@@ -18,15 +18,15 @@ use std::{
 
 use anyhow::Result;
 
-/// How soon a change of the faults is noticed.
+/// The interval at which changed faults are noticed.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// What happens to bytes on their way.
+/// The faults of data in transit.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
-    /// Each piece is held back for so long.
+    /// The delay of each piece.
     pub delay: Duration,
-    /// Bytes a second, in each direction.
+    /// Bytes per second, in each direction.
     pub throttle: Option<u64>,
 }
 
@@ -41,7 +41,7 @@ struct Shared {
     stop: AtomicBool,
 }
 
-/// A running proxy; its connections end with it.
+/// A running proxy. Its connections end with it.
 #[derive(Debug)]
 pub struct FaultProxy {
     address: SocketAddr,
@@ -49,10 +49,10 @@ pub struct FaultProxy {
 }
 
 impl FaultProxy {
-    /// Listens on a port of its own, before the server's socket.
+    /// Listens on a free port, in front of the server's socket.
     ///
     /// # Errors
-    /// When no port is to be had.
+    /// When no port is free.
     pub fn start(socket: &Path) -> Result<Self> {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         listener.set_nonblocking(true)?;
@@ -63,7 +63,7 @@ impl FaultProxy {
         Ok(Self { address, shared })
     }
 
-    /// How a client reaches the server through it.
+    /// Returns the connection string through the proxy.
     #[must_use]
     pub fn conninfo(&self) -> String {
         format!(
@@ -72,7 +72,7 @@ impl FaultProxy {
         )
     }
 
-    /// Faults from now on, of all connections.
+    /// Sets the faults of all connections from now on.
     pub fn set(&self, faults: Faults) {
         *self
             .shared
@@ -81,7 +81,8 @@ impl FaultProxy {
             .unwrap_or_else(PoisonError::into_inner) = faults;
     }
 
-    /// Swallows everything on the connections that are open now, in one direction or both. Later ones are well.
+    /// Swallows all data on the connections that are open now, in one direction or both. Later
+    /// connections work.
     pub fn swallow(&self, from_server: bool, to_server: bool) {
         let next = self.shared.next.load(Ordering::SeqCst);
         for (at, wanted) in [from_server, to_server].into_iter().enumerate() {
@@ -91,13 +92,13 @@ impl FaultProxy {
         }
     }
 
-    /// Ends the connections that are open now, on both sides.
+    /// Closes the connections that are open now, on both sides.
     pub fn cut(&self) {
         let next = self.shared.next.load(Ordering::SeqCst);
         self.shared.cut.store(next, Ordering::SeqCst);
     }
 
-    /// How many connections were made.
+    /// The number of connections so far.
     #[must_use]
     pub fn connections(&self) -> u64 {
         self.shared.next.load(Ordering::SeqCst)
@@ -116,7 +117,7 @@ fn accept(listener: &TcpListener, socket: &PathBuf, shared: &Arc<Shared>) {
             thread::sleep(LOOK);
             continue;
         };
-        // A server that is down: the client sees a closed connection.
+        // If the server is down, the client sees a closed connection.
         let Ok(server) = UnixStream::connect(socket) else {
             continue;
         };
@@ -161,7 +162,7 @@ impl End {
     }
 
     fn close(&self) {
-        // Closed by the other side already, perhaps.
+        // The other side may have closed it already.
         let _closed = match self {
             Self::Client(stream) => stream.shutdown(Shutdown::Both),
             Self::Server(stream) => stream.shutdown(Shutdown::Both),
@@ -176,7 +177,7 @@ fn pump(at: usize, number: u64, mut from: End, mut to: End, shared: &Shared) {
             break;
         }
         if number < shared.swallowed[at].load(Ordering::SeqCst) {
-            // Not even read: the sender's buffers fill, and an end is not passed on.
+            // Data is not even read, so the sender's buffers fill, and an end is not passed on.
             thread::sleep(LOOK);
             continue;
         }
@@ -205,7 +206,8 @@ fn pump(at: usize, number: u64, mut from: End, mut to: End, shared: &Shared) {
             break;
         }
     }
-    // One direction that is swallowed stays half open; otherwise both sides are told.
+    // If one direction is swallowed, the connection stays half open. Otherwise both sides see the
+    // end.
     let swallowed = |at: usize| number < shared.swallowed[at].load(Ordering::SeqCst);
     let stays = (swallowed(0) || swallowed(1))
         && number >= shared.cut.load(Ordering::SeqCst)
@@ -214,7 +216,7 @@ fn pump(at: usize, number: u64, mut from: End, mut to: End, shared: &Shared) {
         from.close();
         to.close();
     } else {
-        // Held open until the proxy ends, so that nobody is told.
+        // Held open until the proxy ends, so that neither side notices.
         while !shared.stop.load(Ordering::SeqCst) && number >= shared.cut.load(Ordering::SeqCst) {
             thread::sleep(LOOK);
         }

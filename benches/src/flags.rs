@@ -1,11 +1,11 @@
-//! The flags of the benchmarks' programs: each has a value.
+//! The flags of the benchmark programs. Each has a value.
 
 use anyhow::{Context, Result, bail};
 
-/// Gives each flag of the command line with its value to `take`.
+/// Passes each flag of the command line with its value to `take`.
 ///
 /// # Errors
-/// For a flag that is not `known` or has no value; what `take` says.
+/// For a flag that is not in `known` or has no value, and the errors of `take`.
 pub fn each(known: &[&str], mut take: impl FnMut(&str, String) -> Result<()>) -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {

@@ -1,7 +1,8 @@
-//! The archiver's host is lost: its process, its spool and its catalog are gone at once, and only the bucket is left.
+//! Loss of the archiver's host: its process, its spool and its catalog disappear at once, and only
+//! the bucket remains.
 //!
-//! Again and again on one primary under load: kill, wipe, restore from the bucket alone, measure what is missing, and go on
-//! with an empty spool.
+//! Repeats on one primary under load: kill, wipe, restore from the bucket alone, measure the loss,
+//! continue with an empty spool.
 
 use std::{
     path::Path,
@@ -19,14 +20,14 @@ use crate::{
     restored::Restored,
 };
 
-/// How long a commit may be on its way to its client after the archiver has told PostgreSQL of it.
+/// The maximum time between our status update to PostgreSQL and the client's notice of the commit.
 const REPLIES: Duration = Duration::from_millis(300);
 
-/// Loses the host `times` times; `settings` are lines of `tidemark.toml`. What each loss cost, and how long each restore
-/// took.
+/// Loses the host `times` times. `settings` are lines of `tidemark.toml`. Returns the loss and the
+/// duration of the restore each time.
 ///
 /// # Errors
-/// What went wrong.
+/// Any failure.
 pub fn run(
     bin: &Path,
     store: ObjectStoreServer,
@@ -46,7 +47,7 @@ pub fn run(
     say(&succeed(backup.args(["--conninfo", &conninfo, "backup"]))?);
     let mut losses = Vec::new();
     for time in 1..=times {
-        // From the first streamed byte on, into steady work.
+        // Waits from the first streamed byte into steady work.
         std::thread::sleep(Duration::from_secs(1) + random_pause());
         daemon.kill()?;
         std::thread::sleep(REPLIES);
@@ -76,7 +77,7 @@ pub fn run(
     Ok(losses)
 }
 
-/// The value below which `share` of the sorted values lie.
+/// Returns the value below which a `share` of the sorted values is.
 #[must_use]
 pub fn percentile(sorted: &[f64], share: f64) -> f64 {
     let last = sorted.len().saturating_sub(1);

@@ -1,7 +1,8 @@
-//! [`Ledger`]: bank clients that transfer money and remember, outside PostgreSQL, what was acknowledged.
+//! [`Ledger`]: bank clients that transfer money and remember acknowledged transfers outside of PostgreSQL.
 //!
-//! Every transfer moves an amount between two accounts and inserts a line with the client's own sequence number. The
-//! sum of all accounts is 0 for ever; a client sends its next transfer only after the last was acknowledged.
+//! Every transfer moves an amount between two accounts and inserts a row with the client's own
+//! sequence number. The sum of all accounts is always 0. A client sends its next transfer only
+//! after the last one was acknowledged.
 
 use std::{
     collections::HashSet,
@@ -18,19 +19,19 @@ use postgres::Client;
 
 use crate::cluster::connect;
 
-/// Accounts; few enough that transfers meet.
+/// The number of accounts, low enough that transfers conflict.
 const ACCOUNTS: i32 = 100;
 
 /// A transfer whose commit PostgreSQL acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Acknowledged {
-    /// Who.
+    /// The client.
     pub client: i32,
     /// Its sequence number.
     pub seq: i32,
-    /// Before it was sent.
+    /// The time before it was sent.
     pub sent: Timestamp,
-    /// After the acknowledgement came.
+    /// The time after the acknowledgement.
     pub acknowledged: Timestamp,
 }
 
@@ -43,10 +44,10 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// Makes the tables and starts clients.
+    /// Creates the tables and starts the clients.
     ///
     /// # Errors
-    /// What PostgreSQL said.
+    /// The server's message.
     pub fn start(conninfo: &str, clients: i32) -> Result<Self> {
         connect(conninfo)?.batch_execute(&format!(
             "CREATE TABLE account (id int PRIMARY KEY, balance bigint NOT NULL);
@@ -68,7 +69,7 @@ impl Ledger {
         })
     }
 
-    /// What was acknowledged so far.
+    /// Returns the transfers acknowledged so far.
     #[must_use]
     pub fn acknowledged(&self) -> Vec<Acknowledged> {
         self.acknowledged
@@ -77,10 +78,10 @@ impl Ledger {
             .clone()
     }
 
-    /// Ends the clients, if the server has not done so, and returns what was acknowledged.
+    /// Stops the clients, unless the server has ended them, and returns the acknowledged transfers.
     ///
     /// # Errors
-    /// When a client died of something else than its connection.
+    /// When a client failed for a reason other than its connection.
     pub fn finish(self) -> Result<Vec<Acknowledged>> {
         self.stop.store(true, Ordering::Relaxed);
         for client in self.clients {
@@ -106,7 +107,7 @@ fn run(conninfo: &str, client: i32, stop: &AtomicBool, all: &Mutex<Vec<Acknowled
             break;
         }
         let sent = Timestamp::now();
-        // An error is the death of the server: what was not acknowledged is not claimed.
+        // An error means that the server died. Unacknowledged transfers are not counted.
         if transfer(&mut connection, client, seq).is_err() {
             break;
         }
@@ -144,20 +145,20 @@ fn transfer(connection: &mut Client, client: i32, seq: i32) -> Result<()> {
     Ok(())
 }
 
-/// What a restored database was found to hold.
+/// The content of a restored database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// Transfers that are there.
+    /// Transfers in the database.
     pub present: usize,
-    /// Transfers that had been acknowledged.
+    /// Acknowledged transfers.
     pub acknowledged: usize,
 }
 
-/// Proves a restore: nothing acknowledged before `until` is missing, nothing sent after it is there, the books balance,
-/// and no client has a hole. `until = None` is the moment of the disaster.
+/// Checks a restore: no transfer acknowledged before `until` is missing, none sent after it exists,
+/// the sum is 0, and no client has a hole. `until = None` means the time of the disaster.
 ///
 /// # Errors
-/// Names the first transfer that contradicts.
+/// The first transfer that violates this.
 pub fn prove(
     restored: &mut Client,
     acknowledged: &[Acknowledged],
@@ -212,25 +213,26 @@ pub fn prove(
     })
 }
 
-/// What a restore does not have.
+/// The loss in a restore.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Loss {
-    /// Acknowledged transfers that are missing.
+    /// Missing acknowledged transfers.
     pub transfers: usize,
-    /// From the newest acknowledged transfer that is there to the newest one.
+    /// Seconds from the newest acknowledged transfer that exists to the newest acknowledged one.
     pub seconds: f64,
 }
 
-/// Measures what a restore has lost of what was acknowledged; it must end at one moment, with the books balanced.
+/// Measures how many acknowledged transfers a restore lost. It must end at a single point in time,
+/// with a sum of 0.
 ///
 /// # Errors
-/// When something older than what is there is missing.
+/// When a transfer is missing that is older than an existing one.
 pub fn measure(restored: &mut Client, acknowledged: &[Acknowledged]) -> Result<Loss> {
     let rows = restored.query("SELECT client, seq FROM transfer", &[])?;
     let present: HashSet<(i32, i32)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
     let is_present = |one: &&Acknowledged| present.contains(&(one.client, one.seq));
     let kept: Vec<Acknowledged> = acknowledged.iter().filter(is_present).copied().collect();
-    // Holes and unbalanced books, of what is there.
+    // Checks holes and the sum among the existing transfers.
     prove(restored, &kept, None)?;
     let newest = |some: &[Acknowledged]| some.iter().map(|one| one.acknowledged).max();
     let seconds = match (newest(acknowledged), newest(&kept)) {

@@ -1,5 +1,6 @@
-//! The test harness: throwaway PostgreSQL servers, our own programs beside them, and a bank ledger that remembers
-//! outside PostgreSQL what was acknowledged. The demo, the end-to-end tests and the benchmarks are made of it.
+//! The test harness: temporary PostgreSQL servers, our own programs, and a ledger that remembers
+//! acknowledged transfers outside of PostgreSQL. The demo, the end-to-end tests and the benchmarks
+//! use it.
 
 pub mod archive_commands;
 pub mod bucket_proxy;

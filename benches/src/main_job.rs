@@ -1,5 +1,6 @@
-//! The main job, end to end: stream, back up, lose the primary, restore to the last commit and to a moment before it,
-//! and prove both with the ledger. The demo shows it, the tests assert it.
+//! The main job, end to end: stream, take a backup, lose the primary, restore to the last commit
+//! and to an earlier moment, and check both with the ledger. The demo shows it, the tests assert
+//! it.
 
 use std::{
     fs::File,
@@ -21,38 +22,39 @@ use crate::{
     restored::Restored,
 };
 
-/// How long anything may take before it counts as failed.
+/// The time after which any step counts as failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How the job is done.
+/// The parameters of the job.
 #[derive(Clone, Debug)]
 pub struct Job {
     /// PostgreSQL's programs.
     pub bin: PathBuf,
     /// `wal_segment_size` in MiB.
     pub segment_mib: u32,
-    /// Whether its data pages have checksums.
+    /// Whether data pages have checksums.
     pub checksums: bool,
-    /// `wal_compression`, by the names of PostgreSQL 15; where the server was built without the method it is left off, and
-    /// said.
+    /// `wal_compression`, with the names of PostgreSQL 15. If the server was built without the
+    /// method, it is left off, and the job says so.
     pub wal_compression: &'static str,
-    /// Clients of the ledger.
+    /// The number of ledger clients.
     pub clients: i32,
-    /// How long they work before the disaster.
+    /// The duration of the load before the disaster.
     pub load: Duration,
-    /// Whether the archiver dies with the primary, so that its spool has to be recovered first.
+    /// Whether the archiver is killed together with the primary, so that its spool has to be
+    /// recovered first.
     pub kill_archiver: bool,
-    /// How often the archiver is killed at a random moment while the load goes on.
+    /// The number of kills of the archiver at random moments under load.
     pub kills: u32,
-    /// `synchronous_standby_names`: who a commit waits for.
+    /// `synchronous_standby_names`.
     pub standbys: &'static str,
-    /// `synchronous_commit`: for what it waits.
+    /// `synchronous_commit`.
     pub synchronous_commit: &'static str,
-    /// Where HTTP is served; port 0 for any.
+    /// The HTTP address. Port 0 means any.
     pub http: String,
 }
 
-/// What came of it.
+/// The result of the job.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// The `wal_compression` that was in effect.
@@ -61,25 +63,25 @@ pub struct Outcome {
     pub latest: Verdict,
     /// The restore to a moment in the middle.
     pub middle: Verdict,
-    /// From the disaster until the restored server answered.
+    /// The time from the disaster until the restored server answered.
     pub recovery: Duration,
 }
 
-/// Our programs and their places.
+/// The directories of our programs.
 #[derive(Debug)]
 pub struct Place {
     directory: TempDir,
     store: Option<ObjectStoreServer>,
     in_bucket: bool,
-    /// What our programs find in their environment.
+    /// Environment variables of our programs.
     environment: Vec<(&'static str, String)>,
 }
 
 impl Place {
-    /// A new place.
+    /// Creates a place.
     ///
     /// # Errors
-    /// When it can not be made.
+    /// When it cannot be created.
     pub fn new() -> Result<Self> {
         Ok(Self {
             directory: directory()?,
@@ -89,10 +91,11 @@ impl Place {
         })
     }
 
-    /// A new place with further lines of `tidemark.toml`, in which `{place}` is the place's own path.
+    /// Creates a place with further lines of `tidemark.toml`, in which `{place}` is replaced by its
+    /// path.
     ///
     /// # Errors
-    /// When it can not be made.
+    /// When it cannot be created.
     pub fn with_settings(settings: &str) -> Result<Self> {
         let place = Self::new()?;
         let settings = settings.replace("{place}", &place.path().display().to_string());
@@ -100,19 +103,20 @@ impl Place {
         Ok(place)
     }
 
-    /// A new place whose repository is in a bucket of `store`; `settings` are further lines of `tidemark.toml`.
+    /// Creates a place whose repository is in a bucket of `store`. `settings` are further lines of
+    /// `tidemark.toml`.
     ///
     /// # Errors
-    /// When it can not be made.
+    /// When it cannot be created.
     pub fn in_bucket(store: ObjectStoreServer, settings: &str) -> Result<Self> {
         let reached = store.configuration();
         Self::in_bucket_behind(store, &format!("{reached}{settings}"))
     }
 
-    /// The same; how the store is reached is said in `settings` too.
+    /// The same, but `settings` also say how to reach the store.
     ///
     /// # Errors
-    /// When it can not be made.
+    /// When it cannot be created.
     pub fn in_bucket_behind(store: ObjectStoreServer, settings: &str) -> Result<Self> {
         let directory = directory()?;
         let lines = format!("repository = \"s3://{BUCKET}/main/job\"\n{settings}\n");
@@ -125,10 +129,11 @@ impl Place {
         })
     }
 
-    /// Another host with the same bucket and a spool of its own; `settings` are further lines of its `tidemark.toml`.
+    /// Creates another host with the same bucket and its own spool. `settings` are further lines of
+    /// its `tidemark.toml`.
     ///
     /// # Errors
-    /// When it can not be made, or this place has no bucket.
+    /// When it cannot be created, or this place has no bucket.
     pub fn beside(&self, settings: &str) -> Result<Self> {
         if !self.in_bucket {
             bail!("a place without a bucket has nothing to share");
@@ -145,7 +150,7 @@ impl Place {
         })
     }
 
-    /// The same; our programs find these variables in their environment.
+    /// Returns the same place with these environment variables for our programs.
     #[must_use]
     pub fn with_environment(self, environment: &[(&'static str, String)]) -> Self {
         Self {
@@ -154,7 +159,7 @@ impl Place {
         }
     }
 
-    /// Below which everything lies.
+    /// The directory that contains everything.
     #[must_use]
     pub fn path(&self) -> &Path {
         self.directory.path()
@@ -166,10 +171,10 @@ impl Place {
         self.store.as_ref()
     }
 
-    /// One of our programs with repository and spool of this place.
+    /// Returns a command for one of our programs, with the repository and spool of this place.
     ///
     /// # Errors
-    /// When it was not built.
+    /// When the program was not built.
     pub fn program(&self, name: &str) -> Result<Command> {
         let mut command = command(&ours(name)?)?;
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
@@ -184,10 +189,10 @@ impl Place {
         Ok(command)
     }
 
-    /// Takes a base backup of the server that is reached by `conninfo`; what the program said.
+    /// Takes a base backup of the server at `conninfo`. Returns the program's output.
     ///
     /// # Errors
-    /// With both outputs when it fails.
+    /// Both outputs when it fails.
     pub fn back_up(&self, conninfo: &str, more: &[&str]) -> Result<String> {
         let mut backup = self.program("wal-archiver")?;
         succeed(backup.args(["--conninfo", conninfo, "backup"]).args(more))
@@ -196,25 +201,25 @@ impl Place {
     /// Starts the daemon and waits until it streams.
     ///
     /// # Errors
-    /// With its log when it does not.
+    /// Its log when it does not.
     pub fn daemon(&self, cluster: &Cluster, http: &str) -> Result<Daemon> {
         self.daemon_at(&cluster.conninfo(), http, " INFO streaming")
     }
 
-    /// Starts the daemon on the server that is reached by `conninfo` and waits until its log has a text.
+    /// Starts the daemon for the server at `conninfo` and waits until its log contains a text.
     ///
     /// # Errors
-    /// With its log when it never does.
+    /// Its log when it never does.
     pub fn daemon_at(&self, conninfo: &str, http: &str, until: &str) -> Result<Daemon> {
         let mut daemon = self.spawn(conninfo, http)?;
         daemon.wait_for(|text| text.contains(until))?;
         Ok(daemon)
     }
 
-    /// Starts the daemon and waits for nothing.
+    /// Starts the daemon without waiting.
     ///
     /// # Errors
-    /// When it can not be started.
+    /// When it cannot be started.
     pub fn spawn(&self, conninfo: &str, http: &str) -> Result<Daemon> {
         let path = self.path().join("archiver.log");
         let log = File::create(&path)?;
@@ -235,10 +240,10 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Where it serves HTTP, as its log says.
+    /// The HTTP address, according to its log.
     ///
     /// # Errors
-    /// When the log can not be read.
+    /// When the log cannot be read.
     pub fn address(&self) -> Result<Option<SocketAddr>> {
         Ok(served_address(&std::fs::read_to_string(&self.log)?))
     }
@@ -246,7 +251,7 @@ impl Daemon {
     /// Waits until its log satisfies `done`.
     ///
     /// # Errors
-    /// With the log when it never does.
+    /// The log when it never does.
     pub fn wait_for(&mut self, done: impl Fn(&str) -> bool) -> Result<()> {
         let began = Instant::now();
         loop {
@@ -264,7 +269,7 @@ impl Daemon {
     /// Kills it without warning.
     ///
     /// # Errors
-    /// When it can not be.
+    /// When it cannot be killed.
     pub fn kill(mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
@@ -298,23 +303,23 @@ impl Drop for Daemon {
     }
 }
 
-/// From the start of a process into its steady work.
+/// A random time from the start of a process into its steady work.
 pub(crate) fn random_pause() -> Duration {
     use std::hash::{BuildHasher, RandomState};
     Duration::from_millis(RandomState::new().hash_one(0) % 1200 + 20)
 }
 
-/// Where the daemon's log says that HTTP is served.
+/// Returns the HTTP address in the daemon's log.
 pub(crate) fn served_address(log: &str) -> Option<SocketAddr> {
     let line = log.lines().find(|line| line.contains("serving HTTP"))?;
     let text = line.split_once("address=")?.1;
     text.split_whitespace().next()?.parse().ok()
 }
 
-/// Does the job; `say` is told of each step.
+/// Runs the job. `say` receives a description of each step.
 ///
 /// # Errors
-/// The first promise that was not kept.
+/// The first violated guarantee.
 pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     say("starting a throwaway PostgreSQL");
     let cluster = Cluster::start_with(&job.bin, job.segment_mib, job.checksums, "")?;
@@ -331,7 +336,7 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     say(&format!(
         "streaming its WAL; dashboard at http://{address} while this runs"
     ));
-    // Every commit waits for us: what is acknowledged is what may never be lost.
+    // Every commit waits for the archiver, so no acknowledged transfer may be lost.
     let mut sql = connect(&cluster.conninfo())?;
     for (name, value) in [
         ("synchronous_commit", job.synchronous_commit),
@@ -371,7 +376,7 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     if job.kill_archiver {
         daemon.kill()?;
         cluster.destroy()?;
-        // With nothing to stream from, what the spool holds is stored at the start, before anything else.
+        // Without a server to stream from, the archiver first stores the content of the spool.
         say("the archiver died too; a new one stores what its spool holds");
         let daemon = place.daemon_at(&cluster.conninfo(), "127.0.0.1:0", "not streaming")?;
         daemon.stop()?;
@@ -400,7 +405,8 @@ pub fn run(job: &Job, say: &dyn Fn(&str)) -> Result<Outcome> {
     })
 }
 
-/// Sets `wal_compression`; what is in effect then. Before 15 there is one method, and it is called "on".
+/// Sets `wal_compression` and returns the value in effect. Before 15 there is one method, called
+/// "on".
 fn compress_wal(client: &mut postgres::Client, method: &'static str) -> Result<&'static str> {
     let version: String = client.query_one("SHOW server_version_num", &[])?.get(0);
     let value = match (version.parse::<u32>()? < 150_000, method) {
@@ -421,7 +427,7 @@ fn compress_wal(client: &mut postgres::Client, method: &'static str) -> Result<&
     Ok(method)
 }
 
-/// Restores, starts, proves, stops.
+/// Restores, starts, checks, stops.
 fn restore(
     job: &Job,
     place: &Place,

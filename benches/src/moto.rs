@@ -1,7 +1,8 @@
-//! [`MotoServer`]: moto, a mock of AWS in Python, as a second S3 server; stopped when dropped.
+//! [`MotoServer`]: moto, a mock of AWS in Python, as a second S3 server. Dropping it stops the server.
 //!
-//! It differs from SeaweedFS where a store may differ: who passes on both has not learnt one of them by heart. Invariant: it
-//! is the version of `benches/tools/moto.txt` or none at all.
+//! It differs from SeaweedFS where stores may differ, so code that works with both does not depend
+//! on one of them.
+//! Invariant: its version is that of `benches/tools/moto.txt`.
 
 use std::{
     env,
@@ -19,7 +20,7 @@ use tempfile::TempDir;
 /// Importing it takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 const LOCK: &str = include_str!("../tools/moto.txt");
-/// Another version has other habits: the test would be about something else.
+/// Another version behaves differently, so the test would check something else.
 const RUN: &str = "import sys, moto
 wanted, port = sys.argv[1:]
 if moto.__version__ != wanted:
@@ -36,7 +37,7 @@ pub struct MotoServer {
     _log: TempDir,
 }
 
-/// Where it is, as `benches/tools/install-moto.sh` leaves it.
+/// The directory in which `benches/tools/install-moto.sh` installs it.
 fn home() -> Option<PathBuf> {
     let mut places: Vec<PathBuf> = vec!["/var/cache/tidemark/moto".into()];
     let own = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/tidemark/moto"));
@@ -50,10 +51,11 @@ fn wanted() -> Option<&'static str> {
 }
 
 impl MotoServer {
-    /// Starts it, or says that it is missing; under CI that is a failure and not a skipped test.
+    /// Starts the server, or reports that it is missing. In CI a missing server is a failure, not a
+    /// skipped test.
     ///
     /// # Panics
-    /// Under CI, when it is missing; when it does not start.
+    /// In CI when it is missing, and when it does not start.
     #[must_use]
     pub fn start_or_skip() -> Option<Self> {
         let Some(home) = home() else {
@@ -67,10 +69,10 @@ impl MotoServer {
         Some(Self::start(&home).expect("moto starts"))
     }
 
-    /// Starts what is installed in `home`.
+    /// Starts the server that is installed in `home`.
     ///
     /// # Errors
-    /// With what it said when it is another version or does not become ready.
+    /// Its output when it has another version or does not become ready.
     pub fn start(home: &Path) -> Result<Self> {
         let wanted = wanted().context("benches/tools/moto.txt does not name moto")?;
         let free = TcpListener::bind("127.0.0.1:0")?;
@@ -79,7 +81,7 @@ impl MotoServer {
         let directory = tempfile::tempdir()?;
         let log = directory.path().join("moto.log");
         let mut process = Command::new("python3")
-            // Not what else is installed on this machine.
+            // Ignores other Python packages on this machine.
             .args(["-s", "-c", RUN, wanted, &address.port().to_string()])
             .env("PYTHONPATH", home)
             .env("PYTHONDONTWRITEBYTECODE", "1")

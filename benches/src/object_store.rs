@@ -1,6 +1,6 @@
-//! [`ObjectStoreServer`]: a throwaway S3 store (SeaweedFS) on loopback; stopped and removed when dropped.
+//! [`ObjectStoreServer`]: a temporary S3 store (SeaweedFS) on loopback. Dropping it stops and removes the store.
 //!
-//! A real one, distributed and strict about signatures and checksums: what a mock forgives, a customer's store does not.
+//! A real distributed store, strict about signatures and checksums, which a mock is not.
 
 use std::{
     env,
@@ -18,9 +18,9 @@ use tempfile::TempDir;
 
 use crate::programs::{command, directory};
 
-/// Who signs the tests' requests.
+/// The access key of the tests' requests.
 pub const ACCESS_KEY: &str = "tidemark-test";
-/// With what.
+/// The secret key.
 pub const SECRET_KEY: &str = "tidemark-test-secret";
 /// The bucket that exists from the start.
 pub const BUCKET: &str = "archive";
@@ -34,7 +34,7 @@ pub struct ObjectStoreServer {
     port: u16,
 }
 
-/// Where SeaweedFS's program is, as `benches/tools/install.sh` leaves it.
+/// The path of SeaweedFS's program, as `benches/tools/install.sh` installs it.
 #[must_use]
 pub fn weed() -> Option<PathBuf> {
     let mut places: Vec<PathBuf> = vec!["/var/cache/tidemark/seaweedfs/weed".into()];
@@ -45,16 +45,17 @@ pub fn weed() -> Option<PathBuf> {
 }
 
 impl ObjectStoreServer {
-    /// Starts a store, or says that its program is missing; under CI that is a failure and not a skipped test.
+    /// Starts a store, or reports that its program is missing. In CI a missing program is a
+    /// failure, not a skipped test.
     ///
     /// # Panics
-    /// Under CI, when the program is missing; when it does not start.
+    /// In CI when the program is missing, and when it does not start.
     #[must_use]
     pub fn start_or_skip() -> Option<Self> {
         Self::start_for_or_skip(false)
     }
 
-    /// The same where whoever does not sign may do everything: the owner of the account, or an intruder.
+    /// The same, but unsigned requests may do everything, like the account's owner or an intruder.
     ///
     /// # Panics
     /// As [`ObjectStoreServer::start_or_skip`].
@@ -78,7 +79,7 @@ impl ObjectStoreServer {
     /// Starts a store with one empty bucket.
     ///
     /// # Errors
-    /// With its log when it does not become ready.
+    /// Its log when it does not become ready.
     pub fn start() -> Result<Self> {
         Self::start_for(false)
     }
@@ -135,7 +136,7 @@ impl ObjectStoreServer {
             "-volume.max=100".to_owned(),
             "-master.telemetry=false".to_owned(),
         ]);
-        // It keeps settings in its home.
+        // It keeps settings in its home directory.
         server.env("HOME", directory.path());
         server
             .stdin(Stdio::null())
@@ -151,11 +152,11 @@ impl ObjectStoreServer {
         Ok(started)
     }
 
-    /// It is ready when its filer stores a file and the S3 side answers.
+    /// Waits until its filer stores a file and the S3 side answers.
     fn wait(&mut self, filer: u16) -> Result<()> {
         let began = Instant::now();
         let is_ready = |port: u16| -> Result<bool> {
-            // Buckets are the folders below /buckets; it may be there from the last look.
+            // Buckets are the folders below /buckets. An earlier attempt may have created it.
             let bucket = http(filer, &format!("POST /buckets/{BUCKET}/"), "")?;
             Ok(http(filer, "PUT /ready", "x")?.contains(" 20")
                 && [" 201 ", " 409 "].iter().any(|made| bucket.contains(made))
@@ -175,16 +176,16 @@ impl ObjectStoreServer {
         }
     }
 
-    /// Where it answers.
+    /// The address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], self.port))
     }
 
-    /// Stops it as it stands, or lets it go on.
+    /// Sends a signal, for example to stop or continue the store.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the process is gone.
     pub fn signal(&self, signal: rustix::process::Signal) -> Result<()> {
         let pid = rustix::process::Pid::from_child(&self.process);
         Ok(rustix::process::kill_process(pid, signal)?)
@@ -196,10 +197,10 @@ impl ObjectStoreServer {
         format!("http://{}", self.address())
     }
 
-    /// Makes a request without a signature, as `PUT /bucket/key`; its answer.
+    /// Sends an unsigned request, such as `PUT /bucket/key`, and returns the answer.
     ///
     /// # Errors
-    /// When there is none.
+    /// When there is no answer.
     pub fn unsigned(&self, request: &str, body: &str) -> Result<String> {
         let mut stream = ask(self.port, request, body.as_bytes())?;
         let mut answer = String::new();
@@ -207,7 +208,7 @@ impl ObjectStoreServer {
         Ok(answer)
     }
 
-    /// Every key of the bucket, where whoever does not sign may do everything.
+    /// Returns every key of the bucket, if unsigned requests may do everything.
     ///
     /// # Errors
     /// When it does not answer.
@@ -230,7 +231,7 @@ impl ObjectStoreServer {
         }
     }
 
-    /// An object as it lies there, without a signature.
+    /// Returns an object's stored bytes, with an unsigned request.
     ///
     /// # Errors
     /// When there is none.
@@ -246,7 +247,7 @@ impl ObjectStoreServer {
         Ok(answer.split_off(head))
     }
 
-    /// Puts an object over whatever is there, as an administrator's tool does.
+    /// Overwrites an object, as an administrator's tool does.
     ///
     /// # Errors
     /// When it is refused.
@@ -260,19 +261,19 @@ impl ObjectStoreServer {
         bail!("PUT {key}: {line}");
     }
 
-    /// Where it keeps everything: what whoever runs it can read.
+    /// The directory of its data, which its operator can read.
     #[must_use]
     pub fn directory(&self) -> &Path {
         self.directory.path()
     }
 
-    /// The settings of `tidemark.toml` that reach it.
+    /// The settings of `tidemark.toml` for this store.
     #[must_use]
     pub fn configuration(&self) -> String {
         Self::configuration_at(&self.endpoint())
     }
 
-    /// The same for one that is reached through something else.
+    /// The settings for a store that is reached at another address.
     #[must_use]
     pub fn configuration_at(endpoint: &str) -> String {
         format!(
@@ -288,8 +289,8 @@ impl Drop for ObjectStoreServer {
     }
 }
 
-/// Ports that nothing listens on now, below those that the system gives to whoever asks for any: another test must not be
-/// given one of them before the store has taken it.
+/// Returns free ports below the range from which the system assigns ports, so that no other test
+/// receives one of them before the store has opened it.
 fn free_ports() -> Result<[u16; 8]> {
     let mut listeners = Vec::new();
     let mut ports = [0; 8];
@@ -309,7 +310,7 @@ fn free_ports() -> Result<[u16; 8]> {
     Ok(ports)
 }
 
-/// One request, and the first line of its answer.
+/// Sends one request and returns the first line of its answer.
 fn http(port: u16, request: &str, body: &str) -> Result<String> {
     let mut line = String::new();
     BufReader::new(ask(port, request, body.as_bytes())?).read_line(&mut line)?;

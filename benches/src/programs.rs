@@ -1,4 +1,5 @@
-//! Our own programs and PostgreSQL's, run as an ordinary user: PostgreSQL refuses root, and CI is root.
+//! Runs our own programs and PostgreSQL's as an ordinary user, because PostgreSQL refuses root, and
+//! CI is root.
 
 use std::{
     fs,
@@ -12,17 +13,17 @@ use std::{
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-/// The user that servers run as, where we are root.
+/// The user of servers when the tests run as root.
 const USER: &str = "tidemark";
-/// Where that user finds copies of our programs, beside the servers that the installer unpacks.
+/// The directory with copies of our programs that this user can execute.
 const COPIES: &str = "/var/cache/tidemark/programs";
 /// No test takes longer.
 const KEEP_COPIES: Duration = Duration::from_secs(3600);
 
-/// User and group to drop to; `None` where we are an ordinary user already.
+/// Returns user and group to drop to, or `None` if this is an ordinary user already.
 ///
 /// # Errors
-/// When the user can not be created.
+/// When the user cannot be created.
 pub fn server_user() -> Result<Option<(u32, u32)>> {
     static FOUND: OnceLock<Option<(u32, u32)>> = OnceLock::new();
     if let Some(found) = FOUND.get() {
@@ -34,7 +35,7 @@ pub fn server_user() -> Result<Option<(u32, u32)>> {
                 .args(["--system", "--no-create-home", USER])
                 .output();
             let created = created.context("run useradd")?;
-            // Another test process may have been faster.
+            // Another test process may have created it meanwhile.
             if id("-u").is_none() {
                 bail!(
                     "create the user {USER}: {}",
@@ -54,10 +55,10 @@ fn id(what: &str) -> Option<u32> {
     String::from_utf8(output.stdout).ok()?.trim().parse().ok()
 }
 
-/// A command that runs as the servers' user.
+/// Returns a command that runs as the servers' user.
 ///
 /// # Errors
-/// When the user can not be created.
+/// When the user cannot be created.
 pub fn command(program: &Path) -> Result<Command> {
     use std::os::unix::process::CommandExt;
 
@@ -66,7 +67,7 @@ pub fn command(program: &Path) -> Result<Command> {
         command.uid(user).gid(group);
         command.env("HOME", "/nonexistent");
     }
-    // What the caller's environment says about servers is not meant for ours.
+    // The caller's environment about servers does not concern ours.
     for name in [
         "PGHOST",
         "PGPORT",
@@ -82,10 +83,10 @@ pub fn command(program: &Path) -> Result<Command> {
     Ok(command)
 }
 
-/// A new directory that belongs to the servers' user; gone when dropped.
+/// Creates a directory that belongs to the servers' user and is removed when dropped.
 ///
 /// # Errors
-/// When it can not be made.
+/// When it cannot be created.
 pub fn directory() -> Result<TempDir> {
     let directory = tempfile::Builder::new()
         .prefix("tidemark-")
@@ -96,7 +97,7 @@ pub fn directory() -> Result<TempDir> {
     Ok(directory)
 }
 
-/// An address on loopback that nobody listens on now.
+/// Returns a loopback address on which nothing listens now.
 ///
 /// # Errors
 /// When there is none.
@@ -105,7 +106,7 @@ pub fn free_address() -> Result<String> {
     Ok(free.local_addr()?.to_string())
 }
 
-/// A program that was built beside this one, where the servers' user can run it.
+/// Returns one of our built programs, at a path where the servers' user can execute it.
 ///
 /// # Errors
 /// When it was not built: `cargo build --release --workspace` builds it.
@@ -121,7 +122,8 @@ pub fn ours(name: &str) -> Result<PathBuf> {
     if server_user()?.is_none() {
         return Ok(built);
     }
-    // The build may lie in root's home, which others can not enter. A quick program finds its whole one beside itself.
+    // The build may be in root's home directory, which other users cannot enter. The small binary
+    // needs the full one in its directory.
     let whole = format!("{name}-full");
     let mut parts = vec![(name, built.clone())];
     if built.with_file_name(&whole).is_file() {
@@ -150,7 +152,7 @@ pub fn ours(name: &str) -> Result<PathBuf> {
     Ok(copies.join(name))
 }
 
-/// Another test process may do the same: the first wins.
+/// If another test process does the same, the first one wins.
 #[expect(
     clippy::disallowed_methods,
     reason = "a copy need not survive the host"
@@ -164,7 +166,7 @@ fn put_in_place(fresh: TempDir, copies: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Removes copies of builds that nothing runs any more.
+/// Removes old copies, which no process runs any more.
 fn forget_old(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory)?.flatten() {
         let age = entry.metadata().and_then(|metadata| metadata.modified());
@@ -176,10 +178,10 @@ fn forget_old(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Standard output of a command that must succeed.
+/// Returns the standard output of a command that must succeed.
 ///
 /// # Errors
-/// With both outputs when it does not.
+/// Both outputs when it does not.
 pub fn succeed(command: &mut Command) -> Result<String> {
     let output = command
         .output()

@@ -1,4 +1,4 @@
-//! [`Restored`]: a cluster that `pitr-restore --start` brought up; stopped and removed when dropped.
+//! [`Restored`]: a cluster started by `pitr-restore --start`. Dropping it stops and removes the cluster.
 
 use std::{
     ffi::OsStr,
@@ -17,7 +17,7 @@ use crate::{
     programs::{command, directory},
 };
 
-/// Settings that make a throwaway server quick: what it holds is not meant to survive.
+/// Settings that make a temporary server fast, because its data need not survive.
 const QUICK: [&str; 4] = [
     "fsync=off",
     "shared_buffers=16MB",
@@ -35,16 +35,16 @@ pub struct Restored {
 }
 
 impl Restored {
-    /// Restores from `place` with `arguments`, which name the target, and starts it.
+    /// Restores from `place` and starts the cluster. `arguments` name the target.
     ///
     /// # Errors
-    /// With both outputs and the server's log when it fails.
+    /// Both outputs and the server's log when it fails.
     pub fn start<I: AsRef<OsStr>>(place: &Place, bin: &Path, arguments: &[I]) -> Result<Self> {
         let directory = directory()?;
         let output = Self::command(place, bin, directory.path(), arguments)?.output()?;
         if !output.status.success() {
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-            // What restore_command said stands there, and goes with the directory.
+            // The log contains the output of restore_command and is removed with the directory.
             let log = directory.path().join("data/tidemark_recovery.log");
             bail!(
                 "pitr-restore: {}\n{}\n{}\n{}",
@@ -62,7 +62,7 @@ impl Restored {
         })
     }
 
-    /// Takes a server that a restore started in `data` below `directory`, to look at it and to stop it.
+    /// Takes over a server that a restore started in `data` below `directory`.
     #[must_use]
     pub fn adopt(directory: TempDir, bin: &Path, report: Value) -> Self {
         Self {
@@ -72,7 +72,7 @@ impl Restored {
         }
     }
 
-    /// The command that restores to `data` below `directory` and starts it there.
+    /// Returns the command that restores to `data` below `directory` and starts the server there.
     ///
     /// # Errors
     /// When `pitr-restore` is not built.
@@ -89,7 +89,7 @@ impl Restored {
         for setting in QUICK.into_iter().chain([socket.as_str()]) {
             restore.args(["--set", setting]);
         }
-        // The server that it starts has its libraries beside it.
+        // The server that it starts has its libraries next to its programs.
         restore.env("LD_LIBRARY_PATH", bin.join("../lib"));
         restore.args(arguments).stdin(Stdio::null());
         Ok(restore)
@@ -101,19 +101,19 @@ impl Restored {
         self.directory.path().join("data")
     }
 
-    /// Where PostgreSQL stopped, in its own words.
+    /// The point where PostgreSQL stopped, in its own words.
     #[must_use]
     pub fn stopped(&self) -> &str {
         self.report["stopped"].as_str().unwrap_or_default()
     }
 
-    /// How to reach it.
+    /// The connection string.
     #[must_use]
     pub fn conninfo(&self) -> String {
         conninfo(self.directory.path(), PORT)
     }
 
-    /// A connection.
+    /// Opens a connection.
     ///
     /// # Errors
     /// When it is refused.

@@ -1,13 +1,14 @@
-//! Where PostgreSQL's programs are: `$TIDEMARK_PG_DIR/NN/bin`, else what `benches/tools/install.sh` made, else Debian's.
+//! Finds PostgreSQL's programs: `$TIDEMARK_PG_DIR/NN/bin`, else those that
+//! `benches/tools/install.sh` installed, else Debian's.
 
 use std::{env, path::PathBuf};
 
 use anyhow::Context;
 
-/// Majors that are looked for.
+/// The major versions to look for.
 pub const MAJORS: [u16; 6] = [13, 14, 15, 16, 17, 18];
 
-/// Every server that is installed: major version and directory of its programs, oldest first.
+/// Returns every installed server: major version and program directory, oldest first.
 #[must_use]
 pub fn servers() -> Vec<(u16, PathBuf)> {
     let mut roots: Vec<PathBuf> = Vec::new();
@@ -29,7 +30,7 @@ pub fn servers() -> Vec<(u16, PathBuf)> {
     MAJORS.into_iter().filter_map(find).collect()
 }
 
-/// The programs of one major version.
+/// Returns the program directory of one major version.
 ///
 /// # Errors
 /// When it is not installed.
@@ -41,10 +42,11 @@ pub fn server(major: u16) -> anyhow::Result<PathBuf> {
     Ok(bin)
 }
 
-/// As [`servers`], and says what is missing; under CI that is a failure and not a skipped test.
+/// As [`servers`], and reports missing versions. In CI a missing version is a failure, not a
+/// skipped test.
 ///
 /// # Panics
-/// Under CI, when a version that the installer unpacks is not there.
+/// In CI when a version that the installer unpacks is missing.
 #[must_use]
 pub fn servers_or_skip() -> Vec<(u16, PathBuf)> {
     let servers = servers();
@@ -52,7 +54,7 @@ pub fn servers_or_skip() -> Vec<(u16, PathBuf)> {
         .into_iter()
         .filter(|major| servers.iter().all(|(installed, _)| installed != major))
         .collect();
-    // 13 comes from Debian's own packages: elsewhere it is not to be had.
+    // Version 13 comes from Debian's packages and is not available elsewhere.
     let needed = missing.iter().any(|major| *major > 13);
     assert!(
         !needed || env::var_os("CI").is_none(),

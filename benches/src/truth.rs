@@ -1,5 +1,5 @@
-//! Whether the RPO that the dashboard shows is the truth: a writer stamps a row every 10 ms, server and archiver die at a
-//! random instant, only the repository is left, and what is really lost is held against what was shown.
+//! Compares the RPO on the dashboard with the real loss: a writer inserts a timestamp every 10 ms,
+//! server and archiver are killed at a random instant, and only the repository remains.
 
 use std::{
     collections::BTreeMap,
@@ -25,22 +25,22 @@ use crate::{
     restored::Restored,
 };
 
-/// Between two rows.
+/// The interval between two rows.
 const STAMP_INTERVAL: Duration = Duration::from_millis(10);
 
-/// One death.
+/// One run.
 #[derive(Clone, Copy, Debug)]
 pub struct Death {
-    /// `rpo_seconds{tier="remote"}` as it was shown last.
+    /// The last displayed `rpo_seconds{tier="remote"}`.
     pub reported: f64,
-    /// From the newest row that was restored to the death.
+    /// Seconds from the newest restored row to the kill.
     pub real: f64,
 }
 
 /// Kills everything `times` times.
 ///
 /// # Errors
-/// What went wrong.
+/// Any failure.
 pub fn run(bin: &Path, times: u32, say: &dyn Fn(&str)) -> Result<Vec<Death>> {
     (1..=times)
         .map(|time| {
@@ -56,7 +56,7 @@ pub fn run(bin: &Path, times: u32, say: &dyn Fn(&str)) -> Result<Vec<Death>> {
 
 fn die(bin: &Path) -> Result<Death> {
     let cluster = Cluster::start(bin, 16, "")?;
-    // A bucket is what is left; a folder where no store is installed.
+    // The bucket remains, or a folder if no store is installed.
     let place = match ObjectStoreServer::start_or_skip() {
         Some(store) => Place::in_bucket(store, "")?,
         None => Place::new()?,
@@ -115,7 +115,8 @@ fn reported(address: SocketAddr) -> Result<f64> {
         .context("the RPO is known while the archiver streams")
 }
 
-/// How often each error of the report occurred: `real - reported`, in steps of 10 ms. Lines in between may be empty.
+/// Returns how often each error of the displayed number occurred: `real - reported`, in steps of 10
+/// ms. Lines in between may be empty.
 #[must_use]
 pub fn histogram(deaths: &[Death]) -> String {
     let mut counts: BTreeMap<i64, usize> = BTreeMap::new();

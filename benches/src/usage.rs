@@ -1,6 +1,6 @@
-//! [`Watched`]: a program under way, and what it used: wall time, processor time, peak memory.
+//! [`Watched`]: a running program and its resource usage: wall time, processor time, peak memory.
 //!
-//! Read from `/proc` while it runs: a zombie still has its times, but not its memory any more.
+//! Read from `/proc` while it runs: a zombie still has its times, but no longer its memory.
 
 use std::{
     fs,
@@ -10,16 +10,16 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-/// `USER_HZ` of every Linux: the unit of times in `/proc/PID/stat`.
+/// `USER_HZ` on Linux: the unit of times in `/proc/PID/stat`.
 const TICKS_PER_SECOND: f64 = 100.0;
 const POLL: Duration = Duration::from_millis(5);
 
-/// What a program used.
+/// The resource usage of a program.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Usage {
-    /// User and system time of all threads, in seconds.
+    /// User and system time of all threads in seconds.
     pub cpu_seconds: f64,
-    /// `VmHWM`: the most memory that was resident at once, in KiB.
+    /// `VmHWM`: the peak resident memory in KiB.
     pub peak_kib: u64,
 }
 
@@ -42,13 +42,13 @@ impl Watched {
         }
     }
 
-    /// Since the program's start, in seconds.
+    /// Seconds since the program's start.
     #[must_use]
     pub fn seconds(&self) -> f64 {
         self.began.elapsed().as_secs_f64()
     }
 
-    /// What it used up to now.
+    /// The usage so far.
     #[must_use]
     pub fn usage(&mut self) -> Usage {
         let id = self.child.id();
@@ -69,7 +69,7 @@ impl Watched {
         self.usage
     }
 
-    /// Waits until `done` says so, looking at the program meanwhile.
+    /// Waits until `done` returns true, and measures the program meanwhile.
     ///
     /// # Errors
     /// When the program ends first, or after `patience`.
@@ -95,7 +95,7 @@ impl Watched {
         }
     }
 
-    /// Waits until it ends by itself, with success.
+    /// Waits until it ends by itself with success.
     ///
     /// # Errors
     /// When it fails.
@@ -104,7 +104,7 @@ impl Watched {
         loop {
             let _read = self.usage();
             let text = fs::read_to_string(&stat).context("the program's state")?;
-            // A zombie waits for us with its times.
+            // A zombie still has its times.
             if state(&text) == Some('Z') {
                 let seconds = self.seconds();
                 let usage = self.usage();
@@ -118,7 +118,7 @@ impl Watched {
         }
     }
 
-    /// Asks it to end, and waits.
+    /// Terminates it and waits.
     ///
     /// # Errors
     /// When it fails.
@@ -138,7 +138,7 @@ impl Drop for Watched {
     }
 }
 
-/// The fields behind the program's name, which may hold blanks.
+/// Returns the fields after the program's name, which may contain spaces.
 fn fields(stat: &str) -> Option<std::str::SplitWhitespace<'_>> {
     Some(stat.rsplit_once(')')?.1.split_whitespace())
 }

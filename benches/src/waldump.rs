@@ -1,5 +1,5 @@
-//! [`transaction_ends`] and [`records`]: what the server's own `pg_waldump` says of its WAL. The oracle for plans: it
-//! shares no line of code with our decoder.
+//! [`transaction_ends`] and [`records`]: the content of the server's own WAL according to
+//! `pg_waldump`. The oracle for plans, which shares no code with our decoder.
 
 use std::process::Command;
 
@@ -8,7 +8,7 @@ use wal_format::{Lsn, PgTimestamp};
 
 use crate::{cluster::Cluster, programs::succeed};
 
-/// How a transaction's record is called.
+/// The kind of a transaction record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// ABORT.
@@ -24,13 +24,13 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Whether its work is visible afterwards.
+    /// Returns true if the transaction's work is visible afterwards.
     #[must_use]
     pub fn is_commit(self) -> bool {
         matches!(self, Self::Commit | Self::CommitPrepared)
     }
 
-    /// Whether a recovery to a time or a transaction may stop at it.
+    /// Returns true if a recovery to a time or a transaction may stop at it.
     #[must_use]
     pub fn is_end(self) -> bool {
         self != Self::Prepare
@@ -40,13 +40,14 @@ impl Kind {
 /// A record of the transaction manager.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TransactionRecord {
-    /// Where it starts.
+    /// The start LSN.
     pub lsn: Lsn,
-    /// The transaction; of `COMMIT_PREPARED` and `ABORT_PREPARED` the prepared one.
+    /// The transaction ID. For `COMMIT_PREPARED` and `ABORT_PREPARED`, that of the prepared
+    /// transaction.
     pub xid: u32,
     /// Its `xact_time`.
     pub time: PgTimestamp,
-    /// What it does.
+    /// Its kind.
     pub kind: Kind,
     /// The name of a prepared transaction, in PREPARE only.
     pub gid: Option<String>,
@@ -60,10 +61,10 @@ fn pg_waldump(cluster: &Cluster, from: Lsn, to: Lsn) -> Result<Command> {
     Ok(command)
 }
 
-/// Every transaction record of timeline 1 in `[from, to)`, in order.
+/// Returns every transaction record of timeline 1 in `[from, to)`, in order.
 ///
 /// # Errors
-/// What `pg_waldump` said, or the line that could not be understood.
+/// The message of `pg_waldump`, or the line that could not be parsed.
 pub fn transaction_ends(cluster: &Cluster, from: Lsn, to: Lsn) -> Result<Vec<TransactionRecord>> {
     let text = succeed(pg_waldump(cluster, from, to)?.args(["-r", "Transaction"]))?;
     let mut found = Vec::new();
@@ -77,10 +78,10 @@ pub fn transaction_ends(cluster: &Cluster, from: Lsn, to: Lsn) -> Result<Vec<Tra
     Ok(found)
 }
 
-/// The start of every record of timeline 1 in `[from, to)`.
+/// Returns the start of every record of timeline 1 in `[from, to)`.
 ///
 /// # Errors
-/// What `pg_waldump` said.
+/// The message of `pg_waldump`.
 pub fn records(cluster: &Cluster, from: Lsn, to: Lsn) -> Result<Vec<Lsn>> {
     let text = succeed(&mut pg_waldump(cluster, from, to)?)?;
     Ok(text.lines().filter_map(lsn_of).collect())
@@ -100,7 +101,7 @@ fn transaction(line: &str) -> Result<Option<TransactionRecord>> {
         "COMMIT" => Kind::Commit,
         "COMMIT_PREPARED" => Kind::CommitPrepared,
         "PREPARE" => Kind::Prepare,
-        // ASSIGNMENT and INVALIDATION tell of running transactions.
+        // ASSIGNMENT and INVALIDATION concern running transactions.
         _ => return Ok(None),
     };
     let (_, xid) = line.split_once("tx:").context("it has no transaction")?;

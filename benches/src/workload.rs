@@ -1,5 +1,4 @@
-//! [`Mix`]: clients that commit, abort, use subtransactions and prepare transactions as fast as they can, so that commits
-//! race for their place in the WAL. Each transaction writes its own number; the clients remember it outside PostgreSQL.
+//! [`Mix`]: clients that commit, abort, use subtransactions and prepare transactions as fast as possible, so that commits race for their place in the WAL. Each transaction writes its own number, and the clients remember it outside of PostgreSQL.
 
 use std::{
     sync::{
@@ -14,12 +13,12 @@ use postgres::Client;
 
 use crate::cluster::connect;
 
-/// What a client remembers of a transaction that it began.
+/// A client's record of a transaction that it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Begun {
-    /// The number that it wrote into table `done`.
+    /// The number written into table `done`.
     pub xid: u32,
-    /// Whether PostgreSQL acknowledged its commit; `false` for what was rolled back or left prepared.
+    /// Whether PostgreSQL acknowledged its commit. False if it was rolled back or left prepared.
     pub committed: bool,
 }
 
@@ -31,10 +30,11 @@ pub struct Mix {
 }
 
 impl Mix {
-    /// Makes table `done` and starts clients. The server needs `max_prepared_transactions` of twice their number.
+    /// Creates table `done` and starts clients. The server needs `max_prepared_transactions` of
+    /// twice their number.
     ///
     /// # Errors
-    /// What PostgreSQL said.
+    /// The server's message.
     pub fn start(conninfo: &str, clients: u32) -> Result<Self> {
         connect(conninfo)?
             .batch_execute("CREATE TABLE IF NOT EXISTS done (xid bigint, part int)")?;
@@ -47,10 +47,10 @@ impl Mix {
         Ok(Self { stop, clients })
     }
 
-    /// Ends the clients and returns what they remember.
+    /// Stops the clients and returns their records.
     ///
     /// # Errors
-    /// The first that failed.
+    /// The first failure.
     pub fn finish(self) -> Result<Vec<Begun>> {
         self.stop.store(true, Ordering::Relaxed);
         let mut all = Vec::new();
@@ -88,7 +88,8 @@ fn transaction(connection: &mut Client, client: u32, turn: u32) -> Result<Begun>
             ("COMMIT".to_owned(), true)
         }
         6 => ("ROLLBACK".to_owned(), false),
-        // One for each client stays in doubt for good; all others are ended in their next breath.
+        // One for each client stays in doubt permanently. All others are ended immediately
+        // afterwards.
         9 if turn == 25 => (format!("PREPARE TRANSACTION '{gid}'"), false),
         9 => {
             connection.batch_execute(&format!("PREPARE TRANSACTION '{gid}'"))?;

@@ -1,8 +1,9 @@
 //! `archive_command` and `restore_command` as PostgreSQL itself runs them, segment by segment.
 //!
-//! A push: as segments are written, ours while the daemon streams the same WAL, which is how it is meant to be used; one at a
-//! time on a server that then rests: what is measured is the command, not a queue. A fetch: in a recovery, which replays
-//! between two of them; ours without a plan, as whoever writes the line by hand has it.
+//! Push: as segments are written, with our daemon streaming the same WAL, which is the intended
+//! use. One segment at a time on a server that is then idle, so that the command is measured and
+//! not a queue. Fetch: in a recovery, with replay between two of them; ours without a plan, as in a
+//! hand-written `restore_command`.
 
 use std::{
     fs,
@@ -21,13 +22,13 @@ use crate::{
     programs::{command, ours, succeed},
 };
 
-/// Tells how long the command behind it took.
+/// Records the duration of the command that follows.
 const STOPWATCH: &str = "#!/bin/bash\nlog=$1; shift\nbegan=$EPOCHREALTIME\n\"$@\"\ncode=$?\nended=$EPOCHREALTIME\n\
                          echo \"$((${ended/./} - ${began/./})) $code\" >>\"$log\"\nexit $code\n";
-/// Segments before the clock counts: the first finds nothing in any cache.
+/// The segments before timing starts: the first one finds cold caches.
 const WARM_UP: usize = 2;
 
-/// Every way in turn; the median of its segments.
+/// Runs each variant in turn. Records the median of its segments.
 pub(super) fn pushes(bin: &Path, segments: usize, passes: &mut Vec<Pass>) -> Result<()> {
     let settings = "shared_buffers = 256MB\nfsync = off\nsynchronous_commit = off\nmax_wal_size = 4GB\n\
                     autovacuum = off\narchive_mode = on\narchive_command = '/bin/true'\n";
@@ -74,7 +75,7 @@ pub(super) fn pushes(bin: &Path, segments: usize, passes: &mut Vec<Pass>) -> Res
     daemon.stop()
 }
 
-/// Every way in turn; the median of the segments of one recovery.
+/// Runs each variant in turn. Records the median of the segments of one recovery.
 pub(super) fn fetches(scene: &Scene, bin: &Path, passes: &mut Vec<Pass>) -> Result<()> {
     let watch = Stopwatch::new(&scene.place)?;
     let wal_fetch = format!(
@@ -89,7 +90,8 @@ pub(super) fn fetches(scene: &Scene, bin: &Path, passes: &mut Vec<Pass>) -> Resu
     ] {
         let timed = watch.timed(&restore_command)?;
         scene.recovery(bin, name, Some(&timed), OUR_START)?;
-        // Others are what the archive does not have: a history file, the segment behind the last.
+        // Other requests are for files that the archive does not have: a history file, the segment
+        // after the last one.
         let delivered = watch.taken()?.into_iter().filter(|(_, code)| code == "0");
         note(
             passes,
@@ -106,7 +108,7 @@ fn median(mut seconds: Vec<f64>) -> Result<f64> {
     middle.copied().context("no segment")
 }
 
-/// A program before a command, and what it wrote down.
+/// A program that wraps a command, and its log.
 struct Stopwatch {
     program: PathBuf,
     log: PathBuf,
@@ -121,7 +123,7 @@ impl Stopwatch {
         Ok(Self { program, log })
     }
 
-    /// Forgets what was taken, and puts itself before a command.
+    /// Clears the log and returns the wrapped command.
     fn timed(&self, command: &str) -> Result<String> {
         if self.log.exists() {
             fs::remove_file(&self.log)?;
@@ -130,7 +132,7 @@ impl Stopwatch {
         Ok(format!("{program} {log} {command}"))
     }
 
-    /// Seconds and exit code of each run.
+    /// Returns the seconds and the exit code of each run.
     fn taken(&self) -> Result<Vec<(f64, String)>> {
         if !self.log.exists() {
             return Ok(Vec::new());
@@ -150,7 +152,7 @@ struct Live<'a> {
 }
 
 impl Live<'_> {
-    /// Seconds of each push.
+    /// Returns the seconds of each push.
     fn segments(&self, archive_command: &str, count: usize) -> Result<Vec<f64>> {
         let mut sql = self.cluster.connect()?;
         let quoted = archive_command.replace('\'', "''");
@@ -160,7 +162,8 @@ impl Live<'_> {
         while self.taken()?.len() < count + WARM_UP {
             let pushed = self.taken()?.len();
             let began = Instant::now();
-            // A hundredth of the accounts at a time, until a segment is full and was pushed.
+            // Updates a hundredth of the accounts at a time, until a segment is full and was
+            // pushed.
             while self.taken()?.len() == pushed {
                 if !self.waits()? {
                     sql.batch_execute(&format!(
@@ -177,7 +180,7 @@ impl Live<'_> {
         Ok(self.taken()?.split_off(WARM_UP))
     }
 
-    /// Whether a segment is to be pushed.
+    /// Returns true if a segment waits to be pushed.
     fn waits(&self) -> Result<bool> {
         let marks = fs::read_dir(self.cluster.data().join("pg_wal/archive_status"))?;
         Ok(marks

@@ -1,4 +1,4 @@
-//! `make bench`: `archive_command` and `restore_command` beside pgBackRest and `cp`.
+//! `make bench`: compares our `archive_command` and `restore_command` with pgBackRest's and `cp`.
 #![expect(clippy::print_stdout, reason = "it reports to a person")]
 
 use anyhow::Result;
@@ -16,7 +16,7 @@ fn main() -> Result<()> {
         }
         Ok(())
     })?;
-    // The newest that the pgBackRest of Debian 12 knows.
+    // The newest version that the pgBackRest of Debian 12 supports.
     let bin = server(15)?;
     let measured = job.measure(&bin, &|text| println!("{text}"))?;
     println!("\n{}", measured.tables());

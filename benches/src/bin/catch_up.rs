@@ -1,4 +1,4 @@
-//! `make bench`: catch-up streaming beside `pg_receivewal`, in one run, as ratios.
+//! `make bench`: compares catch-up streaming with `pg_receivewal` in one run, as ratios.
 #![expect(clippy::print_stdout, reason = "it reports to a person")]
 
 use anyhow::Result;

@@ -1,4 +1,5 @@
-//! `make bench`: the latency of a commit that waits for us, beside `pg_receivewal --synchronous`, as ratios.
+//! `make bench`: compares the latency of a commit that waits for the archiver with `pg_receivewal
+//! --synchronous`, as ratios.
 #![expect(clippy::print_stdout, reason = "it reports to a person")]
 
 use anyhow::Result;

@@ -1,4 +1,4 @@
-//! `make demo`: the main job, for a person to watch. Ends by itself and cleans up after itself.
+//! `make demo`: runs the main job for a person to watch. Ends by itself and cleans up.
 #![expect(clippy::print_stdout, reason = "it is a demonstration")]
 
 use std::{
@@ -14,7 +14,7 @@ use benches::{
 };
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// What the job tells of itself on its way.
+/// The number of steps that the job reports.
 const STEPS: u64 = 12;
 
 fn main() -> Result<()> {
@@ -81,7 +81,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The dashboard's usual address, or any other while somebody has it.
+/// The dashboard's usual address, or any other if that is in use.
 fn http_address() -> &'static str {
     const USUAL: &str = "127.0.0.1:8432";
     match TcpListener::bind(USUAL) {
