@@ -1,4 +1,5 @@
-//! Certificates for a server and its clients, made by the `openssl` command as an administrator makes them.
+//! Certificates for a server and its clients, created with the `openssl` command as an
+//! administrator would.
 
 use std::{
     fs,
@@ -13,7 +14,7 @@ use crate::support::{owned_dir, server_user, succeed};
 
 const EC_KEY: [&str; 4] = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"];
 
-/// A directory of them; gone when dropped.
+/// A directory of certificates, removed when dropped.
 pub(crate) struct Certificates {
     dir: TempDir,
 }
@@ -40,7 +41,7 @@ impl Certificates {
             &["-sha512"],
             Some("subjectAltName=DNS:*.example,IP:127.0.0.1"),
         );
-        // As in PostgreSQL's manual: a common name only, and X.509 version 1.
+        // As in PostgreSQL's manual: only a common name, and X.509 version 1.
         made.signed("common", "/CN=localhost", "ca", &["-sha384"], None);
         made.signed(
             "expired",
@@ -84,7 +85,7 @@ impl Certificates {
         self.dir.path().join(name)
     }
 
-    /// A path as conninfo wants it.
+    /// Returns a path in the form that conninfo needs.
     pub(crate) fn shown(&self, name: &str) -> String {
         self.path(name).display().to_string()
     }
@@ -145,7 +146,7 @@ impl Certificates {
         self.give_away(&private);
     }
 
-    /// A list without an entry, and one with the server's certificate on it.
+    /// Creates an empty revocation list, and one with the server's certificate.
     fn revocations(&self) {
         fs::write(self.path("index.txt"), "").expect("a file");
         fs::write(self.path("crlnumber"), "01\n").expect("a file");
@@ -162,7 +163,7 @@ impl Certificates {
         self.openssl(&[&ca[..], &["-gencrl", "-out", "revoked.crl"]].concat());
     }
 
-    /// The server's user must be able to read a key, and nobody else.
+    /// Only the server's user may read a key.
     fn give_away(&self, key: &str) {
         let path = self.path(key);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("chmod");
@@ -172,7 +173,7 @@ impl Certificates {
     }
 }
 
-/// Makes a file that others can not read.
+/// Creates a file that others cannot read.
 pub(crate) fn private_file(path: &Path, content: &str) {
     fs::write(path, content).expect("a file");
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).expect("chmod");

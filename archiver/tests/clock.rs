@@ -1,10 +1,11 @@
-//! An archiver whose host has a wrong clock: what it shows and what it archives follows the server's.
+//! An archiver whose host has a wrong clock: the displayed and archived times follow the server's
+//! clock.
 
 use std::process::Command;
 
 use crate::support::{Place, Server, postgres_bin, store_goes_down, wait_flushed, wait_until};
 
-/// What `faketime` of Debian preloads into a program with threads.
+/// The library that Debian's `faketime` preloads into a program with threads.
 fn library() -> Option<String> {
     let folders = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu"];
     let found = folders.map(|folder| format!("{folder}/faketime/libfaketimeMT.so.1"));
@@ -21,7 +22,7 @@ fn library() -> Option<String> {
     found
 }
 
-/// What the archiver shows.
+/// The archiver's report.
 fn report(answer: &str) -> serde_json::Value {
     let (_, body) = answer.split_once("\r\n\r\n").expect("an answer");
     let all: serde_json::Value = serde_json::from_str(body).expect("JSON");
@@ -62,7 +63,8 @@ fn the_rpo_and_the_window_follow_the_servers_clock() {
         let theirs = server.sql("SELECT to_char(now() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24')");
         assert_ne!(ours, theirs, "the archiver's clock is not wrong");
 
-        // What is not stored counts from when the server had it, not from what the two clocks say.
+        // The age of unstored WAL counts from the time when the server wrote it, not from the
+        // difference between the clocks.
         let comes_back = store_goes_down(&place);
         server.write_wal(10);
         wait_until("something would be lost", || rpo(&shown()) > Some(0.0));

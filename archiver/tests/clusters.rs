@@ -1,5 +1,5 @@
-//! Many clusters in one daemon, and its signals: one that fails harms no other one, a changed configuration touches only what
-//! it changes, systemd is told.
+//! Many clusters in one daemon, and its signals: a cluster that fails does not affect the others, a
+//! changed configuration affects only the changed clusters, and systemd is notified.
 
 use std::{
     fmt::Write as _,
@@ -17,7 +17,7 @@ use crate::support::{
     Archiver, Place, Server, postgres_bin, run_command, wait_flushed, wait_until,
 };
 
-/// A configuration file and what it names, each cluster with a repository of its own.
+/// A configuration file and its directories. Each cluster has its own repository.
 struct Site {
     dir: TempDir,
     tables: Vec<(&'static str, String)>,
@@ -100,7 +100,7 @@ fn streams(archiver: &Archiver, cluster: &str) {
     shows(archiver, cluster, "\"stream_connected\":true");
 }
 
-/// What it writes now is flushed here.
+/// WAL that it writes now is flushed here.
 fn is_archived(server: &Server) {
     server.write_wal(1200);
     wait_flushed(server, server.lsn());
@@ -147,7 +147,8 @@ fn a_cluster_that_fails_harms_no_other_one() {
         streams(&archiver, cluster);
     }
     shows(&archiver, "stranger", "\"state\":\"broken\"");
-    // One is down, one's store is away until its spool is full, one comes back with another past.
+    // One server is down, one store is away until its spool is full, one server comes back with a
+    // different past.
     down.down("immediate");
     is_archived(&back);
     goes_away(&site.repository("full"));
@@ -166,13 +167,13 @@ fn a_cluster_that_fails_harms_no_other_one() {
     is_archived(&good);
     assert_eq!(good.sql(pid), before, "its stream was never interrupted");
     assert!(archiver.is_running());
-    // What can mend itself does.
+    // Clusters that can recover do.
     down.up();
     streams(&archiver, "down");
     is_archived(&down);
     comes_back(&site.repository("full"));
     wait_flushed(&full, full.lsn());
-    // The exit code tells of the first that could not go on.
+    // The exit code reports the first cluster that could not continue.
     archiver.signal(Signal::TERM);
     assert_eq!(archiver.wait().code(), Some(2));
     for cluster in ["good", "down", "full"] {
@@ -303,7 +304,7 @@ fn a_second_signal_ends_at_once_and_nothing_is_lost() {
     assert_eq!(archiver.wait().code(), Some(5));
     assert!(archiver.log().contains("do not delete the spool"));
     comes_back(&place.repository());
-    // With the server gone only the spool has it.
+    // With the server gone only the spool has this WAL.
     server.down("immediate");
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("not streaming");

@@ -1,4 +1,5 @@
-//! Connections to real servers: every authentication over every transport, certificates good and bad, lists of hosts.
+//! Connections to real servers: every authentication method over every transport, valid and invalid
+//! certificates, lists of hosts.
 
 use std::{
     fs,
@@ -82,7 +83,7 @@ impl Secured {
         secured
     }
 
-    /// Restarts with settings appended.
+    /// Restarts the server with additional settings.
     pub(crate) fn restart(&self, settings: &str) {
         self.server.down("fast");
         self.server.configure_more(settings);
@@ -112,7 +113,7 @@ impl Secured {
             .block_on(ReplicationClient::connect(&info, ConnectionMode::Physical))
     }
 
-    /// What the server's superuser sees; without psql, whose start takes longer than all the rest.
+    /// Queries the server as superuser, without psql, whose start would take most of the time.
     fn query(&self, sql: &str) -> String {
         let info = ConnInfo::parse(&self.server.conninfo()).expect("it parses");
         let rows = self.runtime.block_on(async {
@@ -125,7 +126,7 @@ impl Secured {
         rows[0][0].clone().unwrap_or_default()
     }
 
-    /// Whether the connection is encrypted, as the server sees it.
+    /// Returns true if the server sees the connection as encrypted.
     fn is_encrypted(&self, conninfo: &str) -> bool {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!("test-{}", NEXT.fetch_add(1, Ordering::Relaxed));
@@ -281,7 +282,7 @@ fn certificates_are_believed_as_libpq_believes_them() {
         &secured.tcp("user=u_plain sslmode=require"),
         "pg_hba.conf needs a line",
     );
-    // With prefer an authority that is not believed is a reason to go without, as in libpq.
+    // With `prefer` an untrusted authority leads to an unencrypted connection, as in libpq.
     let prefer = secured.tcp(&format!("user=u_scram password=S3CRET {other}"));
     assert!(!secured.is_encrypted(&prefer));
 
@@ -330,7 +331,7 @@ fn scram_is_bound_to_the_servers_certificate() {
     let secured = Secured::start(&bin);
     let scram = |settings: &str| secured.tcp(&format!("user=u_scram password=S3CRET {settings}"));
     let bound = scram("sslmode=require channel_binding=require require_auth=scram-sha-256");
-    // SHA-256, SHA-384 and SHA-512 by ECDSA, and RSA-PSS, which names its hash elsewhere.
+    // ECDSA with SHA-256, SHA-384 and SHA-512, and RSA-PSS, which names its hash elsewhere.
     for name in ["server", "common", "wild", "pss"] {
         secured.present(name);
         assert!(secured.is_encrypted(&bound), "{name}");
@@ -357,7 +358,7 @@ fn scram_is_bound_to_the_servers_certificate() {
     secured.refusal(&scram("require_auth=md5"), "require_auth forbids");
     let trusted = secured.tcp("user=u_trust require_auth=!none");
     secured.refusal(&trusted, "lets everybody in");
-    // Ed25519 has no hash to bind to.
+    // Ed25519 has no hash for channel binding.
     secured.present("ed25519");
     assert!(secured.is_encrypted(&scram("sslmode=require")));
     secured.refusal(&bound, "channel_binding=require");
@@ -486,7 +487,7 @@ fn of_several_hosts_the_first_that_fits_is_taken() {
     );
     assert_eq!(nowhere.exit_kind() as u8, 5);
 
-    // The server has nothing to stream at the point where its history leaves a timeline.
+    // The server has nothing to stream at the LSN where its history leaves a timeline.
     standby.promote();
     let mut client = connect(&standby.conninfo()).expect("it is there");
     let second = TimelineId::new(2).expect("a timeline");

@@ -1,4 +1,5 @@
-//! What a user writes as conninfo, right and wrong, through the programs: files and variables, one clear line for each mistake.
+//! Connection strings as a user writes them, correct and wrong, through the programs: files and
+//! variables, and one clear line for each mistake.
 
 use std::{fs, os::unix::fs::PermissionsExt, rc::Rc};
 
@@ -137,7 +138,7 @@ fn bad_input_is_one_clear_line_with_its_exit_code() {
         );
     }
 
-    // A password file that others can read is not used, and that is said.
+    // A password file that others can read is ignored, with a message.
     let passwords = place.spool().with_extension("pgpass");
     private_file(&passwords, "*:*:*:u_scram:S3CRET\n");
     let scram = format!("{tcp} user=u_scram");
@@ -205,7 +206,7 @@ fn a_role_that_may_only_replicate_is_enough() {
         };
         let before = check();
         assert!(before.contains("note  SQL connection: refused"), "{before}");
-        // Twice: the slot is made, then found.
+        // Twice: the slot is created, then found.
         for round in 0..2 {
             let archiver = place.run(&conninfo);
             archiver.wait_for_log("streaming");

@@ -1,4 +1,5 @@
-//! kill -9 at random moments under load: archived bytes equal the server's, none is missing.
+//! kill -9 at random moments under load: the archived bytes equal the server's, and none is
+//! missing.
 
 use std::{env, thread::sleep, time::Duration};
 

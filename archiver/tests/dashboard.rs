@@ -1,5 +1,6 @@
-//! The dashboard over a real archiver and server: every light is broken once and recovers, the page is driven in a browser,
-//! the rules and the board name only what is emitted, and strangers' connections do not disturb the stream.
+//! The dashboard of a real archiver and server: every light is broken once and recovers, the page
+//! is driven in a browser, the rules and the board name only emitted metrics, and other clients'
+//! connections do not disturb the stream.
 
 mod browser;
 mod emitted;
@@ -64,7 +65,7 @@ fn outcome(kind: OutcomeKind, passed: bool) -> Outcome {
     }
 }
 
-/// Leaves an outcome in the repository, as whoever drills will.
+/// Stores an outcome in the repository, as a drill does.
 fn record(place: &Place, outcome: &Outcome) {
     let url = format!("file://{}", place.repository().display());
     let repository = Repository::open(

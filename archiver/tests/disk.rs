@@ -1,5 +1,6 @@
-//! A disk that fails an fsync, or stands still: nothing of what failed is believed, nothing is acknowledged too early, the
-//! connection lives, and it goes on by itself. What was acknowledged is on the disk after a power loss at any moment.
+//! A disk that fails an fsync, or hangs: data of a failed fsync is not trusted, nothing is
+//! acknowledged too early, the connection stays open, and archiving continues automatically.
+//! Acknowledged WAL is on the disk after a power loss at any moment.
 
 use std::{
     fs,
@@ -13,8 +14,9 @@ use wal_format::{Lsn, SegmentSize, WalFileName};
 
 use crate::support::{Archiver, Place, Server, postgres_bin, store_goes_down, wait_flushed};
 
-/// A file system whose disk is an image on a small tmpfs. When that is full the kernel takes writes, can not write them back,
-/// says so to one fsync, and forgets: what it shows from then on is not what the disk has.
+/// A file system whose disk is an image on a small tmpfs. When the tmpfs is full, the kernel
+/// accepts writes, cannot write them back, reports that to one fsync, and drops the data. From then
+/// on reads return data that the disk does not have.
 struct FailingDisk {
     dir: TempDir,
     has_journal: bool,
@@ -43,7 +45,7 @@ impl FailingDisk {
                     ["-O", "^has_journal"].as_slice()
                 })
                 .arg(&image))
-            // The file system's own blocks never fail, only the data's.
+            // The file system's own blocks never fail, only data blocks.
             && (!has_journal || run(Command::new("fallocate").args(["-l", "6M"]).arg(&image)))
             && disk.attach();
         if !made {
@@ -69,7 +71,8 @@ impl FailingDisk {
             .args(["-o", "loop,errors=continue"])
             .arg(self.image())
             .arg(self.path()));
-        // A loop device calls a write that was cut short by a full disk a success: one page is written or fails whole.
+        // A loop device reports a write that a full disk cut short as a success. Therefore one page
+        // is written or fails as a whole.
         let source = Command::new("findmnt")
             .args(["-n", "-o", "SOURCE"])
             .arg(self.path())
@@ -79,20 +82,22 @@ impl FailingDisk {
         mounted && fs::write(format!("/sys/block/{name}/queue/max_sectors_kb"), "4").is_ok()
     }
 
-    /// Lets every write to it hang, or go on.
+    /// Makes every write to it hang, or lets them continue.
     fn freeze(&self, freeze: bool) -> bool {
         let how = if freeze { "-f" } else { "-u" };
         run(Command::new("fsfreeze").arg(how).arg(self.path()))
     }
 
-    /// What a power loss at this moment leaves: what the disk has now, checked and mounted elsewhere. Compares the spool in it
-    /// with the server's files: every byte that was acknowledged is there.
+    /// Simulates a power loss at this moment: the current content of the disk, checked and mounted
+    /// elsewhere. Compares the spool on it with the server's files: every acknowledged byte is
+    /// there.
     fn assert_survives_power_loss(&self, server: &Server, archiver: &Archiver, acknowledged: Lsn) {
         if !self.has_journal {
-            // Without one fdatasync forgets the size of a file (Linux before 7.0), which only an unmount brings to the disk.
+            // Without a journal fdatasync does not persist the size of a file (Linux before 7.0);
+            // only an unmount does.
             return;
         }
-        // A copy takes time, and has to be of one moment.
+        // A copy takes time and has to be of a single moment.
         archiver.signal(Signal::STOP);
         std::thread::sleep(std::time::Duration::from_millis(200));
         let aside = tempfile::tempdir().expect("a directory");
@@ -128,14 +133,15 @@ impl FailingDisk {
 
 impl Drop for FailingDisk {
     fn drop(&mut self) {
-        // A frozen one can not be unmounted.
+        // A frozen file system cannot be unmounted.
         self.freeze(false);
         run(Command::new("umount").arg(self.path()));
         run(Command::new("umount").arg(self.backing()));
     }
 }
 
-/// Compares the spool's files in a directory with the server's; from where to where they go without a hole.
+/// Compares the spool's files in a directory with the server's. Returns the range that they cover
+/// without a hole.
 fn spool_equals_pg_wal(spool: &Path, server: &Server) -> (Lsn, Lsn) {
     let size = SegmentSize::new(1 << 20).expect("1 MiB");
     let branches = spool.join("main/wal");
@@ -159,7 +165,7 @@ fn spool_equals_pg_wal(spool: &Path, server: &Server) -> (Lsn, Lsn) {
         let theirs = fs::read(server.data().join("pg_wal").join(stem)).expect("the server's");
         let equal = ours.iter().zip(&theirs).take_while(|(a, b)| a == b).count();
         let start = segment.segment(size).expect("a segment").start_lsn(size);
-        // A torn end counts up to where it is the server's.
+        // A torn end counts up to the last byte that equals the server's.
         assert!(is_partial || equal == size.len(), "{name}: {equal} bytes");
         let end = start.add(equal as u64);
         found = match found {
@@ -207,7 +213,7 @@ fn fail_an_fsync(disk: Option<FailingDisk>) {
     archiver.wait_for_log("INFO streaming");
     server.write_wal(100);
     wait_flushed(&server, server.lsn());
-    // The store is away, so all that comes stays on this disk.
+    // The store is away, so all WAL stays on this disk.
     let comes_back = store_goes_down(&place);
     server.write_wal(12_000);
     let lsn = server.lsn();
@@ -223,14 +229,15 @@ fn fail_an_fsync(disk: Option<FailingDisk>) {
     assert!(told < lsn, "what is not durable was acknowledged");
     disk.assert_survives_power_loss(&server, &archiver, told);
     disk.mend();
-    // The stages start anew by themselves, from what the disk shows and the server still has, without the store.
+    // The stages restart automatically, from the disk's content and the WAL that the server still
+    // has, without the store.
     wait_flushed(&server, lsn);
     disk.assert_survives_power_loss(&server, &archiver, lsn);
     server.write_wal(1000);
     let lsn = server.lsn();
     wait_flushed(&server, lsn);
     disk.assert_survives_power_loss(&server, &archiver, lsn);
-    // The same with the kernel's memory of it gone, which is what a reboot leaves.
+    // The same after a reboot, when the kernel's cached data is gone.
     archiver.kill();
     assert!(run(Command::new("umount").arg(disk.path())) && disk.attach());
     let (_, end) = spool_equals_pg_wal(&disk.path(), &server);
@@ -267,11 +274,11 @@ fn a_disk_that_stands_still_does_not_cost_the_connection() {
         return;
     }
     server.write_wal(2000);
-    // As two minutes are to PostgreSQL's usual timeout of one.
+    // Compares to two minutes with PostgreSQL's default timeout of one minute.
     std::thread::sleep(std::time::Duration::from_secs(3));
     let replication = "SELECT pid, flush_lsn < pg_current_wal_flush_lsn() FROM pg_stat_replication";
     let meanwhile = server.sql(replication);
-    // Before anything can fail: an archiver with a write under way can not even be killed.
+    // Before anything can fail: an archiver with a pending write cannot even be killed.
     assert!(disk.freeze(false));
     assert_eq!(meanwhile, format!("{pid}|t"));
     let lsn = server.lsn();
@@ -301,7 +308,7 @@ fn without_room_for_a_copy_what_was_acknowledged_survives_a_power_loss_too() {
     wait_flushed(&server, server.lsn());
     archiver.kill();
     let told = acknowledged(&server);
-    // To the last block, and then some.
+    // Fills the disk to the last block.
     let mut filler = fs::File::create(disk.path().join("filler")).expect("a file");
     let zeros = vec![1; 4096];
     while std::io::Write::write_all(&mut filler, &zeros).is_ok() {}

@@ -1,5 +1,5 @@
-//! A server that is not the one that was archived: it lost WAL, went another way on the same timeline, or is a new cluster.
-//! Nothing is overwritten or mixed, the light is red, and the remedy is named.
+//! A server that differs from the archived one: it lost WAL, diverged on the same timeline, or is a
+//! new cluster. Nothing is overwritten or mixed, the light is red, and the remedy is named.
 
 use std::{collections::BTreeMap, fs, path::PathBuf, process::Command};
 
@@ -7,7 +7,7 @@ use wal_format::Lsn;
 
 use crate::support::{Archiver, Place, Server, postgres_bin, wait_flushed};
 
-/// Every object with its bytes.
+/// Returns every object with its bytes.
 fn objects(place: &Place) -> BTreeMap<PathBuf, Vec<u8>> {
     let files = place.files_below("/");
     files
@@ -23,7 +23,7 @@ fn objects(place: &Place) -> BTreeMap<PathBuf, Vec<u8>> {
         .collect()
 }
 
-/// What was there is there, byte for byte.
+/// Checks that all earlier objects still exist with the same bytes.
 fn assert_untouched(place: &Place, before: &BTreeMap<PathBuf, Vec<u8>>) {
     let now = objects(place);
     for (path, content) in before {
@@ -36,7 +36,8 @@ fn copy(from: &std::path::Path, to: &std::path::Path) {
     assert!(status.expect("cp runs").success());
 }
 
-/// A server that is set back to an older copy of its data directory, and what is archived of the time after the copy.
+/// Returns a server that was set back to an older copy of its data directory, and the archived
+/// objects of the time after the copy.
 fn set_back() -> Option<(Server, Place, BTreeMap<PathBuf, Vec<u8>>)> {
     let bin = postgres_bin()?;
     let server = Server::start(&bin, "");
@@ -64,7 +65,7 @@ fn a_server_set_back_to_a_snapshot_is_refused_behind_and_ahead_of_what_was_archi
     let Some((server, place, archived)) = set_back() else {
         return;
     };
-    // Behind: it ends before what it once acknowledged.
+    // Behind: it ends before WAL that it once acknowledged.
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("the server lost WAL");
     let status = archiver.get("/api/v1/clusters");
@@ -93,7 +94,7 @@ fn a_server_set_back_to_a_snapshot_is_refused_behind_and_ahead_of_what_was_archi
     place.verify("host=/nonexistent");
 }
 
-/// Fills the open segment, and waits until the archive ends exactly where the next one begins.
+/// Fills the open segment and waits until the archive ends exactly where the next one begins.
 fn archive_to_a_boundary(server: &Server, archiver: &Archiver, mib: u32) -> Lsn {
     archiver.wait_for_log("INFO streaming");
     insert(server, 'a');
@@ -136,7 +137,7 @@ fn meet_between_two_segments(mib: u32) {
     fs::remove_dir_all(server.data()).expect("the data directory goes");
     copy(&snapshot, &server.data());
     server.up();
-    // Records of the same lengths: not even `xl_prev` tells the two apart.
+    // Records of the same lengths: not even `xl_prev` distinguishes them.
     insert(&server, 'b');
     server.sql("SELECT pg_switch_wal()");
     insert(&server, 'b');
@@ -190,7 +191,7 @@ fn a_cluster_made_anew_is_refused_and_begins_an_epoch_only_on_the_operators_word
     archiver.wait_for_log("INFO streaming");
     server.write_wal(1500);
     wait_flushed(&server, server.lsn());
-    // The daemon lives through the exchange of its server: red, and no end.
+    // The daemon survives the replacement of its server: red, but running.
     let archived = objects(&place);
     server.down("immediate");
     fs::remove_dir_all(server.data()).expect("the data directory goes");
@@ -204,7 +205,7 @@ fn a_cluster_made_anew_is_refused_and_begins_an_epoch_only_on_the_operators_word
     assert_untouched(&place, &archived);
 
     let system = server.sql("SELECT system_identifier FROM pg_control_system()");
-    // What the killed daemon left in the spool reaches the old epoch first.
+    // WAL that the killed daemon left in the spool is stored in the old epoch first.
     let mut begin = place.command(&server.conninfo());
     begin.args(["epoch", "begin", "--system-identifier", &system]);
     let output = begin.output().expect("it runs");

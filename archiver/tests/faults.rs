@@ -1,4 +1,4 @@
-//! Bad input and bad luck: one clear line each, the contract's exit code, nothing overwritten.
+//! Bad input and failures: one clear line each, the contract's exit code, nothing overwritten.
 
 use std::{fs, os::unix::fs::PermissionsExt, process::Command, thread::sleep, time::Duration};
 
@@ -6,7 +6,7 @@ use rustix::process::Signal;
 
 use crate::support::{Place, Server, postgres_bin, wait_flushed};
 
-/// Runs `run` until it ends by itself; its exit code and log.
+/// Runs `run` until it ends. Returns its exit code and log.
 fn ends(place: &Place, conninfo: &str) -> (Option<i32>, String) {
     let mut archiver = place.run(conninfo);
     let code = archiver.wait().code();

@@ -1,5 +1,5 @@
-//! WAL that the server removed before it was archived: asked for elsewhere, or declared lost with a backup behind it.
-//! Each ends streaming again without a person.
+//! WAL that the server removed before it was archived: obtained from other servers, or declared
+//! lost with a backup after it. In each case streaming continues automatically.
 
 use std::{fs, process::Command};
 
@@ -7,11 +7,12 @@ use crate::support::{
     Archiver, Place, Server, postgres_bin, store_goes_down, succeed, wait_flushed, wait_until,
 };
 
-/// A server that keeps no more WAL than its slots make it keep.
+/// A server that keeps only the WAL that its slots retain.
 const KEEPS_NOTHING: &str =
     "wal_keep_size=0\nmax_wal_size=2MB\nmin_wal_size=2MB\nmax_slot_wal_keep_size=1MB";
 
-/// Archives a little, stops, and lets the server invalidate the slot and remove WAL that was never archived.
+/// Archives a little, stops, and lets the server invalidate the slot and remove WAL that was never
+/// archived.
 fn fall_behind(place: &Place, server: &Server, archiver: Archiver) {
     server.write_wal(2300);
     wait_flushed(server, server.lsn());
@@ -29,7 +30,7 @@ fn fall_behind(place: &Place, server: &Server, archiver: Archiver) {
     assert!(place.sealed() >= 1);
 }
 
-/// `wal-archiver` with these keys in its configuration.
+/// Returns `wal-archiver` with these keys in its configuration.
 fn configured(place: &Place, server: &Server, keys: &str) -> Command {
     let configuration = place.spool().with_extension("toml");
     fs::write(&configuration, keys).expect("a configuration");
@@ -56,13 +57,13 @@ fn what_nobody_has_is_declared_lost_and_a_backup_behind_it_makes_the_archive_who
 
     let archiver = place.run_with(configured(&place, &server, "gap_grace = '3s'\n"));
     archiver.wait_for_log("a gap is detected");
-    // Looked for as long as was said, visibly.
+    // It searches for the configured time, visibly.
     wait_until("it waits", || {
         archiver.get("/api/v1/clusters").contains("\"waiting\"")
     });
     let status = archiver.get("/api/v1/clusters");
     assert!(status.contains("\"broken\""), "{status}");
-    // One loss is enough here.
+    // A single loss is enough here.
     server.sql("ALTER SYSTEM SET max_slot_wal_keep_size = '64MB'");
     server.sql("SELECT pg_reload_conf()");
     archiver.wait_for_log("is lost");
@@ -79,7 +80,7 @@ fn what_nobody_has_is_declared_lost_and_a_backup_behind_it_makes_the_archive_who
     assert!(verdict.contains("was declared lost"), "{verdict}");
     assert!(verdict.contains("no other gap"), "{verdict}");
 
-    // The declaration is believed after a restart, and after the loss of everything local.
+    // The declaration survives a restart and the loss of all local data.
     for wipe in [false, true] {
         if wipe {
             fs::remove_dir_all(place.spool()).expect("the spool goes");
@@ -106,7 +107,8 @@ fn a_gap_that_is_found_while_the_store_is_away_is_closed_when_it_is_back() {
     archiver.wait_for_log("archiving is interrupted");
     let status = archiver.get("/api/v1/clusters");
     assert!(status.contains("\"broken\""), "{status}");
-    // Whether it is one the repository decides: nothing is declared, nobody gives up.
+    // Only the repository can tell whether this is a gap: nothing is declared, and the archiver
+    // does not give up.
     assert!(!archiver.log().contains("is lost"));
     comes_back();
     the_gap_is_declared_and_left_behind(&place, &server, archiver);
@@ -125,7 +127,7 @@ fn a_gap_that_a_running_archiver_finds_without_its_store_is_closed_when_it_is_ba
     server.write_wal(2300);
     wait_flushed(&server, server.lsn());
     archiver.signal(rustix::process::Signal::STOP);
-    // A checkpoint would wait for the walsender of somebody who does not read.
+    // A checkpoint would wait for the walsender of a client that does not read.
     server.down("immediate");
     server.up();
     wait_until("the slot is lost", || {
@@ -147,7 +149,8 @@ fn a_gap_that_a_running_archiver_finds_without_its_store_is_closed_when_it_is_ba
     the_gap_is_declared_and_left_behind(&place, &server, archiver);
 }
 
-/// With its store again the archiver declares the loss once, and is whole and green without a person.
+/// When its store is back, the archiver declares the loss once and becomes complete and green
+/// automatically.
 fn the_gap_is_declared_and_left_behind(place: &Place, server: &Server, archiver: Archiver) {
     archiver.wait_for_log("is lost");
     archiver.wait_for_log("the archive is whole again");
@@ -167,7 +170,7 @@ fn a_standby_that_still_has_it_heals_the_gap() {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, KEEPS_NOTHING);
     let standby = Server::standby_of(&server);
-    // The standby keeps what the primary does not.
+    // The standby keeps WAL that the primary does not.
     standby.sql("ALTER SYSTEM SET wal_keep_size = '2GB'");
     standby.sql("SELECT pg_reload_conf()");
     let place = Place::new();
@@ -207,7 +210,7 @@ fn what_no_stream_gives_is_read_out_of_pg_wal() {
     wait_until("the standby has it all", || {
         standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
     });
-    // Replication is refused there from now on, SQL is not.
+    // Replication connections are refused there from now on, SQL is not.
     let hba = standby.data().join("pg_hba.conf");
     let rules = fs::read_to_string(&hba).expect("its rules");
     fs::write(&hba, format!("local replication all reject\n{rules}")).expect("it is written");
@@ -266,7 +269,7 @@ fn a_lost_spool_whose_wal_was_acknowledged_is_a_gap_with_its_range() {
     assert_eq!(archiver.terminate().code(), Some(0));
     assert_eq!(place.files_below("/gap/").len(), 1);
     let verdict = place.verify(&server.conninfo());
-    // Nothing can be restored from before the new backup, so that is where the proof begins.
+    // Nothing can be restored from before the new backup, so the proof begins there.
     assert!(verdict.contains("no gap"), "{verdict}");
 }
 

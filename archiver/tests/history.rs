@@ -1,5 +1,5 @@
-//! A timeline's history file that is missing or garbled in the repository: the plan refuses and never takes the timeline for one
-//! without a past; the server's own copy mends it.
+//! A timeline's history file that is missing or garbled in the repository: the plan refuses and
+//! never treats the timeline as one without a parent. The server's own copy repairs it.
 
 use std::{
     fs,
@@ -9,7 +9,7 @@ use std::{
 
 use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
 
-/// The plan to the end of the archive.
+/// Plans a restore to the end of the archive.
 fn plan(place: &Place) -> Output {
     let program = benches::programs::ours("pitr-restore").expect("it is built");
     let url = format!("file://{}", place.repository().display());
@@ -56,13 +56,13 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
     assert_eq!(copies.len(), 2, "{copies:?}");
     let sound = fs::read(&copies[0]).expect("a history file");
 
-    // One copy is enough, whatever has become of the other.
+    // One intact copy is enough.
     fs::write(&copies[0], "garbled").expect("it is garbled");
     assert_eq!(succeed("plan", &plan(&place)), content);
     fs::remove_file(&copies[0]).expect("it goes");
     assert_eq!(succeed("plan", &plan(&place)), content);
 
-    // Without any, or with nothing but garbage, there is no plan; and none that forgets timeline 1.
+    // Without an intact copy there is no plan, and in particular none that omits timeline 1.
     fs::remove_file(&copies[1]).expect("it goes");
     let refused = plan(&place);
     assert!(matches!(refused.status.code(), Some(3 | 4)), "{refused:?}");
@@ -75,7 +75,7 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
         fs::remove_file(copy).expect("it goes");
     }
 
-    // The server has it still.
+    // The server still has it.
     archive();
     assert_eq!(histories(&place), copies);
     assert_eq!(fs::read(&copies[0]).expect("a history file"), sound);

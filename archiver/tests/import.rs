@@ -1,4 +1,5 @@
-//! WAL that other tools archived: a folder of `cp`, one of `pg_receivewal`, and a pgBackRest repository's layout.
+//! WAL that other tools archived: a directory of `cp`, one of `pg_receivewal`, and a pgBackRest
+//! repository.
 
 use std::{
     fs,
@@ -9,7 +10,7 @@ use std::{
 use crate::support::{Place, Server, owned_dir, postgres_bin, succeed};
 
 const PGBACKREST: &str = "/usr/bin/pgbackrest";
-/// One for each way in which `pg_receivewal` compresses.
+/// One for each compression method of `pg_receivewal`.
 const SLOTS: [&str; 3] = ["theirs_plain", "theirs_gzip", "theirs_lz4"];
 const SHA1: &str = "da39a3ee5e6b4b0d3255bfef95601890afd80709";
 
@@ -61,7 +62,7 @@ fn wal_of_other_tools_is_taken_over_and_compared() {
     let count = segments().len();
     assert!(count >= 6, "{count}");
 
-    // A folder of cp, twice.
+    // A directory of cp, twice.
     let place = Place::new();
     let (code, said) = import(&place, &server, &[], copies.path());
     assert_eq!(code, Some(0));
@@ -80,7 +81,7 @@ fn wal_of_other_tools_is_taken_over_and_compared() {
 
     received_ones_are_taken_over(&server);
 
-    // pgBackRest's layout: a checksum in the name, zstd and LZ4, other files between.
+    // pgBackRest's layout: a checksum in the name, zstd and LZ4, other files in between.
     let backrest = owned_dir();
     let inner = backrest.path().join("archive/main/17-1/0000000100000000");
     fs::create_dir_all(&inner).expect("folders");
@@ -109,7 +110,7 @@ fn wal_of_other_tools_is_taken_over_and_compared() {
     differences_are_named(&server, &place, &segments()[2]);
 }
 
-/// Folders of `pg_receivewal`, plain and compressed by itself, with an incomplete last file.
+/// Directories of `pg_receivewal`, plain and compressed by itself, with an incomplete last file.
 fn received_ones_are_taken_over(server: &Server) {
     let output = server
         .psql(&server.conninfo(), "SELECT pg_current_wal_flush_lsn()")
@@ -142,11 +143,11 @@ fn received_ones_are_taken_over(server: &Server) {
     }
 }
 
-/// Repositories that pgBackRest itself has written, in each of its compressions.
+/// Repositories written by pgBackRest itself, with each of its compression methods.
 #[test]
 fn a_real_pgbackrest_repository_is_taken_over_and_compared() {
     let servers = benches::tools::servers_or_skip();
-    // The newest that the pgBackRest of Debian 12 knows.
+    // The newest version that the pgBackRest of Debian 12 supports.
     let Some((_, bin)) = servers.into_iter().find(|(major, _)| *major == 15) else {
         return;
     };
@@ -192,7 +193,7 @@ fn a_real_pgbackrest_repository_is_taken_over_and_compared() {
         let same = format!("{count} segments are the same, 0 are missing");
         assert!(said.contains(&same), "{compress}: {said}");
     }
-    // It archives what it is given; ours has other bytes, and says from where on.
+    // It archives other bytes than ours, and the comparison says from which LSN on.
     let root = owned_dir();
     let edited = root.path().join(segments[2].file_name().expect("a name"));
     let mut wal = fs::read(&segments[2]).expect("a segment");
@@ -219,7 +220,7 @@ fn a_real_pgbackrest_repository_is_taken_over_and_compared() {
 fn backrest(server: &Server, root: &Path, compress: &str, arguments: &[&str]) {
     let root = root.display();
     let mut backrest = server.command(PGBACKREST);
-    // Its own libpq, not the server's.
+    // It needs its own libpq, not the server's.
     backrest.env_remove("LD_LIBRARY_PATH");
     for option in [
         format!("--repo1-path={root}/repository"),
@@ -231,7 +232,7 @@ fn backrest(server: &Server, root: &Path, compress: &str, arguments: &[&str]) {
         format!("--pg1-port={}", server.port),
         format!("--compress-type={compress}"),
     ] {
-        // Each command knows some of them only; as variables it passes over the others.
+        // Each command supports only some options. As environment variables the others are ignored.
         let (name, value) = option.split_once('=').expect("an option");
         let name = name
             .trim_start_matches('-')
@@ -248,7 +249,8 @@ fn backrest(server: &Server, root: &Path, compress: &str, arguments: &[&str]) {
     succeed("pgbackrest", &output.expect("it runs"));
 }
 
-/// One bit, one cut, one that we do not have: each is said, and nothing changes.
+/// A flipped bit, a truncated file, a file that we do not have: each is reported, and nothing
+/// changes.
 fn differences_are_named(server: &Server, place: &Place, segment: &Path) {
     let other = owned_dir();
     let name = segment.file_name().expect("a name");

@@ -1,6 +1,8 @@
-//! Our reading of connection texts, certificates and files beside libpq's own: psql gets the same text.
+//! Compares our parsing of connection strings, certificates and files with libpq's: psql gets the
+//! same string.
 //!
-//! Where we depart on purpose is not compared: the default database is "postgres" and not the role, GSSAPI is not spoken.
+//! Deliberate differences are not compared: the default database is "postgres" and not the role's
+//! name, and GSSAPI is not supported.
 
 use archiver::replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use tokio::runtime::Runtime;
@@ -31,7 +33,7 @@ impl<'a> Both<'a> {
         }
     }
 
-    /// Connects with both, and notes when one is let in and the other not, or when only one is encrypted.
+    /// Connects with both. Notes a difference in acceptance or in encryption.
     fn compare(&mut self, conninfo: &str) {
         let ours = self.runtime.block_on(async {
             let info = ConnInfo::parse(conninfo)?;
@@ -63,7 +65,7 @@ impl<'a> Both<'a> {
             self.compared, self.taken
         );
         assert!(self.differ.is_empty(), "{}", self.differ.join("\n"));
-        // Were everything refused by both, nothing would be proved.
+        // If both refused everything, nothing would be proved.
         assert!(self.taken >= taken_min, "only {} were taken", self.taken);
     }
 }

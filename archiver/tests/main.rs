@@ -1,6 +1,6 @@
 //! End-to-end tests of `wal-archiver` on real PostgreSQL servers.
 //!
-//! Without a server they are skipped loudly; under CI a missing server is a failure.
+//! Without a server they are skipped with a message. In CI a missing server is a failure.
 
 mod certificates;
 mod clock;

@@ -1,4 +1,5 @@
-//! The way to the server is slow, is cut, or swallows everything without a word; and the server has nothing to say.
+//! A connection to the server that is slow, is cut, or swallows everything silently; and an idle
+//! server.
 
 use std::{thread::sleep, time::Duration};
 
@@ -11,8 +12,8 @@ fn proxy(server: &Server) -> FaultProxy {
     FaultProxy::start(&socket).expect("a proxy")
 }
 
-/// Swallows the live connections, and waits until a new stream goes on where the old one was. The server's own timeout is so
-/// long that only we can find it out.
+/// Swallows the live connections and waits until a new stream continues. The server's own timeout
+/// is so long that only the archiver can detect the failure.
 fn swallowed(from_server: bool, to_server: bool) {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, "wal_sender_timeout=5min");
@@ -27,7 +28,7 @@ fn swallowed(from_server: bool, to_server: bool) {
     let before = archiver.log().matches("INFO streaming").count();
     server.write_wal(1500);
     wait_until("a new stream begins", || {
-        // The old walsender knows nothing yet and holds the slot, as behind a router that lost its tables.
+        // The old walsender has not noticed and holds the slot, as when a router loses its tables.
         if archiver.log().contains("nothing was heard") {
             server.sql(&format!(
                 "SELECT pg_terminate_backend({pid}) FROM pg_stat_replication WHERE pid = {pid}"
@@ -43,7 +44,7 @@ fn swallowed(from_server: bool, to_server: bool) {
 #[test]
 fn a_half_open_connection_is_found_out() {
     swallowed(true, true);
-    // Half a minute of silence each: one is enough for every day.
+    // Each takes half a minute of silence, so the short tier has only one.
     if std::env::var_os("TIDEMARK_LONG").is_some() {
         swallowed(true, false);
     }
@@ -117,7 +118,7 @@ fn an_idle_server_shows_a_living_stream_and_nothing_at_risk() {
     let report = || archiver.get("/api/v1/clusters/main");
     wait_until("it is well", || report().contains("\"state\":\"ok\""));
     let contact = || value(&report(), "source", "last_contact");
-    // Four times what PostgreSQL waits for a sign of life.
+    // Four times the interval after which PostgreSQL expects a reply.
     for _ in 0..4 {
         let heard = contact();
         sleep(Duration::from_secs(2));

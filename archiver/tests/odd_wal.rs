@@ -1,4 +1,5 @@
-//! WAL of unusual shape: huge records, storms of switches, LSNs over the 32-bit boundary, a crash within a record.
+//! WAL of unusual form: huge records, many segment switches, LSNs over the 32-bit boundary, a crash
+//! within a record.
 
 use std::{fs, path::PathBuf};
 
@@ -6,10 +7,11 @@ use wal_format::{Lsn, SealedReader, SegmentName, SegmentSize, TimelineId};
 
 use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
 
-/// What the daemon may use whatever WAL it sees: RocksDB's caches and two segments of 1 MiB are far below.
+/// The memory that the daemon may use for any WAL. RocksDB's caches and two segments of 1 MiB need
+/// far less.
 const MEMORY_KIB_MAX: u64 = 192 << 10;
 
-/// `pg_resetwal` of the stopped server: its WAL goes on in this segment.
+/// Runs `pg_resetwal` on the stopped server: its WAL continues in this segment.
 fn reset_wal(server: &Server, segment: &str) {
     let mut reset = server.command("pg_resetwal");
     reset.arg("-D").arg(server.data()).args(["-l", segment]);
@@ -71,7 +73,7 @@ fn lsns_cross_the_32_bit_boundary() {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, "");
     server.down("fast");
-    // 1 MiB segments: the last one below the boundary is number FFF.
+    // With 1 MiB segments the last one below the boundary has number FFF.
     reset_wal(&server, "000000010000000000000FFE");
     server.up();
     let place = Place::new();
@@ -97,7 +99,8 @@ fn a_crash_within_a_record_is_streamed_over() {
     server.write_wal(300);
     wait_flushed(&server, server.lsn());
     assert_eq!(archiver.terminate().code(), Some(0));
-    // As PostgreSQL's `026_overwrite_contrecord.pl`: a record that crosses into a segment which a crash takes away.
+    // As in PostgreSQL's `026_overwrite_contrecord.pl`: a record that crosses into a segment which
+    // a crash removes.
     server.sql(
         "DO $$ BEGIN LOOP INSERT INTO load SELECT g, repeat(md5(g::text), 20) FROM generate_series(1, 10) g; \
          EXIT WHEN (1 << 20) - (pg_current_wal_insert_lsn() - '0/0') % (1 << 20) < 16384; END LOOP; END $$",
@@ -119,18 +122,18 @@ fn a_crash_within_a_record_is_streamed_over() {
     assert!(verdict.contains("no gap"), "{verdict}");
 }
 
-/// The end of the WAL in the repository.
+/// Returns the end of the WAL in the repository.
 fn archived_end(place: &Place) -> Lsn {
     let objects = [place.files_below("/wal/"), place.files_below("/tail/")].concat();
     let end = |path: &PathBuf| {
-        // A tail may go while it is looked at.
+        // A tail may be removed meanwhile.
         let object = fs::read(path).ok()?;
         Some(SealedReader::open(&object).ok()?.header().end_lsn)
     };
     objects.iter().filter_map(end).max().unwrap_or(Lsn::ZERO)
 }
 
-/// Where the newest checkpoint of the stopped server is.
+/// Returns the LSN of the stopped server's newest checkpoint.
 fn checkpoint(server: &Server) -> Lsn {
     let mut control = server.command("pg_controldata");
     let output = control.arg("-D").arg(server.data()).output();
@@ -151,11 +154,11 @@ fn a_shutdown_checkpoint_is_archived_while_the_server_is_down() {
     archiver.wait_for_log("INFO streaming");
     for _ in 0..2 {
         server.write_wal(700);
-        // Connected again: who is away at a shutdown gets the checkpoint after the next start.
+        // Connected again: otherwise the checkpoint would arrive only after the next start.
         wait_flushed(&server, server.lsn());
         server.down("fast");
         let checkpoint = checkpoint(&server);
-        // The server has ended; what it wrote last is on its way into the repository.
+        // The server has ended, and its last WAL is being uploaded.
         wait_until("the shutdown checkpoint is archived", || {
             archived_end(&place) > checkpoint
         });
@@ -168,7 +171,7 @@ fn a_shutdown_checkpoint_is_archived_while_the_server_is_down() {
 #[test]
 fn pages_of_an_unknown_version_are_refused_by_name_and_wait_on_the_server() {
     let Some(bin) = postgres_bin() else { return };
-    // Else the server sends them from memory.
+    // Otherwise the server sends the segments from memory.
     let server = Server::start(&bin, "wal_buffers=64kB");
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
@@ -196,7 +199,7 @@ fn pages_of_an_unknown_version_are_refused_by_name_and_wait_on_the_server() {
     });
     let log = archiver.log();
     if std::env::var_os("TIDEMARK_LONG").is_some() {
-        // It is asked for again, in case that it was damaged on its way.
+        // It is requested again, in case it was damaged in transit.
         assert_eq!(archiver.wait().code(), Some(4));
     } else {
         archiver.kill();

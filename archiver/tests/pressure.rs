@@ -1,4 +1,5 @@
-//! Back pressure: the store is away for long, the spool is at its limit, and the operator chose what is protected.
+//! Back pressure: the store is away for long, the spool is at its limit, and the operator chose
+//! what to protect.
 
 use std::{fs, path::PathBuf, process::Command};
 
@@ -6,12 +7,12 @@ use crate::support::{
     Archiver, Place, Server, postgres_bin, store_goes_down, succeed, wait_flushed, wait_until,
 };
 
-/// The least that a spool may be limited to.
+/// The smallest allowed limit of a spool.
 const LIMIT: &str = "spool_limit_bytes = 4194304\n";
-/// What a daemon may take: its own part and what RocksDB caches and buffers.
+/// The memory limit of a daemon: its own part and RocksDB's caches and buffers.
 const MEMORY_MAX_KIB: u64 = (128 + 64) << 10;
 
-/// `wal-archiver` with further settings in a file.
+/// Returns `wal-archiver` with further settings in a file.
 fn configured(place: &Place, conninfo: &str, settings: &str) -> Command {
     let file = place.spool().with_extension("toml");
     fs::write(&file, settings).expect("a configuration");
@@ -41,7 +42,7 @@ fn at_its_limit_the_spool_holds_the_stream_and_nothing_is_lost() {
     wait_flushed(&server, server.lsn());
     let comes_back = store_goes_down(&place);
     let pid = server.sql("SELECT pid FROM pg_stat_replication");
-    // Less than the limit: it is taken, and said before it is too late.
+    // Below the limit: the WAL is accepted, and a warning comes in time.
     server.write_wal(3000);
     wait_flushed(&server, server.lsn());
     says(&archiver, "% full");
@@ -49,7 +50,7 @@ fn at_its_limit_the_spool_holds_the_stream_and_nothing_is_lost() {
     server.write_wal(40_000);
     archiver.wait_for_log("spool is at its limit");
     says(&archiver, "spool_limit_bytes");
-    // Three times wal_sender_timeout: the keepalives go on, and say what is true.
+    // Three times wal_sender_timeout: keepalives continue and report true positions.
     std::thread::sleep(std::time::Duration::from_secs(6));
     let replication = "SELECT pid, flush_lsn < pg_current_wal_flush_lsn() FROM pg_stat_replication";
     assert_eq!(server.sql(replication), format!("{pid}|t"));
@@ -133,7 +134,7 @@ fn a_protected_primary_drops_the_slot_and_the_archive_is_whole_again_by_itself()
     archiver.wait_for_log("the slot is dropped");
     assert_eq!(slots(&server), "0");
     says(&archiver, "\"state\":\"broken\"");
-    // What the primary may remove now, it removes.
+    // The primary removes everything that it may remove.
     server.sql("CHECKPOINT");
     server.write_wal(3000);
     server.sql("CHECKPOINT");
@@ -150,7 +151,7 @@ fn a_protected_primary_drops_the_slot_and_the_archive_is_whole_again_by_itself()
     assert!(verdict.contains("no other gap"), "{verdict}");
 }
 
-/// WAL files of a spool and their lengths.
+/// Returns the WAL files of a spool and their lengths.
 fn walk(spool: &std::path::Path) -> Vec<(PathBuf, u64)> {
     let mut found = Vec::new();
     let mut open = vec![spool.join("main/wal")];

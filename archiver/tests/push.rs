@@ -1,4 +1,5 @@
-//! `archive_command`: pushes alone and through the daemon, twice, side by side, with other bytes, and killed.
+//! `archive_command`: pushes alone and through the daemon, twice, concurrently, with other bytes,
+//! and killed.
 
 use std::{
     env, fs,
@@ -11,10 +12,10 @@ use std::{
 
 use crate::support::{Place, Server, postgres_bin, wait_flushed, wait_until};
 
-/// `.ready` files pile up: PostgreSQL's own archiver always fails, and the test is in its place.
+/// `.ready` files accumulate: PostgreSQL's own archiver always fails, and the test does its work.
 const NEVER: &str = "archive_mode=on\narchive_command='/bin/false'\n";
 
-/// The complete segments of a server, oldest first.
+/// Returns the complete segments of a server, oldest first.
 fn segments(server: &Server) -> Vec<PathBuf> {
     server.sql("SELECT pg_switch_wal()");
     let current = server.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
@@ -85,7 +86,7 @@ fn the_daemon_works_ahead_and_sounds_the_alarm_when_bytes_differ() {
     let place = Place::new();
     let names = segments(&server);
     assert!(names.len() >= 6, "{names:?}");
-    // It streams from here on; what lies before reaches the archive by pushes only.
+    // It streams from here on. Earlier WAL reaches the archive only by pushes.
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("streaming");
     let archived = |path: &PathBuf| {
@@ -93,13 +94,13 @@ fn the_daemon_works_ahead_and_sounds_the_alarm_when_bytes_differ() {
         !place.files_below(name.expect("a name")).is_empty()
     };
     assert_eq!(push(&place, &server, &names[0]).0, Some(0));
-    // Where the stream was faster it is in the spool, and on its way.
+    // If the stream was faster, the segment is in the spool and being uploaded.
     wait_until("it is archived", || archived(&names[0]));
     wait_until("it worked ahead", || names[1..6].iter().all(&archived));
     for path in &names {
         assert_eq!(push(&place, &server, path).0, Some(0));
     }
-    // Both feeds meet: these were streamed.
+    // Both feeds meet: these segments were streamed.
     server.write_wal(3000);
     wait_flushed(&server, server.lsn());
     for path in segments(&server) {
@@ -121,7 +122,7 @@ fn the_daemon_works_ahead_and_sounds_the_alarm_when_bytes_differ() {
         report.contains("\"broken\"") && report.contains("differ"),
         "{report}"
     );
-    // Its socket stays behind; a push finds nobody there and works alone.
+    // Its socket file remains. A push finds no daemon there and works alone.
     archiver.kill();
     server.write_wal(2000);
     for path in segments(&server) {
@@ -131,7 +132,8 @@ fn the_daemon_works_ahead_and_sounds_the_alarm_when_bytes_differ() {
     place.verify(&server.conninfo());
 }
 
-/// Eight at once, in any order, killed at random: every segment is there once, intact, and knows all its commits.
+/// Eight pushes at once, in any order, killed at random: every segment is stored once, intact, with
+/// all its commits.
 #[test]
 fn many_at_once_with_kills_leave_every_segment_once() {
     let Some(bin) = postgres_bin() else { return };

@@ -1,4 +1,4 @@
-//! The main path: what the server has, the repository has, and the server knows it.
+//! The main path: the repository has all WAL of the server, and the server has been told so.
 
 use std::{fs, time::Duration};
 

@@ -1,4 +1,4 @@
-//! A throwaway PostgreSQL server and a running `wal-archiver`, each gone when dropped.
+//! A temporary PostgreSQL server and a running `wal-archiver`. Both are removed when dropped.
 
 use std::{
     fs,
@@ -16,10 +16,11 @@ use std::{
 use tempfile::TempDir;
 use wal_format::{Lsn, SealedReader, SegmentName};
 
-/// How long anything may take before a test fails.
+/// The time after which a test fails.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// The PostgreSQL to test with, 17 where it is installed, or `None` to skip; under CI that is a failure.
+/// Returns the PostgreSQL to test with: 17 if installed. `None` means to skip, which is a failure
+/// in CI.
 pub(crate) fn postgres_bin() -> Option<PathBuf> {
     let servers = benches::tools::servers_or_skip();
     let preferred = servers.iter().position(|(major, _)| *major == 17);
@@ -30,7 +31,7 @@ pub(crate) fn postgres_bin() -> Option<PathBuf> {
     found.map(|(_, bin)| bin)
 }
 
-/// The user that runs servers: PostgreSQL refuses to run as root.
+/// Returns the user that runs servers, because PostgreSQL refuses to run as root.
 pub(crate) fn server_user() -> Option<(u32, u32)> {
     benches::programs::server_user().expect("a user to run PostgreSQL as")
 }
@@ -53,7 +54,7 @@ pub(crate) fn succeed(what: &str, output: &Output) -> String {
     text(&output.stdout)
 }
 
-/// A directory of which the server's user is the owner.
+/// Creates a directory that belongs to the server's user.
 pub(crate) fn owned_dir() -> TempDir {
     let dir = tempfile::Builder::new()
         .prefix("tidemark")
@@ -73,19 +74,19 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// A new cluster, with `settings` appended to its configuration.
+    /// Creates and starts a cluster with additional `settings`.
     pub(crate) fn start(bin: &Path, settings: &str) -> Self {
         Self::start_with_segments(bin, 1, settings)
     }
 
-    /// The same with segments of so many MiB.
+    /// The same with segments of this many MiB.
     pub(crate) fn start_with_segments(bin: &Path, mib: u32, settings: &str) -> Self {
         let server = Self::prepare(bin);
         server.init(mib, settings);
         server
     }
 
-    /// Makes and starts a new cluster in the server's place.
+    /// Creates and starts a new cluster in place of this one.
     pub(crate) fn init(&self, mib: u32, settings: &str) {
         let server = self;
         let data = server.data();
@@ -107,7 +108,7 @@ impl Server {
         server.up();
     }
 
-    /// A standby that streams from `primary`.
+    /// Creates a standby that streams from `primary`.
     pub(crate) fn standby_of(primary: &Self) -> Self {
         let server = Self::prepare(&primary.bin);
         let (socket, port) = (primary.dir.path(), primary.port.to_string());
@@ -171,12 +172,12 @@ impl Server {
         self.dir.path().join("data")
     }
 
-    /// Where its socket is.
+    /// The directory of its socket.
     pub(crate) fn directory(&self) -> &Path {
         self.dir.path()
     }
 
-    /// Appends settings; the last one counts.
+    /// Appends settings. The last value of a setting applies.
     pub(crate) fn configure_more(&self, settings: &str) {
         let path = self.data().join("postgresql.auto.conf");
         let mut all = fs::read_to_string(&path).expect("the configuration");
@@ -238,7 +239,7 @@ impl Server {
         succeed(sql, &output)
     }
 
-    /// psql, and so libpq, of the server's version with a connection text of the test.
+    /// Runs psql, and so libpq, of the server's version with the test's connection string.
     pub(crate) fn psql(&self, conninfo: &str, sql: &str) -> Output {
         self.command("psql")
             .env("HOME", "/nonexistent")
@@ -261,7 +262,7 @@ impl Server {
         ));
     }
 
-    /// A client that commits small transactions until it is killed.
+    /// Starts a client that commits small transactions until it is killed.
     pub(crate) fn load(&self) -> Load {
         self.sql("CREATE TABLE IF NOT EXISTS load (number int, filler text)");
         let script = self.dir.path().join("load.sql");
@@ -315,7 +316,7 @@ impl Drop for Server {
     }
 }
 
-/// A client under way.
+/// A running client.
 pub(crate) struct Load(Child);
 
 impl Drop for Load {
@@ -325,7 +326,7 @@ impl Drop for Load {
     }
 }
 
-/// Where an archiver keeps things.
+/// The directories of an archiver.
 pub(crate) struct Place {
     dir: TempDir,
 }
@@ -345,7 +346,7 @@ impl Place {
         self.dir.path().join("spool")
     }
 
-    /// `wal-archiver` with this place's flags.
+    /// Returns `wal-archiver` with this place's flags.
     pub(crate) fn command(&self, conninfo: &str) -> Command {
         self.command_with_spool(conninfo, &self.spool())
     }
@@ -369,7 +370,7 @@ impl Place {
         run_command(command, self.dir.path())
     }
 
-    /// Serves HTTP on `address`, where an earlier one did.
+    /// Serves HTTP on `address`, which an earlier archiver used.
     pub(crate) fn run_at(&self, command: Command, address: &str) -> Archiver {
         run_command_at(command, self.dir.path(), address)
     }
@@ -396,7 +397,8 @@ impl Place {
         found
     }
 
-    /// Waits until all is flushed, ends the archiver, and finds the archive equal to the server's `pg_wal`, without a gap.
+    /// Waits until everything is flushed, stops the archiver, and checks that the archive equals
+    /// the server's `pg_wal`, without a gap.
     pub(crate) fn assert_whole(&self, server: &Server, archiver: Archiver) {
         let lsn = server.lsn();
         wait_flushed(server, lsn);
@@ -406,7 +408,8 @@ impl Place {
         assert!(verdict.contains("no gap, no damage"), "{verdict}");
     }
 
-    /// Compares every archived byte with the server's own files; the end of what was compared.
+    /// Compares every archived byte with the server's own files. Returns the end of the compared
+    /// WAL.
     pub(crate) fn assert_equals_pg_wal(&self, data: &Path) -> Lsn {
         let mut end = Lsn::ZERO;
         let mut compared = 0;
@@ -442,7 +445,7 @@ impl Place {
     }
 }
 
-/// Takes the repository away, as a store that is down; the way back.
+/// Moves the repository away, like a store that is down. Returns a function that moves it back.
 pub(crate) fn store_goes_down(place: &Place) -> impl FnOnce() + use<> {
     let (here, aside) = (
         place.repository(),
@@ -458,7 +461,7 @@ pub(crate) fn store_goes_down(place: &Place) -> impl FnOnce() + use<> {
     }
 }
 
-/// Runs `wal-archiver` with these flags, its log in `directory`.
+/// Runs `wal-archiver` with these flags and its log in `directory`.
 pub(crate) fn run_command(command: Command, directory: &Path) -> Archiver {
     run_command_at(command, directory, "127.0.0.1:0")
 }
@@ -493,7 +496,7 @@ impl Archiver {
         self.wait()
     }
 
-    /// Power off, as far as the process is concerned.
+    /// Kills the process, as a power loss would.
     pub(crate) fn kill(mut self) {
         self.child.kill().expect("kill -9");
         self.child.wait().expect("it is gone");
@@ -519,7 +522,7 @@ impl Archiver {
         fs::read_to_string(&self.log).expect("a log")
     }
 
-    /// Where it serves HTTP.
+    /// Its HTTP address.
     pub(crate) fn address(&self) -> String {
         let log = self.log();
         log.lines()
@@ -530,12 +533,12 @@ impl Archiver {
             .to_owned()
     }
 
-    /// What it answers over HTTP.
+    /// Sends a GET request and returns the answer.
     pub(crate) fn get(&self, path: &str) -> String {
         self.ask("GET", path, "")
     }
 
-    /// What it answers to a request without a body; `headers` end in line breaks.
+    /// Sends a request without a body and returns the answer. `headers` end with line breaks.
     pub(crate) fn ask(&self, method: &str, path: &str, headers: &str) -> String {
         use std::io::{Read, Write};
         let mut stream = std::net::TcpStream::connect(self.address()).expect("it listens");
@@ -555,7 +558,7 @@ impl Archiver {
         });
     }
 
-    /// The most memory that it ever held (`VmHWM`).
+    /// Its peak memory (`VmHWM`).
     pub(crate) fn peak_memory_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("it runs");
@@ -582,7 +585,7 @@ impl Drop for Archiver {
     }
 }
 
-/// Waits until the server has seen our flush LSN reach its own.
+/// Waits until the server has received our flush LSN for `lsn`.
 pub(crate) fn wait_flushed(server: &Server, lsn: Lsn) {
     wait_until(&format!("flush reaches {lsn}"), || {
         let flushed = server.sql(

@@ -1,5 +1,5 @@
-//! A start in the worst moment: the store is away, the host before was killed, another archiver goes on. Commits are acknowledged
-//! again without a person, nothing twice and nothing missing.
+//! A start at the worst moment: the store is away, the previous host was killed, another archiver
+//! takes over. Commits are acknowledged again automatically, and no WAL is duplicated or missing.
 
 use std::fs;
 
@@ -16,7 +16,7 @@ fn commit(server: &Server, number: u32) {
     ));
 }
 
-/// Stops in order, and compares all that is archived with the server's files.
+/// Stops normally and compares all archived WAL with the server's files.
 fn assert_whole(place: &Place, server: &Server, from: Lsn) {
     let lsn = server.lsn();
     wait_flushed(server, lsn);
@@ -42,7 +42,7 @@ fn killed_while_the_store_is_away_it_goes_on_from_what_the_spool_proves() {
     archiver.kill();
     for round in 2..5 {
         let archiver = place.run(&server.conninfo());
-        // Returns when it is durable here: nobody else is there to say so.
+        // Returns when the commit is durable here, since no other standby can acknowledge it.
         commit(&server, round);
         server.write_wal(300);
         archiver.kill();
@@ -52,7 +52,7 @@ fn killed_while_the_store_is_away_it_goes_on_from_what_the_spool_proves() {
     let acknowledged = server.lsn();
     let log = archiver.log();
     assert!(log.contains("the repository does not answer"), "{log}");
-    // A disconnect meanwhile is none of the store's business.
+    // A disconnect meanwhile does not depend on the store.
     server.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_replication");
     commit(&server, 6);
     comes_back();
@@ -119,7 +119,7 @@ fn a_clean_end_lets_commits_go_that_wait_for_the_repository_and_leaves_nothing_t
         });
         let waiting = server.lsn();
         assert_eq!(archiver.terminate().code(), Some(0));
-        // Nobody else could have said so.
+        // Only the archiver can have acknowledged it.
         commit.join().expect("the commit is acknowledged");
         waiting
     });
@@ -132,7 +132,7 @@ fn a_clean_end_lets_commits_go_that_wait_for_the_repository_and_leaves_nothing_t
     let everything = || (place.files_below("/wal/"), place.files_below("/tail/"));
     let archived = everything();
 
-    // The successor compares the open segment again, and has nothing to store.
+    // The successor compares the open segment again and has nothing to store.
     let successor = place.run_with(command());
     successor.wait_for_log(&format!("held={told}"));
     wait_flushed(&server, told);

@@ -1,4 +1,4 @@
-//! Promotions: every timeline under its own branch, history first, no gap.
+//! Promotions: every timeline is stored under its own branch, history file first, without a gap.
 
 use std::{fs, process::Command};
 
@@ -53,7 +53,8 @@ fn a_promotion_while_we_were_away_is_followed_and_the_old_primary_refused() {
     standby.write_wal(700);
     wait_flushed(&standby, standby.lsn());
     assert_eq!(archiver.terminate().code(), Some(0));
-    // What nobody archived of the old timeline before the promotion came from the server that was promoted.
+    // WAL of the old timeline that was not archived before the promotion came from the promoted
+    // server.
     let verdict = place.verify(&standby.conninfo());
     assert!(verdict.contains("no gap"), "{verdict}");
     assert!(place.assert_equals_pg_wal(&standby.data()) > lsn);
@@ -90,7 +91,7 @@ fn a_failover_is_followed_along_the_list_of_hosts() {
         standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
     });
     primary.down("immediate");
-    // Nobody is a primary now: both hosts are named with their reason.
+    // There is no primary now: both hosts are named with their reason.
     archiver.wait_for_log("is a standby, but target_session_attrs=primary");
     standby.promote();
     standby.write_wal(1500);
@@ -115,7 +116,7 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
     wait_until("the standby has replayed", || {
         standby.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'")) == "t"
     });
-    // From here on only the archiver hears of commits, over more than one segment.
+    // From here on only the archiver receives commits, over more than one segment.
     standby.down("fast");
     let lost: Vec<u64> = (0..7)
         .map(|_| {
@@ -134,7 +135,8 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
     standby.promote();
     standby.write_wal(100);
 
-    // The store is away when the fork is found, and the archiver is killed before it is back.
+    // The store is away when the fork is found, and the archiver is killed before the store is
+    // back.
     let comes_back = store_goes_down(&place);
     let archiver = place.run(&standby.conninfo());
     standby.write_wal(300);
@@ -163,7 +165,7 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
     );
     assert_eq!(archiver.terminate().code(), Some(0));
 
-    // It is known after a restart, and told once.
+    // The loss is known after a restart, and reported once.
     let archiver = place.run(&standby.conninfo());
     standby.write_wal(10);
     wait_flushed(&standby, standby.lsn());
@@ -187,7 +189,7 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
     assert!(verdict.contains("no gap"), "{verdict}");
 }
 
-/// The transactions that `pitr-restore list` names as lost.
+/// Returns the transactions that `pitr-restore list` names as lost.
 fn listed(place: &Place) -> Vec<u64> {
     let program = benches::programs::ours("pitr-restore").expect("it is built");
     let url = format!("file://{}", place.repository().display());
@@ -220,7 +222,7 @@ fn listed(place: &Place) -> Vec<u64> {
 #[test]
 fn several_promotions_while_we_were_away_are_followed_one_after_the_other() {
     let Some(bin) = postgres_bin() else { return };
-    // Nothing is removed: what is asked here is the way, not the gap.
+    // Nothing is removed: this test is about the path, not about gaps.
     let primary = Server::start(&bin, "wal_keep_size=1GB");
     let first = Server::standby_of(&primary);
     let second = Server::standby_of(&first);
@@ -231,7 +233,7 @@ fn several_promotions_while_we_were_away_are_followed_one_after_the_other() {
     primary.write_wal(700);
     wait_flushed(&primary, primary.lsn());
     assert_eq!(archiver.terminate().code(), Some(0));
-    // Each serves a while and dies, and its standby serves.
+    // Each server runs for a while and dies, and its standby takes over.
     for (last, next) in [(&primary, &first), (&first, &second), (&second, &third)] {
         last.write_wal(700);
         let lsn = last.lsn();

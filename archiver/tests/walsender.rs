@@ -1,5 +1,5 @@
-//! Standbys of PostgreSQL and `pg_receivewal`, unchanged, stream from the archive: over a promotion, from sealed segments to
-//! the spool's live end, with the right password only.
+//! Stock standbys of PostgreSQL and `pg_receivewal` stream from the archive: over a promotion, from
+//! sealed segments to the spool's live end, and only with the right password.
 
 use std::{
     fs,
@@ -15,7 +15,7 @@ use crate::support::{
 
 const PASSWORD: &str = "it's a \"secret\"";
 
-/// A configuration whose walsender has the password.
+/// A configuration whose walsender requires the password.
 fn configuration(more: &str) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("a directory");
     let password = dir.path().join("password");
@@ -49,7 +49,7 @@ fn conninfo(port: u16, password: &str) -> String {
     format!("host=127.0.0.1 port={port} user=replicator password='{password}'")
 }
 
-/// A standby of `primary` that from now on knows the archive only.
+/// A standby of `primary` that streams only from the archive from now on.
 fn standby(primary: &Server, port: u16) -> Server {
     let standby = Server::standby_of(primary);
     standby.down("fast");
@@ -74,7 +74,7 @@ fn psql(server: &Server, conninfo: &str, command: &str) -> (bool, String) {
     (output.status.success(), text)
 }
 
-/// `pg_receivewal` from `first` on, which it finds in its folder.
+/// Runs `pg_receivewal`, starting at the file `first` in its directory.
 fn receive(server: &Server, port: u16, first: &Path, end: &str) -> TempDir {
     let folder = owned_dir();
     let copy = folder.path().join(first.file_name().expect("a name"));
@@ -96,7 +96,7 @@ fn oldest(folder: &Path) -> PathBuf {
     segments.min().expect("a segment")
 }
 
-/// How many of its complete files are the server's.
+/// Returns how many of its complete files equal the server's.
 fn assert_equal(folder: &Path, server: &Server) -> usize {
     let mut equal = 0;
     for entry in fs::read_dir(folder).expect("a folder").flatten() {
@@ -127,7 +127,7 @@ fn follows_a_promotion(bin: &Path) {
     };
     replayed(&source, primary.lsn());
     let follower = standby(&primary, port);
-    // Live, commit by commit, and segments at once.
+    // Live, commit by commit, and whole segments.
     for _ in 0..3 {
         primary.sql("INSERT INTO load VALUES (0, 'one more')");
         replayed(&follower, primary.lsn());
@@ -143,7 +143,7 @@ fn follows_a_promotion(bin: &Path) {
     assert_eq!(rows(&follower), rows(&source));
     assert!(follower.data().join("pg_wal/00000002.history").exists());
 
-    // From the first segment, long sealed, over the switch to the end.
+    // From the first segment, sealed long ago, over the switch to the end.
     wait_flushed(&source, source.lsn());
     let first = oldest(&source.data().join("pg_wal"));
     let received = receive(&source, port, &first, &source.lsn().to_string());

@@ -1,5 +1,5 @@
-//! What a person or a disk does wrong: each gives one line that says what, where and what to do, the contract's exit
-//! code, and overwrites nothing. What was begun and failed does not look done.
+//! Mistakes of a person or a disk: each gives one line that says what, where and what to do, has
+//! the contract's exit code, and overwrites nothing. A failed restore does not look complete.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use crate::support::{Archived, query, said, servers, wait_until};
 const NOW: &str =
     "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')";
 
-/// An archived cluster with a few sealed segments behind its backup.
+/// An archived cluster with a few sealed segments after its backup.
 struct Scene {
     archived: Archived,
     bin: PathBuf,
@@ -51,7 +51,7 @@ impl Scene {
         })
     }
 
-    /// A copy of the repository, to be damaged.
+    /// Copies the repository, to damage it.
     fn copy(&self) -> Damaged {
         let root = directory().expect("a directory");
         let mut cp = command(Path::new("/bin/cp")).expect("cp");
@@ -66,7 +66,7 @@ impl Scene {
     }
 }
 
-/// `pitr-restore` on any repository, without a catalog.
+/// Returns `pitr-restore` for any repository, without a catalog.
 fn pitr_restore(repository: &Path, bin: &Path) -> Command {
     let mut restore = command(&ours("pitr-restore").expect("it is built")).expect("a user");
     restore.arg(format!("--repository=file://{}", repository.display()));
@@ -83,7 +83,7 @@ impl Damaged {
         self.0.path().join("repository")
     }
 
-    /// The objects whose path has this text, in order.
+    /// Returns the objects whose path contains this text, in order.
     fn objects(&self, text: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut open = vec![self.repository()];
@@ -101,7 +101,7 @@ impl Damaged {
         found
     }
 
-    /// A sealed segment in the middle of those behind the backup.
+    /// Returns a sealed segment in the middle of those after the backup.
     fn segment(&self) -> PathBuf {
         let segments = self.objects("/wal/");
         assert!(segments.len() >= 6, "{} segments only", segments.len());
@@ -122,7 +122,7 @@ fn rewrite(path: &Path, bytes: &[u8]) {
     fs::write(path, bytes).expect("an object");
 }
 
-/// That it ends with `code` and one line that has each of `parts`.
+/// Checks the exit code and that one line contains each of `parts`.
 fn assert_says(output: &Output, code: i32, parts: &[&str]) {
     let (_, error) = said(output);
     assert_eq!(output.status.code(), Some(code), "{error}");
@@ -326,7 +326,7 @@ fn what_is_damaged_is_named_and_never_restored() {
     let bytes = fs::read(&segment).expect("an object");
     rewrite(&segment, &bytes[..bytes.len() / 2]);
     refused(&damaged, &[], 4, &[&name(&segment), "counts as missing"]);
-    // What lies before it is reached.
+    // Targets before it can be reached.
     let before = format!("--target-time={}+00", scene.behind);
     let mut restore = scene.pitr_restore(&damaged.repository());
     succeed(restore.args(["--dry-run", &before])).expect("the damage lies behind the target");
@@ -346,7 +346,7 @@ fn what_is_damaged_is_named_and_never_restored() {
         3,
         &["WAL is missing from"],
     );
-    // The remedies are true.
+    // The suggested remedies work.
     let latest = scene
         .pitr_restore(&damaged.repository())
         .arg("--dry-run")
@@ -397,7 +397,7 @@ fn what_is_damaged_is_named_and_never_restored() {
     let damaged = scene.copy();
     rewrite(&damaged.objects("/epoch/")[0], b"{}");
     refused(&damaged, &[], 4, &["epoch/", "damaged"]);
-    // An archive of another cluster under the same name: its objects are not this one's.
+    // An archive of another cluster under the same name: its objects do not belong to this one.
     let damaged = scene.copy();
     let epoch = &damaged.objects("/epoch/")[0];
     let text = fs::read_to_string(epoch).expect("an epoch");
@@ -406,7 +406,8 @@ fn what_is_damaged_is_named_and_never_restored() {
         .as_str()
         .expect("an identifier");
     let foreign = text.replace(system, "7000000000000000001");
-    // With the old sum it is a damaged object; without one it is what an earlier build wrote.
+    // With the old checksum it is a damaged object. Without a checksum it is an object of an
+    // earlier build.
     rewrite(epoch, foreign.as_bytes());
     refused(&damaged, &[], 4, &["epoch/", "damaged"]);
     let (body, _) = foreign.rsplit_once(',').expect("a sum");
@@ -419,7 +420,7 @@ fn a_flipped_bit_in_wal_ends_the_recovery_with_its_name() {
     let Some(scene) = Scene::make() else { return };
     let damaged = scene.copy();
     let segment = damaged.segment();
-    // In a frame, so that header and footer are sound and the plan can not see it.
+    // In a frame, so that header and footer are intact and the plan cannot detect it.
     flip(&segment, |length| length / 3);
     let root = directory().expect("a directory");
     let socket = format!("unix_socket_directories={}", root.path().display());
@@ -445,7 +446,7 @@ fn a_flipped_bit_in_wal_ends_the_recovery_with_its_name() {
         "it was promoted"
     );
 
-    // When the object is sound again, the same directory recovers to the end.
+    // When the object is intact again, the same directory recovers to the end.
     let sound = scene.copy();
     let good = fs::read(sound.segment()).expect("an object");
     rewrite(&segment, &good);

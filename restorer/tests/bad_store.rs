@@ -1,7 +1,8 @@
-//! `restore_command` and a whole restore through a bucket that goes wrong in every way: right bytes or 255, never 1, and no
-//! file that is not whole. PostgreSQL would take a 1 for the end of the archive and open without the commits behind it.
+//! `restore_command` and a whole restore through a bucket that fails in every way: the right bytes
+//! or 255, never 1, and never an incomplete file. PostgreSQL would take a 1 for the end of the
+//! archive and open without the later commits.
 //!
-//! The bucket is a real one, and all that goes wrong does so between it and us (`benches::bucket_proxy`).
+//! The bucket is real, and all faults occur between it and us (`benches::bucket_proxy`).
 
 use std::{
     fs,
@@ -29,7 +30,7 @@ use crate::support::{SETTINGS, end_lsn, long, query, said, servers, wait_archive
 
 const ROWS: &str = "6000";
 
-/// What a store says that may pass by itself.
+/// Transient errors of a store.
 const PASSING: [Fault; 8] = [
     Fault::Refuse(503, "SlowDown"),
     Fault::Refuse(500, "InternalError"),
@@ -41,18 +42,18 @@ const PASSING: [Fault; 8] = [
     Fault::Silence(Duration::from_millis(700)),
 ];
 
-/// What asking again does not mend.
+/// Errors that a retry does not resolve.
 const REFUSALS: [Fault; 6] = [
     Fault::Refuse(403, "AccessDenied"),
     Fault::Refuse(403, "RequestTimeTooSkewed"),
     Fault::Refuse(400, "ExpiredToken"),
     Fault::Refuse(404, "NoSuchBucket"),
-    // A proxy's page, or a store that speaks another language.
+    // A proxy's page, or a store with another protocol.
     Fault::Refuse(404, "Not found"),
     Fault::FlipDown,
 ];
 
-/// What lasts is asked for again until patience ends.
+/// Persistent errors, which are retried until the time limit.
 const LASTING: [Fault; 5] = [
     Fault::Refuse(503, "SlowDown"),
     Fault::Refuse(200, "InternalError"),
@@ -71,12 +72,12 @@ const STORM: [Fault; 7] = [
     Fault::Refuse(429, "TooManyRequests"),
 ];
 
-/// An archive in a bucket, and the way to it that goes wrong.
+/// An archive in a bucket, behind a proxy that injects faults.
 struct Scene {
     bin: PathBuf,
     cluster: Cluster,
     place: Place,
-    /// A sealed segment, the open one, and one that is not there yet.
+    /// A sealed segment, the open one, and one that does not exist yet.
     names: [SegmentName; 3],
 }
 
@@ -113,7 +114,7 @@ impl Scene {
         BucketProxy::start(store.address()).expect("a proxy")
     }
 
-    /// The restoring host, which reaches the bucket through `proxy` only.
+    /// The restoring host, which reaches the bucket only through `proxy`.
     fn behind(&self, proxy: &BucketProxy) -> Place {
         let there = self.place.beside("").expect("a place");
         let file = there.path().join("tidemark.toml");
@@ -124,7 +125,8 @@ impl Scene {
         there
     }
 
-    /// `wal-fetch` through `proxy`: its exit code, what it said, and what it delivered.
+    /// Runs `wal-fetch` through `proxy`. Returns its exit code, its output, and the delivered
+    /// bytes.
     fn fetch(&self, proxy: &BucketProxy, name: &str) -> (Option<i32>, String, Option<Vec<u8>>) {
         self.fetch_with(proxy, name, &[])
     }
@@ -155,7 +157,7 @@ impl Scene {
         (output.status.code(), said(&output).1, delivered)
     }
 
-    /// What was delivered is what the server has, as far as it is archived.
+    /// Checks that the delivered bytes equal the server's, as far as they are archived.
     fn assert_equal(&self, name: SegmentName, delivered: &[u8]) {
         let path = self.cluster.data().join("pg_wal").join(name.to_string());
         let theirs = fs::read(path).expect("the server keeps its WAL");
@@ -169,7 +171,8 @@ impl Scene {
 fn what_passes_is_waited_for(scene: &Scene) {
     let proxy = scene.proxy();
     for (round, fault) in PASSING.into_iter().enumerate() {
-        // A bit that is flipped on its way is read again once: what is flipped twice counts as damage.
+        // Data with a bit flipped in transit is read a second time. A bit that is flipped twice
+        // counts as damage.
         let count = match fault {
             Fault::FlipDown => 1,
             _ if long() => 7,
@@ -185,7 +188,7 @@ fn what_passes_is_waited_for(scene: &Scene) {
             eprintln!("{fault:?} {met} times, {name}: {code:?} {said}");
             assert!(met > 0, "{fault:?}");
             match (at, fault, code) {
-                // Flipped in a listing: that is no answer.
+                // A bit flipped in a listing: that is not an answer.
                 (_, Fault::FlipDown, Some(255)) => assert!(delivered.is_none()),
                 (2, _, code) => assert_eq!((code, delivered), (Some(1), None), "{fault:?}"),
                 (_, _, code) => {
@@ -197,12 +200,13 @@ fn what_passes_is_waited_for(scene: &Scene) {
     }
 }
 
-/// Before the file is asked for, the store is asked which system is meant, as the `restore_command` of a restore does.
+/// Before the file is requested, the store is asked for the system identifier, as the
+/// `restore_command` of a restore does.
 fn the_first_question_is_asked_patiently_too(scene: &Scene) {
     let system = "SELECT system_identifier FROM pg_control_system()";
     let system = query(&scene.cluster.conninfo(), system);
     let proxy = scene.proxy();
-    // More than a request is repeated by itself.
+    // More failures than a single request retries.
     proxy.fail_first(8, Fault::Refuse(503, "SlowDown"), |_| true);
     let name = scene.names[0];
     let options = ["--system", system.as_str()];
@@ -224,14 +228,15 @@ fn what_lasts_is_never_the_end(scene: &Scene) {
             assert_eq!((code, delivered), (Some(255), None), "{fault:?}: {said}");
             assert!(!said.is_empty());
         }
-        // Only of the object, while everything else is well.
+        // Only the object fails, everything else works.
         proxy.fail(fault, |asked| asked.line.contains("/wal/"));
         let (code, said, delivered) = scene.fetch(&proxy, &scene.names[0].to_string());
         assert_eq!((code, delivered), (Some(255), None), "{fault:?}: {said}");
     }
 }
 
-/// Bounded: minutes, not for ever. All of them at once, because each takes its whole patience.
+/// The retries are bounded: minutes, not forever. All faults run concurrently, because each takes
+/// the whole time limit.
 fn patience_ends(scene: &Scene) {
     thread::scope(|scope| {
         for fault in LASTING {
@@ -252,7 +257,7 @@ fn patience_ends(scene: &Scene) {
     });
 }
 
-/// A whole restore while nearly half of all requests go wrong: it ends where it was planned to end, with every row.
+/// A whole restore while nearly half of all requests fail: it stops where planned, with every row.
 fn a_restore_weathers_a_storm(scene: &Scene) {
     let proxy = scene.proxy();
     proxy.storm(40, &STORM);
@@ -267,12 +272,13 @@ fn a_restore_weathers_a_storm(scene: &Scene) {
     );
 }
 
-/// Scenario 62: with its first WAL lost there is no restore, rather than one that "succeeds" with the backup alone.
+/// If its first WAL is lost there is no restore, instead of one that "succeeds" with the backup
+/// alone.
 fn without_its_first_wal_nothing_is_restored(scene: &Scene) {
     let proxy = scene.proxy();
     let lost = Arc::new(AtomicUsize::new(0));
     let seen = Arc::clone(&lost);
-    // Listed, and not to be had: a store that lost what it lists.
+    // Listed but not readable: a store that lost an object which it lists.
     proxy.decide(move |asked| {
         if asked.is("GET") && asked.line.contains("/wal/") {
             seen.fetch_add(1, Ordering::SeqCst);

@@ -1,5 +1,5 @@
-//! `--delta`: what is equal stays, everything else becomes the backup's, and only for the right cluster. Interrupted, it
-//! neither starts nor looks done.
+//! `--delta`: equal files stay, all others become the backup's, and only for the same cluster. An
+//! interrupted restore neither starts nor looks complete.
 
 use std::{
     fs,
@@ -73,7 +73,7 @@ fn delta(scene: &Scene, root: &Path) -> Command {
     restore
 }
 
-/// Runs it to the end; what it did.
+/// Runs the restore to the end. Returns its report.
 fn executed(scene: &Scene, root: &Path) -> Value {
     let said = succeed(&mut delta(scene, root)).expect("a delta restore");
     let report: Value = serde_json::from_str(&said).expect("JSON");
@@ -101,7 +101,7 @@ fn what_is_equal_stays_and_all_else_becomes_the_backups() {
     let Some(scene) = Scene::make() else { return };
     let root = directory().expect("a directory");
     let path = root.path().to_owned();
-    // Into nothing it is a restore like any other.
+    // Into an empty directory it is a restore like any other.
     assert_eq!(executed(&scene, &path)["kept_files"], 0);
     let restored = Running::start(&scene, &path);
     assert_eq!(restored.sql(SUMS), scene.sums);
@@ -118,7 +118,7 @@ fn what_is_equal_stays_and_all_else_becomes_the_backups() {
     drop(restored);
     refused(&mut scene.restore(&path), "is complete");
     let data = path.join("data");
-    // One bit of a table, without a trace in size or time.
+    // Changes one bit of a table without a change of size or time.
     let file = fs::OpenOptions::new()
         .read(true)
         .write(true)
@@ -149,7 +149,7 @@ fn slices_of_which_everything_is_kept_are_not_fetched() {
     let Some(scene) = Scene::make() else { return };
     let root = directory().expect("a directory");
     executed(&scene, root.path());
-    // Only what a restore adds or consumes is not the backup's.
+    // Only files that a restore adds or consumes differ from the backup.
     let done = executed(&scene, root.path());
     assert!(
         done["fetched_slices"].as_u64() < done["slices"].as_u64(),
@@ -175,7 +175,7 @@ fn nothing_but_a_stopped_data_directory_of_the_same_cluster_is_taken() {
     refused(&mut delta(&scene, root.path()), "is another cluster's");
     assert!(data.join("precious").exists() && control.exists() && !data.join(MARKER).exists());
 
-    // An occupied place for a tablespace that this directory never had.
+    // A non-empty directory for a tablespace that this data directory never had.
     let root = directory().expect("a directory");
     executed(&scene, root.path());
     let foreign = scene.places.path().join("foreign");
@@ -202,7 +202,7 @@ fn killed_at_any_moment_it_does_not_start_and_is_finished_by_the_same_command() 
     for kill in 0..kills {
         let path = root.path().to_owned();
         let data = path.join("data");
-        // Something to do: the large table is not the backup's.
+        // Gives the restore work to do: the large table differs from the backup.
         if !data.join(MARKER).exists() {
             fs::write(large_file(&data), "not of this backup").expect("a file");
         }
@@ -211,7 +211,7 @@ fn killed_at_any_moment_it_does_not_start_and_is_finished_by_the_same_command() 
             .stderr(Stdio::null())
             .spawn()
             .expect("it runs");
-        // Planning takes longer than what follows: two of three kills come when it has begun.
+        // Planning takes longer than the rest, so two of three kills come after the copy has begun.
         let begun = kill % 3 != 2;
         while begun && !data.join(MARKER).exists() && matches!(child.try_wait(), Ok(None)) {
             sleep(Duration::from_millis(1));

@@ -1,5 +1,5 @@
-//! `pg_upgrade` gives the server a new system identifier: nothing is mixed, the operator begins a new epoch, and both the time
-//! before and the time after can be restored.
+//! `pg_upgrade` gives the server a new system identifier: nothing is mixed, the operator begins a
+//! new epoch, and both the time before and the time after can be restored.
 
 use std::process::Output;
 
@@ -66,7 +66,7 @@ fn both_sides_of_a_pg_upgrade_are_restored() {
     let new_system = query(&new.conninfo(), SYSTEM);
     assert_ne!(old_system, new_system);
     write(&new, "c");
-    // The daemon went on running and now finds another server in the place of the old one.
+    // The daemon continued to run and now finds another server in place of the old one.
     daemon
         .wait_for(|log| log.contains("not streaming"))
         .expect("the old server is away");
@@ -82,7 +82,7 @@ fn both_sides_of_a_pg_upgrade_are_restored() {
         "{error}"
     );
 
-    // Only the right word of the operator counts.
+    // Only the right identifier from the operator is accepted.
     let done = begin(&place, &new, &old_system);
     assert!(said(&done).0.contains("archived already"), "{done:?}");
     let done = begin(&place, &new, "123");

@@ -1,5 +1,6 @@
-//! Retention on a real server: what stays is restored, what went is refused by name, a second repository keeps longer, an
-//! expiry that is killed goes on; and a daemon that expires by itself goes on streaming as if nothing had been there.
+//! Retention on a real server: kept backups can be restored, expired moments are refused by name, a
+//! second repository keeps longer, and a killed expiry continues. A daemon that expires by itself
+//! streams on undisturbed.
 
 use std::{
     fs,
@@ -24,7 +25,7 @@ const WORDS: &str = "SELECT string_agg(word, ' ' ORDER BY word) FROM words";
 fn write(cluster: &Cluster, word: &str) {
     let conninfo = cluster.conninfo();
     query(&conninfo, &format!("INSERT INTO words VALUES ('{word}')"));
-    // Segments of 1 MiB: some of them lie between any two backups.
+    // Segments of 1 MiB, so that some of them are between any two backups.
     for _ in 0..3 {
         query(
             &conninfo,
@@ -123,7 +124,7 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
         let count = |name: &str| files(&place.path().join(name).join("main")).len();
         count("repository") == count("second")
     });
-    // The window has passed when the third backup is older than it.
+    // The window ends after the third backup.
     sleep(Duration::from_secs(2));
     let keep = format!(
         "keep_window = '1s'\nkeep_backups_min = 1\nkeep_backups = ['{first}']\nexpire_grace = '1ms'\n"
@@ -157,7 +158,7 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
         there["policy"].is_null() && there["swept"]["objects"] == 0,
         "{document}"
     );
-    // PostgreSQL may have noted something meanwhile.
+    // PostgreSQL may have written WAL meanwhile.
     let is_lasting = |path: &&PathBuf| !path.to_string_lossy().contains("/tail/");
     let lost = before.iter().filter(is_lasting).find(|path| !path.exists());
     assert_eq!(lost, None, "a dry run changes nothing");
@@ -165,7 +166,7 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
     let mut marked = marked.iter().map(|path| path.to_string_lossy());
     assert!(!marked.any(|path| path.contains("/expired/")), "nor marks");
 
-    // Killed again and again, at whatever it is doing.
+    // Killed repeatedly at random moments.
     for _ in 0..if long() { 40 } else { 6 } {
         let mut killed = place.program("wal-archiver").expect("built");
         let mut killed = killed.arg("expire").spawn().expect("it starts");
@@ -185,13 +186,13 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
         "{told}"
     );
 
-    // With both, nothing is lost: the second keeps everything.
+    // With both repositories nothing is lost: the second keeps everything.
     assert_eq!(ids(&place), [first.as_str(), &second, &third]);
     assert_eq!(words(&place, &bin, &["--target-time", &moment]), "a b c");
     let mut verify = place.program("wal-archiver").expect("built");
     succeed(verify.arg("verify")).expect("each is as it should be, by its own retention");
 
-    // The first alone.
+    // Only the first repository.
     configure(&place, &keep);
     assert!(
         files(&repository).len() + 5 < before.len(),
@@ -251,7 +252,7 @@ fn a_daemon_that_expires_goes_on_as_if_nothing_had_been_there() {
     daemon
         .wait_for(|log| log.contains("retention was applied"))
         .expect("it says so");
-    // It dies, and another one takes over from what is left.
+    // It is killed, and another one continues with the rest.
     daemon.kill().expect("it dies");
     let mut daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
     write(&cluster, "d");

@@ -1,5 +1,5 @@
-//! A failover while the archiver is away: the slot that was kept on the standby holds everything, and a restore across the
-//! switch is exact, without a new base backup.
+//! A failover while the archiver is away: the slot kept on the standby retains everything, and a
+//! restore across the switch is exact, without a new base backup.
 
 use benches::{
     cluster::{Cluster, PORT},
@@ -10,7 +10,7 @@ use benches::{
 
 use crate::support::{SETTINGS, end_lsn, query, servers, wait_archived, wait_until};
 
-/// Nothing but slots keeps WAL on these servers.
+/// Only slots retain WAL on these servers.
 const KEEPS_NOTHING: &str = "wal_keep_size = 0\nmax_wal_size = 2MB\nmin_wal_size = 2MB\n";
 const ROWS: &str = "SELECT count(*) || ' ' || sum(number) || ' ' || md5(string_agg(number::text, ',' ORDER BY number)) \
                     FROM rows";
@@ -56,7 +56,8 @@ fn a_slot_kept_on_a_standby_saves_the_archive_over_a_failover_that_nobody_saw() 
         wait_archived(&primary.conninfo(), end_lsn(&primary.conninfo()));
         daemon.stop().expect("the archiver stops");
 
-        // Nobody archives; the primary goes on, dies, and the standby takes over and goes on.
+        // No archiver runs. The primary continues and dies, and the standby takes over and
+        // continues.
         write(&primary.conninfo(), 50, 100);
         let end = end_lsn(&primary.conninfo());
         wait_until("the standby has everything", || {
@@ -125,7 +126,7 @@ fn a_slot_on_a_standby_moves_with_the_archive_and_says_when_it_is_not_kept() {
     write(&primary.conninfo(), 0, 10);
     let end = end_lsn(&primary.conninfo());
     wait_until("the slot has moved", || {
-        // While a standby is missing it is looked every few seconds.
+        // While a standby is missing it is polled every few seconds.
         let now = query(&standby.conninfo(), slot);
         let moved = format!("SELECT '{now}'::pg_lsn > '{before}' AND '{now}'::pg_lsn <= '{end}'");
         query(&standby.conninfo(), &moved) == "t"
@@ -144,7 +145,7 @@ fn a_slot_on_a_standby_moves_with_the_archive_and_says_when_it_is_not_kept() {
     assert!(line("ok", "\"tidemark_main\" keeps WAL from"), "{said}");
     assert!(line("FAIL", "standby /nonexistent"), "{said}");
 
-    // Promoted behind our back it is a primary, and its slot is left alone.
+    // Promoted without the archiver's knowledge it is a primary, and its slot is left alone.
     standby.promote().expect("a promotion");
     daemon
         .wait_for(|log| log.contains("it is a primary and not a standby"))

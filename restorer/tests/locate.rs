@@ -1,5 +1,5 @@
-//! `locate`: what somebody did is found by time, by transaction and by name, and the flags that it prints restore to just
-//! before it.
+//! `locate`: an event is found by time, by transaction and by name, and the printed flags restore
+//! to just before it.
 
 use std::path::PathBuf;
 
@@ -18,7 +18,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// Runs statements in one transaction; its number.
+    /// Runs statements in one transaction. Returns its ID.
     fn transaction(&self, statements: &str) -> u64 {
         let mut client = self.archived.cluster.connect().expect("a connection");
         client.batch_execute("BEGIN").expect("begin");
@@ -34,7 +34,7 @@ impl Scene {
         serde_json::from_str(&said).expect("JSON")
     }
 
-    /// The one transaction that is found.
+    /// Returns the single transaction that is found.
     fn located(&self, arguments: &[&str], xid: u64) -> Value {
         let found = self.locate(arguments);
         let transactions = found["transactions"].as_array().expect("a list");
@@ -43,7 +43,7 @@ impl Scene {
         transactions[0].clone()
     }
 
-    /// What SQL says after a restore to just before what was found.
+    /// Returns a query's result after a restore to just before the found transaction.
     fn just_before(&self, located: &Value, sql: &str) -> String {
         let flags = located["just_before"].as_str().expect("it is restorable");
         let arguments: Vec<&str> = flags.split(' ').collect();
@@ -90,7 +90,7 @@ fn what_was_done_is_found_and_the_flags_restore_to_just_before_it() {
         .sql("SELECT pg_create_restore_point('after all that')");
     scene.archived.finish();
 
-    // By name, with and without the schema; also what the backup does not know yet.
+    // By name, with and without the schema; also a relation that the backup does not contain.
     for name in ["shop.orders", "orders"] {
         let found = scene.located(&["--dropped", name], dropped);
         let removed = names(&found["removed"]);
@@ -109,11 +109,11 @@ fn what_was_done_is_found_and_the_flags_restore_to_just_before_it() {
     assert_eq!(scene.just_before(&found, "SELECT n FROM made_later"), "7");
     let found = scene.located(&["--dropped", "kept"], truncated);
     assert_eq!(scene.just_before(&found, "SELECT count(*) FROM kept"), "2");
-    // By the number of its file, which is all that WAL itself knows.
+    // By the number of its file, which is all that WAL itself contains.
     let file = found["removed"][0]["file"]["relation"].to_string();
     scene.located(&["--dropped", &file], truncated);
 
-    // By transaction, with what its subtransactions did.
+    // By transaction, including the work of its subtransactions.
     let xid = large.to_string();
     let found = scene.located(&["--xid", &xid], large);
     assert_eq!(found["rows"][0]["deleted"], 3000, "{found:#}");
@@ -126,7 +126,7 @@ fn what_was_done_is_found_and_the_flags_restore_to_just_before_it() {
         "4990"
     );
 
-    // By time: everything remarkable, and the nearest of the rest.
+    // By time: every notable transaction, and the nearest of the others.
     let around = scene.locate(&["--around", &before, "--within", "1 hour"]);
     let transactions = around["transactions"].as_array().expect("a list");
     let numbers: Vec<u64> = transactions
@@ -138,7 +138,7 @@ fn what_was_done_is_found_and_the_flags_restore_to_just_before_it() {
     }
     assert!(numbers.is_sorted(), "in the order of the WAL: {numbers:?}");
     assert_eq!(around["restore_points"][0]["name"], "after all that");
-    // What was committed before the only backup can not be undone by it.
+    // A transaction that committed before the only backup cannot be undone with it.
     let first = transactions
         .iter()
         .find(|one| one["xid"] == early)

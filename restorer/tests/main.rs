@@ -1,7 +1,7 @@
 //! End-to-end tests of `pitr-restore` on real PostgreSQL servers.
 //!
-//! Without a server they are skipped loudly; under CI a missing server is a failure. `TIDEMARK_LONG` takes every version
-//! and more targets.
+//! Without a server they are skipped with a message. In CI a missing server is a failure.
+//! `TIDEMARK_LONG` runs every version and more targets.
 
 mod bad_input;
 mod bad_store;

@@ -1,7 +1,8 @@
-//! A store that fails in the middle of a recovery: it waits, does not promote early, and completes.
+//! A store that fails in the middle of a recovery: the recovery waits, does not promote early, and
+//! completes.
 //!
-//! PostgreSQL takes the end of `restore_command`'s patience for the end of the archive, if it is told so: then it would
-//! open a database from which commits are missing.
+//! PostgreSQL would take a `restore_command` that gives up with 1 for the end of the archive, and
+//! open a database without later commits.
 
 use std::{
     fs,
@@ -16,7 +17,7 @@ use benches::{programs::directory, restored::Restored};
 
 use crate::support::{Archived, long, query, servers, wait_until};
 
-/// The sealed segments, oldest first.
+/// Returns the sealed segments, oldest first.
 fn sealed(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).expect("a folder").flatten() {
@@ -52,7 +53,7 @@ fn a_store_that_fails_in_the_middle_is_waited_for() {
     let segments = sealed(&archived.place.path().join("repository"));
     assert!(segments.len() > 6, "{segments:?}");
     let away = &segments[segments.len() / 2..];
-    // Owned by the user who restores; readable for nobody.
+    // Owned by the user who restores, readable by nobody.
     mode(away, 0o000);
     let root = directory().expect("a directory");
     let arguments = ["--target-action=promote"];
@@ -68,7 +69,7 @@ fn a_store_that_fails_in_the_middle_is_waited_for() {
         fs::read_to_string(&log).is_ok_and(|log| log.contains("is tried again"))
     });
     sleep(outage);
-    // It takes no connections yet; PostgreSQL removes the file when it ends the recovery.
+    // The server accepts no connections yet. PostgreSQL removes the file when it ends the recovery.
     let said = fs::read_to_string(&log).expect("the log");
     let recovers = root.path().join("data/recovery.signal").exists();
     assert!(

@@ -1,5 +1,5 @@
-//! A restore that is killed, or meets a full disk: what it leaves never starts and never looks done, and the same command
-//! again finishes it.
+//! A restore that is killed or meets a full disk: the result never starts and never looks complete,
+//! and running the same command again completes it.
 
 use std::{
     fs,
@@ -47,13 +47,14 @@ fn killed_at_any_moment_it_never_looks_done_and_is_finished_by_the_same_command(
         child.wait().expect("it is gone");
         let data = root.path().join("data");
         if data.join("global/pg_control").exists() {
-            // Everything is there when pg_control is; only the marker may not have gone.
+            // Everything exists when pg_control does. Only the marker may remain.
             scene.verify(&data);
             done += 1;
         } else if data.join(MARKER).exists() {
             scene.assert_unfinished(&data);
             unfinished += 1;
-            // What a restore may empty is what it named, not what it is told now.
+            // A restore may empty only directories that it named itself, not those of the new
+            // command line.
             let mut again = scene.archived.pitr_restore();
             again
                 .arg("--target-dir")
@@ -97,7 +98,7 @@ fn a_full_disk_is_said_and_the_same_command_goes_on_when_there_is_room() {
     let output = if mounted {
         restore.output()
     } else {
-        // Where nothing can be mounted, files may not become large.
+        // Where mounting is impossible, limit the size of files instead.
         let mut limited = command(Path::new("/bin/sh")).expect("a shell");
         limited.args(["-c", "trap '' XFSZ; ulimit -f 2000; exec \"$@\"", "sh"]);
         limited.arg(restore.get_program()).args(restore.get_args());

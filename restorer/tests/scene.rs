@@ -1,4 +1,4 @@
-//! An archived cluster that is large enough to be interrupted while it is restored, with a tablespace.
+//! An archived cluster that is large enough to interrupt its restore, with a tablespace.
 
 use std::{
     fs,
@@ -18,7 +18,7 @@ pub(crate) const MARKER: &str = "RESTORE_INCOMPLETE";
 pub(crate) const SUMS: &str = "SELECT (SELECT count(*) || ' ' || sum(hashtext(filler)::bigint) FROM load) || ' ' \
     || (SELECT count(*) FROM elsewhere)";
 
-/// An archived cluster with enough in it that a restore takes a while, and a tablespace.
+/// An archived cluster whose restore takes a while, with a tablespace.
 pub(crate) struct Scene {
     pub(crate) archived: Archived,
     pub(crate) bin: PathBuf,
@@ -53,7 +53,7 @@ impl Scene {
         })
     }
 
-    /// The restore into `root`, without a start.
+    /// Returns the restore into `root`, without a start.
     pub(crate) fn restore(&self, root: &Path) -> Command {
         let mut restore = self.archived.pitr_restore();
         restore.arg("--target-dir").arg(root.join("data"));
@@ -68,7 +68,7 @@ impl Scene {
         format!("--tablespace-mapping={}={}", old.display(), new.display())
     }
 
-    /// Starts what was restored, and compares its content with the primary's.
+    /// Starts the restored server and compares its content with the primary's.
     pub(crate) fn prove(&self, root: tempfile::TempDir) {
         self.verify(&root.path().join("data"));
         let mut pg_ctl = command(&self.bin.join("pg_ctl")).expect("pg_ctl");
@@ -91,7 +91,7 @@ impl Scene {
         assert_eq!(query(&restored.conninfo(), SUMS), self.sums);
     }
 
-    /// PostgreSQL's own word on every file of the backup.
+    /// Runs PostgreSQL's own verification of every file of the backup.
     pub(crate) fn verify(&self, data: &Path) {
         let manifests = find(self.archived.place.path(), "backup_manifest");
         let mut verify = command(&self.bin.join("pg_verifybackup")).expect("pg_verifybackup");
@@ -103,7 +103,7 @@ impl Scene {
         succeed(verify.arg(data)).expect("pg_verifybackup");
     }
 
-    /// That an unfinished directory does not look like a cluster to PostgreSQL, nor like a finished one to us.
+    /// Checks that an unfinished directory is not a cluster for PostgreSQL and not complete for us.
     pub(crate) fn assert_unfinished(&self, data: &Path) {
         assert!(data.join(MARKER).exists(), "it looks done");
         assert!(
@@ -117,7 +117,7 @@ impl Scene {
     }
 }
 
-/// A directory of the servers' user.
+/// Creates a directory of the servers' user.
 pub(crate) fn owned(path: &Path) -> PathBuf {
     fs::create_dir(path).expect("a directory");
     if let Some((user, group)) = server_user().expect("the servers' user") {

@@ -1,4 +1,5 @@
-//! `--standby`: a warm standby that follows the archive for good, its open segment included, and can be promoted.
+//! `--standby`: a warm standby that follows the archive permanently, including its open segment,
+//! and can be promoted.
 
 use std::process::Stdio;
 
@@ -50,7 +51,7 @@ fn a_standby_follows_the_archive_and_is_promoted() {
     let count = || query(&standby, "SELECT count(*) FROM done");
     assert_eq!(query(&standby, "SELECT pg_is_in_recovery()"), "t");
     wait_until("what was archived is replayed", || count() == "5000");
-    // A few rows in the open segment: they come as tails, within a second of their commit.
+    // A few rows in the open segment, which arrive as tails within a second of their commit.
     for n in 1..=3 {
         archived.sql("INSERT INTO done VALUES (0, 'one more')");
         archived.end_lsn();
@@ -58,7 +59,7 @@ fn a_standby_follows_the_archive_and_is_promoted() {
             count() == (5000 + n).to_string()
         });
     }
-    // Across the end of segments too.
+    // Across the ends of segments too.
     archived.sql("INSERT INTO done SELECT n, repeat('y', 700) FROM generate_series(1, 4997) n");
     archived.end_lsn();
     wait_until("the standby has gone on", || count() == "10000");
@@ -66,7 +67,7 @@ fn a_standby_follows_the_archive_and_is_promoted() {
     assert_eq!(query(&standby, "SELECT pg_is_in_recovery()"), "f");
     query(&standby, "INSERT INTO done VALUES (-1, 'its own')");
     assert_eq!(count(), "10001");
-    // It can neither write into its parent's archive nor hang on its parent's standbys.
+    // It can neither write into its parent's archive nor wait for its parent's standbys.
     assert_eq!(query(&standby, "SHOW archive_mode"), "off");
     assert_eq!(query(&standby, "SHOW synchronous_standby_names"), "");
     pg_ctl(&["-m", "immediate", "-w", "stop"]);

@@ -1,5 +1,6 @@
-//! `--start` where the settings of the backup are not enough: a primary that was given more afterwards, a cluster whose
-//! configuration lies outside of its data directory, as Debian keeps it, and a recovery that is given more memory.
+//! `--start` where the backup's settings are not enough: a primary whose limits were raised later,
+//! a cluster whose configuration is outside of its data directory, as on Debian, and a recovery
+//! with more memory.
 
 use std::{fs, process::Stdio};
 
@@ -29,13 +30,13 @@ fn missing_settings_are_named_and_missing_files_are_made() {
         .status();
     assert!(status.expect("it runs").success());
     archived.sql("INSERT INTO done VALUES (1)");
-    // The archiver comes back by itself.
+    // The archiver reconnects automatically.
     wait_until("the archiver is back", || {
         archived.sql("SELECT count(*) FROM pg_stat_replication") == "1"
     });
     let now = "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US+00')";
     let behind = archived.sql(now);
-    // A commit behind that time proves it, when it is archived.
+    // An archived commit after that time proves it.
     archived.end_lsn();
 
     let root = directory().expect("a directory");
@@ -60,7 +61,7 @@ fn missing_settings_are_named_and_missing_files_are_made() {
         !root.path().join("data/postmaster.pid").exists(),
         "it is left running"
     );
-    // Nobody reads while it recovers, so that fewer connections are enough, and no readers are provided for.
+    // There are no readers during recovery, so fewer connections are enough.
     let restored = Restored::start::<&str>(place, &bin, &[]).expect("it is promoted");
     let shown =
         "SELECT current_setting('max_connections') || '|' || current_setting('hot_standby')";
@@ -85,7 +86,7 @@ fn missing_settings_are_named_and_missing_files_are_made() {
     let buffers = query(&restored.conninfo(), "SHOW shared_buffers");
     assert_eq!(buffers, "48MB");
 
-    // The running server has read its files; a backup finds them no more.
+    // The running server has read its files, and a backup no longer finds them.
     for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf"] {
         fs::remove_file(data.join(name)).expect("it goes");
     }

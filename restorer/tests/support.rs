@@ -1,4 +1,4 @@
-//! An archived cluster to restore from, and small tools that every test needs.
+//! An archived cluster to restore from, and small tools for all tests.
 
 use std::{
     env,
@@ -16,15 +16,16 @@ use benches::{
 };
 use wal_format::Lsn;
 
-/// How long anything may take before a test fails.
+/// The time after which a test fails.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Whether the long tier runs.
+/// Returns true if the long tier runs.
 pub(crate) fn long() -> bool {
     env::var_os("TIDEMARK_LONG").is_some()
 }
 
-/// The server programs to test with: 17 or what there is; in the long tier all; with `TIDEMARK_MAJOR` that one.
+/// Returns the servers to test with: 17 or any that exists; in the long tier all; with
+/// `TIDEMARK_MAJOR` that one.
 pub(crate) fn servers() -> Vec<(u16, PathBuf)> {
     let mut servers = servers_or_skip();
     servers.retain(|(major, _)| *major >= 14);
@@ -41,7 +42,7 @@ pub(crate) fn servers() -> Vec<(u16, PathBuf)> {
     servers
 }
 
-/// Settings of a small quick server that keeps all its WAL.
+/// Settings of a small fast server that keeps all its WAL.
 pub(crate) const SETTINGS: &str = "fsync = off\nshared_buffers = 16MB\nautovacuum = off\n\
     wal_keep_size = 2GB\nmax_prepared_transactions = 64\ntrack_commit_timestamp = on\n";
 
@@ -66,7 +67,7 @@ impl Archived {
         }
     }
 
-    /// Takes a base backup; its name.
+    /// Takes a base backup. Returns its ID.
     pub(crate) fn backup(&self) -> String {
         let conninfo = self.cluster.conninfo();
         let mut backup = self.place.program("wal-archiver").expect("it is built");
@@ -77,7 +78,7 @@ impl Archived {
         newest["id"].as_str().expect("an id").to_owned()
     }
 
-    /// What `pitr-restore list` says.
+    /// Returns the output of `pitr-restore list`.
     pub(crate) fn listing(&self) -> serde_json::Value {
         let mut list = self.pitr_restore();
         let said = succeed(list.args(["list", "--json"])).expect("a listing");
@@ -92,17 +93,17 @@ impl Archived {
         self.daemon = Some(daemon.expect("an archiver"));
     }
 
-    /// Runs SQL on the primary; the first column of the first row as text.
+    /// Runs SQL on the primary. Returns the first column of the first row as text.
     pub(crate) fn sql(&self, sql: &str) -> String {
         query(&self.cluster.conninfo(), sql)
     }
 
-    /// The end of the WAL, flushed.
+    /// Returns the end of the flushed WAL.
     pub(crate) fn end_lsn(&self) -> Lsn {
         end_lsn(&self.cluster.conninfo())
     }
 
-    /// Stops the archiver when it has everything; the end of the WAL.
+    /// Stops the archiver when it has everything. Returns the end of the WAL.
     pub(crate) fn finish(&mut self) -> Lsn {
         self.finish_at(&self.cluster.conninfo())
     }
@@ -117,14 +118,14 @@ impl Archived {
         end
     }
 
-    /// `pitr-restore` on this place.
+    /// Returns `pitr-restore` for this place.
     pub(crate) fn pitr_restore(&self) -> Command {
         self.place.program("pitr-restore").expect("it is built")
     }
 }
 
 pub(crate) fn end_lsn(conninfo: &str) -> Lsn {
-    // Only a commit that waits flushes what asynchronous ones left behind.
+    // Only a commit that waits flushes the WAL of earlier asynchronous ones.
     let flush = "SET synchronous_commit = on; SELECT pg_logical_emit_message(true, 'flush', '')";
     query(conninfo, flush);
     let lsn = query(conninfo, "SELECT pg_current_wal_flush_lsn()");
@@ -141,7 +142,7 @@ pub(crate) fn wait_archived(conninfo: &str, lsn: Lsn) {
     });
 }
 
-/// Runs SQL; the first column of the first row as text.
+/// Runs SQL. Returns the first column of the first row as text.
 pub(crate) fn query(conninfo: &str, sql: &str) -> String {
     let mut client = connect(conninfo).expect("a connection");
     let messages = client
@@ -154,7 +155,7 @@ pub(crate) fn query(conninfo: &str, sql: &str) -> String {
     row.unwrap_or_default().to_owned()
 }
 
-/// Both outputs of a program as text.
+/// Returns both outputs of a program as text.
 pub(crate) fn said(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
     (text(&output.stdout), text(&output.stderr))
@@ -168,7 +169,7 @@ pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Numbers without an order (xorshift); the seed is printed by whoever makes one.
+/// Pseudorandom numbers (xorshift). The caller prints the seed.
 pub(crate) struct Chance(u64);
 
 impl Chance {
@@ -182,7 +183,7 @@ impl Chance {
         Self(seed)
     }
 
-    /// Below `end`, which is not 0.
+    /// Returns a number below `end`, which is not 0.
     pub(crate) fn below(&mut self, end: usize) -> usize {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;

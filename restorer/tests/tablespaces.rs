@@ -1,5 +1,5 @@
-//! Tablespaces: outside of the data directory, behind a link, and in place; each to where it was told, and never over
-//! something that is there.
+//! Tablespaces outside of the data directory, behind a link, and in place: each is restored to its
+//! mapped directory, and never over existing files.
 
 use std::{
     fs,
@@ -44,7 +44,8 @@ fn each_goes_where_it_is_mapped_and_nothing_is_overwritten() {
         "CREATE TABLESPACE two LOCATION '{}'",
         link.display()
     ));
-    // It is only meant for tests, and 15 leaves its files out of a base backup with a tablespace map.
+    // In-place tablespaces are only meant for tests, and 15 omits their files from a base backup
+    // with a tablespace map.
     let in_place = major >= 16;
     let mut three = "";
     if in_place {
@@ -67,7 +68,7 @@ fn each_goes_where_it_is_mapped_and_nothing_is_overwritten() {
     );
     archived.finish();
 
-    // Where they were, they still are: nothing is overwritten, and nothing is begun.
+    // At their old locations, which still exist: nothing is overwritten, and nothing is begun.
     let target = directory().expect("a directory");
     let restore = |arguments: &[&str]| {
         let mut command = Restored::command(&archived.place, &bin, target.path(), arguments)

@@ -1,5 +1,6 @@
-//! Every kind of target: the plan, PostgreSQL's log and the restored rows must all say what PostgreSQL's own
-//! `pg_waldump` of the primary's own WAL says, where commits raced and their times are not in the order of the WAL.
+//! Every kind of target: the plan, PostgreSQL's log and the restored rows must all agree with
+//! PostgreSQL's own `pg_waldump` of the primary's WAL, where commits raced and their times are not
+//! in WAL order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,14 +20,14 @@ use wal_format::{Lsn, PgTimestamp};
 
 use crate::support::{Archived, Chance, long, said, servers};
 
-/// How many commits must have a time before that of a predecessor.
+/// The number of commits that must have an earlier time than a predecessor.
 const INVERSIONS_MIN: usize = 3;
 /// Opens the restored server for writing.
 const PROMOTE: &str = "--target-action=promote";
-/// How long the load may run until there are so many.
+/// The maximum duration of the load until there are enough such commits.
 const LOAD_MAX: Duration = Duration::from_secs(40);
 
-/// Where recovery is to stop, by the oracle.
+/// The point where recovery must stop, according to the oracle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stop {
     Before(Lsn),
@@ -41,7 +42,7 @@ impl Stop {
         }
     }
 
-    /// How the plan writes it.
+    /// The plan's notation.
     fn json(self) -> Value {
         match self {
             Self::Before(lsn) => serde_json::json!({"stop": "before", "lsn": lsn.to_string()}),
@@ -49,7 +50,7 @@ impl Stop {
         }
     }
 
-    /// How PostgreSQL logs it.
+    /// The notation in PostgreSQL's log.
     fn logged(self) -> String {
         match self {
             Self::Before(lsn) => format!("before WAL location (LSN) \"{lsn}\""),
@@ -64,7 +65,7 @@ struct Scene {
     begun: BTreeMap<u32, Begun>,
     /// Every transaction record since before the backup.
     all: Vec<TransactionRecord>,
-    /// Where redo starts, and where the backup is consistent.
+    /// The LSN where redo starts, and the LSN where the backup is consistent.
     start_lsn: Lsn,
     stop_lsn: Lsn,
     end_lsn: Lsn,
@@ -72,7 +73,8 @@ struct Scene {
 
 impl Scene {
     fn make(bin: &Path) -> Self {
-        // Tiny WAL buffers: commits wait for their place with their time already taken.
+        // With tiny WAL buffers, commits that have already taken their time wait for their place in
+        // the WAL.
         let mut archived = Archived::start(bin, "synchronous_commit = off\nwal_buffers = 64kB\n");
         let origin = archived.end_lsn();
         let conninfo = archived.cluster.conninfo();
@@ -119,14 +121,14 @@ impl Scene {
         }
     }
 
-    /// The ends at which a recovery from the backup may stop.
+    /// Returns the ends at which a recovery from the backup may stop.
     fn ends(&self) -> Vec<&TransactionRecord> {
         let behind =
             |record: &&TransactionRecord| record.kind.is_end() && record.lsn >= self.start_lsn;
         self.all.iter().filter(behind).collect()
     }
 
-    /// `recoveryStopsBefore` of PostgreSQL for a time.
+    /// PostgreSQL's `recoveryStopsBefore` for a time.
     fn stop_of_time(&self, time: PgTimestamp, inclusive: bool) -> Option<Stop> {
         let ends = self.ends();
         let later = |end: &&&TransactionRecord| end.time > time || (!inclusive && end.time == time);
@@ -138,7 +140,7 @@ impl Scene {
             .unwrap_or_else(|error| panic!("{arguments:?}: {error:?}"))
     }
 
-    /// Restores and proves that plan, PostgreSQL and content are what the oracle says.
+    /// Restores and checks that plan, PostgreSQL and content agree with the oracle.
     fn prove(&self, arguments: &[&str], expected: Stop) -> Value {
         let restored = self.restore(arguments);
         let plan = restored.report["plan"].clone();
@@ -168,7 +170,7 @@ impl Scene {
         plan
     }
 
-    /// The client transactions whose commit is replayed.
+    /// Returns the client transactions whose commit is replayed.
     fn committed(&self, stop: Stop) -> BTreeSet<u32> {
         let kept = |record: &&TransactionRecord| {
             record.kind.is_commit()
@@ -182,7 +184,7 @@ impl Scene {
             .collect()
     }
 
-    /// The prepared transactions that did not end before the stop.
+    /// Returns the prepared transactions that did not end before the stop.
     fn in_doubt(&self, stop: Stop) -> BTreeSet<(u32, String)> {
         let mut open = BTreeMap::new();
         for record in self.all.iter().filter(|record| stop.replays(record.lsn)) {
@@ -218,7 +220,7 @@ fn prepared(client: &mut Client) -> BTreeSet<(u32, String)> {
     rows.expect("pg_prepared_xacts").iter().map(one).collect()
 }
 
-/// The ends with a time before that of an end that is earlier in the WAL.
+/// Returns the ends with an earlier time than an end that precedes them in the WAL.
 fn inverted(all: &[TransactionRecord]) -> Vec<&TransactionRecord> {
     let mut greatest = PgTimestamp(i64::MIN);
     let mut found = Vec::new();
@@ -248,7 +250,8 @@ fn postgresql_stops_where_the_plan_says() {
     }
 }
 
-/// The oracle itself: what clients and the server remember of commits is what `pg_waldump` reads.
+/// Checks the oracle itself: `pg_waldump` agrees with what clients and the server remember of
+/// commits.
 fn the_ledger_agrees_with_the_wal(scene: &Scene) {
     let commits: BTreeMap<u32, PgTimestamp> = scene
         .all
@@ -303,7 +306,8 @@ fn times(scene: &Scene) {
         let between = i64::try_from(chance.below(2000)).expect("small");
         let time = moved(end.time, [0, -1, 1, 0, between][chance.below(5)]);
         let inclusive = chance.below(2) == 0;
-        // Inside the backup nothing is consistent; behind the last end is another test.
+        // A backup is not consistent before its end. Targets after the last end are covered by
+        // another test.
         let Some(Stop::Before(lsn)) = scene.stop_of_time(time, inclusive) else {
             continue;
         };
@@ -337,7 +341,7 @@ fn positions(scene: &Scene) {
     let mut chance = Chance::new();
     for turn in 0..if long() { 12 } else { 2 } {
         let at = 1 + chance.below(starts.len() - 2);
-        // Exactly at a record, and inside the record before it.
+        // Exactly at a record, and inside the previous record.
         let asked = if turn % 2 == 0 {
             starts[at]
         } else {
@@ -392,14 +396,14 @@ fn the_end_and_consistency(scene: &Scene) {
     let all = records(&scene.archived.cluster, scene.stop_lsn, scene.end_lsn);
     let last = *all.expect("pg_waldump").last().expect("a record");
     let restored = scene.restore(&[]);
-    // The server itself may have written a record after the last one that we know of.
+    // The server itself may have written a record after the last known one.
     let lsn = restored.report["plan"]["stop"]["lsn"].as_str();
     let lsn: Lsn = lsn.and_then(|lsn| lsn.parse().ok()).expect("an LSN");
     assert!(lsn >= last, "stopped at {lsn}, the last record is {last}");
     let mut client = restored.connect().expect("the restored server answers");
     assert_eq!(rows(&mut client), scene.committed(Stop::After(lsn)));
     assert_eq!(prepared(&mut client), scene.in_doubt(Stop::After(lsn)));
-    // It was promoted: it takes writes, and those in doubt can be ended.
+    // It was promoted: it accepts writes, and transactions in doubt can be ended.
     for (_, gid) in scene.in_doubt(Stop::After(lsn)) {
         let sql = format!("COMMIT PREPARED '{gid}'");
         client.batch_execute(&sql).expect("it is writable");

@@ -1,5 +1,5 @@
-//! Two timelines, then a third with the number of the second: every state of each is reached, and what lies on another
-//! timeline is refused with the reason.
+//! Two timelines, then a third with the number of the second: every state of each is reached, and a
+//! target on another timeline is refused with the reason.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use benches::restored::Restored;
 
 use crate::support::{Archived, query, said, servers};
 
-/// The words that a server holds, in order.
+/// The words in a server's table, in order.
 const WORDS: &str = "SELECT string_agg(word, ' ' ORDER BY word) FROM words";
 const NOW: &str =
     "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')";
@@ -42,7 +42,7 @@ impl Scene {
         assert_eq!(error.lines().count(), 1, "{arguments:?}: {error}");
     }
 
-    /// Writes a word; the time after it.
+    /// Writes a word. Returns the time after it.
     fn write(&self, conninfo: &str, word: &str) -> String {
         query(conninfo, &format!("INSERT INTO words VALUES ('{word}')"));
         let now = query(conninfo, NOW);
@@ -75,7 +75,7 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     scene.write(&primary, "d1");
     scene.archived.finish();
 
-    // Timeline 2 leaves 1 at the restore point.
+    // Timeline 2 leaves timeline 1 at the restore point.
     let second = scene.restore(&["--target-name=fork", "--target-action=promote"]);
     scene.archived.follow(&second.conninfo());
     assert_eq!(query(&second.conninfo(), WORDS), "a b");
@@ -91,7 +91,8 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     scene.write(&second.conninfo(), "e2");
     scene.archived.finish_at(&second.conninfo());
     let listing = scene.archived.listing();
-    // By timeline: what began within one second is not listed in its order.
+    // By timeline, since backups that began within one second are not listed in the order of their
+    // beginning.
     let on = |timeline: &str| {
         let backups = listing["backups"].as_array().expect("backups").iter();
         let is_on = |backup: &&serde_json::Value| {
@@ -128,7 +129,7 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     scene.assert_words(&["--target-timeline=2", &time_a], "a");
     scene.assert_words(&["--target-timeline=1", &time_a], "a");
     scene.assert_words(&["--target-timeline=1", &time_c], "a b c1");
-    // On timeline 2 nothing had been committed at that time that timeline 1 did not have before the fork.
+    // At that time timeline 2 had only the commits that timeline 1 had before the fork.
     scene.assert_words(&["--target-timeline=2", &time_c], "a b");
     scene.assert_words(
         &["--target-timeline=1", &format!("--target-time={before_c}")],
@@ -153,7 +154,8 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
         "was taken on timeline 00000002-",
     );
 
-    // A second timeline 2, which never knew the first: the number alone is refused, the branch is not.
+    // A second timeline 2, unrelated to the first: the number alone is refused, the branch is
+    // accepted.
     drop(second);
     let other = scene.restore(&["--target-timeline=1", &time_a, "--target-action=promote"]);
     std::fs::remove_dir_all(scene.archived.place.path().join("spool")).expect("the spool");

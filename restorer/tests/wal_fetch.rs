@@ -1,5 +1,5 @@
-//! `restore_command`: 0 delivered, 1 proved absent, 255 anything else. PostgreSQL ends recovery at a 1 and may promote, so
-//! a 1 that is not proved loses data.
+//! `restore_command`: 0 delivered, 1 proved absent, 255 anything else. PostgreSQL ends recovery at
+//! a 1 and may promote, so an unproved 1 loses data.
 
 use std::{
     fs,
@@ -40,7 +40,7 @@ impl Scene {
         self.archived.place.path().join("repository")
     }
 
-    /// The archived segments of timeline 1, complete ones and the open one.
+    /// Returns the archived segments of timeline 1, complete ones and the open one.
     fn segments(&self) -> Vec<SegmentName> {
         let mut names: Vec<SegmentName> = Vec::new();
         let mut open = vec![self.repository()];
@@ -82,7 +82,7 @@ impl Scene {
         fetch(&self.repository(), name, &self.destination())
     }
 
-    /// The exit code; what was delivered is checked to be all that is there.
+    /// Returns the exit code. Checks that delivered bytes are all that is archived.
     fn code(&self, name: &str, arguments: &[&str]) -> Option<i32> {
         let _before = fs::remove_file(self.destination());
         let output = self.fetch(name).args(arguments).output().expect("it runs");
@@ -104,7 +104,7 @@ impl Scene {
         code
     }
 
-    /// As [`Self::code`] for a file that is delivered: its content.
+    /// As [`Self::code`] for a file that is delivered. Returns its content.
     fn content(&self, name: &str) -> Vec<u8> {
         assert_eq!(self.code(name, &[]), Some(0), "{name}");
         fs::read(self.destination()).expect("it was delivered")
@@ -140,7 +140,7 @@ fn one_is_only_for_what_is_proved_absent() {
         scene.content(&middle.to_string()) == scene.of_server(middle),
         "{middle}"
     );
-    // The open segment: what is archived of it, then zeros. The server has written no more than that.
+    // The open segment: its archived part, then zeros. The server has written no more than that.
     let last = scene.content(&open.to_string());
     assert_eq!(last.len(), SEGMENT_BYTES);
     let theirs = scene.of_server(*open);
@@ -169,7 +169,7 @@ fn one_is_only_for_what_is_proved_absent() {
     a_repository_that_is_away_is_waited_for(&scene, sealed[0]);
 }
 
-/// The name of the segment after the next.
+/// Returns the name of the segment after the next.
 fn beyond(name: SegmentName) -> String {
     let text = name.to_string();
     let number = u32::from_str_radix(&text[16..], 16).expect("hexadecimal");
@@ -200,7 +200,7 @@ fn histories(scene: &Scene) {
     own(&scene.repository());
     assert_eq!(scene.content("00000002.history"), second);
     assert_eq!(scene.code("00000003.history", &[]), Some(1));
-    // One copy is lost: the other one is delivered.
+    // If one copy is lost, the other one is delivered.
     let copies = find(&scene.repository(), "history");
     let first = copies
         .iter()
@@ -208,7 +208,7 @@ fn histories(scene: &Scene) {
         .expect("a copy");
     fs::remove_file(first).expect("it goes");
     assert_eq!(scene.content("00000002.history"), second);
-    // Two histories of one number: without a plan nobody knows which.
+    // Two histories with one number: without a plan it is unknown which is meant.
     put(2, b"1\t0/400000\tno recovery target specified\n");
     own(&scene.repository());
     assert_eq!(scene.code("00000002.history", &[]), Some(255));
@@ -223,7 +223,7 @@ fn with_a_plan(scene: &Scene, middle: SegmentName, next: &str) {
     fs::write(&file, plan.expect("a plan")).expect("a file");
     let plan = format!("--plan={}", file.display());
     assert_eq!(scene.code(&middle.to_string(), &[&plan]), Some(0));
-    // Behind its end, and on timelines that it does not touch, there is nothing to have.
+    // After its end, and on timelines that it does not use, nothing exists.
     for name in [next, "00000002.history", "000000020000000000000003"] {
         assert_eq!(scene.code(name, &[&plan]), Some(1), "{name}");
     }
@@ -252,7 +252,7 @@ fn with_a_plan(scene: &Scene, middle: SegmentName, next: &str) {
     );
 }
 
-/// What is fetched before it is asked for is the same; what nobody alive vouches for is not used.
+/// A prefetched file has the same content. A file that no living process vouches for is not used.
 #[test]
 fn segments_are_fetched_ahead_by_the_plan() {
     let Some(scene) = Scene::make() else { return };
@@ -268,7 +268,7 @@ fn segments_are_fetched_ahead_by_the_plan() {
         assert_eq!(scene.code(&name.to_string(), &[&plan]), Some(0), "{name}");
         let delivered = fs::read(scene.destination()).expect("it was delivered");
         let theirs = scene.of_server(*name);
-        // The server may have written more into the segment that is open.
+        // The server may have written more into the open segment.
         let end = delivered.iter().rposition(|byte| *byte != 0).expect("WAL");
         assert!(delivered[..=end] == theirs[..=end], "{name}");
     };
@@ -284,7 +284,7 @@ fn segments_are_fetched_ahead_by_the_plan() {
     assert_eq!(ahead(&sealed[1]), Vec::<PathBuf>::new(), "it was copied");
     deliver(&sealed[2]);
 
-    // Killed, it leaves files that nobody alive vouches for.
+    // When killed, it leaves files that no living process vouches for.
     let process = find_process("wal-ahead", &file);
     let kill = Command::new("kill").args(["-9", &process]).status();
     assert!(kill.expect("it runs").success());
@@ -298,7 +298,7 @@ fn segments_are_fetched_ahead_by_the_plan() {
     )
     .expect("a file");
     deliver(&sealed[3]);
-    // Another one took its place, and another plan's is not asked.
+    // Another process took its place, and another plan's process is not asked.
     deliver(&sealed[4]);
     fs::write(&file, fs::read_to_string(&file).expect("a plan") + "\n").expect("a file");
     deliver(&sealed[5]);
@@ -371,7 +371,7 @@ fn damage_is_no_answer(scene: &Scene, middle: SegmentName) {
     assert_eq!(scene.code(&middle.to_string(), &[]), Some(0));
 }
 
-/// A mount that comes back within the retries.
+/// A repository that comes back within the retries.
 fn a_repository_that_is_away_is_waited_for(scene: &Scene, name: SegmentName) {
     let object = scene.object(name);
     let folder = object.parent().expect("a folder");
@@ -402,7 +402,7 @@ fn find(root: &Path, text: &str) -> Vec<PathBuf> {
     found
 }
 
-/// Gives what the test wrote to the servers' user.
+/// Gives files that the test wrote to the servers' user.
 fn own(path: &Path) {
     if let Some((user, group)) = benches::programs::server_user().expect("a user") {
         let mut chown = Command::new("chown");

@@ -1,5 +1,6 @@
-//! `restore_command` on a bucket that says no: a 403 in the place of an object, a bucket that is gone, a store that is too
-//! busy. None of it proves that WAL is absent, and PostgreSQL would promote at a 1.
+//! `restore_command` with a bucket that refuses: a 403 instead of an object, a bucket that does not
+//! exist, an overloaded store. None of these proves that WAL is absent, and PostgreSQL would
+//! promote at a 1.
 
 use std::{
     fs,
@@ -16,7 +17,7 @@ use benches::programs::{command, directory, ours};
 
 use crate::support::said;
 
-/// Answers every request with what `answer` says to its number.
+/// Answers each request with the result of `answer` for its number.
 fn store(
     answer: impl Fn(usize) -> (u16, &'static str) + Send + 'static,
 ) -> (SocketAddr, Arc<AtomicUsize>) {
@@ -45,7 +46,7 @@ fn store(
     (address, asked)
 }
 
-/// The exit code, what was said, and how often the store was asked.
+/// Returns the exit code, the output, and the number of requests.
 fn fetch(
     answer: impl Fn(usize) -> (u16, &'static str) + Send + 'static,
 ) -> (Option<i32>, String, usize) {
@@ -78,7 +79,7 @@ fn a_no_of_the_store_is_never_the_end_of_the_archive() {
         assert_eq!(exit, Some(255), "{code}: {error}");
         assert!(!error.is_empty(), "{code}");
     }
-    // Too busy is asked again, until it says something that asking again does not mend.
+    // An overloaded store is retried, until it gives an answer that a retry does not resolve.
     let (exit, error, asked) = fetch(|number| match number {
         0..3 => (503, "SlowDown"),
         _ => (403, "AccessDenied"),

@@ -1,4 +1,5 @@
-//! The page in a real browser: tiles, strip, picker, live update, staleness, dark mode, phone width, keyboard, accessibility.
+//! The page in a real browser: tiles, strip, picker, live update, staleness, dark mode, phone
+//! width, keyboard, accessibility.
 
 use std::{
     env, fs,
@@ -12,7 +13,7 @@ use wal_format::OutcomeKind;
 use super::{archived, outcome, record};
 use crate::support::{succeed, wait_until};
 
-/// Where the modules of the page test are: `benches/tools/install.sh` puts them there.
+/// The directory of the page test's modules, which `benches/tools/install.sh` installs.
 fn browser_modules() -> Option<PathBuf> {
     let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/tidemark"));
     let roots = [Some(PathBuf::from("/var/cache/tidemark")), home];
@@ -46,7 +47,8 @@ fn the_page_works_in_a_browser() {
         return;
     };
     record(&place, &outcome(OutcomeKind::Drill, true));
-    // The picker moves by whole seconds: a commit has to lie some of them before the end of the strip.
+    // The picker moves by whole seconds, so a commit has to be some seconds before the end of the
+    // strip.
     std::thread::sleep(Duration::from_secs(4));
     server.write_wal(50);
     let address = archiver.address();

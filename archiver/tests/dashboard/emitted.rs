@@ -1,4 +1,5 @@
-//! Rules, board and documents name only what `/metrics` has, and promtool agrees with all of it.
+//! Rules, board and documents name only metrics that `/metrics` has, and promtool accepts all of
+//! them.
 
 use std::{
     env, fs,
@@ -10,7 +11,7 @@ use std::{
 use super::{archived, body};
 use crate::support::succeed;
 
-/// Every `pitr_…` name in a text.
+/// Returns every `pitr_…` name in a text.
 fn names(text: &str) -> Vec<&str> {
     text.match_indices("pitr_")
         .map(|(at, _)| {
@@ -21,7 +22,7 @@ fn names(text: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Those of a text that `/metrics` has no sample of.
+/// Returns the names in a text for which `/metrics` has no sample.
 fn not_emitted<'a>(text: &'a str, metrics: &str) -> Vec<&'a str> {
     let emitted = |name: &str| {
         metrics.lines().any(|line| {
@@ -33,7 +34,8 @@ fn not_emitted<'a>(text: &'a str, metrics: &str) -> Vec<&'a str> {
     named.filter(|name| !emitted(name)).collect()
 }
 
-/// What promtool reads: no end mark, and a counter's help under its full name.
+/// Converts to the format that promtool reads: no end mark, and a counter's help under its full
+/// name.
 fn prometheus_text(openmetrics: &str) -> String {
     let mut text = openmetrics.replace("# EOF\n", "");
     for line in openmetrics.lines() {
@@ -77,7 +79,7 @@ fn rules_board_and_documents_name_only_what_is_emitted() {
             "{file} names {missing:?}, which is not emitted"
         );
         seen += names(&text).len();
-        // Each name in it, with a letter more, is found out.
+        // Each name with an additional letter is detected as missing.
         for name in names(&text) {
             let mistyped = format!("{name}x");
             let found = text.replace(name, &mistyped);

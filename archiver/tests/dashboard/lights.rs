@@ -1,7 +1,7 @@
-//! Every light is broken once on purpose, on a real server: the page, the API, the metric, and the shipped rule in a real
-//! Prometheus turn on, and off again when it is mended.
+//! Every light is deliberately broken once on a real server: the page, the API, the metric, and the
+//! shipped rule in a real Prometheus turn on, and turn off again after the repair.
 //!
-//! How long each took is printed; `TIDEMARK_LONG=1` holds it to 10 s.
+//! Prints how long each took. `TIDEMARK_LONG=1` requires at most 10 s.
 
 use std::{
     env,
@@ -18,13 +18,13 @@ use crate::support::{
     Archiver, Place, Server, postgres_bin, server_user, wait_flushed, wait_until,
 };
 
-/// How soon everything has to show a fault.
+/// The time within which a fault must be shown everywhere.
 const SHOWN_WITHIN: Duration = Duration::from_secs(10);
 const SETTINGS: &str = "wal_keep_size=0\nmin_wal_size=2MB\nmax_slot_wal_keep_size=1GB";
-/// Small enough to be filled in a moment.
+/// Small enough to be filled quickly.
 const SPOOL_LIMIT: u32 = 64 << 20;
 
-/// A fault, and what has to say so.
+/// A fault, and the alert that must report it.
 struct Light {
     alert: &'static str,
     /// Another alert that the same fault raises.
@@ -32,11 +32,11 @@ struct Light {
     state: &'static str,
     breaks: fn(&World),
     mends: fn(&World),
-    /// Whether everything is well when it is mended, or the next one goes on from here.
+    /// Whether everything is well after the repair, or the next fault follows directly.
     whole: bool,
 }
 
-/// In an order in which each leaves what the next needs.
+/// Ordered so that each fault leaves the state that the next one needs.
 const LIGHTS: [Light; 12] = [
     Light {
         alert: "PitrStreamDown",
@@ -125,7 +125,8 @@ const LIGHTS: [Light; 12] = [
         also: "PitrClockStep",
         state: "ok",
         breaks: |world| {
-            // The archiver's search_path has public before pg_catalog: the server's clock, an hour fast.
+            // The archiver's search_path has public before pg_catalog, so this function shifts the
+            // server's clock by an hour.
             world.server.sql(
                 "CREATE FUNCTION public.clock_timestamp() RETURNS timestamptz LANGUAGE sql \
                  RETURN pg_catalog.clock_timestamp() + interval '1 hour'",
@@ -175,7 +176,7 @@ const LIGHTS: [Light; 12] = [
         also: "PitrBackupFailed",
         state: "broken",
         breaks: |world| {
-            // Else the archive would be whole again by itself at once.
+            // Otherwise the archive would repair itself at once.
             world.forbid_backups();
             world.let_it_stream();
         },
@@ -223,7 +224,7 @@ impl World {
         output.expect("wal-archiver runs").status.code()
     }
 
-    /// The line for Nagios, and the exit code.
+    /// The Nagios line and its exit code.
     fn nagios(&self) -> (String, Option<i32>) {
         let asking = self.configuration.with_extension("status");
         let text = format!("http = '{}'\n{}", self.archiver.address(), configured(""));
@@ -251,7 +252,7 @@ impl World {
         wait_until(name, || self.server.sql(&format!("SHOW {name}")) == value);
     }
 
-    /// Replication is refused, SQL is not.
+    /// Refuses replication connections but not SQL.
     fn cut_the_stream(&self) {
         self.access("local replication all reject\n");
         wait_until("the stream is cut", || {
@@ -283,7 +284,7 @@ impl World {
         repository::durable::rename(&place.with_extension("aside"), &place).expect("it is back");
     }
 
-    /// Done twice, it is as before.
+    /// Doing it twice restores the original.
     fn flip_a_bit(&self) {
         let slice = self.place.files_below("base.000001");
         let slice = slice.first().expect("a slice");
@@ -292,7 +293,7 @@ impl World {
         fs::write(slice, object).expect("it is written");
     }
 
-    /// A file of the data directory that the server can not read fails every base backup.
+    /// A file in the data directory that the server cannot read makes every base backup fail.
     fn forbid_backups(&self) {
         let file = self.server.data().join("base/unreadable");
         fs::write(&file, "").expect("a file");
@@ -306,7 +307,7 @@ impl World {
         fs::remove_file(self.server.data().join("base/unreadable")).expect("it goes");
     }
 
-    /// What fires, by each who says so: page, API, metric, Prometheus.
+    /// The firing alerts according to the page, the API, the metric and Prometheus.
     fn shown(&self) -> [Vec<String>; 4] {
         let page = body(&self.archiver.get("/"));
         let (_, alerts) = page
@@ -338,7 +339,7 @@ impl World {
         ]
     }
 
-    /// Waits until all four say it, or none does.
+    /// Waits until all four report it, or none does.
     fn wait_for(&self, alert: &str, on: bool) -> Duration {
         let began = Instant::now();
         let installed = if self.prometheus.is_some() { 4 } else { 3 };
@@ -415,7 +416,7 @@ fn every_light_is_broken_once_and_recovers() {
     }
     let events = body(&world.archiver.get("/api/v1/clusters/main/events"));
     for (name, ..) in archiver::alerts::RUNBOOK {
-        // The certificate's light is broken where there is one: in `tls`.
+        // The certificate's light is tested in `tls`, where there is a certificate.
         if name != "PitrCertificateExpiry" {
             let told = events.matches(&format!("{name}: ")).count();
             assert!(told >= 2, "{name} is told and resolved in {events}");
@@ -426,7 +427,7 @@ fn every_light_is_broken_once_and_recovers() {
         events.contains(failed),
         "why the backup failed is told in {events}"
     );
-    // An archiver that does not answer is told by Prometheus alone.
+    // Only Prometheus reports an archiver that does not answer.
     if let Some(prometheus) = &world.prometheus {
         world.archiver.signal(rustix::process::Signal::STOP);
         wait_until("the archiver is down", || {

@@ -1,5 +1,5 @@
-//! A real Prometheus that scrapes an archiver every second and evaluates the shipped rules, their `for:` shortened to
-//! nothing; gone when dropped.
+//! A real Prometheus that scrapes an archiver every second and evaluates the shipped rules with an
+//! empty `for:`. It is removed when dropped.
 
 use std::{
     env, fs,
@@ -21,7 +21,7 @@ pub(super) struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts one, or says loudly that it is not installed.
+    /// Starts Prometheus, or prints that it is not installed.
     pub(super) fn start(archiver: &str) -> Option<Self> {
         if Command::new("prometheus")
             .arg("--version")
@@ -91,7 +91,7 @@ impl Prometheus {
         serde_json::from_str(body).ok()
     }
 
-    /// Names of the alerts that fire.
+    /// The names of the firing alerts.
     pub(super) fn firing(&self) -> Vec<String> {
         let answer = self.ask("/api/v1/alerts").expect("Prometheus answers");
         let alerts = answer["data"]["alerts"].as_array().expect("a list");

@@ -1,5 +1,5 @@
-//! Strangers and slow readers: the page, the metrics and the stream go on, in bounded memory. A scrape is answered while
-//! neither the store nor PostgreSQL lives.
+//! Unknown clients and slow readers: the page, the metrics and the stream continue, in bounded
+//! memory. A scrape is answered while both the store and PostgreSQL are stopped.
 
 use std::{
     env, fs,
@@ -17,12 +17,14 @@ use crate::support::{
     Archiver, Place, Server, postgres_bin, run_command, succeed, wait_flushed, wait_until,
 };
 
-/// As many as the issue of idle connections is about.
+/// The number of idle connections.
 const IDLE: usize = 10_000;
-/// What serving them may cost: connections are bounded, so it does not grow with their number.
+/// The memory that serving them may cost. The number of served connections is bounded, so it does
+/// not grow with their number.
 const MEMORY_KIB_MAX: u64 = 96 << 10;
 
-/// WAL goes on being flushed over the same stream, and the page and the metrics are there.
+/// Checks that WAL is still flushed over the same stream, and that the page and the metrics are
+/// served.
 fn assert_undisturbed(server: &Server, archiver: &Archiver, walsender: &str) {
     server.write_wal(10);
     wait_flushed(server, server.lsn());
@@ -52,7 +54,7 @@ fn ten_thousand_idle_connections_disturb_neither_the_page_nor_the_stream() {
     let mut idle = Vec::new();
     for number in 0..IDLE {
         let mut stream = TcpStream::connect(&address).expect("it listens");
-        // Some say nothing, some half a request, some what is none.
+        // Some clients send nothing, some half a request, some an invalid one.
         let said: &[u8] = match number % 4 {
             0 => b"",
             1 => b"GET /metr",
@@ -66,7 +68,7 @@ fn ten_thousand_idle_connections_disturb_neither_the_page_nor_the_stream() {
         }
     }
     assert_eq!(idle.len(), IDLE);
-    // The backup is seen at the next look into the catalog.
+    // The backup is noticed when the catalog is next read.
     wait_until("it is OK", || state(&archiver) == "ok");
     let after = archiver.peak_memory_kib();
     assert!(
@@ -77,7 +79,7 @@ fn ten_thousand_idle_connections_disturb_neither_the_page_nor_the_stream() {
     assert_eq!(archiver.terminate().code(), Some(0));
 }
 
-/// Numbers that are the same for the same seed (`TIDEMARK_SEED`).
+/// Random numbers that are the same for the same seed (`TIDEMARK_SEED`).
 struct Chance(u64);
 
 impl Chance {
@@ -88,7 +90,7 @@ impl Chance {
         usize::try_from(self.0 % limit.max(1) as u64).expect("small")
     }
 
-    /// A request that was well-formed before chance had its way with it.
+    /// Returns a valid request with random changes.
     fn request(&mut self) -> Vec<u8> {
         const PATHS: [&str; 9] = [
             "/",
@@ -159,7 +161,8 @@ fn malformed_requests_disturb_neither_the_page_nor_the_stream() {
             .set_read_timeout(Some(Duration::from_millis(400)))
             .expect("a limit");
         let mut head = [0; 64];
-        // A wrong password costs its sender a pause, a stream never ends: neither is waited for.
+        // A wrong password is answered after a pause, and a stream never ends, so neither is
+        // awaited.
         let read = if round % 4 == 0 {
             stream.read(&mut head).unwrap_or(0)
         } else {
@@ -196,7 +199,7 @@ fn readers_that_read_nothing_are_cut_and_cost_bounded_memory() {
     };
     let walsender = server.sql("SELECT pid FROM pg_stat_replication");
     let (before, address) = (archiver.peak_memory_kib(), archiver.address());
-    // Asks for the page for ever and takes no answer: until the socket is full of both.
+    // Requests the page repeatedly without reading, until the socket is full in both directions.
     let mut greedy = TcpStream::connect(&address).expect("it listens");
     greedy
         .set_write_timeout(Some(Duration::from_millis(500)))
@@ -209,7 +212,7 @@ fn readers_that_read_nothing_are_cut_and_cost_bounded_memory() {
         asked += 1;
         assert!(asked < 5_000_000, "requests are taken without end");
     }
-    // Live streams that nobody reads: as many as there may be, and then some.
+    // Live streams that nobody reads: more than the permitted number.
     let live: Vec<TcpStream> = (0..80)
         .map(|_| {
             let mut stream = TcpStream::connect(&address).expect("it listens");
@@ -218,7 +221,7 @@ fn readers_that_read_nothing_are_cut_and_cost_bounded_memory() {
             stream
         })
         .collect();
-    // A head that comes a byte at a time is not waited for.
+    // A request header that arrives byte by byte is not awaited.
     let mut slow = TcpStream::connect(&address).expect("it listens");
     slow.set_read_timeout(Some(Duration::from_millis(500)))
         .expect("a limit");
@@ -276,14 +279,14 @@ fn a_scrape_touches_neither_the_store_nor_postgresql() {
     );
     wait_until("it is OK", || state(&archiver) == "ok");
 
-    // Whoever asks either of them now waits until they go on.
+    // Any request to one of them now waits until they continue.
     let pids = server.sql("SELECT string_agg(pid::text, ' ') FROM pg_stat_activity");
     let postmaster = fs::read_to_string(server.data().join("postmaster.pid")).expect("a file");
     let postmaster = postmaster.lines().next().expect("its pid").to_owned();
     let tell = |signal| {
         for pid in pids.split(' ').chain([postmaster.as_str()]) {
             let pid = pid.parse().ok().and_then(Pid::from_raw).expect("a pid");
-            // The one that answered the question has ended.
+            // The process that answered the question has ended.
             let _gone = kill_process(pid, signal);
         }
         store.signal(signal).expect("a signal");
@@ -303,7 +306,7 @@ fn a_scrape_touches_neither_the_store_nor_postgresql() {
         "/readyz",
         "/api/v1/openapi.json",
     ] {
-        // `get` waits for the whole answer, and nothing else would bring it.
+        // `get` waits for the whole answer, so the archiver itself must have produced it.
         assert!(!body(&archiver.get(path)).is_empty(), "{path}");
     }
     wait_until("it says that it sees neither", || {

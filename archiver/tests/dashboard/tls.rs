@@ -1,4 +1,5 @@
-//! HTTPS: `status` asks over it, a certificate is exchanged while it serves, its end is told in time.
+//! HTTPS: `status` uses it, a certificate is replaced while the daemon serves, and its expiry is
+//! reported in time.
 
 use std::{
     fs,
@@ -13,7 +14,7 @@ use crate::{
     support::{Place, Server, postgres_bin, succeed, wait_until},
 };
 
-/// A certificate of its own for `days`, in the place of whatever is there.
+/// Replaces the certificate by a self-signed one for `days`.
 fn certificate(directory: &Path, days: &str) {
     let output = Command::new("openssl")
         .current_dir(directory)
@@ -38,7 +39,7 @@ fn certificate(directory: &Path, days: &str) {
     }
 }
 
-/// The fingerprint of what is served, as a stranger sees it.
+/// Returns the fingerprint of the served certificate.
 fn served(address: &str) -> String {
     let shown = Command::new("openssl")
         .args(["s_client", "-connect", address, "-showcerts"])
@@ -111,18 +112,19 @@ fn a_certificate_is_exchanged_while_it_serves_and_status_asks_over_https() {
     wait_until("its end is told", || alerts() == ["PitrCertificateExpiry"]);
     let first = served(&address);
 
-    // Another one, with another key, for longer.
+    // Another one, with another key, for a longer time.
     certificate(directory.path(), "90");
     wait_until("the new one is served", || served(&address) != first);
     wait_until("nothing is wrong", || alerts().is_empty());
     let second = served(&address);
 
-    // What is none leaves the one that is served.
+    // An invalid file leaves the served certificate in place.
     fs::write(directory.path().join("http.crt"), "no certificate").expect("it is written");
     archiver.wait_for_log("the old one stays");
     assert_eq!(served(&address), second);
 
-    // Another certificate than the daemon's is not believed, and a stranger without the token is told why.
+    // A certificate other than the daemon's is not trusted, and a client without the token gets the
+    // reason.
     certificate(directory.path(), "60");
     let other = tempfile::tempdir().expect("a directory");
     certificate(other.path(), "30");

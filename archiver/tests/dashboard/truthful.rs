@@ -1,4 +1,5 @@
-//! The page, the API and `status` say the same; an idle hour shows an RPO of zero; no answer holds a secret.
+//! The page, the API and `status` agree; an idle hour shows an RPO of zero; no answer contains a
+//! secret.
 
 use std::{fs, process::Command};
 
@@ -12,7 +13,7 @@ use crate::{
     support::{Archiver, Place, Server, postgres_bin, succeed, wait_flushed, wait_until},
 };
 
-/// What `status` says, asked with a configuration that names where the daemon is.
+/// Returns the output of `status`, with a configuration that names the daemon's address.
 fn status(archiver: &Archiver, place: &Place, server: &Server, arguments: &[&str]) -> String {
     let asking = place.spool().with_extension("asking");
     fs::write(&asking, format!("http = '{}'\n", archiver.address())).expect("a configuration");
@@ -25,7 +26,7 @@ fn status(archiver: &Archiver, place: &Place, server: &Server, arguments: &[&str
     succeed("status", &command.output().expect("wal-archiver runs"))
 }
 
-/// The text of the elements that begin with `opening`, without what is inside of tags.
+/// Returns the text of the elements that begin with `opening`, without tags.
 fn texts(page: &str, opening: &str, closing: &str) -> Vec<String> {
     let parts = page.split(opening).skip(1);
     let inner = parts
@@ -44,7 +45,7 @@ fn texts(page: &str, opening: &str, closing: &str) -> Vec<String> {
     text.filter(|text| !text.is_empty()).collect()
 }
 
-/// Numbers with their units, times and positions in a text.
+/// Returns the numbers with their units, the times and the positions in a text.
 fn numbers(text: &str) -> Vec<String> {
     const UNITS: [&str; 12] = [
         "B", "KiB", "MiB", "GiB", "TiB", "KiB/s", "MiB/s", "s", "min", "h", "d", "segments",
@@ -91,7 +92,7 @@ fn status_says_what_the_page_says() {
             .flat_map(|text| numbers(text))
             .collect::<Vec<_>>()
     };
-    // What moves between two looks is compared the next time.
+    // Values that change between two requests are compared at the next one.
     let mut compared = 0;
     wait_until("every number of the page is in status", || {
         let before = of_page();
@@ -111,7 +112,7 @@ fn status_says_what_the_page_says() {
         missing.is_empty()
     });
     assert!(compared >= 15, "the page shows numbers: {compared}");
-    // And the document behind both is the API's.
+    // The document behind both is the API's.
     let json: Value =
         serde_json::from_str(&status(&archiver, &place, &server, &["--json"])).expect("JSON");
     let (mut told, mut api) = (json[0].clone(), report(&archiver));
@@ -124,7 +125,8 @@ fn status_says_what_the_page_says() {
     assert_eq!(told, api);
 }
 
-/// 3600 answers of a real idle server, a second apart for the estimator, and the daemon's own number each time.
+/// 3600 answers of a real idle server, which the estimator sees one second apart, with the daemon's
+/// own number each time.
 #[test]
 fn an_idle_hour_shows_zero_throughout() {
     let Some((server, place, archiver)) = archived() else {
@@ -146,7 +148,8 @@ fn an_idle_hour_shows_zero_throughout() {
         estimator.held(held.expect("an LSN"));
         estimator.exposure(std::time::Duration::from_millis(second * 1000 + 999))
     };
-    // What PostgreSQL itself writes after the last transaction (a snapshot of running ones, say) is no idleness yet.
+    // WAL that PostgreSQL itself writes after the last transaction (such as a snapshot of running
+    // ones) means that it is not idle yet.
     let mut written = server.lsn();
     wait_until("it is idle", || {
         std::thread::sleep(std::time::Duration::from_secs(3));
@@ -171,7 +174,7 @@ fn an_idle_hour_shows_zero_throughout() {
         }
     }
     assert_eq!(server.lsn(), written, "the server was idle");
-    // It is a measurement: one transaction that the store does not take ends the zero.
+    // The zero is a measurement: one transaction that the store does not accept ends it.
     let aside = place.repository().with_extension("aside");
     repository::durable::rename(&place.repository(), &aside).expect("the repository goes");
     fs::write(place.repository(), "a file is no folder").expect("in its place");
@@ -182,7 +185,7 @@ fn an_idle_hour_shows_zero_throughout() {
     });
 }
 
-/// What must not be seen anywhere, each in the place where an operator would put it.
+/// Secrets that must not appear anywhere, each in the place where an operator would configure it.
 const SECRETS: [&str; 6] = [
     "planted-password",
     "planted-read-token-0123456789",
@@ -276,7 +279,7 @@ fn no_answer_holds_a_secret() {
         }
     };
     look();
-    // And while everything fails, for then people print what they know.
+    // The same while everything fails, since error messages may print more.
     server.down("fast");
     repository::durable::rename(&place.repository(), &at("aside")).expect("the store goes");
     wait_until("it fails", || archiver.log().contains("not streaming"));
