@@ -326,9 +326,43 @@ fn remove_older(folder: &Path) {
 
 #[cfg(test)]
 mod tests {
-    use wal_format::Branch;
+    use proptest::prelude::*;
+    use repository::timeline_path;
+    use wal_format::{Branch, TimelineHistory};
 
     use super::*;
+
+    proptest! {
+        /// `XLogFileReadAnyTLI` in `xlogrecovery.c` asks for a segment on the newest timeline that does not begin in a later
+        /// segment, whatever the order of the switches in the history file.
+        #[test]
+        fn names_are_those_that_postgresql_asks_for_first(
+            switches in prop::collection::vec(1_u64..40, 1..6),
+        ) {
+            let size = SegmentSize::new(1 << 20).expect("a size");
+            let timeline = |number: usize| {
+                TimelineId::new(u32::try_from(number).expect("small")).expect("a timeline")
+            };
+            // Eight switch points in a segment.
+            let lsn = |switch: u64| Lsn(switch * (1 << 17));
+            let lines = switches.iter().enumerate();
+            let lines = lines.map(|(line, switch)| format!("{}\t{}\tx\n", line + 1, lsn(*switch)));
+            let content = lines.collect::<String>().into_bytes();
+            let last = timeline(switches.len() + 1);
+            let history = TimelineHistory::parse(last, &content).expect("it parses");
+            let branch = Branch::of_history(last, &content);
+            let path = timeline_path(&[(branch, Some(history), content)], branch).expect("a path");
+            let names: Vec<SegmentName> = segments(&path, Lsn(0), Lsn(6 << 20), size).into();
+            let expected = (0..6_u64).map(|number| {
+                // Newest first: a timeline begins where the line before its own says.
+                let begins = switches.iter().map(|switch| lsn(*switch).0 >> 20).enumerate().rev();
+                let asked = begins.filter(|(_, begins)| *begins <= number).map(|(line, _)| line + 2);
+                let asked = timeline(asked.into_iter().next().unwrap_or(1));
+                SegmentName::new(asked, size.segment_of(Lsn(number << 20)), size)
+            });
+            prop_assert_eq!(names, expected.collect::<Vec<_>>());
+        }
+    }
 
     /// What PostgreSQL will ask for where the path changes timelines: in the middle of a segment the newer timeline's file,
     /// which begins with the older one's bytes; at its edge each its own.

@@ -66,4 +66,4 @@ pub use summary::{
 };
 pub use system::{PgVersion, SystemIdentifier};
 pub use time::PgTimestamp;
-pub use timeline::{Branch, TimelineHistory, TimelineId};
+pub use timeline::{Branch, TimelineHistory, TimelineId, TimelineSpan};

@@ -1,7 +1,9 @@
-//! Timelines: [`TimelineId`], the history file ([`TimelineHistory`]) and [`Branch`], the name under which we keep one.
+//! Timelines: [`TimelineId`], the history file ([`TimelineHistory`]) and [`Branch`], the name under
+//! which we keep one.
 //!
-//! Two promotions can give the same number to two different timelines. A [`Branch`] is the number together with a
-//! digest of the history file, so that a second "timeline 2" gets its own place in the repository.
+//! Two promotions can give the same number to two different timelines. A [`Branch`] is the number
+//! together with a digest of the history file, so that a second "timeline 2" gets its own place in
+//! the repository.
 
 use std::{fmt, num::NonZeroU32, str::FromStr};
 
@@ -38,24 +40,36 @@ impl fmt::Display for TimelineId {
     }
 }
 
-/// One line of a history file: `timeline` was followed until `switch_lsn`.
+/// One line of a history file. Where the timeline really ends, [`TimelineHistory::spans`] says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TimelineHistoryEntry {
     /// The ancestor.
     pub timeline: TimelineId,
-    /// The first LSN that is no longer on the ancestor.
+    /// The first LSN of the timeline on the next line, as it is written in the file.
     pub switch_lsn: Lsn,
     /// Why the switch was made, as PostgreSQL wrote it.
     pub reason: String,
 }
 
-/// A history file (`readTimeLineHistory` in `timeline.c`): the ancestors of a timeline, oldest first.
+/// A history file (`readTimeLineHistory` in `timeline.c`): the ancestors of a timeline, oldest
+/// first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TimelineHistory {
     /// The timeline whose history this is.
     pub timeline: TimelineId,
     /// Its ancestors, oldest first; empty for timeline 1.
     pub ancestors: Vec<TimelineHistoryEntry>,
+}
+
+/// A timeline of a history and its WAL: `[from, to)`, which is not empty.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimelineSpan {
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// The first LSN on it.
+    pub from: Lsn,
+    /// The first LSN that is no longer on it; [`Lsn::MAX`] for the last timeline of the history.
+    pub to: Lsn,
 }
 
 /// A history file that PostgreSQL would refuse too.
@@ -103,8 +117,8 @@ impl TimelineHistory {
     /// Parses the content of `TTTTTTTT.history`.
     ///
     /// # Errors
-    /// [`ParseHistoryError`] with the line. A file without any ancestor is refused: PostgreSQL reads a missing file as
-    /// "no ancestors" and a later promotion then builds on the wrong past.
+    /// [`ParseHistoryError`] with the line. A file without any ancestor is refused: PostgreSQL
+    /// reads a missing file as "no ancestors" and a later promotion then builds on the wrong past.
     pub fn parse(timeline: TimelineId, content: &[u8]) -> Result<Self, ParseHistoryError> {
         let mut ancestors: Vec<TimelineHistoryEntry> = Vec::new();
         let text = String::from_utf8_lossy(content);
@@ -158,30 +172,67 @@ impl TimelineHistory {
         })
     }
 
-    /// The LSN at which `timeline` was left on the way to this one: `None` for a stranger, [`Lsn::MAX`] for itself.
+    /// The timelines that hold WAL of this history, oldest first: contiguous from the first LSN to
+    /// the last.
+    ///
+    /// PostgreSQL writes lines whose switch LSN is below that of a line before (`1 0/70000F8`, then
+    /// `2 0/4000090`): a recovery that stops before a fork, on the longer path, is promoted with
+    /// the history of that path. Read by `tliOfPointInHistory` in `timeline.c`, the latest timeline
+    /// that begins at or before an LSN holds it. An earlier timeline therefore ends at the lowest
+    /// switch LSN of its own line and all later ones. A timeline without WAL of its own is left
+    /// out.
     #[must_use]
-    pub fn switch_lsn_of(&self, timeline: TimelineId) -> Option<Lsn> {
-        if timeline == self.timeline {
-            return Some(Lsn::MAX);
+    pub fn spans(&self) -> Vec<TimelineSpan> {
+        let mut spans = Vec::new();
+        let mut to = Lsn::MAX;
+        let mut timeline = self.timeline;
+        for entry in self.ancestors.iter().rev() {
+            // A timeline begins where the line before it in the file ends.
+            let from = entry.switch_lsn;
+            if from < to {
+                spans.push(TimelineSpan { timeline, from, to });
+                to = from;
+            }
+            timeline = entry.timeline;
         }
-        self.ancestors
-            .iter()
-            .find(|entry| entry.timeline == timeline)
-            .map(|entry| entry.switch_lsn)
+        if Lsn::ZERO < to {
+            spans.push(TimelineSpan {
+                timeline,
+                from: Lsn::ZERO,
+                to,
+            });
+        }
+        spans.reverse();
+        spans
     }
 
-    /// The timeline that holds the byte at `lsn`.
+    /// The timeline whose WAL this one continues, with the LSN of the switch in `to`. `None` for a
+    /// history without ancestors.
+    #[must_use]
+    pub fn parent(&self) -> Option<TimelineSpan> {
+        self.spans().into_iter().nth_back(1)
+    }
+
+    /// Whether a line names `timeline`, or it is the history's own (`tliInHistory`).
+    #[must_use]
+    pub fn names(&self, timeline: TimelineId) -> bool {
+        let mut ancestors = self.ancestors.iter();
+        timeline == self.timeline || ancestors.any(|entry| entry.timeline == timeline)
+    }
+
+    /// The timeline that holds the byte at `lsn` (`tliOfPointInHistory`).
     #[must_use]
     pub fn timeline_at(&self, lsn: Lsn) -> TimelineId {
-        self.ancestors
+        self.spans()
             .iter()
-            .find(|entry| lsn < entry.switch_lsn)
-            .map_or(self.timeline, |entry| entry.timeline)
+            .find(|span| lsn < span.to)
+            .map_or(self.timeline, |span| span.timeline)
     }
 }
 
-/// A timeline as we keep it: its number, and the first four bytes of the SHA-256 of its history file (zero for a
-/// timeline without one). Printed `00000001` or `00000002-1a2b3c4d`, which sorts by number.
+/// A timeline as we keep it: its number, and the first four bytes of the SHA-256 of its history
+/// file (zero for a timeline without one). Printed `00000001` or `00000002-1a2b3c4d`, which sorts
+/// by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Branch {
     /// The timeline's number.
@@ -297,11 +348,101 @@ mod tests {
         let history = TimelineHistory::parse(timeline(4), content).expect("it parses");
         assert_eq!(history.ancestors.len(), 2);
         assert_eq!(history.ancestors[0].reason, "no recovery target specified");
-        assert_eq!(history.switch_lsn_of(timeline(3)), Some(Lsn(0x500_0000)));
-        assert_eq!(history.switch_lsn_of(timeline(2)), None);
+        assert!(history.names(timeline(3)) && history.names(timeline(4)));
+        assert!(!history.names(timeline(2)));
         assert_eq!(history.timeline_at(Lsn(0x300_0147)), timeline(1));
         assert_eq!(history.timeline_at(Lsn(0x300_0148)), timeline(3));
         assert_eq!(history.timeline_at(Lsn(0x500_0000)), timeline(4));
+    }
+
+    fn spans(id: u32, content: &str) -> Vec<(u32, u64, u64)> {
+        let history = TimelineHistory::parse(timeline(id), content.as_bytes()).expect("it parses");
+        let spans = history.spans().into_iter();
+        spans
+            .map(|span| (span.timeline.get(), span.from.0, span.to.0))
+            .collect()
+    }
+
+    #[test]
+    fn a_later_line_with_an_earlier_switch_ends_every_timeline_before_it() {
+        let end = u64::MAX;
+        // Written by stock PostgreSQL when a recovery along 1 and 2 stops before 2 began.
+        let content =
+            "1\t0/70000F8\tno recovery target specified\n\n2\t0/4000090\tbefore LSN 0/4000090\n";
+        assert_eq!(
+            spans(3, content),
+            [(1, 0, 0x400_0090), (3, 0x400_0090, end)]
+        );
+        let history = TimelineHistory::parse(timeline(3), content.as_bytes()).expect("it parses");
+        let parent = history.parent().expect("a parent");
+        assert_eq!((parent.timeline, parent.to), (timeline(1), Lsn(0x400_0090)));
+        assert!(history.names(timeline(2)));
+        assert_eq!(
+            spans(4, "1 0/5\n2 0/9\n3 0/7"),
+            [(1, 0, 5), (2, 5, 7), (4, 7, end)]
+        );
+        assert_eq!(
+            spans(4, "1 0/7\n2 0/4\n3 0/9"),
+            [(1, 0, 4), (3, 4, 9), (4, 9, end)]
+        );
+        // Promoted twice without a record between.
+        assert_eq!(spans(3, "1 0/5\n2 0/5"), [(1, 0, 5), (3, 5, end)]);
+        assert_eq!(spans(2, "1 0/0"), [(2, 0, end)]);
+        assert_eq!(TimelineHistory::first().spans().len(), 1);
+    }
+
+    /// `readTimeLineHistory` and `tliOfPointInHistory` of `timeline.c`, line by line: the list of
+    /// `(tli, begin, end)` has the newest first, and 0 is `InvalidXLogRecPtr`.
+    fn tli_of_point_in_history(history: &TimelineHistory, ptr: Lsn) -> TimelineId {
+        const INVALID: u64 = 0;
+        let mut list = Vec::new();
+        let mut prev_end = INVALID;
+        for entry in &history.ancestors {
+            list.insert(0, (entry.timeline, prev_end, entry.switch_lsn.0));
+            prev_end = entry.switch_lsn.0;
+        }
+        list.insert(0, (history.timeline, prev_end, INVALID));
+        for (tli, begin, end) in list {
+            if (begin == INVALID || begin <= ptr.0) && (end == INVALID || ptr.0 < end) {
+                return tli;
+            }
+        }
+        panic!("timeline history was not contiguous");
+    }
+
+    proptest::proptest! {
+        /// Lines in every order of their switch LSNs.
+        #[test]
+        fn every_lsn_is_on_the_timeline_where_postgresql_finds_it(
+            switches in proptest::collection::vec(0_u64..40, 0..7),
+            gaps in proptest::collection::vec(1_u32..3, 8),
+        ) {
+            let mut number = 1;
+            let mut ancestors = Vec::new();
+            for (switch, gap) in switches.iter().zip(&gaps) {
+                ancestors.push(TimelineHistoryEntry {
+                    timeline: timeline(number),
+                    switch_lsn: Lsn(*switch),
+                    reason: String::new(),
+                });
+                number += gap;
+            }
+            let history = TimelineHistory { timeline: timeline(number), ancestors };
+            let spans = history.spans();
+            proptest::prop_assert_eq!(spans.first().map(|span| span.from), Some(Lsn::ZERO));
+            proptest::prop_assert_eq!(spans.last().map(|span| span.to), Some(Lsn::MAX));
+            for pair in spans.windows(2) {
+                proptest::prop_assert_eq!(pair[0].to, pair[1].from);
+                proptest::prop_assert!(pair[0].timeline < pair[1].timeline);
+            }
+            proptest::prop_assert!(spans.iter().all(|span| span.from < span.to));
+            for lsn in (0..45).chain([u64::MAX - 1]).map(Lsn) {
+                let expected = tli_of_point_in_history(&history, lsn);
+                proptest::prop_assert_eq!(history.timeline_at(lsn), expected);
+                let span = spans.iter().find(|span| span.from <= lsn && lsn < span.to);
+                proptest::prop_assert_eq!(span.map(|span| span.timeline), Some(expected));
+            }
+        }
     }
 
     #[test]

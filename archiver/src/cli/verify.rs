@@ -535,18 +535,18 @@ impl Verifier {
         backups: &[BackupInfo],
         size: SegmentSize,
     ) -> Result<()> {
-        let Some(parent) = history.and_then(|history| history.ancestors.last()) else {
+        let Some(parent) = history.and_then(TimelineHistory::parent) else {
             return Ok(());
         };
         let expired = catalog.expired()?;
         for backup in backups {
             let on_parent =
-                backup.branch.timeline == parent.timeline && backup.start_lsn < parent.switch_lsn;
+                backup.branch.timeline == parent.timeline && backup.start_lsn < parent.to;
             if !on_parent {
                 continue;
             }
             let end = catalog.contiguous_end(backup.branch, backup.start_lsn)?;
-            let needed = parent.switch_lsn.align_down(size.bytes());
+            let needed = parent.to.align_down(size.bytes());
             let kept = expired.not_expired(backup.branch, end, needed);
             if end < needed && kept == [(end, needed)] {
                 self.general(format!(

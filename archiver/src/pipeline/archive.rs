@@ -301,10 +301,8 @@ impl Archive {
         let Some(history) = self.history(branch)? else {
             return Ok(None);
         };
-        let is_ancestor = |known: &Branch| {
-            let timeline = known.timeline;
-            history.ancestors.iter().any(|on| on.timeline == timeline)
-        };
+        let is_ancestor =
+            |known: &Branch| known.timeline != branch.timeline && history.names(known.timeline);
         let spooled = self.spooled_branches()?;
         let spooled = spooled.iter().map(BranchSpool::branch);
         let lost = self.gaps.iter().map(|gap| gap.branch);

@@ -164,10 +164,11 @@ impl Source {
         if current != TimelineId::FIRST {
             let content = self.client.timeline_history(current).await?;
             history = Some(parse_history(current, &content)?);
-            for ancestor in history.iter().flat_map(|history| &history.ancestors) {
+            let spans = history.iter().flat_map(TimelineHistory::spans);
+            for ancestor in spans.filter(|span| span.timeline != current) {
                 let branch = self.ancestor(ancestor.timeline, &content, pipeline).await?;
                 path.push(ServerBranch {
-                    switch_lsn: ancestor.switch_lsn,
+                    switch_lsn: ancestor.to,
                     ..branch
                 });
             }

@@ -1,7 +1,8 @@
-//! What can be restored, for the dashboard: the window, its ranges and gaps, and the instants a person may look for.
+//! What can be restored, for the dashboard: the window, its ranges and gaps, and the instants a
+//! person may look for.
 //!
-//! Reads the catalog only. Summaries of ranges are decoded once: [`Marks`] remembers what it has seen, so that a look
-//! costs what is new and not what is there.
+//! Reads the catalog only. Summaries of ranges are decoded once: [`Marks`] remembers what it has
+//! seen, so that a look costs what is new and not what is there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -207,8 +208,9 @@ fn earliest(one: Option<PgTimestamp>, other: Option<PgTimestamp>) -> Option<PgTi
     }
 }
 
-/// From the oldest base backup behind which nothing expired to the last commit; gaps that lie behind it, and those without
-/// a backup behind them. Backups before it are restored to their ends only.
+/// From the oldest base backup behind which nothing expired to the last commit; gaps that lie
+/// behind it, and those without a backup behind them. Backups before it are restored to their ends
+/// only.
 fn window(details: &Details, backups: &[BackupInfo], expired: &ExpiredSet) -> WindowReport {
     let is_followed = |backup: &&BackupInfo| {
         !expired.branches().any(|(branch, wal)| {
@@ -270,14 +272,21 @@ pub(crate) struct Located {
     pub(crate) after: Option<NearCommit>,
 }
 
-/// The last commit at or before `time` and the first one after it. Aborted transactions are nothing to restore to.
+/// The last commit at or before `time` and the first one after it. Aborted transactions are nothing
+/// to restore to.
 pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
     let mut found = Located {
         time,
         before: None,
         after: None,
     };
-    for (branch, ..) in archive.catalog().branches()? {
+    for (branch, history, _) in archive.catalog().branches()? {
+        // The segment of a switch begins with a copy of the parent's WAL, whose commits are the
+        // parent's.
+        let timeline_at = |lsn: Lsn| {
+            let history = history.as_ref();
+            history.map_or(branch.timeline, |history| history.timeline_at(lsn))
+        };
         for range in archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)? {
             let (Some(min), Some(max)) = (range.min_time, range.max_time) else {
                 continue;
@@ -300,10 +309,11 @@ pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
                     time: end.time,
                     lsn: end.lsn,
                     xid: end.xid,
-                    timeline: branch.timeline,
+                    timeline: timeline_at(end.lsn),
                     flags: format!(
                         "--target-lsn {} --target-timeline {}",
-                        end.lsn, branch.timeline
+                        end.lsn,
+                        timeline_at(end.lsn)
                     ),
                 };
                 if end.time <= time {

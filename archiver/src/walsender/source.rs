@@ -157,17 +157,15 @@ impl Source {
         let Some(history) = self.history.as_ref().filter(|_| branch != self.branch) else {
             return Ok(Some(Place { branch, next: None }));
         };
-        let mut behind = history.ancestors.iter();
-        let Some(left) = behind.find(|entry| entry.timeline == timeline) else {
+        let mut spans = history.spans().into_iter();
+        let Some(left) = spans.find(|span| span.timeline == timeline) else {
             return Ok(None);
         };
-        let successor = behind
-            .next()
-            .map_or(self.timeline(), |entry| entry.timeline);
+        let successor = spans.next().map_or(self.timeline(), |span| span.timeline);
         let successor = self.branch_of(archive, successor)?;
         Ok(successor.map(|successor| Place {
             branch,
-            next: Some((left.switch_lsn, successor)),
+            next: Some((left.to, successor)),
         }))
     }
 
@@ -176,9 +174,7 @@ impl Source {
             return Ok(Some(self.branch));
         }
         match &self.history {
-            Some(history) if history.switch_lsn_of(timeline).is_some() => {
-                archive.ancestor(history, timeline)
-            }
+            Some(history) if history.names(timeline) => archive.ancestor(history, timeline),
             _ => Ok(None),
         }
     }
