@@ -44,11 +44,18 @@ pub trait Inventory {
     /// # Errors
     /// What reading them met.
     fn prepared_in(&self, backup: &BackupInfo) -> Result<Vec<u32>>;
-    /// The start of the first record at or after `lsn`, found by decoding `ranges`; `None` when they end before.
+    /// The start of the first record at or after `lsn`, found by decoding `ranges`, each up to the LSN beside it. `None` if
+    /// they end before.
     ///
     /// # Errors
     /// What reading them met.
-    fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>>;
+    fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>>;
+    /// The start of the last record that ends at or before `lsn`, found by decoding `ranges`, each up to the LSN beside it.
+    /// `None` if they hold no such record.
+    ///
+    /// # Errors
+    /// What reading them met.
+    fn record_before(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>>;
 }
 
 /// The archive as it is in a repository.
@@ -170,14 +177,16 @@ impl Inventory for Archive {
         Ok(files.filter_map(xid).map(lower).collect())
     }
 
-    fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>> {
+    fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
         let identity = self.identity();
         let wal_identity = self.wal_identity();
         // Decoding starts at the segment that holds the position: a segment's first page says where its records begin.
         let segment = identity.wal_segment_size.segment_of(lsn);
         let mut indexer: Option<WalIndexer> = None;
-        for range in ranges.iter().filter(|range| range.segment >= segment) {
-            let wal = self.wal(range)?;
+        for (range, end_lsn) in ranges.iter().filter(|(range, _)| range.segment >= segment) {
+            let mut wal = self.wal(range)?;
+            let counts = end_lsn.bytes_since(range.start_lsn);
+            wal.truncate(usize::try_from(counts).unwrap_or(usize::MAX));
             let indexer =
                 indexer.get_or_insert_with(|| WalIndexer::new(wal_identity, range.start_lsn, None));
             let skip = usize::try_from(indexer.position().bytes_since(range.start_lsn))
@@ -204,6 +213,42 @@ impl Inventory for Archive {
                 if let Some(start) = found.into_iter().flatten().find(|start| *start >= lsn) {
                     return Ok(Some(start));
                 }
+            }
+        }
+        Ok(None)
+    }
+
+    fn record_before(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
+        let size = self.identity().wal_segment_size;
+        let mut starts: Vec<_> = ranges.iter().map(|(range, _)| range.segment).collect();
+        starts.sort_unstable();
+        starts.dedup();
+        // The last record may have begun in an earlier segment.
+        for first in starts.into_iter().rev() {
+            if first.start_lsn(size) >= lsn {
+                continue;
+            }
+            let mut indexer: Option<WalIndexer> = None;
+            for (range, end_lsn) in ranges.iter().filter(|(range, _)| range.segment >= first) {
+                let wal = self.wal(range)?;
+                let indexer = indexer.get_or_insert_with(|| {
+                    WalIndexer::new(self.wal_identity(), range.start_lsn, None)
+                });
+                let offset = |at: Lsn| {
+                    usize::try_from(at.bytes_since(range.start_lsn)).unwrap_or(usize::MAX)
+                };
+                let end = offset((*end_lsn).min(lsn)).min(wal.len());
+                let Some(wal) = wal.get(offset(indexer.position())..end) else {
+                    continue;
+                };
+                indexer.push(wal).map_err(|error| Error::Wal {
+                    lsn,
+                    problem: error.to_string(),
+                })?;
+            }
+            let found = indexer.and_then(|mut indexer| indexer.take_summary().last_record_lsn);
+            if found.is_some() {
+                return Ok(found);
             }
         }
         Ok(None)

@@ -9,8 +9,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use repository::WalRange;
 use serde::Serialize;
 use wal_format::{
-    BackupInfo, Lsn, ManifestFile, PgTimestamp, RelationFile, TransactionEnd, TransactionEndKind,
-    WalEvent,
+    BackupInfo, Branch, Lsn, ManifestFile, PgTimestamp, RelationFile, TransactionEnd,
+    TransactionEndKind, WalEvent,
 };
 
 use crate::{
@@ -133,7 +133,7 @@ pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) 
         name: names.relation(*file),
     };
     let mut transactions: Vec<LocatedTransaction> = Vec::new();
-    for (lsn, (end, removed)) in &found {
+    for (lsn, (branch, end, removed)) in &found {
         let changed = rows.get(&end.xid).into_iter().flatten();
         let mut rows: Vec<ChangedRows> = changed
             .map(|(file, counts)| ChangedRows {
@@ -149,7 +149,7 @@ pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) 
             kind: end.kind,
             removed: removed.iter().map(describe).collect(),
             rows,
-            just_before: search.just_before(&reach, *lsn, !removed.is_empty()),
+            just_before: search.just_before(&reach, *branch, *lsn, !removed.is_empty()),
         });
     }
     search.select(question, &mut transactions);
@@ -172,7 +172,8 @@ pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) 
     })
 }
 
-type Found = BTreeMap<Lsn, (TransactionEnd, Vec<RelationFile>)>;
+/// By LSN: the timeline on which the end is archived, the end, and the files that it removed.
+type Found = BTreeMap<Lsn, (Branch, TransactionEnd, Vec<RelationFile>)>;
 
 struct Search<'a> {
     archive: &'a Archive,
@@ -204,9 +205,10 @@ impl Search<'_> {
                 }
                 for end in summary.transactions {
                     let files = removed.remove(&end.lsn).unwrap_or_default();
-                    let on_path = part.from <= end.lsn && end.lsn < part.to;
-                    if on_path && is_meant(&end, !files.is_empty(), question) {
-                        found.insert(end.lsn, (end, files));
+                    // A copy of WAL before the switch counts only if the older timeline's own was not archived.
+                    if end.lsn < part.to && is_meant(&end, !files.is_empty(), question) {
+                        let known = found.entry(end.lsn);
+                        known.or_insert((part.branch, end, files));
                     }
                 }
             }
@@ -227,7 +229,7 @@ impl Search<'_> {
         };
         let mut databases: BTreeSet<u32> = found
             .values()
-            .flat_map(|(_, files)| files)
+            .flat_map(|(_, _, files)| files)
             .map(|file| file.database)
             .collect();
         if !matches!(question, Question::Dropped(_)) {
@@ -317,7 +319,14 @@ impl Search<'_> {
         Ok(reach)
     }
 
-    fn just_before(&self, reach: &[(Lsn, Lsn)], lsn: Lsn, removes: bool) -> Option<String> {
+    /// The flags that restore to just before the record at `lsn` of `branch`.
+    fn just_before(
+        &self,
+        reach: &[(Lsn, Lsn)],
+        branch: Branch,
+        lsn: Lsn,
+        removes: bool,
+    ) -> Option<String> {
         // Its lock was replayed before its commit: a paused server lets nobody read what it is about to drop.
         let action = if removes {
             " --target-action promote"
@@ -325,9 +334,8 @@ impl Search<'_> {
             ""
         };
         let reached = reach.iter().any(|(from, to)| *from <= lsn && lsn < *to);
-        let timeline = self.path.last().map(|part| part.branch);
-        reached.then_some(timeline).flatten().map(|timeline| {
-            format!("--target-timeline {timeline} --target-lsn {lsn} --target-exclusive{action}")
+        reached.then(|| {
+            format!("--target-timeline {branch} --target-lsn {lsn} --target-exclusive{action}")
         })
     }
 

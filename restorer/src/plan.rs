@@ -5,6 +5,7 @@
 //! and `recoveryStopsAfter` in `xlogrecovery.c`) and executed as an LSN on a numeric timeline, so that time zones, clocks
 //! and idle databases can not change it.
 
+use repository::WalRange;
 use serde::{Deserialize, Serialize};
 use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
 
@@ -62,8 +63,12 @@ pub struct RestorePlan {
     pub backup: BackupId,
     /// Why this one.
     pub reason: String,
-    /// The timelines, oldest first.
+    /// The timelines that are replayed, oldest first. The last one holds the stop: it is `recovery_target_timeline`.
     pub path: Vec<PathPart>,
+    /// The timelines on the way to the wanted one that recovery does not enter, because it stops before. The segment in
+    /// which they begin starts with a copy of the WAL before the switch, and may be the only one that was archived.
+    #[serde(default)]
+    pub later: Vec<PathPart>,
     /// Where redo starts.
     pub start_lsn: Lsn,
     /// Where recovery stops.
@@ -361,24 +366,38 @@ fn make(
         Stop::Before { lsn } | Stop::After { lsn } => lsn.add(1),
         Stop::Consistent => backup.stop_lsn,
     };
-    let needed = coverage
+    // The timeline that holds the byte before `until` is the one PostgreSQL recovers to. On a later one it would give the
+    // promoted server a history with a switch that it never replayed, and look for the state of a prepared transaction in a
+    // file that was not restored.
+    let mut path = path;
+    let end = path.iter().position(|part| until <= part.to);
+    let later = path.split_off(end.map_or(path.len(), |last| last + 1));
+    let end_lsn = path.last().map_or(Lsn::MAX, |part| part.to);
+    let is_of = |range: &WalRange, part: &PathPart| range.branch == part.branch;
+    let (own, copies): (Vec<&WalRange>, Vec<&WalRange>) = coverage
         .ranges
         .iter()
-        .filter(|range| range.start_lsn < until);
+        .filter(|range| range.start_lsn < until)
+        .partition(|range| path.iter().any(|part| is_of(range, part)));
+    let own_end = own.iter().map(|range| range.end_lsn).max();
+    let copies = copies
+        .into_iter()
+        .filter(|range| own_end < Some(until) && later.iter().any(|part| is_of(range, part)));
     let (mut wal_bytes, mut raw_bytes, mut wal_end_lsn) = (0u64, 0u64, coverage.start_lsn);
-    for range in needed {
+    for range in own.iter().copied().chain(copies) {
         wal_bytes = wal_bytes.saturating_add(range.stored_bytes);
         raw_bytes = raw_bytes.saturating_add(range.end_lsn.bytes_since(range.start_lsn));
-        wal_end_lsn = wal_end_lsn.max(range.end_lsn);
+        wal_end_lsn = wal_end_lsn.max(range.end_lsn.min(end_lsn));
     }
-    // The stop record itself may go on into later ranges.
+    // The stop record itself may continue in later ranges.
     if matches!(found.stop, Stop::After { .. } | Stop::Before { .. }) {
-        wal_end_lsn = coverage.end_lsn;
+        wal_end_lsn = coverage.end_lsn.min(end_lsn);
     }
     RestorePlan {
         backup: backup.id.clone(),
         reason,
         path,
+        later,
         start_lsn: backup.start_lsn,
         stop: found.stop,
         last_kept: found.last_kept,

@@ -12,7 +12,7 @@ use std::{
 
 use repository::{ClusterIdentity, Repository};
 use wal_format::{
-    Branch, Lsn, ObjectKey, SealedReader, SegmentName, WalFileName, sealed::SealedError,
+    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, WalFileName, sealed::SealedError,
 };
 
 use crate::{Error, RestorePlan, Result};
@@ -235,8 +235,15 @@ pub(crate) fn segment(
     if sealed_of(repository, identity, branch, name, out)? {
         return Ok(true);
     }
-    if let Some(wal) = assemble(repository, system, branch, name, number.start_lsn(size))? {
-        let mut wal = wal;
+    let mut open = assemble(repository, system, branch, name, number.start_lsn(size))?;
+    if let Some(plan) = plan.filter(|plan| plan.path.last().map(|part| part.branch) == Some(branch))
+    {
+        let copy = copy_of_later(repository, identity, plan, number)?;
+        if copy.as_ref().map(Vec::len) > open.as_ref().map(Vec::len) {
+            open = copy;
+        }
+    }
+    if let Some(mut wal) = open {
         // The rest of an open segment: zeros, which PostgreSQL reads as the end of WAL.
         wal.resize(size.len(), 0);
         write(out, &wal)?;
@@ -249,11 +256,13 @@ pub(crate) fn segment(
     }
     let start_lsn = number.start_lsn(size);
     // The plan's path enters a timeline in the middle of a segment at the earliest: before it there is nothing to have.
+    // The segment in which it leaves one for the next is read from the next.
     let part = plan.and_then(|plan| plan.path.iter().find(|part| part.branch == branch));
     if let (Some(plan), Some(part)) = (plan, part) {
+        let is_last = plan.path.last() == Some(part);
         let needed = start_lsn < plan.wal_end_lsn
             && number.end_lsn(size) > plan.start_lsn.max(part.from)
-            && start_lsn.add(size.bytes()) <= part.to;
+            && (is_last || start_lsn.add(size.bytes()) <= part.to);
         if needed {
             return Err(missing(
                 start_lsn,
@@ -280,6 +289,39 @@ pub(crate) fn segment(
         }
     }
     Ok(false)
+}
+
+/// The WAL of the plan's last timeline at the start of the segment in which a later one begins, from that one's copy: after
+/// a failover it may be all that was archived of it.
+fn copy_of_later(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    plan: &RestorePlan,
+    number: SegmentNo,
+) -> Result<Option<Vec<u8>>> {
+    let size = identity.wal_segment_size;
+    let start_lsn = number.start_lsn(size);
+    let Some(switch_lsn) = plan.path.last().map(|part| part.to) else {
+        return Ok(None);
+    };
+    let begins_here = |from: Lsn| start_lsn < from && from <= number.end_lsn(size);
+    if !begins_here(switch_lsn) {
+        return Ok(None);
+    }
+    let wanted = usize::try_from(switch_lsn.bytes_since(start_lsn)).unwrap_or(usize::MAX);
+    for part in plan.later.iter().filter(|part| begins_here(part.from)) {
+        let name = SegmentName::new(part.branch.timeline, number, size);
+        let mut wal = Vec::new();
+        if !sealed_of(repository, identity, part.branch, name, &mut wal)? {
+            let system = identity.system_identifier;
+            wal = assemble(repository, system, part.branch, name, start_lsn)?.unwrap_or_default();
+        }
+        if wal.len() >= wanted {
+            wal.truncate(wanted);
+            return Ok(Some(wal));
+        }
+    }
+    Ok(None)
 }
 
 fn missing(lsn: Lsn, problem: &str) -> Error {

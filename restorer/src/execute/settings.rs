@@ -128,6 +128,8 @@ fn lines(
     destination: &Destination,
 ) -> Result<String> {
     let recovery = &destination.recovery;
+    // The timeline that holds the stop. A promotion there makes a history without timelines that were not replayed, and a
+    // later one that is archived is only asked about, for a free number (`findNewestTimeLine`).
     let timeline = plan
         .path
         .last()

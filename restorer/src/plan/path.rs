@@ -2,7 +2,9 @@
 
 pub use repository::PathPart;
 use repository::WalRange;
-use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
+use wal_format::{
+    BackupInfo, Branch, Lsn, PgTimestamp, TimelineHistory, TimelineId, TransactionEnd,
+};
 
 use super::{PlanError, Wishes};
 use crate::{Error, Result, inventory::Inventory};
@@ -16,7 +18,7 @@ pub fn print_path(path: &[PathPart]) -> String {
 
 type Known = (Branch, Option<TimelineHistory>, Vec<u8>);
 
-/// The path to the wanted timeline; without a wish, to the newest that descends from the newest backup's.
+/// The path to the wanted timeline; without a wish, to the newest one (`newest`).
 ///
 /// # Errors
 /// [`PlanError::UnknownTimeline`], [`Error::Usage`] when the number names two timelines.
@@ -63,23 +65,36 @@ fn one_of(text: &str, matching: &[Branch], known: &[Known]) -> Result<Branch> {
     }
 }
 
+/// The timeline that a restore without a wish follows: the greatest number among those to which a backup leads and that
+/// continue the newest backup's timeline or are newer than that backup.
+///
+/// A timeline that is older than the newest backup and does not continue its timeline was abandoned, or is a copy that was
+/// archived here by mistake. A timeline that is newer is where the cluster went on: after a restore to a moment before a
+/// failover, that is no descendant of the timeline that was given up.
 fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
-    let backups = inventory.backups()?;
-    let from = backups
-        .iter()
-        .filter(|backup| wishes_none(backup.branch, branches))
-        .max_by_key(|backup| backup.started)
-        .map(|backup| backup.branch);
-    // Timelines that do not descend from a backup's lead nowhere.
-    let reachable = |branch: &Branch| {
-        let Some(from) = from else { return true };
-        path_to(branches, *branch).is_ok_and(|path| path.iter().any(|part| part.branch == from))
-    };
-    let candidates: Vec<Branch> = branches
-        .iter()
-        .map(|(branch, _, _)| *branch)
-        .filter(reachable)
-        .collect();
+    let mut backups = inventory.backups()?;
+    backups.retain(|backup| branches.iter().any(|(known, _, _)| *known == backup.branch));
+    let newest_backup = backups.iter().max_by_key(|backup| backup.started);
+    let mut candidates: Vec<Branch> = Vec::new();
+    for (branch, _, _) in branches {
+        let path = path_to(branches, *branch)?;
+        let part_of = |backup: &BackupInfo| path.iter().find(|part| part.branch == backup.branch);
+        let follows = match newest_backup {
+            None => true,
+            Some(newest) if part_of(newest).is_some() => true,
+            Some(newest) => {
+                let leads_here = |backup: &BackupInfo| {
+                    part_of(backup).is_some_and(|part| backup.stop_lsn <= part.to)
+                };
+                let mut backups = backups.iter();
+                backups.any(leads_here)
+                    && began(inventory, &path)?.is_some_and(|began| began > newest.finished)
+            }
+        };
+        if follows {
+            candidates.push(*branch);
+        }
+    }
     let Some(greatest) = candidates.iter().map(|branch| branch.timeline).max() else {
         return Err(PlanError::NoWal.into());
     };
@@ -90,8 +105,25 @@ fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
     one_of(&greatest.to_string(), &matching, branches)
 }
 
-fn wishes_none(branch: Branch, branches: &[Known]) -> bool {
-    branches.iter().any(|(known, _, _)| *known == branch)
+/// The first known time on the last timeline of a path; `None` if its archived WAL says nothing of the time.
+fn began(inventory: &dyn Inventory, path: &[PathPart]) -> Result<Option<PgTimestamp>> {
+    let Some(part) = path.last() else {
+        return Ok(None);
+    };
+    for range in inventory.ranges(part.branch, part.from, part.to)? {
+        let own = |end: &TransactionEnd| end.lsn >= part.from;
+        let first = if range.start_lsn >= part.from || range.transaction_count == 0 {
+            range.min_time
+        } else {
+            // The segment of the switch begins with WAL of the timeline before.
+            let ends = inventory.summary(&range)?.transactions;
+            ends.iter().filter(|end| own(end)).map(|end| end.time).min()
+        };
+        if let Some(time) = first.or(range.proven) {
+            return Ok(Some(time));
+        }
+    }
+    Ok(None)
 }
 
 fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
@@ -121,6 +153,13 @@ impl Coverage {
     pub(crate) fn holds(&self, branch: Branch, lsn: Lsn) -> bool {
         let part = self.path.iter().find(|part| part.branch == branch);
         lsn >= self.start_lsn && lsn < self.end_lsn && part.is_some_and(|part| lsn < part.to)
+    }
+
+    /// The end of what counts of a range: where the range ends, or where the path leaves its timeline before.
+    pub(crate) fn end_of(&self, range: &WalRange) -> Lsn {
+        let mut parts = self.path.iter();
+        let part = parts.find(|part| part.branch == range.branch);
+        part.map_or(range.end_lsn, |part| range.end_lsn.min(part.to))
     }
 }
 

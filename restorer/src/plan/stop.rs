@@ -220,18 +220,25 @@ impl Walk<'_> {
     }
 
     fn lsn(&self, lsn: Lsn, inclusive: bool) -> Result<Found> {
-        let ranges: Vec<WalRange> = self
+        // Of a timeline that was left, WAL beyond the switch is not replayed.
+        let ranges: Vec<(WalRange, Lsn)> = self
             .coverage
             .ranges
             .iter()
-            .filter(|range| range.end_lsn > lsn)
-            .cloned()
+            .map(|range| (range.clone(), self.coverage.end_of(range)))
             .collect();
         let record = if lsn < self.coverage.end_lsn && lsn >= self.coverage.start_lsn {
             self.inventory.record_at_or_after(&ranges, lsn)?
         } else {
             None
         };
+        if let Some(record) = record.filter(|_| !inclusive)
+            && self.coverage.path.iter().any(|part| part.from == record)
+            && let Some(last) = self.inventory.record_before(&ranges, record)?
+        {
+            // Before the first record of a timeline, nothing of that timeline is replayed: the stop is on the one before.
+            return self.after(last);
+        }
         match record {
             None if lsn < self.coverage.start_lsn => Ok(Found {
                 stop: Stop::Before { lsn },

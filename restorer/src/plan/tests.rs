@@ -58,11 +58,18 @@ impl Inventory for Memory {
         Ok(self.prepared.clone())
     }
 
-    fn record_at_or_after(&self, ranges: &[WalRange], lsn: Lsn) -> Result<Option<Lsn>> {
+    fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
         let ends = ranges
             .iter()
-            .flat_map(|range| self.ranges[&range.start_lsn.0].1.transactions.clone());
+            .flat_map(|(range, _)| self.ranges[&range.start_lsn.0].1.transactions.clone());
         Ok(ends.map(|end| end.lsn).find(|start| *start >= lsn))
+    }
+
+    fn record_before(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
+        let ends = ranges
+            .iter()
+            .flat_map(|(range, _)| self.ranges[&range.start_lsn.0].1.transactions.clone());
+        Ok(ends.map(|end| end.lsn).filter(|start| *start < lsn).last())
     }
 }
 
