@@ -1,7 +1,10 @@
 //! `restore_command = 'pitr-restore wal-fetch %f %p'`: delivers one file, or says truthfully why not.
 //!
-//! Invariant: exit 1 means *proved absent*. PostgreSQL takes 1 for the end of the archive and may promote, so an
-//! unreachable store, a damaged object and a hole in the WAL are 255, which stops recovery where it can be resumed.
+//! Invariant: exit 1 means *proved absent*: the repository was asked and does not have the file, whatever the plan says of
+//! it. PostgreSQL takes 1 for the end of the archive and may promote, or for a timeline number that is free
+//! (`findNewestTimeLine` in `timeline.c`). An unreachable store, a damaged object and a hole in the WAL are therefore 255,
+//! which stops recovery where it can be resumed. A plan decides between two timelines of one number, and which WAL has to
+//! be there.
 
 use std::{
     io::{self, Write},
@@ -12,7 +15,8 @@ use std::{
 
 use repository::{ClusterIdentity, Repository};
 use wal_format::{
-    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, WalFileName, sealed::SealedError,
+    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, TimelineId, WalFileName,
+    sealed::SealedError,
 };
 
 use crate::{Error, RestorePlan, Result};
@@ -98,15 +102,25 @@ fn content(
     match name {
         WalFileName::Segment(name) => segment(repository, &identity, plan, name, out),
         WalFileName::History(timeline) => {
+            let system = identity.system_identifier;
+            if plan.is_some() && planned(plan, timeline).is_none() {
+                // Not to be followed: PostgreSQL looks for a number that is free, and any history proves that it is not.
+                let mut histories = repository.histories(system)?.into_iter();
+                let Some((_, history)) = histories.find(|(one, _)| one.timeline == timeline) else {
+                    return Ok(false);
+                };
+                write(out, &history)?;
+                return Ok(true);
+            }
             let found = branch_of(repository, &identity, plan, timeline)?;
             let Some(branch) = found.filter(|branch| branch.digest != [0; 4]) else {
                 return Ok(false);
             };
-            let history = repository.history(identity.system_identifier, branch)?;
+            let history = repository.history(system, branch)?;
             write(out, &history)?;
             Ok(true)
         }
-        // Neither is needed for a recovery, and neither is archived by the stream.
+        // No repository has a file of these names: `push` stores the WAL of the one as WAL and nothing of the other.
         WalFileName::Partial(_) | WalFileName::Backup(..) => Ok(false),
     }
 }
@@ -140,21 +154,24 @@ fn deliver(
     Ok(Fetched::Delivered)
 }
 
-/// The branch of a timeline's number: the plan's; without a plan the only one of that number.
+/// The branch of a timeline's number on the plan's path.
+fn planned(plan: Option<&RestorePlan>, timeline: TimelineId) -> Option<Branch> {
+    let mut parts = plan?.path.iter();
+    let part = parts.find(|part| part.branch.timeline == timeline);
+    part.map(|part| part.branch)
+}
+
+/// The branch of a timeline's number: the plan's, else the only one of that number in the repository.
 fn branch_of(
     repository: &Repository,
     identity: &ClusterIdentity,
     plan: Option<&RestorePlan>,
-    timeline: wal_format::TimelineId,
+    timeline: TimelineId,
 ) -> Result<Option<Branch>> {
-    if let Some(plan) = plan {
-        let part = plan
-            .path
-            .iter()
-            .find(|part| part.branch.timeline == timeline);
-        return Ok(part.map(|part| part.branch));
+    if let Some(branch) = planned(plan, timeline) {
+        return Ok(Some(branch));
     }
-    if timeline == wal_format::TimelineId::FIRST {
+    if timeline == TimelineId::FIRST {
         return Ok(Some(Branch::FIRST));
     }
     let histories = repository.histories(identity.system_identifier)?;
@@ -165,7 +182,8 @@ fn branch_of(
         (None, _) => Ok(None),
         (Some((branch, _)), None) => Ok(Some(branch)),
         _ => Err(Error::usage(format!(
-            "timeline {timeline} names several histories in the archive; restore with a plan"
+            "timeline {timeline} names several histories in the archive, and no restore plan names one of them; choose one \
+             with pitr-restore --target-timeline"
         ))),
     }
 }

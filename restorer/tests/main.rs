@@ -9,6 +9,7 @@ mod delta;
 mod epochs;
 mod expire;
 mod failover;
+mod forks;
 mod locate;
 mod outage;
 mod resume;

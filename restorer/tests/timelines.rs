@@ -75,8 +75,11 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     scene.write(&primary, "d1");
     scene.archived.finish();
 
-    // Timeline 2 leaves timeline 1 at the restore point.
+    // Timeline 2 leaves timeline 1 at the restore point. A second server is promoted before the
+    // first one's history is archived, and takes the same number.
     let second = scene.restore(&["--target-name=fork", "--target-action=promote"]);
+    let time_a = format!("--target-time={after_a}");
+    let other = scene.restore(&["--target-timeline=1", &time_a, "--target-action=promote"]);
     scene.archived.follow(&second.conninfo());
     assert_eq!(query(&second.conninfo(), WORDS), "a b");
     scene.write(&second.conninfo(), "c2");
@@ -122,10 +125,7 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
         &["--target-timeline=1", "--target-name=only on 1"],
         "a b c1",
     );
-    let (time_a, time_c) = (
-        format!("--target-time={after_a}"),
-        format!("--target-time={after_c}"),
-    );
+    let time_c = format!("--target-time={after_c}");
     scene.assert_words(&["--target-timeline=2", &time_a], "a");
     scene.assert_words(&["--target-timeline=1", &time_a], "a");
     scene.assert_words(&["--target-timeline=1", &time_c], "a b c1");
@@ -157,7 +157,6 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     // A second timeline 2, unrelated to the first: the number alone is refused, the branch is
     // accepted.
     drop(second);
-    let other = scene.restore(&["--target-timeline=1", &time_a, "--target-action=promote"]);
     std::fs::remove_dir_all(scene.archived.place.path().join("spool")).expect("the spool");
     scene.archived.follow(&other.conninfo());
     scene.write(&other.conninfo(), "c3");
