@@ -1,4 +1,5 @@
-//! [`Inventory`]: what a plan may know of the archive. The catalog implements it; tests implement it in memory.
+//! [`Inventory`]: the view of the archive on which plans are based. The catalog implements it;
+//! tests implement it in memory.
 
 use bytes::Bytes;
 use catalog::Catalog;
@@ -10,51 +11,52 @@ use wal_format::{
 
 use crate::{Error, PlanError, Result, execute::read_manifest, wal_fetch};
 
-/// What is archived of one cluster.
+/// The archive of one cluster.
 pub trait Inventory {
-    /// Who it is.
+    /// The identity of the cluster.
     fn identity(&self) -> &ClusterIdentity;
     /// The base backups, oldest first.
     ///
     /// # Errors
-    /// What reading them met.
+    /// Errors of reading them.
     fn backups(&self) -> Result<Vec<BackupInfo>>;
     /// The timelines: history, and the history file's content.
     ///
     /// # Errors
-    /// What reading them met.
+    /// Errors of reading them.
     fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>>;
     /// The ranges of a branch that reach into `[from, to)`, in order.
     ///
     /// # Errors
-    /// What reading them met.
+    /// Errors of reading them.
     fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>>;
-    /// What a range holds.
+    /// The summary of a range.
     ///
     /// # Errors
-    /// What reading it met.
+    /// Errors of reading it.
     fn summary(&self, range: &WalRange) -> Result<SegmentSummary>;
     /// Every restore point.
     ///
     /// # Errors
-    /// What reading them met.
+    /// Errors of reading them.
     fn restore_points(&self) -> Result<Vec<(Branch, Lsn, PgTimestamp, String)>>;
-    /// The transactions that were prepared before the backup and not ended when it was taken, as its `pg_twophase` says.
+    /// The transactions that were prepared before the backup and not ended when it was taken, from
+    /// its `pg_twophase`.
     ///
     /// # Errors
-    /// What reading them met.
+    /// Errors of reading them.
     fn prepared_in(&self, backup: &BackupInfo) -> Result<Vec<u32>>;
-    /// The start of the first record at or after `lsn`, found by decoding `ranges`, each up to the LSN beside it. `None` if
-    /// they end before.
+    /// The start of the first record at or after `lsn`, found by decoding `ranges`, each up to the
+    /// LSN beside it. `None` if they end before.
     ///
     /// # Errors
-    /// What reading them met.
+    /// Errors of reading them.
     fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>>;
-    /// The start of the last record that ends at or before `lsn`, found by decoding `ranges`, each up to the LSN beside it.
-    /// `None` if they hold no such record.
+    /// The start of the last record that ends at or before `lsn`, found by decoding `ranges`, each
+    /// up to the LSN beside it. `None` if they hold no such record.
     ///
     /// # Errors
-    /// What reading them met.
+    /// Errors of reading them.
     fn record_before(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>>;
 }
 
@@ -68,8 +70,8 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Why a target is not reached, when the reason is an object that is there and damaged: that is not the same as one
-    /// that was never archived.
+    /// Replaces a refusal by [`Error::Damaged`] if its reason is an object that is archived and
+    /// damaged.
     #[must_use]
     pub fn explain(&self, refusal: Error) -> Error {
         let Error::Plan(plan) = &refusal else {
@@ -98,7 +100,7 @@ impl Archive {
         }
     }
 
-    /// Whether an object of WAL holds, by its name, the byte at `lsn`.
+    /// Returns true if an object of WAL holds, by its name, the byte at `lsn`.
     fn covers(&self, key: &ObjectKey, lsn: Lsn) -> bool {
         let size = self.catalog.identity().wal_segment_size;
         match key {
@@ -108,7 +110,7 @@ impl Archive {
         }
     }
 
-    /// Whose WAL it is.
+    /// The identity of the archived WAL.
     pub(crate) fn wal_identity(&self) -> WalIdentity {
         let identity = self.catalog.identity();
         WalIdentity {
@@ -180,7 +182,8 @@ impl Inventory for Archive {
     fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
         let identity = self.identity();
         let wal_identity = self.wal_identity();
-        // Decoding starts at the segment that holds the position: a segment's first page says where its records begin.
+        // Decoding starts at the segment that holds the position: a segment's first page says where
+        // its records begin.
         let segment = identity.wal_segment_size.segment_of(lsn);
         let mut indexer: Option<WalIndexer> = None;
         for (range, end_lsn) in ranges.iter().filter(|(range, _)| range.segment >= segment) {
@@ -201,7 +204,8 @@ impl Inventory for Archive {
                 problem: error.to_string(),
             };
             indexer.push(before).map_err(failed)?;
-            // Records start at multiples of 8: fed so, the first start at or after the position can not be missed.
+            // Records start at multiples of 8, so pieces of 8 bytes cannot miss the first start at
+            // or after the position.
             for piece in after.chunks(8) {
                 indexer.push(piece).map_err(failed)?;
                 let seen = indexer.take_summary();

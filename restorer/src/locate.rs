@@ -1,8 +1,9 @@
-//! `pitr-restore locate`: when did it happen? Commits, drops and large deletes near a time, of a transaction, or of a
+//! `pitr-restore locate`: commits, drops and large deletes near a time, of a transaction, or of a
 //! relation, each with the flags that restore to just before it.
 //!
-//! Ends of transactions and files that they removed come from the archive's summaries; rows and names from WAL and a
-//! backup, as far as that is little enough to be read. What is not known is said, never guessed.
+//! Ends of transactions and the files that they removed come from the archive's summaries. Rows and
+//! names come from WAL and a backup, up to [`READ_MAX_BYTES`]. A note names everything that is not
+//! known; nothing is guessed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -28,30 +29,30 @@ use changes::Changes;
 pub use changes::RowCounts;
 use names::Names;
 
-/// How many commits on each side of a time are listed although they did nothing remarkable.
+/// The number of unremarkable commits that are listed on each side of a time.
 const NEIGHBOURS: usize = 5;
-/// How many transactions are listed; all are counted.
+/// The most transactions that are listed; all are counted.
 const LISTED_MAX: usize = 200;
-/// From how many rows on a delete is large.
+/// The number of deleted rows from which a delete is large.
 const LARGE_DELETE: u64 = 1000;
-/// How much WAL is read to count rows and to learn names.
+/// The most WAL that is read to count rows and to learn names.
 const READ_MAX_BYTES: u64 = 1 << 30;
-/// How far before its end a transaction's own records are looked for.
+/// The length of the WAL before a transaction's end that is searched for its records.
 const TRANSACTION_MAX_BYTES: u64 = 256 << 20;
 
-/// What is looked for.
+/// The subject of a search.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Question {
-    /// What happened near a time, `within` so many microseconds on both sides.
+    /// Transactions near a time, `within` so many microseconds on both sides.
     Around {
         /// The time.
         time: PgTimestamp,
         /// Microseconds.
         within: i64,
     },
-    /// When a relation's file was removed: a name, with or without its schema, or a file number.
+    /// The removal of a relation's file: a name, with or without its schema, or a file number.
     Dropped(String),
-    /// How and when a transaction ended.
+    /// The end of a transaction.
     Xid(u32),
 }
 
@@ -91,27 +92,27 @@ pub struct LocatedTransaction {
     pub removed: Vec<Relation>,
     /// Rows it changed, as far as they were counted.
     pub rows: Vec<ChangedRows>,
-    /// The flags that restore to just before it; `None` when no backup reaches it.
+    /// The flags that restore to just before it; `None` if no backup reaches it.
     pub just_before: Option<String>,
 }
 
 /// The answer.
 #[derive(Clone, Debug, Serialize)]
 pub struct Located {
-    /// The timelines that were looked at.
+    /// The timelines that were searched.
     pub timelines: String,
     /// What was found, in the order of the WAL.
     pub transactions: Vec<LocatedTransaction>,
     /// Restore points near the time.
     pub restore_points: Vec<RestorePoint>,
-    /// What was not looked at, or is not known.
+    /// What was not searched, or is not known.
     pub notes: Vec<String>,
 }
 
 /// Answers a question.
 ///
 /// # Errors
-/// [`PlanError::Unknown`] when nothing is found, what reading the archive met.
+/// [`PlanError::Unknown`] if nothing is found; errors of reading the archive.
 pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) -> Result<Located> {
     let wishes = Wishes {
         backup: None,
@@ -188,7 +189,7 @@ impl Search<'_> {
             .ranges(part.branch, part.from.align_down(size), part.to)
     }
 
-    /// The ends that may be meant, and the files that they removed.
+    /// The ends of transactions that match, and the files that they removed.
     fn ends(&self, question: &Question) -> Result<Found> {
         let mut found = Found::new();
         for part in &self.path {
@@ -205,7 +206,8 @@ impl Search<'_> {
                 }
                 for end in summary.transactions {
                     let files = removed.remove(&end.lsn).unwrap_or_default();
-                    // A copy of WAL before the switch counts only if the older timeline's own was not archived.
+                    // A copy of WAL before the switch counts only if the older timeline's own was
+                    // not archived.
                     if end.lsn < part.to && is_meant(&end, !files.is_empty(), question) {
                         let known = found.entry(end.lsn);
                         known.or_insert((part.branch, end, files));
@@ -233,7 +235,7 @@ impl Search<'_> {
             .map(|file| file.database)
             .collect();
         if !matches!(question, Question::Dropped(_)) {
-            // Whose rows are changed is known only when they are counted.
+            // The databases of changed rows are known only after the rows are counted.
             let manifest = self.archive.manifest(&backup)?;
             let database = |file: &ManifestFile| {
                 let rest = file.path.strip_prefix("base/")?;
@@ -257,7 +259,7 @@ impl Search<'_> {
             .max_by_key(|backup| backup.start_lsn))
     }
 
-    /// Reads the WAL of what was found, as far as that is not too much.
+    /// Counts the changed rows of the found transactions, up to [`READ_MAX_BYTES`] of WAL.
     fn rows(
         &mut self,
         found: &Found,
@@ -270,7 +272,7 @@ impl Search<'_> {
         let from = match question {
             Question::Around { .. } => *first,
             Question::Xid(_) => Lsn(first.0.saturating_sub(TRANSACTION_MAX_BYTES)),
-            // What was made after the backup has its name in the WAL from there on.
+            // The name of a relation that was created after the backup is in the WAL after it.
             Question::Dropped(_) => match self.backup_before(*first)? {
                 Some(backup) => backup.start_lsn,
                 None => return Ok(HashMap::new()),
@@ -306,7 +308,7 @@ impl Search<'_> {
         Ok(changes.by_transaction())
     }
 
-    /// For each usable backup from where to where it reaches.
+    /// The range of LSNs that each usable backup reaches.
     fn reach(&self) -> Result<Vec<(Lsn, Lsn)>> {
         let mut reach = Vec::new();
         for backup in self.archive.backups()? {
@@ -327,7 +329,8 @@ impl Search<'_> {
         lsn: Lsn,
         removes: bool,
     ) -> Option<String> {
-        // Its lock was replayed before its commit: a paused server lets nobody read what it is about to drop.
+        // The lock of a DROP is replayed before its commit, so a paused server does not let anyone
+        // read the relation.
         let action = if removes {
             " --target-action promote"
         } else {
@@ -339,7 +342,7 @@ impl Search<'_> {
         })
     }
 
-    /// Keeps what was asked for.
+    /// Keeps the transactions that answer the question.
     fn select(&self, question: &Question, transactions: &mut Vec<LocatedTransaction>) {
         match question {
             Question::Xid(_) => {}
@@ -421,7 +424,7 @@ impl Search<'_> {
     }
 }
 
-/// Whether a range may hold an end that is meant.
+/// Returns false if no transaction end of a range can match.
 fn may_hold(range: &WalRange, question: &Question) -> bool {
     match question {
         Question::Around { time, within } => {

@@ -1,6 +1,7 @@
-//! The process that is ahead of a recovery: fetches what PostgreSQL will ask for, and ends when nobody asks any more.
+//! The process that prefetches WAL for a recovery. It ends when PostgreSQL takes no more segments.
 //!
-//! Invariant: a file gets its name when it is whole and checked; what is ready or in the making is bounded in bytes.
+//! Invariant: a file gets its name when it is complete and checked. The bytes of complete and of
+//! unfinished files are bounded.
 
 use std::{
     collections::VecDeque,
@@ -19,26 +20,29 @@ use wal_format::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
 use crate::{Error, RestorePlan, Result, plan::PathPart, wal_fetch};
 
-/// What may lie ready or be in the making. Sixteen segments of 16 MiB: more than PostgreSQL replays in the time of one
-/// fetch from a far store by several threads.
+/// The bound of complete and unfinished files. Sixteen segments of 16 MiB are more than PostgreSQL
+/// replays while several threads fetch one segment each from a distant store.
 const WINDOW_BYTES: u64 = 256 << 20;
-/// More than this many fetches at once win nothing: the replay is one process.
+/// The most fetches at once. More gain nothing, because the replay is one process.
 const THREADS_MAX: u64 = 4;
-/// With fewer than this many begun or ready PostgreSQL is about to wait: then the processor that is left to the replay is of
-/// more use here.
+/// With fewer segments than this begun or ready, PostgreSQL is about to wait for one. Then a thread
+/// uses the processor that is otherwise left to the replay.
 const FEW: usize = 4;
-/// The replay goes first, by little: on a host that is busy with something else it waits for what is fetched here.
+/// Gives the replay a slightly higher priority. On a busy host the replay still waits for these
+/// fetches.
 const NICENESS: i32 = 1;
-/// How long nothing was asked for before the process ends. A replay that takes longer over what it has starts it again.
+/// The time without a request after which the process ends. A replay that takes longer for its
+/// segments starts it again.
 const IDLE_MAX: Duration = Duration::from_secs(30);
-/// How often it is looked whether something was taken.
+/// The interval of the checks for segments that were taken.
 const POLL: Duration = Duration::from_millis(5);
 
-/// Fetches into `folder` what follows `name`, by the plan or without one on its timeline, until all was taken or nobody
-/// takes any more.
+/// Fetches into `folder` the segments that follow `name` in the plan, or without a plan on its
+/// timeline. Returns when all were taken, or none was for [`IDLE_MAX`].
 ///
 /// # Errors
-/// When the folder can not be made; a segment that can not be fetched is left to `wal-fetch`, which says why.
+/// If the folder cannot be created. A segment that cannot be fetched is left to `wal-fetch`, which
+/// reports the reason.
 pub fn run(
     repository: &Repository,
     plan: Option<&RestorePlan>,
@@ -95,15 +99,15 @@ pub fn run(
     });
     drop(fs::remove_dir_all(folder));
     drop(lock);
-    // Goes when no other recovery's folder is in it.
+    // Fails, as intended, while another recovery's folder is in it.
     if let Some(all) = folder.parent() {
         drop(fs::remove_dir(all));
     }
     Ok(())
 }
 
-/// How many threads fetch while there is room. What lies in a folder costs nothing but processors, of which the replay needs
-/// one.
+/// The number of threads that fetch while there is room. Reading from a folder needs only
+/// processors, of which the replay needs one.
 fn steady_threads(repository: &Repository) -> u64 {
     if !repository.url().starts_with("file:") {
         return THREADS_MAX;
@@ -117,43 +121,43 @@ struct Fetcher<'a> {
     identity: ClusterIdentity,
     plan: Option<&'a RestorePlan>,
     folder: &'a Path,
-    /// Says that the server runs which asks; `None` where none does.
+    /// The PID file of the server that asks; `None` if no server runs.
     server: Option<PathBuf>,
-    /// How many segments may be ready or in the making.
+    /// The most segments that may be complete or unfinished.
     window: usize,
     state: Mutex<State>,
 }
 
 struct State {
     names: Names,
-    /// What was begun and not seen taken, in the order in which it was begun.
+    /// The segments that were begun and not taken yet, in the order in which they were begun.
     ready: VecDeque<Begun>,
-    /// When something was last taken.
+    /// The time at which a segment was last taken.
     taken: Instant,
 }
 
 struct Begun {
     path: PathBuf,
-    /// The whole file while it may be in memory only.
+    /// The complete file until it is fsynced.
     unsettled: Option<File>,
 }
 
-/// What was not begun.
+/// The segments that were not begun.
 enum Names {
     /// In the order of replay.
     Planned(VecDeque<SegmentName>),
-    /// From here on, until one is not sealed yet.
+    /// From this segment on, until one is not sealed yet.
     Following(TimelineId, SegmentNo),
     Ended,
 }
 
 enum Next {
-    /// Into a file that was just created. It is never opened again: ext4 begins to write a file to its disk as soon as one is
-    /// closed that was opened with `O_TRUNC`, empty or not.
+    /// Fetches into a file that was just created. It is never opened again: ext4 starts to write a
+    /// file to its disk when a file that was opened with `O_TRUNC` is closed, even if it was empty.
     Fetch(SegmentName, File),
-    /// PostgreSQL fsyncs each segment that it takes and replays nothing meanwhile (`durable_rename` in
-    /// `KeepFileRestoredFromArchive`); it finds little left to do. Our own word does not depend on it: after a crash nothing
-    /// of this is believed.
+    /// Fsyncs a complete file. PostgreSQL fsyncs each segment that it takes and replays nothing
+    /// meanwhile (`durable_rename` in `KeepFileRestoredFromArchive`); this leaves it little to do.
+    /// Correctness does not depend on it: after a crash of the host these files are not used.
     Settle(File),
     Wait,
     End,
@@ -174,7 +178,7 @@ impl Fetcher<'_> {
 
     fn next(&self, window: usize) -> Next {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // They are taken in this order; one that could not be fetched is gone too.
+        // Segments are taken in this order. A segment that could not be fetched is absent too.
         while let Some(first) = state.ready.front()
             && !first.path.exists()
             && !unfinished(&first.path).exists()
@@ -182,7 +186,7 @@ impl Fetcher<'_> {
             state.ready.pop_front();
             state.taken = Instant::now();
         }
-        // A stopped server asks for nothing more, and its directory may be on its way out.
+        // A stopped server asks for nothing more, and its directory may be about to be removed.
         let stopped = self
             .server
             .as_ref()
@@ -197,7 +201,8 @@ impl Fetcher<'_> {
             return Next::End;
         }
         if all_begun || state.ready.len() >= window {
-            // Who asks as fast as it is fetched is not held up by the disk.
+            // While PostgreSQL takes segments as fast as they are fetched, no thread waits for the
+            // disk.
             let unhurried = all_begun || state.ready.len() >= self.window;
             let mut ready = state.ready.iter_mut().filter(|_| unhurried);
             let unsettled = ready.find_map(|begun| begun.unsettled.take());
@@ -241,7 +246,7 @@ impl Fetcher<'_> {
             }
             return;
         }
-        // Without a plan it is known only so that something comes next.
+        // Without a plan, a failed fetch is the only sign that no segment follows.
         if self.plan.is_none() {
             let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
             state.names = Names::Ended;
@@ -259,8 +264,8 @@ impl Fetcher<'_> {
     }
 }
 
-/// The segments of the plan in the order of replay. Where the path changes timelines within a segment, PostgreSQL asks for
-/// the newer timeline's file first.
+/// The segments of the plan in the order of replay. Where the path changes timelines within a
+/// segment, PostgreSQL asks for the newer timeline's file first.
 fn segments(path: &[PathPart], start: Lsn, end: Lsn, size: SegmentSize) -> VecDeque<SegmentName> {
     let mut names = VecDeque::new();
     let mut number = size.segment_of(start);
@@ -283,7 +288,8 @@ fn unfinished(path: &Path) -> PathBuf {
     name.into()
 }
 
-/// Takes the folder, emptied of what an earlier process left; `None` when one that lives has it.
+/// Locks the folder and removes the files of an earlier process. Returns `None` if a running
+/// process has the lock.
 fn hold(folder: &Path) -> Result<Option<File>> {
     fs::create_dir_all(folder).map_err(Error::io("create directory", folder))?;
     let path = folder.join(LOCK);
@@ -305,7 +311,7 @@ fn hold(folder: &Path) -> Result<Option<File>> {
     Ok(Some(lock))
 }
 
-/// What the same recovery left before the host was started again takes room and is never looked at.
+/// Removes the folders that the same recovery left before a restart of the host: they are not used.
 fn remove_older(folder: &Path) {
     let Some(key) = folder
         .file_name()
@@ -333,8 +339,9 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// `XLogFileReadAnyTLI` in `xlogrecovery.c` asks for a segment on the newest timeline that does not begin in a later
-        /// segment, whatever the order of the switches in the history file.
+        /// `XLogFileReadAnyTLI` in `xlogrecovery.c` asks for a segment on the newest timeline that
+        /// does not begin in a later segment, whatever the order of the switches in the history
+        /// file.
         #[test]
         fn names_are_those_that_postgresql_asks_for_first(
             switches in prop::collection::vec(1_u64..40, 1..6),
@@ -364,8 +371,9 @@ mod tests {
         }
     }
 
-    /// What PostgreSQL will ask for where the path changes timelines: in the middle of a segment the newer timeline's file,
-    /// which begins with the older one's bytes; at its edge each its own.
+    /// The file names at switches. In the middle of a segment PostgreSQL asks for the newer
+    /// timeline's file, which begins with the older one's bytes. At the edge of a segment each
+    /// timeline has its own.
     #[test]
     fn names_follow_the_path_over_switches() {
         let size = SegmentSize::new(1 << 20).expect("a size");

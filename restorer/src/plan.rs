@@ -1,9 +1,11 @@
-//! START HERE. Decides where PostgreSQL will stop, before a byte is copied: backup, timeline path, stop record.
+//! START HERE. Decides where PostgreSQL will stop, before a byte is copied: backup, timeline path,
+//! stop record.
 //!
-//! target + inventory -> path of timelines -> the first record at which PostgreSQL stops -> the newest backup that ends
-//! before it. No clock, no disk of its own. Invariant: the stop is computed by PostgreSQL's rule (`recoveryStopsBefore`
-//! and `recoveryStopsAfter` in `xlogrecovery.c`) and executed as an LSN on a numeric timeline, so that time zones, clocks
-//! and idle databases can not change it.
+//! target + inventory -> path of timelines -> the first record at which PostgreSQL stops -> the
+//! newest backup that ends before it. No clock, no disk of its own. Invariant: the stop is computed
+//! by PostgreSQL's rule (`recoveryStopsBefore` and `recoveryStopsAfter` in `xlogrecovery.c`) and
+//! executed as an LSN on a numeric timeline, so that time zones, clocks and idle databases can not
+//! change it.
 
 use repository::WalRange;
 use serde::{Deserialize, Serialize};
@@ -24,7 +26,8 @@ use stop::{Found, find_stop};
 
 /// How many late commits a plan lists; all are counted.
 const LATE_COMMITS_LISTED: usize = 20;
-/// What extraction and replay are assumed to do on unknown hardware, in bytes per second, for the estimate only.
+/// What extraction and replay are assumed to do on unknown hardware, in bytes per second, for the
+/// estimate only.
 const EXTRACT_BYTES_PER_SECOND: u64 = 100 << 20;
 const REPLAY_BYTES_PER_SECOND: u64 = 60 << 20;
 
@@ -63,10 +66,12 @@ pub struct RestorePlan {
     pub backup: BackupId,
     /// Why this one.
     pub reason: String,
-    /// The timelines that are replayed, oldest first. The last one holds the stop: it is `recovery_target_timeline`.
+    /// The timelines that are replayed, oldest first. The last one holds the stop: it is
+    /// `recovery_target_timeline`.
     pub path: Vec<PathPart>,
-    /// The timelines on the way to the wanted one that recovery does not enter, because it stops before. The segment in
-    /// which they begin starts with a copy of the WAL before the switch, and may be the only one that was archived.
+    /// The timelines on the way to the wanted one that recovery does not enter, because it stops
+    /// before. The segment in which they begin starts with a copy of the WAL before the switch, and
+    /// may be the only one that was archived.
     #[serde(default)]
     pub later: Vec<PathPart>,
     /// Where redo starts.
@@ -81,8 +86,8 @@ pub struct RestorePlan {
     pub late_commit_count: u64,
     /// The first of them.
     pub late_commits: Vec<TransactionEnd>,
-    /// The prepared transactions that are neither committed nor rolled back at the stop. They hold their locks until
-    /// somebody ends them, as they did on the server.
+    /// The prepared transactions that are neither committed nor rolled back at the stop. They hold
+    /// their locks until somebody ends them, as they did on the server.
     #[serde(default)]
     pub in_doubt: Vec<PreparedTransaction>,
     /// The end of the WAL that the recovery may ask for.
@@ -252,7 +257,8 @@ pub struct Wishes {
     pub timeline: Option<String>,
 }
 
-/// Chooses the newest base backup that ends before the point where PostgreSQL stops, and names that point.
+/// Chooses the newest base backup that ends before the point where PostgreSQL stops, and names that
+/// point.
 ///
 /// # Errors
 /// [`Error::Plan`] with the reason and the nearest reachable target.
@@ -366,9 +372,9 @@ fn make(
         Stop::Before { lsn } | Stop::After { lsn } => lsn.add(1),
         Stop::Consistent => backup.stop_lsn,
     };
-    // The timeline that holds the byte before `until` is the one PostgreSQL recovers to. On a later one it would give the
-    // promoted server a history with a switch that it never replayed, and look for the state of a prepared transaction in a
-    // file that was not restored.
+    // The timeline that holds the byte before `until` is the one PostgreSQL recovers to. On a later
+    // one it would give the promoted server a history with a switch that it never replayed, and
+    // look for the state of a prepared transaction in a file that was not restored.
     let mut path = path;
     let end = path.iter().position(|part| until <= part.to);
     let later = path.split_off(end.map_or(path.len(), |last| last + 1));

@@ -1,10 +1,11 @@
-//! `restore_command = 'pitr-restore wal-fetch %f %p'`: delivers one file, or says truthfully why not.
+//! `restore_command = 'pitr-restore wal-fetch %f %p'`: delivers one file, or says truthfully why
+//! not.
 //!
-//! Invariant: exit 1 means *proved absent*: the repository was asked and does not have the file, whatever the plan says of
-//! it. PostgreSQL takes 1 for the end of the archive and may promote, or for a timeline number that is free
-//! (`findNewestTimeLine` in `timeline.c`). An unreachable store, a damaged object and a hole in the WAL are therefore 255,
-//! which stops recovery where it can be resumed. A plan decides between two timelines of one number, and which WAL has to
-//! be there.
+//! Invariant: exit 1 means *proved absent*: the repository was asked and does not have the file,
+//! whatever the plan says of it. PostgreSQL takes 1 for the end of the archive and may promote, or
+//! for a timeline number that is free (`findNewestTimeLine` in `timeline.c`). An unreachable store,
+//! a damaged object and a hole in the WAL are therefore 255, which stops recovery where it can be
+//! resumed. A plan decides between two timelines of one number, and which WAL has to be there.
 
 use std::{
     io::{self, Write},
@@ -21,7 +22,8 @@ use wal_format::{
 
 use crate::{Error, RestorePlan, Result};
 
-/// How long a failing store is asked again before 255 stops the recovery: longer than a store restarts or fails over.
+/// How long a failing store is asked again before 255 stops the recovery: longer than a store
+/// restarts or fails over.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// The pauses between, doubling from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -49,8 +51,8 @@ pub fn wal_fetch(
     patiently(name, || deliver(repository, plan, name, destination))
 }
 
-/// Does `attempt` for the sake of `name` until the store answers or patience ends: everything that `restore_command` asks of
-/// a store, because PostgreSQL does not ask twice.
+/// Does `attempt` for the sake of `name` until the store answers or patience ends: everything that
+/// `restore_command` asks of a store, because PostgreSQL does not ask twice.
 ///
 /// # Errors
 /// Those of the last attempt.
@@ -69,7 +71,8 @@ pub fn patiently<T>(name: &str, mut attempt: impl FnMut() -> Result<T>) -> Resul
     }
 }
 
-/// Whether `name` can be delivered, without delivering it: after a recovery that failed, the reason with its type.
+/// Whether `name` can be delivered, without delivering it: after a recovery that failed, the reason
+/// with its type.
 ///
 /// # Errors
 /// What a fetch would meet.
@@ -88,7 +91,8 @@ pub(crate) fn identity(repository: &Repository) -> Result<ClusterIdentity> {
     })
 }
 
-/// Writes what `name` holds; false when it is proved absent. After an error `out` holds something or nothing.
+/// Writes what `name` holds; false when it is proved absent. After an error `out` holds something
+/// or nothing.
 fn content(
     repository: &Repository,
     plan: Option<&RestorePlan>,
@@ -104,7 +108,8 @@ fn content(
         WalFileName::History(timeline) => {
             let system = identity.system_identifier;
             if plan.is_some() && planned(plan, timeline).is_none() {
-                // Not to be followed: PostgreSQL looks for a number that is free, and any history proves that it is not.
+                // Not to be followed: PostgreSQL looks for a number that is free, and any history
+                // proves that it is not.
                 let mut histories = repository.histories(system)?.into_iter();
                 let Some((_, history)) = histories.find(|(one, _)| one.timeline == timeline) else {
                     return Ok(false);
@@ -120,7 +125,8 @@ fn content(
             write(out, &history)?;
             Ok(true)
         }
-        // No repository has a file of these names: `push` stores the WAL of the one as WAL and nothing of the other.
+        // No repository has a file of these names: `push` stores the WAL of the one as WAL and
+        // nothing of the other.
         WalFileName::Partial(_) | WalFileName::Backup(..) => Ok(false),
     }
 }
@@ -136,8 +142,8 @@ fn deliver(
     name: &str,
     destination: &Path,
 ) -> Result<Fetched> {
-    // Whole or not at all. PostgreSQL fsyncs it when it takes it (`durable_rename` in `KeepFileRestoredFromArchive`), and
-    // removes what a crash left under this name before it asks.
+    // Whole or not at all. PostgreSQL fsyncs it when it takes it (`durable_rename` in
+    // `KeepFileRestoredFromArchive`), and removes what a crash left under this name before it asks.
     let beside = match destination.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -161,7 +167,8 @@ fn planned(plan: Option<&RestorePlan>, timeline: TimelineId) -> Option<Branch> {
     part.map(|part| part.branch)
 }
 
-/// The branch of a timeline's number: the plan's, else the only one of that number in the repository.
+/// The branch of a timeline's number: the plan's, else the only one of that number in the
+/// repository.
 fn branch_of(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -225,7 +232,8 @@ fn sealed_of(
         return Err(damaged(&key, problem));
     }
     let broken = |error: SealedError| damaged(&key, error.to_string());
-    // Frame by frame: a megabyte stays in the processor's cache from the decompression to the write.
+    // Frame by frame: a megabyte stays in the processor's cache from the decompression to the
+    // write.
     let mut frames = reader.frames().map_err(broken)?;
     while let Some(frame) = frames.next() {
         let (_, wal) = frame.map_err(broken)?;
@@ -273,8 +281,8 @@ pub(crate) fn segment(
         return segment(repository, identity, plan, name, out);
     }
     let start_lsn = number.start_lsn(size);
-    // The plan's path enters a timeline in the middle of a segment at the earliest: before it there is nothing to have.
-    // The segment in which it leaves one for the next is read from the next.
+    // The plan's path enters a timeline in the middle of a segment at the earliest: before it there
+    // is nothing to have. The segment in which it leaves one for the next is read from the next.
     let part = plan.and_then(|plan| plan.path.iter().find(|part| part.branch == branch));
     if let (Some(plan), Some(part)) = (plan, part) {
         let is_last = plan.path.last() == Some(part);
@@ -309,8 +317,8 @@ pub(crate) fn segment(
     Ok(false)
 }
 
-/// The WAL of the plan's last timeline at the start of the segment in which a later one begins, from that one's copy: after
-/// a failover it may be all that was archived of it.
+/// The WAL of the plan's last timeline at the start of the segment in which a later one begins,
+/// from that one's copy: after a failover it may be all that was archived of it.
 fn copy_of_later(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -392,7 +400,8 @@ pub(crate) fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<
         .map_err(|error| damaged(key, error.to_string()))
 }
 
-/// Opens an object, if it is the one that its name says: PostgreSQL takes another segment's pages for the end.
+/// Opens an object, if it is the one that its name says: PostgreSQL takes another segment's pages
+/// for the end.
 fn open<'a>(key: &ObjectKey, object: &'a [u8]) -> Result<SealedReader<'a>> {
     let reader = SealedReader::open(object).map_err(|error| damaged(key, error.to_string()))?;
     let header = reader.header();

@@ -1,4 +1,5 @@
-//! The recovery settings of a restored cluster: what PostgreSQL is told so that it stops where the plan says.
+//! The recovery settings of a restored cluster: what PostgreSQL is told so that it stops where the
+//! plan says.
 
 use std::{
     fs::{self, OpenOptions},
@@ -86,8 +87,8 @@ pub(super) fn write(
     create(&directory.join(signal), b"")
 }
 
-/// Makes the configuration files that the backup does not have, because its server kept them elsewhere, as Debian does:
-/// without them no server starts. Whether any was made.
+/// Makes the configuration files that the backup does not have, because its server kept them
+/// elsewhere, as Debian does: without them no server starts. Whether any was made.
 pub(super) fn complete(directory: &Path, control: &[u8]) -> Result<bool> {
     let damaged = |error: ControlFileError| Error::Damaged {
         object: "global/pg_control of the backup".to_owned(),
@@ -128,8 +129,9 @@ fn lines(
     destination: &Destination,
 ) -> Result<String> {
     let recovery = &destination.recovery;
-    // The timeline that holds the stop. A promotion there makes a history without timelines that were not replayed, and a
-    // later one that is archived is only asked about, for a free number (`findNewestTimeLine`).
+    // The timeline that holds the stop. A promotion there makes a history without timelines that
+    // were not replayed, and a later one that is archived is only asked about, for a free number
+    // (`findNewestTimeLine`).
     let timeline = plan
         .path
         .last()
@@ -144,7 +146,8 @@ fn lines(
         // A new epoch may begin while this server lives.
         archive.catalog.identity().system_identifier,
     );
-    // A folder's URL says everything; how a bucket is reached, what else there is, and with which key, stands in the file.
+    // A folder's URL says everything; how a bucket is reached, what else there is, and with which
+    // key, stands in the file.
     let place = &recovery.repository;
     let url_is_all =
         place.url.folder().is_some() && place.encryption.is_none() && place.others.is_empty();

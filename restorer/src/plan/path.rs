@@ -9,7 +9,7 @@ use wal_format::{
 use super::{PlanError, Wishes};
 use crate::{Error, Result, inventory::Inventory};
 
-/// The path as a person reads it.
+/// Formats a path for people: the timelines, oldest first.
 #[must_use]
 pub fn print_path(path: &[PathPart]) -> String {
     let names: Vec<String> = path.iter().map(|part| part.branch.to_string()).collect();
@@ -18,10 +18,10 @@ pub fn print_path(path: &[PathPart]) -> String {
 
 type Known = (Branch, Option<TimelineHistory>, Vec<u8>);
 
-/// The path to the wanted timeline; without a wish, to the newest one (`newest`).
+/// Returns the path to the wanted timeline, or to the newest one (`newest`) if none is named.
 ///
 /// # Errors
-/// [`PlanError::UnknownTimeline`], [`Error::Usage`] when the number names two timelines.
+/// [`PlanError::UnknownTimeline`], [`Error::Usage`] if the number names two timelines.
 pub fn timeline_path(inventory: &dyn Inventory, wishes: &Wishes) -> Result<Vec<PathPart>> {
     let branches = inventory.branches()?;
     let wanted = match &wishes.timeline {
@@ -65,12 +65,13 @@ fn one_of(text: &str, matching: &[Branch], known: &[Known]) -> Result<Branch> {
     }
 }
 
-/// The timeline that a restore without a wish follows: the greatest number among those to which a backup leads and that
-/// continue the newest backup's timeline or are newer than that backup.
+/// The timeline that a restore without a wish follows: the greatest number among those to which a
+/// backup leads and that continue the newest backup's timeline or are newer than that backup.
 ///
-/// A timeline that is older than the newest backup and does not continue its timeline was abandoned, or is a copy that was
-/// archived here by mistake. A timeline that is newer is where the cluster went on: after a restore to a moment before a
-/// failover, that is no descendant of the timeline that was given up.
+/// A timeline that is older than the newest backup and does not continue its timeline was
+/// abandoned, or is a copy that was archived here by mistake. A timeline that is newer is where the
+/// cluster went on: after a restore to a moment before a failover, that is no descendant of the
+/// timeline that was given up.
 fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
     let mut backups = inventory.backups()?;
     backups.retain(|backup| branches.iter().any(|(known, _, _)| *known == backup.branch));
@@ -105,7 +106,8 @@ fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
     one_of(&greatest.to_string(), &matching, branches)
 }
 
-/// The first known time on the last timeline of a path; `None` if its archived WAL says nothing of the time.
+/// The first known time on the last timeline of a path; `None` if its archived WAL says nothing of
+/// the time.
 fn began(inventory: &dyn Inventory, path: &[PathPart]) -> Result<Option<PgTimestamp>> {
     let Some(part) = path.last() else {
         return Ok(None);
@@ -139,23 +141,24 @@ pub(crate) struct Coverage {
     pub(crate) ranges: Vec<WalRange>,
     /// The first byte that is missing, or the end of the archive.
     pub(crate) end_lsn: Lsn,
-    /// Where that is.
+    /// The timeline of `end_lsn`.
     pub(crate) gap_branch: Branch,
-    /// Whether WAL exists behind the first missing byte: then it is a gap and not the end.
+    /// True if WAL exists after the first missing byte: it is a gap and not the end.
     pub(crate) gap: bool,
-    /// The path's switch points: which records of a range count is decided by them.
+    /// The path, whose switch points decide which records of a range count.
     pub(crate) path: Vec<PathPart>,
 }
 
 impl Coverage {
-    /// Whether a record of `branch` at `lsn` is on the path. The segment that holds a switch point is archived on both
-    /// timelines, with equal bytes before it.
+    /// Returns true if a record of `branch` at `lsn` is on the path. The segment that holds a
+    /// switch point is archived on both timelines, with equal bytes before it.
     pub(crate) fn holds(&self, branch: Branch, lsn: Lsn) -> bool {
         let part = self.path.iter().find(|part| part.branch == branch);
         lsn >= self.start_lsn && lsn < self.end_lsn && part.is_some_and(|part| lsn < part.to)
     }
 
-    /// The end of what counts of a range: where the range ends, or where the path leaves its timeline before.
+    /// The end of what counts of a range: where the range ends, or where the path leaves its
+    /// timeline before.
     pub(crate) fn end_of(&self, range: &WalRange) -> Lsn {
         let mut parts = self.path.iter();
         let part = parts.find(|part| part.branch == range.branch);
@@ -163,7 +166,7 @@ impl Coverage {
     }
 }
 
-/// Walks the path from `start_lsn` as far as WAL is held without a gap.
+/// Walks the path from `start_lsn` to the first gap in the archived WAL, or to its end.
 pub(crate) fn cover(
     inventory: &dyn Inventory,
     path: &[PathPart],
@@ -174,7 +177,8 @@ pub(crate) fn cover(
     let mut end_lsn = start_lsn;
     let (mut gap, mut gap_branch) = (false, path.last().map_or(Branch::FIRST, |part| part.branch));
     for part in path.iter().filter(|part| part.to > start_lsn) {
-        // PostgreSQL reads the segment of a switch point from the later timeline, which holds a copy of what is before.
+        // PostgreSQL reads the segment of a switch point from the later timeline, which holds a
+        // copy of the WAL before it.
         let from = part.from.align_down(size).max(start_lsn.align_down(size));
         if from > end_lsn {
             gap = true;

@@ -1,7 +1,8 @@
 //! The record at which PostgreSQL stops, by its own rule.
 //!
-//! A time never stops "at" a time: recovery stops before the first commit or abort *in the order of the WAL* whose time
-//! is later. Times are not in that order, so a commit in time may lie behind the stop; those are counted and listed.
+//! For a target time, recovery stops before the first commit or abort *in the order of the WAL*
+//! whose time is later. Times are not in that order, so commits with an earlier time may follow the
+//! stop; they are counted and listed.
 
 use repository::WalRange;
 use wal_format::{Lsn, PgTimestamp, TransactionEnd};
@@ -9,11 +10,11 @@ use wal_format::{Lsn, PgTimestamp, TransactionEnd};
 use super::{Coverage, LATE_COMMITS_LISTED, PlanError, Stop, print_path};
 use crate::{Result, inventory::Inventory, target::RecoveryTarget};
 
-/// The stop, and what is around it.
+/// The stop, and the transactions around it.
 #[derive(Clone, Debug)]
 pub(super) struct Found {
     pub(super) stop: Stop,
-    /// Everything before this is replayed, as far as the backup must end before it; `None` for consistency.
+    /// The LSN that the backup's stop LSN must not exceed; `None` for consistency.
     pub(super) position: Option<Lsn>,
     pub(super) last_kept: Option<TransactionEnd>,
     pub(super) first_dropped: Option<TransactionEnd>,
@@ -31,7 +32,7 @@ pub(super) fn find_stop(
         coverage,
     };
     match target {
-        // Up to a gap is not up to the end: whoever wants that says so with its position.
+        // The WAL before a gap is not all of it; a target LSN restores up to the gap.
         RecoveryTarget::Latest if coverage.gap => Err(walk.gap()),
         RecoveryTarget::Latest => walk.after_the_last_record(),
         RecoveryTarget::Immediate => Ok(Found {
@@ -67,7 +68,7 @@ impl Walk<'_> {
         Ok(transactions)
     }
 
-    /// The first transaction for which `stops` holds. Ranges for which `skip` holds are known to have none.
+    /// The first transaction for which `stops` is true. Ranges for which `skip` is true hold none.
     fn first(
         &self,
         skip: impl Fn(&WalRange) -> bool,
@@ -147,7 +148,7 @@ impl Walk<'_> {
     }
 
     fn unknown(&self, what: String) -> crate::Error {
-        // It may lie in the gap or behind it.
+        // It may be in the gap or after it.
         if self.coverage.gap {
             return self.gap();
         }
@@ -162,13 +163,13 @@ impl Walk<'_> {
         unknown.into()
     }
 
-    /// The refusal for what lies behind the held WAL.
+    /// The refusal for a target after the end of the archived WAL.
     fn beyond(&self, target: String) -> Result<crate::Error> {
         if self.coverage.gap {
             return Ok(self.gap());
         }
         let last = self.last_commit(Lsn::MAX, true)?;
-        // A commit proves its own time too, where nothing was reported after it.
+        // A commit proves its own time too, if nothing was reported after it.
         let proven = self.proven().max(last.map(|end| end.time));
         let unknown = || "nothing".to_owned();
         Ok(PlanError::BeyondArchive {
@@ -192,7 +193,7 @@ impl Walk<'_> {
         let stops = |time: PgTimestamp| time > target || (!inclusive && time == target);
         let skip = |range: &WalRange| !range.max_time.is_some_and(stops);
         let Some(dropped) = self.first(skip, |end| stops(end.time))? else {
-            // Nothing later was archived. That nothing later was *committed* has to be proved.
+            // No later commit is archived. It must be proved that no later commit exists.
             if self.coverage.gap || self.proven().is_none_or(|proven| proven < target) {
                 return Err(self.beyond(target.to_string())?);
             }
@@ -236,7 +237,8 @@ impl Walk<'_> {
             && self.coverage.path.iter().any(|part| part.from == record)
             && let Some(last) = self.inventory.record_before(&ranges, record)?
         {
-            // Before the first record of a timeline, nothing of that timeline is replayed: the stop is on the one before.
+            // Before the first record of a timeline, nothing of that timeline is replayed: the stop
+            // is on the one before.
             return self.after(last);
         }
         match record {
