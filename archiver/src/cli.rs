@@ -24,7 +24,6 @@ mod lock;
 mod nagios;
 mod notify;
 mod output;
-mod repair;
 mod run;
 mod status;
 mod verify;

@@ -32,4 +32,5 @@ pub mod spool;
 pub mod standby_slots;
 pub mod supervisor;
 pub mod synchronous;
+mod verify;
 pub mod walsender;

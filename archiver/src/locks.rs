@@ -195,6 +195,7 @@ impl Kept {
             // A tail lives until its segment is sealed; a lock would only keep what is superfluous.
             ObjectKey::Tail(..) | ObjectKey::Outcome(..) => false,
             ObjectKey::Epoch(_)
+            | ObjectKey::EpochCopy(_)
             | ObjectKey::Expired(..)
             | ObjectKey::Gap(..)
             | ObjectKey::FailoverLoss(..)

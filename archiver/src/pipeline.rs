@@ -13,6 +13,7 @@ pub mod failure;
 pub mod flush;
 mod fork;
 pub mod gap;
+mod histories;
 pub mod line;
 pub(crate) mod observe;
 pub mod progress;

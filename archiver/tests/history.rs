@@ -1,9 +1,10 @@
 //! A timeline's history file that is missing or garbled in the repository: the plan refuses and
-//! never treats the timeline as one without a parent. The server's own copy repairs it.
+//! never treats the timeline as one without a parent. The server's own copy repairs it. And a hole
+//! in the WAL anywhere on a path over a fork, which `verify` finds.
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Output},
 };
 
@@ -82,4 +83,102 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
     succeed("plan", &plan(&place));
     let verdict = place.verify(&standby.conninfo());
     assert!(verdict.contains("no gap, no damage"), "{verdict}");
+
+    // The server gives it again without new WAL, to an archiver that has nothing else left.
+    for copy in &copies {
+        fs::remove_file(copy).expect("it goes");
+    }
+    fs::remove_dir_all(place.spool()).expect("the spool goes");
+    let archiver = place.run(&standby.conninfo());
+    wait_until("both copies are back", || histories(&place) == copies);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert_eq!(fs::read(&copies[1]).expect("a history file"), sound);
+    let verdict = place.verify(&standby.conninfo());
+    assert!(verdict.contains("no gap, no damage"), "{verdict}");
+}
+
+/// The exit code of `verify`, and what it said.
+fn verify(place: &Place, server: &Server) -> (Option<i32>, String) {
+    let output = place.command(&server.conninfo()).arg("verify").output();
+    let output = output.expect("wal-archiver runs");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    (output.status.code(), said)
+}
+
+/// Takes an object away; `verify` names the hole, and nothing else.
+fn assert_found(place: &Place, server: &Server, object: &Path, timeline: &str) {
+    let aside = place.spool().join("aside");
+    fs::copy(object, &aside).expect("a copy");
+    fs::remove_file(object).expect("it goes");
+    let (code, said) = verify(place, server);
+    let holes: Vec<&str> = said
+        .lines()
+        .filter(|line| line.contains("is missing"))
+        .collect();
+    assert_eq!(
+        (code, holes.len()),
+        (Some(4), 1),
+        "{}: {said}",
+        object.display()
+    );
+    assert!(holes[0].contains(&format!("branch {timeline}")), "{said}");
+    fs::copy(&aside, object).expect("it is put back");
+}
+
+#[test]
+fn a_hole_anywhere_on_the_way_over_a_fork_is_found() {
+    let Some(bin) = postgres_bin() else { return };
+    let primary = Server::start(&bin, "");
+    let standby = Server::standby_of(&primary);
+    let place = Place::new();
+    let archiver = place.run(&primary.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    let backup = place.command(&primary.conninfo()).arg("backup").output();
+    succeed("backup", &backup.expect("wal-archiver runs"));
+    primary.write_wal(2500);
+    wait_flushed(&primary, primary.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let lsn = primary.lsn();
+    wait_until("the standby has it", || {
+        standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+    });
+    primary.down("immediate");
+    standby.promote();
+    let archiver = place.run(&standby.conninfo());
+    standby.write_wal(3500);
+    wait_flushed(&standby, standby.lsn());
+    wait_until("the segments are sealed", || {
+        place.files_below("/wal/00000002-").len() >= 3
+    });
+    let holes = |backup: &str| {
+        let (first, second) = (
+            place.files_below("/wal/00000001/"),
+            place.files_below("/wal/00000002-"),
+        );
+        eprintln!("{backup}: {} and {} segments", first.len(), second.len());
+        let begin = |path: &PathBuf| path.to_string_lossy().into_owned();
+        // The last one before the fork, the first one after it, and one between that and everything later.
+        let fork = &begin(&second[0])[begin(&second[0]).len() - 20..];
+        let before = first
+            .iter()
+            .rfind(|path| &begin(path)[begin(path).len() - 20..] < fork);
+        assert_found(
+            &place,
+            &standby,
+            before.expect("a segment before the fork"),
+            "00000001 ",
+        );
+        assert_found(&place, &standby, &second[0], "00000002-");
+        assert_found(&place, &standby, &second[1], "00000002-");
+    };
+    assert_eq!(archiver.terminate().code(), Some(0));
+    holes("without a backup of the second timeline");
+    let archiver = place.run(&standby.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    let backup = place.command(&standby.conninfo()).arg("backup").output();
+    succeed("backup", &backup.expect("wal-archiver runs"));
+    assert_eq!(archiver.terminate().code(), Some(0));
+    holes("with a backup of the second timeline");
+    let (code, said) = verify(&place, &standby);
+    assert_eq!(code, Some(0), "{said}");
 }

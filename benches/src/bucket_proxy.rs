@@ -87,6 +87,8 @@ pub enum Verdict {
     Fail(Fault),
     /// Answers with 200 and this text, as another server would.
     Say(String),
+    /// It passes; a listing comes back without the keys that contain this text.
+    Hide(String),
 }
 
 type Script = dyn Fn(&Asked) -> Verdict + Send + Sync;
@@ -246,6 +248,10 @@ fn serve(client: TcpStream, shared: &Shared) -> io::Result<()> {
             asked.headers.retain(|(name, _)| !named(name));
             client.write_all(&forward(shared.store, &asked)?)
         }
+        Verdict::Hide(text) => {
+            let listing = forward(shared.store, &asked)?;
+            client.write_all(&without(&listing, &text)?)
+        }
         Verdict::Say(words) => client.write_all(&answer(200, "text/xml", &words)),
         Verdict::Fail(fault) => {
             shared.met.fetch_add(1, Ordering::SeqCst);
@@ -307,6 +313,60 @@ fn forward(store: SocketAddr, asked: &Asked) -> io::Result<Vec<u8>> {
 fn body_of(answer: &[u8]) -> usize {
     let end = answer.windows(4).position(|four| four == b"\r\n\r\n");
     end.map_or(answer.len(), |end| end + 4)
+}
+
+/// A listing without the objects and folders whose names contain `text`; another answer as it is.
+fn without(answer: &[u8], text: &str) -> io::Result<Vec<u8>> {
+    let body = body_of(answer);
+    let head = String::from_utf8_lossy(&answer[..body]).to_ascii_lowercase();
+    let mut body = answer[body..].to_vec();
+    if head.contains("transfer-encoding: chunked") {
+        body = dechunked(&body)?;
+    }
+    let mut listing = String::from_utf8_lossy(&body).into_owned();
+    if !listing.contains("<ListBucketResult") {
+        return Ok(answer.to_vec());
+    }
+    for element in ["Contents", "CommonPrefixes"] {
+        let (open, close) = (format!("<{element}>"), format!("</{element}>"));
+        let mut kept = String::new();
+        let mut rest = listing.as_str();
+        while let Some(begin) = rest.find(&open) {
+            let end = rest[begin..]
+                .find(&close)
+                .map_or(rest.len(), |end| begin + end + close.len());
+            kept.push_str(&rest[..begin]);
+            if !rest[begin..end].contains(text) {
+                kept.push_str(&rest[begin..end]);
+            }
+            rest = &rest[end..];
+        }
+        kept.push_str(rest);
+        listing = kept;
+    }
+    Ok(self::answer(200, "application/xml", &listing))
+}
+
+/// A body that came in chunks.
+fn dechunked(mut body: &[u8]) -> io::Result<Vec<u8>> {
+    let malformed = || io::Error::new(io::ErrorKind::InvalidData, "a malformed chunk");
+    let mut whole = Vec::new();
+    loop {
+        let line = body
+            .windows(2)
+            .position(|two| two == b"\r\n")
+            .ok_or_else(malformed)?;
+        let length = String::from_utf8_lossy(&body[..line]);
+        let length = usize::from_str_radix(length.trim(), 16).map_err(|_| malformed())?;
+        let chunk = body
+            .get(line + 2..line + 2 + length)
+            .ok_or_else(malformed)?;
+        if length == 0 {
+            return Ok(whole);
+        }
+        whole.extend_from_slice(chunk);
+        body = body.get(line + 4 + length..).ok_or_else(malformed)?;
+    }
 }
 
 fn flip(bytes: &mut [u8]) {

@@ -132,7 +132,61 @@ fn the_main_job_with_encryption() {
         began.elapsed().as_secs_f64()
     );
     a_stranger_reads_it(&place);
+    stray_objects_block_nothing(&place, &new_only, &bin);
     assert!(began.elapsed() < Duration::from_secs(600));
+}
+
+/// Plain objects in the encrypted repository are named and block nothing; nor does the loss of the identity.
+fn stray_objects_block_nothing(place: &Place, config: &Path, bin: &Path) {
+    let root = place.path().join("repository/main");
+    let stray = |name: &str, content: &[u8]| {
+        let path = root.join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, content).expect("an object");
+    };
+    let of_another = br#"{"format_version": 1, "cluster": "main", "system_identifier": "8", "postgresql_major": 17,
+        "wal_segment_size": 16777216, "created": "2026-11-21T10:00:00.000000Z"}"#;
+    stray("junk", b"junk");
+    stray("epoch/00000001.json", of_another);
+    stray("epoch/00000009.json", of_another);
+    stray(
+        "keys/00112233445566778899aabbccddeeff/0011223344556677.json",
+        b"junk",
+    );
+    for lost in [false, true] {
+        if lost {
+            for folder in ["epoch", "epoch-copy"] {
+                let path = root.join(folder).join("00000001.json.enc");
+                fs::remove_file(path).expect("it goes");
+            }
+        }
+        let verify = run(place, config, &["verify"]);
+        let said = String::from_utf8_lossy(&verify.stdout).into_owned();
+        for name in [
+            "main/junk",
+            "main/epoch/00000001.json",
+            "main/epoch/00000009.json",
+        ] {
+            assert!(
+                said.contains(&format!("{name} is not an object of")),
+                "{said}"
+            );
+        }
+        let damaged: Vec<&str> = said
+            .lines()
+            .filter(|line| line.contains("--repair"))
+            .collect();
+        assert_eq!(damaged.len(), if lost { 2 } else { 0 }, "{said}");
+        for arguments in [["catalog", "rebuild"].as_slice(), &["status"]] {
+            let output = run(place, config, arguments);
+            assert!(output.status.success(), "{arguments:?}: {output:?}");
+        }
+    }
+    let restored = Restored::start::<&str>(place, bin, &[]).expect("a restore");
+    let mut client = restored.connect().expect("a connection");
+    assert_eq!(rows(&mut client).expect("a count"), ROWS);
+    run(place, config, &["verify", "--repair"]);
+    assert!(root.join("epoch-copy/00000001.json.enc").exists());
 }
 
 /// The program in `FORMAT.md`, run as it stands there.

@@ -1,32 +1,33 @@
 //! [`Repository`]: one cluster's objects in a store.
 //!
-//! Invariant: objects are written once and never changed. A name that is taken by the same bytes is success, by other
-//! bytes it is [`Error::Conflict`]; everything of a cluster lies below its system identifier, so a stranger under the
-//! same cluster name is refused before it writes.
+//! Invariant: objects are written once and never changed. A name that is taken by the same bytes is
+//! success, by other bytes it is [`Error::Conflict`]; everything of a cluster lies below its system
+//! identifier, so a stranger under the same cluster name is refused before it writes.
 
-use std::{collections::BTreeMap, ops::ControlFlow, ops::Range, sync::Arc};
+use std::{ops::ControlFlow, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    Branch, ClusterName, ObjectKey, PgTimestamp, PgVersion, SegmentSize, SystemIdentifier,
-    checked_json,
+    ClusterName, ObjectKey, PgTimestamp, PgVersion, SegmentSize, SystemIdentifier, checked_json,
 };
 
 use crate::{
     Error, ObjectMeta, ObjectStore, PutOutcome, Result,
     config::{RepositoryPlace, RepositoryUrl},
-    sound::{is_history, is_sound},
+    epochs::{Epoch, EpochCopy},
+    sound::is_sound,
     store::{
-        ENCRYPTED_SUFFIX, EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore,
-        Observer, S3AsOf, S3Store,
+        EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore, Observer, S3AsOf,
+        S3Store,
     },
 };
 
 /// The version of the epoch file that this build writes.
-const EPOCH_FORMAT_VERSION: u32 = 1;
+pub(crate) const EPOCH_FORMAT_VERSION: u32 = 1;
 
-/// Which cluster lives under a name in the repository (`epoch/{n}.json`).
+/// The cluster that is archived under a name in the repository (`epoch/{n}.json`,
+/// `epoch-copy/{n}.json`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterIdentity {
     /// 1.
@@ -64,18 +65,25 @@ impl Mirror {
     /// A place that is new gets the epochs of the others, before it gets one of its own.
     fn share_epochs(&self) -> Result<()> {
         for place in &self.places {
-            match place.identity() {
-                Ok(None) => {}
+            match place.list("epoch") {
+                Ok(epochs) if epochs.is_empty() => {}
                 Err(error) if !error.is_transient() => return Err(error),
                 _ => continue,
             }
             for other in &self.places {
-                let epochs = match other.list("epoch/") {
+                let epochs = match other.list("epoch") {
                     Err(error) if error.is_transient() => continue,
                     epochs => epochs?,
                 };
                 for (key, _) in epochs {
-                    place.put(&key, &other.get(&key)?)?;
+                    match other.get(&key) {
+                        Ok(body) if is_sound(&key, &body) => {
+                            place.put(&key, &body)?;
+                        }
+                        // Damage is not copied; the other copy is.
+                        Ok(_) | Err(Error::Damaged { .. } | Error::NotFound { .. }) => {}
+                        Err(error) => return Err(error),
+                    }
                 }
             }
         }
@@ -87,8 +95,8 @@ impl Repository {
     /// Opens the store at `place` for `cluster`. A bucket is not asked before the first request.
     ///
     /// # Errors
-    /// [`Error::Store`] when a folder can not be opened or created, [`Error::Config`] when the settings of a bucket or
-    /// the keys can not be used.
+    /// [`Error::Store`] when a folder can not be opened or created, [`Error::Config`] when the
+    /// settings of a bucket or the keys can not be used.
     pub fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
         if !place.others.is_empty() {
             return Self::open_all(place, cluster);
@@ -99,8 +107,8 @@ impl Repository {
         Ok(Self::with_store(open_store(place)?, cluster.clone()))
     }
 
-    /// The repository where it is one folder without keys; `None` for any other place. A program that opens no others has no
-    /// client of a bucket in it, which starts slowly.
+    /// The repository where it is one folder without keys; `None` for any other place. A program
+    /// that opens no others has no client of a bucket in it, which starts slowly.
     ///
     /// # Errors
     /// As [`Repository::open`].
@@ -116,7 +124,8 @@ impl Repository {
         Ok(Some(Self::with_store(store, cluster.clone())))
     }
 
-    /// Several places as one. A folder that can not be opened is passed over while another place can.
+    /// Several places as one. A folder that can not be opened is passed over while another place
+    /// can.
     fn open_all(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
         let mut places = Vec::new();
         let mut failed = None;
@@ -221,6 +230,10 @@ impl Repository {
         &self.cluster
     }
 
+    pub(crate) fn store(&self) -> &dyn ObjectStore {
+        &*self.store
+    }
+
     pub(crate) fn system(&self) -> Option<SystemIdentifier> {
         self.system
     }
@@ -250,51 +263,6 @@ impl Repository {
         format!("{}/{key}", self.cluster)
     }
 
-    /// Who the cluster is, from its newest epoch; `None` when nothing was ever archived under this name.
-    ///
-    /// # Errors
-    /// [`Error::Store`], [`Error::Damaged`].
-    pub fn identity(&self) -> Result<Option<ClusterIdentity>> {
-        if self.system.is_some() {
-            return Ok(self.epochs()?.pop().map(|(_, identity)| identity));
-        }
-        let root = format!("{}/", self.cluster);
-        let mut newest: Option<ObjectKey> = None;
-        let mut closed = false;
-        self.store.list(&format!("{root}epoch/"), &mut |object| {
-            // Without keys an encrypted cluster looks like none at all: that must not be taken for an empty place.
-            closed |= object.key.ends_with(ENCRYPTED_SUFFIX);
-            let key = object.key.strip_prefix(&root);
-            newest = key.and_then(|key| key.parse().ok()).or(newest.take());
-            ControlFlow::Continue(())
-        })?;
-        if closed {
-            return Err(Error::Key {
-                cluster: self.cluster.to_string(),
-                url: self.url(),
-                problem: "its objects are encrypted; name their key in encryption_key_file, encryption_key_env or \
-                          encryption_key_command"
-                    .to_owned(),
-            });
-        }
-        let Some(key) = newest else {
-            return Ok(None);
-        };
-        self.epoch(&key).map(Some)
-    }
-
-    /// An epoch's file.
-    pub(crate) fn epoch(&self, key: &ObjectKey) -> Result<ClusterIdentity> {
-        let identity: ClusterIdentity = self.record(key)?;
-        if identity.format_version != EPOCH_FORMAT_VERSION {
-            let found = identity.format_version;
-            let problem =
-                format!("format version {found} is newer than this build; use a newer Tidemark");
-            return Err(self.damaged(key, problem));
-        }
-        Ok(identity)
-    }
-
     /// Writes an epoch's file, if nobody has.
     pub(crate) fn create(&self, key: &ObjectKey, epoch: &ClusterIdentity) -> Result<PutOutcome> {
         let body =
@@ -302,8 +270,8 @@ impl Repository {
         self.store.put_proved(&self.path(key), &body)
     }
 
-    /// Claims the cluster's name for `found`, or checks that it is the one that has it. Two claims at once agree on
-    /// the first.
+    /// Claims the cluster's name for `found`, or checks that it is the one that has it. Two claims
+    /// at once agree on the first.
     ///
     /// # Errors
     /// [`Error::SystemIdentifierMismatch`] and its kin.
@@ -328,15 +296,20 @@ impl Repository {
     }
 
     fn claim_one(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
-        let known = match self.identity()? {
-            Some(known) => known,
-            None => match self.create(&ObjectKey::Epoch(1), found)? {
-                // Looked at once more: one with keys and one without do not see each other's names.
-                PutOutcome::Created | PutOutcome::AlreadyExists => {
-                    self.identity()?.unwrap_or_else(|| found.clone())
-                }
-            },
+        let epoch = match self.newest_epoch()? {
+            Some(epoch) => epoch,
+            None => {
+                // The first copy decides between two that claim at once.
+                self.create(&ObjectKey::Epoch(1), found)?;
+                // Read once more: a claim with keys and one without do not see each other's names.
+                self.newest_epoch()?.unwrap_or_else(|| Epoch {
+                    number: 1,
+                    identity: found.clone(),
+                    copies: [EpochCopy::Intact, EpochCopy::Missing],
+                })
+            }
         };
+        let known = epoch.identity.clone();
         let (cluster, url) = (self.cluster.clone(), self.url());
         if known.system_identifier != found.system_identifier {
             let (expected, found) = (known.system_identifier, found.system_identifier);
@@ -366,6 +339,7 @@ impl Repository {
                 found,
             });
         }
+        self.heal_epoch(&epoch);
         Ok(known)
     }
 
@@ -420,7 +394,8 @@ impl Repository {
         Ok(self.get(key)? == body)
     }
 
-    /// A whole object; of several places, from the first where it is sound. Sound nowhere, it comes as it is.
+    /// A whole object; of several places, from the first where it is sound. Sound nowhere, it comes
+    /// as it is.
     ///
     /// # Errors
     /// As [`Repository::get`].
@@ -444,7 +419,8 @@ impl Repository {
         self.store.head(&self.path(key))
     }
 
-    /// The objects below a prefix of the cluster, ascending, with their lengths. Foreign names are skipped.
+    /// The objects below a prefix of the cluster, ascending, with their lengths. Foreign names are
+    /// skipped.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -462,6 +438,23 @@ impl Repository {
             ControlFlow::Continue(())
         })?;
         Ok(found)
+    }
+
+    /// The names below the cluster that are not keys of ours, as a listing skips them.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn foreign_names(&self) -> Result<Vec<String>> {
+        let root = format!("{}/", self.cluster);
+        let mut names = Vec::new();
+        self.store.list(&root, &mut |object| {
+            let key = object.key.strip_prefix(&root).unwrap_or_default();
+            if key.parse::<ObjectKey>().is_err() {
+                names.push(object.key);
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(names)
     }
 
     /// As [`Repository::list`], one after the other, however many there are.
@@ -495,74 +488,6 @@ impl Repository {
     /// [`Error::Store`].
     pub fn delete(&self, key: &ObjectKey) -> Result<()> {
         self.store.delete(&self.path(key))
-    }
-
-    /// Stores a history file twice: losing it would make a restore read "no parents".
-    ///
-    /// # Errors
-    /// As [`Repository::put`].
-    pub fn put_history(
-        &self,
-        system: SystemIdentifier,
-        branch: Branch,
-        content: &[u8],
-    ) -> Result<()> {
-        self.put(&ObjectKey::History(system, branch), content)?;
-        self.put(&ObjectKey::HistoryCopy(system, branch), content)?;
-        Ok(())
-    }
-
-    /// Every history file, each checked against the digest in its name; a lost or damaged one is taken from its copy.
-    ///
-    /// # Errors
-    /// [`Error::Damaged`] when both copies of one are.
-    pub fn histories(&self, system: SystemIdentifier) -> Result<Vec<(Branch, Bytes)>> {
-        self.history_copies(system)?
-            .into_keys()
-            .map(|branch| Ok((branch, self.history(system, branch)?)))
-            .collect()
-    }
-
-    /// How many of the two copies there are of each history file, sound or not.
-    ///
-    /// # Errors
-    /// [`Error::Store`], [`Error::S3`].
-    pub fn history_copies(&self, system: SystemIdentifier) -> Result<BTreeMap<Branch, u8>> {
-        let mut copies = BTreeMap::new();
-        for folder in ["history", "history-copy"] {
-            for (key, _) in self.list(&format!("{system}/{folder}/"))? {
-                if let ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) = key {
-                    *copies.entry(branch).or_default() += 1;
-                }
-            }
-        }
-        Ok(copies)
-    }
-
-    /// One history file, healed from its copy.
-    ///
-    /// # Errors
-    /// [`Error::NotFound`] when neither copy exists, [`Error::Damaged`] when none is sound.
-    pub fn history(&self, system: SystemIdentifier, branch: Branch) -> Result<Bytes> {
-        let keys = [
-            ObjectKey::History(system, branch),
-            ObjectKey::HistoryCopy(system, branch),
-        ];
-        let mut problem = None;
-        for key in &keys {
-            match self.get(key) {
-                Ok(content) if is_history(branch, &content) => return Ok(content),
-                Ok(_) => {
-                    tracing::error!(key = %key, "a history file is damaged; its copy is used");
-                    problem = Some(self.damaged(key, "it is not what was stored".to_owned()));
-                }
-                Err(error @ (Error::NotFound { .. } | Error::Damaged { .. })) => {
-                    problem.get_or_insert(error);
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Err(problem.unwrap_or_else(|| self.damaged(&keys[0], "unreadable".to_owned())))
     }
 
     pub(crate) fn damaged(&self, key: &ObjectKey, problem: String) -> Error {

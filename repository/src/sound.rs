@@ -24,7 +24,9 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
         ObjectKey::BackupInfo(..) => BackupInfo::parse(body).is_ok(),
         ObjectKey::Gap(..) => checked_json::from_slice::<DeclaredGap>(body).is_ok(),
         ObjectKey::FailoverLoss(..) => checked_json::from_slice::<FailoverLoss>(body).is_ok(),
-        ObjectKey::Epoch(_) => checked_json::from_slice::<ClusterIdentity>(body).is_ok(),
+        ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_) => {
+            checked_json::from_slice::<ClusterIdentity>(body).is_ok()
+        }
         ObjectKey::Expired(..) => checked_json::from_slice::<Expired>(body).is_ok(),
         ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
     }

@@ -1,8 +1,8 @@
 //! [`ObjectStore`]: the little that we ask of a place for objects.
 //!
-//! Contract, for every implementation: `put_if_absent` is durable when it returns and never replaces; a reader sees the
-//! whole object or none; `list` is in ascending byte order of the keys; [`Error::NotFound`] means *proved* absent, a
-//! refusal or a failure is another error.
+//! Contract, for every implementation: `put_if_absent` is durable when it returns and never
+//! replaces; a reader sees the whole object or none; `list` is in ascending byte order of the keys;
+//! [`Error::NotFound`] means *proved* absent, a refusal or a failure is another error.
 
 use std::{fmt, ops::ControlFlow, ops::Range};
 
@@ -99,10 +99,12 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// [`Error::Store`], [`Error::S3`].
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome>;
 
-    /// The same, for what nobody reads back: that the object is there and is `body` is proved as cheaply as the place can.
+    /// The same, for what nobody reads back: that the object is there and is `body` is proved as
+    /// cheaply as the place can.
     ///
     /// # Errors
-    /// As [`ObjectStore::put_if_absent`]; [`Error::Damaged`] when the place says that it took it, and has something else.
+    /// As [`ObjectStore::put_if_absent`]; [`Error::Damaged`] when the place says that it took it,
+    /// and has something else.
     fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         let outcome = self.put_if_absent(key, body)?;
         if outcome == PutOutcome::Created && self.get(key)? != body {
@@ -129,7 +131,8 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         Ok(self.get(key)? == body)
     }
 
-    /// The object from wherever it is sound, when there are several places; where none is, it comes as it is.
+    /// The object from wherever it is sound, when there are several places; where none is, it comes
+    /// as it is.
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
@@ -158,6 +161,27 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         prefix: &str,
         visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
     ) -> Result<()>;
+
+    /// The names directly below `prefix`, which ends in `/`, under which objects are stored,
+    /// ascending.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        let mut names: Vec<String> = Vec::new();
+        self.list(prefix, &mut |object| {
+            let below = object.key.strip_prefix(prefix);
+            if let Some((name, _)) = below.and_then(|below| below.split_once('/'))
+                && names.last().is_none_or(|last| last != name)
+            {
+                names.push(name.to_owned());
+            }
+            ControlFlow::Continue(())
+        })?;
+        names.sort_unstable();
+        names.dedup();
+        Ok(names)
+    }
 
     /// Removes an object; one that is not there is fine.
     ///

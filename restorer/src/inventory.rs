@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use catalog::Catalog;
-use repository::{ClusterIdentity, Repository, WalRange};
+use repository::{ClusterIdentity, LostHistory, Repository, WalRange};
 use wal_format::{
     BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
     TimelineHistory, WalIdentity, WalIndexer,
@@ -25,6 +25,10 @@ pub trait Inventory {
     /// # Errors
     /// Errors of reading them.
     fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>>;
+    /// Timelines of which something is archived and whose history file is lost: which way leads there is not known.
+    fn lost_histories(&self) -> &[LostHistory] {
+        &[]
+    }
     /// The ranges of a branch that reach into `[from, to)`, in order.
     ///
     /// # Errors
@@ -152,6 +156,10 @@ impl Inventory for Archive {
             .into_iter()
             .map(|(branch, history, raw)| (branch, history, raw.to_vec()))
             .collect())
+    }
+
+    fn lost_histories(&self) -> &[LostHistory] {
+        self.catalog.lost_histories()
     }
 
     fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {

@@ -15,6 +15,7 @@ use crate::{Error, Result, inventory::Inventory, target::RecoveryTarget};
 
 mod clock;
 mod in_doubt;
+mod lost;
 mod path;
 mod stop;
 

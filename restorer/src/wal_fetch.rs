@@ -181,13 +181,11 @@ fn branch_of(
     if timeline == TimelineId::FIRST {
         return Ok(Some(Branch::FIRST));
     }
-    let histories = repository.histories(identity.system_identifier)?;
-    let mut matching = histories
-        .into_iter()
-        .filter(|(branch, _)| branch.timeline == timeline);
-    match (matching.next(), matching.next()) {
-        (None, _) => Ok(None),
-        (Some((branch, _)), None) => Ok(Some(branch)),
+    // WAL without its history file is an error here: the timeline is archived, and which one it is cannot be told.
+    let branches = repository.branches_of(identity.system_identifier, timeline)?;
+    match branches.as_slice() {
+        [] => Ok(None),
+        [branch] => Ok(Some(*branch)),
         _ => Err(Error::usage(format!(
             "timeline {timeline} names several histories in the archive, and no restore plan names one of them; choose one \
              with pitr-restore --target-timeline"

@@ -11,6 +11,8 @@ mod expire;
 mod failover;
 mod forks;
 mod locate;
+mod lost_history;
+mod lost_identity;
 mod outage;
 mod resume;
 mod scene;

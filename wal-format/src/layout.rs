@@ -118,6 +118,8 @@ impl<'de> Deserialize<'de> for BackupId {
 pub enum ObjectKey {
     /// `epoch/{n:08}.json`: which system identifier the cluster has since when ([`crate::layout`]); 1 is the first.
     Epoch(u32),
+    /// `epoch-copy/{n:08}.json`: the second copy; without any epoch nobody knows whose objects these are.
+    EpochCopy(u32),
     /// `{sysid}/history/{branch}.history`: byte for byte as PostgreSQL sent it.
     History(SystemIdentifier, Branch),
     /// `{sysid}/history-copy/{branch}.history`: the second copy; losing a history file silently rewrites the past.
@@ -166,6 +168,7 @@ impl fmt::Display for ObjectKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Epoch(number) => write!(f, "epoch/{number:08}.json"),
+            Self::EpochCopy(number) => write!(f, "epoch-copy/{number:08}.json"),
             Self::History(system, branch) => write!(f, "{system}/history/{branch}.history"),
             Self::HistoryCopy(system, branch) => {
                 write!(f, "{system}/history-copy/{branch}.history")
@@ -222,6 +225,11 @@ fn parse_key(text: &str) -> Option<ObjectKey> {
             .parse()
             .ok()
             .map(ObjectKey::Epoch),
+        ["epoch-copy", file] => file
+            .strip_suffix(".json")?
+            .parse()
+            .ok()
+            .map(ObjectKey::EpochCopy),
         [system, "history", file] => {
             let branch = file.strip_suffix(".history")?.parse().ok()?;
             Some(ObjectKey::History(system.parse().ok()?, branch))
@@ -326,6 +334,7 @@ mod tests {
         let id: BackupId = "20261121T101500Z-9f3c".parse().expect("a backup's name");
         for (key, text) in [
             (ObjectKey::Epoch(1), "epoch/00000001.json"),
+            (ObjectKey::EpochCopy(2), "epoch-copy/00000002.json"),
             (
                 ObjectKey::History(system, branch),
                 "7432188851234567890/history/00000002-1a2b3c4d.history",
@@ -385,6 +394,7 @@ mod tests {
         for text in [
             "",
             "epoch/1.json",
+            "epoch-copy/1.json",
             "x/history/00000001.history",
             "1/wal/00000001/00000001/000000010000000000000001.zst",
             "1/backup/../backup.json",

@@ -437,13 +437,9 @@ impl Pusher<'_> {
                 .put_history(identity.system_identifier, branch, &content)?;
             return Ok(branch);
         }
-        let known: Vec<Branch> = self
+        let known = self
             .repository
-            .histories(identity.system_identifier)?
-            .into_iter()
-            .map(|(branch, _)| branch)
-            .filter(|branch| branch.timeline == timeline)
-            .collect();
+            .branches_of(identity.system_identifier, timeline)?;
         match known.as_slice() {
             [branch] => Ok(*branch),
             _ => Err(file.refuse(&format!(

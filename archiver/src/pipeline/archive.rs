@@ -17,7 +17,7 @@ use wal_format::{
     WalIdentity,
 };
 
-use super::{fork::Losses, room::Room, start::Held};
+use super::{fork::Losses, histories, room::Room, start::Held};
 use crate::{
     cluster_status::ClusterStatus,
     core::{
@@ -56,6 +56,8 @@ pub struct Archive {
     losses: Losses,
     /// Branches whose history is in the repository.
     histories: Mutex<BTreeSet<Branch>>,
+    /// Held while history files that the repository lacks are stored again.
+    pub(super) putting_back: Mutex<()>,
 }
 
 /// A start at which the repository does not answer.
@@ -87,8 +89,11 @@ impl Archive {
         };
         let system = identity.system_identifier;
         let (mut gaps, mut losses) = (Vec::new(), Losses::default());
+        let mut lost_histories = Vec::new();
         if away.is_none() {
-            catalog.refresh(&repository)?;
+            histories::put_back(&spool, &repository, &identity)?;
+            let report = catalog.refresh(&repository)?;
+            lost_histories = report.lost_histories;
             gaps = repository.gaps(system)?;
             losses = Losses::of(repository.failover_losses(system)?);
         }
@@ -96,13 +101,14 @@ impl Archive {
         if away.is_none() {
             let copies = repository.history_copies(system)?;
             for (branch, history, content) in &branches {
-                if history.is_some() && copies.get(branch).is_none_or(|copies| *copies < 2) {
-                    tracing::warn!(%branch, "a history file is missing in the repository; it is put there again");
-                    match repository.put_history(system, *branch, content) {
-                        // One copy is damaged: `verify` says so, and nothing is written over.
-                        Err(error) if error.is_conflict() => tracing::error!(%branch, %error),
-                        outcome => outcome?,
-                    }
+                let is_lost = lost_histories.iter().any(|lost| lost.branch == *branch)
+                    || copies.get(branch).is_none_or(|copies| *copies < 2);
+                if history.is_some() && is_lost {
+                    tracing::warn!(
+                        event = "history_put_back", %branch,
+                        "a history file is missing in the repository and is stored again"
+                    );
+                    repository.put_history(system, *branch, content)?;
                 }
             }
         }
@@ -123,6 +129,7 @@ impl Archive {
             gaps,
             losses,
             histories: Mutex::new(histories),
+            putting_back: Mutex::default(),
         })
     }
 

@@ -7,7 +7,7 @@ use repository::{ClusterIdentity, Repository, config::Acknowledge};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
-    Pipeline, fork,
+    Pipeline, fork, histories,
     line::Line,
     observe,
     receive::{Receive, StreamEnd, parse_duration, status_interval},
@@ -252,10 +252,15 @@ impl Source {
         let archive = pipeline.archive();
         let settings = archive.settings();
         let cluster = settings.name.as_str();
-        let held = pipeline.held().await?;
         let size = archive.identity().segment_size;
+        let path = self.path(pipeline).await?;
+        if purpose == Purpose::Follow {
+            // Before the positions are read: WAL of a timeline without its history file counts for nothing.
+            histories::take_from_server(pipeline, &path).await?;
+        }
+        let held = pipeline.held().await?;
         let mut server = ServerState {
-            path: self.path(pipeline).await?,
+            path,
             flush_lsn: self.system.flush_lsn,
             slot_restart_lsn: None,
         };

@@ -21,7 +21,9 @@ use std::{
 use bytes::Bytes;
 #[cfg(doc)]
 use repository::ExpiredSet;
-use repository::{ClusterIdentity, Error, Repository, Result, WalRange, WalRangeKind, durable};
+use repository::{
+    ClusterIdentity, Error, LostHistory, Repository, Result, WalRange, WalRangeKind, durable,
+};
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode,
     Options, WriteBatch,
@@ -70,6 +72,8 @@ pub struct Catalog {
     identity: ClusterIdentity,
     /// Objects that could not be understood when it was opened for a restore.
     damaged_objects: Vec<(String, String)>,
+    /// Timelines whose history file was lost when it was opened for a restore.
+    lost_histories: Vec<LostHistory>,
     /// Holds the directory of a catalog that lives only as long as this.
     _temporary: Option<TempDir>,
 }
@@ -102,6 +106,7 @@ impl Catalog {
             path,
             identity: identity.clone(),
             damaged_objects: Vec::new(),
+            lost_histories: Vec::new(),
             _temporary: temporary,
         };
         match catalog.get(META, IDENTITY)? {
@@ -133,7 +138,7 @@ impl Catalog {
     /// # Errors
     /// [`Error::Config`] when the repository holds nothing of the cluster, [`Error::Store`] when it can not be read.
     pub fn open_for_restore(directory: Option<&Path>, repository: &Repository) -> Result<Self> {
-        let Some(identity) = repository.identity()? else {
+        let Some(identity) = repository.identity_to_restore()? else {
             return Err(Error::config(format!(
                 "{} holds nothing of cluster {}; check --repository and --cluster",
                 repository.url(),
@@ -152,7 +157,13 @@ impl Catalog {
             tracing::warn!(%error, "the catalog can not be used; reading the repository instead");
             catalog.clear()?;
         }
-        catalog.damaged_objects = catalog.refresh(repository)?.damaged;
+        let report = catalog.refresh(repository)?;
+        catalog.damaged_objects = report.damaged;
+        for lost in &report.lost_histories {
+            let key = lost.key(identity.system_identifier).to_string();
+            catalog.damaged_objects.push((key, lost.to_string()));
+        }
+        catalog.lost_histories = report.lost_histories;
         Ok(catalog)
     }
 
@@ -168,6 +179,7 @@ impl Catalog {
             path: directory.to_owned(),
             identity: identity.clone(),
             damaged_objects: Vec::new(),
+            lost_histories: Vec::new(),
             _temporary: None,
         };
         let found = catalog.get(META, IDENTITY)?;
@@ -225,6 +237,13 @@ impl Catalog {
     #[must_use]
     pub fn damaged_objects(&self) -> &[(String, String)] {
         &self.damaged_objects
+    }
+
+    /// Timelines of which something is archived and whose history file was lost when the catalog was
+    /// [opened for a restore](Self::open_for_restore).
+    #[must_use]
+    pub fn lost_histories(&self) -> &[LostHistory] {
+        &self.lost_histories
     }
 
     /// Whose catalog it is.

@@ -1,8 +1,11 @@
 //! Makes a catalog equal to its repository, from listings and the ends of objects.
 
-use std::{collections::BTreeSet, thread};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    thread,
+};
 
-use repository::{Error, Repository, Result, WalRange, WalRangeKind};
+use repository::{Error, LostHistory, Repository, Result, WalRange, WalRangeKind};
 use wal_format::{BackupInfo, Branch, ObjectKey, SealedFooter, sealed::FooterFromTail};
 
 use super::{Catalog, RESTORE_POINTS, keys};
@@ -23,36 +26,53 @@ pub struct RefreshReport {
     pub removed: usize,
     /// Objects that can not be understood, with the reason. They count as missing.
     pub damaged: Vec<(String, String)>,
+    /// Timelines of which WAL or a backup is archived, and no intact history file: no restore can follow them.
+    pub lost_histories: Vec<LostHistory>,
 }
 
 pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<RefreshReport> {
     let mut report = RefreshReport::default();
     let system = catalog.identity.system_identifier;
     catalog.follow_expired(repository)?;
-    for (branch, content) in repository.histories(system)? {
-        catalog.put_branch(branch, Some(&content))?;
-    }
+    let mut evidence = BTreeMap::new();
     for _ in 0..LOOKS_MAX {
         report.damaged.clear();
-        if refresh_ranges(catalog, repository, &mut report)? {
+        evidence.clear();
+        if refresh_ranges(catalog, repository, &mut report, &mut evidence)? {
             break;
         }
     }
     refresh_backups(catalog, repository, &mut report)?;
+    for backup in catalog.backups()? {
+        let name = || format!("backup {}", backup.id);
+        evidence.entry(backup.branch).or_insert_with(name);
+    }
+    // After the WAL: a timeline's history file is stored before the first of its WAL.
+    let histories = repository.histories_of(system, &evidence)?;
+    for (branch, content) in &histories.known {
+        catalog.put_branch(*branch, Some(content))?;
+    }
+    for lost in &histories.lost {
+        tracing::error!(
+            event = "history_lost", repository = %repository.url(), branch = %lost.branch,
+            "{lost}"
+        );
+    }
+    report.lost_histories = histories.lost;
     Ok(report)
 }
 
-/// Looks once; false when something that was listed was gone before it was read, as a tail is whose segment was sealed after
+/// Reads the listings once, and puts an object of each timeline into `evidence`. Returns false when something that was listed was gone before it was read, as a tail is whose segment was sealed after
 /// the segments were listed. Then this look has seen neither, and a hole where there is none.
 fn refresh_ranges(
     catalog: &Catalog,
     repository: &Repository,
     report: &mut RefreshReport,
+    evidence: &mut BTreeMap<Branch, String>,
 ) -> Result<bool> {
     let system = catalog.identity.system_identifier;
     let expired = catalog.expired()?;
     let mut gone = catalog.all_ranges()?;
-    let mut branches: BTreeSet<Branch> = BTreeSet::new();
     // Sealed segments after tails: one that is sealed between the listings is then seen in one of them at least.
     let tails = repository.list(&format!("{system}/tail/"))?;
     let segments = repository.list(&format!("{system}/wal/"))?;
@@ -66,7 +86,9 @@ fn refresh_ranges(
             if expired.hides(key, catalog.identity.wal_segment_size) {
                 return false;
             }
-            branches.insert(skeleton.branch);
+            evidence
+                .entry(skeleton.branch)
+                .or_insert_with(|| key.to_string());
             let place = (skeleton.branch, skeleton.segment);
             match skeleton.kind {
                 WalRangeKind::Sealed => {
@@ -98,7 +120,7 @@ fn refresh_ranges(
         report.removed += 1;
     }
     // Timeline 1 has no history file; what is archived of it says that it exists.
-    for branch in branches.iter().filter(|branch| branch.digest == [0; 4]) {
+    for branch in evidence.keys().filter(|branch| branch.digest == [0; 4]) {
         catalog.put_branch(*branch, None)?;
     }
     debug_assert!(

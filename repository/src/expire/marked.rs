@@ -92,6 +92,7 @@ impl ExpiredSet {
                 })
             }
             ObjectKey::Epoch(_)
+            | ObjectKey::EpochCopy(_)
             | ObjectKey::Expired(..)
             | ObjectKey::FailoverLoss(..)
             | ObjectKey::Gap(..)

@@ -1,4 +1,5 @@
-//! [`EncryptedStore`]: wraps a store so that its operator can read only names, sizes and the names of keys.
+//! [`EncryptedStore`]: wraps a store so that its operator can read only names, sizes and the names
+//! of keys.
 //!
 //! An object `x` is stored as `x.enc` ([`object`]), so an encrypted object and a plain one are
 //! never confused. The cluster's data keys are stored, wrapped, in `keys/` ([`keys`]). Reading a
@@ -10,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use wal_format::ObjectKey;
 
 use self::{
     keys::{DataKey, DataKeyId, KeyStore, Keys},
@@ -84,6 +86,48 @@ impl EncryptedStore {
         Ok(broken)
     }
 
+    /// Names of objects of the cluster that are not encrypted: nothing of them is read, and
+    /// somebody else put them there.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn plain_objects(&self) -> Result<Vec<String>> {
+        let mut plain = Vec::new();
+        self.store().list(&self.keys.root, &mut |object| {
+            if !object.key.ends_with(SUFFIX) && !self.keys.is_wrapped_key(&object.key) {
+                plain.push(object.key);
+            }
+            ControlFlow::Continue(())
+        })?;
+        Ok(plain)
+    }
+
+    /// Returns whether a name, without the ending of an encrypted object, is that of an epoch's
+    /// file.
+    fn is_epoch(&self, name: &str) -> bool {
+        let key = name.strip_prefix(&self.keys.root);
+        let key = key.and_then(|key| key.parse().ok());
+        matches!(key, Some(ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_)))
+    }
+
+    /// Refuses a cluster that is archived without encryption. Where data keys are stored it is
+    /// encrypted, and `plain` is an object that somebody else put there.
+    fn refuse_plain(&self, plain: &str) -> Result<()> {
+        if self.keys.has_data_keys()? {
+            tracing::warn!(
+                event = "plain_object_ignored",
+                key = plain,
+                repository = %self.url(),
+                "the object is not encrypted and is ignored; `wal-archiver verify` names all of its kind"
+            );
+            return Ok(());
+        }
+        Err(self.keys.problem(format!(
+            "{plain} is not encrypted, and a key is configured: what is there stays as it is; encrypt under a new \
+             --cluster name or in another repository"
+        )))
+    }
+
     fn store(&self) -> &dyn ObjectStore {
         &*self.keys.store
     }
@@ -106,6 +150,13 @@ impl EncryptedStore {
             *known = Some(keys);
             return Ok(data);
         }
+        if keys.is_empty() {
+            // A data key says that the cluster is encrypted: none is made where it is archived
+            // without encryption.
+            self.list(&format!("{}epoch", self.keys.root), &mut |_| {
+                ControlFlow::Break(())
+            })?;
+        }
         let made = self.keys.make()?;
         *known = Some(self.keys.load()?);
         Ok(Arc::new(made))
@@ -125,14 +176,13 @@ impl EncryptedStore {
         } else {
             Ok(())
         };
+        let problem = match keys.problem_of(id) {
+            Some(problem) => format!("its data key {id} is lost: {problem}"),
+            None => format!("it names data key {id}, which does not exist"),
+        };
         *known = Some(keys);
         closed?;
-        data.ok_or_else(|| {
-            self.damaged(
-                name,
-                format!("it names data key {id}, which does not exist"),
-            )
-        })
+        data.ok_or_else(|| self.damaged(name, problem))
     }
 
     fn seal(&self, key: &str, body: &[u8]) -> Result<Vec<u8>> {
@@ -262,24 +312,23 @@ impl ObjectStore for EncryptedStore {
         visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
     ) -> Result<()> {
         let mut objects = Vec::new();
-        let mut plain = None;
-        let identities = format!("{}epoch/", self.keys.root);
+        let (mut plain, mut is_encrypted) = (None, false);
         self.store().list(prefix, &mut |object| {
             match object.key.strip_suffix(SUFFIX) {
-                Some(key) => objects.push(ObjectMeta {
-                    key: key.to_owned(),
-                    size: object::plain_bytes(object.size).unwrap_or(0),
-                }),
-                None if object.key.starts_with(&identities) => plain = Some(object.key),
+                Some(key) => {
+                    is_encrypted |= self.is_epoch(key);
+                    objects.push(ObjectMeta {
+                        key: key.to_owned(),
+                        size: object::plain_bytes(object.size).unwrap_or(0),
+                    });
+                }
+                None if self.is_epoch(&object.key) => plain = Some(object.key),
                 None => {}
             }
             ControlFlow::Continue(())
         })?;
-        if let Some(plain) = plain {
-            return Err(self.keys.problem(format!(
-                "{plain} is not encrypted, and a key is configured: what is there stays as it is; encrypt under a new \
-                 --cluster name or in another repository"
-            )));
+        if let Some(plain) = plain.filter(|_| !is_encrypted) {
+            self.refuse_plain(&plain)?;
         }
         // Without its suffix a name sorts differently.
         objects.sort_unstable_by(|one, other| one.key.cmp(&other.key));
@@ -289,6 +338,15 @@ impl ObjectStore for EncryptedStore {
             }
         }
         Ok(())
+    }
+
+    /// Without the keys' own folders, which are the store's and not the cluster's.
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        let mut names = self.store().folders(prefix)?;
+        if prefix == self.keys.root {
+            names.retain(|name| !keys::FOLDERS.contains(&name.as_str()));
+        }
+        Ok(names)
     }
 
     fn delete(&self, key: &str) -> Result<()> {

@@ -202,6 +202,36 @@ impl ObjectStore for LocalStore {
         Ok(())
     }
 
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        let Some(directory) = prefix.strip_suffix('/') else {
+            return Ok(Vec::new());
+        };
+        let directory = self.path(directory)?;
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(Error::store("list", &directory))?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(Error::store("list", &directory))?;
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let key = format!("{prefix}{name}/");
+            // A directory stays when its last object was removed; it is not a folder of a bucket.
+            let mut is_empty = true;
+            if entry.path().is_dir() && is_sound_key(&name) {
+                self.list(&key, &mut |_| {
+                    is_empty = false;
+                    ControlFlow::Break(())
+                })?;
+            }
+            if !is_empty {
+                names.push(name);
+            }
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
     fn delete(&self, key: &str) -> Result<()> {
         durable::remove(&self.path(key)?)
     }

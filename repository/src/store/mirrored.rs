@@ -6,7 +6,7 @@
 //! what one place can not show proves nothing absent.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ops::{ControlFlow, Range},
     sync::{Arc, mpsc},
     thread,
@@ -216,6 +216,28 @@ impl ObjectStore for MirroredStore {
             }
         }
         Ok(())
+    }
+
+    /// The names that any place has, as [`ObjectStore::list`] has its objects.
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        let mut names = BTreeSet::new();
+        let (mut failed, mut answered) = (None, false);
+        for member in &self.members {
+            match member.store.folders(prefix) {
+                Ok(found) => {
+                    answered = true;
+                    names.extend(found);
+                }
+                Err(error) => {
+                    member.failed(&error);
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        match failed {
+            Some(error) if !answered => Err(error),
+            _ => Ok(names.into_iter().collect()),
+        }
     }
 
     fn delete(&self, key: &str) -> Result<()> {

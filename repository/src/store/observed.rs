@@ -81,6 +81,10 @@ impl ObjectStore for ObservedStore {
         self.timed("list", || self.store.list(prefix, visit))
     }
 
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        self.timed("list", || self.store.folders(prefix))
+    }
+
     fn delete(&self, key: &str) -> Result<()> {
         self.timed("delete", || self.store.delete(key))
     }

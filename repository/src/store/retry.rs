@@ -184,6 +184,10 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
         })
     }
 
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        self.policy.run(|| self.store.folders(prefix))
+    }
+
     fn delete(&self, key: &str) -> Result<()> {
         self.policy.run(|| self.store.delete(key))
     }

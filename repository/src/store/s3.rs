@@ -37,6 +37,7 @@ use crate::{Error, Result, config::S3Settings};
 mod as_of;
 mod client;
 mod errors;
+mod folders;
 mod multipart;
 mod probe;
 mod proof;
@@ -546,6 +547,10 @@ impl ObjectStore for S3Store {
             }
         }
         Ok(())
+    }
+
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        self.common_prefixes(prefix)
     }
 
     fn delete(&self, key: &str) -> Result<()> {

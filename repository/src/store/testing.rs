@@ -73,6 +73,17 @@ pub fn conformance(store: &Arc<dyn ObjectStore>, races: u32) {
     assert_eq!(keys(&**store, "a/two"), ["a/two-x", "a/two/x"]);
     assert_eq!(keys(&**store, "a/two/"), ["a/two/x"]);
     assert_eq!(keys(&**store, "nothing/"), Vec::<String>::new());
+    let folders = |prefix: &str| store.folders(prefix).expect("it lists");
+    assert_eq!(folders("a/"), ["two"], "a prefix of names is no folder");
+    assert_eq!(folders("nothing/"), Vec::<String>::new());
+    store.put_if_absent("c/d/e/f", b"f").expect("a put");
+    assert_eq!(folders("c/"), ["d"]);
+    store.delete("c/d/e/f").expect("a delete");
+    assert_eq!(
+        folders("c/"),
+        Vec::<String>::new(),
+        "nothing is stored there"
+    );
     let mut seen = 0;
     let stop = &mut |_| {
         seen += 1;

@@ -6,7 +6,7 @@ use wal_format::{
     BackupInfo, Branch, Lsn, PgTimestamp, TimelineHistory, TimelineId, TransactionEnd,
 };
 
-use super::{PlanError, Wishes};
+use super::{PlanError, Wishes, lost};
 use crate::{Error, Result, inventory::Inventory};
 
 /// Formats a path for people: the timelines, oldest first.
@@ -25,10 +25,20 @@ type Known = (Branch, Option<TimelineHistory>, Vec<u8>);
 pub fn timeline_path(inventory: &dyn Inventory, wishes: &Wishes) -> Result<Vec<PathPart>> {
     let branches = inventory.branches()?;
     let wanted = match &wishes.timeline {
-        Some(text) if text != "latest" => named(&branches, text)?,
-        _ => newest(inventory, &branches)?,
+        Some(text) if text != "latest" => {
+            lost::refuse_named(inventory, text)?;
+            named(&branches, text)?
+        }
+        _ => {
+            lost::refuse_newest(inventory)?;
+            let newest = newest(inventory, &branches)?;
+            lost::refuse_newer(inventory, newest)?;
+            newest
+        }
     };
-    path_to(&branches, wanted)
+    let path = path_to(&branches, wanted)?;
+    lost::refuse_path(inventory, &path)?;
+    Ok(path)
 }
 
 fn named(branches: &[Known], text: &str) -> Result<Branch> {

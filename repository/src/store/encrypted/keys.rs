@@ -28,6 +28,8 @@ use crate::{
 };
 
 const FORMAT_VERSION: u32 = 1;
+/// The folders of wrapped keys below the cluster's root: one copy in each.
+pub(super) const FOLDERS: [&str; 2] = ["keys", "keys-copy"];
 
 /// The random name of a data key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -99,6 +101,9 @@ pub(super) struct Keys {
     open: BTreeMap<DataKeyId, Arc<DataKey>>,
     /// Data keys that none of our keys can unwrap, with the keys that can.
     closed: BTreeMap<DataKeyId, Vec<String>>,
+    /// Names of data keys of which no wrapped copy is intact, with the problem. Only objects under
+    /// these keys are lost.
+    broken: BTreeMap<DataKeyId, String>,
     wraps: BTreeSet<(DataKeyId, KeyId)>,
 }
 
@@ -118,6 +123,14 @@ impl Keys {
 
     pub(super) fn is_closed(&self, id: DataKeyId) -> bool {
         self.closed.contains_key(&id)
+    }
+
+    pub(super) fn problem_of(&self, id: DataKeyId) -> Option<&str> {
+        self.broken.get(&id).map(String::as_str)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.open.is_empty() && self.closed.is_empty()
     }
 
     /// Returns the newest data key that was created under a key-encryption key.
@@ -201,14 +214,18 @@ impl KeyStore {
     pub(super) fn load(&self) -> Result<Keys> {
         let mut keys = Keys::default();
         for (id, wrapped_by) in self.names()? {
-            let ours = self
-                .ring
-                .keys()
-                .find(|key| wrapped_by.contains(&key.id.to_string()));
-            match ours {
-                Some(key) => {
-                    let data = self.unwrap(id, key)?;
+            match self.open_any(id, &wrapped_by)? {
+                Some(Ok(data)) => {
                     keys.open.insert(id, Arc::new(data));
+                }
+                Some(Err(problem)) => {
+                    tracing::error!(
+                        event = "data_key_lost",
+                        data_key = %id,
+                        problem,
+                        "no copy of a wrapped data key is intact; objects under it cannot be read"
+                    );
+                    keys.broken.insert(id, problem);
                 }
                 None => {
                     keys.closed.insert(id, wrapped_by.iter().cloned().collect());
@@ -218,6 +235,56 @@ impl KeyStore {
             keys.wraps.extend(known.map(|by| (id, by)));
         }
         Ok(keys)
+    }
+
+    /// Unwraps a data key with any of our keys. `None` when it is wrapped for other keys only; a
+    /// problem when no copy of it is intact.
+    fn open_any(
+        &self,
+        id: DataKeyId,
+        wrapped_by: &BTreeSet<String>,
+    ) -> Result<Option<std::result::Result<DataKey, String>>> {
+        let mut problem = None;
+        for key in self.ring.keys() {
+            if !wrapped_by.contains(&key.id.to_string()) {
+                continue;
+            }
+            match self.unwrap(id, key) {
+                Ok(data) => return Ok(Some(Ok(data))),
+                Err(error @ (Error::Damaged { .. } | Error::NotFound { .. })) => {
+                    problem = Some(error.to_string());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if problem.is_none() && self.is_junk(id, wrapped_by)? {
+            problem = Some("no object under its name is a wrapped key".to_owned());
+        }
+        Ok(problem.map(Err))
+    }
+
+    /// Returns whether no object that is named like a wrap of a data key is one, in either copy.
+    fn is_junk(&self, id: DataKeyId, wrapped_by: &BTreeSet<String>) -> Result<bool> {
+        for by in wrapped_by {
+            for name in [self.name(id, by), self.copy(id, by)] {
+                if self.sound(&name, id, None)?.is_some() {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Returns whether the cluster has data keys: then its objects are encrypted.
+    pub(super) fn has_data_keys(&self) -> Result<bool> {
+        Ok(!self.load()?.is_empty())
+    }
+
+    /// Returns whether an object's name is that of a wrapped key.
+    pub(super) fn is_wrapped_key(&self, name: &str) -> bool {
+        let name = name.strip_prefix(&self.root);
+        let parts = name.and_then(|name| name.split_once('/'));
+        parts.is_some_and(|(folder, name)| FOLDERS.contains(&folder) && parse_name(name).is_some())
     }
 
     /// Returns an error that names the missing keys, unless every data key of the cluster can be
@@ -391,5 +458,8 @@ fn cipher(key: &Key) -> Option<LessSafeKey> {
 fn parse_name(name: &str) -> Option<(DataKeyId, String)> {
     let (id, file) = name.split_once('/')?;
     let id: [u8; 16] = hex::decode(id).ok()?.try_into().ok()?;
-    Some((DataKeyId(id), file.strip_suffix(".json")?.to_owned()))
+    let by = file.strip_suffix(".json")?;
+    let key: KeyId = by.parse().ok()?;
+    // Only the exact spelling: another one is not found under the name that we make of it.
+    (key.to_string() == by).then(|| (DataKeyId(id), by.to_owned()))
 }

@@ -276,6 +276,110 @@ fn plain_and_encrypted_clusters_refuse_each_other_s_place() {
     assert!(encrypted("b").identity().expect("it reads").is_some());
 }
 
+#[test]
+fn a_stray_plain_object_blocks_nothing_and_is_named() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let identity = ClusterIdentity {
+        format_version: 1,
+        cluster: "main".parse().expect("a name"),
+        system_identifier: wal_format::SystemIdentifier(7),
+        postgresql_major: wal_format::PgVersion::ALL[4],
+        wal_segment_size: wal_format::SegmentSize::new(1 << 20).expect("a size"),
+        created: wal_format::PgTimestamp(0),
+    };
+    let open = || {
+        let store = Arc::new(store(directory.path(), "main", &[ONE]));
+        Repository::with_store(store, identity.cluster.clone())
+    };
+    open().claim(&identity).expect("a claim");
+    let header = wal_format::SealedHeader::of_segment(
+        identity.system_identifier,
+        identity.postgresql_major,
+        wal_format::Branch::FIRST,
+        identity.wal_segment_size,
+        wal_format::SegmentNo(3),
+    );
+    let mut writer = wal_format::SealedWriter::new(header, 1).expect("a writer");
+    writer.push(&vec![0; 1 << 20]).expect("it has room");
+    let summary = wal_format::SegmentSummary::default();
+    let object = writer.finish(&summary, Some(identity.created));
+    open()
+        .put(&header.key(), &object.expect("whole"))
+        .expect("a segment");
+
+    let of_another = wal_format::checked_json::to_vec(&ClusterIdentity {
+        system_identifier: wal_format::SystemIdentifier(8),
+        ..identity.clone()
+    });
+    let id = "ab".repeat(16);
+    let key = KeyRing::parse(ONE).expect("a key").first().id;
+    let strays = [
+        "main/7/wal/00000009-0a0b0c0d/00000000/000000090000000000000001.zst".to_owned(),
+        "main/epoch-copy/00000001.json".to_owned(),
+        "main/epoch/00000002.json".to_owned(),
+        "main/epoch/junk".to_owned(),
+        "main/junk".to_owned(),
+    ];
+    let wrapped = [
+        format!("main/keys/{id}/{key}.json"),
+        format!("main/keys/{id}/0011223344556677.json"),
+        "main/keys/junk".to_owned(),
+    ];
+    let of_another = of_another.expect("JSON");
+    for name in strays.iter().chain(&wrapped) {
+        let path = directory.path().join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, &of_another).expect("a stray object");
+    }
+    for lost in [false, true] {
+        if lost {
+            for folder in ["epoch", "epoch-copy"] {
+                let path = directory
+                    .path()
+                    .join(format!("main/{folder}/00000001.json.enc"));
+                fs::remove_file(path).expect("it goes");
+            }
+            // Without a key it is no empty place.
+            let plain = Arc::new(LocalStore::open(directory.path()).expect("a folder"));
+            for name in &strays[1..3] {
+                fs::remove_file(directory.path().join(name)).expect("it goes");
+            }
+            let plain = Repository::with_store(plain, identity.cluster.clone());
+            let refused = plain.claim(&identity).expect_err("it is encrypted");
+            assert!(matches!(refused, Error::Key { .. }), "{refused:?}");
+        }
+        let epochs = open().read_epochs().expect("it is read");
+        assert_eq!(epochs.known[0].identity, identity);
+        assert!(epochs.unnamed.is_empty(), "{epochs:?}");
+        assert_eq!(open().claim(&identity).expect("a start"), identity);
+        let histories = open().read_histories(identity.system_identifier);
+        assert!(histories.expect("it lists").lost.is_empty());
+    }
+    let store = store(directory.path(), "main", &[ONE]);
+    store.check_keys().expect("every key that there is");
+    let mut named = store.plain_objects().expect("it lists");
+    named.sort();
+    let mut left = strays.to_vec();
+    left.drain(1..3);
+    left.push("main/keys/junk".to_owned());
+    left.sort();
+    assert_eq!(named, left);
+    assert!(!store.broken_keys(false).expect("it lists").is_empty());
+}
+
+#[test]
+fn a_key_is_not_made_for_a_cluster_that_is_archived_in_plain() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("main/epoch/00000001.json");
+    fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+    fs::write(path, "{}").expect("an epoch");
+    let before = files(directory.path());
+    let error = store(directory.path(), "main", &[ONE]).rewrap();
+    let error = error.expect_err("it is plain").to_string();
+    assert!(error.contains("is not encrypted"), "{error}");
+    assert_eq!(files(directory.path()), before);
+}
+
 /// Created by an independent implementation from `FORMAT.md` alone: the Python code of its last
 /// chapter, in reverse.
 #[test]

@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc};
 
-use wal_format::{Expired, ObjectKey, SegmentSize, SystemIdentifier};
+use wal_format::{Expired, ObjectKey, SegmentSize, SystemIdentifier, checked_json};
 
 use crate::{ClusterIdentity, Error, ExpiredSet, ObjectStore, Result};
 
@@ -56,7 +56,7 @@ fn replaced_by(key: &ObjectKey, root: &str) -> Option<String> {
 /// In which order objects are copied.
 fn rank(key: &ObjectKey) -> u8 {
     match key {
-        ObjectKey::Epoch(_) => 0,
+        ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_) => 0,
         ObjectKey::History(..) | ObjectKey::HistoryCopy(..) => 1,
         ObjectKey::BackupInfo(..) => 3,
         _ => 2,
@@ -71,6 +71,7 @@ impl GivenUp {
         store: &dyn ObjectStore,
         root: &str,
         here: &BTreeMap<String, Option<ObjectKey>>,
+        there: &[(&Arc<dyn ObjectStore>, BTreeMap<String, Option<ObjectKey>>)],
     ) -> Result<Self> {
         let mut records: BTreeMap<SystemIdentifier, Vec<Expired>> = BTreeMap::new();
         let mut sizes = BTreeMap::new();
@@ -88,12 +89,20 @@ impl GivenUp {
                     Err(error) if error.is_not_found() => {}
                     Err(error) => return Err(error),
                 },
-                Some(ObjectKey::Epoch(_)) => {
-                    let epoch: Option<ClusterIdentity> =
-                        serde_json::from_slice(&store.get(name)?).ok();
-                    sizes.extend(epoch.map(|one| (one.system_identifier, one.wal_segment_size)));
+                Some(ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_)) => {
+                    sizes.extend(size_of_epoch(store, name)?);
                 }
                 _ => {}
+            }
+        }
+        // The place may have lost its own epochs: then expired objects must not come back from the others.
+        if records.keys().any(|system| !sizes.contains_key(system)) {
+            for (other, names) in there {
+                for (name, key) in names {
+                    if matches!(key, Some(ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_))) {
+                        sizes.extend(size_of_epoch(&***other, name)?);
+                    }
+                }
             }
         }
         let known = records.into_iter().filter_map(|(system, records)| {
@@ -110,6 +119,20 @@ impl GivenUp {
             .filter(|(prefix, ..)| name.starts_with(prefix));
         of_system.any(|(_, expired, size)| expired.hides(key, *size))
     }
+}
+
+/// The system identifier and segment size that an epoch's file names; `None` when it is damaged.
+fn size_of_epoch(
+    store: &dyn ObjectStore,
+    name: &str,
+) -> Result<Option<(SystemIdentifier, SegmentSize)>> {
+    let body = match store.get(name) {
+        Ok(body) => body,
+        Err(Error::Damaged { .. } | Error::NotFound { .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let epoch = checked_json::from_slice::<ClusterIdentity>(&body).ok();
+    Ok(epoch.map(|epoch| (epoch.system_identifier, epoch.wal_segment_size)))
 }
 
 /// Copies to `store` what `others` have and it lacks. Stops early when `stop` says so.
@@ -133,7 +156,7 @@ pub(super) fn catch_up(
             }
         }
     }
-    let given_up = GivenUp::of(store, root, &here)?;
+    let given_up = GivenUp::of(store, root, &here, &there)?;
     for (other, names) in &there {
         let mut missing: Vec<(&String, &ObjectKey)> = names
             .iter()

@@ -1,0 +1,120 @@
+//! Stores history files again that the repository has lost: from the spool at a start, and from the
+//! server at each start of a stream. The server may be the last that has them, and it forgets them
+//! some day.
+//!
+//! Invariant: the stream waits for no request to the repository here.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use bytes::Bytes;
+use repository::Repository;
+use wal_format::{Branch, Lsn, WalIdentity};
+
+use super::{Pipeline, archive::Archive, blocking, start::ServerBranch};
+use crate::{error::Result, spool::Spool};
+
+/// Stores the history files that the spool has and the repository lacks.
+pub(super) fn put_back(
+    spool: &Spool,
+    repository: &Repository,
+    identity: &WalIdentity,
+) -> Result<()> {
+    let mut files = Vec::new();
+    for spooled in spool.branches(identity)? {
+        if let Some(content) = spooled.history()? {
+            files.push((spooled.branch(), Bytes::from(content)));
+        }
+    }
+    store_missing(repository, identity, &files, "the spool")
+}
+
+/// Takes up the history files of the server's path that the catalog lacks, and starts to store
+/// those that the repository lacks.
+pub(super) async fn take_from_server(pipeline: &Pipeline, path: &[ServerBranch]) -> Result<()> {
+    let files: Vec<(Branch, Bytes)> = path
+        .iter()
+        .filter_map(|on| Some((on.branch, on.history.clone()?)))
+        .collect();
+    if files.is_empty() {
+        return Ok(());
+    }
+    let archive = Arc::clone(pipeline.archive());
+    let archived = blocking(move || archive.adopt_histories(files)).await?;
+    if archived.is_empty() || pipeline.archive().is_away() {
+        return Ok(());
+    }
+    let archive = Arc::clone(pipeline.archive());
+    let stored = blocking(move || archive.store_missing_histories(&archived));
+    tokio::spawn(async move {
+        if let Err(error) = stored.await {
+            tracing::warn!(
+                event = "history_not_put_back", %error,
+                "a history file may be missing in the repository; the next stream tries again"
+            );
+        }
+    });
+    Ok(())
+}
+
+impl Archive {
+    /// Those of the files whose timelines are archived, each in the catalog from now on. Without
+    /// its file a timeline of which WAL is stored would be taken for one of which nothing is held.
+    fn adopt_histories(&self, files: Vec<(Branch, Bytes)>) -> Result<Vec<(Branch, Bytes)>> {
+        let known: BTreeSet<Branch> = self
+            .catalog()
+            .branches()?
+            .into_iter()
+            .map(|(branch, ..)| branch)
+            .collect();
+        let backups = self.catalog().backups()?;
+        let mut archived = Vec::new();
+        for (branch, content) in files {
+            if !known.contains(&branch) {
+                let has_backup = backups.iter().any(|backup| backup.branch == branch);
+                let ranges = self.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)?;
+                if ranges.is_empty() && !has_backup {
+                    // It gets its file before its first WAL.
+                    continue;
+                }
+                self.catalog().put_branch(branch, Some(&content))?;
+            }
+            archived.push((branch, content));
+        }
+        Ok(archived)
+    }
+
+    fn store_missing_histories(&self, files: &[(Branch, Bytes)]) -> Result<()> {
+        // One at a time: a store that does not answer must not collect threads.
+        let Ok(_alone) = self.putting_back.try_lock() else {
+            return Ok(());
+        };
+        store_missing(self.repository(), self.identity(), files, "the server")
+    }
+}
+
+/// Stores each file of which one of the two copies is missing, or neither is intact.
+fn store_missing(
+    repository: &Repository,
+    identity: &WalIdentity,
+    files: &[(Branch, Bytes)],
+    source: &str,
+) -> Result<()> {
+    if files.is_empty() {
+        return Ok(());
+    }
+    let system = identity.system_identifier;
+    let copies = repository.history_copies(system)?;
+    for (branch, content) in files {
+        let is_whole = copies.get(branch).is_some_and(|copies| *copies >= 2);
+        let is_lost = |error: repository::Error| !error.is_transient();
+        if is_whole && !repository.history(system, *branch).is_err_and(is_lost) {
+            continue;
+        }
+        tracing::info!(
+            event = "history_put_back", %branch, source,
+            "a history file is stored, which the repository lacks"
+        );
+        repository.put_history(system, *branch, content)?;
+    }
+    Ok(())
+}

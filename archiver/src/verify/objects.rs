@@ -1,0 +1,215 @@
+//! Reads every object whole and checks it by the sums, names and digests that it has.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+use sha2::{Digest, Sha256};
+use wal_format::{
+    BackupId, BackupInfo, Branch, FailoverLoss, ObjectKey, SealedReader, TimelineHistory,
+    WalIndexer, checked_json,
+};
+
+use super::{Verifier, repair};
+use crate::error::Result;
+
+impl Verifier {
+    /// Reads every object whole; returns how many there are.
+    pub(super) fn objects(&mut self) -> Result<usize> {
+        let system = self.wal.system_identifier;
+        let mut objects = self.repository.list(&format!("{system}/"))?;
+        // Verdicts of earlier verifications are not verified, nor are objects that wait for their
+        // removal.
+        let expired = self.repository.expired(system)?;
+        objects.retain(|(key, _)| {
+            !matches!(key, ObjectKey::Outcome(..)) && !expired.hides(key, self.wal.segment_size)
+        });
+        self.undescribed = undescribed(&objects);
+        for (key, _) in &objects {
+            match key {
+                ObjectKey::Segment(..) | ObjectKey::Tail(..) => self.wal_object(key)?,
+                ObjectKey::BackupInfo(_, id) => self.backup(id)?,
+                ObjectKey::History(_, branch) => self.history(*branch, key)?,
+                ObjectKey::HistoryCopy(_, branch) => {
+                    let first = ObjectKey::History(system, *branch);
+                    if self.repository.head(&first)?.is_none() {
+                        self.problem(&first, "the first of its two copies is missing");
+                    }
+                }
+                ObjectKey::Gap(..) => {
+                    if let Some(content) = self.read(key)? {
+                        match checked_json::from_slice(&content) {
+                            Ok(gap) => self.gaps.push(gap),
+                            Err(error) => self.problem(key, &error.to_string()),
+                        }
+                    }
+                }
+                ObjectKey::FailoverLoss(..) => {
+                    if let Some(content) = self.read(key)?
+                        && let Err(error) = checked_json::from_slice::<FailoverLoss>(&content)
+                    {
+                        self.problem(key, &error.to_string());
+                    }
+                }
+                ObjectKey::Expired(..) => {
+                    if let Some(content) = self.read(key)?
+                        && let Err(error) =
+                            checked_json::from_slice::<wal_format::Expired>(&content)
+                    {
+                        self.problem(key, &error.to_string());
+                    }
+                }
+                // Checked with their backup; the identity before anything.
+                ObjectKey::BackupSlice(..)
+                | ObjectKey::BackupManifest(..)
+                | ObjectKey::Outcome(..)
+                | ObjectKey::Epoch(_)
+                | ObjectKey::EpochCopy(_) => {}
+            }
+        }
+        Ok(objects.len())
+    }
+
+    /// An object; `None` when the store itself sees its damage or does not have it, which is a
+    /// problem, and when it was replaced since it was listed, which is not.
+    fn read(&mut self, key: &ObjectKey) -> Result<Option<Bytes>> {
+        match self.repository.get(key) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(repository::Error::Damaged { problem, .. }) => {
+                self.problem(key, &problem);
+                Ok(None)
+            }
+            // Replaced since it was listed.
+            Err(error)
+                if error.is_not_found()
+                    && matches!(key, ObjectKey::Tail(..) | ObjectKey::Expired(..)) =>
+            {
+                Ok(None)
+            }
+            Err(error) if error.is_not_found() => {
+                self.problem(key, "it is listed, and the store does not have it");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn wal_object(&mut self, key: &ObjectKey) -> Result<()> {
+        if let Some(object) = self.read(key)?
+            && let Some(problem) = self.wal_problem(key, &object)
+        {
+            self.problem(key, &problem);
+        }
+        Ok(())
+    }
+
+    fn wal_problem(&mut self, key: &ObjectKey, object: &[u8]) -> Option<String> {
+        let mut wal = Vec::new();
+        let reader = match SealedReader::open(object) {
+            Ok(reader) => reader,
+            Err(error) => return Some(error.to_string()),
+        };
+        if let Err(error) = reader.read_all(&mut wal) {
+            return Some(error.to_string());
+        }
+        let header = reader.header();
+        if header.key() != *key {
+            return Some(format!("it holds {}", header.key()));
+        }
+        if !self.deep {
+            return None;
+        }
+        let whole = header.is_whole_segment();
+        let mut indexer = match self.indexers.remove(&header.branch) {
+            Some(indexer) if whole && indexer.position() == header.start_lsn => indexer,
+            // A tail in the middle of a page cannot be decoded alone; its frames were checked.
+            _ if !whole && header.start_lsn.page_offset() != 0 => return None,
+            _ => WalIndexer::new(self.wal, header.start_lsn, None),
+        };
+        if let Err(error) = indexer.push(&wal) {
+            return Some(error.to_string());
+        }
+        let decoded = indexer.take_summary();
+        let stored = reader.summary();
+        let missing = decoded
+            .transactions
+            .iter()
+            .find(|transaction| !stored.transactions.contains(transaction));
+        if whole {
+            self.indexers.insert(header.branch, indexer);
+        }
+        missing.map(|transaction| {
+            format!(
+                "its summary lacks the transaction end at {}",
+                transaction.lsn
+            )
+        })
+    }
+
+    fn history(&mut self, branch: Branch, key: &ObjectKey) -> Result<()> {
+        let copy = ObjectKey::HistoryCopy(self.wal.system_identifier, branch);
+        for key in [key, &copy] {
+            if *key == copy && self.repository.head(key)?.is_none() {
+                self.problem(key, "the second of its two copies is missing");
+            } else if let Some(content) = self.read(key)? {
+                if Branch::of_history(branch.timeline, &content) != branch {
+                    self.problem(key, "its content is not what its name says");
+                } else if let Err(error) = TimelineHistory::parse(branch.timeline, &content) {
+                    self.problem(key, &error.to_string());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn backup(&mut self, id: &BackupId) -> Result<()> {
+        let system = self.wal.system_identifier;
+        let key = ObjectKey::BackupInfo(system, id.clone());
+        let Some(content) = self.read(&key)? else {
+            return Ok(());
+        };
+        let info = match BackupInfo::parse(&content) {
+            Ok(info) => info,
+            Err(error) => {
+                self.problem(&key, &format!("it cannot be read: {error}"));
+                return Ok(());
+            }
+        };
+        for (key, sha256) in repair::parts(&info) {
+            if self.repository.head(&key)?.is_none() {
+                self.problem(&key, "it is missing");
+                continue;
+            }
+            let Some(body) = self.read(&key)? else {
+                continue;
+            };
+            let found = hex::encode(Sha256::digest(body));
+            if found != sha256 {
+                self.problem(
+                    &key,
+                    &format!("it is damaged: SHA-256 {found}, recorded {sha256}"),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Backups of which there are objects and no description.
+fn undescribed(objects: &[(ObjectKey, u64)]) -> Vec<BackupId> {
+    let (mut described, mut found) = (BTreeSet::new(), BTreeSet::new());
+    for (key, _) in objects {
+        match key {
+            ObjectKey::BackupInfo(_, id) => {
+                described.insert(id);
+            }
+            ObjectKey::BackupSlice(_, id, ..) | ObjectKey::BackupManifest(_, id) => {
+                found.insert(id);
+            }
+            _ => {}
+        }
+    }
+    found
+        .difference(&described)
+        .map(|id| (*id).clone())
+        .collect()
+}

@@ -1,0 +1,60 @@
+//! Timelines whose history file is lost: a plan that one of them could change is refused.
+//!
+//! Without the file the way to the timeline is not known, and a plan that leaves it out would end
+//! earlier than the archive. Invariant: a plan that cannot depend on a lost timeline is made all
+//! the same.
+
+use repository::LostHistory;
+use wal_format::{Branch, TimelineId};
+
+use super::PathPart;
+use crate::{Error, Result, inventory::Inventory};
+
+fn refusal(inventory: &dyn Inventory, lost: &LostHistory) -> Error {
+    let system = inventory.identity().system_identifier;
+    Error::Damaged {
+        object: lost.key(system).to_string(),
+        problem: format!("{lost}. --target-timeline chooses a timeline that does not need it"),
+    }
+}
+
+fn refuse(inventory: &dyn Inventory, concerns: impl Fn(&LostHistory) -> bool) -> Result<()> {
+    let lost = inventory
+        .lost_histories()
+        .iter()
+        .find(|lost| concerns(lost));
+    lost.map_or(Ok(()), |lost| Err(refusal(inventory, lost)))
+}
+
+/// Refuses a timeline that was asked for by its number or its branch.
+pub(super) fn refuse_named(inventory: &dyn Inventory, text: &str) -> Result<()> {
+    let number: Option<TimelineId> = text.parse().ok().and_then(TimelineId::new);
+    refuse(inventory, |lost| {
+        Some(lost.branch.timeline) == number || lost.branch.to_string() == text
+    })
+}
+
+/// Refuses to choose a timeline while the newest backup is on a lost one: the newest timeline is
+/// the one that continues it.
+pub(super) fn refuse_newest(inventory: &dyn Inventory) -> Result<()> {
+    let backups = inventory.backups()?;
+    let newest = backups.iter().max_by_key(|backup| backup.started);
+    refuse(inventory, |lost| {
+        newest.is_some_and(|newest| newest.branch == lost.branch)
+    })
+}
+
+/// Refuses to take `chosen` for the newest timeline when a lost one may be newer.
+pub(super) fn refuse_newer(inventory: &dyn Inventory, chosen: Branch) -> Result<()> {
+    refuse(inventory, |lost| lost.branch.timeline >= chosen.timeline)
+}
+
+/// Refuses a path that crosses a lost timeline: its WAL is stored under a name that only the
+/// history file gives.
+pub(super) fn refuse_path(inventory: &dyn Inventory, path: &[PathPart]) -> Result<()> {
+    refuse(inventory, |lost| {
+        let unknown = Branch::without_history(lost.branch.timeline);
+        path.iter()
+            .any(|part| part.branch == unknown || part.branch == lost.branch)
+    })
+}
