@@ -3,7 +3,12 @@
 //! Written by the stages, read by everyone; locks are held for a few assignments only and never across I/O, so a reader
 //! can not delay the stream. What is not known is `None`, never 0.
 
+mod caught_up;
 mod report;
+mod server_path;
+
+pub(crate) use caught_up::CaughtUp;
+pub(crate) use server_path::ServerPath;
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +29,7 @@ use crate::{
     instruments::Instruments,
     pipeline::{archive::Archive, gap::OpenGap, progress::Progress},
     report::{BackupReport, Details, SlotReport, WindowReport},
-    rpo::{Exposure, RpoEstimator},
+    rpo::{Exposure, Seen, Tiers},
     standby_slots::StandbyReport,
 };
 
@@ -37,9 +42,9 @@ pub struct ClusterStatus {
     facts: Mutex<Facts>,
     details: Mutex<Arc<Details>>,
     archive: Mutex<Weak<Archive>>,
-    caught_up: Mutex<Option<PgTimestamp>>,
+    caught_up: Mutex<CaughtUp>,
     poll: Mutex<Option<AbortHandle>>,
-    rpo: Mutex<Estimators>,
+    rpo: Mutex<Tiers>,
     /// WAL bytes received, overlap after a reconnect included.
     pub wal_received_bytes: AtomicU64,
     /// Bytes of sealed segments and tails that were put.
@@ -56,11 +61,9 @@ pub struct ClusterStatus {
     flush_duration: Histogram,
 }
 
-#[derive(Debug, Default)]
-struct Estimators {
-    local: RpoEstimator,
-    remote: RpoEstimator,
-}
+/// The estimators' clock at the start of this process: far enough from 0 that the times of earlier
+/// runs come after 0.
+const CLOCK_AT_START: Duration = Duration::from_secs(1 << 32);
 
 /// Facts beside the positions.
 #[derive(Clone, Debug, Default)]
@@ -69,8 +72,8 @@ pub struct Facts {
     pub connected: bool,
     /// When the server was last heard.
     pub last_message: Option<PgTimestamp>,
-    /// The server's flush LSN as last seen.
-    pub server_flush_lsn: Option<Lsn>,
+    /// The timelines that lead to the one the server is on; `None` before it was seen.
+    pub(crate) server_path: Option<Arc<ServerPath>>,
     /// The cluster's system identifier.
     pub system_identifier: Option<SystemIdentifier>,
     /// The server's version as it prints it.
@@ -89,6 +92,8 @@ pub struct Facts {
     pub broken: Option<String>,
     /// WAL that was declared lost, until a base backup behind it makes the archive whole again.
     pub lost: Option<String>,
+    /// Why no base backup leads to the server's present, until one does.
+    pub unreached: Option<String>,
     /// Files that `archive_command` pushed and whose bytes differ from the archived ones, and where.
     pub push_differs: BTreeMap<PathBuf, String>,
     /// A setting of the server that makes commits hang on us.
@@ -213,42 +218,84 @@ impl ClusterStatus {
         counter.fetch_add(add, Ordering::Relaxed);
     }
 
-    /// The server was heard; `flush_lsn` is its flush LSN where the message proves it.
-    pub(crate) fn heard(&self, flush_lsn: Option<Lsn>) {
+    /// Takes a message of the server; `seen` is its flush LSN where the message proves it.
+    pub(crate) fn heard(&self, seen: Option<Seen>) {
         self.note(|facts| {
             facts.last_message = Some(PgTimestamp::from_jiff(jiff::Timestamp::now()));
-            facts.server_flush_lsn = flush_lsn.max(facts.server_flush_lsn);
         });
-        if let Some(lsn) = flush_lsn {
-            let now = self.started.elapsed();
-            let mut rpo = self.rpo.lock().unwrap_or_else(PoisonError::into_inner);
-            rpo.local.source_seen(now, lsn);
-            rpo.remote.source_seen(now, lsn);
+        if let Some(seen) = seen {
+            self.rpo().see(self.clock(), seen);
         }
     }
 
-    /// What the spool and the repository are behind the server.
+    /// Takes the path of timelines on which the server is.
+    pub(crate) fn follow(&self, path: ServerPath) {
+        self.rpo().follow(&path.parts);
+        self.note(|facts| facts.server_path = Some(Arc::new(path)));
+    }
+
+    /// The distances of the spool and of the repository from the server.
     #[must_use]
     pub fn exposure(&self) -> (Exposure, Exposure) {
+        let now = self.clock();
+        let mut rpo = self.rpo();
+        // Read under the lock, so that an older answer does not take the place of a newer one.
         let positions = self.progress.positions();
-        let now = self.started.elapsed();
-        let mut rpo = self.rpo.lock().unwrap_or_else(PoisonError::into_inner);
-        rpo.local.held(positions.flushed());
-        rpo.remote.held(positions.remote());
-        (rpo.local.exposure(now), rpo.remote.exposure(now))
+        let (local, remote) = rpo.exposure(now, &positions);
+        drop(rpo);
+        let is_caught_up = |tier: Exposure| tier.source_known && tier.rpo == Some(Duration::ZERO);
+        let proved = self.lock().last_message;
+        let mut caught_up = self.caught_up();
+        if is_caught_up(local) {
+            caught_up.local = proved;
+        }
+        if is_caught_up(remote) {
+            caught_up.remote = proved;
+        }
+        (local, remote)
     }
 
-    /// When the repository was last proved to hold everything that the server had flushed.
+    /// The server's flush LSN as last seen.
+    pub(crate) fn source_lsn(&self) -> Option<Lsn> {
+        self.rpo().source_lsn()
+    }
+
+    /// The time at which the repository was last proved to hold everything that the server had
+    /// flushed.
     #[must_use]
-    pub fn caught_up_as_of(&self, remote: Exposure) -> Option<PgTimestamp> {
-        let mut caught_up = self
-            .caught_up
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if remote.source_known && remote.rpo == Some(Duration::ZERO) {
-            *caught_up = self.lock().last_message;
-        }
-        *caught_up
+    pub fn caught_up_as_of(&self) -> Option<PgTimestamp> {
+        self.caught_up().remote
+    }
+
+    /// Both tiers' times of that kind, to be kept for the next run.
+    pub(crate) fn were_caught_up(&self) -> CaughtUp {
+        *self.caught_up()
+    }
+
+    /// Takes the times that an earlier run kept.
+    pub(crate) fn resume(&self, kept: CaughtUp) {
+        let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
+        // A time in the future was written before this host's clock was set back.
+        let before = |time: PgTimestamp| {
+            let ago = u64::try_from(now.micros_since(time)).unwrap_or(0);
+            self.clock().saturating_sub(Duration::from_micros(ago))
+        };
+        self.rpo()
+            .were_caught_up(kept.local.map(before), kept.remote.map(before));
+        *self.caught_up() = kept;
+    }
+
+    fn clock(&self) -> Duration {
+        CLOCK_AT_START + self.started.elapsed()
+    }
+
+    fn rpo(&self) -> MutexGuard<'_, Tiers> {
+        self.rpo.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn caught_up(&self) -> MutexGuard<'_, CaughtUp> {
+        let caught_up = self.caught_up.lock();
+        caught_up.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What the dashboard draws beside the numbers.

@@ -9,7 +9,7 @@ pub mod series;
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use repository::config::{ClusterSettings, NotifyTarget};
@@ -25,13 +25,15 @@ use self::{
 };
 use crate::{
     alerts::{self, Alert, Severity},
-    cluster_status::ClusterStatus,
+    cluster_status::{CaughtUp, ClusterStatus},
     notifications,
     report::{ClusterReport, Details, State},
 };
 
 /// How often it looks.
 const INTERVAL: Duration = Duration::from_secs(1);
+/// How often the last times of being caught up are written: a restart counts from them.
+const KEEP_INTERVAL: Duration = Duration::from_secs(2);
 /// Messages that a slow reader of the live stream may be behind before it misses some.
 const STREAM_MESSAGES_MAX: usize = 256;
 /// Notifications that may wait for their receiver.
@@ -83,6 +85,8 @@ struct Book {
     failovers: BTreeSet<(Branch, Branch)>,
     looked: bool,
     received: VecDeque<(u64, u64)>,
+    /// When the times of [`CaughtUp`] were last written, and which.
+    kept: Option<(Instant, CaughtUp)>,
 }
 
 /// Watches every cluster.
@@ -237,6 +241,7 @@ impl Monitor {
         let report = self.report(cluster);
         let second = unix_second();
         let sample = lock(&cluster.recorded.book).sample(&report);
+        keep_caught_up(cluster);
         lock(&cluster.recorded.series).add(second, &sample);
         let mut said: Vec<Event> = Vec::new();
         {
@@ -499,6 +504,23 @@ impl Book {
             .collect();
         self.firing = firing;
         (raised, resolved)
+    }
+}
+
+/// Writes the last times at which everything was held, for the next run.
+fn keep_caught_up(cluster: &Watched) {
+    let caught_up = cluster.status.were_caught_up();
+    let mut book = lock(&cluster.recorded.book);
+    let is_due = match book.kept {
+        Some((when, kept)) => kept != caught_up && when.elapsed() >= KEEP_INTERVAL,
+        None => caught_up != CaughtUp::default(),
+    };
+    if is_due {
+        let directory = cluster.settings.spool.join(cluster.settings.name.as_str());
+        if let Err(error) = caught_up.write(&directory) {
+            tracing::debug!(%error, "the last times of being caught up are not kept");
+        }
+        book.kept = Some((Instant::now(), caught_up));
     }
 }
 

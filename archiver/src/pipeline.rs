@@ -19,6 +19,7 @@ pub(crate) mod observe;
 pub mod progress;
 mod reads;
 pub mod receive;
+mod restorable;
 pub mod room;
 pub mod seal;
 pub mod session;

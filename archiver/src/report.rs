@@ -13,7 +13,7 @@ use crate::{alerts::Alert, pipeline::gap::OpenGap, rpo::Exposure, standby_slots:
 mod details;
 pub(crate) mod words;
 
-pub use details::{Details, GapReport, HeldRange, Mark, MarkKind};
+pub use details::{Details, GapReport, HeldRange, Mark, MarkKind, RestorableRange};
 
 /// The one light of a cluster; the worst fact decides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -23,11 +23,12 @@ pub enum State {
     Ok,
     /// Nothing is lost if the primary dies now, but something that protects against it is missing.
     Degraded,
-    /// More than the target would be lost if the primary died now.
+    /// More than the target would be lost if the primary died now: everything, without a base backup.
     AtRisk,
-    /// Needs a person: archiving has stopped or a part of the WAL is missing.
+    /// Archiving has stopped, a part of the WAL is missing, or no base backup leads to the present.
     Broken,
-    /// The primary can not be seen, so nothing can be promised beyond the last proof.
+    /// The primary cannot be seen, or the catalog was not read yet: nothing is known beyond the last
+    /// proof.
     Unknown,
 }
 
@@ -122,17 +123,21 @@ pub struct SlotReport {
     pub full_in_seconds: Option<f64>,
 }
 
-/// From when to when the cluster can be restored.
+/// From when to when the cluster can be restored without naming a timeline, as the restorer's plan
+/// sees it.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct WindowReport {
     /// The end of the oldest usable base backup.
     pub earliest: Option<PgTimestamp>,
-    /// The last commit in the repository that is reachable from it without a gap.
+    /// The last commit in the repository that a base backup leads to.
     pub latest_commit: Option<PgTimestamp>,
     /// Interruptions of the WAL within the window; unknown without a backup.
     pub gaps: Option<u64>,
     /// Those with no base backup behind them: later times can not be restored.
     pub open_gaps: Option<u64>,
+    /// Why a restore of the server's present would be refused; `None` where it would be accepted,
+    /// and before the catalog was read.
+    pub refusal: Option<String>,
 }
 
 /// What a restore would take.
@@ -291,16 +296,20 @@ pub struct Facts<'a> {
     pub source_known: bool,
     /// Whether a stream is up.
     pub stream_connected: bool,
-    /// What the repository is behind, in seconds.
+    /// What the repository is behind, in seconds: a bound while the primary is not seen.
     pub remote_rpo_seconds: Option<f64>,
+    /// The part of it that is proved ([`Exposure::proved`]).
+    pub proved_rpo_seconds: Option<f64>,
     /// The target, in seconds.
     pub rpo_target_seconds: f64,
     /// A setting of the server that makes commits hang on us.
     pub danger: Option<&'a str>,
     /// A standby on which our slot is not kept.
     pub standby: Option<&'a str>,
-    /// Whether a base backup is listed.
-    pub has_backup: bool,
+    /// Whether a base backup is listed; `None` before the catalog was read.
+    pub has_backup: Option<bool>,
+    /// Why no base backup leads to the server's present.
+    pub unreached: Option<&'a str>,
     /// `wal_status` of the slot.
     pub slot_wal_status: Option<&'a str>,
     /// What a drill or a verification found wrong with the archive.
@@ -326,12 +335,17 @@ pub fn judge(facts: Facts<'_>) -> (State, String) {
     if let Some(problem) = facts.not_restorable {
         return (State::Broken, problem.to_owned());
     }
-    if let Some(rpo) = facts
-        .remote_rpo_seconds
-        .filter(|rpo| *rpo > facts.rpo_target_seconds)
-    {
-        let target = facts.rpo_target_seconds;
+    if let Some(refusal) = facts.unreached {
+        return (State::Broken, refusal.to_owned());
+    }
+    if facts.has_backup == Some(false) {
+        let reason = "there is no base backup, so losing the primary now loses everything: run `wal-archiver backup`";
+        return (State::AtRisk, reason.to_owned());
+    }
+    let target = facts.rpo_target_seconds;
+    if facts.proved_rpo_seconds.is_some_and(|rpo| rpo > target) {
         let bound = if facts.source_known { "" } else { "up to " };
+        let rpo = facts.remote_rpo_seconds.unwrap_or_default();
         return (
             State::AtRisk,
             format!(
@@ -342,7 +356,13 @@ pub fn judge(facts: Facts<'_>) -> (State, String) {
     if !facts.source_known || facts.remote_rpo_seconds.is_none() {
         return (
             State::Unknown,
-            format!("the primary can not be seen{because}"),
+            format!("the primary cannot be seen{because}"),
+        );
+    }
+    if facts.has_backup.is_none() {
+        return (
+            State::Unknown,
+            format!("what can be restored is not known yet{because}"),
         );
     }
     if !facts.stream_connected {
@@ -363,10 +383,6 @@ pub fn judge(facts: Facts<'_>) -> (State, String) {
     if let Some(standby) = facts.standby {
         return (State::Degraded, standby.to_owned());
     }
-    if !facts.has_backup {
-        let remedy = "no base backup yet, nothing can be restored: run `wal-archiver backup`";
-        return (State::Degraded, remedy.to_owned());
-    }
     (
         State::Ok,
         "streaming; the repository is within its target".to_owned(),
@@ -383,10 +399,12 @@ mod tests {
         source_known: true,
         stream_connected: true,
         remote_rpo_seconds: Some(0.4),
+        proved_rpo_seconds: Some(0.4),
         rpo_target_seconds: 5.0,
         danger: None,
         standby: None,
-        has_backup: true,
+        has_backup: Some(true),
+        unreached: None,
         slot_wal_status: Some("reserved"),
         not_restorable: None,
     };
@@ -397,10 +415,26 @@ mod tests {
         check(GOOD, State::Ok);
         check(
             Facts {
-                has_backup: false,
+                has_backup: Some(false),
                 ..GOOD
             },
-            State::Degraded,
+            State::AtRisk,
+        );
+        check(
+            Facts {
+                has_backup: None,
+                ..GOOD
+            },
+            State::Unknown,
+        );
+        check(
+            Facts {
+                unreached: Some("no base backup leads there"),
+                has_backup: None,
+                source_known: false,
+                ..GOOD
+            },
+            State::Broken,
         );
         check(
             Facts {
@@ -454,16 +488,25 @@ mod tests {
         check(
             Facts {
                 remote_rpo_seconds: Some(5.1),
+                proved_rpo_seconds: Some(5.1),
                 ..GOOD
             },
             State::AtRisk,
         );
+        // It counts up from the last proof, and nothing is known to be missing.
         let dead = Facts {
             remote_rpo_seconds: Some(60.0),
             source_known: false,
             ..GOOD
         };
-        check(dead, State::AtRisk);
+        check(dead, State::Unknown);
+        check(
+            Facts {
+                proved_rpo_seconds: Some(60.0),
+                ..dead
+            },
+            State::AtRisk,
+        );
         check(
             Facts {
                 slot_wal_status: Some("lost"),

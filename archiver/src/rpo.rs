@@ -1,97 +1,234 @@
-//! The RPO number: how old is the oldest WAL that the primary has flushed and we do not hold yet.
+//! The RPO number: the age of the oldest WAL that the primary has flushed and that we do not hold yet.
 //!
-//! Pure: it is told what was seen and when, by a monotonic clock of this process, so that no clock skew between the
-//! primary and us can enter the number. Invariant: what it reports is never less than the truth known to it; where
-//! samples have to be merged to bound memory, the older time wins.
+//! Pure: callers say what was seen and when, by a monotonic clock of this process, so that no clock
+//! skew between the primary and this host enters the number. [`Tiers`] compares the primary's flush
+//! LSN with what is durable along one path of timelines.
+//! Invariant: the number is never less than what is known. Where samples have to be merged to bound
+//! memory, the older time wins. An LSN of one timeline is never compared with one of another.
 
 use std::{collections::VecDeque, time::Duration};
 
-use wal_format::Lsn;
+use wal_format::{Lsn, TimelineId};
 
-/// How many positions of the primary one tier remembers. At one sample per second and one per message of the stream
-/// this covers minutes exactly; beyond that neighbours are merged, which can only make the age greater.
+mod tiers;
+
+pub use tiers::{Seen, Tiers};
+
+/// Positions of the primary that one tier remembers. At one sample per second and one per message
+/// of the stream this covers minutes exactly. Beyond that, neighbours are merged, which can only
+/// make the age greater.
 const SAMPLES_MAX: usize = 1024;
 
-/// How long after the last contact with the primary its position counts as known. The SQL poll runs once a second.
+/// Time after the last contact with the primary for which its position counts as known. The SQL
+/// poll runs once a second.
 const CONTACT_FRESH: Duration = Duration::from_secs(5);
 
-/// What one tier (local or remote) is behind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The distance of one tier from the primary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Exposure {
-    /// The age of the oldest flushed WAL that the tier does not hold; zero when it holds everything. Counts up from
-    /// the last contact while the primary can not be seen. `None` until the primary was seen once.
+    /// The age of the oldest flushed WAL that the tier does not hold; zero when it holds everything.
+    /// While the primary cannot be seen it counts up from the last proof. `None` when nothing was
+    /// ever proved.
     pub rpo: Option<Duration>,
-    /// Bytes between the primary's flush LSN, as last seen, and what the tier holds. `None` until it was seen once.
+    /// The part of `rpo` that is known: the age of WAL that was seen and that the tier does not
+    /// hold. While the primary cannot be seen it ends with the last contact, unless that WAL is on
+    /// this host and waits for the repository.
+    pub proved: Option<Duration>,
+    /// Bytes between what the tier holds and the primary's flush LSN. `None` while the primary
+    /// cannot be seen, or is on a timeline whose history is not known yet.
     pub lag_bytes: Option<u64>,
-    /// Whether the primary was seen recently: where it was not, `rpo` is a bound from the last proof, not a reading.
+    /// Whether the primary was seen recently: where it was not, `rpo` is a bound from the last
+    /// proof, not a reading.
     pub source_known: bool,
 }
 
-/// The estimator of one tier.
+/// The estimator of one tier, on one path of timelines.
 #[derive(Debug, Default)]
 pub struct RpoEstimator {
-    /// `(when, flush LSN)` of the primary, both strictly growing, all beyond `durable`.
+    /// `(when, flush LSN)` of the primary, both growing, all beyond `durable`.
     uncovered: VecDeque<(Duration, Lsn)>,
-    /// The greatest flush LSN of the primary that was seen, and when the primary was last seen at all.
+    /// When the primary was last seen, and the greatest flush LSN that was seen on the path.
     source: Option<(Duration, Lsn)>,
-    durable: Lsn,
+    /// Whether the primary was not seen yet since it took another path.
+    unseen_on_path: bool,
+    /// The end of what the tier holds; `None` when nothing of the path is known to be held.
+    durable: Option<Lsn>,
+    /// When the tier was last known to hold everything, before the primary was seen.
+    caught_up: Option<Duration>,
+    /// Since when the primary is seen on a timeline whose history is not known yet; the newest one
+    /// and its flush LSN.
+    elsewhere: Option<(Duration, TimelineId, Lsn)>,
+    /// Bytes on this host that the tier does not hold yet.
+    queued: u64,
+    /// The part of them on timelines that the primary has left, and since when it waits.
+    orphaned: u64,
+    orphaned_since: Option<Duration>,
 }
 
 impl RpoEstimator {
-    /// The primary's flush LSN was seen at `now`, by the stream or by the SQL poll. A position behind an earlier one
-    /// (an answer that arrived late) still proves contact.
+    /// Everything that was flushed at `when` was held, as an earlier run of this process knew.
+    pub fn was_caught_up(&mut self, when: Duration) {
+        self.caught_up = self.caught_up.max(Some(when));
+    }
+
+    /// Takes the primary's flush LSN, seen at `now` by the stream or by the SQL poll. A position
+    /// behind an earlier one (an answer that arrived late) still proves contact.
     pub fn source_seen(&mut self, now: Duration, flush_lsn: Lsn) {
+        // WAL found at the first contact may be as old as the last proof of an earlier run.
+        let since = match self.source {
+            None => self.caught_up.unwrap_or(now).min(now),
+            Some(_) => now,
+        };
         let greatest = self
             .source
             .map_or(flush_lsn, |(_, seen)| seen.max(flush_lsn));
         self.source = Some((now, greatest));
-        let newest = self.uncovered.back().map_or(self.durable, |(_, lsn)| *lsn);
-        if flush_lsn <= newest {
+        self.unseen_on_path = false;
+        self.expect(since, flush_lsn);
+    }
+
+    /// Takes the flush LSN of a primary that has gone on to a timeline whose history is not known
+    /// yet: nothing of it can be held.
+    pub fn source_elsewhere(&mut self, now: Duration, timeline: TimelineId, flush_lsn: Lsn) {
+        self.elsewhere = Some(match self.elsewhere {
+            Some((since, known, lsn)) if known == timeline => (since, timeline, lsn.max(flush_lsn)),
+            Some((since, ..)) => (since, timeline, flush_lsn),
+            None => (now, timeline, flush_lsn),
+        });
+        let seen = self.source.map_or(Lsn::ZERO, |(_, seen)| seen);
+        self.source = Some((now, seen));
+    }
+
+    /// Takes WAL that is on this host, which the primary must have flushed. Proves no contact.
+    pub fn flushed_here(&mut self, now: Duration, flushed: Lsn) {
+        let since = match self.source {
+            None => self.caught_up.unwrap_or(now).min(now),
+            Some(_) => now,
+        };
+        self.expect(since, flushed);
+    }
+
+    fn expect(&mut self, since: Duration, lsn: Lsn) {
+        let held = self.durable.unwrap_or_default();
+        let newest = self.uncovered.back().map_or(held, |(_, lsn)| *lsn);
+        if lsn <= newest {
             return;
         }
         if self.uncovered.len() >= SAMPLES_MAX {
             self.merge_neighbours();
         }
-        self.uncovered.push_back((now, flush_lsn));
+        // A position may come with an older time than the ones before it, which then count from it.
+        let later = self.uncovered.iter_mut().rev();
+        for (when, _) in later.take_while(|(when, _)| *when > since) {
+            *when = since;
+        }
+        self.uncovered.push_back((since, lsn));
     }
 
-    /// Everything before `durable` is held by the tier.
+    /// Everything on the path before `durable` is held by the tier. May go back when the path
+    /// changes.
     pub fn held(&mut self, durable: Lsn) {
-        self.durable = self.durable.max(durable);
+        self.durable = Some(durable);
         while self
             .uncovered
             .front()
-            .is_some_and(|(_, lsn)| *lsn <= self.durable)
+            .is_some_and(|(_, lsn)| *lsn <= durable)
         {
             self.uncovered.pop_front();
         }
     }
 
-    /// What the tier is behind at `now`.
+    /// Nothing of the path is known to be held.
+    pub fn nothing_held(&mut self) {
+        self.durable = None;
+    }
+
+    /// The primary took another path, which left the known one at `fork`: WAL beyond is not the
+    /// primary's any more. `end_of` says where the path leaves a timeline, if it crosses it.
+    pub fn forked(&mut self, fork: Lsn, end_of: impl Fn(TimelineId) -> Option<Lsn>) {
+        let since = self.uncovered.iter().find(|(_, lsn)| *lsn > fork);
+        let since = since.map(|(since, _)| *since);
+        self.uncovered.retain(|(_, lsn)| *lsn <= fork);
+        if let Some(since) = since {
+            let known = self.orphaned_since.unwrap_or(since);
+            self.orphaned_since = Some(known.min(since));
+            if self.uncovered.back().is_none_or(|(_, lsn)| *lsn < fork) {
+                self.expect(since, fork);
+            }
+        }
+        self.durable = self.durable.map(|durable| durable.min(fork));
+        if let Some((_, seen)) = &mut self.source {
+            *seen = (*seen).min(fork);
+        }
+        // What was seen before says nothing of the new path, unless it was seen there.
+        self.unseen_on_path = self.elsewhere.is_none();
+        if let Some((since, timeline, lsn)) = self.elsewhere
+            && let Some(end) = end_of(timeline)
+        {
+            self.elsewhere = None;
+            self.expect(since, lsn.min(end));
+            if let Some((_, seen)) = &mut self.source {
+                *seen = (*seen).max(lsn.min(end));
+            }
+        }
+    }
+
+    /// The greatest flush LSN of the primary that was seen on the path.
+    #[must_use]
+    pub fn source_lsn(&self) -> Option<Lsn> {
+        let elsewhere = self.elsewhere.map(|(.., lsn)| lsn);
+        elsewhere.or(self.source.map(|(_, lsn)| lsn))
+    }
+
+    /// `queued` bytes on this host wait for the tier, `orphaned` of them on timelines that the
+    /// primary has left.
+    pub fn waits(&mut self, now: Duration, queued: u64, orphaned: u64) {
+        (self.queued, self.orphaned) = (queued, orphaned);
+        if orphaned == 0 {
+            self.orphaned_since = None;
+        } else {
+            let since = self.caught_up.unwrap_or(now).min(now);
+            self.orphaned_since.get_or_insert(since);
+        }
+    }
+
+    /// The tier's distance from the primary at `now`.
     #[must_use]
     pub fn exposure(&self, now: Duration) -> Exposure {
+        let oldest = self.uncovered.front().map(|(since, _)| *since);
+        let elsewhere = self.elsewhere.map(|(since, ..)| since);
+        let orphans = self.orphaned_since.filter(|_| self.orphaned > 0);
+        let behind = [oldest, elsewhere, orphans].into_iter().flatten().min();
+        let age = |since: Duration| now.saturating_sub(since);
         let Some((last_contact, flush_lsn)) = self.source else {
+            let since = behind.into_iter().chain(self.caught_up).min();
             return Exposure {
-                rpo: None,
+                rpo: since.map(age),
+                proved: behind.filter(|_| self.queued > 0).map(age),
                 lag_bytes: None,
                 source_known: false,
             };
         };
-        let unseen_for = now.saturating_sub(last_contact);
-        let source_known = unseen_for <= CONTACT_FRESH;
-        let behind = self
-            .uncovered
-            .front()
-            .map(|(since, _)| now.saturating_sub(*since));
+        let unseen_for = age(last_contact);
+        let source_known = unseen_for <= CONTACT_FRESH && !self.unseen_on_path;
         let rpo = match behind {
-            Some(age) => age,
+            Some(since) => age(since),
             None if source_known => Duration::ZERO,
             // Nothing is known of what the primary flushed since: the honest number grows.
             None => unseen_for,
         };
+        let is_counted = source_known || self.queued > 0;
+        let until = if is_counted { now } else { last_contact };
+        let lag = self.durable.filter(|_| self.elsewhere.is_none());
+        let lag = lag.map(|durable| {
+            let newest = self.uncovered.back().map_or(flush_lsn, |(_, lsn)| *lsn);
+            let on_path = newest.max(flush_lsn).bytes_since(durable);
+            on_path.saturating_add(self.orphaned).max(self.queued)
+        });
         Exposure {
             rpo: Some(rpo),
-            lag_bytes: Some(flush_lsn.bytes_since(self.durable)),
+            proved: behind.map(|since| until.saturating_sub(since)),
+            lag_bytes: lag.filter(|_| source_known),
             source_known,
         }
     }
@@ -107,96 +244,4 @@ impl RpoEstimator {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn at(milliseconds: u64) -> Duration {
-        Duration::from_millis(milliseconds)
-    }
-
-    #[test]
-    fn it_is_unknown_before_the_primary_was_seen() {
-        let estimator = RpoEstimator::default();
-        let exposure = estimator.exposure(at(5));
-        assert_eq!(
-            exposure,
-            Exposure {
-                rpo: None,
-                lag_bytes: None,
-                source_known: false
-            }
-        );
-    }
-
-    #[test]
-    fn an_idle_database_shows_zero() {
-        let mut estimator = RpoEstimator::default();
-        estimator.held(Lsn(100));
-        for second in 0..3600 {
-            estimator.source_seen(at(second * 1000), Lsn(100));
-            let exposure = estimator.exposure(at(second * 1000 + 999));
-            assert_eq!(
-                (exposure.rpo, exposure.lag_bytes),
-                (Some(Duration::ZERO), Some(0))
-            );
-        }
-    }
-
-    #[test]
-    fn it_is_the_age_of_the_oldest_position_not_held() {
-        let mut estimator = RpoEstimator::default();
-        estimator.source_seen(at(1000), Lsn(10));
-        estimator.source_seen(at(2000), Lsn(20));
-        estimator.source_seen(at(3000), Lsn(20));
-        assert_eq!(estimator.exposure(at(3500)).rpo, Some(at(2500)));
-        estimator.held(Lsn(15));
-        let exposure = estimator.exposure(at(3500));
-        assert_eq!(
-            (exposure.rpo, exposure.lag_bytes),
-            (Some(at(1500)), Some(5))
-        );
-        estimator.held(Lsn(20));
-        assert_eq!(estimator.exposure(at(3500)).rpo, Some(Duration::ZERO));
-    }
-
-    #[test]
-    fn it_counts_up_while_the_primary_can_not_be_seen() {
-        let mut estimator = RpoEstimator::default();
-        estimator.source_seen(at(1000), Lsn(10));
-        estimator.held(Lsn(10));
-        assert_eq!(estimator.exposure(at(4000)).rpo, Some(Duration::ZERO));
-        let later = estimator.exposure(at(61_000));
-        assert_eq!((later.rpo, later.source_known), (Some(at(60_000)), false));
-    }
-
-    proptest! {
-        /// Against the definition itself, over the whole history: never less, and equal while nothing was merged.
-        #[test]
-        fn it_never_reports_less_than_the_definition(
-            steps in prop::collection::vec((0u64..50, 0u64..40, 0u64..60), 1..2500),
-        ) {
-            let mut estimator = RpoEstimator::default();
-            // With fewer samples than it remembers nothing is merged.
-            let exact = steps.len() < SAMPLES_MAX;
-            let (mut now, mut flushed, mut held) = (0, 0, 0);
-            let mut history = Vec::new();
-            for (passed, written, stored) in steps {
-                now += passed;
-                flushed += written;
-                estimator.source_seen(at(now), Lsn(flushed));
-                history.push((now, flushed));
-                held = (held + stored / 2).min(flushed);
-                estimator.held(Lsn(held));
-                history.retain(|(_, lsn)| *lsn > held);
-                let truth = history.first().map_or(0, |(since, _)| now - since);
-                let reported = estimator.exposure(at(now)).rpo.expect("the primary was seen");
-                prop_assert!(reported >= at(truth));
-                if exact {
-                    prop_assert_eq!(reported, at(truth));
-                }
-            }
-        }
-    }
-}
+mod tests;

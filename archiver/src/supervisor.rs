@@ -14,8 +14,7 @@ use catalog::Catalog;
 use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
 
 use crate::{
-    base_backup,
-    cluster_status::ClusterStatus,
+    cluster_status::{CaughtUp, ClusterStatus},
     core::Event,
     error::{Error, Result},
     expire, locks,
@@ -37,6 +36,7 @@ use crate::{
 
 mod known;
 mod protect;
+mod repair;
 
 use known::Known;
 use protect::endangered;
@@ -49,16 +49,12 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const BROKEN_RETRY: Duration = Duration::from_secs(30);
 /// Pause while missing WAL is looked for: whoever has it may be back at any moment.
 const GAP_RETRY: Duration = Duration::from_secs(2);
-/// How soon a loss is noticed.
-const LOSS_POLL: Duration = Duration::from_millis(500);
 /// How often the task says that it lives.
 const BEAT: Duration = Duration::from_millis(500);
 /// How often it is looked whether it has.
 const SETTLE_POLL: Duration = Duration::from_millis(100);
 /// How long what came before a gap may take to reach the repository before the gap is looked at: it is on its way.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
-/// Pause after a base backup that failed: long enough for its cause to pass.
-const BACKUP_RETRY: Duration = Duration::from_secs(30);
 /// A stream that lived this long was healthy: the next failure is a new one.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 /// A damaged record is asked for this often: damage on the way heals, damage on the server's disk does not.
@@ -78,6 +74,7 @@ pub async fn run(
         let settings = settings.clone();
         blocking(move || Spool::open(&settings.spool, &settings.name)).await?
     });
+    status.resume(CaughtUp::read(spool.directory()));
     let _pushes = push::start(&settings, Arc::clone(&status))?;
     let _standbys = walsender::start(&settings, Arc::clone(&status)).await?;
     let mut supervisor = Supervisor {
@@ -91,7 +88,7 @@ pub async fn run(
         damaged: 0,
         gave_up: false,
     };
-    let backups = tokio::spawn(back_up_after_loss(
+    let backups = tokio::spawn(repair::take_repairing_backups(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),
     ));
@@ -495,42 +492,6 @@ async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
             || !shutdown.sleep(SETTLE_POLL).await
         {
             return;
-        }
-    }
-}
-
-/// Takes a base backup whenever WAL was declared lost: only behind it the archive is whole again.
-async fn back_up_after_loss(settings: ClusterSettings, status: Arc<ClusterStatus>) {
-    let mut said = String::new();
-    loop {
-        tokio::time::sleep(LOSS_POLL).await;
-        let facts = status.facts();
-        if facts.lost.is_none() || !facts.connected {
-            continue;
-        }
-        tracing::info!(cluster = %settings.name, "taking a base backup behind the lost WAL");
-        let began = jiff::Timestamp::now();
-        match base_backup::attempt(&settings, "after lost WAL", &|_| {}).await {
-            Ok(backup) => {
-                said.clear();
-                tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
-                // What was lost meanwhile needs another.
-                status.note(|now| {
-                    if now.lost == facts.lost {
-                        now.lost = None;
-                    }
-                });
-            }
-            Err(error) => {
-                tracing::error!(cluster = %settings.name, %error, "the base backup behind the lost WAL failed; it is tried again");
-                let message = error.to_string();
-                // Each try would leave an object in the repository; what is new is said once.
-                if message != said {
-                    base_backup::record_failure(&settings, began, &message).await;
-                    said = message;
-                }
-                tokio::time::sleep(BACKUP_RETRY).await;
-            }
         }
     }
 }

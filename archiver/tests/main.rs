@@ -18,6 +18,7 @@ mod import;
 mod libpq;
 mod network;
 mod odd_wal;
+mod present;
 mod pressure;
 mod push;
 mod streaming;

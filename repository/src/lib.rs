@@ -15,6 +15,7 @@ mod histories;
 mod outcomes;
 mod records;
 mod repository;
+mod restorable;
 mod retention_lock;
 mod sealed_parts;
 mod sound;
@@ -29,6 +30,10 @@ pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};
 pub use outcomes::OUTCOMES_MAX;
 pub use repository::{ClusterIdentity, Repository};
+pub use restorable::{
+    KnownTimeline, PathWal, Refusal, Restorable, Stretch, WalIndex, default_timelines, follow_wal,
+    leads_to,
+};
 pub use retention_lock::{KnownLocks, LockReport, extend_locks};
 pub use sound::is_sound;
 pub use store::{ObjectMeta, ObjectStore, PutOutcome};

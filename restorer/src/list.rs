@@ -3,11 +3,16 @@
 use repository::{ExpiredSet, Repository};
 use serde::Serialize;
 use wal_format::{
-    BackupId, Branch, ExpiredWindow, FailoverLoss, Lsn, ObjectKey, PgTimestamp, PgVersion,
-    SystemIdentifier,
+    BackupId, BackupInfo, Branch, ExpiredWindow, FailoverLoss, Lsn, ObjectKey, PgTimestamp,
+    PgVersion, SystemIdentifier,
 };
 
-use crate::{Result, inventory::Inventory};
+use crate::{
+    Result,
+    inventory::Inventory,
+    plan::{Index, PathPart, Wishes, plan_restore, timeline_path},
+    target::RecoveryTarget,
+};
 
 /// Everything that is listed.
 #[derive(Clone, Debug, Serialize)]
@@ -18,6 +23,11 @@ pub struct Listing {
     pub backups: Vec<ListedBackup>,
     /// The stretches of WAL without a gap.
     pub windows: Vec<Window>,
+    /// What of them a restore accepts.
+    pub restorable: Vec<Restorable>,
+    /// Why a restore of the newest state, without a timeline, is refused; `None` where it is
+    /// accepted.
+    pub refusal: Option<String>,
     /// What is missing between them, for another reason than that it expired.
     pub gaps: Vec<Gap>,
     /// Commits that failovers lost; their WAL is kept on the timeline that was left.
@@ -117,8 +127,27 @@ pub struct Window {
     pub first_time: Option<PgTimestamp>,
     /// The greatest time in it.
     pub last_time: Option<PgTimestamp>,
-    /// Whether a backup lies in it, so that something of it can be restored.
+    /// Whether a backup leads to any of it, so that something of it can be restored.
     pub restorable: bool,
+}
+
+/// WAL in which a recovery can stop.
+#[derive(Clone, Debug, Serialize)]
+pub struct Restorable {
+    /// Its timeline.
+    pub branch: Branch,
+    /// The first byte after which a recovery can stop.
+    pub start_lsn: Lsn,
+    /// The first byte after the stretch.
+    pub end_lsn: Lsn,
+    /// The oldest backup that leads here.
+    pub backup: BackupId,
+    /// When that backup was complete; `None` where it was taken on an older timeline.
+    pub first_time: Option<PgTimestamp>,
+    /// The greatest time of a commit or abort in the stretch.
+    pub last_time: Option<PgTimestamp>,
+    /// Whether a restore leads here without `--target-timeline`.
+    pub by_default: bool,
 }
 
 /// Missing WAL.
@@ -206,11 +235,17 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
     let inside = |window: &Window, branch: Branch, from: Lsn, to: Lsn| {
         window.branch == branch && window.start_lsn <= from && window.end_lsn >= to
     };
+    let default = timeline_path(inventory, &Wishes::default());
+    let restorable = restorable(inventory, &backups, default.as_deref().unwrap_or_default())?;
     for window in &mut windows {
-        let held =
-            |one: &wal_format::BackupInfo| inside(window, one.branch, one.start_lsn, one.stop_lsn);
-        window.restorable = backups.iter().any(held);
+        let of = |one: &Restorable| {
+            let touches = one.start_lsn < window.end_lsn && window.start_lsn < one.end_lsn;
+            one.branch == window.branch && touches
+        };
+        window.restorable = restorable.iter().any(of);
     }
+    let planned = plan_restore(inventory, &RecoveryTarget::Latest, &Wishes::default());
+    let refusal = planned.err().map(|refusal| refusal.to_string());
     let backups = backups
         .into_iter()
         .map(|one| ListedBackup {
@@ -241,6 +276,8 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         expired: Vec::new(),
         backups,
         windows,
+        restorable,
+        refusal,
         gaps,
         failover_losses: Vec::new(),
         restore_points,
@@ -252,4 +289,43 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
             })
             .collect(),
     })
+}
+
+/// The stretches of every timeline's own WAL in which a recovery can stop, cut where the `default`
+/// path leaves it.
+fn restorable(
+    inventory: &dyn Inventory,
+    backups: &[BackupInfo],
+    default: &[PathPart],
+) -> Result<Vec<Restorable>> {
+    let branches = inventory.branches()?;
+    let size = inventory.identity().wal_segment_size.bytes();
+    let index = Index(inventory);
+    let mut all = Vec::new();
+    for (branch, _, _) in &branches {
+        let path = repository::timeline_path(&branches, *branch).unwrap_or_default();
+        let Some(own) = path.last() else { continue };
+        let left_at = default.iter().find(|part| part.branch == *branch);
+        let left_at = left_at.map_or(own.from, |part| part.to);
+        let found = repository::Restorable::along(&index, &path, backups, size)?;
+        for stretch in found.stretches {
+            for (from, to, by_default) in [(own.from, left_at, true), (left_at, Lsn::MAX, false)] {
+                let start_lsn = stretch.from_lsn.max(from);
+                let end_lsn = stretch.to_lsn.min(to);
+                if start_lsn >= end_lsn {
+                    continue;
+                }
+                all.push(Restorable {
+                    branch: *branch,
+                    start_lsn,
+                    end_lsn,
+                    backup: stretch.backup.clone(),
+                    first_time: (start_lsn == stretch.from_lsn).then_some(stretch.finished),
+                    last_time: stretch.last_time(&index, &path, (start_lsn, end_lsn))?,
+                    by_default,
+                });
+            }
+        }
+    }
+    Ok(all)
 }

@@ -21,7 +21,7 @@ mod stop;
 
 pub use in_doubt::PreparedTransaction;
 use path::Coverage;
-pub(crate) use path::cover;
+pub(crate) use path::{Index, cover};
 pub use path::{PathPart, print_path, timeline_path};
 use stop::{Found, find_stop};
 
@@ -278,10 +278,7 @@ pub fn plan_restore(
             )));
         }
     }
-    let reachable = |backup: &BackupInfo| {
-        path.iter()
-            .any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
-    };
+    let reachable = |backup: &BackupInfo| repository::leads_to(&path, backup);
     let wished = wishes.backup.as_ref().and(backups.first()).cloned();
     let archived = !backups.is_empty();
     backups.retain(reachable);

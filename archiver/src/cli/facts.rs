@@ -47,7 +47,9 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
     add(
         "restorable",
         format!(
-            "{}, {} to {}; gaps: {}, without a backup behind them: {}; complete as of {}",
+            "{}{}, {} to {}; gaps: {}, without a backup behind them: {}; complete as of {}",
+            of.string("/window/refusal")
+                .map_or_else(String::new, |refusal| format!("REFUSED: {refusal}; ")),
             of.between("/window/earliest", "/window/latest_commit"),
             of.instant("/window/earliest"),
             of.instant("/window/latest_commit"),
@@ -263,7 +265,9 @@ impl<'a> Of<'a> {
             .0
             .pointer("/slot/safe_wal_bytes")
             .and_then(Value::as_u64);
+        let is_known = self.string("/slot/wal_status").is_some();
         let room = match safe {
+            None if !is_known => "its limit is unknown".to_owned(),
             None => "no limit".to_owned(),
             Some(safe) => format!(
                 "{} may still be written, full in {} at {}",

@@ -75,10 +75,12 @@ impl ClusterStatus {
             source_known: remote.source_known,
             stream_connected: facts.connected,
             remote_rpo_seconds: remote.rpo.map(|age| age.as_secs_f64()),
+            proved_rpo_seconds: remote.proved.map(|age| age.as_secs_f64()),
             rpo_target_seconds,
             danger: facts.danger,
             standby: standby.as_deref(),
-            has_backup: facts.last_backup.is_some(),
+            has_backup: facts.looked.then_some(facts.last_backup.is_some()),
+            unreached: facts.unreached.as_deref(),
             slot_wal_status: facts
                 .slot_report
                 .as_ref()
@@ -90,9 +92,12 @@ impl ClusterStatus {
             // Declared a moment ago, before the next look into the catalog.
             window.open_gaps = window.open_gaps.max(Some(1));
             window.gaps = window.gaps.max(window.open_gaps);
+            window.refusal = window.refusal.or_else(|| facts.lost.clone());
         }
         let known = |lsn: Lsn| (lsn > Lsn::ZERO).then_some(lsn);
-        let flushed = positions.flushed();
+        let path = facts.server_path.unwrap_or_default();
+        let stored = positions.remote_on(&path.parts);
+        let stored = known(stored.unwrap_or_else(|| positions.remote()));
         ClusterReport {
             schema: "v1",
             cluster: self.cluster.clone(),
@@ -102,14 +107,17 @@ impl ClusterStatus {
             source: SourceReport {
                 system_identifier: facts.system_identifier,
                 server_version: facts.server_version,
-                timeline: facts.branch.map(|branch| branch.timeline),
-                flush_lsn: facts.server_flush_lsn,
+                timeline: path
+                    .current()
+                    .or(facts.branch)
+                    .map(|branch| branch.timeline),
+                flush_lsn: self.source_lsn(),
                 stream_connected: facts.connected,
                 last_contact: facts.last_message,
             },
             durable: DurableReport {
-                local: TierReport::new(known(flushed), local),
-                remote: TierReport::new(known(positions.remote()), remote),
+                local: TierReport::new(known(positions.flushed()), local),
+                remote: TierReport::new(stored, remote),
             },
             rpo_target_seconds,
             window,
@@ -143,7 +151,7 @@ impl ClusterStatus {
                     .collect(),
                 spool_used_bytes: facts.spool_used_bytes,
                 spool_limit_bytes: facts.spool_limit_bytes,
-                upload_queue_bytes: flushed.bytes_since(positions.remote()),
+                upload_queue_bytes: positions.queued_bytes(),
             },
             repository: settings.repository.to_string(),
             requests: settings.repository.request_report(),
@@ -152,9 +160,9 @@ impl ClusterStatus {
                 .archive()
                 .map_or_else(Vec::new, |archive| archive.repository().places()),
             wal_bytes_per_second: None,
-            caught_up_as_of: self.caught_up_as_of(remote),
+            caught_up_as_of: self.caught_up_as_of(),
             rto: details.rto(
-                known(positions.remote()),
+                stored,
                 settings.rto_target.map(|target| target.as_secs_f64()),
             ),
             last_drill_passed: details

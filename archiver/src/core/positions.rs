@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use repository::config::Acknowledge;
+use repository::{PathPart, config::Acknowledge};
 use wal_format::{Branch, Lsn};
 
 /// A contiguous range that grows from its start, built from ranges that arrive in any order.
@@ -172,6 +172,57 @@ impl Positions {
     #[must_use]
     pub fn stored_on(&self, branch: Branch) -> Lsn {
         self.stored.get(&branch).map_or(Lsn::ZERO, Coverage::end)
+    }
+
+    /// The end of what is durable here without a gap on the server's path of timelines. `None`
+    /// when the branch being archived is not on it, so that nothing is known.
+    ///
+    /// Earlier branches of the path are complete: the next one is taken up only then.
+    #[must_use]
+    pub fn flushed_on(&self, path: &[PathPart]) -> Option<Lsn> {
+        let part = path.iter().find(|part| part.branch == self.branch)?;
+        Some(self.flushed().max(part.from).min(part.to))
+    }
+
+    /// The end of what the repository holds without a gap on the server's path of timelines.
+    /// `None` when the branch being archived is not on it, so that nothing is known.
+    #[must_use]
+    pub fn remote_on(&self, path: &[PathPart]) -> Option<Lsn> {
+        let at = path.iter().position(|part| part.branch == self.branch)?;
+        let (part, before) = (path.get(at)?, path.get(..at)?);
+        for part in before {
+            let left = self.left.iter().find(|(left, _)| *left == part.branch);
+            let stored = self.stored_on(part.branch);
+            if let Some((_, left_at)) = left
+                && stored < part.to.min(*left_at)
+            {
+                return Some(stored);
+            }
+        }
+        // Everything before is stored: what the branch itself repeats of it is not needed.
+        Some(self.stored_on(self.branch).max(part.from).min(part.to))
+    }
+
+    /// Bytes that are durable here and not in the repository, of every branch.
+    #[must_use]
+    pub fn queued_bytes(&self) -> u64 {
+        let present = [(self.branch, self.flushed())];
+        let all = self.left.iter().chain(&present);
+        all.map(|(branch, end)| end.bytes_since(self.stored_on(*branch)))
+            .sum()
+    }
+
+    /// The part of [`Positions::queued_bytes`] that is not on the server's path of timelines.
+    #[must_use]
+    pub fn orphaned_bytes(&self, path: &[PathPart]) -> u64 {
+        let present = [(self.branch, self.flushed())];
+        let all = self.left.iter().chain(&present);
+        all.map(|(branch, end)| {
+            let part = path.iter().find(|part| part.branch == *branch);
+            let left_at = part.map_or(Lsn::ZERO, |part| part.to);
+            end.bytes_since(self.stored_on(*branch).max(left_at))
+        })
+        .sum()
     }
 
     /// Takes up a branch that is durable here up to `durable` and stored in the repository as

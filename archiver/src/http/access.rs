@@ -81,22 +81,26 @@ impl Access {
             .map(|(_, role, _)| *role)
     }
 
-    /// Whether a request that changes something was made by our own page or by a program, and not by a stranger's page in
-    /// a browser that is logged in here.
+    /// Returns true if a request that changes something comes from a program or from a page of
+    /// ours, and not from another site's page in a browser that is logged in here.
+    ///
+    /// A browser sends `Sec-Fetch-Site` to HTTPS and loopback addresses, and no page can set it.
+    /// Where it is absent, `Origin` has to name the host that was asked. A request with neither
+    /// was not sent by a browser's page.
     pub(super) fn is_own_request(headers: &HeaderMap) -> bool {
         if headers.contains_key(AUTHORIZATION) {
             return true;
         }
+        if let Some(site) = headers.get("sec-fetch-site") {
+            return matches!(site.as_bytes(), b"same-origin" | b"none");
+        }
         let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
         match text(ORIGIN) {
-            // `Origin: null` and every other host are strangers.
+            // `Origin: null` names no host.
             Some(origin) => origin
                 .split_once("://")
                 .is_some_and(|(_, host)| Some(host) == text(HOST)),
-            None => matches!(
-                headers.get("sec-fetch-site").map(|value| value.as_bytes()),
-                None | Some(b"same-origin" | b"none")
-            ),
+            None => !headers.contains_key(ORIGIN),
         }
     }
 
@@ -134,10 +138,10 @@ impl Access {
     }
 
     fn cookie(&self, value: &str, seconds: u64) -> String {
+        // `Lax`, so that a link in an alert opens the page of a browser that is logged in. Requests
+        // that change something are guarded by `is_own_request`.
         let secure = if self.secure { "; Secure" } else { "" };
-        format!(
-            "{COOKIE_NAME}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={seconds}{secure}"
-        )
+        format!("{COOKIE_NAME}={value}; Path=/; HttpOnly; SameSite=Lax; Max-Age={seconds}{secure}")
     }
 }
 

@@ -194,6 +194,13 @@ fn tiles(out: &mut String, view: &View<'_>) {
             "waiting".to_owned(),
             vec!["for the first commit after the backup".to_owned()],
         ),
+        _ if report.last_backup.is_some() => (
+            "nothing".to_owned(),
+            vec![match &report.window.refusal {
+                Some(refusal) => format::code(&capitalised(refusal)),
+                None => "not known yet".to_owned(),
+            }],
+        ),
         _ => (
             "none yet".to_owned(),
             vec!["run <code>wal-archiver backup</code>".to_owned()],
@@ -251,7 +258,7 @@ fn tiles(out: &mut String, view: &View<'_>) {
         "Restorable",
         &window,
         &window_notes,
-        report.window.open_gaps.is_some_and(|gaps| gaps > 0),
+        report.window.refusal.is_some(),
     );
     tile(
         out,
@@ -282,9 +289,18 @@ fn tile(out: &mut String, id: &str, term: &str, value: &str, notes: &[String], b
 /// The page's first sentences: what is lost if the primary dies now, how long until it is back, and why.
 pub(crate) fn sentence(report: &ClusterReport) -> String {
     let loss = match report.durable.remote.rpo_seconds {
+        _ if report.looked && report.last_backup.is_none() => {
+            "Losing the primary now loses everything".to_owned()
+        }
+        _ if report.window.refusal.is_some() => match report.window.latest_commit {
+            Some(latest) => format!("Losing the primary now loses everything after {latest}"),
+            None => "Losing the primary now loses everything".to_owned(),
+        },
         None => "What losing the primary now would lose is not known".to_owned(),
         Some(rpo) if report.state == State::Unknown => {
-            format!("The primary was last proved safe {rpo:.1} s ago")
+            format!(
+                "The primary was last proved safe {rpo:.1} s ago; what it wrote since is not known"
+            )
         }
         Some(0.0) => "Losing the primary now loses nothing that it had flushed".to_owned(),
         Some(rpo) => format!("Losing the primary now loses up to {rpo:.1} s"),

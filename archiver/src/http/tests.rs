@@ -263,7 +263,7 @@ async fn a_login_makes_a_session_and_a_logout_ends_it() {
         .to_str()
         .expect("text")
         .to_owned();
-    assert!(cookie.contains("HttpOnly; SameSite=Strict"), "{cookie}");
+    assert!(cookie.contains("HttpOnly; SameSite=Lax"), "{cookie}");
     assert!(!cookie.contains("a-token"), "{cookie}");
     let cookie = cookie.split(';').next().expect("a pair").to_owned();
     let with = [("cookie", cookie.as_str())];
@@ -298,10 +298,49 @@ async fn only_the_operate_token_acts_and_no_other_site_does() {
         StatusCode::CONFLICT,
         "nobody is to be told"
     );
-    assert_eq!(
-        status(&[("origin", "https://evil"), ("host", "here")]).await,
-        StatusCode::FORBIDDEN
-    );
+    for (headers, expected) in [
+        (
+            vec![("origin", "https://evil"), ("host", "here")],
+            StatusCode::FORBIDDEN,
+        ),
+        (
+            vec![("origin", "null"), ("host", "here")],
+            StatusCode::FORBIDDEN,
+        ),
+        (
+            vec![("sec-fetch-site", "cross-site")],
+            StatusCode::FORBIDDEN,
+        ),
+        // A neighbour under the same domain, whose page may be anybody's.
+        (
+            vec![
+                ("sec-fetch-site", "same-site"),
+                ("origin", "http://here"),
+                ("host", "here"),
+            ],
+            StatusCode::FORBIDDEN,
+        ),
+        // Our own pages: they get as far as the question for the token.
+        (
+            vec![("origin", "http://here"), ("host", "here")],
+            StatusCode::UNAUTHORIZED,
+        ),
+        (
+            vec![("sec-fetch-site", "same-origin"), ("origin", "null")],
+            StatusCode::UNAUTHORIZED,
+        ),
+        // A proxy that exchanges `Host` in front of us.
+        (
+            vec![
+                ("sec-fetch-site", "same-origin"),
+                ("origin", "https://a"),
+                ("host", "b"),
+            ],
+            StatusCode::UNAUTHORIZED,
+        ),
+    ] {
+        assert_eq!(status(&headers).await, expected, "{headers:?}");
+    }
     // Without any token everyone may look and nobody may act.
     let open = self::sources();
     assert_eq!(

@@ -7,7 +7,7 @@ use std::{
 };
 
 use tokio::time::MissedTickBehavior;
-use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey};
+use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey, TimelineId};
 
 use super::{archive::Archive, blocking, window::Marks};
 use crate::{
@@ -16,6 +16,7 @@ use crate::{
     outcomes,
     replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
     report::SlotReport,
+    rpo::Seen,
     synchronous,
 };
 
@@ -53,11 +54,17 @@ async fn poll_once_connected(
 ) -> replication::Result<()> {
     let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Sql).await?;
     let quoted = slot.replace('\'', "''");
+    // The first eight digits of a WAL file's name are the timeline on which it would be written. A
+    // server in recovery names the timeline that its walreceiver streams.
     let sql = format!(
-        "SELECT (CASE WHEN pg_is_in_recovery() THEN greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) ELSE pg_current_wal_flush_lsn() END)::text, \
+        "SELECT (CASE WHEN r THEN greatest(pg_last_wal_receive_lsn(), pg_last_wal_replay_lsn()) \
+         ELSE pg_current_wal_flush_lsn() END)::text, \
          s.active::text, s.wal_status, s.safe_wal_size::text, s.restart_lsn::text, \
-         (extract(epoch FROM clock_timestamp()))::text \
-         FROM (VALUES (1)) one LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = '{quoted}'"
+         (extract(epoch FROM clock_timestamp()))::text, \
+         CASE WHEN r THEN (SELECT lpad(to_hex(received_tli), 8, '0') FROM pg_catalog.pg_stat_wal_receiver) \
+         ELSE left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) END \
+         FROM (SELECT pg_is_in_recovery() AS r OFFSET 0) one \
+         LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = '{quoted}'"
     );
     let mut timer = tokio::time::interval(POLL_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -75,7 +82,11 @@ async fn poll_once_connected(
         let field = |at: usize| rows.first().and_then(|row| row.get(at)).cloned().flatten();
         let lsn = |at: usize| field(at).and_then(|text| text.parse::<Lsn>().ok());
         let flush_lsn = lsn(0);
-        status.heard(flush_lsn);
+        let timeline = field(6).and_then(|digits| u32::from_str_radix(&digits, 16).ok());
+        status.heard(flush_lsn.map(|flush_lsn| Seen::Polled {
+            timeline: timeline.and_then(TimelineId::new),
+            flush_lsn,
+        }));
         let retained = flush_lsn
             .zip(lsn(4))
             .map(|(end, from)| end.bytes_since(from));
@@ -191,39 +202,57 @@ fn look_once(
     let mut backups = catalog.backups()?;
     // A folder's listings cost nothing.
     let folder = archive.settings().repository.url.folder().is_some();
-    let waiting = backups.is_empty() || loss(archive, &backups)?.is_some();
+    let is_unreached = archive.status().facts().unreached.is_some();
+    let waiting = backups.is_empty() || is_unreached || loss(archive, &backups)?.is_some();
     let asks = match list {
         Listing::Now => true,
         Listing::WhenWaiting => folder || waiting,
         Listing::Never => folder && waiting,
     };
     if asks {
-        let system = archive.identity().system_identifier;
-        let stored = archive.repository().list(&format!("{system}/backup/"))?;
-        let expired = catalog.expired()?;
-        let is_info = |key: &ObjectKey| match key {
-            ObjectKey::BackupInfo(_, id) => !expired.backups().contains(id),
-            _ => false,
-        };
-        if stored.iter().filter(|(key, _)| is_info(key)).count() != backups.len() {
-            catalog.refresh(archive.repository())?;
-            backups = catalog.backups()?;
+        match list_new_backups(archive, backups.len()) {
+            Ok(()) => backups = catalog.backups()?,
+            // What the catalog knows is judged also while the repository is away.
+            Err(error) if !backups.is_empty() => {
+                tracing::debug!(%error, "the repository's backups are not known");
+            }
+            Err(error) => return Err(error),
         }
     }
     let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
     // A folder is looked into at once; a bucket, where each listing has a price, as often as for backups.
-    if list == Listing::Now || folder {
-        marks.ask(archive)?;
+    if (list == Listing::Now || folder)
+        && let Err(error) = marks.ask(archive)
+    {
+        tracing::debug!(%error, "the repository's outcomes are not known");
     }
-    let (window, details) = marks.look(archive, &backups)?;
+    let (window, unreached, details) = marks.look(archive, &backups)?;
     let last_backup = details.backups.last().cloned();
-    archive.status().looked(archive, details);
     let lost = loss(archive, &backups)?;
     archive.status().note(|facts| {
         facts.lost = lost;
+        facts.unreached = unreached;
         facts.window = window;
         facts.last_backup = last_backup;
     });
+    // After the facts: whoever sees a backup in the details sees what was judged with it.
+    archive.status().looked(archive, details);
+    Ok(())
+}
+
+/// Brings the catalog up to date if the repository lists other backups than the `known` ones.
+fn list_new_backups(archive: &Archive, known: usize) -> Result<()> {
+    let catalog = archive.catalog();
+    let system = archive.identity().system_identifier;
+    let stored = archive.repository().list(&format!("{system}/backup/"))?;
+    let expired = catalog.expired()?;
+    let is_info = |key: &ObjectKey| match key {
+        ObjectKey::BackupInfo(_, id) => !expired.backups().contains(id),
+        _ => false,
+    };
+    if stored.iter().filter(|(key, _)| is_info(key)).count() != known {
+        catalog.refresh(archive.repository())?;
+    }
     Ok(())
 }
 

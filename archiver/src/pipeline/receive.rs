@@ -16,7 +16,7 @@ use tokio::{
     sync::{mpsc::error::TrySendError, watch},
     time::MissedTickBehavior,
 };
-use wal_format::Lsn;
+use wal_format::{Branch, Lsn};
 
 use super::{
     failure::Failure,
@@ -28,6 +28,7 @@ use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
     replication::{StreamMessage, WalReceiver},
+    rpo::Seen,
     shutdown::Shutdown,
 };
 
@@ -65,6 +66,8 @@ pub struct Receive {
     pub intake: Intake,
     /// What is known of the cluster.
     pub status: Arc<ClusterStatus>,
+    /// The branch that is streamed.
+    pub branch: Branch,
     /// What may stop the stream from behind.
     pub failure: Arc<Failure>,
     /// Where PostgreSQL is told.
@@ -206,7 +209,10 @@ impl Receive {
             } => {
                 let length = data.len() as u64;
                 ClusterStatus::count(&self.status.wal_received_bytes, length);
-                self.status.heard(Some(wal_end));
+                self.status.heard(Some(Seen::Streamed {
+                    branch: self.branch,
+                    flush_lsn: wal_end,
+                }));
                 course.fed = course.heard;
                 let received = Received {
                     start_lsn,

@@ -15,6 +15,7 @@ use super::{
     voice::Voice,
 };
 use crate::{
+    cluster_status::ServerPath,
     error::{Error, Result},
     replication::{
         self, ConnInfo, ConnectionMode, NextTimeline, ReplicationClient, ReplicationStart,
@@ -277,6 +278,7 @@ impl Source {
         server.slot_restart_lsn = slot_restart_lsn;
         let plan = plan_start(&server, &held, size)?;
         if follows {
+            archive.status().follow(ServerPath::of(&server.path));
             fork::note(pipeline, &server.path).await?;
         }
         if follows {
@@ -349,6 +351,7 @@ impl Source {
                     let receive = Receive {
                         intake: pipeline.spool().intake(),
                         status: Arc::clone(archive.status()),
+                        branch: branch.branch,
                         failure: Arc::clone(pipeline.failure()),
                         voice: Arc::clone(&voice),
                         until: match purpose {
@@ -430,6 +433,8 @@ impl Source {
                 switch_lsn: Lsn::MAX,
             };
             if follows {
+                let known = archive.status().facts().server_path.unwrap_or_default();
+                archive.status().follow(known.extended(&next));
                 // A standby that was promoted at a recovery target had sent more than it replayed.
                 let left = ServerBranch {
                     switch_lsn,

@@ -11,7 +11,10 @@ use wal_format::{
     BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
 };
 
-use super::archive::Archive;
+use super::{
+    archive::Archive,
+    restorable::{Look, Ranges},
+};
 use crate::{
     error::Result,
     report::{BackupReport, Details, GapReport, HeldRange, Mark, MarkKind, WindowReport},
@@ -28,6 +31,8 @@ pub(crate) struct Marks {
     seen: BTreeSet<(Branch, Lsn, Lsn)>,
     marks: BTreeMap<(PgTimestamp, Lsn), Mark>,
     outcomes: BTreeMap<(OutcomeKind, BackupId), Outcome>,
+    /// The first missing byte of a gap that the last look found.
+    missing: Option<(Branch, Lsn)>,
 }
 
 impl Marks {
@@ -40,12 +45,12 @@ impl Marks {
         Ok(())
     }
 
-    /// The window and everything beside it, as the catalog has them now.
+    /// Returns what can be restored, why the server's present cannot be, and the details.
     pub(crate) fn look(
         &mut self,
         archive: &Archive,
         backups: &[BackupInfo],
-    ) -> Result<(WindowReport, Details)> {
+    ) -> Result<(WindowReport, Option<String>, Details)> {
         let mut details = Details {
             backups: backups.iter().map(backup_report).collect(),
             outcomes: self.outcomes.values().cloned().collect(),
@@ -54,7 +59,13 @@ impl Marks {
         details.outcomes.sort_by_key(|outcome| outcome.finished);
         let expired = archive.catalog().expired()?;
         let mut all = BTreeSet::new();
-        for (branch, history, _) in archive.catalog().branches()? {
+        let timelines = archive.catalog().branches()?;
+        let mut index = Ranges {
+            archive,
+            of: BTreeMap::new(),
+        };
+        for (branch, history, _) in &timelines {
+            let branch = *branch;
             let ranges = archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)?;
             for range in &ranges {
                 let key = (branch, range.start_lsn, range.end_lsn);
@@ -81,6 +92,7 @@ impl Marks {
                 self.marks.insert((time, mark.lsn), mark);
             }
             join(&mut details, &ranges, archive.gaps(), &expired);
+            index.of.insert(branch, ranges);
         }
         self.seen.retain(|key| all.contains(key));
         while self.marks.len() > MARKS_MAX {
@@ -88,10 +100,19 @@ impl Marks {
         }
         details.failover_losses = archive.losses().all();
         details.marks = self.marks.values().cloned().collect();
-        let window = window(&details, backups, &expired);
+        let look = Look {
+            index: &index,
+            timelines: &timelines,
+            backups,
+            expired: &expired,
+            missing_before: self.missing,
+        };
+        let judgement = look.judge()?;
+        self.missing = judgement.missing;
+        details.restorable = judgement.ranges;
         let surplus = details.ranges.len().saturating_sub(RANGES_MAX);
         details.ranges.drain(..surplus);
-        Ok((window, details))
+        Ok((judgement.window, judgement.unreached, details))
     }
 
     fn remember(&mut self, archive: &Archive, range: &WalRange) -> Result<()> {
@@ -205,51 +226,6 @@ fn earliest(one: Option<PgTimestamp>, other: Option<PgTimestamp>) -> Option<PgTi
     match (one, other) {
         (Some(one), Some(other)) => Some(one.min(other)),
         (one, other) => one.or(other),
-    }
-}
-
-/// From the oldest base backup behind which nothing expired to the last commit; gaps that lie
-/// behind it, and those without a backup behind them. Backups before it are restored to their ends
-/// only.
-fn window(details: &Details, backups: &[BackupInfo], expired: &ExpiredSet) -> WindowReport {
-    let is_followed = |backup: &&BackupInfo| {
-        !expired.branches().any(|(branch, wal)| {
-            branch.timeline > backup.branch.timeline
-                || (branch == backup.branch && wal.iter().any(|(from, _)| from >= backup.start_lsn))
-        })
-    };
-    let oldest = backups.iter().find(is_followed);
-    let Some(oldest) = oldest.or(backups.last()) else {
-        return WindowReport::default();
-    };
-    let inside = |gap: &&GapReport| {
-        gap.branch.timeline > oldest.branch.timeline
-            || (gap.branch == oldest.branch && gap.from_lsn > oldest.start_lsn)
-    };
-    let open = |gap: &&GapReport| {
-        !backups.iter().any(|backup| {
-            backup.branch.timeline > gap.branch.timeline
-                || (backup.branch == gap.branch && backup.start_lsn >= gap.to_lsn)
-        })
-    };
-    let gaps: Vec<&GapReport> = details.gaps.iter().filter(inside).collect();
-    // Behind an open gap nothing can be restored.
-    let reachable = |range: &&HeldRange| {
-        !gaps
-            .iter()
-            .filter(|gap| open(gap))
-            .any(|gap| gap.branch == range.branch && range.start_lsn >= gap.to_lsn)
-    };
-    WindowReport {
-        earliest: Some(oldest.finished),
-        latest_commit: details
-            .ranges
-            .iter()
-            .filter(reachable)
-            .filter_map(|range| range.to)
-            .max(),
-        gaps: Some(gaps.len() as u64),
-        open_gaps: Some(gaps.iter().filter(|gap| open(gap)).count() as u64),
     }
 }
 

@@ -3,7 +3,9 @@
 //! Made from the catalog and the repository's outcomes every few seconds, read from memory.
 
 use serde::Serialize;
-use wal_format::{Branch, FailoverLoss, Lsn, Outcome, OutcomeKind, PgTimestamp, TimelineId};
+use wal_format::{
+    BackupId, Branch, FailoverLoss, Lsn, Outcome, OutcomeKind, PgTimestamp, TimelineId,
+};
 
 use super::{BackupReport, RtoReport};
 
@@ -22,6 +24,27 @@ pub struct HeldRange {
     pub from: Option<PgTimestamp>,
     /// The last commit in it.
     pub to: Option<PgTimestamp>,
+}
+
+/// WAL in which a recovery can stop, as the restorer's plan sees it.
+#[derive(Clone, Debug, Serialize)]
+pub struct RestorableRange {
+    /// The branch of the timeline.
+    pub branch: Branch,
+    /// The timeline.
+    pub timeline: TimelineId,
+    /// The first byte after which a recovery can stop.
+    pub start_lsn: Lsn,
+    /// The first byte after the range.
+    pub end_lsn: Lsn,
+    /// The oldest base backup that leads here.
+    pub backup: BackupId,
+    /// The end of the backup, or the first commit in the range.
+    pub from: Option<PgTimestamp>,
+    /// The last commit in the range.
+    pub to: Option<PgTimestamp>,
+    /// Whether a restore leads here without `--target-timeline`.
+    pub by_default: bool,
 }
 
 /// WAL that is missing between two ranges.
@@ -73,6 +96,8 @@ pub struct Mark {
 pub struct Details {
     /// Held WAL, by branch and position.
     pub ranges: Vec<HeldRange>,
+    /// What of it can be restored, by branch and position.
+    pub restorable: Vec<RestorableRange>,
     /// Missing WAL.
     pub gaps: Vec<GapReport>,
     /// Commits that failovers lost.

@@ -10,8 +10,11 @@ use std::{
 
 use wal_format::OutcomeKind;
 
-use super::{archived, outcome, record};
-use crate::support::{succeed, wait_until};
+use super::{archived, outcome, record, tls::certificate};
+use crate::{
+    certificates::private_file,
+    support::{Place, succeed, wait_until},
+};
 
 /// The directory of the page test's modules, which `benches/tools/install.sh` installs.
 fn browser_modules() -> Option<PathBuf> {
@@ -88,4 +91,48 @@ fn the_page_works_in_a_browser() {
         script.try_wait().expect("a child").is_some()
     });
     succeed("page.mjs", &script.wait_with_output().expect("it ended"));
+}
+
+/// Logs in and out with the form, over HTTP and HTTPS, under each name of this host. No PostgreSQL is
+/// needed: the page is served while the server is away.
+#[test]
+fn a_person_logs_in_and_out_in_a_browser() {
+    const TOKEN: &str = "a-token-that-is-long-enough";
+    let Some(modules) = browser_modules() else {
+        return;
+    };
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name);
+    private_file(&path("token"), TOKEN);
+    certificate(directory.path(), "90");
+    let guarded = format!("http_token_file = '{}'\n", path("token").display());
+    let with_tls = format!(
+        "{guarded}http_tls_certificate = '{}'\nhttp_tls_key = '{}'\n",
+        path("http.crt").display(),
+        path("http.key").display()
+    );
+    let (mut running, mut urls) = (Vec::new(), Vec::new());
+    for (scheme, text) in [("http", guarded), ("https", with_tls)] {
+        let place = Place::new();
+        let configuration = path(&format!("{scheme}.toml"));
+        fs::write(&configuration, text).expect("a configuration");
+        let mut command = place.command("host=127.0.0.1 port=1 user=nobody");
+        command.arg("--config").arg(&configuration);
+        let archiver = place.run_with(command);
+        archiver.wait_for_log("serving HTTP");
+        let address = archiver.address();
+        let (_, port) = address.split_once(':').expect("a port");
+        urls.push(format!("{scheme}://127.0.0.1:{port}/"));
+        urls.push(format!("{scheme}://localhost:{port}/"));
+        // In the order in which they are dropped.
+        running.push((archiver, place));
+    }
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new("node")
+        .arg(here.join("tests/dashboard/login.mjs"))
+        .arg(&modules)
+        .arg(TOKEN)
+        .args(&urls)
+        .output();
+    succeed("login.mjs", &output.expect("node runs"));
 }

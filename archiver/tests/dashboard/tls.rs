@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Replaces the certificate by a self-signed one for `days`.
-fn certificate(directory: &Path, days: &str) {
+pub(super) fn certificate(directory: &Path, days: &str) {
     let output = Command::new("openssl")
         .current_dir(directory)
         .args([

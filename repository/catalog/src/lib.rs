@@ -22,7 +22,7 @@ use bytes::Bytes;
 #[cfg(doc)]
 use repository::ExpiredSet;
 use repository::{
-    ClusterIdentity, Error, LostHistory, Repository, Result, WalRange, WalRangeKind, durable,
+    ClusterIdentity, Error, LostHistory, Repository, Result, WalIndex, WalRange, WalRangeKind, durable,
 };
 use rocksdb::{
     BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode,
@@ -571,6 +571,18 @@ impl Catalog {
             path: self.path.clone(),
             family,
         }
+    }
+}
+
+impl WalIndex for Catalog {
+    type Error = Error;
+
+    fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {
+        Self::ranges(self, branch, from, to)
+    }
+
+    fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>> {
+        Self::transactions(self, range)
     }
 }
 

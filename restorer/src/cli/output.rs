@@ -136,7 +136,7 @@ pub(super) fn listing(listing: &Listing) {
         let restorable = if window.restorable {
             "restorable"
         } else {
-            "no backup in it"
+            "no backup leads to it"
         };
         println!(
             "  timeline {}  {} to {}  {} to {}  {restorable}",
@@ -146,6 +146,29 @@ pub(super) fn listing(listing: &Listing) {
             time(window.first_time),
             time(window.last_time)
         );
+    }
+    println!("restorable");
+    for one in &listing.restorable {
+        let time = |time: Option<wal_format::PgTimestamp>, none: &str| {
+            time.map_or_else(|| none.to_owned(), |time| time.to_string())
+        };
+        let how = if one.by_default {
+            String::new()
+        } else {
+            format!("  with --target-timeline {}", one.branch.timeline)
+        };
+        println!(
+            "  timeline {}  {} to {}  {} to {}  from backup {}{how}",
+            one.branch,
+            one.start_lsn,
+            one.end_lsn,
+            time(one.first_time, "the fork"),
+            time(one.last_time, "no commit"),
+            one.backup
+        );
+    }
+    if let Some(refusal) = &listing.refusal {
+        println!("REFUSED  a restore of the newest state: {refusal}");
     }
     for gap in &listing.gaps {
         println!(

@@ -1,10 +1,8 @@
 //! The path of timelines to the wanted one, and the WAL that covers it.
 
 pub use repository::PathPart;
-use repository::WalRange;
-use wal_format::{
-    BackupInfo, Branch, Lsn, PgTimestamp, TimelineHistory, TimelineId, TransactionEnd,
-};
+use repository::{WalIndex, WalRange};
+use wal_format::{Branch, Lsn, TimelineHistory, TimelineId, TransactionEnd};
 
 use super::{PlanError, Wishes, lost};
 use crate::{Error, Result, inventory::Inventory};
@@ -75,67 +73,29 @@ fn one_of(text: &str, matching: &[Branch], known: &[Known]) -> Result<Branch> {
     }
 }
 
-/// The timeline that a restore without a wish follows: the greatest number among those to which a
-/// backup leads and that continue the newest backup's timeline or are newer than that backup.
-///
-/// A timeline that is older than the newest backup and does not continue its timeline was
-/// abandoned, or is a copy that was archived here by mistake. A timeline that is newer is where the
-/// cluster went on: after a restore to a moment before a failover, that is no descendant of the
-/// timeline that was given up.
+/// The timeline that a restore without a wish follows ([`repository::default_timelines`]).
 fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
-    let mut backups = inventory.backups()?;
-    backups.retain(|backup| branches.iter().any(|(known, _, _)| *known == backup.branch));
-    let newest_backup = backups.iter().max_by_key(|backup| backup.started);
-    let mut candidates: Vec<Branch> = Vec::new();
-    for (branch, _, _) in branches {
-        let path = path_to(branches, *branch)?;
-        let part_of = |backup: &BackupInfo| path.iter().find(|part| part.branch == backup.branch);
-        let follows = match newest_backup {
-            None => true,
-            Some(newest) if part_of(newest).is_some() => true,
-            Some(newest) => {
-                let leads_here = |backup: &BackupInfo| {
-                    part_of(backup).is_some_and(|part| backup.stop_lsn <= part.to)
-                };
-                let mut backups = backups.iter();
-                backups.any(leads_here)
-                    && began(inventory, &path)?.is_some_and(|began| began > newest.finished)
-            }
-        };
-        if follows {
-            candidates.push(*branch);
-        }
+    let backups = inventory.backups()?;
+    let matching = repository::default_timelines(&Index(inventory), branches, &backups)?;
+    match matching.first() {
+        None => Err(PlanError::NoWal.into()),
+        Some(first) => one_of(&first.timeline.to_string(), &matching, branches),
     }
-    let Some(greatest) = candidates.iter().map(|branch| branch.timeline).max() else {
-        return Err(PlanError::NoWal.into());
-    };
-    let matching: Vec<Branch> = candidates
-        .into_iter()
-        .filter(|branch| branch.timeline == greatest)
-        .collect();
-    one_of(&greatest.to_string(), &matching, branches)
 }
 
-/// The first known time on the last timeline of a path; `None` if its archived WAL says nothing of
-/// the time.
-fn began(inventory: &dyn Inventory, path: &[PathPart]) -> Result<Option<PgTimestamp>> {
-    let Some(part) = path.last() else {
-        return Ok(None);
-    };
-    for range in inventory.ranges(part.branch, part.from, part.to)? {
-        let own = |end: &TransactionEnd| end.lsn >= part.from;
-        let first = if range.start_lsn >= part.from || range.transaction_count == 0 {
-            range.min_time
-        } else {
-            // The segment of the switch begins with WAL of the timeline before.
-            let ends = inventory.summary(&range)?.transactions;
-            ends.iter().filter(|end| own(end)).map(|end| end.time).min()
-        };
-        if let Some(time) = first.or(range.proven) {
-            return Ok(Some(time));
-        }
+/// The inventory's WAL, for the judgements that the archiver shares.
+pub(crate) struct Index<'a>(pub(crate) &'a dyn Inventory);
+
+impl WalIndex for Index<'_> {
+    type Error = Error;
+
+    fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {
+        self.0.ranges(branch, from, to)
     }
-    Ok(None)
+
+    fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>> {
+        Ok(self.0.summary(range)?.transactions)
+    }
 }
 
 fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
@@ -176,44 +136,20 @@ impl Coverage {
     }
 }
 
-/// Walks the path from `start_lsn` to the first gap in the archived WAL, or to its end.
+/// Walks the path from `start_lsn` as far as WAL is held without a gap ([`repository::follow_wal`]).
 pub(crate) fn cover(
     inventory: &dyn Inventory,
     path: &[PathPart],
     start_lsn: Lsn,
 ) -> Result<Coverage> {
     let size = inventory.identity().wal_segment_size.bytes();
-    let mut ranges = Vec::new();
-    let mut end_lsn = start_lsn;
-    let (mut gap, mut gap_branch) = (false, path.last().map_or(Branch::FIRST, |part| part.branch));
-    for part in path.iter().filter(|part| part.to > start_lsn) {
-        // PostgreSQL reads the segment of a switch point from the later timeline, which holds a
-        // copy of the WAL before it.
-        let from = part.from.align_down(size).max(start_lsn.align_down(size));
-        if from > end_lsn {
-            gap = true;
-            break;
-        }
-        gap_branch = part.branch;
-        for range in inventory.ranges(part.branch, from, part.to)? {
-            if range.start_lsn > end_lsn {
-                gap = true;
-                break;
-            }
-            end_lsn = end_lsn.max(range.end_lsn.min(part.to));
-            ranges.push(range);
-        }
-        if gap && part.to == Lsn::MAX {
-            break;
-        }
-        gap = false;
-    }
+    let wal = repository::follow_wal(&Index(inventory), path, start_lsn, size)?;
     Ok(Coverage {
         start_lsn,
-        ranges,
-        end_lsn,
-        gap_branch,
-        gap,
+        ranges: wal.ranges,
+        end_lsn: wal.end_lsn,
+        gap_branch: wal.end_branch.unwrap_or(Branch::FIRST),
+        gap: wal.gap,
         path: path.to_vec(),
     })
 }

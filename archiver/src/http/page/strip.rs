@@ -122,8 +122,30 @@ fn row(
         middle - 9
     )?;
     let newest = details.ranges.iter().map(|range| range.timeline).max();
+    let mut bar = |class: &str, from: PgTimestamp, to: PgTimestamp, title: &str| {
+        let (start, end) = (axis.place(from), axis.place(to));
+        write!(
+            out,
+            "<rect class=\"{class}\" x=\"{start:.3}%\" y=\"{}\" width=\"{:.3}%\" height=\"18\" rx=\"4\"><title>{title}</title></rect>",
+            middle - 9,
+            (end - start).max(0.4),
+        )
+    };
     for range in details
         .ranges
+        .iter()
+        .filter(|range| range.timeline == timeline)
+    {
+        if let (Some(from), Some(to)) = (range.from, range.to) {
+            let (start, end) = (range.start_lsn, range.end_lsn);
+            let title =
+                format!("WAL {start} to {end}, of which only the marked part can be restored");
+            bar("kept", from, to, &title)?;
+        }
+    }
+    let last = details.restorable.iter().rfind(|range| range.by_default);
+    for range in details
+        .restorable
         .iter()
         .filter(|range| range.timeline == timeline)
     {
@@ -131,22 +153,17 @@ fn row(
             continue;
         };
         // The newest range reaches to where the repository was last proved complete: an idle server is not a gap.
-        let last = details.ranges.iter().rfind(|one| one.timeline == timeline);
+        let is_last =
+            last.is_some_and(|last| (last.branch, last.end_lsn) == (range.branch, range.end_lsn));
         if newest == Some(timeline)
-            && last.is_some_and(|last| last.end_lsn == range.end_lsn)
+            && is_last
+            && view.report.window.refusal.is_none()
             && let Some(caught_up) = view.report.caught_up_as_of
         {
             to = to.max(caught_up);
         }
-        let (start, end) = (axis.place(from), axis.place(to));
-        write!(
-            out,
-            "<rect class=\"held\" x=\"{start:.3}%\" y=\"{}\" width=\"{:.3}%\" height=\"18\" rx=\"4\"><title>WAL {} to {}</title></rect>",
-            middle - 9,
-            (end - start).max(0.4),
-            range.start_lsn,
-            range.end_lsn
-        )?;
+        let title = format!("Restorable: WAL {} to {}", range.start_lsn, range.end_lsn);
+        bar("held", from, to, &title)?;
     }
     for gap in details
         .gaps
@@ -278,7 +295,9 @@ fn legend(out: &mut String) {
         );
     }
     out.push_str(
-        "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"gap\" y=\"2\" width=\"18\" height=\"14\"/></svg>gap</li></ul>",
+        "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"held\" y=\"2\" width=\"18\" height=\"14\"/></svg>restorable</li>\
+         <li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"kept\" y=\"2\" width=\"18\" height=\"14\"/></svg>archived, not restorable</li>\
+         <li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"gap\" y=\"2\" width=\"18\" height=\"14\"/></svg>gap</li></ul>",
     );
 }
 

@@ -92,6 +92,10 @@ fn slot(slot: Option<&SlotReport>, rate: Option<f64>) -> (String, Option<f64>, V
         escape(status),
         bytes(slot.retained_bytes)
     )];
+    if slot.wal_status.is_none() {
+        notes.push("its limit is unknown while the server is not asked".to_owned());
+        return ("unknown".to_owned(), None, notes);
+    }
     let Some(safe) = slot.safe_wal_bytes else {
         notes.push(
             "max_slot_wal_keep_size sets no limit: PostgreSQL keeps WAL until its disk is full"

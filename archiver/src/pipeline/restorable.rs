@@ -1,0 +1,295 @@
+//! What can be restored, by the rules of the restorer's plan ([`repository::Restorable`]): the
+//! window, its stretches, and whether a base backup leads to the server's present.
+//!
+//! Reads the catalog only. Invariant: WAL that is on its way (received later, or in the spool) is
+//! never called missing, and nothing is called restorable that a plan refuses.
+
+use std::collections::BTreeMap;
+
+use repository::{
+    ExpiredSet, KnownTimeline, PathPart, Refusal, Restorable, Stretch, WalIndex, WalRange,
+    default_timelines,
+};
+use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
+
+use super::archive::Archive;
+use crate::{
+    cluster_status::ServerPath,
+    error::{Error, Result},
+    report::{RestorableRange, WindowReport},
+};
+
+/// Stretches that are shown.
+const STRETCHES_MAX: usize = 200;
+/// The refusal while there is no backup.
+const NO_BACKUP: &str = "no base backup is archived, so nothing can be restored";
+
+/// The ranges of every branch as one look into the catalog found them.
+pub(super) struct Ranges<'a> {
+    pub(super) archive: &'a Archive,
+    pub(super) of: BTreeMap<Branch, Vec<WalRange>>,
+}
+
+impl WalIndex for Ranges<'_> {
+    type Error = Error;
+
+    fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {
+        let ranges = self.of.get(&branch).map_or(&[][..], Vec::as_slice);
+        let first = ranges.partition_point(|range| range.end_lsn <= from);
+        let ranges = ranges.get(first..).unwrap_or_default().iter();
+        let inside = ranges.take_while(|range| range.start_lsn < to);
+        Ok(inside.cloned().collect())
+    }
+
+    fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>> {
+        Ok(self.archive.catalog().transactions(range)?)
+    }
+}
+
+/// What a look into the catalog found.
+#[derive(Debug, Default)]
+pub(super) struct Judgement {
+    pub(super) window: WindowReport,
+    /// The stretches in which a recovery can stop, of every branch.
+    pub(super) ranges: Vec<RestorableRange>,
+    /// Why no base backup leads to the server's present.
+    pub(super) unreached: Option<String>,
+    /// The first missing byte of a gap that was seen, to be seen again before it counts.
+    pub(super) missing: Option<(Branch, Lsn)>,
+}
+
+/// A look into the catalog.
+pub(super) struct Look<'a> {
+    pub(super) index: &'a Ranges<'a>,
+    pub(super) timelines: &'a [KnownTimeline<bytes::Bytes>],
+    pub(super) backups: &'a [BackupInfo],
+    pub(super) expired: &'a ExpiredSet,
+    /// The first missing byte of the gap that the look before found.
+    pub(super) missing_before: Option<(Branch, Lsn)>,
+}
+
+impl Look<'_> {
+    /// Judges what the catalog has.
+    pub(super) fn judge(&self) -> Result<Judgement> {
+        let defaults = default_timelines(self.index, self.timelines, self.backups)?;
+        let path = match defaults.as_slice() {
+            [branch] => repository::timeline_path(self.timelines, *branch),
+            _ => None,
+        };
+        let path = path.unwrap_or_default();
+        let found = self.along(&path)?;
+        let mut judgement = Judgement::default();
+        let server = self.index.archive.status().facts().server_path;
+        let server = server.filter(|server| !server.parts.is_empty());
+        (judgement.unreached, judgement.missing) = match &server {
+            Some(server) => self.unreached(server, &defaults)?,
+            None => self.refusal_of(&path, &found, "the newest timeline")?,
+        };
+        judgement.window = self.window(&path, &found, judgement.unreached.as_deref())?;
+        for (branch, ..) in self.timelines {
+            self.add_ranges(*branch, &path, &mut judgement.ranges)?;
+        }
+        let surplus = judgement.ranges.len().saturating_sub(STRETCHES_MAX);
+        judgement.ranges.drain(..surplus);
+        Ok(judgement)
+    }
+
+    fn along(&self, path: &[PathPart]) -> Result<Restorable> {
+        let size = self.index.archive.identity().segment_size.bytes();
+        Restorable::along(self.index, path, self.backups, size)
+    }
+
+    /// Why no base backup leads to the server's present.
+    fn unreached(
+        &self,
+        server: &ServerPath,
+        defaults: &[Branch],
+    ) -> Result<(Option<String>, Option<(Branch, Lsn)>)> {
+        let Some(current) = server.current() else {
+            return Ok((None, None));
+        };
+        let name = format!("timeline {current}, which the server is on");
+        let found = self.along(&server.parts)?;
+        let (refusal, missing) = self.refusal_of(&server.parts, &found, &name)?;
+        let is_archived = self.index.of.get(&current).is_some_and(|of| !of.is_empty());
+        let is_default = defaults == [current];
+        if refusal.is_some() || self.backups.is_empty() || !is_archived || is_default {
+            return Ok((refusal, missing));
+        }
+        let others: Vec<String> = defaults.iter().map(ToString::to_string).collect();
+        let refusal = format!(
+            "a restore does not lead to {name}: without --target-timeline it follows {}. The archiver takes a base backup \
+             there now",
+            others.join(" or ")
+        );
+        Ok((Some(refusal), missing))
+    }
+
+    /// The refusal of a restore of the newest state on `path`, in words.
+    fn refusal_of(
+        &self,
+        path: &[PathPart],
+        found: &Restorable,
+        name: &str,
+    ) -> Result<(Option<String>, Option<(Branch, Lsn)>)> {
+        let remedy =
+            "The archiver takes a base backup now; if that fails, run `wal-archiver backup`";
+        Ok(match &found.refusal {
+            None | Some(Refusal::NoBackup) => (None, None),
+            Some(Refusal::NoBackupOnPath) => {
+                let words = format!(
+                    "no base backup leads to {name}, so a restore of its present is refused. {remedy}"
+                );
+                (Some(words), None)
+            }
+            Some(Refusal::Gap { branch, from_lsn }) => {
+                if self.is_pending(path, *branch, *from_lsn)? {
+                    return Ok((None, None));
+                }
+                let missing = (*branch, *from_lsn);
+                let words = format!(
+                    "WAL is missing from {from_lsn} on timeline {branch}, and no base backup after it leads to {name}, so \
+                     a restore of its present is refused. {remedy}"
+                );
+                let is_known = self.missing_before == Some(missing);
+                (is_known.then_some(words), Some(missing))
+            }
+        })
+    }
+
+    /// Returns true if the byte at `lsn` of `branch` may still arrive in the repository: it is
+    /// being looked for, is in the spool, or comes later in the stream.
+    fn is_pending(&self, path: &[PathPart], branch: Branch, lsn: Lsn) -> Result<bool> {
+        let archive = self.index.archive;
+        if archive.status().facts().gap.is_some() {
+            return Ok(true);
+        }
+        let positions = archive.status().progress().positions();
+        let place = |branch: Branch| path.iter().position(|part| part.branch == branch);
+        let is_past = match (place(positions.branch()), place(branch)) {
+            (Some(stream), Some(hole)) if stream == hole => positions.flushed() > lsn,
+            (Some(stream), Some(hole)) => stream > hole,
+            _ => false,
+        };
+        if !is_past {
+            return Ok(true);
+        }
+        let segment = archive.identity().segment_size.segment_of(lsn);
+        let spooled = archive.branch_spool(branch).segments()?;
+        let is_open = spooled.open.is_some_and(|(open, _)| open == segment);
+        // Read again: a segment leaves the spool when the catalog has it.
+        Ok(is_open
+            || spooled.complete.contains(&segment)
+            || archive.catalog().contiguous_end(branch, lsn)? > lsn)
+    }
+
+    /// The window of a restore for which no timeline was chosen.
+    fn window(
+        &self,
+        path: &[PathPart],
+        found: &Restorable,
+        unreached: Option<&str>,
+    ) -> Result<WindowReport> {
+        let no_backup = self.backups.is_empty().then_some(NO_BACKUP);
+        let refusal = unreached.or(no_backup).map(str::to_owned);
+        let mut window = WindowReport {
+            refusal,
+            ..WindowReport::default()
+        };
+        let mut gaps = 0;
+        let mut before: Option<&Stretch> = None;
+        for stretch in &found.stretches {
+            let hole = before.map(|before| (before.to_lsn, begin_of(stretch)));
+            match hole {
+                Some(hole) if self.is_missing(path, hole) => gaps += 1,
+                // A backup before WAL that expired is restored to its own end only.
+                _ => {
+                    gaps = 0;
+                    window.earliest = Some(stretch.finished);
+                }
+            }
+            before = Some(stretch);
+        }
+        if before.is_some() {
+            let open = match found.refusal {
+                Some(Refusal::Gap { .. }) if unreached.is_some() => 1,
+                _ => 0,
+            };
+            window.gaps = Some(gaps + open);
+            window.open_gaps = Some(open);
+            window.latest_commit = found.last_commit(self.index, path)?;
+        }
+        Ok(window)
+    }
+
+    /// Returns true if any WAL of a hole did not expire.
+    fn is_missing(&self, path: &[PathPart], (from, to): (Lsn, Lsn)) -> bool {
+        path.iter().any(|part| {
+            let (from, to) = (from.max(part.from), to.min(part.to));
+            from < to && !self.expired.not_expired(part.branch, from, to).is_empty()
+        })
+    }
+
+    /// Adds the stretches of a branch's own WAL, cut where the default path leaves it.
+    fn add_ranges(
+        &self,
+        branch: Branch,
+        default: &[PathPart],
+        ranges: &mut Vec<RestorableRange>,
+    ) -> Result<()> {
+        let path = repository::timeline_path(self.timelines, branch).unwrap_or_default();
+        let Some(own) = path.last() else {
+            return Ok(());
+        };
+        let left_at = default.iter().find(|part| part.branch == branch);
+        let left_at = left_at.map_or(own.from, |part| part.to);
+        for stretch in self.along(&path)?.stretches {
+            for (from, to, by_default) in [(own.from, left_at, true), (left_at, Lsn::MAX, false)] {
+                let start_lsn = stretch.from_lsn.max(from);
+                let end_lsn = stretch.to_lsn.min(to);
+                if start_lsn >= end_lsn {
+                    continue;
+                }
+                let first = if start_lsn == stretch.from_lsn {
+                    Some(stretch.finished)
+                } else {
+                    self.first_time(&stretch, branch, start_lsn)
+                };
+                let last = stretch.last_time(self.index, &path, (start_lsn, end_lsn))?;
+                ranges.push(RestorableRange {
+                    branch,
+                    timeline: branch.timeline,
+                    start_lsn,
+                    end_lsn,
+                    backup: stretch.backup.clone(),
+                    from: first,
+                    to: last.max(first),
+                    by_default,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The first time that is known of a branch's WAL from `lsn` on.
+    fn first_time(&self, stretch: &Stretch, branch: Branch, lsn: Lsn) -> Option<PgTimestamp> {
+        let of_branch = |range: &&WalRange| range.branch == branch && range.end_lsn > lsn;
+        let ranges = stretch.ranges.iter().filter(of_branch);
+        for range in ranges.filter(|range| range.transaction_count > 0) {
+            let ends = self.index.transactions(range).ok()?.into_iter();
+            let first = ends.filter(|end| end.lsn >= lsn).map(|end| end.time).min();
+            if first.is_some() {
+                return first;
+            }
+        }
+        None
+    }
+}
+
+/// Where a stretch's backup begins to need WAL.
+fn begin_of(stretch: &Stretch) -> Lsn {
+    let first = stretch.ranges.first();
+    first.map_or(stretch.from_lsn, |range| {
+        range.start_lsn.min(stretch.from_lsn)
+    })
+}

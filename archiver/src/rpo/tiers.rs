@@ -1,0 +1,143 @@
+//! [`Tiers`]: both tiers' estimators on the primary's path of timelines.
+
+use std::time::Duration;
+
+use repository::PathPart;
+use wal_format::{Branch, Lsn, TimelineId};
+
+use super::{Exposure, RpoEstimator};
+use crate::core::positions::Positions;
+
+/// A sight of the primary's flush LSN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// By the stream of a branch.
+    Streamed {
+        /// The branch that is streamed.
+        branch: Branch,
+        /// The flush LSN, or where the server left the branch.
+        flush_lsn: Lsn,
+    },
+    /// By the SQL poll.
+    Polled {
+        /// The server's timeline; `None` where a standby does not say which one it receives.
+        timeline: Option<TimelineId>,
+        /// The flush LSN.
+        flush_lsn: Lsn,
+    },
+}
+
+/// Both tiers.
+#[derive(Debug, Default)]
+pub struct Tiers {
+    local: RpoEstimator,
+    remote: RpoEstimator,
+    /// The timelines that lead to the one the server is on, oldest first; empty before it was seen.
+    path: Vec<PathPart>,
+}
+
+impl Tiers {
+    /// An earlier run knew at these times that everything was held.
+    pub fn were_caught_up(&mut self, local: Option<Duration>, remote: Option<Duration>) {
+        for (tier, when) in [(&mut self.local, local), (&mut self.remote, remote)] {
+            if let Some(when) = when {
+                tier.was_caught_up(when);
+            }
+        }
+    }
+
+    /// The server's path of timelines, oldest first.
+    #[must_use]
+    pub fn path(&self) -> &[PathPart] {
+        &self.path
+    }
+
+    /// Takes the path of timelines on which the server is.
+    pub fn follow(&mut self, path: &[PathPart]) {
+        if self.path == path {
+            return;
+        }
+        if let Some(fork) = fork(&self.path, path) {
+            let end_of = |timeline| {
+                let mut parts = path.iter();
+                let part = parts.find(|part| part.branch.timeline == timeline);
+                part.map(|part| part.to)
+            };
+            self.local.forked(fork, end_of);
+            self.remote.forked(fork, end_of);
+        }
+        self.path = path.to_vec();
+    }
+
+    /// Takes a sight of the primary. One of a server that is on an older timeline than the known
+    /// one says nothing about the primary.
+    pub fn see(&mut self, now: Duration, seen: Seen) {
+        let Some(last) = self.path.last() else { return };
+        let current = last.branch.timeline;
+        match seen {
+            Seen::Streamed { branch, flush_lsn } => {
+                if let Some(part) = self.path.iter().find(|part| part.branch == branch) {
+                    let flush_lsn = flush_lsn.min(part.to);
+                    self.local.source_seen(now, flush_lsn);
+                    self.remote.source_seen(now, flush_lsn);
+                }
+            }
+            Seen::Polled {
+                timeline,
+                flush_lsn,
+            } => match timeline {
+                Some(timeline) if timeline < current => {}
+                Some(timeline) if timeline > current => {
+                    self.local.source_elsewhere(now, timeline, flush_lsn);
+                    self.remote.source_elsewhere(now, timeline, flush_lsn);
+                }
+                _ => {
+                    self.local.source_seen(now, flush_lsn);
+                    self.remote.source_seen(now, flush_lsn);
+                }
+            },
+        }
+    }
+
+    /// The primary's flush LSN as last seen.
+    #[must_use]
+    pub fn source_lsn(&self) -> Option<Lsn> {
+        self.remote.source_lsn()
+    }
+
+    /// The distances of the local and the remote tier from the primary.
+    pub fn exposure(&mut self, now: Duration, positions: &Positions) -> (Exposure, Exposure) {
+        let flushed = positions.flushed_on(&self.path);
+        if let Some(flushed) = flushed {
+            // Before `held`, so that it is known as not stored until it is.
+            self.remote.flushed_here(now, flushed);
+        }
+        let remote = positions.remote_on(&self.path);
+        for (tier, held) in [(&mut self.local, flushed), (&mut self.remote, remote)] {
+            match held {
+                Some(held) => tier.held(held),
+                None => tier.nothing_held(),
+            }
+        }
+        let queued = positions.queued_bytes();
+        let orphaned = positions.orphaned_bytes(&self.path);
+        self.remote.waits(now, queued, orphaned);
+        (self.local.exposure(now), self.remote.exposure(now))
+    }
+}
+
+/// The LSN at which `new` leaves `old`; `None` where nothing of `old` is left.
+fn fork(old: &[PathPart], new: &[PathPart]) -> Option<Lsn> {
+    for (old, new) in old.iter().zip(new) {
+        if old.branch != new.branch {
+            return Some(old.from.min(new.from));
+        }
+        if old.to != new.to {
+            return Some(old.to.min(new.to));
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,82 @@
+//! Base backups that make the archive whole again: after lost WAL, and when none leads to the
+//! server's present.
+//!
+//! Invariant: one backup for one cause. What was judged before the catalog listed the last backup
+//! causes no other one.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use repository::config::ClusterSettings;
+use wal_format::BackupId;
+
+use crate::{base_backup, cluster_status::ClusterStatus};
+
+/// How soon a loss is noticed.
+const LOSS_POLL: Duration = Duration::from_millis(500);
+/// How long the catalog may take to list a base backup that was taken.
+const BACKUP_LISTED_MAX: Duration = Duration::from_secs(60);
+/// Pause after a base backup that failed: long enough for its cause to pass.
+const BACKUP_RETRY: Duration = Duration::from_secs(30);
+
+/// Takes a base backup whenever WAL was declared lost, or no backup leads to the server's present:
+/// only from that backup on the archive is whole again.
+pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Arc<ClusterStatus>) {
+    let mut said = String::new();
+    let mut taken: Option<(BackupId, Instant)> = None;
+    loop {
+        tokio::time::sleep(LOSS_POLL).await;
+        let facts = status.facts();
+        let reason = facts.lost.as_ref().or(facts.unreached.as_ref());
+        let Some(reason) = reason.filter(|_| facts.connected) else {
+            continue;
+        };
+        // What was judged before the catalog knew the last backup says nothing.
+        if let Some((id, when)) = &taken
+            && when.elapsed() < BACKUP_LISTED_MAX
+            && status.details().backups.iter().all(|known| known.id != *id)
+        {
+            continue;
+        }
+        tracing::info!(cluster = %settings.name, reason, "taking a base backup that makes the archive whole again");
+        let began = jiff::Timestamp::now();
+        match base_backup::attempt(&settings, "repair", &|_| {}).await {
+            Ok(backup) => {
+                said.clear();
+                tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
+                // What was lost meanwhile needs another.
+                status.note(|now| {
+                    if now.lost == facts.lost {
+                        now.lost = None;
+                    }
+                    if now.unreached == facts.unreached {
+                        now.unreached = None;
+                    }
+                });
+                taken = Some((backup.id, Instant::now()));
+            }
+            Err(error) => {
+                tracing::error!(cluster = %settings.name, %error, "the base backup that makes the archive whole again failed; it is tried again");
+                let message = error.to_string();
+                // Each try would leave an object in the repository; what is new is said once.
+                if message != said {
+                    base_backup::record_failure(&settings, began, &message).await;
+                    said = message;
+                }
+                wait_to_retry(&status).await;
+            }
+        }
+    }
+}
+
+/// Waits until a failed base backup is tried again: at once when a repository that failed answers.
+async fn wait_to_retry(status: &ClusterStatus) {
+    let began = Instant::now();
+    let fails = || status.facts().repository_error.is_some();
+    let failed = fails();
+    while began.elapsed() < BACKUP_RETRY && (!failed || fails()) {
+        tokio::time::sleep(LOSS_POLL).await;
+    }
+}

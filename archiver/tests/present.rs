@@ -1,0 +1,259 @@
+//! The lights after promotions, restarts and outages: nothing is shown as safe or restorable that is
+//! not, and page, API, metrics and `status` say the same.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use wal_format::Lsn;
+
+use crate::support::{
+    Archiver, Place, Server, postgres_bin, store_goes_down, succeed, wait_flushed, wait_until,
+};
+
+fn body(answer: &str) -> &str {
+    answer.split_once("\r\n\r\n").expect("a body").1
+}
+
+fn report(archiver: &Archiver) -> Value {
+    let answer = archiver.get("/api/v1/clusters/main");
+    serde_json::from_str(body(&answer)).expect("JSON")
+}
+
+/// A sample of the cluster's metrics; NaN is `None`.
+fn metric(archiver: &Archiver, name: &str) -> Option<f64> {
+    let answer = archiver.get("/metrics");
+    let sample = answer.lines().find_map(|line| line.strip_prefix(name));
+    let sample = sample.unwrap_or_else(|| panic!("{name} is emitted"));
+    let value: f64 = sample.trim().parse().expect("a number");
+    (!value.is_nan()).then_some(value)
+}
+
+/// `wal-archiver status` with these arguments, asked of the daemon.
+fn status(archiver: &Archiver, place: &Place, arguments: &[&str]) -> String {
+    let asking = place.spool().with_extension("asking");
+    fs::write(&asking, format!("http = '{}'\n", archiver.address())).expect("a configuration");
+    let mut command = place.command("host=/nowhere");
+    command.arg("--config").arg(&asking);
+    let output = command.arg("status").args(arguments).output();
+    succeed("status", &output.expect("wal-archiver runs"))
+}
+
+fn backup(place: &Place, server: &Server) {
+    let output = place.command(&server.conninfo()).arg("backup").output();
+    succeed("backup", &output.expect("wal-archiver runs"));
+}
+
+fn pitr_restore(repository: &Path, arguments: &[&str]) -> Output {
+    let program = benches::programs::ours("pitr-restore").expect("it is built");
+    let mut command = Command::new(program);
+    let url = format!("file://{}", repository.display());
+    let output = command.args(["--repository", &url]).args(arguments);
+    output.output().expect("pitr-restore runs")
+}
+
+fn is_ok(archiver: &Archiver) -> bool {
+    report(archiver)["state"] == "ok"
+}
+
+/// A copy of a directory and everything in it.
+fn copy(from: &Path, to: &Path) {
+    let output = Command::new("cp").arg("-a").args([from, to]).output();
+    succeed("cp", &output.expect("cp runs"));
+}
+
+#[test]
+fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
+    let Some(bin) = postgres_bin() else { return };
+    let primary = Server::start(&bin, "");
+    let standby = Server::standby_of(&primary);
+    let place = Place::new();
+    let list = format!(
+        "host={},{} port={},{} user=postgres target_session_attrs=primary connect_timeout=5",
+        primary.directory().display(),
+        standby.directory().display(),
+        primary.port,
+        standby.port
+    );
+    let archiver = place.run(&list);
+    archiver.wait_for_log("INFO streaming");
+    primary.write_wal(300);
+
+    // Without a base backup everything is lost, however well the WAL is archived.
+    wait_until("no backup is told", || {
+        report(&archiver)["state"] == "at_risk"
+    });
+    let page = archiver.get("/");
+    assert!(
+        page.contains("Losing the primary now loses everything"),
+        "{page}"
+    );
+    assert!(!page.contains("loses nothing"), "{page}");
+    let said = status(&archiver, &place, &[]);
+    assert!(said.contains("REFUSED: no base backup"), "{said}");
+
+    // The standby stays behind; the archive and its only backup go on.
+    let lsn = primary.lsn();
+    wait_until("the standby has replayed", || {
+        standby.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'")) == "t"
+    });
+    standby.down("fast");
+    primary.write_wal(2500);
+    backup(&place, &primary);
+    primary.write_wal(100);
+    wait_flushed(&primary, primary.lsn());
+    wait_until("all is well", || {
+        is_ok(&archiver) && report(&archiver)["durable"]["remote"]["lag_bytes"] == 0
+    });
+    primary.down("immediate");
+    standby.up();
+    standby.promote();
+    archiver.wait_for_log("INFO streaming cluster=\"main\" branch=00000002");
+    let comes_back = store_goes_down(&place);
+    standby.write_wal(900);
+    let written = standby.lsn();
+    wait_until("the new timeline is in the spool", || {
+        let report = report(&archiver);
+        let local = report["durable"]["local"]["lsn"].as_str();
+        let local = local.and_then(|lsn| lsn.parse::<Lsn>().ok());
+        report["source"]["timeline"] == 2 && local >= Some(written)
+    });
+
+    // Less was written on the new timeline than the archive has of the old one.
+    wait_until("no backup leads to the new timeline", || {
+        let report = report(&archiver);
+        let queue = report["counters"]["upload_queue_bytes"].as_u64();
+        assert!(queue > Some(0), "{report}");
+        let remote = &report["durable"]["remote"];
+        // Unknown only while the new primary was not asked yet.
+        let lag = &remote["lag_bytes"];
+        assert!(lag.is_null() || lag.as_u64() >= queue, "{report}");
+        assert!(remote["rpo_seconds"].as_f64() > Some(0.0), "{report}");
+        assert_ne!(report["state"], "ok", "{report}");
+        report["state"] == "broken"
+    });
+    let refused = "no base backup leads to timeline 00000002";
+    let told: Value = serde_json::from_str(&status(&archiver, &place, &["--json"])).expect("JSON");
+    for report in [&report(&archiver), &told[0]] {
+        let reason = report["reason"].as_str().expect("a reason");
+        assert!(reason.contains(refused), "{reason}");
+        assert_eq!(report["window"]["refusal"], report["reason"]);
+    }
+    let page = archiver.get("/");
+    assert!(!page.contains("loses nothing"), "{page}");
+    assert!(
+        page.contains("BROKEN") && page.to_lowercase().contains(refused),
+        "{page}"
+    );
+    let window = archiver.get("/api/v1/clusters/main/window");
+    assert!(window.contains(refused), "{window}");
+    let state = "pitr_state{cluster=\"main\",state=\"broken\"}";
+    assert_eq!(metric(&archiver, state), Some(1.0));
+    for name in ["pitr_rpo_seconds", "pitr_lag_bytes"] {
+        let name = format!("{name}{{cluster=\"main\",tier=\"remote\"}}");
+        wait_until(&name, || metric(&archiver, &name) > Some(0.0));
+    }
+    assert!(metric(&archiver, "pitr_upload_queue_bytes{cluster=\"main\"}") > Some(0.0));
+
+    // With the repository the daemon mends it by a base backup, once.
+    comes_back();
+    wait_until("a backup leads to the new timeline", || {
+        is_ok(&archiver) && report(&archiver)["window"]["refusal"].is_null()
+    });
+    standby.write_wal(100);
+    wait_flushed(&standby, standby.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let mut backups = place.files_below("backup.json");
+    assert_eq!(backups.len(), 2, "{backups:?}");
+
+    // The plan agrees with both lights: without that backup it refuses, with it it does not.
+    let repository = place.repository();
+    let before = repository.with_extension("before");
+    copy(&repository, &before);
+    let taken = backups.pop().expect("a backup");
+    let taken = before.join(taken.strip_prefix(&repository).expect("it is inside"));
+    fs::remove_dir_all(taken.parent().expect("a directory")).expect("it goes");
+    let dry = ["--dry-run", "--target-dir", "/nonexistent/restored"];
+    for (repository, code) in [(&before, 3), (&repository, 0)] {
+        let planned = pitr_restore(repository, &dry);
+        assert_eq!(planned.status.code(), Some(code), "{planned:?}");
+        let listed = succeed("list", &pitr_restore(repository, &["list", "--json"]));
+        let listed: Value = serde_json::from_str(&listed).expect("JSON");
+        assert_eq!(listed["refusal"].is_string(), code == 3, "{listed}");
+        let restorable = listed["restorable"].as_array().expect("a list");
+        let by_default = restorable.iter().any(|one| one["by_default"] == true);
+        assert_eq!(by_default, code == 0, "{listed}");
+    }
+}
+
+#[test]
+fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "max_slot_wal_keep_size=1GB");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(200);
+    backup(&place, &server);
+    wait_flushed(&server, server.lsn());
+    wait_until("all is well", || is_ok(&archiver));
+    wait_until("it is kept", || {
+        place.spool().join("main/caught_up.json").exists()
+    });
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let stopped = Instant::now();
+
+    // What is written while nobody archives is as old as the last proof.
+    let comes_back = store_goes_down(&place);
+    server.write_wal(100);
+    std::thread::sleep(Duration::from_secs(4));
+    let archiver = place.run(&server.conninfo());
+    wait_until("it serves", || {
+        archiver.log().matches("serving HTTP").count() == 2
+    });
+    wait_until("the server is seen", || {
+        report(&archiver)["durable"]["remote"]["lag_bytes"].as_u64() > Some(0)
+    });
+    let least = stopped.elapsed().as_secs_f64();
+    let shown = report(&archiver)["durable"]["remote"]["rpo_seconds"].as_f64();
+    assert!(
+        shown >= Some(least),
+        "{shown:?} shown, {least} since the stop"
+    );
+    assert!(
+        shown <= Some(least + 10.0),
+        "{shown:?} shown, {least} since the stop"
+    );
+    comes_back();
+    wait_until("all is well again", || is_ok(&archiver));
+
+    server.down("immediate");
+    wait_until("the primary is unknown", || {
+        let report = report(&archiver);
+        assert_ne!(report["durable"]["remote"]["rpo_seconds"], Value::Null);
+        report["state"] == "unknown"
+    });
+    let report = report(&archiver);
+    for tier in ["local", "remote"] {
+        assert_eq!(
+            report["durable"][tier]["lag_bytes"],
+            Value::Null,
+            "{report}"
+        );
+        let name = format!("pitr_lag_bytes{{cluster=\"main\",tier=\"{tier}\"}}");
+        assert_eq!(metric(&archiver, &name), None);
+    }
+    let rpo = "pitr_rpo_seconds{cluster=\"main\",tier=\"remote\"}";
+    let counted = metric(&archiver, rpo);
+    assert!(counted > Some(0.0), "{counted:?}");
+    wait_until("it counts up", || metric(&archiver, rpo) > counted);
+    let page = archiver.get("/");
+    assert!(page.contains("The primary was last proved safe"), "{page}");
+    assert!(!page.contains("sets no limit"), "{page}");
+    let said = status(&archiver, &place, &[]);
+    assert!(said.contains("its limit is unknown"), "{said}");
+}
