@@ -100,6 +100,13 @@ pub enum Event {
         /// The segment in which the record begins that is incomplete at its end.
         open_record_in: Option<SegmentNo>,
     },
+    /// A sealed segment's file has left the spool.
+    Removed {
+        /// Its branch.
+        branch: Branch,
+        /// The segment.
+        segment: SegmentNo,
+    },
     /// An attempt to seal a segment failed.
     SealFailed {
         /// Its branch.
@@ -255,6 +262,7 @@ impl Core {
                     .map(|(branch, segment)| Action::Remove(branch, segment))
                     .collect();
             }
+            Event::Removed { branch, segment } => self.sealing.removed((branch, segment)),
             Event::SealFailed { branch, segment } => self.sealing.give_back((branch, segment)),
             Event::TailCut { now, .. } => self.pace.on_tail_cut(now),
             Event::TailStored { branch, range } => {

@@ -6,6 +6,7 @@
 use std::{io, path::PathBuf};
 
 use repository::ExitKind;
+use rustix::io::Errno;
 use wal_format::{Branch, Lsn, SegmentName, SystemIdentifier, TimelineId};
 
 use crate::replication;
@@ -280,6 +281,23 @@ impl Error {
                 | Self::SpoolHole { .. }
         )
     }
+}
+
+/// Returns whether the same operation may succeed later without a person: the disk failed once, or
+/// the disk, the quota, the memory or the table of open files was full.
+pub(crate) fn may_pass(error: &io::Error) -> bool {
+    let exhausted = matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::OutOfMemory
+            | io::ErrorKind::Interrupted
+            | io::ErrorKind::ResourceBusy
+            | io::ErrorKind::TimedOut
+            | io::ErrorKind::WouldBlock
+    );
+    let number = Errno::from_io_error(error);
+    exhausted || matches!(number, Some(Errno::IO | Errno::MFILE | Errno::NFILE))
 }
 
 impl From<intake::Error> for Error {

@@ -93,14 +93,28 @@ impl Pipeline {
         let backlog = Arc::new(Backlog::new(Arc::clone(archive.status())));
         let tails = Arc::new(TailSlot::default());
         let failure = Arc::new(Failure::default());
-        let mut threads = seal::start(&archive, &backlog, &failure)?;
-        threads.push(tail::start(&archive, &tails, &failure)?);
-        let spool = SpoolThread::start(
-            Arc::clone(&archive),
-            Arc::clone(&backlog),
-            Arc::clone(&tails),
-            Arc::clone(&failure),
-        )?;
+        let mut threads = Vec::new();
+        let started = seal::start(&archive, &backlog, &failure, &mut threads)
+            .and_then(|()| tail::start(&archive, &tails, &failure))
+            .and_then(|tail| {
+                threads.push(tail);
+                SpoolThread::start(
+                    Arc::clone(&archive),
+                    Arc::clone(&backlog),
+                    Arc::clone(&tails),
+                    Arc::clone(&failure),
+                )
+            });
+        let spool = match started {
+            Ok(spool) => spool,
+            Err(error) => {
+                // The threads that were started hold the catalog, which the next attempt opens.
+                backlog.stop();
+                tails.stop();
+                join(threads)?;
+                return Err(error);
+            }
+        };
         let interval = archive.settings().remote_flush_interval;
         let timers = [
             tokio::spawn(tick(spool.commands(), interval)),
@@ -119,6 +133,7 @@ impl Pipeline {
         match pipeline.take_up_spooled().await {
             Ok(()) => Ok(pipeline),
             Err(error) => {
+                let error = pipeline.first_cause(error);
                 // Its threads hold the catalog.
                 pipeline.stop().await?;
                 Err(error)
@@ -263,13 +278,7 @@ impl Pipeline {
             self.spool.stop();
             self.backlog.stop();
             self.tails.stop();
-            for thread in self.threads {
-                thread.join().map_err(|_| Error::ThreadStopped {
-                    name: "store",
-                    reason: "it panicked".to_owned(),
-                })?;
-            }
-            Ok(())
+            join(self.threads)
         })
         .await;
         // A look at the catalog that was under way ends by itself; only then the catalog can be opened again.
@@ -280,11 +289,32 @@ impl Pipeline {
         stopped
     }
 
-    /// Whether a thread has ended although nobody asked it to: it panicked.
+    /// The error that a thread of the stages raised, if `error` only says that a thread has
+    /// stopped.
+    #[must_use]
+    pub fn first_cause(&self, error: Error) -> Error {
+        match error {
+            Error::ThreadStopped { .. } => self.failure.take().unwrap_or(error),
+            error => error,
+        }
+    }
+
+    /// Returns whether a thread has ended although nobody asked it to: it raised an error or
+    /// panicked.
     #[must_use]
     pub fn has_lost_a_thread(&self) -> bool {
         self.spool.commands().is_closed() || self.threads.iter().any(JoinHandle::is_finished)
     }
+}
+
+fn join(threads: Vec<JoinHandle<()>>) -> Result<()> {
+    for thread in threads {
+        thread.join().map_err(|_| Error::ThreadStopped {
+            name: "store",
+            reason: "it panicked".to_owned(),
+        })?;
+    }
+    Ok(())
 }
 
 /// Lets a tail be cut although nothing arrives any more. A full queue means that WAL arrives, so no tick is missed then.

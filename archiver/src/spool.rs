@@ -22,6 +22,7 @@ use std::{
 };
 
 use intake::spool_files;
+use repository::CrashPoint;
 use wal_format::{
     Branch, Lsn, SegmentName, SegmentNo, SegmentSize, WalFileName, WalIdentity, page::PageHeader,
 };
@@ -38,6 +39,8 @@ use open_segment::of_the_disk;
 const LOCK_FILE: &str = "lock";
 /// The content of a branch's history file, kept beside its WAL so that it reaches the repository first.
 const HISTORY_FILE: &str = "history";
+/// The end of the name of a file that is written to be renamed. `history.new` is one, too.
+const COPY_SUFFIX: &str = ".new";
 
 /// A cluster's spool, locked by this process.
 #[derive(Debug)]
@@ -339,7 +342,7 @@ impl BranchSpool {
         repository::durable::replace(&path, content).map_err(of_the_disk)
     }
 
-    /// The LSN after the last byte the branch's files hold; `None` when it holds none.
+    /// The LSN after the last byte that the branch's files hold; `None` when they hold none.
     ///
     /// # Errors
     /// As [`BranchSpool::segments`].
@@ -347,10 +350,39 @@ impl BranchSpool {
         let segments = self.segments()?;
         let size = self.segment_size;
         let complete = segments.complete.last().map(|last| last.end_lsn(size));
-        let open = segments
-            .open
-            .map(|(segment, length)| segment.start_lsn(size).add(length));
+        // A file without content says nothing about where the archive ends.
+        let open = segments.open.filter(|(_, length)| *length > 0);
+        let open = open.map(|(segment, length)| segment.start_lsn(size).add(length));
         Ok(complete.max(open))
+    }
+
+    /// Removes the files that a crash or an error left without WAL: copies that were not renamed,
+    /// and an open segment without content. The segments after such an open one go too: nothing of
+    /// them was acknowledged, because segments are renamed in order before anything after them is
+    /// reported.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn discard_leftovers(&self) -> Result<()> {
+        for name in names_in(&self.directory)? {
+            if name.ends_with(COPY_SUFFIX) {
+                remove_file(&self.directory.join(name))?;
+            }
+        }
+        let segments = self.segments()?;
+        let Some((open, 0)) = segments.open else {
+            return Ok(());
+        };
+        for later in segments.unacknowledged.iter().rev() {
+            self.remove_partial(*later)?;
+        }
+        if !segments.unacknowledged.is_empty() {
+            // The first file that was not renamed is the open segment: it must not vanish before
+            // the later ones.
+            sync_directory(&self.directory)?;
+        }
+        tracing::info!(segment = %self.name(open), "removing an open segment without content");
+        self.remove_partial(open)
     }
 }
 
@@ -386,7 +418,7 @@ fn create_directory(path: &Path) -> Result<()> {
         if let Some(parent) = parent {
             create_directory(parent)?;
         }
-        match fs::create_dir(path) {
+        match fs::create_dir(path).and_then(|()| CrashPoint::SpoolDirectoryCreated.reach()) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::io("create directory", path)(error)),

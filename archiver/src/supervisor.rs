@@ -16,7 +16,7 @@ use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings}
 use crate::{
     cluster_status::{CaughtUp, ClusterStatus},
     core::Event,
-    error::{Error, Result},
+    error::{Error, Result, may_pass},
     expire, locks,
     pipeline::{
         Pipeline,
@@ -35,10 +35,12 @@ use crate::{
 };
 
 mod known;
+mod open_spool;
 mod protect;
 mod repair;
 
 use known::Known;
+use open_spool::open_spool;
 use protect::endangered;
 
 /// First pause after a failure: a restarted server is back within a second.
@@ -70,10 +72,10 @@ pub async fn run(
     mut shutdown: Shutdown,
 ) -> Result<()> {
     let conninfo = ConnInfo::parse(&settings.conninfo)?;
-    let spool = Arc::new({
-        let settings = settings.clone();
-        blocking(move || Spool::open(&settings.spool, &settings.name)).await?
-    });
+    let Some(spool) = open_spool(&settings, &status, &mut shutdown).await? else {
+        return Ok(());
+    };
+    let spool = Arc::new(spool);
     status.resume(CaughtUp::read(spool.directory()));
     let _pushes = push::start(&settings, Arc::clone(&status))?;
     let _standbys = walsender::start(&settings, Arc::clone(&status)).await?;
@@ -151,6 +153,10 @@ impl Supervisor {
                 Ok(()) => self.connect_and_stream(shutdown).await,
                 Err(error) => Err(error),
             };
+            let outcome = outcome.map_err(|error| match &self.pipeline {
+                Some(pipeline) => pipeline.first_cause(error),
+                None => error,
+            });
             self.status.note(|facts| facts.connected = false);
             self.status.progress().on(Event::StreamEnded);
             let outcome = match outcome {
@@ -175,7 +181,8 @@ impl Supervisor {
                 }
                 Err(error) => {
                     let reason = self.judge(error)?;
-                    if reason == "disk" {
+                    // A thread that raised an error has ended.
+                    if reason == "disk" || self.has_lost_a_thread() {
                         self.start_anew().await?;
                     }
                     reason
@@ -329,8 +336,9 @@ impl Supervisor {
             | Error::Silent { .. }
             | Error::SpoolFull
             | Error::StreamOutOfOrder { .. } => false,
-            // A disk that fails at the start is told at once; one that failed later may be mended beside us.
-            Error::Io { .. } => !self.connected_once,
+            // At the start an error that only a person can remove ends the program at once, with
+            // its exit code.
+            Error::Io { source, .. } => !self.connected_once && !may_pass(source),
             // A wrong password or a missing right is told at once at the start; later it may be a change in progress.
             Error::Replication(error) => {
                 !self.connected_once && error.exit_kind() == ExitKind::Usage
@@ -345,6 +353,13 @@ impl Supervisor {
     /// Starts the stages when the repository or the spool says whose WAL this is: what the spool holds then reaches the
     /// repository without any server, and without the repository a server's WAL reaches the spool.
     async fn start_from_what_is_known(&mut self) -> Result<()> {
+        if self.has_lost_a_thread() {
+            // While no server answers, nothing else would notice it.
+            return Err(Error::ThreadStopped {
+                name: "store",
+                reason: "it panicked".to_owned(),
+            });
+        }
         let is_away = self.is_away();
         if self.pipeline.is_some() && !is_away {
             return Ok(());
@@ -366,6 +381,11 @@ impl Supervisor {
             }
             Known::Nothing => self.start_anew().await,
         }
+    }
+
+    fn has_lost_a_thread(&self) -> bool {
+        let pipeline = self.pipeline.as_ref();
+        pipeline.is_some_and(Pipeline::has_lost_a_thread)
     }
 
     fn is_away(&self) -> bool {

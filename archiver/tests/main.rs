@@ -8,6 +8,7 @@ mod clusters;
 mod connect;
 mod conninfo;
 mod crash;
+mod crash_points;
 mod dashboard;
 mod disk;
 mod divergence;

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Error, Result};
+use crate::{CrashPoint, Error, Result};
 
 /// Writes `bytes` to a new file at `path`; fails where one exists. A crash leaves either the whole file or none under
 /// that name.
@@ -38,12 +38,8 @@ pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
 ///
 /// # Errors
 /// [`Error::Store`].
-#[expect(
-    clippy::disallowed_methods,
-    reason = "this is the durable rename that the lint names"
-)]
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).map_err(Error::store("rename", from))?;
+    rename_unsynced(from, to)?;
     sync_dir(parent(to))?;
     if parent(from) == parent(to) {
         Ok(())
@@ -52,12 +48,25 @@ pub fn rename(from: &Path, to: &Path) -> Result<()> {
     }
 }
 
+/// Renames, replacing `to`. The caller makes the name durable with [`sync_dir`] before it relies on
+/// it.
+///
+/// # Errors
+/// [`Error::Store`].
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the durable rename is made of this and the fsync of the directory"
+)]
+pub fn rename_unsynced(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(Error::store("rename", from))
+}
+
 /// Removes a file durably; one that is not there is fine.
 ///
 /// # Errors
 /// [`Error::Store`].
 pub fn remove(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
+    match fs::remove_file(path).and_then(|()| CrashPoint::FileRemoved.reach()) {
         Ok(()) => sync_dir(parent(path)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(Error::store("remove", path)(error)),
@@ -89,7 +98,17 @@ pub fn create_dir_all(directory: &Path) -> Result<()> {
     }
     for path in missing.into_iter().rev() {
         match fs::DirBuilder::new().mode(0o700).create(&path) {
-            Ok(()) => sync_dir(parent(&path))?,
+            Ok(()) => {
+                let reached = CrashPoint::DirectoryCreated.reach();
+                let synced = reached
+                    .map_err(Error::store("create directory", &path))
+                    .and_then(|()| sync_dir(parent(&path)));
+                if synced.is_err() {
+                    // A later attempt makes it again: one that exists counts as durable.
+                    drop(fs::remove_dir(&path));
+                }
+                synced?;
+            }
             // Another writer was faster.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::store("create directory", path)(error)),
@@ -113,11 +132,17 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         .mode(0o600)
         .open(&fresh)
         .and_then(|mut file| {
+            CrashPoint::RecordCreated.reach()?;
             file.write_all(bytes)?;
-            file.sync_all()
+            CrashPoint::RecordWritten.reach()?;
+            file.sync_all()?;
+            CrashPoint::RecordSynced.reach()
         });
     written.map_err(Error::store("write", &fresh))?;
-    rename(&fresh, path)
+    rename_unsynced(&fresh, path)?;
+    let reached = CrashPoint::RecordRenamed.reach();
+    reached.map_err(Error::store("rename", path))?;
+    sync_dir(parent(path))
 }
 
 fn parent(path: &Path) -> &Path {

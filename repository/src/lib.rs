@@ -5,6 +5,7 @@
 //! The API blocks on purpose: a store that needs a runtime drives its own, and async callers use `spawn_blocking`.
 
 pub mod config;
+pub mod crash_points;
 pub mod durable;
 pub mod encryption;
 mod epochs;
@@ -23,6 +24,7 @@ pub mod store;
 mod timeline_path;
 mod wal_range;
 
+pub use crash_points::CrashPoint;
 pub use epochs::{Epoch, EpochCopy, Epochs};
 pub use error::{Error, Result};
 pub use exit::ExitKind;

@@ -4,7 +4,7 @@
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
-use repository::{Repository, is_sound};
+use repository::{CrashPoint, Repository, is_sound};
 use wal_format::{
     ObjectKey, PgTimestamp, SealedHeader, SealedReader, SealedWriter, SegmentSummary,
     sealed::{FRAME_BYTES, ProvedCompressor, SealedError},
@@ -90,6 +90,8 @@ pub fn put_wal(
     }
     let name = format!("{key} in {}", repository.url());
     let compare = || -> Result<u64> {
+        let reached = CrashPoint::StoreReadBack.reach();
+        reached.map_err(repository::Error::store("read back", &name))?;
         if repository.holds(&key, object)? {
             return Ok(object.len() as u64);
         }

@@ -42,14 +42,16 @@ impl Sealing {
     }
 
     /// Records that a segment is stored. Returns the files of its branch that are no longer needed.
+    /// A file is returned again until [`Sealing::removed`] reports that it is gone.
     pub fn sealed(&mut self, place: Place, open_record_in: Option<SegmentNo>) -> Vec<Place> {
         self.under_way.remove(&place);
         self.retained.insert(place, open_record_in);
-        let removable = self.removable(place.0);
-        for place in &removable {
-            self.retained.remove(place);
-        }
-        removable
+        self.removable(place.0)
+    }
+
+    /// Records that a segment's file has left the spool.
+    pub fn removed(&mut self, place: Place) {
+        self.retained.remove(&place);
     }
 
     /// The number of segments that wait or are being sealed.
@@ -121,5 +123,10 @@ mod tests {
             [place(1), place(2), place(3)]
         );
         assert_eq!(sealing.len(), 1);
+        // The removal of 2 failed.
+        sealing.removed(place(1));
+        sealing.removed(place(3));
+        assert_eq!(sealing.take(), Some(place(4)));
+        assert_eq!(sealing.sealed(place(4), None), [place(2), place(4)]);
     }
 }

@@ -11,7 +11,9 @@ use std::{
 
 use catalog::Catalog;
 use intake::stored::{WalSource, put_wal};
-use repository::{ClusterIdentity, Repository, WalRange, WalRangeKind, config::ClusterSettings};
+use repository::{
+    ClusterIdentity, CrashPoint, Repository, WalRange, WalRangeKind, config::ClusterSettings,
+};
 use wal_format::{
     Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary,
     WalIdentity,
@@ -278,18 +280,23 @@ impl Archive {
         (record.branch == branch).then_some(record.end_lsn)
     }
 
-    /// Removes a sealed segment from the spool. The last one of the branch that is streamed leaves a record of where the
-    /// archive ends.
+    /// Removes a sealed segment from the spool. If nothing that is durable in the spool follows it
+    /// on the branch that is streamed, the end of the archive is recorded first.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Repository`] from the spool's disk; then the file stays.
     pub fn remove_spooled(&self, branch: Branch, segment: SegmentNo) -> Result<()> {
         let _alone = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
         let spool = self.branch_spool(branch);
+        let path = spool.path(segment);
+        let reached = CrashPoint::SpoolRemovalDue.reach();
+        reached.map_err(Error::io("remove", &path))?;
         let left = spool.segments()?;
         let positions = self.status.progress().positions();
         let end_lsn = segment.end_lsn(self.identity.segment_size);
-        if left.open.is_none()
+        // An open file of which nothing is durable may be empty after a crash, and then says
+        // nothing of the archive.
+        if (left.open.is_none() || positions.flushed() <= end_lsn)
             && left.complete == [segment]
             && branch == positions.branch()
             && positions.stored_on(branch) >= end_lsn
@@ -299,8 +306,12 @@ impl Archive {
                 branch,
                 end_lsn,
             })?;
+            let reached = CrashPoint::SpoolPositionRecorded.reach();
+            reached.map_err(Error::io("remove", &path))?;
         }
-        spool.remove(segment)
+        spool.remove(segment)?;
+        let reached = CrashPoint::SpoolFileRemoved.reach();
+        reached.map_err(Error::io("remove", &path))
     }
 
     /// The start of the segment in which a branch left its ancestors, when WAL of one of them is archived.
@@ -430,13 +441,18 @@ impl Archive {
         source: &WalSource<'_>,
     ) -> Result<WalRange> {
         let stored_bytes = put_wal(&self.repository, header, object, source)?;
-        let kind = if header.is_whole_segment() {
-            WalRangeKind::Sealed
+        let (kind, stored, cataloged) = if header.is_whole_segment() {
+            let points = (CrashPoint::SealStored, CrashPoint::SealCataloged);
+            (WalRangeKind::Sealed, points.0, points.1)
         } else {
-            WalRangeKind::Tail
+            let points = (CrashPoint::TailStored, CrashPoint::TailCataloged);
+            (WalRangeKind::Tail, points.0, points.1)
         };
+        let failed = |error| repository::Error::store("catalog", source.path)(error);
+        stored.reach().map_err(failed)?;
         let range = WalRange::of_summary(header, kind, stored_bytes, summary, proven);
         self.catalog.put_range(&range, summary)?;
+        cataloged.reach().map_err(failed)?;
         ClusterStatus::count(&self.status.wal_stored_bytes, stored_bytes);
         Ok(range)
     }
@@ -496,13 +512,18 @@ impl Archive {
                 sealed.pop_first();
             }
         }
-        let tails = self
-            .tails
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&(branch, segment))
-            .unwrap_or_default();
-        tails.iter().try_for_each(|tail| self.delete_tail(tail))
+        let place = (branch, segment);
+        let known = || self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tails = known().remove(&place).unwrap_or_default();
+        while let Some(tail) = tails.last() {
+            if let Err(error) = self.delete_tail(tail) {
+                // The next attempt removes them.
+                known().entry(place).or_default().append(&mut tails);
+                return Err(error);
+            }
+            tails.pop();
+        }
+        Ok(())
     }
 
     fn delete_tail(&self, tail: &WalRange) -> Result<()> {
@@ -514,6 +535,8 @@ impl Archive {
             }
             outcome => outcome?,
         }
+        let reached = CrashPoint::TailRemoved.reach();
+        reached.map_err(repository::Error::store("remove", self.spool_directory()))?;
         self.catalog.remove_range(tail)?;
         Ok(())
     }

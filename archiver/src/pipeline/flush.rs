@@ -46,7 +46,7 @@ impl Flusher {
     /// Starts the thread.
     ///
     /// # Errors
-    /// [`Error::ThreadStopped`] when the system has no more threads.
+    /// [`Error::Io`] when the system has no more threads.
     pub fn start(
         archive: Arc<Archive>,
         backlog: Arc<Backlog>,
@@ -58,10 +58,7 @@ impl Flusher {
         let thread = std::thread::Builder::new()
             .name("flush".to_owned())
             .spawn(move || work(&queue, &left, &archive, &backlog, &failure))
-            .map_err(|error| Error::ThreadStopped {
-                name: "flush",
-                reason: error.to_string(),
-            })?;
+            .map_err(Error::io("start the thread", "flush"))?;
         Ok(Self {
             jobs: Some(jobs),
             pending,

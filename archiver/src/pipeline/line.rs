@@ -25,16 +25,12 @@ impl Line {
     /// Starts it.
     ///
     /// # Errors
-    /// [`Error::ThreadStopped`] when the system has no more threads.
+    /// [`Error::Io`] when the system has no more threads or file descriptors.
     pub fn start() -> Result<Self> {
-        let stopped = |reason: String| Error::ThreadStopped {
-            name: "stream",
-            reason,
-        };
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(|error| stopped(error.to_string()))?;
+            .map_err(Error::io("start the thread", "stream"))?;
         let handle = runtime.handle().clone();
         let (end, ended) = oneshot::channel::<()>();
         std::thread::Builder::new()
@@ -44,7 +40,7 @@ impl Line {
                 drop(runtime.block_on(ended));
                 runtime.shutdown_background();
             })
-            .map_err(|error| stopped(error.to_string()))?;
+            .map_err(Error::io("start the thread", "stream"))?;
         Ok(Self { handle, _end: end })
     }
 

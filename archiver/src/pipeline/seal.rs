@@ -9,10 +9,12 @@ use std::{
     collections::BTreeMap,
     fs::File,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
     time::Duration,
 };
 
 use intake::stored::{WalSource, seal_range};
+use repository::CrashPoint;
 use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary, WalIndexer};
 
 use super::{archive::Archive, failure::Failure};
@@ -175,8 +177,14 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                     let Action::Remove(branch, segment) = action else {
                         continue;
                     };
-                    if let Err(error) = archive.remove_spooled(branch, segment) {
-                        tracing::warn!(%error, "a sealed segment stays in the spool");
+                    match archive.remove_spooled(branch, segment) {
+                        Ok(()) => {
+                            let removed = Event::Removed { branch, segment };
+                            archive.status().progress().on(removed);
+                        }
+                        Err(error) => {
+                            tracing::warn!(%error, "a sealed segment stays in the spool until the next one is sealed");
+                        }
                     }
                 }
             }
@@ -210,12 +218,14 @@ fn seal(
     segment: SegmentNo,
     indexed: Option<Indexed>,
 ) -> Result<Option<Lsn>> {
+    let path = archive.branch_spool(branch).path(segment);
+    let reached = CrashPoint::SealBegun.reach();
+    reached.map_err(Error::io("open", &path))?;
     archive.store_history(branch)?;
     let indexed = match indexed {
         Some(indexed) => indexed,
         None => index(archive, branch, segment)?,
     };
-    let path = archive.branch_spool(branch).path(segment);
     let file = File::open(&path).map_err(Error::io("open", &path))?;
     let source = WalSource {
         file: &file,
@@ -233,8 +243,12 @@ fn seal(
     );
     let level = archive.settings().compression_level;
     let object = seal_range(level, header, &indexed.summary, indexed.proven, &source)?;
+    let reached = CrashPoint::SealPacked.reach();
+    reached.map_err(Error::io("read", &path))?;
     archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &source)?;
     archive.note_sealed(branch, segment)?;
+    let reached = CrashPoint::SealNoted.reach();
+    reached.map_err(Error::io("read", &path))?;
     Ok(indexed.summary.open_record_lsn)
 }
 
@@ -261,29 +275,26 @@ fn lower_priority() {
     }
 }
 
-/// Starts the workers.
+/// Starts the workers; each that was started is in `threads`, also after an error.
 ///
 /// # Errors
-/// [`Error::ThreadStopped`] when the system has no more threads.
+/// [`Error::Io`] when the system has no more threads.
 pub fn start(
     archive: &Arc<Archive>,
     backlog: &Arc<Backlog>,
     failure: &Arc<Failure>,
-) -> Result<Vec<std::thread::JoinHandle<()>>> {
-    (0..archive.settings().seal_threads.max(1))
-        .map(|number| {
-            let (archive, backlog, failure) = (
-                Arc::clone(archive),
-                Arc::clone(backlog),
-                Arc::clone(failure),
-            );
-            std::thread::Builder::new()
-                .name(format!("seal-{number}"))
-                .spawn(move || work(&archive, &backlog, &failure))
-                .map_err(|error| Error::ThreadStopped {
-                    name: "seal",
-                    reason: error.to_string(),
-                })
-        })
-        .collect()
+    threads: &mut Vec<JoinHandle<()>>,
+) -> Result<()> {
+    for number in 0..archive.settings().seal_threads.max(1) {
+        let (archive, backlog, failure) = (
+            Arc::clone(archive),
+            Arc::clone(backlog),
+            Arc::clone(failure),
+        );
+        let started = std::thread::Builder::new()
+            .name(format!("seal-{number}"))
+            .spawn(move || work(&archive, &backlog, &failure));
+        threads.push(started.map_err(Error::io("start the thread", "seal"))?);
+    }
+    Ok(())
 }

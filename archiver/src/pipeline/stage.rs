@@ -131,6 +131,7 @@ impl Stage {
         self.tick(true)?;
         self.left.retain(|left| left.branch() != branch);
         let spool = self.archive.branch_spool(branch);
+        spool.discard_leftovers()?;
         if let Some(content) = history {
             spool.put_history(&content)?;
         }

@@ -10,6 +10,7 @@ use std::{
 };
 
 use intake::stored::{WalSource, seal_range};
+use repository::CrashPoint;
 use wal_format::SealedHeader;
 
 use super::{archive::Archive, failure::Failure};
@@ -123,6 +124,9 @@ fn work(archive: &Archive, slot: &TailSlot, failure: &Failure) {
 }
 
 fn store(archive: &Archive, tail: &TailCut) -> Result<()> {
+    let path = archive.branch_spool(tail.branch).partial_path(tail.segment);
+    let reached = CrashPoint::TailCut.reach();
+    reached.map_err(Error::io("read", &path))?;
     archive.store_history(tail.branch)?;
     let identity = archive.identity();
     let header = SealedHeader {
@@ -133,7 +137,6 @@ fn store(archive: &Archive, tail: &TailCut) -> Result<()> {
         start_lsn: tail.start_lsn,
         end_lsn: tail.end_lsn,
     };
-    let path = archive.branch_spool(tail.branch).partial_path(tail.segment);
     let source = WalSource {
         file: &tail.file,
         path: &path,
@@ -142,14 +145,18 @@ fn store(archive: &Archive, tail: &TailCut) -> Result<()> {
     };
     let level = archive.settings().compression_level;
     let object = seal_range(level, header, &tail.summary, tail.proven, &source)?;
+    let reached = CrashPoint::TailPacked.reach();
+    reached.map_err(Error::io("read", &path))?;
     let range = archive.store_wal(&header, &object, &tail.summary, tail.proven, &source)?;
-    archive.note_tail(range)
+    archive.note_tail(range)?;
+    let reached = CrashPoint::TailNoted.reach();
+    reached.map_err(Error::io("read", &path))
 }
 
 /// Starts the thread.
 ///
 /// # Errors
-/// [`Error::ThreadStopped`] when the system has no more threads.
+/// [`Error::Io`] when the system has no more threads.
 pub fn start(
     archive: &Arc<Archive>,
     slot: &Arc<TailSlot>,
@@ -159,8 +166,5 @@ pub fn start(
     std::thread::Builder::new()
         .name("tail".to_owned())
         .spawn(move || work(&archive, &slot, &failure))
-        .map_err(|error| Error::ThreadStopped {
-            name: "tail",
-            reason: error.to_string(),
-        })
+        .map_err(Error::io("start the thread", "tail"))
 }

@@ -198,7 +198,7 @@ impl SpoolThread {
     /// Starts it.
     ///
     /// # Errors
-    /// [`Error::ThreadStopped`] when the system has no more threads.
+    /// [`Error::Io`] when the system has no more threads.
     pub fn start(
         archive: Arc<Archive>,
         backlog: Arc<Backlog>,
@@ -225,10 +225,7 @@ impl SpoolThread {
         let thread = std::thread::Builder::new()
             .name("spool".to_owned())
             .spawn(move || run(&stage, queue, &queued, &failure))
-            .map_err(|error| Error::ThreadStopped {
-                name: "spool",
-                reason: error.to_string(),
-            })?;
+            .map_err(Error::io("start the thread", "spool"))?;
         Ok(Self {
             intake,
             stop,

@@ -1,6 +1,7 @@
 //! The replication stream: receives WAL, sends status updates.
 
 use bytes::{Buf, BufMut, Bytes};
+use repository::CrashPoint;
 use wal_format::{Lsn, PgTimestamp, TimelineId};
 
 use super::{
@@ -201,7 +202,13 @@ impl StatusSender {
         body.put_u64(0);
         body.put_i64(PgTimestamp::from_jiff(jiff::Timestamp::now()).0);
         body.put_u8(u8::from(status.reply_requested));
+        let lost = |source| super::Error::Io {
+            place: "the primary".to_owned(),
+            source,
+        };
+        CrashPoint::AcknowledgementDue.reach().map_err(lost)?;
         self.writer.put(b'd', &body);
-        self.writer.flush().await
+        self.writer.flush().await?;
+        CrashPoint::AcknowledgementSent.reach().map_err(lost)
     }
 }

@@ -14,6 +14,7 @@ use std::{
     sync::Arc,
 };
 
+use repository::{CrashPoint, durable};
 use wal_format::SegmentNo;
 
 use super::{BranchSpool, sync_directory};
@@ -46,7 +47,11 @@ impl OpenSegment {
     /// [`Error::Io`].
     pub fn create(spool: &BranchSpool, segment: SegmentNo) -> Result<Self> {
         let open = Self::at(spool, segment, true)?;
+        let reached = CrashPoint::SegmentCreated.reach();
+        reached.map_err(Error::io("create", &open.partial))?;
         sync_directory(spool.directory())?;
+        let reached = CrashPoint::SegmentNamed.reach();
+        reached.map_err(Error::io("create", &open.partial))?;
         Ok(open)
     }
 
@@ -110,7 +115,8 @@ impl OpenSegment {
     pub fn append(&mut self, mut bytes: &[u8]) -> io::Result<usize> {
         let whole = bytes.len();
         while !bytes.is_empty() {
-            match self.file.write_at(bytes, self.length) {
+            let written = self.file.write_at(bytes, self.length);
+            match written.and_then(|count| CrashPoint::SegmentWritten.reach().map(|()| count)) {
                 Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
                 Ok(count) => {
                     self.length += count as u64;
@@ -191,6 +197,7 @@ impl OpenSegment {
     pub fn sync(&self) -> Result<()> {
         self.file
             .sync_data()
+            .and_then(|()| CrashPoint::SegmentSynced.reach())
             .map_err(Error::io("fdatasync", &self.partial))
     }
 
@@ -200,7 +207,14 @@ impl OpenSegment {
     /// [`Error::Io`]: fatal.
     pub fn finish(&self) -> Result<()> {
         self.sync()?;
-        repository::durable::rename(&self.partial, &self.path).map_err(of_the_disk)
+        let reached = CrashPoint::SegmentCompleted.reach();
+        reached.map_err(Error::io("rename", &self.partial))?;
+        durable::rename_unsynced(&self.partial, &self.path).map_err(of_the_disk)?;
+        let reached = CrashPoint::SegmentRenamed.reach();
+        reached.map_err(Error::io("rename", &self.partial))?;
+        sync_directory(self.path.parent().unwrap_or(&self.path))?;
+        let reached = CrashPoint::SegmentFinished.reach();
+        reached.map_err(Error::io("rename", &self.partial))
     }
 }
 
@@ -253,9 +267,13 @@ fn copy_in_place(source: &mut dyn io::Read, path: &Path, beside: &Path) -> io::R
             _ => {}
         }
         let mut file = File::options().write(true).create_new(true).open(&fresh)?;
+        CrashPoint::CopyCreated.reach()?;
         io::copy(source, &mut file)?;
+        CrashPoint::CopyWritten.reach()?;
         file.sync_all()?;
+        CrashPoint::CopySynced.reach()?;
         std::fs::rename(&fresh, path)?;
+        CrashPoint::CopyRenamed.reach()?;
         File::open(path.parent().unwrap_or(path))?.sync_all()
     })();
     if copied.is_err() {

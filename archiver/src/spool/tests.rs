@@ -7,7 +7,7 @@ use wal_format::{
     Branch, ClusterName, Lsn, PgVersion, SegmentSize, SystemIdentifier, WalIdentity, WalIndexer,
 };
 
-use super::{BranchSpool, CompletedSegment, Spool, SpoolWriter};
+use super::{Before, BranchSpool, CompletedSegment, Spool, SpoolWriter};
 use crate::error::Error;
 
 const PAGE: usize = 8192;
@@ -359,4 +359,70 @@ fn the_zeros_ahead_of_small_writes_are_no_content() {
     assert!(padding.iter().all(|byte| *byte == 0) && padding.len() < 8);
     let (again, _) = open(&branch);
     assert_eq!(Some(&again.written()), ends.last());
+}
+
+/// The length of a segment of these tests.
+const SEGMENT: usize = 1 << 20;
+
+/// Puts segment 1, complete, and an open segment 2 with this content into a spool.
+fn leave_open(branch: &BranchSpool, bytes: &[u8], content: &[u8]) {
+    let (mut writer, _) = open(branch);
+    let completed = push(&mut writer, &bytes[..SEGMENT]).expect("valid WAL");
+    completed[0].file.finish().expect("it is renamed");
+    std::fs::write(branch.partial_path(START_SEGMENT.next()), content).expect("a file");
+}
+
+#[test]
+fn an_open_segment_without_a_whole_record_is_compared_with_the_one_before() {
+    let (bytes, ends) = wal(&[60_000; 40]);
+    // The first record that ends in segment 2 began in segment 1.
+    let boundary = START.add(SEGMENT as u64);
+    let end = ends.iter().find(|end| **end > boundary);
+    let crossing = usize::try_from(end.expect("one crosses").bytes_since(boundary)).expect("short");
+    assert!(crossing > 1000, "{crossing}");
+    let zeros = vec![0; SEGMENT / 2];
+    let torn = &bytes[SEGMENT..];
+    for content in [&[][..], &zeros, &torn[..20], &torn[..crossing - 8]] {
+        let directory = tempfile::tempdir().expect("a directory");
+        let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+        leave_open(&branch, &bytes, content);
+        let (mut writer, _) = open(&branch);
+        assert_eq!(writer.written(), boundary);
+        let before = std::fs::File::open(branch.path(START_SEGMENT)).expect("a file");
+        writer.hold_before(Some(Before::of_file(before).expect("a file")));
+        assert_eq!(writer.compare_lsn(), START);
+        writer.begin(START).expect("the segment before is at hand");
+        let completed = push(&mut writer, &bytes).expect("the same WAL, and more");
+        assert_eq!(completed.len(), 1);
+        completed[0].file.finish().expect("it is renamed");
+        let second = std::fs::read(branch.path(START_SEGMENT.next())).expect("a file");
+        assert!(second == bytes[SEGMENT..2 * SEGMENT]);
+    }
+}
+
+#[test]
+fn what_holds_no_wal_is_discarded_and_the_later_segments_with_it() {
+    let (bytes, _) = wal(&[60_000; 40]);
+    let directory = tempfile::tempdir().expect("a directory");
+    let branch = spool(directory.path()).branch(&identity(), Branch::FIRST);
+    let (second, third) = (START_SEGMENT.next(), START_SEGMENT.next().next());
+    leave_open(&branch, &bytes, &[0; 9000]);
+    std::fs::write(branch.partial_path(third), &bytes[..100]).expect("a file");
+    let copy = branch.path(second).with_extension("new");
+    std::fs::write(&copy, &bytes[..100]).expect("a file");
+    branch.discard_leftovers().expect("it works");
+    let left = branch.segments().expect("they are listed");
+    assert_eq!(
+        (left.complete, left.open, left.unacknowledged),
+        (vec![START_SEGMENT], None, vec![])
+    );
+    assert!(!copy.exists());
+    // An open segment with content stays.
+    std::fs::write(branch.partial_path(second), &bytes[SEGMENT..SEGMENT + 9]).expect("a file");
+    branch.discard_leftovers().expect("it works");
+    assert!(branch.partial_path(second).exists());
+    // Alone and empty it does not say where the archive ends.
+    std::fs::write(branch.partial_path(second), [0; 9]).expect("a file");
+    branch.remove(START_SEGMENT).expect("it goes");
+    assert_eq!(branch.end_lsn().expect("readable"), None);
 }

@@ -142,8 +142,15 @@ impl SpoolWriter {
             if let Some(padding) = bytes.get_mut(checked..) {
                 padding.fill(0);
             }
-            // The bytes may be in the page cache only, of a process that was killed or whose fsync failed: durable from here.
-            writer.open = Some(open.renew(spool, &bytes)?);
+            if bytes.is_empty() {
+                // Without a whole record the segment is not open: the stream resumes, and is
+                // compared, before it.
+                spool.remove_partial(segment)?;
+            } else {
+                // The bytes may be in the page cache only, of a process that was killed or whose
+                // fsync failed: durable from here.
+                writer.open = Some(open.renew(spool, &bytes)?);
+            }
             writer.indexer = prime()?;
             writer.index(&bytes, &mut completed)?;
         }
@@ -284,9 +291,11 @@ impl SpoolWriter {
         Some(tail)
     }
 
-    /// Compares bytes at `incoming` with the open segment's file, or with the end of the one before.
+    /// Compares bytes at `incoming` with the open segment's file, or with the segment before while
+    /// `incoming` is in it.
     fn compare(&self, bytes: &[u8], from: &'static str) -> Result<()> {
-        let (ours, place) = if let Some(open) = &self.open {
+        let is_in_open = self.incoming() >= self.resume_lsn();
+        let (ours, place) = if let Some(open) = self.open.as_ref().filter(|_| is_in_open) {
             let offset = self.spool.segment_size().offset_of(self.incoming());
             let mut ours = vec![0; bytes.len()];
             open.read_at(&mut ours, offset)?;

@@ -12,7 +12,7 @@ use std::{
 use bytes::Bytes;
 
 use super::{ObjectMeta, ObjectStore, PutOutcome, is_sound_key};
-use crate::{Error, Result, durable};
+use crate::{CrashPoint, Error, Result, durable};
 
 /// Where files are written before they have a name. On the same file system, and no key can begin with a dot.
 const TEMPORARY: &str = ".tidemark-tmp";
@@ -103,11 +103,17 @@ impl ObjectStore for LocalStore {
         }
         let temporary = tempfile::Builder::new()
             .tempfile_in(self.temporary()?)
+            .and_then(|file| CrashPoint::StoreFileCreated.reach().map(|()| file))
             .map_err(Error::store("create a file for", &path))?;
         let mut file = temporary.as_file();
-        file.write_all(body).map_err(Error::store("write", &path))?;
-        file.sync_all().map_err(Error::store("fsync", &path))?;
-        match fs::hard_link(temporary.path(), &path) {
+        file.write_all(body)
+            .and_then(|()| CrashPoint::StoreFileWritten.reach())
+            .map_err(Error::store("write", &path))?;
+        file.sync_all()
+            .and_then(|()| CrashPoint::StoreFileSynced.reach())
+            .map_err(Error::store("fsync", &path))?;
+        let linked = fs::hard_link(temporary.path(), &path);
+        match linked.and_then(|()| CrashPoint::StoreFileLinked.reach()) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
                 // It is durable already, or its writer is about to make it so; our caller compares and may rely on it.
@@ -117,6 +123,8 @@ impl ObjectStore for LocalStore {
             Err(error) => return Err(Error::store("create", path)(error)),
         }
         durable::sync_dir(directory)?;
+        let reached = CrashPoint::StoreFileDurable.reach();
+        reached.map_err(Error::store("create", path))?;
         Ok(PutOutcome::Created)
     }
 

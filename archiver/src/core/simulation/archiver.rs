@@ -287,7 +287,11 @@ impl Simulation {
                     if !self.store.sealed.contains(&place) {
                         return Err(format!("{place:?} goes before it is stored").into());
                     }
-                    self.disk.files.remove(&place);
+                    if self.is_calm || !self.rng.one_in(8) {
+                        self.disk.files.remove(&place);
+                        let (branch, segment) = place;
+                        archiver.core.on(Event::Removed { branch, segment });
+                    }
                 }
             }
         }

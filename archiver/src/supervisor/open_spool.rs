@@ -1,0 +1,44 @@
+//! The start of a cluster's spool, retried while an error may pass: the disk failed once, or the
+//! disk or the table of open files is full.
+//!
+//! Invariant: an error that only a person can remove ends the cluster at once, with its exit code.
+
+use repository::config::ClusterSettings;
+
+use super::{RETRY_MAX, RETRY_MIN, jitter};
+use crate::{
+    cluster_status::ClusterStatus,
+    error::{Error, Result, may_pass},
+    pipeline::blocking,
+    shutdown::Shutdown,
+    spool::Spool,
+};
+
+/// Opens the cluster's spool. Returns `None` if a stop was requested first.
+///
+/// # Errors
+/// [`Error::SpoolLocked`]; [`Error::Io`] that only a person can remove.
+pub(super) async fn open_spool(
+    settings: &ClusterSettings,
+    status: &ClusterStatus,
+    shutdown: &mut Shutdown,
+) -> Result<Option<Spool>> {
+    let mut retry = RETRY_MIN;
+    loop {
+        let (spool, name) = (settings.spool.clone(), settings.name.clone());
+        let error = match blocking(move || Spool::open(&spool, &name)).await {
+            Err(Error::Io {
+                action,
+                path,
+                source,
+            }) if may_pass(&source) => Error::io(action, path)(source),
+            outcome => return outcome.map(Some),
+        };
+        tracing::error!(cluster = %settings.name, %error, "the spool cannot be opened; retrying");
+        status.note(|facts| facts.broken = Some(error.to_string()));
+        if !shutdown.sleep(jitter(retry)).await {
+            return Ok(None);
+        }
+        retry = (retry * 2).min(RETRY_MAX);
+    }
+}
