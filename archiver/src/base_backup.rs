@@ -129,8 +129,8 @@ pub(crate) async fn attempt(
     let conninfo = ConnInfo::parse(&settings.conninfo)?;
     let (mut source, server_version) = Source::connect(&conninfo, &settings.name).await?;
     let repository = {
-        let (url, name) = (settings.repository.clone(), settings.name.clone());
-        blocking(move || Ok(Repository::open(&url, &name)?)).await?
+        let settings = settings.clone();
+        blocking(move || Ok(Repository::open_known(&settings)?)).await?
     };
     let identity = source.identity().clone();
     let identity = {
@@ -279,6 +279,9 @@ impl Taking {
             .to_json()
             .map_err(|error| malformed(error.to_string()))?;
         self.put(info.key(), json).await?;
+        // A bucket that was emptied or exchanged meanwhile would hold a part of it only.
+        let repository = self.repository.clone();
+        blocking(move || Ok(repository.confirm()?)).await?;
         Ok(info)
     }
 

@@ -148,8 +148,9 @@ enum CatalogCommand {
 
 #[derive(Debug, Subcommand)]
 enum EpochCommand {
-    /// Archives the server from now on although it has a new system identifier, which `pg_upgrade` or initdb gave it. The old
-    /// epoch stays restorable. The daemon has to be stopped.
+    /// Archives the server from now on although it has a new system identifier, which `pg_upgrade`
+    /// or initdb gave it; the old epoch stays restorable. Or begins a new archive where the
+    /// repository was emptied or exchanged. The daemon has to be stopped.
     Begin {
         /// The server's new system identifier, so that no other server is taken by mistake.
         #[arg(long, value_name = "N")]
@@ -226,7 +227,7 @@ pub fn run(cli: Cli) -> Result<()> {
         // Asking a daemon is the quick program's part; here none answered.
         Command::Push { path } => {
             let settings = one(&settings)?;
-            let repository = Repository::open(&settings.repository, &settings.name)?;
+            let repository = Repository::open_known(settings)?;
             Ok(intake::push_alone(settings, &repository, &path)?)
         }
         Command::Backup {

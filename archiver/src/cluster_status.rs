@@ -21,7 +21,7 @@ use std::{
 };
 
 use prometheus_client::metrics::histogram::Histogram;
-use repository::{config::Acknowledge, store::Observer};
+use repository::{ExitKind, config::Acknowledge, store::Observer};
 use tokio::task::AbortHandle;
 use wal_format::{Branch, ClusterName, Lsn, PgTimestamp, SystemIdentifier};
 
@@ -86,6 +86,16 @@ pub struct Facts {
     pub stream_error: Option<String>,
     /// The repository's last error; cleared by the next success.
     pub repository_error: Option<String>,
+    /// What the repository answers that a person has to look at, by what was asked of it: it is
+    /// another place, or what it holds is damaged or different. Retried all the same, and cleared
+    /// by the same request's success.
+    pub repository_broken: BTreeMap<String, String>,
+    /// Whether the place was last seen not to hold the archive.
+    pub repository_gone: bool,
+    /// How often the place held the archive again.
+    pub repository_returns: u64,
+    /// Why the catalog on disk is not used; archiving continues with one in memory.
+    pub catalog_error: Option<String>,
     /// Why what the backups need could not be locked at the last look.
     pub lock_error: Option<String>,
     /// Why archiving is broken: only a person can mend it.
@@ -332,11 +342,21 @@ impl ClusterStatus {
         self.started.elapsed()
     }
 
-    /// A repository request failed; it is retried.
-    pub(crate) fn repository_failed(&self, operation: &'static str, error: &repository::Error) {
+    /// A repository request failed, for `object`; it is retried.
+    pub(crate) fn repository_failed(
+        &self,
+        operation: &'static str,
+        object: &str,
+        error: &repository::Error,
+    ) {
         self.note(|facts| {
             *facts.repository_errors.entry(operation).or_default() += 1;
             let message = error.to_string();
+            facts.repository_gone |= error.is_gone();
+            if error.is_gone() || error.exit_kind() == ExitKind::Integrity {
+                let asked = format!("{operation} {object}");
+                facts.repository_broken.insert(asked, message.clone());
+            }
             if facts.repository_error.as_ref() != Some(&message) {
                 tracing::warn!(cluster = %self.cluster, operation, error = %message, "repository request failed; retrying");
                 facts.repository_error = Some(message);
@@ -344,9 +364,30 @@ impl ClusterStatus {
         });
     }
 
-    /// The repository answers again.
-    pub(crate) fn repository_answered(&self) {
+    /// What was asked without success is of no use any more.
+    pub(crate) fn repository_no_longer_asked(&self, operation: &'static str) {
         self.note(|facts| {
+            let begins = format!("{operation} ");
+            facts
+                .repository_broken
+                .retain(|asked, _| !asked.starts_with(&begins));
+        });
+    }
+
+    /// A repository request succeeded, for `object`.
+    pub(crate) fn repository_answered(&self, operation: &'static str, object: &str) {
+        self.note(|facts| {
+            if facts.repository_gone {
+                // It is the right place: what was said of the wrong one is over.
+                facts.repository_gone = false;
+                facts.repository_returns += 1;
+                facts.repository_broken.clear();
+            }
+            if !facts.repository_broken.is_empty() {
+                facts
+                    .repository_broken
+                    .remove(&format!("{operation} {object}"));
+            }
             if facts.repository_error.take().is_some() {
                 tracing::info!(cluster = %self.cluster, "the repository answers again");
             }

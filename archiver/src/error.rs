@@ -267,7 +267,11 @@ impl Error {
     #[must_use]
     pub fn is_broken(&self) -> bool {
         match self {
-            Self::Repository(error) => return error.is_mismatch(),
+            Self::Repository(error) => {
+                return error.is_mismatch()
+                    || error.is_gone()
+                    || error.exit_kind() == ExitKind::Integrity;
+            }
             Self::Wal(error) => return error.is_broken(),
             _ => {}
         }
@@ -298,6 +302,38 @@ pub(crate) fn may_pass(error: &io::Error) -> bool {
     );
     let number = Errno::from_io_error(error);
     exhausted || matches!(number, Some(Errno::IO | Errno::MFILE | Errno::NFILE))
+}
+
+impl Error {
+    /// Splits off an answer of the store at `url`, which says nothing about its next one: whoever
+    /// asked asks again.
+    ///
+    /// # Errors
+    /// Every other error, unchanged.
+    pub(crate) fn into_answer(self, url: impl FnOnce() -> String) -> Result<repository::Error> {
+        match self {
+            Self::Repository(error) if error.is_answer() => Ok(error),
+            Self::Wal(intake::Error::Sealed { object, source }) => Ok(repository::Error::Damaged {
+                key: object,
+                url: url(),
+                problem: source.to_string(),
+            }),
+            error => Err(error),
+        }
+    }
+
+    /// Returns true if the catalog, which is only a cache, could not be read or written.
+    pub(crate) fn is_catalog_failure(&self) -> bool {
+        matches!(self, Self::Repository(error) if error.is_catalog_failure())
+    }
+
+    /// Returns true if a disk had no room.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if matches!(
+            source.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        ))
+    }
 }
 
 impl From<intake::Error> for Error {

@@ -186,7 +186,7 @@ fn apply(
     report: &mut PlaceReport,
     announce: &dyn Fn(&PlaceReport),
 ) -> Result<()> {
-    let mut repository = Repository::open(place, &settings.name)?;
+    let mut repository = Repository::open_known_place(settings, place)?;
     if let Some(system) = wish.system {
         repository = repository.of_system(system)?;
     }
@@ -324,7 +324,7 @@ pub(crate) fn record(settings: &ClusterSettings, began: Timestamp, reports: &[Pl
         false => done.join("; "),
     });
     let written = (|| -> Result<Option<BackupId>> {
-        let repository = Repository::open(&settings.repository, &settings.name)?;
+        let repository = Repository::open_known(settings)?;
         let Some(identity) = repository.identity()? else {
             return Ok(None);
         };

@@ -77,7 +77,7 @@ pub fn import(
     compare: bool,
     say: &dyn Fn(&Path, &Fate),
 ) -> Result<Count> {
-    let repository = Repository::open(&settings.repository, &settings.name)?;
+    let repository = Repository::open_known(settings)?;
     if compare && repository.identity()?.is_none() {
         return Err(Error::Usage {
             message: format!(

@@ -50,7 +50,7 @@ pub(crate) fn extend(
     dry_run: bool,
 ) -> Result<Vec<Locked>> {
     let usage = |message: String| Error::Usage { message };
-    let repository = Repository::open(&settings.repository, &settings.name)?;
+    let repository = Repository::open_known(settings)?;
     let Some(identity) = repository.identity()? else {
         return Err(usage(format!(
             "{} holds nothing of cluster {}; check --repository and --cluster",

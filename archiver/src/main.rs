@@ -43,8 +43,7 @@ fn is_pushed(settings: &ClusterSettings, path: &Path) -> bool {
     if !is_segment || std::env::var_os("TIDEMARK_LOG").is_some() {
         return false;
     }
-    let Ok(Some(repository)) = Repository::open_plain_folder(&settings.repository, &settings.name)
-    else {
+    let Ok(Some(repository)) = Repository::open_known_plain_folder(settings) else {
         return false;
     };
     start_with(&push::MEMORY);

@@ -68,10 +68,10 @@ pub(crate) async fn record_failed_backup(
     let Some(outcome) = ended(OutcomeKind::Backup, began, false, message) else {
         return;
     };
-    let (place, name) = (settings.repository.clone(), settings.name.clone());
+    let known = settings.clone();
     let id = outcome.id.clone();
     let stored = blocking(move || -> Result<bool> {
-        let repository = Repository::open(&place, &name)?;
+        let repository = Repository::open_known(&known)?;
         let Some(identity) = repository.identity()? else {
             return Ok(false);
         };

@@ -75,8 +75,8 @@ pub struct Pipeline {
     /// Where a stream resumes without an overlap, because the server has removed it; 0 for nowhere.
     forgone: AtomicU64,
     threads: Vec<JoinHandle<()>>,
-    /// Ticks and looks; both end with the pipeline.
-    timers: [task::JoinHandle<()>; 2],
+    /// Ticks and looks; they end with the pipeline.
+    timers: [task::JoinHandle<()>; 3],
 }
 
 impl Pipeline {
@@ -119,6 +119,7 @@ impl Pipeline {
         let timers = [
             tokio::spawn(tick(spool.commands(), interval)),
             tokio::spawn(observe::look(Arc::clone(&archive))),
+            tokio::spawn(observe::watch_place(Arc::clone(&archive))),
         ];
         let pipeline = Self {
             archive,

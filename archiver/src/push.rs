@@ -325,8 +325,7 @@ impl Desk {
             match &*opened {
                 Some(repository) => repository.clone(),
                 None => {
-                    let place = &self.settings.repository;
-                    let repository = Repository::open(place, &self.settings.name)?;
+                    let repository = Repository::open_known(&self.settings)?;
                     opened.insert(repository).clone()
                 }
             }

@@ -30,6 +30,7 @@ use wal_format::{
 pub use before::Before;
 pub use open_segment::OpenSegment;
 pub use record::SpoolRecord;
+pub(crate) use record::remove_record;
 pub use writer::{CompletedSegment, SpoolWriter, TailCut};
 
 use crate::error::{Error, Result};

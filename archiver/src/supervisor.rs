@@ -10,7 +10,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use catalog::Catalog;
 use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
 
 use crate::{
@@ -19,9 +18,7 @@ use crate::{
     error::{Error, Result, may_pass},
     expire, locks,
     pipeline::{
-        Pipeline,
-        archive::{Archive, Away},
-        blocking,
+        Pipeline, blocking,
         gap::{self, Closed},
         observe::describe_loss,
         receive::StreamEnd,
@@ -38,10 +35,13 @@ mod known;
 mod open_spool;
 mod protect;
 mod repair;
+mod stages;
 
 use known::Known;
 use open_spool::open_spool;
 use protect::endangered;
+pub(crate) use stages::{CatalogPlace, open_archive};
+use stages::{catalog_opens, outdated};
 
 /// First pause after a failure: a restarted server is back within a second.
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -77,7 +77,13 @@ pub async fn run(
     };
     let spool = Arc::new(spool);
     status.resume(CaughtUp::read(spool.directory()));
-    let _pushes = push::start(&settings, Arc::clone(&status))?;
+    let _pushes = match push::start(&settings, Arc::clone(&status)) {
+        Err(error) if error.is_disk_full() => {
+            tracing::warn!(cluster = %settings.name, %error, "pushes are not served until the next start: each works alone");
+            None
+        }
+        started => Some(started?),
+    };
     let _standbys = walsender::start(&settings, Arc::clone(&status)).await?;
     let mut supervisor = Supervisor {
         settings,
@@ -89,6 +95,7 @@ pub async fn run(
         retry: RETRY_MIN,
         damaged: 0,
         gave_up: false,
+        without_catalog: false,
     };
     let backups = tokio::spawn(repair::take_repairing_backups(
         supervisor.settings.clone(),
@@ -143,6 +150,8 @@ struct Supervisor {
     damaged: u32,
     /// Whether the stream was ended because the primary had to be protected.
     gave_up: bool,
+    /// Whether the catalog is in memory, because the one on disk cannot be used.
+    without_catalog: bool,
 }
 
 impl Supervisor {
@@ -171,7 +180,8 @@ impl Supervisor {
             }
             let reason = match outcome {
                 Ok(StreamEnd::Reached) if self.gave_up => "gave_up",
-                Ok(StreamEnd::Reached) if self.is_away() => "repository_back",
+                Ok(StreamEnd::Reached) if self.is_away() || self.is_outdated() => "repository_back",
+                Ok(StreamEnd::Reached) if self.without_catalog => "catalog_back",
                 Ok(StreamEnd::Reached) => "gap_closed",
                 Ok(StreamEnd::NoOverlap) => "no_overlap",
                 Ok(_) => {
@@ -181,9 +191,16 @@ impl Supervisor {
                 }
                 Err(error) => {
                     let reason = self.judge(error)?;
-                    // A thread that raised an error has ended.
-                    if reason == "disk" || self.has_lost_a_thread() {
-                        self.start_anew().await?;
+                    match reason {
+                        "catalog" => {
+                            self.without_catalog = true;
+                            self.start_anew().await?;
+                        }
+                        // A thread that raised an error has ended.
+                        _ if reason == "disk" || self.has_lost_a_thread() => {
+                            self.start_anew().await?;
+                        }
+                        _ => {}
                     }
                     reason
                 }
@@ -191,8 +208,8 @@ impl Supervisor {
             self.status
                 .note(|facts| *facts.reconnects.entry(reason).or_default() += 1);
             let gave_up = std::mem::take(&mut self.gave_up);
-            // A disk may be mended at any moment, and commits may wait for it.
-            let mends_itself = gave_up || reason == "disk";
+            // A disk or a store may be mended at any moment, and commits may wait for it.
+            let mends_itself = gave_up || matches!(reason, "disk" | "repository" | "catalog");
             let facts = self.status.facts();
             let pause = if facts.gap.is_some() || reason == "gap" {
                 GAP_RETRY
@@ -295,6 +312,10 @@ impl Supervisor {
         if self.is_fatal(&error) {
             return Err(error);
         }
+        if error.is_catalog_failure() {
+            tracing::warn!(event = "catalog_failed", cluster = %self.settings.name, %error, "the catalog on disk is not used any more");
+            return Ok("catalog");
+        }
         let broken =
             (error.is_broken() || matches!(error, Error::Io { .. })).then(|| error.to_string());
         let message = error.to_string();
@@ -319,7 +340,7 @@ impl Supervisor {
             Error::Gap { .. } => "gap",
             Error::Replication(error) if error.is_slot_in_use() => "slot_in_use",
             Error::Replication(_) => "connection",
-            Error::Repository(_) => "repository",
+            Error::Repository(_) | Error::Wal(intake::Error::Sealed { .. }) => "repository",
             Error::Silent { .. } => "silent",
             Error::SpoolFull => "spool_full",
             _ => "other",
@@ -336,33 +357,58 @@ impl Supervisor {
             | Error::Silent { .. }
             | Error::SpoolFull
             | Error::StreamOutOfOrder { .. } => false,
+            // WAL that is sent to the repository makes room.
+            Error::Io { .. } if error.is_disk_full() => false,
             // At the start an error that only a person can remove ends the program at once, with
-            // its exit code.
+            // its exit code. A later one may be repaired while the program runs.
             Error::Io { source, .. } => !self.connected_once && !may_pass(source),
+            // An answer of a store says nothing about the next one, and without the catalog
+            // everything works.
+            Error::Repository(error) if error.is_answer() || error.is_catalog_failure() => false,
+            Error::Wal(intake::Error::Sealed { .. }) => false,
+            // Another cluster, keys or a catalog in use are a mistake at the start, which is
+            // reported at once; later the server was upgraded or exchanged, or keys are being
+            // changed, and a person decides.
+            Error::Repository(_) => !self.connected_once,
             // A wrong password or a missing right is told at once at the start; later it may be a change in progress.
             Error::Replication(error) => {
                 !self.connected_once && error.exit_kind() == ExitKind::Usage
             }
-            // Another cluster at the start is a mistake; later the server was upgraded or exchanged, and a person decides.
-            Error::Repository(error) if error.is_mismatch() => !self.connected_once,
-            Error::Repository(error) => error.exit_kind() != ExitKind::Unreachable,
-            _ => true,
+            // WAL or a spool that contradicts the archive, a server that cannot be archived, a
+            // thread that panicked.
+            Error::SlotLost { .. }
+            | Error::SpoolHole { .. }
+            | Error::SpoolLocked { .. }
+            | Error::SpoolSystemMismatch { .. }
+            | Error::ThreadStopped { .. }
+            | Error::Unsupported(_)
+            | Error::Usage { .. }
+            | Error::Wal(_) => true,
+            // Errors of other commands.
+            Error::BaseBackup(_)
+            | Error::Check { .. }
+            | Error::Expire { .. }
+            | Error::Http(_)
+            | Error::Nagios { .. }
+            | Error::NotDrained { .. }
+            | Error::NotNotified { .. }
+            | Error::Verify { .. } => true,
         }
     }
 
     /// Starts the stages when the repository or the spool says whose WAL this is: what the spool holds then reaches the
     /// repository without any server, and without the repository a server's WAL reaches the spool.
     async fn start_from_what_is_known(&mut self) -> Result<()> {
-        if self.has_lost_a_thread() {
-            // While no server answers, nothing else would notice it.
-            return Err(Error::ThreadStopped {
-                name: "store",
-                reason: "it panicked".to_owned(),
-            });
-        }
         let is_away = self.is_away();
-        if self.pipeline.is_some() && !is_away {
-            return Ok(());
+        if let Some(pipeline) = &self.pipeline {
+            if pipeline.has_lost_a_thread() {
+                let error = pipeline.failure().take();
+                self.start_anew().await?;
+                return Err(error.unwrap_or_else(panicked));
+            }
+            if !is_away && !self.is_outdated() {
+                return Ok(());
+            }
         }
         match known::ask(&self.settings, &self.spool).await? {
             Known::Away(..) if is_away => Ok(()),
@@ -372,11 +418,12 @@ impl Supervisor {
                     %error,
                     "the repository does not answer; archiving goes on in the spool, from what that holds"
                 );
-                self.status.repository_failed("start", &error);
+                self.status.repository_failed("start", "", &error);
                 self.start(&identity, Some(away)).await
             }
             Known::Here(identity) => {
                 self.start_anew().await?;
+                self.status.repository_answered("start", "");
                 self.start(&identity, None).await
             }
             Known::Nothing => self.start_anew().await,
@@ -391,21 +438,6 @@ impl Supervisor {
     fn is_away(&self) -> bool {
         let pipeline = self.pipeline.as_ref();
         pipeline.is_some_and(|pipeline| pipeline.archive().is_away())
-    }
-
-    async fn start(&mut self, identity: &ClusterIdentity, away: Option<Away>) -> Result<()> {
-        let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
-        let (status, identity) = (Arc::clone(&self.status), identity.clone());
-        let archive = blocking(move || match away {
-            None => open_archive(settings, &identity, spool, status),
-            Some(away) => {
-                let repository = known::absent_repository(&settings);
-                open_archive_in(repository, settings, identity, spool, status, Some(away))
-            }
-        })
-        .await?;
-        self.pipeline = Some(Pipeline::start(Arc::new(archive)).await?);
-        Ok(())
     }
 
     async fn connect_and_stream(&mut self, shutdown: &mut Shutdown) -> Result<StreamEnd> {
@@ -445,11 +477,30 @@ impl Supervisor {
                 self.retry = RETRY_MIN;
                 return Ok(StreamEnd::Reached);
             }
+            () = outdated(pipeline) => {
+                tracing::info!(
+                    event = "repository_returned", cluster = %self.settings.name,
+                    "the place holds the repository again; the stages start again with what it knows"
+                );
+                drop(stream);
+                pipeline.spool().drain().await?;
+                self.retry = RETRY_MIN;
+                return Ok(StreamEnd::Reached);
+            }
+            () = catalog_opens(&self.settings, pipeline), if self.without_catalog => {
+                tracing::info!(
+                    event = "catalog_opens", cluster = %self.settings.name,
+                    "the catalog on disk can be opened again; the stages start again with it"
+                );
+                drop(stream);
+                pipeline.spool().drain().await?;
+                self.start_anew().await?;
+                self.without_catalog = false;
+                self.retry = RETRY_MIN;
+                return Ok(StreamEnd::Reached);
+            }
             () = thread_lost(pipeline) => {
-                return Err(Error::ThreadStopped {
-                    name: "store",
-                    reason: "it panicked".to_owned(),
-                });
+                return Err(pipeline.failure().take().unwrap_or_else(panicked));
             }
         };
         drop(stream);
@@ -471,7 +522,7 @@ impl Supervisor {
         let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
         blocking(move || {
             // The repository first: its word names what to do about a new system identifier.
-            Repository::open(&settings.repository, &settings.name)?.claim(&identity)?;
+            Repository::open_known(&settings)?.claim(&identity)?;
             if let Some(spooled) = spool.identity()?
                 && spooled.system_identifier != identity.system_identifier
             {
@@ -502,6 +553,13 @@ async fn thread_lost(pipeline: &Pipeline) {
     }
 }
 
+fn panicked() -> Error {
+    Error::ThreadStopped {
+        name: "store",
+        reason: "it panicked".to_owned(),
+    }
+}
+
 /// Waits a while until the repository holds what the spool holds.
 async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
     let deadline = Instant::now() + SETTLE_MAX;
@@ -514,32 +572,6 @@ async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
             return;
         }
     }
-}
-
-/// Opens the repository, claimed for this cluster, and the catalog.
-pub(crate) fn open_archive(
-    settings: ClusterSettings,
-    identity: &ClusterIdentity,
-    spool: Arc<Spool>,
-    status: Arc<ClusterStatus>,
-) -> Result<Archive> {
-    let repository =
-        Repository::open(&settings.repository, &settings.name)?.observed(status.observer());
-    let identity = repository.claim(identity)?;
-    repository.keep_in_step();
-    open_archive_in(repository, settings, identity, spool, status, None)
-}
-
-fn open_archive_in(
-    repository: Repository,
-    settings: ClusterSettings,
-    identity: ClusterIdentity,
-    spool: Arc<Spool>,
-    status: Arc<ClusterStatus>,
-    away: Option<Away>,
-) -> Result<Archive> {
-    let catalog = Catalog::open(&settings.catalog, &identity)?;
-    Archive::open(settings, identity, spool, repository, catalog, status, away)
 }
 
 /// Three quarters to five quarters of a pause, so that many archivers do not knock at once.

@@ -12,7 +12,9 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 use wal_format::{Lsn, SegmentSize, WalFileName};
 
-use crate::support::{Archiver, Place, Server, postgres_bin, store_goes_down, wait_flushed};
+use crate::support::{
+    Archiver, Place, Server, postgres_bin, store_goes_down, wait_flushed, wait_until,
+};
 
 /// A file system whose disk is an image on a small tmpfs. When the tmpfs is full, the kernel
 /// accepts writes, cannot write them back, reports that to one fsync, and drops the data. From then
@@ -332,4 +334,52 @@ fn without_room_for_a_copy_what_was_acknowledged_survives_a_power_loss_too() {
     archiver.wait_for_log("the repository answers");
     server.write_wal(100);
     place.assert_whole(&server, archiver);
+}
+
+#[test]
+fn a_disk_without_room_for_the_catalog_does_not_keep_the_spool_from_the_repository() {
+    let Some(bin) = postgres_bin() else { return };
+    let disk = tempfile::tempdir().expect("a directory");
+    if !run(Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=16m", "tmpfs"])
+        .arg(disk.path()))
+    {
+        eprintln!("SKIPPED: a small file system needs root");
+        return;
+    }
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    // Spool and catalog on the same disk, as by default.
+    let command = || place.command_with_spool(&server.conninfo(), disk.path());
+    let archiver = place.run_with(command());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    let comes_back = store_goes_down(&place);
+    server.write_wal(12_000);
+    archiver.wait_for_log("disk is full");
+    let told = acknowledged(&server);
+    archiver.kill();
+    // To the last block.
+    let mut filler = fs::File::create(disk.path().join("filler")).expect("a file");
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    drop(filler);
+    comes_back();
+
+    let archiver = place.run_with(command());
+    archiver.wait_for_log("catalog_in_memory");
+    wait_until("the spool reaches the repository", || {
+        archiver
+            .get("/api/v1/clusters/main")
+            .contains("\"lag_bytes\":0")
+    });
+    // Which made room for the catalog.
+    archiver.wait_for_log("catalog_opens");
+    server.write_wal(3000);
+    wait_flushed(&server, server.lsn());
+    let report = archiver.get("/api/v1/clusters/main");
+    assert!(!report.contains("without the catalog"), "{report}");
+    assert!(server.lsn() > told);
+    place.assert_whole(&server, archiver);
+    assert!(run(Command::new("umount").arg("-l").arg(disk.path())));
 }

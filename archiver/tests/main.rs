@@ -26,4 +26,5 @@ mod streaming;
 mod support;
 mod takeover;
 mod timelines;
+mod unmounted;
 mod walsender;

@@ -90,7 +90,15 @@ impl Repository {
     /// [`Error::Damaged`] when no copy of the newest epoch's file is intact and no sealed object
     /// tells what it said.
     pub fn identity(&self) -> Result<Option<ClusterIdentity>> {
-        Ok(self.newest_epoch()?.map(|epoch| epoch.identity))
+        if self.system().is_none() && self.lacks_place()? {
+            // A first start. The place is created when the name is claimed.
+            return self.must_be_new().map(|()| None);
+        }
+        match self.newest_epoch()? {
+            Some(epoch) => Ok(Some(epoch.identity)),
+            None if self.system().is_some() => Ok(None),
+            None => self.must_be_new().map(|()| None),
+        }
     }
 
     /// As [`Repository::identity`], for a reader that restores: also refuses when sealed WAL of a

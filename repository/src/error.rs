@@ -84,6 +84,20 @@ pub enum Error {
         /// What is wrong with it.
         problem: String,
     },
+    /// The place does not hold the archive that this host writes to.
+    #[error(
+        "{url} is not the repository that this host archives to: {problem}. Nothing is written there. Mount it or bring \
+         it back, and archiving continues automatically. To begin a new archive in this place, stop the archiver and run \
+         `wal-archiver epoch begin --system-identifier {system}`"
+    )]
+    Gone {
+        /// The repository.
+        url: String,
+        /// The system identifier of the archive that was there, or `N` where it is not known.
+        system: String,
+        /// What shows it.
+        problem: String,
+    },
     /// A key is missing, wrong, or given where nothing is encrypted.
     #[error("cluster {cluster} in {url}: {problem}")]
     Key {
@@ -214,9 +228,37 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::S3 { transient, .. } => *transient,
-            Self::Store { .. } => true,
+            Self::Gone { .. } | Self::Store { .. } => true,
             _ => false,
         }
+    }
+
+    /// Returns true if the place does not hold the archive that this host writes to.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Gone { .. })
+    }
+
+    /// Returns true if the error is an answer of a store, or a missing one: the next answer may be
+    /// another.
+    #[must_use]
+    pub fn is_answer(&self) -> bool {
+        matches!(
+            self,
+            Self::Conflict { .. }
+                | Self::Damaged { .. }
+                | Self::Gone { .. }
+                | Self::Locked { .. }
+                | Self::NotFound { .. }
+                | Self::S3 { .. }
+                | Self::Store { .. }
+        )
+    }
+
+    /// Returns true if the catalog, which is only a cache, could not be read or written.
+    #[must_use]
+    pub fn is_catalog_failure(&self) -> bool {
+        matches!(self, Self::Catalog { .. } | Self::CatalogEntry { .. })
     }
 
     /// Whether other bytes have the object's name.
@@ -265,7 +307,7 @@ impl Error {
             Self::Conflict { .. } | Self::Damaged { .. } | Self::NotFound { .. } => {
                 ExitKind::Integrity
             }
-            Self::S3 { .. } | Self::Store { .. } => ExitKind::Unreachable,
+            Self::Gone { .. } | Self::S3 { .. } | Self::Store { .. } => ExitKind::Unreachable,
         }
     }
 }

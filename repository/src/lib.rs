@@ -13,6 +13,7 @@ mod error;
 mod exit;
 pub mod expire;
 mod histories;
+mod known_archive;
 mod outcomes;
 mod records;
 mod repository;

@@ -16,10 +16,11 @@ use crate::{
     Error, ObjectMeta, ObjectStore, PutOutcome, Result,
     config::{RepositoryPlace, RepositoryUrl},
     epochs::{Epoch, EpochCopy},
+    known_archive::{KnownArchive, each_known},
     sound::is_sound,
     store::{
-        EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore, Observer, S3AsOf,
-        S3Store,
+        EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore, Observer, Pin,
+        PinnedStore, S3AsOf, S3Store, Witness,
     },
 };
 
@@ -53,6 +54,8 @@ pub struct Repository {
     system: Option<SystemIdentifier>,
     /// Where there are several: each alone, and their queues.
     mirror: Option<Mirror>,
+    /// What this host remembers of it; `None` for a reader, who takes the place as it is.
+    known: Option<Arc<KnownArchive>>,
 }
 
 #[derive(Clone, Debug)]
@@ -75,6 +78,7 @@ impl Mirror {
                     Err(error) if error.is_transient() => continue,
                     epochs => epochs?,
                 };
+                place.store.create_place()?;
                 for (key, _) in epochs {
                     match other.get(&key) {
                         Ok(body) if is_sound(&key, &body) => {
@@ -120,7 +124,7 @@ impl Repository {
         let Some(folder) = place.url.folder().filter(|_| plain) else {
             return Ok(None);
         };
-        let store = Arc::new(LocalStore::open(folder)?);
+        let store = Arc::new(LocalStore::at(folder));
         Ok(Some(Self::with_store(store, cluster.clone())))
     }
 
@@ -153,7 +157,56 @@ impl Repository {
             cluster: cluster.clone(),
             system: None,
             mirror: Some(Mirror { places, store }),
+            known: None,
         })
+    }
+
+    /// The same repository, pinned to what this host knows of it.
+    pub(crate) fn remembering(mut self, known: &KnownArchive) -> Self {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.places = each_known(std::mem::take(&mut mirror.places), known);
+        }
+        self.with_known(&Arc::new(known.clone()))
+    }
+
+    pub(crate) fn with_known(self, known: &Arc<KnownArchive>) -> Self {
+        if let Some(pin) = known.pin(&self.url()) {
+            self.store.pin(pin);
+        }
+        Self {
+            known: Some(Arc::clone(known)),
+            ..self
+        }
+    }
+
+    pub(crate) fn known(&self) -> Option<&KnownArchive> {
+        self.known.as_deref()
+    }
+
+    pub(crate) fn pin(&self, pin: Pin) {
+        self.store.pin(pin);
+    }
+
+    pub(crate) fn witness(&self, key: &ObjectKey) -> Result<Option<Witness>> {
+        self.store.witness(&self.path(key))
+    }
+
+    /// Checks now that this is still the repository that was opened. What was put before this
+    /// succeeds is in it: whoever removes the last other copy of something calls this first.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when it is another place; [`Error::Store`], [`Error::S3`] when that cannot
+    /// be known.
+    pub fn confirm(&self) -> Result<()> {
+        self.store.confirm()
+    }
+
+    /// As [`Repository::confirm`] where that costs no request; elsewhere it succeeds.
+    ///
+    /// # Errors
+    /// As [`Repository::confirm`].
+    pub fn confirm_free(&self) -> Result<()> {
+        self.store.confirm_free()
     }
 
     /// From now on each of several places is brought into step with the others.
@@ -214,6 +267,7 @@ impl Repository {
             cluster,
             system: None,
             mirror: None,
+            known: None,
         }
     }
 
@@ -263,6 +317,11 @@ impl Repository {
         format!("{}/{key}", self.cluster)
     }
 
+    /// Returns true if nothing can be stored here yet: the place has to be created first.
+    pub(crate) fn lacks_place(&self) -> Result<bool> {
+        Ok(self.known.is_some() && !self.store.exists()?)
+    }
+
     /// Writes an epoch's file, if nobody has.
     pub(crate) fn create(&self, key: &ObjectKey, epoch: &ClusterIdentity) -> Result<PutOutcome> {
         let body =
@@ -279,6 +338,8 @@ impl Repository {
         let Some(mirror) = &self.mirror else {
             return self.claim_one(found);
         };
+        // Refuses where each of them is empty and this host had an archive.
+        self.identity()?;
         mirror.share_epochs()?;
         // In each place, or another cluster may own one of them.
         let mut outcome = None;
@@ -296,9 +357,14 @@ impl Repository {
     }
 
     fn claim_one(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
+        if !self.store.exists()? {
+            self.must_be_new()?;
+            self.store.create_place()?;
+        }
         let epoch = match self.newest_epoch()? {
             Some(epoch) => epoch,
             None => {
+                self.must_be_new()?;
                 // The first copy decides between two that claim at once.
                 self.create(&ObjectKey::Epoch(1), found)?;
                 // Read once more: a claim with keys and one without do not see each other's names.
@@ -340,6 +406,7 @@ impl Repository {
             });
         }
         self.heal_epoch(&epoch);
+        self.remember(known.system_identifier)?;
         Ok(known)
     }
 
@@ -502,7 +569,7 @@ impl Repository {
 /// What is stored at a place, as it is stored.
 pub(crate) fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>> {
     Ok(match &place.url {
-        RepositoryUrl::Folder(folder) => Arc::new(LocalStore::open(folder)?),
+        RepositoryUrl::Folder(folder) => Arc::new(LocalStore::at(folder)),
         RepositoryUrl::S3 { bucket, prefix } if place.as_of.is_some() => {
             let at = place.as_of.unwrap_or_default();
             let requests = place.requests.clone();
@@ -510,12 +577,12 @@ pub(crate) fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>
             let view = S3AsOf::open(bucket, prefix, &place.s3, requests, patience, at)?;
             Arc::new(view)
         }
-        RepositoryUrl::S3 { bucket, prefix } => Arc::new(S3Store::open(
+        RepositoryUrl::S3 { bucket, prefix } => Arc::new(PinnedStore::new(S3Store::open(
             bucket,
             prefix,
             &place.s3,
             place.requests.clone(),
             place.patience,
-        )?),
+        )?)),
     })
 }

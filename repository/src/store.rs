@@ -8,6 +8,8 @@ use std::{fmt, ops::ControlFlow, ops::Range};
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 #[cfg(doc)]
 use crate::Error;
@@ -17,6 +19,7 @@ mod encrypted;
 mod local;
 mod mirrored;
 mod observed;
+mod pinned;
 mod requests;
 pub mod retry;
 mod s3;
@@ -28,6 +31,7 @@ pub(crate) use encrypted::SUFFIX as ENCRYPTED_SUFFIX;
 pub use local::LocalStore;
 pub use mirrored::{MemberState, MirroredStore};
 pub use observed::{ObservedStore, Observer};
+pub use pinned::PinnedStore;
 pub use requests::{RequestCounts, RequestKind, RequestMeter, RequestReport};
 pub use retry::Patience;
 pub use s3::{S3AsOf, S3Store};
@@ -80,6 +84,62 @@ pub enum LockOutcome {
     Extended,
     /// It was already, until then.
     AlreadyLonger(Timestamp),
+}
+
+/// An object by which a place is recognised.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Witness {
+    /// Its key, as it is stored: with the ending of an encrypted object.
+    pub key: String,
+    /// SHA-256 of the stored bytes, in hexadecimal digits.
+    pub sha256: String,
+}
+
+impl Witness {
+    /// The witness that an object with these stored bytes is.
+    #[must_use]
+    pub fn new(key: &str, stored: &[u8]) -> Self {
+        Self {
+            key: key.to_owned(),
+            sha256: hex::encode(Sha256::digest(stored)),
+        }
+    }
+}
+
+/// Objects of which a place has to hold one before anything is written to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// The objects; written once, so their bytes never change.
+    pub witnesses: Vec<Witness>,
+    /// The system identifier of the archive, for messages.
+    pub system: String,
+}
+
+impl Pin {
+    /// Checks that one of the witnesses is there.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when none is; what `read` fails with.
+    fn check(&self, url: &str, read: impl Fn(&str) -> Result<Option<Bytes>>) -> Result<()> {
+        let mut problem = "no object is known by which it could be recognised".to_owned();
+        for witness in &self.witnesses {
+            let key = &witness.key;
+            match read(key)? {
+                Some(stored) if Witness::new(key, &stored) == *witness => return Ok(()),
+                Some(_) => problem = format!("{key} belongs to another archive"),
+                None => problem = format!("{key} is not there (not mounted, emptied or replaced)"),
+            }
+        }
+        Err(self.gone(url, problem))
+    }
+
+    fn gone(&self, url: &str, problem: String) -> crate::Error {
+        crate::Error::Gone {
+            url: url.to_owned(),
+            system: self.system.clone(),
+            problem,
+        }
+    }
 }
 
 /// What a listing says of an object.
@@ -208,6 +268,58 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
 
     /// Where it is, for people.
     fn url(&self) -> String;
+
+    /// Returns true if the place itself exists. Only a folder can be missing without being
+    /// unreachable.
+    ///
+    /// # Errors
+    /// [`Error::Store`]; [`Error::Gone`] when it was pinned.
+    fn exists(&self) -> Result<bool> {
+        Ok(true)
+    }
+
+    /// Creates the place itself. Only the beginning of an archive does so: a folder that is missing
+    /// later is not mounted.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    fn create_place(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The witness that the object is; `None` when it is proved absent.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::get`].
+    fn witness(&self, key: &str) -> Result<Option<Witness>> {
+        match self.get(key) {
+            Ok(stored) => Ok(Some(Witness::new(key, &stored))),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Makes every later write, and every answer "absent", fail with [`Error::Gone`] while the
+    /// place does not hold one of the witnesses. A folder checks it before and after each write, a
+    /// bucket now and then.
+    fn pin(&self, _pin: Pin) {}
+
+    /// Checks now that the place holds a witness. What was put before this succeeds is in the right
+    /// place.
+    ///
+    /// # Errors
+    /// [`Error::Gone`]; [`Error::Store`], [`Error::S3`] when that cannot be known.
+    fn confirm(&self) -> Result<()> {
+        Ok(())
+    }
+
+    /// The same where it costs no request; elsewhere it succeeds.
+    ///
+    /// # Errors
+    /// As [`ObjectStore::confirm`].
+    fn confirm_free(&self) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Whether a text can be a key: parts between single slashes, none of them hidden or leading out.

@@ -117,6 +117,9 @@ impl Error {
     /// Whether WAL is in doubt, rather than its way here interrupted.
     #[must_use]
     pub fn is_broken(&self) -> bool {
-        matches!(self, Self::Decode { .. } | Self::Divergence { .. })
+        matches!(
+            self,
+            Self::Decode { .. } | Self::Divergence { .. } | Self::Sealed { .. }
+        )
     }
 }

@@ -292,6 +292,7 @@ impl Pusher<'_> {
         }
         if let Some(object) = self.stored(&header.key())? {
             compare(file, &header, &object)?;
+            self.repository.confirm()?;
             return Ok(Looked::Archived);
         }
         Ok(Looked::New(NewSegment {

@@ -67,8 +67,10 @@ pub fn seal_range(
     writer.finish(summary, proven).map_err(broken)
 }
 
-/// Puts a sealed range of proved frames and reads it back; its size in the repository. What comes back is what was put,
-/// byte for byte, or it is compared with the WAL that it was made of.
+/// Puts a sealed range of proved frames and reads it back; returns its size in the repository. What
+/// comes back is what was put, byte for byte, or it is compared with the WAL that it was made of. A
+/// whole segment, whose other copies go next, is proved to be in this cluster's repository and no
+/// other place.
 ///
 /// # Errors
 /// [`Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
@@ -99,7 +101,7 @@ pub fn put_wal(
         compare_wal(&stored, &name, header, source)?;
         Ok(stored.len() as u64)
     };
-    match compare() {
+    let stored_bytes = match compare() {
         Err(error) if is_damage(&error) => {
             tracing::error!(%error, "a damaged object is put again");
             replace_damaged(repository, &key, object)?;
@@ -114,7 +116,11 @@ pub fn put_wal(
             })
         }
         outcome => outcome,
+    }?;
+    if header.is_whole_segment() {
+        repository.confirm()?;
     }
+    Ok(stored_bytes)
 }
 
 /// Whether an object can not be what was stored: its sums are wrong. Sound bytes of another history are no damage.

@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 
 pub(super) fn rebuild(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
-        let repository = Repository::open(&cluster.repository, &cluster.name)?;
+        let repository = Repository::open_known(cluster)?;
         let identity = repository.identity()?.ok_or_else(|| Error::Usage {
             message: format!(
                 "the repository {} holds nothing of cluster {}; check --repository and --cluster",

@@ -308,7 +308,7 @@ async fn server_settings(client: &mut ReplicationClient, report: &mut Report) ->
 }
 
 fn store(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &mut Report) {
-    let identity = Repository::open(&cluster.repository, &cluster.name).and_then(|repository| {
+    let identity = Repository::open_known(cluster).and_then(|repository| {
         repository.ready_to_write()?;
         repository.identity()
     });

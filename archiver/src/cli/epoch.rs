@@ -1,7 +1,12 @@
-//! `wal-archiver epoch begin`: the operator's word that the server has a new system identifier on purpose: after
-//! `pg_upgrade`, or made anew by `initdb`.
+//! `wal-archiver epoch begin`: the operator's word that the server has a new system identifier on
+//! purpose: after `pg_upgrade`, or made anew by `initdb`.
 //!
-//! Invariant: what the spool still holds of the old epoch is in the repository before the new one begins, so both are whole.
+//! Invariant: what the spool still holds of the old epoch is in the repository before the new one
+//! begins, so both are whole.
+//!
+//! It is also the operator's word for a repository that does not hold the archive any more
+//! (emptied, exchanged, a new disk): a new archive of the same system identifier begins in each
+//! such place.
 
 use std::{fs, io, path::Path, sync::Arc};
 
@@ -16,12 +21,23 @@ use crate::{
     pipeline::{Pipeline, session::Source},
     replication::ConnInfo,
     spool::Spool,
-    supervisor::open_archive,
+    spool::remove_record,
+    supervisor::{CatalogPlace, open_archive},
 };
 
 pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Result<()> {
-    let repository = Repository::open(&settings.repository, &settings.name)?;
     let usage = |message: String| Error::Usage { message };
+    let mut gone = Vec::new();
+    for place in settings.repository.each() {
+        match Repository::open_known_place(settings, &place)?.identity() {
+            Err(error) if error.is_gone() => gone.push(place.to_string()),
+            other => drop(other?),
+        }
+    }
+    if !gone.is_empty() {
+        return begin_again(settings, system, &gone);
+    }
+    let repository = Repository::open_known(settings)?;
     let Some(last) = repository.identity()? else {
         return Err(usage(format!(
             "{} holds nothing of cluster {} yet: `wal-archiver run` begins its first epoch",
@@ -38,16 +54,7 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
     // Held to the end: no daemon starts meanwhile.
     let spool = Arc::new(Spool::open(&settings.spool, &settings.name)?);
     let runtime = runtime()?;
-    let conninfo = ConnInfo::parse(&settings.conninfo)?;
-    let (source, version) = runtime.block_on(Source::connect(&conninfo, &settings.name))?;
-    let found = source.identity().clone();
-    if found.system_identifier != system {
-        return Err(usage(format!(
-            "the server at {} has system identifier {}, not {system}: nothing was changed",
-            conninfo.places(),
-            found.system_identifier
-        )));
-    }
+    let (found, version) = runtime.block_on(server(settings, system))?;
     if let Some(spooled) = spool.identity()? {
         if spooled.system_identifier != last.system_identifier {
             return Err(Error::SpoolSystemMismatch {
@@ -74,6 +81,58 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
     Ok(())
 }
 
+/// Begins an archive in each place that does not hold the known one. What the spool still holds is
+/// stored there by the next `run`; what only the old repository held stays there.
+fn begin_again(
+    settings: &ClusterSettings,
+    system: SystemIdentifier,
+    gone: &[String],
+) -> Result<()> {
+    // Held to the end: no daemon starts meanwhile.
+    let spool = Spool::open(&settings.spool, &settings.name)?;
+    let (found, _) = runtime()?.block_on(server(settings, system))?;
+    if let Some(spooled) = spool.identity()?
+        && spooled.system_identifier != system
+    {
+        return Err(Error::SpoolSystemMismatch {
+            path: spool.directory().to_path_buf(),
+            expected: system,
+            found: spooled.system_identifier.to_string(),
+        });
+    }
+    // They tell of the archive before.
+    remove(&settings.catalog)?;
+    remove_record(spool.directory())?;
+    Repository::open_anew(settings)?.claim(&found)?;
+    output::line(&format!(
+        "cluster {}: {} holds an archive of system identifier {system} from now on; what was archived before is only where \
+         it was\n  next          start `wal-archiver run`, then take a base backup with `wal-archiver backup`",
+        settings.name,
+        gone.join(" and ")
+    ));
+    Ok(())
+}
+
+/// The server's identity and version; it has to have this system identifier.
+async fn server(
+    settings: &ClusterSettings,
+    system: SystemIdentifier,
+) -> Result<(ClusterIdentity, String)> {
+    let conninfo = ConnInfo::parse(&settings.conninfo)?;
+    let (source, version) = Source::connect(&conninfo, &settings.name).await?;
+    let found = source.identity().clone();
+    if found.system_identifier == system {
+        return Ok((found, version));
+    }
+    Err(Error::Usage {
+        message: format!(
+            "the server at {} has system identifier {}, not {system}: nothing was changed",
+            conninfo.places(),
+            found.system_identifier
+        ),
+    })
+}
+
 /// Brings what the spool holds of the old epoch into the repository.
 async fn drain(
     settings: &ClusterSettings,
@@ -86,8 +145,10 @@ async fn drain(
         Instruments::default(),
     ));
     let (settings, last, spool) = (settings.clone(), last.clone(), Arc::clone(spool));
-    let archive =
-        crate::pipeline::blocking(move || open_archive(settings, &last, spool, status)).await?;
+    let archive = crate::pipeline::blocking(move || {
+        open_archive(settings, &last, spool, status, CatalogPlace::Disk)
+    })
+    .await?;
     let pipeline = Pipeline::start(Arc::new(archive)).await?;
     let drained = pipeline.drain().await;
     let stopped = pipeline.stop().await;

@@ -67,6 +67,9 @@ fn each(
     let mut encrypted = false;
     for cluster in &settings.clusters {
         for place in cluster.repository.each() {
+            // Refuses a place that is not the repository any more: a new data key would be written
+            // there.
+            Repository::open_known_place(cluster, &place)?.identity()?;
             match Repository::encrypted(&place, &cluster.name)? {
                 Some(store) => {
                     encrypted = true;

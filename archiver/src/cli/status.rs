@@ -70,7 +70,7 @@ struct StoredBackup {
 
 impl Stored {
     fn look(settings: &ClusterSettings) -> Result<Self> {
-        let repository = Repository::open(&settings.repository, &settings.name)?;
+        let repository = Repository::open_known(settings)?;
         let mut stored = Self {
             cluster: settings.name.clone(),
             daemon: Some(false),

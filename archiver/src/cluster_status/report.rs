@@ -50,8 +50,13 @@ impl ClusterStatus {
             .lock_error
             .as_ref()
             .map(|problem| format!("retention locks could not be extended: {problem}"));
+        let catalog = facts
+            .catalog_error
+            .as_ref()
+            .map(|problem| format!("archiving continues without the catalog on disk: {problem}"));
         let failing: Vec<&str> = shortage
             .iter()
+            .chain(&catalog)
             .chain(&locks)
             .map(String::as_str)
             .chain(facts.repository_error.as_deref())
@@ -66,11 +71,12 @@ impl ClusterStatus {
             ))
         });
         let (state, reason) = judge(Judged {
-            broken: facts.broken.as_deref().or(facts.lost.as_deref()).or(facts
-                .push_differs
-                .values()
-                .next()
-                .map(String::as_str)),
+            broken: facts
+                .broken
+                .as_deref()
+                .or(facts.repository_broken.values().next().map(String::as_str))
+                .or(facts.lost.as_deref())
+                .or(facts.push_differs.values().next().map(String::as_str)),
             failing: failing.as_deref(),
             source_known: remote.source_known,
             stream_connected: facts.connected,

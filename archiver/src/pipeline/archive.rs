@@ -37,7 +37,7 @@ const SEALED_REMEMBERED_MAX: usize = 256;
 #[derive(Debug)]
 pub struct Archive {
     settings: ClusterSettings,
-    pub(super) cluster: ClusterIdentity,
+    pub(crate) cluster: ClusterIdentity,
     identity: WalIdentity,
     spool: Arc<Spool>,
     repository: Repository,
@@ -60,6 +60,8 @@ pub struct Archive {
     histories: Mutex<BTreeSet<Branch>>,
     /// Held while history files that the repository lacks are stored again.
     pub(super) putting_back: Mutex<()>,
+    /// [`Facts::repository_returns`](crate::cluster_status::Facts) when the repository was read.
+    read_at_return: u64,
 }
 
 /// A start at which the repository does not answer.
@@ -90,6 +92,7 @@ impl Archive {
             segment_size: cluster.wal_segment_size,
         };
         let system = identity.system_identifier;
+        let read_at_return = status.facts().repository_returns;
         let (mut gaps, mut losses) = (Vec::new(), Losses::default());
         let mut lost_histories = Vec::new();
         if away.is_none() {
@@ -132,6 +135,7 @@ impl Archive {
             losses,
             histories: Mutex::new(histories),
             putting_back: Mutex::default(),
+            read_at_return,
         })
     }
 
@@ -163,6 +167,13 @@ impl Archive {
     #[must_use]
     pub fn is_away(&self) -> bool {
         self.away.is_some()
+    }
+
+    /// Returns true if the repository was another place meanwhile: what it holds may be other than
+    /// what is known here.
+    #[must_use]
+    pub fn is_outdated(&self) -> bool {
+        self.status.facts().repository_returns > self.read_at_return
     }
 
     /// Whether the spool may grow.

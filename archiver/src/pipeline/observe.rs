@@ -28,6 +28,8 @@ const POLLS_PER_SETTINGS: u32 = 10;
 const POLL_RETRY: Duration = Duration::from_secs(10);
 /// How often the catalog is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How often a folder is checked to be the repository.
+const PLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// Looks between two listings of the repository's backups, which another host may have taken: an hour. A listing is a
 /// request, and an idle archiver makes none; a backup taken on this host says so in the spool's directory.
 const LOOKS_PER_LISTING: u32 = 720;
@@ -152,6 +154,27 @@ pub(super) async fn look(archive: Arc<Archive>) {
         let expires = known != taken || (retains && list == Listing::Now);
         if let Err(error) = blocking(move || look_once(&looked, list, expires, &marks)).await {
             tracing::debug!(%error, "the window is not known");
+        }
+    }
+}
+
+/// Notices within a second when the repository's folder is another one, also while nothing is
+/// stored. A bucket is noticed by what is stored there: asking it costs.
+pub(super) async fn watch_place(archive: Arc<Archive>) {
+    let mut timer = tokio::time::interval(PLACE_INTERVAL);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while !archive.is_away() {
+        timer.tick().await;
+        let watched = Arc::clone(&archive);
+        let look = move || watched.repository().confirm_free();
+        let status = archive.status();
+        match tokio::task::spawn_blocking(look).await {
+            Ok(Err(error)) if error.is_gone() => status.repository_failed("look", "", &error),
+            // For a bucket it proves nothing.
+            Ok(Ok(())) if status.facts().repository_broken.contains_key("look ") => {
+                status.repository_answered("look", "");
+            }
+            _ => {}
         }
     }
 }

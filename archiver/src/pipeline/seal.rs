@@ -160,10 +160,13 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
     lower_priority();
     let mut retry = RETRY_MIN;
     while let Some(((branch, segment), indexed)) = backlog.take() {
-        match seal(archive, branch, segment, indexed) {
+        let name = archive.branch_spool(branch).name(segment).to_string();
+        let sealed = seal(archive, branch, segment, indexed)
+            .map_err(|error| error.into_answer(|| archive.repository().url()));
+        match sealed {
             Ok(open_record_lsn) => {
                 retry = RETRY_MIN;
-                archive.status().repository_answered();
+                archive.status().repository_answered("seal", &name);
                 ClusterStatus::count(&archive.status().segments_completed, 1);
                 let size = archive.identity().segment_size;
                 let (start, end) = (segment.start_lsn(size), segment.end_lsn(size));
@@ -188,8 +191,8 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                     }
                 }
             }
-            Err(Error::Repository(error)) if !error.is_conflict() => {
-                archive.status().repository_failed("seal", &error);
+            Err(Ok(answer)) => {
+                archive.status().repository_failed("seal", &name, &answer);
                 archive
                     .status()
                     .progress()
@@ -199,7 +202,8 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                 }
                 retry = (retry * 2).min(RETRY_MAX);
             }
-            Err(error) => {
+            // WAL in doubt, this host's disk or the catalog: the supervisor decides.
+            Err(Err(error)) => {
                 archive
                     .status()
                     .progress()

@@ -95,26 +95,29 @@ fn work(archive: &Archive, slot: &TailSlot, failure: &Failure) {
         let mut retry = RETRY_MIN;
         loop {
             if archive.is_sealed(tail.branch, tail.segment) {
+                archive.status().repository_no_longer_asked("tail");
                 progress.on(Event::TailSuperseded);
                 break;
             }
-            match store(archive, &tail) {
+            let stored = store(archive, &tail)
+                .map_err(|error| error.into_answer(|| archive.repository().url()));
+            match stored {
                 Ok(()) => {
-                    archive.status().repository_answered();
+                    archive.status().repository_answered("tail", "");
                     progress.on(Event::TailStored {
                         branch: tail.branch,
                         range: (tail.start_lsn, tail.end_lsn),
                     });
                     break;
                 }
-                Err(Error::Repository(error)) if !error.is_conflict() => {
-                    archive.status().repository_failed("tail", &error);
+                Err(Ok(answer)) => {
+                    archive.status().repository_failed("tail", "", &answer);
                     if !slot.pause(retry) {
                         return;
                     }
                     retry = (retry * 2).min(RETRY_MAX);
                 }
-                Err(error) => {
+                Err(Err(error)) => {
                     failure.raise(error);
                     return;
                 }

@@ -3,7 +3,7 @@
 //! `{spool}/{cluster}/position.json`, replaced whenever the last file leaves the spool. Invariant: everything of the branch
 //! before `end_lsn` is in the repository; where the spool holds WAL that ends later, its content counts.
 
-use std::{fs, io};
+use std::{fs, io, path::Path};
 
 use repository::ClusterIdentity;
 use serde::{Deserialize, Serialize};
@@ -48,4 +48,12 @@ impl Spool {
         let content = serde_json::to_vec_pretty(record).unwrap_or_default();
         repository::durable::replace(&path, &content).map_err(of_the_disk)
     }
+}
+
+/// Removes the record of `{spool}/{cluster}`: the archive that it tells of is not continued.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn remove_record(cluster_directory: &Path) -> Result<()> {
+    repository::durable::remove(&cluster_directory.join(RECORD_FILE)).map_err(of_the_disk)
 }

@@ -7,8 +7,8 @@ use std::{io, ops::ControlFlow, ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use repository::{
-    ClusterIdentity, Error as StoreError, ExitKind, ObjectMeta, ObjectStore, PutOutcome,
-    Repository, config::ClusterSettings,
+    ClusterIdentity, Error as StoreError, ObjectMeta, ObjectStore, PutOutcome, Repository,
+    config::ClusterSettings,
 };
 use wal_format::PgTimestamp;
 
@@ -75,7 +75,7 @@ pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Resul
         (Ok(Some(known)), _) => Ok(Known::Here(known)),
         (Ok(None), Some(spooled)) => Ok(Known::Here(spooled)),
         (Ok(None), None) => Ok(Known::Nothing),
-        (Err(Error::Repository(error)), _) if error.exit_kind() == ExitKind::Unreachable => {
+        (Err(Error::Repository(error)), _) if error.is_answer() => {
             let Some(known) = knows else {
                 return Err(error.into());
             };
@@ -98,7 +98,7 @@ pub(super) async fn answers(settings: &ClusterSettings) {
 }
 
 async fn stored_identity(settings: ClusterSettings) -> Result<Option<ClusterIdentity>> {
-    blocking(move || Ok(Repository::open(&settings.repository, &settings.name)?.identity()?)).await
+    blocking(move || Ok(Repository::open_known(&settings)?.identity()?)).await
 }
 
 fn absent(why: &str) -> StoreError {

@@ -22,11 +22,12 @@ use bytes::Bytes;
 #[cfg(doc)]
 use repository::ExpiredSet;
 use repository::{
-    ClusterIdentity, Error, LostHistory, Repository, Result, WalIndex, WalRange, WalRangeKind, durable,
+    ClusterIdentity, Error, LostHistory, Repository, Result, WalIndex, WalRange, WalRangeKind,
+    durable,
 };
 use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, IteratorMode,
-    Options, WriteBatch,
+    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, Env,
+    IteratorMode, Options, WriteBatch,
 };
 use tempfile::TempDir;
 use wal_format::{
@@ -84,22 +85,48 @@ impl Catalog {
     /// # Errors
     /// [`Error::CatalogLocked`], [`Error::CatalogMismatch`] for another cluster's, [`Error::Catalog`] for a damaged one.
     pub fn open(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
-        durable::create_dir_all(directory)?;
-        Self::open_at(directory.to_owned(), identity, None)
+        durable::create_dir_all(directory).map_err(|error| Error::Catalog {
+            path: directory.to_owned(),
+            source: error.into(),
+        })?;
+        let path = directory.to_owned();
+        Self::open_at(path.clone(), &path, options(), identity, None)
+    }
+
+    /// A catalog that lives in memory, for a disk that takes nothing: with what can be read of the
+    /// one in `directory`, and up to date after the next refresh.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`].
+    pub fn open_in_memory(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
+        let memory = Env::mem_env().map_err(|source| opening(directory, source))?;
+        let mut options = options();
+        options.set_env(&memory);
+        // A place in that memory; nothing is read or written below the directory of this name.
+        let place = std::env::temp_dir();
+        let catalog = Self::open_at(directory.to_owned(), &place, options, identity, None)?;
+        if directory.join("CURRENT").is_file()
+            && let Err(error) = catalog.copy_from(directory)
+        {
+            tracing::warn!(%error, "the catalog on disk cannot be read; reading the repository instead");
+            catalog.clear()?;
+        }
+        Ok(catalog)
     }
 
     fn open_at(
         path: PathBuf,
+        place: &Path,
+        mut options: Options,
         identity: &ClusterIdentity,
         temporary: Option<TempDir>,
     ) -> Result<Self> {
-        let mut options = options();
         options.create_if_missing(true);
         options.create_missing_column_families(true);
         let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES);
         let families =
             FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options(&cache)));
-        let db = DB::open_cf_descriptors(&options, &path, families)
+        let db = DB::open_cf_descriptors(&options, place, families)
             .map_err(|source| opening(&path, source))?;
         let catalog = Self {
             db,
@@ -150,7 +177,8 @@ impl Catalog {
             .tempdir()
             .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
         let path = temporary.path().join("catalog");
-        let mut catalog = Self::open_at(path, &identity, Some(temporary))?;
+        let place = path.clone();
+        let mut catalog = Self::open_at(path, &place, options(), &identity, Some(temporary))?;
         if let Some(directory) = directory.filter(|directory| directory.join("CURRENT").is_file())
             && let Err(error) = catalog.copy_from(directory)
         {

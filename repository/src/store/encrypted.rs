@@ -17,7 +17,7 @@ use self::{
     keys::{DataKey, DataKeyId, KeyStore, Keys},
     object::{HEADER_BYTES, Header, SealError},
 };
-use super::{ObjectMeta, ObjectStore, PutOutcome};
+use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 use crate::{Error, Result, encryption::KeyRing};
 
 mod keys;
@@ -368,5 +368,29 @@ impl ObjectStore for EncryptedStore {
 
     fn url(&self) -> String {
         self.store().url()
+    }
+
+    fn exists(&self) -> Result<bool> {
+        self.store().exists()
+    }
+
+    fn create_place(&self) -> Result<()> {
+        self.store().create_place()
+    }
+
+    fn witness(&self, key: &str) -> Result<Option<Witness>> {
+        self.store().witness(&stored(key))
+    }
+
+    fn pin(&self, pin: Pin) {
+        self.store().pin(pin);
+    }
+
+    fn confirm(&self) -> Result<()> {
+        self.store().confirm()
+    }
+
+    fn confirm_free(&self) -> Result<()> {
+        self.store().confirm_free()
     }
 }

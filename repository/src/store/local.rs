@@ -1,4 +1,10 @@
-//! A folder as an object store: one file per object, written beside its name and linked to it when durable.
+//! A folder as an object store: one file per object, written under a temporary name and linked to
+//! its own when durable.
+//!
+//! Invariant: a write happens below a directory handle of the folder, which held a witness when it
+//! was opened ([`entered`]), and succeeds only when the folder's path still leads to that directory
+//! afterwards. A disk that is unmounted at any moment, also lazily, never makes a write go to its
+//! mount point or count although it is hidden.
 
 use std::{
     fs::{self, File},
@@ -6,13 +12,18 @@ use std::{
     ops::{ControlFlow, Range},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
+    sync::{PoisonError, RwLock},
     time::{Duration, SystemTime},
 };
 
 use bytes::Bytes;
+use rustix::fs::{Access, access};
 
-use super::{ObjectMeta, ObjectStore, PutOutcome, is_sound_key};
+use self::entered::Entered;
+use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness, is_sound_key};
 use crate::{CrashPoint, Error, Result, durable};
+
+mod entered;
 
 /// Where files are written before they have a name. On the same file system, and no key can begin with a dot.
 const TEMPORARY: &str = ".tidemark-tmp";
@@ -23,19 +34,46 @@ const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 #[derive(Debug)]
 pub struct LocalStore {
     root: PathBuf,
+    pin: RwLock<Option<Pin>>,
 }
 
 impl LocalStore {
-    /// Opens a folder, creating it when missing, and sweeps what a crash left.
+    /// Opens a folder, creating it when missing.
     ///
     /// # Errors
     /// [`Error::Store`].
     pub fn open(root: &Path) -> Result<Self> {
-        let store = Self {
-            root: root.to_owned(),
-        };
         durable::create_dir_all(root)?;
-        Ok(store)
+        Ok(Self::at(root))
+    }
+
+    /// The objects in a folder, which nothing creates but [`ObjectStore::create_place`].
+    #[must_use]
+    pub fn at(root: &Path) -> Self {
+        Self {
+            root: root.to_owned(),
+            pin: RwLock::default(),
+        }
+    }
+
+    fn pinned(&self) -> Option<Pin> {
+        let pin = self.pin.read().unwrap_or_else(PoisonError::into_inner);
+        pin.clone()
+    }
+
+    /// The error of a folder that cannot be opened as one.
+    fn cannot_open(&self, error: io::Error) -> Error {
+        let absent = matches!(
+            error.kind(),
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+        );
+        match self.pinned().filter(|_| absent) {
+            Some(pin) => pin.gone(
+                &self.url(),
+                format!("the folder cannot be opened ({error})"),
+            ),
+            None => Error::store("open", &self.root)(error),
+        }
     }
 
     /// The folder of temporary files, created at the first write: a reader may have no right to write.
@@ -83,12 +121,14 @@ impl LocalStore {
 
     fn failed(&self, action: &'static str, key: &str, path: PathBuf, error: io::Error) -> Error {
         match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory if self.root.is_dir() => {
-                Error::NotFound {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => match self.confirm() {
+                Ok(()) if self.root.is_dir() => Error::NotFound {
                     key: key.to_owned(),
                     url: self.url(),
-                }
-            }
+                },
+                Ok(()) => Error::store(action, path)(error),
+                Err(gone) => gone,
+            },
             _ => Error::store(action, path)(error),
         }
     }
@@ -97,35 +137,34 @@ impl LocalStore {
 impl ObjectStore for LocalStore {
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         let path = self.path(key)?;
-        let directory = path.parent().unwrap_or(&self.root);
-        if !directory.is_dir() {
-            durable::create_dir_all(directory)?;
-        }
-        let temporary = tempfile::Builder::new()
-            .tempfile_in(self.temporary()?)
-            .and_then(|file| CrashPoint::StoreFileCreated.reach().map(|()| file))
-            .map_err(Error::store("create a file for", &path))?;
-        let mut file = temporary.as_file();
+        let folder = Entered::open(self)?;
+        let directory = folder.create_parent(key)?;
+        let mut temporary = folder.temporary()?;
+        let created = CrashPoint::StoreFileCreated.reach();
+        created.map_err(Error::store("create a file for", &path))?;
+        let file = temporary.file();
         file.write_all(body)
             .and_then(|()| CrashPoint::StoreFileWritten.reach())
             .map_err(Error::store("write", &path))?;
         file.sync_all()
             .and_then(|()| CrashPoint::StoreFileSynced.reach())
             .map_err(Error::store("fsync", &path))?;
-        let linked = fs::hard_link(temporary.path(), &path);
-        match linked.and_then(|()| CrashPoint::StoreFileLinked.reach()) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                // It is durable already, or its writer is about to make it so; our caller compares and may rely on it.
-                durable::sync_dir(directory)?;
-                return Ok(PutOutcome::AlreadyExists);
-            }
+        let linked = temporary.link(&directory, key);
+        let outcome = match linked.and_then(|()| CrashPoint::StoreFileLinked.reach()) {
+            Ok(()) => PutOutcome::Created,
+            // It is durable already, or its writer is about to make it so; our caller compares and
+            // may rely on it.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => PutOutcome::AlreadyExists,
             Err(error) => return Err(Error::store("create", path)(error)),
+        };
+        entered::sync(&directory).map_err(Error::store("fsync the directory of", &path))?;
+        if outcome == PutOutcome::Created {
+            let reached = CrashPoint::StoreFileDurable.reach();
+            reached.map_err(Error::store("create", &path))?;
         }
-        durable::sync_dir(directory)?;
-        let reached = CrashPoint::StoreFileDurable.reach();
-        reached.map_err(Error::store("create", path))?;
-        Ok(PutOutcome::Created)
+        // Durable somewhere is not enough: only what the path leads to is archived.
+        folder.leave()?;
+        Ok(outcome)
     }
 
     /// What was fsynced needs no other proof.
@@ -199,6 +238,9 @@ impl ObjectStore for LocalStore {
         prefix: &str,
         visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
     ) -> Result<()> {
+        if !self.exists()? {
+            return Err(self.cannot_open(io::ErrorKind::NotFound.into()));
+        }
         // Whole directories of the prefix are entered directly; the rest is a filter.
         let (directory, _) = prefix.rsplit_once('/').unwrap_or(("", prefix));
         let start = if directory.is_empty() {
@@ -207,7 +249,8 @@ impl ObjectStore for LocalStore {
             self.path(directory)?
         };
         let _ = walk(&start, directory, prefix, visit)?;
-        Ok(())
+        // What was not listed may be hidden below a mount point.
+        self.confirm()
     }
 
     fn folders(&self, prefix: &str) -> Result<Vec<String>> {
@@ -241,15 +284,60 @@ impl ObjectStore for LocalStore {
     }
 
     fn delete(&self, key: &str) -> Result<()> {
-        durable::remove(&self.path(key)?)
+        let path = self.path(key)?;
+        let folder = Entered::open(self)?;
+        folder.remove(key).map_err(Error::store("remove", path))
     }
 
     fn ready_to_write(&self) -> Result<()> {
-        self.temporary().map(drop)
+        if self.exists()? {
+            self.confirm()?;
+            return self.temporary().map(drop);
+        }
+        // The beginning of an archive creates it.
+        let mut above = self.root.ancestors();
+        let above = above.find(|path| path.is_dir()).unwrap_or(&self.root);
+        access(above, Access::WRITE_OK)
+            .map_err(|error| Error::store("create a directory in", above)(error.into()))
     }
 
     fn url(&self) -> String {
         format!("file://{}", self.root.display())
+    }
+
+    fn exists(&self) -> Result<bool> {
+        match fs::metadata(&self.root) {
+            Ok(metadata) if metadata.is_dir() => Ok(true),
+            Ok(_) => Err(self.cannot_open(io::ErrorKind::NotADirectory.into())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.pinned().is_none() => {
+                Ok(false)
+            }
+            Err(error) => Err(self.cannot_open(error)),
+        }
+    }
+
+    fn create_place(&self) -> Result<()> {
+        durable::create_dir_all(&self.root)
+    }
+
+    fn witness(&self, key: &str) -> Result<Option<Witness>> {
+        let stored = Entered::open(self)?.read(key)?;
+        Ok(stored.map(|stored| Witness::new(key, &stored)))
+    }
+
+    fn pin(&self, pin: Pin) {
+        *self.pin.write().unwrap_or_else(PoisonError::into_inner) = Some(pin);
+    }
+
+    fn confirm(&self) -> Result<()> {
+        if self.pinned().is_none() {
+            return Ok(());
+        }
+        Entered::open(self).map(drop)
+    }
+
+    fn confirm_free(&self) -> Result<()> {
+        self.confirm()
     }
 }
 
@@ -323,5 +411,57 @@ mod tests {
         let store: Arc<dyn ObjectStore> =
             Arc::new(LocalStore::open(directory.path()).expect("a store"));
         conformance(&store, 20);
+    }
+
+    fn pinned(root: &Path) -> LocalStore {
+        let store = LocalStore::open(root).expect("a store");
+        store.put_if_absent("main/epoch/1", b"one").expect("a put");
+        let witness = store.witness("main/epoch/1").expect("an answer");
+        store.pin(Pin {
+            witnesses: vec![witness.expect("it is there")],
+            system: "7".to_owned(),
+        });
+        store
+    }
+
+    #[test]
+    fn another_folder_in_the_same_place_takes_nothing_and_proves_nothing_absent() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (root, aside) = (directory.path().join("r"), directory.path().join("aside"));
+        let store = pinned(&root);
+        store.put_if_absent("main/a", b"a").expect("a put");
+        durable::rename(&root, &aside).expect("it goes");
+        let refused = |store: &LocalStore| {
+            let error = store.put_if_absent("main/b", b"b").expect_err("no put");
+            assert!(error.is_gone(), "{error}");
+            assert!(store.get("main/c").expect_err("no get").is_gone());
+            assert!(store.head("main/c").expect_err("no head").is_gone());
+            let listed = store.list("main/", &mut |_| ControlFlow::Continue(()));
+            assert!(listed.expect_err("no listing").is_gone());
+            assert!(store.delete("main/a").expect_err("no removal").is_gone());
+        };
+        refused(&store);
+        assert!(!root.exists(), "nothing creates it");
+        fs::create_dir(&root).expect("a mount point");
+        refused(&store);
+        assert_eq!(fs::read_dir(&root).expect("it lists").count(), 0);
+        fs::remove_dir(&root).expect("it goes");
+        durable::rename(&aside, &root).expect("it is back");
+        let outcome = store.put_if_absent("main/b", b"b").expect("a put");
+        assert_eq!(outcome, PutOutcome::Created);
+    }
+
+    #[test]
+    fn what_was_written_while_the_folder_went_does_not_count() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let (root, aside) = (directory.path().join("r"), directory.path().join("aside"));
+        let store = pinned(&root);
+        let folder = Entered::open(&store).expect("it is there");
+        durable::rename(&root, &aside).expect("it goes");
+        fs::create_dir(&root).expect("a mount point");
+        folder.create_parent("main/x/y").expect("in the old one");
+        assert!(aside.join("main/x").is_dir());
+        assert!(folder.leave().expect_err("it is hidden").is_gone());
+        assert_eq!(fs::read_dir(&root).expect("it lists").count(), 0);
     }
 }

@@ -130,6 +130,14 @@ impl MirroredStore {
         failed.map_or(Ok(None), Err)
     }
 
+    fn all_away(&self) -> Error {
+        let mut refusals = self
+            .members
+            .iter()
+            .filter_map(|one| one.refusal("reach", ""));
+        refusals.next().unwrap_or_else(|| self.absent(""))
+    }
+
     fn absent(&self, key: &str) -> Error {
         Error::NotFound {
             key: key.to_owned(),
@@ -253,6 +261,41 @@ impl ObjectStore for MirroredStore {
     fn url(&self) -> String {
         let urls: Vec<String> = self.members.iter().map(|one| one.store.url()).collect();
         urls.join(" and ")
+    }
+
+    fn exists(&self) -> Result<bool> {
+        let mut failed = None;
+        for member in &self.members {
+            match member.store.exists() {
+                Ok(true) => return Ok(true),
+                Ok(false) => {}
+                Err(error) => {
+                    failed.get_or_insert(error);
+                }
+            }
+        }
+        failed.map_or(Ok(false), Err)
+    }
+
+    /// Every place that is not away is the right one. One that is not is passed over from now on.
+    fn confirm(&self) -> Result<()> {
+        let mut outcome = None;
+        for member in self.members.iter().filter(|member| !member.is_away()) {
+            match (member.confirm(false), &outcome) {
+                (Ok(()), None) => outcome = Some(Ok(())),
+                (Err(error), None | Some(Ok(()))) => outcome = Some(Err(error)),
+                (_, Some(_)) => {}
+            }
+        }
+        outcome.unwrap_or_else(|| Err(self.all_away()))
+    }
+
+    fn confirm_free(&self) -> Result<()> {
+        let here = |member: &&Arc<Member>| !member.is_away() && member.confirm(true).is_ok();
+        if self.members.iter().filter(here).count() > 0 {
+            return Ok(());
+        }
+        Err(self.all_away())
     }
 }
 

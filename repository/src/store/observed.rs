@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{ObjectMeta, ObjectStore, PutOutcome};
+use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 use crate::{Error, Result};
 
 /// Called for each request with its name, its duration, and whether the store answered. "Absent" is
@@ -95,6 +95,30 @@ impl ObjectStore for ObservedStore {
 
     fn url(&self) -> String {
         self.store.url()
+    }
+
+    fn exists(&self) -> Result<bool> {
+        self.store.exists()
+    }
+
+    fn create_place(&self) -> Result<()> {
+        self.store.create_place()
+    }
+
+    fn witness(&self, key: &str) -> Result<Option<Witness>> {
+        self.store.witness(key)
+    }
+
+    fn pin(&self, pin: Pin) {
+        self.store.pin(pin);
+    }
+
+    fn confirm(&self) -> Result<()> {
+        self.store.confirm()
+    }
+
+    fn confirm_free(&self) -> Result<()> {
+        self.store.confirm_free()
     }
 }
 

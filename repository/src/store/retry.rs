@@ -14,7 +14,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, PutOutcome};
+use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 #[cfg(doc)]
 use crate::Error;
 use crate::Result;
@@ -202,6 +202,30 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
 
     fn url(&self) -> String {
         self.store.url()
+    }
+
+    fn exists(&self) -> Result<bool> {
+        self.store.exists()
+    }
+
+    fn create_place(&self) -> Result<()> {
+        self.store.create_place()
+    }
+
+    fn witness(&self, key: &str) -> Result<Option<Witness>> {
+        self.policy.run(|| self.store.witness(key))
+    }
+
+    fn pin(&self, pin: Pin) {
+        self.store.pin(pin);
+    }
+
+    fn confirm(&self) -> Result<()> {
+        self.policy.run(|| self.store.confirm())
+    }
+
+    fn confirm_free(&self) -> Result<()> {
+        self.store.confirm_free()
     }
 }
 

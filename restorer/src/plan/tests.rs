@@ -69,7 +69,7 @@ impl Inventory for Memory {
         let ends = ranges
             .iter()
             .flat_map(|(range, _)| self.ranges[&range.start_lsn.0].1.transactions.clone());
-        Ok(ends.map(|end| end.lsn).filter(|start| *start < lsn).last())
+        Ok(ends.map(|end| end.lsn).rfind(|start| *start < lsn))
     }
 }
 

@@ -107,7 +107,7 @@ pub(super) fn retention(cluster: &ClusterSettings, report: &mut Report) {
 
 /// When the newest backup was begun: its name says it.
 fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> {
-    let repository = Repository::open(&cluster.repository, &cluster.name)?;
+    let repository = Repository::open_known(cluster)?;
     let Some(identity) = repository.identity()? else {
         return Ok(None);
     };

@@ -67,6 +67,8 @@ struct State {
     working: Option<Instant>,
     /// Not to be asked before, and why.
     away: Option<(Instant, String)>,
+    /// With `away`: the system identifier and the problem where it is another place than before.
+    gone: Option<(String, String)>,
     pause: Duration,
     /// Since when it lacks something that is not in its queue.
     behind: Option<Instant>,
@@ -154,6 +156,20 @@ impl Member {
         let mut state = self.lock();
         state.pause = (state.pause * 2).clamp(AWAY_MIN, AWAY_MAX);
         state.away = Some((Instant::now() + state.pause, error.to_string()));
+        state.gone = match error {
+            Error::Gone {
+                system, problem, ..
+            } => Some((system.clone(), problem.clone())),
+            _ => None,
+        };
+    }
+
+    /// The error of whatever is asked of it while it is away; `None` while it is not.
+    pub(super) fn refusal(&self, action: &'static str, key: &str) -> Option<Error> {
+        let state = self.lock();
+        let (_, problem) = state.away.as_ref()?;
+        let (url, gone) = (self.store.url(), state.gone.as_ref());
+        Some(refusal(action, key.to_owned(), url, problem, gone))
     }
 
     /// Adds a job, or answers it at once when the place is away.
@@ -162,15 +178,15 @@ impl Member {
         let full = state.queued_bytes.saturating_add(job.bytes()) > QUEUE_BYTES_MAX
             && !state.queue.is_empty();
         let problem = match &state.away {
-            Some((_, error)) => Some(error.clone()),
-            None if full => Some("too much waits for it".to_owned()),
+            Some((_, error)) => Some((error.clone(), state.gone.clone())),
+            None if full => Some(("too much waits for it".to_owned(), None)),
             None => None,
         };
-        if let Some(problem) = problem {
+        if let Some((problem, gone)) = problem {
             state.fall_behind();
             drop(state);
             self.changed.notify_all();
-            return refuse(job, &self.store.url(), &problem);
+            return refuse(job, &self.store.url(), &problem, gone.as_ref());
         }
         state.queued_bytes += job.bytes();
         state.queue.push_back((Instant::now(), job));
@@ -260,6 +276,19 @@ impl Member {
         self.store.put_proved(key, body)
     }
 
+    /// Checks that it is the right place; `free` only where that costs no request.
+    pub(super) fn confirm(&self, free: bool) -> Result<()> {
+        let outcome = if free {
+            self.store.confirm_free()
+        } else {
+            self.store.confirm()
+        };
+        if let Err(error) = &outcome {
+            self.note(Some(error));
+        }
+        outcome
+    }
+
     fn note(&self, error: Option<&Error>) {
         match error {
             None => self.answered(),
@@ -308,16 +337,33 @@ impl Member {
     }
 }
 
-fn refuse(job: Job, url: &str, problem: &str) {
-    let error = |action, key| Error::S3 {
-        action,
-        key,
-        url: url.to_owned(),
-        problem: format!("passed over: {problem}"),
-        transient: true,
-    };
+fn refuse(job: Job, url: &str, problem: &str, gone: Option<&(String, String)>) {
+    let error = |action, key| refusal(action, key, url.to_owned(), problem, gone);
     match job {
         Job::Put(key, _, reply) => drop(reply.send(Err(error("put", key)))),
         Job::Delete(key, reply) => drop(reply.send(Err(error("delete", key)))),
+    }
+}
+
+fn refusal(
+    action: &'static str,
+    key: String,
+    url: String,
+    problem: &str,
+    gone: Option<&(String, String)>,
+) -> Error {
+    match gone {
+        Some((system, problem)) => Error::Gone {
+            url,
+            system: system.clone(),
+            problem: problem.clone(),
+        },
+        None => Error::S3 {
+            action,
+            key,
+            url,
+            problem: format!("passed over: {problem}"),
+            transient: true,
+        },
     }
 }

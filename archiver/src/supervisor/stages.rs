@@ -1,0 +1,146 @@
+//! How the stages of a cluster are started: with the repository, or without it from the spool, and
+//! with the catalog on disk or in memory.
+//!
+//! Invariant: a catalog that cannot be opened or written, as on a full disk, never keeps WAL from
+//! the repository: one in memory takes its place until the one on disk can be opened, which is
+//! tried when the spool is drained.
+
+use std::{sync::Arc, time::Duration};
+
+use catalog::Catalog;
+use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+
+use super::{BEAT, Supervisor, known};
+use crate::{
+    cluster_status::ClusterStatus,
+    error::Result,
+    pipeline::{
+        Pipeline,
+        archive::{Archive, Away},
+        blocking,
+    },
+    spool::Spool,
+};
+
+/// How often a catalog in memory is tried to be replaced by the one on disk, and how soon after a
+/// failure.
+const CATALOG_POLL: Duration = Duration::from_secs(1);
+const CATALOG_RETRY: Duration = Duration::from_secs(30);
+
+impl Supervisor {
+    pub(super) fn is_outdated(&self) -> bool {
+        let pipeline = self.pipeline.as_ref();
+        pipeline.is_some_and(|pipeline| pipeline.archive().is_outdated())
+    }
+
+    pub(super) async fn start(
+        &mut self,
+        identity: &ClusterIdentity,
+        away: Option<Away>,
+    ) -> Result<()> {
+        let archive = match self.open(identity, away.clone()).await {
+            Err(error) if error.is_catalog_failure() && !self.without_catalog => {
+                tracing::warn!(
+                    event = "catalog_in_memory", cluster = %self.settings.name, %error,
+                    "the catalog cannot be opened; archiving continues with one in memory, made from the repository"
+                );
+                self.status
+                    .note(|facts| facts.catalog_error = Some(error.to_string()));
+                self.without_catalog = true;
+                self.open(identity, away).await?
+            }
+            archive => archive?,
+        };
+        if !self.without_catalog {
+            self.status.note(|facts| facts.catalog_error = None);
+        }
+        self.pipeline = Some(Pipeline::start(Arc::new(archive)).await?);
+        Ok(())
+    }
+
+    async fn open(&self, identity: &ClusterIdentity, away: Option<Away>) -> Result<Archive> {
+        let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
+        let (status, identity) = (Arc::clone(&self.status), identity.clone());
+        let place = if self.without_catalog {
+            CatalogPlace::Memory
+        } else {
+            CatalogPlace::Disk
+        };
+        blocking(move || match away {
+            None => open_archive(settings, &identity, spool, status, place),
+            Some(away) => {
+                let repository = known::absent_repository(&settings);
+                let catalog = place.open(&settings, &identity)?;
+                let away = Some(away);
+                Archive::open(settings, identity, spool, repository, catalog, status, away)
+            }
+        })
+        .await
+    }
+}
+
+/// Returns when the repository, which was another place meanwhile, is back.
+pub(super) async fn outdated(pipeline: &Pipeline) {
+    while !pipeline.archive().is_outdated() {
+        tokio::time::sleep(BEAT).await;
+    }
+}
+
+/// Returns when the catalog on disk can be opened. That is tried when nothing waits in the spool
+/// any more, which is all the room that there will be.
+pub(super) async fn catalog_opens(settings: &ClusterSettings, pipeline: &Pipeline) {
+    loop {
+        tokio::time::sleep(CATALOG_POLL).await;
+        let archive = pipeline.archive();
+        if archive.is_away() || archive.status().progress().unsealed() > 0 {
+            continue;
+        }
+        let (directory, identity) = (settings.catalog.clone(), archive.cluster.clone());
+        match blocking(move || Ok(Catalog::open(&directory, &identity).map(drop)?)).await {
+            Ok(()) => return,
+            Err(error) => {
+                archive
+                    .status()
+                    .note(|facts| facts.catalog_error = Some(error.to_string()));
+                tokio::time::sleep(CATALOG_RETRY).await;
+            }
+        }
+    }
+}
+
+/// Where the catalog is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CatalogPlace {
+    /// In its directory.
+    Disk,
+    /// In memory, with what can be read of the one on disk: that cannot be written.
+    Memory,
+}
+
+impl CatalogPlace {
+    fn open(
+        self,
+        settings: &ClusterSettings,
+        identity: &ClusterIdentity,
+    ) -> repository::Result<Catalog> {
+        match self {
+            Self::Disk => Catalog::open(&settings.catalog, identity),
+            Self::Memory => Catalog::open_in_memory(&settings.catalog, identity),
+        }
+    }
+}
+
+/// Opens the repository, claimed for this cluster, and the catalog.
+pub(crate) fn open_archive(
+    settings: ClusterSettings,
+    identity: &ClusterIdentity,
+    spool: Arc<Spool>,
+    status: Arc<ClusterStatus>,
+    place: CatalogPlace,
+) -> Result<Archive> {
+    let repository = Repository::open_known(&settings)?.observed(status.observer());
+    let identity = repository.claim(identity)?;
+    repository.keep_in_step();
+    let catalog = place.open(&settings, &identity)?;
+    Archive::open(settings, identity, spool, repository, catalog, status, None)
+}

@@ -1,0 +1,307 @@
+//! A repository that is not in its place any more: its disk is unmounted, its folder exchanged.
+//! Nothing is written to what is there instead, WAL waits in the spool, the light is red, and
+//! archiving continues when the disk is back.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use tempfile::TempDir;
+use wal_format::Lsn;
+
+use crate::support::{Archiver, Place, Server, postgres_bin, wait_flushed, wait_until};
+
+/// A disk that is mounted as the place's repository. Its content outlives an unmount.
+struct Disk {
+    content: TempDir,
+    mount_point: PathBuf,
+}
+
+impl Disk {
+    /// `None` where nothing can be mounted.
+    fn mount(mount_point: PathBuf) -> Option<Self> {
+        let content = tempfile::tempdir().expect("a directory");
+        fs::create_dir_all(&mount_point).expect("a directory");
+        let disk = Self {
+            content,
+            mount_point,
+        };
+        if disk.attach() {
+            return Some(disk);
+        }
+        eprintln!("SKIPPED: to unmount a repository needs root");
+        None
+    }
+
+    fn attach(&self) -> bool {
+        run(Command::new("mount")
+            .arg("--bind")
+            .args([self.content.path(), &self.mount_point]))
+    }
+
+    /// Unmounts it as soon as nobody uses it at that moment.
+    fn detach(&self) {
+        wait_until("nothing keeps the disk from being unmounted", || {
+            run(Command::new("umount").arg(&self.mount_point))
+        });
+    }
+
+    /// Unmounts it although it is in use.
+    fn detach_lazily(&self) {
+        assert!(run(Command::new("umount").arg("-l").arg(&self.mount_point)));
+    }
+
+    /// Mounts it so that nothing can be written to it, or again as before.
+    fn read_only(&self, read_only: bool) {
+        let how = if read_only { "ro" } else { "rw" };
+        let how = format!("remount,bind,{how}");
+        wait_until("nothing is written at that moment", || {
+            run(Command::new("mount")
+                .args(["-o", &how])
+                .arg(&self.mount_point))
+        });
+    }
+
+    fn assert_mount_point_is_empty(&self) {
+        assert_eq!(names(&self.mount_point), Vec::<String>::new());
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        while run(Command::new("umount").arg("-l").arg(&self.mount_point)) {}
+    }
+}
+
+fn run(command: &mut Command) -> bool {
+    let quiet = command.stderr(std::process::Stdio::null());
+    quiet.status().is_ok_and(|status| status.success())
+}
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).expect("a directory").flatten();
+    entries
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+/// The light is red, says why and what to do, and so does the health page.
+fn wait_until_red(archiver: &Archiver) {
+    wait_until("the light is red", || {
+        let report = archiver.get("/api/v1/clusters/main");
+        report.contains("\"state\":\"broken\"")
+            && report.contains("is not the repository that this host archives to")
+            && report.contains("epoch begin --system-identifier")
+    });
+    let health = archiver.get("/api/v1/clusters/main/health");
+    assert!(health.starts_with("HTTP/1.1 503"), "{health}");
+}
+
+fn wait_until_well(archiver: &Archiver) {
+    wait_until("the light is no longer red", || {
+        !archiver
+            .get("/api/v1/clusters/main")
+            .contains("\"state\":\"broken\"")
+    });
+}
+
+fn flushed(server: &Server) -> Lsn {
+    let told = server.sql(
+        "SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication WHERE application_name = 'tidemark'",
+    );
+    told.parse().expect("an LSN")
+}
+
+fn scene(acknowledge: &str) -> Option<(Server, Place, Disk, impl Fn(&Place, &Server) -> Command)> {
+    let bin = postgres_bin()?;
+    let place = Place::new();
+    let disk = Disk::mount(place.repository())?;
+    let server = Server::start(&bin, "");
+    let configuration = place.spool().with_extension("toml");
+    fs::write(
+        &configuration,
+        format!("acknowledge = '{acknowledge}'\nkeep_window = '1d'\n"),
+    )
+    .expect("a file");
+    let command = move |place: &Place, server: &Server| {
+        let mut command = place.command(&server.conninfo());
+        command.arg("--config").arg(&configuration);
+        command
+    };
+    Some((server, place, disk, command))
+}
+
+fn survives(acknowledge: &str) {
+    let Some((server, place, disk, command)) = scene(acknowledge) else {
+        return;
+    };
+    let archiver = place.run_with(command(&place, &server));
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    let load = server.load();
+    wait_until("segments are sealed under load", || place.sealed() > 2);
+
+    disk.detach();
+    wait_until_red(&archiver);
+    // What is said to be safe in the repository stands still; what is safe here goes on.
+    let (told, at) = (flushed(&server), server.lsn());
+    wait_until("more WAL than three segments is written", || {
+        server.lsn() > at.add(3 << 20)
+    });
+    if acknowledge == "remote" {
+        assert_eq!(
+            flushed(&server),
+            told,
+            "it was acknowledged without a repository"
+        );
+    } else {
+        wait_flushed(&server, at.add(2 << 20));
+    }
+    disk.assert_mount_point_is_empty();
+
+    archiver.kill();
+    let archiver = place.run_with(command(&place, &server));
+    archiver.wait_for_log("the repository does not answer");
+    wait_until_red(&archiver);
+    if acknowledge == "local" {
+        wait_flushed(&server, server.lsn());
+    }
+    disk.assert_mount_point_is_empty();
+    assert!(disk.attach());
+    archiver.wait_for_log("the repository answers");
+    wait_flushed(&server, server.lsn());
+    wait_until_well(&archiver);
+
+    // The same without a restart, and with the disk in use.
+    disk.detach_lazily();
+    wait_until_red(&archiver);
+    let at = server.lsn();
+    wait_until("WAL is written", || server.lsn() > at.add(1 << 20));
+    disk.assert_mount_point_is_empty();
+    assert!(disk.attach());
+    archiver.wait_for_log("repository_returned");
+    wait_flushed(&server, server.lsn());
+    wait_until_well(&archiver);
+    drop(load);
+    place.assert_whole(&server, archiver);
+}
+
+#[test]
+fn an_unmounted_repository_takes_nothing_and_misses_nothing_when_it_is_back() {
+    survives("local");
+}
+
+#[test]
+fn an_unmounted_repository_acknowledges_nothing_as_remote() {
+    survives("remote");
+}
+
+#[test]
+fn another_disk_or_a_read_only_one_takes_nothing() {
+    let Some((server, place, disk, command)) = scene("remote") else {
+        return;
+    };
+    let archiver = place.run_with(command(&place, &server));
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+
+    // An idle server stores nothing, and it is noticed all the same.
+    let other = Disk::mount(place.repository()).expect("root can mount");
+    wait_until_red(&archiver);
+    server.write_wal(1500);
+    assert_eq!(names(other.content.path()), Vec::<String>::new());
+    other.detach();
+    archiver.wait_for_log("repository_returned");
+    wait_flushed(&server, server.lsn());
+    assert_eq!(names(other.content.path()), Vec::<String>::new());
+
+    disk.read_only(true);
+    let told = flushed(&server);
+    server.write_wal(1500);
+    archiver.wait_for_log("Read-only file system");
+    assert!(flushed(&server) < told.add(1 << 20), "it was acknowledged");
+    disk.read_only(false);
+    wait_flushed(&server, server.lsn());
+
+    // The folder goes, and an empty one takes its place.
+    let aside = place.repository().with_extension("aside");
+    fs::create_dir(&aside).expect("a directory");
+    assert!(run(Command::new("mount")
+        .arg("--move")
+        .args([place.repository(), aside.clone()])));
+    wait_until_red(&archiver);
+    server.write_wal(300);
+    disk.assert_mount_point_is_empty();
+    assert!(run(Command::new("mount")
+        .arg("--move")
+        .args([aside, place.repository()])));
+    wait_flushed(&server, server.lsn());
+    wait_until_well(&archiver);
+    place.assert_whole(&server, archiver);
+}
+
+#[test]
+fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says_so() {
+    let Some((server, place, disk, command)) = scene("local") else {
+        return;
+    };
+    let run = |arguments: &[&str]| {
+        let mut command = command(&place, &server);
+        let output = command.args(arguments).output().expect("it runs");
+        let said = [output.stdout, output.stderr].concat();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    };
+    // Without any daemon: what was pushed is remembered all the same.
+    server.write_wal(1500);
+    let segment = server.sql("SELECT pg_walfile_name(pg_switch_wal())");
+    let path = server.data().join("pg_wal").join(segment);
+    let push = ["push", path.to_str().expect("UTF-8")];
+    assert_eq!(run(&push).0, Some(0));
+    assert_eq!(place.sealed(), 1);
+    let system = server.sql("SELECT system_identifier FROM pg_control_system()");
+    disk.detach();
+    for arguments in [
+        push.as_slice(),
+        &["backup"],
+        &["expire"],
+        &["verify"],
+        &["check"],
+        &["status"],
+        &["catalog", "rebuild"],
+    ] {
+        let (code, said) = run(arguments);
+        assert_eq!(code, Some(5), "{arguments:?}: {said}");
+        let remedy = format!("`wal-archiver epoch begin --system-identifier {system}`");
+        assert!(said.contains(&remedy), "{arguments:?}: {said}");
+        disk.assert_mount_point_is_empty();
+    }
+    assert!(disk.attach());
+    assert_eq!(run(&push).0, Some(0), "the same bytes again");
+
+    // The disk is lost, and the operator begins again on a new one.
+    disk.detach();
+    let (code, said) = run(&["epoch", "begin", "--system-identifier", "7"]);
+    assert_eq!(code, Some(2), "{said}");
+    disk.assert_mount_point_is_empty();
+    let (code, said) = run(&["epoch", "begin", "--system-identifier", &system]);
+    assert_eq!(code, Some(0), "{said}");
+    let archiver = place.run_with(command(&place, &server));
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    place.assert_whole(&server, archiver);
+    // The old disk is the other one now.
+    assert!(disk.attach());
+    let (code, said) = run(&["verify"]);
+    assert_eq!(code, Some(5), "{said}");
+    assert!(said.contains("belongs to another archive"), "{said}");
+    disk.detach();
+    fs::remove_dir_all(place.repository()).expect("what the test made");
+    fs::create_dir(place.repository()).expect("the mount point");
+}

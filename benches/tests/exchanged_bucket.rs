@@ -1,0 +1,194 @@
+//! A bucket that is emptied, or exchanged for another one behind the same name, under the running
+//! archiver: what is there gets nothing, also from the next start, and archiving continues when the
+//! archive is back. And a store that answers nonsense: the archiver says so and continues when the
+//! store is well again.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+use benches::{
+    bucket_proxy::{BucketProxy, Verdict},
+    cluster::Cluster,
+    main_job::{Daemon, Place},
+    object_store::{BUCKET, ObjectStoreServer},
+    programs::{free_address, succeed},
+    tools::servers_or_skip,
+};
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(90);
+/// An answer of a captive portal, or of a proxy that lost its store.
+const PAGE: &str =
+    "<!DOCTYPE html><html><head><title>Welcome</title></head><body>Log in</body></html>";
+
+fn report(place: &Place) -> Value {
+    let mut status = place.program("wal-archiver").expect("it is built");
+    let output = status.args(["status", "--json"]).output();
+    let said = output.expect("it runs").stdout;
+    let reports: Value = serde_json::from_slice(&said).unwrap_or(Value::Null);
+    reports[0].clone()
+}
+
+fn wait(place: &Place, what: &str, done: impl Fn(&Value) -> bool) {
+    let began = Instant::now();
+    loop {
+        let report = report(place);
+        if done(&report) {
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "{what}: {report:#}");
+        sleep(Duration::from_millis(100));
+    }
+}
+
+fn is_well(report: &Value) -> bool {
+    report["state"] != "broken"
+        && report["repository_error"].is_null()
+        && report["source"]["stream_connected"] == true
+        && report["durable"]["remote"]["lag_bytes"] == 0
+}
+
+fn is_red(report: &Value) -> bool {
+    let reason = report["reason"].as_str().unwrap_or_default();
+    report["state"] == "broken"
+        && reason.contains("is not the repository that this host archives to")
+        && reason.contains("epoch begin --system-identifier")
+}
+
+fn write_wal(cluster: &Cluster) {
+    let mut client = cluster.connect().expect("a connection");
+    client
+        .batch_execute(
+            "CREATE TABLE IF NOT EXISTS t (n int, filler text);
+             INSERT INTO t SELECT n, repeat(md5(n::text), 30) FROM generate_series(1, 2500) n",
+        )
+        .expect("WAL");
+}
+
+fn stop(place: &Place, daemon: Daemon) {
+    daemon.stop().expect("everything is in the bucket");
+    let mut verify = place.program("wal-archiver").expect("it is built");
+    let said = succeed(verify.args(["verify", "--deep"])).expect("everything is sound");
+    assert!(said.contains("no gap, no damage"), "{said}");
+}
+
+#[test]
+fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let Some(store) = ObjectStoreServer::open_to_all_or_skip() else {
+        return;
+    };
+    let address = free_address().expect("an address");
+    let settings = format!("acknowledge = \"remote\"\nhttp = \"{address}\"");
+    let place = Place::in_bucket(store, &settings).expect("a place");
+    let cluster = Cluster::start(&bin, 1, "autovacuum = off").expect("a server");
+    let daemon = place.daemon(&cluster, &address).expect("a daemon");
+    let store = place.store().expect("a store");
+    write_wal(&cluster);
+    wait(&place, "archived", is_well);
+
+    // Somebody moves everything elsewhere.
+    let mut moved = BTreeMap::new();
+    for key in store.keys().expect("a listing") {
+        moved.insert(key.clone(), store.object(&key).expect("an object"));
+    }
+    for key in moved.keys() {
+        let request = format!("DELETE /{BUCKET}/{key}");
+        store.unsigned(&request, "").expect("a removal");
+    }
+    write_wal(&cluster);
+    wait(&place, "the light is red", is_red);
+    let before = store.keys().expect("a listing");
+    write_wal(&cluster);
+    sleep(Duration::from_secs(2));
+    assert_eq!(
+        store.keys().expect("a listing"),
+        before,
+        "it was written to"
+    );
+
+    // A start begins no new archive there.
+    daemon.kill().expect("it is gone");
+    let until = "the repository does not answer";
+    let conninfo = cluster.conninfo();
+    let daemon = place
+        .daemon_at(&conninfo, &address, until)
+        .expect("a daemon");
+    wait(&place, "the light is red", is_red);
+    let there = store.keys().expect("a listing");
+    assert!(!there.iter().any(|key| key.contains("/epoch")), "{there:?}");
+    let backup = place.back_up(&conninfo, &[]).expect_err("no repository");
+    assert!(backup.to_string().contains("epoch begin"), "{backup}");
+
+    for (key, body) in &moved {
+        store.overwrite(key, body).expect("it is brought back");
+    }
+    wait(&place, "all is archived", is_well);
+    write_wal(&cluster);
+    wait(&place, "it goes on", is_well);
+    stop(&place, daemon);
+}
+
+#[test]
+fn a_store_that_answers_with_a_page_ends_no_archiver() {
+    let Some((_, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let Some(store) = ObjectStoreServer::start_or_skip() else {
+        return;
+    };
+    let proxy = BucketProxy::start(store.address()).expect("a proxy");
+    let through = ObjectStoreServer::configuration_at(&proxy.endpoint());
+    let address = free_address().expect("an address");
+    let settings = format!("{through}http = \"{address}\"");
+    let place = Place::in_bucket_behind(store, &settings).expect("a place");
+    let cluster = Cluster::start(&bin, 1, "autovacuum = off").expect("a server");
+    let conninfo = cluster.conninfo();
+    let nonsense = || proxy.decide(|_| Verdict::Say(PAGE.to_owned()));
+
+    // At the first start, of which nothing is known yet.
+    nonsense();
+    let daemon = place
+        .daemon_at(&conninfo, &address, " WARN ")
+        .expect("a daemon");
+    sleep(Duration::from_secs(2));
+    wait(&place, "it says so", |report| {
+        report["state"] != "ok" && report["source"]["stream_connected"] == false
+    });
+    proxy.heal();
+    wait(&place, "it begins by itself", is_well);
+
+    // While it runs, under load.
+    for _ in 0..2 {
+        nonsense();
+        write_wal(&cluster);
+        wait(&place, "it says so", |report| {
+            report["state"] == "broken" && report["repository_error"].is_string()
+        });
+        sleep(Duration::from_secs(3));
+        proxy.heal();
+        wait(&place, "it goes on by itself", is_well);
+    }
+
+    // At a start with WAL in the spool.
+    nonsense();
+    write_wal(&cluster);
+    daemon.kill().expect("it is gone");
+    let until = "the repository does not answer";
+    let daemon = place
+        .daemon_at(&conninfo, &address, until)
+        .expect("a daemon");
+    write_wal(&cluster);
+    sleep(Duration::from_secs(2));
+    proxy.heal();
+    wait(&place, "it goes on by itself", is_well);
+    let log = fs::read_to_string(place.path().join("archiver.log")).expect("a log");
+    assert!(!log.contains("archiving of a cluster has ended"), "{log}");
+    stop(&place, daemon);
+}

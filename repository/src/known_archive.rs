@@ -1,0 +1,358 @@
+//! [`KnownArchive`]: what this host remembers of the archive that it writes to, so that it never
+//! begins a new one silently.
+//!
+//! `{spool}/{cluster}/repository.json` names the places of the archive and the objects by which
+//! each is recognised. It is written when a cluster's name is claimed there. A spool of an earlier
+//! version has none: its WAL, its position and the catalog show that there was an archive too.
+//! Invariant: a place that this host knows is written to only while it holds one of those objects.
+
+use std::{collections::BTreeMap, fs, io, path::PathBuf, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+use wal_format::{ObjectKey, SystemIdentifier};
+
+use crate::{
+    Error, Repository, Result,
+    config::{ClusterSettings, RepositoryPlace},
+    durable,
+    store::{Pin, Witness},
+};
+
+const RECORD_FILE: &str = "repository.json";
+/// The version of the record that this build writes.
+const RECORD_FORMAT_VERSION: u32 = 1;
+/// A system identifier that is not known, in a message.
+const UNKNOWN_SYSTEM: &str = "N";
+
+/// The record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    /// 1.
+    format_version: u32,
+    /// The number of the cluster that was last claimed.
+    system_identifier: SystemIdentifier,
+    /// The objects by which each place is recognised, by its URL.
+    places: BTreeMap<String, Vec<Witness>>,
+}
+
+/// What this host remembers of a cluster's archive.
+#[derive(Clone, Debug)]
+pub(crate) struct KnownArchive {
+    /// `{spool}/{cluster}`.
+    directory: PathBuf,
+    catalog: PathBuf,
+    /// One of several places may be new; a single one may not.
+    is_one_of_several: bool,
+    /// Whether the operator begins a new archive: what is remembered does not count.
+    is_forgotten: bool,
+}
+
+impl KnownArchive {
+    fn of(settings: &ClusterSettings) -> Self {
+        Self {
+            directory: settings.spool.join(settings.name.as_str()),
+            catalog: settings.catalog.clone(),
+            is_one_of_several: false,
+            is_forgotten: false,
+        }
+    }
+
+    /// The record; `None` when there is none that can be read.
+    fn record(&self) -> Option<Record> {
+        let path = self.directory.join(RECORD_FILE);
+        let content = match fs::read(&path) {
+            Ok(content) => content,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::debug!(%error, path = %path.display(), "what this host knows of its repository cannot be read");
+                }
+                return None;
+            }
+        };
+        let record: Option<Record> = serde_json::from_slice(&content).ok();
+        record.filter(|record| record.format_version == RECORD_FORMAT_VERSION)
+    }
+
+    pub(crate) fn pin(&self, url: &str) -> Option<Pin> {
+        if self.is_forgotten {
+            return None;
+        }
+        let record = self.record()?;
+        Some(Pin {
+            witnesses: record.places.get(url)?.clone(),
+            system: record.system_identifier.to_string(),
+        })
+    }
+
+    /// What shows that this host had an archive, with its system identifier where that is known.
+    fn trace(&self) -> Option<(String, String)> {
+        if let Some(record) = self.record() {
+            let places: Vec<&str> = record.places.keys().map(String::as_str).collect();
+            let problem = format!("this host archived to {}", places.join(", "));
+            return Some((record.system_identifier.to_string(), problem));
+        }
+        let spool = self.directory.display();
+        for name in [RECORD_FILE, "position.json"] {
+            if self.directory.join(name).exists() {
+                let problem = format!("{spool}/{name} shows that this host had an archive");
+                return Some((UNKNOWN_SYSTEM.to_owned(), problem));
+            }
+        }
+        let systems = fs::read_dir(self.directory.join("wal")).ok();
+        let system = systems.and_then(|mut systems| systems.find_map(io::Result::ok));
+        if let Some(system) = system {
+            let problem = format!("the spool {spool} holds WAL of an archive");
+            return Some((system.file_name().to_string_lossy().into_owned(), problem));
+        }
+        self.catalog.join("CURRENT").is_file().then(|| {
+            let problem = format!("{} is the catalog of an archive", self.catalog.display());
+            (UNKNOWN_SYSTEM.to_owned(), problem)
+        })
+    }
+
+    /// Remembers a place.
+    fn note(&self, url: &str, system: SystemIdentifier, witnesses: Vec<Witness>) -> Result<()> {
+        let mut places = self
+            .record()
+            .map(|record| record.places)
+            .unwrap_or_default();
+        places.insert(url.to_owned(), witnesses);
+        let record = Record {
+            format_version: RECORD_FORMAT_VERSION,
+            system_identifier: system,
+            places,
+        };
+        durable::create_dir_all(&self.directory)?;
+        let content = serde_json::to_vec_pretty(&record).unwrap_or_default();
+        durable::replace(&self.directory.join(RECORD_FILE), &content)
+    }
+}
+
+impl Repository {
+    /// Opens the repository of a cluster's settings as the one that this host knows: nothing is
+    /// written to another place, and a place that holds nothing of the cluster is [`Error::Gone`]
+    /// where there was an archive.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn open_known(settings: &ClusterSettings) -> Result<Self> {
+        Self::open_known_place(settings, &settings.repository)
+    }
+
+    /// As [`Repository::open_known`], of one of the cluster's places.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn open_known_place(settings: &ClusterSettings, place: &RepositoryPlace) -> Result<Self> {
+        let mut known = KnownArchive::of(settings);
+        known.is_one_of_several = *place != settings.repository;
+        Ok(Self::open(place, &settings.name)?.remembering(&known))
+    }
+
+    /// As [`Repository::open_known`] where the repository is one folder without keys; `None` for
+    /// any other place. A program that opens no others has no client of a bucket in it, which
+    /// starts slowly.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn open_known_plain_folder(settings: &ClusterSettings) -> Result<Option<Self>> {
+        let opened = Self::open_plain_folder(&settings.repository, &settings.name)?;
+        Ok(opened.map(|opened| opened.remembering(&KnownArchive::of(settings))))
+    }
+
+    /// Opens the repository of a cluster's settings as whatever it is now. The next
+    /// [`Repository::claim`] begins an archive in each place that holds none, and makes these
+    /// places the ones that this host knows. Only an operator's command does so.
+    ///
+    /// # Errors
+    /// As [`Repository::open`].
+    pub fn open_anew(settings: &ClusterSettings) -> Result<Self> {
+        let mut known = KnownArchive::of(settings);
+        known.is_forgotten = true;
+        Ok(Self::open(&settings.repository, &settings.name)?.remembering(&known))
+    }
+
+    /// Returns the error of a place that holds nothing of the cluster, when this host had an
+    /// archive; without one, nothing.
+    pub(crate) fn must_be_new(&self) -> Result<()> {
+        let Some(known) = self.known() else {
+            return Ok(());
+        };
+        if known.is_forgotten || known.is_one_of_several {
+            return Ok(());
+        }
+        match known.trace() {
+            None => Ok(()),
+            Some((system, trace)) => Err(Error::Gone {
+                url: self.url(),
+                system,
+                problem: format!(
+                    "it holds nothing of cluster {}, and {trace}",
+                    self.cluster()
+                ),
+            }),
+        }
+    }
+
+    /// Pins a place that was claimed, and remembers it.
+    pub(crate) fn remember(&self, system: SystemIdentifier) -> Result<()> {
+        let Some(known) = self.known() else {
+            return Ok(());
+        };
+        if known.pin(&self.url()).is_some() {
+            return Ok(());
+        }
+        let mut witnesses = Vec::new();
+        for folder in ["epoch/", "epoch-copy/"] {
+            for (key, _) in self.list(folder)? {
+                if let ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_) = key {
+                    witnesses.extend(self.witness(&key)?);
+                }
+            }
+        }
+        self.pin(Pin {
+            witnesses: witnesses.clone(),
+            system: system.to_string(),
+        });
+        // Without it a later start knows less; archiving goes on.
+        if let Err(error) = known.note(&self.url(), system, witnesses) {
+            tracing::debug!(%error, "the repository is not remembered in the spool");
+        }
+        Ok(())
+    }
+}
+
+/// The places of a mirror, each known by itself.
+pub(crate) fn each_known(places: Vec<Repository>, known: &KnownArchive) -> Vec<Repository> {
+    let mut known = known.clone();
+    known.is_one_of_several = true;
+    let known = Arc::new(known);
+    places
+        .into_iter()
+        .map(|place| place.with_known(&known))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use wal_format::{ClusterName, PgTimestamp, PgVersion, SegmentSize};
+
+    use super::*;
+    use crate::{
+        ClusterIdentity,
+        config::{CommonArgs, Settings},
+    };
+
+    fn settings(directory: &std::path::Path, more: &str) -> ClusterSettings {
+        let path = directory.join("tidemark.toml");
+        let place = directory.display();
+        let text = format!("repository = 'file://{place}/r'\nspool = '{place}/spool'\n{more}");
+        fs::write(&path, text).expect("a configuration");
+        let args = CommonArgs {
+            config: Some(path),
+            ..CommonArgs::default()
+        };
+        let settings = Settings::resolve(&args).expect("it resolves");
+        settings.cluster().expect("one").clone()
+    }
+
+    fn identity(system: u64) -> ClusterIdentity {
+        ClusterIdentity {
+            format_version: 1,
+            cluster: "main".parse::<ClusterName>().expect("a name"),
+            system_identifier: SystemIdentifier(system),
+            postgresql_major: PgVersion::try_from(17_u16).expect("a version"),
+            wal_segment_size: SegmentSize::DEFAULT,
+            created: PgTimestamp(i64::try_from(system).expect("small")),
+        }
+    }
+
+    #[test]
+    fn an_archive_that_was_there_is_not_begun_again_before_the_operator_says_so() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let settings = settings(directory.path(), "");
+        let root = directory.path().join("r");
+        let open = || Repository::open_known(&settings).expect("it opens");
+        assert_eq!(open().identity().expect("nothing yet"), None);
+        assert!(!root.exists(), "opening creates nothing");
+        open().claim(&identity(1)).expect("the first archive");
+        let aside = directory.path().join("aside");
+        durable::rename(&root, &aside).expect("unmounted");
+        for there in [false, true] {
+            if there {
+                fs::create_dir(&root).expect("a mount point");
+            }
+            let error = open().claim(&identity(1)).expect_err("it is not there");
+            assert!(error.is_gone(), "{error}");
+            assert!(
+                error
+                    .to_string()
+                    .contains("epoch begin --system-identifier 1`")
+            );
+            assert!(open().identity().expect_err("not there").is_gone());
+            assert!(!root.join("main").exists());
+        }
+        fs::remove_dir(&root).expect("it goes");
+        durable::rename(&aside, &root).expect("mounted");
+        open().claim(&identity(1)).expect("it is back");
+
+        durable::rename(&root, &aside).expect("unmounted");
+        let anew = Repository::open_anew(&settings).expect("it opens");
+        anew.claim(&identity(1)).expect("the operator says so");
+        open().claim(&identity(1)).expect("it is known now");
+        fs::remove_dir_all(&root).expect("it goes");
+        durable::rename(&aside, &root).expect("the old one");
+        open().claim(&identity(1)).expect("the same bytes");
+        fs::remove_dir_all(&root).expect("it goes");
+        let other = ClusterIdentity {
+            created: PgTimestamp(9),
+            ..identity(1)
+        };
+        let stranger = Repository::open(&settings.repository, &settings.name).expect("it opens");
+        stranger.claim(&other).expect("another archive");
+        assert!(open().claim(&identity(1)).expect_err("another").is_gone());
+    }
+
+    #[test]
+    fn a_spool_of_an_earlier_version_shows_that_there_was_an_archive() {
+        for trace in [
+            "main/position.json",
+            "main/wal/77/00000001",
+            "main/catalog/CURRENT",
+        ] {
+            let directory = tempfile::tempdir().expect("a directory");
+            let settings = settings(directory.path(), "");
+            let path = settings.spool.join(trace);
+            fs::create_dir_all(path.parent().expect("a directory")).expect("it is made");
+            fs::write(&path, "{}").expect("a trace");
+            let repository = Repository::open_known(&settings).expect("it opens");
+            let error = repository.claim(&identity(77)).expect_err(trace);
+            assert!(error.is_gone(), "{error}");
+        }
+    }
+
+    #[test]
+    fn of_several_places_a_new_one_is_filled_and_one_that_went_is_not() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = |name: &str| directory.path().join(name);
+        let first = settings(directory.path(), "");
+        let open = |settings: &ClusterSettings| Repository::open_known(settings).expect("opens");
+        open(&first).claim(&identity(1)).expect("the first place");
+        let second = format!("[[repositories]]\nurl = 'file://{}'\n", root("s").display());
+        let both = settings(directory.path(), &second);
+        open(&both).claim(&identity(1)).expect("a new place");
+        assert!(root("s/main/epoch/00000001.json").is_file());
+        durable::rename(&root("s"), &root("aside")).expect("unmounted");
+        fs::create_dir(root("s")).expect("a mount point");
+        let repository = open(&both);
+        repository.claim(&identity(1)).expect("the other is there");
+        let key = ObjectKey::Epoch(2);
+        repository.create(&key, &identity(2)).expect("in one place");
+        drop(repository);
+        assert_eq!(fs::read_dir(root("s")).expect("it lists").count(), 0);
+        durable::rename(&root("r"), &root("aside-too")).expect("unmounted");
+        let error = open(&both).claim(&identity(1)).expect_err("both are away");
+        assert!(error.is_gone(), "{error}");
+        assert!(!root("r").exists());
+    }
+}

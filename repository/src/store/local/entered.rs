@@ -1,0 +1,222 @@
+//! [`Entered`]: the folder of a store, held by a directory handle for one operation.
+//!
+//! A handle that was kept between operations would make every unmount fail with EBUSY. A device
+//! number alone proves nothing between two operations: the next disk or tmpfs may get the same one.
+//! So each operation opens the folder, looks for a witness below that handle, works below that
+//! handle, and compares the path with the handle at the end.
+
+use std::{
+    fs::{self, File},
+    io::{self, Read},
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use bytes::Bytes;
+use rustix::{
+    fs::{AtFlags, Mode, OFlags, fstat, linkat, mkdirat, open, openat, unlinkat},
+    io::Errno,
+};
+
+use super::{LocalStore, TEMPORARY};
+use crate::{CrashPoint, Error, ObjectStore, Result};
+
+const DIRECTORY: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::CLOEXEC);
+/// A witness is a small JSON object; nobody makes us read more.
+const WITNESS_BYTES_MAX: u64 = 64 << 10;
+/// Names that are tried for a temporary file: two with the same one are never seen.
+const NAMES_MAX: u32 = 16;
+
+/// A store's folder for one operation.
+pub(super) struct Entered<'a> {
+    store: &'a LocalStore,
+    directory: OwnedFd,
+    /// Device and inode, which no other directory has while the handle is open.
+    place: (u64, u64),
+}
+
+impl<'a> Entered<'a> {
+    /// Opens the folder; when it is pinned, it holds one of its witnesses.
+    ///
+    /// # Errors
+    /// [`Error::Gone`], [`Error::Store`].
+    pub(super) fn open(store: &'a LocalStore) -> Result<Self> {
+        let directory = open(&store.root, DIRECTORY, Mode::empty())
+            .map_err(|error| store.cannot_open(error.into()))?;
+        let found = fstat(&directory)
+            .map_err(|error| Error::store("look at", &store.root)(error.into()))?;
+        let folder = Self {
+            store,
+            directory,
+            place: (found.st_dev, found.st_ino),
+        };
+        if let Some(pin) = store.pinned() {
+            pin.check(&store.url(), |key| folder.read(key))?;
+        }
+        Ok(folder)
+    }
+
+    /// A small object; `None` when it is not in this folder.
+    pub(super) fn read(&self, key: &str) -> Result<Option<Bytes>> {
+        let opened = openat(
+            &self.directory,
+            key,
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        );
+        let failed = |error: io::Error| Error::store("read", self.store.root.join(key))(error);
+        match opened {
+            Ok(file) => {
+                let mut stored = Vec::new();
+                File::from(file)
+                    .take(WITNESS_BYTES_MAX)
+                    .read_to_end(&mut stored)
+                    .map_err(failed)?;
+                Ok(Some(stored.into()))
+            }
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+            Err(error) => Err(failed(error.into())),
+        }
+    }
+
+    /// The directory of a key, created durably where it is missing. Only the owner may enter.
+    pub(super) fn create_parent(&self, key: &str) -> Result<OwnedFd> {
+        let parent = key.rsplit_once('/').map_or(".", |(parent, _)| parent);
+        self.create_directory(parent)
+            .map_err(|error| Error::store("create directory", self.store.root.join(parent))(error))
+    }
+
+    fn create_directory(&self, path: &str) -> io::Result<OwnedFd> {
+        match openat(&self.directory, path, DIRECTORY, Mode::empty()) {
+            Err(Errno::NOENT) => {}
+            opened => return Ok(opened?),
+        }
+        let mut above = openat(&self.directory, ".", DIRECTORY, Mode::empty())?;
+        for part in path.split('/') {
+            let opened = match openat(&above, part, DIRECTORY, Mode::empty()) {
+                Err(Errno::NOENT) => {
+                    match mkdirat(&above, part, Mode::RWXU) {
+                        Ok(()) => {
+                            let reached = CrashPoint::DirectoryCreated.reach();
+                            if let Err(error) = reached.and_then(|()| sync(&above)) {
+                                // A directory that exists counts as durable, so a later attempt
+                                // has to create it again.
+                                let _removed = unlinkat(&above, part, AtFlags::REMOVEDIR);
+                                return Err(error);
+                            }
+                        }
+                        // Another writer was faster.
+                        Err(Errno::EXIST) => {}
+                        Err(error) => return Err(error.into()),
+                    }
+                    openat(&above, part, DIRECTORY, Mode::empty())?
+                }
+                opened => opened?,
+            };
+            above = opened;
+        }
+        Ok(above)
+    }
+
+    /// A new file without a name that anybody looks for; removed when it is dropped.
+    pub(super) fn temporary(&self) -> Result<Temporary> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let place = || self.store.root.join(TEMPORARY);
+        let failed = |error: io::Error| Error::store("create a file in", place())(error);
+        let directory = self.create_directory(TEMPORARY).map_err(failed)?;
+        for _ in 0..NAMES_MAX {
+            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+            // Another host may write to the same folder with the same process id.
+            let chance = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_nsec;
+            let name = format!("{:x}-{number:x}-{chance:x}", std::process::id());
+            let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+            match openat(&directory, &name, flags, Mode::RUSR | Mode::WUSR) {
+                Ok(file) => {
+                    return Ok(Temporary {
+                        directory,
+                        name,
+                        file: file.into(),
+                    });
+                }
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(failed(error.into())),
+            }
+        }
+        Err(failed(io::ErrorKind::AlreadyExists.into()))
+    }
+
+    /// Removes an object durably; one that is not there is fine.
+    pub(super) fn remove(&self, key: &str) -> io::Result<()> {
+        let (parent, name) = key.rsplit_once('/').unwrap_or((".", key));
+        let directory = match openat(&self.directory, parent, DIRECTORY, Mode::empty()) {
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(()),
+            opened => opened?,
+        };
+        match unlinkat(&directory, name, AtFlags::empty()) {
+            Err(Errno::NOENT) => Ok(()),
+            removed => {
+                removed?;
+                CrashPoint::FileRemoved.reach()?;
+                sync(&directory)
+            }
+        }
+    }
+
+    /// Ends the operation: the path still leads to this folder.
+    ///
+    /// # Errors
+    /// [`Error::Gone`] when it does not: what was written is in a place that nobody sees.
+    pub(super) fn leave(self) -> Result<()> {
+        let root = &self.store.root;
+        let found = fs::metadata(root).map_err(|error| self.store.cannot_open(error))?;
+        if (found.dev(), found.ino()) == self.place {
+            return Ok(());
+        }
+        let problem = "another folder took its place while it was written to";
+        Err(match self.store.pinned() {
+            Some(pin) => pin.gone(&self.store.url(), problem.to_owned()),
+            None => Error::store("write to", root)(io::Error::other(problem)),
+        })
+    }
+}
+
+/// A file that has no name of its own yet.
+pub(super) struct Temporary {
+    directory: OwnedFd,
+    name: String,
+    file: File,
+}
+
+impl Temporary {
+    pub(super) fn file(&mut self) -> &mut File {
+        &mut self.file
+    }
+
+    /// Gives it a key's name in the key's directory. A hard link never replaces, unlike a rename.
+    pub(super) fn link(&self, directory: &OwnedFd, key: &str) -> io::Result<()> {
+        let name = key.rsplit_once('/').map_or(key, |(_, name)| name);
+        linkat(
+            &self.directory,
+            &self.name,
+            directory,
+            name,
+            AtFlags::empty(),
+        )?;
+        Ok(())
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        if let Err(error) = unlinkat(&self.directory, &self.name, AtFlags::empty()) {
+            tracing::debug!(%error, "a temporary file stays");
+        }
+    }
+}
+
+/// Makes the names in a directory durable.
+pub(super) fn sync(directory: &OwnedFd) -> io::Result<()> {
+    Ok(rustix::fs::fsync(directory)?)
+}

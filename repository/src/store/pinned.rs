@@ -1,0 +1,200 @@
+//! [`PinnedStore`]: a store that writes only where one of its witnesses is: the bucket of that name
+//! may have been emptied, or be another one.
+//!
+//! A check is a GET, so it is made at most once per [`CHECK_INTERVAL`] while something is written,
+//! and never while nothing is. Invariant: what was put before [`ObjectStore::confirm`] succeeded is
+//! in the right place; whoever removes the last other copy calls it first.
+
+use std::{
+    ops::{ControlFlow, Range},
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+
+use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
+#[cfg(doc)]
+use crate::Error;
+use crate::Result;
+
+/// For how long a check holds: objects smaller than a segment may go to a wrong bucket for this
+/// long.
+const CHECK_INTERVAL: Duration = Duration::from_secs(10);
+
+/// A store with the objects by which it is recognised.
+#[derive(Debug)]
+pub struct PinnedStore<S> {
+    store: S,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    pin: Option<Pin>,
+    /// When the last check succeeded; `None` before the first and after one that failed.
+    confirmed: Option<Instant>,
+}
+
+impl<S: ObjectStore> PinnedStore<S> {
+    /// A store that is not pinned yet.
+    pub fn new(store: S) -> Self {
+        Self {
+            store,
+            state: Mutex::default(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Checks the place when the last check is old.
+    fn check(&self) -> Result<()> {
+        let confirmed = self.state().confirmed;
+        if confirmed.is_some_and(|confirmed| confirmed.elapsed() < CHECK_INTERVAL) {
+            return Ok(());
+        }
+        self.confirm()
+    }
+
+    /// Passes an answer on, unless it is "absent" and the place is another one.
+    fn absent_here<T>(&self, answer: Result<T>) -> Result<T> {
+        if answer.as_ref().is_err_and(crate::Error::is_not_found) {
+            self.check()?;
+        }
+        answer
+    }
+}
+
+impl<S: ObjectStore> ObjectStore for PinnedStore<S> {
+    fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.check()?;
+        self.store.put_if_absent(key, body)
+    }
+
+    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        self.check()?;
+        self.store.put_proved(key, body)
+    }
+
+    fn get(&self, key: &str) -> Result<Bytes> {
+        self.absent_here(self.store.get(key))
+    }
+
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
+        self.absent_here(self.store.holds(key, body))
+    }
+
+    fn get_sound(&self, key: &str, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        self.absent_here(self.store.get_sound(key, sound))
+    }
+
+    fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        self.absent_here(self.store.get_range(key, range))
+    }
+
+    fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
+        let found = self.store.head(key)?;
+        if found.is_none() {
+            self.check()?;
+        }
+        Ok(found)
+    }
+
+    fn list(
+        &self,
+        prefix: &str,
+        visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
+    ) -> Result<()> {
+        self.check()?;
+        self.store.list(prefix, visit)
+    }
+
+    fn delete(&self, key: &str) -> Result<()> {
+        self.check()?;
+        self.store.delete(key)
+    }
+
+    fn lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome> {
+        self.check()?;
+        self.store.lock(key, span)
+    }
+
+    fn ready_to_write(&self) -> Result<()> {
+        self.check()?;
+        self.store.ready_to_write()
+    }
+
+    fn url(&self) -> String {
+        self.store.url()
+    }
+
+    fn exists(&self) -> Result<bool> {
+        self.store.exists()
+    }
+
+    fn create_place(&self) -> Result<()> {
+        self.store.create_place()
+    }
+
+    fn witness(&self, key: &str) -> Result<Option<Witness>> {
+        self.store.witness(key)
+    }
+
+    fn pin(&self, pin: Pin) {
+        *self.state() = State {
+            pin: Some(pin),
+            confirmed: None,
+        };
+    }
+
+    fn confirm(&self) -> Result<()> {
+        let Some(pin) = self.state().pin.clone() else {
+            return Ok(());
+        };
+        let asked = Instant::now();
+        let checked = pin.check(&self.url(), |key| match self.store.get(key) {
+            Ok(stored) => Ok(Some(stored)),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        });
+        self.state().confirmed = checked.is_ok().then_some(asked);
+        checked
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Error, store::LocalStore};
+
+    #[test]
+    fn another_place_behind_the_same_name_takes_nothing_once_it_is_checked() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let local = LocalStore::open(directory.path()).expect("a store");
+        let store = PinnedStore::new(local);
+        store.put_if_absent("main/epoch/1", b"one").expect("a put");
+        let witness = store.witness("main/epoch/1").expect("an answer");
+        store.pin(Pin {
+            witnesses: vec![witness.expect("it is there")],
+            system: "7".to_owned(),
+        });
+        store.put_if_absent("main/a", b"a").expect("a put");
+        store.confirm().expect("it is the place");
+
+        store.delete("main/epoch/1").expect("emptied");
+        let error = store.confirm().expect_err("it was emptied");
+        assert!(matches!(error, Error::Gone { .. }), "{error}");
+        let error = store.put_if_absent("main/b", b"b").expect_err("no put");
+        assert!(error.is_gone(), "{error}");
+        store.get("main/b").expect_err("nothing was written");
+        let error = store.get("main/c").expect_err("absent proves nothing here");
+        assert!(error.is_gone(), "{error}");
+        store.store.put_if_absent("main/epoch/1", b"two").expect("");
+        assert!(store.confirm().expect_err("another archive").is_gone());
+        store.store.delete("main/epoch/1").expect("it goes");
+        store.store.put_if_absent("main/epoch/1", b"one").expect("");
+        store.put_if_absent("main/b", b"b").expect("it is back");
+    }
+}
