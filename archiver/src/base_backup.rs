@@ -10,8 +10,9 @@ use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings}
 use sha2::{Digest, Sha256};
 use tokio::{sync::Semaphore, task::JoinSet};
 use wal_format::{
-    BackupId, BackupInfo, BackupKind, BackupLabel, BackupSlice, Branch, Lsn, ObjectKey,
-    PgTimestamp, Tablespace, TimelineId, backup::BACKUP_FORMAT_VERSION, layout::BackupArchive,
+    BackupId, BackupInfo, BackupKind, BackupLabel, BackupManifest, BackupSlice, Branch, Lsn,
+    ObjectKey, PgTimestamp, Tablespace, TimelineId, backup::BACKUP_FORMAT_VERSION,
+    layout::BackupArchive,
 };
 
 use crate::{
@@ -232,14 +233,21 @@ impl Taking {
         manifest::check(&received.manifest, received.slicer.files())?;
         let (start_lsn, timeline) = received.start.ok_or_else(|| malformed("it has no start"))?;
         let (stop_lsn, _) = received.stop.ok_or_else(|| malformed("it has no stop"))?;
-        let label = BackupLabel::parse(received.slicer.backup_label())
-            .map_err(|error| malformed(error.to_string()))?;
+        let label_content = received.slicer.backup_label();
+        let label =
+            BackupLabel::parse(label_content).map_err(|error| malformed(error.to_string()))?;
+        let sum = |content: &[u8]| hex::encode(Sha256::digest(content));
+        let backup_label_sha256 = Some(sum(label_content));
+        let map = received.slicer.tablespace_map();
+        let tablespace_map_sha256 = map.map(sum);
         if label.start_lsn != start_lsn || timeline != self.branch.timeline {
             return Err(malformed(
                 "backup_label and the stream disagree about the start",
             ));
         }
         let manifest = received.manifest;
+        let parsed =
+            BackupManifest::parse(&manifest).map_err(|error| malformed(error.to_string()))?;
         let manifest_sha256 = hex::encode(Sha256::digest(&manifest));
         let manifest_bytes = manifest.len() as u64;
         self.put(self.key_of_manifest(), manifest).await?;
@@ -273,7 +281,16 @@ impl Taking {
             slices,
             manifest_sha256,
             manifest_bytes,
+            backup_label_sha256,
+            tablespace_map_sha256,
         };
+        // What a restore compares is compared here first: a backup that it would refuse is not listed.
+        info.check_label(
+            received.slicer.backup_label(),
+            received.slicer.tablespace_map(),
+        )
+        .and_then(|()| info.check_manifest(&parsed))
+        .map_err(malformed)?;
         info.check().map_err(|error| malformed(error.to_string()))?;
         let json = info
             .to_json()

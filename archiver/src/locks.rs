@@ -63,7 +63,7 @@ pub(crate) fn extend(
         let hidden = expired.hides(&key, identity.wal_segment_size);
         if matches!(key, ObjectKey::BackupInfo(..)) && !hidden {
             let content = repository.get(&key)?;
-            backups.push(BackupInfo::parse(&content).map_err(|error| {
+            backups.push(BackupInfo::parse_of(&key, &content).map_err(|error| {
                 usage(format!(
                     "{key} can not be read: {error}; run `wal-archiver verify`"
                 ))

@@ -15,6 +15,7 @@ use wal_format::{
 
 use crate::error::{Error, Result};
 
+mod backup;
 mod continuity;
 mod identity;
 mod objects;

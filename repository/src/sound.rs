@@ -21,7 +21,7 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
         ObjectKey::History(_, branch) | ObjectKey::HistoryCopy(_, branch) => {
             is_history(*branch, body)
         }
-        ObjectKey::BackupInfo(..) => BackupInfo::parse(body).is_ok(),
+        ObjectKey::BackupInfo(..) => BackupInfo::parse_of(key, body).is_ok(),
         ObjectKey::Gap(..) => checked_json::from_slice::<DeclaredGap>(body).is_ok(),
         ObjectKey::FailoverLoss(..) => checked_json::from_slice::<FailoverLoss>(body).is_ok(),
         ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_) => {

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use crate::Error;
 use crate::Result;
 
+mod bounds;
 mod encrypted;
 mod local;
 mod mirrored;

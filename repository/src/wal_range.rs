@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
-    WalEvent,
+    Branch, Lsn, ObjectKey, PgTimestamp, SealedFooter, SealedHeader, SegmentName, SegmentNo,
+    SegmentSummary, WalEvent,
 };
 
 use crate::ClusterIdentity;
@@ -40,6 +40,10 @@ pub struct WalRange {
     /// How many transactions are prepared in it; `None` in a catalog of a version that did not count them.
     #[serde(default)]
     pub prepare_count: Option<u64>,
+    /// How many tablespaces are created or dropped in it; `None` when its object was written by a version that did not record
+    /// them, and in a catalog of such a version.
+    #[serde(default)]
+    pub tablespace_count: Option<u64>,
     /// The start of the first record that ends in it.
     pub first_record_lsn: Option<Lsn>,
     /// The start of the last one.
@@ -69,6 +73,13 @@ impl WalRange {
         let times = summary.time_range();
         let is_prepare = |(_, event): &&(Lsn, WalEvent)| matches!(event, WalEvent::Prepare { .. });
         let prepare_count = summary.events.iter().filter(is_prepare).count() as u64;
+        let is_tablespace = |(_, event): &&(Lsn, WalEvent)| {
+            matches!(
+                event,
+                WalEvent::TablespaceCreate { .. } | WalEvent::TablespaceDrop { .. }
+            )
+        };
+        let tablespace_count = summary.events.iter().filter(is_tablespace).count() as u64;
         Self {
             branch: header.branch,
             segment: header.segment(),
@@ -79,6 +90,7 @@ impl WalRange {
             record_count: summary.record_count,
             transaction_count: summary.transactions.len() as u64,
             prepare_count: Some(prepare_count),
+            tablespace_count: Some(tablespace_count),
             first_record_lsn: summary.first_record_lsn,
             last_record_lsn: summary.last_record_lsn,
             last_record_end_lsn: summary.last_record_end_lsn,
@@ -87,6 +99,17 @@ impl WalRange {
             max_time: times.map(|(_, max)| max),
             proven,
         }
+    }
+
+    /// As [`WalRange::of_summary`], from the end of an object, which may be of an earlier version.
+    #[must_use]
+    pub fn of_footer(footer: &SealedFooter, kind: WalRangeKind, stored_bytes: u64) -> Self {
+        let (header, summary) = (footer.header(), footer.summary());
+        let mut range = Self::of_summary(header, kind, stored_bytes, summary, footer.proven());
+        if !footer.records_tablespaces() {
+            range.tablespace_count = None;
+        }
+        range
     }
 
     /// The object's key.

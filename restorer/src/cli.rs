@@ -38,6 +38,7 @@ use crate::{
     list, look_ahead,
     plan::{Wishes, plan_restore},
     start,
+    tablespaces::{self, Directories},
     target::{RecoveryTarget, explain_time, parse_time},
     wal_fetch::{self, Fetched},
 };
@@ -468,17 +469,28 @@ fn restore(
         timeline: args.target_timeline.clone(),
     };
     if let Some(id) = &wishes.backup {
+        archive.refuse_damaged(id)?;
         expired::refuse_backup(&archive, id)?;
     }
-    let plan = plan_restore(&archive, &target, &wishes)
+    let mut plan = plan_restore(&archive, &target, &wishes)
         .map_err(|error| expired::explain(&archive, &target, archive.explain(error)))?;
+    let directory = args.target_dir.as_deref().map(absolute).transpose()?;
+    let mapping = mapping(args);
+    let directories = Directories {
+        target: directory.as_deref(),
+        mapping: &mapping,
+        delta: args.delta,
+        standby: args.standby,
+    };
+    tablespaces::settle(&archive, &mut plan, &directories)?;
+    archive.check_backup(&plan.backup)?;
     if !args.json {
         if let RecoveryTarget::Time { time, .. } = &target {
             output::line(&format!("target        {}", explain_time(*time, now)));
         }
         output::plan(&plan);
     }
-    let Some(directory) = args.target_dir.as_ref().filter(|_| !args.dry_run) else {
+    let Some(directory) = directory.filter(|_| !args.dry_run) else {
         if args.json {
             output::json(&plan)?;
         }
@@ -501,8 +513,8 @@ fn restore(
         .jobs
         .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from));
     let destination = Destination {
-        directory: absolute(directory)?,
-        tablespaces: mapping(args),
+        directory,
+        tablespaces: mapping,
         delta: args.delta,
         jobs,
         recovery: Recovery {

@@ -6,33 +6,42 @@
 use std::{
     collections::BTreeMap,
     fs,
-    path::{Path, PathBuf},
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
     sync::{
-        Mutex,
+        Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use repository::{Repository, durable};
-use wal_format::{BackupInfo, BackupSlice, layout::BackupArchive};
+use repository::Repository;
+use wal_format::{BackupInfo, BackupSlice};
 
-use crate::{Error, RestorePlan, Result, inventory::Archive};
+use crate::{Error, RestorePlan, Result, inventory::Archive, tablespaces::ReplayedTablespace};
 
+mod bound;
 mod delta;
 mod extract;
 mod files;
 mod manifest;
 mod place;
 mod settings;
+mod tree;
 
+pub(crate) use bound::check_parts;
 use delta::Kept;
+use extract::{Control, Listed};
 pub(crate) use files::files;
 pub(crate) use manifest::read_manifest;
-use place::{Taken, place_tablespaces, take};
+pub(crate) use place::{Owned, is_empty, place_tablespaces};
+use place::{Taken, take};
 pub use settings::{Action, Recovery};
+use tree::Tree;
 
 /// Present while a restore is not complete.
 pub const MARKER: &str = "RESTORE_INCOMPLETE";
+/// Without it no server starts; it is written last.
+const CONTROL: &str = "global/pg_control";
 /// The plan, for `wal-fetch`.
 pub const PLAN_FILE: &str = "tidemark_plan.json";
 
@@ -79,31 +88,35 @@ pub fn execute(
     let backup = backup_of(archive, plan)?;
     let directory = &destination.directory;
     let jobs = destination.jobs;
-    let tablespaces = place_tablespaces(&backup, &destination.tablespaces, directory)?;
+    let (mapping, replayed) = (&destination.tablespaces, plan.tablespaces.as_slice());
+    let tablespaces = place_tablespaces(&backup, replayed, mapping, directory)?;
+    // Before anything is written: every part is the backup's own.
     let manifest = archive.manifest(&backup)?;
-    let kept = match take(directory, &backup, &tablespaces, destination.delta)? {
+    bound::check_label(&archive.repository, &backup)?;
+    let taken = take(directory, &backup, &tablespaces, destination.delta)?;
+    let tree = Tree::open(directory, &tablespaces)?;
+    let kept = match taken {
         Taken::Empty => Kept::default(),
-        Taken::AsItIs => delta::sift(&roots(directory, &tablespaces), &manifest, jobs)?,
+        Taken::AsItIs => delta::sift(&tree, &backup, &manifest, jobs)?,
     };
     let work = Extraction {
         repository: &archive.repository,
         backup: &backup,
         needed: kept.needs(&backup, &manifest),
         kept: &kept,
-        directory,
-        tablespaces: &tablespaces,
+        listed: Listed::of(&manifest),
+        tree: &tree,
     };
     let control = work.extract_all(jobs, progress)?;
-    link_tablespaces(directory, &tablespaces)?;
-    manifest::verify(directory, &manifest, &kept, &control, jobs)?;
-    settings::write(archive, plan, destination)?;
-    let made_configuration = settings::complete(directory, &control)?;
-    for directory in tablespaces.values().chain([directory]) {
-        sync_file_system(directory)?;
-    }
+    manifest::verify(&tree, &manifest, &kept, &control, jobs)?;
+    bound::check_control(&backup, &control)?;
+    link_tablespaces(&tree, &backup, &control, &tablespaces, replayed)?;
+    settings::write(archive, plan, destination, &tree)?;
+    let made_configuration = settings::complete(&tree, &control)?;
+    tree.sync()?;
     // From here on a server could start; everything it needs is on disk.
-    durable::replace(&directory.join("global/pg_control"), &control).map_err(Error::local)?;
-    durable::remove(&directory.join(MARKER)).map_err(Error::local)?;
+    tree.replace(CONTROL, &control)?;
+    tree.remove_durably(MARKER)?;
     Ok(Executed {
         kept_files: kept.count(),
         kept_bytes: kept.bytes,
@@ -111,14 +124,6 @@ pub fn execute(
         slices: backup.slices.len(),
         made_configuration,
     })
-}
-
-/// The directories of the restore, with what the manifest puts before the names in them.
-fn roots(directory: &Path, tablespaces: &BTreeMap<u32, PathBuf>) -> Vec<(String, PathBuf)> {
-    let below = |(oid, path): (&u32, &PathBuf)| (format!("pg_tblspc/{oid}/"), path.clone());
-    let mut roots: Vec<_> = tablespaces.iter().map(below).collect();
-    roots.push((String::new(), directory.to_owned()));
-    roots
 }
 
 fn backup_of(archive: &Archive, plan: &RestorePlan) -> Result<BackupInfo> {
@@ -141,15 +146,15 @@ struct Extraction<'a> {
     /// For each slice, whether it is fetched.
     needed: Vec<bool>,
     kept: &'a Kept,
-    directory: &'a Path,
-    tablespaces: &'a BTreeMap<u32, PathBuf>,
+    listed: Listed<'a>,
+    tree: &'a Tree,
 }
 
 impl Extraction<'_> {
     /// Extracts every slice that is needed; the content of `pg_control` is given back instead of written.
     fn extract_all(&self, jobs: usize, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<u8>> {
         let next = AtomicUsize::new(0);
-        let control = Mutex::new(Vec::new());
+        let control = Control::default();
         let failure: Mutex<Option<Error>> = Mutex::new(None);
         let work = || {
             loop {
@@ -179,15 +184,10 @@ impl Extraction<'_> {
                 scope.spawn(work);
             }
         });
-        if let Some(error) = failure
-            .into_inner()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-        {
+        if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
             return Err(error);
         }
-        let control = control
-            .into_inner()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let control = control.into_content();
         if control.is_empty() {
             return Err(Error::Damaged {
                 object: format!("backup {}", self.backup.id),
@@ -197,47 +197,54 @@ impl Extraction<'_> {
         Ok(control)
     }
 
-    fn extract(&self, slice: &BackupSlice, control: &Mutex<Vec<u8>>) -> Result<()> {
-        let root = match slice.archive {
-            BackupArchive::Base => self.directory.to_owned(),
-            BackupArchive::Tablespace(oid) => self
-                .tablespaces
-                .get(&oid)
-                .cloned()
-                .unwrap_or_else(|| self.directory.join(format!("pg_tblspc/{oid}"))),
-        };
-        extract::extract(
-            self.repository,
-            self.backup,
-            slice,
-            &root,
-            self.kept,
-            control,
-        )
+    fn extract(&self, slice: &BackupSlice, control: &Control) -> Result<()> {
+        let into = (self.tree, self.kept, &self.listed);
+        extract::extract(self.repository, self.backup, slice, into, control)
     }
 }
 
-fn link_tablespaces(directory: &Path, tablespaces: &BTreeMap<u32, PathBuf>) -> Result<()> {
-    for (oid, location) in tablespaces {
-        let link = directory.join(format!("pg_tblspc/{oid}"));
-        match fs::remove_file(&link) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("replace", &link)(error));
-            }
-            _ => {}
+/// Makes the links of the tablespaces: of the backup's, and of those whose creation the replay passes over.
+fn link_tablespaces(
+    tree: &Tree,
+    backup: &BackupInfo,
+    control: &[u8],
+    tablespaces: &BTreeMap<u32, PathBuf>,
+    replayed: &[ReplayedTablespace],
+) -> Result<()> {
+    for tablespace in &backup.tablespaces {
+        if let Some(location) = tablespaces.get(&tablespace.oid) {
+            tree.link(&format!("pg_tblspc/{}", tablespace.oid), location)?;
         }
-        std::os::unix::fs::symlink(location, &link).map_err(Error::io("link", &link))?;
+    }
+    let in_backup = |oid: u32| backup.tablespaces.iter().any(|one| one.oid == oid);
+    for created in replayed
+        .iter()
+        .filter(|one| one.passed_over && !in_backup(one.oid))
+    {
+        if let Some(location) = &created.directory {
+            // The replay of the creation would have made it.
+            let version = location.join(version_directory(backup, control)?);
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&version)
+                .map_err(Error::io("create directory", &version))?;
+            tree.link(&format!("pg_tblspc/{}", created.oid), location)?;
+        }
     }
     // With it the server would make the links of the origin again (`read_tablespace_map` in `xlogrecovery.c`).
-    match fs::remove_file(directory.join("tablespace_map")) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::io("remove", directory.join("tablespace_map"))(error))
-        }
-        _ => Ok(()),
-    }
+    tree.remove("tablespace_map")
 }
 
-fn sync_file_system(directory: &Path) -> Result<()> {
-    let file = fs::File::open(directory).map_err(Error::io("open", directory))?;
-    rustix::fs::syncfs(&file).map_err(|error| Error::io("fsync", directory)(error.into()))
+/// The directory in which a server keeps the files of a tablespace (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
+fn version_directory(backup: &BackupInfo, control: &[u8]) -> Result<String> {
+    // `catalog_version_no` follows the system identifier and the version of the layout in `ControlFileData`.
+    let version = control.get(12..16).and_then(|bytes| bytes.try_into().ok());
+    let version = version
+        .map(u32::from_ne_bytes)
+        .ok_or_else(|| Error::Damaged {
+            object: format!("{CONTROL} of the backup"),
+            problem: "it is cut off".to_owned(),
+        })?;
+    Ok(format!("PG_{}_{version}", backup.postgresql_major))
 }

@@ -5,11 +5,15 @@ use bytes::Bytes;
 use catalog::Catalog;
 use repository::{ClusterIdentity, LostHistory, Repository, WalRange};
 use wal_format::{
-    BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
+    BackupId, BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
     TimelineHistory, WalIdentity, WalIndexer,
 };
 
-use crate::{Error, PlanError, Result, execute::read_manifest, wal_fetch};
+use crate::{
+    Error, PlanError, Result,
+    execute::{check_parts, read_manifest},
+    wal_fetch,
+};
 
 /// The archive of one cluster.
 pub trait Inventory {
@@ -101,6 +105,37 @@ impl Archive {
                 problem: format!("{problem}, so it counts as missing: {refusal}"),
             },
             None => refusal,
+        }
+    }
+
+    /// Refuses a backup whose description is damaged, or was copied from another backup.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] names the object.
+    pub fn refuse_damaged(&self, id: &BackupId) -> Result<()> {
+        let key = ObjectKey::BackupInfo(self.catalog.identity().system_identifier, id.clone());
+        let damaged = self.catalog.damaged_objects().iter();
+        let found = damaged
+            .into_iter()
+            .find(|(object, _)| object.parse().is_ok_and(|object: ObjectKey| object == key));
+        match found {
+            Some((object, problem)) => Err(Error::Damaged {
+                object: object.clone(),
+                problem: problem.clone(),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Compares the listed objects of a backup with its description, before anything is written.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] names the first object that is missing or of another length.
+    pub fn check_backup(&self, id: &BackupId) -> Result<()> {
+        let backups = self.catalog.backups()?;
+        match backups.iter().find(|backup| backup.id == *id) {
+            Some(backup) => check_parts(&self.repository, backup),
+            None => Ok(()),
         }
     }
 

@@ -3,7 +3,7 @@
 //! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived, the [`plan`] (pure:
 //! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery
 //! and [`look_ahead`] which does so before it asks,
-//! [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
+//! [`tablespaces`] which keeps the replay out of other servers' directories, [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
 
 pub mod cli;
 pub mod error;
@@ -15,6 +15,7 @@ pub mod locate;
 pub mod look_ahead;
 pub mod plan;
 pub mod start;
+pub mod tablespaces;
 pub mod target;
 pub mod wal_fetch;
 

@@ -18,7 +18,11 @@ use repository::{ClusterIdentity, Repository};
 use rustix::fs::{FlockOperation, flock};
 use wal_format::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
-use crate::{Error, RestorePlan, Result, plan::PathPart, wal_fetch};
+use crate::{
+    Error, RestorePlan, Result,
+    plan::PathPart,
+    wal_fetch::{self, Asked},
+};
 
 /// The bound of complete and unfinished files. Sixteen segments of 16 MiB are more than PostgreSQL
 /// replays while several threads fetch one segment each from a distant store.
@@ -257,9 +261,14 @@ impl Fetcher<'_> {
     fn write(&self, name: SegmentName, file: &mut File) -> Result<bool> {
         match self.plan {
             Some(plan) => {
-                wal_fetch::segment(self.repository, &self.identity, Some(plan), name, file)
+                let asked = Asked::by(plan);
+                wal_fetch::segment(self.repository, &self.identity, asked, name, file)
             }
-            None => wal_fetch::sealed(self.repository, &self.identity, name, file),
+            // The folder is in `pg_wal`, which is in the data directory.
+            None => {
+                let data = self.folder.ancestors().nth(3);
+                wal_fetch::sealed(self.repository, &self.identity, data, name, file)
+            }
         }
     }
 }
@@ -291,6 +300,10 @@ fn unfinished(path: &Path) -> PathBuf {
 /// Locks the folder and removes the files of an earlier process. Returns `None` if a running
 /// process has the lock.
 fn hold(folder: &Path) -> Result<Option<File>> {
+    // A link in the place of the folder, or of the one above, would lead what is fetched elsewhere.
+    if folder.is_symlink() || folder.parent().is_some_and(Path::is_symlink) {
+        return Ok(None);
+    }
     fs::create_dir_all(folder).map_err(Error::io("create directory", folder))?;
     let path = folder.join(LOCK);
     let mut options = OpenOptions::new();

@@ -7,11 +7,16 @@
 //! executed as an LSN on a numeric timeline, so that time zones, clocks and idle databases can not
 //! change it.
 
-use repository::WalRange;
-use serde::{Deserialize, Serialize};
-use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
+use std::path::PathBuf;
 
-use crate::{Error, Result, inventory::Inventory, target::RecoveryTarget};
+use repository::WalRange;
+
+use serde::{Deserialize, Serialize};
+use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalChange};
+
+use crate::{
+    Error, Result, inventory::Inventory, tablespaces::ReplayedTablespace, target::RecoveryTarget,
+};
 
 mod clock;
 mod in_doubt;
@@ -20,8 +25,8 @@ mod path;
 mod stop;
 
 pub use in_doubt::PreparedTransaction;
-use path::Coverage;
-pub(crate) use path::{Index, cover};
+
+pub(crate) use path::{Coverage, Index, cover};
 pub use path::{PathPart, print_path, timeline_path};
 use stop::{Found, find_stop};
 
@@ -91,6 +96,12 @@ pub struct RestorePlan {
     /// their locks until somebody ends them, as they did on the server.
     #[serde(default)]
     pub in_doubt: Vec<PreparedTransaction>,
+    /// The tablespaces that the replay creates, in the order of the WAL.
+    #[serde(default)]
+    pub tablespaces: Vec<ReplayedTablespace>,
+    /// What `wal-fetch` delivers instead of archived bytes.
+    #[serde(default)]
+    pub wal_changes: Vec<WalChange>,
     /// The end of the WAL that the recovery may ask for.
     pub wal_end_lsn: Lsn,
     /// Length of the backup in the repository.
@@ -201,6 +212,36 @@ pub enum PlanError {
         wanted: Branch,
         /// The timelines on the way.
         path: String,
+    },
+    /// The replay creates a tablespace in a directory that is in use here.
+    #[error(
+        "the replay creates tablespace {oid} at {lsn} in {location}, and {directory} exists here and is not empty: the copy \
+         would write into the files of another server; choose an empty or new directory with --tablespace-mapping \
+         {location}=NEW",
+        directory = directory.display()
+    )]
+    TablespaceInUse {
+        /// The tablespace.
+        oid: u32,
+        /// The record that creates it.
+        lsn: Lsn,
+        /// The directory that the WAL names.
+        location: String,
+        /// The directory that it would get.
+        directory: PathBuf,
+    },
+    /// A standby reads the WAL as it is archived.
+    #[error(
+        "the WAL creates tablespace {oid} at {lsn} in {location}, and a standby follows the WAL as it is: --tablespace-mapping \
+         works for tablespaces that are older than the backup; take a new backup with `wal-archiver backup`"
+    )]
+    TablespaceOfStandby {
+        /// The tablespace.
+        oid: u32,
+        /// The directory that the WAL names.
+        location: String,
+        /// The record that creates it.
+        lsn: Lsn,
     },
     /// The target lies before the end of every backup.
     #[error(
@@ -409,6 +450,8 @@ fn make(
         late_commit_count: found.late_commit_count,
         late_commits: found.late_commits,
         in_doubt,
+        tablespaces: Vec::new(),
+        wal_changes: Vec::new(),
         wal_end_lsn,
         backup_bytes: backup.stored_bytes,
         wal_bytes,

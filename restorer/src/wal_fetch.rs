@@ -8,6 +8,7 @@
 //! resumed. A plan decides between two timelines of one number, and which WAL has to be there.
 
 use std::{
+    borrow::Cow,
     io::{self, Write},
     path::Path,
     thread,
@@ -16,15 +17,17 @@ use std::{
 
 use repository::{ClusterIdentity, Repository};
 use wal_format::{
-    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, TimelineId, WalFileName,
-    sealed::SealedError,
+    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, TimelineId, WalChange,
+    WalFileName, sealed::SealedError,
 };
 
-use crate::{Error, RestorePlan, Result};
+use crate::{Error, RestorePlan, Result, tablespaces::refuse_foreign};
 
 /// How long a failing store is asked again before 255 stops the recovery: longer than a store
 /// restarts or fails over.
 const PATIENCE: Duration = Duration::from_secs(150);
+/// What PostgreSQL's `%p` ends with for a segment.
+const ASKED_BY_POSTGRESQL: &str = "RECOVERYXLOG";
 /// The pauses between, doubling from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
@@ -36,6 +39,25 @@ pub enum Fetched {
     Delivered,
     /// It is proved that the archive does not have it.
     Absent,
+}
+
+/// On whose behalf a segment is fetched.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Asked<'a> {
+    /// The plan of the restore.
+    pub(crate) plan: Option<&'a RestorePlan>,
+    /// Without a plan, the data directory of the server that asks.
+    pub(crate) data: Option<&'a Path>,
+}
+
+impl<'a> Asked<'a> {
+    /// By a recovery that has a plan.
+    pub(crate) fn by(plan: &'a RestorePlan) -> Self {
+        Self {
+            plan: Some(plan),
+            data: None,
+        }
+    }
 }
 
 /// Delivers `name` to `destination`.
@@ -77,7 +99,7 @@ pub fn patiently<T>(name: &str, mut attempt: impl FnMut() -> Result<T>) -> Resul
 /// # Errors
 /// What a fetch would meet.
 pub fn probe(repository: &Repository, plan: &RestorePlan, name: &str) -> Result<()> {
-    content(repository, Some(plan), name, &mut io::sink()).map(drop)
+    content(repository, Asked::by(plan), name, &mut io::sink()).map(drop)
 }
 
 /// Whose archive it is.
@@ -95,7 +117,7 @@ pub(crate) fn identity(repository: &Repository) -> Result<ClusterIdentity> {
 /// or nothing.
 fn content(
     repository: &Repository,
-    plan: Option<&RestorePlan>,
+    asked: Asked<'_>,
     name: &str,
     out: &mut dyn Write,
 ) -> Result<bool> {
@@ -104,10 +126,10 @@ fn content(
         .map_err(|error| Error::usage(format!("{error}")))?;
     let identity = identity(repository)?;
     match name {
-        WalFileName::Segment(name) => segment(repository, &identity, plan, name, out),
+        WalFileName::Segment(name) => segment(repository, &identity, asked, name, out),
         WalFileName::History(timeline) => {
             let system = identity.system_identifier;
-            if plan.is_some() && planned(plan, timeline).is_none() {
+            if asked.plan.is_some() && planned(asked.plan, timeline).is_none() {
                 // Not to be followed: PostgreSQL looks for a number that is free, and any history
                 // proves that it is not.
                 let mut histories = repository.histories(system)?.into_iter();
@@ -117,7 +139,7 @@ fn content(
                 write(out, &history)?;
                 return Ok(true);
             }
-            let found = branch_of(repository, &identity, plan, timeline)?;
+            let found = branch_of(repository, &identity, asked.plan, timeline)?;
             let Some(branch) = found.filter(|branch| branch.digest != [0; 4]) else {
                 return Ok(false);
             };
@@ -152,7 +174,17 @@ fn deliver(
         .prefix(".tidemark-")
         .tempfile_in(beside)
         .map_err(Error::io("create a file in", beside))?;
-    if !content(repository, plan, name, file.as_file_mut())? {
+    let asked = Asked {
+        plan,
+        data: match plan {
+            None if destination.file_name() == Some(ASKED_BY_POSTGRESQL.as_ref()) => {
+                // `pg_wal` is in the data directory, where PostgreSQL runs its commands.
+                beside.parent()
+            }
+            _ => None,
+        },
+    };
+    if !content(repository, asked, name, file.as_file_mut())? {
         return Ok(Fetched::Absent);
     }
     file.persist(destination)
@@ -193,16 +225,17 @@ fn branch_of(
     }
 }
 
-/// Writes a segment that is sealed; false when it is not.
+/// Writes a segment that is sealed, for the server in `data`; false when it is not.
 pub(crate) fn sealed(
     repository: &Repository,
     identity: &ClusterIdentity,
+    data: Option<&Path>,
     name: SegmentName,
     out: &mut dyn Write,
 ) -> Result<bool> {
     let branch = branch_of(repository, identity, None, name.timeline)?;
     match branch {
-        Some(branch) => sealed_of(repository, identity, branch, name, out),
+        Some(branch) => sealed_of(repository, identity, data, branch, name, out),
         None => Ok(false),
     }
 }
@@ -210,6 +243,7 @@ pub(crate) fn sealed(
 fn sealed_of(
     repository: &Repository,
     identity: &ClusterIdentity,
+    data: Option<&Path>,
     branch: Branch,
     name: SegmentName,
     out: &mut dyn Write,
@@ -221,6 +255,9 @@ fn sealed_of(
         Err(error) => return Err(error.into()),
     };
     let reader = open(&key, &object)?;
+    if let Some(data) = data {
+        refuse_foreign(reader.summary(), data)?;
+    }
     let (held, size) = (
         reader.header().raw_bytes(),
         identity.wal_segment_size.bytes(),
@@ -240,14 +277,89 @@ fn sealed_of(
     Ok(true)
 }
 
-/// Writes a segment, sealed or open; false when it is proved absent.
+/// Writes WAL with the plan's changes.
+struct Changed<'a> {
+    out: &'a mut dyn Write,
+    /// The position of the next byte.
+    at: Lsn,
+    changes: &'a [WalChange],
+}
+
+impl Write for Changed<'_> {
+    /// Writes all of `bytes`. A change whose old bytes are not there is refused: then it is not the WAL that was planned for.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let end = self.at.add(bytes.len() as u64);
+        let mut bytes = Cow::Borrowed(bytes);
+        for change in self.changes {
+            let (old, new) = change.bytes().ok_or_else(|| refused("malformed", change))?;
+            let change_end = change.lsn.add(old.len() as u64);
+            let (from, to) = (change.lsn.max(self.at), change_end.min(end));
+            if from >= to {
+                continue;
+            }
+            let length = index(to.bytes_since(from));
+            let (here, there) = (
+                index(from.bytes_since(self.at)),
+                index(from.bytes_since(change.lsn)),
+            );
+            let place = bytes.to_mut().get_mut(here..here.saturating_add(length));
+            let old = old.get(there..there.saturating_add(length));
+            let new = new.get(there..there.saturating_add(length));
+            match (place, old, new) {
+                (Some(place), Some(old), Some(new)) if place == old => place.copy_from_slice(new),
+                _ => return Err(refused("for other WAL than is archived", change)),
+            }
+        }
+        self.out.write_all(&bytes)?;
+        self.at = end;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+fn index(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+fn refused(problem: &str, change: &WalChange) -> io::Error {
+    let text = format!("the plan's change at {} is {problem}", change.lsn);
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+/// Writes a segment, sealed or open, with the plan's changes; false when it is proved absent.
 pub(crate) fn segment(
     repository: &Repository,
     identity: &ClusterIdentity,
-    plan: Option<&RestorePlan>,
+    asked: Asked<'_>,
     name: SegmentName,
     out: &mut dyn Write,
 ) -> Result<bool> {
+    let number = name.segment(identity.wal_segment_size);
+    match (asked.plan, number) {
+        (Some(plan), Some(number)) if !plan.wal_changes.is_empty() => {
+            let mut changed = Changed {
+                out,
+                at: number.start_lsn(identity.wal_segment_size),
+                changes: &plan.wal_changes,
+            };
+            archived_segment(repository, identity, asked, name, &mut changed)
+        }
+        _ => archived_segment(repository, identity, asked, name, out),
+    }
+}
+
+/// Writes a segment as it is archived; false when it is proved absent.
+fn archived_segment(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    asked: Asked<'_>,
+    name: SegmentName,
+    out: &mut dyn Write,
+) -> Result<bool> {
+    let plan = asked.plan;
     let Some(branch) = branch_of(repository, identity, plan, name.timeline)? else {
         return Ok(false);
     };
@@ -256,10 +368,11 @@ pub(crate) fn segment(
         return Ok(false);
     };
     let system = identity.system_identifier;
-    if sealed_of(repository, identity, branch, name, out)? {
+    if sealed_of(repository, identity, asked.data, branch, name, out)? {
         return Ok(true);
     }
-    let mut open = assemble(repository, system, branch, name, number.start_lsn(size))?;
+    let start_lsn = number.start_lsn(size);
+    let mut open = assemble(repository, system, branch, (name, start_lsn), asked.data)?;
     if let Some(plan) = plan.filter(|plan| plan.path.last().map(|part| part.branch) == Some(branch))
     {
         let copy = copy_of_later(repository, identity, plan, number)?;
@@ -276,9 +389,8 @@ pub(crate) fn segment(
     // Sealed between the two looks.
     let key = ObjectKey::Segment(system, branch, name);
     if repository.head(&key)?.is_some() {
-        return segment(repository, identity, plan, name, out);
+        return archived_segment(repository, identity, asked, name, out);
     }
-    let start_lsn = number.start_lsn(size);
     // The plan's path enters a timeline in the middle of a segment at the earliest: before it there
     // is nothing to have. The segment in which it leaves one for the next is read from the next.
     let part = plan.and_then(|plan| plan.path.iter().find(|part| part.branch == branch));
@@ -336,9 +448,10 @@ fn copy_of_later(
     for part in plan.later.iter().filter(|part| begins_here(part.from)) {
         let name = SegmentName::new(part.branch.timeline, number, size);
         let mut wal = Vec::new();
-        if !sealed_of(repository, identity, part.branch, name, &mut wal)? {
+        if !sealed_of(repository, identity, None, part.branch, name, &mut wal)? {
             let system = identity.system_identifier;
-            wal = assemble(repository, system, part.branch, name, start_lsn)?.unwrap_or_default();
+            let place = (name, start_lsn);
+            wal = assemble(repository, system, part.branch, place, None)?.unwrap_or_default();
         }
         if wal.len() >= wanted {
             wal.truncate(wanted);
@@ -360,8 +473,8 @@ fn assemble(
     repository: &Repository,
     system: wal_format::SystemIdentifier,
     branch: Branch,
-    name: SegmentName,
-    start_lsn: Lsn,
+    (name, start_lsn): (SegmentName, Lsn),
+    data: Option<&Path>,
 ) -> Result<Option<Vec<u8>>> {
     let mut tails = Vec::new();
     for (key, _) in repository.list(&format!("{system}/tail/{branch}/{name}/"))? {
@@ -383,6 +496,9 @@ fn assemble(
             continue;
         }
         let object = repository.get(&key)?;
+        if let Some(data) = data {
+            refuse_foreign(open(&key, &object)?.summary(), data)?;
+        }
         let mut piece = Vec::new();
         read(&key, &object, &mut piece)?;
         let known = usize::try_from(have.bytes_since(start)).unwrap_or(usize::MAX);

@@ -166,7 +166,7 @@ fn nothing_but_a_stopped_data_directory_of_the_same_cluster_is_taken() {
     fs::write(data.join("precious"), "somebody's").expect("a file");
     refused(
         &mut delta(&scene, root.path()),
-        "no data directory of PostgreSQL",
+        "not a data directory of PostgreSQL",
     );
     let control = owned(&data.join("global")).join("pg_control");
     let mut other = vec![0_u8; 8192];

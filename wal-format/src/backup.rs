@@ -2,20 +2,39 @@
 //! not exist.
 //!
 //! A backup is tar archives, each cut into slices: zstd frames of their own, so that the slices in order are a stock
-//! `zstd -d | tar x`, and a restore can extract them in parallel. [`BackupInfo::check`] is what a reader must call.
+//! `zstd -d | tar x`, and a restore can extract them in parallel (`backup/slice.rs`).
+//!
+//! Invariant: whoever reads a `backup.json` from a repository calls [`BackupInfo::parse_of`]. What it returns names no path
+//! outside of the data directory, no size that a reader cannot allocate, and belongs to the key that it was read from. Every
+//! other part of the backup is bound to it by SHA-256 or by [`BackupInfo::check_manifest`] and [`BackupInfo::check_label`].
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     BackupId, Branch, Lsn, ObjectKey, PgTimestamp, PgVersion, SystemIdentifier, checked_json,
-    layout::BackupArchive,
+    layout::BackupArchive, relative_path::stays_below,
 };
 
+mod binding;
+mod slice;
+
+pub use slice::{SliceError, SlicePart};
+
 /// The version of `backup.json` that this build writes, and the newest that it reads.
-pub const BACKUP_FORMAT_VERSION: u32 = 1;
+///
+/// Version 2 added the sums of `backup_label` and `tablespace_map`, and made the object's own sum mandatory.
+pub const BACKUP_FORMAT_VERSION: u32 = 2;
+/// The first version with the sums of `backup_label` and `tablespace_map`.
+const FORMAT_VERSION_WITH_LABEL: u32 = 2;
 
 /// Raw bytes after which a slice of a backup ends, at the next place where it may.
 pub const SLICE_BYTES: u64 = 16 << 20;
+
+/// The most raw bytes that a slice of any writer may hold: what a reader must be able to allocate for each thread.
+pub const SLICE_BYTES_MAX: u64 = 64 << 20;
+
+/// The longest location of a tablespace (`MAXPGPATH` in `pg_config_manual.h`).
+const LOCATION_BYTES_MAX: usize = 1024;
 
 /// Everything a restore has to know about a base backup before it reads the first slice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +75,12 @@ pub struct BackupInfo {
     pub manifest_sha256: String,
     /// Length of `backup_manifest`.
     pub manifest_bytes: u64,
+    /// SHA-256 of `backup_label`, in hexadecimal; `None` in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup_label_sha256: Option<String>,
+    /// SHA-256 of `tablespace_map`, in hexadecimal; `None` when the backup has no such file, and in version 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tablespace_map_sha256: Option<String>,
     /// Length of all tar streams.
     pub raw_bytes: u64,
     /// Length of all slices.
@@ -77,6 +102,20 @@ pub struct Tablespace {
     pub oid: u32,
     /// The directory it had on the server.
     pub location: String,
+}
+
+impl Tablespace {
+    /// Returns true for an absolute path without `..`, as `CREATE TABLESPACE` stores it, and for the directory of an in-place
+    /// tablespace.
+    fn has_sound_location(&self) -> bool {
+        if self.location.len() >= LOCATION_BYTES_MAX {
+            return false;
+        }
+        match self.location.strip_prefix('/') {
+            Some(rest) => stays_below(rest),
+            None => self.location == format!("pg_tblspc/{}", self.oid),
+        }
+    }
 }
 
 /// A slice of an archive: one zstd frame, one object.
@@ -108,9 +147,20 @@ pub struct ContinuedFile {
     pub size: u64,
 }
 
-/// Why a `backup.json` can not be used.
+/// The reason why a `backup.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupInfoError {
+    /// It describes another backup than the one under whose key it is stored.
+    #[error(
+        "it describes backup {id} of system {system}; it was copied from there or renamed, so that the backup's own \
+         description is lost"
+    )]
+    Elsewhere {
+        /// The backup that it describes.
+        id: BackupId,
+        /// That backup's cluster.
+        system: SystemIdentifier,
+    },
     /// It contradicts itself.
     #[error("backup.json of {id} is malformed: {problem}")]
     Malformed {
@@ -146,13 +196,32 @@ impl BackupInfo {
     pub fn parse(json: &[u8]) -> Result<Self, BackupInfoError> {
         // The version first: a newer shape would only give a confusing error.
         let Version { format_version } = serde_json::from_slice(json)?;
-        if format_version != BACKUP_FORMAT_VERSION {
+        if format_version == 0 || format_version > BACKUP_FORMAT_VERSION {
             return Err(BackupInfoError::UnsupportedFormat {
                 found: format_version,
             });
         }
-        let info: Self = checked_json::from_slice(json)?;
+        let info: Self = if format_version < FORMAT_VERSION_WITH_LABEL {
+            checked_json::from_slice(json)?
+        } else {
+            checked_json::from_summed_slice(json)?
+        };
         info.check()?;
+        Ok(info)
+    }
+
+    /// As [`BackupInfo::parse`], for an object that was read from `key`.
+    ///
+    /// # Errors
+    /// As [`BackupInfo::parse`]; [`BackupInfoError::Elsewhere`] when it describes another backup.
+    pub fn parse_of(key: &ObjectKey, json: &[u8]) -> Result<Self, BackupInfoError> {
+        let info = Self::parse(json)?;
+        if info.key() != *key {
+            return Err(BackupInfoError::Elsewhere {
+                id: info.id,
+                system: info.system_identifier,
+            });
+        }
         Ok(info)
     }
 
@@ -194,9 +263,18 @@ impl BackupInfo {
         if self.start_lsn > self.checkpoint_lsn || self.checkpoint_lsn > self.stop_lsn {
             return Some("start, checkpoint and stop are not in order");
         }
-        if !sha256(&self.manifest_sha256) || !self.slices.iter().all(|slice| sha256(&slice.sha256))
+        let optional = [&self.backup_label_sha256, &self.tablespace_map_sha256];
+        if !sha256(&self.manifest_sha256)
+            || !self.slices.iter().all(|slice| sha256(&slice.sha256))
+            || !optional.into_iter().flatten().all(|text| sha256(text))
         {
             return Some("a SHA-256 is not 64 lower case hexadecimal digits");
+        }
+        if self.format_version >= FORMAT_VERSION_WITH_LABEL && self.backup_label_sha256.is_none() {
+            return Some("the SHA-256 of backup_label is missing");
+        }
+        if !self.slices.iter().all(BackupSlice::is_of_allowed_size) {
+            return Some("a slice announces more bytes than any writer puts into one");
         }
         if sum(|slice| slice.raw_bytes) != self.raw_bytes
             || sum(|slice| slice.stored_bytes) != self.stored_bytes
@@ -208,6 +286,9 @@ impl BackupInfo {
         oids.dedup();
         if oids.len() != self.tablespaces.len() {
             return Some("a tablespace is named twice");
+        }
+        if !self.tablespaces.iter().all(Tablespace::has_sound_location) {
+            return Some("a tablespace's location is not one of PostgreSQL's");
         }
         self.slices_contradiction()
     }
@@ -242,7 +323,10 @@ impl BackupInfo {
                     && file.offset < file.size
                     && file.offset % 512 == 0;
                 if !sound {
-                    return Some("a slice goes on in a file where it can not");
+                    return Some("a slice continues a file where it cannot");
+                }
+                if !stays_below(&file.path) {
+                    return Some("a slice continues a file outside of its archive");
                 }
             }
         }

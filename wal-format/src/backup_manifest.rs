@@ -6,7 +6,7 @@
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::{Lsn, SystemIdentifier, TimelineId};
+use crate::{Lsn, SystemIdentifier, TimelineId, relative_path::stays_below};
 
 /// The newest version that this build reads.
 const VERSION_MAX: u64 = 2;
@@ -193,7 +193,7 @@ fn file(stored: StoredFile) -> Result<ManifestFile, BackupManifestError> {
         }
         (path, _) => return Err(refused(&path.unwrap_or_default())),
     };
-    if path.contains('\0') || path.split('/').any(|part| matches!(part, "" | "." | "..")) {
+    if !stays_below(&path) {
         return Err(refused(&path));
     }
     let checksum = stored.algorithm.zip(stored.checksum);

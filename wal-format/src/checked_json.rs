@@ -36,14 +36,26 @@ pub fn from_slice<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result<T> {
     serde_json::from_slice(json)
 }
 
-fn check(json: &[u8]) -> serde_json::Result<()> {
+/// As [`from_slice`], for objects of which no build ever wrote one without a sum.
+///
+/// # Errors
+/// As [`from_slice`]; also when the object names no sum.
+pub fn from_summed_slice<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result<T> {
+    if !check(json)? {
+        return Err(serde::de::Error::custom("it does not end in its sum"));
+    }
+    serde_json::from_slice(json)
+}
+
+/// Returns whether the object has a sum. A sum that it has is right.
+fn check(json: &[u8]) -> serde_json::Result<bool> {
     let json = json.strip_suffix(b"\n").unwrap_or(json);
     let summed = json
         .len()
         .checked_sub(SUM_BYTES)
         .and_then(|length| json.split_at_checked(length));
     let Some((body, tail)) = summed else {
-        return Ok(());
+        return Ok(false);
     };
     let sum = format!("{BEGIN}{:08x}{END}", crc32fast::hash(body));
     // If there is a checksum, nothing follows it. If only the name of its field is damaged, no
@@ -55,7 +67,7 @@ fn check(json: &[u8]) -> serde_json::Result<()> {
             "its bytes do not have the sum that it names",
         ));
     }
-    Ok(())
+    Ok(has_sum)
 }
 
 #[cfg(test)]

@@ -35,6 +35,8 @@ pub mod lsn;
 pub mod outcome;
 pub mod page;
 pub mod record;
+pub mod relative_path;
+pub mod rewrite;
 mod rmgr;
 pub mod sealed;
 pub mod segment;
@@ -45,7 +47,9 @@ pub mod tar;
 pub mod time;
 pub mod timeline;
 
-pub use backup::{BackupInfo, BackupKind, BackupSlice, ContinuedFile, Tablespace};
+pub use backup::{
+    BackupInfo, BackupKind, BackupSlice, ContinuedFile, SliceError, SlicePart, Tablespace,
+};
 pub use backup_label::BackupLabel;
 pub use backup_manifest::{BackupManifest, ManifestFile};
 pub use control_file::ControlFile;
@@ -59,6 +63,7 @@ pub use layout::{BackupId, ClusterName, ObjectKey};
 pub use lsn::Lsn;
 pub use outcome::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
 pub use record::{RecordHeader, ResourceManager, WalRecord};
+pub use rewrite::WalChange;
 pub use sealed::{FrameCompressor, SealedFooter, SealedHeader, SealedReader, SealedWriter};
 pub use segment::{SegmentName, SegmentNo, SegmentSize, WalFileName};
 pub use summary::{

@@ -57,6 +57,8 @@ impl ResourceManager {
     pub const XLOG: Self = Self(0);
     /// Commits, aborts, prepared transactions.
     pub const TRANSACTION: Self = Self(1);
+    /// Creation and removal of tablespaces.
+    pub const TABLESPACE: Self = Self(5);
 
     /// Returns true if WAL of `version` contains records of this resource manager.
     #[must_use]

@@ -14,6 +14,9 @@ use crate::{
 
 const SWITCH: u8 = 0x40;
 const OVERWRITE_CONTRECORD: u8 = 0xD0;
+/// `XLOG_TBLSPC_CREATE` and `XLOG_TBLSPC_DROP` (`tablespace.h`), the same from 13 to 18.
+const TABLESPACE_CREATE: u8 = 0x00;
+const TABLESPACE_DROP: u8 = 0x10;
 
 /// Returns true if the record's body has to be kept.
 pub(crate) fn is_of_interest(header: &RecordHeader) -> bool {
@@ -23,6 +26,9 @@ pub(crate) fn is_of_interest(header: &RecordHeader) -> bool {
         }
         // Everything except no-ops, OID allocation and page images.
         ResourceManager::XLOG => !matches!(header.info & 0xF0, 0x20 | 0x30 | 0xA0 | 0xB0),
+        ResourceManager::TABLESPACE => {
+            matches!(header.info & 0xF0, TABLESPACE_CREATE | TABLESPACE_DROP)
+        }
         _ => false,
     }
 }
@@ -48,6 +54,7 @@ pub(crate) fn read(record: &WalRecord<'_>, summary: &mut SegmentSummary) -> Opti
     let mut body = Fields(record.main_data());
     match record.header.resource_manager {
         ResourceManager::TRANSACTION => transaction(record, &mut body, summary),
+        ResourceManager::TABLESPACE => tablespace(record, &mut body, summary),
         _ => xlog(record, &mut body, summary),
     }
 }
@@ -235,6 +242,24 @@ fn xlog(record: &WalRecord<'_>, body: &mut Fields<'_>, summary: &mut SegmentSumm
         }),
         _ => {}
     }
+    Some(())
+}
+
+/// Reads `xl_tblspc_create_rec` and `xl_tblspc_drop_rec` (`tablespace.h`).
+fn tablespace(
+    record: &WalRecord<'_>,
+    body: &mut Fields<'_>,
+    summary: &mut SegmentSummary,
+) -> Option<()> {
+    let oid = body.u32()?;
+    let event = match record.header.info & 0xF0 {
+        TABLESPACE_CREATE => WalEvent::TablespaceCreate {
+            oid,
+            location: text(body.0),
+        },
+        _ => WalEvent::TablespaceDrop { oid },
+    };
+    summary.events.push((record.lsn, event));
     Some(())
 }
 

@@ -31,7 +31,14 @@ pub use writer::{SealedWriter, seal};
 use crate::{Lsn, summary::DecodeSummaryError, system::UnsupportedVersion};
 
 /// The version of the container that this build writes, and the newest that it reads.
-pub const FORMAT_VERSION: u16 = 1;
+///
+/// Version 2 has the bytes of version 1; its summary records tablespaces too, so that a summary without such an event proves
+/// that the range creates and drops none.
+pub const FORMAT_VERSION: u16 = 2;
+/// The oldest version that this build reads.
+const FORMAT_VERSION_MIN: u16 = 1;
+/// The first version whose summary records tablespaces.
+const FORMAT_VERSION_WITH_TABLESPACES: u16 = 2;
 
 /// The raw bytes in every frame except the last. Frames of 256 KiB need 2 % more space, frames of 4
 /// MiB 1 % less.
@@ -194,6 +201,15 @@ pub enum SealedError {
     /// The PostgreSQL version is unknown to this build.
     #[error(transparent)]
     UnsupportedPostgres(#[from] UnsupportedVersion),
+}
+
+/// Refuses a version that this build does not read.
+fn check_version(found: u16) -> Result<u16, SealedError> {
+    if (FORMAT_VERSION_MIN..=FORMAT_VERSION).contains(&found) {
+        Ok(found)
+    } else {
+        Err(SealedError::UnsupportedFormat { found })
+    }
 }
 
 /// Checks a stored CRC-32.

@@ -175,6 +175,18 @@ pub enum WalEvent {
     },
     /// `XLOG_SWITCH`: the rest of the segment is unused.
     Switch,
+    /// `XLOG_TBLSPC_CREATE`: its replay makes the link `pg_tblspc/OID` to `location`.
+    TablespaceCreate {
+        /// The tablespace's OID.
+        oid: u32,
+        /// The directory; empty for an in-place tablespace. Bytes that are not UTF-8 are replaced by U+FFFD.
+        location: String,
+    },
+    /// `XLOG_TBLSPC_DROP`: its replay removes the directories of the tablespace and its link.
+    TablespaceDrop {
+        /// The tablespace's OID.
+        oid: u32,
+    },
     /// `XLOG_PARAMETER_CHANGE`, `XLOG_END_OF_RECOVERY` or a checkpoint announced `wal_level`.
     WalLevel {
         /// 0 minimal, 1 replica, 2 logical (`WalLevel` in `xlog.h`). At 0 changes may be missing from WAL.

@@ -2,6 +2,8 @@
 //! ustar, names up to 99 bytes, sizes above 8 GiB in base 256. Names are checked before they are
 //! used as paths.
 
+use crate::relative_path::stays_below;
+
 /// Headers and padding come in blocks of this many bytes.
 pub const BLOCK_BYTES: usize = 512;
 
@@ -122,11 +124,7 @@ fn checked_path(path: &str) -> Result<String, TarError> {
     if trimmed == "." {
         return Ok(String::new());
     }
-    let sound = !trimmed.is_empty()
-        && trimmed
-            .split('/')
-            .all(|part| !part.is_empty() && part != "." && part != "..");
-    if sound {
+    if stays_below(trimmed) {
         Ok(trimmed.to_owned())
     } else {
         Err(TarError::Path)

@@ -54,6 +54,7 @@ pub(super) struct Slicer {
     open: Option<Open>,
     files: BTreeMap<String, ReceivedFile>,
     label: Vec<u8>,
+    map: Option<Vec<u8>>,
     ready: VecDeque<RawSlice>,
 }
 
@@ -75,6 +76,7 @@ impl Slicer {
             open: None,
             files: BTreeMap::new(),
             label: Vec::new(),
+            map: None,
             ready: VecDeque::new(),
         }
     }
@@ -114,6 +116,11 @@ impl Slicer {
         &self.label
     }
 
+    /// The content of `tablespace_map`; `None` when the backup has no such file.
+    pub(super) fn tablespace_map(&self) -> Option<&[u8]> {
+        self.map.as_deref()
+    }
+
     /// The next bytes of the archive.
     pub(super) fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
         if self.archive.is_none() {
@@ -145,6 +152,10 @@ impl Slicer {
             && entry.kind == wal_format::tar::TarKind::File
         {
             let padding = entry.padded_size() - entry.size;
+            if self.archive == Some(BackupArchive::Base) && entry.path == "tablespace_map" {
+                // From 14 on it is there, and empty, without tablespaces too.
+                self.map.get_or_insert_default();
+            }
             let open = Open {
                 path: entry.path,
                 size: entry.size,
@@ -183,8 +194,12 @@ impl Slicer {
         self.raw.extend_from_slice(now);
         open.sum.update(now);
         open.got += now.len() as u64;
-        if self.archive == Some(BackupArchive::Base) && open.path == "backup_label" {
-            self.label.extend_from_slice(now);
+        if self.archive == Some(BackupArchive::Base) {
+            match open.path.as_str() {
+                "backup_label" => self.label.extend_from_slice(now),
+                "tablespace_map" => self.map.get_or_insert_default().extend_from_slice(now),
+                _ => {}
+            }
         }
         self.keep_or_close(open);
         rest

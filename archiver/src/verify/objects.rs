@@ -3,13 +3,12 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use sha2::{Digest, Sha256};
 use wal_format::{
     BackupId, BackupInfo, Branch, FailoverLoss, ObjectKey, SealedReader, TimelineHistory,
     WalIndexer, checked_json,
 };
 
-use super::{Verifier, repair};
+use super::{Verifier, backup::BackupCheck};
 use crate::error::Result;
 
 impl Verifier {
@@ -167,14 +166,15 @@ impl Verifier {
         let Some(content) = self.read(&key)? else {
             return Ok(());
         };
-        let info = match BackupInfo::parse(&content) {
+        let info = match BackupInfo::parse_of(&key, &content) {
             Ok(info) => info,
             Err(error) => {
-                self.problem(&key, &format!("it cannot be read: {error}"));
+                self.problem(&key, &format!("it cannot be used: {error}"));
                 return Ok(());
             }
         };
-        for (key, sha256) in repair::parts(&info) {
+        let mut check = BackupCheck::new(&info);
+        for (key, sha256) in check.parts() {
             if self.repository.head(&key)?.is_none() {
                 self.problem(&key, "it is missing");
                 continue;
@@ -182,12 +182,8 @@ impl Verifier {
             let Some(body) = self.read(&key)? else {
                 continue;
             };
-            let found = hex::encode(Sha256::digest(body));
-            if found != sha256 {
-                self.problem(
-                    &key,
-                    &format!("it is damaged: SHA-256 {found}, recorded {sha256}"),
-                );
+            if let Some(problem) = check.problem(&key, &sha256, &body) {
+                self.problem(&key, &problem);
             }
         }
         Ok(())

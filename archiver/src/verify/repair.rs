@@ -220,8 +220,9 @@ fn sound_copy(place: &Repository, key: &ObjectKey) -> Result<Option<Bytes>> {
     };
     let sound = match key {
         ObjectKey::BackupSlice(system, id, ..) | ObjectKey::BackupManifest(system, id) => {
-            let info = read(&ObjectKey::BackupInfo(*system, id.clone()))?;
-            let info = info.and_then(|info| BackupInfo::parse(&info).ok());
+            let info_key = ObjectKey::BackupInfo(*system, id.clone());
+            let info = read(&info_key)?;
+            let info = info.and_then(|info| BackupInfo::parse_of(&info_key, &info).ok());
             let recorded = info.and_then(|info| {
                 let mut parts = parts(&info).into_iter();
                 parts.find(|(part, _)| part == key).map(|part| part.1)

@@ -144,8 +144,7 @@ pub(super) fn range_of(
         return catalog.parse(super::SEGMENTS, &value).map(Some);
     }
     let footer = sound_footer(repository, key, size)?;
-    let (header, summary) = (footer.header(), footer.summary());
-    let range = WalRange::of_summary(header, skeleton.kind, size, summary, footer.proven());
+    let range = WalRange::of_footer(&footer, skeleton.kind, size);
     Ok((range.key(&catalog.identity) == *key).then_some(range))
 }
 
@@ -162,9 +161,8 @@ fn add(
                 ObjectKey::Tail(..) => WalRangeKind::Tail,
                 _ => WalRangeKind::Sealed,
             };
-            let header = footer.header();
-            let (summary, proven) = (footer.summary(), footer.proven());
-            let range = WalRange::of_summary(header, kind, size, summary, proven);
+            let (header, summary) = (footer.header(), footer.summary());
+            let range = WalRange::of_footer(&footer, kind, size);
             let ours = header.system_identifier == catalog.identity.system_identifier;
             if range.key(&catalog.identity) != *key || !ours {
                 let problem = "its header names another range".to_owned();
@@ -245,6 +243,7 @@ fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
         record_count: 0,
         transaction_count: 0,
         prepare_count: None,
+        tablespace_count: None,
         first_record_lsn: None,
         last_record_lsn: None,
         last_record_end_lsn: None,
@@ -300,7 +299,7 @@ fn refresh_backups(
             }
             body => body?,
         };
-        match BackupInfo::parse(&body) {
+        match BackupInfo::parse_of(&key, &body) {
             Ok(backup) => {
                 catalog.put_backup(&backup)?;
                 report.added += 1;

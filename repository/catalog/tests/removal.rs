@@ -221,6 +221,8 @@ impl Scene {
             slices: vec![slice.clone()],
             manifest_sha256: "0".repeat(64),
             manifest_bytes: 2,
+            backup_label_sha256: None,
+            tablespace_map_sha256: None,
         };
         let json = info.to_json().expect("JSON");
         for (key, body) in [

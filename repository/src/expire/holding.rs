@@ -279,7 +279,7 @@ fn read_backups(
         }
         let info = match known.get(&id) {
             Some(info) => info.clone(),
-            None => match BackupInfo::parse(&place.get(&key)?) {
+            None => match BackupInfo::parse_of(&key, &place.get(&key)?) {
                 Ok(info) => info,
                 Err(error) => {
                     tracing::error!(%key, %error, "a backup that can not be read counts for nothing, and stays");

@@ -8,7 +8,7 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Read, Write},
     ops::{ControlFlow, Range},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
@@ -20,7 +20,11 @@ use bytes::Bytes;
 use rustix::fs::{Access, access};
 
 use self::entered::Entered;
-use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness, is_sound_key};
+use super::{
+    ObjectMeta, ObjectStore, Pin, PutOutcome, Witness,
+    bounds::{object_bytes_max, too_long},
+    is_sound_key,
+};
 use crate::{CrashPoint, Error, Result, durable};
 
 mod entered;
@@ -174,9 +178,26 @@ impl ObjectStore for LocalStore {
 
     fn get(&self, key: &str) -> Result<Bytes> {
         let path = self.path(key)?;
-        fs::read(&path)
-            .map(Bytes::from)
-            .map_err(|error| self.failed("read", key, path, error))
+        let bytes_max = object_bytes_max(key);
+        let read = || {
+            let mut file = File::open(&path)?;
+            let length = file.metadata()?.len();
+            if length > bytes_max {
+                return Ok(Err(length));
+            }
+            let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
+            (&mut file).take(bytes_max).read_to_end(&mut bytes)?;
+            Ok(Ok(Bytes::from(bytes)))
+        };
+        match read() {
+            Ok(Ok(bytes)) => Ok(bytes),
+            Ok(Err(length)) => Err(Error::Damaged {
+                key: key.to_owned(),
+                url: self.url(),
+                problem: too_long(length, bytes_max),
+            }),
+            Err(error) => Err(self.failed("read", key, path, error)),
+        }
     }
 
     /// Piece by piece: as a whole it would take fresh memory, which costs more than the comparison.

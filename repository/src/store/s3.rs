@@ -29,6 +29,7 @@ use self::{
 };
 use super::{
     LockOutcome, LockSpan, ObjectMeta, ObjectStore, PutOutcome, RequestKind, RequestMeter,
+    bounds::{object_bytes_max, too_long},
     is_sound_key,
     retry::{Patience, Retrying},
 };
@@ -284,12 +285,16 @@ impl S3Store {
             get.customize().mutate_request(ask).send().await
         });
         let standstill_max = self.standstill_max;
+        let bytes_max = match range {
+            Some(range) => range.end.saturating_sub(range.start),
+            None => object_bytes_max(full_key),
+        };
         let body = self.drive(async move {
             let answer = match tokio::time::timeout(ATTEMPT_MAX, request).await {
                 Ok(answer) => answer.map_err(|error| Failure::of(&error))?,
                 Err(_) => return Err(Failure::transient("it did not answer")),
             };
-            Box::pin(Body::collect(answer, standstill_max)).await
+            Box::pin(Body::collect(answer, standstill_max, bytes_max)).await
         });
         body.map_err(|failure| self.with_new_credentials(failure))
     }
@@ -301,6 +306,9 @@ impl S3Store {
             let body = self
                 .get_object(&full_key, None, version)
                 .map_err(|failure| self.failed(Action::Get, key, failure))?;
+            if let Some(problem) = &body.too_long {
+                return Err(self.damaged(key, problem));
+            }
             if body
                 .checksum
                 .is_none_or(|stored| stored == checksum(&body.bytes))
@@ -347,6 +355,8 @@ impl S3Store {
 /// The result of a `GetObject`.
 struct Body {
     bytes: Bytes,
+    /// The words for a body that is longer than it may be; then `bytes` is empty.
+    too_long: Option<String>,
     content_range: Option<String>,
     checksum: Option<String>,
 }
@@ -355,6 +365,7 @@ impl Body {
     async fn collect(
         answer: GetObjectOutput,
         standstill_max: Duration,
+        bytes_max: u64,
     ) -> std::result::Result<Self, Failure> {
         let announced = answer
             .content_length()
@@ -365,6 +376,15 @@ impl Body {
             .checksum_crc32_c()
             .filter(|sum| !sum.contains('-'))
             .map(str::to_owned);
+        let too_long = |found: u64| Self {
+            bytes: Bytes::new(),
+            too_long: Some(too_long(found, bytes_max)),
+            content_range: None,
+            checksum: None,
+        };
+        if let Some(announced) = announced.filter(|announced| *announced > bytes_max) {
+            return Ok(too_long(announced));
+        }
         let room = announced.unwrap_or(0).min(BODY_ROOM_MAX);
         let mut bytes = BytesMut::with_capacity(usize::try_from(room).unwrap_or(0));
         let mut body = answer.body;
@@ -373,6 +393,9 @@ impl Body {
             match tokio::time::timeout_at(paced.0, body.try_next()).await {
                 Ok(Ok(Some(chunk))) => {
                     bytes.extend_from_slice(&chunk);
+                    if bytes.len() as u64 > bytes_max {
+                        return Ok(too_long(bytes.len() as u64));
+                    }
                     if bytes.len() >= paced.1 {
                         let until = tokio::time::Instant::now() + standstill_max;
                         paced = (until, bytes.len() + PACE_BYTES);
@@ -391,6 +414,7 @@ impl Body {
         }
         Ok(Self {
             bytes: bytes.freeze(),
+            too_long: None,
             content_range,
             checksum,
         })

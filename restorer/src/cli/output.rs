@@ -12,6 +12,7 @@ use crate::{
     Error, RestorePlan, Result,
     list::Listing,
     plan::{PreparedTransaction, print_path},
+    tablespaces::ReplayedTablespace,
 };
 
 /// Commits of a failover that are shown to people; `--json` has more.
@@ -52,6 +53,9 @@ pub(super) fn plan(plan: &RestorePlan) {
             println!("              {}", transaction(end));
         }
     }
+    for tablespace in &plan.tablespaces {
+        println!("tablespace    {}", replayed(tablespace));
+    }
     for prepared in &plan.in_doubt {
         println!("in doubt      {}", in_doubt(prepared));
     }
@@ -72,6 +76,27 @@ fn transaction(end: &TransactionEnd) -> String {
     format!(
         "{kind} of transaction {} at {} ({})",
         end.xid, end.lsn, end.time
+    )
+}
+
+fn replayed(tablespace: &ReplayedTablespace) -> String {
+    let place = match &tablespace.directory {
+        None => "inside of the data directory".to_owned(),
+        Some(directory) if directory.as_os_str() == tablespace.location.as_str() => {
+            format!("in {}", directory.display())
+        }
+        Some(directory) => format!(
+            "in {} instead of {}",
+            directory.display(),
+            tablespace.location
+        ),
+    };
+    let dropped = tablespace
+        .dropped
+        .map_or_else(String::new, |lsn| format!(", dropped at {lsn}"));
+    format!(
+        "{} is created by the replay at {} {place}{dropped}",
+        tablespace.oid, tablespace.lsn
     )
 }
 

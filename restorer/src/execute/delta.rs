@@ -6,19 +6,25 @@
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    fs,
-    path::{Path, PathBuf},
+    ffi::OsStr,
+    os::{fd::OwnedFd, unix::ffi::OsStrExt},
+    path::Path,
     sync::{
         Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
+use rustix::fs::FileType;
 use wal_format::{
     BackupInfo, BackupManifest, BackupSlice, ManifestFile, layout::BackupArchive, tar::BLOCK_BYTES,
 };
 
-use super::{MARKER, manifest::is_content_of};
+use super::{
+    MARKER,
+    manifest::is_content_of,
+    tree::{Tree, entries, kind, open_directory, remove_entry},
+};
 use crate::{Error, Result};
 
 /// Directories that a server needs and that may be empty, so that no file of the manifest names them.
@@ -140,92 +146,112 @@ fn archive_of(backup: &BackupInfo, name: &str) -> BackupArchive {
     }
 }
 
-/// Removes from the directories what the backup does not have as it is; what stays is told.
+/// Removes from the directories what the backup does not have as it is. Returns what stays.
 pub(super) fn sift(
-    roots: &[(String, PathBuf)],
+    tree: &Tree,
+    backup: &BackupInfo,
     manifest: &BackupManifest,
     jobs: usize,
 ) -> Result<Kept> {
-    let wanted: HashMap<String, &ManifestFile> = manifest
+    let wanted: HashMap<&str, &ManifestFile> = manifest
         .files
         .iter()
-        .map(|entry| (entry.path.clone(), entry))
+        .map(|entry| (entry.path.as_str(), entry))
         .collect();
     let mut parents: HashSet<String> = NEEDED.iter().map(|name| (*name).to_owned()).collect();
     for name in wanted.keys() {
         parents.extend(name.match_indices('/').map(|(at, _)| name[..at].to_owned()));
     }
     let mut sieve = Sieve {
+        tree,
         wanted: &wanted,
         parents: &parents,
+        version_directory: format!("PG_{}_", backup.postgresql_major),
         candidates: Vec::new(),
     };
-    for (prefix, root) in roots {
-        sieve.walk(root, prefix)?;
+    for root in tree.roots() {
+        sieve.walk(&root.directory, &root.path, &root.prefix)?;
     }
+    let candidates = sieve.candidates;
     for name in NEEDED {
-        for (_, root) in roots.iter().filter(|(prefix, _)| prefix.is_empty()) {
-            let path = root.join(name);
-            fs::create_dir_all(&path).map_err(Error::io("create directory", path))?;
-        }
+        tree.create_directory(name)?;
     }
-    compare(&sieve.candidates, &wanted, jobs)
+    compare(tree, &candidates, jobs)
 }
 
 struct Sieve<'a> {
-    wanted: &'a HashMap<String, &'a ManifestFile>,
+    tree: &'a Tree,
+    wanted: &'a HashMap<&'a str, &'a ManifestFile>,
     /// Directories that something of the backup lies in.
     parents: &'a HashSet<String>,
+    /// How the directory begins in which this version keeps the files of a tablespace
+    /// (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
+    version_directory: String,
     /// Files of the right name and size.
-    candidates: Vec<(String, PathBuf)>,
+    candidates: Vec<&'a ManifestFile>,
 }
 
 impl Sieve<'_> {
-    fn walk(&mut self, directory: &Path, prefix: &str) -> Result<()> {
-        for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
-            let entry = entry.map_err(Error::io("list", directory))?;
-            let (path, file_name) = (entry.path(), entry.file_name());
-            if prefix.is_empty() && file_name == MARKER {
-                continue;
+    /// Walks through a directory. No link is followed: one that is not a directory of the restore goes.
+    fn walk(&mut self, directory: &OwnedFd, shown: &Path, prefix: &str) -> Result<()> {
+        entries(directory, shown, &mut |file_name, metadata| {
+            if prefix.is_empty() && file_name.to_bytes() == MARKER.as_bytes() {
+                return Ok(());
             }
-            let name = format!("{prefix}{}", file_name.to_string_lossy());
-            let metadata = fs::symlink_metadata(&path).map_err(Error::io("look at", &path))?;
-            // The WAL's directory may lie on another disk behind a link, as `initdb --waldir` makes it.
-            let wal_elsewhere = name == "pg_wal" && path.is_dir();
-            if metadata.is_dir() || wal_elsewhere {
-                self.walk(&path, &format!("{name}/"))?;
-                if !self.parents.contains(&name) && !metadata.is_symlink() {
-                    fs::remove_dir(&path).map_err(Error::io("remove", &path))?;
-                }
-                continue;
-            }
-            let same_size =
-                |entry: &&ManifestFile| metadata.is_file() && entry.size == metadata.len();
-            if self.wanted.get(&name).is_some_and(same_size) {
-                self.candidates.push((name, path));
+            let path = shown.join(OsStr::from_bytes(file_name.to_bytes()));
+            let text = file_name.to_string_lossy();
+            let name = if prefix.is_empty() {
+                text.into_owned()
             } else {
-                fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+                format!("{prefix}/{text}")
+            };
+            // The WAL's directory may be on another disk, behind a link, as `initdb --waldir` makes it.
+            if name == "pg_wal" && self.tree.is_root(&name) {
+                return Ok(());
             }
-        }
-        Ok(())
+            // Another version's files, or somebody else's: PostgreSQL would not touch them either.
+            let in_tablespace = prefix.starts_with("pg_tblspc/") && self.tree.is_root(prefix);
+            let foreign = in_tablespace
+                && !file_name
+                    .to_bytes()
+                    .starts_with(self.version_directory.as_bytes());
+            if foreign || name == "pg_wal/lost+found" {
+                return Ok(());
+            }
+            if kind(&metadata) == FileType::Directory {
+                let below =
+                    open_directory(directory, file_name).map_err(Error::io("open", &path))?;
+                self.walk(&below, &path, &name)?;
+                if !self.parents.contains(&name) {
+                    remove_entry(directory, file_name, true).map_err(Error::io("remove", &path))?;
+                }
+                return Ok(());
+            }
+            // A file with a second name may be another cluster's too (`cp -al`): the server would write into both.
+            let is_own = kind(&metadata) == FileType::RegularFile && metadata.st_nlink == 1;
+            let size = u64::try_from(metadata.st_size).unwrap_or(u64::MAX);
+            let entry = self.wanted.get(name.as_str());
+            match entry.filter(|entry| is_own && entry.size == size) {
+                Some(entry) if file_name.to_str().is_ok() => self.candidates.push(entry),
+                _ => {
+                    remove_entry(directory, file_name, false)
+                        .map_err(Error::io("remove", &path))?;
+                }
+            }
+            Ok(())
+        })
     }
 }
 
 /// Keeps the candidates whose SHA-256 is the manifest's, and removes the others.
-fn compare(
-    candidates: &[(String, PathBuf)],
-    wanted: &HashMap<String, &ManifestFile>,
-    jobs: usize,
-) -> Result<Kept> {
+fn compare(tree: &Tree, candidates: &[&ManifestFile], jobs: usize) -> Result<Kept> {
     let next = AtomicUsize::new(0);
     let outcome: Mutex<Result<Kept>> = Mutex::new(Ok(Kept::default()));
     let work = || {
-        while let Some((name, path)) = candidates.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let entry = wanted.get(name);
-            let equal = entry.map_or(Ok(false), |entry| is_content_of(entry, path));
-            let done = equal.and_then(|equal| {
+        while let Some(entry) = candidates.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let done = is_content_of(entry, tree).and_then(|equal| {
                 if !equal {
-                    fs::remove_file(path).map_err(Error::io("remove", path))?;
+                    tree.remove(&entry.path)?;
                 }
                 Ok(equal)
             });
@@ -234,8 +260,8 @@ fn compare(
             };
             match (outcome.as_mut(), done) {
                 (Ok(kept), Ok(true)) => {
-                    kept.bytes += entry.map_or(0, |entry| entry.size);
-                    kept.names.insert(name.clone());
+                    kept.bytes += entry.size;
+                    kept.names.insert(entry.path.clone());
                 }
                 (Ok(_), Err(error)) => *outcome = Err(error),
                 _ => {}

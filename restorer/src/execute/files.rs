@@ -3,12 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use repository::Repository;
-use wal_format::{BackupInfo, BackupManifest};
+use wal_format::{BackupInfo, BackupManifest, SlicePart};
 
-use super::{
-    delta::Kept,
-    extract::{self, Part},
-};
+use super::{delta::Kept, extract};
 use crate::Result;
 
 /// The content of those `wanted` files that the backup has, by their names in its manifest. Only slices that may hold
@@ -28,9 +25,9 @@ pub(crate) fn files(
         .filter(|(_, needed)| *needed)
     {
         let raw = extract::fetch(repository, backup, slice)?;
-        extract::parts(backup, slice, &raw, &mut |part| {
-            if let Part::File { path, content, .. } = part {
-                let name = extract::manifest_name(slice, &path);
+        extract::for_each_part(backup, slice, &raw, &mut |part| {
+            if let SlicePart::File { path, content, .. } = part {
+                let name = slice.manifest_name(&path);
                 // The parts of a file come in their order.
                 if wanted.contains(&name) {
                     found.entry(name).or_default().extend_from_slice(content);

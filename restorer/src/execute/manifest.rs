@@ -13,7 +13,7 @@ use std::{
 use sha2::{Digest, Sha256};
 use wal_format::{BackupInfo, BackupManifest, ManifestFile};
 
-use super::delta::Kept;
+use super::{CONTROL, delta::Kept, tree::Tree};
 use crate::{Error, Result};
 
 /// Reads the manifest of `backup`, if it is the one that was recorded.
@@ -27,22 +27,28 @@ pub(crate) fn read_manifest(content: &[u8], backup: &BackupInfo) -> Result<Backu
             "its SHA-256 is not the one that was recorded".to_owned(),
         ));
     }
-    BackupManifest::parse(content).map_err(|error| damaged(error.to_string()))
+    let manifest = BackupManifest::parse(content).map_err(|error| damaged(error.to_string()))?;
+    backup.check_manifest(&manifest).map_err(damaged)?;
+    Ok(manifest)
 }
 
-/// Whether a file is what the manifest says. Another algorithm than SHA-256 proves nothing.
-pub(super) fn is_content_of(entry: &ManifestFile, path: &Path) -> Result<bool> {
+/// Returns true if a file is what the manifest says. Another algorithm than SHA-256 proves nothing.
+pub(super) fn is_content_of(entry: &ManifestFile, tree: &Tree) -> Result<bool> {
     let Some(expected) = entry.sha256() else {
         return Ok(false);
     };
     let mut sum = Sha256::new();
-    let size = read(path, &mut sum)?;
+    let shown = tree.shown(&entry.path);
+    let size = read(tree.read(&entry.path)?, &shown, entry.size, &mut sum)?;
     Ok(size == entry.size && expected == hex::encode(sum.finalize()))
 }
 
-/// Adds a file's content to a sum; its length.
-fn read(path: &Path, sum: &mut Sha256) -> Result<u64> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+/// Adds a file's content to a sum and returns its length; a file of another length than `expected` is not read.
+fn read(mut file: File, path: &Path, expected: u64, sum: &mut Sha256) -> Result<u64> {
+    let length = file.metadata().map_err(Error::io("look at", path))?.len();
+    if length != expected {
+        return Ok(length);
+    }
     let mut buffer = vec![0; 256 << 10];
     let mut size = 0;
     loop {
@@ -58,7 +64,7 @@ fn read(path: &Path, sum: &mut Sha256) -> Result<u64> {
 /// Compares size and SHA-256 of every file that the manifest names, but for those that were compared to be kept.
 /// `control` stands for `pg_control`, which is not written yet.
 pub(super) fn verify(
-    directory: &Path,
+    tree: &Tree,
     manifest: &BackupManifest,
     kept: &Kept,
     control: &[u8],
@@ -71,7 +77,7 @@ pub(super) fn verify(
             if kept.has(&entry.path) {
                 continue;
             }
-            if let Err(error) = check(directory, entry, control) {
+            if let Err(error) = check(tree, entry, control) {
                 next.store(usize::MAX / 2, Ordering::Relaxed);
                 if let Ok(mut failure) = failure.lock() {
                     failure.get_or_insert(error);
@@ -93,23 +99,23 @@ pub(super) fn verify(
     }
 }
 
-fn check(directory: &Path, entry: &ManifestFile, control: &[u8]) -> Result<()> {
+fn check(tree: &Tree, entry: &ManifestFile, control: &[u8]) -> Result<()> {
     let name = entry.path.as_str();
     // It is consumed when the links are made from the plan instead.
     if name == "tablespace_map" {
         return Ok(());
     }
-    let path = directory.join(name);
+    let path = tree.shown(name);
     let damaged = |problem: String| Error::Damaged {
         object: path.display().to_string(),
         problem,
     };
     let mut sum = Sha256::new();
-    let size = if name == "global/pg_control" {
+    let size = if name == CONTROL {
         sum.update(control);
         control.len() as u64
     } else {
-        read(&path, &mut sum)?
+        read(tree.read(name)?, &path, entry.size, &mut sum)?
     };
     if size != entry.size {
         return Err(damaged(format!(

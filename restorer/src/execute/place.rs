@@ -14,16 +14,18 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use repository::durable;
 use serde::{Deserialize, Serialize};
-use wal_format::{BackupId, BackupInfo};
+use wal_format::{BackupId, BackupInfo, WalFileName, control_file::CONTROL_FILE_BYTES};
 
-use super::{MARKER, PLAN_FILE};
-use crate::{Error, Result};
+use super::{
+    CONTROL, MARKER, PLAN_FILE,
+    tree::{Tree, read_small},
+};
+use crate::{Error, Result, tablespaces::ReplayedTablespace};
 
-/// Without it no server starts.
-const CONTROL: &str = "global/pg_control";
-/// Its name while it is written ([`durable::replace`]).
+/// The longest marker that is read.
+const MARKER_BYTES_MAX: u64 = 16 << 20;
+/// The marker's name while it is written ([`Tree::replace`]).
 const MARKER_NEW: &str = "RESTORE_INCOMPLETE.new";
 
 /// What stands in the marker while a restore is not complete.
@@ -39,17 +41,21 @@ struct Marker {
     tablespaces: Vec<PathBuf>,
 }
 
-/// OID to the directory that its files go to.
-pub(super) fn place_tablespaces(
+/// Maps each OID to the directory that its files go to: of the tablespaces of the backup, and of those that the replay
+/// creates. `mapping` is what the operator asked for; the directories of the replay are already chosen.
+pub(crate) fn place_tablespaces(
     backup: &BackupInfo,
+    replayed: &[ReplayedTablespace],
     mapping: &BTreeMap<PathBuf, PathBuf>,
     directory: &Path,
 ) -> Result<BTreeMap<u32, PathBuf>> {
-    let known: Vec<&str> = backup
+    let mut known: Vec<&str> = backup
         .tablespaces
         .iter()
         .map(|one| one.location.as_str())
+        .chain(replayed.iter().map(|one| one.location.as_str()))
         .collect();
+    known.dedup();
     for old in mapping.keys() {
         if !known.iter().any(|location| Path::new(location) == old) {
             let has = match known.as_slice() {
@@ -57,7 +63,7 @@ pub(super) fn place_tablespaces(
                 some => some.join(", "),
             };
             return Err(Error::usage(format!(
-                "--tablespace-mapping: the backup has no tablespace at {}; it has: {has}",
+                "--tablespace-mapping: the backup has no tablespace at {}, and the replay creates none there; there are: {has}",
                 old.display()
             )));
         }
@@ -76,24 +82,50 @@ pub(super) fn place_tablespaces(
                 new.display()
             )));
         }
-        // Two in one directory would mix their files; one inside the data directory would be emptied with it.
-        let (new_place, others) = (real(&new), placed.values().map(PathBuf::as_path));
-        for other in others.chain([directory]) {
-            let other = real(other);
-            if new_place.starts_with(&other) || other.starts_with(&new_place) {
-                return Err(Error::usage(format!(
-                    "the tablespace that was at {} can not be at {}, because {} is there; give it another place with \
-                     --tablespace-mapping {}=DIRECTORY",
-                    old.display(),
-                    new.display(),
-                    other.display(),
-                    old.display()
-                )));
-            }
-        }
+        apart(
+            &old,
+            &new,
+            placed.values().map(PathBuf::as_path).chain([directory]),
+        )?;
         placed.insert(tablespace.oid, new);
     }
+    // What is created in the place of another tablespace that was dropped before has that one's directory.
+    for created in replayed {
+        let Some(new) = &created.directory else {
+            continue;
+        };
+        if placed.contains_key(&created.oid) || placed.values().any(|placed| placed == new) {
+            continue;
+        }
+        let old = Path::new(&created.location);
+        apart(
+            old,
+            new,
+            placed.values().map(PathBuf::as_path).chain([directory]),
+        )?;
+        placed.insert(created.oid, new.clone());
+    }
     Ok(placed)
+}
+
+/// Refuses a directory for a tablespace that is in, above or the same as one of `others`: two in one directory would mix their
+/// files, and one in the data directory would be emptied with it.
+fn apart<'a>(old: &Path, new: &Path, others: impl Iterator<Item = &'a Path>) -> Result<()> {
+    let new_place = real(new);
+    for other in others {
+        let other = real(other);
+        if new_place.starts_with(&other) || other.starts_with(&new_place) {
+            return Err(Error::usage(format!(
+                "the tablespace that was at {} cannot be at {}, because {} is there; give it another place with \
+                 --tablespace-mapping {}=DIRECTORY",
+                old.display(),
+                new.display(),
+                other.display(),
+                old.display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The path behind links, as far as it exists.
@@ -124,6 +156,7 @@ pub(super) fn take(
     tablespaces: &BTreeMap<u32, PathBuf>,
     delta: bool,
 ) -> Result<Taken> {
+    let owned = Owned::of(directory, delta)?;
     let unfinished = unfinished(directory)?;
     let empty_before = is_empty(directory)?;
     let delta = delta && !empty_before;
@@ -138,13 +171,16 @@ pub(super) fn take(
         Some(marker) => ours = marker.tablespaces,
         None if delta => {
             is_of_cluster(directory, backup)?;
-            ours = linked(directory);
+            ours = linked(directory).into_values().collect();
         }
         None if !empty_before => return Err(occupied(directory)),
         None => {}
     }
-    for path in tablespaces.values() {
-        if !ours.contains(path) && !is_empty(path)? {
+    if delta {
+        only_wal_in_linked_wal(directory)?;
+    }
+    for (oid, path) in tablespaces {
+        if !owned.has(*oid, path) && !is_empty(path)? {
             return Err(Error::usage(format!(
                 "{} is not empty and nothing in it is overwritten; put the tablespace elsewhere with \
                  --tablespace-mapping OLD=NEW",
@@ -164,12 +200,12 @@ pub(super) fn take(
         delta,
         tablespaces: ours,
     };
-    let path = directory.join(MARKER);
     let json = serde_json::to_vec_pretty(&marker)
-        .map_err(|error| Error::io("write", &path)(error.into()))?;
-    durable::replace(&path, &json).map_err(Error::local)?;
+        .map_err(|error| Error::io("write", directory.join(MARKER))(error.into()))?;
+    let tree = Tree::open(directory, &BTreeMap::new())?;
+    tree.replace(MARKER, &json)?;
     // Before anything else changes: what is being restored must not start.
-    durable::remove(&directory.join(CONTROL)).map_err(Error::local)?;
+    tree.remove_durably(CONTROL)?;
     if !delta {
         empty(directory)?;
     }
@@ -185,15 +221,13 @@ pub(super) fn take(
 /// Refuses what `--delta` must not touch: another cluster's directory, no data directory at all, a running server.
 fn is_of_cluster(directory: &Path, backup: &BackupInfo) -> Result<()> {
     let shown = directory.display();
-    let control = match fs::read(directory.join(CONTROL)) {
-        Ok(control) => control,
-        Err(error) if error.kind() == ErrorKind::NotFound => {
-            return Err(Error::usage(format!(
-                "{shown} is not empty and no data directory of PostgreSQL, so --delta does not touch it; give another directory"
-            )));
-        }
-        Err(error) => return Err(Error::io("read", directory.join(CONTROL))(error)),
+    let Some(control) = Tree::open(directory, &BTreeMap::new())?.read_if_there(CONTROL)? else {
+        return Err(Error::usage(format!(
+            "{shown} is not empty and not a data directory of PostgreSQL, so --delta does not touch it; give another \
+             directory"
+        )));
     };
+    let control = read_small(control, &directory.join(CONTROL), CONTROL_FILE_BYTES as u64)?;
     // `ControlFileData` begins with the system identifier, in the byte order of the machine.
     let found = control.first_chunk().copied().map(u64::from_ne_bytes);
     if found != Some(backup.system_identifier.0) {
@@ -212,13 +246,80 @@ fn is_of_cluster(directory: &Path, backup: &BackupInfo) -> Result<()> {
     Ok(())
 }
 
-/// Where the tablespaces of an existing data directory are.
-fn linked(directory: &Path) -> Vec<PathBuf> {
+/// The directories that a restore may empty although something is in them.
+#[derive(Debug, Default)]
+pub(crate) struct Owned {
+    /// Of an existing data directory, for `--delta`: the tablespace that links to each.
+    linked: BTreeMap<u32, PathBuf>,
+    /// Those that an unfinished restore took while they were empty.
+    begun: Vec<PathBuf>,
+}
+
+impl Owned {
+    /// Those of the data directory `directory`, which may not exist.
+    pub(crate) fn of(directory: &Path, delta: bool) -> Result<Self> {
+        let begun = unfinished(directory)?.map(|marker| marker.tablespaces);
+        let linked = match begun {
+            None if delta => linked(directory),
+            _ => BTreeMap::new(),
+        };
+        Ok(Self {
+            linked,
+            begun: begun.unwrap_or_default(),
+        })
+    }
+
+    /// Returns true if `path` is the directory of this tablespace and no other's.
+    pub(crate) fn has(&self, oid: u32, path: &Path) -> bool {
+        self.linked.get(&oid).is_some_and(|linked| linked == path)
+            || self.begun.iter().any(|begun| begun == path)
+    }
+}
+
+/// The tablespaces of an existing data directory: OID and directory.
+fn linked(directory: &Path) -> BTreeMap<u32, PathBuf> {
     let links = fs::read_dir(directory.join("pg_tblspc"));
-    let targets = links.into_iter().flatten().flatten();
-    targets
-        .filter_map(|link| fs::read_link(link.path()).ok())
+    let links = links.into_iter().flatten().flatten();
+    links
+        .filter_map(|link| {
+            let oid = link.file_name().to_str()?.parse().ok()?;
+            Some((oid, fs::read_link(link.path()).ok()?))
+        })
         .collect()
+}
+
+/// Refuses a `pg_wal` that is a link to a directory with anything else than WAL in it: a restore empties that directory.
+fn only_wal_in_linked_wal(directory: &Path) -> Result<()> {
+    let wal = directory.join("pg_wal");
+    if !wal.is_symlink() {
+        return Ok(());
+    }
+    let is_wal = |name: &str| {
+        const OTHERS: [&str; 6] = [
+            "archive_status",
+            "lost+found",
+            "summaries",
+            "tidemark_ahead",
+            "RECOVERYHISTORY",
+            "RECOVERYXLOG",
+        ];
+        OTHERS.contains(&name)
+            || name.starts_with("xlogtemp.")
+            || name.starts_with(".tidemark-")
+            || name.parse::<WalFileName>().is_ok()
+    };
+    for entry in fs::read_dir(&wal).map_err(Error::io("list", &wal))? {
+        let name = entry.map_err(Error::io("list", &wal))?.file_name();
+        if !name.to_str().is_some_and(is_wal) {
+            return Err(Error::usage(format!(
+                "{} is a link to a directory that holds {}, which is not WAL, so --delta does not touch it; remove the link, \
+                 or move that file away",
+                wal.display(),
+                name.display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Why a directory that is not empty is not taken.
@@ -239,13 +340,14 @@ fn occupied(directory: &Path) -> Error {
 /// The marker of a restore that was interrupted.
 fn unfinished(directory: &Path) -> Result<Option<Marker>> {
     let path = directory.join(MARKER);
-    let json = match fs::read(&path) {
-        Ok(json) => json,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        // Not a directory at all: creating it says so better.
-        Err(error) if error.kind() == ErrorKind::NotADirectory => return Ok(None),
-        Err(error) => return Err(Error::io("read", path)(error)),
+    // Nothing there, or not a directory at all: creating it says so better.
+    if !directory.is_dir() {
+        return Ok(None);
+    }
+    let Some(file) = Tree::open(directory, &BTreeMap::new())?.read_if_there(MARKER)? else {
+        return Ok(None);
     };
+    let json = read_small(file, &path, MARKER_BYTES_MAX)?;
     serde_json::from_slice(&json).map(Some).map_err(|error| {
         Error::usage(format!(
             "{} is not a marker of this version ({error}); remove the directory, or give another one",
@@ -265,7 +367,7 @@ fn create(directory: &Path) -> Result<()> {
         .map_err(Error::io("set the permissions of", directory))
 }
 
-fn is_empty(directory: &Path) -> Result<bool> {
+pub(crate) fn is_empty(directory: &Path) -> Result<bool> {
     match fs::read_dir(directory) {
         // A marker whose writing was interrupted is nothing either.
         Ok(mut entries) => Ok(entries.all(|entry| {

@@ -1,18 +1,13 @@
 //! The recovery settings of a restored cluster: what PostgreSQL is told so that it stops where the
 //! plan says.
 
-use std::{
-    fs::{self, OpenOptions},
-    io::Write,
-    os::unix::fs::OpenOptionsExt,
-    path::Path,
-};
+use std::fs;
 
 use quick::ahead;
 use repository::config::RepositoryPlace;
 use wal_format::{ControlFile, control_file::ControlFileError, layout::history_file_name};
 
-use super::{Destination, PLAN_FILE};
+use super::{Destination, PLAN_FILE, tree::Tree};
 use crate::{Error, RestorePlan, Result, Stop, inventory::Archive};
 
 /// What PostgreSQL does when it has reached the target.
@@ -60,36 +55,33 @@ pub(super) fn write(
     archive: &Archive,
     plan: &RestorePlan,
     destination: &Destination,
+    tree: &Tree,
 ) -> Result<()> {
     let directory = &destination.directory;
     let recovery = &destination.recovery;
-    let wal = directory.join("pg_wal");
-    for folder in [wal.clone(), wal.join("archive_status")] {
-        fs::create_dir_all(&folder).map_err(Error::io("create directory", &folder))?;
-    }
+    tree.create_directory("pg_wal/archive_status")?;
     let system = archive.catalog.identity().system_identifier;
     for part in plan.path.iter().filter(|part| part.branch.digest != [0; 4]) {
         let content = archive.repository.history(system, part.branch)?;
-        create(&wal.join(history_file_name(part.branch.timeline)), &content)?;
+        let name = history_file_name(part.branch.timeline);
+        tree.write(&format!("pg_wal/{name}"), &content)?;
     }
     let json = serde_json::to_vec_pretty(plan)
         .map_err(|error| Error::io("write", directory.join(PLAN_FILE))(error.into()))?;
-    create(&directory.join(PLAN_FILE), &json)?;
-    append(
-        &directory.join("postgresql.auto.conf"),
-        &lines(archive, plan, &json, destination)?,
-    )?;
+    tree.write(PLAN_FILE, &json)?;
+    let lines = lines(archive, plan, &json, destination)?;
+    tree.append("postgresql.auto.conf", lines.as_bytes())?;
     let signal = if recovery.standby {
         "standby.signal"
     } else {
         "recovery.signal"
     };
-    create(&directory.join(signal), b"")
+    tree.write(signal, b"")
 }
 
 /// Makes the configuration files that the backup does not have, because its server kept them
-/// elsewhere, as Debian does: without them no server starts. Whether any was made.
-pub(super) fn complete(directory: &Path, control: &[u8]) -> Result<bool> {
+/// elsewhere, as Debian does: without them no server starts. Returns whether any was made.
+pub(super) fn complete(tree: &Tree, control: &[u8]) -> Result<bool> {
     let damaged = |error: ControlFileError| Error::Damaged {
         object: "global/pg_control of the backup".to_owned(),
         problem: error.to_string(),
@@ -113,9 +105,8 @@ pub(super) fn complete(directory: &Path, control: &[u8]) -> Result<bool> {
         ("pg_hba.conf", hba),
         ("pg_ident.conf", ""),
     ] {
-        let path = directory.join(name);
-        if !path.exists() {
-            create(&path, content.as_bytes())?;
+        if !tree.exists(name)? {
+            tree.write(name, content.as_bytes())?;
             made = true;
         }
     }
@@ -228,23 +219,4 @@ fn shell_quoted(text: &str) -> String {
     } else {
         format!("'{}'", text.replace('\'', "'\\''"))
     }
-}
-
-fn create(path: &Path, content: &[u8]) -> Result<()> {
-    let mut options = OpenOptions::new();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(path);
-    file.and_then(|mut file| file.write_all(content))
-        .map_err(Error::io("write", path))
-}
-
-fn append(path: &Path, text: &str) -> Result<()> {
-    let mut options = OpenOptions::new();
-    let file = options.append(true).create(true).mode(0o600).open(path);
-    file.and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(Error::io("write", path))
 }

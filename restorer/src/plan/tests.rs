@@ -95,6 +95,8 @@ fn backup(number: u64, start: u64, stop: u64) -> BackupInfo {
         slices: Vec::new(),
         manifest_sha256: String::new(),
         manifest_bytes: 0,
+        backup_label_sha256: None,
+        tablespace_map_sha256: None,
         raw_bytes: 0,
         stored_bytes: 0,
     }

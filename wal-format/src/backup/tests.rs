@@ -45,6 +45,8 @@ fn info() -> BackupInfo {
         ],
         manifest_sha256: "cd".repeat(32),
         manifest_bytes: 100,
+        backup_label_sha256: Some("ef".repeat(32)),
+        tablespace_map_sha256: Some("01".repeat(32)),
         raw_bytes: 30,
         stored_bytes: 9,
     }
@@ -75,10 +77,47 @@ fn a_newer_version_is_named_whatever_its_shape() {
     ));
 }
 
+fn continued(info: &mut BackupInfo) -> &mut ContinuedFile {
+    info.slices[2].continues.as_mut().expect("it continues")
+}
+
+/// A `backup.json` of version 1 has neither the two sums nor, in the earliest builds, its own.
+#[test]
+fn version_1_is_read_and_version_2_needs_its_sums() {
+    let mut old = info();
+    old.format_version = 1;
+    old.backup_label_sha256 = None;
+    old.tablespace_map_sha256 = None;
+    let plain = serde_json::to_vec_pretty(&old).expect("JSON");
+    assert_eq!(BackupInfo::parse(&plain).expect("it parses"), old);
+    let summed = old.to_json().expect("it is sound");
+    assert_eq!(BackupInfo::parse(&summed).expect("it parses"), old);
+    let unsummed = serde_json::to_vec_pretty(&info()).expect("JSON");
+    let error = BackupInfo::parse(&unsummed).expect_err("it has no sum");
+    assert!(error.to_string().contains("end in its sum"), "{error}");
+}
+
+#[test]
+fn a_copy_under_another_name_is_refused() {
+    let json = info().to_json().expect("it is sound");
+    BackupInfo::parse_of(&info().key(), &json).expect("it is its own");
+    let mut other = info();
+    other.id = "20261121T101500Z-0000".parse().expect("a name");
+    let mut stranger = info();
+    stranger.system_identifier = SystemIdentifier(7);
+    for key in [other.key(), stranger.key()] {
+        let error = BackupInfo::parse_of(&key, &json).expect_err("it is another's");
+        assert!(
+            matches!(error, BackupInfoError::Elsewhere { .. }),
+            "{error}"
+        );
+    }
+}
+
 #[test]
 fn contradictions_are_refused_on_both_sides() {
     type Spoil = fn(&mut BackupInfo);
-    let spoils: [(&str, Spoil); 11] = [
+    let spoils: [(&str, Spoil); 18] = [
         ("order", |info| info.stop_lsn = Lsn(1)),
         ("digits", |info| info.manifest_sha256 = "CD".repeat(32)),
         ("digits", |info| info.slices[1].sha256.truncate(63)),
@@ -92,12 +131,29 @@ fn contradictions_are_refused_on_both_sides() {
         }),
         ("not together", |info| info.slices.swap(0, 1)),
         ("numbered", |info| info.slices[2].number = 3),
-        ("can not", |info| {
-            info.slices[2]
-                .continues
-                .as_mut()
-                .expect("it continues")
-                .offset = 513;
+        ("cannot", |info| continued(info).offset = 513),
+        ("outside of its archive", |info| {
+            continued(info).path = "/etc/cron.d/x".to_owned();
+        }),
+        ("outside of its archive", |info| {
+            continued(info).path = "base/../../x".to_owned();
+        }),
+        ("more bytes than", |info| {
+            info.slices[1].raw_bytes += 42 << 30;
+            info.raw_bytes += 42 << 30;
+        }),
+        ("more bytes than", |info| {
+            info.slices[1].stored_bytes += 42 << 30;
+            info.stored_bytes += 42 << 30;
+        }),
+        ("location", |info| {
+            info.tablespaces[0].location = "/srv/../etc".to_owned();
+        }),
+        ("location", |info| {
+            info.tablespaces[0].location = "pg_tblspc/1".to_owned();
+        }),
+        ("backup_label is missing", |info| {
+            info.backup_label_sha256 = None;
         }),
         ("no slice", |info| {
             let gone = info.slices.remove(0);

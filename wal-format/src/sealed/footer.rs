@@ -7,8 +7,8 @@ use std::ops::Range;
 use bytes::BufMut;
 
 use super::{
-    FORMAT_VERSION, MAGIC, SKIPPABLE_HEADER_BYTES, SKIPPABLE_MAGIC, SealedError, SealedHeader,
-    SealedPart, check_crc, field,
+    FORMAT_VERSION, FORMAT_VERSION_WITH_TABLESPACES, MAGIC, SKIPPABLE_HEADER_BYTES,
+    SKIPPABLE_MAGIC, SealedError, SealedHeader, SealedPart, check_crc, check_version, field,
     frame::FrameEntry,
     header::{HEADER_BYTES, skippable_len},
 };
@@ -45,6 +45,11 @@ const SUMMARY_LEVEL: i32 = 9;
 /// A summary is at most this much longer than the WAL that it describes. Bounds the memory that a
 /// reader must allocate.
 const SUMMARY_SLACK_BYTES: u64 = 1 << 20;
+/// The longest footer and the longest stored summary of any writer: a segment of 1 GiB has 1024
+/// frames in the first, and the second is no longer than the WAL. A reader fetches no more of an
+/// object's end.
+const FOOTER_BYTES_MAX: usize = 16 << 20;
+const SUMMARY_STORED_BYTES_MAX: usize = (1 << 30) + (2 << 20);
 
 /// The value of `proven` when there is none.
 const NOT_PROVEN: i64 = i64::MIN;
@@ -53,6 +58,7 @@ const NOT_PROVEN: i64 = i64::MIN;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SealedFooter {
     header: SealedHeader,
+    format_version: u16,
     frame_bytes: usize,
     proven: Option<PgTimestamp>,
     entries: Vec<FrameEntry>,
@@ -132,7 +138,7 @@ impl SealedFooter {
 
         check_skippable(part, footer, FOOTER_MAGIC)?;
         let header = footer.get(HEADER_AT..).ok_or_else(truncated)?;
-        let (header, frame_bytes) = SealedHeader::parse(header)?;
+        let (header, frame_bytes, format_version) = SealedHeader::parse(header)?;
         let proven = i64::from_le_bytes(field(footer, PROVEN_AT).ok_or_else(truncated)?);
         let count = u32::from_le_bytes(field(footer, PROVEN_AT + 8).ok_or_else(truncated)?);
         if u64::from(count) != header.raw_bytes().div_ceil(frame_bytes as u64) {
@@ -165,6 +171,7 @@ impl SealedFooter {
         }
         Ok(Self {
             header,
+            format_version,
             frame_bytes,
             proven: (proven != NOT_PROVEN).then_some(PgTimestamp(proven)),
             entries,
@@ -177,6 +184,19 @@ impl SealedFooter {
     #[must_use]
     pub fn header(&self) -> &SealedHeader {
         &self.header
+    }
+
+    /// The format version of the object.
+    #[must_use]
+    pub fn format_version(&self) -> u16 {
+        self.format_version
+    }
+
+    /// Returns true if the summary records every tablespace that the range creates or drops. An
+    /// object of an earlier version says nothing about them.
+    #[must_use]
+    pub fn records_tablespaces(&self) -> bool {
+        self.format_version >= FORMAT_VERSION_WITH_TABLESPACES
     }
 
     /// The time at which the source was last seen to have no WAL beyond this range, if that was
@@ -265,19 +285,19 @@ impl Trailer {
         if magic != MAGIC {
             return Err(SealedError::NotSealed { part });
         }
-        if format != FORMAT_VERSION {
-            return Err(SealedError::UnsupportedFormat { found: format });
-        }
+        check_version(format)?;
         let footer_bytes = usize::try_from(footer).unwrap_or(usize::MAX);
+        let summary_bytes = usize::try_from(summary).unwrap_or(usize::MAX);
+        let malformed = |problem| Err(SealedError::Malformed { part, problem });
         if footer_bytes < FIXED_BYTES + TRAILER_BYTES {
-            return Err(SealedError::Malformed {
-                part,
-                problem: "its length is too small",
-            });
+            return malformed("its length is too small");
+        }
+        if footer_bytes > FOOTER_BYTES_MAX || summary_bytes > SUMMARY_STORED_BYTES_MAX {
+            return malformed("its length or the summary's is more than any writer makes");
         }
         Ok(Self {
             footer_bytes,
-            summary_bytes: usize::try_from(summary).unwrap_or(usize::MAX),
+            summary_bytes,
         })
     }
 }
@@ -335,6 +355,11 @@ fn parse_summary(header: &SealedHeader, frame: &[u8]) -> Result<SegmentSummary, 
     let decoded = match encoding {
         SUMMARY_PLAIN if body.len() == expected => body,
         SUMMARY_ZSTD => {
+            // The frame names its own length too: compared before memory is taken.
+            let announced = zstd::zstd_safe::get_frame_content_size(body);
+            if announced.ok().flatten() != Some(u64::from(decoded_bytes)) {
+                return Err(SealedError::Decompress { part, expected });
+            }
             let mut buffer = vec![0; expected];
             match zstd::bulk::decompress_to_buffer(body, &mut buffer) {
                 Ok(written) if written == expected => {}

@@ -8,14 +8,14 @@ use bytes::BufMut;
 
 use super::{
     FORMAT_VERSION, FRAME_BYTES_MAX, MAGIC, SKIPPABLE_HEADER_BYTES, SKIPPABLE_MAGIC, SealedError,
-    SealedPart, check_crc, field,
+    SealedPart, check_crc, check_version, field,
 };
 use crate::{
     Branch, Lsn, ObjectKey, PgVersion, SegmentName, SegmentNo, SegmentSize, SystemIdentifier,
     TimelineId,
 };
 
-/// zstd, the only codec of format version 1.
+/// zstd, the only codec.
 const CODEC_ZSTD: u8 = 1;
 
 /// The length of the whole header, including the skippable frame.
@@ -134,8 +134,9 @@ impl SealedHeader {
         out
     }
 
-    /// Parses the header at the start of `bytes`. Returns the header and the raw bytes per frame.
-    pub(super) fn parse(bytes: &[u8]) -> Result<(Self, usize), SealedError> {
+    /// Parses the header at the start of `bytes`. Returns the header, the raw bytes per frame and
+    /// the format version.
+    pub(super) fn parse(bytes: &[u8]) -> Result<(Self, usize, u16), SealedError> {
         let part = SealedPart::Header;
         let truncated = || SealedError::Truncated {
             part,
@@ -146,10 +147,7 @@ impl SealedHeader {
         if magic != Some(SKIPPABLE_MAGIC) || field(bytes, SKIPPABLE_HEADER_BYTES) != Some(MAGIC) {
             return Err(SealedError::NotSealed { part });
         }
-        let format = u16::from_le_bytes(field(bytes, 16).ok_or_else(truncated)?);
-        if format != FORMAT_VERSION {
-            return Err(SealedError::UnsupportedFormat { found: format });
-        }
+        let format = check_version(u16::from_le_bytes(field(bytes, 16).ok_or_else(truncated)?))?;
         let covered = bytes.get(..CRC_AT).ok_or_else(truncated)?;
         let stored = u32::from_le_bytes(field(bytes, CRC_AT).ok_or_else(truncated)?);
         check_crc(part, stored, covered)?;
@@ -171,7 +169,7 @@ impl SealedHeader {
                 .ok_or_else(truncated)
         };
         if u32_at(4)? != skippable_len(HEADER_BYTES) {
-            return Err(malformed("its length is not that of version 1"));
+            return Err(malformed("its length is not a header's"));
         }
         let [codec, reserved] = field(bytes, 18).ok_or_else(truncated)?;
         if codec != CODEC_ZSTD {
@@ -199,7 +197,7 @@ impl SealedHeader {
         if frame_bytes == 0 || frame_bytes > FRAME_BYTES_MAX {
             return Err(malformed("the frame size is not between 1 byte and 16 MiB"));
         }
-        Ok((header, frame_bytes))
+        Ok((header, frame_bytes, format))
     }
 }
 

@@ -21,7 +21,7 @@ impl<'a> SealedReader<'a> {
     /// [`SealedError`] when header, summary or footer are damaged, contradict each other, or are of a format version
     /// that this build does not know.
     pub fn open(object: &'a [u8]) -> Result<Self, SealedError> {
-        let (header, frame_bytes) = SealedHeader::parse(object)?;
+        let (header, frame_bytes, format) = SealedHeader::parse(object)?;
         let footer = match SealedFooter::from_tail(object.len() as u64, object)? {
             FooterFromTail::Complete(footer) => *footer,
             FooterFromTail::NeedMore { bytes } => {
@@ -32,7 +32,10 @@ impl<'a> SealedReader<'a> {
                 });
             }
         };
-        if *footer.header() != header || footer.frame_bytes() != frame_bytes {
+        if *footer.header() != header
+            || footer.frame_bytes() != frame_bytes
+            || footer.format_version() != format
+        {
             return Err(SealedError::Malformed {
                 part: SealedPart::Footer,
                 problem: "it repeats another header than the object begins with",

@@ -313,13 +313,72 @@ fn foreign_and_newer_objects_are_named_as_such() {
         assert!(matches!(read(foreign), Err(SealedError::NotSealed { .. })));
     }
     let mut newer = seal_at_once(header(0x100_0000, 0x100_0010), &[7; 16]);
-    newer[16] = 2;
+    newer[16] = 3;
     let error = read(&newer).expect_err("a newer format");
-    assert!(error.to_string().contains("format version 2"), "{error}");
+    assert!(error.to_string().contains("format version 3"), "{error}");
     let last = newer.len();
     newer[last - 16] = 9;
     let error = SealedFooter::from_tail(last as u64, &newer).expect_err("a newer format");
     assert!(error.to_string().contains("format version 9"), "{error}");
+}
+
+/// Writes `version` where the format's version is, with correct checksums.
+fn set_version(object: &mut [u8], version: u16) {
+    let length = object.len();
+    let footer_bytes: [u8; 4] = object[length - 24..length - 20]
+        .try_into()
+        .expect("4 bytes");
+    let footer = length - u32::from_le_bytes(footer_bytes) as usize;
+    for header in [0, footer + 16] {
+        object[header + 16..header + 18].copy_from_slice(&version.to_le_bytes());
+        let sum = crc32fast::hash(&object[header..header + 64]);
+        object[header + 64..header + 68].copy_from_slice(&sum.to_le_bytes());
+    }
+    object[length - 16..length - 14].copy_from_slice(&version.to_le_bytes());
+    let sum = crc32fast::hash(&object[footer..length - 12]);
+    object[length - 12..length - 8].copy_from_slice(&sum.to_le_bytes());
+}
+
+#[test]
+fn version_1_is_read_and_says_nothing_of_tablespaces() {
+    let wal = wal_like(100_000);
+    let object = seal_at_once(header(0x100_0000, 0x100_0000 + 100_000), &wal);
+    let reader = SealedReader::open(&object).expect("it opens");
+    assert!(reader.footer().records_tablespaces());
+    let mut old = object.clone();
+    set_version(&mut old, 1);
+    let reader = SealedReader::open(&old).expect("it opens");
+    assert!(!reader.footer().records_tablespaces());
+    assert_eq!(*reader.summary(), summary());
+    assert!(read(&old).expect("it reads") == wal);
+    set_version(&mut old, 0);
+    assert!(matches!(
+        read(&old),
+        Err(SealedError::UnsupportedFormat { found: 0 })
+    ));
+    // The header of one version and the footer of another are not of one object.
+    let mut mixed = object;
+    mixed[16..18].copy_from_slice(&1_u16.to_le_bytes());
+    let sum = crc32fast::hash(&mixed[..64]);
+    mixed[64..68].copy_from_slice(&sum.to_le_bytes());
+    assert!(matches!(read(&mixed), Err(SealedError::Malformed { .. })));
+}
+
+#[test]
+fn lengths_that_no_writer_makes_are_refused_before_they_are_read() {
+    let mut object = seal_at_once(header(0x100_0000, 0x100_0010), &[7; 16]);
+    let length = object.len();
+    let huge = 42_u64 << 30;
+    for at in [length - 24, length - 20] {
+        let before = object.clone();
+        object[at..at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        let found = SealedFooter::from_tail(huge, &object[length - 24..]);
+        assert!(
+            matches!(found, Err(SealedError::Malformed { .. })),
+            "{found:?}"
+        );
+        object = before;
+    }
 }
 
 #[test]

@@ -57,6 +57,8 @@ mod tag {
     pub(super) const RESTORE_POINT: u8 = 8;
     pub(super) const SWITCH: u8 = 9;
     pub(super) const WAL_LEVEL: u8 = 10;
+    pub(super) const TABLESPACE_CREATE: u8 = 11;
+    pub(super) const TABLESPACE_DROP: u8 = 12;
 }
 
 /// Records start at multiples of 8, so that their distances are stored in units of 8.
@@ -286,6 +288,15 @@ fn put_event(out: &mut Vec<u8>, lsn: Lsn, event: &WalEvent) {
             put_text(out, name);
         }
         WalEvent::Switch => out.push(tag::SWITCH),
+        WalEvent::TablespaceCreate { oid, location } => {
+            out.push(tag::TABLESPACE_CREATE);
+            put_varint(out, u64::from(*oid));
+            put_text(out, location);
+        }
+        WalEvent::TablespaceDrop { oid } => {
+            out.push(tag::TABLESPACE_DROP);
+            put_varint(out, u64::from(*oid));
+        }
         WalEvent::WalLevel { level } => {
             out.push(tag::WAL_LEVEL);
             put_varint(out, zigzag(i64::from(*level)));
@@ -458,6 +469,13 @@ impl<'a> Input<'a> {
                 name: self.text()?,
             },
             tag::SWITCH => WalEvent::Switch,
+            tag::TABLESPACE_CREATE => WalEvent::TablespaceCreate {
+                oid: self.varint_u32()?,
+                location: self.text()?,
+            },
+            tag::TABLESPACE_DROP => WalEvent::TablespaceDrop {
+                oid: self.varint_u32()?,
+            },
             tag::WAL_LEVEL => WalEvent::WalLevel {
                 level: i32::try_from(unzigzag(self.varint()?))
                     .map_err(|_| DecodeSummaryError::Range)?,

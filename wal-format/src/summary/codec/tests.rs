@@ -70,6 +70,9 @@ fn event() -> impl Strategy<Value = WalEvent> {
         }),
         (time(), any::<String>()).prop_map(|(time, name)| WalEvent::RestorePoint { time, name }),
         Just(WalEvent::Switch),
+        (any::<u32>(), any::<String>())
+            .prop_map(|(oid, location)| WalEvent::TablespaceCreate { oid, location }),
+        any::<u32>().prop_map(|oid| WalEvent::TablespaceDrop { oid }),
         any::<i32>().prop_map(|level| WalEvent::WalLevel { level }),
     ]
 }

@@ -1,0 +1,82 @@
+//! What is checked of a backup before the first byte is written: that each part is this backup's own and not another's.
+//!
+//! The SHA-256 of a slice is compared when it is fetched for the extraction; here the cheaper signs are.
+
+use std::collections::BTreeMap;
+
+use repository::Repository;
+use wal_format::{BackupInfo, ControlFile, ObjectKey, SlicePart};
+
+use super::{CONTROL, extract};
+use crate::{Error, Result};
+
+/// Compares the objects of a backup, by their listing, with its description: each is there and as long as recorded.
+///
+/// # Errors
+/// [`Error::Damaged`] names the first that is not.
+pub(crate) fn check_parts(repository: &Repository, backup: &BackupInfo) -> Result<()> {
+    let prefix = format!("{}/backup/{}/", backup.system_identifier, backup.id);
+    let listed: BTreeMap<ObjectKey, u64> = repository.list(&prefix)?.into_iter().collect();
+    let slices = backup
+        .slices
+        .iter()
+        .map(|slice| (backup.slice_key(slice), slice.stored_bytes));
+    for (key, expected) in slices.chain([(backup.manifest_key(), backup.manifest_bytes)]) {
+        let problem = match listed.get(&key) {
+            Some(found) if *found == expected => continue,
+            Some(found) => format!("it has {found} bytes, {expected} were recorded"),
+            None => format!("it is not in {}", repository.url()),
+        };
+        return Err(Error::Damaged {
+            object: key.to_string(),
+            problem,
+        });
+    }
+    Ok(())
+}
+
+/// Compares `backup_label` and `tablespace_map` with the description. PostgreSQL puts them first, so that one slice is read.
+pub(super) fn check_label(repository: &Repository, backup: &BackupInfo) -> Result<()> {
+    let mut label: Option<Vec<u8>> = None;
+    let mut map: Option<Vec<u8>> = None;
+    for slice in backup.label_slices() {
+        let raw = extract::fetch(repository, backup, slice)?;
+        let mut ended = false;
+        extract::for_each_part(backup, slice, &raw, &mut |part| {
+            if let SlicePart::File { path, content, .. } = part {
+                match path.as_str() {
+                    "backup_label" => label.get_or_insert_default().extend_from_slice(content),
+                    "tablespace_map" => map.get_or_insert_default().extend_from_slice(content),
+                    _ => ended = true,
+                }
+            }
+            Ok(())
+        })?;
+        if ended {
+            let label = label.unwrap_or_default();
+            return backup
+                .check_label(&label, map.as_deref())
+                .map_err(|problem| extract::damaged(backup, slice, problem));
+        }
+    }
+    Err(Error::Damaged {
+        object: format!("backup {}", backup.id),
+        problem: "it holds no backup_label".to_owned(),
+    })
+}
+
+/// Refuses the `pg_control` of another cluster.
+pub(super) fn check_control(backup: &BackupInfo, control: &[u8]) -> Result<()> {
+    let problem = match ControlFile::parse(control) {
+        Ok(control) if control.system_identifier == backup.system_identifier => return Ok(()),
+        Ok(control) => format!(
+            "it is of system {}, the backup of system {}",
+            control.system_identifier, backup.system_identifier
+        ),
+        Err(error) => error.to_string(),
+    };
+    Err(Error::Damaged {
+        object: format!("{CONTROL} of backup {}", backup.id),
+        problem,
+    })
+}

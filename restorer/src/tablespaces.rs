@@ -1,0 +1,335 @@
+//! Tablespaces that the replay creates.
+//!
+//! `CREATE TABLESPACE` writes its directory into the WAL, and the replay links to that directory (`tblspc_redo` in
+//! `tablespace.c`): on the parent's host the copy would then write into the files of the running parent. Invariant: when a
+//! plan was settled here, every tablespace of the replay goes to a directory that was empty, or that is the target's own.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use repository::WalRange;
+use serde::{Deserialize, Serialize};
+use wal_format::{
+    BackupInfo, Branch, Lsn, SegmentSummary, WalChange, WalEvent, WalIndexer,
+    rewrite::{NewCreation, RewriteError, change_creation},
+};
+
+use crate::{
+    Error, PlanError, RestorePlan, Result, Stop,
+    execute::{Owned, is_empty, place_tablespaces},
+    inventory::{Archive, Inventory},
+    plan::{Coverage, cover},
+};
+
+/// The WAL that is read to have a whole record of a creation: it is shorter than a page, and may go on in the next ones.
+const RECORD_BYTES: u64 = 3 * 8192;
+
+/// A tablespace that the replay creates.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplayedTablespace {
+    /// Its OID.
+    pub oid: u32,
+    /// The directory that the WAL names; empty for one in place, which is inside of the data directory.
+    pub location: String,
+    /// The start of the record that creates it.
+    pub lsn: Lsn,
+    /// The start of the record that drops it, where that is replayed too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropped: Option<Lsn>,
+    /// The directory that it gets; `None` for one in place.
+    pub directory: Option<PathBuf>,
+    /// Set when the restore makes its link beforehand, because the new directory's name is too long for the record.
+    #[serde(default)]
+    pub passed_over: bool,
+}
+
+/// The operator's wishes that concern the directories of a restore.
+#[derive(Clone, Copy, Debug)]
+pub struct Directories<'a> {
+    /// The data directory; `None` while nothing but the plan is wanted.
+    pub target: Option<&'a Path>,
+    /// Old directory of a tablespace to new one.
+    pub mapping: &'a BTreeMap<PathBuf, PathBuf>,
+    /// Keep what an existing data directory has and the backup has too.
+    pub delta: bool,
+    /// Follow the archive for good: everything that is archived is replayed, whatever the stop.
+    pub standby: bool,
+}
+
+/// Finds the tablespaces that the replay of `plan` creates, and gives each its directory.
+///
+/// # Errors
+/// [`Error::Plan`] when one would go to a directory that is in use, [`Error::Usage`] for a mapping that cannot be done.
+pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_>) -> Result<()> {
+    let backups = archive.catalog.backups()?;
+    let Some(backup) = backups.iter().find(|backup| backup.id == plan.backup) else {
+        return Ok(());
+    };
+    let coverage = cover(archive, &plan.path, plan.start_lsn)?;
+    let stop = if wishes.standby {
+        None
+    } else {
+        Some(plan.stop)
+    };
+    let found = replayed(archive, backup, &coverage, stop)?;
+    let owned = match wishes.target {
+        Some(target) => Owned::of(target, wishes.delta)?,
+        None => Owned::default(),
+    };
+    // Where the backup's own tablespaces go: the replay may create one of them again.
+    let placed = |tablespace: &ReplayedTablespace| {
+        let one = backup
+            .tablespaces
+            .iter()
+            .find(|one| one.oid == tablespace.oid)?;
+        let old = PathBuf::from(&one.location);
+        Some(wishes.mapping.get(&old).cloned().unwrap_or(old))
+    };
+    for mut tablespace in found {
+        if tablespace.location.is_empty() {
+            plan.tablespaces.push(tablespace);
+            continue;
+        }
+        let old = PathBuf::from(&tablespace.location);
+        let directory = match placed(&tablespace) {
+            Some(placed) => placed,
+            None => {
+                let new = wishes
+                    .mapping
+                    .get(&old)
+                    .cloned()
+                    .unwrap_or_else(|| old.clone());
+                if new.is_relative() {
+                    return Err(Error::usage(format!(
+                        "--tablespace-mapping: {} is not absolute",
+                        new.display()
+                    )));
+                }
+                if !owned.has(tablespace.oid, &new) && !is_empty(&new).unwrap_or(false) {
+                    return Err(occupied(&tablespace, new));
+                }
+                new
+            }
+        };
+        if directory != old {
+            if wishes.standby {
+                return Err(PlanError::TablespaceOfStandby {
+                    oid: tablespace.oid,
+                    location: tablespace.location,
+                    lsn: tablespace.lsn,
+                }
+                .into());
+            }
+            change(archive, plan, &coverage, &mut tablespace, &directory)?;
+        }
+        tablespace.directory = Some(directory);
+        plan.tablespaces.push(tablespace);
+    }
+    // A directory that two of them want, or that is in the target: known before the copy.
+    if let Some(target) = wishes.target {
+        place_tablespaces(backup, &plan.tablespaces, wishes.mapping, target)?;
+    }
+    Ok(())
+}
+
+/// Refuses WAL for a server that has no plan, a standby for example, when its replay would link to a directory that is in use
+/// and is not the server's own. `data` is the server's data directory.
+///
+/// # Errors
+/// [`Error::Usage`] names the tablespace and its directory.
+pub(crate) fn refuse_foreign(summary: &SegmentSummary, data: &Path) -> Result<()> {
+    for (lsn, event) in &summary.events {
+        let WalEvent::TablespaceCreate { oid, location } = event else {
+            continue;
+        };
+        let directory = Path::new(location);
+        let link = fs::read_link(data.join(format!("pg_tblspc/{oid}")));
+        let own = link.is_ok_and(|link| link == directory);
+        if !location.is_empty() && !own && !is_empty(directory).unwrap_or(false) {
+            return Err(Error::usage(format!(
+                "the WAL creates tablespace {oid} at {lsn} in {location}, which exists here, is not empty and is not this \
+                 server's: its replay would write into the files of another server; empty the directory if no server uses it, \
+                 or take a new base backup"
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf) -> Error {
+    PlanError::TablespaceInUse {
+        oid: tablespace.oid,
+        lsn: tablespace.lsn,
+        location: tablespace.location.clone(),
+        directory,
+    }
+    .into()
+}
+
+/// The tablespaces that are created up to the stop, in the order of the WAL; without a stop up to the end of the archive.
+fn replayed(
+    archive: &Archive,
+    backup: &BackupInfo,
+    coverage: &Coverage,
+    stop: Option<Stop>,
+) -> Result<Vec<ReplayedTablespace>> {
+    let is_replayed = |lsn: Lsn| match stop {
+        Some(Stop::Before { lsn: stop }) => lsn < stop,
+        Some(Stop::After { lsn: stop }) => lsn <= stop,
+        Some(Stop::Consistent) => lsn < backup.stop_lsn,
+        None => true,
+    };
+    let mut events: BTreeMap<Lsn, WalEvent> = BTreeMap::new();
+    for (index, range) in coverage.ranges.iter().enumerate() {
+        // A record that ends in the range may begin before the stop although the range begins after it.
+        let begins_after = range
+            .first_record_lsn
+            .is_some_and(|first| !is_replayed(first));
+        if begins_after || range.tablespace_count == Some(0) {
+            continue;
+        }
+        let summary = match range.tablespace_count {
+            Some(_) => archive.summary(range)?,
+            None => decode(archive, &coverage.ranges, index)?,
+        };
+        let on_path = |lsn: Lsn| coverage.holds(range.branch, lsn) && is_replayed(lsn);
+        let found = summary.events.into_iter().filter(|(lsn, event)| {
+            let of_tablespace = matches!(
+                event,
+                WalEvent::TablespaceCreate { .. } | WalEvent::TablespaceDrop { .. }
+            );
+            of_tablespace && on_path(*lsn)
+        });
+        events.extend(found);
+    }
+    let mut tablespaces: Vec<ReplayedTablespace> = Vec::new();
+    for (lsn, event) in events {
+        match event {
+            WalEvent::TablespaceCreate { oid, location } => tablespaces.push(ReplayedTablespace {
+                oid,
+                location,
+                lsn,
+                dropped: None,
+                directory: None,
+                passed_over: false,
+            }),
+            WalEvent::TablespaceDrop { oid } => {
+                let mut created = tablespaces.iter_mut().rev();
+                if let Some(created) = created.find(|created| created.oid == oid) {
+                    created.dropped = Some(lsn);
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(tablespaces)
+}
+
+/// What the records say that end in a range whose object was written by a version that did not record tablespaces.
+fn decode(archive: &Archive, ranges: &[WalRange], index: usize) -> Result<SegmentSummary> {
+    let Some(range) = ranges.get(index) else {
+        return Ok(SegmentSummary::default());
+    };
+    let size = archive.identity().wal_segment_size;
+    // A segment's first page says where its records begin. A record that goes on from the range before is read from there.
+    let first_segment = size.segment_of(range.start_lsn);
+    let before = ranges.get(..index).unwrap_or_default().iter();
+    let same_branch = |one: &&WalRange| one.branch == range.branch;
+    let mut first = index;
+    for (at, one) in before.enumerate().rev().filter(|(_, one)| same_branch(one)) {
+        first = at;
+        if one.segment < first_segment {
+            break;
+        }
+    }
+    let mut indexer: Option<WalIndexer> = None;
+    let mut summary = SegmentSummary::default();
+    let chosen = ranges.get(first..=index).unwrap_or_default();
+    for one in chosen.iter().filter(same_branch) {
+        let failed = |error: wal_format::DecodeError| Error::Wal {
+            lsn: one.start_lsn,
+            problem: error.to_string(),
+        };
+        let wal = archive.wal(one)?;
+        let identity = archive.wal_identity();
+        let indexer = indexer.get_or_insert_with(|| WalIndexer::new(identity, one.start_lsn, None));
+        // Neighbouring tails may overlap.
+        let known = indexer.position().bytes_since(one.start_lsn);
+        let known = usize::try_from(known).unwrap_or(usize::MAX);
+        indexer
+            .push(wal.get(known..).unwrap_or_default())
+            .map_err(failed)?;
+        summary = indexer.take_summary();
+    }
+    Ok(summary)
+}
+
+/// Puts into the plan what `wal-fetch` delivers instead of the record of a creation.
+fn change(
+    archive: &Archive,
+    plan: &mut RestorePlan,
+    coverage: &Coverage,
+    tablespace: &mut ReplayedTablespace,
+    directory: &Path,
+) -> Result<()> {
+    let lsn = tablespace.lsn;
+    let size = archive.identity().wal_segment_size;
+    let version = archive.identity().postgresql_major;
+    let wal = wal_from(archive, coverage, lsn)?;
+    let unreadable = |problem: String| Error::Wal { lsn, problem };
+    let Some(new) = directory.to_str() else {
+        return Err(Error::usage(format!(
+            "--tablespace-mapping: {} is not UTF-8",
+            directory.display()
+        )));
+    };
+    let changes = match change_creation(version, size, lsn, &wal, NewCreation::In(new)) {
+        Err(RewriteError::TooLong { room }) => {
+            // The segment of the stop goes on in the new timeline, where a later restore has to find the creation.
+            let stop = match plan.stop {
+                Stop::Before { lsn } | Stop::After { lsn } => lsn,
+                Stop::Consistent => plan.wal_end_lsn,
+            };
+            if size.segment_of(stop) <= size.segment_of(lsn.add(RECORD_BYTES)) {
+                return Err(Error::usage(format!(
+                    "--tablespace-mapping: tablespace {} is created at {lsn}, in the segment in which recovery stops; there its \
+                     new directory may have {room} bytes at the most, as the old one has: {new} is longer",
+                    tablespace.oid
+                )));
+            }
+            tablespace.passed_over = true;
+            change_creation(version, size, lsn, &wal, NewCreation::PassedOver)
+        }
+        changes => changes,
+    };
+    let changes: Vec<WalChange> = changes.map_err(|error| unreadable(error.to_string()))?;
+    plan.wal_changes.extend(changes);
+    Ok(())
+}
+
+/// The WAL from `lsn` on, long enough for the record that starts there.
+fn wal_from(archive: &Archive, coverage: &Coverage, lsn: Lsn) -> Result<Vec<u8>> {
+    let mut wal = Vec::new();
+    let mut at = lsn;
+    let end = lsn.add(RECORD_BYTES);
+    let on_path = |branch: Branch, at: Lsn| coverage.holds(branch, at);
+    while at < end {
+        let holding =
+            coverage.ranges.iter().rev().find(|range| {
+                range.start_lsn <= at && at < range.end_lsn && on_path(range.branch, at)
+            });
+        let Some(range) = holding else { break };
+        let part = archive.wal(range)?;
+        let skip = usize::try_from(at.bytes_since(range.start_lsn)).unwrap_or(usize::MAX);
+        let part = part.get(skip..).unwrap_or_default();
+        if part.is_empty() {
+            break;
+        }
+        wal.extend_from_slice(part);
+        at = at.add(part.len() as u64);
+    }
+    Ok(wal)
+}
