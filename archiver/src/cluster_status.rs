@@ -44,6 +44,7 @@ pub struct ClusterStatus {
     archive: Mutex<Weak<Archive>>,
     caught_up: Mutex<CaughtUp>,
     poll: Mutex<Option<AbortHandle>>,
+    refused_since: Mutex<Option<Instant>>,
     rpo: Mutex<Tiers>,
     /// WAL bytes received, overlap after a reconnect included.
     pub wal_received_bytes: AtomicU64,
@@ -149,6 +150,7 @@ impl ClusterStatus {
             archive: Mutex::default(),
             caught_up: Mutex::default(),
             poll: Mutex::default(),
+            refused_since: Mutex::default(),
             rpo: Mutex::default(),
             wal_received_bytes: AtomicU64::new(0),
             wal_stored_bytes: AtomicU64::new(0),
@@ -334,6 +336,25 @@ impl ClusterStatus {
         if let Some(before) = std::mem::replace(&mut *poll, task) {
             before.abort();
         }
+    }
+
+    /// Records if the server refuses new connections because it shuts down or is not up yet
+    /// (57P03).
+    pub(crate) fn refuses(&self, refuses: bool) {
+        let mut since = self
+            .refused_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *since = refuses.then(|| since.unwrap_or_else(Instant::now));
+    }
+
+    /// The moment since which the server has refused new connections because it shuts down; `None`
+    /// while it takes them.
+    pub(crate) fn refused_since(&self) -> Option<Instant> {
+        *self
+            .refused_since
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// How long the daemon has run.

@@ -29,6 +29,9 @@ use self::{
 pub enum Event {
     /// The stages have started, with no work in progress.
     Started(PaceSettings),
+    /// A branch is about to be taken up: the repository is asked what it holds, while segments
+    /// are still being stored.
+    TakingUp,
     /// A branch is taken up: its spool is open.
     TakenUp {
         /// The branch.
@@ -202,6 +205,7 @@ impl Core {
                 self.pace = Pace::new(settings);
                 self.sealing = Sealing::default();
             }
+            Event::TakingUp => self.positions.note_stored(),
             Event::TakenUp {
                 branch,
                 durable_lsn,

@@ -21,6 +21,7 @@ use wal_format::ClusterName;
 
 use crate::{
     cluster_status::ClusterStatus,
+    descriptors::Descriptors,
     error::{Error, Result},
     http::{HttpServer, Sources},
     instruments::Instruments,
@@ -66,6 +67,7 @@ pub struct Daemon {
     clusters: Clusters,
     tasks: JoinSet<(ClusterName, Result<()>)>,
     instruments: Instruments,
+    descriptors: Arc<Descriptors>,
     monitor: Arc<Monitor>,
     notify: Notify,
     line: String,
@@ -87,6 +89,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         watch(SignalKind::hangup())?,
     );
     validate(&settings)?;
+    Descriptors::raise_limit(settings.clusters.len());
     let server = HttpServer::bind(http.unwrap_or(settings.http), &settings.http_access).await?;
     tracing::info!(address = %server.address(), "serving HTTP");
     let mut daemon = Daemon {
@@ -95,6 +98,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         clusters: Clusters::default(),
         tasks: JoinSet::new(),
         instruments: Instruments::default(),
+        descriptors: Arc::default(),
         monitor: Monitor::new(settings.notify),
         notify: Notify::from_environment(),
         line: String::new(),
@@ -165,7 +169,8 @@ impl Daemon {
             self.instruments.clone(),
         ));
         self.monitor.watch(settings.clone(), Arc::clone(&status));
-        let (stop, shutdown) = Shutdown::new();
+        let (stop, mut shutdown) = Shutdown::new();
+        let descriptors = Arc::clone(&self.descriptors);
         let kept = Kept {
             settings: settings.clone(),
             status: Arc::clone(&status),
@@ -176,7 +181,12 @@ impl Daemon {
         lock(&self.clusters).insert(name.clone(), kept);
         self.tasks.spawn(async move {
             // A task of its own, so that a panic is the end of this cluster only.
-            let task = tokio::spawn(Box::pin(supervisor::run(settings, status, shutdown)));
+            let task = tokio::spawn(Box::pin(async move {
+                let Some(_place) = descriptors.admit(&status, &mut shutdown).await else {
+                    return Ok(());
+                };
+                supervisor::run(settings, status, shutdown).await
+            }));
             let outcome = task.await.unwrap_or_else(|error| {
                 Err(Error::ThreadStopped {
                     name: "cluster",

@@ -228,6 +228,28 @@ impl Error {
         }
     }
 
+    /// The system did not start a thread of this name.
+    pub(crate) fn no_thread(name: &'static str) -> impl FnOnce(io::Error) -> Self {
+        Self::io("start the thread", name)
+    }
+
+    /// Returns true if the system had no file descriptor or no thread to give. It says nothing
+    /// about the archive and passes when something else ends, so it is always retried.
+    #[must_use]
+    pub fn is_out_of_resources(&self) -> bool {
+        match self {
+            Self::Io { source, .. } => {
+                // A thread that the system does not start is EAGAIN (`pthread_create(3)`); no file
+                // of ours is non-blocking.
+                repository::is_out_of_descriptors(source)
+                    || source.kind() == io::ErrorKind::WouldBlock
+            }
+            Self::Replication(error) => error.is_out_of_descriptors(),
+            Self::Repository(error) => error.is_out_of_descriptors(),
+            _ => false,
+        }
+    }
+
     /// The contract's exit code.
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {

@@ -10,6 +10,7 @@ pub mod cli;
 pub mod cluster_status;
 pub mod core;
 pub mod daemon;
+mod descriptors;
 pub mod error;
 pub mod expire;
 pub mod flushed_lsn;

@@ -22,6 +22,7 @@ pub mod receive;
 mod restorable;
 pub mod room;
 pub mod seal;
+pub(crate) mod server_shutdown;
 pub mod session;
 mod stage;
 pub mod start;

@@ -41,6 +41,8 @@ const WORKERS: usize = 2;
 const REMEMBERED_MAX: usize = 64;
 /// PostgreSQL has one archiver; more than a few at once are somebody's script.
 const CONNECTIONS_MAX: usize = 32;
+/// Pause after a failed accept: without a file descriptor it would fail again at once.
+const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 /// A client says what it wants at once.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -153,14 +155,25 @@ pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<P
         spawn(move || desk.work())?;
     }
     spawn(move || {
-        for socket in listener.incoming().flatten() {
+        for accepted in listener.incoming() {
             if desk.stopping.load(Ordering::Acquire) {
                 return;
             }
-            let desk = Arc::clone(&desk);
-            // Without a thread the client hears nothing and pushes alone.
-            if desk.admit() && spawn(move || desk.serve(socket)).is_err() {
-                return;
+            let socket = match accepted {
+                Ok(socket) => socket,
+                Err(error) => {
+                    tracing::warn!(cluster = %desk.settings.name, %error, "accept a push");
+                    thread::sleep(ACCEPT_RETRY);
+                    continue;
+                }
+            };
+            let serving = Arc::clone(&desk);
+            if desk.admit()
+                && let Err(error) = spawn(move || serving.serve(socket))
+            {
+                // The client gets no answer and pushes alone.
+                *lock(&desk.connections) -= 1;
+                tracing::warn!(cluster = %desk.settings.name, %error, "a push is not served");
             }
         }
     })?;
@@ -169,10 +182,7 @@ pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<P
 
 fn spawn(work: impl FnOnce() + Send + 'static) -> Result<()> {
     let thread = thread::Builder::new().name("push".to_owned()).spawn(work);
-    thread.map(drop).map_err(|error| Error::ThreadStopped {
-        name: "push",
-        reason: error.to_string(),
-    })
+    thread.map(drop).map_err(Error::no_thread("push"))
 }
 
 impl Desk {

@@ -15,6 +15,7 @@ use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings}
 use crate::{
     cluster_status::{CaughtUp, ClusterStatus},
     core::Event,
+    descriptors,
     error::{Error, Result, may_pass},
     expire, locks,
     pipeline::{
@@ -24,11 +25,12 @@ use crate::{
         receive::StreamEnd,
         session::{Purpose, Source},
     },
-    push,
+    push::{self, PushServer},
     replication::ConnInfo,
     shutdown::Shutdown,
     spool::Spool,
-    standby_slots, walsender,
+    standby_slots,
+    walsender::{self, Walsender},
 };
 
 mod known;
@@ -77,14 +79,19 @@ pub async fn run(
     };
     let spool = Arc::new(spool);
     status.resume(CaughtUp::read(spool.directory()));
-    let _pushes = match push::start(&settings, Arc::clone(&status)) {
-        Err(error) if error.is_disk_full() => {
-            tracing::warn!(cluster = %settings.name, %error, "pushes are not served until the next start: each works alone");
-            None
+    let listening = loop {
+        match listen(&settings, &status).await {
+            Err(error) if error.is_out_of_resources() => {
+                note_shortage(&status, &error);
+                status.beat();
+                if !shutdown.sleep(jitter(RETRY_MAX)).await {
+                    return Ok(());
+                }
+            }
+            listening => break listening?,
         }
-        started => Some(started?),
     };
-    let _standbys = walsender::start(&settings, Arc::clone(&status)).await?;
+    let (_pushes, _standbys) = listening;
     let mut supervisor = Supervisor {
         settings,
         status,
@@ -138,6 +145,37 @@ pub async fn run(
     outcome.and(drained).and(stopped)
 }
 
+/// Listens for pushes and for standbys. Without room on the disk each push works alone.
+async fn listen(
+    settings: &ClusterSettings,
+    status: &Arc<ClusterStatus>,
+) -> Result<(Option<PushServer>, Option<Walsender>)> {
+    let pushes = match push::start(settings, Arc::clone(status)) {
+        Err(error) if error.is_disk_full() => {
+            tracing::warn!(
+                event = "pushes_unserved", cluster = %settings.name, %error,
+                "pushes are not served until the next start: each works alone"
+            );
+            None
+        }
+        started => Some(started?),
+    };
+    let standbys = walsender::start(settings, Arc::clone(status)).await?;
+    Ok((pushes, standbys))
+}
+
+/// Logs each new shortage of descriptors or threads once; the light shows it.
+fn note_shortage(status: &ClusterStatus, error: &Error) {
+    let message = format!(
+        "{error}; raise LimitNOFILE= of the service (the hard limit of `ulimit -n`) or TasksMax=. It is tried again, nothing \
+         is lost meanwhile"
+    );
+    if status.facts().stream_error.as_ref() != Some(&message) {
+        tracing::error!(event = "descriptors_short", cluster = %status.cluster(), "{message}");
+    }
+    status.note(|facts| facts.stream_error = Some(message));
+}
+
 struct Supervisor {
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
@@ -184,6 +222,7 @@ impl Supervisor {
                 Ok(StreamEnd::Reached) if self.without_catalog => "catalog_back",
                 Ok(StreamEnd::Reached) => "gap_closed",
                 Ok(StreamEnd::NoOverlap) => "no_overlap",
+                Ok(StreamEnd::ServerStops) => "server_stopped",
                 Ok(_) => {
                     tracing::info!(cluster = %self.settings.name, "the server ended the stream; reconnecting");
                     self.damaged = 0;
@@ -197,7 +236,7 @@ impl Supervisor {
                             self.start_anew().await?;
                         }
                         // A thread that raised an error has ended.
-                        _ if reason == "disk" || self.has_lost_a_thread() => {
+                        _ if matches!(reason, "disk" | "resources") || self.has_lost_a_thread() => {
                             self.start_anew().await?;
                         }
                         _ => {}
@@ -309,6 +348,10 @@ impl Supervisor {
         if matches!(error, Error::Wal(intake::Error::Decode { .. })) {
             self.damaged += 1;
         }
+        if error.is_out_of_resources() {
+            note_shortage(&self.status, &error);
+            return Ok("resources");
+        }
         if self.is_fatal(&error) {
             return Err(error);
         }
@@ -348,6 +391,13 @@ impl Supervisor {
     }
 
     fn is_fatal(&self, error: &Error) -> bool {
+        // A key, a certificate or a password file that could not be opened for that reason looks as
+        // if it were wrong.
+        if error.is_out_of_resources()
+            || (error.exit_kind() == ExitKind::Usage && descriptors::are_short())
+        {
+            return false;
+        }
         match error {
             Error::Wal(intake::Error::Decode { .. }) => self.damaged >= DECODE_ATTEMPTS_MAX,
             Error::Gap { .. }

@@ -19,13 +19,13 @@ use crate::support::{
 /// A file system whose disk is an image on a small tmpfs. When the tmpfs is full, the kernel
 /// accepts writes, cannot write them back, reports that to one fsync, and drops the data. From then
 /// on reads return data that the disk does not have.
-struct FailingDisk {
+pub(crate) struct FailingDisk {
     dir: TempDir,
     has_journal: bool,
 }
 
 impl FailingDisk {
-    fn mount(mib: u32, has_journal: bool) -> Option<Self> {
+    pub(crate) fn mount(mib: u32, has_journal: bool) -> Option<Self> {
         let disk = Self {
             dir: tempfile::tempdir().expect("a directory"),
             has_journal,
@@ -64,7 +64,7 @@ impl FailingDisk {
         self.backing().join("image")
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.dir.path().join("disk")
     }
 
@@ -85,7 +85,7 @@ impl FailingDisk {
     }
 
     /// Makes every write to it hang, or lets them continue.
-    fn freeze(&self, freeze: bool) -> bool {
+    pub(crate) fn freeze(&self, freeze: bool) -> bool {
         let how = if freeze { "-f" } else { "-u" };
         run(Command::new("fsfreeze").arg(how).arg(self.path()))
     }

@@ -261,6 +261,23 @@ impl Error {
         matches!(self, Self::Catalog { .. } | Self::CatalogEntry { .. })
     }
 
+    /// Returns true if this process had no file descriptor left.
+    #[must_use]
+    pub fn is_out_of_descriptors(&self) -> bool {
+        match self {
+            Self::Store { source, .. } => is_out_of_descriptors(source),
+            _ => self.is_catalog_starved(),
+        }
+    }
+
+    /// Returns true if the catalog's database had no file descriptor left. It may take no writes
+    /// until it is opened again.
+    #[must_use]
+    pub fn is_catalog_starved(&self) -> bool {
+        // RocksDB passes on the text of `strerror` alone.
+        matches!(self, Self::Catalog { source, .. } if source.to_string().contains("Too many open files"))
+    }
+
     /// Whether other bytes have the object's name.
     #[must_use]
     pub fn is_conflict(&self) -> bool {
@@ -310,4 +327,14 @@ impl Error {
             Self::Gone { .. } | Self::S3 { .. } | Self::Store { .. } => ExitKind::Unreachable,
         }
     }
+}
+
+/// Returns true if an operation failed because this process (`EMFILE`) or the whole system
+/// (`ENFILE`) had no file descriptor left.
+#[must_use]
+pub fn is_out_of_descriptors(error: &io::Error) -> bool {
+    let short = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
+    error
+        .raw_os_error()
+        .is_some_and(|code| short.iter().any(|short| short.raw_os_error() == code))
 }

@@ -27,7 +27,7 @@ mod wal_range;
 
 pub use crash_points::CrashPoint;
 pub use epochs::{Epoch, EpochCopy, Epochs};
-pub use error::{Error, Result};
+pub use error::{Error, Result, is_out_of_descriptors};
 pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};

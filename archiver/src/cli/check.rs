@@ -27,6 +27,7 @@ const SPOOL_FREE_MIN: u64 = 1 << 30;
 pub(super) fn check(settings: &Settings) -> Result<()> {
     let runtime = runtime()?;
     let mut report = Report::default();
+    beside::descriptors(settings.clusters.len(), &mut report);
     for cluster in &settings.clusters {
         output::line(&format!("cluster {}", cluster.name));
         let system = runtime.block_on(server(cluster, &mut report));

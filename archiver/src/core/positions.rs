@@ -89,6 +89,8 @@ pub struct Positions {
     open: (Lsn, Lsn),
     /// For each branch, the ranges that the repository holds.
     stored: BTreeMap<Branch, Coverage>,
+    /// Ranges stored since a branch began to be taken up; `None` while none is.
+    stored_since: Option<Vec<(Branch, Lsn, Lsn)>>,
     /// Abandoned branches and the LSN where each ends here. Until they are stored to that LSN, no
     /// later WAL counts as stored.
     left: Vec<(Branch, Lsn)>,
@@ -111,6 +113,7 @@ impl Positions {
             finished: Lsn::ZERO,
             open: (Lsn::ZERO, Lsn::ZERO),
             stored: BTreeMap::new(),
+            stored_since: None,
             left: Vec::new(),
             verify_to: Lsn::MAX,
             streamed: Lsn::ZERO,
@@ -225,8 +228,13 @@ impl Positions {
         .sum()
     }
 
+    /// From now on notes ranges that are stored: the repository's answer may not show them.
+    pub fn note_stored(&mut self) {
+        self.stored_since = Some(Vec::new());
+    }
+
     /// Takes up a branch that is durable here up to `durable` and stored in the repository as
-    /// `stored` says.
+    /// `stored` says, together with what was stored since [`Positions::note_stored`].
     pub fn take_up(&mut self, branch: Branch, durable: Lsn, stored: Coverage) {
         if branch != self.branch {
             let flushed = self.flushed();
@@ -241,6 +249,11 @@ impl Positions {
         // restarts at an earlier LSN.
         if stored.end() > known.end() || known.end() > durable {
             *known = stored;
+        }
+        for (on, start, end) in self.stored_since.take().into_iter().flatten() {
+            if on == branch {
+                known.add(start, end);
+            }
         }
         self.branch = branch;
         self.received = durable;
@@ -299,6 +312,16 @@ impl Positions {
             .entry(branch)
             .or_insert_with(|| Coverage::up_to(start))
             .add(start, end);
+        if let Some(since) = &mut self.stored_since {
+            // One after the other they are one range: nothing grows when the branch is not taken up
+            // after all.
+            match since.last_mut() {
+                Some(last) if last.0 == branch && (last.1..=last.2).contains(&start) => {
+                    last.2 = last.2.max(end);
+                }
+                _ => since.push((branch, start, end)),
+            }
+        }
         let stored = &self.stored;
         self.left
             .retain(|(left, end)| stored.get(left).map_or(Lsn::ZERO, Coverage::end) < *end);
@@ -391,6 +414,20 @@ mod tests {
         assert_eq!(positions.report().flush, Lsn(100));
         positions.on_stored(Branch::FIRST, Lsn(100), Lsn(200));
         assert_eq!(positions.report().flush, Lsn(300));
+    }
+
+    #[test]
+    fn what_is_stored_while_a_branch_is_taken_up_counts() {
+        let mut positions = Positions::new(Acknowledge::Local);
+        positions.take_up(Branch::FIRST, Lsn(500), Coverage::up_to(Lsn(100)));
+        positions.note_stored();
+        let asked = Coverage::up_to(Lsn(100));
+        for start in [200, 100, 300] {
+            positions.on_stored(Branch::FIRST, Lsn(start), Lsn(start + 100));
+        }
+        // A torn end was cut: less is held than is stored.
+        positions.take_up(Branch::FIRST, Lsn(350), asked);
+        assert_eq!(positions.remote(), Lsn(400));
     }
 
     #[test]

@@ -58,7 +58,7 @@ impl Flusher {
         let thread = std::thread::Builder::new()
             .name("flush".to_owned())
             .spawn(move || work(&queue, &left, &archive, &backlog, &failure))
-            .map_err(Error::io("start the thread", "flush"))?;
+            .map_err(Error::no_thread("flush"))?;
         Ok(Self {
             jobs: Some(jobs),
             pending,

@@ -30,7 +30,7 @@ impl Line {
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build()
-            .map_err(Error::io("start the thread", "stream"))?;
+            .map_err(Error::io("start the runtime of", "stream"))?;
         let handle = runtime.handle().clone();
         let (end, ended) = oneshot::channel::<()>();
         std::thread::Builder::new()
@@ -40,7 +40,7 @@ impl Line {
                 drop(runtime.block_on(ended));
                 runtime.shutdown_background();
             })
-            .map_err(Error::io("start the thread", "stream"))?;
+            .map_err(Error::no_thread("stream"))?;
         Ok(Self { handle, _end: end })
     }
 

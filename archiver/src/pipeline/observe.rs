@@ -26,6 +26,10 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const POLLS_PER_SETTINGS: u32 = 10;
 /// How long after a failed poll it is tried again: a role that may only replicate is refused each time.
 const POLL_RETRY: Duration = Duration::from_secs(10);
+/// The same while the spool is full, when nothing else shows that the server shuts down.
+const POLL_RETRY_FULL: Duration = Duration::from_secs(3);
+/// Lifetime of one SQL session. A smart shutdown of the server waits for it at most this long.
+const SESSION_MAX: Duration = Duration::from_secs(30);
 /// How often the catalog is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// How often a folder is checked to be the repository.
@@ -36,25 +40,47 @@ const LOOKS_PER_LISTING: u32 = 720;
 /// Looks between two listings while there is no backup, or none behind a loss: a minute.
 const LOOKS_PER_LISTING_WAITING: u32 = 12;
 
-/// Polls the server over SQL until the next stream, maybe of another server, begins: also while none is up.
+/// Polls the server over SQL until the next stream, maybe of another server, begins: also while
+/// none is up. Notices that the server refuses connections, which proves that it shuts down while a
+/// stream of it is open.
 pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterStatus>) {
     loop {
-        let began = Instant::now();
-        if let Err(error) = poll_once_connected(&conninfo, &slot, &status).await {
+        let connected = ReplicationClient::connect(&conninfo, ConnectionMode::Sql).await;
+        match &connected {
+            Err(error) if error.is_not_accepting() => status.refuses(true),
+            // It says nothing about a server that was not reached.
+            Err(error) if error.is_unreachable() => {}
+            _ => status.refuses(false),
+        }
+        let was_connected = connected.is_ok();
+        let outcome = match connected {
+            Ok(client) => poll_once_connected(client, &conninfo, &slot, &status).await,
+            Err(error) => Err(error),
+        };
+        let mut session_ended = false;
+        if let Err(error) = outcome {
             tracing::debug!(%error, "the server's flush LSN is not known beyond the stream");
+            session_ended = was_connected && error.is_last_word();
         }
         status.note(|facts| facts.slot_report = None);
-        let answered = began.elapsed() > POLL_RETRY;
-        tokio::time::sleep(if answered { POLL_INTERVAL } else { POLL_RETRY }).await;
+        // A shutdown begins with the end of the session.
+        let pause = if session_ended || status.refused_since().is_some() {
+            POLL_INTERVAL
+        } else if status.facts().spool_full.is_some() {
+            POLL_RETRY_FULL
+        } else {
+            POLL_RETRY
+        };
+        tokio::time::sleep(pause).await;
     }
 }
 
 async fn poll_once_connected(
+    mut client: ReplicationClient,
     conninfo: &ConnInfo,
     slot: &str,
     status: &ClusterStatus,
 ) -> replication::Result<()> {
-    let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Sql).await?;
     let quoted = slot.replace('\'', "''");
     // The first eight digits of a WAL file's name are the timeline on which it would be written. A
     // server in recovery names the timeline that its walreceiver streams.
@@ -71,8 +97,13 @@ async fn poll_once_connected(
     let mut timer = tokio::time::interval(POLL_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut polls = 0_u32;
+    let mut began = Instant::now();
     loop {
         timer.tick().await;
+        if began.elapsed() >= SESSION_MAX {
+            began = Instant::now();
+            renew(&mut client, conninfo, status).await?;
+        }
         if polls.is_multiple_of(POLLS_PER_SETTINGS) {
             let danger = synchronous_danger(&mut client, conninfo.application_name()).await?;
             status.note(|facts| facts.danger = danger);
@@ -108,6 +139,25 @@ async fn poll_once_connected(
             facts.clock_offset_seconds = clock.map(|clock| clock - ours);
         });
     }
+}
+
+/// Replaces the session by a new one. A smart shutdown waits for every session, and only the
+/// refusal of a new one shows it. If there is no room for a second session, the first one stays in
+/// use.
+async fn renew(
+    client: &mut ReplicationClient,
+    conninfo: &ConnInfo,
+    status: &ClusterStatus,
+) -> replication::Result<()> {
+    match ReplicationClient::connect(conninfo, ConnectionMode::Sql).await {
+        Ok(next) => std::mem::replace(client, next).close().await,
+        Err(error) if error.is_not_accepting() => {
+            status.refuses(true);
+            return Err(error);
+        }
+        Err(error) => tracing::debug!(%error, "the SQL session could not be renewed"),
+    }
+    Ok(())
 }
 
 /// Whether the server's settings make commits hang on us.

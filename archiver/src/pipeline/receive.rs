@@ -21,6 +21,7 @@ use wal_format::{Branch, Lsn};
 use super::{
     failure::Failure,
     progress::Acknowledgement,
+    server_shutdown::{EndRequests, StreamRelease},
     voice::Voice,
     write::{Command, Intake, Received},
 };
@@ -38,6 +39,8 @@ const PING_AFTER: Duration = Duration::from_secs(10);
 const SILENT_MAX: Duration = Duration::from_secs(30);
 /// How often the silence is looked at.
 const SILENCE_POLL: Duration = Duration::from_secs(1);
+/// Without WAL for this long the buffers of a burst are freed: up to 10 MiB for each cluster.
+const QUIET_AFTER: Duration = Duration::from_secs(10);
 /// How much is taken in one group: bounds the latency of a commit under load.
 const GROUP_BYTES_MAX: u64 = 2 << 20;
 
@@ -51,6 +54,9 @@ pub enum StreamEnd {
     Timeline,
     /// The server shuts down and has sent everything.
     ServerClosed,
+    /// The server shuts down and waits for WAL that is not durable here: the connection is closed,
+    /// so that it can stop.
+    ServerStops,
     /// We were asked to stop.
     Shutdown,
     /// All that was wanted is here.
@@ -72,6 +78,8 @@ pub struct Receive {
     pub failure: Arc<Failure>,
     /// Where PostgreSQL is told.
     pub voice: Arc<Voice>,
+    /// Ends the stream of a server that shuts down while the stream is not read.
+    pub release: Arc<StreamRelease>,
     /// Where the stream is to end.
     pub until: Lsn,
     /// How often the server hears from us at least.
@@ -91,6 +99,8 @@ struct Course {
     group: u64,
     /// Whether any are.
     unsettled: bool,
+    /// The server's requests for a reply.
+    requests: EndRequests,
     /// What may be said; seen as far as it was said.
     acknowledgements: watch::Receiver<Acknowledgement>,
 }
@@ -117,6 +127,7 @@ impl Receive {
             fed: now,
             group: 0,
             unsettled: false,
+            requests: EndRequests::default(),
             acknowledgements: self.status.progress().acknowledgements(),
         };
         loop {
@@ -141,16 +152,27 @@ impl Receive {
                     timer.reset();
                 }
             }
+            if course.held.is_none() {
+                self.release.reads();
+            }
             tokio::select! {
                 biased;
                 error = self.failure.raised() => return Err(error),
                 () = shutdown.requested() => return Ok(StreamEnd::Shutdown),
+                () = self.release.released() => return Ok(StreamEnd::ServerStops),
+                () = until(course.requests.due()) => {
+                    self.voice.say(false).await?;
+                    course.requests.answered(Instant::now());
+                }
                 Ok(()) = course.acknowledgements.changed() => {
                     course.acknowledgements.mark_unchanged();
                     self.voice.say(false).await?;
                 }
                 _ = timer.tick() => self.voice.say(false).await?,
                 _ = silence.tick(), if course.held.is_none() => {
+                    if course.fed.elapsed() > QUIET_AFTER {
+                        receiver.free_buffers();
+                    }
                     let silent = course.heard.elapsed();
                     if silent > SILENT_MAX {
                         return Err(Error::Silent { seconds: silent.as_secs() });
@@ -200,6 +222,7 @@ impl Receive {
         course: &mut Course,
     ) -> Result<Option<StreamEnd>> {
         course.heard = Instant::now();
+        self.release.does_not_read();
         match message {
             StreamMessage::XLogData {
                 start_lsn,
@@ -244,13 +267,28 @@ impl Receive {
             } => {
                 self.status.heard(None);
                 if reply_requested {
-                    self.voice.say(false).await?;
+                    if course.requests.asked(course.heard) {
+                        self.voice.say(false).await?;
+                        course.requests.answered(Instant::now());
+                    } else if course.requests.is_overdue(course.heard) {
+                        self.release
+                            .log("it did not reach the repository or the disk in time");
+                        return Ok(Some(StreamEnd::ServerStops));
+                    }
                 }
                 Ok(None)
             }
             StreamMessage::EndOfTimeline => Ok(Some(StreamEnd::Timeline)),
             StreamMessage::ServerClosed => Ok(Some(StreamEnd::ServerClosed)),
         }
+    }
+}
+
+/// Returns at this moment; never without one.
+async fn until(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => tokio::time::sleep_until(moment.into()).await,
+        None => std::future::pending().await,
     }
 }
 

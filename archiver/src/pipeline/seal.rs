@@ -298,7 +298,7 @@ pub fn start(
         let started = std::thread::Builder::new()
             .name(format!("seal-{number}"))
             .spawn(move || work(&archive, &backlog, &failure));
-        threads.push(started.map_err(Error::io("start the thread", "seal"))?);
+        threads.push(started.map_err(Error::no_thread("seal"))?);
     }
     Ok(())
 }

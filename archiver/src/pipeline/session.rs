@@ -11,6 +11,7 @@ use super::{
     line::Line,
     observe,
     receive::{Receive, StreamEnd, parse_duration, status_interval},
+    server_shutdown::StreamRelease,
     start::{ServerBranch, ServerState, StartPlan, plan_start},
     voice::Voice,
 };
@@ -348,12 +349,17 @@ impl Source {
                     let voice = Voice::new(sender, acknowledgements, floor);
                     let status_interval = status_interval(self.wal_sender_timeout);
                     let alive = voice.keep_alive(status_interval);
+                    archive.status().refuses(false);
+                    let release =
+                        StreamRelease::new(Arc::clone(&voice), Arc::clone(archive.status()));
+                    let releasing = follows.then(|| release.watch());
                     let receive = Receive {
                         intake: pipeline.spool().intake(),
                         status: Arc::clone(archive.status()),
                         branch: branch.branch,
                         failure: Arc::clone(pipeline.failure()),
                         voice: Arc::clone(&voice),
+                        release,
                         until: match purpose {
                             Purpose::Follow => Lsn::MAX,
                             Purpose::Heal(until) => until,
@@ -388,6 +394,15 @@ impl Source {
                             other => other,
                         },
                     })?;
+                    if end == StreamEnd::ServerStops {
+                        // The spool may be full for long: it is not waited for, so that the server
+                        // does not wait for us.
+                        if let Err(error) = voice.say(false).await {
+                            tracing::debug!(%error, "the last status found no listener");
+                        }
+                        voice.close().await;
+                        return Ok(end);
+                    }
                     // What came is made durable and reported before anything else happens to the connection.
                     pipeline.spool().drain().await?;
                     if let Some(error) = pipeline.failure().take() {
@@ -406,8 +421,10 @@ impl Source {
                     if let Err(error) = voice.say(false).await {
                         tracing::debug!(%error, "the last status found no listener");
                     }
-                    drop(alive);
-                    let sender = voice.end().await.expect("BUG: a stream ends once");
+                    drop((alive, releasing));
+                    let Some(sender) = voice.end().await else {
+                        return Ok(StreamEnd::ServerStops);
+                    };
                     if end != StreamEnd::Timeline {
                         sender.close().await;
                         return Ok(end);

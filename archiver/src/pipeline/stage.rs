@@ -135,6 +135,8 @@ impl Stage {
         if let Some(content) = history {
             spool.put_history(&content)?;
         }
+        // Segments that wait are sealed meanwhile: the answer may not show them.
+        self.archive.status().progress().on(Event::TakingUp);
         let stored = self.archive.stored(branch)?;
         let held = spool.end_lsn()?;
         let start = take_up_at(held, stored.as_ref().map(Coverage::end), start_lsn);

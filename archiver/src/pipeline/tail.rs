@@ -169,5 +169,5 @@ pub fn start(
     std::thread::Builder::new()
         .name("tail".to_owned())
         .spawn(move || work(&archive, &slot, &failure))
-        .map_err(Error::io("start the thread", "tail"))
+        .map_err(Error::no_thread("tail"))
 }

@@ -90,7 +90,14 @@ impl Voice {
         timer
     }
 
-    /// The stream has ended: nothing is said any more.
+    /// Ends the stream although its thread is held up: the server is told that we leave.
+    pub(super) async fn close(&self) {
+        if let Some(sender) = self.end().await {
+            sender.close().await;
+        }
+    }
+
+    /// The stream has ended: nothing is said any more. `None` if it had ended before.
     pub async fn end(&self) -> Option<StatusSender> {
         self.mouth.lock().await.sender.take()
     }

@@ -225,7 +225,7 @@ impl SpoolThread {
         let thread = std::thread::Builder::new()
             .name("spool".to_owned())
             .spawn(move || run(&stage, queue, &queued, &failure))
-            .map_err(Error::io("start the thread", "spool"))?;
+            .map_err(Error::no_thread("spool"))?;
         Ok(Self {
             intake,
             stop,

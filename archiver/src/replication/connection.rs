@@ -178,6 +178,11 @@ impl Reader {
         }
     }
 
+    /// Frees the buffers that are kept for the next burst.
+    pub(super) fn free_buffers(&mut self) {
+        self.spent = VecDeque::new();
+    }
+
     fn buffered(&mut self) -> Result<Option<Message>> {
         let Some(header) = self.buffer.first_chunk::<5>() else {
             return Ok(None);

@@ -227,7 +227,7 @@ impl Error {
     }
 
     /// Returns true if the server closes the connection after this error.
-    pub(super) fn is_last_word(&self) -> bool {
+    pub(crate) fn is_last_word(&self) -> bool {
         self.report()
             .is_none_or(|report| report.severity != "ERROR")
     }
@@ -268,11 +268,32 @@ impl Error {
         })
     }
 
+    /// Returns true if the server takes no connections now (57P03): it shuts down, or is not up
+    /// yet.
+    #[must_use]
+    pub fn is_not_accepting(&self) -> bool {
+        match self {
+            Self::Hosts { errors } => errors.iter().any(Self::is_not_accepting),
+            error => error.has_code(&["57P03"]),
+        }
+    }
+
     /// Returns true if another walsender uses the slot. Shortly after a crash this may be our own
     /// previous one.
     #[must_use]
     pub fn is_slot_in_use(&self) -> bool {
         self.has_code(&["55006"])
+    }
+
+    /// Returns true if this process had no file descriptor for the connection.
+    pub(crate) fn is_out_of_descriptors(&self) -> bool {
+        match self {
+            Self::Connect { source, .. } | Self::Io { source, .. } => {
+                repository::is_out_of_descriptors(source)
+            }
+            Self::Hosts { errors } => errors.iter().any(Self::is_out_of_descriptors),
+            _ => false,
+        }
     }
 
     /// Returns true if no server answered.

@@ -103,6 +103,11 @@ impl WalReceiver {
         }
     }
 
+    /// Frees the buffers of a burst that is over.
+    pub fn free_buffers(&mut self) {
+        self.reader.free_buffers();
+    }
+
     fn copy_data(&self, mut body: Bytes) -> Result<StreamMessage> {
         let kind = body.first().copied().unwrap_or_default();
         match kind {

@@ -16,6 +16,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    sync::OnceLock,
 };
 
 use bytes::Bytes;
@@ -41,7 +42,7 @@ mod refresh;
 
 pub use refresh::RefreshReport;
 
-/// What RocksDB may keep of blocks read, for all families together.
+/// Bytes of blocks read that RocksDB may keep, for all catalogs of the process together.
 const BLOCK_CACHE_BYTES: usize = 16 << 20;
 /// What RocksDB collects of writes before it makes a file, for all families together.
 const WRITE_BUFFER_BYTES: usize = 8 << 20;
@@ -123,9 +124,7 @@ impl Catalog {
     ) -> Result<Self> {
         options.create_if_missing(true);
         options.create_missing_column_families(true);
-        let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES);
-        let families =
-            FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options(&cache)));
+        let families = FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options()));
         let db = DB::open_cf_descriptors(&options, place, families)
             .map_err(|source| opening(&path, source))?;
         let catalog = Self {
@@ -647,7 +646,9 @@ fn options() -> Options {
     options
 }
 
-fn family_options(cache: &Cache) -> Options {
+fn family_options() -> Options {
+    static CACHE: OnceLock<Cache> = OnceLock::new();
+    let cache = CACHE.get_or_init(|| Cache::new_lru_cache(BLOCK_CACHE_BYTES));
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(cache);
     blocks.set_cache_index_and_filter_blocks(true);

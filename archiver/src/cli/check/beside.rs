@@ -10,10 +10,35 @@ use wal_format::{ObjectKey, PgTimestamp};
 use super::{Report, daemon, output, tls_expiry};
 use crate::{
     alerts::{CERTIFICATE_SECONDS_MIN, CLOCK_OFFSET_SECONDS_MAX},
+    descriptors::{Limit, needed},
     error::Result,
     replication::ReplicationClient,
     report::words,
 };
+
+/// The limit on open files against what the configured clusters need. The daemon's own limit may be
+/// another one: systemd and a shell set their own.
+pub(super) fn descriptors(clusters: usize, report: &mut Report) {
+    let (limit, needed) = (Limit::now(), needed(clusters));
+    let found = format!(
+        "{clusters} clusters need about {needed}, the hard limit here is {}",
+        limit.hard
+    );
+    if needed > limit.hard {
+        let remedy = "raise LimitNOFILE= of the service, or the hard limit of `ulimit -n`: those that do not fit wait";
+        report.fail("open files", &format!("{found}; {remedy}"), ExitKind::Usage);
+    } else {
+        let raised = if needed > limit.soft {
+            format!(
+                "; the daemon raises the soft limit of {} at its start",
+                limit.soft
+            )
+        } else {
+            String::new()
+        };
+        report.ok("open files", &format!("{found}{raised}"));
+    }
+}
 
 /// Whether there is a walsender and a slot to be had, and what the server's clock says.
 pub(super) async fn server(
