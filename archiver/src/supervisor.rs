@@ -406,7 +406,8 @@ impl Supervisor {
             | Error::ServerBehind { .. }
             | Error::Silent { .. }
             | Error::SpoolFull
-            | Error::StreamOutOfOrder { .. } => false,
+            | Error::StreamOutOfOrder { .. }
+            | Error::Wal(intake::Error::Sealed { .. }) => false,
             // WAL that is sent to the repository makes room.
             Error::Io { .. } if error.is_disk_full() => false,
             // At the start an error that only a person can remove ends the program at once, with
@@ -415,7 +416,6 @@ impl Supervisor {
             // An answer of a store says nothing about the next one, and without the catalog
             // everything works.
             Error::Repository(error) if error.is_answer() || error.is_catalog_failure() => false,
-            Error::Wal(intake::Error::Sealed { .. }) => false,
             // Another cluster, keys or a catalog in use are a mistake at the start, which is
             // reported at once; later the server was upgraded or exchanged, or keys are being
             // changed, and a person decides.
@@ -433,9 +433,9 @@ impl Supervisor {
             | Error::ThreadStopped { .. }
             | Error::Unsupported(_)
             | Error::Usage { .. }
-            | Error::Wal(_) => true,
+            | Error::Wal(_)
             // Errors of other commands.
-            Error::BaseBackup(_)
+            | Error::BaseBackup(_)
             | Error::Check { .. }
             | Error::Expire { .. }
             | Error::Http(_)

@@ -270,7 +270,8 @@ fn a_cluster_that_finds_no_descriptor_in_the_middle_goes_on_without_a_loss() {
         process.limit(process.descriptors().min(60 - 20 * round), 1024);
         site.server.write_wal(3000);
         wait_until("descriptors are missing", || {
-            archiver.log().matches("descriptors_short").count() > round as usize
+            archiver.log().matches("descriptors_short").count()
+                > usize::try_from(round).unwrap_or(usize::MAX)
         });
         site.server.write_wal(3000);
         std::thread::sleep(Duration::from_secs(2));

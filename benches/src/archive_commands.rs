@@ -355,6 +355,7 @@ impl Scene {
         let data = root.join("data");
         let mut restore = self.place.program("pitr-restore")?;
         restore.arg("--target-dir").arg(&data);
+        restore.arg("--target-action=promote");
         let socket = format!("unix_socket_directories={}", root.display());
         for setting in [BUFFERS, "listen_addresses=", &socket] {
             restore.args(["--set", setting]);

@@ -107,10 +107,15 @@ impl Restored {
         self.report["stopped"].as_str().unwrap_or_default()
     }
 
-    /// The connection string.
+    /// The connection text for its socket. The port is the one of its `postmaster.pid`: each restore chooses a free one.
     #[must_use]
     pub fn conninfo(&self) -> String {
-        conninfo(self.directory.path(), PORT)
+        let running = std::fs::read_to_string(self.data().join("postmaster.pid"));
+        let port = running.ok().and_then(|lines| {
+            let port = lines.lines().nth(3)?;
+            port.trim().parse().ok()
+        });
+        conninfo(self.directory.path(), port.unwrap_or(PORT))
     }
 
     /// Opens a connection.

@@ -5,7 +5,7 @@
 //! | 0 | done |
 //! | 1 | failed; for `wal-fetch`: proved absent |
 //! | 2 | usage or configuration |
-//! | 3 | the target can not be reached |
+//! | 3 | the target cannot be reached |
 //! | 4 | integrity violation found |
 //! | 5 | the repository is unreachable |
 //! | 255 | `wal-fetch` only: no answer, or an unsafe one |
@@ -13,9 +13,8 @@
 use std::{
     collections::BTreeMap,
     io::IsTerminal,
-    os::unix::process::CommandExt,
     path::{Path, PathBuf},
-    process::{Command as Process, ExitCode},
+    process::ExitCode,
 };
 
 use catalog::Catalog;
@@ -37,14 +36,19 @@ use crate::{
     inventory::{Archive, Inventory},
     list, look_ahead,
     plan::{Wishes, plan_restore},
-    start,
+    start::{self, Start},
     tablespaces::{self, Directories},
     target::{RecoveryTarget, explain_time, parse_time},
     wal_fetch::{self, Fetched},
 };
 
 mod locate;
+mod outcome;
 mod output;
+mod owner;
+mod release;
+
+use outcome::Outcome;
 
 /// Restores a PostgreSQL cluster from a Tidemark repository to any instant; says before it copies where recovery stops.
 #[derive(Debug, Parser)]
@@ -84,6 +88,15 @@ enum Command {
         /// The plan of the restore.
         #[arg(long, value_name = "FILE")]
         plan: Option<PathBuf>,
+    },
+    /// Lifts the isolation of a restored copy that takes its parent's place.
+    Release(release::ReleaseArgs),
+    /// Removes what only the recovery needed; a restored server's `recovery_end_command`.
+    #[command(hide = true)]
+    RecoveryEnded {
+        /// The data directory.
+        #[arg(default_value = ".")]
+        directory: PathBuf,
     },
     /// Fetches what follows NAME before it is asked for; `wal-fetch` starts it.
     #[command(hide = true)]
@@ -127,7 +140,7 @@ struct RestoreArgs {
     /// Stop just before the target instead of just after it.
     #[arg(long)]
     target_exclusive: bool,
-    /// What PostgreSQL does at the target. Default: pause; promote without a target.
+    /// PostgreSQL's action at the target. Default: promote with --start, else pause.
     #[arg(long, value_enum)]
     target_action: Option<Action>,
     /// Zone of a target time without an offset, for example Europe/Berlin.
@@ -137,7 +150,7 @@ struct RestoreArgs {
     #[arg(long, value_name = "ID")]
     backup: Option<BackupId>,
     /// Put the tablespace that was at OLD to NEW.
-    #[arg(long, value_name = "OLD=NEW", value_parser = pair)]
+    #[arg(long, value_name = "OLD=NEW", value_parser = locations)]
     tablespace_mapping: Vec<(String, String)>,
     /// Restore into an existing data directory of this cluster: files that the backup has as they are stay, all others go.
     #[arg(long)]
@@ -151,7 +164,10 @@ struct RestoreArgs {
     /// Start PostgreSQL, wait for the end of recovery, compare it with the plan, leave it running.
     #[arg(long, requires = "target_dir", conflicts_with = "standby")]
     start: bool,
-    /// Where PostgreSQL's programs are.
+    /// Listen on this port of the loopback address. Default with --start: a free one, else no port at all.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    port: Option<u16>,
+    /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
     pg_bin: Option<PathBuf>,
     /// `shared_buffers` of the server that --start runs, until its next restart: a recovery with more of them is faster.
@@ -190,6 +206,16 @@ fn pair(text: &str) -> std::result::Result<(String, String), String> {
         .filter(|(left, _)| !left.is_empty())
         .map(|(left, right)| (left.to_owned(), right.to_owned()))
         .ok_or_else(|| "write it with an equals sign between".to_owned())
+}
+
+/// Two paths; an equals sign that belongs to one of them is written `\=`, as for `pg_basebackup`.
+fn locations(text: &str) -> std::result::Result<(String, String), String> {
+    let escaped = text.replace("\\=", "\0");
+    let (old, new) = pair(&escaped)?;
+    if new.contains('=') {
+        return Err("write an equals sign that belongs to a path as \\=".to_owned());
+    }
+    Ok((old.replace('\0', "="), new.replace('\0', "=")))
 }
 
 /// Runs a command; the exit code is the contract's.
@@ -281,11 +307,27 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             locate::run(&archive(settings.cluster()?, cli.system)?, &args)?;
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::Release(args)) => {
+            // A copy is released without a repository too: only a connection text is wanted of the settings.
+            let settings = resolve(&cli);
+            if cli.common.config.is_some() {
+                settings
+                    .as_ref()
+                    .map_err(|error| Error::usage(error.to_string()))?;
+            }
+            release::run(settings.as_ref().ok(), &args)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Some(Command::RecoveryEnded { directory }) => {
+            release::recovery_ended(&directory)?;
+            Ok(ExitCode::SUCCESS)
+        }
         None => {
             if let Some(owner) = &cli.restore.owner
                 && rustix::process::getuid().is_root()
             {
-                return as_owner(owner);
+                let target = cli.restore.target_dir.as_deref();
+                return owner::run_as(owner, target.filter(|_| !cli.restore.dry_run));
             }
             let settings = resolve(&cli)?;
             let config = settings.file.as_deref().map(absolute).transpose()?;
@@ -297,31 +339,6 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             restore(&cluster, config, cli.system, &cli.restore)
         }
     }
-}
-
-/// Runs the same command again as the user who is to own the files.
-fn as_owner(owner: &str) -> Result<ExitCode> {
-    let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
-    let mut arguments = std::env::args_os().skip(1).peekable();
-    let mut own = Vec::new();
-    while let Some(argument) = arguments.next() {
-        if argument == "--owner" {
-            arguments.next();
-        } else if !argument.to_string_lossy().starts_with("--owner=") {
-            own.push(argument);
-        }
-    }
-    let error = Process::new("setpriv")
-        .args([
-            &format!("--reuid={owner}"),
-            &format!("--regid={owner}"),
-            "--init-groups",
-            "--",
-        ])
-        .arg(program)
-        .args(own)
-        .exec();
-    Err(Error::io("run as the owner with", "setpriv")(error))
 }
 
 /// A plan, and the bytes of its file.
@@ -496,7 +513,7 @@ fn restore(
         }
         return Ok(ExitCode::SUCCESS);
     };
-    let default = if target == RecoveryTarget::Latest {
+    let default = if args.start {
         Action::Promote
     } else {
         Action::Pause
@@ -521,6 +538,10 @@ fn restore(
             action,
             standby: args.standby,
             keep_archiving: args.keep_archiving,
+            port: args.port.or_else(|| {
+                let chosen = args.start.then(outcome::free_port);
+                chosen.flatten()
+            }),
             set: args.set.clone(),
             repository: cluster.repository.clone(),
             config,
@@ -530,59 +551,32 @@ fn restore(
     let bar = bar(&archive, &plan)?;
     let executed = execute::execute(&archive, &plan, &destination, &|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
-    let recovered = match postgres {
-        Some(postgres) => Some(start::start(
-            &postgres,
-            &destination.directory,
-            &archive.repository,
-            &plan,
+    for problem in &executed.isolation.problems {
+        output::error(problem);
+    }
+    let recovered = match &postgres {
+        Some(postgres) => Some(start::start(&Start {
+            postgres,
+            version,
+            directory: &destination.directory,
+            repository: &archive.repository,
+            segment_size: archive.identity().wal_segment_size,
+            plan: &plan,
             action,
-            args.recovery_buffers.as_deref(),
-        )?),
+            buffers: args.recovery_buffers.as_deref(),
+            tell: &output::note,
+        })?),
         None => None,
     };
-    if args.json {
-        output::json(&serde_json::json!({
-            "plan": plan,
-            "directory": destination.directory,
-            "executed": executed,
-            "stopped": recovered.as_ref().map(|one| &one.stopped),
-            "recovery_seconds": recovered.as_ref().map(|one| one.duration.as_secs_f64()),
-            "process": recovered.as_ref().and_then(|one| one.process),
-        }))?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    output::line(&format!(
-        "restored      {}",
-        destination.directory.display()
-    ));
-    if executed.made_configuration {
-        output::line(
-            "configuration made, with what recovery needs: the backup has none; compare it with the server's own",
-        );
-    }
-    if executed.kept_files > 0 {
-        output::line(&format!(
-            "kept          {} files of {} bytes; {} of {} slices were fetched",
-            executed.kept_files, executed.kept_bytes, executed.fetched_slices, executed.slices
-        ));
-    }
-    match recovered {
-        Some(recovered) => {
-            output::line(&format!("stopped       {} (as planned)", recovered.stopped));
-            output::line(&format!(
-                "recovery took {:.1} s",
-                recovered.duration.as_secs_f64()
-            ));
-            if let Some(process) = recovered.process {
-                output::line(&format!("running       PostgreSQL, process {process}"));
-            }
-        }
-        None => output::line(&format!(
-            "start it with pg_ctl -D {} start",
-            destination.directory.display()
-        )),
-    }
+    let outcome = Outcome {
+        plan: &plan,
+        directory: &destination.directory,
+        executed: &executed,
+        recovered: recovered.as_ref(),
+        recovery: &destination.recovery,
+        pg_bin: args.pg_bin.clone(),
+    };
+    outcome.print(args.json)?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -41,7 +41,16 @@ pub enum Error {
         /// The operating system's word.
         source: io::Error,
     },
-    /// The target can not be reached.
+    /// A server answers at an address of the parent.
+    #[error(
+        "the parent still answers ({address}): two servers would archive and take connections as one; stop it, or say \
+         --force if it is another server"
+    )]
+    ParentAnswers {
+        /// A socket, an address, or the setting that names it.
+        address: String,
+    },
+    /// The target cannot be reached.
     #[error(transparent)]
     Plan(#[from] PlanError),
     /// PostgreSQL did not do what was planned.
@@ -137,9 +146,10 @@ impl Error {
             Self::Damaged { .. } | Self::PlanMismatch { .. } | Self::Wal { .. } => {
                 ExitKind::Integrity
             }
-            Self::InsufficientParameter { .. } | Self::Io { .. } | Self::RecoveryFailed { .. } => {
-                ExitKind::Failed
-            }
+            Self::InsufficientParameter { .. }
+            | Self::Io { .. }
+            | Self::ParentAnswers { .. }
+            | Self::RecoveryFailed { .. } => ExitKind::Failed,
             Self::Plan(_) => ExitKind::TargetNotReachable,
             Self::Repository(error) => error.exit_kind(),
             Self::Usage { .. } => ExitKind::Usage,

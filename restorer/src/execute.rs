@@ -17,7 +17,10 @@ use std::{
 use repository::Repository;
 use wal_format::{BackupInfo, BackupSlice};
 
-use crate::{Error, RestorePlan, Result, inventory::Archive, tablespaces::ReplayedTablespace};
+use crate::{
+    Error, RestorePlan, Result, inventory::Archive, isolation::Isolation,
+    tablespaces::ReplayedTablespace,
+};
 
 mod bound;
 mod delta;
@@ -61,7 +64,7 @@ pub struct Destination {
 }
 
 /// What an execution did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Executed {
     /// Files that were there already, as they are in the backup.
     pub kept_files: usize,
@@ -73,6 +76,8 @@ pub struct Executed {
     pub slices: usize,
     /// Whether configuration files were made, because the backup has none.
     pub made_configuration: bool,
+    /// The settings of the parent that do not count in the copy.
+    pub isolation: Isolation,
 }
 
 /// Restores into `destination` by `plan`. `progress` is told of each slice's raw bytes.
@@ -111,8 +116,8 @@ pub fn execute(
     manifest::verify(&tree, &manifest, &kept, &control, jobs)?;
     bound::check_control(&backup, &control)?;
     link_tablespaces(&tree, &backup, &control, &tablespaces, replayed)?;
-    settings::write(archive, plan, destination, &tree)?;
     let made_configuration = settings::complete(&tree, &control)?;
+    let isolation = settings::write(archive, plan, destination, &tree)?;
     tree.sync()?;
     // From here on a server could start; everything it needs is on disk.
     tree.replace(CONTROL, &control)?;
@@ -123,6 +128,7 @@ pub fn execute(
         fetched_slices: work.needed.iter().filter(|needed| **needed).count(),
         slices: backup.slices.len(),
         made_configuration,
+        isolation,
     })
 }
 

@@ -1,7 +1,7 @@
 //! Rebuilds a data directory at a recovery target; serves `restore_command`.
 //!
 //! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived, the [`plan`] (pure:
-//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`wal_fetch`] which feeds the recovery
+//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`isolation`] of the copy from its parent, [`wal_fetch`] which feeds the recovery
 //! and [`look_ahead`] which does so before it asks,
 //! [`tablespaces`] which keeps the replay out of other servers' directories, [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
 
@@ -10,6 +10,7 @@ pub mod error;
 pub mod execute;
 mod expired;
 pub mod inventory;
+pub mod isolation;
 pub mod list;
 pub mod locate;
 pub mod look_ahead;

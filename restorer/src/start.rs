@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, OpenOptions},
+    io::IsTerminal,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -10,16 +11,24 @@ use std::{
 
 use repository::{Repository, durable};
 use rustix::process::{Pid, Signal, kill_process};
-use wal_format::{Lsn, PgVersion};
+use wal_format::{Lsn, PgVersion, SegmentSize};
 
-use crate::{Error, RestorePlan, Result, Stop, execute::Action, wal_fetch};
+use crate::{Error, RestorePlan, Result, Stop, execute::Action, isolation, wal_fetch};
+
+mod log;
+mod progress;
+
+use self::{
+    log::{Events, Log},
+    progress::Progress,
+};
 
 /// PostgreSQL's log of the recovery.
 pub const LOG: &str = "tidemark_recovery.log";
-/// How often the log is looked at.
+/// The interval at which the log is read.
 const POLL: Duration = Duration::from_millis(50);
-/// What PostgreSQL 14 and later say before they pause for good.
-const INSUFFICIENT: &str = "because of insufficient parameter settings";
+/// The first version that reports the LSN of a running redo by itself (`log_startup_progress_interval`).
+const REPORTS_REDO: u16 = 15;
 
 /// How the recovery ended.
 #[derive(Clone, Debug)]
@@ -78,67 +87,86 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
     )))
 }
 
-/// Starts PostgreSQL and waits for the end of recovery. `buffers` are its `shared_buffers`, for as long as it runs: how many
-/// a server has changes nothing of what it recovers, and no primary's setting is held against it
-/// (`CheckRequiredParameterValues`).
+/// A server to start.
+#[derive(Clone, Copy)]
+pub struct Start<'a> {
+    /// Its program.
+    pub postgres: &'a Path,
+    /// Its major version.
+    pub version: PgVersion,
+    /// The restored directory.
+    pub directory: &'a Path,
+    /// The repository that the recovery reads.
+    pub repository: &'a Repository,
+    /// The size of its WAL segments.
+    pub segment_size: SegmentSize,
+    /// The plan that the stop is compared with.
+    pub plan: &'a RestorePlan,
+    /// The action at the target.
+    pub action: Action,
+    /// `shared_buffers` for as long as it runs: how many a server has changes nothing of what it recovers, and recovery
+    /// compares no primary's value with them (`CheckRequiredParameterValues`).
+    pub buffers: Option<&'a str>,
+    /// Takes each report on the progress.
+    pub tell: &'a dyn Fn(&str),
+}
+
+impl std::fmt::Debug for Start<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Start")
+            .field("postgres", &self.postgres)
+            .field("directory", &self.directory)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Starts PostgreSQL and waits for the end of recovery.
 ///
-/// It takes no connections meanwhile, unless it is to stay read-only: nobody is shown a moment before the target; replay does
-/// not keep the list of running transactions, which is for readers alone (`standbyState` in `xlogutils.h`); and a server with fewer connections than the primary had, which could not show them all, recovers.
+/// It takes no connections meanwhile, unless it is to stay read-only:
+/// 1. no reader sees a moment before the target;
+/// 2. replay does not keep the list of running transactions, which is for readers alone (`standbyState` in `xlogutils.h`);
+/// 3. a server with fewer connections than the primary had, which could not show them all, recovers.
 ///
 /// # Errors
-/// [`Error::RecoveryFailed`] with the log's end, [`Error::PlanMismatch`].
-pub fn start(
-    postgres: &Path,
-    directory: &Path,
-    repository: &Repository,
-    plan: &RestorePlan,
-    action: Action,
-    buffers: Option<&str>,
-) -> Result<Recovered> {
-    let log = directory.join(LOG);
-    durable::remove(&log).map_err(Error::local)?;
+/// [`Error::RecoveryFailed`] with PostgreSQL's first error, [`Error::PlanMismatch`].
+pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
+    let Start {
+        postgres,
+        directory,
+        ..
+    } = *wanted;
+    let path = directory.join(LOG);
+    durable::remove(&path).map_err(Error::local)?;
     let file = OpenOptions::new()
         .create(true)
         .append(true)
-        .open(&log)
-        .map_err(Error::io("create", &log))?;
-    let errors = file.try_clone().map_err(Error::io("open", &log))?;
-    let readers = match action {
-        Action::Pause => "hot_standby=on",
-        Action::Promote | Action::Shutdown => "hot_standby=off",
-    };
+        .open(&path)
+        .map_err(Error::io("create", &path))?;
+    let errors = file.try_clone().map_err(Error::io("open", &path))?;
     let began = Instant::now();
     let mut server = Command::new(postgres)
         .arg("-D")
         .arg(directory)
-        // The log is read here: in English, and into this file whatever the restored settings say. At "log" it would hold
-        // no warnings, which name the settings that recovery can not go on with.
-        .args([
-            "-c",
-            "lc_messages=C",
-            "-c",
-            "logging_collector=off",
-            "-c",
-            "log_destination=stderr",
-        ])
-        .args(["-c", "log_min_messages=warning", "-c", readers])
-        .args(
-            buffers
-                .iter()
-                .flat_map(|size| ["-c".to_owned(), format!("shared_buffers={size}")]),
-        )
+        .args(arguments(wanted))
         .stdin(Stdio::null())
         .stdout(file)
         .stderr(errors)
         .spawn()
         .map_err(Error::io("start", postgres))?;
-    let outcome = wait(&mut server, &log, action).and_then(|text| compare(&text, plan));
+    let mut log = Log::open(&path, wanted.segment_size).map_err(Error::io("open", &path))?;
+    let outcome = wait(&mut server, &mut log, &path, wanted)
+        .and_then(|()| compare(&log.seen, wanted.plan))
+        .and_then(|stopped| {
+            // PostgreSQL ran it too, unless the program is gone from where it was.
+            isolation::recovery_ended(directory)?;
+            Ok(stopped)
+        });
     let stopped = match outcome {
         Ok(stopped) => stopped,
         Err(error) => {
             // A copy that is not what was planned must not go on to take connections.
             stop(&mut server);
-            return Err(reason(&log, repository, plan).unwrap_or(error));
+            return Err(reason(&path, wanted.repository, wanted.plan).unwrap_or(error));
         }
     };
     let running = server
@@ -152,7 +180,31 @@ pub fn start(
     })
 }
 
-/// Why the recovery got no WAL, if that is why it failed: the file that PostgreSQL names is asked for once more.
+/// The arguments after the data directory.
+fn arguments(wanted: &Start<'_>) -> Vec<String> {
+    // The log is read here: in English, and into this file whatever the restored settings say. At "log" it would hold
+    // no warnings, which name the settings that recovery cannot go on with.
+    let mut settings = vec![
+        "lc_messages=C".to_owned(),
+        "logging_collector=off".to_owned(),
+        "log_destination=stderr".to_owned(),
+        "log_min_messages=warning".to_owned(),
+    ];
+    settings.push(match wanted.action {
+        Action::Pause => "hot_standby=on".to_owned(),
+        Action::Promote | Action::Shutdown => "hot_standby=off".to_owned(),
+    });
+    if wanted.version.major() >= REPORTS_REDO {
+        settings.push("log_startup_progress_interval=1s".to_owned());
+    }
+    if let Some(size) = wanted.buffers {
+        settings.push(format!("shared_buffers={size}"));
+    }
+    let pair = |setting: String| ["-c".to_owned(), setting];
+    settings.into_iter().flat_map(pair).collect()
+}
+
+/// The reason why the recovery got no WAL, if it failed for that: asks once more for the file that PostgreSQL names.
 fn reason(log: &Path, repository: &Repository, plan: &RestorePlan) -> Option<Error> {
     let text = fs::read(log).ok()?;
     let text = String::from_utf8_lossy(&text);
@@ -161,7 +213,7 @@ fn reason(log: &Path, repository: &Repository, plan: &RestorePlan) -> Option<Err
     wal_fetch::probe(repository, plan, name).err()
 }
 
-/// Asks for an immediate shutdown: nothing in the copy is worth keeping, and it can be recovered anew.
+/// Asks for an immediate shutdown: nothing in the copy is worth keeping, and it can be recovered again.
 fn stop(server: &mut Child) {
     let pid = Pid::from_child(server);
     if let Err(error) = kill_process(pid, Signal::QUIT) {
@@ -172,80 +224,63 @@ fn stop(server: &mut Child) {
     }
 }
 
-/// Waits until the log says that recovery has ended as `action` wants.
-fn wait(server: &mut Child, log: &Path, action: Action) -> Result<String> {
+/// Waits until the log says that recovery has ended as the action wants.
+fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> Result<()> {
+    let to = match wanted.plan.stop {
+        Stop::Before { lsn } | Stop::After { lsn } => Some(lsn),
+        Stop::Consistent => None,
+    };
+    let terminal = std::io::stderr().is_terminal();
+    let from = wanted.plan.start_lsn;
+    let mut progress = Progress::new(from, to, terminal, wanted.tell, Instant::now());
     loop {
-        let ended = server.try_wait().map_err(Error::io("wait for", log))?;
-        let text = fs::read(log).map_err(Error::io("read", log))?;
-        let text = String::from_utf8_lossy(&text).into_owned();
-        let done = match action {
-            Action::Pause => text.contains("pausing at the end of recovery"),
-            Action::Promote => {
-                text.contains("archive recovery complete")
-                    && text.contains("database system is ready to accept connections")
-            }
-            Action::Shutdown => ended.is_some() && text.contains("shutdown at recovery target"),
-        };
-        if done {
-            return Ok(text);
+        // Before the log is read, so that nothing is read too early of a server that has ended.
+        let ended = server.try_wait().map_err(Error::io("wait for", path))?;
+        log.read().map_err(Error::io("read", path))?;
+        let outcome = judge(&log.seen, ended.is_some(), path, wanted.action);
+        if let Some(outcome) = outcome {
+            progress.end();
+            return outcome;
         }
-        // The primary was given more of something after the backup (`CheckRequiredParameterValues`): PostgreSQL would
-        // wait here for somebody to shut it down.
-        let small = text
-            .lines()
-            .find(|line| line.contains("is a lower setting than on the primary server"));
-        if let Some(line) = small.filter(|_| text.contains(INSUFFICIENT)) {
-            let said = line.split_once("DETAIL:").map_or(line, |(_, said)| said);
-            return Err(Error::InsufficientParameter {
-                said: said.trim().to_owned(),
-            });
-        }
-        if text.contains("recovery has paused") {
-            return Err(Error::RecoveryFailed {
-                log: log.to_owned(),
-                said: "recovery has paused before its target".to_owned(),
-            });
-        }
-        if ended.is_some() {
-            return Err(Error::RecoveryFailed {
-                log: log.to_owned(),
-                said: last_words(&text),
-            });
-        }
+        progress.observe(&log.seen, Instant::now());
         thread::sleep(POLL);
     }
 }
 
-/// The message with which a server ended: its last FATAL or PANIC, with the hint that follows it.
-fn last_words(text: &str) -> String {
-    let fatal = |line: &&str| line.contains("FATAL:") || line.contains("PANIC:");
-    let lines: Vec<&str> = text.lines().collect();
-    let Some(at) = lines.iter().rposition(fatal) else {
-        return lines.last().copied().unwrap_or("nothing").to_owned();
+/// The outcome of the recovery, if the log shows one.
+fn judge(seen: &Events, ended: bool, log: &Path, action: Action) -> Option<Result<()>> {
+    let done = match action {
+        Action::Pause => seen.paused_at_end,
+        Action::Promote => seen.complete && seen.ready,
+        Action::Shutdown => ended && seen.shutdown_at_target,
     };
-    let message = |line: &str| {
-        let after = ["FATAL:", "PANIC:", "HINT:", "DETAIL:"]
-            .iter()
-            .find_map(|word| line.split_once(word).map(|(_, after)| after));
-        after.unwrap_or(line).trim().to_owned()
+    if done {
+        return Some(Ok(()));
+    }
+    // The primary was given more of something after the backup (`CheckRequiredParameterValues`): PostgreSQL would
+    // wait here for somebody to shut it down.
+    if let Some(said) = seen.lower_setting.clone().filter(|_| seen.insufficient) {
+        return Some(Err(Error::InsufficientParameter { said }));
+    }
+    let failed = |said: String| {
+        Some(Err(Error::RecoveryFailed {
+            log: log.to_owned(),
+            said,
+        }))
     };
-    let follows = lines[at..].iter().skip(1).take(3);
-    let more = follows.filter(|line| line.contains("HINT:") || line.contains("DETAIL:"));
-    let said: Vec<String> = [lines[at]]
-        .iter()
-        .chain(more)
-        .map(|line| message(line))
-        .collect();
-    said.join("; ")
+    if seen.paused {
+        return failed("recovery has paused before its target".to_owned());
+    }
+    if ended {
+        let said = seen.first_error.clone().or_else(|| seen.last.clone());
+        return failed(said.unwrap_or_else(|| "it wrote nothing to its log".to_owned()));
+    }
+    None
 }
 
-/// PostgreSQL's own word on where it stopped, held against the plan.
-fn compare(text: &str, plan: &RestorePlan) -> Result<String> {
-    let line = text.lines().find(|line| line.contains("recovery stopping"));
-    let found = line
-        .and_then(|line| line.split_once("recovery stopping"))
-        .map_or("nowhere", |(_, rest)| rest.trim())
-        .to_owned();
+/// Compares the place where PostgreSQL says that it stopped with the plan.
+fn compare(seen: &Events, plan: &RestorePlan) -> Result<String> {
+    let found = seen.stopping.as_deref().unwrap_or("nowhere");
     let position = |prefix: &str| -> Option<Lsn> {
         found.strip_prefix(prefix)?.split('"').nth(1)?.parse().ok()
     };
@@ -255,10 +290,10 @@ fn compare(text: &str, plan: &RestorePlan) -> Result<String> {
         Stop::Consistent => found.starts_with("after reaching consistency"),
     };
     if agrees {
-        return Ok(found);
+        return Ok(found.to_owned());
     }
     Err(Error::PlanMismatch {
         planned: plan.stop.to_string(),
-        found,
+        found: found.to_owned(),
     })
 }

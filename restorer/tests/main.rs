@@ -11,6 +11,8 @@ mod expire;
 mod failover;
 mod forged;
 mod forks;
+mod isolation;
+mod judged;
 mod locate;
 mod lost_history;
 mod lost_identity;

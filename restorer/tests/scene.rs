@@ -57,6 +57,7 @@ impl Scene {
     pub(crate) fn restore(&self, root: &Path) -> Command {
         let mut restore = self.archived.pitr_restore();
         restore.arg("--target-dir").arg(root.join("data"));
+        restore.arg("--target-action=promote");
         restore.arg(self.mapping(&root.join("tablespace")));
         let socket = format!("unix_socket_directories={}", root.display());
         restore.args(["--set", "fsync=off", "--set", &socket]);
@@ -97,7 +98,12 @@ impl Scene {
         let mut verify = command(&self.bin.join("pg_verifybackup")).expect("pg_verifybackup");
         verify.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
         verify.arg("-n").arg("-m").arg(&manifests[0]);
-        for ours in ["tidemark_plan.json", "tablespace_map", "pg_wal"] {
+        for ours in [
+            "tidemark_plan.json",
+            "tidemark_isolation.json",
+            "tablespace_map",
+            "pg_wal",
+        ] {
             verify.args(["-i", ours]);
         }
         succeed(verify.arg(data)).expect("pg_verifybackup");

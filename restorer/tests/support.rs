@@ -42,6 +42,19 @@ pub(crate) fn servers() -> Vec<(u16, PathBuf)> {
     servers
 }
 
+/// The oldest and the newest version that are installed; with `TIDEMARK_MAJOR` that one.
+pub(crate) fn oldest_and_newest() -> Vec<(u16, PathBuf)> {
+    let mut servers = servers_or_skip();
+    let asked = env::var("TIDEMARK_MAJOR").ok();
+    if let Some(asked) = asked.and_then(|major| major.parse::<u16>().ok()) {
+        servers.retain(|(major, _)| *major == asked);
+    }
+    if servers.len() > 2 {
+        servers.drain(1..servers.len() - 1);
+    }
+    servers
+}
+
 /// Settings of a small fast server that keeps all its WAL.
 pub(crate) const SETTINGS: &str = "fsync = off\nshared_buffers = 16MB\nautovacuum = off\n\
     wal_keep_size = 2GB\nmax_prepared_transactions = 64\ntrack_commit_timestamp = on\n";
@@ -57,7 +70,11 @@ impl Archived {
     /// Starts both, with segments of 1 MiB.
     pub(crate) fn start(bin: &std::path::Path, settings: &str) -> Self {
         let settings = format!("{SETTINGS}{settings}");
-        let cluster = Cluster::start(bin, 1, &settings).expect("a server");
+        Self::of(Cluster::start(bin, 1, &settings).expect("a server"))
+    }
+
+    /// Archives a server that runs already.
+    pub(crate) fn of(cluster: Cluster) -> Self {
         let place = Place::new().expect("a place");
         let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
         Self {

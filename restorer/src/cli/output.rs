@@ -5,6 +5,8 @@
     reason = "this is the program's output"
 )]
 
+use std::path::Path;
+
 use serde::Serialize;
 use wal_format::TransactionEnd;
 
@@ -24,6 +26,22 @@ pub(super) fn line(text: &str) {
 
 pub(super) fn error(text: &str) {
     eprintln!("pitr-restore: {text}");
+}
+
+/// A report on the progress, which is no part of the answer.
+pub(super) fn note(text: &str) {
+    eprintln!("pitr-restore: {text}");
+}
+
+/// A path as a shell takes it.
+pub(super) fn shell_word(path: &Path) -> String {
+    let text = path.display().to_string();
+    let plain = |c: char| c.is_alphanumeric() || "/._-:=@+,".contains(c);
+    if text.chars().all(plain) {
+        text
+    } else {
+        format!("'{}'", text.replace('\'', "'\\''"))
+    }
 }
 
 pub(super) fn json<T: Serialize>(value: &T) -> Result<()> {

@@ -1,14 +1,26 @@
-//! The recovery settings of a restored cluster: what PostgreSQL is told so that it stops where the
-//! plan says.
+//! The recovery settings of a restored cluster, with which PostgreSQL stops where the plan says, and
+//! its signal file.
+//!
+//! Invariant: exactly one signal file. A backup of a standby holds `standby.signal`, which would win
+//! over ours.
 
-use std::fs;
+use std::{fs, path::Path};
 
 use quick::ahead;
 use repository::config::RepositoryPlace;
 use wal_format::{ControlFile, control_file::ControlFileError, layout::history_file_name};
 
 use super::{Destination, PLAN_FILE, tree::Tree};
-use crate::{Error, RestorePlan, Result, Stop, inventory::Archive};
+use crate::{
+    Error, RestorePlan, Result, Stop,
+    inventory::Archive,
+    isolation::{self, Isolation, Wanted},
+};
+
+/// The files that tell PostgreSQL to begin with archive recovery.
+const SIGNALS: [&str; 2] = ["standby.signal", "recovery.signal"];
+/// The first version of which every minor version has `allow_in_place_tablespaces`.
+const CHECKS_TABLESPACES: u16 = 15;
 
 /// What PostgreSQL does when it has reached the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -40,6 +52,8 @@ pub struct Recovery {
     pub standby: bool,
     /// Leave the archiving settings as they were.
     pub keep_archiving: bool,
+    /// Listen on this port of the loopback address. `None`: only on a socket inside of the data directory.
+    pub port: Option<u16>,
     /// Further settings, appended last.
     pub set: Vec<(String, String)>,
     /// Where WAL comes from.
@@ -50,17 +64,18 @@ pub struct Recovery {
     pub program: std::path::PathBuf,
 }
 
-/// Writes history files, the plan, `postgresql.auto.conf` and the signal file.
+/// Writes history files, the plan, `postgresql.auto.conf` and the signal file. The configuration files are there.
 pub(super) fn write(
     archive: &Archive,
     plan: &RestorePlan,
     destination: &Destination,
     tree: &Tree,
-) -> Result<()> {
+) -> Result<Isolation> {
     let directory = &destination.directory;
     let recovery = &destination.recovery;
     tree.create_directory("pg_wal/archive_status")?;
-    let system = archive.catalog.identity().system_identifier;
+    let identity = archive.catalog.identity();
+    let system = identity.system_identifier;
     for part in plan.path.iter().filter(|part| part.branch.digest != [0; 4]) {
         let content = archive.repository.history(system, part.branch)?;
         let name = history_file_name(part.branch.timeline);
@@ -69,14 +84,36 @@ pub(super) fn write(
     let json = serde_json::to_vec_pretty(plan)
         .map_err(|error| Error::io("write", directory.join(PLAN_FILE))(error.into()))?;
     tree.write(PLAN_FILE, &json)?;
-    let lines = lines(archive, plan, &json, destination)?;
-    tree.append("postgresql.auto.conf", lines.as_bytes())?;
-    let signal = if recovery.standby {
-        "standby.signal"
-    } else {
-        "recovery.signal"
-    };
-    tree.write(signal, b"")
+    let major = identity.postgresql_major.major();
+    let mut settings = recovery_settings(archive, plan, &json, recovery);
+    if major >= CHECKS_TABLESPACES && has_in_place_tablespace(directory) {
+        // Else a server panics when it is consistent (`CheckTablespaceDirectory`).
+        settings.push(("allow_in_place_tablespaces", "on".to_owned()));
+    }
+    let isolation = isolation::isolate(
+        directory,
+        &Wanted {
+            major,
+            keep_archiving: recovery.keep_archiving,
+            port: recovery.port,
+            recovery: settings,
+            set: &recovery.set,
+            heading: format!("backup {}, stop {}", plan.backup, plan.stop),
+        },
+    )?;
+    for signal in SIGNALS {
+        let path = directory.join(signal);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", path)(error));
+            }
+            _ => {}
+        }
+    }
+    let [standby, recover] = SIGNALS;
+    let signal = if recovery.standby { standby } else { recover };
+    tree.write(signal, b"")?;
+    Ok(isolation)
 }
 
 /// Makes the configuration files that the backup does not have, because its server kept them
@@ -113,13 +150,14 @@ pub(super) fn complete(tree: &Tree, control: &[u8]) -> Result<bool> {
     Ok(made)
 }
 
-fn lines(
+/// The settings that only the recovery needs. The server runs their commands in its data directory, so that the paths of
+/// files there are relative: the directory may be moved before its first start.
+fn recovery_settings(
     archive: &Archive,
     plan: &RestorePlan,
     json: &[u8],
-    destination: &Destination,
-) -> Result<String> {
-    let recovery = &destination.recovery;
+    recovery: &Recovery,
+) -> Vec<(&'static str, String)> {
     // The timeline that holds the stop. A promotion there makes a history without timelines that
     // were not replayed, and a later one that is archived is only asked about, for a free number
     // (`findNewestTimeLine`).
@@ -127,11 +165,9 @@ fn lines(
         .path
         .last()
         .map_or(1, |part| part.branch.timeline.get());
-    let plan_file = fs::canonicalize(destination.directory.join(PLAN_FILE))
-        .map_err(Error::io("find", destination.directory.join(PLAN_FILE)))?;
+    let program = shell_quoted(&recovery.program.display().to_string());
     let mut command = format!(
-        "{} wal-fetch --repository {} --cluster {} --system {}",
-        shell_quoted(&recovery.program.display().to_string()),
+        "{program} wal-fetch --repository {} --cluster {} --system {}",
         shell_quoted(&recovery.repository.to_string()),
         archive.repository.cluster(),
         // A new epoch may begin while this server lives.
@@ -153,14 +189,19 @@ fn lines(
     }
     if !recovery.standby {
         command.push_str(" --plan ");
-        command.push_str(&shell_quoted(&plan_file.display().to_string()));
+        command.push_str(PLAN_FILE);
     }
     // restore_command knows %f, %p and %r; any other percent sign is a literal one and is doubled.
     let mut command = format!("{} %f %p", command.replace('%', "%%"));
     if !recovery.standby {
         command.insert_str(0, &ahead::shell_shortcut(json));
     }
-    let mut settings: Vec<(&str, String)> = vec![("restore_command", command)];
+    // A code above 125 would end the server (`ExecuteRecoveryCommand`); a program that is gone costs a warning only.
+    let ended = format!("{} recovery-ended || exit 1", program.replace('%', "%%"));
+    let mut settings: Vec<(&str, String)> = vec![
+        ("restore_command", command),
+        ("recovery_end_command", ended),
+    ];
     for name in [
         "recovery_target",
         "recovery_target_time",
@@ -175,6 +216,10 @@ fn lines(
     } else {
         settings.push(("recovery_target_timeline", timeline.to_string()));
         settings.push(("recovery_target_action", recovery.action.name().to_owned()));
+        if recovery.action == Action::Pause {
+            // Without readers a server shuts down where it is to pause (`recovery_target_action`).
+            settings.push(("hot_standby", "on".to_owned()));
+        }
         match plan.stop {
             Stop::Before { lsn } => {
                 settings.push(("recovery_target_lsn", lsn.to_string()));
@@ -187,29 +232,20 @@ fn lines(
             Stop::Consistent => settings.push(("recovery_target", "immediate".to_owned())),
         }
     }
-    if !recovery.keep_archiving {
-        // The copy must neither write into its parent's archive nor wait for its parent's standbys.
-        settings.push(("archive_mode", "off".to_owned()));
-        settings.push(("synchronous_standby_names", String::new()));
-        settings.push(("primary_conninfo", String::new()));
-        settings.push(("primary_slot_name", String::new()));
+    // The last value of a name counts; one line each.
+    let mut lines: Vec<(&str, String)> = Vec::new();
+    for (name, value) in settings {
+        lines.retain(|(known, _)| *known != name);
+        lines.push((name, value));
     }
-    let mut text = format!(
-        "\n# Added by pitr-restore: backup {}, stop {}.\n",
-        plan.backup, plan.stop
-    );
-    let own = settings.iter().map(|(name, value)| (*name, value.as_str()));
-    let set = recovery
-        .set
-        .iter()
-        .map(|(name, value)| (name.as_str(), value.as_str()));
-    for (name, value) in own.chain(set) {
-        text.push_str(&format!(
-            "{name} = '{}'\n",
-            value.replace('\\', "\\\\").replace('\'', "''")
-        ));
-    }
-    Ok(text)
+    lines
+}
+
+/// Returns true if a directory of `pg_tblspc` is a tablespace itself and not a link to one.
+fn has_in_place_tablespace(directory: &Path) -> bool {
+    let entries = fs::read_dir(directory.join("pg_tblspc"));
+    let mut entries = entries.into_iter().flatten().flatten();
+    entries.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
 }
 
 fn shell_quoted(text: &str) -> String {

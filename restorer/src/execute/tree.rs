@@ -117,14 +117,6 @@ impl Tree {
             .map_err(Error::io("write", self.shown(name)))
     }
 
-    /// Appends to a file, which is created if necessary.
-    pub(super) fn append(&self, name: &str, content: &[u8]) -> Result<()> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND;
-        self.open_file("write", name, flags, FILE_MODE)?
-            .write_all(content)
-            .map_err(Error::io("write", self.shown(name)))
-    }
-
     /// Replaces the content of a file durably: after a crash it has the old or the new one.
     pub(super) fn replace(&self, name: &str, content: &[u8]) -> Result<()> {
         let fresh = format!("{name}.new");
@@ -461,7 +453,6 @@ mod tests {
                     tree.read(name).map(drop),
                     tree.create(name, 0o600).map(drop),
                     tree.write(name, b"ours"),
-                    tree.append(name, b"ours"),
                 ]
             };
             for name in ["out/file", "out/new", "file", "inside/1/new"] {
@@ -504,11 +495,9 @@ mod tests {
         for tree in trees(&data) {
             let mut file = tree.create("base/5/16384", 0o640).expect("it is created");
             file.write_all(b"one").expect("it is written");
-            tree.append("base/5/16384", b" two")
-                .expect("it is appended to");
             let file = tree.read("base/5/16384").expect("it opens");
             let content = read_small(file, &data, 100).expect("it is read");
-            assert_eq!(content, b"one two");
+            assert_eq!(content, b"one");
             tree.replace("base/5/16384", b"three")
                 .expect("it is replaced");
             assert!(tree.exists("base/5/16384").expect("it is looked at"));

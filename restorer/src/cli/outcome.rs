@@ -1,0 +1,141 @@
+//! The answer of a restore: a report in JSON, or lines that end with what is switched off and how to connect.
+
+use std::{
+    net::TcpListener,
+    path::{Path, PathBuf},
+};
+
+use super::output;
+use crate::{
+    RestorePlan, Result,
+    execute::{Action, Executed, Recovery},
+    isolation::Isolation,
+    start::Recovered,
+};
+
+/// A restore that succeeded.
+pub(super) struct Outcome<'a> {
+    pub(super) plan: &'a RestorePlan,
+    pub(super) directory: &'a Path,
+    pub(super) executed: &'a Executed,
+    pub(super) recovered: Option<&'a Recovered>,
+    pub(super) recovery: &'a Recovery,
+    pub(super) pg_bin: Option<PathBuf>,
+}
+
+impl Outcome<'_> {
+    pub(super) fn print(&self, json: bool) -> Result<()> {
+        if json {
+            return output::json(&self.report());
+        }
+        self.lines();
+        Ok(())
+    }
+
+    fn report(&self) -> serde_json::Value {
+        let isolation = &self.executed.isolation;
+        serde_json::json!({
+            "plan": self.plan,
+            "directory": self.directory,
+            "executed": self.executed,
+            "stopped": self.recovered.map(|one| &one.stopped),
+            "recovery_seconds": self.recovered.map(|one| one.duration.as_secs_f64()),
+            "process": self.recovered.and_then(|one| one.process),
+            "port": isolation.port,
+            "socket_directory": isolation.socket_directory,
+            "psql": isolation.psql(),
+        })
+    }
+
+    fn lines(&self) {
+        let executed = self.executed;
+        output::line(&format!("restored      {}", self.directory.display()));
+        if executed.made_configuration {
+            output::line(
+                "configuration made, with what recovery needs: the backup has none; compare it with the server's own",
+            );
+        }
+        if executed.kept_files > 0 {
+            output::line(&format!(
+                "kept          {} files of {} bytes; {} of {} slices were fetched",
+                executed.kept_files, executed.kept_bytes, executed.fetched_slices, executed.slices
+            ));
+        }
+        isolated(&executed.isolation, self.recovery.keep_archiving);
+        if let Some(recovered) = self.recovered {
+            output::line(&format!("stopped       {} (as planned)", recovered.stopped));
+            output::line(&format!(
+                "recovery took {:.1} s",
+                recovered.duration.as_secs_f64()
+            ));
+            if let Some(process) = recovered.process {
+                output::line(&format!("running       PostgreSQL, process {process}"));
+            }
+        }
+        self.next();
+    }
+
+    /// What the user does next.
+    fn next(&self) {
+        let running = self.recovered.is_some_and(|one| one.process.is_some());
+        let directory = output::shell_word(self.directory);
+        if !running {
+            let pg_ctl = match &self.pg_bin {
+                Some(bin) => output::shell_word(&bin.join("pg_ctl")),
+                None => "pg_ctl".to_owned(),
+            };
+            output::line(&format!("start it with {pg_ctl} -D {directory} start"));
+        }
+        output::line(&format!("connect with  {}", self.executed.isolation.psql()));
+        if self.recovery.action == Action::Pause && !self.recovery.standby {
+            output::line(
+                "it pauses     at the target, read-only; SELECT pg_wal_replay_resume() opens it for writing",
+            );
+            // The lock of a DROP is replayed before its commit, and is released with the end of the recovery.
+            output::line(
+                "              a query that hangs there waits for the lock of a DROP or ALTER at the target: open it for writing",
+            );
+        }
+        output::line(&format!(
+            "release       when it takes its parent's place: pitr-restore release {directory}"
+        ));
+    }
+}
+
+fn isolated(isolation: &Isolation, keep_archiving: bool) {
+    let archiving = if keep_archiving {
+        "; the archiving settings stay as they were"
+    } else {
+        ""
+    };
+    output::line(&format!(
+        "isolated      from its parent: no archiving, no foreign commands, no connections to others{archiving}"
+    ));
+    for one in &isolation.switched_off {
+        let value = match &one.value {
+            Some(value) => format!("'{value}'"),
+            None => "switched off".to_owned(),
+        };
+        output::line(&format!(
+            "              {} = '{}' is {value}: it would {}",
+            one.name, one.parent, one.why
+        ));
+    }
+    for library in &isolation.unknown_libraries {
+        output::line(&format!(
+            "              shared_preload_libraries loads {library}: if it has background workers of its own, they run"
+        ));
+    }
+    for file in &isolation.outside_files {
+        output::line(&format!(
+            "              it reads {}, which is not in the copy",
+            file.display()
+        ));
+    }
+}
+
+/// A port of the loopback address that nobody listens on now.
+pub(super) fn free_port() -> Option<u16> {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).ok()?;
+    listener.local_addr().ok().map(|address| address.port())
+}

@@ -1,0 +1,147 @@
+//! `--owner`: root runs the same command as the user who gets the files.
+
+use std::{
+    fs,
+    os::unix::{
+        fs::{DirBuilderExt, chown},
+        process::CommandExt,
+    },
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use crate::{Error, Result};
+
+/// A user and its own group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Owner {
+    uid: u32,
+    gid: u32,
+    /// The system knows the user, and so the other groups.
+    known: bool,
+}
+
+/// Runs this command as `owner`, a name or a number. A `target` below a directory that only root may write is made first,
+/// and removed again if the restore leaves it empty.
+pub(super) fn run_as(owner: &str, target: Option<&Path>) -> Result<ExitCode> {
+    let found = find(owner)?;
+    let made = match target {
+        Some(target) => make(target, found)?,
+        None => false,
+    };
+    let mut command = command(found)?;
+    if !made {
+        return Err(Error::io("run as the owner with", "setpriv")(
+            command.exec(),
+        ));
+    }
+    let status = command
+        .status()
+        .map_err(Error::io("run as the owner with", "setpriv"))?;
+    if let Some(target) = target.filter(|_| !status.success()) {
+        // Fails where anything was restored.
+        drop(fs::remove_dir(target));
+    }
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(ExitCode::from(code.unwrap_or(1)))
+}
+
+fn command(owner: Owner) -> Result<Command> {
+    let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
+    let mut arguments = std::env::args_os().skip(1);
+    let mut own = Vec::new();
+    while let Some(argument) = arguments.next() {
+        if argument == "--owner" {
+            arguments.next();
+        } else if !argument.to_string_lossy().starts_with("--owner=") {
+            own.push(argument);
+        }
+    }
+    let mut command = Command::new("setpriv");
+    command.args([
+        format!("--reuid={}", owner.uid),
+        format!("--regid={}", owner.gid),
+    ]);
+    command.arg(if owner.known {
+        "--init-groups"
+    } else {
+        "--clear-groups"
+    });
+    command.arg("--").arg(program).args(own);
+    Ok(command)
+}
+
+/// Creates the target for `owner` in a directory that it may not write. Returns false if there is nothing to create.
+fn make(target: &Path, owner: Owner) -> Result<bool> {
+    use std::os::unix::fs::MetadataExt;
+
+    let parent = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let Ok(metadata) = fs::metadata(parent) else {
+        return Ok(false);
+    };
+    let may_write = metadata.uid() == owner.uid
+        || metadata.mode() & 0o002 != 0
+        || (metadata.gid() == owner.gid && metadata.mode() & 0o020 != 0);
+    if may_write || target.exists() {
+        return Ok(false);
+    }
+    fs::DirBuilder::new()
+        .mode(0o700)
+        .create(target)
+        .and_then(|()| chown(target, Some(owner.uid), Some(owner.gid)))
+        .map_err(Error::io("create directory", target))?;
+    Ok(true)
+}
+
+/// Asks the system for a user; a number need not be known to it.
+fn find(owner: &str) -> Result<Owner> {
+    let entry = Command::new("getent")
+        .args(["passwd", "--", owner])
+        .output()
+        .map_err(Error::io("ask for the owner with", "getent"))?;
+    let entry = String::from_utf8_lossy(&entry.stdout).into_owned();
+    if let Some(found) = parse(&entry) {
+        return Ok(found);
+    }
+    match owner.parse() {
+        Ok(uid) => Ok(Owner {
+            uid,
+            gid: uid,
+            known: false,
+        }),
+        Err(_) => Err(Error::usage(format!(
+            "--owner {owner}: the system knows no such user; name an existing one, or a number"
+        ))),
+    }
+}
+
+/// A line of `passwd`.
+fn parse(entry: &str) -> Option<Owner> {
+    let mut fields = entry.lines().next()?.split(':');
+    Some(Owner {
+        uid: fields.nth(2)?.parse().ok()?,
+        gid: fields.next()?.parse().ok()?,
+        known: true,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_group_is_the_users_own_whatever_its_name() {
+        let found = parse("pg:x:1001:50:PostgreSQL:/var/lib/pg:/bin/sh\n").expect("an entry");
+        assert_eq!((found.uid, found.gid, found.known), (1001, 50, true));
+        assert_eq!(parse(""), None);
+        let number = find("4000000").expect("a number");
+        assert_eq!(
+            (number.uid, number.gid, number.known),
+            (4_000_000, 4_000_000, false)
+        );
+        find("no such user").expect_err("it is unknown");
+    }
+}

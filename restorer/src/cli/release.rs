@@ -1,0 +1,130 @@
+//! `pitr-restore release`.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use repository::config::Settings;
+use wal_format::PgVersion;
+
+use super::output;
+use crate::{
+    Error, Result,
+    isolation::{
+        self,
+        release::{self, Asked, Release},
+    },
+    start,
+};
+
+#[derive(Debug, Args)]
+pub(super) struct ReleaseArgs {
+    /// The data directory of the copy.
+    directory: PathBuf,
+    /// Change the settings; without it they are only shown.
+    #[arg(long)]
+    yes: bool,
+    /// Release although the parent answers, or cannot be asked.
+    #[arg(long)]
+    force: bool,
+    /// Directory of PostgreSQL's programs; `pg_isready` asks the parent.
+    #[arg(long, value_name = "DIR")]
+    pg_bin: Option<PathBuf>,
+    /// One JSON document.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(settings: Option<&Settings>, args: &ReleaseArgs) -> Result<()> {
+    let directory = args.directory.as_path();
+    if rustix::process::getuid().is_root() {
+        return Err(Error::usage(format!(
+            "the files of {} belong to PostgreSQL's user: run the command as that user",
+            directory.display()
+        )));
+    }
+    let described = release::describe(directory)?;
+    let conninfo = settings
+        .and_then(|settings| settings.cluster().ok())
+        .map_or("", |cluster| cluster.conninfo.as_str());
+    let asked = Asked {
+        conninfo,
+        pg_isready: pg_isready(directory, args.pg_bin.as_deref()),
+    };
+    let answers = if args.force {
+        None
+    } else {
+        release::parent_answers(directory, &asked)?
+    };
+    if !args.json {
+        show(&described);
+    }
+    if let Some(address) = answers {
+        return Err(Error::ParentAnswers { address });
+    }
+    let done = if args.yes {
+        release::release(directory)?
+    } else {
+        described
+    };
+    if args.json {
+        return output::json(&serde_json::json!({"released": args.yes, "release": done}));
+    }
+    let shown = output::shell_word(directory);
+    if !args.yes {
+        output::line(&format!(
+            "nothing was changed; do it with pitr-restore release {shown} --yes"
+        ));
+        return Ok(());
+    }
+    output::line("released");
+    if done.recovery_pending {
+        output::line(
+            "recovery has not ended: run the command again afterwards if settings are left",
+        );
+    }
+    if done.running {
+        output::line(&format!(
+            "the server takes the settings with a restart: pg_ctl -D {shown} restart"
+        ));
+    }
+    Ok(())
+}
+
+fn show(release: &Release) {
+    for change in &release.changes {
+        let value = |value: &Option<String>, none: &str| match value {
+            Some(value) => format!("'{value}'"),
+            None => none.to_owned(),
+        };
+        match &change.stays {
+            Some(why) => output::line(&format!(
+                "{} stays {}: {why}",
+                change.name,
+                value(&change.from, "a comment")
+            )),
+            None => output::line(&format!(
+                "{} = {} becomes {}",
+                change.name,
+                value(&change.from, "a comment"),
+                value(&change.to, "PostgreSQL's default")
+            )),
+        }
+    }
+}
+
+/// The program beside the server of the copy's version.
+fn pg_isready(directory: &Path, pg_bin: Option<&Path>) -> Option<PathBuf> {
+    let version = std::fs::read_to_string(directory.join("PG_VERSION")).ok()?;
+    let major: u16 = version.trim().parse().ok()?;
+    let version = PgVersion::ALL
+        .into_iter()
+        .find(|one| one.major() == major)?;
+    let postgres = start::find_postgres(pg_bin, version).ok()?;
+    let program = postgres.with_file_name("pg_isready");
+    program.is_file().then_some(program)
+}
+
+/// Removes what only the recovery needed, as PostgreSQL's `recovery_end_command`.
+pub(super) fn recovery_ended(directory: &Path) -> Result<()> {
+    isolation::recovery_ended(directory).map(drop)
+}

@@ -1,0 +1,594 @@
+//! The isolation of a restored copy: nothing of it reaches its parent or anybody else until `pitr-restore release`.
+//!
+//! A restore reads the copy's configuration as PostgreSQL does, replaces every setting of [`table::SETTINGS`] in
+//! `postgresql.auto.conf`, and records each line that it wrote in [`STATE_FILE`]. The recovery settings are recorded with
+//! them: [`recovery_ended`], which PostgreSQL runs as `recovery_end_command`, removes what only the recovery needed.
+//!
+//! Invariant: a line of ours is known by its name and its value. A line that somebody changed since, with `ALTER SYSTEM`
+//! or an editor, belongs to them and stays.
+
+use std::{
+    fs,
+    io::ErrorKind,
+    path::{Component, Path, PathBuf},
+};
+
+use repository::durable;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+mod configuration;
+mod guc_file;
+pub mod parent;
+pub mod release;
+pub mod table;
+
+use configuration::{AUTO, Configuration, MAIN, Setting};
+use table::{Group, How, LIBRARIES, SETTINGS, SOCKET_DIRECTORY, When, Worker};
+
+/// The record of what a restore changed in the configuration of its copy.
+pub const STATE_FILE: &str = "tidemark_isolation.json";
+/// The port of a server whose configuration names none.
+const PORT_DEFAULT: u16 = 5432;
+/// A Unix socket's path that clients can use has fewer bytes (`sun_path`).
+const SOCKET_PATH_MAX: usize = 107;
+/// Begins a line that is a comment because of us.
+const COMMENT: &str = "# pitr-restore isolates: ";
+/// Begins the comments of the lines that we append.
+const HEADING: &str = "# pitr-restore: ";
+
+/// What a restore asks of the isolation.
+#[derive(Clone, Debug)]
+pub(crate) struct Wanted<'a> {
+    /// The major version of the backup.
+    pub(crate) major: u16,
+    /// Leave the archiving settings as they were.
+    pub(crate) keep_archiving: bool,
+    /// Listen on this port of the loopback address; `None`: on the private socket only.
+    pub(crate) port: Option<u16>,
+    /// Settings that only the recovery needs.
+    pub(crate) recovery: Vec<(&'static str, String)>,
+    /// Settings of the user, which win over all others.
+    pub(crate) set: &'a [(String, String)],
+    /// Said in a comment above the lines.
+    pub(crate) heading: String,
+}
+
+impl Wanted<'_> {
+    /// Returns true if the user sets `name`: no line of ours then, so that none is taken for the user's.
+    fn sets(&self, name: &str) -> bool {
+        self.set
+            .iter()
+            .any(|(set, _)| set.eq_ignore_ascii_case(name))
+    }
+}
+
+/// A line of ours in `postgresql.auto.conf`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Line {
+    name: String,
+    value: String,
+    /// The value when recovery has ended; `None` removes the line.
+    after_recovery: Option<String>,
+    /// The value that counted before; `None` is PostgreSQL's default.
+    parent: Option<String>,
+    /// Stays until recovery has ended even when the copy is released.
+    recovery: bool,
+}
+
+/// A line that became a comment, or that was appended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Edit {
+    /// Relative to the data directory.
+    file: PathBuf,
+    name: String,
+    /// `None`: the line was appended.
+    old: Option<String>,
+    new: String,
+    /// The value that counted before.
+    parent: String,
+}
+
+/// The content of [`STATE_FILE`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct State {
+    note: String,
+    lines: Vec<Line>,
+    edits: Vec<Edit>,
+    /// The parent's addresses, for the question whether it still answers.
+    parent: parent::Addresses,
+}
+
+/// A setting of the parent that does not count in the copy.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct SwitchedOff {
+    /// Its name.
+    pub name: String,
+    /// The parent's value; a connection text is not shown.
+    pub parent: String,
+    /// The copy's value; `None`: its line is a comment.
+    pub value: Option<String>,
+    /// The reason, as the end of "would otherwise".
+    pub why: String,
+}
+
+/// What was isolated, and how the copy is reached.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Isolation {
+    /// Settings of the parent that would have reached outside.
+    pub switched_off: Vec<SwitchedOff>,
+    /// Libraries of `shared_preload_libraries` that are loaded and that we know nothing of.
+    pub unknown_libraries: Vec<String>,
+    /// Configuration files outside of the copy that it reads.
+    pub outside_files: Vec<PathBuf>,
+    /// Each a reason why PostgreSQL does not start with this configuration.
+    pub problems: Vec<String>,
+    /// The port.
+    pub port: u16,
+    /// The directory of its socket; `None` if it has none.
+    pub socket_directory: Option<PathBuf>,
+    /// The addresses that it listens on.
+    pub listen_addresses: String,
+}
+
+impl Isolation {
+    /// The command that connects to the copy on this host.
+    #[must_use]
+    pub fn psql(&self) -> String {
+        let socket = self.socket_directory.as_ref().filter(|directory| {
+            let path = directory.join(format!(".s.PGSQL.{}", self.port));
+            path.as_os_str().len() <= SOCKET_PATH_MAX
+        });
+        let host = match socket {
+            Some(directory) => directory.display().to_string(),
+            None => "127.0.0.1".to_owned(),
+        };
+        let host = if host.contains([' ', '\'', '\\']) {
+            format!("\\'{}\\'", host.replace('\\', "\\\\"))
+        } else {
+            host
+        };
+        format!("psql \"host={host} port={} dbname=postgres\"", self.port)
+    }
+}
+
+/// Isolates the copy in `directory`, and writes the recovery settings with it. The copy is not complete yet: the caller
+/// makes all of it durable.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation> {
+    let sockets = directory.join(SOCKET_DIRECTORY);
+    if !sockets.exists() {
+        fs::create_dir(&sockets).map_err(Error::io("create directory", &sockets))?;
+    }
+    let configuration = Configuration::read(directory);
+    let mut state = State {
+        note: "Written by pitr-restore; `pitr-restore release` needs it.".to_owned(),
+        parent: parent::Addresses::of(&configuration),
+        ..State::default()
+    };
+    state.lines.extend(recovery_lines(&configuration, wanted));
+    let mut switched_off = Vec::new();
+    for row in SETTINGS.iter().filter(|row| row.majors.has(wanted.major)) {
+        let kept = wanted.keep_archiving && row.group == Group::Archiving;
+        if kept || wanted.sets(row.name) {
+            continue;
+        }
+        let parent = configuration.value(row.name).map(str::to_owned);
+        let value = match row.how {
+            How::Value(value) => Some(match (row.name, wanted.port) {
+                ("listen_addresses", Some(_)) => "127.0.0.1",
+                _ => value,
+            }),
+            How::Comment => None,
+        };
+        let changes = parent.as_deref().is_some_and(|parent| {
+            !parent.is_empty() && value != Some(parent) && value != Some(bool_of(parent))
+        });
+        if !applies(row.when, directory, parent.as_deref(), changes) {
+            continue;
+        }
+        if changes {
+            switched_off.push(SwitchedOff {
+                name: row.name.to_owned(),
+                parent: shown(row.name, parent.as_deref().unwrap_or_default()),
+                value: value.map(str::to_owned),
+                why: row.why.to_owned(),
+            });
+        }
+        match value {
+            Some(value) if state.lines.iter().all(|line| line.name != row.name) => {
+                state.lines.push(Line {
+                    name: row.name.to_owned(),
+                    value: value.to_owned(),
+                    after_recovery: Some(value.to_owned()),
+                    parent: parent.map(|value| shown(row.name, &value)),
+                    recovery: row.group == Group::Recovery,
+                });
+            }
+            Some(_) => {}
+            None => {
+                for setting in configuration.lines_of(row.name) {
+                    comment_out(directory, setting, &mut state.edits)?;
+                }
+            }
+        }
+    }
+    let unknown_libraries = if wanted.sets("shared_preload_libraries") {
+        Vec::new()
+    } else {
+        libraries(&configuration, &mut state.lines, &mut switched_off)
+    };
+    if let Some(port) = wanted.port.filter(|_| !wanted.sets("port")) {
+        state.lines.push(Line {
+            name: "port".to_owned(),
+            value: port.to_string(),
+            after_recovery: Some(port.to_string()),
+            parent: configuration.value("port").map(str::to_owned),
+            recovery: false,
+        });
+    }
+    append(directory, wanted, &state.lines)?;
+    write_state(directory, &state)?;
+    let counts = Configuration::read(directory);
+    Ok(Isolation {
+        switched_off,
+        unknown_libraries,
+        outside_files: configuration.outside.iter().cloned().collect(),
+        problems: configuration.problems,
+        port: parent::port(&counts),
+        socket_directory: parent::socket_directories(&counts)
+            .first()
+            .map(|socket| directory.join(socket)),
+        listen_addresses: counts
+            .value("listen_addresses")
+            .unwrap_or("localhost")
+            .to_owned(),
+    })
+}
+
+/// The lines that only the recovery needs, each with what follows it.
+fn recovery_lines(configuration: &Configuration, wanted: &Wanted<'_>) -> Vec<Line> {
+    let line = |(name, value): &(&'static str, String)| {
+        let parent = configuration.value(name);
+        let isolated = match *name {
+            // Not PostgreSQL's to run when the copy has become a server of its own, nor a replica's of it.
+            "restore_command" | "recovery_end_command" => Some(""),
+            // A target of the parent's own configuration would stop every replica of the copy.
+            "recovery_target_timeline" => parent.map(|_| "latest"),
+            "recovery_target_action"
+            | "recovery_target_inclusive"
+            | "hot_standby"
+            | "allow_in_place_tablespaces" => None,
+            _ => parent.map(|_| ""),
+        };
+        Line {
+            name: (*name).to_owned(),
+            value: value.clone(),
+            after_recovery: isolated.map(str::to_owned),
+            parent: parent.map(str::to_owned),
+            recovery: true,
+        }
+    };
+    let ours = wanted
+        .recovery
+        .iter()
+        .filter(|(name, _)| !wanted.sets(name));
+    ours.map(line).collect()
+}
+
+/// Keeps the workers of libraries from acting; returns the libraries that nobody judged.
+fn libraries(
+    configuration: &Configuration,
+    lines: &mut Vec<Line>,
+    switched_off: &mut Vec<SwitchedOff>,
+) -> Vec<String> {
+    const NAME: &str = "shared_preload_libraries";
+    let Some(listed) = configuration.value(NAME) else {
+        return Vec::new();
+    };
+    let names: Vec<&str> = listed
+        .split(',')
+        .map(|name| name.trim().trim_matches('"'))
+        .filter(|name| !name.is_empty())
+        .collect();
+    let (mut stay, mut unknown) = (Vec::new(), Vec::new());
+    for name in names {
+        let base = name.rsplit('/').next().unwrap_or(name);
+        let base = base.strip_suffix(".so").unwrap_or(base);
+        match LIBRARIES.iter().find(|(known, _)| *known == base) {
+            Some((_, Worker::NotLoaded)) => {
+                switched_off.push(SwitchedOff {
+                    name: format!("{NAME}: {name}"),
+                    parent: name.to_owned(),
+                    value: None,
+                    why: "run its workers, which act without being asked".to_owned(),
+                });
+                continue;
+            }
+            Some((_, Worker::Settings(settings))) => {
+                for (setting, value) in *settings {
+                    let parent = configuration.value(setting);
+                    lines.push(Line {
+                        name: (*setting).to_owned(),
+                        value: (*value).to_owned(),
+                        after_recovery: Some((*value).to_owned()),
+                        parent: parent.map(str::to_owned),
+                        recovery: false,
+                    });
+                    switched_off.push(SwitchedOff {
+                        name: (*setting).to_owned(),
+                        parent: parent.unwrap_or("the default").to_owned(),
+                        value: Some((*value).to_owned()),
+                        why: format!("let workers of {base} act without being asked"),
+                    });
+                }
+            }
+            Some((_, Worker::Harmless)) => {}
+            None => unknown.push(name.to_owned()),
+        }
+        stay.push(format!("\"{name}\""));
+    }
+    if switched_off.iter().any(|one| one.name.starts_with(NAME)) {
+        let value = stay.join(", ");
+        lines.push(Line {
+            name: NAME.to_owned(),
+            value: value.clone(),
+            after_recovery: Some(value),
+            parent: Some(listed.to_owned()),
+            recovery: false,
+        });
+    }
+    unknown
+}
+
+fn applies(when: When, directory: &Path, parent: Option<&str>, changes: bool) -> bool {
+    match when {
+        When::Always => true,
+        When::Set => changes,
+        When::Contains(text) => parent.is_some_and(|parent| parent.contains(text)),
+        When::LeadsOutside => {
+            parent.is_some_and(|parent| !parent.is_empty() && leads_outside(directory, parent))
+        }
+    }
+}
+
+/// Returns true if `path`, taken from the data directory, is not in it.
+fn leads_outside(directory: &Path, path: &str) -> bool {
+    let path = Path::new(path);
+    if path.is_absolute() {
+        let real = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
+        let inside = path.starts_with(directory) || path.starts_with(real);
+        return !inside || path.components().any(|part| part == Component::ParentDir);
+    }
+    let mut depth = 0_usize;
+    for part in path.components() {
+        match part {
+            Component::ParentDir => match depth.checked_sub(1) {
+                Some(less) => depth = less,
+                None => return true,
+            },
+            Component::Normal(_) => depth += 1,
+            _ => {}
+        }
+    }
+    false
+}
+
+/// The spelling of a boolean that the table uses.
+fn bool_of(value: &str) -> &str {
+    match value.to_ascii_lowercase().as_str() {
+        "off" | "of" | "false" | "fals" | "fal" | "fa" | "f" | "no" | "n" | "0" => "off",
+        _ => value,
+    }
+}
+
+/// A connection text may hold a password.
+fn shown(name: &str, value: &str) -> String {
+    if name == "primary_conninfo" && !value.is_empty() {
+        "(a connection text)".to_owned()
+    } else {
+        value.to_owned()
+    }
+}
+
+/// Makes a line of the copy's own files a comment. A line of a file outside of the copy is overridden at the end of
+/// `postgresql.conf`, where the last value counts.
+fn comment_out(directory: &Path, setting: &Setting, edits: &mut Vec<Edit>) -> Result<()> {
+    let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
+    let file = fs::canonicalize(&setting.file).map_err(Error::io("find", &setting.file))?;
+    let name = setting.entry.name.as_str();
+    let parent = setting.entry.value.clone();
+    if let Ok(relative) = file.strip_prefix(&root) {
+        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+        let mut lines: Vec<&[u8]> = bytes.split(|byte| *byte == b'\n').collect();
+        let Some(line) = setting
+            .entry
+            .line
+            .checked_sub(1)
+            .and_then(|at| lines.get_mut(at))
+        else {
+            return Ok(());
+        };
+        let old = line.to_vec();
+        let new = [COMMENT.as_bytes(), &old].concat();
+        *line = &new;
+        fs::write(&file, lines.join(&b'\n')).map_err(Error::io("write", &file))?;
+        edits.push(Edit {
+            file: relative.to_owned(),
+            name: name.to_owned(),
+            old: Some(String::from_utf8_lossy(&old).into_owned()),
+            new: String::from_utf8_lossy(&new).into_owned(),
+            parent,
+        });
+        return Ok(());
+    }
+    if edits
+        .iter()
+        .any(|edit| edit.name == name && edit.old.is_none())
+    {
+        return Ok(());
+    }
+    let own = match name {
+        "hba_file" => root.join("pg_hba.conf"),
+        "ident_file" => root.join("pg_ident.conf"),
+        _ => root.clone(),
+    };
+    let new = format!("{name} = {}", guc_file::quote(&own.display().to_string()));
+    let main = root.join(MAIN);
+    let mut text = fs::read(&main).map_err(Error::io("read", &main))?;
+    text.extend_from_slice(format!("\n{new}").as_bytes());
+    fs::write(&main, text).map_err(Error::io("write", &main))?;
+    edits.push(Edit {
+        file: MAIN.into(),
+        name: name.to_owned(),
+        old: None,
+        new,
+        parent,
+    });
+    Ok(())
+}
+
+/// Appends the lines of a restore to `postgresql.auto.conf`.
+fn append(directory: &Path, wanted: &Wanted<'_>, lines: &[Line]) -> Result<()> {
+    let path = directory.join(AUTO);
+    let mut text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    let mut added = format!("\n{HEADING}{}\n", wanted.heading);
+    added.push_str(HEADING);
+    added.push_str("the copy is isolated; `pitr-restore release` lifts it\n");
+    for line in lines {
+        added.push_str(&written(&line.name, &line.value));
+    }
+    for (name, value) in wanted.set {
+        added.push_str(&written(name, value));
+    }
+    text.extend_from_slice(added.as_bytes());
+    write_private(&path, &text)
+}
+
+fn written(name: &str, value: &str) -> String {
+    format!("{name} = {}\n", guc_file::quote(value))
+}
+
+/// Writes a file that only its owner may read; the caller makes it durable.
+pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
+    use std::{io::Write, os::unix::fs::OpenOptionsExt};
+
+    let mut options = fs::OpenOptions::new();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path);
+    file.and_then(|mut file| file.write_all(content))
+        .map_err(Error::io("write", path))
+}
+
+fn state_json(directory: &Path, state: &State) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(state)
+        .map_err(|error| Error::io("write", directory.join(STATE_FILE))(error.into()))
+}
+
+fn write_state(directory: &Path, state: &State) -> Result<()> {
+    write_private(&directory.join(STATE_FILE), &state_json(directory, state)?)
+}
+
+/// Reads the record of a copy; `None` if the directory has none.
+fn read_state(directory: &Path) -> Result<Option<State>> {
+    let path = directory.join(STATE_FILE);
+    let json = match fs::read(&path) {
+        Ok(json) => json,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    serde_json::from_slice(&json)
+        .map(Some)
+        .map_err(|error| Error::Damaged {
+            object: path.display().to_string(),
+            problem: error.to_string(),
+        })
+}
+
+/// Returns true while a start of the server in `directory` begins with archive recovery.
+#[must_use]
+pub fn recovery_is_pending(directory: &Path) -> bool {
+    ["recovery.signal", "standby.signal"]
+        .iter()
+        .any(|signal| directory.join(signal).exists())
+}
+
+/// Removes what only the recovery needed. PostgreSQL runs it as `recovery_end_command`, when it has removed the signal
+/// file. Returns false if there was nothing to do. Can be repeated.
+///
+/// # Errors
+/// [`Error::Io`] for the files, [`Error::Damaged`] for the record.
+pub fn recovery_ended(directory: &Path) -> Result<bool> {
+    if recovery_is_pending(directory) {
+        return Ok(false);
+    }
+    let Some(mut state) = read_state(directory)? else {
+        return Ok(false);
+    };
+    let after = |line: &Line| line.after_recovery.clone();
+    if state
+        .lines
+        .iter()
+        .all(|line| after(line).as_ref() == Some(&line.value))
+    {
+        return Ok(false);
+    }
+    rewrite(directory, &state.lines, after)?;
+    state.lines.retain_mut(|line| {
+        if let Some(value) = &line.after_recovery {
+            line.value.clone_from(value);
+        }
+        line.after_recovery.is_some()
+    });
+    save(directory, &state)?;
+    Ok(true)
+}
+
+/// Stores the record, or removes it when nothing is isolated any more.
+fn save(directory: &Path, state: &State) -> Result<()> {
+    let path = directory.join(STATE_FILE);
+    if state.lines.is_empty() && state.edits.is_empty() {
+        return durable::remove(&path).map_err(Error::local);
+    }
+    durable::replace(&path, &state_json(directory, state)?).map_err(Error::local)
+}
+
+/// Gives each of our lines in `postgresql.auto.conf` another value, or removes it. Lines that are no longer as we wrote
+/// them are left alone.
+fn rewrite(
+    directory: &Path,
+    ours: &[Line],
+    new_value: impl Fn(&Line) -> Option<String>,
+) -> Result<()> {
+    let path = directory.join(AUTO);
+    let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+    let text = String::from_utf8_lossy(&bytes);
+    let mut lines: Vec<Option<String>> =
+        text.split('\n').map(|line| Some(line.to_owned())).collect();
+    let entries: Vec<_> = guc_file::parse(&text).into_iter().flatten().collect();
+    for line in ours {
+        let same = |entry: &&guc_file::Entry| entry.name == line.name && entry.value == line.value;
+        let Some(entry) = entries.iter().rfind(same) else {
+            continue;
+        };
+        if let Some(place) = entry.line.checked_sub(1).and_then(|at| lines.get_mut(at)) {
+            *place = new_value(line).map(|value| written(&line.name, &value).trim_end().to_owned());
+        }
+    }
+    let kept: Vec<String> = lines.into_iter().flatten().collect();
+    durable::replace(&path, kept.join("\n").as_bytes()).map_err(Error::local)
+}
+
+#[cfg(test)]
+mod tests;

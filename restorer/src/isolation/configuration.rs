@@ -1,0 +1,218 @@
+//! [`Configuration`]: the settings of a data directory, from every file that PostgreSQL would read, in its order.
+//!
+//! `postgresql.conf` with its `include`, `include_if_exists` and `include_dir` lines comes first and
+//! `postgresql.auto.conf` last; the last value of a name counts (`ProcessConfigFileInternal` in `guc-file.l`).
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::guc_file::{Entry, parse};
+
+/// The main file of a data directory.
+pub(super) const MAIN: &str = "postgresql.conf";
+/// The file of `ALTER SYSTEM`, which wins over all others.
+pub(super) const AUTO: &str = "postgresql.auto.conf";
+/// PostgreSQL gives up at this depth of includes (`CONF_FILE_MAX_DEPTH`).
+const DEPTH_MAX: usize = 10;
+
+/// A setting and the line that it comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Setting {
+    pub(super) file: PathBuf,
+    pub(super) entry: Entry,
+}
+
+/// Every setting of a data directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Configuration {
+    /// In the order in which PostgreSQL reads them.
+    settings: Vec<Setting>,
+    /// Each a sentence: a file or line with which PostgreSQL does not start.
+    pub(super) problems: Vec<String>,
+    /// Files outside of the data directory that were read.
+    pub(super) outside: BTreeSet<PathBuf>,
+}
+
+impl Configuration {
+    /// Reads the files of `directory`. A file that cannot be read is a problem and not an error: the restore goes on, and
+    /// PostgreSQL says so too.
+    pub(super) fn read(directory: &Path) -> Self {
+        let mut found = Self::default();
+        let root = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
+        found.read_file(&root, &root.join(MAIN), None, 0);
+        if root.join(AUTO).exists() {
+            found.read_file(&root, &root.join(AUTO), None, 0);
+        }
+        found
+    }
+
+    /// The value that counts.
+    pub(super) fn value(&self, name: &str) -> Option<&str> {
+        let found = self.settings.iter().rfind(|one| one.entry.name == name);
+        found.map(|one| one.entry.value.as_str())
+    }
+
+    /// Every line that sets `name`.
+    pub(super) fn lines_of(&self, name: &str) -> impl Iterator<Item = &Setting> {
+        self.settings
+            .iter()
+            .filter(move |one| one.entry.name == name)
+    }
+
+    fn read_file(&mut self, root: &Path, path: &Path, from: Option<(&Path, usize)>, depth: usize) {
+        let named = |what: &str| match from {
+            Some((file, line)) => format!(
+                "{} line {line} includes {}, {what}",
+                file.display(),
+                path.display()
+            ),
+            None => format!("{} {what}", path.display()),
+        };
+        if depth > DEPTH_MAX {
+            self.problems.push(named("nested too deeply"));
+            return;
+        }
+        let text = match fs::read(path) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) => {
+                self.problems.push(named(&cannot_be_read(&error)));
+                return;
+            }
+        };
+        let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if !real.starts_with(root) {
+            self.outside.insert(real);
+        }
+        for parsed in parse(&text) {
+            let entry = match parsed {
+                Ok(entry) => entry,
+                Err(error) => {
+                    self.problems.push(format!(
+                        "{} line {} is not valid syntax: PostgreSQL does not start with it",
+                        path.display(),
+                        error.line
+                    ));
+                    continue;
+                }
+            };
+            let origin = Some((path, entry.line));
+            let parent = path.parent().unwrap_or(Path::new("/"));
+            let included = parent.join(&entry.value);
+            match entry.name.as_str() {
+                "include" => self.read_file(root, &included, origin, depth + 1),
+                "include_if_exists" => {
+                    if included.exists() {
+                        self.read_file(root, &included, origin, depth + 1);
+                    }
+                }
+                "include_dir" => match files_of(&included) {
+                    Ok(files) => {
+                        for file in files {
+                            self.read_file(root, &file, origin, depth + 1);
+                        }
+                    }
+                    Err(error) => self.problems.push(format!(
+                        "{} line {} includes the directory {}, {}",
+                        path.display(),
+                        entry.line,
+                        included.display(),
+                        cannot_be_read(&error)
+                    )),
+                },
+                _ => self.settings.push(Setting {
+                    file: path.to_owned(),
+                    entry,
+                }),
+            }
+        }
+    }
+}
+
+fn cannot_be_read(error: &io::Error) -> String {
+    format!("which cannot be read here ({error}): PostgreSQL does not start without it")
+}
+
+/// The files of an `include_dir`: `*.conf`, not hidden, in the order of their bytes.
+fn files_of(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if !name.starts_with('.') && name.len() >= 6 && name.ends_with(".conf") && !path.is_dir() {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_value_in_postgresqls_order_counts() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let outside = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        let write = |path: PathBuf, text: &str| fs::write(path, text).expect("written");
+        fs::create_dir(root.join("conf.d")).expect("a directory");
+        let other = outside.path().join("other.conf");
+        write(
+            root.join(MAIN),
+            &format!(
+                "port = 1\nPort = 2\ninclude_dir = 'conf.d'\ninclude '{}'\ninclude_if_exists 'none.conf'\n\
+                 include 'missing.conf'\nwork_mem = 1MB\n=\n",
+                other.display()
+            ),
+        );
+        write(
+            root.join("conf.d/b.conf"),
+            "a.x = b\narchive_command = 'one'\n",
+        );
+        write(root.join("conf.d/a.conf"), "a.x = a\ninclude '../c.conf'\n");
+        write(root.join("conf.d/.hidden.conf"), "port = 9\n");
+        write(root.join("conf.d/not.confx"), "port = 9\n");
+        write(root.join("c.conf"), "hba_file = 'c'\n");
+        write(other.clone(), "archive_command = 'two'\nwork_mem = 2MB\n");
+        write(root.join(AUTO), "archive_command = 'three'\n");
+        let found = Configuration::read(root);
+        for (name, value) in [
+            ("port", Some("2")),
+            ("a.x", Some("b")),
+            ("archive_command", Some("three")),
+            ("hba_file", Some("c")),
+            ("work_mem", Some("1MB")),
+            ("wal_level", None),
+        ] {
+            assert_eq!(found.value(name), value, "{name}");
+        }
+        let other = fs::canonicalize(other).expect("it exists");
+        assert_eq!(found.outside, BTreeSet::from([other]));
+        assert_eq!(found.problems.len(), 2, "{:?}", found.problems);
+        assert!(
+            found.problems[0].contains("line 6 includes"),
+            "{:?}",
+            found.problems
+        );
+        assert!(found.problems[0].contains("missing.conf"));
+        assert!(found.problems[1].contains("line 8 is not valid syntax"));
+        assert_eq!(found.lines_of("archive_command").count(), 3);
+    }
+
+    #[test]
+    fn a_file_that_includes_itself_is_a_problem() {
+        let directory = tempfile::tempdir().expect("a directory");
+        fs::write(directory.path().join(MAIN), "include 'postgresql.conf'\n").expect("written");
+        let found = Configuration::read(directory.path());
+        assert_eq!(found.problems.len(), 1);
+        assert!(found.problems[0].contains("nested too deeply"));
+    }
+}

@@ -1,0 +1,200 @@
+//! `pitr-restore release`: lifts the isolation of a copy that takes its parent's place.
+
+use std::path::{Path, PathBuf};
+
+use repository::durable;
+
+use super::{
+    AUTO, Configuration, Line, MAIN, SETTINGS, State, parent, read_state, recovery_ended,
+    recovery_is_pending, rewrite, save,
+};
+use crate::{Error, Result};
+
+/// A setting that a release changes.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Change {
+    /// Its name.
+    pub name: String,
+    /// The isolated value; `None` is a comment.
+    pub from: Option<String>,
+    /// The parent's value; `None` is PostgreSQL's default.
+    pub to: Option<String>,
+    /// The reason why it stays isolated.
+    pub stays: Option<String>,
+}
+
+/// What a release would do, or did.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Release {
+    /// In the order of the table.
+    pub changes: Vec<Change>,
+    /// Recovery has not ended: its own settings stay until it has.
+    pub recovery_pending: bool,
+    /// A server runs on the copy, and takes the settings with its next start.
+    pub running: bool,
+}
+
+/// Where a parent may still answer.
+#[derive(Clone, Debug, Default)]
+pub struct Asked<'a> {
+    /// The connection text of the cluster, empty when there is none.
+    pub conninfo: &'a str,
+    /// The program that asks, if it was found.
+    pub pg_isready: Option<PathBuf>,
+}
+
+/// Describes the release of the copy in `directory`, and changes nothing.
+///
+/// # Errors
+/// [`Error::Usage`] if the directory is not an isolated copy.
+pub fn describe(directory: &Path) -> Result<Release> {
+    let state = isolated(directory)?;
+    let pending = recovery_is_pending(directory);
+    let mut changes: Vec<Change> = Vec::new();
+    for line in &state.lines {
+        let stays = (pending && line.recovery).then(|| "until recovery has ended".to_owned());
+        // Lines that only the recovery needs are not the parent's business.
+        if line.recovery && line.after_recovery.is_none() {
+            continue;
+        }
+        changes.push(Change {
+            name: line.name.clone(),
+            from: Some(line.value.clone()),
+            to: line.parent.clone(),
+            stays,
+        });
+    }
+    for edit in &state.edits {
+        changes.push(Change {
+            name: edit.name.clone(),
+            from: None,
+            to: Some(edit.parent.clone()),
+            stays: stays_a_comment(directory, &edit.name, &edit.parent),
+        });
+    }
+    let place = |change: &Change| SETTINGS.iter().position(|row| row.name == change.name);
+    changes.sort_by_key(|change| place(change).unwrap_or(usize::MAX));
+    changes.retain(|change| change.from != change.to);
+    Ok(Release {
+        changes,
+        recovery_pending: pending,
+        running: directory.join("postmaster.pid").exists(),
+    })
+}
+
+/// Returns the address at which the parent still answers.
+///
+/// # Errors
+/// [`Error::Usage`] if the directory is not an isolated copy, or if the parent cannot be asked.
+pub fn parent_answers(directory: &Path, asked: &Asked<'_>) -> Result<Option<String>> {
+    let state = isolated(directory)?;
+    if let Some(address) = state.parent.answers(directory) {
+        return Ok(Some(address));
+    }
+    let configuration = Configuration::read(directory);
+    let primaries = configuration.lines_of("primary_conninfo");
+    let mut texts: Vec<(&str, &str)> = primaries
+        .map(|one| ("primary_conninfo", one.entry.value.as_str()))
+        .collect();
+    texts.push(("the cluster's conninfo", asked.conninfo));
+    for (source, text) in texts.iter().filter(|(_, text)| !text.is_empty()) {
+        let Some(pg_isready) = &asked.pg_isready else {
+            return Err(Error::usage(format!(
+                "pg_isready, which asks the parent at {source}, was not found; name its directory with --pg-bin, or say \
+                 --force when the parent is gone for good"
+            )));
+        };
+        if parent::is_ready(pg_isready, text)? {
+            return Ok(Some((*source).to_owned()));
+        }
+    }
+    Ok(None)
+}
+
+/// Lifts the isolation of the copy in `directory`. The settings count from the server's next start.
+///
+/// # Errors
+/// [`Error::Usage`] if the directory is not an isolated copy, [`Error::Io`].
+pub fn release(directory: &Path) -> Result<Release> {
+    recovery_ended(directory)?;
+    let described = describe(directory)?;
+    let mut state = isolated(directory)?;
+    let stays = |line: &Line| described.recovery_pending && line.recovery;
+    let new_value = |line: &Line| stays(line).then(|| line.value.clone());
+    rewrite(directory, &state.lines, new_value)?;
+    state.lines.retain(stays);
+    for line in &mut state.lines {
+        line.after_recovery = None;
+    }
+    for edit in &state.edits {
+        if stays_a_comment(directory, &edit.name, &edit.parent).is_none() {
+            undo(directory, edit)?;
+        }
+    }
+    state.edits.clear();
+    save(directory, &state)?;
+    if state.lines.is_empty() {
+        remove_headings(directory)?;
+    }
+    Ok(described)
+}
+
+fn isolated(directory: &Path) -> Result<State> {
+    read_state(directory)?.ok_or_else(|| {
+        Error::usage(format!(
+            "{} is not an isolated copy: it was not restored by this version of pitr-restore, or was released already",
+            directory.display()
+        ))
+    })
+}
+
+/// The reason why a line that was made a comment is not restored.
+fn stays_a_comment(directory: &Path, name: &str, parent: &str) -> Option<String> {
+    let same =
+        |path: &Path| std::fs::canonicalize(path).ok() == std::fs::canonicalize(directory).ok();
+    match name {
+        // The server would start on another directory than the one that it is given.
+        "data_directory" if !same(Path::new(parent)) => {
+            Some("it names another directory than this one".to_owned())
+        }
+        "hba_file" | "ident_file" if !Path::new(parent).is_file() => {
+            Some("there is no such file here".to_owned())
+        }
+        _ => None,
+    }
+}
+
+fn undo(directory: &Path, edit: &super::Edit) -> Result<()> {
+    let path = directory.join(&edit.file);
+    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let mut lines: Vec<Vec<u8>> = bytes
+        .split(|byte| *byte == b'\n')
+        .map(<[u8]>::to_vec)
+        .collect();
+    let Some(at) = lines.iter().rposition(|line| *line == edit.new.as_bytes()) else {
+        return Ok(());
+    };
+    match (&edit.old, lines.get_mut(at)) {
+        (Some(old), Some(line)) => old.as_bytes().clone_into(line),
+        _ => drop(lines.remove(at)),
+    }
+    durable::replace(&path, &lines.join(&b'\n')).map_err(Error::local)
+}
+
+/// Removes the comments above our lines.
+fn remove_headings(directory: &Path) -> Result<()> {
+    for file in [AUTO, MAIN] {
+        let path = directory.join(file);
+        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
+        let kept: Vec<&[u8]> = lines
+            .iter()
+            .filter(|line| !line.starts_with(super::HEADING.as_bytes()))
+            .copied()
+            .collect();
+        if kept.len() < lines.len() {
+            durable::replace(&path, &kept.join(&b'\n')).map_err(Error::local)?;
+        }
+    }
+    Ok(())
+}
