@@ -60,6 +60,17 @@ fn files(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
+/// The files that are not the same in both.
+fn differing<'a>(
+    before: &'a BTreeMap<PathBuf, Vec<u8>>,
+    after: &'a BTreeMap<PathBuf, Vec<u8>>,
+) -> Vec<&'a PathBuf> {
+    let names = before.keys().chain(after.keys());
+    names
+        .filter(|name| before.get(*name) != after.get(*name))
+        .collect()
+}
+
 fn map(old: &Path, new: &Path) -> String {
     format!("--tablespace-mapping={}={}", old.display(), new.display())
 }
@@ -121,6 +132,8 @@ fn check_version(bin: &Path) {
             "SELECT oid FROM pg_tablespace WHERE spcname = '{name}'"
         ))
     };
+    // The first reader of a row sets its hint bits: that is the parent's own change.
+    archived.sql("CHECKPOINT");
     let before = files(places.0.path());
 
     let target = directory().expect("a directory");
@@ -224,7 +237,7 @@ fn check_version(bin: &Path) {
     archived.sql("CHECKPOINT");
     let after = files(places.0.path());
     assert!(before.len() > 3, "{} files", before.len());
-    assert!(before == after, "the copy changed files of its parent");
+    assert_eq!(differing(&before, &after), Vec::<&PathBuf>::new());
     assert_eq!(archived.sql(SUMS), sums);
 }
 
@@ -426,8 +439,6 @@ fn a_tablespace_that_is_created_while_the_backup_begins_stays_where_it_is_mapped
     query(&restored.conninfo(), "CHECKPOINT");
     restored.stop().expect("it stops");
     archived.sql("CHECKPOINT");
-    assert!(
-        before == files(places.0.path()),
-        "the copy changed files of its parent"
-    );
+    let after = files(places.0.path());
+    assert_eq!(differing(&before, &after), Vec::<&PathBuf>::new());
 }

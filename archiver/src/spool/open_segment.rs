@@ -170,21 +170,24 @@ impl OpenSegment {
     ///
     /// # Errors
     /// [`Error::Io`]: fatal, see the invariant above.
-    pub fn renew(mut self, spool: &BranchSpool, bytes: &[u8]) -> Result<Self> {
+    pub fn renew(self, spool: &BranchSpool, bytes: &[u8]) -> Result<Self> {
         let mut source = bytes;
         match copy_in_place(&mut source, &self.partial, &self.partial) {
             Ok(()) => Self::at(spool, self.segment, false),
             Err(error) if is_no_space(&error) => {
                 tracing::warn!(file = %self.partial.display(), "no room for a copy; written in place");
-                let in_place = self
+                // Opened again: if only the directory's fsync failed, the copy has the name by now,
+                // and what is written to the old file is lost with it.
+                let mut named = Self::at(spool, self.segment, false)?;
+                let in_place = named
                     .file
                     .write_all_at(bytes, 0)
-                    .and_then(|()| self.file.set_len(bytes.len() as u64))
-                    .and_then(|()| self.file.sync_all());
-                in_place.map_err(Error::io("write", &self.partial))?;
+                    .and_then(|()| named.file.set_len(bytes.len() as u64))
+                    .and_then(|()| named.file.sync_all());
+                in_place.map_err(Error::io("write", &named.partial))?;
                 sync_directory(spool.directory())?;
-                (self.length, self.allocated) = (bytes.len() as u64, bytes.len() as u64);
-                Ok(self)
+                (named.length, named.allocated) = (bytes.len() as u64, bytes.len() as u64);
+                Ok(named)
             }
             Err(error) => Err(Error::io("write anew", &self.partial)(error)),
         }
