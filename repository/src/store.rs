@@ -224,7 +224,8 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     ) -> Result<()>;
 
     /// The names directly below `prefix`, which ends in `/`, under which objects are stored,
-    /// ascending.
+    /// ascending. Some stores also name a folder whose last object was removed (`SeaweedFS` for a
+    /// while), so a folder proves nothing until an object in it is listed.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].

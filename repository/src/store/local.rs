@@ -432,6 +432,9 @@ mod tests {
         let store: Arc<dyn ObjectStore> =
             Arc::new(LocalStore::open(directory.path()).expect("a store"));
         conformance(&store, 20);
+        // The conformance suite has removed the only object below it; the directory is still there.
+        assert!(directory.path().join("c/d").is_dir());
+        assert_eq!(store.folders("c/").expect("it lists"), Vec::<String>::new());
     }
 
     fn pinned(root: &Path) -> LocalStore {

@@ -79,11 +79,6 @@ pub fn conformance(store: &Arc<dyn ObjectStore>, races: u32) {
     store.put_if_absent("c/d/e/f", b"f").expect("a put");
     assert_eq!(folders("c/"), ["d"]);
     store.delete("c/d/e/f").expect("a delete");
-    assert_eq!(
-        folders("c/"),
-        Vec::<String>::new(),
-        "nothing is stored there"
-    );
     let mut seen = 0;
     let stop = &mut |_| {
         seen += 1;
