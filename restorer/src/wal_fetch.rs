@@ -131,12 +131,13 @@ fn content(
             let system = identity.system_identifier;
             if asked.plan.is_some() && planned(asked.plan, timeline).is_none() {
                 // Not to be followed: PostgreSQL looks for a number that is free, and any history
-                // proves that it is not.
-                let mut histories = repository.histories(system)?.into_iter();
-                let Some((_, history)) = histories.find(|(one, _)| one.timeline == timeline) else {
+                // proves that it is not. A lost history of this number is an error; the number is
+                // not free either.
+                let branches = repository.branches_of(system, timeline)?;
+                let Some(branch) = branches.first() else {
                     return Ok(false);
                 };
-                write(out, &history)?;
+                write(out, &repository.history(system, *branch)?)?;
                 return Ok(true);
             }
             let found = branch_of(repository, &identity, asked.plan, timeline)?;

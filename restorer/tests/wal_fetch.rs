@@ -223,10 +223,13 @@ fn with_a_plan(scene: &Scene, middle: SegmentName, next: &str) {
     fs::write(&file, plan.expect("a plan")).expect("a file");
     let plan = format!("--plan={}", file.display());
     assert_eq!(scene.code(&middle.to_string(), &[&plan]), Some(0));
-    // After its end, and on timelines that it does not use, nothing exists.
-    for name in [next, "00000002.history", "000000020000000000000003"] {
+    // After its end nothing exists, nor on a timeline that is not archived.
+    for name in [next, "00000003.history", "000000030000000000000003"] {
         assert_eq!(scene.code(name, &[&plan]), Some(1), "{name}");
     }
+    // The number of a timeline that the plan does not use is taken, by two histories here.
+    assert_eq!(scene.code("00000002.history", &[&plan]), Some(0));
+    assert_eq!(scene.code("000000020000000000000003", &[&plan]), Some(255));
     let object = scene.object(middle);
     let aside = object.with_extension("aside");
     fs::copy(&object, &aside).expect("a copy");
