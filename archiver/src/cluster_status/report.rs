@@ -70,11 +70,16 @@ impl ClusterStatus {
                 "a failover to the standby {server} may need a new base backup: {problem}"
             ))
         });
+        // A full spool is what the repository's absence leads to: one reason must not hide the other.
+        let repository = facts.repository_broken.values().next().map(|problem| {
+            let room = shortage.as_ref().map(|shortage| format!("; {shortage}"));
+            format!("{problem}{}", room.unwrap_or_default())
+        });
         let (state, reason) = judge(Judged {
             broken: facts
                 .broken
                 .as_deref()
-                .or(facts.repository_broken.values().next().map(String::as_str))
+                .or(repository.as_deref())
                 .or(facts.lost.as_deref())
                 .or(facts.push_differs.values().next().map(String::as_str)),
             failing: failing.as_deref(),
