@@ -332,6 +332,22 @@ mod tests {
     }
 
     #[test]
+    fn several_new_places_of_which_one_does_not_exist_yet_are_begun() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = |name: &str| directory.path().join(name);
+        fs::create_dir(root("r")).expect("an empty folder");
+        let second = format!("[[repositories]]\nurl = 'file://{}'\n", root("s").display());
+        let both = settings(directory.path(), &second);
+        let open = || Repository::open_known(&both).expect("it opens");
+        assert_eq!(open().identity().expect("nothing yet"), None);
+        assert!(!root("s").exists(), "asking creates nothing");
+        open().claim(&identity(1)).expect("the first archive");
+        for name in ["r", "s"] {
+            assert!(root(name).join("main/epoch/00000001.json").is_file());
+        }
+    }
+
+    #[test]
     fn of_several_places_a_new_one_is_filled_and_one_that_went_is_not() {
         let directory = tempfile::tempdir().expect("a directory");
         let root = |name: &str| directory.path().join(name);

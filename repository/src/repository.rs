@@ -170,8 +170,9 @@ impl Repository {
     }
 
     pub(crate) fn with_known(self, known: &Arc<KnownArchive>) -> Self {
-        if let Some(pin) = known.pin(&self.url()) {
-            self.store.pin(pin);
+        match known.pin(&self.url()) {
+            Some(pin) => self.store.pin(pin),
+            None => self.store.expect_new(),
         }
         Self {
             known: Some(Arc::clone(known)),

@@ -301,6 +301,10 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         }
     }
 
+    /// Tells the store that no archive is known to be there: a folder that does not exist is then an empty one. A pin ends
+    /// it.
+    fn expect_new(&self) {}
+
     /// Makes every later write, and every answer "absent", fail with [`Error::Gone`] while the
     /// place does not hold one of the witnesses. A folder checks it before and after each write, a
     /// bucket now and then.

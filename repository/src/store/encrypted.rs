@@ -382,6 +382,10 @@ impl ObjectStore for EncryptedStore {
         self.store().witness(&stored(key))
     }
 
+    fn expect_new(&self) {
+        self.store().expect_new();
+    }
+
     fn pin(&self, pin: Pin) {
         self.store().pin(pin);
     }

@@ -12,7 +12,10 @@ use std::{
     ops::{ControlFlow, Range},
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
-    sync::{PoisonError, RwLock},
+    sync::{
+        PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -39,6 +42,8 @@ const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 pub struct LocalStore {
     root: PathBuf,
     pin: RwLock<Option<Pin>>,
+    /// Whether a folder that does not exist is an empty one: nothing is known to be there.
+    is_new: AtomicBool,
 }
 
 impl LocalStore {
@@ -57,12 +62,18 @@ impl LocalStore {
         Self {
             root: root.to_owned(),
             pin: RwLock::default(),
+            is_new: AtomicBool::new(false),
         }
     }
 
     fn pinned(&self) -> Option<Pin> {
         let pin = self.pin.read().unwrap_or_else(PoisonError::into_inner);
         pin.clone()
+    }
+
+    /// Returns true if the folder does not exist and nothing is known to have been there.
+    fn is_new(&self) -> bool {
+        self.is_new.load(Ordering::Relaxed) && matches!(self.exists(), Ok(false))
     }
 
     /// The error of a folder that cannot be opened as one.
@@ -126,7 +137,7 @@ impl LocalStore {
     fn failed(&self, action: &'static str, key: &str, path: PathBuf, error: io::Error) -> Error {
         match error.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => match self.confirm() {
-                Ok(()) if self.root.is_dir() => Error::NotFound {
+                Ok(()) if self.root.is_dir() || self.is_new() => Error::NotFound {
                     key: key.to_owned(),
                     url: self.url(),
                 },
@@ -259,6 +270,9 @@ impl ObjectStore for LocalStore {
         prefix: &str,
         visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
     ) -> Result<()> {
+        if self.is_new() {
+            return Ok(());
+        }
         if !self.exists()? {
             return Err(self.cannot_open(io::ErrorKind::NotFound.into()));
         }
@@ -344,6 +358,10 @@ impl ObjectStore for LocalStore {
     fn witness(&self, key: &str) -> Result<Option<Witness>> {
         let stored = Entered::open(self)?.read(key)?;
         Ok(stored.map(|stored| Witness::new(key, &stored)))
+    }
+
+    fn expect_new(&self) {
+        self.is_new.store(true, Ordering::Relaxed);
     }
 
     fn pin(&self, pin: Pin) {

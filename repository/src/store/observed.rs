@@ -109,6 +109,10 @@ impl ObjectStore for ObservedStore {
         self.store.witness(key)
     }
 
+    fn expect_new(&self) {
+        self.store.expect_new();
+    }
+
     fn pin(&self, pin: Pin) {
         self.store.pin(pin);
     }
