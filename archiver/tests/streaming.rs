@@ -100,6 +100,9 @@ fn settings_that_hang_commits_on_us_are_told() {
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("INFO streaming");
+    // Without a backup the light would name that first.
+    let backup = place.command(&server.conninfo()).arg("backup").status();
+    assert!(backup.expect("wal-archiver runs").success());
     let check = || {
         let output = place.command(&server.conninfo()).arg("check").output();
         let output = output.expect("wal-archiver runs");

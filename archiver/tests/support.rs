@@ -445,6 +445,16 @@ impl Place {
     }
 }
 
+/// Lets every put into the repository fail, like a store that is down. Returns a function that ends
+/// this.
+pub(crate) fn store_refuses(place: &Place) -> impl FnOnce() + use<> {
+    // Objects are written here before they have a name.
+    let temporary = place.repository().join(".tidemark-tmp");
+    drop(fs::remove_dir_all(&temporary));
+    fs::write(&temporary, "a file is no folder").expect("in its place");
+    move || fs::remove_file(&temporary).expect("the file goes")
+}
+
 /// Moves the repository away, like a store that is down. Returns a function that moves it back.
 pub(crate) fn store_goes_down(place: &Place) -> impl FnOnce() + use<> {
     let (here, aside) = (

@@ -6,7 +6,7 @@ use benches::{
     cluster::Cluster,
     main_job::Place,
     object_store::{BUCKET, ObjectStoreServer},
-    programs::{free_address, succeed},
+    programs::{directory, free_address, succeed},
     restored::Restored,
     tools::servers_or_skip,
 };
@@ -134,7 +134,11 @@ fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
     assert!(listed.contains("backup"), "{listed}");
     let restored = Restored::start(&place, &bin, &["--at", &good]).expect("a restore");
     assert_eq!(rows(&mut restored.connect().expect("a connection")), 20_000);
-    let settings = restored.data().join("postgresql.auto.conf");
+    let copy = directory().expect("a directory");
+    let mut restore = place.program("pitr-restore").expect("it is built");
+    restore.args(["--at", &good, "--target-dir"]);
+    succeed(restore.arg(copy.path().join("data"))).expect("a restore");
+    let settings = copy.path().join("data/postgresql.auto.conf");
     let settings = fs::read_to_string(settings).expect("settings");
     assert!(
         settings.contains(" --at "),

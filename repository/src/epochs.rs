@@ -288,7 +288,12 @@ impl Repository {
                 return Err(self.encrypted_without_key());
             }
             // A listing may hide what is there.
-            if let Some(hidden) = self.stored_epoch(1, [true, true])? {
+            let hidden = match self.stored_epoch(1, [true, true]) {
+                // Of several places one is away, which the listing passed over too.
+                Err(error) if error.is_transient() && self.is_mirrored() => None,
+                hidden => hidden?,
+            };
+            if let Some(hidden) = hidden {
                 known.insert(1, hidden);
             }
         }

@@ -146,7 +146,7 @@ impl Repository {
     pub fn open_known_place(settings: &ClusterSettings, place: &RepositoryPlace) -> Result<Self> {
         let mut known = KnownArchive::of(settings);
         known.is_one_of_several = *place != settings.repository;
-        Ok(Self::open(place, &settings.name)?.remembering(&known))
+        Self::recognised(&known, || Self::open(place, &settings.name))
     }
 
     /// As [`Repository::open_known`] where the repository is one folder without keys; `None` for
@@ -156,8 +156,39 @@ impl Repository {
     /// # Errors
     /// As [`Repository::open`].
     pub fn open_known_plain_folder(settings: &ClusterSettings) -> Result<Option<Self>> {
-        let opened = Self::open_plain_folder(&settings.repository, &settings.name)?;
-        Ok(opened.map(|opened| opened.remembering(&KnownArchive::of(settings))))
+        let open = || Self::open_plain_folder(&settings.repository, &settings.name);
+        if open()?.is_none() {
+            return Ok(None);
+        }
+        let known = KnownArchive::of(settings);
+        let opened = Self::recognised(&known, || {
+            open()?.ok_or_else(|| Error::Config {
+                message: format!("{} is not a plain folder", settings.repository.url),
+            })
+        });
+        opened.map(Some)
+    }
+
+    /// Opens a place and pins it to the objects by which this host recognises it. Where all of them
+    /// are lost, sealed WAL of the same system identifier proves that it is the archive all the
+    /// same: the next claim, or a repair, writes them again.
+    fn recognised(known: &KnownArchive, open: impl Fn() -> Result<Self>) -> Result<Self> {
+        let opened = open()?.remembering(known);
+        if !matches!(opened.confirm(), Err(Error::Gone { .. })) {
+            return Ok(opened);
+        }
+        let bare = open()?;
+        match (bare.newest_epoch(), known.record()) {
+            (Ok(Some(found)), Some(record))
+                if found.is_derived()
+                    && found.identity.system_identifier == record.system_identifier =>
+            {
+                let mut known = known.clone();
+                known.is_forgotten = true;
+                Ok(bare.remembering(&known))
+            }
+            _ => Ok(opened),
+        }
     }
 
     /// Opens the repository of a cluster's settings as whatever it is now. The next
@@ -192,6 +223,14 @@ impl Repository {
                 ),
             }),
         }
+    }
+
+    /// Remembers a place whose identity was written again: its bytes are others than before.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn remember_repaired(&self, system: SystemIdentifier) -> Result<()> {
+        self.remember(system)
     }
 
     /// Pins a place that was claimed, and remembers it.

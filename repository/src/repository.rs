@@ -318,6 +318,11 @@ impl Repository {
         format!("{}/{key}", self.cluster)
     }
 
+    /// Returns true if this stands for several places.
+    pub(crate) fn is_mirrored(&self) -> bool {
+        self.mirror.is_some()
+    }
+
     /// Returns true if nothing can be stored here yet: the place has to be created first.
     pub(crate) fn lacks_place(&self) -> Result<bool> {
         Ok(self.known.is_some() && !self.store.exists()?)
@@ -340,7 +345,11 @@ impl Repository {
             return self.claim_one(found);
         };
         // Refuses where each of them is empty and this host had an archive.
-        self.identity()?;
+        match self.identity() {
+            // One that is away cannot tell; then only a host without an archive may begin one.
+            Err(error) if error.is_transient() => self.must_be_new()?,
+            found => drop(found?),
+        }
         mirror.share_epochs()?;
         // In each place, or another cluster may own one of them.
         let mut outcome = None;
@@ -368,6 +377,9 @@ impl Repository {
                 self.must_be_new()?;
                 // The first copy decides between two that claim at once.
                 self.create(&ObjectKey::Epoch(1), found)?;
+                if let Err(error) = self.create(&ObjectKey::EpochCopy(1), found) {
+                    tracing::debug!(%error, "the second copy of the identity is written later");
+                }
                 // Read once more: a claim with keys and one without do not see each other's names.
                 self.newest_epoch()?.unwrap_or_else(|| Epoch {
                     number: 1,

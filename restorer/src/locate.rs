@@ -2,7 +2,7 @@
 //! relation, each with the flags that restore to just before it.
 //!
 //! Ends of transactions and the files that they removed come from the archive's summaries. Rows and
-//! names come from WAL and a backup, up to [`READ_MAX_BYTES`]. A note names everything that is not
+//! names come from WAL and a backup, up to `READ_MAX_BYTES`. A note names everything that is not
 //! known; nothing is guessed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};

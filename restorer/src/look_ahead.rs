@@ -42,7 +42,7 @@ const IDLE_MAX: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(5);
 
 /// Fetches into `folder` the segments that follow `name` in the plan, or without a plan on its
-/// timeline. Returns when all were taken, or none was for [`IDLE_MAX`].
+/// timeline. Returns when all were taken, or none was for `IDLE_MAX`.
 ///
 /// # Errors
 /// If the folder cannot be created. A segment that cannot be fetched is left to `wal-fetch`, which

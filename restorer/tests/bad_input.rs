@@ -394,25 +394,32 @@ fn what_is_damaged_is_named_and_never_restored() {
         b"{\"format_version\": 1}",
     );
     refused(&damaged, &[], 4, &["backup.json", "counts as missing"]);
+    // One damaged copy of the identity is named and harms nothing. With the old checksum it is a
+    // damaged object too.
     let damaged = scene.copy();
-    rewrite(&damaged.objects("/epoch/")[0], b"{}");
-    refused(&damaged, &[], 4, &["epoch/", "damaged"]);
-    // An archive of another cluster under the same name: its objects do not belong to this one.
-    let damaged = scene.copy();
-    let epoch = &damaged.objects("/epoch/")[0];
-    let text = fs::read_to_string(epoch).expect("an epoch");
+    let copies = damaged.objects("/epoch");
+    assert_eq!(copies.len(), 2, "{copies:?}");
+    let text = fs::read_to_string(&copies[0]).expect("an epoch");
     let document: serde_json::Value = serde_json::from_str(&text).expect("JSON");
     let system = document["system_identifier"]
         .as_str()
         .expect("an identifier");
     let foreign = text.replace(system, "7000000000000000001");
-    // With the old checksum it is a damaged object. Without a checksum it is an object of an
-    // earlier build.
-    rewrite(epoch, foreign.as_bytes());
-    refused(&damaged, &[], 4, &["epoch/", "damaged"]);
+    for content in ["{}", &foreign] {
+        rewrite(&copies[0], content.as_bytes());
+        let mut plan = scene.pitr_restore(&damaged.repository());
+        let output = plan.arg("--dry-run").output().expect("it runs");
+        let (_, error) = said(&output);
+        assert_eq!(output.status.code(), Some(0), "{error}");
+        assert!(error.contains("epoch_copy_damaged"), "{error}");
+    }
+    // An archive of another cluster under the same name: its objects do not belong to this one.
+    // Without a checksum the identity is an object of an earlier build.
     let (body, _) = foreign.rsplit_once(',').expect("a sum");
-    rewrite(epoch, format!("{body}\n}}").as_bytes());
-    refused(&damaged, &[], 3, &["no WAL is archived", "--cluster"]);
+    for copy in &copies {
+        rewrite(copy, format!("{body}\n}}").as_bytes());
+    }
+    refused(&damaged, &[], 4, &[system, "--system"]);
 }
 
 #[test]

@@ -217,26 +217,13 @@ fn a_copy_reaches_nobody_and_is_a_server_like_any_other() {
         eprintln!("PostgreSQL {major}");
         let parent = Parent::start(major, &bin);
         parent.subscribe();
-        let mut tablespace = "";
-        if major >= 16 {
-            // Allowed for the session that creates it, as nobody allows it for the server.
-            parent
-                .archived
-                .sql("ALTER ROLE postgres SET allow_in_place_tablespaces = on");
-            parent.archived.sql("CREATE TABLESPACE inside LOCATION ''");
-            tablespace = " TABLESPACE inside";
-        }
-        parent
-            .archived
-            .sql(&format!("CREATE TABLE kept (n int){tablespace}"));
+        parent.archived.sql("CREATE TABLE kept (n int)");
         // As the backup of a standby has it; a running primary does not look at it.
         let signal = parent.archived.cluster.data().join("standby.signal");
         fs::write(&signal, "").expect("written");
         parent.archived.backup();
         fs::remove_file(&signal).expect("removed");
-        parent
-            .archived
-            .sql("CREATE TABLE kept (n int); INSERT INTO kept VALUES (1)");
+        parent.archived.sql("INSERT INTO kept VALUES (1)");
         parent.archived.end_lsn();
         parent
             .archived

@@ -3,7 +3,7 @@
 
 use repository::{
     Repository,
-    config::{ClusterSettings, RepositoryPlace, Settings},
+    config::{ClusterSettings, Settings},
 };
 use wal_format::{OutcomeKind, SystemIdentifier};
 
@@ -28,7 +28,7 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
             .repository
             .each()
             .iter()
-            .map(|place| open_place(cluster, place))
+            .map(|place| Repository::open_known_place(cluster, place))
             .collect::<repository::Result<Vec<_>>>()?;
         if repair {
             repair::repair_keys(cluster, &say)?;
@@ -41,6 +41,11 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
                 break;
             }
             findings = verify::examine_all(cluster, &places, deep)?.1;
+        }
+        if repair {
+            for place in &places {
+                place.remember_repaired(system)?;
+            }
         }
         for findings in &findings {
             for line in findings.lines(deep) {
@@ -94,21 +99,4 @@ fn record(
         }
     }
     outcomes::tell_the_daemon(settings, &outcome.id);
-}
-
-/// Opens a place to be examined. A place that lost the files by which this host recognises it is
-/// examined all the same if its sealed WAL says whose it is: those files are what a repair writes.
-fn open_place(
-    cluster: &ClusterSettings,
-    place: &RepositoryPlace,
-) -> repository::Result<Repository> {
-    let known = Repository::open_known_place(cluster, place)?;
-    if !matches!(known.confirm(), Err(repository::Error::Gone { .. })) {
-        return Ok(known);
-    }
-    let bare = Repository::open(place, &cluster.name)?;
-    match bare.identity() {
-        Ok(Some(_)) => Ok(bare),
-        _ => Ok(known),
-    }
 }

@@ -120,8 +120,11 @@ impl Verifier {
         let whole = header.is_whole_segment();
         let mut indexer = match self.indexers.remove(&header.branch) {
             Some(indexer) if whole && indexer.position() == header.start_lsn => indexer,
-            // A tail in the middle of a page cannot be decoded alone; its frames were checked.
-            _ if !whole && header.start_lsn.page_offset() != 0 => return None,
+            // A tail in the middle of a page, or in the unused zeros after a segment switch, cannot
+            // be decoded alone; its frames were checked.
+            _ if !whole && (header.start_lsn.page_offset() != 0 || is_unused(&wal)) => {
+                return None;
+            }
             _ => WalIndexer::new(self.wal, header.start_lsn, None),
         };
         if let Err(error) = indexer.push(&wal) {
@@ -208,4 +211,10 @@ fn undescribed(objects: &[(ObjectKey, u64)]) -> Vec<BackupId> {
         .difference(&described)
         .map(|id| (*id).clone())
         .collect()
+}
+
+/// Returns true if WAL begins with a page of zeros, which PostgreSQL leaves after a segment switch.
+fn is_unused(wal: &[u8]) -> bool {
+    let page = usize::try_from(wal_format::lsn::PAGE_SIZE).unwrap_or(usize::MAX);
+    wal.iter().take(page).all(|byte| *byte == 0)
 }

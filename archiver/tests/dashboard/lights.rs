@@ -272,16 +272,16 @@ impl World {
         self.server.sql("SELECT pg_reload_conf()");
     }
 
+    /// Every put fails. A repository that is gone is another light (`unmounted.rs`).
     fn take_the_store(&self) {
-        let place = self.place.repository();
-        repository::durable::rename(&place, &place.with_extension("aside")).expect("it goes");
-        fs::write(place, "a file is no folder").expect("in its place");
+        let temporary = self.place.repository().join(".tidemark-tmp");
+        drop(fs::remove_dir_all(&temporary));
+        fs::write(&temporary, "a file is no folder").expect("in its place");
     }
 
     fn give_the_store_back(&self) {
-        let place = self.place.repository();
-        fs::remove_file(&place).expect("the file goes");
-        repository::durable::rename(&place.with_extension("aside"), &place).expect("it is back");
+        let temporary = self.place.repository().join(".tidemark-tmp");
+        fs::remove_file(&temporary).expect("the file goes");
     }
 
     /// Doing it twice restores the original.

@@ -63,7 +63,7 @@ pub enum How {
     Comment,
 }
 
-/// The part that a setting plays for [`super::Isolate`].
+/// The part that a setting plays for the isolation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Group {
     /// Stays as it was with `--keep-archiving`.
