@@ -133,6 +133,7 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
         let lag = &remote["lag_bytes"];
         assert!(lag.is_null() || lag.as_u64() >= queue, "{report}");
         assert!(remote["rpo_seconds"].as_f64() > Some(0.0), "{report}");
+        assert_ne!(report["state"], "ok", "{report}");
         report["state"] == "broken"
     });
     let refused = "no base backup leads to timeline 00000002";

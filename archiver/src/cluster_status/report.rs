@@ -44,6 +44,13 @@ impl ClusterStatus {
             )),
             _ => None,
         };
+        // A promotion makes another timeline the server's: until the next look into the catalog
+        // nothing is known of it.
+        let server_branch = facts.server_path.as_ref().and_then(|path| path.current());
+        let has_backup = match facts.last_backup.is_some() {
+            true if details.judged != server_branch => None,
+            has_backup => facts.looked.then_some(has_backup),
+        };
         let rpo_target_seconds = settings.rpo_target.as_secs_f64();
         let shortage = shortage(&facts);
         let locks = facts
@@ -90,7 +97,7 @@ impl ClusterStatus {
             rpo_target_seconds,
             danger: facts.danger,
             standby: standby.as_deref(),
-            has_backup: facts.looked.then_some(facts.last_backup.is_some()),
+            has_backup,
             unreached: facts.unreached.as_deref(),
             slot_wal_status: facts
                 .slot_report

@@ -52,6 +52,8 @@ pub(super) struct Judgement {
     pub(super) window: WindowReport,
     /// The stretches in which a recovery can stop, of every branch.
     pub(super) ranges: Vec<RestorableRange>,
+    /// The server's branch that was judged.
+    pub(super) judged: Option<Branch>,
     /// Why no base backup leads to the server's present.
     pub(super) unreached: Option<String>,
     /// The first missing byte of a gap that was seen, to be seen again before it counts.
@@ -81,6 +83,7 @@ impl Look<'_> {
         let mut judgement = Judgement::default();
         let server = self.index.archive.status().facts().server_path;
         let server = server.filter(|server| !server.parts.is_empty());
+        judgement.judged = server.as_ref().and_then(|server| server.current());
         (judgement.unreached, judgement.missing) = match &server {
             Some(server) => self.unreached(server, &defaults)?,
             None => self.refusal_of(&path, &found, "the newest timeline")?,

@@ -110,6 +110,7 @@ impl Marks {
         let judgement = look.judge()?;
         self.missing = judgement.missing;
         details.restorable = judgement.ranges;
+        details.judged = judgement.judged;
         let surplus = details.ranges.len().saturating_sub(RANGES_MAX);
         details.ranges.drain(..surplus);
         Ok((judgement.window, judgement.unreached, details))

@@ -98,6 +98,9 @@ pub struct Details {
     pub ranges: Vec<HeldRange>,
     /// What of it can be restored, by branch and position.
     pub restorable: Vec<RestorableRange>,
+    /// The server's branch for which that was judged. `None` while no server was seen.
+    #[serde(skip)]
+    pub judged: Option<Branch>,
     /// Missing WAL.
     pub gaps: Vec<GapReport>,
     /// Commits that failovers lost.
