@@ -396,7 +396,6 @@ fn any_damage_heals_between_any_two_places() {
 
 /// A second repository that nobody reaches holds up nothing, and is shown as what it is.
 #[test]
-#[ignore = "known fault: a first start waits while one of several repositories does not answer"]
 fn a_repository_that_is_away_is_told_with_its_lag() {
     let Some((_, bin)) = servers_or_skip().pop() else {
         return;

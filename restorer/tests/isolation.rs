@@ -217,7 +217,18 @@ fn a_copy_reaches_nobody_and_is_a_server_like_any_other() {
         eprintln!("PostgreSQL {major}");
         let parent = Parent::start(major, &bin);
         parent.subscribe();
-        parent.archived.sql("CREATE TABLE kept (n int)");
+        let mut tablespace = "";
+        if major >= 16 {
+            // Allowed for the session that creates it, as nobody allows it for the server.
+            parent
+                .archived
+                .sql("ALTER ROLE postgres SET allow_in_place_tablespaces = on");
+            parent.archived.sql("CREATE TABLESPACE inside LOCATION ''");
+            tablespace = " TABLESPACE inside";
+        }
+        parent
+            .archived
+            .sql(&format!("CREATE TABLE kept (n int){tablespace}"));
         // As the backup of a standby has it; a running primary does not look at it.
         let signal = parent.archived.cluster.data().join("standby.signal");
         fs::write(&signal, "").expect("written");
@@ -314,7 +325,16 @@ fn copied_moved_and_archived(parent: &Parent, root: &Path, copy: &Server<'_>) {
         "-D",
     ]);
     succeed(pg_basebackup.arg(&replica.data)).expect("a base backup");
-    replica.pg_ctl(&["-o", "-c listen_addresses=", "start"]);
+    // A stock standby of a server with an in-place tablespace panics without this when it is
+    // consistent (`CheckTablespaceDirectory` in `xlogrecovery.c`).
+    let in_place = parent
+        .archived
+        .sql("SELECT count(*) FROM pg_tablespace WHERE spcname = 'inside'");
+    let mut options = "-c listen_addresses=".to_owned();
+    if in_place == "1" {
+        options.push_str(" -c allow_in_place_tablespaces=on");
+    }
+    replica.pg_ctl(&["-o", &options, "start"]);
     copy.sql("INSERT INTO kept VALUES (4)");
     wait_until("the replica follows the copy", || {
         replica.sql("SELECT count(*) FROM kept") == "4"
