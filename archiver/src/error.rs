@@ -1,7 +1,7 @@
-//! [`Error`]: everything that can stop archiving, as facts with their place, and what to do about each.
+//! [`Error`]: everything that can stop archiving, as facts with their location and the remedy for each.
 //!
-//! Invariant: an error that means "WAL is missing or different" ([`Error::is_broken`]) is never retried into silence:
-//! the cluster's state turns to broken and stays so until the cause is gone.
+//! Invariant: an error that means "WAL is missing or different" ([`Error::is_broken`]) is never
+//! hidden by retries. The cluster's state becomes broken and stays so until the cause is gone.
 
 use std::{io, path::PathBuf};
 
@@ -14,11 +14,11 @@ use crate::replication;
 /// The archiver's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What stopped.
+/// The cause for which an operation stopped.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A base backup came to nothing.
+    /// A base backup failed.
     #[error(transparent)]
     BaseBackup(#[from] crate::base_backup::BaseBackupError),
     /// The server does not hold WAL that the archive still needs.
@@ -32,16 +32,16 @@ pub enum Error {
         timeline: TimelineId,
         /// The first byte that is missing.
         from: Lsn,
-        /// What the server said.
+        /// The server's message.
         message: String,
     },
     /// The server sent a history file that PostgreSQL itself would refuse.
     #[error("the server sent a damaged history file: {source}")]
     History {
-        /// What is wrong with it.
+        /// The defect in the file.
         source: wal_format::timeline::ParseHistoryError,
     },
-    /// HTTP can not be served as wished.
+    /// HTTP cannot be served as configured.
     #[error(transparent)]
     Http(#[from] crate::http::HttpError),
     /// A file operation failed.
@@ -51,10 +51,10 @@ pub enum Error {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// The operating system's word.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// The server's history does not contain what the archive has followed.
+    /// The server's history does not contain the branch that the archive has followed.
     #[error(
         "the server is on timeline {server}, whose history does not contain timeline branch {ours} that this archive has \
          followed up to {durable_lsn}; the server was left behind by a promotion or is another one. Point the archiver at \
@@ -97,10 +97,10 @@ pub enum Error {
         /// The slot.
         slot: String,
     },
-    /// There is no room for more WAL, and nobody waits for it any more.
+    /// There is no space for more WAL, and no thread waits for it any longer.
     #[error("the spool is full; WAL that the server still keeps was not taken")]
     SpoolFull,
-    /// Files in the spool that do not follow one another.
+    /// The spool's files are not consecutive.
     #[error(
         "the spool {path} lacks segment {missing} between segments it holds, and the repository does not have it; move \
          the later files away and start again: they are streamed anew",
@@ -121,12 +121,12 @@ pub enum Error {
         /// The lock file.
         path: PathBuf,
     },
-    /// WAL arrived that does not follow what came before.
+    /// WAL arrived that does not follow the previous WAL.
     #[error("the server sent WAL from {found} where {expected} was next")]
     StreamOutOfOrder {
-        /// Where the stream was.
+        /// The position of the stream.
         expected: Lsn,
-        /// Where the message began.
+        /// The start of the message.
         found: Lsn,
     },
     /// The spool's content belongs to another cluster.
@@ -138,27 +138,27 @@ pub enum Error {
     SpoolSystemMismatch {
         /// The spool.
         path: PathBuf,
-        /// The cluster's.
+        /// The cluster's system identifier.
         expected: SystemIdentifier,
-        /// The spool's.
+        /// The system identifier in the spool.
         found: String,
     },
     /// The server stopped answering.
     #[error("nothing was heard from the server for {seconds} s although an answer was requested")]
     Silent {
-        /// How long.
+        /// The time without an answer.
         seconds: u64,
     },
-    /// What `status --nagios` found; its line on standard output says it.
+    /// The result of `status --nagios`. Its line on standard output describes it.
     #[error("not OK")]
     Nagios {
-        /// Nagios's exit code.
+        /// The exit code by Nagios's convention.
         code: u8,
     },
-    /// Receivers of alerts that were not told.
+    /// Alert receivers that could not be notified.
     #[error("not told: {targets}")]
     NotNotified {
-        /// Their names in the configuration.
+        /// The names of the receivers in the configuration.
         targets: String,
     },
     /// The time to drain ran out.
@@ -167,7 +167,7 @@ pub enum Error {
          at the next start; do not delete the spool"
     )]
     NotDrained {
-        /// What is left.
+        /// The remaining work.
         what: String,
     },
     /// A worker thread ended early.
@@ -228,19 +228,19 @@ impl Error {
         }
     }
 
-    /// The system did not start a thread of this name.
+    /// Builds the error for a thread of this name that the system did not start.
     pub(crate) fn no_thread(name: &'static str) -> impl FnOnce(io::Error) -> Self {
         Self::io("start the thread", name)
     }
 
-    /// Returns true if the system had no file descriptor or no thread to give. It says nothing
-    /// about the archive and passes when something else ends, so it is always retried.
+    /// Returns true if the system had no file descriptor or no thread to give. The error says
+    /// nothing about the archive and passes when something else ends, so it is always retried.
     #[must_use]
     pub fn is_out_of_resources(&self) -> bool {
         match self {
             Self::Io { source, .. } => {
-                // A thread that the system does not start is EAGAIN (`pthread_create(3)`); no file
-                // of ours is non-blocking.
+                // A thread that the system does not start is EAGAIN (`pthread_create(3)`). None of
+                // our files is non-blocking, so EAGAIN has no other meaning.
                 repository::is_out_of_descriptors(source)
                     || source.kind() == io::ErrorKind::WouldBlock
             }
@@ -250,7 +250,7 @@ impl Error {
         }
     }
 
-    /// The contract's exit code.
+    /// Returns the exit code of the contract.
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
@@ -262,7 +262,7 @@ impl Error {
             | Self::SpoolHole { .. }
             | Self::Verify { .. } => ExitKind::Integrity,
             Self::Check { kind, .. } | Self::Expire { kind, .. } => *kind,
-            // Nagios has exit codes of its own, which are the same numbers.
+            // Nagios defines exit codes of its own, which are the same numbers.
             Self::Nagios { code: 3 } => ExitKind::TargetNotReachable,
             Self::Io { .. }
             | Self::Nagios { code: 0 | 1 | 4.. }
@@ -285,7 +285,8 @@ impl Error {
         }
     }
 
-    /// Whether WAL is missing or in doubt, so that the cluster's state is broken and not merely disconnected.
+    /// Returns true if WAL is missing or in doubt, so that the cluster's state is broken and not
+    /// merely disconnected.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         match self {
@@ -327,8 +328,8 @@ pub(crate) fn may_pass(error: &io::Error) -> bool {
 }
 
 impl Error {
-    /// Splits off an answer of the store at `url`, which says nothing about its next one: whoever
-    /// asked asks again.
+    /// Extracts a response of the store at `url`. Such an error says nothing about the next
+    /// response, so the caller retries.
     ///
     /// # Errors
     /// Every other error, unchanged.
@@ -349,7 +350,7 @@ impl Error {
         matches!(self, Self::Repository(error) if error.is_catalog_failure())
     }
 
-    /// Returns true if a disk had no room.
+    /// Returns true if a disk had no free space.
     pub(crate) fn is_disk_full(&self) -> bool {
         matches!(self, Self::Io { source, .. } if matches!(
             source.kind(),
@@ -359,7 +360,7 @@ impl Error {
 }
 
 impl From<intake::Error> for Error {
-    /// What can happen on every way is the same on each.
+    /// Errors that can occur on every intake path are mapped to the same variant here.
     fn from(error: intake::Error) -> Self {
         match error {
             intake::Error::Io {

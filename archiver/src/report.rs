@@ -1,8 +1,9 @@
-//! [`ClusterReport`]: everything that is said of a cluster, once, for the page, the API, the metrics and `status`.
+//! [`ClusterReport`]: the single report on a cluster, used by the page, the API, the metrics and `status`.
 //!
-//! The daemon fills it from what it holds in memory; nothing here asks the store or PostgreSQL, so a scrape can not
-//! disturb the stream. Invariant: what is not known is `None`, never 0, and [`judge`] is the only place where facts
-//! become a light.
+//! The daemon fills it from its memory. Nothing in this module queries the store or PostgreSQL, so
+//! a scrape cannot disturb the stream.
+//! Invariant: an unknown value is `None`, never 0. [`judge`] is the only function that derives the
+//! state from the facts.
 
 use repository::store::{MemberState, RequestReport};
 use serde::Serialize;
@@ -15,20 +16,21 @@ pub(crate) mod words;
 
 pub use details::{Details, GapReport, HeldRange, Mark, MarkKind, RestorableRange};
 
-/// The one light of a cluster; the worst fact decides.
+/// The overall state of a cluster, decided by the worst fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
-    /// Streaming, the repository is within its target.
+    /// The stream is up and the repository is within its target.
     Ok,
-    /// Nothing is lost if the primary dies now, but something that protects against it is missing.
+    /// Nothing would be lost if the primary died now, but a protection against loss is missing.
     Degraded,
-    /// More than the target would be lost if the primary died now: everything, without a base backup.
+    /// More WAL than the target allows would be lost if the primary died now. Without a base backup
+    /// that is everything.
     AtRisk,
     /// Archiving has stopped, a part of the WAL is missing, or no base backup leads to the present.
     Broken,
-    /// The primary cannot be seen, or the catalog was not read yet: nothing is known beyond the last
-    /// proof.
+    /// The primary cannot be seen, or the catalog was not read yet. Nothing is known beyond the
+    /// last proof.
     Unknown,
 }
 
@@ -55,36 +57,36 @@ impl State {
     }
 }
 
-/// What is known of the primary.
+/// The known facts about the primary.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct SourceReport {
     /// Its system identifier.
     pub system_identifier: Option<SystemIdentifier>,
-    /// Its version as it prints it.
+    /// The version as the server prints it.
     pub server_version: Option<String>,
     /// The timeline being streamed.
     pub timeline: Option<TimelineId>,
-    /// The greatest flush LSN seen.
+    /// The greatest flush LSN seen so far.
     pub flush_lsn: Option<Lsn>,
     /// Whether a replication stream is up.
     pub stream_connected: bool,
-    /// When it was last heard, by our clock.
+    /// The time of the last contact, by our clock.
     pub last_contact: Option<PgTimestamp>,
 }
 
-/// What one tier holds and what it is behind.
+/// The position and the lag of one tier.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct TierReport {
     /// The end of the contiguous durable WAL.
     pub lsn: Option<Lsn>,
-    /// Bytes behind the primary's flush LSN.
+    /// Bytes by which the tier lags the primary's flush LSN.
     pub lag_bytes: Option<u64>,
-    /// Age of the oldest flushed WAL that the tier does not hold, in seconds.
+    /// Age in seconds of the oldest flushed WAL that the tier does not hold.
     pub rpo_seconds: Option<f64>,
 }
 
 impl TierReport {
-    /// From the tier's position and the estimator's answer.
+    /// Builds the report from the tier's position and the estimator's answer.
     #[must_use]
     pub fn new(lsn: Option<Lsn>, exposure: Exposure) -> Self {
         Self {
@@ -98,9 +100,9 @@ impl TierReport {
 /// Both tiers.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct DurableReport {
-    /// Fsynced in the spool of this host.
+    /// WAL that is fsynced in the spool of this host.
     pub local: TierReport,
-    /// Stored in the repository.
+    /// WAL that is stored in the repository.
     pub remote: TierReport,
 }
 
@@ -113,51 +115,51 @@ pub struct SlotReport {
     pub active: bool,
     /// `wal_status` of `pg_replication_slots`.
     pub wal_status: Option<String>,
-    /// WAL that the slot keeps on the primary, in bytes.
+    /// WAL that the slot retains on the primary, in bytes.
     pub retained_bytes: Option<u64>,
-    /// WAL that can be written before the slot is lost, in bytes; unknown (no limit) without
+    /// WAL in bytes that can be written before the slot is lost. `None` (no limit) without
     /// `max_slot_wal_keep_size`.
     pub safe_wal_bytes: Option<u64>,
-    /// How long until it is lost if WAL goes on being written as in the last minute and is not archived; unknown without a
-    /// limit, and while nothing is written.
+    /// Seconds until the slot is lost if WAL is written at the rate of the last minute and is not
+    /// archived. `None` without a limit and while no WAL is written.
     pub full_in_seconds: Option<f64>,
 }
 
-/// From when to when the cluster can be restored without naming a timeline, as the restorer's plan
-/// sees it.
+/// The window in which the cluster can be restored without naming a timeline, according to the
+/// restorer's plan.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct WindowReport {
     /// The end of the oldest usable base backup.
     pub earliest: Option<PgTimestamp>,
-    /// The last commit in the repository that a base backup leads to.
+    /// The last commit in the repository that can be reached from a base backup.
     pub latest_commit: Option<PgTimestamp>,
-    /// Interruptions of the WAL within the window; unknown without a backup.
+    /// The number of interruptions of the WAL within the window. `None` without a backup.
     pub gaps: Option<u64>,
-    /// Those with no base backup behind them: later times can not be restored.
+    /// The number of interruptions with no later base backup. Times after them cannot be restored.
     pub open_gaps: Option<u64>,
-    /// Why a restore of the server's present would be refused; `None` where it would be accepted,
-    /// and before the catalog was read.
+    /// The reason why a restore to the server's present would be refused. `None` if it would be
+    /// accepted, and before the catalog was read.
     pub refusal: Option<String>,
 }
 
-/// What a restore would take.
+/// The duration of a restore: target, measurement and estimate.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RtoReport {
-    /// The RTO the operator set.
+    /// The RTO set by the operator.
     pub target_seconds: Option<f64>,
-    /// What the last drill took.
+    /// The duration of the last drill.
     pub measured_seconds: Option<f64>,
-    /// What a restore to the newest commit is estimated to take now.
+    /// The estimated duration of a restore to the newest commit.
     pub estimate_seconds: Option<f64>,
-    /// How fast the last drill fetched.
+    /// The fetch rate of the last drill.
     pub fetch_bytes_per_second: Option<f64>,
-    /// How fast it replayed WAL.
+    /// The WAL replay rate of the last drill.
     pub replay_bytes_per_second: Option<f64>,
-    /// WAL that would be replayed.
+    /// The WAL that a restore would replay.
     pub wal_since_backup_bytes: Option<u64>,
-    /// How the estimate is made, or why there is none.
+    /// The method of the estimate, or the reason why there is none.
     pub how: String,
-    /// What to do about it.
+    /// The recommended action.
     pub advice: Option<String>,
 }
 
@@ -166,11 +168,11 @@ pub struct RtoReport {
 pub struct BackupReport {
     /// Its name.
     pub id: BackupId,
-    /// When it began.
+    /// The time at which it began.
     pub started: PgTimestamp,
-    /// When it became restorable.
+    /// The time at which it became restorable.
     pub finished: PgTimestamp,
-    /// Where redo begins.
+    /// The LSN at which redo begins.
     pub start_lsn: Lsn,
     /// The timeline it was taken on.
     pub timeline: TimelineId,
@@ -178,16 +180,17 @@ pub struct BackupReport {
     pub stored_bytes: u64,
 }
 
-/// What was counted since the daemon started.
+/// Counters since the start of the daemon.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Counters {
-    /// WAL received, overlap after a reconnect included, in bytes.
+    /// WAL received in bytes, including the overlap after a reconnect.
     pub wal_received_bytes: u64,
-    /// Bytes of sealed segments and tails put in the repository.
+    /// Bytes of sealed segments and tails put into the repository.
     pub wal_stored_bytes: u64,
     /// Segments sealed, stored and verified.
     pub segments_completed: u64,
-    /// Superfluous objects that the repository does not let go: locked, or deleting is forbidden.
+    /// Superfluous objects that the repository does not delete, because they are locked or deletion
+    /// is forbidden.
     pub objects_locked: u64,
     /// Reconnections, by reason.
     pub reconnects: Vec<(String, u64)>,
@@ -195,68 +198,71 @@ pub struct Counters {
     pub repository_errors: Vec<(String, String, u64)>,
     /// Bytes in the spool.
     pub spool_used_bytes: u64,
-    /// Bytes that the spool may grow to: what it uses and what its disk has left.
+    /// The limit of the spool in bytes: its current size plus the free space on its disk.
     pub spool_limit_bytes: Option<u64>,
-    /// Bytes that wait for the repository.
+    /// Bytes that are waiting for the repository.
     pub upload_queue_bytes: u64,
 }
 
-/// Everything that is said of a cluster at one moment.
+/// The complete report on a cluster at one moment.
 #[derive(Clone, Debug, Serialize)]
 pub struct ClusterReport {
-    /// Version of this document.
+    /// The version of this document.
     pub schema: &'static str,
     /// The cluster.
     pub cluster: ClusterName,
-    /// When this was true.
+    /// The time to which the report applies.
     pub as_of: PgTimestamp,
-    /// The light.
+    /// The overall state.
     pub state: State,
-    /// Why it shows that, in a sentence.
+    /// The reason for the state, as a sentence.
     pub reason: String,
     /// The primary.
     pub source: SourceReport,
-    /// What we hold.
+    /// The durable WAL.
     pub durable: DurableReport,
-    /// The RPO the operator set, in seconds.
+    /// The RPO set by the operator, in seconds.
     pub rpo_target_seconds: f64,
-    /// What can be restored.
+    /// The restorable window.
     pub window: WindowReport,
-    /// The slot; unknown until the primary was asked.
+    /// The slot. `None` until the primary was queried.
     pub slot: Option<SlotReport>,
-    /// Missing WAL that is looked for; `None` where nothing is, or it is declared lost already.
+    /// Missing WAL that is being searched for. `None` if none is missing, or if it is already
+    /// declared lost.
     pub gap: Option<OpenGap>,
-    /// Our slots on the standbys that were named.
+    /// Our slots on the configured standbys.
     pub standbys: Vec<StandbyReport>,
-    /// The newest base backup; `None` where there is none yet.
+    /// The newest base backup. `None` if there is none yet.
     pub last_backup: Option<BackupReport>,
-    /// What was counted.
+    /// The counters.
     pub counters: Counters,
-    /// Where the WAL goes.
+    /// The location to which WAL is archived.
     pub repository: String,
-    /// What this daemon asked of its buckets; `None` for folders, which cost nothing.
+    /// The requests that this daemon sent to its buckets. `None` for directories, which cost
+    /// nothing.
     pub requests: Option<RequestReport>,
     /// The greatest RPO of the last 24 hours.
     pub rpo_max_24h_seconds: Option<f64>,
-    /// The places of the repository, where there are several; the nearest first.
+    /// The members of the repository if there are several, the nearest first.
     pub repositories: Vec<MemberState>,
-    /// WAL that the primary writes, the mean of the last minute.
+    /// The rate at which the primary writes WAL, averaged over the last minute.
     pub wal_bytes_per_second: Option<f64>,
-    /// When the repository was last proved to hold everything that the primary had flushed.
+    /// The time at which the repository was last proved to hold everything that the primary had
+    /// flushed.
     pub caught_up_as_of: Option<PgTimestamp>,
-    /// What a restore would take.
+    /// The duration of a restore.
     pub rto: RtoReport,
     /// The newest restore drill.
     pub last_drill: Option<Outcome>,
-    /// When a drill last passed.
+    /// The time at which a drill last passed.
     pub last_drill_passed: Option<PgTimestamp>,
     /// The newest base backup, if it failed.
     pub failed_backup: Option<Outcome>,
-    /// The newest application of retention, if it failed.
+    /// The newest retention run, if it failed.
     pub failed_expire: Option<Outcome>,
-    /// When a failover that lost commits was last found.
+    /// The time at which a failover that lost commits was last found.
     pub last_failover_loss: Option<PgTimestamp>,
-    /// Objects that were found damaged or missing; unknown before the first verification.
+    /// The number of objects found damaged or missing. `None` before the first verification.
     pub corrupt_objects: Option<u64>,
     /// The age at which the newest base backup is overdue.
     pub backup_max_age_seconds: f64,
@@ -264,20 +270,20 @@ pub struct ClusterReport {
     pub drill_max_age_seconds: Option<f64>,
     /// The server's clock minus ours.
     pub clock_offset_seconds: Option<f64>,
-    /// When the dashboard's certificate ends.
+    /// The expiry time of the dashboard's certificate.
     pub certificate_expiry: Option<PgTimestamp>,
-    /// Whether the catalog was looked at since the start.
+    /// True once the catalog was read since the start.
     pub looked: bool,
     /// The stream's last error while it is down.
     pub stream_error: Option<String>,
     /// The repository's last error while it fails.
     pub repository_error: Option<String>,
-    /// What a person should act on.
+    /// The conditions that require an operator's action.
     pub alerts: Vec<Alert>,
 }
 
 impl ClusterReport {
-    /// Whether the repository, or one of its places, refuses or does not answer.
+    /// Returns true if the repository, or one of its members, refuses requests or does not answer.
     #[must_use]
     pub fn repository_fails(&self) -> bool {
         self.repository_error.is_some()
@@ -285,38 +291,39 @@ impl ClusterReport {
     }
 }
 
-/// The facts that decide the light.
+/// The facts that decide the state.
 #[derive(Clone, Copy, Debug)]
 pub struct Facts<'a> {
-    /// An error that only a person can mend, for example a gap.
+    /// An error that only an operator can repair, for example a gap.
     pub broken: Option<&'a str>,
     /// The last error of the stream or the repository that is being retried.
     pub failing: Option<&'a str>,
-    /// Whether the primary was seen recently.
+    /// True if the primary was seen recently.
     pub source_known: bool,
-    /// Whether a stream is up.
+    /// True if a stream is up.
     pub stream_connected: bool,
-    /// What the repository is behind, in seconds: a bound while the primary is not seen.
+    /// The lag of the repository in seconds. It is an upper bound while the primary is not seen.
     pub remote_rpo_seconds: Option<f64>,
-    /// The part of it that is proved ([`Exposure::proved`]).
+    /// The part of that lag that is proved ([`Exposure::proved`]).
     pub proved_rpo_seconds: Option<f64>,
     /// The target, in seconds.
     pub rpo_target_seconds: f64,
-    /// A setting of the server that makes commits hang on us.
+    /// A setting of the server that makes commits wait for us.
     pub danger: Option<&'a str>,
-    /// A standby on which our slot is not kept.
+    /// A standby on which our slot is not maintained.
     pub standby: Option<&'a str>,
-    /// Whether a base backup is listed; `None` before the catalog was read.
+    /// Whether a base backup is listed. `None` before the catalog was read.
     pub has_backup: Option<bool>,
-    /// Why no base backup leads to the server's present.
+    /// The reason why no base backup leads to the server's present.
     pub unreached: Option<&'a str>,
     /// `wal_status` of the slot.
     pub slot_wal_status: Option<&'a str>,
-    /// What a drill or a verification found wrong with the archive.
+    /// A defect of the archive found by a drill or a verification.
     pub not_restorable: Option<&'a str>,
 }
 
-/// The light and its reason. The worst fact wins: broken, then at risk, then unknown, then degraded.
+/// Returns the state and its reason. The worst fact wins, in this order: broken, at risk, unknown,
+/// degraded.
 #[must_use]
 pub fn judge(facts: Facts<'_>) -> (State, String) {
     let because = facts
@@ -493,7 +500,7 @@ mod tests {
             },
             State::AtRisk,
         );
-        // It counts up from the last proof, and nothing is known to be missing.
+        // The lag counts up from the last proof, and no WAL is known to be missing.
         let dead = Facts {
             remote_rpo_seconds: Some(60.0),
             source_known: false,

@@ -1,4 +1,4 @@
-//! [`Failure`]: how a thread that can not go on tells the session that it must end.
+//! [`Failure`]: carries the error of a thread that cannot continue to the session, which then ends.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -14,7 +14,7 @@ pub struct Failure {
 }
 
 impl Failure {
-    /// Raises an error; the first one counts, the others are logged.
+    /// Raises an error. Only the first one is stored; later ones are logged.
     pub fn raise(&self, error: Error) {
         let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_some() {
@@ -34,7 +34,7 @@ impl Failure {
             .take()
     }
 
-    /// Returns when an error is raised.
+    /// Waits until an error is raised and returns it.
     pub async fn raised(&self) -> Error {
         loop {
             // The permit of `notify_one` is kept, so an error raised between the two lines is not missed.

@@ -1,6 +1,7 @@
-//! Stage 2b: fsyncs and renames beside the writer, so that a catch-up writes the next segment while the last one settles.
+//! Stage 2b: fsyncs and renames on a separate thread, so that during a catch-up the writer fills
+//! the next segment while the last one is made durable.
 //!
-//! Jobs are done in order. Invariant: an fsync that failed is never tried again, and nothing after it is reported.
+//! Jobs run in order. Invariant: a failed fsync is never retried, and nothing after it is reported.
 
 use std::{
     sync::{
@@ -21,7 +22,8 @@ use crate::{
     spool::{CompletedSegment, OpenSegment},
 };
 
-/// Segments that may wait for their fsync: two keep the disk busy, more would only be dirty pages in memory.
+/// The number of segments that may wait for their fsync. Two keep the disk busy; more would only be
+/// dirty pages in memory.
 const JOBS_MAX: usize = 2;
 
 enum Job {
@@ -34,7 +36,7 @@ enum Job {
     Settle(SyncSender<()>),
 }
 
-/// The thread, as its user sees it. Dropped, it finishes its jobs and ends.
+/// The handle of the thread. Dropping it lets the thread finish its jobs and end.
 #[derive(Debug)]
 pub struct Flusher {
     jobs: Option<SyncSender<Job>>,
@@ -66,7 +68,7 @@ impl Flusher {
         })
     }
 
-    /// Makes a complete segment durable and hands it on; waits while the disk is behind.
+    /// Makes a complete segment durable and hands it on. Waits while the disk is slow.
     ///
     /// # Errors
     /// [`Error::ThreadStopped`] after a failure, which the thread has raised.
@@ -86,13 +88,13 @@ impl Flusher {
         })
     }
 
-    /// Whether it has nothing to do.
+    /// Returns true if the thread has no job.
     #[must_use]
     pub fn is_idle(&self) -> bool {
         self.pending.load(Ordering::Acquire) == 0
     }
 
-    /// Waits until everything submitted before is done.
+    /// Waits until all earlier jobs are done.
     ///
     /// # Errors
     /// As [`Flusher::finish`].
@@ -167,7 +169,7 @@ fn work(
                 done
             }
             Job::Settle(done) => {
-                // The other side is gone only when the whole archive ends.
+                // The receiver is gone only when the whole archive ends.
                 let _gone = done.send(());
                 Ok(())
             }

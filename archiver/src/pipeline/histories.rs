@@ -1,8 +1,8 @@
-//! Stores history files again that the repository has lost: from the spool at a start, and from the
-//! server at each start of a stream. The server may be the last that has them, and it forgets them
-//! some day.
+//! Stores history files again that the repository has lost: from the spool at startup, and from the
+//! server at each start of a stream. The server may have the last copy, and it removes the files
+//! eventually.
 //!
-//! Invariant: the stream waits for no request to the repository here.
+//! Invariant: the stream never waits here for a request to the repository.
 
 use std::{collections::BTreeSet, sync::Arc};
 
@@ -28,8 +28,8 @@ pub(super) fn put_back(
     store_missing(repository, identity, &files, "the spool")
 }
 
-/// Takes up the history files of the server's path that the catalog lacks, and starts to store
-/// those that the repository lacks.
+/// Adopts the history files of the server's path that the catalog lacks, and starts to store those
+/// that the repository lacks.
 pub(super) async fn take_from_server(pipeline: &Pipeline, path: &[ServerBranch]) -> Result<()> {
     let files: Vec<(Branch, Bytes)> = path
         .iter()
@@ -57,8 +57,8 @@ pub(super) async fn take_from_server(pipeline: &Pipeline, path: &[ServerBranch])
 }
 
 impl Archive {
-    /// Those of the files whose timelines are archived, each in the catalog from now on. Without
-    /// its file a timeline of which WAL is stored would be taken for one of which nothing is held.
+    /// Returns the files whose timelines are archived, and enters each in the catalog. Without its
+    /// history file, a timeline with stored WAL would be treated as one of which nothing is held.
     fn adopt_histories(&self, files: Vec<(Branch, Bytes)>) -> Result<Vec<(Branch, Bytes)>> {
         let known: BTreeSet<Branch> = self
             .catalog()
@@ -73,7 +73,7 @@ impl Archive {
                 let has_backup = backups.iter().any(|backup| backup.branch == branch);
                 let ranges = self.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)?;
                 if ranges.is_empty() && !has_backup {
-                    // It gets its file before its first WAL.
+                    // This timeline gets its history file before its first WAL.
                     continue;
                 }
                 self.catalog().put_branch(branch, Some(&content))?;
@@ -84,7 +84,7 @@ impl Archive {
     }
 
     fn store_missing_histories(&self, files: &[(Branch, Bytes)]) -> Result<()> {
-        // One at a time: a store that does not answer must not collect threads.
+        // One run at a time: threads must not accumulate while a store does not answer.
         let Ok(_alone) = self.putting_back.try_lock() else {
             return Ok(());
         };
@@ -92,7 +92,7 @@ impl Archive {
     }
 }
 
-/// Stores each file of which one of the two copies is missing, or neither is intact.
+/// Stores each file of which one of the two copies is missing, or of which neither copy is intact.
 fn store_missing(
     repository: &Repository,
     identity: &WalIdentity,

@@ -1,8 +1,9 @@
-//! [`Line`]: the one thread on which a connection's WAL is read, written, fsynced and acknowledged.
+//! [`Line`]: the one thread that reads, writes, fsyncs and acknowledges a connection's WAL.
 //!
-//! The thread drives its own sockets, so that between a byte's arrival and its acknowledgement no other thread has to be
-//! woken: a commit waits for us once, not three times. Invariant: whoever waits for this thread can do without it: its
-//! connection is kept alive by [`super::voice`] while a disk holds it up.
+//! The thread drives its own sockets, so no other thread has to be woken between the arrival of a
+//! byte and its acknowledgement: a synchronous commit needs one thread wake-up, not three.
+//! Invariant: no task depends on this thread making progress. [`super::voice`] answers keepalives
+//! while a disk write blocks it.
 
 use std::future::Future;
 
@@ -14,7 +15,8 @@ use tokio::{
 
 use crate::error::{Error, Result};
 
-/// The thread, as its user sees it. Dropped, it ends, and the sockets that were opened on it with it.
+/// The handle of the thread. Dropping it ends the thread and closes the sockets that were opened on
+/// it.
 #[derive(Debug)]
 pub struct Line {
     handle: Handle,
@@ -22,7 +24,7 @@ pub struct Line {
 }
 
 impl Line {
-    /// Starts it.
+    /// Starts the thread.
     ///
     /// # Errors
     /// [`Error::Io`] when the system has no more threads or file descriptors.
@@ -44,7 +46,7 @@ impl Line {
         Ok(Self { handle, _end: end })
     }
 
-    /// Runs `work` on the thread. Dropped, it is dropped there.
+    /// Runs `work` on the thread. Dropping the returned future drops `work` on the thread.
     ///
     /// # Errors
     /// [`Error::ThreadStopped`] when it panicked.

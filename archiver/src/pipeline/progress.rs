@@ -1,7 +1,7 @@
-//! [`Progress`]: the core, shared between the stages, and what may be told to PostgreSQL, pushed to who tells it.
+//! [`Progress`]: the core, shared between the stages. It publishes the positions that may be reported to PostgreSQL to the status reporters.
 //!
-//! Invariant: a [`FlushedLsn`] is made here and nowhere else, from what the core says after the spool's fsync or the
-//! repository's verified put was reported to it.
+//! Invariant: a [`FlushedLsn`] is made only here, from what the core returns after the spool's
+//! fsync or the repository's verified put was reported to it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -14,12 +14,12 @@ use crate::{
     flushed_lsn::FlushedLsn,
 };
 
-/// What a status update says.
+/// The content of a status update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Acknowledgement {
-    /// Written here.
+    /// The end of the WAL written here.
     pub write: Lsn,
-    /// Durable in the chosen class.
+    /// The end of the WAL that is durable in the chosen class.
     pub flush: FlushedLsn,
 }
 
@@ -31,7 +31,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Nothing yet.
+    /// Creates it without any position.
     #[must_use]
     pub fn new(acknowledge: Acknowledge) -> Self {
         let (acknowledgement, _) = watch::channel(Acknowledgement {
@@ -44,7 +44,8 @@ impl Progress {
         }
     }
 
-    /// Tells the core what happened, and everyone who reports what may be said now; what is to be done.
+    /// Reports an event to the core and publishes the positions that may now be reported. Returns
+    /// the actions to perform.
     pub fn on(&self, event: Event) -> Vec<Action> {
         let mut core = self.lock();
         let actions = core.on(event);
@@ -53,31 +54,31 @@ impl Progress {
             write: report.write,
             flush: FlushedLsn::proved(report.flush),
         };
-        // Sent under the lock, so that an older report can not overtake a newer one.
+        // Sent under the lock, so that an older report cannot overtake a newer one.
         self.acknowledgement
             .send_if_modified(|last| std::mem::replace(last, now) != now);
         actions
     }
 
-    /// A copy of the positions.
+    /// Returns a copy of the positions.
     #[must_use]
     pub fn positions(&self) -> Positions {
         self.lock().positions().clone()
     }
 
-    /// Complete segments that are not sealed yet.
+    /// Returns the number of complete segments that are not sealed yet.
     #[must_use]
     pub fn unsealed(&self) -> usize {
         self.lock().unsealed()
     }
 
-    /// Whether no tail is on its way.
+    /// Returns true if no tail is in flight.
     #[must_use]
     pub fn is_tail_free(&self) -> bool {
         self.lock().is_tail_free()
     }
 
-    /// How much was written here that the repository does not hold.
+    /// Returns the number of bytes written here that the repository does not hold.
     #[must_use]
     pub fn waiting_bytes(&self) -> u64 {
         let core = self.lock();
@@ -85,14 +86,14 @@ impl Progress {
         positions.written().bytes_since(positions.remote())
     }
 
-    /// Follows what may be told to PostgreSQL.
+    /// Subscribes to the positions that may be reported to PostgreSQL.
     #[must_use]
     pub fn acknowledgements(&self) -> watch::Receiver<Acknowledgement> {
         self.acknowledgement.subscribe()
     }
 
     fn lock(&self) -> MutexGuard<'_, Core> {
-        // The core is whole between any two events, so a panic elsewhere does not spoil it.
+        // The core is consistent between any two events, so a panic elsewhere does not corrupt it.
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,8 +1,7 @@
-//! [`Room`]: whether the spool may grow. A spool at its limit, or on a full disk, stops the stream and not the archiver: the
-//! server keeps the WAL, the keepalives go on with the true flush position, and the stream goes on when there is room.
+//! [`Room`]: decides whether the spool may grow. A spool at its limit, or on a full disk, stops the stream but not the archiver. The server keeps the WAL, the keepalives continue with the true flush position, and the stream continues when there is space.
 //!
-//! Invariant: nothing is thrown away here. Who waits is told to stop waiting only when the archiver ends, or when the
-//! supervisor has decided to give the primary's WAL up.
+//! Invariant: nothing is discarded here. Waiting threads are released only at shutdown or when the
+//! supervisor gives up the primary's WAL.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -17,12 +16,13 @@ use crate::{
     report::SlotReport,
 };
 
-/// How often a full spool is looked at again.
+/// The interval at which a full spool is checked again.
 const ROOM_RETRY: Duration = Duration::from_millis(200);
-/// With `max_slot_wal_keep_size` set: the part of it that must be left before PostgreSQL takes the slot's WAL by itself.
+/// With `max_slot_wal_keep_size` set: one part in this many must be left, because PostgreSQL itself
+/// removes the slot's WAL at the limit.
 const SAFE_PART_MIN: u64 = 10;
 
-/// The room that is left for WAL that the repository does not have.
+/// The space that is left for WAL that the repository does not hold.
 #[derive(Debug)]
 pub struct Room {
     limit: Option<u64>,
@@ -31,7 +31,8 @@ pub struct Room {
 }
 
 impl Room {
-    /// What the settings allow; never less than two segments, one that is open and one on its way.
+    /// Builds the limit from the settings. It is never less than two segments: the open one and one
+    /// in transit.
     #[must_use]
     pub fn new(settings: &ClusterSettings, segment_size: SegmentSize) -> Self {
         let segment_size = segment_size.bytes();
@@ -44,14 +45,15 @@ impl Room {
         }
     }
 
-    /// Whether as much as allowed waits for the repository.
+    /// Returns true if the WAL waiting for the repository has reached the limit.
     #[must_use]
     pub fn is_at_limit(&self, status: &ClusterStatus) -> bool {
         self.limit
             .is_some_and(|limit| status.progress().waiting_bytes() >= limit)
     }
 
-    /// Whether there is room for a segment again, after it was short: on the disk and below the limit.
+    /// Returns true if, after a shortage, a segment fits again both on the disk and below the
+    /// limit.
     #[must_use]
     pub fn is_free_again(&self, settings: &ClusterSettings, status: &ClusterStatus) -> bool {
         let free = rustix::fs::statvfs(settings.spool.as_path())
@@ -60,7 +62,7 @@ impl Room {
         free >= self.segment_size.saturating_mul(2) && waiting <= self.segment_size
     }
 
-    /// Waits a moment; false when there is nothing to wait for any more.
+    /// Waits a moment. Returns false if there is no reason to wait any longer.
     pub fn wait(&self, stop: &AtomicBool, status: &ClusterStatus) -> bool {
         let at_limit = self.is_at_limit(status);
         let newly = status.facts().spool_full.is_none();
@@ -86,13 +88,14 @@ impl Room {
         !stop.load(Ordering::Acquire) && !self.given_up.load(Ordering::Acquire)
     }
 
-    /// Lets nobody wait any more, or again.
+    /// Releases all waiting threads, or lets threads wait again.
     pub fn give_up(&self, given_up: bool) {
         self.given_up.store(given_up, Ordering::Release);
     }
 }
 
-/// Why the primary has to be protected from its own slot now; `None` while it has not, or is not to be.
+/// Returns the reason why the primary has to be protected from its own slot now. `None` if it does
+/// not have to be, or if that is not configured.
 #[must_use]
 pub fn endangers_primary(settings: &ClusterSettings, facts: &Facts) -> Option<String> {
     if settings.when_full != WhenFull::ProtectPrimary || facts.spool_full.is_none() {
@@ -114,7 +117,7 @@ pub fn endangers_primary(settings: &ClusterSettings, facts: &Facts) -> Option<St
     None
 }
 
-/// Whether less than a tenth of what the slot may keep is left.
+/// Returns true if less than a tenth of the WAL that the slot may retain is left.
 fn is_nearly_lost(slot: &SlotReport) -> bool {
     match (slot.retained_bytes, slot.safe_wal_bytes) {
         (Some(kept), Some(safe)) => safe < kept.saturating_add(safe) / SAFE_PART_MIN,

@@ -1,7 +1,9 @@
-//! Stage 3b: what is durable of the open segment goes to the repository as a tail, once per `remote_flush_interval`.
+//! Stage 3b: uploads the durable part of the open segment to the repository as a tail, once per
+//! `remote_flush_interval`.
 //!
-//! One tail is in flight at a time and none waits: while the store is slow the next one simply grows. An idle database
-//! costs no request. A tail is only ever a copy of spooled WAL; the sealed segment replaces it.
+//! One tail is in flight at a time and none is queued: while the store is slow, the next tail
+//! grows. An idle database costs no request. A tail is only ever a copy of spooled WAL, and the
+//! sealed segment replaces it.
 
 use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -20,11 +22,12 @@ use crate::{
     spool::TailCut,
 };
 
-/// Pause after a failed request, doubled up to the maximum: see the same names in `seal`.
+/// Pause after a failed request, doubled up to the maximum. See the constants of the same names in
+/// `seal`.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(5);
 
-/// The place for one tail.
+/// The slot for the one tail in flight.
 #[derive(Debug, Default)]
 pub struct TailSlot {
     state: Mutex<State>,
@@ -38,13 +41,13 @@ struct State {
 }
 
 impl TailSlot {
-    /// Whether no tail is on its way.
+    /// Returns true if no tail is in flight.
     #[must_use]
     pub fn is_free(&self, archive: &Archive) -> bool {
         self.lock().next.is_none() && archive.status().progress().is_tail_free()
     }
 
-    /// Hands over a tail; only when the core says that there is room for one.
+    /// Hands over a tail. Called only when the core says that the slot is free.
     pub fn put(&self, tail: TailCut) {
         let mut state = self.lock();
         debug_assert!(state.next.is_none(), "BUG: a tail was cut while one waits");
@@ -53,7 +56,7 @@ impl TailSlot {
         self.changed.notify_all();
     }
 
-    /// Ends the thread after what it holds.
+    /// Ends the thread after the tail that it holds.
     pub fn stop(&self) {
         self.lock().stopping = true;
         self.changed.notify_all();

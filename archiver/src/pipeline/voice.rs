@@ -1,8 +1,7 @@
-//! [`Voice`]: what PostgreSQL is told, by whoever has something to say: the stream's thread when WAL is durable, and a
-//! timer beside it when that thread is held up by a disk.
+//! [`Voice`]: sends status updates to PostgreSQL. The stream's thread uses it when WAL is durable, and a separate timer uses it while a disk blocks that thread.
 //!
-//! Invariant: what is said is read under the same lock that sends it, so a status never takes back what one before said;
-//! `flush` is what [`super::progress`] proved, however long ago.
+//! Invariant: the positions are read under the same lock that sends them, so a status never reports
+//! less than an earlier one. `flush` is what [`super::progress`] proved, however long ago.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +23,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Voice {
     acknowledgements: watch::Receiver<Acknowledgement>,
-    /// Flush LSNs before this were said already, in an earlier stream: a smaller position would move the slot back.
+    /// Flush LSNs before this were already reported in an earlier stream. A smaller position would
+    /// move the slot back.
     floor: Lsn,
     mouth: Mutex<Mouth>,
 }
@@ -37,7 +37,7 @@ struct Mouth {
 }
 
 impl Voice {
-    /// Of a stream that begins.
+    /// Creates the sending side of a stream that begins.
     #[must_use]
     pub fn new(
         sender: StatusSender,
@@ -54,16 +54,17 @@ impl Voice {
         })
     }
 
-    /// Says how far we are now.
+    /// Sends the current positions.
     ///
     /// # Errors
-    /// The connection's.
+    /// Those of the connection.
     pub async fn say(&self, reply_requested: bool) -> Result<()> {
         let mut mouth = self.mouth.lock().await;
         self.say_with(&mut mouth, reply_requested).await
     }
 
-    /// Speaks up whenever nobody has for longer than `interval`; until what is returned is dropped.
+    /// Sends a status whenever none was sent for longer than `interval`, until the returned guard
+    /// is dropped.
     #[must_use]
     pub fn keep_alive(self: &Arc<Self>, interval: Duration) -> JoinSet<()> {
         let voice = Arc::clone(self);
@@ -74,7 +75,7 @@ impl Voice {
                 if mouth.sender.is_none() {
                     return;
                 }
-                // The stream's own timer comes first while its thread is not held up.
+                // The stream's own timer fires first while its thread is not blocked.
                 let patience = interval + interval / 4;
                 if mouth.last_spoke.elapsed() >= patience
                     && let Err(error) = voice.say_with(&mut mouth, false).await
@@ -90,21 +91,22 @@ impl Voice {
         timer
     }
 
-    /// Ends the stream although its thread is held up: the server is told that we leave.
+    /// Ends the stream although its thread is blocked: sends Terminate to the server.
     pub(super) async fn close(&self) {
         if let Some(sender) = self.end().await {
             sender.close().await;
         }
     }
 
-    /// The stream has ended: nothing is said any more. `None` if it had ended before.
+    /// Marks the stream as ended, so that no further status is sent. Returns `None` if it had ended
+    /// before.
     pub async fn end(&self) -> Option<StatusSender> {
         self.mouth.lock().await.sender.take()
     }
 
     async fn say_with(&self, mouth: &mut Mouth, reply_requested: bool) -> Result<()> {
         let now = *self.acknowledgements.borrow();
-        // 0/0 tells the server nothing.
+        // PostgreSQL ignores a position of 0/0.
         let flush = if now.flush.lsn() < self.floor {
             FlushedLsn::proved(Lsn::ZERO)
         } else {

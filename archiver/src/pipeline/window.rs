@@ -1,8 +1,8 @@
-//! What can be restored, for the dashboard: the window, its ranges and gaps, and the instants a
-//! person may look for.
+//! The restorable window for the dashboard: its ranges, its gaps, and the instants that an operator
+//! may search for.
 //!
-//! Reads the catalog only. Summaries of ranges are decoded once: [`Marks`] remembers what it has
-//! seen, so that a look costs what is new and not what is there.
+//! Reads the catalog only. Summaries of ranges are decoded once. [`Marks`] remembers the decoded
+//! ones, so the cost of an update depends on the new ranges only, not on all of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,23 +20,23 @@ use crate::{
     report::{BackupReport, Details, GapReport, HeldRange, Mark, MarkKind, WindowReport},
 };
 
-/// How many marks are kept: more could not be told apart on the strip.
+/// The number of marks kept. More could not be distinguished on the strip.
 const MARKS_MAX: usize = 400;
-/// How many ranges and gaps are shown.
+/// The number of ranges and gaps shown.
 const RANGES_MAX: usize = 200;
 
-/// What is remembered from look to look.
+/// The state remembered between two updates.
 #[derive(Debug, Default)]
 pub(crate) struct Marks {
     seen: BTreeSet<(Branch, Lsn, Lsn)>,
     marks: BTreeMap<(PgTimestamp, Lsn), Mark>,
     outcomes: BTreeMap<(OutcomeKind, BackupId), Outcome>,
-    /// The first missing byte of a gap that the last look found.
+    /// The first missing byte of a gap that the last update found.
     missing: Option<(Branch, Lsn)>,
 }
 
 impl Marks {
-    /// Asks the repository for outcomes that are new.
+    /// Reads new outcomes from the repository.
     pub(crate) fn ask(&mut self, archive: &Archive) -> Result<()> {
         let system = archive.identity().system_identifier;
         archive
@@ -45,7 +45,8 @@ impl Marks {
         Ok(())
     }
 
-    /// Returns what can be restored, why the server's present cannot be, and the details.
+    /// Returns the restorable window, the reason why the server's present is not restorable, and
+    /// the details.
     pub(crate) fn look(
         &mut self,
         archive: &Archive,
@@ -117,7 +118,7 @@ impl Marks {
     }
 
     fn remember(&mut self, archive: &Archive, range: &WalRange) -> Result<()> {
-        // A tail's events come again with its segment: the key is the same.
+        // The sealed segment repeats the events of its tails under the same key.
         let summary = archive.catalog().summary(range)?;
         let timeline = range.branch.timeline;
         for (lsn, event) in &summary.events {
@@ -167,7 +168,7 @@ fn backup_report(backup: &BackupInfo) -> BackupReport {
     }
 }
 
-/// Joins what follows without a gap, and names what is missing between.
+/// Joins ranges that follow each other without a gap, and lists the missing parts between them.
 fn join(
     details: &mut Details,
     ranges: &[WalRange],
@@ -249,8 +250,8 @@ pub(crate) struct Located {
     pub(crate) after: Option<NearCommit>,
 }
 
-/// The last commit at or before `time` and the first one after it. Aborted transactions are nothing
-/// to restore to.
+/// Returns the last commit at or before `time` and the first one after it. Aborted transactions are
+/// ignored because they are not restore targets.
 pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
     let mut found = Located {
         time,
@@ -258,8 +259,8 @@ pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
         after: None,
     };
     for (branch, history, _) in archive.catalog().branches()? {
-        // The segment of a switch begins with a copy of the parent's WAL, whose commits are the
-        // parent's.
+        // The segment of a switch begins with a copy of the parent's WAL. Commits in that copy
+        // belong to the parent.
         let timeline_at = |lsn: Lsn| {
             let history = history.as_ref();
             history.map_or(branch.timeline, |history| history.timeline_at(lsn))

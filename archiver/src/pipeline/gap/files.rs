@@ -1,8 +1,10 @@
-//! Missing WAL read out of a server's `pg_wal` over SQL: `pg_read_binary_file`, for segments that lie there although no
-//! stream gives them, because an earlier one is missing or the slot begins later.
+//! Reads missing WAL out of a server's `pg_wal` over SQL with `pg_read_binary_file`. This finds
+//! segments that the server still stores although no stream delivers them, because an earlier
+//! segment is missing or the slot begins later.
 //!
-//! Invariant: a file is believed page by page, not by its name: a recycled one has a name of the future and old content. What
-//! passes is archived as a pushed file is: every record decoded, compared with what is archived, never in its place.
+//! Invariant: a file is trusted by checking every page, not by its name, because a recycled file
+//! has a future name and old content. A file that passes is archived like a pushed file: every
+//! record is decoded, the WAL is compared with the archived WAL and never replaces it.
 
 use std::{fs, path::Path, sync::Arc};
 
@@ -16,12 +18,13 @@ use crate::{
     replication::{ConnInfo, ConnectionMode, ReplicationClient},
 };
 
-/// How much of a file one answer carries; as text it is twice that.
+/// The number of bytes of a file in one answer. As text it is twice that.
 const CHUNK_BYTES: u64 = 1 << 20;
 /// `XLOG_BLCKSZ`.
 const PAGE_BYTES: usize = 8192;
 
-/// Fetches what a server has of the missing segments as files; how many of them were archived.
+/// Fetches the missing segments that a server still has as files. Returns the number of segments
+/// archived.
 pub(super) async fn fetch(
     conninfo: &ConnInfo,
     pipeline: &Pipeline,
@@ -74,7 +77,7 @@ pub(super) async fn fetch(
     Ok(stored)
 }
 
-/// A whole file; `None` when it has another length, or is gone meanwhile.
+/// Reads a whole file. Returns `None` if it has another length or was removed meanwhile.
 async fn read(
     sql: &mut ReplicationClient,
     name: SegmentName,
@@ -99,7 +102,7 @@ async fn read(
     Ok((offset == bytes).then_some(wal))
 }
 
-/// Whether every page is the one that belongs there.
+/// Checks that every page is the one that belongs at its position.
 fn check(wal: &[u8], name: SegmentName, identity: &WalIdentity) -> std::result::Result<(), String> {
     let size = identity.segment_size;
     let segment = name.segment(size).ok_or("its number is out of range")?;
@@ -123,7 +126,7 @@ fn check(wal: &[u8], name: SegmentName, identity: &WalIdentity) -> std::result::
     Ok(())
 }
 
-/// Archives a fetched file as a pushed one, and compares it with the tails that are archived of it.
+/// Archives a fetched file like a pushed one and compares it with its archived tails.
 fn keep(
     archive: &Archive,
     name: SegmentName,
