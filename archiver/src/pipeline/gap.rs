@@ -1,9 +1,12 @@
-//! What happens when the server no longer has WAL that the archive needs: looked for elsewhere, or declared lost.
+//! Handles WAL that the archive needs and the server no longer has: it is fetched from elsewhere,
+//! or declared lost.
 //!
-//! detected -> look again (somebody may have pushed it) -> heal from other servers by streaming -> heal from files in `pg_wal`
-//! -> wait, until `gap_grace` is over -> declare lost -> the stream goes on behind it.
-//! Invariant: a range is declared lost only when everything before it is in the repository, so that the declaration names
-//! exactly what is missing. The light stays red until a base backup that begins behind the range is listed.
+//! detected -> check again (it may have been pushed) -> heal from other servers by streaming ->
+//! heal from files in `pg_wal` -> wait until `gap_grace` is over -> declare lost -> the stream
+//! continues after the range.
+//! Invariant: a range is declared lost only when everything before it is in the repository, so that
+//! the declaration names exactly what is missing. The state stays red until a base backup that
+//! begins after the range is listed.
 
 mod files;
 
@@ -20,49 +23,50 @@ use super::{
 };
 use crate::{error::Result, replication::ConnInfo, shutdown::Shutdown};
 
-/// How a gap was closed.
+/// The result of an attempt to close a gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Closed {
-    /// The WAL is here by now, or some of it.
+    /// All or some of the WAL has arrived.
     Healed,
-    /// Nobody has it: the ranges that were declared lost.
+    /// No source has the WAL. Contains the ranges that were declared lost.
     Lost(Vec<DeclaredGap>),
-    /// Not yet: it is tried again.
+    /// The gap is still open, and the attempt is repeated.
     Waiting(&'static str),
 }
 
-/// What is being done about a gap.
+/// The current step of handling a gap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GapState {
-    /// It was just found.
+    /// The gap was just found.
     Detected,
-    /// A server is asked for it.
+    /// A server is being queried for the WAL.
     Healing,
-    /// Nobody who was asked has it; they are asked again until it is declared lost.
+    /// No queried server has the WAL. The servers are queried again until it is declared lost.
     Waiting,
 }
 
 /// Missing WAL that is not declared lost yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct OpenGap {
-    /// What is being done.
+    /// The current step.
     pub state: GapState,
     /// The branch on which it begins.
     pub branch: Branch,
     /// The first missing byte.
     pub from_lsn: Lsn,
-    /// Where the server's WAL goes on.
+    /// The LSN at which the server's WAL continues.
     pub to_lsn: Lsn,
-    /// When it was found, by our clock.
+    /// The time at which it was found, by our clock.
     pub detected: PgTimestamp,
-    /// When it is declared lost if nobody has it by then, by our clock.
+    /// The time at which it is declared lost if no source has it by then, by our clock.
     pub declared_after: PgTimestamp,
-    /// Who is asked.
+    /// The server that is queried.
     pub source: Option<String>,
 }
 
-/// Tries to close the gap at which the stream of `source` can not begin; `said` is what the server said.
+/// Tries to close the gap at which the stream of `source` cannot begin. `said` is the server's
+/// message.
 ///
 /// # Errors
 /// Those of the connection, the repository and the spool.
@@ -110,7 +114,7 @@ pub async fn close(
         }
     }
     let mut missing = still_missing(pipeline, lost).await?;
-    // The server itself may have what lies behind a missing segment.
+    // The server itself may have the WAL after a missing segment.
     for place in std::iter::once(source.conninfo()).chain(&others) {
         asking(pipeline, &format!("pg_wal of {}", place.places()));
         match files::fetch(place, pipeline, &server.path, &missing).await {
@@ -166,7 +170,7 @@ pub async fn close(
     Ok(Closed::Lost(gaps))
 }
 
-/// Makes the catalog true to the repository.
+/// Updates the catalog to match the repository.
 async fn refresh(pipeline: &Pipeline) -> Result<()> {
     let archive = Arc::clone(pipeline.archive());
     blocking(move || {
@@ -176,7 +180,8 @@ async fn refresh(pipeline: &Pipeline) -> Result<()> {
     .await
 }
 
-/// Notes the gap, once; when it is declared lost at the earliest. A restart of the archiver begins the time anew.
+/// Records the gap once. Returns the earliest time at which it is declared lost. A restart of the
+/// archiver restarts that period.
 fn found(pipeline: &Pipeline, branch: Branch, from_lsn: Lsn, to_lsn: Lsn) -> PgTimestamp {
     let settings = pipeline.archive().settings();
     let now = jiff::Timestamp::now();
@@ -217,7 +222,7 @@ fn asking(pipeline: &Pipeline, source: &str) {
     state(pipeline, GapState::Healing, Some(source.to_owned()));
 }
 
-/// What of the ranges the archive still does not have.
+/// Returns the parts of the ranges that the archive still lacks.
 async fn still_missing(pipeline: &Pipeline, ranges: Vec<LostRange>) -> Result<Vec<LostRange>> {
     let archive = Arc::clone(pipeline.archive());
     blocking(move || {
@@ -234,7 +239,8 @@ async fn still_missing(pipeline: &Pipeline, ranges: Vec<LostRange>) -> Result<Ve
     .await
 }
 
-/// Streams the missing WAL from another server, as far as it has it; whether anything came.
+/// Streams the missing WAL from another server, as far as that server has it. Returns whether any
+/// WAL arrived.
 async fn heal(
     conninfo: &ConnInfo,
     pipeline: &Pipeline,
@@ -273,7 +279,7 @@ async fn heal(
     }
 }
 
-/// A range that nobody has.
+/// A range that no source has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LostRange {
     pub(crate) branch: Branch,
@@ -282,7 +288,8 @@ pub(crate) struct LostRange {
 }
 
 impl LostRange {
-    /// What is left of it without these ranges, which are in the order of their starts.
+    /// Returns what remains of the range without `held`, whose ranges are in the order of their
+    /// starts.
     fn without(self, held: impl Iterator<Item = (Lsn, Lsn)>) -> Vec<Self> {
         let mut left = Vec::new();
         let mut at = self.from_lsn;
@@ -306,8 +313,8 @@ impl LostRange {
     }
 }
 
-/// What is missing between the end of the archive on one of the server's branches and the segment where the server's WAL
-/// goes on, branch by branch.
+/// Returns what is missing between the end of the archive on one of the server's branches and the
+/// segment where the server's WAL continues, branch by branch.
 pub(crate) fn plan_loss(
     path: &[ServerBranch],
     branch: Branch,
@@ -332,7 +339,8 @@ pub(crate) fn plan_loss(
         if goes_on < on.switch_lsn {
             break;
         }
-        // The next branch begins with the segment in which it left this one; perhaps some of it is here.
+        // The next branch begins with the segment in which the server left this one. Some of that
+        // segment may be held.
         at = on.switch_lsn.align_down(size.bytes());
         let next = rest.peek().map(|next| next.branch);
         if let Some(known) = held.iter().find(|held| Some(held.branch) == next) {

@@ -1,6 +1,7 @@
-//! WAL as far as the archive has it: from the spool, from the repository, on a branch or on the one it grew from.
+//! Reads the WAL that the archive holds: from the spool or the repository, of a branch or of the
+//! branch that it forked from.
 //!
-//! Invariant: nothing is changed here, and what is returned was checked.
+//! Invariant: nothing is changed here, and everything that is returned was verified.
 
 use std::{fs::File, io, sync::PoisonError};
 
@@ -16,7 +17,7 @@ use crate::{
     spool::Before,
 };
 
-/// Why a segment could not be put into a file.
+/// The reason why a segment could not be copied into a file.
 enum Unheld {
     Sealed(Error),
     Disk(io::Error),
@@ -28,11 +29,12 @@ impl From<io::Error> for Unheld {
     }
 }
 
-/// More zeros than a commit's record ends with.
+/// More zeros than the record of a commit ends with.
 const ZEROS_OF_A_RECORD: usize = 64;
 
 impl Archive {
-    /// The WAL of the tails that the repository holds of an open segment, from its start, without a gap.
+    /// Returns the WAL of the tails that the repository holds of an open segment, from its start,
+    /// without a gap.
     ///
     /// # Errors
     /// [`Error::Repository`], [`intake::Error::Sealed`].
@@ -55,7 +57,7 @@ impl Archive {
         Ok(wal)
     }
 
-    /// The end of those tails, as far as they are known.
+    /// Returns the end of those tails, as far as they are known.
     pub(super) fn tail_end(&self, branch: Branch, segment: SegmentNo) -> Lsn {
         let start = segment.start_lsn(self.identity().segment_size);
         let tails = self.tails_of(branch, segment);
@@ -76,7 +78,7 @@ impl Archive {
         tails
     }
 
-    /// The WAL bytes of a sealed object, all checked.
+    /// Returns the WAL bytes of a sealed object, all verified.
     ///
     /// # Errors
     /// [`Error::Repository`], [`intake::Error::Sealed`].
@@ -94,9 +96,9 @@ impl Archive {
         Ok(wal)
     }
 
-    /// A segment's WAL as far as the archive has it, from the spool or the repository, on the branch itself or on the
-    /// one it grew from. Used to learn where a record that crosses in began; a segment that can not be read is as good as
-    /// none.
+    /// Reads what the archive holds of a segment, from the spool or the repository, of the branch
+    /// itself or of the branch that it forked from. Callers use it to find the start of a record
+    /// that began in the previous segment, so an unreadable segment is reported as `None`.
     pub fn read_segment(&self, branch: Branch, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
         for branch in self.lineage_at(branch, segment)? {
             if let Some(bytes) = self.read_on(branch, segment)? {
@@ -106,7 +108,7 @@ impl Archive {
         Ok(None)
     }
 
-    /// As [`Archive::read_segment`], on this very branch.
+    /// As [`Archive::read_segment`], but only of this branch.
     pub(super) fn read_on(&self, branch: Branch, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
         if let Some(bytes) = self.branch_spool(branch).read(segment)? {
             return Ok(Some(bytes));
@@ -121,19 +123,21 @@ impl Archive {
     fn sealed_key(&self, branch: Branch, segment: SegmentNo) -> Result<Option<ObjectKey>> {
         let name = self.branch_spool(branch).name(segment);
         let key = ObjectKey::Segment(self.identity().system_identifier, branch, name);
-        // A segment into whose end no record runs has left the spool; of one that is still needed the file is here.
+        // A segment leaves the spool only if no record continues past its end. The file of a
+        // segment that is still needed is therefore in the spool.
         if self.is_away() {
             return Ok(None);
         }
         match self.repository().head(&key) {
             Ok(found) => Ok(found.map(|_| key)),
-            // Of several repositories one is away: what those that answer lack is as good as none.
+            // One of several repositories is away: what the others lack counts as not held.
             Err(error) if error.is_transient() && self.repository().is_partly_away() => Ok(None),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// A segment of this very branch in a file, as far as the archive has it: never all of it in memory but as it is stored.
+    /// Copies what the archive holds of a segment of this branch to a file. Only the stored
+    /// (compressed) form is held in memory, never all of the WAL.
     ///
     /// # Errors
     /// [`Error::Repository`], [`intake::Error::Sealed`], [`Error::Io`].
@@ -179,7 +183,8 @@ impl Archive {
         })
     }
 
-    /// The transactions that committed in a range of a branch, in LSN order; `None` where some of its WAL can not be read now.
+    /// Returns the transactions that committed in a range of a branch, in LSN order. `None` if some
+    /// of its WAL cannot be read now.
     ///
     /// # Errors
     /// [`Error::Repository`], [`Error::Io`].
@@ -199,7 +204,7 @@ impl Archive {
             let has = |bytes: &[u8]| segment.start_lsn(size).add(bytes.len() as u64) >= needed;
             let mut bytes = self.read_segment(branch, segment)?.unwrap_or_default();
             if !has(&bytes) {
-                // A torn spool may be behind what the repository was given.
+                // A torn spool may hold less than the repository received.
                 let tails = self.read_tails(branch, segment)?;
                 if tails.len() > bytes.len() {
                     bytes = tails;
@@ -208,8 +213,8 @@ impl Archive {
             if !has(&bytes) {
                 return Ok(None);
             }
-            // What ends in the middle of a record ends there; what a record has of zeros at its end the spool does not tell
-            // from those behind it.
+            // The WAL may end inside a record. Zeros at the end of that record look the same in the
+            // spool as the unwritten zeros after it, so stop here.
             if indexer.push(&bytes).is_err() {
                 break;
             }
@@ -227,7 +232,8 @@ impl Archive {
         Ok(Some(ends))
     }
 
-    /// The branch, and for a segment that ends before the branch began, its ancestors that hold it.
+    /// Returns the branch, or for a segment that ends before the branch began, its ancestors that
+    /// hold the segment.
     fn lineage_at(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<Branch>> {
         let mut lineage = vec![branch];
         let Some(history) = self.history(branch)? else {
@@ -242,7 +248,8 @@ impl Archive {
         Ok(lineage)
     }
 
-    /// The branch of an ancestor: the one of that timeline whose own history agrees with the descendant's.
+    /// Returns the branch of an ancestor: the branch of that timeline whose own history agrees with
+    /// the descendant's.
     pub(crate) fn ancestor(
         &self,
         history: &TimelineHistory,
@@ -263,7 +270,7 @@ impl Archive {
         Ok(None)
     }
 
-    /// The history of a branch, from the spool or the catalog.
+    /// Returns the history of a branch, from the spool or the catalog.
     pub(crate) fn history(&self, branch: Branch) -> Result<Option<TimelineHistory>> {
         let parse = |content: &[u8]| TimelineHistory::parse(branch.timeline, content).ok();
         if let Some(content) = self.branch_spool(branch).history()? {

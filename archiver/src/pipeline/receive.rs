@@ -1,10 +1,12 @@
-//! Stages 1 and 4: reads the replication stream, and tells PostgreSQL how far our copy is safe.
+//! Stages 1 and 4: reads the replication stream and acknowledges durable WAL to PostgreSQL.
 //!
-//! It runs on the connection's own thread ([`super::line`]) and takes what has arrived through comparing, writing and
-//! fsyncing to the acknowledgement without another thread. In a catch-up it hands messages to the spool thread instead; one
-//! that has no room there is held, no further one is read, and the status goes on.
-//! Invariant: the server hears from us at least every `status_interval` (from [`super::voice`] when this thread is held up),
-//! and `flush` never passes WAL that is not durable in the class the user chose. `apply` is never reported.
+//! It runs on the connection's own thread ([`super::line`]), which compares, writes, fsyncs and
+//! acknowledges the received WAL without another thread. During a catch-up it hands messages to the
+//! spool thread instead. If the spool thread has no room for a message, that message is held, no
+//! further one is read, and status updates continue.
+//! Invariant: the server receives a status at least every `status_interval` (from [`super::voice`]
+//! when this thread is blocked), and `flush` never passes WAL that is not durable in the class the
+//! user chose. `apply` is never reported.
 
 use std::{
     future::ready,
@@ -33,75 +35,79 @@ use crate::{
     shutdown::Shutdown,
 };
 
-/// After this long without a message the server is asked for one.
+/// The time without a message after which a reply is requested from the server.
 const PING_AFTER: Duration = Duration::from_secs(10);
-/// After this long without one, although asked, the connection counts as dead: a half-open TCP connection says nothing.
+/// The time without a message, in spite of a request, after which the connection counts as dead. A
+/// half-open TCP connection reports no error.
 const SILENT_MAX: Duration = Duration::from_secs(30);
-/// How often the silence is looked at.
+/// The interval at which the silence is checked.
 const SILENCE_POLL: Duration = Duration::from_secs(1);
-/// Without WAL for this long the buffers of a burst are freed: up to 10 MiB for each cluster.
+/// The time without WAL after which the buffers of a burst are freed: up to 10 MiB for each
+/// cluster.
 const QUIET_AFTER: Duration = Duration::from_secs(10);
-/// How much is taken in one group: bounds the latency of a commit under load.
+/// The maximum size of one group. It bounds the latency of a commit under load.
 const GROUP_BYTES_MAX: u64 = 2 << 20;
 
-/// A stream that has an end ends as well when no WAL came for this long: the other server has no more.
+/// A stream with an end LSN also ends when no WAL arrived for this long: the other server has no
+/// more.
 const EXHAUSTED_AFTER: Duration = Duration::from_secs(3);
 
-/// Why a stream ended in order.
+/// The reason why a stream ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StreamEnd {
     /// The server has sent everything of this timeline.
     Timeline,
     /// The server shuts down and has sent everything.
     ServerClosed,
-    /// The server shuts down and waits for WAL that is not durable here: the connection is closed,
-    /// so that it can stop.
+    /// The server shuts down and waits for WAL that is not durable here. The connection is closed
+    /// so that the server can stop.
     ServerStops,
     /// We were asked to stop.
     Shutdown,
-    /// All that was wanted is here.
+    /// All requested WAL has arrived.
     Reached,
-    /// The server has removed what was to be compared, but perhaps not what comes behind it: to be tried again at once.
+    /// The server has removed the WAL that was to be compared, but perhaps not the WAL after it.
+    /// The stream is retried at once.
     NoOverlap,
 }
 
-/// What the stream needs beside the connection.
+/// The parts that a stream needs in addition to the connection.
 #[derive(Debug)]
 pub struct Receive {
-    /// Where WAL goes.
+    /// The destination of the WAL.
     pub intake: Intake,
-    /// What is known of the cluster.
+    /// The status of the cluster.
     pub status: Arc<ClusterStatus>,
     /// The branch that is streamed.
     pub branch: Branch,
-    /// What may stop the stream from behind.
+    /// The errors of other threads, which end the stream.
     pub failure: Arc<Failure>,
-    /// Where PostgreSQL is told.
+    /// The status reporter.
     pub voice: Arc<Voice>,
     /// Ends the stream of a server that shuts down while the stream is not read.
     pub release: Arc<StreamRelease>,
-    /// Where the stream is to end.
+    /// The LSN at which the stream is to end.
     pub until: Lsn,
-    /// How often the server hears from us at least.
+    /// The maximum interval between two status updates to the server.
     pub status_interval: Duration,
 }
 
-/// What a stream has come to.
+/// The progress of a stream.
 #[derive(Debug)]
 struct Course {
     /// A message that the spool thread had no room for.
     held: Option<Command>,
-    /// When the server was last heard, as far as we listened.
+    /// The time of the server's last message, as far as we were reading.
     heard: Instant,
-    /// When WAL last came.
+    /// The time at which WAL last arrived.
     fed: Instant,
     /// Bytes taken on this thread that are not settled yet.
     group: u64,
-    /// Whether any are.
+    /// True if there are any.
     unsettled: bool,
     /// The server's requests for a reply.
     requests: EndRequests,
-    /// What may be said; seen as far as it was said.
+    /// The positions that may be reported; marked as seen once reported.
     acknowledgements: watch::Receiver<Acknowledgement>,
 }
 
@@ -109,7 +115,7 @@ impl Receive {
     /// Streams until the end.
     ///
     /// # Errors
-    /// The connection's, or what a stage raised.
+    /// Those of the connection, or the error that a stage raised.
     pub async fn run(
         self,
         receiver: &mut WalReceiver,
@@ -132,7 +138,7 @@ impl Receive {
         };
         loop {
             if course.unsettled {
-                // What arrived meanwhile belongs to the same group.
+                // Messages that arrived meanwhile belong to the same group.
                 let next = if course.group < GROUP_BYTES_MAX {
                     tokio::select! {
                         biased;
@@ -201,7 +207,8 @@ impl Receive {
         }
     }
 
-    /// What was taken on this thread is made durable, and said at once; whether there was something to say.
+    /// Makes the WAL taken on this thread durable and acknowledges it at once. Returns whether
+    /// there was anything to acknowledge.
     async fn settle(&self, course: &mut Course) -> Result<bool> {
         self.intake.settle()?;
         (course.unsettled, course.group) = (false, 0);
@@ -211,7 +218,7 @@ impl Receive {
             self.voice.say(false).await?;
         }
         self.intake.cut_tail_if_due()?;
-        // The time that our own disk took is not the server's silence.
+        // The time that our own disk took does not count as the server's silence.
         course.heard = Instant::now();
         Ok(is_news)
     }
@@ -284,7 +291,7 @@ impl Receive {
     }
 }
 
-/// Returns at this moment; never without one.
+/// Waits until this moment; without one, forever.
 async fn until(moment: Option<Instant>) {
     match moment {
         Some(moment) => tokio::time::sleep_until(moment.into()).await,
@@ -299,8 +306,9 @@ fn spool_stopped() -> Error {
     }
 }
 
-/// How often the server has to hear from us, given its `wal_sender_timeout`: it hangs up after that long, and asks at half
-/// of it. A quarter leaves room for one lost moment; at most the ten seconds of `pg_receivewal`.
+/// Returns the maximum interval between status updates for a server's `wal_sender_timeout`. The
+/// server closes the connection after that timeout and requests a reply at half of it. A quarter
+/// allows for one lost update. The interval is at most the ten seconds of `pg_receivewal`.
 #[must_use]
 pub fn status_interval(wal_sender_timeout: Option<Duration>) -> Duration {
     const MAX: Duration = Duration::from_secs(10);

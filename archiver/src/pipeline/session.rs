@@ -1,4 +1,5 @@
-//! One connection to PostgreSQL: identify, find the common past, stream timeline after timeline until it ends.
+//! One connection to PostgreSQL: identifies the server, finds the common history, and streams
+//! timeline after timeline until the connection ends.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,37 +26,39 @@ use crate::{
     shutdown::Shutdown,
 };
 
-/// How long a server that let us in may take to say who it is. Connecting has its own limit, `connect_timeout`.
+/// Timeout for the server to identify itself after the login. Connecting has its own limit,
+/// `connect_timeout`.
 const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// How long a stop waits, with the connection up, for the repository to hold what the server is still to be told of.
+/// Limit on how long a stop keeps the connection up until the repository holds the WAL that is
+/// still to be acknowledged to the server.
 const HAND_OVER_MAX: Duration = Duration::from_secs(10);
 
-/// What a stream is for.
+/// The purpose of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// To follow the server for good, with a slot that keeps its WAL for us.
+    /// Follows the server permanently, with a slot that retains its WAL for us.
     Follow,
-    /// To get what another server lost, up to here, without leaving a trace.
+    /// Fetches WAL that another server lost, up to this LSN, without leaving a trace.
     Heal(Lsn),
 }
 
-/// A connection that was identified.
+/// A connection whose server was identified.
 #[derive(Debug)]
 pub struct Source {
     client: ReplicationClient,
     system: SystemIdentity,
     identity: ClusterIdentity,
     wal_sender_timeout: Option<Duration>,
-    /// The thread that drives the connection, when it is to stream.
+    /// The thread that drives the connection, if it is meant for streaming.
     line: Option<Line>,
 }
 
 impl Source {
-    /// Connects and asks who is there.
+    /// Connects and identifies the server.
     ///
     /// # Errors
-    /// [`Error::Replication`]; [`Error::Unsupported`] for a server whose WAL we can not read.
+    /// [`Error::Replication`]; [`Error::Unsupported`] for a server whose WAL we cannot read.
     pub async fn connect(
         conninfo: &ConnInfo,
         cluster: &wal_format::ClusterName,
@@ -68,7 +71,7 @@ impl Source {
             })?
     }
 
-    /// As [`Source::connect`], for [`Source::stream`]: on a thread of its own.
+    /// As [`Source::connect`], but on a thread of its own, for [`Source::stream`].
     ///
     /// # Errors
     /// As [`Source::connect`].
@@ -112,13 +115,13 @@ impl Source {
         Ok((source, version.text))
     }
 
-    /// Whose WAL it sends.
+    /// The identity of the cluster whose WAL it sends.
     #[must_use]
     pub fn identity(&self) -> &ClusterIdentity {
         &self.identity
     }
 
-    /// The timeline that the server is on; its history file is stored.
+    /// Returns the branch of the server's current timeline, after storing its history file.
     ///
     /// # Errors
     /// [`Error::Replication`], [`Error::History`], [`Error::Repository`].
@@ -140,25 +143,25 @@ impl Source {
         Ok(branch)
     }
 
-    /// The end of its WAL when it was asked.
+    /// The end of the server's WAL when it was identified.
     #[must_use]
     pub fn flush_lsn(&self) -> Lsn {
         self.system.flush_lsn
     }
 
-    /// Where it is.
+    /// The server's connection settings.
     #[must_use]
     pub fn conninfo(&self) -> &ConnInfo {
         self.client.conninfo()
     }
 
-    /// The connection, for another purpose than streaming.
+    /// Returns the connection, for a purpose other than streaming.
     #[must_use]
     pub fn into_client(self) -> ReplicationClient {
         self.client
     }
 
-    /// The server's path of timelines to the one it is on, with their history files.
+    /// Returns the server's path of timelines to its current one, with their history files.
     pub(super) async fn path(&mut self, pipeline: &Pipeline) -> Result<Vec<ServerBranch>> {
         let current = self.system.timeline;
         let mut path = Vec::new();
@@ -190,7 +193,8 @@ impl Source {
         Ok(path)
     }
 
-    /// The branch of an ancestor. A server may have lost an old history file; then ours, if it agrees, names it.
+    /// Returns the branch of an ancestor. If the server has lost an old history file, our copy
+    /// identifies the branch, provided that it agrees.
     async fn ancestor(
         &mut self,
         timeline: TimelineId,
@@ -218,7 +222,7 @@ impl Source {
         })
     }
 
-    /// Makes sure of the slot; where it keeps WAL from.
+    /// Ensures that the slot exists. Returns the LSN from which it retains WAL.
     pub(super) async fn slot(&mut self, name: &str, cluster: &str) -> Result<Option<Lsn>> {
         let mut slot = self.client.slot(name).await?;
         if slot
@@ -244,7 +248,7 @@ impl Source {
     /// Streams until the connection ends or we are asked to stop.
     ///
     /// # Errors
-    /// Everything that [`Error`] knows; the caller decides what is tried again.
+    /// Any [`Error`]; the caller decides which ones are retried.
     pub async fn stream(
         mut self,
         pipeline: &Pipeline,
@@ -257,7 +261,8 @@ impl Source {
         let size = archive.identity().segment_size;
         let path = self.path(pipeline).await?;
         if purpose == Purpose::Follow {
-            // Before the positions are read: WAL of a timeline without its history file counts for nothing.
+            // Before the positions are read: WAL of a timeline without its history file does not
+            // count as held.
             histories::take_from_server(pipeline, &path).await?;
         }
         let held = pipeline.held().await?;
@@ -267,7 +272,7 @@ impl Source {
             slot_restart_lsn: None,
         };
         if !held.is_empty() {
-            // A server that is not ours is refused before anything is changed on it.
+            // A server of another cluster is refused before anything is changed on it.
             plan_start(&server, &held, size)?;
         }
         let follows = purpose == Purpose::Follow;
@@ -283,7 +288,8 @@ impl Source {
             fork::note(pipeline, &server.path).await?;
         }
         if follows {
-            // It outlives the stream: while that is down, the slot and the WAL that piles up behind it matter most.
+            // It outlives the stream: while the stream is down, the slot and the WAL that
+            // accumulates for it matter most.
             let polling = tokio::spawn(Box::pin(observe::poll(
                 self.client.conninfo().clone(),
                 settings.slot.clone(),
@@ -375,7 +381,8 @@ impl Source {
                     let (receiver, end) = tokio::select! {
                         outcome = &mut streaming => outcome?,
                         () = shutdown.requested() => {
-                            // A thread that waits for space on the disk hears of it here only.
+                            // The writer may be blocked waiting for disk space. This is the only
+                            // place that wakes it.
                             pipeline.spool().give_up_waiting();
                             streaming.await?
                         }
@@ -387,7 +394,7 @@ impl Source {
                         return Ok(pipeline.forgo_overlap(taken_up.resume_lsn));
                     }
                     let end = end.map_err(|error| match pipeline.failure().take() {
-                        // What stopped another thread comes first: this one only ran into it.
+                        // Report the other thread's error: this one is only its consequence.
                         Some(first) => first,
                         None => match error {
                             Error::Replication(error) => gap(error, timeline, start_lsn),
@@ -395,29 +402,31 @@ impl Source {
                         },
                     })?;
                     if end == StreamEnd::ServerStops {
-                        // The spool may be full for long: it is not waited for, so that the server
-                        // does not wait for us.
+                        // The spool may stay full for long. It is not waited for, so that the
+                        // server does not wait for us.
                         if let Err(error) = voice.say(false).await {
                             tracing::debug!(%error, "the last status found no listener");
                         }
                         voice.close().await;
                         return Ok(end);
                     }
-                    // What came is made durable and reported before anything else happens to the connection.
+                    // Received WAL is made durable and reported before anything else happens to the
+                    // connection.
                     pipeline.spool().drain().await?;
                     if let Some(error) = pipeline.failure().take() {
                         return Err(error);
                     }
                     let waits_for_remote = archive.settings().acknowledge == Acknowledge::Remote;
                     if end == StreamEnd::Shutdown && waits_for_remote {
-                        // Commits may wait for what is on its way to the repository.
+                        // Commits may wait for WAL that is in transit to the repository.
                         let progress = archive.status().progress();
                         let flushed = progress.positions().flushed();
                         let mut said = progress.acknowledgements();
                         let all = said.wait_for(|said| said.flush.lsn() >= flushed);
                         drop(tokio::time::timeout(HAND_OVER_MAX, all).await);
                     }
-                    // A server that shuts down waits for this one. It may be gone already, which is no error.
+                    // A server that shuts down waits for this status. The server may be gone
+                    // already, which is not an error.
                     if let Err(error) = voice.say(false).await {
                         tracing::debug!(%error, "the last status found no listener");
                     }
@@ -452,7 +461,8 @@ impl Source {
             if follows {
                 let known = archive.status().facts().server_path.unwrap_or_default();
                 archive.status().follow(known.extended(&next));
-                // A standby that was promoted at a recovery target had sent more than it replayed.
+                // A standby that was promoted at a recovery target had sent more WAL than it
+                // replayed.
                 let left = ServerBranch {
                     switch_lsn,
                     ..branch
