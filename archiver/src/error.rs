@@ -1,4 +1,5 @@
-//! [`Error`]: everything that can stop archiving, as facts with their location and the remedy for each.
+//! [`Error`]: everything that can stop archiving, as facts with their location and the remedy for
+//! each.
 //!
 //! Invariant: an error that means "WAL is missing or different" ([`Error::is_broken`]) is never
 //! hidden by retries. The cluster's state becomes broken and stays so until the cause is gone.

@@ -1,4 +1,5 @@
-//! [`ClusterReport`]: the single report on a cluster, used by the page, the API, the metrics and `status`.
+//! [`ClusterReport`]: the single report on a cluster, used by the page, the API, the metrics and
+//! `status`.
 //!
 //! The daemon fills it from its memory. Nothing in this module queries the store or PostgreSQL, so
 //! a scrape cannot disturb the stream.

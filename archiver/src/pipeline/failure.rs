@@ -37,7 +37,8 @@ impl Failure {
     /// Waits until an error is raised and returns it.
     pub async fn raised(&self) -> Error {
         loop {
-            // The permit of `notify_one` is kept, so an error raised between the two lines is not missed.
+            // The permit of `notify_one` is kept, so an error raised between the two lines is not
+            // missed.
             if let Some(error) = self.take() {
                 return error;
             }

@@ -1,4 +1,5 @@
-//! [`Progress`]: the core, shared between the stages. It publishes the positions that may be reported to PostgreSQL to the status reporters.
+//! [`Progress`]: the core, shared between the stages. It publishes the positions that may be
+//! reported to PostgreSQL to the status reporters.
 //!
 //! Invariant: a [`FlushedLsn`] is made only here, from what the core returns after the spool's
 //! fsync or the repository's verified put was reported to it.

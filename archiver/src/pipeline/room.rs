@@ -1,4 +1,6 @@
-//! [`Room`]: decides whether the spool may grow. A spool at its limit, or on a full disk, stops the stream but not the archiver. The server keeps the WAL, the keepalives continue with the true flush position, and the stream continues when there is space.
+//! [`Room`]: decides whether the spool may grow. A spool at its limit, or on a full disk, stops the
+//! stream but not the archiver. The server keeps the WAL, the keepalives continue with the true
+//! flush position, and the stream continues when there is space.
 //!
 //! Invariant: nothing is discarded here. Waiting threads are released only at shutdown or when the
 //! supervisor gives up the primary's WAL.

@@ -1,4 +1,5 @@
-//! [`Voice`]: sends status updates to PostgreSQL. The stream's thread uses it when WAL is durable, and a separate timer uses it while a disk blocks that thread.
+//! [`Voice`]: sends status updates to PostgreSQL. The stream's thread uses it when WAL is durable,
+//! and a separate timer uses it while a disk blocks that thread.
 //!
 //! Invariant: the positions are read under the same lock that sends them, so a status never reports
 //! less than an earlier one. `flush` is what [`super::progress`] proved, however long ago.
