@@ -31,7 +31,7 @@ use slicer::{RawSlice, Slicer};
 
 /// Slices that are compressed and stored at once. Each holds its raw bytes and its compressed ones: 32 MiB at the most.
 const SLICES_IN_FLIGHT: usize = 3;
-/// How long the WAL of the backup may take to arrive in the repository.
+/// The time for which the WAL of the backup may take to arrive in the repository.
 const WAL_PATIENCE: Duration = Duration::from_secs(600);
 
 /// What is told while it goes on.
@@ -61,7 +61,7 @@ pub enum BaseBackupError {
         /// Which file, and how.
         problem: String,
     },
-    /// The server sent something that can not be understood.
+    /// The server sent something that cannot be understood.
     #[error("the server sent a base backup that can not be read: {problem}")]
     Malformed {
         /// What.
@@ -284,7 +284,8 @@ impl Taking {
             backup_label_sha256,
             tablespace_map_sha256,
         };
-        // What a restore compares is compared here first: a backup that it would refuse is not listed.
+        // The comparisons of a restore are made here first: a backup that it would refuse is not
+        // listed.
         info.check_label(
             received.slicer.backup_label(),
             received.slicer.tablespace_map(),
@@ -371,7 +372,8 @@ impl Taking {
         blocking(move || Ok(repository.put(&key, &body).map(drop)?)).await
     }
 
-    /// Removes what was stored of a backup that is none. What can not be removed is harmless: it is not listed.
+    /// Removes what was stored of a backup that is none. What cannot be removed is harmless: it is
+    /// not listed.
     async fn discard(&self) {
         let taking = self.clone();
         let removed = blocking(move || {

@@ -104,8 +104,8 @@ enum Command {
         #[arg(long)]
         repair: bool,
     },
-    /// Applies retention: marks what is no longer kept, and removes what was marked `expire_grace` ago. Says before which
-    /// moments can not be restored any more.
+    /// Applies retention: marks what is no longer kept, and removes what was marked `expire_grace`
+    /// ago. Says before which moments cannot be restored any more.
     Expire {
         /// Says what would be marked and removed, and changes nothing.
         #[arg(long)]

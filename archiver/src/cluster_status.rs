@@ -1,7 +1,7 @@
 //! [`ClusterStatus`]: what the daemon knows of one cluster, for the dashboard, the metrics and `status`.
 //!
-//! Written by the stages, read by everyone; locks are held for a few assignments only and never across I/O, so a reader
-//! can not delay the stream. What is not known is `None`, never 0.
+//! Written by the stages, read by everyone; locks are held for a few assignments only and never
+//! across I/O, so a reader cannot delay the stream. What is not known is `None`, never 0.
 
 mod caught_up;
 mod report;
@@ -69,7 +69,7 @@ const CLOCK_AT_START: Duration = Duration::from_secs(1 << 32);
 /// Facts beside the positions.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// Whether a replication stream is up.
+    /// True if a replication stream is up.
     pub connected: bool,
     /// When the server was last heard.
     pub last_message: Option<PgTimestamp>,
@@ -91,9 +91,9 @@ pub struct Facts {
     /// another place, or what it holds is damaged or different. Retried all the same, and cleared
     /// by the same request's success.
     pub repository_broken: BTreeMap<String, String>,
-    /// Whether the place was last seen not to hold the archive.
+    /// True if the place was last seen not to hold the archive.
     pub repository_gone: bool,
-    /// How often the place held the archive again.
+    /// The number of times that the place held the archive again.
     pub repository_returns: u64,
     /// Why the catalog on disk is not used; archiving continues with one in memory.
     pub catalog_error: Option<String>,
@@ -127,7 +127,7 @@ pub struct Facts {
     pub last_backup: Option<BackupReport>,
     /// The server's clock minus ours, in seconds.
     pub clock_offset_seconds: Option<f64>,
-    /// Whether the catalog was looked at since the start.
+    /// True if the catalog was looked at since the start.
     pub looked: bool,
     /// Reconnections by reason.
     pub reconnects: BTreeMap<&'static str, u64>,
@@ -385,7 +385,7 @@ impl ClusterStatus {
         });
     }
 
-    /// What was asked without success is of no use any more.
+    /// A failed attempt is of no further use.
     pub(crate) fn repository_no_longer_asked(&self, operation: &'static str) {
         self.note(|facts| {
             let begins = format!("{operation} ");

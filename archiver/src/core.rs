@@ -64,14 +64,14 @@ pub enum Event {
     Completed,
     /// All received WAL was written.
     GroupTaken {
-        /// Whether the flusher is idle.
+        /// True if the flusher is idle.
         flusher_idle: bool,
     },
     /// A point in time at which a tail may be cut.
     Tick {
         /// The monotonic clock.
         now: Duration,
-        /// Whether a tail is due regardless of its size.
+        /// True if a tail is due regardless of its size.
         due: bool,
     },
     /// The open segment was fsynced.

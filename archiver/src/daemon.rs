@@ -33,7 +33,7 @@ use crate::{
     supervisor,
 };
 
-/// How often systemd's line is looked at, and the watchdog's at most.
+/// The interval at which systemd's line is looked at, and the watchdog's at most.
 const LOOK: Duration = Duration::from_secs(1);
 /// A cluster's task that has not run for this long hangs: it only ever waits for something that wakes it.
 const BEAT_MAX: Duration = Duration::from_secs(20);
@@ -197,7 +197,7 @@ impl Daemon {
         });
     }
 
-    /// One cluster that can not go on does not stop the others.
+    /// One cluster that cannot go on does not stop the others.
     fn ended(&mut self, ended: Result<(ClusterName, Result<()>), tokio::task::JoinError>) {
         let Ok((name, outcome)) = ended else { return };
         let mut clusters = lock(&self.clusters);

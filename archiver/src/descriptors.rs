@@ -25,7 +25,7 @@ const PROCESS: u64 = 48;
 /// Descriptors of one cluster that streams: 24 were counted in a daemon with 30 clusters and folder
 /// repositories, just after segments were sealed.
 const CLUSTER: u64 = 26;
-/// How often a cluster that waits for descriptors tries again.
+/// The interval at which a cluster that waits for descriptors tries again.
 const RETRY: Duration = Duration::from_secs(1);
 /// A limit that no process reaches, for "unlimited".
 const UNLIMITED: u64 = u64::MAX;
@@ -35,7 +35,7 @@ const UNLIMITED: u64 = u64::MAX;
 pub(crate) struct Limit {
     /// The one in force.
     pub(crate) soft: u64,
-    /// What the process may raise it to.
+    /// The limit to which the process may raise it.
     pub(crate) hard: u64,
 }
 
@@ -64,7 +64,7 @@ impl Limit {
         Self::now()
     }
 
-    /// How many clusters fit. One always does: it may need less than estimated.
+    /// The number of clusters that fit. At least one: it may need less than estimated.
     fn clusters_max(self) -> usize {
         let clusters = self.soft.saturating_sub(PROCESS) / CLUSTER;
         usize::try_from(clusters).unwrap_or(usize::MAX).max(1)

@@ -179,7 +179,7 @@ pub enum Error {
         /// Why, as far as known.
         reason: String,
     },
-    /// A server that we can not archive.
+    /// A server that we cannot archive.
     #[error(transparent)]
     Unsupported(#[from] wal_format::system::UnsupportedVersion),
     /// Retention could not be applied everywhere.
@@ -196,10 +196,10 @@ pub enum Error {
         /// How many.
         problems: usize,
     },
-    /// WAL that can not be taken as it is.
+    /// WAL that cannot be taken as it is.
     #[error(transparent)]
     Wal(intake::Error),
-    /// A wish that can not be granted as written.
+    /// A wish that cannot be granted as written.
     #[error("{message}")]
     Usage {
         /// What is wrong and how to write it.

@@ -24,7 +24,7 @@ use crate::{
     pipeline::blocking,
 };
 
-/// How often it is looked whether it is time.
+/// The interval at which it is looked whether it is time.
 const LOOK: Duration = Duration::from_secs(60);
 /// After a start the stream comes first.
 const START_PAUSE: Duration = Duration::from_secs(60);
@@ -44,7 +44,7 @@ pub struct PlaceReport {
     pub removed: Vec<ReportedBackup>,
     /// The WAL that goes.
     pub wal: Vec<ExpiredWal>,
-    /// The moments that can not be restored any more.
+    /// The moments that cannot be restored any more.
     pub vanishing: Vec<ExpiredWindow>,
     /// From when on what goes now is removed.
     pub removed_from: Option<PgTimestamp>,
@@ -115,7 +115,7 @@ impl PlaceReport {
         self.vanishing.clone_from(&plan.windows);
     }
 
-    /// Whether anything was given up or removed.
+    /// Returns true if anything was given up or removed.
     #[must_use]
     pub fn did_something(&self) -> bool {
         self.marked.is_some() || self.swept.objects > 0
@@ -159,7 +159,7 @@ pub fn expire(
     places.iter().map(apply).collect()
 }
 
-/// Whether every repository was done.
+/// Checks whether every repository was done.
 ///
 /// # Errors
 /// [`Error::Expire`] with what stood in the way.

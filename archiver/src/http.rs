@@ -69,11 +69,12 @@ impl Sources {
     }
 }
 
-/// How long a client may take to send its request's head, or to finish TLS's handshake.
+/// The time for which a client may take to send its request's head, or to finish TLS's handshake.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long one connection may last: also the limit for a client that does not read its answer.
+/// The time for which one connection may last: also the limit for a client that does not read its
+/// answer.
 const CONNECTION_MAX: Duration = Duration::from_secs(600);
-/// How often the certificate's files are looked at.
+/// The interval at which the certificate's files are looked at.
 const CERTIFICATE_POLL: Duration = Duration::from_secs(2);
 /// What a request's head may be.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
@@ -98,7 +99,7 @@ pub enum HttpError {
         /// What the system said.
         source: io::Error,
     },
-    /// The certificate or its key can not be used.
+    /// The certificate or its key cannot be used.
     #[error("serve HTTPS: {problem}; mend http_tls_certificate and http_tls_key")]
     Tls {
         /// Which file, and what is wrong with it.
@@ -118,8 +119,9 @@ impl HttpServer {
     /// Binds `address`.
     ///
     /// # Errors
-    /// [`HttpError::Public`] for an address that is not a loopback one without a token, [`HttpError::Tls`] for files that
-    /// can not be used, [`HttpError::Bind`] when the system refuses.
+    /// [`HttpError::Public`] for an address that is not a loopback one without a token,
+    /// [`HttpError::Tls`] for files that cannot be used, [`HttpError::Bind`] when the system
+    /// refuses.
     pub async fn bind(address: SocketAddr, access: &HttpAccess) -> Result<Self, HttpError> {
         if !address.ip().is_loopback() {
             if !access.is_guarded() {
@@ -197,7 +199,7 @@ impl HttpServer {
 /// When the certificate in these files ends.
 ///
 /// # Errors
-/// Why they can not be used, in words.
+/// Why they cannot be used, in words.
 pub(crate) fn tls_expiry(
     certificate: &std::path::Path,
     key: &std::path::Path,

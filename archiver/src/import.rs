@@ -48,7 +48,7 @@ pub enum Fate {
     Missing,
     /// Our archive has other bytes: where, and which.
     Differs(String),
-    /// It is not what its name says, or can not be placed.
+    /// It is not what its name says, or cannot be placed.
     Refused(String),
 }
 
@@ -70,7 +70,8 @@ pub struct Count {
 /// Imports everything below `directory`, or with `compare` only looks; `say` hears of each file.
 ///
 /// # Errors
-/// When the folder can not be read, or the repository not be reached; a file's own fault is its [`Fate`].
+/// When the folder cannot be read, or the repository not be reached; a file's own fault is its
+/// [`Fate`].
 pub fn import(
     settings: &ClusterSettings,
     directory: &Path,

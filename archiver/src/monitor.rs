@@ -1,7 +1,8 @@
 //! [`Monitor`]: looks at every cluster once a second; numbers over time, events, alerts, the live stream and the
 //! notifications come from here.
 //!
-//! It reads what the stages have noted and nothing else, so it can not disturb them; views ask it and never compute.
+//! It reads what the stages have noted and nothing else, so it cannot disturb them; views ask it
+//! and never compute.
 
 pub mod events;
 pub mod series;
@@ -30,9 +31,9 @@ use crate::{
     report::{ClusterReport, Details, State},
 };
 
-/// How often it looks.
+/// The interval at which it looks.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// How often the last times of being caught up are written: a restart counts from them.
+/// The interval at which the last times of being caught up are written: a restart counts from them.
 const KEEP_INTERVAL: Duration = Duration::from_secs(2);
 /// Messages that a slow reader of the live stream may be behind before it misses some.
 const STREAM_MESSAGES_MAX: usize = 256;
@@ -209,7 +210,7 @@ impl Monitor {
         self.stream.subscribe()
     }
 
-    /// Whether somebody would be told of an alert, and the test of it.
+    /// Returns true if somebody would be told of an alert, and the test of it.
     #[must_use]
     pub fn notify_test(&self) -> bool {
         let Some(notifications) = &self.notifications else {

@@ -58,7 +58,7 @@ pub struct Notification {
     pub cluster: String,
     /// The alert.
     pub alert: Alert,
-    /// Whether the alert begins. Otherwise it has ended.
+    /// True if the alert begins. Otherwise it has ended.
     pub fires: bool,
 }
 

@@ -1,7 +1,7 @@
 //! [`Notify`]: what systemd is told, `sd_notify(3)` without its library: one datagram with lines `NAME=value`.
 //!
-//! Without `$NOTIFY_SOCKET` nothing is sent. A message that can not be sent is logged and not tried again: the next one says
-//! the same or more.
+//! Without `$NOTIFY_SOCKET` nothing is sent. A message that cannot be sent is logged and not tried
+//! again: the next one says the same or more.
 
 use std::{
     env, io,

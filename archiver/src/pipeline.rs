@@ -58,11 +58,12 @@ use crate::{
     error::{Error, Result},
 };
 
-/// How long a stop waits for the repository. Beyond it the WAL stays in the spool, which says so.
+/// The time for which a stop waits for the repository. Beyond it the WAL stays in the spool, which
+/// says so.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
-/// How long a stop waits for who still reads the catalog.
+/// The time for which a stop waits for who still reads the catalog.
 const RELEASE_MAX: Duration = Duration::from_secs(5);
-/// How often a drain looks.
+/// The interval at which a drain looks.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
 /// The stages of one cluster, running; connections come and go.

@@ -122,7 +122,7 @@ impl Drop for PushServer {
 /// Listens.
 ///
 /// # Errors
-/// [`Error::Io`] when the socket can not be made.
+/// [`Error::Io`] when the socket cannot be made.
 pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<PushServer> {
     let path = socket_path(settings);
     fs::create_dir_all(&settings.spool).map_err(Error::io("create directory", &settings.spool))?;

@@ -69,7 +69,7 @@ pub struct SourceReport {
     pub timeline: Option<TimelineId>,
     /// The greatest flush LSN seen so far.
     pub flush_lsn: Option<Lsn>,
-    /// Whether a replication stream is up.
+    /// True if a replication stream is up.
     pub stream_connected: bool,
     /// The time of the last contact, by our clock.
     pub last_contact: Option<PgTimestamp>,
@@ -112,7 +112,7 @@ pub struct DurableReport {
 pub struct SlotReport {
     /// Its name.
     pub name: String,
-    /// Whether a walsender uses it.
+    /// True if a walsender uses it.
     pub active: bool,
     /// `wal_status` of `pg_replication_slots`.
     pub wal_status: Option<String>,
@@ -313,7 +313,7 @@ pub struct Facts<'a> {
     pub danger: Option<&'a str>,
     /// A standby on which our slot is not maintained.
     pub standby: Option<&'a str>,
-    /// Whether a base backup is listed. `None` before the catalog was read.
+    /// True if a base backup is listed. `None` before the catalog was read.
     pub has_backup: Option<bool>,
     /// The reason why no base backup leads to the server's present.
     pub unreached: Option<&'a str>,

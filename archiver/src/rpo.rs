@@ -37,7 +37,7 @@ pub struct Exposure {
     /// Bytes between what the tier holds and the primary's flush LSN. `None` while the primary
     /// cannot be seen, or is on a timeline whose history is not known yet.
     pub lag_bytes: Option<u64>,
-    /// Whether the primary was seen recently: where it was not, `rpo` is a bound from the last
+    /// True if the primary was seen recently: where it was not, `rpo` is a bound from the last
     /// proof, not a reading.
     pub source_known: bool,
 }
@@ -49,7 +49,7 @@ pub struct RpoEstimator {
     uncovered: VecDeque<(Duration, Lsn)>,
     /// When the primary was last seen, and the greatest flush LSN that was seen on the path.
     source: Option<(Duration, Lsn)>,
-    /// Whether the primary was not seen yet since it took another path.
+    /// True if the primary was not seen yet since it took another path.
     unseen_on_path: bool,
     /// The end of what the tier holds; `None` when nothing of the path is known to be held.
     durable: Option<Lsn>,
@@ -160,7 +160,7 @@ impl RpoEstimator {
         if let Some((_, seen)) = &mut self.source {
             *seen = (*seen).min(fork);
         }
-        // What was seen before says nothing of the new path, unless it was seen there.
+        // Earlier positions do not count on the new path, unless they were seen there.
         self.unseen_on_path = self.elsewhere.is_none();
         if let Some((since, timeline, lsn)) = self.elsewhere
             && let Some(end) = end_of(timeline)

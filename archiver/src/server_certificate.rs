@@ -18,7 +18,7 @@ pub(crate) struct ServerCertificate {
 /// Reads both files. `protocol` is the only one that is spoken behind them (ALPN).
 ///
 /// # Errors
-/// Which file, and why it can not be used.
+/// Which file, and why it cannot be used.
 pub(crate) fn load(
     certificate: &Path,
     key: &Path,

@@ -27,7 +27,7 @@ impl Shutdown {
         (ShutdownRequest { request }, Self { requested })
     }
 
-    /// Whether it was asked.
+    /// Returns true if it was asked.
     #[must_use]
     pub fn is_requested(&self) -> bool {
         *self.requested.borrow()
@@ -56,7 +56,7 @@ impl Shutdown {
 }
 
 impl ShutdownRequest {
-    /// Whether it asked.
+    /// Returns true if it asked.
     #[must_use]
     pub fn is_requested(&self) -> bool {
         *self.request.borrow()

@@ -15,11 +15,12 @@ use crate::{
     replication::{ConnInfo, ConnectionMode, ReplicationClient, Result, SlotInfo},
 };
 
-/// How often the slots are moved: WAL of about a minute more stays on each standby.
+/// The interval at which the slots are moved: WAL of about a minute more stays on each standby.
 const KEEP_INTERVAL: Duration = Duration::from_secs(60);
-/// How often a standby is tried while something is wrong with it, or nothing was acknowledged yet.
+/// The interval at which a standby is tried while something is wrong with it, or nothing was
+/// acknowledged yet.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// How long one standby may take: one that hangs must not keep the others waiting.
+/// The time for which one standby may take: one that hangs must not keep the others waiting.
 const STANDBY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Our slot on one standby, as last seen.
@@ -27,7 +28,7 @@ const STANDBY_TIMEOUT: Duration = Duration::from_secs(30);
 pub struct StandbyReport {
     /// Where the standby is.
     pub server: String,
-    /// The first WAL that our slot keeps there; unknown while it can not be asked.
+    /// The first WAL that our slot keeps there; unknown while it cannot be asked.
     pub restart_lsn: Option<Lsn>,
     /// Why a failover to it could need a new base backup, in words; `None` while the slot is kept.
     pub problem: Option<String>,
@@ -59,7 +60,8 @@ impl Standby {
         })
     }
 
-    /// Whether the server is in recovery; asked on a connection of its own, which is left open for more.
+    /// Returns true if the server is in recovery; asked on a connection of its own, which is left
+    /// open for more.
     pub(crate) async fn sql(&mut self) -> Result<(ReplicationClient, bool)> {
         let place = self.client.conninfo();
         let mut sql = Box::pin(ReplicationClient::connect(place, ConnectionMode::Sql)).await?;
@@ -149,7 +151,7 @@ async fn keep_one(
 enum Kept {
     /// The slot is there and keeps WAL from here on.
     At(Option<Lsn>),
-    /// It can not be used.
+    /// It cannot be used.
     Not(String),
 }
 

@@ -1,7 +1,9 @@
-//! Keeps one cluster archived: opens what is needed, connects, and tries again with back-off and jitter.
+//! Keeps one cluster archived: opens what is needed, connects, and tries again with back-off and
+//! jitter.
 //!
-//! Invariant: what a retry can not mend is not retried: a failed fsync, other bytes than archived, another cluster's
-//! repository end the program with their exit code. A gap keeps the cluster in state broken, in words, until it is closed.
+//! Invariant: what a retry cannot mend is not retried: a failed fsync, other bytes than archived,
+//! another cluster's repository end the program with their exit code. A gap keeps the cluster in
+//! state broken, in words, until it is closed.
 
 use std::{
     convert::Infallible,
@@ -53,11 +55,12 @@ const RETRY_MAX: Duration = Duration::from_secs(5);
 const BROKEN_RETRY: Duration = Duration::from_secs(30);
 /// Pause while missing WAL is looked for: whoever has it may be back at any moment.
 const GAP_RETRY: Duration = Duration::from_secs(2);
-/// How often the task says that it lives.
+/// The interval at which the task says that it lives.
 const BEAT: Duration = Duration::from_millis(500);
-/// How often it is looked whether it has.
+/// The interval at which it is looked whether it has.
 const SETTLE_POLL: Duration = Duration::from_millis(100);
-/// How long what came before a gap may take to reach the repository before the gap is looked at: it is on its way.
+/// The time for which what came before a gap may take to reach the repository before the gap is
+/// looked at: it is on its way.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// A stream that lived this long was healthy: the next failure is a new one.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
@@ -186,9 +189,9 @@ struct Supervisor {
     connected_once: bool,
     retry: Duration,
     damaged: u32,
-    /// Whether the stream was ended because the primary had to be protected.
+    /// True if the stream was ended because the primary had to be protected.
     gave_up: bool,
-    /// Whether the catalog is in memory, because the one on disk cannot be used.
+    /// True if the catalog is in memory, because the one on disk cannot be used.
     without_catalog: bool,
 }
 
@@ -561,7 +564,8 @@ impl Supervisor {
     async fn check_identity(&self, identity: ClusterIdentity) -> Result<()> {
         if let Some(pipeline) = &self.pipeline {
             let ours = pipeline.archive().identity();
-            // The repository has said so before, or can not be asked: a connection during an outage does not wait for it.
+            // The repository has said so before, or cannot be asked: a connection during an outage
+            // does not wait for it.
             if ours.system_identifier == identity.system_identifier
                 && ours.version == identity.postgresql_major
                 && ours.segment_size == identity.wal_segment_size

@@ -110,7 +110,7 @@ impl Site {
     }
 }
 
-/// What `/proc` says of the daemon.
+/// The daemon's entries in `/proc`.
 struct Process(u32);
 
 impl Process {
@@ -191,7 +191,7 @@ fn many_clusters_stream_although_the_soft_limit_of_open_files_is_low() {
     for word in ["broken", "descriptors_short", "Too many open files"] {
         assert!(!log.contains(word), "{word}");
     }
-    // What is said of the need is true, and not far from it.
+    // The stated need is enough, and not far above the real one.
     let needed = number_after(&log, "needed=");
     assert!((needed / 2..needed).contains(&used), "{used} of {needed}");
     let check = site.command(256, 4096).arg("check").output();
@@ -282,7 +282,7 @@ fn a_cluster_that_finds_no_descriptor_in_the_middle_goes_on_without_a_loss() {
     wait_until("all of them stream", || site.streaming() == 6);
     site.everything_is_archived();
     for round in 0..2 {
-        // What is open stays open. Everything else fails: the next segment, a connection, an
+        // Open descriptors stay open. Everything else fails: the next segment, a connection, an
         // object, a request for HTTP.
         let few = process.descriptors().min(60 - 20 * round);
         process.limit(few, 1024).expect("a limit");

@@ -207,7 +207,7 @@ fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
     assert_eq!(archiver.terminate().code(), Some(0));
     let stopped = Instant::now();
 
-    // What is written while nobody archives is as old as the last proof.
+    // WAL that is written while nothing archives counts from the last proof.
     let comes_back = store_refuses(&place);
     server.write_wal(100);
     std::thread::sleep(Duration::from_secs(4));

@@ -59,7 +59,7 @@ fn stop(server: &Server, mode: &str, what: &str) {
     assert!(took < STOP_MAX, "{what}: {took:?}");
 }
 
-/// How far the slot has been moved.
+/// The position to which the slot has been moved.
 fn told(server: &Server) -> Lsn {
     let lsn = server.sql("SELECT restart_lsn FROM pg_replication_slots");
     lsn.parse().expect("an LSN")

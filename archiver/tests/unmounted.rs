@@ -146,7 +146,7 @@ fn survives(acknowledge: &str) {
 
     disk.detach();
     wait_until_red(&archiver);
-    // What is said to be safe in the repository stands still; what is safe here goes on.
+    // The position in the repository stays; the local one advances.
     let (told, at) = (flushed(&server), server.lsn());
     wait_until("more WAL than three segments is written", || {
         server.lsn() > at.add(3 << 20)

@@ -32,7 +32,7 @@ pub struct Job {
     pub bin: PathBuf,
     /// `wal_segment_size` in MiB.
     pub segment_mib: u32,
-    /// Whether data pages have checksums.
+    /// True if data pages have checksums.
     pub checksums: bool,
     /// `wal_compression`, with the names of PostgreSQL 15. If the server was built without the
     /// method, it is left off, and the job says so.
@@ -41,7 +41,7 @@ pub struct Job {
     pub clients: i32,
     /// The duration of the load before the disaster.
     pub load: Duration,
-    /// Whether the archiver is killed together with the primary, so that its spool has to be
+    /// True if the archiver is killed together with the primary, so that its spool has to be
     /// recovered first.
     pub kill_archiver: bool,
     /// The number of kills of the archiver at random moments under load.

@@ -18,7 +18,7 @@ use crate::cluster::connect;
 pub struct Begun {
     /// The number written into table `done`.
     pub xid: u32,
-    /// Whether PostgreSQL acknowledged its commit. False if it was rolled back or left prepared.
+    /// True if PostgreSQL acknowledged its commit. False if it was rolled back or left prepared.
     pub committed: bool,
 }
 

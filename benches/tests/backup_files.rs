@@ -44,7 +44,7 @@ fn take(major: u16, bin: &Path) -> Result<Taken> {
     let mut pg_basebackup = cluster.program("pg_basebackup")?;
     pg_basebackup.arg("-h").arg(cluster.socket_directory());
     pg_basebackup.args(["-U", "postgres", "-p", &PORT.to_string()]);
-    // 13 can not be asked for the manifest's checksums of a fixture to be short, so all are CRC-32C.
+    // 13 cannot be asked for the manifest's checksums of a fixture to be short, so all are CRC-32C.
     let target = backup.path().join("taken");
     pg_basebackup.args([
         "-X",

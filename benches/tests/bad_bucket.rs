@@ -23,7 +23,7 @@ use serde_json::Value;
 use wal_format::Lsn;
 
 const PATIENCE: Duration = Duration::from_secs(90);
-/// How long a fault lasts.
+/// The time for which a fault lasts.
 const LASTS: Duration = Duration::from_secs(2);
 
 /// What goes wrong with which requests, in the words of the error that people then see.
@@ -32,7 +32,7 @@ struct Case {
     fault: Fault,
     concerns: fn(&Asked) -> bool,
     words: &'static str,
-    /// Whether the short tier has it.
+    /// True if the short tier has it.
     short: bool,
 }
 

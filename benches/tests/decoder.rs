@@ -220,7 +220,7 @@ struct Checked {
     segments: Vec<Vec<u8>>,
     lines: Vec<Line>,
     summary: SegmentSummary,
-    /// Whether nothing was prepared, or no full page was written.
+    /// True if nothing was prepared, or no full page was written.
     lacks_something: bool,
 }
 

@@ -12,7 +12,8 @@ use benches::{
 };
 use serde_json::Value;
 
-/// How long nothing may be asked: many times any interval of the archiver's but the hourly one.
+/// The time for which nothing may be asked: many times any interval of the archiver's but the
+/// hourly one.
 const QUIET: Duration = Duration::from_secs(12);
 
 fn requests(place: &Place) -> Value {

@@ -276,7 +276,7 @@ fn declare_losses(shelves: [&Shelf<'_>; 2]) {
     }
 }
 
-/// Whether each place is in a bucket, and the keys.
+/// Checks whether each place is in a bucket, and the keys.
 fn two_repositories(near_in_bucket: bool, far_in_bucket: bool, encryption: &str) {
     let Some((major, bin)) = servers_or_skip().pop() else {
         return;

@@ -24,7 +24,7 @@ pub enum Error {
         /// What the database said.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// An entry of the catalog can not be read.
+    /// An entry of the catalog cannot be read.
     #[error(
         "catalog {path}: an entry of {family} is damaged; it is only a cache: stop the archiver and run \
          `wal-archiver catalog rebuild`",
@@ -74,7 +74,7 @@ pub enum Error {
         /// The repository.
         url: String,
     },
-    /// An object of ours can not be understood.
+    /// An object of ours cannot be understood.
     #[error("{key} in {url} is damaged: {problem}")]
     Damaged {
         /// The object.
@@ -95,7 +95,7 @@ pub enum Error {
         url: String,
         /// The system identifier of the archive that was there, or `N` where it is not known.
         system: String,
-        /// What shows it.
+        /// The evidence.
         problem: String,
     },
     /// A key is missing, wrong, or given where nothing is encrypted.
@@ -166,7 +166,7 @@ pub enum Error {
         url: String,
         /// What the store said, and the remedy where one is known.
         problem: String,
-        /// Whether the same request may succeed later by itself.
+        /// True if the same request may succeed later by itself.
         transient: bool,
     },
     /// The store failed or refused.
@@ -217,13 +217,14 @@ impl Error {
         }
     }
 
-    /// Whether the object is proved absent, as opposed to not readable.
+    /// Returns true if the object is proved absent, as opposed to not readable.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. })
     }
 
-    /// Whether the same request may succeed later by itself: the store is away or busy, as opposed to refusing.
+    /// Returns true if the same request may succeed later by itself: the store is away or busy, as
+    /// opposed to refusing.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
@@ -278,13 +279,13 @@ impl Error {
         matches!(self, Self::Catalog { source, .. } if source.to_string().contains("Too many open files"))
     }
 
-    /// Whether other bytes have the object's name.
+    /// Returns true if other bytes have the object's name.
     #[must_use]
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Conflict { .. })
     }
 
-    /// Whether the server is not the cluster that the repository knows under its name.
+    /// Returns true if the server is not the cluster that the repository knows under its name.
     #[must_use]
     pub fn is_mismatch(&self) -> bool {
         matches!(
@@ -295,13 +296,14 @@ impl Error {
         )
     }
 
-    /// Whether the store keeps an object that was to be removed: no failure, where deleting is forbidden on purpose.
+    /// Returns true if the store keeps an object that was to be removed: no failure, where deleting
+    /// is forbidden on purpose.
     #[must_use]
     pub fn is_object_locked(&self) -> bool {
         matches!(self, Self::Locked { .. })
     }
 
-    /// Whether another process has the catalog.
+    /// Returns true if another process has the catalog.
     #[must_use]
     pub fn is_locked(&self) -> bool {
         matches!(self, Self::CatalogLocked { .. })

@@ -8,11 +8,11 @@ pub enum ExitKind {
     Failed = 1,
     /// It was called or configured wrongly.
     Usage = 2,
-    /// The recovery target can not be reached.
+    /// The recovery target cannot be reached.
     TargetNotReachable = 3,
     /// Something stored is damaged, missing or contradicts something else.
     Integrity = 4,
-    /// PostgreSQL or the repository can not be reached.
+    /// PostgreSQL or the repository cannot be reached.
     Unreachable = 5,
 }
 

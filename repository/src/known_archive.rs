@@ -35,7 +35,7 @@ struct Record {
     places: BTreeMap<String, Vec<Witness>>,
 }
 
-/// What this host remembers of a cluster's archive.
+/// This host's memory of a cluster's archive.
 #[derive(Clone, Debug)]
 pub(crate) struct KnownArchive {
     /// `{spool}/{cluster}`.
@@ -43,7 +43,7 @@ pub(crate) struct KnownArchive {
     catalog: PathBuf,
     /// One of several places may be new; a single one may not.
     is_one_of_several: bool,
-    /// Whether the operator begins a new archive: what is remembered does not count.
+    /// True if the operator begins a new archive: what is remembered does not count.
     is_forgotten: bool,
 }
 
@@ -84,7 +84,7 @@ impl KnownArchive {
         })
     }
 
-    /// What shows that this host had an archive, with its system identifier where that is known.
+    /// Returns the evidence that this host had an archive, with its system identifier if known.
     fn trace(&self) -> Option<(String, String)> {
         if let Some(record) = self.record() {
             let places: Vec<&str> = record.places.keys().map(String::as_str).collect();

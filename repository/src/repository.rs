@@ -99,8 +99,8 @@ impl Repository {
     /// Opens the store at `place` for `cluster`. A bucket is not asked before the first request.
     ///
     /// # Errors
-    /// [`Error::Store`] when a folder can not be opened or created, [`Error::Config`] when the
-    /// settings of a bucket or the keys can not be used.
+    /// [`Error::Store`] when a folder cannot be opened or created, [`Error::Config`] when the
+    /// settings of a bucket or the keys cannot be used.
     pub fn open(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
         if !place.others.is_empty() {
             return Self::open_all(place, cluster);
@@ -128,7 +128,7 @@ impl Repository {
         Ok(Some(Self::with_store(store, cluster.clone())))
     }
 
-    /// Several places as one. A folder that can not be opened is passed over while another place
+    /// Several places as one. A folder that cannot be opened is passed over while another place
     /// can.
     fn open_all(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
         let mut places = Vec::new();
@@ -236,7 +236,7 @@ impl Repository {
         }
     }
 
-    /// Whether of several places some answer and some do not.
+    /// Returns true if of several places some answer and some do not.
     #[must_use]
     pub fn is_partly_away(&self) -> bool {
         let places = self.places();
@@ -463,7 +463,8 @@ impl Repository {
         self.get_sound(key, &|body| is_sound(key, body))
     }
 
-    /// Whether an object is `body`, read back; of several places, from the first where it is sound.
+    /// Returns true if an object is `body`, read back; of several places, from the first where it
+    /// is sound.
     ///
     /// # Errors
     /// As [`Repository::get`].

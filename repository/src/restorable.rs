@@ -1,4 +1,5 @@
-//! What a restore can reach: backups, and the WAL that leads on from them along a path of timelines.
+//! Decides what a restore can reach: backups, and the WAL that leads on from them along a path of
+//! timelines.
 //!
 //! The restorer's plan and the archiver's window, light and repairing backups are decided by this
 //! code, so that nothing is shown as restorable that a plan refuses. Pure but for the questions to
@@ -13,19 +14,19 @@ pub type KnownTimeline<C> = (Branch, Option<TimelineHistory>, C);
 
 /// An index of the archived WAL.
 pub trait WalIndex {
-    /// What reading the index may meet.
+    /// The error of reading the index.
     type Error;
 
     /// The ranges of a branch that reach into `[from, to)`, in order.
     ///
     /// # Errors
-    /// What reading them met.
+    /// The error of reading them.
     fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>, Self::Error>;
 
     /// The transactions that end in a range, in LSN order.
     ///
     /// # Errors
-    /// What reading them met.
+    /// The error of reading them.
     fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>, Self::Error>;
 }
 
@@ -38,7 +39,7 @@ pub struct PathWal {
     pub end_lsn: Lsn,
     /// The branch on which that is; `None` for an empty path.
     pub end_branch: Option<Branch>,
-    /// Whether WAL exists behind the first missing byte, or a later timeline begins there: then it
+    /// True if WAL exists behind the first missing byte, or a later timeline begins there: then it
     /// is a gap and not the end.
     pub gap: bool,
 }
@@ -46,7 +47,7 @@ pub struct PathWal {
 /// Follows the WAL along `path` from `start_lsn` as far as it is held without a gap.
 ///
 /// # Errors
-/// What reading the index met.
+/// The error of reading the index.
 pub fn follow_wal<I: WalIndex + ?Sized>(
     index: &I,
     path: &[PathPart],
@@ -101,7 +102,7 @@ pub fn leads_to(path: &[PathPart], backup: &BackupInfo) -> bool {
 /// cluster went on.
 ///
 /// # Errors
-/// What reading the index met.
+/// The error of reading the index.
 pub fn default_timelines<I: WalIndex + ?Sized, C: AsRef<[u8]>>(
     index: &I,
     timelines: &[KnownTimeline<C>],
@@ -186,7 +187,7 @@ pub enum Refusal {
     },
 }
 
-/// What can be restored along one path.
+/// The WAL that can be restored along one path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Restorable {
     /// The stretches in which a recovery can stop, in order, with missing WAL between them.
@@ -199,7 +200,7 @@ impl Restorable {
     /// What the `backups`, in any order, and the WAL of `index` make restorable along `path`.
     ///
     /// # Errors
-    /// What reading the index met.
+    /// The error of reading the index.
     pub fn along<I: WalIndex + ?Sized>(
         index: &I,
         path: &[PathPart],
@@ -266,7 +267,7 @@ impl Restorable {
     /// was archived.
     ///
     /// # Errors
-    /// What reading the index met.
+    /// The error of reading the index.
     pub fn last_commit<I: WalIndex + ?Sized>(
         &self,
         index: &I,
@@ -284,7 +285,7 @@ impl Stretch {
     /// `[from, to)`.
     ///
     /// # Errors
-    /// What reading the index met.
+    /// The error of reading the index.
     pub fn last_time<I: WalIndex + ?Sized>(
         &self,
         index: &I,

@@ -7,7 +7,8 @@ use wal_format::{
 
 use crate::ClusterIdentity;
 
-/// Whether an object that tells of its own damage is what it was. Slices and manifests do not: their backup knows.
+/// Returns true if an object that tells of its own damage is what it was. Slices and manifests do
+/// not: their backup knows.
 #[must_use]
 pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
     match key {

@@ -184,7 +184,7 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// [`Error::NotFound`], [`Error::Store`], [`Error::S3`], [`Error::Damaged`].
     fn get(&self, key: &str) -> Result<Bytes>;
 
-    /// Whether the object is `body`, read back.
+    /// Returns true if the object is `body`, read back.
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
@@ -328,7 +328,8 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     }
 }
 
-/// Whether a text can be a key: parts between single slashes, none of them hidden or leading out.
+/// Returns true if a text can be a key: parts between single slashes, none of them hidden or
+/// leading out.
 fn is_sound_key(key: &str) -> bool {
     !key.is_empty()
         && key

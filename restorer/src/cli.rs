@@ -519,7 +519,7 @@ fn restore(
         Action::Pause
     };
     let action = args.target_action.unwrap_or(default);
-    // Found before the copy: a restore that can not be started is known to be so at once.
+    // Found before the copy: a restore that cannot be started is known to be so at once.
     let version = archive.identity().postgresql_major;
     let postgres = if args.start {
         Some(start::find_postgres(args.pg_bin.as_deref(), version)?)

@@ -72,7 +72,7 @@ pub enum Error {
     /// The repository or the catalog.
     #[error(transparent)]
     Repository(#[from] repository::Error),
-    /// WAL that the plan needs can not be read.
+    /// WAL that the plan needs cannot be read.
     #[error("WAL at {lsn} can not be read: {problem}")]
     Wal {
         /// Where.
@@ -80,7 +80,7 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
-    /// A wish that can not be granted as written.
+    /// A wish that cannot be granted as written.
     #[error("{message}")]
     Usage {
         /// What is wrong and how to write it.

@@ -1,7 +1,9 @@
-//! Applies a plan: extracts the backup, verifies every file, writes the recovery settings, and only then `pg_control`.
+//! Applies a plan: extracts the backup, verifies every file, writes the recovery settings, and only
+//! then `pg_control`.
 //!
-//! Invariant: PostgreSQL can not start on a half-made copy. A marker is written first and removed last, and `pg_control`,
-//! without which no server starts, is written when everything else is on disk.
+//! Invariant: PostgreSQL cannot start on a half-made copy. A marker is written first and removed
+//! last, and `pg_control`, without which no server starts, is written when everything else is on
+//! disk.
 
 use std::{
     collections::BTreeMap,
@@ -74,7 +76,7 @@ pub struct Executed {
     pub fetched_slices: usize,
     /// Slices of the backup.
     pub slices: usize,
-    /// Whether configuration files were made, because the backup has none.
+    /// True if configuration files were made, because the backup has none.
     pub made_configuration: bool,
     /// The settings of the parent that do not count in the copy.
     pub isolation: Isolation,

@@ -1,4 +1,4 @@
-//! Why a moment can not be restored when retention gave it up: what, when, and by which policy.
+//! Why a moment cannot be restored when retention gave it up: what, when, and by which policy.
 
 use repository::ExpiredSet;
 use wal_format::{BackupId, Expired, ExpiredWindow, PgTimestamp};
@@ -99,7 +99,7 @@ fn because_of(expired: &ExpiredSet, target: &RecoveryTarget, plan: &PlanError) -
     (!said.is_empty()).then(|| said.join("; "))
 }
 
-/// Whether a window holds the target, where that can be known.
+/// Returns true if a window holds the target, where that can be known.
 fn holds(window: &ExpiredWindow, target: &RecoveryTarget) -> bool {
     match target {
         RecoveryTarget::Time { time, .. } => {

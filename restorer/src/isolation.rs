@@ -38,7 +38,7 @@ const COMMENT: &str = "# pitr-restore isolates: ";
 /// Begins the comments of the lines that we append.
 const HEADING: &str = "# pitr-restore: ";
 
-/// What a restore asks of the isolation.
+/// The requirements of a restore on the isolation.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted<'a> {
     /// The major version of the backup.
@@ -113,7 +113,7 @@ pub struct SwitchedOff {
     pub why: String,
 }
 
-/// What was isolated, and how the copy is reached.
+/// The isolated settings, and how to connect to the copy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Isolation {
     /// Settings of the parent that would have reached outside.

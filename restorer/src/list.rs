@@ -23,7 +23,7 @@ pub struct Listing {
     pub backups: Vec<ListedBackup>,
     /// The stretches of WAL without a gap.
     pub windows: Vec<Window>,
-    /// What of them a restore accepts.
+    /// The ones that a restore accepts.
     pub restorable: Vec<Restorable>,
     /// Why a restore of the newest state, without a timeline, is refused; `None` where it is
     /// accepted.
@@ -36,7 +36,7 @@ pub struct Listing {
     pub expired: Vec<ExpiredWindow>,
     /// The restore points.
     pub restore_points: Vec<RestorePoint>,
-    /// Objects that can not be understood; they count as missing.
+    /// Objects that cannot be understood; they count as missing.
     pub damaged: Vec<DamagedObject>,
 }
 
@@ -53,7 +53,7 @@ pub struct ListedEpoch {
     pub since: PgTimestamp,
     /// The names of its base backups, oldest first.
     pub backups: Vec<BackupId>,
-    /// Whether the rest of this listing is about it.
+    /// True if the rest of this listing is about it.
     pub listed: bool,
 }
 
@@ -84,7 +84,7 @@ pub fn epochs(repository: &Repository, listed: SystemIdentifier) -> Result<Vec<L
     Ok(epochs)
 }
 
-/// An object that can not be understood.
+/// An object that cannot be understood.
 #[derive(Clone, Debug, Serialize)]
 pub struct DamagedObject {
     /// Its key.
@@ -110,7 +110,7 @@ pub struct ListedBackup {
     pub finished: PgTimestamp,
     /// Its length in the repository.
     pub stored_bytes: u64,
-    /// Whether the WAL that makes it consistent is held.
+    /// True if the WAL that makes it consistent is held.
     pub usable: bool,
 }
 
@@ -127,7 +127,7 @@ pub struct Window {
     pub first_time: Option<PgTimestamp>,
     /// The greatest time in it.
     pub last_time: Option<PgTimestamp>,
-    /// Whether a backup leads to any of it, so that something of it can be restored.
+    /// True if a backup leads to any of it, so that something of it can be restored.
     pub restorable: bool,
 }
 
@@ -146,7 +146,7 @@ pub struct Restorable {
     pub first_time: Option<PgTimestamp>,
     /// The greatest time of a commit or abort in the stretch.
     pub last_time: Option<PgTimestamp>,
-    /// Whether a restore leads here without `--target-timeline`.
+    /// True if a restore leads here without `--target-timeline`.
     pub by_default: bool,
 }
 

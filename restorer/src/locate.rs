@@ -105,7 +105,7 @@ pub struct Located {
     pub transactions: Vec<LocatedTransaction>,
     /// Restore points near the time.
     pub restore_points: Vec<RestorePoint>,
-    /// What was not searched, or is not known.
+    /// The parts that were not searched, or are unknown.
     pub notes: Vec<String>,
 }
 

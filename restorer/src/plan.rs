@@ -4,7 +4,7 @@
 //! target + inventory -> path of timelines -> the first record at which PostgreSQL stops -> the
 //! newest backup that ends before it. No clock, no disk of its own. Invariant: the stop is computed
 //! by PostgreSQL's rule (`recoveryStopsBefore` and `recoveryStopsAfter` in `xlogrecovery.c`) and
-//! executed as an LSN on a numeric timeline, so that time zones, clocks and idle databases can not
+//! executed as an LSN on a numeric timeline, so that time zones, clocks and idle databases cannot
 //! change it.
 
 use std::path::PathBuf;
@@ -99,7 +99,7 @@ pub struct RestorePlan {
     /// The tablespaces that the replay creates, in the order of the WAL.
     #[serde(default)]
     pub tablespaces: Vec<ReplayedTablespace>,
-    /// What `wal-fetch` delivers instead of archived bytes.
+    /// Bytes that `wal-fetch` delivers instead of the archived ones.
     #[serde(default)]
     pub wal_changes: Vec<WalChange>,
     /// The end of the WAL that the recovery may ask for.
@@ -112,7 +112,7 @@ pub struct RestorePlan {
     pub estimated_seconds: u64,
 }
 
-/// Why a target can not be reached.
+/// Why a target cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
@@ -149,7 +149,7 @@ pub enum PlanError {
     /// Retention gave the moment up.
     #[error("{refusal}. What was there expired: {expired}")]
     Expired {
-        /// Why it can not be reached.
+        /// Why it cannot be reached.
         refusal: Box<Self>,
         /// What retention gave up, when, and by which policy.
         expired: String,
@@ -355,7 +355,7 @@ pub fn plan_restore(
         }
         let found = match find_stop(inventory, &coverage, target) {
             Ok(found) => found,
-            // What a newer backup can not reach, an older one may: its way is longer.
+            // What a newer backup cannot reach, an older one may: its way is longer.
             Err(Error::Plan(error)) => {
                 // What is unknown to all is unknown from the oldest on.
                 if refusal.is_none() || matches!(error, PlanError::Unknown { .. }) {

@@ -19,21 +19,21 @@ pub enum RecoveryTarget {
     Time {
         /// The time.
         time: PgTimestamp,
-        /// Whether transactions of exactly this time are kept.
+        /// True if transactions of exactly this time are kept.
         inclusive: bool,
     },
     /// After the first record at or after the LSN; with `inclusive` off, before it.
     Lsn {
         /// The position.
         lsn: Lsn,
-        /// Whether the record is kept.
+        /// True if the record is kept.
         inclusive: bool,
     },
     /// After the end of this transaction; with `inclusive` off, before it.
     Xid {
         /// The transaction.
         xid: u32,
-        /// Whether it is kept.
+        /// True if it is kept.
         inclusive: bool,
     },
     /// After the first restore point of this name.

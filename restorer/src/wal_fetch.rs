@@ -23,10 +23,10 @@ use wal_format::{
 
 use crate::{Error, RestorePlan, Result, tablespaces::refuse_foreign};
 
-/// How long a failing store is asked again before 255 stops the recovery: longer than a store
-/// restarts or fails over.
+/// The time for which a failing store is asked again before 255 stops the recovery: longer than a
+/// store restarts or fails over.
 const PATIENCE: Duration = Duration::from_secs(150);
-/// What PostgreSQL's `%p` ends with for a segment.
+/// The file name that PostgreSQL passes as `%p` for a segment.
 const ASKED_BY_POSTGRESQL: &str = "RECOVERYXLOG";
 /// The pauses between, doubling from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -93,8 +93,8 @@ pub fn patiently<T>(name: &str, mut attempt: impl FnMut() -> Result<T>) -> Resul
     }
 }
 
-/// Whether `name` can be delivered, without delivering it: after a recovery that failed, the reason
-/// with its type.
+/// Checks whether `name` can be delivered, without delivering it: after a recovery that failed, the
+/// reason with its type.
 ///
 /// # Errors
 /// What a fetch would meet.

@@ -121,7 +121,7 @@ fn assert_refused(scene: &Scene, place: &Place, what: &str) {
     assert!(!target.exists(), "{what}: nothing is copied");
     assert_eq!(fetch(place, &scene.segment()), Some(255), "{what}");
     assert_eq!(fetch(place, "00000002.history"), Some(255), "{what}");
-    // What does not need it goes on.
+    // Everything that does not need it continues.
     assert_eq!(fetch(place, "00000003.history"), Some(1), "{what}");
     let first = ["--dry-run", "--target-timeline=1"];
     let (code, said) = run(place, "pitr-restore", &first);

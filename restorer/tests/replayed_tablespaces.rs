@@ -222,7 +222,7 @@ fn check_version(bin: &Path) {
         assert_eq!(query(&copy, &location), place.display().to_string());
     }
 
-    // What the copy destroys is its own.
+    // The copy destroys only its own files.
     for sql in [
         "TRUNCATE short",
         "DROP TABLE long",

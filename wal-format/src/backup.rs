@@ -65,7 +65,7 @@ pub struct BackupInfo {
     pub started: PgTimestamp,
     /// When its last byte and the WAL up to `stop_lsn` were stored.
     pub finished: PgTimestamp,
-    /// Whether a standby gave it.
+    /// True if a standby gave it.
     pub from_standby: bool,
     /// Every tablespace but the two that lie in the data directory.
     pub tablespaces: Vec<Tablespace>,

@@ -46,7 +46,7 @@ pub struct ControlFile {
     pub backup_start_lsn: Lsn,
     /// The end of a standby's backup that is being recovered. Zero without one.
     pub backup_end_lsn: Lsn,
-    /// Whether recovery has to reach the backup's end record.
+    /// True if recovery has to reach the backup's end record.
     pub backup_end_required: bool,
     /// `wal_level`: 0 minimal, 1 replica, 2 logical.
     pub wal_level: i32,
@@ -70,7 +70,7 @@ pub struct ControlFile {
     pub wal_page_bytes: u32,
     /// `wal_segment_size` in bytes.
     pub segment_bytes: u32,
-    /// Whether data pages have checksums.
+    /// True if data pages have checksums.
     pub data_checksums: bool,
 }
 

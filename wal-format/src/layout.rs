@@ -11,7 +11,7 @@ use crate::{Branch, Lsn, OutcomeKind, SegmentName, SystemIdentifier, TimelineId}
 #[serde(transparent)]
 pub struct ClusterName(String);
 
-/// A text that can not name a cluster.
+/// A text that cannot name a cluster.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "\"{0}\" can not name a cluster; use 1 to 63 of a-z, 0-9, _ and -, beginning with a letter or digit"
@@ -112,8 +112,8 @@ impl<'de> Deserialize<'de> for BackupId {
     }
 }
 
-/// A key below `{cluster}/`. Everything but the epochs lies below `{cluster}/{system identifier}/`, so that two
-/// clusters under one name can not touch each other's objects.
+/// A key below `{cluster}/`. Everything but the epochs lies below `{cluster}/{system identifier}/`,
+/// so that two clusters under one name cannot touch each other's objects.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ObjectKey {
     /// `epoch/{n:08}.json`: which system identifier the cluster has since when ([`crate::layout`]); 1 is the first.

@@ -74,7 +74,7 @@ pub struct Outcome {
     pub started: PgTimestamp,
     /// When it ended.
     pub finished: PgTimestamp,
-    /// Whether it succeeded.
+    /// True if it succeeded.
     pub passed: bool,
     /// The result in a sentence.
     pub message: String,

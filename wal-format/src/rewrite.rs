@@ -38,7 +38,7 @@ pub struct WalChange {
     pub new: String,
 }
 
-/// What the record of a tablespace's creation becomes.
+/// The replacement for the record of a tablespace's creation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NewCreation<'a> {
     /// The creation of the same tablespace in this directory.
@@ -241,7 +241,7 @@ mod tests {
         (lsn, bytes)
     }
 
-    /// What a decoder reads from the changed bytes.
+    /// The record that a decoder reads from the changed bytes.
     fn decoded(lsn: Lsn, wal: &[u8], changes: &[WalChange]) -> SegmentSummary {
         let mut wal = wal.to_vec();
         for change in changes {

@@ -81,7 +81,7 @@ pub enum TransactionEndKind {
 }
 
 impl TransactionEndKind {
-    /// Whether the transaction's work is kept.
+    /// Returns true if the transaction's work is kept.
     #[must_use]
     pub fn is_commit(self) -> bool {
         matches!(self, Self::Commit | Self::CommitPrepared)
@@ -149,7 +149,7 @@ pub enum WalEvent {
     },
     /// `XLOG_FPW_CHANGE`.
     FullPageWrites {
-        /// Whether full page writes are on from here.
+        /// True if full page writes are on from here.
         enabled: bool,
     },
     /// `XLOG_OVERWRITE_CONTRECORD`: a crash left the record at `overwritten_lsn` incomplete for ever.

@@ -213,7 +213,7 @@ impl TimelineHistory {
         self.spans().into_iter().nth_back(1)
     }
 
-    /// Whether a line names `timeline`, or it is the history's own (`tliInHistory`).
+    /// Returns true if a line names `timeline`, or it is the history's own (`tliInHistory`).
     #[must_use]
     pub fn names(&self, timeline: TimelineId) -> bool {
         let mut ancestors = self.ancestors.iter();

@@ -56,7 +56,7 @@ pub enum Error {
         /// The operating system's word.
         source: io::Error,
     },
-    /// A push of a file that can not be archived.
+    /// A push of a file that cannot be archived.
     #[error("{path}: {problem}", path = path.display())]
     Refused {
         /// The file.
@@ -114,7 +114,7 @@ impl Error {
         }
     }
 
-    /// Whether WAL is in doubt, rather than its way here interrupted.
+    /// Returns true if WAL is in doubt, rather than its way here interrupted.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         matches!(

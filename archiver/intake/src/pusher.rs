@@ -165,8 +165,8 @@ pub struct Pusher<'a> {
     pub settings: &'a ClusterSettings,
     /// Its repository.
     pub repository: &'a Repository,
-    /// Whether what lies complete in the spool counts as archived: only while a daemon takes care that it gets there, and
-    /// only where the operator's class is this host's disk.
+    /// True if what lies complete in the spool counts as archived: only while a daemon takes care
+    /// that it gets there, and only where the operator's class is this host's disk.
     pub spool_counts: bool,
 }
 
@@ -433,7 +433,7 @@ impl Pusher<'_> {
             .join(wal_format::layout::history_file_name(timeline));
         if let Ok(content) = fs::read(&history) {
             let branch = Branch::of_history(timeline, &content);
-            // A branch's history goes first: without it its WAL can not be placed.
+            // A branch's history goes first: without it its WAL cannot be placed.
             self.repository
                 .put_history(identity.system_identifier, branch, &content)?;
             return Ok(branch);

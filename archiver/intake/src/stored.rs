@@ -123,7 +123,8 @@ pub fn put_wal(
     Ok(stored_bytes)
 }
 
-/// Whether an object can not be what was stored: its sums are wrong. Sound bytes of another history are no damage.
+/// Returns true if an object cannot be what was stored: its sums are wrong. Sound bytes of another
+/// history are no damage.
 fn is_damage(error: &Error) -> bool {
     matches!(
         error,

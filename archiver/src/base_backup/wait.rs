@@ -49,7 +49,7 @@ pub(super) async fn for_wal(
     }
 }
 
-/// Whether sealed segments and tails cover the range.
+/// Returns true if sealed segments and tails cover the range.
 fn is_stored(
     repository: &Repository,
     identity: &ClusterIdentity,

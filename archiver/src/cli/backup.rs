@@ -15,7 +15,7 @@ use crate::{
     error::Result,
 };
 
-/// How often a line is logged where there is no terminal.
+/// The interval at which a line is logged where there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(super) fn backup(settings: &ClusterSettings, label: &str) -> Result<()> {

@@ -187,7 +187,7 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
     }
 }
 
-/// Whether a standby keeps WAL for us, so that a failover to it needs no new base backup.
+/// Checks whether a standby keeps WAL for us, so that a failover to it needs no new base backup.
 async fn standby(
     conninfo: &str,
     cluster: &ClusterSettings,
@@ -247,7 +247,7 @@ async fn standby(
     }
 }
 
-/// Whether commits wait for us, and whether that is meant.
+/// Checks whether commits wait for us, and whether that is meant.
 async fn synchronous(client: &mut ReplicationClient, report: &mut Report) -> Result<()> {
     let names = client.show("synchronous_standby_names").await?;
     let remote_apply = client.show("synchronous_commit").await? == "remote_apply";

@@ -9,7 +9,7 @@ use repository::config::{CommonArgs, Settings};
 use super::runtime;
 use crate::{daemon, error::Result};
 
-/// How long what was begun beside the clusters may take to end.
+/// The time for which what was begun beside the clusters may take to end.
 const LAST_LOOKS: Duration = Duration::from_secs(3);
 
 pub(super) fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>) -> Result<()> {

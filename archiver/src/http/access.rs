@@ -16,7 +16,7 @@ use hyper::{
 use repository::config::HttpAccess;
 use sha2::{Digest, Sha256};
 
-/// How long a login lasts.
+/// The time for which a login lasts.
 const SESSION: Duration = Duration::from_secs(12 * 3600);
 /// Logins at once; the oldest goes.
 const SESSIONS_MAX: usize = 1000;
@@ -54,7 +54,7 @@ impl Access {
         }
     }
 
-    /// Whether strangers are kept out.
+    /// Returns true if strangers are kept out.
     pub(super) fn is_guarded(&self) -> bool {
         !self.tokens.is_empty()
     }

@@ -22,7 +22,8 @@ impl Verdict {
     }
 }
 
-/// A query that the route does not understand: answering 200 to it would be a light that can not turn red.
+/// A query that the route does not understand: answering 200 to it would be a light that cannot
+/// turn red.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum QueryError {
     #[error("unknown parameter \"{0}\"; known are max_rpo, max_backup_age and max_drill_age")]

@@ -30,7 +30,7 @@ const BUFFER: usize = 16;
 const PING: Duration = Duration::from_secs(15);
 /// A reader that takes nothing for so long is gone.
 const STUCK: Duration = Duration::from_secs(20);
-/// How long one stream lasts.
+/// The time for which one stream lasts.
 const LIFETIME: Duration = Duration::from_secs(540);
 
 static READERS: AtomicUsize = AtomicUsize::new(0);

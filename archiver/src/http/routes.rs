@@ -20,7 +20,7 @@ use crate::base_backup;
 
 /// A form with a token is far smaller.
 const BODY_BYTES_MAX: usize = 8 * 1024;
-/// How long a body may take to arrive.
+/// The time for which a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
 /// What a wrong token costs its sender.
 const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(300);

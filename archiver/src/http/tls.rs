@@ -1,5 +1,6 @@
-//! HTTPS: certificate and key from two PEM files, taken up again when either changes. A file that can not be used leaves
-//! the old pair in place and says so: a mistake at midnight must not take the dashboard away.
+//! HTTPS: certificate and key from two PEM files, taken up again when either changes. A file that
+//! cannot be used leaves the old pair in place and says so: a mistake at midnight must not take the
+//! dashboard away.
 
 use std::{
     path::{Path, PathBuf},

@@ -44,7 +44,8 @@ pub struct Archive {
     catalog: Catalog,
     status: Arc<ClusterStatus>,
     room: Room,
-    /// Why the repository can not be asked, and what the spool says in its place; `None` in ordinary times.
+    /// Why the repository cannot be asked, and what the spool says in its place; `None` in ordinary
+    /// times.
     away: Option<Away>,
     /// Held while a file leaves the spool.
     leaving: Mutex<()>,
@@ -163,7 +164,8 @@ impl Archive {
         &self.catalog
     }
 
-    /// Whether the repository could not be asked at the start: nothing is sent to it before it was.
+    /// Returns true if the repository could not be asked at the start: nothing is sent to it before
+    /// it was.
     #[must_use]
     pub fn is_away(&self) -> bool {
         self.away.is_some()
@@ -176,7 +178,7 @@ impl Archive {
         self.status.facts().repository_returns > self.read_at_return
     }
 
-    /// Whether the spool may grow.
+    /// Checks whether the spool may grow.
     #[must_use]
     pub fn room(&self) -> &Room {
         &self.room
@@ -468,7 +470,7 @@ impl Archive {
         Ok(range)
     }
 
-    /// Whether the segment is sealed in the repository, as far as the catalog knows.
+    /// Checks whether the segment is sealed in the repository, as far as the catalog knows.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -502,7 +504,7 @@ impl Archive {
         Ok(())
     }
 
-    /// Whether a segment was sealed since the start: its tails are of no use any more.
+    /// Returns true if a segment was sealed since the start: its tails are of no use any more.
     #[must_use]
     pub fn is_sealed(&self, branch: Branch, segment: SegmentNo) -> bool {
         self.sealed

@@ -1,5 +1,6 @@
-//! What the status shows beside the stream: the server's flush LSN and slot once a second, what can be restored from time
-//! to time. Nothing here stands in the way of WAL; what can not be asked stays unknown.
+//! What the status shows beside the stream: the server's flush LSN and slot once a second, what can
+//! be restored from time to time. Nothing here stands in the way of WAL; what cannot be asked stays
+//! unknown.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -20,19 +21,20 @@ use crate::{
     synchronous,
 };
 
-/// How often the server is asked: the resolution of the RPO while no WAL flows.
+/// The interval at which the server is asked: the resolution of the RPO while no WAL flows.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// Polls between two looks at settings, which change by hand.
 const POLLS_PER_SETTINGS: u32 = 10;
-/// How long after a failed poll it is tried again: a role that may only replicate is refused each time.
+/// The time for which after a failed poll it is tried again: a role that may only replicate is
+/// refused each time.
 const POLL_RETRY: Duration = Duration::from_secs(10);
 /// The same while the spool is full, when nothing else shows that the server shuts down.
 const POLL_RETRY_FULL: Duration = Duration::from_secs(3);
 /// Lifetime of one SQL session. A smart shutdown of the server waits for it at most this long.
 const SESSION_MAX: Duration = Duration::from_secs(30);
-/// How often the catalog is looked at.
+/// The interval at which the catalog is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-/// How often a folder is checked to be the repository.
+/// The interval at which a folder is checked to be the repository.
 const PLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// Looks between two listings of the repository's backups, which another host may have taken: an hour. A listing is a
 /// request, and an idle archiver makes none; a backup taken on this host says so in the spool's directory.
@@ -160,7 +162,7 @@ async fn renew(
     Ok(())
 }
 
-/// Whether the server's settings make commits hang on us.
+/// Checks whether the server's settings make commits hang on us.
 async fn synchronous_danger(
     client: &mut ReplicationClient,
     application_name: &str,
@@ -285,7 +287,7 @@ fn look_once(
     if asks {
         match list_new_backups(archive, backups.len()) {
             Ok(()) => backups = catalog.backups()?,
-            // What the catalog knows is judged also while the repository is away.
+            // The catalog's content is judged while the repository is away too.
             Err(error) if !backups.is_empty() => {
                 tracing::debug!(%error, "the repository's backups are not known");
             }

@@ -1,5 +1,5 @@
-//! What can be restored, by the rules of the restorer's plan ([`repository::Restorable`]): the
-//! window, its stretches, and whether a base backup leads to the server's present.
+//! The WAL that can be restored, by the rules of the restorer's plan ([`repository::Restorable`]):
+//! the window, its stretches, and whether a base backup leads to the server's present.
 //!
 //! Reads the catalog only. Invariant: WAL that is on its way (received later, or in the spool) is
 //! never called missing, and nothing is called restorable that a plan refuses.
@@ -46,7 +46,7 @@ impl WalIndex for Ranges<'_> {
     }
 }
 
-/// What a look into the catalog found.
+/// The result of a look into the catalog.
 #[derive(Debug, Default)]
 pub(super) struct Judgement {
     pub(super) window: WindowReport,

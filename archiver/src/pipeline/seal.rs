@@ -107,7 +107,7 @@ impl Backlog {
         self.status.progress().unsealed()
     }
 
-    /// Whether nothing waits.
+    /// Returns true if nothing waits.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0

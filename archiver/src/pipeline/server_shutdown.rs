@@ -30,10 +30,11 @@ use tokio::{sync::Notify, task::JoinSet};
 use super::voice::Voice;
 use crate::cluster_status::ClusterStatus;
 
-/// How long a server that shuts down may wait for WAL to become durable. A working store takes less
-/// than a second for the last tail. A service manager kills PostgreSQL after 30 to 90 seconds.
+/// The time for which a server that shuts down may wait for WAL to become durable. A working store
+/// takes less than a second for the last tail. A service manager kills PostgreSQL after 30 to 90
+/// seconds.
 pub(super) const RELEASE_AFTER: Duration = Duration::from_secs(5);
-/// How often a stream that is not read is checked.
+/// The interval at which a stream that is not read is checked.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// Timeout of the Terminate message: a server that does not read gets none.
 const CLOSE_MAX: Duration = Duration::from_secs(1);

@@ -34,7 +34,7 @@ pub(super) struct Authenticate<'a> {
 struct Exchange {
     scram: ScramSha256,
     bound: bool,
-    /// Whether the server has proved that it knows the password too.
+    /// True if the server has proved that it knows the password too.
     finished: bool,
 }
 

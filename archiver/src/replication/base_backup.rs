@@ -21,7 +21,7 @@ static TAR_END: [u8; 1024] = [0; 1024];
 pub struct BaseBackupOptions {
     /// The backup's label.
     pub label: String,
-    /// Whether the checkpoint is performed immediately instead of spread over time.
+    /// True if the checkpoint is performed immediately instead of spread over time.
     pub fast_checkpoint: bool,
     /// The maximum transfer rate in KiB per second.
     pub max_rate: Option<u32>,
@@ -87,7 +87,7 @@ enum Part {
 #[derive(Debug)]
 pub struct BaseBackupStream {
     client: ReplicationClient,
-    /// Whether a single COPY carries everything, each message with a type byte (15 and later).
+    /// True if a single COPY carries everything, each message with a type byte (15 and later).
     typed: bool,
     result_sets: usize,
     tablespaces: Vec<BackupTablespace>,

@@ -46,7 +46,7 @@ pub struct SlotInfo {
     pub physical: bool,
     /// The first LSN that the slot retains.
     pub restart_lsn: Option<Lsn>,
-    /// Whether a walsender is using the slot.
+    /// True if a walsender is using the slot.
     pub active: bool,
     /// `wal_status`, if the server reports it.
     pub wal_status: Option<String>,

@@ -30,7 +30,7 @@ pub enum StreamMessage {
         wal_end: Lsn,
         /// The server's clock.
         send_time: PgTimestamp,
-        /// Whether the server requests an immediate reply.
+        /// True if the server requests an immediate reply.
         reply_requested: bool,
     },
     /// All WAL of this timeline was sent: see [`WalReceiver::finish_timeline`].
@@ -55,7 +55,7 @@ pub struct StatusUpdate {
     pub write: Lsn,
     /// The end of the WAL that is durable here.
     pub flush: FlushedLsn,
-    /// Whether the server should reply immediately.
+    /// True if the server should reply immediately.
     pub reply_requested: bool,
 }
 

@@ -43,7 +43,7 @@ pub struct RestorableRange {
     pub from: Option<PgTimestamp>,
     /// The last commit in the range.
     pub to: Option<PgTimestamp>,
-    /// Whether a restore leads here without `--target-timeline`.
+    /// True if a restore leads here without `--target-timeline`.
     pub by_default: bool,
 }
 
@@ -96,7 +96,7 @@ pub struct Mark {
 pub struct Details {
     /// Held WAL, by branch and position.
     pub ranges: Vec<HeldRange>,
-    /// What of it can be restored, by branch and position.
+    /// The parts of it that can be restored, by branch and position.
     pub restorable: Vec<RestorableRange>,
     /// The server's branch for which that was judged. `None` while no server was seen.
     #[serde(skip)]

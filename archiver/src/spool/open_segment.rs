@@ -286,7 +286,7 @@ fn copy_in_place(source: &mut dyn io::Read, path: &Path, beside: &Path) -> io::R
     copied
 }
 
-/// Whether the disk or the quota is full: the only write error worth waiting for.
+/// Returns true if the disk or the quota is full: the only write error worth waiting for.
 pub(crate) fn is_no_space(error: &io::Error) -> bool {
     matches!(
         error.kind(),

@@ -1,7 +1,8 @@
-//! [`SpoolRecord`]: where the archive ends while the spool holds no WAL, for a start at which the repository can not be asked.
+//! [`SpoolRecord`]: where the archive ends while the spool holds no WAL, for a start at which the repository cannot be asked.
 //!
-//! `{spool}/{cluster}/position.json`, replaced whenever the last file leaves the spool. Invariant: everything of the branch
-//! before `end_lsn` is in the repository; where the spool holds WAL that ends later, its content counts.
+//! `{spool}/{cluster}/position.json`, replaced whenever the last file leaves the spool. Invariant:
+//! everything of the branch before `end_lsn` is in the repository; where the spool holds WAL that
+//! ends later, its content counts.
 
 use std::{fs, io, path::Path};
 
@@ -26,7 +27,8 @@ pub struct SpoolRecord {
 }
 
 impl Spool {
-    /// The record; `None` when none was written, or it can not be read: then the repository is waited for.
+    /// The record; `None` when none was written, or it cannot be read: then the repository is
+    /// waited for.
     ///
     /// # Errors
     /// [`Error::Io`].

@@ -215,7 +215,7 @@ fn the_overlap_is_compared_and_nothing_is_written_over() {
     assert!(begins_with(&branch, &bytes));
 }
 
-/// Whether the open segment's file begins with these bytes; zeros may be ahead.
+/// Returns true if the open segment's file begins with these bytes; zeros may be ahead.
 fn begins_with(branch: &BranchSpool, bytes: &[u8]) -> bool {
     let file = std::fs::read(branch.partial_path(START_SEGMENT)).expect("readable");
     file.starts_with(bytes)

@@ -187,7 +187,7 @@ impl SpoolWriter {
         self.cursor.compare_lsn()
     }
 
-    /// Whether a stream that resumes here has nothing to be compared with.
+    /// Returns true if a stream that resumes here has nothing to be compared with.
     #[must_use]
     pub fn lacks_overlap(&self) -> bool {
         self.written() == self.resume_lsn() && self.before.is_none()

@@ -18,9 +18,9 @@ use crate::{
     spool::Spool,
 };
 
-/// How long the repository may take to say whose it is while the spool could say it too.
+/// The time for which the repository may take to say whose it is while the spool could say it too.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// How often an absent repository is asked again.
+/// The interval at which an absent repository is asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 
 /// Who says whose WAL this is.

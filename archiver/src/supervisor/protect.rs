@@ -16,7 +16,8 @@ use crate::{
     shutdown::Shutdown,
 };
 
-/// How often it is looked whether the primary has to be protected, and whether there is room again.
+/// The interval at which it is looked whether the primary has to be protected, and whether there is
+/// room again.
 const ROOM_POLL: Duration = Duration::from_millis(500);
 
 impl Supervisor {

@@ -14,9 +14,9 @@ use wal_format::BackupId;
 
 use crate::{base_backup, cluster_status::ClusterStatus};
 
-/// How soon a loss is noticed.
+/// The interval at which a loss is checked for.
 const LOSS_POLL: Duration = Duration::from_millis(500);
-/// How long the catalog may take to list a base backup that was taken.
+/// The time for which the catalog may take to list a base backup that was taken.
 const BACKUP_LISTED_MAX: Duration = Duration::from_secs(60);
 /// Pause after a base backup that failed: long enough for its cause to pass.
 const BACKUP_RETRY: Duration = Duration::from_secs(30);
@@ -33,7 +33,7 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
         let Some(reason) = reason.filter(|_| facts.connected) else {
             continue;
         };
-        // What was judged before the catalog knew the last backup says nothing.
+        // A judgement from before the catalog knew the last backup does not count.
         if let Some((id, when)) = &taken
             && when.elapsed() < BACKUP_LISTED_MAX
             && status.details().backups.iter().all(|known| known.id != *id)
@@ -46,7 +46,7 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
             Ok(backup) => {
                 said.clear();
                 tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
-                // What was lost meanwhile needs another.
+                // WAL that was lost meanwhile needs another one.
                 status.note(|now| {
                     if now.lost == facts.lost {
                         now.lost = None;

@@ -1,4 +1,4 @@
-//! How the stages of a cluster are started: with the repository, or without it from the spool, and
+//! Starts the stages of a cluster: with the repository, or without it from the spool, and
 //! with the catalog on disk or in memory.
 //!
 //! Invariant: a catalog that cannot be opened or written, as on a full disk, never keeps WAL from
@@ -22,8 +22,8 @@ use crate::{
     spool::Spool,
 };
 
-/// How often a catalog in memory is tried to be replaced by the one on disk, and how soon after a
-/// failure.
+/// The interval at which a catalog in memory is tried to be replaced by the one on disk, and how
+/// soon after a failure.
 const CATALOG_POLL: Duration = Duration::from_secs(1);
 const CATALOG_RETRY: Duration = Duration::from_secs(30);
 

@@ -19,7 +19,8 @@ pub(super) struct BackupCheck<'a> {
     map: Option<Vec<u8>>,
 }
 
-/// What ends the walk through a slice: its own damage, or a part that does not belong there.
+/// The reason why the walk through a slice ended: its own damage, or a part that does not belong
+/// there.
 struct Unfit(String);
 
 impl From<SliceError> for Unfit {
@@ -46,7 +47,7 @@ impl<'a> BackupCheck<'a> {
         parts
     }
 
-    /// What is wrong with the object `key`, whose bytes are `body`.
+    /// Returns the problem with the object `key`, whose bytes are `body`.
     pub(super) fn problem(&mut self, key: &ObjectKey, sha256: &str, body: &[u8]) -> Option<String> {
         let found = hex::encode(Sha256::digest(body));
         if found != sha256 {

@@ -32,7 +32,7 @@ struct Light {
     state: &'static str,
     breaks: fn(&World),
     mends: fn(&World),
-    /// Whether everything is well after the repair, or the next fault follows directly.
+    /// True if everything is well after the repair, or the next fault follows directly.
     whole: bool,
 }
 

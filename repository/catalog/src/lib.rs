@@ -158,11 +158,13 @@ impl Catalog {
         Ok(catalog)
     }
 
-    /// A catalog for reading, true to the repository as it is now. The one in `directory` is used when it can be; a
-    /// running archiver's is copied; without one, or with a damaged one, everything is read from the repository.
+    /// A catalog for reading, true to the repository as it is now. The one in `directory` is used
+    /// when it can be; a running archiver's is copied; without one, or with a damaged one,
+    /// everything is read from the repository.
     ///
     /// # Errors
-    /// [`Error::Config`] when the repository holds nothing of the cluster, [`Error::Store`] when it can not be read.
+    /// [`Error::Config`] when the repository holds nothing of the cluster, [`Error::Store`] when it
+    /// cannot be read.
     pub fn open_for_restore(directory: Option<&Path>, repository: &Repository) -> Result<Self> {
         let Some(identity) = repository.identity_to_restore()? else {
             return Err(Error::config(format!(
@@ -325,7 +327,7 @@ impl Catalog {
         self.db.write(batch).map_err(|error| self.failed(error))
     }
 
-    /// Whether a range other than `but` tells of the record at `lsn`.
+    /// Returns true if a range other than `but` tells of the record at `lsn`.
     fn held_elsewhere(&self, but: &WalRange, lsn: Lsn) -> Result<bool> {
         for range in self.of_segment(but)? {
             if range != *but && self.events(&range)?.iter().any(|(at, _)| *at == lsn) {
@@ -505,12 +507,12 @@ impl Catalog {
         Ok(points)
     }
 
-    /// Makes the catalog equal to the repository: adds what only the repository has, forgets what it has no more.
-    /// Reads the ends of objects, never their bodies.
+    /// Makes the catalog equal to the repository: adds what only the repository has, forgets what
+    /// it has no more. Reads the ends of objects, never their bodies.
     ///
     /// # Errors
-    /// [`Error::Store`] when the repository can not be listed or read. A damaged object is no error: it is named in the
-    /// report and counts as missing.
+    /// [`Error::Store`] when the repository cannot be listed or read. A damaged object is no error:
+    /// it is named in the report and counts as missing.
     pub fn refresh(&self, repository: &Repository) -> Result<RefreshReport> {
         refresh::refresh(self, repository)
     }

@@ -24,7 +24,7 @@ pub struct RefreshReport {
     pub added: usize,
     /// Those that the repository has no more.
     pub removed: usize,
-    /// Objects that can not be understood, with the reason. They count as missing.
+    /// Objects that cannot be understood, with the reason. They count as missing.
     pub damaged: Vec<(String, String)>,
     /// Timelines of which WAL or a backup is archived, and no intact history file: no restore can follow them.
     pub lost_histories: Vec<LostHistory>,

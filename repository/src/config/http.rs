@@ -38,7 +38,7 @@ pub struct HttpAccess {
 }
 
 impl HttpAccess {
-    /// Whether a stranger is kept out.
+    /// Returns true if a stranger is kept out.
     #[must_use]
     pub fn is_guarded(&self) -> bool {
         self.read.is_some() || self.operate.is_some()

@@ -97,7 +97,7 @@ pub struct S3Settings {
     pub profile: Option<String>,
     /// Who signs.
     pub credentials: S3Credentials,
-    /// Whether a checksum goes with every object and is compared when it is read. Default: true.
+    /// True if a checksum goes with every object and is compared when it is read. Default: true.
     pub checksums: bool,
 }
 

@@ -44,13 +44,14 @@ pub struct WalsenderSettings {
 }
 
 impl WalsenderSettings {
-    /// Whether a connection without TLS is refused: where there is a certificate and other hosts come in.
+    /// Returns true if a connection without TLS is refused: where there is a certificate and other
+    /// hosts come in.
     #[must_use]
     pub fn requires_tls(&self) -> bool {
         self.tls.is_some() && !self.address.ip().is_loopback()
     }
 
-    /// Of a cluster. Its address is its own: two clusters can not have the same.
+    /// Of a cluster. Its address is its own: two clusters cannot have the same.
     pub(super) fn resolve(
         table: &WalsenderTable,
         defaults: &WalsenderTable,

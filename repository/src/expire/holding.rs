@@ -78,7 +78,7 @@ pub struct HeldBranch {
     pub ends: Vec<(Lsn, Option<PgTimestamp>)>,
     /// The LSN from which it may contain moments of the window. `None` if all of it is older.
     pub young_from: Option<Lsn>,
-    /// Whether anything gives the time and place of its WAL. Otherwise all of it is kept.
+    /// True if anything gives the time and place of its WAL. Otherwise all of it is kept.
     pub is_dated: bool,
 }
 

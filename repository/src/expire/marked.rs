@@ -159,7 +159,7 @@ impl Repository {
         let mut away = None;
         for place in self.each_place() {
             let of_place = match place.expired_here(system) {
-                // What this repository keeps cannot be read either.
+                // The objects that this repository keeps cannot be read either.
                 Err(error) if error.is_transient() => {
                     away.get_or_insert(error);
                     continue;

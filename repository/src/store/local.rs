@@ -42,7 +42,7 @@ const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 pub struct LocalStore {
     root: PathBuf,
     pin: RwLock<Option<Pin>>,
-    /// Whether a folder that does not exist is an empty one: nothing is known to be there.
+    /// True if a folder that does not exist is an empty one: nothing is known to be there.
     is_new: AtomicBool,
 }
 
@@ -284,7 +284,7 @@ impl ObjectStore for LocalStore {
             self.path(directory)?
         };
         let _ = walk(&start, directory, prefix, visit)?;
-        // What was not listed may be hidden below a mount point.
+        // Objects that were not listed may be hidden below a mount point.
         self.confirm()
     }
 

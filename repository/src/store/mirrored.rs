@@ -1,9 +1,10 @@
 //! [`MirroredStore`]: the same objects in several places, each with a queue of its own.
 //!
-//! A put goes to every place at once and returns when one has it, or all, as `repositories_required` says; a place that is
-//! away is passed over and brought into step later, object by object, from one that has them ([`step`]). Invariant: each
-//! place gets what it gets in the order in which it was given, so no place loses a tail before it has its segment; and
-//! what one place can not show proves nothing absent.
+//! A put goes to every place at once and returns when one has it, or all, as
+//! `repositories_required` says; a place that is away is passed over and brought into step later,
+//! object by object, from one that has them ([`step`]). Invariant: each place gets what it gets in
+//! the order in which it was given, so no place loses a tail before it has its segment; and what
+//! one place cannot show proves nothing absent.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,7 +27,7 @@ mod tests;
 
 pub use member::MemberState;
 
-/// How long the end of a program waits for places that are still being written to.
+/// The time for which the end of a program waits for places that are still being written to.
 const FLUSH_MAX: Duration = Duration::from_secs(600);
 
 /// Several stores as one.

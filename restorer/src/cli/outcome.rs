@@ -75,7 +75,7 @@ impl Outcome<'_> {
         self.next();
     }
 
-    /// What the user does next.
+    /// The user's next step.
     fn next(&self) {
         let running = self.recovered.is_some_and(|one| one.process.is_some());
         let directory = output::shell_word(self.directory);

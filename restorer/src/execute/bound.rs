@@ -1,6 +1,7 @@
-//! What is checked of a backup before the first byte is written: that each part is this backup's own and not another's.
+//! Checks before the first byte is written that each part belongs to this backup.
 //!
-//! The SHA-256 of a slice is compared when it is fetched for the extraction; here the cheaper signs are.
+//! The SHA-256 of a slice is compared when it is fetched for the extraction; here the cheaper signs
+//! are.
 
 use std::collections::BTreeMap;
 

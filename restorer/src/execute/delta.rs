@@ -72,7 +72,7 @@ impl Kept {
         self.names.len()
     }
 
-    /// Whether a slice has to be fetched: it may hold a file that is not kept.
+    /// Returns true if a slice has to be fetched: it may hold a file that is not kept.
     pub(super) fn needs(&self, backup: &BackupInfo, manifest: &BackupManifest) -> Vec<bool> {
         if self.names.is_empty() {
             return vec![true; backup.slices.len()];

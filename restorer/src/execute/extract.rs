@@ -139,7 +139,7 @@ pub(super) fn for_each_part(
     })
 }
 
-/// What ends the walk through a slice.
+/// The reason why the walk through a slice ended.
 enum Failure {
     Slice(SliceError),
     Other(Error),

@@ -34,7 +34,7 @@ struct Marker {
     /// For whoever opens it.
     note: String,
     backup: BackupId,
-    /// Whether it keeps what is there.
+    /// True if it keeps what is there.
     #[serde(default)]
     delta: bool,
     /// The tablespaces' directories that are the restore's to empty.

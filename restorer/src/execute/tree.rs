@@ -332,7 +332,7 @@ impl Tree {
     }
 }
 
-/// How directories are opened.
+/// The flags with which directories are opened.
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::CLOEXEC);

@@ -23,7 +23,7 @@ pub struct Change {
     pub stays: Option<String>,
 }
 
-/// What a release would do, or did.
+/// The changes that a release would make, or made.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Release {
     /// In the order of the table.

@@ -16,7 +16,8 @@ use crate::{Result, inventory::Inventory, target::RecoveryTarget};
 /// Commits race for their place in the WAL by milliseconds; a time that is more behind means that the clock went back.
 const RACE_MICROS: i64 = 1_000_000;
 
-/// Whether the target's time lies behind the start of the backup. `found` is the stop of a recovery from it.
+/// Returns true if the target's time lies behind the start of the backup. `found` is the stop of a
+/// recovery from it.
 pub(super) fn is_before(
     inventory: &dyn Inventory,
     coverage: &Coverage,

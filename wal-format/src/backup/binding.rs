@@ -1,4 +1,4 @@
-//! How the parts of a backup are bound to its `backup.json`, so that a part of another backup is noticed.
+//! Binds the parts of a backup to its `backup.json`, so that a part of another backup is noticed.
 
 use std::collections::BTreeSet;
 

@@ -87,7 +87,7 @@ pub struct BlockReference<'a> {
     pub fork: Fork,
     /// The block's number in the fork.
     pub block: u32,
-    /// Whether redo initialises the page.
+    /// True if redo initialises the page.
     pub will_init: bool,
     /// The page image.
     pub image: Option<BlockImage>,

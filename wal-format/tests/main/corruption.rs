@@ -15,7 +15,7 @@ fn pages(wal: &WalWriter) -> impl Iterator<Item = usize> {
     (0..wal.bytes.len()).step_by(PAGE)
 }
 
-/// Whether this bit carries no meaning.
+/// Returns true if this bit carries no meaning.
 fn is_meaningless(wal: &WalWriter, at: usize, bit: u32) -> bool {
     let in_page = at % PAGE;
     // `XLP_BKP_REMOVABLE`.

@@ -21,14 +21,14 @@ use crate::{
     spool_files::{branch_directory, content_length},
 };
 
-/// How long the end of a segment may be on its way when its beginning is here.
+/// The time for which the end of a segment may be on its way when its beginning is here.
 const PATIENCE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(2);
 /// Two of these stay in a processor's second cache.
 const COMPARE_BYTES: usize = 256 << 10;
 
 impl Pusher<'_> {
-    /// Whether the spool holds the whole segment, with the same bytes.
+    /// Returns true if the spool holds the whole segment, with the same bytes.
     pub(super) fn is_spooled(
         &self,
         file: &WalFile,
@@ -124,7 +124,8 @@ impl Beside<'_> {
     }
 }
 
-/// Whether the stream has the segment but for its last moments. Zeros ahead of what was written do not count.
+/// Returns true if the stream has the segment but for its last moments. Zeros ahead of what was
+/// written do not count.
 fn is_nearly_whole(open: &Path, length: u64) -> bool {
     File::open(open)
         .and_then(|open| content_length(&open))

@@ -40,7 +40,7 @@ pub(super) fn descriptors(clusters: usize, report: &mut Report) {
     }
 }
 
-/// Whether there is a walsender and a slot to be had, and what the server's clock says.
+/// Checks whether there is a walsender and a slot to be had, and what the server's clock says.
 pub(super) async fn server(
     sql: &mut ReplicationClient,
     slot: &str,
@@ -91,11 +91,11 @@ pub(super) async fn server(
     Ok(())
 }
 
-/// Whether there is a base backup, and whether it is young enough.
+/// Checks whether there is a base backup, and whether it is young enough.
 pub(super) fn backups(cluster: &ClusterSettings, report: &mut Report) {
     let what = "base backup";
     let age = match newest(cluster) {
-        // That the repository can not be reached was said before.
+        // That the repository cannot be reached was said before.
         Err(_) => return,
         Ok(None) => {
             let remedy = "none yet, so nothing can be restored; run `wal-archiver backup` while `wal-archiver run` runs";
@@ -148,7 +148,7 @@ fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> 
     Ok(begun.max())
 }
 
-/// Whether the daemon answers, and how long its certificate lasts.
+/// Checks whether the daemon answers, and how long its certificate lasts.
 pub(super) fn dashboard(settings: &Settings, report: &mut Report) {
     output::line("this host");
     let address = settings.http;

@@ -84,7 +84,7 @@ fn a_timeline_whose_history_is_not_known_is_held_nowhere() {
         assert_eq!((tier.rpo, tier.lag_bytes), (Some(at(1000)), None));
     }
     assert_eq!(tiers.source_lsn(), Some(Lsn(600)));
-    // What an older server says proves nothing.
+    // The answer of an older server proves nothing.
     tiers.follow(&path(&[500]));
     tiers.see(at(9000), polled(1, 900));
     let (_, remote) = tiers.exposure(at(9000), &positions);

@@ -38,7 +38,8 @@ const QUEUE_BYTES_MAX: usize = 256 << 20;
 /// First and longest pause before a place that failed is asked again.
 const AWAY_MIN: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(30);
-/// How often places are compared though none was away: another program's backup may be in one only.
+/// The interval at which places are compared though none was away: another program's backup may be
+/// in one only.
 const COMPARE_EVERY: Duration = Duration::from_secs(24 * 3600);
 
 /// How a place is.
@@ -50,7 +51,7 @@ pub struct MemberState {
     pub queued_objects: usize,
     /// Their bytes.
     pub queued_bytes: usize,
-    /// Whether it lacks what another one has, as far as is known.
+    /// True if it lacks what another one has, as far as is known.
     pub behind: bool,
     /// For how long the oldest of what it lacks has waited, in seconds; 0 when it is in step.
     pub lag_seconds: f64,

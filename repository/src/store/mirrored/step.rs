@@ -14,7 +14,7 @@ use crate::{ClusterIdentity, Error, ExpiredSet, ObjectStore, Result};
 pub(super) struct StepReport {
     pub(super) copied: usize,
     pub(super) removed: usize,
-    /// Whether everything that the others have is here now.
+    /// True if everything that the others have is here now.
     pub(super) complete: bool,
 }
 
