@@ -26,9 +26,10 @@ fn histories(place: &Place) -> Vec<PathBuf> {
     copies
 }
 
-#[test]
-fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
-    let Some(bin) = postgres_bin() else { return };
+/// Returns a promoted standby, with an archive of its primary that has a backup and this many KiB of
+/// WAL after it.
+fn promoted(kib: u32) -> Option<(Server, Place)> {
+    let bin = postgres_bin()?;
     let primary = Server::start(&bin, "");
     let standby = Server::standby_of(&primary);
     let place = Place::new();
@@ -36,7 +37,7 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
     archiver.wait_for_log("INFO streaming");
     let backup = place.command(&primary.conninfo()).arg("backup").output();
     succeed("backup", &backup.expect("wal-archiver runs"));
-    primary.write_wal(700);
+    primary.write_wal(kib);
     wait_flushed(&primary, primary.lsn());
     assert_eq!(archiver.terminate().code(), Some(0));
     let lsn = primary.lsn();
@@ -45,6 +46,14 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
     });
     primary.down("immediate");
     standby.promote();
+    Some((standby, place))
+}
+
+#[test]
+fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
+    let Some((standby, place)) = promoted(700) else {
+        return;
+    };
     let archive = || {
         let archiver = place.run(&standby.conninfo());
         standby.write_wal(300);
@@ -127,23 +136,9 @@ fn assert_found(place: &Place, server: &Server, object: &Path, timeline: &str) {
 
 #[test]
 fn a_hole_anywhere_on_the_way_over_a_fork_is_found() {
-    let Some(bin) = postgres_bin() else { return };
-    let primary = Server::start(&bin, "");
-    let standby = Server::standby_of(&primary);
-    let place = Place::new();
-    let archiver = place.run(&primary.conninfo());
-    archiver.wait_for_log("INFO streaming");
-    let backup = place.command(&primary.conninfo()).arg("backup").output();
-    succeed("backup", &backup.expect("wal-archiver runs"));
-    primary.write_wal(2500);
-    wait_flushed(&primary, primary.lsn());
-    assert_eq!(archiver.terminate().code(), Some(0));
-    let lsn = primary.lsn();
-    wait_until("the standby has it", || {
-        standby.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
-    });
-    primary.down("immediate");
-    standby.promote();
+    let Some((standby, place)) = promoted(2500) else {
+        return;
+    };
     let archiver = place.run(&standby.conninfo());
     standby.write_wal(3500);
     wait_flushed(&standby, standby.lsn());

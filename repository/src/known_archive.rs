@@ -225,16 +225,12 @@ impl Repository {
         }
     }
 
-    /// Remembers a place whose identity was written again: its bytes are others than before.
+    /// Pins a place that was claimed, or whose identity was written again with other bytes, and
+    /// remembers it.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
-    pub fn remember_repaired(&self, system: SystemIdentifier) -> Result<()> {
-        self.remember(system)
-    }
-
-    /// Pins a place that was claimed, and remembers it.
-    pub(crate) fn remember(&self, system: SystemIdentifier) -> Result<()> {
+    pub fn remember(&self, system: SystemIdentifier) -> Result<()> {
         let Some(known) = self.known() else {
             return Ok(());
         };

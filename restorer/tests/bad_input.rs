@@ -14,7 +14,7 @@ use benches::{
 };
 use tempfile::TempDir;
 
-use crate::support::{Archived, query, said, servers, wait_until};
+use crate::support::{Archived, files_below, query, said, servers, wait_until};
 
 const NOW: &str =
     "SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US')";
@@ -85,19 +85,8 @@ impl Damaged {
 
     /// Returns the objects whose path contains this text, in order.
     fn objects(&self, text: &str) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        let mut open = vec![self.repository()];
-        while let Some(folder) = open.pop() {
-            for entry in fs::read_dir(folder).expect("a folder").flatten() {
-                let path = entry.path();
-                if path.is_dir() {
-                    open.push(path);
-                } else if path.to_string_lossy().contains(text) {
-                    found.push(path);
-                }
-            }
-        }
-        found.sort();
+        let mut found = files_below(&self.repository());
+        found.retain(|path| path.to_string_lossy().contains(text));
         found
     }
 

@@ -2,7 +2,6 @@
 //! no machine has, parts of other backups, links. Nothing is written outside of the target, and `verify` names each.
 
 use std::{
-    collections::BTreeMap,
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
@@ -14,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use wal_format::checked_json;
 
-use crate::support::{Archived, said, servers};
+use crate::support::{Archived, contents_below, files_below, said, servers};
 
 /// A copy of a repository, to be changed.
 struct Forged {
@@ -55,19 +54,8 @@ impl Forged {
 
     /// The objects of backups with this ending, in order.
     fn objects(&self, ending: &str) -> Vec<PathBuf> {
-        let mut found = Vec::new();
-        let mut open = vec![self.repository()];
-        while let Some(folder) = open.pop() {
-            for entry in fs::read_dir(folder).expect("a folder").flatten() {
-                let path = entry.path();
-                if path.is_dir() {
-                    open.push(path);
-                } else if path.to_string_lossy().ends_with(ending) {
-                    found.push(path);
-                }
-            }
-        }
-        found.sort();
+        let mut found = files_below(&self.repository());
+        found.retain(|path| path.to_string_lossy().ends_with(ending));
         found
     }
 
@@ -258,23 +246,6 @@ fn a_forged_or_exchanged_part_of_a_backup_is_named_before_anything_is_written() 
     assert_eq!(fs::read_dir(outside.path()).expect("it lists").count(), 0);
 }
 
-/// Every file below a directory, with its content.
-fn files(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut open = vec![root.to_owned()];
-    while let Some(folder) = open.pop() {
-        for entry in fs::read_dir(folder).expect("a folder").flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                open.push(path);
-            } else {
-                found.insert(path.clone(), fs::read(&path).expect("a file"));
-            }
-        }
-    }
-    found
-}
-
 #[test]
 fn a_link_in_an_existing_target_leads_nowhere() {
     let Some((archived, bin, _)) = archive() else {
@@ -314,12 +285,12 @@ fn a_link_in_an_existing_target_leads_nowhere() {
         symlink(outside.join("precious"), data.join("base/5/999")).expect("a link");
         fs::hard_link(data.join("global/1262"), outside.join("linked")).expect("a second name");
     });
-    let before = files(&outside);
+    let before = contents_below(&outside);
     assert!(before.len() > 100, "{} files", before.len());
     let done = one.restore(&["--delta"]);
     assert!(done.status.success(), "{}", said(&done).1);
     assert!(
-        before == files(&outside),
+        before == contents_below(&outside),
         "files outside of the target were changed"
     );
     for name in ["base/1", "pg_xact"] {
@@ -341,7 +312,7 @@ fn a_link_in_an_existing_target_leads_nowhere() {
         move_to(&data.join("global"), &there);
         symlink(&there, data.join("global")).expect("a link");
     });
-    let before = files(&outside);
+    let before = contents_below(&outside);
     let refused = |parts: &[&str]| {
         let done = one.restore(&["--delta"]);
         let (_, error) = said(&done);
@@ -350,7 +321,7 @@ fn a_link_in_an_existing_target_leads_nowhere() {
             assert!(error.contains(part), "no {part:?} in: {error}");
         }
         assert!(
-            before == files(&outside),
+            before == contents_below(&outside),
             "files outside of the target were changed"
         );
     };

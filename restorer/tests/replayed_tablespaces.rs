@@ -19,7 +19,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use wal_format::{FrameCompressor, SealedReader, WalEvent, sealed::seal};
 
-use crate::support::{Archived, query, said};
+use crate::support::{Archived, contents_below, query, said};
 
 const SUMS: &str = "SELECT string_agg(n || ' ' || s, ', ') FROM (SELECT count(*) AS n, sum(hashtext(t::text)::bigint) AS s \
                     FROM older t UNION ALL SELECT count(*), sum(hashtext(t::text)::bigint) FROM short t UNION ALL SELECT count(*), \
@@ -41,23 +41,6 @@ impl Places {
         }
         path
     }
-}
-
-/// Every file below a directory, with its content.
-fn files(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let mut found = BTreeMap::new();
-    let mut open = vec![root.to_owned()];
-    while let Some(folder) = open.pop() {
-        for entry in fs::read_dir(folder).expect("a folder").flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                open.push(path);
-            } else {
-                found.insert(path.clone(), fs::read(&path).expect("a file"));
-            }
-        }
-    }
-    found
 }
 
 /// The files that are not the same in both.
@@ -134,7 +117,7 @@ fn check_version(bin: &Path) {
     };
     // The first reader of a row sets its hint bits: that is the parent's own change.
     archived.sql("CHECKPOINT");
-    let before = files(places.0.path());
+    let before = contents_below(places.0.path());
 
     let target = directory().expect("a directory");
     let restore = |arguments: &[&str]| {
@@ -235,7 +218,7 @@ fn check_version(bin: &Path) {
     }
     restored.stop().expect("it stops");
     archived.sql("CHECKPOINT");
-    let after = files(places.0.path());
+    let after = contents_below(places.0.path());
     assert!(before.len() > 3, "{} files", before.len());
     assert_eq!(differing(&before, &after), Vec::<&PathBuf>::new());
     assert_eq!(archived.sql(SUMS), sums);
@@ -284,7 +267,7 @@ fn old_segments_are_read(archived: &Archived, mapping: &str, parts: &[&str]) {
     succeed(cp.arg(copy.path())).expect("a copy");
     let repository = copy.path().join("repository");
     let mut converted = 0;
-    for (path, object) in files(&repository) {
+    for (path, object) in contents_below(&repository) {
         let text = path.to_string_lossy();
         if text.contains("/wal/") || text.contains("/tail/") {
             fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("permissions");
@@ -381,7 +364,7 @@ fn a_tablespace_that_is_created_while_the_backup_begins_stays_where_it_is_mapped
     archived.sql("INSERT INTO load VALUES (0, 'last')");
     archived.sql("CHECKPOINT");
     archived.finish();
-    let before = files(places.0.path());
+    let before = contents_below(places.0.path());
 
     let target = directory().expect("a directory");
     let mut mapping: Vec<String> = Vec::new();
@@ -408,7 +391,7 @@ fn a_tablespace_that_is_created_while_the_backup_begins_stays_where_it_is_mapped
         .as_array()
         .expect("a list")
         .clone();
-    let objects = files(&archived.place.path().join("repository"));
+    let objects = contents_below(&archived.place.path().join("repository"));
     let mut manifests = objects
         .iter()
         .filter(|(path, _)| path.ends_with("backup_manifest"));
@@ -439,6 +422,6 @@ fn a_tablespace_that_is_created_while_the_backup_begins_stays_where_it_is_mapped
     query(&restored.conninfo(), "CHECKPOINT");
     restored.stop().expect("it stops");
     archived.sql("CHECKPOINT");
-    let after = files(places.0.path());
+    let after = contents_below(places.0.path());
     assert_eq!(differing(&before, &after), Vec::<&PathBuf>::new());
 }

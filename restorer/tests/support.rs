@@ -1,8 +1,9 @@
 //! An archived cluster to restore from, and small tools for all tests.
 
 use std::{
-    env,
-    path::PathBuf,
+    collections::BTreeMap,
+    env, fs,
+    path::{Path, PathBuf},
     process::{Command, Output},
     thread::sleep,
     time::{Duration, Instant},
@@ -68,7 +69,7 @@ pub(crate) struct Archived {
 
 impl Archived {
     /// Starts both, with segments of 1 MiB.
-    pub(crate) fn start(bin: &std::path::Path, settings: &str) -> Self {
+    pub(crate) fn start(bin: &Path, settings: &str) -> Self {
         let settings = format!("{SETTINGS}{settings}");
         Self::of(Cluster::start(bin, 1, &settings).expect("a server"))
     }
@@ -157,6 +158,32 @@ pub(crate) fn wait_archived(conninfo: &str, lsn: Lsn) {
             .parse::<Lsn>()
             .is_ok_and(|flushed| flushed >= lsn)
     });
+}
+
+/// Returns every file below a directory, in order.
+pub(crate) fn files_below(root: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![root.to_owned()];
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(folder).expect("a folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                open.push(path);
+            } else {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Returns every file below a directory, with its content.
+pub(crate) fn contents_below(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let files = files_below(root).into_iter();
+    files
+        .map(|path| (path.clone(), fs::read(&path).expect("a file")))
+        .collect()
 }
 
 /// Runs SQL. Returns the first column of the first row as text.

@@ -44,7 +44,7 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
         }
         if repair {
             for place in &places {
-                place.remember_repaired(system)?;
+                place.remember(system)?;
             }
         }
         for findings in &findings {
