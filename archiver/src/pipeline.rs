@@ -26,6 +26,7 @@ pub(crate) mod server_shutdown;
 pub mod session;
 mod stage;
 pub mod start;
+mod superseded;
 pub mod tail;
 pub mod voice;
 pub(crate) mod window;

@@ -170,8 +170,9 @@ impl Repository {
     }
 
     /// Opens a place and pins it to the objects by which this host recognises it. Where all of them
-    /// are lost, sealed WAL of the same system identifier proves that it is the archive all the
-    /// same: the next claim, or a repair, writes them again.
+    /// are lost, a sealed segment of the same system identifier proves that it is the archive all
+    /// the same: the next claim, or a repair, writes them again. A tail proves nothing: an emptied
+    /// bucket takes tails until the next check.
     fn recognised(known: &KnownArchive, open: impl Fn() -> Result<Self>) -> Result<Self> {
         let opened = open()?.remembering(known);
         if !matches!(opened.confirm(), Err(Error::Gone { .. })) {
@@ -181,7 +182,8 @@ impl Repository {
         match (bare.newest_epoch(), known.record()) {
             (Ok(Some(found)), Some(record))
                 if found.is_derived()
-                    && found.identity.system_identifier == record.system_identifier =>
+                    && found.identity.system_identifier == record.system_identifier
+                    && bare.holds_segment_of(record.system_identifier)? =>
             {
                 let mut known = known.clone();
                 known.is_forgotten = true;

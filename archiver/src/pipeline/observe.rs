@@ -301,6 +301,11 @@ fn look_once(
     {
         tracing::debug!(%error, "the repository's outcomes are not known");
     }
+    if list == Listing::Now
+        && let Err(error) = archive.remove_leftover_tails()
+    {
+        tracing::debug!(%error, "tails whose segment is sealed may stay in the repository");
+    }
     let (window, unreached, details) = marks.look(archive, &backups)?;
     let last_backup = details.backups.last().cloned();
     let lost = loss(archive, &backups)?;

@@ -226,6 +226,7 @@ fn seal(
     let reached = CrashPoint::SealBegun.reach();
     reached.map_err(Error::io("open", &path))?;
     archive.store_history(branch)?;
+    let is_from_earlier_run = indexed.is_none();
     let indexed = match indexed {
         Some(indexed) => indexed,
         None => index(archive, branch, segment)?,
@@ -251,6 +252,10 @@ fn seal(
     reached.map_err(Error::io("read", &path))?;
     archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &source)?;
     archive.note_sealed(branch, segment)?;
+    if is_from_earlier_run {
+        // It may have been killed when the segment was stored and its tails were not removed yet.
+        archive.remove_superseded_tails(branch, segment)?;
+    }
     let reached = CrashPoint::SealNoted.reach();
     reached.map_err(Error::io("read", &path))?;
     Ok(indexed.summary.open_record_lsn)

@@ -96,9 +96,16 @@ fn work(archive: &Archive, slot: &TailSlot, failure: &Failure) {
     while let Some(tail) = slot.take() {
         let progress = archive.status().progress();
         let mut retry = RETRY_MIN;
+        let mut has_failed = false;
         loop {
             if archive.is_sealed(tail.branch, tail.segment) {
                 archive.status().repository_no_longer_asked("tail");
+                // A request that failed may have stored the tail.
+                if has_failed
+                    && let Err(error) = archive.remove_superseded_tails(tail.branch, tail.segment)
+                {
+                    tracing::warn!(%error, "a superfluous tail stays in the repository");
+                }
                 progress.on(Event::TailSuperseded);
                 break;
             }
@@ -114,6 +121,7 @@ fn work(archive: &Archive, slot: &TailSlot, failure: &Failure) {
                     break;
                 }
                 Err(Ok(answer)) => {
+                    has_failed = true;
                     archive.status().repository_failed("tail", "", &answer);
                     if !slot.pause(retry) {
                         return;

@@ -40,17 +40,27 @@ impl Repository {
             .collect();
         let mut identities = Vec::new();
         for system in systems {
-            identities.extend(self.derived_identity(system)?);
+            identities.extend(self.derived_identity(system, &["wal", "tail"])?);
         }
         Ok(identities)
     }
 
+    /// Returns true if a sealed segment of a system identifier is intact here. Segments are put
+    /// only where the archive was recognised a moment before, which a tail does not prove.
+    pub(crate) fn holds_segment_of(&self, system: SystemIdentifier) -> Result<bool> {
+        Ok(self.derived_identity(system, &["wal"])?.is_some())
+    }
+
     /// The identity that the first intact sealed object of a system identifier proves.
-    fn derived_identity(&self, system: SystemIdentifier) -> Result<Option<ClusterIdentity>> {
+    fn derived_identity(
+        &self,
+        system: SystemIdentifier,
+        kinds: &[&str],
+    ) -> Result<Option<ClusterIdentity>> {
         let mut attempts = 0;
         // `wal/{branch}/{log}/` and `tail/{branch}/{segment}/`: never a listing of the whole
         // archive.
-        for kind in ["wal", "tail"] {
+        for kind in kinds {
             for branch in self.folders(&format!("{system}/{kind}/"))? {
                 for part in self.folders(&format!("{system}/{kind}/{branch}/"))? {
                     let prefix = format!("{system}/{kind}/{branch}/{part}/");
