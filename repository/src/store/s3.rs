@@ -38,7 +38,7 @@ use crate::{Error, Result, config::S3Settings};
 mod as_of;
 mod client;
 mod errors;
-mod folders;
+mod listing;
 mod multipart;
 mod probe;
 mod proof;
@@ -523,49 +523,13 @@ impl ObjectStore for S3Store {
         }
     }
 
-    /// Reads the whole listing and sorts it before the first visit: not every store lists in key
-    /// order (SeaweedFS lists folder by folder).
+    /// Reads the whole listing before the first visit.
     fn list(
         &self,
         prefix: &str,
         visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
     ) -> Result<()> {
-        let root = self.place("");
-        let full_prefix = self.place(prefix);
-        let mut objects = Vec::new();
-        let mut token = None;
-        loop {
-            let list = self
-                .client()
-                .list_objects_v2()
-                .bucket(&self.bucket)
-                .prefix(&full_prefix)
-                .set_continuation_token(token);
-            let page = self
-                .request(RequestKind::List, list.send())
-                .map_err(|failure| self.failed(Action::List, prefix, failure))?;
-            for object in page.contents() {
-                let key = object.key().and_then(|key| key.strip_prefix(&root));
-                if let (Some(key), Some(size)) = (key, object.size())
-                    && is_sound_key(key)
-                {
-                    objects.push(ObjectMeta {
-                        key: key.to_owned(),
-                        size: u64::try_from(size).unwrap_or(0),
-                    });
-                }
-            }
-            token = page.next_continuation_token().map(str::to_owned);
-            if page.is_truncated() != Some(true) {
-                break;
-            }
-            if token.is_none() {
-                let failure = Failure::refused("the store's listing breaks off");
-                return Err(self.failed(Action::List, prefix, failure));
-            }
-        }
-        objects.sort_unstable_by(|one, other| one.key.cmp(&other.key));
-        for object in objects {
+        for object in self.objects(prefix)? {
             if visit(object).is_break() {
                 break;
             }

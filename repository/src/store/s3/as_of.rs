@@ -16,6 +16,7 @@ use jiff::Timestamp;
 use super::{
     S3Store,
     errors::{Action, Failure},
+    listing::Pages,
 };
 use crate::{
     Error, ObjectMeta, ObjectStore, PutOutcome, Result,
@@ -92,6 +93,7 @@ impl S3AsOf {
         let full_prefix = self.store.place(prefix);
         let mut events: BTreeMap<String, Event> = BTreeMap::new();
         let mut marker = (None, None);
+        let mut pages = Pages::new();
         let mut versioned = false;
         let mut seen = 0_usize;
         loop {
@@ -150,17 +152,17 @@ impl S3AsOf {
                     events.insert(key.to_owned(), event);
                 }
             }
-            if page.is_truncated() != Some(true) {
+            let next = page.next_key_marker().map(|key| {
+                let version = page.next_version_id_marker().map(str::to_owned);
+                (key.to_owned(), version)
+            });
+            let next = pages
+                .next(page.is_truncated(), next)
+                .map_err(|failure| self.store.failed(Action::ListVersions, prefix, failure))?;
+            let Some((key, version)) = next else {
                 break;
-            }
-            marker = (
-                page.next_key_marker().map(str::to_owned),
-                page.next_version_id_marker().map(str::to_owned),
-            );
-            if marker.0.is_none() {
-                let failure = Failure::refused("the store's listing of versions breaks off");
-                return Err(self.store.failed(Action::ListVersions, prefix, failure));
-            }
+            };
+            marker = (Some(key), version);
         }
         if seen > 0 && !versioned {
             tracing::warn!(

@@ -11,6 +11,7 @@ use crate::{config::S3Credentials, store::testing::conformance};
 
 mod fault_server;
 mod faults;
+mod listings;
 mod tls;
 mod worm;
 

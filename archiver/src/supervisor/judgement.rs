@@ -1,0 +1,141 @@
+//! What an error means for a cluster: the program ends, or the connection is tried again for a
+//! stated reason.
+//!
+//! Invariant: only an error that no retry can mend, or that a person has to remove at a first start,
+//! ends the program.
+
+use repository::ExitKind;
+
+use super::{DECODE_ATTEMPTS_MAX, Supervisor};
+use crate::{
+    cluster_status::ClusterStatus,
+    descriptors,
+    error::{Error, Result, may_pass},
+};
+
+impl Supervisor {
+    /// On the way out only what matters is still an error.
+    pub(super) fn give_up_or_warn(&self, error: Error) -> Result<()> {
+        if self.is_fatal(&error) || matches!(error, Error::Io { .. }) {
+            return Err(error);
+        }
+        tracing::warn!(cluster = %self.settings.name, %error, "stopped while not streaming");
+        Ok(())
+    }
+
+    /// Decides about an error: why to reconnect, or the error itself when no retry can mend it.
+    pub(super) fn judge(&mut self, error: Error) -> Result<&'static str> {
+        if matches!(error, Error::Wal(intake::Error::Decode { .. })) {
+            self.damaged += 1;
+        }
+        if error.is_out_of_resources() {
+            note_shortage(&self.status, &error);
+            return Ok("resources");
+        }
+        if self.is_fatal(&error) {
+            return Err(error);
+        }
+        if error.is_catalog_failure() {
+            tracing::warn!(event = "catalog_failed", cluster = %self.settings.name, %error, "the catalog on disk is not used any more");
+            return Ok("catalog");
+        }
+        let broken =
+            (error.is_broken() || matches!(error, Error::Io { .. })).then(|| error.to_string());
+        let message = error.to_string();
+        let facts = self.status.facts();
+        let known = facts.stream_error.as_ref() == Some(&message);
+        match (&broken, known) {
+            (_, true) => {}
+            (Some(_), false) => {
+                tracing::error!(cluster = %self.settings.name, state = "broken", %error, "archiving is interrupted");
+            }
+            (None, false) => {
+                tracing::warn!(cluster = %self.settings.name, %error, "not streaming; retrying");
+            }
+        }
+        self.status.note(|facts| {
+            facts.stream_error = Some(message);
+            facts.broken = broken;
+        });
+        Ok(match error {
+            Error::Wal(intake::Error::Decode { .. }) => "damaged_record",
+            Error::Io { .. } => "disk",
+            Error::Gap { .. } => "gap",
+            Error::Replication(error) if error.is_slot_in_use() => "slot_in_use",
+            Error::Replication(_) => "connection",
+            Error::Repository(_) | Error::Wal(intake::Error::Sealed { .. }) => "repository",
+            Error::Silent { .. } => "silent",
+            Error::SpoolFull => "spool_full",
+            _ => "other",
+        })
+    }
+
+    fn is_fatal(&self, error: &Error) -> bool {
+        // A key, a certificate or a password file that could not be opened for that reason looks as
+        // if it were wrong.
+        if error.is_out_of_resources()
+            || (error.exit_kind() == ExitKind::Usage && descriptors::are_short())
+        {
+            return false;
+        }
+        match error {
+            Error::Wal(intake::Error::Decode { .. }) => self.damaged >= DECODE_ATTEMPTS_MAX,
+            Error::Gap { .. }
+            | Error::History { .. }
+            | Error::LostHistory { .. }
+            | Error::ServerBehind { .. }
+            | Error::Silent { .. }
+            | Error::SpoolFull
+            | Error::StreamOutOfOrder { .. }
+            | Error::Wal(intake::Error::Sealed { .. }) => false,
+            // WAL that is sent to the repository makes room.
+            Error::Io { .. } if error.is_disk_full() => false,
+            // At the start an error that only a person can remove ends the program at once, with
+            // its exit code. A later one may be repaired while the program runs.
+            Error::Io { source, .. } => !self.connected_once && !may_pass(source),
+            // An answer of a store says nothing about the next one, and without the catalog
+            // everything works.
+            Error::Repository(error) if error.is_answer() || error.is_catalog_failure() => false,
+            // Another cluster, keys or a catalog in use are a mistake at the start, which is
+            // reported at once; later the server was upgraded or exchanged, or keys are being
+            // changed, and a person decides.
+            Error::Repository(_) => !self.connected_once,
+            // A wrong password or a missing right is reported at once at the start; later it may be a
+            // change in progress.
+            Error::Replication(error) => {
+                !self.connected_once && error.exit_kind() == ExitKind::Usage
+            }
+            // WAL or a spool that contradicts the archive, a server that cannot be archived, a
+            // thread that panicked.
+            Error::SlotLost { .. }
+            | Error::SpoolHole { .. }
+            | Error::SpoolLocked { .. }
+            | Error::SpoolSystemMismatch { .. }
+            | Error::ThreadStopped { .. }
+            | Error::Unsupported(_)
+            | Error::Usage { .. }
+            | Error::Wal(_)
+            // Errors of other commands.
+            | Error::BaseBackup(_)
+            | Error::Check { .. }
+            | Error::Expire { .. }
+            | Error::Http(_)
+            | Error::Nagios { .. }
+            | Error::NotDrained { .. }
+            | Error::NotNotified { .. }
+            | Error::Verify { .. } => true,
+        }
+    }
+}
+
+/// Logs each new shortage of descriptors or threads once; the light shows it.
+pub(super) fn note_shortage(status: &ClusterStatus, error: &Error) {
+    let message = format!(
+        "{error}; raise LimitNOFILE= of the service (the hard limit of `ulimit -n`) or TasksMax=. It is tried again, nothing \
+         is lost meanwhile"
+    );
+    if status.facts().stream_error.as_ref() != Some(&message) {
+        tracing::error!(event = "descriptors_short", cluster = %status.cluster(), "{message}");
+    }
+    status.note(|facts| facts.stream_error = Some(message));
+}
