@@ -95,6 +95,11 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
     assert!(!page.contains("loses nothing"), "{page}");
     let said = status(&archiver, &place, &[]);
     assert!(said.contains("REFUSED: no base backup"), "{said}");
+    // The daemon of another configuration is not believed.
+    let other = Place::new();
+    let said = status(&archiver, &other, &[]);
+    assert!(said.contains("no daemon answers"), "{said}");
+    assert!(!said.contains("REFUSED"), "{said}");
 
     // The standby stays behind; the archive and its only backup go on.
     let lsn = primary.lsn();

@@ -1,7 +1,8 @@
-//! Asks the daemon of this configuration over HTTP or HTTPS, with its own token and its own certificate.
+//! Asks the daemon of this configuration over HTTP or HTTPS, with its own token and its own
+//! certificate.
 //!
-//! Whoever has the configuration knows the certificate that the daemon serves: exactly that one is believed, so that neither
-//! an authority nor a host name is needed on a loopback address.
+//! The configuration names the certificate that the daemon serves. Exactly that one is accepted, so
+//! that a loopback address needs neither an authority nor a host name.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -22,21 +23,46 @@ use serde_json::Value;
 
 use super::output;
 
-/// A daemon on this host answers from memory; longer means that nobody is there.
+/// A daemon on this host answers from memory. Longer means that no daemon is there.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// A report of a hundred clusters is far smaller.
 const ANSWER_BYTES_MAX: u64 = 4 << 20;
 
-/// The reports of a daemon, if one answers. One that is there and does not let us in is told on standard error.
+/// The reports of the daemon that archives these clusters to their repositories, if it answers. One
+/// that refuses the request, or runs with another configuration, is reported on standard error.
 pub(super) fn reports(settings: &Settings) -> Vec<Value> {
     match ask(settings) {
-        Ok(reports) => reports,
+        Ok(reports) => of_these_clusters(settings, reports),
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Vec::new(),
         Err(error) => {
             output::error_line(&format!("ask the daemon at {}: {error}", settings.http));
             Vec::new()
         }
     }
+}
+
+/// The reports of the clusters in `settings`. A daemon of another configuration says nothing about
+/// them, although a cluster of it may have the same name.
+fn of_these_clusters(settings: &Settings, mut reports: Vec<Value>) -> Vec<Value> {
+    reports.retain(|report| {
+        let mut clusters = settings.clusters.iter();
+        let Some(cluster) = clusters.find(|known| report["cluster"] == known.name.as_str()) else {
+            return false;
+        };
+        let repository = cluster.repository.to_string();
+        let is_same = report["repository"] == repository;
+        if !is_same {
+            output::error_line(&format!(
+                "the daemon at {} archives cluster {} to {}, not to {repository}: it runs with another configuration, \
+                 and its status is not shown. Set `http` to the address of the daemon of this configuration",
+                settings.http,
+                cluster.name,
+                report["repository"].as_str().unwrap_or("an unknown repository"),
+            ));
+        }
+        is_same
+    });
+    reports
 }
 
 fn ask(settings: &Settings) -> io::Result<Vec<Value>> {
@@ -78,14 +104,14 @@ fn converse(mut stream: impl Read + Write, request: &str) -> io::Result<String> 
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     match stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer) {
-        // A server may hang up without TLS's goodbye; a body that was cut is no JSON.
+        // A server may close without TLS's close_notify; a body that was cut is no JSON.
         Err(error) if error.kind() != ErrorKind::UnexpectedEof => return Err(error),
         _ => {}
     }
     String::from_utf8(answer).map_err(io::Error::other)
 }
 
-/// TLS that believes the certificate in this file and no other.
+/// TLS that accepts the certificate in this file and no other.
 fn trusting(certificate: &Path) -> io::Result<ClientConfig> {
     let expected = CertificateDer::from_pem_file(certificate)
         .map_err(|error| io::Error::other(format!("{}: {error}", certificate.display())))?;

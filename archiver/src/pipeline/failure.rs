@@ -1,6 +1,6 @@
 //! [`Failure`]: carries the error of a thread that cannot continue to the session, which then ends.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Notify;
 
@@ -9,29 +9,46 @@ use crate::error::Error;
 /// The first error that a thread raised.
 #[derive(Debug, Default)]
 pub struct Failure {
-    error: Mutex<Option<Error>>,
+    state: Mutex<State>,
     raised: Notify,
 }
 
+#[derive(Debug, Default)]
+struct State {
+    error: Option<Error>,
+    /// True if an error was ever raised, also when it was taken since.
+    was_raised: bool,
+}
+
 impl Failure {
-    /// Raises an error. Only the first one is stored; later ones are logged.
+    /// Raises an error. Only the first one is stored; later ones are logged. That another thread
+    /// has stopped is the consequence of an error raised before, and never replaces it.
     pub fn raise(&self, error: Error) {
-        let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
-        if first.is_some() {
+        let mut state = self.state();
+        let is_consequence = state.was_raised && matches!(error, Error::ThreadStopped { .. });
+        if is_consequence {
+            tracing::debug!(%error, "a consequence of the failure before");
+            return;
+        }
+        if state.error.is_some() {
             tracing::error!(%error, "a further failure");
             return;
         }
-        *first = Some(error);
-        drop(first);
+        *state = State {
+            error: Some(error),
+            was_raised: true,
+        };
+        drop(state);
         self.raised.notify_one();
     }
 
     /// Takes the error, if one was raised.
     pub fn take(&self) -> Option<Error> {
-        self.error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        self.state().error.take()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until an error is raised and returns it.
@@ -44,5 +61,27 @@ impl Failure {
             }
             self.raised.notified().await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_consequence_never_stands_for_its_cause() {
+        let stopped = || Error::ThreadStopped {
+            name: "flush",
+            reason: "see the error before".to_owned(),
+        };
+        let failure = Failure::default();
+        failure.raise(stopped());
+        assert!(failure.take().is_some(), "nothing else was raised");
+        let failure = Failure::default();
+        failure.raise(Error::SpoolFull);
+        assert!(matches!(failure.take(), Some(Error::SpoolFull)));
+        // The session took the cause before the other thread saw that this one had stopped.
+        failure.raise(stopped());
+        assert!(failure.take().is_none());
     }
 }
