@@ -52,8 +52,10 @@ use stages::{catalog_opens, outdated};
 const RETRY_MIN: Duration = Duration::from_millis(200);
 /// Longest pause while the server is away: half of this, on average, is lost after it comes back.
 const RETRY_MAX: Duration = Duration::from_secs(5);
-/// Pause while archiving is broken: only a person can mend it, the log need not repeat it more often.
-const BROKEN_RETRY: Duration = Duration::from_secs(30);
+/// First and longest pause while archiving is broken. A person who exchanges the server waits for
+/// it; what nobody mends is tried again twice a minute.
+const BROKEN_RETRY_MIN: Duration = Duration::from_secs(1);
+const BROKEN_RETRY_MAX: Duration = Duration::from_secs(30);
 /// Pause while missing WAL is looked for: whoever has it may be back at any moment.
 const GAP_RETRY: Duration = Duration::from_secs(2);
 /// The interval at which the task says that it lives.
@@ -104,6 +106,7 @@ pub async fn run(
         pipeline: None,
         connected_once: false,
         retry: RETRY_MIN,
+        broken_retry: BROKEN_RETRY_MIN,
         damaged: 0,
         gave_up: false,
         without_catalog: false,
@@ -177,6 +180,8 @@ struct Supervisor {
     pipeline: Option<Pipeline>,
     connected_once: bool,
     retry: Duration,
+    /// The next pause while archiving is broken.
+    broken_retry: Duration,
     damaged: u32,
     /// True if the stream was ended because the primary had to be protected.
     gave_up: bool,
@@ -245,8 +250,11 @@ impl Supervisor {
             let pause = if facts.gap.is_some() || reason == "gap" {
                 GAP_RETRY
             } else if facts.broken.is_some() && !mends_itself {
-                BROKEN_RETRY
+                let pause = self.broken_retry;
+                self.broken_retry = (pause * 2).min(BROKEN_RETRY_MAX);
+                pause
             } else {
+                self.broken_retry = BROKEN_RETRY_MIN;
                 self.retry
             };
             self.retry = (self.retry * 2).min(RETRY_MAX);
