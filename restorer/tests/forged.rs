@@ -119,7 +119,7 @@ fn exchange(one: &Path, other: &Path) {
     rewrite(other, &first);
 }
 
-/// An archive with two backups of several slices.
+/// An archive with two backups of several slices, and their names in order.
 fn archive() -> Option<(Archived, PathBuf, [String; 2])> {
     let (_, bin) = servers().pop()?;
     let mut archived = Archived::start(&bin, "");
@@ -132,7 +132,10 @@ fn archive() -> Option<(Archived, PathBuf, [String; 2])> {
     let second = archived.backup();
     archived.sql("INSERT INTO load VALUES (0, 'last')");
     archived.finish();
-    Some((archived, bin, [first, second]))
+    // Both may have been started in the same second, so that chance orders their names.
+    let mut ids = [first, second];
+    ids.sort();
+    Some((archived, bin, ids))
 }
 
 /// The slices that continue a file.
