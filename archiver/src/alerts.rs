@@ -105,7 +105,7 @@ pub const RUNBOOK: [(&str, Severity, &str); 16] = [
     (
         "PitrDrillOverdue",
         Severity::Warning,
-        "No recent restore drill has proved that a restore works. Run `pitr-restore drill`.",
+        "No recent restore drill has proved that a restore works. Restore to an empty directory with `pitr-restore --target-dir DIR --start`, and check the rows.",
     ),
     (
         "PitrDrillFailed",
@@ -290,6 +290,22 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
         );
     }
     found
+}
+
+/// The state that the critical conditions of a report demand, and its reason: a light is never
+/// better than the worst alert beside it. `None` without such a condition.
+pub(crate) fn worst_state(report: &ClusterReport) -> Option<(State, String)> {
+    let critical = firing(report)
+        .into_iter()
+        .find(|(name, _)| describe(name).0 == Severity::Critical);
+    critical.map(|(name, summary)| {
+        let state = match name {
+            // Another repository has everything, and the stream is tried again.
+            "PitrRepositoryFailing" | "PitrStreamDown" => State::Degraded,
+            _ => State::AtRisk,
+        };
+        (state, summary.trim_end_matches('.').to_owned())
+    })
 }
 
 /// Severity and runbook text of an alert.

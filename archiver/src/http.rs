@@ -115,6 +115,28 @@ pub struct HttpServer {
     tls: Option<Arc<TlsFiles>>,
 }
 
+/// Checks the settings without binding the address.
+///
+/// # Errors
+/// As [`HttpServer::bind`], but for [`HttpError::Bind`].
+pub(crate) fn check(address: SocketAddr, access: &HttpAccess) -> Result<(), HttpError> {
+    checked(address, access).map(drop)
+}
+
+/// Returns the certificate and its key, if settings that can be used have one.
+fn checked(address: SocketAddr, access: &HttpAccess) -> Result<Option<Arc<TlsFiles>>, HttpError> {
+    if !address.ip().is_loopback() && !access.is_guarded() {
+        return Err(HttpError::Public { address });
+    }
+    let Some((certificate, key)) = &access.tls else {
+        return Ok(None);
+    };
+    let files = TlsFiles::open(certificate, key);
+    files
+        .map(|files| Some(Arc::new(files)))
+        .map_err(|problem| HttpError::Tls { problem })
+}
+
 impl HttpServer {
     /// Binds `address`.
     ///
@@ -123,23 +145,10 @@ impl HttpServer {
     /// [`HttpError::Tls`] for files that cannot be used, [`HttpError::Bind`] when the system
     /// refuses.
     pub async fn bind(address: SocketAddr, access: &HttpAccess) -> Result<Self, HttpError> {
-        if !address.ip().is_loopback() {
-            if !access.is_guarded() {
-                return Err(HttpError::Public { address });
-            }
-            if access.tls.is_none() {
-                tracing::warn!(%address, "tokens travel in clear: set http_tls_certificate and http_tls_key, or put a proxy before it");
-            }
+        let tls = checked(address, access)?;
+        if !address.ip().is_loopback() && tls.is_none() {
+            tracing::warn!(%address, "tokens travel in clear: set http_tls_certificate and http_tls_key, or put a proxy before it");
         }
-        let tls = match &access.tls {
-            None => None,
-            Some((certificate, key)) => {
-                let files = TlsFiles::open(certificate, key);
-                Some(Arc::new(
-                    files.map_err(|problem| HttpError::Tls { problem })?,
-                ))
-            }
-        };
         let failed = |source| HttpError::Bind { address, source };
         let listener = TcpListener::bind(address).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;

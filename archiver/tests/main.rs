@@ -2,6 +2,7 @@
 //!
 //! Without a server they are skipped with a message. In CI a missing server is a failure.
 
+mod advice;
 mod certificates;
 mod clock;
 mod clusters;

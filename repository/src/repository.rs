@@ -324,7 +324,10 @@ impl Repository {
     }
 
     /// Returns true if nothing can be stored here yet: the place has to be created first.
-    pub(crate) fn lacks_place(&self) -> Result<bool> {
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn lacks_place(&self) -> Result<bool> {
         Ok(self.known.is_some() && !self.store.exists()?)
     }
 

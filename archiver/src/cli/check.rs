@@ -309,18 +309,28 @@ async fn server_settings(client: &mut ReplicationClient, report: &mut Report) ->
 }
 
 fn store(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &mut Report) {
-    let identity = Repository::open_known(cluster).and_then(|repository| {
+    let opened = Repository::open_known(cluster).and_then(|repository| {
         repository.ready_to_write()?;
-        repository.identity()
+        Ok((repository.lacks_place()?, repository.identity()?))
     });
-    let identity = match identity {
-        Ok(identity) => identity,
+    let (lacks_place, identity) = match opened {
+        Ok(opened) => opened,
         Err(error) => return report.fail_with("repository", &error.into()),
     };
-    report.ok(
-        "repository",
-        &format!("{} can be read and written", cluster.repository),
-    );
+    if lacks_place {
+        report.note(
+            "repository",
+            &format!(
+                "{} does not exist; `wal-archiver run` creates it. If it should be there, mount it first",
+                cluster.repository
+            ),
+        );
+    } else {
+        report.ok(
+            "repository",
+            &format!("{} can be read and written", cluster.repository),
+        );
+    }
     match (identity, system) {
         (None, _) => report.note("identity", "the repository holds nothing of this cluster yet"),
         (Some(stored), Some(found)) if stored.system_identifier != found => report.fail(

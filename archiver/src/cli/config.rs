@@ -3,9 +3,10 @@
 use repository::config::Settings;
 
 use super::output;
-use crate::{error::Result, replication::ConnInfo};
+use crate::{error::Result, http, replication::ConnInfo};
 
 pub(super) fn check(settings: &Settings) -> Result<()> {
+    http::check(settings.http, &settings.http_access)?;
     for cluster in &settings.clusters {
         ConnInfo::parse(&cluster.conninfo)?;
         for other in cluster.heal_from.iter().chain(&cluster.standbys) {

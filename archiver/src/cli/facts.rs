@@ -229,7 +229,7 @@ impl<'a> Of<'a> {
             .pointer("/last_drill/passed")
             .and_then(Value::as_bool)
         {
-            None => "none yet: run `pitr-restore drill`".to_owned(),
+            None => "none yet: restore to an empty directory with `pitr-restore --target-dir DIR --start`".to_owned(),
             Some(true) => {
                 format!(
                     "passed {when}, lost {}",

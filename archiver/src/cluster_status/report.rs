@@ -6,9 +6,12 @@ use repository::config::ClusterSettings;
 use wal_format::{Lsn, OutcomeKind, PgTimestamp};
 
 use super::{ClusterStatus, Facts};
-use crate::report::{
-    ClusterReport, Counters, DurableReport, Facts as Judged, SlotReport, SourceReport, TierReport,
-    judge,
+use crate::{
+    alerts,
+    report::{
+        ClusterReport, Counters, DurableReport, Facts as Judged, SlotReport, SourceReport, State,
+        TierReport, judge,
+    },
 };
 
 impl ClusterStatus {
@@ -116,7 +119,7 @@ impl ClusterStatus {
         let path = facts.server_path.unwrap_or_default();
         let stored = positions.remote_on(&path.parts);
         let stored = known(stored.unwrap_or_else(|| positions.remote()));
-        ClusterReport {
+        let mut report = ClusterReport {
             schema: "v1",
             cluster: self.cluster.clone(),
             as_of: PgTimestamp::from_jiff(jiff::Timestamp::now()),
@@ -206,7 +209,13 @@ impl ClusterStatus {
             stream_error: facts.stream_error.filter(|_| !facts.connected),
             repository_error: facts.repository_error,
             alerts: Vec::new(),
+        };
+        if report.state == State::Ok
+            && let Some((state, reason)) = alerts::worst_state(&report)
+        {
+            (report.state, report.reason) = (state, reason);
         }
+        report
     }
 }
 

@@ -169,7 +169,11 @@ pub(super) fn drills(cluster: &Watched) -> Answer {
     let drills: Vec<_> = details.of_kind(OutcomeKind::Drill).collect();
     json(
         StatusCode::OK,
-        &listed("drills", &drills, "none yet: run `pitr-restore drill`"),
+        &listed(
+            "drills",
+            &drills,
+            "none yet: restore to an empty directory with `pitr-restore --target-dir DIR --start`",
+        ),
     )
 }
 

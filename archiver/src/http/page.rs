@@ -58,11 +58,32 @@ pub(super) fn cluster(view: &View<'_>) -> String {
     tables::events(&mut body, view);
     let title = format!("{} · {} · Tidemark", badge(report.state).1, report.cluster);
     let attributes = format!(" data-cluster=\"{}\"", escape(report.cluster.as_str()));
-    document(&title, &attributes, &body, view.guarded)
+    document(
+        &title,
+        &attributes,
+        &body,
+        view.guarded,
+        Refresh::WithoutScript,
+    )
+}
+
+/// When a browser loads a page again by itself.
+#[derive(Clone, Copy, Debug)]
+enum Refresh {
+    /// Every five seconds where scripts are off.
+    WithoutScript,
+    Never,
 }
 
 /// The frame around every page.
-fn document(title: &str, attributes: &str, body: &str, guarded: bool) -> String {
+fn document(title: &str, attributes: &str, body: &str, guarded: bool, refresh: Refresh) -> String {
+    // A page with a form to fill in is never loaded again while somebody types.
+    let refresh = match refresh {
+        Refresh::WithoutScript => {
+            "<noscript><meta http-equiv=\"refresh\" content=\"5\"></noscript>"
+        }
+        Refresh::Never => "",
+    };
     let logout = if guarded {
         "<form method=\"post\" action=\"/logout\"><button class=\"quiet\">Log out</button></form>"
     } else {
@@ -74,7 +95,7 @@ fn document(title: &str, attributes: &str, body: &str, guarded: bool) -> String 
          <meta name=\"color-scheme\" content=\"light dark\"><title>{title}</title>\
          <link rel=\"icon\" href=\"/icon.svg\"><link rel=\"stylesheet\" href=\"/style.css\">\
          <script src=\"/app.js\" defer></script>\
-         <noscript><meta http-equiv=\"refresh\" content=\"5\"></noscript></head><body{attributes}>\
+         {refresh}</head><body{attributes}>\
          <a class=\"skip\" href=\"#main\">Skip to content</a>\
          <header class=\"bar\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"22\" height=\"22\"> Tidemark</a>\
          <nav aria-label=\"Elsewhere\"><a href=\"/metrics\">Metrics</a><a href=\"/api/v1/clusters\">API</a>\
@@ -96,7 +117,7 @@ pub(super) fn login(failed: bool) -> String {
          <input id=\"token\" name=\"token\" type=\"password\" autocomplete=\"current-password\" required>\
          <button>Log in</button></form></section>"
     );
-    document("Log in · Tidemark", "", &body, false)
+    document("Log in · Tidemark", "", &body, false, Refresh::Never)
 }
 
 /// A state's shape and word: it is never told by colour alone.
@@ -222,7 +243,7 @@ fn tiles(out: &mut String, view: &View<'_>) {
     let (drill, drill_notes, drill_bad) = match &report.last_drill {
         None => (
             "none yet".to_owned(),
-            vec!["run <code>pitr-restore drill</code>".to_owned()],
+            vec!["restore to an empty directory with <code>pitr-restore --target-dir DIR --start</code>".to_owned()],
             false,
         ),
         Some(drill) => (

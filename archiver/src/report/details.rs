@@ -167,7 +167,7 @@ impl Details {
         let how = match (measured, backup) {
             (None, _) => {
                 "Unknown: no restore drill has measured how fast this repository is fetched and its WAL replayed. \
-                 Run `pitr-restore drill`."
+                 Measure it: restore to an empty directory with `pitr-restore --target-dir DIR --start`."
             }
             (Some(_), None) => "Unknown: there is no base backup. Run `wal-archiver backup`.",
             (Some(_), Some(_)) => {
@@ -246,7 +246,11 @@ mod tests {
     fn an_rto_is_not_guessed() {
         let rto = details(false).rto(Some(Lsn(2 << 20)), Some(60.0));
         assert_eq!((rto.estimate_seconds, rto.measured_seconds), (None, None));
-        assert!(rto.how.contains("pitr-restore drill"), "{}", rto.how);
+        assert!(
+            rto.how.contains("pitr-restore --target-dir DIR --start"),
+            "{}",
+            rto.how
+        );
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{
-    badge_html, document,
+    Refresh, badge_html, document,
     format::{bytes, escape, instant, seconds, span},
     sentence,
 };
@@ -67,5 +67,11 @@ pub(in crate::http) fn fleet(reports: &[ClusterReport], guarded: bool) -> String
         );
     }
     body.push_str("</tbody></table></div></section>");
-    document("Clusters · Tidemark", "", &body, guarded)
+    document(
+        "Clusters · Tidemark",
+        "",
+        &body,
+        guarded,
+        Refresh::WithoutScript,
+    )
 }

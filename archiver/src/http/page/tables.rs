@@ -248,7 +248,7 @@ pub(super) fn drills(out: &mut String, view: &View<'_>) {
         })
         .collect();
     let columns = ["When", "Verdict", "RTO", "Lost", "Found"];
-    let empty = "None yet: nothing has proved that a restore works. Run `pitr-restore drill`.";
+    let empty = "None yet: nothing has proved that a restore works. Restore to an empty directory with `pitr-restore --target-dir DIR --start`.";
     table(out, "drills", "Restore drills", &columns, &rows, empty);
 }
 
