@@ -12,7 +12,7 @@ pub(crate) use server_path::ServerPath;
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
+    ffi::OsString,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         atomic::{AtomicU64, Ordering},
@@ -105,8 +105,9 @@ pub struct Facts {
     pub lost: Option<String>,
     /// Why no base backup leads to the server's present, until one does.
     pub unreached: Option<String>,
-    /// Files that `archive_command` pushed and whose bytes differ from the archived ones, and where.
-    pub push_differs: BTreeMap<PathBuf, String>,
+    /// Names of files that `archive_command` pushed and whose bytes differ from the archived ones,
+    /// and where they differ.
+    pub push_differs: BTreeMap<OsString, String>,
     /// A setting of the server that makes commits hang on us.
     pub danger: Option<&'static str>,
     /// Why the spool takes no more WAL, while it waits for room.

@@ -348,10 +348,12 @@ impl Desk {
     }
 
     fn finish(&self, path: &PathBuf, content: Content, outcome: Result<()>) {
+        // A damaged copy may have been pushed from another place than `pg_wal`.
+        let name = path.file_name().unwrap_or_default();
         let progress = match outcome {
             Ok(()) => {
                 self.status.note(|facts| {
-                    facts.push_differs.remove(path);
+                    facts.push_differs.remove(name);
                 });
                 Progress::Done
             }
@@ -365,8 +367,13 @@ impl Desk {
                 };
                 if matches!(error, Error::Wal(intake::Error::Differs { .. })) {
                     tracing::error!(cluster = %self.settings.name, file = %path.display(), "{problem}");
+                    let reason = format!(
+                        "a push of {} was refused: {problem}. If the file was a damaged copy, push the server's own file \
+                         of this name: that ends this state",
+                        path.display()
+                    );
                     self.status.note(|facts| {
-                        facts.push_differs.insert(path.clone(), problem.clone());
+                        facts.push_differs.insert(name.to_owned(), reason);
                     });
                 }
                 Progress::Failed(problem)

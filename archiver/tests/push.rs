@@ -122,6 +122,11 @@ fn the_daemon_works_ahead_and_sounds_the_alarm_when_bytes_differ() {
         report.contains("\"broken\"") && report.contains("differ"),
         "{report}"
     );
+    // The server's own file shows that only the copy was damaged.
+    assert_eq!(push(&place, &server, &names[3]).0, Some(0));
+    wait_until("the state ends", || {
+        !archiver.get("/api/v1/clusters").contains("\"broken\"")
+    });
     // Its socket file remains. A push finds no daemon there and works alone.
     archiver.kill();
     server.write_wal(2000);
