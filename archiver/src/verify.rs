@@ -7,7 +7,7 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+use repository::{ClusterIdentity, Repository, config::RepositoryPlace};
 use wal_format::{
     BackupId, Branch, ClusterName, DeclaredGap, ObjectKey, SystemIdentifier, WalIdentity,
     WalIndexer,
@@ -107,7 +107,7 @@ impl Findings {
 /// Checks every place alone, then for what one has and another lacks. Returns the cluster's system
 /// identifier too.
 pub(crate) fn examine_all(
-    settings: &ClusterSettings,
+    located: &[RepositoryPlace],
     places: &[Repository],
     deep: bool,
 ) -> Result<(SystemIdentifier, Vec<Findings>)> {
@@ -140,7 +140,11 @@ pub(crate) fn examine_all(
     for place in places {
         all.push(examine(place, &identity, deep)?);
     }
-    for (findings, state) in all.iter_mut().zip(repair::keys(settings)?) {
+    let states = match places.first() {
+        Some(place) => repair::keys(place.cluster(), located)?,
+        None => Vec::new(),
+    };
+    for (findings, state) in all.iter_mut().zip(states) {
         findings
             .problems
             .extend(state.broken.into_iter().map(Problem::general));

@@ -365,6 +365,10 @@ fn two_repositories(near_in_bucket: bool, far_in_bucket: bool, encryption: &str)
     for name in near.names() {
         near.remove(&name);
     }
+    let (code, said) = verify(&place, &[]);
+    assert_eq!(code, Some(5), "{said}");
+    let parts = ["was not examined", "no gap, no damage"];
+    assert!(parts.iter().all(|part| said.contains(part)), "{said}");
     assert_eq!(rows(&place, &bin), ROWS, "from the far one alone");
 }
 

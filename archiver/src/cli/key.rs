@@ -65,11 +65,26 @@ fn each(
     act: impl Fn(&ClusterSettings, &RepositoryPlace, &EncryptedStore) -> Result<()>,
 ) -> Result<()> {
     let mut encrypted = false;
+    let mut unreachable = None;
     for cluster in &settings.clusters {
         for place in cluster.repository.each() {
             // Refuses a place that is not the repository any more: a new data key would be written
             // there.
-            Repository::open_known_place(cluster, &place)?.identity()?;
+            let opened = Repository::open_known_place(cluster, &place);
+            match opened.and_then(|opened| opened.identity()) {
+                Ok(_) => {}
+                // The other places do not wait for one that is away.
+                Err(error) if error.is_transient() => {
+                    encrypted = true;
+                    output::error_line(&format!(
+                        "cluster {}: {place} was passed over: {error}",
+                        cluster.name
+                    ));
+                    unreachable.get_or_insert(error);
+                    continue;
+                }
+                Err(error) => return Err(error.into()),
+            }
             match Repository::encrypted(&place, &cluster.name)? {
                 Some(store) => {
                     encrypted = true;
@@ -81,6 +96,9 @@ fn each(
                 )),
             }
         }
+    }
+    if let Some(error) = unreachable {
+        return Err(error.into());
     }
     if encrypted {
         return Ok(());

@@ -3,7 +3,7 @@
 
 use repository::{
     Repository,
-    config::{ClusterSettings, Settings},
+    config::{ClusterSettings, RepositoryPlace, Settings},
 };
 use wal_format::{OutcomeKind, SystemIdentifier};
 
@@ -21,26 +21,23 @@ const REPAIRS_MAX: u32 = 4;
 
 pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()> {
     let mut problems = 0;
+    let mut unreachable = None;
     for cluster in &settings.clusters {
         let started = jiff::Timestamp::now();
         let say = |line: &str| output::line(&format!("cluster {}: {line}", cluster.name));
-        let places = cluster
-            .repository
-            .each()
-            .iter()
-            .map(|place| Repository::open_known_place(cluster, place))
-            .collect::<repository::Result<Vec<_>>>()?;
+        let (located, places, error) = reachable(cluster, &say)?;
+        unreachable = unreachable.or(error);
         if repair {
-            repair::repair_keys(cluster, &say)?;
+            repair::repair_keys(&cluster.name, &located, &say)?;
         }
-        let (system, mut findings) = verify::examine_all(cluster, &places, deep)?;
+        let (system, mut findings) = verify::examine_all(&located, &places, deep)?;
         // Again, because the parts that a damaged description of a backup lists are read only when
         // it is intact.
         for _ in 0..REPAIRS_MAX {
             if !repair || repair::repair(&places, &findings, &say)? == 0 {
                 break;
             }
-            findings = verify::examine_all(cluster, &places, deep)?.1;
+            findings = verify::examine_all(&located, &places, deep)?.1;
         }
         if repair {
             for place in &places {
@@ -56,9 +53,40 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
         record(cluster, &places, system, &findings, started);
     }
     if problems == 0 {
-        Ok(())
+        unreachable.map_or(Ok(()), |error| Err(error.into()))
     } else {
         Err(Error::Verify { problems })
+    }
+}
+
+/// Opens each place of a cluster. One of several that cannot be reached does not keep the others from
+/// being examined: it is named, and its error is returned beside them.
+fn reachable(
+    cluster: &ClusterSettings,
+    say: &dyn Fn(&str),
+) -> Result<(
+    Vec<RepositoryPlace>,
+    Vec<Repository>,
+    Option<repository::Error>,
+)> {
+    let (mut located, mut places, mut first) = (Vec::new(), Vec::new(), None);
+    for place in cluster.repository.each() {
+        let opened = Repository::open_known_place(cluster, &place)?;
+        match opened.identity() {
+            Err(error) if error.is_transient() => {
+                say(&format!("{place} was not examined: {error}"));
+                first.get_or_insert(error);
+            }
+            // The examination reports any other problem.
+            _ => {
+                located.push(place);
+                places.push(opened);
+            }
+        }
+    }
+    match first {
+        Some(error) if places.is_empty() => Err(error.into()),
+        first => Ok((located, places, first)),
     }
 }
 

@@ -8,9 +8,9 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
-use repository::{ClusterIdentity, ExpiredSet, Repository, config::ClusterSettings, is_sound};
+use repository::{ClusterIdentity, ExpiredSet, Repository, config::RepositoryPlace, is_sound};
 use sha2::{Digest, Sha256};
-use wal_format::{BackupInfo, ObjectKey, checked_json};
+use wal_format::{BackupInfo, ClusterName, ObjectKey, checked_json};
 
 use super::Findings;
 use crate::error::{Error, Result};
@@ -36,11 +36,14 @@ pub(super) struct EncryptedState {
 
 /// Per place, what is wrong with the data keys of its encrypted objects, and what is not encrypted
 /// there.
-pub(super) fn keys(settings: &ClusterSettings) -> Result<Vec<EncryptedState>> {
+pub(super) fn keys(
+    cluster: &ClusterName,
+    places: &[RepositoryPlace],
+) -> Result<Vec<EncryptedState>> {
     let mut all = Vec::new();
-    for place in settings.repository.each() {
+    for place in places {
         let mut state = EncryptedState::default();
-        if let Some(encrypted) = Repository::encrypted(&place, &settings.name)? {
+        if let Some(encrypted) = Repository::encrypted(place, cluster)? {
             for (name, sound) in encrypted.broken_keys(false)? {
                 state.broken.push(match sound {
                     true => format!("{name} is damaged or lost; its copy is intact"),
@@ -55,9 +58,13 @@ pub(super) fn keys(settings: &ClusterSettings) -> Result<Vec<EncryptedState>> {
 }
 
 /// Puts the intact copy of each wrapped data key in the place of a broken one.
-pub(crate) fn repair_keys(settings: &ClusterSettings, say: &dyn Fn(&str)) -> Result<()> {
-    for place in settings.repository.each() {
-        if let Some(encrypted) = Repository::encrypted(&place, &settings.name)? {
+pub(crate) fn repair_keys(
+    cluster: &ClusterName,
+    places: &[RepositoryPlace],
+    say: &dyn Fn(&str),
+) -> Result<()> {
+    for place in places {
+        if let Some(encrypted) = Repository::encrypted(place, cluster)? {
             for (name, sound) in encrypted.broken_keys(true)? {
                 if sound {
                     say(&format!("{name} in {place} was repaired from its copy"));
