@@ -48,6 +48,14 @@ pub enum Progress {
     },
     /// Everything is stored but the WAL up to this LSN.
     WaitingForWal(Lsn),
+    /// The WAL up to this LSN is still missing after the time in which a running archiver stores
+    /// it. It is waited for so many seconds in all.
+    WalIsLate {
+        /// The end of the WAL.
+        stop_lsn: Lsn,
+        /// The time after which the backup fails, in seconds.
+        seconds_max: u64,
+    },
 }
 
 /// Why a backup is none.
@@ -258,6 +266,7 @@ impl Taking {
             self.branch,
             start_lsn,
             stop_lsn,
+            progress,
         )
         .await?;
         let info = BackupInfo {

@@ -5,20 +5,26 @@ use std::time::{Duration, Instant};
 use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, ObjectKey, SegmentName};
 
-use super::{BaseBackupError, WAL_PATIENCE, blocking};
+use super::{BaseBackupError, Progress, WAL_PATIENCE, blocking};
 use crate::error::{Error, Result};
 
 const POLL: Duration = Duration::from_millis(300);
+/// The time in which a running archiver stores the WAL of a backup. Later somebody wants to know
+/// what is waited for.
+const LATE_AFTER: Duration = Duration::from_secs(10);
 
-/// Returns when every byte of `[start_lsn, stop_lsn)` is stored, or fails when one of them never will be.
+/// Returns when every byte of `[start_lsn, stop_lsn)` is stored, or fails when one of them never
+/// will be.
 pub(super) async fn for_wal(
     repository: &Repository,
     identity: &ClusterIdentity,
     branch: Branch,
     start_lsn: Lsn,
     stop_lsn: Lsn,
+    progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<()> {
     let began = Instant::now();
+    let mut is_late = false;
     loop {
         let (repository, identity) = (repository.clone(), identity.clone());
         let look = move || {
@@ -44,6 +50,13 @@ pub(super) async fn for_wal(
                 stop_lsn,
                 seconds,
             }));
+        }
+        if !is_late && began.elapsed() > LATE_AFTER {
+            is_late = true;
+            progress(Progress::WalIsLate {
+                stop_lsn,
+                seconds_max: WAL_PATIENCE.as_secs(),
+            });
         }
         tokio::time::sleep(POLL).await;
     }
@@ -121,11 +134,18 @@ mod tests {
         };
         repository.put_gap(system, &gap).expect("it is declared");
         let (start, stop) = (Lsn(0xE0_00D8), Lsn(0xF0_0028));
-        let waited = for_wal(&repository, &identity, Branch::FIRST, start, stop).await;
+        let waited = for_wal(&repository, &identity, Branch::FIRST, start, stop, &|_| {}).await;
         let error = waited.expect_err("it never comes").to_string();
         assert!(error.contains("0/D60000 to 0/F00000"), "{error}");
         // WAL behind it may still come.
-        let behind = for_wal(&repository, &identity, Branch::FIRST, gap.to_lsn, stop);
+        let behind = for_wal(
+            &repository,
+            &identity,
+            Branch::FIRST,
+            gap.to_lsn,
+            stop,
+            &|_| {},
+        );
         let waits = tokio::time::timeout(POLL * 3, behind).await;
         assert!(waits.is_err(), "it is waited for");
     }

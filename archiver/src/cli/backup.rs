@@ -51,6 +51,18 @@ pub(super) fn backup(settings: &ClusterSettings, label: &str) -> Result<()> {
             bar.set_message("waiting for the WAL");
             tracing::info!(%stop_lsn, "the data is stored; waiting until the WAL up to the stop LSN is in the repository");
         }
+        Progress::WalIsLate {
+            stop_lsn,
+            seconds_max,
+        } => {
+            bar.suspend(|| {
+                output::error_line(&format!(
+                    "the WAL up to {stop_lsn} is not in the repository yet. Does `wal-archiver run` archive this server \
+                     into this repository? `wal-archiver status` shows it. The backup waits for {seconds_max} s in all, \
+                     and can be interrupted: it is listed only when it is complete"
+                ));
+            });
+        }
     };
     let info = runtime.block_on(base_backup::take(settings, label, &progress))?;
     bar.finish_and_clear();
