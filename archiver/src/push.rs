@@ -260,7 +260,14 @@ impl Desk {
                 .iter()
                 .find(|entry| entry.path == *path && entry.content == content);
             match entry.map(|entry| &entry.progress) {
-                Some(Progress::Done) => return Some(Answer::Archived),
+                Some(Progress::Done) => {
+                    // A damaged copy may have been pushed from another place than `pg_wal`.
+                    let name = path.file_name().unwrap_or_default();
+                    self.status.note(|facts| {
+                        facts.push_differs.remove(name);
+                    });
+                    return Some(Answer::Archived);
+                }
                 Some(Progress::Failed(problem)) => {
                     return Some(Answer::Failed {
                         problem: problem.clone(),
@@ -348,15 +355,8 @@ impl Desk {
     }
 
     fn finish(&self, path: &PathBuf, content: Content, outcome: Result<()>) {
-        // A damaged copy may have been pushed from another place than `pg_wal`.
-        let name = path.file_name().unwrap_or_default();
         let progress = match outcome {
-            Ok(()) => {
-                self.status.note(|facts| {
-                    facts.push_differs.remove(name);
-                });
-                Progress::Done
-            }
+            Ok(()) => Progress::Done,
             Err(error) => {
                 let problem = match &error {
                     Error::Wal(
@@ -373,6 +373,7 @@ impl Desk {
                         path.display()
                     );
                     self.status.note(|facts| {
+                        let name = path.file_name().unwrap_or_default();
                         facts.push_differs.insert(name.to_owned(), reason);
                     });
                 }
