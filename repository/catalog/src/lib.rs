@@ -1,5 +1,5 @@
-//! [`Catalog`]: the RocksDB index of one cluster's repository. A cache: everything in it is read from the objects, and
-//! deleting it loses nothing.
+//! [`Catalog`]: the RocksDB index of one cluster's repository. A cache: everything in it is read
+//! from the objects, and deleting it loses nothing.
 //!
 //! | family | key | value |
 //! |---|---|---|
@@ -15,8 +15,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::{Path, PathBuf},
-    sync::OnceLock,
+    path::PathBuf,
 };
 
 use bytes::Bytes;
@@ -24,12 +23,8 @@ use bytes::Bytes;
 use repository::ExpiredSet;
 use repository::{
     ClusterIdentity, Error, LostHistory, Repository, Result, WalIndex, WalRange, WalRangeKind,
-    durable,
 };
-use rocksdb::{
-    BlockBasedOptions, Cache, ColumnFamily, ColumnFamilyDescriptor, DB, Direction, Env,
-    IteratorMode, Options, WriteBatch,
-};
+use rocksdb::{ColumnFamily, DB, Direction, IteratorMode, WriteBatch};
 use tempfile::TempDir;
 use wal_format::{
     BackupId, BackupInfo, Branch, Lsn, PgTimestamp, SegmentSummary, TimelineHistory,
@@ -38,16 +33,14 @@ use wal_format::{
 
 mod expired;
 mod keys;
+mod open;
 mod refresh;
 
 pub use refresh::RefreshReport;
 
-/// Bytes of blocks read that RocksDB may keep, for all catalogs of the process together.
-const BLOCK_CACHE_BYTES: usize = 16 << 20;
-/// What RocksDB collects of writes before it makes a file, for all families together.
-const WRITE_BUFFER_BYTES: usize = 8 << 20;
-/// The memory that RocksDB is configured to use: the block cache, and write buffers, of which two may be in flight.
-pub const MEMORY_BYTES: usize = BLOCK_CACHE_BYTES + 2 * WRITE_BUFFER_BYTES;
+/// The memory that RocksDB is configured to use: the block cache, and write buffers, of which two
+/// may be in flight.
+pub const MEMORY_BYTES: usize = open::BLOCK_CACHE_BYTES + 2 * open::WRITE_BUFFER_BYTES;
 
 const META: &str = "meta";
 const SEGMENTS: &str = "segments";
@@ -81,195 +74,16 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// Opens or creates the catalog in `directory`; no other process can while it is open.
-    ///
-    /// # Errors
-    /// [`Error::CatalogLocked`], [`Error::CatalogMismatch`] for another cluster's, [`Error::Catalog`] for a damaged one.
-    pub fn open(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
-        durable::create_dir_all(directory).map_err(|error| Error::Catalog {
-            path: directory.to_owned(),
-            source: error.into(),
-        })?;
-        let path = directory.to_owned();
-        Self::open_at(path.clone(), &path, options(), identity, None)
-    }
-
-    /// A catalog that lives in memory, for a disk that takes nothing: with what can be read of the
-    /// one in `directory`, and up to date after the next refresh.
-    ///
-    /// # Errors
-    /// [`Error::Catalog`].
-    pub fn open_in_memory(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
-        let memory = Env::mem_env().map_err(|source| opening(directory, source))?;
-        let mut options = options();
-        options.set_env(&memory);
-        // A place in that memory; nothing is read or written below the directory of this name.
-        let place = std::env::temp_dir();
-        let catalog = Self::open_at(directory.to_owned(), &place, options, identity, None)?;
-        if directory.join("CURRENT").is_file()
-            && let Err(error) = catalog.copy_from(directory)
-        {
-            tracing::warn!(%error, "the catalog on disk cannot be read; reading the repository instead");
-            catalog.clear()?;
-        }
-        Ok(catalog)
-    }
-
-    fn open_at(
-        path: PathBuf,
-        place: &Path,
-        mut options: Options,
-        identity: &ClusterIdentity,
-        temporary: Option<TempDir>,
-    ) -> Result<Self> {
-        options.create_if_missing(true);
-        options.create_missing_column_families(true);
-        let families = FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options()));
-        let db = DB::open_cf_descriptors(&options, place, families)
-            .map_err(|source| opening(&path, source))?;
-        let catalog = Self {
-            db,
-            path,
-            identity: identity.clone(),
-            damaged_objects: Vec::new(),
-            lost_histories: Vec::new(),
-            _temporary: temporary,
-        };
-        match catalog.get(META, IDENTITY)? {
-            None => {
-                let json = catalog.json(META, identity)?;
-                catalog.put(META, IDENTITY, &json)?;
-            }
-            Some(json) => {
-                let found: ClusterIdentity = catalog.parse(META, &json)?;
-                if found.system_identifier != identity.system_identifier
-                    || found.wal_segment_size != identity.wal_segment_size
-                {
-                    let expected = format!("system identifier {}", identity.system_identifier);
-                    let found = format!("system identifier {}", found.system_identifier);
-                    return Err(Error::CatalogMismatch {
-                        path: catalog.path,
-                        expected,
-                        found,
-                    });
-                }
-            }
-        }
-        Ok(catalog)
-    }
-
-    /// A catalog for reading, true to the repository as it is now. The one in `directory` is used
-    /// when it can be; a running archiver's is copied; without one, or with a damaged one,
-    /// everything is read from the repository.
-    ///
-    /// # Errors
-    /// [`Error::Config`] when the repository holds nothing of the cluster, [`Error::Store`] when it
-    /// cannot be read.
-    pub fn open_for_restore(directory: Option<&Path>, repository: &Repository) -> Result<Self> {
-        let Some(identity) = repository.identity_to_restore()? else {
-            return Err(Error::config(format!(
-                "{} holds nothing of cluster {}; check --repository and --cluster",
-                repository.url(),
-                repository.cluster()
-            )));
-        };
-        let temporary = tempfile::Builder::new()
-            .prefix("tidemark-catalog-")
-            .tempdir()
-            .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
-        let path = temporary.path().join("catalog");
-        let place = path.clone();
-        let mut catalog = Self::open_at(path, &place, options(), &identity, Some(temporary))?;
-        if let Some(directory) = directory.filter(|directory| directory.join("CURRENT").is_file())
-            && let Err(error) = catalog.copy_from(directory)
-        {
-            tracing::warn!(%error, "the catalog can not be used; reading the repository instead");
-            catalog.clear()?;
-        }
-        let report = catalog.refresh(repository)?;
-        catalog.damaged_objects = report.damaged;
-        for lost in &report.lost_histories {
-            let key = lost.key(identity.system_identifier).to_string();
-            catalog.damaged_objects.push((key, lost.to_string()));
-        }
-        catalog.lost_histories = report.lost_histories;
-        Ok(catalog)
-    }
-
-    /// The catalog of a running archiver, for looking things up: as it is now, and without its lock.
-    ///
-    /// # Errors
-    /// [`Error::Catalog`] when there is none, [`Error::CatalogMismatch`] for another cluster's.
-    pub fn open_read_only(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
-        let db = DB::open_cf_for_read_only(&options(), directory, FAMILIES, false)
-            .map_err(|source| opening(directory, source))?;
-        let catalog = Self {
-            db,
-            path: directory.to_owned(),
-            identity: identity.clone(),
-            damaged_objects: Vec::new(),
-            lost_histories: Vec::new(),
-            _temporary: None,
-        };
-        let found = catalog.get(META, IDENTITY)?;
-        let found = found.map(|json| catalog.parse::<ClusterIdentity>(META, &json));
-        match found.transpose()? {
-            Some(found) if found.system_identifier == identity.system_identifier => Ok(catalog),
-            found => Err(Error::CatalogMismatch {
-                path: catalog.path,
-                expected: identity.system_identifier.to_string(),
-                found: found.map_or_else(String::new, |one| one.system_identifier.to_string()),
-            }),
-        }
-    }
-
-    /// Copies another catalog, which may be in use, into this empty one.
-    fn copy_from(&self, directory: &Path) -> Result<()> {
-        let failed = |source| opening(directory, source);
-        let other =
-            DB::open_cf_for_read_only(&options(), directory, FAMILIES, false).map_err(failed)?;
-        for name in FAMILIES {
-            let Some(family) = other.cf_handle(name) else {
-                continue;
-            };
-            for entry in other.iterator_cf(family, IteratorMode::Start) {
-                let (key, value) = entry.map_err(failed)?;
-                if name == META {
-                    let found: ClusterIdentity = self.parse(META, &value)?;
-                    if found.system_identifier != self.identity.system_identifier {
-                        return Err(Error::CatalogMismatch {
-                            path: directory.to_owned(),
-                            expected: self.identity.system_identifier.to_string(),
-                            found: found.system_identifier.to_string(),
-                        });
-                    }
-                }
-                self.put(name, &key, &value)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn clear(&self) -> Result<()> {
-        for name in FAMILIES.into_iter().filter(|name| *name != META) {
-            for (key, _) in self.all(name)? {
-                self.db
-                    .delete_cf(self.family(name), key)
-                    .map_err(|e| self.failed(e))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Objects that could not be understood when it was [opened for a restore](Self::open_for_restore), with the
-    /// reason. They count as missing; one that an older catalog knows already was not read again.
+    /// Objects that could not be understood when it was [opened for a
+    /// restore](Self::open_for_restore), with the reason. They count as missing; one that an older
+    /// catalog knows already was not read again.
     #[must_use]
     pub fn damaged_objects(&self) -> &[(String, String)] {
         &self.damaged_objects
     }
 
-    /// Timelines of which something is archived and whose history file was lost when the catalog was
-    /// [opened for a restore](Self::open_for_restore).
+    /// Timelines of which something is archived and whose history file was lost when the catalog
+    /// was [opened for a restore](Self::open_for_restore).
     #[must_use]
     pub fn lost_histories(&self) -> &[LostHistory] {
         &self.lost_histories
@@ -411,8 +225,9 @@ impl Catalog {
         Ok(branches)
     }
 
-    /// The ranges of `branch` that reach into `[from, to)`, in order: sealed segments, and tails only where there is no
-    /// sealed one. Tails of two archivers may overlap; none lies wholly inside of what comes before it.
+    /// The ranges of `branch` that reach into `[from, to)`, in order: sealed segments, and tails
+    /// only where there is no sealed one. Tails of two archivers may overlap; none lies wholly
+    /// inside of what comes before it.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -451,7 +266,8 @@ impl Catalog {
         Ok(chosen)
     }
 
-    /// The end of the WAL that is held without a gap from `from` on; `from` itself where nothing is.
+    /// The end of the WAL that is held without a gap from `from` on; `from` itself where nothing
+    /// is.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -615,7 +431,8 @@ impl WalIndex for Catalog {
     }
 }
 
-/// Of the tails of one segment: those that carry the coverage forward, the longest first where several begin in it.
+/// Of the tails of one segment: those that carry the coverage forward, the longest first where
+/// several begin in it.
 fn choose_tails(chosen: &mut Vec<WalRange>, mut tails: Vec<WalRange>) {
     tails.sort_by_key(|tail| (tail.start_lsn, std::cmp::Reverse(tail.end_lsn)));
     let mut end = Lsn::ZERO;
@@ -625,40 +442,6 @@ fn choose_tails(chosen: &mut Vec<WalRange>, mut tails: Vec<WalRange>) {
             chosen.push(tail);
         }
     }
-}
-
-fn opening(path: &Path, source: rocksdb::Error) -> Error {
-    let path = path.to_owned();
-    let text = source.to_string();
-    if text.contains("lock file") || text.contains("While lock") || text.contains("lock hold") {
-        return Error::CatalogLocked { path };
-    }
-    Error::Catalog {
-        path,
-        source: source.into(),
-    }
-}
-
-fn options() -> Options {
-    let mut options = Options::default();
-    options.set_max_open_files(256);
-    options.set_keep_log_file_num(2);
-    options.set_db_write_buffer_size(WRITE_BUFFER_BYTES);
-    options.set_max_background_jobs(2);
-    options
-}
-
-fn family_options() -> Options {
-    static CACHE: OnceLock<Cache> = OnceLock::new();
-    let cache = CACHE.get_or_init(|| Cache::new_lru_cache(BLOCK_CACHE_BYTES));
-    let mut blocks = BlockBasedOptions::default();
-    blocks.set_block_cache(cache);
-    blocks.set_cache_index_and_filter_blocks(true);
-    let mut options = Options::default();
-    options.set_block_based_table_factory(&blocks);
-    options.set_write_buffer_size(WRITE_BUFFER_BYTES / 2);
-    options.set_compression_type(rocksdb::DBCompressionType::Zstd);
-    options
 }
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
-//! What was decided is carried out whatever cuts it off: a store that fails at each deletion in turn, one that lets nothing
-//! go, two that decide at once, and readers meanwhile.
+//! What was decided is carried out whatever cuts it off: a store that fails at each deletion in
+//! turn, one that lets nothing go, two that decide at once, and readers meanwhile.
 
 use std::{
+    collections::BTreeMap,
     ops::{ControlFlow, Range},
+    path::Path,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -402,4 +404,41 @@ fn of_two_that_decide_at_once_neither_acts() {
         reader.iter().any(|(name, whole)| name == "0003" && *whole),
         "{reader:?}"
     );
+}
+
+/// The requests of `open` by kind, in the words of an observed store.
+fn requests(repository: &Repository, directory: Option<&Path>) -> BTreeMap<&'static str, usize> {
+    let counts = Arc::new(Mutex::new(BTreeMap::new()));
+    let counted = Arc::clone(&counts);
+    let observed = repository.clone().observed(Arc::new(move |op, _, _| {
+        *counted.lock().expect("a lock").entry(op).or_default() += 1;
+    }));
+    let catalog = Catalog::open_for_restore(directory, &observed).expect("a catalog");
+    let backups = catalog.backups().expect("backups");
+    let held = catalog.contiguous_end(Branch::FIRST, Lsn(12 << 20));
+    assert_eq!((backups.len(), held.expect("an end")), (3, Lsn(17 << 20)));
+    drop(observed);
+    let counts = counts.lock().expect("a lock");
+    counts.clone()
+}
+
+#[test]
+fn a_restore_uses_the_catalog_of_an_archive_of_which_something_expired() {
+    let scene = Scene::new();
+    assert!(scene.mark(0x10));
+    scene.sweep(0x11).expect("a sweep");
+    let directory = tempfile::tempdir().expect("a directory");
+    let catalog = Catalog::open(directory.path(), &scene.identity).expect("a catalog");
+    catalog.refresh(&scene.repository).expect("it refreshes");
+    assert!(!catalog.expired().expect("it is known").is_empty());
+    // The archiver that owns it may run.
+    let with = requests(&scene.repository, Some(directory.path()));
+    drop(catalog);
+    let without = requests(&scene.repository, None);
+    // Nine segments and three backups are left.
+    let read = |counts: &BTreeMap<&'static str, usize>| {
+        let of = |op| counts.get(op).copied().unwrap_or_default();
+        of("get") + of("get_range")
+    };
+    assert_eq!(read(&without) - read(&with), 9 + 3, "{with:?} {without:?}");
 }

@@ -1,0 +1,255 @@
+//! Opens a catalog: the archiver's own, one in memory, or a copy for a restore.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use repository::{ClusterIdentity, Error, ExpiredSet, Repository, Result, durable};
+use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Env, IteratorMode, Options};
+use tempfile::TempDir;
+
+use super::{Catalog, EXPIRED, FAMILIES, IDENTITY, META};
+
+/// Bytes of blocks read that RocksDB may keep, for all catalogs of the process together.
+pub(super) const BLOCK_CACHE_BYTES: usize = 16 << 20;
+/// What RocksDB collects of writes before it makes a file, for all families together.
+pub(super) const WRITE_BUFFER_BYTES: usize = 8 << 20;
+
+impl Catalog {
+    /// Opens or creates the catalog in `directory`; no other process can while it is open.
+    ///
+    /// # Errors
+    /// [`Error::CatalogLocked`], [`Error::CatalogMismatch`] for another cluster's,
+    /// [`Error::Catalog`] for a damaged one.
+    pub fn open(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
+        durable::create_dir_all(directory).map_err(|error| Error::Catalog {
+            path: directory.to_owned(),
+            source: error.into(),
+        })?;
+        let path = directory.to_owned();
+        Self::open_at(path.clone(), &path, options(), identity, None)
+    }
+
+    /// A catalog that lives in memory, for a disk that takes nothing: with what can be read of the
+    /// one in `directory`, and up to date after the next refresh.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`].
+    pub fn open_in_memory(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
+        let memory = Env::mem_env().map_err(|source| opening(directory, source))?;
+        let mut options = options();
+        options.set_env(&memory);
+        // A place in that memory; nothing is read or written below the directory of this name.
+        let place = std::env::temp_dir();
+        let catalog = Self::open_at(directory.to_owned(), &place, options, identity, None)?;
+        if directory.join("CURRENT").is_file()
+            && let Err(error) = catalog.copy_from(directory)
+        {
+            tracing::warn!(%error, "the catalog on disk cannot be read; reading the repository instead");
+            catalog.clear()?;
+        }
+        Ok(catalog)
+    }
+
+    fn open_at(
+        path: PathBuf,
+        place: &Path,
+        mut options: Options,
+        identity: &ClusterIdentity,
+        temporary: Option<TempDir>,
+    ) -> Result<Self> {
+        options.create_if_missing(true);
+        options.create_missing_column_families(true);
+        let families = FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options()));
+        let db = DB::open_cf_descriptors(&options, place, families)
+            .map_err(|source| opening(&path, source))?;
+        let catalog = Self {
+            db,
+            path,
+            identity: identity.clone(),
+            damaged_objects: Vec::new(),
+            lost_histories: Vec::new(),
+            _temporary: temporary,
+        };
+        match catalog.get(META, IDENTITY)? {
+            None => {
+                let json = catalog.json(META, identity)?;
+                catalog.put(META, IDENTITY, &json)?;
+            }
+            Some(json) => {
+                let found: ClusterIdentity = catalog.parse(META, &json)?;
+                if found.system_identifier != identity.system_identifier
+                    || found.wal_segment_size != identity.wal_segment_size
+                {
+                    let expected = format!("system identifier {}", identity.system_identifier);
+                    let found = format!("system identifier {}", found.system_identifier);
+                    return Err(Error::CatalogMismatch {
+                        path: catalog.path,
+                        expected,
+                        found,
+                    });
+                }
+            }
+        }
+        Ok(catalog)
+    }
+
+    /// A catalog for reading, true to the repository as it is now. The one in `directory` is used
+    /// when it can be; a running archiver's is copied; without one, or with a damaged one,
+    /// everything is read from the repository.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the repository holds nothing of the cluster, [`Error::Store`] when it
+    /// cannot be read.
+    pub fn open_for_restore(directory: Option<&Path>, repository: &Repository) -> Result<Self> {
+        let Some(identity) = repository.identity_to_restore()? else {
+            return Err(Error::config(format!(
+                "{} holds nothing of cluster {}; check --repository and --cluster",
+                repository.url(),
+                repository.cluster()
+            )));
+        };
+        let temporary = tempfile::Builder::new()
+            .prefix("tidemark-catalog-")
+            .tempdir()
+            .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
+        let path = temporary.path().join("catalog");
+        let place = path.clone();
+        let mut catalog = Self::open_at(path, &place, options(), &identity, Some(temporary))?;
+        if let Some(directory) = directory.filter(|directory| directory.join("CURRENT").is_file())
+            && let Err(error) = catalog.copy_from(directory)
+        {
+            // Programs that report damaged objects themselves silence this crate, but not this.
+            tracing::warn!(
+                target: "catalog_unusable", event = "catalog_unusable", %error,
+                "the catalog cannot be used; reading the repository instead"
+            );
+            catalog.clear()?;
+        }
+        let report = catalog.refresh(repository)?;
+        catalog.damaged_objects = report.damaged;
+        for lost in &report.lost_histories {
+            let key = lost.key(identity.system_identifier).to_string();
+            catalog.damaged_objects.push((key, lost.to_string()));
+        }
+        catalog.lost_histories = report.lost_histories;
+        Ok(catalog)
+    }
+
+    /// The catalog of a running archiver, for looking things up: as it is now, and without its
+    /// lock.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`] when there is none, [`Error::CatalogMismatch`] for another cluster's.
+    pub fn open_read_only(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
+        let db = DB::open_cf_for_read_only(&options(), directory, FAMILIES, false)
+            .map_err(|source| opening(directory, source))?;
+        let catalog = Self {
+            db,
+            path: directory.to_owned(),
+            identity: identity.clone(),
+            damaged_objects: Vec::new(),
+            lost_histories: Vec::new(),
+            _temporary: None,
+        };
+        let found = catalog.get(META, IDENTITY)?;
+        let found = found.map(|json| catalog.parse::<ClusterIdentity>(META, &json));
+        match found.transpose()? {
+            Some(found) if found.system_identifier == identity.system_identifier => Ok(catalog),
+            found => Err(Error::CatalogMismatch {
+                path: catalog.path,
+                expected: identity.system_identifier.to_string(),
+                found: found.map_or_else(String::new, |one| one.system_identifier.to_string()),
+            }),
+        }
+    }
+
+    /// Copies another catalog, which may be in use, into this empty one.
+    fn copy_from(&self, directory: &Path) -> Result<()> {
+        let failed = |source| opening(directory, source);
+        let other =
+            DB::open_cf_for_read_only(&options(), directory, FAMILIES, false).map_err(failed)?;
+        for name in FAMILIES {
+            let Some(family) = other.cf_handle(name) else {
+                continue;
+            };
+            for entry in other.iterator_cf(family, IteratorMode::Start) {
+                let (key, value) = entry.map_err(failed)?;
+                if name == META {
+                    self.check_meta(&key, &value, directory)?;
+                }
+                self.put(name, &key, &value)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses an entry of `meta` of the catalog in `directory`, if it cannot be used here.
+    fn check_meta(&self, key: &[u8], value: &[u8], directory: &Path) -> Result<()> {
+        match key {
+            IDENTITY => {
+                let found: ClusterIdentity = self.parse(META, value)?;
+                if found.system_identifier != self.identity.system_identifier {
+                    return Err(Error::CatalogMismatch {
+                        path: directory.to_owned(),
+                        expected: self.identity.system_identifier.to_string(),
+                        found: found.system_identifier.to_string(),
+                    });
+                }
+                Ok(())
+            }
+            EXPIRED => self.parse::<ExpiredSet>(META, value).map(drop),
+            _ => Err(self.damaged(META)),
+        }
+    }
+
+    /// Removes every entry except the identity.
+    fn clear(&self) -> Result<()> {
+        for name in FAMILIES {
+            for (key, _) in self.all(name)? {
+                if name == META && key == IDENTITY {
+                    continue;
+                }
+                self.db
+                    .delete_cf(self.family(name), key)
+                    .map_err(|e| self.failed(e))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn opening(path: &Path, source: rocksdb::Error) -> Error {
+    let path = path.to_owned();
+    let text = source.to_string();
+    if text.contains("lock file") || text.contains("While lock") || text.contains("lock hold") {
+        return Error::CatalogLocked { path };
+    }
+    Error::Catalog {
+        path,
+        source: source.into(),
+    }
+}
+
+fn options() -> Options {
+    let mut options = Options::default();
+    options.set_max_open_files(256);
+    options.set_keep_log_file_num(2);
+    options.set_db_write_buffer_size(WRITE_BUFFER_BYTES);
+    options.set_max_background_jobs(2);
+    options
+}
+
+fn family_options() -> Options {
+    static CACHE: OnceLock<Cache> = OnceLock::new();
+    let cache = CACHE.get_or_init(|| Cache::new_lru_cache(BLOCK_CACHE_BYTES));
+    let mut blocks = BlockBasedOptions::default();
+    blocks.set_block_cache(cache);
+    blocks.set_cache_index_and_filter_blocks(true);
+    let mut options = Options::default();
+    options.set_block_based_table_factory(&blocks);
+    options.set_write_buffer_size(WRITE_BUFFER_BYTES / 2);
+    options.set_compression_type(rocksdb::DBCompressionType::Zstd);
+    options
+}
