@@ -461,7 +461,7 @@ impl Repository {
     /// [`Error::NotFound`] when proved absent, [`Error::Store`].
     pub fn get(&self, key: &ObjectKey) -> Result<Bytes> {
         if self.mirror.is_none() {
-            return self.store.get(&self.path(key));
+            return self.in_cluster(self.store.get(&self.path(key)));
         }
         self.get_sound(key, &|body| is_sound(key, body))
     }
@@ -484,7 +484,7 @@ impl Repository {
     /// # Errors
     /// As [`Repository::get`].
     pub fn get_sound(&self, key: &ObjectKey, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
-        self.store.get_sound(&self.path(key), sound)
+        self.in_cluster(self.store.get_sound(&self.path(key), sound))
     }
 
     /// A part of an object.
@@ -492,7 +492,20 @@ impl Repository {
     /// # Errors
     /// As [`Repository::get`].
     pub fn get_range(&self, key: &ObjectKey, range: Range<u64>) -> Result<Bytes> {
-        self.store.get_range(&self.path(key), range)
+        self.in_cluster(self.store.get_range(&self.path(key), range))
+    }
+
+    /// Gives a damaged object its name in the cluster, which [`ObjectKey`] parses: a store that finds
+    /// the damage itself knows the name in the store only.
+    fn in_cluster<T>(&self, outcome: Result<T>) -> Result<T> {
+        outcome.map_err(|error| match error {
+            Error::Damaged { key, url, problem } => {
+                let root = format!("{}/", self.cluster);
+                let key = key.strip_prefix(&root).map_or(key.clone(), str::to_owned);
+                Error::Damaged { key, url, problem }
+            }
+            error => error,
+        })
     }
 
     /// What is there, or `None` when proved absent.
