@@ -22,4 +22,24 @@ impl ExitKind {
     pub fn code(self) -> u8 {
         self as u8
     }
+
+    /// The name in JSON.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Failed => "failed",
+            Self::Usage => "usage",
+            Self::TargetNotReachable => "target_not_reachable",
+            Self::Integrity => "integrity",
+            Self::Unreachable => "unreachable",
+        }
+    }
+
+    /// The document that a command with `--json` prints instead of its answer.
+    #[must_use]
+    pub fn document(self, message: &str) -> serde_json::Value {
+        serde_json::json!({
+            "error": { "code": self.code(), "kind": self.name(), "message": message }
+        })
+    }
 }

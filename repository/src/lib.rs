@@ -6,6 +6,7 @@
 
 pub mod config;
 pub mod crash_points;
+mod damaged_backups;
 pub mod durable;
 pub mod encryption;
 mod epochs;
@@ -26,6 +27,7 @@ mod timeline_path;
 mod wal_range;
 
 pub use crash_points::CrashPoint;
+pub use damaged_backups::{Damage, DamagedBackups, damaged_backups};
 pub use epochs::{Epoch, EpochCopy, Epochs};
 pub use error::{Error, Result, is_out_of_descriptors};
 pub use exit::ExitKind;

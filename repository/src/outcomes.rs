@@ -1,5 +1,5 @@
-//! How drills, backups and verifications ended: the small objects that any host may leave in the repository and that the
-//! archiver's dashboard reads.
+//! The results of drills, backups and verifications: small objects that any host may store in the
+//! repository. The archiver's dashboard, retention and a restore's plan read them.
 
 use std::collections::BTreeMap;
 
@@ -7,8 +7,10 @@ use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, SystemIdentifier};
 
 use crate::{Error, Repository, Result};
 
-/// How many outcomes of a kind are kept in memory: a trend of months, bounded.
+/// The number of outcomes of a kind that are kept in memory: a trend of months, bounded.
 pub const OUTCOMES_MAX: usize = 100;
+/// The number of outcomes that a search for the newest of a kind reads.
+const NEWEST_MAX: usize = 10;
 
 impl Repository {
     /// Records how something ended.
@@ -25,8 +27,32 @@ impl Repository {
         self.put(&key, &json).map(|_| ())
     }
 
-    /// Adds to `known` what is new, and forgets all but the newest of each kind. One that does not parse is skipped with a
-    /// warning: a newer version may have written it.
+    /// Returns the newest outcome of a kind that is `wanted`, if it is among the last few. One that
+    /// does not parse is skipped with a warning: a newer version may have written it.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn newest_outcome(
+        &self,
+        system: SystemIdentifier,
+        kind: OutcomeKind,
+        wanted: impl Fn(&Outcome) -> bool,
+    ) -> Result<Option<Outcome>> {
+        let listed = self.list(&format!("{system}/outcome/{kind}/"))?;
+        for (key, _) in listed.iter().rev().take(NEWEST_MAX) {
+            match serde_json::from_slice::<Outcome>(&self.get(key)?) {
+                Ok(outcome) if wanted(&outcome) => return Ok(Some(outcome)),
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(event = "outcome_unreadable", %key, %error, "an outcome is skipped");
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Adds to `known` what is new, and forgets all but the newest of each kind. One that does not
+    /// parse is skipped with a warning: a newer version may have written it.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf};
 
-use repository::ExitKind;
+use repository::{Damage, ExitKind};
 use wal_format::Lsn;
 
 use crate::plan::PlanError;
@@ -136,6 +136,22 @@ impl Error {
     pub(crate) fn usage(message: impl Into<String>) -> Self {
         Self::Usage {
             message: message.into(),
+        }
+    }
+
+    /// The damage that it reports; any other error is passed on.
+    pub(crate) fn into_damage(self) -> Result<Damage> {
+        match self {
+            Self::Damaged { object, problem } => Ok(Damage { object, problem }),
+            Self::Repository(repository::Error::Damaged { key, problem, .. }) => Ok(Damage {
+                object: key,
+                problem,
+            }),
+            Self::Repository(repository::Error::NotFound { key, url }) => Ok(Damage {
+                object: key,
+                problem: format!("it is not in {url}"),
+            }),
+            error => Err(error),
         }
     }
 

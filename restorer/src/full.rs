@@ -1,18 +1,16 @@
-//! `pitr-restore-full`, which `pitr-restore` becomes: parses the command line, runs it, turns the outcome into the contract's
-//! exit code.
+//! `pitr-restore-full`, which `pitr-restore` becomes: parses the command line, runs it, turns the
+//! outcome into the contract's exit code.
 //!
-//! Invariant: as `restore_command` it never ends with a code that PostgreSQL takes for the end of the archive, unless that
-//! is proved: neither when it is called wrongly, nor when it panics.
+//! Invariant: as `restore_command` it never ends with a code that PostgreSQL takes for the end of
+//! the archive, unless that is proved: neither when it is called wrongly, nor when it panics.
 
 use std::{io::IsTerminal, panic, process::ExitCode};
-
-use clap::Parser;
 
 /// PostgreSQL stops recovery where it can be resumed.
 const NO_ANSWER: u8 = 255;
 
 fn main() -> ExitCode {
-    // What the catalog finds damaged is said by the command that met it.
+    // The command that meets an object that the catalog finds damaged reports it.
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         // As restore_command it writes into PostgreSQL's log.
@@ -23,15 +21,7 @@ fn main() -> ExitCode {
         )
         .init();
     let fetching = std::env::args_os().any(|argument| argument == "wal-fetch");
-    let outcome = panic::catch_unwind(|| match restorer::cli::Cli::try_parse() {
-        Ok(cli) => restorer::cli::run(cli),
-        Err(error) => {
-            // Help and version are no failure.
-            let failed = error.use_stderr();
-            drop(error.print());
-            ExitCode::from(if failed { 2 } else { 0 })
-        }
-    });
+    let outcome = panic::catch_unwind(|| restorer::cli::run(std::env::args_os().collect()));
     let code = outcome.unwrap_or(ExitCode::from(101));
     let delivered_or_absent = [ExitCode::SUCCESS, ExitCode::from(1)].contains(&code);
     if fetching && !delivered_or_absent {

@@ -3,7 +3,7 @@
 
 use bytes::Bytes;
 use catalog::Catalog;
-use repository::{ClusterIdentity, LostHistory, Repository, WalRange};
+use repository::{ClusterIdentity, Damage, DamagedBackups, LostHistory, Repository, WalRange};
 use wal_format::{
     BackupId, BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
     TimelineHistory, WalIdentity, WalIndexer,
@@ -24,6 +24,8 @@ pub trait Inventory {
     /// # Errors
     /// Errors of reading them.
     fn backups(&self) -> Result<Vec<BackupInfo>>;
+    /// The backups that are known to be damaged; no plan chooses one.
+    fn damaged_backups(&self) -> &DamagedBackups;
     /// The timelines: history, and the history file's content.
     ///
     /// # Errors
@@ -75,9 +77,45 @@ pub struct Archive {
     pub repository: Repository,
     /// Their index.
     pub catalog: Catalog,
+    damaged_backups: DamagedBackups,
 }
 
 impl Archive {
+    /// Takes a repository and its index, and reads which backups are known to be damaged.
+    #[must_use]
+    pub fn new(repository: Repository, catalog: Catalog) -> Self {
+        let system = catalog.identity().system_identifier;
+        let mut damaged_backups = repository.damaged_backups(system).unwrap_or_else(|error| {
+            // Each part of a backup is checked again before it is used.
+            tracing::warn!(
+                event = "verdict_unreadable", %error,
+                "the result of the last verification cannot be read"
+            );
+            DamagedBackups::new()
+        });
+        for (object, problem) in catalog.damaged_objects() {
+            if let Ok(ObjectKey::BackupInfo(_, id)) = object.parse() {
+                let (object, problem) = (object.clone(), problem.clone());
+                damaged_backups.insert(id, Damage { object, problem });
+            }
+        }
+        Self {
+            repository,
+            catalog,
+            damaged_backups,
+        }
+    }
+
+    /// Excludes a backup from the plans that follow.
+    pub(crate) fn exclude_backup(&mut self, id: BackupId, damage: Damage) {
+        self.damaged_backups.insert(id, damage);
+    }
+
+    /// Lets plans choose a backup that the last verification found damaged.
+    pub(crate) fn trust_backup(&mut self, id: &BackupId) {
+        self.damaged_backups.remove(id);
+    }
+
     /// Replaces a refusal by [`Error::Damaged`] if its reason is an object that is archived and
     /// damaged.
     #[must_use]
@@ -183,6 +221,10 @@ impl Inventory for Archive {
 
     fn backups(&self) -> Result<Vec<BackupInfo>> {
         Ok(self.catalog.backups()?)
+    }
+
+    fn damaged_backups(&self) -> &DamagedBackups {
+        &self.damaged_backups
     }
 
     fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>> {

@@ -15,11 +15,13 @@ pub mod list;
 pub mod locate;
 pub mod look_ahead;
 pub mod plan;
+mod space;
 pub mod start;
 pub mod tablespaces;
 pub mod target;
 pub mod wal_fetch;
 
 pub use error::{Error, Result};
-pub use plan::{PlanError, RestorePlan, Stop, plan_restore};
+pub use plan::{NotChosen, PlanError, RestorePlan, Stop, plan_restore};
+pub use space::FileSystem;
 pub use target::RecoveryTarget;

@@ -110,8 +110,10 @@ pub struct ListedBackup {
     pub finished: PgTimestamp,
     /// Its length in the repository.
     pub stored_bytes: u64,
-    /// True if the WAL that makes it consistent is held.
+    /// True if the WAL that makes it consistent is held, and it is not known to be damaged.
     pub usable: bool,
+    /// The damage that is known, with its object.
+    pub damage: Option<String>,
 }
 
 /// A stretch of WAL without a gap.
@@ -236,7 +238,10 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         window.branch == branch && window.start_lsn <= from && window.end_lsn >= to
     };
     let default = timeline_path(inventory, &Wishes::default());
-    let restorable = restorable(inventory, &backups, default.as_deref().unwrap_or_default())?;
+    let damaged_backups = inventory.damaged_backups();
+    let is_whole = |backup: &&BackupInfo| !damaged_backups.contains_key(&backup.id);
+    let whole: Vec<BackupInfo> = backups.iter().filter(is_whole).cloned().collect();
+    let restorable = restorable(inventory, &whole, default.as_deref().unwrap_or_default())?;
     for window in &mut windows {
         let of = |one: &Restorable| {
             let touches = one.start_lsn < window.end_lsn && window.start_lsn < one.end_lsn;
@@ -249,9 +254,11 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
     let backups = backups
         .into_iter()
         .map(|one| ListedBackup {
-            usable: windows
-                .iter()
-                .any(|window| inside(window, one.branch, one.start_lsn, one.stop_lsn)),
+            usable: !damaged_backups.contains_key(&one.id)
+                && windows
+                    .iter()
+                    .any(|window| inside(window, one.branch, one.start_lsn, one.stop_lsn)),
+            damage: damaged_backups.get(&one.id).map(ToString::to_string),
             id: one.id,
             label: one.label,
             branch: one.branch,

@@ -311,7 +311,10 @@ impl Search<'_> {
     /// The range of LSNs that each usable backup reaches.
     fn reach(&self) -> Result<Vec<(Lsn, Lsn)>> {
         let mut reach = Vec::new();
-        for backup in self.archive.backups()? {
+        let mut backups = self.archive.backups()?;
+        let damaged = self.archive.damaged_backups();
+        backups.retain(|backup| !damaged.contains_key(&backup.id));
+        for backup in backups {
             let mut parts = self.path.iter();
             if parts.any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to) {
                 let coverage = cover(self.archive, &self.path, backup.start_lsn)?;

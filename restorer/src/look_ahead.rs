@@ -26,7 +26,7 @@ use crate::{
 
 /// The bound of complete and unfinished files. Sixteen segments of 16 MiB are more than PostgreSQL
 /// replays while several threads fetch one segment each from a distant store.
-const WINDOW_BYTES: u64 = 256 << 20;
+pub(crate) const WINDOW_BYTES: u64 = 256 << 20;
 /// The most fetches at once. More gain nothing, because the replay is one process.
 const THREADS_MAX: u64 = 4;
 /// With fewer segments than this begun or ready, PostgreSQL is about to wait for one. Then a thread

@@ -15,15 +15,19 @@ use serde::{Deserialize, Serialize};
 use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalChange};
 
 use crate::{
-    Error, Result, inventory::Inventory, tablespaces::ReplayedTablespace, target::RecoveryTarget,
+    Error, Result, inventory::Inventory, space::FileSystem, tablespaces::ReplayedTablespace,
+    target::RecoveryTarget,
 };
 
+mod choice;
 mod clock;
+pub(crate) mod estimate;
 mod in_doubt;
 mod lost;
 mod path;
 mod stop;
 
+pub use choice::NotChosen;
 pub use in_doubt::PreparedTransaction;
 
 pub(crate) use path::{Coverage, Index, cover};
@@ -32,10 +36,6 @@ use stop::{Found, find_stop};
 
 /// How many late commits a plan lists; all are counted.
 const LATE_COMMITS_LISTED: usize = 20;
-/// What extraction and replay are assumed to do on unknown hardware, in bytes per second, for the
-/// estimate only.
-const EXTRACT_BYTES_PER_SECOND: u64 = 100 << 20;
-const REPLAY_BYTES_PER_SECOND: u64 = 60 << 20;
 
 /// Where recovery stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,6 +72,9 @@ pub struct RestorePlan {
     pub backup: BackupId,
     /// Why this one.
     pub reason: String,
+    /// Newer backups that would have been chosen, and cannot be used.
+    #[serde(default)]
+    pub not_chosen: Vec<NotChosen>,
     /// The timelines that are replayed, oldest first. The last one holds the stop: it is
     /// `recovery_target_timeline`.
     pub path: Vec<PathPart>,
@@ -108,8 +111,23 @@ pub struct RestorePlan {
     pub backup_bytes: u64,
     /// Length of the WAL objects that are read.
     pub wal_bytes: u64,
-    /// How long it may take, in seconds, at assumed rates.
+    /// Length of both: the bytes to fetch.
+    #[serde(default)]
+    pub fetch_bytes: u64,
+    /// Length of the unpacked backup.
+    #[serde(default)]
+    pub unpacked_bytes: u64,
+    /// Length of the WAL that is replayed.
+    #[serde(default)]
+    pub replayed_bytes: u64,
+    /// The file systems that the restore writes to; none while no target directory is named.
+    #[serde(default)]
+    pub file_systems: Vec<FileSystem>,
+    /// How long it may take, in seconds.
     pub estimated_seconds: u64,
+    /// The rates of the estimate, and where they come from.
+    #[serde(default)]
+    pub estimate_basis: String,
 }
 
 /// Why a target cannot be reached.
@@ -198,6 +216,15 @@ pub enum PlanError {
         stop_lsn: Lsn,
         /// The timelines on the way.
         path: String,
+    },
+    /// A file system has not the space that the restore needs.
+    #[error(
+        "too little space: {shortages}; free some, give another directory with --target-dir or --tablespace-mapping, or restore \
+         anyway with --force"
+    )]
+    NoSpace {
+        /// The directories on each such file system, with what is needed and what is free.
+        shortages: String,
     },
     /// There is no WAL.
     #[error("no WAL is archived; is `wal-archiver run` running, and is this its --cluster?")]
@@ -311,6 +338,7 @@ pub fn plan_restore(
 ) -> Result<RestorePlan> {
     let path = timeline_path(inventory, wishes)?;
     let mut backups = inventory.backups()?;
+    let mut choice = choice::Choice::of(inventory, &backups);
     if let Some(id) = &wishes.backup {
         backups.retain(|backup| backup.id == *id);
         if backups.is_empty() {
@@ -350,6 +378,13 @@ pub fn plan_restore(
                 from: coverage.end_lsn,
                 last: None,
             };
+            choice.pass_over(
+                backup,
+                format!(
+                    "WAL is missing from {} on timeline {}, before it is consistent",
+                    coverage.end_lsn, coverage.gap_branch
+                ),
+            );
             refusal.get_or_insert(Error::from(gap));
             continue;
         }
@@ -383,14 +418,22 @@ pub fn plan_restore(
                 clock::unambiguous(inventory, &path, older, target, backup, &found)?;
             }
         }
-        let reason = if index + 1 == backups.len() {
-            "the newest backup".to_owned()
-        } else {
-            "the newest backup that ends before the stop".to_owned()
+        if let Some(damage) = inventory.damaged_backups().get(&backup.id) {
+            choice.pass_over_damaged(backup, damage.clone());
+            continue;
+        }
+        let in_doubt = match in_doubt::in_doubt(inventory, &coverage, backup, found.stop) {
+            Err(error) => {
+                // Its manifest is read for this.
+                choice.pass_over_damaged(backup, error.into_damage()?);
+                continue;
+            }
+            Ok(in_doubt) => in_doubt,
         };
-        let in_doubt = in_doubt::in_doubt(inventory, &coverage, backup, found.stop)?;
-        return Ok(make(backup, reason, path, &coverage, found, in_doubt));
+        choice.choose(backup, &path, wishes);
+        return Ok(make(backup, choice, path, &coverage, found, in_doubt));
     }
+    choice.refuse_damaged(wishes, refusal.as_ref())?;
     let earliest = PlanError::TooEarly {
         earliest: oldest.id,
         stop_lsn: oldest.stop_lsn,
@@ -401,7 +444,7 @@ pub fn plan_restore(
 
 fn make(
     backup: &BackupInfo,
-    reason: String,
+    choice: choice::Choice,
     path: Vec<PathPart>,
     coverage: &Coverage,
     found: Found,
@@ -428,19 +471,20 @@ fn make(
     let copies = copies
         .into_iter()
         .filter(|range| own_end < Some(until) && later.iter().any(|part| is_of(range, part)));
-    let (mut wal_bytes, mut raw_bytes, mut wal_end_lsn) = (0u64, 0u64, coverage.start_lsn);
+    let (mut wal_bytes, mut replayed_bytes, mut wal_end_lsn) = (0u64, 0u64, coverage.start_lsn);
     for range in own.iter().copied().chain(copies) {
         wal_bytes = wal_bytes.saturating_add(range.stored_bytes);
-        raw_bytes = raw_bytes.saturating_add(range.end_lsn.bytes_since(range.start_lsn));
+        replayed_bytes = replayed_bytes.saturating_add(range.end_lsn.bytes_since(range.start_lsn));
         wal_end_lsn = wal_end_lsn.max(range.end_lsn.min(end_lsn));
     }
     // The stop record itself may continue in later ranges.
     if matches!(found.stop, Stop::After { .. } | Stop::Before { .. }) {
         wal_end_lsn = coverage.end_lsn.min(end_lsn);
     }
-    RestorePlan {
+    let mut plan = RestorePlan {
         backup: backup.id.clone(),
-        reason,
+        reason: choice.reason,
+        not_chosen: choice.not_chosen,
         path,
         later,
         start_lsn: backup.start_lsn,
@@ -455,10 +499,15 @@ fn make(
         wal_end_lsn,
         backup_bytes: backup.stored_bytes,
         wal_bytes,
-        estimated_seconds: (backup.raw_bytes / EXTRACT_BYTES_PER_SECOND)
-            .saturating_add(raw_bytes / REPLAY_BYTES_PER_SECOND)
-            .saturating_add(1),
-    }
+        fetch_bytes: backup.stored_bytes.saturating_add(wal_bytes),
+        unpacked_bytes: backup.raw_bytes,
+        replayed_bytes,
+        file_systems: Vec::new(),
+        estimated_seconds: 0,
+        estimate_basis: String::new(),
+    };
+    estimate::assume(&mut plan);
+    plan
 }
 
 #[cfg(test)]

@@ -76,7 +76,11 @@ impl Archived {
 
     /// Archives a server that runs already.
     pub(crate) fn of(cluster: Cluster) -> Self {
-        let place = Place::new().expect("a place");
+        Self::at(cluster, Place::new().expect("a place"))
+    }
+
+    /// Archives a server that runs already, in this place.
+    pub(crate) fn at(cluster: Cluster, place: Place) -> Self {
         let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("an archiver");
         Self {
             cluster,

@@ -65,6 +65,8 @@ pub(super) struct Look<'a> {
     pub(super) index: &'a Ranges<'a>,
     pub(super) timelines: &'a [KnownTimeline<bytes::Bytes>],
     pub(super) backups: &'a [BackupInfo],
+    /// Those that the last verification did not find damaged.
+    pub(super) whole: &'a [BackupInfo],
     pub(super) expired: &'a ExpiredSet,
     /// The first missing byte of the gap that the look before found.
     pub(super) missing_before: Option<(Branch, Lsn)>,
@@ -99,7 +101,12 @@ impl Look<'_> {
 
     fn along(&self, path: &[PathPart]) -> Result<Restorable> {
         let size = self.index.archive.identity().segment_size.bytes();
-        Restorable::along(self.index, path, self.backups, size)
+        let mut found = Restorable::along(self.index, path, self.whole, size)?;
+        if self.whole.is_empty() && !self.backups.is_empty() {
+            // There are backups, and each is damaged.
+            found.refusal = Some(Refusal::NoBackupOnPath);
+        }
+        Ok(found)
     }
 
     /// Why no base backup leads to the server's present.

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use repository::{ExpiredSet, WalRange};
+use repository::{ExpiredSet, WalRange, damaged_backups};
 use wal_format::{
     BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
 };
@@ -101,10 +101,17 @@ impl Marks {
         }
         details.failover_losses = archive.losses().all();
         details.marks = self.marks.values().cloned().collect();
+        let verdict = details.newest(OutcomeKind::Verify);
+        let places = archive.repository().place_urls();
+        let damaged = verdict.map(|verdict| damaged_backups(verdict, &places));
+        let damaged = damaged.unwrap_or_default();
+        let is_whole = |backup: &&BackupInfo| !damaged.contains_key(&backup.id);
+        let whole: Vec<BackupInfo> = backups.iter().filter(is_whole).cloned().collect();
         let look = Look {
             index: &index,
             timelines: &timelines,
             backups,
+            whole: &whole,
             expired: &expired,
             missing_before: self.missing,
         };

@@ -1,4 +1,5 @@
-//! [`RepositoryUrl`]: where a repository is, as typed; [`RepositoryPlace`]: with all that reaching it takes.
+//! [`RepositoryUrl`]: where a repository is, as typed; [`RepositoryPlace`]: with all that reaching
+//! it takes.
 //!
 //! A URL alone names a folder completely; a bucket needs an endpoint and somebody who signs.
 
@@ -6,7 +7,7 @@ use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
 use jiff::Timestamp;
 
-use super::{Required, S3Settings};
+use super::{Required, S3Credentials, S3Settings};
 use crate::{
     Error, Result,
     encryption::KeySource,
@@ -114,7 +115,8 @@ pub struct RepositoryPlace {
     pub s3: S3Settings,
     /// Where the keys come from, when its objects are encrypted.
     pub encryption: Option<KeySource>,
-    /// Further repositories that hold the same objects, in the order in which they are asked. Theirs is empty.
+    /// Further repositories that hold the same objects, in the order in which they are asked.
+    /// Theirs is empty.
     pub others: Vec<Self>,
     /// Which of them have to hold an object before it counts as stored.
     pub required: Required,
@@ -138,6 +140,28 @@ impl RepositoryPlace {
         };
         std::iter::once(first)
             .chain(self.others.iter().cloned())
+            .collect()
+    }
+
+    /// The lines of the configuration that name a file by a relative path. A program that runs in
+    /// another directory, as `restore_command` does, does not find such a file.
+    #[must_use]
+    pub fn relative_files(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for place in std::iter::once(self).chain(&self.others) {
+            if let Some(KeySource::File(path)) = &place.encryption {
+                lines.push(("encryption_key_file", path));
+            }
+            if place.url.folder().is_none() {
+                lines.extend(place.s3.ca_file.iter().map(|path| ("s3_ca_file", path)));
+                if let S3Credentials::File(path) = &place.s3.credentials {
+                    lines.push(("s3_credentials_file", path));
+                }
+            }
+        }
+        let relative = lines.into_iter().filter(|(_, path)| path.is_relative());
+        relative
+            .map(|(key, path)| format!("{key} = \"{}\"", path.display()))
             .collect()
     }
 

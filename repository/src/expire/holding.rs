@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use wal_format::{
-    BackupId, BackupInfo, Branch, Lsn, ObjectKey, Outcome, OutcomeKind, PgTimestamp, SegmentSize,
+    BackupId, BackupInfo, Branch, Lsn, ObjectKey, OutcomeKind, PgTimestamp, SegmentSize,
 };
 
 use super::{ExpiredSet, Intervals, reach};
@@ -342,15 +342,8 @@ fn incomplete(info: &BackupInfo, parts: &BTreeMap<ObjectKey, u64>) -> Option<Str
 
 /// Returns the objects that the last verification found damaged, in its words.
 fn suspects(place: &Repository, identity: &ClusterIdentity) -> Result<Vec<String>> {
-    let prefix = format!(
-        "{}/outcome/{}/",
-        identity.system_identifier,
-        OutcomeKind::Verify
-    );
-    let Some((key, _)) = place.list(&prefix)?.pop() else {
-        return Ok(Vec::new());
-    };
-    let outcome = serde_json::from_slice::<Outcome>(&place.get(&key)?);
+    let system = identity.system_identifier;
+    let outcome = place.newest_outcome(system, OutcomeKind::Verify, |_| true)?;
     let mut damaged = outcome.map(|outcome| outcome.damaged).unwrap_or_default();
     // With several repositories the outcome names all of them, each with its address.
     let here = place.url();

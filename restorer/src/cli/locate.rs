@@ -34,7 +34,7 @@ pub(super) struct LocateArgs {
     time_zone: Option<String>,
     /// One JSON document.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 impl LocateArgs {

@@ -5,6 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use repository::encryption::KeySource;
+
 use super::output;
 use crate::{
     RestorePlan, Result,
@@ -85,6 +87,13 @@ impl Outcome<'_> {
                 None => "pg_ctl".to_owned(),
             };
             output::line(&format!("start it with {pg_ctl} -D {directory} start"));
+            for place in self.recovery.repository.each() {
+                if let Some(KeySource::Environment(name)) = place.encryption {
+                    output::line(&format!(
+                        "needs         {name} in the server's environment, where restore_command reads the key"
+                    ));
+                }
+            }
         }
         output::line(&format!("connect with  {}", self.executed.isolation.psql()));
         if self.recovery.action == Action::Pause && !self.recovery.standby {

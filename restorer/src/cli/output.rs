@@ -7,6 +7,7 @@
 
 use std::path::Path;
 
+use repository::ExitKind;
 use serde::Serialize;
 use wal_format::TransactionEnd;
 
@@ -51,8 +52,16 @@ pub(super) fn json<T: Serialize>(value: &T) -> Result<()> {
     Ok(())
 }
 
+/// Prints the document of a refusal.
+pub(super) fn refusal(kind: ExitKind, message: &str) {
+    println!("{:#}", kind.document(message));
+}
+
 pub(super) fn plan(plan: &RestorePlan) {
     println!("backup        {} ({})", plan.backup, plan.reason);
+    for one in &plan.not_chosen {
+        println!("not chosen    {}: {}", one.backup, one.reason);
+    }
     println!("timelines     {}", print_path(&plan.path));
     println!("redo from     {}", plan.start_lsn);
     println!("stop          {}", plan.stop);
@@ -79,9 +88,23 @@ pub(super) fn plan(plan: &RestorePlan) {
     }
     println!("backup bytes  {}", plan.backup_bytes);
     println!("WAL bytes     {}", plan.wal_bytes);
+    println!("to fetch      {} bytes", plan.fetch_bytes);
+    println!("unpacked      {} bytes", plan.unpacked_bytes);
+    for system in &plan.file_systems {
+        let reused = match system.reused_bytes {
+            0 => String::new(),
+            bytes => format!(", {bytes} used by what is there now"),
+        };
+        println!(
+            "space         {} bytes needed, {} free{reused}: {}",
+            system.needed_bytes,
+            system.free_bytes,
+            system.names()
+        );
+    }
     println!(
-        "estimate      {} s (at 100 MiB/s extraction and 60 MiB/s replay)",
-        plan.estimated_seconds
+        "estimate      {} s ({})",
+        plan.estimated_seconds, plan.estimate_basis
     );
 }
 
@@ -155,10 +178,10 @@ pub(super) fn listing(listing: &Listing) {
     }
     println!("backups");
     for one in &listing.backups {
-        let usable = if one.usable {
-            ""
-        } else {
-            "  NOT USABLE: its WAL is missing"
+        let usable = match &one.damage {
+            None if one.usable => String::new(),
+            None => "  NOT USABLE: its WAL is missing".to_owned(),
+            Some(damage) => format!("  NOT USABLE: it is damaged: {damage}"),
         };
         println!(
             "  {}  {}  {} to {}  {} bytes  timeline {}  {}{usable}",

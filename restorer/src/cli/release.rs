@@ -31,7 +31,7 @@ pub(super) struct ReleaseArgs {
     pg_bin: Option<PathBuf>,
     /// One JSON document.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 pub(super) fn run(settings: Option<&Settings>, args: &ReleaseArgs) -> Result<()> {

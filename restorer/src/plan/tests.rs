@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use repository::{ClusterIdentity, WalRange, WalRangeKind};
+use repository::{ClusterIdentity, Damage, DamagedBackups, WalRange, WalRangeKind};
 use wal_format::{
     BackupKind, CheckpointKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary,
     SystemIdentifier, TimelineHistory, TransactionEndKind, WalEvent,
@@ -19,6 +19,7 @@ struct Memory {
     backups: Vec<BackupInfo>,
     ranges: BTreeMap<u64, (WalRange, SegmentSummary)>,
     prepared: Vec<u32>,
+    damaged: DamagedBackups,
 }
 
 impl Inventory for Memory {
@@ -28,6 +29,10 @@ impl Inventory for Memory {
 
     fn backups(&self) -> Result<Vec<BackupInfo>> {
         Ok(self.backups.clone())
+    }
+
+    fn damaged_backups(&self) -> &DamagedBackups {
+        &self.damaged
     }
 
     fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>> {
@@ -155,6 +160,7 @@ fn memory(ends: &[(u64, i64, bool)], backups: Vec<BackupInfo>, end: u64, proven:
         backups,
         ranges,
         prepared: Vec::new(),
+        damaged: DamagedBackups::new(),
     }
 }
 
@@ -467,4 +473,78 @@ fn a_backup_that_is_newer_than_the_target_is_not_chosen() {
     ));
     let plan = plan_restore(&alone, &time(3_000_000), &Wishes::default());
     assert!(plan.is_ok(), "{plan:?}");
+}
+
+#[test]
+fn only_the_newest_backup_is_called_so_and_a_damaged_one_gives_way() {
+    let backups = vec![
+        backup(1, 4000, 4400),
+        backup(2, 8000, 8400),
+        backup(3, 15000, 15400),
+    ];
+    let mut archive = memory(&ENDS, backups, RANGE * 6, 50);
+    let id = |archive: &Memory, at: usize| archive.backups[at].id.clone();
+    let plan = |archive: &Memory, target: &RecoveryTarget, wishes: &Wishes| {
+        plan_restore(archive, target, wishes)
+    };
+    let none = Wishes::default();
+    let latest = plan(&archive, &RecoveryTarget::Latest, &none).expect("a plan");
+    assert_eq!(
+        (latest.backup, latest.reason.as_str(), latest.not_chosen),
+        (id(&archive, 2), "the newest backup", Vec::new())
+    );
+    let lsn = RecoveryTarget::Lsn {
+        lsn: Lsn(1600 * 8),
+        inclusive: true,
+    };
+    let early = plan(&archive, &lsn, &none).expect("a plan");
+    assert_eq!(early.backup, id(&archive, 1));
+    assert_eq!(early.reason, "the newest backup that ends before the stop");
+    let named = Wishes {
+        backup: Some(id(&archive, 1)),
+        timeline: None,
+    };
+    let wished = plan(&archive, &RecoveryTarget::Latest, &named).expect("a plan");
+    assert_eq!(wished.reason, "the one that --backup names");
+
+    let damage = |at: u64| Damage {
+        object: format!("backup/{at}/base.000001.tar.zst"),
+        problem: "it is damaged".to_owned(),
+    };
+    archive.damaged.insert(id(&archive, 2), damage(3));
+    let older = plan(&archive, &RecoveryTarget::Latest, &none).expect("a plan");
+    assert_eq!(older.backup, id(&archive, 1));
+    assert!(older.reason.contains("usable"), "{}", older.reason);
+    let expected = NotChosen {
+        backup: id(&archive, 2),
+        reason: damage(3).to_string(),
+    };
+    assert_eq!(older.not_chosen, [expected]);
+    let early = plan(&archive, &lsn, &none).expect("a plan");
+    assert_eq!(early.not_chosen, [], "it would not have been chosen");
+
+    archive.damaged.insert(id(&archive, 1), damage(2));
+    let wished = plan(&archive, &RecoveryTarget::Latest, &named);
+    let said = wished.expect_err("it is damaged").to_string();
+    assert!(
+        said.contains("backup/2/") && said.contains("--force"),
+        "{said}"
+    );
+    archive.damaged.insert(id(&archive, 0), damage(1));
+    let refused = plan(&archive, &RecoveryTarget::Latest, &none);
+    match refused {
+        Err(Error::Damaged { object, problem }) => {
+            assert_eq!(object, damage(3).object);
+            assert!(problem.contains("no other backup"), "{problem}");
+        }
+        other => panic!("damage was expected: {other:?}"),
+    }
+
+    // A description that cannot be read is not among the backups.
+    let mut archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 50);
+    let unreadable = backup(2, 8000, 8400).id;
+    archive.damaged.insert(unreadable.clone(), damage(2));
+    let older = plan(&archive, &RecoveryTarget::Latest, &none).expect("a plan");
+    assert_eq!(older.not_chosen[0].backup, unreadable);
+    assert!(older.reason.contains("usable"), "{}", older.reason);
 }

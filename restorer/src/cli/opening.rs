@@ -1,0 +1,101 @@
+//! Opens what the flags and the configuration name: settings, repository, catalog.
+
+use std::path::{Path, PathBuf};
+
+use catalog::Catalog;
+use jiff::Timestamp;
+use repository::{
+    Repository,
+    config::{ClusterSettings, RepositoryPlace, Settings},
+};
+use wal_format::{ClusterName, SystemIdentifier};
+
+use super::Cli;
+use crate::{Error, Result, inventory::Archive, target::parse_time};
+
+/// Resolves the settings. With `--at` every bucket is read as it was then, and folders, which keep
+/// no versions, are left out.
+pub(super) fn resolve(cli: &Cli) -> Result<Settings> {
+    let mut settings = Settings::resolve(&cli.common)?;
+    let Some(text) = &cli.at else {
+        return Ok(settings);
+    };
+    let now = Timestamp::now();
+    let at = parse_time(text, cli.restore.time_zone.as_deref(), now)?
+        .to_jiff()
+        .filter(|at| *at <= now)
+        .ok_or_else(|| Error::usage(format!("--at \"{text}\" lies in the future")))?;
+    for cluster in &mut settings.clusters {
+        let mut places = cluster.repository.each();
+        places.retain(|place| place.url.folder().is_none());
+        for place in &mut places {
+            place.as_of = Some(at);
+        }
+        if places.is_empty() {
+            return Err(Error::usage(format!(
+                "--at looks at the versions that a bucket keeps; {} is a folder",
+                cluster.repository
+            )));
+        }
+        let first = places.remove(0);
+        cluster.repository = RepositoryPlace {
+            others: places,
+            required: cluster.repository.required,
+            ..first
+        };
+    }
+    Ok(settings)
+}
+
+/// Opens a repository for reading. A missing folder is an error and not a new repository; of
+/// several places one is enough.
+pub(super) fn open(
+    place: &RepositoryPlace,
+    cluster: &ClusterName,
+    system: Option<SystemIdentifier>,
+) -> Result<Repository> {
+    let mut there = place.each();
+    there.retain(|one| one.url.folder().is_none_or(Path::is_dir));
+    let here = (!there.is_empty() && !place.others.is_empty()).then(|| RepositoryPlace {
+        others: there.split_off(1),
+        required: place.required,
+        ..there.remove(0)
+    });
+    let place = here.as_ref().unwrap_or(place);
+    if let Some(folder) = place.url.folder()
+        && !folder.is_dir()
+    {
+        let missing = std::io::Error::new(
+            std::io::ErrorKind::NotFound,
+            "there is no such folder; check --repository, and that it is mounted",
+        );
+        let action = "open the repository";
+        let path = folder.to_owned();
+        return Err(repository::Error::Store {
+            action,
+            path,
+            source: missing,
+        }
+        .into());
+    }
+    let repository = Repository::open(place, cluster)?;
+    Ok(match system {
+        Some(system) => repository.of_system(system)?,
+        None => repository,
+    })
+}
+
+pub(super) fn archive(
+    cluster: &ClusterSettings,
+    system: Option<SystemIdentifier>,
+) -> Result<Archive> {
+    let repository = open(&cluster.repository, &cluster.name, system)?;
+    // Of the past the catalog knows nothing.
+    let catalog = Some(cluster.catalog.as_path()).filter(|_| cluster.repository.as_of.is_none());
+    let catalog = Catalog::open_for_restore(catalog, &repository)?;
+    Ok(Archive::new(repository, catalog))
+}
+
+pub(super) fn absolute(path: &Path) -> Result<PathBuf> {
+    std::path::absolute(path).map_err(Error::io("find", path))
+}
