@@ -1,5 +1,7 @@
 //! `pitr-restore list`: backups, restorable windows, gaps and restore points.
 
+use std::collections::BTreeMap;
+
 use repository::{ExpiredSet, Repository};
 use serde::Serialize;
 use wal_format::{
@@ -10,7 +12,7 @@ use wal_format::{
 use crate::{
     Result,
     inventory::Inventory,
-    plan::{Index, PathPart, Wishes, plan_restore, timeline_path},
+    plan::{Index, PathPart, Wishes, cover, plan_restore, timeline_path},
     target::RecoveryTarget,
 };
 
@@ -166,7 +168,7 @@ pub struct Gap {
 /// A restore point.
 #[derive(Clone, Debug, Serialize)]
 pub struct RestorePoint {
-    /// The timeline.
+    /// The timeline on which it was created.
     pub branch: Branch,
     /// Where.
     pub lsn: Lsn,
@@ -234,9 +236,6 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         }
         windows.extend(open);
     }
-    let inside = |window: &Window, branch: Branch, from: Lsn, to: Lsn| {
-        window.branch == branch && window.start_lsn <= from && window.end_lsn >= to
-    };
     let default = timeline_path(inventory, &Wishes::default());
     let damaged_backups = inventory.damaged_backups();
     let is_whole = |backup: &&BackupInfo| !damaged_backups.contains_key(&backup.id);
@@ -253,31 +252,23 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
     let refusal = planned.err().map(|refusal| refusal.to_string());
     let backups = backups
         .into_iter()
-        .map(|one| ListedBackup {
-            usable: !damaged_backups.contains_key(&one.id)
-                && windows
-                    .iter()
-                    .any(|window| inside(window, one.branch, one.start_lsn, one.stop_lsn)),
-            damage: damaged_backups.get(&one.id).map(ToString::to_string),
-            id: one.id,
-            label: one.label,
-            branch: one.branch,
-            start_lsn: one.start_lsn,
-            stop_lsn: one.stop_lsn,
-            finished: one.finished,
-            stored_bytes: one.stored_bytes,
+        .map(|one| {
+            let damage = damaged_backups.get(&one.id).map(ToString::to_string);
+            let usable = damage.is_none() && is_consistent(inventory, &one)?;
+            Ok(ListedBackup {
+                usable,
+                damage,
+                id: one.id,
+                label: one.label,
+                branch: one.branch,
+                start_lsn: one.start_lsn,
+                stop_lsn: one.stop_lsn,
+                finished: one.finished,
+                stored_bytes: one.stored_bytes,
+            })
         })
-        .collect();
-    let restore_points = inventory
-        .restore_points()?
-        .into_iter()
-        .map(|(branch, lsn, time, name)| RestorePoint {
-            branch,
-            lsn,
-            time,
-            name,
-        })
-        .collect();
+        .collect::<Result<_>>()?;
+    let restore_points = restore_points(inventory)?;
     Ok(Listing {
         epochs: Vec::new(),
         expired: Vec::new(),
@@ -296,6 +287,44 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
             })
             .collect(),
     })
+}
+
+/// Returns true if the WAL that makes a backup consistent is held: on its own timeline, or on one
+/// that continues it, whose first segment begins with a copy of the WAL before the switch.
+fn is_consistent(inventory: &dyn Inventory, backup: &BackupInfo) -> Result<bool> {
+    let branches = inventory.branches()?;
+    // Its own timeline first: it is nearly always enough.
+    let own = branches.iter().filter(|one| one.0 == backup.branch);
+    let others = branches.iter().filter(|one| one.0 != backup.branch);
+    for (branch, ..) in own.chain(others) {
+        let path = repository::timeline_path(&branches, *branch).unwrap_or_default();
+        if repository::leads_to(&path, backup)
+            && cover(inventory, &path, backup.start_lsn)?.end_lsn >= backup.stop_lsn
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Every restore point once, on the timeline that wrote it: the first segment of a timeline begins
+/// with a copy of the WAL before the switch.
+fn restore_points(inventory: &dyn Inventory) -> Result<Vec<RestorePoint>> {
+    let branches = inventory.branches()?;
+    let mut points = BTreeMap::new();
+    for (branch, lsn, time, name) in inventory.restore_points()? {
+        let path = repository::timeline_path(&branches, branch).unwrap_or_default();
+        let wrote = path.iter().find(|part| lsn < part.to);
+        let branch = wrote.map_or(branch, |part| part.branch);
+        let point = RestorePoint {
+            branch,
+            lsn,
+            time,
+            name,
+        };
+        points.insert((lsn, branch), point);
+    }
+    Ok(points.into_values().collect())
 }
 
 /// The stretches of every timeline's own WAL in which a recovery can stop, cut where the `default`

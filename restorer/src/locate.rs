@@ -18,7 +18,11 @@ use crate::{
     Result,
     inventory::{Archive, Inventory},
     list::RestorePoint,
-    plan::{PathPart, PlanError, Wishes, cover, print_path, timeline_path},
+    plan::{
+        PathPart, PlanError, Wishes, cover,
+        full_xid::{self, Epochs},
+        print_path, timeline_path,
+    },
 };
 
 mod changes;
@@ -52,8 +56,8 @@ pub enum Question {
     },
     /// The removal of a relation's file: a name, with or without its schema, or a file number.
     Dropped(String),
-    /// The end of a transaction.
-    Xid(u32),
+    /// The end of a transaction, whose number may name its epoch.
+    Xid(u64),
 }
 
 /// A relation.
@@ -192,12 +196,18 @@ impl Search<'_> {
     /// The ends of transactions that match, and the files that they removed.
     fn ends(&self, question: &Question) -> Result<Found> {
         let mut found = Found::new();
+        let mut epochs = Epochs::default();
+        let epoch_of = match question {
+            Question::Xid(xid) if full_xid::names_epoch(*xid) => Some(*xid),
+            _ => None,
+        };
         for part in &self.path {
             for range in self.ranges(part)? {
-                if !may_hold(&range, question) {
+                if epoch_of.is_none() && !may_hold(&range, question) {
                     continue;
                 }
                 let summary = self.archive.summary(&range)?;
+                epochs.add(&summary, |lsn| lsn < part.to);
                 let mut removed: HashMap<Lsn, Vec<RelationFile>> = HashMap::new();
                 for (lsn, event) in summary.events {
                     if let WalEvent::DroppedRelations { relations, .. } = event {
@@ -214,6 +224,9 @@ impl Search<'_> {
                     }
                 }
             }
+        }
+        if let Some(xid) = epoch_of {
+            found.retain(|_, (_, end, _)| epochs.is(end, xid));
         }
         Ok(found)
     }
@@ -282,7 +295,14 @@ impl Search<'_> {
         let mut bytes = 0_u64;
         for part in &self.path {
             let mut ranges = self.ranges(part)?;
-            ranges.retain(|range| range.end_lsn > from && range.start_lsn <= *last);
+            // The last record may end in a later range than the one in which it starts.
+            let continues = |range: &WalRange| {
+                let starts = [range.first_record_lsn, range.open_record_lsn];
+                starts.into_iter().flatten().any(|start| start <= *last)
+            };
+            ranges.retain(|range| {
+                range.end_lsn > from && (range.start_lsn <= *last || continues(range))
+            });
             let length = |range: &WalRange| range.end_lsn.bytes_since(range.start_lsn);
             bytes = bytes.saturating_add(ranges.iter().map(length).sum());
             parts.push((*part, ranges));
@@ -445,7 +465,7 @@ fn is_meant(end: &TransactionEnd, removes: bool, question: &Question) -> bool {
             end.kind.is_commit() && end.time.micros_since(*time).saturating_abs() <= *within
         }
         Question::Dropped(_) => end.kind.is_commit() && removes,
-        Question::Xid(xid) => end.xid == *xid,
+        Question::Xid(xid) => full_xid::may_be(end, *xid),
     }
 }
 

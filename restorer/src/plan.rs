@@ -22,6 +22,7 @@ use crate::{
 mod choice;
 mod clock;
 pub(crate) mod estimate;
+pub(crate) mod full_xid;
 mod in_doubt;
 mod lost;
 mod path;
@@ -32,7 +33,7 @@ pub use in_doubt::PreparedTransaction;
 
 pub(crate) use path::{Coverage, Index, cover};
 pub use path::{PathPart, print_path, timeline_path};
-use stop::{Found, find_stop};
+use stop::{Found, find_stop, immediate_stop};
 
 /// How many late commits a plan lists; all are counted.
 const LATE_COMMITS_LISTED: usize = 20;
@@ -91,6 +92,10 @@ pub struct RestorePlan {
     pub last_kept: Option<TransactionEnd>,
     /// The first transaction that is not.
     pub first_dropped: Option<TransactionEnd>,
+    /// The part of the time before the target for which the archive proves nothing; `None` if the
+    /// archive is proved up to the target.
+    #[serde(default)]
+    pub unproved: Option<Unproved>,
     /// How many commits lie behind the stop although their time is not after the target.
     pub late_commit_count: u64,
     /// The first of them.
@@ -130,6 +135,16 @@ pub struct RestorePlan {
     pub estimate_basis: String,
 }
 
+/// The time between the last proof that the archive is complete and a target that is later. Commits
+/// in it, if there are any, are not archived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unproved {
+    /// The last time up to which the archive is proved; `None` if it contains no time of the server.
+    pub proved: Option<PgTimestamp>,
+    /// The target.
+    pub target: PgTimestamp,
+}
+
 /// Why a target cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -148,6 +163,14 @@ pub enum PlanError {
         older: BackupId,
         /// Its stop.
         older_stop: Stop,
+    },
+    /// Several restore points have the name.
+    #[error("several restore points have the name \"{name}\": {points}; choose one with --at-lsn")]
+    AmbiguousName {
+        /// The name.
+        name: String,
+        /// Their LSNs and times.
+        points: String,
     },
     /// The archive ends before the target, or its end was never proved.
     #[error(
@@ -388,7 +411,11 @@ pub fn plan_restore(
             refusal.get_or_insert(Error::from(gap));
             continue;
         }
-        let found = match find_stop(inventory, &coverage, target) {
+        let stop = match target {
+            RecoveryTarget::Immediate => immediate_stop(inventory, &coverage, backup),
+            _ => find_stop(inventory, &coverage, target),
+        };
+        let found = match stop {
             Ok(found) => found,
             // What a newer backup cannot reach, an older one may: its way is longer.
             Err(Error::Plan(error)) => {
@@ -408,7 +435,10 @@ pub fn plan_restore(
         {
             continue;
         }
-        if let RecoveryTarget::Time { time, inclusive } = *target {
+        if let RecoveryTarget::Time {
+            time, inclusive, ..
+        } = *target
+        {
             let stops = |at: PgTimestamp| at > time || (!inclusive && at == time);
             if !clock::is_before(inventory, &coverage, backup, &found, stops)? {
                 continue;
@@ -491,6 +521,7 @@ fn make(
         stop: found.stop,
         last_kept: found.last_kept,
         first_dropped: found.first_dropped,
+        unproved: found.unproved,
         late_commit_count: found.late_commit_count,
         late_commits: found.late_commits,
         in_doubt,

@@ -383,13 +383,28 @@ fn transactions_and_names(scene: &Scene) {
             Stop::Before(end.lsn),
         );
     }
-    let points = scene.archived.listing()["restore_points"].clone();
-    let first = points
-        .as_array()
-        .and_then(|points| points.iter().find(|point| point["name"] == "here"))
-        .and_then(|point| point["lsn"].as_str()?.parse().ok())
-        .expect("a restore point");
-    scene.prove(&["--target-name=here"], Stop::After(first));
+    // The name exists twice: both are named, and the LSN of either selects it.
+    let listing = scene.archived.listing();
+    let points = listing["restore_points"].as_array().expect("a list");
+    let named = points.iter().filter(|point| point["name"] == "here");
+    let lsns: Vec<Lsn> = named
+        .map(|point| point["lsn"].as_str().and_then(|lsn| lsn.parse().ok()))
+        .collect::<Option<_>>()
+        .expect("LSNs");
+    assert_eq!(lsns.len(), 2, "{points:?}");
+    let mut refused = scene.archived.pitr_restore();
+    let refused = refused.args(["--dry-run", "--target-name=here"]).output();
+    let refused = refused.expect("it runs");
+    let (_, error) = said(&refused);
+    assert_eq!(refused.status.code(), Some(3), "{error}");
+    for point in points {
+        let (lsn, time) = (point["lsn"].as_str(), point["time"].as_str());
+        for part in [lsn.expect("an LSN"), time.expect("a time"), "--at-lsn"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
+    let at = format!("--at-lsn={}", lsns[1]);
+    scene.prove(&["--target-name=here", &at], Stop::After(lsns[1]));
 }
 
 fn the_end_and_consistency(scene: &Scene) {
@@ -409,12 +424,17 @@ fn the_end_and_consistency(scene: &Scene) {
         client.batch_execute(&sql).expect("it is writable");
     }
     drop(client);
-    let restored = scene.restore(&["--target-immediate"]);
-    assert_eq!(restored.stopped(), "after reaching consistency");
-    let mut client = restored.connect().expect("the restored server answers");
-    let rows = rows(&mut client);
-    assert!(rows.is_superset(&scene.committed(Stop::Before(scene.start_lsn))));
-    assert!(rows.is_subset(&scene.committed(Stop::Before(scene.end_lsn))));
+    // As soon as the backup is consistent: after the last record that ends at its end.
+    let until = records(&scene.archived.cluster, scene.start_lsn, scene.stop_lsn);
+    let until = *until.expect("pg_waldump").last().expect("a record");
+    let plan = scene.prove(&["--target-immediate"], Stop::After(until));
+    for (name, is_it) in [("last_kept", true), ("first_dropped", false)] {
+        let lsn = plan[name]["lsn"].as_str().and_then(|lsn| lsn.parse().ok());
+        let lsn: Lsn = lsn.unwrap_or_else(|| panic!("no {name} in {plan:#}"));
+        assert_eq!(Stop::After(until).replays(lsn), is_it, "{name} in {plan:#}");
+        let mut ends = scene.all.iter().filter(|end| end.kind.is_end());
+        assert!(ends.any(|end| end.lsn == lsn), "{name} in {plan:#}");
+    }
 
     let beyond = moved(scene.ends().last().expect("an end").time, 3_600_000_000);
     let mut refused = scene.archived.pitr_restore();

@@ -1,7 +1,8 @@
 //! [`WalDecoder`]: accepts WAL bytes as they arrive and calls a [`RecordSink`] for each complete and valid record.
 //!
 //! A record that is completely inside the pushed bytes is checked in place. Of any other record the
-//! header and the front of the body are kept, at most [`WINDOW_BYTES`].
+//! header and the front of the body are kept, as much as the sink requests: [`WINDOW_BYTES`] unless
+//! it needs a field behind a list of any length.
 //! Invariant: a record that is passed on has a valid CRC-32C and follows the previous record by
 //! `xl_prev`. How the bytes were divided into pushes does not affect the result.
 
@@ -14,8 +15,8 @@ use crate::{
     rmgr,
 };
 
-/// The maximum part of a record's body that is kept for interpretation. A commit with 10,000
-/// subtransactions and dropped files fits.
+/// The part of a record's body that is kept for interpretation unless the sink requests another.
+/// A larger buffer is released after its record.
 pub const WINDOW_BYTES: usize = 256 << 10;
 
 /// The origin of WAL.
@@ -31,8 +32,9 @@ pub struct WalIdentity {
 
 /// Receives decoded records.
 pub trait RecordSink {
-    /// Returns the number of bytes of the body that [`record`](Self::record) needs. It may receive
-    /// more, but never more than [`WINDOW_BYTES`].
+    /// Returns the number of bytes of the body that [`record`](Self::record) needs; it may receive
+    /// more. The decoder allocates memory for them as they arrive, at most
+    /// [`RECORD_BYTES_MAX`](crate::record::RECORD_BYTES_MAX).
     fn window(&mut self, header: &RecordHeader) -> usize {
         let _ = header;
         WINDOW_BYTES
@@ -391,6 +393,8 @@ impl WalDecoder {
             let mut record = WalRecord::new(self.identity.version, lsn, end, open.header, &window);
             let outcome = self.end_record(&mut record, body_crc, &header_bytes, sink);
             self.open.window = window;
+            self.open.window.clear();
+            self.open.window.shrink_to(WINDOW_BYTES);
             outcome?;
         }
         Ok(taken)
@@ -464,7 +468,7 @@ impl PartialPageHeader {
 
 /// Returns the number of bytes of a body to keep: at least those that contain its structure.
 fn window_bytes<S: RecordSink>(sink: &mut S, header: &RecordHeader) -> usize {
-    sink.window(header).clamp(STRUCTURE_BYTES, WINDOW_BYTES)
+    sink.window(header).max(STRUCTURE_BYTES)
 }
 
 /// Copies `from` to the offset `at`. Returns the offset after it.

@@ -6,7 +6,7 @@ mod primed;
 
 use crate::{
     Lsn, SegmentSummary,
-    decoder::{RecordSink, WINDOW_BYTES, WalDecoder, WalIdentity},
+    decoder::{RecordSink, WalDecoder, WalIdentity},
     error::{DecodeError, DecodeErrorKind},
     record::{RecordHeader, WalRecord},
     rmgr,
@@ -70,11 +70,7 @@ impl WalIndexer {
 
 impl RecordSink for SummaryBuilder {
     fn window(&mut self, header: &RecordHeader) -> usize {
-        if rmgr::is_of_interest(header) {
-            WINDOW_BYTES
-        } else {
-            0
-        }
+        rmgr::window(header)
     }
 
     fn record(&mut self, record: &WalRecord<'_>) -> Result<(), DecodeErrorKind> {

@@ -64,6 +64,7 @@ pub use lsn::Lsn;
 pub use outcome::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
 pub use record::{RecordHeader, ResourceManager, WalRecord};
 pub use rewrite::WalChange;
+pub use rmgr::transaction_end;
 pub use sealed::{FrameCompressor, SealedFooter, SealedHeader, SealedReader, SealedWriter};
 pub use segment::{SegmentName, SegmentNo, SegmentSize, WalFileName};
 pub use summary::{

@@ -1,12 +1,15 @@
 //! The records that matter for a restore: ends of transactions, checkpoints, restore points,
 //! switches.
 //!
-//! Layouts differ by version, and only the fields that are used are read. The body may be truncated
-//! (a commit can contain a million invalidations); the fields that are read are at its front.
+//! Layouts differ by version, and only the fields that are used are read. The record of a
+//! transaction's end is read as a whole: the number of a prepared transaction comes after the lists
+//! of its subtransactions, files and invalidations, which can be of any length. Of other records
+//! the body may be truncated; the fields that are read are at its front.
 
 use crate::{
     CheckpointKind, Lsn, PgTimestamp, PgVersion, RelationFile, SegmentSummary, TimelineId,
     TransactionEnd, TransactionEndKind, WalEvent,
+    decoder::WINDOW_BYTES,
     fields::Fields,
     record::{RecordHeader, ResourceManager, WalRecord},
     summary::DROPPED_RELATIONS_MAX,
@@ -33,6 +36,31 @@ pub(crate) fn is_of_interest(header: &RecordHeader) -> bool {
     }
 }
 
+/// Returns the number of bytes of the body that [`read`] needs.
+pub(crate) fn window(header: &RecordHeader) -> usize {
+    if !is_of_interest(header) {
+        0
+    } else if ended(header).is_some() {
+        header.body_bytes()
+    } else {
+        WINDOW_BYTES
+    }
+}
+
+/// Returns how the transaction ended, if that is what the record says.
+fn ended(header: &RecordHeader) -> Option<TransactionEndKind> {
+    if header.resource_manager != ResourceManager::TRANSACTION {
+        return None;
+    }
+    match header.info & 0x70 {
+        0x00 => Some(TransactionEndKind::Commit),
+        0x20 => Some(TransactionEndKind::Abort),
+        0x30 => Some(TransactionEndKind::CommitPrepared),
+        0x40 => Some(TransactionEndKind::AbortPrepared),
+        _ => None,
+    }
+}
+
 /// Returns true if the rest of the segment is unused after this record.
 pub(crate) fn is_switch(header: &RecordHeader) -> bool {
     header.resource_manager == ResourceManager::XLOG && header.info & 0xF0 == SWITCH
@@ -53,24 +81,34 @@ pub(crate) fn overwritten_lsn(record: &WalRecord<'_>) -> Option<Lsn> {
 pub(crate) fn read(record: &WalRecord<'_>, summary: &mut SegmentSummary) -> Option<()> {
     let mut body = Fields(record.main_data());
     match record.header.resource_manager {
-        ResourceManager::TRANSACTION => transaction(record, &mut body, summary),
+        ResourceManager::TRANSACTION if ended(&record.header).is_none() => {
+            prepare(record, &mut body, summary)
+        }
+        ResourceManager::TRANSACTION => {
+            let (end, relations) = transaction_end(record, &mut |_| {})?;
+            if !relations.is_empty() {
+                let (lsn, xid) = (end.lsn, end.xid);
+                let event = WalEvent::DroppedRelations { xid, relations };
+                summary.events.push((lsn, event));
+            }
+            summary.transactions.push(end);
+            Some(())
+        }
         ResourceManager::TABLESPACE => tablespace(record, &mut body, summary),
         _ => xlog(record, &mut body, summary),
     }
 }
 
-fn transaction(
+/// Reads the end of a transaction and the first [`DROPPED_RELATIONS_MAX`] files that it removes.
+/// `subtransaction` receives each of its subtransactions. Returns `None` if the record is not one,
+/// is incomplete, or does not have the layout of its version.
+pub fn transaction_end(
     record: &WalRecord<'_>,
-    body: &mut Fields<'_>,
-    summary: &mut SegmentSummary,
-) -> Option<()> {
-    let kind = match record.header.info & 0x70 {
-        0x00 => TransactionEndKind::Commit,
-        0x20 => TransactionEndKind::Abort,
-        0x30 => TransactionEndKind::CommitPrepared,
-        0x40 => TransactionEndKind::AbortPrepared,
-        _ => return prepare(record, body, summary),
-    };
+    subtransaction: &mut dyn FnMut(u32),
+) -> Option<(TransactionEnd, Vec<RelationFile>)> {
+    const HAS_INFO: u8 = 0x80;
+    let kind = ended(&record.header)?;
+    let mut body = Fields(record.main_data());
     let time = PgTimestamp(body.i64()?);
     let mut end = TransactionEnd {
         lsn: record.lsn,
@@ -79,22 +117,11 @@ fn transaction(
         kind,
     };
     let mut relations = Vec::new();
-    if record.header.info & 0x80 != 0 {
-        let details = details(record, body, kind, &mut relations);
-        match details {
-            Some(prepared) => end.xid = prepared.unwrap_or(record.header.xid),
-            None if record.is_whole() => return None,
-            None => {}
-        }
+    if record.header.info & HAS_INFO != 0 {
+        let prepared = details(record, &mut body, kind, subtransaction, &mut relations)?;
+        end.xid = prepared.unwrap_or(end.xid);
     }
-    if !relations.is_empty() {
-        let (lsn, xid) = (record.lsn, end.xid);
-        summary
-            .events
-            .push((lsn, WalEvent::DroppedRelations { xid, relations }));
-    }
-    summary.transactions.push(end);
-    Some(())
+    Some((end, relations))
 }
 
 /// Reads the parts that `xinfo` announces, in order (`ParseCommitRecord`). Returns the prepared
@@ -103,6 +130,7 @@ fn details(
     record: &WalRecord<'_>,
     body: &mut Fields<'_>,
     kind: TransactionEndKind,
+    subtransaction: &mut dyn FnMut(u32),
     relations: &mut Vec<RelationFile>,
 ) -> Option<Option<u32>> {
     let xinfo = body.u32()?;
@@ -110,8 +138,9 @@ fn details(
         body.skip(8)?;
     }
     if xinfo & 2 != 0 {
-        let count = body.count()?;
-        body.skip(count.checked_mul(4)?)?;
+        for _ in 0..body.count()? {
+            subtransaction(body.u32()?);
+        }
     }
     if xinfo & 4 != 0 {
         let count = body.count()?;

@@ -16,7 +16,7 @@ use std::{
 use repository::{ClusterIdentity, Repository, config::ClusterSettings};
 use wal_format::{
     Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
-    TimelineHistory, TimelineId, WalFileName, WalIdentity, WalIndexer,
+    SystemIdentifier, TimelineHistory, TimelineId, WalFileName, WalIdentity, WalIndexer,
     page::{LONG_HEADER_BYTES, PageHeader},
 };
 
@@ -381,10 +381,53 @@ impl Pusher<'_> {
                 file.refuse("names no system identifier, and neither the repository nor a segment beside it does")
             })?)?,
         };
-        let branch = Branch::of_history(timeline, &content);
-        self.repository
-            .put_history(identity.system_identifier, branch, &content)?;
+        self.put_history(file, identity.system_identifier, timeline, &content)?;
         Ok(())
+    }
+
+    /// Stores a history file, unless the repository has this timeline with another history: PostgreSQL
+    /// has one file of this name, and its other bytes belong to a server that took the same number.
+    fn put_history(
+        &self,
+        file: &WalFile,
+        system: SystemIdentifier,
+        timeline: TimelineId,
+        content: &[u8],
+    ) -> Result<Branch> {
+        let branch = Branch::of_history(timeline, content);
+        let others = self.other_histories(system, branch)?;
+        if !others.is_empty() {
+            return Err(Error::Differs {
+                path: file.path.clone(),
+                problem: format!(
+                    "timeline {timeline} is archived with another history, as {}, and the file of this server makes it \
+                     {branch}: another server took the same number. Nothing was stored. Archive this server under another \
+                     --cluster, or restore it with pitr-restore, which takes a number that is free",
+                    others.join(", ")
+                ),
+            });
+        }
+        self.repository.put_history(system, branch, content)?;
+        Ok(branch)
+    }
+
+    /// The branches that a new one of the same timeline would be next to. Empty if `branch` is
+    /// archived already, or its history file is lost and comes back with this one.
+    fn other_histories(&self, system: SystemIdentifier, branch: Branch) -> Result<Vec<String>> {
+        let key = ObjectKey::History(system, branch);
+        if self.repository.head(&key)?.is_some() {
+            return Ok(Vec::new());
+        }
+        let histories = self.repository.read_histories(system)?;
+        let lost = histories.lost.iter().map(|lost| lost.branch);
+        let known = histories.known.iter().map(|known| known.0).chain(lost);
+        let same: Vec<Branch> = known
+            .filter(|known| known.timeline == branch.timeline)
+            .collect();
+        if same.contains(&branch) {
+            return Ok(Vec::new());
+        }
+        Ok(same.iter().map(ToString::to_string).collect())
     }
 
     /// Checks that the file is what its name says.
@@ -432,11 +475,8 @@ impl Pusher<'_> {
             .directory()
             .join(wal_format::layout::history_file_name(timeline));
         if let Ok(content) = fs::read(&history) {
-            let branch = Branch::of_history(timeline, &content);
             // A branch's history goes first: without it its WAL cannot be placed.
-            self.repository
-                .put_history(identity.system_identifier, branch, &content)?;
-            return Ok(branch);
+            return self.put_history(file, identity.system_identifier, timeline, &content);
         }
         let known = self
             .repository

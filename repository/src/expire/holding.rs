@@ -165,14 +165,15 @@ impl Holding {
         Ok(holding)
     }
 
-    /// Marks backups whose own WAL is incomplete, because they cannot be restored.
+    /// Marks backups that cannot be restored because the WAL that makes them consistent is held
+    /// neither on their timeline nor on one that continues it.
     pub(super) fn prove_wal(&mut self) {
         let wal = reach::held(self);
         let size = self.segment();
         for backup in &mut self.backups {
-            let of = |branch: &&HeldBranch| branch.branch == backup.branch;
-            let end = self.branches.iter().find(of);
-            let end = end.and_then(|branch| reach::end_on(branch, backup, &wal, size));
+            let on_path = self.branches.iter().filter(|one| reach::is_on(one, backup));
+            let end = on_path.map(|branch| reach::end_along(branch, backup, &wal, size));
+            let end = end.max();
             if backup.problem.is_none() && end.is_none_or(|end| end < backup.stop_lsn) {
                 let from = end.unwrap_or(backup.start_lsn);
                 backup.problem = Some(format!(

@@ -209,8 +209,9 @@ fn decide(holding: &Holding, policy: &RetentionPolicy) -> ExpirePlan {
     for (branch, index) in whole_roots.into_iter().chain(roots) {
         need_all_from(&mut needed, holding, branch, index);
     }
+    let held = reach::held(holding);
     for index in chosen.keys() {
-        need_consistency(&mut needed, holding, &holding.backups[*index]);
+        need_consistency(&mut needed, holding, &held, &holding.backups[*index]);
     }
     for branch in &holding.branches {
         let from = match branch.young_from {
@@ -236,7 +237,7 @@ fn decide(holding: &Holding, policy: &RetentionPolicy) -> ExpirePlan {
     }
     plan.kept.sort_by_key(|kept| kept.backup.finished);
     plan.removed.sort_by_key(|backup| backup.finished);
-    let mut rest = reach::held(holding);
+    let mut rest = held;
     for branch in &holding.branches {
         let whole = |(from, to): (Lsn, Lsn)| {
             let size = holding.segment();
@@ -360,7 +361,7 @@ fn need_all_from(needed: &mut Wal, holding: &Holding, branch: usize, backup: usi
 }
 
 /// Adds the WAL that makes a backup consistent.
-fn need_consistency(needed: &mut Wal, holding: &Holding, backup: &HeldBackup) {
+fn need_consistency(needed: &mut Wal, holding: &Holding, held: &Wal, backup: &HeldBackup) {
     let size = holding.segment();
     let known = holding
         .branches
@@ -380,6 +381,23 @@ fn need_consistency(needed: &mut Wal, holding: &Holding, backup: &HeldBackup) {
         add(part.branch, from, to);
     }
     add(backup.branch, backup.start_lsn, backup.stop_lsn);
+    let is_reached = |branch: &&HeldBranch| {
+        reach::is_on(branch, backup)
+            && reach::end_along(branch, backup, held, size) >= backup.stop_lsn
+    };
+    if known.is_some_and(|own| is_reached(&own)) {
+        return;
+    }
+    // The end of its WAL is held only as the copy with which a later timeline begins.
+    for part in holding
+        .branches
+        .iter()
+        .filter(is_reached)
+        .flat_map(|one| &one.path)
+    {
+        let from = part.from.align_down(size).max(backup.start_lsn);
+        add(part.branch, from, part.to.min(backup.stop_lsn));
+    }
 }
 
 /// Returns the moments that can be restored now but not afterwards.

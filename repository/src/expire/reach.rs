@@ -24,6 +24,22 @@ pub(super) fn is_on(branch: &HeldBranch, backup: &HeldBackup) -> bool {
     parts.any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
 }
 
+/// Returns the end of the WAL that leads from `backup` along the path to `branch` without a gap.
+pub(super) fn end_along(branch: &HeldBranch, backup: &HeldBackup, wal: &Wal, segment: u64) -> Lsn {
+    let start = backup.start_lsn;
+    let mut end = start;
+    for part in branch.path.iter().filter(|part| part.to > start) {
+        let from = part.from.max(start).align_down(segment);
+        if from > end {
+            break;
+        }
+        if let Some(held) = wal.get(&part.branch) {
+            end = end.max(held.end_from(from).min(part.to));
+        }
+    }
+    end
+}
+
 /// Returns the end of the WAL of `branch` itself that is reached from `backup` without a gap, or
 /// `None` if it is not reached.
 pub(super) fn end_on(

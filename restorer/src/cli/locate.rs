@@ -8,7 +8,7 @@ use crate::{
     Error, Result,
     inventory::Archive,
     locate::{Located, LocatedTransaction, Question, Relation, locate},
-    target::parse_time,
+    target::{parse_time, parse_xid},
 };
 
 #[derive(Debug, Args)]
@@ -20,9 +20,10 @@ pub(super) struct LocateArgs {
     /// How far on both sides of the time.
     #[arg(long, value_name = "SPAN", default_value = "5 minutes")]
     within: String,
-    /// How and when this transaction ended, and what it did.
-    #[arg(long, value_name = "XID")]
-    xid: Option<u32>,
+    /// How and when this transaction ended, and what it did: its number, also in hexadecimal or with
+    /// its epoch.
+    #[arg(long, value_name = "XID", value_parser = parse_xid)]
+    xid: Option<u64>,
     /// When this relation was dropped, truncated or rewritten: its name, or the number of its file.
     #[arg(long, value_name = "NAME")]
     dropped: Option<String>,
@@ -81,7 +82,7 @@ fn print(located: &Located) {
     for point in &located.restore_points {
         let (time, lsn, name) = (point.time, point.lsn, &point.name);
         output::line(&format!(
-            "{time}  restore point \"{name}\" at {lsn}: --target-name '{name}'"
+            "{time}  restore point \"{name}\" at {lsn}: --target-name '{name}' --at-lsn {lsn}"
         ));
     }
     for note in &located.notes {

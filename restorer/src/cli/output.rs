@@ -71,6 +71,15 @@ pub(super) fn plan(plan: &RestorePlan) {
     if let Some(dropped) = &plan.first_dropped {
         println!("first dropped {}", transaction(dropped));
     }
+    if let Some(unproved) = &plan.unproved {
+        let until = match unproved.proved {
+            Some(time) => format!("after {time}"),
+            None => "by any time of the server".to_owned(),
+        };
+        println!(
+            "not proved    {until}: the target is later, and what was committed in between, if anything, is not archived"
+        );
+    }
     if plan.late_commit_count > 0 {
         println!(
             "lost in time  {} commit(s) lie behind the stop although their time is not after the target:",
@@ -283,8 +292,8 @@ pub(super) fn listing(listing: &Listing) {
     }
     for point in &listing.restore_points {
         println!(
-            "restore point  {}  {}  {}",
-            point.name, point.lsn, point.time
+            "restore point  {}  timeline {}  {}  {}",
+            point.name, point.branch, point.lsn, point.time
         );
     }
 }

@@ -24,7 +24,7 @@ use crate::{
     space,
     start::{self, Start},
     tablespaces::{self, Directories},
-    target::{RecoveryTarget, explain_time, parse_time},
+    target::{RecoveryTarget, explain_time, is_relative, parse_time, parse_xid},
 };
 
 #[derive(Debug, Args)]
@@ -39,12 +39,16 @@ pub(super) struct RestoreArgs {
     /// Stop after the first record at or after this position.
     #[arg(long, value_name = "LSN", group = "target")]
     target_lsn: Option<Lsn>,
-    /// Stop after the end of this transaction.
-    #[arg(long, value_name = "XID", group = "target")]
-    target_xid: Option<u32>,
+    /// Stop after the end of this transaction: its number, also in hexadecimal or with its epoch.
+    #[arg(long, value_name = "XID", group = "target", value_parser = parse_xid)]
+    target_xid: Option<u64>,
     /// Stop after the restore point of this name.
     #[arg(long, value_name = "NAME", group = "target")]
     target_name: Option<String>,
+    /// Which restore point, where several have the name: the LSN that `list` prints, or the one that
+    /// `pg_create_restore_point()` returned.
+    #[arg(long, value_name = "LSN", requires = "target_name")]
+    at_lsn: Option<Lsn>,
     /// Stop as soon as the backup is consistent.
     #[arg(long, group = "target")]
     target_immediate: bool,
@@ -115,7 +119,11 @@ fn target(args: &RestoreArgs, now: Timestamp) -> Result<RecoveryTarget> {
     let inclusive = !args.target_exclusive;
     if let Some(text) = &args.target_time {
         let time = parse_time(text, args.time_zone.as_deref(), now)?;
-        return Ok(RecoveryTarget::Time { time, inclusive });
+        return Ok(RecoveryTarget::Time {
+            time,
+            inclusive,
+            relative: is_relative(text),
+        });
     }
     if let Some(lsn) = args.target_lsn {
         return Ok(RecoveryTarget::Lsn { lsn, inclusive });
@@ -129,7 +137,10 @@ fn target(args: &RestoreArgs, now: Timestamp) -> Result<RecoveryTarget> {
         ));
     }
     Ok(match &args.target_name {
-        Some(name) => RecoveryTarget::Name(name.clone()),
+        Some(name) => RecoveryTarget::Name {
+            name: name.clone(),
+            at_lsn: args.at_lsn,
+        },
         None if args.target_immediate => RecoveryTarget::Immediate,
         None => RecoveryTarget::Latest,
     })

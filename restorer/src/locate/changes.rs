@@ -1,4 +1,5 @@
-//! How many rows each transaction inserted, updated and deleted: counted from the WAL itself, record by record.
+//! The number of rows that each transaction inserted, updated and deleted, counted from the WAL
+//! record by record.
 
 use std::collections::HashMap;
 
@@ -6,8 +7,8 @@ use repository::WalRange;
 use wal_format::{
     DecodeErrorKind, Lsn, RecordHeader, RecordSink, RelationFile, ResourceManager, WalDecoder,
     WalRecord,
-    decoder::WINDOW_BYTES,
     record::{BlockReference, Fork, ImageCompression},
+    transaction_end,
 };
 
 use super::{
@@ -138,26 +139,16 @@ impl<'a> Changes<'a> {
         }
     }
 
-    /// The subtransactions that a commit names (`xl_xact_subxacts` behind `xl_xact_dbinfo`).
-    fn commit(&mut self, record: &WalRecord<'_>) -> Option<()> {
-        const HAS_INFO: u8 = 0x80;
-        let (info, data) = (record.header.info, record.main_data());
-        if !matches!(info & 0x70, 0x00 | 0x30) || info & HAS_INFO == 0 {
-            return None;
-        }
-        let field = |at: usize| {
-            let bytes = data.get(at..)?.first_chunk()?;
-            Some(u32::from_le_bytes(*bytes))
+    /// Learns the subtransactions of a commit.
+    fn commit(&mut self, record: &WalRecord<'_>) {
+        let mut subtransactions = Vec::new();
+        let Some((end, _)) = transaction_end(record, &mut |xid| subtransactions.push(xid)) else {
+            return;
         };
-        let xinfo = field(8)?;
-        let at = if xinfo & 1 == 0 { 12 } else { 20 };
-        if xinfo & 2 != 0 {
-            for number in 0..field(at)? as usize {
-                let xid = field(at + 4 + 4 * number)?;
-                self.parents.insert(xid, record.header.xid);
-            }
+        if end.kind.is_commit() {
+            let parents = subtransactions.into_iter().map(|xid| (xid, end.xid));
+            self.parents.extend(parents);
         }
-        Some(())
     }
 }
 
@@ -184,7 +175,7 @@ impl RecordSink for Changes<'_> {
     fn window(&mut self, header: &RecordHeader) -> usize {
         match header.resource_manager {
             HEAP | HEAP2 => HEAP_WINDOW_BYTES,
-            ResourceManager::TRANSACTION => WINDOW_BYTES,
+            ResourceManager::TRANSACTION => header.body_bytes(),
             _ => 0,
         }
     }
@@ -195,9 +186,7 @@ impl RecordSink for Changes<'_> {
         }
         match record.header.resource_manager {
             HEAP | HEAP2 => self.heap(record),
-            ResourceManager::TRANSACTION => {
-                self.commit(record);
-            }
+            ResourceManager::TRANSACTION => self.commit(record),
             _ => {}
         }
         Ok(())

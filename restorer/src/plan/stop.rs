@@ -4,10 +4,16 @@
 //! whose time is later. Times are not in that order, so commits with an earlier time may follow the
 //! stop; they are counted and listed.
 
-use repository::WalRange;
-use wal_format::{Lsn, PgTimestamp, TransactionEnd};
+use std::collections::BTreeMap;
 
-use super::{Coverage, LATE_COMMITS_LISTED, PlanError, Stop, print_path};
+use repository::WalRange;
+use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
+
+use super::{
+    Coverage, LATE_COMMITS_LISTED, PlanError, Stop, Unproved,
+    full_xid::{self, Epochs},
+    print_path,
+};
 use crate::{Result, inventory::Inventory, target::RecoveryTarget};
 
 /// The stop, and the transactions around it.
@@ -20,6 +26,46 @@ pub(super) struct Found {
     pub(super) first_dropped: Option<TransactionEnd>,
     pub(super) late_commit_count: u64,
     pub(super) late_commits: Vec<TransactionEnd>,
+    pub(super) unproved: Option<Unproved>,
+}
+
+impl Found {
+    /// A stop around which nothing is known.
+    fn new(stop: Stop, position: Option<Lsn>) -> Self {
+        Self {
+            stop,
+            position,
+            last_kept: None,
+            first_dropped: None,
+            late_commit_count: 0,
+            late_commits: Vec::new(),
+            unproved: None,
+        }
+    }
+}
+
+/// The stop of a recovery that ends as soon as `backup` is consistent: after the record that ends at
+/// its stop LSN, which is the record that says so, or the last one that the backup's files contain.
+///
+/// # Errors
+/// As [`find_stop`].
+pub(super) fn immediate_stop(
+    inventory: &dyn Inventory,
+    coverage: &Coverage,
+    backup: &BackupInfo,
+) -> Result<Found> {
+    let walk = Walk {
+        inventory,
+        coverage,
+    };
+    let record = inventory.record_before(&walk.ranges(), backup.stop_lsn)?;
+    Ok(match record.filter(|record| *record >= backup.start_lsn) {
+        Some(record) => Found {
+            position: None,
+            ..walk.after(record)?
+        },
+        None => Found::new(Stop::Consistent, None),
+    })
 }
 
 pub(super) fn find_stop(
@@ -35,18 +81,15 @@ pub(super) fn find_stop(
         // The WAL before a gap is not all of it; a target LSN restores up to the gap.
         RecoveryTarget::Latest if coverage.gap => Err(walk.gap()),
         RecoveryTarget::Latest => walk.after_the_last_record(),
-        RecoveryTarget::Immediate => Ok(Found {
-            stop: Stop::Consistent,
-            position: None,
-            last_kept: None,
-            first_dropped: None,
-            late_commit_count: 0,
-            late_commits: Vec::new(),
-        }),
-        RecoveryTarget::Time { time, inclusive } => walk.time(*time, *inclusive),
+        RecoveryTarget::Immediate => Ok(Found::new(Stop::Consistent, None)),
+        RecoveryTarget::Time {
+            time,
+            inclusive,
+            relative,
+        } => walk.time(*time, *inclusive, *relative),
         RecoveryTarget::Lsn { lsn, inclusive } => walk.lsn(*lsn, *inclusive),
         RecoveryTarget::Xid { xid, inclusive } => walk.xid(*xid, *inclusive),
-        RecoveryTarget::Name(name) => walk.name(name),
+        RecoveryTarget::Name { name, at_lsn } => walk.name(name, *at_lsn),
     }
 }
 
@@ -66,6 +109,15 @@ impl Walk<'_> {
             self.coverage.holds(range.branch, end.lsn) && last.is_none_or(|last| end.lsn > last)
         });
         Ok(transactions)
+    }
+
+    /// The ranges, each with the end of what is replayed of it: of a timeline that was left, WAL
+    /// beyond the switch is not.
+    fn ranges(&self) -> Vec<(WalRange, Lsn)> {
+        let ranges = self.coverage.ranges.iter();
+        ranges
+            .map(|range| (range.clone(), self.coverage.end_of(range)))
+            .collect()
     }
 
     /// The first transaction for which `stops` is true. Ranges for which `skip` is true hold none.
@@ -100,24 +152,18 @@ impl Walk<'_> {
 
     fn before(&self, dropped: TransactionEnd) -> Result<Found> {
         Ok(Found {
-            stop: Stop::Before { lsn: dropped.lsn },
-            position: Some(dropped.lsn),
             last_kept: self.last_commit(dropped.lsn, false)?,
             first_dropped: Some(dropped),
-            late_commit_count: 0,
-            late_commits: Vec::new(),
+            ..Found::new(Stop::Before { lsn: dropped.lsn }, Some(dropped.lsn))
         })
     }
 
     fn after(&self, lsn: Lsn) -> Result<Found> {
         let behind = |range: &WalRange| range.last_record_lsn.is_none_or(|last| last <= lsn);
         Ok(Found {
-            stop: Stop::After { lsn },
-            position: Some(lsn.add(1)),
             last_kept: self.last_commit(lsn, true)?,
             first_dropped: self.first(behind, |end| end.lsn > lsn)?,
-            late_commit_count: 0,
-            late_commits: Vec::new(),
+            ..Found::new(Stop::After { lsn }, Some(lsn.add(1)))
         })
     }
 
@@ -189,15 +235,23 @@ impl Walk<'_> {
             .max()
     }
 
-    fn time(&self, target: PgTimestamp, inclusive: bool) -> Result<Found> {
+    fn time(&self, target: PgTimestamp, inclusive: bool, relative: bool) -> Result<Found> {
         let stops = |time: PgTimestamp| time > target || (!inclusive && time == target);
         let skip = |range: &WalRange| !range.max_time.is_some_and(stops);
         let Some(dropped) = self.first(skip, |end| stops(end.time))? else {
             // No later commit is archived. It must be proved that no later commit exists.
-            if self.coverage.gap || self.proven().is_none_or(|proven| proven < target) {
+            let proved = self.proven();
+            let is_proved = proved.is_some_and(|proved| proved >= target);
+            if self.coverage.gap || (!is_proved && !relative) {
                 return Err(self.beyond(target.to_string())?);
             }
-            return self.after_the_last_record();
+            let mut found = self.after_the_last_record()?;
+            if !is_proved {
+                // A commit proves its own time too.
+                let proved = proved.max(found.last_kept.map(|end| end.time));
+                found.unproved = Some(Unproved { proved, target });
+            }
+            return Ok(found);
         };
         let mut found = self.before(dropped)?;
         let mut last = dropped.lsn;
@@ -221,13 +275,7 @@ impl Walk<'_> {
     }
 
     fn lsn(&self, lsn: Lsn, inclusive: bool) -> Result<Found> {
-        // Of a timeline that was left, WAL beyond the switch is not replayed.
-        let ranges: Vec<(WalRange, Lsn)> = self
-            .coverage
-            .ranges
-            .iter()
-            .map(|range| (range.clone(), self.coverage.end_of(range)))
-            .collect();
+        let ranges = self.ranges();
         let record = if lsn < self.coverage.end_lsn && lsn >= self.coverage.start_lsn {
             self.inventory.record_at_or_after(&ranges, lsn)?
         } else {
@@ -242,49 +290,84 @@ impl Walk<'_> {
             return self.after(last);
         }
         match record {
-            None if lsn < self.coverage.start_lsn => Ok(Found {
-                stop: Stop::Before { lsn },
-                position: Some(lsn),
-                last_kept: None,
-                first_dropped: None,
-                late_commit_count: 0,
-                late_commits: Vec::new(),
-            }),
+            None if lsn < self.coverage.start_lsn => {
+                Ok(Found::new(Stop::Before { lsn }, Some(lsn)))
+            }
             None => Err(self.beyond(lsn.to_string())?),
             Some(record) if inclusive => self.after(record),
             Some(record) => {
                 let behind =
                     |range: &WalRange| range.last_record_lsn.is_none_or(|last| last < record);
                 Ok(Found {
-                    stop: Stop::Before { lsn: record },
-                    position: Some(record),
                     last_kept: self.last_commit(record, false)?,
                     first_dropped: self.first(behind, |end| end.lsn >= record)?,
-                    late_commit_count: 0,
-                    late_commits: Vec::new(),
+                    ..Found::new(Stop::Before { lsn: record }, Some(record))
                 })
             }
         }
     }
 
-    fn xid(&self, xid: u32, inclusive: bool) -> Result<Found> {
-        match self.first(|_| false, |end| end.xid == xid)? {
+    fn xid(&self, xid: u64, inclusive: bool) -> Result<Found> {
+        let mut end = self.first(|_| false, |end| full_xid::may_be(end, xid))?;
+        if end.is_some() && full_xid::names_epoch(xid) {
+            let mut epochs = Epochs::default();
+            let mut ends = Vec::new();
+            for range in &self.coverage.ranges {
+                let on_path = |lsn: Lsn| self.coverage.holds(range.branch, lsn);
+                epochs.add(&self.inventory.summary(range)?, on_path);
+                ends.extend(self.transactions(range, None)?);
+            }
+            end = ends.into_iter().find(|end| epochs.is(end, xid));
+        }
+        match end {
             None => Err(self.unknown(format!("the end of transaction {xid}"))),
             Some(end) if inclusive => self.after(end.lsn),
             Some(end) => self.before(end),
         }
     }
 
-    fn name(&self, name: &str) -> Result<Found> {
-        let points = self.inventory.restore_points()?;
-        let first = points
-            .into_iter()
-            .filter(|(branch, lsn, _, found)| found == name && self.coverage.holds(*branch, *lsn))
-            .map(|(_, lsn, _, _)| lsn)
-            .min();
-        match first {
-            None => Err(self.unknown(format!("restore point \"{name}\""))),
-            Some(lsn) => self.after(lsn),
+    /// The restore point of this name on the path, also where this backup does not lead: a name that
+    /// exists twice is refused from every backup.
+    fn name(&self, name: &str, at_lsn: Option<Lsn>) -> Result<Found> {
+        let on_path = |branch: Branch, lsn: Lsn| {
+            let mut parts = self.coverage.path.iter();
+            parts.any(|part| part.branch == branch && lsn < part.to)
+        };
+        let points = self.inventory.restore_points()?.into_iter();
+        // A timeline's first segment begins with a copy of the WAL before the switch.
+        let points: BTreeMap<Lsn, PgTimestamp> = points
+            .filter(|(branch, lsn, _, found)| found == name && on_path(*branch, *lsn))
+            .filter(|(_, lsn, ..)| at_lsn.is_none_or(|at| is_restore_point_at(*lsn, at)))
+            .map(|(_, lsn, time, _)| (lsn, time))
+            .collect();
+        let mut lsns = points.keys();
+        match (lsns.next(), lsns.next()) {
+            (Some(lsn), None) if (self.coverage.start_lsn..self.coverage.end_lsn).contains(lsn) => {
+                self.after(*lsn)
+            }
+            (Some(_), Some(_)) => {
+                let words = points.iter().map(|(lsn, time)| format!("{lsn} ({time})"));
+                Err(PlanError::AmbiguousName {
+                    name: name.to_owned(),
+                    points: words.collect::<Vec<_>>().join(", "),
+                }
+                .into())
+            }
+            _ => {
+                let at = at_lsn.map_or_else(String::new, |at| format!(" at {at}"));
+                Err(self.unknown(format!("restore point \"{name}\"{at}")))
+            }
         }
     }
+}
+
+/// Returns true if the restore point's record at `start` is meant by `lsn`: its start as `list`
+/// prints it, or its end as `pg_create_restore_point()` returns it.
+fn is_restore_point_at(start: Lsn, lsn: Lsn) -> bool {
+    /// The header, and `xl_restore_point` with its fixed length (`xlog_internal.h`), aligned.
+    const RECORD_BYTES: u64 = 104;
+    /// The longest page header that can interrupt the record.
+    const PAGE_HEADER_BYTES: u64 = 40;
+    let end = start.add(RECORD_BYTES);
+    lsn == start || (end..=end.add(PAGE_HEADER_BYTES)).contains(&lsn)
 }

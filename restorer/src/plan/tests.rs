@@ -168,6 +168,14 @@ fn time(time: i64) -> RecoveryTarget {
     RecoveryTarget::Time {
         time: PgTimestamp(time),
         inclusive: true,
+        relative: false,
+    }
+}
+
+fn point(name: &str) -> RecoveryTarget {
+    RecoveryTarget::Name {
+        name: name.to_owned(),
+        at_lsn: None,
     }
 }
 
@@ -199,7 +207,7 @@ proptest! {
         let end = (at * 8 + RANGE) / RANGE * RANGE;
         let redo = (start * 8).min(at * 8);
         let archive = memory(&ends, vec![backup(1, redo, redo)], end, clock);
-        let wanted = RecoveryTarget::Time { time: PgTimestamp(target), inclusive };
+        let wanted = RecoveryTarget::Time { time: PgTimestamp(target), inclusive, relative: false };
         let later = |time: i64| time > target || (!inclusive && time == target);
         let behind: Vec<_> = ends.iter().filter(|(at, _, _)| at * 8 >= redo).collect();
         let oracle = behind.iter().position(|(_, time, _)| later(*time));
@@ -365,14 +373,14 @@ fn other_targets_stop_at_their_record() {
         stop(RecoveryTarget::Latest).expect("held"),
         Stop::After { lsn: at(2600) }
     );
-    let name = RecoveryTarget::Name("here".to_owned());
+    let name = point("here");
     assert_eq!(
         stop(name).expect("held"),
         Stop::After {
             lsn: Lsn(RANGE * 3 + 8)
         }
     );
-    for target in [xid(1, true), RecoveryTarget::Name("there".to_owned())] {
+    for target in [xid(1, true), point("there")] {
         assert!(matches!(
             refusal(&archive, &target),
             PlanError::Unknown { .. }
@@ -420,7 +428,7 @@ fn prepared_transactions_without_an_end_before_the_stop_are_in_doubt() {
     archive.prepared = vec![1, 2, 9];
     let plan = |lsn: u64| {
         let lsn = RecoveryTarget::Xid {
-            xid: u32::try_from(lsn).expect("small"),
+            xid: lsn,
             inclusive: true,
         };
         let plan = plan_restore(&archive, &lsn, &Wishes::default()).expect("it is reachable");
