@@ -541,8 +541,11 @@ fn find(args: &CommonArgs) -> Result<Option<PathBuf>> {
     Ok(usual.into_iter().find(|path| path.is_file()))
 }
 
-/// `500ms`, `1s`, `5min`, `1h`, `7d`.
-fn parse_duration(key: &str, text: &str) -> Result<Duration> {
+/// Parses `500ms`, `1s`, `5min`, `1h` or `7d`, the value of `key`.
+///
+/// # Errors
+/// [`Error::Config`] for another text, and for zero.
+pub fn parse_duration(key: &str, text: &str) -> Result<Duration> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
         .unwrap_or(text.len());

@@ -5,7 +5,9 @@
 //! code, so that nothing is shown as restorable that a plan refuses. Pure but for the questions to
 //! the [`WalIndex`].
 
-use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TimelineHistory, TransactionEnd};
+use wal_format::{
+    BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TimelineHistory, TransactionEnd, WalEvent,
+};
 
 use crate::{PathPart, WalRange, timeline_path};
 
@@ -28,6 +30,12 @@ pub trait WalIndex {
     /// # Errors
     /// The error of reading them.
     fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>, Self::Error>;
+
+    /// The other events of a range, in LSN order.
+    ///
+    /// # Errors
+    /// The error of reading them.
+    fn events(&self, range: &WalRange) -> Result<Vec<(Lsn, WalEvent)>, Self::Error>;
 }
 
 /// The WAL along a path from one LSN on.
@@ -35,16 +43,22 @@ pub trait WalIndex {
 pub struct PathWal {
     /// The ranges in order; neighbours may overlap.
     pub ranges: Vec<WalRange>,
-    /// The first byte that is missing, or the end of the archive.
+    /// The first byte that cannot be replayed: it is missing, or is the start of the record of
+    /// `minimal`, or is the end of the archive.
     pub end_lsn: Lsn,
     /// The branch on which that is; `None` for an empty path.
     pub end_branch: Option<Branch>,
-    /// True if WAL exists behind the first missing byte, or a later timeline begins there: then it
-    /// is a gap and not the end.
+    /// True if WAL exists after `end_lsn`, or a later timeline begins there: then it is a gap and
+    /// not the end.
     pub gap: bool,
+    /// True if the record at `end_lsn` announces `wal_level = minimal`. Changes may be missing
+    /// from the WAL after it: PostgreSQL 13 replays that WAL with a warning and loses the rows,
+    /// later versions end there (`CheckRequiredParameterValues` in `xlogrecovery.c`).
+    pub minimal: bool,
 }
 
-/// Follows the WAL along `path` from `start_lsn` as far as it is held without a gap.
+/// Follows the WAL along `path` from `start_lsn` as far as it is held without a gap and a replay
+/// is complete.
 ///
 /// # Errors
 /// The error of reading the index.
@@ -59,6 +73,7 @@ pub fn follow_wal<I: WalIndex + ?Sized>(
         end_lsn: start_lsn,
         end_branch: path.last().map(|part| part.branch),
         gap: false,
+        minimal: false,
     };
     for part in path.iter().filter(|part| part.to > start_lsn) {
         // PostgreSQL reads the segment of a switch point from the later timeline, which holds a
@@ -75,6 +90,13 @@ pub fn follow_wal<I: WalIndex + ?Sized>(
                 wal.gap = true;
                 break;
             }
+            if let Some(lsn) = first_minimal(index, &range, (start_lsn, part.to))? {
+                // No later timeline leads around the record: the path leaves this one after it.
+                wal.end_lsn = lsn;
+                (wal.gap, wal.minimal) = (true, true);
+                wal.ranges.push(range);
+                return Ok(wal);
+            }
             wal.end_lsn = wal.end_lsn.max(range.end_lsn.min(part.to));
             wal.ranges.push(range);
         }
@@ -84,6 +106,21 @@ pub fn follow_wal<I: WalIndex + ?Sized>(
         wal.gap = false;
     }
     Ok(wal)
+}
+
+/// The first record of a range in `[from, to)` that announces `wal_level = minimal`.
+fn first_minimal<I: WalIndex + ?Sized>(
+    index: &I,
+    range: &WalRange,
+    (from, to): (Lsn, Lsn),
+) -> Result<Option<Lsn>, I::Error> {
+    if range.minimal_count == Some(0) {
+        return Ok(None);
+    }
+    let events = index.events(range)?.into_iter();
+    let mut minimal = events.filter(|(_, event)| event.begins_minimal_wal());
+    let found = minimal.find(|(lsn, _)| *lsn >= from && *lsn < to);
+    Ok(found.map(|(lsn, _)| lsn))
 }
 
 /// Returns true if `backup` can be made consistent on `path`, as far as its WAL is there.
@@ -185,6 +222,13 @@ pub enum Refusal {
         /// The first missing byte.
         from_lsn: Lsn,
     },
+    /// The server had `wal_level = minimal` on the way, and no backup after that leads on.
+    MinimalWal {
+        /// The branch.
+        branch: Branch,
+        /// The record from which on changes may be missing.
+        from_lsn: Lsn,
+    },
 }
 
 /// The WAL that can be restored along one path.
@@ -194,6 +238,8 @@ pub struct Restorable {
     pub stretches: Vec<Stretch>,
     /// Why a restore of the newest state refuses.
     pub refusal: Option<Refusal>,
+    /// The records that announce `wal_level = minimal` and end a stretch, in order.
+    pub minimal: Vec<(Branch, Lsn)>,
 }
 
 impl Restorable {
@@ -217,6 +263,7 @@ impl Restorable {
             } else {
                 Refusal::NoBackupOnPath
             }),
+            minimal: Vec::new(),
         };
         let mut covered: Option<PathWal> = None;
         for backup in leading {
@@ -245,12 +292,14 @@ impl Restorable {
                     ranges: wal.ranges.clone(),
                 }),
             }
-            let missing = || {
-                let last = path.last().map_or(Branch::FIRST, |part| part.branch);
-                Refusal::Gap {
-                    branch: wal.end_branch.unwrap_or(last),
-                    from_lsn: wal.end_lsn,
-                }
+            let last = path.last().map_or(Branch::FIRST, |part| part.branch);
+            let (branch, from_lsn) = (wal.end_branch.unwrap_or(last), wal.end_lsn);
+            if wal.minimal && !restorable.minimal.contains(&(branch, from_lsn)) {
+                restorable.minimal.push((branch, from_lsn));
+            }
+            let missing = || match wal.minimal {
+                true => Refusal::MinimalWal { branch, from_lsn },
+                false => Refusal::Gap { branch, from_lsn },
             };
             // The plan takes the newest backup from which the way is whole.
             restorable.refusal = match restorable.refusal {

@@ -44,6 +44,10 @@ pub struct WalRange {
     /// them, and in a catalog of such a version.
     #[serde(default)]
     pub tablespace_count: Option<u64>,
+    /// The number of records in it that announce `wal_level = minimal`; `None` in a catalog of a
+    /// version that did not count them.
+    #[serde(default)]
+    pub minimal_count: Option<u64>,
     /// The start of the first record that ends in it.
     pub first_record_lsn: Option<Lsn>,
     /// The start of the last one.
@@ -80,6 +84,10 @@ impl WalRange {
             )
         };
         let tablespace_count = summary.events.iter().filter(is_tablespace).count() as u64;
+        let minimal = summary.events.iter();
+        let minimal_count = minimal
+            .filter(|(_, event)| event.begins_minimal_wal())
+            .count() as u64;
         Self {
             branch: header.branch,
             segment: header.segment(),
@@ -91,6 +99,7 @@ impl WalRange {
             transaction_count: summary.transactions.len() as u64,
             prepare_count: Some(prepare_count),
             tablespace_count: Some(tablespace_count),
+            minimal_count: Some(minimal_count),
             first_record_lsn: summary.first_record_lsn,
             last_record_lsn: summary.last_record_lsn,
             last_record_end_lsn: summary.last_record_end_lsn,

@@ -50,6 +50,18 @@ pub enum Error {
         /// A socket, an address, or the setting that names it.
         address: String,
     },
+    /// PostgreSQL says that changes are missing from the WAL.
+    #[error(
+        "rows are missing from this copy: {said}; do not use it, and restore to a target before that WAL or from a base \
+         backup after it (`pitr-restore list`); PostgreSQL's log is {log}",
+        log = log.display()
+    )]
+    MinimalWal {
+        /// The log.
+        log: PathBuf,
+        /// PostgreSQL's words.
+        said: String,
+    },
     /// The target cannot be reached.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -60,6 +72,50 @@ pub enum Error {
         planned: String,
         /// Where it stopped.
         found: String,
+    },
+    /// A server process crashes again and again.
+    #[error(
+        "recovery ends in a crash loop: PostgreSQL has begun again {crashes} times, first because its {said}; it was \
+         stopped; its log is {log}",
+        log = log.display()
+    )]
+    RecoveryCrashes {
+        /// The log.
+        log: PathBuf,
+        /// How often it has begun again.
+        crashes: u32,
+        /// The first crash, in PostgreSQL's words.
+        said: String,
+    },
+    /// Recovery paused where it was not to.
+    #[error(
+        "recovery has paused before its target{place}: somebody or a setting paused it; the server was stopped; its log \
+         is {log}",
+        place = replayed.map_or_else(String::new, |lsn| format!(", after {lsn}")),
+        log = log.display()
+    )]
+    RecoveryPaused {
+        /// The log.
+        log: PathBuf,
+        /// The end of WAL that is known to be replayed.
+        replayed: Option<Lsn>,
+    },
+    /// Recovery makes no progress.
+    #[error(
+        "recovery hangs: for {seconds} s PostgreSQL wrote nothing to its log and used no processor; it {waits_for}; its \
+         last message: {said}; the server was stopped, and nothing of the target was changed by that: wait longer with \
+         --recovery-timeout if it is slow for a known reason; its log is {log}",
+        log = log.display()
+    )]
+    RecoveryStalled {
+        /// The log.
+        log: PathBuf,
+        /// For how long.
+        seconds: u64,
+        /// What it does, by its log.
+        waits_for: String,
+        /// Its last message.
+        said: String,
     },
     /// PostgreSQL ended before the recovery did.
     #[error("PostgreSQL ended before recovery did: {said}; its log is {log}", log = log.display())]
@@ -159,13 +215,17 @@ impl Error {
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
-            Self::Damaged { .. } | Self::PlanMismatch { .. } | Self::Wal { .. } => {
-                ExitKind::Integrity
-            }
+            Self::Damaged { .. }
+            | Self::MinimalWal { .. }
+            | Self::PlanMismatch { .. }
+            | Self::Wal { .. } => ExitKind::Integrity,
             Self::InsufficientParameter { .. }
             | Self::Io { .. }
             | Self::ParentAnswers { .. }
-            | Self::RecoveryFailed { .. } => ExitKind::Failed,
+            | Self::RecoveryCrashes { .. }
+            | Self::RecoveryFailed { .. }
+            | Self::RecoveryPaused { .. }
+            | Self::RecoveryStalled { .. } => ExitKind::Failed,
             Self::Plan(_) => ExitKind::TargetNotReachable,
             Self::Repository(error) => error.exit_kind(),
             Self::Usage { .. } => ExitKind::Usage,

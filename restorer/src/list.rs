@@ -32,6 +32,8 @@ pub struct Listing {
     pub refusal: Option<String>,
     /// What is missing between them, for another reason than that it expired.
     pub gaps: Vec<Gap>,
+    /// Where a server wrote WAL with `wal_level = minimal`: no backup before leads over it.
+    pub minimal_wal: Vec<MinimalWal>,
     /// Commits that failovers lost; their WAL is kept on the timeline that was left.
     pub failover_losses: Vec<FailoverLoss>,
     /// The moments that retention gave up.
@@ -165,6 +167,17 @@ pub struct Gap {
     pub end_lsn: Lsn,
 }
 
+/// WAL that was written with `wal_level = minimal`.
+#[derive(Clone, Debug, Serialize)]
+pub struct MinimalWal {
+    /// The timeline.
+    pub branch: Branch,
+    /// The record that announces it.
+    pub start_lsn: Lsn,
+    /// Where the next restorable stretch of the timeline begins; `None` if there is none.
+    pub end_lsn: Option<Lsn>,
+}
+
 /// A restore point.
 #[derive(Clone, Debug, Serialize)]
 pub struct RestorePoint {
@@ -237,10 +250,11 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         windows.extend(open);
     }
     let default = timeline_path(inventory, &Wishes::default());
+    let default = default.as_deref().unwrap_or_default();
     let damaged_backups = inventory.damaged_backups();
     let is_whole = |backup: &&BackupInfo| !damaged_backups.contains_key(&backup.id);
     let whole: Vec<BackupInfo> = backups.iter().filter(is_whole).cloned().collect();
-    let restorable = restorable(inventory, &whole, default.as_deref().unwrap_or_default())?;
+    let (restorable, minimal_wal) = restorable(inventory, &whole, default)?;
     for window in &mut windows {
         let of = |one: &Restorable| {
             let touches = one.start_lsn < window.end_lsn && window.start_lsn < one.end_lsn;
@@ -277,6 +291,7 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         restorable,
         refusal,
         gaps,
+        minimal_wal,
         failover_losses: Vec::new(),
         restore_points,
         damaged: damaged
@@ -328,22 +343,30 @@ fn restore_points(inventory: &dyn Inventory) -> Result<Vec<RestorePoint>> {
 }
 
 /// The stretches of every timeline's own WAL in which a recovery can stop, cut where the `default`
-/// path leaves it.
+/// path leaves it; and the WAL between them that was written with `wal_level = minimal`.
 fn restorable(
     inventory: &dyn Inventory,
     backups: &[BackupInfo],
     default: &[PathPart],
-) -> Result<Vec<Restorable>> {
+) -> Result<(Vec<Restorable>, Vec<MinimalWal>)> {
     let branches = inventory.branches()?;
     let size = inventory.identity().wal_segment_size.bytes();
     let index = Index(inventory);
-    let mut all = Vec::new();
+    let (mut all, mut minimal) = (Vec::new(), Vec::new());
     for (branch, _, _) in &branches {
         let path = repository::timeline_path(&branches, *branch).unwrap_or_default();
         let Some(own) = path.last() else { continue };
         let left_at = default.iter().find(|part| part.branch == *branch);
         let left_at = left_at.map_or(own.from, |part| part.to);
         let found = repository::Restorable::along(&index, &path, backups, size)?;
+        for (_, start_lsn) in found.minimal.iter().filter(|(on, _)| on == branch) {
+            let starts = found.stretches.iter().map(|next| next.from_lsn);
+            minimal.push(MinimalWal {
+                branch: *branch,
+                start_lsn: *start_lsn,
+                end_lsn: starts.filter(|next| next > start_lsn).min(),
+            });
+        }
         for stretch in found.stretches {
             for (from, to, by_default) in [(own.from, left_at, true), (left_at, Lsn::MAX, false)] {
                 let start_lsn = stretch.from_lsn.max(from);
@@ -363,5 +386,5 @@ fn restorable(
             }
         }
     }
-    Ok(all)
+    Ok((all, minimal))
 }

@@ -25,6 +25,7 @@ pub(crate) mod estimate;
 pub(crate) mod full_xid;
 mod in_doubt;
 mod lost;
+mod minimal;
 mod path;
 mod stop;
 
@@ -222,6 +223,23 @@ pub enum PlanError {
         /// The last record before it that a recovery can stop after.
         last: Option<Lsn>,
     },
+    /// The server had `wal_level = minimal` on the way.
+    #[error(
+        "the server wrote WAL with wal_level = minimal from {lsn} on timeline {branch}{moment}, before the target is reached: \
+         changes may be missing from it, so a recovery over it loses rows; {nearest}",
+        moment = since.map_or_else(String::new, |time| format!(" (after {time})")),
+        nearest = minimal::print_nearest(nearest)
+    )]
+    MinimalWal {
+        /// The branch.
+        branch: Branch,
+        /// The record that announces it.
+        lsn: Lsn,
+        /// The last time that is known before it.
+        since: Option<PgTimestamp>,
+        /// Flags of reachable targets next to it.
+        nearest: Vec<String>,
+    },
     /// There is no backup.
     #[error("no base backup is archived; take one with `wal-archiver backup`")]
     NoBackup,
@@ -417,10 +435,19 @@ pub fn plan_restore(
         };
         let found = match stop {
             Ok(found) => found,
-            // What a newer backup cannot reach, an older one may: its way is longer.
+            // A target that a newer backup cannot reach may be reachable from an older one, since
+            // that replays more WAL.
             Err(Error::Plan(error)) => {
-                // What is unknown to all is unknown from the oldest on.
-                if refusal.is_none() || matches!(error, PlanError::Unknown { .. }) {
+                let is_unknown =
+                    |error: &Error| matches!(error, Error::Plan(PlanError::Unknown { .. }));
+                let replaces = match error {
+                    PlanError::Unknown { .. } => true,
+                    // It was found, and lies before the newer backup.
+                    PlanError::MinimalWal { .. } => refusal.as_ref().is_some_and(is_unknown),
+                    _ => false,
+                };
+                if refusal.is_none() || replaces {
+                    let error = minimal::name_next_backup(error, &backups);
                     refusal = Some(error.into());
                 }
                 continue;

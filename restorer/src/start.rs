@@ -1,4 +1,6 @@
-//! `--start`: runs PostgreSQL on the restored directory, waits until recovery has ended, compares the stop with the plan.
+//! `--start`: runs PostgreSQL on the restored directory, waits until recovery has ended, and proves
+//! that it ended where the plan wants it (`proof.rs`). A hang (`stall.rs`), a crash loop, a pause, an
+//! early end and a wrong stop are different errors.
 
 use std::{
     fs::{self, OpenOptions},
@@ -11,22 +13,28 @@ use std::{
 
 use repository::{Repository, durable};
 use rustix::process::{Pid, Signal, kill_process};
-use wal_format::{Lsn, PgVersion, SegmentSize};
+use wal_format::{PgVersion, SegmentSize, SystemIdentifier};
 
 use crate::{Error, RestorePlan, Result, Stop, execute::Action, isolation, wal_fetch};
 
 mod log;
 mod progress;
+mod proof;
+mod stall;
 
 use self::{
     log::{Events, Log},
-    progress::Progress,
+    progress::{Progress, waits_for},
+    proof::prove,
+    stall::{Stall, processor_time},
 };
 
 /// PostgreSQL's log of the recovery.
 pub const LOG: &str = "tidemark_recovery.log";
 /// The interval at which the log is read.
 const POLL: Duration = Duration::from_millis(50);
+/// The number of crashes after which a recovery that begins again each time is given up.
+const CRASHES_MAX: u32 = 3;
 /// The first version that reports the LSN of a running redo by itself (`log_startup_progress_interval`).
 const REPORTS_REDO: u16 = 15;
 
@@ -98,6 +106,10 @@ pub struct Start<'a> {
     pub directory: &'a Path,
     /// The repository that the recovery reads.
     pub repository: &'a Repository,
+    /// The system identifier of the cluster.
+    pub system: SystemIdentifier,
+    /// The time without any progress after which the recovery is given up.
+    pub timeout: Duration,
     /// The size of its WAL segments.
     pub segment_size: SegmentSize,
     /// The plan that the stop is compared with.
@@ -128,7 +140,8 @@ impl std::fmt::Debug for Start<'_> {
 /// 3. a server with fewer connections than the primary had, which could not show them all, recovers.
 ///
 /// # Errors
-/// [`Error::RecoveryFailed`] with PostgreSQL's first error, [`Error::PlanMismatch`].
+/// [`Error::RecoveryFailed`] with PostgreSQL's first error, [`Error::RecoveryStalled`],
+/// [`Error::RecoveryCrashes`], [`Error::RecoveryPaused`], [`Error::PlanMismatch`].
 pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
     let Start {
         postgres,
@@ -155,7 +168,15 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
         .map_err(Error::io("start", postgres))?;
     let mut log = Log::open(&path, wanted.segment_size).map_err(Error::io("open", &path))?;
     let outcome = wait(&mut server, &mut log, &path, wanted)
-        .and_then(|()| compare(&log.seen, wanted.plan))
+        .and_then(|()| {
+            let Start {
+                plan,
+                system,
+                action,
+                ..
+            } = *wanted;
+            prove(directory, &log.seen, plan, system, action)
+        })
         .and_then(|stopped| {
             // PostgreSQL ran it too, unless the program is gone from where it was.
             isolation::recovery_ended(directory)?;
@@ -230,9 +251,13 @@ fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> R
         Stop::Before { lsn } | Stop::After { lsn } => Some(lsn),
         Stop::Consistent => None,
     };
+    let server_id = server.id();
     let terminal = std::io::stderr().is_terminal();
     let from = wanted.plan.start_lsn;
-    let mut progress = Progress::new(from, to, terminal, wanted.tell, Instant::now());
+    let began = Instant::now();
+    let mut progress = Progress::new(from, to, terminal, wanted.tell, began);
+    let processor = || processor_time(server_id);
+    let mut stall = Stall::new(wanted.timeout, processor(), began);
     loop {
         // Before the log is read, so that nothing is read too early of a server that has ended.
         let ended = server.try_wait().map_err(Error::io("wait for", path))?;
@@ -242,13 +267,28 @@ fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> R
             progress.end();
             return outcome;
         }
-        progress.observe(&log.seen, Instant::now());
+        let now = Instant::now();
+        if let Some(silence) = stall.observe(log.bytes, processor, now) {
+            progress.end();
+            return Err(Error::RecoveryStalled {
+                log: path.to_owned(),
+                seconds: silence.as_secs(),
+                waits_for: waits_for(&log.seen),
+                said: log.seen.last.clone().unwrap_or_else(nothing),
+            });
+        }
+        progress.observe(&log.seen, now);
         thread::sleep(POLL);
     }
 }
 
 /// The outcome of the recovery, if the log shows one.
 fn judge(seen: &Events, ended: bool, log: &Path, action: Action) -> Option<Result<()>> {
+    // PostgreSQL 13 only warns and goes on without the missing changes.
+    if let Some(said) = seen.minimal.clone() {
+        let log = log.to_owned();
+        return Some(Err(Error::MinimalWal { log, said }));
+    }
     let done = match action {
         Action::Pause => seen.paused_at_end,
         Action::Promote => seen.complete && seen.ready,
@@ -268,32 +308,27 @@ fn judge(seen: &Events, ended: bool, log: &Path, action: Action) -> Option<Resul
             said,
         }))
     };
+    if seen.crashes >= CRASHES_MAX {
+        return Some(Err(Error::RecoveryCrashes {
+            log: log.to_owned(),
+            crashes: seen.crashes,
+            said: seen.crash.clone().unwrap_or_else(nothing),
+        }));
+    }
     if seen.paused {
-        return failed("recovery has paused before its target".to_owned());
+        return Some(Err(Error::RecoveryPaused {
+            log: log.to_owned(),
+            replayed: seen.replayed,
+        }));
     }
     if ended {
         let said = seen.first_error.clone().or_else(|| seen.last.clone());
-        return failed(said.unwrap_or_else(|| "it wrote nothing to its log".to_owned()));
+        return failed(said.unwrap_or_else(nothing));
     }
     None
 }
 
-/// Compares the place where PostgreSQL says that it stopped with the plan.
-fn compare(seen: &Events, plan: &RestorePlan) -> Result<String> {
-    let found = seen.stopping.as_deref().unwrap_or("nowhere");
-    let position = |prefix: &str| -> Option<Lsn> {
-        found.strip_prefix(prefix)?.split('"').nth(1)?.parse().ok()
-    };
-    let agrees = match plan.stop {
-        Stop::Before { lsn } => position("before WAL location (LSN)") == Some(lsn),
-        Stop::After { lsn } => position("after WAL location (LSN)") == Some(lsn),
-        Stop::Consistent => found.starts_with("after reaching consistency"),
-    };
-    if agrees {
-        return Ok(found.to_owned());
-    }
-    Err(Error::PlanMismatch {
-        planned: plan.stop.to_string(),
-        found: found.to_owned(),
-    })
+/// Stands for PostgreSQL's words where there are none.
+fn nothing() -> String {
+    "it wrote nothing to its log".to_owned()
 }

@@ -6,6 +6,7 @@
 mod bad_input;
 mod bad_store;
 mod delta;
+mod end_of_recovery;
 mod epochs;
 mod expire;
 mod failover;
@@ -16,6 +17,7 @@ mod judged;
 mod locate;
 mod lost_history;
 mod lost_identity;
+mod minimal;
 mod notations;
 mod outage;
 mod refusals;

@@ -52,14 +52,14 @@ pub use backup::{
 };
 pub use backup_label::BackupLabel;
 pub use backup_manifest::{BackupManifest, ManifestFile};
-pub use control_file::ControlFile;
+pub use control_file::{ClusterState, ControlFile};
 pub use decoder::{RecordSink, WalDecoder, WalIdentity};
 pub use error::{DecodeError, DecodeErrorKind};
 pub use expired::{EXPIRED_FORMAT_VERSION, Expired, ExpiredBackup, ExpiredWal, ExpiredWindow};
 pub use failover::{FAILOVER_LOSS_FORMAT_VERSION, FailoverLoss, LOST_COMMITS_LISTED_MAX};
 pub use gap::DeclaredGap;
 pub use indexer::WalIndexer;
-pub use layout::{BackupId, ClusterName, ObjectKey};
+pub use layout::{BackupId, ClusterName, ObjectKey, history_file_name};
 pub use lsn::Lsn;
 pub use outcome::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
 pub use record::{RecordHeader, ResourceManager, WalRecord};

@@ -189,9 +189,18 @@ pub enum WalEvent {
     },
     /// `XLOG_PARAMETER_CHANGE`, `XLOG_END_OF_RECOVERY` or a checkpoint announced `wal_level`.
     WalLevel {
-        /// 0 minimal, 1 replica, 2 logical (`WalLevel` in `xlog.h`). At 0 changes may be missing from WAL.
+        /// 0 minimal, 1 replica, 2 logical (`WalLevel` in `xlog.h`).
         level: i32,
     },
+}
+
+impl WalEvent {
+    /// Returns true if the server has `wal_level = minimal` from this record on: changes may be
+    /// missing from the WAL after it, and PostgreSQL 14 and later do not replay the record.
+    #[must_use]
+    pub fn begins_minimal_wal(&self) -> bool {
+        matches!(self, Self::WalLevel { level: 0 })
+    }
 }
 
 /// How many dropped files one [`WalEvent::DroppedRelations`] names; a DROP SCHEMA can drop far more.

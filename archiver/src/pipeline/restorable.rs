@@ -10,13 +10,13 @@ use repository::{
     ExpiredSet, KnownTimeline, PathPart, Refusal, Restorable, Stretch, WalIndex, WalRange,
     default_timelines,
 };
-use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
+use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalEvent};
 
 use super::archive::Archive;
 use crate::{
     cluster_status::ServerPath,
     error::{Error, Result},
-    report::{RestorableRange, WindowReport},
+    report::{GapReport, RestorableRange, WindowReport},
 };
 
 /// Stretches that are shown.
@@ -44,6 +44,10 @@ impl WalIndex for Ranges<'_> {
     fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>> {
         Ok(self.archive.catalog().transactions(range)?)
     }
+
+    fn events(&self, range: &WalRange) -> Result<Vec<(Lsn, WalEvent)>> {
+        Ok(self.archive.catalog().events(range)?)
+    }
 }
 
 /// The result of a look into the catalog.
@@ -58,6 +62,8 @@ pub(super) struct Judgement {
     pub(super) unreached: Option<String>,
     /// The first missing byte of a gap that was seen, to be seen again before it counts.
     pub(super) missing: Option<(Branch, Lsn)>,
+    /// WAL that is held and cannot be replayed, because the server had `wal_level = minimal`.
+    pub(super) minimal: Vec<GapReport>,
 }
 
 /// A look into the catalog.
@@ -92,7 +98,7 @@ impl Look<'_> {
         };
         judgement.window = self.window(&path, &found, judgement.unreached.as_deref())?;
         for (branch, ..) in self.timelines {
-            self.add_ranges(*branch, &path, &mut judgement.ranges)?;
+            self.add_ranges(*branch, &path, &mut judgement)?;
         }
         let surplus = judgement.ranges.len().saturating_sub(STRETCHES_MAX);
         judgement.ranges.drain(..surplus);
@@ -164,6 +170,14 @@ impl Look<'_> {
                 let is_known = self.missing_before == Some(missing);
                 (is_known.then_some(words), Some(missing))
             }
+            Some(Refusal::MinimalWal { branch, from_lsn }) => {
+                let words = format!(
+                    "the server wrote WAL with wal_level = minimal from {from_lsn} on timeline {branch}: changes may be \
+                     missing after it, and no base backup after it leads to {name}, so a restore of its present is refused. \
+                     {remedy}"
+                );
+                (Some(words), None)
+            }
         })
     }
 
@@ -222,7 +236,7 @@ impl Look<'_> {
         }
         if before.is_some() {
             let open = match found.refusal {
-                Some(Refusal::Gap { .. }) if unreached.is_some() => 1,
+                Some(Refusal::Gap { .. } | Refusal::MinimalWal { .. }) if unreached.is_some() => 1,
                 _ => 0,
             };
             window.gaps = Some(gaps + open);
@@ -240,12 +254,13 @@ impl Look<'_> {
         })
     }
 
-    /// Adds the stretches of a branch's own WAL, cut where the default path leaves it.
+    /// Adds the stretches of a branch's own WAL, cut where the default path leaves it, and the WAL
+    /// between them that was written with `wal_level = minimal`.
     fn add_ranges(
         &self,
         branch: Branch,
         default: &[PathPart],
-        ranges: &mut Vec<RestorableRange>,
+        judgement: &mut Judgement,
     ) -> Result<()> {
         let path = repository::timeline_path(self.timelines, branch).unwrap_or_default();
         let Some(own) = path.last() else {
@@ -253,7 +268,13 @@ impl Look<'_> {
         };
         let left_at = default.iter().find(|part| part.branch == branch);
         let left_at = left_at.map_or(own.from, |part| part.to);
-        for stretch in self.along(&path)?.stretches {
+        let found = self.along(&path)?;
+        for (_, from_lsn) in found.minimal.iter().filter(|(on, _)| *on == branch) {
+            judgement
+                .minimal
+                .push(self.minimal(&found, branch, *from_lsn));
+        }
+        for stretch in found.stretches {
             for (from, to, by_default) in [(own.from, left_at, true), (left_at, Lsn::MAX, false)] {
                 let start_lsn = stretch.from_lsn.max(from);
                 let end_lsn = stretch.to_lsn.min(to);
@@ -266,7 +287,7 @@ impl Look<'_> {
                     self.first_time(&stretch, branch, start_lsn)
                 };
                 let last = stretch.last_time(self.index, &path, (start_lsn, end_lsn))?;
-                ranges.push(RestorableRange {
+                judgement.ranges.push(RestorableRange {
                     branch,
                     timeline: branch.timeline,
                     start_lsn,
@@ -279,6 +300,27 @@ impl Look<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The WAL from a record that announces `wal_level = minimal` to the next stretch, or to the
+    /// end of the branch's WAL.
+    fn minimal(&self, found: &Restorable, branch: Branch, from_lsn: Lsn) -> GapReport {
+        let next = found.stretches.iter().find(|next| next.from_lsn > from_lsn);
+        let held = self.index.of.get(&branch).and_then(|of| of.last());
+        let end = next
+            .map(|next| next.from_lsn)
+            .or(held.map(|last| last.end_lsn));
+        GapReport {
+            branch,
+            from_lsn,
+            to_lsn: end.unwrap_or(from_lsn),
+            after: None,
+            before: next.map(|next| next.finished),
+            cause:
+                "wal_level = minimal: changes may be missing from this WAL, so nothing after it \
+                    can be restored from an earlier base backup"
+                    .to_owned(),
+        }
     }
 
     /// The first time that is known of a branch's WAL from `lsn` on.

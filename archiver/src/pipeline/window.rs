@@ -118,6 +118,7 @@ impl Marks {
         let judgement = look.judge()?;
         self.missing = judgement.missing;
         details.restorable = judgement.ranges;
+        details.gaps.extend(judgement.minimal);
         details.judged = judgement.judged;
         let surplus = details.ranges.len().saturating_sub(RANGES_MAX);
         details.ranges.drain(..surplus);

@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use catalog::Catalog;
-use repository::{ExpiredSet, PathPart, WalRange, timeline_path};
+use repository::{ExpiredSet, PathPart, Restorable, WalRange, timeline_path};
 use wal_format::{BackupInfo, Branch, Lsn, SegmentSize, TimelineHistory};
 
 use super::Verifier;
@@ -51,6 +51,32 @@ impl Verifier {
         for (branch, holes) in holes {
             for (from, to) in joined(holes) {
                 self.holes(&archived, &expired, branch, from, to);
+            }
+        }
+        self.minimal_wal(&archived)
+    }
+
+    /// Reports WAL that a server wrote with `wal_level = minimal` after a backup: as a problem,
+    /// unless a backup was taken after it.
+    fn minimal_wal(&mut self, archived: &Archived) -> Result<()> {
+        let mut minimal = BTreeSet::new();
+        for (branch, ..) in &archived.branches {
+            let path = archived.path(*branch);
+            let size = archived.size.bytes();
+            let found = Restorable::along(&archived.catalog, &path, &archived.backups, size)?;
+            minimal.extend(found.minimal);
+        }
+        for (branch, lsn) in minimal {
+            let words = format!(
+                "the WAL of timeline branch {branch} was written with wal_level = minimal from {lsn} on: changes may be \
+                 missing from it, and no earlier backup leads over it"
+            );
+            if archived.has_backup_after(branch, lsn) {
+                self.losses.push(format!(
+                    "{words}; a later backup makes the archive whole again after it"
+                ));
+            } else {
+                self.general(format!("{words}; take one with `wal-archiver backup`"));
             }
         }
         Ok(())

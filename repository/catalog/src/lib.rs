@@ -429,6 +429,10 @@ impl WalIndex for Catalog {
     fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>> {
         Self::transactions(self, range)
     }
+
+    fn events(&self, range: &WalRange) -> Result<Vec<(Lsn, WalEvent)>> {
+        Self::events(self, range)
+    }
 }
 
 /// Of the tails of one segment: those that carry the coverage forward, the longest first where

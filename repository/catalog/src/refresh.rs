@@ -34,6 +34,7 @@ pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<Refr
     let mut report = RefreshReport::default();
     let system = catalog.identity.system_identifier;
     catalog.follow_expired(repository)?;
+    count_minimal(catalog)?;
     let mut evidence = BTreeMap::new();
     for _ in 0..LOOKS_MAX {
         report.damaged.clear();
@@ -60,6 +61,28 @@ pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<Refr
     }
     report.lost_histories = histories.lost;
     Ok(report)
+}
+
+/// Counts the records that announce `wal_level = minimal` in ranges that an earlier version
+/// recorded without that count, so that no later reader has to decode their summaries.
+fn count_minimal(catalog: &Catalog) -> Result<()> {
+    for (_, value) in catalog.all(super::SEGMENTS)? {
+        let range: WalRange = catalog.parse(super::SEGMENTS, &value)?;
+        if range.minimal_count.is_none() {
+            let summary = catalog.summary(&range)?;
+            let events = summary.events.iter();
+            let count = events
+                .filter(|(_, event)| event.begins_minimal_wal())
+                .count() as u64;
+            let minimal_count = Some(count);
+            let range = WalRange {
+                minimal_count,
+                ..range
+            };
+            catalog.put_range(&range, &summary)?;
+        }
+    }
+    Ok(())
 }
 
 /// Reads the listings once, and puts an object of each timeline into `evidence`. Returns false when something that was listed was gone before it was read, as a tail is whose segment was sealed after
@@ -244,6 +267,7 @@ fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
         transaction_count: 0,
         prepare_count: None,
         tablespace_count: None,
+        minimal_count: None,
         first_record_lsn: None,
         last_record_lsn: None,
         last_record_end_lsn: None,

@@ -113,6 +113,7 @@ impl World {
             transaction_count: times.len() as u64,
             prepare_count: Some(0),
             tablespace_count: Some(0),
+            minimal_count: Some(0),
             first_record_lsn: None,
             last_record_lsn: None,
             last_record_end_lsn: None,

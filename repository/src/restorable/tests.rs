@@ -11,9 +11,10 @@ use crate::WalRangeKind;
 /// WAL per segment.
 const SEGMENT: u64 = 8;
 
-/// An index in memory: per branch, ranges of one LSN each, with one commit each at its LSN.
+/// An index in memory: per branch, ranges of one LSN each, with one commit each at its LSN; and the
+/// LSN at which a server had `wal_level = minimal`.
 #[derive(Debug, Default)]
-struct Memory(BTreeMap<Branch, Vec<u64>>);
+struct Memory(BTreeMap<Branch, Vec<u64>>, Option<u64>);
 
 impl WalIndex for Memory {
     type Error = std::convert::Infallible;
@@ -31,6 +32,11 @@ impl WalIndex for Memory {
             xid: 1,
             kind: TransactionEndKind::Commit,
         }])
+    }
+
+    fn events(&self, range: &WalRange) -> Result<Vec<(Lsn, WalEvent)>, Self::Error> {
+        let level = i32::from(self.1 != Some(range.start_lsn.0));
+        Ok(vec![(range.start_lsn, WalEvent::WalLevel { level })])
     }
 }
 
@@ -50,6 +56,7 @@ fn range(branch: Branch, at: u64) -> WalRange {
         transaction_count: 1,
         prepare_count: Some(0),
         tablespace_count: Some(0),
+        minimal_count: None,
         first_record_lsn: Some(Lsn(at)),
         last_record_lsn: Some(Lsn(at)),
         last_record_end_lsn: Some(Lsn(at + 1)),
@@ -118,7 +125,7 @@ fn case(fork: u64, first: impl Iterator<Item = u64>, second: impl Iterator<Item 
     Case {
         known,
         path,
-        index: Memory(held.into_iter().collect()),
+        index: Memory(held.into_iter().collect(), None),
     }
 }
 
@@ -173,11 +180,40 @@ fn commits_that_the_fork_cut_off_are_not_the_last_ones() {
     assert_eq!(last, Ok(Some(time(19))));
 }
 
+#[test]
+fn no_backup_leads_over_wal_of_a_minimal_level() {
+    let mut case = case(40, 0..20, 40..40);
+    case.path.truncate(1);
+    case.index.1 = Some(10);
+    let (first, later) = (
+        backup(1, Branch::FIRST, 2, 4),
+        backup(2, Branch::FIRST, 12, 13),
+    );
+    let refusal = Refusal::MinimalWal {
+        branch: Branch::FIRST,
+        from_lsn: Lsn(10),
+    };
+    let alone = case.restorable(std::slice::from_ref(&first));
+    assert_eq!(alone, (vec![(4, 10)], Some(refusal)));
+    let both = [first, later];
+    let path_of_first = timeline_path(&case.known, Branch::FIRST).expect("a path");
+    let found = Restorable::along(&case.index, &path_of_first, &both, SEGMENT).expect("read");
+    assert_eq!(found.refusal, None);
+    assert_eq!(found.minimal, [(Branch::FIRST, Lsn(10))]);
+    let ends = |stretch: &Stretch| (stretch.from_lsn.0, stretch.to_lsn.0);
+    let stretches: Vec<_> = found.stretches.iter().map(ends).collect();
+    assert_eq!(stretches, [(4, 10), (13, 20)]);
+    // The last commit before the record, not the last one of its range.
+    let last = found.stretches[0].last_time(&case.index, &path_of_first, (Lsn::ZERO, Lsn::MAX));
+    assert_eq!(last, Ok(Some(time(9))));
+}
+
 proptest! {
     /// Against what a plan does: from the newest backup on, the first from which the way is whole.
     #[test]
     fn it_is_what_a_plan_accepts(
         fork in 1u64..60,
+        minimal in prop::option::of(0u64..80),
         lost in prop::collection::vec((0u64..80, 1u64..6, prop::bool::ANY), 0..4),
         backups in prop::collection::vec((0u64..70, 1u64..8, prop::bool::ANY), 0..5),
     ) {
@@ -185,7 +221,8 @@ proptest! {
             let lost = lost.clone();
             move |at: &u64| !lost.iter().any(|(from, length, of)| *of == second && (*from..from + length).contains(at))
         };
-        let case = case(fork, (0..80).filter(has(false)), (fork / SEGMENT * SEGMENT..80).filter(has(true)));
+        let mut case = case(fork, (0..80).filter(has(false)), (fork / SEGMENT * SEGMENT..80).filter(has(true)));
+        case.index.1 = minimal;
         let backups: Vec<_> = (0..).zip(&backups).map(|(number, (start, length, second))| {
             let of = if *second { case.known[1].0 } else { Branch::FIRST };
             let start = if *second { (*start).max(fork) } else { *start };
@@ -196,8 +233,13 @@ proptest! {
         leading.sort_by_key(|backup| backup.start_lsn);
         let ways: Vec<_> = leading.iter().map(|backup| {
             let wal = follow_wal(&case.index, &case.path, backup.start_lsn, SEGMENT).expect("it is read");
-            (backup.stop_lsn.0, wal.end_lsn.0, wal.gap)
-        }).collect();
+            // A way that reaches the record ends there.
+            let is_on_way = minimal.is_some_and(|at| at >= backup.start_lsn.0);
+            prop_assert!(!is_on_way || Some(wal.end_lsn.0) <= minimal);
+            prop_assert_eq!(wal.minimal, is_on_way && Some(wal.end_lsn.0) == minimal && wal.gap
+                && wal.ranges.last().is_some_and(|last| Some(last.start_lsn.0) == minimal));
+            Ok((backup.stop_lsn.0, wal.end_lsn.0, wal.gap))
+        }).collect::<Result<_, TestCaseError>>()?;
         let accepted = ways.iter().any(|(stop, end, gap)| end >= stop && !gap);
         prop_assert_eq!(refusal.is_none(), accepted);
         for at in 0..80 {

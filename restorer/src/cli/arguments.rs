@@ -1,6 +1,8 @@
 //! Checks of single arguments.
 
-use std::ffi::OsString;
+use std::{ffi::OsString, time::Duration};
+
+use repository::config::parse_duration;
 
 use crate::{Error, Result};
 
@@ -71,6 +73,10 @@ pub(super) fn buffers(text: &str) -> std::result::Result<String, String> {
         Some(Ok(1..)) => Ok(text.to_owned()),
         _ => Err("write a size with its unit, for example 4GB".to_owned()),
     }
+}
+
+pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
+    parse_duration("--recovery-timeout", text).map_err(|error| error.to_string())
 }
 
 pub(super) fn pair(text: &str) -> std::result::Result<(String, String), String> {

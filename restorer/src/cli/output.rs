@@ -251,6 +251,15 @@ pub(super) fn listing(listing: &Listing) {
             gap.branch, gap.start_lsn, gap.end_lsn
         );
     }
+    for minimal in &listing.minimal_wal {
+        let end = minimal.end_lsn;
+        println!(
+            "MINIMAL  timeline {}  {} to {}  written with wal_level = minimal, so no earlier backup leads over it",
+            minimal.branch,
+            minimal.start_lsn,
+            end.map_or_else(|| "its end".to_owned(), |end| end.to_string())
+        );
+    }
     for loss in &listing.failover_losses {
         println!("FAILOVER  {loss}");
         for commit in loss.listed.iter().take(LOST_COMMITS_SHOWN_MAX) {

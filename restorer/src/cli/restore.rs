@@ -1,6 +1,8 @@
 //! The restore itself, and its flags: plan, checks before the copy, copy, start.
 
-use std::{collections::BTreeMap, io::IsTerminal, path::PathBuf, process::ExitCode};
+use std::{
+    collections::BTreeMap, io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration,
+};
 
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -10,7 +12,7 @@ use repository::config::ClusterSettings;
 use wal_format::{BackupId, BackupInfo, Lsn, SystemIdentifier};
 
 use super::{
-    arguments::{self, buffers, locations, pair},
+    arguments::{self, buffers, duration, locations, pair},
     opening::{absolute, archive},
     outcome::{self, Outcome},
     output,
@@ -94,6 +96,9 @@ pub(super) struct RestoreArgs {
     /// more of them is faster.
     #[arg(long, value_name = "SIZE", requires = "start", value_parser = buffers)]
     recovery_buffers: Option<String>,
+    /// Give up when the recovery of --start makes no progress for this long, for example 30s or 1h.
+    #[arg(long, value_name = "DURATION", requires = "start", default_value = "15min", value_parser = duration)]
+    recovery_timeout: Duration,
     /// Append a setting to the restored ones.
     #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
     set: Vec<(String, String)>,
@@ -266,6 +271,8 @@ fn copy_and_start(
             version,
             directory: &destination.directory,
             repository: &archive.repository,
+            system: archive.identity().system_identifier,
+            timeout: args.recovery_timeout,
             segment_size: archive.identity().wal_segment_size,
             plan,
             action: destination.recovery.action,

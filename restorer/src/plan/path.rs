@@ -2,7 +2,7 @@
 
 pub use repository::PathPart;
 use repository::{WalIndex, WalRange};
-use wal_format::{Branch, Lsn, TimelineHistory, TimelineId, TransactionEnd};
+use wal_format::{Branch, Lsn, TimelineHistory, TimelineId, TransactionEnd, WalEvent};
 
 use super::{PlanError, Wishes, lost};
 use crate::{Error, Result, inventory::Inventory};
@@ -96,6 +96,10 @@ impl WalIndex for Index<'_> {
     fn transactions(&self, range: &WalRange) -> Result<Vec<TransactionEnd>> {
         Ok(self.0.summary(range)?.transactions)
     }
+
+    fn events(&self, range: &WalRange) -> Result<Vec<(Lsn, WalEvent)>> {
+        Ok(self.0.summary(range)?.events)
+    }
 }
 
 fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
@@ -109,12 +113,15 @@ pub(crate) struct Coverage {
     pub(crate) start_lsn: Lsn,
     /// The ranges in order; neighbours may overlap.
     pub(crate) ranges: Vec<WalRange>,
-    /// The first byte that is missing, or the end of the archive.
+    /// The first byte that cannot be replayed: it is missing, or is the start of the record of
+    /// `minimal`, or is the end of the archive.
     pub(crate) end_lsn: Lsn,
     /// The timeline of `end_lsn`.
     pub(crate) gap_branch: Branch,
-    /// True if WAL exists after the first missing byte: it is a gap and not the end.
+    /// True if WAL exists after `end_lsn`: it is a gap and not the end.
     pub(crate) gap: bool,
+    /// True if the record at `end_lsn` announces `wal_level = minimal`.
+    pub(crate) minimal: bool,
     /// The path, whose switch points decide which records of a range count.
     pub(crate) path: Vec<PathPart>,
 }
@@ -150,6 +157,7 @@ pub(crate) fn cover(
         end_lsn: wal.end_lsn,
         gap_branch: wal.end_branch.unwrap_or(Branch::FIRST),
         gap: wal.gap,
+        minimal: wal.minimal,
         path: path.to_vec(),
     })
 }

@@ -12,7 +12,7 @@ use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
 use super::{
     Coverage, LATE_COMMITS_LISTED, PlanError, Stop, Unproved,
     full_xid::{self, Epochs},
-    print_path,
+    minimal, print_path,
 };
 use crate::{Result, inventory::Inventory, target::RecoveryTarget};
 
@@ -185,6 +185,13 @@ impl Walk<'_> {
     }
 
     fn gap(&self) -> crate::Error {
+        if self.coverage.minimal {
+            let last = self.last_commit(Lsn::MAX, true);
+            let time = |last: Option<TransactionEnd>| last.map(|end| end.time);
+            let refusal =
+                last.and_then(|last| minimal::refusal(self.inventory, self.coverage, time(last)));
+            return refusal.map_or_else(|error| error, Into::into);
+        }
         let gap = PlanError::Gap {
             branch: self.coverage.gap_branch,
             from: self.coverage.end_lsn,
@@ -195,7 +202,7 @@ impl Walk<'_> {
 
     fn unknown(&self, what: String) -> crate::Error {
         // It may be in the gap or after it.
-        if self.coverage.gap {
+        if self.coverage.gap && !self.coverage.minimal {
             return self.gap();
         }
         let (from, to) = (self.coverage.start_lsn, self.coverage.end_lsn);
@@ -235,6 +242,32 @@ impl Walk<'_> {
             .max()
     }
 
+    /// The stop before WAL that was written with `wal_level = minimal`, if the target time lies
+    /// before the first transaction in it.
+    fn time_before_minimal(
+        &self,
+        target: PgTimestamp,
+        stops: impl Fn(PgTimestamp) -> bool,
+    ) -> Result<Found> {
+        let dropped = self.after_minimal(|_| true)?;
+        let is_before = match dropped {
+            Some(end) => stops(end.time),
+            None => {
+                // A server that was shut down commits nothing until it is started again.
+                let shutdown = minimal::last_checkpoint(self.inventory, self.coverage)?;
+                shutdown.is_some_and(|time| time >= target)
+            }
+        };
+        if !is_before {
+            return Err(self.gap());
+        }
+        let found = self.lsn(self.coverage.end_lsn, false)?;
+        Ok(Found {
+            first_dropped: dropped,
+            ..found
+        })
+    }
+
     fn time(&self, target: PgTimestamp, inclusive: bool, relative: bool) -> Result<Found> {
         let stops = |time: PgTimestamp| time > target || (!inclusive && time == target);
         let skip = |range: &WalRange| !range.max_time.is_some_and(stops);
@@ -242,6 +275,9 @@ impl Walk<'_> {
             // No later commit is archived. It must be proved that no later commit exists.
             let proved = self.proven();
             let is_proved = proved.is_some_and(|proved| proved >= target);
+            if self.coverage.minimal {
+                return self.time_before_minimal(target, stops);
+            }
             if self.coverage.gap || (!is_proved && !relative) {
                 return Err(self.beyond(target.to_string())?);
             }
@@ -276,8 +312,12 @@ impl Walk<'_> {
 
     fn lsn(&self, lsn: Lsn, inclusive: bool) -> Result<Found> {
         let ranges = self.ranges();
-        let record = if lsn < self.coverage.end_lsn && lsn >= self.coverage.start_lsn {
-            self.inventory.record_at_or_after(&ranges, lsn)?
+        // A recovery can stop before the record that announces `wal_level = minimal`, never after.
+        let minimal_lsn = self.coverage.minimal.then_some(self.coverage.end_lsn);
+        let is_inside = lsn < self.coverage.end_lsn || (Some(lsn) == minimal_lsn && !inclusive);
+        let record = if is_inside && lsn >= self.coverage.start_lsn {
+            let record = self.inventory.record_at_or_after(&ranges, lsn)?;
+            record.filter(|record| !inclusive || *record < self.coverage.end_lsn)
         } else {
             None
         };
@@ -307,6 +347,17 @@ impl Walk<'_> {
         }
     }
 
+    /// The first transaction after WAL that was written with `wal_level = minimal`.
+    fn after_minimal(
+        &self,
+        is_it: impl Fn(&TransactionEnd) -> bool,
+    ) -> Result<Option<TransactionEnd>> {
+        if !self.coverage.minimal {
+            return Ok(None);
+        }
+        minimal::find_after(self.inventory, self.coverage, is_it)
+    }
+
     fn xid(&self, xid: u64, inclusive: bool) -> Result<Found> {
         let mut end = self.first(|_| false, |end| full_xid::may_be(end, xid))?;
         if end.is_some() && full_xid::names_epoch(xid) {
@@ -320,6 +371,12 @@ impl Walk<'_> {
             end = ends.into_iter().find(|end| epochs.is(end, xid));
         }
         match end {
+            None if self
+                .after_minimal(|end| full_xid::may_be(end, xid))?
+                .is_some() =>
+            {
+                Err(self.gap())
+            }
             None => Err(self.unknown(format!("the end of transaction {xid}"))),
             Some(end) if inclusive => self.after(end.lsn),
             Some(end) => self.before(end),
@@ -352,6 +409,11 @@ impl Walk<'_> {
                     points: words.collect::<Vec<_>>().join(", "),
                 }
                 .into())
+            }
+            _ if self.coverage.minimal
+                && points.keys().any(|lsn| *lsn >= self.coverage.end_lsn) =>
+            {
+                Err(self.gap())
             }
             _ => {
                 let at = at_lsn.map_or_else(String::new, |at| format!(" at {at}"));

@@ -321,6 +321,95 @@ fn a_clock_that_went_back_makes_the_target_ambiguous() {
     assert_eq!(plan.stop, Stop::Before { lsn: Lsn(1600 * 8) });
 }
 
+/// Makes the server announce `wal_level = minimal` at `minimal`, after a shutdown at `shutdown`.
+fn restarted_minimal(archive: &mut Memory, shutdown: (Lsn, i64), minimal: Lsn) {
+    let checkpoint = WalEvent::Checkpoint {
+        kind: CheckpointKind::Shutdown,
+        redo_lsn: shutdown.0,
+        timeline: wal_format::TimelineId::new(1).expect("a timeline"),
+        time: PgTimestamp(shutdown.1),
+        next_xid: 1,
+    };
+    let level = WalEvent::WalLevel { level: 0 };
+    for (lsn, event) in [(shutdown.0, checkpoint), (minimal, level)] {
+        let found = archive.ranges.range_mut(..=lsn.0).next_back();
+        let (range, summary) = found.expect("a range").1;
+        summary.events.push((lsn, event));
+        range.minimal_count = None;
+    }
+}
+
+#[test]
+fn wal_of_a_minimal_level_is_never_replayed() {
+    let backups = vec![backup(1, 4000, 4400), backup(48, 2400 * 8, 2450 * 8)];
+    let mut archive = memory(&ENDS, backups, RANGE * 6, 50);
+    // After the transaction of the time 20 at 1100 and before that of 40 at 1700.
+    let (shutdown, minimal) = (Lsn(1300 * 8), Lsn(1320 * 8));
+    restarted_minimal(&mut archive, (shutdown, 25), minimal);
+    let times = ENDS.map(|(at, time, _)| (at, time));
+    let before = times.into_iter().rfind(|(at, _)| at * 8 < minimal.0);
+    let (_, last_commit) = before.expect("a commit before");
+    let nearest = [
+        format!(
+            "--target-lsn {minimal} --target-exclusive (last commit {})",
+            PgTimestamp(last_commit)
+        ),
+        format!(
+            "--backup {} --target-immediate ({})",
+            archive.backups[1].id,
+            PgTimestamp(48)
+        ),
+    ];
+    let refused = PlanError::MinimalWal {
+        branch: Branch::FIRST,
+        lsn: minimal,
+        since: Some(PgTimestamp(last_commit.max(25))),
+        nearest: nearest.to_vec(),
+    };
+    let after = times
+        .into_iter()
+        .position(|(at, _)| at * 8 > minimal.0)
+        .expect("one after");
+    let xid = 1000 + u32::try_from(after).expect("small");
+    let inside = RecoveryTarget::Xid {
+        xid: xid.into(),
+        inclusive: true,
+    };
+    assert_eq!(refusal(&archive, &inside), refused);
+    assert_eq!(
+        refusal(
+            &archive,
+            &RecoveryTarget::Lsn {
+                lsn: minimal,
+                inclusive: true
+            }
+        ),
+        refused
+    );
+    let nowhere = RecoveryTarget::Xid {
+        xid: 7,
+        inclusive: true,
+    };
+    let unknown = refusal(&archive, &nowhere);
+    assert!(matches!(unknown, PlanError::Unknown { .. }), "{unknown}");
+    // The first transaction after the record is later than these times.
+    let (_, first_after) = times[after];
+    let mut between = last_commit.max(20)..first_after;
+    assert!(!between.is_empty());
+    let is_planned = |asked| {
+        let plan = plan_restore(&archive, &time(asked), &Wishes::default()).expect("a plan");
+        assert_eq!(plan.first_dropped.map(|end| end.xid), Some(xid));
+        plan.backup == archive.backups[0].id && matches!(plan.stop, Stop::Before { .. })
+    };
+    assert!(between.all(is_planned));
+    archive.backups.pop();
+    let late = refusal(&archive, &time(first_after));
+    assert!(matches!(late, PlanError::MinimalWal { .. }), "{late}");
+    let words = refusal(&archive, &RecoveryTarget::Latest).to_string();
+    assert!(words.contains("take a base backup"), "{words}");
+    assert!(words.contains(&nearest[0]), "{words}");
+}
+
 #[test]
 fn missing_wal_is_named() {
     let mut archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 50);

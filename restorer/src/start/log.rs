@@ -15,6 +15,8 @@ use wal_format::{Lsn, SegmentName, SegmentSize};
 const BEFORE_MAX: usize = 6;
 /// More of a message is not repeated.
 const MESSAGE_MAX: usize = 600;
+/// The beginning of the message of `CheckRequiredParameterValues` in each version.
+const MINIMAL: &str = "WAL was generated with wal_level=minimal";
 /// Words of the log lines that precede a FATAL and give its reason.
 const REASONS: [&str; 6] = [
     "could not",
@@ -35,6 +37,8 @@ pub(super) struct Log {
     before: VecDeque<String>,
     /// The events so far.
     pub(super) seen: Events,
+    /// The bytes that were read.
+    pub(super) bytes: u64,
 }
 
 /// The events in a log.
@@ -56,6 +60,12 @@ pub(super) struct Events {
     pub(super) lower_setting: Option<String>,
     /// PostgreSQL waits for ever because of `lower_setting`.
     pub(super) insufficient: bool,
+    /// The number of times that the server began again after the crash of a process.
+    pub(super) crashes: u32,
+    /// The first of these crashes, in PostgreSQL's words.
+    pub(super) crash: Option<String>,
+    /// PostgreSQL's warning (13) or error that the WAL was written with `wal_level = minimal`.
+    pub(super) minimal: Option<String>,
     /// The first ERROR, FATAL or PANIC, with the lines that explain it.
     pub(super) first_error: Option<String>,
     /// The end of WAL that is known to be replayed.
@@ -76,13 +86,15 @@ impl Log {
             partial: Vec::new(),
             before: VecDeque::new(),
             seen: Events::default(),
+            bytes: 0,
         })
     }
 
     /// Reads what was written since.
     pub(super) fn read(&mut self) -> io::Result<()> {
         let mut bytes = std::mem::take(&mut self.partial);
-        self.file.read_to_end(&mut bytes)?;
+        let read = self.file.read_to_end(&mut bytes)?;
+        self.bytes = self.bytes.saturating_add(read as u64);
         let mut lines: Vec<&[u8]> = bytes.split(|byte| *byte == b'\n').collect();
         let partial = lines.pop().unwrap_or_default().to_vec();
         for line in lines {
@@ -106,6 +118,17 @@ impl Log {
         seen.insufficient |= message.contains("because of insufficient parameter settings");
         if message.contains("is a lower setting than on the primary server") {
             seen.lower_setting.get_or_insert_with(|| message.to_owned());
+        }
+        if message.contains("all server processes terminated; reinitializing") {
+            seen.crashes = seen.crashes.saturating_add(1);
+        }
+        if message.contains(") was terminated by signal")
+            || message.contains(") exited with exit code")
+        {
+            seen.crash.get_or_insert_with(|| message.to_owned());
+        }
+        if message.contains(MINIMAL) {
+            seen.minimal.get_or_insert_with(|| message.to_owned());
         }
         if let Some(name) = quoted_after(message, "restored log file ")
             && let Ok(name) = name.parse::<SegmentName>()
@@ -222,6 +245,17 @@ mod tests {
         assert!(said.ends_with("contains errors; h"), "{said}");
         let early = "x FATAL:  the database system is starting up\nx DETAIL:  d\n";
         assert_eq!(events(early).first_error, None);
+    }
+
+    #[test]
+    fn the_warning_of_missing_changes_is_an_event() {
+        let said = "WAL was generated with wal_level=minimal, data may be missing";
+        let warned = format!("x WARNING:  {said}\nx HINT:  h\nx LOG:  redo done at 0/1\n");
+        assert_eq!(events(&warned).minimal.as_deref(), Some(said));
+        let said = "WAL was generated with wal_level=minimal, cannot continue recovering";
+        let seen = events(&format!("x FATAL:  {said}\nx DETAIL:  d\n"));
+        assert_eq!(seen.minimal.as_deref(), Some(said));
+        assert_eq!(events("x LOG:  restored log file\n").minimal, None);
     }
 
     #[test]

@@ -102,7 +102,8 @@ impl<'a> Progress<'a> {
     }
 }
 
-fn waits_for(seen: &Events) -> String {
+/// What PostgreSQL does, or waits for, by its log.
+pub(super) fn waits_for(seen: &Events) -> String {
     if seen.complete {
         return "writes the checkpoint at the end of recovery".to_owned();
     }

@@ -1,0 +1,245 @@
+//! A recovery that ended is believed only when its end, its timeline and its system identifier are
+//! the plan's. A hang, a crash loop and a wrong stop are different answers.
+//!
+//! Each case gives `pitr-restore` a `postgres` that runs the real one and interferes.
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Output,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use benches::{
+    cluster::Cluster,
+    programs::{directory, ours},
+    restored::Restored,
+};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::support::{Archived, SETTINGS, oldest_and_newest, said};
+
+/// An archived cluster on timeline 2, the server programs, and the second of two transactions.
+struct Promoted {
+    archived: Archived,
+    bin: PathBuf,
+    xid: String,
+}
+
+impl Promoted {
+    fn make(bin: &Path) -> Self {
+        let cluster = Cluster::start(bin, 1, SETTINGS).expect("a server");
+        cluster.stop().expect("it stops");
+        fs::write(cluster.data().join("standby.signal"), "").expect("a standby");
+        cluster.start_again().expect("it starts");
+        cluster.promote().expect("it is promoted");
+        let mut archived = Archived::of(cluster);
+        archived.sql("CREATE TABLE done (n int)");
+        archived.backup();
+        archived.sql("INSERT INTO done VALUES (1)");
+        let xid = archived.sql("INSERT INTO done VALUES (2) RETURNING pg_current_xact_id()");
+        archived.sql("INSERT INTO done VALUES (3)");
+        // Some segments more than the backup's.
+        archived.sql("INSERT INTO done SELECT generate_series(10, 30000)");
+        archived.finish();
+        Self {
+            archived,
+            bin: bin.to_owned(),
+            xid,
+        }
+    }
+
+    /// Restores below `root` with a `postgres` that is the shell script `body`, in which `$real` is
+    /// the real one and `$data` the data directory.
+    fn restore(&self, root: &Path, body: &str, arguments: &[&str]) -> Output {
+        let bin = root.join("bin");
+        fs::create_dir(&bin).expect("a directory");
+        let real = self.bin.join("postgres");
+        let script = format!(
+            "#!/bin/sh\nreal={}\ncase \"$1\" in --version) exec $real --version;; esac\ndata=\"$2\"\n{body}\n",
+            real.display()
+        );
+        executable(&bin.join("postgres"), &script);
+        let place = &self.archived.place;
+        let mut restore = Restored::command(place, &bin, root, arguments).expect("built");
+        restore.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
+        restore.output().expect("it runs")
+    }
+}
+
+fn executable(path: &Path, script: &str) {
+    fs::write(path, script).expect("a script");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("executable");
+}
+
+/// Recovers with the real server, ends that, lets `change` change the result, and shows the real log.
+fn after_recovery(change: &str) -> String {
+    format!(
+        "$real \"$@\" > \"$data/../real.log\" 2>&1 &\npid=$!\n\
+         until grep -q 'ready to accept connections' \"$data/../real.log\"; do\n\
+         kill -0 $pid || exit 1; sleep 0.05; done\n\
+         kill -QUIT $pid; wait $pid\n{change}\ncat \"$data/../real.log\" >&2\nexec sleep 600"
+    )
+}
+
+#[test]
+fn only_the_planned_end_timeline_and_system_are_believed() {
+    for (major, bin) in oldest_and_newest() {
+        eprintln!("PostgreSQL {major}");
+        let promoted = Promoted::make(&bin);
+        let foreign = Cluster::start(&bin, 1, "").expect("another server");
+        let foreign = foreign.data().join("global/pg_control");
+        let copy = promoted.archived.place.path().join("foreign_control");
+        fs::copy(foreign, &copy).expect("a copy");
+        fs::set_permissions(&copy, fs::Permissions::from_mode(0o644)).expect("chmod");
+        let target = ["--target-xid", promoted.xid.as_str()];
+        let history = "\"$data/pg_wal/00000003.history\"";
+        let foreign = format!("cp {} \"$data/global/pg_control\"", copy.display());
+        let edit = |expression: &str| format!("sed -i '{expression}' {history}");
+        let cases = [
+            (foreign, "in a cluster of system "),
+            (
+                edit("/^2/d"),
+                "recovery stopped on timeline 1, the plan was on timeline 2",
+            ),
+            (
+                edit("s/^2\\t[^\\t]*/2\\tF\\/F0000000/"),
+                "with a timeline switch at F/F0000000",
+            ),
+        ];
+        for (change, expected) in cases {
+            let root = directory().expect("a directory");
+            let output = promoted.restore(root.path(), &after_recovery(&change), &target);
+            let (_, error) = said(&output);
+            assert_eq!(output.status.code(), Some(4), "{expected}: {error}");
+            assert!(error.contains(expected), "{expected}: {error}");
+        }
+        // The same without a change is believed.
+        let root = directory().expect("a directory");
+        let output = promoted.restore(root.path(), &after_recovery(":"), &target);
+        let (report, error) = said(&output);
+        assert_eq!(output.status.code(), Some(0), "{error}");
+        let report: serde_json::Value = serde_json::from_str(&report).expect("JSON");
+        let process = report["process"]
+            .as_i64()
+            .and_then(|pid| i32::try_from(pid).ok());
+        kill(process.expect("a process"), Signal::KILL);
+
+        // PostgreSQL is led to another place.
+        let root = directory().expect("a directory");
+        let body = "exec $real \"$@\" -c recovery_target_inclusive=off";
+        let output = promoted.restore(root.path(), body, &target);
+        let (_, error) = said(&output);
+        assert_eq!(output.status.code(), Some(4), "{error}");
+        for part in [
+            "recovery stopped before WAL location",
+            "the plan was after the record at",
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(
+            !root.path().join("data/postmaster.pid").exists(),
+            "it is left running"
+        );
+    }
+}
+
+#[test]
+fn a_hang_and_a_crash_loop_are_told_apart() {
+    for (major, bin) in oldest_and_newest() {
+        eprintln!("PostgreSQL {major}");
+        let promoted = Promoted::make(&bin);
+        let root = directory().expect("a directory");
+        let began = Instant::now();
+        let body = "exec $real \"$@\" -c 'restore_command=sleep 600'";
+        let output = promoted.restore(root.path(), body, &["--recovery-timeout=2s"]);
+        let (_, error) = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        for part in [
+            "recovery hangs",
+            "waits for restore_command",
+            "--recovery-timeout",
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(40),
+            "{:?}",
+            began.elapsed()
+        );
+        assert!(
+            !root.path().join("data/postmaster.pid").exists(),
+            "it is left running"
+        );
+
+        // A process that crashes each time the server begins again, while WAL is waited for.
+        let listing = promoted.archived.listing();
+        let start = listing["backups"][0]["start_lsn"].as_str().expect("an LSN");
+        let start: wal_format::Lsn = start.parse().expect("an LSN");
+        let root = directory().expect("a directory");
+        let fetch = root.path().join("fetch");
+        let program = ours("pitr-restore").expect("built");
+        let script = format!(
+            "#!/bin/sh\ncase $1 in *.history) exit 1;; 00000002*{:02X}) ;; *) sleep 600;; esac\n\
+             exec {} --repository=file://{}/repository wal-fetch \"$1\" \"$2\"\n",
+            start.0 >> 20,
+            program.display(),
+            promoted.archived.place.path().display()
+        );
+        executable(&fetch, &script);
+        let body = format!(
+            "exec $real \"$@\" -c 'restore_command={} %f %p'",
+            fetch.display()
+        );
+        let done = AtomicBool::new(false);
+        let data = root.path().join("data");
+        let output = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    kill_checkpointer(&data);
+                    thread::sleep(Duration::from_millis(50));
+                }
+            });
+            let output = promoted.restore(root.path(), &body, &["--recovery-timeout=60s"]);
+            done.store(true, Ordering::Relaxed);
+            output
+        });
+        let (_, error) = said(&output);
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        for part in [
+            "crash loop",
+            "checkpointer process",
+            "terminated by signal 9",
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(!data.join("postmaster.pid").exists(), "it is left running");
+    }
+}
+
+/// Kills the checkpointer of the server in `data`, if there is one.
+fn kill_checkpointer(data: &Path) {
+    let Ok(lines) = fs::read_to_string(data.join("postmaster.pid")) else {
+        return;
+    };
+    let pid = lines.lines().next().unwrap_or_default().trim().to_owned();
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    for child in children.unwrap_or_default().split_whitespace() {
+        let title = fs::read_to_string(format!("/proc/{child}/cmdline")).unwrap_or_default();
+        if title.contains("checkpointer")
+            && let Ok(child) = child.parse()
+        {
+            kill(child, Signal::KILL);
+        }
+    }
+}
+
+fn kill(pid: i32, signal: Signal) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        // It may have ended by itself.
+        let _gone = kill_process(pid, signal);
+    }
+}
