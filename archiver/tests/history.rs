@@ -177,3 +177,29 @@ fn a_hole_anywhere_on_the_way_over_a_fork_is_found() {
     let (code, said) = verify(&place, &standby);
     assert_eq!(code, Some(0), "{said}");
 }
+
+#[test]
+fn a_server_without_the_history_files_of_its_ancestors_is_archived() {
+    let Some((second, _place)) = promoted(300) else {
+        return;
+    };
+    // A base backup brings the file of its own timeline only.
+    let third = Server::standby_of(&second);
+    let lsn = second.lsn();
+    wait_until("the standby has it", || {
+        third.sql(&format!("SELECT pg_last_wal_receive_lsn() >= '{lsn}'")) == "t"
+    });
+    second.down("immediate");
+    third.promote();
+    fs::remove_file(third.data().join("pg_wal/00000002.history")).expect("it goes");
+    let place = Place::new();
+    let archiver = place.run(&third.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    let backup = place.command(&third.conninfo()).arg("backup").output();
+    succeed("backup", &backup.expect("wal-archiver runs"));
+    third.write_wal(300);
+    wait_flushed(&third, third.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let verdict = place.verify(&third.conninfo());
+    assert!(verdict.contains("no gap, no damage"), "{verdict}");
+}

@@ -73,6 +73,8 @@ pub struct Place {
     directory: TempDir,
     store: Option<ObjectStoreServer>,
     in_bucket: bool,
+    /// The cluster's name, unless it is the default.
+    cluster: Option<String>,
     /// Environment variables of our programs.
     environment: Vec<(&'static str, String)>,
 }
@@ -87,6 +89,7 @@ impl Place {
             directory: directory()?,
             store: None,
             in_bucket: false,
+            cluster: None,
             environment: Vec::new(),
         })
     }
@@ -125,6 +128,7 @@ impl Place {
             directory,
             store: Some(store),
             in_bucket: true,
+            cluster: None,
             environment: Vec::new(),
         })
     }
@@ -146,6 +150,7 @@ impl Place {
             directory,
             store: None,
             in_bucket: true,
+            cluster: None,
             environment: self.environment.clone(),
         })
     }
@@ -157,6 +162,11 @@ impl Place {
             environment: environment.to_vec(),
             ..self
         }
+    }
+
+    /// Makes our programs work on the cluster of this name from now on.
+    pub fn use_cluster(&mut self, name: &str) {
+        self.cluster = Some(name.to_owned());
     }
 
     /// The directory that contains everything.
@@ -186,6 +196,9 @@ impl Place {
             command.arg(format!("--repository=file://{root}/repository"));
         }
         command.arg(format!("--spool={root}/spool"));
+        if let Some(cluster) = &self.cluster {
+            command.arg(format!("--cluster={cluster}"));
+        }
         Ok(command)
     }
 

@@ -117,7 +117,8 @@ pub fn create_dir_all(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Replaces the content of `path` durably: the old or the new content is there after a crash, never a mixture.
+/// Replaces the content of `path` durably: the old or the new content is there after a crash, never a mixture. The
+/// permissions stay; a new file is its owner's.
 ///
 /// # Errors
 /// [`Error::Store`].
@@ -125,6 +126,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let fresh = path.with_file_name(name);
+    let permissions = fs::metadata(path).map(|metadata| metadata.permissions());
     let written = OpenOptions::new()
         .write(true)
         .create(true)
@@ -133,6 +135,9 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         .open(&fresh)
         .and_then(|mut file| {
             CrashPoint::RecordCreated.reach()?;
+            if let Ok(permissions) = permissions {
+                file.set_permissions(permissions)?;
+            }
             file.write_all(bytes)?;
             CrashPoint::RecordWritten.reach()?;
             file.sync_all()?;

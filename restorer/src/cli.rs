@@ -260,8 +260,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             if let Some(owner) = &cli.restore.owner
                 && rustix::process::getuid().is_root()
             {
-                let target = cli.restore.target_dir.as_deref();
-                return owner::run_as(owner, target.filter(|_| !cli.restore.dry_run));
+                return owner::run_as(owner, &cli.restore.directories());
             }
             let settings = resolve(&cli)?;
             let config = settings

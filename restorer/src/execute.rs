@@ -24,6 +24,7 @@ use crate::{
     tablespaces::ReplayedTablespace,
 };
 
+mod access;
 mod bound;
 mod delta;
 mod extract;
@@ -33,6 +34,7 @@ mod place;
 mod settings;
 mod tree;
 
+pub(crate) use access::Access;
 pub(crate) use bound::check_parts;
 use delta::Kept;
 use extract::{Control, Listed};
@@ -99,12 +101,13 @@ pub fn execute(
     let tablespaces = place_tablespaces(&backup, replayed, mapping, directory)?;
     // Before anything is written: every part is the backup's own.
     let manifest = archive.manifest(&backup)?;
-    bound::check_label(&archive.repository, &backup)?;
-    let taken = take(directory, &backup, &tablespaces, destination.delta)?;
+    let access = bound::check_label(&archive.repository, &backup)?;
+    access.apply();
+    let taken = take(directory, &backup, &tablespaces, destination.delta, access)?;
     let tree = Tree::open(directory, &tablespaces)?;
     let kept = match taken {
         Taken::Empty => Kept::default(),
-        Taken::AsItIs => delta::sift(&tree, &backup, &manifest, jobs)?,
+        Taken::AsItIs => delta::sift(&tree, &backup, &manifest, access, jobs)?,
     };
     let work = Extraction {
         repository: &archive.repository,
@@ -234,7 +237,7 @@ fn link_tablespaces(
             let version = location.join(version_directory(backup, control)?);
             fs::DirBuilder::new()
                 .recursive(true)
-                .mode(0o700)
+                .mode(Access::Group.directory_mode())
                 .create(&version)
                 .map_err(Error::io("create directory", &version))?;
             tree.link(&format!("pg_tblspc/{}", created.oid), location)?;

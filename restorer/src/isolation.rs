@@ -476,7 +476,7 @@ fn written(name: &str, value: &str) -> String {
     format!("{name} = {}\n", guc_file::quote(value))
 }
 
-/// Writes a file that only its owner may read; the caller makes it durable.
+/// Writes a file that only the readers of the data directory may read; the caller makes it durable.
 pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
     use std::{io::Write, os::unix::fs::OpenOptionsExt};
 
@@ -485,7 +485,7 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
         .write(true)
         .create(true)
         .truncate(true)
-        .mode(0o600)
+        .mode(0o640)
         .open(path);
     file.and_then(|mut file| file.write_all(content))
         .map_err(Error::io("write", path))

@@ -1,9 +1,12 @@
 //! Rebuilds a data directory at a recovery target; serves `restore_command`.
 //!
-//! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived, the [`plan`] (pure:
-//! where PostgreSQL will stop, or why not), [`execute`] which applies it, [`isolation`] of the copy from its parent, [`wal_fetch`] which feeds the recovery
-//! and [`look_ahead`] which does so before it asks,
-//! [`tablespaces`] which keeps the replay out of other servers' directories, [`start`] which runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore to.
+//! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived,
+//! the [`plan`] (pure: where PostgreSQL will stop, or why not), [`unfinished`] which avoids what a
+//! `DROP` has done before its commit, [`execute`] which applies the plan, [`isolation`] of the copy
+//! from its parent, [`wal_fetch`] which feeds the recovery and [`look_ahead`] which does so before it
+//! asks, [`tablespaces`] which keeps the replay out of other servers' directories, [`start`] which
+//! runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore
+//! to.
 
 pub mod cli;
 pub mod error;
@@ -19,6 +22,7 @@ mod space;
 pub mod start;
 pub mod tablespaces;
 pub mod target;
+pub mod unfinished;
 pub mod wal_fetch;
 
 pub use error::{Error, Result};

@@ -113,6 +113,21 @@ pub struct Located {
     pub notes: Vec<String>,
 }
 
+/// Returns the schemas and names of relations, by database and OID, as the backup has them.
+///
+/// # Errors
+/// Errors of reading the backup.
+pub(crate) fn names_of(
+    archive: &Archive,
+    backup: &BackupInfo,
+    relations: &BTreeSet<(u32, u32)>,
+) -> Result<BTreeMap<(u32, u32), String>> {
+    let databases = relations.iter().map(|(database, _)| *database).collect();
+    let names = Names::of_backup(archive, backup, &databases)?;
+    let named = |key: &(u32, u32)| Some((*key, names.of_oid(key.0, key.1)?));
+    Ok(relations.iter().filter_map(named).collect())
+}
+
 /// Answers a question.
 ///
 /// # Errors

@@ -20,6 +20,7 @@ use wal_format::{Lsn, SegmentName, SegmentNo, SegmentSize, TimelineId};
 
 use crate::{
     Error, RestorePlan, Result,
+    execute::Access,
     plan::PathPart,
     wal_fetch::{self, Asked},
 };
@@ -228,7 +229,8 @@ impl Fetcher<'_> {
         let path = self.folder.join(name.to_string());
         // Created under the lock, so that the order of fetching is the order of replay.
         let mut options = OpenOptions::new();
-        let created = options.write(true).create_new(true).mode(0o600);
+        let mode = Access::of_directory(self.folder).file_mode();
+        let created = options.write(true).create_new(true).mode(mode);
         let Ok(file) = created.open(unfinished(&path)) else {
             return Next::End;
         };

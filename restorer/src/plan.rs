@@ -15,8 +15,12 @@ use serde::{Deserialize, Serialize};
 use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalChange};
 
 use crate::{
-    Error, Result, inventory::Inventory, space::FileSystem, tablespaces::ReplayedTablespace,
+    Error, Result,
+    inventory::Inventory,
+    space::FileSystem,
+    tablespaces::ReplayedTablespace,
     target::RecoveryTarget,
+    unfinished::{HeldLock, RemovedFiles},
 };
 
 mod choice;
@@ -31,6 +35,7 @@ mod stop;
 
 pub use choice::NotChosen;
 pub use in_doubt::PreparedTransaction;
+pub(crate) use in_doubt::in_doubt;
 
 pub(crate) use path::{Coverage, Index, cover};
 pub use path::{PathPart, print_path, timeline_path};
@@ -105,6 +110,19 @@ pub struct RestorePlan {
     /// their locks until somebody ends them, as they did on the server.
     #[serde(default)]
     pub in_doubt: Vec<PreparedTransaction>,
+    /// The stop that was asked for, if the plan stops right after the last kept commit instead: the
+    /// rows are the same, without what an unfinished DROP has done at that stop already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved_from: Option<Stop>,
+    /// Locks that keep readers out of a server that pauses at the stop.
+    #[serde(default)]
+    pub locks: Vec<HeldLock>,
+    /// True if the locks at the stop were looked for and found out.
+    #[serde(default)]
+    pub locks_known: bool,
+    /// Databases and tablespaces that have lost their files at the stop.
+    #[serde(default)]
+    pub removed: Vec<RemovedFiles>,
     /// The tablespaces that the replay creates, in the order of the WAL.
     #[serde(default)]
     pub tablespaces: Vec<ReplayedTablespace>,
@@ -479,7 +497,7 @@ pub fn plan_restore(
             choice.pass_over_damaged(backup, damage.clone());
             continue;
         }
-        let in_doubt = match in_doubt::in_doubt(inventory, &coverage, backup, found.stop) {
+        let in_doubt = match in_doubt(inventory, &coverage, backup, found.stop) {
             Err(error) => {
                 // Its manifest is read for this.
                 choice.pass_over_damaged(backup, error.into_damage()?);
@@ -552,6 +570,10 @@ fn make(
         late_commit_count: found.late_commit_count,
         late_commits: found.late_commits,
         in_doubt,
+        moved_from: None,
+        locks: Vec::new(),
+        locks_known: false,
+        removed: Vec::new(),
         tablespaces: Vec::new(),
         wal_changes: Vec::new(),
         wal_end_lsn,

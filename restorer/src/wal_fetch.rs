@@ -9,7 +9,9 @@
 
 use std::{
     borrow::Cow,
+    fs,
     io::{self, Write},
+    os::unix::fs::PermissionsExt,
     path::Path,
     thread,
     time::{Duration, Instant},
@@ -21,7 +23,7 @@ use wal_format::{
     WalFileName, sealed::SealedError,
 };
 
-use crate::{Error, RestorePlan, Result, tablespaces::refuse_foreign};
+use crate::{Error, RestorePlan, Result, execute::Access, tablespaces::refuse_foreign};
 
 /// The time for which a failing store is asked again before 255 stops the recovery: longer than a
 /// store restarts or fails over.
@@ -171,8 +173,10 @@ fn deliver(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
+    let mode = Access::of_directory(beside).file_mode();
     let mut file = tempfile::Builder::new()
         .prefix(".tidemark-")
+        .permissions(fs::Permissions::from_mode(mode))
         .tempfile_in(beside)
         .map_err(Error::io("create a file in", beside))?;
     let asked = Asked {

@@ -3,8 +3,11 @@
 //! Without a server they are skipped with a message. In CI a missing server is a failure.
 //! `TIDEMARK_LONG` runs every version and more targets.
 
+mod access;
 mod bad_input;
 mod bad_store;
+mod before_drop;
+mod chains;
 mod delta;
 mod end_of_recovery;
 mod epochs;
@@ -20,6 +23,7 @@ mod lost_identity;
 mod minimal;
 mod notations;
 mod outage;
+mod parents;
 mod refusals;
 mod replayed_tablespaces;
 mod resume;

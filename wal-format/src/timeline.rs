@@ -213,6 +213,25 @@ impl TimelineHistory {
         self.spans().into_iter().nth_back(1)
     }
 
+    /// The history file of an ancestor, with which the file of its descendant begins: a promotion
+    /// copies it and appends a line feed and the line of the timeline that it leaves
+    /// (`writeTimeLineHistory`). `None` for an ancestor that has no file, or is not in it.
+    #[must_use]
+    pub fn file_of_ancestor(descendant: &[u8], ancestor: TimelineId) -> Option<&[u8]> {
+        let mut start = 0_usize;
+        for line in descendant.split(|byte| *byte == b'\n') {
+            let number = line.split(u8::is_ascii_whitespace).next();
+            let number = number.and_then(|number| str::from_utf8(number).ok()?.parse().ok());
+            if number == Some(ancestor.get()) {
+                let file = descendant.get(..start.checked_sub(1)?)?;
+                let history = Self::parse(ancestor, file).ok()?;
+                return (!history.ancestors.is_empty()).then_some(file);
+            }
+            start += line.len() + 1;
+        }
+        None
+    }
+
     /// Returns true if a line names `timeline`, or it is the history's own (`tliInHistory`).
     #[must_use]
     pub fn names(&self, timeline: TimelineId) -> bool {
@@ -353,6 +372,18 @@ mod tests {
         assert_eq!(history.timeline_at(Lsn(0x300_0147)), timeline(1));
         assert_eq!(history.timeline_at(Lsn(0x300_0148)), timeline(3));
         assert_eq!(history.timeline_at(Lsn(0x500_0000)), timeline(4));
+    }
+
+    #[test]
+    fn the_file_of_an_ancestor_is_the_beginning_of_its_descendants() {
+        let second = b"1\t0/3000148\tno recovery target specified\n";
+        let third = [&second[..], b"\n2\t0/5000000\tbefore 2026-11-21\n"].concat();
+        let fourth = [&third[..], b"\n3\t0/6000000\tat restore point \"2\"\n"].concat();
+        let file = |of: u32| TimelineHistory::file_of_ancestor(&fourth, timeline(of));
+        assert_eq!(file(2), Some(&second[..]));
+        assert_eq!(file(3), Some(&third[..]));
+        // Timeline 1 has no file, and the others are not ancestors.
+        assert_eq!((file(1), file(4), file(5)), (None, None, None));
     }
 
     fn spans(id: u32, content: &str) -> Vec<(u32, u64, u64)> {

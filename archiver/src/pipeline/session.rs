@@ -193,8 +193,9 @@ impl Source {
         Ok(path)
     }
 
-    /// Returns the branch of an ancestor. If the server has lost an old history file, our copy
-    /// identifies the branch, provided that it agrees.
+    /// Returns the branch of an ancestor. The server need not have its history file: a base backup
+    /// has only that of its own timeline, and an archive only those of its own WAL. Then our copy
+    /// identifies the branch, if it agrees, or the descendant's file, which begins with it.
     async fn ancestor(
         &mut self,
         timeline: TimelineId,
@@ -212,7 +213,12 @@ impl Source {
             Ok(content) => (Branch::of_history(timeline, &content), content),
             Err(error) => {
                 let known = pipeline.known_history(timeline, descendant).await?;
-                known.ok_or(error)?
+                let begins = || {
+                    let file = TimelineHistory::file_of_ancestor(descendant, timeline)?;
+                    let file = Bytes::copy_from_slice(file);
+                    Some((Branch::of_history(timeline, &file), file))
+                };
+                known.or_else(begins).ok_or(error)?
             }
         };
         Ok(ServerBranch {

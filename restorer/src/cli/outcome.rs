@@ -100,14 +100,37 @@ impl Outcome<'_> {
             output::line(
                 "it pauses     at the target, read-only; SELECT pg_wal_replay_resume() opens it for writing",
             );
-            // The lock of a DROP is replayed before its commit, and is released with the end of the recovery.
-            output::line(
-                "              a query that hangs there waits for the lock of a DROP or ALTER at the target: open it for writing",
-            );
+            self.locks();
         }
         output::line(&format!(
             "release       when it takes its parent's place: pitr-restore release {directory}"
         ));
+    }
+
+    /// The locks that keep readers out until recovery ends, which releases all but those of prepared
+    /// transactions.
+    fn locks(&self) {
+        let plan = self.plan;
+        if !plan.locks_known {
+            output::line(
+                "              a query that hangs there waits for the lock of a DROP or ALTER at the target: open it for writing",
+            );
+        }
+        for lock in &plan.locks {
+            let relation = match &lock.name {
+                Some(name) => name.clone(),
+                None => format!("relation {} of database {}", lock.relation, lock.database),
+            };
+            let prepared = plan.in_doubt.iter().find(|one| one.xid == lock.xid);
+            let way_out = match prepared.and_then(|one| one.gid.as_deref()) {
+                Some(gid) => format!("open the copy for writing, then ROLLBACK PREPARED '{gid}'"),
+                None => "open the copy for writing".to_owned(),
+            };
+            output::line(&format!(
+                "locked        {relation}, by transaction {}, which has not ended: a query of it waits; {way_out}",
+                lock.xid
+            ));
+        }
     }
 }
 

@@ -16,6 +16,7 @@ use crate::{
     list::Listing,
     plan::{PreparedTransaction, print_path},
     tablespaces::ReplayedTablespace,
+    unfinished::RemovedFiles,
 };
 
 /// Commits of a failover that are shown to people; `--json` has more.
@@ -65,6 +66,11 @@ pub(super) fn plan(plan: &RestorePlan) {
     println!("timelines     {}", print_path(&plan.path));
     println!("redo from     {}", plan.start_lsn);
     println!("stop          {}", plan.stop);
+    if let Some(asked) = plan.moved_from {
+        println!(
+            "              instead of {asked}: the same rows, before the effects of a DROP that commits later"
+        );
+    }
     if let Some(kept) = &plan.last_kept {
         println!("last kept     {}", transaction(kept));
     }
@@ -94,6 +100,9 @@ pub(super) fn plan(plan: &RestorePlan) {
     }
     for prepared in &plan.in_doubt {
         println!("in doubt      {}", in_doubt(prepared));
+    }
+    for removed in &plan.removed {
+        println!("removed       {}", removed_files(removed));
     }
     println!("backup bytes  {}", plan.backup_bytes);
     println!("WAL bytes     {}", plan.wal_bytes);
@@ -161,6 +170,14 @@ fn in_doubt(prepared: &PreparedTransaction) -> String {
     format!(
         "prepared transaction {}, {name}{since}: end it with COMMIT PREPARED or ROLLBACK PREPARED",
         prepared.xid
+    )
+}
+
+fn removed_files(removed: &RemovedFiles) -> String {
+    format!(
+        "{} {} has lost its files at the stop: transaction {} removes them at {} and commits the DROP later; to keep them \
+         restore with --target-lsn {} --target-exclusive, or drop it in the copy too",
+        removed.kind, removed.oid, removed.xid, removed.lsn, removed.lsn
     )
 }
 

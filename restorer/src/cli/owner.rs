@@ -3,10 +3,10 @@
 use std::{
     fs,
     os::unix::{
-        fs::{DirBuilderExt, chown},
+        fs::{DirBuilderExt, MetadataExt, chown},
         process::CommandExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, ExitCode},
 };
 
@@ -21,16 +21,17 @@ struct Owner {
     known: bool,
 }
 
-/// Runs this command as `owner`, a name or a number. A `target` below a directory that only root may write is made first,
-/// and removed again if the restore leaves it empty.
-pub(super) fn run_as(owner: &str, target: Option<&Path>) -> Result<ExitCode> {
+/// Runs this command as `owner`, a name or a number. Each of the `directories`, those that the restore
+/// writes into, is made first if it is below a directory that only root may write, and removed again
+/// if a restore that failed leaves it empty.
+pub(super) fn run_as(owner: &str, directories: &[&Path]) -> Result<ExitCode> {
     let found = find(owner)?;
-    let made = match target {
-        Some(target) => make(target, found)?,
-        None => false,
-    };
+    let mut made = Vec::new();
+    for directory in directories {
+        make(directory, found, &mut made)?;
+    }
     let mut command = command(found)?;
-    if !made {
+    if made.is_empty() {
         return Err(Error::io("run as the owner with", "setpriv")(
             command.exec(),
         ));
@@ -38,9 +39,11 @@ pub(super) fn run_as(owner: &str, target: Option<&Path>) -> Result<ExitCode> {
     let status = command
         .status()
         .map_err(Error::io("run as the owner with", "setpriv"))?;
-    if let Some(target) = target.filter(|_| !status.success()) {
-        // Fails where anything was restored.
-        drop(fs::remove_dir(target));
+    if !status.success() {
+        for directory in made.iter().rev() {
+            // Fails where anything was restored.
+            drop(fs::remove_dir(directory));
+        }
     }
     let code = status.code().and_then(|code| u8::try_from(code).ok());
     Ok(ExitCode::from(code.unwrap_or(1)))
@@ -71,29 +74,37 @@ fn command(owner: Owner) -> Result<Command> {
     Ok(command)
 }
 
-/// Creates the target for `owner` in a directory that it may not write. Returns false if there is nothing to create.
-fn make(target: &Path, owner: Owner) -> Result<bool> {
-    use std::os::unix::fs::MetadataExt;
-
-    let parent = match target.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let Ok(metadata) = fs::metadata(parent) else {
-        return Ok(false);
-    };
-    let may_write = metadata.uid() == owner.uid
-        || metadata.mode() & 0o002 != 0
-        || (metadata.gid() == owner.gid && metadata.mode() & 0o020 != 0);
-    if may_write || target.exists() {
-        return Ok(false);
+/// Creates `directory`, and what is missing above it, for `owner` in a directory that the owner may not
+/// write. `made` takes what was created.
+fn make(directory: &Path, owner: Owner, made: &mut Vec<PathBuf>) -> Result<()> {
+    let directory = std::path::absolute(directory).map_err(Error::io("find", directory))?;
+    let mut missing: Vec<&Path> = Vec::new();
+    let mut above = directory.as_path();
+    while fs::symlink_metadata(above).is_err() {
+        missing.push(above);
+        match above.parent() {
+            Some(parent) => above = parent,
+            None => break,
+        }
     }
-    fs::DirBuilder::new()
-        .mode(0o700)
-        .create(target)
-        .and_then(|()| chown(target, Some(owner.uid), Some(owner.gid)))
-        .map_err(Error::io("create directory", target))?;
-    Ok(true)
+    let may_write = |metadata: &fs::Metadata| {
+        metadata.uid() == owner.uid
+            || metadata.mode() & 0o002 != 0
+            || (metadata.gid() == owner.gid && metadata.mode() & 0o020 != 0)
+    };
+    if fs::metadata(above).is_ok_and(|metadata| may_write(&metadata)) {
+        return Ok(());
+    }
+    for path in missing.into_iter().rev() {
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .create(path)
+            .map_err(Error::io("create directory", path))?;
+        made.push(path.to_owned());
+        chown(path, Some(owner.uid), Some(owner.gid))
+            .map_err(Error::io("change the owner of", path))?;
+    }
+    Ok(())
 }
 
 /// Asks the system for a user; a number need not be known to it.

@@ -1,7 +1,11 @@
 //! The restore itself, and its flags: plan, checks before the copy, copy, start.
 
 use std::{
-    collections::BTreeMap, io::IsTerminal, path::PathBuf, process::ExitCode, time::Duration,
+    collections::BTreeMap,
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
 };
 
 use clap::Args;
@@ -27,6 +31,7 @@ use crate::{
     start::{self, Start},
     tablespaces::{self, Directories},
     target::{RecoveryTarget, explain_time, is_relative, parse_time, parse_xid},
+    unfinished,
 };
 
 #[derive(Debug, Args)]
@@ -120,6 +125,31 @@ pub(super) struct RestoreArgs {
     pub(super) json: bool,
 }
 
+impl RestoreArgs {
+    /// The directories that a restore makes and writes to, besides those of tablespaces that are
+    /// not mapped.
+    pub(super) fn directories(&self) -> Vec<&Path> {
+        if self.dry_run {
+            return Vec::new();
+        }
+        let mapped = self.tablespace_mapping.iter();
+        let mapped = mapped.map(|(_, new)| Path::new(new));
+        let mut directories: Vec<&Path> = mapped.filter(|new| new.is_absolute()).collect();
+        directories.extend(self.target_dir.as_deref());
+        directories
+    }
+
+    /// PostgreSQL's action at the target.
+    fn action(&self) -> Action {
+        let default = if self.start {
+            Action::Promote
+        } else {
+            Action::Pause
+        };
+        self.target_action.unwrap_or(default)
+    }
+}
+
 fn target(args: &RestoreArgs, now: Timestamp) -> Result<RecoveryTarget> {
     let inclusive = !args.target_exclusive;
     if let Some(text) = &args.target_time {
@@ -176,6 +206,9 @@ pub(super) fn restore(
     refuse_relative(cluster)?;
     let mut archive = archive(cluster, system)?;
     let mut plan = plan(&mut archive, &target, args)?;
+    if !args.standby {
+        unfinished::settle(&archive, &mut plan, args.action() == Action::Pause)?;
+    }
     let directory = args.target_dir.as_deref().map(absolute).transpose()?;
     let mapping = mapping(args);
     let directories = Directories {
@@ -225,13 +258,8 @@ fn recovery(
     config: Option<PathBuf>,
     args: &RestoreArgs,
 ) -> Result<Recovery> {
-    let action = if args.start {
-        Action::Promote
-    } else {
-        Action::Pause
-    };
     Ok(Recovery {
-        action: args.target_action.unwrap_or(action),
+        action: args.action(),
         standby: args.standby,
         keep_archiving: args.keep_archiving,
         port: args.port.or_else(|| {

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use repository::Repository;
 use wal_format::{BackupInfo, ControlFile, ObjectKey, SlicePart};
 
-use super::{CONTROL, extract};
+use super::{Access, CONTROL, extract};
 use crate::{Error, Result};
 
 /// Compares the objects of a backup, by their listing, with its description: each is there and as long as recorded.
@@ -37,14 +37,27 @@ pub(crate) fn check_parts(repository: &Repository, backup: &BackupInfo) -> Resul
 }
 
 /// Compares `backup_label` and `tablespace_map` with the description. PostgreSQL puts them first, so that one slice is read.
-pub(super) fn check_label(repository: &Repository, backup: &BackupInfo) -> Result<()> {
+/// Returns the access to the cluster's files: `backup_label` has the mode of a file that the server creates
+/// (`sendFileWithContent` in `basebackup.c`).
+pub(super) fn check_label(repository: &Repository, backup: &BackupInfo) -> Result<Access> {
+    let mut access = Access::Owner;
     let mut label: Option<Vec<u8>> = None;
     let mut map: Option<Vec<u8>> = None;
     for slice in backup.label_slices() {
         let raw = extract::fetch(repository, backup, slice)?;
         let mut ended = false;
         extract::for_each_part(backup, slice, &raw, &mut |part| {
-            if let SlicePart::File { path, content, .. } = part {
+            if let SlicePart::File {
+                path,
+                content,
+                mode,
+                offset,
+                ..
+            } = part
+            {
+                if path == "backup_label" && offset == 0 {
+                    access = Access::of_file(mode);
+                }
                 match path.as_str() {
                     "backup_label" => label.get_or_insert_default().extend_from_slice(content),
                     "tablespace_map" => map.get_or_insert_default().extend_from_slice(content),
@@ -57,6 +70,7 @@ pub(super) fn check_label(repository: &Repository, backup: &BackupInfo) -> Resul
             let label = label.unwrap_or_default();
             return backup
                 .check_label(&label, map.as_deref())
+                .map(|()| access)
                 .map_err(|problem| extract::damaged(backup, slice, problem));
         }
     }

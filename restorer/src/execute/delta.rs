@@ -15,13 +15,13 @@ use std::{
     },
 };
 
-use rustix::fs::FileType;
+use rustix::fs::{FileType, Mode};
 use wal_format::{
     BackupInfo, BackupManifest, BackupSlice, ManifestFile, layout::BackupArchive, tar::BLOCK_BYTES,
 };
 
 use super::{
-    MARKER,
+    Access, MARKER,
     manifest::is_content_of,
     tree::{Tree, entries, kind, open_directory, remove_entry},
 };
@@ -151,6 +151,7 @@ pub(super) fn sift(
     tree: &Tree,
     backup: &BackupInfo,
     manifest: &BackupManifest,
+    access: Access,
     jobs: usize,
 ) -> Result<Kept> {
     let wanted: HashMap<&str, &ManifestFile> = manifest
@@ -167,6 +168,7 @@ pub(super) fn sift(
         wanted: &wanted,
         parents: &parents,
         version_directory: format!("PG_{}_", backup.postgresql_major),
+        directory_mode: access.directory_mode(),
         candidates: Vec::new(),
     };
     for root in tree.roots() {
@@ -187,6 +189,8 @@ struct Sieve<'a> {
     /// How the directory begins in which this version keeps the files of a tablespace
     /// (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
     version_directory: String,
+    /// The permissions of directories that stay.
+    directory_mode: u32,
     /// Files of the right name and size.
     candidates: Vec<&'a ManifestFile>,
 }
@@ -224,6 +228,10 @@ impl Sieve<'_> {
                 self.walk(&below, &path, &name)?;
                 if !self.parents.contains(&name) {
                     remove_entry(directory, file_name, true).map_err(Error::io("remove", &path))?;
+                } else if metadata.st_mode & 0o7777 != self.directory_mode {
+                    rustix::fs::fchmod(&below, Mode::from_raw_mode(self.directory_mode)).map_err(
+                        |error| Error::io("set the permissions of", &path)(error.into()),
+                    )?;
                 }
                 return Ok(());
             }

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use wal_format::{BackupId, BackupInfo, WalFileName, control_file::CONTROL_FILE_BYTES};
 
 use super::{
-    CONTROL, MARKER, PLAN_FILE,
+    Access, CONTROL, MARKER, PLAN_FILE,
     tree::{Tree, read_small},
 };
 use crate::{Error, Result, tablespaces::ReplayedTablespace};
@@ -155,6 +155,7 @@ pub(super) fn take(
     backup: &BackupInfo,
     tablespaces: &BTreeMap<u32, PathBuf>,
     delta: bool,
+    access: Access,
 ) -> Result<Taken> {
     let owned = Owned::of(directory, delta)?;
     let unfinished = unfinished(directory)?;
@@ -188,7 +189,7 @@ pub(super) fn take(
             )));
         }
     }
-    create(directory)?;
+    create(directory, access)?;
     ours.extend(tablespaces.values().cloned());
     ours.sort();
     ours.dedup();
@@ -210,7 +211,7 @@ pub(super) fn take(
         empty(directory)?;
     }
     for path in tablespaces.values() {
-        create(path)?;
+        create(path, access)?;
         if !delta {
             empty(path)?;
         }
@@ -356,14 +357,16 @@ fn unfinished(directory: &Path) -> Result<Option<Marker>> {
     })
 }
 
-fn create(directory: &Path) -> Result<()> {
+fn create(directory: &Path, access: Access) -> Result<()> {
+    let mode = access.directory_mode();
     fs::DirBuilder::new()
         .recursive(true)
-        .mode(0o700)
+        .mode(mode)
         .create(directory)
         .map_err(Error::io("create directory", directory))?;
-    // PostgreSQL refuses a data directory that others can read.
-    fs::set_permissions(directory, fs::Permissions::from_mode(0o700))
+    // PostgreSQL refuses a data directory that others can read, and reads from its mode whether the
+    // group may (`checkDataDir`).
+    fs::set_permissions(directory, fs::Permissions::from_mode(mode))
         .map_err(Error::io("set the permissions of", directory))
 }
 

@@ -25,10 +25,10 @@ use wal_format::relative_path::stays_below;
 
 use crate::{Error, Result};
 
-/// Permissions of directories and of the files that a restore writes itself: PostgreSQL refuses a data directory that others
-/// can read.
-const DIRECTORY_MODE: Mode = Mode::RWXU;
-const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR);
+/// Permissions of directories and of the files that a restore writes itself. The process's umask
+/// takes the group's part away where the server has none (`Access::apply`).
+const DIRECTORY_MODE: Mode = Mode::RWXU.union(Mode::RGRP).union(Mode::XGRP);
+const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR).union(Mode::RGRP);
 
 /// The directories of a restore, held open. Names are those of `backup_manifest`: relative to the data directory, with
 /// `pg_tblspc/OID/` before the names of a tablespace.
@@ -97,7 +97,7 @@ impl Tree {
     /// the same at the same time.
     pub(super) fn create(&self, name: &str, mode: u32) -> Result<File> {
         let flags = OFlags::WRONLY | OFlags::CREATE;
-        let mode = Mode::from_raw_mode(mode & 0o700 | 0o600);
+        let mode = Mode::from_raw_mode(mode & 0o750 | 0o600);
         match self.open_file("create", name, flags, mode) {
             Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 if let Some((parent, _)) = name.rsplit_once('/') {

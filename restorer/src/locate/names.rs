@@ -26,6 +26,8 @@ pub(super) struct Names {
     schemas: HashMap<(u32, u32), String>,
     /// Database and file number to schema's OID and name.
     relations: HashMap<(u32, u32), (u32, String)>,
+    /// Database and OID to schema's OID and name.
+    oids: HashMap<(u32, u32), (u32, String)>,
     /// Database to the file of its `pg_class`.
     classes: HashMap<u32, u32>,
 }
@@ -111,9 +113,13 @@ impl Names {
     /// Takes a row of `pg_class` (`FormData_pg_class`; its first columns are the same from 12 on).
     pub(super) fn learn(&mut self, database: u32, row: Row<'_>) {
         let columns = (row.name(4), row.u32(68), row.u32(88));
-        if let (Some(name), Some(schema), Some(file)) = columns
-            && file != 0
-        {
+        let (Some(name), Some(schema), Some(file)) = columns else {
+            return;
+        };
+        if let Some(oid) = row.u32(0) {
+            self.oids.insert((database, oid), (schema, name.clone()));
+        }
+        if file != 0 {
             self.relations.insert((database, file), (schema, name));
         }
     }
@@ -124,8 +130,17 @@ impl Names {
 
     /// `schema.name`, as far as it is known.
     pub(super) fn relation(&self, file: RelationFile) -> Option<String> {
-        let (schema, name) = self.relations.get(&(file.database, file.relation))?;
-        Some(match self.schemas.get(&(file.database, *schema)) {
+        let found = self.relations.get(&(file.database, file.relation))?;
+        self.qualified(file.database, found)
+    }
+
+    /// `schema.name` of the relation with this OID, as far as it is known.
+    pub(super) fn of_oid(&self, database: u32, oid: u32) -> Option<String> {
+        self.qualified(database, self.oids.get(&(database, oid))?)
+    }
+
+    fn qualified(&self, database: u32, (schema, name): &(u32, String)) -> Option<String> {
+        Some(match self.schemas.get(&(database, *schema)) {
             Some(schema) => format!("{schema}.{name}"),
             None => name.clone(),
         })

@@ -23,7 +23,7 @@ pub struct PreparedTransaction {
     pub time: Option<PgTimestamp>,
 }
 
-pub(super) fn in_doubt(
+pub(crate) fn in_doubt(
     inventory: &dyn Inventory,
     coverage: &Coverage,
     backup: &BackupInfo,

@@ -124,7 +124,8 @@ impl BackupSlice {
                 path: file.path.clone(),
                 offset: file.offset,
                 size: file.size,
-                mode: 0o600,
+                // Of relations only a file is longer than a slice: the mode of every such file.
+                mode: 0o640,
                 content: take(&mut rest, left),
             })?;
         }
