@@ -227,7 +227,7 @@ impl TimelineHistory {
                 let history = Self::parse(ancestor, file).ok()?;
                 return (!history.ancestors.is_empty()).then_some(file);
             }
-            start += line.len() + 1;
+            start = start.saturating_add(line.len()).saturating_add(1);
         }
         None
     }
