@@ -21,7 +21,7 @@ use crate::{
     Error, PlanError, RestorePlan, Result, Stop,
     execute::{Owned, is_empty, place_tablespaces},
     inventory::{Archive, Inventory},
-    plan::{Coverage, cover},
+    plan::{Coverage, PathPart, cover},
 };
 
 /// The WAL that is read to have a whole record of a creation: it is shorter than a page, and may go on in the next ones.
@@ -68,7 +68,10 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
     let Some(backup) = backups.iter().find(|backup| backup.id == plan.backup) else {
         return Ok(());
     };
-    let coverage = cover(archive, &plan.path, plan.start_lsn)?;
+    // The segment of a fork is archived on both timelines, and `wal-fetch` delivers the later one's copy where it has more.
+    // A standby goes on into the later timelines.
+    let path: Vec<PathPart> = plan.path.iter().chain(&plan.later).cloned().collect();
+    let coverage = cover(archive, &path, plan.start_lsn)?;
     let stop = if wishes.standby {
         None
     } else {
