@@ -26,9 +26,11 @@ use crate::{
 
 mod access;
 mod bound;
+mod claims;
 mod delta;
 mod extract;
 mod files;
+mod lock;
 mod manifest;
 mod place;
 mod settings;
@@ -36,12 +38,15 @@ mod tree;
 
 pub(crate) use access::Access;
 pub(crate) use bound::check_parts;
+pub use claims::Owner;
+pub(crate) use claims::{in_use, is_free, is_of, plan_in, release_all};
 use delta::Kept;
 use extract::{Control, Listed};
 pub(crate) use files::files;
+pub use lock::TargetLock;
 pub(crate) use manifest::read_manifest;
-pub(crate) use place::{Owned, is_empty, place_tablespaces};
-use place::{Taken, take};
+pub(crate) use place::{Owned, check_directories, mapping_of, place_tablespaces};
+use place::{Prepared, Taken, Wanted, take};
 pub use settings::{Action, Recovery};
 use tree::Tree;
 
@@ -84,16 +89,17 @@ pub struct Executed {
     pub isolation: Isolation,
 }
 
-/// Restores into `destination` by `plan`. `progress` is told of each slice's raw bytes.
+/// Restores into `destination` by `plan`. Calls `progress` with the raw bytes of each slice. The target stays locked until
+/// the lock is dropped.
 ///
 /// # Errors
-/// [`Error::Usage`] for a destination that is not empty; [`Error::Damaged`] names what is not what was stored.
+/// [`Error::Usage`] for a destination that is not empty, or into which another process restores; [`Error::Damaged`] names what is not what was stored.
 pub fn execute(
     archive: &Archive,
     plan: &RestorePlan,
     destination: &Destination,
     progress: &(dyn Fn(u64) + Sync),
-) -> Result<Executed> {
+) -> Result<(Executed, TargetLock)> {
     let backup = backup_of(archive, plan)?;
     let directory = &destination.directory;
     let jobs = destination.jobs;
@@ -103,7 +109,18 @@ pub fn execute(
     let manifest = archive.manifest(&backup)?;
     let access = bound::check_label(&archive.repository, &backup)?;
     access.apply();
-    let taken = take(directory, &backup, &tablespaces, destination.delta, access)?;
+    let wanted = Wanted {
+        directory,
+        backup: &backup,
+        tablespaces: &tablespaces,
+        mapping,
+        delta: destination.delta,
+    };
+    let Prepared { taken, owner, lock } = take(&wanted, &manifest, access)?;
+    let plan = &RestorePlan {
+        claim: Some(owner.clone()),
+        ..plan.clone()
+    };
     let tree = Tree::open(directory, &tablespaces)?;
     let kept = match taken {
         Taken::Empty => Kept::default(),
@@ -120,21 +137,26 @@ pub fn execute(
     let control = work.extract_all(jobs, progress)?;
     manifest::verify(&tree, &manifest, &kept, &control, jobs)?;
     bound::check_control(&backup, &control)?;
-    link_tablespaces(&tree, &backup, &control, &tablespaces, replayed)?;
+    let linked = link_tablespaces(&tree, &backup, &control, &tablespaces, replayed, &owner)?;
     let made_configuration = settings::complete(&tree, &control)?;
     let isolation = settings::write(archive, plan, destination, &tree)?;
     tree.sync()?;
     // From here on a server could start; everything it needs is on disk.
     tree.replace(CONTROL, &control)?;
     tree.remove_durably(MARKER)?;
-    Ok(Executed {
+    // The directories with a link hold files of this server now. The others are claimed until the replay uses them.
+    for directory in &linked {
+        claims::release(directory, &owner.token);
+    }
+    let executed = Executed {
         kept_files: kept.count(),
         kept_bytes: kept.bytes,
         fetched_slices: work.needed.iter().filter(|needed| **needed).count(),
         slices: backup.slices.len(),
         made_configuration,
         isolation,
-    })
+    };
+    Ok((executed, lock))
 }
 
 fn backup_of(archive: &Archive, plan: &RestorePlan) -> Result<BackupInfo> {
@@ -214,17 +236,21 @@ impl Extraction<'_> {
     }
 }
 
-/// Makes the links of the tablespaces: of the backup's, and of those whose creation the replay passes over.
+/// Makes the links of the tablespaces: of the backup's, and of those whose creation the replay passes over. Returns the
+/// directories to which they lead.
 fn link_tablespaces(
     tree: &Tree,
     backup: &BackupInfo,
     control: &[u8],
     tablespaces: &BTreeMap<u32, PathBuf>,
     replayed: &[ReplayedTablespace],
-) -> Result<()> {
+    owner: &Owner,
+) -> Result<Vec<PathBuf>> {
+    let mut linked = Vec::new();
     for tablespace in &backup.tablespaces {
         if let Some(location) = tablespaces.get(&tablespace.oid) {
             tree.link(&format!("pg_tblspc/{}", tablespace.oid), location)?;
+            linked.push(location.clone());
         }
     }
     let in_backup = |oid: u32| backup.tablespaces.iter().any(|one| one.oid == oid);
@@ -233,7 +259,9 @@ fn link_tablespaces(
         .filter(|one| one.passed_over && !in_backup(one.oid))
     {
         if let Some(location) = &created.directory {
-            // The replay of the creation would have made it.
+            // The replay of the creation would have made it. The claim says so first: a restore that is interrupted here
+            // empties the directory when it runs again.
+            claims::claim(location, owner, true)?;
             let version = location.join(version_directory(backup, control)?);
             fs::DirBuilder::new()
                 .recursive(true)
@@ -241,10 +269,12 @@ fn link_tablespaces(
                 .create(&version)
                 .map_err(Error::io("create directory", &version))?;
             tree.link(&format!("pg_tblspc/{}", created.oid), location)?;
+            linked.push(location.clone());
         }
     }
     // With it the server would make the links of the origin again (`read_tablespace_map` in `xlogrecovery.c`).
-    tree.remove("tablespace_map")
+    tree.remove("tablespace_map")?;
+    Ok(linked)
 }
 
 /// The directory in which a server keeps the files of a tablespace (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).

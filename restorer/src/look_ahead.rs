@@ -22,6 +22,7 @@ use crate::{
     Error, RestorePlan, Result,
     execute::Access,
     plan::PathPart,
+    tablespaces::RECORD_BYTES,
     wal_fetch::{self, Asked},
 };
 
@@ -260,8 +261,24 @@ impl Fetcher<'_> {
         drop(fs::remove_file(&new));
     }
 
+    /// Returns true if a record that creates a tablespace begins or ends in the segment.
+    fn creates_tablespace(&self, plan: &RestorePlan, name: SegmentName) -> bool {
+        let size = self.identity.wal_segment_size;
+        let Some(number) = name.segment(size) else {
+            return false;
+        };
+        let mut created = plan.tablespaces.iter();
+        created.any(|one| {
+            let last = one.lsn.add(RECORD_BYTES);
+            one.directory.is_some()
+                && (size.segment_of(one.lsn)..=size.segment_of(last)).contains(&number)
+        })
+    }
+
     fn write(&self, name: SegmentName, file: &mut File) -> Result<bool> {
         match self.plan {
+            // `wal-fetch` checks the directory of a tablespace just before the replay creates it.
+            Some(plan) if self.creates_tablespace(plan, name) => Ok(false),
             Some(plan) => {
                 let asked = Asked::by(plan);
                 wal_fetch::segment(self.repository, &self.identity, asked, name, file)

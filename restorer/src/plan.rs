@@ -7,7 +7,7 @@
 //! executed as an LSN on a numeric timeline, so that time zones, clocks and idle databases cannot
 //! change it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use repository::WalRange;
 
@@ -16,6 +16,7 @@ use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd,
 
 use crate::{
     Error, Result,
+    execute::{Owner, mapping_of},
     inventory::Inventory,
     space::FileSystem,
     tablespaces::ReplayedTablespace,
@@ -129,6 +130,9 @@ pub struct RestorePlan {
     /// Bytes that `wal-fetch` delivers instead of the archived ones.
     #[serde(default)]
     pub wal_changes: Vec<WalChange>,
+    /// The owner of the claims on the directories of tablespaces; `None` before the restore begins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub claim: Option<Owner>,
     /// The end of the WAL that the recovery may ask for.
     pub wal_end_lsn: Lsn,
     /// Length of the backup in the repository.
@@ -301,10 +305,10 @@ pub enum PlanError {
     },
     /// The replay creates a tablespace in a directory that is in use here.
     #[error(
-        "the replay creates tablespace {oid} at {lsn} in {location}, and {directory} exists here and is not empty: the copy \
-         would write into the files of another server; choose an empty or new directory with --tablespace-mapping \
-         {location}=NEW",
-        directory = directory.display()
+        "the replay creates tablespace {oid} at {lsn} in {location}, and {directory} {why}: the copy would write into the \
+         files of another server; choose an empty or new directory with --tablespace-mapping {mapping}",
+        directory = directory.display(),
+        mapping = mapping_of(Path::new(location))
     )]
     TablespaceInUse {
         /// The tablespace.
@@ -315,6 +319,8 @@ pub enum PlanError {
         location: String,
         /// The directory that it would get.
         directory: PathBuf,
+        /// Its state, as the predicate of a sentence.
+        why: String,
     },
     /// A standby reads the WAL as it is archived.
     #[error(
@@ -376,7 +382,7 @@ fn nearest(last: Option<Lsn>) -> String {
     }
 }
 
-/// What a person may fix beside the target.
+/// The operator's choices besides the target.
 #[derive(Clone, Debug, Default)]
 pub struct Wishes {
     /// This backup and no other.
@@ -576,6 +582,7 @@ fn make(
         removed: Vec::new(),
         tablespaces: Vec::new(),
         wal_changes: Vec::new(),
+        claim: None,
         wal_end_lsn,
         backup_bytes: backup.stored_bytes,
         wal_bytes,

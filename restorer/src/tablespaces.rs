@@ -3,6 +3,7 @@
 //! `CREATE TABLESPACE` writes its directory into the WAL, and the replay links to that directory (`tblspc_redo` in
 //! `tablespace.c`): on the parent's host the copy would then write into the files of the running parent. Invariant: when a
 //! plan was settled here, every tablespace of the replay goes to a directory that was empty, or that is the target's own.
+//! `wal-fetch` delivers no creation that the plan does not name, and none whose directory is another server's by then.
 
 use std::{
     collections::BTreeMap,
@@ -19,13 +20,13 @@ use wal_format::{
 
 use crate::{
     Error, PlanError, RestorePlan, Result, Stop,
-    execute::{Owned, is_empty, place_tablespaces},
+    execute::{Owned, check_directories, in_use, is_free, is_of, place_tablespaces, plan_in},
     inventory::{Archive, Inventory},
     plan::{Coverage, PathPart, cover},
 };
 
 /// The WAL that is read to have a whole record of a creation: it is shorter than a page, and may go on in the next ones.
-const RECORD_BYTES: u64 = 3 * 8192;
+pub(crate) const RECORD_BYTES: u64 = 3 * 8192;
 
 /// A tablespace that the replay creates.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -79,7 +80,7 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
     };
     let found = replayed(archive, backup, &coverage, stop)?;
     let owned = match wishes.target {
-        Some(target) => Owned::of(target, wishes.delta)?,
+        Some(target) => Owned::of(target, wishes.delta, wishes.mapping)?,
         None => Owned::default(),
     };
     // Where the backup's own tablespaces go: the replay may create one of them again.
@@ -111,8 +112,10 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
                         new.display()
                     )));
                 }
-                if !owned.has(tablespace.oid, &new) && !is_empty(&new).unwrap_or(false) {
-                    return Err(occupied(&tablespace, new));
+                if !owned.has(tablespace.oid, &new)
+                    && let Some(why) = in_use(&new)
+                {
+                    return Err(occupied(&tablespace, new, why));
                 }
                 new
             }
@@ -133,7 +136,8 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
     }
     // A directory that two of them want, or that is in the target: known before the copy.
     if let Some(target) = wishes.target {
-        place_tablespaces(backup, &plan.tablespaces, wishes.mapping, target)?;
+        let placed = place_tablespaces(backup, &plan.tablespaces, wishes.mapping, target)?;
+        check_directories(target, backup, &placed, wishes.mapping, wishes.delta)?;
     }
     Ok(())
 }
@@ -150,8 +154,11 @@ pub(crate) fn refuse_foreign(summary: &SegmentSummary, data: &Path) -> Result<()
         };
         let directory = Path::new(location);
         let link = fs::read_link(data.join(format!("pg_tblspc/{oid}")));
-        let own = link.is_ok_and(|link| link == directory);
-        if !location.is_empty() && !own && !is_empty(directory).unwrap_or(false) {
+        let own = link.is_ok_and(|link| link == directory)
+            || plan_in(data)
+                .and_then(|plan| plan.claim)
+                .is_some_and(|owner| is_of(directory, &owner.token));
+        if !location.is_empty() && !own && !is_free(directory).unwrap_or(false) {
             return Err(Error::usage(format!(
                 "the WAL creates tablespace {oid} at {lsn} in {location}, which exists here, is not empty and is not this \
                  server's: its replay would write into the files of another server; empty the directory if no server uses it, \
@@ -162,12 +169,91 @@ pub(crate) fn refuse_foreign(summary: &SegmentSummary, data: &Path) -> Result<()
     Ok(())
 }
 
-fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf) -> Error {
+/// Checks the creations in an object of `branch` before it is delivered to a recovery with `plan`; `data` is the data
+/// directory of the server that asks. Returns the first creation after the stop: the delivered WAL has to end there, so
+/// that a recovery whose target was moved does not replay what the plan does not name.
+///
+/// # Errors
+/// [`Error::Usage`] names a creation that is replayed and that the plan does not name, or whose directory is in use.
+pub(crate) fn admit(
+    plan: &RestorePlan,
+    branch: Branch,
+    summary: &SegmentSummary,
+    data: Option<&Path>,
+) -> Result<Option<Lsn>> {
+    let mut parts = plan.path.iter().chain(&plan.later);
+    let path_end = parts.find(|part| part.branch == branch).map(|part| part.to);
+    let is_on_path = |lsn: Lsn| path_end.is_some_and(|end| lsn < end);
+    let mut end: Option<Lsn> = None;
+    for (lsn, event) in &summary.events {
+        let WalEvent::TablespaceCreate { oid, location } = event else {
+            continue;
+        };
+        let mut named = plan.tablespaces.iter();
+        if let Some(named) = named.find(|one| one.lsn == *lsn && one.oid == *oid) {
+            if let Some(directory) = &named.directory {
+                refuse_taken(plan, named, directory, data)?;
+            }
+            continue;
+        }
+        // In place, in the data directory.
+        if location.is_empty() {
+            continue;
+        }
+        let (is_replayed, is_read) = match plan.stop {
+            // PostgreSQL stops when it has read the record at the stop.
+            Stop::Before { lsn: stop } => (*lsn < stop, *lsn <= stop),
+            Stop::After { lsn: stop } => (*lsn <= stop, *lsn <= stop),
+            Stop::Consistent => (false, false),
+        };
+        if is_on_path(*lsn) && is_replayed {
+            return Err(Error::usage(format!(
+                "the WAL creates tablespace {oid} at {lsn} in {location}, and the plan of this restore does not name it: its \
+                 replay could write into the files of another server; restore again"
+            )));
+        }
+        if !(is_on_path(*lsn) && is_read) {
+            end = Some(end.map_or(*lsn, |end| end.min(*lsn)));
+        }
+    }
+    Ok(end)
+}
+
+/// Refuses a creation whose directory is another server's by now.
+fn refuse_taken(
+    plan: &RestorePlan,
+    tablespace: &ReplayedTablespace,
+    directory: &Path,
+    data: Option<&Path>,
+) -> Result<()> {
+    let token = plan.claim.as_ref().map(|owner| owner.token.as_str());
+    // A link of this server: the creation was replayed before, or an earlier tablespace had the directory.
+    let links = data.map(|data| fs::read_dir(data.join("pg_tblspc")));
+    let mut links = links.into_iter().flatten().flatten().flatten();
+    let is_linked =
+        links.any(|link| fs::read_link(link.path()).is_ok_and(|link| link == directory));
+    if is_linked || token.is_some_and(|token| is_of(directory, token)) {
+        return Ok(());
+    }
+    match in_use(directory) {
+        None => Ok(()),
+        Some(why) => Err(Error::usage(format!(
+            "the WAL creates tablespace {} at {} in {}, which {why} since the restore was planned: its replay would write \
+             into the files of another server; restore again with another directory for it",
+            tablespace.oid,
+            tablespace.lsn,
+            directory.display()
+        ))),
+    }
+}
+
+fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf, why: String) -> Error {
     PlanError::TablespaceInUse {
         oid: tablespace.oid,
         lsn: tablespace.lsn,
         location: tablespace.location.clone(),
         directory,
+        why,
     }
     .into()
 }

@@ -23,7 +23,11 @@ use wal_format::{
     WalFileName, sealed::SealedError,
 };
 
-use crate::{Error, RestorePlan, Result, execute::Access, tablespaces::refuse_foreign};
+use crate::{
+    Error, RestorePlan, Result,
+    execute::Access,
+    tablespaces::{admit, refuse_foreign},
+};
 
 /// The time for which a failing store is asked again before 255 stops the recovery: longer than a
 /// store restarts or fails over.
@@ -43,21 +47,31 @@ pub enum Fetched {
     Absent,
 }
 
-/// On whose behalf a segment is fetched.
+/// The requester of a segment.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Asked<'a> {
     /// The plan of the restore.
     pub(crate) plan: Option<&'a RestorePlan>,
-    /// Without a plan, the data directory of the server that asks.
+    /// The data directory of the server that asks; `None` if somebody else asks.
     pub(crate) data: Option<&'a Path>,
 }
 
 impl<'a> Asked<'a> {
-    /// By a recovery that has a plan.
+    /// A recovery that has a plan.
     pub(crate) fn by(plan: &'a RestorePlan) -> Self {
         Self {
             plan: Some(plan),
             data: None,
+        }
+    }
+
+    /// Checks the creations of tablespaces in an object before its WAL is delivered. Returns the position at which the
+    /// delivered WAL has to end, if it has to.
+    fn admit(self, object: &SealedReader<'_>) -> Result<Option<Lsn>> {
+        match (self.plan, self.data) {
+            (Some(plan), data) => admit(plan, object.header().branch, object.summary(), data),
+            (None, Some(data)) => refuse_foreign(object.summary(), data).map(|()| None),
+            (None, None) => Ok(None),
         }
     }
 }
@@ -181,12 +195,11 @@ fn deliver(
         .map_err(Error::io("create a file in", beside))?;
     let asked = Asked {
         plan,
-        data: match plan {
-            None if destination.file_name() == Some(ASKED_BY_POSTGRESQL.as_ref()) => {
-                // `pg_wal` is in the data directory, where PostgreSQL runs its commands.
-                beside.parent()
-            }
-            _ => None,
+        data: if destination.file_name() == Some(ASKED_BY_POSTGRESQL.as_ref()) {
+            // `pg_wal` is in the data directory, where PostgreSQL runs its commands.
+            beside.parent()
+        } else {
+            None
         },
     };
     if !content(repository, asked, name, file.as_file_mut())? {
@@ -240,7 +253,10 @@ pub(crate) fn sealed(
 ) -> Result<bool> {
     let branch = branch_of(repository, identity, None, name.timeline)?;
     match branch {
-        Some(branch) => sealed_of(repository, identity, data, branch, name, out),
+        Some(branch) => {
+            let asked = Asked { plan: None, data };
+            sealed_of(repository, identity, asked, branch, name, out)
+        }
         None => Ok(false),
     }
 }
@@ -248,7 +264,7 @@ pub(crate) fn sealed(
 fn sealed_of(
     repository: &Repository,
     identity: &ClusterIdentity,
-    data: Option<&Path>,
+    asked: Asked<'_>,
     branch: Branch,
     name: SegmentName,
     out: &mut dyn Write,
@@ -260,9 +276,7 @@ fn sealed_of(
         Err(error) => return Err(error.into()),
     };
     let reader = open(&key, &object)?;
-    if let Some(data) = data {
-        refuse_foreign(reader.summary(), data)?;
-    }
+    let end = asked.admit(&reader)?;
     let (held, size) = (
         reader.header().raw_bytes(),
         identity.wal_segment_size.bytes(),
@@ -275,11 +289,51 @@ fn sealed_of(
     // Frame by frame: a megabyte stays in the processor's cache from the decompression to the
     // write.
     let mut frames = reader.frames().map_err(broken)?;
+    let mut ending = Ending {
+        out,
+        at: reader.header().start_lsn,
+        end: end.unwrap_or(Lsn::MAX),
+    };
     while let Some(frame) = frames.next() {
         let (_, wal) = frame.map_err(broken)?;
-        write(out, wal)?;
+        write(&mut ending, wal)?;
     }
     Ok(true)
+}
+
+/// Writes WAL up to its end, and zeros after it, which PostgreSQL reads as the end of WAL.
+struct Ending<'a> {
+    out: &'a mut dyn Write,
+    /// The position of the next byte.
+    at: Lsn,
+    end: Lsn,
+}
+
+impl Write for Ending<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let next = self.at.add(bytes.len() as u64);
+        if next <= self.end {
+            self.out.write_all(bytes)?;
+        } else {
+            let mut bytes = bytes.to_vec();
+            end_at(&mut bytes, self.at, self.end);
+            self.out.write_all(&bytes)?;
+        }
+        self.at = next;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+/// Fills WAL that begins at `start` with zeros from `end` on.
+fn end_at(wal: &mut [u8], start: Lsn, end: Lsn) {
+    let kept = index(end.max(start).bytes_since(start));
+    if let Some(rest) = wal.get_mut(kept..) {
+        rest.fill(0);
+    }
 }
 
 /// Writes WAL with the plan's changes.
@@ -373,14 +427,14 @@ fn archived_segment(
         return Ok(false);
     };
     let system = identity.system_identifier;
-    if sealed_of(repository, identity, asked.data, branch, name, out)? {
+    if sealed_of(repository, identity, asked, branch, name, out)? {
         return Ok(true);
     }
     let start_lsn = number.start_lsn(size);
-    let mut open = assemble(repository, system, branch, (name, start_lsn), asked.data)?;
+    let mut open = assemble(repository, system, branch, (name, start_lsn), asked)?;
     if let Some(plan) = plan.filter(|plan| plan.path.last().map(|part| part.branch) == Some(branch))
     {
-        let copy = copy_of_later(repository, identity, plan, number)?;
+        let copy = copy_of_later(repository, identity, asked, plan, number)?;
         if copy.as_ref().map(Vec::len) > open.as_ref().map(Vec::len) {
             open = copy;
         }
@@ -437,6 +491,7 @@ fn archived_segment(
 fn copy_of_later(
     repository: &Repository,
     identity: &ClusterIdentity,
+    asked: Asked<'_>,
     plan: &RestorePlan,
     number: SegmentNo,
 ) -> Result<Option<Vec<u8>>> {
@@ -453,10 +508,10 @@ fn copy_of_later(
     for part in plan.later.iter().filter(|part| begins_here(part.from)) {
         let name = SegmentName::new(part.branch.timeline, number, size);
         let mut wal = Vec::new();
-        if !sealed_of(repository, identity, None, part.branch, name, &mut wal)? {
+        if !sealed_of(repository, identity, asked, part.branch, name, &mut wal)? {
             let system = identity.system_identifier;
             let place = (name, start_lsn);
-            wal = assemble(repository, system, part.branch, place, None)?.unwrap_or_default();
+            wal = assemble(repository, system, part.branch, place, asked)?.unwrap_or_default();
         }
         if wal.len() >= wanted {
             wal.truncate(wanted);
@@ -479,7 +534,7 @@ fn assemble(
     system: wal_format::SystemIdentifier,
     branch: Branch,
     (name, start_lsn): (SegmentName, Lsn),
-    data: Option<&Path>,
+    asked: Asked<'_>,
 ) -> Result<Option<Vec<u8>>> {
     let mut tails = Vec::new();
     for (key, _) in repository.list(&format!("{system}/tail/{branch}/{name}/"))? {
@@ -489,6 +544,7 @@ fn assemble(
     }
     tails.sort_by_key(|(start, end, _)| (*start, *end));
     let mut wal = Vec::new();
+    let mut wal_end = Lsn::MAX;
     for (start, end, key) in tails {
         let have = start_lsn.add(wal.len() as u64);
         if start > have {
@@ -501,14 +557,15 @@ fn assemble(
             continue;
         }
         let object = repository.get(&key)?;
-        if let Some(data) = data {
-            refuse_foreign(open(&key, &object)?.summary(), data)?;
+        if let Some(end) = asked.admit(&open(&key, &object)?)? {
+            wal_end = wal_end.min(end);
         }
         let mut piece = Vec::new();
         read(&key, &object, &mut piece)?;
         let known = usize::try_from(have.bytes_since(start)).unwrap_or(usize::MAX);
         wal.extend_from_slice(piece.get(known..).unwrap_or_default());
     }
+    end_at(&mut wal, start_lsn, wal_end);
     Ok((!wal.is_empty()).then_some(wal))
 }
 

@@ -8,6 +8,7 @@ mod bad_input;
 mod bad_store;
 mod before_drop;
 mod chains;
+mod claims;
 mod delta;
 mod end_of_recovery;
 mod epochs;

@@ -9,6 +9,7 @@ use wal_format::PgVersion;
 use super::output;
 use crate::{
     Error, Result,
+    execute::release_all,
     isolation::{
         self,
         release::{self, Asked, Release},
@@ -62,7 +63,11 @@ pub(super) fn run(settings: Option<&Settings>, args: &ReleaseArgs) -> Result<()>
         return Err(Error::ParentAnswers { address });
     }
     let done = if args.yes {
-        release::release(directory)?
+        let done = release::release(directory)?;
+        if !done.recovery_pending {
+            release_all(directory);
+        }
+        done
     } else {
         described
     };
@@ -126,5 +131,9 @@ fn pg_isready(directory: &Path, pg_bin: Option<&Path>) -> Option<PathBuf> {
 
 /// Removes what only the recovery needed, as PostgreSQL's `recovery_end_command`.
 pub(super) fn recovery_ended(directory: &Path) -> Result<()> {
-    isolation::recovery_ended(directory).map(drop)
+    isolation::recovery_ended(directory)?;
+    if !isolation::recovery_is_pending(directory) {
+        release_all(directory);
+    }
+    Ok(())
 }

@@ -26,6 +26,7 @@ use crate::{
     execute::{self, Action, Destination, Recovery},
     expired,
     inventory::{Archive, Inventory},
+    isolation,
     plan::{Wishes, estimate, plan_restore},
     space,
     start::{self, Start},
@@ -288,7 +289,8 @@ fn copy_and_start(
         None
     };
     let bar = bar(plan);
-    let executed = execute::execute(archive, plan, destination, &|bytes| bar.inc(bytes))?;
+    // The target stays locked until the server was started.
+    let (executed, _lock) = execute::execute(archive, plan, destination, &|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     for problem in &executed.isolation.problems {
         output::error(problem);
@@ -309,6 +311,10 @@ fn copy_and_start(
         })?),
         None => None,
     };
+    if recovered.is_some() && !isolation::recovery_is_pending(&destination.directory) {
+        // PostgreSQL ran `recovery-ended` too, unless the program is gone from where it was.
+        execute::release_all(&destination.directory);
+    }
     let outcome = Outcome {
         plan,
         directory: &destination.directory,

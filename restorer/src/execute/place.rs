@@ -1,7 +1,8 @@
-//! Takes the directories of a restore: empty ones, or what an unfinished restore of ours left behind.
+//! Takes the directories of a restore: empty ones, or those that an unfinished restore into the same target left.
 //!
-//! The marker names every directory that the restore may empty. What it does not name is never emptied, whatever the
-//! command line says this time.
+//! Invariant: the directory of a tablespace that holds files is emptied or compared only if it has the claim of the same
+//! restore ([`claims`]), or with `--delta` if the target's own link leads there and the operator named it or the server of
+//! the target has used it.
 
 use std::{
     collections::BTreeMap,
@@ -11,34 +12,41 @@ use std::{
         ffi::OsStrExt,
         fs::{DirBuilderExt, PermissionsExt},
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use serde::{Deserialize, Serialize};
-use wal_format::{BackupId, BackupInfo, WalFileName, control_file::CONTROL_FILE_BYTES};
+use wal_format::{
+    BackupId, BackupInfo, BackupManifest, WalFileName, control_file::CONTROL_FILE_BYTES,
+};
 
 use super::{
     Access, CONTROL, MARKER, PLAN_FILE,
+    claims::{self, Owner},
+    lock::TargetLock,
     tree::{Tree, read_small},
 };
 use crate::{Error, Result, tablespaces::ReplayedTablespace};
 
 /// The longest marker that is read.
-const MARKER_BYTES_MAX: u64 = 16 << 20;
+pub(super) const MARKER_BYTES_MAX: u64 = 16 << 20;
 /// The marker's name while it is written ([`Tree::replace`]).
 const MARKER_NEW: &str = "RESTORE_INCOMPLETE.new";
 
-/// What stands in the marker while a restore is not complete.
+/// The content of the marker of a restore that is not complete.
 #[derive(Debug, Serialize, Deserialize)]
 struct Marker {
-    /// For whoever opens it.
+    /// For people who open the file.
     note: String,
     backup: BackupId,
     /// True if it keeps what is there.
     #[serde(default)]
     delta: bool,
-    /// The tablespaces' directories that are the restore's to empty.
+    /// The directories of the tablespaces, for people; the claims in them decide.
     tablespaces: Vec<PathBuf>,
+    /// The owner of the claims. `None` in a marker of an older version.
+    #[serde(default)]
+    claim: Option<Owner>,
 }
 
 /// Maps each OID to the directory that its files go to: of the tablespaces of the backup, and of those that the replay
@@ -117,26 +125,45 @@ fn apart<'a>(old: &Path, new: &Path, others: impl Iterator<Item = &'a Path>) -> 
         if new_place.starts_with(&other) || other.starts_with(&new_place) {
             return Err(Error::usage(format!(
                 "the tablespace that was at {} cannot be at {}, because {} is there; give it another place with \
-                 --tablespace-mapping {}=DIRECTORY",
+                 --tablespace-mapping {}",
                 old.display(),
                 new.display(),
                 other.display(),
-                old.display()
+                mapping_of(old)
             )));
         }
     }
     Ok(())
 }
 
-/// The path behind links, as far as it exists.
+/// The value of `--tablespace-mapping` for a directory, as a shell takes it.
+pub(crate) fn mapping_of(old: &Path) -> String {
+    // `locations` in the command line reads an equals sign that belongs to a path as `\=`.
+    let word = format!("{}=NEW", old.display().to_string().replace('=', "\\="));
+    let plain = |c: char| c.is_alphanumeric() || "/._-:=@+,".contains(c);
+    if word.chars().all(plain) {
+        word
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''"))
+    }
+}
+
+/// The path behind links and `..`, as far as it exists. What does not exist will be made of plain directories.
 fn real(path: &Path) -> PathBuf {
-    if let Ok(real) = fs::canonicalize(path) {
-        return real;
+    let mut found = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => drop(found.pop()),
+            Component::CurDir => {}
+            part => {
+                found.push(part);
+                if let Ok(real) = fs::canonicalize(&found) {
+                    found = real;
+                }
+            }
+        }
     }
-    match (path.parent(), path.file_name()) {
-        (Some(parent), Some(name)) => real(parent).join(name),
-        _ => path.to_owned(),
-    }
+    found
 }
 
 /// How the directories were taken.
@@ -148,58 +175,130 @@ pub(super) enum Taken {
     Empty,
 }
 
-/// Makes the directories ours: empty ones, or those of a restore that was interrupted; with `delta` also a data directory
-/// of the same cluster, in which no server runs.
-pub(super) fn take(
-    directory: &Path,
-    backup: &BackupInfo,
-    tablespaces: &BTreeMap<u32, PathBuf>,
-    delta: bool,
-    access: Access,
-) -> Result<Taken> {
-    let owned = Owned::of(directory, delta)?;
+/// The directories of a restore, and who may use what is in them.
+pub(super) struct Wanted<'a> {
+    pub(super) directory: &'a Path,
+    pub(super) backup: &'a BackupInfo,
+    /// OID to directory.
+    pub(super) tablespaces: &'a BTreeMap<u32, PathBuf>,
+    /// The operator's: old directory to new one.
+    pub(super) mapping: &'a BTreeMap<PathBuf, PathBuf>,
+    /// Keep what an existing data directory has.
+    pub(super) delta: bool,
+}
+
+/// Directories that were taken.
+pub(super) struct Prepared {
+    pub(super) taken: Taken,
+    pub(super) owner: Owner,
+    pub(super) lock: TargetLock,
+}
+
+/// Checks, without changing anything, that the directories can be taken. Returns the marker of an unfinished restore.
+///
+/// # Errors
+/// [`Error::Usage`] names the directory and the remedy.
+fn check(wanted: &Wanted<'_>) -> Result<Option<Marker>> {
+    let directory = wanted.directory;
+    let owned = Owned::of(directory, wanted.delta, wanted.mapping)?;
     let unfinished = unfinished(directory)?;
     let empty_before = is_empty(directory)?;
-    let delta = delta && !empty_before;
-    let mut ours = Vec::new();
-    match unfinished {
+    let delta = wanted.delta && !empty_before;
+    match &unfinished {
         Some(marker) if marker.delta && !delta => {
             return Err(Error::usage(format!(
                 "{} holds a --delta restore that was not completed; run it again with --delta, or give another directory",
                 directory.display()
             )));
         }
-        Some(marker) => ours = marker.tablespaces,
-        None if delta => {
-            is_of_cluster(directory, backup)?;
-            ours = linked(directory).into_values().collect();
-        }
+        None if delta => is_of_cluster(directory, wanted.backup)?,
         None if !empty_before => return Err(occupied(directory)),
-        None => {}
+        Some(_) | None => {}
     }
     if delta {
-        only_wal_in_linked_wal(directory)?;
+        let begun = unfinished.as_ref().and_then(|marker| marker.claim.as_ref());
+        only_wal_in_linked_wal(
+            directory,
+            begun.is_some_and(|owner| is_at(owner, directory)),
+        )?;
     }
-    for (oid, path) in tablespaces {
-        if !owned.has(*oid, path) && !is_empty(path)? {
+    for (oid, path) in wanted.tablespaces {
+        if owned.has(*oid, path) || claims::is_free(path)? {
+            continue;
+        }
+        if owned.links_to(*oid, path) {
             return Err(Error::usage(format!(
-                "{} is not empty and nothing in it is overwritten; put the tablespace elsewhere with \
-                 --tablespace-mapping OLD=NEW",
+                "tablespace {oid}: the link {} leads to {}, which may be another server's, because {} may be a copy of that \
+                 server's data directory; put the tablespace elsewhere with --tablespace-mapping, or if no other server uses \
+                 the directory name it as the new one: OLD={}",
+                directory.join(format!("pg_tblspc/{oid}")).display(),
+                path.display(),
+                directory.display(),
                 path.display()
             )));
         }
+        return Err(claims::refusal(path));
     }
+    Ok(unfinished)
+}
+
+/// As [`take`] would, without taking the directories.
+pub(crate) fn check_directories(
+    directory: &Path,
+    backup: &BackupInfo,
+    tablespaces: &BTreeMap<u32, PathBuf>,
+    mapping: &BTreeMap<PathBuf, PathBuf>,
+    delta: bool,
+) -> Result<()> {
+    let wanted = Wanted {
+        directory,
+        backup,
+        tablespaces,
+        mapping,
+        delta,
+    };
+    check(&wanted).map(drop)
+}
+
+/// Makes the directories ours: empty ones, or those of a restore that was interrupted; with `delta` also a data directory
+/// of the same cluster, in which no server runs.
+pub(super) fn take(
+    wanted: &Wanted<'_>,
+    manifest: &BackupManifest,
+    access: Access,
+) -> Result<Prepared> {
+    let directory = wanted.directory;
+    // Before the directory is created: what is refused leaves nothing behind.
+    check(wanted)?;
     create(directory, access)?;
-    ours.extend(tablespaces.values().cloned());
+    let lock = TargetLock::take(directory)?;
+    // Again: another restore may have been faster.
+    let unfinished = check(wanted)?;
+    let delta = wanted.delta && !is_empty(directory)?;
+    let mut ours: Vec<PathBuf> = wanted.tablespaces.values().cloned().collect();
+    ours.extend(
+        unfinished
+            .iter()
+            .flat_map(|marker| marker.tablespaces.clone()),
+    );
     ours.sort();
     ours.dedup();
+    // The claims of an earlier restore into this target stay valid.
+    let owner = match unfinished {
+        Some(marker) => marker.claim,
+        None => plan_owner(directory),
+    };
+    let owner = owner
+        .filter(|owner| is_at(owner, directory))
+        .unwrap_or_else(|| Owner::new(directory));
     let marker = Marker {
         note:
             "This restore was not completed. Run the same command again, or remove the directory."
                 .to_owned(),
-        backup: backup.id.clone(),
+        backup: wanted.backup.id.clone(),
         delta,
         tablespaces: ours,
+        claim: Some(owner.clone()),
     };
     let json = serde_json::to_vec_pretty(&marker)
         .map_err(|error| Error::io("write", directory.join(MARKER))(error.into()))?;
@@ -207,16 +306,56 @@ pub(super) fn take(
     tree.replace(MARKER, &json)?;
     // Before anything else changes: what is being restored must not start.
     tree.remove_durably(CONTROL)?;
-    if !delta {
-        empty(directory)?;
-    }
-    for path in tablespaces.values() {
+    // The data directory last: its links say which tablespaces are its own.
+    for (oid, path) in wanted.tablespaces {
         create(path, access)?;
+        let in_backup = wanted.backup.tablespaces.iter().any(|one| one.oid == *oid);
+        let keeps = delta && claims::holds_more(path)?;
+        claims::claim(path, &owner, in_backup || keeps)?;
         if !delta {
             empty(path)?;
         }
+        if in_backup && let Some(version) = version_directory(manifest, *oid) {
+            make_version_directory(&path.join(version), delta, || {
+                claims::claim(path, &owner, false)
+            })?;
+        }
     }
-    Ok(if delta { Taken::AsItIs } else { Taken::Empty })
+    if !delta {
+        empty(directory)?;
+    }
+    let taken = if delta { Taken::AsItIs } else { Taken::Empty };
+    Ok(Prepared { taken, owner, lock })
+}
+
+/// The directory of a server's version in that of a tablespace; `None` if the backup has no file there.
+fn version_directory(manifest: &BackupManifest, oid: u32) -> Option<&str> {
+    let prefix = format!("pg_tblspc/{oid}/");
+    let mut files = manifest.files.iter();
+    files
+        .find_map(|file| file.path.strip_prefix(&prefix)?.split_once('/'))
+        .map(|(version, _)| version)
+        .filter(|version| version.starts_with("PG_"))
+}
+
+/// Creates the directory of a server's version, with which PostgreSQL itself refuses the place to every other server
+/// (`create_tablespace_directories` in `tablespace.c`). Calls `undo` if another server has just made it.
+fn make_version_directory(
+    path: &Path,
+    delta: bool,
+    undo: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    match fs::DirBuilder::new()
+        .mode(Access::Group.directory_mode())
+        .create(path)
+    {
+        Err(error) if error.kind() == ErrorKind::AlreadyExists && delta => Ok(()),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            undo()?;
+            Err(claims::refusal(path))
+        }
+        made => made.map_err(Error::io("create directory", path)),
+    }
 }
 
 /// Refuses what `--delta` must not touch: another cluster's directory, no data directory at all, a running server.
@@ -247,38 +386,86 @@ fn is_of_cluster(directory: &Path, backup: &BackupInfo) -> Result<()> {
     Ok(())
 }
 
-/// The directories that a restore may empty although something is in them.
+/// The directories that a restore may use although something is in them.
 #[derive(Debug, Default)]
 pub(crate) struct Owned {
-    /// Of an existing data directory, for `--delta`: the tablespace that links to each.
+    /// The links of an existing data directory, for `--delta`.
     linked: BTreeMap<u32, PathBuf>,
-    /// Those that an unfinished restore took while they were empty.
-    begun: Vec<PathBuf>,
+    /// Those of them that the operator named, or where the server of this data directory has run.
+    trusted: Vec<PathBuf>,
+    /// The token of the restore that was interrupted, or with `--delta` of the one that wrote the data directory.
+    token: Option<String>,
 }
 
 impl Owned {
     /// Those of the data directory `directory`, which may not exist.
-    pub(crate) fn of(directory: &Path, delta: bool) -> Result<Self> {
-        let begun = unfinished(directory)?.map(|marker| marker.tablespaces);
-        let linked = match begun {
-            None if delta => linked(directory),
-            _ => BTreeMap::new(),
+    pub(crate) fn of(
+        directory: &Path,
+        delta: bool,
+        mapping: &BTreeMap<PathBuf, PathBuf>,
+    ) -> Result<Self> {
+        let mut owned = Self::default();
+        let marker = unfinished(directory)?;
+        // A `--delta` restore that was interrupted before it claimed its directories has changed nothing yet.
+        if delta && marker.as_ref().is_none_or(|marker| marker.delta) {
+            owned.linked = linked(directory);
+            let used = was_used_by(directory);
+            let named = |path: &&PathBuf| used || mapping.values().any(|new| new == *path);
+            owned.trusted = owned.linked.values().filter(named).cloned().collect();
+        }
+        let owner = match marker {
+            Some(marker) => marker.claim,
+            None => plan_owner(directory).filter(|_| delta),
         };
-        Ok(Self {
-            linked,
-            begun: begun.unwrap_or_default(),
-        })
+        let owner = owner.filter(|owner| is_at(owner, directory));
+        owned.token = owner.map(|owner| owner.token);
+        Ok(owned)
     }
 
-    /// Returns true if `path` is the directory of this tablespace and no other's.
+    /// Returns true if `path` is the directory of this tablespace and no other server's.
     pub(crate) fn has(&self, oid: u32, path: &Path) -> bool {
+        (self.links_to(oid, path) && self.trusted.iter().any(|trusted| trusted == path))
+            || self
+                .token
+                .as_ref()
+                .is_some_and(|token| claims::is_of(path, token))
+    }
+
+    /// Returns true if the data directory has this link.
+    fn links_to(&self, oid: u32, path: &Path) -> bool {
         self.linked.get(&oid).is_some_and(|linked| linked == path)
-            || self.begun.iter().any(|begun| begun == path)
     }
 }
 
+/// Returns true if a server has run with this very data directory, or a restore has written it: what its links lead to is
+/// its own. A copy of a data directory (`cp -a`) has the links too, but names the directory of its origin.
+fn was_used_by(directory: &Path) -> bool {
+    if plan_owner(directory).is_some_and(|owner| is_at(&owner, directory)) {
+        return true;
+    }
+    // The arguments of the last start, each in double quotes (`CreateOptsFile` in `postmaster.c`).
+    let Ok(options) = fs::read_to_string(directory.join("postmaster.opts")) else {
+        return false;
+    };
+    options
+        .split_once("\"-D\" \"")
+        .and_then(|(_, rest)| rest.split_once('"'))
+        .is_some_and(|(path, _)| {
+            Path::new(path).is_absolute() && real(Path::new(path)) == real(directory)
+        })
+}
+
+/// The owner that a complete restore left in its data directory. A copy of that directory names the same one.
+fn plan_owner(directory: &Path) -> Option<Owner> {
+    claims::plan_in(directory).and_then(|plan| plan.claim)
+}
+
+fn is_at(owner: &Owner, directory: &Path) -> bool {
+    real(&owner.directory) == real(directory)
+}
+
 /// The tablespaces of an existing data directory: OID and directory.
-fn linked(directory: &Path) -> BTreeMap<u32, PathBuf> {
+pub(super) fn linked(directory: &Path) -> BTreeMap<u32, PathBuf> {
     let links = fs::read_dir(directory.join("pg_tblspc"));
     let links = links.into_iter().flatten().flatten();
     links
@@ -289,11 +476,20 @@ fn linked(directory: &Path) -> BTreeMap<u32, PathBuf> {
         .collect()
 }
 
-/// Refuses a `pg_wal` that is a link to a directory with anything else than WAL in it: a restore empties that directory.
-fn only_wal_in_linked_wal(directory: &Path) -> Result<()> {
+/// Refuses a `pg_wal` that is a link to a directory that may be another server's, or that has anything else than WAL in
+/// it: a restore empties that directory. With `begun` an unfinished restore of this target has emptied it already.
+fn only_wal_in_linked_wal(directory: &Path, begun: bool) -> Result<()> {
     let wal = directory.join("pg_wal");
     if !wal.is_symlink() {
         return Ok(());
+    }
+    if !begun && !was_used_by(directory) {
+        return Err(Error::usage(format!(
+            "{} is a link to a directory that may be another server's, because {} may be a copy of that server's data \
+             directory; remove the link",
+            wal.display(),
+            directory.display()
+        )));
     }
     let is_wal = |name: &str| {
         const OTHERS: [&str; 6] = [
@@ -386,7 +582,8 @@ fn empty(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
         let entry = entry.map_err(Error::io("list", directory))?;
         let path = entry.path();
-        if entry.file_name() == MARKER {
+        let name = entry.file_name();
+        if name == MARKER || claims::is_claim(name.as_bytes()) {
             continue;
         }
         let kind = entry.file_type().map_err(Error::io("look at", &path))?;
@@ -398,4 +595,24 @@ fn empty(directory: &Path) -> Result<()> {
         removed.map_err(Error::io("remove", &path))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_around_a_missing_directory_is_resolved() {
+        let root = tempfile::tempdir().expect("a directory");
+        let root = fs::canonicalize(root.path()).expect("it exists");
+        std::os::unix::fs::symlink(&root, root.join("link")).expect("a link");
+        assert_eq!(real(&root.join("missing/../data/./x")), root.join("data/x"));
+        assert_eq!(real(&root.join("link/data")), root.join("data"));
+    }
+
+    #[test]
+    fn an_equals_sign_in_a_path_is_escaped_in_the_advice() {
+        assert_eq!(mapping_of(Path::new("/srv/a")), "/srv/a=NEW");
+        assert_eq!(mapping_of(Path::new("/srv/a=b")), "'/srv/a\\=b=NEW'");
+    }
 }
