@@ -269,10 +269,7 @@ fn the_warning_of_the_server_is_never_ignored() {
             .expect("it runs");
         let (_, error) = said(&output);
         assert_eq!(output.status.code(), Some(4), "{error}");
-        for part in [
-            "rows are missing",
-            "WAL was generated with wal_level=minimal",
-        ] {
+        for part in ["rows are missing", "WAL was generated with"] {
             assert!(error.contains(part), "{error}");
         }
         let left = root.path().join("data/postmaster.pid");

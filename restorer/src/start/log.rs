@@ -15,8 +15,9 @@ use wal_format::{Lsn, SegmentName, SegmentSize};
 const BEFORE_MAX: usize = 6;
 /// More of a message is not repeated.
 const MESSAGE_MAX: usize = 600;
-/// The beginning of the message of `CheckRequiredParameterValues` in each version.
-const MINIMAL: &str = "WAL was generated with wal_level=minimal";
+/// Words of the message of `CheckRequiredParameterValues` in each version; later ones put quotation
+/// marks around the setting.
+const MINIMAL: [&str; 2] = ["WAL was generated with ", "wal_level=minimal"];
 /// Words of the log lines that precede a FATAL and give its reason.
 const REASONS: [&str; 6] = [
     "could not",
@@ -127,7 +128,7 @@ impl Log {
         {
             seen.crash.get_or_insert_with(|| message.to_owned());
         }
-        if message.contains(MINIMAL) {
+        if MINIMAL.iter().all(|words| message.contains(words)) {
             seen.minimal.get_or_insert_with(|| message.to_owned());
         }
         if let Some(name) = quoted_after(message, "restored log file ")
@@ -252,7 +253,7 @@ mod tests {
         let said = "WAL was generated with wal_level=minimal, data may be missing";
         let warned = format!("x WARNING:  {said}\nx HINT:  h\nx LOG:  redo done at 0/1\n");
         assert_eq!(events(&warned).minimal.as_deref(), Some(said));
-        let said = "WAL was generated with wal_level=minimal, cannot continue recovering";
+        let said = "WAL was generated with \"wal_level=minimal\", cannot continue recovering";
         let seen = events(&format!("x FATAL:  {said}\nx DETAIL:  d\n"));
         assert_eq!(seen.minimal.as_deref(), Some(said));
         assert_eq!(events("x LOG:  restored log file\n").minimal, None);
