@@ -305,3 +305,49 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
     fs::remove_dir_all(place.repository()).expect("what the test made");
     fs::create_dir(place.repository()).expect("the mount point");
 }
+
+#[test]
+fn without_a_spool_for_the_record_nothing_is_archived_and_nothing_begins() {
+    let Some((server, place, disk, _)) = scene("local") else {
+        return;
+    };
+    // A user that cannot create the spool, as with the default one and no `--spool`.
+    let closed = tempfile::tempdir().expect("a directory");
+    let spool = closed.path().join("spool");
+    fs::write(&spool, "").expect("a file in its place");
+    let run = |spool: &Path, arguments: &[&str]| {
+        let mut command = place.command_with_spool(&server.conninfo(), spool);
+        let output = command.args(arguments).output();
+        let output = output.expect("it runs");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code(), said)
+    };
+    server.write_wal(1500);
+    let segment = server.sql("SELECT pg_walfile_name(pg_switch_wal())");
+    let path = server.data().join("pg_wal").join(segment);
+    let push = ["push", path.to_str().expect("UTF-8")];
+    for is_archived in [false, true] {
+        if is_archived {
+            assert_eq!(run(&place.spool(), &push).0, Some(0));
+        }
+        for arguments in [push.as_slice(), &["backup"]] {
+            let (code, said) = run(&spool, arguments);
+            assert_eq!(code, Some(2), "{arguments:?}: {said}");
+            let file = spool.join("main/repository.json").display().to_string();
+            for part in [&*file, "Not a directory", "`--spool DIR`"] {
+                assert!(said.contains(part), "{arguments:?}: {said}");
+            }
+        }
+        assert_eq!(place.sealed(), usize::from(is_archived));
+    }
+    disk.detach();
+    for arguments in [push.as_slice(), &["backup"]] {
+        let (code, said) = run(&spool, arguments);
+        assert_eq!(code, Some(2), "{arguments:?}: {said}");
+        disk.assert_mount_point_is_empty();
+    }
+    // The daemon needs its spool at once.
+    let (code, said) = run(&spool, &["run"]);
+    assert_eq!(code, Some(1), "{said}");
+    disk.assert_mount_point_is_empty();
+}

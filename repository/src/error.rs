@@ -169,6 +169,21 @@ pub enum Error {
         /// True if the same request may succeed later by itself.
         transient: bool,
     },
+    /// The spool cannot take the record by which this host recognises its repository.
+    #[error(
+        "the repository {url} cannot be remembered in the spool: write {path}: {source}. Nothing is archived, because \
+         without this record a new archive would begin in the mount point of an unmounted repository. Name a spool \
+         directory that this user can write with `--spool DIR` or the setting `spool`",
+        path = path.display()
+    )]
+    NotRemembered {
+        /// The repository.
+        url: String,
+        /// The record.
+        path: PathBuf,
+        /// The operating system's error.
+        source: io::Error,
+    },
     /// The store failed or refused.
     #[error("{action} {path}: {source}", path = path.display())]
     Store {
@@ -266,7 +281,9 @@ impl Error {
     #[must_use]
     pub fn is_out_of_descriptors(&self) -> bool {
         match self {
-            Self::Store { source, .. } => is_out_of_descriptors(source),
+            Self::NotRemembered { source, .. } | Self::Store { source, .. } => {
+                is_out_of_descriptors(source)
+            }
             _ => self.is_catalog_starved(),
         }
     }
@@ -303,6 +320,15 @@ impl Error {
         matches!(self, Self::Locked { .. })
     }
 
+    /// Returns true if the repository could not be remembered because the spool's disk is full.
+    #[must_use]
+    pub fn is_spool_full(&self) -> bool {
+        matches!(self, Self::NotRemembered { source, .. } if matches!(
+            source.kind(),
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+        ))
+    }
+
     /// Returns true if another process has the catalog.
     #[must_use]
     pub fn is_locked(&self) -> bool {
@@ -321,6 +347,7 @@ impl Error {
             | Self::Config { .. }
             | Self::Key { .. }
             | Self::MajorVersionMismatch { .. }
+            | Self::NotRemembered { .. }
             | Self::SegmentSizeMismatch { .. }
             | Self::SystemIdentifierMismatch { .. } => ExitKind::Usage,
             Self::Conflict { .. } | Self::Damaged { .. } | Self::NotFound { .. } => {

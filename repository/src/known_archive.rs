@@ -5,8 +5,9 @@
 //! each is recognised. It is written when a cluster's name is claimed there. A spool of an earlier
 //! version has none: its WAL, its position and the catalog show that there was an archive too.
 //! Invariant: a place that this host knows is written to only while it holds one of those objects.
+//! A host that cannot write the record, and has no other evidence of its archive, writes nothing.
 
-use std::{collections::BTreeMap, fs, io, path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, fs, io, io::Write, path::PathBuf, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 use wal_format::{ObjectKey, SystemIdentifier};
@@ -21,6 +22,8 @@ use crate::{
 const RECORD_FILE: &str = "repository.json";
 /// The version of the record that this build writes.
 const RECORD_FORMAT_VERSION: u32 = 1;
+/// The size of the file that proves that the record can be written.
+const PROBE_BYTES: usize = 4096;
 /// A system identifier that is not known, in a message.
 const UNKNOWN_SYSTEM: &str = "N";
 
@@ -107,6 +110,38 @@ impl KnownArchive {
         self.catalog.join("CURRENT").is_file().then(|| {
             let problem = format!("{} is the catalog of an archive", self.catalog.display());
             (UNKNOWN_SYSTEM.to_owned(), problem)
+        })
+    }
+
+    /// Checks that the record can be written, before anything is written that only it protects.
+    fn probe(&self) -> Result<()> {
+        durable::create_dir_all(&self.directory)?;
+        let failed = |error| Error::store("write", self.directory.join(RECORD_FILE))(error);
+        let mut file = tempfile::Builder::new()
+            .prefix(".tidemark-")
+            .tempfile_in(&self.directory)
+            .map_err(failed)?;
+        file.write_all(&[0; PROBE_BYTES]).map_err(failed)
+    }
+
+    /// Passes the outcome of writing the record on. A failure counts unless other evidence of the
+    /// archive keeps a new one from being begun silently.
+    fn noted(&self, url: &str, outcome: Result<()>) -> Result<()> {
+        let error = match outcome {
+            Err(Error::Store { source, .. }) => source,
+            outcome => return outcome,
+        };
+        if !self.is_forgotten && self.trace().is_some() {
+            tracing::warn!(
+                event = "repository_not_remembered", repository = url, %error,
+                "the record of the repository cannot be written to the spool"
+            );
+            return Ok(());
+        }
+        Err(Error::NotRemembered {
+            url: url.to_owned(),
+            path: self.directory.join(RECORD_FILE),
+            source: error,
         })
     }
 
@@ -227,11 +262,21 @@ impl Repository {
         }
     }
 
+    /// Checks that this host can remember the place, before an archive begins in it.
+    pub(crate) fn ready_to_remember(&self) -> Result<()> {
+        match self.known() {
+            Some(known) if known.pin(&self.url()).is_none() => {
+                known.noted(&self.url(), known.probe())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Pins a place that was claimed, or whose identity was written again with other bytes, and
     /// remembers it.
     ///
     /// # Errors
-    /// [`Error::Store`], [`Error::S3`].
+    /// [`Error::NotRemembered`]; [`Error::Store`], [`Error::S3`].
     pub fn remember(&self, system: SystemIdentifier) -> Result<()> {
         let Some(known) = self.known() else {
             return Ok(());
@@ -251,11 +296,7 @@ impl Repository {
             witnesses: witnesses.clone(),
             system: system.to_string(),
         });
-        // Without it a later start knows less; archiving goes on.
-        if let Err(error) = known.note(&self.url(), system, witnesses) {
-            tracing::debug!(%error, "the repository is not remembered in the spool");
-        }
-        Ok(())
+        known.noted(&self.url(), known.note(&self.url(), system, witnesses))
     }
 }
 
@@ -348,6 +389,60 @@ mod tests {
         let stranger = Repository::open(&settings.repository, &settings.name).expect("it opens");
         stranger.claim(&other).expect("another archive");
         assert!(open().claim(&identity(1)).expect_err("another").is_gone());
+    }
+
+    /// A spool in which nothing can be written, whoever runs the test.
+    fn without_a_spool(directory: &std::path::Path, more: &str) -> ClusterSettings {
+        fs::write(directory.join("spool"), "").expect("a file in the place of the spool");
+        settings(directory, more)
+    }
+
+    #[test]
+    fn a_host_that_cannot_remember_its_repository_begins_no_archive() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = |name: &str| directory.path().join(name);
+        let second = format!("[[repositories]]\nurl = 'file://{}'\n", root("s").display());
+        for more in ["", &second] {
+            let settings = without_a_spool(directory.path(), more);
+            let error = Repository::open_known(&settings)
+                .and_then(|repository| repository.claim(&identity(1)))
+                .expect_err("nothing protects the archive");
+            assert!(matches!(error, Error::NotRemembered { .. }), "{error}");
+            assert_eq!(error.exit_kind(), crate::ExitKind::Usage);
+            for part in ["spool/main", "repository.json", "`--spool DIR`"] {
+                assert!(error.to_string().contains(part), "{error}");
+            }
+            assert!(!root("r").exists() && !root("s").exists());
+        }
+        // An archive of another host, which this one does not know yet.
+        let settings = without_a_spool(directory.path(), "");
+        let other = Repository::open(&settings.repository, &settings.name).expect("it opens");
+        fs::create_dir(root("r")).expect("a folder");
+        other.claim(&identity(1)).expect("another host's archive");
+        let error = Repository::open_known(&settings)
+            .and_then(|repository| repository.claim(&identity(1)))
+            .expect_err("it would not be recognised after an unmount");
+        assert!(matches!(error, Error::NotRemembered { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_host_that_knew_its_archive_goes_on_when_the_record_cannot_be_written() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let settings = without_a_spool(directory.path(), "");
+        let settings = ClusterSettings {
+            catalog: directory.path().join("catalog"),
+            ..settings
+        };
+        let other = Repository::open(&settings.repository, &settings.name).expect("it opens");
+        fs::create_dir(directory.path().join("r")).expect("a folder");
+        other.claim(&identity(1)).expect("the archive");
+        fs::create_dir(&settings.catalog).expect("a directory");
+        fs::write(settings.catalog.join("CURRENT"), "").expect("a trace");
+        let open = || Repository::open_known(&settings).expect("it opens");
+        open().claim(&identity(1)).expect("an unmount is noticed");
+        let anew = Repository::open_anew(&settings).expect("it opens");
+        let error = anew.claim(&identity(1)).expect_err("the old record stays");
+        assert!(matches!(error, Error::NotRemembered { .. }), "{error}");
     }
 
     #[test]

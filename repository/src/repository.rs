@@ -353,6 +353,7 @@ impl Repository {
             Err(error) if error.is_transient() => self.must_be_new()?,
             found => drop(found?),
         }
+        mirror.places.iter().try_for_each(Self::ready_to_remember)?;
         mirror.share_epochs()?;
         // In each place, or another cluster may own one of them.
         let mut outcome = None;
@@ -372,12 +373,14 @@ impl Repository {
     fn claim_one(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
         if !self.store.exists()? {
             self.must_be_new()?;
+            self.ready_to_remember()?;
             self.store.create_place()?;
         }
         let epoch = match self.newest_epoch()? {
             Some(epoch) => epoch,
             None => {
                 self.must_be_new()?;
+                self.ready_to_remember()?;
                 // The first copy decides between two that claim at once.
                 self.create(&ObjectKey::Epoch(1), found)?;
                 if let Err(error) = self.create(&ObjectKey::EpochCopy(1), found) {
@@ -421,6 +424,7 @@ impl Repository {
                 found,
             });
         }
+        self.ready_to_remember()?;
         self.heal_epoch(&epoch);
         self.remember(known.system_identifier)?;
         Ok(known)

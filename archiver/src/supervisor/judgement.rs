@@ -93,6 +93,7 @@ impl Supervisor {
             // At the start an error that only a person can remove ends the program at once, with
             // its exit code. A later one may be repaired while the program runs.
             Error::Io { source, .. } => !self.connected_once && !may_pass(source),
+            Error::Repository(error) if error.is_spool_full() => false,
             // An answer of a store says nothing about the next one, and without the catalog
             // everything works.
             Error::Repository(error) if error.is_answer() || error.is_catalog_failure() => false,
