@@ -351,3 +351,34 @@ fn without_a_spool_for_the_record_nothing_is_archived_and_nothing_begins() {
     assert_eq!(code, Some(1), "{said}");
     disk.assert_mount_point_is_empty();
 }
+
+#[test]
+fn a_lost_identity_that_verify_repairs_needs_no_restart_of_the_daemon() {
+    let Some(bin) = postgres_bin() else { return };
+    let place = Place::new();
+    let server = Server::start(&bin, "");
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    wait_until("a segment is sealed", || place.sealed() > 0);
+    for copy in ["epoch", "epoch-copy"] {
+        let path = place
+            .repository()
+            .join(format!("main/{copy}/00000001.json"));
+        fs::remove_file(path).expect("it is lost");
+    }
+    server.write_wal(1500);
+    wait_until_red(&archiver);
+    let mut repair = place.command(&server.conninfo());
+    let output = repair.args(["verify", "--repair"]).output();
+    let output = output.expect("it runs");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said}");
+    archiver.wait_for_log("repository_returned");
+    wait_until_well(&archiver);
+    let sealed = place.sealed();
+    server.write_wal(1500);
+    wait_until("segments are sealed again", || place.sealed() > sealed);
+    place.assert_whole(&server, archiver);
+}

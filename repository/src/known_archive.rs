@@ -7,7 +7,13 @@
 //! Invariant: a place that this host knows is written to only while it holds one of those objects.
 //! A host that cannot write the record, and has no other evidence of its archive, writes nothing.
 
-use std::{collections::BTreeMap, fs, io, io::Write, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use serde::{Deserialize, Serialize};
 use wal_format::{ObjectKey, SystemIdentifier};
@@ -38,6 +44,44 @@ struct Record {
     places: BTreeMap<String, Vec<Witness>>,
 }
 
+impl Record {
+    /// Reads the record; `None` when there is none that can be read.
+    fn read(path: &Path) -> Option<Self> {
+        let content = match fs::read(path) {
+            Ok(content) => content,
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::debug!(%error, path = %path.display(), "the record of the repository cannot be read");
+                }
+                return None;
+            }
+        };
+        let record: Option<Self> = serde_json::from_slice(&content).ok();
+        record.filter(|record| record.format_version == RECORD_FORMAT_VERSION)
+    }
+}
+
+/// A place in the record of this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RecordedPlace {
+    /// The record.
+    path: PathBuf,
+    /// The place.
+    url: String,
+}
+
+impl RecordedPlace {
+    /// Reads the objects by which the place is recognised now; `None` if the record does not name
+    /// the place or names another system identifier.
+    pub(crate) fn witnesses(&self, system: &str) -> Option<Vec<Witness>> {
+        let mut record = Record::read(&self.path)?;
+        if record.system_identifier.to_string() != system {
+            return None;
+        }
+        record.places.remove(&self.url)
+    }
+}
+
 /// This host's memory of a cluster's archive.
 #[derive(Clone, Debug)]
 pub(crate) struct KnownArchive {
@@ -62,18 +106,14 @@ impl KnownArchive {
 
     /// The record; `None` when there is none that can be read.
     fn record(&self) -> Option<Record> {
-        let path = self.directory.join(RECORD_FILE);
-        let content = match fs::read(&path) {
-            Ok(content) => content,
-            Err(error) => {
-                if error.kind() != io::ErrorKind::NotFound {
-                    tracing::debug!(%error, path = %path.display(), "what this host knows of its repository cannot be read");
-                }
-                return None;
-            }
-        };
-        let record: Option<Record> = serde_json::from_slice(&content).ok();
-        record.filter(|record| record.format_version == RECORD_FORMAT_VERSION)
+        Record::read(&self.directory.join(RECORD_FILE))
+    }
+
+    fn place(&self, url: &str) -> RecordedPlace {
+        RecordedPlace {
+            path: self.directory.join(RECORD_FILE),
+            url: url.to_owned(),
+        }
     }
 
     pub(crate) fn pin(&self, url: &str) -> Option<Pin> {
@@ -84,6 +124,7 @@ impl KnownArchive {
         Some(Pin {
             witnesses: record.places.get(url)?.clone(),
             system: record.system_identifier.to_string(),
+            record: Some(self.place(url)),
         })
     }
 
@@ -295,6 +336,7 @@ impl Repository {
         self.pin(Pin {
             witnesses: witnesses.clone(),
             system: system.to_string(),
+            record: Some(known.place(&self.url())),
         });
         known.noted(&self.url(), known.note(&self.url(), system, witnesses))
     }
@@ -321,7 +363,7 @@ mod tests {
         config::{CommonArgs, Settings},
     };
 
-    fn settings(directory: &std::path::Path, more: &str) -> ClusterSettings {
+    fn settings(directory: &Path, more: &str) -> ClusterSettings {
         let path = directory.join("tidemark.toml");
         let place = directory.display();
         let text = format!("repository = 'file://{place}/r'\nspool = '{place}/spool'\n{more}");
@@ -392,7 +434,7 @@ mod tests {
     }
 
     /// A spool in which nothing can be written, whoever runs the test.
-    fn without_a_spool(directory: &std::path::Path, more: &str) -> ClusterSettings {
+    fn without_a_spool(directory: &Path, more: &str) -> ClusterSettings {
         fs::write(directory.join("spool"), "").expect("a file in the place of the spool");
         settings(directory, more)
     }
@@ -443,6 +485,36 @@ mod tests {
         let anew = Repository::open_anew(&settings).expect("it opens");
         let error = anew.claim(&identity(1)).expect_err("the old record stays");
         assert!(matches!(error, Error::NotRemembered { .. }), "{error}");
+    }
+
+    #[test]
+    fn an_identity_that_a_command_wrote_again_is_recognised_by_a_running_process() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let settings = settings(directory.path(), "");
+        let running = Repository::open_known(&settings).expect("it opens");
+        running.claim(&identity(1)).expect("the first archive");
+        let write_again = |identity: &ClusterIdentity| {
+            for key in [ObjectKey::Epoch(1), ObjectKey::EpochCopy(1)] {
+                let path = directory.path().join(format!("r/main/{key}"));
+                fs::remove_file(path).expect("it is lost");
+            }
+            assert!(running.confirm().expect_err("it is lost").is_gone());
+            let repaired = Repository::open_anew(&settings).expect("it opens");
+            repaired.claim(identity).expect("it is written again");
+        };
+        write_again(&ClusterIdentity {
+            created: PgTimestamp(9),
+            ..identity(1)
+        });
+        running.confirm().expect("the record has the new bytes");
+        let tail = ObjectKey::Epoch(2);
+        running
+            .create(&tail, &identity(1))
+            .expect("it takes objects");
+        fs::remove_file(directory.path().join("r/main/epoch/00000002.json")).expect("it goes");
+        write_again(&identity(2));
+        let error = running.confirm().expect_err("another system identifier");
+        assert!(error.is_gone(), "{error}");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use sha2::{Digest, Sha256};
 
 #[cfg(doc)]
 use crate::Error;
-use crate::Result;
+use crate::{Result, known_archive::RecordedPlace};
 
 mod bounds;
 mod encrypted;
@@ -114,22 +114,26 @@ pub struct Pin {
     pub witnesses: Vec<Witness>,
     /// The system identifier of the archive, for messages.
     pub system: String,
+    /// The record that the witnesses were read from. Another process may have replaced it since.
+    pub(crate) record: Option<RecordedPlace>,
 }
 
 impl Pin {
-    /// Checks that one of the witnesses is there.
+    /// Checks that one of the witnesses is there. If none is, reads the record again: `verify
+    /// --repair` writes a lost identity, and the record, while other processes run.
     ///
     /// # Errors
     /// [`Error::Gone`] when none is; what `read` fails with.
     fn check(&self, url: &str, read: impl Fn(&str) -> Result<Option<Bytes>>) -> Result<()> {
-        let mut problem = "no object is known by which it could be recognised".to_owned();
-        for witness in &self.witnesses {
-            let key = &witness.key;
-            match read(key)? {
-                Some(stored) if Witness::new(key, &stored) == *witness => return Ok(()),
-                Some(_) => problem = format!("{key} belongs to another archive"),
-                None => problem = format!("{key} is not there (not mounted, emptied or replaced)"),
-            }
+        let Some(problem) = missing(&self.witnesses, &read)? else {
+            return Ok(());
+        };
+        let record = self.record.as_ref();
+        if let Some(newer) = record.and_then(|record| record.witnesses(&self.system))
+            && newer != self.witnesses
+            && missing(&newer, &read)?.is_none()
+        {
+            return Ok(());
         }
         Err(self.gone(url, problem))
     }
@@ -141,6 +145,23 @@ impl Pin {
             problem,
         }
     }
+}
+
+/// Looks for the witnesses. Returns `None` if one of them is there, otherwise the problem.
+fn missing(
+    witnesses: &[Witness],
+    read: impl Fn(&str) -> Result<Option<Bytes>>,
+) -> Result<Option<String>> {
+    let mut problem = "no object is known by which it could be recognised".to_owned();
+    for witness in witnesses {
+        let key = &witness.key;
+        match read(key)? {
+            Some(stored) if Witness::new(key, &stored) == *witness => return Ok(None),
+            Some(_) => problem = format!("{key} belongs to another archive"),
+            None => problem = format!("{key} is not there (not mounted, emptied or replaced)"),
+        }
+    }
+    Ok(Some(problem))
 }
 
 /// What a listing says of an object.

@@ -462,6 +462,7 @@ mod tests {
         store.pin(Pin {
             witnesses: vec![witness.expect("it is there")],
             system: "7".to_owned(),
+            record: None,
         });
         store
     }

@@ -189,6 +189,7 @@ mod tests {
         store.pin(Pin {
             witnesses: vec![witness.expect("it is there")],
             system: "7".to_owned(),
+            record: None,
         });
         store.put_if_absent("main/a", b"a").expect("a put");
         store.confirm().expect("it is the place");
