@@ -24,6 +24,7 @@ mod sealed_parts;
 mod sound;
 pub mod store;
 mod timeline_path;
+mod unseen;
 mod wal_range;
 
 pub use crash_points::CrashPoint;
@@ -43,4 +44,5 @@ pub use retention_lock::{KnownLocks, LockReport, extend_locks};
 pub use sound::is_sound;
 pub use store::{ObjectMeta, ObjectStore, PutOutcome};
 pub use timeline_path::{PathPart, timeline_path};
+pub use unseen::UnseenPlace;
 pub use wal_range::{WalRange, WalRangeKind};

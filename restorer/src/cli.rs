@@ -227,6 +227,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             let repository = open(&cluster.repository, &cluster.name, None)?;
             let system = archive.identity().system_identifier;
             listing.epochs = list::epochs(&repository, system)?;
+            listing.unseen_repositories.clone_from(&archive.unseen);
             listing.failover_losses = repository.failover_losses(system)?;
             if json {
                 output::json(&listing)?;

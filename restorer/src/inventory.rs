@@ -3,7 +3,9 @@
 
 use bytes::Bytes;
 use catalog::Catalog;
-use repository::{ClusterIdentity, Damage, DamagedBackups, LostHistory, Repository, WalRange};
+use repository::{
+    ClusterIdentity, Damage, DamagedBackups, LostHistory, Repository, UnseenPlace, WalRange,
+};
 use wal_format::{
     BackupId, BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
     TimelineHistory, WalIdentity, WalIndexer,
@@ -77,6 +79,8 @@ pub struct Archive {
     pub repository: Repository,
     /// Their index.
     pub catalog: Catalog,
+    /// The repositories of the cluster of which nothing is seen.
+    pub unseen: Vec<UnseenPlace>,
     damaged_backups: DamagedBackups,
 }
 
@@ -102,6 +106,7 @@ impl Archive {
         Self {
             repository,
             catalog,
+            unseen: Vec::new(),
             damaged_backups,
         }
     }

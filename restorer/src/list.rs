@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use repository::{ExpiredSet, Repository};
+use repository::{ExpiredSet, Repository, UnseenPlace};
 use serde::Serialize;
 use wal_format::{
     BackupId, BackupInfo, Branch, ExpiredWindow, FailoverLoss, Lsn, ObjectKey, PgTimestamp,
@@ -42,6 +42,9 @@ pub struct Listing {
     pub restore_points: Vec<RestorePoint>,
     /// Objects that cannot be understood; they count as missing.
     pub damaged: Vec<DamagedObject>,
+    /// The repositories of the cluster of which nothing was seen: what only they hold is missing
+    /// above.
+    pub unseen_repositories: Vec<UnseenPlace>,
 }
 
 /// A time in which the cluster had one system identifier.
@@ -301,6 +304,7 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
                 problem: problem.clone(),
             })
             .collect(),
+        unseen_repositories: Vec::new(),
     })
 }
 

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use repository::WalRange;
+use repository::{UnseenPlace, WalRange};
 use serde::Serialize;
 use wal_format::{
     BackupInfo, Branch, Lsn, ManifestFile, PgTimestamp, RelationFile, TransactionEnd,
@@ -141,7 +141,7 @@ pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) 
     let mut search = Search {
         archive,
         path,
-        notes: Vec::new(),
+        notes: archive.unseen.iter().map(UnseenPlace::warning).collect(),
     };
     let found = search.ends(question)?;
     let mut names = search.names(&found, question)?;

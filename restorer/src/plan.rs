@@ -9,7 +9,7 @@
 
 use std::path::{Path, PathBuf};
 
-use repository::WalRange;
+use repository::{UnseenPlace, WalRange};
 
 use serde::{Deserialize, Serialize};
 use wal_format::{BackupId, BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalChange};
@@ -156,6 +156,9 @@ pub struct RestorePlan {
     /// The rates of the estimate, and where they come from.
     #[serde(default)]
     pub estimate_basis: String,
+    /// The repositories of the cluster of which nothing was seen: they may hold later WAL.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unseen_repositories: Vec<UnseenPlace>,
 }
 
 /// The time between the last proof that the archive is complete and a target that is later. Commits
@@ -592,6 +595,7 @@ fn make(
         file_systems: Vec::new(),
         estimated_seconds: 0,
         estimate_basis: String::new(),
+        unseen_repositories: Vec::new(),
     };
     estimate::assume(&mut plan);
     plan

@@ -37,6 +37,7 @@ mod switch_segment;
 mod tablespaces;
 mod targets;
 mod timelines;
+mod unseen;
 mod wal_fetch;
 mod wal_fetch_s3;
 mod xids;

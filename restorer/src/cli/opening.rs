@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 use catalog::Catalog;
 use jiff::Timestamp;
 use repository::{
-    Repository,
+    Repository, UnseenPlace,
     config::{ClusterSettings, RepositoryPlace, Settings},
 };
 use wal_format::{ClusterName, SystemIdentifier};
 
-use super::Cli;
+use super::{Cli, output};
 use crate::{Error, Result, inventory::Archive, target::parse_time};
 
 /// Resolves the settings. With `--at` every bucket is read as it was then, and folders, which keep
@@ -93,7 +93,18 @@ pub(super) fn archive(
     // Of the past the catalog knows nothing.
     let catalog = Some(cluster.catalog.as_path()).filter(|_| cluster.repository.as_of.is_none());
     let catalog = Catalog::open_for_restore(catalog, &repository)?;
-    Ok(Archive::new(repository, catalog))
+    let mut archive = Archive::new(repository, catalog);
+    let folders = cluster.repository.each();
+    let missing = folders
+        .iter()
+        .filter(|place| place.url.folder().is_some_and(|folder| !folder.is_dir()))
+        .map(|place| UnseenPlace::missing_folder(place.url.to_string()));
+    archive.unseen.extend(missing);
+    archive.unseen.extend(archive.repository.unseen_places());
+    for place in &archive.unseen {
+        output::note(&place.warning());
+    }
+    Ok(archive)
 }
 
 pub(super) fn absolute(path: &Path) -> Result<PathBuf> {

@@ -207,6 +207,7 @@ pub(super) fn restore(
     refuse_relative(cluster)?;
     let mut archive = archive(cluster, system)?;
     let mut plan = plan(&mut archive, &target, args)?;
+    plan.unseen_repositories.clone_from(&archive.unseen);
     if !args.standby {
         unfinished::settle(&archive, &mut plan, args.action() == Action::Pause)?;
     }
