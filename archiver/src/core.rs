@@ -41,6 +41,13 @@ pub enum Event {
         /// The ranges that the repository holds.
         stored: Coverage,
     },
+    /// A base backup is listed that begins after a hole in what the repository holds of a branch.
+    BackupListed {
+        /// The branch.
+        branch: Branch,
+        /// The ranges that the repository holds, from the backup on.
+        stored: Coverage,
+    },
     /// A stream of the branch begins. WAL that it sends up to the end of the stored WAL is compared
     /// first.
     StreamBegun {
@@ -213,6 +220,9 @@ impl Core {
             } => {
                 self.positions.take_up(branch, durable_lsn, stored);
                 self.pace.take_up(durable_lsn);
+            }
+            Event::BackupListed { branch, stored } => {
+                self.positions.begin_at_backup(branch, stored);
             }
             Event::StreamBegun { start_lsn } => self.positions.begin_stream(start_lsn),
             Event::StreamEnded => self.positions.end_stream(),

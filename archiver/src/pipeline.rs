@@ -250,7 +250,18 @@ impl Pipeline {
             }
             let positions = self.archive.status().progress().positions();
             let behind = positions.flushed().bytes_since(positions.remote());
-            if behind == 0 && self.backlog.is_empty() && self.tails.is_free(&self.archive) {
+            let is_idle = self.backlog.is_empty() && self.tails.is_free(&self.archive);
+            if behind == 0 && is_idle {
+                return Ok(());
+            }
+            if is_idle && positions.is_stored_after_a_hole() {
+                // The missing WAL is not in the spool either: no wait brings it.
+                tracing::warn!(
+                    event = "hole_remains", cluster = %self.archive.settings().name,
+                    "everything in the spool is stored; the repository lacks WAL from {} on that the spool does not hold, \
+                     see `wal-archiver verify`",
+                    positions.remote()
+                );
                 return Ok(());
             }
             if Instant::now() > deadline {

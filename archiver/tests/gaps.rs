@@ -305,3 +305,36 @@ fn a_slot_that_was_idle_too_long_is_made_anew_without_a_gap() {
     let verdict = place.verify(&server.conninfo());
     assert!(verdict.contains("no gap"), "{verdict}");
 }
+
+#[test]
+fn a_hole_that_a_start_finds_holds_up_no_commit_after_the_backup_behind_it() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let run = || place.run_with(configured(&place, &server, "acknowledge = 'remote'\n"));
+    let archiver = run();
+    archiver.wait_for_log("INFO streaming");
+    let backup = place.command(&server.conninfo()).arg("backup").output();
+    succeed("backup", &backup.expect("wal-archiver runs"));
+    server.write_wal(3500);
+    wait_flushed(&server, server.lsn());
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let sealed = place.files_below("/wal/");
+    let lost = sealed.get(sealed.len() - 2).expect("some segments");
+    fs::remove_file(lost).expect("it is lost");
+
+    let archiver = run();
+    archiver.wait_for_log("the archive is whole again");
+    server.write_wal(1500);
+    // Without a restart the server hears of it, and its slot moves on.
+    let lsn = server.lsn();
+    wait_flushed(&server, lsn);
+    wait_until("the slot is past the hole", || {
+        let slot = "slot_name = 'tidemark_main'";
+        let sql = format!("SELECT restart_lsn >= '{lsn}' FROM pg_replication_slots WHERE {slot}");
+        server.write_wal(1);
+        server.sql(&sql) == "t"
+    });
+    assert_eq!(archiver.terminate().code(), Some(0));
+    assert_eq!(backups(&place), 2);
+}

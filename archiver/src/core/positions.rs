@@ -34,6 +34,13 @@ impl Coverage {
         self.end
     }
 
+    /// The end of the last range, including those after a gap.
+    #[must_use]
+    pub fn last_end(&self) -> Lsn {
+        let last = self.beyond.last_key_value();
+        last.map_or(self.end, |(_, end)| *end)
+    }
+
     /// Adds a range.
     pub fn add(&mut self, start: Lsn, end: Lsn) {
         if start > self.end {
@@ -263,6 +270,30 @@ impl Positions {
         self.verify_to = Lsn::MAX;
     }
 
+    /// Returns true if the repository holds the end of what is durable here, of every branch, after
+    /// a hole in the branch being archived.
+    #[must_use]
+    pub fn is_stored_after_a_hole(&self) -> bool {
+        let is_stored = |(branch, end): &(Branch, Lsn)| self.stored_on(*branch) >= *end;
+        let stored = self.stored.get(&self.branch);
+        self.left.iter().all(is_stored)
+            && stored.is_some_and(|stored| stored.last_end() >= self.flushed())
+    }
+
+    /// Replaces what the repository is known to hold of a branch by `stored`, which begins at a newer
+    /// base backup: nothing before it is needed any more. The ranges after a gap stay, because the
+    /// repository's answer may not show the last of them.
+    pub fn begin_at_backup(&mut self, branch: Branch, mut stored: Coverage) {
+        let known = self.stored.entry(branch).or_default();
+        if stored.end() <= known.end() {
+            return;
+        }
+        for (start, end) in &known.beyond {
+            stored.add(*start, *end);
+        }
+        *known = stored;
+    }
+
     /// Forgets an abandoned branch.
     #[cfg(test)]
     pub(super) fn forget_left(&mut self, next: Branch) {
@@ -350,6 +381,32 @@ mod tests {
 
     fn branch(text: &str) -> Branch {
         text.parse().expect("a branch")
+    }
+
+    #[test]
+    fn a_backup_after_a_hole_ends_the_wait_for_the_wal_before_it() {
+        let mut positions = Positions::new(Acknowledge::Remote);
+        let branch = Branch::FIRST;
+        positions.take_up(branch, Lsn(100), Coverage::up_to(Lsn(20)));
+        positions.begin_stream(Lsn(100));
+        positions.on_stored(branch, Lsn(30), Lsn(100));
+        assert_eq!(
+            (positions.remote(), positions.is_stored_after_a_hole()),
+            (Lsn(20), true)
+        );
+        // A segment that the answer does not show yet.
+        positions.on_synced(Lsn(100), Lsn(120));
+        positions.on_finished(Lsn(120));
+        positions.on_stored(branch, Lsn(100), Lsn(120));
+        // One that waits in the spool begins the answer: it counts only when it is stored.
+        positions.begin_at_backup(branch, Coverage::up_to(Lsn(25)));
+        assert_eq!(positions.remote(), Lsn(25));
+        let mut stored = Coverage::up_to(Lsn(40));
+        stored.add(Lsn(40), Lsn(90));
+        positions.begin_at_backup(branch, stored.clone());
+        assert_eq!(positions.remote(), Lsn(120));
+        positions.begin_at_backup(branch, stored);
+        assert_eq!(positions.remote(), Lsn(120), "nothing is taken back");
     }
 
     #[test]

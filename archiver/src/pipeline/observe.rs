@@ -13,6 +13,7 @@ use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey, TimelineId};
 use super::{archive::Archive, blocking, window::Marks};
 use crate::{
     cluster_status::ClusterStatus,
+    core::Event,
     error::Result,
     outcomes,
     replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
@@ -294,6 +295,9 @@ fn look_once(
             Err(error) => return Err(error),
         }
     }
+    if let Some(newest) = backups.last() {
+        begin_at_backup(archive, newest)?;
+    }
     let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
     // A folder is looked into at once; a bucket, where each listing has a price, as often as for backups.
     if (list == Listing::Now || folder)
@@ -317,6 +321,37 @@ fn look_once(
     });
     // After the facts: whoever sees a backup in the details sees what was judged with it.
     archive.status().looked(archive, details);
+    Ok(())
+}
+
+/// Lets the positions begin at the newest backup if what the repository holds ends before it: the
+/// WAL between is missing, and from the backup on nobody needs it. What waits in the spool is still
+/// waited for.
+fn begin_at_backup(archive: &Archive, newest: &BackupInfo) -> Result<()> {
+    let progress = archive.status().progress();
+    let (branch, known) = {
+        let positions = progress.positions();
+        (positions.branch(), positions.stored_on(positions.branch()))
+    };
+    if archive.is_away()
+        || newest.branch != branch
+        || known == Lsn::ZERO
+        || known >= newest.start_lsn
+    {
+        return Ok(());
+    }
+    let Some(stored) = archive
+        .stored(branch)?
+        .filter(|stored| stored.end() > known)
+    else {
+        return Ok(());
+    };
+    tracing::warn!(
+        event = "hole_left_behind", cluster = %archive.settings().name, backup = %newest.id,
+        "the repository lacks WAL from {known} on that base backup {} does not need; the positions begin at that backup",
+        newest.id
+    );
+    progress.on(Event::BackupListed { branch, stored });
     Ok(())
 }
 
