@@ -165,7 +165,8 @@ pub struct RestorePlan {
 /// in it, if there are any, are not archived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unproved {
-    /// The last time up to which the archive is proved; `None` if it contains no time of the server.
+    /// The last time up to which the archive is proved; `None` if it contains no time of the
+    /// server.
     pub proved: Option<PgTimestamp>,
     /// The target.
     pub target: PgTimestamp,

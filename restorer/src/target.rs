@@ -13,15 +13,15 @@ pub enum RecoveryTarget {
     Latest,
     /// As soon as the backup is consistent.
     Immediate,
-    /// Before the first transaction end with a later time; with `inclusive` off, with this time or a
-    /// later one.
+    /// Before the first transaction end with a later time; with `inclusive` off, with this time or
+    /// a later one.
     Time {
         /// The time.
         time: PgTimestamp,
         /// True if transactions of exactly this time are kept.
         inclusive: bool,
-        /// True for `now` and for a span before it ([`is_relative`]): where the archive is not proved
-        /// up to the time, recovery stops at the end of the archive.
+        /// True for `now` and for a span before it ([`is_relative`]): where the archive is not
+        /// proved up to the time, recovery stops at the end of the archive.
         relative: bool,
     },
     /// After the first record at or after the LSN; with `inclusive` off, before it.
@@ -47,8 +47,8 @@ pub enum RecoveryTarget {
     },
 }
 
-/// Parses a transaction's number: decimal or, after `0x`, hexadecimal; with 32 bits as in WAL and in
-/// `xmin`, or with the epoch above them as `pg_current_xact_id()` prints it.
+/// Parses a transaction's number: decimal or, after `0x`, hexadecimal; with 32 bits as in WAL and
+/// in `xmin`, or with the epoch above them as `pg_current_xact_id()` prints it.
 ///
 /// # Errors
 /// The problem and the remedy.

@@ -167,12 +167,12 @@ fn what_is_asked_wrongly_is_refused_in_one_line_before_anything_is_touched() {
         (
             &["--target-dir", &to, "--target-time", "yesterday"],
             2,
-            &["is no time", "+00"],
+            &["is not a time", "+00"],
         ),
         (
             &["--target-dir", &to, "--target-time", "2020-02-30 00:00:00Z"],
             2,
-            &["is no time"],
+            &["is not a time"],
         ),
         (
             &["--target-dir", &to, "--target-time", &past],

@@ -5,7 +5,7 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, symlink},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
 use benches::programs::{command, directory, ours, succeed};
@@ -159,6 +159,15 @@ fn a_forged_or_exchanged_part_of_a_backup_is_named_before_anything_is_written() 
     let sound = forged();
     let verified = sound.verify();
     assert!(verified.status.success(), "{}", said(&verified).0);
+    // A reader that closes its end is no error (`| head`).
+    let mut list = sound.program("pitr-restore");
+    let mut list = list
+        .arg("list")
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("it runs");
+    drop(list.stdout.take());
+    assert_eq!(list.wait().expect("it ends").code(), Some(0));
 
     let escape = outside.path().join("escape").display().to_string();
     for path in [escape.as_str(), "../escape", "base/../../escape"] {

@@ -1,6 +1,6 @@
-//! After a failover: every restore point is listed once, and a backup whose last WAL is held only as
-//! the copy with which the new timeline begins is usable for `list`, for `expire` and for a restore.
-//! A history file with other bytes is refused.
+//! After a failover: every restore point is listed once, and a backup whose last WAL is held only
+//! as the copy with which the new timeline begins is usable for `list`, for `expire` and for a
+//! restore. A history file with other bytes is refused.
 
 use std::{fs, path::Path};
 

@@ -19,7 +19,8 @@ fn commit_prepared(archived: &Archived) -> u64 {
     client
         .batch_execute(&format!(
             "DO $$ BEGIN FOR n IN 1..{SUBTRANSACTIONS} LOOP \
-                 BEGIN INSERT INTO rows VALUES (n); EXCEPTION WHEN division_by_zero THEN NULL; END; \
+                 BEGIN INSERT INTO rows VALUES (n); \
+                 EXCEPTION WHEN division_by_zero THEN NULL; END; \
              END LOOP; END $$; \
              DROP TABLE dropped; PREPARE TRANSACTION 'long'"
         ))
@@ -79,8 +80,9 @@ fn a_prepared_transaction_with_a_long_commit_record_is_found_by_every_notation()
 
         let restored = Restored::start(&archived.place, &bin, &[format!("--target-xid={xid}")]);
         let restored = restored.expect("a restore");
-        let state = "SELECT count(*) || ' ' || min(n) || ' ' || coalesce(to_regclass('dropped')::text, 'gone') \
-                     || ' ' || (SELECT count(*) FROM pg_prepared_xacts) FROM rows";
+        let state = "SELECT count(*) || ' ' || min(n) || ' ' \
+                     || coalesce(to_regclass('dropped')::text, 'gone') || ' ' \
+                     || (SELECT count(*) FROM pg_prepared_xacts) FROM rows";
         let state = query(&restored.conninfo(), state);
         assert_eq!(state, format!("{SUBTRANSACTIONS} 1 gone 0"));
 

@@ -385,8 +385,9 @@ impl Pusher<'_> {
         Ok(())
     }
 
-    /// Stores a history file, unless the repository has this timeline with another history: PostgreSQL
-    /// has one file of this name, and its other bytes belong to a server that took the same number.
+    /// Stores a history file, unless the repository has this timeline with another history:
+    /// PostgreSQL has one file of this name, and its other bytes belong to a server that took the
+    /// same number.
     fn put_history(
         &self,
         file: &WalFile,
@@ -400,9 +401,10 @@ impl Pusher<'_> {
             return Err(Error::Differs {
                 path: file.path.clone(),
                 problem: format!(
-                    "timeline {timeline} is archived with another history, as {}, and the file of this server makes it \
-                     {branch}: another server took the same number. Nothing was stored. Archive this server under another \
-                     --cluster, or restore it with pitr-restore, which takes a number that is free",
+                    "timeline {timeline} is archived with another history, as {}, and the file of \
+                     this server makes it {branch}: another server took the same number. Nothing was \
+                     stored. Archive this server under another --cluster, or restore it with \
+                     pitr-restore, which takes a number that is free",
                     others.join(", ")
                 ),
             });

@@ -20,8 +20,8 @@ pub(super) struct LocateArgs {
     /// How far on both sides of the time.
     #[arg(long, value_name = "SPAN", default_value = "5 minutes")]
     within: String,
-    /// How and when this transaction ended, and what it did: its number, also in hexadecimal or with
-    /// its epoch.
+    /// How and when this transaction ended, and what it did: its number, also in hexadecimal or
+    /// with its epoch.
     #[arg(long, value_name = "XID", value_parser = parse_xid)]
     xid: Option<u64>,
     /// When this relation was dropped, truncated or rewritten: its name, or the number of its file.

@@ -1,11 +1,10 @@
-//! Standard output: the only place that writes to it. Errors go to standard error.
-#![expect(
-    clippy::print_stdout,
-    clippy::print_stderr,
-    reason = "this is the program's output"
-)]
+//! Standard output: the only place that writes to it. Errors go to standard error. A reader that has
+//! closed its end (`| head`) is no error.
 
-use std::path::Path;
+use std::{
+    io::{Write, stderr, stdout},
+    path::Path,
+};
 
 use repository::ExitKind;
 use serde::Serialize;
@@ -19,20 +18,25 @@ use crate::{
     unfinished::RemovedFiles,
 };
 
+/// Writes one line.
+macro_rules! say {
+    ($to:expr, $($text:tt)*) => { drop(writeln!($to, $($text)*)) };
+}
+
 /// Commits of a failover that are shown to people; `--json` has more.
 const LOST_COMMITS_SHOWN_MAX: usize = 100;
 
 pub(super) fn line(text: &str) {
-    println!("{text}");
+    say!(stdout(), "{text}");
 }
 
 pub(super) fn error(text: &str) {
-    eprintln!("pitr-restore: {text}");
+    say!(stderr(), "pitr-restore: {text}");
 }
 
 /// A report on the progress, which is no part of the answer.
 pub(super) fn note(text: &str) {
-    eprintln!("pitr-restore: {text}");
+    say!(stderr(), "pitr-restore: {text}");
 }
 
 /// A path as a shell takes it.
@@ -49,80 +53,87 @@ pub(super) fn shell_word(path: &Path) -> String {
 pub(super) fn json<T: Serialize>(value: &T) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| Error::io("write", "standard output")(error.into()))?;
-    println!("{text}");
+    say!(stdout(), "{text}");
     Ok(())
 }
 
 /// Prints the document of a refusal.
 pub(super) fn refusal(kind: ExitKind, message: &str) {
-    println!("{:#}", kind.document(message));
+    say!(stdout(), "{:#}", kind.document(message));
 }
 
 pub(super) fn plan(plan: &RestorePlan) {
-    println!("backup        {} ({})", plan.backup, plan.reason);
+    say!(stdout(), "backup        {} ({})", plan.backup, plan.reason);
     for one in &plan.not_chosen {
-        println!("not chosen    {}: {}", one.backup, one.reason);
+        say!(stdout(), "not chosen    {}: {}", one.backup, one.reason);
     }
-    println!("timelines     {}", print_path(&plan.path));
-    println!("redo from     {}", plan.start_lsn);
-    println!("stop          {}", plan.stop);
+    say!(stdout(), "timelines     {}", print_path(&plan.path));
+    say!(stdout(), "redo from     {}", plan.start_lsn);
+    say!(stdout(), "stop          {}", plan.stop);
     if let Some(asked) = plan.moved_from {
-        println!(
+        say!(
+            stdout(),
             "              instead of {asked}: the same rows, before the effects of a DROP that commits later"
         );
     }
     if let Some(kept) = &plan.last_kept {
-        println!("last kept     {}", transaction(kept));
+        say!(stdout(), "last kept     {}", transaction(kept));
     }
     if let Some(dropped) = &plan.first_dropped {
-        println!("first dropped {}", transaction(dropped));
+        say!(stdout(), "first dropped {}", transaction(dropped));
     }
     if let Some(unproved) = &plan.unproved {
         let until = match unproved.proved {
             Some(time) => format!("after {time}"),
             None => "by any time of the server".to_owned(),
         };
-        println!(
-            "not proved    {until}: the target is later, and what was committed in between, if anything, is not archived"
+        say!(
+            stdout(),
+            "not proved    {until}: the target is later, and what was committed in between, if \
+             anything, is not archived"
         );
     }
     if plan.late_commit_count > 0 {
-        println!(
+        say!(
+            stdout(),
             "lost in time  {} commit(s) lie behind the stop although their time is not after the target:",
             plan.late_commit_count
         );
         for end in &plan.late_commits {
-            println!("              {}", transaction(end));
+            say!(stdout(), "              {}", transaction(end));
         }
     }
     for tablespace in &plan.tablespaces {
-        println!("tablespace    {}", replayed(tablespace));
+        say!(stdout(), "tablespace    {}", replayed(tablespace));
     }
     for prepared in &plan.in_doubt {
-        println!("in doubt      {}", in_doubt(prepared));
+        say!(stdout(), "in doubt      {}", in_doubt(prepared));
     }
     for removed in &plan.removed {
-        println!("removed       {}", removed_files(removed));
+        say!(stdout(), "removed       {}", removed_files(removed));
     }
-    println!("backup bytes  {}", plan.backup_bytes);
-    println!("WAL bytes     {}", plan.wal_bytes);
-    println!("to fetch      {} bytes", plan.fetch_bytes);
-    println!("unpacked      {} bytes", plan.unpacked_bytes);
+    say!(stdout(), "backup bytes  {}", plan.backup_bytes);
+    say!(stdout(), "WAL bytes     {}", plan.wal_bytes);
+    say!(stdout(), "to fetch      {} bytes", plan.fetch_bytes);
+    say!(stdout(), "unpacked      {} bytes", plan.unpacked_bytes);
     for system in &plan.file_systems {
         let reused = match system.reused_bytes {
             0 => String::new(),
             bytes => format!(", {bytes} used by what is there now"),
         };
-        println!(
+        say!(
+            stdout(),
             "space         {} bytes needed, {} free{reused}: {}",
             system.needed_bytes,
             system.free_bytes,
             system.names()
         );
     }
-    println!(
+    say!(
+        stdout(),
         "estimate      {} s ({})",
-        plan.estimated_seconds, plan.estimate_basis
+        plan.estimated_seconds,
+        plan.estimate_basis
     );
 }
 
@@ -183,7 +194,10 @@ fn removed_files(removed: &RemovedFiles) -> String {
 
 pub(super) fn listing(listing: &Listing) {
     if listing.epochs.len() > 1 {
-        println!("system identifiers of the cluster, one after the other");
+        say!(
+            stdout(),
+            "system identifiers of the cluster, one after the other"
+        );
         for epoch in &listing.epochs {
             let how = if epoch.listed {
                 "listed below".to_owned()
@@ -193,7 +207,8 @@ pub(super) fn listing(listing: &Listing) {
                     epoch.system_identifier
                 )
             };
-            println!(
+            say!(
+                stdout(),
                 "  {}  PostgreSQL {}  since {}  {} backups  {how}",
                 epoch.system_identifier,
                 epoch.postgresql_major,
@@ -202,14 +217,15 @@ pub(super) fn listing(listing: &Listing) {
             );
         }
     }
-    println!("backups");
+    say!(stdout(), "backups");
     for one in &listing.backups {
         let usable = match &one.damage {
             None if one.usable => String::new(),
             None => "  NOT USABLE: its WAL is missing".to_owned(),
             Some(damage) => format!("  NOT USABLE: it is damaged: {damage}"),
         };
-        println!(
+        say!(
+            stdout(),
             "  {}  {}  {} to {}  {} bytes  timeline {}  {}{usable}",
             one.id,
             one.finished,
@@ -220,7 +236,7 @@ pub(super) fn listing(listing: &Listing) {
             one.label
         );
     }
-    println!("WAL without a gap");
+    say!(stdout(), "WAL without a gap");
     for window in &listing.windows {
         let time = |time: Option<wal_format::PgTimestamp>| {
             time.map_or_else(|| "no commit".to_owned(), |time| time.to_string())
@@ -230,7 +246,8 @@ pub(super) fn listing(listing: &Listing) {
         } else {
             "no backup leads to it"
         };
-        println!(
+        say!(
+            stdout(),
             "  timeline {}  {} to {}  {} to {}  {restorable}",
             window.branch,
             window.start_lsn,
@@ -239,7 +256,7 @@ pub(super) fn listing(listing: &Listing) {
             time(window.last_time)
         );
     }
-    println!("restorable");
+    say!(stdout(), "restorable");
     for one in &listing.restorable {
         let time = |time: Option<wal_format::PgTimestamp>, none: &str| {
             time.map_or_else(|| none.to_owned(), |time| time.to_string())
@@ -249,7 +266,8 @@ pub(super) fn listing(listing: &Listing) {
         } else {
             format!("  with --target-timeline {}", one.branch.timeline)
         };
-        println!(
+        say!(
+            stdout(),
             "  timeline {}  {} to {}  {} to {}  from backup {}{how}",
             one.branch,
             one.start_lsn,
@@ -260,17 +278,24 @@ pub(super) fn listing(listing: &Listing) {
         );
     }
     if let Some(refusal) = &listing.refusal {
-        println!("REFUSED  a restore of the newest state: {refusal}");
+        say!(
+            stdout(),
+            "REFUSED  a restore of the newest state: {refusal}"
+        );
     }
     for gap in &listing.gaps {
-        println!(
+        say!(
+            stdout(),
             "GAP  timeline {}  {} to {}",
-            gap.branch, gap.start_lsn, gap.end_lsn
+            gap.branch,
+            gap.start_lsn,
+            gap.end_lsn
         );
     }
     for minimal in &listing.minimal_wal {
         let end = minimal.end_lsn;
-        println!(
+        say!(
+            stdout(),
             "MINIMAL  timeline {}  {} to {}  written with wal_level = minimal, so no earlier backup leads over it",
             minimal.branch,
             minimal.start_lsn,
@@ -278,23 +303,28 @@ pub(super) fn listing(listing: &Listing) {
         );
     }
     for loss in &listing.failover_losses {
-        println!("FAILOVER  {loss}");
+        say!(stdout(), "FAILOVER  {loss}");
         for commit in loss.listed.iter().take(LOST_COMMITS_SHOWN_MAX) {
-            println!(
+            say!(
+                stdout(),
                 "  lost  transaction {}  {}  {}",
-                commit.xid, commit.lsn, commit.time
+                commit.xid,
+                commit.lsn,
+                commit.time
             );
         }
         let shown = LOST_COMMITS_SHOWN_MAX.min(loss.listed.len()) as u64;
         if loss.commits > shown {
             let listed = loss.listed.len();
-            println!(
+            say!(
+                stdout(),
                 "  and {} more; --json lists the first {listed}",
                 loss.commits - shown
             );
         }
         if loss.commits > 0 {
-            println!(
+            say!(
+                stdout(),
                 "  to see their rows, restore with --target-timeline {}",
                 loss.branch.timeline
             );
@@ -304,7 +334,8 @@ pub(super) fn listing(listing: &Listing) {
         let time = |time: Option<wal_format::PgTimestamp>| {
             time.map_or_else(|| "?".to_owned(), |time| time.to_string())
         };
-        println!(
+        say!(
+            stdout(),
             "expired  timeline {}  {} to {}  {} to {}",
             window.branch,
             window.from_lsn,
@@ -314,12 +345,16 @@ pub(super) fn listing(listing: &Listing) {
         );
     }
     for one in &listing.damaged {
-        println!("DAMAGED  {}  {}", one.object, one.problem);
+        say!(stdout(), "DAMAGED  {}  {}", one.object, one.problem);
     }
     for point in &listing.restore_points {
-        println!(
+        say!(
+            stdout(),
             "restore point  {}  timeline {}  {}  {}",
-            point.name, point.branch, point.lsn, point.time
+            point.name,
+            point.branch,
+            point.lsn,
+            point.time
         );
     }
 }

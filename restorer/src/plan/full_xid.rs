@@ -2,7 +2,8 @@
 //!
 //! WAL contains the lower half only. The epoch of a transaction's end follows from the nearest
 //! checkpoint, which contains the next transaction's whole number: transactions of one time are
-//! less than 2^31 apart. A number without an epoch means the first transaction with this lower half.
+//! less than 2^31 apart. A number without an epoch means the first transaction with this lower
+//! half.
 
 use std::collections::BTreeMap;
 

@@ -44,8 +44,9 @@ impl Found {
     }
 }
 
-/// The stop of a recovery that ends as soon as `backup` is consistent: after the record that ends at
-/// its stop LSN, which is the record that says so, or the last one that the backup's files contain.
+/// The stop of a recovery that ends as soon as `backup` is consistent: after the record that ends
+/// at its stop LSN, which is the record that says so, or the last one that the backup's files
+/// contain.
 ///
 /// # Errors
 /// As [`find_stop`].
@@ -383,8 +384,8 @@ impl Walk<'_> {
         }
     }
 
-    /// The restore point of this name on the path, also where this backup does not lead: a name that
-    /// exists twice is refused from every backup.
+    /// The restore point of this name on the path, also where this backup does not lead: a name
+    /// that exists twice is refused from every backup.
     fn name(&self, name: &str, at_lsn: Option<Lsn>) -> Result<Found> {
         let on_path = |branch: Branch, lsn: Lsn| {
             let mut parts = self.coverage.path.iter();

@@ -24,7 +24,8 @@ pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> Result<PgTi
     let text = text.trim();
     let wrong = |why: &str| {
         Error::usage(format!(
-            "target time \"{text}\" {why}; write it with an offset, as '2026-11-21 10:00:00+00', or name --time-zone"
+            "target time \"{text}\" {why}; write it with an offset, as '2026-11-21 10:00:00+00', or \
+             name --time-zone"
         ))
     };
     if is_now(text) {
@@ -116,7 +117,8 @@ fn with_offset(text: &str) -> Option<Timestamp> {
             .ok()
             .map(Timestamp::from);
     }
-    // A blank before the offset, as of `date '+%F %T %z'`, or a name of UTC, as in PostgreSQL's log.
+    // A blank before the offset, as of `date '+%F %T %z'`, or a name of UTC, as in PostgreSQL's
+    // log.
     if let Some((local, offset)) = text.rsplit_once(char::is_whitespace)
         && offset.starts_with(['+', '-'])
     {

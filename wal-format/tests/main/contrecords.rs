@@ -1,8 +1,6 @@
 //! Where a record may be cut: by a page's end in its header, by several pages, by whole segments, by a crash; and switches.
 
-use wal_format::{
-    Lsn, PgVersion, WalIndexer, decoder::WINDOW_BYTES, error::DecodeErrorKind, summary::WalEvent,
-};
+use wal_format::{Lsn, PgVersion, WalIndexer, error::DecodeErrorKind, summary::WalEvent};
 
 use crate::writer::{
     LONG, OPAQUE, OVERWRITE_CONTRECORD, PAGE, SEGMENT, SHORT, START, WalWriter, decode_whole,
@@ -58,7 +56,7 @@ fn a_record_continues_over_pages_and_over_whole_segments() {
         let outcome = decode_whole(&wal);
         let long = &outcome.seen[1];
         let body = long.header.body_bytes();
-        assert_eq!(long.body.len(), body.min(WINDOW_BYTES), "a bounded window");
+        assert_eq!(long.body.len(), body, "as much as the sink requests");
         // Without its last byte it is open.
         let cut = long.end_lsn.align_down(8).bytes_since(START) as usize - 8;
         let mut shorter = wal.clone();
