@@ -4,9 +4,14 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Stdio,
 };
 
-use benches::{programs::succeed, restored::Restored, tools::servers_or_skip};
+use benches::{
+    programs::{command, directory, succeed},
+    restored::Restored,
+    tools::servers_or_skip,
+};
 use serde_json::Value;
 
 use crate::support::{Archived, long, query, said};
@@ -86,6 +91,26 @@ impl Scene {
             "{arguments:?}: {file}"
         );
         restored
+    }
+
+    /// Restores to timeline 2 where the plan is on timeline 1: that is not believed, and the copy
+    /// which was promoted by then is started by hand.
+    fn promoted_elsewhere(&self, arguments: &[&str]) -> Restored {
+        let root = directory().expect("a directory");
+        let restore = Restored::command(&self.archived.place, &self.bin, root.path(), arguments);
+        let output = restore.expect("built").output().expect("it runs");
+        let (_, error) = said(&output);
+        assert_eq!(output.status.code(), Some(4), "{error}");
+        let expected = "recovery stopped on timeline 2, the plan was on timeline 1";
+        assert!(error.contains(expected), "{error}");
+        let mut pg_ctl = command(&self.bin.join("pg_ctl")).expect("pg_ctl");
+        pg_ctl.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
+        pg_ctl.arg("-D").arg(root.path().join("data"));
+        pg_ctl.arg("-l").arg(root.path().join("log"));
+        pg_ctl.stdout(Stdio::null()).stderr(Stdio::null());
+        let status = pg_ctl.args(["-w", "start"]).status();
+        assert!(status.expect("it runs").success());
+        Restored::adopt(root, &self.bin, Value::Null)
     }
 
     fn assert_numbers(&self, arguments: &[&str], expected: &str) {
@@ -226,7 +251,7 @@ fn a_history_with_an_earlier_switch_on_a_later_line_is_read_as_postgresql_reads_
         // versions of this program did.
         let early = format!("--target-lsn={}", one.lsn);
         let longer = ["--set", "recovery_target_timeline=2", &early];
-        let restored = scene.promoted(3, &[&longer[..], &["--target-action=promote"]].concat());
+        let restored = scene.promoted_elsewhere(&longer);
         let server = restored.conninfo();
         assert_eq!(query(&server, NUMBERS), "1");
         let lines = history(&restored, 3);
