@@ -53,8 +53,8 @@ pub(super) struct RestoreArgs {
     /// Stop after the restore point of this name.
     #[arg(long, value_name = "NAME", group = "target")]
     target_name: Option<String>,
-    /// Which restore point, where several have the name: the LSN that `list` prints, or the one that
-    /// `pg_create_restore_point()` returned.
+    /// Which restore point, where several have the name: the LSN that `list` prints, or the one
+    /// that `pg_create_restore_point()` returned.
     #[arg(long, value_name = "LSN", requires = "target_name")]
     at_lsn: Option<Lsn>,
     /// Stop as soon as the backup is consistent.

@@ -54,8 +54,8 @@ impl<M: Clone + Eq + Hash> Pages<M> {
     }
 }
 
-/// Refuses a page that names fewer entries than it announces.
-fn counted(page: &ListObjectsV2Output) -> std::result::Result<(), Failure> {
+/// Refuses a page that names fewer entries than it announces, or a part of an entry.
+fn complete(page: &ListObjectsV2Output) -> std::result::Result<(), Failure> {
     let named = page.contents().len() + page.common_prefixes().len();
     let announced = page
         .key_count()
@@ -63,6 +63,15 @@ fn counted(page: &ListObjectsV2Output) -> std::result::Result<(), Failure> {
     if announced.is_some_and(|announced| announced > named) {
         return Err(Failure::refused(
             "the store's listing names fewer objects than it announces",
+        ));
+    }
+    let mut objects = page.contents().iter();
+    let mut folders = page.common_prefixes().iter();
+    let is_cut = objects.any(|object| object.key().is_none() || object.size().is_none())
+        || folders.any(|folder| !folder.prefix().is_some_and(|name| name.ends_with('/')));
+    if is_cut {
+        return Err(Failure::refused(
+            "the store's listing ends inside of an entry",
         ));
     }
     Ok(())
@@ -91,7 +100,7 @@ impl S3Store {
             let page = self
                 .request(RequestKind::List, list.send())
                 .map_err(failed)?;
-            counted(&page).map_err(failed)?;
+            complete(&page).map_err(failed)?;
             visit(&page);
             let marker = page.next_continuation_token().map(str::to_owned);
             token = pages.next(page.is_truncated(), marker).map_err(failed)?;
