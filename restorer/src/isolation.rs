@@ -133,15 +133,17 @@ pub struct Isolation {
 }
 
 impl Isolation {
-    /// The command that connects to the copy on this host.
+    /// The command that connects to the copy on this host; `None` if the path of its socket is too
+    /// long and it listens on no address: its port alone would lead to another server.
     #[must_use]
-    pub fn psql(&self) -> String {
+    pub fn psql(&self) -> Option<String> {
         let socket = self.socket_directory.as_ref().filter(|directory| {
             let path = directory.join(format!(".s.PGSQL.{}", self.port));
             path.as_os_str().len() <= SOCKET_PATH_MAX
         });
         let host = match socket {
             Some(directory) => directory.display().to_string(),
+            None if self.listen_addresses.trim().is_empty() => return None,
             None => "127.0.0.1".to_owned(),
         };
         let host = if host.contains([' ', '\'', '\\']) {
@@ -149,7 +151,10 @@ impl Isolation {
         } else {
             host
         };
-        format!("psql \"host={host} port={} dbname=postgres\"", self.port)
+        Some(format!(
+            "psql \"host={host} port={} dbname=postgres\"",
+            self.port
+        ))
     }
 }
 

@@ -95,7 +95,14 @@ impl Outcome<'_> {
                 }
             }
         }
-        output::line(&format!("connect with  {}", self.executed.isolation.psql()));
+        let psql = self.executed.isolation.psql();
+        output::line(&format!(
+            "connect with  {}",
+            psql.as_deref().unwrap_or(
+                "nothing yet: the path of its socket is too long for PostgreSQL and it listens on no address. Restore to \
+                 a shorter path or with --port, or start it with `-c listen_addresses=127.0.0.1 -c port=N`"
+            )
+        ));
         if self.recovery.action == Action::Pause && !self.recovery.standby {
             output::line(
                 "it pauses     at the target, read-only; SELECT pg_wal_replay_resume() opens it for writing",

@@ -150,8 +150,8 @@ fn what_the_user_sets_wins_and_stays() {
     ];
     let (directory, isolation) = isolated(18, PARENT, "", &set);
     assert_eq!(
-        isolation.psql(),
-        "psql \"host=/run/x port=5433 dbname=postgres\""
+        isolation.psql().as_deref(),
+        Some("psql \"host=/run/x port=5433 dbname=postgres\"")
     );
     for _ in 0..2 {
         assert_eq!(
@@ -232,4 +232,22 @@ fn the_readme_names_every_isolated_setting_and_library() {
     for name in settings.chain(libraries.map(|(name, _)| *name)) {
         assert!(section.contains(&format!("`{name}`")), "{name}");
     }
+}
+
+#[test]
+fn a_copy_whose_socket_nobody_can_reach_is_not_looked_for_at_its_parents_port() {
+    let isolation = |length: usize, addresses: &str| Isolation {
+        port: 5432,
+        socket_directory: Some(PathBuf::from("/".to_owned() + &"x".repeat(length))),
+        listen_addresses: addresses.to_owned(),
+        ..Isolation::default()
+    };
+    let short = isolation(20, "").psql().expect("its socket");
+    assert!(short.contains("host=/xxxx"), "{short}");
+    assert_eq!(isolation(120, "").psql(), None);
+    let listening = isolation(120, "127.0.0.1").psql().expect("its port");
+    assert!(
+        listening.contains("host=127.0.0.1 port=5432"),
+        "{listening}"
+    );
 }
