@@ -125,13 +125,32 @@ impl Pin {
     /// # Errors
     /// [`Error::Gone`] when none is; what `read` fails with.
     fn check(&self, url: &str, read: impl Fn(&str) -> Result<Option<Bytes>>) -> Result<()> {
-        let Some(problem) = missing(&self.witnesses, &read)? else {
+        // Bytes that were changed on their way are not another archive: a second reading of them
+        // differs from the first one.
+        let read_twice = |key: &str, expected: &Witness| -> Result<Option<Bytes>> {
+            let first = read(key)?;
+            match &first {
+                Some(stored) if Witness::new(key, stored) != *expected => {}
+                _ => return Ok(first),
+            }
+            let second = read(key)?;
+            let is_expected = |stored: &Bytes| Witness::new(key, stored) == *expected;
+            if second != first && !second.as_ref().is_some_and(is_expected) {
+                return Err(crate::Error::Damaged {
+                    key: key.to_owned(),
+                    url: url.to_owned(),
+                    problem: "two readings of it differ".to_owned(),
+                });
+            }
+            Ok(second)
+        };
+        let Some(problem) = missing(&self.witnesses, read_twice)? else {
             return Ok(());
         };
         let record = self.record.as_ref();
         if let Some(newer) = record.and_then(|record| record.witnesses(&self.system))
             && newer != self.witnesses
-            && missing(&newer, &read)?.is_none()
+            && missing(&newer, read_twice)?.is_none()
         {
             return Ok(());
         }
@@ -150,12 +169,12 @@ impl Pin {
 /// Looks for the witnesses. Returns `None` if one of them is there, otherwise the problem.
 fn missing(
     witnesses: &[Witness],
-    read: impl Fn(&str) -> Result<Option<Bytes>>,
+    read: impl Fn(&str, &Witness) -> Result<Option<Bytes>>,
 ) -> Result<Option<String>> {
     let mut problem = "no object is known by which it could be recognised".to_owned();
     for witness in witnesses {
         let key = &witness.key;
-        match read(key)? {
+        match read(key, witness)? {
             Some(stored) if Witness::new(key, &stored) == *witness => return Ok(None),
             Some(_) => problem = format!("{key} belongs to another archive"),
             None => problem = format!("{key} is not there (not mounted, emptied or replaced)"),

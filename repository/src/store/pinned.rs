@@ -208,4 +208,46 @@ mod tests {
         store.store.put_if_absent("main/epoch/1", b"one").expect("");
         store.put_if_absent("main/b", b"b").expect("it is back");
     }
+    /// A store of which every reading is damaged in another way, for so many readings.
+    #[derive(Debug)]
+    struct Noisy {
+        store: LocalStore,
+        damaged: Mutex<u8>,
+    }
+
+    impl Noisy {
+        fn read(&self, key: &str) -> Result<Option<Bytes>> {
+            let mut stored = self.store.get(key)?.to_vec();
+            let mut damaged = self.damaged.lock().expect("no panic");
+            if *damaged > 0 {
+                stored[0] ^= *damaged;
+                *damaged -= 1;
+            }
+            Ok(Some(stored.into()))
+        }
+    }
+
+    #[test]
+    fn bytes_that_were_changed_on_their_way_are_not_another_archive() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = LocalStore::open(directory.path()).expect("a store");
+        store.put_if_absent("main/epoch/1", b"one").expect("a put");
+        let witness = store.witness("main/epoch/1").expect("an answer");
+        let pin = Pin {
+            witnesses: vec![witness.expect("it is there")],
+            system: "7".to_owned(),
+            record: None,
+        };
+        let noisy = |damaged| Noisy {
+            store: LocalStore::open(directory.path()).expect("a store"),
+            damaged: Mutex::new(damaged),
+        };
+        for (damaged, is_recognised) in [(0, true), (1, true), (2, false)] {
+            let store = noisy(damaged);
+            match pin.check("s3://b", |key| store.read(key)) {
+                Ok(()) => assert!(is_recognised, "{damaged}"),
+                Err(error) => assert!(!is_recognised && !error.is_gone(), "{damaged}: {error}"),
+            }
+        }
+    }
 }
