@@ -109,7 +109,7 @@ fn each_refusal_is_one_json_document_and_names_the_damage_of_an_encrypted_reposi
     };
     // A usage error of each kind: a value, a flag, a command that refuses.
     let no_time = &mut restore(&["--target-time", "yesterday"]);
-    assert_refused(no_time, 2, "usage", &["is no time"]);
+    assert_refused(no_time, 2, "usage", &["is not a time"]);
     let no_flag = &mut restore(&["--nonsense"]);
     assert_refused(no_flag, 2, "usage", &["--nonsense"]);
     let no_copy = &mut plain(&["release", "/nonexistent/copy"]);

@@ -64,17 +64,25 @@ impl Inventory for Memory {
     }
 
     fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
-        let ends = ranges
-            .iter()
-            .flat_map(|(range, _)| self.ranges[&range.start_lsn.0].1.transactions.clone());
-        Ok(ends.map(|end| end.lsn).find(|start| *start >= lsn))
+        Ok(self.records(ranges).into_iter().find(|start| *start >= lsn))
     }
 
     fn record_before(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
-        let ends = ranges
-            .iter()
-            .flat_map(|(range, _)| self.ranges[&range.start_lsn.0].1.transactions.clone());
-        Ok(ends.map(|end| end.lsn).rfind(|start| *start < lsn))
+        Ok(self.records(ranges).into_iter().rfind(|start| *start < lsn))
+    }
+}
+
+impl Memory {
+    /// The starts of the records that the summaries name.
+    fn records(&self, ranges: &[(WalRange, Lsn)]) -> Vec<Lsn> {
+        let mut starts = Vec::new();
+        for (range, _) in ranges {
+            let summary = &self.ranges[&range.start_lsn.0].1;
+            starts.extend(summary.transactions.iter().map(|end| end.lsn));
+            starts.extend(summary.events.iter().map(|(lsn, _)| *lsn));
+        }
+        starts.sort_unstable();
+        starts
     }
 }
 

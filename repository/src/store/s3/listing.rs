@@ -55,7 +55,7 @@ impl<M: Clone + Eq + Hash> Pages<M> {
 }
 
 /// Refuses a page that names fewer entries than it announces, or a part of an entry.
-fn complete(page: &ListObjectsV2Output) -> std::result::Result<(), Failure> {
+fn complete(page: &ListObjectsV2Output, prefix: &str) -> std::result::Result<(), Failure> {
     let named = page.contents().len() + page.common_prefixes().len();
     let announced = page
         .key_count()
@@ -68,7 +68,10 @@ fn complete(page: &ListObjectsV2Output) -> std::result::Result<(), Failure> {
     let mut objects = page.contents().iter();
     let mut folders = page.common_prefixes().iter();
     let is_cut = objects.any(|object| object.key().is_none() || object.size().is_none())
-        || folders.any(|folder| !folder.prefix().is_some_and(|name| name.ends_with('/')));
+        || folders.any(|folder| {
+            let name = folder.prefix().and_then(|name| name.strip_prefix(prefix));
+            !name.is_some_and(|name| name.len() > 1 && name.ends_with('/'))
+        });
     if is_cut {
         return Err(Failure::refused(
             "the store's listing ends inside of an entry",
@@ -100,7 +103,7 @@ impl S3Store {
             let page = self
                 .request(RequestKind::List, list.send())
                 .map_err(failed)?;
-            complete(&page).map_err(failed)?;
+            complete(&page, &full_prefix).map_err(failed)?;
             visit(&page);
             let marker = page.next_continuation_token().map(str::to_owned);
             token = pages.next(page.is_truncated(), marker).map_err(failed)?;
