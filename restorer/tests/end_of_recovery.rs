@@ -76,12 +76,13 @@ fn executable(path: &Path, script: &str) {
 }
 
 /// Recovers with the real server, ends that, lets `change` change the result, and shows the real log.
+/// What is left running ends at SIGINT as a server does, also where the test's parent ignores it.
 fn after_recovery(change: &str) -> String {
     format!(
         "$real \"$@\" > \"$data/../real.log\" 2>&1 &\npid=$!\n\
          until grep -q 'ready to accept connections' \"$data/../real.log\"; do\n\
          kill -0 $pid || exit 1; sleep 0.05; done\n\
-         kill -QUIT $pid; wait $pid\n{change}\ncat \"$data/../real.log\" >&2\nexec sleep 600"
+         kill -QUIT $pid; wait $pid\n{change}\ncat \"$data/../real.log\" >&2\nexec env --default-signal=INT sleep 600"
     )
 }
 
