@@ -270,8 +270,8 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
                 .map(opening::absolute)
                 .transpose()?;
             let mut cluster = settings.cluster()?.clone();
-            // Where there is no other place to ask, a store that restarts is waited for: the copy
-            // would begin anew.
+            // A single store is waited for while it restarts. Otherwise the copy would have to
+            // start from its beginning.
             if cluster.repository.others.is_empty() {
                 cluster.repository.patience = Patience::Long;
             }

@@ -82,7 +82,7 @@ pub enum Error {
     RecoveryCrashes {
         /// The log.
         log: PathBuf,
-        /// How often it has begun again.
+        /// The number of restarts after a crash.
         crashes: u32,
         /// The first crash, in PostgreSQL's words.
         said: String,
@@ -112,7 +112,7 @@ pub enum Error {
         log: PathBuf,
         /// For how long.
         seconds: u64,
-        /// What it does, by its log.
+        /// The state of the recovery, according to its log.
         waits_for: String,
         /// Its last message.
         said: String,

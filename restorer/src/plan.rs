@@ -151,7 +151,7 @@ pub struct RestorePlan {
     /// The file systems that the restore writes to; none while no target directory is named.
     #[serde(default)]
     pub file_systems: Vec<FileSystem>,
-    /// How long it may take, in seconds.
+    /// The estimated duration, in seconds.
     pub estimated_seconds: u64,
     /// The rates of the estimate, and where they come from.
     #[serde(default)]

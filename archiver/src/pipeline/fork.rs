@@ -1,8 +1,8 @@
 //! WAL that we hold beyond the place where the server left its branch: commits that a failover
 //! lost.
 //!
-//! They are worked out anew from what is held and the server's path at every start of a stream, so
-//! a crash forgets none; what the repository has recorded of a fork is not read again. Invariant:
+//! They are computed at every start of a stream, from the archived WAL and the server's path, so
+//! that a crash loses none. The repository's record of a fork is not read again. Invariant:
 //! the stream waits for none of this: what cannot be written now is written by a later look, when
 //! the repository is back.
 

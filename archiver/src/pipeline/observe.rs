@@ -1,6 +1,6 @@
-//! What the status shows beside the stream: the server's flush LSN and slot once a second, what can
-//! be restored from time to time. Nothing here stands in the way of WAL; what cannot be asked stays
-//! unknown.
+//! Facts of the status that the stream does not give: the server's flush LSN and slot once a second,
+//! and what can be restored from time to time. Nothing here delays WAL. A fact that cannot be asked
+//! for stays unknown.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},

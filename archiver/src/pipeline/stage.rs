@@ -206,8 +206,8 @@ impl Stage {
         })
     }
 
-    /// What the archive has of a branch before a segment that begins here; nothing where it cannot
-    /// be read. All of the segment: after `pg_switch_wal` most of it is padding that says nothing.
+    /// Returns the archived segment before the one that begins at `start_lsn`; `None` if it cannot be
+    /// read. The whole segment is read: after `pg_switch_wal` most of it is padding.
     fn segment_before(&self, branch: Branch, start_lsn: Lsn) -> Option<Before> {
         let size = self.archive.identity().segment_size;
         let before = size.segment_of(start_lsn).previous()?;

@@ -1,5 +1,5 @@
-//! What an error means for a cluster: the program ends, or the connection is tried again for a
-//! stated reason.
+//! The consequence of an error for a cluster: the program ends, or the connection is tried again for
+//! a stated reason.
 //!
 //! Invariant: only an error that no retry can mend, or that a person has to remove at a first start,
 //! ends the program.

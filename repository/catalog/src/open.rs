@@ -13,7 +13,7 @@ use super::{Catalog, EXPIRED, FAMILIES, IDENTITY, META};
 
 /// Bytes of blocks read that RocksDB may keep, for all catalogs of the process together.
 pub(super) const BLOCK_CACHE_BYTES: usize = 16 << 20;
-/// What RocksDB collects of writes before it makes a file, for all families together.
+/// The size of RocksDB's write buffers, for all families together.
 pub(super) const WRITE_BUFFER_BYTES: usize = 8 << 20;
 
 impl Catalog {

@@ -1,5 +1,5 @@
-//! What was decided is carried out whatever cuts it off: a store that fails at each deletion in
-//! turn, one that lets nothing go, two that decide at once, and readers meanwhile.
+//! A removal that was decided is completed after every interruption: a store that fails at each
+//! deletion in turn, one that deletes nothing, two hosts that decide at once, and readers meanwhile.
 
 use std::{
     collections::BTreeMap,

@@ -4,7 +4,7 @@ use std::{fs, os::unix::fs::MetadataExt, path::Path};
 
 use rustix::{fs::Mode, process::umask};
 
-/// Who may read the files of a cluster. PostgreSQL knows these two (`file_perm.h`).
+/// The users who may read the files of a cluster. PostgreSQL has these two (`file_perm.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
     /// The owner.
