@@ -540,13 +540,8 @@ impl Archive {
     }
 
     fn delete_tail(&self, tail: &WalRange) -> Result<()> {
-        match self.repository.delete(&tail.key(&self.cluster)) {
-            // It stays, and does no harm: where the segment is sealed nobody reads its tails.
-            Err(error) if error.is_object_locked() => {
-                self.status.locked(&error);
-                return Ok(());
-            }
-            outcome => outcome?,
+        if !self.remove_tail_object(&tail.key(&self.cluster))? {
+            return Ok(());
         }
         let reached = CrashPoint::TailRemoved.reach();
         reached.map_err(repository::Error::store("remove", self.spool_directory()))?;

@@ -50,12 +50,18 @@ impl Archive {
         Ok(())
     }
 
-    fn remove_tail_object(&self, key: &ObjectKey) -> Result<()> {
+    /// Removes the object of a tail. Returns false if a lock keeps it, which does no harm: where the
+    /// segment is sealed nobody reads its tails.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Repository`].
+    pub(super) fn remove_tail_object(&self, key: &ObjectKey) -> Result<bool> {
         match self.repository().delete(key) {
-            // It stays until its lock ends; readers prefer the sealed segment.
-            Err(error) if error.is_object_locked() => self.status().locked(&error),
-            outcome => outcome?,
+            Err(error) if error.is_object_locked() => {
+                self.status().locked(&error);
+                Ok(false)
+            }
+            outcome => Ok(outcome.map(|()| true)?),
         }
-        Ok(())
     }
 }
