@@ -381,9 +381,11 @@ impl Repository {
             None => {
                 self.must_be_new()?;
                 self.ready_to_remember()?;
-                // The first copy decides between two that claim at once.
-                self.create(&ObjectKey::Epoch(1), found)?;
-                if let Err(error) = self.create(&ObjectKey::EpochCopy(1), found) {
+                // The first copy decides between two that claim at once: the one that lost would
+                // write its own time of creation into the second copy.
+                if self.create(&ObjectKey::Epoch(1), found)? == PutOutcome::Created
+                    && let Err(error) = self.create(&ObjectKey::EpochCopy(1), found)
+                {
                     tracing::debug!(%error, "the second copy of the identity is written later");
                 }
                 // Read once more: a claim with keys and one without do not see each other's names.

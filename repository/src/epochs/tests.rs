@@ -25,6 +25,36 @@ fn identity(system: u64, major: u16) -> ClusterIdentity {
 }
 
 #[test]
+fn claims_at_once_leave_two_copies_that_agree() {
+    for _ in 0..50 {
+        let directory = tempfile::tempdir().expect("a directory");
+        let claims = 6;
+        let start = std::sync::Barrier::new(claims);
+        let agreed: Vec<ClusterIdentity> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..claims)
+                .map(|number| {
+                    let (root, start) = (directory.path(), &start);
+                    scope.spawn(move || {
+                        let mut cluster = identity(7, 17);
+                        cluster.created = PgTimestamp(i64::try_from(number).expect("small"));
+                        let repository = repository(root);
+                        start.wait();
+                        repository.claim(&cluster).expect("the same cluster")
+                    })
+                })
+                .collect();
+            let claimed = threads.into_iter().map(|thread| thread.join());
+            claimed.map(|claimed| claimed.expect("no panic")).collect()
+        });
+        assert!(agreed.iter().all(|known| *known == agreed[0]), "{agreed:?}");
+        let cluster = directory.path().join("main");
+        let copies = ["epoch", "epoch-copy"].map(|folder| cluster.join(folder));
+        let [first, second] = copies.map(|copy| fs::read(copy.join("00000001.json")));
+        assert_eq!(first.expect("a copy"), second.expect("a copy"));
+    }
+}
+
+#[test]
 fn a_new_epoch_takes_the_name_and_the_old_one_stays_readable() {
     let directory = tempfile::tempdir().expect("a directory");
     let store = LocalStore::open(directory.path()).expect("a store");
