@@ -1,12 +1,14 @@
-//! [`BackupInfo`]: `backup.json`, our description of one base backup. It is written last; without it the backup does
-//! not exist.
+//! [`BackupInfo`]: `backup.json`, our description of one base backup. It is written last. Without
+//! it the backup does not exist.
 //!
-//! A backup is tar archives, each cut into slices: zstd frames of their own, so that the slices in order are a stock
-//! `zstd -d | tar x`, and a restore can extract them in parallel (`backup/slice.rs`).
+//! A backup consists of tar archives, each cut into slices. A slice is a zstd frame of its own, so
+//! that stock `zstd -d | tar x` reads the slices in order, and a restore can extract them in
+//! parallel (`backup/slice.rs`).
 //!
-//! Invariant: whoever reads a `backup.json` from a repository calls [`BackupInfo::parse_of`]. What it returns names no path
-//! outside of the data directory, no size that a reader cannot allocate, and belongs to the key that it was read from. Every
-//! other part of the backup is bound to it by SHA-256 or by [`BackupInfo::check_manifest`] and [`BackupInfo::check_label`].
+//! Invariant: code that reads a `backup.json` from a repository calls [`BackupInfo::parse_of`]. The
+//! result belongs to the key that it was read from, and names no path outside of the data directory
+//! and no size that a reader cannot allocate. Every other part of the backup is bound to it by
+//! SHA-256 or by [`BackupInfo::check_manifest`] and [`BackupInfo::check_label`].
 
 use serde::{Deserialize, Serialize};
 
@@ -22,76 +24,80 @@ pub use slice::{SliceError, SlicePart};
 
 /// The version of `backup.json` that this build writes, and the newest that it reads.
 ///
-/// Version 2 added the sums of `backup_label` and `tablespace_map`, and made the object's own sum mandatory.
+/// Version 2 added the checksums of `backup_label` and `tablespace_map`, and made the checksum of
+/// `backup.json` itself mandatory.
 pub const BACKUP_FORMAT_VERSION: u32 = 2;
-/// The first version with the sums of `backup_label` and `tablespace_map`.
+/// The first version with the checksums of `backup_label` and `tablespace_map`.
 const FORMAT_VERSION_WITH_LABEL: u32 = 2;
 
-/// Raw bytes after which a slice of a backup ends, at the next place where it may.
+/// The number of raw bytes after which a slice ends, at the next position where a slice can end.
 pub const SLICE_BYTES: u64 = 16 << 20;
 
-/// The most raw bytes that a slice of any writer may hold: what a reader must be able to allocate for each thread.
+/// The maximum raw bytes in a slice by any writer, and so the memory that a reader must be able to
+/// allocate for each thread.
 pub const SLICE_BYTES_MAX: u64 = 64 << 20;
 
 /// The longest location of a tablespace (`MAXPGPATH` in `pg_config_manual.h`).
 const LOCATION_BYTES_MAX: usize = 1024;
 
-/// Everything a restore has to know about a base backup before it reads the first slice.
+/// The facts about a base backup that a restore needs before it reads the first slice.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackupInfo {
     /// [`BACKUP_FORMAT_VERSION`].
     pub format_version: u32,
-    /// Its name.
+    /// The backup's name.
     pub id: BackupId,
-    /// What the operator called it.
+    /// The operator's label.
     pub label: String,
-    /// What it holds.
+    /// The kind of backup.
     pub kind: BackupKind,
-    /// The cluster.
+    /// The cluster's system identifier.
     pub system_identifier: SystemIdentifier,
     /// The cluster's major version.
     pub postgresql_major: PgVersion,
-    /// The server's own words: `17.5 (Debian 17.5-1)`.
+    /// The server's version as the server reports it: `17.5 (Debian 17.5-1)`.
     pub server_version: String,
-    /// The timeline it was taken on.
+    /// The timeline on which the backup was taken.
     pub branch: Branch,
-    /// START WAL LOCATION: where redo begins.
+    /// START WAL LOCATION: the LSN where redo begins.
     pub start_lsn: Lsn,
-    /// CHECKPOINT LOCATION: the checkpoint record.
+    /// CHECKPOINT LOCATION: the LSN of the checkpoint record.
     pub checkpoint_lsn: Lsn,
-    /// The backup is consistent once WAL is replayed to here.
+    /// The LSN up to which WAL must be replayed before the backup is consistent.
     pub stop_lsn: Lsn,
-    /// When it began.
+    /// The time when the backup began.
     pub started: PgTimestamp,
-    /// When its last byte and the WAL up to `stop_lsn` were stored.
+    /// The time when its last byte and the WAL up to `stop_lsn` had been stored.
     pub finished: PgTimestamp,
-    /// True if a standby gave it.
+    /// True if the backup was taken from a standby.
     pub from_standby: bool,
-    /// Every tablespace but the two that lie in the data directory.
+    /// Every tablespace except the two in the data directory (`pg_default`, `pg_global`).
     pub tablespaces: Vec<Tablespace>,
-    /// The slices: archive by archive, numbered from 1 in each; an archive's slices in order are its tar stream.
+    /// The slices, archive by archive, numbered from 1 in each archive. The slices of an archive in
+    /// order are its tar stream.
     pub slices: Vec<BackupSlice>,
     /// SHA-256 of `backup_manifest`, in hexadecimal.
     pub manifest_sha256: String,
-    /// Length of `backup_manifest`.
+    /// The length of `backup_manifest`.
     pub manifest_bytes: u64,
-    /// SHA-256 of `backup_label`, in hexadecimal; `None` in version 1.
+    /// SHA-256 of `backup_label`, in hexadecimal. `None` in version 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backup_label_sha256: Option<String>,
-    /// SHA-256 of `tablespace_map`, in hexadecimal; `None` when the backup has no such file, and in version 1.
+    /// SHA-256 of `tablespace_map`, in hexadecimal. `None` if the backup has no such file, and in
+    /// version 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tablespace_map_sha256: Option<String>,
-    /// Length of all tar streams.
+    /// The total length of the tar streams.
     pub raw_bytes: u64,
-    /// Length of all slices.
+    /// The total length of the slices.
     pub stored_bytes: u64,
 }
 
-/// What a base backup holds.
+/// The kind of a base backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BackupKind {
-    /// Everything.
+    /// A full backup.
     Full,
 }
 
@@ -100,13 +106,13 @@ pub enum BackupKind {
 pub struct Tablespace {
     /// Its OID, which names its archive and its link in `pg_tblspc`.
     pub oid: u32,
-    /// The directory it had on the server.
+    /// Its directory on the server.
     pub location: String,
 }
 
 impl Tablespace {
-    /// Returns true for an absolute path without `..`, as `CREATE TABLESPACE` stores it, and for the directory of an in-place
-    /// tablespace.
+    /// Returns true for an absolute path without `..`, as `CREATE TABLESPACE` stores it, and for
+    /// the directory of an in-place tablespace.
     fn has_sound_location(&self) -> bool {
         if self.location.len() >= LOCATION_BYTES_MAX {
             return false;
@@ -118,39 +124,39 @@ impl Tablespace {
     }
 }
 
-/// A slice of an archive: one zstd frame, one object.
+/// A slice of an archive: one zstd frame, stored as one object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackupSlice {
     /// The archive.
     pub archive: BackupArchive,
     /// Its number in the archive, from 1.
     pub number: u32,
-    /// How much of the tar stream it holds.
+    /// The number of bytes of the tar stream in it.
     pub raw_bytes: u64,
     /// The object's length.
     pub stored_bytes: u64,
     /// SHA-256 of the object, in hexadecimal.
     pub sha256: String,
-    /// The file whose data the slice begins in, when it does not begin at a tar entry.
+    /// The file in whose data the slice begins. `None` if the slice begins at a tar entry.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub continues: Option<ContinuedFile>,
 }
 
-/// A file whose data goes on from one slice to the next.
+/// A file whose data continues from one slice to the next.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ContinuedFile {
     /// Its path in the archive.
     pub path: String,
-    /// Where in the file the slice goes on: a multiple of 512.
+    /// The offset in the file at which the slice continues: a multiple of 512.
     pub offset: u64,
-    /// The file's whole size.
+    /// The size of the whole file.
     pub size: u64,
 }
 
 /// The reason why a `backup.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum BackupInfoError {
-    /// It describes another backup than the one under whose key it is stored.
+    /// It is stored under the key of another backup than it describes.
     #[error(
         "it describes backup {id} of system {system}; it was copied from there or renamed, so that the backup's own \
          description is lost"
@@ -166,13 +172,13 @@ pub enum BackupInfoError {
     Malformed {
         /// The backup.
         id: BackupId,
-        /// What is wrong.
+        /// The contradiction.
         problem: &'static str,
     },
     /// It is not JSON of this shape.
     #[error("backup.json is malformed: {0}")]
     Json(#[from] serde_json::Error),
-    /// Written by a newer Tidemark.
+    /// A newer Tidemark wrote it.
     #[error(
         "backup.json of format version {found}; this build reads up to version {BACKUP_FORMAT_VERSION}, use the Tidemark that wrote it or a newer one"
     )]
@@ -189,12 +195,13 @@ struct Version {
 }
 
 impl BackupInfo {
-    /// Reads and checks a `backup.json`.
+    /// Parses and checks a `backup.json`.
     ///
     /// # Errors
-    /// [`BackupInfoError`] when it is of a newer version, not of this shape, or contradicts itself.
+    /// [`BackupInfoError`] when it has a newer version, does not have this structure, or
+    /// contradicts itself.
     pub fn parse(json: &[u8]) -> Result<Self, BackupInfoError> {
-        // The version first: a newer shape would only give a confusing error.
+        // The version is read first, because a newer structure would only give a confusing error.
         let Version { format_version } = serde_json::from_slice(json)?;
         if format_version == 0 || format_version > BACKUP_FORMAT_VERSION {
             return Err(BackupInfoError::UnsupportedFormat {
@@ -225,10 +232,10 @@ impl BackupInfo {
         Ok(info)
     }
 
-    /// `backup.json`, with a newline at its end.
+    /// Serializes `backup.json`, with a newline at its end.
     ///
     /// # Errors
-    /// [`BackupInfoError`] when it contradicts itself, so that no reader would take it.
+    /// [`BackupInfoError`] when it contradicts itself, so that no reader would accept it.
     pub fn to_json(&self) -> Result<Vec<u8>, BackupInfoError> {
         self.check()?;
         let mut json = checked_json::to_vec(self)?;
@@ -341,20 +348,20 @@ impl BackupInfo {
         None
     }
 
-    /// Where a slice lies in the repository.
+    /// Returns the key of a slice in the repository.
     #[must_use]
     pub fn slice_key(&self, slice: &BackupSlice) -> ObjectKey {
         let id = self.id.clone();
         ObjectKey::BackupSlice(self.system_identifier, id, slice.archive, slice.number)
     }
 
-    /// Where this description lies in the repository.
+    /// Returns the key of this description in the repository.
     #[must_use]
     pub fn key(&self) -> ObjectKey {
         ObjectKey::BackupInfo(self.system_identifier, self.id.clone())
     }
 
-    /// Where the manifest lies in the repository.
+    /// Returns the key of the manifest in the repository.
     #[must_use]
     pub fn manifest_key(&self) -> ObjectKey {
         ObjectKey::BackupManifest(self.system_identifier, self.id.clone())

@@ -1,4 +1,5 @@
-//! [`BackupLabel`]: `backup_label`, which contains the position from which a base backup has to be replayed.
+//! [`BackupLabel`]: `backup_label`, which contains the LSN from which a base backup has to be
+//! replayed.
 //!
 //! PostgreSQL writes it in `build_backup_content` (`xlogbackup.c`) and reads it in
 //! `read_backup_label` (`xlogrecovery.c`). The operator's text in LABEL may contain anything, so
@@ -15,7 +16,7 @@ pub struct BackupLabel {
     pub start_segment: SegmentName,
     /// CHECKPOINT LOCATION: the LSN of the checkpoint record.
     pub checkpoint_lsn: Lsn,
-    /// BACKUP FROM: whether the backup was taken from a standby.
+    /// BACKUP FROM: true if the backup was taken from a standby.
     pub from_standby: bool,
     /// START TIME, in the server's time zone.
     pub start_time: Option<String>,

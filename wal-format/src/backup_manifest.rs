@@ -1,4 +1,5 @@
-//! [`BackupManifest`]: PostgreSQL's `backup_manifest`, which lists every file of a base backup with its size and checksum.
+//! [`BackupManifest`]: PostgreSQL's `backup_manifest`, which lists every file of a base backup with
+//! its size and checksum.
 //!
 //! Versions 13 to 16 write format version 1. Version 2 (17 and later) also contains the system
 //! identifier (`backup_manifest.c`, `parse_manifest.c`).

@@ -10,7 +10,7 @@ use serde::{Serialize, de::DeserializeOwned};
 /// The text before the checksum, and after it.
 const BEGIN: &str = ",\n  \"crc32\": \"";
 const END: &str = "\"\n}";
-/// The length of both and of the eight digits between them.
+/// The total length of `BEGIN`, the eight digits and `END`.
 const SUM_BYTES: usize = BEGIN.len() + 8 + END.len();
 
 /// Serializes a value with its checksum.
@@ -36,10 +36,10 @@ pub fn from_slice<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result<T> {
     serde_json::from_slice(json)
 }
 
-/// As [`from_slice`], for objects of which no build ever wrote one without a sum.
+/// Parses a stored object of a kind that every build writes with a checksum.
 ///
 /// # Errors
-/// As [`from_slice`]; also when the object names no sum.
+/// As [`from_slice`], and when the object has no checksum.
 pub fn from_summed_slice<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result<T> {
     if !check(json)? {
         return Err(serde::de::Error::custom("it does not end in its sum"));
@@ -47,7 +47,7 @@ pub fn from_summed_slice<T: DeserializeOwned>(json: &[u8]) -> serde_json::Result
     serde_json::from_slice(json)
 }
 
-/// Returns whether the object has a sum. A sum that it has is right.
+/// Returns whether the object has a checksum. Fails if it has one that does not match.
 fn check(json: &[u8]) -> serde_json::Result<bool> {
     let json = json.strip_suffix(b"\n").unwrap_or(json);
     let summed = json
@@ -58,8 +58,8 @@ fn check(json: &[u8]) -> serde_json::Result<bool> {
         return Ok(false);
     };
     let sum = format!("{BEGIN}{:08x}{END}", crc32fast::hash(body));
-    // If there is a checksum, nothing follows it. If only the name of its field is damaged, no
-    // other data is.
+    // A checksum is always at the end. If a flipped bit hides the name of its field, the checksum
+    // is not found, but then no other byte is damaged.
     let named = tail.starts_with(BEGIN.as_bytes()) || tail.ends_with(END.as_bytes());
     let has_sum = named && tail.windows(6).any(|six| six == b"crc32\"");
     if has_sum && tail != sum.as_bytes() {

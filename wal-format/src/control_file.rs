@@ -1,4 +1,5 @@
-//! [`ControlFile`]: `global/pg_control`, the state of a cluster that is known before any WAL is read.
+//! [`ControlFile`]: `global/pg_control`, the state of a cluster that is known before any WAL is
+//! read.
 //!
 //! The layout is `ControlFileData` in `pg_control.h`: the same from 13 to 17, and 18 has one more
 //! flag. The version is derived from the catalog version, because the layout number is the same

@@ -1,8 +1,9 @@
-//! [`WalDecoder`]: accepts WAL bytes as they arrive and calls a [`RecordSink`] for each complete and valid record.
+//! [`WalDecoder`]: accepts WAL bytes as they arrive and calls a [`RecordSink`] for each complete
+//! and valid record.
 //!
 //! A record that is completely inside the pushed bytes is checked in place. Of any other record the
 //! header and the front of the body are kept, as much as the sink requests: [`WINDOW_BYTES`] unless
-//! it needs a field behind a list of any length.
+//! it needs a field after a list of any length.
 //! Invariant: a record that is passed on has a valid CRC-32C and follows the previous record by
 //! `xl_prev`. How the bytes were divided into pushes does not affect the result.
 
@@ -56,7 +57,7 @@ pub struct WalDecoder {
     /// The start of the previous record, for `xl_prev`.
     previous: Option<Lsn>,
     valid_end_lsn: Lsn,
-    /// The end of the last byte of that record that a checksum covers.
+    /// The end of the last valid record without its padding.
     checked_end_lsn: Lsn,
     /// The timeline of the latest page. It never decreases.
     timeline: u32,
@@ -87,7 +88,8 @@ struct PartialPageHeader {
     length: usize,
 }
 
-/// A record that spans pages, or has not arrived completely. Its buffer is reused for the next one.
+/// A record that spans pages, or has not arrived completely. Its buffer is reused for the next
+/// record.
 #[derive(Debug)]
 struct OpenRecord {
     start_lsn: Lsn,
@@ -158,8 +160,9 @@ impl WalDecoder {
         self.valid_end_lsn
     }
 
-    /// The unaligned end of that record. The bytes from there to [`WalDecoder::valid_end_lsn`] are
-    /// padding, which no checksum covers and which PostgreSQL leaves zero.
+    /// The end of the last complete valid record without padding. The bytes from there to
+    /// [`WalDecoder::valid_end_lsn`] are padding, which no checksum covers and which PostgreSQL
+    /// leaves zero.
     #[must_use]
     pub fn checked_end_lsn(&self) -> Lsn {
         self.checked_end_lsn
@@ -446,8 +449,8 @@ impl WalDecoder {
 /// `offsetof(XLogRecord, xl_crc)`: the checksum covers the body and then the header up to here.
 const CRC_OFFSET: usize = 20;
 
-/// Checks that the first record of a page that voids the record at `voided` says so
-/// (`VerifyOverwriteContrecord`).
+/// Checks that the first record of a page that voids the record at `voided` is the
+/// `XLOG_OVERWRITE_CONTRECORD` for it (`VerifyOverwriteContrecord`).
 fn check_overwrite(voided: Option<Lsn>, record: &WalRecord<'_>) -> Result<(), DecodeErrorKind> {
     let found = rmgr::overwritten_lsn(record).ok_or(DecodeErrorKind::NoOverwrittenContrecord)?;
     match voided {
@@ -484,7 +487,7 @@ fn split(bytes: &[u8], at: usize) -> (&[u8], &[u8]) {
     bytes.split_at_checked(at).unwrap_or((bytes, &[]))
 }
 
-/// For numbers that are at most one page.
+/// Converts a number that is at most one page.
 fn as_usize(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

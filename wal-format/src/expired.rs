@@ -1,4 +1,5 @@
-//! [`Expired`]: `expired/….json` records that backups and WAL are no longer kept. From then on every reader treats them as absent, and after a grace period they are removed.
+//! [`Expired`]: `expired/….json` records that backups and WAL are no longer kept. From then on
+//! every reader treats them as absent. After a grace period they are removed.
 //!
 //! Written once, before anything is removed. The union of all stored records applies: an
 //! interrupted removal continues from it, and a hole in the WAL that it names is not a gap. Each of
@@ -38,7 +39,7 @@ pub struct Expired {
 pub struct ExpiredBackup {
     /// Its name.
     pub id: BackupId,
-    /// When it was complete.
+    /// The time when it was complete.
     pub finished: PgTimestamp,
 }
 
@@ -53,7 +54,7 @@ pub struct ExpiredWal {
     pub to_lsn: Lsn,
 }
 
-/// A range of moments that could be restored until then.
+/// A range of moments that could be restored until the record was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ExpiredWindow {
     /// The branch.

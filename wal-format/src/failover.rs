@@ -1,4 +1,5 @@
-//! [`FailoverLoss`]: `failover/….json`, the commits that a failover lost. The archive holds WAL of a branch beyond the fork, which the server that took over never had.
+//! [`FailoverLoss`]: `failover/….json` lists the commits that a failover lost. The archive has WAL
+//! of a branch beyond the fork, which the promoted server never had.
 //!
 //! Written once, when the fork is first seen. The WAL itself stays in the repository and can be
 //! restored on its own branch.
@@ -12,8 +13,8 @@ use crate::{Branch, Lsn, ObjectKey, PgTimestamp, SystemIdentifier, TransactionEn
 /// The version of the object that this build writes, and the newest that it reads.
 pub const FAILOVER_LOSS_FORMAT_VERSION: u32 = 1;
 
-/// The number of commits that are listed individually. Of further ones only the number and the time
-/// are recorded.
+/// The number of commits that are listed individually. Further commits are only counted, and their
+/// times are included in `first_commit` and `last_commit`.
 pub const LOST_COMMITS_LISTED_MAX: usize = 1000;
 
 /// The commits lost by a failover.
@@ -42,7 +43,7 @@ pub struct FailoverLoss {
 }
 
 impl FailoverLoss {
-    /// Creates the record of what was lost of `branch` in `[switch_lsn, end_lsn)`, with the
+    /// Creates the record of what `branch` lost in `[switch_lsn, end_lsn)`. `commits` are the
     /// transactions that committed there, in LSN order.
     #[must_use]
     pub fn new(

@@ -1,6 +1,6 @@
-//! [`Fields`]: reads little-endian numbers from the front of a slice. Returns `None` if the slice ends inside one.
+//! [`Fields`]: reads little-endian numbers from the front of a slice.
 
-/// The remaining bytes.
+/// The bytes that were not read yet. A read past their end returns `None`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fields<'a>(pub(crate) &'a [u8]);
 

@@ -1,4 +1,5 @@
-//! [`DeclaredGap`]: `gap/….json` records that a range of WAL is lost: no server that could be asked has it any more.
+//! [`DeclaredGap`]: `gap/….json` records that a range of WAL is lost: no server that could be asked
+//! has it any more.
 //!
 //! Written once, when archiving continues after the range. If the WAL is archived later after all,
 //! the range is complete, and the record is only history.

@@ -1,4 +1,5 @@
-//! [`WalIndexer`]: accepts WAL bytes as they arrive, checks every page and record, and returns a [`SegmentSummary`].
+//! [`WalIndexer`]: accepts WAL bytes as they arrive, checks every page and record, and returns a
+//! [`SegmentSummary`].
 //!
 //! It is the [`WalDecoder`] with a sink that keeps the facts a restore needs.
 
@@ -46,7 +47,8 @@ impl WalIndexer {
         self.decoder.valid_end_lsn()
     }
 
-    /// The start of that record's padding: see [`WalDecoder::checked_end_lsn`].
+    /// The end of the last complete valid record without padding: see
+    /// [`WalDecoder::checked_end_lsn`].
     #[must_use]
     pub fn checked_end_lsn(&self) -> Lsn {
         self.decoder.checked_end_lsn()

@@ -1,4 +1,5 @@
-//! Every key in the repository, in one enum. Keys are relative to the repository's root and never reused.
+//! Every key in the repository, in one enum. Keys are relative to a cluster's prefix and never
+//! reused.
 
 use std::{fmt, str::FromStr};
 
@@ -11,7 +12,7 @@ use crate::{Branch, Lsn, OutcomeKind, SegmentName, SystemIdentifier, TimelineId}
 #[serde(transparent)]
 pub struct ClusterName(String);
 
-/// A text that cannot name a cluster.
+/// Text that is not a valid cluster name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "\"{0}\" can not name a cluster; use 1 to 63 of a-z, 0-9, _ and -, beginning with a letter or digit"
@@ -56,12 +57,12 @@ impl<'de> Deserialize<'de> for ClusterName {
     }
 }
 
-/// A base backup's name: the UTC time it began, `YYYYMMDDTHHMMSSZ`, and four hexadecimal digits of chance, so that two
-/// archivers never take the same name: `20261121T101500Z-9f3c`.
+/// A base backup's name: the UTC time when it began, `YYYYMMDDTHHMMSSZ`, and four random
+/// hexadecimal digits, so that two archivers do not choose the same name: `20261121T101500Z-9f3c`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BackupId(String);
 
-/// A text that is no backup's name.
+/// Text that is not a backup's name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{0}\" is no backup; `pitr-restore list` prints their names")]
 pub struct InvalidBackupId(String);
@@ -112,39 +113,47 @@ impl<'de> Deserialize<'de> for BackupId {
     }
 }
 
-/// A key below `{cluster}/`. Everything but the epochs lies below `{cluster}/{system identifier}/`,
-/// so that two clusters under one name cannot touch each other's objects.
+/// A key below `{cluster}/`. Every key except those of epochs begins with the system identifier, so
+/// that two clusters under one name cannot touch each other's objects.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ObjectKey {
-    /// `epoch/{n:08}.json`: which system identifier the cluster has since when ([`crate::layout`]); 1 is the first.
+    /// `epoch/{n:08}.json`: the identity of the cluster during epoch `n`, from 1.
     Epoch(u32),
-    /// `epoch-copy/{n:08}.json`: the second copy; without any epoch nobody knows whose objects these are.
+    /// `epoch-copy/{n:08}.json`: the second copy of an epoch. Without any epoch, nothing says which
+    /// cluster the objects belong to.
     EpochCopy(u32),
-    /// `{sysid}/history/{branch}.history`: byte for byte as PostgreSQL sent it.
+    /// `{sysid}/history/{branch}.history`: a history file, byte for byte as PostgreSQL sent it.
     History(SystemIdentifier, Branch),
-    /// `{sysid}/history-copy/{branch}.history`: the second copy; losing a history file silently rewrites the past.
+    /// `{sysid}/history-copy/{branch}.history`: the second copy of a history file. If a history
+    /// file is lost, PostgreSQL silently assumes that the timeline has no ancestors.
     HistoryCopy(SystemIdentifier, Branch),
-    /// `{sysid}/wal/{branch}/{log:08X}/{segment}.zst`: a sealed segment, `log` being the middle eight digits.
+    /// `{sysid}/wal/{branch}/{log:08X}/{segment}.zst`: a sealed segment. `log` is the middle eight
+    /// digits of its name.
     Segment(SystemIdentifier, Branch, SegmentName),
-    /// `{sysid}/tail/{branch}/{segment}/{start:016X}-{end:016X}.zst`: a range of a segment that is still open.
+    /// `{sysid}/tail/{branch}/{segment}/{start:016X}-{end:016X}.zst`: a range of a segment that is
+    /// still open.
     Tail(SystemIdentifier, Branch, SegmentName, Lsn, Lsn),
-    /// `{sysid}/gap/{branch}/{from:016X}-{to:016X}.json`: a range that was declared lost ([`crate::DeclaredGap`]).
+    /// `{sysid}/gap/{branch}/{from:016X}-{to:016X}.json`: a range that was declared lost
+    /// ([`crate::DeclaredGap`]).
     Gap(SystemIdentifier, Branch, Lsn, Lsn),
-    /// `{sysid}/failover/{branch}/{successor}.json`: what was lost when one gave way to the other ([`crate::FailoverLoss`]).
+    /// `{sysid}/failover/{branch}/{successor}.json`: the commits of `branch` that were lost when
+    /// `successor` replaced it ([`crate::FailoverLoss`]).
     FailoverLoss(SystemIdentifier, Branch, Branch),
-    /// `{sysid}/backup/{id}/{archive}.{n:06}.tar.zst`: slice `n`, from 1, of `base` or of a tablespace's OID.
+    /// `{sysid}/backup/{id}/{archive}.{n:06}.tar.zst`: slice `n`, from 1, of `base` or of a
+    /// tablespace, which is named by its OID.
     BackupSlice(SystemIdentifier, BackupId, BackupArchive, u32),
-    /// `{sysid}/backup/{id}/backup_manifest`: as PostgreSQL sent it.
+    /// `{sysid}/backup/{id}/backup_manifest`: the manifest, as PostgreSQL sent it.
     BackupManifest(SystemIdentifier, BackupId),
-    /// `{sysid}/backup/{id}/backup.json`: written last; a base backup without it does not exist.
+    /// `{sysid}/backup/{id}/backup.json`: written last. A base backup without it does not exist.
     BackupInfo(SystemIdentifier, BackupId),
-    /// `{sysid}/expired/{id}.json`: what a retention policy gave up ([`crate::Expired`]).
+    /// `{sysid}/expired/{id}.json`: the data given up by a retention policy ([`crate::Expired`]).
     Expired(SystemIdentifier, BackupId),
-    /// `{sysid}/outcome/{kind}/{id}.json`: how a drill, a backup or a verification ended ([`crate::Outcome`]).
+    /// `{sysid}/outcome/{kind}/{id}.json`: the result of a drill, a backup, an expiry or a
+    /// verification ([`crate::Outcome`]).
     Outcome(SystemIdentifier, OutcomeKind, BackupId),
 }
 
-/// Which tar archive of a base backup.
+/// A tar archive of a base backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BackupArchive {
@@ -163,7 +172,7 @@ impl fmt::Display for BackupArchive {
     }
 }
 
-/// The key below the cluster's prefix.
+/// Prints the key below the cluster's prefix.
 impl fmt::Display for ObjectKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -204,7 +213,7 @@ impl fmt::Display for ObjectKey {
     }
 }
 
-/// A key that is none of ours; a listing skips it and `verify` reports it.
+/// Text that is not one of our keys. A listing skips it, and `verify` reports it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{0}\" is no key of this repository")]
 pub struct ForeignKey(String);
@@ -309,14 +318,14 @@ impl FromStr for ObjectKey {
     type Err = ForeignKey;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // Only the exact spelling is ours: anything else would be a second name for one object.
+        // Another spelling would be a second name for the same object.
         parse_key(text)
             .filter(|key| key.to_string() == text)
             .ok_or_else(|| ForeignKey(text.to_owned()))
     }
 }
 
-/// `pg_wal`'s name of a timeline's history file.
+/// The name of a timeline's history file in `pg_wal`.
 #[must_use]
 pub fn history_file_name(timeline: TimelineId) -> String {
     format!("{:08X}.history", timeline.get())

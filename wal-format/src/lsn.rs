@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lsn(pub u64);
 
-/// The size of a WAL page in bytes (`XLOG_BLCKSZ`; other build options are refused by the decoder).
+/// The size of a WAL page in bytes (`XLOG_BLCKSZ`). The decoder refuses any other.
 pub const PAGE_SIZE: u64 = 8192;
 
 impl Lsn {

@@ -1,4 +1,5 @@
-//! [`Outcome`]: `outcome/….json`, the result of a restore drill, a base backup, an expiry or a verification.
+//! [`Outcome`]: `outcome/….json`, the result of a restore drill, a base backup, an expiry or a
+//! verification.
 //!
 //! Every host stores its results in the repository, where the archiver's dashboard reads them.
 //! Written once.
@@ -70,9 +71,9 @@ pub struct Outcome {
     pub kind: OutcomeKind,
     /// The name, in the form of a backup ID, from the time when it began.
     pub id: BackupId,
-    /// When it began.
+    /// The time when it began.
     pub started: PgTimestamp,
-    /// When it ended.
+    /// The time when it ended.
     pub finished: PgTimestamp,
     /// True if it succeeded.
     pub passed: bool,

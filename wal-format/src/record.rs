@@ -66,7 +66,8 @@ impl ResourceManager {
         self.0 <= BUILTIN_MAX || (self.0 >= CUSTOM_MIN && version >= PgVersion::V15)
     }
 
-    /// Returns the name of a built-in one, as `pg_waldump` prints it.
+    /// Returns the name of a built-in resource manager, as `pg_waldump` prints it. `None` for any
+    /// other.
     #[must_use]
     pub fn name(self) -> Option<&'static str> {
         NAMES.get(usize::from(self.0)).copied()
@@ -145,8 +146,8 @@ impl RecordHeader {
         Ok(())
     }
 
-    /// Checks the rest (`ValidXLogRecordHeader`). `previous` is the start of the previous record,
-    /// if known.
+    /// Checks the other fields (`ValidXLogRecordHeader`). `previous` is the start of the previous
+    /// record, if known.
     pub(crate) fn check(
         &self,
         version: PgVersion,
@@ -269,7 +270,7 @@ impl Layout {
         let mut blocks = block::Order::default();
         let mut data = 0_usize;
         let mut main_data = 0_usize;
-        // Of the whole body, even if less of it is available.
+        // The bytes left of the whole body, even if `body` contains less of it.
         let left = |fields: &Fields<'_>| {
             let read = body.len().saturating_sub(fields.0.len());
             body_bytes.saturating_sub(read)

@@ -1,7 +1,8 @@
-//! The rule for every path that comes from a repository: relative, and never above the directory that it is relative to.
+//! The rule for every path that comes from a repository: it is relative, and it never leaves the
+//! directory that it is relative to.
 
-/// Returns true if `path` stays below the directory that it is relative to: no leading slash, no empty part, no `.`, no `..`
-/// and no zero byte.
+/// Returns true if `path` stays below the directory that it is relative to: it has no leading
+/// slash, no empty part, no `.`, no `..` and no zero byte.
 #[must_use]
 pub fn stays_below(path: &str) -> bool {
     !path.contains('\0') && path.split('/').all(|part| !matches!(part, "" | "." | ".."))

@@ -1,9 +1,12 @@
-//! Changes one record of WAL in place: the creation of a tablespace gets another directory, or none.
+//! Changes one record of WAL in place: the creation of a tablespace gets another directory, or
+//! none.
 //!
-//! The replay of `XLOG_TBLSPC_CREATE` links to the directory that the record names (`tblspc_redo` in `tablespace.c`), so that
-//! a copy on its parent's host would write into the parent's files. The record keeps its length: the new directory is filled
-//! up with zero bytes, which end a C string, and the CRC-32C is computed again. A directory that is longer than the old one
-//! does not fit; then the record becomes `XLOG_NOOP` (`xlog_redo` in `xlog.c`), and the link has to be made beforehand.
+//! The replay of `XLOG_TBLSPC_CREATE` links to the directory that the record names (`tblspc_redo`
+//! in `tablespace.c`), so a copy on its parent's host would write into the parent's files. The
+//! record keeps its length: the new directory is padded with zero bytes, which end a C string, and
+//! the CRC-32C is computed again. A directory that is longer than the old one does not fit. Then
+//! the record becomes `XLOG_NOOP` (`xlog_redo` in `xlog.c`), and the link has to be created before
+//! the replay.
 
 use serde::{Deserialize, Serialize};
 
@@ -18,23 +21,23 @@ use crate::{
 const NOOP: u8 = 0x20;
 /// The bits of `xl_info` that belong to the resource manager.
 const RMGR_INFO: u8 = 0xF0;
-/// Where `xl_info`, `xl_rmid` and `xl_crc` are in a record.
+/// Offsets of `xl_info`, `xl_rmid` and `xl_crc` in a record.
 const INFO_AT: usize = 16;
 const RMID_AT: usize = 17;
 const CRC_AT: usize = 20;
 /// The length of `xl_tblspc_create_rec` before the path.
 const OID_BYTES: usize = 4;
-/// No record of a tablespace's creation is longer: headers, the OID and `MAXPGPATH`.
+/// The maximum length of a record that creates a tablespace: headers, the OID and `MAXPGPATH`.
 const RECORD_BYTES_MAX: usize = 4096;
 
-/// Bytes of WAL that are delivered instead of those that are archived.
+/// Bytes of WAL that are delivered to PostgreSQL instead of the archived bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WalChange {
-    /// The position of the first byte.
+    /// The position of the first changed byte.
     pub lsn: Lsn,
     /// The archived bytes, in hexadecimal.
     pub old: String,
-    /// The new bytes, as many, in hexadecimal.
+    /// The new bytes, in hexadecimal. There are as many as in `old`.
     pub new: String,
 }
 
@@ -43,7 +46,7 @@ pub struct WalChange {
 pub enum NewCreation<'a> {
     /// The creation of the same tablespace in this directory.
     In(&'a str),
-    /// Nothing.
+    /// No creation: the record becomes `XLOG_NOOP`.
     PassedOver,
 }
 
@@ -65,7 +68,8 @@ pub enum RewriteError {
 }
 
 impl WalChange {
-    /// The old and the new bytes; `None` when they are not hexadecimal or differ in length.
+    /// Returns the old and the new bytes, or `None` if they are not hexadecimal or differ in
+    /// length.
     #[must_use]
     pub fn bytes(&self) -> Option<(Vec<u8>, Vec<u8>)> {
         let old = hex::decode(&self.old).ok()?;
@@ -74,10 +78,11 @@ impl WalChange {
     }
 }
 
-/// Changes the record that starts at `lsn`. `wal` begins at `lsn` and goes on beyond the record, page headers included.
+/// Changes the record that starts at `lsn`. `wal` begins at `lsn`, contains the page headers, and
+/// continues after the record.
 ///
 /// # Errors
-/// [`RewriteError`]; nothing is changed then.
+/// [`RewriteError`]. Nothing is changed then.
 pub fn change_creation(
     version: PgVersion,
     segment_size: SegmentSize,
@@ -127,10 +132,11 @@ pub fn change_creation(
     Ok(places.into_iter().filter_map(changed).collect())
 }
 
-/// The parts of a record: where each lies in the WAL, where in the record, and its length.
+/// The parts of a record, one for each page: the position in the WAL, the offset in the record and
+/// the length.
 type Places = Vec<(Lsn, usize, usize)>;
 
-/// Puts a record together from its pages.
+/// Assembles a record from its pages.
 fn gather(
     segment_size: SegmentSize,
     lsn: Lsn,
@@ -159,7 +165,7 @@ fn gather(
     Ok((record, places))
 }
 
-/// Where in a record of a tablespace's creation the main data begins, if it is one and its sum is right.
+/// Returns the offset of the main data, if the record creates a tablespace and its CRC is correct.
 fn main_data_of_creation(
     version: PgVersion,
     lsn: Lsn,
@@ -178,14 +184,15 @@ fn main_data_of_creation(
     let mut parsed = WalRecord::new(version, lsn, lsn, header, body);
     parsed.read_structure().map_err(|_| not)?;
     let main_data = parsed.main_data();
-    // The OID, and a path with the zero byte that ends it.
+    // The main data is the OID and a path with its terminating zero byte.
     if main_data.len() <= OID_BYTES || main_data.last() != Some(&0) {
         return Err(not);
     }
     Ok(record.len().saturating_sub(main_data.len()))
 }
 
-/// `xl_crc` of a record: of the body, then of the header up to the sum (`XLogRecordAssemble` in `xloginsert.c`).
+/// Computes `xl_crc` of a record, which covers the body and then the header up to the CRC
+/// (`XLogRecordAssemble` in `xloginsert.c`).
 fn crc(record: &[u8]) -> Option<u32> {
     let body = crc32c::crc32c(record.get(RECORD_HEADER_BYTES..)?);
     Some(crc32c::crc32c_append(body, record.get(..CRC_AT)?))
@@ -206,7 +213,8 @@ mod tests {
         }
     }
 
-    /// Two pages of WAL with the record of a creation `before` bytes ahead of the second page.
+    /// Returns the start of a record that creates a tablespace, and the WAL from there on: `before`
+    /// bytes up to the end of the page, then one more page.
     fn wal(before: usize, location: &str) -> (Lsn, Vec<u8>) {
         let mut main_data = 16_400_u32.to_le_bytes().to_vec();
         main_data.extend(location.bytes());
@@ -241,7 +249,7 @@ mod tests {
         (lsn, bytes)
     }
 
-    /// The record that a decoder reads from the changed bytes.
+    /// Applies the changes, decodes the record and returns its summary.
     fn decoded(lsn: Lsn, wal: &[u8], changes: &[WalChange]) -> SegmentSummary {
         let mut wal = wal.to_vec();
         for change in changes {
@@ -250,7 +258,7 @@ mod tests {
             assert_eq!(wal[at..at + old.len()], old);
             wal[at..at + old.len()].copy_from_slice(&new);
         }
-        // A decoder begins at a page: the record is moved to the front of one.
+        // A decoder starts at a page, so move the record to the front of one.
         let (record, _) = gather(identity().segment_size, lsn, &wal).expect("a record");
         let mut page = Vec::new();
         page.extend(0xD116_u16.to_le_bytes());

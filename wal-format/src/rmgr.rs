@@ -47,7 +47,7 @@ pub(crate) fn window(header: &RecordHeader) -> usize {
     }
 }
 
-/// Returns how the transaction ended, if that is what the record says.
+/// Returns how the transaction ended, or `None` if the record is not a transaction's end.
 fn ended(header: &RecordHeader) -> Option<TransactionEndKind> {
     if header.resource_manager != ResourceManager::TRANSACTION {
         return None;
@@ -100,8 +100,8 @@ pub(crate) fn read(record: &WalRecord<'_>, summary: &mut SegmentSummary) -> Opti
 }
 
 /// Reads the end of a transaction and the first [`DROPPED_RELATIONS_MAX`] files that it removes.
-/// `subtransaction` receives each of its subtransactions. Returns `None` if the record is not one,
-/// is incomplete, or does not have the layout of its version.
+/// `subtransaction` receives each of its subtransactions. Returns `None` if the record is not a
+/// transaction's end, is incomplete, or does not have the layout of its version.
 pub fn transaction_end(
     record: &WalRecord<'_>,
     subtransaction: &mut dyn FnMut(u32),

@@ -2,7 +2,8 @@
 //! open.
 //!
 //! ```text
-//! header (skippable) | zstd frame | zstd frame | … | summary (skippable) | footer (skippable): seek index, trailer
+//! header (skippable) | zstd frame | zstd frame | … | summary (skippable) |
+//!     footer (skippable): seek index, trailer
 //! ```
 //!
 //! Stock `zstd -d` skips header, summary and footer and returns exactly the WAL. A CRC-32 covers
@@ -32,8 +33,8 @@ use crate::{Lsn, summary::DecodeSummaryError, system::UnsupportedVersion};
 
 /// The version of the container that this build writes, and the newest that it reads.
 ///
-/// Version 2 has the bytes of version 1; its summary records tablespaces too, so that a summary without such an event proves
-/// that the range creates and drops none.
+/// Version 2 has the same layout as version 1. Its summary also records tablespaces, so a summary
+/// without such an event proves that the range creates and drops none.
 pub const FORMAT_VERSION: u16 = 2;
 /// The oldest version that this build reads.
 const FORMAT_VERSION_MIN: u16 = 1;
@@ -114,7 +115,7 @@ pub enum SealedError {
     /// The compressor failed, for lack of memory.
     #[error("compress {part}: {source}")]
     Compress {
-        /// Which part.
+        /// The part.
         part: SealedPart,
         /// The compressor's error.
         source: std::io::Error,
@@ -138,7 +139,7 @@ pub enum SealedError {
     /// The part's checksum is correct but its content contradicts itself or other parts.
     #[error("{part} is malformed: {problem}")]
     Malformed {
-        /// Which part.
+        /// The part.
         part: SealedPart,
         /// The problem.
         problem: &'static str,
@@ -177,7 +178,7 @@ pub enum SealedError {
     /// The object is too short.
     #[error("{part} is cut off: it needs {needed} bytes, {found} are left")]
     Truncated {
-        /// Which part.
+        /// The part.
         part: SealedPart,
         /// The number of bytes needed.
         needed: u64,
@@ -212,7 +213,6 @@ fn check_version(found: u16) -> Result<u16, SealedError> {
     }
 }
 
-/// Checks a stored CRC-32.
 fn check_crc(part: SealedPart, stored: u32, bytes: &[u8]) -> Result<(), SealedError> {
     let found = crc32fast::hash(bytes);
     if found == stored {

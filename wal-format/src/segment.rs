@@ -1,7 +1,9 @@
-//! WAL segments: [`SegmentSize`], [`SegmentNo`], [`SegmentName`] and the other file names of `pg_wal`.
+//! WAL segments: [`SegmentSize`], [`SegmentNo`], [`SegmentName`] and the other file names of
+//! `pg_wal`.
 //!
 //! A name is `TTTTTTTTXXXXXXXXYYYYYYYY`: timeline, segment number / n and segment number % n, where
-//! n = 4 GiB / segment size (`XLogFileName` in `xlog_internal.h`). A name does not carry the segment size.
+//! n = 4 GiB / segment size (`XLogFileName` in `xlog_internal.h`). A name does not contain the
+//! segment size.
 
 use std::{fmt, str::FromStr};
 

@@ -1,7 +1,7 @@
-//! [`SegmentSummary`]: what a range of WAL holds, as far as a restore has to know it.
+//! [`SegmentSummary`]: the facts about a range of WAL that a restore needs.
 //!
-//! A record belongs to the range in which it *ends*: only there is it complete and its CRC proved. Summaries of
-//! adjacent ranges [merge](SegmentSummary::merge) into the summary of both.
+//! A record belongs to the range in which it *ends*: only there is it complete and its CRC proved.
+//! Summaries of adjacent ranges [merge](SegmentSummary::merge) into the summary of both.
 
 mod codec;
 
@@ -11,22 +11,24 @@ pub use codec::DecodeSummaryError;
 
 use crate::{Lsn, PgTimestamp, TimelineId};
 
-/// What a range `[start_lsn, end_lsn)` of one branch's WAL holds.
+/// The facts about a range `[start_lsn, end_lsn)` of one branch's WAL that a restore needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SegmentSummary {
-    /// How many records end in the range.
+    /// The number of records that end in the range.
     pub record_count: u64,
-    /// The start of the first record that ends in the range; it may lie before the range.
+    /// The start of the first record that ends in the range. It may be before the range.
     pub first_record_lsn: Option<Lsn>,
-    /// The start of the last record that ends in the range: the next record's `xl_prev`.
+    /// The start of the last record that ends in the range, which is the next record's `xl_prev`.
     pub last_record_lsn: Option<Lsn>,
-    /// The end of that record, aligned to 8: where the next record starts, before any page header is skipped.
+    /// The end of the last record that ends in the range, aligned to 8: the next record starts
+    /// there, before any page header is skipped.
     pub last_record_end_lsn: Option<Lsn>,
-    /// The start of a record that is not complete at the end of the range; it may lie before the range.
+    /// The start of a record that is not complete at the end of the range. It may be before the
+    /// range.
     pub open_record_lsn: Option<Lsn>,
     /// Every commit and abort, in LSN order.
     pub transactions: Vec<TransactionEnd>,
-    /// Everything else a restore has to know, in LSN order.
+    /// All other events that a restore needs, in LSN order.
     pub events: Vec<(Lsn, WalEvent)>,
 }
 
@@ -42,7 +44,7 @@ impl SegmentSummary {
         self.events.extend(later.events);
     }
 
-    /// The least and the greatest `xact_time` in the range.
+    /// The earliest and the latest `xact_time` in the range. `None` without a transaction's end.
     #[must_use]
     pub fn time_range(&self) -> Option<(PgTimestamp, PgTimestamp)> {
         let mut times = self.transactions.iter().map(|transaction| transaction.time);
@@ -53,20 +55,21 @@ impl SegmentSummary {
     }
 }
 
-/// A transaction's end: the only records at which a recovery to a time or an xid stops.
+/// A transaction's end. Only at these records does a recovery to a time or an xid stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TransactionEnd {
-    /// Where the record starts: PostgreSQL logs this position when it stops before the record.
+    /// The start of the record. PostgreSQL logs this position when it stops before the record.
     pub lsn: Lsn,
-    /// The transaction; for a prepared one the transaction that was prepared, not the one that ended it.
+    /// The transaction. For a prepared transaction this is the xid that was prepared, not the xid
+    /// of the record that ended it.
     pub xid: u32,
-    /// `xact_time`: taken before the record was inserted, so not in order of LSN.
+    /// `xact_time`. It is taken before the record is inserted, so times are not in LSN order.
     pub time: PgTimestamp,
-    /// How it ended.
+    /// The kind of end.
     pub kind: TransactionEndKind,
 }
 
-/// How a transaction ended (`XLOG_XACT_*` in `xact.h`).
+/// The kind of a transaction's end (`XLOG_XACT_*` in `xact.h`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TransactionEndKind {
@@ -99,7 +102,7 @@ pub struct RelationFile {
     pub relation: u32,
 }
 
-/// Online or at shutdown.
+/// The kind of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CheckpointKind {
@@ -109,7 +112,7 @@ pub enum CheckpointKind {
     Online,
 }
 
-/// A record, other than a transaction's end, that a restore, a verification or `locate` has to know.
+/// A record, other than a transaction's end, that a restore, a verification or `locate` needs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum WalEvent {
@@ -120,15 +123,15 @@ pub enum WalEvent {
     },
     /// A checkpoint.
     Checkpoint {
-        /// Online or at shutdown.
+        /// The kind of checkpoint.
         kind: CheckpointKind,
-        /// Where redo would start.
+        /// The LSN at which redo would start.
         redo_lsn: Lsn,
-        /// The timeline.
+        /// The timeline of the checkpoint.
         timeline: TimelineId,
-        /// The clock, cut to seconds.
+        /// The time of the server's clock, truncated to seconds.
         time: PgTimestamp,
-        /// The next transaction, with its epoch in the upper half (`FullTransactionId`).
+        /// The next transaction ID, with its epoch in the upper half (`FullTransactionId`).
         next_xid: u64,
     },
     /// Files of dropped or truncated relations, removed by the commit or abort at this LSN.
@@ -140,11 +143,11 @@ pub enum WalEvent {
     },
     /// `XLOG_END_OF_RECOVERY`: a new timeline begins.
     EndOfRecovery {
-        /// The clock.
+        /// The time of the server's clock.
         time: PgTimestamp,
         /// The new timeline.
         timeline: TimelineId,
-        /// The timeline it continues.
+        /// The timeline that the new timeline continues.
         previous_timeline: TimelineId,
     },
     /// `XLOG_FPW_CHANGE`.
@@ -152,34 +155,36 @@ pub enum WalEvent {
         /// True if full page writes are on from here.
         enabled: bool,
     },
-    /// `XLOG_OVERWRITE_CONTRECORD`: a crash left the record at `overwritten_lsn` incomplete for ever.
+    /// `XLOG_OVERWRITE_CONTRECORD`: a crash left the record at `overwritten_lsn` incomplete
+    /// forever.
     OverwrittenContrecord {
         /// The start of the record that never became complete.
         overwritten_lsn: Lsn,
     },
-    /// PREPARE TRANSACTION: in doubt until its end.
+    /// PREPARE TRANSACTION. The outcome is unknown until the transaction's end.
     Prepare {
         /// The transaction.
         xid: u32,
-        /// When it was prepared.
+        /// The time when it was prepared.
         time: PgTimestamp,
-        /// The identifier the client gave it.
+        /// The identifier that the client gave it.
         gid: String,
     },
     /// `pg_create_restore_point`.
     RestorePoint {
-        /// When it was made.
+        /// The time when it was created.
         time: PgTimestamp,
         /// Its name.
         name: String,
     },
     /// `XLOG_SWITCH`: the rest of the segment is unused.
     Switch,
-    /// `XLOG_TBLSPC_CREATE`: its replay makes the link `pg_tblspc/OID` to `location`.
+    /// `XLOG_TBLSPC_CREATE`: its replay creates the link `pg_tblspc/OID` to `location`.
     TablespaceCreate {
         /// The tablespace's OID.
         oid: u32,
-        /// The directory; empty for an in-place tablespace. Bytes that are not UTF-8 are replaced by U+FFFD.
+        /// The directory. Empty for an in-place tablespace. Bytes that are not UTF-8 are replaced
+        /// by U+FFFD.
         location: String,
     },
     /// `XLOG_TBLSPC_DROP`: its replay removes the directories of the tablespace and its link.
@@ -203,5 +208,6 @@ impl WalEvent {
     }
 }
 
-/// How many dropped files one [`WalEvent::DroppedRelations`] names; a DROP SCHEMA can drop far more.
+/// The maximum number of dropped files that one [`WalEvent::DroppedRelations`] names. A DROP SCHEMA
+/// can drop far more.
 pub const DROPPED_RELATIONS_MAX: usize = 256;

@@ -5,8 +5,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// The unique number that `initdb` gives a cluster (`system_identifier` in `pg_control`). Text in
-/// every interface, because JavaScript's numbers cannot represent it.
+/// The unique number that `initdb` gives a cluster (`system_identifier` in `pg_control`). It is
+/// text in every interface, because JavaScript's numbers cannot represent it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SystemIdentifier(pub u64);
 
@@ -100,7 +100,7 @@ impl PgVersion {
         }
     }
 
-    /// The version whose WAL pages carry `magic`.
+    /// The version whose WAL pages have `magic`. `None` if it is not a supported version.
     #[must_use]
     pub fn from_page_magic(magic: u16) -> Option<Self> {
         Self::ALL

@@ -28,7 +28,7 @@ pub fn parse(version: PgVersion, content: &[u8]) -> Result<Vec<Tablespace>, Tabl
     for byte in content {
         let ends_line = matches!(byte, b'\n' | b'\r');
         if escaped && version < PgVersion::V14 && !ends_line {
-            // The backslash was not an escape.
+            // Before version 14 this backslash was not an escape.
             line.push(b'\\');
             escaped = false;
         }

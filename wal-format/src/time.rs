@@ -1,4 +1,5 @@
-//! [`PgTimestamp`]: the server's clock as WAL stores it, microseconds since 2000-01-01 00:00:00 UTC.
+//! [`PgTimestamp`]: a time of the server's clock as WAL stores it, in microseconds since 2000-01-01
+//! 00:00:00 UTC.
 
 use std::fmt;
 

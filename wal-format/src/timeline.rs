@@ -1,5 +1,5 @@
-//! Timelines: [`TimelineId`], the history file ([`TimelineHistory`]) and [`Branch`], the name under
-//! which we keep one.
+//! Timelines: [`TimelineId`], the history file ([`TimelineHistory`]) and [`Branch`], our unique
+//! name for a timeline.
 //!
 //! Two promotions can give the same number to two different timelines. A [`Branch`] is the number
 //! together with a digest of the history file, so that a second "timeline 2" gets its own place in
@@ -18,10 +18,10 @@ use crate::Lsn;
 pub struct TimelineId(NonZeroU32);
 
 impl TimelineId {
-    /// Timeline 1, the one that `initdb` makes. It has no history file.
+    /// Timeline 1, which `initdb` creates. It has no history file.
     pub const FIRST: Self = Self(NonZeroU32::MIN);
 
-    /// Checks a number; 0 is no timeline.
+    /// Returns `None` for 0, which is not a timeline.
     #[must_use]
     pub fn new(timeline: u32) -> Option<Self> {
         NonZeroU32::new(timeline).map(Self)
@@ -40,14 +40,16 @@ impl fmt::Display for TimelineId {
     }
 }
 
-/// One line of a history file. Where the timeline really ends, [`TimelineHistory::spans`] says.
+/// One line of a history file. The timeline may end before this line's `switch_lsn`; see
+/// [`TimelineHistory::spans`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TimelineHistoryEntry {
     /// The ancestor.
     pub timeline: TimelineId,
-    /// The first LSN of the timeline on the next line, as it is written in the file.
+    /// The switch LSN in the file: the first LSN of the timeline on the next line, or of the file's
+    /// own timeline if this is the last line.
     pub switch_lsn: Lsn,
-    /// Why the switch was made, as PostgreSQL wrote it.
+    /// The reason for the switch, as PostgreSQL wrote it.
     pub reason: String,
 }
 
@@ -80,11 +82,11 @@ pub struct ParseHistoryError {
     pub timeline: TimelineId,
     /// The line, from 1; 0 for the file as a whole.
     pub line: usize,
-    /// What is wrong with it.
+    /// The problem.
     pub problem: HistoryProblem,
 }
 
-/// What is wrong with a line of a history file.
+/// The problem with a line of a history file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HistoryProblem {
     /// The line does not begin with a timeline's number.
@@ -93,13 +95,13 @@ pub enum HistoryProblem {
     /// No LSN follows the timeline.
     #[error("expected a write-ahead log switchpoint location")]
     SwitchLsn,
-    /// The numbers do not grow.
+    /// The timeline IDs do not increase from line to line.
     #[error("timeline IDs must be in increasing sequence")]
     Order,
     /// A line names the timeline itself or a later one.
     #[error("timeline IDs must be less than the child timeline's ID")]
     NotAncestor,
-    /// No ancestor at all: PostgreSQL never writes such a file, so it lost its content.
+    /// The file names no ancestor. PostgreSQL never writes such a file, so its content was lost.
     #[error("the file names no ancestor")]
     Empty,
 }
@@ -117,8 +119,8 @@ impl TimelineHistory {
     /// Parses the content of `TTTTTTTT.history`.
     ///
     /// # Errors
-    /// [`ParseHistoryError`] with the line. A file without any ancestor is refused: PostgreSQL
-    /// reads a missing file as "no ancestors" and a later promotion then builds on the wrong past.
+    /// [`ParseHistoryError`] with the line. A file without ancestors is refused: PostgreSQL treats
+    /// a missing file as "no ancestors", and a later promotion would then write a wrong history.
     pub fn parse(timeline: TimelineId, content: &[u8]) -> Result<Self, ParseHistoryError> {
         let mut ancestors: Vec<TimelineHistoryEntry> = Vec::new();
         let text = String::from_utf8_lossy(content);
@@ -172,22 +174,22 @@ impl TimelineHistory {
         })
     }
 
-    /// The timelines that hold WAL of this history, oldest first: contiguous from the first LSN to
-    /// the last.
+    /// Returns the timelines that contain WAL of this history, oldest first. Their ranges are
+    /// contiguous and cover every LSN.
     ///
-    /// PostgreSQL writes lines whose switch LSN is below that of a line before (`1 0/70000F8`, then
-    /// `2 0/4000090`): a recovery that stops before a fork, on the longer path, is promoted with
-    /// the history of that path. Read by `tliOfPointInHistory` in `timeline.c`, the latest timeline
-    /// that begins at or before an LSN holds it. An earlier timeline therefore ends at the lowest
-    /// switch LSN of its own line and all later ones. A timeline without WAL of its own is left
-    /// out.
+    /// PostgreSQL can write a line whose switch LSN is below that of an earlier line, for example
+    /// `1 0/70000F8`, then `2 0/4000090`: a recovery along the longer path that stops before a fork
+    /// is promoted with the history of that path. For an LSN, `tliOfPointInHistory` in `timeline.c`
+    /// finds the latest timeline that begins at or before it. An earlier timeline therefore ends at
+    /// the lowest switch LSN of its own line and all later lines. A timeline without WAL of its own
+    /// is left out.
     #[must_use]
     pub fn spans(&self) -> Vec<TimelineSpan> {
         let mut spans = Vec::new();
         let mut to = Lsn::MAX;
         let mut timeline = self.timeline;
         for entry in self.ancestors.iter().rev() {
-            // A timeline begins where the line before it in the file ends.
+            // A timeline begins at the switch LSN of the preceding line in the file.
             let from = entry.switch_lsn;
             if from < to {
                 spans.push(TimelineSpan { timeline, from, to });
@@ -213,9 +215,10 @@ impl TimelineHistory {
         self.spans().into_iter().nth_back(1)
     }
 
-    /// The history file of an ancestor, with which the file of its descendant begins: a promotion
-    /// copies it and appends a line feed and the line of the timeline that it leaves
-    /// (`writeTimeLineHistory`). `None` for an ancestor that has no file, or is not in it.
+    /// Returns the history file of an ancestor, which is a prefix of its descendant's file: a
+    /// promotion copies the parent's file and appends a line feed and the line of the timeline that
+    /// it leaves (`writeTimeLineHistory`). Returns `None` for an ancestor that has no file or that
+    /// `descendant` does not name.
     #[must_use]
     pub fn file_of_ancestor(descendant: &[u8], ancestor: TimelineId) -> Option<&[u8]> {
         let mut start = 0_usize;
@@ -249,9 +252,9 @@ impl TimelineHistory {
     }
 }
 
-/// A timeline as we keep it: its number, and the first four bytes of the SHA-256 of its history
-/// file (zero for a timeline without one). Printed `00000001` or `00000002-1a2b3c4d`, which sorts
-/// by number.
+/// The unique name of a timeline: its number and the first four bytes of the SHA-256 of its history
+/// file (zeros for a timeline without a history file). Printed `00000001` or `00000002-1a2b3c4d`,
+/// which sorts by number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Branch {
     /// The timeline's number.
@@ -300,7 +303,7 @@ impl fmt::Display for Branch {
     }
 }
 
-/// A text that names no branch.
+/// Text that is not a branch.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("\"{0}\" is no timeline branch")]
 pub struct ParseBranchError(String);
@@ -397,7 +400,8 @@ mod tests {
     #[test]
     fn a_later_line_with_an_earlier_switch_ends_every_timeline_before_it() {
         let end = u64::MAX;
-        // Written by stock PostgreSQL when a recovery along 1 and 2 stops before 2 began.
+        // Stock PostgreSQL writes this when a recovery along timelines 1 and 2 stops before 2
+        // began.
         let content =
             "1\t0/70000F8\tno recovery target specified\n\n2\t0/4000090\tbefore LSN 0/4000090\n";
         assert_eq!(
@@ -416,7 +420,7 @@ mod tests {
             spans(4, "1 0/7\n2 0/4\n3 0/9"),
             [(1, 0, 4), (3, 4, 9), (4, 9, end)]
         );
-        // Promoted twice without a record between.
+        // The server was promoted twice without a WAL record in between.
         assert_eq!(spans(3, "1 0/5\n2 0/5"), [(1, 0, 5), (3, 5, end)]);
         assert_eq!(spans(2, "1 0/0"), [(2, 0, end)]);
         assert_eq!(TimelineHistory::first().spans().len(), 1);
@@ -442,7 +446,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        /// Lines in every order of their switch LSNs.
+        /// Generates lines with switch LSNs in any order.
         #[test]
         fn every_lsn_is_on_the_timeline_where_postgresql_finds_it(
             switches in proptest::collection::vec(0_u64..40, 0..7),

@@ -1,7 +1,7 @@
-//! Any bytes as each file of a base backup: `backup_label`, `tablespace_map`, `backup_manifest`, `pg_control`, `backup.json`
-//! and a tar header.
+//! Arbitrary bytes as each file of a base backup: `backup_label`, `tablespace_map`,
+//! `backup_manifest`, `pg_control`, `backup.json` and a tar header.
 //!
-//! Input: which file (1 byte) and its content; of `pg_control` the CRC is made right.
+//! Input: the kind of file (1 byte) and its content. The CRC of `pg_control` is corrected.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

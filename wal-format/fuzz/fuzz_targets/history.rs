@@ -1,4 +1,5 @@
-//! Any bytes as a timeline's history file; what was read is written again and read the same.
+//! Arbitrary bytes as a timeline's history file. A file that parses is written again, and must
+//! parse to the same history.
 //!
 //! Input: the timeline (1 byte) and the file.
 #![no_main]

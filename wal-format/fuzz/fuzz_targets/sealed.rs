@@ -1,6 +1,8 @@
-//! Any bytes as a sealed object and as a summary; and an object made here, in which a flipped bit or a cut must be noticed.
+//! Arbitrary bytes as a sealed object and as a summary. Also an object that is built here, in which
+//! a flipped bit or a cut must be detected.
 //!
-//! Input: 0 object, 1 summary, 2 made here (1 byte); for the last one place and bit (3 bytes) come before the WAL.
+//! Input: 0 for an object, 1 for a summary, 2 for an object built here (1 byte). For the last, the
+//! position and the bit (3 bytes) precede the WAL.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

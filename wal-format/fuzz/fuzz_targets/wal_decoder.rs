@@ -1,7 +1,8 @@
-//! Any bytes as WAL, and any bytes as records whose CRCs are right. However they are cut, the same comes out.
+//! Arbitrary bytes as WAL, and arbitrary bytes as records with correct CRCs. The result must not
+//! depend on how they are cut.
 //!
-//! Input: version (1 byte), length of the cuts (1), 0 for WAL or 1 for records (1), and the WAL; or for each record its resource
-//! manager, its info, the length of its body (2) and the body.
+//! Input: version (1 byte), length of the cuts (1), 0 for WAL or 1 for records (1), then the WAL,
+//! or for each record its resource manager, its info, the length of its body (2) and the body.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -13,13 +14,13 @@ mod writer;
 
 use writer::{START, WalWriter, decode};
 
-/// Records of these bodies, one after the other.
+/// Writes records with these bodies.
 fn records(version: PgVersion, mut input: &[u8]) -> WalWriter {
     let mut wal = WalWriter::new(version, START);
     while let [manager, info, low, high, rest @ ..] = input {
         let length = usize::from(u16::from_le_bytes([*low, *high])).min(rest.len());
         let (body, rest) = rest.split_at(length);
-        // A switch fills its segment, which would slow everything down.
+        // A switch fills its segment, which would slow the test down.
         let kind = if (*manager, info & 0xF0) == writer::SWITCH {
             (21, 0)
         } else {
@@ -41,7 +42,7 @@ fuzz_target!(|input: &[u8]| {
         records(version, input)
     } else {
         let mut wal = WalWriter::new(version, START);
-        // Seeds are real WAL: their own start and cluster are taken for the expected ones.
+        // Seeds are real WAL, so take the start and the cluster from it.
         wal.bytes = input.to_vec();
         if let Some(page) = wal_format::page::PageHeader::parse(input) {
             wal.start = Lsn(page.address.0 & !((1 << 20) - 1));
@@ -68,7 +69,7 @@ fuzz_target!(|input: &[u8]| {
     let error = indexer.push(&wal.bytes).err();
     let summary = indexer.take_summary();
     assert!(summary.record_count as usize <= whole.seen.len());
-    // The summary builder refuses more: bodies of the kinds that it reads.
+    // The summary builder also refuses records whose body it cannot parse.
     assert!(error.is_some() || whole.error.is_none());
     let encoded = summary.encode(start);
     assert_eq!(

@@ -1,4 +1,4 @@
-//! Binds the parts of a backup to its `backup.json`, so that a part of another backup is noticed.
+//! Binds the parts of a backup to its `backup.json`, so that a part of another backup is detected.
 
 use std::collections::BTreeSet;
 
@@ -8,14 +8,15 @@ use super::{BackupInfo, BackupSlice, FORMAT_VERSION_WITH_LABEL};
 use crate::{BackupLabel, BackupManifest, layout::BackupArchive, tablespace_map};
 
 impl BackupInfo {
-    /// The slices that hold `backup_label` and `tablespace_map`: the first ones of the data directory, where PostgreSQL
-    /// puts them. The files are in the first slice unless that is full before they end.
+    /// Returns the slices of the data directory, in order. PostgreSQL puts `backup_label` and
+    /// `tablespace_map` first, so they are in the first slice unless that is full before they end.
     pub fn label_slices(&self) -> impl Iterator<Item = &BackupSlice> {
         let base = self.slices.iter();
         base.filter(|slice| slice.archive == BackupArchive::Base)
     }
 
-    /// Compares the manifest with this description: cluster, WAL, and the files that slices continue.
+    /// Compares the manifest with this description: system identifier, WAL, and the files that
+    /// slices continue.
     ///
     /// # Errors
     /// The contradiction, as a clause about the manifest.
@@ -55,7 +56,7 @@ impl BackupInfo {
         }
     }
 
-    /// Compares `backup_label` and `tablespace_map`, as the slices hold them, with this description.
+    /// Compares the `backup_label` and the `tablespace_map` of the slices with this description.
     ///
     /// # Errors
     /// The contradiction, as a sentence that names the file.

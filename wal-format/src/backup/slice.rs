@@ -1,6 +1,7 @@
-//! One slice of a backup: its bytes checked and decompressed, and what it holds.
+//! A slice of a backup: its bytes are checked and decompressed, and split into files.
 //!
-//! Invariant: no more memory is taken than [`SLICE_BYTES_MAX`](super::SLICE_BYTES_MAX), whatever the object announces.
+//! Invariant: no more memory is allocated than [`SLICE_BYTES_MAX`](super::SLICE_BYTES_MAX),
+//! whatever the object announces.
 
 use sha2::{Digest, Sha256};
 
@@ -22,7 +23,7 @@ pub enum SliceError {
     /// It is not the object that was stored.
     #[error("its SHA-256 is not the one that was recorded")]
     Sum,
-    /// Its content is not a tar stream of PostgreSQL's.
+    /// Its content is not a tar stream as PostgreSQL writes it.
     #[error(transparent)]
     Tar(#[from] TarError),
     /// It announces more bytes than any writer puts into a slice.
@@ -36,22 +37,22 @@ pub enum SliceError {
 /// A part of a slice, in the order of the tar stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SlicePart<'a> {
-    /// A directory; the empty path is the archive's root.
+    /// A directory. The empty path is the archive's root.
     Directory(String),
-    /// A file, or as much of it as the slice holds.
+    /// A file, or the part of it that is in the slice.
     File {
         /// Its path below the archive's root.
         path: String,
-        /// Where in the file `content` begins.
+        /// The offset in the file at which `content` begins.
         offset: u64,
-        /// The file's whole size.
+        /// The size of the whole file.
         size: u64,
         /// Permission bits.
         mode: u32,
         /// The bytes.
         content: &'a [u8],
     },
-    /// A symbolic link. A restore makes its own links and follows none.
+    /// A symbolic link. A restore creates its own links and follows none of these.
     Link(String),
 }
 
@@ -70,7 +71,8 @@ impl BackupSlice {
     /// Checks the object and returns its part of the tar stream.
     ///
     /// # Errors
-    /// [`SliceError`] when it is not the object that was recorded, or announces another length than that.
+    /// [`SliceError`] when it is not the object that was recorded, or does not have the recorded
+    /// length.
     pub fn open(&self, stored: &[u8]) -> Result<Vec<u8>, SliceError> {
         if !self.is_of_allowed_size() {
             let announced = self.raw_bytes.max(self.stored_bytes);
@@ -81,7 +83,8 @@ impl BackupSlice {
         }
         let expected = self.raw_bytes;
         let wrong = || SliceError::Decompress { expected };
-        // The frame names its own length too: checked before memory is taken.
+        // The zstd frame also contains its decompressed length. Check it before memory is
+        // allocated.
         let announced = zstd::zstd_safe::get_frame_content_size(stored).map_err(|_| wrong())?;
         if announced.is_some_and(|announced| announced != expected) {
             return Err(wrong());
@@ -124,7 +127,9 @@ impl BackupSlice {
                 path: file.path.clone(),
                 offset: file.offset,
                 size: file.size,
-                // Of relations only a file is longer than a slice: the mode of every such file.
+                // A slice does not record the mode of the file that it continues. Only the files of
+                // relations are longer than a slice, and this is the most that PostgreSQL gives
+                // them (`pg_file_create_mode`).
                 mode: 0o640,
                 content: take(&mut rest, left),
             })?;
@@ -150,7 +155,7 @@ impl BackupSlice {
     }
 }
 
-/// As much of `length` bytes as the slice has; skips the padding that follows.
+/// Returns as many of `length` bytes as the slice has, and skips the padding after them.
 fn take<'a>(rest: &mut &'a [u8], length: u64) -> &'a [u8] {
     let wanted = usize::try_from(length).unwrap_or(usize::MAX);
     let (content, after) = rest.split_at(wanted.min(rest.len()));
@@ -198,7 +203,7 @@ mod tests {
         );
     }
 
-    /// A frame without its length, which decompresses to more than was recorded.
+    /// The frame does not contain its length, and decompresses to more than was recorded.
     #[test]
     fn a_frame_that_holds_more_than_was_recorded_is_not_decompressed() {
         let raw = vec![7_u8; 40 << 20];

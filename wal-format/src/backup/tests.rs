@@ -1,4 +1,5 @@
-//! `backup.json`: round trip, newer versions, and every contradiction that a reader must not act on.
+//! Tests of `backup.json`: round trip, newer versions, and every contradiction that a reader must
+//! refuse.
 
 use super::*;
 
@@ -57,7 +58,7 @@ fn it_reads_what_it_writes() {
     let json = info().to_json().expect("it is sound");
     assert_eq!(BackupInfo::parse(&json).expect("it parses"), info());
     let text = String::from_utf8(json).expect("JSON is UTF-8");
-    // What FORMAT.md shows: numbers that JavaScript would round are text.
+    // As in FORMAT.md: numbers that JavaScript would round are text.
     assert!(
         text.contains("\"system_identifier\": \"18446744073709551615\""),
         "{text}"
@@ -81,7 +82,8 @@ fn continued(info: &mut BackupInfo) -> &mut ContinuedFile {
     info.slices[2].continues.as_mut().expect("it continues")
 }
 
-/// A `backup.json` of version 1 has neither the two sums nor, in the earliest builds, its own.
+/// A `backup.json` of version 1 has neither checksum. That of the earliest builds has no checksum
+/// of its own either.
 #[test]
 fn version_1_is_read_and_version_2_needs_its_sums() {
     let mut old = info();

@@ -1,4 +1,5 @@
-//! [`WalIndexer::primed`]: an indexer that knows the record which crosses into a segment.
+//! [`WalIndexer::primed`]: an indexer that knows where the record began that continues into a
+//! segment.
 //!
 //! A record belongs to the segment in which it ends, under the LSN where it starts. To find that
 //! start, decoding begins in an earlier segment: the previous one, or an earlier one if a single
@@ -12,9 +13,9 @@ use crate::{SegmentNo, WalIdentity};
 const RECORD_BYTES_MAX: u64 = 1 << 30;
 
 impl WalIndexer {
-    /// Returns an indexer at the start of `segment`, primed from the preceding segments as far as
-    /// `read` has them. Without them the rest of a record that crosses in is skipped, since its
-    /// start is not in the archive.
+    /// Returns an indexer at the start of `segment`, primed from the preceding segments that `read`
+    /// returns. Without them, the indexer skips the rest of a record that began before the segment,
+    /// since its start is not in the archive.
     ///
     /// # Errors
     /// The errors of `read`.

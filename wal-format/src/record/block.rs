@@ -35,7 +35,7 @@ impl Fork {
     pub const INIT: Self = Self(3);
 }
 
-/// As `pg_waldump` prints it.
+/// Prints the fork's name as `pg_waldump` does.
 impl fmt::Display for Fork {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
@@ -220,7 +220,8 @@ pub struct BlockReferences<'a> {
 }
 
 impl<'a> BlockReferences<'a> {
-    /// For a body whose structure was checked and whose headers take `headers` bytes.
+    /// Creates the iterator for a body whose structure was checked and whose headers take `headers`
+    /// bytes.
     pub(super) fn new(version: PgVersion, body: &'a [u8], headers: usize) -> Self {
         let (headers, data) = body.split_at_checked(headers).unwrap_or((body, &[]));
         let relation = RelationFile {

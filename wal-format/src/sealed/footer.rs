@@ -18,9 +18,9 @@ use crate::{Lsn, PgTimestamp, SegmentSummary};
 /// nearly every object.
 pub const FOOTER_LEN_HINT: u64 = 64 << 10;
 
-/// First in the footer's payload.
+/// The first bytes of the footer's payload.
 const FOOTER_MAGIC: [u8; 8] = *b"TMFOOTER";
-/// First in the summary's payload.
+/// The first bytes of the summary's payload.
 const SUMMARY_MAGIC: [u8; 8] = *b"TMSUMMRY";
 
 /// The offset of the header's copy, after the skippable header and the magic.
@@ -45,13 +45,13 @@ const SUMMARY_LEVEL: i32 = 9;
 /// A summary is at most this much longer than the WAL that it describes. Bounds the memory that a
 /// reader must allocate.
 const SUMMARY_SLACK_BYTES: u64 = 1 << 20;
-/// The longest footer and the longest stored summary of any writer: a segment of 1 GiB has 1024
-/// frames in the first, and the second is no longer than the WAL. A reader fetches no more of an
-/// object's end.
+/// The maximum lengths of a footer and of a stored summary. The footer of a 1 GiB segment has 1024
+/// frames, and its summary is at most [`SUMMARY_SLACK_BYTES`] longer than the WAL. A reader fetches
+/// no more of an object's end.
 const FOOTER_BYTES_MAX: usize = 16 << 20;
 const SUMMARY_STORED_BYTES_MAX: usize = (1 << 30) + (2 << 20);
 
-/// The value of `proven` when there is none.
+/// The stored value of `proven` for `None`.
 const NOT_PROVEN: i64 = i64::MIN;
 
 /// Everything in a container except its WAL.
@@ -355,7 +355,8 @@ fn parse_summary(header: &SealedHeader, frame: &[u8]) -> Result<SegmentSummary, 
     let decoded = match encoding {
         SUMMARY_PLAIN if body.len() == expected => body,
         SUMMARY_ZSTD => {
-            // The frame names its own length too: compared before memory is taken.
+            // The zstd frame also contains its decompressed length. Compare it before memory is
+            // allocated.
             let announced = zstd::zstd_safe::get_frame_content_size(body);
             if announced.ok().flatten() != Some(u64::from(decoded_bytes)) {
                 return Err(SealedError::Decompress { part, expected });

@@ -133,7 +133,7 @@ impl FrameCompressor {
 /// Checks and decompresses frames. Keeps zstd's context from one frame to the next.
 pub struct FrameDecompressor {
     zstd: zstd::bulk::Decompressor<'static>,
-    /// The frame without its own checksum.
+    /// A copy of the zstd frame without its content checksum.
     unsummed: Vec<u8>,
 }
 

@@ -67,7 +67,7 @@ impl SealedHeader {
         self.segment_size.segment_of(self.start_lsn)
     }
 
-    /// That segment's file name.
+    /// The file name of the segment that contains the range.
     #[must_use]
     pub fn segment_name(&self) -> SegmentName {
         SegmentName::new(self.branch.timeline, self.segment(), self.segment_size)

@@ -1,4 +1,5 @@
-//! [`ProvedCompressor`]: compresses a frame and decompresses it again for comparison with its WAL, while both are in the processor's cache.
+//! [`ProvedCompressor`]: compresses a frame, decompresses it again and compares the result with its
+//! WAL, while both are in the processor's cache.
 //!
 //! If an object made of such frames reads back from a store byte for byte, it is proved to contain
 //! its WAL. Decompressing the object after reading it back would repeat this work with data that is
@@ -33,7 +34,8 @@ impl ProvedCompressor {
     /// Compresses the WAL of frame `number` and verifies that it decompresses to the same bytes.
     ///
     /// # Errors
-    /// Any [`SealedError`] about the frame if it does not. Then this machine computes incorrectly.
+    /// Any [`SealedError`] about the frame if the bytes differ. Then this machine computes
+    /// incorrectly.
     pub fn compress(&mut self, number: u32, raw: &[u8]) -> Result<EncodedFrame, SealedError> {
         let frame = self.compressor.compress(raw)?;
         self.prove(number, &frame, raw)?;

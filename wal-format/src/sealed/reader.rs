@@ -15,11 +15,11 @@ pub struct SealedReader<'a> {
 }
 
 impl<'a> SealedReader<'a> {
-    /// Opens the object `object`.
+    /// Opens a container.
     ///
     /// # Errors
-    /// [`SealedError`] when header, summary or footer are damaged, contradict each other, or are of a format version
-    /// that this build does not know.
+    /// [`SealedError`] when header, summary or footer are damaged, contradict each other, or have a
+    /// format version that this build does not know.
     pub fn open(object: &'a [u8]) -> Result<Self, SealedError> {
         let (header, frame_bytes, format) = SealedHeader::parse(object)?;
         let footer = match SealedFooter::from_tail(object.len() as u64, object)? {

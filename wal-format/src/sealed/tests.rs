@@ -322,7 +322,7 @@ fn foreign_and_newer_objects_are_named_as_such() {
     assert!(error.to_string().contains("format version 9"), "{error}");
 }
 
-/// Writes `version` where the format's version is, with correct checksums.
+/// Sets the format version of an object to `version` and updates the checksums.
 fn set_version(object: &mut [u8], version: u16) {
     let length = object.len();
     let footer_bytes: [u8; 4] = object[length - 24..length - 20]
@@ -356,7 +356,7 @@ fn version_1_is_read_and_says_nothing_of_tablespaces() {
         read(&old),
         Err(SealedError::UnsupportedFormat { found: 0 })
     ));
-    // The header of one version and the footer of another are not of one object.
+    // The header and the footer have different versions.
     let mut mixed = object;
     mixed[16..18].copy_from_slice(&1_u16.to_le_bytes());
     let sum = crc32fast::hash(&mixed[..64]);

@@ -1,7 +1,9 @@
-//! [`SegmentSummary`] as bytes: columns of varint deltas, so that a transaction's end costs three to five bytes.
+//! [`SegmentSummary`] as bytes: columns of varint deltas, so that a transaction's end takes three
+//! to five bytes.
 //!
-//! LSNs are relative to a base, the range's start. `FORMAT.md` gives the bytes. Invariant: decoding never allocates
-//! more than a fixed multiple of its input, and never panics, whatever the input.
+//! LSNs are relative to a base, the range's start. `FORMAT.md` describes the bytes.
+//! Invariant: decoding never allocates more than a fixed multiple of its input, and never panics,
+//! whatever the input.
 
 use super::{
     CheckpointKind, DROPPED_RELATIONS_MAX, RelationFile, SegmentSummary, TransactionEnd,
@@ -9,24 +11,24 @@ use super::{
 };
 use crate::{Lsn, PgTimestamp, TimelineId};
 
-/// Why bytes are no summary.
+/// The reason why bytes are not a summary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeSummaryError {
-    /// A count is larger than what is left of the input could hold.
+    /// A count is larger than the rest of the input can hold.
     #[error("a count of {count} is more than the {left} bytes left could hold")]
     Count {
         /// The count.
         count: u64,
-        /// Bytes left.
+        /// The number of bytes left.
         left: usize,
     },
-    /// A number leaves its type's range.
+    /// A number is outside of its type's range.
     #[error("a number is out of range")]
     Range,
     /// Bytes follow the last field.
     #[error("{left} bytes follow the summary")]
     TrailingBytes {
-        /// How many.
+        /// The number of bytes after the last field.
         left: usize,
     },
     /// The input ends inside a field.
@@ -35,7 +37,7 @@ pub enum DecodeSummaryError {
     /// An event of a kind that this build does not know.
     #[error("event {tag} is unknown to this build")]
     UnknownEvent {
-        /// Its number.
+        /// The event's number.
         tag: u8,
     },
     /// A text is not UTF-8.
@@ -45,7 +47,7 @@ pub enum DecodeSummaryError {
 
 type Result<T> = std::result::Result<T, DecodeSummaryError>;
 
-/// Numbers of the events; a number is never used again.
+/// Numbers of the events. A number is never reused.
 mod tag {
     pub(super) const BACKUP_END: u8 = 1;
     pub(super) const CHECKPOINT: u8 = 2;
@@ -61,11 +63,11 @@ mod tag {
     pub(super) const TABLESPACE_DROP: u8 = 12;
 }
 
-/// Records start at multiples of 8, so that their distances are stored in units of 8.
+/// Records start at multiples of 8, so their distances are stored in units of 8.
 const ALIGNED_SHIFT: u8 = 3;
 
 impl SegmentSummary {
-    /// The summary as bytes; `base` is the start of the range.
+    /// Encodes the summary. `base` is the start of the range.
     #[must_use]
     pub fn encode(&self, base: Lsn) -> Vec<u8> {
         let mut out = Vec::with_capacity(64_usize.saturating_add(self.transactions.len()));
@@ -95,10 +97,10 @@ impl SegmentSummary {
         out
     }
 
-    /// The summary whose [`SegmentSummary::encode`] gave `bytes`, with the same `base`.
+    /// Decodes `bytes` that [`SegmentSummary::encode`] returned for the same `base`.
     ///
     /// # Errors
-    /// [`DecodeSummaryError`] when `bytes` were not made by it.
+    /// [`DecodeSummaryError`] when `bytes` are not an encoded summary.
     pub fn decode(base: Lsn, bytes: &[u8]) -> Result<Self> {
         let mut input = Input { rest: bytes };
         let record_count = input.varint()?;
@@ -118,7 +120,7 @@ impl SegmentSummary {
         let last_record_end_lsn = lsn(4)?;
         let open_record_lsn = lsn(8)?;
         let transactions = input.transactions(base)?;
-        // The smallest event is its distance and its tag.
+        // The smallest event has one byte of distance and its tag.
         let count = input.count(2)?;
         let mut events = Vec::with_capacity(count);
         let mut previous = base;
@@ -143,7 +145,8 @@ impl SegmentSummary {
     }
 }
 
-/// Seven bits per byte, least significant first; the top bit says that more follow (LEB128).
+/// Appends seven bits per byte, least significant first. The top bit means that more follow
+/// (LEB128).
 fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push((value & 0x7F) as u8 | 0x80);
@@ -153,7 +156,7 @@ fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     out.push(value as u8);
 }
 
-/// Small for small distances of either sign: 0, -1, 1, -2, …
+/// Maps small distances of either sign to small numbers: 0, -1, 1, -2, …
 fn zigzag(value: i64) -> u64 {
     (value.wrapping_shl(1) ^ value.wrapping_shr(63)).cast_unsigned()
 }
@@ -304,7 +307,7 @@ fn put_event(out: &mut Vec<u8>, lsn: Lsn, event: &WalEvent) {
     }
 }
 
-/// What is left to decode.
+/// The rest of the input.
 struct Input<'a> {
     rest: &'a [u8],
 }
@@ -349,7 +352,7 @@ impl<'a> Input<'a> {
         u32::try_from(self.varint()?).map_err(|_| DecodeSummaryError::Range)
     }
 
-    /// How many items of at least `bytes_each` bytes follow.
+    /// Reads the number of items that follow, each of at least `bytes_each` bytes.
     fn count(&mut self, bytes_each: usize) -> Result<usize> {
         let count = self.varint()?;
         let left = self.rest.len();
@@ -387,7 +390,7 @@ impl<'a> Input<'a> {
     }
 
     fn transactions(&mut self, base: Lsn) -> Result<Vec<TransactionEnd>> {
-        // One byte at least in each of the three columns of numbers.
+        // Each of the three columns of numbers has at least one byte per transaction.
         let count = self.count(3)?;
         if count == 0 {
             return Ok(Vec::new());

@@ -1,6 +1,8 @@
-//! `pg_control`, `backup_label`, `tablespace_map` and `backup_manifest` of real servers, 13 to 18; damaged; and any bytes.
+//! `pg_control`, `backup_label`, `tablespace_map` and `backup_manifest` of real servers, 13 to 18,
+//! intact and damaged, and arbitrary bytes.
 //!
-//! `benches/tests/backup_files.rs` compares the same with `pg_controldata`, and makes the fixtures as it makes those of `golden`.
+//! `benches/tests/backup_files.rs` compares the same files with `pg_controldata`, and creates the
+//! fixtures in the same way as those of `golden`.
 
 use proptest::prelude::*;
 use wal_format::{
@@ -49,7 +51,7 @@ fn every_flipped_bit_of_pg_control_is_noticed_and_so_is_a_cut() {
             }
             assert!(ControlFile::parse(&bytes[..at]).is_err(), "cut at {at}");
         }
-        // The rest of the file is zeros that say nothing.
+        // The rest of the file is zeros without a meaning.
         assert!(bytes[sum_ends..].iter().all(|byte| *byte == 0));
         assert!(ControlFile::parse(&bytes[..sum_ends]).is_ok());
     }
@@ -81,7 +83,7 @@ fn the_files_of_a_backup_of_every_version_parse_and_agree() {
                 .iter()
                 .any(|file| file.path.starts_with(&in_tablespace))
         );
-        // A flipped bit of every 61st byte, before the last brace.
+        // Flip one bit in every 61st byte before the last brace.
         let mut damaged = manifest.clone();
         for at in (0..manifest.len() - 3).step_by(61) {
             damaged[at] ^= 1 << (at % 8);

@@ -1,4 +1,5 @@
-//! Where a record may be cut: by a page's end in its header, by several pages, by whole segments, by a crash; and switches.
+//! The ways in which a record can be split: by the end of a page inside its header, by several
+//! pages, by whole segments, by a crash. Also segment switches.
 
 use wal_format::{Lsn, PgVersion, WalIndexer, error::DecodeErrorKind, summary::WalEvent};
 
@@ -10,7 +11,7 @@ fn wal() -> WalWriter {
     WalWriter::new(PgVersion::V18, START)
 }
 
-/// Every record of `wal` comes, in order and with nothing left over.
+/// Checks that every record of `wal` is decoded, in order and with nothing left over.
 fn check_all(wal: &WalWriter, starts: &[Lsn]) {
     let outcome = decode_whole(wal);
     assert_eq!(outcome.error, None);
@@ -57,7 +58,7 @@ fn a_record_continues_over_pages_and_over_whole_segments() {
         let long = &outcome.seen[1];
         let body = long.header.body_bytes();
         assert_eq!(long.body.len(), body, "as much as the sink requests");
-        // Without its last byte it is open.
+        // Without its last 8 bytes it is open.
         let cut = long.end_lsn.align_down(8).bytes_since(START) as usize - 8;
         let mut shorter = wal.clone();
         shorter.bytes.truncate(cut);
@@ -91,7 +92,7 @@ fn a_continuation_that_does_not_fit_is_refused() {
     wal.record(OPAQUE, &vec![1; 2 * PAGE]);
     let second_page = START.add(PAGE as u64);
     let kinds = [
-        // `xlp_rem_len`, one more.
+        // `xlp_rem_len`: one bit.
         (16, 1_u8),
         // `xlp_info`: no contrecord, then an unknown flag.
         (2, 1),
@@ -113,7 +114,8 @@ fn a_continuation_that_does_not_fit_is_refused() {
 
 #[test]
 fn a_switch_ends_its_segment_wherever_it_stands() {
-    // In the middle; as the last record of a page; as the last of a segment; with its header over a page's end.
+    // In the middle of a page; as the last record of a page; as the last of a segment; with its
+    // header split by the end of a page.
     for (pages, left) in [
         (0, 4096),
         (3, 24),
@@ -155,7 +157,7 @@ fn pages_behind_a_switch_may_be_all_zero_but_not_foreign() {
     wal.bytes[4 * PAGE + 8] = 1;
     let error = decode_whole(&wal).error.expect("a foreign page");
     assert_eq!(error.lsn, START.add(4 * PAGE as u64));
-    // Without a switch such a page is an error.
+    // Without a switch, such a page is an error.
     let mut wal = self::wal();
     wal.fill(0);
     wal.bytes.resize(2 * PAGE, 0);
@@ -163,14 +165,15 @@ fn pages_behind_a_switch_may_be_all_zero_but_not_foreign() {
     assert!(matches!(error.kind, DecodeErrorKind::PageMagic { .. }));
 }
 
-/// WAL in which the server crashed inside a record of `length` bytes and began anew on a later page.
+/// Returns WAL of a server that crashed inside a record of `length` bytes and continued on a later
+/// page, and the start of the voided record.
 fn overwritten(length: usize, body: impl FnOnce(Lsn) -> ((u8, u8), Vec<u8>)) -> (WalWriter, Lsn) {
     let mut wal = wal();
     let before = wal.record(OPAQUE, b"before");
     let voided = wal.next_record();
     let record = wal.encode(OPAQUE, &crate::writer::body(&vec![3; length]));
     wal.lay(&record);
-    // Whole pages survived, the last of them did not.
+    // Whole pages survived the crash, but not the last of them.
     let kept = (wal.bytes.len() - 1) / PAGE * PAGE;
     wal.bytes.truncate(kept);
     wal.page(8, 0);
@@ -205,7 +208,8 @@ fn a_record_that_a_crash_left_incomplete_is_voided() {
                 WalEvent::OverwrittenContrecord { overwritten_lsn }
             )]
         );
-        // Decoding that begins on one of the voided pages, or on the flagged one, finds the same records.
+        // Decoding that begins on one of the voided pages, or on the page with the flag, finds the
+        // same records.
         for page in [
             PAGE,
             outcome.seen[1].lsn.bytes_since(START) as usize / PAGE * PAGE,
@@ -233,7 +237,7 @@ fn a_voided_record_has_to_be_the_one_that_is_named() {
     let (wal, _) = overwritten(PAGE, |_| (OPAQUE, vec![1; 16]));
     let error = decode_whole(&wal).error.expect("no such record");
     assert_eq!(error.kind, DecodeErrorKind::NoOverwrittenContrecord);
-    // A flag where nothing is voided is not believed either.
+    // The flag on a page that voids no record is refused too.
     let mut wal = self::wal();
     wal.fill(0);
     wal.page(8, 0);

@@ -1,7 +1,8 @@
-//! A flipped bit is noticed, or it lies where WAL says nothing.
+//! A flipped bit is detected, or it is at a position without a meaning in WAL.
 //!
-//! Nothing is said by: padding behind records, four bytes of padding in a page header, `XLP_BKP_REMOVABLE`, and the data of
-//! pages behind a switch. A timeline that rises without a reason is noticed at the next page, where it falls again.
+//! Without a meaning are: padding after records, four bytes of padding in a page header,
+//! `XLP_BKP_REMOVABLE`, and the data of pages after a switch. A timeline that increases without a
+//! reason is detected at the next page, where it decreases again.
 
 use wal_format::PgVersion;
 
@@ -10,7 +11,7 @@ use crate::{
     writer::{OPAQUE, Outcome, PAGE, START, WalWriter, decode, decode_whole},
 };
 
-/// Every page's start in `wal`.
+/// Returns the offset of every page in `wal`.
 fn pages(wal: &WalWriter) -> impl Iterator<Item = usize> {
     (0..wal.bytes.len()).step_by(PAGE)
 }
@@ -22,14 +23,15 @@ fn is_meaningless(wal: &WalWriter, at: usize, bit: u32) -> bool {
     (in_page == 2 && bit == 2) || wal.meaningless.iter().any(|range| range.contains(&at))
 }
 
-/// What came is the front of what is there; and unless the bit means nothing, something is amiss.
+/// Checks that the records of the flipped WAL are a prefix of the intact ones, and that the decoder
+/// detected the flipped bit unless it is meaningless.
 fn check(sound: &Outcome, flipped: &Outcome, meaningless: bool, what: &str) {
     assert!(
         flipped.seen.len() <= sound.seen.len()
             && flipped.seen.iter().zip(&sound.seen).all(|(a, b)| a == b),
         "{what} changed a record that was handed on"
     );
-    // A length that grew waits for bytes that do not come.
+    // With a length that became larger, the decoder waits for bytes that never arrive.
     let waits = flipped.error.is_none() && flipped.open_record_lsn.is_some();
     if !meaningless {
         assert!(flipped.error.is_some() || waits, "{what} went unnoticed");
@@ -40,7 +42,7 @@ fn check(sound: &Outcome, flipped: &Outcome, meaningless: bool, what: &str) {
 
 #[test]
 fn every_flipped_bit_of_valid_wal_is_noticed_or_means_nothing() {
-    // Over the end of a segment, so that both kinds of page header are there.
+    // The WAL crosses the end of a segment, so that it contains both kinds of page header.
     let mut wal = WalWriter::new(PgVersion::V18, START.add((1 << 20) - 2 * PAGE as u64));
     wal.record(OPAQUE, b"first");
     wal.record((1, 0x00), &7_i64.to_le_bytes());
@@ -49,7 +51,8 @@ fn every_flipped_bit_of_valid_wal_is_noticed_or_means_nothing() {
     wal.record(OPAQUE, &[9; 301]);
     wal.fill(0);
     wal.record(OPAQUE, &[1; 3]);
-    // A last page proves the timeline of the ones before it, and a last record ends what waits.
+    // A last page proves the timeline of the pages before it, and a last record completes an open
+    // one.
     wal.fill(0);
     let last_page = wal.bytes.len();
     wal.record(OPAQUE, b"last");
@@ -60,7 +63,7 @@ fn every_flipped_bit_of_valid_wal_is_noticed_or_means_nothing() {
     for at in 0..wal.bytes.len() {
         for bit in 0..8 {
             flipped.bytes[at] ^= 1 << bit;
-            // Only the last page's timeline may rise unseen.
+            // Only the timeline of the last page can increase undetected.
             let timeline_of_last = (last_page + 4..last_page + 8).contains(&at);
             let meaningless = is_meaningless(&wal, at, bit)
                 || (timeline_of_last && at + bit as usize > last_page + 4);
@@ -117,7 +120,7 @@ fn wal_that_is_cut_off_gives_its_front_and_no_error() {
         assert!(sound.seen.starts_with(&outcome.seen), "cut at {length}");
         let whole = sound.seen.iter().filter(|seen| {
             let end = seen.lsn.bytes_since(START) as usize + seen.header.total as usize;
-            // Over a page's end there is a header more.
+            // Each page that it crosses has a header.
             end + 24 * (length / PAGE) <= length
         });
         assert!(outcome.seen.len() >= whole.count(), "cut at {length}");
@@ -136,7 +139,7 @@ fn flipped_bits_of_real_wal_are_noticed_or_mean_nothing() {
     for version in PgVersion::ALL {
         let (identity, start, bytes) = golden::wal(version);
         let decode = |bytes: &[u8]| decode(identity, start, 0, [bytes]);
-        // Up to the end of a record, so that none stays open.
+        // Cut at the end of a record, so that no record stays open.
         let whole = decode(&bytes);
         let last = whole.seen.last().expect("records").clone();
         let end = last.end_lsn.bytes_since(start) as usize;
@@ -151,7 +154,8 @@ fn flipped_bits_of_real_wal_are_noticed_or_mean_nothing() {
             let flipped = decode(&bytes);
             bytes[at] ^= 1 << bit;
             if flipped == sound {
-                // What of it is padding: behind a record, in a page header; or the last page's timeline.
+                // These bits have no meaning: padding after a record or in a page header, and the
+                // timeline of the last page.
                 let lsn = start.add(at as u64);
                 let behind = sound.seen.iter().rfind(|seen| seen.lsn <= lsn);
                 let padding = behind.is_none_or(|seen| seen.end_lsn.bytes_since(lsn) < 8);

@@ -1,8 +1,10 @@
-//! PostgreSQL's own WAL, 13 to 18, and what `pg_waldump` printed of it.
+//! WAL of real servers, 13 to 18, and the output of `pg_waldump` for it.
 //!
-//! `fixtures` holds the first 304 KiB of a segment in which every index type, prepared transactions, subtransactions and page
-//! images of every compression come up; the text is of the records that end in it, printed with `TZ=UTC`. `TIDEMARK_FIXTURES=DIR
-//! cargo test --release -p benches --test decoder golden` makes them anew; `zstd -19` compresses them.
+//! `fixtures` contains the first 304 KiB of a segment with every index type, prepared transactions,
+//! subtransactions and page images of every compression. The text lists the records that end in it,
+//! printed with `TZ=UTC`.
+//! `TIDEMARK_FIXTURES=DIR cargo test --release -p benches --test decoder golden` creates them
+//! again, and `zstd -19` compresses them.
 
 use std::path::Path;
 
@@ -13,18 +15,18 @@ use wal_format::{
 
 use crate::waldump::{self, Line};
 
-/// A fixture that is stored as it is.
+/// Reads a fixture that is not compressed.
 pub(crate) fn read_plain(name: &str) -> Vec<u8> {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
     std::fs::read(directory.join(name)).expect(name)
 }
 
-/// A fixture that is stored compressed.
+/// Reads a compressed fixture.
 pub(crate) fn read(name: &str) -> Vec<u8> {
     zstd::decode_all(read_plain(name).as_slice()).expect(name)
 }
 
-/// The excerpt of this version's WAL, and where it starts.
+/// Returns the identity, the start and the bytes of this version's WAL.
 pub(crate) fn wal(version: PgVersion) -> (WalIdentity, Lsn, Vec<u8>) {
     let bytes = read(&format!("pg{version}.wal.zst"));
     let page = PageHeader::parse(&bytes).expect("a page header");

@@ -1,5 +1,5 @@
-//! The decoder against WAL: made here, where a case has to be built byte by byte, and PostgreSQL's own from `fixtures`; and the
-//! parsers of a cluster's other files.
+//! Tests of the decoder with WAL that is built byte by byte here, and with WAL of real servers from
+//! `fixtures`. Also tests of the parsers of a cluster's other files.
 #![allow(
     clippy::indexing_slicing,
     clippy::arithmetic_side_effects,

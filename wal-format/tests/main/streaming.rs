@@ -1,11 +1,11 @@
-//! However the bytes are cut, the same records, the same summary and the same error come out.
+//! However the bytes are divided into pushes, the records, the summary and the error are the same.
 
 use proptest::prelude::*;
 use wal_format::{DecodeError, Lsn, PgVersion, SegmentSummary, WalIdentity, WalIndexer};
 
 use crate::writer::{OPAQUE, Outcome, PAGE, START, WalWriter, decode};
 
-/// What a record of a random WAL is.
+/// A record of random WAL.
 #[derive(Clone, Debug)]
 enum Item {
     Opaque(usize),
@@ -29,7 +29,6 @@ fn item() -> impl Strategy<Value = Item> {
     ]
 }
 
-/// WAL of these records.
 fn wal(version: PgVersion, items: &[Item]) -> WalWriter {
     let mut wal = WalWriter::new(version, START);
     for (at, item) in items.iter().enumerate() {
@@ -69,7 +68,7 @@ fn wal(version: PgVersion, items: &[Item]) -> WalWriter {
     wal
 }
 
-/// As [`decode`], of the summary builder.
+/// As [`decode`], with the summary builder.
 fn index<'a>(
     identity: WalIdentity,
     pieces: impl IntoIterator<Item = &'a [u8]>,
@@ -81,7 +80,7 @@ fn index<'a>(
     (summary, error, indexer.valid_end_lsn())
 }
 
-/// Cuts `bytes` into pieces of these lengths, over and over.
+/// Cuts `bytes` into pieces of these lengths, which are repeated.
 fn cut<'a>(bytes: &'a [u8], lengths: &[usize]) -> Vec<&'a [u8]> {
     let mut pieces = Vec::new();
     let mut rest = bytes;
@@ -96,7 +95,7 @@ fn cut<'a>(bytes: &'a [u8], lengths: &[usize]) -> Vec<&'a [u8]> {
     pieces
 }
 
-/// The decoder's and the summary builder's answer must not depend on the cuts.
+/// Checks that the results of the decoder and the summary builder do not depend on the cuts.
 fn check(wal: &WalWriter, lengths: &[usize], window: usize) -> Outcome {
     let (identity, bytes) = (wal.identity, wal.bytes.as_slice());
     let whole = decode(identity, START, window, [bytes]);
@@ -123,7 +122,7 @@ proptest! {
         let wal = wal(version, &items);
         let outcome = check(&wal, &lengths, window);
         prop_assert_eq!(outcome.error, None);
-        // What follows a switch is not a record.
+        // The unused bytes after a switch are not a record.
         prop_assert!(outcome.valid_end_lsn <= wal.position());
         prop_assert!(outcome.open_record_lsn.is_none());
     }
@@ -154,12 +153,12 @@ proptest! {
         let mut wal = WalWriter::new(version, START);
         wal.bytes.clone_from(&bytes);
         check(&wal, &lengths, usize::MAX);
-        // Behind a sound page header: the record decoder's turn.
+        // After a valid page header, the bytes reach the record decoder.
         wal.bytes.clear();
         wal.page(0, 0);
         wal.bytes.extend(bytes);
         check(&wal, &lengths, usize::MAX);
-        // In a record whose CRC is right: the structure's turn.
+        // In a record with a correct CRC, the bytes reach the decoder of the body's structure.
         let body = wal.bytes.split_off(40);
         wal.record_of((1, 0x80), &body);
         wal.record_of((0, 0x00), &body);

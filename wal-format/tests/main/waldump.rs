@@ -1,6 +1,7 @@
-//! The decoder's records as lines of `pg_waldump`, and the lines it printed cut down to what both say.
+//! The decoder's records as lines of `pg_waldump`, and its printed lines, both reduced to the facts
+//! that both contain.
 //!
-//! Used by the golden files here and, against real servers, by `benches/tests/decoder.rs`.
+//! The golden files here use it, and so does `benches/tests/decoder.rs` with real servers.
 
 use std::fmt::Write;
 
@@ -9,20 +10,21 @@ use wal_format::{
     WalRecord, decoder::WINDOW_BYTES, error::DecodeErrorKind,
 };
 
-/// What `pg_waldump` prints of a record and we know too.
+/// The facts about a record that `pg_waldump` prints and the decoder knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Line {
     pub(crate) lsn: Lsn,
-    /// Up to the description.
+    /// The line up to the description.
     pub(crate) facts: String,
-    /// Of a transaction's end: its time, behind the prepared transaction's xid where there is one.
+    /// The end of a transaction: its kind, the xid of the prepared transaction if there is one, and
+    /// its time.
     pub(crate) end: Option<String>,
-    /// `, blkref …`, as often as there are blocks.
+    /// `, blkref …` once for each block.
     pub(crate) blocks: String,
 }
 
 impl Line {
-    /// Reads a printed line; `None` for any other text.
+    /// Parses a printed line. Returns `None` for any other text.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let (facts, description) = text.split_once(", desc: ")?;
         let (facts, numbers) = facts.split_once(", lsn: ")?;
@@ -61,7 +63,8 @@ fn facts_of(manager: &str, length: &str, total: &str, xid: &str, previous: Lsn) 
     format!("{manager} {length}/{total} tx {xid} prev {previous}")
 }
 
-/// The time in `COMMIT_PREPARED 740: 2026-11-21 08:00:00.123456 UTC; …`.
+/// Returns the kind, the prepared transaction and the time, for example of
+/// `COMMIT_PREPARED 740: 2026-11-21 08:00:00.123456 UTC; …`.
 fn end_of(manager: &str, description: &str) -> Option<String> {
     if manager != "Transaction" {
         return None;
@@ -83,7 +86,7 @@ fn end_of(manager: &str, description: &str) -> Option<String> {
     Some(format!("{kind} {time}"))
 }
 
-/// Every record of `pieces`, and the summary of them.
+/// Returns a line for every record of `pieces`, and their summary.
 pub(crate) fn lines<'a>(
     identity: WalIdentity,
     start: Lsn,
@@ -114,7 +117,7 @@ pub(crate) fn lines<'a>(
             }),
     );
     for line in &mut sink.0 {
-        // A record has one end at most; there are few prepared transactions.
+        // A record has at most one end, and there are few prepared transactions.
         if line.facts.starts_with("Transaction ") {
             let at =
                 ends[..summary.transactions.len()].binary_search_by_key(&line.lsn, |end| end.0);
@@ -145,7 +148,7 @@ fn end_text(end: &wal_format::TransactionEnd) -> String {
     }
 }
 
-/// As `timestamptz_to_str` prints it.
+/// Prints the time as `timestamptz_to_str` does.
 fn clock(time: wal_format::PgTimestamp) -> String {
     time.to_string().replace('T', " ").replace('Z', "")
 }

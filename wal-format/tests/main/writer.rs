@@ -1,4 +1,5 @@
-//! A small WAL writer: records laid over pages and segments as PostgreSQL lays them, and a sink that remembers what came.
+//! A small WAL writer that divides records into pages and segments as PostgreSQL does, and a sink
+//! that keeps every record.
 
 use std::ops::Range;
 
@@ -13,7 +14,7 @@ pub(crate) const LONG: usize = 40;
 pub(crate) const SEGMENT: u64 = 1 << 20;
 /// The start of a segment.
 pub(crate) const START: Lsn = Lsn(5 << 20);
-/// Of the resource manager `LogicalMessage`, which nobody looks into.
+/// A record of the resource manager `LogicalMessage`, whose content is not interpreted.
 pub(crate) const OPAQUE: (u8, u8) = (21, 0);
 pub(crate) const SWITCH: (u8, u8) = (0, 0x40);
 pub(crate) const OVERWRITE_CONTRECORD: (u8, u8) = (0, 0xD0);
@@ -33,7 +34,7 @@ pub(crate) struct WalWriter {
     pub(crate) bytes: Vec<u8>,
     pub(crate) previous: Lsn,
     pub(crate) timeline: u32,
-    /// Ranges of `bytes` that carry no meaning: padding, and what follows a switch.
+    /// Ranges of `bytes` without a meaning: padding, and the bytes after a switch.
     pub(crate) meaningless: Vec<Range<usize>>,
 }
 
@@ -53,12 +54,12 @@ impl WalWriter {
         self.start.add(self.bytes.len() as u64)
     }
 
-    /// Bytes left on the page; 0 at its end.
+    /// Returns the bytes left on the page, 0 at its end.
     pub(crate) fn left(&self) -> usize {
         (PAGE - self.bytes.len() % PAGE) % PAGE
     }
 
-    /// Begins a page, where one begins.
+    /// Writes a page header if the position is the start of a page.
     pub(crate) fn page(&mut self, flags: u16, remaining: usize) {
         if !self.bytes.len().is_multiple_of(PAGE) {
             return;
@@ -83,18 +84,18 @@ impl WalWriter {
         }
     }
 
-    /// Where the next record starts.
+    /// Returns the start of the next record.
     pub(crate) fn next_record(&mut self) -> Lsn {
         self.page(0, 0);
         self.position()
     }
 
-    /// A record of main data; where it starts.
+    /// Writes a record with main data only. Returns its start.
     pub(crate) fn record(&mut self, kind: (u8, u8), main_data: &[u8]) -> Lsn {
         self.record_of(kind, &body(main_data))
     }
 
-    /// A record of this body.
+    /// Writes a record with this body. Returns its start.
     pub(crate) fn record_of(&mut self, kind: (u8, u8), body: &[u8]) -> Lsn {
         let lsn = self.next_record();
         let record = self.encode(kind, body);
@@ -104,7 +105,7 @@ impl WalWriter {
         lsn
     }
 
-    /// A record's bytes, if it were next.
+    /// Returns the bytes that a record would have here.
     pub(crate) fn encode(&self, (rmid, info): (u8, u8), body: &[u8]) -> Vec<u8> {
         let mut record = Vec::new();
         record.extend(((24 + body.len()) as u32).to_le_bytes());
@@ -117,7 +118,7 @@ impl WalWriter {
         record
     }
 
-    /// Lays bytes over as many pages as they need.
+    /// Writes bytes to as many pages as they need.
     pub(crate) fn lay(&mut self, record: &[u8]) {
         let mut rest = record;
         while !rest.is_empty() {
@@ -141,12 +142,13 @@ impl WalWriter {
         self.bytes.resize(end, 0);
     }
 
-    /// Fills the page with opaque records until exactly `left` bytes are left on it; `left` is a multiple of 8.
+    /// Fills the page with an opaque record until exactly `left` bytes are left on it. `left` is a
+    /// multiple of 8.
     pub(crate) fn fill(&mut self, left: usize) {
         self.next_record();
         let room = self.left() - left;
         assert!(room >= 32 && room.is_multiple_of(8), "no room: {room}");
-        // A long main data header takes five bytes.
+        // The header of long main data takes five bytes.
         let body = room - 24;
         let body = if body < 260 {
             self::body(&vec![7; body - 2])
@@ -157,7 +159,8 @@ impl WalWriter {
         assert_eq!(self.left(), left);
     }
 
-    /// A switch, and the unused rest of the segment with pages as PostgreSQL initialises them.
+    /// Writes a switch, and the unused rest of the segment with pages as PostgreSQL initialises
+    /// them.
     pub(crate) fn switch(&mut self) -> Lsn {
         let lsn = self.record_of(SWITCH, &[]);
         while !self.position().0.is_multiple_of(SEGMENT) {
@@ -170,7 +173,7 @@ impl WalWriter {
     }
 }
 
-/// A body of main data alone.
+/// Returns a body with main data only.
 pub(crate) fn body(main_data: &[u8]) -> Vec<u8> {
     let mut body = Vec::new();
     match u8::try_from(main_data.len()) {
@@ -185,7 +188,7 @@ pub(crate) fn body(main_data: &[u8]) -> Vec<u8> {
     body
 }
 
-/// What came of a record.
+/// A record as the sink received it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Seen {
     pub(crate) lsn: Lsn,
@@ -194,7 +197,7 @@ pub(crate) struct Seen {
     pub(crate) body: Vec<u8>,
 }
 
-/// Remembers everything; asks for this much of each body.
+/// Keeps every record, with `window` bytes of each body.
 #[derive(Debug)]
 pub(crate) struct Remember {
     pub(crate) window: usize,
@@ -217,7 +220,7 @@ impl RecordSink for Remember {
     }
 }
 
-/// What a decoder made of bytes.
+/// The result of decoding.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
     pub(crate) seen: Vec<Seen>,

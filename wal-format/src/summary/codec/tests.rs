@@ -1,4 +1,5 @@
-//! The summary's bytes: every summary comes back, no input is too hostile, and a transaction is small.
+//! Tests of the encoding: every summary is decoded to itself, hostile input is refused, and a
+//! transaction is small.
 
 use proptest::prelude::*;
 
@@ -155,7 +156,7 @@ fn hostile_counts_are_refused_before_anything_is_allocated() {
             DecodeSummaryError::UnknownEvent { tag: 99 },
         ),
         (&[0, 0, 0, 1, 0, 8, 0, 1, 0xFF], DecodeSummaryError::Utf8),
-        // An eleventh byte of a number, and a tenth with more than one bit.
+        // A number with an eleventh byte, or with a tenth that has more than one bit.
         (&[0x80; 12], DecodeSummaryError::Range),
     ];
     for (bytes, error) in cases {
@@ -165,7 +166,8 @@ fn hostile_counts_are_refused_before_anything_is_allocated() {
 
 #[test]
 fn thirty_thousand_transactions_cost_less_than_five_bytes_each_even_uncompressed() {
-    // A segment of nothing but small transactions: 500 bytes and 300 µs apart, give or take, xids nearly in order.
+    // A segment full of small transactions, about 500 bytes and 300 µs apart, with xids nearly in
+    // order.
     let mut state = 0x9E37_79B9_7F4A_7C15_u64;
     let mut noise = |below: u64| {
         state ^= state << 13;
