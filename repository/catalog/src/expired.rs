@@ -1,4 +1,4 @@
-//! What expired counts as absent: the catalog remembers it, and forgets the ranges and backups that it names.
+//! Keeps the catalog's copy of what expired, and removes the ranges and backups that it names.
 
 use repository::{ExpiredSet, Repository, Result, WalRange, expire::Index};
 use rocksdb::WriteBatch;
@@ -9,7 +9,7 @@ use super::{
 };
 
 impl Catalog {
-    /// What counts as absent because it expired.
+    /// Returns the backups and WAL that readers treat as absent because they expired.
     ///
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog).
@@ -20,8 +20,9 @@ impl Catalog {
         }
     }
 
-    /// Asks the repository what expired, and forgets that. True when something came back that was expired, because a
-    /// record was removed or a place that keeps longer answers again: then a refresh finds it.
+    /// Reads from the repository what expired, and removes it from the catalog. Returns true if
+    /// something that had expired is no longer expired, because a record was removed or a mirror
+    /// that keeps data longer answers again. A refresh then finds it.
     ///
     /// # Errors
     /// [`Error::Store`](repository::Error::Store), [`Error::Catalog`](repository::Error::Catalog).

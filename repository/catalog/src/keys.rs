@@ -1,4 +1,5 @@
-//! The keys of the catalog: fixed width, big-endian, so that their order is that of what they stand for.
+//! The keys of the catalog: fixed width and big-endian, so that they sort in the order of the
+//! numbers in them.
 
 use repository::{WalRange, WalRangeKind};
 use wal_format::{Branch, Lsn, SegmentNo, TimelineId};
@@ -20,7 +21,7 @@ pub(super) fn parse_branch(key: &[u8]) -> Option<Branch> {
     })
 }
 
-/// Branch (8), segment (8): what all ranges of one segment begin with.
+/// Branch (8), segment (8): the prefix of the keys of all ranges of one segment.
 pub(super) fn segment(branch_of: Branch, segment: SegmentNo) -> [u8; 16] {
     let mut key = [0; 16];
     key[..8].copy_from_slice(&branch(branch_of));

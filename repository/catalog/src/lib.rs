@@ -11,7 +11,7 @@
 //! | `timelines` | branch | the history file, empty for timeline 1 |
 //! | `backups` | name | `backup.json` |
 //!
-//! Numbers in keys are big-endian, so that RocksDB's order is theirs.
+//! Numbers in keys are big-endian, so that RocksDB sorts keys in numerical order.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -38,8 +38,8 @@ mod refresh;
 
 pub use refresh::RefreshReport;
 
-/// The memory that RocksDB is configured to use: the block cache, and write buffers, of which two
-/// may be in flight.
+/// The memory that RocksDB is configured to use: the block cache, and the write buffers, of which
+/// two may be in use at the same time.
 pub const MEMORY_BYTES: usize = open::BLOCK_CACHE_BYTES + 2 * open::WRITE_BUFFER_BYTES;
 
 const META: &str = "meta";
@@ -65,37 +65,37 @@ pub struct Catalog {
     db: DB,
     path: PathBuf,
     identity: ClusterIdentity,
-    /// Objects that could not be understood when it was opened for a restore.
+    /// Objects that could not be parsed when the catalog was opened for a restore.
     damaged_objects: Vec<(String, String)>,
-    /// Timelines whose history file was lost when it was opened for a restore.
+    /// Timelines whose history file was lost when the catalog was opened for a restore.
     lost_histories: Vec<LostHistory>,
-    /// Holds the directory of a catalog that lives only as long as this.
+    /// The directory of a temporary catalog. It is removed when the catalog is dropped.
     _temporary: Option<TempDir>,
 }
 
 impl Catalog {
-    /// Objects that could not be understood when it was [opened for a
-    /// restore](Self::open_for_restore), with the reason. They count as missing; one that an older
-    /// catalog knows already was not read again.
+    /// Returns the objects that could not be parsed when the catalog was [opened for a
+    /// restore](Self::open_for_restore), with the reason. They count as missing. An object that was
+    /// already in an older catalog was not read again.
     #[must_use]
     pub fn damaged_objects(&self) -> &[(String, String)] {
         &self.damaged_objects
     }
 
-    /// Timelines of which something is archived and whose history file was lost when the catalog
-    /// was [opened for a restore](Self::open_for_restore).
+    /// Returns the timelines with archived WAL or backups whose history file was lost when the
+    /// catalog was [opened for a restore](Self::open_for_restore).
     #[must_use]
     pub fn lost_histories(&self) -> &[LostHistory] {
         &self.lost_histories
     }
 
-    /// Whose catalog it is.
+    /// Returns the identity of the catalog's cluster.
     #[must_use]
     pub fn identity(&self) -> &ClusterIdentity {
         &self.identity
     }
 
-    /// Records a stored range and what it holds.
+    /// Records a stored range and its summary.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -121,7 +121,7 @@ impl Catalog {
         self.db.write(batch).map_err(|error| self.failed(error))
     }
 
-    /// Forgets a range. Its restore points stay while another range holds them.
+    /// Removes a range from the catalog. A restore point stays if another range contains it.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -141,7 +141,7 @@ impl Catalog {
         self.db.write(batch).map_err(|error| self.failed(error))
     }
 
-    /// Returns true if a range other than `but` tells of the record at `lsn`.
+    /// Returns true if a range other than `but` has an event at `lsn`.
     fn held_elsewhere(&self, but: &WalRange, lsn: Lsn) -> Result<bool> {
         for range in self.of_segment(but)? {
             if range != *but && self.events(&range)?.iter().any(|(at, _)| *at == lsn) {
@@ -151,7 +151,7 @@ impl Catalog {
         Ok(false)
     }
 
-    /// Every range, tails beside sealed segments, of the segment that `like` belongs to.
+    /// Returns every range of the segment of `like`: tails as well as the sealed segment.
     fn of_segment(&self, like: &WalRange) -> Result<Vec<WalRange>> {
         let prefix = keys::segment(like.branch, like.segment);
         let mut found = Vec::new();
@@ -174,7 +174,7 @@ impl Catalog {
         self.put(BACKUPS, backup.id.as_str().as_bytes(), &json)
     }
 
-    /// Forgets a base backup.
+    /// Removes a base backup from the catalog.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -183,7 +183,7 @@ impl Catalog {
         deleted.map_err(|error| self.failed(error))
     }
 
-    /// The base backups, oldest first.
+    /// Returns the base backups, oldest first.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -194,7 +194,7 @@ impl Catalog {
             .collect()
     }
 
-    /// Records a timeline and its history file; `None` for timeline 1.
+    /// Records a timeline and its history file. `content` is `None` for timeline 1.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -206,7 +206,8 @@ impl Catalog {
         )
     }
 
-    /// The timelines in order of their numbers, with their history.
+    /// Returns the timelines by number, each with its parsed history and its history file. Timeline
+    /// 1 has no history and an empty file.
     ///
     /// # Errors
     /// [`Error::CatalogEntry`] for a history that does not parse.
@@ -225,9 +226,9 @@ impl Catalog {
         Ok(branches)
     }
 
-    /// The ranges of `branch` that reach into `[from, to)`, in order: sealed segments, and tails
-    /// only where there is no sealed one. Tails of two archivers may overlap; none lies wholly
-    /// inside of what comes before it.
+    /// Returns the ranges of `branch` that overlap `[from, to)`, in order: sealed segments, and
+    /// tails only for segments that are not sealed. Tails of two archivers may overlap, but none is
+    /// completely inside a preceding one.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -266,8 +267,8 @@ impl Catalog {
         Ok(chosen)
     }
 
-    /// The end of the WAL that is held without a gap from `from` on; `from` itself where nothing
-    /// is.
+    /// Returns the end of the WAL that is archived without a gap from `from` on, or `from` if there
+    /// is none.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -282,7 +283,7 @@ impl Catalog {
         Ok(end)
     }
 
-    /// Everything that the footer of a range's object says.
+    /// Returns the summary from the footer of a range's object.
     ///
     /// # Errors
     /// [`Error::CatalogEntry`].
@@ -292,7 +293,7 @@ impl Catalog {
         SegmentSummary::decode(range.start_lsn, &value).map_err(|_| self.damaged(COMMIT_TIMES))
     }
 
-    /// The transactions that end in a range, in LSN order.
+    /// Returns the transactions that end in a range, in LSN order.
     ///
     /// # Errors
     /// As [`Catalog::summary`].
@@ -300,7 +301,7 @@ impl Catalog {
         Ok(self.summary(range)?.transactions)
     }
 
-    /// The other events of a range, in LSN order.
+    /// Returns the other events of a range, in LSN order.
     ///
     /// # Errors
     /// As [`Catalog::summary`].
@@ -308,7 +309,7 @@ impl Catalog {
         Ok(self.summary(range)?.events)
     }
 
-    /// Every restore point: where, when, and its name.
+    /// Returns every restore point with its LSN, its time and its name.
     ///
     /// # Errors
     /// [`Error::CatalogEntry`].
@@ -323,17 +324,17 @@ impl Catalog {
         Ok(points)
     }
 
-    /// Makes the catalog equal to the repository: adds what only the repository has, forgets what
-    /// it has no more. Reads the ends of objects, never their bodies.
+    /// Makes the catalog equal to the repository: adds entries of new objects, and removes entries
+    /// of objects that no longer exist. Reads the ends of objects, never their bodies.
     ///
     /// # Errors
-    /// [`Error::Store`] when the repository cannot be listed or read. A damaged object is no error:
-    /// it is named in the report and counts as missing.
+    /// [`Error::Store`] when the repository cannot be listed or read. A damaged object is not an
+    /// error: the report names it, and it counts as missing.
     pub fn refresh(&self, repository: &Repository) -> Result<RefreshReport> {
         refresh::refresh(self, repository)
     }
 
-    /// Every entry of every family but `meta`, for comparisons.
+    /// Returns every entry of every family except `meta`, for comparisons.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -347,7 +348,7 @@ impl Catalog {
         Ok(dump)
     }
 
-    /// Every range that is recorded, in key order.
+    /// Returns the key of every recorded range, in key order.
     fn all_ranges(&self) -> Result<BTreeSet<Vec<u8>>> {
         Ok(self
             .all(SEGMENTS)?
@@ -435,8 +436,8 @@ impl WalIndex for Catalog {
     }
 }
 
-/// Of the tails of one segment: those that carry the coverage forward, the longest first where
-/// several begin in it.
+/// Adds those tails of one segment to `chosen` that extend the covered range. Of tails with the
+/// same start, the longest comes first.
 fn choose_tails(chosen: &mut Vec<WalRange>, mut tails: Vec<WalRange>) {
     tails.sort_by_key(|tail| (tail.start_lsn, std::cmp::Reverse(tail.end_lsn)));
     let mut end = Lsn::ZERO;

@@ -1,4 +1,4 @@
-//! Opens a catalog: the archiver's own, one in memory, or a copy for a restore.
+//! Opens a catalog: the archiver's own, one in memory, or a temporary copy for a restore.
 
 use std::{
     path::{Path, PathBuf},
@@ -11,17 +11,18 @@ use tempfile::TempDir;
 
 use super::{Catalog, EXPIRED, FAMILIES, IDENTITY, META};
 
-/// Bytes of blocks read that RocksDB may keep, for all catalogs of the process together.
+/// The size of RocksDB's block cache in bytes, for all catalogs of the process together.
 pub(super) const BLOCK_CACHE_BYTES: usize = 16 << 20;
-/// The size of RocksDB's write buffers, for all families together.
+/// The size of RocksDB's write buffers in bytes, for all families of a catalog together.
 pub(super) const WRITE_BUFFER_BYTES: usize = 8 << 20;
 
 impl Catalog {
-    /// Opens or creates the catalog in `directory`; no other process can while it is open.
+    /// Opens or creates the catalog in `directory`. No other process can open it for writing
+    /// meanwhile.
     ///
     /// # Errors
-    /// [`Error::CatalogLocked`], [`Error::CatalogMismatch`] for another cluster's,
-    /// [`Error::Catalog`] for a damaged one.
+    /// [`Error::CatalogLocked`] if another process has it open, [`Error::CatalogMismatch`] if it
+    /// belongs to another cluster, [`Error::Catalog`] if it is damaged.
     pub fn open(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
         durable::create_dir_all(directory).map_err(|error| Error::Catalog {
             path: directory.to_owned(),
@@ -31,8 +32,9 @@ impl Catalog {
         Self::open_at(path.clone(), &path, options(), identity, None)
     }
 
-    /// A catalog that lives in memory, for a disk that takes nothing: with what can be read of the
-    /// one in `directory`, and up to date after the next refresh.
+    /// Creates a catalog in memory, for use when the disk cannot be written. It begins as a copy of
+    /// the catalog in `directory`, or empty if that cannot be read, and is up to date after the
+    /// next refresh.
     ///
     /// # Errors
     /// [`Error::Catalog`].
@@ -40,7 +42,8 @@ impl Catalog {
         let memory = Env::mem_env().map_err(|source| opening(directory, source))?;
         let mut options = options();
         options.set_env(&memory);
-        // A place in that memory; nothing is read or written below the directory of this name.
+        // A path in the in-memory file system. Nothing is read or written in the real directory of
+        // this name.
         let place = std::env::temp_dir();
         let catalog = Self::open_at(directory.to_owned(), &place, options, identity, None)?;
         if directory.join("CURRENT").is_file()
@@ -95,13 +98,13 @@ impl Catalog {
         Ok(catalog)
     }
 
-    /// A catalog for reading, true to the repository as it is now. The one in `directory` is used
-    /// when it can be; a running archiver's is copied; without one, or with a damaged one,
-    /// everything is read from the repository.
+    /// Opens a temporary catalog for reading that is equal to the repository as it is now. It is
+    /// copied from the catalog in `directory`, even that of a running archiver. Without a catalog,
+    /// or if it is damaged, everything is read from the repository.
     ///
     /// # Errors
-    /// [`Error::Config`] when the repository holds nothing of the cluster, [`Error::Store`] when it
-    /// cannot be read.
+    /// [`Error::Config`] when the repository contains nothing of the cluster, [`Error::Store`] when
+    /// it cannot be read.
     pub fn open_for_restore(directory: Option<&Path>, repository: &Repository) -> Result<Self> {
         let Some(identity) = repository.identity_to_restore()? else {
             return Err(Error::config(format!(
@@ -120,7 +123,8 @@ impl Catalog {
         if let Some(directory) = directory.filter(|directory| directory.join("CURRENT").is_file())
             && let Err(error) = catalog.copy_from(directory)
         {
-            // Programs that report damaged objects themselves silence this crate, but not this.
+            // Programs that report damaged objects themselves silence this crate. The separate
+            // target keeps this warning visible.
             tracing::warn!(
                 target: "catalog_unusable", event = "catalog_unusable", %error,
                 "the catalog cannot be used; reading the repository instead"
@@ -137,11 +141,12 @@ impl Catalog {
         Ok(catalog)
     }
 
-    /// The catalog of a running archiver, for looking things up: as it is now, and without its
+    /// Opens the catalog of a running archiver for reading, in its present state and without its
     /// lock.
     ///
     /// # Errors
-    /// [`Error::Catalog`] when there is none, [`Error::CatalogMismatch`] for another cluster's.
+    /// [`Error::Catalog`] when there is none, [`Error::CatalogMismatch`] if it belongs to another
+    /// cluster.
     pub fn open_read_only(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
         let db = DB::open_cf_for_read_only(&options(), directory, FAMILIES, false)
             .map_err(|source| opening(directory, source))?;
@@ -185,7 +190,8 @@ impl Catalog {
         Ok(())
     }
 
-    /// Refuses an entry of `meta` of the catalog in `directory`, if it cannot be used here.
+    /// Checks an entry of `meta` from the catalog in `directory`. Fails if the entry cannot be used
+    /// here.
     fn check_meta(&self, key: &[u8], value: &[u8], directory: &Path) -> Result<()> {
         match key {
             IDENTITY => {

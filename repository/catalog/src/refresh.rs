@@ -10,23 +10,26 @@ use wal_format::{BackupInfo, Branch, ObjectKey, SealedFooter, sealed::FooterFrom
 
 use super::{Catalog, RESTORE_POINTS, keys};
 
-/// Ends of objects that are read at a time: each read is a wait for the network.
+/// The number of objects whose ends are read in parallel. Each read waits for the network.
 const READERS: usize = 16;
-/// Objects whose ends are in memory at a time.
+/// The maximum number of objects whose ends are in memory at the same time.
 const ROUND: usize = 512;
-/// How often WAL is looked at that moves meanwhile. Each look is short: what the one before found is in the catalog.
+/// The maximum number of attempts to read listings while the archiver replaces tails by sealed
+/// segments. Each further attempt is short, because the catalog already contains what the one
+/// before found.
 const LOOKS_MAX: usize = 8;
 
-/// What a refresh did.
+/// The result of a refresh.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RefreshReport {
-    /// Ranges of WAL and backups that were new to the catalog.
+    /// The number of WAL ranges and backups that were new to the catalog.
     pub added: usize,
-    /// Those that the repository has no more.
+    /// The number of WAL ranges and backups that the repository no longer has.
     pub removed: usize,
-    /// Objects that cannot be understood, with the reason. They count as missing.
+    /// Objects that cannot be parsed, with the reason. They count as missing.
     pub damaged: Vec<(String, String)>,
-    /// Timelines of which WAL or a backup is archived, and no intact history file: no restore can follow them.
+    /// Timelines with archived WAL or backups, but without an intact history file. No restore can
+    /// follow them.
     pub lost_histories: Vec<LostHistory>,
 }
 
@@ -48,7 +51,8 @@ pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<Refr
         let name = || format!("backup {}", backup.id);
         evidence.entry(backup.branch).or_insert_with(name);
     }
-    // After the WAL: a timeline's history file is stored before the first of its WAL.
+    // The histories are read after the WAL, because a timeline's history file is stored before the
+    // first of its WAL.
     let histories = repository.histories_of(system, &evidence)?;
     for (branch, content) in &histories.known {
         catalog.put_branch(*branch, Some(content))?;
@@ -85,8 +89,10 @@ fn count_minimal(catalog: &Catalog) -> Result<()> {
     Ok(())
 }
 
-/// Reads the listings once, and puts an object of each timeline into `evidence`. Returns false when something that was listed was gone before it was read, as a tail is whose segment was sealed after
-/// the segments were listed. Then this look has seen neither, and a hole where there is none.
+/// Reads the listings once, and adds the name of one object of each timeline to `evidence`. Returns
+/// false if a listed object was gone before it was read. That happens to a tail whose segment is
+/// sealed after the segments were listed: this attempt saw neither, so the catalog has a hole that
+/// the repository does not have.
 fn refresh_ranges(
     catalog: &Catalog,
     repository: &Repository,
@@ -96,11 +102,13 @@ fn refresh_ranges(
     let system = catalog.identity.system_identifier;
     let expired = catalog.expired()?;
     let mut gone = catalog.all_ranges()?;
-    // Sealed segments after tails: one that is sealed between the listings is then seen in one of them at least.
+    // Sealed segments are listed after tails. A segment that is sealed between the two listings is
+    // then in at least one of them.
     let tails = repository.list(&format!("{system}/tail/"))?;
     let segments = repository.list(&format!("{system}/wal/"))?;
     let (mut sealed, mut is_still) = (BTreeSet::new(), true);
-    // A bucket that lets nothing go keeps every tail for ever: one whose segment is sealed and sound is not read.
+    // A bucket that denies deletions keeps every tail forever. Do not read a tail whose segment is
+    // sealed and intact.
     for mut listed in [segments, tails] {
         listed.retain(|(key, size)| {
             let Some(skeleton) = skeleton(catalog, key, *size) else {
@@ -142,7 +150,7 @@ fn refresh_ranges(
         catalog.remove_range(&range)?;
         report.removed += 1;
     }
-    // Timeline 1 has no history file; what is archived of it says that it exists.
+    // Timeline 1 has no history file. Its archived objects prove that it exists.
     for branch in evidence.keys().filter(|branch| branch.digest == [0; 4]) {
         catalog.put_branch(*branch, None)?;
     }
@@ -153,7 +161,8 @@ fn refresh_ranges(
     Ok(is_still)
 }
 
-/// What an object's name and end say of it, from the catalog where that knows it; `None` when it is no WAL of ours.
+/// Returns the description of an object from its key and its footer, or from the catalog if it is
+/// recorded there. Returns `None` if the object is not WAL of this cluster.
 pub(super) fn range_of(
     catalog: &Catalog,
     repository: &Repository,
@@ -171,7 +180,7 @@ pub(super) fn range_of(
     Ok((range.key(&catalog.identity) == *key).then_some(range))
 }
 
-/// Puts what an object's end says into the catalog; whether it could.
+/// Records an object's footer in the catalog. Returns whether that was possible.
 fn add(
     catalog: &Catalog,
     (key, size): (&ObjectKey, u64),
@@ -196,7 +205,8 @@ fn add(
             report.added += 1;
             return Ok(true);
         }
-        // Replaced by its sealed segment since it was listed: the next look has that.
+        // Its sealed segment replaced the tail after the listing. The next attempt finds the
+        // segment.
         Err(error) if error.is_not_found() => {}
         Err(Error::Damaged { key, problem, .. }) => {
             tracing::error!(%key, %problem, "a damaged object counts as missing");
@@ -207,7 +217,7 @@ fn add(
     Ok(false)
 }
 
-/// The ends of a round's objects, in its order.
+/// Reads the footers of a round's objects, in the same order.
 fn read_footers(repository: &Repository, round: &[(ObjectKey, u64)]) -> Vec<Result<SealedFooter>> {
     let share = round.len().div_ceil(READERS).max(1);
     thread::scope(|scope| {
@@ -232,7 +242,7 @@ fn read_footers(repository: &Repository, round: &[(ObjectKey, u64)]) -> Vec<Resu
 
 fn sound_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<SealedFooter> {
     match repository.footer(key, size) {
-        // Another place may have it as it was.
+        // Another mirror may have an intact copy.
         Err(Error::Damaged { .. }) => repository
             .get(key)
             .and_then(|object| footer_of(repository, key, &object)),
@@ -240,7 +250,7 @@ fn sound_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<S
     }
 }
 
-/// What the key alone says of a range: enough to find it in the catalog.
+/// Returns what the key alone says about a range, which is enough to find it in the catalog.
 fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
     let segment_size = catalog.identity.wal_segment_size;
     let (branch, name, kind, tail) = match key {

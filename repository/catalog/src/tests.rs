@@ -1,4 +1,4 @@
-//! The catalog against real containers in a real folder.
+//! Tests of the catalog with real objects in a folder.
 
 use std::sync::{
     Arc,
@@ -75,7 +75,7 @@ fn summary(start: Lsn) -> SegmentSummary {
     }
 }
 
-/// Stores a range of zeros with a summary, and records it, as the archiver does.
+/// Stores a range of zeros with a summary, and records it in the catalog as the archiver does.
 fn store(fixture: &Fixture, kind: WalRangeKind, start: u64, end: u64) -> WalRange {
     let identity = identity();
     let header = SealedHeader {
@@ -152,7 +152,8 @@ fn a_rebuilt_catalog_is_equal() {
         fixture.catalog.dump().expect("a dump")
     );
     assert!(rebuilt.dump().expect("a dump").len() > 12);
-    // A running archiver's catalog is locked and is copied; what is not in it yet is read from the repository.
+    // The catalog of a running archiver is locked, so it is copied. Entries that it lacks are read
+    // from the repository.
     fixture.catalog.remove_range(&tail).expect("it forgets");
     let copied =
         Catalog::open_for_restore(Some(&fixture.path), &fixture.repository).expect("it copies");
@@ -161,7 +162,7 @@ fn a_rebuilt_catalog_is_equal() {
         rebuilt.dump().expect("a dump")
     );
     assert_eq!(copied.restore_points().expect("points").len(), 5);
-    // What the repository has no more is forgotten.
+    // Objects that the repository no longer has are removed from the catalog.
     fixture
         .repository
         .delete(&tail.key(&identity()))
@@ -226,7 +227,8 @@ fn what_is_sealed_while_a_catalog_is_made_leaves_no_hole() {
     let body = fixture.repository.get(&sealed).expect("it is there");
     fixture.repository.delete(&sealed).expect("it goes");
     let tail = store(&fixture, WalRangeKind::Tail, start, start + 5000).key(&identity());
-    // Makes a catalog; the segment takes its tail's place after so many listings.
+    // Creates a catalog. During the listing with number `seal_after`, the segment replaces its
+    // tail.
     let make = |seal_after: usize| {
         let listings = Arc::new(AtomicUsize::new(0));
         let (repository, body) = (fixture.repository.clone(), body.clone());

@@ -1,5 +1,6 @@
-//! A removal that was decided is completed after every interruption: a store that fails at each
-//! deletion in turn, one that deletes nothing, two hosts that decide at once, and readers meanwhile.
+//! A removal that was decided is completed after every interruption. The tests use a store that
+//! fails at each deletion in turn, a store that deletes nothing, two hosts that decide at the same
+//! time, and concurrent readers.
 
 use std::{
     collections::BTreeMap,
@@ -32,7 +33,8 @@ const SYSTEM: SystemIdentifier = SystemIdentifier(7);
 const HOUR: i64 = 3_600_000_000;
 const NOW: PgTimestamp = PgTimestamp(1000 * HOUR);
 
-/// Lets so many objects go; then it fails, or says that they are locked.
+/// A store that deletes `deletions` objects. After that it fails, or reports that objects are
+/// locked.
 #[derive(Debug)]
 struct Moody {
     store: LocalStore,
@@ -107,7 +109,7 @@ fn id(number: u64) -> BackupId {
 }
 
 impl Scene {
-    /// Sixteen segments, an hour each, and a backup in every fourth.
+    /// Creates sixteen segments, an hour each, and a backup in every fourth.
     fn new() -> Self {
         let directory = tempfile::tempdir().expect("a directory");
         let store = Arc::new(Moody {
@@ -239,7 +241,7 @@ impl Scene {
     fn plan(&self) -> (ExpiredSet, ExpirePlan) {
         let expired = self.repository.expired(SYSTEM).expect("records");
         let catalog = Catalog::open_for_restore(None, &self.repository).expect("a catalog");
-        // The last backup and the one before lead to the window.
+        // The window needs the last backup and the one before.
         let times = (PgTimestamp(NOW.0 - 9 * HOUR), NOW);
         let holding = Holding::read(&self.repository, &self.identity, &catalog, times, &expired);
         let policy = RetentionPolicy {
@@ -281,7 +283,7 @@ impl Scene {
         listed.into_iter().map(|(key, _)| key.to_string()).collect()
     }
 
-    /// What a reader sees: backups, and whether each has its WAL.
+    /// Returns the backups that a reader sees, and whether each has its WAL.
     fn reader(&self) -> Vec<(String, bool)> {
         let catalog = Catalog::open_for_restore(None, &self.repository).expect("a catalog");
         let seen = |backup: BackupInfo| {
@@ -313,7 +315,8 @@ fn a_sweep_that_is_cut_off_anywhere_goes_on_and_readers_see_only_what_is_whole()
     let clean = Scene::new();
     assert!(clean.mark(0x10));
     let swept = clean.sweep(0x11).expect("a sweep");
-    // A backup's three objects, and the WAL between the pinned one's and the next that is kept.
+    // The three objects of a backup, and the WAL between that of the pinned backup and that of the
+    // next kept backup.
     assert_eq!((swept.objects, swept.locked), (3 + 7, 0));
     assert_eq!(clean.objects("wal").len(), 9);
     assert_eq!(clean.objects("expired").len(), 1);
@@ -361,7 +364,7 @@ fn before_the_grace_is_over_every_object_is_there() {
     assert_eq!(swept, Swept::default());
     assert_eq!((scene.objects("wal"), scene.objects("backup")), before);
     assert!(!due(&expired, day, later(24)).is_empty());
-    // Taking the record back undoes it.
+    // Removing the record undoes the expiry.
     place
         .delete(&expired.records()[0].key(SYSTEM))
         .expect("it goes");
@@ -385,7 +388,7 @@ fn a_store_that_lets_nothing_go_is_no_failure() {
 fn of_two_that_decide_at_once_neither_acts() {
     let scene = Scene::new();
     let (seen, plan) = scene.plan();
-    // Another archiver, by another policy, was faster.
+    // Another archiver with another policy was faster.
     let mut other = plan.record(id(0x20), NOW, "another".to_owned());
     other.backups[0].id = id(2);
     let json = serde_json::to_vec(&other).expect("JSON");
@@ -397,7 +400,7 @@ fn of_two_that_decide_at_once_neither_acts() {
     let marked = mark(&scene.repository, SYSTEM, &plan, &seen, record).expect("it writes");
     assert_eq!(marked, None);
     assert_eq!(scene.objects("expired").len(), 1, "ours was taken back");
-    // Looked at again, what is left is enough.
+    // On the next attempt, the rest is enough.
     assert!(scene.mark(0x10) || scene.plan().1.is_empty());
     let reader = scene.reader();
     assert!(
@@ -406,7 +409,7 @@ fn of_two_that_decide_at_once_neither_acts() {
     );
 }
 
-/// The requests of `open` by kind, in the words of an observed store.
+/// Returns the number of requests of `open_for_restore` by kind, as an observed store names them.
 fn requests(repository: &Repository, directory: Option<&Path>) -> BTreeMap<&'static str, usize> {
     let counts = Arc::new(Mutex::new(BTreeMap::new()));
     let counted = Arc::clone(&counts);
@@ -431,7 +434,7 @@ fn a_restore_uses_the_catalog_of_an_archive_of_which_something_expired() {
     let catalog = Catalog::open(directory.path(), &scene.identity).expect("a catalog");
     catalog.refresh(&scene.repository).expect("it refreshes");
     assert!(!catalog.expired().expect("it is known").is_empty());
-    // The archiver that owns it may run.
+    // The archiver that owns the catalog may be running.
     let with = requests(&scene.repository, Some(directory.path()));
     drop(catalog);
     let without = requests(&scene.repository, None);

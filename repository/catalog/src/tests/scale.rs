@@ -1,6 +1,6 @@
-//! A catalog of very many segments: what a rebuild reads, and what it takes.
+//! A catalog of very many segments: the requests, the time and the memory of a rebuild.
 //!
-//! `TIDEMARK_LONG=1` makes it a million, and prints time, memory and requests.
+//! With `TIDEMARK_LONG=1` there are a million segments. Time, memory and requests are printed.
 
 use std::{
     collections::BTreeMap,
@@ -17,9 +17,9 @@ use repository::{ExpiredSet, ObjectMeta, PutOutcome, expire::Holding};
 
 use super::*;
 
-/// Commits in each segment.
+/// The number of commits in each segment.
 const COMMITS: u64 = 20;
-/// Where the copy of the header stands in a footer, and its fields in it: `FORMAT.md`.
+/// Offsets in a footer: of the copy of the header, and of fields in it (`FORMAT.md`).
 const HEADER_AT: usize = 16;
 const LSNS_AT: usize = HEADER_AT + 40;
 const HEADER_CRC_AT: usize = HEADER_AT + 64;
@@ -28,7 +28,7 @@ fn small() -> SegmentSize {
     SegmentSize::new(1 << 20).expect("a size")
 }
 
-/// A bucket of segments that are made when they are asked for, and a count of what was.
+/// A bucket that generates segments when they are read, and counts the requests.
 #[derive(Debug)]
 struct Generated {
     segments: u64,
@@ -88,7 +88,8 @@ impl Generated {
         }
     }
 
-    /// The template with another place in the WAL: in its footer that is the header's copy and two checksums.
+    /// Returns the template for another position in the WAL: the header's copy in the footer and
+    /// two checksums are replaced.
     fn object(&self, number: u64) -> Vec<u8> {
         let mut object = self.template.clone();
         let header = header(number);
@@ -194,7 +195,7 @@ impl ObjectStore for Generated {
     }
 }
 
-/// The most memory that this process ever had.
+/// Returns the peak memory of this process in MiB.
 fn peak_mib() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
     let line = status.lines().find(|line| line.starts_with("VmHWM"));
@@ -243,7 +244,8 @@ fn a_rebuild_reads_summaries_and_never_a_segment() {
         before,
         peak_mib()
     );
-    // Retention looks at names only: what the catalog knows is not read again, and nothing is kept for each segment.
+    // Retention needs names only: it reads nothing again that the catalog contains, and keeps
+    // nothing in memory per segment.
     let (began, before) = (Instant::now(), peak_mib());
     let times = (PgTimestamp(2000), PgTimestamp(3000));
     let holding = Holding::read(
@@ -258,14 +260,15 @@ fn a_rebuild_reads_summaries_and_never_a_segment() {
     let branch = &holding.branches[0];
     assert_eq!(branch.wal.iter().count(), 1);
     assert_eq!((branch.young_from, branch.is_dated), (None, true));
-    // The kernel sums per processor and roughly: the most there ever was may be told a page less later.
+    // The kernel counts memory per processor and approximately, so a later peak may be a page
+    // lower.
     let grown = peak_mib().saturating_sub(before);
     eprintln!(
         "held: {:.1} s, {grown} MiB more",
         began.elapsed().as_secs_f64()
     );
     assert!(grown < 64, "{grown} MiB");
-    // What is known is not read again.
+    // Objects that the catalog contains are not read again.
     let again = catalog.refresh(&repository).expect("it refreshes");
     assert_eq!((again.added, again.removed), (0, 0));
     assert_eq!(count(&store.ranges), segments);
