@@ -49,14 +49,15 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// The directory for a plan, given as the bytes of the plan file.
+    /// The directory for a plan, given as the bytes of the plan file. `None` if the boot ID cannot
+    /// be read.
     #[must_use]
     pub fn of_plan(plan: &[u8], destination: &Path) -> Option<Self> {
         Self::beside(&digest_of_plan(plan), destination)
     }
 
     /// The directory for a recovery without a plan, identified by the program's arguments and the
-    /// timeline.
+    /// timeline. `None` if PostgreSQL did not request a segment.
     #[must_use]
     pub fn of_arguments(name: &str, destination: &Path) -> Option<Self> {
         let asked: SegmentName = name.parse().ok()?;

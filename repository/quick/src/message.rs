@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 /// The maximum number of files in a request: the pushed file and those that wait after it.
 pub const FILES_MAX: usize = 9;
-/// A bound that the longest names do not reach.
+/// The maximum length of a request in bytes, more than the longest names need.
 const LINE_BYTES_MAX: usize = 64 << 10;
 
 /// A request. The first file is needed now, the others next.
