@@ -1,7 +1,9 @@
-//! The configuration that both programs share: [`CommonArgs`] and a TOML file, resolved to [`Settings`].
+//! The configuration that both programs share: [`CommonArgs`] and a TOML file, resolved to
+//! [`Settings`].
 //!
-//! Two types on purpose: what was typed, and what it means. Keys at the top of the file are defaults for every cluster;
-//! a table `[cluster.NAME]` overrides them; flags override both.
+//! There are separate types for the file as typed and for the resolved settings. Keys at the top of
+//! the file are defaults for every cluster. A table `[cluster.NAME]` overrides them, and flags
+//! override both.
 
 use std::{fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -33,7 +35,8 @@ pub use walsender::WalsenderSettings;
 /// The flags that every command of both programs takes, before or after it.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct CommonArgs {
-    /// The configuration. Default: `$TIDEMARK_CONFIG`, `./tidemark.toml`, `/etc/tidemark/tidemark.toml`.
+    /// The configuration. Default: `$TIDEMARK_CONFIG`, `./tidemark.toml`,
+    /// `/etc/tidemark/tidemark.toml`.
     #[arg(
         long,
         global = true,
@@ -49,7 +52,7 @@ pub struct CommonArgs {
         help_heading = "Common options"
     )]
     pub cluster: Option<ClusterName>,
-    /// Where archived objects live: `file:///dir` or `s3://bucket/prefix`.
+    /// The place of the archived objects: `file:///dir` or `s3://bucket/prefix`.
     #[arg(
         long,
         global = true,
@@ -57,7 +60,8 @@ pub struct CommonArgs {
         help_heading = "Common options"
     )]
     pub repository: Option<RepositoryUrl>,
-    /// How to reach PostgreSQL, in libpq's syntax; PG* variables, password and service files are honoured.
+    /// The connection to PostgreSQL, in libpq's syntax; PG* variables, password and service files
+    /// are honoured.
     #[arg(
         long,
         global = true,
@@ -83,35 +87,41 @@ pub struct CommonArgs {
     pub catalog: Option<PathBuf>,
 }
 
-/// `remote_flush_bytes`: a segment of the usual size; less would send a busy server's WAL twice.
+/// Default of `remote_flush_bytes`: a segment of the default size. With less, the WAL of a busy
+/// server would be uploaded twice.
 const FLUSH_BYTES_DEFAULT: u64 = 16 << 20;
-/// `gap_grace`: a standby that restarts is back by then. Until it is over nothing newer is archived, so it is not longer.
+/// Default of `gap_grace`: a standby that restarts is available again by then. No newer WAL is
+/// archived meanwhile, so it is not longer.
 const GAP_GRACE_DEFAULT: Duration = Duration::from_secs(30);
-/// `expire_interval` and `expire_grace`: a day to look at what goes, and for a restore that has begun to end.
+/// Default of `expire_interval` and `expire_grace`: a day in which an operator can check what
+/// expires, and a restore that has begun can end.
 const EXPIRE_DEFAULT: Duration = Duration::from_secs(86_400);
-/// The least `remote_flush_bytes`: below it an object costs more than what is in it.
+/// The minimum of `remote_flush_bytes`. Below it, an object costs more than its content.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
-/// The least `spool_limit_bytes`: below it every short hiccup of the repository would stop the stream.
+/// The minimum of `spool_limit_bytes`. Below it, every short outage of the repository would stop
+/// the stream.
 const SPOOL_LIMIT_MIN: u64 = 4 << 20;
-/// `primary_wal_max_bytes`: an hour of 4 MiB a second.
+/// Default of `primary_wal_max_bytes`: about an hour at 4 MiB/s.
 const PRIMARY_WAL_MAX_DEFAULT: u64 = 16 << 30;
-/// The least `primary_wal_max_bytes`: below it a checkpoint alone would count as danger.
+/// The minimum of `primary_wal_max_bytes`. Below it, a checkpoint alone would count as a danger.
 const PRIMARY_WAL_MAX_MIN: u64 = 4 << 20;
 
-/// What is protected when the spool is full and the repository takes nothing.
+/// The choice of what to protect when the spool is full and the repository accepts nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum WhenFull {
-    /// The archive: the slot holds WAL on the primary until it was taken, and may fill the primary's disk.
+    /// The archive: the slot keeps WAL on the primary until it is archived, and may fill the
+    /// primary's disk.
     #[default]
     ProtectArchive,
-    /// The primary: its slot is dropped when it holds too much; what is removed then is lost for the archive.
+    /// The primary: the slot is dropped when it keeps too much WAL. The WAL that PostgreSQL removes
+    /// then is lost to the archive.
     ProtectPrimary,
 }
 
 impl WhenFull {
-    /// As it is written in the file.
+    /// Returns the name in the configuration file.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -120,7 +130,7 @@ impl WhenFull {
         }
     }
 
-    /// What it costs, in a sentence.
+    /// Returns the consequence, in a sentence.
     #[must_use]
     pub fn cost(self) -> &'static str {
         match self {
@@ -135,82 +145,89 @@ impl WhenFull {
     }
 }
 
-/// When PostgreSQL is told that WAL is flushed.
+/// The time at which WAL is reported to PostgreSQL as flushed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Acknowledge {
-    /// When it survives power loss on this host.
+    /// When it survives a power loss of this host.
     #[default]
     Local,
-    /// When it is in the repository.
+    /// When it is stored in the repository.
     Remote,
 }
 
-/// Which of several repositories have to hold an object before it counts as stored.
+/// The repositories that must contain an object before it counts as stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Required {
-    /// One: a repository that is away holds up nothing, and catches up from another.
+    /// Any one of them. An unavailable repository delays nothing, and is later completed from
+    /// another.
     #[default]
     Any,
-    /// Every one: with `acknowledge = "remote"` no commit returns before.
+    /// All of them. With `acknowledge = "remote"`, no commit returns before that.
     All,
 }
 
-/// One cluster, resolved.
+/// The resolved settings of a cluster.
 #[derive(Clone, PartialEq)]
 pub struct ClusterSettings {
     /// Its name in the repository.
     pub name: ClusterName,
-    /// How to reach it. May hold a password: print it only parsed.
+    /// The connection to the server. It may contain a password, so print it only in parsed form.
     pub conninfo: String,
-    /// The replication slot. Default: `tidemark_` and the name.
+    /// The replication slot. Default: `tidemark_` and the cluster's name, with `_` for `-`.
     pub slot: String,
-    /// Where its objects live.
+    /// The place of its objects.
     pub repository: RepositoryPlace,
-    /// The local WAL that is not sealed yet.
+    /// The directory for local WAL that is not sealed yet.
     pub spool: PathBuf,
-    /// How much WAL may wait in the spool for the repository. Default: as much as its disk takes.
+    /// The maximum WAL in the spool that is not in the repository. Default: limited by the disk
+    /// only.
     pub spool_limit_bytes: Option<u64>,
-    /// What is protected when the spool is full. Default: the archive.
+    /// The choice of what to protect when the spool is full. Default: the archive.
     pub when_full: WhenFull,
-    /// With [`WhenFull::ProtectPrimary`]: how much WAL the slot may keep on the primary while the spool is full. Default: 16 GiB.
+    /// With [`WhenFull::ProtectPrimary`]: the maximum WAL that the slot may keep on the primary
+    /// while the spool is full. Default: 16 GiB.
     pub primary_wal_max_bytes: u64,
-    /// The index. Default: `{spool}/{name}/catalog`.
+    /// The directory of the catalog. Default: `{spool}/{name}/catalog`.
     pub catalog: PathBuf,
-    /// Servers that are asked for WAL which the first no longer has, standbys for example. Default: none. As secret as
-    /// `conninfo`.
+    /// Servers, for example standbys, from which WAL is requested that the primary no longer has.
+    /// Default: none. They may contain passwords, like `conninfo`.
     pub heal_from: Vec<String>,
-    /// Standbys on which our slot is kept, so that a failover to one of them finds the WAL that was not archived yet; they
-    /// are asked for missing WAL too, after `heal_from`. Default: none. As secret as `conninfo`.
+    /// Standbys on which a slot of ours is kept, so that a failover to one of them finds the WAL
+    /// that was not archived yet. Missing WAL is requested from them too, after `heal_from`.
+    /// Default: none. They may contain passwords, like `conninfo`.
     pub standbys: Vec<String>,
-    /// How long missing WAL is looked for before it is declared lost and archiving goes on behind it. Default: 30 s.
+    /// The time for which the archiver searches for missing WAL before it declares it lost and
+    /// continues after it. Default: 30 s.
     pub gap_grace: Duration,
-    /// When PostgreSQL is told that WAL is flushed. Default: local.
+    /// The time at which WAL is reported to PostgreSQL as flushed. Default: local.
     pub acknowledge: Acknowledge,
-    /// How long new WAL may stay out of the repository. Default: 1 s.
+    /// The maximum age of new WAL that is not in the repository yet. Default: 1 s.
     pub remote_flush_interval: Duration,
-    /// How much new WAL may stay out of the repository, however young. Default: 16 MiB.
+    /// The maximum amount of new WAL that is not in the repository yet, whatever its age. Default:
+    /// 16 MiB.
     pub remote_flush_bytes: u64,
-    /// The RPO to be held. Default: 5 s.
+    /// The target RPO. Default: 5 s.
     pub rpo_target: Duration,
-    /// The RTO to be held. Default: none is demanded.
+    /// The target RTO. Default: no target.
     pub rto_target: Option<Duration>,
     /// The age at which the newest base backup is overdue. Default: 7 days.
     pub backup_max_age: Duration,
-    /// The age at which the newest restore drill is overdue. Default: none is demanded.
+    /// The age at which the newest restore drill is overdue. Default: drills are never overdue.
     pub drill_max_age: Option<Duration>,
-    /// How often the daemon applies retention. Default: 1 day.
+    /// The interval at which the daemon applies retention. Default: 1 day.
     pub expire_interval: Duration,
-    /// How long what expired stays in the repository, hidden, before it is removed. Default: 1 day.
+    /// The time for which expired objects stay in the repository, hidden, before they are removed.
+    /// Default: 1 day.
     pub expire_grace: Duration,
-    /// How the daemon locks what the backups need. Default: not at all.
+    /// The settings with which the daemon locks the objects that backups need. Default: no locks.
     pub lock: Option<LockSettings>,
     /// zstd's level for WAL and backups. Default: 1.
     pub compression_level: i32,
-    /// Threads that seal segments. Default: 2.
+    /// The number of threads that seal segments. Default: 2.
     pub seal_threads: usize,
-    /// Where standbys stream from the archive. Default: nowhere.
+    /// The server from which standbys stream the archive. Default: none.
     pub walsender: Option<WalsenderSettings>,
 }
 
@@ -226,18 +243,18 @@ impl fmt::Debug for ClusterSettings {
     }
 }
 
-/// Everything, resolved.
+/// The resolved configuration.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// The clusters: the one that `--cluster` names, or all of the file.
+    /// The clusters: the one that `--cluster` names, or all clusters of the file.
     pub clusters: Vec<ClusterSettings>,
-    /// Where HTTP is served. Default: `127.0.0.1:8432`.
+    /// The address of the HTTP server. Default: `127.0.0.1:8432`.
     pub http: SocketAddr,
-    /// Who may see it.
+    /// The access to the HTTP server.
     pub http_access: HttpAccess,
-    /// Who is told of alerts.
+    /// The receivers of alerts.
     pub notify: Vec<NotifyTarget>,
-    /// The file that was read, if any.
+    /// The file that was read. `None` if there is none.
     pub file: Option<PathBuf>,
 }
 
@@ -303,7 +320,7 @@ impl Settings {
         })
     }
 
-    /// The one cluster that a command is about.
+    /// Returns the only cluster.
     ///
     /// # Errors
     /// [`Error::Config`] when there are several.
@@ -525,7 +542,8 @@ fn at_least(key: &str, bytes: Option<u64>, least: u64) -> Result<Option<u64>> {
     }
 }
 
-/// The file to read: the one that was named must exist, the usual places may be empty.
+/// Returns the file to read. A file that was named is returned even if it does not exist. `None` if
+/// no file was named and there is none in the usual places.
 fn find(args: &CommonArgs) -> Result<Option<PathBuf>> {
     let named = args
         .config

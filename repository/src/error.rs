@@ -1,4 +1,4 @@
-//! [`Error`]: everything that can go wrong between a program and its repository, as facts.
+//! [`Error`]: every failure between a program and its repository, with the facts.
 
 use std::{io, path::PathBuf};
 
@@ -9,7 +9,7 @@ use crate::ExitKind;
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why the repository, the catalog or the configuration could not be used.
+/// The reason why the repository, the catalog or the configuration could not be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -21,7 +21,7 @@ pub enum Error {
     Catalog {
         /// The catalog's directory.
         path: PathBuf,
-        /// What the database said.
+        /// The database's error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// An entry of the catalog cannot be read.
@@ -33,7 +33,7 @@ pub enum Error {
     CatalogEntry {
         /// The catalog's directory.
         path: PathBuf,
-        /// The key family.
+        /// The column family.
         family: &'static str,
     },
     /// Another process has the catalog open.
@@ -53,15 +53,15 @@ pub enum Error {
     CatalogMismatch {
         /// The catalog's directory.
         path: PathBuf,
-        /// What was asked for.
+        /// The expected identity.
         expected: String,
-        /// What the catalog says of itself.
+        /// The identity in the catalog.
         found: String,
     },
     /// The configuration is wrong.
     #[error("{message}")]
     Config {
-        /// What is wrong, where, and how to write it.
+        /// The problem, its place, and the correct notation.
         message: String,
     },
     /// An object with other bytes has this name already.
@@ -74,14 +74,14 @@ pub enum Error {
         /// The repository.
         url: String,
     },
-    /// An object of ours cannot be understood.
+    /// An object of ours cannot be parsed.
     #[error("{key} in {url} is damaged: {problem}")]
     Damaged {
         /// The object.
         key: String,
         /// The repository.
         url: String,
-        /// What is wrong with it.
+        /// The problem.
         problem: String,
     },
     /// The place does not hold the archive that this host writes to.
@@ -98,24 +98,25 @@ pub enum Error {
         /// The evidence.
         problem: String,
     },
-    /// A key is missing, wrong, or given where nothing is encrypted.
+    /// An encryption key is missing, wrong, or given although nothing is encrypted.
     #[error("cluster {cluster} in {url}: {problem}")]
     Key {
         /// The cluster.
         cluster: String,
         /// The repository.
         url: String,
-        /// What is wrong, and the remedy.
+        /// The problem, and the remedy.
         problem: String,
     },
-    /// The store does not let an object go: it is under a retention lock, or we may not delete.
+    /// The store refuses to delete an object: it is under a retention lock, or we have no
+    /// permission to delete.
     #[error("{key} in {url} is locked and stays: {problem}")]
     Locked {
         /// The object.
         key: String,
         /// The repository.
         url: String,
-        /// What the store said.
+        /// The store's message.
         problem: String,
     },
     /// The cluster in the repository has another major version.
@@ -130,7 +131,7 @@ pub enum Error {
         url: String,
         /// The version in the repository.
         expected: PgVersion,
-        /// The server's.
+        /// The server's version.
         found: PgVersion,
     },
     /// There is no such object.
@@ -152,7 +153,7 @@ pub enum Error {
         url: String,
         /// The size in the repository.
         expected: u64,
-        /// The server's.
+        /// The server's segment size.
         found: u64,
     },
     /// An S3 store failed or refused.
@@ -164,12 +165,12 @@ pub enum Error {
         key: String,
         /// The repository.
         url: String,
-        /// What the store said, and the remedy where one is known.
+        /// The store's message, and the remedy if one is known.
         problem: String,
-        /// True if the same request may succeed later by itself.
+        /// True if the same request may succeed later without a change.
         transient: bool,
     },
-    /// The spool cannot take the record by which this host recognises its repository.
+    /// The record by which this host recognises its repository cannot be written to the spool.
     #[error(
         "the repository {url} cannot be remembered in the spool: write {path}: {source}. Nothing is archived, because \
          without this record a new archive would begin in the mount point of an unmounted repository. Name a spool \
@@ -179,7 +180,7 @@ pub enum Error {
     NotRemembered {
         /// The repository.
         url: String,
-        /// The record.
+        /// The record's path.
         path: PathBuf,
         /// The operating system's error.
         source: io::Error,
@@ -191,7 +192,7 @@ pub enum Error {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         source: io::Error,
     },
     /// The cluster in the repository is another one.
@@ -208,13 +209,13 @@ pub enum Error {
         url: String,
         /// The identifier in the repository.
         expected: SystemIdentifier,
-        /// The server's.
+        /// The server's identifier.
         found: SystemIdentifier,
     },
 }
 
 impl Error {
-    /// An [`Error::Store`].
+    /// Returns a function that creates an [`Error::Store`].
     pub fn store(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Store {
@@ -224,7 +225,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::Config`].
+    /// Creates an [`Error::Config`].
     #[must_use]
     pub fn config(message: impl Into<String>) -> Self {
         Self::Config {
@@ -232,14 +233,14 @@ impl Error {
         }
     }
 
-    /// Returns true if the object is proved absent, as opposed to not readable.
+    /// Returns true if the object is proved absent, not just unreadable.
     #[must_use]
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. })
     }
 
-    /// Returns true if the same request may succeed later by itself: the store is away or busy, as
-    /// opposed to refusing.
+    /// Returns true if the same request may succeed later without a change: the store is
+    /// unavailable or busy, but does not refuse it.
     #[must_use]
     pub fn is_transient(&self) -> bool {
         match self {
@@ -255,8 +256,8 @@ impl Error {
         matches!(self, Self::Gone { .. })
     }
 
-    /// Returns true if the error is an answer of a store, or a missing one: the next answer may be
-    /// another.
+    /// Returns true if the error is an answer of a store, or the lack of one: a later answer may
+    /// differ.
     #[must_use]
     pub fn is_answer(&self) -> bool {
         matches!(
@@ -292,17 +293,17 @@ impl Error {
     /// until it is opened again.
     #[must_use]
     pub fn is_catalog_starved(&self) -> bool {
-        // RocksDB passes on the text of `strerror` alone.
+        // RocksDB only passes on the text of `strerror`.
         matches!(self, Self::Catalog { source, .. } if source.to_string().contains("Too many open files"))
     }
 
-    /// Returns true if other bytes have the object's name.
+    /// Returns true if an object with this name and other content exists.
     #[must_use]
     pub fn is_conflict(&self) -> bool {
         matches!(self, Self::Conflict { .. })
     }
 
-    /// Returns true if the server is not the cluster that the repository knows under its name.
+    /// Returns true if the server is not the cluster that the repository contains under its name.
     #[must_use]
     pub fn is_mismatch(&self) -> bool {
         matches!(
@@ -313,14 +314,15 @@ impl Error {
         )
     }
 
-    /// Returns true if the store keeps an object that was to be removed: no failure, where deleting
-    /// is forbidden on purpose.
+    /// Returns true if the store keeps an object that was to be removed. This is not a failure if
+    /// deletions are denied on purpose.
     #[must_use]
     pub fn is_object_locked(&self) -> bool {
         matches!(self, Self::Locked { .. })
     }
 
-    /// Returns true if the repository could not be remembered because the spool's disk is full.
+    /// Returns true if the repository's record could not be written because the spool's disk is
+    /// full.
     #[must_use]
     pub fn is_spool_full(&self) -> bool {
         matches!(self, Self::NotRemembered { source, .. } if matches!(
@@ -329,13 +331,13 @@ impl Error {
         ))
     }
 
-    /// Returns true if another process has the catalog.
+    /// Returns true if another process has the catalog open.
     #[must_use]
     pub fn is_locked(&self) -> bool {
         matches!(self, Self::CatalogLocked { .. })
     }
 
-    /// The contract's exit code.
+    /// Returns the exit code (the table in `cli.rs`).
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {

@@ -13,7 +13,7 @@ pub const OUTCOMES_MAX: usize = 100;
 const NEWEST_MAX: usize = 10;
 
 impl Repository {
-    /// Records how something ended.
+    /// Records the result of an operation.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`]; [`Error::Conflict`] when another outcome has this name.
@@ -27,8 +27,8 @@ impl Repository {
         self.put(&key, &json).map(|_| ())
     }
 
-    /// Returns the newest outcome of a kind that is `wanted`, if it is among the last few. One that
-    /// does not parse is skipped with a warning: a newer version may have written it.
+    /// Returns the newest outcome of a kind that is `wanted`, if it is among the last few. An
+    /// outcome that does not parse is skipped with a warning: a newer version may have written it.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
@@ -51,8 +51,8 @@ impl Repository {
         Ok(None)
     }
 
-    /// Adds to `known` what is new, and forgets all but the newest of each kind. One that does not
-    /// parse is skipped with a warning: a newer version may have written it.
+    /// Adds new outcomes to `known`, and removes all but the newest of each kind. An outcome that
+    /// does not parse is skipped with a warning: a newer version may have written it.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].

@@ -1,6 +1,6 @@
-//! Parts of a sealed object, without the rest of it: what its end says, and the last of its WAL.
+//! Reads parts of a sealed object without the rest of it: its footer, and the end of its WAL.
 //!
-//! Invariant: what is damaged is an error, and never passed on.
+//! Invariant: damaged data is an error and never returned.
 
 use wal_format::{
     Lsn, ObjectKey,
@@ -12,7 +12,7 @@ use crate::Error;
 use crate::{Repository, Result};
 
 impl Repository {
-    /// What the object under `key`, of `size` bytes, says of itself.
+    /// Reads the footer of the object under `key`, which has `size` bytes.
     ///
     /// # Errors
     /// As [`Repository::get_range`]; [`Error::Damaged`].
@@ -34,8 +34,8 @@ impl Repository {
         }
     }
 
-    /// The WAL from `lsn` to the end of the object under `key`, of which `footer` tells; only the frames that hold it are
-    /// read.
+    /// Reads the WAL from `lsn` to the end of the object under `key`, whose footer is `footer`.
+    /// Only the frames that contain it are read.
     ///
     /// # Errors
     /// As [`Repository::get_range`]; [`Error::Damaged`].

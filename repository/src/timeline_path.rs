@@ -1,5 +1,5 @@
-//! [`timeline_path`]: the timelines that lead to one, oldest first, from the archived history
-//! files.
+//! [`timeline_path`]: the timelines that lead to a timeline, oldest first, from the archived
+//! history files.
 
 use serde::{Deserialize, Serialize};
 use wal_format::{Branch, Lsn, TimelineHistory};
@@ -9,15 +9,15 @@ use wal_format::{Branch, Lsn, TimelineHistory};
 pub struct PathPart {
     /// The timeline.
     pub branch: Branch,
-    /// Where the path enters it.
+    /// The first LSN that is replayed from it.
     pub from: Lsn,
-    /// Where the path leaves it; the greatest LSN for the last.
+    /// The first LSN that is no longer replayed from it. [`Lsn::MAX`] for the last timeline.
     pub to: Lsn,
 }
 
-/// The path to `wanted`, contiguous and without a timeline of which nothing is replayed
-/// ([`TimelineHistory::spans`]). `None` if `wanted` is not among `branches`, each of which comes
-/// with the content of its history file.
+/// Returns the path to `wanted`: contiguous, and without timelines of which nothing is replayed
+/// ([`TimelineHistory::spans`]). `branches` contains each timeline with its history and the content
+/// of its history file. `None` if `wanted` is not among them.
 #[must_use]
 pub fn timeline_path<C: AsRef<[u8]>>(
     branches: &[(Branch, Option<TimelineHistory>, C)],
@@ -31,8 +31,8 @@ pub fn timeline_path<C: AsRef<[u8]>>(
             to: Lsn::MAX,
         }]);
     };
-    // A child's history file begins with its parent's, byte for byte: that distinguishes two
-    // timelines of one number.
+    // A child's history file begins with its parent's, byte for byte. This distinguishes two
+    // timelines with the same number.
     let is_ancestor = |parent: &C| content.as_ref().starts_with(parent.as_ref());
     let parts = history.spans().into_iter().map(|span| {
         let branch = if span.timeline == wanted.timeline {

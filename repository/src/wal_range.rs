@@ -1,4 +1,4 @@
-//! [`WalRange`]: what the catalog knows of one stored range of WAL.
+//! [`WalRange`]: an entry of the catalog for one stored range of WAL.
 
 use serde::{Deserialize, Serialize};
 use wal_format::{
@@ -8,7 +8,7 @@ use wal_format::{
 
 use crate::ClusterIdentity;
 
-/// Whether the range is a whole segment.
+/// The kind of a stored range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WalRangeKind {
@@ -23,49 +23,51 @@ pub enum WalRangeKind {
 pub struct WalRange {
     /// The timeline.
     pub branch: Branch,
-    /// The segment that it is, or is a part of.
+    /// The segment that contains the range.
     pub segment: SegmentNo,
-    /// Its first byte.
+    /// The first byte of the range.
     pub start_lsn: Lsn,
-    /// The first byte after it.
+    /// The first byte after the range.
     pub end_lsn: Lsn,
-    /// Whole segment or part.
+    /// Whole segment or tail.
     pub kind: WalRangeKind,
     /// The object's length.
     pub stored_bytes: u64,
-    /// How many records end in it.
+    /// The number of records that end in it.
     pub record_count: u64,
-    /// How many of them end a transaction.
+    /// The number of records in it that end a transaction.
     pub transaction_count: u64,
-    /// How many transactions are prepared in it; `None` in a catalog of a version that did not count them.
+    /// The number of transactions that are prepared in it. `None` in a catalog of a version that
+    /// did not count them.
     #[serde(default)]
     pub prepare_count: Option<u64>,
-    /// How many tablespaces are created or dropped in it; `None` when its object was written by a version that did not record
-    /// them, and in a catalog of such a version.
+    /// The number of tablespaces that are created or dropped in it. `None` if the version that
+    /// wrote its object did not record them, and in a catalog of such a version.
     #[serde(default)]
     pub tablespace_count: Option<u64>,
-    /// The number of records in it that announce `wal_level = minimal`; `None` in a catalog of a
+    /// The number of records in it that announce `wal_level = minimal`. `None` in a catalog of a
     /// version that did not count them.
     #[serde(default)]
     pub minimal_count: Option<u64>,
     /// The start of the first record that ends in it.
     pub first_record_lsn: Option<Lsn>,
-    /// The start of the last one.
+    /// The start of the last record that ends in it.
     pub last_record_lsn: Option<Lsn>,
-    /// The end of the last one.
+    /// The end of the last record that ends in it.
     pub last_record_end_lsn: Option<Lsn>,
-    /// The start of a record that is incomplete at its end.
+    /// The start of a record that is incomplete at the end of the range.
     pub open_record_lsn: Option<Lsn>,
-    /// The least `xact_time` in it.
+    /// The earliest `xact_time` in it.
     pub min_time: Option<PgTimestamp>,
-    /// The greatest `xact_time` in it.
+    /// The latest `xact_time` in it.
     pub max_time: Option<PgTimestamp>,
-    /// Everything that the server had flushed at this time, by its clock, lies before `end_lsn`.
+    /// The time, by the server's clock, at which all WAL that the server had flushed was before
+    /// `end_lsn`.
     pub proven: Option<PgTimestamp>,
 }
 
 impl WalRange {
-    /// From what the container says of itself.
+    /// Creates the entry from the header and the summary of an object.
     #[must_use]
     pub fn of_summary(
         header: &SealedHeader,
@@ -110,7 +112,8 @@ impl WalRange {
         }
     }
 
-    /// As [`WalRange::of_summary`], from the end of an object, which may be of an earlier version.
+    /// As [`WalRange::of_summary`], from the footer of an object, which may have an earlier
+    /// version.
     #[must_use]
     pub fn of_footer(footer: &SealedFooter, kind: WalRangeKind, stored_bytes: u64) -> Self {
         let (header, summary) = (footer.header(), footer.summary());
@@ -121,7 +124,7 @@ impl WalRange {
         range
     }
 
-    /// The object's key.
+    /// Returns the object's key.
     #[must_use]
     pub fn key(&self, identity: &ClusterIdentity) -> ObjectKey {
         let system = identity.system_identifier;

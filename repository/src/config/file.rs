@@ -1,5 +1,5 @@
-//! The TOML file as typed. An unknown key is an error that names the nearest known one: a mistyped key that is silently
-//! ignored is a setting that silently does not hold.
+//! The TOML file as typed. An unknown key is an error that names the nearest known key: if a
+//! mistyped key were ignored, its setting would silently have no effect.
 
 use std::{collections::BTreeMap, fs, path::Path, path::PathBuf};
 
@@ -43,10 +43,9 @@ const CLUSTER_KEYS: &[&str] = &[
     "standbys",
     "when_full",
 ];
-/// Keys that stand only at the top.
+/// Keys that are allowed at the top only.
 const TOP_KEYS: [&str; 3] = ["cluster", "http", "notify"];
 
-/// The file.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ConfigFile {
     pub(super) http: Option<String>,

@@ -1,4 +1,4 @@
-//! Who may see the dashboard, and how: tokens from a file or the environment, and TLS.
+//! Access to the dashboard: tokens from a file or the environment, and TLS.
 
 use std::{fs, path::PathBuf};
 
@@ -7,14 +7,14 @@ use serde::Deserialize;
 use super::Secret;
 use crate::{Error, Result};
 
-/// Keys of the file, all at the top.
+/// Keys of the file. They are allowed at the top only.
 pub(super) const HTTP_KEYS: [&str; 4] = [
     "http_operate_token_file",
     "http_tls_certificate",
     "http_tls_key",
     "http_token_file",
 ];
-/// A token shorter than this is guessed.
+/// The minimum length of a token. A shorter one could be guessed.
 const TOKEN_CHARACTERS_MIN: usize = 16;
 
 /// The keys as typed.
@@ -26,19 +26,21 @@ pub(super) struct HttpTable {
     pub(super) http_token_file: Option<PathBuf>,
 }
 
-/// Who may see the dashboard.
+/// The resolved access to the dashboard.
 #[derive(Clone, Debug, Default)]
 pub struct HttpAccess {
-    /// Reads everything. Without it, and without `operate`, everyone who reaches the address reads.
+    /// The token that may read everything. If neither this nor `operate` is set, everyone who can
+    /// connect may read.
     pub read: Option<Secret>,
-    /// Reads everything and may ask for a base backup or a test notification. Without it nobody may.
+    /// The token that may read everything, and request a base backup or a test notification.
+    /// Without it nobody may request them.
     pub operate: Option<Secret>,
-    /// Certificate chain and key, PEM; read again when they change.
+    /// Certificate chain and key, PEM. They are read again when they change.
     pub tls: Option<(PathBuf, PathBuf)>,
 }
 
 impl HttpAccess {
-    /// Returns true if a stranger is kept out.
+    /// Returns true if requests without a token are refused.
     #[must_use]
     pub fn is_guarded(&self) -> bool {
         self.read.is_some() || self.operate.is_some()

@@ -1,6 +1,8 @@
-//! `lock_days` and `lock_mode`: whether the daemon keeps what the backups need under Object Lock, and how.
+//! `lock_days` and `lock_mode`: whether and how the daemon puts the objects that backups need under
+//! Object Lock.
 //!
-//! Off by default: a lock costs a request for each object, and one in compliance mode is not lifted by anyone.
+//! Off by default: a lock costs a request for each object, and nobody can lift a lock in compliance
+//! mode.
 
 use std::time::Duration;
 
@@ -8,10 +10,10 @@ use serde::Deserialize;
 
 use crate::{Error, Result, store::LockMode};
 
-/// More is a mistake that nobody can undo.
+/// The maximum of `lock_days`. More would be a mistake that nobody can undo.
 pub const LOCK_DAYS_MAX: u32 = 3660;
 
-/// The keys, for messages about mistyped ones.
+/// The keys, for error messages about mistyped keys.
 pub(super) const LOCK_KEYS: [&str; 2] = ["lock_days", "lock_mode"];
 
 /// The keys as typed.
@@ -21,17 +23,17 @@ pub(super) struct LockTable {
     lock_mode: Option<String>,
 }
 
-/// How the daemon locks what the backups need.
+/// The settings with which the daemon locks the objects that backups need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockSettings {
-    /// For how long from each look on.
+    /// The number of days for which an object is locked, from each run of the daemon on.
     pub days: u32,
-    /// Who may lift a lock.
+    /// The mode, which determines who may lift a lock.
     pub mode: LockMode,
 }
 
 impl LockSettings {
-    /// How long a lock lasts that is made now.
+    /// Returns the duration of a lock that is set now.
     #[must_use]
     pub fn lasts(&self) -> Duration {
         Duration::from_secs(u64::from(self.days) * 86_400)
@@ -39,7 +41,7 @@ impl LockSettings {
 }
 
 impl LockTable {
-    /// What holds for a cluster; `None` when nothing is locked.
+    /// Returns the settings of a cluster, or `None` if nothing is locked.
     pub(super) fn resolve(&self, defaults: &Self) -> Result<Option<LockSettings>> {
         let mode = match self.lock_mode.as_deref().or(defaults.lock_mode.as_deref()) {
             None | Some("governance") => LockMode::Governance,

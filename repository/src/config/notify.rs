@@ -1,4 +1,4 @@
-//! Where the daemon sends its alerts: `[notify.NAME]` tables.
+//! The receivers of the daemon's alerts: `[notify.NAME]` tables.
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
@@ -23,7 +23,7 @@ const NOTIFY_KEYS: [&str; 13] = [
     "user",
 ];
 
-/// How an alert travels.
+/// The kind of receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NotifyKind {
@@ -31,21 +31,21 @@ pub enum NotifyKind {
     Email,
     /// `PagerDuty`'s events API, version 2.
     Pagerduty,
-    /// Slack's incoming webhook, or what understands the same.
+    /// Slack's incoming webhook, or a compatible service.
     Slack,
     /// A JSON document by POST.
     Webhook,
 }
 
-/// How SMTP is protected.
+/// The encryption of an SMTP connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SmtpTls {
-    /// From the first byte, port 465.
+    /// TLS from the first byte, port 465.
     Implicit,
-    /// Not at all: a relay on this host.
+    /// None, for a relay on this host.
     None,
-    /// After STARTTLS, port 587.
+    /// TLS after STARTTLS, port 587.
     #[default]
     Starttls,
 }
@@ -70,12 +70,12 @@ struct NotifyTable {
     to: Vec<String>,
 }
 
-/// A receiver of alerts, resolved. Its `Debug` names no secret.
+/// A receiver of alerts, resolved. Its `Debug` prints no secret.
 #[derive(Clone, Debug)]
 pub struct NotifyTarget {
     /// The table's name.
     pub name: String,
-    /// How.
+    /// The kind of receiver.
     pub kind: NotifyKind,
     /// The address of a webhook, which is as secret as a password.
     pub url: Secret,
@@ -85,11 +85,11 @@ pub struct NotifyTarget {
     pub certificate_authority: Option<PathBuf>,
     /// `host:port` of the mail server.
     pub smtp: String,
-    /// How it is protected.
+    /// The encryption of the connection to it.
     pub tls: SmtpTls,
-    /// Who logs in; nobody where it is empty.
+    /// The user for the login. Empty for no login.
     pub user: String,
-    /// The password.
+    /// The password of `user`.
     pub password: Secret,
     /// The sender.
     pub from: String,
@@ -147,7 +147,7 @@ fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
         }
         _ => {}
     }
-    // What ends up in a line of SMTP must not be able to end that line.
+    // A control character could end the SMTP line that contains the text.
     let texts = table.to.iter().chain(&table.from).chain(&table.user);
     if texts.flat_map(|text| text.chars()).any(char::is_control) {
         return Err(required("addresses without control characters"));

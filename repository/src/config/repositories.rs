@@ -1,7 +1,9 @@
-//! Which repositories a cluster has, and with whose keys: `repository`, `repositories` and the `encryption_key_*` keys.
+//! The repositories of a cluster and their keys: `repository`, `repositories` and the
+//! `encryption_key_*` keys.
 //!
-//! `repository` is the nearest; those of `repositories` hold the same objects elsewhere and each say themselves how they
-//! are reached. Keys of encryption hold for all of them unless one says otherwise: forgetting them there would be a leak.
+//! `repository` is the nearest. Those of `repositories` contain the same objects elsewhere, and
+//! each has its own access settings. Encryption keys apply to all of them unless one has its own:
+//! an entry that forgets them would leak data.
 
 use std::path::PathBuf;
 
@@ -18,13 +20,13 @@ use crate::{
     store::{Patience, RequestMeter},
 };
 
-/// The keys, for messages about mistyped ones.
+/// The keys, for error messages about mistyped keys.
 pub(super) const ENCRYPTION_KEYS: [&str; 3] = [
     "encryption_key_command",
     "encryption_key_env",
     "encryption_key_file",
 ];
-/// More are a mistake: each is written to with every object.
+/// The maximum number of repositories. More would be a mistake: every object is written to each.
 const REPOSITORIES_MAX: usize = 8;
 
 /// The keys as typed.
@@ -36,7 +38,7 @@ pub(super) struct EncryptionTable {
 }
 
 impl EncryptionTable {
-    /// One place or none.
+    /// Returns the configured source of keys. Fails if there are several.
     fn source(&self) -> Result<Option<KeySource>> {
         let sources = [
             self.encryption_key_file.clone().map(KeySource::File),
@@ -89,7 +91,7 @@ impl RepositoryTable {
     }
 }
 
-/// The repositories beside the first.
+/// Returns the repositories other than the first.
 pub(super) fn others(
     tables: &[RepositoryTable],
     first: &RepositoryUrl,
@@ -118,7 +120,7 @@ pub(super) fn others(
     Ok(others)
 }
 
-/// Looks for keys in `repositories` that nobody knows.
+/// Refuses unknown keys in `repositories`.
 pub(super) fn check_keys(table: &toml::Table, place: &str) -> Result<()> {
     let known: Vec<&str> = ["url"]
         .into_iter()

@@ -1,6 +1,7 @@
-//! What is kept: the `keep_*` keys of a cluster, and of each of several repositories.
+//! Retention: the `keep_*` keys of a cluster, and of each of several repositories.
 //!
-//! Without `keep_window` everything is kept for ever. A repository's own keys take the place of the cluster's, key by key.
+//! Without `keep_window` everything is kept forever. A repository's own keys replace those of the
+//! cluster, key by key.
 
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use wal_format::BackupId;
 use super::parse_duration;
 use crate::{Error, Result, expire::RetentionPolicy};
 
-/// The keys, for messages about mistyped ones.
+/// The keys, for error messages about mistyped keys.
 pub(super) const KEEP_KEYS: [&str; 7] = [
     "keep_backups",
     "keep_backups_min",
@@ -20,9 +21,9 @@ pub(super) const KEEP_KEYS: [&str; 7] = [
     "keep_weekly",
     "keep_window",
 ];
-/// `keep_backups_min`: one that turns out damaged is not the end.
+/// Default of `keep_backups_min`. With 2, one backup may turn out to be damaged.
 const BACKUPS_MIN_DEFAULT: u32 = 2;
-/// More periods are a mistake: nobody has so many backups.
+/// The maximum number of periods. More would be a mistake: nobody has so many backups.
 const PERIODS_MAX: u32 = 10_000;
 
 /// The keys as typed.
@@ -38,7 +39,8 @@ pub(super) struct KeepTable {
 }
 
 impl KeepTable {
-    /// This table's keys, and `below` where it says nothing. A window here ends a `keep_everything` below.
+    /// Returns this table's keys, and those of `below` where this table has none. A window in this
+    /// table overrides `keep_everything` in `below`.
     pub(super) fn over(&self, below: &Self) -> Self {
         let everything = self.keep_window.as_ref().map(|_| false);
         Self {
@@ -55,7 +57,7 @@ impl KeepTable {
         }
     }
 
-    /// `None` keeps everything.
+    /// Returns the policy, or `None` if everything is kept.
     pub(super) fn resolve(&self) -> Result<Option<RetentionPolicy>> {
         let count = |key: &str, value: Option<u32>, default| match value.unwrap_or(default) {
             count @ 0..=PERIODS_MAX => Ok(count),

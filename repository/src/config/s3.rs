@@ -1,7 +1,7 @@
-//! How a bucket is reached: the `s3_*` keys, each allowed in a cluster's table and at the top.
+//! Access to a bucket: the `s3_*` keys, each allowed in a cluster's table and at the top.
 //!
-//! What is not said here comes from the places that every AWS program reads: environment, profile, web identity, the
-//! instance's own role.
+//! Anything that is not configured here comes from the places that every AWS program reads:
+//! environment, profile, web identity, the instance's own role.
 
 use std::{fmt, path::PathBuf};
 
@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
-/// The keys, for messages about mistyped ones.
+/// The keys, for error messages about mistyped keys.
 pub(super) const S3_KEYS: [&str; 10] = [
     "s3_access_key",
     "s3_ca_file",
@@ -38,13 +38,13 @@ pub(super) struct S3Table {
     s3_session_token: Option<Secret>,
 }
 
-/// A text that is never printed.
+/// Text that is never printed.
 #[derive(Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(transparent)]
 pub struct Secret(String);
 
 impl Secret {
-    /// The text, for the one place that signs with it.
+    /// Returns the text, for the code that authenticates with it.
     #[must_use]
     pub fn reveal(&self) -> &str {
         &self.0
@@ -63,17 +63,18 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Who signs the requests.
+/// The credentials that sign the requests.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum S3Credentials {
-    /// The standard chain: environment, profile (with its assumed role), web identity, container, instance.
+    /// The standard chain: environment, profile (with its assumed role), web identity, container,
+    /// instance.
     #[default]
     Standard,
-    /// A key of the configuration.
+    /// An access key in the configuration.
     Keys {
-        /// Its name.
+        /// The name of the access key.
         access_key: String,
-        /// Its secret.
+        /// The secret of the access key.
         secret_key: Secret,
         /// The token of temporary credentials.
         session_token: Option<Secret>,
@@ -82,22 +83,25 @@ pub enum S3Credentials {
     File(PathBuf),
 }
 
-/// How a bucket is reached.
+/// The resolved access to a bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct S3Settings {
-    /// The store, when it is not AWS: `https://host:port`.
+    /// The address of a store other than AWS: `https://host:port`.
     pub endpoint: Option<String>,
-    /// Default: what the environment or the profile says, else `us-east-1` where an endpoint is given.
+    /// The region. Default: that of the environment or the profile, else `us-east-1` if an endpoint
+    /// is given.
     pub region: Option<String>,
-    /// `endpoint/bucket` instead of `bucket.endpoint`. Default: true where an endpoint is given.
+    /// True for `endpoint/bucket`, false for `bucket.endpoint`. Default: true if an endpoint is
+    /// given.
     pub path_style: bool,
-    /// Certificates that are believed beside the system's.
+    /// Certificates that are trusted in addition to those of the system.
     pub ca_file: Option<PathBuf>,
-    /// The profile of the standard files.
+    /// The profile in the standard files.
     pub profile: Option<String>,
-    /// Who signs.
+    /// The credentials that sign the requests.
     pub credentials: S3Credentials,
-    /// True if a checksum goes with every object and is compared when it is read. Default: true.
+    /// True if a checksum is stored with every object and compared when the object is read.
+    /// Default: true.
     pub checksums: bool,
 }
 
@@ -116,7 +120,8 @@ impl Default for S3Settings {
 }
 
 impl S3Settings {
-    /// The table's keys before the defaults'. Who signs is one choice: a table that says so replaces the defaults' whole.
+    /// Resolves the table's keys, with `defaults` for those that it lacks. The keys for credentials
+    /// are one choice: if the table has any of them, it replaces all of those in `defaults`.
     pub(super) fn resolve(table: &S3Table, defaults: &S3Table) -> Result<Self> {
         let endpoint = table.s3_endpoint.clone().or(defaults.s3_endpoint.clone());
         if let Some(endpoint) = &endpoint {
@@ -148,7 +153,7 @@ impl S3Settings {
         })
     }
 
-    /// The lines of `config show`, secrets masked.
+    /// Returns the lines of `config show`, with secrets masked.
     #[must_use]
     pub fn lines(&self) -> Vec<String> {
         let text = |key: &str, value: &Option<String>| {

@@ -1,4 +1,4 @@
-//! What is typed, what it means, and what is refused.
+//! Tests of the configuration: typed settings, their resolved values, and refused settings.
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
-//! [`RepositoryUrl`]: where a repository is, as typed; [`RepositoryPlace`]: with all that reaching
-//! it takes.
+//! [`RepositoryUrl`]: the place of a repository, as typed. [`RepositoryPlace`]: the URL with
+//! everything that is needed to access it.
 //!
-//! A URL alone names a folder completely; a bucket needs an endpoint and somebody who signs.
+//! For a folder the URL is sufficient. A bucket also needs an endpoint and credentials.
 
 use std::{fmt, path::Path, path::PathBuf, str::FromStr};
 
@@ -15,7 +15,7 @@ use crate::{
     store::{Patience, RequestMeter, RequestReport},
 };
 
-/// Where a repository is.
+/// The place of a repository, as typed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RepositoryUrl {
     /// `file:///dir`.
@@ -24,13 +24,13 @@ pub enum RepositoryUrl {
     S3 {
         /// The bucket.
         bucket: String,
-        /// What every key begins with, without slashes at its ends; may be empty.
+        /// The prefix of every key, without slashes at its ends. It may be empty.
         prefix: String,
     },
 }
 
 impl RepositoryUrl {
-    /// The folder of a `file://` repository.
+    /// Returns the folder of a `file://` repository, or `None` for a bucket.
     #[must_use]
     pub fn folder(&self) -> Option<&Path> {
         match self {
@@ -106,32 +106,33 @@ impl<'de> serde::Deserialize<'de> for RepositoryUrl {
     }
 }
 
-/// A repository and all that reaching it takes. Prints as its URL.
+/// A repository with everything that is needed to access it. Prints as its URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RepositoryPlace {
-    /// Where it is.
+    /// The URL.
     pub url: RepositoryUrl,
-    /// How its bucket is reached; without meaning for a folder.
+    /// The access to its bucket. Not used for a folder.
     pub s3: S3Settings,
-    /// Where the keys come from, when its objects are encrypted.
+    /// The source of the keys. `None` if its objects are not encrypted.
     pub encryption: Option<KeySource>,
-    /// Further repositories that hold the same objects, in the order in which they are asked.
-    /// Theirs is empty.
+    /// Further repositories that contain the same objects, in the order in which they are read. In
+    /// those this list is empty.
     pub others: Vec<Self>,
-    /// Which of them have to hold an object before it counts as stored.
+    /// The repositories that must contain an object before it counts as stored.
     pub required: Required,
-    /// What is kept there. Default: everything, for ever.
+    /// Its retention policy. Default: everything is kept forever.
     pub retention: Option<RetentionPolicy>,
     /// Seen as it was at a time, to read only: `pitr-restore --at`.
     pub as_of: Option<Timestamp>,
-    /// How long its bucket is waited for.
+    /// The time for which failing requests to its bucket are retried.
     pub patience: Patience,
-    /// Counts what the bucket is asked.
+    /// Counts the requests to its bucket.
     pub requests: RequestMeter,
 }
 
 impl RepositoryPlace {
-    /// This one and the others, each alone, in the order in which they are asked.
+    /// Returns this repository and the others, each without `others`, in the order in which they
+    /// are read.
     #[must_use]
     pub fn each(&self) -> Vec<Self> {
         let first = Self {
@@ -143,8 +144,8 @@ impl RepositoryPlace {
             .collect()
     }
 
-    /// The lines of the configuration that name a file by a relative path. A program that runs in
-    /// another directory, as `restore_command` does, does not find such a file.
+    /// Returns the lines of the configuration that name a file by a relative path. A program that
+    /// runs in another directory, as `restore_command` does, does not find such a file.
     #[must_use]
     pub fn relative_files(&self) -> Vec<String> {
         let mut lines = Vec::new();
@@ -165,7 +166,7 @@ impl RepositoryPlace {
             .collect()
     }
 
-    /// What its buckets were asked; `None` where there is none.
+    /// Returns the sum of the requests to its buckets, or `None` if there is no bucket.
     #[must_use]
     pub fn request_report(&self) -> Option<RequestReport> {
         let mut sum = None;

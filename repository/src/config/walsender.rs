@@ -1,6 +1,6 @@
-//! The walsender: where standbys stream from the archive, and who may.
+//! The walsender: the server from which standbys stream the archive, and its access.
 //!
-//! Invariant: an address that other hosts reach is refused without a password.
+//! Invariant: an address that other hosts can reach is refused without a password.
 
 use std::{fs, net::SocketAddr, path::PathBuf};
 
@@ -17,7 +17,7 @@ pub(super) const WALSENDER_KEYS: [&str; 5] = [
     "walsender_tls_key",
     "walsender_user",
 ];
-/// Who streams when nobody else is named.
+/// The user if none is configured.
 const USER_DEFAULT: &str = "replicator";
 
 /// The keys as typed.
@@ -30,28 +30,28 @@ pub(super) struct WalsenderTable {
     walsender_user: Option<String>,
 }
 
-/// Where standbys stream from the archive, and who may.
+/// The resolved settings of the walsender.
 #[derive(Clone, Debug, PartialEq)]
 pub struct WalsenderSettings {
-    /// The address. Default: nothing listens.
+    /// The address on which it listens.
     pub address: SocketAddr,
-    /// Who may stream. Default: replicator.
+    /// The user that may stream. Default: replicator.
     pub user: String,
-    /// The password, asked for by SCRAM-SHA-256. Without it everyone who reaches the address streams.
+    /// The password, requested by SCRAM-SHA-256. Without it, everyone who can connect may stream.
     pub password: Option<Secret>,
     /// Certificate chain and key, PEM. Default: no TLS.
     pub tls: Option<(PathBuf, PathBuf)>,
 }
 
 impl WalsenderSettings {
-    /// Returns true if a connection without TLS is refused: where there is a certificate and other
-    /// hosts come in.
+    /// Returns true if a connection without TLS is refused: a certificate is configured and other
+    /// hosts can connect.
     #[must_use]
     pub fn requires_tls(&self) -> bool {
         self.tls.is_some() && !self.address.ip().is_loopback()
     }
 
-    /// Of a cluster. Its address is its own: two clusters cannot have the same.
+    /// Resolves the settings of a cluster. Two clusters cannot have the same address.
     pub(super) fn resolve(
         table: &WalsenderTable,
         defaults: &WalsenderTable,
