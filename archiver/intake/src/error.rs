@@ -1,14 +1,14 @@
-//! [`Error`]: why a file of WAL is not archived, as facts with their place.
+//! [`Error`]: the reason why a WAL file is not archived, with the facts and their place.
 
 use std::{io, path::PathBuf};
 
 use repository::ExitKind;
 use wal_format::{Branch, Lsn};
 
-/// The result of taking WAL in.
+/// The result of an intake operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What stands in the way.
+/// The reason why a WAL file is not archived.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,20 +17,20 @@ pub enum Error {
         "WAL of timeline branch {branch} fails its checks on receipt: {source}; it was not acknowledged"
     )]
     Decode {
-        /// The branch that is streamed or pushed.
+        /// The branch of the streamed or pushed WAL.
         branch: Branch,
-        /// What is wrong, and where.
+        /// The problem and its LSN.
         source: wal_format::DecodeError,
     },
-    /// A push of a file that is archived with other bytes.
+    /// The pushed file is archived with other bytes.
     #[error("{path}: {problem}", path = path.display())]
     Differs {
         /// The file.
         path: PathBuf,
-        /// Where they differ.
+        /// The place of the difference.
         problem: String,
     },
-    /// Other bytes came than the archive holds for the same place.
+    /// The WAL differs from the archived WAL of the same range.
     #[error(
         "divergence: at {lsn} of timeline branch {branch} the WAL from {from} differs from the WAL already archived \
          ({ours}); nothing was overwritten. This server is not the one that was archived: restored from a snapshot, or a \
@@ -41,9 +41,9 @@ pub enum Error {
         branch: Branch,
         /// The first byte that differs.
         lsn: Lsn,
-        /// Where the new bytes came from.
+        /// The source of the new bytes.
         from: &'static str,
-        /// Where the archived bytes are.
+        /// The place of the archived bytes.
         ours: String,
     },
     /// A file operation failed.
@@ -53,40 +53,40 @@ pub enum Error {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// The operating system's word.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// A push of a file that cannot be archived.
+    /// The pushed file cannot be archived.
     #[error("{path}: {problem}", path = path.display())]
     Refused {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The problem with the file.
         problem: String,
     },
-    /// The repository.
+    /// The repository failed.
     #[error(transparent)]
     Repository(#[from] repository::Error),
-    /// An object that we wrote, or are about to write, is not sound.
+    /// An object that we wrote, or are about to write, is damaged.
     #[error("sealed WAL {object}: {source}")]
     Sealed {
-        /// Which object.
+        /// The object.
         object: String,
-        /// What is wrong.
+        /// The problem with the object.
         source: wal_format::sealed::SealedError,
     },
     /// A worker thread ended early.
     #[error("the {name} thread stopped: {reason}")]
     ThreadStopped {
-        /// Which.
+        /// The thread's name.
         name: &'static str,
-        /// Why, as far as known.
+        /// The reason, as far as known.
         reason: String,
     },
 }
 
 impl Error {
-    /// An [`Error::Io`].
+    /// Returns a function that creates an [`Error::Io`].
     pub(crate) fn io(
         action: &'static str,
         path: impl Into<PathBuf>,
@@ -99,7 +99,7 @@ impl Error {
         }
     }
 
-    /// The contract's exit code.
+    /// Returns the exit code (the table in `cli.rs`).
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
@@ -114,7 +114,7 @@ impl Error {
         }
     }
 
-    /// Returns true if WAL is in doubt, rather than its way here interrupted.
+    /// Returns true if the WAL itself is in doubt, false if only its transfer or storage failed.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         matches!(

@@ -1,8 +1,9 @@
-//! One file of `pg_wal` on its way into the repository: checked, compressed, stored, read back.
+//! Archives one file of `pg_wal`: checks it, compresses it, stores it and reads it back.
 //!
-//! In reading order: [`Pusher`] (start here), which a daemon, an import and a push without a daemon use; [`stored`], what lies
-//! in the repository under a name; [`spool_files`], where the stream keeps the same segment. Invariant: nothing here depends
-//! on the catalog, so that a process that does no more than a push starts quickly.
+//! In reading order: [`Pusher`] (start here), which the daemon, an import and a push without a
+//! daemon use; [`stored`], which compares an object in the repository with WAL; [`spool_files`],
+//! the place of the streamed copy of the same segment. Invariant: nothing here depends on the
+//! catalog, so that a process that only pushes one file starts quickly.
 
 mod error;
 mod pusher;

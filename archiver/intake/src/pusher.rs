@@ -1,7 +1,8 @@
-//! [`Pusher`]: checks and stores one file of `pg_wal`, in whichever process.
+//! [`Pusher`]: checks and stores one file of `pg_wal`, in any process.
 //!
-//! Invariant: success means that the bytes are in the repository and were read back; the same bytes again are success
-//! again, other bytes under the same name are an error and nothing is overwritten.
+//! Invariant: success means that the bytes are in the repository and were read back. Pushing the
+//! same bytes again succeeds. Other bytes under the same name are an error, and nothing is
+//! overwritten.
 
 mod prime;
 mod side_by_side;
@@ -25,16 +26,16 @@ use crate::{
     stored::{WalSource, compare_wal, put_wal, seal_range},
 };
 
-/// How much of a file is read at once.
+/// The number of bytes that are read from a file at once.
 const READ_BYTES: usize = 1 << 20;
 
-/// What is wrong with a segment in which nothing was written yet.
+/// The problem of a segment to which nothing was written yet.
 pub const NO_RECORD: &str = "holds no valid record";
 
 /// Pushes one file without a daemon.
 ///
 /// # Errors
-/// As [`Pusher::push`]. PostgreSQL keeps the file and asks again.
+/// As [`Pusher::push`]. PostgreSQL then keeps the file and retries.
 pub fn push_alone(settings: &ClusterSettings, repository: &Repository, path: &Path) -> Result<()> {
     let file = WalFile::open(path)?;
     Pusher {
@@ -45,7 +46,8 @@ pub fn push_alone(settings: &ClusterSettings, repository: &Repository, path: &Pa
     .push(&file, &mut None)
 }
 
-/// An open file of `pg_wal`. It is read by its descriptor, which the daemon may have got from another user's process.
+/// An open file of `pg_wal`. It is read by its descriptor, which the daemon may have received from
+/// another user's process.
 #[derive(Debug)]
 pub struct WalFile {
     path: PathBuf,
@@ -63,7 +65,7 @@ impl WalFile {
         Self::of(path.to_owned(), file)
     }
 
-    /// A file that was opened elsewhere under `path`.
+    /// Uses a file that was already opened under `path`.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -86,7 +88,7 @@ impl WalFile {
             .map_err(Error::io("read", &self.path))
     }
 
-    /// Everything; for files that are small, or whose end has to be found.
+    /// Reads the whole file. For small files, and for files whose valid end must be found.
     fn read(&self) -> Result<Vec<u8>> {
         let length = usize::try_from(self.length)
             .map_err(|_| self.refuse("does not fit into this machine's memory"))?;
@@ -95,7 +97,7 @@ impl WalFile {
         Ok(content)
     }
 
-    /// Whose WAL it is, by its first page.
+    /// Returns the identity in the first page, or `None` if that is not a valid long page header.
     fn identity(&self) -> Result<Option<WalIdentity>> {
         let length = usize::try_from(self.length).unwrap_or(LONG_HEADER_BYTES);
         let mut header = [0; LONG_HEADER_BYTES];
@@ -103,7 +105,7 @@ impl WalFile {
         Ok(PageHeader::parse(&header).and_then(|header| header.identity()))
     }
 
-    /// As the WAL that an object has to hold.
+    /// Returns the file as the WAL that an object must contain.
     fn source(&self) -> WalSource<'_> {
         WalSource {
             file: &self.file,
@@ -113,7 +115,7 @@ impl WalFile {
         }
     }
 
-    /// Hands out the first `length` bytes, piece by piece.
+    /// Passes the first `length` bytes to `take`, piece by piece.
     fn pieces(&self, length: u64, mut take: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         let mut buffer = vec![0; READ_BYTES];
         let mut offset = 0;
@@ -143,7 +145,7 @@ impl WalFile {
     }
 }
 
-/// A decoder that has just read the segment before.
+/// A decoder at the end of the previous segment, ready for segment `next`.
 #[derive(Debug)]
 pub struct Running {
     branch: Branch,
@@ -151,7 +153,7 @@ pub struct Running {
     indexer: WalIndexer,
 }
 
-/// A segment whose every record was checked, on its way into the repository.
+/// A segment whose records were all checked, ready to be stored.
 #[derive(Debug)]
 pub struct Checked {
     header: SealedHeader,
@@ -165,21 +167,21 @@ pub struct Pusher<'a> {
     pub settings: &'a ClusterSettings,
     /// Its repository.
     pub repository: &'a Repository,
-    /// True if what lies complete in the spool counts as archived: only while a daemon takes care
-    /// that it gets there, and only where the operator's class is this host's disk.
+    /// True if a complete segment in the spool counts as archived. Allowed only while a daemon
+    /// uploads the spool, and only with `acknowledge = "local"`.
     pub spool_counts: bool,
 }
 
-/// What is known of a file before its records are looked at.
+/// The result of the checks before the records of a file are decoded.
 #[derive(Debug)]
 pub enum Looked {
-    /// It is archived: all of it was compared, or there is nothing in it to be archived.
+    /// The file is archived: it was compared completely, or it contains nothing to be archived.
     Archived,
     /// A segment that is new.
     New(NewSegment),
 }
 
-/// A segment that is new, and whose.
+/// A segment that is not archived yet, and its identity.
 #[derive(Clone, Copy, Debug)]
 pub struct NewSegment {
     identity: WalIdentity,
@@ -196,7 +198,7 @@ impl NewSegment {
             .map_err(|source| Error::Decode { branch, source })
     }
 
-    /// All pieces were checked.
+    /// Completes the check after the last piece.
     fn checked(
         self,
         file: &WalFile,
@@ -218,11 +220,12 @@ impl NewSegment {
 }
 
 impl Pusher<'_> {
-    /// Pushes one file. `running` saves looking for the start of a record that crosses into the segment.
+    /// Pushes one file. A decoder in `running` saves the search for the start of a record that
+    /// began before the segment.
     ///
     /// # Errors
-    /// [`Error::Refused`] and [`Error::Decode`] when the file is not what its name says, [`Error::Differs`] when other bytes are
-    /// archived under it.
+    /// [`Error::Refused`] and [`Error::Decode`] when the file is not what its name says,
+    /// [`Error::Differs`] when other bytes are archived under its name.
     pub fn push(&self, file: &WalFile, running: &mut Option<Running>) -> Result<()> {
         match self.look(file)? {
             Looked::Archived => Ok(()),
@@ -233,7 +236,8 @@ impl Pusher<'_> {
         }
     }
 
-    /// Does everything but the storing of a segment that is not archived yet.
+    /// Does what [`Pusher::push`] does, but does not store a new segment. Returns `None` if the
+    /// file is archived.
     ///
     /// # Errors
     /// As [`Pusher::push`].
@@ -244,7 +248,7 @@ impl Pusher<'_> {
         }
     }
 
-    /// Compares a segment with what is archived under its name, and does everything for other files.
+    /// Compares a segment with the object of the same name. Completes the push of any other file.
     ///
     /// # Errors
     /// As [`Pusher::push`].
@@ -286,7 +290,8 @@ impl Pusher<'_> {
             size,
             segment,
         );
-        // The stream was here before, or this is the second time: equal bytes need no second look at their records.
+        // The stream may have archived the segment, or it is pushed again. If the bytes are equal,
+        // its records need not be checked again.
         if self.spool_counts && self.is_spooled(file, &header, name)? {
             return Ok(Looked::Archived);
         }
@@ -302,7 +307,8 @@ impl Pusher<'_> {
         }))
     }
 
-    /// Checks every record of a segment. `running` saves looking for the start of a record that crosses into it.
+    /// Checks every record of a segment. A decoder in `running` saves the search for the start of a
+    /// record that began before the segment.
     ///
     /// # Errors
     /// As [`Pusher::push`].
@@ -319,7 +325,7 @@ impl Pusher<'_> {
         new.checked(file, indexer, running)
     }
 
-    /// A decoder at the start of the segment.
+    /// Returns a decoder at the start of the segment.
     fn decoder(
         &self,
         file: &WalFile,
@@ -335,7 +341,8 @@ impl Pusher<'_> {
         }
     }
 
-    /// The last segment of a timeline that a promotion left: kept as a tail, up to its last valid record.
+    /// Stores the last segment of a timeline that a promotion ended, as a tail up to its last valid
+    /// record.
     fn partial(&self, file: &WalFile, name: SegmentName) -> Result<()> {
         let (identity, segment) = self.identify(file, name)?;
         let branch = self.branch(file, &identity, name.timeline)?;
@@ -355,7 +362,8 @@ impl Pusher<'_> {
         }
         let header = SealedHeader {
             start_lsn: start,
-            // Valid to its last byte it is the whole segment, whatever it is called.
+            // If the file is valid up to its last byte, this is the whole segment, despite the
+            // name.
             end_lsn: end,
             ..sealed
         };
@@ -413,8 +421,8 @@ impl Pusher<'_> {
         Ok(branch)
     }
 
-    /// The branches that a new one of the same timeline would be next to. Empty if `branch` is
-    /// archived already, or its history file is lost and comes back with this one.
+    /// Returns the archived branches with the number of `branch` that differ from it. Empty if
+    /// `branch` is archived already, or if its history file was lost and is restored by this push.
     fn other_histories(&self, system: SystemIdentifier, branch: Branch) -> Result<Vec<String>> {
         let key = ObjectKey::History(system, branch);
         if self.repository.head(&key)?.is_some() {
@@ -432,7 +440,8 @@ impl Pusher<'_> {
         Ok(same.iter().map(ToString::to_string).collect())
     }
 
-    /// Checks that the file is what its name says.
+    /// Checks that the file is a segment with this name, and claims the cluster's name for its
+    /// system.
     fn identify(&self, file: &WalFile, name: SegmentName) -> Result<(WalIdentity, SegmentNo)> {
         let identity = file.identity()?.ok_or_else(|| {
             file.refuse("does not begin with the header of a WAL segment of PostgreSQL 13 to 18")
@@ -463,7 +472,8 @@ impl Pusher<'_> {
         })?)
     }
 
-    /// The branch of a timeline: named by the history file beside the segment, or the only one the repository knows.
+    /// Returns the branch of a timeline: that of the history file next to the segment, or else the
+    /// only branch with this number in the repository.
     fn branch(
         &self,
         file: &WalFile,
@@ -477,7 +487,7 @@ impl Pusher<'_> {
             .directory()
             .join(wal_format::layout::history_file_name(timeline));
         if let Ok(content) = fs::read(&history) {
-            // A branch's history goes first: without it its WAL cannot be placed.
+            // Store a branch's history first: without it, its WAL belongs to no known branch.
             return self.put_history(file, identity.system_identifier, timeline, &content);
         }
         let known = self
@@ -492,7 +502,7 @@ impl Pusher<'_> {
         }
     }
 
-    /// The end of the last valid record of a segment that is not full.
+    /// Returns the end of the last valid record of a segment that is not full.
     fn valid_end(
         &self,
         file: &WalFile,
@@ -522,13 +532,13 @@ impl Pusher<'_> {
     }
 }
 
-/// Compares the file with what is archived of the range of `header`.
+/// Compares the file with the archived object for the range of `header`.
 fn compare(file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
     let name = header.key().to_string();
     compare_wal(object, &name, header, &file.source()).map_err(|error| differs(file, error))
 }
 
-/// Other bytes under an archived name are exit 1 here, by contract.
+/// Converts the error: for a push, other bytes under an archived name are exit code 1.
 fn differs(file: &WalFile, error: Error) -> Error {
     match error {
         Error::Divergence { .. } => Error::Differs {
@@ -539,8 +549,8 @@ fn differs(file: &WalFile, error: Error) -> Error {
     }
 }
 
-/// `SEGMENT.OFFSET.backup` describes a backup that another tool took; a backup of ours carries its own description, and
-/// a restore never asks for it. It is checked for what it claims to be, and PostgreSQL may go on.
+/// Checks `SEGMENT.OFFSET.backup`, which describes a backup that another tool took. It is not
+/// stored: our backups contain their own description, and a restore never requests the file.
 fn backup_history(file: &WalFile) -> Result<()> {
     if !file.read()?.starts_with(b"START WAL LOCATION: ") {
         return Err(file.refuse("is no backup history file"));
@@ -552,7 +562,7 @@ fn backup_history(file: &WalFile) -> Result<()> {
     Ok(())
 }
 
-/// Whose WAL lies beside the file.
+/// Returns the identity of a segment in the directory of the file.
 fn neighbour(file: &WalFile) -> Result<Option<WalIdentity>> {
     let directory = file.directory();
     let entries = fs::read_dir(&directory).map_err(Error::io("list", &directory))?;

@@ -1,5 +1,5 @@
-//! Where the spool keeps a branch's segments, and how much of an open one was written: for the spool itself, and for a push
-//! that compares with it.
+//! The directory of a branch's segments in the spool, and the written length of an open segment.
+//! Used by the spool itself and by a push that compares with it.
 
 use std::{
     fs::File,
@@ -10,10 +10,10 @@ use std::{
 
 use wal_format::{Branch, SystemIdentifier};
 
-/// How much is looked at at once.
+/// The number of bytes that are examined at once.
 const CHUNK_BYTES: usize = 64 << 10;
 
-/// The directory of a cluster's system below `{spool}/{cluster}`.
+/// The directory of a system identifier below `{spool}/{cluster}`.
 #[must_use]
 pub fn system_directory(cluster_directory: &Path, system: SystemIdentifier) -> PathBuf {
     cluster_directory.join("wal").join(system.to_string())
@@ -29,11 +29,11 @@ pub fn branch_directory(
     system_directory(cluster_directory, system).join(branch.to_string())
 }
 
-/// How many bytes of a file lie before the zeros at its end. WAL may end in zeros too, so this is at most what was written;
-/// which of it counts is for the decoder to say.
+/// Returns the number of bytes before the zeros at the end of a file. WAL may end in zeros too, so
+/// more bytes may have been written. The decoder determines which of them are valid.
 ///
 /// # Errors
-/// The operating system's.
+/// The operating system's error.
 pub fn content_length(file: &File) -> io::Result<u64> {
     let mut end = file.metadata()?.len();
     let mut buffer = vec![0; CHUNK_BYTES];

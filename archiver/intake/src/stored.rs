@@ -1,6 +1,6 @@
-//! What lies in the repository under a name, compared with the WAL that it has to hold.
+//! Compares an object in the repository with the WAL that it must contain, and stores WAL.
 //!
-//! Invariant: nothing counts as stored whose object does not cover its whole range, byte for byte.
+//! Invariant: a range counts as stored only if its object contains all of it, byte for byte.
 
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -12,21 +12,21 @@ use wal_format::{
 
 use crate::error::{Error, Result};
 
-/// WAL in a file, which an object is made of or has to hold.
+/// A range of WAL in a file, from which an object is made or with which it is compared.
 #[derive(Clone, Copy, Debug)]
 pub struct WalSource<'a> {
     /// The open file.
     pub file: &'a File,
-    /// As it is called.
+    /// The file's path, for messages.
     pub path: &'a Path,
-    /// Where in the file the range begins.
+    /// The offset in the file at which the range begins.
     pub offset: u64,
-    /// What it is, for people.
+    /// A description of the source, for messages.
     pub from: &'static str,
 }
 
 impl WalSource<'_> {
-    /// Reads from `offset` of the range on.
+    /// Reads from `offset` in the range.
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
         self.file
             .read_exact_at(bytes, self.offset + offset)
@@ -34,10 +34,10 @@ impl WalSource<'_> {
     }
 }
 
-/// Compresses the range of `header`; every frame is proved to hold it.
+/// Compresses the range of `header`. Every frame is verified to contain its WAL.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::Sealed`] when this machine computes wrongly or has no memory.
+/// [`Error::Io`]; [`Error::Sealed`] when this machine computes incorrectly or has no memory.
 pub fn seal_range(
     compression_level: i32,
     header: SealedHeader,
@@ -67,10 +67,10 @@ pub fn seal_range(
     writer.finish(summary, proven).map_err(broken)
 }
 
-/// Puts a sealed range of proved frames and reads it back; returns its size in the repository. What
-/// comes back is what was put, byte for byte, or it is compared with the WAL that it was made of. A
-/// whole segment, whose other copies go next, is proved to be in this cluster's repository and no
-/// other place.
+/// Stores a sealed range of verified frames and reads it back. Returns its size in the repository.
+/// Either the object reads back byte for byte as it was stored, or it is compared with the WAL of
+/// `source`. After a whole segment, whose other copies are removed next, verifies that the
+/// repository is that of this cluster.
 ///
 /// # Errors
 /// [`Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
@@ -82,8 +82,8 @@ pub fn put_wal(
 ) -> Result<u64> {
     let key = header.key();
     match repository.put_unproved(&key, object) {
-        // Made again it may differ in its compression or its proof; what counts is the WAL in it.
-        // One that is damaged is looked at below.
+        // The existing object may differ in its compression or its `proven` time. Only its WAL
+        // counts. A damaged object is handled below.
         Err(error) if error.is_conflict() => {}
         Err(repository::Error::Damaged { .. }) => {}
         outcome => {
@@ -105,7 +105,8 @@ pub fn put_wal(
         Err(error) if is_damage(&error) => {
             tracing::error!(%error, "a damaged object is put again");
             replace_damaged(repository, &key, object)?;
-            // Once more of the same is told as what it is, and tried again like any request that failed.
+            // If the new object is damaged too, report it as a damaged object. The caller retries
+            // it like any failed request.
             compare().map_err(|error| match error {
                 Error::Sealed { source, .. } => Error::Repository(repository::Error::Damaged {
                     key: key.to_string(),
@@ -123,8 +124,8 @@ pub fn put_wal(
     Ok(stored_bytes)
 }
 
-/// Returns true if an object cannot be what was stored: its sums are wrong. Sound bytes of another
-/// history are no damage.
+/// Returns true if an object cannot be what was stored, because its checksums do not match. Intact
+/// bytes of another history are not damage.
 fn is_damage(error: &Error) -> bool {
     matches!(
         error,
@@ -132,9 +133,9 @@ fn is_damage(error: &Error) -> bool {
     )
 }
 
-/// Takes a damaged object away, if it is damaged in every place, and puts what it has to hold.
+/// Replaces an object if it is damaged in every mirror.
 fn replace_damaged(repository: &Repository, key: &ObjectKey, object: &[u8]) -> Result<()> {
-    // Read again: bits may have changed on their way here.
+    // Read it again: the bits may have changed during the transfer.
     match repository.get(key) {
         Ok(stored) if is_sound(key, &stored) => return Ok(()),
         Ok(_) | Err(repository::Error::Damaged { .. } | repository::Error::NotFound { .. }) => {}
@@ -147,10 +148,12 @@ fn replace_damaged(repository: &Repository, key: &ObjectKey, object: &[u8]) -> R
     }
 }
 
-/// Compares the object `name` with the range of `header` in `source`. The object may go on behind the range.
+/// Compares the object `name` with the range of `header` in `source`. The object may continue after
+/// the range.
 ///
 /// # Errors
-/// [`Error::Divergence`] when it holds other WAL; [`Error::Sealed`] when it is damaged or does not hold the whole range.
+/// [`Error::Divergence`] when it contains other WAL; [`Error::Sealed`] when it is damaged or does
+/// not contain the whole range.
 pub fn compare_wal(
     object: &[u8],
     name: &str,
@@ -182,7 +185,8 @@ pub fn compare_wal(
         let bytes = &bytes[..wanted.min(bytes.len())];
         ours.resize(bytes.len(), 0);
         source.read_at(&mut ours, lsn.bytes_since(header.start_lsn))?;
-        // The whole first: looking for the place byte by byte is for the day when they differ.
+        // Compare whole frames first. The byte-by-byte search is slow and needed only if they
+        // differ.
         if ours != bytes
             && let Some(index) = ours.iter().zip(bytes).position(|(new, old)| new != old)
         {
@@ -218,7 +222,7 @@ mod tests {
         }
     }
 
-    /// Something lies before the range.
+    /// The range does not begin at the start of the file.
     const OFFSET: u64 = 3;
 
     fn file(wal: &[u8]) -> File {
@@ -244,7 +248,8 @@ mod tests {
             .expect("it is whole")
     }
 
-    /// What rotted in the store is put again while the WAL is at hand; sound bytes of another history stay.
+    /// A damaged object is replaced while its WAL is available. Intact bytes of another history
+    /// stay.
     #[test]
     fn a_damaged_object_is_put_again_and_another_history_is_not() {
         let folder = tempfile::tempdir().expect("a directory");

@@ -1,7 +1,9 @@
-//! A decoder at the start of a pushed segment that knows the record which crosses into it.
+//! Creates a decoder at the start of a pushed segment that knows where the record began that
+//! continues into it.
 //!
-//! The segment before says where that record begins, so only the end of it is decoded: from the repository, or where it is
-//! not archived yet, because pushes run side by side, from the file beside the pushed one.
+//! The previous segment's footer contains the start of that record, so only the end of that segment
+//! is decoded. If the segment is not archived yet, because several pushes run at the same time, its
+//! file next to the pushed one is decoded.
 
 use wal_format::{
     Branch, ObjectKey, SealedReader, SegmentName, SegmentNo, WalIdentity, WalIndexer,
@@ -39,13 +41,15 @@ impl Pusher<'_> {
             }
             let name = SegmentName::new(branch.timeline, earlier, size);
             let beside = file.directory().join(name.to_string());
-            // A recycled file keeps a name of the past or the future; its page addresses tell the decoder.
+            // A recycled file has the name of a past or future segment. The decoder detects it by
+            // its page addresses.
             Ok(WalFile::open(&beside).and_then(|file| file.read()).ok())
         })
     }
 
-    /// Decodes the end of the segment before, from the page on which the record that crosses its end begins. `None` when that
-    /// record begins even earlier, or when that segment is not here or not sound: looking at all of it tells more.
+    /// Decodes the end of the previous segment, from the page on which the record begins that
+    /// continues after it. Returns `None` if that record begins in an earlier segment, or if the
+    /// object is missing or damaged. The caller then decodes whole segments.
     fn indexer_from_end(
         &self,
         key: &ObjectKey,
@@ -82,7 +86,7 @@ impl Pusher<'_> {
     }
 }
 
-/// What an object that is no sound container is told as.
+/// Converts the error of an object that is not a valid container.
 pub(super) fn damaged(key: &ObjectKey) -> impl Fn(wal_format::sealed::SealedError) -> Error {
     let object = key.to_string();
     move |source| Error::Sealed {

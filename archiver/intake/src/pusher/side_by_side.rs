@@ -1,9 +1,9 @@
-//! One segment on several processors: one thread reads it and checks its records, the others compress beside it; then all
-//! compress.
+//! Processes one segment on several processors: one thread reads it and checks its records while
+//! the others compress. Then all threads compress.
 //!
-//! For a push that works alone, where PostgreSQL waits. The daemon works on several segments at once instead.
-//! Invariant: each byte is read once, so what is stored is what was checked; nothing is put together before the last record
-//! was checked.
+//! This is for a push without a daemon, for which PostgreSQL waits. The daemon processes several
+//! segments at once instead. Invariant: each byte is read once, so the stored bytes are the checked
+//! bytes, and the object is completed only after the last record was checked.
 
 use std::{
     collections::VecDeque,
@@ -19,12 +19,13 @@ use wal_format::{
 use super::{Checked, NewSegment, Pusher, Running, WalFile, prime::damaged};
 use crate::error::{Error, Result};
 
-/// More win little: the rest of a push is one after the other.
+/// The maximum number of threads. More gain little, because the rest of a push is sequential.
 const THREADS_MAX: usize = 4;
-/// Frames that wait for a compressor; beyond it the reader compresses too. Few: what is read into fresh memory costs as
-/// much again for the memory.
+/// The maximum number of frames that wait for a compressor. Beyond it the reading thread compresses
+/// too. It is small, because newly allocated memory doubles the cost of reading into it.
 const WAITING_MAX: usize = 1;
-/// Frames that are read before it is looked where the first record begins, for which the segment before is asked for.
+/// The number of frames that are read before the decoder is created, which requests the previous
+/// segment.
 const EARLY: u32 = 2;
 
 /// Frames between the reader and the compressors.
@@ -36,26 +37,27 @@ struct Frames {
     object: Mutex<Object>,
 }
 
-/// What is compressed.
+/// The object in progress.
 struct Object {
     writer: SealedWriter,
-    /// The number of the frame that comes next.
+    /// The number of the frame to be appended next.
     next: u32,
-    /// Frames that became ready before one in front of them.
+    /// Frames that were completed before a preceding frame.
     early: Vec<(u32, EncodedFrame)>,
 }
 
 #[derive(Default)]
 struct State {
     read: VecDeque<(u32, Arc<Vec<u8>>)>,
-    /// Buffers to be used again: what is taken anew is cleared by the kernel each time.
+    /// Buffers for reuse. The kernel would clear newly allocated memory each time.
     free: Vec<Vec<u8>>,
-    /// Nothing comes any more.
+    /// True after the last frame was read.
     ended: bool,
 }
 
 impl Pusher<'_> {
-    /// Checks every record of a segment and compresses it; the object, and what it holds.
+    /// Checks every record of a segment and compresses it. Returns its header and summary, and the
+    /// object.
     pub(super) fn check_and_seal(
         &self,
         file: &WalFile,
@@ -71,7 +73,7 @@ impl Pusher<'_> {
                 .collect();
             let mut own = None;
             let checked = self.check_beside(file, new, running, &frames, &mut own);
-            // Of a segment that is refused nothing is compressed any more.
+            // If the segment is refused, the frames that still wait are not compressed.
             frames.end(checked.is_err());
             let own = own
                 .map_or_else(|| frames.compressor(), Ok)
@@ -93,8 +95,8 @@ impl Pusher<'_> {
         Ok((checked, object))
     }
 
-    /// Reads and checks the segment, frame by frame, and hands each on as soon as it was read. `own` is the compressor of
-    /// this thread, once it needed one.
+    /// Reads and checks the segment frame by frame, and offers each frame to the compressors as
+    /// soon as it was read. `own` is the compressor of this thread, once it has needed one.
     fn check_beside(
         &self,
         file: &WalFile,
@@ -131,7 +133,7 @@ impl Pusher<'_> {
 impl Frames {
     fn new(header: SealedHeader, level: i32) -> Result<Self> {
         let mut writer = SealedWriter::new(header, level).map_err(damaged(&header.key()))?;
-        // Address space only: what is not written is never taken.
+        // This reserves address space only. The kernel provides memory when it is written.
         writer.reserve(usize::try_from(header.raw_bytes()).unwrap_or_default());
         Ok(Self {
             header,
@@ -175,14 +177,14 @@ impl Frames {
         Ok(wal)
     }
 
-    /// The first of more frames than may wait.
+    /// Returns the first waiting frame if more frames wait than may.
     fn surplus(&self) -> Option<(u32, Arc<Vec<u8>>)> {
         let mut state = self.lock();
         let many = state.read.len() > WAITING_MAX;
         many.then(|| state.read.pop_front()).flatten()
     }
 
-    /// Gives a frame's memory back when it was checked and compressed.
+    /// Makes a frame's memory available again when it was both checked and compressed.
     fn release(&self, wal: Arc<Vec<u8>>) {
         if let Some(wal) = Arc::into_inner(wal) {
             self.lock().free.push(wal);
@@ -199,7 +201,7 @@ impl Frames {
         self.changed.notify_all();
     }
 
-    /// Appends a frame to the object, as soon as all before it are there.
+    /// Appends a frame to the object, as soon as all preceding frames are appended.
     fn append(&self, number: u32, frame: EncodedFrame) -> Result<()> {
         let mut object = self.object.lock().unwrap_or_else(PoisonError::into_inner);
         let Object {
@@ -224,7 +226,7 @@ impl Frames {
             .object
             .into_inner()
             .unwrap_or_else(PoisonError::into_inner);
-        // A missing frame is noticed by the writer, which counts.
+        // The writer counts the bytes, so it detects a missing frame.
         object
             .writer
             .finish(&checked.summary, None)
@@ -235,7 +237,7 @@ impl Frames {
 struct Compressor(ProvedCompressor);
 
 impl Compressor {
-    /// Compresses what was read until nothing comes any more.
+    /// Compresses frames until the last one was read.
     fn work(mut self, frames: &Frames) -> Result<()> {
         loop {
             let mut state = frames.lock();

@@ -1,8 +1,10 @@
-//! A pushed segment beside the one that the stream brought: compared with the spool's file, which is durable and on its way.
+//! Compares a pushed segment with the streamed one in the spool, which is durable and will be
+//! uploaded.
 //!
-//! The usual case where a server both streams and pushes: PostgreSQL pushes a segment at the instant at which the stream
-//! completes it. Decoding, compressing and storing it once more would be twice the work for the same bytes.
-//! Invariant: only a complete segment counts; its file is renamed when it was fsynced.
+//! This is the usual case if a server both streams and pushes: PostgreSQL pushes a segment at the
+//! moment at which the stream completes it. Decoding, compressing and storing it again would be
+//! twice the work for the same bytes. Invariant: only a complete segment counts. Its file gets its
+//! final name after it was fsynced.
 
 use std::{
     fs::File,
@@ -21,14 +23,14 @@ use crate::{
     spool_files::{branch_directory, content_length},
 };
 
-/// The time for which the end of a segment may be on its way when its beginning is here.
+/// The time for which a push waits for the end of a segment whose beginning is in the spool.
 const PATIENCE: Duration = Duration::from_millis(500);
 const POLL: Duration = Duration::from_millis(2);
-/// Two of these stay in a processor's second cache.
+/// The size of a buffer. Two of them fit into a processor's second-level cache.
 const COMPARE_BYTES: usize = 256 << 10;
 
 impl Pusher<'_> {
-    /// Returns true if the spool holds the whole segment, with the same bytes.
+    /// Returns true if the spool contains the whole segment with the same bytes.
     pub(super) fn is_spooled(
         &self,
         file: &WalFile,
@@ -65,7 +67,7 @@ impl Pusher<'_> {
             spooled: &spooled,
             spooled_path: &complete,
         };
-        // PostgreSQL waits: both halves at once, where there are two processors.
+        // PostgreSQL waits, so compare both halves at the same time.
         let half = length / 2;
         let differing = thread::scope(|scope| {
             let second = scope.spawn(|| beside.first_difference(half, length));
@@ -93,7 +95,7 @@ impl Pusher<'_> {
     }
 }
 
-/// A pushed file and the spool's.
+/// A pushed file and the same segment in the spool.
 struct Beside<'a> {
     file: &'a WalFile,
     spooled: &'a File,
@@ -101,7 +103,7 @@ struct Beside<'a> {
 }
 
 impl Beside<'_> {
-    /// The offset of the first byte between `from` and `to` in which they differ.
+    /// Returns the offset of the first byte in `[from, to)` in which they differ.
     fn first_difference(&self, from: u64, to: u64) -> Result<Option<u64>> {
         let (mut ours, mut theirs) = (vec![0; COMPARE_BYTES], vec![0; COMPARE_BYTES]);
         let mut offset = from;
@@ -112,7 +114,8 @@ impl Beside<'_> {
             self.file.read_at(ours, offset)?;
             let read = self.spooled.read_exact_at(theirs, offset);
             read.map_err(Error::io("read", self.spooled_path))?;
-            // The whole first: looking for the place byte by byte is for the day when they differ.
+            // Compare whole buffers first. The byte-by-byte search is slow and needed only if they
+            // differ.
             if ours != theirs
                 && let Some(index) = ours.iter().zip(&*theirs).position(|(new, old)| new != old)
             {
@@ -124,8 +127,8 @@ impl Beside<'_> {
     }
 }
 
-/// Returns true if the stream has the segment but for its last moments. Zeros ahead of what was
-/// written do not count.
+/// Returns true if the stream has written more than 7/8 of the segment. Preallocated zeros do not
+/// count.
 fn is_nearly_whole(open: &Path, length: u64) -> bool {
     File::open(open)
         .and_then(|open| content_length(&open))
