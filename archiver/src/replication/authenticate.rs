@@ -20,7 +20,6 @@ use super::{
     conninfo::{AuthMethod, ChannelBindingMode, Host},
 };
 
-/// The inputs of an authentication.
 pub(super) struct Authenticate<'a> {
     pub(super) info: &'a ConnInfo,
     pub(super) host: &'a Host,
@@ -30,7 +29,6 @@ pub(super) struct Authenticate<'a> {
     pub(super) end_point: Option<Vec<u8>>,
 }
 
-/// A SCRAM exchange in progress.
 struct Exchange {
     scram: ScramSha256,
     bound: bool,

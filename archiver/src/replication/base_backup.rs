@@ -231,7 +231,7 @@ impl BaseBackupStream {
         Ok(())
     }
 
-    /// The start position and the tablespaces are known.
+    /// Queues the start message, once the start position and the tablespaces are known.
     fn begin(&mut self) -> Result<()> {
         let (lsn, timeline) = self.start.take().ok_or_else(|| {
             self.client

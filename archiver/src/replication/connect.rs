@@ -42,7 +42,7 @@ pub(super) struct Connection {
     pub(super) host: Host,
 }
 
-/// Connects to the first host that answers and matches.
+/// Connects to the first host that answers and matches `target_session_attrs`.
 pub(super) async fn connect(info: &ConnInfo, mode: ConnectionMode) -> Result<Connection> {
     let passes: &[TargetSession] = match info.target {
         TargetSession::PreferStandby => &[TargetSession::Standby, TargetSession::Any],

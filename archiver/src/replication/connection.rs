@@ -30,7 +30,6 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Duplex for S {}
 /// A row of a query result.
 pub(super) type Row = Vec<Option<Bytes>>;
 
-/// A framed message.
 #[derive(Debug)]
 pub(super) struct Message {
     pub(super) tag: u8,
@@ -226,7 +225,7 @@ impl Reader {
             let text = one_line(text);
             match kind {
                 b"S" if report.severity.is_empty() => report.severity = text,
-                // The same word, never translated.
+                // The severity again, never translated.
                 b"V" => report.severity = text,
                 b"C" => report.code = text,
                 b"M" => report.message = text,
@@ -308,7 +307,6 @@ impl Writer {
         encode(&mut self.buffer).map_err(|source| Error::of_io(&self.place, source))
     }
 
-    /// Sends a simple query.
     pub(super) async fn query(&mut self, sql: &str) -> Result<()> {
         self.encode(|buffer| frontend::query(sql, buffer))?;
         self.flush().await

@@ -30,7 +30,6 @@ use super::{
 /// The protocol's ALPN name, which `sslnegotiation=direct` requires.
 const ALPN: &[u8] = b"postgresql";
 
-/// An encrypted stream.
 pub(super) struct Secured<S> {
     pub(super) stream: TlsStream<S>,
     /// The hash of the server's certificate (`tls-server-end-point`), if its signature algorithm

@@ -1,8 +1,9 @@
-//! [`Environment`]: the inputs of libpq other than the connection string: PG* variables, the home directory, the user's name.
+//! [`Environment`]: the inputs of libpq other than the connection string: PG* variables, the home
+//! directory, the user's name.
 
 use std::{collections::BTreeMap, env, fs, path::PathBuf, process::Command};
 
-/// A copy, so that a test can supply its own.
+/// A copy of these inputs, so that a test can supply its own.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Environment {
     pub(super) variables: BTreeMap<String, String>,
@@ -10,7 +11,6 @@ pub(super) struct Environment {
 }
 
 impl Environment {
-    /// The environment of this process.
     pub(super) fn of_process() -> Self {
         let variables = env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
@@ -28,7 +28,6 @@ impl Environment {
         (!value.is_empty()).then_some(value)
     }
 
-    /// The home directory.
     pub(super) fn home(&self) -> Option<PathBuf> {
         if let Some(home) = self.variable("HOME") {
             return Some(PathBuf::from(home));

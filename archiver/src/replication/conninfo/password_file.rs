@@ -54,7 +54,7 @@ fn matching(line: &str, wanted: [&str; 4]) -> Option<String> {
     Some(unescaped(rest))
 }
 
-/// Returns a field without its escapes, and the text after its colon.
+/// Returns a field, still with its escapes, and the text after its colon.
 fn field(text: &str) -> Option<(&str, &str)> {
     let mut escaped = false;
     let end = text.find(|character| {

@@ -15,7 +15,6 @@ pub(in crate::replication) enum SslMode {
     VerifyFull,
 }
 
-/// A TLS version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(in crate::replication) enum TlsVersion {
     V1,

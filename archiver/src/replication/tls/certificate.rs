@@ -105,7 +105,6 @@ pub(super) enum Validity {
     Future,
 }
 
-/// Checks the validity period.
 pub(super) fn validity(der: &[u8], now: UnixTime) -> Option<Validity> {
     let certificate = Certificate::from_der(der).ok()?;
     let validity = certificate.tbs_certificate().validity();
@@ -119,7 +118,6 @@ pub(super) fn validity(der: &[u8], now: UnixTime) -> Option<Validity> {
     })
 }
 
-/// The names in a certificate.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Names {
     dns: Vec<String>,
@@ -193,7 +191,8 @@ fn address(octets: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(octets).ok().map(IpAddr::from)
 }
 
-/// An asterisk matches the whole first label and nothing else.
+/// Compares a name in a certificate with a host. An asterisk matches the whole first label and
+/// nothing else.
 fn matches(pattern: &str, host: &str) -> bool {
     if pattern.contains('\0') {
         return false;

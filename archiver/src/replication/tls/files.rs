@@ -87,8 +87,8 @@ pub(super) fn client_identity(
     Ok(Some((chain, private_key(&files.key)?)))
 }
 
-/// A key that others can read is refused, as in libpq. Only a key owned by root may be readable by
-/// a group.
+/// Reads the private key. A key that others can read is refused, as in libpq. Only a key owned by
+/// root may be readable by a group.
 fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     let shown = path.display();
     let metadata = fs::metadata(path).map_err(|error| {
@@ -121,7 +121,7 @@ fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, String> {
     })
 }
 
-/// Never shows the content, which may be a key.
+/// Describes the error without showing the content, which may be a key.
 fn pem_problem(error: &pem::Error) -> &'static str {
     match error {
         pem::Error::NoItemsFound => "holds nothing of this kind in PEM",

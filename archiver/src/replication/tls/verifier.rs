@@ -116,7 +116,7 @@ impl Chain {
                 CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. },
             ))
             | Ok(_) => Ok(()),
-            // A self-signed certificate that is not ours.
+            // A self-signed certificate that is not one of the roots.
             Err(Error::InvalidCertificate(CertificateError::Other(error)))
                 if error.to_string().contains("CaUsedAsEndEntity") =>
             {

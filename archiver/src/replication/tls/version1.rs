@@ -23,14 +23,15 @@ fn parse(der: &[u8]) -> Option<Certificate> {
     (certificate.tbs_certificate().version() == Version::V1).then_some(certificate)
 }
 
-/// Returns its public key, if it has version 1.
+/// Returns the certificate's public key, if it has version 1.
 pub(super) fn key(der: &[u8]) -> Option<SubjectPublicKeyInfoDer<'static>> {
     let certificate = parse(der)?;
     let key = certificate.tbs_certificate().subject_public_key_info();
     Some(SubjectPublicKeyInfoDer::from(key.to_der().ok()?))
 }
 
-/// Returns whether a root signed it and both are valid now. Returns `None` for another version.
+/// Checks that a root signed the certificate and that both are valid now. Returns `None` for
+/// another version.
 pub(super) fn verify(
     der: &CertificateDer<'_>,
     roots: &[CertificateDer<'_>],
@@ -82,7 +83,8 @@ fn is_signed_by(
         })
 }
 
-/// rustls keeps the content of the SEQUENCE.
+/// Compares two algorithm identifiers. rustls stores the content of the SEQUENCE without its tag
+/// and length.
 fn is_same(known: AlgorithmIdentifier, found: &AlgorithmIdentifierOwned) -> bool {
     found.to_der().is_ok_and(|der| {
         der.get(2..) == Some(known.as_ref()) && usize::from(der[1]) == der.len() - 2
