@@ -55,7 +55,6 @@ impl From<Error> for Refusal {
     }
 }
 
-/// A running stream.
 struct Stream<'a> {
     shared: &'a Shared,
     source: Source,

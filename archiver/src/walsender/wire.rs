@@ -14,7 +14,6 @@ const STARTUP_BYTES_MAX: usize = 10_000;
 /// The maximum size of a client message. Commands and status updates are short.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
 
-/// The types of result columns.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Type {
     Text,
@@ -30,7 +29,6 @@ impl Type {
     }
 }
 
-/// A message with a tag.
 #[derive(Debug)]
 pub(super) struct Message {
     pub(super) tag: u8,
@@ -156,7 +154,6 @@ impl Answer {
         })
     }
 
-    /// Sends all buffered messages.
     pub(super) async fn send(&mut self, socket: &mut (impl AsyncWrite + Unpin)) -> io::Result<()> {
         socket.write_all(&self.buffer).await?;
         self.buffer.clear();
