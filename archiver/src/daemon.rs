@@ -1,8 +1,8 @@
-//! [`Daemon`]: every configured cluster side by side, and the signals: SIGTERM drains, a second one ends at once, SIGHUP reads
-//! the configuration again.
+//! [`Daemon`]: runs every configured cluster, and handles signals: SIGTERM drains, a second one
+//! ends the process at once, SIGHUP reads the configuration again.
 //!
-//! Invariant: what happens to one cluster touches no other one; a configuration is applied only when all of it is valid, and
-//! a cluster whose settings are the same goes on undisturbed.
+//! Invariant: an event of one cluster affects no other. A configuration is applied only if all of
+//! it is valid, and a cluster whose settings are unchanged is not interrupted.
 
 use std::{
     collections::BTreeMap,
@@ -33,26 +33,28 @@ use crate::{
     supervisor,
 };
 
-/// The interval at which systemd's line is looked at, and the watchdog's at most.
+/// The interval at which systemd's status line is updated, and the longest interval of the
+/// watchdog's keep-alive.
 const LOOK: Duration = Duration::from_secs(1);
-/// A cluster's task that has not run for this long hangs: it only ever waits for something that wakes it.
+/// The time without a heartbeat after which a cluster's task hangs. A task that waits still sends
+/// heartbeats.
 const BEAT_MAX: Duration = Duration::from_secs(20);
 
-/// A cluster that is, or was, taken care of.
+/// A cluster that runs, or that has ended but is still reported.
 #[derive(Debug)]
 struct Kept {
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
     stop: ShutdownRequest,
     running: bool,
-    /// What takes its place when it has ended.
+    /// The action after it has ended.
     next: Next,
 }
 
 #[derive(Debug)]
 enum Next {
     Nothing,
-    /// No longer configured.
+    /// Remove it, because it is no longer configured.
     Forget,
     Restart(Box<ClusterSettings>),
 }
@@ -72,15 +74,15 @@ pub struct Daemon {
     notify: Notify,
     line: String,
     stopping: bool,
-    /// The first cluster that could not go on gives the exit code.
+    /// The error of the first cluster that failed, which gives the exit code.
     outcome: Result<()>,
 }
 
-/// Runs until every cluster has ended, which is when a signal asks for it or when none can go on. `args` are read again on
-/// SIGHUP.
+/// Runs until every cluster has ended: after a signal, or when none can continue. `args` are
+/// resolved again on SIGHUP.
 ///
 /// # Errors
-/// What ended the first cluster that ended with an error; [`Error::NotDrained`] after a second signal.
+/// The error of the first cluster that failed; [`Error::NotDrained`] after a second signal.
 pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>) -> Result<()> {
     let watch = |kind| signal(kind).map_err(Error::io("watch", "the signals"));
     let signals = (
@@ -180,7 +182,7 @@ impl Daemon {
         };
         lock(&self.clusters).insert(name.clone(), kept);
         self.tasks.spawn(async move {
-            // A task of its own, so that a panic is the end of this cluster only.
+            // A separate task, so that a panic ends this cluster only.
             let task = tokio::spawn(Box::pin(async move {
                 let Some(_place) = descriptors.admit(&status, &mut shutdown).await else {
                     return Ok(());
@@ -197,7 +199,7 @@ impl Daemon {
         });
     }
 
-    /// One cluster that cannot go on does not stop the others.
+    /// Handles the end of a cluster. The other clusters continue.
     fn ended(&mut self, ended: Result<(ClusterName, Result<()>), tokio::task::JoinError>) {
         let Ok((name, outcome)) = ended else { return };
         let mut clusters = lock(&self.clusters);
@@ -206,7 +208,7 @@ impl Daemon {
         };
         kept.running = false;
         let next = std::mem::replace(&mut kept.next, Next::Nothing);
-        // Who pushes is told at once that nobody listens.
+        // Without the socket, a push sees at once that no daemon listens.
         let _gone = std::fs::remove_file(quick::push::socket_path(&kept.settings));
         if let Err(error) = outcome {
             tracing::error!(cluster = %name, %error, "archiving of a cluster has ended; SIGHUP starts it again");
@@ -230,7 +232,7 @@ impl Daemon {
         }
     }
 
-    /// Reads the configuration again. One that is not valid changes nothing.
+    /// Reads the configuration again. An invalid configuration changes nothing.
     fn reload(&mut self) {
         if self.stopping {
             return;
@@ -292,12 +294,13 @@ impl Daemon {
             tracing::info!(cluster = %wanted.name, "SIGHUP: starting");
             self.start(wanted);
         }
-        // What ended before was started anew: its failure is history.
+        // A cluster that had failed was started again, so its failure no longer counts.
         self.outcome = Ok(());
         tracing::info!(unchanged, "SIGHUP: the configuration is applied");
     }
 
-    /// The line for `systemctl status`, and the sign of life while every cluster's task lives.
+    /// Updates the line for `systemctl status`, and sends the watchdog's keep-alive while every
+    /// cluster's task works.
     fn tell_systemd(&mut self) {
         let reports = reports(&self.clusters);
         let line = describe(&reports);
@@ -311,7 +314,7 @@ impl Daemon {
         let hangs = lock(&self.clusters)
             .values()
             .find(|kept| {
-                // Draining has a limit of its own.
+                // Draining has its own time limit.
                 let works = kept.running && !kept.stop.is_requested();
                 works && kept.status.last_beat() > BEAT_MAX
             })
@@ -325,7 +328,7 @@ impl Daemon {
     }
 }
 
-/// What only a look at each setting can find.
+/// Checks the values that are not checked when the settings are resolved.
 fn validate(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
         ConnInfo::parse(&cluster.conninfo)?;
@@ -343,7 +346,8 @@ fn reports(clusters: &Clusters) -> Vec<ClusterReport> {
         .collect()
 }
 
-/// `2 clusters: ok; b is at_risk: …`: the clusters that are not well by name, the others by their number.
+/// Returns `2 clusters: ok; b is at_risk: …`. Clusters that are not ok are named, the others are
+/// only counted.
 fn describe(reports: &[ClusterReport]) -> String {
     let mut line = match reports.len() {
         1 => "1 cluster".to_owned(),

@@ -174,49 +174,49 @@ pub enum Error {
     /// A worker thread ended early.
     #[error("the {name} thread stopped: {reason}")]
     ThreadStopped {
-        /// Which.
+        /// The thread's name.
         name: &'static str,
-        /// Why, as far as known.
+        /// The reason, as far as known.
         reason: String,
     },
-    /// A server that we cannot archive.
+    /// We cannot archive a server of this version.
     #[error(transparent)]
     Unsupported(#[from] wal_format::system::UnsupportedVersion),
     /// Retention could not be applied everywhere.
     #[error("{problem}")]
     Expire {
-        /// What stood in the way, and where.
+        /// The problems, with their repositories.
         problem: String,
-        /// The contract's exit code.
+        /// The exit code.
         kind: ExitKind,
     },
     /// `wal-archiver verify` found damage.
     #[error("{problems} integrity violation(s) found")]
     Verify {
-        /// How many.
+        /// The number of violations.
         problems: usize,
     },
-    /// WAL that cannot be taken as it is.
+    /// WAL was refused.
     #[error(transparent)]
     Wal(intake::Error),
-    /// A wish that cannot be granted as written.
+    /// The command cannot be executed as given.
     #[error("{message}")]
     Usage {
-        /// What is wrong and how to write it.
+        /// The problem, and the correct notation.
         message: String,
     },
     /// One or more preconditions do not hold.
     #[error("{failed} precondition(s) do not hold")]
     Check {
-        /// How many.
+        /// The number of preconditions that do not hold.
         failed: usize,
-        /// The contract's code for the worst of them.
+        /// The exit code of the most severe of them.
         kind: ExitKind,
     },
 }
 
 impl Error {
-    /// An [`Error::Io`].
+    /// Returns a function that creates an [`Error::Io`].
     pub(crate) fn io(
         action: &'static str,
         path: impl Into<PathBuf>,

@@ -1,7 +1,9 @@
-//! Applies retention to one cluster, repository by repository, each by its own policy; the daemon does it by itself.
+//! Applies retention to a cluster: to each repository, by its own policy. The daemon does so
+//! periodically.
 //!
-//! What is decided is told before it is written down, and written down before anything is removed (`repository::expire`).
-//! Invariant: a repository in which something stands in the way loses nothing, and the others do not wait for it.
+//! A decision is reported before it is recorded, and recorded before anything is removed
+//! (`repository::expire`). Invariant: a repository with a problem loses nothing, and the others do
+//! not wait for it.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -24,54 +26,54 @@ use crate::{
     pipeline::blocking,
 };
 
-/// The interval at which it is looked whether it is time.
+/// The interval at which the daemon checks whether retention is due.
 const LOOK: Duration = Duration::from_secs(60);
-/// After a start the stream comes first.
+/// The pause after a start, in which streaming has priority.
 const START_PAUSE: Duration = Duration::from_secs(60);
-/// How often it is decided anew because another archiver decided at the same moment.
+/// The maximum number of decisions, if another archiver decides at the same time.
 const TRIES_MAX: u64 = 5;
 
-/// What came of one repository.
+/// The result for one repository.
 #[derive(Clone, Debug, Serialize)]
 pub struct PlaceReport {
-    /// Where.
+    /// The repository's URL.
     pub repository: String,
-    /// What is kept there, in words; `None` for everything.
+    /// The retention policy as text. `None` if everything is kept.
     pub policy: Option<String>,
-    /// The backups that stay, oldest first.
+    /// The kept backups, oldest first.
     pub kept: Vec<ReportedBackup>,
-    /// Those that go.
+    /// The expired backups.
     pub removed: Vec<ReportedBackup>,
-    /// The WAL that goes.
+    /// The expired WAL.
     pub wal: Vec<ExpiredWal>,
-    /// The moments that cannot be restored any more.
+    /// The ranges of time that can no longer be restored.
     pub vanishing: Vec<ExpiredWindow>,
-    /// From when on what goes now is removed.
+    /// The time from which the data that expires now is removed.
     pub removed_from: Option<PgTimestamp>,
-    /// The record that says so.
+    /// The name of the record in the repository.
     pub marked: Option<BackupId>,
-    /// What was removed, or would be.
+    /// The objects that were removed, or that a run would remove.
     pub swept: Swept,
-    /// Why nothing was done.
+    /// The reason why nothing was done.
     pub problem: Option<String>,
     #[serde(skip)]
     kind: Option<ExitKind>,
 }
 
-/// A backup, and why it stays.
+/// A backup, and the reasons why it is kept.
 #[derive(Clone, Debug, Serialize)]
 pub struct ReportedBackup {
     /// Its name.
     pub id: BackupId,
-    /// What the operator called it.
+    /// The operator's label.
     pub label: String,
-    /// When it was complete.
+    /// The time when it was complete.
     pub finished: PgTimestamp,
-    /// Its length.
+    /// Its stored length in bytes.
     pub stored_bytes: u64,
-    /// Why it is kept.
+    /// The reasons why it is kept.
     pub reasons: Vec<String>,
-    /// Why it could not be restored, if it could not.
+    /// The reason why it cannot be restored. `None` if it can.
     pub problem: Option<String>,
 }
 
@@ -115,25 +117,25 @@ impl PlaceReport {
         self.vanishing.clone_from(&plan.windows);
     }
 
-    /// Returns true if anything was given up or removed.
+    /// Returns true if anything was marked as expired or removed.
     #[must_use]
     pub fn did_something(&self) -> bool {
         self.marked.is_some() || self.swept.objects > 0
     }
 }
 
-/// How to go about it.
+/// The options of an expiry.
 #[derive(Clone, Copy, Debug)]
 pub struct Wish {
-    /// An earlier epoch of the cluster.
+    /// The system identifier of an earlier epoch. `None` for the newest epoch.
     pub system: Option<SystemIdentifier>,
-    /// The time it is.
+    /// The present time.
     pub now: Timestamp,
-    /// Changes nothing.
+    /// True if nothing is changed.
     pub dry_run: bool,
 }
 
-/// Applies retention. `announce` is told of each repository's decision before anything of it is done.
+/// Applies retention. `announce` is called with each repository's decision before it is executed.
 #[must_use]
 pub fn expire(
     settings: &ClusterSettings,
@@ -159,10 +161,10 @@ pub fn expire(
     places.iter().map(apply).collect()
 }
 
-/// Checks whether every repository was done.
+/// Checks that retention was applied to every repository.
 ///
 /// # Errors
-/// [`Error::Expire`] with what stood in the way.
+/// [`Error::Expire`] with the problems.
 pub fn outcome(reports: &[PlaceReport]) -> Result<()> {
     let problems = reports.iter().filter_map(|report| {
         let problem = report.problem.as_ref()?;
@@ -191,7 +193,7 @@ fn apply(
         repository = repository.of_system(system)?;
     }
     let Some(identity) = repository.identity()? else {
-        // A place that is new has nothing to give up.
+        // A new repository contains nothing that could expire.
         announce(report);
         return Ok(());
     };
@@ -238,7 +240,7 @@ fn apply(
         records.push(plan.record(name()?, now, policy.to_string()));
         expired = records.into();
     }
-    // What would go with a grace of nothing: a dry run says all of it.
+    // A dry run reports everything that will be removed, so it ignores the grace period.
     let grace = if wish.dry_run {
         Duration::ZERO
     } else {
@@ -267,7 +269,7 @@ fn decide(
     let window = i64::try_from(policy.window.as_micros()).unwrap_or(i64::MAX);
     let window_start = PgTimestamp(now.0.saturating_sub(window));
     let holding = Holding::read(repository, identity, catalog, (window_start, now), &expired)?;
-    // An earlier epoch gets no new backups; its last one stays, whatever its age.
+    // An earlier epoch gets no new backups. Its newest backup is not overdue, whatever its age.
     let newest = repository.epochs()?.pop();
     let is_past =
         newest.is_some_and(|(_, newest)| newest.system_identifier != identity.system_identifier);
@@ -283,7 +285,8 @@ fn decide(
     Ok((expired, plan))
 }
 
-/// What the daemon's catalog knows saves a request for each segment; without one, one is made for the while.
+/// Returns the daemon's catalog, which saves a request for each segment. If there is none, creates
+/// a temporary one.
 fn catalog(
     settings: &ClusterSettings,
     identity: &ClusterIdentity,
@@ -304,7 +307,8 @@ fn name() -> Result<BackupId> {
     })
 }
 
-/// Leaves in the repository how it ended, for the dashboard: what was done, and a failure once.
+/// Records the result in the repository for the dashboard: every run that changed something, and a
+/// failure only once.
 pub(crate) fn record(settings: &ClusterSettings, began: Timestamp, reports: &[PlaceReport]) {
     let failed = outcome(reports).err().map(|error| error.to_string());
     let done = reports.iter().filter(|report| report.did_something());
@@ -363,7 +367,8 @@ fn newest_outcome(repository: &Repository, system: SystemIdentifier) -> Result<O
     }
 }
 
-/// Applies retention every `expire_interval`, counted from the last time on this host, across restarts.
+/// Applies retention every `expire_interval`, counted from the last run on this host, across
+/// restarts.
 pub(crate) async fn keep(settings: ClusterSettings) {
     let retains = settings.repository.each();
     if retains.iter().all(|place| place.retention.is_none()) {
@@ -386,7 +391,7 @@ pub(crate) async fn keep(settings: ClusterSettings) {
     }
 }
 
-/// When it was last done here.
+/// Returns the path of the file with the time of the last run on this host.
 fn last_done(settings: &ClusterSettings) -> PathBuf {
     let directory = settings.spool.join(settings.name.as_str());
     directory.join("last-expire")
@@ -400,7 +405,7 @@ fn is_due(settings: &ClusterSettings) -> bool {
         return true;
     };
     let passed = Timestamp::now().duration_since(last);
-    // A clock that went back does not put it off for ever.
+    // After the clock was set back, do not postpone the run until it catches up.
     passed.is_negative() || passed.unsigned_abs() >= settings.expire_interval
 }
 
@@ -437,7 +442,7 @@ fn apply_now(settings: &ClusterSettings) {
     record(settings, now, &reports);
 }
 
-/// A time of a window, for people.
+/// Formats a time of a window for messages.
 pub(crate) fn time(time: Option<PgTimestamp>) -> String {
     time.map_or_else(|| "an unknown time".to_owned(), |time| time.to_string())
 }

@@ -1,8 +1,10 @@
-//! `wal-archiver import DIR`: WAL that another tool archived becomes ours, or is compared with ours.
+//! `wal-archiver import DIR`: imports WAL that another tool archived, or compares it with our
+//! archive.
 //!
-//! Reads what `archive_command = 'cp …'`, `pg_receivewal` and an unencrypted pgBackRest repository leave: segments, partial
-//! ones and history files, plain or as gzip, LZ4 frames or zstd, with or without pgBackRest's checksum in the name.
-//! Invariant: a file counts only when `push` would have taken it; the other archive is only read.
+//! Reads the files of `archive_command = 'cp …'`, `pg_receivewal` and an unencrypted pgBackRest
+//! repository: segments, partial segments and history files, uncompressed or as gzip, LZ4 frames or
+//! zstd, with or without pgBackRest's checksum in the name. Invariant: a file is imported only if
+//! `push` would accept it. The other archive is only read.
 
 use std::{
     fs::{self, File},
@@ -17,10 +19,9 @@ use wal_format::{SegmentName, WalFileName, page::PageHeader};
 
 use crate::error::{Error, Result};
 
-/// Hexadecimal digits of the SHA-1 in pgBackRest's names.
+/// The number of hexadecimal digits of the SHA-1 in pgBackRest's file names.
 const SHA1_DIGITS: usize = 40;
 
-/// How a file is compressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Codec {
     None,
@@ -37,40 +38,41 @@ struct Found {
     codec: Codec,
 }
 
-/// What became of one file.
+/// The result for one file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate {
-    /// It is in our archive now, and was not before.
+    /// It was not in our archive, and is now.
     Imported,
-    /// Our archive has the same bytes.
+    /// Our archive has the same bytes, or the file contains no WAL.
     Same,
-    /// Our archive does not have it; said only when comparing.
+    /// Our archive does not have it. Only reported by a comparison.
     Missing,
-    /// Our archive has other bytes: where, and which.
+    /// Our archive has other bytes. The text describes the difference.
     Differs(String),
-    /// It is not what its name says, or cannot be placed.
+    /// It is not what its name says, or its branch is unknown.
     Refused(String),
 }
 
-/// How many files met each fate.
+/// The number of files by result.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Count {
-    /// New in our archive.
+    /// The files that were new in our archive.
     pub imported: u64,
-    /// There with the same bytes.
+    /// The files that were there with the same bytes.
     pub same: u64,
-    /// Not there.
+    /// The files that are not in our archive.
     pub missing: u64,
-    /// There with other bytes.
+    /// The files that are there with other bytes.
     pub differing: u64,
-    /// Not usable.
+    /// The files that cannot be used.
     pub refused: u64,
 }
 
-/// Imports everything below `directory`, or with `compare` only looks; `say` hears of each file.
+/// Imports everything below `directory`, or only compares it if `compare` is true. `say` is called
+/// with the result for each file.
 ///
 /// # Errors
-/// When the folder cannot be read, or the repository not be reached; a file's own fault is its
+/// When the directory cannot be read or the repository is unavailable. A problem of one file is its
 /// [`Fate`].
 pub fn import(
     settings: &ClusterSettings,
@@ -111,10 +113,10 @@ pub fn import(
         let outcome = one(pusher, &file, scratch.path(), compare, &mut running);
         let fate = match outcome {
             Ok(fate) => fate,
-            // Without the repository no file has a fate.
+            // Without the repository, no file can have a result.
             Err(Error::Repository(error)) => return Err(error.into()),
             Err(Error::Wal(intake::Error::Differs { problem, .. })) => Fate::Differs(problem),
-            // The last file of a tool that had just begun it: there is nothing in it to have.
+            // The other tool had just created its last file, which contains no record yet.
             Err(Error::Wal(intake::Error::Refused { problem, .. })) if problem == NO_RECORD => {
                 Fate::Same
             }
@@ -142,7 +144,8 @@ fn one(
     running: &mut Option<Running>,
 ) -> Result<Fate> {
     if compare && !matches!(found.name, WalFileName::Segment(_)) {
-        // A history file names the branch that its segments are compared on; it is compared with them.
+        // A history file determines the branch of its segments, so it is compared together with
+        // them.
         return Ok(Fate::Same);
     }
     let file = open(found, scratch)?;
@@ -159,7 +162,8 @@ fn one(
     }
 }
 
-/// The file under its own name: itself, or decompressed into `scratch`, where only the last one is kept.
+/// Opens the file under its WAL name: the file itself, or a copy that is decompressed into
+/// `scratch`.
 fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
     let name = found.name.to_string();
     let plain = found.path.file_name().is_some_and(|file| *file == *name);
@@ -177,7 +181,8 @@ fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
                 .map_err(Error::io("decompress", &found.path))?,
         ),
     };
-    // An open file outlives its name, and `push` reads by the descriptor.
+    // The descriptor stays valid after the directory is removed, and `push` reads by the
+    // descriptor.
     let place = TempDir::new_in(scratch).map_err(Error::io("create a directory in", scratch))?;
     let path = place.path().join(name);
     let mut output = fs::OpenOptions::new()
@@ -186,7 +191,7 @@ fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
         .create_new(true)
         .open(&path)
         .map_err(Error::io("create", &path))?;
-    // No segment is longer; what decompresses to more is no WAL.
+    // No segment is longer, so a file that decompresses to more is not WAL.
     const SEGMENT_BYTES_MAX: u64 = 1 << 30;
     io::copy(
         &mut reader.by_ref().take(SEGMENT_BYTES_MAX + 1),
@@ -200,7 +205,8 @@ fn open(found: &Found, scratch: &Path) -> Result<WalFile> {
     Ok(WalFile::of(path, output)?)
 }
 
-/// The compressed partial segments of `pg_receivewal` end where the stream did; a plain one has the rest as zeros.
+/// Appends zeros up to the segment size. A compressed partial segment of `pg_receivewal` ends where
+/// the stream ended, while an uncompressed one contains zeros up to its end.
 fn pad(file: &mut File) -> io::Result<()> {
     const PAGE_BYTES: u64 = 8192;
     let mut header = Vec::new();
@@ -214,13 +220,13 @@ fn pad(file: &mut File) -> io::Result<()> {
     Ok(())
 }
 
-/// Every WAL file below a folder; what has no WAL file's name is passed over.
+/// Collects every WAL file below a directory. Files without the name of a WAL file are skipped.
 fn collect(directory: &Path, found: &mut Vec<Found>) -> Result<()> {
     let entries = fs::read_dir(directory).map_err(Error::io("list", directory))?;
     for entry in entries {
         let entry = entry.map_err(Error::io("list", directory))?;
         let path = entry.path();
-        // Not followed: a link into pg_wal would import what is being written.
+        // Links are not followed: a link to `pg_wal` would import segments that are being written.
         let kind = entry.file_type().map_err(Error::io("read", &path))?;
         if kind.is_dir() {
             collect(&path, found)?;
@@ -260,8 +266,8 @@ fn parse(file: &str) -> Option<(WalFileName, Codec)> {
     Some((format!("{stem}{partial}").parse().ok()?, codec))
 }
 
-/// Histories first, because they say where segments belong; then segments in order, so that each begins where the one
-/// before ended.
+/// The order of import. Histories are first, because they determine the branches of segments. Then
+/// come the segments in order, so that the decoder continues from one to the next.
 fn order(name: &WalFileName) -> (u8, Option<SegmentName>, String) {
     match name {
         WalFileName::History(_) => (0, None, name.to_string()),

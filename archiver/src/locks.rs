@@ -1,8 +1,9 @@
-//! What the kept backups need stays locked, in buckets with Object Lock: by the daemon (`lock_days`), and by
-//! `wal-archiver lock extend`.
+//! Extends the locks of the objects that kept backups need, in buckets with Object Lock: in the
+//! daemon (`lock_days`), and for `wal-archiver lock extend`.
 //!
-//! A chain is as long as its weakest lock: with a backup goes all WAL from its start on, every timeline's history, and the
-//! keys. Older objects are left to their own dates. Invariant: a lock is only ever made longer.
+//! A restore needs every object of its path, so a backup is locked together with all WAL from its
+//! start on, every timeline's history, and the keys. The locks of older objects are left to expire.
+//! Invariant: a lock is only ever extended.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -23,25 +24,26 @@ use crate::{
     error::{Error, Result},
 };
 
-/// The first look is soon after a start: the daemon may have been away while locks ran out.
+/// The pause before the first run. It is short, because locks may have expired while the daemon was
+/// not running.
 const FIRST_LOOK: Duration = Duration::from_secs(5);
-/// Looks are a day apart, or closer where locks are short.
+/// The longest pause between runs. It is shorter if locks are short.
 const LOOK_MAX: Duration = Duration::from_secs(86_400);
-/// After a look that failed.
+/// The pause after a run that failed.
 const RETRY: Duration = Duration::from_secs(300);
 
-/// What came of one place.
+/// The result for one repository.
 pub(crate) struct Locked {
-    /// The place.
+    /// The repository.
     pub(crate) place: RepositoryPlace,
     /// `None` for a folder, which has no locks.
     pub(crate) report: Option<LockReport>,
 }
 
-/// Locks what the backups of a cluster need from `oldest` on.
+/// Locks the objects that the backups of a cluster need, from backup `oldest` on.
 ///
 /// # Errors
-/// [`Error::Usage`] when there is nothing to keep, [`Error::Repository`].
+/// [`Error::Usage`] when there is no backup to lock, [`Error::Repository`].
 pub(crate) fn extend(
     settings: &ClusterSettings,
     oldest: Option<&BackupId>,
@@ -98,7 +100,7 @@ pub(crate) fn extend(
     Ok(all)
 }
 
-/// The daemon's own looks, for as long as it runs; ends at once where nothing is to be locked.
+/// Extends the locks periodically while the daemon runs. Returns at once if `lock_days` is not set.
 pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) {
     let Some(lock) = settings.lock else {
         return;
@@ -145,7 +147,8 @@ pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) 
     }
 }
 
-/// From now on. Half of the time may pass before a lock is made longer: each costs a request.
+/// Returns the times of a lock that is set now. A lock is extended only when less than half of its
+/// time is left, because each extension costs a request.
 fn span(lock: LockSettings) -> Result<LockSpan> {
     let later = |seconds: u64| {
         let seconds = i64::try_from(seconds).unwrap_or(i64::MAX);
@@ -163,7 +166,7 @@ fn span(lock: LockSettings) -> Result<LockSpan> {
     })
 }
 
-/// What is needed: the backups from one on, and the WAL from the start of the first of them.
+/// The objects to lock: the backups from one on, and the WAL from the first of their start LSNs.
 struct Kept {
     ids: Vec<BackupId>,
     from: Lsn,
@@ -192,7 +195,8 @@ impl Kept {
             ObjectKey::Segment(_, _, name) => name
                 .segment(self.size)
                 .is_none_or(|segment| segment.end_lsn(self.size) > self.from),
-            // A tail lives until its segment is sealed; a lock would only keep what is superfluous.
+            // A tail is removed when its segment is sealed. A lock would only keep an unneeded
+            // object.
             ObjectKey::Tail(..) | ObjectKey::Outcome(..) => false,
             ObjectKey::Epoch(_)
             | ObjectKey::EpochCopy(_)
