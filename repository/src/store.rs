@@ -1,8 +1,8 @@
-//! [`ObjectStore`]: the little that we ask of a place for objects.
+//! [`ObjectStore`]: the operations that Tidemark needs from a store of objects.
 //!
 //! Contract, for every implementation: `put_if_absent` is durable when it returns and never
-//! replaces; a reader sees the whole object or none; `list` is in ascending byte order of the keys;
-//! [`Error::NotFound`] means *proved* absent, a refusal or a failure is another error.
+//! replaces an object. A reader sees the whole object or none. `list` visits the keys in ascending
+//! byte order. [`Error::NotFound`] means *proved* absent; a refusal or a failure is another error.
 
 use std::{fmt, ops::ControlFlow, ops::Range};
 
@@ -37,37 +37,37 @@ pub use requests::{RequestCounts, RequestKind, RequestMeter, RequestReport};
 pub use retry::Patience;
 pub use s3::{S3AsOf, S3Store};
 
-/// What a `put` found.
+/// The outcome of a `put`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PutOutcome {
     /// The object is new.
     Created,
-    /// An object of that name was there and is untouched.
+    /// An object of that name existed and is unchanged.
     AlreadyExists,
 }
 
-/// Who may lift a retention lock.
+/// The kinds of retention locks, by who may lift them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockMode {
-    /// Who has the permission for it.
+    /// A user with the permission for it may lift the lock.
     Governance,
-    /// Nobody.
+    /// Nobody may lift the lock.
     Compliance,
 }
 
-/// Until when an object is to be locked.
+/// The time for which an object is to be locked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LockSpan {
-    /// A lock that lasts until then stays as it is.
+    /// A lock that lasts at least until this time is left as it is.
     pub at_least: Timestamp,
-    /// Another one lasts until then from now on.
+    /// Any other lock is set to, or extended to, this time.
     pub until: Timestamp,
-    /// Who may lift it.
+    /// The kind of the lock.
     pub mode: LockMode,
 }
 
 impl LockSpan {
-    /// Exactly so long, or longer.
+    /// Requests a lock that lasts until `until`; a longer lock is left as it is.
     #[must_use]
     pub fn until(until: Timestamp, mode: LockMode) -> Self {
         Self {
@@ -78,26 +78,26 @@ impl LockSpan {
     }
 }
 
-/// What came of a lock.
+/// The outcome of a request for a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockOutcome {
-    /// The object is locked for longer now.
+    /// The object had no lock or a shorter lock; its lock now lasts as long as requested.
     Extended,
-    /// It was already, until then.
+    /// The object was already locked long enough, until this time.
     AlreadyLonger(Timestamp),
 }
 
-/// An object by which a place is recognised.
+/// An object by which a place is recognised: its key and the digest of its bytes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Witness {
-    /// Its key, as it is stored: with the ending of an encrypted object.
+    /// The key as stored, with the suffix of an encrypted object.
     pub key: String,
     /// SHA-256 of the stored bytes, in hexadecimal digits.
     pub sha256: String,
 }
 
 impl Witness {
-    /// The witness that an object with these stored bytes is.
+    /// Returns the witness for an object with these stored bytes.
     #[must_use]
     pub fn new(key: &str, stored: &[u8]) -> Self {
         Self {
@@ -107,26 +107,28 @@ impl Witness {
     }
 }
 
-/// Objects of which a place has to hold one before anything is written to it.
+/// The objects that identify a place. The place must contain at least one of them before anything
+/// is written to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pin {
-    /// The objects; written once, so their bytes never change.
+    /// The objects. They are written once, so their bytes never change.
     pub witnesses: Vec<Witness>,
     /// The system identifier of the archive, for messages.
     pub system: String,
-    /// The record that the witnesses were read from. Another process may have replaced it since.
+    /// The record from which the witnesses were read. Another process may have replaced it since.
     pub(crate) record: Option<RecordedPlace>,
 }
 
 impl Pin {
-    /// Checks that one of the witnesses is there. If none is, reads the record again: `verify
-    /// --repair` writes a lost identity, and the record, while other processes run.
+    /// Checks that the place contains one of the witnesses. If it contains none, reads the record
+    /// again, because `verify --repair` writes a lost identity and the record while other processes
+    /// run.
     ///
     /// # Errors
-    /// [`Error::Gone`] when none is; what `read` fails with.
+    /// [`Error::Gone`] when the place contains no witness; the errors of `read`.
     fn check(&self, url: &str, read: impl Fn(&str) -> Result<Option<Bytes>>) -> Result<()> {
-        // Bytes that were changed on their way are not another archive: a second reading of them
-        // differs from the first one.
+        // Bytes corrupted in transit do not mean that the place belongs to another archive. Two
+        // reads of such bytes differ, so read an unexpected object twice.
         let read_twice = |key: &str, expected: &Witness| -> Result<Option<Bytes>> {
             let first = read(key)?;
             match &first {
@@ -183,29 +185,29 @@ fn missing(
     Ok(Some(problem))
 }
 
-/// What a listing says of an object.
+/// An entry of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ObjectMeta {
-    /// Its key, from the store's root.
+    /// The key, from the store's root.
     pub key: String,
-    /// Its length in bytes.
+    /// The length in bytes.
     pub size: u64,
 }
 
-/// A place for objects. Blocking; see the crate's documentation.
+/// A store of objects. All calls block; see the crate's documentation.
 pub trait ObjectStore: Send + Sync + fmt::Debug {
-    /// Stores `body` under `key` unless something is there. Durable when it returns.
+    /// Stores `body` under `key` unless an object of that name exists. Durable when it returns.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome>;
 
-    /// The same, for what nobody reads back: that the object is there and is `body` is proved as
-    /// cheaply as the place can.
+    /// Like [`ObjectStore::put_if_absent`], for objects that the caller does not read back. Proves,
+    /// as cheaply as the store can, that an object that it created is `body`.
     ///
     /// # Errors
-    /// As [`ObjectStore::put_if_absent`]; [`Error::Damaged`] when the place says that it took it,
-    /// and has something else.
+    /// As [`ObjectStore::put_if_absent`]; [`Error::Damaged`] when the store acknowledged the object
+    /// but contains other bytes.
     fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         let outcome = self.put_if_absent(key, body)?;
         if outcome == PutOutcome::Created && self.get(key)? != body {
@@ -218,13 +220,13 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         Ok(outcome)
     }
 
-    /// The whole object.
+    /// Reads the whole object.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Store`], [`Error::S3`], [`Error::Damaged`].
     fn get(&self, key: &str) -> Result<Bytes>;
 
-    /// Returns true if the object is `body`, read back.
+    /// Reads the object back and returns true if it equals `body`.
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
@@ -232,8 +234,8 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         Ok(self.get(key)? == body)
     }
 
-    /// The object from wherever it is sound, when there are several places; where none is, it comes
-    /// as it is.
+    /// Reads the object. A store with several places reads it from the first place with a copy that
+    /// `_sound` accepts. If no copy is intact, returns the bytes of a damaged one.
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
@@ -241,13 +243,13 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         self.get(key)
     }
 
-    /// The bytes of `range`, all of which must be inside the object.
+    /// Reads the bytes of `range`, which must lie within the object.
     ///
     /// # Errors
     /// [`Error::NotFound`], [`Error::Store`], [`Error::S3`], [`Error::Damaged`].
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes>;
 
-    /// What is there, or `None` when proved absent.
+    /// Returns the object's metadata, or `None` when the object is proved absent.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
@@ -263,8 +265,8 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
     ) -> Result<()>;
 
-    /// The names directly below `prefix`, which ends in `/`, under which objects are stored,
-    /// ascending. Some stores also name a folder whose last object was removed (`SeaweedFS` for a
+    /// Returns the names of the folders directly below `prefix`, which ends in `/`, in ascending
+    /// order. Some stores also name a folder whose last object was removed (`SeaweedFS` for a
     /// while), so a folder proves nothing until an object in it is listed.
     ///
     /// # Errors
@@ -285,16 +287,17 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         Ok(names)
     }
 
-    /// Removes an object; one that is not there is fine.
+    /// Removes an object. Succeeds when the object does not exist.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
     fn delete(&self, key: &str) -> Result<()>;
 
-    /// Locks an object against everybody for a time, or longer where it is already.
+    /// Locks an object against deletion for the time of the span. A lock that lasts long enough is
+    /// left as it is.
     ///
     /// # Errors
-    /// [`Error::Config`] where the place has no locks, [`Error::S3`].
+    /// [`Error::Config`] where the store has no locks, [`Error::S3`].
     fn lock(&self, key: &str, _span: LockSpan) -> Result<LockOutcome> {
         Err(crate::Error::config(format!(
             "{key} in {} can not be locked: only a bucket with Object Lock can",
@@ -302,26 +305,26 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         )))
     }
 
-    /// Finds out whether writing would work, where that can be known without an object.
+    /// Checks whether writing would work, as far as that can be known without writing an object.
     ///
     /// # Errors
-    /// [`Error::Store`], [`Error::S3`] with what is missing.
+    /// [`Error::Store`], [`Error::S3`], which say what is missing.
     fn ready_to_write(&self) -> Result<()>;
 
-    /// Where it is, for people.
+    /// Returns the location of the store, for messages.
     fn url(&self) -> String;
 
     /// Returns true if the place itself exists. Only a folder can be missing without being
     /// unreachable.
     ///
     /// # Errors
-    /// [`Error::Store`]; [`Error::Gone`] when it was pinned.
+    /// [`Error::Store`]; [`Error::Gone`] when the store was pinned.
     fn exists(&self) -> Result<bool> {
         Ok(true)
     }
 
-    /// Creates the place itself. Only the beginning of an archive does so: a folder that is missing
-    /// later is not mounted.
+    /// Creates the place itself. Only the creation of an archive calls this: a folder that is
+    /// missing later is not mounted.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -329,7 +332,7 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// The witness that the object is; `None` when it is proved absent.
+    /// Returns the witness for the object, or `None` when the object is proved absent.
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
@@ -341,25 +344,26 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
         }
     }
 
-    /// Tells the store that no archive is known to be there: a folder that does not exist is then an empty one. A pin ends
-    /// it.
+    /// Tells the store that no archive is known to exist there. From then until a pin, a folder
+    /// that does not exist counts as empty.
     fn expect_new(&self) {}
 
     /// Makes every later write, and every answer "absent", fail with [`Error::Gone`] while the
-    /// place does not hold one of the witnesses. A folder checks it before and after each write, a
-    /// bucket now and then.
+    /// place does not contain one of the witnesses. A folder checks this before and after each
+    /// write, a bucket from time to time.
     fn pin(&self, _pin: Pin) {}
 
-    /// Checks now that the place holds a witness. What was put before this succeeds is in the right
-    /// place.
+    /// Checks now that the place contains a witness. Objects that were put before this succeeds are
+    /// in the right place.
     ///
     /// # Errors
-    /// [`Error::Gone`]; [`Error::Store`], [`Error::S3`] when that cannot be known.
+    /// [`Error::Gone`]; [`Error::Store`], [`Error::S3`] when the check itself fails.
     fn confirm(&self) -> Result<()> {
         Ok(())
     }
 
-    /// The same where it costs no request; elsewhere it succeeds.
+    /// Like [`ObjectStore::confirm`], but only where the check costs no request. Other stores
+    /// succeed without a check.
     ///
     /// # Errors
     /// As [`ObjectStore::confirm`].
@@ -368,8 +372,8 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     }
 }
 
-/// Returns true if a text can be a key: parts between single slashes, none of them hidden or
-/// leading out.
+/// Returns true if a text is a valid key: parts between single slashes, none of which is empty or
+/// begins with a dot. So no key is hidden or leads out of the store.
 fn is_sound_key(key: &str) -> bool {
     !key.is_empty()
         && key

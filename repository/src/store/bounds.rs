@@ -1,21 +1,25 @@
-//! The length that an object may have, by its name: what a reader must be able to take into memory.
+//! The maximum length of an object, by its name. A reader must be able to hold an object of that
+//! length in memory.
 //!
-//! Invariant: a store that reads a whole object compares its length with this before it takes memory.
+//! Invariant: a store that reads a whole object compares its length with this maximum before it
+//! allocates memory.
 
 use wal_format::backup::SLICE_BYTES_MAX;
 
 use super::ENCRYPTED_SUFFIX;
 
 const MIB: u64 = 1 << 20;
-/// A sealed segment: 1 GiB of WAL that does not compress, its summary and its footer.
+/// The maximum of a sealed segment: 1 GiB of WAL that does not compress, its summary and its
+/// footer.
 const SEGMENT_BYTES_MAX: u64 = 2200 * MIB;
-/// A manifest of ten million files, and the description of a backup of several hundred terabytes.
+/// The maximum of a manifest, for ten million files, and of the description of a backup of several
+/// hundred terabytes.
 const MANIFEST_BYTES_MAX: u64 = 2048 * MIB;
 const BACKUP_INFO_BYTES_MAX: u64 = 1024 * MIB;
-/// Every other JSON object, and a timeline's history.
+/// The maximum of every other JSON object and of a timeline's history.
 const JSON_BYTES_MAX: u64 = 64 * MIB;
 
-/// Returns the length that the object `key` has at the most.
+/// Returns the maximum length of the object `key`, in bytes.
 pub(super) fn object_bytes_max(key: &str) -> u64 {
     let plain = key.strip_suffix(ENCRYPTED_SUFFIX).unwrap_or(key);
     let name = plain.rsplit('/').next().unwrap_or(plain);
@@ -34,7 +38,7 @@ pub(super) fn object_bytes_max(key: &str) -> u64 {
     bytes_max + bytes_max / 1024
 }
 
-/// The words for an object that is longer.
+/// Returns the message for an object that exceeds its maximum length.
 pub(super) fn too_long(found: u64, bytes_max: u64) -> String {
     format!("it has {found} bytes; an object of this name has {bytes_max} at the most")
 }

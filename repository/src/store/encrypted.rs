@@ -1,5 +1,4 @@
-//! [`EncryptedStore`]: wraps a store so that its operator can read only names, sizes and the names
-//! of keys.
+//! [`EncryptedStore`]: wraps a store so that its operator can read only the names and sizes of objects and the names of the keys.
 //!
 //! An object `x` is stored as `x.enc` ([`object`]), so an encrypted object and a plain one are
 //! never confused. The cluster's data keys are stored, wrapped, in `keys/` ([`keys`]). Reading a
@@ -86,8 +85,8 @@ impl EncryptedStore {
         Ok(broken)
     }
 
-    /// Names of objects of the cluster that are not encrypted: nothing of them is read, and
-    /// somebody else put them there.
+    /// Returns the names of the cluster's objects that are not encrypted. They are ignored: another
+    /// program wrote them.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
@@ -102,7 +101,7 @@ impl EncryptedStore {
         Ok(plain)
     }
 
-    /// Returns whether a name, without the ending of an encrypted object, is that of an epoch's
+    /// Returns whether a name, without the suffix of an encrypted object, is that of an epoch's
     /// file.
     fn is_epoch(&self, name: &str) -> bool {
         let key = name.strip_prefix(&self.keys.root);
@@ -110,8 +109,8 @@ impl EncryptedStore {
         matches!(key, Some(ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_)))
     }
 
-    /// Refuses a cluster that is archived without encryption. Where data keys are stored it is
-    /// encrypted, and `plain` is an object that somebody else put there.
+    /// Refuses a cluster that is archived without encryption. If data keys are stored, the cluster
+    /// is encrypted: then `plain` is an object that another program wrote, and is ignored.
     fn refuse_plain(&self, plain: &str) -> Result<()> {
         if self.keys.has_data_keys()? {
             tracing::warn!(
@@ -151,8 +150,8 @@ impl EncryptedStore {
             return Ok(data);
         }
         if keys.is_empty() {
-            // A data key says that the cluster is encrypted: none is made where it is archived
-            // without encryption.
+            // A data key marks the cluster as encrypted, so none may be created where the cluster
+            // is archived without encryption. `list` fails in that case.
             self.list(&format!("{}epoch", self.keys.root), &mut |_| {
                 ControlFlow::Break(())
             })?;
@@ -340,7 +339,7 @@ impl ObjectStore for EncryptedStore {
         Ok(())
     }
 
-    /// Without the keys' own folders, which are the store's and not the cluster's.
+    /// Leaves out the folders of the data keys, which belong to the store and not to the cluster.
     fn folders(&self, prefix: &str) -> Result<Vec<String>> {
         let mut names = self.store().folders(prefix)?;
         if prefix == self.keys.root {

@@ -1,10 +1,10 @@
 //! A folder as an object store: one file per object, written under a temporary name and linked to
-//! its own when durable.
+//! its own name once it is durable.
 //!
-//! Invariant: a write happens below a directory handle of the folder, which held a witness when it
-//! was opened ([`entered`]), and succeeds only when the folder's path still leads to that directory
-//! afterwards. A disk that is unmounted at any moment, also lazily, never makes a write go to its
-//! mount point or count although it is hidden.
+//! Invariant: a write happens below a directory handle of the folder, which contained a witness
+//! when the handle was opened ([`entered`]), and succeeds only if the folder's path still leads to
+//! that directory afterwards. A disk may be unmounted at any moment, also lazily: no write then
+//! goes to its mount point, and no write counts that went to the hidden disk.
 
 use std::{
     fs::{self, File},
@@ -32,9 +32,10 @@ use crate::{CrashPoint, Error, Result, durable};
 
 mod entered;
 
-/// Where files are written before they have a name. On the same file system, and no key can begin with a dot.
+/// The directory of files that do not have their final name yet. It is on the same file system, and
+/// no key can begin with a dot.
 const TEMPORARY: &str = ".tidemark-tmp";
-/// A temporary file as old as this was left by a crash: no put takes a day.
+/// A temporary file of this age was left by a crash: no put takes a day.
 const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// Objects in a folder.
@@ -42,7 +43,8 @@ const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 pub struct LocalStore {
     root: PathBuf,
     pin: RwLock<Option<Pin>>,
-    /// True if a folder that does not exist is an empty one: nothing is known to be there.
+    /// True if a folder that does not exist counts as empty, because no archive is known to exist
+    /// there.
     is_new: AtomicBool,
 }
 
@@ -56,7 +58,8 @@ impl LocalStore {
         Ok(Self::at(root))
     }
 
-    /// The objects in a folder, which nothing creates but [`ObjectStore::create_place`].
+    /// Returns the store of a folder without creating the folder. Only
+    /// [`ObjectStore::create_place`] creates it.
     #[must_use]
     pub fn at(root: &Path) -> Self {
         Self {
@@ -76,7 +79,7 @@ impl LocalStore {
         self.is_new.load(Ordering::Relaxed) && matches!(self.exists(), Ok(false))
     }
 
-    /// The error of a folder that cannot be opened as one.
+    /// Returns the error for a folder that cannot be opened as a directory.
     fn cannot_open(&self, error: io::Error) -> Error {
         let absent = matches!(
             error.kind(),
@@ -91,7 +94,8 @@ impl LocalStore {
         }
     }
 
-    /// The folder of temporary files, created at the first write: a reader may have no right to write.
+    /// Returns the folder of temporary files. Creates it at the first write, because a reader may
+    /// have no permission to write.
     fn temporary(&self) -> Result<PathBuf> {
         let directory = self.root.join(TEMPORARY);
         if directory.is_dir() {
@@ -121,7 +125,8 @@ impl LocalStore {
         Ok(())
     }
 
-    /// The file of a key. Keys come from our own types, but also from listings and tests: none may leave the folder.
+    /// Returns the file of a key. Most keys come from our own types, but some come from listings
+    /// and tests. Refuses a key that leads out of the folder.
     fn path(&self, key: &str) -> Result<PathBuf> {
         if is_sound_key(key) {
             return Ok(self.root.join(key));
@@ -167,8 +172,9 @@ impl ObjectStore for LocalStore {
         let linked = temporary.link(&directory, key);
         let outcome = match linked.and_then(|()| CrashPoint::StoreFileLinked.reach()) {
             Ok(()) => PutOutcome::Created,
-            // It is durable already, or its writer is about to make it so; our caller compares and
-            // may rely on it.
+            // The object is durable already, or its writer is about to make it so. Our caller
+            // compares the bytes and may then rely on the object, so fsync the directory in this
+            // case too.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => PutOutcome::AlreadyExists,
             Err(error) => return Err(Error::store("create", path)(error)),
         };
@@ -177,12 +183,13 @@ impl ObjectStore for LocalStore {
             let reached = CrashPoint::StoreFileDurable.reach();
             reached.map_err(Error::store("create", &path))?;
         }
-        // Durable somewhere is not enough: only what the path leads to is archived.
+        // An object that is durable in another directory is not enough: only an object that the
+        // path leads to is archived.
         folder.leave()?;
         Ok(outcome)
     }
 
-    /// What was fsynced needs no other proof.
+    /// The fsync is the proof; nothing is read back.
     fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         self.put_if_absent(key, body)
     }
@@ -211,7 +218,8 @@ impl ObjectStore for LocalStore {
         }
     }
 
-    /// Piece by piece: as a whole it would take fresh memory, which costs more than the comparison.
+    /// Compares piece by piece: reading the whole object would take fresh memory, which costs more
+    /// than the comparison.
     fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
         const PIECE_BYTES: usize = 128 << 10;
         let path = self.path(key)?;
@@ -276,7 +284,8 @@ impl ObjectStore for LocalStore {
         if !self.exists()? {
             return Err(self.cannot_open(io::ErrorKind::NotFound.into()));
         }
-        // Whole directories of the prefix are entered directly; the rest is a filter.
+        // Start in the deepest directory that the prefix names completely; the rest of the prefix
+        // is a filter.
         let (directory, _) = prefix.rsplit_once('/').unwrap_or(("", prefix));
         let start = if directory.is_empty() {
             self.root.clone()
@@ -302,7 +311,8 @@ impl ObjectStore for LocalStore {
             let entry = entry.map_err(Error::store("list", &directory))?;
             let name = entry.file_name().to_string_lossy().into_owned();
             let key = format!("{prefix}{name}/");
-            // A directory stays when its last object was removed; it is not a folder of a bucket.
+            // A directory remains after its last object was removed. A bucket would not list it as
+            // a folder, so neither do we.
             let mut is_empty = true;
             if entry.path().is_dir() && is_sound_key(&name) {
                 self.list(&key, &mut |_| {
@@ -329,7 +339,8 @@ impl ObjectStore for LocalStore {
             self.confirm()?;
             return self.temporary().map(drop);
         }
-        // The beginning of an archive creates it.
+        // The folder does not exist yet: the creation of an archive creates it. Check the nearest
+        // directory above it.
         let mut above = self.root.ancestors();
         let above = above.find(|path| path.is_dir()).unwrap_or(&self.root);
         access(above, Access::WRITE_OK)
@@ -402,7 +413,7 @@ fn walk(
         }
         let metadata = match entry.metadata() {
             Ok(metadata) => metadata,
-            // Deleted since it was listed.
+            // The file was deleted after the directory was read.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(Error::store("look at", entry.path())(error)),
         };

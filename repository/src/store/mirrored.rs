@@ -1,10 +1,10 @@
-//! [`MirroredStore`]: the same objects in several places, each with a queue of its own.
+//! [`MirroredStore`]: the same objects in several places, each with its own queue.
 //!
-//! A put goes to every place at once and returns when one has it, or all, as
-//! `repositories_required` says; a place that is away is passed over and brought into step later,
-//! object by object, from one that has them ([`step`]). Invariant: each place gets what it gets in
-//! the order in which it was given, so no place loses a tail before it has its segment; and what
-//! one place cannot show proves nothing absent.
+//! A put goes to every place at once. It returns when one place has the object, or all, depending
+//! on `repositories_required`. A place that is unreachable ("away") is skipped and synchronized
+//! later, object by object, from a place that has the objects ([`step`]). Invariant: each place
+//! executes its jobs in the order in which they were given, so no place loses a tail before it has
+//! the tail's segment. An object is proved absent only if every place answered and none has it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -27,10 +27,10 @@ mod tests;
 
 pub use member::MemberState;
 
-/// The time for which the end of a program waits for places that are still being written to.
+/// The time that a program waits at its end for places that are still being written to.
 const FLUSH_MAX: Duration = Duration::from_secs(600);
 
-/// Several stores as one.
+/// Several stores that act as one.
 #[derive(Debug)]
 pub struct MirroredStore {
     members: Vec<Arc<Member>>,
@@ -38,7 +38,7 @@ pub struct MirroredStore {
 }
 
 impl MirroredStore {
-    /// Takes the stores, the nearest first, with what every key of ours begins with.
+    /// Creates the store. `stores` begins with the nearest; all keys begin with `cluster`.
     ///
     /// # Errors
     /// [`Error::Config`] when the system has no more threads.
@@ -65,20 +65,22 @@ impl MirroredStore {
         Ok(Self { members, required })
     }
 
-    /// From now on every place is brought into step with the others: at once, and whenever it was away.
+    /// Synchronizes every place with the others from now on: at once, every day, and whenever it
+    /// was away.
     pub fn keep_in_step(&self) {
         for member in &self.members {
             member.keep_in_step();
         }
     }
 
-    /// How each place is.
+    /// Returns the state of each place.
     #[must_use]
     pub fn states(&self) -> Vec<MemberState> {
         self.members.iter().map(|member| member.state()).collect()
     }
 
-    /// Gives every place the same job; waits as long as the setting wants.
+    /// Gives every place the same job. Waits for the first success or for all places, depending on
+    /// `required`.
     fn write<T: Copy>(&self, job: impl Fn(mpsc::Sender<Reply<T>>) -> Job) -> Result<T> {
         let (sender, replies) = mpsc::channel();
         for member in &self.members {
@@ -104,13 +106,14 @@ impl MirroredStore {
         }
     }
 
-    /// The places in the order in which they are asked: those that are away last.
+    /// Returns the places in the order in which they are queried: those that are away last.
     fn in_order(&self) -> impl Iterator<Item = &Arc<Member>> {
         let here = self.members.iter().filter(|member| !member.is_away());
         here.chain(self.members.iter().filter(|member| member.is_away()))
     }
 
-    /// The first answer that is one. Absent is only what every place says is absent.
+    /// Returns the first answer that is not "absent". Returns `None` only if every place proved the
+    /// object absent.
     fn read<T>(&self, read: impl Fn(&dyn ObjectStore) -> Result<Option<T>>) -> Result<Option<T>> {
         let mut failed = None;
         for member in self.in_order() {
@@ -153,7 +156,7 @@ impl ObjectStore for MirroredStore {
         self.write(|reply| Job::Put(key.to_owned(), body.clone(), reply))
     }
 
-    /// Each place proves what it got by itself.
+    /// Each place proves its own copy, so a plain put is enough.
     fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         self.put_if_absent(key, body)
     }
@@ -174,7 +177,8 @@ impl ObjectStore for MirroredStore {
             Ok(None)
         });
         match (found, unsound.into_inner()) {
-            // Sound, or damaged wherever it is: the caller says how.
+            // Either an intact copy, or a damaged one because no place has an intact copy; the
+            // caller detects the damage.
             (Ok(Some(bytes)), _) | (_, Some(bytes)) => Ok(bytes),
             (Ok(None), None) => Err(self.absent(key)),
             (Err(error), None) => Err(error),
@@ -190,7 +194,8 @@ impl ObjectStore for MirroredStore {
         self.read(|store| store.head(key))
     }
 
-    /// What any place has. A place that is away hides only what nobody else has.
+    /// Lists the objects that at least one place has. If a place cannot be listed, only the objects
+    /// that no other place has are left out.
     fn list(
         &self,
         prefix: &str,
@@ -227,7 +232,8 @@ impl ObjectStore for MirroredStore {
         Ok(())
     }
 
-    /// The names that any place has, as [`ObjectStore::list`] has its objects.
+    /// Returns the names that at least one place has. Like [`ObjectStore::list`], skips a place
+    /// that fails.
     fn folders(&self, prefix: &str) -> Result<Vec<String>> {
         let mut names = BTreeSet::new();
         let (mut failed, mut answered) = (None, false);
@@ -278,7 +284,8 @@ impl ObjectStore for MirroredStore {
         failed.map_or(Ok(false), Err)
     }
 
-    /// Every place that is not away is the right one. One that is not is passed over from now on.
+    /// Checks that every place that is not away is the right one. A place that fails the check
+    /// counts as away from then on.
     fn confirm(&self) -> Result<()> {
         let mut outcome = None;
         for member in self.members.iter().filter(|member| !member.is_away()) {
@@ -301,7 +308,8 @@ impl ObjectStore for MirroredStore {
 }
 
 impl Drop for MirroredStore {
-    /// A backup is not done in one place when its command ends because it is in another.
+    /// Waits for the queues: with `Any`, a backup that is complete in one place may still be on its
+    /// way to another when its command ends.
     fn drop(&mut self) {
         for member in &self.members {
             member.finish(FLUSH_MAX);

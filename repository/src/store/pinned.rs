@@ -1,10 +1,9 @@
-//! [`PinnedStore`]: a store that writes only where one of its witnesses is: the bucket of that name
-//! may have been emptied, or be another one.
+//! [`PinnedStore`]: a store that writes only while the place contains one of its witnesses. The bucket of that name may have been emptied, or may be another bucket.
 //!
-//! A check is a GET. Before a tail, of which there are many, it is made at most once per
-//! [`CHECK_INTERVAL`]; before any other object always; and never while nothing is written.
-//! Invariant: what was put before [`ObjectStore::confirm`] succeeded is in the right place; whoever
-//! removes the last other copy calls it first.
+//! A check is a GET. Before a tail, of which there are many, the store checks at most once per
+//! [`CHECK_INTERVAL`]; before any other object it checks always. Invariant: what was put before
+//! [`ObjectStore::confirm`] succeeded is in the right place. Code that removes the last other copy
+//! calls `confirm` first.
 
 use std::{
     ops::{ControlFlow, Range},
@@ -19,10 +18,10 @@ use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Wit
 use crate::Error;
 use crate::Result;
 
-/// For how long a check holds: tails may go to a wrong bucket for this long.
+/// The time for which a check counts: tails may go to a wrong bucket for this long.
 const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A store with the objects by which it is recognised.
+/// A store together with the objects by which it is recognised.
 #[derive(Debug)]
 pub struct PinnedStore<S> {
     store: S,
@@ -32,12 +31,12 @@ pub struct PinnedStore<S> {
 #[derive(Debug, Default)]
 struct State {
     pin: Option<Pin>,
-    /// When the last check succeeded; `None` before the first and after one that failed.
+    /// The time of the last check. `None` before the first check and after a check that failed.
     confirmed: Option<Instant>,
 }
 
 impl<S: ObjectStore> PinnedStore<S> {
-    /// A store that is not pinned yet.
+    /// Wraps a store, not pinned yet.
     pub fn new(store: S) -> Self {
         Self {
             store,
@@ -49,7 +48,7 @@ impl<S: ObjectStore> PinnedStore<S> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Checks the place when the last check is old.
+    /// Checks the place unless the last check is recent.
     fn check(&self) -> Result<()> {
         let confirmed = self.state().confirmed;
         if confirmed.is_some_and(|confirmed| confirmed.elapsed() < CHECK_INTERVAL) {
@@ -68,7 +67,7 @@ impl<S: ObjectStore> PinnedStore<S> {
         }
     }
 
-    /// Passes an answer on, unless it is "absent" and the place is another one.
+    /// Passes an answer on. An answer "absent" counts only if the place is the right one.
     fn absent_here<T>(&self, answer: Result<T>) -> Result<T> {
         if answer.as_ref().is_err_and(crate::Error::is_not_found) {
             self.check()?;
@@ -208,7 +207,7 @@ mod tests {
         store.store.put_if_absent("main/epoch/1", b"one").expect("");
         store.put_if_absent("main/b", b"b").expect("it is back");
     }
-    /// A store of which every reading is damaged in another way, for so many readings.
+    /// A store that damages its first `damaged` reads, each in a different way.
     #[derive(Debug)]
     struct Noisy {
         store: LocalStore,

@@ -16,7 +16,7 @@ use std::{
 use serde::Serialize;
 
 const MINUTE: Duration = Duration::from_secs(60);
-/// The minutes of the last hour.
+/// The length of `last_hour`, in minutes.
 const MINUTES: u64 = 60;
 
 /// The kinds of requests, grouped by their price.
@@ -30,7 +30,7 @@ pub enum RequestKind {
     Head,
     /// Reads one page of a listing.
     List,
-    /// Stores an object; also begin, parts and completion of a multipart upload.
+    /// Stores an object. The start, each part and the completion of a multipart upload also count.
     Put,
 }
 
@@ -61,7 +61,7 @@ impl RequestCounts {
         *count += 1;
     }
 
-    /// The counts by name.
+    /// Returns the counts with their names.
     #[must_use]
     pub fn each(&self) -> [(&'static str, u64); 5] {
         [
@@ -113,7 +113,7 @@ impl AddAssign for RequestReport {
     }
 }
 
-/// A counter. Clones share the same numbers.
+/// A counter of the requests to one place. Clones share the same numbers.
 #[derive(Clone)]
 pub struct RequestMeter {
     since: Instant,

@@ -1,8 +1,8 @@
 //! [`Retrying`]: a store that retries transient failures, with growing pauses, jitter and a budget.
 //!
-//! Only failures that may disappear by themselves are retried ([`Error::is_transient`]). A refusal
-//! is returned at once. All users of the store share the budget: while the store is down, requests
-//! fail early instead of queueing retries.
+//! Only failures that may disappear without intervention are retried ([`Error::is_transient`]). A
+//! refusal is returned at once. All users of the store share the budget: while the store is down,
+//! requests fail early instead of queueing retries.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -144,8 +144,8 @@ impl<S: ObjectStore> Retrying<S> {
 }
 
 impl<S: ObjectStore> ObjectStore for Retrying<S> {
-    /// If the reply to a put was lost, the retry finds the object. Callers compare it, as they do
-    /// with an object from anybody else.
+    /// If the reply to a put was lost, the retry finds the object. Callers compare it with theirs,
+    /// as they do with an object that another process wrote.
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         self.policy.run(|| self.store.put_if_absent(key, body))
     }
@@ -166,7 +166,7 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
         self.policy.run(|| self.store.head(key))
     }
 
-    /// A listing that breaks continues after the last visited key.
+    /// A listing that fails continues after the last visited key.
     fn list(
         &self,
         prefix: &str,

@@ -355,7 +355,7 @@ impl S3Store {
 /// The result of a `GetObject`.
 struct Body {
     bytes: Bytes,
-    /// The words for a body that is longer than it may be; then `bytes` is empty.
+    /// The message for a body that exceeds its maximum length; `bytes` is then empty.
     too_long: Option<String>,
     content_range: Option<String>,
     checksum: Option<String>,

@@ -15,8 +15,8 @@ fn keys(store: &dyn ObjectStore, prefix: &str) -> Vec<String> {
     keys
 }
 
-/// Runs the whole suite on an empty store, with `races` races of sixteen writers each, which a
-/// distributed store decides slowly.
+/// Runs the whole suite on an empty store. `races` is the number of races of sixteen writers each,
+/// which are slow on a distributed store.
 ///
 /// # Panics
 /// On the first violated guarantee of [`ObjectStore`].
@@ -94,7 +94,7 @@ pub fn conformance(store: &Arc<dyn ObjectStore>, races: u32) {
     race(store, races);
 }
 
-/// Sixteen writers of one name: one wins, and all read the winner's bytes.
+/// Lets sixteen writers put one name: one of them creates the object, and all read its bytes.
 fn race(store: &Arc<dyn ObjectStore>, races: u32) {
     for round in 0..races {
         let key = format!("race/{round}");

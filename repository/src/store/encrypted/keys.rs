@@ -57,7 +57,7 @@ impl fmt::Debug for DataKey {
 }
 
 impl DataKey {
-    /// For the single place that derives keys from it.
+    /// Returns the key itself. Only the function that derives objects' keys from it calls this.
     pub(super) fn reveal(&self) -> &[u8] {
         &*self.key
     }
@@ -73,7 +73,7 @@ impl DataKey {
     }
 }
 
-/// `keys/{data_key}/{wrapped_by}.json`.
+/// The JSON object `keys/{data_key}/{wrapped_by}.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct WrappedKey {
     format_version: u32,
@@ -263,7 +263,8 @@ impl KeyStore {
         Ok(problem.map(Err))
     }
 
-    /// Returns whether no object that is named like a wrap of a data key is one, in either copy.
+    /// Returns whether no object that is named like a wrapping of this data key contains one, in
+    /// either copy.
     fn is_junk(&self, id: DataKeyId, wrapped_by: &BTreeSet<String>) -> Result<bool> {
         for by in wrapped_by {
             for name in [self.name(id, by), self.copy(id, by)] {
@@ -332,8 +333,8 @@ impl KeyStore {
         Ok(data)
     }
 
-    /// Wraps every unwrapped data key with every one of our keys where that is missing. Returns the
-    /// number of wrappings added.
+    /// Wraps every data key that we can unwrap with each of our keys, where that wrapping is
+    /// missing. Returns the number of wrappings added.
     pub(super) fn rewrap(&self, keys: &Keys) -> Result<usize> {
         let mut wrapped = 0;
         for data in keys.open.values() {
@@ -460,6 +461,7 @@ fn parse_name(name: &str) -> Option<(DataKeyId, String)> {
     let id: [u8; 16] = hex::decode(id).ok()?.try_into().ok()?;
     let by = file.strip_suffix(".json")?;
     let key: KeyId = by.parse().ok()?;
-    // Only the exact spelling: another one is not found under the name that we make of it.
+    // Accept only the exact spelling: we would not find an object with another spelling under the
+    // name that we compute.
     (key.to_string() == by).then(|| (DataKeyId(id), by.to_owned()))
 }

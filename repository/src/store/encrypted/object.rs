@@ -58,7 +58,7 @@ pub(super) enum SealError {
         "frame {0} is not authentic: it was changed, or the object was moved from another name"
     )]
     Frame(u64),
-    /// The library refused without a reason.
+    /// The library refused and gave no reason.
     #[error("AES-256-GCM could not be set up")]
     Setup,
 }
@@ -111,7 +111,8 @@ impl Header {
         self.plain_bytes.div_ceil(FRAME_BYTES).max(1)
     }
 
-    /// The length of the object in the store.
+    /// Returns the length of the object in the store, or `None` if the header's length is
+    /// impossible.
     pub(super) fn stored_bytes(&self) -> Option<u64> {
         self.frames()
             .checked_mul(TAG_BYTES)?
@@ -119,7 +120,8 @@ impl Header {
             .checked_add(HEADER_BYTES)
     }
 
-    /// Returns the frames that contain a range, and their place in the store.
+    /// Returns the number of the first frame that contains a part of the range, and the bytes of
+    /// these frames in the stored object.
     pub(super) fn place(&self, plain: &Range<u64>) -> (u64, Range<u64>) {
         let first = plain.start / FRAME_BYTES;
         let after = plain.end.div_ceil(FRAME_BYTES).max(first + 1);
@@ -167,7 +169,7 @@ impl Header {
     }
 }
 
-/// The offset of a frame in the plain object.
+/// Returns the offset of a frame in the plain object.
 pub(super) fn frame_start(frame: u64) -> u64 {
     frame * FRAME_BYTES
 }

@@ -339,7 +339,7 @@ fn a_stray_plain_object_blocks_nothing_and_is_named() {
                     .join(format!("main/{folder}/00000001.json.enc"));
                 fs::remove_file(path).expect("it goes");
             }
-            // Without a key it is no empty place.
+            // Without a key, the place does not count as empty.
             let plain = Arc::new(LocalStore::open(directory.path()).expect("a folder"));
             for name in &strays[1..3] {
                 fs::remove_file(directory.path().join(name)).expect("it goes");
@@ -380,8 +380,8 @@ fn a_key_is_not_made_for_a_cluster_that_is_archived_in_plain() {
     assert_eq!(files(directory.path()), before);
 }
 
-/// Created by an independent implementation from `FORMAT.md` alone: the Python code of its last
-/// chapter, in reverse.
+/// The object was created by an independent implementation from `FORMAT.md` alone: the Python code
+/// of its last chapter, in reverse.
 #[test]
 fn an_object_of_another_implementation_opens() {
     let data = DataKey::of_test([7; 16], [9; 32]);

@@ -1,9 +1,9 @@
 //! [`Entered`]: the folder of a store, held by a directory handle for one operation.
 //!
-//! A handle that was kept between operations would make every unmount fail with EBUSY. A device
-//! number alone proves nothing between two operations: the next disk or tmpfs may get the same one.
-//! So each operation opens the folder, looks for a witness below that handle, works below that
-//! handle, and compares the path with the handle at the end.
+//! A handle that stays open between operations would make every unmount fail with EBUSY. A device
+//! number alone proves nothing between two operations, because the next disk or tmpfs may get the
+//! same number. So each operation opens the folder, looks for a witness below that handle, works
+//! below that handle, and compares the path with the handle at the end.
 
 use std::{
     fs::{self, File},
@@ -24,21 +24,22 @@ use crate::{CrashPoint, Error, ObjectStore, Result};
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::CLOEXEC);
-/// A witness is a small JSON object; nobody makes us read more.
+/// A witness is a small JSON object. This bounds the memory that a foreign object can take.
 const WITNESS_BYTES_MAX: u64 = 64 << 10;
-/// Names that are tried for a temporary file: two with the same one are never seen.
+/// The number of names that are tried for a temporary file. Even two equal names were never
+/// observed.
 const NAMES_MAX: u32 = 16;
 
-/// A store's folder for one operation.
+/// A store's folder, open for one operation.
 pub(super) struct Entered<'a> {
     store: &'a LocalStore,
     directory: OwnedFd,
-    /// Device and inode, which no other directory has while the handle is open.
+    /// Device and inode. No other directory has the same pair while the handle is open.
     place: (u64, u64),
 }
 
 impl<'a> Entered<'a> {
-    /// Opens the folder; when it is pinned, it holds one of its witnesses.
+    /// Opens the folder. Checks that a pinned folder contains one of its witnesses.
     ///
     /// # Errors
     /// [`Error::Gone`], [`Error::Store`].
@@ -58,7 +59,7 @@ impl<'a> Entered<'a> {
         Ok(folder)
     }
 
-    /// A small object; `None` when it is not in this folder.
+    /// Reads a small object. `None` when it is not in this folder.
     pub(super) fn read(&self, key: &str) -> Result<Option<Bytes>> {
         let opened = openat(
             &self.directory,
@@ -81,7 +82,8 @@ impl<'a> Entered<'a> {
         }
     }
 
-    /// The directory of a key, created durably where it is missing. Only the owner may enter.
+    /// Opens the directory of a key, and creates it durably if it is missing. Only the owner may
+    /// enter it.
     pub(super) fn create_parent(&self, key: &str) -> Result<OwnedFd> {
         let parent = key.rsplit_once('/').map_or(".", |(parent, _)| parent);
         self.create_directory(parent)
@@ -107,7 +109,7 @@ impl<'a> Entered<'a> {
                                 return Err(error);
                             }
                         }
-                        // Another writer was faster.
+                        // Another writer created it first.
                         Err(Errno::EXIST) => {}
                         Err(error) => return Err(error.into()),
                     }
@@ -120,7 +122,7 @@ impl<'a> Entered<'a> {
         Ok(above)
     }
 
-    /// A new file without a name that anybody looks for; removed when it is dropped.
+    /// Creates a file under a name that no reader looks for. The name is removed on drop.
     pub(super) fn temporary(&self) -> Result<Temporary> {
         static NUMBER: AtomicU64 = AtomicU64::new(0);
         let place = || self.store.root.join(TEMPORARY);
@@ -147,7 +149,7 @@ impl<'a> Entered<'a> {
         Err(failed(io::ErrorKind::AlreadyExists.into()))
     }
 
-    /// Removes an object durably; one that is not there is fine.
+    /// Removes an object durably. Succeeds when the object does not exist.
     pub(super) fn remove(&self, key: &str) -> io::Result<()> {
         let (parent, name) = key.rsplit_once('/').unwrap_or((".", key));
         let directory = match openat(&self.directory, parent, DIRECTORY, Mode::empty()) {
@@ -164,10 +166,10 @@ impl<'a> Entered<'a> {
         }
     }
 
-    /// Ends the operation: the path still leads to this folder.
+    /// Ends the operation: checks that the path still leads to this folder.
     ///
     /// # Errors
-    /// [`Error::Gone`] when it does not: what was written is in a place that nobody sees.
+    /// [`Error::Gone`] when it does not: readers cannot see what was written.
     pub(super) fn leave(self) -> Result<()> {
         let root = &self.store.root;
         let found = fs::metadata(root).map_err(|error| self.store.cannot_open(error))?;
@@ -182,7 +184,7 @@ impl<'a> Entered<'a> {
     }
 }
 
-/// A file that has no name of its own yet.
+/// A file that does not have the name of its key yet.
 pub(super) struct Temporary {
     directory: OwnedFd,
     name: String,
@@ -194,7 +196,8 @@ impl Temporary {
         &mut self.file
     }
 
-    /// Gives it a key's name in the key's directory. A hard link never replaces, unlike a rename.
+    /// Links the file to the name of a key, in the key's directory. Unlike a rename, a hard link
+    /// never replaces an existing file.
     pub(super) fn link(&self, directory: &OwnedFd, key: &str) -> io::Result<()> {
         let name = key.rsplit_once('/').map_or(key, |(_, name)| name);
         linkat(
@@ -216,7 +219,7 @@ impl Drop for Temporary {
     }
 }
 
-/// Makes the names in a directory durable.
+/// Makes the entries of a directory durable.
 pub(super) fn sync(directory: &OwnedFd) -> io::Result<()> {
     Ok(rustix::fs::fsync(directory)?)
 }

@@ -1,6 +1,7 @@
-//! One place among several: its queue, its thread, and how it is.
+//! One place of several: its queue, its thread and its state.
 //!
-//! Nothing is kept in memory for a place that is away: it fails at once, and is brought into step when it is back.
+//! Nothing is kept in memory for a place that is away: its jobs fail at once, and it is
+//! synchronized when it is back.
 
 use std::{
     collections::VecDeque,
@@ -14,10 +15,10 @@ use bytes::Bytes;
 use super::step;
 use crate::{Error, ObjectStore, PutOutcome, Result};
 
-/// What a place answers to a job.
+/// The answer of a place to a job.
 pub(super) type Reply<T> = Result<T>;
 
-/// What a place is to do, in order.
+/// A job of a place. Jobs are executed in order.
 #[derive(Debug)]
 pub(super) enum Job {
     Put(String, Bytes, Sender<Reply<PutOutcome>>),
@@ -33,45 +34,48 @@ impl Job {
     }
 }
 
-/// Bodies that wait for one place; beyond it the place counts as away and catches up from another.
+/// The maximum size of the bodies in the queue of one place. Beyond it, jobs fail at once, and the
+/// place gets the objects from another place later.
 const QUEUE_BYTES_MAX: usize = 256 << 20;
-/// First and longest pause before a place that failed is asked again.
+/// The first and the longest pause before a place that failed is tried again.
 const AWAY_MIN: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(30);
-/// The interval at which places are compared though none was away: another program's backup may be
-/// in one only.
+/// The interval at which places are compared even if none was away: a backup of another program may
+/// be in one place only.
 const COMPARE_EVERY: Duration = Duration::from_secs(24 * 3600);
 
-/// How a place is.
+/// The state of a place.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct MemberState {
-    /// Where it is.
+    /// The location of the place.
     pub url: String,
-    /// Objects that wait for it.
+    /// Objects in the queue, including the one that is being written.
     pub queued_objects: usize,
-    /// Their bytes.
+    /// Bytes of these objects.
     pub queued_bytes: usize,
-    /// True if it lacks what another one has, as far as is known.
+    /// True if the place is known to lack objects that another place has, or has not been compared
+    /// yet.
     pub behind: bool,
-    /// For how long the oldest of what it lacks has waited, in seconds; 0 when it is in step.
+    /// The age of the oldest object that the place lacks, in seconds; 0 when it is synchronized.
     pub lag_seconds: f64,
-    /// Why it is passed over, if it is.
+    /// The reason for which the place is skipped; `None` when it is not skipped.
     pub error: Option<String>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// Each with the time at which it was given.
+    /// Each job with the time at which it was given.
     queue: VecDeque<(Instant, Job)>,
     queued_bytes: usize,
-    /// Since when what is worked on has waited.
+    /// The time at which the job that is being executed was given.
     working: Option<Instant>,
-    /// Not to be asked before, and why.
+    /// The time before which the place is not tried again, and the reason.
     away: Option<(Instant, String)>,
-    /// With `away`: the system identifier and the problem where it is another place than before.
+    /// With `away`: the system identifier and the problem, if the place is no longer the same as
+    /// before.
     gone: Option<(String, String)>,
     pause: Duration,
-    /// Since when it lacks something that is not in its queue.
+    /// The time since which the place lacks an object that is not in its queue.
     behind: Option<Instant>,
     in_step: bool,
     compared: Option<Instant>,
@@ -141,14 +145,16 @@ impl Member {
         state.pause = Duration::ZERO;
     }
 
-    /// Somebody asked it for what it does not have; whether another has it is seen when they are compared.
+    /// A reader requested an object that the place does not have. The next comparison finds out
+    /// whether another place has it.
     pub(super) fn lacks(&self) {
         tracing::debug!(repository = %self.store.url(), "an object is not in this repository");
     }
 
-    /// What failed: away, when that passes by itself; a refusal concerns one object.
+    /// Marks the place as away after a transient error. A refusal concerns one object only.
     pub(super) fn failed(&self, error: &Error) {
-        // A wrong name or range is the asker's fault, and a short object is one object's.
+        // An invalid name or range is the caller's mistake, and a short object concerns only that
+        // object.
         let of_one = matches!(error, Error::Store { source, .. }
             if matches!(source.kind(), ErrorKind::InvalidInput | ErrorKind::UnexpectedEof));
         if of_one || !error.is_transient() {
@@ -165,7 +171,7 @@ impl Member {
         };
     }
 
-    /// The error of whatever is asked of it while it is away; `None` while it is not.
+    /// Returns the error for every request while the place is away; `None` while it is not.
     pub(super) fn refusal(&self, action: &'static str, key: &str) -> Option<Error> {
         let state = self.lock();
         let (_, problem) = state.away.as_ref()?;
@@ -173,7 +179,7 @@ impl Member {
         Some(refusal(action, key.to_owned(), url, problem, gone))
     }
 
-    /// Adds a job, or answers it at once when the place is away.
+    /// Adds a job. Fails it at once when the place is away or its queue is full.
     pub(super) fn give(&self, job: Job) {
         let mut state = self.lock();
         let full = state.queued_bytes.saturating_add(job.bytes()) > QUEUE_BYTES_MAX
@@ -195,7 +201,7 @@ impl Member {
         self.changed.notify_all();
     }
 
-    /// Lets the thread end when nothing is left; waits for that.
+    /// Waits until the queue is empty, then lets the thread end.
     pub(super) fn finish(&self, patience: Duration) {
         let mut state = self.lock();
         state.finishing = true;
@@ -213,7 +219,7 @@ impl Member {
         }
     }
 
-    /// The thread: jobs in order, and between them catching up from `others`.
+    /// The thread's loop: executes jobs in order, and synchronizes from `others` between them.
     pub(super) fn work(&self, others: &[Arc<dyn ObjectStore>], root: &str) {
         loop {
             let mut state = self.lock();
@@ -244,7 +250,8 @@ impl Member {
                 continue;
             }
             if ready && state.away.is_some() && !state.in_step {
-                // A program that does not keep places in step: the next job finds out whether it is back.
+                // This program does not synchronize places, so the next job finds out whether the
+                // place is back.
                 state.away = None;
             }
             let until = state.away.as_ref().map_or(AWAY_MAX, |(until, _)| {
@@ -261,7 +268,7 @@ impl Member {
             Job::Put(key, body, reply) => {
                 let outcome = self.put(&key, &body);
                 self.note(outcome.as_ref().err());
-                // Whoever needs one place only may have gone on already.
+                // A caller that requires one place only may no longer wait for this reply.
                 drop(reply.send(outcome));
             }
             Job::Delete(key, reply) => {
@@ -272,12 +279,13 @@ impl Member {
         }
     }
 
-    /// The caller reads back what it put in the first place that has it; that this one has it is proved here.
+    /// The caller reads the object back from the first place that has it. This proves that this
+    /// place has it, too.
     fn put(&self, key: &str, body: &Bytes) -> Result<PutOutcome> {
         self.store.put_proved(key, body)
     }
 
-    /// Checks that it is the right place; `free` only where that costs no request.
+    /// Checks that this is the right place. With `free`, only where the check costs no request.
     pub(super) fn confirm(&self, free: bool) -> Result<()> {
         let outcome = if free {
             self.store.confirm_free()

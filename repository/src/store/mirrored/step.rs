@@ -1,7 +1,9 @@
-//! Brings one place into step with the others: what they have is copied, what they replaced is removed.
+//! Synchronizes one place with the others: copies the objects that it lacks and removes the tails
+//! that were replaced.
 //!
-//! Objects are written once, so names are all there is to compare. A backup's `backup.json` goes last, and a tail only when
-//! the segment that replaced it is there: at no moment is the place a worse archive than before.
+//! Objects are written once, so comparing names is enough. A backup's `backup.json` is copied last,
+//! and a tail is removed only when the segment that replaced it is in the place. So the place is
+//! never a worse archive than before.
 
 use std::{collections::BTreeMap, ops::ControlFlow, sync::Arc};
 
@@ -9,12 +11,12 @@ use wal_format::{Expired, ObjectKey, SegmentSize, SystemIdentifier, checked_json
 
 use crate::{ClusterIdentity, Error, ExpiredSet, ObjectStore, Result};
 
-/// What was done.
+/// The result of a synchronization.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct StepReport {
     pub(super) copied: usize,
     pub(super) removed: usize,
-    /// True if everything that the others have is here now.
+    /// True if the place now has everything that the others have.
     pub(super) complete: bool,
 }
 
@@ -42,7 +44,7 @@ fn names(store: &dyn ObjectStore, root: &str) -> Result<BTreeMap<String, Option<
     Ok(names)
 }
 
-/// Whose segment a tail belongs to, as a name.
+/// Returns the name of the segment that replaces a tail; `None` for other objects.
 fn replaced_by(key: &ObjectKey, root: &str) -> Option<String> {
     match key {
         ObjectKey::Tail(system, branch, name, _, _) => {
@@ -53,7 +55,7 @@ fn replaced_by(key: &ObjectKey, root: &str) -> Option<String> {
     }
 }
 
-/// In which order objects are copied.
+/// Returns the position of an object in the order of copying.
 fn rank(key: &ObjectKey) -> u8 {
     match key {
         ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_) => 0,
@@ -63,7 +65,7 @@ fn rank(key: &ObjectKey) -> u8 {
     }
 }
 
-/// What a place no longer keeps, of each system identifier: it is not copied there again.
+/// The objects that expired in a place, by system identifier. They are not copied there again.
 struct GivenUp(Vec<(String, ExpiredSet, SegmentSize)>);
 
 impl GivenUp {
@@ -85,7 +87,8 @@ impl GivenUp {
                         let record = serde_json::from_slice(&body).ok();
                         records.entry(*system).or_default().extend(record);
                     }
-                    // Taken together with others since it was listed: they are compared again soon.
+                    // The record was merged with others after it was listed. The places are
+                    // compared again soon.
                     Err(error) if error.is_not_found() => {}
                     Err(error) => return Err(error),
                 },
@@ -95,7 +98,8 @@ impl GivenUp {
                 _ => {}
             }
         }
-        // The place may have lost its own epochs: then expired objects must not come back from the others.
+        // The place may have lost its own epochs. Then take the segment size from the others, so
+        // that expired objects are not copied back from them.
         if records.keys().any(|system| !sizes.contains_key(system)) {
             for (other, names) in there {
                 for (name, key) in names {
@@ -121,7 +125,8 @@ impl GivenUp {
     }
 }
 
-/// The system identifier and segment size that an epoch's file names; `None` when it is damaged.
+/// Returns the system identifier and segment size of an epoch's file; `None` when the file is
+/// damaged or absent.
 fn size_of_epoch(
     store: &dyn ObjectStore,
     name: &str,
@@ -135,7 +140,8 @@ fn size_of_epoch(
     Ok(epoch.map(|epoch| (epoch.system_identifier, epoch.wal_segment_size)))
 }
 
-/// Copies to `store` what `others` have and it lacks. Stops early when `stop` says so.
+/// Copies to `store` the objects that `others` have and it lacks. Stops early when `stop` returns
+/// true.
 pub(super) fn catch_up(
     store: &dyn ObjectStore,
     others: &[Arc<dyn ObjectStore>],
@@ -163,7 +169,8 @@ pub(super) fn catch_up(
             .filter_map(|(name, key)| Some((name, key.as_ref()?)))
             .filter(|(name, key)| {
                 let replaced = replaced_by(key, root).is_some_and(|by| here.contains_key(&by));
-                // What expired is each place's own: its retention may be shorter than another's.
+                // Records of expiry belong to one place: its retention may be shorter than
+                // another's.
                 let own = matches!(key, ObjectKey::Expired(..));
                 !here.contains_key(*name) && !replaced && !own && !given_up.has(name, key)
             })
@@ -180,7 +187,7 @@ pub(super) fn catch_up(
                     here.insert(name.clone(), Some(key.clone()));
                     report.copied += 1;
                 }
-                // Replaced since it was listed.
+                // The object was replaced after it was listed.
                 Err(error) if error.is_not_found() => {}
                 Err(error) => {
                     tracing::warn!(%error, "an object can not be copied");

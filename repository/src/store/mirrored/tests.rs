@@ -1,4 +1,5 @@
-//! Two folders as one repository: one that fails holds up nobody, catches up, and what is damaged is read elsewhere.
+//! Two folders as one repository: a place that fails delays no caller and catches up later, and a
+//! damaged object is read from the other place.
 
 use std::{
     fs,
@@ -10,7 +11,7 @@ use std::{
 use super::*;
 use crate::store::{LocalStore, testing::conformance};
 
-/// A folder that is away while it is told to be.
+/// A folder that is away while `away` is set.
 #[derive(Debug)]
 struct Flaky {
     store: LocalStore,

@@ -43,7 +43,7 @@ const CONNECT_MAX: Duration = Duration::from_secs(5);
 const READ_MAX: Duration = Duration::from_secs(60);
 /// The minimum interval between two reads of credentials that the store rejects.
 const RENEWAL_MIN: Duration = Duration::from_secs(2);
-/// The region to sign where a region has no meaning.
+/// The region to sign requests for where regions have no meaning.
 const REGION_OF_ENDPOINTS: &str = "us-east-1";
 
 /// A client, and the time at which its credentials were read.

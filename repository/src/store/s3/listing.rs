@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{Error, Result};
 
-/// Where the next page of a listing begins, and every place where an earlier page began.
+/// The markers of all pages of a listing so far: a marker that comes again ends the listing.
 #[derive(Debug)]
 pub(super) struct Pages<M> {
     seen: HashSet<M>,
@@ -31,7 +31,7 @@ impl<M: Clone + Eq + Hash> Pages<M> {
         }
     }
 
-    /// Returns where the next page begins, or `None` after the last page.
+    /// Returns the marker of the next page, or `None` after the last page.
     pub(super) fn next(
         &mut self,
         is_truncated: Option<bool>,
@@ -39,7 +39,8 @@ impl<M: Clone + Eq + Hash> Pages<M> {
     ) -> std::result::Result<Option<M>, Failure> {
         match (is_truncated, marker) {
             (Some(false), _) => Ok(None),
-            // S3 always says it; an answer that does not is another document, or a part of one.
+            // S3 always states this. An answer that does not state it is another document or is
+            // truncated.
             (None, _) => Err(Failure::refused(
                 "the store's listing does not say whether it is complete",
             )),

@@ -271,7 +271,7 @@ fn an_error_inside_of_a_200_is_the_error_it_is() {
     assert_eq!(aborted, 4, "no attempt leaves its parts");
 }
 
-/// The same as the answer to a small put, and a proxy's page. Neither may count as success.
+/// The same error as the answer to a small put, and a proxy's page. Neither may count as success.
 #[test]
 fn an_error_in_the_answer_to_a_put_is_no_success() {
     for (answer, words) in [
@@ -313,7 +313,7 @@ fn a_put_whose_bytes_were_changed_on_their_way_is_sent_again() {
     }
 }
 
-/// A byte now and then is not progress: neither a thread nor a recovery waits forever.
+/// An occasional byte is not progress: neither a thread nor a recovery waits forever.
 #[test]
 fn a_body_that_trickles_is_given_up_and_read_again() {
     let server = with_fault(|asked, request| {
