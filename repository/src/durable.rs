@@ -1,4 +1,5 @@
-//! File operations that survive power loss: content, name and directory are on disk when they return.
+//! File operations that survive power loss. When they return, the content, the name and the
+//! directory are on disk.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -9,8 +10,8 @@ use std::{
 
 use crate::{CrashPoint, Error, Result};
 
-/// Writes `bytes` to a new file at `path`; fails where one exists. A crash leaves either the whole file or none under
-/// that name.
+/// Writes `bytes` to a new file at `path`. Fails if the file exists. A crash leaves either the
+/// whole file or no file under that name.
 ///
 /// # Errors
 /// [`Error::Store`]; `AlreadyExists` inside when the name is taken.
@@ -28,7 +29,8 @@ pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
         .as_file()
         .sync_all()
         .map_err(Error::store("fsync", path))?;
-    // A hard link never replaces, unlike a rename; the temporary name goes when `temporary` is dropped.
+    // Unlike a rename, a hard link never replaces an existing file. Dropping `temporary` removes
+    // the temporary name.
     fs::hard_link(temporary.path(), path).map_err(Error::store("create", path))?;
     drop(temporary);
     sync_dir(directory)
@@ -61,7 +63,7 @@ pub fn rename_unsynced(from: &Path, to: &Path) -> Result<()> {
     fs::rename(from, to).map_err(Error::store("rename", from))
 }
 
-/// Removes a file durably; one that is not there is fine.
+/// Removes a file durably. Succeeds when the file does not exist.
 ///
 /// # Errors
 /// [`Error::Store`].
@@ -73,7 +75,7 @@ pub fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes the names in `directory` durable.
+/// Makes the entries of `directory` durable.
 ///
 /// # Errors
 /// [`Error::Store`].
@@ -83,7 +85,8 @@ pub fn sync_dir(directory: &Path) -> Result<()> {
         .map_err(Error::store("fsync", directory))
 }
 
-/// Creates `directory` and its missing parents, each made durable in the one above. Only the owner may enter.
+/// Creates `directory` and its missing parents. Makes each of them durable in its parent. Only the
+/// owner may enter them.
 ///
 /// # Errors
 /// [`Error::Store`].
@@ -104,12 +107,13 @@ pub fn create_dir_all(directory: &Path) -> Result<()> {
                     .map_err(Error::store("create directory", &path))
                     .and_then(|()| sync_dir(parent(&path)));
                 if synced.is_err() {
-                    // A later attempt makes it again: one that exists counts as durable.
+                    // A directory that exists counts as durable, so a later attempt has to create
+                    // it again.
                     drop(fs::remove_dir(&path));
                 }
                 synced?;
             }
-            // Another writer was faster.
+            // Another writer created it first.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::store("create directory", path)(error)),
         }
@@ -117,8 +121,8 @@ pub fn create_dir_all(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Replaces the content of `path` durably: the old or the new content is there after a crash, never a mixture. The
-/// permissions stay; a new file is its owner's.
+/// Replaces the content of `path` durably. After a crash the file has the old or the new content,
+/// never a mixture. It keeps its permissions; a new file is accessible to its owner only.
 ///
 /// # Errors
 /// [`Error::Store`].

@@ -1,9 +1,9 @@
-//! Epochs: the system identifiers that a cluster's name has had, one after the other
-//! (`epoch/{n}.json`, and a second copy in `epoch-copy/`).
+//! Epochs: the successive system identifiers of a cluster's name (`epoch/{n}.json`, and a second
+//! copy in `epoch-copy/`).
 //!
-//! `pg_upgrade` and `initdb` give a server a new system identifier. Nothing of it is archived under
-//! the name before the operator has begun a new epoch; then the newest epoch is the one that is
-//! archived, and every older one stays listed and restorable, since all of its objects are stored
+//! `pg_upgrade` and `initdb` give a server a new system identifier. WAL of the new system is
+//! archived under the name only after the operator has begun a new epoch. From then on the newest
+//! epoch is archived. Every older epoch stays listed and restorable, since its objects are stored
 //! below its own system identifier. An epoch of which no copy is intact is derived from the sealed
 //! objects of its system identifier (`derive.rs`). Invariant: an epoch is never changed or removed.
 
@@ -26,21 +26,22 @@ mod tests;
 /// The system identifiers of a cluster's name, as they are stored and as its objects prove them.
 #[derive(Clone, Debug, Default)]
 pub struct Epochs {
-    /// Oldest first; the last one is archived now.
+    /// The epochs, oldest first. The last one is archived now.
     pub known: Vec<Epoch>,
-    /// System identifiers with sealed WAL that no epoch names, although newer epochs than those
-    /// known may be lost: only a person can say whether they belong to this cluster.
+    /// System identifiers with sealed WAL that no epoch names, when epochs newer than the known
+    /// ones may be lost. Only an operator can decide whether they belong to this cluster.
     pub unnamed: Vec<ClusterIdentity>,
-    /// Numbers of older epochs of which no copy is intact and no sealed object tells anything.
+    /// Numbers of older epochs of which no copy is intact and which cannot be derived from a sealed
+    /// object.
     pub lost: Vec<u32>,
 }
 
-/// One epoch.
+/// One system identifier's period under a cluster's name.
 #[derive(Clone, Debug)]
 pub struct Epoch {
-    /// From 1, ascending with time.
+    /// The number: 1 for the first epoch, ascending with time.
     pub number: u32,
-    /// The cluster during it.
+    /// The identity of the cluster during the epoch.
     pub identity: ClusterIdentity,
     /// The state of the two copies of its file: `epoch/`, then `epoch-copy/`.
     pub copies: [EpochCopy; 2],
@@ -49,22 +50,22 @@ pub struct Epoch {
 /// The state of one copy of an epoch's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EpochCopy {
-    /// It can be read.
+    /// The copy can be read.
     Intact,
-    /// There is no such object.
+    /// No such object exists.
     Missing,
-    /// It is there and cannot be read, for this reason.
+    /// The object exists and cannot be read, for this reason.
     Damaged(String),
 }
 
 impl Epoch {
-    /// The keys of the two copies of epoch `number`.
+    /// Returns the keys of the two copies of epoch `number`.
     #[must_use]
     pub fn keys(number: u32) -> [ObjectKey; 2] {
         [ObjectKey::Epoch(number), ObjectKey::EpochCopy(number)]
     }
 
-    /// Returns whether no copy of its file is intact, so that `identity` is derived from sealed
+    /// Returns whether no copy of the file is intact, so that `identity` is derived from sealed
     /// objects.
     #[must_use]
     pub fn is_derived(&self) -> bool {
@@ -72,7 +73,7 @@ impl Epoch {
     }
 }
 
-/// The names of epochs in the repository.
+/// The epochs that a listing of the repository names.
 #[derive(Debug, Default)]
 struct Listed {
     /// The copies that are listed, by number: `epoch/`, then `epoch-copy/`.
@@ -82,16 +83,16 @@ struct Listed {
 }
 
 impl Repository {
-    /// The cluster in its newest epoch; `None` when nothing was ever archived under this name.
+    /// Returns the cluster's identity in its newest epoch; `None` when nothing was ever archived
+    /// under this name.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`]; [`Error::Key`] when the cluster is encrypted and no key is
-    /// configured;
-    /// [`Error::Damaged`] when no copy of the newest epoch's file is intact and no sealed object
-    /// tells what it said.
+    /// configured; [`Error::Damaged`] when no copy of the newest epoch's file is intact and it
+    /// cannot be derived from a sealed object.
     pub fn identity(&self) -> Result<Option<ClusterIdentity>> {
         if self.system().is_none() && self.lacks_place()? {
-            // A first start. The place is created when the name is claimed.
+            // This is a first start. The claim of the name creates the place.
             return self.must_be_new().map(|()| None);
         }
         match self.newest_epoch()? {
@@ -101,15 +102,16 @@ impl Repository {
         }
     }
 
-    /// As [`Repository::identity`], for a reader that restores: also refuses when sealed WAL of a
-    /// system identifier exists that no epoch names, since that may be the newest.
+    /// Like [`Repository::identity`], for a reader that restores. Also refuses when there is sealed
+    /// WAL of a system identifier that no epoch names, since that may be the newest.
     ///
     /// # Errors
     /// As [`Repository::identity`]; [`Error::Damaged`] that names the system identifier.
     pub fn identity_to_restore(&self) -> Result<Option<ClusterIdentity>> {
         let mut epochs = self.read_epochs()?;
         if !epochs.unnamed.is_empty() {
-            // Again: an epoch that began between the two listings looks like this.
+            // Read again, because an epoch that began between the two listings gives the same
+            // result.
             epochs = self.read_epochs()?;
         }
         if let (Some(unnamed), None) = (epochs.unnamed.first(), self.system()) {
@@ -118,7 +120,7 @@ impl Repository {
         Ok(epochs.known.pop().map(|epoch| epoch.identity))
     }
 
-    /// The error for a system identifier that no epoch names.
+    /// Returns the error for a system identifier that no epoch names.
     pub(crate) fn unnamed(&self, system: SystemIdentifier, known: usize) -> Error {
         let lost = ObjectKey::Epoch(u32::try_from(known).unwrap_or(0).saturating_add(1));
         let problem = format!(
@@ -129,7 +131,7 @@ impl Repository {
         self.damaged(&lost, problem)
     }
 
-    /// The newest epoch. Costs one listing and one read while one of its copies is intact.
+    /// Returns the newest epoch. Costs one listing, and one read while one of its copies is intact.
     pub(crate) fn newest_epoch(&self) -> Result<Option<Epoch>> {
         let listed = self.listed_epochs()?;
         if let Some(system) = self.system() {
@@ -149,8 +151,8 @@ impl Repository {
         Ok(self.complete_epochs(&listed)?.known.pop())
     }
 
-    /// Every epoch with its number, oldest first; of a repository made with
-    /// [`Repository::of_system`] only its own.
+    /// Returns every epoch with its number, oldest first. A repository made with
+    /// [`Repository::of_system`] returns only its own epoch.
     ///
     /// # Errors
     /// As [`Repository::identity`].
@@ -159,7 +161,8 @@ impl Repository {
         Ok(epochs.map(|epoch| (epoch.number, epoch.identity)).collect())
     }
 
-    /// Every epoch with the state of its copies, and the system identifiers that no epoch names.
+    /// Returns every epoch with the state of its copies, and the system identifiers that no epoch
+    /// names.
     ///
     /// # Errors
     /// As [`Repository::identity`].
@@ -193,9 +196,9 @@ impl Repository {
         Ok(listed)
     }
 
-    /// Refuses an encrypted cluster, which a repository without keys must not take for an empty or
-    /// a plain one. Where a plain epoch is intact, only data keys prove the encryption: without
-    /// them an encrypted object is one that nobody can read.
+    /// Refuses an encrypted cluster, so that a repository without keys does not treat it as empty
+    /// or unencrypted. If an unencrypted epoch is intact, only data keys prove the encryption:
+    /// without data keys an encrypted object cannot be read by anybody.
     fn refuse_encrypted(&self, listed: &Listed, has_plain: bool) -> Result<()> {
         if listed.encrypted && (!has_plain || has_data_keys(&self.folders("")?)) {
             return Err(self.encrypted_without_key());
@@ -213,7 +216,7 @@ impl Repository {
         }
     }
 
-    /// Reads the copies of one epoch; `None` when neither is intact.
+    /// Reads the copies of one epoch. `None` when neither is intact.
     fn stored_epoch(&self, number: u32, listed: [bool; 2]) -> Result<Option<Epoch>> {
         let (mut identity, mut newer) = (None, None);
         let mut copies = [EpochCopy::Missing, EpochCopy::Missing];
@@ -222,7 +225,7 @@ impl Repository {
             if !listed {
                 continue;
             }
-            // The second copy is read only when the first one is of no use.
+            // Read the second copy only if the first one is not intact.
             if identity.is_some() {
                 *copy = EpochCopy::Intact;
                 continue;
@@ -246,7 +249,7 @@ impl Repository {
                     );
                     *copy = EpochCopy::Damaged(problem);
                 }
-                // The listing shows what the store does not give.
+                // The listing names an object that the store does not return.
                 Err(Error::NotFound { .. }) => {
                     *copy = EpochCopy::Damaged(
                         "it is listed, and the store does not have it".to_owned(),
@@ -266,7 +269,7 @@ impl Repository {
         }
     }
 
-    /// Reads what is listed, and derives what is lost from the sealed objects of system identifiers
+    /// Reads the listed epochs. Derives the lost ones from the sealed objects of system identifiers
     /// that no epoch names.
     fn complete_epochs(&self, listed: &Listed) -> Result<Epochs> {
         let mut known = BTreeMap::new();
@@ -287,9 +290,9 @@ impl Repository {
             if has_data_keys(&folders) {
                 return Err(self.encrypted_without_key());
             }
-            // A listing may hide what is there.
+            // A listing may omit an object that exists, so read the first epoch by its name.
             let hidden = match self.stored_epoch(1, [true, true]) {
-                // Of several places one is away, which the listing passed over too.
+                // One of several places is unreachable; the listing left it out, too.
                 Err(error) if error.is_transient() && self.is_mirrored() => None,
                 hidden => hidden?,
             };
@@ -303,7 +306,8 @@ impl Repository {
             .collect();
         let newest_stored = known.keys().next_back().copied();
         let mut unnamed = Vec::new();
-        // System identifiers ascend with time: their upper half is the second in which initdb ran.
+        // System identifiers ascend with time: their upper half contains the second in which
+        // `initdb` ran.
         for identity in self.derived_identities(&folders, &named)? {
             let number = (1..)
                 .find(|number| !known.contains_key(number))
@@ -368,10 +372,11 @@ impl Repository {
         })
     }
 
-    /// The same repository, as it was while its cluster had this system identifier.
+    /// Returns the same repository as it was while its cluster had this system identifier.
     ///
     /// # Errors
-    /// [`Error::Config`] with those that it had, when this is none of them.
+    /// [`Error::Config`], which lists the system identifiers of the cluster, when this is not one
+    /// of them.
     pub fn of_system(&self, system: SystemIdentifier) -> Result<Self> {
         let chosen = self.with_system(system);
         if chosen.newest_epoch()?.is_some() {
@@ -391,9 +396,8 @@ impl Repository {
         )))
     }
 
-    /// Writes the copies of an epoch's file that are missing. A copy that is damaged stays for
-    /// `verify --repair`, and a store that takes no writes is no reason to refuse an archive that
-    /// can be read.
+    /// Writes the missing copies of an epoch's file. A damaged copy is left to `verify --repair`. A
+    /// failure is only logged: a store that refuses writes can still be read.
     pub(crate) fn heal_epoch(&self, epoch: &Epoch) {
         for (key, copy) in Epoch::keys(epoch.number).iter().zip(&epoch.copies) {
             if *copy != EpochCopy::Missing {
@@ -417,11 +421,11 @@ impl Repository {
         }
     }
 
-    /// Makes `found` the identity that the cluster's name stands for from now on, after `last`,
-    /// which it was until now. Two that begin the same epoch at once agree.
+    /// Begins a new epoch: from now on the cluster's name belongs to `found`. `last` is the
+    /// identity that had the name until now. Two processes that begin the same epoch at once agree.
     ///
     /// # Errors
-    /// [`Error::SystemIdentifierMismatch`] when another one was begun meanwhile.
+    /// [`Error::SystemIdentifierMismatch`] when another epoch was begun meanwhile.
     pub fn begin_epoch(&self, last: &ClusterIdentity, found: &ClusterIdentity) -> Result<u32> {
         let newest = self.read_epochs()?.known.pop();
         let number = match newest {
@@ -431,7 +435,7 @@ impl Repository {
             }
             newest => return Err(self.overtaken(last, newest.map(|newest| newest.identity))),
         };
-        // The first copy decides between two that begin at once.
+        // The first copy decides between two processes that begin an epoch at once.
         self.create(&ObjectKey::Epoch(number), found)?;
         let begun = self.stored_epoch(number, [true, false])?;
         match begun {
@@ -453,8 +457,8 @@ impl Repository {
     }
 }
 
-/// Returns whether one of these folders of a cluster holds data keys, as only an encrypted cluster
-/// has them.
+/// Returns whether one of these folders of a cluster contains data keys, which only an encrypted
+/// cluster has.
 fn has_data_keys(folders: &[String]) -> bool {
     folders
         .iter()

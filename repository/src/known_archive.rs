@@ -1,10 +1,9 @@
-//! [`KnownArchive`]: what this host remembers of the archive that it writes to, so that it never
-//! begins a new one silently.
+//! [`KnownArchive`]: this host's record of the archive that it writes to. Because of it, the host never begins a new archive without an operator's command.
 //!
 //! `{spool}/{cluster}/repository.json` names the places of the archive and the objects by which
-//! each is recognised. It is written when a cluster's name is claimed there. A spool of an earlier
-//! version has none: its WAL, its position and the catalog show that there was an archive too.
-//! Invariant: a place that this host knows is written to only while it holds one of those objects.
+//! each place is recognised. It is written when a cluster's name is claimed there. A spool of an
+//! earlier version has no such file; then its WAL, its position and the catalog show that there was
+//! an archive. Invariant: a known place is written to only while it contains one of those objects.
 //! A host that cannot write the record, and has no other evidence of its archive, writes nothing.
 
 use std::{
@@ -30,22 +29,22 @@ const RECORD_FILE: &str = "repository.json";
 const RECORD_FORMAT_VERSION: u32 = 1;
 /// The size of the file that proves that the record can be written.
 const PROBE_BYTES: usize = 4096;
-/// A system identifier that is not known, in a message.
+/// The text for an unknown system identifier in a message.
 const UNKNOWN_SYSTEM: &str = "N";
 
-/// The record.
+/// The content of `repository.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Record {
-    /// 1.
+    /// The format version, 1.
     format_version: u32,
-    /// The number of the cluster that was last claimed.
+    /// The system identifier of the cluster that was last claimed.
     system_identifier: SystemIdentifier,
-    /// The objects by which each place is recognised, by its URL.
+    /// The objects by which each place is recognised. The key is the place's URL.
     places: BTreeMap<String, Vec<Witness>>,
 }
 
 impl Record {
-    /// Reads the record; `None` when there is none that can be read.
+    /// Reads the record. `None` when there is none or it cannot be read.
     fn read(path: &Path) -> Option<Self> {
         let content = match fs::read(path) {
             Ok(content) => content,
@@ -64,14 +63,14 @@ impl Record {
 /// A place in the record of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RecordedPlace {
-    /// The record.
+    /// The file with the record.
     path: PathBuf,
-    /// The place.
+    /// The URL of the place.
     url: String,
 }
 
 impl RecordedPlace {
-    /// Reads the objects by which the place is recognised now; `None` if the record does not name
+    /// Reads the objects by which the place is recognised now. `None` if the record does not name
     /// the place or names another system identifier.
     pub(crate) fn witnesses(&self, system: &str) -> Option<Vec<Witness>> {
         let mut record = Record::read(&self.path)?;
@@ -88,9 +87,9 @@ pub(crate) struct KnownArchive {
     /// `{spool}/{cluster}`.
     directory: PathBuf,
     catalog: PathBuf,
-    /// One of several places may be new; a single one may not.
+    /// True for one of several places, which may be new. A single place may not.
     is_one_of_several: bool,
-    /// True if the operator begins a new archive: what is remembered does not count.
+    /// True if the operator begins a new archive: the record and other evidence are then ignored.
     is_forgotten: bool,
 }
 
@@ -104,7 +103,7 @@ impl KnownArchive {
         }
     }
 
-    /// The record; `None` when there is none that can be read.
+    /// Reads the record. `None` when there is none or it cannot be read.
     fn record(&self) -> Option<Record> {
         Record::read(&self.directory.join(RECORD_FILE))
     }
@@ -154,7 +153,8 @@ impl KnownArchive {
         })
     }
 
-    /// Checks that the record can be written, before anything is written that only it protects.
+    /// Checks that the record can be written, before the first write to a place that only the
+    /// record protects.
     fn probe(&self) -> Result<()> {
         durable::create_dir_all(&self.directory)?;
         let failed = |error| Error::store("write", self.directory.join(RECORD_FILE))(error);
@@ -165,8 +165,8 @@ impl KnownArchive {
         file.write_all(&[0; PROBE_BYTES]).map_err(failed)
     }
 
-    /// Passes the outcome of writing the record on. A failure counts unless other evidence of the
-    /// archive keeps a new one from being begun silently.
+    /// Passes on the outcome of writing the record. A failure is logged only, if other evidence of
+    /// the archive prevents this host from beginning a new one without an operator's command.
     fn noted(&self, url: &str, outcome: Result<()>) -> Result<()> {
         let error = match outcome {
             Err(Error::Store { source, .. }) => source,
@@ -186,7 +186,7 @@ impl KnownArchive {
         })
     }
 
-    /// Remembers a place.
+    /// Adds a place to the record.
     fn note(&self, url: &str, system: SystemIdentifier, witnesses: Vec<Witness>) -> Result<()> {
         let mut places = self
             .record()
@@ -205,9 +205,9 @@ impl KnownArchive {
 }
 
 impl Repository {
-    /// Opens the repository of a cluster's settings as the one that this host knows: nothing is
-    /// written to another place, and a place that holds nothing of the cluster is [`Error::Gone`]
-    /// where there was an archive.
+    /// Opens the repository of a cluster's settings as the one that this host knows. Nothing is
+    /// written to another place. If this host had an archive, a place without objects of the
+    /// cluster is [`Error::Gone`].
     ///
     /// # Errors
     /// As [`Repository::open`].
@@ -215,7 +215,7 @@ impl Repository {
         Self::open_known_place(settings, &settings.repository)
     }
 
-    /// As [`Repository::open_known`], of one of the cluster's places.
+    /// Like [`Repository::open_known`], for one of the cluster's places.
     ///
     /// # Errors
     /// As [`Repository::open`].
@@ -225,9 +225,9 @@ impl Repository {
         Self::recognised(&known, || Self::open(place, &settings.name))
     }
 
-    /// As [`Repository::open_known`] where the repository is one folder without keys; `None` for
-    /// any other place. A program that opens no others has no client of a bucket in it, which
-    /// starts slowly.
+    /// Like [`Repository::open_known`], for a repository that is one folder without keys; returns
+    /// `None` for any other place. A program that calls only this function does not link the client
+    /// of a bucket, which starts slowly.
     ///
     /// # Errors
     /// As [`Repository::open`].
@@ -245,10 +245,10 @@ impl Repository {
         opened.map(Some)
     }
 
-    /// Opens a place and pins it to the objects by which this host recognises it. Where all of them
-    /// are lost, a sealed segment of the same system identifier proves that it is the archive all
-    /// the same: the next claim, or a repair, writes them again. A tail proves nothing: an emptied
-    /// bucket takes tails until the next check.
+    /// Opens a place and pins it to the objects by which this host recognises it. If all of these
+    /// objects are lost, a sealed segment of the same system identifier still proves that it is the
+    /// archive; the next claim, or a repair, writes the objects again. A tail proves nothing,
+    /// because an emptied bucket accepts tails until the next check.
     fn recognised(known: &KnownArchive, open: impl Fn() -> Result<Self>) -> Result<Self> {
         let opened = open()?.remembering(known);
         if !matches!(opened.confirm(), Err(Error::Gone { .. })) {
@@ -269,9 +269,9 @@ impl Repository {
         }
     }
 
-    /// Opens the repository of a cluster's settings as whatever it is now. The next
-    /// [`Repository::claim`] begins an archive in each place that holds none, and makes these
-    /// places the ones that this host knows. Only an operator's command does so.
+    /// Opens the repository of a cluster's settings without regard to this host's record. The next
+    /// [`Repository::claim`] begins an archive in each place that has none, and records these
+    /// places as the known ones. Only an operator's command calls this.
     ///
     /// # Errors
     /// As [`Repository::open`].
@@ -281,8 +281,7 @@ impl Repository {
         Ok(Self::open(&settings.repository, &settings.name)?.remembering(&known))
     }
 
-    /// Returns the error of a place that holds nothing of the cluster, when this host had an
-    /// archive; without one, nothing.
+    /// Fails for a place without objects of the cluster when this host had an archive.
     pub(crate) fn must_be_new(&self) -> Result<()> {
         let Some(known) = self.known() else {
             return Ok(());
@@ -303,7 +302,7 @@ impl Repository {
         }
     }
 
-    /// Checks that this host can remember the place, before an archive begins in it.
+    /// Checks that this host can record the place, before an archive begins in it.
     pub(crate) fn ready_to_remember(&self) -> Result<()> {
         match self.known() {
             Some(known) if known.pin(&self.url()).is_none() => {
@@ -313,8 +312,8 @@ impl Repository {
         }
     }
 
-    /// Pins a place that was claimed, or whose identity was written again with other bytes, and
-    /// remembers it.
+    /// Pins and records a place that was claimed, or whose identity was written again with other
+    /// bytes.
     ///
     /// # Errors
     /// [`Error::NotRemembered`]; [`Error::Store`], [`Error::S3`].
@@ -342,7 +341,7 @@ impl Repository {
     }
 }
 
-/// The places of a mirror, each known by itself.
+/// Pins each place of a mirror on its own.
 pub(crate) fn each_known(places: Vec<Repository>, known: &KnownArchive) -> Vec<Repository> {
     let mut known = known.clone();
     known.is_one_of_several = true;
@@ -433,7 +432,7 @@ mod tests {
         assert!(open().claim(&identity(1)).expect_err("another").is_gone());
     }
 
-    /// A spool in which nothing can be written, whoever runs the test.
+    /// Creates settings with a spool in which nothing can be written, even by root.
     fn without_a_spool(directory: &Path, more: &str) -> ClusterSettings {
         fs::write(directory.join("spool"), "").expect("a file in the place of the spool");
         settings(directory, more)
@@ -456,7 +455,7 @@ mod tests {
             }
             assert!(!root("r").exists() && !root("s").exists());
         }
-        // An archive of another host, which this one does not know yet.
+        // Another host's archive, which this host does not know yet.
         let settings = without_a_spool(directory.path(), "");
         let other = Repository::open(&settings.repository, &settings.name).expect("it opens");
         fs::create_dir(root("r")).expect("a folder");

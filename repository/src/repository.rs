@@ -1,8 +1,9 @@
 //! [`Repository`]: one cluster's objects in a store.
 //!
-//! Invariant: objects are written once and never changed. A name that is taken by the same bytes is
-//! success, by other bytes it is [`Error::Conflict`]; everything of a cluster lies below its system
-//! identifier, so a stranger under the same cluster name is refused before it writes.
+//! Invariant: objects are written once and never changed. If an object of the same name exists, a
+//! put succeeds when the bytes are equal and fails with [`Error::Conflict`] when they differ. All
+//! objects of a cluster are stored below its system identifier, so another cluster under the same
+//! name is refused before it writes.
 
 use std::{ops::ControlFlow, ops::Range, sync::Arc};
 
@@ -31,17 +32,17 @@ pub(crate) const EPOCH_FORMAT_VERSION: u32 = 1;
 /// `epoch-copy/{n}.json`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ClusterIdentity {
-    /// 1.
+    /// The format version, 1.
     pub format_version: u32,
-    /// The name.
+    /// The cluster's name.
     pub cluster: ClusterName,
-    /// The number `initdb` gave it.
+    /// The system identifier that `initdb` gave it.
     pub system_identifier: SystemIdentifier,
-    /// Its major version.
+    /// PostgreSQL's major version.
     pub postgresql_major: PgVersion,
-    /// Its `wal_segment_size`.
+    /// The server's `wal_segment_size`.
     pub wal_segment_size: SegmentSize,
-    /// When it was first archived.
+    /// The time when the cluster was first archived.
     pub created: PgTimestamp,
 }
 
@@ -50,11 +51,11 @@ pub struct ClusterIdentity {
 pub struct Repository {
     store: Arc<dyn ObjectStore>,
     cluster: ClusterName,
-    /// Whose epoch is read; `None` for the newest one's.
+    /// The system identifier whose epoch is read; `None` for the newest epoch.
     system: Option<SystemIdentifier>,
-    /// Where there are several: each alone, and their queues.
+    /// With several places: each of them as a repository, and the store with their queues.
     mirror: Option<Mirror>,
-    /// What this host remembers of it; `None` for a reader, who takes the place as it is.
+    /// This host's record of the archive; `None` for a reader, which accepts the place as it is.
     known: Option<Arc<KnownArchive>>,
 }
 
@@ -65,7 +66,8 @@ struct Mirror {
 }
 
 impl Mirror {
-    /// A place that is new gets the epochs of the others, before it gets one of its own.
+    /// Copies the epochs of the other places to each place that has none, before the claim writes
+    /// an epoch there.
     fn share_epochs(&self) -> Result<()> {
         for place in &self.places {
             match place.list("epoch") {
@@ -84,7 +86,7 @@ impl Mirror {
                         Ok(body) if is_sound(&key, &body) => {
                             place.put(&key, &body)?;
                         }
-                        // Damage is not copied; the other copy is.
+                        // The object is damaged: copy the epoch's second copy instead.
                         Ok(_) | Err(Error::Damaged { .. } | Error::NotFound { .. }) => {}
                         Err(error) => return Err(error),
                     }
@@ -96,7 +98,7 @@ impl Mirror {
 }
 
 impl Repository {
-    /// Opens the store at `place` for `cluster`. A bucket is not asked before the first request.
+    /// Opens the store at `place` for `cluster`. Sends no request to a bucket yet.
     ///
     /// # Errors
     /// [`Error::Store`] when a folder cannot be opened or created, [`Error::Config`] when the
@@ -111,8 +113,9 @@ impl Repository {
         Ok(Self::with_store(open_store(place)?, cluster.clone()))
     }
 
-    /// The repository where it is one folder without keys; `None` for any other place. A program
-    /// that opens no others has no client of a bucket in it, which starts slowly.
+    /// Opens a repository that is one folder without keys; returns `None` for any other place. A
+    /// program that calls only this function does not link the client of a bucket, which starts
+    /// slowly.
     ///
     /// # Errors
     /// As [`Repository::open`].
@@ -128,8 +131,8 @@ impl Repository {
         Ok(Some(Self::with_store(store, cluster.clone())))
     }
 
-    /// Several places as one. A folder that cannot be opened is passed over while another place
-    /// can.
+    /// Opens several places as one repository. Skips a folder that cannot be opened, as long as
+    /// another place can be opened.
     fn open_all(place: &RepositoryPlace, cluster: &ClusterName) -> Result<Self> {
         let mut places = Vec::new();
         let mut failed = None;
@@ -161,7 +164,7 @@ impl Repository {
         })
     }
 
-    /// The same repository, pinned to what this host knows of it.
+    /// Pins the repository to this host's record of the archive.
     pub(crate) fn remembering(mut self, known: &KnownArchive) -> Self {
         if let Some(mirror) = &mut self.mirror {
             mirror.places = each_known(std::mem::take(&mut mirror.places), known);
@@ -192,8 +195,9 @@ impl Repository {
         self.store.witness(&self.path(key))
     }
 
-    /// Checks now that this is still the repository that was opened. What was put before this
-    /// succeeds is in it: whoever removes the last other copy of something calls this first.
+    /// Checks now that this is still the repository that was opened. Objects that were put before
+    /// this succeeds are in it: code that removes the last other copy of an object calls this
+    /// first.
     ///
     /// # Errors
     /// [`Error::Gone`] when it is another place; [`Error::Store`], [`Error::S3`] when that cannot
@@ -202,7 +206,8 @@ impl Repository {
         self.store.confirm()
     }
 
-    /// As [`Repository::confirm`] where that costs no request; elsewhere it succeeds.
+    /// Like [`Repository::confirm`], but only where the check costs no request. Other stores
+    /// succeed without a check.
     ///
     /// # Errors
     /// As [`Repository::confirm`].
@@ -210,21 +215,21 @@ impl Repository {
         self.store.confirm_free()
     }
 
-    /// From now on each of several places is brought into step with the others.
+    /// Synchronizes each of several places with the others from now on.
     pub fn keep_in_step(&self) {
         if let Some(mirror) = &self.mirror {
             mirror.store.keep_in_step();
         }
     }
 
-    /// How each of several places is; empty for one.
+    /// Returns the state of each of several places; empty for a single place.
     #[must_use]
     pub fn places(&self) -> Vec<MemberState> {
         let mirror = self.mirror.as_ref();
         mirror.map_or_else(Vec::new, |mirror| mirror.store.states())
     }
 
-    /// Each of several places alone; itself where there is one.
+    /// Returns each of several places as a repository; a single place returns itself.
     pub(crate) fn each_place(&self) -> Vec<Self> {
         let alone = |place: &Self| Self {
             system: self.system,
@@ -236,7 +241,7 @@ impl Repository {
         }
     }
 
-    /// Returns true if of several places some answer and some do not.
+    /// Returns true if some of several places are reachable and others are not.
     #[must_use]
     pub fn is_partly_away(&self) -> bool {
         let places = self.places();
@@ -244,7 +249,7 @@ impl Repository {
         (1..places.len()).contains(&away)
     }
 
-    /// The store at `place` with its keys; `None` when nothing is encrypted there.
+    /// Returns the store at `place` with its keys; `None` when no encryption is configured there.
     ///
     /// # Errors
     /// As [`Repository::open`].
@@ -260,7 +265,7 @@ impl Repository {
         Ok(Some(EncryptedStore::new(store, cluster.as_str(), keys)))
     }
 
-    /// The objects of `cluster` in any store.
+    /// Creates the repository of `cluster` in any store.
     #[must_use]
     pub fn with_store(store: Arc<dyn ObjectStore>, cluster: ClusterName) -> Self {
         Self {
@@ -272,14 +277,14 @@ impl Repository {
         }
     }
 
-    /// The same repository, each request told to `observer`.
+    /// Reports each request of the repository to `observer`.
     #[must_use]
     pub fn observed(self, observer: Observer) -> Self {
         let store = Arc::new(ObservedStore::new(self.store, observer));
         Self { store, ..self }
     }
 
-    /// The cluster.
+    /// Returns the name of the cluster.
     #[must_use]
     pub fn cluster(&self) -> &ClusterName {
         &self.cluster
@@ -300,16 +305,16 @@ impl Repository {
         }
     }
 
-    /// Where it is, for people.
+    /// Returns the location of the repository, for messages.
     #[must_use]
     pub fn url(&self) -> String {
         self.store.url()
     }
 
-    /// Finds out whether writing would work, where that can be known without an object.
+    /// Checks whether writing would work, as far as that can be known without writing an object.
     ///
     /// # Errors
-    /// [`Error::Store`], [`Error::S3`] with what is missing.
+    /// [`Error::Store`], [`Error::S3`], which say what is missing.
     pub fn ready_to_write(&self) -> Result<()> {
         self.store.ready_to_write()
     }
@@ -318,7 +323,7 @@ impl Repository {
         format!("{}/{key}", self.cluster)
     }
 
-    /// Returns true if this stands for several places.
+    /// Returns true if the repository consists of several places.
     pub(crate) fn is_mirrored(&self) -> bool {
         self.mirror.is_some()
     }
@@ -331,31 +336,32 @@ impl Repository {
         Ok(self.known.is_some() && !self.store.exists()?)
     }
 
-    /// Writes an epoch's file, if nobody has.
+    /// Writes an epoch's file unless it exists.
     pub(crate) fn create(&self, key: &ObjectKey, epoch: &ClusterIdentity) -> Result<PutOutcome> {
         let body =
             checked_json::to_vec(epoch).map_err(|error| self.damaged(key, error.to_string()))?;
         self.store.put_proved(&self.path(key), &body)
     }
 
-    /// Claims the cluster's name for `found`, or checks that it is the one that has it. Two claims
-    /// at once agree on the first.
+    /// Claims the cluster's name for `found`, or checks that `found` is the cluster that has the
+    /// name. Two concurrent claims agree on the first.
     ///
     /// # Errors
-    /// [`Error::SystemIdentifierMismatch`] and its kin.
+    /// [`Error::SystemIdentifierMismatch`] and other errors for a different cluster.
     pub fn claim(&self, found: &ClusterIdentity) -> Result<ClusterIdentity> {
         let Some(mirror) = &self.mirror else {
             return self.claim_one(found);
         };
-        // Refuses where each of them is empty and this host had an archive.
+        // Refuses if all places are empty and this host had an archive.
         match self.identity() {
-            // One that is away cannot tell; then only a host without an archive may begin one.
+            // A place that is unreachable may contain the identity. Then only a host that never had
+            // an archive may begin one.
             Err(error) if error.is_transient() => self.must_be_new()?,
             found => drop(found?),
         }
         mirror.places.iter().try_for_each(Self::ready_to_remember)?;
         mirror.share_epochs()?;
-        // In each place, or another cluster may own one of them.
+        // Claim each place, because another cluster may own one of them.
         let mut outcome = None;
         for place in &mirror.places {
             match (place.claim_one(found), &outcome) {
@@ -381,14 +387,15 @@ impl Repository {
             None => {
                 self.must_be_new()?;
                 self.ready_to_remember()?;
-                // The first copy decides between two that claim at once: the one that lost would
-                // write its own time of creation into the second copy.
+                // The first copy decides between two concurrent claims. The loser does not write
+                // the second copy, because it would contain the loser's time of creation.
                 if self.create(&ObjectKey::Epoch(1), found)? == PutOutcome::Created
                     && let Err(error) = self.create(&ObjectKey::EpochCopy(1), found)
                 {
                     tracing::debug!(%error, "the second copy of the identity is written later");
                 }
-                // Read once more: a claim with keys and one without do not see each other's names.
+                // Read once more: a claim with encryption and one without write different names and
+                // do not conflict.
                 self.newest_epoch()?.unwrap_or_else(|| Epoch {
                     number: 1,
                     identity: found.clone(),
@@ -432,17 +439,18 @@ impl Repository {
         Ok(known)
     }
 
-    /// Stores an object, durable and proved to be there when it returns. The same bytes again are
-    /// [`PutOutcome::AlreadyExists`].
+    /// Stores an object. It is durable, and proved to be stored, when the function returns. Storing
+    /// the same bytes again gives [`PutOutcome::AlreadyExists`].
     ///
     /// # Errors
-    /// [`Error::Conflict`] when other bytes have the name; nothing is overwritten.
+    /// [`Error::Conflict`] when an object of this name has other bytes; nothing is overwritten.
     pub fn put(&self, key: &ObjectKey, body: &[u8]) -> Result<PutOutcome> {
         let outcome = self.store.put_proved(&self.path(key), body)?;
         self.same(key, body, outcome)
     }
 
-    /// The same for one who reads it back: that the store says so proves nothing.
+    /// Like [`Repository::put`], for a caller that reads the object back itself: an acknowledgement
+    /// from the store is not proof.
     ///
     /// # Errors
     /// As [`Repository::put`].
@@ -461,7 +469,8 @@ impl Repository {
         Ok(outcome)
     }
 
-    /// A whole object.
+    /// Reads a whole object. With several places, reads it from the first one with an intact copy.
+    /// If no copy is intact, returns the bytes of a damaged one.
     ///
     /// # Errors
     /// [`Error::NotFound`] when proved absent, [`Error::Store`].
@@ -472,8 +481,8 @@ impl Repository {
         self.get_sound(key, &|body| is_sound(key, body))
     }
 
-    /// Returns true if an object is `body`, read back; of several places, from the first where it
-    /// is sound.
+    /// Reads an object back and returns true if it equals `body`. With several places, reads the
+    /// first intact copy.
     ///
     /// # Errors
     /// As [`Repository::get`].
@@ -484,8 +493,8 @@ impl Repository {
         Ok(self.get(key)? == body)
     }
 
-    /// A whole object; of several places, from the first where it is sound. Sound nowhere, it comes
-    /// as it is.
+    /// Reads a whole object. With several places, reads it from the first one with a copy that
+    /// `sound` accepts. If there is none, returns the bytes of a damaged one.
     ///
     /// # Errors
     /// As [`Repository::get`].
@@ -493,7 +502,7 @@ impl Repository {
         self.in_cluster(self.store.get_sound(&self.path(key), sound))
     }
 
-    /// A part of an object.
+    /// Reads a range of an object.
     ///
     /// # Errors
     /// As [`Repository::get`].
@@ -501,8 +510,9 @@ impl Repository {
         self.in_cluster(self.store.get_range(&self.path(key), range))
     }
 
-    /// Gives a damaged object its name in the cluster, which [`ObjectKey`] parses: a store that finds
-    /// the damage itself knows the name in the store only.
+    /// Replaces the name in an error about a damaged object by its name in the cluster, which
+    /// [`ObjectKey`] parses. A store that detects the damage itself knows only the name in the
+    /// store.
     fn in_cluster<T>(&self, outcome: Result<T>) -> Result<T> {
         outcome.map_err(|error| match error {
             Error::Damaged { key, url, problem } => {
@@ -514,7 +524,7 @@ impl Repository {
         })
     }
 
-    /// What is there, or `None` when proved absent.
+    /// Returns the object's metadata, or `None` when the object is proved absent.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -522,8 +532,8 @@ impl Repository {
         self.store.head(&self.path(key))
     }
 
-    /// The objects below a prefix of the cluster, ascending, with their lengths. Foreign names are
-    /// skipped.
+    /// Returns the objects below a prefix of the cluster, in ascending order, with their lengths.
+    /// Skips names that are not keys of ours.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -543,7 +553,7 @@ impl Repository {
         Ok(found)
     }
 
-    /// The names below the cluster that are not keys of ours, as a listing skips them.
+    /// Returns the names below the cluster that are not keys of ours.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
@@ -560,10 +570,11 @@ impl Repository {
         Ok(names)
     }
 
-    /// As [`Repository::list`], one after the other, however many there are.
+    /// Like [`Repository::list`], but calls `visit` for each object, so the objects are not
+    /// collected in memory here.
     ///
     /// # Errors
-    /// [`Error::Store`]; what `visit` fails with, which ends it.
+    /// [`Error::Store`]; the first error of `visit`, which ends the listing.
     pub fn visit(
         &self,
         prefix: &str,
@@ -602,7 +613,7 @@ impl Repository {
     }
 }
 
-/// What is stored at a place, as it is stored.
+/// Opens the store at a place, without decryption.
 pub(crate) fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>> {
     Ok(match &place.url {
         RepositoryUrl::Folder(folder) => Arc::new(LocalStore::at(folder)),

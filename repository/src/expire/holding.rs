@@ -341,7 +341,7 @@ fn incomplete(info: &BackupInfo, parts: &BTreeMap<ObjectKey, u64>) -> Option<Str
         })
 }
 
-/// Returns the objects that the last verification found damaged, in its words.
+/// Returns the objects that the last verification found damaged, as it described them.
 fn suspects(place: &Repository, identity: &ClusterIdentity) -> Result<Vec<String>> {
     let system = identity.system_identifier;
     let outcome = place.newest_outcome(system, OutcomeKind::Verify, |_| true)?;
