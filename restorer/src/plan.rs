@@ -2,10 +2,10 @@
 //! stop record.
 //!
 //! target + inventory -> path of timelines -> the first record at which PostgreSQL stops -> the
-//! newest backup that ends before it. No clock, no disk of its own. Invariant: the stop is computed
-//! by PostgreSQL's rule (`recoveryStopsBefore` and `recoveryStopsAfter` in `xlogrecovery.c`) and
-//! executed as an LSN on a numeric timeline, so that time zones, clocks and idle databases cannot
-//! change it.
+//! newest backup that ends before it. No clock, and no I/O except through the inventory. Invariant:
+//! the stop is computed by PostgreSQL's rule (`recoveryStopsBefore` and `recoveryStopsAfter` in
+//! `xlogrecovery.c`) and executed as an LSN on a numeric timeline, so that time zones, clocks and
+//! idle databases cannot change it.
 
 use std::path::{Path, PathBuf};
 
@@ -42,24 +42,24 @@ pub(crate) use path::{Coverage, Index, cover};
 pub use path::{PathPart, print_path, timeline_path};
 use stop::{Found, find_stop, immediate_stop};
 
-/// How many late commits a plan lists; all are counted.
+/// The number of late commits that a plan lists. All of them are counted.
 const LATE_COMMITS_LISTED: usize = 20;
 
-/// Where recovery stops.
+/// The point at which recovery stops.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "stop", rename_all = "snake_case")]
 pub enum Stop {
     /// Before the record that starts at this LSN.
     Before {
-        /// The record.
+        /// The start of the record.
         lsn: Lsn,
     },
     /// After the record that starts at this LSN.
     After {
-        /// The record.
+        /// The start of the record.
         lsn: Lsn,
     },
-    /// When the backup is consistent.
+    /// As soon as the backup is consistent.
     Consistent,
 }
 
@@ -73,90 +73,90 @@ impl std::fmt::Display for Stop {
     }
 }
 
-/// Everything that will happen.
+/// The complete decision of a restore.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestorePlan {
-    /// The backup.
+    /// The backup to restore.
     pub backup: BackupId,
-    /// Why this one.
+    /// The reason for the choice of this backup.
     pub reason: String,
-    /// Newer backups that would have been chosen, and cannot be used.
+    /// Newer backups that would have been chosen but cannot be used.
     #[serde(default)]
     pub not_chosen: Vec<NotChosen>,
-    /// The timelines that are replayed, oldest first. The last one holds the stop: it is
+    /// The timelines that are replayed, oldest first. The last one contains the stop: it is
     /// `recovery_target_timeline`.
     pub path: Vec<PathPart>,
-    /// The timelines on the way to the wanted one that recovery does not enter, because it stops
-    /// before. The segment in which they begin starts with a copy of the WAL before the switch, and
-    /// may be the only one that was archived.
+    /// The timelines on the path to the wanted one that recovery does not enter, because it stops
+    /// before them. The first segment of such a timeline starts with a copy of the WAL before the
+    /// switch, and that copy may be the only archived one.
     #[serde(default)]
     pub later: Vec<PathPart>,
-    /// Where redo starts.
+    /// The LSN where redo starts.
     pub start_lsn: Lsn,
-    /// Where recovery stops.
+    /// The point where recovery stops.
     pub stop: Stop,
-    /// The last commit that is kept, where the plan had to look at it.
+    /// The last commit that is kept; `None` if there is none or the plan did not need it.
     pub last_kept: Option<TransactionEnd>,
-    /// The first transaction that is not.
+    /// The first transaction that is not kept; `None` if there is none.
     pub first_dropped: Option<TransactionEnd>,
     /// The part of the time before the target for which the archive proves nothing; `None` if the
     /// archive is proved up to the target.
     #[serde(default)]
     pub unproved: Option<Unproved>,
-    /// How many commits lie behind the stop although their time is not after the target.
+    /// The number of commits after the stop whose time is not after the target.
     pub late_commit_count: u64,
-    /// The first of them.
+    /// The first of these commits.
     pub late_commits: Vec<TransactionEnd>,
     /// The prepared transactions that are neither committed nor rolled back at the stop. They hold
-    /// their locks until somebody ends them, as they did on the server.
+    /// their locks until a user commits or rolls them back, as they did on the server.
     #[serde(default)]
     pub in_doubt: Vec<PreparedTransaction>,
-    /// The stop that was asked for, if the plan stops right after the last kept commit instead: the
-    /// rows are the same, without what an unfinished DROP has done at that stop already.
+    /// The requested stop, if the plan stops right after the last kept commit instead. The rows are
+    /// the same, but at the requested stop an unfinished DROP has already removed files.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved_from: Option<Stop>,
-    /// Locks that keep readers out of a server that pauses at the stop.
+    /// Locks that block readers on a server that pauses at the stop.
     #[serde(default)]
     pub locks: Vec<HeldLock>,
-    /// True if the locks at the stop were looked for and found out.
+    /// True if the locks at the stop are known, so that an empty list means that there are none.
     #[serde(default)]
     pub locks_known: bool,
-    /// Databases and tablespaces that have lost their files at the stop.
+    /// Databases and tablespaces whose files are already removed at the stop.
     #[serde(default)]
     pub removed: Vec<RemovedFiles>,
     /// The tablespaces that the replay creates, in the order of the WAL.
     #[serde(default)]
     pub tablespaces: Vec<ReplayedTablespace>,
-    /// Bytes that `wal-fetch` delivers instead of the archived ones.
+    /// Bytes that `wal-fetch` replaces in the archived WAL.
     #[serde(default)]
     pub wal_changes: Vec<WalChange>,
     /// The owner of the claims on the directories of tablespaces; `None` before the restore begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claim: Option<Owner>,
-    /// The end of the WAL that the recovery may ask for.
+    /// The end of the WAL that recovery may request.
     pub wal_end_lsn: Lsn,
-    /// Length of the backup in the repository.
+    /// The bytes of the backup in the repository.
     pub backup_bytes: u64,
-    /// Length of the WAL objects that are read.
+    /// The bytes of the WAL objects that are read.
     pub wal_bytes: u64,
-    /// Length of both: the bytes to fetch.
+    /// The bytes to fetch: the sum of both.
     #[serde(default)]
     pub fetch_bytes: u64,
-    /// Length of the unpacked backup.
+    /// The bytes of the unpacked backup.
     #[serde(default)]
     pub unpacked_bytes: u64,
-    /// Length of the WAL that is replayed.
+    /// The bytes of WAL that are replayed.
     #[serde(default)]
     pub replayed_bytes: u64,
-    /// The file systems that the restore writes to; none while no target directory is named.
+    /// The file systems that the restore writes to; empty while no target directory is given.
     #[serde(default)]
     pub file_systems: Vec<FileSystem>,
     /// The estimated duration, in seconds.
     pub estimated_seconds: u64,
-    /// The rates of the estimate, and where they come from.
+    /// The rates of the estimate, and their source.
     #[serde(default)]
     pub estimate_basis: String,
-    /// The repositories of the cluster of which nothing was seen: they may hold later WAL.
+    /// The repositories of the cluster that could not be read: they may contain later WAL.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unseen_repositories: Vec<UnseenPlace>,
 }
@@ -172,7 +172,7 @@ pub struct Unproved {
     pub target: PgTimestamp,
 }
 
-/// Why a target cannot be reached.
+/// The reason why a target cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
@@ -184,11 +184,11 @@ pub enum PlanError {
     Ambiguous {
         /// The newer backup.
         newer: BackupId,
-        /// Its stop.
+        /// The stop of the newer backup.
         newer_stop: Stop,
-        /// The older one.
+        /// The older backup.
         older: BackupId,
-        /// Its stop.
+        /// The stop of the older backup.
         older_stop: Stop,
     },
     /// Several restore points have the name.
@@ -196,7 +196,7 @@ pub enum PlanError {
     AmbiguousName {
         /// The name.
         name: String,
-        /// Their LSNs and times.
+        /// The LSNs and times of the restore points.
         points: String,
     },
     /// The archive ends before the target, or its end was never proved.
@@ -205,38 +205,38 @@ pub enum PlanError {
          {end_lsn}); restore without a target for everything that is archived, or to an earlier time"
     )]
     BeyondArchive {
-        /// What was asked for.
+        /// The target as the operator gave it.
         target: String,
-        /// Up to when.
+        /// The last time up to which the archive is proved, or `nothing`.
         proven: String,
-        /// The last commit's time.
+        /// The time of the last commit, or `nothing`.
         last_commit: String,
-        /// The end of the WAL.
+        /// The end of the archived WAL.
         end_lsn: Lsn,
     },
-    /// Retention gave the moment up.
+    /// The data for this moment has expired.
     #[error("{refusal}. What was there expired: {expired}")]
     Expired {
-        /// Why it cannot be reached.
+        /// The reason why the target cannot be reached.
         refusal: Box<Self>,
-        /// What retention gave up, when, and by which policy.
+        /// The expired data, with the time and the policy.
         expired: String,
     },
-    /// Retention gave the named backup up.
+    /// The named backup has expired.
     #[error(
         "backup {backup}, which ended {finished}, expired {marked}: {policy}; see `pitr-restore list`"
     )]
     ExpiredBackup {
         /// The backup.
         backup: BackupId,
-        /// Its end.
+        /// The time when the backup ended.
         finished: PgTimestamp,
-        /// When it was given up.
+        /// The time when the backup was marked as expired.
         marked: PgTimestamp,
-        /// The policy.
+        /// The policy under which it expired.
         policy: String,
     },
-    /// WAL is missing on the way.
+    /// WAL is missing between the backup and the target.
     #[error(
         "WAL is missing from {from} on timeline {branch}, before the target is reached; {nearest}",
         nearest = nearest(*last)
@@ -249,7 +249,7 @@ pub enum PlanError {
         /// The last record before it that a recovery can stop after.
         last: Option<Lsn>,
     },
-    /// The server had `wal_level = minimal` on the way.
+    /// The server had `wal_level = minimal` between the backup and the target.
     #[error(
         "the server wrote WAL with wal_level = minimal from {lsn} on timeline {branch}{moment}, before the target is reached: \
          changes may be missing from it, so a recovery over it loses rows; {nearest}",
@@ -259,17 +259,17 @@ pub enum PlanError {
     MinimalWal {
         /// The branch.
         branch: Branch,
-        /// The record that announces it.
+        /// The record that announces `wal_level = minimal`.
         lsn: Lsn,
-        /// The last time that is known before it.
+        /// The last known time before this record.
         since: Option<PgTimestamp>,
-        /// Flags of reachable targets next to it.
+        /// The options of reachable targets next to it.
         nearest: Vec<String>,
     },
     /// There is no backup.
     #[error("no base backup is archived; take one with `wal-archiver backup`")]
     NoBackup,
-    /// The backup that was asked for is not on the way to the wanted timeline.
+    /// The requested backup does not lie on the path to the wanted timeline.
     #[error(
         "backup {backup} was taken on timeline {branch}, which the path {path} does not cross before its end at {stop_lsn}; \
          leave out --backup, or choose with --target-timeline a timeline that continues {branch}"
@@ -277,20 +277,20 @@ pub enum PlanError {
     BackupElsewhere {
         /// The backup.
         backup: BackupId,
-        /// Its timeline.
+        /// The timeline of the backup.
         branch: Branch,
-        /// Its end.
+        /// The end of the backup.
         stop_lsn: Lsn,
-        /// The timelines on the way.
+        /// The timelines of the path.
         path: String,
     },
-    /// A file system has not the space that the restore needs.
+    /// A file system has less space than the restore needs.
     #[error(
         "too little space: {shortages}; free some, give another directory with --target-dir or --tablespace-mapping, or restore \
          anyway with --force"
     )]
     NoSpace {
-        /// The directories on each such file system, with what is needed and what is free.
+        /// The directories on each such file system, with the needed and the free space.
         shortages: String,
     },
     /// There is no WAL.
@@ -304,7 +304,7 @@ pub enum PlanError {
     NoBackupOnPath {
         /// The timeline.
         wanted: Branch,
-        /// The timelines on the way.
+        /// The timelines of the path.
         path: String,
     },
     /// The replay creates a tablespace in a directory that is in use here.
@@ -321,12 +321,12 @@ pub enum PlanError {
         lsn: Lsn,
         /// The directory that the WAL names.
         location: String,
-        /// The directory that it would get.
+        /// The directory that the tablespace would get here.
         directory: PathBuf,
         /// Its state, as the predicate of a sentence.
         why: String,
     },
-    /// A standby reads the WAL as it is archived.
+    /// A standby replays the WAL unchanged, so a tablespace that the WAL creates cannot be mapped.
     #[error(
         "the WAL creates tablespace {oid} at {lsn} in {location}, and a standby follows the WAL as it is: --tablespace-mapping \
          works for tablespaces that are older than the backup; take a new backup with `wal-archiver backup`"
@@ -347,32 +347,32 @@ pub enum PlanError {
     TooEarly {
         /// The oldest backup.
         earliest: BackupId,
-        /// Its end.
+        /// The stop LSN of this backup.
         stop_lsn: Lsn,
-        /// When that was.
+        /// The time when this backup ended.
         finished: PgTimestamp,
     },
     /// The timeline was never archived.
     #[error("timeline {wanted} is not archived; archived are: {known}")]
     UnknownTimeline {
-        /// What was asked for.
+        /// The timeline as the operator gave it.
         wanted: String,
-        /// Those that are.
+        /// The archived timelines.
         known: String,
     },
-    /// The named thing does not exist.
+    /// The named transaction or restore point does not exist.
     #[error(
         "{what} is not in the archive of timeline {path} between {from} and {to}; see `pitr-restore list`, or choose another \
          timeline with --target-timeline"
     )]
     Unknown {
-        /// What was asked for.
+        /// The target as a phrase.
         what: String,
-        /// The timelines on the way.
+        /// The timelines of the path.
         path: String,
-        /// Where it was looked for.
+        /// The start of the searched WAL.
         from: Lsn,
-        /// Until where.
+        /// The end of the searched WAL.
         to: Lsn,
     },
 }
@@ -389,9 +389,9 @@ fn nearest(last: Option<Lsn>) -> String {
 /// The operator's choices besides the target.
 #[derive(Clone, Debug, Default)]
 pub struct Wishes {
-    /// This backup and no other.
+    /// The only backup that may be used; `None` for any.
     pub backup: Option<BackupId>,
-    /// This timeline: a number, or a branch where the number names two.
+    /// The timeline: a number, or a branch if the number is ambiguous; `None` for the default.
     pub timeline: Option<String>,
 }
 
@@ -420,7 +420,7 @@ pub fn plan_restore(
     let wished = wishes.backup.as_ref().and(backups.first()).cloned();
     let archived = !backups.is_empty();
     backups.retain(reachable);
-    // In the order of the WAL, which on one path is that of time.
+    // Sort by LSN; on one path this is also the order in time.
     backups.sort_by_key(|backup| backup.start_lsn);
     let Some(oldest) = backups.first().cloned() else {
         return Err(match (wished, path.last()) {
@@ -470,7 +470,7 @@ pub fn plan_restore(
                     |error: &Error| matches!(error, Error::Plan(PlanError::Unknown { .. }));
                 let replaces = match error {
                     PlanError::Unknown { .. } => true,
-                    // It was found, and lies before the newer backup.
+                    // The target exists, and lies before the newer backup, so this error says more.
                     PlanError::MinimalWal { .. } => refusal.as_ref().is_some_and(is_unknown),
                     _ => false,
                 };
@@ -509,7 +509,7 @@ pub fn plan_restore(
         }
         let in_doubt = match in_doubt(inventory, &coverage, backup, found.stop) {
             Err(error) => {
-                // Its manifest is read for this.
+                // A damaged backup: its manifest is read here.
                 choice.pass_over_damaged(backup, error.into_damage()?);
                 continue;
             }
@@ -539,9 +539,10 @@ fn make(
         Stop::Before { lsn } | Stop::After { lsn } => lsn.add(1),
         Stop::Consistent => backup.stop_lsn,
     };
-    // The timeline that holds the byte before `until` is the one PostgreSQL recovers to. On a later
-    // one it would give the promoted server a history with a switch that it never replayed, and
-    // look for the state of a prepared transaction in a file that was not restored.
+    // PostgreSQL recovers to the timeline that contains the byte before `until`. With a later
+    // timeline as the target, the promoted server's history would contain a switch that was never
+    // replayed, and the server would look for the state of a prepared transaction in a file that
+    // was not restored.
     let mut path = path;
     let end = path.iter().position(|part| until <= part.to);
     let later = path.split_off(end.map_or(path.len(), |last| last + 1));

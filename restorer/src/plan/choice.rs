@@ -1,4 +1,4 @@
-//! Why a plan has this backup and no newer one.
+//! The choice of the backup, and the reason why no newer one was chosen.
 
 use repository::Damage;
 use serde::{Deserialize, Serialize};
@@ -7,7 +7,7 @@ use wal_format::{BackupId, BackupInfo, PgTimestamp};
 use super::{PathPart, Wishes};
 use crate::{Error, Result, inventory::Inventory};
 
-/// A newer backup that would have been chosen, and cannot be used.
+/// A newer backup that would have been chosen but cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NotChosen {
     /// The backup.
@@ -16,7 +16,7 @@ pub struct NotChosen {
     pub reason: String,
 }
 
-/// The choice of a backup, as it is made from the newest to the oldest.
+/// The state of the choice, which considers backups from the newest to the oldest.
 #[derive(Debug)]
 pub(super) struct Choice {
     /// All backups: name, end and timeline.
@@ -59,14 +59,14 @@ impl Choice {
             .get_or_insert_with(|| (backup.id.clone(), damage));
     }
 
-    /// States why `backup` was chosen. "The newest" is said of the newest of all backups only.
+    /// Records why `backup` was chosen. "The newest" is used only for the newest of all backups.
     pub(super) fn choose(&mut self, backup: &BackupInfo, path: &[PathPart], wishes: &Wishes) {
         if wishes.backup.is_some() {
             "the one that --backup names".clone_into(&mut self.reason);
             return;
         }
-        // The description that would tell when it ended cannot be read; its name begins with the
-        // second in which it began.
+        // When such a backup ended is unknown, because its description cannot be read. But its ID
+        // begins with the second in which it started, so IDs compare by time.
         for (id, reason) in &self.unreadable {
             if *id > backup.id {
                 self.not_chosen.push(NotChosen {

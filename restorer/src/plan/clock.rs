@@ -1,8 +1,10 @@
-//! Whether a backup lies before a target *time*, and whether all backups agree about the stop.
+//! Checks whether a backup lies before a target *time*, and whether all backups give the same stop.
 //!
-//! PostgreSQL looks at times from the backup's redo on. A backup that is newer than the target would stop at the first
-//! commit after itself and keep everything before itself, so it must not be chosen: only WAL and the clock that it holds
-//! can tell. If that clock went back, backups stop at different records, and only a person can say which state is wanted.
+//! PostgreSQL compares times from the backup's redo LSN on. With a backup that is newer than the
+//! target, recovery would stop at the first commit after the backup and keep everything before it,
+//! so such a backup must not be chosen. Only times in the WAL show which backup is newer. If the
+//! server's clock went back, backups lead to different stops, and only the operator can decide
+//! which state is wanted.
 
 use wal_format::{BackupInfo, PgTimestamp, TransactionEnd, WalEvent};
 
@@ -13,11 +15,12 @@ use super::{
 };
 use crate::{Result, inventory::Inventory, target::RecoveryTarget};
 
-/// Commits race for their place in the WAL by milliseconds; a time that is more behind means that the clock went back.
+/// Commit timestamps in WAL order may go back by milliseconds, because concurrent commits race for
+/// their place. A larger step back means that the server's clock was set back.
 const RACE_MICROS: i64 = 1_000_000;
 
-/// Returns true if the target's time lies behind the start of the backup. `found` is the stop of a
-/// recovery from it.
+/// Returns true if the backup starts before the target time. `found` is the stop of a recovery from
+/// this backup.
 pub(super) fn is_before(
     inventory: &dyn Inventory,
     coverage: &Coverage,
@@ -27,12 +30,15 @@ pub(super) fn is_before(
 ) -> Result<bool> {
     let kept = first_kept(inventory, coverage, found)?;
     match greatest_before(inventory, coverage)? {
-        // Something before the backup is later than the target. Only a clock that went back excuses that.
+        // A transaction before the backup is later than the target. The backup still lies before
+        // the target if the clock was set back between that transaction and the first one that is
+        // replayed.
         Some(greatest) if stops(greatest) => {
             Ok(kept.is_some_and(|kept| greatest.micros_since(kept.time) > RACE_MICROS))
         }
         None if kept.is_none() => {
-            // Nothing was committed in sight. The checkpoint is cut to seconds.
+            // No commit is known before the stop. Use the checkpoint's time, which is truncated to
+            // seconds.
             let checkpoint = checkpoint_time(inventory, coverage, backup)?;
             Ok(checkpoint.is_none_or(|time| !stops(PgTimestamp(time.0.saturating_add(1_000_000)))))
         }
@@ -40,7 +46,8 @@ pub(super) fn is_before(
     }
 }
 
-/// The first transaction end that the recovery replays.
+/// Returns the first transaction end that recovery from the backup replays; `None` if it replays
+/// none.
 fn first_kept(
     inventory: &dyn Inventory,
     coverage: &Coverage,
@@ -63,7 +70,7 @@ fn first_kept(
     Ok(None)
 }
 
-/// The greatest time of the last archived range before the backup that holds any.
+/// Returns the latest time in the last archived range before the backup that has any transactions.
 fn greatest_before(inventory: &dyn Inventory, coverage: &Coverage) -> Result<Option<PgTimestamp>> {
     let start = coverage.start_lsn;
     for part in coverage.path.iter().rev().filter(|part| part.from < start) {
@@ -114,7 +121,7 @@ fn checkpoint_time(
     Ok(None)
 }
 
-/// Refuses a target at which older backups would stop elsewhere.
+/// Refuses a target for which an older backup gives another stop.
 pub(super) fn unambiguous(
     inventory: &dyn Inventory,
     path: &[PathPart],

@@ -6,8 +6,7 @@ use wal_format::{Outcome, OutcomeKind, SystemIdentifier};
 
 use super::RestorePlan;
 
-/// The rates that extraction and replay are assumed to have on unknown hardware, in bytes per
-/// second.
+/// The assumed rates of extraction and replay on unknown hardware, in bytes per second.
 const EXTRACT_BYTES_PER_SECOND: u64 = 100 << 20;
 const REPLAY_BYTES_PER_SECOND: u64 = 60 << 20;
 const MIB: f64 = 1_048_576.0;
@@ -56,7 +55,7 @@ fn apply(drill: &Outcome, plan: &mut RestorePlan) {
     );
 }
 
-/// Stored bytes of the backup and bytes of WAL that the drill processed in a second.
+/// Returns the rates of a drill in bytes per second: fetching the backup, and replaying WAL.
 fn rates(drill: &Outcome) -> Option<(f64, f64)> {
     let rate = |bytes: Option<u64>, seconds: Option<f64>| {
         let rate = number(bytes?) / seconds.filter(|seconds| *seconds > 0.0)?;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 
 use wal_format::{Lsn, SegmentSummary, TransactionEnd, WalEvent};
 
-/// Returns true if the number says more than the one in WAL.
+/// Returns true if the number has an epoch, which a number in WAL does not have.
 pub(crate) fn names_epoch(xid: u64) -> bool {
     xid > u64::from(u32::MAX)
 }

@@ -1,7 +1,9 @@
-//! The prepared transactions that are in doubt at the stop: PREPARE TRANSACTION is replayed, its end is not.
+//! The prepared transactions that are in doubt at the stop: PREPARE TRANSACTION is replayed, but no
+//! COMMIT PREPARED or ROLLBACK PREPARED.
 //!
-//! One prepared before the backup is in the backup as a file of `pg_twophase`, which names the transaction and not its
-//! identifier; that is looked for in the WAL before the backup, if it is archived.
+//! A transaction that was prepared before the backup is in the backup as a file of `pg_twophase`.
+//! The file's name gives the transaction ID but not the identifier, so the identifier is searched
+//! in the WAL before the backup, if that is archived.
 
 use std::collections::BTreeMap;
 
@@ -12,14 +14,14 @@ use wal_format::{BackupInfo, Lsn, PgTimestamp, SegmentSummary, TransactionEndKin
 use super::{Coverage, Stop};
 use crate::{Result, inventory::Inventory};
 
-/// A transaction in doubt.
+/// A prepared transaction in doubt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PreparedTransaction {
-    /// The transaction.
+    /// The transaction ID.
     pub xid: u32,
-    /// The identifier its client gave it; `None` when PREPARE lies before the archive.
+    /// The identifier that the client chose; `None` when the WAL of its PREPARE is not archived.
     pub gid: Option<String>,
-    /// When it was prepared.
+    /// The time when it was prepared; `None` when that WAL is not archived.
     pub time: Option<PgTimestamp>,
 }
 
@@ -85,7 +87,8 @@ fn prepares(
     })
 }
 
-/// Looks for the identifiers of those that the backup holds in the WAL before it, newest first.
+/// Searches the WAL before the backup, newest first, for the identifiers of the transactions that
+/// the backup contains.
 fn name_older(
     inventory: &dyn Inventory,
     coverage: &Coverage,

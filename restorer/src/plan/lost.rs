@@ -1,8 +1,8 @@
 //! Timelines whose history file is lost: a plan that one of them could change is refused.
 //!
-//! Without the file the way to the timeline is not known, and a plan that leaves it out would end
-//! earlier than the archive. Invariant: a plan that cannot depend on a lost timeline is made all
-//! the same.
+//! Without the file the path to the timeline is unknown, and a plan that leaves it out would end
+//! earlier than the archive. Invariant: a plan that cannot depend on a lost timeline is not
+//! refused.
 
 use repository::LostHistory;
 use wal_format::{Branch, TimelineId};
@@ -26,7 +26,7 @@ fn refuse(inventory: &dyn Inventory, concerns: impl Fn(&LostHistory) -> bool) ->
     lost.map_or(Ok(()), |lost| Err(refusal(inventory, lost)))
 }
 
-/// Refuses a timeline that was asked for by its number or its branch.
+/// Refuses a lost timeline that the operator named by its number or its branch.
 pub(super) fn refuse_named(inventory: &dyn Inventory, text: &str) -> Result<()> {
     let number: Option<TimelineId> = text.parse().ok().and_then(TimelineId::new);
     refuse(inventory, |lost| {

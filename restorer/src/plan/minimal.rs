@@ -1,15 +1,15 @@
 //! WAL that a server wrote with `wal_level = minimal` between the backup and the target.
 //!
-//! Changes are missing from it without any sign in the records. PostgreSQL 13 replays it with a
-//! warning and loses the rows, later versions end there (`CheckRequiredParameterValues` in
-//! `xlogrecovery.c`), so a plan never leads over the record that announces it.
+//! Such WAL lacks changes, and its records do not show it. PostgreSQL 13 replays it with a warning
+//! and loses the rows; later versions stop there (`CheckRequiredParameterValues` in
+//! `xlogrecovery.c`). So a plan never crosses the record that announces `minimal`.
 
 use wal_format::{BackupInfo, PgTimestamp, TransactionEnd, WalEvent};
 
 use super::{Coverage, PlanError};
 use crate::{Result, inventory::Inventory};
 
-/// The refusal of a target after the end of `coverage`, which is a record that announces
+/// Returns the refusal of a target after the end of `coverage`, which is a record that announces
 /// `wal_level = minimal`. `last_commit` is the time of the last commit before it.
 pub(super) fn refusal(
     inventory: &dyn Inventory,
@@ -54,7 +54,8 @@ pub(super) fn name_next_backup(error: PlanError, backups: &[BackupInfo]) -> Plan
     }
 }
 
-/// Formats the nearest reachable targets for people, or the remedy where none follows.
+/// Formats the nearest reachable targets for an error message. If no target after the WAL is
+/// reachable, adds the remedy.
 pub(super) fn print_nearest(targets: &[String]) -> String {
     match targets {
         [before] => format!(
@@ -68,8 +69,8 @@ pub(super) fn print_nearest(targets: &[String]) -> String {
     }
 }
 
-/// The time of the last checkpoint before the end of `coverage`: a server that changes `wal_level`
-/// was shut down, or has recovered from a crash.
+/// Returns the time of the last checkpoint before the end of `coverage`. A server whose `wal_level`
+/// changes was shut down or has recovered from a crash, so there is a checkpoint.
 pub(super) fn last_checkpoint(
     inventory: &dyn Inventory,
     coverage: &Coverage,
@@ -88,7 +89,7 @@ pub(super) fn last_checkpoint(
     Ok(None)
 }
 
-/// The first transaction after the end of `coverage` on its path that satisfies `is_it`.
+/// Returns the first transaction after the end of `coverage` on its path that satisfies `is_it`.
 pub(super) fn find_after(
     inventory: &dyn Inventory,
     coverage: &Coverage,

@@ -1,4 +1,4 @@
-//! The path of timelines to the wanted one, and the WAL that covers it.
+//! The path of timelines to the wanted one, and the contiguous WAL along it.
 
 pub use repository::PathPart;
 use repository::{WalIndex, WalRange};
@@ -73,7 +73,7 @@ fn one_of(text: &str, matching: &[Branch], known: &[Known]) -> Result<Branch> {
     }
 }
 
-/// The timeline that a restore without a wish follows ([`repository::default_timelines`]).
+/// Returns the timeline that a restore follows by default ([`repository::default_timelines`]).
 fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
     let backups = inventory.backups()?;
     let matching = repository::default_timelines(&Index(inventory), branches, &backups)?;
@@ -83,7 +83,7 @@ fn newest(inventory: &dyn Inventory, branches: &[Known]) -> Result<Branch> {
     }
 }
 
-/// The inventory's WAL, for the judgements that the archiver shares.
+/// The inventory's WAL, for functions that the restorer shares with the archiver.
 pub(crate) struct Index<'a>(pub(crate) &'a dyn Inventory);
 
 impl WalIndex for Index<'_> {
@@ -107,14 +107,14 @@ fn path_to(branches: &[Known], wanted: Branch) -> Result<Vec<PathPart>> {
         .ok_or_else(|| Error::usage(format!("timeline branch {wanted} is not archived")))
 }
 
-/// The WAL along a path from one LSN on.
+/// The contiguous WAL along a path, starting at an LSN.
 #[derive(Clone, Debug)]
 pub(crate) struct Coverage {
     pub(crate) start_lsn: Lsn,
     /// The ranges in order; neighbours may overlap.
     pub(crate) ranges: Vec<WalRange>,
-    /// The first byte that cannot be replayed: it is missing, or is the start of the record of
-    /// `minimal`, or is the end of the archive.
+    /// The first byte that cannot be replayed. WAL is missing there, or the archive ends there, or
+    /// the record there announces `wal_level = minimal`.
     pub(crate) end_lsn: Lsn,
     /// The timeline of `end_lsn`.
     pub(crate) gap_branch: Branch,
@@ -127,15 +127,15 @@ pub(crate) struct Coverage {
 }
 
 impl Coverage {
-    /// Returns true if a record of `branch` at `lsn` is on the path. The segment that holds a
+    /// Returns true if a record of `branch` at `lsn` is on the path. The segment that contains a
     /// switch point is archived on both timelines, with equal bytes before it.
     pub(crate) fn holds(&self, branch: Branch, lsn: Lsn) -> bool {
         let part = self.path.iter().find(|part| part.branch == branch);
         lsn >= self.start_lsn && lsn < self.end_lsn && part.is_some_and(|part| lsn < part.to)
     }
 
-    /// The end of what counts of a range: where the range ends, or where the path leaves its
-    /// timeline before.
+    /// Returns the end of the part of a range that counts: the end of the range, or the switch
+    /// point if the path leaves its timeline earlier.
     pub(crate) fn end_of(&self, range: &WalRange) -> Lsn {
         let mut parts = self.path.iter();
         let part = parts.find(|part| part.branch == range.branch);
@@ -143,7 +143,7 @@ impl Coverage {
     }
 }
 
-/// Walks the path from `start_lsn` as far as WAL is held without a gap ([`repository::follow_wal`]).
+/// Follows the path from `start_lsn` until the first gap ([`repository::follow_wal`]).
 pub(crate) fn cover(
     inventory: &dyn Inventory,
     path: &[PathPart],

@@ -30,7 +30,7 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// A stop around which nothing is known.
+    /// Creates a stop without known transactions around it.
     fn new(stop: Stop, position: Option<Lsn>) -> Self {
         Self {
             stop,
@@ -44,9 +44,9 @@ impl Found {
     }
 }
 
-/// The stop of a recovery that ends as soon as `backup` is consistent: after the record that ends
-/// at its stop LSN, which is the record that says so, or the last one that the backup's files
-/// contain.
+/// Returns the stop of a recovery that ends as soon as `backup` is consistent. It is after the
+/// record that ends at the backup's stop LSN: this record marks the end of the backup, or is the
+/// last one that the backup's files contain.
 ///
 /// # Errors
 /// As [`find_stop`].
@@ -79,7 +79,8 @@ pub(super) fn find_stop(
         coverage,
     };
     match target {
-        // The WAL before a gap is not all of it; a target LSN restores up to the gap.
+        // WAL after the gap exists, so the end of the WAL before it is not the latest state. A
+        // target LSN restores up to the gap.
         RecoveryTarget::Latest if coverage.gap => Err(walk.gap()),
         RecoveryTarget::Latest => walk.after_the_last_record(),
         RecoveryTarget::Immediate => Ok(Found::new(Stop::Consistent, None)),
@@ -100,7 +101,7 @@ struct Walk<'a> {
 }
 
 impl Walk<'_> {
-    /// The transactions of a range that are on the path and come after `last`.
+    /// Returns the transactions of a range that are on the path and come after `last`.
     fn transactions(&self, range: &WalRange, last: Option<Lsn>) -> Result<Vec<TransactionEnd>> {
         if range.transaction_count == 0 {
             return Ok(Vec::new());
@@ -112,8 +113,8 @@ impl Walk<'_> {
         Ok(transactions)
     }
 
-    /// The ranges, each with the end of what is replayed of it: of a timeline that was left, WAL
-    /// beyond the switch is not.
+    /// Returns the ranges, each with the end of its replayed part: WAL after the switch point of a
+    /// timeline that the path leaves is not replayed.
     fn ranges(&self) -> Vec<(WalRange, Lsn)> {
         let ranges = self.coverage.ranges.iter();
         ranges
@@ -121,7 +122,8 @@ impl Walk<'_> {
             .collect()
     }
 
-    /// The first transaction for which `stops` is true. Ranges for which `skip` is true hold none.
+    /// Returns the first transaction for which `stops` is true. Ranges for which `skip` is true
+    /// contain no such transaction.
     fn first(
         &self,
         skip: impl Fn(&WalRange) -> bool,
@@ -136,7 +138,7 @@ impl Walk<'_> {
         Ok(None)
     }
 
-    /// The last commit that starts before `lsn`, or at it with `inclusive`.
+    /// Returns the last commit that starts before `lsn`, or at `lsn` with `inclusive`.
     fn last_commit(&self, lsn: Lsn, inclusive: bool) -> Result<Option<TransactionEnd>> {
         let kept = |end: &TransactionEnd| {
             end.kind.is_commit() && (end.lsn < lsn || (inclusive && end.lsn == lsn))
@@ -168,7 +170,7 @@ impl Walk<'_> {
         })
     }
 
-    /// The last record that is complete in the archive.
+    /// Returns the start of the last record that is complete in the archive.
     fn last_record(&self) -> Option<Lsn> {
         let on_path = |range: &WalRange| {
             range
@@ -202,7 +204,7 @@ impl Walk<'_> {
     }
 
     fn unknown(&self, what: String) -> crate::Error {
-        // It may be in the gap or after it.
+        // The target may be in the gap or after it.
         if self.coverage.gap && !self.coverage.minimal {
             return self.gap();
         }
@@ -217,13 +219,13 @@ impl Walk<'_> {
         unknown.into()
     }
 
-    /// The refusal for a target after the end of the archived WAL.
+    /// Returns the refusal for a target after the end of the archived WAL.
     fn beyond(&self, target: String) -> Result<crate::Error> {
         if self.coverage.gap {
             return Ok(self.gap());
         }
         let last = self.last_commit(Lsn::MAX, true)?;
-        // A commit proves its own time too, if nothing was reported after it.
+        // A commit also proves the archive up to its own time, even if no later time was reported.
         let proven = self.proven().max(last.map(|end| end.time));
         let unknown = || "nothing".to_owned();
         Ok(PlanError::BeyondArchive {
@@ -243,8 +245,8 @@ impl Walk<'_> {
             .max()
     }
 
-    /// The stop before WAL that was written with `wal_level = minimal`, if the target time lies
-    /// before the first transaction in it.
+    /// Returns the stop before WAL that was written with `wal_level = minimal`, if the target time
+    /// lies before the first transaction in that WAL.
     fn time_before_minimal(
         &self,
         target: PgTimestamp,
@@ -284,7 +286,7 @@ impl Walk<'_> {
             }
             let mut found = self.after_the_last_record()?;
             if !is_proved {
-                // A commit proves its own time too.
+                // A commit also proves the archive up to its own time.
                 let proved = proved.max(found.last_kept.map(|end| end.time));
                 found.unproved = Some(Unproved { proved, target });
             }
@@ -313,7 +315,7 @@ impl Walk<'_> {
 
     fn lsn(&self, lsn: Lsn, inclusive: bool) -> Result<Found> {
         let ranges = self.ranges();
-        // A recovery can stop before the record that announces `wal_level = minimal`, never after.
+        // Recovery can stop before the record that announces `wal_level = minimal`, never after it.
         let minimal_lsn = self.coverage.minimal.then_some(self.coverage.end_lsn);
         let is_inside = lsn < self.coverage.end_lsn || (Some(lsn) == minimal_lsn && !inclusive);
         let record = if is_inside && lsn >= self.coverage.start_lsn {
@@ -326,8 +328,8 @@ impl Walk<'_> {
             && self.coverage.path.iter().any(|part| part.from == record)
             && let Some(last) = self.inventory.record_before(&ranges, record)?
         {
-            // Before the first record of a timeline, nothing of that timeline is replayed: the stop
-            // is on the one before.
+            // A stop before the first record of a timeline replays nothing of that timeline, so
+            // stop after the last record of the previous timeline.
             return self.after(last);
         }
         match record {
@@ -348,7 +350,7 @@ impl Walk<'_> {
         }
     }
 
-    /// The first transaction after WAL that was written with `wal_level = minimal`.
+    /// Returns the first transaction after WAL that was written with `wal_level = minimal`.
     fn after_minimal(
         &self,
         is_it: impl Fn(&TransactionEnd) -> bool,
@@ -384,15 +386,16 @@ impl Walk<'_> {
         }
     }
 
-    /// The restore point of this name on the path, also where this backup does not lead: a name
-    /// that exists twice is refused from every backup.
+    /// Returns the stop after the restore point of this name. Searches the whole path, even where
+    /// this backup does not lead, so that an ambiguous name is refused with every backup.
     fn name(&self, name: &str, at_lsn: Option<Lsn>) -> Result<Found> {
         let on_path = |branch: Branch, lsn: Lsn| {
             let mut parts = self.coverage.path.iter();
             parts.any(|part| part.branch == branch && lsn < part.to)
         };
         let points = self.inventory.restore_points()?.into_iter();
-        // A timeline's first segment begins with a copy of the WAL before the switch.
+        // Collect by LSN: a timeline's first segment begins with a copy of the WAL before the
+        // switch, so a point may be listed twice.
         let points: BTreeMap<Lsn, PgTimestamp> = points
             .filter(|(branch, lsn, _, found)| found == name && on_path(*branch, *lsn))
             .filter(|(_, lsn, ..)| at_lsn.is_none_or(|at| is_restore_point_at(*lsn, at)))
@@ -424,10 +427,11 @@ impl Walk<'_> {
     }
 }
 
-/// Returns true if the restore point's record at `start` is meant by `lsn`: its start as `list`
-/// prints it, or its end as `pg_create_restore_point()` returns it.
+/// Returns true if `lsn` identifies the restore point's record at `start`: either its start, which
+/// `list` prints, or its end, which `pg_create_restore_point()` returns.
 fn is_restore_point_at(start: Lsn, lsn: Lsn) -> bool {
-    /// The header, and `xl_restore_point` with its fixed length (`xlog_internal.h`), aligned.
+    /// The length of the record: header and `xl_restore_point`, which has a fixed length
+    /// (`xlog_internal.h`), aligned.
     const RECORD_BYTES: u64 = 104;
     /// The longest page header that can interrupt the record.
     const PAGE_HEADER_BYTES: u64 = 40;

@@ -1,4 +1,4 @@
-//! The plan against a brute-force reading of PostgreSQL's rule, on archives made in memory.
+//! Plans compared with a brute-force implementation of PostgreSQL's rule, on archives in memory.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ use wal_format::{
 
 use super::*;
 
-/// Ranges of this many bytes; the planner does not care that they are no whole segments.
+/// The length of a range in bytes. The planner does not require whole segments.
 const RANGE: u64 = 4096;
 
 struct Memory {
@@ -73,7 +73,7 @@ impl Inventory for Memory {
 }
 
 impl Memory {
-    /// The starts of the records that the summaries name.
+    /// Returns the starts of the records that the summaries name.
     fn records(&self, ranges: &[(WalRange, Lsn)]) -> Vec<Lsn> {
         let mut starts = Vec::new();
         for (range, _) in ranges {
@@ -115,7 +115,8 @@ fn backup(number: u64, start: u64, stop: u64) -> BackupInfo {
     }
 }
 
-/// An archive of `(lsn / 8, time, commit)` with ranges up to `end`, proved up to `proven`.
+/// Creates an archive with the transaction ends `(lsn / 8, time, commit)` and ranges up to `end`,
+/// proved up to `proven`.
 fn memory(ends: &[(u64, i64, bool)], backups: Vec<BackupInfo>, end: u64, proven: i64) -> Memory {
     let identity = ClusterIdentity {
         format_version: 1,
@@ -195,7 +196,8 @@ fn refusal(archive: &Memory, target: &RecoveryTarget) -> PlanError {
 }
 
 proptest! {
-    /// Recovery stops before the first end, in the order of the WAL from the backup's redo on, that is later than T.
+    /// Recovery stops before the first transaction end later than T, in WAL order from the backup's
+    /// redo LSN on.
     #[test]
     fn the_stop_is_postgresqls(
         steps in prop::collection::vec((1u64..200, -30i64..90, any::<bool>()), 1..120),
@@ -220,7 +222,8 @@ proptest! {
         let behind: Vec<_> = ends.iter().filter(|(at, _, _)| at * 8 >= redo).collect();
         let oracle = behind.iter().position(|(_, time, _)| later(*time));
         let plan = plan_restore(&archive, &wanted, &Wishes::default());
-        // A backup behind the target keeps what is later: the last range with ends before the redo tells.
+        // A backup after the target would keep later transactions. The last range with transaction
+        // ends before the redo LSN shows this.
         let before = |(at, _, _): &&(u64, i64, bool)| at * 8 < redo;
         let last = ends.iter().rev().find(before).map(|(at, _, _)| at * 8 / RANGE);
         let inside = ends.iter().filter(|end| before(end) && Some(end.0 * 8 / RANGE) == last);
@@ -517,7 +520,8 @@ fn prepared_transactions_without_an_end_before_the_stop_are_in_doubt() {
         TransactionEndKind::CommitPrepared,
         TransactionEndKind::AbortPrepared,
     );
-    // 1 and 2 are older than the backup, 2 ends behind it; 3 ends, 4 ends behind the stop, 5 is prepared behind it.
+    // 1 and 2 were prepared before the backup, and 2 ends after it. 3 ends before the stop, 4 ends
+    // after it, and 5 is prepared after it.
     put(1, &[(4200, 1), (4300, 2)], &[]);
     put(2, &[(8500, 3), (8600, 4)], &[end(8700, 2, abort)]);
     put(3, &[], &[end(12400, 3, commit)]);
@@ -542,7 +546,8 @@ fn prepared_transactions_without_an_end_before_the_stop_are_in_doubt() {
 
 #[test]
 fn a_backup_that_is_newer_than_the_target_is_not_chosen() {
-    // Nothing ends while the second backup is taken, nor between it and the target's neighbours.
+    // No transaction ends while the second backup is taken, nor between it and the transactions
+    // around the target.
     let ends = [(600, 10, true), (700, 20, true), (1700, 40, true)];
     let (older, newer) = (backup(1, 4000, 4400), backup(2, 8000, 8400));
     let archive = memory(&ends, vec![older, newer.clone()], RANGE * 4, 50);
@@ -555,7 +560,8 @@ fn a_backup_that_is_newer_than_the_target_is_not_chosen() {
     let error = refusal(&alone, &time(15));
     assert!(matches!(error, PlanError::TooEarly { .. }), "{error}");
 
-    // Without any WAL before it, its checkpoint tells, which is cut to seconds.
+    // Without any WAL before the backup, the time of its checkpoint decides, which is truncated to
+    // seconds.
     let mut alone = memory(
         &[(1700, 4_000_000, true)],
         vec![newer],
