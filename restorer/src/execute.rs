@@ -1,9 +1,8 @@
 //! Applies a plan: extracts the backup, verifies every file, writes the recovery settings, and only
 //! then `pg_control`.
 //!
-//! Invariant: PostgreSQL cannot start on a half-made copy. A marker is written first and removed
-//! last, and `pg_control`, without which no server starts, is written when everything else is on
-//! disk.
+//! Invariant: PostgreSQL cannot start on an incomplete copy. A marker is written first and removed
+//! last. `pg_control`, without which no server starts, is written when everything else is on disk.
 
 use std::{
     collections::BTreeMap,
@@ -50,50 +49,51 @@ use place::{Prepared, Taken, Wanted, take};
 pub use settings::{Action, Recovery};
 use tree::Tree;
 
-/// Present while a restore is not complete.
+/// The name of the marker, a file that exists while a restore is incomplete.
 pub const MARKER: &str = "RESTORE_INCOMPLETE";
-/// Without it no server starts; it is written last.
+/// The control file. No server starts without it, so it is written last.
 const CONTROL: &str = "global/pg_control";
-/// The plan, for `wal-fetch`.
+/// The file with the plan, which `wal-fetch` reads.
 pub const PLAN_FILE: &str = "tidemark_plan.json";
 
-/// Where and how.
+/// The target of a restore and its settings.
 #[derive(Clone, Debug)]
 pub struct Destination {
     /// The data directory.
     pub directory: PathBuf,
-    /// Old tablespace location to new one.
+    /// The mapping of tablespaces: old location to new location.
     pub tablespaces: BTreeMap<PathBuf, PathBuf>,
-    /// Keep what an existing data directory has and the backup has too.
+    /// True if files of an existing data directory that equal those of the backup are kept.
     pub delta: bool,
-    /// Threads that extract.
+    /// The number of threads that extract.
     pub jobs: usize,
-    /// The settings.
+    /// The recovery settings.
     pub recovery: Recovery,
 }
 
-/// What an execution did.
+/// The result of an execution.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Executed {
-    /// Files that were there already, as they are in the backup.
+    /// Files that existed already, equal to those of the backup.
     pub kept_files: usize,
-    /// Their length.
+    /// The length of these files in bytes.
     pub kept_bytes: u64,
-    /// Slices that were fetched.
+    /// The number of slices that were fetched.
     pub fetched_slices: usize,
-    /// Slices of the backup.
+    /// The number of slices of the backup.
     pub slices: usize,
-    /// True if configuration files were made, because the backup has none.
+    /// True if configuration files were created, because the backup has none.
     pub made_configuration: bool,
-    /// The settings of the parent that do not count in the copy.
+    /// The settings of the parent that have no effect in the copy.
     pub isolation: Isolation,
 }
 
-/// Restores into `destination` by `plan`. Calls `progress` with the raw bytes of each slice. The target stays locked until
-/// the lock is dropped.
+/// Restores into `destination` according to `plan`. Calls `progress` with the raw bytes of each
+/// slice. The target stays locked until the lock is dropped.
 ///
 /// # Errors
-/// [`Error::Usage`] for a destination that is not empty, or into which another process restores; [`Error::Damaged`] names what is not what was stored.
+/// [`Error::Usage`] for a destination that is not empty, or into which another process restores;
+/// [`Error::Damaged`] names the object that differs from what was stored.
 pub fn execute(
     archive: &Archive,
     plan: &RestorePlan,
@@ -105,7 +105,7 @@ pub fn execute(
     let jobs = destination.jobs;
     let (mapping, replayed) = (&destination.tablespaces, plan.tablespaces.as_slice());
     let tablespaces = place_tablespaces(&backup, replayed, mapping, directory)?;
-    // Before anything is written: every part is the backup's own.
+    // Before anything is written, check that every part belongs to this backup.
     let manifest = archive.manifest(&backup)?;
     let access = bound::check_label(&archive.repository, &backup)?;
     access.apply();
@@ -141,10 +141,11 @@ pub fn execute(
     let made_configuration = settings::complete(&tree, &control)?;
     let isolation = settings::write(archive, plan, destination, &tree)?;
     tree.sync()?;
-    // From here on a server could start; everything it needs is on disk.
+    // From here on a server could start; everything that it needs is on disk.
     tree.replace(CONTROL, &control)?;
     tree.remove_durably(MARKER)?;
-    // The directories with a link hold files of this server now. The others are claimed until the replay uses them.
+    // The linked directories now contain files of this server, so their claims are released. The
+    // other directories stay claimed until the replay uses them.
     for directory in &linked {
         claims::release(directory, &owner.token);
     }
@@ -172,11 +173,11 @@ fn backup_of(archive: &Archive, plan: &RestorePlan) -> Result<BackupInfo> {
         })
 }
 
-/// What is extracted, and to where.
+/// The source and the target of an extraction.
 struct Extraction<'a> {
     repository: &'a Repository,
     backup: &'a BackupInfo,
-    /// For each slice, whether it is fetched.
+    /// For each slice, true if it is fetched.
     needed: Vec<bool>,
     kept: &'a Kept,
     listed: Listed<'a>,
@@ -184,7 +185,8 @@ struct Extraction<'a> {
 }
 
 impl Extraction<'_> {
-    /// Extracts every slice that is needed; the content of `pg_control` is given back instead of written.
+    /// Extracts every slice that is needed. Returns the content of `pg_control` instead of writing
+    /// it.
     fn extract_all(&self, jobs: usize, progress: &(dyn Fn(u64) + Sync)) -> Result<Vec<u8>> {
         let next = AtomicUsize::new(0);
         let control = Control::default();
@@ -236,8 +238,8 @@ impl Extraction<'_> {
     }
 }
 
-/// Makes the links of the tablespaces: of the backup's, and of those whose creation the replay passes over. Returns the
-/// directories to which they lead.
+/// Creates the links of the backup's tablespaces, and of those whose creation record the replay
+/// skips. Returns the directories of the links.
 fn link_tablespaces(
     tree: &Tree,
     backup: &BackupInfo,
@@ -259,8 +261,8 @@ fn link_tablespaces(
         .filter(|one| one.passed_over && !in_backup(one.oid))
     {
         if let Some(location) = &created.directory {
-            // The replay of the creation would have made it. The claim says so first: a restore that is interrupted here
-            // empties the directory when it runs again.
+            // The replay of the creation would have created this directory. Claim it first, so that
+            // a restore that is interrupted here empties it when it runs again.
             claims::claim(location, owner, true)?;
             let version = location.join(version_directory(backup, control)?);
             fs::DirBuilder::new()
@@ -272,12 +274,14 @@ fn link_tablespaces(
             linked.push(location.clone());
         }
     }
-    // With it the server would make the links of the origin again (`read_tablespace_map` in `xlogrecovery.c`).
+    // With this file the server would create the links of the original server
+    // (`read_tablespace_map` in `xlogrecovery.c`).
     tree.remove("tablespace_map")?;
     Ok(linked)
 }
 
-/// The directory in which a server keeps the files of a tablespace (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
+/// Returns the name of the directory in which a server keeps the files of a tablespace
+/// (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
 fn version_directory(backup: &BackupInfo, control: &[u8]) -> Result<String> {
     // `catalog_version_no` follows the system identifier and the version of the layout in `ControlFileData`.
     let version = control.get(12..16).and_then(|bytes| bytes.try_into().ok());

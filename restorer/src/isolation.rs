@@ -1,11 +1,13 @@
-//! The isolation of a restored copy: nothing of it reaches its parent or anybody else until `pitr-restore release`.
+//! The isolation of a restored copy: until `pitr-restore release`, it reaches neither its parent
+//! nor any other server.
 //!
-//! A restore reads the copy's configuration as PostgreSQL does, replaces every setting of [`table::SETTINGS`] in
-//! `postgresql.auto.conf`, and records each line that it wrote in [`STATE_FILE`]. The recovery settings are recorded with
-//! them: [`recovery_ended`], which PostgreSQL runs as `recovery_end_command`, removes what only the recovery needed.
+//! A restore reads the copy's configuration as PostgreSQL does. It overrides every setting of
+//! [`table::SETTINGS`] in `postgresql.auto.conf`, and records each line that it wrote in
+//! [`STATE_FILE`]. The recovery settings are recorded with them: [`recovery_ended`], which
+//! PostgreSQL runs as `recovery_end_command`, removes the lines that only the recovery needed.
 //!
-//! Invariant: a line of ours is known by its name and its value. A line that somebody changed since, with `ALTER SYSTEM`
-//! or an editor, belongs to them and stays.
+//! Invariant: a line counts as ours only while its name and its value are those that we wrote. A
+//! line that a user changed since, with `ALTER SYSTEM` or an editor, belongs to the user and stays.
 
 use std::{
     fs,
@@ -27,15 +29,15 @@ pub mod table;
 use configuration::{AUTO, Configuration, MAIN, Setting};
 use table::{Group, How, LIBRARIES, SETTINGS, SOCKET_DIRECTORY, When, Worker};
 
-/// The record of what a restore changed in the configuration of its copy.
+/// The record of the changes that a restore made to the configuration of its copy.
 pub const STATE_FILE: &str = "tidemark_isolation.json";
-/// The port of a server whose configuration names none.
+/// The port of a server whose configuration sets none.
 const PORT_DEFAULT: u16 = 5432;
-/// A Unix socket's path that clients can use has fewer bytes (`sun_path`).
+/// The maximum length of a Unix socket's path that clients can use (`sun_path`).
 const SOCKET_PATH_MAX: usize = 107;
-/// Begins a line that is a comment because of us.
+/// The prefix of lines that we made comments.
 const COMMENT: &str = "# pitr-restore isolates: ";
-/// Begins the comments of the lines that we append.
+/// The prefix of the comments above the lines that we append.
 const HEADING: &str = "# pitr-restore: ";
 
 /// The requirements of a restore on the isolation.
@@ -43,20 +45,21 @@ const HEADING: &str = "# pitr-restore: ";
 pub(crate) struct Wanted<'a> {
     /// The major version of the backup.
     pub(crate) major: u16,
-    /// Leave the archiving settings as they were.
+    /// True to leave the archiving settings unchanged.
     pub(crate) keep_archiving: bool,
-    /// Listen on this port of the loopback address; `None`: on the private socket only.
+    /// The port on the loopback address. `None` for the private socket only.
     pub(crate) port: Option<u16>,
     /// Settings that only the recovery needs.
     pub(crate) recovery: Vec<(&'static str, String)>,
-    /// Settings of the user, which win over all others.
+    /// The user's settings, which override all others.
     pub(crate) set: &'a [(String, String)],
-    /// Said in a comment above the lines.
+    /// The text of the comment above the lines.
     pub(crate) heading: String,
 }
 
 impl Wanted<'_> {
-    /// Returns true if the user sets `name`: no line of ours then, so that none is taken for the user's.
+    /// Returns true if the user sets `name`. Then we write no line for it, so that no line of the
+    /// user counts as ours.
     fn sets(&self, name: &str) -> bool {
         self.set
             .iter()
@@ -64,29 +67,29 @@ impl Wanted<'_> {
     }
 }
 
-/// A line of ours in `postgresql.auto.conf`.
+/// A line that we wrote to `postgresql.auto.conf`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Line {
     name: String,
     value: String,
-    /// The value when recovery has ended; `None` removes the line.
+    /// The value after the end of recovery; `None` removes the line.
     after_recovery: Option<String>,
-    /// The value that counted before; `None` is PostgreSQL's default.
+    /// The effective value before the restore; `None` for PostgreSQL's default.
     parent: Option<String>,
-    /// Stays until recovery has ended even when the copy is released.
+    /// True if the line stays until recovery has ended, even if the copy is released earlier.
     recovery: bool,
 }
 
-/// A line that became a comment, or that was appended.
+/// A line that we made a comment, or that we appended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Edit {
-    /// Relative to the data directory.
+    /// The path relative to the data directory.
     file: PathBuf,
     name: String,
-    /// `None`: the line was appended.
+    /// The original line; `None` if the line was appended.
     old: Option<String>,
     new: String,
-    /// The value that counted before.
+    /// The effective value before the restore.
     parent: String,
 }
 
@@ -96,45 +99,46 @@ struct State {
     note: String,
     lines: Vec<Line>,
     edits: Vec<Edit>,
-    /// The parent's addresses, for the question whether it still answers.
+    /// The parent's addresses, for the check whether it still answers.
     parent: parent::Addresses,
 }
 
-/// A setting of the parent that does not count in the copy.
+/// A setting of the parent that has no effect in the copy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct SwitchedOff {
-    /// Its name.
+    /// The name of the setting.
     pub name: String,
-    /// The parent's value; a connection text is not shown.
+    /// The parent's value. A connection string is not shown.
     pub parent: String,
-    /// The copy's value; `None`: its line is a comment.
+    /// The copy's value; `None` if its lines are comments.
     pub value: Option<String>,
-    /// The reason, as the end of "would otherwise".
+    /// The reason, which completes the phrase "would otherwise".
     pub why: String,
 }
 
 /// The isolated settings, and how to connect to the copy.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Isolation {
-    /// Settings of the parent that would have reached outside.
+    /// Settings of the parent that would have reached outside the copy.
     pub switched_off: Vec<SwitchedOff>,
-    /// Libraries of `shared_preload_libraries` that are loaded and that we know nothing of.
+    /// Libraries of `shared_preload_libraries` that are loaded and that [`table::LIBRARIES`] does
+    /// not list.
     pub unknown_libraries: Vec<String>,
-    /// Configuration files outside of the copy that it reads.
+    /// Configuration files outside the copy that it reads.
     pub outside_files: Vec<PathBuf>,
-    /// Each a reason why PostgreSQL does not start with this configuration.
+    /// The reasons why PostgreSQL does not start with this configuration, one sentence each.
     pub problems: Vec<String>,
-    /// The port.
+    /// The port of the copy.
     pub port: u16,
     /// The directory of its socket; `None` if it has none.
     pub socket_directory: Option<PathBuf>,
-    /// The addresses that it listens on.
+    /// The addresses on which it listens.
     pub listen_addresses: String,
 }
 
 impl Isolation {
-    /// The command that connects to the copy on this host; `None` if the path of its socket is too
-    /// long and it listens on no address: its port alone would lead to another server.
+    /// Returns the command that connects to the copy on this host. `None` if the path of its socket
+    /// is too long and it listens on no address: the port alone would lead to another server.
     #[must_use]
     pub fn psql(&self) -> Option<String> {
         let socket = self.socket_directory.as_ref().filter(|directory| {
@@ -158,8 +162,8 @@ impl Isolation {
     }
 }
 
-/// Isolates the copy in `directory`, and writes the recovery settings with it. The copy is not complete yet: the caller
-/// makes all of it durable.
+/// Isolates the copy in `directory` and writes the recovery settings. The copy is not complete yet:
+/// the caller makes all files durable.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -254,14 +258,14 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
     })
 }
 
-/// The lines that only the recovery needs, each with what follows it.
+/// Returns the lines that only the recovery needs, each with its value after recovery.
 fn recovery_lines(configuration: &Configuration, wanted: &Wanted<'_>) -> Vec<Line> {
     let line = |(name, value): &(&'static str, String)| {
         let parent = configuration.value(name);
         let isolated = match *name {
-            // Not PostgreSQL's to run when the copy has become a server of its own, nor a replica's of it.
+            // These commands must not run on the promoted copy, nor on a replica of it.
             "restore_command" | "recovery_end_command" => Some(""),
-            // A target of the parent's own configuration would stop every replica of the copy.
+            // A target in the parent's own configuration would stop every replica of the copy.
             "recovery_target_timeline" => parent.map(|_| "latest"),
             "recovery_target_action"
             | "recovery_target_inclusive"
@@ -284,7 +288,8 @@ fn recovery_lines(configuration: &Configuration, wanted: &Wanted<'_>) -> Vec<Lin
     ours.map(line).collect()
 }
 
-/// Keeps the workers of libraries from acting; returns the libraries that nobody judged.
+/// Prevents the background workers of libraries from acting. Returns the libraries that are not in
+/// the table.
 fn libraries(
     configuration: &Configuration,
     lines: &mut Vec<Line>,
@@ -360,7 +365,7 @@ fn applies(when: When, directory: &Path, parent: Option<&str>, changes: bool) ->
     }
 }
 
-/// Returns true if `path`, taken from the data directory, is not in it.
+/// Returns true if `path`, relative to the data directory, is not inside it.
 fn leads_outside(directory: &Path, path: &str) -> bool {
     let path = Path::new(path);
     if path.is_absolute() {
@@ -382,7 +387,7 @@ fn leads_outside(directory: &Path, path: &str) -> bool {
     false
 }
 
-/// The spelling of a boolean that the table uses.
+/// Returns `off` for every spelling of false, as the table has it; other values unchanged.
 fn bool_of(value: &str) -> &str {
     match value.to_ascii_lowercase().as_str() {
         "off" | "of" | "false" | "fals" | "fal" | "fa" | "f" | "no" | "n" | "0" => "off",
@@ -390,7 +395,7 @@ fn bool_of(value: &str) -> &str {
     }
 }
 
-/// A connection text may hold a password.
+/// Returns the value for display. A connection string may contain a password and is replaced.
 fn shown(name: &str, value: &str) -> String {
     if name == "primary_conninfo" && !value.is_empty() {
         "(a connection text)".to_owned()
@@ -399,8 +404,8 @@ fn shown(name: &str, value: &str) -> String {
     }
 }
 
-/// Makes a line of the copy's own files a comment. A line of a file outside of the copy is overridden at the end of
-/// `postgresql.conf`, where the last value counts.
+/// Turns a line of the copy's own files into a comment. A line in a file outside the copy is
+/// overridden at the end of `postgresql.conf`, where the last value counts.
 fn comment_out(directory: &Path, setting: &Setting, edits: &mut Vec<Edit>) -> Result<()> {
     let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
     let file = fs::canonicalize(&setting.file).map_err(Error::io("find", &setting.file))?;
@@ -481,7 +486,7 @@ fn written(name: &str, value: &str) -> String {
     format!("{name} = {}\n", guc_file::quote(value))
 }
 
-/// Writes a file that only the readers of the data directory may read; the caller makes it durable.
+/// Writes a file with the mode of the data directory's own files. The caller makes it durable.
 pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
     use std::{io::Write, os::unix::fs::OpenOptionsExt};
 
@@ -529,8 +534,9 @@ pub fn recovery_is_pending(directory: &Path) -> bool {
         .any(|signal| directory.join(signal).exists())
 }
 
-/// Removes what only the recovery needed. PostgreSQL runs it as `recovery_end_command`, when it has removed the signal
-/// file. Returns false if there was nothing to do. Can be repeated.
+/// Removes the settings that only the recovery needed. PostgreSQL runs this as
+/// `recovery_end_command`, after it has removed the signal file. Returns false if there was nothing
+/// to do. Can be repeated.
 ///
 /// # Errors
 /// [`Error::Io`] for the files, [`Error::Damaged`] for the record.
@@ -569,8 +575,8 @@ fn save(directory: &Path, state: &State) -> Result<()> {
     durable::replace(&path, &state_json(directory, state)?).map_err(Error::local)
 }
 
-/// Gives each of our lines in `postgresql.auto.conf` another value, or removes it. Lines that are no longer as we wrote
-/// them are left alone.
+/// Gives each of our lines in `postgresql.auto.conf` another value, or removes it. Lines that were
+/// changed since we wrote them stay.
 fn rewrite(
     directory: &Path,
     ours: &[Line],

@@ -35,11 +35,11 @@ use names::Names;
 
 /// The number of unremarkable commits that are listed on each side of a time.
 const NEIGHBOURS: usize = 5;
-/// The most transactions that are listed; all are counted.
+/// The maximum number of transactions that are listed. All of them are counted.
 const LISTED_MAX: usize = 200;
 /// The number of deleted rows from which a delete is large.
 const LARGE_DELETE: u64 = 1000;
-/// The most WAL that is read to count rows and to learn names.
+/// The maximum amount of WAL that is read to count rows and to learn names.
 const READ_MAX_BYTES: u64 = 1 << 30;
 /// The length of the WAL before a transaction's end that is searched for its records.
 const TRANSACTION_MAX_BYTES: u64 = 256 << 20;
@@ -47,27 +47,27 @@ const TRANSACTION_MAX_BYTES: u64 = 256 << 20;
 /// The subject of a search.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Question {
-    /// Transactions near a time, `within` so many microseconds on both sides.
+    /// Transactions near a time: up to `within` before and after it.
     Around {
-        /// The time.
+        /// The time in the middle.
         time: PgTimestamp,
-        /// Microseconds.
+        /// The distance in microseconds.
         within: i64,
     },
     /// The removal of a relation's file: a name, with or without its schema, or a file number.
     Dropped(String),
-    /// The end of a transaction, whose number may name its epoch.
+    /// The end of a transaction. The number may contain its epoch.
     Xid(u64),
 }
 
-/// A relation.
+/// A relation, as far as its name is known.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Relation {
-    /// Its file.
+    /// The file of the relation.
     pub file: RelationFile,
-    /// Its database.
+    /// The name of its database; `None` if unknown.
     pub database: Option<String>,
-    /// Its schema and name.
+    /// Its schema and name; `None` if unknown.
     pub name: Option<String>,
 }
 
@@ -76,7 +76,7 @@ pub struct Relation {
 pub struct ChangedRows {
     /// The relation.
     pub relation: Relation,
-    /// How many.
+    /// The number of rows.
     #[serde(flatten)]
     pub counts: RowCounts,
 }
@@ -84,32 +84,33 @@ pub struct ChangedRows {
 /// A transaction that was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct LocatedTransaction {
-    /// The transaction.
+    /// The transaction ID, without its epoch.
     pub xid: u32,
-    /// Where its end is recorded.
+    /// The start of the record of its end.
     pub lsn: Lsn,
-    /// When it ended.
+    /// The time in that record.
     pub time: PgTimestamp,
-    /// How.
+    /// The kind of its end.
     pub kind: TransactionEndKind,
-    /// Relations whose file its commit removed: by DROP, TRUNCATE, or a rewrite as of VACUUM FULL.
+    /// Relations whose files its commit removed: by DROP, TRUNCATE, or a rewrite such as VACUUM
+    /// FULL.
     pub removed: Vec<Relation>,
-    /// Rows it changed, as far as they were counted.
+    /// The changed rows, as far as they were counted.
     pub rows: Vec<ChangedRows>,
-    /// The flags that restore to just before it; `None` if no backup reaches it.
+    /// The options of a restore to just before the record; `None` if no backup reaches it.
     pub just_before: Option<String>,
 }
 
-/// The answer.
+/// The answer to a question.
 #[derive(Clone, Debug, Serialize)]
 pub struct Located {
     /// The timelines that were searched.
     pub timelines: String,
-    /// What was found, in the order of the WAL.
+    /// The transactions that match, in the order of the WAL.
     pub transactions: Vec<LocatedTransaction>,
     /// Restore points near the time.
     pub restore_points: Vec<RestorePoint>,
-    /// The parts that were not searched, or are unknown.
+    /// Sentences that name everything that was not searched or is unknown.
     pub notes: Vec<String>,
 }
 
@@ -192,7 +193,8 @@ pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) 
     })
 }
 
-/// By LSN: the timeline on which the end is archived, the end, and the files that it removed.
+/// The matching transaction ends by LSN: the timeline that archived each, the end, and the files
+/// that it removed.
 type Found = BTreeMap<Lsn, (Branch, TransactionEnd, Vec<RelationFile>)>;
 
 struct Search<'a> {
@@ -208,7 +210,7 @@ impl Search<'_> {
             .ranges(part.branch, part.from.align_down(size), part.to)
     }
 
-    /// The ends of transactions that match, and the files that they removed.
+    /// Returns the transaction ends that match, with the files that they removed.
     fn ends(&self, question: &Question) -> Result<Found> {
         let mut found = Found::new();
         let mut epochs = Epochs::default();
@@ -231,8 +233,8 @@ impl Search<'_> {
                 }
                 for end in summary.transactions {
                     let files = removed.remove(&end.lsn).unwrap_or_default();
-                    // A copy of WAL before the switch counts only if the older timeline's own was
-                    // not archived.
+                    // A later timeline's copy of WAL before the switch counts only if the older
+                    // timeline did not archive that WAL itself.
                     if end.lsn < part.to && is_meant(&end, !files.is_empty(), question) {
                         let known = found.entry(end.lsn);
                         known.or_insert((part.branch, end, files));
@@ -246,7 +248,7 @@ impl Search<'_> {
         Ok(found)
     }
 
-    /// Names as of the newest backup before what was found.
+    /// Returns the names of relations as of the newest backup before the first match.
     fn names(&mut self, found: &Found, question: &Question) -> Result<Names> {
         let Some(first) = found.keys().next() else {
             return Ok(Names::default());
@@ -359,7 +361,7 @@ impl Search<'_> {
         Ok(reach)
     }
 
-    /// The flags that restore to just before the record at `lsn` of `branch`.
+    /// Returns the options of a restore to just before the record at `lsn` of `branch`.
     fn just_before(
         &self,
         reach: &[(Lsn, Lsn)],
@@ -367,8 +369,8 @@ impl Search<'_> {
         lsn: Lsn,
         removes: bool,
     ) -> Option<String> {
-        // The lock of a DROP is replayed before its commit, so a paused server does not let anyone
-        // read the relation.
+        // The lock of a DROP is replayed before its commit, so on a paused server nobody can read
+        // the relation.
         let action = if removes {
             " --target-action promote"
         } else {

@@ -205,7 +205,7 @@ pub enum PlanError {
          {end_lsn}); restore without a target for everything that is archived, or to an earlier time"
     )]
     BeyondArchive {
-        /// The target as the operator gave it.
+        /// The requested target.
         target: String,
         /// The last time up to which the archive is proved, or `nothing`.
         proven: String,
@@ -355,7 +355,7 @@ pub enum PlanError {
     /// The timeline was never archived.
     #[error("timeline {wanted} is not archived; archived are: {known}")]
     UnknownTimeline {
-        /// The timeline as the operator gave it.
+        /// The requested timeline.
         wanted: String,
         /// The archived timelines.
         known: String,
@@ -366,7 +366,7 @@ pub enum PlanError {
          timeline with --target-timeline"
     )]
     Unknown {
-        /// The target as a phrase.
+        /// The missing item, as a noun phrase.
         what: String,
         /// The timelines of the path.
         path: String,

@@ -1,9 +1,10 @@
 //! Tablespaces that the replay creates.
 //!
-//! `CREATE TABLESPACE` writes its directory into the WAL, and the replay links to that directory (`tblspc_redo` in
-//! `tablespace.c`): on the parent's host the copy would then write into the files of the running parent. Invariant: when a
-//! plan was settled here, every tablespace of the replay goes to a directory that was empty, or that is the target's own.
-//! `wal-fetch` delivers no creation that the plan does not name, and none whose directory is another server's by then.
+//! `CREATE TABLESPACE` writes its directory into the WAL, and the replay creates a link to that
+//! directory (`tblspc_redo` in `tablespace.c`). On the parent's host the copy would then write into
+//! the files of the running parent. Invariant: after [`settle`], every tablespace of the replay has
+//! a directory that was empty or is the target's own. `wal-fetch` delivers no creation that the
+//! plan does not name, and none whose directory belongs to another server by then.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +26,8 @@ use crate::{
     plan::{Coverage, PathPart, cover},
 };
 
-/// The WAL that is read to have a whole record of a creation: it is shorter than a page, and may go on in the next ones.
+/// The length of WAL that contains the whole record of a creation: the record is shorter than a
+/// page, and may continue on the next pages.
 pub(crate) const RECORD_BYTES: u64 = 3 * 8192;
 
 /// A tablespace that the replay creates.
@@ -33,44 +35,47 @@ pub(crate) const RECORD_BYTES: u64 = 3 * 8192;
 pub struct ReplayedTablespace {
     /// Its OID.
     pub oid: u32,
-    /// The directory that the WAL names; empty for one in place, which is inside of the data directory.
+    /// The directory that the WAL names; empty for an in-place tablespace, which is inside the data
+    /// directory.
     pub location: String,
     /// The start of the record that creates it.
     pub lsn: Lsn,
-    /// The start of the record that drops it, where that is replayed too.
+    /// The start of the record that drops it; `None` if the drop is not replayed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropped: Option<Lsn>,
-    /// The directory that it gets; `None` for one in place.
+    /// The directory that the tablespace gets; `None` for an in-place tablespace.
     pub directory: Option<PathBuf>,
-    /// Set when the restore makes its link beforehand, because the new directory's name is too long for the record.
+    /// True if the restore creates its link itself and the replay skips the record, because the new
+    /// directory's name is too long for the record.
     #[serde(default)]
     pub passed_over: bool,
 }
 
-/// The operator's wishes that concern the directories of a restore.
+/// The operator's options for the directories of a restore.
 #[derive(Clone, Copy, Debug)]
 pub struct Directories<'a> {
-    /// The data directory; `None` while nothing but the plan is wanted.
+    /// The data directory; `None` if only the plan is wanted.
     pub target: Option<&'a Path>,
-    /// Old directory of a tablespace to new one.
+    /// The mapping of tablespaces: old directory to new directory.
     pub mapping: &'a BTreeMap<PathBuf, PathBuf>,
-    /// Keep what an existing data directory has and the backup has too.
+    /// True to keep files of an existing data directory that equal those of the backup.
     pub delta: bool,
-    /// Follow the archive for good: everything that is archived is replayed, whatever the stop.
+    /// True to follow the archive permanently: all archived WAL is replayed, regardless of the
+    /// stop.
     pub standby: bool,
 }
 
-/// Finds the tablespaces that the replay of `plan` creates, and gives each its directory.
+/// Finds the tablespaces that the replay of `plan` creates, and chooses a directory for each.
 ///
 /// # Errors
-/// [`Error::Plan`] when one would go to a directory that is in use, [`Error::Usage`] for a mapping that cannot be done.
+/// [`Error::Plan`] when a directory is in use, [`Error::Usage`] for a mapping that is not possible.
 pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_>) -> Result<()> {
     let backups = archive.catalog.backups()?;
     let Some(backup) = backups.iter().find(|backup| backup.id == plan.backup) else {
         return Ok(());
     };
-    // The segment of a fork is archived on both timelines, and `wal-fetch` delivers the later one's copy where it has more.
-    // A standby goes on into the later timelines.
+    // The segment that contains a fork is archived on both timelines, and `wal-fetch` delivers the
+    // later timeline's copy if that contains more WAL. A standby continues on the later timelines.
     let path: Vec<PathPart> = plan.path.iter().chain(&plan.later).cloned().collect();
     let coverage = cover(archive, &path, plan.start_lsn)?;
     let stop = if wishes.standby {
@@ -83,7 +88,8 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
         Some(target) => Owned::of(target, wishes.delta, wishes.mapping)?,
         None => Owned::default(),
     };
-    // Where the backup's own tablespaces go: the replay may create one of them again.
+    // Returns the new directory of a tablespace of the backup: the replay may create one of them
+    // again.
     let placed = |tablespace: &ReplayedTablespace| {
         let one = backup
             .tablespaces
@@ -134,7 +140,8 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
         tablespace.directory = Some(directory);
         plan.tablespaces.push(tablespace);
     }
-    // A directory that two of them want, or that is in the target: known before the copy.
+    // Find conflicts before the copy: two tablespaces with one directory, or a directory inside the
+    // target.
     if let Some(target) = wishes.target {
         let placed = place_tablespaces(backup, &plan.tablespaces, wishes.mapping, target)?;
         check_directories(target, backup, &placed, wishes.mapping, wishes.delta)?;
@@ -142,8 +149,9 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
     Ok(())
 }
 
-/// Refuses WAL for a server that has no plan, a standby for example, when its replay would link to a directory that is in use
-/// and is not the server's own. `data` is the server's data directory.
+/// Refuses WAL for a server without a plan, for example a standby, when its replay would link to a
+/// directory that is in use and does not belong to the server. `data` is the server's data
+/// directory.
 ///
 /// # Errors
 /// [`Error::Usage`] names the tablespace and its directory.
@@ -169,12 +177,14 @@ pub(crate) fn refuse_foreign(summary: &SegmentSummary, data: &Path) -> Result<()
     Ok(())
 }
 
-/// Checks the creations in an object of `branch` before it is delivered to a recovery with `plan`; `data` is the data
-/// directory of the server that asks. Returns the first creation after the stop: the delivered WAL has to end there, so
-/// that a recovery whose target was moved does not replay what the plan does not name.
+/// Checks the creations in an object of `branch` before it is delivered to a recovery with `plan`.
+/// `data` is the data directory of the server that requests it. Returns the first creation after
+/// the stop. The delivered WAL has to end there, so that a recovery whose target was changed does
+/// not replay a creation that the plan does not name.
 ///
 /// # Errors
-/// [`Error::Usage`] names a creation that is replayed and that the plan does not name, or whose directory is in use.
+/// [`Error::Usage`] names a creation that is replayed and that the plan does not name, or whose
+/// directory is in use.
 pub(crate) fn admit(
     plan: &RestorePlan,
     branch: Branch,
@@ -196,12 +206,12 @@ pub(crate) fn admit(
             }
             continue;
         }
-        // In place, in the data directory.
+        // An in-place tablespace, inside the data directory.
         if location.is_empty() {
             continue;
         }
         let (is_replayed, is_read) = match plan.stop {
-            // PostgreSQL stops when it has read the record at the stop.
+            // PostgreSQL reads the record at the stop before it stops.
             Stop::Before { lsn: stop } => (*lsn < stop, *lsn <= stop),
             Stop::After { lsn: stop } => (*lsn <= stop, *lsn <= stop),
             Stop::Consistent => (false, false),
@@ -219,7 +229,7 @@ pub(crate) fn admit(
     Ok(end)
 }
 
-/// Refuses a creation whose directory is another server's by now.
+/// Refuses a creation whose directory meanwhile belongs to another server.
 fn refuse_taken(
     plan: &RestorePlan,
     tablespace: &ReplayedTablespace,
@@ -227,7 +237,8 @@ fn refuse_taken(
     data: Option<&Path>,
 ) -> Result<()> {
     let token = plan.claim.as_ref().map(|owner| owner.token.as_str());
-    // A link of this server: the creation was replayed before, or an earlier tablespace had the directory.
+    // This server has a link to the directory: the creation was replayed before, or an earlier
+    // tablespace had the directory.
     let links = data.map(|data| fs::read_dir(data.join("pg_tblspc")));
     let mut links = links.into_iter().flatten().flatten().flatten();
     let is_linked =
@@ -258,7 +269,8 @@ fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf, why: String) ->
     .into()
 }
 
-/// The tablespaces that are created up to the stop, in the order of the WAL; without a stop up to the end of the archive.
+/// Returns the tablespaces that are created up to the stop, in the order of the WAL; without a
+/// stop, up to the end of the archive.
 fn replayed(
     archive: &Archive,
     backup: &BackupInfo,
@@ -273,7 +285,8 @@ fn replayed(
     };
     let mut events: BTreeMap<Lsn, WalEvent> = BTreeMap::new();
     for (index, range) in coverage.ranges.iter().enumerate() {
-        // A record that ends in the range may begin before the stop although the range begins after it.
+        // A record that ends in this range may begin before the stop, even if the range begins
+        // after it.
         let begins_after = range
             .first_record_lsn
             .is_some_and(|first| !is_replayed(first));
@@ -317,13 +330,15 @@ fn replayed(
     Ok(tablespaces)
 }
 
-/// What the records say that end in a range whose object was written by a version that did not record tablespaces.
+/// Decodes the records that end in a range whose object was written by a version that did not
+/// record tablespaces.
 fn decode(archive: &Archive, ranges: &[WalRange], index: usize) -> Result<SegmentSummary> {
     let Some(range) = ranges.get(index) else {
         return Ok(SegmentSummary::default());
     };
     let size = archive.identity().wal_segment_size;
-    // A segment's first page says where its records begin. A record that goes on from the range before is read from there.
+    // Decode from the start of a segment: its first page shows where its records begin. A record
+    // that continues from the previous range is decoded from that range on.
     let first_segment = size.segment_of(range.start_lsn);
     let before = ranges.get(..index).unwrap_or_default().iter();
     let same_branch = |one: &&WalRange| one.branch == range.branch;
@@ -345,7 +360,7 @@ fn decode(archive: &Archive, ranges: &[WalRange], index: usize) -> Result<Segmen
         let wal = archive.wal(one)?;
         let identity = archive.wal_identity();
         let indexer = indexer.get_or_insert_with(|| WalIndexer::new(identity, one.start_lsn, None));
-        // Neighbouring tails may overlap.
+        // Adjacent tails may overlap.
         let known = indexer.position().bytes_since(one.start_lsn);
         let known = usize::try_from(known).unwrap_or(usize::MAX);
         indexer
@@ -356,7 +371,7 @@ fn decode(archive: &Archive, ranges: &[WalRange], index: usize) -> Result<Segmen
     Ok(summary)
 }
 
-/// Puts into the plan what `wal-fetch` delivers instead of the record of a creation.
+/// Adds the bytes to the plan with which `wal-fetch` replaces the record of a creation.
 fn change(
     archive: &Archive,
     plan: &mut RestorePlan,
@@ -377,7 +392,8 @@ fn change(
     };
     let changes = match change_creation(version, size, lsn, &wal, NewCreation::In(new)) {
         Err(RewriteError::TooLong { room }) => {
-            // The segment of the stop goes on in the new timeline, where a later restore has to find the creation.
+            // The segment of the stop continues on the new timeline, where a later restore has to
+            // find the creation unchanged.
             let stop = match plan.stop {
                 Stop::Before { lsn } | Stop::After { lsn } => lsn,
                 Stop::Consistent => plan.wal_end_lsn,
@@ -399,7 +415,7 @@ fn change(
     Ok(())
 }
 
-/// The WAL from `lsn` on, long enough for the record that starts there.
+/// Returns the WAL from `lsn` on, long enough for the record that starts there.
 fn wal_from(archive: &Archive, coverage: &Coverage, lsn: Lsn) -> Result<Vec<u8>> {
     let mut wal = Vec::new();
     let mut at = lsn;

@@ -1,7 +1,7 @@
 //! Checks before the first byte is written that each part belongs to this backup.
 //!
-//! The SHA-256 of a slice is compared when it is fetched for the extraction; here the cheaper signs
-//! are.
+//! The SHA-256 of a slice is compared when the slice is fetched for the extraction. The checks here
+//! need no fetch of the data.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,11 @@ use wal_format::{BackupInfo, ControlFile, ObjectKey, SlicePart};
 use super::{Access, CONTROL, extract};
 use crate::{Error, Result};
 
-/// Compares the objects of a backup, by their listing, with its description: each is there and as long as recorded.
+/// Compares a listing of a backup's objects with its description: each object exists and has the
+/// recorded length.
 ///
 /// # Errors
-/// [`Error::Damaged`] names the first that is not.
+/// [`Error::Damaged`] names the first object that does not match.
 pub(crate) fn check_parts(repository: &Repository, backup: &BackupInfo) -> Result<()> {
     let prefix = format!("{}/backup/{}/", backup.system_identifier, backup.id);
     let listed: BTreeMap<ObjectKey, u64> = repository.list(&prefix)?.into_iter().collect();
@@ -36,9 +37,9 @@ pub(crate) fn check_parts(repository: &Repository, backup: &BackupInfo) -> Resul
     Ok(())
 }
 
-/// Compares `backup_label` and `tablespace_map` with the description. PostgreSQL puts them first, so that one slice is read.
-/// Returns the access to the cluster's files: `backup_label` has the mode of a file that the server creates
-/// (`sendFileWithContent` in `basebackup.c`).
+/// Compares `backup_label` and `tablespace_map` with the description. PostgreSQL sends them first,
+/// so usually one slice has to be read. Returns the access to the cluster's files: `backup_label`
+/// has the mode of a file that the server creates (`sendFileWithContent` in `basebackup.c`).
 pub(super) fn check_label(repository: &Repository, backup: &BackupInfo) -> Result<Access> {
     let mut access = Access::Owner;
     let mut label: Option<Vec<u8>> = None;

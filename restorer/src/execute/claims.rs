@@ -1,12 +1,14 @@
 //! Claims on the directories of tablespaces.
 //!
-//! A restore chooses the directory of a tablespace when it plans. PostgreSQL uses it much later, when the replay creates
-//! the tablespace. A claim is a file with the random token of the restore in that directory. It tells another restore, and
-//! this one when it runs again, whose directory it is. PostgreSQL tolerates the file: it looks for the directory of its own
-//! version only (`create_tablespace_directories` in `tablespace.c`), and a base backup leaves the file out.
+//! A restore chooses the directory of a tablespace when it plans. PostgreSQL uses it much later,
+//! when the replay creates the tablespace. A claim is a file in that directory with the random
+//! token of the restore. It tells another restore, and this one when it runs again, which restore
+//! owns the directory. PostgreSQL tolerates the file: it only looks for the directory of its own
+//! version (`create_tablespace_directories` in `tablespace.c`), and a base backup leaves the file
+//! out.
 //!
-//! Invariant: a directory that holds more than a claim belongs to a restore only if the claim has its token and says that
-//! the restore made the rest.
+//! Invariant: a directory that contains more than a claim belongs to a restore only if the claim
+//! has its token and says that the restore created the rest.
 
 use std::{
     collections::BTreeMap,
@@ -26,24 +28,24 @@ use super::{
 };
 use crate::{Error, RestorePlan, Result};
 
-/// The file in a directory of a tablespace.
+/// The name of a claim in a tablespace's directory.
 const CLAIM: &str = "tidemark_claim.json";
 /// The prefix of files that are being written.
 const UNFINISHED: &str = ".tidemark-";
-/// The longest claim that is read.
+/// The maximum length of a claim in bytes.
 const CLAIM_BYTES_MAX: u64 = 64 << 10;
 
-/// The restore to which directories belong. It is stored in the plan and in the marker.
+/// The restore that owns directories. It is stored in the plan and in the marker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
-    /// Random.
+    /// A random token.
     pub token: String,
     /// The data directory.
     pub directory: PathBuf,
 }
 
 impl Owner {
-    /// A new restore into `directory`.
+    /// Creates the owner for a new restore into `directory`.
     pub(super) fn new(directory: &Path) -> Self {
         // The keys of a `RandomState` are random.
         let number = || RandomState::new().build_hasher().finish();
@@ -57,27 +59,28 @@ impl Owner {
 /// The content of a claim.
 #[derive(Debug, Serialize, Deserialize)]
 struct Claim {
-    /// For people who open the file.
+    /// An explanation for a person who opens the file.
     note: String,
     owner: Owner,
-    /// True if the restore made what else is in the directory.
+    /// True if the restore created everything else in the directory.
     made: bool,
 }
 
-/// The state of a directory that a tablespace is to have.
+/// The state of a directory for a tablespace.
 #[derive(Debug)]
 enum Found {
-    /// It is missing or empty.
+    /// The directory is missing or empty.
     Nothing,
-    /// It holds nothing but the claim of this restore, which has not ended its recovery.
+    /// It contains only the claim of a restore whose recovery has not ended.
     Claimed(Owner),
-    /// It holds nothing but a claim whose restore does not exist any more.
+    /// It contains only a claim whose restore no longer exists.
     Abandoned,
-    /// It holds files.
+    /// It contains files.
     InUse,
 }
 
-/// Returns true if a tablespace may get the directory: it is missing, empty, or was claimed by a restore that is gone.
+/// Returns true if a tablespace may get the directory: it is missing or empty, or has only the
+/// claim of a restore that no longer exists.
 pub(crate) fn is_free(directory: &Path) -> Result<bool> {
     Ok(matches!(
         look(directory)?,
@@ -85,7 +88,8 @@ pub(crate) fn is_free(directory: &Path) -> Result<bool> {
     ))
 }
 
-/// The reason why a tablespace cannot get the directory; `None` if it can.
+/// Returns the reason why a tablespace cannot get the directory, as the predicate of a sentence;
+/// `None` if it can.
 pub(crate) fn in_use(directory: &Path) -> Option<String> {
     match look(directory) {
         Ok(Found::Nothing | Found::Abandoned) => None,
@@ -98,7 +102,8 @@ pub(crate) fn in_use(directory: &Path) -> Option<String> {
     }
 }
 
-/// Returns true if the directory has a claim with this token, and nothing that the restore did not make.
+/// Returns true if the directory has a claim with this token and contains nothing that the restore
+/// did not create.
 pub(crate) fn is_of(directory: &Path, token: &str) -> bool {
     let Ok(Some(claim)) = read(directory) else {
         return false;
@@ -106,7 +111,7 @@ pub(crate) fn is_of(directory: &Path, token: &str) -> bool {
     claim.owner.token == token && (claim.made || !holds_more(directory).unwrap_or(true))
 }
 
-/// Claims a directory that exists. `made` says that the restore makes what is in it besides the claim.
+/// Claims an existing directory. `made` states that the restore creates everything else in it.
 pub(super) fn claim(directory: &Path, owner: &Owner, made: bool) -> Result<()> {
     let claim = Claim {
         note: "A restore of pitr-restore has chosen this directory for a tablespace. The file is removed when its \
@@ -130,7 +135,7 @@ pub(super) fn claim(directory: &Path, owner: &Owner, made: bool) -> Result<()> {
             .tempfile_in(directory)?;
         file.write_all(&json)?;
         file.as_file().sync_all()?;
-        // Atomic, and fails when another restore was faster.
+        // Atomic, and fails if another restore claimed the directory first.
         file.persist_noclobber(&path).map_err(|error| error.error)?;
         fs::File::open(directory)?.sync_all()
     };
@@ -140,7 +145,7 @@ pub(super) fn claim(directory: &Path, owner: &Owner, made: bool) -> Result<()> {
     }
 }
 
-/// Why the directory of a tablespace is not taken.
+/// Returns the error for a directory that a tablespace cannot get.
 pub(super) fn refusal(directory: &Path) -> Error {
     let why = in_use(directory).unwrap_or_else(|| "is in use".to_owned());
     Error::usage(format!(
@@ -149,7 +154,8 @@ pub(super) fn refusal(directory: &Path) -> Error {
     ))
 }
 
-/// Removes the claim of `token`, if the directory has it. A claim that stays does no harm to the server.
+/// Removes the claim with this token, if the directory has it. A claim that remains does not
+/// disturb the server.
 pub(super) fn release(directory: &Path, token: &str) {
     if is_of_token(directory, token)
         && let Err(error) = fs::remove_file(directory.join(CLAIM))
@@ -172,20 +178,20 @@ pub(crate) fn release_all(data: &Path) {
     }
 }
 
-/// The plan that a restore left in a data directory.
+/// Returns the plan that a restore left in a data directory.
 pub(crate) fn plan_in(data: &Path) -> Option<RestorePlan> {
     let json = fs::read(data.join(PLAN_FILE)).ok()?;
     serde_json::from_slice(&json).ok()
 }
 
-/// Returns true if this is the name of a file of ours in the directory of a tablespace.
+/// Returns true for the names of our files in a tablespace's directory.
 pub(super) fn is_ours(name: &[u8]) -> bool {
     name == CLAIM.as_bytes()
         || name.starts_with(CLAIM.as_bytes())
         || name.starts_with(UNFINISHED.as_bytes())
 }
 
-/// Returns true if this is the name of a claim.
+/// Returns true for the name of a claim.
 pub(super) fn is_claim(name: &[u8]) -> bool {
     name == CLAIM.as_bytes()
 }
@@ -206,7 +212,7 @@ fn look(directory: &Path) -> Result<Found> {
     })
 }
 
-/// Returns true if the directory holds anything that is not a file of ours.
+/// Returns true if the directory contains anything except our own files.
 pub(super) fn holds_more(directory: &Path) -> Result<bool> {
     let mut entries = match fs::read_dir(directory) {
         Ok(entries) => entries,
@@ -233,7 +239,7 @@ fn read(directory: &Path) -> Result<Option<Claim>> {
     })
 }
 
-/// Returns true unless it is known that the restore does not exist any more.
+/// Returns false only if the restore is known not to exist any more.
 fn is_live(owner: &Owner) -> bool {
     #[derive(Deserialize)]
     struct Claimed {

@@ -1,8 +1,10 @@
-//! `--delta`: keeps what an existing data directory already has. A file whose size and SHA-256 are the manifest's stays;
-//! every other file goes, and only slices that may hold something missing are fetched.
+//! `--delta`: keeps the files that an existing data directory already has. A file stays if its size
+//! and SHA-256 match the manifest. Every other file is removed, and only slices that may contain a
+//! missing file are fetched.
 //!
-//! Which slice holds a file is not recorded, but bounded: the manifest lists files in the order of the tar streams, and
-//! what a stream holds beside files (directories, padding at its end) is its length less theirs.
+//! No record says which slice contains a file, but the position is bounded. The manifest lists
+//! files in the order of the tar streams. The bytes of a stream that are not files (directories,
+//! padding at its end) are the stream's length minus the files' length.
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -27,7 +29,8 @@ use super::{
 };
 use crate::{Error, Result};
 
-/// Directories that a server needs and that may be empty, so that no file of the manifest names them.
+/// Directories that a server needs and that may be empty, so that the manifest names no file in
+/// them.
 const NEEDED: [&str; 14] = [
     "pg_commit_ts",
     "pg_dynshmem",
@@ -45,17 +48,17 @@ const NEEDED: [&str; 14] = [
     "pg_wal",
 ];
 
-/// What stays.
+/// The files that stay.
 #[derive(Debug, Default)]
 pub(super) struct Kept {
-    /// Names as in the manifest.
+    /// The names, as in the manifest.
     names: HashSet<String>,
-    /// Their length.
+    /// The total length of the files in bytes.
     pub(super) bytes: u64,
 }
 
 impl Kept {
-    /// As if everything but `wanted` were there already.
+    /// Pretends that every file except `wanted` exists already.
     pub(super) fn all_but(manifest: &BackupManifest, wanted: &BTreeSet<String>) -> Self {
         let names = manifest.files.iter().map(|file| file.path.clone());
         Self {
@@ -72,7 +75,8 @@ impl Kept {
         self.names.len()
     }
 
-    /// Returns true if a slice has to be fetched: it may hold a file that is not kept.
+    /// Returns for each slice whether it has to be fetched, because it may contain a file that is
+    /// not kept.
     pub(super) fn needs(&self, backup: &BackupInfo, manifest: &BackupManifest) -> Vec<bool> {
         if self.names.is_empty() {
             return vec![true; backup.slices.len()];
@@ -108,11 +112,12 @@ impl Kept {
         };
         let length: u64 = slices().map(|(_, slice)| slice.raw_bytes).sum();
         let Some(others) = length.checked_sub(all) else {
-            // The stream is shorter than its files: the manifest is not in its order.
+            // The stream is shorter than its files, so the manifest is not in the order of the
+            // stream.
             slices().for_each(|(index, _)| needed[index] = true);
             return;
         };
-        // Where each missing file lies at the earliest, and where it ends at the latest.
+        // The earliest start and the latest end of each missing file in the stream.
         let mut missing = Vec::new();
         let mut from = 0;
         for entry in files {
@@ -125,7 +130,7 @@ impl Kept {
         let mut start = 0;
         for (index, slice) in slices() {
             let end = start + slice.raw_bytes;
-            // The first holds the archive's own directory.
+            // The first slice contains the directory entry of the archive itself.
             needed[index] =
                 slice.number == 1 || missing.iter().any(|(from, to)| *from < end && *to > start);
             start = end;
@@ -146,7 +151,8 @@ fn archive_of(backup: &BackupInfo, name: &str) -> BackupArchive {
     }
 }
 
-/// Removes from the directories what the backup does not have as it is. Returns what stays.
+/// Removes everything from the directories that differs from the backup. Returns the files that
+/// stay.
 pub(super) fn sift(
     tree: &Tree,
     backup: &BackupInfo,
@@ -184,19 +190,20 @@ pub(super) fn sift(
 struct Sieve<'a> {
     tree: &'a Tree,
     wanted: &'a HashMap<&'a str, &'a ManifestFile>,
-    /// Directories that something of the backup lies in.
+    /// The directories of the backup's files, and their parents.
     parents: &'a HashSet<String>,
-    /// How the directory begins in which this version keeps the files of a tablespace
-    /// (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
+    /// The beginning of the name of the directory in which this version keeps the files of a
+    /// tablespace (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
     version_directory: String,
-    /// The permissions of directories that stay.
+    /// The mode of directories that stay.
     directory_mode: u32,
-    /// Files of the right name and size.
+    /// Files whose name and size match.
     candidates: Vec<&'a ManifestFile>,
 }
 
 impl Sieve<'_> {
-    /// Walks through a directory. No link is followed: one that is not a directory of the restore goes.
+    /// Walks through a directory without following links. A link that does not lead to a directory
+    /// of the restore is removed.
     fn walk(&mut self, directory: &OwnedFd, shown: &Path, prefix: &str) -> Result<()> {
         entries(directory, shown, &mut |file_name, metadata| {
             if prefix.is_empty() && file_name.to_bytes() == MARKER.as_bytes() {
@@ -209,11 +216,13 @@ impl Sieve<'_> {
             } else {
                 format!("{prefix}/{text}")
             };
-            // The WAL's directory may be on another disk, behind a link, as `initdb --waldir` makes it.
+            // `pg_wal` may be a link to a directory on another disk, as `initdb --waldir` creates
+            // it.
             if name == "pg_wal" && self.tree.is_root(&name) {
                 return Ok(());
             }
-            // Another version's files, or somebody else's: PostgreSQL would not touch them either.
+            // Files of another version or of other programs. PostgreSQL would not touch them
+            // either.
             let in_tablespace = prefix.starts_with("pg_tblspc/") && self.tree.is_root(prefix);
             let foreign = in_tablespace
                 && !file_name
@@ -235,7 +244,8 @@ impl Sieve<'_> {
                 }
                 return Ok(());
             }
-            // A file with a second name may be another cluster's too (`cp -al`): the server would write into both.
+            // A file with a second hard link may also be a file of another cluster (`cp -al`): the
+            // server would write into both.
             let is_own = kind(&metadata) == FileType::RegularFile && metadata.st_nlink == 1;
             let size = u64::try_from(metadata.st_size).unwrap_or(u64::MAX);
             let entry = self.wanted.get(name.as_str());
@@ -251,7 +261,7 @@ impl Sieve<'_> {
     }
 }
 
-/// Keeps the candidates whose SHA-256 is the manifest's, and removes the others.
+/// Keeps the candidates whose SHA-256 matches the manifest, and removes the others.
 fn compare(tree: &Tree, candidates: &[&ManifestFile], jobs: usize) -> Result<Kept> {
     let next = AtomicUsize::new(0);
     let outcome: Mutex<Result<Kept>> = Mutex::new(Ok(Kept::default()));

@@ -1,4 +1,5 @@
-//! Extracts one slice of a backup. A slice may begin inside a file; it says in which and where.
+//! Extracts one slice of a backup. A slice may begin inside a file; its description names the file
+//! and the offset.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -16,10 +17,11 @@ use wal_format::{
 use super::{CONTROL, delta::Kept, tree::Tree};
 use crate::{Error, Result};
 
-/// How much is written at once. Linux keeps in its page cache what one `write` brought as one folio, and ext4 walks the
-/// buffers of a whole folio at every later write into it (`ext4_block_write_begin`; seen with 6.18): where a slice was
-/// written at once, each page of 8 KiB that PostgreSQL wrote during the recovery took as long as a hundred, and the slice
-/// itself took five times as long.
+/// The number of bytes of one `write`. Linux keeps the pages of one `write` in its page cache as
+/// one folio, and ext4 walks the buffers of the whole folio at every later write into it
+/// (`ext4_block_write_begin`; seen with 6.18). When a slice was written in one call, each page of 8
+/// KiB that PostgreSQL wrote during recovery took as long as a hundred pages, and writing the slice
+/// took five times as long.
 const WRITE_BYTES: usize = 32 << 10;
 
 /// The size of each file that `backup_manifest` lists. A restore writes no other file and no byte beyond such a size.
@@ -45,7 +47,8 @@ impl<'a> Listed<'a> {
     }
 }
 
-/// Fetches, checks and extracts `slice`, except what is kept; the content of `pg_control` goes to `control`.
+/// Fetches, checks and extracts `slice`, except the kept files. Passes the content of `pg_control`
+/// to `control`.
 pub(super) fn extract(
     repository: &Repository,
     backup: &BackupInfo,
@@ -55,13 +58,13 @@ pub(super) fn extract(
 ) -> Result<()> {
     let raw = fetch(repository, backup, slice)?;
     for_each_part(backup, slice, &raw, &mut |part| match part {
-        // The root of an archive: an in-place tablespace's has to be made.
+        // This is the root of an archive. An in-place tablespace needs it as a directory.
         SlicePart::Directory(path) if path.is_empty() => match slice.archive {
             BackupArchive::Base => Ok(()),
             BackupArchive::Tablespace(oid) => tree.create_directory(&format!("pg_tblspc/{oid}")),
         },
         SlicePart::Directory(path) => tree.create_directory(&slice.manifest_name(&path)),
-        // A link leads to where a tablespace was; where it shall be is decided by the plan.
+        // The link leads to the tablespace's old location. The plan decides on the new one.
         SlicePart::Link(_) => Ok(()),
         SlicePart::File {
             path,
@@ -88,7 +91,8 @@ pub(super) fn extract(
     })
 }
 
-/// The content of `pg_control`, which is written last. Its parts may come from two slices, by two threads.
+/// The content of `pg_control`, which is written last. Two threads may deliver its parts, from two
+/// slices.
 #[derive(Debug, Default)]
 pub(super) struct Control(Mutex<BTreeMap<u64, Vec<u8>>>);
 
@@ -105,14 +109,14 @@ impl Control {
         Ok(())
     }
 
-    /// The whole file; empty when none came.
+    /// Returns the whole file; empty if no part was delivered.
     pub(super) fn into_content(self) -> Vec<u8> {
         let parts = self.0.into_inner().unwrap_or_else(PoisonError::into_inner);
         parts.into_values().flatten().collect()
     }
 }
 
-/// The tar stream of a slice, if it is what was stored.
+/// Returns the tar stream of a slice after checking that it equals what was stored.
 pub(super) fn fetch(
     repository: &Repository,
     backup: &BackupInfo,
@@ -158,7 +162,7 @@ pub(super) fn damaged(backup: &BackupInfo, slice: &BackupSlice, problem: String)
     }
 }
 
-/// Writes a part of a file. Other parts may be written by other threads at the same time.
+/// Writes a part of a file. Other threads may write other parts at the same time.
 fn write_at(tree: &Tree, name: &str, content: &[u8], offset: u64, mode: u32) -> Result<()> {
     let file = tree.create(name, mode)?;
     let pieces = content.chunks(WRITE_BYTES);

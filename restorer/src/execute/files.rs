@@ -1,4 +1,4 @@
-//! Single files of a backup, in memory, without restoring it.
+//! Reads single files of a backup into memory without restoring it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -8,8 +8,8 @@ use wal_format::{BackupInfo, BackupManifest, SlicePart};
 use super::{delta::Kept, extract};
 use crate::Result;
 
-/// The content of those `wanted` files that the backup has, by their names in its manifest. Only slices that may hold
-/// them are fetched.
+/// Returns the content of the `wanted` files that the backup has, by their names in its manifest.
+/// Fetches only slices that may contain them.
 pub(crate) fn files(
     repository: &Repository,
     backup: &BackupInfo,
@@ -28,7 +28,7 @@ pub(crate) fn files(
         extract::for_each_part(backup, slice, &raw, &mut |part| {
             if let SlicePart::File { path, content, .. } = part {
                 let name = slice.manifest_name(&path);
-                // The parts of a file come in their order.
+                // The parts of a file come in ascending order.
                 if wanted.contains(&name) {
                     found.entry(name).or_default().extend_from_slice(content);
                 }

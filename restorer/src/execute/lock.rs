@@ -1,4 +1,5 @@
-//! The lock on the target of a restore: two restores into one directory would destroy each other's work.
+//! The lock on the target of a restore. Two concurrent restores into one directory would destroy
+//! each other's files.
 
 use std::{
     fs::{self, File},
@@ -21,7 +22,7 @@ pub struct TargetLock {
 }
 
 impl TargetLock {
-    /// Locks a directory that exists.
+    /// Locks an existing directory.
     pub(super) fn take(directory: &Path) -> Result<Self> {
         let file = File::open(directory).map_err(Error::io("open", directory))?;
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -37,7 +38,7 @@ impl TargetLock {
                     directory.display()
                 )));
             }
-            // Some network file systems do not lock directories.
+            // Some network file systems cannot lock directories.
             Err(error) => tracing::warn!(
                 error = %io::Error::from(error),
                 "{} cannot be locked: do not restore into it twice at once",
@@ -48,7 +49,7 @@ impl TargetLock {
     }
 }
 
-/// The process that holds the lock, by the kernel's list (`proc_locks(5)`).
+/// Returns the process that holds the lock, according to the kernel's list (`proc_locks(5)`).
 fn holder(file: &File) -> Option<u32> {
     let inode = file.metadata().ok()?.ino().to_string();
     let locks = fs::read_to_string("/proc/locks").ok()?;

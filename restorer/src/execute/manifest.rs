@@ -16,7 +16,7 @@ use wal_format::{BackupInfo, BackupManifest, ManifestFile};
 use super::{CONTROL, delta::Kept, tree::Tree};
 use crate::{Error, Result};
 
-/// Reads the manifest of `backup`, if it is the one that was recorded.
+/// Parses the manifest of `backup` after checking that it is the recorded one.
 pub(crate) fn read_manifest(content: &[u8], backup: &BackupInfo) -> Result<BackupManifest> {
     let damaged = |problem: String| Error::Damaged {
         object: backup.manifest_key().to_string(),
@@ -32,7 +32,8 @@ pub(crate) fn read_manifest(content: &[u8], backup: &BackupInfo) -> Result<Backu
     Ok(manifest)
 }
 
-/// Returns true if a file is what the manifest says. Another algorithm than SHA-256 proves nothing.
+/// Returns true if a file matches its entry in the manifest. False if the entry has no SHA-256:
+/// other algorithms prove nothing.
 pub(super) fn is_content_of(entry: &ManifestFile, tree: &Tree) -> Result<bool> {
     let Some(expected) = entry.sha256() else {
         return Ok(false);
@@ -43,7 +44,8 @@ pub(super) fn is_content_of(entry: &ManifestFile, tree: &Tree) -> Result<bool> {
     Ok(size == entry.size && expected == hex::encode(sum.finalize()))
 }
 
-/// Adds a file's content to a sum and returns its length; a file of another length than `expected` is not read.
+/// Adds a file's content to a sum and returns its length. A file whose length is not `expected` is
+/// not read.
 fn read(mut file: File, path: &Path, expected: u64, sum: &mut Sha256) -> Result<u64> {
     let length = file.metadata().map_err(Error::io("look at", path))?.len();
     if length != expected {
@@ -61,8 +63,8 @@ fn read(mut file: File, path: &Path, expected: u64, sum: &mut Sha256) -> Result<
     }
 }
 
-/// Compares size and SHA-256 of every file that the manifest names, but for those that were compared to be kept.
-/// `control` stands for `pg_control`, which is not written yet.
+/// Compares size and SHA-256 of every file in the manifest, except the kept files, which were
+/// compared before. `control` is the content of `pg_control`, which is not written yet.
 pub(super) fn verify(
     tree: &Tree,
     manifest: &BackupManifest,
@@ -101,7 +103,7 @@ pub(super) fn verify(
 
 fn check(tree: &Tree, entry: &ManifestFile, control: &[u8]) -> Result<()> {
     let name = entry.path.as_str();
-    // It is consumed when the links are made from the plan instead.
+    // This file is removed when the links are created from the plan.
     if name == "tablespace_map" {
         return Ok(());
     }

@@ -1,8 +1,9 @@
-//! Takes the directories of a restore: empty ones, or those that an unfinished restore into the same target left.
+//! Prepares the directories of a restore: empty ones, or those that an unfinished restore into the
+//! same target left.
 //!
-//! Invariant: the directory of a tablespace that holds files is emptied or compared only if it has the claim of the same
-//! restore ([`claims`]), or with `--delta` if the target's own link leads there and the operator named it or the server of
-//! the target has used it.
+//! Invariant: a tablespace's directory with files is emptied or compared only if it has the claim
+//! of the same restore ([`claims`]). With `--delta` this is also allowed if the target's own link
+//! leads there, and either the operator named the directory or the target's server has used it.
 
 use std::{
     collections::BTreeMap,
@@ -28,29 +29,30 @@ use super::{
 };
 use crate::{Error, Result, tablespaces::ReplayedTablespace};
 
-/// The longest marker that is read.
+/// The maximum length of a marker in bytes.
 pub(super) const MARKER_BYTES_MAX: u64 = 16 << 20;
-/// The marker's name while it is written ([`Tree::replace`]).
+/// The name of the marker while it is written ([`Tree::replace`]).
 const MARKER_NEW: &str = "RESTORE_INCOMPLETE.new";
 
-/// The content of the marker of a restore that is not complete.
+/// The content of the marker of an incomplete restore.
 #[derive(Debug, Serialize, Deserialize)]
 struct Marker {
-    /// For people who open the file.
+    /// An explanation for a person who opens the file.
     note: String,
     backup: BackupId,
-    /// True if it keeps what is there.
+    /// True if the restore keeps existing files.
     #[serde(default)]
     delta: bool,
-    /// The directories of the tablespaces, for people; the claims in them decide.
+    /// The directories of the tablespaces, for information; the claims in them decide.
     tablespaces: Vec<PathBuf>,
     /// The owner of the claims. `None` in a marker of an older version.
     #[serde(default)]
     claim: Option<Owner>,
 }
 
-/// Maps each OID to the directory that its files go to: of the tablespaces of the backup, and of those that the replay
-/// creates. `mapping` is what the operator asked for; the directories of the replay are already chosen.
+/// Maps each OID to the directory of its files: the tablespaces of the backup and those that the
+/// replay creates. `mapping` is the operator's; the directories of replayed tablespaces are already
+/// chosen.
 pub(crate) fn place_tablespaces(
     backup: &BackupInfo,
     replayed: &[ReplayedTablespace],
@@ -79,7 +81,7 @@ pub(crate) fn place_tablespaces(
     let mut placed: BTreeMap<u32, PathBuf> = BTreeMap::new();
     for tablespace in &backup.tablespaces {
         let old = PathBuf::from(&tablespace.location);
-        // An in-place tablespace lies in the data directory and has no place of its own.
+        // An in-place tablespace is a directory inside the data directory and is not mapped.
         if old.is_relative() {
             continue;
         }
@@ -97,7 +99,7 @@ pub(crate) fn place_tablespaces(
         )?;
         placed.insert(tablespace.oid, new);
     }
-    // What is created in the place of another tablespace that was dropped before has that one's directory.
+    // A tablespace that is created at the location of a dropped one shares its directory.
     for created in replayed {
         let Some(new) = &created.directory else {
             continue;
@@ -116,8 +118,9 @@ pub(crate) fn place_tablespaces(
     Ok(placed)
 }
 
-/// Refuses a directory for a tablespace that is in, above or the same as one of `others`: two in one directory would mix their
-/// files, and one in the data directory would be emptied with it.
+/// Refuses a tablespace directory that is equal to, inside or above one of `others`. Two
+/// tablespaces in one directory would mix their files, and one inside the data directory would be
+/// emptied with it.
 fn apart<'a>(old: &Path, new: &Path, others: impl Iterator<Item = &'a Path>) -> Result<()> {
     let new_place = real(new);
     for other in others {
@@ -136,9 +139,9 @@ fn apart<'a>(old: &Path, new: &Path, others: impl Iterator<Item = &'a Path>) -> 
     Ok(())
 }
 
-/// The value of `--tablespace-mapping` for a directory, as a shell takes it.
+/// Returns the value of `--tablespace-mapping` for a directory, quoted for a shell.
 pub(crate) fn mapping_of(old: &Path) -> String {
-    // `locations` in the command line reads an equals sign that belongs to a path as `\=`.
+    // The command line (`locations`) reads an equals sign that belongs to a path as `\=`.
     let word = format!("{}=NEW", old.display().to_string().replace('=', "\\="));
     let plain = |c: char| c.is_alphanumeric() || "/._-:=@+,".contains(c);
     if word.chars().all(plain) {
@@ -148,7 +151,8 @@ pub(crate) fn mapping_of(old: &Path) -> String {
     }
 }
 
-/// The path behind links and `..`, as far as it exists. What does not exist will be made of plain directories.
+/// Resolves links and `..` in the part of the path that exists. The rest will be created as plain
+/// directories.
 fn real(path: &Path) -> PathBuf {
     let mut found = PathBuf::new();
     for part in path.components() {
@@ -166,35 +170,36 @@ fn real(path: &Path) -> PathBuf {
     found
 }
 
-/// How the directories were taken.
+/// The state of the prepared directories.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Taken {
-    /// With their content, to be compared.
+    /// They have their content, to be compared.
     AsItIs,
-    /// Empty.
+    /// They are empty.
     Empty,
 }
 
-/// The directories of a restore, and who may use what is in them.
+/// The directories of a restore, and the options that decide which existing content may be used.
 pub(super) struct Wanted<'a> {
     pub(super) directory: &'a Path,
     pub(super) backup: &'a BackupInfo,
-    /// OID to directory.
+    /// The directory of each tablespace, by OID.
     pub(super) tablespaces: &'a BTreeMap<u32, PathBuf>,
-    /// The operator's: old directory to new one.
+    /// The operator's mapping: old directory to new directory.
     pub(super) mapping: &'a BTreeMap<PathBuf, PathBuf>,
-    /// Keep what an existing data directory has.
+    /// True to keep the content of an existing data directory.
     pub(super) delta: bool,
 }
 
-/// Directories that were taken.
+/// The result of preparing the directories.
 pub(super) struct Prepared {
     pub(super) taken: Taken,
     pub(super) owner: Owner,
     pub(super) lock: TargetLock,
 }
 
-/// Checks, without changing anything, that the directories can be taken. Returns the marker of an unfinished restore.
+/// Checks, without changing anything, that the directories can be used. Returns the marker of an
+/// unfinished restore.
 ///
 /// # Errors
 /// [`Error::Usage`] names the directory and the remedy.
@@ -242,7 +247,7 @@ fn check(wanted: &Wanted<'_>) -> Result<Option<Marker>> {
     Ok(unfinished)
 }
 
-/// As [`take`] would, without taking the directories.
+/// Makes the checks of [`take`] without changing the directories.
 pub(crate) fn check_directories(
     directory: &Path,
     backup: &BackupInfo,
@@ -260,19 +265,19 @@ pub(crate) fn check_directories(
     check(&wanted).map(drop)
 }
 
-/// Makes the directories ours: empty ones, or those of a restore that was interrupted; with `delta` also a data directory
-/// of the same cluster, in which no server runs.
+/// Prepares the directories. They have to be empty or belong to a restore that was interrupted.
+/// With `delta`, a data directory of the same cluster, in which no server runs, is also accepted.
 pub(super) fn take(
     wanted: &Wanted<'_>,
     manifest: &BackupManifest,
     access: Access,
 ) -> Result<Prepared> {
     let directory = wanted.directory;
-    // Before the directory is created: what is refused leaves nothing behind.
+    // Check before the directory is created, so that a refused restore leaves nothing behind.
     check(wanted)?;
     create(directory, access)?;
     let lock = TargetLock::take(directory)?;
-    // Again: another restore may have been faster.
+    // Check again under the lock: another restore may have started in between.
     let unfinished = check(wanted)?;
     let delta = wanted.delta && !is_empty(directory)?;
     let mut ours: Vec<PathBuf> = wanted.tablespaces.values().cloned().collect();
@@ -283,7 +288,7 @@ pub(super) fn take(
     );
     ours.sort();
     ours.dedup();
-    // The claims of an earlier restore into this target stay valid.
+    // The claims of an earlier restore into this target remain valid.
     let owner = match unfinished {
         Some(marker) => marker.claim,
         None => plan_owner(directory),
@@ -304,9 +309,10 @@ pub(super) fn take(
         .map_err(|error| Error::io("write", directory.join(MARKER))(error.into()))?;
     let tree = Tree::open(directory, &BTreeMap::new())?;
     tree.replace(MARKER, &json)?;
-    // Before anything else changes: what is being restored must not start.
+    // Remove this before anything else changes: the server must not start while it is being
+    // restored.
     tree.remove_durably(CONTROL)?;
-    // The data directory last: its links say which tablespaces are its own.
+    // Empty the data directory last: its links show which tablespaces are its own.
     for (oid, path) in wanted.tablespaces {
         create(path, access)?;
         let in_backup = wanted.backup.tablespaces.iter().any(|one| one.oid == *oid);
@@ -328,7 +334,8 @@ pub(super) fn take(
     Ok(Prepared { taken, owner, lock })
 }
 
-/// The directory of a server's version in that of a tablespace; `None` if the backup has no file there.
+/// Returns the name of the directory of a server's version in a tablespace's directory; `None` if
+/// the backup has no file there.
 fn version_directory(manifest: &BackupManifest, oid: u32) -> Option<&str> {
     let prefix = format!("pg_tblspc/{oid}/");
     let mut files = manifest.files.iter();
@@ -338,8 +345,9 @@ fn version_directory(manifest: &BackupManifest, oid: u32) -> Option<&str> {
         .filter(|version| version.starts_with("PG_"))
 }
 
-/// Creates the directory of a server's version, with which PostgreSQL itself refuses the place to every other server
-/// (`create_tablespace_directories` in `tablespace.c`). Calls `undo` if another server has just made it.
+/// Creates the directory of a server's version. Because it exists, PostgreSQL refuses the location
+/// to every other server (`create_tablespace_directories` in `tablespace.c`). Calls `undo` if
+/// another server has just created it.
 fn make_version_directory(
     path: &Path,
     delta: bool,
@@ -358,7 +366,8 @@ fn make_version_directory(
     }
 }
 
-/// Refuses what `--delta` must not touch: another cluster's directory, no data directory at all, a running server.
+/// Refuses directories that `--delta` must not change: one of another cluster, one that is not a
+/// data directory, one with a running server.
 fn is_of_cluster(directory: &Path, backup: &BackupInfo) -> Result<()> {
     let shown = directory.display();
     let Some(control) = Tree::open(directory, &BTreeMap::new())?.read_if_there(CONTROL)? else {
@@ -386,19 +395,21 @@ fn is_of_cluster(directory: &Path, backup: &BackupInfo) -> Result<()> {
     Ok(())
 }
 
-/// The directories that a restore may use although something is in them.
+/// The directories that a restore may use although they contain files.
 #[derive(Debug, Default)]
 pub(crate) struct Owned {
     /// The links of an existing data directory, for `--delta`.
     linked: BTreeMap<u32, PathBuf>,
-    /// Those of them that the operator named, or where the server of this data directory has run.
+    /// The linked directories that the operator named, or all of them if the server of this data
+    /// directory has run.
     trusted: Vec<PathBuf>,
-    /// The token of the restore that was interrupted, or with `--delta` of the one that wrote the data directory.
+    /// The token of the restore that was interrupted or, with `--delta`, of the restore that wrote
+    /// the data directory.
     token: Option<String>,
 }
 
 impl Owned {
-    /// Those of the data directory `directory`, which may not exist.
+    /// Finds these directories for the data directory `directory`, which may not exist.
     pub(crate) fn of(
         directory: &Path,
         delta: bool,
@@ -406,7 +417,8 @@ impl Owned {
     ) -> Result<Self> {
         let mut owned = Self::default();
         let marker = unfinished(directory)?;
-        // A `--delta` restore that was interrupted before it claimed its directories has changed nothing yet.
+        // A `--delta` restore that was interrupted before it claimed its directories has changed
+        // nothing yet.
         if delta && marker.as_ref().is_none_or(|marker| marker.delta) {
             owned.linked = linked(directory);
             let used = was_used_by(directory);
@@ -422,7 +434,7 @@ impl Owned {
         Ok(owned)
     }
 
-    /// Returns true if `path` is the directory of this tablespace and no other server's.
+    /// Returns true if `path` is the directory of this tablespace and belongs to no other server.
     pub(crate) fn has(&self, oid: u32, path: &Path) -> bool {
         (self.links_to(oid, path) && self.trusted.iter().any(|trusted| trusted == path))
             || self
@@ -437,13 +449,15 @@ impl Owned {
     }
 }
 
-/// Returns true if a server has run with this very data directory, or a restore has written it: what its links lead to is
-/// its own. A copy of a data directory (`cp -a`) has the links too, but names the directory of its origin.
+/// Returns true if a server has run with this very data directory, or a restore has written it: the
+/// targets of its links are its own. A copy of a data directory (`cp -a`) has the same links, but
+/// names the original directory.
 fn was_used_by(directory: &Path) -> bool {
     if plan_owner(directory).is_some_and(|owner| is_at(&owner, directory)) {
         return true;
     }
-    // The arguments of the last start, each in double quotes (`CreateOptsFile` in `postmaster.c`).
+    // The file contains the arguments of the last start, each in double quotes (`CreateOptsFile` in
+    // `postmaster.c`).
     let Ok(options) = fs::read_to_string(directory.join("postmaster.opts")) else {
         return false;
     };
@@ -455,7 +469,8 @@ fn was_used_by(directory: &Path) -> bool {
         })
 }
 
-/// The owner that a complete restore left in its data directory. A copy of that directory names the same one.
+/// Returns the owner that a complete restore left in its data directory. A copy of that directory
+/// names the same owner.
 fn plan_owner(directory: &Path) -> Option<Owner> {
     claims::plan_in(directory).and_then(|plan| plan.claim)
 }
@@ -464,7 +479,7 @@ fn is_at(owner: &Owner, directory: &Path) -> bool {
     real(&owner.directory) == real(directory)
 }
 
-/// The tablespaces of an existing data directory: OID and directory.
+/// Returns the tablespaces of an existing data directory: OID and directory.
 pub(super) fn linked(directory: &Path) -> BTreeMap<u32, PathBuf> {
     let links = fs::read_dir(directory.join("pg_tblspc"));
     let links = links.into_iter().flatten().flatten();
@@ -476,8 +491,9 @@ pub(super) fn linked(directory: &Path) -> BTreeMap<u32, PathBuf> {
         .collect()
 }
 
-/// Refuses a `pg_wal` that is a link to a directory that may be another server's, or that has anything else than WAL in
-/// it: a restore empties that directory. With `begun` an unfinished restore of this target has emptied it already.
+/// Refuses a `pg_wal` that is a link to a directory that may belong to another server or that
+/// contains anything except WAL, because a restore empties that directory. With `begun`, an
+/// unfinished restore of this target has already emptied it.
 fn only_wal_in_linked_wal(directory: &Path, begun: bool) -> Result<()> {
     let wal = directory.join("pg_wal");
     if !wal.is_symlink() {
@@ -519,7 +535,7 @@ fn only_wal_in_linked_wal(directory: &Path, begun: bool) -> Result<()> {
     Ok(())
 }
 
-/// Why a directory that is not empty is not taken.
+/// Returns the error for a data directory that is not empty.
 fn occupied(directory: &Path) -> Error {
     let shown = directory.display();
     Error::usage(if directory.join(PLAN_FILE).exists() {
@@ -534,10 +550,10 @@ fn occupied(directory: &Path) -> Error {
     })
 }
 
-/// The marker of a restore that was interrupted.
+/// Returns the marker of a restore that was interrupted.
 fn unfinished(directory: &Path) -> Result<Option<Marker>> {
     let path = directory.join(MARKER);
-    // Nothing there, or not a directory at all: creating it says so better.
+    // If there is no directory, the attempt to create it gives the better error.
     if !directory.is_dir() {
         return Ok(None);
     }
@@ -560,15 +576,15 @@ fn create(directory: &Path, access: Access) -> Result<()> {
         .mode(mode)
         .create(directory)
         .map_err(Error::io("create directory", directory))?;
-    // PostgreSQL refuses a data directory that others can read, and reads from its mode whether the
-    // group may (`checkDataDir`).
+    // PostgreSQL refuses a data directory that others can read, and derives the group's access from
+    // its mode (`checkDataDir`).
     fs::set_permissions(directory, fs::Permissions::from_mode(mode))
         .map_err(Error::io("set the permissions of", directory))
 }
 
 pub(crate) fn is_empty(directory: &Path) -> Result<bool> {
     match fs::read_dir(directory) {
-        // A marker whose writing was interrupted is nothing either.
+        // A marker whose writing was interrupted also counts as nothing.
         Ok(mut entries) => Ok(entries.all(|entry| {
             entry.is_ok_and(|entry| entry.file_name().as_bytes() == MARKER_NEW.as_bytes())
         })),
@@ -577,7 +593,7 @@ pub(crate) fn is_empty(directory: &Path) -> Result<bool> {
     }
 }
 
-/// Removes everything but the marker.
+/// Removes everything except the marker and the claim.
 fn empty(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory).map_err(Error::io("list", directory))? {
         let entry = entry.map_err(Error::io("list", directory))?;

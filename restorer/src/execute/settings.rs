@@ -1,8 +1,8 @@
-//! The recovery settings of a restored cluster, with which PostgreSQL stops where the plan says, and
-//! its signal file.
+//! The recovery settings of a restored cluster, with which PostgreSQL stops at the planned point,
+//! and its signal file.
 //!
-//! Invariant: exactly one signal file. A backup of a standby holds `standby.signal`, which would win
-//! over ours.
+//! Invariant: exactly one signal file exists. A backup of a standby contains `standby.signal`,
+//! which would take precedence over ours.
 
 use std::{fs, path::Path};
 
@@ -17,12 +17,12 @@ use crate::{
     isolation::{self, Isolation, Wanted},
 };
 
-/// The files that tell PostgreSQL to begin with archive recovery.
+/// The files that make PostgreSQL start archive recovery.
 const SIGNALS: [&str; 2] = ["standby.signal", "recovery.signal"];
 /// The first version of which every minor version has `allow_in_place_tablespaces`.
 const CHECKS_TABLESPACES: u16 = 15;
 
-/// What PostgreSQL does when it has reached the target.
+/// PostgreSQL's action when it has reached the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Action {
     /// Stays read-only until `pg_wal_replay_resume()`.
@@ -43,28 +43,29 @@ impl Action {
     }
 }
 
-/// How the restored cluster is to recover.
+/// The recovery settings of a restored cluster.
 #[derive(Clone, Debug)]
 pub struct Recovery {
-    /// At the target.
+    /// The action at the target.
     pub action: Action,
-    /// Follow the archive for good instead of stopping.
+    /// True to follow the archive permanently instead of stopping.
     pub standby: bool,
-    /// Leave the archiving settings as they were.
+    /// True to leave the archiving settings unchanged.
     pub keep_archiving: bool,
-    /// Listen on this port of the loopback address. `None`: only on a socket inside of the data directory.
+    /// The port on the loopback address. `None` for a socket inside the data directory only.
     pub port: Option<u16>,
-    /// Further settings, appended last.
+    /// Further settings by the operator, appended last.
     pub set: Vec<(String, String)>,
-    /// Where WAL comes from.
+    /// The source of WAL.
     pub repository: RepositoryPlace,
-    /// The configuration that says how it is reached, if there is one.
+    /// The configuration file with the settings of the repository, if there is one.
     pub config: Option<std::path::PathBuf>,
-    /// This program, for `restore_command`.
+    /// The path of this program, for `restore_command`.
     pub program: std::path::PathBuf,
 }
 
-/// Writes history files, the plan, `postgresql.auto.conf` and the signal file. The configuration files are there.
+/// Writes history files, the plan, `postgresql.auto.conf` and the signal file. The configuration
+/// files exist already.
 pub(super) fn write(
     archive: &Archive,
     plan: &RestorePlan,
@@ -87,7 +88,8 @@ pub(super) fn write(
     let major = identity.postgresql_major.major();
     let mut settings = recovery_settings(archive, plan, &json, recovery);
     if major >= CHECKS_TABLESPACES && has_in_place_tablespace(directory) {
-        // Else a server panics when it is consistent (`CheckTablespaceDirectory`).
+        // Without this setting, a server panics when it becomes consistent
+        // (`CheckTablespaceDirectory`).
         settings.push(("allow_in_place_tablespaces", "on".to_owned()));
     }
     let isolation = isolation::isolate(
@@ -116,15 +118,15 @@ pub(super) fn write(
     Ok(isolation)
 }
 
-/// Makes the configuration files that the backup does not have, because its server kept them
-/// elsewhere, as Debian does: without them no server starts. Returns whether any was made.
+/// Creates the configuration files that the backup lacks, because its server kept them elsewhere,
+/// as Debian does. No server starts without them. Returns whether any was created.
 pub(super) fn complete(tree: &Tree, control: &[u8]) -> Result<bool> {
     let damaged = |error: ControlFileError| Error::Damaged {
         object: "global/pg_control of the backup".to_owned(),
         problem: error.to_string(),
     };
     let control = ControlFile::parse(control).map_err(damaged)?;
-    // Recovery refuses less than the server had (`CheckRequiredParameterValues`).
+    // Recovery refuses lower values than the server had (`CheckRequiredParameterValues`).
     let postgresql = format!(
         "# Made by pitr-restore: the backup holds none, because the server kept it outside of its data directory.\n\
          max_connections = {}\nmax_worker_processes = {}\nmax_wal_senders = {}\nmax_prepared_transactions = {}\n\
@@ -150,17 +152,18 @@ pub(super) fn complete(tree: &Tree, control: &[u8]) -> Result<bool> {
     Ok(made)
 }
 
-/// The settings that only the recovery needs. The server runs their commands in its data directory, so that the paths of
-/// files there are relative: the directory may be moved before its first start.
+/// Returns the settings that only the recovery needs. The server runs their commands in its data
+/// directory, so paths of files there are relative: the directory may be moved before its first
+/// start.
 fn recovery_settings(
     archive: &Archive,
     plan: &RestorePlan,
     json: &[u8],
     recovery: &Recovery,
 ) -> Vec<(&'static str, String)> {
-    // The timeline that holds the stop. A promotion there makes a history without timelines that
-    // were not replayed, and a later one that is archived is only asked about, for a free number
-    // (`findNewestTimeLine`).
+    // Use the timeline that contains the stop. After a promotion there, the new history has no
+    // timeline that was not replayed. PostgreSQL asks for archived later timelines only to find a
+    // free number (`findNewestTimeLine`).
     let timeline = plan
         .path
         .last()
@@ -170,11 +173,11 @@ fn recovery_settings(
         "{program} wal-fetch --repository {} --cluster {} --system {}",
         shell_quoted(&recovery.repository.to_string()),
         archive.repository.cluster(),
-        // A new epoch may begin while this server lives.
+        // Name the system identifier, because a new epoch may begin while this server exists.
         archive.catalog.identity().system_identifier,
     );
-    // A folder's URL says everything; how a bucket is reached, what else there is, and with which
-    // key, stands in the file.
+    // A folder needs only its URL. For a bucket, several repositories or encryption, the settings
+    // are in the file.
     let place = &recovery.repository;
     let url_is_all =
         place.url.folder().is_some() && place.encryption.is_none() && place.others.is_empty();
@@ -191,12 +194,13 @@ fn recovery_settings(
         command.push_str(" --plan ");
         command.push_str(PLAN_FILE);
     }
-    // restore_command knows %f, %p and %r; any other percent sign is a literal one and is doubled.
+    // `restore_command` replaces %f, %p and %r; any other percent sign has to be doubled.
     let mut command = format!("{} %f %p", command.replace('%', "%%"));
     if !recovery.standby {
         command.insert_str(0, &ahead::shell_shortcut(json));
     }
-    // A code above 125 would end the server (`ExecuteRecoveryCommand`); a program that is gone costs a warning only.
+    // An exit code above 125 would stop the server (`ExecuteRecoveryCommand`). If the program no
+    // longer exists, code 1 only causes a warning.
     let ended = format!("{} recovery-ended || exit 1", program.replace('%', "%%"));
     let mut settings: Vec<(&str, String)> = vec![
         ("restore_command", command),
@@ -217,7 +221,8 @@ fn recovery_settings(
         settings.push(("recovery_target_timeline", timeline.to_string()));
         settings.push(("recovery_target_action", recovery.action.name().to_owned()));
         if recovery.action == Action::Pause {
-            // Without readers a server shuts down where it is to pause (`recovery_target_action`).
+            // Without hot standby, a server shuts down instead of pausing
+            // (`recovery_target_action`).
             settings.push(("hot_standby", "on".to_owned()));
         }
         match plan.stop {
@@ -232,7 +237,7 @@ fn recovery_settings(
             Stop::Consistent => settings.push(("recovery_target", "immediate".to_owned())),
         }
     }
-    // The last value of a name counts; one line each.
+    // PostgreSQL uses the last value of a name; write one line for each name.
     let mut lines: Vec<(&str, String)> = Vec::new();
     for (name, value) in settings {
         lines.retain(|(known, _)| *known != name);
@@ -241,7 +246,7 @@ fn recovery_settings(
     lines
 }
 
-/// Returns true if a directory of `pg_tblspc` is a tablespace itself and not a link to one.
+/// Returns true if `pg_tblspc` contains a directory, an in-place tablespace, and not only links.
 fn has_in_place_tablespace(directory: &Path) -> bool {
     let entries = fs::read_dir(directory.join("pg_tblspc"));
     let mut entries = entries.into_iter().flatten().flatten();

@@ -1,9 +1,10 @@
-//! [`Tree`]: the only way into the directories of a restore.
+//! [`Tree`]: all operations on the directories of a restore.
 //!
-//! Invariant: nothing is opened, created or removed outside of the directories that the plan names. A name has to stay below
-//! its directory ([`stays_below`]), and no part of it is followed if it is a symbolic link, whoever made the link and
-//! whenever: the kernel resolves each name below an open directory (`openat2` with `RESOLVE_BENEATH`), or where it has no
-//! such call, each part is opened by itself with `O_NOFOLLOW`.
+//! Invariant: nothing is opened, created or removed outside the directories that the plan names. A
+//! name has to stay below its directory ([`stays_below`]), and no part of it is followed if it is a
+//! symbolic link, regardless of who created the link and when. The kernel resolves each name below
+//! an open directory (`openat2` with `RESOLVE_BENEATH`). On a kernel without this call, each part
+//! is opened separately with `O_NOFOLLOW`.
 
 use std::{
     collections::BTreeMap,
@@ -25,16 +26,16 @@ use wal_format::relative_path::stays_below;
 
 use crate::{Error, Result};
 
-/// Permissions of directories and of the files that a restore writes itself. The process's umask
-/// takes the group's part away where the server has none (`Access::apply`).
+/// The permissions of directories and of files that a restore writes itself. The umask of the
+/// process removes the group's access if the server has none (`Access::apply`).
 const DIRECTORY_MODE: Mode = Mode::RWXU.union(Mode::RGRP).union(Mode::XGRP);
 const FILE_MODE: Mode = Mode::RUSR.union(Mode::WUSR).union(Mode::RGRP);
 
-/// The directories of a restore, held open. Names are those of `backup_manifest`: relative to the data directory, with
-/// `pg_tblspc/OID/` before the names of a tablespace.
+/// The open directories of a restore. Names are those of `backup_manifest`: relative to the data
+/// directory, with `pg_tblspc/OID/` before the names of a tablespace.
 #[derive(Debug)]
 pub(super) struct Tree {
-    /// The data directory last: its prefix matches every name.
+    /// The directories. The data directory is the last one, because its prefix matches every name.
     roots: Vec<Root>,
     /// Set when the kernel has no `openat2`.
     no_openat2: AtomicBool,
@@ -42,16 +43,17 @@ pub(super) struct Tree {
 
 #[derive(Debug)]
 pub(super) struct Root {
-    /// Empty, `pg_wal`, or `pg_tblspc/OID`.
+    /// The prefix of the names in this directory: empty, `pg_wal`, or `pg_tblspc/OID`.
     pub(super) prefix: String,
-    /// The operator's path, for messages.
+    /// The path that the operator gave, for messages.
     pub(super) path: PathBuf,
     pub(super) directory: OwnedFd,
 }
 
 impl Tree {
-    /// Opens the data directory and the directories that the plan gives to tablespaces. A `pg_wal` that is a link to a
-    /// directory, as `initdb --waldir` makes it, is a directory of its own.
+    /// Opens the data directory and the directories that the plan gives to tablespaces. A `pg_wal`
+    /// that is a link to a directory, as `initdb --waldir` creates it, is opened as a separate
+    /// directory.
     pub(super) fn open(directory: &Path, tablespaces: &BTreeMap<u32, PathBuf>) -> Result<Self> {
         let mut roots = Vec::new();
         for (oid, path) in tablespaces {
@@ -68,12 +70,12 @@ impl Tree {
         })
     }
 
-    /// Every directory, the data directory last.
+    /// Returns every directory, the data directory last.
     pub(super) fn roots(&self) -> &[Root] {
         &self.roots
     }
 
-    /// Returns true if `name` is a directory of its own, not a part of another one.
+    /// Returns true if `name` is itself one of the open directories.
     pub(super) fn is_root(&self, name: &str) -> bool {
         self.roots.iter().any(|root| root.prefix == name)
     }
@@ -84,7 +86,7 @@ impl Tree {
         self.open_file("open", name, flags, Mode::empty())
     }
 
-    /// As [`Tree::read`]; `None` when there is no such file.
+    /// Like [`Tree::read`], but returns `None` when the file does not exist.
     pub(super) fn read_if_there(&self, name: &str) -> Result<Option<File>> {
         let found = self.read(name);
         match found {
@@ -93,8 +95,8 @@ impl Tree {
         }
     }
 
-    /// Opens a file for writing without truncating it, creates it and its directory if necessary. Other threads may do
-    /// the same at the same time.
+    /// Opens a file for writing without truncating it. Creates it and its directory if necessary.
+    /// Other threads may do the same at the same time.
     pub(super) fn create(&self, name: &str, mode: u32) -> Result<File> {
         let flags = OFlags::WRONLY | OFlags::CREATE;
         let mode = Mode::from_raw_mode(mode & 0o750 | 0o600);
@@ -109,7 +111,7 @@ impl Tree {
         }
     }
 
-    /// Writes a file, in the place of one that is there.
+    /// Writes a file and replaces its content if it exists.
     pub(super) fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
         self.open_file("write", name, flags, FILE_MODE)?
@@ -117,7 +119,8 @@ impl Tree {
             .map_err(Error::io("write", self.shown(name)))
     }
 
-    /// Replaces the content of a file durably: after a crash it has the old or the new one.
+    /// Replaces the content of a file durably. After a crash the file has the old or the new
+    /// content.
     pub(super) fn replace(&self, name: &str, content: &[u8]) -> Result<()> {
         let fresh = format!("{name}.new");
         self.remove(&fresh)?;
@@ -131,12 +134,12 @@ impl Tree {
         renamed.map_err(|error| self.failed("rename", name, error))
     }
 
-    /// Removes a file or a link; one that is not there is fine.
+    /// Removes a file or a link. Succeeds when it does not exist.
     pub(super) fn remove(&self, name: &str) -> Result<()> {
         self.remove_and(name, |_| Ok(()))
     }
 
-    /// As [`Tree::remove`]; the name is gone after a crash too.
+    /// Like [`Tree::remove`], but durable: the name is also absent after a crash.
     pub(super) fn remove_durably(&self, name: &str) -> Result<()> {
         self.remove_and(name, |directory| rustix::fs::fsync(directory))
     }
@@ -157,12 +160,13 @@ impl Tree {
         }
     }
 
-    /// Makes the link `name` to `target`, in the place of a link that is there.
+    /// Creates the link `name` to `target`, and replaces an existing link.
     pub(super) fn link(&self, name: &str, target: &Path) -> Result<()> {
         if let Some((parent, _)) = name.rsplit_once('/') {
             self.create_directory(parent)?;
         }
-        // A tablespace's name is a directory of its own to every other operation.
+        // All other operations treat the name of a tablespace as a separate directory, so locate
+        // the link in the data directory.
         let (directory, last) = self.parent_in(self.data_directory(), "link", name, name)?;
         match unlinkat(&directory, last, AtFlags::empty()) {
             Err(error) if error != Errno::NOENT => {
@@ -173,7 +177,7 @@ impl Tree {
         symlinkat(target, &directory, last).map_err(|error| self.failed("link", name, error))
     }
 
-    /// Returns true if something has the name.
+    /// Returns true if the name exists.
     pub(super) fn exists(&self, name: &str) -> Result<bool> {
         let found = self.parent("look at", name).and_then(|(directory, last)| {
             statat(&directory, last, AtFlags::SYMLINK_NOFOLLOW)
@@ -186,7 +190,7 @@ impl Tree {
         }
     }
 
-    /// Creates a directory and those above it, as far as they are missing.
+    /// Creates a directory and its missing parents.
     pub(super) fn create_directory(&self, name: &str) -> Result<()> {
         let (root, rest) = self.locate(name)?;
         let mut directory = None;
@@ -204,7 +208,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes everything below every directory durable.
+    /// Makes all files and names in every directory durable.
     pub(super) fn sync(&self) -> Result<()> {
         for root in &self.roots {
             syncfs(&root.directory)
@@ -213,7 +217,7 @@ impl Tree {
         Ok(())
     }
 
-    /// The directory that a name belongs to, and what of the name is below it.
+    /// Returns the directory to which a name belongs, and the part of the name below it.
     fn locate<'n>(&self, name: &'n str) -> Result<(&Root, &'n str)> {
         if !name.is_empty() && !stays_below(name) {
             return Err(Error::Damaged {
@@ -237,7 +241,7 @@ impl Tree {
         self.roots.last().expect("BUG: a tree has a data directory")
     }
 
-    /// The path of a name, for messages.
+    /// Returns the path of a name, for messages.
     pub(super) fn shown(&self, name: &str) -> PathBuf {
         match self.locate(name) {
             Ok((root, rest)) => root.path.join(rest),
@@ -247,7 +251,7 @@ impl Tree {
 
     fn failed(&self, action: &'static str, name: &str, error: Errno) -> Error {
         let path = self.shown(name);
-        // A link in the way, or where a directory has to be; `XDEV` where it leads out.
+        // `LOOP` means a symbolic link on the way, `XDEV` one that leads out of the directory.
         if matches!(error, Errno::LOOP | Errno::XDEV) {
             return Error::usage(format!(
                 "{} is or is reached through a symbolic link, which a restore does not follow; remove the link, or give an \
@@ -288,7 +292,7 @@ impl Tree {
                 ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
             match openat2(&root.directory, rest, flags, mode, resolve) {
                 Err(Errno::NOSYS) => self.no_openat2.store(true, Ordering::Relaxed),
-                // A sandbox that does not know the call, or a name that moved meanwhile.
+                // A sandbox does not know the call, or a part of the name was moved meanwhile.
                 Err(Errno::PERM | Errno::AGAIN) => {}
                 opened => return opened,
             }
@@ -311,7 +315,7 @@ impl Tree {
         openat(from, last, flags | OFlags::NOFOLLOW, mode)
     }
 
-    /// The open directory that holds `name`, and the last part of the name.
+    /// Returns the open directory that contains `name`, and the last part of the name.
     fn parent<'n>(&self, action: &'static str, name: &'n str) -> Result<(OwnedFd, &'n str)> {
         let (root, rest) = self.locate(name)?;
         self.parent_in(root, action, name, rest)
@@ -349,7 +353,8 @@ impl Root {
     }
 }
 
-/// Calls `each` with the name and the metadata of everything in `directory`, without following links.
+/// Calls `each` with the name and the metadata of every entry of `directory`, without following
+/// links.
 pub(super) fn entries(
     directory: &OwnedFd,
     shown: &Path,
@@ -363,7 +368,7 @@ pub(super) fn entries(
             names.push(entry.file_name().to_owned());
         }
     }
-    // Collected first: `each` may remove what it is called with.
+    // Collect the names first, because `each` may remove an entry.
     for name in names {
         match statat(directory, &*name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(metadata) => each(&name, metadata)?,
@@ -384,7 +389,8 @@ pub(super) fn open_directory(directory: &OwnedFd, name: &std::ffi::CStr) -> io::
     )?)
 }
 
-/// Removes `name` from `directory`: an empty directory, or with `is_directory` unset anything else.
+/// Removes `name` from `directory`: an empty directory with `is_directory`, otherwise a file or a
+/// link.
 pub(super) fn remove_entry(
     directory: &OwnedFd,
     name: &std::ffi::CStr,
@@ -398,12 +404,12 @@ pub(super) fn remove_entry(
     Ok(unlinkat(directory, name, flags)?)
 }
 
-/// The kind of what `metadata` describes.
+/// Returns the file type in `metadata`.
 pub(super) fn kind(metadata: &rustix::fs::Stat) -> FileType {
     FileType::from_raw_mode(metadata.st_mode)
 }
 
-/// Reads a small file whole; one that is longer than `bytes_max` is an error.
+/// Reads a small file completely. A file longer than `bytes_max` is an error.
 pub(super) fn read_small(mut file: File, shown: &Path, bytes_max: u64) -> Result<Vec<u8>> {
     let mut content = Vec::new();
     let read = (&mut file)
@@ -423,7 +429,7 @@ mod tests {
 
     use super::*;
 
-    /// A data directory with links that lead out of it, and what they lead to.
+    /// Creates a data directory with links that lead out of it, and the targets of the links.
     fn scene() -> (tempfile::TempDir, PathBuf) {
         let root = tempfile::tempdir().expect("a directory");
         let data = root.path().join("data");
@@ -436,7 +442,7 @@ mod tests {
         (root, data)
     }
 
-    /// Both ways to resolve a name: the kernel's, and part by part.
+    /// Returns trees with both ways to resolve a name: by the kernel, and part by part.
     fn trees(data: &Path) -> [Tree; 2] {
         let with = Tree::open(data, &BTreeMap::new()).expect("it opens");
         let without = Tree::open(data, &BTreeMap::new()).expect("it opens");
@@ -502,7 +508,7 @@ mod tests {
                 .expect("it is replaced");
             assert!(tree.exists("base/5/16384").expect("it is looked at"));
             assert!(!tree.exists("base/5/16384.new").expect("it is looked at"));
-            // The link itself may go and be replaced.
+            // The link itself may be removed and replaced.
             tree.replace("file", b"a file now")
                 .expect("the link is replaced");
             tree.remove("base/5/16384").expect("it goes");
@@ -528,7 +534,7 @@ mod tests {
             fs::read(place.join("PG_VERSION")).expect("it is there"),
             b"17"
         );
-        // Another one is a name in the data directory.
+        // Any other OID is a name in the data directory.
         assert!(tree.write("pg_tblspc/16401/x", b"17").is_err());
     }
 }

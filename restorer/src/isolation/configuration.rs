@@ -1,7 +1,8 @@
 //! [`Configuration`]: the settings of a data directory, from every file that PostgreSQL would read, in its order.
 //!
-//! `postgresql.conf` with its `include`, `include_if_exists` and `include_dir` lines comes first and
-//! `postgresql.auto.conf` last; the last value of a name counts (`ProcessConfigFileInternal` in `guc-file.l`).
+//! `postgresql.conf` with its `include`, `include_if_exists` and `include_dir` lines comes first,
+//! and `postgresql.auto.conf` last. The last value of a name counts (`ProcessConfigFileInternal` in
+//! `guc-file.l`).
 
 use std::{
     collections::BTreeSet,
@@ -13,12 +14,12 @@ use super::guc_file::{Entry, parse};
 
 /// The main file of a data directory.
 pub(super) const MAIN: &str = "postgresql.conf";
-/// The file of `ALTER SYSTEM`, which wins over all others.
+/// The file of `ALTER SYSTEM`, which overrides all others.
 pub(super) const AUTO: &str = "postgresql.auto.conf";
-/// PostgreSQL gives up at this depth of includes (`CONF_FILE_MAX_DEPTH`).
+/// The depth of includes at which PostgreSQL gives up (`CONF_FILE_MAX_DEPTH`).
 const DEPTH_MAX: usize = 10;
 
-/// A setting and the line that it comes from.
+/// A setting and the line that contains it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Setting {
     pub(super) file: PathBuf,
@@ -28,17 +29,17 @@ pub(super) struct Setting {
 /// Every setting of a data directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Configuration {
-    /// In the order in which PostgreSQL reads them.
+    /// The settings in the order in which PostgreSQL reads them.
     settings: Vec<Setting>,
-    /// Each a sentence: a file or line with which PostgreSQL does not start.
+    /// The files and lines with which PostgreSQL does not start, one sentence each.
     pub(super) problems: Vec<String>,
     /// Files outside of the data directory that were read.
     pub(super) outside: BTreeSet<PathBuf>,
 }
 
 impl Configuration {
-    /// Reads the files of `directory`. A file that cannot be read is a problem and not an error: the restore goes on, and
-    /// PostgreSQL says so too.
+    /// Reads the files of `directory`. A file that cannot be read is a problem and not an error:
+    /// the restore continues, and PostgreSQL reports the file, too.
     pub(super) fn read(directory: &Path) -> Self {
         let mut found = Self::default();
         let root = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
@@ -49,13 +50,13 @@ impl Configuration {
         found
     }
 
-    /// The value that counts.
+    /// Returns the effective value; `None` if no line sets it.
     pub(super) fn value(&self, name: &str) -> Option<&str> {
         let found = self.settings.iter().rfind(|one| one.entry.name == name);
         found.map(|one| one.entry.value.as_str())
     }
 
-    /// Every line that sets `name`.
+    /// Returns every line that sets `name`.
     pub(super) fn lines_of(&self, name: &str) -> impl Iterator<Item = &Setting> {
         self.settings
             .iter()
@@ -135,7 +136,7 @@ fn cannot_be_read(error: &io::Error) -> String {
     format!("which cannot be read here ({error}): PostgreSQL does not start without it")
 }
 
-/// The files of an `include_dir`: `*.conf`, not hidden, in the order of their bytes.
+/// Returns the files of an `include_dir`: `*.conf`, not hidden, in byte order.
 fn files_of(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(directory)? {

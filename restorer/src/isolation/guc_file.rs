@@ -1,23 +1,24 @@
-//! PostgreSQL's configuration syntax, as `guc-file.l` reads it: one setting or include directive per line.
+//! PostgreSQL's configuration syntax, as `guc-file.l` reads it: one setting or include directive
+//! per line.
 //!
-//! Invariant: never fails on any bytes. A line that PostgreSQL rejects becomes a [`SyntaxError`], because the server
-//! refuses to start with it.
+//! Invariant: parsing succeeds for any bytes. A line that PostgreSQL rejects becomes a
+//! [`SyntaxError`], because the server refuses to start with it.
 
-/// One line of a configuration file that sets something.
+/// A line of a configuration file that sets a value or includes a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Entry {
-    /// Counted from 1.
+    /// The number of the line, from 1.
     pub(super) line: usize,
-    /// In lower case: PostgreSQL compares names without regard to ASCII case.
+    /// The name in lower case: PostgreSQL compares names without regard to ASCII case.
     pub(super) name: String,
-    /// Without quotes and escapes.
+    /// The value without quotes and escapes.
     pub(super) value: String,
 }
 
 /// A line that PostgreSQL rejects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct SyntaxError {
-    /// Counted from 1.
+    /// The number of the line, from 1.
     pub(super) line: usize,
 }
 
@@ -87,7 +88,7 @@ fn take_while<'a>(rest: &mut &'a str, belongs: impl Fn(char) -> bool) -> &'a str
     taken
 }
 
-/// `ID` or `QUALIFIED_ID`.
+/// Splits off an `ID` or `QUALIFIED_ID`.
 fn take_name<'a>(rest: &mut &'a str) -> Option<&'a str> {
     let whole = *rest;
     let mut length = take_identifier(rest)?.len();
@@ -108,7 +109,7 @@ fn take_identifier<'a>(rest: &mut &'a str) -> Option<&'a str> {
     Some(take_while(rest, is_name_part))
 }
 
-/// `ID`, `UNQUOTED_STRING`, `INTEGER` or `REAL`.
+/// Splits off an `ID`, `UNQUOTED_STRING`, `INTEGER` or `REAL`.
 fn take_unquoted(rest: &mut &str) -> Option<String> {
     let word = |c: char| is_name_part(c) || "-._:/".contains(c);
     let number = |c: char| c.is_ascii_alphanumeric() || ".+-".contains(c);
@@ -123,7 +124,8 @@ fn take_unquoted(rest: &mut &str) -> Option<String> {
     Some(taken.to_owned())
 }
 
-/// The content of a quoted string after its opening quote, by the rules of `DeescapeQuotedString`, and the rest.
+/// Returns the content of a quoted string after its opening quote, by the rules of
+/// `DeescapeQuotedString`, and the rest.
 fn take_string(text: &str) -> Option<(String, &str)> {
     let mut value = String::new();
     let mut characters = text.char_indices().peekable();

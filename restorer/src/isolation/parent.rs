@@ -1,7 +1,8 @@
-//! The parent of a copy: its addresses, and the question whether it still answers.
+//! The parent of a copy: its addresses, and the check whether it still answers.
 //!
-//! A server is asked with the eight bytes of an `SSLRequest`, which every PostgreSQL answers with one byte before it
-//! authenticates anybody; one with a connection text by `pg_isready`, which reads the text as libpq does.
+//! The check of an address sends the eight bytes of an `SSLRequest`, which every PostgreSQL answers
+//! with one byte before authentication. The check of a connection string runs `pg_isready`, which
+//! reads the string as libpq does.
 
 use std::{
     io::{Read, Write},
@@ -17,11 +18,11 @@ use serde::{Deserialize, Serialize};
 use super::{PORT_DEFAULT, configuration::Configuration};
 use crate::{Error, Result};
 
-/// The wait for an answer.
+/// The maximum time to wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Length and code of an `SSLRequest`.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
-/// The socket directories that are compiled in.
+/// The default socket directories, which are compiled into PostgreSQL.
 const SOCKETS_DEFAULT: [&str; 2] = ["/tmp", "/var/run/postgresql"];
 
 /// The addresses of a parent on the host where it ran.
@@ -38,7 +39,7 @@ impl Addresses {
         if configuration.value("unix_socket_directories").is_none() {
             socket_directories = SOCKETS_DEFAULT.map(PathBuf::from).into();
         }
-        // A relative one belongs to the parent's data directory, which is not known here.
+        // A relative directory belongs to the parent's data directory, which is unknown here.
         socket_directories.retain(|directory| directory.is_absolute());
         Self {
             port: port(configuration),
@@ -49,7 +50,7 @@ impl Addresses {
         }
     }
 
-    /// Returns the address at which a server answers that is not the copy in `directory`.
+    /// Returns an address at which a server other than the copy in `directory` answers.
     pub(super) fn answers(&self, directory: &Path) -> Option<String> {
         let own = Postmaster::of(directory);
         for socket in &self.socket_directories {
@@ -115,10 +116,11 @@ fn speaks(stream: &mut (impl Read + Write)) -> bool {
         && matches!(answer, [b'S' | b'N' | b'E'])
 }
 
-/// Asks `pg_isready` of a connection text. Its words, which may repeat a secret, are not passed on.
+/// Runs `pg_isready` with a connection string. Its messages, which may repeat a secret, are
+/// discarded.
 ///
 /// # Errors
-/// [`Error::Usage`] if the text cannot be used, [`Error::Io`] if the program cannot be run.
+/// [`Error::Usage`] if the string cannot be used, [`Error::Io`] if the program cannot be run.
 pub(super) fn is_ready(pg_isready: &Path, conninfo: &str) -> Result<bool> {
     let mut command = Command::new(pg_isready);
     command
@@ -130,7 +132,7 @@ pub(super) fn is_ready(pg_isready: &Path, conninfo: &str) -> Result<bool> {
         .stderr(Stdio::null());
     let status = command.status().map_err(Error::io("run", pg_isready))?;
     match status.code() {
-        // 1: it is there and takes no connections yet.
+        // 1: the server exists and rejects connections, for example during startup.
         Some(0 | 1) => Ok(true),
         Some(2) => Ok(false),
         _ => Err(Error::usage(
@@ -140,7 +142,7 @@ pub(super) fn is_ready(pg_isready: &Path, conninfo: &str) -> Result<bool> {
     }
 }
 
-/// The port that counts.
+/// Returns the effective port.
 pub(super) fn port(configuration: &Configuration) -> u16 {
     let port = configuration
         .value("port")
@@ -148,7 +150,7 @@ pub(super) fn port(configuration: &Configuration) -> u16 {
     port.unwrap_or(PORT_DEFAULT)
 }
 
-/// The socket directories that count, without the compiled-in ones.
+/// Returns the effective socket directories, without the compiled-in ones.
 pub(super) fn socket_directories(configuration: &Configuration) -> Vec<PathBuf> {
     let listed = configuration
         .value("unix_socket_directories")

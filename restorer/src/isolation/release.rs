@@ -1,4 +1,4 @@
-//! `pitr-restore release`: lifts the isolation of a copy that takes its parent's place.
+//! `pitr-restore release`: ends the isolation of a copy that replaces its parent.
 
 use std::path::{Path, PathBuf};
 
@@ -13,37 +13,37 @@ use crate::{Error, Result};
 /// A setting that a release changes.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Change {
-    /// Its name.
+    /// The name of the setting.
     pub name: String,
-    /// The isolated value; `None` is a comment.
+    /// The isolated value; `None` if the line is a comment.
     pub from: Option<String>,
     /// The parent's value; `None` is PostgreSQL's default.
     pub to: Option<String>,
-    /// The reason why it stays isolated.
+    /// The reason why the setting stays isolated; `None` if it is released.
     pub stays: Option<String>,
 }
 
 /// The changes that a release would make, or made.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Release {
-    /// In the order of the table.
+    /// The changes, in the order of the table.
     pub changes: Vec<Change>,
-    /// Recovery has not ended: its own settings stay until it has.
+    /// True if recovery has not ended: its own settings stay until then.
     pub recovery_pending: bool,
-    /// A server runs on the copy, and takes the settings with its next start.
+    /// True if a server runs on the copy. It uses the settings from its next start.
     pub running: bool,
 }
 
-/// Where a parent may still answer.
+/// Where to check whether the parent still answers.
 #[derive(Clone, Debug, Default)]
 pub struct Asked<'a> {
-    /// The connection text of the cluster, empty when there is none.
+    /// The connection string of the cluster; empty when there is none.
     pub conninfo: &'a str,
-    /// The program that asks, if it was found.
+    /// The program `pg_isready`, if it was found.
     pub pg_isready: Option<PathBuf>,
 }
 
-/// Describes the release of the copy in `directory`, and changes nothing.
+/// Describes the release of the copy in `directory` without changing anything.
 ///
 /// # Errors
 /// [`Error::Usage`] if the directory is not an isolated copy.
@@ -53,7 +53,7 @@ pub fn describe(directory: &Path) -> Result<Release> {
     let mut changes: Vec<Change> = Vec::new();
     for line in &state.lines {
         let stays = (pending && line.recovery).then(|| "until recovery has ended".to_owned());
-        // Lines that only the recovery needs are not the parent's business.
+        // The parent has no value for lines that only the recovery needs.
         if line.recovery && line.after_recovery.is_none() {
             continue;
         }
@@ -85,7 +85,7 @@ pub fn describe(directory: &Path) -> Result<Release> {
 /// Returns the address at which the parent still answers.
 ///
 /// # Errors
-/// [`Error::Usage`] if the directory is not an isolated copy, or if the parent cannot be asked.
+/// [`Error::Usage`] if the directory is not an isolated copy, or if the parent cannot be checked.
 pub fn parent_answers(directory: &Path, asked: &Asked<'_>) -> Result<Option<String>> {
     let state = isolated(directory)?;
     if let Some(address) = state.parent.answers(directory) {
@@ -111,7 +111,8 @@ pub fn parent_answers(directory: &Path, asked: &Asked<'_>) -> Result<Option<Stri
     Ok(None)
 }
 
-/// Lifts the isolation of the copy in `directory`. The settings count from the server's next start.
+/// Ends the isolation of the copy in `directory`. The settings take effect at the server's next
+/// start.
 ///
 /// # Errors
 /// [`Error::Usage`] if the directory is not an isolated copy, [`Error::Io`].
@@ -148,12 +149,12 @@ fn isolated(directory: &Path) -> Result<State> {
     })
 }
 
-/// The reason why a line that was made a comment is not restored.
+/// Returns the reason why a commented-out line is not restored; `None` if it is.
 fn stays_a_comment(directory: &Path, name: &str, parent: &str) -> Option<String> {
     let same =
         |path: &Path| std::fs::canonicalize(path).ok() == std::fs::canonicalize(directory).ok();
     match name {
-        // The server would start on another directory than the one that it is given.
+        // The server would use another directory than the one that it is started with.
         "data_directory" if !same(Path::new(parent)) => {
             Some("it names another directory than this one".to_owned())
         }

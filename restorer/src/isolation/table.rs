@@ -1,8 +1,9 @@
-//! The settings of a parent that reach outside of its copy, with the value that each gets in the copy, and the libraries
-//! whose background workers act without being asked.
+//! The settings of a parent that reach outside its copy, with the value that each gets in the copy,
+//! and the libraries whose background workers act without a command.
 //!
-//! Invariant: every setting of PostgreSQL 13 to 18 that runs a command, names a file or a directory, or connects is in
-//! [`SETTINGS`] or judged harmless in `restorer/tests/isolation/judged.rs`, whose test asks the servers themselves.
+//! Invariant: every setting of PostgreSQL 13 to 18 that runs a command, names a file or a
+//! directory, or connects is in [`SETTINGS`] or listed as harmless in
+//! `restorer/tests/isolation/judged.rs`, whose test queries the servers themselves.
 
 use self::{
     Group::{Archiving, General, Recovery},
@@ -13,9 +14,9 @@ use self::{
 /// The versions that have a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Majors {
-    /// The first.
+    /// The first major version with the setting.
     pub from: u16,
-    /// The last, if a later version removed it.
+    /// The last one, if a later version removed the setting.
     pub to: Option<u16>,
 }
 
@@ -49,50 +50,52 @@ pub enum When {
     LeadsOutside,
     /// The parent's value contains this text.
     Contains(&'static str),
-    /// The parent sets it at all, to something other than the isolated value.
+    /// The parent sets it to any value other than the isolated value.
     Set,
 }
 
 /// The way in which a setting is isolated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum How {
-    /// This value in `postgresql.auto.conf`, which wins over every other file.
+    /// By this value in `postgresql.auto.conf`, which overrides every other file.
     Value(&'static str),
-    /// Its lines become comments: no value of `postgresql.auto.conf` can replace it, because PostgreSQL resolves it
-    /// before or beside that file (`SelectConfigFiles`).
+    /// By turning its lines into comments. No value in `postgresql.auto.conf` can override such a
+    /// setting, because PostgreSQL resolves it before that file or apart from it
+    /// (`SelectConfigFiles`).
     Comment,
 }
 
-/// The part that a setting plays for the isolation.
+/// The role of a setting in the isolation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Group {
-    /// Stays as it was with `--keep-archiving`.
+    /// It stays unchanged with `--keep-archiving`.
     Archiving,
-    /// Acts during recovery only, so that a release leaves it until recovery has ended.
+    /// It has an effect during recovery only, so a release leaves it until recovery has ended.
     Recovery,
     /// Everything else.
     General,
 }
 
-/// A setting that reaches outside of the copy.
+/// A setting that reaches outside the copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Isolated {
-    /// Its name.
+    /// The name of the setting.
     pub name: &'static str,
-    /// The versions that have it.
+    /// The versions that have the setting.
     pub majors: Majors,
-    /// The parent's values that are isolated.
+    /// The condition on the parent's value.
     pub when: When,
-    /// The way in which it is isolated.
+    /// The way in which the setting is isolated.
     pub how: How,
-    /// The part it plays.
+    /// The role of the setting.
     pub group: Group,
-    /// The reason, as the end of "would otherwise".
+    /// The reason, which completes the phrase "would otherwise".
     pub why: &'static str,
 }
 
-/// The directory of the copy's socket: always there, only for the owner, and left out of every base backup
-/// (`excludeDirContents` in `basebackup.c`), so that a copy of the copy gets no lock file of a socket.
+/// The directory of the copy's socket. It always exists, is accessible to the owner only, and is
+/// left out of every base backup (`excludeDirContents` in `basebackup.c`), so a backup of the copy
+/// contains no lock file of a socket.
 pub const SOCKET_DIRECTORY: &str = "pg_stat_tmp";
 
 const fn row(
@@ -113,7 +116,7 @@ const fn row(
     }
 }
 
-/// Every setting that is isolated, in the order in which people read about it.
+/// Every setting that is isolated, in the order in which it is reported.
 pub const SETTINGS: &[Isolated] = &[
     row(
         "archive_mode",
@@ -333,18 +336,18 @@ pub const SETTINGS: &[Isolated] = &[
     ),
 ];
 
-/// The way in which a library's background workers are kept from acting.
+/// The way in which a library's background workers are prevented from acting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Worker {
     /// The copy does not load the library.
     NotLoaded,
-    /// These settings stop its workers; its own tables need the library.
+    /// These settings stop its workers; the library is loaded, because its own tables need it.
     Settings(&'static [(&'static str, &'static str)]),
-    /// Its workers, if it has any, stay inside of the data directory.
+    /// Its workers, if it has any, act inside the data directory only.
     Harmless,
 }
 
-/// Libraries of `shared_preload_libraries` that are known; the output names every other one.
+/// The known libraries of `shared_preload_libraries`; the output names all others.
 pub const LIBRARIES: &[(&str, Worker)] = &[
     ("bdr", Worker::NotLoaded),
     ("bg_mon", Worker::NotLoaded),

@@ -1,6 +1,6 @@
 use super::*;
 
-/// A copy with this configuration, isolated.
+/// Isolates a copy with this configuration.
 fn isolated(
     major: u16,
     main: &str,
@@ -159,7 +159,7 @@ fn what_the_user_sets_wins_and_stays() {
             Some("mine\nit's")
         );
         assert_eq!(value(&directory, "listen_addresses").as_deref(), Some(""));
-        // Released in the second turn.
+        // The second round tests the copy after a release.
         drop(release::release(directory.path()));
     }
 }

@@ -19,30 +19,30 @@ use crate::{Error, Result, inventory::Archive, plan::PathPart};
 
 const HEAP2: ResourceManager = ResourceManager(9);
 const HEAP: ResourceManager = ResourceManager(10);
-/// `FirstNormalObjectId`: below are catalogs that were never rewritten.
+/// `FirstNormalObjectId`: relations with smaller numbers are catalogs that were never rewritten.
 const FIRST_NORMAL: u32 = 16_384;
-/// Enough of a heap record for its blocks and the image of one page.
+/// The bytes of a heap record that are decoded: enough for its blocks and the image of one page.
 const HEAP_WINDOW_BYTES: usize = 10 << 10;
 
 /// Rows of one relation that a transaction changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct RowCounts {
-    /// New ones.
+    /// Inserted rows.
     pub inserted: u64,
-    /// Changed ones.
+    /// Updated rows.
     pub updated: u64,
-    /// Removed ones.
+    /// Deleted rows.
     pub deleted: u64,
 }
 
-/// What was counted.
+/// The rows counted so far.
 #[derive(Debug)]
 pub(super) struct Changes<'a> {
     names: &'a mut Names,
     rows: HashMap<u32, HashMap<RelationFile, RowCounts>>,
-    /// Subtransactions to the transaction that ended them.
+    /// The top-level transaction of each subtransaction, from the commit records.
     parents: HashMap<u32, u32>,
-    /// Only records that start here count.
+    /// Only records that start in this range count.
     from: Lsn,
     to: Lsn,
 }
@@ -58,7 +58,7 @@ impl<'a> Changes<'a> {
         }
     }
 
-    /// Counts what is in the ranges of one part of the path.
+    /// Counts the changes in the ranges of one part of the path.
     pub(super) fn count(
         &mut self,
         archive: &Archive,
@@ -68,7 +68,7 @@ impl<'a> Changes<'a> {
         (self.from, self.to) = (part.from, part.to);
         let mut decoder: Option<WalDecoder> = None;
         for range in ranges {
-            // Behind a gap decoding begins anew.
+            // After a gap, decoding starts again.
             let current = decoder
                 .take()
                 .filter(|decoder| decoder.position() >= range.start_lsn);
@@ -88,7 +88,8 @@ impl<'a> Changes<'a> {
         Ok(())
     }
 
-    /// The rows by transaction, subtransactions with theirs.
+    /// Returns the rows by transaction. Rows of subtransactions count for their top-level
+    /// transaction.
     pub(super) fn by_transaction(self) -> HashMap<u32, HashMap<RelationFile, RowCounts>> {
         let mut all: HashMap<u32, HashMap<RelationFile, RowCounts>> = HashMap::new();
         for (xid, relations) in self.rows {
@@ -114,7 +115,8 @@ impl<'a> Changes<'a> {
         let operation = record.header.info & 0x70;
         if let Some(database) = self.names.is_class(block.relation) {
             let insert = record.header.resource_manager == HEAP && operation == 0;
-            // The first change of a page after a checkpoint carries all of it, and no row of its own.
+            // The first change of a page after a checkpoint contains the whole page instead of the
+            // row.
             if let Some(page) = page(&block) {
                 rows(&page).for_each(|row| self.names.learn(database, row));
             } else if let Some(row) = Row::of_record(block.data).filter(|_| insert) {
@@ -152,7 +154,8 @@ impl<'a> Changes<'a> {
     }
 }
 
-/// A page image with its hole filled; `None` where there is none, or one that only PostgreSQL's or LZ4's code unpacks.
+/// Returns a page image with its hole filled. `None` if there is no image, or if it is compressed
+/// with pglz or LZ4.
 fn page(block: &BlockReference<'_>) -> Option<Vec<u8>> {
     let image = block.image?;
     let hole = usize::from(image.hole_bytes);

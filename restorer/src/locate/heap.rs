@@ -1,4 +1,5 @@
-//! Heap pages (`bufpage.h`, `htup_details.h`): the rows of a catalog as they lie in a file of a backup or in a record.
+//! Heap pages (`bufpage.h`, `htup_details.h`): the rows of a catalog, in a file of a backup or in a
+//! WAL record.
 
 /// `BLCKSZ`.
 pub(super) const PAGE_BYTES: usize = 8192;
@@ -11,12 +12,13 @@ const NORMAL: u32 = 1;
 /// `NAMEDATALEN`.
 const NAME_BYTES: usize = 64;
 
-/// A row: its columns, which begin with those of fixed length.
+/// The data of a row. The columns of fixed length come first.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Row<'a>(&'a [u8]);
 
 impl<'a> Row<'a> {
-    /// A row of a record's block data: `xl_heap_header`, then the tuple without its header.
+    /// Returns the row of a record's block data: `xl_heap_header`, then the tuple without its
+    /// header.
     pub(super) fn of_record(data: &'a [u8]) -> Option<Self> {
         let (header, rest) = data.split_at_checked(5)?;
         let begins = usize::from(*header.get(4)?).checked_sub(TUPLE_HEADER_BYTES)?;
@@ -28,7 +30,7 @@ impl<'a> Row<'a> {
         Some(u32::from_le_bytes(*bytes))
     }
 
-    /// A column of type `name`.
+    /// Returns a column of type `name`.
     pub(super) fn name(self, at: usize) -> Option<String> {
         let bytes = self.0.get(at..at + NAME_BYTES)?;
         let text = bytes.split(|byte| *byte == 0).next()?;
@@ -36,7 +38,8 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Every row of a file, also those that were replaced or deleted and not yet vacuumed, in no order.
+/// Returns every row of a file in any order, including rows that were updated or deleted and not
+/// yet vacuumed.
 pub(super) fn rows(file: &[u8]) -> impl Iterator<Item = Row<'_>> {
     file.chunks_exact(PAGE_BYTES).flat_map(|page| {
         let u16_at = |at: usize| {

@@ -1,6 +1,7 @@
-//! What relations are called: read from `pg_class` as a backup has it, and from rows that WAL adds to it afterwards.
+//! The names of relations, from the `pg_class` of a backup and from rows that later WAL adds to it.
 //!
-//! WAL knows relations by file numbers only. A relation whose row is in neither is shown by its numbers, never guessed.
+//! WAL identifies relations by file numbers only. A relation whose row is in neither source is
+//! shown by its numbers; names are never guessed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -9,7 +10,7 @@ use wal_format::{BackupInfo, RelationFile};
 use super::heap::{Row, rows};
 use crate::{Result, execute, inventory::Archive};
 
-/// Catalogs by their OIDs, which are the same in all versions.
+/// The OIDs of catalogs, which are the same in all versions.
 const PG_CLASS: u32 = 1259;
 const PG_DATABASE: u32 = 1262;
 const PG_NAMESPACE: &str = "pg_namespace";
@@ -22,18 +23,18 @@ const DEFAULT_TABLESPACE: u32 = 1663;
 #[derive(Debug, Default)]
 pub(super) struct Names {
     databases: HashMap<u32, String>,
-    /// Database and OID to the schema.
+    /// Schema by database and OID.
     schemas: HashMap<(u32, u32), String>,
-    /// Database and file number to schema's OID and name.
+    /// The schema's OID and the name, by database and file number.
     relations: HashMap<(u32, u32), (u32, String)>,
-    /// Database and OID to schema's OID and name.
+    /// The schema's OID and the name, by database and OID of the relation.
     oids: HashMap<(u32, u32), (u32, String)>,
-    /// Database to the file of its `pg_class`.
+    /// The file of `pg_class`, by database.
     classes: HashMap<u32, u32>,
 }
 
 impl Names {
-    /// Of the relations of these databases when the backup was taken.
+    /// Reads the names of the relations of these databases as of the backup.
     pub(super) fn of_backup(
         archive: &Archive,
         backup: &BackupInfo,
@@ -103,14 +104,15 @@ impl Names {
         Ok(())
     }
 
-    /// The database, if the file is its `pg_class`.
+    /// Returns the database if the file is its `pg_class`.
     pub(super) fn is_class(&self, file: RelationFile) -> Option<u32> {
         let class = self.classes.get(&file.database);
         (file.tablespace == DEFAULT_TABLESPACE && class == Some(&file.relation))
             .then_some(file.database)
     }
 
-    /// Takes a row of `pg_class` (`FormData_pg_class`; its first columns are the same from 12 on).
+    /// Adds a row of `pg_class` (`FormData_pg_class`; its first columns are the same since version
+    /// 12).
     pub(super) fn learn(&mut self, database: u32, row: Row<'_>) {
         let columns = (row.name(4), row.u32(68), row.u32(88));
         let (Some(name), Some(schema), Some(file)) = columns else {
@@ -128,13 +130,14 @@ impl Names {
         self.databases.get(&oid).cloned()
     }
 
-    /// `schema.name`, as far as it is known.
+    /// Returns `schema.name`, or the name alone if the schema is unknown.
     pub(super) fn relation(&self, file: RelationFile) -> Option<String> {
         let found = self.relations.get(&(file.database, file.relation))?;
         self.qualified(file.database, found)
     }
 
-    /// `schema.name` of the relation with this OID, as far as it is known.
+    /// Returns `schema.name` of the relation with this OID, or the name alone if the schema is
+    /// unknown.
     pub(super) fn of_oid(&self, database: u32, oid: u32) -> Option<String> {
         self.qualified(database, self.oids.get(&(database, oid))?)
     }
@@ -147,7 +150,7 @@ impl Names {
     }
 }
 
-/// The file of a mapped relation (`RelMapFile` in `relmapper.c`).
+/// Returns the file of a mapped relation (`RelMapFile` in `relmapper.c`).
 fn mapped(map: &[u8], oid: u32) -> Option<u32> {
     let field = |at: usize| {
         let bytes = map.get(at..)?.first_chunk()?;
