@@ -40,19 +40,18 @@ mod restore;
 use opening::{archive, open, resolve};
 use restore::{RestoreArgs, restore};
 
-/// Restores a PostgreSQL cluster from a Tidemark repository to any instant; says before it copies
-/// where recovery stops.
+/// Restores a PostgreSQL cluster from a Tidemark repository to any point in time. Shows before the
+/// copy where recovery will stop.
 #[derive(Debug, Parser)]
 #[command(name = "pitr-restore", version, subcommand_negates_reqs = true)]
 struct Cli {
     #[command(flatten)]
     common: CommonArgs,
-    /// The system identifier the cluster had, when `pg_upgrade` or initdb gave it a new one.
+    /// The system identifier of the cluster, if `pg_upgrade` or initdb gave it a new one since.
     /// Default: the newest; `list` shows all.
     #[arg(long, global = true, value_name = "N")]
     system: Option<SystemIdentifier>,
-    /// Look at a versioned bucket as it was at this time: what was deleted or overwritten since is
-    /// undone.
+    /// Read a versioned bucket as it was at this time, without later deletions and overwrites.
     #[arg(long, global = true, value_name = "TIME")]
     at: Option<String>,
     #[command(flatten)]
@@ -65,19 +64,19 @@ struct Cli {
 enum Command {
     /// Lists backups, restorable windows, gaps and restore points.
     List {
-        /// One JSON document.
+        /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Finds the moment: commits, drops and large deletes near a time, each with the flags that
-    /// restore to just before it.
+    /// Finds commits, drops and large deletes near a time, each with the options of a restore to
+    /// just before it.
     Locate(locate::LocateArgs),
     /// `restore_command` = 'pitr-restore wal-fetch %f %p': 0 delivered, 1 proved absent, 255
     /// anything else.
     WalFetch {
-        /// The file PostgreSQL asks for: %f.
+        /// The file that PostgreSQL asks for: %f.
         name: String,
-        /// Where it wants it: %p.
+        /// The path to which it is copied: %p.
         destination: PathBuf,
         /// The plan of the restore.
         #[arg(long, value_name = "FILE")]
@@ -85,31 +84,32 @@ enum Command {
     },
     /// Lifts the isolation of a restored copy that takes its parent's place.
     Release(release::ReleaseArgs),
-    /// Removes what only the recovery needed; a restored server's `recovery_end_command`.
+    /// Removes the settings that only the recovery needed; the `recovery_end_command` of a restored
+    /// server.
     #[command(hide = true)]
     RecoveryEnded {
         /// The data directory.
         #[arg(default_value = ".")]
         directory: PathBuf,
     },
-    /// Fetches what follows NAME before it is asked for; `wal-fetch` starts it.
+    /// Fetches the segments after NAME before PostgreSQL asks for them; started by `wal-fetch`.
     #[command(hide = true)]
     WalAhead {
         /// The segment that was just delivered.
         name: String,
-        /// Where it went.
+        /// The path to which it was copied.
         destination: PathBuf,
         /// The plan of the restore.
         #[arg(long, value_name = "FILE")]
         plan: Option<PathBuf>,
-        /// Where to put them.
+        /// The directory for the fetched segments.
         #[arg(long, value_name = "DIR")]
         folder: PathBuf,
     },
 }
 
 impl Cli {
-    /// Returns true if the answer is to be one JSON document.
+    /// Returns true if the output is one JSON document.
     fn wants_json(&self) -> bool {
         match &self.command {
             Some(Command::List { json }) => *json,
@@ -123,8 +123,9 @@ impl Cli {
     }
 }
 
-/// Parses the arguments, of which the first is the program's name, and runs the command. The exit
-/// code is the contract's. With `--json` a refusal is a JSON document on standard output too.
+/// Parses the arguments and runs the command. The first argument is the program's name. Returns the
+/// contract's exit code. With `--json`, a refusal is also printed as a JSON document on standard
+/// output.
 #[must_use]
 pub fn run(arguments: Vec<OsString>) -> ExitCode {
     let json = arguments.iter().any(|argument| argument == "--json");
@@ -188,7 +189,8 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             }
             let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
-            // Which system it is, is asked of the store already.
+            // Opening the repository already reads the system identifier from the store, so retry
+            // it, too.
             let repository = wal_fetch::patiently(&name, || {
                 open(&cluster.repository, &cluster.name, cli.system)
             })?;
@@ -242,8 +244,8 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Release(args)) => {
-            // A copy is released without a repository too: only a connection text is wanted of the
-            // settings.
+            // A copy can be released without a repository: only the connection string is taken from
+            // the settings.
             let settings = resolve(&cli);
             if cli.common.config.is_some() {
                 settings
@@ -270,8 +272,8 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
                 .map(opening::absolute)
                 .transpose()?;
             let mut cluster = settings.cluster()?.clone();
-            // A single store is waited for while it restarts. Otherwise the copy would have to
-            // start from its beginning.
+            // Wait for a single store while it restarts. Otherwise the restore would have to start
+            // again from the beginning.
             if cluster.repository.others.is_empty() {
                 cluster.repository.patience = Patience::Long;
             }
@@ -280,7 +282,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
     }
 }
 
-/// A plan, and the bytes of its file.
+/// Reads a plan. Returns it with the bytes of its file.
 fn read_plan(path: &Path) -> Result<(RestorePlan, Vec<u8>)> {
     let json = std::fs::read(path).map_err(Error::io("read", path))?;
     let plan = serde_json::from_slice(&json).map_err(|error| Error::Damaged {

@@ -1,4 +1,4 @@
-//! [`Error`]: why a restore did not happen, and the contract's exit code for it.
+//! [`Error`]: the reason why a restore failed, and the contract's exit code for it.
 
 use std::{io, path::PathBuf};
 
@@ -10,35 +10,35 @@ use crate::plan::PlanError;
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a restore did not happen.
+/// The reason why a restore failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Stored bytes are not those that were stored.
+    /// Bytes that were read differ from those that were stored.
     #[error("{object}: {problem}; nothing of it was used")]
     Damaged {
         /// The object or file.
         object: String,
-        /// What is wrong with it.
+        /// The problem with it.
         problem: String,
     },
-    /// The primary had more of something than the backup's settings give.
+    /// The primary had a higher value of a setting than the copy has.
     #[error(
         "PostgreSQL can not recover: {said} The primary was given more after the backup; remove the target directory and \
          restore again with --set NAME=VALUE of the primary's value"
     )]
     InsufficientParameter {
-        /// PostgreSQL's word, with both values.
+        /// PostgreSQL's message, with both values.
         said: String,
     },
     /// A file operation failed.
     #[error("{action} {path}: {source}{remedy}", path = path.display(), remedy = remedy(source))]
     Io {
-        /// A verb in the present tense.
+        /// The operation as a verb in the present tense.
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// The operating system's word.
+        /// The operating system's error.
         source: io::Error,
     },
     /// A server answers at an address of the parent.
@@ -50,44 +50,44 @@ pub enum Error {
         /// A socket, an address, or the setting that names it.
         address: String,
     },
-    /// PostgreSQL says that changes are missing from the WAL.
+    /// PostgreSQL reports that changes are missing from the WAL.
     #[error(
         "rows are missing from this copy: {said}; do not use it, and restore to a target before that WAL or from a base \
          backup after it (`pitr-restore list`); PostgreSQL's log is {log}",
         log = log.display()
     )]
     MinimalWal {
-        /// The log.
+        /// PostgreSQL's log.
         log: PathBuf,
-        /// PostgreSQL's words.
+        /// PostgreSQL's message.
         said: String,
     },
     /// The target cannot be reached.
     #[error(transparent)]
     Plan(#[from] PlanError),
-    /// PostgreSQL did not do what was planned.
+    /// PostgreSQL stopped elsewhere than planned.
     #[error("recovery stopped {found}, the plan was {planned}; do not use this copy")]
     PlanMismatch {
-        /// Where the plan wanted it.
+        /// The planned stop.
         planned: String,
-        /// Where it stopped.
+        /// The actual stop.
         found: String,
     },
-    /// A server process crashes again and again.
+    /// A server process crashes repeatedly.
     #[error(
         "recovery ends in a crash loop: PostgreSQL has begun again {crashes} times, first because its {said}; it was \
          stopped; its log is {log}",
         log = log.display()
     )]
     RecoveryCrashes {
-        /// The log.
+        /// PostgreSQL's log.
         log: PathBuf,
         /// The number of restarts after a crash.
         crashes: u32,
         /// The first crash, in PostgreSQL's words.
         said: String,
     },
-    /// Recovery paused where it was not to.
+    /// Recovery paused before the target.
     #[error(
         "recovery has paused before its target{place}: somebody or a setting paused it; the server was stopped; its log \
          is {log}",
@@ -95,7 +95,7 @@ pub enum Error {
         log = log.display()
     )]
     RecoveryPaused {
-        /// The log.
+        /// PostgreSQL's log.
         log: PathBuf,
         /// The end of WAL that is known to be replayed.
         replayed: Option<Lsn>,
@@ -108,43 +108,43 @@ pub enum Error {
         log = log.display()
     )]
     RecoveryStalled {
-        /// The log.
+        /// PostgreSQL's log.
         log: PathBuf,
-        /// For how long.
+        /// The time without progress.
         seconds: u64,
         /// The state of the recovery, according to its log.
         waits_for: String,
-        /// Its last message.
+        /// PostgreSQL's last message.
         said: String,
     },
     /// PostgreSQL ended before the recovery did.
     #[error("PostgreSQL ended before recovery did: {said}; its log is {log}", log = log.display())]
     RecoveryFailed {
-        /// The log.
+        /// PostgreSQL's log.
         log: PathBuf,
-        /// Its last words.
+        /// PostgreSQL's last message.
         said: String,
     },
-    /// The repository or the catalog.
+    /// An error of the repository or the catalog.
     #[error(transparent)]
     Repository(#[from] repository::Error),
     /// WAL that the plan needs cannot be read.
     #[error("WAL at {lsn} can not be read: {problem}")]
     Wal {
-        /// Where.
+        /// The start of the record or range.
         lsn: Lsn,
-        /// What is wrong.
+        /// The problem with it.
         problem: String,
     },
-    /// A wish that cannot be granted as written.
+    /// An option or configuration that cannot be used.
     #[error("{message}")]
     Usage {
-        /// What is wrong and how to write it.
+        /// The problem and the correct usage.
         message: String,
     },
 }
 
-/// What a person can do about the commonest failures of files.
+/// Returns the remedy for the most common errors of files, as the end of a sentence.
 fn remedy(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
@@ -173,7 +173,8 @@ impl Error {
         }
     }
 
-    /// What a durable file operation met on the target's side, which is no word about the repository.
+    /// Converts the error of a durable file operation on the target, which does not concern the
+    /// repository.
     pub(crate) fn local(error: repository::Error) -> Self {
         match error {
             repository::Error::Store {
@@ -195,7 +196,7 @@ impl Error {
         }
     }
 
-    /// The damage that it reports; any other error is passed on.
+    /// Returns the damage that the error reports; passes any other error on.
     pub(crate) fn into_damage(self) -> Result<Damage> {
         match self {
             Self::Damaged { object, problem } => Ok(Damage { object, problem }),
@@ -211,7 +212,7 @@ impl Error {
         }
     }
 
-    /// The contract's exit code.
+    /// Returns the contract's exit code.
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {

@@ -1,14 +1,14 @@
-//! Why a moment cannot be restored when retention gave it up: what, when, and by which policy.
+//! The reason why an expired moment cannot be restored: what expired, when, and by which policy.
 
 use repository::ExpiredSet;
 use wal_format::{BackupId, Expired, ExpiredWindow, PgTimestamp};
 
 use crate::{Error, PlanError, Result, inventory::Archive, target::RecoveryTarget};
 
-/// How many windows a refusal names.
+/// The maximum number of windows that a refusal names.
 const WINDOWS_MAX: usize = 3;
 
-/// Refuses a backup that was asked for by name and expired.
+/// Refuses a backup that the operator named and that has expired.
 ///
 /// # Errors
 /// [`PlanError::ExpiredBackup`].
@@ -33,7 +33,7 @@ pub(crate) fn refuse_backup(archive: &Archive, id: &BackupId) -> Result<()> {
     }
 }
 
-/// A refusal, with what expired there.
+/// Adds to a refusal what has expired there.
 pub(crate) fn explain(archive: &Archive, target: &RecoveryTarget, refusal: Error) -> Error {
     let Error::Plan(plan) = refusal else {
         return refusal;
@@ -99,7 +99,7 @@ fn because_of(expired: &ExpiredSet, target: &RecoveryTarget, plan: &PlanError) -
     (!said.is_empty()).then(|| said.join("; "))
 }
 
-/// Returns true if a window holds the target, where that can be known.
+/// Returns true if a window contains the target. False for targets other than a time or an LSN.
 fn holds(window: &ExpiredWindow, target: &RecoveryTarget) -> bool {
     match target {
         RecoveryTarget::Time { time, .. } => {

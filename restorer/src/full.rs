@@ -1,19 +1,19 @@
-//! `pitr-restore-full`, which `pitr-restore` becomes: parses the command line, runs it, turns the
-//! outcome into the contract's exit code.
+//! `pitr-restore-full`, which `pitr-restore` executes: parses the command line, runs the command,
+//! and returns the contract's exit code.
 //!
-//! Invariant: as `restore_command` it never ends with a code that PostgreSQL takes for the end of
-//! the archive, unless that is proved: neither when it is called wrongly, nor when it panics.
+//! Invariant: as `restore_command` it never exits with a code that PostgreSQL interprets as the end
+//! of the archive unless the file is proved absent. This also holds for wrong arguments and panics.
 
 use std::{io::IsTerminal, panic, process::ExitCode};
 
-/// PostgreSQL stops recovery where it can be resumed.
+/// The exit code with which PostgreSQL stops recovery, which can be resumed later.
 const NO_ANSWER: u8 = 255;
 
 fn main() -> ExitCode {
-    // The command that meets an object that the catalog finds damaged reports it.
+    // The catalog's own messages are off: the command that needs a damaged object reports it.
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        // As restore_command it writes into PostgreSQL's log.
+        // As `restore_command` this program writes into PostgreSQL's log.
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")

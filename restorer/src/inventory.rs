@@ -33,7 +33,8 @@ pub trait Inventory {
     /// # Errors
     /// Errors of reading them.
     fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>>;
-    /// Timelines of which something is archived and whose history file is lost: which way leads there is not known.
+    /// Timelines with archived objects whose history file is lost, so that the path to them is
+    /// unknown.
     fn lost_histories(&self) -> &[LostHistory] {
         &[]
     }
@@ -58,39 +59,41 @@ pub trait Inventory {
     /// # Errors
     /// Errors of reading them.
     fn prepared_in(&self, backup: &BackupInfo) -> Result<Vec<u32>>;
-    /// The start of the first record at or after `lsn`, found by decoding `ranges`, each up to the
-    /// LSN beside it. `None` if they end before.
+    /// Returns the start of the first record at or after `lsn`. Decodes `ranges`, each up to the
+    /// LSN in its pair. `None` if there is no such record.
     ///
     /// # Errors
     /// Errors of reading them.
     fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>>;
-    /// The start of the last record that ends at or before `lsn`, found by decoding `ranges`, each
-    /// up to the LSN beside it. `None` if they hold no such record.
+    /// Returns the start of the last record that ends at or before `lsn`. Decodes `ranges`, each up
+    /// to the LSN in its pair. `None` if there is no such record.
     ///
     /// # Errors
     /// Errors of reading them.
     fn record_before(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>>;
 }
 
-/// The archive as it is in a repository.
+/// The archive in a repository.
 #[derive(Debug)]
 pub struct Archive {
     /// The objects.
     pub repository: Repository,
-    /// Their index.
+    /// The index of the objects.
     pub catalog: Catalog,
-    /// The repositories of the cluster of which nothing is seen.
+    /// The repositories of the cluster that could not be read.
     pub unseen: Vec<UnseenPlace>,
     damaged_backups: DamagedBackups,
 }
 
 impl Archive {
-    /// Takes a repository and its index, and reads which backups are known to be damaged.
+    /// Creates the archive from a repository and its index. Reads which backups are known to be
+    /// damaged.
     #[must_use]
     pub fn new(repository: Repository, catalog: Catalog) -> Self {
         let system = catalog.identity().system_identifier;
         let mut damaged_backups = repository.damaged_backups(system).unwrap_or_else(|error| {
-            // Each part of a backup is checked again before it is used.
+            // Continue without the result: each part of a backup is checked again before it is
+            // used.
             tracing::warn!(
                 event = "verdict_unreadable", %error,
                 "the result of the last verification cannot be read"
@@ -121,8 +124,7 @@ impl Archive {
         self.damaged_backups.remove(id);
     }
 
-    /// Replaces a refusal by [`Error::Damaged`] if its reason is an object that is archived and
-    /// damaged.
+    /// Replaces a refusal by [`Error::Damaged`] if its cause is an archived object that is damaged.
     #[must_use]
     pub fn explain(&self, refusal: Error) -> Error {
         let Error::Plan(plan) = &refusal else {
@@ -182,7 +184,7 @@ impl Archive {
         }
     }
 
-    /// Returns true if an object of WAL holds, by its name, the byte at `lsn`.
+    /// Returns true if an object of WAL contains the byte at `lsn`, according to its name.
     fn covers(&self, key: &ObjectKey, lsn: Lsn) -> bool {
         let size = self.catalog.identity().wal_segment_size;
         match key {
@@ -262,7 +264,8 @@ impl Inventory for Archive {
             .files
             .iter()
             .filter_map(|file| file.path.strip_prefix("pg_twophase/"));
-        // Named by the transaction in hexadecimal, from 17 on with its epoch in the upper half.
+        // The name is the transaction ID in hexadecimal; since PostgreSQL 17 it has the epoch in
+        // the upper half.
         let xid = |name: &str| u64::from_str_radix(name, 16).ok();
         #[expect(clippy::cast_possible_truncation, reason = "the lower half is wanted")]
         let lower = |full: u64| full as u32;
@@ -272,8 +275,8 @@ impl Inventory for Archive {
     fn record_at_or_after(&self, ranges: &[(WalRange, Lsn)], lsn: Lsn) -> Result<Option<Lsn>> {
         let identity = self.identity();
         let wal_identity = self.wal_identity();
-        // Decoding starts at the segment that holds the position: a segment's first page says where
-        // its records begin.
+        // Decode from the start of the segment that contains the LSN: a segment's first page shows
+        // where its records begin.
         let segment = identity.wal_segment_size.segment_of(lsn);
         let mut indexer: Option<WalIndexer> = None;
         for (range, end_lsn) in ranges.iter().filter(|(range, _)| range.segment >= segment) {

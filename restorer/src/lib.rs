@@ -1,12 +1,12 @@
 //! Rebuilds a data directory at a recovery target; serves `restore_command`.
 //!
-//! Modules in reading order: the [`target`] a person names, the [`inventory`] of what is archived,
-//! the [`plan`] (pure: where PostgreSQL will stop, or why not), [`unfinished`] which avoids what a
-//! `DROP` has done before its commit, [`execute`] which applies the plan, [`isolation`] of the copy
-//! from its parent, [`wal_fetch`] which feeds the recovery and [`look_ahead`] which does so before it
-//! asks, [`tablespaces`] which keeps the replay out of other servers' directories, [`start`] which
-//! runs it and compares the outcome with the plan, and [`locate`] which finds the moment to restore
-//! to.
+//! Modules in reading order: the [`target`] that the operator names; the [`inventory`] of the
+//! archive; the [`plan`] (pure: where PostgreSQL will stop, or why it cannot); [`unfinished`],
+//! which avoids the effects that a `DROP` has before its commit; [`execute`], which applies the
+//! plan; [`isolation`] of the copy from its parent; [`wal_fetch`], which delivers WAL to the
+//! recovery; [`look_ahead`], which fetches WAL before PostgreSQL asks for it; [`tablespaces`],
+//! which keeps the replay out of other servers' directories; [`start`], which runs the recovery and
+//! compares the outcome with the plan; and [`locate`], which finds the moment to restore to.
 
 pub mod cli;
 pub mod error;

@@ -16,58 +16,60 @@ use crate::{
     target::RecoveryTarget,
 };
 
-/// Everything that is listed.
+/// The complete listing of a cluster.
 #[derive(Clone, Debug, Serialize)]
 pub struct Listing {
-    /// The system identifiers the cluster has had, oldest first.
+    /// The epochs of the cluster, oldest first.
     pub epochs: Vec<ListedEpoch>,
-    /// The base backups, oldest first; these and all that follows are of the epoch that is listed.
+    /// The base backups, oldest first. They and all further fields belong to the epoch that is
+    /// listed.
     pub backups: Vec<ListedBackup>,
-    /// The stretches of WAL without a gap.
+    /// The contiguous ranges of WAL.
     pub windows: Vec<Window>,
-    /// The ones that a restore accepts.
+    /// The ranges in which a restore can stop.
     pub restorable: Vec<Restorable>,
-    /// Why a restore of the newest state, without a timeline, is refused; `None` where it is
-    /// accepted.
+    /// The reason why a restore of the newest state, without a timeline, is refused; `None` if it
+    /// is accepted.
     pub refusal: Option<String>,
-    /// What is missing between them, for another reason than that it expired.
+    /// Missing WAL between the ranges, without WAL that expired.
     pub gaps: Vec<Gap>,
-    /// Where a server wrote WAL with `wal_level = minimal`: no backup before leads over it.
+    /// WAL that a server wrote with `wal_level = minimal`: no earlier backup can be restored past
+    /// it.
     pub minimal_wal: Vec<MinimalWal>,
-    /// Commits that failovers lost; their WAL is kept on the timeline that was left.
+    /// Commits that failovers lost. Their WAL stays on the abandoned timeline.
     pub failover_losses: Vec<FailoverLoss>,
-    /// The moments that retention gave up.
+    /// The moments that can no longer be restored, because their data expired.
     pub expired: Vec<ExpiredWindow>,
     /// The restore points.
     pub restore_points: Vec<RestorePoint>,
-    /// Objects that cannot be understood; they count as missing.
+    /// Objects that cannot be parsed. They count as missing.
     pub damaged: Vec<DamagedObject>,
-    /// The repositories of the cluster of which nothing was seen: what only they hold is missing
-    /// above.
+    /// The repositories of the cluster that could not be read. Data that only they contain is
+    /// missing above.
     pub unseen_repositories: Vec<UnseenPlace>,
 }
 
-/// A time in which the cluster had one system identifier.
+/// A period in which the cluster had one system identifier.
 #[derive(Clone, Debug, Serialize)]
 pub struct ListedEpoch {
-    /// Its number, from 1.
+    /// The number, from 1.
     pub number: u32,
-    /// `--system` of its restores.
+    /// The system identifier, for `--system`.
     pub system_identifier: SystemIdentifier,
     /// PostgreSQL's major version.
     pub postgresql_major: PgVersion,
-    /// When it began.
+    /// The time when it began.
     pub since: PgTimestamp,
-    /// The names of its base backups, oldest first.
+    /// The IDs of its base backups, oldest first.
     pub backups: Vec<BackupId>,
-    /// True if the rest of this listing is about it.
+    /// True if the rest of this listing describes this epoch.
     pub listed: bool,
 }
 
-/// The epochs of a repository, of which `listed` is listed in full.
+/// Returns the epochs of a repository. `listed` is the one that is listed in full.
 ///
 /// # Errors
-/// What reading the repository met.
+/// Errors of reading the repository.
 pub fn epochs(repository: &Repository, listed: SystemIdentifier) -> Result<Vec<ListedEpoch>> {
     let mut epochs = Vec::new();
     for (number, identity) in repository.epochs()? {
@@ -91,71 +93,72 @@ pub fn epochs(repository: &Repository, listed: SystemIdentifier) -> Result<Vec<L
     Ok(epochs)
 }
 
-/// An object that cannot be understood.
+/// An object that cannot be parsed.
 #[derive(Clone, Debug, Serialize)]
 pub struct DamagedObject {
-    /// Its key.
+    /// The object's key.
     pub object: String,
-    /// What is wrong with it.
+    /// The problem with it.
     pub problem: String,
 }
 
 /// A base backup.
 #[derive(Clone, Debug, Serialize)]
 pub struct ListedBackup {
-    /// Its name.
+    /// The backup's ID.
     pub id: BackupId,
-    /// What the operator called it.
+    /// The operator's label.
     pub label: String,
-    /// Its timeline.
+    /// The timeline on which it was taken.
     pub branch: Branch,
-    /// Where redo starts.
+    /// The LSN where redo starts.
     pub start_lsn: Lsn,
-    /// From where on it is consistent.
+    /// The LSN from which it is consistent.
     pub stop_lsn: Lsn,
-    /// When it was complete.
+    /// The time when it was complete.
     pub finished: PgTimestamp,
-    /// Its length in the repository.
+    /// Its bytes in the repository.
     pub stored_bytes: u64,
-    /// True if the WAL that makes it consistent is held, and it is not known to be damaged.
+    /// True if the WAL that makes it consistent is archived, and the backup is not known to be
+    /// damaged.
     pub usable: bool,
-    /// The damage that is known, with its object.
+    /// The known damage, with the damaged object.
     pub damage: Option<String>,
 }
 
-/// A stretch of WAL without a gap.
+/// A contiguous range of WAL.
 #[derive(Clone, Debug, Serialize)]
 pub struct Window {
-    /// Its timeline.
+    /// The timeline.
     pub branch: Branch,
-    /// Its first byte.
+    /// The first byte.
     pub start_lsn: Lsn,
     /// The first byte after it.
     pub end_lsn: Lsn,
-    /// The time of the first commit or abort in it.
+    /// The time of the first commit or abort in the range.
     pub first_time: Option<PgTimestamp>,
-    /// The greatest time in it.
+    /// The latest time in the range.
     pub last_time: Option<PgTimestamp>,
-    /// True if a backup leads to any of it, so that something of it can be restored.
+    /// True if a backup leads to a part of the range, so that this part can be restored.
     pub restorable: bool,
 }
 
-/// WAL in which a recovery can stop.
+/// A range of WAL in which a recovery can stop.
 #[derive(Clone, Debug, Serialize)]
 pub struct Restorable {
-    /// Its timeline.
+    /// The timeline.
     pub branch: Branch,
     /// The first byte after which a recovery can stop.
     pub start_lsn: Lsn,
-    /// The first byte after the stretch.
+    /// The first byte after the range.
     pub end_lsn: Lsn,
-    /// The oldest backup that leads here.
+    /// The oldest backup that leads to the range.
     pub backup: BackupId,
-    /// When that backup was complete; `None` where it was taken on an older timeline.
+    /// The time when that backup was complete; `None` if it was taken on an older timeline.
     pub first_time: Option<PgTimestamp>,
-    /// The greatest time of a commit or abort in the stretch.
+    /// The latest time of a commit or abort in the range.
     pub last_time: Option<PgTimestamp>,
-    /// True if a restore leads here without `--target-timeline`.
+    /// True if a restore without `--target-timeline` leads to the range.
     pub by_default: bool,
 }
 
@@ -166,7 +169,7 @@ pub struct Gap {
     pub branch: Branch,
     /// The first missing byte.
     pub start_lsn: Lsn,
-    /// The first byte that is there again.
+    /// The first archived byte after the gap.
     pub end_lsn: Lsn,
 }
 
@@ -175,9 +178,9 @@ pub struct Gap {
 pub struct MinimalWal {
     /// The timeline.
     pub branch: Branch,
-    /// The record that announces it.
+    /// The record that announces `wal_level = minimal`.
     pub start_lsn: Lsn,
-    /// Where the next restorable stretch of the timeline begins; `None` if there is none.
+    /// The start of the next restorable range of the timeline; `None` if there is none.
     pub end_lsn: Option<Lsn>,
 }
 
@@ -186,16 +189,16 @@ pub struct MinimalWal {
 pub struct RestorePoint {
     /// The timeline on which it was created.
     pub branch: Branch,
-    /// Where.
+    /// The start of its record.
     pub lsn: Lsn,
-    /// When.
+    /// The time in its record.
     pub time: PgTimestamp,
     /// Its name.
     pub name: String,
 }
 
 impl Listing {
-    /// Tells what expired from what is missing.
+    /// Separates WAL that expired from WAL that is missing.
     pub fn tell_expired(&mut self, expired: &ExpiredSet) {
         let gaps = std::mem::take(&mut self.gaps).into_iter();
         let missing = gaps.flat_map(|gap| {
@@ -213,13 +216,13 @@ impl Listing {
     }
 }
 
-/// Lists what is archived.
+/// Lists the archive of a cluster.
 ///
 /// # Errors
-/// What reading the inventory met.
+/// Errors of reading the inventory.
 pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<Listing> {
     let mut backups = inventory.backups()?;
-    // Their names begin with a second, in which two may have begun.
+    // IDs begin with the second of the start, and two backups may start in the same second.
     backups.sort_by_key(|backup| (backup.finished, backup.start_lsn));
     let (mut windows, mut gaps) = (Vec::<Window>::new(), Vec::new());
     for (branch, _, _) in inventory.branches()? {
@@ -308,11 +311,11 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
     })
 }
 
-/// Returns true if the WAL that makes a backup consistent is held: on its own timeline, or on one
-/// that continues it, whose first segment begins with a copy of the WAL before the switch.
+/// Returns true if the WAL that makes a backup consistent is archived: on its own timeline, or on
+/// one that continues it, whose first segment begins with a copy of the WAL before the switch.
 fn is_consistent(inventory: &dyn Inventory, backup: &BackupInfo) -> Result<bool> {
     let branches = inventory.branches()?;
-    // Its own timeline first: it is nearly always enough.
+    // Check its own timeline first, because that is nearly always enough.
     let own = branches.iter().filter(|one| one.0 == backup.branch);
     let others = branches.iter().filter(|one| one.0 != backup.branch);
     for (branch, ..) in own.chain(others) {
@@ -326,8 +329,8 @@ fn is_consistent(inventory: &dyn Inventory, backup: &BackupInfo) -> Result<bool>
     Ok(false)
 }
 
-/// Every restore point once, on the timeline that wrote it: the first segment of a timeline begins
-/// with a copy of the WAL before the switch.
+/// Returns every restore point once, on the timeline that wrote it: the first segment of a timeline
+/// begins with a copy of the WAL before the switch.
 fn restore_points(inventory: &dyn Inventory) -> Result<Vec<RestorePoint>> {
     let branches = inventory.branches()?;
     let mut points = BTreeMap::new();
@@ -346,8 +349,9 @@ fn restore_points(inventory: &dyn Inventory) -> Result<Vec<RestorePoint>> {
     Ok(points.into_values().collect())
 }
 
-/// The stretches of every timeline's own WAL in which a recovery can stop, cut where the `default`
-/// path leaves it; and the WAL between them that was written with `wal_level = minimal`.
+/// Returns the ranges of every timeline's own WAL in which a recovery can stop, split where the
+/// `default` path leaves the timeline, and the WAL between them that was written with `wal_level =
+/// minimal`.
 fn restorable(
     inventory: &dyn Inventory,
     backups: &[BackupInfo],

@@ -1,7 +1,8 @@
-//! The process that prefetches WAL for a recovery. It ends when PostgreSQL takes no more segments.
+//! The process that prefetches WAL for a recovery. It ends when PostgreSQL asks for no more
+//! segments.
 //!
-//! Invariant: a file gets its name when it is complete and checked. The bytes of complete and of
-//! unfinished files are bounded.
+//! Invariant: a file gets its final name when it is complete and checked. The total size of
+//! complete and unfinished files is bounded.
 
 use std::{
     collections::VecDeque,
@@ -26,13 +27,13 @@ use crate::{
     wal_fetch::{self, Asked},
 };
 
-/// The bound of complete and unfinished files. Sixteen segments of 16 MiB are more than PostgreSQL
-/// replays while several threads fetch one segment each from a distant store.
+/// The maximum total size of complete and unfinished files. Sixteen segments of 16 MiB are more
+/// than PostgreSQL replays while several threads fetch one segment each from a distant store.
 pub(crate) const WINDOW_BYTES: u64 = 256 << 20;
-/// The most fetches at once. More gain nothing, because the replay is one process.
+/// The maximum number of concurrent fetches. More are useless, because the replay is one process.
 const THREADS_MAX: u64 = 4;
-/// With fewer segments than this begun or ready, PostgreSQL is about to wait for one. Then a thread
-/// uses the processor that is otherwise left to the replay.
+/// The number of begun or complete segments below which PostgreSQL is about to wait for one. Then a
+/// thread may use the processor that is otherwise left to the replay.
 const FEW: usize = 4;
 /// Gives the replay a slightly higher priority. On a busy host the replay still waits for these
 /// fetches.
@@ -105,15 +106,15 @@ pub fn run(
     });
     drop(fs::remove_dir_all(folder));
     drop(lock);
-    // Fails, as intended, while another recovery's folder is in it.
+    // Fails, as intended, if the directory contains another recovery's folder.
     if let Some(all) = folder.parent() {
         drop(fs::remove_dir(all));
     }
     Ok(())
 }
 
-/// The number of threads that fetch while there is room. Reading from a folder needs only
-/// processors, of which the replay needs one.
+/// Returns the number of threads that fetch permanently. Reading from a folder uses only
+/// processors, and the replay needs one of them.
 fn steady_threads(repository: &Repository) -> u64 {
     if !repository.url().starts_with("file:") {
         return THREADS_MAX;
@@ -127,16 +128,17 @@ struct Fetcher<'a> {
     identity: ClusterIdentity,
     plan: Option<&'a RestorePlan>,
     folder: &'a Path,
-    /// The PID file of the server that asks; `None` if no server runs.
+    /// The PID file of the server that requests WAL; `None` if no server runs.
     server: Option<PathBuf>,
-    /// The most segments that may be complete or unfinished.
+    /// The maximum number of segments that are complete or unfinished.
     window: usize,
     state: Mutex<State>,
 }
 
 struct State {
     names: Names,
-    /// The segments that were begun and not taken yet, in the order in which they were begun.
+    /// The segments whose fetch has begun and which PostgreSQL has not taken yet, in the order in
+    /// which they were begun.
     ready: VecDeque<Begun>,
     /// The time at which a segment was last taken.
     taken: Instant,
@@ -148,18 +150,19 @@ struct Begun {
     unsettled: Option<File>,
 }
 
-/// The segments that were not begun.
+/// The segments whose fetch has not begun.
 enum Names {
-    /// In the order of replay.
+    /// These segments, in the order of replay.
     Planned(VecDeque<SegmentName>),
-    /// From this segment on, until one is not sealed yet.
+    /// All segments from this one on, until one is not sealed yet.
     Following(TimelineId, SegmentNo),
     Ended,
 }
 
 enum Next {
-    /// Fetches into a file that was just created. It is never opened again: ext4 starts to write a
-    /// file to its disk when a file that was opened with `O_TRUNC` is closed, even if it was empty.
+    /// Fetches into a file that was just created. The file is never opened again: when a file that
+    /// was opened with `O_TRUNC` is closed, ext4 starts to write it to disk, even if it was empty
+    /// before.
     Fetch(SegmentName, File),
     /// Fsyncs a complete file. PostgreSQL fsyncs each segment that it takes and replays nothing
     /// meanwhile (`durable_rename` in `KeepFileRestoredFromArchive`); this leaves it little to do.
@@ -170,7 +173,7 @@ enum Next {
 }
 
 impl Fetcher<'_> {
-    /// Fetches while fewer than `window` segments are begun or ready.
+    /// Fetches while fewer than `window` segments are begun or complete.
     fn work(&self, window: usize) {
         loop {
             match self.next(window.min(self.window)) {
@@ -184,7 +187,7 @@ impl Fetcher<'_> {
 
     fn next(&self, window: usize) -> Next {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // Segments are taken in this order. A segment that could not be fetched is absent too.
+        // Segments are taken in this order. A segment that could not be fetched has no file either.
         while let Some(first) = state.ready.front()
             && !first.path.exists()
             && !unfinished(&first.path).exists()
@@ -192,7 +195,7 @@ impl Fetcher<'_> {
             state.ready.pop_front();
             state.taken = Instant::now();
         }
-        // A stopped server asks for nothing more, and its directory may be about to be removed.
+        // A stopped server requests no more WAL, and its directory may be about to be removed.
         let stopped = self
             .server
             .as_ref()
@@ -292,7 +295,7 @@ impl Fetcher<'_> {
     }
 }
 
-/// The segments of the plan in the order of replay. Where the path changes timelines within a
+/// Returns the segments of the plan in the order of replay. If the path changes timelines within a
 /// segment, PostgreSQL asks for the newer timeline's file first.
 fn segments(path: &[PathPart], start: Lsn, end: Lsn, size: SegmentSize) -> VecDeque<SegmentName> {
     let mut names = VecDeque::new();
@@ -319,7 +322,7 @@ fn unfinished(path: &Path) -> PathBuf {
 /// Locks the folder and removes the files of an earlier process. Returns `None` if a running
 /// process has the lock.
 fn hold(folder: &Path) -> Result<Option<File>> {
-    // A link in the place of the folder, or of the one above, would lead what is fetched elsewhere.
+    // If the folder or its parent is a link, the files would be written to another directory.
     if folder.is_symlink() || folder.parent().is_some_and(Path::is_symlink) {
         return Ok(None);
     }
@@ -343,7 +346,8 @@ fn hold(folder: &Path) -> Result<Option<File>> {
     Ok(Some(lock))
 }
 
-/// Removes the folders that the same recovery left before a restart of the host: they are not used.
+/// Removes the folders of the same recovery from before a restart of the host, because they are not
+/// used.
 fn remove_older(folder: &Path) {
     let Some(key) = folder
         .file_name()
@@ -435,7 +439,7 @@ mod tests {
                 "000000040000000000000008",
             ]
         );
-        // Two switches within one segment: the newest has all of it.
+        // Two switches within one segment: the newest timeline has all of it.
         let path = [
             part(1, 0, 0x50_0800),
             part(2, 0x50_0800, 0x50_0900),

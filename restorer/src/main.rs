@@ -1,6 +1,8 @@
-//! `pitr-restore`: hands PostgreSQL a segment that lies ready; becomes `pitr-restore-full` for everything else.
+//! `pitr-restore`: delivers a prefetched segment to PostgreSQL; executes `pitr-restore-full` for
+//! everything else.
 //!
-//! Invariant: as `restore_command` it never ends with a code that PostgreSQL takes for the end of the archive.
+//! Invariant: as `restore_command` it never exits with a code that PostgreSQL interprets as the end
+//! of the archive.
 
 use std::{
     io::{self, Write},
@@ -8,7 +10,7 @@ use std::{
     process::ExitCode,
 };
 
-/// PostgreSQL stops recovery where it can be resumed.
+/// The exit code with which PostgreSQL stops recovery, which can be resumed later.
 const NO_ANSWER: u8 = 255;
 
 fn main() -> ExitCode {

@@ -17,7 +17,7 @@ use crate::{
     tablespaces::Directories,
 };
 
-/// A segment that PostgreSQL replays, and the first of its new timeline.
+/// The segment that PostgreSQL replays, and the first one of its new timeline.
 const OPEN_SEGMENTS: u64 = 2;
 
 /// A file system that a restore writes to.
@@ -39,18 +39,18 @@ impl FileSystem {
         self.needed_bytes > self.free_bytes.saturating_add(self.reused_bytes)
     }
 
-    /// The directories, for people.
+    /// Returns the directories as text.
     pub(crate) fn names(&self) -> String {
         let names = self.directories.iter().map(|one| one.display().to_string());
         names.collect::<Vec<_>>().join(", ")
     }
 }
 
-/// Puts the file systems of the restore into the plan, where a target is named.
+/// Adds the file systems of the restore to the plan, if a target is given.
 ///
 /// # Errors
-/// [`Error::Usage`] for directories that cannot be used together, [`Error::Io`] if a file system
-/// cannot be asked.
+/// [`Error::Usage`] for directories that cannot be used together, [`Error::Io`] if the state of a
+/// file system cannot be read.
 pub(crate) fn settle(
     backup: &BackupInfo,
     segment_bytes: u64,
@@ -99,10 +99,10 @@ pub(crate) fn settle(
     Ok(())
 }
 
-/// Refuses a plan that a file system has not the space for.
+/// Refuses a plan if a file system has less space than it needs.
 ///
 /// # Errors
-/// [`PlanError::NoSpace`] names each.
+/// [`PlanError::NoSpace`] names each such file system.
 pub(crate) fn refuse_shortage(plan: &RestorePlan) -> Result<()> {
     let short = plan.file_systems.iter().filter(|system| system.is_short());
     let said = short.map(|system| {
@@ -124,7 +124,8 @@ pub(crate) fn refuse_shortage(plan: &RestorePlan) -> Result<()> {
     Err(PlanError::NoSpace { shortages }.into())
 }
 
-/// The device and the free bytes of the file system on which `directory` is or will be created.
+/// Returns the device and the free bytes of the file system on which `directory` is or will be
+/// created.
 fn asked(directory: &Path) -> Result<(u64, u64)> {
     for place in directory.ancestors() {
         match fs::metadata(place) {
@@ -147,8 +148,8 @@ fn asked(directory: &Path) -> Result<(u64, u64)> {
     Err(Error::io("find", directory)(missing))
 }
 
-/// The bytes that files below `directory` occupy on `device`. What cannot be read counts for
-/// nothing.
+/// Returns the bytes that files below `directory` occupy on `device`. Directories and files that
+/// cannot be read count as empty.
 fn used_bytes(directory: &Path, device: u64) -> u64 {
     const BLOCK: u64 = 512;
     let mut used = 0_u64;

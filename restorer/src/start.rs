@@ -1,5 +1,5 @@
 //! `--start`: runs PostgreSQL on the restored directory, waits until recovery has ended, and proves
-//! that it ended where the plan wants it (`proof.rs`). A hang (`stall.rs`), a crash loop, a pause, an
+//! that it ended at the planned point (`proof.rs`). A hang (`stall.rs`), a crash loop, a pause, an
 //! early end and a wrong stop are different errors.
 
 use std::{
@@ -33,26 +33,26 @@ use self::{
 pub const LOG: &str = "tidemark_recovery.log";
 /// The interval at which the log is read.
 const POLL: Duration = Duration::from_millis(50);
-/// The number of crashes after which a recovery that begins again each time is given up.
+/// The number of crashes after which a recovery that restarts each time is given up.
 const CRASHES_MAX: u32 = 3;
-/// The first version that reports the LSN of a running redo by itself (`log_startup_progress_interval`).
+/// The first version that logs the LSN of a running redo (`log_startup_progress_interval`).
 const REPORTS_REDO: u16 = 15;
 
-/// How the recovery ended.
+/// The result of a recovery.
 #[derive(Clone, Debug)]
 pub struct Recovered {
-    /// Where it stopped, in PostgreSQL's words.
+    /// The place where it stopped, in PostgreSQL's words.
     pub stopped: String,
-    /// How long it took.
+    /// Its duration.
     pub duration: Duration,
-    /// The server that is running; `None` after a shutdown at the target.
+    /// The process ID of the running server; `None` after a shutdown at the target.
     pub process: Option<u32>,
 }
 
-/// Finds `postgres` of a major version: in `given`, else in the usual places.
+/// Finds `postgres` of a major version: in `given`, else in the usual directories.
 ///
 /// # Errors
-/// [`Error::Usage`] with the places that were looked at.
+/// [`Error::Usage`] with the directories that were searched.
 pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf> {
     let major = version.major();
     let mut places: Vec<PathBuf> = Vec::new();
@@ -98,28 +98,29 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
 /// A server to start.
 #[derive(Clone, Copy)]
 pub struct Start<'a> {
-    /// Its program.
+    /// The server's program.
     pub postgres: &'a Path,
-    /// Its major version.
+    /// The server's version.
     pub version: PgVersion,
     /// The restored directory.
     pub directory: &'a Path,
-    /// The repository that the recovery reads.
+    /// The repository from which the recovery reads WAL.
     pub repository: &'a Repository,
     /// The system identifier of the cluster.
     pub system: SystemIdentifier,
     /// The time without any progress after which the recovery is given up.
     pub timeout: Duration,
-    /// The size of its WAL segments.
+    /// The size of the server's WAL segments.
     pub segment_size: SegmentSize,
     /// The plan that the stop is compared with.
     pub plan: &'a RestorePlan,
     /// The action at the target.
     pub action: Action,
-    /// `shared_buffers` for as long as it runs: how many a server has changes nothing of what it recovers, and recovery
-    /// compares no primary's value with them (`CheckRequiredParameterValues`).
+    /// The value of `shared_buffers` until the next restart; `None` for the configured one. It has
+    /// no influence on the result of recovery, and recovery does not compare it with the primary's
+    /// value (`CheckRequiredParameterValues`).
     pub buffers: Option<&'a str>,
-    /// Takes each report on the progress.
+    /// Receives each progress report.
     pub tell: &'a dyn Fn(&str),
 }
 
@@ -134,10 +135,13 @@ impl std::fmt::Debug for Start<'_> {
 
 /// Starts PostgreSQL and waits for the end of recovery.
 ///
-/// It takes no connections meanwhile, unless it is to stay read-only:
-/// 1. no reader sees a moment before the target;
-/// 2. replay does not keep the list of running transactions, which is for readers alone (`standbyState` in `xlogutils.h`);
-/// 3. a server with fewer connections than the primary had, which could not show them all, recovers.
+/// Except with [`Action::Pause`], the server accepts no connections meanwhile (`hot_standby =
+/// off`), for three reasons:
+/// 1. No reader sees a state before the target.
+/// 2. Replay does not need to maintain the list of running transactions, which only readers need
+///    (`standbyState` in `xlogutils.h`).
+/// 3. A server with a smaller `max_connections` than the primary's, which could not track all its
+///    transactions, can recover.
 ///
 /// # Errors
 /// [`Error::RecoveryFailed`] with PostgreSQL's first error, [`Error::RecoveryStalled`],
@@ -178,14 +182,14 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
             prove(directory, &log.seen, plan, system, action)
         })
         .and_then(|stopped| {
-            // PostgreSQL ran it too, unless the program is gone from where it was.
+            // PostgreSQL has run it already, unless the program is no longer at its path.
             isolation::recovery_ended(directory)?;
             Ok(stopped)
         });
     let stopped = match outcome {
         Ok(stopped) => stopped,
         Err(error) => {
-            // A copy that is not what was planned must not go on to take connections.
+            // A copy that differs from the plan must not continue and accept connections.
             stop(&mut server);
             return Err(reason(&path, wanted.repository, wanted.plan).unwrap_or(error));
         }
@@ -201,10 +205,11 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
     })
 }
 
-/// The arguments after the data directory.
+/// Returns the arguments after the data directory.
 fn arguments(wanted: &Start<'_>) -> Vec<String> {
-    // The log is read here: in English, and into this file whatever the restored settings say. At "log" it would hold
-    // no warnings, which name the settings that recovery cannot go on with.
+    // This process reads the log, so it has to be in English and in this file, whatever the
+    // restored settings say. At the level "log" it would lack the warnings, which name the settings
+    // with which recovery cannot continue.
     let mut settings = vec![
         "lc_messages=C".to_owned(),
         "logging_collector=off".to_owned(),
@@ -225,7 +230,8 @@ fn arguments(wanted: &Start<'_>) -> Vec<String> {
     settings.into_iter().flat_map(pair).collect()
 }
 
-/// The reason why the recovery got no WAL, if it failed for that: asks once more for the file that PostgreSQL names.
+/// Returns the reason why the recovery got no WAL, if it failed because of that: fetches the file
+/// that PostgreSQL names once more.
 fn reason(log: &Path, repository: &Repository, plan: &RestorePlan) -> Option<Error> {
     let text = fs::read(log).ok()?;
     let text = String::from_utf8_lossy(&text);
@@ -234,7 +240,8 @@ fn reason(log: &Path, repository: &Repository, plan: &RestorePlan) -> Option<Err
     wal_fetch::probe(repository, plan, name).err()
 }
 
-/// Asks for an immediate shutdown: nothing in the copy is worth keeping, and it can be recovered again.
+/// Stops the server with an immediate shutdown. Nothing in the copy has to be preserved, and it can
+/// be recovered again.
 fn stop(server: &mut Child) {
     let pid = Pid::from_child(server);
     if let Err(error) = kill_process(pid, Signal::QUIT) {
@@ -245,7 +252,7 @@ fn stop(server: &mut Child) {
     }
 }
 
-/// Waits until the log says that recovery has ended as the action wants.
+/// Waits until the log shows that recovery has ended as the action requires.
 fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> Result<()> {
     let to = match wanted.plan.stop {
         Stop::Before { lsn } | Stop::After { lsn } => Some(lsn),
@@ -259,7 +266,8 @@ fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> R
     let processor = || processor_time(server_id);
     let mut stall = Stall::new(wanted.timeout, processor(), began);
     loop {
-        // Before the log is read, so that nothing is read too early of a server that has ended.
+        // Check for the end before reading the log, so that the log of a server that has ended is
+        // read completely.
         let ended = server.try_wait().map_err(Error::io("wait for", path))?;
         log.read().map_err(Error::io("read", path))?;
         let outcome = judge(&log.seen, ended.is_some(), path, wanted.action);
@@ -282,9 +290,9 @@ fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> R
     }
 }
 
-/// The outcome of the recovery, if the log shows one.
+/// Returns the outcome of the recovery, if the log shows one.
 fn judge(seen: &Events, ended: bool, log: &Path, action: Action) -> Option<Result<()>> {
-    // PostgreSQL 13 only warns and goes on without the missing changes.
+    // PostgreSQL 13 only warns and continues without the missing changes.
     if let Some(said) = seen.minimal.clone() {
         let log = log.to_owned();
         return Some(Err(Error::MinimalWal { log, said }));
@@ -297,8 +305,8 @@ fn judge(seen: &Events, ended: bool, log: &Path, action: Action) -> Option<Resul
     if done {
         return Some(Ok(()));
     }
-    // The primary was given more of something after the backup (`CheckRequiredParameterValues`): PostgreSQL would
-    // wait here for somebody to shut it down.
+    // A setting of the primary was increased after the backup (`CheckRequiredParameterValues`).
+    // PostgreSQL would wait here until a user shuts it down.
     if let Some(said) = seen.lower_setting.clone().filter(|_| seen.insufficient) {
         return Some(Err(Error::InsufficientParameter { said }));
     }
@@ -328,7 +336,7 @@ fn judge(seen: &Events, ended: bool, log: &Path, action: Action) -> Option<Resul
     None
 }
 
-/// Stands for PostgreSQL's words where there are none.
+/// Returns the text that replaces PostgreSQL's message if there is none.
 fn nothing() -> String {
     "it wrote nothing to its log".to_owned()
 }

@@ -1,4 +1,4 @@
-//! [`RecoveryTarget`]: the point at which recovery stops, as a person names it.
+//! [`RecoveryTarget`]: the point at which recovery stops, as the operator names it.
 
 use wal_format::{Lsn, PgTimestamp};
 
@@ -42,13 +42,14 @@ pub enum RecoveryTarget {
     Name {
         /// The name.
         name: String,
-        /// The start or the end of the restore point's record, where several have the name.
+        /// The start or the end of the restore point's record, if several restore points have the
+        /// name.
         at_lsn: Option<Lsn>,
     },
 }
 
-/// Parses a transaction's number: decimal or, after `0x`, hexadecimal; with 32 bits as in WAL and
-/// in `xmin`, or with the epoch above them as `pg_current_xact_id()` prints it.
+/// Parses a transaction's number: decimal or, after `0x`, hexadecimal. It has 32 bits, as in WAL
+/// and in `xmin`, or the epoch above them, as `pg_current_xact_id()` prints it.
 ///
 /// # Errors
 /// The problem and the remedy.

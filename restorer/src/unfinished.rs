@@ -1,12 +1,13 @@
-//! Transactions that are unfinished at the stop and of which the replay shows something already:
-//! the locks that keep readers out, and the databases and tablespaces whose files are removed.
+//! Transactions that are unfinished at the stop and whose effects are partly replayed: the locks
+//! that block readers, and the databases and tablespaces whose files are removed.
 //!
 //! PostgreSQL writes both into the WAL before the commit of `DROP` (`LogAccessExclusiveLock` in
 //! `standby.c`, `dropdb` in `dbcommands.c`). A stop right before that commit therefore leaves a
 //! server in recovery on which every query of the table waits, and a database that is in
 //! `pg_database` and has no files. Right after the last kept commit the rows are the same and
-//! neither has happened, so the plan stops there where it can. Invariant: a plan is moved only if
-//! the committed and the prepared transactions stay the same; else it names what is in the way.
+//! neither effect exists, so the plan stops there if possible. Invariant: a stop is moved only if
+//! the committed and the prepared transactions stay the same. Otherwise the plan names the locks
+//! and the removed files.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -27,24 +28,24 @@ use crate::{
 /// Resource managers (`rmgrlist.h`).
 const DATABASE: ResourceManager = ResourceManager(4);
 const STANDBY: ResourceManager = ResourceManager(8);
-/// Kinds of records of `standbydefs.h`.
+/// Kinds of records in `standbydefs.h`.
 const STANDBY_LOCK: u8 = 0x00;
 const RUNNING_XACTS: u8 = 0x10;
-/// `XLOG_DBASE_DROP`, before 15 and since.
+/// `XLOG_DBASE_DROP` before version 15 and since.
 const DATABASE_DROP_BEFORE_15: u8 = 0x10;
 const DATABASE_DROP: u8 = 0x20;
 /// `XLOG_TBLSPC_DROP`.
 const TABLESPACE_DROP: u8 = 0x10;
 /// `XLOG_CHECKPOINT_SHUTDOWN`.
 const SHUTDOWN: u8 = 0x00;
-/// Kinds of `xact.h`.
+/// Kinds of records in `xact.h`.
 const COMMIT: u8 = 0x00;
 const PREPARE: u8 = 0x10;
 const ABORT: u8 = 0x20;
 const COMMIT_PREPARED: u8 = 0x30;
 const ABORT_PREPARED: u8 = 0x40;
-/// The most WAL before a stop that is searched for the server's last list of locks. A server writes
-/// one every 15 seconds (`LOG_SNAPSHOT_INTERVAL_MS`) and in every checkpoint.
+/// The maximum amount of WAL before a stop that is searched for the server's last list of locks. A
+/// server writes one every 15 seconds (`LOG_SNAPSHOT_INTERVAL_MS`) and in every checkpoint.
 const SEARCH_MAX_BYTES: u64 = 1 << 30;
 
 /// An `AccessExclusiveLock` that is held at the stop.
@@ -52,11 +53,11 @@ const SEARCH_MAX_BYTES: u64 = 1 << 30;
 pub struct HeldLock {
     /// The transaction that holds it.
     pub xid: u32,
-    /// The OID of the database; 0 is a relation that all share.
+    /// The OID of the database; 0 for a shared relation.
     pub database: u32,
     /// The OID of the relation.
     pub relation: u32,
-    /// Its schema and name in the backup.
+    /// Its schema and name in the backup; `None` if unknown.
     #[serde(default)]
     pub name: Option<String>,
 }
@@ -75,7 +76,7 @@ pub struct RemovedFiles {
     pub lsn: Lsn,
 }
 
-/// What transactions that are unfinished at a stop did.
+/// The effects of transactions that are unfinished at a stop.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Unfinished {
     locks: BTreeSet<HeldLock>,
@@ -83,10 +84,10 @@ struct Unfinished {
 }
 
 /// Moves the stop of `plan` back to the last kept commit if transactions that are unfinished at the
-/// stop would harm the copy. What cannot be avoided is put into the plan. `readers` is true for a
-/// copy that stays in recovery at the stop, where locks keep readers out.
+/// stop would harm the copy. Effects that cannot be avoided are added to the plan. `readers` is
+/// true for a copy that stays in recovery at the stop, where locks block readers.
 ///
-/// WAL that cannot be read is not an error here: the recovery says so itself.
+/// WAL that cannot be read is not an error here: the recovery reports it.
 ///
 /// # Errors
 /// Errors of reading the catalog.
@@ -129,8 +130,8 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, readers: bool) -> Resul
     Ok(())
 }
 
-/// The stop right after the last kept commit, if the same transactions are committed and prepared
-/// there, and the backup is consistent.
+/// Returns the stop right after the last kept commit, if the same transactions are committed and
+/// prepared there and the backup is consistent.
 fn same_rows(
     archive: &Archive,
     coverage: &Coverage,
@@ -141,7 +142,7 @@ fn same_rows(
         return Ok(None);
     };
     let earlier = Stop::After { lsn: kept.lsn };
-    // On an earlier timeline the copy would be another server's branch.
+    // The stop must not move to an earlier timeline, where the copy would continue another branch.
     if earlier == plan.stop || kept.lsn < backup.stop_lsn || kept.lsn < last.from {
         return Ok(None);
     }
@@ -149,7 +150,8 @@ fn same_rows(
     Ok((prepared == plan.in_doubt).then_some(earlier))
 }
 
-/// The locks of relations that queries name, with their names as far as the backup has them.
+/// Returns the locks of relations that queries can name, with their names as far as the backup has
+/// them.
 fn named(archive: &Archive, backup: &BackupInfo, locks: BTreeSet<HeldLock>) -> Vec<HeldLock> {
     if locks.is_empty() {
         return Vec::new();
@@ -182,7 +184,7 @@ struct Search<'a> {
 }
 
 impl Search<'_> {
-    /// What is unfinished at a stop; `None` if that cannot be found out.
+    /// Returns the unfinished effects at a stop; `None` if they cannot be determined.
     fn at(&self, stop: Stop) -> Option<Unfinished> {
         let until = match stop {
             Stop::Before { lsn } => lsn,
@@ -198,7 +200,8 @@ impl Search<'_> {
         }
     }
 
-    /// Decodes ever more segments before `until`, to the server's last list of locks.
+    /// Decodes an increasing number of segments before `until`, until the server's last list of
+    /// locks is included.
     fn before(&self, until: Lsn) -> Result<Option<Unfinished>> {
         let size = self.archive.identity().wal_segment_size;
         let ranges: Vec<&WalRange> = self
@@ -223,8 +226,8 @@ impl Search<'_> {
                 .collect();
             let mut seen = Seen::new(self, until);
             self.decode(&wanted, &mut seen)?;
-            // The locks are listed in a record before that of the list, which may be in the segment
-            // before.
+            // The record with the locks precedes the record with the running transactions, so it
+            // may be in the previous segment.
             let complete = from.next().start_lsn(size);
             if first == 0 || seen.listed.is_some_and(|listed| listed >= complete) {
                 return Ok(Some(seen.unfinished()));
@@ -259,16 +262,16 @@ impl Search<'_> {
     }
 }
 
-/// What the records up to a stop leave behind.
+/// The effects of the records up to a stop.
 struct Seen<'a> {
     until: Lsn,
     prepared: &'a BTreeSet<u32>,
-    /// Those that were prepared in the WAL that was read.
+    /// The transactions whose PREPARE is in the decoded WAL.
     prepared_here: BTreeSet<u32>,
-    /// By transaction: databases and OIDs of relations.
+    /// The locked relations by transaction: database and OID.
     locks: BTreeMap<u32, BTreeSet<(u32, u32)>>,
     removed: BTreeMap<u32, BTreeSet<RemovedFiles>>,
-    /// The last list of running transactions.
+    /// The LSN of the last list of running transactions.
     listed: Option<Lsn>,
 }
 
@@ -301,7 +304,8 @@ impl<'a> Seen<'a> {
         }
     }
 
-    /// The end of a transaction and its subtransactions (`xl_xact_parsed_commit` in `xact.h`).
+    /// Handles the end of a transaction and its subtransactions (`xl_xact_parsed_commit` in
+    /// `xact.h`).
     fn ended(&mut self, record: &WalRecord<'_>) -> Option<()> {
         const HAS_INFO: u8 = 0x80;
         const HAS_DATABASE: u32 = 1;
@@ -351,7 +355,7 @@ impl<'a> Seen<'a> {
         self.prepared_here.remove(&xid);
     }
 
-    /// `xl_standby_locks`.
+    /// Adds the locks of `xl_standby_locks`.
     fn locked(&mut self, data: &[u8]) {
         let (locks, _) = data.get(4..).unwrap_or_default().as_chunks::<12>();
         for lock in locks {
@@ -361,8 +365,8 @@ impl<'a> Seen<'a> {
         }
     }
 
-    /// `xl_running_xacts`: what precedes the oldest of them has ended, with the server perhaps
-    /// (`StandbyReleaseOldLocks`).
+    /// Handles `xl_running_xacts`: all transactions before the oldest one in it have ended, perhaps
+    /// by a crash of the server (`StandbyReleaseOldLocks`).
     fn running(&mut self, data: &[u8]) {
         if let Some(oldest) = u32_at(data, 16) {
             let is_over = |xid: u32| xid.wrapping_sub(oldest).cast_signed() < 0;
@@ -373,7 +377,7 @@ impl<'a> Seen<'a> {
     fn end_where(&mut self, is_over: impl Fn(u32) -> bool) {
         let prepared = |xid: u32| self.prepared.contains(&xid) || self.prepared_here.contains(&xid);
         self.locks.retain(|xid, _| prepared(*xid) || !is_over(*xid));
-        // A DROP DATABASE that a crash interrupts stays half done.
+        // `removed` stays: a DROP DATABASE that a crash interrupts remains half done.
     }
 }
 
@@ -382,14 +386,14 @@ fn statistics_bytes(version: PgVersion) -> usize {
     if version.major() >= 18 { 16 } else { 12 }
 }
 
-/// Takes a number from the front of `rest`.
+/// Splits a number off the front of `rest`.
 fn take(rest: &mut &[u8]) -> Option<u32> {
     let (bytes, after) = rest.split_first_chunk()?;
     *rest = after;
     Some(u32::from_le_bytes(*bytes))
 }
 
-/// Leaves out `count` items of so many bytes.
+/// Skips `count` items of `bytes` bytes each.
 fn skip(rest: &mut &[u8], count: u32, bytes: usize) -> Option<()> {
     let length = (count as usize).checked_mul(bytes)?;
     *rest = rest.get(length..)?;
@@ -444,11 +448,12 @@ impl RecordSink for Seen<'_> {
                 self.listed = Some(record.lsn);
             }
             ResourceManager::XLOG if kind == SHUTDOWN => self.end_where(|_| true),
-            // Without a transaction: the old place of a database that moved (`movedb`).
+            // A record without a transaction belongs to the old location of a database that was
+            // moved (`movedb`).
             DATABASE if kind == drop_of_database && xid != 0 => {
                 let oid = u32_at(data, 0).unwrap_or_default();
                 let removed = self.removed.entry(xid).or_default();
-                // Before 14 each tablespace of it has a record.
+                // Before version 14 there is a record for each tablespace of the database.
                 if removed.iter().all(|one| one.oid != oid) {
                     removed.insert(removes("database", oid));
                 }

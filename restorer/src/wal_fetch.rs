@@ -1,11 +1,12 @@
-//! `restore_command = 'pitr-restore wal-fetch %f %p'`: delivers one file, or says truthfully why
-//! not.
+//! `restore_command = 'pitr-restore wal-fetch %f %p'`: delivers one file, or reports by its exit
+//! code why it cannot.
 //!
-//! Invariant: exit 1 means *proved absent*: the repository was asked and does not have the file,
-//! whatever the plan says of it. PostgreSQL takes 1 for the end of the archive and may promote, or
-//! for a timeline number that is free (`findNewestTimeLine` in `timeline.c`). An unreachable store,
-//! a damaged object and a hole in the WAL are therefore 255, which stops recovery where it can be
-//! resumed. A plan decides between two timelines of one number, and which WAL has to be there.
+//! Invariant: exit 1 means *proved absent*: the repository answered and does not have the file,
+//! whatever the plan says about it. PostgreSQL interprets 1 as the end of the archive and may
+//! promote, or as a free timeline number (`findNewestTimeLine` in `timeline.c`). An unreachable
+//! store, a damaged object and a gap in the WAL therefore give 255, which stops a recovery so that
+//! it can be resumed. A plan decides between two timelines with the same number, and which WAL has
+//! to exist.
 
 use std::{
     borrow::Cow,
@@ -29,35 +30,35 @@ use crate::{
     tablespaces::{admit, refuse_foreign},
 };
 
-/// The time for which a failing store is asked again before 255 stops the recovery: longer than a
-/// store restarts or fails over.
+/// The time for which requests to a failing store are retried before 255 stops the recovery: longer
+/// than a store needs to restart or to fail over.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// The file name that PostgreSQL passes as `%p` for a segment.
 const ASKED_BY_POSTGRESQL: &str = "RECOVERYXLOG";
-/// The pauses between, doubling from the first to the last.
+/// The pauses between the attempts, which double from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
 
-/// What became of a request.
+/// The result of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fetched {
-    /// The file is at the destination, whole and durable.
+    /// The file is at the destination, complete; PostgreSQL makes it durable.
     Delivered,
-    /// It is proved that the archive does not have it.
+    /// The file is proved to be absent from the archive.
     Absent,
 }
 
-/// The requester of a segment.
+/// The plan and the server for which a segment is fetched.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Asked<'a> {
     /// The plan of the restore.
     pub(crate) plan: Option<&'a RestorePlan>,
-    /// The data directory of the server that asks; `None` if somebody else asks.
+    /// The data directory of the server that requests it; `None` if no server does.
     pub(crate) data: Option<&'a Path>,
 }
 
 impl<'a> Asked<'a> {
-    /// A recovery that has a plan.
+    /// Describes a recovery with a plan.
     pub(crate) fn by(plan: &'a RestorePlan) -> Self {
         Self {
             plan: Some(plan),
@@ -65,8 +66,8 @@ impl<'a> Asked<'a> {
         }
     }
 
-    /// Checks the creations of tablespaces in an object before its WAL is delivered. Returns the position at which the
-    /// delivered WAL has to end, if it has to.
+    /// Checks the creations of tablespaces in an object before its WAL is delivered. Returns the
+    /// LSN at which the delivered WAL has to end, if it has to.
     fn admit(self, object: &SealedReader<'_>) -> Result<Option<Lsn>> {
         match (self.plan, self.data) {
             (Some(plan), data) => admit(plan, object.header().branch, object.summary(), data),
@@ -79,7 +80,7 @@ impl<'a> Asked<'a> {
 /// Delivers `name` to `destination`.
 ///
 /// # Errors
-/// Whatever prevents an answer, after retries.
+/// Any error that prevents an answer, after retries.
 pub fn wal_fetch(
     repository: &Repository,
     plan: Option<&RestorePlan>,
@@ -89,11 +90,12 @@ pub fn wal_fetch(
     patiently(name, || deliver(repository, plan, name, destination))
 }
 
-/// Does `attempt` for the sake of `name` until the store answers or patience ends: everything that
-/// `restore_command` asks of a store, because PostgreSQL does not ask twice.
+/// Runs `attempt` and retries it on transient errors of the store, for at most `PATIENCE`.
+/// `restore_command` makes all its requests to the store through this function, because PostgreSQL
+/// does not retry. `name` is for the log.
 ///
 /// # Errors
-/// Those of the last attempt.
+/// The error of the last attempt.
 pub fn patiently<T>(name: &str, mut attempt: impl FnMut() -> Result<T>) -> Result<T> {
     let mut pause = FIRST_PAUSE;
     let began = Instant::now();
@@ -109,16 +111,16 @@ pub fn patiently<T>(name: &str, mut attempt: impl FnMut() -> Result<T>) -> Resul
     }
 }
 
-/// Checks whether `name` can be delivered, without delivering it: after a recovery that failed, the
-/// reason with its type.
+/// Checks whether `name` can be delivered, without delivering it. After a recovery that failed,
+/// this finds the reason as a typed error.
 ///
 /// # Errors
-/// What a fetch would meet.
+/// The errors of a fetch.
 pub fn probe(repository: &Repository, plan: &RestorePlan, name: &str) -> Result<()> {
     content(repository, Asked::by(plan), name, &mut io::sink()).map(drop)
 }
 
-/// Whose archive it is.
+/// Returns the identity of the archived cluster.
 pub(crate) fn identity(repository: &Repository) -> Result<ClusterIdentity> {
     repository.identity()?.ok_or_else(|| {
         Error::usage(format!(
@@ -129,8 +131,8 @@ pub(crate) fn identity(repository: &Repository) -> Result<ClusterIdentity> {
     })
 }
 
-/// Writes what `name` holds; false when it is proved absent. After an error `out` holds something
-/// or nothing.
+/// Writes the content of `name`. Returns false when it is proved absent. After an error, `out` may
+/// contain a part of the content.
 fn content(
     repository: &Repository,
     asked: Asked<'_>,
@@ -146,9 +148,9 @@ fn content(
         WalFileName::History(timeline) => {
             let system = identity.system_identifier;
             if asked.plan.is_some() && planned(asked.plan, timeline).is_none() {
-                // Not to be followed: PostgreSQL looks for a number that is free, and any history
-                // proves that it is not. A lost history of this number is an error; the number is
-                // not free either.
+                // The recovery does not follow this timeline: PostgreSQL looks for a free number,
+                // and any history file proves that this one is taken. If the history file of this
+                // number is lost, the number is not free either, and the result is an error.
                 let branches = repository.branches_of(system, timeline)?;
                 let Some(branch) = branches.first() else {
                     return Ok(false);
@@ -164,8 +166,8 @@ fn content(
             write(out, &history)?;
             Ok(true)
         }
-        // No repository has a file of these names: `push` stores the WAL of the one as WAL and
-        // nothing of the other.
+        // No repository has files with these names: `push` stores the WAL of a `.partial` file as
+        // WAL, and nothing of a `.backup` file.
         WalFileName::Partial(_) | WalFileName::Backup(..) => Ok(false),
     }
 }
@@ -181,8 +183,9 @@ fn deliver(
     name: &str,
     destination: &Path,
 ) -> Result<Fetched> {
-    // Whole or not at all. PostgreSQL fsyncs it when it takes it (`durable_rename` in
-    // `KeepFileRestoredFromArchive`), and removes what a crash left under this name before it asks.
+    // Deliver the whole file or nothing. PostgreSQL fsyncs the file before it uses it
+    // (`durable_rename` in `KeepFileRestoredFromArchive`), and removes a file that a crash left
+    // under this name before it asks.
     let beside = match destination.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
@@ -196,7 +199,8 @@ fn deliver(
     let asked = Asked {
         plan,
         data: if destination.file_name() == Some(ASKED_BY_POSTGRESQL.as_ref()) {
-            // `pg_wal` is in the data directory, where PostgreSQL runs its commands.
+            // The destination is in `pg_wal`, and `pg_wal` is in the data directory, where
+            // PostgreSQL runs its commands.
             beside.parent()
         } else {
             None
@@ -210,14 +214,14 @@ fn deliver(
     Ok(Fetched::Delivered)
 }
 
-/// The branch of a timeline's number on the plan's path.
+/// Returns the branch on the plan's path with this timeline number.
 fn planned(plan: Option<&RestorePlan>, timeline: TimelineId) -> Option<Branch> {
     let mut parts = plan?.path.iter();
     let part = parts.find(|part| part.branch.timeline == timeline);
     part.map(|part| part.branch)
 }
 
-/// The branch of a timeline's number: the plan's, else the only one of that number in the
+/// Returns the branch of a timeline number: the plan's, else the only one with that number in the
 /// repository.
 fn branch_of(
     repository: &Repository,
@@ -231,7 +235,8 @@ fn branch_of(
     if timeline == TimelineId::FIRST {
         return Ok(Some(Branch::FIRST));
     }
-    // WAL without its history file is an error here: the timeline is archived, and which one it is cannot be told.
+    // WAL without its history file gives an error here: the timeline is archived, but its branch is
+    // unknown.
     let branches = repository.branches_of(identity.system_identifier, timeline)?;
     match branches.as_slice() {
         [] => Ok(None),
@@ -243,7 +248,7 @@ fn branch_of(
     }
 }
 
-/// Writes a segment that is sealed, for the server in `data`; false when it is not.
+/// Writes a sealed segment for the server in `data`. Returns false when the segment is not sealed.
 pub(crate) fn sealed(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -286,7 +291,7 @@ fn sealed_of(
         return Err(damaged(&key, problem));
     }
     let broken = |error: SealedError| damaged(&key, error.to_string());
-    // Frame by frame: a megabyte stays in the processor's cache from the decompression to the
+    // Write frame by frame: one megabyte stays in the processor's cache between decompression and
     // write.
     let mut frames = reader.frames().map_err(broken)?;
     let mut ending = Ending {
@@ -301,10 +306,10 @@ fn sealed_of(
     Ok(true)
 }
 
-/// Writes WAL up to its end, and zeros after it, which PostgreSQL reads as the end of WAL.
+/// Writes WAL up to `end` and zeros after it, which PostgreSQL reads as the end of WAL.
 struct Ending<'a> {
     out: &'a mut dyn Write,
-    /// The position of the next byte.
+    /// The LSN of the next byte.
     at: Lsn,
     end: Lsn,
 }
@@ -328,7 +333,7 @@ impl Write for Ending<'_> {
     }
 }
 
-/// Fills WAL that begins at `start` with zeros from `end` on.
+/// Replaces the part of the WAL at and after `end` by zeros. `start` is the LSN of the first byte.
 fn end_at(wal: &mut [u8], start: Lsn, end: Lsn) {
     let kept = index(end.max(start).bytes_since(start));
     if let Some(rest) = wal.get_mut(kept..) {
@@ -336,16 +341,17 @@ fn end_at(wal: &mut [u8], start: Lsn, end: Lsn) {
     }
 }
 
-/// Writes WAL with the plan's changes.
+/// Writes WAL with the plan's changes applied.
 struct Changed<'a> {
     out: &'a mut dyn Write,
-    /// The position of the next byte.
+    /// The LSN of the next byte.
     at: Lsn,
     changes: &'a [WalChange],
 }
 
 impl Write for Changed<'_> {
-    /// Writes all of `bytes`. A change whose old bytes are not there is refused: then it is not the WAL that was planned for.
+    /// Writes all of `bytes`. Fails if the WAL does not contain the old bytes of a change: then it
+    /// is not the WAL for which the plan was made.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let end = self.at.add(bytes.len() as u64);
         let mut bytes = Cow::Borrowed(bytes);
@@ -388,7 +394,8 @@ fn refused(problem: &str, change: &WalChange) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, text)
 }
 
-/// Writes a segment, sealed or open, with the plan's changes; false when it is proved absent.
+/// Writes a segment, sealed or open, with the plan's changes. Returns false when the segment is
+/// proved absent.
 pub(crate) fn segment(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -410,7 +417,7 @@ pub(crate) fn segment(
     }
 }
 
-/// Writes a segment as it is archived; false when it is proved absent.
+/// Writes a segment as it is archived. Returns false when it is proved absent.
 fn archived_segment(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -440,18 +447,18 @@ fn archived_segment(
         }
     }
     if let Some(mut wal) = open {
-        // The rest of an open segment: zeros, which PostgreSQL reads as the end of WAL.
+        // Fill the rest of an open segment with zeros, which PostgreSQL reads as the end of WAL.
         wal.resize(size.len(), 0);
         write(out, &wal)?;
         return Ok(true);
     }
-    // Sealed between the two looks.
+    // The segment may have been sealed between the two lookups.
     let key = ObjectKey::Segment(system, branch, name);
     if repository.head(&key)?.is_some() {
         return archived_segment(repository, identity, asked, name, out);
     }
-    // The plan's path enters a timeline in the middle of a segment at the earliest: before it there
-    // is nothing to have. The segment in which it leaves one for the next is read from the next.
+    // The plan's path needs no WAL of a timeline before the segment in which the path enters it.
+    // The segment in which the path leaves a timeline is read from the next timeline.
     let part = plan.and_then(|plan| plan.path.iter().find(|part| part.branch == branch));
     if let (Some(plan), Some(part)) = (plan, part) {
         let is_last = plan.path.last() == Some(part);
@@ -466,7 +473,7 @@ fn archived_segment(
         }
         return Ok(false);
     }
-    // A hole must never look like the end: if anything later is archived, this is one.
+    // A gap must never look like the end of the archive. It is a gap if any later WAL is archived.
     let later = |key: &ObjectKey| match key {
         ObjectKey::Segment(_, _, found) | ObjectKey::Tail(_, _, found, _, _) => *found > name,
         _ => false,
@@ -486,8 +493,8 @@ fn archived_segment(
     Ok(false)
 }
 
-/// The WAL of the plan's last timeline at the start of the segment in which a later one begins,
-/// from that one's copy: after a failover it may be all that was archived of it.
+/// Returns WAL of the plan's last timeline from the copy at the start of the segment in which a
+/// later timeline begins. After a failover, this copy may be the only archived WAL of that segment.
 fn copy_of_later(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -528,7 +535,7 @@ fn missing(lsn: Lsn, problem: &str) -> Error {
     }
 }
 
-/// The bytes of an open segment from its start on, from its tails.
+/// Returns the bytes of an open segment from its start, assembled from its tails.
 fn assemble(
     repository: &Repository,
     system: wal_format::SystemIdentifier,
@@ -576,8 +583,8 @@ pub(crate) fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<
         .map_err(|error| damaged(key, error.to_string()))
 }
 
-/// Opens an object, if it is the one that its name says: PostgreSQL takes another segment's pages
-/// for the end.
+/// Opens an object after checking that it is the one that its name states. PostgreSQL would
+/// interpret pages of another segment as the end of WAL.
 fn open<'a>(key: &ObjectKey, object: &'a [u8]) -> Result<SealedReader<'a>> {
     let reader = SealedReader::open(object).map_err(|error| damaged(key, error.to_string()))?;
     let header = reader.header();

@@ -6,11 +6,11 @@ use repository::config::parse_duration;
 
 use crate::{Error, Result};
 
-/// The longest argument: more than any path, setting or connection string, and far less than a
-/// system takes.
+/// The maximum length of an argument in bytes: more than any path, setting or connection string
+/// has, and far less than the kernel accepts.
 const ARGUMENT_BYTES_MAX: usize = 16 << 10;
 
-/// Refuses an argument that is longer than any that makes sense, without repeating it.
+/// Refuses an argument that is too long, without repeating it in the message.
 pub(super) fn refuse_long(arguments: &[OsString]) -> Result<()> {
     let mut before = String::new();
     for argument in arguments {
@@ -37,7 +37,7 @@ pub(super) fn refuse_long(arguments: &[OsString]) -> Result<()> {
     Ok(())
 }
 
-/// Refuses settings that PostgreSQL's configuration file cannot hold as they are meant.
+/// Refuses settings that PostgreSQL's configuration file cannot represent.
 pub(super) fn check_settings(set: &[(String, String)]) -> Result<()> {
     for (name, value) in set {
         let shown: String = name.chars().take(100).collect();
@@ -64,7 +64,7 @@ fn is_name(part: &str) -> bool {
     rest.next().is_some_and(letter) && rest.all(|c| letter(c) || c.is_ascii_digit() || c == '$')
 }
 
-/// Parses a size as PostgreSQL writes it; a number alone would be pages.
+/// Checks a size with one of PostgreSQL's units. A number without a unit would mean pages.
 pub(super) fn buffers(text: &str) -> std::result::Result<String, String> {
     let number = ["kB", "MB", "GB", "TB"]
         .iter()

@@ -1,4 +1,4 @@
-//! `pitr-restore locate`: its flags, and how the answer is printed.
+//! `pitr-restore locate`: its options and its output.
 
 use clap::{ArgGroup, Args};
 use jiff::{SignedDuration, SpanRelativeTo, Timestamp};
@@ -14,26 +14,27 @@ use crate::{
 #[derive(Debug, Args)]
 #[command(group(ArgGroup::new("question").required(true).args(["around", "xid", "dropped"])))]
 pub(super) struct LocateArgs {
-    /// What happened near this time.
+    /// Find transactions near this time.
     #[arg(long, value_name = "TIME")]
     around: Option<String>,
-    /// How far on both sides of the time.
+    /// The distance before and after the time.
     #[arg(long, value_name = "SPAN", default_value = "5 minutes")]
     within: String,
-    /// How and when this transaction ended, and what it did: its number, also in hexadecimal or
-    /// with its epoch.
+    /// Find the end of this transaction and what it changed. XID is a number, also in hexadecimal
+    /// or with its epoch.
     #[arg(long, value_name = "XID", value_parser = parse_xid)]
     xid: Option<u64>,
-    /// When this relation was dropped, truncated or rewritten: its name, or the number of its file.
+    /// Find when this relation was dropped, truncated or rewritten: its name, or the number of its
+    /// file.
     #[arg(long, value_name = "NAME")]
     dropped: Option<String>,
-    /// On this timeline and those before it. Default: the newest.
+    /// Search this timeline and its ancestors. Default: the newest.
     #[arg(long, value_name = "TIMELINE")]
     target_timeline: Option<String>,
     /// Zone of a time without an offset, for example Europe/Berlin.
     #[arg(long, value_name = "ZONE")]
     time_zone: Option<String>,
-    /// One JSON document.
+    /// Print one JSON document.
     #[arg(long)]
     pub(super) json: bool,
 }

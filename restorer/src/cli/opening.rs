@@ -1,4 +1,4 @@
-//! Opens what the flags and the configuration name: settings, repository, catalog.
+//! Opens the settings, the repository and the catalog that the options and the configuration name.
 
 use std::path::{Path, PathBuf};
 
@@ -13,8 +13,8 @@ use wal_format::{ClusterName, SystemIdentifier};
 use super::{Cli, output};
 use crate::{Error, Result, inventory::Archive, target::parse_time};
 
-/// Resolves the settings. With `--at` every bucket is read as it was then, and folders, which keep
-/// no versions, are left out.
+/// Resolves the settings. With `--at`, every bucket is read as of that time, and folders, which
+/// have no versions, are left out.
 pub(super) fn resolve(cli: &Cli) -> Result<Settings> {
     let mut settings = Settings::resolve(&cli.common)?;
     let Some(text) = &cli.at else {
@@ -47,8 +47,8 @@ pub(super) fn resolve(cli: &Cli) -> Result<Settings> {
     Ok(settings)
 }
 
-/// Opens a repository for reading. A missing folder is an error and not a new repository; of
-/// several places one is enough.
+/// Opens a repository for reading. A missing folder is an error and not a new repository. With
+/// several places, one existing place is enough.
 pub(super) fn open(
     place: &RepositoryPlace,
     cluster: &ClusterName,
@@ -90,7 +90,7 @@ pub(super) fn archive(
     system: Option<SystemIdentifier>,
 ) -> Result<Archive> {
     let repository = open(&cluster.repository, &cluster.name, system)?;
-    // Of the past the catalog knows nothing.
+    // The catalog describes the present; ignore it with `--at`.
     let catalog = Some(cluster.catalog.as_path()).filter(|_| cluster.repository.as_of.is_none());
     let catalog = Catalog::open_for_restore(catalog, &repository)?;
     let mut archive = Archive::new(repository, catalog);

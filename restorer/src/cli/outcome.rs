@@ -1,4 +1,5 @@
-//! The answer of a restore: a report in JSON, or lines that end with what is switched off and how to connect.
+//! The output of a restore: a report in JSON, or lines that end with the isolated settings and the
+//! command to connect.
 
 use std::{
     net::TcpListener,
@@ -77,7 +78,7 @@ impl Outcome<'_> {
         self.next();
     }
 
-    /// The user's next step.
+    /// Prints the user's next step.
     fn next(&self) {
         let running = self.recovered.is_some_and(|one| one.process.is_some());
         let directory = output::shell_word(self.directory);
@@ -114,8 +115,8 @@ impl Outcome<'_> {
         ));
     }
 
-    /// The locks that keep readers out until recovery ends, which releases all but those of prepared
-    /// transactions.
+    /// Prints the locks that block readers until recovery ends. Its end releases all locks except
+    /// those of prepared transactions.
     fn locks(&self) {
         let plan = self.plan;
         if !plan.locks_known {
@@ -173,7 +174,7 @@ fn isolated(isolation: &Isolation, keep_archiving: bool) {
     }
 }
 
-/// A port of the loopback address that nobody listens on now.
+/// Returns a port of the loopback address on which no process listens now.
 pub(super) fn free_port() -> Option<u16> {
     let listener = TcpListener::bind(("127.0.0.1", 0)).ok()?;
     listener.local_addr().ok().map(|address| address.port())

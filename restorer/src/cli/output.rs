@@ -1,5 +1,5 @@
-//! Standard output: the only place that writes to it. Errors go to standard error. A reader that has
-//! closed its end (`| head`) is no error.
+//! Standard output, which only this module writes to. Errors go to standard error. A reader that
+//! closes its end of the pipe (`| head`) is not an error.
 
 use std::{
     io::{Write, stderr, stdout},
@@ -23,7 +23,7 @@ macro_rules! say {
     ($to:expr, $($text:tt)*) => { drop(writeln!($to, $($text)*)) };
 }
 
-/// Commits of a failover that are shown to people; `--json` has more.
+/// The maximum number of commits lost by a failover that the text output shows; `--json` has more.
 const LOST_COMMITS_SHOWN_MAX: usize = 100;
 
 pub(super) fn line(text: &str) {
@@ -34,12 +34,12 @@ pub(super) fn error(text: &str) {
     say!(stderr(), "pitr-restore: {text}");
 }
 
-/// A report on the progress, which is no part of the answer.
+/// Prints a progress report, which is not part of the result, to standard error.
 pub(super) fn note(text: &str) {
     say!(stderr(), "pitr-restore: {text}");
 }
 
-/// A path as a shell takes it.
+/// Returns a path quoted for a shell.
 pub(super) fn shell_word(path: &Path) -> String {
     let text = path.display().to_string();
     let plain = |c: char| c.is_alphanumeric() || "/._-:=@+,".contains(c);

@@ -1,4 +1,4 @@
-//! `--owner`: root runs the same command as the user who gets the files.
+//! `--owner`: as root, runs the same command as the user who is to own the files.
 
 use std::{
     fs,
@@ -12,18 +12,18 @@ use std::{
 
 use crate::{Error, Result};
 
-/// A user and its own group.
+/// A user and the user's primary group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Owner {
     uid: u32,
     gid: u32,
-    /// The system knows the user, and so the other groups.
+    /// True if the system knows the user, and therefore the user's other groups.
     known: bool,
 }
 
-/// Runs this command as `owner`, a name or a number. Each of the `directories`, those that the restore
-/// writes into, is made first if it is below a directory that only root may write, and removed again
-/// if a restore that failed leaves it empty.
+/// Runs this command as `owner`, a name or a number. `directories` are those that the restore
+/// writes to. Each of them that is below a directory where only root may write is created first. If
+/// the restore fails and leaves it empty, it is removed again.
 pub(super) fn run_as(owner: &str, directories: &[&Path]) -> Result<ExitCode> {
     let found = find(owner)?;
     let mut made = Vec::new();
@@ -41,7 +41,7 @@ pub(super) fn run_as(owner: &str, directories: &[&Path]) -> Result<ExitCode> {
         .map_err(Error::io("run as the owner with", "setpriv"))?;
     if !status.success() {
         for directory in made.iter().rev() {
-            // Fails where anything was restored.
+            // Fails, as intended, if the directory is not empty.
             drop(fs::remove_dir(directory));
         }
     }
@@ -74,8 +74,8 @@ fn command(owner: Owner) -> Result<Command> {
     Ok(command)
 }
 
-/// Creates `directory`, and what is missing above it, for `owner` in a directory that the owner may not
-/// write. `made` takes what was created.
+/// Creates `directory` and its missing parents for `owner` if the owner may not create them. Adds
+/// the created directories to `made`.
 fn make(directory: &Path, owner: Owner, made: &mut Vec<PathBuf>) -> Result<()> {
     let directory = std::path::absolute(directory).map_err(Error::io("find", directory))?;
     let mut missing: Vec<&Path> = Vec::new();
@@ -107,7 +107,7 @@ fn make(directory: &Path, owner: Owner, made: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
-/// Asks the system for a user; a number need not be known to it.
+/// Looks up a user. A number is valid even if the system does not know it.
 fn find(owner: &str) -> Result<Owner> {
     let entry = Command::new("getent")
         .args(["passwd", "--", owner])
@@ -129,7 +129,7 @@ fn find(owner: &str) -> Result<Owner> {
     }
 }
 
-/// A line of `passwd`.
+/// Parses a line of `passwd`.
 fn parse(entry: &str) -> Option<Owner> {
     let mut fields = entry.lines().next()?.split(':');
     Some(Owner {

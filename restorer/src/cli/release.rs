@@ -21,16 +21,16 @@ use crate::{
 pub(super) struct ReleaseArgs {
     /// The data directory of the copy.
     directory: PathBuf,
-    /// Change the settings; without it they are only shown.
+    /// Change the settings. Without this option they are only shown.
     #[arg(long)]
     yes: bool,
-    /// Release although the parent answers, or cannot be asked.
+    /// Release the copy even if the parent answers or cannot be checked.
     #[arg(long)]
     force: bool,
-    /// Directory of PostgreSQL's programs; `pg_isready` asks the parent.
+    /// Directory of PostgreSQL's programs; `pg_isready` checks whether the parent answers.
     #[arg(long, value_name = "DIR")]
     pg_bin: Option<PathBuf>,
-    /// One JSON document.
+    /// Print one JSON document.
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -117,7 +117,7 @@ fn show(release: &Release) {
     }
 }
 
-/// The program beside the server of the copy's version.
+/// Returns the `pg_isready` next to the server program of the copy's version.
 fn pg_isready(directory: &Path, pg_bin: Option<&Path>) -> Option<PathBuf> {
     let version = std::fs::read_to_string(directory.join("PG_VERSION")).ok()?;
     let major: u16 = version.trim().parse().ok()?;
@@ -129,7 +129,8 @@ fn pg_isready(directory: &Path, pg_bin: Option<&Path>) -> Option<PathBuf> {
     program.is_file().then_some(program)
 }
 
-/// Removes what only the recovery needed, as PostgreSQL's `recovery_end_command`.
+/// Removes the settings and claims that only the recovery needed, as PostgreSQL's
+/// `recovery_end_command`.
 pub(super) fn recovery_ended(directory: &Path) -> Result<()> {
     isolation::recovery_ended(directory)?;
     if !isolation::recovery_is_pending(directory) {

@@ -1,4 +1,4 @@
-//! The restore itself, and its flags: plan, checks before the copy, copy, start.
+//! The restore command and its options: plan, checks before the copy, copy, start.
 
 use std::{
     collections::BTreeMap,
@@ -53,7 +53,7 @@ pub(super) struct RestoreArgs {
     /// Stop after the restore point of this name.
     #[arg(long, value_name = "NAME", group = "target")]
     target_name: Option<String>,
-    /// Which restore point, where several have the name: the LSN that `list` prints, or the one
+    /// The restore point to use if several have the name: the LSN that `list` prints, or the one
     /// that `pg_create_restore_point()` returned.
     #[arg(long, value_name = "LSN", requires = "target_name")]
     at_lsn: Option<Lsn>,
@@ -75,60 +75,61 @@ pub(super) struct RestoreArgs {
     /// Use this backup.
     #[arg(long, value_name = "ID")]
     backup: Option<BackupId>,
-    /// Put the tablespace that was at OLD to NEW.
+    /// Restore the tablespace with directory OLD to directory NEW.
     #[arg(long, value_name = "OLD=NEW", value_parser = locations)]
     tablespace_mapping: Vec<(String, String)>,
-    /// Restore into an existing data directory of this cluster: files that the backup has as they
-    /// are stay, all others go.
+    /// Restore into an existing data directory of this cluster: files that equal those of the
+    /// backup stay, all others are removed.
     #[arg(long)]
     delta: bool,
-    /// Threads that extract. Default: one for each processor.
+    /// Number of threads that extract. Default: one for each processor.
     #[arg(long, value_name = "N")]
     jobs: Option<usize>,
-    /// Follow the archive for good, as a standby.
+    /// Follow the archive permanently, as a standby.
     #[arg(long)]
     standby: bool,
-    /// Start PostgreSQL, wait for the end of recovery, compare it with the plan, leave it running.
+    /// Start PostgreSQL, wait for the end of recovery, compare it with the plan, and leave the
+    /// server running.
     #[arg(long, requires = "target_dir", conflicts_with = "standby")]
     start: bool,
-    /// Listen on this port of the loopback address. Default with --start: a free one, else no port
-    /// at all.
+    /// Listen on this port of the loopback address. Default with --start: a free port, else no
+    /// port.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     port: Option<u16>,
     /// Directory of PostgreSQL's programs.
     #[arg(long, value_name = "DIR")]
     pg_bin: Option<PathBuf>,
-    /// `shared_buffers` of the server that --start runs, until its next restart: a recovery with
-    /// more of them is faster.
+    /// `shared_buffers` of the server that --start runs, until its next restart. More buffers make
+    /// the recovery faster.
     #[arg(long, value_name = "SIZE", requires = "start", value_parser = buffers)]
     recovery_buffers: Option<String>,
     /// Give up when the recovery of --start makes no progress for this long, for example 30s or 1h.
     #[arg(long, value_name = "DURATION", requires = "start", default_value = "15min", value_parser = duration)]
     recovery_timeout: Duration,
-    /// Append a setting to the restored ones.
+    /// Append a setting to the restored configuration.
     #[arg(long, value_name = "NAME=VALUE", value_parser = pair)]
     set: Vec<(String, String)>,
-    /// Keep `archive_mode` and synchronous standbys as they were.
+    /// Leave `archive_mode` and the synchronous standbys unchanged.
     #[arg(long)]
     keep_archiving: bool,
-    /// Run by root: the user who gets the files and under whom PostgreSQL runs.
+    /// As root: the user who gets the files and runs PostgreSQL.
     #[arg(long, value_name = "USER")]
     pub(super) owner: Option<String>,
-    /// Restore although the space seems too little, or from the named backup although `verify`
+    /// Restore although the free space seems too small, or use the named backup although `verify`
     /// found it damaged.
     #[arg(long)]
     force: bool,
-    /// Print the plan and touch nothing.
+    /// Print the plan and change nothing.
     #[arg(long)]
     pub(super) dry_run: bool,
-    /// One JSON document.
+    /// Print one JSON document.
     #[arg(long)]
     pub(super) json: bool,
 }
 
 impl RestoreArgs {
-    /// The directories that a restore makes and writes to, besides those of tablespaces that are
-    /// not mapped.
+    /// Returns the directories that a restore creates and writes to, except those of tablespaces
+    /// that are not mapped.
     pub(super) fn directories(&self) -> Vec<&Path> {
         if self.dry_run {
             return Vec::new();
@@ -182,7 +183,8 @@ fn target(args: &RestoreArgs, now: Timestamp) -> Result<RecoveryTarget> {
     })
 }
 
-/// Plans, checks what can be checked before the copy, and unless only the plan is wanted restores.
+/// Plans and makes all checks that are possible before the copy. Restores unless only the plan is
+/// wanted.
 pub(super) fn restore(
     cluster: &ClusterSettings,
     config: Option<PathBuf>,
@@ -254,7 +256,7 @@ pub(super) fn restore(
     Ok(ExitCode::SUCCESS)
 }
 
-/// The recovery that the arguments ask for.
+/// Returns the recovery settings according to the arguments.
 fn recovery(
     cluster: &ClusterSettings,
     config: Option<PathBuf>,
@@ -275,14 +277,15 @@ fn recovery(
     })
 }
 
-/// Applies the plan, starts the server if that is wanted, and prints the outcome.
+/// Applies the plan, starts the server if requested, and prints the outcome.
 fn copy_and_start(
     archive: &Archive,
     plan: &RestorePlan,
     destination: &Destination,
     args: &RestoreArgs,
 ) -> Result<()> {
-    // Before the copy: a restore that cannot be started is refused at once.
+    // Find the program before the copy, so that a restore that cannot be started is refused at
+    // once.
     let version = archive.identity().postgresql_major;
     let postgres = if args.start {
         Some(start::find_postgres(args.pg_bin.as_deref(), version)?)
@@ -313,7 +316,7 @@ fn copy_and_start(
         None => None,
     };
     if recovered.is_some() && !isolation::recovery_is_pending(&destination.directory) {
-        // PostgreSQL ran `recovery-ended` too, unless the program is gone from where it was.
+        // PostgreSQL has run `recovery-ended`, too, unless the program is no longer at its path.
         execute::release_all(&destination.directory);
     }
     let outcome = Outcome {
@@ -345,14 +348,14 @@ fn plan(archive: &mut Archive, target: &RecoveryTarget, args: &RestoreArgs) -> R
             .map_err(|error| expired::explain(archive, target, archive.explain(error)))?;
         match archive.check_backup(&plan.backup) {
             Ok(()) => return Ok(plan),
-            // The next plan has an older backup, or refuses with this damage.
+            // The next plan uses an older backup, or refuses because of this damage.
             Err(error) => archive.exclude_backup(plan.backup, error.into_damage()?),
         }
     }
 }
 
-/// Refuses files of the configuration that `restore_command` would not find: it runs in the
-/// restored data directory.
+/// Refuses relative paths in the configuration, because `restore_command` runs in the restored data
+/// directory and would not find the files.
 fn refuse_relative(cluster: &ClusterSettings) -> Result<()> {
     match cluster.repository.relative_files().first() {
         Some(line) => Err(Error::usage(format!(

@@ -11,14 +11,14 @@ use std::{
 
 use wal_format::{Lsn, SegmentName, SegmentSize};
 
-/// The lines before an error that explain it are among so many.
+/// The number of lines before an error that are searched for its reason.
 const BEFORE_MAX: usize = 6;
-/// More of a message is not repeated.
+/// The maximum number of characters of a message that are repeated.
 const MESSAGE_MAX: usize = 600;
-/// Words of the message of `CheckRequiredParameterValues` in each version; later ones put quotation
-/// marks around the setting.
+/// Parts of the message of `CheckRequiredParameterValues` in each version. Later versions put
+/// quotation marks around the setting.
 const MINIMAL: [&str; 2] = ["WAL was generated with ", "wal_level=minimal"];
-/// Words of the log lines that precede a FATAL and give its reason.
+/// Parts of the log lines that precede a FATAL and give its reason.
 const REASONS: [&str; 6] = [
     "could not",
     "invalid",
@@ -33,12 +33,12 @@ const REASONS: [&str; 6] = [
 pub(super) struct Log {
     file: File,
     segment_size: SegmentSize,
-    /// Bytes of a line that is not complete.
+    /// The bytes of an incomplete line.
     partial: Vec<u8>,
     before: VecDeque<String>,
     /// The events so far.
     pub(super) seen: Events,
-    /// The bytes that were read.
+    /// The number of bytes that were read.
     pub(super) bytes: u64,
 }
 
@@ -47,21 +47,21 @@ pub(super) struct Log {
 pub(super) struct Events {
     /// The place where recovery stopped, after "recovery stopping".
     pub(super) stopping: Option<String>,
-    /// Recovery pauses at its end.
+    /// True if recovery pauses at its end.
     pub(super) paused_at_end: bool,
-    /// Recovery pauses anywhere.
+    /// True if recovery pauses anywhere.
     pub(super) paused: bool,
-    /// The new timeline has begun.
+    /// True if the new timeline has begun.
     pub(super) complete: bool,
-    /// Connections are accepted.
+    /// True if connections are accepted.
     pub(super) ready: bool,
-    /// The server shuts down at the target.
+    /// True if the server shuts down at the target.
     pub(super) shutdown_at_target: bool,
     /// A setting that is lower than the primary's, in PostgreSQL's words.
     pub(super) lower_setting: Option<String>,
-    /// PostgreSQL waits for ever because of `lower_setting`.
+    /// True if PostgreSQL waits indefinitely because of `lower_setting`.
     pub(super) insufficient: bool,
-    /// The number of times that the server began again after the crash of a process.
+    /// The number of restarts after the crash of a server process.
     pub(super) crashes: u32,
     /// The first of these crashes, in PostgreSQL's words.
     pub(super) crash: Option<String>,
@@ -75,7 +75,7 @@ pub(super) struct Events {
     pub(super) delivered: Option<SegmentName>,
     /// The last message.
     pub(super) last: Option<String>,
-    /// Details that follow belong to `first_error`.
+    /// True if the next details belong to `first_error`.
     explains: bool,
 }
 
@@ -91,7 +91,7 @@ impl Log {
         })
     }
 
-    /// Reads what was written since.
+    /// Reads what PostgreSQL wrote since the last call.
     pub(super) fn read(&mut self) -> io::Result<()> {
         let mut bytes = std::mem::take(&mut self.partial);
         let read = self.file.read_to_end(&mut bytes)?;
@@ -148,7 +148,7 @@ impl Log {
         let is_error = ["ERROR:", "FATAL:", "PANIC:"]
             .iter()
             .any(|word| line.contains(word))
-            // A client came too early.
+            // PostgreSQL rejects a client during startup.
             && !message.starts_with("the database system is");
         let explains = ["DETAIL:", "HINT:", "CONTEXT:"]
             .iter()
@@ -181,7 +181,7 @@ impl Log {
     }
 }
 
-/// A line without its prefix and its level.
+/// Returns a line without its prefix and its level.
 fn message(line: &str) -> &str {
     let levels = [
         "LOG:", "WARNING:", "ERROR:", "FATAL:", "PANIC:", "HINT:", "DETAIL:", "CONTEXT:",
@@ -209,7 +209,7 @@ mod tests {
     fn events(text: &str) -> Events {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let mut log = Log::open(file.path(), SegmentSize::DEFAULT).expect("opened");
-        // In two pieces, cut inside of a line.
+        // Write the text in two parts, split within a line.
         let (first, second) = text.split_at(text.len() / 2);
         std::fs::write(file.path(), first).expect("written");
         log.read().expect("read");

@@ -1,6 +1,6 @@
-//! [`Progress`]: reports a recovery that runs: replayed LSN, rate and time left, or what it waits for.
+//! [`Progress`]: reports the progress of a recovery: replayed LSN, rate and remaining time, or what it waits for.
 //!
-//! Invariant: no more than [`SILENCE_MAX`] pass without a word.
+//! Invariant: at least one report every [`SILENCE_MAX`].
 
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,8 @@ pub(super) struct Progress<'a> {
 }
 
 impl<'a> Progress<'a> {
-    /// From the redo LSN `from` to the stop, if it is known, with a bar on a terminal.
+    /// Creates the report of a recovery from the redo LSN `from` to the stop, if it is known. Shows
+    /// a bar on a terminal.
     pub(super) fn new(
         from: Lsn,
         to: Option<Lsn>,
@@ -52,7 +53,7 @@ impl<'a> Progress<'a> {
         }
     }
 
-    /// Reports if it is time for it.
+    /// Reports if the last report is [`SILENCE_MAX`] old.
     pub(super) fn observe(&mut self, seen: &Events, now: Instant) {
         if let Some(replayed) = seen.replayed {
             self.bar
@@ -102,7 +103,7 @@ impl<'a> Progress<'a> {
     }
 }
 
-/// What PostgreSQL does, or waits for, by its log.
+/// Returns what PostgreSQL does or waits for, according to its log.
 pub(super) fn waits_for(seen: &Events) -> String {
     if seen.complete {
         return "writes the checkpoint at the end of recovery".to_owned();

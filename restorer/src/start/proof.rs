@@ -1,8 +1,8 @@
-//! The proof that a recovery ended where the plan wants it: PostgreSQL's own word, then the timeline
-//! and the system identifier that are on disk.
+//! The proof that a recovery ended at the planned point: PostgreSQL's own message, then the
+//! timeline and the system identifier on disk.
 //!
-//! Invariant: a copy of another cluster, or of another timeline with the same LSN, is never called
-//! "as planned".
+//! Invariant: a copy of another cluster, or of another timeline with the same LSN, is never
+//! reported as planned.
 
 use std::{fs, path::Path, thread, time::Duration};
 
@@ -17,9 +17,10 @@ use crate::{Error, RestorePlan, Result, Stop, execute::Action};
 /// The longest page header (`SizeOfXLogLongPHD`): it may separate the end of a record from the
 /// start of the next one.
 const PAGE_HEADER_BYTES_MAX: u64 = 40;
-/// How often `pg_control` is read again that was being written.
+/// The number of times that a `pg_control` with a wrong checksum is read again: the server may be
+/// writing it.
 const READS_MAX: u32 = 10;
-/// The pause before that.
+/// The pause before `pg_control` is read again.
 const READ_PAUSE: Duration = Duration::from_millis(50);
 
 /// Compares the end of a recovery with the plan. Returns the place where it stopped, in PostgreSQL's
@@ -63,7 +64,7 @@ pub(super) fn prove(
     Ok(stopped)
 }
 
-/// Compares the place where PostgreSQL says that it stopped with the plan.
+/// Compares the place where PostgreSQL reports that it stopped with the plan.
 fn stopped_as_planned(seen: &Events, plan: &RestorePlan) -> Result<String> {
     let found = seen.stopping.as_deref().unwrap_or("nowhere");
     let position = |prefix: &str| -> Option<Lsn> {

@@ -1,4 +1,4 @@
-//! [`Stall`]: tells a recovery that makes no progress from one that is slow.
+//! [`Stall`]: distinguishes a recovery that makes no progress from a slow one.
 //!
 //! Invariant: a recovery that writes to its log or uses a processor is never given up.
 
@@ -7,10 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Processor time per second, as `/proc` counts it: fixed at 100 for programs (`USER_HZ`).
+/// The unit of processor time in `/proc`: always 100 ticks per second for programs (`USER_HZ`).
 const TICKS_PER_SECOND: u64 = 100;
-/// The share of one processor that counts as progress, in percent. An idle server wakes up now and
-/// then.
+/// The share of one processor that counts as progress, in percent. Even an idle server wakes up
+/// occasionally.
 const BUSY_PERCENT: u32 = 1;
 
 /// The state since the last progress.
@@ -32,8 +32,8 @@ impl Stall {
         }
     }
 
-    /// Returns for how long there was no progress, once that is the limit. `processor` is only
-    /// asked then: the processor time that the server has used, `None` if it cannot be known.
+    /// Returns the time without progress once it reaches the limit. `processor` is only called
+    /// then. It returns the processor time that the server has used, or `None` if that is unknown.
     pub(super) fn observe(
         &mut self,
         log_bytes: u64,
@@ -60,7 +60,8 @@ impl Stall {
     }
 }
 
-/// The processor time of a process, of those that it has started, and of those that have ended.
+/// Returns the processor time of a process and of all its descendants, including those that have
+/// ended.
 pub(super) fn processor_time(pid: u32) -> Option<Duration> {
     let mut ticks = of_process(pid)?;
     let mut open = vec![pid];

@@ -16,7 +16,7 @@ use crate::{Error, Result};
 /// Names of UTC that may follow a time.
 const UTC: [&str; 5] = ["UTC", "GMT", "UCT", "Zulu", "Z"];
 
-/// Parses a target time. `now` is passed in, so that this function does not depend on a clock.
+/// Parses a target time. `now` is the current time, so that this function reads no clock.
 ///
 /// # Errors
 /// [`Error::Usage`] that shows a valid notation.
@@ -49,7 +49,7 @@ pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> Result<PgTi
     if let Some(time) = with_offset(text) {
         return exact(time);
     }
-    // The name of a zone with its place may follow the time, as PostgreSQL takes it.
+    // As in PostgreSQL, the name of a time zone may follow the time.
     let (local, named) = match text.rsplit_once(char::is_whitespace) {
         Some((local, name)) if name.contains('/') => (local.trim_end(), Some(name)),
         _ => (text, zone),
