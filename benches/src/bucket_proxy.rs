@@ -87,7 +87,7 @@ pub enum Verdict {
     Fail(Fault),
     /// Answers with 200 and this text, as another server would.
     Say(String),
-    /// It passes; a listing comes back without the keys that contain this text.
+    /// Forwards the request; removes the keys that contain this text from the answer to a listing.
     Hide(String),
 }
 
@@ -223,7 +223,7 @@ impl Drop for BucketProxy {
     }
 }
 
-/// Serves one request. The answer says so, and both sides open a connection per request.
+/// Serves one request. The answer closes the connection, so both sides open one per request.
 fn serve(client: TcpStream, shared: &Shared) -> io::Result<()> {
     client.set_read_timeout(Some(SILENCE_MAX))?;
     let mut reader = BufReader::new(client);
@@ -315,7 +315,8 @@ fn body_of(answer: &[u8]) -> usize {
     end.map_or(answer.len(), |end| end + 4)
 }
 
-/// A listing without the objects and folders whose names contain `text`; another answer as it is.
+/// Returns a listing without the objects and folders whose names contain `text`; other answers
+/// unchanged.
 fn without(answer: &[u8], text: &str) -> io::Result<Vec<u8>> {
     let body = body_of(answer);
     let head = String::from_utf8_lossy(&answer[..body]).to_ascii_lowercase();
@@ -344,14 +345,14 @@ fn without(answer: &[u8], text: &str) -> io::Result<Vec<u8>> {
         kept.push_str(rest);
         listing = kept;
     }
-    // A store that hides an object does not count it either.
+    // A store that hides an object does not count it either, so remove the count.
     if let (Some(begin), Some(end)) = (listing.find("<KeyCount>"), listing.find("</KeyCount>")) {
         listing.replace_range(begin..end + "</KeyCount>".len(), "");
     }
     Ok(self::answer(200, "application/xml", &listing))
 }
 
-/// A body that came in chunks.
+/// Decodes a body in chunked transfer encoding.
 fn dechunked(mut body: &[u8]) -> io::Result<Vec<u8>> {
     let malformed = || io::Error::new(io::ErrorKind::InvalidData, "a malformed chunk");
     let mut whole = Vec::new();

@@ -1,9 +1,9 @@
 //! Catch-up: `wal-archiver` and `pg_receivewal --synchronous --compress=lz4` receive the same
 //! gigabyte of pgbench WAL, alternately, from slots that were created before the load.
 //!
-//! Ours is timed twice: until the server has received our flush position of the last byte (which is
-//! what `pg_receivewal` does), and until the repository holds everything, sealed, read back and
-//! compared, with every commit in the catalog.
+//! Our program is timed twice: until the server has received our flush position of the last byte
+//! (which is also what `pg_receivewal` is timed for), and until the repository contains everything,
+//! sealed, read back and compared, with every commit in the catalog.
 
 use std::{
     fs::{self, File},

@@ -1,4 +1,5 @@
-//! [`Cluster`]: a temporary PostgreSQL server on its own Unix socket. Dropping it stops and removes the server.
+//! [`Cluster`]: a temporary PostgreSQL server on its own Unix socket. Dropping it stops and removes
+//! the server.
 
 use std::{
     fs,

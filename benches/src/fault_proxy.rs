@@ -1,4 +1,5 @@
-//! [`FaultProxy`]: a TCP listener in front of a server's Unix socket that delays, throttles, cuts or swallows data.
+//! [`FaultProxy`]: a TCP listener in front of a server's Unix socket that delays, throttles, cuts
+//! or swallows data.
 //!
 //! A swallowed connection stays open on both sides without any notice, as when a cable is pulled;
 //! even a closed connection is not passed on.

@@ -1,4 +1,5 @@
-//! [`Ledger`]: bank clients that transfer money and remember acknowledged transfers outside of PostgreSQL.
+//! [`Ledger`]: bank clients that transfer money and remember acknowledged transfers outside of
+//! PostgreSQL.
 //!
 //! Every transfer moves an amount between two accounts and inserts a row with the client's own
 //! sequence number. The sum of all accounts is always 0. A client sends its next transfer only

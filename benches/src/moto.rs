@@ -1,4 +1,5 @@
-//! [`MotoServer`]: moto, a mock of AWS in Python, as a second S3 server. Dropping it stops the server.
+//! [`MotoServer`]: moto, a mock of AWS in Python, as a second S3 server. Dropping it stops the
+//! server.
 //!
 //! It differs from SeaweedFS where stores may differ, so code that works with both does not depend
 //! on one of them.

@@ -1,4 +1,5 @@
-//! [`ObjectStoreServer`]: a temporary S3 store (SeaweedFS) on loopback. Dropping it stops and removes the store.
+//! [`ObjectStoreServer`]: a temporary S3 store (SeaweedFS) on loopback. Dropping it stops and
+//! removes the store.
 //!
 //! A real distributed store, strict about signatures and checksums, which a mock is not.
 

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 const USER: &str = "tidemark";
 /// The directory with copies of our programs that this user can execute.
 const COPIES: &str = "/var/cache/tidemark/programs";
-/// No test takes longer.
+/// The age at which copies are removed: no test takes longer.
 const KEEP_COPIES: Duration = Duration::from_secs(3600);
 
 /// Returns user and group to drop to, or `None` if this is an ordinary user already.

@@ -1,4 +1,5 @@
-//! [`Restored`]: a cluster started by `pitr-restore --start`. Dropping it stops and removes the cluster.
+//! [`Restored`]: a cluster started by `pitr-restore --start`. Dropping it stops and removes the
+//! cluster.
 
 use std::{
     ffi::OsStr,
@@ -107,7 +108,8 @@ impl Restored {
         self.report["stopped"].as_str().unwrap_or_default()
     }
 
-    /// The connection text for its socket. The port is the one of its `postmaster.pid`: each restore chooses a free one.
+    /// The connection string for its socket. The port is read from its `postmaster.pid`, because
+    /// each restore chooses a free one.
     #[must_use]
     pub fn conninfo(&self) -> String {
         let running = std::fs::read_to_string(self.data().join("postmaster.pid"));

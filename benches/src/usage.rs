@@ -95,7 +95,7 @@ impl Watched {
         }
     }
 
-    /// Waits until it ends by itself with success.
+    /// Waits until the program ends successfully.
     ///
     /// # Errors
     /// When it fails.

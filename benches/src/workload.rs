@@ -1,4 +1,5 @@
-//! [`Mix`]: clients that commit, abort, use subtransactions and prepare transactions as fast as possible, so that commits race for their place in the WAL. Each transaction writes its own number, and the clients remember it outside of PostgreSQL.
+//! [`Mix`]: clients that commit, abort, use subtransactions and prepare transactions as fast as
+//! possible, so that commits race for their place in the WAL.
 
 use std::{
     sync::{

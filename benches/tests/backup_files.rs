@@ -1,4 +1,5 @@
-//! The parsers of a cluster's and a base backup's files against what PostgreSQL writes, and against its own programs.
+//! Tests the parsers of a cluster's and a base backup's files with files that PostgreSQL wrote, and
+//! against PostgreSQL's own programs.
 
 use std::{
     collections::BTreeMap,
@@ -44,7 +45,8 @@ fn take(major: u16, bin: &Path) -> Result<Taken> {
     let mut pg_basebackup = cluster.program("pg_basebackup")?;
     pg_basebackup.arg("-h").arg(cluster.socket_directory());
     pg_basebackup.args(["-U", "postgres", "-p", &PORT.to_string()]);
-    // 13 cannot be asked for the manifest's checksums of a fixture to be short, so all are CRC-32C.
+    // Version 13 cannot choose a checksum algorithm that keeps the manifest of a fixture short, so
+    // all versions use CRC-32C.
     let target = backup.path().join("taken");
     pg_basebackup.args([
         "-X",
@@ -80,7 +82,7 @@ impl Taken {
         Ok(output.stdout)
     }
 
-    /// What `pg_controldata` prints: `Database cluster state: in production`.
+    /// Returns the output of `pg_controldata`, for example `Database cluster state: in production`.
     fn control_data(&self) -> Result<BTreeMap<String, String>> {
         let mut pg_controldata = self.cluster.program("pg_controldata")?;
         pg_controldata.env("TZ", "UTC").env("LC_ALL", "C");
@@ -93,7 +95,7 @@ impl Taken {
     }
 }
 
-/// Every field against `pg_controldata`.
+/// Compares every field with the output of `pg_controldata`.
 fn check_control(
     major: u16,
     control: &ControlFile,
@@ -190,7 +192,7 @@ fn check_control(
         let theirs = printed
             .get(name)
             .with_context(|| format!("pg_controldata prints no {name}"))?;
-        // Some print an LSN's lower half with leading zeros.
+        // Some versions print the lower half of an LSN with leading zeros.
         let same = match (theirs.parse::<Lsn>(), ours.parse::<Lsn>()) {
             (Ok(theirs), Ok(ours)) => theirs == ours,
             _ => *theirs == ours,

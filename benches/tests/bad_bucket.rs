@@ -1,8 +1,10 @@
-//! The running archiver on a bucket that goes wrong in every way between them: what it told PostgreSQL is in the bucket at
-//! every moment, WAL goes on into the spool, the light says what is wrong, and all is well again by itself.
+//! The running archiver on a bucket with every kind of fault. At every moment, the WAL that the
+//! archiver reported to PostgreSQL as flushed is in the bucket. WAL continues to be written to the
+//! spool, the light shows the problem, and everything recovers without intervention.
 //!
-//! `acknowledge = "remote"`, so that a commit's return is a word about the bucket. Every fault alone with
-//! `TIDEMARK_LONG=1`; else the ones that lie, and a storm of all.
+//! The tests use `acknowledge = "remote"`, so that the return of a commit is a statement about the
+//! bucket. With `TIDEMARK_LONG=1` every fault is tested alone; otherwise only the faults with wrong
+//! answers, and a storm of all.
 
 use std::{
     fs,
@@ -23,16 +25,16 @@ use serde_json::Value;
 use wal_format::Lsn;
 
 const PATIENCE: Duration = Duration::from_secs(90);
-/// The time for which a fault lasts.
+/// The minimum duration of a fault.
 const LASTS: Duration = Duration::from_secs(2);
 
-/// What goes wrong with which requests, in the words of the error that people then see.
+/// A fault, the requests that it affects, and a part of the error message that users see.
 #[derive(Clone, Copy)]
 struct Case {
     fault: Fault,
     concerns: fn(&Asked) -> bool,
     words: &'static str,
-    /// True if the short tier has it.
+    /// True if the case is also run without `TIDEMARK_LONG`.
     short: bool,
 }
 
@@ -70,9 +72,9 @@ const fn short(case: Case) -> Case {
 
 const PIECE: Duration = Duration::from_millis(30);
 
-/// By the numbers of the failure catalogue.
+/// The cases, by the numbers of the failure catalogue.
 const CASES: [Case; 19] = [
-    // 35: busy, in each of its words.
+    // 35: the store is busy, with each of its error codes.
     case(Fault::Refuse(503, "SlowDown"), all, "SlowDown"),
     case(Fault::Refuse(500, "InternalError"), all, "InternalError"),
     case(
@@ -80,20 +82,20 @@ const CASES: [Case; 19] = [
         puts,
         "OperationAborted",
     ),
-    // 36: an error in the words of a success.
+    // 36: an error inside a successful answer.
     short(case(
         Fault::Refuse(200, "InternalError"),
         puts,
         "InternalError",
     )),
-    // 37: connections that die, at each of their ends.
+    // 37: connections that break, at either end.
     case(Fault::Reset, all, "s3://"),
     case(Fault::AnswerLost, puts, "s3://"),
     case(Fault::CutUp, puts, "s3://"),
     case(Fault::CutDown, reads, "body"),
     case(Fault::Silence(Duration::from_secs(1)), all, "s3://"),
     case(Fault::Trickle(PIECE), reads, ""),
-    // 38: taken and lost; other bytes than were sent, or than are there.
+    // 38: an object that was acknowledged and lost; other bytes than were sent or stored.
     short(case(Fault::Lie, puts, "is not in")),
     case(Fault::FlipUp, puts, "HTTP 4"),
     short(case(Fault::FlipDown, reads, "damaged")),
@@ -101,7 +103,7 @@ const CASES: [Case; 19] = [
     case(Fault::Refuse(400, "ExpiredToken"), all, "renew"),
     case(Fault::Refuse(403, "RequestTimeTooSkewed"), all, "clock"),
     case(Fault::Refuse(403, "InvalidAccessKeyId"), all, "access key"),
-    // 40: a refusal is not "absent".
+    // 40: a refusal does not mean "absent".
     short(case(
         Fault::Refuse(403, "AccessDenied"),
         reads,
@@ -130,7 +132,7 @@ struct Scene {
     cluster: Cluster,
     bin: std::path::PathBuf,
     place: Place,
-    /// The same bucket, past the proxy.
+    /// The same bucket without the proxy.
     direct: Place,
     proxy: BucketProxy,
     daemon: Daemon,
@@ -172,7 +174,7 @@ impl Scene {
         })
     }
 
-    /// A transaction over a segment and a half; its commit returns when the bucket has it.
+    /// Begins a transaction of one and a half segments. Its commit returns when the bucket has it.
     fn commit(&mut self) -> JoinHandle<()> {
         let conninfo = self.cluster.conninfo();
         self.rows += 1500;
@@ -186,7 +188,7 @@ impl Scene {
 
     fn status(&self) -> Value {
         let mut status = self.place.program("wal-archiver").expect("it is built");
-        // A light that is not green is an exit code, and no failure here.
+        // With a light other than green the exit code is not 0, which is not a failure of the test.
         let output = status.args(["status", "--json"]).output();
         let said = output.expect("it runs").stdout;
         let reports: Value = serde_json::from_slice(&said).expect("JSON");
@@ -205,7 +207,8 @@ impl Scene {
         }
     }
 
-    /// What PostgreSQL was told: what is written, and what is in the bucket.
+    /// Returns the server's flush LSN, and the write LSN and the flush LSN that the archiver
+    /// reported.
     fn told(&self) -> (Lsn, Lsn, Lsn) {
         let mut client = self.cluster.connect().expect("a connection");
         let query = "SELECT pg_current_wal_flush_lsn()::text, write_lsn::text, flush_lsn::text \
@@ -215,8 +218,9 @@ impl Scene {
         (lsn(0), lsn(1), lsn(2))
     }
 
-    /// The word that PostgreSQL was given is true: another program, past the faults, finds that much in the bucket without a
-    /// hole. Segments go up side by side: behind what was acknowledged one may be there before the one that it follows.
+    /// Checks that the reported flush LSN is true: a program that bypasses the proxy finds the WAL
+    /// up to it in the bucket without a gap. Segments are uploaded concurrently, so after the
+    /// acknowledged LSN a segment may be stored before its predecessor.
     fn assert_true(&self) -> Value {
         let (_, _, told) = self.told();
         let mut list = self.direct.program("pitr-restore").expect("it is built");
@@ -265,7 +269,7 @@ impl Scene {
         let began = Instant::now();
         self.proxy.fail(*fault, *concerns);
         let commit = self.commit();
-        // A read that trickles is slow, and comes to its end.
+        // A read that trickles is slow, but succeeds.
         if !words.is_empty() {
             self.wait(&name, |report| {
                 let error = report["repository_error"].as_str().unwrap_or_default();
@@ -287,7 +291,7 @@ impl Scene {
         eprintln!("{name}: met {met} times, well after {:?}", began.elapsed());
     }
 
-    /// Everything at once, and no order in it: what gets through is right.
+    /// Injects all faults at random. Everything that is stored nevertheless is correct.
     fn weather_a_storm(&mut self, lasts: Duration) {
         let began = Instant::now();
         self.proxy.storm(40, &STORM);
@@ -306,7 +310,7 @@ impl Scene {
         eprintln!("a storm of {met} faults, well after {:?}", began.elapsed());
     }
 
-    /// What nobody reads back at once: a backup is whole, or it is none.
+    /// Tests objects that are not read back at once: a backup is complete, or it does not exist.
     fn back_up(&self, faults: &[(Fault, &'static str)]) {
         for (fault, part) in faults {
             let part = *part;
@@ -356,7 +360,7 @@ fn nothing_that_a_bucket_does_wrong_is_taken_for_a_success() {
     scene.finish();
 }
 
-/// Scenarios 36 and 37 with a segment that goes up in parts.
+/// Scenarios 36 and 37 with a segment that is uploaded in parts.
 #[test]
 fn an_upload_in_parts_is_whole_or_none_and_leaves_nothing() {
     let Some(mut scene) = Scene::make(64) else {
@@ -373,7 +377,7 @@ fn an_upload_in_parts_is_whole_or_none_and_leaves_nothing() {
     ];
     for (fault, beginning, part) in &faults[..if long { 6 } else { 1 }] {
         let began = Instant::now();
-        // Not of what is open: only a whole segment is large enough.
+        // Only whole segments are large enough, so pieces of the open segment are not affected.
         let (beginning, part) = (*beginning, *part);
         let concerns = move |asked: &Asked| asked.is(beginning) && asked.line.contains(part);
         scene.proxy.fail_first(2, *fault, concerns);
@@ -390,7 +394,8 @@ fn an_upload_in_parts_is_whole_or_none_and_leaves_nothing() {
         drop(client);
         scene.commit().join().expect("a commit");
         scene.wait(&format!("{fault:?} of {part}"), |report| {
-            // A completion whose answer is lost is not asked for again: the object is there.
+            // If the answer to a completion is lost, the upload is not completed again, because the
+            // object exists.
             scene.proxy.met() > 0 && report["durable"]["remote"]["lag_bytes"] == 0
         });
         scene.proxy.heal();

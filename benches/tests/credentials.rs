@@ -1,4 +1,5 @@
-//! Who signs: every way that an AWS program finds its credentials, through our own program, against stubs of S3 and STS.
+//! Credentials: each way in which an AWS program finds them, tested with our own program and stubs
+//! of S3 and STS.
 
 use std::{
     collections::BTreeMap,
@@ -21,11 +22,12 @@ use benches::{
     tools::servers_or_skip,
 };
 
-/// What STS gives.
+/// The credentials that STS returns.
 const ROLE_KEY: &str = "ASIAROLE";
 const ROLE_TOKEN: &str = "token-of-the-role";
 
-/// Answers S3's listings with nothing and STS with credentials; remembers everything.
+/// A stub that answers S3's listings with nothing and STS requests with credentials. It records all
+/// requests.
 struct Stub {
     address: SocketAddr,
     seen: Arc<Mutex<Vec<String>>>,
@@ -39,7 +41,7 @@ impl Stub {
         let told = Arc::clone(&seen);
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
-                // A client that went away is no matter.
+                // A client that disconnects does not matter.
                 let _gone = serve(&stream, &told);
             }
         });
@@ -83,7 +85,7 @@ fn serve(stream: &TcpStream, seen: &Mutex<Vec<String>>) -> std::io::Result<()> {
     )
 }
 
-/// What STS answers to who asks for a role; `None` when nobody does.
+/// Returns the answer of STS to a request for a role; `None` for other requests.
 fn role(request: &str, key: &str, expiration: &str) -> Option<String> {
     let action = ["AssumeRoleWithWebIdentity", "AssumeRole"]
         .into_iter()
@@ -96,7 +98,7 @@ fn role(request: &str, key: &str, expiration: &str) -> Option<String> {
     ))
 }
 
-/// Lists the repository with these settings and this environment; what the stub was asked.
+/// Lists the repository with these settings and this environment. Returns the requests to the stub.
 fn asked(stub: &Stub, place: &Path, settings: &str, environment: &[(&str, String)]) -> Vec<String> {
     let config = place.join("tidemark.toml");
     let endpoint = format!("http://{}", stub.address);
@@ -218,7 +220,7 @@ fn every_way_to_sign_is_found() {
 
 const ROLE: &str = "arn:aws:iam::1:role/archive";
 
-/// A profile that assumes a role, in the files of a place; the variables of a web identity that does.
+/// Writes a profile that assumes a role. Returns the variables of a web identity that assumes one.
 fn roles(place: &Path) -> Vec<(&'static str, String)> {
     let keys = "[two]\naws_access_key_id = AKIATWO\naws_secret_access_key = secret-2\n";
     fs::write(place.join("credentials"), keys).expect("a file");
@@ -274,18 +276,21 @@ fn roles_are_assumed_with_a_profile_and_with_a_web_identity() {
     }
 }
 
-/// Long enough for the SDK, which asks anew ten seconds before an end, to use one for a moment.
+/// The lifetime of credentials. The SDK renews them ten seconds before their end, so they are used
+/// for a short time.
 const LIFETIME: Duration = Duration::from_secs(12);
 
-/// What a provider gave out: until when each key is good, and how often it signed.
+/// The credentials that a provider issued: the end of each key, and the number of requests that it
+/// signed.
 struct Given {
-    /// Of the next one.
+    /// The lifetime of the next key.
     lifetime: Duration,
     keys: BTreeMap<String, (Instant, usize)>,
     refused: usize,
 }
 
-/// STS and S3 in one: a key that has ended is refused as S3 does it; the others pass to a store that lets everybody do all.
+/// Acts as STS and S3. Refuses an expired key as S3 does, and forwards all other requests to a
+/// store without access control.
 fn judge(given: &Mutex<Given>, asked: &Asked) -> Verdict {
     let mut given = given.lock().expect("no panic");
     let body = String::from_utf8_lossy(&asked.body);
@@ -316,8 +321,8 @@ fn judge(given: &Mutex<Given>, asked: &Asked) -> Verdict {
     }
 }
 
-/// Credentials end again and again while the archiver streams, at the time that was said and, when they are withdrawn,
-/// before: commits that wait for the bucket go on.
+/// Credentials end repeatedly while the archiver streams, first at the announced time, then earlier
+/// because they are withdrawn. Commits that wait for the bucket continue.
 #[test]
 fn a_running_archiver_outlives_its_credentials() {
     let Some((_, bin)) = servers_or_skip().pop() else {
@@ -396,7 +401,8 @@ fn a_running_archiver_outlives_its_credentials() {
         let (used, refused) = seen(&given);
         assert!(used >= 3, "{used} keys were used");
         assert_eq!(refused, 0, "each was renewed before its end");
-        // The next one is good for an hour, and withdrawn before its time: nobody tells us but the bucket.
+        // The next credentials are valid for an hour and are withdrawn earlier. Only the bucket's
+        // refusals show this.
         given.lock().expect("no panic").lifetime = LIFETIME * 300;
         commit(15);
         rows += 15;

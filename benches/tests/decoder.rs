@@ -1,4 +1,5 @@
-//! The decoder against `pg_waldump`: every record of a mixed workload, on every PostgreSQL that is installed.
+//! Compares the decoder with `pg_waldump`: every record of a mixed workload, on every installed
+//! PostgreSQL.
 //!
 //! `TIDEMARK_LONG` makes the workload ten times longer.
 
@@ -29,7 +30,7 @@ const SETTINGS: &str = "fsync = off\nwal_level = logical\nmax_prepared_transacti
      track_commit_timestamp = on\nwal_keep_size = 2GB\nautovacuum_naptime = 1s\n\
      max_replication_slots = 10\nshared_buffers = 32MB\n";
 
-/// Every index type, and what a table can go through.
+/// Every index type, and many operations on a table.
 const TABLES: &str = "
     create table things (id int primary key, n int, words tsvector, area box, span int4range, name text, list int[]);
     create index on things using btree (n, name);
@@ -63,7 +64,7 @@ const FUNCTION: &str = "
     end $$;
 ";
 
-/// One round of changes; `@` is the round's number.
+/// The changes of one round; `@` is the number of the round.
 const ROUND: &str = "
     insert into things select i, i % 100, to_tsvector('simple', 'word' || i % 50 || ' and ' || i),
         box(point(i, i % 17), point(i + 5, i % 17 + 3)), int4range(i, i + 10), repeat(md5(i::text), 2), array[i, i % 7]
@@ -100,7 +101,7 @@ fn is_long() -> bool {
     env::var_os("TIDEMARK_LONG").is_some()
 }
 
-/// One statement after the other: many of them refuse a transaction.
+/// Executes the statements one by one, because many of them cannot run in a transaction.
 fn execute(client: &mut Client, statements: &str) -> Result<()> {
     let statements = statements.split(';').map(str::trim);
     for statement in statements.filter(|statement| !statement.is_empty()) {
@@ -122,7 +123,7 @@ fn pgbench(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
     )
 }
 
-/// What `wal_compression` can be in this build.
+/// Returns the values of `wal_compression` that this build supports.
 fn compressions(client: &mut Client, major: u16) -> Result<Vec<String>> {
     if major < 15 {
         return Ok(vec!["off".to_owned(), "on".to_owned()]);
@@ -131,7 +132,8 @@ fn compressions(client: &mut Client, major: u16) -> Result<Vec<String>> {
     Ok(client.query_one(query, &[])?.get(0))
 }
 
-/// Does everything; the last WAL record is a switch, whose segment is returned.
+/// Runs the whole workload. The last WAL record is a segment switch; returns the name of its
+/// segment.
 fn work(cluster: &Cluster, major: u16, rounds: u32) -> Result<String> {
     let mut client = cluster.connect()?;
     client.batch_execute("set client_min_messages = error")?;
@@ -155,7 +157,7 @@ fn work(cluster: &Cluster, major: u16, rounds: u32) -> Result<String> {
             client.batch_execute("select pg_switch_wal()")?;
         }
     }
-    // Images that are not to be applied.
+    // Writes page images that are not to be applied.
     execute(
         &mut client,
         "set wal_consistency_checking = 'all'; update things set n = n + 1 where id < 1500; reset wal_consistency_checking",
@@ -177,7 +179,7 @@ fn work(cluster: &Cluster, major: u16, rounds: u32) -> Result<String> {
              create table placed tablespace place as select 1; drop table placed; drop tablespace place",
         )?;
     }
-    // A record of several segments.
+    // Writes a record that spans several segments.
     execute(
         &mut client,
         "select pg_logical_emit_message(false, 'large', repeat('x', 2500000));
@@ -187,7 +189,7 @@ fn work(cluster: &Cluster, major: u16, rounds: u32) -> Result<String> {
     Ok(last.get(0))
 }
 
-/// Complete segments, oldest first, up to `last`.
+/// Returns the complete segments up to `last`, oldest first.
 fn segments(cluster: &Cluster, last: &str) -> Result<Vec<(SegmentName, PathBuf)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(cluster.data().join("pg_wal"))? {
@@ -203,7 +205,7 @@ fn segments(cluster: &Cluster, last: &str) -> Result<Vec<(SegmentName, PathBuf)>
     Ok(found)
 }
 
-/// What `pg_waldump` prints of these segments.
+/// Returns the output of `pg_waldump` for these segments.
 fn printed(cluster: &Cluster, first: SegmentName, last: &str) -> Result<Vec<Line>> {
     let mut pg_waldump = cluster.program("pg_waldump")?;
     pg_waldump.env("TZ", "UTC").stderr(Stdio::inherit());
@@ -213,18 +215,19 @@ fn printed(cluster: &Cluster, first: SegmentName, last: &str) -> Result<Vec<Line
     text.lines().map(line).collect()
 }
 
-/// WAL that both decoded, and what they agree on.
+/// WAL that both programs decoded with equal results.
 struct Checked {
     identity: WalIdentity,
     start_lsn: Lsn,
     segments: Vec<Vec<u8>>,
     lines: Vec<Line>,
     summary: SegmentSummary,
-    /// True if nothing was prepared, or no full page was written.
+    /// True if it has no prepared transaction or no full-page image.
     lacks_something: bool,
 }
 
-/// Decodes the segments up to `last`, and compares with `pg_waldump`. With `all`, from the first; else that one alone.
+/// Decodes the segments up to `last` and compares the records with `pg_waldump`. With `all`, begins
+/// with the first segment; otherwise decodes only `last`.
 fn check(cluster: &Cluster, major: u16, last: &str, all: bool) -> Result<Checked> {
     let mut paths = segments(cluster, last)?;
     if !all {
@@ -305,7 +308,8 @@ fn every_record_is_the_one_that_pg_waldump_prints() {
     }
 }
 
-/// Writes rows until two pages are left of the segment, and then a record that needs the next one.
+/// Writes rows until two pages of the segment are left, so that the next record continues in the
+/// next segment.
 const OVER_THE_END: &str = "
     do $$ begin
         loop
@@ -315,7 +319,8 @@ const OVER_THE_END: &str = "
     end $$;
 ";
 
-/// As PostgreSQL's `026_overwrite_contrecord.pl`: a crash, and the segment with a record's second half is gone.
+/// Like PostgreSQL's `026_overwrite_contrecord.pl`: after a crash, the segment with the second half
+/// of a record is missing.
 fn overwrite_contrecord(major: u16, bin: &Path) -> Result<Checked> {
     let cluster = Cluster::start(bin, 1, &format!("{SETTINGS}autovacuum = off\n"))?;
     let mut client = cluster.connect()?;
@@ -348,7 +353,8 @@ fn a_record_that_a_crash_left_incomplete_is_skipped_as_postgresql_skips_it() {
     }
 }
 
-/// Makes the golden files of `wal-format/tests/fixtures` anew, in the directory that `TIDEMARK_FIXTURES` names.
+/// Creates the golden files of `wal-format/tests/fixtures` again, in the directory that
+/// `TIDEMARK_FIXTURES` names.
 #[test]
 fn golden_files_are_made_on_request() {
     let Some(directory) = env::var_os("TIDEMARK_FIXTURES").map(PathBuf::from) else {
@@ -360,7 +366,7 @@ fn golden_files_are_made_on_request() {
     }
 }
 
-/// As much of a segment as a golden file holds.
+/// The length of a segment's part in a golden file.
 const FIXTURE_BYTES: usize = 304 << 10;
 
 fn make_fixture(directory: &Path, major: u16, bin: &Path) -> Result<()> {

@@ -1,5 +1,5 @@
-//! An encrypted repository in a bucket: the archiver's host is lost, and the bucket alone gives everything back to who has
-//! the key, and nothing to who runs the store.
+//! An encrypted repository in a bucket: the archiver's host is lost. A user with the key can
+//! restore everything from the bucket alone, and the operator of the store can read nothing.
 
 use std::{fs, path::Path};
 
@@ -13,7 +13,7 @@ use benches::{
     tools::servers_or_skip,
 };
 
-/// Where a text lies in the files below a folder: how often.
+/// Returns the number of occurrences of a text in the files below a folder.
 fn count(folder: &Path, text: &[u8]) -> usize {
     let mut found = 0;
     for entry in fs::read_dir(folder).expect("a folder").flatten() {
@@ -53,7 +53,7 @@ fn the_bucket_alone_gives_everything_back_and_tells_nothing() {
     let place = Place::in_bucket(store, &settings).expect("a place");
     let daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
     fill(&cluster, &place).expect("an archive");
-    // The host is lost, with all that it has.
+    // The host is lost, with all its files.
     daemon.kill().expect("it dies");
     drop(cluster);
     fs::remove_dir_all(place.path().join("spool")).expect("a spool");
@@ -78,7 +78,7 @@ fn the_bucket_alone_gives_everything_back_and_tells_nothing() {
     }
     write_keys(&place, OTHER, KEY);
 
-    // Its plan reads summaries by ranges, its recovery fetches segments and tails.
+    // The plan reads summaries by ranges, and the recovery fetches segments and tails.
     let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
     let mut client = restored.connect().expect("a connection");
     assert_eq!(rows(&mut client).expect("a count"), ROWS);

@@ -1,4 +1,5 @@
-//! An encrypted repository from end to end: what its operator sees, who may read it, and that `FORMAT.md` is enough to.
+//! An encrypted repository, end to end: what its operator can see, who can read it, and that
+//! `FORMAT.md` suffices to read it.
 
 use std::{
     fs,
@@ -16,7 +17,7 @@ use benches::{
     tools::servers_or_skip,
 };
 
-/// The programs of the place, with other keys.
+/// Writes a configuration of the place with other keys.
 fn with_keys(place: &Place, keys_line: &str) -> PathBuf {
     let path = place.path().join("other.toml");
     let text = format!(
@@ -50,7 +51,7 @@ fn contains(bytes: &[u8], what: &[u8]) -> bool {
     bytes.windows(what.len()).any(|window| window == what)
 }
 
-/// Every object is encrypted, but the wrapped keys.
+/// Checks that every object except the wrapped keys is encrypted.
 fn nothing_is_readable(place: &Place) {
     let mut found = Vec::new();
     files(&place.path().join("repository"), &mut found);
@@ -67,7 +68,7 @@ fn nothing_is_readable(place: &Place) {
             "{name}"
         );
         for plain in PLAIN.iter().chain(&[&b"\x28\xb5\x2f\xfd"[..]]) {
-            // Four bytes of zstd's magic come about by chance once in four billion places.
+            // The four bytes of zstd's magic occur by chance at one of four billion positions.
             assert!(!contains(&content, plain), "{name} has {plain:?}");
         }
     }
@@ -85,7 +86,7 @@ fn the_main_job_with_encryption() {
     daemon.stop().expect("it stops");
     nothing_is_readable(&place);
 
-    // A wrong key and none are told in one line, and nothing is touched.
+    // A wrong key and a missing key are reported in one line, and nothing is changed.
     let before = {
         let mut found = Vec::new();
         files(&place.path().join("repository"), &mut found);
@@ -105,7 +106,8 @@ fn the_main_job_with_encryption() {
             assert_eq!(said.trim().lines().count(), 1, "{said}");
         }
     }
-    // A new key beside the old one: everything is wrapped again, then the old one is not needed any more.
+    // A new key next to the old one: all data keys are wrapped again, and then the old key is no
+    // longer needed.
     let both = with_keys(&place, &key_setting(&format!("{OTHER}\\\\n{KEY}")));
     let rewrapped = run(&place, &both, &["key", "rewrap"]);
     assert!(rewrapped.status.success(), "{rewrapped:?}");
@@ -136,7 +138,8 @@ fn the_main_job_with_encryption() {
     assert!(began.elapsed() < Duration::from_secs(600));
 }
 
-/// Plain objects in the encrypted repository are named and block nothing; nor does the loss of the identity.
+/// Unencrypted objects in the encrypted repository are reported and block nothing. The loss of the
+/// identity blocks nothing either.
 fn stray_objects_block_nothing(place: &Place, config: &Path, bin: &Path) {
     let root = place.path().join("repository/main");
     let stray = |name: &str, content: &[u8]| {
@@ -189,7 +192,7 @@ fn stray_objects_block_nothing(place: &Place, config: &Path, bin: &Path) {
     assert!(root.join("epoch-copy/00000001.json.enc").exists());
 }
 
-/// The program in `FORMAT.md`, run as it stands there.
+/// Runs the program in `FORMAT.md` unchanged.
 fn a_stranger_reads_it(place: &Place) {
     let has = Command::new("python3")
         .args(["-c", "import cryptography"])

@@ -1,7 +1,7 @@
-//! A bucket that is emptied, or exchanged for another one behind the same name, under the running
-//! archiver: what is there gets nothing, also from the next start, and archiving continues when the
-//! archive is back. And a store that answers nonsense: the archiver says so and continues when the
-//! store is well again.
+//! A bucket is emptied, or replaced by another one of the same name, while the archiver runs.
+//! Nothing is written to it, even after a restart, and archiving continues when the archive is
+//! back. Also: a store sends nonsense, which the archiver reports, and it continues when the store
+//! works again.
 
 use std::{
     collections::BTreeMap,
@@ -93,7 +93,7 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
     write_wal(&cluster);
     wait(&place, "archived", is_well);
 
-    // Somebody moves everything elsewhere.
+    // An administrator moves all objects elsewhere.
     let mut moved = BTreeMap::new();
     for key in store.keys().expect("a listing") {
         moved.insert(key.clone(), store.object(&key).expect("an object"));
@@ -113,7 +113,7 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
         "it was written to"
     );
 
-    // A start begins no new archive there.
+    // A restart does not begin a new archive there.
     daemon.kill().expect("it is gone");
     let until = "the repository does not answer";
     let conninfo = cluster.conninfo();
@@ -152,7 +152,7 @@ fn a_store_that_answers_with_a_page_ends_no_archiver() {
     let conninfo = cluster.conninfo();
     let nonsense = || proxy.decide(|_| Verdict::Say(PAGE.to_owned()));
 
-    // At the first start, of which nothing is known yet.
+    // During the first start, when nothing is known yet.
     nonsense();
     let daemon = place
         .daemon_at(&conninfo, &address, " WARN ")
@@ -164,7 +164,7 @@ fn a_store_that_answers_with_a_page_ends_no_archiver() {
     proxy.heal();
     wait(&place, "it begins by itself", is_well);
 
-    // While it runs, under load.
+    // While the archiver runs, under load.
     for _ in 0..2 {
         nonsense();
         write_wal(&cluster);
@@ -176,7 +176,7 @@ fn a_store_that_answers_with_a_page_ends_no_archiver() {
         wait(&place, "it goes on by itself", is_well);
     }
 
-    // At a start with WAL in the spool.
+    // During a start with WAL in the spool.
     nonsense();
     write_wal(&cluster);
     daemon.kill().expect("it is gone");

@@ -1,5 +1,6 @@
-//! Who else may write where a cluster is archived: another cluster may not, a second archiver of the same one may, and a
-//! restored copy that was promoted goes on beside its origin. Nothing is ever overwritten.
+//! The right to write into a cluster's archive: another cluster may not; a second archiver of the
+//! same cluster may; a restored and promoted copy is archived next to its origin. Nothing is ever
+//! overwritten.
 
 use std::{path::Path, thread::sleep, time::Duration};
 
@@ -47,7 +48,7 @@ fn count(place: &Place, bin: &Path, arguments: &[&str]) -> i64 {
     row.expect("a count").get(0)
 }
 
-/// The archiver ends by itself on a server that goes another way than what is archived.
+/// Checks that the archiver stops on a server whose WAL diverges from the archive.
 fn refuses(place: &Place, server: &Cluster) {
     let log = place.path().join("refused.log");
     let mut run = place.program("wal-archiver").expect("it is built");
@@ -112,7 +113,7 @@ fn a_second_cluster_at_one_prefix_is_refused_and_writes_nothing() {
     assert_eq!(count(&place, &bin, &[]), 1000);
 }
 
-/// Both put the same names; whoever is second finds what it wanted to put.
+/// Both archivers put the same names. The second one finds the object that it wanted to put.
 #[test]
 fn two_archivers_of_one_cluster_agree_under_kills() {
     let Some((bin, cluster, place)) =
@@ -132,7 +133,7 @@ fn two_archivers_of_one_cluster_agree_under_kills() {
     for round in 0..rounds {
         sleep(Duration::from_millis(700));
         let [first, second] = daemons;
-        // One of them dies, now and then with all that its host has.
+        // Kill one of them, sometimes together with all files of its host.
         daemons = if round % 2 == 0 {
             first.kill().expect("it dies");
             if round % 4 == 2 {
@@ -170,7 +171,8 @@ fn two_archivers_of_one_cluster_agree_under_kills() {
     verify(&place);
 }
 
-/// A restored copy has the same system identifier. Promoted, it has a timeline of its own and is archived beside its origin.
+/// A restored copy has the same system identifier. After its promotion it has its own timeline and
+/// is archived next to its origin.
 #[test]
 fn an_archiver_of_a_promoted_copy_joins_on_its_own_timeline() {
     let Some((bin, cluster, place)) = scene("") else {
@@ -190,7 +192,7 @@ fn an_archiver_of_a_promoted_copy_joins_on_its_own_timeline() {
     let conninfo = copy.conninfo();
     let joined = beside.daemon_at(&conninfo, "127.0.0.1:0", " INFO streaming");
     let joined = joined.expect("it joins");
-    // Both go on, over the same positions.
+    // Both continue, with the same LSNs.
     sql(&mut client, "INSERT INTO t SELECT generate_series(1, 500)");
     drop(client);
     let mut client = copy.connect().expect("a connection");
@@ -211,7 +213,8 @@ fn an_archiver_of_a_promoted_copy_joins_on_its_own_timeline() {
     );
 }
 
-/// A copy that was started without a restore goes another way on the same timeline: only one of them can be right.
+/// A copy that was started without a restore diverges on the same timeline: only one of the two
+/// servers can continue the archive.
 #[test]
 fn an_archiver_of_a_copy_on_the_same_timeline_is_refused() {
     let Some((bin, cluster, place)) = scene("") else {
@@ -233,7 +236,7 @@ fn an_archiver_of_a_copy_on_the_same_timeline_is_refused() {
     sleep(Duration::from_secs(2));
     cluster.stop().expect("it stops");
     origin.stop().expect("everything is in the bucket");
-    // The copy is ahead of what is archived, with other bytes.
+    // The copy is ahead of the archive, with other bytes.
     let mut client = copy.connect().expect("a connection");
     sql(
         &mut client,
@@ -245,8 +248,9 @@ fn an_archiver_of_a_copy_on_the_same_timeline_is_refused() {
     assert_eq!(count(&place, &bin, &[]), 5000, "the origin's");
 }
 
-/// Such a copy at its narrowest: it meets the archive exactly between two segments, its records are as long as the
-/// origin's, so that not even `xl_prev` differs, and the segment before ends in nothing, as a switch leaves it.
+/// The hardest case of such a copy: it diverges exactly between two segments, its records have the
+/// same lengths as the origin's, so that even `xl_prev` is equal, and the previous segment ends
+/// with unused space after a switch.
 #[test]
 fn a_copy_that_meets_the_archive_between_two_large_segments_is_refused() {
     let Some((_, bin)) = servers_or_skip().pop() else {
@@ -291,7 +295,7 @@ fn a_copy_that_meets_the_archive_between_two_large_segments_is_refused() {
     origin.stop().expect("it stops");
     assert_eq!(fill(&copy, 'b'), end, "the copy goes the same length");
     fill(&copy, 'b');
-    // By one that knows only the repository.
+    // The archiver has lost its spool and knows only the repository.
     std::fs::remove_dir_all(place.path().join("spool")).expect("a spool");
     refuses(&place, &copy);
     verify(&place);

@@ -1,8 +1,8 @@
 //! End-to-end tests of both programs together: the main job, buckets, encryption, faults of a
-//! store, and what one test crate cannot see alone.
+//! store, and everything that the tests of a single crate cannot check.
 //!
-//! One program, so that RocksDB is linked once and tests of different files run beside each other.
-//! `TIDEMARK_LONG=1` takes the full counts.
+//! All tests are one program, so that RocksDB is linked once and tests of different files run
+//! concurrently. `TIDEMARK_LONG=1` uses the full counts.
 
 mod backup_files;
 mod bad_bucket;

@@ -1,7 +1,7 @@
-//! The main job on every PostgreSQL that is installed, with every segment size, with and without
-//! checksums, with every `wal_compression`; and with an archiver that is killed again and again.
+//! The main job on every installed PostgreSQL, with every segment size, with and without checksums,
+//! with every `wal_compression`, and with an archiver that is killed repeatedly.
 //!
-//! `TIDEMARK_LONG=1` meets every pair of values, and kills a hundred times.
+//! `TIDEMARK_LONG=1` covers every pair of values, and kills a hundred times.
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
@@ -31,7 +31,7 @@ const fn row(major: u16, segment_mib: u32, checksums: bool, wal_compression: &'s
     }
 }
 
-/// Each value at least once.
+/// Rows that contain each value at least once.
 const SHORT: [Row; 6] = [
     row(13, 1, true, "pglz"),
     row(14, 16, false, "off"),
@@ -41,7 +41,8 @@ const SHORT: [Row; 6] = [
     row(18, 64, false, "lz4"),
 ];
 
-/// Each pair of values at least once. Before 15 a server knows one method: it stands for the others.
+/// Returns rows that contain each pair of values at least once. Before version 15 a server has only
+/// one compression method, which replaces the others.
 fn long() -> Vec<Row> {
     let mut rows = Vec::new();
     for (at, major) in MAJORS.into_iter().enumerate() {
@@ -105,7 +106,7 @@ fn nothing_acknowledged_is_lost_on_any_server() {
         );
         compressed.insert(outcome.wal_compression);
     }
-    // Debian's own builds and the installer's have every method in some version.
+    // Debian's builds and the installer's builds together support every method.
     if servers.len() == MAJORS.len() {
         assert_eq!(compressed.len(), WAL_COMPRESSION.len(), "{compressed:?}");
     }
@@ -151,7 +152,7 @@ fn killed_again_and_again_the_archiver_loses_nothing_acknowledged() {
     } else {
         6
     };
-    // Small segments: a kill meets every step of completing one.
+    // Segments are small, so that kills interrupt every step of completing one.
     let job = main_job::Job {
         kills,
         ..job(bin, 1, true)
@@ -161,8 +162,8 @@ fn killed_again_and_again_the_archiver_loses_nothing_acknowledged() {
     assert!(outcome.latest.acknowledged > 50, "{outcome:?}");
 }
 
-/// A commit that was acknowledged because we alone had it is restored, whichever way we were asked for: the other standby
-/// that is named never comes.
+/// A commit that was acknowledged because our copy alone had it is restored, whether we are a
+/// member of ANY or of FIRST: the other standby in the list never connects.
 #[test]
 fn killed_as_a_member_of_any_or_first_it_loses_nothing_acknowledged() {
     let kills = if std::env::var_os("TIDEMARK_LONG").is_some() {
@@ -178,7 +179,7 @@ fn killed_as_a_member_of_any_or_first_it_loses_nothing_acknowledged() {
     .into_iter()
     .enumerate()
     {
-        // The oldest and the newest server.
+        // Use the oldest and the newest server.
         let found = if at == 0 {
             servers.first()
         } else {

@@ -1,4 +1,5 @@
-//! The main job with a bucket as the repository: the archiver's host is lost, and only the bucket is left.
+//! The main job with a bucket as the repository: the archiver's host is lost, and only the bucket
+//! remains.
 //!
 //! `TIDEMARK_LONG=1` loses it fifty times for each class of durability and prints the percentiles.
 
@@ -40,7 +41,8 @@ fn with_acknowledge_remote_nothing_acknowledged_dies_with_the_host() {
     assert!(seconds.iter().all(|one| *one == 0.0), "{seconds:?}");
 }
 
-/// What is lost is measured and not asserted: how much depends on the machine. That it is a moment, and not a hole, is.
+/// The amount of the loss depends on the machine, so it is printed and not asserted. The test
+/// asserts that the loss ends at one point in time and is not a gap.
 #[test]
 fn with_acknowledge_local_a_moment_dies_with_the_host() {
     lose_the_host("acknowledge = \"local\"");

@@ -1,5 +1,5 @@
-//! The programs that PostgreSQL starts for every segment have no database in them, which would take several times as long to
-//! start as they have to do.
+//! The programs that PostgreSQL starts for every segment do not contain the database: loading it
+//! would take several times as long as their work.
 
 use std::fs;
 
@@ -9,7 +9,7 @@ use benches::{
     tools::servers_or_skip,
 };
 
-/// How the linker names what belongs to RocksDB.
+/// The prefix that the linker gives to RocksDB's symbols.
 const OF_ROCKSDB: &[u8] = b"_ZN7rocksdb";
 
 #[test]
@@ -27,7 +27,8 @@ fn what_starts_for_every_segment_has_no_database_in_it() {
     }
 }
 
-/// Half an installation is told as that, and never as "archived" or as the end of the archive.
+/// An incomplete installation is reported as such, and never as "archived" or as the end of the
+/// archive.
 #[test]
 fn alone_it_names_what_is_missing() {
     let directory = directory().expect("a directory");
@@ -49,8 +50,8 @@ fn alone_it_names_what_is_missing() {
     }
 }
 
-/// Without a daemon and without the whole program: a segment into a folder is all that it does itself, and what it refuses it
-/// leaves to the whole program to explain.
+/// Without a daemon and without the full binary, the small binary only stores a segment in a
+/// folder. Everything that it refuses is left to the full binary, which reports the reason.
 #[test]
 fn alone_it_archives_a_segment_in_a_folder() {
     let Some((_, bin)) = servers_or_skip().pop() else {
@@ -101,7 +102,7 @@ fn alone_it_archives_a_segment_in_a_folder() {
 
     let edited = directory.path().join(name);
     let mut other = wal;
-    // The address of the third page.
+    // Damages the address in the header of the third page.
     other[2 * 8192 + 8] ^= 1;
     fs::write(&edited, &other).expect("a file");
     fs::remove_file(&object).expect("it goes");

@@ -1,4 +1,5 @@
-//! What a bucket is asked, by the archiver's own count: nothing while the server is idle, and never a listing for WAL.
+//! The number of requests to a bucket, as the archiver counts them: none while the server is idle,
+//! and never a listing for WAL.
 
 use std::{thread::sleep, time::Duration};
 
@@ -12,7 +13,7 @@ use benches::{
 };
 use serde_json::Value;
 
-/// The time for which nothing may be asked: many times any interval of the archiver's but the
+/// The time in which no request may occur: many times every interval of the archiver except the
 /// hourly one.
 const QUIET: Duration = Duration::from_secs(12);
 
@@ -29,7 +30,7 @@ fn of(counts: &Value, kind: &str) -> u64 {
     counts[kind].as_u64().expect("a count")
 }
 
-/// What ten minutes cost, with a steady load and without.
+/// Prints the requests of ten minutes, with a steady load and without.
 fn measure(place: &Place, cluster: &Cluster) {
     const PERIOD: Duration = Duration::from_secs(600);
     let ledger = Ledger::start(&cluster.conninfo(), 4).expect("a ledger");
@@ -65,7 +66,8 @@ fn an_idle_server_costs_nothing_and_wal_needs_no_listing() {
     let backup = place.back_up(&cluster.conninfo(), &[]);
     backup.expect("a backup");
 
-    // A backup's own WAL is on its way for a while, and PostgreSQL notes now and then which transactions run.
+    // The WAL of a backup is uploaded for a while after it, and PostgreSQL occasionally logs the
+    // running transactions.
     let mut quiet = false;
     for _ in 0..6 {
         let before = requests(&place);

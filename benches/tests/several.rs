@@ -1,5 +1,5 @@
-//! Two repositories of one cluster: a flip in any kind of object is read over, found, and repaired from the other; and
-//! either of them alone is enough.
+//! Two repositories of one cluster: a flipped bit in an object of any kind is read from the other
+//! repository, found, and repaired. Each of the two is sufficient alone.
 
 use std::{
     fs,
@@ -21,15 +21,15 @@ const ROWS: i64 = 50_010;
 const NEAR: &str = "main/job";
 const FAR: &str = "far";
 
-/// One of the two repositories, for who runs it and can change every object.
+/// One of the two repositories, from the view of its operator, who can change every object.
 enum Shelf<'a> {
     Folder(PathBuf),
-    /// Below a prefix.
+    /// The objects of a bucket below a prefix.
     Bucket(&'a ObjectStoreServer, &'static str),
 }
 
 impl Shelf<'_> {
-    /// Every object by its name in the repository.
+    /// Returns the names of all objects in the repository.
     fn names(&self) -> Vec<String> {
         let mut names = match self {
             Self::Folder(root) => files(root),
@@ -39,7 +39,7 @@ impl Shelf<'_> {
                     .collect()
             }
         };
-        // What is no object: the probe of a bucket, a file in the making.
+        // Leave out other files: the probe of a bucket, and files that are being written.
         names.retain(|name| !name.starts_with('.'));
         names.sort();
         names
@@ -55,16 +55,16 @@ impl Shelf<'_> {
         }
     }
 
-    /// Over what is there.
+    /// Writes an object, and replaces an existing one.
     fn put(&self, name: &str, body: &[u8]) {
         match self {
             Self::Folder(root) => {
                 let path = root.join(name);
-                // With its owner, who is not the one who tests.
+                // Keep the owner, who is not the user of the test.
                 let mut folder = path.parent().expect("a folder");
                 fs::create_dir_all(folder).expect("a folder");
                 let owner = fs::metadata(root).expect("the repository");
-                // The archiver leaves files that nobody may write.
+                // The archiver's files are read-only, so remove the old file first.
                 drop(fs::remove_file(&path));
                 fs::write(&path, body).expect("a file");
                 drop(chown(&path, Some(owner.uid()), Some(owner.gid())));
@@ -117,18 +117,18 @@ fn files(root: &Path) -> Vec<String> {
     found
 }
 
-/// Where in an object a bit flips.
+/// The position of the flipped bit in an object.
 #[derive(Clone, Copy, Debug)]
 enum At {
     Begin,
     Middle,
     End,
-    /// In a digit of JSON, which stays one: only a sum tells.
+    /// In a digit of JSON, which remains a digit: only a checksum detects it.
     Digit,
 }
 
-/// Every kind of object that there is, by what its name has, and where it is hit: a segment in its header, its frames, and
-/// its footer with the summary.
+/// Every kind of object, as a part of its name, and the position of the flip. Segments are damaged
+/// in the header, in the frames, and in the footer with the summary.
 const KINDS: [(&str, At); 14] = [
     ("/epoch/", At::Digit),
     ("/epoch-copy/", At::Digit),
@@ -146,7 +146,7 @@ const KINDS: [(&str, At); 14] = [
     ("/keys/", At::Middle),
 ];
 
-/// An object of each kind, no object twice, and the byte to hit.
+/// Returns an object of each kind, no object twice, and the byte to damage.
 fn targets(shelf: &Shelf<'_>, encrypted: bool) -> Vec<(String, usize)> {
     let names = shelf.names();
     let mut targets: Vec<(String, usize)> = Vec::new();
@@ -154,7 +154,8 @@ fn targets(shelf: &Shelf<'_>, encrypted: bool) -> Vec<(String, usize)> {
         let is_new =
             |name: &&String| name.contains(kind) && targets.iter().all(|(known, _)| known != *name);
         let Some(name) = names.iter().find(is_new) else {
-            // Only plain ones are written by hand, and only the others have keys.
+            // Only unencrypted objects are written by the test itself, and only encrypted
+            // repositories have keys.
             let by_hand = ["/gap/", "/failover/"].contains(&kind);
             let none = (by_hand && encrypted) || (kind == "/keys/" && !encrypted);
             assert!(none, "no {kind} in {names:#?}");
@@ -196,7 +197,7 @@ fn rows(place: &Place, bin: &Path) -> i64 {
     row.expect("a count").get(0)
 }
 
-/// Every sealed segment as `restore_command` delivers it is the server's own.
+/// Checks that `restore_command` delivers every sealed segment with the server's own bytes.
 fn assert_fetched(place: &Place, cluster: &Cluster, shelf: &Shelf<'_>) {
     let root = directory().expect("a directory");
     let mut fetched = 0;
@@ -216,10 +217,10 @@ fn assert_fetched(place: &Place, cluster: &Cluster, shelf: &Shelf<'_>) {
     assert!(fetched > 3, "{fetched}");
 }
 
-/// An archive on two timelines, as a promotion leaves them, with a backup, in both places.
+/// Creates an archive in both places with a backup and, after a promotion, two timelines.
 fn archive(cluster: &Cluster, place: &Place) {
     let daemon = place.daemon(cluster, "127.0.0.1:0").expect("a daemon");
-    // A commit that returned is in the spool, and a stop sends it on.
+    // A commit that returned is in the spool, and stopping the daemon uploads it.
     cluster.wait_for_standbys("tidemark").expect("a setting");
     let mut client = cluster.connect().expect("a connection");
     client
@@ -250,7 +251,8 @@ fn archive(cluster: &Cluster, place: &Place) {
     daemon.stop().expect("it stops");
 }
 
-/// A range before everything else that was declared lost, and a failover that lost nothing: so that these kinds are there.
+/// Declares a lost range before all others and a failover without losses, so that objects of these
+/// kinds exist.
 fn declare_losses(shelves: [&Shelf<'_>; 2]) {
     let names = shelves[0].names();
     let epoch = names.iter().find(|name| name.contains("/epoch/"));
@@ -276,7 +278,7 @@ fn declare_losses(shelves: [&Shelf<'_>; 2]) {
     }
 }
 
-/// Checks whether each place is in a bucket, and the keys.
+/// Tests two repositories, each in a folder or in a bucket, with or without keys.
 fn two_repositories(near_in_bucket: bool, far_in_bucket: bool, encryption: &str) {
     let Some((major, bin)) = servers_or_skip().pop() else {
         return;
@@ -352,7 +354,7 @@ fn two_repositories(near_in_bucket: bool, far_in_bucket: bool, encryption: &str)
             assert!(near.get(name) == sound, "{name}");
         }
     }
-    // Damaged in both places it stays, and is named.
+    // A segment that is damaged in both places stays and is reported.
     let segment = targets.iter().find(|(name, _)| name.contains("/wal/"));
     let (segment, byte) = segment.expect("a segment");
     let kept = [near.flip(segment, *byte), far.flip(segment, *byte)];
@@ -398,7 +400,7 @@ fn any_damage_heals_between_any_two_places() {
     }
 }
 
-/// A second repository that nobody reaches holds up nothing, and is shown as what it is.
+/// A second repository that cannot be reached delays nothing, and is reported with its lag.
 #[test]
 fn a_repository_that_is_away_is_told_with_its_lag() {
     let Some((_, bin)) = servers_or_skip().pop() else {

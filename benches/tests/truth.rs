@@ -1,4 +1,5 @@
-//! What the dashboard says would be lost is not less than what is lost, but for the second of its poll.
+//! The real loss is not greater than the loss that the dashboard shows, except for the second
+//! between two polls.
 //!
 //! `TIDEMARK_LONG=1` kills thirty times and prints the histogram.
 

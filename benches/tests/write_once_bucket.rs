@@ -1,4 +1,4 @@
-//! A bucket with versions whose policy forbids deletes, and an intruder who may do everything.
+//! A versioned bucket whose policy forbids deletes, and an intruder with all permissions.
 
 use std::{fs, thread::sleep, time::Duration};
 
@@ -20,7 +20,7 @@ fn unsigned(place: &Place, request: &str, body: &str) -> String {
     answer
 }
 
-/// Every key of the bucket.
+/// Returns every key of the bucket.
 fn keys(place: &Place) -> Vec<String> {
     let listed = unsigned(place, &format!("GET /{BUCKET}?list-type=2"), "");
     let parts = listed.split("<Key>").skip(1);
@@ -37,7 +37,8 @@ fn rows(client: &mut postgres::Client) -> i64 {
 
 const LOCKS: &str = r#"<ObjectLockConfiguration xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><ObjectLockEnabled>Enabled</ObjectLockEnabled></ObjectLockConfiguration>"#;
 
-/// What the backup needs is locked, and never for less. That locks hold is shown where the store is tested.
+/// Locks every object that the backup needs, and never shortens a lock. The tests of the store
+/// check that locks prevent deletion.
 fn locks_are_extended(place: &Place) {
     unsigned(place, &format!("PUT /{BUCKET}?object-lock"), LOCKS);
     let extend = |arguments: &[&str]| {
@@ -49,7 +50,8 @@ fn locks_are_extended(place: &Place) {
             .split([' ', ';'])
             .filter_map(|word| word.parse().ok())
             .collect();
-        // Extended, locked for longer already, not needed.
+        // The counts of objects whose lock was extended, and of those that were already locked for
+        // longer.
         (numbers[0], numbers[1])
     };
     let (planned, _) = extend(&["--days", "30", "--dry-run"]);
@@ -58,7 +60,8 @@ fn locks_are_extended(place: &Place) {
     assert_eq!(extend(&["--days", "29"]), (0, planned));
 }
 
-/// With `lock_days` the daemon does the same by itself, soon after its start, and leaves alone what has enough left.
+/// With `lock_days` the daemon extends the locks soon after its start. It skips objects whose lock
+/// lasts long enough.
 fn the_daemon_extends_locks(place: &Place, cluster: &Cluster) {
     let file = place.path().join("tidemark.toml");
     let text = fs::read_to_string(&file).expect("a configuration");
@@ -111,7 +114,7 @@ fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
     locks_are_extended(&place);
     the_daemon_extends_locks(&place, &cluster);
     fs::remove_dir_all(place.path().join("spool")).expect("a spool");
-    // Stores tell times in whole seconds.
+    // Stores report times in whole seconds.
     sleep(Duration::from_millis(1500));
     let good = format!("{:.6}", jiff::Timestamp::now());
     sleep(Duration::from_millis(1500));
@@ -145,7 +148,7 @@ fn what_an_intruder_deletes_and_overwrites_is_restored_as_it_was() {
         "PostgreSQL's own fetches see the past too"
     );
 
-    // Before there was anything, and in a folder.
+    // A time before the first object, and a folder.
     for (arguments, words) in [
         (
             ["list", "--at", "2020-01-01 00:00:00Z"].as_slice(),

@@ -1,4 +1,5 @@
-//! [`KnownArchive`]: this host's record of the archive that it writes to. Because of it, the host never begins a new archive without an operator's command.
+//! [`KnownArchive`]: this host's record of the archive that it writes to. Because of it, the host
+//! never begins a new archive without an operator's command.
 //!
 //! `{spool}/{cluster}/repository.json` names the places of the archive and the objects by which
 //! each place is recognised. It is written when a cluster's name is claimed there. A spool of an

@@ -283,7 +283,8 @@ fn link_tablespaces(
 /// Returns the name of the directory in which a server keeps the files of a tablespace
 /// (`TABLESPACE_VERSION_DIRECTORY` in `relpath.h`).
 fn version_directory(backup: &BackupInfo, control: &[u8]) -> Result<String> {
-    // `catalog_version_no` follows the system identifier and the version of the layout in `ControlFileData`.
+    // `catalog_version_no` follows the system identifier and the version of the layout in
+    // `ControlFileData`.
     let version = control.get(12..16).and_then(|bytes| bytes.try_into().ok());
     let version = version
         .map(u32::from_ne_bytes)

@@ -1,4 +1,4 @@
-//! `make demo`: runs the main job for a person to watch. Ends by itself and cleans up.
+//! `make demo`: runs the main job for a person to watch. Ends automatically and removes its files.
 #![expect(clippy::print_stdout, reason = "it is a demonstration")]
 
 use std::{

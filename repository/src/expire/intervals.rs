@@ -1,4 +1,5 @@
-//! [`Intervals`]: sets of WAL as half-open ranges. Their number does not grow with the amount of WAL.
+//! [`Intervals`]: sets of WAL as half-open ranges. Their number does not grow with the amount of
+//! WAL.
 
 use serde::{Deserialize, Serialize};
 use wal_format::Lsn;

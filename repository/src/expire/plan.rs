@@ -1,4 +1,5 @@
-//! [`plan_expire`]: decides which backups and which WAL stay, each with its reason. Pure: no clock, no I/O.
+//! [`plan_expire`]: decides which backups and which WAL stay, each with its reason. Pure: no clock,
+//! no I/O.
 //!
 //! 1. Choose the backups: the newest, a minimum number, daily, weekly and monthly ones, pinned
 //!    ones, and on every live timeline those that lead to a moment of the window. A damaged backup

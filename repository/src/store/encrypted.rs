@@ -1,4 +1,5 @@
-//! [`EncryptedStore`]: wraps a store so that its operator can read only the names and sizes of objects and the names of the keys.
+//! [`EncryptedStore`]: wraps a store so that its operator can read only the names and sizes of
+//! objects and the names of the keys.
 //!
 //! An object `x` is stored as `x.enc` ([`object`]), so an encrypted object and a plain one are
 //! never confused. The cluster's data keys are stored, wrapped, in `keys/` ([`keys`]). Reading a

@@ -1,4 +1,5 @@
-//! [`PinnedStore`]: a store that writes only while the place contains one of its witnesses. The bucket of that name may have been emptied, or may be another bucket.
+//! [`PinnedStore`]: a store that writes only while the place contains one of its witnesses. The
+//! bucket of that name may have been emptied, or may be another bucket.
 //!
 //! A check is a GET. Before a tail, of which there are many, the store checks at most once per
 //! [`CHECK_INTERVAL`]; before any other object it checks always. Invariant: what was put before

@@ -1,4 +1,5 @@
-//! [`Access`]: the users that may read the files of a cluster, taken from its server (`initdb --allow-group-access`).
+//! [`Access`]: the users that may read the files of a cluster, taken from its server (`initdb
+//! --allow-group-access`).
 
 use std::{fs, os::unix::fs::MetadataExt, path::Path};
 

@@ -24,7 +24,8 @@ use crate::{Error, Result};
 /// took five times as long.
 const WRITE_BYTES: usize = 32 << 10;
 
-/// The size of each file that `backup_manifest` lists. A restore writes no other file and no byte beyond such a size.
+/// The size of each file that `backup_manifest` lists. A restore writes no other file and no byte
+/// beyond such a size.
 pub(super) struct Listed<'a>(HashMap<&'a str, u64>);
 
 impl<'a> Listed<'a> {

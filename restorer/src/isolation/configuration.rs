@@ -1,4 +1,5 @@
-//! [`Configuration`]: the settings of a data directory, from every file that PostgreSQL would read, in its order.
+//! [`Configuration`]: the settings of a data directory, from every file that PostgreSQL would read,
+//! in its order.
 //!
 //! `postgresql.conf` with its `include`, `include_if_exists` and `include_dir` lines comes first,
 //! and `postgresql.auto.conf` last. The last value of a name counts (`ProcessConfigFileInternal` in

@@ -95,8 +95,8 @@ impl Choice {
         .to_owned();
     }
 
-    /// Refuses the restore if a damaged backup would have been chosen and no other one was. `refusal`
-    /// is the reason why an older one cannot be used.
+    /// Refuses the restore if a damaged backup would have been chosen and no other one was.
+    /// `refusal` is the reason why an older one cannot be used.
     ///
     /// # Errors
     /// [`Error::Damaged`] with the object.

@@ -1,4 +1,5 @@
-//! [`Progress`]: reports the progress of a recovery: replayed LSN, rate and remaining time, or what it waits for.
+//! [`Progress`]: reports the progress of a recovery: replayed LSN, rate and remaining time, or what
+//! it waits for.
 //!
 //! Invariant: at least one report every [`SILENCE_MAX`].
 

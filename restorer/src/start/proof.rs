@@ -23,8 +23,8 @@ const READS_MAX: u32 = 10;
 /// The pause before `pg_control` is read again.
 const READ_PAUSE: Duration = Duration::from_millis(50);
 
-/// Compares the end of a recovery with the plan. Returns the place where it stopped, in PostgreSQL's
-/// words.
+/// Compares the end of a recovery with the plan. Returns the place where it stopped, in
+/// PostgreSQL's words.
 ///
 /// # Errors
 /// [`Error::PlanMismatch`], [`Error::Damaged`] for a `pg_control` or a history that does not parse.
