@@ -13,7 +13,7 @@ fn main() -> ExitCode {
     // The catalog's own messages are off: the command that needs a damaged object reports it.
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
-        // As `restore_command` this program writes into PostgreSQL's log.
+        // As `restore_command`, this program writes into PostgreSQL's log.
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")

@@ -112,7 +112,7 @@ pub struct RestorePlan {
     #[serde(default)]
     pub in_doubt: Vec<PreparedTransaction>,
     /// The requested stop, if the plan stops right after the last kept commit instead. The rows are
-    /// the same, but at the requested stop an unfinished DROP has already removed files.
+    /// the same, without the effects that an unfinished DROP already has at the requested stop.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved_from: Option<Stop>,
     /// Locks that block readers on a server that pauses at the stop.

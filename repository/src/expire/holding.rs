@@ -27,7 +27,7 @@ pub trait Index {
     /// if it is not WAL of this cluster.
     ///
     /// # Errors
-    /// As reading the object, of `size` bytes.
+    /// The errors of reading the object, which has `size` bytes.
     fn range_of(&self, place: &Repository, key: &ObjectKey, size: u64) -> Result<Option<WalRange>>;
 }
 

@@ -19,7 +19,7 @@ use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Wit
 use crate::Error;
 use crate::Result;
 
-/// How long the user of a store waits for it to recover.
+/// The time that the user of a store waits for it to recover.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Patience {
     /// Five attempts, about one second: for callers that retry themselves or have another store to

@@ -34,7 +34,7 @@ pub struct Release {
     pub running: bool,
 }
 
-/// Where to check whether the parent still answers.
+/// The sources for the check whether the parent still answers.
 #[derive(Clone, Debug, Default)]
 pub struct Asked<'a> {
     /// The connection string of the cluster; empty when there is none.

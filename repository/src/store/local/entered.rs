@@ -26,7 +26,7 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::CLOEXEC);
 /// A witness is a small JSON object. This bounds the memory that a foreign object can take.
 const WITNESS_BYTES_MAX: u64 = 64 << 10;
-/// The number of names that are tried for a temporary file. Even two equal names were never
+/// The number of names that are tried for a temporary file. Not even one collision was ever
 /// observed.
 const NAMES_MAX: u32 = 16;
 
