@@ -135,8 +135,8 @@ impl std::fmt::Debug for Start<'_> {
 
 /// Starts PostgreSQL and waits for the end of recovery.
 ///
-/// Except with [`Action::Pause`], the server accepts no connections meanwhile (`hot_standby =
-/// off`), for three reasons:
+/// Except with [`Action::Pause`], the server accepts no connections meanwhile (`hot_standby` is
+/// off), for three reasons:
 /// 1. No reader sees a state before the target.
 /// 2. Replay does not need to maintain the list of running transactions, which only readers need
 ///    (`standbyState` in `xlogutils.h`).
