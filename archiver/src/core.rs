@@ -247,8 +247,8 @@ impl Core {
                 segment,
                 end_lsn,
             } => {
-                // Segments that an earlier run left of another branch are completed before that
-                // branch is taken up.
+                // A segment of another branch comes from an earlier run. It is finished before its
+                // branch is taken up, so it does not concern the current positions.
                 if let Some(end_lsn) = end_lsn
                     && branch == self.positions.branch()
                 {
@@ -326,7 +326,8 @@ impl Core {
         core
     }
 
-    /// Enables a deliberate mistake.
+    /// Applies the deliberate mistake to an event. Returns `None` if the event is then processed as
+    /// usual.
     #[cfg(test)]
     fn on_mutated(&mut self, event: &Event) -> Option<Vec<Action>> {
         match (self.mutation?, event) {

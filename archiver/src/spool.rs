@@ -1,9 +1,13 @@
 //! The spool: received WAL on this host's disk, fsynced, until the repository holds it.
 //!
-//! `{spool}/{cluster}/wal/{system identifier}/{branch}/` holds `SEGMENT` (complete, waiting to be sealed) and at most one
-//! `SEGMENT.partial` (open: what was written, then zeros) and, but for timeline 1, `history`. `SEGMENT.new` is a copy that is
-//! being made of either.
-//! Invariant: where to resume is derived from these files' content alone; a crash at any instant leaves a readable spool.
+//! `{spool}/{cluster}/wal/{system identifier}/{branch}/` contains:
+//! - `SEGMENT`: a complete segment that waits to be sealed.
+//! - `SEGMENT.partial`, at most one: the open segment, written WAL followed by zeros.
+//! - `history`: the branch's history file, except on timeline 1.
+//! - `SEGMENT.new`: a copy of a segment that is being written.
+//!
+//! Invariant: the LSN at which streaming resumes is derived from these files' content alone. A
+//! crash at any instant leaves a readable spool.
 
 mod before;
 mod open_segment;
@@ -36,18 +40,18 @@ pub use writer::{CompletedSegment, SpoolWriter, TailCut};
 use crate::error::{Error, Result};
 use open_segment::of_the_disk;
 
-/// The file that one archiver locks.
+/// The file that the running archiver locks.
 const LOCK_FILE: &str = "lock";
-/// The content of a branch's history file, kept beside its WAL so that it reaches the repository first.
+/// The branch's history file, stored next to its WAL so that it reaches the repository first.
 const HISTORY_FILE: &str = "history";
-/// The end of the name of a file that is written to be renamed. `history.new` is one, too.
+/// The suffix of a file that is written first and then renamed, `history.new` included.
 const COPY_SUFFIX: &str = ".new";
 
 /// A cluster's spool, locked by this process.
 #[derive(Debug)]
 pub struct Spool {
     directory: PathBuf,
-    /// Unlocked when dropped, and by the kernel when the process dies.
+    /// The lock is released when this is dropped, and by the kernel when the process dies.
     _lock: File,
 }
 
@@ -55,7 +59,7 @@ impl Spool {
     /// Opens or creates `{spool}/{cluster}` and locks it.
     ///
     /// # Errors
-    /// [`Error::SpoolLocked`] when another archiver has it; [`Error::Io`].
+    /// [`Error::SpoolLocked`] if another archiver holds the lock; [`Error::Io`].
     pub fn open(spool: &Path, cluster: &wal_format::ClusterName) -> Result<Self> {
         let directory = spool.join(cluster.as_str());
         create_directory(&directory)?;
@@ -76,27 +80,28 @@ impl Spool {
         }
     }
 
-    /// `{spool}/{cluster}`.
+    /// The path `{spool}/{cluster}`.
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Whose WAL the spool holds, read from the first page of a segment in it; `None` for an empty spool.
+    /// Returns the identity of the WAL in the spool, read from the first page of a segment. `None`
+    /// for an empty spool.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::SpoolSystemMismatch`] when it holds WAL of two clusters.
+    /// [`Error::Io`]; [`Error::SpoolSystemMismatch`] if the spool holds WAL of two clusters.
     pub fn identity(&self) -> Result<Option<WalIdentity>> {
         stored_identity(&self.directory)
     }
 
-    /// The part of the spool for one branch; nothing is created yet.
+    /// Returns the part of the spool for one branch. Creates nothing on disk.
     #[must_use]
     pub fn branch(&self, identity: &WalIdentity, branch: Branch) -> BranchSpool {
         BranchSpool::new(&self.directory, identity, branch)
     }
 
-    /// The branches it holds WAL of, oldest timeline first.
+    /// Returns the branches that have a directory in the spool, oldest timeline first.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -105,7 +110,7 @@ impl Spool {
     }
 }
 
-/// The branches below `{spool}/{cluster}`, without taking the lock: for `status`.
+/// Returns the branches in `{spool}/{cluster}` without taking the lock, for `status`.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -122,7 +127,7 @@ pub fn branches(cluster_directory: &Path, identity: &WalIdentity) -> Result<Vec<
         .collect())
 }
 
-/// Whose WAL `{spool}/{cluster}` holds: see [`Spool::identity`].
+/// Returns the identity of the WAL in `{spool}/{cluster}`: see [`Spool::identity`].
 ///
 /// # Errors
 /// As [`Spool::identity`].
@@ -155,7 +160,8 @@ pub fn stored_identity(cluster_directory: &Path) -> Result<Option<WalIdentity>> 
     Ok(found)
 }
 
-/// `XLogLongPageHeaderData` in `xlog_internal.h`: 24 bytes of short header, then sysid, segment and page size.
+/// Reads the identity from a file's `XLogLongPageHeaderData` (`xlog_internal.h`): the short header
+/// of 24 bytes, then the system identifier, the segment size and the page size.
 fn first_page_identity(path: &Path) -> Result<Option<WalIdentity>> {
     use std::io::Read;
     let mut header = [0; 40];
@@ -172,7 +178,7 @@ fn first_page_identity(path: &Path) -> Result<Option<WalIdentity>> {
     Ok(PageHeader::parse(&header).and_then(|header| header.identity()))
 }
 
-/// The files of one branch.
+/// The spool files of one branch.
 #[derive(Clone, Debug)]
 pub struct BranchSpool {
     directory: PathBuf,
@@ -180,15 +186,16 @@ pub struct BranchSpool {
     segment_size: SegmentSize,
 }
 
-/// What a branch's directory holds.
+/// The segments in a branch's directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SpooledSegments {
-    /// Complete segments, by number.
+    /// The complete segments, in ascending order.
     pub complete: Vec<SegmentNo>,
-    /// The open segment, the first whose file was not renamed, and the length of its content.
+    /// The open segment (the first whose file was not renamed) and the length of its content in
+    /// bytes.
     pub open: Option<(SegmentNo, u64)>,
-    /// Segments behind the open one that a crash left. They are renamed in order before anything behind them is
-    /// reported, so nothing of these was ever acknowledged.
+    /// Segments after the open one, left by a crash. Segments are renamed in order before anything
+    /// after them is reported, so nothing of these was ever acknowledged.
     pub unacknowledged: Vec<SegmentNo>,
 }
 
@@ -205,25 +212,25 @@ impl BranchSpool {
         }
     }
 
-    /// The branch.
+    /// The branch of these files.
     #[must_use]
     pub fn branch(&self) -> Branch {
         self.branch
     }
 
-    /// The segment size.
+    /// The cluster's segment size.
     #[must_use]
     pub fn segment_size(&self) -> SegmentSize {
         self.segment_size
     }
 
-    /// The directory.
+    /// The branch's directory. It may not exist yet.
     #[must_use]
     pub fn directory(&self) -> &Path {
         &self.directory
     }
 
-    /// Makes the directory, durably.
+    /// Creates the directory durably.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -231,26 +238,26 @@ impl BranchSpool {
         create_directory(&self.directory)
     }
 
-    /// The segment's name.
+    /// Returns a segment's file name without a suffix.
     #[must_use]
     pub fn name(&self, segment: SegmentNo) -> SegmentName {
         SegmentName::new(self.branch.timeline, segment, self.segment_size)
     }
 
-    /// The complete segment's path.
+    /// Returns the path of a complete segment.
     #[must_use]
     pub fn path(&self, segment: SegmentNo) -> PathBuf {
         self.directory.join(self.name(segment).to_string())
     }
 
-    /// The open segment's path.
+    /// Returns the path of an open segment.
     #[must_use]
     pub fn partial_path(&self, segment: SegmentNo) -> PathBuf {
         self.directory
             .join(WalFileName::Partial(self.name(segment)).to_string())
     }
 
-    /// What it holds; nothing when the directory does not exist.
+    /// Lists the segments in the directory. A missing directory counts as empty.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -278,7 +285,8 @@ impl BranchSpool {
         Ok(found)
     }
 
-    /// The bytes of a segment, complete or what the open one holds before zeros; `None` when the spool has it not.
+    /// Returns the bytes of a complete segment, or those of the open segment before its trailing
+    /// zeros. `None` if the spool does not have the segment.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -303,7 +311,7 @@ impl BranchSpool {
         }
     }
 
-    /// Removes a complete segment; fine when it is gone already.
+    /// Removes a complete segment. Succeeds if it is already gone.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -311,7 +319,7 @@ impl BranchSpool {
         remove_file(&self.path(segment))
     }
 
-    /// Removes an open segment of a branch that was left; fine when it is gone already.
+    /// Removes an open segment of an abandoned branch. Succeeds if it is already gone.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -319,7 +327,7 @@ impl BranchSpool {
         remove_file(&self.partial_path(segment))
     }
 
-    /// The branch's history file, byte for byte; `None` for timeline 1.
+    /// Returns the content of the branch's history file. `None` for timeline 1.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -332,18 +340,19 @@ impl BranchSpool {
         }
     }
 
-    /// Keeps the branch's history file, durably, before any of the branch's WAL.
+    /// Stores the branch's history file durably, before any of the branch's WAL is written.
     ///
     /// # Errors
     /// [`Error::Io`].
     pub fn put_history(&self, content: &[u8]) -> Result<()> {
         self.create()?;
-        // One that is there already may be so in memory only, when the disk failed while it was written.
+        // An existing file is replaced too: if the disk failed while it was written, it may exist
+        // in memory only.
         let path = self.directory.join(HISTORY_FILE);
         repository::durable::replace(&path, content).map_err(of_the_disk)
     }
 
-    /// The LSN after the last byte that the branch's files hold; `None` when they hold none.
+    /// Returns the LSN after the last byte in the branch's files. `None` if they contain no WAL.
     ///
     /// # Errors
     /// As [`BranchSpool::segments`].
@@ -378,8 +387,8 @@ impl BranchSpool {
             self.remove_partial(*later)?;
         }
         if !segments.unacknowledged.is_empty() {
-            // The first file that was not renamed is the open segment: it must not vanish before
-            // the later ones.
+            // The first file that was not renamed is the open segment, so it must not disappear
+            // before the later ones.
             sync_directory(&self.directory)?;
         }
         tracing::info!(segment = %self.name(open), "removing an open segment without content");
@@ -409,7 +418,7 @@ fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes a directory and its parents, each durable in its parent.
+/// Creates a directory and its parents, each durable in its parent.
 fn create_directory(path: &Path) -> Result<()> {
     let parent = path
         .parent()
@@ -425,7 +434,9 @@ fn create_directory(path: &Path) -> Result<()> {
             Err(error) => return Err(Error::io("create directory", path)(error)),
         }
     }
-    // One that is there may have been made by a process that died before this; not when its parent is closed to us.
+    // An existing directory may have been created by a process that died before this fsync, so it
+    // is repeated. If the directory existed and its parent is not readable for us, the fsync is
+    // skipped.
     match parent.map_or(Ok(()), sync_directory) {
         Err(Error::Io { source, .. })
             if existed && source.kind() == io::ErrorKind::PermissionDenied =>
@@ -436,7 +447,8 @@ fn create_directory(path: &Path) -> Result<()> {
     }
 }
 
-/// Makes names in a directory durable. Never retried: after a failed fsync the kernel may have dropped the pages.
+/// Makes the names in a directory durable. A failed fsync is never retried: the kernel may have
+/// dropped the pages.
 fn sync_directory(path: &Path) -> Result<()> {
     File::open(path)
         .and_then(|directory| directory.sync_all())

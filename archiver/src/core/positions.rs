@@ -96,7 +96,7 @@ pub struct Positions {
     open: (Lsn, Lsn),
     /// For each branch, the ranges that the repository holds.
     stored: BTreeMap<Branch, Coverage>,
-    /// Ranges stored since a branch began to be taken up; `None` while none is.
+    /// Ranges stored since a branch began to be taken up. `None` while no branch is being taken up.
     stored_since: Option<Vec<(Branch, Lsn, Lsn)>>,
     /// Abandoned branches and the LSN where each ends here. Until they are stored to that LSN, no
     /// later WAL counts as stored.
@@ -209,7 +209,8 @@ impl Positions {
                 return Some(stored);
             }
         }
-        // Everything before is stored: what the branch itself repeats of it is not needed.
+        // The path before this branch is stored, so the branch's own copy of that WAL is not
+        // needed.
         Some(self.stored_on(self.branch).max(part.from).min(part.to))
     }
 
@@ -235,7 +236,7 @@ impl Positions {
         .sum()
     }
 
-    /// From now on notes ranges that are stored: the repository's answer may not show them.
+    /// Records the ranges that are stored from now on: the repository's answer may not show them.
     pub fn note_stored(&mut self) {
         self.stored_since = Some(Vec::new());
     }
@@ -344,8 +345,8 @@ impl Positions {
             .or_insert_with(|| Coverage::up_to(start))
             .add(start, end);
         if let Some(since) = &mut self.stored_since {
-            // One after the other they are one range: nothing grows when the branch is not taken up
-            // after all.
+            // Consecutive ranges are merged, so the list does not grow if the branch is never taken
+            // up.
             match since.last_mut() {
                 Some(last) if last.0 == branch && (last.1..=last.2).contains(&start) => {
                     last.2 = last.2.max(end);
@@ -394,11 +395,12 @@ mod tests {
             (positions.remote(), positions.is_stored_after_a_hole()),
             (Lsn(20), true)
         );
-        // A segment that the answer does not show yet.
+        // The repository's answer does not show this segment yet.
         positions.on_synced(Lsn(100), Lsn(120));
         positions.on_finished(Lsn(120));
         positions.on_stored(branch, Lsn(100), Lsn(120));
-        // One that waits in the spool begins the answer: it counts only when it is stored.
+        // The answer begins with a segment that still waits in the spool. It counts only when it is
+        // stored.
         positions.begin_at_backup(branch, Coverage::up_to(Lsn(25)));
         assert_eq!(positions.remote(), Lsn(25));
         let mut stored = Coverage::up_to(Lsn(40));
@@ -482,7 +484,7 @@ mod tests {
         for start in [200, 100, 300] {
             positions.on_stored(Branch::FIRST, Lsn(start), Lsn(start + 100));
         }
-        // A torn end was cut: less is held than is stored.
+        // A torn end was cut, so the spool holds less than the repository.
         positions.take_up(Branch::FIRST, Lsn(350), asked);
         assert_eq!(positions.remote(), Lsn(400));
     }

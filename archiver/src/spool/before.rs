@@ -1,7 +1,9 @@
-//! [`Before`]: the segment before the open one, at hand to be compared with what a stream sends that resumes between two.
+//! The segment before the open one, [`Before`]. A stream that resumes at a segment boundary is
+//! compared with it.
 //!
-//! It lies in a file, whatever the segment's size: a segment may have a gigabyte, and after `pg_switch_wal` only its first
-//! bytes say anything. Invariant: nothing is changed here.
+//! The bytes are in a file, not in memory: a segment may have a gigabyte, and after `pg_switch_wal`
+//! only its first bytes have content.
+//! Invariant: this module changes no stored WAL.
 
 use std::{
     fs::File,
@@ -10,7 +12,7 @@ use std::{
     path::Path,
 };
 
-/// A whole segment's WAL.
+/// The WAL of one complete segment.
 #[derive(Debug)]
 pub struct Before {
     file: File,
@@ -18,7 +20,7 @@ pub struct Before {
 }
 
 impl Before {
-    /// The segment in this file, which stays readable when its name goes.
+    /// Uses the segment in this open file, which stays readable when its name is removed.
     ///
     /// # Errors
     /// The operating system's.
@@ -27,10 +29,11 @@ impl Before {
         Ok(Self { file, bytes })
     }
 
-    /// A segment that `write` yields piece by piece, kept in a file without a name in `directory`.
+    /// Copies a segment, which `write` yields piece by piece, to a file without a name in
+    /// `directory`.
     ///
     /// # Errors
-    /// Those of `write`, and of a disk that has no room for it.
+    /// Those of `write`; an I/O error, for example on a full disk.
     pub fn of_pieces<E: From<io::Error>>(
         directory: &Path,
         write: impl FnOnce(&mut dyn Write) -> Result<(), E>,
@@ -40,13 +43,13 @@ impl Before {
         Ok(Self::of_file(file)?)
     }
 
-    /// How many bytes there are.
+    /// The segment's length in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The bytes that lie `left` before its end, at most `count`.
+    /// Returns at most `count` bytes, beginning `left` bytes before the end of the segment.
     ///
     /// # Errors
     /// The operating system's.

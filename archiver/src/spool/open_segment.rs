@@ -1,10 +1,12 @@
 //! [`OpenSegment`]: the file `SEGMENT.partial`, appended to until it is a whole segment.
 //!
-//! Behind what was written it may hold zeros, so that an fsync need not make a new length durable: on ext4 that takes
-//! the journal, and a commit that waits for us twice as long.
-//! Invariant: a file that failed an fsync is never fsynced again as it is: the kernel may have dropped the pages, shows them
-//! still, and would report success (the lesson of "fsyncgate"). The caller stops; who opens the file next writes its valid
-//! bytes anew before they count as durable.
+//! After the written bytes the file may contain zeros, so that an fsync need not make a new length
+//! durable. On ext4 a new length takes a journal commit, and a synchronous commit that waits for us
+//! takes twice as long.
+//! Invariant: after a failed fsync, the same file is never fsynced again as it is. The kernel may
+//! have dropped the dirty pages, still show them to readers, and report success the second time
+//! ("fsyncgate"). The caller stops. The next process that opens the file rewrites its valid bytes
+//! before they count as durable.
 
 use std::{
     fs::File,
@@ -20,14 +22,15 @@ use wal_format::SegmentNo;
 use super::{BranchSpool, sync_directory};
 use crate::error::{Error, Result};
 
-/// How far the zeros go ahead.
+/// The number of zero bytes written after the content.
 const AHEAD_BYTES: u64 = 1 << 20;
-/// Pieces of at least this size pay for their own length: in a catch-up zeros would be written for nothing.
+/// Appends of at least this size extend the file without zeros, which a catch-up would overwrite at
+/// once.
 const LARGE_BYTES: usize = 64 << 10;
-/// What is written at once of them.
+/// The block in which zeros are written.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 
-/// An open segment's file.
+/// The file of an open segment.
 #[derive(Clone, Debug)]
 pub struct OpenSegment {
     segment: SegmentNo,
@@ -35,13 +38,13 @@ pub struct OpenSegment {
     partial: PathBuf,
     path: PathBuf,
     length: u64,
-    /// The file's own length: zeros from `length` on.
+    /// The file's length, with zeros from `length` on.
     allocated: u64,
     segment_bytes: u64,
 }
 
 impl OpenSegment {
-    /// Creates the file, durable in its directory. An empty leftover is taken over.
+    /// Creates the file, durable in its directory. An empty leftover file is reused.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -84,34 +87,36 @@ impl OpenSegment {
         })
     }
 
-    /// Which segment.
+    /// The number of the segment.
     #[must_use]
     pub fn segment(&self) -> SegmentNo {
         self.segment
     }
 
-    /// How many bytes were written; of a file just opened, how long it is.
+    /// The number of bytes written. Directly after opening, the length of the file.
     #[must_use]
     pub fn length(&self) -> u64 {
         self.length
     }
 
-    /// The file, for a reader beside the writer.
+    /// The file, for reads that are concurrent with the writer.
     #[must_use]
     pub fn file(&self) -> Arc<File> {
         Arc::clone(&self.file)
     }
 
-    /// The path it has while open.
+    /// The path of the file while the segment is open.
     #[must_use]
     pub fn partial_path(&self) -> &Path {
         &self.partial
     }
 
-    /// Appends as much as the disk takes; the count written, which is less than all only for a full disk.
+    /// Appends bytes and returns the number written. It is less than `bytes.len()` only if the disk
+    /// became full after a part was written.
     ///
     /// # Errors
-    /// The operating system's. Bytes written before the error count towards [`OpenSegment::length`].
+    /// The operating system's. Bytes written before the error count towards
+    /// [`OpenSegment::length`].
     pub fn append(&mut self, mut bytes: &[u8]) -> io::Result<usize> {
         let whole = bytes.len();
         while !bytes.is_empty() {
@@ -138,7 +143,7 @@ impl OpenSegment {
         Ok(whole)
     }
 
-    /// Writes zeros behind the content. A disk that has no room for them costs speed and nothing else.
+    /// Writes zeros after the content. Without space for them, only the next fsyncs are slower.
     fn go_ahead(&mut self) {
         let end = self.segment_bytes.min(self.length + AHEAD_BYTES);
         while self.allocated < end {
@@ -163,10 +168,13 @@ impl OpenSegment {
             .map_err(Error::io("read", &self.partial))
     }
 
-    /// Puts a new, durable file with these bytes, which this one begins with, in its place: an earlier fsync of it may have
-    /// failed, and said so to nobody who is still alive. What the kernel shows of such a file need not be on the disk, and
-    /// writing the same blocks again does not always bring it there (ext4 leaves an extent unwritten whose first write
-    /// failed); blocks that are new do. A disk without room for a copy gets them written in place.
+    /// Replaces the file by a new, durable one with `bytes`, which are the valid beginning of this
+    /// file.
+    ///
+    /// An earlier fsync of the file may have failed in a process that has since died. What the
+    /// kernel shows of such a file need not be on disk. Rewriting the same blocks does not always
+    /// repair that: ext4 leaves an extent unwritten if its first write failed. New blocks do. On a
+    /// disk without space for a copy, the bytes are rewritten in place.
     ///
     /// # Errors
     /// [`Error::Io`]: fatal, see the invariant above.
@@ -176,8 +184,8 @@ impl OpenSegment {
             Ok(()) => Self::at(spool, self.segment, false),
             Err(error) if is_no_space(&error) => {
                 tracing::warn!(file = %self.partial.display(), "no room for a copy; written in place");
-                // Opened again: if only the directory's fsync failed, the copy has the name by now,
-                // and what is written to the old file is lost with it.
+                // Opened again: if only the fsync of the directory failed, the copy already has the
+                // name, and bytes written to the old file would be lost with it.
                 let mut named = Self::at(spool, self.segment, false)?;
                 let in_place = named
                     .file
@@ -193,7 +201,7 @@ impl OpenSegment {
         }
     }
 
-    /// Makes what was written durable.
+    /// Makes the written bytes durable.
     ///
     /// # Errors
     /// [`Error::Io`]: fatal, see the invariant above.
@@ -221,7 +229,8 @@ impl OpenSegment {
     }
 }
 
-/// What a durable file operation says of the spool's disk: it is not the repository that failed.
+/// Converts the error of a durable file operation to one of the spool's disk: the repository did
+/// not fail.
 pub(super) fn of_the_disk(error: repository::Error) -> Error {
     match error {
         repository::Error::Store {
@@ -237,8 +246,9 @@ pub(super) fn of_the_disk(error: repository::Error) -> Error {
     }
 }
 
-/// Puts a copy of a complete segment in its place. Its content was fsynced before it got its name, but the directory's fsync
-/// that would have made the name durable may have failed; a rename writes the directory again.
+/// Replaces a complete segment by a copy of it. Its content was fsynced before the rename, but the
+/// fsync of the directory that makes the name durable may have failed. Renaming the copy writes the
+/// directory again.
 ///
 /// # Errors
 /// [`Error::Io`].
@@ -251,13 +261,14 @@ pub(super) fn renew_complete(spool: &BranchSpool, segment: SegmentNo) -> Result<
             tracing::warn!(file = %path.display(), "no room for a copy; its name is made durable as it is");
             sync_directory(spool.directory())
         }
-        // Sealed meanwhile, and no longer needed.
+        // The segment was sealed and removed meanwhile, so it is no longer needed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         outcome => outcome.map_err(Error::io("write anew", &path)),
     }
 }
 
-/// Writes `source` to a new file, durably, and renames that to `path`, durably. A crash leaves one or the other.
+/// Writes `source` durably to a new file and renames that to `path`, also durably. A crash leaves
+/// either the old or the new file at `path`.
 #[expect(
     clippy::disallowed_methods,
     reason = "the new file is synced before and the directory after it"
@@ -280,7 +291,7 @@ fn copy_in_place(source: &mut dyn io::Read, path: &Path, beside: &Path) -> io::R
         File::open(path.parent().unwrap_or(path))?.sync_all()
     })();
     if copied.is_err() {
-        // What is left of it is removed before the next attempt, too.
+        // An error here is harmless: the next attempt removes the leftover file first.
         drop(std::fs::remove_file(&fresh));
     }
     copied

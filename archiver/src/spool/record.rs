@@ -1,8 +1,9 @@
-//! [`SpoolRecord`]: where the archive ends while the spool holds no WAL, for a start at which the repository cannot be asked.
+//! The end of the archive while the spool holds no WAL ([`SpoolRecord`]), for a start at which the
+//! repository is not reachable.
 //!
-//! `{spool}/{cluster}/position.json`, replaced whenever the last file leaves the spool. Invariant:
-//! everything of the branch before `end_lsn` is in the repository; where the spool holds WAL that
-//! ends later, its content counts.
+//! The file `{spool}/{cluster}/position.json` is replaced whenever the last file leaves the spool.
+//! Invariant: everything of the branch before `end_lsn` is in the repository. If the spool holds
+//! WAL that ends later, its content counts.
 
 use std::{fs, io, path::Path};
 
@@ -15,20 +16,20 @@ use crate::error::{Error, Result};
 
 const RECORD_FILE: &str = "position.json";
 
-/// Whose WAL was archived, and up to where.
+/// The identity of the archived WAL, and its end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpoolRecord {
-    /// The cluster.
+    /// The identity of the cluster.
     pub cluster: ClusterIdentity,
     /// The branch that was streamed.
     pub branch: Branch,
-    /// The end of what the repository held of it.
+    /// The end of the branch's WAL in the repository.
     pub end_lsn: Lsn,
 }
 
 impl Spool {
-    /// The record; `None` when none was written, or it cannot be read: then the repository is
-    /// waited for.
+    /// Returns the record. `None` if none was written, or if it cannot be parsed: the caller then
+    /// waits for the repository.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -41,7 +42,7 @@ impl Spool {
         }
     }
 
-    /// Writes the record, durably.
+    /// Writes the record durably.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -52,7 +53,8 @@ impl Spool {
     }
 }
 
-/// Removes the record of `{spool}/{cluster}`: the archive that it tells of is not continued.
+/// Removes the record of `{spool}/{cluster}`, because the archive that it describes is not
+/// continued.
 ///
 /// # Errors
 /// [`Error::Io`].

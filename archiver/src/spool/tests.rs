@@ -1,4 +1,5 @@
-//! The spool against WAL made here: torn at every byte, sent twice, sent differently, continued over segments.
+//! Tests of the spool with generated WAL: torn at every byte, sent twice, sent with different
+//! bytes, continued over segments.
 
 use std::path::Path;
 
@@ -21,7 +22,7 @@ fn identity() -> WalIdentity {
     }
 }
 
-/// WAL of no-op records of these lengths, from [`START`]; and where each record ends.
+/// Returns WAL of no-op records of these lengths from [`START`] on, and the end of each record.
 fn wal(lengths: &[usize]) -> (Vec<u8>, Vec<Lsn>) {
     let mut bytes = Vec::new();
     let mut ends = Vec::new();
@@ -34,7 +35,7 @@ fn wal(lengths: &[usize]) -> (Vec<u8>, Vec<Lsn>) {
         record.extend(u32::try_from(24 + body.len()).expect("short").to_le_bytes());
         record.extend(0_u32.to_le_bytes());
         record.extend(u64::to_le_bytes(previous));
-        // LogicalMessage: not looked into.
+        // A logical message, which the decoder does not parse.
         record.extend([0, 21, 0, 0]);
         let crc = crc32c::crc32c_append(crc32c::crc32c(&body), &record);
         record.extend(crc.to_le_bytes());
@@ -56,7 +57,7 @@ fn wal(lengths: &[usize]) -> (Vec<u8>, Vec<Lsn>) {
     (bytes, ends)
 }
 
-/// A body of `length` bytes, or one more, which is main data and nothing else.
+/// Returns a record body of `length` bytes, or one more, that contains only main data.
 fn body(length: usize) -> Vec<u8> {
     let mut body = match length {
         0 => return Vec::new(),
@@ -70,7 +71,7 @@ fn body(length: usize) -> Vec<u8> {
     body
 }
 
-/// Begins a page, when one begins here.
+/// Appends a page header if a page begins here.
 fn page_header(bytes: &mut Vec<u8>, continues: usize) {
     if !bytes.len().is_multiple_of(PAGE) {
         return;
@@ -145,7 +146,8 @@ fn a_crash_before_the_renames_begins_again_at_the_first_of_them() {
     drop((unfinished, writer));
     let left = branch.segments().expect("they are listed");
     assert_eq!(left.unacknowledged.len(), 2, "{left:?}");
-    // The first is cut behind its last whole record or complete; the others were never acknowledged and are gone.
+    // The first segment is complete or cut after its last whole record. The others were never
+    // acknowledged and are removed.
     let (again, completed) = open(&branch);
     assert!(
         again.written() > START && again.written() <= Lsn(2 << 20),
@@ -186,7 +188,8 @@ fn segments_complete_at_their_end_and_say_what_they_hold() {
     assert_eq!(tail.start_lsn, Lsn(3 << 20));
     assert_eq!(Some(&tail.end_lsn), ends.last());
     assert!(completed[0].summary.open_record_lsn.is_some());
-    // Opened again, the record that crosses in is known by its start.
+    // After it is opened again, the writer knows the start of the record that continues from the
+    // previous segment.
     let (mut again, _) = open(&branch);
     assert_eq!(again.written(), tail.end_lsn);
     let first = again.cut_tail().expect("a tail").summary.first_record_lsn;
@@ -215,7 +218,7 @@ fn the_overlap_is_compared_and_nothing_is_written_over() {
     assert!(begins_with(&branch, &bytes));
 }
 
-/// Returns true if the open segment's file begins with these bytes; zeros may be ahead.
+/// Returns true if the open segment's file begins with these bytes. Zeros may follow.
 fn begins_with(branch: &BranchSpool, bytes: &[u8]) -> bool {
     let file = std::fs::read(branch.partial_path(START_SEGMENT)).expect("readable");
     file.starts_with(bytes)
@@ -280,7 +283,7 @@ proptest! {
         content.extend(&garbage);
         std::fs::write(branch.partial_path(START_SEGMENT), &content).expect("it is torn");
         let (mut writer, _) = open(&branch);
-        // Never more than is right, never less than the records that are whole.
+        // Never more than the bytes that are equal, and never less than the whole records in them.
         let written = writer.written();
         let same = bytes.iter().zip(&content).take_while(|(a, b)| a == b).count();
         let whole = ends.iter().rfind(|end| **end <= START.add(same as u64)).copied().unwrap_or(START);
@@ -306,7 +309,7 @@ proptest! {
         drop(writer);
         let end = *record.get(&ends);
         let aligned = usize::try_from(end.bytes_since(START)).expect("short");
-        // A record of these ends in another byte than zero, since it has main data.
+        // These records have main data, so the last byte of each is not zero.
         let padding = bytes[..aligned].iter().rev().take_while(|byte| **byte == 0).count();
         let torn = aligned - cut.index(padding + 1);
         let content = [&bytes[..torn], &garbage].concat();
@@ -361,10 +364,9 @@ fn the_zeros_ahead_of_small_writes_are_no_content() {
     assert_eq!(Some(&again.written()), ends.last());
 }
 
-/// The length of a segment of these tests.
 const SEGMENT: usize = 1 << 20;
 
-/// Puts segment 1, complete, and an open segment 2 with this content into a spool.
+/// Puts a complete segment 1 and an open segment 2 with this content into a spool.
 fn leave_open(branch: &BranchSpool, bytes: &[u8], content: &[u8]) {
     let (mut writer, _) = open(branch);
     let completed = push(&mut writer, &bytes[..SEGMENT]).expect("valid WAL");
@@ -421,7 +423,7 @@ fn what_holds_no_wal_is_discarded_and_the_later_segments_with_it() {
     std::fs::write(branch.partial_path(second), &bytes[SEGMENT..SEGMENT + 9]).expect("a file");
     branch.discard_leftovers().expect("it works");
     assert!(branch.partial_path(second).exists());
-    // Alone and empty it does not say where the archive ends.
+    // An empty open segment on its own does not show where the archive ends.
     std::fs::write(branch.partial_path(second), [0; 9]).expect("a file");
     branch.remove(START_SEGMENT).expect("it goes");
     assert_eq!(branch.end_lsn().expect("readable"), None);

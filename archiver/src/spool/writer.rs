@@ -1,8 +1,9 @@
-//! [`SpoolWriter`]: WAL bytes in; checked, indexed and written to one branch's files.
+//! [`SpoolWriter`]: checks the WAL of one branch, indexes it and writes it to the spool's files.
 //!
-//! compare (what the files hold already) -> decode -> append -> cut into segments and tails.
-//! Invariant: `indexer.position() == written`: no byte is in the spool that was not decoded, none is decoded twice. A byte
-//! that is in the spool is never written over; the server's second sending of it is compared.
+//! Steps: compare with the bytes that the files already hold -> decode -> append -> cut into
+//! segments and tails.
+//! Invariant: `indexer.position() == written`: every byte in the spool was decoded exactly once. A
+//! byte in the spool is never overwritten. If the server sends it again, it is compared.
 
 use std::{fs::File, sync::Arc};
 
@@ -20,39 +21,41 @@ use crate::{
     error::{Error, Result},
 };
 
-/// A segment whose last byte was written; it is neither durable nor renamed yet.
+/// A segment whose last byte was written. It is neither durable nor renamed yet.
 #[derive(Debug)]
 pub struct CompletedSegment {
-    /// Its branch.
+    /// The branch of the segment.
     pub branch: Branch,
-    /// Its file.
+    /// The file, still named `.partial`.
     pub file: OpenSegment,
-    /// What it holds.
+    /// The summary of the whole segment.
     pub summary: SegmentSummary,
-    /// When the source was last seen to hold nothing beyond it.
+    /// The last time at which the source was known to have flushed nothing after this segment.
+    /// `None` if there was none in this stream.
     pub proven: Option<PgTimestamp>,
 }
 
-/// A range of the open segment that is to go to the repository. Cut it only when it is durable here.
+/// A range of the open segment for the repository. The range must be durable here before it is cut.
 #[derive(Debug)]
 pub struct TailCut {
-    /// Its branch.
+    /// The branch of the segment.
     pub branch: Branch,
     /// The open segment.
     pub segment: SegmentNo,
-    /// The segment's file, which stays readable when it is renamed or removed.
+    /// The file of the segment, which stays readable when it is renamed or removed.
     pub file: Arc<File>,
-    /// The first byte.
+    /// The first byte of the range.
     pub start_lsn: Lsn,
-    /// The first byte after.
+    /// The first byte after the range.
     pub end_lsn: Lsn,
-    /// What the range holds.
+    /// The summary of the range.
     pub summary: SegmentSummary,
-    /// When the source was last seen to hold nothing beyond it.
+    /// The last time at which the source was known to have flushed nothing after this range. `None`
+    /// if there was none.
     pub proven: Option<PgTimestamp>,
 }
 
-/// Called with a full disk; true to try again, false to give up.
+/// Called when the disk is full. Returns true to try again and false to give up.
 pub(super) type WaitForSpace<'a> = &'a mut dyn FnMut() -> bool;
 
 /// Writes one branch's WAL to the spool.
@@ -61,20 +64,21 @@ pub struct SpoolWriter {
     spool: BranchSpool,
     indexer: WalIndexer,
     open: Option<OpenSegment>,
-    /// The segment before, while the open one is empty.
+    /// The previous segment, while the open segment is empty.
     before: Option<Before>,
     cursor: Cursor,
     /// The summary of the open segment up to the end of its tails.
     summary: SegmentSummary,
-    /// The sending time of the message before the last one.
+    /// The time at which the server sent the previous message.
     previous_send_time: Option<PgTimestamp>,
     proven: Option<PgTimestamp>,
 }
 
 impl SpoolWriter {
-    /// Opens the branch at the end of what the spool holds, or at `start_lsn`'s segment where it holds nothing. The open
-    /// segment is decoded, cut behind its last valid record and made durable; `tail_end` is the end of the tails that the
-    /// repository has of it. `earlier` reads segments before the open one, for the record that crosses in.
+    /// Opens the branch at the end of the spool's WAL, or at the segment of `start_lsn` if the
+    /// spool has none. Decodes the open segment, cuts it after its last valid record and makes it
+    /// durable. `tail_end` is the end of the open segment's tails in the repository. `earlier`
+    /// reads segments before the open one, for a record that continues from there.
     ///
     /// # Errors
     /// [`Error::Io`]; those of `earlier`.
@@ -88,7 +92,8 @@ impl SpoolWriter {
         spool.create()?;
         let size = spool.segment_size();
         let segments = spool.segments()?;
-        // A crash between writing a segment and renaming it leaves the next one begun: it is streamed again.
+        // A crash between writing a segment and renaming it may leave a file of the next segment,
+        // which is streamed again.
         for later in &segments.unacknowledged {
             tracing::info!(segment = %spool.name(*later), "removing an unacknowledged segment behind a torn one");
             spool.remove_partial(*later)?;
@@ -137,18 +142,19 @@ impl SpoolWriter {
             }
             let mut bytes = vec![0; usize::try_from(valid).unwrap_or(usize::MAX)];
             open.read_at(&mut bytes, 0)?;
-            // The last record's padding is covered by no checksum: what a torn write left in it is not the server's.
+            // No checksum covers the last record's padding. What a torn write left there is not the
+            // server's WAL.
             let checked = usize::try_from(checked).unwrap_or(usize::MAX);
             if let Some(padding) = bytes.get_mut(checked..) {
                 padding.fill(0);
             }
             if bytes.is_empty() {
-                // Without a whole record the segment is not open: the stream resumes, and is
-                // compared, before it.
+                // A file without a whole record does not count as the open segment. The stream
+                // resumes before it and is compared there.
                 spool.remove_partial(segment)?;
             } else {
-                // The bytes may be in the page cache only, of a process that was killed or whose
-                // fsync failed: durable from here.
+                // The bytes may be in the page cache only, if the process that wrote them was
+                // killed or its fsync failed. From here on they are durable.
                 writer.open = Some(open.renew(spool, &bytes)?);
             }
             writer.indexer = prime()?;
@@ -157,31 +163,33 @@ impl SpoolWriter {
         Ok((writer, completed))
     }
 
-    /// The branch.
+    /// The branch of the writer.
     #[must_use]
     pub fn branch(&self) -> Branch {
         self.spool.branch()
     }
 
-    /// The end of what was written, and decoded.
+    /// The end of the WAL that was decoded and written.
     #[must_use]
     pub fn written(&self) -> Lsn {
         self.cursor.written()
     }
 
-    /// Where the stream is: before [`SpoolWriter::written`] while an overlap is compared.
+    /// The position of the stream. It is before [`SpoolWriter::written`] while an overlap is
+    /// compared.
     #[must_use]
     pub fn incoming(&self) -> Lsn {
         self.cursor.incoming()
     }
 
-    /// The start of the segment that the next new byte belongs to: where a stream resumes.
+    /// The start of the segment that the next new byte belongs to. A stream resumes here.
     #[must_use]
     pub fn resume_lsn(&self) -> Lsn {
         self.cursor.resume_lsn()
     }
 
-    /// Where a stream is to begin, so that something of it is compared: see [`SpoolWriter::hold_before`].
+    /// The LSN at which a stream should begin so that a part of it is compared: see
+    /// [`SpoolWriter::hold_before`].
     #[must_use]
     pub fn compare_lsn(&self) -> Lsn {
         self.cursor.compare_lsn()
@@ -193,7 +201,8 @@ impl SpoolWriter {
         self.written() == self.resume_lsn() && self.before.is_none()
     }
 
-    /// Takes the segment before the open one, to be compared with what the server sends of it.
+    /// Sets the segment before the open one, for comparison with what the server sends of it. Does
+    /// nothing if the open segment has content.
     pub fn hold_before(&mut self, before: Option<Before>) {
         if self.written() == self.resume_lsn() {
             self.cursor
@@ -202,22 +211,24 @@ impl SpoolWriter {
         }
     }
 
-    /// The open segment's file, if a byte of it was written.
+    /// The file of the open segment. `None` if no byte of it was written.
     #[must_use]
     pub fn open_segment(&self) -> Option<&OpenSegment> {
         self.open.as_ref()
     }
 
-    /// When the source was last seen to hold nothing beyond what was written.
+    /// The last time at which the source was known to have flushed nothing after the written WAL.
+    /// `None` if there was none.
     #[must_use]
     pub fn proven(&self) -> Option<PgTimestamp> {
         self.proven
     }
 
-    /// A new stream begins at `start_lsn`; what the files hold from there is compared with it.
+    /// Begins a stream at `start_lsn`. Its WAL is compared up to the end of the files' content.
     ///
     /// # Errors
-    /// [`Error::StreamOutOfOrder`] when that leaves a gap, or lies before the open segment.
+    /// [`Error::StreamOutOfOrder`] if that leaves a gap, or if `start_lsn` is before the WAL that
+    /// can be compared.
     pub fn begin(&mut self, start_lsn: Lsn) -> Result<()> {
         self.cursor
             .begin(start_lsn)
@@ -226,11 +237,12 @@ impl SpoolWriter {
         Ok(())
     }
 
-    /// Takes the stream's next bytes. `from` names their source in a divergence.
+    /// Processes the stream's next bytes. `from` names their source in a divergence error.
     ///
     /// # Errors
-    /// [`Error::StreamOutOfOrder`], [`intake::Error::Divergence`], [`intake::Error::Decode`]: nothing of the offending bytes was written.
-    /// [`Error::Io`]: fatal. After any error the writer is to be opened anew.
+    /// [`Error::StreamOutOfOrder`], [`intake::Error::Divergence`], [`intake::Error::Decode`]: the
+    /// offending bytes were not written. [`Error::Io`]: fatal. After any error the writer must be
+    /// opened again.
     pub fn push(
         &mut self,
         start_lsn: Lsn,
@@ -262,8 +274,9 @@ impl SpoolWriter {
         Ok(())
     }
 
-    /// Learns from a message's header: `wal_end` was the server's flush LSN after the message before was sent, so once we
-    /// have `wal_end`, everything flushed before that earlier time is here.
+    /// Processes a message's header. `wal_end` was the server's flush LSN after the previous
+    /// message was sent. Once the WAL up to `wal_end` is here, everything that was flushed before
+    /// that message is here.
     pub fn note_server(&mut self, wal_end: Lsn, send_time: PgTimestamp) {
         if let Some(previous) = self.previous_send_time
             && self.written() >= wal_end
@@ -273,7 +286,8 @@ impl SpoolWriter {
         self.previous_send_time = Some(send_time);
     }
 
-    /// The range from the last tail to here, if there is any; it must be durable by now.
+    /// Returns the range from the end of the last tail to here. `None` if it is empty. The range
+    /// must be durable.
     pub fn cut_tail(&mut self) -> Option<TailCut> {
         let open = self.open.as_ref()?;
         let (start_lsn, end_lsn) = self.cursor.cut_tail()?;
@@ -291,8 +305,8 @@ impl SpoolWriter {
         Some(tail)
     }
 
-    /// Compares bytes at `incoming` with the open segment's file, or with the segment before while
-    /// `incoming` is in it.
+    /// Compares bytes at `incoming` with the open segment's file, or with the previous segment if
+    /// `incoming` is in that.
     fn compare(&self, bytes: &[u8], from: &'static str) -> Result<()> {
         let is_in_open = self.incoming() >= self.resume_lsn();
         let (ours, place) = if let Some(open) = self.open.as_ref().filter(|_| is_in_open) {
@@ -332,7 +346,7 @@ impl SpoolWriter {
         })
     }
 
-    /// Decodes bytes that the open segment's file holds.
+    /// Decodes bytes that are already in the open segment's file.
     fn index(&mut self, mut bytes: &[u8], completed: &mut Vec<CompletedSegment>) -> Result<()> {
         while !bytes.is_empty() {
             let room = usize::try_from(self.cursor.room()).unwrap_or(usize::MAX);
@@ -377,7 +391,8 @@ impl SpoolWriter {
         Ok(())
     }
 
-    /// Counts bytes that are decoded and in the file; completes the segment, or the part that the repository has.
+    /// Counts bytes that were decoded and are in the file. Completes the segment, or the part that
+    /// the repository has as tails.
     fn advance(&mut self, bytes: u64, completed: &mut Vec<CompletedSegment>) {
         let reached = self.cursor.appended(bytes);
         debug_assert_eq!(self.indexer.position(), self.written());
@@ -404,8 +419,8 @@ fn out_of_order(found: Lsn) -> impl FnOnce(OutOfOrder) -> Error {
     }
 }
 
-/// The length of the file's valid prefix: up to the end of the last record that is whole and passes its checks; and how much
-/// of it comes before that record's padding.
+/// Returns the length of the file's valid prefix, which ends with the last whole record that passes
+/// its checks, and the part of it before that record's padding.
 fn valid_length(
     open: &OpenSegment,
     indexer: &mut WalIndexer,
