@@ -1,12 +1,16 @@
 //! START HERE: receive -> write -> flush -> seal / tail -> acknowledge
 //!
-//! One cluster's WAL on its way from PostgreSQL into the repository. The connection's task ([`receive`]) hands messages to
-//! the spool thread ([`write`](mod@write)), which compares, decodes, writes and fsyncs them (`stage`); what is durable here is acknowledged at
-//! once. Complete segments are sealed by worker threads ([`seal`]), the open one follows as tails ([`tail`]).
-//! A full channel stops the stage before it, so a slow store ends as files in the spool and a slow disk as back pressure on
-//! the connection, never as memory; the status to the server waits for no stage.
-//! Invariant: stages see WAL in LSN order without gaps, and [`crate::core`] alone says what is safe:
-//! the stages tell it what happened and do what it answers.
+//! Moves the WAL of one cluster from PostgreSQL to the repository. The connection's thread
+//! ([`receive`]) compares, decodes, writes and fsyncs the WAL (`stage`). During a catch-up it hands
+//! the messages to the spool thread ([`write`](mod@write)) instead. With local acknowledgement,
+//! durable WAL is acknowledged at once. Worker threads seal complete segments ([`seal`]), and the
+//! open segment is uploaded as tails ([`tail`]).
+//!
+//! A full channel blocks the stage before it. A slow store therefore leads to more files in the
+//! spool, and a slow disk to back pressure on the connection, but neither to more memory. No stage
+//! delays the status updates to the server.
+//! Invariant: stages process WAL in LSN order without gaps. Only [`crate::core`] decides what may
+//! be reported: the stages report events to it and perform the actions that it returns.
 
 pub mod archive;
 pub mod failure;
@@ -62,12 +66,12 @@ use crate::{
 /// The time for which a stop waits for the repository. Beyond it the WAL stays in the spool, which
 /// says so.
 const DRAIN_MAX: Duration = Duration::from_secs(60);
-/// The time for which a stop waits for who still reads the catalog.
+/// The time for which a stop waits for readers of the catalog.
 const RELEASE_MAX: Duration = Duration::from_secs(5);
-/// The interval at which a drain looks.
+/// The interval at which a drain checks its progress.
 const DRAIN_POLL: Duration = Duration::from_millis(20);
 
-/// The stages of one cluster, running; connections come and go.
+/// The running stages of one cluster. Connections come and go.
 #[derive(Debug)]
 pub struct Pipeline {
     archive: Arc<Archive>,
@@ -75,18 +79,20 @@ pub struct Pipeline {
     tails: Arc<TailSlot>,
     failure: Arc<Failure>,
     spool: SpoolThread,
-    /// Where a stream resumes without an overlap, because the server has removed it; 0 for nowhere.
+    /// The LSN at which a stream may resume without an overlap, because the server has removed the
+    /// WAL before it. 0 if there is none.
     forgone: AtomicU64,
     threads: Vec<JoinHandle<()>>,
-    /// Ticks and looks; they end with the pipeline.
+    /// The periodic tasks: ticks and checks. They end with the pipeline.
     timers: [task::JoinHandle<()>; 3],
 }
 
 impl Pipeline {
-    /// Starts the stages, and sends everything that a previous run left in the spool on its way to the repository.
+    /// Starts the stages. WAL that a previous run left in the spool is processed first.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Repository`], [`intake::Error::Divergence`] from what the spool holds.
+    /// [`Error::Io`], [`Error::Repository`]; [`intake::Error::Divergence`] if the spool's WAL
+    /// differs from the archived WAL.
     pub async fn start(archive: Arc<Archive>) -> Result<Self> {
         let settings = archive.settings();
         archive.status().progress().on(Event::Started(PaceSettings {
@@ -111,7 +117,8 @@ impl Pipeline {
         let spool = match started {
             Ok(spool) => spool,
             Err(error) => {
-                // The threads that were started hold the catalog, which the next attempt opens.
+                // The started threads hold the catalog open. They must end before the next attempt
+                // opens it.
                 backlog.stop();
                 tails.stop();
                 join(threads)?;
@@ -138,14 +145,14 @@ impl Pipeline {
             Ok(()) => Ok(pipeline),
             Err(error) => {
                 let error = pipeline.first_cause(error);
-                // Its threads hold the catalog.
+                // Its threads hold the catalog open.
                 pipeline.stop().await?;
                 Err(error)
             }
         }
     }
 
-    /// Sends everything that a previous run left in the spool on its way.
+    /// Takes up every branch that a previous run left in the spool.
     async fn take_up_spooled(&self) -> Result<()> {
         let archive = Arc::clone(&self.archive);
         for branch in blocking(move || archive.spooled_branches()).await? {
@@ -156,38 +163,39 @@ impl Pipeline {
         Ok(())
     }
 
-    /// What the stages share.
+    /// The state that the stages share.
     #[must_use]
     pub fn archive(&self) -> &Arc<Archive> {
         &self.archive
     }
 
-    /// The spool thread.
+    /// The handle of the spool thread.
     #[must_use]
     pub fn spool(&self) -> &SpoolThread {
         &self.spool
     }
 
-    /// The place at which the next stream may resume without an overlap.
+    /// The LSN at which the next stream may resume without an overlap.
     fn forgone_overlap(&self) -> Option<Lsn> {
         let lsn = Lsn(self.forgone.load(Ordering::Relaxed));
         (lsn > Lsn::ZERO).then_some(lsn)
     }
 
-    /// The server does not have what was to be compared before `resume_lsn`: the next stream begins there.
+    /// Lets the next stream begin at `resume_lsn`: the server has removed the WAL before it that
+    /// was to be compared.
     fn forgo_overlap(&self, resume_lsn: Lsn) -> StreamEnd {
         tracing::info!(%resume_lsn, "the server has removed the WAL before; the stream begins without an overlap to compare");
         self.forgone.store(resume_lsn.0, Ordering::Relaxed);
         StreamEnd::NoOverlap
     }
 
-    /// What a thread raised.
+    /// The errors that the stages' threads raise.
     #[must_use]
     pub fn failure(&self) -> &Arc<Failure> {
         &self.failure
     }
 
-    /// A stream of the branch that was taken up begins.
+    /// Begins a stream of the branch that was taken up.
     ///
     /// # Errors
     /// [`Error::StreamOutOfOrder`].
@@ -197,7 +205,7 @@ impl Pipeline {
             .await?
     }
 
-    /// What the archive holds, branch by branch: the repository and the spool together.
+    /// Returns the end of each branch in the archive, from the repository and the spool together.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Repository`].
@@ -206,7 +214,8 @@ impl Pipeline {
         blocking(move || archive.held()).await
     }
 
-    /// A history file that we have of a timeline and that agrees with a descendant's.
+    /// Returns the archived history file of a timeline if it agrees with the history file of a
+    /// descendant.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -237,14 +246,15 @@ impl Pipeline {
     /// Waits until the repository holds everything that is in the spool.
     ///
     /// # Errors
-    /// [`Error::NotDrained`] when that takes longer than a minute; what a thread raised.
+    /// [`Error::NotDrained`] after one minute; the error that a thread raised.
     pub async fn drain(&self) -> Result<()> {
         self.spool.give_up_waiting();
         let deadline = Instant::now() + DRAIN_MAX;
         loop {
             self.spool.drain().await?;
             match self.failure.take() {
-                // What there is no room for was never acknowledged: the server keeps it.
+                // WAL for which there was no space was never acknowledged, so the server retains
+                // it.
                 None | Some(Error::SpoolFull) => {}
                 Some(error) => return Err(error),
             }
@@ -255,7 +265,7 @@ impl Pipeline {
                 return Ok(());
             }
             if is_idle && positions.is_stored_after_a_hole() {
-                // The missing WAL is not in the spool either: no wait brings it.
+                // The missing WAL is not in the spool either, so waiting does not help.
                 tracing::warn!(
                     event = "hole_remains", cluster = %self.archive.settings().name,
                     "everything in the spool is stored; the repository lacks WAL from {} on that the spool does not hold, \
@@ -278,16 +288,17 @@ impl Pipeline {
         }
     }
 
-    /// Ends every thread; what they hold stays in the spool.
+    /// Ends every thread. WAL that is not stored yet stays in the spool.
     ///
     /// # Errors
-    /// [`Error::ThreadStopped`] when one panicked.
+    /// [`Error::ThreadStopped`] if a thread panicked.
     pub async fn stop(self) -> Result<()> {
         for timer in &self.timers {
             timer.abort();
         }
         let archive = Arc::downgrade(&self.archive);
-        // The closure takes the other fields only; this one would live on until we return, and be waited for.
+        // The closure below captures only the other fields. This reference would otherwise live
+        // until the end of this function, and the loop below would wait for it.
         drop(self.archive);
         let stopped = blocking(move || {
             self.spool.stop();
@@ -296,7 +307,8 @@ impl Pipeline {
             join(self.threads)
         })
         .await;
-        // A look at the catalog that was under way ends by itself; only then the catalog can be opened again.
+        // A catalog query in progress ends on its own. The catalog can be opened again only after
+        // that.
         let deadline = Instant::now() + RELEASE_MAX;
         while archive.strong_count() > 0 && Instant::now() < deadline {
             tokio::time::sleep(DRAIN_POLL).await;
@@ -314,8 +326,7 @@ impl Pipeline {
         }
     }
 
-    /// Returns whether a thread has ended although nobody asked it to: it raised an error or
-    /// panicked.
+    /// Returns true if a thread has ended unexpectedly, because it raised an error or panicked.
     #[must_use]
     pub fn has_lost_a_thread(&self) -> bool {
         self.spool.commands().is_closed() || self.threads.iter().any(JoinHandle::is_finished)
@@ -332,7 +343,8 @@ fn join(threads: Vec<JoinHandle<()>>) -> Result<()> {
     Ok(())
 }
 
-/// Lets a tail be cut although nothing arrives any more. A full queue means that WAL arrives, so no tick is missed then.
+/// Sends ticks, so that a tail can be cut when no more WAL arrives. If the queue is full, WAL is
+/// arriving, and the tick is not needed.
 async fn tick(commands: Sender<Command>, interval: Duration) {
     let mut timer = tokio::time::interval(interval);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -345,7 +357,7 @@ async fn tick(commands: Sender<Command>, interval: Duration) {
     }
 }
 
-/// Runs blocking work beside the connection's task.
+/// Runs blocking work on another thread than the caller's task.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {

@@ -1,7 +1,9 @@
-//! [`Archive`]: what the stages share for one cluster: where WAL is kept, who it belongs to, what is known of it.
+//! [`Archive`] is the state that the stages of one cluster share: the spool, the repository, the
+//! identity, the catalog and the status.
 //!
-//! Invariant: every object of this cluster's WAL is put through [`Archive::store_wal`], which never lets other bytes take
-//! the place of archived ones and calls nothing stored that was not read back.
+//! Invariant: every object of this cluster's WAL is stored through [`Archive::store_wal`]. It never
+//! replaces archived bytes by other bytes, and it reports an object as stored only after reading it
+//! back.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -30,10 +32,11 @@ use crate::{
     spool::{BranchSpool, Spool, SpoolRecord},
 };
 
-/// Segments remembered as sealed: a tail in flight is of the newest one or two, the rest is slack.
+/// The number of segments remembered as sealed. A tail in flight belongs to one of the newest two;
+/// the rest is slack.
 const SEALED_REMEMBERED_MAX: usize = 256;
 
-/// What the stages of one cluster share.
+/// The shared state of the stages of one cluster.
 #[derive(Debug)]
 pub struct Archive {
     settings: ClusterSettings,
@@ -44,37 +47,39 @@ pub struct Archive {
     catalog: Catalog,
     status: Arc<ClusterStatus>,
     room: Room,
-    /// Why the repository cannot be asked, and what the spool says in its place; `None` in ordinary
-    /// times.
+    /// Set if the repository was offline at the start: the spool's record replaces it. `None` if
+    /// the repository was read.
     away: Option<Away>,
-    /// Held while a file leaves the spool.
+    /// Locked while a file is removed from the spool.
     leaving: Mutex<()>,
-    /// Tails in the repository, by segment, that the sealed segment will replace.
+    /// The tails in the repository, by segment. The sealed segment will replace them.
     pub(super) tails: Mutex<BTreeMap<(Branch, SegmentNo), Vec<WalRange>>>,
-    /// Segments sealed since the start, so that a tail in flight does not outlive its segment.
+    /// The segments sealed since the start. A tail in flight whose segment is in this set is
+    /// removed again.
     sealed: Mutex<BTreeSet<(Branch, SegmentNo)>>,
-    /// Ranges that were declared lost: nobody has them, and nothing waits for them.
+    /// The declared losses. No source has this WAL, and nothing waits for it.
     gaps: Vec<DeclaredGap>,
-    /// What failovers lost.
+    /// The WAL that failovers lost.
     losses: Losses,
-    /// Branches whose history is in the repository.
+    /// The branches whose history file is in the repository.
     histories: Mutex<BTreeSet<Branch>>,
-    /// Held while history files that the repository lacks are stored again.
+    /// Locked while history files that the repository lacks are stored again.
     pub(super) putting_back: Mutex<()>,
-    /// [`Facts::repository_returns`](crate::cluster_status::Facts) when the repository was read.
+    /// The value of [`Facts::repository_returns`](crate::cluster_status::Facts) when the repository
+    /// was read.
     read_at_return: u64,
 }
 
-/// A start at which the repository does not answer.
+/// The state after a start at which the repository was offline.
 #[derive(Clone, Debug, Default)]
 pub struct Away {
-    /// What the spool knows of an archive that it holds nothing of.
+    /// The spool's record of the archive's end, written while the spool held no WAL.
     pub record: Option<SpoolRecord>,
 }
 
 impl Archive {
-    /// Takes the parts together; the catalog is brought up to date with the repository, unless that is `away`: then the
-    /// catalog counts as it is, which is never more than what is stored.
+    /// Opens the archive. Refreshes the catalog first, unless the repository is offline (`away`): a
+    /// stale catalog may understate what is stored, but never overstates it.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -140,69 +145,69 @@ impl Archive {
         })
     }
 
-    /// The cluster's settings.
+    /// The settings of the cluster.
     #[must_use]
     pub fn settings(&self) -> &ClusterSettings {
         &self.settings
     }
 
-    /// Whose WAL this is.
+    /// The identity of the archived WAL.
     #[must_use]
     pub fn identity(&self) -> &WalIdentity {
         &self.identity
     }
 
-    /// The repository.
+    /// The repository, including all mirrors.
     #[must_use]
     pub fn repository(&self) -> &Repository {
         &self.repository
     }
 
-    /// The catalog.
+    /// The catalog of the repository.
     #[must_use]
     pub fn catalog(&self) -> &Catalog {
         &self.catalog
     }
 
-    /// Returns true if the repository could not be asked at the start: nothing is sent to it before
-    /// it was.
+    /// Returns true if the repository was offline at the start. Nothing is sent to it before it was
+    /// read.
     #[must_use]
     pub fn is_away(&self) -> bool {
         self.away.is_some()
     }
 
-    /// Returns true if the repository was another place meanwhile: what it holds may be other than
-    /// what is known here.
+    /// Returns true if the repository was replaced by another place in the meantime and came back.
+    /// Its content may then differ from what is known here.
     #[must_use]
     pub fn is_outdated(&self) -> bool {
         self.status.facts().repository_returns > self.read_at_return
     }
 
-    /// Checks whether the spool may grow.
+    /// The limit on the spool's size.
     #[must_use]
     pub fn room(&self) -> &Room {
         &self.room
     }
 
-    /// What is known of the cluster.
+    /// The status of the cluster.
     #[must_use]
     pub fn status(&self) -> &Arc<ClusterStatus> {
         &self.status
     }
 
-    /// Where the cluster's spool is.
+    /// The directory of the cluster's spool.
     #[must_use]
     pub fn spool_directory(&self) -> &Path {
         self.spool.directory()
     }
 
-    /// One branch's part of the spool.
+    /// Returns the part of the spool for one branch.
     #[must_use]
     pub fn branch_spool(&self, branch: Branch) -> BranchSpool {
         self.spool.branch(&self.identity, branch)
     }
 
-    /// The branches the spool holds.
+    /// Returns the branches in the spool.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -210,18 +215,18 @@ impl Archive {
         self.spool.branches(&self.identity)
     }
 
-    /// What was declared lost when the archive was opened.
+    /// The losses that were declared when the archive was opened.
     #[must_use]
     pub fn gaps(&self) -> &[DeclaredGap] {
         &self.gaps
     }
 
-    /// What failovers lost.
+    /// The WAL that failovers lost.
     pub(crate) fn losses(&self) -> &Losses {
         &self.losses
     }
 
-    /// The time of the last commit that is stored of a branch before an LSN.
+    /// Returns the time of the last stored commit of a branch in the ranges before an LSN.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -230,8 +235,9 @@ impl Archive {
         Ok(ranges.iter().filter_map(|range| range.max_time).max())
     }
 
-    /// What the repository holds of a branch without a gap, from its newest backup or else from its first byte on. What
-    /// was declared lost is no gap: the archive goes on behind it.
+    /// Returns the WAL of a branch that the repository holds without a gap. It begins at the
+    /// branch's newest backup, or without a backup at the first archived byte. A declared loss does
+    /// not count as a gap, because the archive continues after it.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -262,7 +268,7 @@ impl Archive {
         for range in &ranges {
             coverage.add(range.start_lsn, range.end_lsn);
         }
-        // What expired was stored: nobody has to send it again.
+        // Expired WAL was stored before, so the server need not send it again.
         let expired = self.catalog.expired()?.wal(branch);
         for (from_lsn, to_lsn) in lost.into_iter().chain(expired.iter()) {
             coverage.add(from_lsn, to_lsn);
@@ -287,17 +293,18 @@ impl Archive {
         Ok(Some(coverage))
     }
 
-    /// The end of what the repository held of a branch when the spool held no WAL, where only the spool can be asked.
+    /// Returns the end of a branch's WAL in the repository according to the spool's record. `None`
+    /// unless the repository is offline.
     fn recorded(&self, branch: Branch) -> Option<Lsn> {
         let record = self.away.as_ref()?.record.as_ref()?;
         (record.branch == branch).then_some(record.end_lsn)
     }
 
-    /// Removes a sealed segment from the spool. If nothing that is durable in the spool follows it
-    /// on the branch that is streamed, the end of the archive is recorded first.
+    /// Removes a sealed segment from the spool. If the spool has no durable WAL after it on the
+    /// branch that is streamed, the end of the archive is recorded first.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Repository`] from the spool's disk; then the file stays.
+    /// [`Error::Io`], [`Error::Repository`] from the spool's disk. The file then stays.
     pub fn remove_spooled(&self, branch: Branch, segment: SegmentNo) -> Result<()> {
         let _alone = self.leaving.lock().unwrap_or_else(PoisonError::into_inner);
         let spool = self.branch_spool(branch);
@@ -307,8 +314,8 @@ impl Archive {
         let left = spool.segments()?;
         let positions = self.status.progress().positions();
         let end_lsn = segment.end_lsn(self.identity.segment_size);
-        // An open file of which nothing is durable may be empty after a crash, and then says
-        // nothing of the archive.
+        // An open file without durable WAL may be empty after a crash. It would not show where the
+        // archive ends.
         if (left.open.is_none() || positions.flushed() <= end_lsn)
             && left.complete == [segment]
             && branch == positions.branch()
@@ -327,7 +334,8 @@ impl Archive {
         reached.map_err(Error::io("remove", &path))
     }
 
-    /// The start of the segment in which a branch left its ancestors, when WAL of one of them is archived.
+    /// Returns the start of the segment in which a branch left its parent, if WAL of an ancestor is
+    /// archived.
     fn forked(&self, branch: Branch) -> Result<Option<Lsn>> {
         let Some(history) = self.history(branch)? else {
             return Ok(None);
@@ -350,7 +358,7 @@ impl Archive {
         }))
     }
 
-    /// What the archive holds, branch by branch.
+    /// Returns the end of each branch in the archive.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Repository`].
@@ -378,11 +386,12 @@ impl Archive {
             .collect())
     }
 
-    /// The segment that is open at `end_lsn`, the end of what the archive holds. An older `.partial` in the spool, which
-    /// the repository has whole by now, is compared with it and removed.
+    /// Returns the segment that is open at `end_lsn`, the end of the archive. If the repository
+    /// already holds all WAL of the spool's older `.partial`, verifies the file against it and
+    /// deletes the file.
     ///
     /// # Errors
-    /// [`intake::Error::Divergence`] when they differ; [`Error::Io`], [`Error::Repository`].
+    /// [`intake::Error::Divergence`] if they differ; [`Error::Io`], [`Error::Repository`].
     pub fn open_segment(&self, spool: &BranchSpool, end_lsn: Lsn) -> Result<SegmentNo> {
         let size = self.identity.segment_size;
         let open = size.segment_of(end_lsn);
@@ -396,7 +405,8 @@ impl Archive {
         let ours = spool.read(partial)?.unwrap_or_default();
         let name = spool.name(partial);
         let key = ObjectKey::Segment(self.identity.system_identifier, spool.branch(), name);
-        // What lies before a range that was declared lost is never sealed: the repository has it as tails.
+        // A segment that ends in a declared loss is never sealed. The repository holds the WAL
+        // before the loss as tails.
         let sealed = match self.repository.head(&key)? {
             Some(_) => self.read_object(&key)?,
             None => self.read_tails(spool.branch(), partial)?,
@@ -419,7 +429,7 @@ impl Archive {
         Ok(open)
     }
 
-    /// Puts the branch's history into the repository, twice, before any of its WAL.
+    /// Stores the branch's history file in the repository, twice, before any of the branch's WAL.
     ///
     /// # Errors
     /// [`Error::Repository`], [`Error::Io`].
@@ -441,10 +451,12 @@ impl Archive {
         Ok(())
     }
 
-    /// Puts a sealed range, reads it back, compares it with the WAL it was made of, and enters it in the catalog.
+    /// Stores a sealed range, reads it back, compares it with the WAL that it was made from, and
+    /// enters it in the catalog.
     ///
     /// # Errors
-    /// [`intake::Error::Divergence`] when the repository has other WAL under this name; [`Error::Repository`].
+    /// [`intake::Error::Divergence`] if the repository has other WAL under this name;
+    /// [`Error::Repository`].
     pub fn store_wal(
         &self,
         header: &SealedHeader,
@@ -470,7 +482,7 @@ impl Archive {
         Ok(range)
     }
 
-    /// Checks whether the segment is sealed in the repository, as far as the catalog knows.
+    /// Returns the sealed range of a segment from the catalog. `None` if the segment is not sealed.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -484,7 +496,8 @@ impl Archive {
             .find(|range| range.kind == WalRangeKind::Sealed && range.segment == segment))
     }
 
-    /// A tail is in the repository; when its segment was sealed meanwhile it goes again.
+    /// Records that a tail is in the repository. Deletes the tail again if its segment was sealed
+    /// meanwhile.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -504,7 +517,8 @@ impl Archive {
         Ok(())
     }
 
-    /// Returns true if a segment was sealed since the start: its tails are of no use any more.
+    /// Returns true if the segment was sealed since the start, so that its tails are no longer
+    /// needed.
     #[must_use]
     pub fn is_sealed(&self, branch: Branch, segment: SegmentNo) -> bool {
         self.sealed
@@ -513,7 +527,7 @@ impl Archive {
             .contains(&(branch, segment))
     }
 
-    /// A segment is sealed, stored and verified: its tails are superfluous.
+    /// Records that a segment is sealed, stored and verified, and removes its tails.
     ///
     /// # Errors
     /// [`Error::Repository`].
@@ -530,7 +544,7 @@ impl Archive {
         let mut tails = known().remove(&place).unwrap_or_default();
         while let Some(tail) = tails.last() {
             if let Err(error) = self.delete_tail(tail) {
-                // The next attempt removes them.
+                // Keep the remaining tails in the list, so that the next attempt removes them.
                 known().entry(place).or_default().append(&mut tails);
                 return Err(error);
             }

@@ -21,8 +21,8 @@ struct State {
 }
 
 impl Failure {
-    /// Raises an error. Only the first one is stored; later ones are logged. That another thread
-    /// has stopped is the consequence of an error raised before, and never replaces it.
+    /// Raises an error. Only the first one is stored; later ones are logged. `ThreadStopped` is the
+    /// consequence of an earlier error and never replaces it.
     pub fn raise(&self, error: Error) {
         let mut state = self.state();
         let is_consequence = state.was_raised && matches!(error, Error::ThreadStopped { .. });

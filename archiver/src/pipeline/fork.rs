@@ -1,10 +1,9 @@
-//! WAL that we hold beyond the place where the server left its branch: commits that a failover
-//! lost.
+//! Archived WAL after the LSN at which the server left its branch: commits that a failover lost.
 //!
-//! They are computed at every start of a stream, from the archived WAL and the server's path, so
-//! that a crash loses none. The repository's record of a fork is not read again. Invariant:
-//! the stream waits for none of this: what cannot be written now is written by a later look, when
-//! the repository is back.
+//! The losses are computed at every start of a stream, from the archived WAL and the server's path,
+//! so that a crash loses none. The repository's record of a fork is not read again. Invariant: the
+//! stream waits for none of this. A record that cannot be written now is written later, when the
+//! repository is back.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -18,23 +17,24 @@ use super::{
 };
 use crate::error::Result;
 
-/// More commits than this that a failover lost are counted, not logged: the log is for people.
+/// The maximum number of lost commits of one failover that are logged. Further ones are only
+/// counted.
 const LOST_COMMITS_LOGGED_MAX: usize = 100;
 
-/// WAL that we hold and the server never had.
+/// Archived WAL that the server never had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Orphan {
-    /// The branch.
+    /// The branch of the WAL.
     pub(crate) branch: Branch,
-    /// The branch that the server went on with.
+    /// The branch on which the server continued.
     pub(crate) successor: Branch,
-    /// Where the server's history left it.
+    /// The LSN at which the server's history left the branch.
     pub(crate) from: Lsn,
-    /// The end of what we hold.
+    /// The end of the archived WAL.
     pub(crate) to: Lsn,
 }
 
-/// What of the server's path we hold beyond its forks, oldest first.
+/// Returns the archived WAL after each fork of the server's path, oldest first.
 pub(crate) fn orphans(path: &[ServerBranch], held: &[Held]) -> Vec<Orphan> {
     let forks = path.iter().zip(path.iter().skip(1));
     forks
@@ -50,21 +50,21 @@ pub(crate) fn orphans(path: &[ServerBranch], held: &[Held]) -> Vec<Orphan> {
         .collect()
 }
 
-/// What failovers lost, as far as this archiver knows.
+/// The failover losses known to this archiver.
 #[derive(Debug, Default)]
 pub(crate) struct Losses {
     known: Mutex<Known>,
-    /// Held while they are looked into and recorded.
+    /// Locked while losses are examined and recorded.
     working: Mutex<()>,
 }
 
 #[derive(Debug, Default)]
 struct Known {
-    /// Found, and not looked into yet.
+    /// Found, but not examined yet.
     found: Vec<Orphan>,
-    /// Looked into, and not in the repository yet.
+    /// Examined, but not stored in the repository yet.
     unrecorded: Vec<FailoverLoss>,
-    /// In the repository.
+    /// Stored in the repository.
     recorded: Vec<FailoverLoss>,
 }
 
@@ -77,7 +77,7 @@ impl Known {
 }
 
 impl Losses {
-    /// Those that the repository has.
+    /// Creates the list from the losses in the repository.
     pub(super) fn of(recorded: Vec<FailoverLoss>) -> Self {
         Self {
             known: Mutex::new(Known {
@@ -88,7 +88,7 @@ impl Losses {
         }
     }
 
-    /// Every one that was looked into.
+    /// Returns all losses that were examined.
     pub(crate) fn all(&self) -> Vec<FailoverLoss> {
         let known = self.lock();
         known
@@ -115,13 +115,14 @@ impl Losses {
 }
 
 impl Archive {
-    /// Looks into what was found, says it, and records it in the repository. What fails stays for the next time.
+    /// Examines new losses, logs them, and records them in the repository. Losses for which this
+    /// fails are tried again the next time.
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`], [`crate::error::Error::Io`].
     pub(super) fn record_losses(&self) -> Result<()> {
         if self.is_away() {
-            // Only the repository has all of that WAL, and knows whether it was recorded.
+            // Only the repository has all of that WAL, and shows whether the loss was recorded.
             return Ok(());
         }
         let losses = self.losses();
@@ -169,10 +170,11 @@ impl Archive {
     }
 }
 
-/// Notes what of the server's path we hold beyond its forks; the next look records it.
+/// Notes archived WAL after the forks of the server's path, and starts to record it without
+/// waiting.
 ///
 /// # Errors
-/// [`crate::error::Error::Io`], [`crate::error::Error::Repository`] from what is held.
+/// [`crate::error::Error::Io`], [`crate::error::Error::Repository`] while the archive is read.
 pub(super) async fn note(pipeline: &Pipeline, path: &[ServerBranch]) -> Result<()> {
     let held = pipeline.held().await?;
     let orphans = orphans(path, &held);
@@ -231,7 +233,8 @@ mod tests {
         check(&[], &[]);
         check(&[(0, 40), (1, 60), (2, 99)], &[]);
         check(&[(0, 44)], &[(0, 40, 44)]);
-        // Also when the next timeline is here already: the archiver may have died before it said so.
+        // The next timeline may already be archived: the archiver may have died before it recorded
+        // the loss.
         check(&[(0, 44), (1, 61), (2, 99)], &[(0, 40, 44), (1, 60, 61)]);
     }
 }

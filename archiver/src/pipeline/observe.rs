@@ -1,6 +1,6 @@
-//! Facts of the status that the stream does not give: the server's flush LSN and slot once a second,
-//! and what can be restored from time to time. Nothing here delays WAL. A fact that cannot be asked
-//! for stays unknown.
+//! Status facts that the stream does not provide: the server's flush LSN and slot once a second,
+//! and the restorable window at a longer interval. Nothing here delays WAL. A fact that cannot be
+//! queried stays unknown.
 
 use std::{
     sync::{Arc, Mutex, PoisonError},
@@ -22,36 +22,39 @@ use crate::{
     synchronous,
 };
 
-/// The interval at which the server is asked: the resolution of the RPO while no WAL flows.
+/// The interval at which the server is polled. It is the resolution of the RPO while no WAL
+/// arrives.
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
-/// Polls between two looks at settings, which change by hand.
+/// The number of polls between two queries of settings, which only an administrator changes.
 const POLLS_PER_SETTINGS: u32 = 10;
-/// The time for which after a failed poll it is tried again: a role that may only replicate is
-/// refused each time.
+/// The pause after a failed poll. A role that may only replicate is refused every time.
 const POLL_RETRY: Duration = Duration::from_secs(10);
-/// The same while the spool is full, when nothing else shows that the server shuts down.
+/// The pause after a failed poll while the spool is full. Then only a poll can show that the server
+/// shuts down.
 const POLL_RETRY_FULL: Duration = Duration::from_secs(3);
 /// Lifetime of one SQL session. A smart shutdown of the server waits for it at most this long.
 const SESSION_MAX: Duration = Duration::from_secs(30);
-/// The interval at which the catalog is looked at.
+/// The interval at which the catalog is checked.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
-/// The interval at which a folder is checked to be the repository.
+/// The interval at which the repository's folder is checked to be the same one.
 const PLACE_INTERVAL: Duration = Duration::from_secs(1);
-/// Looks between two listings of the repository's backups, which another host may have taken: an hour. A listing is a
-/// request, and an idle archiver makes none; a backup taken on this host says so in the spool's directory.
+/// The number of checks between two listings of the repository's backups, which another host may
+/// have taken: one hour. A listing is a request, and an idle archiver makes none. A backup taken on
+/// this host leaves a file in the spool's directory.
 const LOOKS_PER_LISTING: u32 = 720;
-/// Looks between two listings while there is no backup, or none behind a loss: a minute.
+/// The number of checks between two listings while there is no backup, or none after a loss: one
+/// minute.
 const LOOKS_PER_LISTING_WAITING: u32 = 12;
 
-/// Polls the server over SQL until the next stream, maybe of another server, begins: also while
-/// none is up. Notices that the server refuses connections, which proves that it shuts down while a
-/// stream of it is open.
+/// Polls the server over SQL, also while no stream is up, until the next stream begins, possibly of
+/// another server. Detects that the server refuses connections, which proves that it shuts down if
+/// one of its streams is open.
 pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterStatus>) {
     loop {
         let connected = ReplicationClient::connect(&conninfo, ConnectionMode::Sql).await;
         match &connected {
             Err(error) if error.is_not_accepting() => status.refuses(true),
-            // It says nothing about a server that was not reached.
+            // The server was not reached, so nothing is known about a shutdown.
             Err(error) if error.is_unreachable() => {}
             _ => status.refuses(false),
         }
@@ -66,7 +69,7 @@ pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterSt
             session_ended = was_connected && error.is_last_word();
         }
         status.note(|facts| facts.slot_report = None);
-        // A shutdown begins with the end of the session.
+        // A shutdown begins with the end of the session, so poll again soon.
         let pause = if session_ended || status.refused_since().is_some() {
             POLL_INTERVAL
         } else if status.facts().spool_full.is_some() {
@@ -134,7 +137,8 @@ async fn poll_once_connected(
             safe_wal_bytes: field(3).and_then(|bytes| bytes.parse().ok()),
             full_in_seconds: None,
         });
-        // The server read its clock between the two: the middle is wrong by half the round trip at most.
+        // The server read its clock between the two. The middle is wrong by at most half the round
+        // trip.
         let ours = (asked.as_duration() + answered.as_duration()).as_secs_f64() / 2.0;
         let clock = field(5).and_then(|text| text.parse::<f64>().ok());
         status.note(|facts| {
@@ -163,7 +167,7 @@ async fn renew(
     Ok(())
 }
 
-/// Checks whether the server's settings make commits hang on us.
+/// Returns a warning if the server's settings make commits wait for us in a dangerous way.
 async fn synchronous_danger(
     client: &mut ReplicationClient,
     application_name: &str,
@@ -182,7 +186,7 @@ async fn synchronous_danger(
     Ok(synchronous::danger(&membership, remote_apply))
 }
 
-/// Keeps window, newest backup and the spool's size up to date.
+/// Updates the restorable window, the newest backup and the spool's size periodically.
 pub(super) async fn look(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(LOOK_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -211,8 +215,8 @@ pub(super) async fn look(archive: Arc<Archive>) {
     }
 }
 
-/// Notices within a second when the repository's folder is another one, also while nothing is
-/// stored. A bucket is noticed by what is stored there: asking it costs.
+/// Detects within a second that the repository's folder was replaced, also while nothing is stored.
+/// For a bucket, the store requests detect it, because a separate request costs money.
 pub(super) async fn watch_place(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(PLACE_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -223,7 +227,8 @@ pub(super) async fn watch_place(archive: Arc<Archive>) {
         let status = archive.status();
         match tokio::task::spawn_blocking(look).await {
             Ok(Err(error)) if error.is_gone() => status.repository_failed("look", "", &error),
-            // For a bucket it proves nothing.
+            // Clears only the failure that this check reported. For a bucket, success proves
+            // nothing.
             Ok(Ok(())) if status.facts().repository_broken.contains_key("look ") => {
                 status.repository_answered("look", "");
             }
@@ -232,11 +237,11 @@ pub(super) async fn watch_place(archive: Arc<Archive>) {
     }
 }
 
-/// Whether a look asks the repository for backups.
+/// Decides whether a check lists the repository's backups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Listing {
     Now,
-    /// When one is waited for: the first one, or the one that mends a loss.
+    /// Only if a backup is awaited: the first one, or the one after a loss.
     WhenWaiting,
     Never,
 }
@@ -268,7 +273,7 @@ fn look_once(
     }
     let flushed = archive.status().progress().positions().flushed();
     archive.status().note(|facts| {
-        // A stream that went on behind it has closed it.
+        // The stream has continued after the gap, so the gap is closed.
         facts.gap.take_if(|gap| flushed > gap.from_lsn);
     });
     let catalog = archive.catalog();
@@ -276,7 +281,7 @@ fn look_once(
         catalog.refresh(archive.repository())?;
     }
     let mut backups = catalog.backups()?;
-    // A folder's listings cost nothing.
+    // Listing a folder costs nothing.
     let folder = archive.settings().repository.url.folder().is_some();
     let is_unreached = archive.status().facts().unreached.is_some();
     let waiting = backups.is_empty() || is_unreached || loss(archive, &backups)?.is_some();
@@ -288,7 +293,7 @@ fn look_once(
     if asks {
         match list_new_backups(archive, backups.len()) {
             Ok(()) => backups = catalog.backups()?,
-            // The catalog's content is judged while the repository is away too.
+            // The catalog's content is evaluated even while the repository is offline.
             Err(error) if !backups.is_empty() => {
                 tracing::debug!(%error, "the repository's backups are not known");
             }
@@ -299,7 +304,8 @@ fn look_once(
         begin_at_backup(archive, newest)?;
     }
     let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
-    // A folder is looked into at once; a bucket, where each listing has a price, as often as for backups.
+    // A folder is read every time. A bucket, where each listing has a price, is read as often as
+    // for backups.
     if (list == Listing::Now || folder)
         && let Err(error) = marks.ask(archive)
     {
@@ -319,14 +325,15 @@ fn look_once(
         facts.window = window;
         facts.last_backup = last_backup;
     });
-    // After the facts: whoever sees a backup in the details sees what was judged with it.
+    // Published after the facts, so that a reader who sees a backup in the details also sees the
+    // facts that were computed with it.
     archive.status().looked(archive, details);
     Ok(())
 }
 
-/// Lets the positions begin at the newest backup if what the repository holds ends before it: the
-/// WAL between is missing, and from the backup on nobody needs it. What waits in the spool is still
-/// waited for.
+/// Moves the start of the positions to the newest backup if the repository's contiguous WAL ends
+/// before it. The WAL between the two is missing, and from the backup on nothing needs it. WAL that
+/// waits in the spool still counts as expected.
 fn begin_at_backup(archive: &Archive, newest: &BackupInfo) -> Result<()> {
     let progress = archive.status().progress();
     let (branch, known) = {
@@ -355,7 +362,7 @@ fn begin_at_backup(archive: &Archive, newest: &BackupInfo) -> Result<()> {
     Ok(())
 }
 
-/// Brings the catalog up to date if the repository lists other backups than the `known` ones.
+/// Refreshes the catalog if the number of backups in the repository is not `known`.
 fn list_new_backups(archive: &Archive, known: usize) -> Result<()> {
     let catalog = archive.catalog();
     let system = archive.identity().system_identifier;
@@ -371,7 +378,8 @@ fn list_new_backups(archive: &Archive, known: usize) -> Result<()> {
     Ok(())
 }
 
-/// What was declared lost, in words, while no backup lies behind it.
+/// Returns a description of the first declared loss after which there is no base backup. `None` if
+/// there is none.
 fn loss(archive: &Archive, backups: &[BackupInfo]) -> Result<Option<String>> {
     let catalog = archive.catalog();
     for gap in archive.gaps() {
@@ -387,7 +395,7 @@ fn loss(archive: &Archive, backups: &[BackupInfo]) -> Result<Option<String>> {
     Ok(None)
 }
 
-/// A loss for people: where, since when, and what mends it.
+/// Describes a loss for users: the range, the last commit before it, and the remedy.
 pub(crate) fn describe_loss(gap: &DeclaredGap) -> String {
     let since = gap
         .last_commit

@@ -57,7 +57,7 @@ impl Archive {
         Ok(wal)
     }
 
-    /// Returns the end of those tails, as far as they are known.
+    /// Returns the end of the WAL that [`Archive::read_tails`] would return, without reading it.
     pub(super) fn tail_end(&self, branch: Branch, segment: SegmentNo) -> Lsn {
         let start = segment.start_lsn(self.identity().segment_size);
         let tails = self.tails_of(branch, segment);
@@ -232,8 +232,8 @@ impl Archive {
         Ok(Some(ends))
     }
 
-    /// Returns the branch, or for a segment that ends before the branch began, its ancestors that
-    /// hold the segment.
+    /// Returns the branch. For a segment that ends before the branch began, also returns the
+    /// ancestor that holds the segment.
     fn lineage_at(&self, branch: Branch, segment: SegmentNo) -> Result<Vec<Branch>> {
         let mut lineage = vec![branch];
         let Some(history) = self.history(branch)? else {

@@ -103,7 +103,7 @@ struct Course {
     fed: Instant,
     /// Bytes taken on this thread that are not settled yet.
     group: u64,
-    /// True if there are any.
+    /// True if WAL was taken on this thread and is not settled yet, even if `group` is 0.
     unsettled: bool,
     /// The server's requests for a reply.
     requests: EndRequests,

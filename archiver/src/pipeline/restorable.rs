@@ -1,8 +1,9 @@
-//! The WAL that can be restored, by the rules of the restorer's plan ([`repository::Restorable`]):
-//! the window, its stretches, and whether a base backup leads to the server's present.
+//! Computes the WAL that can be restored, by the rules of the restorer's plan
+//! ([`repository::Restorable`]): the window, its stretches, and whether a base backup leads to the
+//! server's present.
 //!
-//! Reads the catalog only. Invariant: WAL that is on its way (received later, or in the spool) is
-//! never called missing, and nothing is called restorable that a plan refuses.
+//! Reads the catalog only. Invariant: WAL that is still expected (received later, or in the spool)
+//! is never called missing, and nothing is called restorable that a plan refuses.
 
 use std::collections::BTreeMap;
 
@@ -19,12 +20,12 @@ use crate::{
     report::{GapReport, RestorableRange, WindowReport},
 };
 
-/// Stretches that are shown.
+/// The maximum number of stretches shown.
 const STRETCHES_MAX: usize = 200;
 /// The refusal while there is no backup.
 const NO_BACKUP: &str = "no base backup is archived, so nothing can be restored";
 
-/// The ranges of every branch as one look into the catalog found them.
+/// The ranges of every branch in the catalog, read at the same time.
 pub(super) struct Ranges<'a> {
     pub(super) archive: &'a Archive,
     pub(super) of: BTreeMap<Branch, Vec<WalRange>>,
@@ -50,7 +51,7 @@ impl WalIndex for Ranges<'_> {
     }
 }
 
-/// The result of a look into the catalog.
+/// The result of a check of the catalog.
 #[derive(Debug, Default)]
 pub(super) struct Judgement {
     pub(super) window: WindowReport,
@@ -58,28 +59,28 @@ pub(super) struct Judgement {
     pub(super) ranges: Vec<RestorableRange>,
     /// The server's branch that was judged.
     pub(super) judged: Option<Branch>,
-    /// Why no base backup leads to the server's present.
+    /// The reason why no base backup leads to the server's present.
     pub(super) unreached: Option<String>,
-    /// The first missing byte of a gap that was seen, to be seen again before it counts.
+    /// The first missing byte of a gap. It counts only if the next check finds it again.
     pub(super) missing: Option<(Branch, Lsn)>,
-    /// WAL that is held and cannot be replayed, because the server had `wal_level = minimal`.
+    /// Archived WAL that cannot be replayed, because the server had `wal_level = minimal`.
     pub(super) minimal: Vec<GapReport>,
 }
 
-/// A look into the catalog.
+/// The input of a check of the catalog.
 pub(super) struct Look<'a> {
     pub(super) index: &'a Ranges<'a>,
     pub(super) timelines: &'a [KnownTimeline<bytes::Bytes>],
     pub(super) backups: &'a [BackupInfo],
-    /// Those that the last verification did not find damaged.
+    /// The backups that the last verification did not find damaged.
     pub(super) whole: &'a [BackupInfo],
     pub(super) expired: &'a ExpiredSet,
-    /// The first missing byte of the gap that the look before found.
+    /// The first missing byte of the gap that the previous check found.
     pub(super) missing_before: Option<(Branch, Lsn)>,
 }
 
 impl Look<'_> {
-    /// Judges what the catalog has.
+    /// Computes the judgement.
     pub(super) fn judge(&self) -> Result<Judgement> {
         let defaults = default_timelines(self.index, self.timelines, self.backups)?;
         let path = match defaults.as_slice() {
@@ -115,7 +116,8 @@ impl Look<'_> {
         Ok(found)
     }
 
-    /// Why no base backup leads to the server's present.
+    /// Returns the reason why no base backup leads to the server's present, and the first missing
+    /// byte.
     fn unreached(
         &self,
         server: &ServerPath,
@@ -141,7 +143,8 @@ impl Look<'_> {
         Ok((Some(refusal), missing))
     }
 
-    /// The refusal of a restore of the newest state on `path`, in words.
+    /// Returns the reason why a restore of the newest state on `path` is refused, as text, and the
+    /// first missing byte.
     fn refusal_of(
         &self,
         path: &[PathPart],
@@ -181,8 +184,8 @@ impl Look<'_> {
         })
     }
 
-    /// Returns true if the byte at `lsn` of `branch` may still arrive in the repository: it is
-    /// being looked for, is in the spool, or comes later in the stream.
+    /// Returns true if the byte at `lsn` of `branch` may still arrive in the repository: other
+    /// servers are asked for it, it is in the spool, or it comes later in the stream.
     fn is_pending(&self, path: &[PathPart], branch: Branch, lsn: Lsn) -> Result<bool> {
         let archive = self.index.archive;
         if archive.status().facts().gap.is_some() {
@@ -201,13 +204,13 @@ impl Look<'_> {
         let segment = archive.identity().segment_size.segment_of(lsn);
         let spooled = archive.branch_spool(branch).segments()?;
         let is_open = spooled.open.is_some_and(|(open, _)| open == segment);
-        // Read again: a segment leaves the spool when the catalog has it.
+        // Query the catalog again: a segment may have left the spool since `index` was read.
         Ok(is_open
             || spooled.complete.contains(&segment)
             || archive.catalog().contiguous_end(branch, lsn)? > lsn)
     }
 
-    /// The window of a restore for which no timeline was chosen.
+    /// Returns the window of a restore without a chosen timeline.
     fn window(
         &self,
         path: &[PathPart],
@@ -226,7 +229,8 @@ impl Look<'_> {
             let hole = before.map(|before| (before.to_lsn, begin_of(stretch)));
             match hole {
                 Some(hole) if self.is_missing(path, hole) => gaps += 1,
-                // A backup before WAL that expired is restored to its own end only.
+                // A hole whose WAL expired does not count as a gap. A backup before it can be
+                // restored to its own end only.
                 _ => {
                     gaps = 0;
                     window.earliest = Some(stretch.finished);
@@ -246,7 +250,7 @@ impl Look<'_> {
         Ok(window)
     }
 
-    /// Returns true if any WAL of a hole did not expire.
+    /// Returns true if any WAL of a hole has not expired.
     fn is_missing(&self, path: &[PathPart], (from, to): (Lsn, Lsn)) -> bool {
         path.iter().any(|part| {
             let (from, to) = (from.max(part.from), to.min(part.to));
@@ -302,8 +306,8 @@ impl Look<'_> {
         Ok(())
     }
 
-    /// The WAL from a record that announces `wal_level = minimal` to the next stretch, or to the
-    /// end of the branch's WAL.
+    /// Returns the WAL from a record that announces `wal_level = minimal` to the next stretch, or
+    /// to the end of the branch's WAL.
     fn minimal(&self, found: &Restorable, branch: Branch, from_lsn: Lsn) -> GapReport {
         let next = found.stretches.iter().find(|next| next.from_lsn > from_lsn);
         let held = self.index.of.get(&branch).and_then(|of| of.last());
@@ -323,7 +327,7 @@ impl Look<'_> {
         }
     }
 
-    /// The first time that is known of a branch's WAL from `lsn` on.
+    /// Returns the earliest known commit or abort time in a branch's WAL from `lsn` on.
     fn first_time(&self, stretch: &Stretch, branch: Branch, lsn: Lsn) -> Option<PgTimestamp> {
         let of_branch = |range: &&WalRange| range.branch == branch && range.end_lsn > lsn;
         let ranges = stretch.ranges.iter().filter(of_branch);
@@ -338,7 +342,7 @@ impl Look<'_> {
     }
 }
 
-/// Where a stretch's backup begins to need WAL.
+/// Returns the LSN from which the stretch's backup needs WAL.
 fn begin_of(stretch: &Stretch) -> Lsn {
     let first = stretch.ranges.first();
     first.map_or(stretch.from_lsn, |range| {

@@ -1,9 +1,11 @@
-//! Stage 3: complete segments become sealed objects in the repository, then leave the spool.
+//! Stage 3: uploads complete segments to the repository as sealed objects and removes them from the
+//! spool.
 //!
-//! Worker threads of low priority: the receive path goes first. What waits is a list of names; the WAL itself is on disk,
-//! so a store that is down for days costs disk, never memory.
-//! Invariant: a spool file is removed only when its object was read back and no unsealed segment still needs it to learn
-//! where a record began.
+//! The worker threads run at low priority, because the receive path has precedence. The queue
+//! contains only names. The WAL itself is on disk, so a store that is down for days costs disk
+//! space but no memory.
+//! Invariant: a spool file is removed only when its object was read back and no unsealed segment
+//! still needs the file to find the start of a record.
 
 use std::{
     collections::BTreeMap,
@@ -24,18 +26,21 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Summaries kept in memory for segments that wait; beyond it a summary is made again from the spool. Sixteen MiB is a
-/// few hundred thousand commits: more than a catch-up of several GB leaves waiting.
+/// The maximum size of the summaries in memory for waiting segments. Beyond it, a summary is
+/// computed again from the spool. 16 MiB hold a few hundred thousand commits, more than a catch-up
+/// of several GB leaves waiting.
 const SUMMARY_BYTES_MAX: usize = 16 << 20;
-/// Pause after a failed request, doubled up to the maximum; long enough not to hammer a store that is down, short enough
-/// that the remote RPO recovers within seconds of it.
+/// The pause after a failed request, doubled up to the maximum. It is long enough not to overload a
+/// store that is down, and short enough that the remote RPO recovers within seconds after the
+/// store.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 const RETRY_MAX: Duration = Duration::from_secs(10);
 
 type Place = (Branch, SegmentNo);
 
-/// The segments that wait to be sealed, shared by the spool threads and the workers. The core decides which is next; here
-/// are the summaries of those that wait, and the workers' bell.
+/// The segments that wait to be sealed, shared by the flush thread, the spool thread and the
+/// workers. The core decides which one is next. This struct holds the summaries of the waiting
+/// segments and wakes the workers.
 #[derive(Debug)]
 pub struct Backlog {
     status: Arc<ClusterStatus>,
@@ -64,7 +69,7 @@ impl Indexed {
 }
 
 impl Backlog {
-    /// Nothing waits.
+    /// Creates an empty backlog.
     #[must_use]
     pub fn new(status: Arc<ClusterStatus>) -> Self {
         Self {
@@ -74,7 +79,8 @@ impl Backlog {
         }
     }
 
-    /// A segment is complete and durable; `end_lsn` when it became so now. Without a summary it is indexed from the spool.
+    /// Adds a complete, durable segment. `end_lsn` is its end if it became durable now, and `None`
+    /// if it was found in the spool. Without a summary, it is indexed from the spool.
     pub fn push(
         &self,
         branch: Branch,
@@ -101,25 +107,25 @@ impl Backlog {
         self.changed.notify_all();
     }
 
-    /// How many segments wait or are being sealed.
+    /// The number of segments that wait or are being sealed.
     #[must_use]
     pub fn len(&self) -> usize {
         self.status.progress().unsealed()
     }
 
-    /// Returns true if nothing waits.
+    /// Returns true if no segment waits or is being sealed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Ends the workers after what they hold.
+    /// Ends the workers after their current segments.
     pub fn stop(&self) {
         self.lock().stopping = true;
         self.changed.notify_all();
     }
 
-    /// The oldest segment that waits; blocks. `None` when stopping.
+    /// Waits for the oldest waiting segment. Returns `None` when stopping.
     fn take(&self) -> Option<(Place, Option<Indexed>)> {
         let mut state = self.lock();
         loop {
@@ -140,7 +146,7 @@ impl Backlog {
         }
     }
 
-    /// Waits before a retry; false when stopping.
+    /// Waits before a retry. Returns false when stopping.
     fn pause(&self, duration: Duration) -> bool {
         let state = self.lock();
         let (state, _) = self
@@ -155,7 +161,7 @@ impl Backlog {
     }
 }
 
-/// One worker: seals until told to stop.
+/// The loop of one worker. Seals segments until the backlog is stopped.
 pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
     lower_priority();
     let mut retry = RETRY_MIN;
@@ -202,7 +208,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                 }
                 retry = (retry * 2).min(RETRY_MAX);
             }
-            // WAL in doubt, this host's disk or the catalog: the supervisor decides.
+            // Divergent or damaged WAL, this host's disk, or the catalog: the supervisor decides.
             Err(Err(error)) => {
                 archive
                     .status()
@@ -215,7 +221,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
     }
 }
 
-/// Seals one segment; returns the record open at its end.
+/// Seals one segment. Returns the start of the record that is incomplete at its end.
 fn seal(
     archive: &Archive,
     branch: Branch,
@@ -253,7 +259,8 @@ fn seal(
     archive.store_wal(&header, &object, &indexed.summary, indexed.proven, &source)?;
     archive.note_sealed(branch, segment)?;
     if is_from_earlier_run {
-        // It may have been killed when the segment was stored and its tails were not removed yet.
+        // The earlier run may have been killed after the segment was stored and before its tails
+        // were removed.
         archive.remove_superseded_tails(branch, segment)?;
     }
     let reached = CrashPoint::SealNoted.reach();
@@ -261,7 +268,8 @@ fn seal(
     Ok(indexed.summary.open_record_lsn)
 }
 
-/// Makes the summary again for a segment that a previous run left, or whose summary had no room.
+/// Computes the summary of a segment that a previous run left, or whose summary did not fit in
+/// memory.
 fn index(archive: &Archive, branch: Branch, segment: SegmentNo) -> Result<Indexed> {
     let earlier = |wanted| archive.read_segment(branch, wanted);
     let mut indexer = WalIndexer::primed(archive.identity(), segment, earlier)?;
@@ -276,7 +284,8 @@ fn index(archive: &Archive, branch: Branch, segment: SegmentNo) -> Result<Indexe
     })
 }
 
-/// Sealing uses what the receive path leaves of the processor. On Linux niceness is per thread.
+/// Lowers the thread's priority, so that sealing uses only the processor time that the receive path
+/// leaves. On Linux niceness is per thread.
 fn lower_priority() {
     const NICENESS: i32 = 10;
     if let Err(error) = rustix::process::setpriority_process(None, NICENESS) {
@@ -284,10 +293,10 @@ fn lower_priority() {
     }
 }
 
-/// Starts the workers; each that was started is in `threads`, also after an error.
+/// Starts the workers. `threads` contains every started one, even after an error.
 ///
 /// # Errors
-/// [`Error::Io`] when the system has no more threads.
+/// [`Error::Io`] if the system has no more threads.
 pub fn start(
     archive: &Arc<Archive>,
     backlog: &Arc<Backlog>,

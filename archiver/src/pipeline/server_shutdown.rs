@@ -48,11 +48,11 @@ const ANSWER_PAUSE: Duration = Duration::from_millis(100);
 /// The requests for a reply in one stream.
 #[derive(Debug, Default)]
 pub(super) struct EndRequests {
-    /// When the last request was answered.
+    /// The time at which the last request was answered.
     answered: Option<Instant>,
-    /// The first of the requests that repeat one another.
+    /// The time of the first request in the current series of repeated requests.
     repeated_since: Option<Instant>,
-    /// When the request that is open is to be answered.
+    /// The time at which the open request is to be answered.
     due: Option<Instant>,
 }
 
@@ -78,7 +78,7 @@ impl EndRequests {
         self.due = None;
     }
 
-    /// When a reply is due; `None` without an open request.
+    /// The time at which a reply is due. `None` without an open request.
     pub(super) fn due(&self) -> Option<Instant> {
         self.due
     }
@@ -96,14 +96,14 @@ pub struct StreamRelease {
     voice: Arc<Voice>,
     status: Arc<ClusterStatus>,
     began: Instant,
-    /// When the stream's thread stopped reading: milliseconds after `began`, plus one. 0 while it
-    /// reads.
+    /// The time at which the stream's thread stopped reading: milliseconds after `began`, plus one.
+    /// 0 while it reads.
     unread_since: AtomicU64,
     released: Notify,
 }
 
 impl StreamRelease {
-    /// For a stream that begins.
+    /// Creates the release of a stream that begins.
     #[must_use]
     pub fn new(voice: Arc<Voice>, status: Arc<ClusterStatus>) -> Arc<Self> {
         Arc::new(Self {
@@ -128,7 +128,7 @@ impl StreamRelease {
         }
     }
 
-    /// Returns when the connection was closed.
+    /// Waits until the connection was closed.
     pub(super) async fn released(&self) {
         self.released.notified().await;
     }
@@ -186,7 +186,8 @@ impl StreamRelease {
 mod tests {
     use super::*;
 
-    /// Answers requests that come `every` for `long`; returns true if the server was given up.
+    /// Answers requests that arrive at the interval `every` for the time `long`. Returns true if
+    /// the server was released.
     fn answers(every: Duration, long: Duration) -> bool {
         let (mut requests, began) = (EndRequests::default(), Instant::now());
         let mut now = began;

@@ -115,7 +115,7 @@ impl Source {
         Ok((source, version.text))
     }
 
-    /// The identity of the cluster whose WAL it sends.
+    /// The identity of the cluster whose WAL the server sends.
     #[must_use]
     pub fn identity(&self) -> &ClusterIdentity {
         &self.identity
@@ -294,7 +294,7 @@ impl Source {
             fork::note(pipeline, &server.path).await?;
         }
         if follows {
-            // It outlives the stream: while the stream is down, the slot and the WAL that
+            // The polling outlives the stream: while no stream runs, the slot and the WAL that
             // accumulates for it matter most.
             let polling = tokio::spawn(Box::pin(observe::poll(
                 self.client.conninfo().clone(),

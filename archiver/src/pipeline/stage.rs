@@ -1,8 +1,9 @@
-//! [`Stage`]: what is done with WAL that has arrived, by whichever thread has it: the stream's own, or the spool thread.
+//! Writes received WAL to the spool ([`Stage`]), on the stream's own thread or on the spool thread.
 //!
-//! It asks the core ([`crate::core`]) what is due and carries that out on the files. Invariant: a byte is reported only
-//! through the core, after the fsync that it asked for returned; after an error the branch is left, and the next stream
-//! takes it up from what the files hold.
+//! It reports each event to the core ([`crate::core`]) and performs the returned actions on the
+//! files. Invariant: a byte is reported only through the core, after the fsync that the core
+//! requested has returned. After an error the branch is abandoned, and the next stream takes it up
+//! from the content of the files.
 
 use std::{
     sync::{Arc, atomic::AtomicBool},
@@ -25,7 +26,7 @@ use crate::{
     spool::{Before, SpoolWriter, TailCut},
 };
 
-/// The spool of the branch that is streamed, and what goes on from it.
+/// The writer of the branch that is streamed, and the stages after it.
 #[derive(Debug)]
 pub(super) struct Stage {
     archive: Arc<Archive>,
@@ -35,16 +36,16 @@ pub(super) struct Stage {
     stop: Arc<AtomicBool>,
     /// `None` before a branch is taken up, and after an error.
     writer: Option<SpoolWriter>,
-    /// Branches that were left with a tail not cut yet, because the store was busy.
+    /// Abandoned branches whose last tail is not cut yet, because the store was busy.
     left: Vec<SpoolWriter>,
     /// The server's flush LSN.
     server_end: Lsn,
-    /// Where the core's clock begins.
+    /// The start of the core's monotonic clock.
     started: Instant,
 }
 
 impl Stage {
-    /// With no branch taken up.
+    /// Creates a stage without a branch.
     pub(super) fn new(
         archive: Arc<Archive>,
         backlog: Arc<Backlog>,
@@ -65,7 +66,7 @@ impl Stage {
         }
     }
 
-    /// After an error: nothing more of this stream is taken.
+    /// Closes the writer after an error. No further WAL of this stream is accepted.
     pub(super) fn leave(&mut self) {
         self.writer = None;
     }
@@ -93,7 +94,7 @@ impl Stage {
             Command::Tick => self.tick(true),
             Command::Drain { reply } => {
                 let outcome = self.flusher.settle().and_then(|()| self.tick(true));
-                // Answered after a failure too: the failure itself is raised.
+                // Also answered after a failure, which the caller receives separately.
                 let _gone = reply.send(());
                 outcome
             }
@@ -108,7 +109,7 @@ impl Stage {
     ) -> Result<TakenUp> {
         self.flusher.settle()?;
         self.tick(true)?;
-        // While nothing of the branch is held the stream may begin elsewhere than last time.
+        // If nothing of the branch is held, the stream may begin at another LSN than last time.
         if let Some(writer) = &self.writer
             && writer.branch() == branch
             && (writer.resume_lsn()..=writer.written()).contains(&start_lsn)
@@ -135,7 +136,7 @@ impl Stage {
         if let Some(content) = history {
             spool.put_history(&content)?;
         }
-        // Segments that wait are sealed meanwhile: the answer may not show them.
+        // Waiting segments are sealed concurrently, so the repository's answer may not show them.
         self.archive.status().progress().on(Event::TakingUp);
         let stored = self.archive.stored(branch)?;
         let held = spool.end_lsn()?;
@@ -144,7 +145,8 @@ impl Stage {
         let size = self.archive.identity().segment_size;
         let open = self.archive.open_segment(&spool, start)?;
         let (tail, tail_end) = if self.archive.is_away() {
-            // What the repository has of it was durable here before, and what a torn end lost is streamed again.
+            // The tails in the repository were durable here before. WAL that a torn end lost is
+            // streamed again.
             (Vec::new(), self.archive.tail_end(branch, open))
         } else {
             let tail = self.archive.read_tails(branch, open)?;
@@ -160,7 +162,8 @@ impl Stage {
             |segment| archive.read_segment(branch, segment),
         )?;
         if !tail.is_empty() && writer.resume_lsn() == open.start_lsn(size) {
-            // The repository may hold more of the open segment than a lost or torn spool: it is put back.
+            // If the spool was lost or torn, the repository may hold more of the open segment. That
+            // WAL is written to the spool again.
             let open_start = writer.resume_lsn();
             writer.begin(open_start)?;
             let stop = Arc::clone(&self.stop);
@@ -184,7 +187,8 @@ impl Stage {
             writer.hold_before(self.segment_before(branch, resume_lsn));
         }
         let compare_lsn = writer.compare_lsn();
-        // A segment counts when it has its final name: a start streams again what lies behind the first that has not.
+        // A segment counts only under its final name. After a restart, everything after the first
+        // file without its final name is streamed again.
         for segment in completed {
             self.flusher.finish(segment)?;
         }
@@ -206,8 +210,8 @@ impl Stage {
         })
     }
 
-    /// Returns the archived segment before the one that begins at `start_lsn`; `None` if it cannot be
-    /// read. The whole segment is read: after `pg_switch_wal` most of it is padding.
+    /// Returns the archived segment before the one that begins at `start_lsn`. `None` if it cannot
+    /// be read. The whole segment is read: after `pg_switch_wal` most of it is padding.
     fn segment_before(&self, branch: Branch, start_lsn: Lsn) -> Option<Before> {
         let size = self.archive.identity().segment_size;
         let before = size.segment_of(start_lsn).previous()?;
@@ -243,7 +247,8 @@ impl Stage {
         if self.writer.is_some() && self.archive.room().is_at_limit(self.archive.status()) {
             self.wait_for_room()?;
         }
-        // After an error the rest of that stream is on its way still: it is dropped until the next one begins.
+        // After an error, further messages of that stream may still be queued. They are dropped
+        // until the next stream begins.
         let Some(writer) = &mut self.writer else {
             return Ok(());
         };
@@ -253,7 +258,7 @@ impl Stage {
         let outcome = writer.push(start_lsn, data, "the server", &mut completed, &mut || {
             wait_for_space(stop, archive)
         });
-        // Segments completed before an error are whole: they are kept.
+        // Segments that were completed before the error are whole and are processed.
         for segment in completed {
             self.flusher.finish(segment)?;
             self.archive.status().progress().on(Event::Completed);
@@ -271,7 +276,8 @@ impl Stage {
         self.carry_out(&actions)
     }
 
-    /// The limit is reached: what is here is made durable, said and sent on before it is waited for.
+    /// Waits until the spool is below its limit. Before that, makes the received WAL durable,
+    /// reports it and cuts a tail.
     fn wait_for_room(&mut self) -> Result<()> {
         self.tick(true)?;
         while self.archive.room().is_at_limit(self.archive.status()) {
@@ -289,7 +295,7 @@ impl Stage {
             .is_some_and(|writer| self.server_end.bytes_since(writer.written()) > CATCH_UP_BYTES)
     }
 
-    /// All that has arrived is written.
+    /// Reports to the core that all received WAL is written.
     pub(super) fn settle_group(&mut self) -> Result<()> {
         let flusher_idle = self.flusher.is_idle();
         let progress = self.archive.status().progress();
@@ -297,7 +303,8 @@ impl Stage {
         self.carry_out(&actions)
     }
 
-    /// A moment for a tail; `due` in any case.
+    /// Lets the core cut a tail. With `due`, a tail is due regardless of its size and of the
+    /// interval.
     pub(super) fn tick(&mut self, due: bool) -> Result<()> {
         let now = self.started.elapsed();
         let progress = self.archive.status().progress();
@@ -311,14 +318,14 @@ impl Stage {
                 Action::Sync => self.sync()?,
                 Action::HandOver => self.hand_over()?,
                 Action::CutTail => self.cut_tail(),
-                // The workers' actions.
+                // The sealing workers perform these.
                 Action::Seal(..) | Action::Remove(..) => {}
             }
         }
         Ok(())
     }
 
-    /// Fsyncs the open segment and says so.
+    /// Fsyncs the open segment and reports it to the core.
     fn sync(&mut self) -> Result<()> {
         let Some(writer) = &self.writer else {
             return Ok(());
@@ -336,7 +343,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Asks the flusher to fsync the open segment.
+    /// Lets the flusher fsync the open segment.
     fn hand_over(&mut self) -> Result<()> {
         if let Some(writer) = &self.writer
             && let Some(open) = writer.open_segment()
@@ -347,7 +354,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Hands a tail to the store, if there is one. Everything written is durable here.
+    /// Hands a tail to the store, if there is one. All written WAL is durable here at this point.
     fn cut_tail(&mut self) {
         while let Some(mut left) = self.left.pop() {
             if let Some(tail) = left.cut_tail() {
@@ -371,8 +378,9 @@ impl Stage {
     }
 }
 
-/// A full disk stops the stream, not the archiver: the server keeps the WAL, the keepalives go on, and it continues when
-/// there is space.
+/// Waits a moment for space. A full disk or a spool at its limit stops the stream, not the
+/// archiver: the server retains the WAL, the keepalives continue, and the stream continues when
+/// there is space. Returns false to give up.
 fn wait_for_space(stop: &AtomicBool, archive: &Archive) -> bool {
     archive.room().wait(stop, archive.status())
 }

@@ -1,50 +1,51 @@
-//! Where a stream begins: decided from what the archive holds and what the server says of its history. Pure.
+//! Decides where a stream begins, from the content of the archive and the history that the server
+//! reports. Pure.
 //!
-//! Invariant: while an archive exists the stream begins where the archive ends, never at what the server happens to have:
-//! the difference would be a gap that nobody sees.
+//! Invariant: if there is an archive, the stream begins at the archive's end, not at the WAL that
+//! the server happens to have. Otherwise there could be an undetected gap between the two.
 
 use bytes::Bytes;
 use wal_format::{Branch, Lsn, SegmentSize};
 
 use crate::error::{Error, Result};
 
-/// One timeline on the server's path, oldest first.
+/// One timeline on the server's path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServerBranch {
     /// The timeline and the digest of its history.
     pub branch: Branch,
-    /// Its history file; `None` for timeline 1.
+    /// The timeline's history file. `None` for timeline 1.
     pub history: Option<Bytes>,
-    /// Where the server left it; [`Lsn::MAX`] for the one it is on.
+    /// The LSN at which the server left the timeline. [`Lsn::MAX`] for the current one.
     pub switch_lsn: Lsn,
 }
 
-/// What the archive holds of one branch.
+/// The archived part of one branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
     /// The branch.
     pub branch: Branch,
-    /// The end of what is durable of it.
+    /// The end of the branch's durable WAL, in the spool or the repository.
     pub end_lsn: Lsn,
 }
 
-/// What to stream.
+/// The decision about the next stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StartPlan {
-    /// The branch.
+    /// The branch to stream.
     pub branch: ServerBranch,
-    /// The first byte to ask for where the archive has nothing of that branch: the start of a segment.
+    /// The LSN to request if nothing of that branch is archived: the start of a segment.
     pub start_lsn: Lsn,
 }
 
-/// What the server says.
+/// The positions that the server reports.
 #[derive(Clone, Debug)]
 pub struct ServerState {
-    /// Its path, oldest first; not empty.
+    /// The server's path of timelines, oldest first. Never empty.
     pub path: Vec<ServerBranch>,
-    /// The end of its WAL.
+    /// The end of the server's WAL.
     pub flush_lsn: Lsn,
-    /// The first WAL its slot keeps.
+    /// The LSN from which the server's slot retains WAL. `None` without a slot.
     pub slot_restart_lsn: Option<Lsn>,
 }
 
@@ -74,8 +75,8 @@ pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Res
         return Err(lost());
     }
     let held_of = |on: &ServerBranch| held.iter().find(|held| held.branch == on.branch);
-    // The first branch of which something is missing: not always the newest, when a host was lost while the end of an older
-    // one was still on its way.
+    // The first branch with missing WAL. It is not always the newest: a host may have been lost
+    // before the end of an older branch was uploaded.
     let mut ours = None;
     for (index, on) in server.path.iter().enumerate() {
         let Some(held) = held_of(on) else {
@@ -83,7 +84,8 @@ pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Res
                 .checked_sub(1)
                 .and_then(|before| server.path.get(before));
             let begin = before.map_or(Lsn::ZERO, |before| segment_start(before.switch_lsn));
-            // One that was left in its first segment is whole in the next one's.
+            // If the server left a branch in its first segment, the next branch's first segment
+            // contains all of its WAL.
             if ours.is_some() && segment_start(on.switch_lsn) > begin {
                 break;
             }
@@ -108,7 +110,8 @@ pub fn plan_start(server: &ServerState, held: &[Held], size: SegmentSize) -> Res
             start_lsn: segment_start(ours.end_lsn),
         });
     }
-    // All of that timeline that is on the server's path is here; the next one begins with the segment of the switch.
+    // All WAL of that timeline on the server's path is archived. The next one begins with the
+    // segment of the switch.
     let next = server.path.get(index + 1).ok_or_else(lost)?;
     Ok(StartPlan {
         branch: next.clone(),
@@ -227,7 +230,8 @@ mod tests {
         ];
         let ours = [held("00000001", 39), held("00000002-0a0b0c0d", 60)];
         check(&server(&path, 100), &ours, "00000001", 32);
-        // One that was left in its first segment is whole in the next one's.
+        // If the server left a branch in its first segment, the next branch's first segment
+        // contains all of its WAL.
         let path = [
             branch("00000001", Some(40)),
             branch("00000002-0a0b0c0d", Some(41)),

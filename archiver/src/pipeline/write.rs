@@ -1,9 +1,11 @@
-//! Stage 2: compares, decodes, writes and fsyncs what arrives.
+//! Stage 2: compares, decodes, writes and fsyncs received WAL.
 //!
-//! Natural group commit: all that has arrived is taken, then fsynced once, then reported. While the server is not ahead the
-//! stream's own thread does so ([`Intake::take`]); during a catch-up the spool thread does, and the fsyncs run beside it in
-//! the flusher. Invariant: one of them at a time, in the order of arrival; nothing is reported before its fsync returned, and after any error nothing more of
-//! that stream is taken.
+//! Natural group commit: everything that has arrived is written, then fsynced once, then reported.
+//! Unless the server is far ahead, the stream's own thread does so ([`Intake::take`]). During a
+//! catch-up the spool thread does, and the flusher's fsyncs run concurrently.
+//! Invariant: only one of the two threads works at a time, in the order of arrival. Nothing is
+//! reported before its fsync has returned. After any error no further WAL of that stream is
+//! accepted.
 
 use std::{
     sync::{
@@ -31,68 +33,71 @@ use crate::{
     error::{Error, Result},
 };
 
-/// Messages between the connection and this thread. One message is at most 128 KiB (`MAX_SEND_SIZE` in `walsender.c`), so
-/// this is 8 MiB: enough to keep the socket draining through one fsync of a fast disk.
+/// The number of messages between the connection and the spool thread. One message is at most 128
+/// KiB (`MAX_SEND_SIZE` in `walsender.c`), so this is 8 MiB: enough to keep the socket draining
+/// during one fsync of a fast disk.
 pub const RECEIVED_MESSAGES_MAX: usize = 64;
-/// How much is taken in one group while the server is not ahead: bounds the latency of a commit under load.
+/// The maximum size of one group while the server is not ahead. It bounds the latency of a commit
+/// under load.
 const GROUP_BYTES_MAX: u64 = 2 << 20;
-/// What the thread is asked to do.
+/// A request to the spool thread.
 #[derive(Debug)]
 pub enum Command {
-    /// Take up a branch: open its spool at the end of what we have.
+    /// Takes up a branch: opens its spool at the end of the archived WAL.
     TakeUp {
-        /// The branch.
+        /// The branch to take up.
         branch: Branch,
-        /// Its history file.
+        /// The branch's history file. `None` for timeline 1.
         history: Option<Bytes>,
-        /// Where to begin when the archive has nothing of it.
+        /// The LSN at which to begin if nothing of the branch is archived.
         start_lsn: Lsn,
-        /// Where the stream has to resume, and the end of what we hold.
+        /// Receives the positions at which the stream can begin.
         reply: oneshot::Sender<Result<TakenUp>>,
     },
-    /// A stream of the branch begins.
+    /// Begins a stream of the branch.
     Begin {
-        /// Its first byte.
+        /// The first byte of the stream.
         start_lsn: Lsn,
-        /// Done.
+        /// Receives the outcome.
         reply: oneshot::Sender<Result<()>>,
     },
-    /// WAL arrived.
+    /// Writes WAL that arrived.
     Data(Received),
     /// The remote flush interval has passed.
     Tick,
-    /// Make everything durable here, hand the tail on, and answer.
+    /// Makes all received WAL durable here, cuts a tail, and answers.
     Drain {
-        /// Done.
+        /// Receives the answer, even after a failure.
         reply: oneshot::Sender<()>,
     },
 }
 
-/// WAL that arrived.
+/// WAL that arrived in one message.
 #[derive(Debug)]
 pub struct Received {
-    /// Its first byte.
+    /// The first byte of the WAL.
     pub start_lsn: Lsn,
     /// The server's flush LSN.
     pub wal_end: Lsn,
-    /// The server's clock.
+    /// The server's clock when it sent the message.
     pub send_time: PgTimestamp,
-    /// The bytes.
+    /// The WAL.
     pub data: Bytes,
 }
 
-/// A branch that was taken up.
+/// The positions of a branch that was taken up.
 #[derive(Clone, Copy, Debug)]
 pub struct TakenUp {
-    /// The start of the open segment: where the stream resumes.
+    /// The start of the open segment, where the stream resumes.
     pub resume_lsn: Lsn,
-    /// The end of what we hold.
+    /// The end of the durable WAL.
     pub durable_lsn: Lsn,
-    /// Where the stream begins so that something of it can be compared: before `resume_lsn` when the open segment is empty.
+    /// The LSN at which the stream should begin so that a part of it can be compared. It is before
+    /// `resume_lsn` if the open segment is empty.
     pub compare_lsn: Lsn,
 }
 
-/// The thread, as its users see it.
+/// The handle of the spool thread.
 #[derive(Debug)]
 pub struct SpoolThread {
     intake: Intake,
@@ -100,26 +105,27 @@ pub struct SpoolThread {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Where a stream's WAL goes.
+/// The entry point for a stream's WAL.
 #[derive(Clone, Debug)]
 pub struct Intake {
     commands: mpsc::Sender<Command>,
-    /// Messages that the spool thread has not taken yet.
+    /// The number of messages that the spool thread has not processed yet.
     queued: Arc<AtomicUsize>,
     archive: Arc<Archive>,
     stage: Arc<Mutex<Stage>>,
 }
 
 impl Intake {
-    /// Takes WAL on the calling thread; given back when it belongs to the spool thread, because the server is far ahead or
-    /// because what came before is still there.
+    /// Processes WAL on the calling thread. Returns the WAL if the spool thread has to process it,
+    /// because the server is far ahead, earlier messages are still queued, or the spool is at its
+    /// limit.
     ///
     /// # Errors
-    /// What stood in the way: nothing more of this stream is taken.
+    /// The error of the failed operation. No further WAL of this stream is accepted.
     pub fn take(&self, received: Received) -> Result<Option<Received>> {
         let end = received.start_lsn.add(received.data.len() as u64);
         let is_far = received.wal_end.bytes_since(end) > CATCH_UP_BYTES;
-        // Waiting for room is the spool thread's: this one has to say what is safe meanwhile.
+        // Only the spool thread waits for space. This thread has to send status updates meanwhile.
         let is_full = || self.archive.room().is_at_limit(self.archive.status());
         if is_far || self.queued.load(Ordering::Acquire) > 0 || is_full() {
             return Ok(Some(received));
@@ -128,7 +134,7 @@ impl Intake {
         Ok(None)
     }
 
-    /// Everything that has arrived was taken: makes it durable and says so.
+    /// Makes all WAL that was taken durable and reports it to the core.
     ///
     /// # Errors
     /// As [`Intake::take`].
@@ -136,7 +142,8 @@ impl Intake {
         self.work(Stage::settle_group)
     }
 
-    /// Hands a tail on, if it is time for one. What it costs comes after the acknowledgement.
+    /// Cuts a tail if one is due. Call it after the acknowledgement, so that no commit waits for
+    /// it.
     ///
     /// # Errors
     /// As [`Intake::take`].
@@ -147,7 +154,8 @@ impl Intake {
     /// Hands WAL to the spool thread.
     ///
     /// # Errors
-    /// With the command that has to wait for [`Intake::room`]; when the thread has ended.
+    /// `Full` with the command, which has to wait for [`Intake::room`]; `Closed` if the thread has
+    /// ended.
     pub fn hand_over(&self, received: Received) -> Result<(), TrySendError<Command>> {
         self.queued.fetch_add(1, Ordering::AcqRel);
         let sent = self.commands.try_send(Command::Data(received));
@@ -157,16 +165,16 @@ impl Intake {
         sent
     }
 
-    /// Hands over what had to wait, into the room that [`Intake::room`] found.
+    /// Hands over a command that had to wait, using the permit from [`Intake::room`].
     pub fn hand_over_late(&self, room: mpsc::Permit<'_, Command>, command: Command) {
         self.queued.fetch_add(1, Ordering::AcqRel);
         room.send(command);
     }
 
-    /// Waits for room at the spool thread.
+    /// Waits until the spool thread's queue has room for a command.
     ///
     /// # Errors
-    /// When the thread has ended.
+    /// Fails if the thread has ended.
     pub async fn room(&self) -> Result<mpsc::Permit<'_, Command>, SendError<()>> {
         self.commands.reserve().await
     }
@@ -187,7 +195,8 @@ impl Intake {
 
 fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
     stage.lock().unwrap_or_else(|poisoned| {
-        // What a panic left half done is not gone on with: the next stream opens the spool anew.
+        // A panic may have left the state half changed, so it is not used: the next stream opens
+        // the spool again.
         let mut stage = PoisonError::into_inner(poisoned);
         stage.leave();
         stage
@@ -195,10 +204,10 @@ fn lock(stage: &Mutex<Stage>) -> MutexGuard<'_, Stage> {
 }
 
 impl SpoolThread {
-    /// Starts it.
+    /// Starts the thread.
     ///
     /// # Errors
-    /// [`Error::Io`] when the system has no more threads.
+    /// [`Error::Io`] if the system has no more threads.
     pub fn start(
         archive: Arc<Archive>,
         backlog: Arc<Backlog>,
@@ -233,13 +242,13 @@ impl SpoolThread {
         })
     }
 
-    /// Where commands go.
+    /// The sending side of the thread's queue.
     #[must_use]
     pub fn commands(&self) -> mpsc::Sender<Command> {
         self.intake.commands.clone()
     }
 
-    /// Where a stream's WAL goes.
+    /// The entry point for a stream's WAL.
     #[must_use]
     pub fn intake(&self) -> Intake {
         self.intake.clone()
@@ -266,7 +275,7 @@ impl SpoolThread {
     /// Takes up a branch: see [`Command::TakeUp`].
     ///
     /// # Errors
-    /// What stood in the way.
+    /// [`Error::ThreadStopped`]; the error of the failed operation.
     pub async fn take_up(
         &self,
         branch: Branch,
@@ -282,7 +291,7 @@ impl SpoolThread {
         .await?
     }
 
-    /// Makes everything durable here and hands the tail on.
+    /// Makes all received WAL durable here and cuts a tail.
     ///
     /// # Errors
     /// [`Error::ThreadStopped`].
@@ -290,12 +299,12 @@ impl SpoolThread {
         self.ask(|reply| Command::Drain { reply }).await
     }
 
-    /// No longer waits for disk space.
+    /// Makes all waits for disk space fail from now on.
     pub fn give_up_waiting(&self) {
         self.stop.store(true, Ordering::Release);
     }
 
-    /// Ends the thread after what it was sent.
+    /// Ends the thread after it has processed its queue.
     pub fn stop(mut self) {
         self.give_up_waiting();
         drop(self.intake);
@@ -306,7 +315,7 @@ impl SpoolThread {
         }
     }
 }
-/// Works off the queue.
+/// Processes the queue until it is closed.
 fn run(
     stage: &Mutex<Stage>,
     mut queue: mpsc::Receiver<Command>,

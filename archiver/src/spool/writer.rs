@@ -31,7 +31,7 @@ pub struct CompletedSegment {
     /// The summary of the whole segment.
     pub summary: SegmentSummary,
     /// The last time at which the source was known to have flushed nothing after this segment.
-    /// `None` if there was none in this stream.
+    /// `None` if there was none.
     pub proven: Option<PgTimestamp>,
 }
 
