@@ -1,8 +1,9 @@
-//! Takes a base backup: tar streams -> slices -> compressed objects, checked against PostgreSQL's own manifest.
+//! Takes a base backup: tar streams -> slices -> compressed objects, checked against PostgreSQL's
+//! own manifest.
 //!
-//! Invariant: a backup is listed (`backup.json` is put, last) only when the server was satisfied to the end, every file
-//! matches the manifest, and the WAL up to the stop LSN is in the repository. Whatever goes wrong before leaves slices
-//! that are no backup, and those are removed.
+//! Invariant: a backup is listed (`backup.json` is stored, last) only if the server reported no
+//! error to the end, every file matches the manifest, and the WAL up to the stop LSN is in the
+//! repository. After an earlier failure the slices do not count as a backup and are removed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -29,36 +30,37 @@ mod wait;
 pub(crate) use crate::outcomes::record_failed_backup as record_failure;
 use slicer::{RawSlice, Slicer};
 
-/// Slices that are compressed and stored at once. Each holds its raw bytes and its compressed ones: 32 MiB at the most.
+/// The number of slices that are compressed and stored at the same time. Each one's raw and
+/// compressed bytes are in memory, at most 32 MiB.
 const SLICES_IN_FLIGHT: usize = 3;
-/// The time for which the WAL of the backup may take to arrive in the repository.
+/// The time for which the backup waits for its WAL to arrive in the repository.
 const WAL_PATIENCE: Duration = Duration::from_secs(600);
 
-/// What is told while it goes on.
+/// The progress of a base backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// The server makes a checkpoint first.
+    /// The server performs a checkpoint first.
     Checkpoint,
-    /// So many raw bytes of about so many are read.
+    /// The data is being read.
     Copying {
-        /// Read.
+        /// The number of raw bytes read.
         done: u64,
-        /// About how many there are.
+        /// The approximate total number of raw bytes.
         total: u64,
     },
-    /// Everything is stored but the WAL up to this LSN.
+    /// Everything is stored except the WAL up to this LSN.
     WaitingForWal(Lsn),
-    /// The WAL up to this LSN is still missing after the time in which a running archiver stores
-    /// it. It is waited for so many seconds in all.
+    /// The WAL up to the stop LSN is still missing after the time in which a running archiver
+    /// stores it.
     WalIsLate {
-        /// The end of the WAL.
+        /// The end of the required WAL.
         stop_lsn: Lsn,
-        /// The time after which the backup fails, in seconds.
+        /// The total time, in seconds, after which the backup fails.
         seconds_max: u64,
     },
 }
 
-/// Why a backup is none.
+/// The reason why a base backup failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BaseBackupError {
     /// The server's data and its manifest differ.
@@ -66,13 +68,13 @@ pub enum BaseBackupError {
         "the base backup does not match its manifest: {problem}; nothing was listed, take it again"
     )]
     Manifest {
-        /// Which file, and how.
+        /// The file, and the difference.
         problem: String,
     },
-    /// The server sent something that cannot be understood.
+    /// The server sent data that cannot be parsed.
     #[error("the server sent a base backup that can not be read: {problem}")]
     Malformed {
-        /// What.
+        /// The unexpected data.
         problem: String,
     },
     /// The server removed WAL that the backup needs before it was archived.
@@ -80,26 +82,26 @@ pub enum BaseBackupError {
         "the WAL from {from_lsn} to {to_lsn}, without which the base backup can not be restored, was declared lost; take it again"
     )]
     WalLost {
-        /// The first byte that is missing.
+        /// The first missing byte.
         from_lsn: Lsn,
-        /// The first byte after.
+        /// The first byte after the missing WAL.
         to_lsn: Lsn,
     },
-    /// The WAL never came.
+    /// The required WAL did not arrive.
     #[error(
         "the WAL up to {stop_lsn} did not arrive in the repository within {seconds} s, so the backup was not listed: is \
          `wal-archiver run` running for this cluster?"
     )]
     WalMissing {
-        /// Where the backup is consistent.
+        /// The stop LSN, at which the backup is consistent.
         stop_lsn: Lsn,
-        /// How long was waited.
+        /// The time waited, in seconds.
         seconds: u64,
     },
 }
 
 impl BaseBackupError {
-    /// The contract's exit code.
+    /// Returns the documented exit code.
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
@@ -109,10 +111,11 @@ impl BaseBackupError {
     }
 }
 
-/// Takes a full base backup and waits until it can be restored. A failure is recorded in the repository, for the dashboard.
+/// Takes a full base backup and waits until it can be restored. A failure is recorded in the
+/// repository, for the dashboard.
 ///
 /// # Errors
-/// Whatever stopped it; then nothing is listed.
+/// The error that stopped the backup. The backup is then not listed.
 pub async fn take(
     settings: &ClusterSettings,
     label: &str,
@@ -126,10 +129,11 @@ pub async fn take(
     taken
 }
 
-/// As [`take`], for one who tries again by itself and says so once.
+/// As [`take`], but does not record a failure: the caller retries, and records each distinct
+/// failure once.
 ///
 /// # Errors
-/// Whatever stopped it; then nothing is listed.
+/// The error that stopped the backup. The backup is then not listed.
 pub(crate) async fn attempt(
     settings: &ClusterSettings,
     label: &str,
@@ -164,7 +168,7 @@ pub(crate) async fn attempt(
     outcome
 }
 
-/// A name that no other backup has.
+/// Returns a unique name for a backup, made from the current time.
 fn new_id() -> Result<BackupId> {
     outcomes::name(jiff::Timestamp::now())
         .ok_or_else(|| malformed("the clock gives no year of four digits"))
@@ -189,7 +193,7 @@ async fn blocking<T: Send + 'static>(
         })
 }
 
-/// A backup on its way.
+/// A backup in progress.
 #[derive(Clone, Debug)]
 struct Taking {
     repository: Repository,
@@ -201,7 +205,7 @@ struct Taking {
     level: i32,
 }
 
-/// What has come of the stream so far.
+/// The parts of the stream received so far.
 struct Received {
     started: PgTimestamp,
     start: Option<(Lsn, TimelineId)>,
@@ -293,8 +297,8 @@ impl Taking {
             backup_label_sha256,
             tablespace_map_sha256,
         };
-        // The comparisons of a restore are made here first: a backup that it would refuse is not
-        // listed.
+        // Performs the comparisons of a restore, so that a backup that a restore would refuse is
+        // not listed.
         info.check_label(
             received.slicer.backup_label(),
             received.slicer.tablespace_map(),
@@ -306,13 +310,13 @@ impl Taking {
             .to_json()
             .map_err(|error| malformed(error.to_string()))?;
         self.put(info.key(), json).await?;
-        // A bucket that was emptied or exchanged meanwhile would hold a part of it only.
+        // A bucket that was emptied or replaced during the backup would hold only a part of it.
         let repository = self.repository.clone();
         blocking(move || Ok(repository.confirm()?)).await?;
         Ok(info)
     }
 
-    /// Reads the stream to its end; the slices are stored when this returns.
+    /// Reads the stream to its end. All slices are stored when this returns.
     async fn receive(
         &self,
         stream: &mut BaseBackupStream,
@@ -381,8 +385,8 @@ impl Taking {
         blocking(move || Ok(repository.put(&key, &body).map(drop)?)).await
     }
 
-    /// Removes what was stored of a backup that is none. What cannot be removed is harmless: it is
-    /// not listed.
+    /// Removes the objects of a failed backup. An object that cannot be removed is harmless,
+    /// because the backup is not listed.
     async fn discard(&self) {
         let taking = self.clone();
         let removed = blocking(move || {

@@ -1,9 +1,9 @@
-//! Keeps one cluster archived: opens what is needed, connects, and tries again with back-off and
-//! jitter.
+//! Keeps one cluster archived: opens the spool and the repository, connects to the server, and
+//! retries with back-off and jitter.
 //!
-//! Invariant: what a retry cannot mend is not retried: a failed fsync, other bytes than archived,
-//! another cluster's repository end the program with their exit code. A gap keeps the cluster in
-//! state broken, in words, until it is closed.
+//! Invariant: an error that no retry can repair is not retried. A failed fsync, bytes that differ
+//! from the archived ones, and another cluster's repository end the program with their exit code. A
+//! gap keeps the cluster in the state broken, with its reason, until the gap is closed.
 
 use std::{
     convert::Infallible,
@@ -48,32 +48,34 @@ use protect::endangered;
 pub(crate) use stages::{CatalogPlace, open_archive};
 use stages::{catalog_opens, outdated};
 
-/// First pause after a failure: a restarted server is back within a second.
+/// The first pause after a failure. A restarted server is available again within a second.
 const RETRY_MIN: Duration = Duration::from_millis(200);
-/// Longest pause while the server is away: half of this, on average, is lost after it comes back.
+/// The longest pause while the server is down. On average, half of it passes unused after the
+/// server is back.
 const RETRY_MAX: Duration = Duration::from_secs(5);
-/// First and longest pause while archiving is broken. A person who exchanges the server waits for
-/// it; what nobody mends is tried again twice a minute.
+/// The first and the longest pause while archiving is broken. An administrator who replaces the
+/// server waits for the retry. An error that nobody repairs is retried twice a minute.
 const BROKEN_RETRY_MIN: Duration = Duration::from_secs(1);
 const BROKEN_RETRY_MAX: Duration = Duration::from_secs(30);
-/// Pause while missing WAL is looked for: whoever has it may be back at any moment.
+/// The pause while the archiver searches for missing WAL. A server that has it may come back at any
+/// time.
 const GAP_RETRY: Duration = Duration::from_secs(2);
-/// The interval at which the task says that it lives.
+/// The interval at which the task signals that it is alive.
 const BEAT: Duration = Duration::from_millis(500);
-/// The interval at which it is looked whether it has.
+/// The interval at which [`settle`] checks the positions.
 const SETTLE_POLL: Duration = Duration::from_millis(100);
-/// The time for which what came before a gap may take to reach the repository before the gap is
-/// looked at: it is on its way.
+/// The time for which a gap is not handled because the WAL before it is still being uploaded.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
-/// A stream that lived this long was healthy: the next failure is a new one.
+/// A stream that lasted this long was healthy, so the next failure starts with the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
-/// A damaged record is asked for this often: damage on the way heals, damage on the server's disk does not.
+/// The number of times that a damaged record is requested. Damage during the transfer does not
+/// repeat; damage on the server's disk does.
 const DECODE_ATTEMPTS_MAX: u32 = 3;
 
-/// Archives one cluster until asked to stop.
+/// Archives one cluster until a stop is requested.
 ///
 /// # Errors
-/// What no retry can mend.
+/// An error that no retry can repair.
 pub async fn run(
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
@@ -152,7 +154,8 @@ pub async fn run(
     outcome.and(drained).and(stopped)
 }
 
-/// Listens for pushes and for standbys. Without room on the disk each push works alone.
+/// Listens for pushes and for standbys. If the disk is full, no push server runs, and each push
+/// works on its own.
 async fn listen(
     settings: &ClusterSettings,
     status: &Arc<ClusterStatus>,
@@ -176,7 +179,7 @@ struct Supervisor {
     status: Arc<ClusterStatus>,
     conninfo: ConnInfo,
     spool: Arc<Spool>,
-    /// Running as soon as it is known whose WAL this is, with or without a server.
+    /// Runs as soon as the identity of the WAL is known, with or without a server.
     pipeline: Option<Pipeline>,
     connected_once: bool,
     retry: Duration,
@@ -185,7 +188,7 @@ struct Supervisor {
     damaged: u32,
     /// True if the stream was ended because the primary had to be protected.
     gave_up: bool,
-    /// True if the catalog is in memory, because the one on disk cannot be used.
+    /// True if the catalog is in memory, because the one on disk is not usable.
     without_catalog: bool,
 }
 
@@ -244,7 +247,7 @@ impl Supervisor {
             self.status
                 .note(|facts| *facts.reconnects.entry(reason).or_default() += 1);
             let gave_up = std::mem::take(&mut self.gave_up);
-            // A disk or a store may be mended at any moment, and commits may wait for it.
+            // A disk or a store may be repaired at any time, and commits may wait for it.
             let mends_itself = gave_up || matches!(reason, "disk" | "repository" | "catalog");
             let facts = self.status.facts();
             let pause = if facts.gap.is_some() || reason == "gap" {
@@ -260,7 +263,8 @@ impl Supervisor {
             self.retry = (self.retry * 2).min(RETRY_MAX);
             let goes_on = tokio::select! {
                 goes_on = shutdown.sleep(jitter(pause)) => goes_on,
-                // What was broken without it may be none at all: it is not waited for.
+                // Without the repository, the error may have been a false one. Retry as soon as the
+                // repository answers.
                 () = known::answers(&self.settings), if self.is_away() => true,
             };
             if !goes_on {
@@ -269,13 +273,14 @@ impl Supervisor {
         }
     }
 
-    /// A gap: healed or declared lost, the stages start anew and go on; otherwise it stays an error.
+    /// Handles a gap. If it is healed or declared lost, stops the stages, which then start again
+    /// and continue. Otherwise returns the gap as an error.
     async fn close_gap(&mut self, gap: Error, shutdown: &mut Shutdown) -> Result<StreamEnd> {
         let Some(pipeline) = &self.pipeline else {
             return Err(gap);
         };
         if pipeline.archive().is_away() {
-            // Only the repository knows whether it is one.
+            // Only the repository can show whether the WAL is really missing.
             return Err(gap);
         }
         tracing::error!(cluster = %self.settings.name, error = %gap, "a gap: looking for the missing WAL");
@@ -287,7 +292,8 @@ impl Supervisor {
         };
         settle(pipeline, shutdown).await;
         let closed = match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await {
-            // Without it nobody knows whether it is a gap, and it stays red: only the next attempt can tell.
+            // Whether this is a gap is unknown until the repository answers. Keep the state broken
+            // and retry.
             Err(Error::Repository(error)) if error.is_transient() => {
                 tracing::warn!(cluster = %self.settings.name, %error, "the gap can not be closed while the repository does not answer");
                 return Err(gap);
@@ -313,7 +319,7 @@ impl Supervisor {
                 return Err(gap);
             }
         }
-        // The stages know the archive as it was before.
+        // The stages know only the archive's state from before.
         if let Some(pipeline) = self.pipeline.take() {
             pipeline.stop().await?;
         }
@@ -325,8 +331,8 @@ impl Supervisor {
         Ok(StreamEnd::Reached)
     }
 
-    /// After a failed write or fsync nothing of the stages is used again: the next ones read back what the files hold, and
-    /// everything behind is streamed again.
+    /// Stops the stages. After a failed write or fsync, none of their state is used again: the next
+    /// stages read the content of the files, and everything after that is streamed again.
     async fn start_anew(&mut self) -> Result<()> {
         if let Some(pipeline) = self.pipeline.take() {
             pipeline.stop().await?;
@@ -334,8 +340,9 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Starts the stages when the repository or the spool says whose WAL this is: what the spool holds then reaches the
-    /// repository without any server, and without the repository a server's WAL reaches the spool.
+    /// Starts the stages as soon as the repository or the spool shows the identity of the WAL. WAL
+    /// in the spool then reaches the repository without a server, and a server's WAL reaches the
+    /// spool without the repository.
     async fn start_from_what_is_known(&mut self) -> Result<()> {
         let is_away = self.is_away();
         if let Some(pipeline) = &self.pipeline {
@@ -403,7 +410,7 @@ impl Supervisor {
         let endangered = tokio::select! {
             end = &mut stream => return end,
             () = stop.requested() => {
-                // A spool without room must not keep the archiver from ending.
+                // A spool without space must not prevent the archiver from ending.
                 pipeline.spool().give_up_waiting();
                 return stream.await;
             }
@@ -445,12 +452,12 @@ impl Supervisor {
         self.protect_primary(&endangered, shutdown).await
     }
 
-    /// Another cluster's server or repository is an error before a single byte moves.
+    /// Refuses the server or the repository of another cluster before any byte is transferred.
     async fn check_identity(&self, identity: ClusterIdentity) -> Result<()> {
         if let Some(pipeline) = &self.pipeline {
             let ours = pipeline.archive().identity();
-            // The repository has said so before, or cannot be asked: a connection during an outage
-            // does not wait for it.
+            // The repository has confirmed this identity before, or it is offline. A connection
+            // during an outage does not wait for it.
             if ours.system_identifier == identity.system_identifier
                 && ours.version == identity.postgresql_major
                 && ours.segment_size == identity.wal_segment_size
@@ -460,7 +467,8 @@ impl Supervisor {
         }
         let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
         blocking(move || {
-            // The repository first: its word names what to do about a new system identifier.
+            // Check the repository first: its error message explains what to do about a new system
+            // identifier.
             Repository::open_known(&settings)?.claim(&identity)?;
             if let Some(spooled) = spool.identity()?
                 && spooled.system_identifier != identity.system_identifier
@@ -477,7 +485,8 @@ impl Supervisor {
     }
 }
 
-/// Says that this task lives: polled by the same task as the work, so that work which blocks it is noticed.
+/// Signals that the supervisor's task is alive. The same task polls this and the work, so work that
+/// blocks the task is detected.
 async fn beat(status: &ClusterStatus) -> Infallible {
     loop {
         status.beat();
@@ -485,7 +494,8 @@ async fn beat(status: &ClusterStatus) -> Infallible {
     }
 }
 
-/// Returns when a stage's thread is gone: nothing would be stored any more while the stream goes on.
+/// Waits until a thread of the stages has ended. The stream would continue, but its WAL would no
+/// longer be stored.
 async fn thread_lost(pipeline: &Pipeline) {
     while !pipeline.has_lost_a_thread() {
         tokio::time::sleep(BEAT).await;
@@ -499,7 +509,7 @@ fn panicked() -> Error {
     }
 }
 
-/// Waits a while until the repository holds what the spool holds.
+/// Waits for at most [`SETTLE_MAX`] until the repository holds everything in the spool.
 async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
     let deadline = Instant::now() + SETTLE_MAX;
     loop {
@@ -513,7 +523,8 @@ async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
     }
 }
 
-/// Three quarters to five quarters of a pause, so that many archivers do not knock at once.
+/// Returns a random duration between three quarters and five quarters of a pause, so that many
+/// archivers do not connect at the same time.
 fn jitter(pause: Duration) -> Duration {
     let chance = RandomState::new().hash_one(pause) % 512;
     pause * 3 / 4 + pause * u32::try_from(chance).unwrap_or(0) / 1024

@@ -1,4 +1,5 @@
-//! Holds what was received against `backup_manifest` (`backup_manifest.c`): every file, and the manifest's own sum.
+//! Compares the received files with `backup_manifest` (`backup_manifest.c`), and the manifest with
+//! its own checksum.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +12,7 @@ fn differs(problem: String) -> Error {
     Error::BaseBackup(BaseBackupError::Manifest { problem })
 }
 
-/// Compares size and SHA-256 of every file.
+/// Compares the size and the SHA-256 of every file.
 pub(super) fn check(manifest: &[u8], received: &BTreeMap<String, ReceivedFile>) -> Result<()> {
     let manifest = BackupManifest::parse(manifest).map_err(|error| differs(error.to_string()))?;
     for entry in manifest.files {

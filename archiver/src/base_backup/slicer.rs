@@ -1,7 +1,8 @@
-//! Cuts tar streams into slices, and sums every file on the way.
+//! Cuts tar streams into slices, and computes the checksum of every file.
 //!
-//! A slice ends between two entries, or inside a file at a multiple of 512 bytes; in that case the next one says where it
-//! goes on. The slices of an archive in order are its tar stream, byte for byte.
+//! A slice ends between two entries, or inside a file at a multiple of 512 bytes. In the second
+//! case the next slice states the position at which the file continues. The slices of an archive in
+//! order are its tar stream, byte for byte.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -16,17 +17,17 @@ use wal_format::{
 use super::malformed;
 use crate::error::Result;
 
-/// A slice, not compressed yet.
+/// An uncompressed slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RawSlice {
     pub(super) archive: BackupArchive,
-    /// From 1 in each archive.
+    /// The number of the slice, from 1 in each archive.
     pub(super) number: u32,
     pub(super) continues: Option<ContinuedFile>,
     pub(super) raw: Vec<u8>,
 }
 
-/// What was received of a file.
+/// The size in bytes and the SHA-256 of a received file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct ReceivedFile {
     pub(super) size: u64,
@@ -81,7 +82,7 @@ impl Slicer {
         }
     }
 
-    /// An archive begins; the one before is complete.
+    /// Begins an archive. The previous one is complete.
     pub(super) fn begin(&mut self, archive: BackupArchive) -> Result<()> {
         self.finish()?;
         self.archive = Some(archive);
@@ -89,7 +90,7 @@ impl Slicer {
         Ok(())
     }
 
-    /// The archive is complete.
+    /// Ends the archive.
     pub(super) fn finish(&mut self) -> Result<()> {
         if self.open.is_some() || !self.header.is_empty() {
             return Err(malformed("a tar archive ends inside an entry"));
@@ -101,12 +102,12 @@ impl Slicer {
         Ok(())
     }
 
-    /// A slice that is complete.
+    /// Returns the next complete slice.
     pub(super) fn ready(&mut self) -> Option<RawSlice> {
         self.ready.pop_front()
     }
 
-    /// Every file that was received, by its path in the data directory.
+    /// The received files, by their path in the data directory.
     pub(super) fn files(&self) -> &BTreeMap<String, ReceivedFile> {
         &self.files
     }
@@ -116,12 +117,12 @@ impl Slicer {
         &self.label
     }
 
-    /// The content of `tablespace_map`; `None` when the backup has no such file.
+    /// The content of `tablespace_map`. `None` if the backup has no such file.
     pub(super) fn tablespace_map(&self) -> Option<&[u8]> {
         self.map.as_deref()
     }
 
-    /// The next bytes of the archive.
+    /// Processes the next bytes of the archive.
     pub(super) fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
         if self.archive.is_none() {
             return Err(malformed("data came outside of an archive"));
@@ -153,7 +154,8 @@ impl Slicer {
         {
             let padding = entry.padded_size() - entry.size;
             if self.archive == Some(BackupArchive::Base) && entry.path == "tablespace_map" {
-                // From 14 on it is there, and empty, without tablespaces too.
+                // From PostgreSQL 14 on, the file exists even without tablespaces, and is then
+                // empty.
                 self.map.get_or_insert_default();
             }
             let open = Open {
@@ -184,7 +186,7 @@ impl Slicer {
             let (path, offset, size) = (open.path.clone(), open.got, open.size);
             self.cut(Some(ContinuedFile { path, offset, size }));
         }
-        // Up to the end of the slice, which for a file lies at a multiple of 512 of its content.
+        // Up to the end of the slice, which in a file is at a multiple of 512 bytes of its content.
         let room = self
             .slice_bytes
             .saturating_sub(self.raw.len() as u64)
@@ -263,7 +265,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the sizes and the pieces: the slices add up to the stream, and each says truly where it goes on.
+        /// For all sizes and pieces, the slices together are the stream, and each slice states
+        /// correctly where it continues.
         #[test]
         fn slices_are_the_stream(
             sizes in prop::collection::vec(0usize..5000, 1..12),

@@ -9,12 +9,12 @@ use super::{BaseBackupError, Progress, WAL_PATIENCE, blocking};
 use crate::error::{Error, Result};
 
 const POLL: Duration = Duration::from_millis(300);
-/// The time in which a running archiver stores the WAL of a backup. Later somebody wants to know
-/// what is waited for.
+/// The time in which a running archiver stores the WAL of a backup. After it, the wait is reported
+/// to the user.
 const LATE_AFTER: Duration = Duration::from_secs(10);
 
-/// Returns when every byte of `[start_lsn, stop_lsn)` is stored, or fails when one of them never
-/// will be.
+/// Waits until every byte of `[start_lsn, stop_lsn)` is stored. Fails if one of them was declared
+/// lost, or after [`WAL_PATIENCE`].
 pub(super) async fn for_wal(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -137,7 +137,7 @@ mod tests {
         let waited = for_wal(&repository, &identity, Branch::FIRST, start, stop, &|_| {}).await;
         let error = waited.expect_err("it never comes").to_string();
         assert!(error.contains("0/D60000 to 0/F00000"), "{error}");
-        // WAL behind it may still come.
+        // WAL after the loss may still arrive.
         let behind = for_wal(
             &repository,
             &identity,

@@ -1,8 +1,8 @@
-//! The consequence of an error for a cluster: the program ends, or the connection is tried again for
-//! a stated reason.
+//! Decides the consequence of an error for a cluster: the program ends, or the connection is
+//! retried for a stated reason.
 //!
-//! Invariant: only an error that no retry can mend, or that a person has to remove at a first start,
-//! ends the program.
+//! Invariant: the program ends only for an error that no retry can repair, or for one that a person
+//! has to remove at a first start.
 
 use repository::ExitKind;
 
@@ -14,7 +14,8 @@ use crate::{
 };
 
 impl Supervisor {
-    /// On the way out only what matters is still an error.
+    /// Decides about an error during a shutdown. Returns fatal errors and I/O errors, and logs
+    /// others.
     pub(super) fn give_up_or_warn(&self, error: Error) -> Result<()> {
         if self.is_fatal(&error) || matches!(error, Error::Io { .. }) {
             return Err(error);
@@ -23,7 +24,8 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Decides about an error: why to reconnect, or the error itself when no retry can mend it.
+    /// Decides about an error. Returns the reason for a reconnect, or the error itself if no retry
+    /// can repair it.
     pub(super) fn judge(&mut self, error: Error) -> Result<&'static str> {
         if matches!(error, Error::Wal(intake::Error::Decode { .. })) {
             self.damaged += 1;
@@ -71,8 +73,8 @@ impl Supervisor {
     }
 
     fn is_fatal(&self, error: &Error) -> bool {
-        // A key, a certificate or a password file that could not be opened for that reason looks as
-        // if it were wrong.
+        // Without a free descriptor, a key, a certificate or a password file cannot be opened. The
+        // error then looks like a wrong setting.
         if error.is_out_of_resources()
             || (error.exit_kind() == ExitKind::Usage && descriptors::are_short())
         {
@@ -88,21 +90,21 @@ impl Supervisor {
             | Error::SpoolFull
             | Error::StreamOutOfOrder { .. }
             | Error::Wal(intake::Error::Sealed { .. }) => false,
-            // WAL that is sent to the repository makes room.
+            // Uploading WAL to the repository frees space.
             Error::Io { .. } if error.is_disk_full() => false,
             // At the start an error that only a person can remove ends the program at once, with
             // its exit code. A later one may be repaired while the program runs.
             Error::Io { source, .. } => !self.connected_once && !may_pass(source),
             Error::Repository(error) if error.is_spool_full() => false,
-            // An answer of a store says nothing about the next one, and without the catalog
-            // everything works.
+            // A store's error does not predict the next attempt, and archiving works without the
+            // catalog on disk.
             Error::Repository(error) if error.is_answer() || error.is_catalog_failure() => false,
-            // Another cluster, keys or a catalog in use are a mistake at the start, which is
-            // reported at once; later the server was upgraded or exchanged, or keys are being
-            // changed, and a person decides.
+            // At the start, another cluster's repository, a wrong key or a catalog in use is a
+            // mistake and is reported at once. Later the server was upgraded or replaced, or keys
+            // are being changed, and a person decides.
             Error::Repository(_) => !self.connected_once,
-            // A wrong password or a missing right is reported at once at the start; later it may be a
-            // change in progress.
+            // At the start, a wrong password or a missing privilege is reported at once. Later it
+            // may be a change in progress.
             Error::Replication(error) => {
                 !self.connected_once && error.exit_kind() == ExitKind::Usage
             }

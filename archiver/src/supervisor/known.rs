@@ -1,7 +1,9 @@
-//! Whose WAL this is, before any server is asked: the repository says so, or, while it does not answer, the spool.
+//! Finds the identity of the WAL before any server is contacted: from the repository, or from the
+//! spool while the repository does not answer.
 //!
-//! Invariant: until the repository has confirmed the cluster nothing is sent to it. A start at which it is away streams into
-//! the spool from what that proves; as soon as it answers the stages start anew, with all that it knows.
+//! Invariant: nothing is sent to the repository until it has confirmed the cluster. After a start
+//! without the repository, WAL is streamed to the spool on the basis of the spool's content alone.
+//! As soon as the repository answers, the stages start again with its content.
 
 use std::{io, ops::ControlFlow, ops::Range, sync::Arc, time::Duration};
 
@@ -18,26 +20,26 @@ use crate::{
     spool::Spool,
 };
 
-/// The time for which the repository may take to say whose it is while the spool could say it too.
+/// The time for which the repository is waited for, if the spool also shows the identity.
 const ANSWER_MAX: Duration = Duration::from_secs(5);
-/// The interval at which an absent repository is asked again.
+/// The interval at which an offline repository is queried again.
 const ASK_AGAIN: Duration = Duration::from_secs(2);
 
-/// Who says whose WAL this is.
+/// The source of the identity.
 pub(super) enum Known {
-    /// Nobody: nothing was ever archived.
+    /// There is none: nothing was ever archived.
     Nothing,
-    /// The repository answers.
+    /// The repository answered.
     Here(ClusterIdentity),
-    /// Only the spool says it.
+    /// The repository did not answer, for the reason given. The identity comes from the spool.
     Away(ClusterIdentity, Away, StoreError),
 }
 
-/// Asks the repository, and in its absence the spool.
+/// Queries the repository. If it does not answer, uses the spool.
 ///
 /// # Errors
-/// [`Error::SpoolSystemMismatch`] when they contradict each other; [`Error::Repository`] when the repository does not answer
-/// and the spool does not know; [`Error::Io`].
+/// [`Error::SpoolSystemMismatch`] if the two contradict each other; [`Error::Repository`] if the
+/// repository does not answer and the spool does not show the identity; [`Error::Io`].
 pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Result<Known> {
     let local = Arc::clone(spool);
     let (spooled, record) = blocking(move || Ok((local.identity()?, local.record()?))).await?;
@@ -87,7 +89,7 @@ pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Resul
     }
 }
 
-/// Returns when an absent repository answers.
+/// Waits until an offline repository answers.
 pub(super) async fn answers(settings: &ClusterSettings) {
     loop {
         tokio::time::sleep(ASK_AGAIN).await;
@@ -109,13 +111,14 @@ fn absent(why: &str) -> StoreError {
     }
 }
 
-/// In the place of a repository that did not answer: who has not seen whose it is must not write to it.
+/// Replaces a repository that did not answer. Every operation fails: an archiver that has not
+/// verified the repository's cluster must not write to it.
 #[derive(Debug)]
 struct Absent {
     url: String,
 }
 
-/// A repository that answers nothing.
+/// Returns a repository whose operations all fail.
 pub(super) fn absent_repository(settings: &ClusterSettings) -> Repository {
     let url = settings.repository.url.to_string();
     Repository::with_store(Arc::new(Absent { url }), settings.name.clone())

@@ -1,5 +1,5 @@
-//! The start of a cluster's spool, retried while an error may pass: the disk failed once, or the
-//! disk or the table of open files is full.
+//! Opens a cluster's spool at the start. Retries an error that may be temporary: a single disk
+//! failure, a full disk, or a full table of open files.
 //!
 //! Invariant: an error that only a person can remove ends the cluster at once, with its exit code.
 

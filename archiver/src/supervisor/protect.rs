@@ -1,7 +1,9 @@
-//! When the spool is full and the slot keeps too much: the primary is protected from its own slot, if the operator said so.
+//! Protects the primary from its own slot when the spool is full and the slot retains too much WAL,
+//! if that is configured (`when_full`).
 //!
-//! stop the stream -> drop the slot -> wait for room -> go on. Invariant: the stages go on storing what the spool has, and the
-//! light is red from the decision until the stream is up again; what was lost by then keeps it red.
+//! Steps: stop the stream -> drop the slot -> wait for space -> continue. Invariant: the stages
+//! continue to upload the spool's WAL. The light is red from the decision until the stream runs
+//! again, and stays red if WAL was lost by then.
 
 use std::time::Duration;
 
@@ -16,13 +18,13 @@ use crate::{
     shutdown::Shutdown,
 };
 
-/// The interval at which it is looked whether the primary has to be protected, and whether there is
-/// room again.
+/// The interval at which the archiver checks whether the primary has to be protected, and whether
+/// there is space again.
 const ROOM_POLL: Duration = Duration::from_millis(500);
 
 impl Supervisor {
-    /// Gives up the WAL that the slot keeps on the primary, and waits until there is room to go on. What PostgreSQL has
-    /// removed by then is a gap, which is closed as every other one.
+    /// Gives up the WAL that the slot retains on the primary, and waits until there is space to
+    /// continue. If PostgreSQL has removed WAL by then, the gap is closed like any other.
     pub(super) async fn protect_primary(
         &mut self,
         why: &str,
@@ -76,7 +78,7 @@ impl Supervisor {
     }
 }
 
-/// Returns when the primary has to be protected from its slot, with the reason.
+/// Waits until the primary has to be protected from its slot. Returns the reason.
 pub(super) async fn endangered(settings: &ClusterSettings, status: &ClusterStatus) -> String {
     loop {
         if let Some(why) = endangers_primary(settings, &status.facts()) {

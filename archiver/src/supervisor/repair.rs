@@ -1,8 +1,8 @@
-//! Base backups that make the archive whole again: after lost WAL, and when none leads to the
-//! server's present.
+//! Takes the base backups that make the archive complete again: after lost WAL, and when no backup
+//! leads to the server's present.
 //!
-//! Invariant: one backup for one cause. What was judged before the catalog listed the last backup
-//! causes no other one.
+//! Invariant: one backup for one cause. A judgement from before the catalog listed the last backup
+//! does not cause another one.
 
 use std::{
     sync::Arc,
@@ -18,11 +18,11 @@ use crate::{base_backup, cluster_status::ClusterStatus};
 const LOSS_POLL: Duration = Duration::from_millis(500);
 /// The time for which the catalog may take to list a base backup that was taken.
 const BACKUP_LISTED_MAX: Duration = Duration::from_secs(60);
-/// Pause after a base backup that failed: long enough for its cause to pass.
+/// The pause after a failed base backup. It is long enough for the cause to pass.
 const BACKUP_RETRY: Duration = Duration::from_secs(30);
 
-/// Takes a base backup whenever WAL was declared lost, or no backup leads to the server's present:
-/// only from that backup on the archive is whole again.
+/// Takes a base backup whenever WAL was declared lost, or no backup leads to the server's present.
+/// Restores are complete again only from that backup on.
 pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Arc<ClusterStatus>) {
     let mut said = String::new();
     let mut taken: Option<(BackupId, Instant)> = None;
@@ -46,7 +46,7 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
             Ok(backup) => {
                 said.clear();
                 tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
-                // WAL that was lost meanwhile needs another one.
+                // WAL that was lost during this backup needs another one.
                 status.note(|now| {
                     if now.lost == facts.lost {
                         now.lost = None;
@@ -60,7 +60,7 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
             Err(error) => {
                 tracing::error!(cluster = %settings.name, %error, "the base backup that makes the archive whole again failed; it is tried again");
                 let message = error.to_string();
-                // Each try would leave an object in the repository; what is new is said once.
+                // Only a new error is recorded, because each record is an object in the repository.
                 if message != said {
                     base_backup::record_failure(&settings, began, &message).await;
                     said = message;
@@ -71,7 +71,8 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
     }
 }
 
-/// Waits until a failed base backup is tried again: at once when a repository that failed answers.
+/// Waits before a failed base backup is retried. Returns at once when a repository that failed
+/// works again.
 async fn wait_to_retry(status: &ClusterStatus) {
     let began = Instant::now();
     let fails = || status.facts().repository_error.is_some();

@@ -1,9 +1,9 @@
-//! Starts the stages of a cluster: with the repository, or without it from the spool, and
-//! with the catalog on disk or in memory.
+//! Starts the stages of a cluster, with the repository or from the spool alone, and with the
+//! catalog on disk or in memory.
 //!
-//! Invariant: a catalog that cannot be opened or written, as on a full disk, never keeps WAL from
-//! the repository: one in memory takes its place until the one on disk can be opened, which is
-//! tried when the spool is drained.
+//! Invariant: a catalog that cannot be opened or written, for example on a full disk, never
+//! prevents WAL from reaching the repository. A catalog in memory replaces it until the one on disk
+//! can be opened, which is tried when the spool is drained.
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,8 +22,8 @@ use crate::{
     spool::Spool,
 };
 
-/// The interval at which a catalog in memory is tried to be replaced by the one on disk, and how
-/// soon after a failure.
+/// The interval at which the archiver checks whether it can open the catalog on disk again, and the
+/// pause after a failed attempt.
 const CATALOG_POLL: Duration = Duration::from_secs(1);
 const CATALOG_RETRY: Duration = Duration::from_secs(30);
 
@@ -79,15 +79,15 @@ impl Supervisor {
     }
 }
 
-/// Returns when the repository, which was another place meanwhile, is back.
+/// Waits until the repository was replaced by another place and is back.
 pub(super) async fn outdated(pipeline: &Pipeline) {
     while !pipeline.archive().is_outdated() {
         tokio::time::sleep(BEAT).await;
     }
 }
 
-/// Returns when the catalog on disk can be opened. That is tried when nothing waits in the spool
-/// any more, which is all the room that there will be.
+/// Waits until the catalog on disk can be opened. This is tried only while no segment waits in the
+/// spool: then the disk has as much free space as the archiver can provide.
 pub(super) async fn catalog_opens(settings: &ClusterSettings, pipeline: &Pipeline) {
     loop {
         tokio::time::sleep(CATALOG_POLL).await;
@@ -108,12 +108,13 @@ pub(super) async fn catalog_opens(settings: &ClusterSettings, pipeline: &Pipelin
     }
 }
 
-/// Where the catalog is.
+/// The location of the catalog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CatalogPlace {
-    /// In its directory.
+    /// The catalog's directory.
     Disk,
-    /// In memory, with what can be read of the one on disk: that cannot be written.
+    /// Memory, initialized from the catalog on disk as far as that can be read. Nothing is written
+    /// to disk.
     Memory,
 }
 
@@ -130,7 +131,7 @@ impl CatalogPlace {
     }
 }
 
-/// Opens the repository, claimed for this cluster, and the catalog.
+/// Opens the repository, claims it for this cluster, and opens the catalog.
 pub(crate) fn open_archive(
     settings: ClusterSettings,
     identity: &ClusterIdentity,
