@@ -1,8 +1,8 @@
-//! [`Monitor`]: looks at every cluster once a second; numbers over time, events, alerts, the live stream and the
-//! notifications come from here.
+//! Checks every cluster once a second ([`Monitor`]). Produces the time series, the events, the
+//! alerts, the live stream and the notifications.
 //!
-//! It reads what the stages have noted and nothing else, so it cannot disturb them; views ask it
-//! and never compute.
+//! It reads only the status that the stages have written, so it cannot disturb them. Views query
+//! the monitor and compute nothing themselves.
 
 pub mod events;
 pub mod series;
@@ -31,20 +31,21 @@ use crate::{
     report::{ClusterReport, Details, State},
 };
 
-/// The interval at which it looks.
+/// The interval at which the clusters are checked.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// The interval at which the last times of being caught up are written: a restart counts from them.
+/// The minimum interval at which the times of [`CaughtUp`] are written to disk. The first RPO after
+/// a restart counts from them.
 const KEEP_INTERVAL: Duration = Duration::from_secs(2);
-/// Messages that a slow reader of the live stream may be behind before it misses some.
+/// The number of messages that a slow reader of the live stream may lag before it misses some.
 const STREAM_MESSAGES_MAX: usize = 256;
-/// Notifications that may wait for their receiver.
+/// The number of notifications that may wait for delivery.
 const NOTIFICATIONS_MAX: usize = 256;
 
-/// The kind of event for what a failover lost.
+/// The kind of event for a failover that lost commits.
 const FAILOVER: &str = "failover";
-/// A failover that was found longer ago, by whichever host, is no news.
+/// A failover found longer ago than this, by any host, raises no notification.
 const FAILOVER_NEWS_MICROS: i64 = 86_400 * 1_000_000;
-/// What to do about it.
+/// The runbook text for a failover that lost commits.
 const FAILOVER_RUNBOOK: &str = "Commits that the old primary had confirmed are not on the new one. Their WAL is kept: `pitr-restore list` names each transaction, and a restore with --target-timeline of the old timeline shows their rows. Name the archiver and a standby in synchronous_standby_names, so that the next failover loses none.";
 
 /// A message of the live stream.
@@ -52,11 +53,11 @@ const FAILOVER_RUNBOOK: &str = "Commits that the old primary had confirmed are n
 pub struct Message {
     /// `status`, `alert` or `event`.
     pub event: &'static str,
-    /// One JSON document.
+    /// The message as one JSON document.
     pub data: Arc<str>,
 }
 
-/// One cluster, watched.
+/// A cluster that is monitored.
 #[derive(Debug)]
 pub struct Watched {
     settings: ClusterSettings,
@@ -64,7 +65,7 @@ pub struct Watched {
     recorded: Arc<Recorded>,
 }
 
-/// What outlives a change of the cluster's settings.
+/// The state that is kept when the cluster's settings change.
 #[derive(Debug)]
 struct Recorded {
     series: Mutex<Series>,
@@ -72,25 +73,25 @@ struct Recorded {
     book: Mutex<Book>,
 }
 
-/// What was seen a second ago.
+/// The state at the previous check.
 #[derive(Debug, Default)]
 struct Book {
-    /// Since when each condition holds.
+    /// The time since which each alert condition holds.
     holds: BTreeMap<&'static str, PgTimestamp>,
     firing: Vec<Alert>,
     state: Option<State>,
     timeline: Option<u32>,
     backup: Option<String>,
     outcomes: BTreeMap<OutcomeKind, String>,
-    /// Failovers that were told, in this run or an earlier one.
+    /// The failovers that were reported, in this run or an earlier one.
     failovers: BTreeSet<(Branch, Branch)>,
     looked: bool,
     received: VecDeque<(u64, u64)>,
-    /// When the times of [`CaughtUp`] were last written, and which.
+    /// The time at which [`CaughtUp`] was last written, and its content.
     kept: Option<(Instant, CaughtUp)>,
 }
 
-/// Watches every cluster.
+/// The monitor of all clusters.
 #[derive(Debug)]
 pub struct Monitor {
     clusters: RwLock<BTreeMap<ClusterName, Arc<Watched>>>,
@@ -100,7 +101,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Watches nothing yet; tells `targets` of alerts.
+    /// Creates a monitor without clusters. Sends alerts to `targets`.
     #[must_use]
     pub fn new(targets: Vec<NotifyTarget>) -> Arc<Self> {
         let notifications = (!targets.is_empty()).then(|| {
@@ -116,14 +117,14 @@ impl Monitor {
         })
     }
 
-    /// Looks once a second, for ever.
+    /// Checks all clusters once a second. Never returns.
     pub async fn run(self: Arc<Self>) {
         let mut timer = tokio::time::interval(INTERVAL);
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             timer.tick().await;
             let monitor = Arc::clone(&self);
-            // What is recorded is written to a disk: one that stands still must not hold up the tasks beside this.
+            // The records are written to a disk. A disk that hangs must not block the other tasks.
             let looked = tokio::task::spawn_blocking(move || {
                 for cluster in monitor.clusters() {
                     monitor.look(&cluster);
@@ -133,14 +134,15 @@ impl Monitor {
         }
     }
 
-    /// Watches a cluster from now on. What an earlier run recorded, or an earlier start in this run, is taken up.
+    /// Starts to monitor a cluster. Records of an earlier run, or of an earlier start in this run,
+    /// are continued.
     pub fn watch(&self, settings: ClusterSettings, status: Arc<ClusterStatus>) {
         let name = settings.name.clone();
         let known = self.cluster(name.as_str());
         let recorded = known.map_or_else(
             || {
                 let directory = settings.spool.join(name.as_str()).join("history");
-                // Without it both live in memory, and say so.
+                // Without the directory, both are kept in memory only and log that.
                 drop(std::fs::create_dir_all(&directory));
                 Arc::new(Recorded {
                     series: Mutex::new(Series::open(&directory.join("series"))),
@@ -162,7 +164,7 @@ impl Monitor {
         clusters.insert(name, watched);
     }
 
-    /// A cluster is no longer archived on purpose: its alerts have ended.
+    /// Stops monitoring a cluster that was removed from the configuration, and resolves its alerts.
     pub fn forget(&self, name: &ClusterName) {
         let mut clusters = self
             .clusters
@@ -182,12 +184,12 @@ impl Monitor {
         clusters.values().map(Arc::clone).collect()
     }
 
-    /// When the certificate of the dashboard ends.
+    /// Sets the expiry time of the dashboard's certificate.
     pub fn certificate_ends(&self, expiry: Option<PgTimestamp>) {
         *lock(&self.certificate_expiry) = expiry;
     }
 
-    /// Every report, from memory, with its alerts.
+    /// Returns the report on every cluster, from memory, with its alerts.
     #[must_use]
     pub fn reports(&self) -> Vec<ClusterReport> {
         self.clusters()
@@ -196,7 +198,7 @@ impl Monitor {
             .collect()
     }
 
-    /// The cluster of that name.
+    /// Returns the cluster with this name.
     #[must_use]
     pub fn cluster(&self, name: &str) -> Option<Arc<Watched>> {
         self.clusters()
@@ -204,13 +206,14 @@ impl Monitor {
             .find(|cluster| cluster.settings.name.as_str() == name)
     }
 
-    /// The live stream.
+    /// Subscribes to the live stream.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<Message> {
         self.stream.subscribe()
     }
 
-    /// Returns true if somebody would be told of an alert, and the test of it.
+    /// Sends a test notification. Returns false if no receiver is configured or too many
+    /// notifications wait.
     #[must_use]
     pub fn notify_test(&self) -> bool {
         let Some(notifications) = &self.notifications else {
@@ -254,7 +257,7 @@ impl Monitor {
             }
             for summary in book.failovers(&report, &details, &events) {
                 said.push(events.add(FAILOVER, Severity::Critical.name(), &summary));
-                // A fact that does not pass: it is told once, and nobody is told that it is over.
+                // A failover's loss is permanent: send one notification and never resolve it.
                 let alert = Alert {
                     name: "PitrFailoverLoss",
                     severity: Severity::Critical,
@@ -323,31 +326,31 @@ impl Monitor {
 }
 
 impl Watched {
-    /// What it is called and how it is set.
+    /// The settings of the cluster.
     #[must_use]
     pub fn settings(&self) -> &ClusterSettings {
         &self.settings
     }
 
-    /// What the stages have noted.
+    /// The status that the stages have written.
     #[must_use]
     pub fn status(&self) -> &Arc<ClusterStatus> {
         &self.status
     }
 
-    /// Numbers over time.
+    /// The time series.
     pub fn series(&self) -> MutexGuard<'_, Series> {
         lock(&self.recorded.series)
     }
 
-    /// What happened.
+    /// The events.
     pub fn events(&self) -> MutexGuard<'_, Events> {
         lock(&self.recorded.events)
     }
 }
 
 impl Book {
-    /// Rates over the last second, and the levels.
+    /// Returns the rates since the previous check, and the current levels.
     fn sample(&mut self, report: &ClusterReport) -> Sample {
         let counters = &report.counters;
         self.received
@@ -379,7 +382,7 @@ impl Book {
         sample
     }
 
-    /// What is different from a second ago, for people: kind, severity, words.
+    /// Returns the changes since the previous check: kind, severity, and a message for users.
     fn news(
         &mut self,
         report: &ClusterReport,
@@ -446,7 +449,8 @@ impl Book {
         news
     }
 
-    /// Failovers of the last day that lost commits and that nobody was told of yet, in words.
+    /// Returns messages about failovers of the last day that lost commits and were not reported
+    /// yet.
     fn failovers(
         &mut self,
         report: &ClusterReport,
@@ -468,7 +472,7 @@ impl Book {
         news
     }
 
-    /// Which alerts begin and which end.
+    /// Returns the alerts that begin and the alerts that end.
     fn update(&mut self, report: &ClusterReport) -> (Vec<Alert>, Vec<Alert>) {
         let conditions = alerts::firing(report);
         self.holds
@@ -525,7 +529,7 @@ fn keep_caught_up(cluster: &Watched) {
     }
 }
 
-/// Seconds of the Unix epoch.
+/// Returns the time in seconds of the Unix epoch.
 pub(crate) fn unix_second() -> u64 {
     u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default()
 }

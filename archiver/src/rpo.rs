@@ -1,10 +1,10 @@
-//! The RPO number: the age of the oldest WAL that the primary has flushed and that we do not hold yet.
+//! The RPO: the age of the oldest WAL that the primary has flushed and that we do not hold yet.
 //!
-//! Pure: callers say what was seen and when, by a monotonic clock of this process, so that no clock
-//! skew between the primary and this host enters the number. [`Tiers`] compares the primary's flush
-//! LSN with what is durable along one path of timelines.
-//! Invariant: the number is never less than what is known. Where samples have to be merged to bound
-//! memory, the older time wins. An LSN of one timeline is never compared with one of another.
+//! Pure: callers pass what was seen and when, by a monotonic clock of this process, so that no
+//! clock skew between the primary and this host affects the RPO. [`Tiers`] compares the primary's
+//! flush LSN with what is durable along one path of timelines.
+//! Invariant: the RPO is never less than what is known. Where samples have to be merged to bound
+//! memory, the older time wins. An LSN of one timeline is never compared with an LSN of another.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -14,65 +14,66 @@ mod tiers;
 
 pub use tiers::{Seen, Tiers};
 
-/// Positions of the primary that one tier remembers. At one sample per second and one per message
-/// of the stream this covers minutes exactly. Beyond that, neighbours are merged, which can only
-/// make the age greater.
+/// The number of the primary's positions that one tier remembers. At one sample per second and one
+/// per message of the stream, this covers minutes exactly. Beyond that, neighbours are merged,
+/// which can only make the age greater.
 const SAMPLES_MAX: usize = 1024;
 
-/// Time after the last contact with the primary for which its position counts as known. The SQL
+/// The time after the last contact with the primary for which its position counts as known. The SQL
 /// poll runs once a second.
 const CONTACT_FRESH: Duration = Duration::from_secs(5);
 
 /// The distance of one tier from the primary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Exposure {
-    /// The age of the oldest flushed WAL that the tier does not hold; zero when it holds everything.
-    /// While the primary cannot be seen it counts up from the last proof. `None` when nothing was
+    /// The age of the oldest flushed WAL that the tier does not hold. Zero if it holds everything.
+    /// While the primary cannot be seen, it counts up from the last proof. `None` if nothing was
     /// ever proved.
     pub rpo: Option<Duration>,
     /// The part of `rpo` that is known: the age of WAL that was seen and that the tier does not
-    /// hold. While the primary cannot be seen it ends with the last contact, unless that WAL is on
+    /// hold. While the primary cannot be seen, it stops at the last contact, unless that WAL is on
     /// this host and waits for the repository.
     pub proved: Option<Duration>,
-    /// Bytes between what the tier holds and the primary's flush LSN. `None` while the primary
+    /// The bytes between the end of the tier and the primary's flush LSN. `None` while the primary
     /// cannot be seen, or is on a timeline whose history is not known yet.
     pub lag_bytes: Option<u64>,
-    /// True if the primary was seen recently: where it was not, `rpo` is a bound from the last
-    /// proof, not a reading.
+    /// True if the primary was seen recently. If not, `rpo` is an upper bound from the last proof,
+    /// not a measurement.
     pub source_known: bool,
 }
 
 /// The estimator of one tier, on one path of timelines.
 #[derive(Debug, Default)]
 pub struct RpoEstimator {
-    /// `(when, flush LSN)` of the primary, both growing, all beyond `durable`.
+    /// Times and flush LSNs of the primary. Both grow, and all LSNs are after `durable`.
     uncovered: VecDeque<(Duration, Lsn)>,
-    /// When the primary was last seen, and the greatest flush LSN that was seen on the path.
+    /// The time at which the primary was last seen, and the greatest flush LSN seen on the path.
     source: Option<(Duration, Lsn)>,
-    /// True if the primary was not seen yet since it took another path.
+    /// True if the primary was not seen since it took another path.
     unseen_on_path: bool,
-    /// The end of what the tier holds; `None` when nothing of the path is known to be held.
+    /// The end of the WAL that the tier holds. `None` if no WAL of the path is known to be held.
     durable: Option<Lsn>,
-    /// When the tier was last known to hold everything, before the primary was seen.
+    /// The last time, before the primary was seen, at which the tier was known to hold everything.
     caught_up: Option<Duration>,
-    /// Since when the primary is seen on a timeline whose history is not known yet; the newest one
-    /// and its flush LSN.
+    /// Set while the primary is on a timeline whose history is not known yet: the time since which,
+    /// the newest such timeline, and its flush LSN.
     elsewhere: Option<(Duration, TimelineId, Lsn)>,
-    /// Bytes on this host that the tier does not hold yet.
+    /// The number of bytes on this host that the tier does not hold yet.
     queued: u64,
-    /// The part of them on timelines that the primary has left, and since when it waits.
+    /// The part of `queued` that is on timelines which the primary has left, and the time since
+    /// which it waits.
     orphaned: u64,
     orphaned_since: Option<Duration>,
 }
 
 impl RpoEstimator {
-    /// Everything that was flushed at `when` was held, as an earlier run of this process knew.
+    /// Records that an earlier run knew everything flushed at `when` to be held.
     pub fn was_caught_up(&mut self, when: Duration) {
         self.caught_up = self.caught_up.max(Some(when));
     }
 
-    /// Takes the primary's flush LSN, seen at `now` by the stream or by the SQL poll. A position
-    /// behind an earlier one (an answer that arrived late) still proves contact.
+    /// Records the primary's flush LSN, seen at `now` by the stream or by the SQL poll. A position
+    /// before an earlier one (from an answer that arrived late) still proves contact.
     pub fn source_seen(&mut self, now: Duration, flush_lsn: Lsn) {
         // WAL found at the first contact may be as old as the last proof of an earlier run.
         let since = match self.source {
@@ -87,8 +88,8 @@ impl RpoEstimator {
         self.expect(since, flush_lsn);
     }
 
-    /// Takes the flush LSN of a primary that has gone on to a timeline whose history is not known
-    /// yet: nothing of it can be held.
+    /// Records the flush LSN of a primary on a timeline whose history is not known yet, so that
+    /// none of its WAL can be held.
     pub fn source_elsewhere(&mut self, now: Duration, timeline: TimelineId, flush_lsn: Lsn) {
         self.elsewhere = Some(match self.elsewhere {
             Some((since, known, lsn)) if known == timeline => (since, timeline, lsn.max(flush_lsn)),
@@ -99,7 +100,7 @@ impl RpoEstimator {
         self.source = Some((now, seen));
     }
 
-    /// Takes WAL that is on this host, which the primary must have flushed. Proves no contact.
+    /// Records WAL on this host, which the primary must have flushed. It does not prove contact.
     pub fn flushed_here(&mut self, now: Duration, flushed: Lsn) {
         let since = match self.source {
             None => self.caught_up.unwrap_or(now).min(now),
@@ -117,7 +118,8 @@ impl RpoEstimator {
         if self.uncovered.len() >= SAMPLES_MAX {
             self.merge_neighbours();
         }
-        // A position may come with an older time than the ones before it, which then count from it.
+        // A position may have an older time than the ones before it. Their age then counts from
+        // that time.
         let later = self.uncovered.iter_mut().rev();
         for (when, _) in later.take_while(|(when, _)| *when > since) {
             *when = since;
@@ -125,8 +127,8 @@ impl RpoEstimator {
         self.uncovered.push_back((since, lsn));
     }
 
-    /// Everything on the path before `durable` is held by the tier. May go back when the path
-    /// changes.
+    /// Records that the tier holds everything on the path before `durable`. May decrease when the
+    /// path changes.
     pub fn held(&mut self, durable: Lsn) {
         self.durable = Some(durable);
         while self
@@ -138,13 +140,14 @@ impl RpoEstimator {
         }
     }
 
-    /// Nothing of the path is known to be held.
+    /// Records that no WAL of the path is known to be held.
     pub fn nothing_held(&mut self) {
         self.durable = None;
     }
 
-    /// The primary took another path, which left the known one at `fork`: WAL beyond is not the
-    /// primary's any more. `end_of` says where the path leaves a timeline, if it crosses it.
+    /// Records that the primary took another path, which left the known one at `fork`: WAL after
+    /// `fork` is not the primary's any more. `end_of` returns the LSN at which the new path leaves
+    /// a timeline. It returns `None` if the path does not contain the timeline.
     pub fn forked(&mut self, fork: Lsn, end_of: impl Fn(TimelineId) -> Option<Lsn>) {
         let since = self.uncovered.iter().find(|(_, lsn)| *lsn > fork);
         let since = since.map(|(since, _)| *since);
@@ -160,7 +163,7 @@ impl RpoEstimator {
         if let Some((_, seen)) = &mut self.source {
             *seen = (*seen).min(fork);
         }
-        // Earlier positions do not count on the new path, unless they were seen there.
+        // Earlier positions do not count on the new path, unless they were seen on it.
         self.unseen_on_path = self.elsewhere.is_none();
         if let Some((since, timeline, lsn)) = self.elsewhere
             && let Some(end) = end_of(timeline)
@@ -180,8 +183,8 @@ impl RpoEstimator {
         elsewhere.or(self.source.map(|(_, lsn)| lsn))
     }
 
-    /// `queued` bytes on this host wait for the tier, `orphaned` of them on timelines that the
-    /// primary has left.
+    /// Records that `queued` bytes on this host wait for the tier, `orphaned` of them on timelines
+    /// that the primary has left.
     pub fn waits(&mut self, now: Duration, queued: u64, orphaned: u64) {
         (self.queued, self.orphaned) = (queued, orphaned);
         if orphaned == 0 {
@@ -192,7 +195,7 @@ impl RpoEstimator {
         }
     }
 
-    /// The tier's distance from the primary at `now`.
+    /// Returns the tier's distance from the primary at `now`.
     #[must_use]
     pub fn exposure(&self, now: Duration) -> Exposure {
         let oldest = self.uncovered.front().map(|(since, _)| *since);
@@ -214,7 +217,7 @@ impl RpoEstimator {
         let rpo = match behind {
             Some(since) => age(since),
             None if source_known => Duration::ZERO,
-            // Nothing is known of what the primary flushed since: the honest number grows.
+            // It is unknown what the primary has flushed since, so the age grows.
             None => unseen_for,
         };
         let is_counted = source_known || self.queued > 0;

@@ -1,4 +1,5 @@
-//! [`Events`]: what happened, newest last, bounded, kept across restarts as JSON lines beside the catalog.
+//! The events of a cluster ([`Events`]), newest last. Their number is bounded, and they are kept
+//! across restarts as JSON lines in the spool's directory.
 
 use std::{
     collections::VecDeque,
@@ -10,21 +11,22 @@ use std::{
 use serde::{Deserialize, Serialize};
 use wal_format::PgTimestamp;
 
-/// How many are kept.
+/// The number of events kept.
 pub const EVENTS_MAX: usize = 500;
 
-/// Something that happened.
+/// An event of a cluster.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
-    /// Growing without holes within one cluster.
+    /// The number of the event. It grows by one within a cluster.
     pub id: u64,
-    /// When it was noticed.
+    /// The time at which it was noticed.
     pub time: PgTimestamp,
-    /// `state`, `alert`, `resolved`, `timeline`, `failover`, `backup`, `drill`, `verify`, `start`.
+    /// `state`, `alert`, `resolved`, `timeline`, `failover`, `backup`, `drill`, `expire` or
+    /// `verify`.
     pub kind: String,
     /// `info`, `warning` or `critical`.
     pub severity: String,
-    /// In words.
+    /// The message for users.
     pub message: String,
 }
 
@@ -34,12 +36,14 @@ pub struct Events {
     path: PathBuf,
     kept: VecDeque<Event>,
     file: Option<File>,
-    /// Lines in the file; it is written anew when they are twice what is kept.
+    /// The number of lines in the file. It is rewritten when this is twice the number of events
+    /// kept.
     lines: usize,
 }
 
 impl Events {
-    /// Takes up the file at `path`. Lines that do not parse, a torn last one for example, are left out.
+    /// Reads the file at `path`. Lines that cannot be parsed, for example a torn last one, are
+    /// ignored.
     #[must_use]
     pub fn open(path: &Path) -> Self {
         let content = fs::read_to_string(path).unwrap_or_default();
@@ -82,13 +86,13 @@ impl Events {
                 .ok();
         }
         if let (Some(file), Ok(line)) = (&mut self.file, serde_json::to_string(&event)) {
-            // It is in the log too; a full disk must not stop the dashboard.
+            // An error is ignored: a full disk must not stop the dashboard.
             drop(writeln!(file, "{line}"));
         }
         event
     }
 
-    /// Those with a greater id than `after`, oldest first.
+    /// Returns the events with an id greater than `after`, oldest first.
     #[must_use]
     pub fn after(&self, after: u64) -> Vec<Event> {
         self.kept
@@ -98,7 +102,8 @@ impl Events {
             .collect()
     }
 
-    /// Forgets the oldest, and writes the file anew when it has grown to twice what is kept; whether it did.
+    /// Drops the oldest events, and rewrites the file when it has twice as many lines as events are
+    /// kept. Returns whether it was rewritten.
     fn trim(&mut self) -> bool {
         while self.kept.len() > EVENTS_MAX {
             self.kept.pop_front();

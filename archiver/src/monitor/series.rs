@@ -1,8 +1,9 @@
-//! [`Series`]: numbers over time, kept across restarts in one file of fixed size.
+//! Time series ([`Series`]), kept across restarts in one file of fixed size.
 //!
-//! Three rings: a second per bucket for 15 minutes, a minute for 24 hours, half an hour for 30 days. A bucket keeps the
-//! *maximum*, because a mean hides a short outage. The file is a cache for a picture: it is not fsynced, and a slot that
-//! does not match its sum is a hole in the picture.
+//! There are three rings: a bucket per second for 15 minutes, per minute for 24 hours, and per half
+//! hour for 30 days. A bucket keeps the *maximum*, because a mean would hide a short outage. The
+//! file only serves a chart. It is not fsynced, and a slot with a wrong checksum is a hole in the
+//! chart.
 
 use std::{
     fs::{File, OpenOptions},
@@ -13,7 +14,7 @@ use std::{
 
 use serde::Serialize;
 
-/// What is recorded, in the order of a slot's numbers. Appending is a new file format.
+/// The recorded metrics, in the order of a slot's values. Another metric needs a new file format.
 pub const METRICS: [&str; 8] = [
     "rpo_remote",
     "rpo_local",
@@ -25,20 +26,20 @@ pub const METRICS: [&str; 8] = [
     "slot_retained_bytes",
 ];
 
-/// Values of all metrics at one time; what is not known is NaN.
+/// The values of all metrics at one time. An unknown value is NaN.
 pub type Sample = [f32; METRICS.len()];
 
 const MAGIC: &[u8; 8] = b"TIDSER01";
 /// Seconds per bucket and number of buckets of each ring.
 const RINGS: [(u64, usize); 3] = [(1, 900), (60, 1440), (1800, 1440)];
-/// Second of the Unix epoch, the values, CRC-32.
+/// The size of a slot: second of the Unix epoch, values, CRC-32.
 const SLOT_BYTES: usize = 8 + 4 * METRICS.len() + 4;
-/// Points that one answer may have.
+/// The maximum number of points in one answer.
 pub const POINTS_MAX: usize = 2000;
 
 #[derive(Clone, Copy, Debug)]
 struct Slot {
-    /// The bucket's start; 0 is an empty slot.
+    /// The start of the bucket, in seconds of the Unix epoch. 0 for an empty slot.
     second: u64,
     values: Sample,
 }
@@ -46,9 +47,9 @@ struct Slot {
 /// A bucket of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Point {
-    /// Its start, in seconds of the Unix epoch.
+    /// The start of the bucket, in seconds of the Unix epoch.
     pub time: u64,
-    /// The greatest value in it; `null` where nothing is known.
+    /// The greatest value in the bucket. `null` if no value is known.
     pub max: Option<f32>,
 }
 
@@ -60,7 +61,8 @@ pub struct Series {
 }
 
 impl Series {
-    /// Takes up the file at `path`, or begins a new one. Without a file (a full disk, say) it lives in memory.
+    /// Opens the file at `path`, or creates it. Without a file (for example on a full disk) the
+    /// series is kept in memory.
     #[must_use]
     pub fn open(path: &Path) -> Self {
         let empty = Slot {
@@ -129,14 +131,16 @@ impl Series {
             }
             if let Some(file) = &self.file {
                 let offset = MAGIC.len() + (before + at) * SLOT_BYTES;
-                // A picture's pixel: the next second tries again.
+                // An error is ignored: it costs one point of a chart, and the next second tries
+                // again.
                 drop(file.write_all_at(&encode(slot), offset as u64));
             }
             before += slots;
         }
     }
 
-    /// The mean of a metric over the `seconds` before `now`, of what is known; `None` where nothing is.
+    /// Returns the mean of a metric's known values in the `seconds` before `now`. `None` if no
+    /// value is known.
     #[must_use]
     pub fn mean(&self, metric: &str, now: u64, seconds: u64) -> Option<f64> {
         let points = usize::try_from(seconds).ok()?;
@@ -150,14 +154,15 @@ impl Series {
         (count > 0.0).then(|| known.iter().sum::<f64>() / count)
     }
 
-    /// The maxima of a metric from `from` up to `to`, in at most `points` buckets. `None` for an unknown metric.
+    /// Returns the maxima of a metric from `from` up to `to`, in at most `points` buckets. `None`
+    /// for an unknown metric.
     #[must_use]
     pub fn query(&self, metric: &str, from: u64, to: u64, points: usize) -> Option<Vec<Point>> {
         let column = METRICS.iter().position(|name| *name == metric)?;
         let points = u64::try_from(points.clamp(1, POINTS_MAX)).ok()?;
         let to = to.max(from + 1);
         let span = to - from;
-        // The finest ring that reaches back far enough.
+        // Use the finest ring that reaches back far enough.
         let newest = self.newest().max(to);
         let reaches = |(step, slots): (u64, usize)| newest - from <= step * slots as u64;
         let ring = RINGS
@@ -191,7 +196,8 @@ impl Series {
         Some(buckets)
     }
 
-    /// The greatest value of a metric in the last `seconds` before `now`.
+    /// Returns the greatest value of a metric in the last `seconds` before `now`. `None` if no
+    /// value is known.
     #[must_use]
     pub fn greatest(&self, metric: &str, now: u64, seconds: u64) -> Option<f32> {
         let points = self.query(metric, now.saturating_sub(seconds), now + 1, 100)?;
@@ -269,7 +275,7 @@ mod tests {
             .expect("known");
         assert!(other.iter().all(|point| point.max.is_none()));
         assert!(series.query("nonsense", 0, 1, 1).is_none());
-        // A day back is answered by the ring of minutes, in which the peak is still there.
+        // A query for a day uses the ring of minutes, which still has the peak.
         assert_eq!(series.greatest("rpo_remote", 1_000_600, 86_400), Some(42.0));
     }
 

@@ -54,13 +54,14 @@ fn it_counts_up_while_the_primary_can_not_be_seen() {
 }
 
 proptest! {
-    /// Against the definition itself, over the whole history: never less, and equal while nothing was merged.
+    /// Compares the estimator with the definition over the whole history: it never reports less,
+    /// and the same while nothing was merged.
     #[test]
     fn it_never_reports_less_than_the_definition(
         steps in prop::collection::vec((0u64..50, 0u64..40, 0u64..60), 1..2500),
     ) {
         let mut estimator = RpoEstimator::default();
-        // With fewer samples than it remembers nothing is merged.
+        // With fewer samples than the estimator remembers, nothing is merged.
         let exact = steps.len() < SAMPLES_MAX;
         let (mut now, mut flushed, mut held) = (0, 0, 0);
         let mut history = Vec::new();

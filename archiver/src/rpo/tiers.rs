@@ -1,4 +1,4 @@
-//! [`Tiers`]: both tiers' estimators on the primary's path of timelines.
+//! The RPO estimators of both tiers on the primary's path of timelines ([`Tiers`]).
 
 use std::time::Duration;
 
@@ -8,36 +8,37 @@ use wal_format::{Branch, Lsn, TimelineId};
 use super::{Exposure, RpoEstimator};
 use crate::core::positions::Positions;
 
-/// A sight of the primary's flush LSN.
+/// An observation of the primary's flush LSN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seen {
-    /// By the stream of a branch.
+    /// Made by the stream of a branch.
     Streamed {
         /// The branch that is streamed.
         branch: Branch,
-        /// The flush LSN, or where the server left the branch.
+        /// The flush LSN, or the LSN at which the server left the branch.
         flush_lsn: Lsn,
     },
-    /// By the SQL poll.
+    /// Made by the SQL poll.
     Polled {
-        /// The server's timeline; `None` where a standby does not say which one it receives.
+        /// The server's timeline. `None` if a standby does not show which timeline it receives.
         timeline: Option<TimelineId>,
         /// The flush LSN.
         flush_lsn: Lsn,
     },
 }
 
-/// Both tiers.
+/// The estimators of the local and the remote tier.
 #[derive(Debug, Default)]
 pub struct Tiers {
     local: RpoEstimator,
     remote: RpoEstimator,
-    /// The timelines that lead to the one the server is on, oldest first; empty before it was seen.
+    /// The timelines that lead to the server's current one, oldest first. Empty before the server
+    /// was seen.
     path: Vec<PathPart>,
 }
 
 impl Tiers {
-    /// An earlier run knew at these times that everything was held.
+    /// Records the times at which an earlier run knew that everything was held.
     pub fn were_caught_up(&mut self, local: Option<Duration>, remote: Option<Duration>) {
         for (tier, when) in [(&mut self.local, local), (&mut self.remote, remote)] {
             if let Some(when) = when {
@@ -52,7 +53,7 @@ impl Tiers {
         &self.path
     }
 
-    /// Takes the path of timelines on which the server is.
+    /// Records the server's path of timelines.
     pub fn follow(&mut self, path: &[PathPart]) {
         if self.path == path {
             return;
@@ -69,8 +70,8 @@ impl Tiers {
         self.path = path.to_vec();
     }
 
-    /// Takes a sight of the primary. One of a server that is on an older timeline than the known
-    /// one says nothing about the primary.
+    /// Records an observation of the primary. A server on an older timeline than the known one is
+    /// not the primary and is ignored.
     pub fn see(&mut self, now: Duration, seen: Seen) {
         let Some(last) = self.path.last() else { return };
         let current = last.branch.timeline;
@@ -105,11 +106,11 @@ impl Tiers {
         self.remote.source_lsn()
     }
 
-    /// The distances of the local and the remote tier from the primary.
+    /// Returns the distances of the local and the remote tier from the primary.
     pub fn exposure(&mut self, now: Duration, positions: &Positions) -> (Exposure, Exposure) {
         let flushed = positions.flushed_on(&self.path);
         if let Some(flushed) = flushed {
-            // Before `held`, so that it is known as not stored until it is.
+            // Called before `held`, so that the WAL counts as not stored until it is.
             self.remote.flushed_here(now, flushed);
         }
         let remote = positions.remote_on(&self.path);
@@ -126,7 +127,7 @@ impl Tiers {
     }
 }
 
-/// The LSN at which `new` leaves `old`; `None` where nothing of `old` is left.
+/// Returns the LSN at which `new` leaves `old`. `None` if it does not leave it.
 fn fork(old: &[PathPart], new: &[PathPart]) -> Option<Lsn> {
     for (old, new) in old.iter().zip(new) {
         if old.branch != new.branch {

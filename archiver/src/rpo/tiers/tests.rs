@@ -4,7 +4,7 @@ use repository::config::Acknowledge;
 use super::*;
 use crate::core::positions::Coverage;
 
-/// WAL per segment in the model.
+/// The segment size in the model, in bytes of WAL.
 const SEGMENT: u64 = 16;
 
 fn at(milliseconds: u64) -> Duration {
@@ -20,7 +20,7 @@ fn branch(number: u32) -> Branch {
     branch
 }
 
-/// A server's path: timeline 1 up to the first fork, and so on.
+/// Returns a server's path: timeline 1 up to the first fork, and so on.
 fn path(forks: &[u64]) -> Vec<PathPart> {
     let mut from = Lsn::ZERO;
     let ends = forks.iter().copied().chain([u64::MAX]);
@@ -84,7 +84,7 @@ fn a_timeline_whose_history_is_not_known_is_held_nowhere() {
         assert_eq!((tier.rpo, tier.lag_bytes), (Some(at(1000)), None));
     }
     assert_eq!(tiers.source_lsn(), Some(Lsn(600)));
-    // The answer of an older server proves nothing.
+    // An answer from a server on an older timeline proves nothing.
     tiers.follow(&path(&[500]));
     tiers.see(at(9000), polled(1, 900));
     let (_, remote) = tiers.exposure(at(9000), &positions);
@@ -111,30 +111,31 @@ fn an_earlier_run_proves_up_to_when_everything_was_held() {
         (local.rpo, remote.rpo),
         (Some(at(26_000)), Some(at(32_000)))
     );
-    // It ends with what was found then: later WAL has its own age.
+    // Only the WAL found at that contact has this age. Later WAL has its own.
     tiers.see(at(36_000), polled(1, 400));
     positions.on_stored(branch(1), Lsn(100), Lsn(300));
     let (_, remote) = tiers.exposure(at(38_000), &positions);
     assert_eq!((remote.rpo, remote.lag_bytes), (Some(at(2000)), Some(100)));
 }
 
-/// The number of the timeline at this place of the server's path.
+/// Returns the number of the timeline at this position of the server's path.
 fn timeline(place: usize) -> u32 {
     u32::try_from(place).expect("few") + 1
 }
 
-/// Something that happens in the model.
+/// An event in the model.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// The server writes.
     Write(u64),
-    /// The archiver asks for the flush LSN.
+    /// The archiver polls the flush LSN.
     Poll,
-    /// The archiver receives of the branch that it streams, and goes on to the next at its end.
+    /// The archiver receives WAL of the branch that it streams. At the branch's end it continues
+    /// with the next one.
     Receive(u64),
-    /// The repository takes a part of what waits, the oldest timeline first.
+    /// The repository stores a part of the waiting WAL, of the oldest timeline first.
     Store(u64),
-    /// A standby takes over: this much behind the server.
+    /// A standby is promoted that lacks this many bytes of the server's WAL.
     Promote(u64),
     /// Time passes.
     Wait(u64),
@@ -151,36 +152,36 @@ fn step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The truth of the model, kept apart from what is tested.
+/// The true state of the model, kept separate from the tested code.
 #[derive(Debug, Default)]
 struct Model {
     now: u64,
-    /// Where the server left its timelines.
+    /// The LSNs at which the server left its timelines.
     forks: Vec<u64>,
     flush: u64,
-    /// Flush LSNs that were seen: when, on which timeline.
+    /// The observed flush LSNs: time, timeline, LSN.
     seen: Vec<(u64, usize, u64)>,
-    /// Per timeline, what is durable here and in the repository: ends, and where each begins.
+    /// For each timeline, the end of its WAL here and in the repository, and its start.
     local: Vec<u64>,
     stored: Vec<u64>,
     begin: Vec<u64>,
 }
 
 impl Model {
-    /// The LSN up to which the repository leads along the server's path.
+    /// Returns the LSN that can be restored from the repository along the server's path.
     fn leads_to(&self) -> u64 {
         let mut reached = 0;
         for (number, stored) in self.stored.iter().enumerate() {
             match self.forks.get(number) {
                 Some(fork) if stored >= fork => reached = *fork,
-                // The segment of the switch begins with WAL that the timeline before has.
+                // The segment of the switch begins with a copy of the previous timeline's WAL.
                 _ => return reached.max(*stored),
             }
         }
         reached
     }
 
-    /// The age of the oldest WAL of the server that was seen and cannot be restored.
+    /// Returns the age of the oldest observed WAL of the server that cannot be restored.
     fn exposed(&self) -> u64 {
         let leads_to = self.leads_to();
         let on_path = |(_, number, lsn): &(u64, usize, u64)| {
@@ -197,7 +198,8 @@ impl Model {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
 
-    /// Against what can be restored, over histories with promotions in step, behind and ahead.
+    /// Compares the estimator with what can be restored, over histories with promotions at, before
+    /// and after the archiver's position.
     #[test]
     fn what_is_shown_is_never_less_than_what_is_lost(
         steps in prop::collection::vec(step(), 1..120),
@@ -226,7 +228,7 @@ proptest! {
                     let least = model.forks.last().copied().unwrap_or(0);
                     model.flush = model.flush.saturating_sub(behind).max(least);
                     model.forks.push(model.flush);
-                    // The end of recovery is written at once.
+                    // A promotion writes an end-of-recovery record at once.
                     model.flush += 1;
                 }
                 Step::Receive(bytes) => {
@@ -247,7 +249,7 @@ proptest! {
                         positions.on_finished(open);
                         positions.on_synced(open, Lsn(reached));
                     } else if let Some(fork) = fork {
-                        // The path is known to its present end as soon as the stream begins.
+                        // The path to its present end is known as soon as the stream begins.
                         tiers.follow(&path(&model.forks));
                         let begin = fork / SEGMENT * SEGMENT;
                         model.local.push(begin);
