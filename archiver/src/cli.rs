@@ -40,8 +40,8 @@ use wal_format::{BackupId, SystemIdentifier};
 
 use crate::error::{Error, Result};
 
-/// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base backups, and proves
-/// that nothing is missing.
+/// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base
+/// backups, and proves that nothing is missing.
 #[derive(Debug, Parser)]
 #[command(name = "wal-archiver", version, arg_required_else_help = true)]
 pub struct Cli {
@@ -55,72 +55,75 @@ pub struct Cli {
 enum Command {
     /// Runs the daemon: streams every configured cluster, seals and stores its WAL, serves HTTP.
     Run {
-        /// Where to serve HTTP. Default: 127.0.0.1:8432.
+        /// The address at which to serve HTTP. Default: 127.0.0.1:8432.
         #[arg(long, value_name = "ADDR:PORT")]
         http: Option<SocketAddr>,
     },
     /// Archives one file of `pg_wal`: `archive_command = 'wal-archiver push %p'`.
     Push {
-        /// The file; PostgreSQL writes %p.
+        /// The path of the file; PostgreSQL replaces %p by it.
         path: PathBuf,
     },
-    /// Takes over the WAL that another tool archived: a folder of `cp`, of `pg_receivewal`, or a pgBackRest repository.
+    /// Imports WAL that another tool archived: a folder written by `cp` or `pg_receivewal`, or a
+    /// pgBackRest repository.
     Import {
         /// The folder.
         directory: PathBuf,
-        /// Only reports where that archive and ours differ.
+        /// Only reports the differences between that archive and ours.
         #[arg(long)]
         compare: bool,
     },
     /// Takes a base backup now.
     Backup {
-        /// What to take.
+        /// The type of backup.
         #[arg(long = "type", value_enum, default_value = "full")]
         kind: BackupType,
-        /// A text to find it by.
+        /// A description, shown in lists.
         #[arg(long, default_value = "")]
         label: String,
     },
-    /// Shows each cluster: what is archived, up to where, and what stands in the way.
+    /// Shows the state of each cluster: what is archived, up to which LSN, and any problem.
     Status {
-        /// One JSON document.
+        /// Prints one JSON document.
         #[arg(long)]
         json: bool,
-        /// One line for Nagios and Icinga, with its exit code: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN.
+        /// Prints one line for Nagios and Icinga, with its exit code: 0 OK, 1 WARNING, 2 CRITICAL,
+        /// 3 UNKNOWN.
         #[arg(long, conflicts_with = "json")]
         nagios: bool,
     },
-    /// Tells people of alerts.
+    /// Sends notifications.
     #[command(subcommand)]
     Notify(NotifyCommand),
     /// Checks every precondition, one line each, with the remedy.
     Check,
-    /// Proves the continuity of the WAL and the integrity of every object.
+    /// Verifies that the WAL is contiguous and every object intact.
     Verify {
-        /// Decodes every record too.
+        /// Also decodes every record.
         #[arg(long)]
         deep: bool,
-        /// Puts sound copies from the other repositories in the place of damaged and missing objects.
+        /// Replaces damaged and missing objects by intact copies from the other repositories.
         #[arg(long)]
         repair: bool,
     },
-    /// Applies retention: marks what is no longer kept, and removes what was marked `expire_grace`
-    /// ago. Says before which moments cannot be restored any more.
+    /// Applies retention: marks objects that are no longer kept, and removes objects that were
+    /// marked `expire_grace` ago. First prints the times that can no longer be restored.
     Expire {
-        /// Says what would be marked and removed, and changes nothing.
+        /// Prints what would be marked and removed, and changes nothing.
         #[arg(long)]
         dry_run: bool,
-        /// One JSON document.
+        /// Prints one JSON document.
         #[arg(long)]
         json: bool,
-        /// An earlier epoch of the cluster, by its system identifier; without it the one that is archived now.
+        /// The system identifier of an earlier epoch of the cluster. Default: the epoch that is
+        /// archived now.
         #[arg(long, value_name = "N")]
         system: Option<SystemIdentifier>,
     },
-    /// The catalog, a cache of what the repository holds.
+    /// The catalog, a cache of the repository's content.
     #[command(subcommand)]
     Catalog(CatalogCommand),
-    /// The system identifiers that the cluster has had.
+    /// The system identifiers of the cluster over time.
     #[command(subcommand)]
     Epoch(EpochCommand),
     /// The configuration.
@@ -136,23 +139,23 @@ enum Command {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum BackupType {
-    /// Everything.
+    /// A full backup.
     Full,
 }
 
 #[derive(Debug, Subcommand)]
 enum CatalogCommand {
-    /// Makes the catalog anew from the repository alone.
+    /// Rebuilds the catalog from the repository alone.
     Rebuild,
 }
 
 #[derive(Debug, Subcommand)]
 enum EpochCommand {
-    /// Archives the server from now on although it has a new system identifier, which `pg_upgrade`
-    /// or initdb gave it; the old epoch stays restorable. Or begins a new archive where the
-    /// repository was emptied or exchanged. The daemon has to be stopped.
+    /// Continues with a server that has a new system identifier after `pg_upgrade` or initdb; the
+    /// old epoch stays restorable. Or begins a new archive if the repository was emptied or
+    /// replaced. The daemon must be stopped.
     Begin {
-        /// The server's new system identifier, so that no other server is taken by mistake.
+        /// The server's new system identifier, as a protection against the wrong server.
         #[arg(long, value_name = "N")]
         system_identifier: SystemIdentifier,
     },
@@ -160,7 +163,7 @@ enum EpochCommand {
 
 #[derive(Debug, Subcommand)]
 enum NotifyCommand {
-    /// Sends a test to every receiver of the configuration, from here.
+    /// Sends a test notification to every configured receiver, from this process.
     Test,
 }
 
@@ -168,37 +171,38 @@ enum NotifyCommand {
 enum ConfigCommand {
     /// Validates the configuration.
     Check,
-    /// Prints the resolved settings, secrets masked.
+    /// Prints the resolved settings, with secrets masked.
     Show,
 }
 
 #[derive(Debug, Subcommand)]
 enum KeyCommand {
-    /// Makes a key: a line for the file, variable or command that the configuration names.
+    /// Generates a key: a line for the file, variable or command that the configuration names.
     New {
-        /// A new file for it, readable by its owner only. Default: standard output.
+        /// A new file for the key, readable by its owner only. Default: standard output.
         path: Option<PathBuf>,
     },
-    /// Proves that the configured keys open every data key.
+    /// Checks that the configured keys can open every data key.
     Check,
-    /// Wraps every data key for every configured key; no object changes.
+    /// Wraps every data key with every configured key; no object changes.
     Rewrap,
 }
 
 #[derive(Debug, Subcommand)]
 enum LockCommand {
-    /// Locks what the kept backups need, their WAL up to now included, for longer. No lock gets shorter.
+    /// Extends the locks on everything that the kept backups need, including the WAL up to now. No
+    /// lock becomes shorter.
     Extend {
-        /// For how many days from now.
+        /// The number of days from now.
         #[arg(long, value_name = "N")]
         days: u32,
-        /// The oldest backup to keep. Default: the oldest there is.
+        /// The oldest backup to keep. Default: the oldest backup in the repository.
         #[arg(long, value_name = "ID")]
         from_backup: Option<BackupId>,
-        /// Who may lift the lock before.
+        /// The permission that is needed to remove the lock before it ends.
         #[arg(long, value_enum, default_value = "governance")]
         mode: LockModeArg,
-        /// Counts, and locks nothing.
+        /// Only counts the objects, and locks nothing.
         #[arg(long)]
         dry_run: bool,
     },
@@ -206,16 +210,16 @@ enum LockCommand {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum LockModeArg {
-    /// Who has the permission `s3:BypassGovernanceRetention`.
+    /// A user with the permission `s3:BypassGovernanceRetention` can remove the lock.
     Governance,
-    /// Nobody, not even the owner of the account.
+    /// Nobody can remove the lock, not even the owner of the account.
     Compliance,
 }
 
 /// Runs a command.
 ///
 /// # Errors
-/// What stopped it; [`Error::exit_kind`] is the exit code.
+/// The error that stopped the command. [`Error::exit_kind`] is the exit code.
 pub fn run(cli: Cli) -> Result<()> {
     if let Command::Key(KeyCommand::New { path }) = &cli.command {
         return key::new(path.as_deref());
@@ -224,7 +228,7 @@ pub fn run(cli: Cli) -> Result<()> {
     match cli.command {
         Command::Run { http } => run::run(cli.common, settings, http),
         Command::Import { directory, compare } => import::run(one(&settings)?, &directory, compare),
-        // Asking a daemon is the quick program's part; here none answered.
+        // The quick program asks the daemon. This code runs if no daemon answered.
         Command::Push { path } => {
             let settings = one(&settings)?;
             let repository = Repository::open_known(settings)?;
@@ -268,17 +272,18 @@ pub fn run(cli: Cli) -> Result<()> {
     }
 }
 
-/// One clear line on standard error.
+/// Writes an error as one line to standard error.
 pub fn report(error: &Error) {
     output::error_line(&error.to_string());
 }
 
-/// The one cluster a command is about.
+/// Returns the only cluster. Fails if several are configured and none is named.
 fn one(settings: &Settings) -> Result<&ClusterSettings> {
     Ok(settings.cluster()?)
 }
 
-/// A runtime for commands that talk to PostgreSQL. Two threads: one reads sockets while the other waits on files.
+/// Creates a runtime for commands that connect to PostgreSQL. It has two threads: one reads sockets
+/// while the other waits for files.
 fn runtime() -> Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)

@@ -1,4 +1,5 @@
-//! `wal-archiver backup`: takes a base backup now, with a bar on a terminal and plain lines elsewhere.
+//! `wal-archiver backup`: takes a base backup now. Shows a progress bar on a terminal, and log
+//! lines elsewhere.
 
 use std::{
     io::IsTerminal,
@@ -15,7 +16,7 @@ use crate::{
     error::Result,
 };
 
-/// The interval at which a line is logged where there is no terminal.
+/// The interval between two log lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 pub(super) fn backup(settings: &ClusterSettings, label: &str) -> Result<()> {

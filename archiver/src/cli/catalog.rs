@@ -1,4 +1,5 @@
-//! `wal-archiver catalog rebuild`: the catalog is a cache; this makes it anew from the repository alone.
+//! `wal-archiver catalog rebuild`: rebuilds the catalog, which is a cache, from the repository
+//! alone.
 
 use std::{fs, io};
 
@@ -17,7 +18,8 @@ pub(super) fn rebuild(settings: &Settings) -> Result<()> {
                 cluster.repository, cluster.name
             ),
         })?;
-        // Opened first: a running daemon's catalog is locked, and is not pulled from under it. A damaged one may go.
+        // Opened first, so that the catalog of a running daemon, which is locked, is not removed. A
+        // damaged one may be removed.
         match Catalog::open(&cluster.catalog, &identity) {
             Err(error) if error.is_locked() => return Err(error.into()),
             _ => {}

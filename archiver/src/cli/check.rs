@@ -1,4 +1,5 @@
-//! `wal-archiver check`: every precondition, one line each, with the remedy. Changes nothing.
+//! `wal-archiver check`: checks every precondition and prints a line for each, with the remedy.
+//! Changes nothing.
 
 use std::{fs, path::Path};
 
@@ -21,7 +22,8 @@ use crate::{
 mod beside;
 mod disk;
 
-/// Less free space than this in the spool is worth a word: a store that is down for an hour at 16 MiB a minute fills it.
+/// Less free space than this in the spool is reported. At 16 MiB of WAL per minute, a store that is
+/// down for an hour fills it.
 const SPOOL_FREE_MIN: u64 = 1 << 30;
 
 pub(super) fn check(settings: &Settings) -> Result<()> {
@@ -75,7 +77,8 @@ impl Report {
     }
 }
 
-/// What the server has to allow. Its system identifier, when it answers.
+/// Checks the server's settings and the role's privileges. Returns the server's system identifier,
+/// if it answers.
 async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<SystemIdentifier> {
     let conninfo = match ConnInfo::parse(&cluster.conninfo) {
         Ok(conninfo) => conninfo,
@@ -187,7 +190,7 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
     }
 }
 
-/// Checks whether a standby keeps WAL for us, so that a failover to it needs no new base backup.
+/// Checks that a standby retains WAL for us, so that a failover to it needs no new base backup.
 async fn standby(
     conninfo: &str,
     cluster: &ClusterSettings,
@@ -247,7 +250,7 @@ async fn standby(
     }
 }
 
-/// Checks whether commits wait for us, and whether that is meant.
+/// Checks whether commits wait for us, and whether the settings for that are sound.
 async fn synchronous(client: &mut ReplicationClient, report: &mut Report) -> Result<()> {
     let names = client.show("synchronous_standby_names").await?;
     let remote_apply = client.show("synchronous_commit").await? == "remote_apply";
@@ -391,7 +394,8 @@ fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
     }
 }
 
-/// Writes and removes a file in the directory, or in the nearest parent that exists. The bytes free there.
+/// Writes and removes a file in the directory, or in its nearest existing parent. Returns the
+/// number of bytes that are free there.
 fn writable(directory: &Path) -> Result<Option<u64>> {
     let existing = directory
         .ancestors()

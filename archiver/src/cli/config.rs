@@ -36,11 +36,11 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
         output::line(&format!("http_tls_key = \"{}\"", key.display()));
     }
     for target in &settings.notify {
-        // Addresses of webhooks are as secret as passwords.
+        // The URL of a webhook is as secret as a password.
         output::line(&format!("# notify {}: {:?}", target.name, target.kind));
     }
     for cluster in &settings.clusters {
-        // Only the parsed form knows which parts are secret.
+        // Only the parsed form shows which parts are secret.
         let conninfo = ConnInfo::parse(&cluster.conninfo)?;
         let servers = |list: &[String]| {
             list.iter()

@@ -1,8 +1,8 @@
-//! Asks the daemon of this configuration over HTTP or HTTPS, with its own token and its own
-//! certificate.
+//! Queries the daemon of this configuration over HTTP or HTTPS, with the token and the certificate
+//! from the configuration.
 //!
-//! The configuration names the certificate that the daemon serves. Exactly that one is accepted, so
-//! that a loopback address needs neither an authority nor a host name.
+//! The configuration names the certificate that the daemon uses. Exactly this certificate is
+//! accepted, so that a loopback address needs neither a certificate authority nor a host name.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
@@ -23,13 +23,15 @@ use serde_json::Value;
 
 use super::output;
 
-/// A daemon on this host answers from memory. Longer means that no daemon is there.
+/// The timeout of a request. A daemon on this host answers from memory, so a longer wait means that
+/// there is none.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// A report of a hundred clusters is far smaller.
+/// The maximum size of an answer. A report on a hundred clusters is far smaller.
 const ANSWER_BYTES_MAX: u64 = 4 << 20;
 
-/// The reports of the daemon that archives these clusters to their repositories, if it answers. One
-/// that refuses the request, or runs with another configuration, is reported on standard error.
+/// Returns the reports of the daemon that archives these clusters to their repositories, if it
+/// answers. A daemon that refuses the request, or runs with another configuration, is reported on
+/// standard error.
 pub(super) fn reports(settings: &Settings) -> Vec<Value> {
     match ask(settings) {
         Ok(reports) => of_these_clusters(settings, reports),
@@ -41,8 +43,8 @@ pub(super) fn reports(settings: &Settings) -> Vec<Value> {
     }
 }
 
-/// The reports of the clusters in `settings`. A daemon of another configuration says nothing about
-/// them, although a cluster of it may have the same name.
+/// Keeps only the reports on the clusters in `settings`. A daemon with another configuration may
+/// have a cluster of the same name, and its report does not apply.
 fn of_these_clusters(settings: &Settings, mut reports: Vec<Value>) -> Vec<Value> {
     reports.retain(|report| {
         let mut clusters = settings.clusters.iter();
@@ -104,14 +106,14 @@ fn converse(mut stream: impl Read + Write, request: &str) -> io::Result<String> 
     stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     match stream.take(ANSWER_BYTES_MAX).read_to_end(&mut answer) {
-        // A server may close without TLS's close_notify; a body that was cut is no JSON.
+        // A server may close without TLS's close_notify. A truncated body is not valid JSON.
         Err(error) if error.kind() != ErrorKind::UnexpectedEof => return Err(error),
         _ => {}
     }
     String::from_utf8(answer).map_err(io::Error::other)
 }
 
-/// TLS that accepts the certificate in this file and no other.
+/// Returns a TLS configuration that accepts only the certificate in this file.
 fn trusting(certificate: &Path) -> io::Result<ClientConfig> {
     let expected = CertificateDer::from_pem_file(certificate)
         .map_err(|error| io::Error::other(format!("{}: {error}", certificate.display())))?;

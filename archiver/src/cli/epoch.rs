@@ -1,12 +1,12 @@
-//! `wal-archiver epoch begin`: the operator's word that the server has a new system identifier on
-//! purpose: after `pg_upgrade`, or made anew by `initdb`.
+//! `wal-archiver epoch begin`: the operator confirms that the server has a new system identifier on
+//! purpose, after `pg_upgrade` or a new `initdb`.
 //!
-//! Invariant: what the spool still holds of the old epoch is in the repository before the new one
-//! begins, so both are whole.
+//! Invariant: the old epoch's WAL in the spool is in the repository before the new epoch begins, so
+//! both are complete.
 //!
-//! It is also the operator's word for a repository that does not hold the archive any more
-//! (emptied, exchanged, a new disk): a new archive of the same system identifier begins in each
-//! such place.
+//! The command also confirms that a repository does not hold the archive any more (emptied,
+//! replaced, a new disk). A new archive with the same system identifier then begins in each such
+//! place.
 
 use std::{fs, io, path::Path, sync::Arc};
 
@@ -51,7 +51,7 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
         ));
         return Ok(());
     }
-    // Held to the end: no daemon starts meanwhile.
+    // The lock is held to the end, so that no daemon starts meanwhile.
     let spool = Arc::new(Spool::open(&settings.spool, &settings.name)?);
     let runtime = runtime()?;
     let (found, version) = runtime.block_on(server(settings, system))?;
@@ -65,7 +65,7 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
         }
         runtime.block_on(drain(settings, &last, &spool))?;
     }
-    // Both are in the repository; a crash from here on loses nothing.
+    // The repository holds the content of both, so a crash from here on loses nothing.
     remove(&spool.directory().join("wal"))?;
     remove(&settings.catalog)?;
     let number = repository.begin_epoch(&last, &found)?;
@@ -81,14 +81,14 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
     Ok(())
 }
 
-/// Begins an archive in each place that does not hold the known one. What the spool still holds is
-/// stored there by the next `run`; what only the old repository held stays there.
+/// Begins an archive in each place that does not hold the known one. The next `run` stores the
+/// spool's WAL there. WAL that only the old repository held is not copied.
 fn begin_again(
     settings: &ClusterSettings,
     system: SystemIdentifier,
     gone: &[String],
 ) -> Result<()> {
-    // Held to the end: no daemon starts meanwhile.
+    // The lock is held to the end, so that no daemon starts meanwhile.
     let spool = Spool::open(&settings.spool, &settings.name)?;
     let (found, _) = runtime()?.block_on(server(settings, system))?;
     if let Some(spooled) = spool.identity()?
@@ -100,7 +100,7 @@ fn begin_again(
             found: spooled.system_identifier.to_string(),
         });
     }
-    // They tell of the archive before.
+    // Both describe the previous archive.
     remove(&settings.catalog)?;
     remove_record(spool.directory())?;
     Repository::open_anew(settings)?.claim(&found)?;
@@ -113,7 +113,7 @@ fn begin_again(
     Ok(())
 }
 
-/// The server's identity and version; it has to have this system identifier.
+/// Returns the server's identity and version. Fails if its system identifier is another one.
 async fn server(
     settings: &ClusterSettings,
     system: SystemIdentifier,
@@ -133,7 +133,7 @@ async fn server(
     })
 }
 
-/// Brings what the spool holds of the old epoch into the repository.
+/// Stores the old epoch's WAL from the spool in the repository.
 async fn drain(
     settings: &ClusterSettings,
     last: &ClusterIdentity,

@@ -1,4 +1,5 @@
-//! `wal-archiver expire`: what stays and why, what goes, and which moments vanish, before anything is done.
+//! `wal-archiver expire`: prints what is kept and why, what is removed, and which times can no
+//! longer be restored, before anything is changed.
 
 use jiff::Timestamp;
 use repository::config::Settings;
@@ -11,7 +12,7 @@ use crate::{
     expire::{self, PlaceReport, Wish},
 };
 
-/// Of a cluster, in JSON.
+/// The JSON output for one cluster.
 #[derive(Serialize)]
 struct Document<'a> {
     cluster: &'a ClusterName,
@@ -60,7 +61,7 @@ pub(super) fn expire(
     ended
 }
 
-/// Before anything is done.
+/// Prints the plan before anything is changed.
 fn announce(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
     let place = format!("cluster {cluster}: {}", report.repository);
     let Some(policy) = &report.policy else {
@@ -106,7 +107,7 @@ fn announce(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
     }
 }
 
-/// When it is done.
+/// Prints the result.
 fn told(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
     let place = format!("cluster {cluster}: {}", report.repository);
     if report.policy.is_none() || report.problem.is_some() {

@@ -1,10 +1,11 @@
-//! One screen of `wal-archiver status`: the facts of the page, in its words, from the daemon's report.
+//! One screen of `wal-archiver status`: the same facts in the same words as the dashboard, from the
+//! daemon's report.
 
 use serde_json::Value;
 
 use crate::report::words;
 
-/// The report of one cluster, line by line.
+/// Returns the report on one cluster as lines.
 pub(super) fn lines(report: &Value) -> Vec<String> {
     let of = Of(report);
     let mut lines = vec![format!("cluster {}", of.text("/cluster"))];
@@ -141,7 +142,8 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
     lines
 }
 
-/// What the daemon asked of its buckets, as the store's operator bills it.
+/// Returns the number of requests that the daemon sent to its buckets, by the kinds that a store's
+/// operator bills.
 fn requests(report: &Value) -> String {
     let Some(requests) = report.get("requests").filter(|value| value.is_object()) else {
         return "a folder costs none".to_owned();
@@ -163,7 +165,7 @@ fn requests(report: &Value) -> String {
     )
 }
 
-/// What a document says; what it does not know is said so.
+/// Access to the values of a JSON document. A missing value is shown as unknown.
 #[derive(Clone, Copy)]
 struct Of<'a>(&'a Value);
 
@@ -200,7 +202,7 @@ impl<'a> Of<'a> {
         self.0.pointer(pointer)?.as_str()?.parse().ok()
     }
 
-    /// As the page writes it, to the second.
+    /// Formats a time to the second, like the dashboard.
     fn instant(self, pointer: &str) -> String {
         self.time(pointer).map_or_else(
             || "unknown".to_owned(),
@@ -208,7 +210,7 @@ impl<'a> Of<'a> {
         )
     }
 
-    /// From one instant to another.
+    /// Formats the time between two instants.
     fn between(self, earlier: &str, later: &str) -> String {
         let span = self.time(earlier).zip(self.time(later));
         words::seconds(span.map(|(earlier, later)| later.duration_since(earlier).as_secs_f64()))

@@ -1,4 +1,5 @@
-//! `wal-archiver import DIR [--compare]`: prints what became of another tool's WAL.
+//! `wal-archiver import DIR [--compare]`: imports another tool's WAL and prints the result for each
+//! file that was not imported.
 
 use std::path::Path;
 

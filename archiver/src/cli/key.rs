@@ -1,6 +1,7 @@
 //! `wal-archiver key new`, `key check` and `key rewrap`: the keys of an encrypted repository.
 //!
-//! A key that is lost takes the archive with it: a new one is shown once, and the advice to keep it elsewhere with it.
+//! If a key is lost, the archive is lost. A new key is therefore shown only once, together with the
+//! advice to keep a copy elsewhere.
 
 use std::{fs::OpenOptions, io::Write, os::unix::fs::OpenOptionsExt, path::Path};
 
@@ -59,7 +60,7 @@ pub(super) fn rewrap(settings: &Settings) -> Result<()> {
     })
 }
 
-/// Every encrypted repository of every cluster; that there is none is a mistake.
+/// Calls `act` for every encrypted repository of every cluster. Fails if there is none.
 fn each(
     settings: &Settings,
     act: impl Fn(&ClusterSettings, &RepositoryPlace, &EncryptedStore) -> Result<()>,
@@ -68,12 +69,12 @@ fn each(
     let mut unreachable = None;
     for cluster in &settings.clusters {
         for place in cluster.repository.each() {
-            // Refuses a place that is not the repository any more: a new data key would be written
-            // there.
+            // Refuses a place that is not the repository any more, because a new data key would be
+            // written there.
             let opened = Repository::open_known_place(cluster, &place);
             match opened.and_then(|opened| opened.identity()) {
                 Ok(_) => {}
-                // The other places do not wait for one that is away.
+                // A place that is offline does not block the others.
                 Err(error) if error.is_transient() => {
                     encrypted = true;
                     output::error_line(&format!(

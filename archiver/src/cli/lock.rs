@@ -1,6 +1,8 @@
-//! `wal-archiver lock extend`: what the kept backups need stays locked, in buckets with Object Lock; by hand or by a timer.
+//! `wal-archiver lock extend`: extends the locks on what the kept backups need, in buckets with
+//! Object Lock. Run by an operator or a timer.
 //!
-//! What is needed says [`locks`](crate::locks), which the daemon does by itself where `lock_days` is set.
+//! [`locks`](crate::locks) decides what is needed. With `lock_days`, the daemon runs it
+//! automatically.
 
 use jiff::{SignedDuration, Timestamp};
 use repository::{

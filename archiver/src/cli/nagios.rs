@@ -1,6 +1,8 @@
-//! `wal-archiver status --nagios`: one line, performance data, and the exit code that Nagios and Icinga know.
+//! `wal-archiver status --nagios`: one line, performance data, and an exit code for Nagios and
+//! Icinga.
 //!
-//! The exit codes are theirs: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN. No daemon is CRITICAL: nothing is archived.
+//! The exit codes are those of Nagios: 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN. If no daemon runs,
+//! nothing is archived, and the result is CRITICAL.
 
 use repository::config::Settings;
 use serde_json::Value;
@@ -8,7 +10,8 @@ use serde_json::Value;
 use super::{daemon, output};
 use crate::error::{Error, Result};
 
-/// What Nagios knows, by its exit code; the order in which several are joined is that of [`Level::rank`].
+/// A Nagios state, with its exit code. [`Level::rank`] is the order for choosing the worst of
+/// several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Level {
     Ok = 0,
@@ -83,7 +86,7 @@ pub(super) fn nagios(settings: &Settings) -> Result<()> {
             }
         }
     }
-    // A bar would begin the performance data, a line break the long output.
+    // `|` would begin the performance data, and a line break the long output.
     let text = texts
         .join("; ")
         .replace('|', "/")
@@ -99,7 +102,8 @@ pub(super) fn nagios(settings: &Settings) -> Result<()> {
     }
 }
 
-/// `'name'=value;warning;critical;minimum`; `U` is Nagios's unknown.
+/// Returns performance data, `'name'=value;warning;critical;minimum`. `U` is Nagios's unknown
+/// value.
 fn performance(cluster: &str, report: &Value) -> String {
     let number = |pointer: &str| match report.pointer(pointer).and_then(Value::as_f64) {
         Some(number) => format!("{number}"),

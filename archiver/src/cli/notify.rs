@@ -1,4 +1,5 @@
-//! `wal-archiver notify test`: tells every configured receiver, and says of each whether it took it.
+//! `wal-archiver notify test`: sends a test to every configured receiver, and prints whether each
+//! accepted it.
 
 use repository::config::Settings;
 
@@ -21,7 +22,7 @@ pub(super) fn test(settings: &Settings) -> Result<()> {
         let mut notification = Notification::test();
         let sent = runtime.block_on(async {
             notifications::send(target, &notification).await?;
-            // What was begun is ended, so that no incident stays open.
+            // Resolve the test alert, so that no incident stays open.
             notification.fires = false;
             notifications::send(target, &notification).await
         });

@@ -1,18 +1,18 @@
-//! The only place that writes to standard output. A reader that went away (`| head`) is no error.
+//! The only module that writes to standard output. A closed pipe (`| head`) is not an error.
 
 use std::io::{self, Write};
 
-/// One line on standard output.
+/// Writes a line to standard output.
 pub(super) fn line(text: &str) {
     drop(writeln!(io::stdout(), "{text}"));
 }
 
-/// One line on standard error, for what stopped the program.
+/// Writes an error as a line to standard error.
 pub(super) fn error_line(text: &str) {
     drop(writeln!(io::stderr(), "wal-archiver: {text}"));
 }
 
-/// One JSON document on standard output.
+/// Writes a JSON document to standard output.
 pub(super) fn json<T: serde::Serialize>(document: &T) {
     match serde_json::to_string_pretty(document) {
         Ok(text) => line(&text),
@@ -20,7 +20,7 @@ pub(super) fn json<T: serde::Serialize>(document: &T) {
     }
 }
 
-/// A count of bytes as people read it.
+/// Formats a number of bytes for users.
 pub(super) fn bytes(count: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut unit = 0;

@@ -1,6 +1,6 @@
 //! `wal-archiver run`: the daemon.
 //!
-//! Only its runtime; everything else is in [`daemon`].
+//! This module contains only its runtime; everything else is in [`daemon`].
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -9,14 +9,14 @@ use repository::config::{CommonArgs, Settings};
 use super::runtime;
 use crate::{daemon, error::Result};
 
-/// The time for which what was begun beside the clusters may take to end.
+/// The time that background work has to end.
 const LAST_LOOKS: Duration = Duration::from_secs(3);
 
 pub(super) fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>) -> Result<()> {
     let runtime = runtime()?;
     let outcome = runtime.block_on(daemon::run(args, settings, http));
-    // Whoever still looks at the catalog would do so while RocksDB's own statics are taken down, and crash; a request of a
-    // store that hangs must not keep a drained daemon alive.
+    // A thread that still reads the catalog while RocksDB's statics are destroyed would crash. A
+    // request to a store that hangs must not keep a drained daemon running.
     runtime.shutdown_timeout(LAST_LOOKS);
     outcome
 }

@@ -1,4 +1,5 @@
-//! `wal-archiver status`: asks the running daemon; where none answers, looks into repository, catalog and spool itself.
+//! `wal-archiver status`: queries the running daemon. If none answers, reads the repository, the
+//! catalog and the spool.
 
 use catalog::Catalog;
 use repository::{
@@ -39,7 +40,7 @@ pub(super) fn status(settings: &Settings, json: bool) -> Result<()> {
     Ok(())
 }
 
-/// What is found without a daemon.
+/// The state found without a daemon.
 #[derive(Debug, Serialize)]
 struct Stored {
     cluster: ClusterName,

@@ -14,9 +14,10 @@ use crate::{
     verify::{self, Findings, repair},
 };
 
-/// Problems that an outcome names; the output has them all.
+/// The maximum number of problems in an outcome. The output contains all of them.
 const DAMAGED_MAX: usize = 1000;
-/// Rounds of a repair: an identity, a description and its parts are three.
+/// The maximum number of repair rounds. An identity, a backup's description and its parts need
+/// three.
 const REPAIRS_MAX: u32 = 4;
 
 pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()> {
@@ -31,8 +32,8 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
             repair::repair_keys(&cluster.name, &located, &say)?;
         }
         let (system, mut findings) = verify::examine_all(&located, &places, deep)?;
-        // Again, because the parts that a damaged description of a backup lists are read only when
-        // it is intact.
+        // Repeated, because the parts that a backup's description lists can be read only when the
+        // description is intact.
         for _ in 0..REPAIRS_MAX {
             if !repair || repair::repair(&places, &findings, &say)? == 0 {
                 break;
@@ -59,8 +60,8 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
     }
 }
 
-/// Opens each place of a cluster. One of several that cannot be reached does not keep the others from
-/// being examined: it is named, and its error is returned beside them.
+/// Opens each place of a cluster. If one of several cannot be reached, it is printed, the others
+/// are examined, and its error is returned with them.
 fn reachable(
     cluster: &ClusterSettings,
     say: &dyn Fn(&str),
@@ -90,8 +91,8 @@ fn reachable(
     }
 }
 
-/// Leaves the verdict in each place, for the dashboard. A user without the right to write can still
-/// verify.
+/// Stores the verdict in each place, for the dashboard. A user without permission to write can
+/// still verify.
 fn record(
     settings: &ClusterSettings,
     places: &[Repository],

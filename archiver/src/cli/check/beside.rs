@@ -1,5 +1,5 @@
-//! What `check` looks at beside the stream itself: the server's room for us, both clocks, base backups, the dashboard.
-//! Nothing here changes anything.
+//! The checks of everything except the stream: the server's free slots and walsenders, both clocks,
+//! base backups, the dashboard. Changes nothing.
 
 use repository::{
     ExitKind, Repository,
@@ -16,8 +16,8 @@ use crate::{
     report::words,
 };
 
-/// The limit on open files against what the configured clusters need. The daemon's own limit may be
-/// another one: systemd and a shell set their own.
+/// Compares the limit on open files with what the configured clusters need. The daemon's limit may
+/// be another one, because systemd and a shell set their own.
 pub(super) fn descriptors(clusters: usize, report: &mut Report) {
     let (limit, needed) = (Limit::now(), needed(clusters));
     let found = format!(
@@ -40,7 +40,7 @@ pub(super) fn descriptors(clusters: usize, report: &mut Report) {
     }
 }
 
-/// Checks whether there is a walsender and a slot to be had, and what the server's clock says.
+/// Checks that a walsender and a slot are available, and compares the server's clock with ours.
 pub(super) async fn server(
     sql: &mut ReplicationClient,
     slot: &str,
@@ -91,11 +91,11 @@ pub(super) async fn server(
     Ok(())
 }
 
-/// Checks whether there is a base backup, and whether it is young enough.
+/// Checks that there is a base backup, and that it is recent enough.
 pub(super) fn backups(cluster: &ClusterSettings, report: &mut Report) {
     let what = "base backup";
     let age = match newest(cluster) {
-        // That the repository cannot be reached was said before.
+        // An earlier check has reported that the repository cannot be reached.
         Err(_) => return,
         Ok(None) => {
             let remedy = "none yet, so nothing can be restored; run `wal-archiver backup` while `wal-archiver run` runs";
@@ -113,7 +113,8 @@ pub(super) fn backups(cluster: &ClusterSettings, report: &mut Report) {
     }
 }
 
-/// What is kept where: that nothing is said means for ever, and a disk has an end.
+/// Reports the retention of each repository. Without one, everything is kept for ever, and the disk
+/// becomes full.
 pub(super) fn retention(cluster: &ClusterSettings, report: &mut Report) {
     for place in cluster.repository.each() {
         let what = match cluster.repository.others.is_empty() {
@@ -130,7 +131,7 @@ pub(super) fn retention(cluster: &ClusterSettings, report: &mut Report) {
     }
 }
 
-/// When the newest backup was begun: its name says it.
+/// Returns the time at which the newest backup began, from its name.
 fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> {
     let repository = Repository::open_known(cluster)?;
     let Some(identity) = repository.identity()? else {
@@ -148,7 +149,7 @@ fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> 
     Ok(begun.max())
 }
 
-/// Checks whether the daemon answers, and how long its certificate lasts.
+/// Checks that the daemon answers, and when its certificate expires.
 pub(super) fn dashboard(settings: &Settings, report: &mut Report) {
     output::line("this host");
     let address = settings.http;

@@ -1,7 +1,8 @@
-//! Whether the spool's file system keeps what an fsync was told.
+//! Checks that the spool's file system keeps fsynced data after a power loss.
 //!
-//! ext4 without a journal does not: a file's new length, or its name in a directory, may be gone after a power loss although
-//! fdatasync and the directory's fsync returned, and `e2fsck` then cuts the file. What is acknowledged is only as durable as that.
+//! ext4 without a journal does not. A file's new length, or its name in a directory, may be lost
+//! after a power loss although fdatasync and the directory's fsync returned, and `e2fsck` then
+//! truncates the file. Acknowledged WAL is only as durable as the file system.
 
 use std::{
     fs,
@@ -11,7 +12,7 @@ use std::{
 
 use super::Report;
 
-/// Says it where the spool lies on such a one.
+/// Reports a spool on ext4 without a journal.
 pub(super) fn journal(directory: &Path, report: &mut Report) {
     let Some(existing) = directory.ancestors().find(|path| path.is_dir()) else {
         return;
@@ -36,14 +37,14 @@ pub(super) fn journal(directory: &Path, report: &mut Report) {
     }
 }
 
-/// The kernel's name of a block device, as `/proc/fs/ext4` has it.
+/// Returns the kernel's name of a block device, as used in `/proc/fs/ext4`.
 fn device_name(device: u64) -> Option<String> {
     let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
     let link = fs::read_link(PathBuf::from(format!("/sys/dev/block/{major}:{minor}"))).ok()?;
     Some(link.file_name()?.to_str()?.to_owned())
 }
 
-/// A journal has a mode, which is shown among the options of the mount.
+/// Returns true if the mount options contain a journal mode, which only a journal has.
 fn has_journal(options: &str) -> bool {
     options.lines().any(|option| option.starts_with("data="))
 }
