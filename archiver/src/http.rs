@@ -1,8 +1,9 @@
-//! Serves what is known over HTTP: the page, the API, the metrics, the live stream, the two health routes.
+//! Serves the page, the API, the metrics, the live stream and the two health routes over HTTP.
 //!
-//! Every answer is made from what the daemon already holds: a request touches neither the store nor PostgreSQL, so
-//! `/readyz` and `/metrics` keep answering when those are down, which is when they are needed. Strangers, slow clients
-//! and idle connections are bounded here and nowhere near the stages.
+//! Every answer is made from the daemon's memory and the catalog on this host. A request reaches
+//! neither the store nor PostgreSQL, so `/readyz` and `/metrics` keep answering while those are
+//! down. Unauthorized clients, slow clients and idle connections are limited here, separate from
+//! the stages.
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -34,17 +35,17 @@ mod page;
 mod routes;
 mod tls;
 
-/// Where the answers come from.
+/// The sources of the answers.
 #[derive(Clone)]
 pub struct Sources {
-    /// One call makes all reports, from memory.
+    /// Returns all reports, from memory.
     pub reports: Arc<dyn Fn() -> Vec<ClusterReport> + Send + Sync>,
-    /// Numbers over time, events, the live stream.
+    /// Time series, events, the live stream.
     pub monitor: Arc<Monitor>,
-    /// The process's measurements.
+    /// The measurements of this process.
     pub instruments: Instruments,
     access: Arc<Access>,
-    /// One base backup at a time is asked for over HTTP.
+    /// Limits base backups requested over HTTP to one at a time.
     backups: Arc<Semaphore>,
 }
 
@@ -55,7 +56,7 @@ impl std::fmt::Debug for Sources {
 }
 
 impl Sources {
-    /// Answers from `monitor`, for those whom `access` lets in.
+    /// Creates sources that answer from `monitor`, for clients that `access` admits.
     #[must_use]
     pub fn new(monitor: Arc<Monitor>, instruments: Instruments, access: &HttpAccess) -> Self {
         let of = Arc::clone(&monitor);
@@ -69,45 +70,46 @@ impl Sources {
     }
 }
 
-/// The time for which a client may take to send its request's head, or to finish TLS's handshake.
+/// The time for which a client may take to send the head of its request, or to finish the TLS
+/// handshake.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
-/// The time for which one connection may last: also the limit for a client that does not read its
-/// answer.
+/// The maximum lifetime of a connection. It also limits a client that does not read its answer.
 const CONNECTION_MAX: Duration = Duration::from_secs(600);
-/// The interval at which the certificate's files are looked at.
+/// The interval at which the certificate's files are checked for changes.
 const CERTIFICATE_POLL: Duration = Duration::from_secs(2);
-/// What a request's head may be.
+/// The maximum size of a request's head.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 
-/// Why HTTP could not be served.
+/// The reason why HTTP cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
-    /// The address can be reached from other hosts and nothing would keep strangers out.
+    /// The address can be reached from other hosts, and no token is required.
     #[error(
         "refusing to serve HTTP on {address}: it can be reached from other hosts and no access token is set; \
          set http_token_file (or TIDEMARK_HTTP_TOKEN), or bind 127.0.0.1"
     )]
     Public {
-        /// The address asked for.
+        /// The requested address.
         address: SocketAddr,
     },
     /// The address could not be bound.
     #[error("serve HTTP on {address}: {source}; choose another with --http ADDR:PORT")]
     Bind {
-        /// The address asked for.
+        /// The requested address.
         address: SocketAddr,
-        /// What the system said.
+        /// The operating system's error.
         source: io::Error,
     },
-    /// The certificate or its key cannot be used.
+    /// The certificate or its key is not usable.
     #[error("serve HTTPS: {problem}; mend http_tls_certificate and http_tls_key")]
     Tls {
-        /// Which file, and what is wrong with it.
+        /// The file and its problem.
         problem: String,
     },
 }
 
-/// A bound server, so that a taken port is an error of the start and not of a background task.
+/// A bound server. Binding is separate, so that a port in use is an error at the start and not one
+/// of a background task.
 #[derive(Debug)]
 pub struct HttpServer {
     listener: TcpListener,
@@ -118,12 +120,12 @@ pub struct HttpServer {
 /// Checks the settings without binding the address.
 ///
 /// # Errors
-/// As [`HttpServer::bind`], but for [`HttpError::Bind`].
+/// As [`HttpServer::bind`], except [`HttpError::Bind`].
 pub(crate) fn check(address: SocketAddr, access: &HttpAccess) -> Result<(), HttpError> {
     checked(address, access).map(drop)
 }
 
-/// Returns the certificate and its key, if settings that can be used have one.
+/// Checks the settings. Returns the certificate and its key, if there are any.
 fn checked(address: SocketAddr, access: &HttpAccess) -> Result<Option<Arc<TlsFiles>>, HttpError> {
     if !address.ip().is_loopback() && !access.is_guarded() {
         return Err(HttpError::Public { address });
@@ -141,9 +143,8 @@ impl HttpServer {
     /// Binds `address`.
     ///
     /// # Errors
-    /// [`HttpError::Public`] for an address that is not a loopback one without a token,
-    /// [`HttpError::Tls`] for files that cannot be used, [`HttpError::Bind`] when the system
-    /// refuses.
+    /// [`HttpError::Public`] for an address that is not a loopback address, without a token;
+    /// [`HttpError::Tls`] for files that are not usable; [`HttpError::Bind`] if the system refuses.
     pub async fn bind(address: SocketAddr, access: &HttpAccess) -> Result<Self, HttpError> {
         let tls = checked(address, access)?;
         if !address.ip().is_loopback() && tls.is_none() {
@@ -159,7 +160,7 @@ impl HttpServer {
         })
     }
 
-    /// The address that was bound, with the port the system chose where 0 was asked for.
+    /// The bound address. If port 0 was requested, it contains the port that the system chose.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -181,7 +182,7 @@ impl HttpServer {
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    // Out of file descriptors, most likely: waiting lets connections end.
+                    // Probably no file descriptor is free. Connections that end free some.
                     tracing::warn!(error = %error, "accept an HTTP connection");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
@@ -205,10 +206,10 @@ impl HttpServer {
     }
 }
 
-/// When the certificate in these files ends.
+/// Returns the expiry time of the certificate in these files.
 ///
 /// # Errors
-/// Why they cannot be used, in words.
+/// The reason why they are not usable, as text.
 pub(crate) fn tls_expiry(
     certificate: &std::path::Path,
     key: &std::path::Path,

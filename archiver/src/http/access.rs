@@ -1,7 +1,7 @@
-//! Who asks, and what they may do: bearer tokens for programs, a session cookie for browsers.
+//! Authenticates clients: bearer tokens for programs, a session cookie for browsers.
 //!
-//! Tokens and cookies are compared as SHA-256 sums, so that the time of a comparison says nothing about them; neither is
-//! ever part of an answer or a log line.
+//! Tokens and cookies are compared by their SHA-256 checksums, so that the time of a comparison
+//! reveals nothing about them. Neither ever appears in an answer or a log line.
 
 use std::{
     collections::VecDeque,
@@ -16,23 +16,23 @@ use hyper::{
 use repository::config::HttpAccess;
 use sha2::{Digest, Sha256};
 
-/// The time for which a login lasts.
+/// The lifetime of a login.
 const SESSION: Duration = Duration::from_secs(12 * 3600);
-/// Logins at once; the oldest goes.
+/// The maximum number of logins. Beyond it, the oldest login ends.
 const SESSIONS_MAX: usize = 1000;
 
 type Sum = [u8; 32];
 
-/// What somebody may do.
+/// The permissions of a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Role {
-    /// Look.
+    /// May read.
     Read,
-    /// Ask for a base backup or a test notification too.
+    /// May also request a base backup or a test notification.
     Operate,
 }
 
-/// The guard.
+/// The tokens and the sessions.
 #[derive(Debug)]
 pub(super) struct Access {
     tokens: Vec<(Sum, Role)>,
@@ -54,12 +54,12 @@ impl Access {
         }
     }
 
-    /// Returns true if strangers are kept out.
+    /// Returns true if a token is required.
     pub(super) fn is_guarded(&self) -> bool {
         !self.tokens.is_empty()
     }
 
-    /// What the sender of these headers may do; `None` for a stranger.
+    /// Returns the role of a request with these headers. `None` if it is not authenticated.
     pub(super) fn role(&self, headers: &HeaderMap) -> Option<Role> {
         if !self.is_guarded() {
             return Some(Role::Read);
@@ -81,12 +81,12 @@ impl Access {
             .map(|(_, role, _)| *role)
     }
 
-    /// Returns true if a request that changes something comes from a program or from a page of
-    /// ours, and not from another site's page in a browser that is logged in here.
+    /// Returns true if a request that changes something comes from a program or from one of our
+    /// pages, and not from another site's page in a browser that is logged in here.
     ///
-    /// A browser sends `Sec-Fetch-Site` to HTTPS and loopback addresses, and no page can set it.
-    /// Where it is absent, `Origin` has to name the host that was asked. A request with neither
-    /// was not sent by a browser's page.
+    /// A browser sends `Sec-Fetch-Site` to HTTPS and loopback addresses, and no page can set it. If
+    /// it is absent, `Origin` must name the requested host. A request with neither was not sent by
+    /// a browser's page.
     pub(super) fn is_own_request(headers: &HeaderMap) -> bool {
         if headers.contains_key(AUTHORIZATION) {
             return true;
@@ -104,7 +104,7 @@ impl Access {
         }
     }
 
-    /// The role of a token.
+    /// Returns the role of a token.
     pub(super) fn token(&self, token: &str) -> Option<Role> {
         let sum = sum(token);
         self.tokens
@@ -113,7 +113,7 @@ impl Access {
             .map(|(_, role)| *role)
     }
 
-    /// Begins a session; its `Set-Cookie`.
+    /// Begins a session. Returns its `Set-Cookie` header, or `None` without random numbers.
     pub(super) fn log_in(&self, role: Role) -> Option<String> {
         let mut chance = [0; 32];
         let provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -127,7 +127,7 @@ impl Access {
         Some(self.cookie(&cookie, SESSION.as_secs()))
     }
 
-    /// Ends the session of these headers; the `Set-Cookie` that removes it.
+    /// Ends the session of these headers. Returns the `Set-Cookie` header that removes the cookie.
     pub(super) fn log_out(&self, headers: &HeaderMap) -> String {
         if let Some(cookie) = session_cookie(headers) {
             let session = sum(cookie);
@@ -138,8 +138,8 @@ impl Access {
     }
 
     fn cookie(&self, value: &str, seconds: u64) -> String {
-        // `Lax`, so that a link in an alert opens the page of a browser that is logged in. Requests
-        // that change something are guarded by `is_own_request`.
+        // `Lax`, so that a link in an alert opens the page in a browser that is logged in.
+        // `is_own_request` protects requests that change something.
         let secure = if self.secure { "; Secure" } else { "" };
         format!("{COOKIE_NAME}={value}; Path=/; HttpOnly; SameSite=Lax; Max-Age={seconds}{secure}")
     }

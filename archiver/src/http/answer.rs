@@ -1,4 +1,4 @@
-//! Responses: their headers, problem documents, and the body that is either whole or live.
+//! Responses: headers, problem documents, and bodies that are complete or live.
 
 use std::{
     convert::Infallible,
@@ -25,12 +25,12 @@ pub(super) const TEXT: &str = "text/plain; charset=utf-8";
 const CSP: &str = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; \
                    base-uri 'none'; form-action 'self'; frame-ancestors 'none'";
 
-/// A body.
+/// The body of a response.
 #[derive(Debug)]
 pub(super) enum Content {
-    /// Known when the answer begins.
+    /// A body that is complete when the answer begins.
     Whole(Full<Bytes>),
-    /// Goes on until one side ends.
+    /// A body that continues until either side ends it.
     Live {
         messages: mpsc::Receiver<Bytes>,
         /// Held so that the connection does not count as idle.
@@ -108,7 +108,7 @@ pub(super) fn json<T: Serialize>(status: StatusCode, value: &T) -> Answer {
     }
 }
 
-/// An RFC 9457 problem document.
+/// Makes an RFC 9457 problem document.
 pub(super) fn problem(status: StatusCode, detail: &str) -> Answer {
     let title = status.canonical_reason().unwrap_or("error");
     let body = serde_json::json!({

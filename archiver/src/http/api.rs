@@ -1,4 +1,4 @@
-//! The routes below one cluster that are more than its report: series, events, backups, drills, locate.
+//! The API routes below one cluster, except its report: series, events, backups, drills, locate.
 
 use std::sync::Arc;
 
@@ -19,7 +19,8 @@ use crate::{
     report::ClusterReport,
 };
 
-/// A query's pairs, percent-decoded. A name that is not in `known` is an error: a mistyped limit must not be ignored.
+/// Returns a query's pairs, percent-decoded. A name that is not in `known` is an error, so that a
+/// mistyped limit is not ignored.
 pub(super) fn parameters(query: &str, known: &[&str]) -> Result<Vec<(String, String)>, String> {
     query
         .split('&')
@@ -39,7 +40,7 @@ pub(super) fn parameters(query: &str, known: &[&str]) -> Result<Vec<(String, Str
         .collect()
 }
 
-/// `+` and `%XX`; what is no such escape stays as it is.
+/// Decodes `+` and `%XX`. An invalid escape is kept as it is.
 pub(super) fn decode(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
@@ -60,7 +61,8 @@ pub(super) fn decode(text: &str) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// An instant: RFC 3339, what a browser's date field sends (UTC), or seconds of the Unix epoch.
+/// Parses a time: RFC 3339, the format of a browser's date field (in UTC), or seconds of the Unix
+/// epoch.
 pub(super) fn instant(text: &str) -> Option<Timestamp> {
     if let Ok(seconds) = text.parse::<i64>() {
         return Timestamp::from_second(seconds).ok();
@@ -177,13 +179,13 @@ pub(super) fn drills(cluster: &Watched) -> Answer {
     )
 }
 
-/// A list, and how to get its first entry while it is empty.
+/// Makes a list. If it is empty, adds how to get its first entry.
 fn listed<T: Serialize>(name: &str, entries: &[T], hint: &str) -> serde_json::Value {
     let hint = entries.is_empty().then_some(hint);
     object!({ "schema": "v1", name: entries, "hint": hint })
 }
 
-/// The nearest commits, from the catalog on this host.
+/// Returns the commits nearest to a time, from the catalog on this host.
 pub(super) async fn nearest(cluster: &Watched, time: Timestamp) -> Result<window::Located, String> {
     let archive = cluster
         .status()
@@ -223,7 +225,7 @@ pub(super) async fn locate(cluster: &Watched, query: &str) -> Answer {
     }
 }
 
-/// The command that restores to a commit.
+/// Returns the command that restores to a commit.
 pub(super) fn restore_command(cluster: &Watched, flags: &str) -> String {
     let settings = cluster.settings();
     format!(

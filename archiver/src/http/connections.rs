@@ -1,4 +1,5 @@
-//! At most so many connections at once, and a newcomer is never kept out by idle ones: the oldest idle one goes for it.
+//! Limits the number of connections. Idle connections never keep a new one out: the oldest idle one
+//! is closed for it.
 
 use std::{
     collections::VecDeque,
@@ -10,14 +11,14 @@ use std::{
 
 use tokio::task::AbortHandle;
 
-/// Connections at once; each costs a few KiB.
+/// The maximum number of connections. Each one uses a few KiB.
 const CONNECTIONS_MAX: usize = 512;
 
-/// How many requests of a connection are being answered.
+/// The number of a connection's requests that are being answered.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Busy(Arc<AtomicUsize>);
 
-/// Held while a request is answered.
+/// Counts a request until it is dropped.
 #[derive(Debug)]
 pub(super) struct BusyGuard(Arc<AtomicUsize>);
 
@@ -49,7 +50,7 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    /// Makes room for one more; whether there is room.
+    /// Closes an idle connection if all are in use. Returns whether another connection is possible.
     pub(super) fn make_room(&self) -> bool {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if open.len() < CONNECTIONS_MAX {
@@ -67,21 +68,21 @@ impl Connections {
         }
     }
 
-    /// Numbers a connection.
+    /// Returns the number of a new connection.
     pub(super) fn number(&self) -> u64 {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// A connection is served by `task`.
+    /// Adds a connection that `task` serves.
     pub(super) fn opened(&self, number: u64, busy: Busy, task: AbortHandle) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        // It may have ended before it could be entered.
+        // The task may already have ended.
         if !task.is_finished() {
             open.push_back(Open { number, busy, task });
         }
     }
 
-    /// A connection has ended.
+    /// Removes a connection that has ended.
     pub(super) fn closed(&self, number: u64) {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|one| one.number != number && !one.task.is_finished());

@@ -1,4 +1,5 @@
-//! `…/health?max_rpo=&max_backup_age=&max_drill_age=`: 200 or 503 with reasons, for probes that know no JSON.
+//! `…/health?max_rpo=&max_backup_age=&max_drill_age=`: answers 200, or 503 with reasons, for probes
+//! that cannot parse JSON.
 
 use hyper::StatusCode;
 use serde::Serialize;
@@ -22,8 +23,7 @@ impl Verdict {
     }
 }
 
-/// A query that the route does not understand: answering 200 to it would be a light that cannot
-/// turn red.
+/// An invalid query. With an answer of 200, a probe with a mistyped limit could never fail.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum QueryError {
     #[error("unknown parameter \"{0}\"; known are max_rpo, max_backup_age and max_drill_age")]
@@ -32,7 +32,7 @@ pub(super) enum QueryError {
     Duration { name: String, value: String },
 }
 
-/// Compares `report` with the limits in `query`. A number that is not known fails its limit.
+/// Compares `report` with the limits in `query`. An unknown value exceeds its limit.
 pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, QueryError> {
     let mut reasons = Vec::new();
     if matches!(report.state, State::Broken) {
@@ -84,7 +84,7 @@ pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, Quer
     })
 }
 
-/// `30s`, `500ms`, `5min`, `26h`, `8d` or plain seconds.
+/// Parses a duration: `30s`, `500ms`, `5min`, `26h`, `8d` or plain seconds.
 fn seconds(text: &str) -> Option<f64> {
     let digits = text
         .find(|c: char| !c.is_ascii_digit() && c != '.')

@@ -1,8 +1,8 @@
-//! `/api/v1/events/stream`: server-sent events: `status` of each cluster every second, `alert` and `event` when they
-//! happen.
+//! `/api/v1/events/stream`: server-sent events. Sends `status` of each cluster every second, and
+//! `alert` and `event` when they happen.
 //!
-//! A reader that is too slow misses messages; it never makes anybody wait. The stream ends after a while: browsers come
-//! back by themselves.
+//! A slow reader misses messages, but never delays anything else. The stream ends after a while,
+//! and browsers reconnect automatically.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -22,15 +22,16 @@ use super::{
 };
 use crate::monitor::Monitor;
 
-/// Readers at once.
+/// The maximum number of readers.
 const READERS_MAX: usize = 64;
-/// Messages between us and the socket.
+/// The number of messages buffered for each socket.
 const BUFFER: usize = 16;
-/// Silence after which a comment is sent, so that proxies keep the connection.
+/// The time without a message after which a comment is sent, so that proxies keep the connection
+/// open.
 const PING: Duration = Duration::from_secs(15);
-/// A reader that takes nothing for so long is gone.
+/// The time after which a reader that accepts no data counts as gone.
 const STUCK: Duration = Duration::from_secs(20);
-/// The time for which one stream lasts.
+/// The lifetime of a stream.
 const LIFETIME: Duration = Duration::from_secs(540);
 
 static READERS: AtomicUsize = AtomicUsize::new(0);

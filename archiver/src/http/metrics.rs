@@ -1,4 +1,5 @@
-//! `/metrics`: the reports as Prometheus text. Every metric has a sample from the start; unknown is `NaN`, never 0.
+//! `/metrics`: the reports as Prometheus text. Every metric has a sample from the start. An unknown
+//! value is `NaN`, never 0.
 
 use std::sync::atomic::AtomicU64;
 
@@ -18,7 +19,7 @@ use crate::{
 /// The text format of `OpenMetrics`.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Why a stream is begun anew, as the supervisor counts it.
+/// Reasons for reconnects that have a sample from the start. The supervisor counts them.
 const RECONNECT_REASONS: [&str; 11] = [
     "connection",
     "damaged_record",
@@ -32,7 +33,7 @@ const RECONNECT_REASONS: [&str; 11] = [
     "slot_in_use",
     "spool_full",
 ];
-/// What of the pipeline failed at the repository.
+/// Repository operations that have a sample from the start.
 const REPOSITORY_OPERATIONS: [&str; 2] = ["seal", "tail"];
 
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
@@ -54,7 +55,7 @@ pub(super) fn render(reports: &[ClusterReport], instruments: &Instruments) -> St
     let mut text = String::new();
     match encode(&mut text, &page.registry) {
         Ok(()) => text,
-        // Writing to a String does not fail; an empty answer would look like "no clusters".
+        // Writing to a String does not fail. An empty answer would look like "no clusters".
         Err(error) => format!("# encoding failed: {error}\n"),
     }
 }
@@ -64,7 +65,7 @@ struct Page<'a> {
     reports: &'a [ClusterReport],
 }
 
-/// A family's samples of one cluster: label pairs beside `cluster`, and the value.
+/// A family's samples of one cluster: labels in addition to `cluster`, and the value.
 type Samples<V> = Vec<(Labels, V)>;
 
 impl Page<'_> {
@@ -90,7 +91,7 @@ impl Page<'_> {
         self.gauges(name, help, |report| vec![(Vec::new(), value(report))]);
     }
 
-    /// `name` without `_total`, which the encoder appends.
+    /// Registers a counter. `name` lacks `_total`, which the encoder appends.
     fn counter(
         &mut self,
         name: &str,
@@ -183,7 +184,7 @@ impl Page<'_> {
 
     fn durations(&mut self, instruments: &Instruments) {
         for report in self.reports {
-            // A sample from the start, even before the first fsync or put.
+            // Creates a sample from the start, even before the first fsync or put.
             drop(instruments.flush_duration(&report.cluster));
             drop(instruments.repository_request(&report.cluster, "put", "ok"));
         }

@@ -1,8 +1,9 @@
-//! The pages for people, rendered here so that they read without JavaScript; `app.js` only keeps them fresh and moves the
-//! picker.
+//! The HTML pages. They are rendered here, so that they are readable without JavaScript. `app.js`
+//! only updates them and moves the picker.
 //!
-//! Elements marked `data-live` have an id and are replaced by their newer selves; what a person may be typing in is not
-//! marked. Invariant: every text that comes from outside goes through [`format::escape`].
+//! Elements marked `data-live` have an id and are replaced by newer versions. Elements in which a
+//! user may be typing are not marked. Invariant: every text from outside goes through
+//! [`format::escape`].
 
 use std::{fmt::Write as _, sync::Arc};
 
@@ -24,14 +25,15 @@ mod tables;
 
 pub(super) use self::{chart::Range, fleet::fleet};
 
-/// Served beside the page: the content security policy allows nothing inline.
+/// The style sheet, served as a separate file because the content security policy allows nothing
+/// inline.
 pub(super) const STYLE: &str = include_str!("page/style.css");
 /// The page's script.
 pub(super) const SCRIPT: &str = include_str!("page/app.js");
 /// The page's icon.
 pub(super) const ICON: &str = include_str!("page/icon.svg");
 
-/// What the page of one cluster shows.
+/// The content of the page of one cluster.
 pub(super) struct View<'a> {
     pub(super) report: &'a ClusterReport,
     pub(super) cluster: &'a Watched,
@@ -42,7 +44,7 @@ pub(super) struct View<'a> {
     pub(super) guarded: bool,
 }
 
-/// The page of one cluster.
+/// Renders the page of one cluster.
 pub(super) fn cluster(view: &View<'_>) -> String {
     let report = view.report;
     let mut body = String::new();
@@ -67,17 +69,17 @@ pub(super) fn cluster(view: &View<'_>) -> String {
     )
 }
 
-/// When a browser loads a page again by itself.
+/// The times at which a browser reloads a page automatically.
 #[derive(Clone, Copy, Debug)]
 enum Refresh {
-    /// Every five seconds where scripts are off.
+    /// Every five seconds if scripts are disabled.
     WithoutScript,
     Never,
 }
 
-/// The frame around every page.
+/// Renders the frame around every page.
 fn document(title: &str, attributes: &str, body: &str, guarded: bool, refresh: Refresh) -> String {
-    // A page with a form to fill in is never loaded again while somebody types.
+    // A page with a form is never reloaded, because a user may be typing.
     let refresh = match refresh {
         Refresh::WithoutScript => {
             "<noscript><meta http-equiv=\"refresh\" content=\"5\"></noscript>"
@@ -104,7 +106,7 @@ fn document(title: &str, attributes: &str, body: &str, guarded: bool, refresh: R
     )
 }
 
-/// The form for a token.
+/// Renders the login form.
 pub(super) fn login(failed: bool) -> String {
     let wrong = if failed {
         "<p class=\"error\" role=\"alert\">This token is not known.</p>"
@@ -120,7 +122,7 @@ pub(super) fn login(failed: bool) -> String {
     document("Log in · Tidemark", "", &body, false, Refresh::Never)
 }
 
-/// A state's shape and word: it is never told by colour alone.
+/// Returns the shape and the word of a state, so that it is recognizable without colours.
 pub(super) fn badge(state: State) -> (&'static str, &'static str) {
     match state {
         State::Ok => ("●", "OK"),
@@ -293,7 +295,7 @@ fn tiles(out: &mut String, view: &View<'_>) {
     out.push_str("</dl>");
 }
 
-/// A tile: `notes` are HTML, already escaped where they need it.
+/// Renders a tile. `notes` are HTML, already escaped where needed.
 fn tile(out: &mut String, id: &str, term: &str, value: &str, notes: &[String], bad: bool) {
     let class = if bad { "tile bad" } else { "tile" };
     let notes: String = notes
@@ -307,7 +309,8 @@ fn tile(out: &mut String, id: &str, term: &str, value: &str, notes: &[String], b
     );
 }
 
-/// The page's first sentences: what is lost if the primary dies now, how long until it is back, and why.
+/// Returns the page's first sentences: what is lost if the primary fails now, how long a restore
+/// takes, and why.
 pub(crate) fn sentence(report: &ClusterReport) -> String {
     let loss = match report.durable.remote.rpo_seconds {
         _ if report.looked && report.last_backup.is_none() => {

@@ -1,4 +1,5 @@
-//! Which path is answered by what. Unknown paths and clusters are 404, other methods 405, strangers 401.
+//! Assigns requests to routes. The answer to an unknown path or cluster is 404, to another method
+//! 405, and to an unauthenticated client 401.
 
 use std::time::Duration;
 
@@ -18,17 +19,17 @@ use super::{
 };
 use crate::base_backup;
 
-/// A form with a token is far smaller.
+/// The maximum size of a body. A form with a token is far smaller.
 const BODY_BYTES_MAX: usize = 8 * 1024;
 /// The time for which a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(5);
-/// What a wrong token costs its sender.
+/// The delay of the answer to a wrong token.
 const WRONG_TOKEN_PAUSE: Duration = Duration::from_millis(300);
 
 /// Answers a request.
 ///
-/// A connection is `busy`, and not given up for a newcomer, only while an answer is made for one who may have it: a body
-/// that never comes, or a wrong token, holds no place.
+/// A connection is `busy`, and so not closed for a new one, only while an authenticated client's
+/// request is answered. A body that never arrives, or a wrong token, does not occupy a connection.
 pub(super) async fn answer<B>(request: Request<B>, sources: &Sources, busy: &Busy) -> Answer
 where
     B: hyper::body::Body + Unpin,
@@ -72,11 +73,11 @@ where
     }
 }
 
-/// What strangers may see: whether the process lives, and how to log in.
+/// Returns the routes that need no token: health, login and its files.
 fn open_to_all(path: &str) -> Option<Answer> {
     Some(match path {
-        // Both say that this process lives and serves; neither looks at the store or at PostgreSQL, so that an
-        // orchestrator does not take the archiver away exactly when it is needed.
+        // Both report that this process runs. Neither checks the store or PostgreSQL, so that an
+        // orchestrator does not stop the archiver exactly when it is needed.
         "/healthz" => respond(StatusCode::OK, TEXT, "alive\n".to_owned()),
         "/readyz" => respond(StatusCode::OK, TEXT, "ready to stream\n".to_owned()),
         "/login" => respond(StatusCode::OK, HTML, page::login(false)),
@@ -123,7 +124,7 @@ async fn get(
     read(path, query, sources).await
 }
 
-/// The routes of those who may read.
+/// Answers the routes for clients that may read.
 pub(super) async fn read(path: &str, query: &str, sources: &Sources) -> Answer {
     let reports = || (sources.reports)();
     let parts: Vec<&str> = path.split('/').skip(1).collect();

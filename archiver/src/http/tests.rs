@@ -1,4 +1,4 @@
-//! The routes without a socket, and the start without a daemon.
+//! Tests of the routes without a socket, and of the start without a daemon.
 
 use http_body_util::BodyExt;
 use hyper::{Method, Request, StatusCode, header::CONTENT_TYPE};
@@ -311,7 +311,7 @@ async fn only_the_operate_token_acts_and_no_other_site_does() {
             vec![("sec-fetch-site", "cross-site")],
             StatusCode::FORBIDDEN,
         ),
-        // A neighbour under the same domain, whose page may be anybody's.
+        // Another host of the same site, which may be controlled by somebody else.
         (
             vec![
                 ("sec-fetch-site", "same-site"),
@@ -320,7 +320,7 @@ async fn only_the_operate_token_acts_and_no_other_site_does() {
             ],
             StatusCode::FORBIDDEN,
         ),
-        // Our own pages: they get as far as the question for the token.
+        // Our own pages are accepted, and only the token is missing.
         (
             vec![("origin", "http://here"), ("host", "here")],
             StatusCode::UNAUTHORIZED,
@@ -329,7 +329,7 @@ async fn only_the_operate_token_acts_and_no_other_site_does() {
             vec![("sec-fetch-site", "same-origin"), ("origin", "null")],
             StatusCode::UNAUTHORIZED,
         ),
-        // A proxy that exchanges `Host` in front of us.
+        // A proxy in front of us that changes `Host`.
         (
             vec![
                 ("sec-fetch-site", "same-origin"),
@@ -341,7 +341,7 @@ async fn only_the_operate_token_acts_and_no_other_site_does() {
     ] {
         assert_eq!(status(&headers).await, expected, "{headers:?}");
     }
-    // Without any token everyone may look and nobody may act.
+    // Without a token, everybody may read and nobody may change anything.
     let open = self::sources();
     assert_eq!(
         ask(&open, Method::POST, path, &[], "").await.status(),

@@ -1,6 +1,6 @@
-//! HTTPS: certificate and key from two PEM files, taken up again when either changes. A file that
-//! cannot be used leaves the old pair in place and says so: a mistake at midnight must not take the
-//! dashboard away.
+//! HTTPS: certificate and key from two PEM files, which are read again when either changes. If the
+//! new files are not usable, the old pair stays in use and an error is logged, so that a mistake
+//! does not stop the dashboard.
 
 use std::{
     path::{Path, PathBuf},
@@ -13,7 +13,7 @@ use wal_format::PgTimestamp;
 
 use crate::server_certificate::{self, ServerCertificate};
 
-/// The pair in use.
+/// The certificate and key in use.
 #[derive(Debug)]
 pub(super) struct TlsFiles {
     certificate: PathBuf,
@@ -48,7 +48,7 @@ impl TlsFiles {
         TlsAcceptor::from(Arc::clone(&used.certificate.config))
     }
 
-    /// Takes up what changed; when the certificate in use ends.
+    /// Reads changed files again. Returns the expiry time of the certificate in use.
     pub(super) fn refresh(&self) -> Option<PgTimestamp> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         let stamps = [stamp(&self.certificate), stamp(&self.key)];
@@ -76,7 +76,7 @@ fn stamp(path: &Path) -> Option<SystemTime> {
 }
 
 fn load(certificate: &Path, key: &Path) -> Result<Used, String> {
-    // Before the files are read: what changes after this is seen by the next look.
+    // Taken before the files are read: the next check then sees a change that happens after this.
     let stamps = [stamp(certificate), stamp(key)];
     Ok(Used {
         certificate: server_certificate::load(certificate, key, b"http/1.1")?,

@@ -1,4 +1,5 @@
-//! RPO and throughput over 15 minutes, 24 hours and 30 days: the maximum of each bucket, and the target's line.
+//! Charts of RPO and throughput over 15 minutes, 24 hours and 30 days: the maximum of each bucket,
+//! and the RPO target.
 
 use std::fmt::Write as _;
 
@@ -8,7 +9,7 @@ use super::{
 };
 use crate::monitor::{series::Point, unix_second};
 
-/// How far back.
+/// The time range of the charts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::http) enum Range {
     Minutes15,
@@ -158,7 +159,7 @@ fn greatest(points: &[Point]) -> Option<f64> {
     known.reduce(f32::max).map(f64::from)
 }
 
-/// Runs of known buckets as steps; what is unknown is a hole and not zero.
+/// Returns runs of known buckets as steps. An unknown bucket is a hole, not zero.
 fn runs(points: &[Point], top: f64) -> Vec<Vec<(f64, f64)>> {
     let width = WIDTH / points.len().max(1) as f64;
     let mut runs = vec![Vec::new()];

@@ -1,4 +1,4 @@
-//! All clusters in one table, the worst first.
+//! The page of all clusters in one table, the worst first.
 
 use std::fmt::Write as _;
 
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::report::{ClusterReport, State};
 
-/// How bad a state is, for the order.
+/// Returns the position of a state in the order, the worst first.
 fn rank(state: State) -> u8 {
     match state {
         State::Broken => 0,
@@ -22,7 +22,7 @@ fn rank(state: State) -> u8 {
 
 pub(in crate::http) fn fleet(reports: &[ClusterReport], guarded: bool) -> String {
     let mut sorted: Vec<&ClusterReport> = reports.iter().collect();
-    // What is not known is worse than any number.
+    // An unknown RPO is worse than any number.
     let rpo = |report: &ClusterReport| report.durable.remote.rpo_seconds.unwrap_or(f64::INFINITY);
     sorted.sort_by(|one, other| {
         rank(one.state)

@@ -1,10 +1,10 @@
-//! Numbers and times as people read them, and the one escape.
+//! Numbers and times as text for users, and the only function that escapes HTML.
 
 use wal_format::PgTimestamp;
 
 pub(super) use crate::report::words::{amount, bytes, duration, seconds, span};
 
-/// Makes a text safe inside of HTML's text and attributes.
+/// Escapes text for use in HTML text and attributes.
 pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
@@ -12,7 +12,7 @@ pub(super) fn escape(text: &str) -> String {
         .replace('"', "&quot;")
 }
 
-/// Escapes, and sets what stands in backquotes as code.
+/// Escapes text, and marks parts in backquotes as code.
 pub(super) fn code(text: &str) -> String {
     let parts = escape(text);
     let mut html = String::new();
@@ -26,7 +26,7 @@ pub(super) fn code(text: &str) -> String {
     html
 }
 
-/// A time element: UTC to the second; the script adds local time on hover.
+/// Renders a time element: UTC to the second. The script adds the local time on hover.
 pub(super) fn instant(time: PgTimestamp) -> String {
     let text = time.to_jiff().map_or_else(
         || "unknown".to_owned(),

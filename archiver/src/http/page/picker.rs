@@ -1,5 +1,5 @@
-//! Restore to here: pick an instant on the strip or type it, see the commits around it, copy the command. Nothing here
-//! restores anything: the page prints, a person decides.
+//! The section "Restore to": the user selects a time on the strip or types it, sees the nearest
+//! commits, and copies the command. It does not restore anything.
 
 use std::fmt::Write as _;
 

@@ -1,5 +1,6 @@
-//! The window strip: one row per timeline, with what is held, what is missing and why, backups, drills, switches, restore
-//! points and removals. Shapes differ, so that it reads without colours; a table says the same in words.
+//! The window strip: one row per timeline, with archived WAL, gaps and their causes, backups,
+//! drills, switches, restore points and removals. The shapes differ, so that it is readable without
+//! colours. A table has the same content as text.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
@@ -11,15 +12,15 @@ use super::{
 };
 use crate::report::MarkKind;
 
-/// Height of a row, and of the axis.
+/// The heights of a row and of the axis, in pixels.
 const ROW: u32 = 46;
 const AXIS: u32 = 22;
-/// Rows that are drawn; the newest timelines.
+/// The maximum number of rows, for the newest timelines.
 const ROWS_MAX: usize = 8;
-/// Lines of the table in words.
+/// The maximum number of lines in the table.
 const WORDS_MAX: usize = 60;
 
-/// The instants between which the strip lies.
+/// The time range of the strip.
 #[derive(Clone, Copy)]
 pub(super) struct Axis {
     pub(super) from: PgTimestamp,
@@ -27,20 +28,20 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// From the first known commit or backup to now.
+    /// Returns the range from the first known commit or backup to now.
     pub(super) fn of(view: &View<'_>) -> Option<Self> {
         let ranges = view.details.ranges.iter().filter_map(|range| range.from);
         let backups = view.details.backups.iter().map(|backup| backup.started);
         let from = ranges.chain(backups).min()?;
         let to = view.report.as_of;
-        // At least a minute, so that a new archive has a width.
+        // At least a minute, so that the strip of a new archive has a width.
         (from < to).then(|| Self {
             from: from.min(PgTimestamp(to.0 - 60_000_000)),
             to,
         })
     }
 
-    /// Where a time lies, in percent.
+    /// Returns the position of a time, in percent of the width.
     fn place(self, time: PgTimestamp) -> f64 {
         (span(time, self.from) / span(self.to, self.from) * 100.0).clamp(0.0, 100.0)
     }
@@ -152,7 +153,8 @@ fn row(
         let (Some(from), Some(mut to)) = (range.from, range.to) else {
             continue;
         };
-        // The newest range reaches to where the repository was last proved complete: an idle server is not a gap.
+        // The newest range extends to the last time at which the repository was proved complete,
+        // because an idle server does not have a gap.
         let is_last =
             last.is_some_and(|last| (last.branch, last.end_lsn) == (range.branch, range.end_lsn));
         if newest == Some(timeline)
@@ -236,7 +238,7 @@ fn row(
     )
 }
 
-/// Four times along the bottom.
+/// Renders four times along the bottom.
 fn ticks(out: &mut String, axis: Axis, height: u32) -> std::fmt::Result {
     let whole = span(axis.to, axis.from);
     let pattern = if whole > 3.0 * 86_400.0 {
@@ -301,7 +303,7 @@ fn legend(out: &mut String) {
     );
 }
 
-/// The strip in words, newest first.
+/// Renders the strip's content as a table, newest first.
 fn words(out: &mut String, view: &View<'_>) -> std::fmt::Result {
     let details = &view.details;
     let mut lines: BTreeMap<(PgTimestamp, usize), String> = BTreeMap::new();

@@ -1,4 +1,4 @@
-//! The lower half of the page: where WAL waits, alerts and what to do, backups, drills, events.
+//! The lower half of the page: waiting WAL, alerts and their remedies, backups, drills, events.
 
 use std::fmt::Write as _;
 
@@ -14,11 +14,11 @@ use crate::{
     report::{ClusterReport, SlotReport},
 };
 
-/// Rows of a table on the page; the API has them all.
+/// The maximum number of rows in a table. The API has all of them.
 const ROWS_MAX: usize = 20;
 const EVENTS_MAX: usize = 30;
 
-/// Slot, spool, queue, repository.
+/// Renders the cards for slot, spool, queue and repository.
 pub(super) fn flow(out: &mut String, view: &View<'_>) {
     let report = view.report;
     let counters = &report.counters;
@@ -124,7 +124,7 @@ fn slot(slot: Option<&SlotReport>, rate: Option<f64>) -> (String, Option<f64>, V
     (time, Some(share), notes)
 }
 
-/// One place of several, with what it lacks.
+/// Describes one of several repositories, and the WAL that it lacks.
 fn place(place: &MemberState) -> String {
     let how = match (&place.error, place.queued_bytes, place.behind) {
         (Some(error), ..) => format!("<strong>✖ away</strong>: {}", escape(error)),
@@ -179,7 +179,7 @@ pub(super) fn alerts(out: &mut String, report: &ClusterReport) {
     out.push_str("</ul></section>");
 }
 
-/// A table, or how to get its first row.
+/// Renders a table. If it is empty, renders how to get its first row.
 fn table(out: &mut String, id: &str, title: &str, columns: &[&str], rows: &[String], empty: &str) {
     let _ = write!(
         out,
@@ -231,7 +231,7 @@ pub(super) fn drills(out: &mut String, view: &View<'_>) {
         .take(ROWS_MAX)
         .map(|drill| {
             let verdict = if drill.passed { "✓ passed" } else { "✖ failed" };
-            // The trend: a bar as long as the RTO, beside its number.
+            // Shows the trend by a bar with a length proportional to the RTO.
             let bar = drill.rto_seconds.filter(|_| longest > 0.0).map_or_else(String::new, |rto| {
                 format!(
                     "<svg class=\"bar-cell\" width=\"90\" height=\"10\" aria-hidden=\"true\"><rect width=\"{:.0}\" height=\"10\" rx=\"2\"/></svg> ",
