@@ -1,20 +1,21 @@
-//! [`firing`]: which alerts a report raises. Pure; the same conditions as `monitoring/tidemark.rules.yml`, for those
-//! without Prometheus.
+//! Decides which alerts a report raises ([`firing`]), for users without Prometheus. Pure. The
+//! conditions are those of `monitoring/tidemark.rules.yml`.
 //!
-//! Invariant: what is not known never silences an alert that was raised by what is known; each says what to do.
+//! Invariant: an unknown value never silences an alert that a known value raised. Every alert names
+//! the remedy.
 
 use serde::Serialize;
 use wal_format::PgTimestamp;
 
 use crate::report::{ClusterReport, State};
 
-/// How bad an alert is.
+/// The severity of an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Severity {
-    /// Soon.
+    /// An operator should act soon.
     Warning,
-    /// Now.
+    /// An operator should act now.
     Critical,
 }
 
@@ -29,23 +30,23 @@ impl Severity {
     }
 }
 
-/// Something a person should act on.
+/// A condition that requires an operator's action.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Alert {
-    /// Its name, also the Prometheus rule's.
+    /// The name, which is also that of the Prometheus rule.
     pub name: &'static str,
-    /// How bad.
+    /// The severity.
     pub severity: Severity,
-    /// What is wrong, in a sentence.
+    /// The problem, as a sentence.
     pub summary: String,
-    /// What to do.
+    /// The remedy.
     pub runbook: &'static str,
-    /// Since when.
+    /// The time since which the condition holds.
     pub since: PgTimestamp,
 }
 
-/// Every alert, with what to do about it: one list for the page, the notifications, the metric and the test that holds
-/// the Prometheus rules against it.
+/// Every alert with its severity and remedy. The page, the notifications, the metric, and the test
+/// that compares the Prometheus rules use this list.
 pub const RUNBOOK: [(&str, Severity, &str); 16] = [
     (
         "PitrRpoOverTarget",
@@ -129,16 +130,16 @@ pub const RUNBOOK: [(&str, Severity, &str); 16] = [
     ),
 ];
 
-/// Clocks that differ by more are not set by NTP.
+/// The greatest difference between two clocks that are set by NTP, in seconds.
 pub(crate) const CLOCK_OFFSET_SECONDS_MAX: f64 = 5.0;
-/// A certificate with less left is renewed too late.
+/// The remaining lifetime at which a certificate should have been renewed, in seconds.
 pub(crate) const CERTIFICATE_SECONDS_MIN: f64 = 14.0 * 86_400.0;
-/// A spool that is fuller than this is near full.
+/// The used share of the spool from which it counts as nearly full.
 const SPOOL_SHARE_MAX: f64 = 0.9;
-/// Less WAL than this share of what the slot may keep is near its loss.
+/// The slot is at risk if less than this share of the WAL that it may retain is left.
 const SLOT_SHARE_MIN: f64 = 0.25;
 
-/// How long a condition must hold, in seconds, before a person is disturbed.
+/// Returns the time, in seconds, for which a condition must hold before it raises an alert.
 #[must_use]
 pub fn patience_seconds(name: &str) -> f64 {
     match name {
@@ -147,7 +148,7 @@ pub fn patience_seconds(name: &str) -> f64 {
     }
 }
 
-/// The conditions that hold in `report`: name and sentence.
+/// Returns the name and the summary of each condition that holds in `report`.
 #[must_use]
 pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
     let mut found = Vec::new();
@@ -211,7 +212,7 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
     }
     let age = |time: Option<PgTimestamp>| time.map(|time| micros(report.as_of.micros_since(time)));
     match age(report.last_backup.as_ref().map(|backup| backup.finished)) {
-        // Whether there is one is known only after the first look into the catalog.
+        // It is known only after the first check of the catalog whether there is a backup.
         None if report.looked => {
             raise(
                 "PitrBackupOverdue",
@@ -292,15 +293,15 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
     found
 }
 
-/// The state that the critical conditions of a report demand, and its reason: a light is never
-/// better than the worst alert beside it. `None` without such a condition.
+/// Returns the state that the critical conditions of a report require, and its reason, so that the
+/// light is never better than the worst alert. `None` without a critical condition.
 pub(crate) fn worst_state(report: &ClusterReport) -> Option<(State, String)> {
     let critical = firing(report)
         .into_iter()
         .find(|(name, _)| describe(name).0 == Severity::Critical);
     critical.map(|(name, summary)| {
         let state = match name {
-            // Another repository has everything, and the stream is tried again.
+            // Another repository has all WAL, or the stream is being retried.
             "PitrRepositoryFailing" | "PitrStreamDown" => State::Degraded,
             _ => State::AtRisk,
         };
@@ -308,7 +309,7 @@ pub(crate) fn worst_state(report: &ClusterReport) -> Option<(State, String)> {
     })
 }
 
-/// Severity and runbook text of an alert.
+/// Returns the severity and the remedy of an alert.
 #[must_use]
 pub fn describe(name: &str) -> (Severity, &'static str) {
     RUNBOOK

@@ -1,7 +1,7 @@
-//! [`ClusterStatus`]: what the daemon knows of one cluster, for the dashboard, the metrics and `status`.
+//! The status of one cluster ([`ClusterStatus`]), for the dashboard, the metrics and `status`.
 //!
-//! Written by the stages, read by everyone; locks are held for a few assignments only and never
-//! across I/O, so a reader cannot delay the stream. What is not known is `None`, never 0.
+//! The stages write it, and any task may read it. Locks are held for a few assignments only and
+//! never across I/O, so a reader cannot delay the stream. An unknown value is `None`, never 0.
 
 mod caught_up;
 mod report;
@@ -33,7 +33,7 @@ use crate::{
     standby_slots::StandbyReport,
 };
 
-/// What is known of one cluster.
+/// The status of one cluster.
 #[derive(Debug)]
 pub struct ClusterStatus {
     cluster: ClusterName,
@@ -46,17 +46,17 @@ pub struct ClusterStatus {
     poll: Mutex<Option<AbortHandle>>,
     refused_since: Mutex<Option<Instant>>,
     rpo: Mutex<Tiers>,
-    /// WAL bytes received, overlap after a reconnect included.
+    /// The number of WAL bytes received, including the overlap after a reconnect.
     pub wal_received_bytes: AtomicU64,
-    /// Bytes of sealed segments and tails that were put.
+    /// The number of bytes of sealed segments and tails stored in the repository.
     pub wal_stored_bytes: AtomicU64,
-    /// Segments sealed, stored and verified.
+    /// The number of segments sealed, stored and verified.
     pub segments_completed: AtomicU64,
-    /// Objects that were superfluous and that the repository does not let go.
+    /// The number of superfluous objects that the repository does not allow to be deleted.
     pub objects_locked: AtomicU64,
-    /// Group fsyncs of the spool.
+    /// The number of fsyncs of the spool.
     pub flushes: AtomicU64,
-    /// Since `started`, in milliseconds.
+    /// The time of the task's last signal, in milliseconds since `started`.
     beat: AtomicU64,
     instruments: Instruments,
     flush_duration: Histogram,
@@ -66,78 +66,79 @@ pub struct ClusterStatus {
 /// runs come after 0.
 const CLOCK_AT_START: Duration = Duration::from_secs(1 << 32);
 
-/// Facts beside the positions.
+/// The facts in addition to the positions.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
     /// True if a replication stream is up.
     pub connected: bool,
-    /// When the server was last heard.
+    /// The time of the server's last message.
     pub last_message: Option<PgTimestamp>,
-    /// The timelines that lead to the one the server is on; `None` before it was seen.
+    /// The timelines that lead to the server's current one. `None` before it was seen.
     pub(crate) server_path: Option<Arc<ServerPath>>,
     /// The cluster's system identifier.
     pub system_identifier: Option<SystemIdentifier>,
-    /// The server's version as it prints it.
+    /// The server's version, as the server prints it.
     pub server_version: Option<String>,
     /// The branch being archived.
     pub branch: Option<Branch>,
-    /// The replication slot in use.
+    /// The name of the replication slot in use.
     pub slot: Option<String>,
-    /// The stream's last error; cleared when it is up again.
+    /// The stream's last error. Cleared when the stream runs again.
     pub stream_error: Option<String>,
-    /// The repository's last error; cleared by the next success.
+    /// The repository's last error. Cleared by the next success.
     pub repository_error: Option<String>,
-    /// What the repository answers that a person has to look at, by what was asked of it: it is
-    /// another place, or what it holds is damaged or different. Retried all the same, and cleared
-    /// by the same request's success.
+    /// Repository errors that an operator has to examine, by request: the place is another one, or
+    /// its content is damaged or different. The request is retried nevertheless, and its success
+    /// removes the error.
     pub repository_broken: BTreeMap<String, String>,
     /// True if the place was last seen not to hold the archive.
     pub repository_gone: bool,
     /// The number of times that the place held the archive again.
     pub repository_returns: u64,
-    /// Why the catalog on disk is not used; archiving continues with one in memory.
+    /// The reason why the catalog on disk is not used. Archiving continues with one in memory.
     pub catalog_error: Option<String>,
-    /// Why what the backups need could not be locked at the last look.
+    /// The reason why the last attempt to lock what the backups need failed.
     pub lock_error: Option<String>,
-    /// Why archiving is broken: only a person can mend it.
+    /// The reason why archiving is broken. Only an operator can repair it.
     pub broken: Option<String>,
-    /// WAL that was declared lost, until a base backup behind it makes the archive whole again.
+    /// A description of WAL that was declared lost. Cleared by a later base backup.
     pub lost: Option<String>,
-    /// Why no base backup leads to the server's present, until one does.
+    /// The reason why no base backup leads to the server's present. Cleared by one that does.
     pub unreached: Option<String>,
-    /// Names of files that `archive_command` pushed and whose bytes differ from the archived ones,
-    /// and where they differ.
+    /// Files that `archive_command` pushed and whose bytes differ from the archived ones, by name,
+    /// with the first difference.
     pub push_differs: BTreeMap<OsString, String>,
-    /// A setting of the server that makes commits hang on us.
+    /// A setting of the server that makes commits wait for us in a dangerous way.
     pub danger: Option<&'static str>,
-    /// Why the spool takes no more WAL, while it waits for room.
+    /// The reason why the spool accepts no more WAL, while it waits for space.
     pub spool_full: Option<&'static str>,
-    /// Bytes in the spool's files.
+    /// The number of bytes in the spool's files.
     pub spool_used_bytes: u64,
-    /// Bytes that the spool may grow to: what it uses and what its disk has left.
+    /// The number of bytes that the spool may use: its current size plus the free space on its
+    /// disk, or the configured limit if that is less.
     pub spool_limit_bytes: Option<u64>,
-    /// Missing WAL that is looked for, until it is healed or declared lost.
+    /// Missing WAL that is being searched for, until it is found or declared lost.
     pub gap: Option<OpenGap>,
     /// Our slots on standbys, as last seen.
     pub standbys: Vec<StandbyReport>,
-    /// The slot as the server last showed it.
+    /// The slot, as the server last reported it.
     pub slot_report: Option<SlotReport>,
-    /// From when to when the cluster can be restored, as of the last look into the catalog.
+    /// The restorable window, from the last check of the catalog.
     pub window: WindowReport,
-    /// The newest base backup, as of the last look into the catalog.
+    /// The newest base backup, from the last check of the catalog.
     pub last_backup: Option<BackupReport>,
     /// The server's clock minus ours, in seconds.
     pub clock_offset_seconds: Option<f64>,
-    /// True if the catalog was looked at since the start.
+    /// True once the catalog was checked since the start.
     pub looked: bool,
-    /// Reconnections by reason.
+    /// The number of reconnects, by reason.
     pub reconnects: BTreeMap<&'static str, u64>,
-    /// Failed repository requests by operation.
+    /// The number of failed repository requests, by operation.
     pub repository_errors: BTreeMap<&'static str, u64>,
 }
 
 impl ClusterStatus {
-    /// A cluster of which nothing is known yet.
+    /// Creates the status of a cluster without any facts.
     #[must_use]
     pub fn new(cluster: ClusterName, acknowledge: Acknowledge, instruments: Instruments) -> Self {
         Self {
@@ -162,7 +163,7 @@ impl ClusterStatus {
         }
     }
 
-    /// An object stays because the repository lets nothing go: said once, and counted.
+    /// Counts an object that the repository does not allow to be deleted. The first one is logged.
     pub(crate) fn locked(&self, error: &repository::Error) {
         if self.objects_locked.fetch_add(1, Ordering::Relaxed) == 0 {
             tracing::info!(
@@ -172,26 +173,26 @@ impl ClusterStatus {
         }
     }
 
-    /// An fdatasync of the spool took so long.
+    /// Records the duration of an fdatasync of the spool.
     pub fn flushed(&self, duration: Duration) {
         Self::count(&self.flushes, 1);
         self.flush_duration.observe(duration.as_secs_f64());
     }
 
-    /// The cluster's task lives.
+    /// Records that the cluster's task is alive.
     pub(crate) fn beat(&self) {
         let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.beat.store(now, Ordering::Relaxed);
     }
 
-    /// How long ago the cluster's task last ran.
+    /// Returns the time since the cluster's task last ran.
     #[must_use]
     pub fn last_beat(&self) -> Duration {
         let beat = Duration::from_millis(self.beat.load(Ordering::Relaxed));
         self.started.elapsed().saturating_sub(beat)
     }
 
-    /// Told of each request of the repository.
+    /// Returns the callback that measures each request to the repository.
     #[must_use]
     pub fn observer(&self) -> Observer {
         let (instruments, cluster) = (self.instruments.clone(), self.cluster.clone());
@@ -203,19 +204,19 @@ impl ClusterStatus {
         })
     }
 
-    /// The cluster.
+    /// The name of the cluster.
     #[must_use]
     pub fn cluster(&self) -> &ClusterName {
         &self.cluster
     }
 
-    /// The positions.
+    /// The positions of the cluster's WAL.
     #[must_use]
     pub fn progress(&self) -> &Progress {
         &self.progress
     }
 
-    /// A copy of the facts.
+    /// Returns a copy of the facts.
     #[must_use]
     pub fn facts(&self) -> Facts {
         self.lock().clone()
@@ -231,7 +232,8 @@ impl ClusterStatus {
         counter.fetch_add(add, Ordering::Relaxed);
     }
 
-    /// Takes a message of the server; `seen` is its flush LSN where the message proves it.
+    /// Records a message of the server. `seen` is the server's flush LSN, if the message contains
+    /// it.
     pub(crate) fn heard(&self, seen: Option<Seen>) {
         self.note(|facts| {
             facts.last_message = Some(PgTimestamp::from_jiff(jiff::Timestamp::now()));
@@ -241,18 +243,18 @@ impl ClusterStatus {
         }
     }
 
-    /// Takes the path of timelines on which the server is.
+    /// Records the server's path of timelines.
     pub(crate) fn follow(&self, path: ServerPath) {
         self.rpo().follow(&path.parts);
         self.note(|facts| facts.server_path = Some(Arc::new(path)));
     }
 
-    /// The distances of the spool and of the repository from the server.
+    /// Returns the distances of the spool and of the repository from the server.
     #[must_use]
     pub fn exposure(&self) -> (Exposure, Exposure) {
         let now = self.clock();
         let mut rpo = self.rpo();
-        // Read under the lock, so that an older answer does not take the place of a newer one.
+        // Read under the lock, so that an older result cannot replace a newer one.
         let positions = self.progress.positions();
         let (local, remote) = rpo.exposure(now, &positions);
         drop(rpo);
@@ -273,22 +275,22 @@ impl ClusterStatus {
         self.rpo().source_lsn()
     }
 
-    /// The time at which the repository was last proved to hold everything that the server had
-    /// flushed.
+    /// The last time at which the repository was proved to hold everything that the server had
+    /// flushed. `None` if it never was.
     #[must_use]
     pub fn caught_up_as_of(&self) -> Option<PgTimestamp> {
         self.caught_up().remote
     }
 
-    /// Both tiers' times of that kind, to be kept for the next run.
+    /// The last such times of both tiers, to be stored for the next run.
     pub(crate) fn were_caught_up(&self) -> CaughtUp {
         *self.caught_up()
     }
 
-    /// Takes the times that an earlier run kept.
+    /// Sets the times that an earlier run stored.
     pub(crate) fn resume(&self, kept: CaughtUp) {
         let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
-        // A time in the future was written before this host's clock was set back.
+        // A time in the future was written before this host's clock was set back. It counts as now.
         let before = |time: PgTimestamp| {
             let ago = u64::try_from(now.micros_since(time)).unwrap_or(0);
             self.clock().saturating_sub(Duration::from_micros(ago))
@@ -311,27 +313,27 @@ impl ClusterStatus {
         caught_up.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the dashboard draws beside the numbers.
+    /// The details that the dashboard draws in addition to the numbers.
     #[must_use]
     pub fn details(&self) -> Arc<Details> {
         Arc::clone(&self.details.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The catalog was looked at.
+    /// Records the result of a check of the catalog.
     pub(crate) fn looked(&self, archive: &Arc<Archive>, details: Details) {
         *self.details.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(details);
         *self.archive.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(archive);
         self.note(|facts| facts.looked = true);
     }
 
-    /// The archive, while its pipeline runs: for questions that only the catalog answers.
+    /// The archive while its pipeline runs, for queries that only the catalog can answer.
     #[must_use]
     pub fn archive(&self) -> Option<Arc<Archive>> {
         let archive = self.archive.lock().unwrap_or_else(PoisonError::into_inner);
         archive.upgrade()
     }
 
-    /// From now on `task` asks the server over SQL, and whoever did before ends.
+    /// Sets the task that polls the server over SQL, and ends the previous one.
     pub(crate) fn polled_by(&self, task: Option<AbortHandle>) {
         let mut poll = self.poll.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(before) = std::mem::replace(&mut *poll, task) {
@@ -339,7 +341,7 @@ impl ClusterStatus {
         }
     }
 
-    /// Records if the server refuses new connections because it shuts down or is not up yet
+    /// Records whether the server refuses new connections because it shuts down or is not up yet
     /// (57P03).
     pub(crate) fn refuses(&self, refuses: bool) {
         let mut since = self
@@ -349,8 +351,8 @@ impl ClusterStatus {
         *since = refuses.then(|| since.unwrap_or_else(Instant::now));
     }
 
-    /// The moment since which the server has refused new connections because it shuts down; `None`
-    /// while it takes them.
+    /// The time since which the server refuses new connections because it shuts down. `None` while
+    /// it accepts them.
     pub(crate) fn refused_since(&self) -> Option<Instant> {
         *self
             .refused_since
@@ -358,13 +360,13 @@ impl ClusterStatus {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long the daemon has run.
+    /// The time since the daemon started to archive this cluster.
     #[must_use]
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
     }
 
-    /// A repository request failed, for `object`; it is retried.
+    /// Records that a repository request for `object` failed. It is retried.
     pub(crate) fn repository_failed(
         &self,
         operation: &'static str,
@@ -386,7 +388,7 @@ impl ClusterStatus {
         });
     }
 
-    /// A failed attempt is of no further use.
+    /// Records that requests of this operation are not retried any more, and removes their errors.
     pub(crate) fn repository_no_longer_asked(&self, operation: &'static str) {
         self.note(|facts| {
             let begins = format!("{operation} ");
@@ -396,11 +398,11 @@ impl ClusterStatus {
         });
     }
 
-    /// A repository request succeeded, for `object`.
+    /// Records that a repository request for `object` succeeded.
     pub(crate) fn repository_answered(&self, operation: &'static str, object: &str) {
         self.note(|facts| {
             if facts.repository_gone {
-                // It is the right place: what was said of the wrong one is over.
+                // This is the right place again, so errors of the wrong place are over.
                 facts.repository_gone = false;
                 facts.repository_returns += 1;
                 facts.repository_broken.clear();

@@ -1,7 +1,9 @@
-//! The daemon's side of `push`: a Unix socket beside the spool, and workers that are ahead of PostgreSQL.
+//! The daemon's side of `push`: a Unix socket next to the spool, and workers that archive files
+//! before PostgreSQL asks for them.
 //!
-//! Invariant: "archived" is answered only for a file that was checked and stored as [`Pusher`] does it, whoever asked
-//! first; a file counts as the same one only while device, inode, length and time of change are.
+//! Invariant: the answer "archived" is given only for a file that [`Pusher`] has checked and
+//! stored, whichever client asked first. A file counts as the same one only if device, inode,
+//! length and change time are the same.
 
 use std::{
     collections::VecDeque,
@@ -35,18 +37,19 @@ use crate::{
     error::{Error, Result},
 };
 
-/// One compresses while the other checks.
+/// The number of workers: one compresses while the other checks.
 const WORKERS: usize = 2;
-/// Files that are remembered: those that were offered and some that were asked for twice.
+/// The number of files remembered: those offered in advance, and some that were requested twice.
 const REMEMBERED_MAX: usize = 64;
-/// PostgreSQL has one archiver; more than a few at once are somebody's script.
+/// The maximum number of connections. PostgreSQL has one archiver process. More than a few
+/// connections come from a script.
 const CONNECTIONS_MAX: usize = 32;
-/// Pause after a failed accept: without a file descriptor it would fail again at once.
+/// The pause after a failed accept. Without a file descriptor it would fail again at once.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
-/// A client says what it wants at once.
+/// The time for which a client may take to send its request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The very content of a file.
+/// The identity of a file's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Content {
     device: u64,
@@ -86,17 +89,19 @@ struct Entry {
 struct Desk {
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
-    /// In the order of work.
+    /// In the order in which they are processed.
     entries: Mutex<VecDeque<Entry>>,
     changed: Condvar,
-    /// Segments are decoded one after the other, each going on where the one before ended.
+    /// The decoder of the last segment. Segments are decoded one after the other, each continuing
+    /// where the previous one ended.
     running: Mutex<Option<Running>>,
     repository: Mutex<Option<Repository>>,
     connections: Mutex<usize>,
     stopping: AtomicBool,
 }
 
-/// Listens until it is dropped; what is under way then is finished, and its client hears nothing and works alone.
+/// Serves pushes until it is dropped. Files in progress are then finished. Their clients receive no
+/// answer and archive the files themselves.
 #[derive(Debug)]
 pub struct PushServer {
     desk: Arc<Desk>,
@@ -106,12 +111,13 @@ pub struct PushServer {
 impl Drop for PushServer {
     fn drop(&mut self) {
         {
-            // Whoever looked at the flag before waits by now.
+            // Every thread that has read the flag before waits by now, so the notification below
+            // wakes it.
             let _entries = lock(&self.desk.entries);
             self.desk.stopping.store(true, Ordering::Release);
         }
         self.desk.changed.notify_all();
-        // Wakes the thread that accepts.
+        // Wakes the thread that accepts connections.
         drop(UnixStream::connect(&self.path));
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!(%error, "the socket for pushes stays behind");
@@ -119,14 +125,15 @@ impl Drop for PushServer {
     }
 }
 
-/// Listens.
+/// Creates the socket and starts the threads.
 ///
 /// # Errors
-/// [`Error::Io`] when the socket cannot be made.
+/// [`Error::Io`] if the socket cannot be created.
 pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<PushServer> {
     let path = socket_path(settings);
     fs::create_dir_all(&settings.spool).map_err(Error::io("create directory", &settings.spool))?;
-    // A daemon that was killed leaves its socket. One that lives holds the spool's lock, and has said so by now.
+    // A daemon that was killed leaves its socket. A running daemon would hold the spool's lock, and
+    // this code would not be reached.
     match fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             return Err(Error::io("remove", &path)(error));
@@ -171,7 +178,7 @@ pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<P
             if desk.admit()
                 && let Err(error) = spawn(move || serving.serve(socket))
             {
-                // The client gets no answer and pushes alone.
+                // The client gets no answer and archives the file itself.
                 *lock(&desk.connections) -= 1;
                 tracing::warn!(cluster = %desk.settings.name, %error, "a push is not served");
             }
@@ -222,7 +229,7 @@ impl Desk {
         }
     }
 
-    /// A file is to be archived, unless it is known. One that failed is tried again when it is asked for.
+    /// Queues a file unless it is known. A file that failed before is tried again.
     fn take_in(&self, path: PathBuf, content: Content, file: WalFile) {
         let mut entries = lock(&self.entries);
         let known = entries
@@ -252,7 +259,7 @@ impl Desk {
         self.changed.notify_all();
     }
 
-    /// Waits for the end of a file's work; `None` when stopping.
+    /// Waits until a file was processed. Returns `None` when stopping.
     fn wait(&self, path: &PathBuf, content: Content) -> Option<Answer> {
         let mut entries = lock(&self.entries);
         loop {
@@ -261,7 +268,8 @@ impl Desk {
                 .find(|entry| entry.path == *path && entry.content == content);
             match entry.map(|entry| &entry.progress) {
                 Some(Progress::Done) => {
-                    // A damaged copy may have been pushed from another place than `pg_wal`.
+                    // The file now matches. An earlier push of this name may have been a damaged
+                    // copy from another directory than `pg_wal`.
                     let name = path.file_name().unwrap_or_default();
                     self.status.note(|facts| {
                         facts.push_differs.remove(name);
@@ -278,7 +286,7 @@ impl Desk {
                         problem: "was forgotten under load; PostgreSQL asks again".to_owned(),
                     });
                 }
-                // Nobody works on it any more.
+                // The workers have ended, so the file is not processed any more.
                 Some(Progress::Waiting(_)) if self.stopping.load(Ordering::Acquire) => return None,
                 Some(_) => {}
             }
@@ -299,7 +307,7 @@ impl Desk {
         }
     }
 
-    /// The first file that waits; blocks. `None` when stopping.
+    /// Waits for the first waiting file. Returns `None` when stopping.
     fn next(&self) -> Option<(PathBuf, Content, WalFile)> {
         let mut entries = lock(&self.entries);
         loop {
@@ -323,12 +331,12 @@ impl Desk {
     }
 
     fn archive(&self, file: &WalFile) -> Result<()> {
-        // Side by side: what the stream brought is only compared.
+        // Both workers do this concurrently. WAL that the stream has archived is only compared.
         let new = match self.with_pusher(|pusher| pusher.look(file))? {
             Looked::Archived => return Ok(()),
             Looked::New(new) => new,
         };
-        // One after the other, each going on where the one before ended.
+        // Segments are decoded one at a time, each continuing where the previous one ended.
         let checked = {
             let mut running = lock(&self.running);
             self.with_pusher(|pusher| pusher.decode(file, new, &mut running))?

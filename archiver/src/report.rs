@@ -65,7 +65,7 @@ pub struct SourceReport {
     pub system_identifier: Option<SystemIdentifier>,
     /// The version as the server prints it.
     pub server_version: Option<String>,
-    /// The timeline being streamed.
+    /// The server's current timeline. If its path is not known yet, the timeline that is archived.
     pub timeline: Option<TimelineId>,
     /// The greatest flush LSN seen so far.
     pub flush_lsn: Option<Lsn>,
@@ -199,7 +199,8 @@ pub struct Counters {
     pub repository_errors: Vec<(String, String, u64)>,
     /// Bytes in the spool.
     pub spool_used_bytes: u64,
-    /// The limit of the spool in bytes: its current size plus the free space on its disk.
+    /// The limit of the spool in bytes: its current size plus the free space on its disk, or the
+    /// configured limit if that is less.
     pub spool_limit_bytes: Option<u64>,
     /// Bytes that are waiting for the repository.
     pub upload_queue_bytes: u64,

@@ -1,8 +1,11 @@
-//! Keeps our slot on the standbys that `standbys` names, so that a failover to one of them finds the WAL we still need.
+//! Maintains our slot on the standbys in the setting `standbys`, so that a standby that is promoted
+//! still has the WAL that we need.
 //!
-//! Physical slots are not copied to standbys: without one of ours, a promoted standby may have removed WAL that was never
-//! archived. Each slot is made as soon as the standby is reached and moved up to what we have acknowledged, at once and then
-//! every minute. Invariant: a slot never passes what is durable in the chosen class, and only one on our own timeline moves.
+//! Physical slots are not copied to standbys. Without our slot, a promoted standby may have removed
+//! WAL that was never archived. Each slot is created as soon as the standby is reached. It is
+//! advanced to the acknowledged LSN at once and then every minute. Invariant: a slot never passes
+//! the end of the WAL that is durable in the chosen class, and is advanced only on the timeline
+//! that is archived.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,39 +18,41 @@ use crate::{
     replication::{ConnInfo, ConnectionMode, ReplicationClient, Result, SlotInfo},
 };
 
-/// The interval at which the slots are moved: WAL of about a minute more stays on each standby.
+/// The interval at which the slots are advanced. Each standby retains about one more minute of WAL
+/// than needed.
 const KEEP_INTERVAL: Duration = Duration::from_secs(60);
-/// The interval at which a standby is tried while something is wrong with it, or nothing was
+/// The interval at which the standbys are tried again while one has a problem, or while nothing was
 /// acknowledged yet.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
-/// The time for which one standby may take: one that hangs must not keep the others waiting.
+/// The time limit for one standby, so that a standby that hangs does not block the others.
 const STANDBY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Our slot on one standby, as last seen.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct StandbyReport {
-    /// Where the standby is.
+    /// The address of the standby.
     pub server: String,
-    /// The first WAL that our slot keeps there; unknown while it cannot be asked.
+    /// The LSN from which our slot retains WAL there. `None` while it is unknown.
     pub restart_lsn: Option<Lsn>,
-    /// Why a failover to it could need a new base backup, in words; `None` while the slot is kept.
+    /// The reason why a failover to the standby may need a new base backup. `None` while the slot
+    /// is maintained.
     pub problem: Option<String>,
 }
 
-/// What is found of a standby, without changing anything.
+/// The state of a standby, found without changing anything.
 #[derive(Debug)]
 pub(crate) struct Standby {
     client: ReplicationClient,
-    /// Whose standby it is.
+    /// The system identifier of its cluster.
     pub(crate) system_identifier: SystemIdentifier,
-    /// The timeline it follows.
+    /// The timeline that it follows.
     pub(crate) timeline: TimelineId,
-    /// Our slot there.
+    /// Our slot on it. `None` if there is none.
     pub(crate) slot: Option<SlotInfo>,
 }
 
 impl Standby {
-    /// Connects and asks.
+    /// Connects to the standby and reads its state.
     pub(crate) async fn look(conninfo: &ConnInfo, slot: &str) -> Result<Self> {
         let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Physical).await?;
         let system = client.identify_system().await?;
@@ -60,8 +65,7 @@ impl Standby {
         })
     }
 
-    /// Returns true if the server is in recovery; asked on a connection of its own, which is left
-    /// open for more.
+    /// Returns an SQL connection for further queries, and whether the server is in recovery.
     pub(crate) async fn sql(&mut self) -> Result<(ReplicationClient, bool)> {
         let place = self.client.conninfo();
         let mut sql = Box::pin(ReplicationClient::connect(place, ConnectionMode::Sql)).await?;
@@ -71,7 +75,7 @@ impl Standby {
     }
 }
 
-/// Keeps the slots until the task is aborted.
+/// Maintains the slots until the task is aborted.
 pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) {
     if settings.standbys.is_empty() {
         return;
@@ -94,7 +98,7 @@ pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) 
     }
 }
 
-/// Says what changed, once.
+/// Logs each change once.
 fn tell(settings: &ClusterSettings, status: &ClusterStatus, reports: &[StandbyReport]) {
     let before = status.facts().standbys;
     for report in reports {
@@ -113,7 +117,8 @@ fn tell(settings: &ClusterSettings, status: &ClusterStatus, reports: &[StandbyRe
     }
 }
 
-/// The branch that is archived and the LSN up to which nothing is needed from anybody any more.
+/// Returns the archived branch and its acknowledged LSN. No WAL before it is needed from any
+/// server.
 fn acknowledged(status: &ClusterStatus) -> Option<(Branch, Lsn)> {
     let flush = status.progress().acknowledgements().borrow().flush.lsn();
     (flush > Lsn::ZERO).then(|| (status.progress().positions().branch(), flush))
@@ -147,11 +152,11 @@ async fn keep_one(
     }
 }
 
-/// What came of one standby.
+/// The outcome for one standby.
 enum Kept {
-    /// The slot is there and keeps WAL from here on.
+    /// The slot exists. Contains the LSN from which it retains WAL.
     At(Option<Lsn>),
-    /// It cannot be used.
+    /// The slot is not usable, for this reason.
     Not(String),
 }
 
@@ -191,7 +196,7 @@ async fn keep_at(
         );
         return Ok(Kept::Not(problem));
     }
-    // The stream itself moves the slot that it uses.
+    // The stream itself advances the slot that it uses.
     if slot.active {
         return Ok(Kept::At(slot.restart_lsn));
     }
@@ -215,7 +220,7 @@ async fn keep_at(
         return Ok(Kept::At(slot.restart_lsn));
     }
     let name = settings.slot.replace('\'', "''");
-    // It goes no further than the standby has replayed.
+    // The slot is not advanced further than the standby has replayed.
     let moved = format!(
         "SELECT end_lsn::text FROM pg_catalog.pg_replication_slot_advance('{name}', '{target}')"
     );

@@ -64,7 +64,7 @@ const GAP_RETRY: Duration = Duration::from_secs(2);
 const BEAT: Duration = Duration::from_millis(500);
 /// The interval at which [`settle`] checks the positions.
 const SETTLE_POLL: Duration = Duration::from_millis(100);
-/// The time for which a gap is not handled because the WAL before it is still being uploaded.
+/// The maximum time for which the WAL before a gap may be uploaded before the gap is handled.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// A stream that lasted this long was healthy, so the next failure starts with the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);

@@ -1,8 +1,8 @@
-//! [`CaughtUp`]: the last times at which everything was held, kept across restarts.
+//! The last times at which everything was held ([`CaughtUp`]), kept across restarts.
 //!
-//! `{spool}/{cluster}/caught_up.json`, replaced every few seconds by the monitor. It is not fsynced:
-//! one that is lost makes the first age after a power loss count from the restart, and one that is
-//! old makes it greater.
+//! The monitor replaces `{spool}/{cluster}/caught_up.json` every few seconds without an fsync. If a
+//! power loss removes the file, the first age counts from the restart. An old file makes that age
+//! greater.
 
 use std::{fs, path::Path};
 
@@ -11,7 +11,8 @@ use wal_format::PgTimestamp;
 
 const FILE: &str = "caught_up.json";
 
-/// When each tier last held everything that the server had flushed, by this host's clock.
+/// The last time at which each tier held everything that the server had flushed, by this host's
+/// clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct CaughtUp {
     /// The spool.
@@ -21,14 +22,14 @@ pub(crate) struct CaughtUp {
 }
 
 impl CaughtUp {
-    /// Reads what an earlier run kept in the cluster's directory; nothing where that cannot be
-    /// understood.
+    /// Reads the times that an earlier run wrote to the cluster's directory. Empty if the file
+    /// cannot be read or parsed.
     pub(crate) fn read(directory: &Path) -> Self {
         let content = fs::read(directory.join(FILE)).unwrap_or_default();
         serde_json::from_slice(&content).unwrap_or_default()
     }
 
-    /// Replaces what is kept.
+    /// Replaces the file.
     pub(crate) fn write(&self, directory: &Path) -> std::io::Result<()> {
         let content = serde_json::to_vec(self).unwrap_or_default();
         let new = directory.join(format!("{FILE}.new"));

@@ -1,4 +1,4 @@
-//! Turns what is known of a cluster into the one report that every view shows.
+//! Makes the report that every view shows from the status of a cluster.
 
 use std::sync::atomic::Ordering;
 
@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl ClusterStatus {
-    /// Everything that is said of the cluster now, from memory.
+    /// Returns the complete report on the cluster, from memory.
     #[must_use]
     pub fn report(&self, settings: &ClusterSettings) -> ClusterReport {
         let facts = self.facts();
@@ -47,8 +47,8 @@ impl ClusterStatus {
             )),
             _ => None,
         };
-        // A promotion makes another timeline the server's: until the next look into the catalog
-        // nothing is known of it.
+        // After a promotion the server is on another timeline. Until the next check of the catalog,
+        // nothing is known about it.
         let server_branch = facts.server_path.as_ref().and_then(|path| path.current());
         let has_backup = match facts.last_backup.is_some() {
             true if details.judged != server_branch => None,
@@ -80,7 +80,7 @@ impl ClusterStatus {
                 "a failover to the standby {server} may need a new base backup: {problem}"
             ))
         });
-        // A full spool is what the repository's absence leads to: one reason must not hide the other.
+        // A full spool is the consequence of an unavailable repository. Both reasons are shown.
         let repository = facts.repository_broken.values().next().map(|problem| {
             let room = shortage.as_ref().map(|shortage| format!("; {shortage}"));
             format!("{problem}{}", room.unwrap_or_default())
@@ -110,7 +110,7 @@ impl ClusterStatus {
         });
         let mut window = facts.window;
         if facts.lost.is_some() {
-            // Declared a moment ago, before the next look into the catalog.
+            // The loss was declared after the last check of the catalog.
             window.open_gaps = window.open_gaps.max(Some(1));
             window.gaps = window.gaps.max(window.open_gaps);
             window.refusal = window.refusal.or_else(|| facts.lost.clone());
@@ -219,7 +219,8 @@ impl ClusterStatus {
     }
 }
 
-/// What runs out, said before it has: four fifths leave time to do something.
+/// Returns a warning about a resource that runs out. It is given at four fifths, so that there is
+/// time to act.
 fn shortage(facts: &Facts) -> Option<String> {
     if let Some(full) = facts.spool_full {
         return Some(full.to_owned());

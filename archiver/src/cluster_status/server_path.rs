@@ -1,4 +1,4 @@
-//! [`ServerPath`]: the timelines that lead to the one the server is on.
+//! The timelines that lead to the server's current one ([`ServerPath`]).
 
 use bytes::Bytes;
 use repository::PathPart;
@@ -6,17 +6,17 @@ use wal_format::{Branch, TimelineHistory};
 
 use crate::pipeline::start::ServerBranch;
 
-/// The timelines that lead to the server's present one, as its history files say.
+/// The timelines that lead to the server's current one, according to its history files.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ServerPath {
     /// The timelines, oldest first.
     pub(crate) parts: Vec<PathPart>,
-    /// Their history files.
+    /// The history files of the timelines.
     pub(crate) histories: Vec<(Branch, Option<TimelineHistory>, Bytes)>,
 }
 
 impl ServerPath {
-    /// From the server's path, oldest first.
+    /// Creates the path from the server's branches, oldest first.
     pub(crate) fn of(path: &[ServerBranch]) -> Self {
         let mut known = Self::default();
         for branch in path {
@@ -25,7 +25,8 @@ impl ServerPath {
         known
     }
 
-    /// The path after the server went on to `next`; the same where it was known before.
+    /// Returns the path after the server continued on `next`. Unchanged if `next` was already on
+    /// it.
     pub(crate) fn extended(&self, next: &ServerBranch) -> Self {
         let mut known = self.clone();
         if self.parts.iter().all(|part| part.branch != next.branch) {
@@ -34,7 +35,7 @@ impl ServerPath {
         known
     }
 
-    /// The timeline that the server is on.
+    /// The server's current timeline.
     pub(crate) fn current(&self) -> Option<Branch> {
         self.parts.last().map(|part| part.branch)
     }

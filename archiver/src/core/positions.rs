@@ -281,9 +281,9 @@ impl Positions {
             && stored.is_some_and(|stored| stored.last_end() >= self.flushed())
     }
 
-    /// Replaces what the repository is known to hold of a branch by `stored`, which begins at a newer
-    /// base backup: nothing before it is needed any more. The ranges after a gap stay, because the
-    /// repository's answer may not show the last of them.
+    /// Replaces what the repository is known to hold of a branch by `stored`, which begins at a
+    /// newer base backup: nothing before it is needed any more. The ranges after a gap stay,
+    /// because the repository's answer may not show the last of them.
     pub fn begin_at_backup(&mut self, branch: Branch, mut stored: Coverage) {
         let known = self.stored.entry(branch).or_default();
         if stored.end() <= known.end() {

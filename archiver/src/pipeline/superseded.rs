@@ -50,8 +50,8 @@ impl Archive {
         Ok(())
     }
 
-    /// Removes the object of a tail. Returns false if a lock keeps it, which does no harm: where the
-    /// segment is sealed nobody reads its tails.
+    /// Removes the object of a tail. Returns false if a lock keeps it, which does no harm: where
+    /// the segment is sealed nobody reads its tails.
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`].

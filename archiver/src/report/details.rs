@@ -1,6 +1,7 @@
-//! [`Details`]: what the dashboard draws beside the numbers: the window's ranges and gaps, backups, drills, marks.
+//! The details that the dashboard draws in addition to the numbers ([`Details`]): the window's
+//! ranges and gaps, backups, drills, marks.
 //!
-//! Made from the catalog and the repository's outcomes every few seconds, read from memory.
+//! Computed every few seconds from the catalog and the repository's outcomes, and read from memory.
 
 use serde::Serialize;
 use wal_format::{
@@ -9,24 +10,24 @@ use wal_format::{
 
 use super::{BackupReport, RtoReport};
 
-/// WAL that is held without a gap.
+/// Archived WAL without a gap.
 #[derive(Clone, Debug, Serialize)]
 pub struct HeldRange {
     /// The branch of the timeline.
     pub branch: Branch,
     /// The timeline.
     pub timeline: TimelineId,
-    /// Its first byte.
+    /// The first byte of the range.
     pub start_lsn: Lsn,
-    /// The first byte after it.
+    /// The first byte after the range.
     pub end_lsn: Lsn,
-    /// The earliest commit in it; unknown where it holds none.
+    /// The time of the first commit in the range. `None` if it contains no commit.
     pub from: Option<PgTimestamp>,
-    /// The last commit in it.
+    /// The time of the last commit in the range.
     pub to: Option<PgTimestamp>,
 }
 
-/// WAL in which a recovery can stop, as the restorer's plan sees it.
+/// WAL in which a recovery can stop, according to the restorer's plan.
 #[derive(Clone, Debug, Serialize)]
 pub struct RestorableRange {
     /// The branch of the timeline.
@@ -47,24 +48,24 @@ pub struct RestorableRange {
     pub by_default: bool,
 }
 
-/// WAL that is missing between two ranges.
+/// Missing WAL between two ranges.
 #[derive(Clone, Debug, Serialize)]
 pub struct GapReport {
     /// The branch of the timeline.
     pub branch: Branch,
     /// The first missing byte.
     pub from_lsn: Lsn,
-    /// The first byte after it.
+    /// The first byte after the gap.
     pub to_lsn: Lsn,
-    /// The last commit before it.
+    /// The time of the last commit before the gap.
     pub after: Option<PgTimestamp>,
-    /// The first commit behind it.
+    /// The time of the first commit after the gap.
     pub before: Option<PgTimestamp>,
-    /// Why, in words.
+    /// The cause, as text.
     pub cause: String,
 }
 
-/// What a mark on the strip stands for.
+/// The kind of a mark on the strip.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MarkKind {
@@ -76,47 +77,47 @@ pub enum MarkKind {
     Switch,
 }
 
-/// Something at one instant that a person may look for.
+/// An event that an operator may search for, at one point in time.
 #[derive(Clone, Debug, Serialize)]
 pub struct Mark {
-    /// What.
+    /// The kind of the event.
     pub kind: MarkKind,
-    /// When, by the server's clock.
+    /// The time of the event, by the server's clock.
     pub time: PgTimestamp,
-    /// Where.
+    /// The LSN of the event.
     pub lsn: Lsn,
     /// The timeline.
     pub timeline: TimelineId,
-    /// In words.
+    /// The event as text.
     pub text: String,
 }
 
-/// Everything beside the numbers.
+/// The details of one cluster.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Details {
-    /// Held WAL, by branch and position.
+    /// The archived WAL, by branch and position.
     pub ranges: Vec<HeldRange>,
     /// The parts of it that can be restored, by branch and position.
     pub restorable: Vec<RestorableRange>,
-    /// The server's branch for which that was judged. `None` while no server was seen.
+    /// The server's branch for which `restorable` was computed. `None` while no server was seen.
     #[serde(skip)]
     pub judged: Option<Branch>,
-    /// Missing WAL.
+    /// The missing WAL.
     pub gaps: Vec<GapReport>,
     /// Commits that failovers lost.
     pub failover_losses: Vec<FailoverLoss>,
-    /// Instants to look for, in order of time; the newest few hundred.
+    /// The newest few hundred events to search for, by time.
     pub marks: Vec<Mark>,
     /// Base backups, oldest first.
     pub backups: Vec<BackupReport>,
-    /// Outcomes of drills, failed backups and verifications, oldest first.
+    /// Outcomes of drills, failed backups, retention runs and verifications, oldest first.
     pub outcomes: Vec<Outcome>,
     /// Keys of objects that the catalog found damaged.
     pub damaged: Vec<String>,
 }
 
 impl Details {
-    /// The newest outcome of a kind.
+    /// Returns the newest outcome of a kind.
     #[must_use]
     pub fn newest(&self, kind: OutcomeKind) -> Option<&Outcome> {
         self.outcomes
@@ -125,14 +126,15 @@ impl Details {
             .max_by_key(|outcome| outcome.finished)
     }
 
-    /// The outcomes of one kind, oldest first.
+    /// Returns the outcomes of one kind, oldest first.
     pub fn of_kind(&self, kind: OutcomeKind) -> impl DoubleEndedIterator<Item = &Outcome> {
         self.outcomes
             .iter()
             .filter(move |outcome| outcome.kind == kind)
     }
 
-    /// What a restore would take now. Nothing is guessed: before a drill has measured both rates it is unknown.
+    /// Returns the estimated duration of a restore. It is unknown until a drill has measured both
+    /// rates.
     #[must_use]
     pub fn rto(&self, remote: Option<Lsn>, target_seconds: Option<f64>) -> RtoReport {
         let passed = || {
@@ -148,7 +150,7 @@ impl Details {
         let measured = passed().find_map(|drill| {
             let fetch = rate(drill.fetched_bytes, drill.fetch_seconds)?;
             let replay = rate(drill.replayed_bytes, drill.replay_seconds)?;
-            // What is neither fetching nor replaying: starting PostgreSQL, the first query.
+            // The rest of the time: starting PostgreSQL and the first query.
             let rest = drill.rto_seconds? - drill.fetch_seconds? - drill.replay_seconds?;
             Some((fetch, replay, rest.max(0.0)))
         });

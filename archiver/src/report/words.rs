@@ -1,13 +1,13 @@
-//! Numbers as people read them: one spelling for the page and for `status`, so that both say the same.
+//! Numbers as text for users, in the same form on the page and in `status`.
 
 use wal_format::PgTimestamp;
 
-/// A length of time, or that it is not known.
+/// Formats a duration in seconds, or `unknown`.
 pub(crate) fn seconds(value: Option<f64>) -> String {
     value.map_or_else(|| "unknown".to_owned(), duration)
 }
 
-/// `0 s`, `0.4 s`, `12 s`, `3 min 20 s`, `5 h 1 min`, `2 d 4 h`.
+/// Formats a duration: `0 s`, `0.4 s`, `12 s`, `3 min 20 s`, `5 h 1 min`, `2 d 4 h`.
 pub(crate) fn duration(seconds: f64) -> String {
     if seconds <= 0.0 {
         return "0 s".to_owned();
@@ -42,7 +42,7 @@ pub(crate) fn bytes(value: Option<u64>) -> String {
     value.map_or_else(|| "unknown".to_owned(), amount)
 }
 
-/// An amount of bytes, or a rate without its `/s`.
+/// Formats a number of bytes, or a rate without its `/s`.
 pub(crate) fn amount(mut value: f64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if value < 1024.0 {
@@ -60,7 +60,7 @@ pub(crate) fn amount(mut value: f64) -> String {
     format!("{value:.1} {unit}")
 }
 
-/// Seconds from `earlier` to `later`.
+/// Returns the seconds from `earlier` to `later`.
 pub(crate) fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "a span to be read")]
     let seconds = later.micros_since(earlier) as f64 / 1e6;
