@@ -1,4 +1,4 @@
-//! Commands that errors, logs, the page, alerts and documents advise: each of them exists.
+//! Checks that every command exists that errors, logs, the page, alerts and documents recommend.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,7 @@ use std::{
 
 use benches::programs::ours;
 
-/// Folders and files whose texts users see, from the root of the workspace.
+/// Directories and files with texts for users, relative to the root of the workspace.
 const TEXTS: [&str; 7] = [
     "archiver/src",
     "archiver/intake/src",
@@ -39,7 +39,7 @@ fn collect(path: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// The help of a command; `None` when there is no such command.
+/// Returns the help of a command. `None` if there is no such command.
 fn help(program: &str, words: &[&str]) -> Option<String> {
     let program = ours(program).expect("it is built");
     let output = Command::new(program).args(words).arg("--help").output();
@@ -48,7 +48,7 @@ fn help(program: &str, words: &[&str]) -> Option<String> {
     output.status.success().then_some(text)
 }
 
-/// Returns what is wrong with a command line.
+/// Returns the problem of a command line, if it has one.
 fn problem(program: &str, line: &str) -> Option<String> {
     let is_word = |word: &&str| word.chars().all(|c| c.is_ascii_lowercase() || c == '-');
     let words = line.split_whitespace().take_while(is_word);
@@ -82,7 +82,7 @@ fn every_command_that_is_advised_exists() {
     let mut advised: BTreeMap<(&str, String), PathBuf> = BTreeMap::new();
     for file in files {
         let text = fs::read_to_string(&file).expect("UTF-8");
-        // Says which commands the product does not have.
+        // The rest lists commands that the product does not have.
         let text = text.split("## Not implemented").next();
         let text = text.expect("a beginning").replace("\\\n", " ");
         for program in ["wal-archiver", "pitr-restore"] {

@@ -163,7 +163,7 @@ impl Certificates {
         self.openssl(&[&ca[..], &["-gencrl", "-out", "revoked.crl"]].concat());
     }
 
-    /// Only the server's user may read a key.
+    /// Makes a key readable by the server's user only.
     fn give_away(&self, key: &str) {
         let path = self.path(key);
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("chmod");

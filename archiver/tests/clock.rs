@@ -22,7 +22,7 @@ fn library() -> Option<String> {
     found
 }
 
-/// The archiver's report.
+/// Returns the archiver's report from an answer.
 fn report(answer: &str) -> serde_json::Value {
     let (_, body) = answer.split_once("\r\n\r\n").expect("an answer");
     let all: serde_json::Value = serde_json::from_str(body).expect("JSON");

@@ -100,7 +100,7 @@ fn streams(archiver: &Archiver, cluster: &str) {
     shows(archiver, cluster, "\"stream_connected\":true");
 }
 
-/// WAL that it writes now is flushed here.
+/// Writes WAL and waits until it is acknowledged.
 fn is_archived(server: &Server) {
     server.write_wal(1200);
     wait_flushed(server, server.lsn());
@@ -167,7 +167,7 @@ fn a_cluster_that_fails_harms_no_other_one() {
     is_archived(&good);
     assert_eq!(good.sql(pid), before, "its stream was never interrupted");
     assert!(archiver.is_running());
-    // Clusters that can recover do.
+    // Clusters that can recover do so.
     down.up();
     streams(&archiver, "down");
     is_archived(&down);

@@ -1,6 +1,6 @@
 //! The archiver is killed, or fails once, at every named crash point (`repository::CrashPoint`).
-//! Each time it streams again without a person, and every acknowledged byte can be read back, equal
-//! to the server's own WAL.
+//! Each time it streams again without an operator, and every acknowledged byte can be read back and
+//! equals the server's own WAL.
 
 use std::{
     collections::BTreeSet,
@@ -17,12 +17,13 @@ use wal_format::{Lsn, SealedReader, SegmentName, SegmentSize};
 
 use crate::support::{Place, Server, postgres_bin, store_goes_down, succeed, wait_flushed};
 
-/// Limit for reaching a point, and for streaming again after it.
+/// The time limit for reaching a point, and for streaming again after it.
 const REACHED_MAX: Duration = Duration::from_secs(30);
-/// Interval between two checks.
+/// The interval between two checks.
 const POLL: Duration = Duration::from_millis(5);
-/// Time that one segment stays open: meanwhile a tail of it is stored (`remote_flush_interval`),
-/// and its file leaves the spool before more WAL comes.
+/// The pause after each statement. While a segment is open, a tail of it is stored
+/// (`remote_flush_interval`). When it is complete, its file leaves the spool before more WAL
+/// arrives.
 const STEP: Duration = Duration::from_millis(100);
 const SETTINGS: &str = "remote_flush_interval = '50ms'\n";
 
@@ -32,9 +33,9 @@ struct Scene {
     client: Client,
     place: Place,
     is_remote: bool,
-    /// Where the slot began: nothing was acknowledged before it moved.
+    /// The initial position of the slot. Nothing was acknowledged before the slot advanced.
     begin: Lsn,
-    /// The start of the first segment that was not compared as a whole.
+    /// The start of the first segment that was not compared completely.
     compared: Lsn,
 }
 
@@ -82,7 +83,7 @@ impl Scene {
         Run { child, log }
     }
 
-    /// Writes WAL, segment after segment, until `done`; panics when that takes too long.
+    /// Writes WAL, segment after segment, until `done` returns true. Panics if that takes too long.
     fn drive(&mut self, run: &mut Run, what: &str, mut done: impl FnMut(&mut Run) -> bool) {
         let deadline = Instant::now() + REACHED_MAX;
         loop {
@@ -119,7 +120,8 @@ impl Scene {
         self.assert_holds_what_was_acknowledged(&armed);
     }
 
-    /// Runs until the point has failed once; the same process streams again, and takes everything.
+    /// Runs until the point has failed once. Checks that the same process then streams again and
+    /// archives all WAL.
     fn fail_at(&mut self, point: CrashPoint, error: &str, nth: u32) {
         if point == CrashPoint::SpoolDirectoryCreated {
             self.remove_spool();
@@ -136,7 +138,7 @@ impl Scene {
         self.assert_holds_what_was_acknowledged(&armed);
     }
 
-    /// Removes a spool that has all its directories, after the repository has everything of it.
+    /// Removes a spool that has all its directories, after the repository has all of its WAL.
     fn remove_spool(&mut self) {
         if !self.place.spool().join("main/wal").exists() {
             return;
@@ -176,10 +178,10 @@ impl Scene {
     }
 
     /// Compares everything before the slot's position, which is the last acknowledged LSN, with the
-    /// server's own files: the spool or the repository has each byte.
+    /// server's own files. The spool or the repository must have each byte.
     fn assert_holds_what_was_acknowledged(&mut self, what: &str) {
-        // After the server has noticed that the archiver is gone, and so has read what that sent
-        // last.
+        // Wait until the server has noticed that the archiver is gone. It has then processed the
+        // archiver's last message.
         let slot = "SELECT restart_lsn::text FROM pg_replication_slots WHERE NOT active";
         let deadline = Instant::now() + REACHED_MAX;
         let acknowledged = loop {
@@ -223,9 +225,9 @@ impl Scene {
         }
     }
 
-    /// The parts of a segment that the archive has, each with its offset: the spool's files (unless
-    /// only the repository counts), the sealed object, tails. In this order: a file leaves the
-    /// spool after its object is stored.
+    /// Returns the archived parts of a segment, each with its offset: the spool's files (unless
+    /// only the repository counts), the sealed object, and the tails. They are read in this order,
+    /// because a file leaves the spool after its object is stored.
     fn sources(&self, name: &str) -> Vec<(usize, Vec<u8>)> {
         let mut sources = Vec::new();
         if !self.is_remote {
@@ -255,7 +257,7 @@ impl Scene {
         sources
     }
 
-    /// Ends the archiver in order, and compares all that is archived with the server's files.
+    /// Stops the archiver normally, and compares everything archived with the server's files.
     fn assert_whole(mut self) {
         let mut run = self.run(None);
         self.insert();
@@ -291,7 +293,7 @@ fn files_below(directory: &Path) -> BTreeSet<PathBuf> {
     let mut found = BTreeSet::new();
     let mut open = vec![directory.to_owned()];
     while let Some(directory) = open.pop() {
-        // It may be gone by now, or not be there yet.
+        // The directory may be gone by now, or may not exist yet.
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.is_dir() {
@@ -333,8 +335,8 @@ impl Drop for Run {
     }
 }
 
-/// The times at which a point is taken. A small file is the branch's history the first time,
-/// because each start writes it; later it is the position.
+/// The occurrences of a point that are tested. The first small file that a start writes is the
+/// branch's history; later ones are the position.
 fn times(point: CrashPoint) -> &'static [u32] {
     match point {
         CrashPoint::RecordCreated
@@ -367,7 +369,7 @@ fn killed_or_failed_once_at_every_point_it_streams_again_and_has_what_it_acknowl
             for nth in times(*point) {
                 scene.kill_at(*point, *nth);
                 for (kind, error) in ERRORS.iter().enumerate() {
-                    // The short form takes each kind of error at every third point.
+                    // The short form tests each kind of error at every third point.
                     let is_waited_for = *error == "enospc" && waits_for_space(*point);
                     if long || number % ERRORS.len() == kind || is_waited_for {
                         scene.fail_at(*point, error, *nth);
@@ -389,7 +391,7 @@ fn an_open_segment_without_content_does_not_stop_the_stream() {
         let archiver = place.run(&server.conninfo());
         server.write_wal(1200);
         wait_flushed(&server, server.lsn());
-        // The segment that is complete now cannot be stored.
+        // The segment that is now complete cannot be stored.
         let comes_back = store_goes_down(&place);
         server.write_wal(10);
         server.sql("SELECT pg_switch_wal()");

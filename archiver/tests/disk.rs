@@ -84,7 +84,7 @@ impl FailingDisk {
         mounted && fs::write(format!("/sys/block/{name}/queue/max_sectors_kb"), "4").is_ok()
     }
 
-    /// Makes every write to it hang, or lets them continue.
+    /// Makes every write to the disk hang, or lets writes continue.
     pub(crate) fn freeze(&self, freeze: bool) -> bool {
         let how = if freeze { "-f" } else { "-u" };
         run(Command::new("fsfreeze").arg(how).arg(self.path()))
@@ -360,7 +360,7 @@ fn a_disk_without_room_for_the_catalog_does_not_keep_the_spool_from_the_reposito
     archiver.wait_for_log("disk is full");
     let told = acknowledged(&server);
     archiver.kill();
-    // To the last block.
+    // Fills the disk to the last block.
     let mut filler = fs::File::create(disk.path().join("filler")).expect("a file");
     while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
     drop(filler);
@@ -373,7 +373,7 @@ fn a_disk_without_room_for_the_catalog_does_not_keep_the_spool_from_the_reposito
             .get("/api/v1/clusters/main")
             .contains("\"lag_bytes\":0")
     });
-    // Which made room for the catalog.
+    // The drained spool has made room for the catalog.
     archiver.wait_for_log("catalog_opens");
     server.write_wal(3000);
     wait_flushed(&server, server.lsn());

@@ -1,4 +1,5 @@
-//! Bad input and failures: one clear line each, the contract's exit code, nothing overwritten.
+//! Invalid input and failures: each leads to one clear line and the documented exit code, and
+//! nothing is overwritten.
 
 use std::{fs, os::unix::fs::PermissionsExt, process::Command, thread::sleep, time::Duration};
 

@@ -57,7 +57,7 @@ fn what_nobody_has_is_declared_lost_and_a_backup_behind_it_makes_the_archive_who
 
     let archiver = place.run_with(configured(&place, &server, "gap_grace = '3s'\n"));
     archiver.wait_for_log("a gap is detected");
-    // It searches for the configured time, visibly.
+    // The archiver searches for the configured time and shows that.
     wait_until("it waits", || {
         archiver.get("/api/v1/clusters").contains("\"waiting\"")
     });
@@ -326,7 +326,7 @@ fn a_hole_that_a_start_finds_holds_up_no_commit_after_the_backup_behind_it() {
     let archiver = run();
     archiver.wait_for_log("the archive is whole again");
     server.write_wal(1500);
-    // Without a restart the server hears of it, and its slot moves on.
+    // The server receives the acknowledgement without a restart, and its slot advances.
     let lsn = server.lsn();
     wait_flushed(&server, lsn);
     wait_until("the slot is past the hole", || {

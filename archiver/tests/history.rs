@@ -26,8 +26,8 @@ fn histories(place: &Place) -> Vec<PathBuf> {
     copies
 }
 
-/// Returns a promoted standby, with an archive of its primary that has a backup and this many KiB of
-/// WAL after it.
+/// Returns a promoted standby, with an archive of its primary that has a backup and this many KiB
+/// of WAL after it.
 fn promoted(kib: u32) -> Option<(Server, Place)> {
     let bin = postgres_bin()?;
     let primary = Server::start(&bin, "");
@@ -85,7 +85,7 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
         fs::remove_file(copy).expect("it goes");
     }
 
-    // The server still has it.
+    // The server still has the history file.
     archive();
     assert_eq!(histories(&place), copies);
     assert_eq!(fs::read(&copies[0]).expect("a history file"), sound);
@@ -93,7 +93,8 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
     let verdict = place.verify(&standby.conninfo());
     assert!(verdict.contains("no gap, no damage"), "{verdict}");
 
-    // The server gives it again without new WAL, to an archiver that has nothing else left.
+    // The server provides the file again, without new WAL, to an archiver that has lost all its
+    // other copies.
     for copy in &copies {
         fs::remove_file(copy).expect("it goes");
     }
@@ -106,7 +107,7 @@ fn without_a_history_file_nothing_is_planned_until_the_server_gives_it_again() {
     assert!(verdict.contains("no gap, no damage"), "{verdict}");
 }
 
-/// The exit code of `verify`, and what it said.
+/// Returns the exit code and the output of `verify`.
 fn verify(place: &Place, server: &Server) -> (Option<i32>, String) {
     let output = place.command(&server.conninfo()).arg("verify").output();
     let output = output.expect("wal-archiver runs");
@@ -114,7 +115,7 @@ fn verify(place: &Place, server: &Server) -> (Option<i32>, String) {
     (output.status.code(), said)
 }
 
-/// Takes an object away; `verify` names the hole, and nothing else.
+/// Removes an object, and checks that `verify` reports this hole and nothing else.
 fn assert_found(place: &Place, server: &Server, object: &Path, timeline: &str) {
     let aside = place.spool().join("aside");
     fs::copy(object, &aside).expect("a copy");
@@ -152,7 +153,8 @@ fn a_hole_anywhere_on_the_way_over_a_fork_is_found() {
         );
         eprintln!("{backup}: {} and {} segments", first.len(), second.len());
         let begin = |path: &PathBuf| path.to_string_lossy().into_owned();
-        // The last one before the fork, the first one after it, and one between that and everything later.
+        // The last segment before the fork, the first one after it, and one between that and
+        // everything later.
         let fork = &begin(&second[0])[begin(&second[0]).len() - 20..];
         let before = first
             .iter()
@@ -183,7 +185,7 @@ fn a_server_without_the_history_files_of_its_ancestors_is_archived() {
     let Some((second, _place)) = promoted(300) else {
         return;
     };
-    // A base backup brings the file of its own timeline only.
+    // A base backup contains the history file of its own timeline only.
     let third = Server::standby_of(&second);
     let lsn = second.lsn();
     wait_until("the standby has it", || {

@@ -110,7 +110,8 @@ fn wal_of_other_tools_is_taken_over_and_compared() {
     differences_are_named(&server, &place, &segments()[2]);
 }
 
-/// Directories of `pg_receivewal`, plain and compressed by itself, with an incomplete last file.
+/// Imports directories of `pg_receivewal`, plain and compressed by it, with an incomplete last
+/// file.
 fn received_ones_are_taken_over(server: &Server) {
     let output = server
         .psql(&server.conninfo(), "SELECT pg_current_wal_flush_lsn()")
@@ -143,7 +144,7 @@ fn received_ones_are_taken_over(server: &Server) {
     }
 }
 
-/// Repositories written by pgBackRest itself, with each of its compression methods.
+/// Imports repositories that pgBackRest has written, with each of its compression methods.
 #[test]
 fn a_real_pgbackrest_repository_is_taken_over_and_compared() {
     let servers = benches::tools::servers_or_skip();
@@ -193,7 +194,8 @@ fn a_real_pgbackrest_repository_is_taken_over_and_compared() {
         let same = format!("{count} segments are the same, 0 are missing");
         assert!(said.contains(&same), "{compress}: {said}");
     }
-    // It archives other bytes than ours, and the comparison says from which LSN on.
+    // The other archive has a segment with different bytes, and the comparison reports the LSN of
+    // the first difference.
     let root = owned_dir();
     let edited = root.path().join(segments[2].file_name().expect("a name"));
     let mut wal = fs::read(&segments[2]).expect("a segment");
@@ -249,8 +251,8 @@ fn backrest(server: &Server, root: &Path, compress: &str, arguments: &[&str]) {
     succeed("pgbackrest", &output.expect("it runs"));
 }
 
-/// A flipped bit, a truncated file, a file that we do not have: each is reported, and nothing
-/// changes.
+/// Checks that a flipped bit, a truncated file and a file that we do not have are each reported,
+/// and that nothing changes.
 fn differences_are_named(server: &Server, place: &Place, segment: &Path) {
     let other = owned_dir();
     let name = segment.file_name().expect("a name");

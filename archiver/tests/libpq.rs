@@ -33,7 +33,7 @@ impl<'a> Both<'a> {
         }
     }
 
-    /// Connects with both. Notes a difference in acceptance or in encryption.
+    /// Connects with both, and notes a difference in acceptance or encryption.
     fn compare(&mut self, conninfo: &str) {
         let ours = self.runtime.block_on(async {
             let info = ConnInfo::parse(conninfo)?;

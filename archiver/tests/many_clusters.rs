@@ -1,9 +1,9 @@
-//! Many clusters in one daemon and few file descriptors: the limit is raised as far as it may be,
-//! clusters that do not fit wait and say so, and one that finds no descriptor in the middle of its
-//! work loses nothing.
+//! Many clusters in one daemon with few file descriptors. The daemon raises the limit as far as it
+//! may. Clusters that do not fit wait and report that. A cluster that finds no descriptor during
+//! its work loses nothing.
 //!
-//! One server stands for all of them, with a slot for each. `TIDEMARK_LONG=1` takes a hundred
-//! instead of thirty, and prints what a hundred idle clusters cost.
+//! One server stands for all of them, with a slot for each. `TIDEMARK_LONG=1` uses a hundred
+//! clusters instead of thirty, and prints the cost of a hundred idle clusters.
 
 use std::{
     fmt::Write as _,
@@ -66,7 +66,7 @@ impl Site {
         self.dir.path().join("tidemark.toml")
     }
 
-    /// `wal-archiver` with these limits on open files.
+    /// Returns `wal-archiver` with these limits on open files.
     fn command(&self, soft: u64, hard: u64) -> Command {
         let mut command = Command::new("/bin/sh");
         command
@@ -90,8 +90,7 @@ impl Site {
         self.server.sql(streams).parse().expect("a number")
     }
 
-    /// Writes WAL, several segments of it, and waits until every cluster has acknowledged all of
-    /// it.
+    /// Writes several segments of WAL and waits until every cluster has acknowledged all of it.
     fn everything_is_archived(&self) {
         self.server.write_wal(2500);
         let lsn = self.server.lsn();
@@ -110,7 +109,7 @@ impl Site {
     }
 }
 
-/// The daemon's entries in `/proc`.
+/// The daemon's files in `/proc`.
 struct Process(u32);
 
 impl Process {
@@ -136,7 +135,7 @@ impl Process {
             .expect("a number")
     }
 
-    /// Processor time so far, in hundredths of a second.
+    /// The processor time used so far, in hundredths of a second.
     fn ticks(&self) -> u64 {
         let stat = self.file("stat");
         let after = stat.rsplit(") ").next().expect("fields");
@@ -159,7 +158,7 @@ impl Process {
     }
 }
 
-/// States of the clusters, as the API gives them.
+/// Counts a text in the clusters' reports.
 fn count(archiver: &Archiver, text: &str) -> usize {
     archiver.get("/api/v1/clusters").matches(text).count()
 }
@@ -191,7 +190,7 @@ fn many_clusters_stream_although_the_soft_limit_of_open_files_is_low() {
     for word in ["broken", "descriptors_short", "Too many open files"] {
         assert!(!log.contains(word), "{word}");
     }
-    // The stated need is enough, and not far above the real one.
+    // The reported need is sufficient, and not much more than the real one.
     let needed = number_after(&log, "needed=");
     assert!((needed / 2..needed).contains(&used), "{used} of {needed}");
     let check = site.command(256, 4096).arg("check").output();
@@ -252,7 +251,7 @@ fn clusters_that_do_not_fit_wait_for_descriptors_and_say_so() {
         "{text}"
     );
     assert_eq!(said.status.code(), Some(2), "{text}");
-    // A cluster that ends makes room for another one.
+    // A cluster that ends frees descriptors for another one.
     let started = (0..12).find(|number| !waits(number));
     site.configure(started);
     archiver.signal(Signal::HUP);
@@ -266,7 +265,7 @@ fn clusters_that_do_not_fit_wait_for_descriptors_and_say_so() {
     wait_until("the one that was added waits", || {
         started.as_ref().is_some_and(waits)
     });
-    // A raised limit counts at once. Raising it takes a privilege.
+    // A raised limit takes effect at once. Raising it needs a privilege.
     if process.limit(128, 4096).is_ok() {
         wait_until("all of them stream", || site.streaming() == 12);
         site.everything_is_archived();
@@ -282,8 +281,8 @@ fn a_cluster_that_finds_no_descriptor_in_the_middle_goes_on_without_a_loss() {
     wait_until("all of them stream", || site.streaming() == 6);
     site.everything_is_archived();
     for round in 0..2 {
-        // Open descriptors stay open. Everything else fails: the next segment, a connection, an
-        // object, a request for HTTP.
+        // Open descriptors stay open. Everything that needs a new one fails: the next segment, a
+        // connection, an object, an HTTP request.
         let few = process.descriptors().min(60 - 20 * round);
         process.limit(few, 1024).expect("a limit");
         site.server.write_wal(3000);

@@ -154,7 +154,8 @@ fn a_shutdown_checkpoint_is_archived_while_the_server_is_down() {
     archiver.wait_for_log("INFO streaming");
     for _ in 0..2 {
         server.write_wal(700);
-        // Connected again: otherwise the checkpoint would arrive only after the next start.
+        // Wait for the connection. Otherwise the checkpoint would be archived only after the next
+        // start.
         wait_flushed(&server, server.lsn());
         server.down("fast");
         let checkpoint = checkpoint(&server);
@@ -199,7 +200,7 @@ fn pages_of_an_unknown_version_are_refused_by_name_and_wait_on_the_server() {
     });
     let log = archiver.log();
     if std::env::var_os("TIDEMARK_LONG").is_some() {
-        // It is requested again, in case it was damaged in transit.
+        // The WAL is requested again, in case it was damaged in transit.
         assert_eq!(archiver.wait().code(), Some(4));
     } else {
         archiver.kill();

@@ -1,5 +1,5 @@
-//! The lights after promotions, restarts and outages: nothing is shown as safe or restorable that is
-//! not, and page, API, metrics and `status` say the same.
+//! The lights after promotions, restarts and outages. WAL that is not safe or not restorable is
+//! never shown as such, and the page, the API, the metrics and `status` agree.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ fn report(archiver: &Archiver) -> Value {
     serde_json::from_str(body(&answer)).expect("JSON")
 }
 
-/// A sample of the cluster's metrics; NaN is `None`.
+/// Returns a sample of the cluster's metrics. `None` if it is NaN.
 fn metric(archiver: &Archiver, name: &str) -> Option<f64> {
     let answer = archiver.get("/metrics");
     let sample = answer.lines().find_map(|line| line.strip_prefix(name));
@@ -33,7 +33,7 @@ fn metric(archiver: &Archiver, name: &str) -> Option<f64> {
     (!value.is_nan()).then_some(value)
 }
 
-/// `wal-archiver status` with these arguments, asked of the daemon.
+/// Returns the output of `wal-archiver status` with these arguments, from the daemon.
 fn status(archiver: &Archiver, place: &Place, arguments: &[&str]) -> String {
     let asking = place.spool().with_extension("asking");
     fs::write(&asking, format!("http = '{}'\n", archiver.address())).expect("a configuration");
@@ -60,7 +60,7 @@ fn is_ok(archiver: &Archiver) -> bool {
     report(archiver)["state"] == "ok"
 }
 
-/// A copy of a directory and everything in it.
+/// Copies a directory and its content.
 fn copy(from: &Path, to: &Path) {
     let output = Command::new("cp").arg("-a").args([from, to]).output();
     succeed("cp", &output.expect("cp runs"));
@@ -83,7 +83,7 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
     archiver.wait_for_log("INFO streaming");
     primary.write_wal(300);
 
-    // Without a base backup everything is lost, however well the WAL is archived.
+    // Without a base backup everything would be lost, even if all WAL is archived.
     wait_until("no backup is told", || {
         report(&archiver)["state"] == "at_risk"
     });
@@ -95,13 +95,13 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
     assert!(!page.contains("loses nothing"), "{page}");
     let said = status(&archiver, &place, &[]);
     assert!(said.contains("REFUSED: no base backup"), "{said}");
-    // The daemon of another configuration is not believed.
+    // The report of a daemon with another configuration is ignored.
     let other = Place::new();
     let said = status(&archiver, &other, &[]);
     assert!(said.contains("no daemon answers"), "{said}");
     assert!(!said.contains("REFUSED"), "{said}");
 
-    // The standby stays behind; the archive and its only backup go on.
+    // The standby stops. The archive and its only backup advance without it.
     let lsn = primary.lsn();
     wait_until("the standby has replayed", || {
         standby.sql(&format!("SELECT pg_last_wal_replay_lsn() >= '{lsn}'")) == "t"
@@ -128,13 +128,13 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
         report["source"]["timeline"] == 2 && local >= Some(written)
     });
 
-    // Less was written on the new timeline than the archive has of the old one.
+    // Less WAL was written on the new timeline than the archive has of the old one after the fork.
     wait_until("no backup leads to the new timeline", || {
         let report = report(&archiver);
         let queue = report["counters"]["upload_queue_bytes"].as_u64();
         assert!(queue > Some(0), "{report}");
         let remote = &report["durable"]["remote"];
-        // Unknown only while the new primary was not asked yet.
+        // The lag is unknown only until the new primary is polled.
         let lag = &remote["lag_bytes"];
         assert!(lag.is_null() || lag.as_u64() >= queue, "{report}");
         assert!(remote["rpo_seconds"].as_f64() > Some(0.0), "{report}");
@@ -164,7 +164,7 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
     }
     assert!(metric(&archiver, "pitr_upload_queue_bytes{cluster=\"main\"}") > Some(0.0));
 
-    // With the repository the daemon mends it by a base backup, once.
+    // When the repository is back, the daemon takes one base backup, which repairs this.
     comes_back();
     wait_until("a backup leads to the new timeline", || {
         is_ok(&archiver) && report(&archiver)["window"]["refusal"].is_null()
@@ -175,7 +175,7 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
     let mut backups = place.files_below("backup.json");
     assert_eq!(backups.len(), 2, "{backups:?}");
 
-    // The plan agrees with both lights: without that backup it refuses, with it it does not.
+    // The plan agrees with both lights: without that backup it refuses, and with it it does not.
     let repository = place.repository();
     let before = repository.with_extension("before");
     copy(&repository, &before);
@@ -212,7 +212,7 @@ fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
     assert_eq!(archiver.terminate().code(), Some(0));
     let stopped = Instant::now();
 
-    // WAL that is written while nothing archives counts from the last proof.
+    // The age of WAL that is written while nothing archives counts from the last proof.
     let comes_back = store_refuses(&place);
     server.write_wal(100);
     std::thread::sleep(Duration::from_secs(4));

@@ -1,5 +1,5 @@
-//! Back pressure: the store is away for long, the spool is at its limit, and the operator chose
-//! what to protect.
+//! Back pressure: the store is offline for long, the spool is at its limit, and the operator has
+//! chosen what to protect.
 
 use std::{fs, path::PathBuf, process::Command};
 

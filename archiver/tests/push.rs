@@ -12,7 +12,8 @@ use std::{
 
 use crate::support::{Place, Server, postgres_bin, wait_flushed, wait_until};
 
-/// `.ready` files accumulate: PostgreSQL's own archiver always fails, and the test does its work.
+/// PostgreSQL's own archiver always fails, so `.ready` files accumulate, and the test pushes the
+/// segments.
 const NEVER: &str = "archive_mode=on\narchive_command='/bin/false'\n";
 
 /// Returns the complete segments of a server, oldest first.

@@ -1,5 +1,6 @@
-//! A server can shut down while the repository is away or hangs, or the spool is full. The archiver
-//! reports no position that is not durable, and the stream resumes from the last reported one.
+//! A server can shut down while the repository is offline or hangs, or the spool is full. The
+//! archiver reports no position that is not durable, and the stream resumes from the last reported
+//! one.
 
 use std::{
     fs,
@@ -15,16 +16,16 @@ use crate::{
     support::{Archiver, Place, Server, postgres_bin, store_goes_down, wait_flushed, wait_until},
 };
 
-/// A shutdown may take this long: what the archiver waits for durable WAL, and much time on a busy
-/// machine.
+/// The maximum duration of a shutdown: the time for which the archiver waits for durable WAL, and a
+/// large margin for a busy machine.
 const STOP_MAX: Duration = Duration::from_secs(20);
-/// The event of a connection that was closed for a shutdown.
+/// The log event of a connection that was closed for a shutdown.
 const RELEASED: &str = "server_shutdown_released";
 const REMOTE: &str = "acknowledge = 'remote'\n";
-/// The least that a spool may be limited to.
+/// The smallest allowed limit of a spool.
 const LIMIT: &str = "spool_limit_bytes = 4194304\n";
 
-/// The oldest and the newest PostgreSQL.
+/// Returns the oldest and the newest PostgreSQL.
 fn oldest_and_newest() -> Vec<(u16, PathBuf)> {
     let mut servers = benches::tools::servers_or_skip();
     servers.sort();
@@ -36,7 +37,7 @@ fn is_long() -> bool {
     std::env::var_os("TIDEMARK_LONG").is_some()
 }
 
-/// `wal-archiver` with further settings in a file.
+/// Runs `wal-archiver` with further settings in a file.
 fn run(place: &Place, conninfo: &str, settings: &str) -> Archiver {
     let file = place.spool().with_extension("toml");
     fs::write(&file, settings).expect("a configuration");
@@ -47,7 +48,7 @@ fn run(place: &Place, conninfo: &str, settings: &str) -> Archiver {
     archiver
 }
 
-/// Stops the server, which has to end in time.
+/// Stops the server, and checks that it ends in time.
 fn stop(server: &Server, mode: &str, what: &str) {
     let began = Instant::now();
     server.down(mode);
@@ -59,7 +60,7 @@ fn stop(server: &Server, mode: &str, what: &str) {
     assert!(took < STOP_MAX, "{what}: {took:?}");
 }
 
-/// The position to which the slot has been moved.
+/// Returns the slot's position, which is the last acknowledged LSN.
 fn told(server: &Server) -> Lsn {
     let lsn = server.sql("SELECT restart_lsn FROM pg_replication_slots");
     lsn.parse().expect("an LSN")
@@ -74,7 +75,7 @@ fn make_synchronous(server: &Server) {
     });
 }
 
-/// A commit that waits for us.
+/// Starts a commit that waits for the archiver.
 fn waiting_commit(server: &Server, number: u32) -> Child {
     let directory = server.directory().to_owned();
     let commit = server
@@ -101,7 +102,7 @@ fn a_repository_that_is_away_does_not_keep_a_synchronous_primary_from_stopping()
         let archiver = run(&place, &server.conninfo(), REMOTE);
         make_synchronous(&server);
         server.sql("INSERT INTO acknowledged VALUES (1)");
-        // A repository that works is waited for.
+        // With a working repository, the shutdown waits until all WAL is stored.
         server.write_wal(3000);
         stop(
             &server,
@@ -128,7 +129,7 @@ fn a_repository_that_is_away_does_not_keep_a_synchronous_primary_from_stopping()
             "WAL that is not durable was acknowledged"
         );
         comes_back();
-        // It returns when the stream has resumed and the repository holds it.
+        // Returns when the stream has resumed and the repository holds the commit.
         server.sql("INSERT INTO acknowledged VALUES (4)");
         let kept =
             server.sql("SELECT string_agg(number::text, ' ' ORDER BY number) FROM acknowledged");
@@ -142,7 +143,8 @@ fn a_full_spool_does_not_keep_the_primary_from_stopping() {
     let servers = oldest_and_newest();
     for (index, (major, bin)) in servers.iter().enumerate() {
         for may_only_replicate in [false, true] {
-            // The version does not matter to the role.
+            // The role's effect does not depend on the version, so the short form tests each role
+            // with one version.
             if is_long() || may_only_replicate == (index > 0) {
                 full_spool(*major, bin, may_only_replicate);
             }
@@ -164,7 +166,7 @@ fn full_spool(major: u16, bin: &Path, may_only_replicate: bool) {
     }
     let archiver = run(&place, &conninfo, LIMIT);
     let comes_back = store_goes_down(&place);
-    // More than the spool and the memory take, so that the stream is not read any more.
+    // More than the spool and the buffers can hold, so that the stream is not read any more.
     server.write_wal(30_000);
     archiver.wait_for_log("spool is at its limit");
     let before = told(&server);
@@ -172,7 +174,7 @@ fn full_spool(major: u16, bin: &Path, may_only_replicate: bool) {
     stop(&server, "fast", &what);
     server.up();
     assert!(told(&server) >= before, "the slot went back");
-    // The next connection waits for room before it streams.
+    // The next connection waits for space before it streams.
     wait_until("it is connected again", || {
         let connected = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'walsender'";
         server.sql(connected) == "1"
@@ -198,7 +200,7 @@ fn a_repository_that_hangs_does_not_keep_the_primary_from_stopping() {
         };
         let server = Server::start(&bin, "");
         let place = Place::new();
-        // The repository on the disk.
+        // The repository is on the disk.
         let folder = disk.path().join("repository");
         fs::create_dir(&folder).expect("a directory");
         fs::remove_dir(place.repository()).expect("it is empty");
@@ -213,7 +215,7 @@ fn a_repository_that_hangs_does_not_keep_the_primary_from_stopping() {
         let mut stopping = start_to_stop(&server);
         let outcome = wait_for(&mut stopping);
         let took = stopped.elapsed();
-        // Before anything can fail: an archiver with a write under way cannot even be killed.
+        // Before an assertion can fail: an archiver with a pending write cannot even be killed.
         assert!(disk.freeze(false));
         eprintln!(
             "{major}, the repository hangs: pg_ctl stop took {:.1} s",

@@ -1,4 +1,4 @@
-//! The main path: the repository has all WAL of the server, and the server has been told so.
+//! The normal case: the repository has all WAL of the server, and the WAL is acknowledged.
 
 use std::{fs, time::Duration};
 
@@ -100,7 +100,7 @@ fn settings_that_hang_commits_on_us_are_told() {
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("INFO streaming");
-    // Without a backup the light would name that first.
+    // Without a backup, the light would report that first.
     let backup = place.command(&server.conninfo()).arg("backup").status();
     assert!(backup.expect("wal-archiver runs").success());
     let check = || {

@@ -79,7 +79,7 @@ impl Server {
         Self::start_with_segments(bin, 1, settings)
     }
 
-    /// The same with segments of this many MiB.
+    /// As [`Server::start`], with segments of this many MiB.
     pub(crate) fn start_with_segments(bin: &Path, mib: u32, settings: &str) -> Self {
         let server = Self::prepare(bin);
         server.init(mib, settings);
@@ -172,7 +172,7 @@ impl Server {
         self.dir.path().join("data")
     }
 
-    /// The directory of its socket.
+    /// The directory of the server's socket.
     pub(crate) fn directory(&self) -> &Path {
         self.dir.path()
     }
@@ -499,7 +499,7 @@ pub(crate) struct Archiver {
 }
 
 impl Archiver {
-    /// Asks it to stop, and waits.
+    /// Sends SIGTERM and waits for the end.
     pub(crate) fn terminate(mut self) -> ExitStatus {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("a signal");
@@ -512,7 +512,7 @@ impl Archiver {
         self.child.wait().expect("it is gone");
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until the process ends on its own.
     pub(crate) fn wait(&mut self) -> ExitStatus {
         let mut status = None;
         wait_until("the archiver ends", || {
@@ -524,7 +524,7 @@ impl Archiver {
         status
     }
 
-    /// Its process.
+    /// The process id.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
@@ -537,7 +537,7 @@ impl Archiver {
         fs::read_to_string(&self.log).expect("a log")
     }
 
-    /// Its HTTP address.
+    /// The archiver's HTTP address, from its log.
     pub(crate) fn address(&self) -> String {
         let log = self.log();
         log.lines()
@@ -573,7 +573,7 @@ impl Archiver {
         });
     }
 
-    /// Its peak memory (`VmHWM`).
+    /// The peak memory (`VmHWM`) in KiB.
     pub(crate) fn peak_memory_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("it runs");

@@ -1,6 +1,6 @@
-//! A repository that is not in its place any more: its disk is unmounted, its folder exchanged.
-//! Nothing is written to what is there instead, WAL waits in the spool, the light is red, and
-//! archiving continues when the disk is back.
+//! A repository that is not in its place any more: its disk is unmounted, or its folder was
+//! replaced. Nothing is written to the place meanwhile, WAL waits in the spool, the light is red,
+//! and archiving continues when the disk is back.
 
 use std::{
     fs,
@@ -20,7 +20,7 @@ struct Disk {
 }
 
 impl Disk {
-    /// `None` where nothing can be mounted.
+    /// Mounts the disk. `None` if this process may not mount.
     fn mount(mount_point: PathBuf) -> Option<Self> {
         let content = tempfile::tempdir().expect("a directory");
         fs::create_dir_all(&mount_point).expect("a directory");
@@ -41,19 +41,19 @@ impl Disk {
             .args([self.content.path(), &self.mount_point]))
     }
 
-    /// Unmounts it as soon as nobody uses it at that moment.
+    /// Unmounts the disk at the first moment at which it is not in use.
     fn detach(&self) {
         wait_until("nothing keeps the disk from being unmounted", || {
             run(Command::new("umount").arg(&self.mount_point))
         });
     }
 
-    /// Unmounts it although it is in use.
+    /// Unmounts the disk although it is in use.
     fn detach_lazily(&self) {
         assert!(run(Command::new("umount").arg("-l").arg(&self.mount_point)));
     }
 
-    /// Mounts it so that nothing can be written to it, or again as before.
+    /// Makes the disk read-only, or writable again.
     fn read_only(&self, read_only: bool) {
         let how = if read_only { "ro" } else { "rw" };
         let how = format!("remount,bind,{how}");
@@ -87,7 +87,7 @@ fn names(directory: &Path) -> Vec<String> {
         .collect()
 }
 
-/// The light is red, says why and what to do, and so does the health page.
+/// Waits until the light is red with the reason and the remedy, and the health route fails.
 fn wait_until_red(archiver: &Archiver) {
     wait_until("the light is red", || {
         let report = archiver.get("/api/v1/clusters/main");
@@ -146,7 +146,8 @@ fn survives(acknowledge: &str) {
 
     disk.detach();
     wait_until_red(&archiver);
-    // The position in the repository stays; the local one advances.
+    // The flush position is that of the repository and does not advance; only the local position
+    // does.
     let (told, at) = (flushed(&server), server.lsn());
     wait_until("more WAL than three segments is written", || {
         server.lsn() > at.add(3 << 20)
@@ -175,7 +176,7 @@ fn survives(acknowledge: &str) {
     wait_flushed(&server, server.lsn());
     wait_until_well(&archiver);
 
-    // The same without a restart, and with the disk in use.
+    // Once more, without a restart and with the disk in use.
     disk.detach_lazily();
     wait_until_red(&archiver);
     let at = server.lsn();
@@ -209,7 +210,7 @@ fn another_disk_or_a_read_only_one_takes_nothing() {
     server.write_wal(1500);
     wait_flushed(&server, server.lsn());
 
-    // An idle server stores nothing, and it is noticed all the same.
+    // An idle server stores nothing, but the change is detected nevertheless.
     let other = Disk::mount(place.repository()).expect("root can mount");
     wait_until_red(&archiver);
     server.write_wal(1500);
@@ -227,7 +228,7 @@ fn another_disk_or_a_read_only_one_takes_nothing() {
     disk.read_only(false);
     wait_flushed(&server, server.lsn());
 
-    // The folder goes, and an empty one takes its place.
+    // The folder disappears, and an empty one takes its place.
     let aside = place.repository().with_extension("aside");
     fs::create_dir(&aside).expect("a directory");
     assert!(run(Command::new("mount")
@@ -258,7 +259,7 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
             String::from_utf8_lossy(&said).into_owned(),
         )
     };
-    // Without any daemon: what was pushed is remembered all the same.
+    // Without a daemon: the repository of an earlier push is remembered, too.
     server.write_wal(1500);
     let segment = server.sql("SELECT pg_walfile_name(pg_switch_wal())");
     let path = server.data().join("pg_wal").join(segment);
@@ -285,7 +286,7 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
     assert!(disk.attach());
     assert_eq!(run(&push).0, Some(0), "the same bytes again");
 
-    // The disk is lost, and the operator begins again on a new one.
+    // The disk is lost, and the operator begins a new archive on another one.
     disk.detach();
     let (code, said) = run(&["epoch", "begin", "--system-identifier", "7"]);
     assert_eq!(code, Some(2), "{said}");
@@ -296,7 +297,7 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
     archiver.wait_for_log("INFO streaming");
     server.write_wal(1500);
     place.assert_whole(&server, archiver);
-    // The old disk is the other one now.
+    // Now the old disk is the wrong one.
     assert!(disk.attach());
     let (code, said) = run(&["verify"]);
     assert_eq!(code, Some(5), "{said}");
@@ -311,7 +312,7 @@ fn without_a_spool_for_the_record_nothing_is_archived_and_nothing_begins() {
     let Some((server, place, disk, _)) = scene("local") else {
         return;
     };
-    // A user that cannot create the spool, as with the default one and no `--spool`.
+    // A user that cannot create the spool, for example the default spool without `--spool`.
     let closed = tempfile::tempdir().expect("a directory");
     let spool = closed.path().join("spool");
     fs::write(&spool, "").expect("a file in its place");
@@ -346,7 +347,7 @@ fn without_a_spool_for_the_record_nothing_is_archived_and_nothing_begins() {
         assert_eq!(code, Some(2), "{arguments:?}: {said}");
         disk.assert_mount_point_is_empty();
     }
-    // The daemon needs its spool at once.
+    // The daemon, in contrast, needs its spool at once.
     let (code, said) = run(&spool, &["run"]);
     assert_eq!(code, Some(1), "{said}");
     disk.assert_mount_point_is_empty();

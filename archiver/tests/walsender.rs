@@ -15,7 +15,7 @@ use crate::support::{
 
 const PASSWORD: &str = "it's a \"secret\"";
 
-/// A configuration whose walsender requires the password.
+/// Returns a configuration whose walsender requires the password.
 fn configuration(more: &str) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("a directory");
     let password = dir.path().join("password");
@@ -49,7 +49,7 @@ fn conninfo(port: u16, password: &str) -> String {
     format!("host=127.0.0.1 port={port} user=replicator password='{password}'")
 }
 
-/// A standby of `primary` that streams only from the archive from now on.
+/// Returns a standby of `primary` that streams only from the archive from now on.
 fn standby(primary: &Server, port: u16) -> Server {
     let standby = Server::standby_of(primary);
     standby.down("fast");
@@ -96,7 +96,7 @@ fn oldest(folder: &Path) -> PathBuf {
     segments.min().expect("a segment")
 }
 
-/// Returns how many of its complete files equal the server's.
+/// Returns the number of its complete files that equal the server's.
 fn assert_equal(folder: &Path, server: &Server) -> usize {
     let mut equal = 0;
     for entry in fs::read_dir(folder).expect("a folder").flatten() {

@@ -93,8 +93,8 @@ fn the_page_works_in_a_browser() {
     succeed("page.mjs", &script.wait_with_output().expect("it ended"));
 }
 
-/// Logs in and out with the form, over HTTP and HTTPS, under each name of this host. No PostgreSQL is
-/// needed: the page is served while the server is away.
+/// Logs in and out with the form, over HTTP and HTTPS, under each name of this host. No PostgreSQL
+/// is needed: the page is served while the server is away.
 #[test]
 fn a_person_logs_in_and_out_in_a_browser() {
     const TOKEN: &str = "a-token-that-is-long-enough";
@@ -124,7 +124,7 @@ fn a_person_logs_in_and_out_in_a_browser() {
         let (_, port) = address.split_once(':').expect("a port");
         urls.push(format!("{scheme}://127.0.0.1:{port}/"));
         urls.push(format!("{scheme}://localhost:{port}/"));
-        // In the order in which they are dropped.
+        // Dropped in this order: the archiver before its directory.
         running.push((archiver, place));
     }
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));

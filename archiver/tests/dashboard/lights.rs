@@ -217,14 +217,14 @@ impl World {
         Some(world)
     }
 
-    /// The exit code of another `wal-archiver` on the same host.
+    /// Returns the exit code of another `wal-archiver` on the same host.
     fn run(&self, arguments: &[&str]) -> Option<i32> {
         let mut command = command(&self.place, &self.server, &self.configuration);
         let output = command.args(arguments).output();
         output.expect("wal-archiver runs").status.code()
     }
 
-    /// The Nagios line and its exit code.
+    /// Returns the Nagios line and its exit code.
     fn nagios(&self) -> (String, Option<i32>) {
         let asking = self.configuration.with_extension("status");
         let text = format!("http = '{}'\n{}", self.archiver.address(), configured(""));
@@ -272,7 +272,8 @@ impl World {
         self.server.sql("SELECT pg_reload_conf()");
     }
 
-    /// Every put fails. A repository that is gone is another light (`unmounted.rs`).
+    /// Makes every put fail. A repository that is not in its place is another fault
+    /// (`unmounted.rs`).
     fn take_the_store(&self) {
         let temporary = self.place.repository().join(".tidemark-tmp");
         drop(fs::remove_dir_all(&temporary));
@@ -284,7 +285,7 @@ impl World {
         fs::remove_file(&temporary).expect("the file goes");
     }
 
-    /// Doing it twice restores the original.
+    /// Flips a bit of a backup. A second call restores the original.
     fn flip_a_bit(&self) {
         let slice = self.place.files_below("base.000001");
         let slice = slice.first().expect("a slice");
@@ -293,7 +294,7 @@ impl World {
         fs::write(slice, object).expect("it is written");
     }
 
-    /// A file in the data directory that the server cannot read makes every base backup fail.
+    /// Makes every base backup fail, by a file in the data directory that the server cannot read.
     fn forbid_backups(&self) {
         let file = self.server.data().join("base/unreadable");
         fs::write(&file, "").expect("a file");
@@ -307,7 +308,7 @@ impl World {
         fs::remove_file(self.server.data().join("base/unreadable")).expect("it goes");
     }
 
-    /// The firing alerts according to the page, the API, the metric and Prometheus.
+    /// Returns the firing alerts according to the page, the API, the metric and Prometheus.
     fn shown(&self) -> [Vec<String>; 4] {
         let page = body(&self.archiver.get("/"));
         let (_, alerts) = page

@@ -112,7 +112,7 @@ fn a_certificate_is_exchanged_while_it_serves_and_status_asks_over_https() {
     wait_until("its end is told", || alerts() == ["PitrCertificateExpiry"]);
     let first = served(&address);
 
-    // Another one, with another key, for a longer time.
+    // Another certificate, with another key, for a longer time.
     certificate(directory.path(), "90");
     wait_until("the new one is served", || served(&address) != first);
     wait_until("nothing is wrong", || alerts().is_empty());

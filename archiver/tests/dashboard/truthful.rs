@@ -125,8 +125,8 @@ fn status_says_what_the_page_says() {
     assert_eq!(told, api);
 }
 
-/// 3600 answers of a real idle server, which the estimator sees one second apart, with the daemon's
-/// own number each time.
+/// Feeds 3600 answers of a real idle server, one second apart, to the estimator, and compares the
+/// daemon's own number each time.
 #[test]
 fn an_idle_hour_shows_zero_throughout() {
     let Some((server, place, archiver)) = archived() else {
