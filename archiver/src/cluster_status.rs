@@ -75,11 +75,11 @@ pub struct Facts {
     pub last_message: Option<PgTimestamp>,
     /// The timelines that lead to the server's current one. `None` before it was seen.
     pub(crate) server_path: Option<Arc<ServerPath>>,
-    /// The cluster's system identifier.
+    /// The cluster's system identifier. `None` before the first connection.
     pub system_identifier: Option<SystemIdentifier>,
     /// The server's version, as the server prints it.
     pub server_version: Option<String>,
-    /// The branch being archived.
+    /// The branch being archived. `None` before one was taken up.
     pub branch: Option<Branch>,
     /// The name of the replication slot in use.
     pub slot: Option<String>,
@@ -127,7 +127,7 @@ pub struct Facts {
     pub window: WindowReport,
     /// The newest base backup, from the last check of the catalog.
     pub last_backup: Option<BackupReport>,
-    /// The server's clock minus ours, in seconds.
+    /// The server's clock minus ours, in seconds. `None` while the server is not polled.
     pub clock_offset_seconds: Option<f64>,
     /// True once the catalog was checked since the start.
     pub looked: bool,

@@ -24,7 +24,7 @@ use self::{
     sealing::Sealing,
 };
 
-/// An event.
+/// An event that the driver reports to the core.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// The stages have started, with no work in progress.
@@ -34,16 +34,16 @@ pub enum Event {
     TakingUp,
     /// A branch is taken up: its spool is open.
     TakenUp {
-        /// The branch.
+        /// The branch that is taken up.
         branch: Branch,
-        /// The end of what is durable here.
+        /// The end of the branch's WAL that is durable on this host.
         durable_lsn: Lsn,
-        /// The ranges that the repository holds.
+        /// The ranges of the branch that the repository holds.
         stored: Coverage,
     },
     /// A base backup is listed that begins after a hole in what the repository holds of a branch.
     BackupListed {
-        /// The branch.
+        /// The branch of the backup.
         branch: Branch,
         /// The ranges that the repository holds, from the backup on.
         stored: Coverage,
@@ -51,20 +51,20 @@ pub enum Event {
     /// A stream of the branch begins. WAL that it sends up to the end of the stored WAL is compared
     /// first.
     StreamBegun {
-        /// Its first byte.
+        /// The first byte of the stream.
         start_lsn: Lsn,
     },
     /// The connection has ended. Nothing is reported until another stream has been compared.
     StreamEnded,
     /// WAL was compared and written.
     Written {
-        /// The stream's position.
+        /// The LSN of the stream's next byte.
         streamed_lsn: Lsn,
         /// The end of the WAL in the files.
         written_lsn: Lsn,
-        /// The server's flush LSN.
+        /// The server's flush LSN at this message.
         server_lsn: Lsn,
-        /// The number of new bytes.
+        /// The number of new bytes in the files.
         bytes: u64,
     },
     /// The last byte of the open segment was written, and the next segment is open.
@@ -76,68 +76,69 @@ pub enum Event {
     },
     /// A point in time at which a tail may be cut.
     Tick {
-        /// The monotonic clock.
+        /// The time of the monotonic clock, since the driver started.
         now: Duration,
         /// True if a tail is due regardless of its size.
         due: bool,
     },
     /// The open segment was fsynced.
     Synced {
-        /// Its start.
+        /// The start of the segment.
         segment_start: Lsn,
         /// The end of the fsynced WAL.
         end_lsn: Lsn,
     },
     /// A complete segment is durable under its final name, or was found so at the start.
     Finished {
-        /// Its branch.
+        /// The branch of the segment.
         branch: Branch,
-        /// The segment.
+        /// The complete segment.
         segment: SegmentNo,
-        /// Its end. `None` when it was found at the start.
+        /// The end of the segment. `None` if it was found at the start.
         end_lsn: Option<Lsn>,
     },
     /// A sealing worker is idle.
     SealerFree,
     /// A sealed segment was stored and verified.
     Sealed {
-        /// Its branch.
+        /// The branch of the segment.
         branch: Branch,
-        /// The segment.
+        /// The sealed segment.
         segment: SegmentNo,
-        /// Its range.
+        /// The first byte of the stored WAL, and the first byte after it.
         range: (Lsn, Lsn),
-        /// The segment in which the record begins that is incomplete at its end.
+        /// The segment with the start of the record that is incomplete at the end of this one.
+        /// `None` if there is none.
         open_record_in: Option<SegmentNo>,
     },
     /// A sealed segment's file has left the spool.
     Removed {
-        /// Its branch.
+        /// The branch of the segment.
         branch: Branch,
-        /// The segment.
+        /// The removed segment.
         segment: SegmentNo,
     },
     /// An attempt to seal a segment failed.
     SealFailed {
-        /// Its branch.
+        /// The branch of the segment.
         branch: Branch,
-        /// The segment.
+        /// The segment, which is still unsealed.
         segment: SegmentNo,
     },
     /// A tail was passed to the store.
     TailCut {
-        /// Its branch.
+        /// The branch of the tail.
         branch: Branch,
-        /// Its range.
+        /// The first byte of the tail, and the first byte after it.
         range: (Lsn, Lsn),
-        /// The monotonic clock.
+        /// The time of the monotonic clock, since the driver started.
         now: Duration,
     },
     /// A tail was stored and verified.
     TailStored {
-        /// Its branch.
+        /// The branch of the tail.
         branch: Branch,
-        /// Its range.
+        /// The first byte of the tail, and the first byte after it.
         range: (Lsn, Lsn),
     },
     /// A tail is no longer needed, since its segment is sealed.
@@ -189,7 +190,7 @@ pub struct Core {
 }
 
 impl Core {
-    /// Creates the initial state.
+    /// Creates a core without a branch.
     #[must_use]
     pub fn new(acknowledge: Acknowledge) -> Self {
         Self {

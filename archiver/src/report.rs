@@ -61,28 +61,29 @@ impl State {
 /// The known facts about the primary.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct SourceReport {
-    /// Its system identifier.
+    /// The server's system identifier. `None` before the first connection.
     pub system_identifier: Option<SystemIdentifier>,
-    /// The version as the server prints it.
+    /// The version, as the server prints it. `None` before the first connection.
     pub server_version: Option<String>,
     /// The server's current timeline. If its path is not known yet, the timeline that is archived.
     pub timeline: Option<TimelineId>,
-    /// The greatest flush LSN seen so far.
+    /// The greatest flush LSN seen so far. `None` before the server was seen.
     pub flush_lsn: Option<Lsn>,
     /// True if a replication stream is up.
     pub stream_connected: bool,
-    /// The time of the last contact, by our clock.
+    /// The time of the server's last message, by our clock.
     pub last_contact: Option<PgTimestamp>,
 }
 
 /// The position and the lag of one tier.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct TierReport {
-    /// The end of the contiguous durable WAL.
+    /// The end of the contiguous durable WAL. `None` if there is none.
     pub lsn: Option<Lsn>,
-    /// Bytes by which the tier lags the primary's flush LSN.
+    /// The bytes by which the tier lags the primary's flush LSN. `None` while that is unknown.
     pub lag_bytes: Option<u64>,
-    /// Age in seconds of the oldest flushed WAL that the tier does not hold.
+    /// The age in seconds of the oldest flushed WAL that the tier does not hold. `None` if nothing
+    /// was ever proved.
     pub rpo_seconds: Option<f64>,
 }
 
@@ -98,7 +99,7 @@ impl TierReport {
     }
 }
 
-/// Both tiers.
+/// The state of both tiers.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct DurableReport {
     /// WAL that is fsynced in the spool of this host.
@@ -110,13 +111,13 @@ pub struct DurableReport {
 /// The replication slot, as PostgreSQL shows it.
 #[derive(Clone, Debug, Serialize)]
 pub struct SlotReport {
-    /// Its name.
+    /// The name of the slot.
     pub name: String,
     /// True if a walsender uses it.
     pub active: bool,
-    /// `wal_status` of `pg_replication_slots`.
+    /// The column `wal_status` of `pg_replication_slots`. `None` while the server is not polled.
     pub wal_status: Option<String>,
-    /// WAL that the slot retains on the primary, in bytes.
+    /// WAL that the slot retains on the primary, in bytes. `None` while it is unknown.
     pub retained_bytes: Option<u64>,
     /// WAL in bytes that can be written before the slot is lost. `None` (no limit) without
     /// `max_slot_wal_keep_size`.
@@ -130,13 +131,15 @@ pub struct SlotReport {
 /// restorer's plan.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct WindowReport {
-    /// The end of the oldest usable base backup.
+    /// The end of the oldest usable base backup. `None` without one.
     pub earliest: Option<PgTimestamp>,
-    /// The last commit in the repository that can be reached from a base backup.
+    /// The last commit in the repository that can be reached from a base backup. `None` if there is
+    /// none.
     pub latest_commit: Option<PgTimestamp>,
     /// The number of interruptions of the WAL within the window. `None` without a backup.
     pub gaps: Option<u64>,
     /// The number of interruptions with no later base backup. Times after them cannot be restored.
+    /// `None` without a backup.
     pub open_gaps: Option<u64>,
     /// The reason why a restore to the server's present would be refused. `None` if it would be
     /// accepted, and before the catalog was read.
@@ -146,28 +149,29 @@ pub struct WindowReport {
 /// The duration of a restore: target, measurement and estimate.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RtoReport {
-    /// The RTO set by the operator.
+    /// The RTO set by the operator, in seconds. `None` if none is set.
     pub target_seconds: Option<f64>,
-    /// The duration of the last drill.
+    /// The duration of the last passed drill, in seconds. `None` before the first.
     pub measured_seconds: Option<f64>,
-    /// The estimated duration of a restore to the newest commit.
+    /// The estimated duration of a restore to the newest commit, in seconds. `None` while no drill
+    /// has measured the rates.
     pub estimate_seconds: Option<f64>,
     /// The fetch rate of the last drill.
     pub fetch_bytes_per_second: Option<f64>,
     /// The WAL replay rate of the last drill.
     pub replay_bytes_per_second: Option<f64>,
-    /// The WAL that a restore would replay.
+    /// The WAL that a restore would replay, in bytes. `None` without a backup.
     pub wal_since_backup_bytes: Option<u64>,
     /// The method of the estimate, or the reason why there is none.
     pub how: String,
-    /// The recommended action.
+    /// The recommended action. `None` if the estimate is within the target.
     pub advice: Option<String>,
 }
 
-/// A base backup.
+/// A complete base backup.
 #[derive(Clone, Debug, Serialize)]
 pub struct BackupReport {
-    /// Its name.
+    /// The name of the backup.
     pub id: BackupId,
     /// The time at which it began.
     pub started: PgTimestamp,
@@ -177,7 +181,7 @@ pub struct BackupReport {
     pub start_lsn: Lsn,
     /// The timeline it was taken on.
     pub timeline: TimelineId,
-    /// Bytes in the repository.
+    /// The size in the repository, in bytes.
     pub stored_bytes: u64,
 }
 
@@ -193,11 +197,11 @@ pub struct Counters {
     /// Superfluous objects that the repository does not delete, because they are locked or deletion
     /// is forbidden.
     pub objects_locked: u64,
-    /// Reconnections, by reason.
+    /// The number of reconnects, by reason.
     pub reconnects: Vec<(String, u64)>,
     /// Repository requests that failed, by operation and kind.
     pub repository_errors: Vec<(String, String, u64)>,
-    /// Bytes in the spool.
+    /// The number of bytes in the spool's files.
     pub spool_used_bytes: u64,
     /// The limit of the spool in bytes: its current size plus the free space on its disk, or the
     /// configured limit if that is less.
@@ -211,7 +215,7 @@ pub struct Counters {
 pub struct ClusterReport {
     /// The version of this document.
     pub schema: &'static str,
-    /// The cluster.
+    /// The name of the cluster.
     pub cluster: ClusterName,
     /// The time to which the report applies.
     pub as_of: PgTimestamp,
@@ -219,13 +223,13 @@ pub struct ClusterReport {
     pub state: State,
     /// The reason for the state, as a sentence.
     pub reason: String,
-    /// The primary.
+    /// The facts about the primary.
     pub source: SourceReport,
-    /// The durable WAL.
+    /// The position and the lag of both tiers.
     pub durable: DurableReport,
     /// The RPO set by the operator, in seconds.
     pub rpo_target_seconds: f64,
-    /// The restorable window.
+    /// The window that can be restored.
     pub window: WindowReport,
     /// The slot. `None` until the primary was queried.
     pub slot: Option<SlotReport>,
@@ -254,11 +258,11 @@ pub struct ClusterReport {
     pub caught_up_as_of: Option<PgTimestamp>,
     /// The duration of a restore.
     pub rto: RtoReport,
-    /// The newest restore drill.
+    /// The newest restore drill. `None` before the first.
     pub last_drill: Option<Outcome>,
-    /// The time at which a drill last passed.
+    /// The time at which a drill last passed. `None` before the first.
     pub last_drill_passed: Option<PgTimestamp>,
-    /// The newest base backup, if it failed.
+    /// The newest failed base backup, if none has succeeded since.
     pub failed_backup: Option<Outcome>,
     /// The newest retention run, if it failed.
     pub failed_expire: Option<Outcome>,
@@ -270,9 +274,9 @@ pub struct ClusterReport {
     pub backup_max_age_seconds: f64,
     /// The age at which the newest drill is overdue.
     pub drill_max_age_seconds: Option<f64>,
-    /// The server's clock minus ours.
+    /// The server's clock minus ours, in seconds. `None` while the server is not polled.
     pub clock_offset_seconds: Option<f64>,
-    /// The expiry time of the dashboard's certificate.
+    /// The expiry time of the dashboard's certificate. `None` without TLS.
     pub certificate_expiry: Option<PgTimestamp>,
     /// True once the catalog was read since the start.
     pub looked: bool,
@@ -318,7 +322,7 @@ pub struct Facts<'a> {
     pub has_backup: Option<bool>,
     /// The reason why no base backup leads to the server's present.
     pub unreached: Option<&'a str>,
-    /// `wal_status` of the slot.
+    /// The column `wal_status` of the slot.
     pub slot_wal_status: Option<&'a str>,
     /// A defect of the archive found by a drill or a verification.
     pub not_restorable: Option<&'a str>,

@@ -66,7 +66,7 @@ pub(crate) fn owned_dir() -> TempDir {
     dir
 }
 
-/// A running server.
+/// A running server, stopped when dropped.
 pub(crate) struct Server {
     dir: TempDir,
     bin: PathBuf,
@@ -316,7 +316,7 @@ impl Drop for Server {
     }
 }
 
-/// A running client.
+/// A running client, killed when dropped.
 pub(crate) struct Load(Child);
 
 impl Drop for Load {
@@ -492,7 +492,7 @@ fn run_command_at(mut command: Command, directory: &Path, address: &str) -> Arch
     Archiver { child, log }
 }
 
-/// A running archiver.
+/// A running archiver, killed when dropped.
 pub(crate) struct Archiver {
     child: Child,
     log: PathBuf,
@@ -524,7 +524,6 @@ impl Archiver {
         status
     }
 
-    /// The process id.
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }

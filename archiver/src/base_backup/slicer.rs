@@ -17,7 +17,6 @@ use wal_format::{
 use super::malformed;
 use crate::error::Result;
 
-/// An uncompressed slice.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct RawSlice {
     pub(super) archive: BackupArchive,
@@ -90,7 +89,6 @@ impl Slicer {
         Ok(())
     }
 
-    /// Ends the archive.
     pub(super) fn finish(&mut self) -> Result<()> {
         if self.open.is_some() || !self.header.is_empty() {
             return Err(malformed("a tar archive ends inside an entry"));
@@ -112,7 +110,6 @@ impl Slicer {
         &self.files
     }
 
-    /// The content of `backup_label`.
     pub(super) fn backup_label(&self) -> &[u8] {
         &self.label
     }

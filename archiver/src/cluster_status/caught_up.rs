@@ -29,7 +29,7 @@ impl CaughtUp {
         serde_json::from_slice(&content).unwrap_or_default()
     }
 
-    /// Replaces the file.
+    /// Replaces the file by a rename, without an fsync.
     pub(crate) fn write(&self, directory: &Path) -> std::io::Result<()> {
         let content = serde_json::to_vec(self).unwrap_or_default();
         let new = directory.join(format!("{FILE}.new"));

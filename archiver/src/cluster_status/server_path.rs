@@ -35,7 +35,7 @@ impl ServerPath {
         known
     }
 
-    /// The server's current timeline.
+    /// The server's current timeline. `None` for an empty path.
     pub(crate) fn current(&self) -> Option<Branch> {
         self.parts.last().map(|part| part.branch)
     }

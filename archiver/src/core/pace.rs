@@ -18,16 +18,16 @@ pub const CATCH_UP_BYTES: u64 = 4 << 20;
 /// The number of bytes written after which an fsync is requested even if more WAL has arrived.
 const UNSYNCED_BYTES_MAX: u64 = 16 << 20;
 
-/// The user's settings.
+/// The settings for tails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PaceSettings {
-    /// The interval between tails.
+    /// The maximum interval between two tails.
     pub tail_interval: Duration,
     /// The number of bytes after which a tail is cut in any case.
     pub tail_bytes: u64,
 }
 
-/// The state.
+/// The state that decides about fsyncs and tails.
 #[derive(Clone, Debug, Default)]
 pub struct Pace {
     settings: PaceSettings,

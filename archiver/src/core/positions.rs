@@ -41,7 +41,7 @@ impl Coverage {
         last.map_or(self.end, |(_, end)| *end)
     }
 
-    /// Adds a range.
+    /// Adds the range from `start` up to `end`, which may overlap with known ranges.
     pub fn add(&mut self, start: Lsn, end: Lsn) {
         if start > self.end {
             let known = self.beyond.entry(start).or_insert(end);
@@ -109,7 +109,7 @@ pub struct Positions {
 }
 
 impl Positions {
-    /// Creates the initial state.
+    /// Creates positions without a branch taken up. Nothing is reported yet.
     #[must_use]
     pub fn new(acknowledge: Acknowledge) -> Self {
         Self {
@@ -128,7 +128,7 @@ impl Positions {
         }
     }
 
-    /// The branch being archived.
+    /// The branch being archived. Timeline 1 before one is taken up.
     #[must_use]
     pub fn branch(&self) -> Branch {
         self.branch

@@ -83,7 +83,6 @@ impl Simulation {
         }
     }
 
-    /// Runs a whole history.
     fn run(mut self) -> Result<(), Broken> {
         let chaos = CHAOS_STEPS / 2 + self.rng.below(CHAOS_STEPS);
         for _ in 0..chaos {

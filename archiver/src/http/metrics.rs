@@ -39,7 +39,6 @@ const REPOSITORY_OPERATIONS: [&str; 2] = ["seal", "tail"];
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 type Counters = Family<Labels, Counter>;
 
-/// Renders the reports.
 pub(super) fn render(reports: &[ClusterReport], instruments: &Instruments) -> String {
     let mut page = Page {
         registry: Registry::default(),

@@ -28,9 +28,7 @@ pub(super) use self::{chart::Range, fleet::fleet};
 /// The style sheet, served as a separate file because the content security policy allows nothing
 /// inline.
 pub(super) const STYLE: &str = include_str!("page/style.css");
-/// The page's script.
 pub(super) const SCRIPT: &str = include_str!("page/app.js");
-/// The page's icon.
 pub(super) const ICON: &str = include_str!("page/icon.svg");
 
 /// The content of the page of one cluster.
@@ -106,7 +104,6 @@ fn document(title: &str, attributes: &str, body: &str, guarded: bool, refresh: R
     )
 }
 
-/// Renders the login form.
 pub(super) fn login(failed: bool) -> String {
     let wrong = if failed {
         "<p class=\"error\" role=\"alert\">This token is not known.</p>"

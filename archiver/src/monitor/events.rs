@@ -64,7 +64,7 @@ impl Events {
         events
     }
 
-    /// Adds an event.
+    /// Adds an event at the current time, and appends it to the file.
     pub fn add(&mut self, kind: &str, severity: &str, message: &str) -> Event {
         let event = Event {
             id: self.kept.back().map_or(1, |last| last.id + 1),

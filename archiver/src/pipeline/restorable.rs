@@ -80,7 +80,6 @@ pub(super) struct Look<'a> {
 }
 
 impl Look<'_> {
-    /// Computes the judgement.
     pub(super) fn judge(&self) -> Result<Judgement> {
         let defaults = default_timelines(self.index, self.timelines, self.backups)?;
         let path = match defaults.as_slice() {

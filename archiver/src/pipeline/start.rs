@@ -23,7 +23,7 @@ pub struct ServerBranch {
 /// The archived part of one branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// The branch.
+    /// The timeline and the digest of its history.
     pub branch: Branch,
     /// The end of the branch's durable WAL, in the spool or the repository.
     pub end_lsn: Lsn,

@@ -77,11 +77,11 @@ pub enum Command {
 pub struct Received {
     /// The first byte of the WAL.
     pub start_lsn: Lsn,
-    /// The server's flush LSN.
+    /// The server's flush LSN when it sent the message.
     pub wal_end: Lsn,
     /// The server's clock when it sent the message.
     pub send_time: PgTimestamp,
-    /// The WAL.
+    /// The bytes of the WAL.
     pub data: Bytes,
 }
 

@@ -15,7 +15,7 @@ use super::{BackupReport, RtoReport};
 pub struct HeldRange {
     /// The branch of the timeline.
     pub branch: Branch,
-    /// The timeline.
+    /// The timeline of the WAL.
     pub timeline: TimelineId,
     /// The first byte of the range.
     pub start_lsn: Lsn,
@@ -32,7 +32,7 @@ pub struct HeldRange {
 pub struct RestorableRange {
     /// The branch of the timeline.
     pub branch: Branch,
-    /// The timeline.
+    /// The timeline of the WAL.
     pub timeline: TimelineId,
     /// The first byte after which a recovery can stop.
     pub start_lsn: Lsn,
@@ -69,11 +69,11 @@ pub struct GapReport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MarkKind {
-    /// `pg_create_restore_point`.
+    /// A restore point made by `pg_create_restore_point`.
     RestorePoint,
     /// Relation files were removed by a commit: DROP, TRUNCATE, or a rewrite.
     Removal,
-    /// A new timeline began.
+    /// The beginning of a timeline.
     Switch,
 }
 
@@ -86,7 +86,7 @@ pub struct Mark {
     pub time: PgTimestamp,
     /// The LSN of the event.
     pub lsn: Lsn,
-    /// The timeline.
+    /// The timeline of the event.
     pub timeline: TimelineId,
     /// The event as text.
     pub text: String,

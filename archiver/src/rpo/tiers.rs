@@ -22,7 +22,7 @@ pub enum Seen {
     Polled {
         /// The server's timeline. `None` if a standby does not show which timeline it receives.
         timeline: Option<TimelineId>,
-        /// The flush LSN.
+        /// The server's flush LSN.
         flush_lsn: Lsn,
     },
 }

@@ -111,7 +111,7 @@ pub(super) async fn catalog_opens(settings: &ClusterSettings, pipeline: &Pipelin
 /// The location of the catalog.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum CatalogPlace {
-    /// The catalog's directory.
+    /// The configured directory.
     Disk,
     /// Memory, initialized from the catalog on disk as far as that can be read. Nothing is written
     /// to disk.

@@ -169,7 +169,6 @@ impl Simulation {
         Ok(())
     }
 
-    /// Delivers a message.
     fn deliver(&mut self, archiver: &mut Archiver) -> Result<(), Stop> {
         let Some(connection) = &mut archiver.connection else {
             return Ok(());
@@ -513,5 +512,4 @@ impl Simulation {
     }
 }
 
-/// The type of [`Simulation::begins`].
 pub(super) type Begins = BTreeMap<Branch, Lsn>;

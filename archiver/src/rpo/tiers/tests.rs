@@ -126,7 +126,7 @@ fn timeline(place: usize) -> u32 {
 /// An event in the model.
 #[derive(Clone, Copy, Debug)]
 enum Step {
-    /// The server writes.
+    /// The server writes this many bytes.
     Write(u64),
     /// The archiver polls the flush LSN.
     Poll,
@@ -137,7 +137,7 @@ enum Step {
     Store(u64),
     /// A standby is promoted that lacks this many bytes of the server's WAL.
     Promote(u64),
-    /// Time passes.
+    /// This many milliseconds pass.
     Wait(u64),
 }
 
