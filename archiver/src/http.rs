@@ -1,9 +1,9 @@
 //! Serves the page, the API, the metrics, the live stream and the two health routes over HTTP.
 //!
-//! Every answer is made from the daemon's memory and the catalog on this host. A request reaches
-//! neither the store nor PostgreSQL, so `/readyz` and `/metrics` keep answering while those are
-//! down. Unauthorized clients, slow clients and idle connections are limited here, separate from
-//! the stages.
+//! Every answer is made from the daemon's memory and the catalog on this host. A read request
+//! reaches neither the store nor PostgreSQL, so `/readyz` and `/metrics` keep answering while those
+//! are down. Unauthorized clients, slow clients and idle connections are limited here, separate
+//! from the stages.
 
 use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 

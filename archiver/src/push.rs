@@ -100,8 +100,8 @@ struct Desk {
     stopping: AtomicBool,
 }
 
-/// Serves pushes until it is dropped. Files in progress are then finished. Their clients receive no
-/// answer and archive the files themselves.
+/// Serves pushes until it is dropped. Files in progress are then still finished. A client whose
+/// file still waits receives no answer and archives the file itself.
 #[derive(Debug)]
 pub struct PushServer {
     desk: Arc<Desk>,

@@ -59,7 +59,8 @@ impl Access {
         !self.tokens.is_empty()
     }
 
-    /// Returns the role of a request with these headers. `None` if it is not authenticated.
+    /// Returns the role of a request with these headers. `None` if it is not authenticated. Without
+    /// tokens every client may read.
     pub(super) fn role(&self, headers: &HeaderMap) -> Option<Role> {
         if !self.is_guarded() {
             return Some(Role::Read);

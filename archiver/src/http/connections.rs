@@ -50,7 +50,8 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    /// Closes an idle connection if all are in use. Returns whether another connection is possible.
+    /// Closes the oldest idle connection if the maximum is reached. Returns whether another
+    /// connection is possible.
     pub(super) fn make_room(&self) -> bool {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if open.len() < CONNECTIONS_MAX {

@@ -19,7 +19,7 @@ use crate::{
 /// The text format of `OpenMetrics`.
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Reasons for reconnects that have a sample from the start. The supervisor counts them.
+/// Reasons for reconnects that have a sample from the start. The supervisor counts further ones.
 const RECONNECT_REASONS: [&str; 11] = [
     "connection",
     "damaged_record",
