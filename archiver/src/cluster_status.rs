@@ -4,10 +4,12 @@
 //! never across I/O, so a reader cannot delay the stream. An unknown value is `None`, never 0.
 
 mod caught_up;
+mod locked_objects;
 mod report;
 mod server_path;
 
 pub(crate) use caught_up::CaughtUp;
+use locked_objects::LockedObjects;
 pub(crate) use server_path::ServerPath;
 
 use std::{
@@ -23,7 +25,7 @@ use std::{
 use prometheus_client::metrics::histogram::Histogram;
 use repository::{ExitKind, config::Acknowledge, store::Observer};
 use tokio::task::AbortHandle;
-use wal_format::{Branch, ClusterName, Lsn, PgTimestamp, SystemIdentifier};
+use wal_format::{Branch, ClusterName, Lsn, ObjectKey, PgTimestamp, SystemIdentifier};
 
 use crate::{
     instruments::Instruments,
@@ -53,7 +55,7 @@ pub struct ClusterStatus {
     /// The number of segments sealed, stored and verified.
     pub segments_completed: AtomicU64,
     /// The number of superfluous objects that the repository does not allow to be deleted.
-    pub objects_locked: AtomicU64,
+    objects_locked: LockedObjects,
     /// The number of fsyncs of the spool.
     pub flushes: AtomicU64,
     /// The time of the task's last signal, in milliseconds since `started`.
@@ -157,15 +159,16 @@ impl ClusterStatus {
             wal_received_bytes: AtomicU64::new(0),
             wal_stored_bytes: AtomicU64::new(0),
             segments_completed: AtomicU64::new(0),
-            objects_locked: AtomicU64::new(0),
+            objects_locked: LockedObjects::default(),
             flushes: AtomicU64::new(0),
             beat: AtomicU64::new(0),
         }
     }
 
     /// Counts an object that the repository does not allow to be deleted. The first one is logged.
-    pub(crate) fn locked(&self, error: &repository::Error) {
-        if self.objects_locked.fetch_add(1, Ordering::Relaxed) == 0 {
+    /// An object whose deletion is tried again is counted once.
+    pub(crate) fn locked(&self, key: &ObjectKey, error: &repository::Error) {
+        if self.objects_locked.add(key) {
             tracing::info!(
                 %error,
                 "deleting is forbidden there: superfluous objects stay, do no harm, and are counted"

@@ -40,6 +40,14 @@ pub(crate) struct Locked {
     pub(crate) report: Option<LockReport>,
 }
 
+/// The result for the repositories of a cluster.
+pub(crate) struct Extended {
+    pub(crate) places: Vec<Locked>,
+    /// A backup whose `backup.json` cannot be read. Its first WAL is not known, so all WAL was
+    /// locked.
+    pub(crate) damaged: Option<repository::Error>,
+}
+
 /// Locks the objects that the backups of a cluster need, from backup `oldest` on.
 ///
 /// # Errors
@@ -50,7 +58,7 @@ pub(crate) fn extend(
     span: LockSpan,
     known: &mut KnownLocks,
     dry_run: bool,
-) -> Result<Vec<Locked>> {
+) -> Result<Extended> {
     let usage = |message: String| Error::Usage { message };
     let repository = Repository::open_known(settings)?;
     let Some(identity) = repository.identity()? else {
@@ -59,20 +67,34 @@ pub(crate) fn extend(
             settings.repository, settings.name
         )));
     };
-    let mut backups = Vec::new();
+    let (mut backups, mut unread) = (Vec::new(), Vec::new());
+    let mut damaged = None;
     let expired = repository.expired(identity.system_identifier)?;
     for (key, _) in repository.list(&format!("{}/backup/", identity.system_identifier))? {
         let hidden = expired.hides(&key, identity.wal_segment_size);
-        if matches!(key, ObjectKey::BackupInfo(..)) && !hidden {
-            let content = repository.get(&key)?;
-            backups.push(BackupInfo::parse_of(&key, &content).map_err(|error| {
-                usage(format!(
-                    "{key} can not be read: {error}; run `wal-archiver verify`"
-                ))
-            })?);
+        let ObjectKey::BackupInfo(_, id) = &key else {
+            continue;
+        };
+        if hidden {
+            continue;
+        }
+        let read = repository.get(&key).and_then(|content| {
+            BackupInfo::parse_of(&key, &content).map_err(|error| repository::Error::Damaged {
+                key: key.to_string(),
+                url: repository.url(),
+                problem: format!("{error}; run `wal-archiver verify`"),
+            })
+        });
+        match read {
+            Ok(backup) => backups.push(backup),
+            Err(error @ repository::Error::Damaged { .. }) => {
+                unread.push(id.clone());
+                damaged.get_or_insert(error);
+            }
+            Err(error) => return Err(error.into()),
         }
     }
-    let kept = Kept::new(&backups, oldest, identity.wal_segment_size).ok_or_else(|| {
+    let kept = Kept::new(&backups, unread, oldest, identity.wal_segment_size).ok_or_else(|| {
         usage(match oldest {
             Some(id) => format!("cluster {} has no backup {id}", settings.name),
             None => format!(
@@ -97,7 +119,10 @@ pub(crate) fn extend(
         };
         all.push(Locked { place, report });
     }
-    Ok(all)
+    Ok(Extended {
+        places: all,
+        damaged,
+    })
 }
 
 /// Extends the locks periodically while the daemon runs. Returns at once if `lock_days` is not set.
@@ -107,6 +132,7 @@ pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) 
     };
     let known = Arc::new(Mutex::new(KnownLocks::default()));
     let mut pause = FIRST_LOOK;
+    let mut was_locked = false;
     loop {
         tokio::time::sleep(pause).await;
         let (of_look, known) = (settings.clone(), Arc::clone(&known));
@@ -122,15 +148,19 @@ pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) 
             })
         });
         let problem = match looked {
-            Ok(places) => {
+            Ok(Extended { places, damaged }) => {
+                was_locked = true;
                 for Locked { place, report } in &places {
                     let extended = report.map_or(0, |report| report.extended);
                     tracing::info!(cluster = %settings.name, %place, extended, "locks were looked at");
                 }
                 let none = places.iter().all(|locked| locked.report.is_none());
-                none.then(|| "lock_days is set, but no repository is a bucket".to_owned())
+                let none =
+                    none.then(|| "lock_days is set, but no repository is a bucket".to_owned());
+                none.or_else(|| damaged.map(|error| error.to_string()))
             }
-            Err(Error::Usage { message }) => {
+            // What was there before and is not there now is a fault.
+            Err(Error::Usage { message }) if !was_locked => {
                 tracing::info!(cluster = %settings.name, message, "nothing is locked yet");
                 None
             }
@@ -174,15 +204,31 @@ struct Kept {
 }
 
 impl Kept {
-    fn new(backups: &[BackupInfo], oldest: Option<&BackupId>, size: SegmentSize) -> Option<Self> {
+    /// Returns `None` when there is no backup, or not the oldest one to keep. The backups in
+    /// `unread` are kept with all WAL, because nothing tells where they begin.
+    fn new(
+        backups: &[BackupInfo],
+        unread: Vec<BackupId>,
+        oldest: Option<&BackupId>,
+        size: SegmentSize,
+    ) -> Option<Self> {
         let first = match oldest {
-            Some(id) => backups.iter().find(|backup| backup.id == *id)?.started,
-            None => backups.iter().map(|backup| backup.started).min()?,
+            Some(id) if unread.contains(id) => None,
+            Some(id) => Some(backups.iter().find(|backup| backup.id == *id)?.started),
+            None => None,
         };
-        let kept = || backups.iter().filter(|backup| backup.started >= first);
+        let kept = || {
+            let kept = backups.iter();
+            kept.filter(|backup| first.is_none_or(|first| backup.started >= first))
+        };
+        let from = match unread.is_empty() {
+            true => kept().map(|backup| backup.start_lsn).min()?,
+            false => Lsn::ZERO,
+        };
+        let ids = kept().map(|backup| backup.id.clone());
         Some(Self {
-            ids: kept().map(|backup| backup.id.clone()).collect(),
-            from: kept().map(|backup| backup.start_lsn).min()?,
+            ids: ids.chain(unread).collect(),
+            from,
             size,
         })
     }

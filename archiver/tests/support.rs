@@ -8,7 +8,6 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Output, Stdio},
-    sync::atomic::{AtomicU16, Ordering},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -34,12 +33,6 @@ pub(crate) fn postgres_bin() -> Option<PathBuf> {
 /// Returns the user that runs servers, because PostgreSQL refuses to run as root.
 pub(crate) fn server_user() -> Option<(u32, u32)> {
     benches::programs::server_user().expect("a user to run PostgreSQL as")
-}
-
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let process = u16::try_from(std::process::id() % 500).expect("below 500");
-    54_400 + process + NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 pub(crate) fn succeed(what: &str, output: &Output) -> String {
@@ -134,7 +127,7 @@ impl Server {
         Self {
             dir: owned_dir(),
             bin: bin.to_path_buf(),
-            port: free_port(),
+            port: benches::ports::free_port().expect("a free port"),
         }
     }
 

@@ -15,6 +15,7 @@ pub mod ledger;
 pub mod main_job;
 pub mod moto;
 pub mod object_store;
+pub mod ports;
 pub mod programs;
 pub mod restored;
 pub mod tools;

@@ -8,7 +8,7 @@
 use std::{
     env,
     fs::File,
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::sleep,
@@ -17,6 +17,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
+
+use crate::ports::free_port;
 
 /// Importing it takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -76,9 +78,7 @@ impl MotoServer {
     /// Its output when it has another version or does not become ready.
     pub fn start(home: &Path) -> Result<Self> {
         let wanted = wanted().context("benches/tools/moto.txt does not name moto")?;
-        let free = TcpListener::bind("127.0.0.1:0")?;
-        let address = free.local_addr()?;
-        drop(free);
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
         let directory = tempfile::tempdir()?;
         let log = directory.path().join("moto.log");
         let mut process = Command::new("python3")

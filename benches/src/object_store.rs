@@ -6,9 +6,8 @@
 use std::{
     env,
     fs::{self, File},
-    hash::{BuildHasher, RandomState},
     io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Stdio},
     time::{Duration, Instant},
@@ -17,7 +16,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use crate::programs::{command, directory};
+use crate::{
+    ports::free_port,
+    programs::{command, directory},
+};
 
 /// The access key of the tests' requests.
 pub const ACCESS_KEY: &str = "tidemark-test";
@@ -103,6 +105,10 @@ impl ObjectStoreServer {
                 }
             ),
         )?;
+        let mut ports = [0; 8];
+        for port in &mut ports {
+            *port = free_port()?;
+        }
         let [
             master,
             master_rpc,
@@ -112,7 +118,7 @@ impl ObjectStoreServer {
             filer_rpc,
             s3,
             s3_rpc,
-        ] = free_ports()?;
+        ] = ports;
         let log = File::create(directory.path().join("seaweedfs.log"))?;
         let mut server = command(&program)?;
         server.arg("-logtostderr=true").arg("server");
@@ -288,27 +294,6 @@ impl Drop for ObjectStoreServer {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-/// Returns free ports below the range from which the system assigns ports, so that no other test
-/// receives one of them before the store has opened it.
-fn free_ports() -> Result<[u16; 8]> {
-    let mut listeners = Vec::new();
-    let mut ports = [0; 8];
-    let mut next = 20_000 + u16::try_from(RandomState::new().hash_one(0) % 10_000)?;
-    for port in &mut ports {
-        let listener = loop {
-            next += 1;
-            match TcpListener::bind(("127.0.0.1", next)) {
-                Ok(listener) => break listener,
-                Err(_) if next < 32_000 => {}
-                Err(error) => return Err(error.into()),
-            }
-        };
-        *port = listener.local_addr()?.port();
-        listeners.push(listener);
-    }
-    Ok(ports)
 }
 
 /// Sends one request and returns the first line of its answer.

@@ -97,15 +97,6 @@ pub fn directory() -> Result<TempDir> {
     Ok(directory)
 }
 
-/// Returns a loopback address on which nothing listens now.
-///
-/// # Errors
-/// When there is none.
-pub fn free_address() -> Result<String> {
-    let free = std::net::TcpListener::bind("127.0.0.1:0")?;
-    Ok(free.local_addr()?.to_string())
-}
-
 /// Returns one of our built programs, at a path where the servers' user can execute it.
 ///
 /// # Errors

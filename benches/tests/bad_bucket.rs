@@ -17,7 +17,8 @@ use benches::{
     cluster::{Cluster, connect},
     main_job::{Daemon, Place},
     object_store::{BUCKET, ObjectStoreServer},
-    programs::{free_address, succeed},
+    ports::free_address,
+    programs::succeed,
     restored::Restored,
     tools::servers_or_skip,
 };

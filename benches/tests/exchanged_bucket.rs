@@ -15,7 +15,8 @@ use benches::{
     cluster::Cluster,
     main_job::{Daemon, Place},
     object_store::{BUCKET, ObjectStoreServer},
-    programs::{free_address, succeed},
+    ports::free_address,
+    programs::succeed,
     tools::servers_or_skip,
 };
 use serde_json::Value;

@@ -4,12 +4,8 @@
 use std::{thread::sleep, time::Duration};
 
 use benches::{
-    cluster::Cluster,
-    ledger::Ledger,
-    main_job::Place,
-    object_store::ObjectStoreServer,
-    programs::{free_address, succeed},
-    tools::servers_or_skip,
+    cluster::Cluster, ledger::Ledger, main_job::Place, object_store::ObjectStoreServer,
+    ports::free_address, programs::succeed, tools::servers_or_skip,
 };
 use serde_json::Value;
 

@@ -11,7 +11,8 @@ use benches::{
     cluster::Cluster,
     main_job::Place,
     object_store::{BUCKET, ObjectStoreServer},
-    programs::{directory, free_address, succeed},
+    ports::free_address,
+    programs::{directory, succeed},
     restored::Restored,
     tools::servers_or_skip,
 };

@@ -6,7 +6,8 @@ use benches::{
     cluster::Cluster,
     main_job::Place,
     object_store::{BUCKET, ObjectStoreServer},
-    programs::{directory, free_address, succeed},
+    ports::free_address,
+    programs::{directory, succeed},
     restored::Restored,
     tools::servers_or_skip,
 };
@@ -58,6 +59,30 @@ fn locks_are_extended(place: &Place) {
     assert!(planned > 6, "{planned}");
     assert_eq!(extend(&["--days", "30"]), (planned, 0));
     assert_eq!(extend(&["--days", "29"]), (0, planned));
+    damage_ends_no_lock(place, planned);
+}
+
+/// A backup that cannot be read is named, and everything else is locked all the same.
+fn damage_ends_no_lock(place: &Place, planned: usize) {
+    let all = keys(place);
+    let backup = all.iter().find(|key| key.ends_with("/backup.json"));
+    let (backups, _) = backup.expect("a backup").rsplit_once("/2").expect("its id");
+    let damaged = format!("{backups}/20200101T000000Z-0bad/backup.json");
+    unsigned(place, &format!("PUT /{BUCKET}/{damaged}"), "{");
+    let mut lock = place.program("wal-archiver").expect("it is built");
+    lock.args(["lock", "extend", "--days", "31"]);
+    let output = lock.output().expect("it runs");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{error}");
+    assert!(
+        error.contains("20200101T000000Z-0bad/backup.json"),
+        "{error}"
+    );
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let extended = printed.split(' ').find_map(|word| word.parse().ok());
+    assert!(extended > Some(planned), "{planned}: {printed}");
+    // The bucket keeps versions, so a locked object only gets a delete marker.
+    unsigned(place, &format!("DELETE /{BUCKET}/{damaged}"), "");
 }
 
 /// With `lock_days` the daemon extends the locks soon after its start. It skips objects whose lock

@@ -376,6 +376,7 @@ fn cluster(
         };
     let encryption = table.encryption.resolve(&defaults.encryption)?;
     let keep = table.keep.over(&defaults.keep);
+    let s3 = S3Settings::resolve(&table.s3, &defaults.s3)?;
     let optional = |of_table: &Option<String>, of_defaults: &Option<String>, key| {
         of_table
             .as_ref()
@@ -512,12 +513,12 @@ fn cluster(
                 .or(defaults.repositories.as_ref())
             {
                 Some(tables) => {
-                    repositories::others(tables, &repository, encryption.as_ref(), &keep)?
+                    repositories::others(tables, (&repository, &s3), encryption.as_ref(), &keep)?
                 }
                 None => Vec::new(),
             },
             url: repository,
-            s3: S3Settings::resolve(&table.s3, &defaults.s3)?,
+            s3,
             encryption,
             required: table
                 .repositories_required

@@ -36,8 +36,11 @@ pub(super) fn extend(
         .map_err(|error| usage(format!("--days {days}: {error}")))?;
     let span = LockSpan::until(until, mode);
     let mut known = KnownLocks::default();
+    let mut damaged = None;
     for cluster in &settings.clusters {
-        for Locked { place, report } in locks::extend(cluster, oldest, span, &mut known, dry_run)? {
+        let extended = locks::extend(cluster, oldest, span, &mut known, dry_run)?;
+        damaged = damaged.or(extended.damaged);
+        for Locked { place, report } in extended.places {
             let name = &cluster.name;
             output::line(&match report {
                 None => format!("cluster {name}: {place} is a folder, which has no locks"),
@@ -52,5 +55,8 @@ pub(super) fn extend(
             });
         }
     }
-    Ok(())
+    match damaged {
+        Some(error) => Err(error.into()),
+        None => Ok(()),
+    }
 }

@@ -159,7 +159,7 @@ impl ClusterStatus {
                 wal_received_bytes: self.wal_received_bytes.load(Ordering::Relaxed),
                 wal_stored_bytes: self.wal_stored_bytes.load(Ordering::Relaxed),
                 segments_completed: self.segments_completed.load(Ordering::Relaxed),
-                objects_locked: self.objects_locked.load(Ordering::Relaxed),
+                objects_locked: self.objects_locked.count(),
                 reconnects: facts
                     .reconnects
                     .iter()

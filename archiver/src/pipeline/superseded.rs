@@ -58,7 +58,7 @@ impl Archive {
     pub(super) fn remove_tail_object(&self, key: &ObjectKey) -> Result<bool> {
         match self.repository().delete(key) {
             Err(error) if error.is_object_locked() => {
-                self.status().locked(&error);
+                self.status().locked(key, &error);
                 Ok(false)
             }
             outcome => Ok(outcome.map(|()| true)?),

@@ -4,11 +4,12 @@
 use std::{
     env, fs,
     io::{Read, Write},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     path::Path,
     process::{Child, Command, Stdio},
 };
 
+use benches::ports::free_address;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -57,9 +58,7 @@ impl Prometheus {
             ),
         )
         .expect("a configuration");
-        let port = TcpListener::bind("127.0.0.1:0").expect("a free port");
-        let address = port.local_addr().expect("its address").to_string();
-        drop(port);
+        let address = free_address().expect("a free port");
         let child = Command::new("prometheus")
             .arg(format!("--config.file={}", configuration.display()))
             .arg(format!(

@@ -94,7 +94,7 @@ impl RepositoryTable {
 /// Returns the repositories other than the first.
 pub(super) fn others(
     tables: &[RepositoryTable],
-    first: &RepositoryUrl,
+    first: (&RepositoryUrl, &S3Settings),
     keys: Option<&KeySource>,
     keep: &KeepTable,
 ) -> Result<Vec<RepositoryPlace>> {
@@ -110,9 +110,11 @@ pub(super) fn others(
         let same = |other: &RepositoryPlace| {
             other.url == place.url && other.s3.endpoint == place.s3.endpoint
         };
-        if (place.url == *first && place.url.folder().is_some()) || others.iter().any(same) {
+        let (url, s3) = first;
+        let is_first = place.url == *url && place.s3.endpoint == s3.endpoint;
+        if is_first || others.iter().any(same) {
             return Err(Error::config(format!(
-                "repository {place} stands twice; a second copy needs a second place"
+                "repository {place} is listed twice; a second copy needs a second place"
             )));
         }
         others.push(place);

@@ -56,6 +56,31 @@ fn tables_override_the_defaults_and_flags_override_both() {
 }
 
 #[test]
+fn a_repository_is_listed_once() {
+    let twice = |first: &str, second: &str| {
+        let text = format!(
+            "repository = '{first}'\ns3_endpoint = 'http://127.0.0.1:9000'\n[cluster.main]\n\
+             [[cluster.main.repositories]]\nurl = '{second}'\n"
+        );
+        let resolved = resolve(&text, &CommonArgs::default());
+        resolved.map(drop).map_err(|error| error.to_string())
+    };
+    for place in ["file:///r", "s3://bucket/p"] {
+        let with_endpoint = "s3://bucket/p'\ns3_endpoint = 'http://127.0.0.1:9000";
+        let second = if place.starts_with("s3") {
+            with_endpoint
+        } else {
+            place
+        };
+        let error = twice(place, second).expect_err("the same place");
+        assert!(error.contains("is listed twice"), "{error}");
+    }
+    // The same bucket of another provider is a second place.
+    let other = "s3://bucket/p'\ns3_endpoint = 'http://127.0.0.1:9001";
+    assert_eq!(twice("s3://bucket/p", other), Ok(()));
+}
+
+#[test]
 fn a_mistyped_key_is_named_with_the_nearest_one() {
     assert_eq!(
         refused("repositroy = 'file:///r'"),

@@ -301,9 +301,18 @@ impl ObjectStore for LocalStore {
         let Some(directory) = prefix.strip_suffix('/') else {
             return Ok(Vec::new());
         };
+        if self.is_new() {
+            return Ok(Vec::new());
+        }
+        if !self.exists()? {
+            return Err(self.cannot_open(io::ErrorKind::NotFound.into()));
+        }
         let directory = self.path(directory)?;
         let entries = match fs::read_dir(&directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.confirm()?;
+                return Ok(Vec::new());
+            }
             entries => entries.map_err(Error::store("list", &directory))?,
         };
         let mut names = Vec::new();
@@ -325,6 +334,8 @@ impl ObjectStore for LocalStore {
             }
         }
         names.sort_unstable();
+        // Folders that were not listed may be hidden below a mount point.
+        self.confirm()?;
         Ok(names)
     }
 
@@ -492,6 +503,7 @@ mod tests {
             assert!(store.head("main/c").expect_err("no head").is_gone());
             let listed = store.list("main/", &mut |_| ControlFlow::Continue(()));
             assert!(listed.expect_err("no listing").is_gone());
+            assert!(store.folders("main/").expect_err("no folders").is_gone());
             assert!(store.delete("main/a").expect_err("no removal").is_gone());
         };
         refused(&store);

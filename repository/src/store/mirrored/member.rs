@@ -75,16 +75,26 @@ struct State {
     /// before.
     gone: Option<(String, String)>,
     pause: Duration,
-    /// The time since which the place lacks an object that is not in its queue.
+    /// The time since which the place lacks an object that is not in its queue, or may lack one
+    /// because it was not compared.
     behind: Option<Instant>,
+    /// The number of objects that the place did not take since it was last complete.
+    missed: u64,
     in_step: bool,
     compared: Option<Instant>,
+    /// After a comparison that was not complete: the time of the next one, and the pause before it.
+    again: Option<(Instant, Duration)>,
     finishing: bool,
 }
 
 impl State {
     fn fall_behind(&mut self) {
         self.behind.get_or_insert_with(Instant::now);
+    }
+
+    fn miss(&mut self) {
+        self.missed += 1;
+        self.fall_behind();
     }
 
     fn lag(&self) -> Duration {
@@ -190,7 +200,7 @@ impl Member {
             None => None,
         };
         if let Some((problem, gone)) = problem {
-            state.fall_behind();
+            state.miss();
             drop(state);
             self.changed.notify_all();
             return refuse(job, &self.store.url(), &problem, gone.as_ref());
@@ -243,7 +253,12 @@ impl Member {
                 .compared
                 .is_some_and(|compared| now.duration_since(compared) > COMPARE_EVERY);
             let ready = state.away.as_ref().is_none_or(|(until, _)| *until <= now);
-            if state.in_step && ready && (state.behind.is_some() || old) {
+            let again = state.again.map(|(at, _)| at);
+            let due = match again {
+                Some(at) => at <= now,
+                None => state.behind.is_some() || old,
+            };
+            if state.in_step && ready && due {
                 state.compared = Some(now);
                 drop(state);
                 self.catch_up(others, root);
@@ -254,12 +269,16 @@ impl Member {
                 // place is back.
                 state.away = None;
             }
-            let until = state.away.as_ref().map_or(AWAY_MAX, |(until, _)| {
-                until
-                    .saturating_duration_since(now)
+            let away = state.away.as_ref().map(|(until, _)| *until);
+            let next = match away {
+                Some(until) => Some(until.max(again.unwrap_or(until))),
+                None => again,
+            };
+            let pause = next.map_or(AWAY_MAX, |at| {
+                at.saturating_duration_since(now)
                     .max(Duration::from_millis(10))
             });
-            drop(self.changed.wait_timeout(state, until));
+            drop(self.changed.wait_timeout(state, pause));
         }
     }
 
@@ -305,7 +324,7 @@ impl Member {
             Some(error) => {
                 tracing::warn!(repository = %self.store.url(), %error, "this repository falls behind");
                 self.failed(error);
-                self.lock().fall_behind();
+                self.lock().miss();
             }
         }
     }
@@ -315,23 +334,37 @@ impl Member {
             let state = self.lock();
             state.finishing
         };
+        let missed = self.lock().missed;
         match step::catch_up(&*self.store, others, root, &busy) {
             Ok(report) => {
                 let mut state = self.lock();
                 state.away = None;
+                state.gone = None;
                 state.pause = Duration::ZERO;
-                if report.complete {
-                    state.behind = None;
+                // An object that was refused during the comparison may be in none of its listings.
+                let is_unchanged = state.missed == missed;
+                if report.is_complete() {
+                    state.again = None;
+                    if is_unchanged {
+                        state.missed = 0;
+                        state.behind = None;
+                    }
+                } else {
+                    // Nothing is wrong with this place, so it continues to take objects.
+                    let pause = state.again.map_or(Duration::ZERO, |(_, pause)| pause);
+                    let pause = (pause * 2).clamp(AWAY_MIN, AWAY_MAX);
+                    state.again = Some((Instant::now() + pause, pause));
+                    // No object is known that it lacks: the other place is the one to report.
+                    if state.missed == 0 && report.unread == 0 {
+                        state.behind = None;
+                    }
                 }
                 drop(state);
                 if report.copied + report.removed > 0 {
                     tracing::info!(
                         repository = %self.store.url(), copied = report.copied, removed = report.removed,
-                        "this repository is in step again"
+                        is_complete = report.is_complete(), "objects were copied to this repository from the others"
                     );
-                }
-                if !report.complete {
-                    self.failed(&report.why(&self.store.url()));
                 }
             }
             Err(error) => {

@@ -16,19 +16,18 @@ use crate::{ClusterIdentity, Error, ExpiredSet, ObjectStore, Result};
 pub(super) struct StepReport {
     pub(super) copied: usize,
     pub(super) removed: usize,
-    /// True if the place now has everything that the others have.
-    pub(super) complete: bool,
+    /// The number of other places that could not be listed.
+    pub(super) unlisted: usize,
+    /// The number of objects that the place lacks and that could not be read elsewhere.
+    pub(super) unread: usize,
+    /// True if the comparison was stopped.
+    pub(super) stopped: bool,
 }
 
 impl StepReport {
-    pub(super) fn why(&self, url: &str) -> Error {
-        Error::S3 {
-            action: "bring into step",
-            key: String::new(),
-            url: url.to_owned(),
-            problem: "another repository could not be read".to_owned(),
-            transient: true,
-        }
+    /// Returns true if the place now has everything that the others have.
+    pub(super) fn is_complete(&self) -> bool {
+        self.unlisted == 0 && self.unread == 0 && !self.stopped
     }
 }
 
@@ -149,16 +148,14 @@ pub(super) fn catch_up(
     stop: &dyn Fn() -> bool,
 ) -> Result<StepReport> {
     let mut here = names(store, root)?;
-    let mut report = StepReport {
-        complete: true,
-        ..StepReport::default()
-    };
+    let mut report = StepReport::default();
     let mut there = Vec::new();
     for other in others {
         match names(&**other, root) {
             Ok(names) => there.push((other, names)),
             Err(error) => {
-                tracing::debug!(repository = %other.url(), %error, "it can not be compared");
+                tracing::debug!(repository = %other.url(), %error, "a place cannot be listed and is not compared");
+                report.unlisted += 1;
             }
         }
     }
@@ -178,7 +175,7 @@ pub(super) fn catch_up(
         missing.sort_by_key(|(name, key)| (rank(key), (*name).clone()));
         for (name, key) in missing {
             if stop() {
-                report.complete = false;
+                report.stopped = true;
                 return Ok(report);
             }
             match other.get(name) {
@@ -190,8 +187,8 @@ pub(super) fn catch_up(
                 // The object was replaced after it was listed.
                 Err(error) if error.is_not_found() => {}
                 Err(error) => {
-                    tracing::warn!(%error, "an object can not be copied");
-                    report.complete = false;
+                    tracing::warn!(%error, "an object cannot be copied");
+                    report.unread += 1;
                 }
             }
         }

@@ -139,6 +139,37 @@ fn a_place_that_is_away_holds_up_nobody_and_catches_up() {
 }
 
 #[test]
+fn a_place_that_missed_an_object_is_behind_until_it_was_compared() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, [first, second]) = pair(directory.path(), Required::Any);
+    store.keep_in_step();
+    wait_for("both are compared", || {
+        store.states().iter().all(|state| !state.behind)
+    });
+    second.store(true, Ordering::SeqCst);
+    store.put_if_absent(SEGMENT, b"wal").expect("one is enough");
+    wait_for("the second place missed it", || store.states()[1].behind);
+    first.store(true, Ordering::SeqCst);
+    second.store(false, Ordering::SeqCst);
+    wait_for("the second place answers", || {
+        store.states()[1].error.is_none()
+    });
+    assert!(store.states()[1].behind, "nothing could be compared");
+    // It takes objects meanwhile.
+    let later = SEGMENT.replace("0001.zst", "0002.zst");
+    store.put_if_absent(&later, b"more").expect("one is enough");
+    first.store(false, Ordering::SeqCst);
+    wait_for("each place has both", || {
+        let states = store.states();
+        let has = |place: &str, key: &str| directory.path().join(place).join(key).exists();
+        states.iter().all(|state| !state.behind)
+            && ["a", "b"]
+                .iter()
+                .all(|place| has(place, SEGMENT) && has(place, &later))
+    });
+}
+
+#[test]
 fn a_tail_goes_only_when_its_segment_is_there() {
     let directory = tempfile::tempdir().expect("a directory");
     let (store, [_, second]) = pair(directory.path(), Required::Any);
