@@ -3,9 +3,10 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     thread::sleep,
     time::Duration,
 };
@@ -15,7 +16,7 @@ use repository::{Repository, config::RepositoryUrl};
 use tempfile::TempDir;
 use wal_format::{Branch, SegmentName, SystemIdentifier, TimelineId};
 
-use crate::support::{Archived, said, servers, wait_until};
+use crate::support::{Archived, long, said, servers, wait_until};
 
 const SEGMENT_BYTES: usize = 1 << 20;
 
@@ -165,6 +166,7 @@ fn one_is_only_for_what_is_proved_absent() {
     histories(&scene);
     with_a_plan(&scene, middle, &next);
     wrong_calls_are_no_answer(&scene, middle);
+    a_missing_repository_is_no_answer(&scene, middle);
     damage_is_no_answer(&scene, middle);
     a_repository_that_is_away_is_waited_for(&scene, sealed[0]);
 }
@@ -340,11 +342,27 @@ fn wrong_calls_are_no_answer(scene: &Scene, middle: SegmentName) {
         .output()
         .expect("it runs");
     assert_eq!(output.status.code(), Some(255));
+}
+
+/// A repository that is not there gives no answer, and is waited for: the long tier waits until
+/// the end.
+fn a_missing_repository_is_no_answer(scene: &Scene, name: SegmentName) {
     let gone = scene.root.path().join("no repository");
-    let output = fetch(&gone, &name, &scene.destination())
-        .output()
+    let mut child = fetch(&gone, &name.to_string(), &scene.destination())
+        .stderr(Stdio::piped())
+        .spawn()
         .expect("it runs");
-    assert_eq!(output.status.code(), Some(255), "{:?}", said(&output));
+    let mut error = BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut line = String::new();
+    error.read_line(&mut line).expect("a warning");
+    assert!(line.contains("is tried again"), "{line}");
+    if long() {
+        assert_eq!(child.wait().expect("it ends").code(), Some(255));
+    } else {
+        assert!(child.try_wait().expect("a child").is_none(), "it gave up");
+        child.kill().expect("it runs");
+        child.wait().expect("it ends");
+    }
     assert!(!gone.exists(), "reading made a repository");
 }
 
