@@ -70,7 +70,7 @@ fn damage_ends_no_lock(place: &Place, planned: usize) {
     let damaged = format!("{backups}/20200101T000000Z-0bad/backup.json");
     unsigned(place, &format!("PUT /{BUCKET}/{damaged}"), "{");
     let mut lock = place.program("wal-archiver").expect("it is built");
-    lock.args(["lock", "extend", "--days", "31"]);
+    lock.args(["lock", "extend", "--days", "30"]);
     let output = lock.output().expect("it runs");
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(4), "{error}");

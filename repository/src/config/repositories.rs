@@ -111,7 +111,8 @@ pub(super) fn others(
             other.url == place.url && other.s3.endpoint == place.s3.endpoint
         };
         let (url, s3) = first;
-        let is_first = place.url == *url && place.s3.endpoint == s3.endpoint;
+        let is_first =
+            place.url == *url && (url.folder().is_some() || place.s3.endpoint == s3.endpoint);
         if is_first || others.iter().any(same) {
             return Err(Error::config(format!(
                 "repository {place} is listed twice; a second copy needs a second place"
