@@ -10,7 +10,12 @@ fn isolated(
     let directory = tempfile::tempdir().expect("a directory");
     fs::write(directory.path().join(MAIN), main).expect("written");
     fs::write(directory.path().join(AUTO), auto).expect("written");
-    let wanted = Wanted {
+    let isolation = isolate(directory.path(), &wanted(major, set)).expect("isolated");
+    (directory, isolation)
+}
+
+fn wanted(major: u16, set: &[(String, String)]) -> Wanted<'_> {
+    Wanted {
         major,
         keep_archiving: false,
         port: None,
@@ -24,9 +29,7 @@ fn isolated(
         ],
         set,
         heading: "a backup".to_owned(),
-    };
-    let isolation = isolate(directory.path(), &wanted).expect("isolated");
-    (directory, isolation)
+    }
 }
 
 fn value(directory: &tempfile::TempDir, name: &str) -> Option<String> {
@@ -178,27 +181,83 @@ fn a_line_that_somebody_changed_belongs_to_them() {
     );
 }
 
+/// The parent's files with an include of each kind, in `conf.d` of the copy too.
 #[test]
-fn a_setting_of_a_file_outside_is_overridden() {
+fn files_outside_are_taken_into_the_copy() {
     let outside = tempfile::tempdir().expect("a directory");
-    let other = outside.path().join("other.conf");
-    fs::write(
-        &other,
-        "data_directory = '/parent'\nhba_file = '/etc/hba'\n",
-    )
-    .expect("written");
-    let main = format!("include '{}'\n", other.display());
-    let (directory, isolation) = isolated(18, &main, "", &[]);
-    let root = fs::canonicalize(directory.path()).expect("it exists");
-    assert_eq!(
-        value(&directory, "data_directory"),
-        Some(root.display().to_string())
+    let at = |name: &str| outside.path().join(name);
+    let write = |path: PathBuf, content: &[u8]| fs::write(path, content).expect("written");
+    fs::create_dir(at("more")).expect("a directory");
+    let other = b"data_directory = '/parent'\ninclude 'nested.conf'\ninclude_dir 'more'\n\
+        include_if_exists 'none.conf'\nx.text = 'caf\xe9'\n";
+    write(at("other.conf"), other);
+    write(
+        at("nested.conf"),
+        b"hba_file = '/etc/hba'\nwork_mem = 3MB\n",
     );
-    let hba = root.join("pg_hba.conf").display().to_string();
-    assert_eq!(value(&directory, "hba_file"), Some(hba));
-    assert_eq!(isolation.outside_files.len(), 1);
-    let untouched = fs::read_to_string(&other).expect("it is there");
-    assert!(untouched.starts_with("data_directory = '/parent'"));
+    write(at("more/a.conf"), b"work_mem = 5MB\nx.list = 1\n");
+    let directory = tempfile::tempdir().expect("a directory");
+    let copy = |name: &str| directory.path().join(name);
+    fs::create_dir(copy("conf.d")).expect("a directory");
+    let other = at("other.conf").display().to_string();
+    write(
+        copy("conf.d/a.conf"),
+        format!("include '{other}'").as_bytes(),
+    );
+    let later = at("later.conf").display().to_string();
+    let main = format!("include_dir 'conf.d'\ninclude_if_exists '{later}'\n");
+    write(copy(MAIN), main.as_bytes());
+    let auto = b"y.text = 'caf\xe9'\nwork_mem = 7MB";
+    write(copy(AUTO), auto);
+    let before = Configuration::read(directory.path());
+    assert_eq!(before.value("data_directory"), Some("/parent"));
+
+    let isolation = isolate(directory.path(), &wanted(18, &[])).expect("isolated");
+    // What comes to be there later does not count.
+    write(at("later.conf"), b"data_directory = '/parent'\n");
+    write(
+        at("nested.conf"),
+        b"ident_file = '/etc/ident'\nx.list = 2\n",
+    );
+    let names = ["other.conf", "nested.conf", "more", "more/a.conf"];
+    let names = names.map(|name| at(name).display().to_string());
+    let mut files = isolation.outside_files.clone();
+    files.sort();
+    let mut names = names.to_vec();
+    names.sort();
+    assert_eq!(files, names);
+    assert_eq!(isolation.problems, [] as [String; 0]);
+    for (name, expected) in [
+        ("data_directory", None),
+        ("hba_file", None),
+        ("ident_file", None),
+        ("work_mem", Some("7MB")),
+        ("x.list", Some("1")),
+        ("x.text", Some("caf\u{10FFE9}")),
+    ] {
+        assert_eq!(value(&directory, name).as_deref(), expected, "{name}");
+    }
+    let counts = Configuration::read(directory.path());
+    let root = fs::canonicalize(directory.path()).expect("it exists");
+    assert!(counts.files.iter().all(|file| file.starts_with(&root)));
+
+    // The parent's file names its own directory, so that it stays away.
+    let described = release::describe(directory.path()).expect("isolated");
+    let include = described.changes.iter().find(|one| one.name == "include");
+    let stays = include.and_then(|one| one.stays.clone());
+    let stays = stays.expect("the include stays");
+    assert!(stays.contains("it sets data_directory"), "{stays}");
+    write(at("other.conf"), b"work_mem = 9MB\n");
+    fs::remove_file(&later).expect("removed");
+    release::release(directory.path()).expect("released");
+    assert_eq!(fs::read(copy(MAIN)).expect("it is there"), main.as_bytes());
+    let line = fs::read_to_string(copy("conf.d/a.conf")).expect("it is there");
+    assert_eq!(line, format!("include '{other}'"));
+    let now = fs::read(copy(AUTO)).expect("it is there");
+    assert_eq!(now.trim_ascii_end(), auto);
+    for number in 1..=4 {
+        assert!(!copy(&format!("tidemark_included.{number}")).exists());
+    }
 }
 
 #[test]
