@@ -22,7 +22,7 @@ use crate::{
     Error, RestorePlan, Result, Stop,
     inventory::{Archive, Inventory},
     locate,
-    plan::{Coverage, cover, in_doubt},
+    plan::{Coverage, PathPart, cover, in_doubt},
 };
 
 /// Resource managers (`rmgrlist.h`).
@@ -96,7 +96,9 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, readers: bool) -> Resul
     let Some(backup) = backups.iter().find(|backup| backup.id == plan.backup) else {
         return Ok(());
     };
-    let coverage = cover(archive, &plan.path, plan.start_lsn)?;
+    // The segment of a fork may be archived on the next timeline only.
+    let path: Vec<PathPart> = plan.path.iter().chain(&plan.later).cloned().collect();
+    let coverage = cover(archive, &path, plan.start_lsn)?;
     let search = Search {
         archive,
         coverage: &coverage,
@@ -191,6 +193,10 @@ impl Search<'_> {
             Stop::After { lsn } => lsn.add(1),
             Stop::Consistent => return None,
         };
+        // Locks of WAL that is not held are unknown.
+        if self.coverage.end_lsn < until {
+            return None;
+        }
         match self.before(until) {
             Ok(found) => found,
             Err(error) => {

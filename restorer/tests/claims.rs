@@ -36,7 +36,7 @@ fn text(path: &Path) -> &str {
 }
 
 /// Timeline 1's copy of the segment of a promotion was never archived: the creation of a tablespace in it is in timeline 2's
-/// copy only, which `wal-fetch` delivers.
+/// copy only, which `wal-fetch` delivers. So is a lock that is held at the stop.
 #[test]
 fn a_creation_that_only_the_next_timeline_holds_is_in_the_plan() {
     let Some((_, bin)) = servers().pop() else {
@@ -46,6 +46,7 @@ fn a_creation_that_only_the_next_timeline_holds_is_in_the_plan() {
     let places = directory().expect("a directory");
     let place = owned(&places.path().join("of_the_parent"));
     archived.sql("CREATE TABLE keep (n int)");
+    archived.sql("CREATE TABLE busy (n int)");
     archived.backup();
     archived.sql("SELECT pg_switch_wal()");
     archived.sql("INSERT INTO keep VALUES (0)");
@@ -55,10 +56,16 @@ fn a_creation_that_only_the_next_timeline_holds_is_in_the_plan() {
         "CREATE TABLESPACE ts LOCATION '{}'",
         place.display()
     ));
+    let mut holder = archived.cluster.connect().expect("a client");
+    holder
+        .batch_execute("BEGIN; LOCK TABLE busy; INSERT INTO busy VALUES (1)")
+        .expect("a lock");
     archived.sql("CREATE TABLE t TABLESPACE ts AS SELECT generate_series(1, 300) n");
     let after = archived.sql("SELECT pg_current_wal_insert_lsn()");
-    let segment = archived.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
     archived.sql("INSERT INTO keep VALUES (2)");
+    holder.batch_execute("COMMIT").expect("it commits");
+    drop(holder);
+    let segment = archived.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
     archived.finish();
     archived.cluster.stop().expect("it stops");
     let signal = archived.cluster.data().join("standby.signal");
@@ -110,6 +117,8 @@ fn a_creation_that_only_the_next_timeline_holds_is_in_the_plan() {
     assert!(planned.status.success(), "{error}");
     let mut plan: Value = serde_json::from_str(&json).expect("JSON");
     assert_eq!(plan["tablespaces"][0]["location"], text(&place));
+    assert_eq!(plan["locks_known"], true, "{plan}");
+    assert_eq!(plan["locks"][0]["name"], "public.busy", "{plan}");
     plan["tablespaces"] = Value::Array(Vec::new());
     plan["wal_changes"] = Value::Array(Vec::new());
     let fetch = |plan: &str| {
