@@ -31,6 +31,15 @@ pub enum Error {
         /// PostgreSQL's message, with both values.
         said: String,
     },
+    /// A signal came before recovery had ended.
+    #[error(
+        "{signal} came before recovery had ended: the server was stopped; start it by hand to recover further, or restore \
+         again"
+    )]
+    Interrupted {
+        /// The name of the signal.
+        signal: &'static str,
+    },
     /// A file operation failed.
     #[error("{action} {path}: {source}{remedy}", path = path.display(), remedy = remedy(source))]
     Io {
@@ -221,6 +230,7 @@ impl Error {
             | Self::PlanMismatch { .. }
             | Self::Wal { .. } => ExitKind::Integrity,
             Self::InsufficientParameter { .. }
+            | Self::Interrupted { .. }
             | Self::Io { .. }
             | Self::ParentAnswers { .. }
             | Self::RecoveryCrashes { .. }

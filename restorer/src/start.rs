@@ -1,10 +1,13 @@
 //! `--start`: runs PostgreSQL on the restored directory, waits until recovery has ended, and proves
 //! that it ended at the planned point (`proof.rs`). A hang (`stall.rs`), a crash loop, a pause, an
-//! early end and a wrong stop are different errors.
+//! early end, a signal (`interrupt.rs`) and a wrong stop are different errors.
+//!
+//! Invariant: a server outlives this program only after its recovery was compared with the plan.
 
 use std::{
     fs::{self, OpenOptions},
     io::IsTerminal,
+    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -17,12 +20,14 @@ use wal_format::{PgVersion, SegmentSize, SystemIdentifier};
 
 use crate::{Error, RestorePlan, Result, Stop, execute::Action, isolation, wal_fetch};
 
+mod interrupt;
 mod log;
 mod progress;
 mod proof;
 mod stall;
 
 use self::{
+    interrupt::Interrupt,
     log::{Events, Log},
     progress::{Progress, waits_for},
     proof::prove,
@@ -143,9 +148,13 @@ impl std::fmt::Debug for Start<'_> {
 /// 3. A server with a smaller `max_connections` than the primary's, which could not track all its
 ///    transactions, can recover.
 ///
+/// It is in a process group of its own, so that a signal to the caller's group does not reach it.
+/// A signal to this program stops it while recovery has not ended.
+///
 /// # Errors
 /// [`Error::RecoveryFailed`] with PostgreSQL's first error, [`Error::RecoveryStalled`],
-/// [`Error::RecoveryCrashes`], [`Error::RecoveryPaused`], [`Error::PlanMismatch`].
+/// [`Error::RecoveryCrashes`], [`Error::RecoveryPaused`], [`Error::Interrupted`],
+/// [`Error::PlanMismatch`].
 pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
     let Start {
         postgres,
@@ -161,17 +170,19 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
         .map_err(Error::io("create", &path))?;
     let errors = file.try_clone().map_err(Error::io("open", &path))?;
     let began = Instant::now();
+    let interrupt = Interrupt::catch()?;
     let mut server = Command::new(postgres)
         .arg("-D")
         .arg(directory)
         .args(arguments(wanted))
+        .process_group(0)
         .stdin(Stdio::null())
         .stdout(file)
         .stderr(errors)
         .spawn()
         .map_err(Error::io("start", postgres))?;
     let mut log = Log::open(&path, wanted.segment_size).map_err(Error::io("open", &path))?;
-    let outcome = wait(&mut server, &mut log, &path, wanted)
+    let outcome = wait(&mut server, &mut log, &interrupt, wanted)
         .and_then(|()| {
             let Start {
                 plan,
@@ -191,6 +202,9 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
         Err(error) => {
             // A copy that differs from the plan must not continue and accept connections.
             stop(&mut server);
+            if let Error::Interrupted { .. } = error {
+                return Err(error);
+            }
             return Err(reason(&path, wanted.repository, wanted.plan).unwrap_or(error));
         }
     };
@@ -253,7 +267,13 @@ fn stop(server: &mut Child) {
 }
 
 /// Waits until the log shows that recovery has ended as the action requires.
-fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> Result<()> {
+fn wait(
+    server: &mut Child,
+    log: &mut Log,
+    interrupt: &Interrupt,
+    wanted: &Start<'_>,
+) -> Result<()> {
+    let path = &wanted.directory.join(LOG);
     let to = match wanted.plan.stop {
         Stop::Before { lsn } | Stop::After { lsn } => Some(lsn),
         Stop::Consistent => None,
@@ -274,6 +294,10 @@ fn wait(server: &mut Child, log: &mut Log, path: &Path, wanted: &Start<'_>) -> R
         if let Some(outcome) = outcome {
             progress.end();
             return outcome;
+        }
+        if let Some(signal) = interrupt.seen() {
+            progress.end();
+            return Err(Error::Interrupted { signal });
         }
         let now = Instant::now();
         if let Some(silence) = stall.observe(log.bytes, processor, now) {

@@ -5,9 +5,9 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
     path::{Path, PathBuf},
-    process::Output,
+    process::{Command, Output, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -18,9 +18,9 @@ use benches::{
     programs::{directory, ours},
     restored::Restored,
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
 
-use crate::support::{Archived, SETTINGS, oldest_and_newest, said};
+use crate::support::{Archived, SETTINGS, oldest_and_newest, query, said, wait_until};
 
 /// An archived cluster on timeline 2, the server programs, and the second of two transactions.
 struct Promoted {
@@ -55,6 +55,12 @@ impl Promoted {
     /// Restores below `root` with a `postgres` that is the shell script `body`, in which `$real` is
     /// the real one and `$data` the data directory.
     fn restore(&self, root: &Path, body: &str, arguments: &[&str]) -> Output {
+        let mut restore = self.command(root, body, arguments);
+        restore.output().expect("it runs")
+    }
+
+    /// The command of [`Promoted::restore`].
+    fn command(&self, root: &Path, body: &str, arguments: &[&str]) -> Command {
         let bin = root.join("bin");
         fs::create_dir(&bin).expect("a directory");
         let real = self.bin.join("postgres");
@@ -66,7 +72,7 @@ impl Promoted {
         let place = &self.archived.place;
         let mut restore = Restored::command(place, &bin, root, arguments).expect("built");
         restore.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
-        restore.output().expect("it runs")
+        restore
     }
 }
 
@@ -176,6 +182,8 @@ fn a_hang_and_a_crash_loop_are_told_apart() {
             "it is left running"
         );
 
+        a_signal_ends_the_server_of_an_unfinished_recovery(&promoted);
+
         // A process that crashes each time the server begins again, while WAL is waited for.
         let listing = promoted.archived.listing();
         let start = listing["backups"][0]["start_lsn"].as_str().expect("an LSN");
@@ -219,6 +227,48 @@ fn a_hang_and_a_crash_loop_are_told_apart() {
         }
         assert!(!data.join("postmaster.pid").exists(), "it is left running");
     }
+}
+
+/// What is started is in a process group of its own. It ends when the restore is interrupted before
+/// recovery has ended, and lives on when the restore's group is interrupted afterwards.
+fn a_signal_ends_the_server_of_an_unfinished_recovery(promoted: &Promoted) {
+    let root = directory().expect("a directory");
+    let body = "exec $real \"$@\" -c 'restore_command=sleep 600'";
+    let mut restore = promoted.command(root.path(), body, &[]);
+    restore.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let restore = restore.process_group(0).spawn().expect("it runs");
+    let pid_file = root.path().join("data/postmaster.pid");
+    let mut server = None;
+    wait_until("a server recovers", || {
+        let lines = fs::read_to_string(&pid_file).unwrap_or_default();
+        server = lines.lines().next().and_then(|pid| pid.trim().parse().ok());
+        server.is_some()
+    });
+    let server = Pid::from_raw(server.expect("a process")).expect("a process");
+    assert_eq!(getpgid(Some(server)).expect("it runs"), server);
+    kill_process_group(Pid::from_child(&restore), Signal::INT).expect("a signal");
+    let output = restore.wait_with_output().expect("it ends");
+    let (_, error) = said(&output);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(
+        error.contains("SIGINT came before recovery had ended"),
+        "{error}"
+    );
+    assert!(!pid_file.exists(), "it is left running");
+
+    let root = directory().expect("a directory");
+    let mut restore = promoted.command(root.path(), "exec $real \"$@\"", &[]);
+    restore.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let restore = restore.process_group(0).spawn().expect("it runs");
+    let group = Pid::from_child(&restore);
+    let output = restore.wait_with_output().expect("it ends");
+    let (report, error) = said(&output);
+    assert!(output.status.success(), "{error}");
+    // Nobody of that group is left.
+    kill_process_group(group, Signal::INT).expect_err("the server is in it");
+    let report = serde_json::from_str(&report).expect("JSON");
+    let copy = Restored::adopt(root, &promoted.bin, report);
+    assert_eq!(query(&copy.conninfo(), "SELECT min(n) FROM done"), "1");
 }
 
 /// Kills the checkpointer of the server in `data`, if there is one.
