@@ -1,10 +1,11 @@
 //! The isolation of a restored copy: until `pitr-restore release`, it reaches neither its parent
 //! nor any other server.
 //!
-//! A restore reads the copy's configuration as PostgreSQL does. It overrides every setting of
-//! [`table::SETTINGS`] in `postgresql.auto.conf`, and records each line that it wrote in
-//! [`STATE_FILE`]. The recovery settings are recorded with them: [`recovery_ended`], which
-//! PostgreSQL runs as `recovery_end_command`, removes the lines that only the recovery needed.
+//! A restore copies configuration files outside of the copy into it (`imports.rs`) and reads the
+//! copy's configuration as PostgreSQL does. It overrides every setting of [`table::SETTINGS`] in
+//! `postgresql.auto.conf` (`lines.rs`), and records each line that it wrote in [`STATE_FILE`]. The
+//! recovery settings are recorded with them: [`recovery_ended`], which PostgreSQL runs as
+//! `recovery_end_command`, removes the lines that only the recovery needed.
 //!
 //! Invariant: a line counts as ours only while its name and its value are those that we wrote. A
 //! line that a user changed since, with `ALTER SYSTEM` or an editor, belongs to the user and stays.
@@ -22,11 +23,16 @@ use crate::{Error, Result};
 
 mod configuration;
 mod guc_file;
+mod imports;
+mod lines;
 pub mod parent;
 pub mod release;
 pub mod table;
+mod text;
 
-use configuration::{AUTO, Configuration, MAIN, Setting};
+use configuration::{AUTO, Configuration, MAIN};
+pub(crate) use lines::write_private;
+use lines::{append, comment_out, rewrite};
 use table::{Group, How, LIBRARIES, SETTINGS, SOCKET_DIRECTORY, When, Worker};
 
 /// The record of the changes that a restore made to the configuration of its copy.
@@ -83,8 +89,8 @@ struct Line {
 /// A line that we made a comment, or that we appended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Edit {
-    /// The path relative to the data directory.
-    file: PathBuf,
+    /// The path relative to the data directory, decoded (`text.rs`).
+    file: String,
     name: String,
     /// The original line; `None` if the line was appended.
     old: Option<String>,
@@ -124,8 +130,8 @@ pub struct Isolation {
     /// Libraries of `shared_preload_libraries` that are loaded and that [`table::LIBRARIES`] does
     /// not list.
     pub unknown_libraries: Vec<String>,
-    /// Configuration files outside the copy that it reads.
-    pub outside_files: Vec<PathBuf>,
+    /// Configuration files outside of the copy of which it has a copy of its own.
+    pub outside_files: Vec<String>,
     /// The reasons why PostgreSQL does not start with this configuration, one sentence each.
     pub problems: Vec<String>,
     /// The port of the copy.
@@ -172,10 +178,13 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
     if !sockets.exists() {
         fs::create_dir(&sockets).map_err(Error::io("create directory", &sockets))?;
     }
+    let mut edits = Vec::new();
+    let imported = imports::import(directory, &mut edits)?;
     let configuration = Configuration::read(directory);
     let mut state = State {
         note: "Written by pitr-restore; `pitr-restore release` needs it.".to_owned(),
         parent: parent::Addresses::of(&configuration),
+        edits,
         ..State::default()
     };
     state.lines.extend(recovery_lines(&configuration, wanted));
@@ -242,11 +251,17 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
     append(directory, wanted, &state.lines)?;
     write_state(directory, &state)?;
     let counts = Configuration::read(directory);
+    let mut problems = imported.problems;
+    problems.extend(configuration.problems);
     Ok(Isolation {
         switched_off,
         unknown_libraries,
-        outside_files: configuration.outside.iter().cloned().collect(),
-        problems: configuration.problems,
+        outside_files: imported
+            .files
+            .iter()
+            .map(|one| text::shown(&text::of_path(one)))
+            .collect(),
+        problems,
         port: parent::port(&counts),
         socket_directory: parent::socket_directories(&counts)
             .first()
@@ -330,7 +345,7 @@ fn libraries(
                     });
                     switched_off.push(SwitchedOff {
                         name: (*setting).to_owned(),
-                        parent: parent.unwrap_or("the default").to_owned(),
+                        parent: text::shown(parent.unwrap_or("the default")),
                         value: Some((*value).to_owned()),
                         why: format!("let workers of {base} act without being asked"),
                     });
@@ -367,7 +382,7 @@ fn applies(when: When, directory: &Path, parent: Option<&str>, changes: bool) ->
 
 /// Returns true if `path`, relative to the data directory, is not inside it.
 fn leads_outside(directory: &Path, path: &str) -> bool {
-    let path = Path::new(path);
+    let path = text::path(path);
     if path.is_absolute() {
         let real = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
         let inside = path.starts_with(directory) || path.starts_with(real);
@@ -395,110 +410,13 @@ fn bool_of(value: &str) -> &str {
     }
 }
 
-/// Returns the value for display. A connection string may contain a password and is replaced.
+/// Returns a decoded value for display. A connection string may contain a password and is replaced.
 fn shown(name: &str, value: &str) -> String {
     if name == "primary_conninfo" && !value.is_empty() {
         "(a connection text)".to_owned()
     } else {
-        value.to_owned()
+        text::shown(value)
     }
-}
-
-/// Turns a line of the copy's own files into a comment. A line in a file outside the copy is
-/// overridden at the end of `postgresql.conf`, where the last value counts.
-fn comment_out(directory: &Path, setting: &Setting, edits: &mut Vec<Edit>) -> Result<()> {
-    let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
-    let file = fs::canonicalize(&setting.file).map_err(Error::io("find", &setting.file))?;
-    let name = setting.entry.name.as_str();
-    let parent = setting.entry.value.clone();
-    if let Ok(relative) = file.strip_prefix(&root) {
-        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
-        let mut lines: Vec<&[u8]> = bytes.split(|byte| *byte == b'\n').collect();
-        let Some(line) = setting
-            .entry
-            .line
-            .checked_sub(1)
-            .and_then(|at| lines.get_mut(at))
-        else {
-            return Ok(());
-        };
-        let old = line.to_vec();
-        let new = [COMMENT.as_bytes(), &old].concat();
-        *line = &new;
-        fs::write(&file, lines.join(&b'\n')).map_err(Error::io("write", &file))?;
-        edits.push(Edit {
-            file: relative.to_owned(),
-            name: name.to_owned(),
-            old: Some(String::from_utf8_lossy(&old).into_owned()),
-            new: String::from_utf8_lossy(&new).into_owned(),
-            parent,
-        });
-        return Ok(());
-    }
-    if edits
-        .iter()
-        .any(|edit| edit.name == name && edit.old.is_none())
-    {
-        return Ok(());
-    }
-    let own = match name {
-        "hba_file" => root.join("pg_hba.conf"),
-        "ident_file" => root.join("pg_ident.conf"),
-        _ => root.clone(),
-    };
-    let new = format!("{name} = {}", guc_file::quote(&own.display().to_string()));
-    let main = root.join(MAIN);
-    let mut text = fs::read(&main).map_err(Error::io("read", &main))?;
-    text.extend_from_slice(format!("\n{new}").as_bytes());
-    fs::write(&main, text).map_err(Error::io("write", &main))?;
-    edits.push(Edit {
-        file: MAIN.into(),
-        name: name.to_owned(),
-        old: None,
-        new,
-        parent,
-    });
-    Ok(())
-}
-
-/// Appends the lines of a restore to `postgresql.auto.conf`.
-fn append(directory: &Path, wanted: &Wanted<'_>, lines: &[Line]) -> Result<()> {
-    let path = directory.join(AUTO);
-    let mut text = match fs::read(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(Error::io("read", path)(error)),
-    };
-    let mut added = format!("\n{HEADING}{}\n", wanted.heading);
-    added.push_str(HEADING);
-    added.push_str("the copy is isolated; `pitr-restore release` lifts it\n");
-    for line in lines {
-        added.push_str(&written(&line.name, &line.value));
-    }
-    for (name, value) in wanted.set {
-        added.push_str(&written(name, value));
-    }
-    text.extend_from_slice(added.as_bytes());
-    write_private(&path, &text)
-}
-
-fn written(name: &str, value: &str) -> String {
-    format!("{name} = {}\n", guc_file::quote(value))
-}
-
-/// Writes a file with the mode of the data directory's own files. The caller makes it durable.
-pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
-    use std::{io::Write, os::unix::fs::OpenOptionsExt};
-
-    let mut options = fs::OpenOptions::new();
-    let file = options
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o640)
-        .open(path);
-    file.and_then(|mut file| file.write_all(content))
-        .map_err(Error::io("write", path))
 }
 
 fn state_json(directory: &Path, state: &State) -> Result<Vec<u8>> {
@@ -573,32 +491,6 @@ fn save(directory: &Path, state: &State) -> Result<()> {
         return durable::remove(&path).map_err(Error::local);
     }
     durable::replace(&path, &state_json(directory, state)?).map_err(Error::local)
-}
-
-/// Gives each of our lines in `postgresql.auto.conf` another value, or removes it. Lines that were
-/// changed since we wrote them stay.
-fn rewrite(
-    directory: &Path,
-    ours: &[Line],
-    new_value: impl Fn(&Line) -> Option<String>,
-) -> Result<()> {
-    let path = directory.join(AUTO);
-    let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
-    let text = String::from_utf8_lossy(&bytes);
-    let mut lines: Vec<Option<String>> =
-        text.split('\n').map(|line| Some(line.to_owned())).collect();
-    let entries: Vec<_> = guc_file::parse(&text).into_iter().flatten().collect();
-    for line in ours {
-        let same = |entry: &&guc_file::Entry| entry.name == line.name && entry.value == line.value;
-        let Some(entry) = entries.iter().rfind(same) else {
-            continue;
-        };
-        if let Some(place) = entry.line.checked_sub(1).and_then(|at| lines.get_mut(at)) {
-            *place = new_value(line).map(|value| written(&line.name, &value).trim_end().to_owned());
-        }
-    }
-    let kept: Vec<String> = lines.into_iter().flatten().collect();
-    durable::replace(&path, kept.join("\n").as_bytes()).map_err(Error::local)
 }
 
 #[cfg(test)]

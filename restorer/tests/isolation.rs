@@ -22,6 +22,8 @@ use crate::{
     },
 };
 
+/// A line of a configuration file that is not UTF-8.
+const IN_LATIN1: &[u8] = b"\nown.text = 'caf\xe9'\n";
 const ROWS: &str = "SELECT count(*) FROM followed";
 
 /// A parent with everything that reaches outside of its data directory, and its publisher.
@@ -50,14 +52,13 @@ impl Parent {
         let data = cluster.data().display().to_string();
         let more = "archive_cleanup_command = 'touch {at}/archive/cleaned'\n\
             recovery_end_command = 'touch {at}/archive/ended'\nrecovery_min_apply_delay = 10min\n\
-            external_pid_file = '{at}/run/parent.pid'\nlog_directory = '{at}/log'\nlogging_collector = on\n";
-        fs::write(
-            outside.path().join("more.conf"),
-            more.replace("{at}", &at.to_string()),
-        )
-        .expect("written");
+            external_pid_file = '{at}/run/parent.pid'\nlog_directory = '{at}/log'\nlogging_collector = on\n\
+            data_directory = '{data}'\nhba_file = '{at}/pg_hba.conf'\n";
+        let more = more.replace("{at}", &at.to_string());
+        let more = more.replace("{data}", &data);
+        fs::write(outside.path().join("more.conf"), more).expect("written");
         let mut settings = format!(
-            "wal_retrieve_retry_interval = 100ms\ndata_directory = '{data}'\nhba_file = '{at}/pg_hba.conf'\ninclude '{at}/more.conf'\n\
+            "wal_retrieve_retry_interval = 100ms\ninclude '{at}/more.conf'\n\
              archive_mode = on\narchive_command = 'cp %p {at}/archive/%f'\n\
              primary_conninfo = '{}'\n",
             cluster.conninfo()
@@ -70,6 +71,11 @@ impl Parent {
         }
         cluster.configure(&settings).expect("configured");
         cluster.stop().expect("stopped");
+        // As `ALTER SYSTEM` writes it in a database whose encoding is LATIN1.
+        let auto = cluster.data().join("postgresql.auto.conf");
+        let mut content = fs::read(&auto).expect("settings");
+        content.extend_from_slice(IN_LATIN1);
+        fs::write(&auto, content).expect("written");
         cluster.start_again().expect("started");
         Self {
             publisher,
@@ -186,9 +192,35 @@ impl Server<'_> {
         query(&self.conninfo(), sql)
     }
 
+    /// `postgresql.auto.conf`, with the line that is not UTF-8 as it was.
+    fn auto(&self) -> String {
+        let content = fs::read(self.data.join("postgresql.auto.conf")).expect("settings");
+        let parts = content.windows(IN_LATIN1.len());
+        let auto = String::from_utf8_lossy(&content).into_owned();
+        assert_eq!(parts.filter(|part| *part == IN_LATIN1).count(), 1, "{auto}");
+        auto
+    }
+
+    /// The server reads and writes its own directory.
+    fn assert_own_files(&self) {
+        let data = self.data.display();
+        assert_eq!(self.sql("SHOW data_directory"), data.to_string());
+        for (name, file) in [
+            ("config_file", "postgresql.conf"),
+            ("hba_file", "pg_hba.conf"),
+            ("ident_file", "pg_ident.conf"),
+        ] {
+            assert_eq!(self.sql(&format!("SHOW {name}")), format!("{data}/{file}"));
+        }
+        let read = self.sql("SELECT string_agg(DISTINCT sourcefile, ' ') FROM pg_file_settings");
+        let mut read = read.split(' ');
+        let outside = read.find(|file| !file.starts_with(&format!("{data}/")));
+        assert_eq!(outside, None);
+    }
+
     /// No line that only a recovery needs is left.
     fn assert_settled(&self) {
-        let auto = fs::read_to_string(self.data.join("postgresql.auto.conf")).expect("settings");
+        let auto = self.auto();
         for name in ["recovery_target", "wal-fetch", "recovery-ended"] {
             assert!(!auto.contains(name), "{auto}");
         }
@@ -293,8 +325,7 @@ fn the_started_copy<'a>(parent: &'a Parent, root: &Path) -> Server<'a> {
     }
     assert_eq!(copy.sql("SELECT pg_is_in_recovery()"), "f");
     assert_eq!(copy.sql("SELECT n FROM kept"), "1");
-    let directory = copy.sql("SHOW data_directory");
-    assert_eq!(directory, copy.data.display().to_string());
+    copy.assert_own_files();
     assert_eq!(copy.sql("SHOW listen_addresses"), "127.0.0.1");
     // It writes, switches segments and is restarted, and its parent's commands do not run.
     copy.assert_settled();
@@ -392,6 +423,7 @@ fn the_copy_started_by_hand<'a>(parent: &'a Parent, root: &Path) -> Server<'a> {
     assert!(!data.join("standby.signal").exists());
     moved_to(&data, &copy.data);
     copy.pg_ctl(&["start"]);
+    copy.assert_own_files();
     wait_until("it pauses at the target", || {
         copy.sql("SELECT pg_is_wal_replay_paused()") == "t"
     });
@@ -400,8 +432,7 @@ fn the_copy_started_by_hand<'a>(parent: &'a Parent, root: &Path) -> Server<'a> {
         copy.sql("SELECT pg_is_in_recovery()") == "f"
     });
     wait_until("what the recovery needed is removed", || {
-        let auto = fs::read_to_string(copy.data.join("postgresql.auto.conf"));
-        auto.is_ok_and(|auto| !auto.contains("recovery_target"))
+        !copy.auto().contains("recovery_target")
     });
     copy.assert_settled();
     copy.sql("INSERT INTO kept VALUES (2); SELECT pg_switch_wal()");
@@ -467,13 +498,12 @@ fn failures_are_told(parent: &Parent, root: &Path) {
 /// The copy takes its parent's place.
 fn the_release(parent: &Parent, copy: &Server<'_>) {
     let data = copy.data.clone();
-    let auto = data.join("postgresql.auto.conf");
-    let isolated = fs::read_to_string(&auto).expect("settings");
+    let isolated = copy.auto();
     let refused = parent.release(&data, &["--yes"]).output().expect("it runs");
     let (_, error) = said(&refused);
     assert_eq!(refused.status.code(), Some(1), "{error}");
     assert!(error.contains("the parent still answers"), "{error}");
-    assert_eq!(fs::read_to_string(&auto).expect("settings"), isolated);
+    assert_eq!(copy.auto(), isolated);
     let value = |name: &str| {
         let mut postgres = parent.program("postgres");
         succeed(postgres.arg("-D").arg(&data).args(["-C", name])).expect("a value")
@@ -488,8 +518,9 @@ fn the_release(parent: &Parent, copy: &Server<'_>) {
     );
     assert!(shown.contains("nothing was changed"), "{shown}");
     assert!(shown.contains("data_directory stays"), "{shown}");
-    assert_eq!(fs::read_to_string(&auto).expect("settings"), isolated);
+    assert_eq!(copy.auto(), isolated);
     succeed(&mut parent.release(&data, &["--yes"])).expect("it is released");
+    assert!(!copy.auto().contains("pitr-restore"), "{}", copy.auto());
     let at = parent.outside.path().display().to_string();
     for (name, expected) in [
         ("archive_mode", "on".to_owned()),

@@ -168,8 +168,7 @@ fn isolated(isolation: &Isolation, keep_archiving: bool) {
     }
     for file in &isolation.outside_files {
         output::line(&format!(
-            "              it reads {}, which is not in the copy",
-            file.display()
+            "              it has a copy of {file}, which is outside of it: a change there does not count"
         ));
     }
 }

@@ -11,14 +11,19 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::guc_file::{Entry, parse};
+use super::{
+    guc_file::{Entry, parse},
+    imports, text,
+};
 
 /// The main file of a data directory.
 pub(super) const MAIN: &str = "postgresql.conf";
 /// The file of `ALTER SYSTEM`, which overrides all others.
 pub(super) const AUTO: &str = "postgresql.auto.conf";
 /// The depth of includes at which PostgreSQL gives up (`CONF_FILE_MAX_DEPTH`).
-const DEPTH_MAX: usize = 10;
+pub(super) const DEPTH_MAX: usize = 10;
+/// The lines that include other files.
+pub(super) const INCLUDES: [&str; 3] = ["include", "include_if_exists", "include_dir"];
 
 /// A setting and the line that contains it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,8 +39,8 @@ pub(super) struct Configuration {
     settings: Vec<Setting>,
     /// The files and lines with which PostgreSQL does not start, one sentence each.
     pub(super) problems: Vec<String>,
-    /// Files outside of the data directory that were read.
-    pub(super) outside: BTreeSet<PathBuf>,
+    /// The files that were read.
+    pub(super) files: BTreeSet<PathBuf>,
 }
 
 impl Configuration {
@@ -44,14 +49,27 @@ impl Configuration {
     pub(super) fn read(directory: &Path) -> Self {
         let mut found = Self::default();
         let root = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
-        found.read_file(&root, &root.join(MAIN), None, 0);
+        found.read_file(&root.join(MAIN), None, 0);
         if root.join(AUTO).exists() {
-            found.read_file(&root, &root.join(AUTO), None, 0);
+            found.read_file(&root.join(AUTO), None, 0);
         }
         found
     }
 
-    /// Returns the effective value; `None` if no line sets it.
+    /// Reads what a line `name` with this path, which is absolute, includes.
+    pub(super) fn included(name: &str, path: &Path) -> Self {
+        let mut found = Self::default();
+        let files = match name {
+            "include_dir" => files_of(path).unwrap_or_default(),
+            _ => vec![path.to_owned()],
+        };
+        for file in files {
+            found.read_file(&file, None, 1);
+        }
+        found
+    }
+
+    /// Returns the effective value, decoded (`text.rs`); `None` if no line sets it.
     pub(super) fn value(&self, name: &str) -> Option<&str> {
         let found = self.settings.iter().rfind(|one| one.entry.name == name);
         found.map(|one| one.entry.value.as_str())
@@ -64,7 +82,7 @@ impl Configuration {
             .filter(move |one| one.entry.name == name)
     }
 
-    fn read_file(&mut self, root: &Path, path: &Path, from: Option<(&Path, usize)>, depth: usize) {
+    fn read_file(&mut self, path: &Path, from: Option<(&Path, usize)>, depth: usize) {
         let named = |what: &str| match from {
             Some((file, line)) => format!(
                 "{} line {line} includes {}, {what}",
@@ -78,16 +96,18 @@ impl Configuration {
             return;
         }
         let text = match fs::read(path) {
-            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Ok(bytes) => text::decode(&bytes),
             Err(error) => {
-                self.problems.push(named(&cannot_be_read(&error)));
+                // The import reports an imported file, by its own path.
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                if !name.starts_with(imports::PREFIX) {
+                    self.problems.push(named(&cannot_be_read(&error)));
+                }
                 return;
             }
         };
-        let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        if !real.starts_with(root) {
-            self.outside.insert(real);
-        }
+        self.files
+            .insert(fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()));
         for parsed in parse(&text) {
             let entry = match parsed {
                 Ok(entry) => entry,
@@ -102,18 +122,18 @@ impl Configuration {
             };
             let origin = Some((path, entry.line));
             let parent = path.parent().unwrap_or(Path::new("/"));
-            let included = parent.join(&entry.value);
+            let included = parent.join(text::path(&entry.value));
             match entry.name.as_str() {
-                "include" => self.read_file(root, &included, origin, depth + 1),
+                "include" => self.read_file(&included, origin, depth + 1),
                 "include_if_exists" => {
                     if included.exists() {
-                        self.read_file(root, &included, origin, depth + 1);
+                        self.read_file(&included, origin, depth + 1);
                     }
                 }
                 "include_dir" => match files_of(&included) {
                     Ok(files) => {
                         for file in files {
-                            self.read_file(root, &file, origin, depth + 1);
+                            self.read_file(&file, origin, depth + 1);
                         }
                     }
                     Err(error) => self.problems.push(format!(
@@ -138,7 +158,7 @@ fn cannot_be_read(error: &io::Error) -> String {
 }
 
 /// Returns the files of an `include_dir`: `*.conf`, not hidden, in byte order.
-fn files_of(directory: &Path) -> io::Result<Vec<PathBuf>> {
+pub(super) fn files_of(directory: &Path) -> io::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
@@ -197,7 +217,7 @@ mod tests {
             assert_eq!(found.value(name), value, "{name}");
         }
         let other = fs::canonicalize(other).expect("it exists");
-        assert_eq!(found.outside, BTreeSet::from([other]));
+        assert!(found.files.contains(&other), "{:?}", found.files);
         assert_eq!(found.problems.len(), 2, "{:?}", found.problems);
         assert!(
             found.problems[0].contains("line 6 includes"),

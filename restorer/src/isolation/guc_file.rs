@@ -1,8 +1,10 @@
 //! PostgreSQL's configuration syntax, as `guc-file.l` reads it: one setting or include directive
-//! per line.
+//! per line. Text is decoded by `text.rs`; every byte above 127 is a letter, as in PostgreSQL.
 //!
 //! Invariant: parsing succeeds for any bytes. A line that PostgreSQL rejects becomes a
 //! [`SyntaxError`], because the server refuses to start with it.
+
+use super::text;
 
 /// A line of a configuration file that sets a value or includes a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,7 +155,7 @@ fn take_string(text: &str) -> Option<(String, &str)> {
                         code = code * 8 + digit;
                         characters.next();
                     }
-                    value.push(char::from_u32(code & 0xff)?);
+                    value.push(text::character(u8::try_from(code & 0xff).ok()?));
                 }
                 other => value.push(other),
             },

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use repository::durable;
 
 use super::{
-    AUTO, Configuration, Line, MAIN, SETTINGS, State, parent, read_state, recovery_ended,
-    recovery_is_pending, rewrite, save,
+    AUTO, Configuration, Line, MAIN, SETTINGS, State, configuration::INCLUDES, guc_file::parse,
+    imports, parent, read_state, recovery_ended, recovery_is_pending, rewrite, save, table::How,
+    text,
 };
 use crate::{Error, Result};
 
@@ -65,11 +66,12 @@ pub fn describe(directory: &Path) -> Result<Release> {
         });
     }
     for edit in &state.edits {
+        let now = parse(&edit.new).into_iter().flatten().next();
         changes.push(Change {
             name: edit.name.clone(),
-            from: None,
-            to: Some(edit.parent.clone()),
-            stays: stays_a_comment(directory, &edit.name, &edit.parent),
+            from: now.map(|entry| text::shown(&entry.value)),
+            to: Some(text::shown(&edit.parent)),
+            stays: stays_changed(directory, &edit.name, &edit.parent),
         });
     }
     let place = |change: &Change| SETTINGS.iter().position(|row| row.name == change.name);
@@ -128,11 +130,12 @@ pub fn release(directory: &Path) -> Result<Release> {
         line.after_recovery = None;
     }
     for edit in &state.edits {
-        if stays_a_comment(directory, &edit.name, &edit.parent).is_none() {
+        if stays_changed(directory, &edit.name, &edit.parent).is_none() {
             undo(directory, edit)?;
         }
     }
     state.edits.clear();
+    imports::remove_unused(directory)?;
     save(directory, &state)?;
     if state.lines.is_empty() {
         remove_headings(directory)?;
@@ -149,34 +152,50 @@ fn isolated(directory: &Path) -> Result<State> {
     })
 }
 
-/// Returns the reason why a commented-out line is not restored; `None` if it is.
-fn stays_a_comment(directory: &Path, name: &str, parent: &str) -> Option<String> {
-    let same =
-        |path: &Path| std::fs::canonicalize(path).ok() == std::fs::canonicalize(directory).ok();
+/// Returns the reason why a changed line is not restored; `None` if it is. `parent` is its decoded
+/// value, for an include the path that it names.
+fn stays_changed(directory: &Path, name: &str, parent: &str) -> Option<String> {
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    let path = text::path(parent);
     match name {
         // The server would use another directory than the one that it is started with.
-        "data_directory" if !same(Path::new(parent)) => {
+        "data_directory" if real(&path) != real(directory) => {
             Some("it names another directory than this one".to_owned())
         }
-        "hba_file" | "ident_file" if !Path::new(parent).is_file() => {
+        "hba_file" | "ident_file" if !path.is_file() => {
             Some("there is no such file here".to_owned())
+        }
+        "include" if !path.is_file() => Some("there is no such file here".to_owned()),
+        "include_dir" if !path.is_dir() => Some("there is no such directory here".to_owned()),
+        _ if INCLUDES.contains(&name) => {
+            let included = Configuration::included(name, &path);
+            let commented = SETTINGS.iter().filter(|row| row.how == How::Comment);
+            commented.into_iter().find_map(|row| {
+                let mut lines = included.lines_of(row.name);
+                let why =
+                    lines.find_map(|one| stays_changed(directory, row.name, &one.entry.value))?;
+                Some(format!("it sets {}, and {why}", row.name))
+            })
         }
         _ => None,
     }
 }
 
 fn undo(directory: &Path, edit: &super::Edit) -> Result<()> {
-    let path = directory.join(&edit.file);
+    let path = directory.join(text::path(&edit.file));
     let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
     let mut lines: Vec<Vec<u8>> = bytes
         .split(|byte| *byte == b'\n')
         .map(<[u8]>::to_vec)
         .collect();
-    let Some(at) = lines.iter().rposition(|line| *line == edit.new.as_bytes()) else {
+    let Some(at) = lines
+        .iter()
+        .rposition(|line| *line == text::encode(&edit.new))
+    else {
         return Ok(());
     };
     match (&edit.old, lines.get_mut(at)) {
-        (Some(old), Some(line)) => old.as_bytes().clone_into(line),
+        (Some(old), Some(line)) => *line = text::encode(old),
         _ => drop(lines.remove(at)),
     }
     durable::replace(&path, &lines.join(&b'\n')).map_err(Error::local)
