@@ -59,6 +59,15 @@ pub enum Error {
         /// A socket, an address, or the setting that names it.
         address: String,
     },
+    /// Where the parent would answer is not known.
+    #[error(
+        "it is not known whether the parent still runs: nobody answers at {asked}, but it may have been started with other \
+         options or on another host; name its address with --conninfo, or say --force when it is gone for good"
+    )]
+    ParentUnknown {
+        /// The addresses of the configuration files.
+        asked: String,
+    },
     /// PostgreSQL reports that changes are missing from the WAL.
     #[error(
         "rows are missing from this copy: {said}; do not use it, and restore to a target before that WAL or from a base \
@@ -233,6 +242,7 @@ impl Error {
             | Self::Interrupted { .. }
             | Self::Io { .. }
             | Self::ParentAnswers { .. }
+            | Self::ParentUnknown { .. }
             | Self::RecoveryCrashes { .. }
             | Self::RecoveryFailed { .. }
             | Self::RecoveryPaused { .. }

@@ -12,7 +12,7 @@ use crate::{
     execute::release_all,
     isolation::{
         self,
-        release::{self, Asked, Release},
+        release::{self, Asked, ParentState, Release},
     },
     start,
 };
@@ -24,7 +24,7 @@ pub(super) struct ReleaseArgs {
     /// Change the settings. Without this option they are only shown.
     #[arg(long)]
     yes: bool,
-    /// Release the copy even if the parent answers or cannot be checked.
+    /// Release the copy even if the parent answers, or if it is not known whether it runs.
     #[arg(long)]
     force: bool,
     /// Directory of PostgreSQL's programs; `pg_isready` checks whether the parent answers.
@@ -51,16 +51,21 @@ pub(super) fn run(settings: Option<&Settings>, args: &ReleaseArgs) -> Result<()>
         conninfo,
         pg_isready: pg_isready(directory, args.pg_bin.as_deref()),
     };
-    let answers = if args.force {
-        None
+    let parent = if args.force {
+        ParentState::Silent
     } else {
-        release::parent_answers(directory, &asked)?
+        release::parent_state(directory, &asked)?
     };
     if !args.json {
         show(&described);
     }
-    if let Some(address) = answers {
-        return Err(Error::ParentAnswers { address });
+    match parent {
+        ParentState::Answers(address) => return Err(Error::ParentAnswers { address }),
+        ParentState::Unknown(asked) if args.yes => return Err(Error::ParentUnknown { asked }),
+        ParentState::Unknown(asked) if !args.json => output::line(&format!(
+            "the parent does not answer at {asked}; whether it runs elsewhere is not known: name it with --conninfo"
+        )),
+        ParentState::Unknown(_) | ParentState::Silent => {}
     }
     let done = if args.yes {
         let done = release::release(directory)?;

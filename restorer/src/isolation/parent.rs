@@ -5,17 +5,23 @@
 //! reads the string as libpq does.
 
 use std::{
+    collections::BTreeSet,
+    fs,
     io::{Read, Write},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream, ToSocketAddrs},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
+use rustix::{
+    io::Errno,
+    process::{Pid, test_kill_process},
+};
 use serde::{Deserialize, Serialize};
 
-use super::{PORT_DEFAULT, configuration::Configuration};
+use super::{PORT_DEFAULT, configuration::Configuration, text};
 use crate::{Error, Result};
 
 /// The maximum time to wait for an answer.
@@ -25,12 +31,19 @@ const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 /// The default socket directories, which are compiled into PostgreSQL.
 const SOCKETS_DEFAULT: [&str; 2] = ["/tmp", "/var/run/postgresql"];
 
-/// The addresses of a parent on the host where it ran.
+/// The addresses of a parent on the host where it ran, as its configuration files name them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Addresses {
     port: u16,
-    socket_directories: Vec<PathBuf>,
+    /// Decoded paths.
+    socket_directories: Vec<String>,
     listens: bool,
+    /// `listen_addresses`; empty in a record of an older version.
+    #[serde(default)]
+    hosts: Vec<String>,
+    /// `data_directory`, decoded.
+    #[serde(default)]
+    data_directory: Option<String>,
 }
 
 impl Addresses {
@@ -39,57 +52,209 @@ impl Addresses {
         if configuration.value("unix_socket_directories").is_none() {
             socket_directories = SOCKETS_DEFAULT.map(PathBuf::from).into();
         }
-        // A relative directory belongs to the parent's data directory, which is unknown here.
+        // A relative directory belongs to the parent's data directory, which may be unknown.
         socket_directories.retain(|directory| directory.is_absolute());
+        let hosts = configuration
+            .value("listen_addresses")
+            .unwrap_or("localhost");
+        let hosts = list(hosts);
+        let socket_directories = socket_directories.iter().map(|one| text::of_path(one));
         Self {
             port: port(configuration),
-            socket_directories,
-            listens: configuration
-                .value("listen_addresses")
-                .is_none_or(|addresses| !addresses.trim().is_empty()),
+            socket_directories: socket_directories.collect(),
+            listens: !hosts.is_empty(),
+            hosts,
+            data_directory: configuration.value("data_directory").map(str::to_owned),
         }
     }
 
-    /// Returns an address at which a server other than the copy in `directory` answers.
-    pub(super) fn answers(&self, directory: &Path) -> Option<String> {
-        let own = Postmaster::of(directory);
-        for socket in &self.socket_directories {
-            let is_own = own.as_ref().is_some_and(|own| {
-                own.port == self.port && directory.join(&own.socket_directory) == *socket
-            });
-            let path = socket.join(format!(".s.PGSQL.{}", self.port));
+    /// Returns the data directory of the parent if it is known and exists on this host. The copy in
+    /// `copy` is not the parent.
+    pub(super) fn data_directory(&self, copy: &Path) -> Option<PathBuf> {
+        let directory = text::path(self.data_directory.as_deref()?);
+        let real = fs::canonicalize(directory).ok()?;
+        let is_data = real.join("global/pg_control").exists();
+        (is_data && Some(&real) != fs::canonicalize(copy).ok().as_ref()).then_some(real)
+    }
+
+    /// Returns the addresses of the files, and those of the parent's last start if its data
+    /// directory exists on this host.
+    fn servers(&self, copy: &Path) -> Vec<Server> {
+        let hosts = match self.hosts.as_slice() {
+            [] if self.listens => vec!["localhost".to_owned()],
+            hosts => hosts.to_vec(),
+        };
+        let sockets = self.socket_directories.iter().map(|one| text::path(one));
+        let mut servers = vec![Server {
+            port: self.port,
+            sockets: sockets.collect(),
+            hosts,
+        }];
+        if let (Some(data), Some(of_files)) = (self.data_directory(copy), servers.first()) {
+            let options = fs::read(data.join("postmaster.opts")).unwrap_or_default();
+            let started = of_files.started_with(&text::decode(&options), &data);
+            let running = Postmaster::of(&data).map(|running| running.server(&data));
+            servers.push(started);
+            servers.extend(running);
+        }
+        servers
+    }
+
+    /// Returns the addresses for display.
+    pub(super) fn shown(&self, copy: &Path) -> String {
+        let servers = self.servers(copy);
+        let each = servers.iter().flat_map(|server| {
+            let socket = |one: &PathBuf| format!("{}/.s.PGSQL.{}", one.display(), server.port);
+            let host = |one: &String| format!("{one}:{}", server.port);
+            let sockets = server.sockets.iter().map(socket);
+            sockets.chain(server.hosts.iter().map(host))
+        });
+        let each: BTreeSet<String> = each.collect();
+        each.into_iter().collect::<Vec<_>>().join(", ")
+    }
+
+    /// Returns the process that runs in the parent's data directory, or an address at which a
+    /// server other than the copy in `copy` answers.
+    pub(super) fn answers(&self, copy: &Path) -> Option<String> {
+        if let Some(data) = self.data_directory(copy)
+            && let Some(process) = Postmaster::of(&data).and_then(|running| running.process())
+        {
+            return Some(format!("process {process} of {}", data.display()));
+        }
+        let own = Postmaster::of(copy).map(|own| own.server(copy));
+        let servers = self.servers(copy).into_iter();
+        let mut answers = servers.map(|server| server.answers(own.as_ref()));
+        answers.find_map(|answer| answer)
+    }
+}
+
+/// The addresses of one server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Server {
+    port: u16,
+    sockets: Vec<PathBuf>,
+    hosts: Vec<String>,
+}
+
+impl Server {
+    /// Returns the addresses after a start with the arguments of a `postmaster.opts`, each in
+    /// double quotes (`CreateOptsFile` in `postmaster.c`).
+    fn started_with(&self, options: &str, data: &Path) -> Self {
+        let mut server = self.clone();
+        let mut arguments = options.split('"').skip(1).step_by(2);
+        while let Some(argument) = arguments.next() {
+            let (name, value) = match argument.strip_prefix("--") {
+                Some(long) => long.split_once('=').unwrap_or((long, "")),
+                None => {
+                    let Some((flag, attached)) = argument.split_at_checked(2) else {
+                        continue;
+                    };
+                    let name = match flag {
+                        "-p" => "port",
+                        "-k" => "unix_socket_directories",
+                        "-h" => "listen_addresses",
+                        "-i" => {
+                            server.hosts = vec!["*".to_owned()];
+                            continue;
+                        }
+                        "-c" => "",
+                        _ => continue,
+                    };
+                    let value = match attached {
+                        "" => arguments.next().unwrap_or_default(),
+                        attached => attached,
+                    };
+                    match name {
+                        "" => value.split_once('=').unwrap_or((value, "")),
+                        name => (name, value),
+                    }
+                }
+            };
+            match name.replace('-', "_").to_ascii_lowercase().as_str() {
+                "port" => server.port = value.parse().unwrap_or(server.port),
+                "listen_addresses" => server.hosts = list(value),
+                "unix_socket_directories" => {
+                    let sockets = list(value).into_iter();
+                    server.sockets = sockets.map(|one| data.join(text::path(&one))).collect();
+                }
+                _ => {}
+            }
+        }
+        server
+    }
+
+    /// Returns an address at which a server other than `own` answers.
+    fn answers(&self, own: Option<&Self>) -> Option<String> {
+        let own = own.filter(|own| own.port == self.port);
+        for directory in &self.sockets {
+            let is_own = own.is_some_and(|own| own.sockets.contains(directory));
+            let path = directory.join(format!(".s.PGSQL.{}", self.port));
             if !is_own && UnixStream::connect(&path).is_ok_and(|stream| speaks_unix(&stream)) {
                 return Some(path.display().to_string());
             }
         }
-        let address = SocketAddr::from(([127, 0, 0, 1], self.port));
-        let is_own = own.is_some_and(|own| own.port == self.port && own.listens);
-        let connected = || TcpStream::connect_timeout(&address, PATIENCE);
-        if self.listens && !is_own && connected().is_ok_and(|stream| speaks_tcp(&stream)) {
-            return Some(address.to_string());
-        }
-        None
+        let own: Vec<SocketAddr> = own.map(Self::addresses).unwrap_or_default();
+        let others = self.addresses().into_iter();
+        let mut others = others.filter(|address| !own.contains(address));
+        let answers = |address: &SocketAddr| {
+            TcpStream::connect_timeout(address, PATIENCE).is_ok_and(|stream| speaks_tcp(&stream))
+        };
+        others.find(answers).map(|address| address.to_string())
+    }
+
+    /// Returns the addresses of its hosts, as they are reached from this host.
+    fn addresses(&self) -> Vec<SocketAddr> {
+        let each = self.hosts.iter().flat_map(|host| {
+            let hosts = match host.as_str() {
+                "*" => vec!["127.0.0.1", "::1"],
+                "0.0.0.0" => vec!["127.0.0.1"],
+                "::" => vec!["::1"],
+                host => vec![host],
+            };
+            hosts.into_iter().flat_map(|host| {
+                let found = (host, self.port).to_socket_addrs();
+                found.map(Vec::from_iter).unwrap_or_default()
+            })
+        });
+        each.collect()
     }
 }
 
-/// The addresses of the server that runs in a data directory, from its `postmaster.pid`.
+/// The server that runs in a data directory, from its `postmaster.pid`.
 struct Postmaster {
+    process: i32,
     port: u16,
     socket_directory: PathBuf,
-    listens: bool,
+    host: String,
 }
 
 impl Postmaster {
     fn of(directory: &Path) -> Option<Self> {
-        let text = std::fs::read_to_string(directory.join("postmaster.pid")).ok()?;
-        let lines: Vec<&str> = text.lines().collect();
+        let content = text::decode(&fs::read(directory.join("postmaster.pid")).ok()?);
+        let lines: Vec<&str> = content.lines().collect();
         Some(Self {
+            process: lines.first()?.trim().parse().ok()?,
             port: lines.get(3)?.trim().parse().ok()?,
-            socket_directory: lines.get(4)?.trim().into(),
-            listens: lines
-                .get(5)
-                .is_some_and(|address| !address.trim().is_empty()),
+            socket_directory: text::path(lines.get(4)?.trim()),
+            host: lines.get(5).unwrap_or(&"").trim().to_owned(),
         })
+    }
+
+    fn server(&self, directory: &Path) -> Server {
+        Server {
+            port: self.port,
+            sockets: vec![directory.join(&self.socket_directory)],
+            hosts: list(&self.host),
+        }
+    }
+
+    /// Returns the process if it runs on this host and is a server. After a crash of the host,
+    /// another program may have its number.
+    fn process(&self) -> Option<i32> {
+        let runs = test_kill_process(Pid::from_raw(self.process)?);
+        let name = fs::read_to_string(format!("/proc/{}/comm", self.process));
+        let is_server = name.map_or(true, |name| name.trim().starts_with("post"));
+        (matches!(runs, Ok(()) | Err(Errno::PERM)) && is_server).then_some(self.process)
     }
 }
 
@@ -126,7 +291,7 @@ pub(super) fn is_ready(pg_isready: &Path, conninfo: &str) -> Result<bool> {
     command
         .args(["--quiet", "--timeout", &PATIENCE.as_secs().to_string()])
         .arg("--dbname")
-        .arg(conninfo)
+        .arg(text::path(conninfo))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -155,8 +320,54 @@ pub(super) fn socket_directories(configuration: &Configuration) -> Vec<PathBuf> 
     let listed = configuration
         .value("unix_socket_directories")
         .unwrap_or_default();
-    let each = listed.split(',').map(|one| one.trim().trim_matches('"'));
+    list(listed).iter().map(|one| text::path(one)).collect()
+}
+
+/// The items of a list of names (`SplitGUCList`).
+fn list(value: &str) -> Vec<String> {
+    let each = value.split(',').map(|one| one.trim().trim_matches('"'));
     each.filter(|one| !one.is_empty())
-        .map(PathBuf::from)
+        .map(str::to_owned)
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_options_of_a_start_win_over_the_files() {
+        let of_files = Server {
+            port: 5432,
+            sockets: vec!["/run".into()],
+            hosts: vec!["localhost".to_owned()],
+        };
+        let check = |options: &str, port: u16, sockets: &str, hosts: &[&str]| {
+            let options = format!("/usr/bin/postgres {options}\n");
+            let found = of_files.started_with(&options, Path::new("/data"));
+            assert_eq!(found.port, port, "{options}");
+            assert_eq!(found.sockets, [PathBuf::from(sockets)], "{options}");
+            assert_eq!(found.hosts, hosts, "{options}");
+        };
+        check("\"-D\" \"/data\"", 5432, "/run", &["localhost"]);
+        check(
+            "\"-p\" \"5433\" \"-k\" \"/tmp\"",
+            5433,
+            "/tmp",
+            &["localhost"],
+        );
+        check("\"-p5434\" \"-i\"", 5434, "/run", &["*"]);
+        check(
+            "\"-c\" \"port=5435\" \"-h\" \"a, b\"",
+            5435,
+            "/run",
+            &["a", "b"],
+        );
+        check(
+            "\"--port=5436\" \"--listen-addresses=\" \"--unix_socket_directories=s\"",
+            5436,
+            "/data/s",
+            &[],
+        );
+    }
 }

@@ -84,14 +84,26 @@ pub fn describe(directory: &Path) -> Result<Release> {
     })
 }
 
-/// Returns the address at which the parent still answers.
+/// The state of the parent of a copy, as far as it is known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ParentState {
+    /// It answers at this address, or this process runs.
+    Answers(String),
+    /// It does not answer where it is known to be.
+    Silent,
+    /// Nobody answers at these addresses of the configuration files. The parent may have been
+    /// started with other options, or on another host.
+    Unknown(String),
+}
+
+/// Finds out whether the parent still answers.
 ///
 /// # Errors
 /// [`Error::Usage`] if the directory is not an isolated copy, or if the parent cannot be checked.
-pub fn parent_answers(directory: &Path, asked: &Asked<'_>) -> Result<Option<String>> {
+pub fn parent_state(directory: &Path, asked: &Asked<'_>) -> Result<ParentState> {
     let state = isolated(directory)?;
     if let Some(address) = state.parent.answers(directory) {
-        return Ok(Some(address));
+        return Ok(ParentState::Answers(address));
     }
     let configuration = Configuration::read(directory);
     let primaries = configuration.lines_of("primary_conninfo");
@@ -107,10 +119,13 @@ pub fn parent_answers(directory: &Path, asked: &Asked<'_>) -> Result<Option<Stri
             )));
         };
         if parent::is_ready(pg_isready, text)? {
-            return Ok(Some((*source).to_owned()));
+            return Ok(ParentState::Answers((*source).to_owned()));
         }
     }
-    Ok(None)
+    if asked.conninfo.is_empty() && state.parent.data_directory(directory).is_none() {
+        return Ok(ParentState::Unknown(state.parent.shown(directory)));
+    }
+    Ok(ParentState::Silent)
 }
 
 /// Ends the isolation of the copy in `directory`. The settings take effect at the server's next

@@ -260,6 +260,50 @@ fn files_outside_are_taken_into_the_copy() {
     }
 }
 
+/// A server of the parent that answers at the port of `postgresql.auto.conf` only.
+#[test]
+fn a_parent_is_asked_at_the_addresses_that_count() {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let sockets = tempfile::tempdir().expect("a directory");
+    let main = format!(
+        "port = 1\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{}'\n",
+        sockets.path().display()
+    );
+    let state = |directory: &tempfile::TempDir| {
+        release::parent_state(directory.path(), &release::Asked::default()).expect("isolated")
+    };
+    let (silent, _) = isolated(17, &main, "", &[]);
+    let release::ParentState::Unknown(asked) = state(&silent) else {
+        panic!("it may run elsewhere");
+    };
+    let expected = format!("{}/.s.PGSQL.1, 127.0.0.1:1", sockets.path().display());
+    assert_eq!(asked, expected);
+
+    let (answers, _) = isolated(17, &main, &format!("port = {port}\n"), &[]);
+    let server = std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        let (mut client, _) = listener.accept().expect("a client");
+        client.read_exact(&mut [0; 8]).expect("a request");
+        client.write_all(b"N").expect("an answer");
+    });
+    let address = format!("127.0.0.1:{port}");
+    assert_eq!(state(&answers), release::ParentState::Answers(address));
+    server.join().expect("it answered");
+
+    // The data directory of the parent is here, and no server runs in it.
+    let parent = tempfile::tempdir().expect("a directory");
+    fs::create_dir(parent.path().join("global")).expect("a directory");
+    fs::write(parent.path().join("global/pg_control"), "").expect("written");
+    let with_data = format!("{main}data_directory = '{}'\n", parent.path().display());
+    let (known, _) = isolated(17, &with_data, "", &[]);
+    assert_eq!(state(&known), release::ParentState::Silent);
+    // This process is not a server, and its number in a file that a crash left proves nothing.
+    let pid = format!("{}\n/data\n0\n1\n/nowhere\n\n", std::process::id());
+    fs::write(parent.path().join("postmaster.pid"), pid).expect("written");
+    assert_eq!(state(&known), release::ParentState::Silent);
+}
+
 #[test]
 fn paths_lead_outside_or_not() {
     let root = Path::new("/copy");
