@@ -31,6 +31,7 @@ mod extract;
 mod files;
 mod lock;
 mod manifest;
+mod owned;
 mod place;
 mod settings;
 mod tree;
@@ -44,8 +45,9 @@ use extract::{Control, Listed};
 pub(crate) use files::files;
 pub use lock::TargetLock;
 pub(crate) use manifest::read_manifest;
-pub(crate) use place::{Owned, check_directories, mapping_of, place_tablespaces};
+pub(crate) use owned::Owned;
 use place::{Prepared, Taken, Wanted, take};
+pub(crate) use place::{check_directories, mapping_of, place_tablespaces};
 pub use settings::{Action, Recovery};
 use tree::Tree;
 

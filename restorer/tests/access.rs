@@ -278,4 +278,40 @@ fn root_restores_for_an_owner_below_directories_that_only_root_may_write() {
             assert_eq!((metadata.uid(), metadata.gid()), (uid, gid), "{path:?}");
         }
     }
+    unmapped_below_roots_own(&archived, uid, &old);
+}
+
+/// The tablespace's own directory is one that only root may create.
+fn unmapped_below_roots_own(archived: &Archived, uid: u32, old: &Path) {
+    archived.cluster.stop().expect("it stops");
+    fs::remove_dir_all(old).expect("removed");
+    let places = old.parent().expect("a directory");
+    std::os::unix::fs::chown(places, Some(0), Some(0)).expect("chown");
+    fs::set_permissions(places, fs::Permissions::from_mode(0o755)).expect("a mode");
+    let root = directory().expect("a directory");
+    let data = root.path().join("data");
+    let restore = |mapping: Option<&str>| {
+        let mut restore = Command::new(ours("pitr-restore").expect("it is built"));
+        let place = archived.place.path().display();
+        restore.arg(format!("--repository=file://{place}/repository"));
+        restore.arg(format!("--spool={place}/spool"));
+        restore.args(["--owner", &uid.to_string(), "--target-dir"]);
+        restore.arg(&data).args(mapping);
+        restore.stdin(Stdio::null()).output().expect("it runs")
+    };
+    let refused = restore(None);
+    let (_, error) = said(&refused);
+    assert_eq!(refused.status.code(), Some(2), "{error}");
+    for part in [old, places] {
+        assert!(error.contains(&part.display().to_string()), "{error}");
+    }
+    assert!(
+        error.contains("--owner and --tablespace-mapping"),
+        "{error}"
+    );
+    assert!(!data.exists(), "something was created");
+    let itself = format!("--tablespace-mapping={0}={0}", old.display());
+    let done = restore(Some(&itself));
+    assert!(done.status.success(), "{}", said(&done).1);
+    assert_eq!(fs::metadata(old).expect("it is there").uid(), uid);
 }

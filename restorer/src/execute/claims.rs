@@ -173,7 +173,7 @@ pub(crate) fn release_all(data: &Path) {
         return;
     };
     let replayed = plan.tablespaces.into_iter().filter_map(|one| one.directory);
-    for directory in replayed.chain(super::place::linked(data).into_values()) {
+    for directory in replayed.chain(super::owned::linked(data).into_values()) {
         release(&directory, &owner.token);
     }
 }

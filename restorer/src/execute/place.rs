@@ -11,7 +11,7 @@ use std::{
     io::ErrorKind,
     os::unix::{
         ffi::OsStrExt,
-        fs::{DirBuilderExt, PermissionsExt},
+        fs::{DirBuilderExt, MetadataExt, PermissionsExt},
     },
     path::{Component, Path, PathBuf},
 };
@@ -25,6 +25,7 @@ use super::{
     Access, CONTROL, MARKER, PLAN_FILE,
     claims::{self, Owner},
     lock::TargetLock,
+    owned::{Owned, is_at, plan_owner, was_used_by},
     tree::{Tree, read_small},
 };
 use crate::{Error, Result, tablespaces::ReplayedTablespace};
@@ -36,18 +37,18 @@ const MARKER_NEW: &str = "RESTORE_INCOMPLETE.new";
 
 /// The content of the marker of an incomplete restore.
 #[derive(Debug, Serialize, Deserialize)]
-struct Marker {
+pub(super) struct Marker {
     /// An explanation for a person who opens the file.
     note: String,
     backup: BackupId,
     /// True if the restore keeps existing files.
     #[serde(default)]
-    delta: bool,
+    pub(super) delta: bool,
     /// The directories of the tablespaces, for information; the claims in them decide.
     tablespaces: Vec<PathBuf>,
     /// The owner of the claims. `None` in a marker of an older version.
     #[serde(default)]
-    claim: Option<Owner>,
+    pub(super) claim: Option<Owner>,
 }
 
 /// Maps each OID to the directory of its files: the tablespaces of the backup and those that the
@@ -153,7 +154,7 @@ pub(crate) fn mapping_of(old: &Path) -> String {
 
 /// Resolves links and `..` in the part of the path that exists. The rest will be created as plain
 /// directories.
-fn real(path: &Path) -> PathBuf {
+pub(super) fn real(path: &Path) -> PathBuf {
     let mut found = PathBuf::new();
     for part in path.components() {
         match part {
@@ -229,6 +230,7 @@ fn check(wanted: &Wanted<'_>) -> Result<Option<Marker>> {
     }
     for (oid, path) in wanted.tablespaces {
         if owned.has(*oid, path) || claims::is_free(path)? {
+            refuse_unwritable(*oid, path)?;
             continue;
         }
         if owned.links_to(*oid, path) {
@@ -245,6 +247,38 @@ fn check(wanted: &Wanted<'_>) -> Result<Option<Marker>> {
         return Err(claims::refusal(path));
     }
     Ok(unfinished)
+}
+
+/// Refuses the directory of a tablespace that this user cannot create or write.
+fn refuse_unwritable(oid: u32, path: &Path) -> Result<()> {
+    let exists = |path: &&Path| fs::symlink_metadata(path).is_ok();
+    let Some(nearest) = path.ancestors().find(exists) else {
+        return Ok(());
+    };
+    let (uid, me) = (
+        fs::metadata(nearest).map(|metadata| metadata.uid()),
+        rustix::process::geteuid(),
+    );
+    // The restore sets the permissions of the directory itself, which only its owner may.
+    let is_anothers = nearest == path && uid.is_ok_and(|uid| uid != me.as_raw());
+    if !is_anothers
+        && rustix::fs::access(
+            nearest,
+            rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK,
+        )
+        .is_ok()
+    {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "the directory of tablespace {oid}, {}, cannot be used: user {} may not write {}; create it for that user, give \
+         another one with --tablespace-mapping {}, or let root run the restore with --owner and --tablespace-mapping \
+         OLD=NEW for it, which creates a new directory for the owner",
+        path.display(),
+        me.as_raw(),
+        nearest.display(),
+        mapping_of(path)
+    )))
 }
 
 /// Makes the checks of [`take`] without changing the directories.
@@ -395,102 +429,6 @@ fn is_of_cluster(directory: &Path, backup: &BackupInfo) -> Result<()> {
     Ok(())
 }
 
-/// The directories that a restore may use although they contain files.
-#[derive(Debug, Default)]
-pub(crate) struct Owned {
-    /// The links of an existing data directory, for `--delta`.
-    linked: BTreeMap<u32, PathBuf>,
-    /// The linked directories that the operator named, or all of them if the server of this data
-    /// directory has run.
-    trusted: Vec<PathBuf>,
-    /// The token of the restore that was interrupted or, with `--delta`, of the restore that wrote
-    /// the data directory.
-    token: Option<String>,
-}
-
-impl Owned {
-    /// Finds these directories for the data directory `directory`, which may not exist.
-    pub(crate) fn of(
-        directory: &Path,
-        delta: bool,
-        mapping: &BTreeMap<PathBuf, PathBuf>,
-    ) -> Result<Self> {
-        let mut owned = Self::default();
-        let marker = unfinished(directory)?;
-        // A `--delta` restore that was interrupted before it claimed its directories has changed
-        // nothing yet.
-        if delta && marker.as_ref().is_none_or(|marker| marker.delta) {
-            owned.linked = linked(directory);
-            let used = was_used_by(directory);
-            let named = |path: &&PathBuf| used || mapping.values().any(|new| new == *path);
-            owned.trusted = owned.linked.values().filter(named).cloned().collect();
-        }
-        let owner = match marker {
-            Some(marker) => marker.claim,
-            None => plan_owner(directory).filter(|_| delta),
-        };
-        let owner = owner.filter(|owner| is_at(owner, directory));
-        owned.token = owner.map(|owner| owner.token);
-        Ok(owned)
-    }
-
-    /// Returns true if `path` is the directory of this tablespace and belongs to no other server.
-    pub(crate) fn has(&self, oid: u32, path: &Path) -> bool {
-        (self.links_to(oid, path) && self.trusted.iter().any(|trusted| trusted == path))
-            || self
-                .token
-                .as_ref()
-                .is_some_and(|token| claims::is_of(path, token))
-    }
-
-    /// Returns true if the data directory has this link.
-    fn links_to(&self, oid: u32, path: &Path) -> bool {
-        self.linked.get(&oid).is_some_and(|linked| linked == path)
-    }
-}
-
-/// Returns true if a server has run with this very data directory, or a restore has written it: the
-/// targets of its links are its own. A copy of a data directory (`cp -a`) has the same links, but
-/// names the original directory.
-fn was_used_by(directory: &Path) -> bool {
-    if plan_owner(directory).is_some_and(|owner| is_at(&owner, directory)) {
-        return true;
-    }
-    // The file contains the arguments of the last start, each in double quotes (`CreateOptsFile` in
-    // `postmaster.c`).
-    let Ok(options) = fs::read_to_string(directory.join("postmaster.opts")) else {
-        return false;
-    };
-    options
-        .split_once("\"-D\" \"")
-        .and_then(|(_, rest)| rest.split_once('"'))
-        .is_some_and(|(path, _)| {
-            Path::new(path).is_absolute() && real(Path::new(path)) == real(directory)
-        })
-}
-
-/// Returns the owner that a complete restore left in its data directory. A copy of that directory
-/// names the same owner.
-fn plan_owner(directory: &Path) -> Option<Owner> {
-    claims::plan_in(directory).and_then(|plan| plan.claim)
-}
-
-fn is_at(owner: &Owner, directory: &Path) -> bool {
-    real(&owner.directory) == real(directory)
-}
-
-/// Returns the tablespaces of an existing data directory: OID and directory.
-pub(super) fn linked(directory: &Path) -> BTreeMap<u32, PathBuf> {
-    let links = fs::read_dir(directory.join("pg_tblspc"));
-    let links = links.into_iter().flatten().flatten();
-    links
-        .filter_map(|link| {
-            let oid = link.file_name().to_str()?.parse().ok()?;
-            Some((oid, fs::read_link(link.path()).ok()?))
-        })
-        .collect()
-}
-
 /// Refuses a `pg_wal` that is a link to a directory that may belong to another server or that
 /// contains anything except WAL, because a restore empties that directory. With `begun`, an
 /// unfinished restore of this target has already emptied it.
@@ -551,7 +489,7 @@ fn occupied(directory: &Path) -> Error {
 }
 
 /// Returns the marker of a restore that was interrupted.
-fn unfinished(directory: &Path) -> Result<Option<Marker>> {
+pub(super) fn unfinished(directory: &Path) -> Result<Option<Marker>> {
     let path = directory.join(MARKER);
     // If there is no directory, the attempt to create it gives the better error.
     if !directory.is_dir() {
