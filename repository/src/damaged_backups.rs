@@ -1,13 +1,17 @@
-//! Base backups of which the last `wal-archiver verify` found an object damaged or missing. A
-//! restore's plan does not choose them, and the window does not begin with them.
+//! Objects that the last `wal-archiver verify` found damaged or missing. A restore's plan chooses
+//! no backup with such an object and replays no such WAL. The window does neither.
 //!
-//! An object that another repository of the same archive has intact is not lost.
+//! An object that another repository of the same archive has intact is not lost. A verdict is true
+//! for the time at which it was made: [`Repository::wal_problem`] checks WAL again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, SystemIdentifier};
+use wal_format::{
+    BackupId, ObjectKey, Outcome, OutcomeKind, SealedReader, SystemIdentifier, WalIdentity,
+    WalIndexer,
+};
 
-use crate::{Repository, Result};
+use crate::{Error, Repository, Result};
 
 /// The damage of a backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,15 +31,59 @@ impl std::fmt::Display for Damage {
 /// The damaged backups of an archive, by name.
 pub type DamagedBackups = BTreeMap<BackupId, Damage>;
 
+/// The damaged WAL of an archive, with the problem of each object.
+pub type DamagedWal = BTreeMap<ObjectKey, String>;
+
 impl Repository {
-    /// The backups that the last verification found damaged.
+    /// The backups and the WAL that the last verification found damaged.
     ///
     /// # Errors
     /// As [`Repository::newest_outcome`].
-    pub fn damaged_backups(&self, system: SystemIdentifier) -> Result<DamagedBackups> {
+    pub fn known_damage(&self, system: SystemIdentifier) -> Result<(DamagedBackups, DamagedWal)> {
         let verdict = self.newest_outcome(system, OutcomeKind::Verify, |_| true)?;
-        let damaged = verdict.map(|verdict| damaged_backups(&verdict, &self.place_urls()));
+        let places = self.place_urls();
+        let damaged = verdict.map(|verdict| {
+            let backups = damaged_backups(&verdict, &places);
+            (backups, damaged_wal(&verdict, &places))
+        });
         Ok(damaged.unwrap_or_default())
+    }
+
+    /// Reads an object of WAL and decodes it. Returns its problem; `None` if it is intact or no
+    /// longer exists.
+    ///
+    /// # Errors
+    /// As [`Repository::get`].
+    pub fn wal_problem(&self, key: &ObjectKey, wal: WalIdentity) -> Result<Option<String>> {
+        let object = match self.get(key) {
+            Ok(object) => object,
+            Err(Error::Damaged { problem, .. }) => return Ok(Some(problem)),
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut content = Vec::new();
+        let reader = SealedReader::open(&object);
+        let reader = reader.and_then(|reader| reader.read_all(&mut content).map(|_| reader));
+        let reader = match reader {
+            Ok(reader) => reader,
+            Err(error) => return Ok(Some(error.to_string())),
+        };
+        let header = reader.header();
+        if header.key() != *key {
+            return Ok(Some(format!("it holds {}", header.key())));
+        }
+        // A tail may begin inside of a page, which cannot be decoded alone.
+        if !header.is_whole_segment() {
+            return Ok(None);
+        }
+        let mut indexer = WalIndexer::new(wal, header.start_lsn, None);
+        if let Err(error) = indexer.push(&content) {
+            return Ok(Some(error.to_string()));
+        }
+        let stored = &reader.summary().transactions;
+        let decoded = indexer.take_summary().transactions;
+        let missing = decoded.iter().find(|end| !stored.contains(end));
+        Ok(missing.map(|end| format!("its summary lacks the transaction end at {}", end.lsn)))
     }
 
     /// The address of each place.
@@ -49,10 +97,37 @@ impl Repository {
     }
 }
 
-/// The backups that a verification found damaged in each of `places`. Its problems are
-/// `KEY: PROBLEM`, and where it examined several repositories `URL: KEY: PROBLEM`.
+/// The backups that a verification found damaged in each of `places`.
 #[must_use]
 pub fn damaged_backups(verdict: &Outcome, places: &[String]) -> DamagedBackups {
+    let mut damaged = DamagedBackups::new();
+    for (key, problem) in damaged_objects(verdict, places) {
+        let (ObjectKey::BackupInfo(_, id)
+        | ObjectKey::BackupManifest(_, id)
+        | ObjectKey::BackupSlice(_, id, ..)) = &key
+        else {
+            continue;
+        };
+        damaged.entry(id.clone()).or_insert_with(|| Damage {
+            object: key.to_string(),
+            problem,
+        });
+    }
+    damaged
+}
+
+/// The sealed segments and tails that a verification found damaged in each of `places`, with the
+/// problem.
+#[must_use]
+pub fn damaged_wal(verdict: &Outcome, places: &[String]) -> DamagedWal {
+    let mut damaged = damaged_objects(verdict, places);
+    damaged.retain(|(key, _)| matches!(key, ObjectKey::Segment(..) | ObjectKey::Tail(..)));
+    damaged.into_iter().collect()
+}
+
+/// The objects that a verification found damaged in each of `places`. Its problems are
+/// `KEY: PROBLEM`, and where it examined several repositories `URL: KEY: PROBLEM`.
+fn damaged_objects(verdict: &Outcome, places: &[String]) -> Vec<(ObjectKey, String)> {
     let mut found: BTreeMap<ObjectKey, (BTreeSet<&str>, &str)> = BTreeMap::new();
     for text in &verdict.damaged {
         let mut parts = text.splitn(3, ": ");
@@ -70,27 +145,17 @@ pub fn damaged_backups(verdict: &Outcome, places: &[String]) -> DamagedBackups {
         known.0.insert(place);
         known.1 = problem.trim_start_matches(": ");
     }
-    let mut damaged = DamagedBackups::new();
-    for (key, (holders, problem)) in found {
-        let (ObjectKey::BackupInfo(_, id)
-        | ObjectKey::BackupManifest(_, id)
-        | ObjectKey::BackupSlice(_, id, ..)) = &key
-        else {
-            continue;
-        };
+    found.retain(|_, (holders, _)| {
         // A verification that examined one repository names no place, so that the others of several
         // may have the object intact.
         let is_alone = places.len() == 1 && holders.contains("");
-        let has_it = |place: &String| !holders.contains(place.as_str());
-        if !is_alone && places.iter().any(has_it) {
-            continue;
-        }
-        damaged.entry(id.clone()).or_insert_with(|| Damage {
-            object: key.to_string(),
-            problem: format!("{problem} (`wal-archiver verify` at {})", verdict.finished),
-        });
-    }
-    damaged
+        is_alone || places.iter().all(|place| holders.contains(place.as_str()))
+    });
+    let text = |problem| format!("{problem} (`wal-archiver verify` at {})", verdict.finished);
+    let found = found.into_iter();
+    found
+        .map(|(key, (_, problem))| (key, text(problem)))
+        .collect()
 }
 
 #[cfg(test)]
@@ -102,9 +167,15 @@ mod tests {
     const ID: &str = "20261130T081705Z-8316";
 
     fn found(problems: &[&str], places: &[&str]) -> Vec<(String, String)> {
-        let problems: Vec<String> = problems.iter().map(|one| (*one).to_owned()).collect();
         let places: Vec<String> = places.iter().map(|one| (*one).to_owned()).collect();
-        let verdict = Outcome {
+        damaged_backups(&verdict(problems), &places)
+            .into_iter()
+            .map(|(id, damage)| (id.to_string(), damage.object))
+            .collect()
+    }
+
+    fn verdict(problems: &[&str]) -> Outcome {
+        Outcome {
             format_version: 1,
             kind: OutcomeKind::Verify,
             id: ID.parse().expect("a name"),
@@ -119,12 +190,8 @@ mod tests {
             replayed_bytes: None,
             replay_seconds: None,
             loss_seconds: None,
-            damaged: problems,
-        };
-        damaged_backups(&verdict, &places)
-            .into_iter()
-            .map(|(id, damage)| (id.to_string(), damage.object))
-            .collect()
+            damaged: problems.iter().map(|one| (*one).to_owned()).collect(),
+        }
     }
 
     #[test]
@@ -146,5 +213,8 @@ mod tests {
         assert_eq!(each_has_one, []);
         let wal = "7/wal/00000001/00000000/00000001000000000000000E.zst: it is damaged";
         assert_eq!(found(&[wal, "key 1 is lost"], &[here]), []);
+        let of_wal = damaged_wal(&verdict(&[wal, &problem]), &[here.to_owned()]);
+        assert_eq!(of_wal.len(), 1, "{of_wal:?}");
+        assert!(of_wal.keys().all(|key| wal.starts_with(&key.to_string())));
     }
 }

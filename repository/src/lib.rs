@@ -28,7 +28,7 @@ mod unseen;
 mod wal_range;
 
 pub use crash_points::CrashPoint;
-pub use damaged_backups::{Damage, DamagedBackups, damaged_backups};
+pub use damaged_backups::{Damage, DamagedBackups, DamagedWal, damaged_backups, damaged_wal};
 pub use epochs::{Epoch, EpochCopy, Epochs};
 pub use error::{Error, Result, is_out_of_descriptors};
 pub use exit::ExitKind;

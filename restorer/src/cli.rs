@@ -224,7 +224,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
             let archive = archive(cluster, cli.system)?;
-            let mut listing = list::list(&archive, archive.catalog.damaged_objects())?;
+            let mut listing = list::list(&archive, &archive.damaged_objects())?;
             listing.tell_expired(&archive.catalog.expired()?);
             let repository = open(&cluster.repository, &cluster.name, None)?;
             let system = archive.identity().system_identifier;

@@ -1,14 +1,20 @@
 //! [`Inventory`]: the view of the archive on which plans are based. The catalog implements it;
 //! tests implement it in memory.
 
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, PoisonError},
+};
+
 use bytes::Bytes;
 use catalog::Catalog;
 use repository::{
-    ClusterIdentity, Damage, DamagedBackups, LostHistory, Repository, UnseenPlace, WalRange,
+    ClusterIdentity, Damage, DamagedBackups, DamagedWal, LostHistory, Repository, UnseenPlace,
+    WalRange,
 };
 use wal_format::{
-    BackupId, BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSummary,
-    TimelineHistory, WalIdentity, WalIndexer,
+    BackupId, BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSize,
+    SegmentSummary, TimelineHistory, WalIdentity, WalIndexer,
 };
 
 use crate::{
@@ -28,6 +34,11 @@ pub trait Inventory {
     fn backups(&self) -> Result<Vec<BackupInfo>>;
     /// The backups that are known to be damaged; no plan chooses one.
     fn damaged_backups(&self) -> &DamagedBackups;
+    /// Returns the damage of the object that, by its name, contains the byte of `branch` at `lsn`;
+    /// `None` if no such object is known to be damaged.
+    fn damaged_wal_at(&self, _branch: Branch, _lsn: Lsn) -> Option<Damage> {
+        None
+    }
     /// The timelines: history, and the history file's content.
     ///
     /// # Errors
@@ -83,6 +94,10 @@ pub struct Archive {
     /// The repositories of the cluster that could not be read.
     pub unseen: Vec<UnseenPlace>,
     damaged_backups: DamagedBackups,
+    /// WAL that the last verification found damaged.
+    damaged_wal: DamagedWal,
+    /// The results of the checks of objects in `damaged_wal`, each made when it is first needed.
+    checked_wal: Mutex<BTreeMap<ObjectKey, Option<Damage>>>,
 }
 
 impl Archive {
@@ -91,15 +106,16 @@ impl Archive {
     #[must_use]
     pub fn new(repository: Repository, catalog: Catalog) -> Self {
         let system = catalog.identity().system_identifier;
-        let mut damaged_backups = repository.damaged_backups(system).unwrap_or_else(|error| {
+        let damaged = repository.known_damage(system).unwrap_or_else(|error| {
             // Continue without the result: each part of a backup is checked again before it is
             // used.
             tracing::warn!(
                 event = "verdict_unreadable", %error,
                 "the result of the last verification cannot be read"
             );
-            DamagedBackups::new()
+            Default::default()
         });
+        let (mut damaged_backups, damaged_wal) = damaged;
         for (object, problem) in catalog.damaged_objects() {
             if let Ok(ObjectKey::BackupInfo(_, id)) = object.parse() {
                 let (object, problem) = (object.clone(), problem.clone());
@@ -111,7 +127,48 @@ impl Archive {
             catalog,
             unseen: Vec::new(),
             damaged_backups,
+            damaged_wal,
+            checked_wal: Mutex::default(),
         }
+    }
+
+    /// Returns every object that cannot be used, as its key and its problem.
+    #[must_use]
+    pub fn damaged_objects(&self) -> Vec<(String, String)> {
+        let damaged = self
+            .damaged_wal
+            .keys()
+            .filter_map(|key| self.damage_now(key));
+        let damaged = damaged.map(|Damage { object, problem }| (object, problem));
+        let mut objects = self.catalog.damaged_objects().to_vec();
+        objects.extend(damaged);
+        objects
+    }
+
+    /// Checks an object of WAL that the last verification found damaged: it may have been repaired
+    /// or replaced since. Returns `None` if it is intact, and for any other object.
+    fn damage_now(&self, key: &ObjectKey) -> Option<Damage> {
+        let recorded = self.damaged_wal.get(key)?;
+        let mut checked = self
+            .checked_wal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = checked.get(key) {
+            return known.clone();
+        }
+        let problem = match self.repository.wal_problem(key, self.wal_identity()) {
+            Ok(problem) => problem.map(|problem| format!("{problem}; found by {recorded}")),
+            Err(error) => {
+                tracing::debug!(%error, event = "damage_unchecked", "damaged WAL cannot be checked");
+                Some(recorded.clone())
+            }
+        };
+        let damage = problem.map(|problem| Damage {
+            object: key.to_string(),
+            problem,
+        });
+        checked.insert(key.clone(), damage.clone());
+        damage
     }
 
     /// Excludes a backup from the plans that follow.
@@ -130,21 +187,29 @@ impl Archive {
         let Error::Plan(plan) = &refusal else {
             return refusal;
         };
-        let is_it = |key: &ObjectKey| match (plan, key) {
-            (PlanError::Gap { from, .. } | PlanError::BeyondArchive { end_lsn: from, .. }, _) => {
-                self.covers(key, *from)
-            }
-            (
-                PlanError::NoBackup | PlanError::NoBackupOnPath { .. } | PlanError::TooEarly { .. },
-                ObjectKey::BackupInfo(..),
-            ) => true,
-            _ => false,
+        let wal = match plan {
+            PlanError::Gap { branch, from, .. } => self.damage_at(Some(*branch), *from),
+            PlanError::BeyondArchive { end_lsn, .. } => self.damage_at(None, *end_lsn),
+            _ => None,
         };
+        if let Some((key, Damage { object, problem })) = wal {
+            let size = self.catalog.identity().wal_segment_size;
+            let range = wal_of(&key, size).map_or_else(String::new, |(from, to)| {
+                format!(" and the WAL from {from} to {to} with it")
+            });
+            return Error::Damaged {
+                object,
+                problem: format!("{problem}, so it counts as missing{range}: {refusal}"),
+            };
+        }
+        let (PlanError::NoBackup | PlanError::NoBackupOnPath { .. } | PlanError::TooEarly { .. }) =
+            plan
+        else {
+            return refusal;
+        };
+        let is_backup = |key: &str| matches!(key.parse(), Ok(ObjectKey::BackupInfo(..)));
         let damaged = self.catalog.damaged_objects().iter();
-        let found = damaged
-            .into_iter()
-            .find(|(key, _)| key.parse().is_ok_and(|key| is_it(&key)));
-        match found {
+        match damaged.into_iter().find(|(key, _)| is_backup(key)) {
             Some((object, problem)) => Error::Damaged {
                 object: object.clone(),
                 problem: format!("{problem}, so it counts as missing: {refusal}"),
@@ -184,14 +249,28 @@ impl Archive {
         }
     }
 
-    /// Returns true if an object of WAL contains the byte at `lsn`, according to its name.
-    fn covers(&self, key: &ObjectKey, lsn: Lsn) -> bool {
+    /// Returns the damaged object that, by its name, contains the byte at `lsn`, on one branch or
+    /// on any.
+    fn damage_at(&self, branch: Option<Branch>, lsn: Lsn) -> Option<(ObjectKey, Damage)> {
         let size = self.catalog.identity().wal_segment_size;
-        match key {
-            ObjectKey::Segment(_, _, name) => name.segment(size) == Some(size.segment_of(lsn)),
-            ObjectKey::Tail(_, _, _, start, end) => (*start..*end).contains(&lsn),
-            _ => false,
-        }
+        let is_it = |key: &ObjectKey| {
+            let (ObjectKey::Segment(_, of, _) | ObjectKey::Tail(_, of, ..)) = key else {
+                return false;
+            };
+            let range = wal_of(key, size);
+            branch.is_none_or(|branch| branch == *of)
+                && range.is_some_and(|(from, to)| (from..to).contains(&lsn))
+        };
+        let unreadable = self.catalog.damaged_objects().iter();
+        let mut unreadable = unreadable.filter_map(|(object, problem)| {
+            let key = object.parse().ok().filter(is_it)?;
+            let (object, problem) = (object.clone(), problem.clone());
+            Some((key, Damage { object, problem }))
+        });
+        let mut verified = self.damaged_wal.keys().filter(|key| is_it(key));
+        unreadable
+            .next()
+            .or_else(|| verified.find_map(|key| Some((key.clone(), self.damage_now(key)?))))
     }
 
     /// The identity of the archived WAL.
@@ -221,6 +300,18 @@ impl Archive {
     }
 }
 
+/// Returns the range of WAL that an object contains, by its name; `None` for any other object.
+fn wal_of(key: &ObjectKey, size: SegmentSize) -> Option<(Lsn, Lsn)> {
+    match key {
+        ObjectKey::Segment(_, _, name) => {
+            let number = name.segment(size)?;
+            Some((number.start_lsn(size), number.end_lsn(size)))
+        }
+        ObjectKey::Tail(_, _, _, start, end) => Some((*start, *end)),
+        _ => None,
+    }
+}
+
 impl Inventory for Archive {
     fn identity(&self) -> &ClusterIdentity {
         self.catalog.identity()
@@ -232,6 +323,10 @@ impl Inventory for Archive {
 
     fn damaged_backups(&self) -> &DamagedBackups {
         &self.damaged_backups
+    }
+
+    fn damaged_wal_at(&self, branch: Branch, lsn: Lsn) -> Option<Damage> {
+        self.damage_at(Some(branch), lsn).map(|(_, damage)| damage)
     }
 
     fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Vec<u8>)>> {
@@ -247,7 +342,11 @@ impl Inventory for Archive {
     }
 
     fn ranges(&self, branch: Branch, from: Lsn, to: Lsn) -> Result<Vec<WalRange>> {
-        Ok(self.catalog.ranges(branch, from, to)?)
+        let mut ranges = self.catalog.ranges(branch, from, to)?;
+        if !self.damaged_wal.is_empty() {
+            ranges.retain(|range| self.damage_now(&range.key(self.identity())).is_none());
+        }
+        Ok(ranges)
     }
 
     fn summary(&self, range: &WalRange) -> Result<SegmentSummary> {

@@ -256,8 +256,10 @@ pub fn plan_restore(
                     |error: &Error| matches!(error, Error::Plan(PlanError::Unknown { .. }));
                 let replaces = match error {
                     PlanError::Unknown { .. } => true,
-                    // The target exists, and lies before the newer backup, so this error says more.
-                    PlanError::MinimalWal { .. } => refusal.as_ref().is_some_and(is_unknown),
+                    // The target exists and lies before the newer backup, or it may be in the gap.
+                    PlanError::MinimalWal { .. } | PlanError::Gap { .. } => {
+                        refusal.as_ref().is_some_and(is_unknown)
+                    }
                     _ => false,
                 };
                 if refusal.is_none() || replaces {

@@ -9,7 +9,6 @@
 //! to exist.
 
 use std::{
-    borrow::Cow,
     fs,
     io::{self, Write},
     os::unix::fs::PermissionsExt,
@@ -18,9 +17,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use repository::{ClusterIdentity, Repository};
+use repository::{ClusterIdentity, ExitKind, Repository};
 use wal_format::{
-    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, TimelineId, WalChange,
+    Branch, Lsn, ObjectKey, SealedReader, SegmentName, SegmentNo, SegmentSize, TimelineId,
     WalFileName, sealed::SealedError,
 };
 
@@ -29,6 +28,10 @@ use crate::{
     execute::Access,
     tablespaces::{admit, refuse_foreign},
 };
+
+mod writers;
+
+use writers::{Changed, Ending, end_at};
 
 /// The time for which requests to a failing store are retried before 255 stops the recovery: longer
 /// than a store needs to restart or to fail over.
@@ -306,94 +309,6 @@ fn sealed_of(
     Ok(true)
 }
 
-/// Writes WAL up to `end` and zeros after it, which PostgreSQL reads as the end of WAL.
-struct Ending<'a> {
-    out: &'a mut dyn Write,
-    /// The LSN of the next byte.
-    at: Lsn,
-    end: Lsn,
-}
-
-impl Write for Ending<'_> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let next = self.at.add(bytes.len() as u64);
-        if next <= self.end {
-            self.out.write_all(bytes)?;
-        } else {
-            let mut bytes = bytes.to_vec();
-            end_at(&mut bytes, self.at, self.end);
-            self.out.write_all(&bytes)?;
-        }
-        self.at = next;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
-/// Replaces the part of the WAL at and after `end` by zeros. `start` is the LSN of the first byte.
-fn end_at(wal: &mut [u8], start: Lsn, end: Lsn) {
-    let kept = index(end.max(start).bytes_since(start));
-    if let Some(rest) = wal.get_mut(kept..) {
-        rest.fill(0);
-    }
-}
-
-/// Writes WAL with the plan's changes applied.
-struct Changed<'a> {
-    out: &'a mut dyn Write,
-    /// The LSN of the next byte.
-    at: Lsn,
-    changes: &'a [WalChange],
-}
-
-impl Write for Changed<'_> {
-    /// Writes all of `bytes`. Fails if the WAL does not contain the old bytes of a change: then it
-    /// is not the WAL for which the plan was made.
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let end = self.at.add(bytes.len() as u64);
-        let mut bytes = Cow::Borrowed(bytes);
-        for change in self.changes {
-            let (old, new) = change.bytes().ok_or_else(|| refused("malformed", change))?;
-            let change_end = change.lsn.add(old.len() as u64);
-            let (from, to) = (change.lsn.max(self.at), change_end.min(end));
-            if from >= to {
-                continue;
-            }
-            let length = index(to.bytes_since(from));
-            let (here, there) = (
-                index(from.bytes_since(self.at)),
-                index(from.bytes_since(change.lsn)),
-            );
-            let place = bytes.to_mut().get_mut(here..here.saturating_add(length));
-            let old = old.get(there..there.saturating_add(length));
-            let new = new.get(there..there.saturating_add(length));
-            match (place, old, new) {
-                (Some(place), Some(old), Some(new)) if place == old => place.copy_from_slice(new),
-                _ => return Err(refused("for other WAL than is archived", change)),
-            }
-        }
-        self.out.write_all(&bytes)?;
-        self.at = end;
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.out.flush()
-    }
-}
-
-fn index(bytes: u64) -> usize {
-    usize::try_from(bytes).unwrap_or(usize::MAX)
-}
-
-fn refused(problem: &str, change: &WalChange) -> io::Error {
-    let text = format!("the plan's change at {} is {problem}", change.lsn);
-    io::Error::new(io::ErrorKind::InvalidData, text)
-}
-
 /// Writes a segment, sealed or open, with the plan's changes. Returns false when the segment is
 /// proved absent.
 pub(crate) fn segment(
@@ -434,18 +349,22 @@ fn archived_segment(
         return Ok(false);
     };
     let system = identity.system_identifier;
-    if sealed_of(repository, identity, asked, branch, name, out)? {
-        return Ok(true);
-    }
     let start_lsn = number.start_lsn(size);
-    let mut open = assemble(repository, system, branch, (name, start_lsn), asked)?;
-    if let Some(plan) = plan.filter(|plan| plan.path.last().map(|part| part.branch) == Some(branch))
-    {
-        let copy = copy_of_later(repository, identity, asked, plan, number)?;
-        if copy.as_ref().map(Vec::len) > open.as_ref().map(Vec::len) {
-            open = copy;
-        }
-    }
+    // The next timeline has a copy of the segment of a fork, which may hold more.
+    let forked = plan.filter(|plan| {
+        let last = plan.path.last().filter(|part| part.branch == branch);
+        last.is_some_and(|last| begins_in(number, size, last.to))
+    });
+    let open = if let Some(plan) = forked {
+        let own = held(repository, identity, asked, branch, (name, start_lsn));
+        longest(own, size, || {
+            copy_of_later(repository, identity, asked, plan, number)
+        })?
+    } else if sealed_of(repository, identity, asked, branch, name, out)? {
+        return Ok(true);
+    } else {
+        assemble(repository, system, branch, (name, start_lsn), asked)?
+    };
     if let Some(mut wal) = open {
         // Fill the rest of an open segment with zeros, which PostgreSQL reads as the end of WAL.
         wal.resize(size.len(), 0);
@@ -507,10 +426,7 @@ fn copy_of_later(
     let Some(switch_lsn) = plan.path.last().map(|part| part.to) else {
         return Ok(None);
     };
-    let begins_here = |from: Lsn| start_lsn < from && from <= number.end_lsn(size);
-    if !begins_here(switch_lsn) {
-        return Ok(None);
-    }
+    let begins_here = |from: Lsn| begins_in(number, size, from);
     let wanted = usize::try_from(switch_lsn.bytes_since(start_lsn)).unwrap_or(usize::MAX);
     for part in plan.later.iter().filter(|part| begins_here(part.from)) {
         let name = SegmentName::new(part.branch.timeline, number, size);
@@ -526,6 +442,54 @@ fn copy_of_later(
         }
     }
     Ok(None)
+}
+
+/// Returns what a branch has of a segment: all of it if it is sealed, else its tails.
+fn held(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    asked: Asked<'_>,
+    branch: Branch,
+    place: (SegmentName, Lsn),
+) -> Result<Option<Vec<u8>>> {
+    let mut wal = Vec::new();
+    if sealed_of(repository, identity, asked, branch, place.0, &mut wal)? {
+        return Ok(Some(wal));
+    }
+    assemble(repository, identity.system_identifier, branch, place, asked)
+}
+
+/// Returns the WAL of a segment, or that of its copy if the segment is damaged or the copy is longer.
+fn longest(
+    own: Result<Option<Vec<u8>>>,
+    size: SegmentSize,
+    copy: impl FnOnce() -> Result<Option<Vec<u8>>>,
+) -> Result<Option<Vec<u8>>> {
+    let length = |wal: &Option<Vec<u8>>| wal.as_ref().map_or(0, Vec::len);
+    match own {
+        Err(error) if matches!(error.exit_kind(), ExitKind::Integrity) => match copy()? {
+            Some(copy) => {
+                tracing::warn!(%error, "the copy of the next timeline is delivered instead");
+                Ok(Some(copy))
+            }
+            None => Err(error),
+        },
+        Ok(own) if length(&own) < size.len() => {
+            let copy = copy()?;
+            Ok(if length(&copy) > length(&own) {
+                copy
+            } else {
+                own
+            })
+        }
+        own => own,
+    }
+}
+
+/// Returns true if a timeline that begins at `from` begins in this segment, with a copy of the WAL
+/// before.
+fn begins_in(number: SegmentNo, size: SegmentSize, from: Lsn) -> bool {
+    number.start_lsn(size) < from && from <= number.end_lsn(size)
 }
 
 fn missing(lsn: Lsn, problem: &str) -> Error {

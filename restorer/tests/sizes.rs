@@ -197,11 +197,7 @@ fn a_backup_that_verify_found_damaged_gives_way_to_the_next_older_whole_one() {
         .collect();
     archived.finish();
     let plan = |flags: &[&str]| answer(archived.pitr_restore().arg("--dry-run").args(flags));
-    let verify = || {
-        let mut verify = archived.place.program("wal-archiver").expect("built");
-        let output = verify.arg("verify").output().expect("it runs");
-        output.status.code()
-    };
+    let verify = || verify(&archived);
     let object = |id: &str, name: &str| {
         let mut found = files_below(&archived.place.path().join("repository"));
         found.retain(|path| path.to_string_lossy().contains(&format!("/{id}/{name}")));
@@ -283,6 +279,94 @@ fn a_backup_that_verify_found_damaged_gives_way_to_the_next_older_whole_one() {
         error.contains(&ids[3]) && error.contains("no other backup"),
         "{error}"
     );
+}
+
+/// Returns the exit code of `wal-archiver verify`.
+fn verify(archived: &Archived) -> Option<i32> {
+    let mut verify = archived.place.program("wal-archiver").expect("built");
+    let output = verify.arg("verify").output().expect("it runs");
+    output.status.code()
+}
+
+/// A bit of a segment flips, which only `verify` sees: nothing leads over it until it is as it was.
+#[test]
+fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
+    let Some((_, bin)) = servers().pop() else {
+        return;
+    };
+    let mut archived = Archived::start(&bin, "");
+    archived.sql("CREATE TABLE words (word text)");
+    let first = archived.backup();
+    let mut written = Vec::new();
+    for number in 0..4 {
+        let insert = format!("INSERT INTO words VALUES ('{number}') RETURNING xmin::text");
+        let xid = archived.sql(&insert);
+        let name = archived.sql("SELECT pg_walfile_name(pg_current_wal_insert_lsn())");
+        written.push((format!("--target-xid={xid}"), name));
+        if number == 2 {
+            archived.backup();
+        }
+        if number < 3 {
+            archived.sql("SELECT pg_switch_wal()");
+        }
+    }
+    archived.finish();
+    let plan = |flags: &[&str]| answer(archived.pitr_restore().arg("--dry-run").args(flags));
+    // The sealed segment, or the last tail of the open one.
+    let object = |name: &str| {
+        let mut found = files_below(&archived.place.path().join("repository"));
+        found.retain(|path| path.to_string_lossy().contains(name));
+        found.pop().expect("an object")
+    };
+    let damage = |name: &str| {
+        let path = object(name);
+        let bytes = fs::read(&path).expect("an object");
+        flip(&path);
+        assert_eq!(verify(&archived), Some(4));
+        (path, bytes)
+    };
+    let refused = |flags: &[&str], name: &str| {
+        let (code, _, error) = plan(flags);
+        assert_eq!(code, Some(4), "{error}");
+        for part in [name, "and the WAL from 0/", "nearest reachable target is"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    };
+    let [(before, _), (inside, name), (behind, _), (latest, last)] = written.as_slice() else {
+        panic!("four rows");
+    };
+    // In the middle: what is before it, and after the next backup, is reached.
+    let (path, bytes) = damage(name);
+    for target in [inside, behind] {
+        refused(&[target], name);
+    }
+    for target in [before, latest] {
+        assert_eq!(plan(&[target]).0, Some(0), "{target}");
+    }
+    let listing = archived.listing();
+    let damaged = listing["damaged"][0]["object"].as_str().expect("an object");
+    assert!(damaged.contains(name), "{damaged}");
+    assert_eq!(
+        listing["gaps"].as_array().map(Vec::len),
+        Some(1),
+        "{listing:#}"
+    );
+    // The verdict stays, the object is as it was.
+    fs::write(&path, bytes).expect("it is replaced");
+    assert_eq!(plan(&[inside]).0, Some(0));
+    assert_eq!(
+        archived.listing()["damaged"].as_array().map(Vec::len),
+        Some(0)
+    );
+    let (_, planned, _) = plan(&[inside]);
+    assert_eq!(planned["backup"], *first);
+
+    // At the end: the newest state is not silently an older one.
+    let (path, bytes) = damage(last);
+    refused(&[], last);
+    assert_eq!(plan(&[before]).0, Some(0));
+    fs::write(&path, bytes).expect("it is replaced");
+    assert_eq!(plan(&[]).0, Some(0));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! as the copy with which the new timeline begins is usable for `list`, for `expire` and for a
 //! restore. A history file with other bytes is refused.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use benches::{
     cluster::Cluster,
@@ -116,7 +116,8 @@ fn what_a_failover_shares_is_listed_once_and_leads_on() {
                 && path.to_string_lossy().contains("/repository/")
         })
         .collect();
-    assert!(!lost.is_empty(), "segment {}", scene.segment);
+    let damaged = lost.last().expect("an object of the segment");
+    the_copy_is_delivered_instead(&scene, damaged);
     for path in lost {
         fs::remove_file(path).expect("it goes");
     }
@@ -133,6 +134,41 @@ fn what_a_failover_shares_is_listed_once_and_leads_on() {
     assert!(output.status.success(), "{:?}", said(&output));
     let restored = Restored::start::<&str>(&scene.place, &bin, &[]).expect("a restore");
     assert_eq!(query(&restored.conninfo(), WORDS), "a b");
+}
+
+/// A recovery that stops before the switch asks for the old timeline's segment, which is damaged.
+fn the_copy_is_delivered_instead(scene: &Scene, damaged: &Path) {
+    let mut bytes = fs::read(damaged).expect("an object");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    fs::set_permissions(damaged, fs::Permissions::from_mode(0o644)).expect("permissions");
+    fs::write(damaged, bytes).expect("an object");
+    let here = directory().expect("a directory");
+    let (plan, wal) = (here.path().join("plan"), here.path().join("wal"));
+    let mut planned = scene.place.program("pitr-restore").expect("built");
+    planned.args(["--dry-run", "--json", "--target-name=shared"]);
+    fs::write(&plan, succeed(&mut planned).expect("a plan")).expect("written");
+    let fetch = |segment: &str| {
+        let mut fetch = scene.place.program("pitr-restore").expect("built");
+        let name = format!("{segment}{}", scene.segment);
+        fetch.args(["wal-fetch", &name]).arg(&wal);
+        fetch.arg("--plan").arg(&plan).output().expect("it runs")
+    };
+    let done = fetch("00000001");
+    assert!(done.status.success(), "{:?}", said(&done));
+    let delivered = fs::read(&wal).expect("the WAL");
+    let copied = fs::read(
+        scene
+            .standby
+            .data()
+            .join("pg_wal")
+            .join(format!("00000002{}", scene.segment)),
+    );
+    let copied = copied.expect("the copy");
+    assert_eq!(delivered.len(), copied.len());
+    let same = delivered.iter().zip(&copied).take_while(|(a, b)| a == b);
+    let records = delivered.iter().rposition(|byte| *byte != 0);
+    assert!(records.is_some_and(|last| last > 0 && last < same.count()));
 }
 
 #[test]

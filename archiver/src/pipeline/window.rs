@@ -4,11 +4,15 @@
 //! Reads the catalog only. Summaries of ranges are decoded once. [`Marks`] remembers the decoded
 //! ones, so the cost of an update depends on the new ranges only, not on all of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
 
-use repository::{ExpiredSet, WalRange, damaged_backups};
+use repository::{ExpiredSet, WalRange, damaged_backups, damaged_wal};
 use wal_format::{
-    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
+    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, ObjectKey, Outcome, OutcomeKind, PgTimestamp,
+    WalEvent,
 };
 
 use super::{
@@ -25,12 +29,21 @@ const MARKS_MAX: usize = 400;
 /// The number of ranges and gaps shown.
 const RANGES_MAX: usize = 200;
 
+/// WAL that a verification found damaged is checked again after this time.
+const CHECK_INTERVAL: Duration = Duration::from_secs(60);
+/// The number of damaged objects that are checked; the others count as damaged.
+const CHECKS_MAX: usize = 20;
+
 /// The state remembered between two updates.
 #[derive(Debug, Default)]
 pub(crate) struct Marks {
     seen: BTreeSet<(Branch, Lsn, Lsn)>,
     marks: BTreeMap<(PgTimestamp, Lsn), Mark>,
     outcomes: BTreeMap<(OutcomeKind, BackupId), Outcome>,
+    /// The WAL that the newest verification found damaged, without what is intact again.
+    damaged: BTreeSet<ObjectKey>,
+    /// The verification of `damaged`, and the time of the check.
+    checked: Option<(BackupId, Instant)>,
     /// The first missing byte of a gap that the last update found.
     missing: Option<(Branch, Lsn)>,
 }
@@ -42,6 +55,33 @@ impl Marks {
         archive
             .repository()
             .add_outcomes(system, &mut self.outcomes)?;
+        self.check_damaged(archive)
+    }
+
+    /// Checks the WAL that the newest verification found damaged: it may have been repaired or
+    /// replaced since.
+    fn check_damaged(&mut self, archive: &Archive) -> Result<()> {
+        let verdicts = self.outcomes.values();
+        let verdicts = verdicts.filter(|outcome| outcome.kind == OutcomeKind::Verify);
+        let Some(verdict) = verdicts.max_by_key(|outcome| outcome.finished) else {
+            return Ok(());
+        };
+        let is_fresh = |(id, at): &(BackupId, Instant)| {
+            *id == verdict.id && (self.damaged.is_empty() || at.elapsed() < CHECK_INTERVAL)
+        };
+        if self.checked.as_ref().is_some_and(is_fresh) {
+            return Ok(());
+        }
+        let wal = *archive.identity();
+        let places = archive.repository().place_urls();
+        let mut damaged = BTreeSet::new();
+        for (number, key) in damaged_wal(verdict, &places).into_keys().enumerate() {
+            if number >= CHECKS_MAX || archive.repository().wal_problem(&key, wal)?.is_some() {
+                damaged.insert(key);
+            }
+        }
+        self.checked = Some((verdict.id.clone(), Instant::now()));
+        self.damaged = damaged;
         Ok(())
     }
 
@@ -68,6 +108,12 @@ impl Marks {
         for (branch, history, _) in &timelines {
             let branch = *branch;
             let ranges = archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)?;
+            let is_whole = |range: &WalRange| {
+                !self
+                    .damaged
+                    .contains(&range.key(archive.catalog().identity()))
+            };
+            let (ranges, damaged): (Vec<_>, Vec<_>) = ranges.into_iter().partition(is_whole);
             for range in &ranges {
                 let key = (branch, range.start_lsn, range.end_lsn);
                 if self.seen.insert(key) {
@@ -92,7 +138,7 @@ impl Marks {
                 };
                 self.marks.insert((time, mark.lsn), mark);
             }
-            join(&mut details, &ranges, archive.gaps(), &expired);
+            join(&mut details, (&ranges, &damaged), archive.gaps(), &expired);
             index.of.insert(branch, ranges);
         }
         self.seen.retain(|key| all.contains(key));
@@ -179,7 +225,7 @@ fn backup_report(backup: &BackupInfo) -> BackupReport {
 /// Joins ranges that follow each other without a gap, and lists the missing parts between them.
 fn join(
     details: &mut Details,
-    ranges: &[WalRange],
+    (ranges, damaged): (&[WalRange], &[WalRange]),
     declared: &[DeclaredGap],
     expired: &ExpiredSet,
 ) {
@@ -196,7 +242,7 @@ fn join(
                     let (from, to) = (before.end_lsn, range.start_lsn);
                     let lacks = !expired.not_expired(range.branch, from, to).is_empty();
                     if lacks && details.gaps.len() < RANGES_MAX {
-                        details.gaps.push(gap(&before, range, declared));
+                        details.gaps.push(gap(&before, range, declared, damaged));
                     }
                     details.ranges.push(before);
                 }
@@ -214,14 +260,24 @@ fn join(
     details.ranges.extend(open);
 }
 
-fn gap(before: &HeldRange, next: &WalRange, declared: &[DeclaredGap]) -> GapReport {
+fn gap(
+    before: &HeldRange,
+    next: &WalRange,
+    declared: &[DeclaredGap],
+    damaged: &[WalRange],
+) -> GapReport {
     let known = declared.iter().find(|gap| {
         gap.branch == next.branch && gap.to_lsn > before.end_lsn && gap.from_lsn < next.start_lsn
     });
-    let cause = known.map_or_else(
-        || "objects are missing in the repository; run `wal-archiver verify`".to_owned(),
-        |gap| format!("declared lost: {}", gap.reason),
-    );
+    let is_here =
+        |range: &WalRange| range.end_lsn > before.end_lsn && range.start_lsn < next.start_lsn;
+    let cause = match known {
+        Some(gap) => format!("declared lost: {}", gap.reason),
+        None if damaged.iter().any(is_here) => {
+            "objects are damaged in the repository; run `wal-archiver verify`".to_owned()
+        }
+        None => "objects are missing in the repository; run `wal-archiver verify`".to_owned(),
+    };
     GapReport {
         branch: next.branch,
         from_lsn: before.end_lsn,

@@ -151,12 +151,15 @@ pub(crate) fn cover(
 ) -> Result<Coverage> {
     let size = inventory.identity().wal_segment_size.bytes();
     let wal = repository::follow_wal(&Index(inventory), path, start_lsn, size)?;
+    // WAL that was archived and is damaged is missing, and not the end of the archive.
+    let is_damaged = |branch| inventory.damaged_wal_at(branch, wal.end_lsn).is_some();
+    let gap = wal.gap || wal.end_branch.is_some_and(is_damaged);
     Ok(Coverage {
         start_lsn,
         ranges: wal.ranges,
         end_lsn: wal.end_lsn,
         gap_branch: wal.end_branch.unwrap_or(Branch::FIRST),
-        gap: wal.gap,
+        gap,
         minimal: wal.minimal,
         path: path.to_vec(),
     })
