@@ -116,7 +116,7 @@ pub const RUNBOOK: [(&str, Severity, &str); 16] = [
     (
         "PitrCorruptObject",
         Severity::Critical,
-        "Objects in the repository are damaged or missing. `wal-archiver verify` names them. Take a base backup now; restore the objects from a copy of the repository if there is one.",
+        "Objects in the repository are damaged or missing. `wal-archiver verify` names them. Take a base backup now; restore the objects from a copy of the repository if there is one. What is lost for good is accepted with `wal-archiver verify --accept-loss`.",
     ),
     (
         "PitrClockStep",
@@ -263,10 +263,11 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
     }
     if report.corrupt_objects.is_some_and(|objects| objects > 0) {
         let objects = report.corrupt_objects.unwrap_or_default();
-        raise(
-            "PitrCorruptObject",
-            format!("{objects} object(s) of the repository are damaged or missing."),
-        );
+        let summary = match report.lost_objects.as_slice() {
+            [] => format!("{objects} object(s) of the repository are damaged or missing."),
+            lost => format!("The repository has lost {}.", lost.join("; ")),
+        };
+        raise("PitrCorruptObject", summary);
     }
     if let Some(offset) = report
         .clock_offset_seconds

@@ -21,6 +21,7 @@ mod facts;
 mod import;
 mod key;
 mod lock;
+mod losses;
 mod nagios;
 mod notify;
 mod output;
@@ -38,6 +39,7 @@ use repository::{
 };
 use wal_format::{BackupId, SystemIdentifier};
 
+use self::verify::Wanted;
 use crate::error::{Error, Result};
 
 /// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base
@@ -105,6 +107,10 @@ enum Command {
         /// Replaces damaged and missing objects by intact copies from the other repositories.
         #[arg(long)]
         repair: bool,
+        /// Accepts that what was archived and is missing is lost for good: declares this WAL lost, so that archiving
+        /// continues in what the repository holds now.
+        #[arg(long)]
+        accept_loss: bool,
     },
     /// Applies retention: marks objects that are no longer kept, and removes objects that were
     /// marked `expire_grace` ago. First prints the times that can no longer be restored.
@@ -242,7 +248,18 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Status { json, .. } => status::status(&settings, json),
         Command::Notify(NotifyCommand::Test) => notify::test(&settings),
         Command::Check => check::check(&settings),
-        Command::Verify { deep, repair } => verify::verify(&settings, deep, repair),
+        Command::Verify {
+            deep,
+            repair,
+            accept_loss,
+        } => verify::verify(
+            &settings,
+            &Wanted {
+                deep,
+                repair,
+                accept_loss,
+            },
+        ),
         Command::Expire {
             dry_run,
             json,

@@ -23,7 +23,7 @@ use std::{
 };
 
 use prometheus_client::metrics::histogram::Histogram;
-use repository::{ExitKind, config::Acknowledge, store::Observer};
+use repository::{ExitKind, FoundLoss, config::Acknowledge, store::Observer};
 use tokio::task::AbortHandle;
 use wal_format::{Branch, ClusterName, Lsn, ObjectKey, PgTimestamp, SystemIdentifier};
 
@@ -95,8 +95,15 @@ pub struct Facts {
     pub repository_broken: BTreeMap<String, String>,
     /// True if the place was last seen not to hold the archive.
     pub repository_gone: bool,
+    /// The error of a place that was last seen to hold an older state of the archive.
+    pub repository_older: Option<String>,
     /// The number of times that the place held the archive again.
     pub repository_returns: u64,
+    /// What the archive once had and the repository lacks, until it is back or the loss is
+    /// accepted.
+    pub losses: Vec<FoundLoss>,
+    /// What was lost and stored again since the start, in words.
+    pub repaired: Vec<String>,
     /// The reason why the catalog on disk is not used. Archiving continues with one in memory.
     pub catalog_error: Option<String>,
     /// The reason why the last attempt to lock what the backups need failed.
@@ -380,6 +387,9 @@ impl ClusterStatus {
             *facts.repository_errors.entry(operation).or_default() += 1;
             let message = error.to_string();
             facts.repository_gone |= error.is_gone();
+            if matches!(error, repository::Error::OlderState { .. }) {
+                facts.repository_older = Some(message.clone());
+            }
             if error.is_gone() || error.exit_kind() == ExitKind::Integrity {
                 let asked = format!("{operation} {object}");
                 facts.repository_broken.insert(asked, message.clone());
@@ -407,6 +417,7 @@ impl ClusterStatus {
             if facts.repository_gone {
                 // This is the right place again, so errors of the wrong place are over.
                 facts.repository_gone = false;
+                facts.repository_older = None;
                 facts.repository_returns += 1;
                 facts.repository_broken.clear();
             }

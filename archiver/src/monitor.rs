@@ -86,6 +86,8 @@ struct Book {
     /// The failovers that were reported, in this run or an earlier one.
     failovers: BTreeSet<(Branch, Branch)>,
     looked: bool,
+    /// The number of repairs that were told.
+    repaired: usize,
     received: VecDeque<(u64, u64)>,
     /// The time at which [`CaughtUp`] was last written, and its content.
     kept: Option<(Instant, CaughtUp)>,
@@ -254,6 +256,9 @@ impl Monitor {
             let details = cluster.status.details();
             for (kind, severity, message) in book.news(&report, &details) {
                 said.push(events.add(kind, severity, &message));
+            }
+            for message in book.repaired(cluster.status.facts().repaired) {
+                said.push(events.add("repair", Severity::Critical.name(), &message));
             }
             for summary in book.failovers(&report, &details, &events) {
                 said.push(events.add(FAILOVER, Severity::Critical.name(), &summary));
@@ -447,6 +452,12 @@ impl Book {
         }
         self.looked = true;
         news
+    }
+
+    /// What was lost and stored again since the last look.
+    fn repaired(&mut self, repaired: Vec<String>) -> Vec<String> {
+        let known = std::mem::replace(&mut self.repaired, repaired.len());
+        repaired.into_iter().skip(known).collect()
     }
 
     /// Returns messages about failovers of the last day that lost commits and were not reported

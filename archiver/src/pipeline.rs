@@ -20,6 +20,7 @@ pub mod gap;
 mod histories;
 pub mod line;
 pub(crate) mod observe;
+mod presence;
 pub mod progress;
 mod reads;
 pub mod receive;

@@ -331,6 +331,10 @@ impl Desk {
     }
 
     fn archive(&self, file: &WalFile) -> Result<()> {
+        // The right repository would lack it, and PostgreSQL removes what was pushed.
+        if let Some(problem) = self.status.facts().repository_older {
+            return Err(repository::Error::config(problem).into());
+        }
         // Both workers do this concurrently. WAL that the stream has archived is only compared.
         let new = match self.with_pusher(|pusher| pusher.look(file))? {
             Looked::Archived => return Ok(()),

@@ -270,6 +270,8 @@ pub struct ClusterReport {
     pub last_failover_loss: Option<PgTimestamp>,
     /// The number of objects found damaged or missing. `None` before the first verification.
     pub corrupt_objects: Option<u64>,
+    /// What the archive once had and the repository lacks: object keys and LSN ranges.
+    pub lost_objects: Vec<String>,
     /// The age at which the newest base backup is overdue.
     pub backup_max_age_seconds: f64,
     /// The age at which the newest drill is overdue.

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+use repository::{ClusterIdentity, Error as StoreError, Loss, Repository, config::ClusterSettings};
 
 use crate::{
     cluster_status::{CaughtUp, ClusterStatus},
@@ -265,7 +265,7 @@ impl Supervisor {
                 goes_on = shutdown.sleep(jitter(pause)) => goes_on,
                 // Without the repository, the error may have been a false one. Retry as soon as the
                 // repository answers.
-                () = known::answers(&self.settings), if self.is_away() => true,
+                () = known::answers(&self.settings, self.lacking()), if self.is_away() => true,
             };
             if !goes_on {
                 return Ok(());
@@ -346,6 +346,10 @@ impl Supervisor {
     async fn start_from_what_is_known(&mut self) -> Result<()> {
         let is_away = self.is_away();
         if let Some(pipeline) = &self.pipeline {
+            let lacking = pipeline.archive().lacking();
+            if !pipeline.has_lost_a_thread() && known::lacks(&self.settings, lacking).await {
+                return Ok(());
+            }
             if pipeline.has_lost_a_thread() {
                 let error = pipeline.failure().take();
                 self.start_anew().await?;
@@ -368,8 +372,15 @@ impl Supervisor {
             }
             Known::Here(identity) => {
                 self.start_anew().await?;
-                self.status.repository_answered("start", "");
-                self.start(&identity, None).await
+                if !self.status.facts().repository_gone {
+                    self.status.repository_answered("start", "");
+                }
+                match self.start(&identity, None).await {
+                    Err(Error::Repository(error @ StoreError::OlderState { .. })) => {
+                        self.start_without(&identity, error).await
+                    }
+                    started => started,
+                }
             }
             Known::Nothing => self.start_anew().await,
         }
@@ -378,6 +389,10 @@ impl Supervisor {
     fn has_lost_a_thread(&self) -> bool {
         let pipeline = self.pipeline.as_ref();
         pipeline.is_some_and(Pipeline::has_lost_a_thread)
+    }
+
+    fn lacking(&self) -> Option<&Loss> {
+        self.pipeline.as_ref()?.archive().lacking()
     }
 
     fn is_away(&self) -> bool {
@@ -415,7 +430,7 @@ impl Supervisor {
                 return stream.await;
             }
             endangered = endangered(&self.settings, &self.status) => endangered,
-            () = known::answers(&self.settings), if pipeline.archive().is_away() => {
+            () = known::answers(&self.settings, pipeline.archive().lacking()), if pipeline.archive().is_away() => {
                 tracing::info!(cluster = %self.settings.name, "the repository answers; the stages start anew with what it knows");
                 drop(stream);
                 pipeline.spool().drain().await?;
@@ -423,10 +438,17 @@ impl Supervisor {
                 return Ok(StreamEnd::Reached);
             }
             () = outdated(pipeline) => {
-                tracing::info!(
-                    event = "repository_returned", cluster = %self.settings.name,
-                    "the place holds the repository again; the stages start again with what it knows"
-                );
+                if pipeline.archive().is_doubted() {
+                    tracing::warn!(
+                        event = "repository_doubted", cluster = %self.settings.name,
+                        "the repository lacks what was archived, or a loss was accepted; the stages start again with what it holds"
+                    );
+                } else {
+                    tracing::info!(
+                        event = "repository_returned", cluster = %self.settings.name,
+                        "the place holds the repository again; the stages start again with what it knows"
+                    );
+                }
                 drop(stream);
                 pipeline.spool().drain().await?;
                 self.retry = RETRY_MIN;

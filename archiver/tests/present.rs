@@ -262,3 +262,101 @@ fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
     let said = status(&archiver, &place, &[]);
     assert!(said.contains("its limit is unknown"), "{said}");
 }
+
+#[test]
+fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
+    let Some(bin) = postgres_bin() else { return };
+    let server = Server::start(&bin, "");
+    let place = Place::new();
+    let archiver = place.run(&server.conninfo());
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    backup(&place, &server);
+    server.down("fast");
+    fs::write(server.data().join("standby.signal"), "").expect("a file");
+    server.up();
+    server.promote();
+    server.write_wal(2500);
+    wait_flushed(&server, server.lsn());
+    backup(&place, &server);
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    wait_until("all is well", || is_ok(&archiver));
+
+    // Both copies of a history file are stored again, from the catalog, and that is told.
+    let histories = place.files_below("/history");
+    assert_eq!(histories.len(), 2, "{histories:?}");
+    for file in &histories {
+        fs::remove_file(file).expect("it goes");
+    }
+    wait_until("the history file is back", || {
+        histories.iter().all(|file| file.is_file())
+    });
+    let events = || archiver.get("/api/v1/clusters/main/events");
+    wait_until("it is an event", || {
+        events().contains("of the two copies of this history file had been lost")
+    });
+
+    // The newest ones stay: archiving goes on.
+    let aside = tempfile::tempdir().expect("a directory");
+    let mut lost = vec![place.files_below("backup.json").remove(0)];
+    lost.push(place.files_below("/wal/").remove(0));
+    let take = || {
+        for (number, file) in lost.iter().enumerate() {
+            fs::copy(file, aside.path().join(number.to_string())).expect("a copy");
+            fs::remove_file(file).expect("it goes");
+        }
+    };
+    let name = |file: &Path| {
+        file.strip_prefix(place.repository().join("main"))
+            .map(Path::to_owned)
+    };
+    let is_named = |archiver: &Archiver| {
+        let report = report(archiver);
+        let said = report["lost_objects"].to_string();
+        let named = |file: &std::path::PathBuf| {
+            said.contains(&*name(file).expect("inside").to_string_lossy())
+        };
+        lost.iter().all(named) && report["state"] == "broken"
+    };
+    take();
+    wait_until("the losses are named", || is_named(&archiver));
+    let shown = report(&archiver);
+    let reason = shown["reason"].as_str().expect("a reason");
+    assert!(reason.contains("--accept-loss"), "{reason}");
+    assert!(metric(&archiver, "pitr_corrupt_objects{cluster=\"main\"}") > Some(1.0));
+    wait_until("it is an alert", || {
+        archiver
+            .get("/api/v1/clusters/main")
+            .contains("PitrCorruptObject")
+    });
+    let health = archiver.get("/api/v1/clusters/main/health");
+    assert!(health.starts_with("HTTP/1.1 503"), "{health}");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+
+    // A restart does not forget it.
+    archiver.kill();
+    let archiver = place.run(&server.conninfo());
+    wait_until("it serves", || {
+        archiver.log().matches("serving HTTP").count() == 2
+    });
+    wait_until("it is still known", || is_named(&archiver));
+    for (number, file) in lost.iter().enumerate() {
+        fs::copy(aside.path().join(number.to_string()), file).expect("it is back");
+    }
+    wait_until("all is well again", || {
+        is_ok(&archiver) && report(&archiver)["lost_objects"] == serde_json::json!([])
+    });
+
+    take();
+    wait_until("the losses are named again", || is_named(&archiver));
+    let mut accept = place.command(&server.conninfo());
+    let output = accept.args(["verify", "--accept-loss"]).output();
+    let said = String::from_utf8_lossy(&output.expect("it runs").stdout).into_owned();
+    assert_eq!(said.matches("accepted as lost: ").count(), 2, "{said}");
+    wait_until("it is accepted", || {
+        report(&archiver)["lost_objects"] == serde_json::json!([]) && is_ok(&archiver)
+    });
+    assert_eq!(archiver.terminate().code(), Some(0));
+}

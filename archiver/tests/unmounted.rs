@@ -35,6 +35,38 @@ impl Disk {
         None
     }
 
+    /// Another disk with a copy of what is on this one, which is not mounted yet.
+    fn copied(&self) -> Self {
+        let content = tempfile::tempdir().expect("a directory");
+        let source = self.content.path().join(".");
+        assert!(run(Command::new("cp")
+            .arg("-a")
+            .arg(source)
+            .arg(content.path())));
+        Self {
+            content,
+            mount_point: self.mount_point.clone(),
+        }
+    }
+
+    /// The sealed segments on it, by name.
+    fn sealed(&self) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut open = vec![self.content.path().to_owned()];
+        while let Some(directory) = open.pop() {
+            for entry in fs::read_dir(directory).expect("a directory").flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    open.push(path);
+                } else if path.to_string_lossy().contains("/wal/") {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+
     fn attach(&self) -> bool {
         run(Command::new("mount")
             .arg("--bind")
@@ -89,11 +121,19 @@ fn names(directory: &Path) -> Vec<String> {
 
 /// Waits until the light is red with the reason and the remedy, and the health route fails.
 fn wait_until_red(archiver: &Archiver) {
+    wait_until_red_for(
+        archiver,
+        &[
+            "is not the repository that this host archives to",
+            "epoch begin --system-identifier",
+        ],
+    );
+}
+
+fn wait_until_red_for(archiver: &Archiver, words: &[&str]) {
     wait_until("the light is red", || {
         let report = archiver.get("/api/v1/clusters/main");
-        report.contains("\"state\":\"broken\"")
-            && report.contains("is not the repository that this host archives to")
-            && report.contains("epoch begin --system-identifier")
+        report.contains("\"state\":\"broken\"") && words.iter().all(|words| report.contains(words))
     });
     let health = archiver.get("/api/v1/clusters/main/health");
     assert!(health.starts_with("HTTP/1.1 503"), "{health}");
@@ -105,6 +145,15 @@ fn wait_until_well(archiver: &Archiver) {
             .get("/api/v1/clusters/main")
             .contains("\"state\":\"broken\"")
     });
+}
+
+/// The end of the WAL in the repository.
+fn remote(archiver: &Archiver) -> Lsn {
+    let answer = archiver.get("/api/v1/clusters/main");
+    let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
+    let report: serde_json::Value = serde_json::from_str(body).expect("JSON");
+    let lsn = report["durable"]["remote"]["lsn"].as_str();
+    lsn.and_then(|lsn| lsn.parse().ok()).unwrap_or_default()
 }
 
 fn flushed(server: &Server) -> Lsn {
@@ -200,6 +249,97 @@ fn an_unmounted_repository_acknowledges_nothing_as_remote() {
     survives("remote");
 }
 
+/// An old copy of the repository is mounted over it, with the same identity: nothing is stored there
+/// until the right disk is back, or the operator says that what is missing is lost for good.
+fn older_copy_takes_nothing(acknowledge: &str) {
+    let Some((server, place, disk, command)) = scene(acknowledge) else {
+        return;
+    };
+    let run = |arguments: &[&str]| {
+        let mut command = command(&place, &server);
+        let output = command.args(arguments).output().expect("it runs");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        (output.status.code(), said)
+    };
+    let archiver = place.run_with(command(&place, &server));
+    archiver.wait_for_log("INFO streaming");
+    server.write_wal(1500);
+    assert_eq!(run(&["backup"]).0, Some(0));
+    wait_until("segments are sealed", || disk.sealed().len() > 1);
+    let old = disk.copied();
+    let before = old.sealed();
+    server.write_wal(3000);
+    let is_sealed = || disk.sealed().len() > before.len() + 1;
+    wait_until("more segments are sealed", is_sealed);
+    wait_flushed(&server, server.lsn());
+
+    assert!(old.attach());
+    let words = ["holds an older state", "--accept-loss"];
+    wait_until_red_for(&archiver, &words);
+    // The newest segment may be in the spool, from which it is stored again.
+    let sealed = disk.sealed();
+    let missing = sealed[before.len()].file_stem().expect("a name");
+    let missing = missing.to_string_lossy();
+    let told = flushed(&server);
+    let at = server.lsn();
+    server.write_wal(2500);
+    if acknowledge == "remote" {
+        let now = flushed(&server);
+        assert!(now <= at, "{now} was acknowledged, only {told} is archived");
+    } else {
+        wait_flushed(&server, server.lsn());
+    }
+    archiver.kill();
+    let archiver = place.run_with(command(&place, &server));
+    wait_until("it serves", || {
+        archiver.log().matches("serving HTTP").count() == 2
+    });
+    let words = [words[0], words[1], &missing];
+    wait_until_red_for(&archiver, &words);
+    let (code, said) = run(&["verify"]);
+    assert_eq!(code, Some(4), "{said}");
+    assert!(
+        said.contains("was archived and is not there any more") && said.contains(&*missing),
+        "{said}"
+    );
+    assert_eq!(old.sealed(), before, "segments went to the old copy");
+
+    old.detach();
+    wait_flushed(&server, server.lsn());
+    wait_until_well(&archiver);
+    let stored = server.lsn();
+    wait_until("it is in the right one", || remote(&archiver) >= stored);
+    assert_eq!(old.sealed(), before, "segments went to the old copy");
+
+    // The right disk is lost for good.
+    assert!(old.attach());
+    wait_until_red_for(&archiver, &words);
+    let (code, said) = run(&["verify", "--accept-loss"]);
+    assert!(said.contains("accepted as lost: WAL "), "{said}");
+    // Before a base backup is taken after the hole.
+    assert!(matches!(code, Some(0 | 4)), "{said}");
+    archiver.wait_for_log("the archive is whole again from this backup on");
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    wait_until_well(&archiver);
+    assert_eq!(archiver.terminate().code(), Some(0));
+    let (code, said) = run(&["verify", "--deep"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("was declared lost"), "{said}");
+    old.detach();
+}
+
+#[test]
+fn an_older_copy_takes_nothing() {
+    older_copy_takes_nothing("local");
+}
+
+#[test]
+fn an_older_copy_acknowledges_nothing_as_remote() {
+    older_copy_takes_nothing("remote");
+}
+
 #[test]
 fn another_disk_or_a_read_only_one_takes_nothing() {
     let Some((server, place, disk, command)) = scene("remote") else {
@@ -278,7 +418,9 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
         &["catalog", "rebuild"],
     ] {
         let (code, said) = run(arguments);
-        assert_eq!(code, Some(5), "{arguments:?}: {said}");
+        // An empty place proves that the archive is not whole; no other command can tell.
+        let expected = if arguments == ["verify"] { 4 } else { 5 };
+        assert_eq!(code, Some(expected), "{arguments:?}: {said}");
         let remedy = format!("`wal-archiver epoch begin --system-identifier {system}`");
         assert!(said.contains(&remedy), "{arguments:?}: {said}");
         disk.assert_mount_point_is_empty();
@@ -300,7 +442,7 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
     // Now the old disk is the wrong one.
     assert!(disk.attach());
     let (code, said) = run(&["verify"]);
-    assert_eq!(code, Some(5), "{said}");
+    assert_eq!(code, Some(4), "{said}");
     assert!(said.contains("belongs to another archive"), "{said}");
     disk.detach();
     fs::remove_dir_all(place.repository()).expect("what the test made");

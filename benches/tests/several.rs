@@ -369,7 +369,7 @@ fn two_repositories(near_in_bucket: bool, far_in_bucket: bool, encryption: &str)
         near.remove(&name);
     }
     let (code, said) = verify(&place, &[]);
-    assert_eq!(code, Some(5), "{said}");
+    assert_eq!(code, Some(4), "{said}");
     let parts = ["was not examined", "no gap, no damage"];
     assert!(parts.iter().all(|part| said.contains(part)), "{said}");
     assert_eq!(rows(&place, &bin), ROWS, "from the far one alone");

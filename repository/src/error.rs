@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use wal_format::{ClusterName, ObjectKey, PgVersion, SystemIdentifier};
 
-use crate::ExitKind;
+use crate::{ExitKind, Loss};
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -118,6 +118,21 @@ pub enum Error {
         url: String,
         /// The store's message.
         problem: String,
+    },
+    /// The place holds an older state of the archive than the one that this host archived to.
+    #[error(
+        "{url} holds an older state of the repository, or its newest WAL is lost: this host archived {missing}, which is \
+         not there. Nothing is written there, and WAL waits in the spool. Mount the right disk or bring the objects \
+         back, and archiving continues automatically. If they are lost for good, `wal-archiver verify --accept-loss` \
+         declares this WAL lost; the archiver then continues here and takes a base backup"
+    )]
+    OlderState {
+        /// The repository.
+        url: String,
+        /// What is missing, with keys and LSN ranges.
+        missing: String,
+        /// The newest sealed segment that was archived.
+        newest: Box<Loss>,
     },
     /// The cluster in the repository has another major version.
     #[error(
@@ -245,15 +260,16 @@ impl Error {
     pub fn is_transient(&self) -> bool {
         match self {
             Self::S3 { transient, .. } => *transient,
-            Self::Gone { .. } | Self::Store { .. } => true,
+            Self::Gone { .. } | Self::OlderState { .. } | Self::Store { .. } => true,
             _ => false,
         }
     }
 
-    /// Returns true if the place does not hold the archive that this host writes to.
+    /// Returns true if the place does not hold the archive that this host writes to, or holds an
+    /// older state of it.
     #[must_use]
     pub fn is_gone(&self) -> bool {
-        matches!(self, Self::Gone { .. })
+        matches!(self, Self::Gone { .. } | Self::OlderState { .. })
     }
 
     /// Returns true if the error is an answer of a store, or the lack of one: a later answer may
@@ -267,6 +283,7 @@ impl Error {
                 | Self::Gone { .. }
                 | Self::Locked { .. }
                 | Self::NotFound { .. }
+                | Self::OlderState { .. }
                 | Self::S3 { .. }
                 | Self::Store { .. }
         )
@@ -352,9 +369,10 @@ impl Error {
             | Self::NotRemembered { .. }
             | Self::SegmentSizeMismatch { .. }
             | Self::SystemIdentifierMismatch { .. } => ExitKind::Usage,
-            Self::Conflict { .. } | Self::Damaged { .. } | Self::NotFound { .. } => {
-                ExitKind::Integrity
-            }
+            Self::Conflict { .. }
+            | Self::Damaged { .. }
+            | Self::NotFound { .. }
+            | Self::OlderState { .. } => ExitKind::Integrity,
             Self::Gone { .. } | Self::S3 { .. } | Self::Store { .. } => ExitKind::Unreachable,
         }
     }

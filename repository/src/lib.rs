@@ -15,6 +15,7 @@ mod exit;
 pub mod expire;
 mod histories;
 mod known_archive;
+mod losses;
 mod outcomes;
 mod records;
 mod repository;
@@ -34,6 +35,7 @@ pub use error::{Error, Result, is_out_of_descriptors};
 pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};
+pub use losses::{FoundLoss, Loss, LossRecord, Missing, name_losses};
 pub use outcomes::OUTCOMES_MAX;
 pub use repository::{ClusterIdentity, Repository};
 pub use restorable::{

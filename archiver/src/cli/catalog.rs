@@ -4,9 +4,9 @@
 use std::{fs, io};
 
 use catalog::Catalog;
-use repository::{Repository, config::Settings};
+use repository::{LossRecord, Repository, config::Settings};
 
-use super::output;
+use super::{losses, output};
 use crate::error::{Error, Result};
 
 pub(super) fn rebuild(settings: &Settings) -> Result<()> {
@@ -24,6 +24,12 @@ pub(super) fn rebuild(settings: &Settings) -> Result<()> {
             Err(error) if error.is_locked() => return Err(error.into()),
             _ => {}
         }
+        // Only the old catalog may still know what the repository has lost.
+        let missing = losses::of(cluster, &identity, &repository, false)?;
+        if missing.newest.is_some() {
+            return Err(losses::older_state(&repository, &missing).into());
+        }
+        LossRecord::of(cluster).add(&missing.losses)?;
         match fs::remove_dir_all(&cluster.catalog) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(Error::io("remove", &cluster.catalog)(error));

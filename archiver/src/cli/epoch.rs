@@ -10,7 +10,7 @@
 
 use std::{fs, io, path::Path, sync::Arc};
 
-use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSettings};
 use wal_format::SystemIdentifier;
 
 use super::{output, runtime};
@@ -68,6 +68,7 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
     // The repository holds the content of both, so a crash from here on loses nothing.
     remove(&spool.directory().join("wal"))?;
     remove(&settings.catalog)?;
+    LossRecord::of(settings).forget()?;
     let number = repository.begin_epoch(&last, &found)?;
     output::line(&format!(
         "cluster {}: epoch {number} begins with system identifier {system}, PostgreSQL {version}",
@@ -103,6 +104,7 @@ fn begin_again(
     // Both describe the previous archive.
     remove(&settings.catalog)?;
     remove_record(spool.directory())?;
+    LossRecord::of(settings).forget()?;
     Repository::open_anew(settings)?.claim(&found)?;
     output::line(&format!(
         "cluster {}: {} holds an archive of system identifier {system} from now on; what was archived before is only where \

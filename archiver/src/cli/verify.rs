@@ -2,12 +2,12 @@
 //! WAL is missing.
 
 use repository::{
-    Repository,
+    Loss, Repository,
     config::{ClusterSettings, RepositoryPlace, Settings},
 };
 use wal_format::{OutcomeKind, SystemIdentifier};
 
-use super::output;
+use super::{losses, output};
 use crate::{
     error::{Error, Result},
     outcomes,
@@ -20,14 +20,30 @@ const DAMAGED_MAX: usize = 1000;
 /// three.
 const REPAIRS_MAX: u32 = 4;
 
-pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()> {
+/// What the command is asked to do.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Wanted {
+    /// Decode every record.
+    pub(super) deep: bool,
+    /// Put sound copies in the place of damaged and missing objects.
+    pub(super) repair: bool,
+    /// Accept that what is missing is lost for good.
+    pub(super) accept_loss: bool,
+}
+
+pub(super) fn verify(settings: &Settings, wanted: &Wanted) -> Result<()> {
+    let Wanted { deep, repair, .. } = *wanted;
     let mut problems = 0;
     let mut unreachable = None;
     for cluster in &settings.clusters {
         let started = jiff::Timestamp::now();
         let say = |line: &str| output::line(&format!("cluster {}: {line}", cluster.name));
-        let (located, places, error) = reachable(cluster, &say)?;
+        let (located, places, error) = reachable(cluster, &say, &mut problems)?;
         unreachable = unreachable.or(error);
+        if places.is_empty() {
+            continue;
+        }
+        let lost = lost(cluster, wanted, &say)?;
         if repair {
             repair::repair_keys(&cluster.name, &located, &say)?;
         }
@@ -51,6 +67,13 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
             }
             problems += findings.problems.len();
         }
+        for loss in &lost {
+            say(&format!(
+                "{loss} was archived and is not there any more: bring it back from a copy of the repository, or accept the loss \
+                 with `wal-archiver verify --accept-loss`"
+            ));
+        }
+        problems += lost.len();
         record(cluster, &places, system, &findings, started);
     }
     if problems == 0 {
@@ -60,11 +83,35 @@ pub(super) fn verify(settings: &Settings, deep: bool, repair: bool) -> Result<()
     }
 }
 
-/// Opens each place of a cluster. If one of several cannot be reached, it is printed, the others
+/// Returns what was archived and is missing: nothing if the loss is accepted now.
+fn lost(cluster: &ClusterSettings, wanted: &Wanted, say: &dyn Fn(&str)) -> Result<Vec<Loss>> {
+    let repository = Repository::open_known(cluster)?;
+    let identity = match repository.identity() {
+        Ok(Some(identity)) => identity,
+        // The examination reports it.
+        Ok(None) | Err(repository::Error::Damaged { .. }) => return Ok(Vec::new()),
+        Err(error) => return Err(error.into()),
+    };
+    let missing = losses::of(cluster, &identity, &repository, wanted.accept_loss)?.losses;
+    if !wanted.accept_loss {
+        return Ok(missing);
+    }
+    losses::accept(cluster, &identity, &repository, &missing)?;
+    if missing.is_empty() {
+        say("nothing that was archived is missing, so no loss was accepted");
+    }
+    for loss in &missing {
+        say(&format!("accepted as lost: {loss}"));
+    }
+    Ok(Vec::new())
+}
+
+/// Opens each place of a cluster. One that exists and does not hold the archive is a problem. If one of several cannot be reached, it is printed, the others
 /// are examined, and its error is returned with them.
 fn reachable(
     cluster: &ClusterSettings,
     say: &dyn Fn(&str),
+    problems: &mut usize,
 ) -> Result<(
     Vec<RepositoryPlace>,
     Vec<Repository>,
@@ -74,6 +121,10 @@ fn reachable(
     for place in cluster.repository.each() {
         let opened = Repository::open_known_place(cluster, &place)?;
         match opened.identity() {
+            Err(error) if error.is_gone() && matches!(opened.lacks_place(), Ok(false)) => {
+                say(&format!("{place} was not examined: {error}"));
+                *problems += 1;
+            }
             Err(error) if error.is_transient() => {
                 say(&format!("{place} was not examined: {error}"));
                 first.get_or_insert(error);
@@ -86,7 +137,7 @@ fn reachable(
         }
     }
     match first {
-        Some(error) if places.is_empty() => Err(error.into()),
+        Some(error) if places.is_empty() && *problems == 0 => Err(error.into()),
         first => Ok((located, places, first)),
     }
 }

@@ -25,7 +25,11 @@ impl ClusterStatus {
         let drill = details.newest(OutcomeKind::Drill).cloned();
         let verified = details.newest(OutcomeKind::Verify);
         let found = verified.map(|verify| verify.damaged.len() as u64);
-        let corrupt_objects = match (found, details.damaged.len() as u64) {
+        let lost = facts.losses.iter();
+        let lost: Vec<String> = lost
+            .map(|found| format!("{}, missing since {}", found.loss, found.found))
+            .collect();
+        let corrupt_objects = match (found, details.damaged.len().max(lost.len()) as u64) {
             (None, 0) => None,
             (found, damaged) => Some(found.unwrap_or_default().max(damaged)),
         };
@@ -42,6 +46,7 @@ impl ClusterStatus {
             (Some(drill), _) if !drill.passed => {
                 Some(format!("the last restore drill failed: {}", drill.message))
             }
+            _ if !lost.is_empty() => Some(lost_reason(&lost)),
             (_, Some(objects @ 1..)) => Some(format!(
                 "{objects} object(s) of the repository are damaged or missing: run `wal-archiver verify`"
             )),
@@ -201,6 +206,7 @@ impl ClusterStatus {
                 .map(|loss| loss.found)
                 .max(),
             corrupt_objects,
+            lost_objects: lost,
             backup_max_age_seconds: settings.backup_max_age.as_secs_f64(),
             drill_max_age_seconds: settings.drill_max_age.map(|age| age.as_secs_f64()),
             clock_offset_seconds: facts.clock_offset_seconds,
@@ -217,6 +223,19 @@ impl ClusterStatus {
         }
         report
     }
+}
+
+/// The reason of a state in which the repository lacks what was archived there.
+fn lost_reason(lost: &[String]) -> String {
+    let more = match lost.len() {
+        0 | 1 => String::new(),
+        several => format!(" (and {} more)", several - 1),
+    };
+    format!(
+        "the repository has lost {}{more}: bring the objects back from a copy of the repository, or accept the loss \
+         with `wal-archiver verify --accept-loss`",
+        lost.first().map_or("", String::as_str)
+    )
 }
 
 /// Returns a warning about a resource that runs out. It is given at four fifths, so that there is

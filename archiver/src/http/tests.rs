@@ -60,6 +60,7 @@ fn report() -> ClusterReport {
         failed_expire: None,
         last_failover_loss: None,
         corrupt_objects: None,
+        lost_objects: Vec::new(),
         backup_max_age_seconds: 86_400.0,
         drill_max_age_seconds: None,
         clock_offset_seconds: None,

@@ -8,20 +8,22 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicBool},
+    time::Instant,
 };
 
 use catalog::Catalog;
 use intake::stored::{WalSource, put_wal};
 use repository::{
-    ClusterIdentity, CrashPoint, Repository, WalRange, WalRangeKind, config::ClusterSettings,
+    ClusterIdentity, CrashPoint, Loss, LossRecord, Repository, WalRange, WalRangeKind,
+    config::ClusterSettings,
 };
 use wal_format::{
     Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary,
     WalIdentity,
 };
 
-use super::{fork::Losses, histories, room::Room, start::Held};
+use super::{fork::Losses, histories, presence, room::Room, start::Held};
 use crate::{
     cluster_status::ClusterStatus,
     core::{
@@ -68,6 +70,14 @@ pub struct Archive {
     /// The value of [`Facts::repository_returns`](crate::cluster_status::Facts) when the repository
     /// was read.
     read_at_return: u64,
+    /// What the archive once had and the repository lacks.
+    pub(super) loss_record: LossRecord,
+    /// The number of losses that had been accepted when the repository was read.
+    pub(super) accepted: usize,
+    /// True if the repository was found to lack what was archived.
+    pub(super) doubted: AtomicBool,
+    /// The last time at which the newest objects were found, before a tail.
+    pub(super) newest_checked: Mutex<Option<Instant>>,
 }
 
 /// The state after a start at which the repository was offline.
@@ -75,6 +85,8 @@ pub struct Archive {
 pub struct Away {
     /// The spool's record of the archive's end, written while the spool held no WAL.
     pub record: Option<SpoolRecord>,
+    /// The newest segment, if the place answers and lacks it.
+    pub lacking: Option<Loss>,
 }
 
 impl Archive {
@@ -98,12 +110,21 @@ impl Archive {
             segment_size: cluster.wal_segment_size,
         };
         let system = identity.system_identifier;
-        let read_at_return = status.facts().repository_returns;
+        let mut read_at_return = status.facts().repository_returns;
+        let loss_record = LossRecord::of(&settings);
+        let accepted = loss_record.accepted()?.len();
         let (mut gaps, mut losses) = (Vec::new(), Losses::default());
         let mut lost_histories = Vec::new();
         if away.is_none() {
             histories::put_back(&spool, &repository, &identity)?;
-            let report = catalog.refresh(&repository)?;
+            let is_spooled = presence::is_spooled(&spool, &identity);
+            let report = presence::refresh(&catalog, &repository, &loss_record, &is_spooled)?;
+            presence::check_position(&spool, &identity, &catalog, &repository, &loss_record)?;
+            if status.facts().repository_gone {
+                // It is the right place again, and what it holds is known.
+                status.repository_answered("start", "");
+                read_at_return += 1;
+            }
             lost_histories = report.lost_histories;
             gaps = repository.gaps(system)?;
             losses = Losses::of(repository.failover_losses(system)?);
@@ -142,6 +163,10 @@ impl Archive {
             histories: Mutex::new(histories),
             putting_back: Mutex::default(),
             read_at_return,
+            loss_record,
+            accepted,
+            doubted: AtomicBool::new(false),
+            newest_checked: Mutex::default(),
         })
     }
 
@@ -176,11 +201,17 @@ impl Archive {
         self.away.is_some()
     }
 
-    /// Returns true if the repository was replaced by another place in the meantime and came back.
+    /// The newest segment, if the place answers and lacks it.
+    #[must_use]
+    pub fn lacking(&self) -> Option<&Loss> {
+        self.away.as_ref()?.lacking.as_ref()
+    }
+
+    /// Returns true if the repository was replaced by another place in the meantime and came back, or lacks what was archived.
     /// Its content may then differ from what is known here.
     #[must_use]
     pub fn is_outdated(&self) -> bool {
-        self.status.facts().repository_returns > self.read_at_return
+        self.is_doubted() || self.status.facts().repository_returns > self.read_at_return
     }
 
     /// The limit on the spool's size.
@@ -465,7 +496,11 @@ impl Archive {
         proven: Option<PgTimestamp>,
         source: &WalSource<'_>,
     ) -> Result<WalRange> {
+        if !self.costs_requests() {
+            self.check_newest()?;
+        }
         let stored_bytes = put_wal(&self.repository, header, object, source)?;
+        self.check_place(header)?;
         let (kind, stored, cataloged) = if header.is_whole_segment() {
             let points = (CrashPoint::SealStored, CrashPoint::SealCataloged);
             (WalRangeKind::Sealed, points.0, points.1)
@@ -506,7 +541,7 @@ impl Archive {
         let sealed = self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
         if sealed.contains(&place) {
             drop(sealed);
-            return self.delete_tail(&tail);
+            return self.remove_tail(&tail.key(&self.cluster));
         }
         self.tails
             .lock()
@@ -543,23 +578,13 @@ impl Archive {
         let known = || self.tails.lock().unwrap_or_else(PoisonError::into_inner);
         let mut tails = known().remove(&place).unwrap_or_default();
         while let Some(tail) = tails.last() {
-            if let Err(error) = self.delete_tail(tail) {
+            if let Err(error) = self.remove_tail(&tail.key(&self.cluster)) {
                 // Keep the remaining tails in the list, so that the next attempt removes them.
                 known().entry(place).or_default().append(&mut tails);
                 return Err(error);
             }
             tails.pop();
         }
-        Ok(())
-    }
-
-    fn delete_tail(&self, tail: &WalRange) -> Result<()> {
-        if !self.remove_tail_object(&tail.key(&self.cluster))? {
-            return Ok(());
-        }
-        let reached = CrashPoint::TailRemoved.reach();
-        reached.map_err(repository::Error::store("remove", self.spool_directory()))?;
-        self.catalog.remove_range(tail)?;
         Ok(())
     }
 }

@@ -174,7 +174,7 @@ pub async fn close(
 async fn refresh(pipeline: &Pipeline) -> Result<()> {
     let archive = Arc::clone(pipeline.archive());
     blocking(move || {
-        archive.catalog().refresh(archive.repository())?;
+        archive.refresh()?;
         Ok(())
     })
     .await

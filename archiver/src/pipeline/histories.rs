@@ -8,7 +8,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 use repository::Repository;
-use wal_format::{Branch, Lsn, WalIdentity};
+use wal_format::{Branch, Lsn, ObjectKey, WalIdentity};
 
 use super::{Pipeline, archive::Archive, blocking, start::ServerBranch};
 use crate::{error::Result, spool::Spool};
@@ -81,6 +81,39 @@ impl Archive {
             archived.push((branch, content));
         }
         Ok(archived)
+    }
+
+    /// Stores the history files again of which the repository has lost a copy, from the catalog.
+    /// Costs two listings where there is more than one timeline.
+    ///
+    /// # Errors
+    /// [`crate::error::Error::Repository`].
+    pub(super) fn put_back_histories(&self) -> Result<()> {
+        let branches = self.catalog().branches()?.into_iter();
+        let files: Vec<(Branch, Bytes)> = branches
+            .filter(|(_, history, _)| history.is_some())
+            .map(|(branch, _, content)| (branch, content))
+            .collect();
+        if files.is_empty() {
+            return Ok(());
+        }
+        let system = self.identity().system_identifier;
+        let copies = self.repository().history_copies(system)?;
+        for (branch, content) in files {
+            let left = copies.get(&branch).copied().unwrap_or_default();
+            if left >= 2 {
+                continue;
+            }
+            self.repository().put_history(system, branch, &content)?;
+            let key = ObjectKey::History(system, branch);
+            let message = format!(
+                "{key}: {} of the two copies of this history file had been lost; it was stored again",
+                2 - left
+            );
+            tracing::error!(event = "history_put_back", cluster = %self.cluster.cluster, "{message}");
+            self.status().note(|facts| facts.repaired.push(message));
+        }
+        Ok(())
     }
 
     fn store_missing_histories(&self, files: &[(Branch, Bytes)]) -> Result<()> {

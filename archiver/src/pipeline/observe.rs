@@ -10,11 +10,16 @@ use std::{
 use tokio::time::MissedTickBehavior;
 use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey, TimelineId};
 
-use super::{archive::Archive, blocking, window::Marks};
+use super::{
+    archive::Archive,
+    blocking,
+    presence::{self, Presence},
+    window::Marks,
+};
 use crate::{
     cluster_status::ClusterStatus,
     core::Event,
-    error::Result,
+    error::{Error, Result},
     outcomes,
     replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
     report::SlotReport,
@@ -194,6 +199,7 @@ pub(super) async fn look(archive: Arc<Archive>) {
     let mut taken = None;
     let mark = outcomes::mark(archive.settings());
     let marks = Arc::new(Mutex::new(Marks::default()));
+    let presence = Arc::new(Mutex::new(Presence::default()));
     loop {
         timer.tick().await;
         let known = std::mem::replace(&mut taken, std::fs::read(&mark).ok());
@@ -212,24 +218,54 @@ pub(super) async fn look(archive: Arc<Archive>) {
         if let Err(error) = blocking(move || look_once(&looked, list, expires, &marks)).await {
             tracing::debug!(%error, "the window is not known");
         }
+        if archive.is_away() {
+            continue;
+        }
+        // A folder is watched once a second.
+        let is_due = archive.costs_requests() && list != Listing::Never;
+        let (looked, presence) = (Arc::clone(&archive), Arc::clone(&presence));
+        let checked = blocking(move || {
+            if is_due {
+                presence::look_for_losses(&looked, &presence)
+            } else {
+                presence::report_losses(&looked)
+            }
+        });
+        match checked.await {
+            Err(Error::Repository(error)) if error.is_gone() || error.is_not_found() => {
+                let status = archive.status();
+                status.repository_failed("presence", "", &error);
+            }
+            Err(error) => tracing::debug!(%error, "the presence of the objects is not known"),
+            Ok(()) => {}
+        }
     }
 }
 
-/// Detects within a second that the repository's folder was replaced, also while nothing is stored.
+/// Detects within a second that the repository's folder was replaced or lacks objects, also while nothing is stored.
 /// For a bucket, the store requests detect it, because a separate request costs money.
 pub(super) async fn watch_place(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(PLACE_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let presence = Arc::new(Mutex::new(Presence::default()));
     while !archive.is_away() {
         timer.tick().await;
-        let watched = Arc::clone(&archive);
-        let look = move || watched.repository().confirm_free();
+        let (watched, presence) = (Arc::clone(&archive), Arc::clone(&presence));
+        let look = move || {
+            watched.repository().confirm_free()?;
+            if watched.costs_requests() {
+                return Ok(());
+            }
+            presence::look_for_losses(&watched, &presence)
+        };
         let status = archive.status();
-        match tokio::task::spawn_blocking(look).await {
-            Ok(Err(error)) if error.is_gone() => status.repository_failed("look", "", &error),
+        match blocking(look).await {
+            Err(Error::Repository(error)) if error.is_gone() || error.is_not_found() => {
+                status.repository_failed("look", "", &error);
+            }
             // Clears only the failure that this check reported. For a bucket, success proves
             // nothing.
-            Ok(Ok(())) if status.facts().repository_broken.contains_key("look ") => {
+            Ok(()) if status.facts().repository_broken.contains_key("look ") => {
                 status.repository_answered("look", "");
             }
             _ => {}
@@ -278,7 +314,7 @@ fn look_once(
     });
     let catalog = archive.catalog();
     if expires && catalog.follow_expired(archive.repository())? {
-        catalog.refresh(archive.repository())?;
+        archive.refresh()?;
     }
     let mut backups = catalog.backups()?;
     // Listing a folder costs nothing.
@@ -373,7 +409,7 @@ fn list_new_backups(archive: &Archive, known: usize) -> Result<()> {
         _ => false,
     };
     if stored.iter().filter(|(key, _)| is_info(key)).count() != known {
-        catalog.refresh(archive.repository())?;
+        archive.refresh()?;
     }
     Ok(())
 }

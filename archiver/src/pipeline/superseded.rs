@@ -4,13 +4,14 @@
 //! Invariant: a tail is removed only when its segment is sealed and verified: no file of that
 //! segment is in the spool any more, or the caller has just sealed it.
 
+use repository::CrashPoint;
 use wal_format::{Branch, ObjectKey, SegmentNo};
 
 use super::archive::Archive;
 use crate::error::Result;
 
 impl Archive {
-    /// Removes the tails of a segment that is sealed and verified. The catalog does not list them.
+    /// Removes the tails of a segment that is sealed and verified.
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`].
@@ -21,7 +22,7 @@ impl Archive {
             .repository()
             .list(&format!("{system}/tail/{branch}/{name}/"))?
         {
-            self.remove_tail_object(&key)?;
+            self.remove_tail(&key)?;
         }
         Ok(())
     }
@@ -44,24 +45,27 @@ impl Archive {
             let is_spooled = spool.path(segment).exists() || spool.partial_path(segment).exists();
             if !is_spooled && self.sealed_range(*branch, segment)?.is_some() {
                 tracing::info!(%key, "removing a tail whose segment is sealed");
-                self.remove_tail_object(&key)?;
+                self.remove_tail(&key)?;
             }
         }
         Ok(())
     }
 
-    /// Removes the object of a tail. Returns false if a lock keeps it, which does no harm: where
-    /// the segment is sealed nobody reads its tails.
+    /// Removes a tail from the repository and from the catalog. A tail that a lock keeps stays in
+    /// both, which does no harm: where the segment is sealed nobody reads its tails.
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`].
-    pub(super) fn remove_tail_object(&self, key: &ObjectKey) -> Result<bool> {
+    pub(super) fn remove_tail(&self, key: &ObjectKey) -> Result<()> {
         match self.repository().delete(key) {
             Err(error) if error.is_object_locked() => {
                 self.status().locked(key, &error);
-                Ok(false)
+                return Ok(());
             }
-            outcome => Ok(outcome.map(|()| true)?),
+            outcome => outcome?,
         }
+        let reached = CrashPoint::TailRemoved.reach();
+        reached.map_err(repository::Error::store("remove", self.spool_directory()))?;
+        Ok(self.catalog().forget(key)?)
     }
 }

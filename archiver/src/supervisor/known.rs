@@ -9,8 +9,8 @@ use std::{io, ops::ControlFlow, ops::Range, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use repository::{
-    ClusterIdentity, Error as StoreError, ObjectMeta, ObjectStore, PutOutcome, Repository,
-    config::ClusterSettings,
+    ClusterIdentity, Error as StoreError, Loss, LossRecord, ObjectMeta, ObjectStore, PutOutcome,
+    Repository, config::ClusterSettings,
 };
 use wal_format::PgTimestamp;
 
@@ -83,20 +83,40 @@ pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Resul
             };
             let record =
                 record.filter(|record| record.cluster.system_identifier == known.system_identifier);
-            Ok(Known::Away(known, Away { record }, error))
+            let away = Away {
+                record,
+                lacking: None,
+            };
+            Ok(Known::Away(known, away, error))
         }
         (Err(error), _) => Err(error),
     }
 }
 
-/// Waits until an offline repository answers.
-pub(super) async fn answers(settings: &ClusterSettings) {
+/// Waits until an offline repository answers and holds the segment that it lacked.
+pub(super) async fn answers(settings: &ClusterSettings, lacking: Option<&Loss>) {
     loop {
         tokio::time::sleep(ASK_AGAIN).await;
-        if stored_identity(settings.clone()).await.is_ok() {
+        if stored_identity(settings.clone()).await.is_ok() && !lacks(settings, lacking).await {
             return;
         }
     }
+}
+
+/// Returns true if a segment that the repository lacked is still missing and its loss is not
+/// accepted. While the repository does not answer, that is unknown, and true.
+pub(super) async fn lacks(settings: &ClusterSettings, lacking: Option<&Loss>) -> bool {
+    let Some(loss) = lacking.cloned() else {
+        return false;
+    };
+    let settings = settings.clone();
+    let asked = blocking(move || {
+        let is_there = Repository::open_known(&settings)?
+            .head(&loss.key())?
+            .is_some();
+        Ok(!is_there && !LossRecord::of(&settings).is_accepted(&loss)?)
+    });
+    asked.await.unwrap_or(true)
 }
 
 async fn stored_identity(settings: ClusterSettings) -> Result<Option<ClusterIdentity>> {

@@ -8,7 +8,7 @@
 use std::{sync::Arc, time::Duration};
 
 use catalog::Catalog;
-use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+use repository::{ClusterIdentity, Error as StoreError, Repository, config::ClusterSettings};
 
 use super::{BEAT, Supervisor, known};
 use crate::{
@@ -56,6 +56,25 @@ impl Supervisor {
         }
         self.pipeline = Some(Pipeline::start(Arc::new(archive)).await?);
         Ok(())
+    }
+
+    /// Starts the stages without the repository, which lacks what was archived last.
+    pub(super) async fn start_without(
+        &mut self,
+        identity: &ClusterIdentity,
+        error: StoreError,
+    ) -> Result<()> {
+        tracing::error!(event = "repository_older", cluster = %self.settings.name, "{error}");
+        self.status.repository_failed("start", "", &error);
+        let spool = Arc::clone(&self.spool);
+        let record = blocking(move || spool.record()).await?;
+        let system = identity.system_identifier;
+        let record = record.filter(|record| record.cluster.system_identifier == system);
+        let lacking = match error {
+            StoreError::OlderState { newest, .. } => Some(*newest),
+            _ => None,
+        };
+        self.start(identity, Some(Away { record, lacking })).await
     }
 
     async fn open(&self, identity: &ClusterIdentity, away: Option<Away>) -> Result<Archive> {

@@ -33,9 +33,11 @@ use wal_format::{
 
 mod expired;
 mod keys;
+mod missing;
 mod open;
 mod refresh;
 
+pub use missing::Guard;
 pub use refresh::RefreshReport;
 
 /// The memory that RocksDB is configured to use: the block cache, and the write buffers, of which
@@ -331,7 +333,20 @@ impl Catalog {
     /// [`Error::Store`] when the repository cannot be listed or read. A damaged object is not an
     /// error: the report names it, and it counts as missing.
     pub fn refresh(&self, repository: &Repository) -> Result<RefreshReport> {
-        refresh::refresh(self, repository)
+        self.refresh_guarded(repository, &Guard::NONE)
+    }
+
+    /// As [`Catalog::refresh`], except that the guard is told of what is missing before it is
+    /// forgotten.
+    ///
+    /// # Errors
+    /// As [`Catalog::refresh`]; what the guard fails with.
+    pub fn refresh_guarded(
+        &self,
+        repository: &Repository,
+        guard: &Guard<'_>,
+    ) -> Result<RefreshReport> {
+        refresh::refresh(self, repository, guard)
     }
 
     /// Returns every entry of every family except `meta`, for comparisons.

@@ -170,6 +170,19 @@ impl Catalog {
         }
     }
 
+    /// A temporary copy of the catalog in `directory`, which may be in use.
+    pub(super) fn copy_of(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
+        let temporary = tempfile::Builder::new()
+            .prefix("tidemark-catalog-")
+            .tempdir()
+            .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
+        let path = temporary.path().join("catalog");
+        let place = path.clone();
+        let copy = Self::open_at(path, &place, options(), identity, Some(temporary))?;
+        copy.copy_from(directory)?;
+        Ok(copy)
+    }
+
     /// Copies another catalog, which may be in use, into this empty one.
     fn copy_from(&self, directory: &Path) -> Result<()> {
         let failed = |source| opening(directory, source);

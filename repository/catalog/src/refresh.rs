@@ -8,7 +8,7 @@ use std::{
 use repository::{Error, LostHistory, Repository, Result, WalRange, WalRangeKind};
 use wal_format::{BackupInfo, Branch, ObjectKey, SealedFooter, sealed::FooterFromTail};
 
-use super::{Catalog, RESTORE_POINTS, keys};
+use super::{Catalog, Guard, RESTORE_POINTS, keys};
 
 /// The number of objects whose ends are read in parallel. Each read waits for the network.
 const READERS: usize = 16;
@@ -33,7 +33,11 @@ pub struct RefreshReport {
     pub lost_histories: Vec<LostHistory>,
 }
 
-pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<RefreshReport> {
+pub(super) fn refresh(
+    catalog: &Catalog,
+    repository: &Repository,
+    guard: &Guard<'_>,
+) -> Result<RefreshReport> {
     let mut report = RefreshReport::default();
     let system = catalog.identity.system_identifier;
     catalog.follow_expired(repository)?;
@@ -42,11 +46,11 @@ pub(super) fn refresh(catalog: &Catalog, repository: &Repository) -> Result<Refr
     for _ in 0..LOOKS_MAX {
         report.damaged.clear();
         evidence.clear();
-        if refresh_ranges(catalog, repository, &mut report, &mut evidence)? {
+        if refresh_ranges(catalog, repository, guard, &mut report, &mut evidence)? {
             break;
         }
     }
-    refresh_backups(catalog, repository, &mut report)?;
+    refresh_backups(catalog, repository, guard, &mut report)?;
     for backup in catalog.backups()? {
         let name = || format!("backup {}", backup.id);
         evidence.entry(backup.branch).or_insert_with(name);
@@ -96,6 +100,7 @@ fn count_minimal(catalog: &Catalog) -> Result<()> {
 fn refresh_ranges(
     catalog: &Catalog,
     repository: &Repository,
+    guard: &Guard<'_>,
     report: &mut RefreshReport,
     evidence: &mut BTreeMap<Branch, String>,
 ) -> Result<bool> {
@@ -142,14 +147,17 @@ fn refresh_ranges(
             }
         }
     }
+    let mut removed = Vec::new();
     for key in gone {
-        let Some(value) = catalog.get(super::SEGMENTS, &key)? else {
-            continue;
-        };
-        let range: WalRange = catalog.parse(super::SEGMENTS, &value)?;
-        catalog.remove_range(&range)?;
-        report.removed += 1;
+        if let Some(value) = catalog.get(super::SEGMENTS, &key)? {
+            removed.push(catalog.parse::<WalRange>(super::SEGMENTS, &value)?);
+        }
     }
+    (guard.missing)(&catalog.missing_wal(repository, guard, removed.clone())?)?;
+    for range in &removed {
+        catalog.remove_range(range)?;
+    }
+    report.removed += removed.len();
     // Timeline 1 has no history file. Its archived objects prove that it exists.
     for branch in evidence.keys().filter(|branch| branch.digest == [0; 4]) {
         catalog.put_branch(*branch, None)?;
@@ -251,7 +259,7 @@ fn sound_footer(repository: &Repository, key: &ObjectKey, size: u64) -> Result<S
 }
 
 /// Returns what the key alone says about a range, which is enough to find it in the catalog.
-fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
+pub(super) fn skeleton(catalog: &Catalog, key: &ObjectKey, size: u64) -> Option<WalRange> {
     let segment_size = catalog.identity.wal_segment_size;
     let (branch, name, kind, tail) = match key {
         ObjectKey::Segment(_, branch, name) => (*branch, *name, WalRangeKind::Sealed, None),
@@ -304,14 +312,12 @@ fn footer_of(repository: &Repository, key: &ObjectKey, object: &[u8]) -> Result<
 fn refresh_backups(
     catalog: &Catalog,
     repository: &Repository,
+    guard: &Guard<'_>,
     report: &mut RefreshReport,
 ) -> Result<()> {
     let system = catalog.identity.system_identifier;
-    let known: Vec<_> = catalog
-        .backups()?
-        .into_iter()
-        .map(|backup| backup.id)
-        .collect();
+    let backups = catalog.backups()?;
+    let known: Vec<_> = backups.iter().map(|backup| backup.id.clone()).collect();
     let expired = catalog.expired()?;
     let mut found = Vec::new();
     for (key, _) in repository.list(&format!("{system}/backup/"))? {
@@ -344,8 +350,13 @@ fn refresh_backups(
             }
         }
     }
-    for id in known.iter().filter(|id| !found.contains(id)) {
-        catalog.remove_backup(id)?;
+    let removed: Vec<BackupInfo> = backups
+        .into_iter()
+        .filter(|backup| !found.contains(&backup.id))
+        .collect();
+    (guard.missing)(&catalog.missing_backups(repository, &removed)?)?;
+    for backup in &removed {
+        catalog.remove_backup(&backup.id)?;
         report.removed += 1;
     }
     Ok(())

@@ -5,7 +5,10 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use repository::store::{LocalStore, ObjectStore};
+use repository::{
+    Missing,
+    store::{LocalStore, ObjectStore},
+};
 use wal_format::{
     FrameCompressor, ObjectKey, PgVersion, SealedHeader, SegmentNo, SegmentSize, SystemIdentifier,
     TransactionEndKind, sealed::seal,
@@ -310,4 +313,95 @@ fn strangers_and_damage_are_told_apart() {
         .expect_err("it is damaged")
         .to_string();
     assert!(error.contains("catalog rebuild"), "{error}");
+}
+
+#[test]
+fn a_tail_that_is_removed_leaves_the_catalog_at_once() {
+    let fixture = fixture();
+    let (start, end) = segment(3);
+    let tail = store(&fixture, WalRangeKind::Tail, start, start + 8192);
+    let key = tail.key(&identity());
+    fixture.repository.delete(&key).expect("it goes");
+    fixture.catalog.forget(&key).expect("it is forgotten");
+    let ranges = fixture.catalog.ranges(Branch::FIRST, Lsn(start), Lsn(end));
+    assert_eq!(ranges.expect("it reads"), []);
+    assert_eq!(fixture.catalog.restore_points().expect("it reads"), []);
+    fixture.catalog.forget(&key).expect("once more is fine");
+}
+
+#[test]
+fn what_is_missing_is_told_before_it_is_forgotten() {
+    let fixture = fixture();
+    let stored: Vec<WalRange> = (1..=4)
+        .map(|number| {
+            let (start, end) = segment(number);
+            store(&fixture, WalRangeKind::Sealed, start, end)
+        })
+        .collect();
+    let delete = |range: &WalRange| {
+        let key = range.key(&identity());
+        fixture.repository.delete(&key).expect("it goes");
+    };
+    // The second one, whose file is in the spool, is stored again from there.
+    delete(&stored[0]);
+    delete(&stored[1]);
+    let in_spool = std::cell::Cell::new(2);
+    let told = std::cell::RefCell::new(Vec::new());
+    let refuse = |missing: &Missing| {
+        told.borrow_mut().push(missing.clone());
+        Err(Error::config("refused"))
+    };
+    let guard = Guard {
+        is_spooled: &|range| range.segment == SegmentNo(in_spool.get()),
+        missing: &refuse,
+    };
+    let refused = fixture.catalog.refresh_guarded(&fixture.repository, &guard);
+    refused.expect_err("the guard fails");
+    let first = |told: &std::cell::RefCell<Vec<Missing>>| told.borrow_mut().remove(0);
+    let (start, end) = segment(1);
+    let loss = |from, to| fixture.catalog.loss(Branch::FIRST, Lsn(from), Lsn(to));
+    let expected = Missing {
+        losses: vec![loss(start, end)],
+        newest: None,
+    };
+    assert_eq!(first(&told), expected);
+    let known = || fixture.catalog.all_ranges().expect("it reads").len();
+    assert_eq!(known(), 4, "nothing was forgotten");
+
+    // The newest one is there, so it is no older state, although the others before it are missing.
+    delete(&stored[2]);
+    in_spool.set(4);
+    let refused = fixture.catalog.refresh_guarded(&fixture.repository, &guard);
+    refused.expect_err("the guard fails");
+    let expected = Missing {
+        losses: vec![loss(start, segment(3).1)],
+        newest: None,
+    };
+    assert_eq!(first(&told), expected);
+
+    // An older state lacks the newest ones, except those that are in the spool.
+    delete(&stored[3]);
+    let refused = fixture.catalog.refresh_guarded(&fixture.repository, &guard);
+    refused.expect_err("the guard fails");
+    let newest = segment(3);
+    let expected = Missing {
+        losses: vec![loss(start, newest.1)],
+        newest: Some(loss(newest.0, newest.1)),
+    };
+    assert_eq!(first(&told), expected);
+    in_spool.set(2);
+    let refused = fixture.catalog.refresh_guarded(&fixture.repository, &guard);
+    refused.expect_err("the guard fails");
+    let newest = segment(4);
+    let expected = Missing {
+        losses: vec![loss(start, end), loss(segment(3).0, newest.1)],
+        newest: Some(loss(newest.0, newest.1)),
+    };
+    assert_eq!(first(&told), expected);
+    assert_eq!(known(), 4, "nothing was forgotten");
+    fixture
+        .catalog
+        .refresh(&fixture.repository)
+        .expect("without a guard");
+    assert_eq!(known(), 0);
 }

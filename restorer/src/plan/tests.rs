@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use repository::{ClusterIdentity, Damage, DamagedBackups, WalRange, WalRangeKind};
 use wal_format::{
-    BackupKind, Branch, CheckpointKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary,
+    BackupKind, CheckpointKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary,
     SystemIdentifier, TimelineHistory, TransactionEndKind, WalEvent,
 };
 

@@ -1,0 +1,107 @@
+//! What a cluster's archive has lost, for commands: from the daemon's record and from the catalog.
+
+use catalog::Catalog;
+use repository::{
+    ClusterIdentity, Error as StoreError, Loss, LossRecord, Missing, Repository,
+    config::ClusterSettings, name_losses,
+};
+use wal_format::{DeclaredGap, Lsn, PgTimestamp};
+
+use crate::error::Result;
+
+/// The reason that a declared gap states.
+const REASON: &str = "the repository lost it, and an operator accepted that";
+
+/// What was archived and is missing in the repository, without what was accepted. A record or a
+/// catalog that cannot be read tells nothing, unless it `must`: another user may verify too.
+pub(super) fn of(
+    settings: &ClusterSettings,
+    identity: &ClusterIdentity,
+    repository: &Repository,
+    must: bool,
+) -> Result<Missing> {
+    let record = LossRecord::of(settings);
+    let unknown = |error: &StoreError| {
+        tracing::warn!(
+            event = "losses_unknown", %error,
+            "what this host has archived is not compared with the repository"
+        );
+    };
+    let found = match record.open() {
+        Err(error) if !must => {
+            unknown(&error);
+            return Ok(Missing::default());
+        }
+        found => found?,
+    };
+    let missing = match Catalog::missing(&settings.catalog, identity, repository) {
+        Err(
+            error @ (StoreError::Catalog { .. }
+            | StoreError::CatalogEntry { .. }
+            | StoreError::CatalogLocked { .. }
+            | StoreError::CatalogMismatch { .. }),
+        ) if !must => {
+            unknown(&error);
+            Missing::default()
+        }
+        missing => missing?,
+    };
+    if repository.is_partly_away() {
+        // The place that is away may hold it.
+        return Ok(Missing::default());
+    }
+    let mut missing = record.without_accepted(&missing)?;
+    for found in found {
+        if !missing.losses.contains(&found.loss) && repository.head(&found.loss.key())?.is_none() {
+            missing.losses.push(found.loss);
+        }
+    }
+    Ok(missing)
+}
+
+/// The error of a repository that lacks the newest segment.
+pub(super) fn older_state(repository: &Repository, missing: &Missing) -> StoreError {
+    match &missing.newest {
+        Some(newest) => StoreError::OlderState {
+            url: repository.url(),
+            missing: name_losses(&missing.losses),
+            newest: Box::new(newest.clone()),
+        },
+        None => StoreError::config("BUG: nothing is missing"),
+    }
+}
+
+/// Declares the WAL among these losses lost, and records that all of them were accepted.
+pub(super) fn accept(
+    settings: &ClusterSettings,
+    identity: &ClusterIdentity,
+    repository: &Repository,
+    losses: &[Loss],
+) -> Result<()> {
+    let declared = PgTimestamp::from_jiff(jiff::Timestamp::now());
+    for loss in losses {
+        let Loss::Wal {
+            branch,
+            from_lsn,
+            to_lsn,
+            ..
+        } = loss
+        else {
+            continue;
+        };
+        let catalog = Catalog::open_read_only(&settings.catalog, identity);
+        let before = catalog.and_then(|catalog| catalog.ranges(*branch, Lsn::ZERO, *from_lsn));
+        let before = before.unwrap_or_default();
+        let gap = DeclaredGap {
+            branch: *branch,
+            from_lsn: *from_lsn,
+            to_lsn: *to_lsn,
+            declared,
+            last_commit: before.iter().filter_map(|range| range.max_time).max(),
+            reason: REASON.to_owned(),
+        };
+        repository.put_gap(identity.system_identifier, &gap)?;
+    }
+    // The daemon continues as soon as it reads this.
+    Ok(LossRecord::of(settings).accept(losses)?)
+}

@@ -1,0 +1,368 @@
+//! Checks that the repository still holds what was archived there: the newest segment and tail before
+//! anything counts as stored, and the rest from time to time.
+//!
+//! Two kinds of loss differ in what follows. If the newest sealed segment is missing, the place is
+//! an older state of the repository (a mounted copy, a snapshot): nothing is stored there, because
+//! the right one would lack it, and WAL waits in the spool until the right one is back or an
+//! operator accepts the loss. If anything else is missing, archiving continues, and the loss is
+//! reported until the objects are back or the loss is accepted.
+//! Invariant: a loss is recorded ([`LossRecord`]) before the catalog forgets the objects.
+
+use std::{
+    sync::{Mutex, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use catalog::{Catalog, Guard, RefreshReport};
+use repository::{
+    Error as StoreError, Loss, LossRecord, Missing, Repository, WalRange, name_losses,
+};
+use wal_format::{BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, WalIdentity};
+
+use super::archive::Archive;
+use crate::{
+    error::Result,
+    spool::{BranchSpool, Spool},
+};
+
+/// Segments and backups whose presence is checked in a bucket once a minute: each costs a HEAD.
+const BUCKET_SAMPLES: usize = 4;
+/// The same in a folder once a second, where nothing has a price.
+const FOLDER_SAMPLES: usize = 32;
+/// The time for which a bucket that held the newest objects is not asked again before a tail.
+const NEWEST_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Updates the catalog to match the repository. What is missing is recorded first.
+///
+/// # Errors
+/// [`StoreError::OlderState`] if the newest segment is missing; then the catalog forgets nothing.
+pub(super) fn refresh(
+    catalog: &Catalog,
+    repository: &Repository,
+    losses: &LossRecord,
+    is_spooled: &dyn Fn(&WalRange) -> bool,
+) -> repository::Result<RefreshReport> {
+    catalog.refresh_guarded(
+        repository,
+        &Guard {
+            is_spooled,
+            missing: &|missing| {
+                // The place that is away may hold it.
+                if repository.is_partly_away() {
+                    return Ok(());
+                }
+                let missing = losses.without_accepted(missing)?;
+                older_state(repository, &missing)?;
+                if let Err(error) = losses.add(&missing.losses) {
+                    // A full disk must not keep WAL from the repository.
+                    tracing::error!(
+                        event = "loss_not_recorded", %error,
+                        "objects are missing in the repository: {}", name_losses(&missing.losses)
+                    );
+                }
+                Ok(())
+            },
+        },
+    )
+}
+
+/// Returns the error of a place that lacks the newest segment.
+fn older_state(repository: &Repository, missing: &Missing) -> repository::Result<()> {
+    match &missing.newest {
+        None => Ok(()),
+        Some(newest) => Err(StoreError::OlderState {
+            url: repository.url(),
+            missing: name_losses(&missing.losses),
+            newest: Box::new(newest.clone()),
+        }),
+    }
+}
+
+/// Checks that the repository holds the segment at which the archive ended when the spool was empty,
+/// which also a catalog that was made again does not know.
+///
+/// # Errors
+/// [`StoreError::OlderState`] if it does not.
+pub(super) fn check_position(
+    spool: &Spool,
+    identity: &WalIdentity,
+    catalog: &Catalog,
+    repository: &Repository,
+    losses: &LossRecord,
+) -> Result<()> {
+    let (system, size) = (identity.system_identifier, identity.segment_size);
+    let Some(record) = spool
+        .record()?
+        .filter(|record| record.cluster.system_identifier == system && record.end_lsn > Lsn::ZERO)
+    else {
+        return Ok(());
+    };
+    let (branch, end_lsn) = (record.branch, record.end_lsn);
+    let start_lsn = size.segment_of(Lsn(end_lsn.0 - 1)).start_lsn(size);
+    let newest = catalog.loss(branch, start_lsn, end_lsn);
+    let key = newest.key();
+    let is_held = match repository.head(&key) {
+        Err(error) if error.is_transient() && repository.is_partly_away() => true,
+        found => found?.is_some(),
+    };
+    if is_held || catalog.expired()?.hides(&key, size) {
+        return Ok(());
+    }
+    let is_declared = repository
+        .gaps(system)?
+        .iter()
+        .any(|gap| gap.branch == branch && gap.from_lsn <= start_lsn && end_lsn <= gap.to_lsn);
+    if is_declared
+        || spool
+            .branch(identity, branch)
+            .path(size.segment_of(start_lsn))
+            .exists()
+    {
+        return Ok(());
+    }
+    let held = catalog.ranges(branch, Lsn::ZERO, start_lsn)?;
+    let from_lsn = held.last().map_or(start_lsn, |last| last.end_lsn);
+    let from_lsn = from_lsn.align_down(size.bytes()).min(start_lsn);
+    let missing = Missing {
+        losses: vec![catalog.loss(branch, from_lsn, end_lsn)],
+        newest: Some(newest),
+    };
+    Ok(older_state(
+        repository,
+        &losses.without_accepted(&missing)?,
+    )?)
+}
+
+/// Returns a function that tells if a segment is complete in the spool.
+pub(super) fn is_spooled(spool: &Spool, identity: &WalIdentity) -> impl Fn(&WalRange) -> bool {
+    let spool = |branch: Branch| -> BranchSpool { spool.branch(identity, branch) };
+    move |range| spool(range.branch).path(range.segment).exists()
+}
+
+impl Archive {
+    /// Updates the catalog to match the repository. What is missing is recorded first.
+    ///
+    /// # Errors
+    /// [`StoreError::OlderState`]; then the stages start again without the repository.
+    pub fn refresh(&self) -> repository::Result<RefreshReport> {
+        let is_spooled = |_: &WalRange| false;
+        let refreshed = refresh(
+            self.catalog(),
+            self.repository(),
+            &self.loss_record,
+            &is_spooled,
+        );
+        if refreshed.as_ref().is_err_and(StoreError::is_gone) {
+            self.doubt();
+        }
+        refreshed
+    }
+
+    /// Returns true if the check of an object costs a request that has a price.
+    pub(super) fn costs_requests(&self) -> bool {
+        let places = self.settings().repository.each();
+        places.iter().any(|place| place.url.folder().is_none())
+    }
+
+    /// Returns true if an object is proved absent. Of several places one that is away proves nothing.
+    fn is_absent(&self, key: &ObjectKey) -> repository::Result<bool> {
+        match self.repository().head(key) {
+            Err(error) if error.is_transient() && self.settings().repository.each().len() > 1 => {
+                Ok(false)
+            }
+            found => Ok(found?.is_none()),
+        }
+    }
+
+    /// Lets the stages start again with what the repository holds.
+    fn doubt(&self) {
+        self.doubted.store(true, Ordering::Release);
+    }
+
+    /// Returns true if the repository was found to lack what was archived.
+    #[must_use]
+    pub fn is_doubted(&self) -> bool {
+        self.doubted.load(Ordering::Acquire)
+    }
+
+    /// Checks that what was just stored is in the place that holds the archive, and not in an older
+    /// copy of it. The order matters: a copy that is exchanged in between is noticed by one of both.
+    pub(super) fn check_place(&self, header: &SealedHeader) -> repository::Result<()> {
+        let checked = || {
+            let checked = self.newest_checked.lock();
+            checked.unwrap_or_else(PoisonError::into_inner)
+        };
+        let has_price = self.costs_requests();
+        if has_price
+            && !header.is_whole_segment()
+            && checked().is_some_and(|checked| checked.elapsed() < NEWEST_INTERVAL)
+        {
+            return Ok(());
+        }
+        let asked = Instant::now();
+        self.check_newest()?;
+        *checked() = Some(asked);
+        let key = header.key();
+        // A tail may have been removed because its segment is sealed.
+        if !has_price && header.is_whole_segment() && self.is_absent(&key)? {
+            return Err(repository::Error::NotFound {
+                key: key.to_string(),
+                url: self.repository().url(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Checks that the place holds the newest segment and the newest tail.
+    ///
+    /// # Errors
+    /// [`StoreError::OlderState`], [`StoreError::NotFound`]: the stages start again; those of the
+    /// request.
+    pub(super) fn check_newest(&self) -> repository::Result<()> {
+        if let Some(range) = self.catalog().newest_sealed()? {
+            let key = range.key(&self.cluster);
+            if self.is_absent(&key)? {
+                self.doubt();
+                let newest = self
+                    .catalog()
+                    .loss(range.branch, range.start_lsn, range.end_lsn);
+                let missing = Missing {
+                    losses: vec![newest.clone()],
+                    newest: Some(newest),
+                };
+                return older_state(self.repository(), &missing);
+            }
+        }
+        let newest_tail = || {
+            let tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+            let (_, of_segment) = tails.last_key_value()?;
+            of_segment.last().map(|tail| tail.key(&self.cluster))
+        };
+        if let Some(key) = newest_tail()
+            && self.is_absent(&key)?
+            // It is removed when its segment is sealed.
+            && newest_tail().as_ref() == Some(&key)
+        {
+            self.doubt();
+            return Err(StoreError::NotFound {
+                key: key.to_string(),
+                url: self.repository().url(),
+            });
+        }
+        Ok(())
+    }
+}
+
+/// The place of the sample that was checked last.
+#[derive(Debug, Default)]
+pub(super) struct Presence {
+    segment: Option<WalRange>,
+    /// Backups that were checked.
+    backups: usize,
+}
+
+impl Presence {
+    /// Checks the newest segment, history files, backups and a sample of segments, which walks over
+    /// all of them in turn.
+    ///
+    /// # Errors
+    /// [`StoreError::OlderState`]; those of the requests and the catalog.
+    pub(super) fn check(&mut self, archive: &Archive, backups: &[BackupInfo]) -> Result<()> {
+        let samples = if archive.costs_requests() {
+            BUCKET_SAMPLES
+        } else {
+            FOLDER_SAMPLES
+        };
+        archive.check_newest()?;
+        archive.put_back_histories()?;
+        let system = archive.identity().system_identifier;
+        let mut lacks = false;
+        // The newest one each time.
+        let newest = backups.last().into_iter();
+        let others = backups
+            .iter()
+            .cycle()
+            .skip(self.backups % backups.len().max(1));
+        for backup in newest.chain(others.take(samples.min(backups.len()))) {
+            lacks |= archive.is_absent(&ObjectKey::BackupInfo(system, backup.id.clone()))?;
+        }
+        self.backups = self.backups.wrapping_add(samples);
+        let sample = archive
+            .catalog()
+            .sealed_after(self.segment.as_ref(), samples)?;
+        for range in &sample {
+            lacks |= archive.is_absent(&range.key(&archive.cluster))?;
+        }
+        let is_end = sample.len() < samples;
+        self.segment = sample.into_iter().last().filter(|_| !is_end);
+        if lacks {
+            archive.refresh()?;
+        }
+        Ok(())
+    }
+}
+
+/// Checks the presence of objects, removes from the record what is back, and reports what is
+/// missing.
+///
+/// # Errors
+/// Those of the requests, the catalog and the record.
+pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> Result<()> {
+    let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
+    presence.check(archive, &archive.catalog().backups()?)?;
+    let losses = &archive.loss_record;
+    let mut is_back = false;
+    for found in losses.open()? {
+        is_back |= archive.repository().head(&found.loss.key())?.is_some();
+    }
+    if is_back {
+        archive.refresh()?;
+        losses.keep(|loss| still_missing(archive, loss))?;
+    }
+    report_losses(archive)
+}
+
+/// Reports what is missing and was not accepted.
+///
+/// # Errors
+/// [`StoreError::Store`] when the record cannot be read.
+pub(super) fn report_losses(archive: &Archive) -> Result<()> {
+    let losses = &archive.loss_record;
+    if losses.accepted()?.len() != archive.accepted {
+        // The declared gap counts from the next start of the stages on.
+        archive.doubt();
+    }
+    let open = losses.open()?;
+    archive.status().note(|facts| facts.losses = open);
+    Ok(())
+}
+
+/// What the catalog lacks of a loss.
+fn still_missing(archive: &Archive, loss: &Loss) -> repository::Result<Vec<Loss>> {
+    let catalog = archive.catalog();
+    match loss {
+        Loss::Wal {
+            branch,
+            from_lsn,
+            to_lsn,
+            ..
+        } => {
+            let held = catalog.ranges(*branch, *from_lsn, *to_lsn)?;
+            let held = held.iter().map(|range| (range.start_lsn, range.end_lsn));
+            let held: repository::expire::Intervals = held.collect();
+            let left = held.missing_in(*from_lsn, *to_lsn).into_iter();
+            Ok(left
+                .map(|(from, to)| catalog.loss(*branch, from, to))
+                .collect())
+        }
+        Loss::Backup { id, .. } => {
+            let backups = catalog.backups()?;
+            let is_back = backups.iter().any(|backup| backup.id == *id);
+            Ok(if is_back {
+                Vec::new()
+            } else {
+                vec![loss.clone()]
+            })
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Compares what the catalog knows with what the repository shows, before the catalog forgets it.
+//!
+//! Invariant: what was archived and is missing is handed to the caller before it leaves the
+//! catalog, which may be the only place that still knows of it.
+
+use std::{cell::RefCell, collections::BTreeMap, fmt, path::Path};
+
+use repository::{
+    ClusterIdentity, Loss, Missing, Repository, Result, WalRange, WalRangeKind, expire::Intervals,
+};
+use rocksdb::{Direction, IteratorMode};
+use wal_format::{BackupInfo, Branch, Lsn, ObjectKey};
+
+use super::{Catalog, SEGMENTS, keys, refresh::skeleton};
+
+/// Is asked and told before the catalog forgets what a listing does not show.
+pub struct Guard<'a> {
+    /// Returns true if a segment is in the spool, from which it is stored again.
+    pub is_spooled: &'a dyn Fn(&WalRange) -> bool,
+    /// Is told of what was archived, did not expire and is missing. If it fails, nothing is
+    /// forgotten.
+    pub missing: &'a dyn Fn(&Missing) -> Result<()>,
+}
+
+impl Guard<'_> {
+    /// A guard of a catalog that may forget everything.
+    pub(super) const NONE: Guard<'static> = Guard {
+        is_spooled: &|_| false,
+        missing: &|_| Ok(()),
+    };
+}
+
+impl fmt::Debug for Guard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Guard")
+    }
+}
+
+impl Catalog {
+    /// What the catalog in `directory` knows and the repository lacks. The catalog may be in use, and
+    /// is not changed; without one nothing is known.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`](repository::Error::Catalog), [`Error::Store`](repository::Error::Store).
+    pub fn missing(
+        directory: &Path,
+        identity: &ClusterIdentity,
+        repository: &Repository,
+    ) -> Result<Missing> {
+        let missing = RefCell::new(Missing::default());
+        if directory.join("CURRENT").is_file() {
+            let copy = Self::copy_of(directory, identity)?;
+            let guard = Guard {
+                missing: &|found| {
+                    let mut missing = missing.borrow_mut();
+                    missing.losses.extend(found.losses.iter().cloned());
+                    missing.newest = missing.newest.take().or_else(|| found.newest.clone());
+                    Ok(())
+                },
+                ..Guard::NONE
+            };
+            copy.refresh_guarded(repository, &guard)?;
+        }
+        Ok(missing.into_inner())
+    }
+
+    /// Forgets the range of WAL that an object holds; one that is not recorded is fine.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`](repository::Error::Catalog).
+    pub fn forget(&self, key: &ObjectKey) -> Result<()> {
+        let Some(skeleton) = skeleton(self, key, 0) else {
+            return Ok(());
+        };
+        match self.get(SEGMENTS, &keys::range(&skeleton))? {
+            Some(json) => self.remove_range(&self.parse(SEGMENTS, &json)?),
+            None => Ok(()),
+        }
+    }
+
+    /// The sealed segment of the greatest LSN on the newest timeline.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`](repository::Error::Catalog).
+    pub fn newest_sealed(&self) -> Result<Option<WalRange>> {
+        self.newest_sealed_but(&|_| false)
+    }
+
+    fn newest_sealed_but(&self, skip: &dyn Fn(&WalRange) -> bool) -> Result<Option<WalRange>> {
+        let newest_first = self
+            .db
+            .iterator_cf(self.family(SEGMENTS), IteratorMode::End);
+        for entry in newest_first {
+            let (_, json) = entry.map_err(|error| self.failed(error))?;
+            let range: WalRange = self.parse(SEGMENTS, &json)?;
+            if range.kind == WalRangeKind::Sealed && !skip(&range) {
+                return Ok(Some(range));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Up to `count` sealed segments in the order of branches and LSNs: those after `after`, or the
+    /// first ones.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`](repository::Error::Catalog).
+    pub fn sealed_after(&self, after: Option<&WalRange>, count: usize) -> Result<Vec<WalRange>> {
+        let after = after.map(keys::range);
+        let mode = after.as_ref().map_or(IteratorMode::Start, |key| {
+            IteratorMode::From(key, Direction::Forward)
+        });
+        let mut found = Vec::new();
+        for entry in self.db.iterator_cf(self.family(SEGMENTS), mode) {
+            let (key, json) = entry.map_err(|error| self.failed(error))?;
+            if found.len() == count {
+                break;
+            }
+            let range: WalRange = self.parse(SEGMENTS, &json)?;
+            let is_after = after.as_ref().is_none_or(|after| *key > *after.as_slice());
+            if is_after && range.kind == WalRangeKind::Sealed {
+                found.push(range);
+            }
+        }
+        Ok(found)
+    }
+
+    /// What is missing of these sealed segments, apart from what expired meanwhile.
+    pub(super) fn missing_wal(
+        &self,
+        repository: &Repository,
+        guard: &Guard<'_>,
+        mut ranges: Vec<WalRange>,
+    ) -> Result<Missing> {
+        let is_spooled = guard.is_spooled;
+        ranges.retain(|range| range.kind == WalRangeKind::Sealed);
+        if ranges.is_empty() {
+            return Ok(Missing::default());
+        }
+        // A missing segment that is in the spool proves neither a loss nor that the place is the
+        // right one.
+        let newest =
+            self.newest_sealed_but(&|range| ranges.contains(range) && is_spooled(range))?;
+        ranges.retain(|range| !is_spooled(range));
+        // Another program may have removed what it marked as expired after the records were read.
+        let expired = repository.expired(self.identity.system_identifier)?;
+        let size = self.identity.wal_segment_size;
+        ranges.retain(|range| !expired.hides(&range.key(&self.identity), size));
+        let newest = newest.filter(|newest| ranges.contains(newest));
+        let mut lost: BTreeMap<Branch, Intervals> = BTreeMap::new();
+        for range in &ranges {
+            let known = lost.entry(range.branch).or_default();
+            known.add(range.start_lsn, range.end_lsn);
+        }
+        let mut losses = Vec::new();
+        for (branch, intervals) in lost {
+            for (from_lsn, to_lsn) in intervals.iter() {
+                losses.push(self.loss(branch, from_lsn, to_lsn));
+            }
+        }
+        let newest = newest.map(|range| self.loss(range.branch, range.start_lsn, range.end_lsn));
+        Ok(Missing { losses, newest })
+    }
+
+    /// The loss of the sealed segments of a range.
+    #[must_use]
+    pub fn loss(&self, branch: Branch, from_lsn: Lsn, to_lsn: Lsn) -> Loss {
+        Loss::Wal {
+            system: self.identity.system_identifier,
+            segment_size: self.identity.wal_segment_size,
+            branch,
+            from_lsn,
+            to_lsn,
+        }
+    }
+
+    /// What is missing of these backups, apart from what expired meanwhile.
+    pub(super) fn missing_backups(
+        &self,
+        repository: &Repository,
+        backups: &[BackupInfo],
+    ) -> Result<Missing> {
+        if backups.is_empty() {
+            return Ok(Missing::default());
+        }
+        let expired = repository.expired(self.identity.system_identifier)?;
+        let is_lost = |backup: &&BackupInfo| !expired.backups().contains(&backup.id);
+        let lost = backups.iter().filter(is_lost).map(|backup| Loss::Backup {
+            system: self.identity.system_identifier,
+            id: backup.id.clone(),
+            branch: backup.branch,
+            start_lsn: backup.start_lsn,
+            stop_lsn: backup.stop_lsn,
+        });
+        Ok(Missing {
+            losses: lost.collect(),
+            newest: None,
+        })
+    }
+}

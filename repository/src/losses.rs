@@ -1,0 +1,439 @@
+//! [`LossRecord`]: what the archive once had and its repository lacks, as this host knows it.
+//!
+//! `{spool}/{cluster}/losses.json` is written by the daemon when it finds that objects are missing
+//! which its catalog knew, before the catalog forgets them. `accepted_losses.json` is written by
+//! `wal-archiver verify --accept-loss`. Each file has one writer, so neither change is lost.
+//! Invariant: a loss stays in the first file until the objects are back or it is in the second one.
+
+use std::{
+    collections::BTreeMap,
+    fmt, fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::{Deserialize, Serialize};
+use wal_format::{
+    BackupId, Branch, Lsn, ObjectKey, PgTimestamp, SegmentName, SegmentSize, SystemIdentifier,
+};
+
+use crate::{Error, Result, config::ClusterSettings, durable, expire::Intervals};
+
+const FOUND_FILE: &str = "losses.json";
+const ACCEPTED_FILE: &str = "accepted_losses.json";
+/// The version of both files that this build writes.
+const FORMAT_VERSION: u32 = 1;
+/// LossRecord that a message names.
+const NAMED_MAX: usize = 5;
+
+/// Objects that the archive had and that its repository lacks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum Loss {
+    /// Sealed segments that follow each other.
+    Wal {
+        /// The cluster.
+        system: SystemIdentifier,
+        /// Its segment size.
+        segment_size: SegmentSize,
+        /// The timeline.
+        branch: Branch,
+        /// The first byte of the first one.
+        from_lsn: Lsn,
+        /// The first byte after the last one.
+        to_lsn: Lsn,
+    },
+    /// The description of a base backup, without which its other objects are of no use.
+    Backup {
+        /// The cluster.
+        system: SystemIdentifier,
+        /// Its name.
+        id: BackupId,
+        /// The timeline it was taken on.
+        branch: Branch,
+        /// The LSN at which redo begins.
+        start_lsn: Lsn,
+        /// The LSN at which it is consistent.
+        stop_lsn: Lsn,
+    },
+}
+
+impl Loss {
+    /// The object that is missing; of several, the first one.
+    #[must_use]
+    pub fn key(&self) -> ObjectKey {
+        match self {
+            Self::Wal {
+                system,
+                segment_size,
+                branch,
+                from_lsn,
+                ..
+            } => segment_key(*system, *branch, *segment_size, *from_lsn),
+            Self::Backup { system, id, .. } => ObjectKey::BackupInfo(*system, id.clone()),
+        }
+    }
+}
+
+fn segment_key(system: SystemIdentifier, branch: Branch, size: SegmentSize, lsn: Lsn) -> ObjectKey {
+    let name = SegmentName::new(branch.timeline, size.segment_of(lsn), size);
+    ObjectKey::Segment(system, branch, name)
+}
+
+impl fmt::Display for Loss {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let key = self.key();
+        match self {
+            Self::Wal {
+                system,
+                segment_size,
+                branch,
+                from_lsn,
+                to_lsn,
+            } => {
+                let last = Lsn(to_lsn.0.saturating_sub(1));
+                let last = segment_key(*system, *branch, *segment_size, last);
+                write!(
+                    f,
+                    "WAL {from_lsn} to {to_lsn} of timeline branch {branch} ({key}"
+                )?;
+                if last != key {
+                    write!(f, " to {last}")?;
+                }
+                f.write_str(")")
+            }
+            Self::Backup {
+                start_lsn,
+                stop_lsn,
+                branch,
+                ..
+            } => write!(
+                f,
+                "{key} (the base backup from {start_lsn} to {stop_lsn} of timeline branch {branch})"
+            ),
+        }
+    }
+}
+
+/// Names losses for a message; of many, the first and the last ones.
+#[must_use]
+pub fn name_losses<'a>(losses: impl IntoIterator<Item = &'a Loss>) -> String {
+    let mut names: Vec<String> = losses.into_iter().map(Loss::to_string).collect();
+    if names.len() > NAMED_MAX {
+        let left_out = names.len() - NAMED_MAX;
+        let left_out_names = NAMED_MAX - 1..NAMED_MAX - 1 + left_out;
+        names.splice(left_out_names, [format!("{left_out} more")]);
+    }
+    names.join("; ")
+}
+
+/// What a listing of the repository does not show although it was archived.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missing {
+    /// The objects.
+    pub losses: Vec<Loss>,
+    /// The newest sealed segment that is known, if it is among them: then the place is an older
+    /// state of the repository.
+    pub newest: Option<Loss>,
+}
+
+/// A loss and when it was found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FoundLoss {
+    /// The objects.
+    #[serde(flatten)]
+    pub loss: Loss,
+    /// The time, by this host's clock.
+    pub found: PgTimestamp,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct File<T> {
+    /// 1.
+    format_version: u32,
+    losses: Vec<T>,
+}
+
+/// The record of what a cluster's archive has lost.
+#[derive(Clone, Debug)]
+pub struct LossRecord {
+    directory: PathBuf,
+}
+
+impl LossRecord {
+    /// The record of the cluster with these settings.
+    #[must_use]
+    pub fn of(settings: &ClusterSettings) -> Self {
+        Self::below(&settings.spool.join(settings.name.as_str()))
+    }
+
+    /// The record in `{spool}/{cluster}`.
+    #[must_use]
+    pub fn below(directory: &Path) -> Self {
+        Self {
+            directory: directory.to_owned(),
+        }
+    }
+
+    /// The losses that were found and not accepted.
+    ///
+    /// # Errors
+    /// [`Error::Store`] when a file cannot be read or understood.
+    pub fn open(&self) -> Result<Vec<FoundLoss>> {
+        let accepted = Known::new(self.accepted()?);
+        let found: Vec<FoundLoss> = self.read(FOUND_FILE)?;
+        let still_open = found.into_iter().flat_map(|found| {
+            let left = accepted.left_of(&found.loss);
+            left.into_iter().map(move |loss| FoundLoss {
+                loss,
+                found: found.found,
+            })
+        });
+        Ok(still_open.collect())
+    }
+
+    /// The losses that an operator has accepted.
+    ///
+    /// # Errors
+    /// As [`LossRecord::open`].
+    pub fn accepted(&self) -> Result<Vec<Loss>> {
+        self.read(ACCEPTED_FILE)
+    }
+
+    /// Returns true if an operator has accepted the whole loss.
+    ///
+    /// # Errors
+    /// As [`LossRecord::open`].
+    pub fn is_accepted(&self, loss: &Loss) -> Result<bool> {
+        Ok(Known::new(self.accepted()?).left_of(loss).is_empty())
+    }
+
+    /// What is missing without the losses that were accepted.
+    ///
+    /// # Errors
+    /// As [`LossRecord::open`].
+    pub fn without_accepted(&self, missing: &Missing) -> Result<Missing> {
+        let accepted = Known::new(self.accepted()?);
+        let losses = missing.losses.iter();
+        let newest = missing.newest.clone();
+        Ok(Missing {
+            losses: losses.flat_map(|loss| accepted.left_of(loss)).collect(),
+            newest: newest.filter(|newest| !accepted.left_of(newest).is_empty()),
+        })
+    }
+
+    /// Adds losses, durably. Those that are known keep their time.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn add(&self, losses: &[Loss]) -> Result<()> {
+        let mut found: Vec<FoundLoss> = self.read(FOUND_FILE)?;
+        let known = Known::new(found.iter().map(|found| found.loss.clone()).collect());
+        let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
+        let new: Vec<FoundLoss> = losses
+            .iter()
+            .flat_map(|loss| known.left_of(loss))
+            .map(|loss| FoundLoss { loss, found: now })
+            .collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        found.extend(new);
+        self.write(FOUND_FILE, &found)
+    }
+
+    /// Keeps what `left` leaves of each loss: the objects that are still missing.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn keep(&self, left: impl Fn(&Loss) -> Result<Vec<Loss>>) -> Result<()> {
+        let found: Vec<FoundLoss> = self.read(FOUND_FILE)?;
+        let mut kept = Vec::new();
+        for known in &found {
+            let time = known.found;
+            let left = left(&known.loss)?.into_iter();
+            kept.extend(left.map(|loss| FoundLoss { loss, found: time }));
+        }
+        if kept == found {
+            return Ok(());
+        }
+        self.write(FOUND_FILE, &kept)
+    }
+
+    /// Accepts losses, durably: they are no longer looked for.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn accept(&self, losses: &[Loss]) -> Result<()> {
+        let mut accepted = self.accepted()?;
+        let known = Known::new(accepted.clone());
+        accepted.extend(losses.iter().flat_map(|loss| known.left_of(loss)));
+        self.write(ACCEPTED_FILE, &accepted)
+    }
+
+    /// Removes both files: another archive begins.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn forget(&self) -> Result<()> {
+        durable::remove(&self.directory.join(FOUND_FILE))?;
+        durable::remove(&self.directory.join(ACCEPTED_FILE))
+    }
+
+    fn read<T: serde::de::DeserializeOwned>(&self, file: &str) -> Result<Vec<T>> {
+        let path = self.directory.join(file);
+        let content = match fs::read(&path) {
+            Ok(content) => content,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::store("read", path)(error)),
+        };
+        let file: File<T> = serde_json::from_slice(&content)
+            .map_err(|error| Error::store("parse", path)(io::Error::other(error)))?;
+        Ok(file.losses)
+    }
+
+    fn write<T: Serialize>(&self, file: &str, losses: &[T]) -> Result<()> {
+        durable::create_dir_all(&self.directory)?;
+        let content = serde_json::to_vec_pretty(&File {
+            format_version: FORMAT_VERSION,
+            losses: losses.iter().collect(),
+        });
+        durable::replace(&self.directory.join(file), &content.unwrap_or_default())
+    }
+}
+
+/// LossRecord as sets, to subtract them from others.
+struct Known {
+    wal: BTreeMap<Branch, Intervals>,
+    others: Vec<Loss>,
+}
+
+impl Known {
+    fn new(losses: Vec<Loss>) -> Self {
+        let mut all = Self {
+            wal: BTreeMap::new(),
+            others: Vec::new(),
+        };
+        for loss in losses {
+            match loss {
+                Loss::Wal {
+                    branch,
+                    from_lsn,
+                    to_lsn,
+                    ..
+                } => all.wal.entry(branch).or_default().add(from_lsn, to_lsn),
+                other => all.others.push(other),
+            }
+        }
+        all
+    }
+
+    /// What remains of a loss.
+    fn left_of(&self, loss: &Loss) -> Vec<Loss> {
+        let Loss::Wal {
+            branch,
+            from_lsn,
+            to_lsn,
+            system,
+            segment_size,
+        } = loss
+        else {
+            let is_known = self.others.contains(loss);
+            return if is_known {
+                Vec::new()
+            } else {
+                vec![loss.clone()]
+            };
+        };
+        let Some(known) = self.wal.get(branch) else {
+            return vec![loss.clone()];
+        };
+        let left = known.missing_in(*from_lsn, *to_lsn).into_iter();
+        left.map(|(from_lsn, to_lsn)| Loss::Wal {
+            system: *system,
+            segment_size: *segment_size,
+            branch: *branch,
+            from_lsn,
+            to_lsn,
+        })
+        .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wal(from: u64, to: u64) -> Loss {
+        Loss::Wal {
+            system: SystemIdentifier(7),
+            segment_size: SegmentSize::DEFAULT,
+            branch: Branch::FIRST,
+            from_lsn: Lsn(from << 24),
+            to_lsn: Lsn(to << 24),
+        }
+    }
+
+    #[test]
+    fn a_loss_is_open_until_it_is_accepted_or_back() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let record = LossRecord::below(&directory.path().join("main"));
+        let open = || -> Vec<Loss> {
+            let open = record.open().expect("it reads").into_iter();
+            open.map(|found| found.loss).collect()
+        };
+        assert_eq!(open(), []);
+        let backup = Loss::Backup {
+            system: SystemIdentifier(7),
+            id: "20261121T101500Z-9f3c".parse().expect("a name"),
+            branch: Branch::FIRST,
+            start_lsn: Lsn(1),
+            stop_lsn: Lsn(2),
+        };
+        record.add(&[wal(2, 6), backup.clone()]).expect("it writes");
+        record.add(&[wal(3, 7)]).expect("only the end is new");
+        assert_eq!(open(), [wal(2, 6), backup.clone(), wal(6, 7)]);
+        let missing = Missing {
+            losses: vec![wal(2, 9)],
+            newest: Some(wal(8, 9)),
+        };
+        record.accept(&[wal(4, 9)]).expect("it writes");
+        assert_eq!(open(), [wal(2, 4), backup.clone()]);
+        assert!(record.is_accepted(&wal(8, 9)).expect("it reads"));
+        assert!(!record.is_accepted(&wal(2, 9)).expect("it reads"));
+        let left = record.without_accepted(&missing).expect("it reads");
+        let expected = Missing {
+            losses: vec![wal(2, 4)],
+            newest: None,
+        };
+        assert_eq!(left, expected);
+        let keep = |loss: &Loss| {
+            Ok(vec![loss.clone()]
+                .into_iter()
+                .filter(|one| *one != backup)
+                .collect())
+        };
+        record.keep(keep).expect("it writes");
+        assert_eq!(open(), [wal(2, 4)]);
+        record.forget().expect("it goes");
+        assert!(open().is_empty() && record.accepted().expect("it reads").is_empty());
+    }
+
+    #[test]
+    fn a_message_names_the_range_and_its_objects() {
+        let said = wal(2, 4).to_string();
+        for part in [
+            "WAL 0/2000000 to 0/4000000 of timeline branch 00000001",
+            "7/wal/00000001/00000000/000000010000000000000002.zst to ",
+            "000000010000000000000003.zst",
+        ] {
+            assert!(said.contains(part), "{said}");
+        }
+        let many: Vec<Loss> = (0..9).map(|at| wal(at * 2, at * 2 + 1)).collect();
+        let named = name_losses(&many);
+        assert_eq!(named.split("; ").count(), 6, "{named}");
+        assert!(
+            named.contains("; 4 more; ") && named.ends_with("00000010.zst)"),
+            "{named}"
+        );
+    }
+}
