@@ -20,7 +20,10 @@ use crate::{
     error::{Error, Result},
     outcomes,
     pipeline::session::Source,
-    replication::{BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo},
+    replication::{
+        self, BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode,
+        ReplicationClient,
+    },
 };
 
 mod manifest;
@@ -151,6 +154,10 @@ pub(crate) async fn attempt(
         blocking(move || Ok(repository.claim(&identity)?)).await?
     };
     let branch = source.current_branch(&repository).await?;
+    let clock_offset_micros = clock_offset(&conninfo).await.unwrap_or_else(|error| {
+        tracing::debug!(%error, "the server's clock is not known; the backup has this host's times");
+        0
+    });
     let backup = Taking {
         repository: repository.clone(),
         identity,
@@ -159,6 +166,7 @@ pub(crate) async fn attempt(
         label: label.to_owned(),
         server_version,
         level: settings.compression_level,
+        clock_offset_micros,
     };
     let outcome = backup.run(source, progress).await;
     match &outcome {
@@ -203,6 +211,8 @@ struct Taking {
     label: String,
     server_version: String,
     level: i32,
+    /// The server's clock minus this host's.
+    clock_offset_micros: i64,
 }
 
 /// The parts of the stream received so far.
@@ -217,7 +227,27 @@ struct Received {
     manifest: Vec<u8>,
 }
 
+/// The server's clock minus this host's, in microseconds. Targets of a restore follow the server's
+/// clock, so the times of a backup do too.
+async fn clock_offset(conninfo: &ConnInfo) -> replication::Result<i64> {
+    const SQL: &str =
+        "SELECT (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::bigint::text";
+    let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Sql).await?;
+    let rows = client.query(SQL).await?;
+    let ours = jiff::Timestamp::now().as_microsecond();
+    client.close().await;
+    let theirs = rows.first().and_then(|row| row.first()).cloned().flatten();
+    let theirs = theirs.and_then(|text| text.parse::<i64>().ok());
+    Ok(theirs.map_or(0, |theirs| theirs.saturating_sub(ours)))
+}
+
 impl Taking {
+    /// The server's time now, as far as it is known.
+    fn server_time(&self) -> PgTimestamp {
+        let ours = PgTimestamp::from_jiff(jiff::Timestamp::now());
+        PgTimestamp(ours.0.saturating_add(self.clock_offset_micros))
+    }
+
     async fn run(
         &self,
         source: Source,
@@ -231,7 +261,7 @@ impl Taking {
         };
         let mut stream = source.into_client().base_backup(&options).await?;
         let mut received = Received {
-            started: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+            started: self.server_time(),
             start: None,
             stop: None,
             tablespaces: Vec::new(),
@@ -286,7 +316,7 @@ impl Taking {
             checkpoint_lsn: label.checkpoint_lsn,
             stop_lsn,
             started: received.started,
-            finished: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+            finished: self.server_time(),
             from_standby: label.from_standby,
             tablespaces: received.tablespaces,
             raw_bytes: slices.iter().map(|slice| slice.raw_bytes).sum(),

@@ -13,12 +13,14 @@
 //! be reported: the stages report events to it and perform the actions that it returns.
 
 pub mod archive;
+mod damage;
 pub mod failure;
 pub mod flush;
 mod fork;
 pub mod gap;
 mod histories;
 pub mod line;
+pub(crate) mod nearest;
 pub(crate) mod observe;
 mod presence;
 pub mod progress;

@@ -131,8 +131,12 @@ pub struct SlotReport {
 /// restorer's plan.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct WindowReport {
-    /// The end of the oldest usable base backup. `None` without one.
+    /// The end of the oldest usable base backup, by the server's clock. Never after `latest`.
+    /// `None` without a backup.
     pub earliest: Option<PgTimestamp>,
+    /// The last instant that can be restored, by the server's clock: the last commit, or the later
+    /// time up to which the repository proves that nothing is missing. `None` if neither is known.
+    pub latest: Option<PgTimestamp>,
     /// The last commit in the repository that can be reached from a base backup. `None` if there is
     /// none.
     pub latest_commit: Option<PgTimestamp>,
@@ -308,6 +312,8 @@ pub struct Facts<'a> {
     pub failing: Option<&'a str>,
     /// True if the primary was seen recently.
     pub source_known: bool,
+    /// False if the primary is not asked, because the repository does not answer.
+    pub source_asked: bool,
     /// True if a stream is up.
     pub stream_connected: bool,
     /// The lag of the repository in seconds. It is an upper bound while the primary is not seen.
@@ -369,10 +375,11 @@ pub fn judge(facts: Facts<'_>) -> (State, String) {
         );
     }
     if !facts.source_known || facts.remote_rpo_seconds.is_none() {
-        return (
-            State::Unknown,
-            format!("the primary cannot be seen{because}"),
-        );
+        let what = match facts.source_asked {
+            true => "the primary cannot be seen",
+            false => "the repository does not answer, so the primary is not asked",
+        };
+        return (State::Unknown, format!("{what}{because}"));
     }
     if facts.has_backup.is_none() {
         return (
@@ -412,6 +419,7 @@ mod tests {
         broken: None,
         failing: None,
         source_known: true,
+        source_asked: true,
         stream_connected: true,
         remote_rpo_seconds: Some(0.4),
         proved_rpo_seconds: Some(0.4),
@@ -535,6 +543,22 @@ mod tests {
                 ..dead
             },
             State::Broken,
+        );
+    }
+
+    #[test]
+    fn a_repository_that_is_away_is_not_taken_for_the_primary() {
+        let (state, reason) = judge(Facts {
+            source_known: false,
+            source_asked: false,
+            stream_connected: false,
+            failing: Some("no route to the bucket"),
+            ..GOOD
+        });
+        assert_eq!(state, State::Unknown);
+        assert_eq!(
+            reason,
+            "the repository does not answer, so the primary is not asked: no route to the bucket"
         );
     }
 

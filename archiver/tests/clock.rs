@@ -81,6 +81,10 @@ fn the_rpo_and_the_window_follow_the_servers_clock() {
             let latest = shown()["window"]["latest_commit"].to_string();
             latest.contains(&commit[..13])
         });
+        let earliest = shown()["window"]["earliest"].as_str().map(str::to_owned);
+        let earliest = earliest.expect("there is a backup");
+        let age = format!("SELECT now() - '{earliest}'::timestamptz BETWEEN '0' AND '10 min'");
+        assert_eq!(server.sql(&age), "t", "the window begins at {earliest}");
         assert_eq!(archiver.terminate().code(), Some(0));
     }
 }

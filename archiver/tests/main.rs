@@ -29,5 +29,6 @@ mod streaming;
 mod support;
 mod takeover;
 mod timelines;
+mod truth;
 mod unmounted;
 mod walsender;

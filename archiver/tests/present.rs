@@ -11,21 +11,24 @@ use std::{
 use serde_json::Value;
 use wal_format::Lsn;
 
-use crate::support::{
-    Archiver, Place, Server, postgres_bin, store_refuses, succeed, wait_flushed, wait_until,
+use crate::{
+    support::{
+        Archiver, Place, Server, postgres_bin, store_refuses, succeed, wait_flushed, wait_until,
+    },
+    truth,
 };
 
-fn body(answer: &str) -> &str {
+pub(crate) fn body(answer: &str) -> &str {
     answer.split_once("\r\n\r\n").expect("a body").1
 }
 
-fn report(archiver: &Archiver) -> Value {
+pub(crate) fn report(archiver: &Archiver) -> Value {
     let answer = archiver.get("/api/v1/clusters/main");
     serde_json::from_str(body(&answer)).expect("JSON")
 }
 
 /// Returns a sample of the cluster's metrics. `None` if it is NaN.
-fn metric(archiver: &Archiver, name: &str) -> Option<f64> {
+pub(crate) fn metric(archiver: &Archiver, name: &str) -> Option<f64> {
     let answer = archiver.get("/metrics");
     let sample = answer.lines().find_map(|line| line.strip_prefix(name));
     let sample = sample.unwrap_or_else(|| panic!("{name} is emitted"));
@@ -43,12 +46,12 @@ fn status(archiver: &Archiver, place: &Place, arguments: &[&str]) -> String {
     succeed("status", &output.expect("wal-archiver runs"))
 }
 
-fn backup(place: &Place, server: &Server) {
+pub(crate) fn backup(place: &Place, server: &Server) {
     let output = place.command(&server.conninfo()).arg("backup").output();
     succeed("backup", &output.expect("wal-archiver runs"));
 }
 
-fn pitr_restore(repository: &Path, arguments: &[&str]) -> Output {
+pub(crate) fn pitr_restore(repository: &Path, arguments: &[&str]) -> Output {
     let program = benches::programs::ours("pitr-restore").expect("it is built");
     let mut command = Command::new(program);
     let url = format!("file://{}", repository.display());
@@ -100,6 +103,8 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
     let said = status(&archiver, &other, &[]);
     assert!(said.contains("no daemon answers"), "{said}");
     assert!(!said.contains("REFUSED"), "{said}");
+
+    truth::compare("no backup", &archiver, &place);
 
     // The standby stops. The archive and its only backup advance without it.
     let lsn = primary.lsn();
@@ -163,6 +168,8 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
         wait_until(&name, || metric(&archiver, &name) > Some(0.0));
     }
     assert!(metric(&archiver, "pitr_upload_queue_bytes{cluster=\"main\"}") > Some(0.0));
+    let health = archiver.get("/api/v1/clusters/main/health?max_rpo=1d");
+    assert!(health.starts_with("HTTP/1.1 503"), "{health}");
 
     // When the repository is back, the daemon takes one base backup, which repairs this.
     comes_back();
@@ -200,12 +207,63 @@ fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, "max_slot_wal_keep_size=1GB");
     let place = Place::new();
-    let archiver = place.run(&server.conninfo());
+    let archiver = place.run_with(truth::configured(&place, &server));
     archiver.wait_for_log("INFO streaming");
     server.write_wal(200);
     backup(&place, &server);
     wait_flushed(&server, server.lsn());
     wait_until("all is well", || is_ok(&archiver));
+    truth::compare("idle after a backup", &archiver, &place);
+
+    // WAL that is damaged in the middle of the window is cut out of it, and a new backup follows.
+    let (object, inside) = truth::damage_in_the_middle(&place, &server);
+    assert_eq!(truth::verify(&place, &server), Some(4));
+    wait_until("the damage is cut out", || {
+        let report = report(&archiver);
+        let window = &report["window"];
+        report["state"] == "broken" && window["refusal"].is_null() && window["gaps"] == 1
+    });
+    truth::compare("a damaged segment", &archiver, &place);
+    let name = object.file_name().and_then(|name| name.to_str());
+    let name = name.expect("a name").trim_end_matches(".zst");
+    let reason = report(&archiver)["reason"].to_string();
+    assert!(reason.contains(name), "{reason}");
+    let window = archiver.get("/api/v1/clusters/main/window");
+    let window: Value = serde_json::from_str(body(&window)).expect("JSON");
+    let gap = &window["gaps"][0];
+    assert!(gap["cause"].to_string().contains(name), "{window}");
+    let file = format!(
+        "SELECT pg_walfile_name('{}'::pg_lsn + 1)",
+        gap["from_lsn"].as_str().expect("an LSN")
+    );
+    assert_eq!(server.sql(&file), name);
+    assert!(
+        gap["after"].is_string() && gap["before"].is_string(),
+        "{gap}"
+    );
+    let refused = truth::locate(&archiver, inside);
+    assert!(refused["command"].is_null(), "{refused}");
+    assert_eq!(
+        refused["nearest"].as_array().map(Vec::len),
+        Some(2),
+        "{refused}"
+    );
+    let at = inside.to_string();
+    let dry = ["--dry-run", "--target-dir", "/nonexistent/restored"];
+    let planned = pitr_restore(
+        &place.repository(),
+        &[&dry[..], &["--target-time", &at]].concat(),
+    );
+    assert_eq!(planned.status.code(), Some(4), "{planned:?}");
+    assert!(
+        String::from_utf8_lossy(&planned.stderr).contains(name),
+        "{planned:?}"
+    );
+    let picked = archiver.get(&format!("/?at={inside}"));
+    assert!(
+        picked.contains("This instant cannot be restored"),
+        "{picked}"
+    );
     wait_until("it is kept", || {
         place.spool().join("main/caught_up.json").exists()
     });
@@ -216,9 +274,15 @@ fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
     let comes_back = store_refuses(&place);
     server.write_wal(100);
     std::thread::sleep(Duration::from_secs(4));
-    let archiver = place.run(&server.conninfo());
+    let archiver = place.run_with(truth::configured(&place, &server));
     wait_until("it serves", || {
         archiver.log().matches("serving HTTP").count() == 2
+    });
+    wait_until("the gap is known again", || {
+        let report = report(&archiver);
+        let gaps = &report["window"]["gaps"];
+        assert!(gaps.is_null() || *gaps == 1, "{report}");
+        *gaps == 1
     });
     wait_until("the server is seen", || {
         report(&archiver)["durable"]["remote"]["lag_bytes"].as_u64() > Some(0)
@@ -234,7 +298,11 @@ fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
         "{shown:?} shown, {least} since the stop"
     );
     comes_back();
-    wait_until("all is well again", || is_ok(&archiver));
+    truth::flip(&object);
+    assert_eq!(truth::verify(&place, &server), Some(0));
+    wait_until("all is well again", || {
+        is_ok(&archiver) && report(&archiver)["window"]["gaps"] == 0
+    });
 
     server.down("immediate");
     wait_until("the primary is unknown", || {

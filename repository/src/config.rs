@@ -229,6 +229,8 @@ pub struct ClusterSettings {
     pub seal_threads: usize,
     /// The server from which standbys stream the archive. Default: none.
     pub walsender: Option<WalsenderSettings>,
+    /// The absolute path of the file that was read, if any.
+    pub file: Option<PathBuf>,
 }
 
 impl fmt::Debug for ClusterSettings {
@@ -269,10 +271,15 @@ impl Settings {
             Some(path) => ConfigFile::read(path)?,
             None => ConfigFile::default(),
         };
-        Ok(Self {
-            file: path,
-            ..Self::from_file(args, &file)?
-        })
+        let mut settings = Self::from_file(args, &file)?;
+        let absolute = path
+            .as_ref()
+            .and_then(|path| std::path::absolute(path).ok());
+        for cluster in &mut settings.clusters {
+            cluster.file.clone_from(&absolute);
+        }
+        settings.file = path;
+        Ok(settings)
     }
 
     fn from_file(args: &CommonArgs, file: &ConfigFile) -> Result<Self> {
@@ -385,6 +392,7 @@ fn cluster(
             .transpose()
     };
     Ok(ClusterSettings {
+        file: None,
         lock: table.lock.resolve(&defaults.lock)?,
         walsender: WalsenderSettings::resolve(&table.walsender, &defaults.walsender)?,
         rto_target: optional(&table.rto_target, &defaults.rto_target, "rto_target")?,

@@ -1,5 +1,5 @@
-//! Objects that the last `wal-archiver verify` found damaged or missing. A restore's plan chooses
-//! no backup with such an object and replays no such WAL. The window does neither.
+//! Base backups and WAL objects that the last `wal-archiver verify` found damaged or missing. A
+//! restore's plan does not use them, and the window does not contain them.
 //!
 //! An object that another repository of the same archive has intact is not lost. A verdict is true
 //! for the time at which it was made: [`Repository::wal_problem`] checks WAL again.
@@ -13,7 +13,7 @@ use wal_format::{
 
 use crate::{Error, Repository, Result};
 
-/// The damage of a backup.
+/// The damage of a backup, or of an object of WAL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
     /// The damaged object.
@@ -31,22 +31,21 @@ impl std::fmt::Display for Damage {
 /// The damaged backups of an archive, by name.
 pub type DamagedBackups = BTreeMap<BackupId, Damage>;
 
-/// The damaged WAL of an archive, with the problem of each object.
-pub type DamagedWal = BTreeMap<ObjectKey, String>;
+/// The damaged WAL objects of an archive. A plan treats their WAL as missing.
+pub type DamagedWal = BTreeMap<ObjectKey, Damage>;
 
 impl Repository {
-    /// The backups and the WAL that the last verification found damaged.
+    /// The backups and the WAL objects that the last verification found damaged.
     ///
     /// # Errors
     /// As [`Repository::newest_outcome`].
     pub fn known_damage(&self, system: SystemIdentifier) -> Result<(DamagedBackups, DamagedWal)> {
-        let verdict = self.newest_outcome(system, OutcomeKind::Verify, |_| true)?;
+        let Some(verdict) = self.newest_outcome(system, OutcomeKind::Verify, |_| true)? else {
+            return Ok((DamagedBackups::new(), DamagedWal::new()));
+        };
         let places = self.place_urls();
-        let damaged = verdict.map(|verdict| {
-            let backups = damaged_backups(&verdict, &places);
-            (backups, damaged_wal(&verdict, &places))
-        });
-        Ok(damaged.unwrap_or_default())
+        let backups = damaged_backups(&verdict, &places);
+        Ok((backups, damaged_wal(&verdict, &places)))
     }
 
     /// Reads an object of WAL and decodes it. Returns its problem; `None` if it is intact or no
@@ -101,33 +100,28 @@ impl Repository {
 #[must_use]
 pub fn damaged_backups(verdict: &Outcome, places: &[String]) -> DamagedBackups {
     let mut damaged = DamagedBackups::new();
-    for (key, problem) in damaged_objects(verdict, places) {
-        let (ObjectKey::BackupInfo(_, id)
+    for (key, damage) in damaged_objects(verdict, places) {
+        if let ObjectKey::BackupInfo(_, id)
         | ObjectKey::BackupManifest(_, id)
-        | ObjectKey::BackupSlice(_, id, ..)) = &key
-        else {
-            continue;
-        };
-        damaged.entry(id.clone()).or_insert_with(|| Damage {
-            object: key.to_string(),
-            problem,
-        });
+        | ObjectKey::BackupSlice(_, id, ..) = key
+        {
+            damaged.entry(id).or_insert(damage);
+        }
     }
     damaged
 }
 
-/// The sealed segments and tails that a verification found damaged in each of `places`, with the
-/// problem.
+/// The WAL objects that a verification found damaged in each of `places`.
 #[must_use]
 pub fn damaged_wal(verdict: &Outcome, places: &[String]) -> DamagedWal {
     let mut damaged = damaged_objects(verdict, places);
-    damaged.retain(|(key, _)| matches!(key, ObjectKey::Segment(..) | ObjectKey::Tail(..)));
-    damaged.into_iter().collect()
+    damaged.retain(|key, _| matches!(key, ObjectKey::Segment(..) | ObjectKey::Tail(..)));
+    damaged
 }
 
 /// The objects that a verification found damaged in each of `places`. Its problems are
 /// `KEY: PROBLEM`, and where it examined several repositories `URL: KEY: PROBLEM`.
-fn damaged_objects(verdict: &Outcome, places: &[String]) -> Vec<(ObjectKey, String)> {
+fn damaged_objects(verdict: &Outcome, places: &[String]) -> BTreeMap<ObjectKey, Damage> {
     let mut found: BTreeMap<ObjectKey, (BTreeSet<&str>, &str)> = BTreeMap::new();
     for text in &verdict.damaged {
         let mut parts = text.splitn(3, ": ");
@@ -149,13 +143,17 @@ fn damaged_objects(verdict: &Outcome, places: &[String]) -> Vec<(ObjectKey, Stri
         // A verification that examined one repository names no place, so that the others of several
         // may have the object intact.
         let is_alone = places.len() == 1 && holders.contains("");
-        is_alone || places.iter().all(|place| holders.contains(place.as_str()))
+        let has_it = |place: &String| !holders.contains(place.as_str());
+        is_alone || !places.iter().any(has_it)
     });
-    let text = |problem| format!("{problem} (`wal-archiver verify` at {})", verdict.finished);
-    let found = found.into_iter();
-    found
-        .map(|(key, (_, problem))| (key, text(problem)))
-        .collect()
+    let damage = |(key, (_, problem)): (ObjectKey, (BTreeSet<&str>, &str))| {
+        let damage = Damage {
+            object: key.to_string(),
+            problem: format!("{problem} (`wal-archiver verify` at {})", verdict.finished),
+        };
+        (key, damage)
+    };
+    found.into_iter().map(damage).collect()
 }
 
 #[cfg(test)]
@@ -166,15 +164,8 @@ mod tests {
 
     const ID: &str = "20261130T081705Z-8316";
 
-    fn found(problems: &[&str], places: &[&str]) -> Vec<(String, String)> {
-        let places: Vec<String> = places.iter().map(|one| (*one).to_owned()).collect();
-        damaged_backups(&verdict(problems), &places)
-            .into_iter()
-            .map(|(id, damage)| (id.to_string(), damage.object))
-            .collect()
-    }
-
     fn verdict(problems: &[&str]) -> Outcome {
+        let problems: Vec<String> = problems.iter().map(|one| (*one).to_owned()).collect();
         Outcome {
             format_version: 1,
             kind: OutcomeKind::Verify,
@@ -190,8 +181,19 @@ mod tests {
             replayed_bytes: None,
             replay_seconds: None,
             loss_seconds: None,
-            damaged: problems.iter().map(|one| (*one).to_owned()).collect(),
+            damaged: problems,
         }
+    }
+
+    fn places(urls: &[&str]) -> Vec<String> {
+        urls.iter().map(|one| (*one).to_owned()).collect()
+    }
+
+    fn found(problems: &[&str], urls: &[&str]) -> Vec<(String, String)> {
+        damaged_backups(&verdict(problems), &places(urls))
+            .into_iter()
+            .map(|(id, damage)| (id.to_string(), damage.object))
+            .collect()
     }
 
     #[test]
@@ -213,8 +215,12 @@ mod tests {
         assert_eq!(each_has_one, []);
         let wal = "7/wal/00000001/00000000/00000001000000000000000E.zst: it is damaged";
         assert_eq!(found(&[wal, "key 1 is lost"], &[here]), []);
-        let of_wal = damaged_wal(&verdict(&[wal, &problem]), &[here.to_owned()]);
-        assert_eq!(of_wal.len(), 1, "{of_wal:?}");
-        assert!(of_wal.keys().all(|key| wal.starts_with(&key.to_string())));
+        let of_wal = |urls: &[&str]| {
+            let damaged = damaged_wal(&verdict(&[wal, &problem, "key 1 is lost"]), &places(urls));
+            damaged.into_keys().collect::<Vec<_>>()
+        };
+        let (segment, _) = wal.split_once(": ").expect("a key and a problem");
+        assert_eq!(of_wal(&[here]), [segment.parse().expect("a key")]);
+        assert_eq!(of_wal(&[here, there]), [], "the other may have it intact");
     }
 }

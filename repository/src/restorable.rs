@@ -330,6 +330,14 @@ impl Restorable {
 }
 
 impl Stretch {
+    /// The last time, by the server's clock, up to which the stretch's WAL is proved to be all that
+    /// the server had flushed. A plan accepts a target time up to this one although no later commit
+    /// is archived.
+    #[must_use]
+    pub fn proven(&self) -> Option<PgTimestamp> {
+        self.ranges.iter().filter_map(|range| range.proven).max()
+    }
+
     /// The greatest time of a transaction on `path` in the part of the stretch's WAL that lies in
     /// `[from, to)`.
     ///

@@ -101,8 +101,8 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Creates the archive from a repository and its index. Reads which backups are known to be
-    /// damaged.
+    /// Creates the archive from a repository and its index. Reads which backups and WAL objects are
+    /// known to be damaged.
     #[must_use]
     pub fn new(repository: Repository, catalog: Catalog) -> Self {
         let system = catalog.identity().system_identifier;
@@ -157,10 +157,12 @@ impl Archive {
             return known.clone();
         }
         let problem = match self.repository.wal_problem(key, self.wal_identity()) {
-            Ok(problem) => problem.map(|problem| format!("{problem}; found by {recorded}")),
+            Ok(problem) => {
+                problem.map(|problem| format!("{problem}; found by {}", recorded.problem))
+            }
             Err(error) => {
                 tracing::debug!(%error, event = "damage_unchecked", "damaged WAL cannot be checked");
-                Some(recorded.clone())
+                Some(recorded.problem.clone())
             }
         };
         let damage = problem.map(|problem| Damage {

@@ -51,9 +51,9 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
             "{}{}, {} to {}; gaps: {}, without a backup behind them: {}; complete as of {}",
             of.string("/window/refusal")
                 .map_or_else(String::new, |refusal| format!("REFUSED: {refusal}; ")),
-            of.between("/window/earliest", "/window/latest_commit"),
+            of.between("/window/earliest", "/window/latest"),
             of.instant("/window/earliest"),
-            of.instant("/window/latest_commit"),
+            of.instant("/window/latest"),
             of.text("/window/gaps"),
             of.text("/window/open_gaps"),
             of.instant("/caught_up_as_of"),

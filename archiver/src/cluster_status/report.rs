@@ -47,9 +47,15 @@ impl ClusterStatus {
                 Some(format!("the last restore drill failed: {}", drill.message))
             }
             _ if !lost.is_empty() => Some(lost_reason(&lost)),
-            (_, Some(objects @ 1..)) => Some(format!(
-                "{objects} object(s) of the repository are damaged or missing: run `wal-archiver verify`"
-            )),
+            (_, Some(objects @ 1..)) => {
+                let problems = verified.map_or(&[][..], |verify| verify.damaged.as_slice());
+                let first = problems.first().or(details.damaged.first());
+                let first =
+                    first.map_or_else(String::new, |first| format!(", the first is {first}"));
+                Some(format!(
+                    "{objects} object(s) of the repository are damaged or missing{first}: run `wal-archiver verify`"
+                ))
+            }
             _ => None,
         };
         // After a promotion the server is on another timeline. Until the next check of the catalog,
@@ -69,13 +75,15 @@ impl ClusterStatus {
             .catalog_error
             .as_ref()
             .map(|problem| format!("archiving continues without the catalog on disk: {problem}"));
+        let store_is_away =
+            facts.stream_error.is_some() && facts.stream_error == facts.repository_error;
         let failing: Vec<&str> = shortage
             .iter()
             .chain(&catalog)
             .chain(&locks)
             .map(String::as_str)
             .chain(facts.repository_error.as_deref())
-            .chain(facts.stream_error.as_deref())
+            .chain(facts.stream_error.as_deref().filter(|_| !store_is_away))
             .collect();
         let failing = (!failing.is_empty()).then(|| failing.join("; "));
         let standby = facts.standbys.iter().find_map(|standby| {
@@ -99,6 +107,7 @@ impl ClusterStatus {
                 .or(facts.push_differs.values().next().map(String::as_str)),
             failing: failing.as_deref(),
             source_known: remote.source_known,
+            source_asked: !store_is_away,
             stream_connected: facts.connected,
             remote_rpo_seconds: remote.rpo.map(|age| age.as_secs_f64()),
             proved_rpo_seconds: remote.proved.map(|age| age.as_secs_f64()),
@@ -147,16 +156,20 @@ impl ClusterStatus {
             },
             rpo_target_seconds,
             window,
-            slot: facts.slot_report.or_else(|| {
-                facts.slot.map(|name| SlotReport {
-                    name,
-                    active: facts.connected,
-                    wal_status: None,
-                    retained_bytes: None,
-                    safe_wal_bytes: None,
-                    full_in_seconds: None,
-                })
-            }),
+            // The last answer of a server that is not seen says nothing about its slot now.
+            slot: facts
+                .slot_report
+                .filter(|_| remote.source_known)
+                .or_else(|| {
+                    facts.slot.map(|name| SlotReport {
+                        name,
+                        active: facts.connected,
+                        wal_status: None,
+                        retained_bytes: None,
+                        safe_wal_bytes: None,
+                        full_in_seconds: None,
+                    })
+                }),
             gap: facts.gap,
             standbys: facts.standbys,
             last_backup: facts.last_backup,

@@ -1,6 +1,9 @@
 //! The API routes below one cluster, except its report: series, events, backups, drills, locate.
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use hyper::StatusCode;
 use jiff::Timestamp;
@@ -15,9 +18,14 @@ use crate::{
         series::{METRICS, POINTS_MAX},
         unix_second,
     },
-    pipeline::{blocking, window},
+    pipeline::{blocking, nearest},
     report::ClusterReport,
 };
+
+/// The time that the proof of an instant of the last seconds may take: the server is polled once a
+/// second.
+const PROOF_MAX: Duration = Duration::from_secs(3);
+const PROOF_POLL: Duration = Duration::from_millis(250);
 
 /// Returns a query's pairs, percent-decoded. A name that is not in `known` is an error, so that a
 /// mistyped limit is not ignored.
@@ -148,6 +156,7 @@ pub(super) fn window(cluster: &Watched, report: &ClusterReport) -> Answer {
         &object!({
             "schema": "v1",
             "earliest": report.window.earliest,
+            "latest": report.window.latest,
             "latest_commit": report.window.latest_commit,
             "refusal": report.window.refusal,
             "caught_up_as_of": report.caught_up_as_of,
@@ -185,15 +194,28 @@ fn listed<T: Serialize>(name: &str, entries: &[T], hint: &str) -> serde_json::Va
     object!({ "schema": "v1", name: entries, "hint": hint })
 }
 
-/// Returns the commits nearest to a time, from the catalog on this host.
-pub(super) async fn nearest(cluster: &Watched, time: Timestamp) -> Result<window::Located, String> {
+/// Returns the restore that leads to an instant, from the catalog on this host.
+pub(super) async fn nearest(
+    cluster: &Watched,
+    time: Timestamp,
+) -> Result<nearest::Located, String> {
     let archive = cluster
         .status()
         .archive()
         .ok_or("the archive is not open yet; ask again in a moment")?;
-    let time = PgTimestamp::from_jiff(time);
-    let looked = blocking(move || window::locate(&Arc::clone(&archive), time)).await;
-    looked.map_err(|error| error.to_string())
+    let until = Instant::now() + PROOF_MAX;
+    loop {
+        let looked = Arc::clone(&archive);
+        let of_server = PgTimestamp::from_jiff(time);
+        let located = blocking(move || nearest::locate(&looked, of_server)).await;
+        let located = located.map_err(|error| error.to_string())?;
+        let ago = Timestamp::now().duration_since(time);
+        let is_now = !ago.is_negative() && ago.unsigned_abs() <= PROOF_MAX;
+        if located.flags.is_some() || !is_now || Instant::now() >= until {
+            return Ok(located);
+        }
+        tokio::time::sleep(PROOF_POLL).await;
+    }
 }
 
 pub(super) async fn locate(cluster: &Watched, query: &str) -> Answer {
@@ -210,28 +232,43 @@ pub(super) async fn locate(cluster: &Watched, query: &str) -> Answer {
     match nearest(cluster, time).await {
         Err(error) => problem(StatusCode::SERVICE_UNAVAILABLE, &error),
         Ok(located) => {
-            let command = located
-                .before
-                .as_ref()
-                .map(|commit| restore_command(cluster, &commit.flags));
+            let command = |flags: &String| restore_command(cluster, flags);
+            let nearest = located.nearest.iter();
+            let nearest =
+                nearest.map(|near| object!({ "time": near.time, "command": command(&near.flags) }));
             json(
                 StatusCode::OK,
                 &object!({
                     "schema": "v1", "time": located.time, "before": located.before, "after": located.after,
-                    "command": command,
+                    "command": located.flags.as_ref().map(command), "refusal": located.refusal,
+                    "nearest": nearest.collect::<Vec<_>>(),
                 }),
             )
         }
     }
 }
 
-/// Returns the command that restores to a commit.
+/// Returns the command that restores with these flags, as a shell takes it.
 pub(super) fn restore_command(cluster: &Watched, flags: &str) -> String {
     let settings = cluster.settings();
+    // Keys, endpoints and further repositories are in the file only.
+    let file = settings.file.as_ref().map_or_else(String::new, |file| {
+        format!("--config {} ", quote(&file.to_string_lossy()))
+    });
     format!(
-        "pitr-restore --repository {} --cluster {} {flags} --target-dir /var/lib/postgresql/restore",
-        settings.repository, settings.name
+        "pitr-restore {file}--repository {} --cluster {} {flags} --target-dir /var/lib/postgresql/restore",
+        quote(&settings.repository.url.to_string()),
+        settings.name
     )
+}
+
+/// An argument of a shell command, in quotes where it needs them.
+fn quote(argument: &str) -> String {
+    let is_plain = |one: char| one.is_ascii_alphanumeric() || "_-./:@%+=,".contains(one);
+    if !argument.is_empty() && argument.chars().all(is_plain) {
+        return argument.to_owned();
+    }
+    format!("'{}'", argument.replace('\'', r"'\''"))
 }
 
 #[cfg(test)]
@@ -253,6 +290,14 @@ mod tests {
         for text in ["", "now", "2026-13-01T00:00:00Z"] {
             assert_eq!(instant(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn a_shell_reads_an_argument_as_one_word() {
+        assert_eq!(quote("s3://bucket/a-b_c.1"), "s3://bucket/a-b_c.1");
+        assert_eq!(quote("file:///a b/$(x)"), "'file:///a b/$(x)'");
+        assert_eq!(quote("it's"), r"'it'\''s'");
+        assert_eq!(quote(""), "''");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `…/health?max_rpo=&max_backup_age=&max_drill_age=`: answers 200, or 503 with reasons, for probes
-//! that cannot parse JSON.
+//! that cannot parse JSON. `/health` and `/health/detailed`: the components in JSON.
+
+use std::collections::BTreeMap;
 
 use hyper::StatusCode;
 use serde::Serialize;
@@ -32,10 +34,21 @@ pub(super) enum QueryError {
     Duration { name: String, value: String },
 }
 
-/// Compares `report` with the limits in `query`. An unknown value exceeds its limit.
+/// Compares `report` with the limits in `query`. An unknown value exceeds its limit. A state that
+/// is unknown, at risk or broken fails without a limit; only a limit for the RPO replaces the
+/// operator's target.
 pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, QueryError> {
     let mut reasons = Vec::new();
-    if matches!(report.state, State::Broken) {
+    let limits_rpo = query.split('&').any(|pair| pair.starts_with("max_rpo="));
+    let rpo = report.durable.remote.rpo_seconds;
+    let is_the_rpo = limits_rpo
+        && report.looked
+        && report.last_backup.is_some()
+        && match report.state {
+            State::AtRisk => rpo > Some(report.rpo_target_seconds),
+            state => state == State::Unknown && rpo.is_some(),
+        };
+    if !matches!(report.state, State::Ok | State::Degraded) && !is_the_rpo {
         reasons.push(report.reason.clone());
     }
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
@@ -82,6 +95,90 @@ pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, Quer
         healthy: reasons.is_empty(),
         reasons,
     })
+}
+
+/// A part of the process or of a cluster.
+#[derive(Debug, Serialize)]
+struct Component {
+    status: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    detail: Option<String>,
+}
+
+impl Component {
+    /// `ok` without a problem, `failing` with one.
+    fn new(problem: Option<String>) -> Self {
+        Self {
+            status: if problem.is_some() { "failing" } else { "ok" },
+            detail: problem,
+        }
+    }
+
+    fn unknown(detail: &str) -> Self {
+        Self {
+            status: "unknown",
+            detail: Some(detail.to_owned()),
+        }
+    }
+}
+
+/// The answer of `/health`: the process serves. It says nothing of the clusters, which strangers
+/// may not see.
+pub(super) fn alive() -> serde_json::Value {
+    serde_json::json!({ "schema": "v1", "status": "alive", "components": { "process": { "status": "ok" } } })
+}
+
+/// The answer of `/health/detailed`: the process serves, and each cluster by component.
+pub(super) fn detailed(reports: &[ClusterReport]) -> serde_json::Value {
+    let clusters: BTreeMap<&str, serde_json::Value> = reports
+        .iter()
+        .map(|report| {
+            let cluster = serde_json::json!({
+                "state": report.state, "reason": report.reason, "components": components(report),
+            });
+            (report.cluster.as_str(), cluster)
+        })
+        .collect();
+    let mut answer = alive();
+    answer["clusters"] = serde_json::json!(clusters);
+    answer
+}
+
+fn components(report: &ClusterReport) -> BTreeMap<&'static str, Component> {
+    let stream = match (report.source.stream_connected, &report.stream_error) {
+        (true, _) => Component::new(None),
+        (false, Some(error)) => Component::new(Some(error.clone())),
+        (false, None) => Component::unknown("no stream was up since the start"),
+    };
+    let away = report.repositories.iter().find_map(|place| {
+        let error = place.error.as_ref()?;
+        Some(format!("{} is away: {error}", place.url))
+    });
+    let repository = match report.repository_error.clone().or(away) {
+        None if !report.looked => Component::unknown("it was not read since the start"),
+        problem => Component::new(problem),
+    };
+    let restorable = match (&report.window.refusal, report.corrupt_objects) {
+        _ if !report.looked => Component::unknown("the catalog was not read since the start"),
+        (Some(refusal), _) => Component::new(Some(refusal.clone())),
+        (None, Some(objects @ 1..)) => {
+            Component::new(Some(format!("{objects} object(s) are damaged or missing")))
+        }
+        (None, _) => Component::new(None),
+    };
+    let slot = match &report.slot {
+        Some(slot) if slot.wal_status.is_some() => {
+            let is_lost = slot.wal_status.as_deref() == Some("lost");
+            Component::new(is_lost.then(|| format!("the slot {} is lost", slot.name)))
+        }
+        _ => Component::unknown("the server was not asked"),
+    };
+    BTreeMap::from([
+        ("stream", stream),
+        ("repository", repository),
+        ("restorable", restorable),
+        ("slot", slot),
+    ])
 }
 
 /// Parses a duration: `30s`, `500ms`, `5min`, `26h`, `8d` or plain seconds.

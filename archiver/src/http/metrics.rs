@@ -371,6 +371,21 @@ impl Page<'_> {
             |report| Some(flag(report.repository_fails())),
         );
         self.gauges(
+            "pitr_repository_place_failing",
+            "Whether this place of the repository refuses or does not answer",
+            |report| places(report, |place| Some(flag(place.error.is_some()))),
+        );
+        self.gauges(
+            "pitr_repository_place_lag_seconds",
+            "Age of the oldest WAL that this place of the repository lacks; NaN while that is not known",
+            |report| places(report, |place| place.lag_seconds),
+        );
+        self.gauges(
+            "pitr_repository_place_queue_bytes",
+            "Bytes that wait for this place of the repository",
+            |report| places(report, |place| Some(number(place.queued_bytes))),
+        );
+        self.gauges(
             "pitr_alert_firing",
             "Whether the archiver's own alert fires",
             |report| {
@@ -390,8 +405,8 @@ impl Page<'_> {
         );
         self.gauge(
             "pitr_window_latest_timestamp_seconds",
-            "The last commit that can be restored",
-            |report| unix_seconds(report.window.latest_commit),
+            "The last instant that can be restored, by the server's clock",
+            |report| unix_seconds(report.window.latest),
         );
         self.gauge(
             "pitr_window_gaps",
@@ -444,6 +459,37 @@ fn tiers(
     .into_iter()
     .map(|(name, tier)| (vec![("tier", name.to_owned())], value(tier)))
     .collect()
+}
+
+/// A place of the repository.
+struct Place<'a> {
+    url: &'a str,
+    error: Option<&'a str>,
+    lag_seconds: Option<f64>,
+    queued_bytes: u64,
+}
+
+/// The samples of each place of the repository, also where it is the only one.
+fn places(
+    report: &ClusterReport,
+    value: impl Fn(&Place<'_>) -> Option<f64>,
+) -> Samples<Option<f64>> {
+    let only = Place {
+        url: &report.repository,
+        error: report.repository_error.as_deref(),
+        lag_seconds: report.durable.remote.rpo_seconds,
+        queued_bytes: report.counters.upload_queue_bytes,
+    };
+    let several = report.repositories.iter().map(|place| Place {
+        url: &place.url,
+        error: place.error.as_deref(),
+        lag_seconds: Some(place.lag_seconds),
+        queued_bytes: place.queued_bytes as u64,
+    });
+    let is_alone = report.repositories.is_empty();
+    let all = is_alone.then_some(only).into_iter().chain(several);
+    all.map(|place| (vec![("repository", place.url.to_owned())], value(&place)))
+        .collect()
 }
 
 fn number(value: u64) -> f64 {

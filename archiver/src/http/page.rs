@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use self::format::{bytes, duration, escape, instant, seconds};
 use crate::{
     monitor::Watched,
-    pipeline::window::Located,
+    pipeline::nearest::Located,
     report::{ClusterReport, Details, State},
 };
 
@@ -192,7 +192,7 @@ fn tiles(out: &mut String, view: &View<'_>) {
         format!("repository {}", bytes(remote.lag_bytes)),
         format!("queue {}", bytes(Some(report.counters.upload_queue_bytes))),
     ];
-    let (window, window_notes) = match (report.window.earliest, report.window.latest_commit) {
+    let (window, window_notes) = match (report.window.earliest, report.window.latest) {
         (Some(earliest), Some(latest)) => {
             let span = seconds(Some(format::span(latest, earliest)));
             let gaps = match report.window.gaps {
@@ -201,14 +201,15 @@ fn tiles(out: &mut String, view: &View<'_>) {
                 Some(gaps) => format!("{gaps} gaps"),
                 None => "gaps unknown".to_owned(),
             };
-            (
-                span,
-                vec![
-                    format!("from {}", instant(earliest)),
-                    format!("to {}", instant(latest)),
-                    gaps,
-                ],
-            )
+            let mut notes = vec![
+                format!("from {}", instant(earliest)),
+                format!("to {}", instant(latest)),
+                gaps,
+            ];
+            if let (Some(complete), None) = (report.caught_up_as_of, &report.window.refusal) {
+                notes.push(format!("complete as of {}", instant(complete)));
+            }
+            (span, notes)
         }
         (Some(_), None) => (
             "waiting".to_owned(),
@@ -313,7 +314,7 @@ pub(crate) fn sentence(report: &ClusterReport) -> String {
         _ if report.looked && report.last_backup.is_none() => {
             "Losing the primary now loses everything".to_owned()
         }
-        _ if report.window.refusal.is_some() => match report.window.latest_commit {
+        _ if report.window.refusal.is_some() => match report.window.latest {
             Some(latest) => format!("Losing the primary now loses everything after {latest}"),
             None => "Losing the primary now loses everything".to_owned(),
         },

@@ -76,9 +76,10 @@ where
 /// Returns the routes that need no token: health, login and its files.
 fn open_to_all(path: &str) -> Option<Answer> {
     Some(match path {
-        // Both report that this process runs. Neither checks the store or PostgreSQL, so that an
-        // orchestrator does not stop the archiver exactly when it is needed.
+        // These report that this process runs. None of them checks the store or PostgreSQL, so that
+        // an orchestrator does not stop the archiver exactly when it is needed.
         "/healthz" => respond(StatusCode::OK, TEXT, "alive\n".to_owned()),
+        "/health" => json(StatusCode::OK, &health::alive()),
         "/readyz" => respond(StatusCode::OK, TEXT, "ready to stream\n".to_owned()),
         "/login" => respond(StatusCode::OK, HTML, page::login(false)),
         "/style.css" => respond(
@@ -155,6 +156,7 @@ pub(super) async fn read(path: &str, query: &str, sources: &Sources) -> Answer {
             metrics::CONTENT_TYPE,
             metrics::render(&reports(), &sources.instruments),
         ),
+        ["health", "detailed"] => json(StatusCode::OK, &health::detailed(&reports())),
         ["api", "v1", "openapi.json"] => respond(
             StatusCode::OK,
             JSON,

@@ -154,6 +154,65 @@ async fn the_health_route_turns_red_on_what_is_not_known() {
     );
 }
 
+#[test]
+fn health_without_limits_follows_the_state() {
+    let healthy = |change: fn(&mut ClusterReport), query: &str| {
+        let mut report = report();
+        change(&mut report);
+        health::judge(&report, query).expect("a query").status() == StatusCode::OK
+    };
+    assert!(healthy(|_| (), ""));
+    assert!(healthy(|report| report.state = State::Degraded, ""));
+    for state in [
+        |report: &mut ClusterReport| report.state = State::Broken,
+        |report: &mut ClusterReport| report.state = State::AtRisk,
+        |report: &mut ClusterReport| report.state = State::Unknown,
+    ] {
+        assert!(!healthy(state, ""));
+        assert!(!healthy(state, "max_backup_age=1d"));
+    }
+    // The caller's limit for the RPO takes the place of the operator's target, and of nothing else.
+    let late: fn(&mut ClusterReport) = |report| {
+        report.state = State::AtRisk;
+        report.durable.remote.rpo_seconds = Some(20.0);
+    };
+    assert!(healthy(late, "max_rpo=1min"));
+    assert!(!healthy(late, "max_rpo=10s"));
+    assert!(healthy(
+        |report| report.state = State::Unknown,
+        "max_rpo=1min"
+    ));
+    let never_reached: fn(&mut ClusterReport) = |report| {
+        report.state = State::Unknown;
+        report.durable.remote.rpo_seconds = None;
+    };
+    assert!(!healthy(never_reached, "max_rpo=1d"));
+    let no_backup: fn(&mut ClusterReport) = |report| {
+        report.state = State::AtRisk;
+        report.last_backup = None;
+    };
+    assert!(!healthy(no_backup, "max_rpo=1d"));
+}
+
+#[tokio::test]
+async fn the_health_documents_name_each_component() {
+    let answer = ask(&guarded(), Method::GET, "/health", &[], "").await;
+    assert_eq!(
+        answer.status(),
+        StatusCode::OK,
+        "strangers see that it lives"
+    );
+    let (status, _, body) = fetch("/health/detailed", "").await;
+    assert_eq!(status, StatusCode::OK);
+    let document: serde_json::Value = serde_json::from_str(&body).expect("JSON");
+    assert_eq!(document["status"], "alive");
+    let broken = &document["clusters"]["broken-one"];
+    assert_eq!(broken["state"], "broken");
+    assert_eq!(broken["components"]["slot"]["status"], "unknown");
+    let stranger = ask(&guarded(), Method::GET, "/health/detailed", &[], "").await;
+    assert_eq!(stranger.status(), StatusCode::UNAUTHORIZED);
+}
+
 #[tokio::test]
 async fn strangers_get_problem_documents() {
     for path in [
@@ -388,6 +447,9 @@ async fn every_metric_of_the_contract_has_a_sample_from_the_start() {
         "pitr_flush_duration_seconds",
         "pitr_lag_bytes",
         "pitr_repository_errors_total",
+        "pitr_repository_place_failing",
+        "pitr_repository_place_lag_seconds",
+        "pitr_repository_place_queue_bytes",
         "pitr_repository_request_duration_seconds",
         "pitr_rpo_seconds",
         "pitr_rpo_target_seconds",
@@ -445,6 +507,9 @@ fn a_place_that_is_away_among_several_is_told() {
         };
         let metrics = metrics::render(std::slice::from_ref(&report), &Instruments::default());
         let metric = metrics.contains("pitr_repository_failing{cluster=\"main\"} 1.0");
+        let of_place =
+            "pitr_repository_place_failing{cluster=\"main\",repository=\"s3://far/away\"} 1.0";
+        assert_eq!(metrics.contains(of_place), metric, "{metrics}");
         let told = crate::alerts::firing(&report);
         let told = told
             .iter()

@@ -14,7 +14,7 @@ use super::{
     archive::Archive,
     blocking,
     presence::{self, Presence},
-    window::Marks,
+    window::{Marks, Update},
 };
 use crate::{
     cluster_status::ClusterStatus,
@@ -352,7 +352,14 @@ fn look_once(
     {
         tracing::debug!(%error, "tails whose segment is sealed may stay in the repository");
     }
-    let (window, unreached, details) = marks.look(archive, &backups)?;
+    let Some(Update {
+        window,
+        unreached,
+        details,
+    }) = marks.look(archive, &backups)?
+    else {
+        return Ok(());
+    };
     let last_backup = details.backups.last().cloned();
     let lost = loss(archive, &backups)?;
     archive.status().note(|facts| {

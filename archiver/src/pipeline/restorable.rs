@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use repository::{
-    ExpiredSet, KnownTimeline, PathPart, Refusal, Restorable, Stretch, WalIndex, WalRange,
+    Damage, ExpiredSet, KnownTimeline, PathPart, Refusal, Restorable, Stretch, WalIndex, WalRange,
     default_timelines,
 };
 use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalEvent};
@@ -28,7 +28,20 @@ const NO_BACKUP: &str = "no base backup is archived, so nothing can be restored"
 /// The ranges of every branch in the catalog, read at the same time.
 pub(super) struct Ranges<'a> {
     pub(super) archive: &'a Archive,
+    /// Those that can be replayed.
     pub(super) of: BTreeMap<Branch, Vec<WalRange>>,
+    /// Those that the last verification found damaged: a plan treats their WAL as missing.
+    pub(super) damaged: Vec<(WalRange, Damage)>,
+}
+
+impl Ranges<'_> {
+    /// The damaged range that holds the byte at `lsn`.
+    fn damaged_at(&self, branch: Branch, lsn: Lsn) -> Option<&(WalRange, Damage)> {
+        let mut damaged = self.damaged.iter();
+        damaged.find(|(range, _)| {
+            range.branch == branch && range.start_lsn <= lsn && lsn < range.end_lsn
+        })
+    }
 }
 
 impl WalIndex for Ranges<'_> {
@@ -160,6 +173,19 @@ impl Look<'_> {
                 );
                 (Some(words), None)
             }
+            Some(Refusal::Gap { branch, from_lsn })
+                if self.index.damaged_at(*branch, *from_lsn).is_some() =>
+            {
+                let damaged = self.index.damaged_at(*branch, *from_lsn);
+                let damaged = damaged.map_or_else(String::new, |(range, damage)| {
+                    let (from, to) = (range.start_lsn, range.end_lsn);
+                    format!("WAL {from} to {to} on timeline {branch} is damaged: {damage}")
+                });
+                let words = format!(
+                    "{damaged}. No base backup after it leads to {name}, so a restore of its present is refused. {remedy}"
+                );
+                (Some(words), None)
+            }
             Some(Refusal::Gap { branch, from_lsn }) => {
                 if self.is_pending(path, *branch, *from_lsn)? {
                     return Ok((None, None));
@@ -245,6 +271,12 @@ impl Look<'_> {
             window.gaps = Some(gaps + open);
             window.open_gaps = Some(open);
             window.latest_commit = found.last_commit(self.index, path)?;
+            // Before a gap only a commit says how far the WAL leads.
+            let last = found.stretches.last().filter(|_| found.refusal.is_none());
+            let proven = last.and_then(Stretch::proven);
+            window.latest = window.latest_commit.max(proven);
+            // A backup is complete only after its objects are stored, which takes time.
+            window.earliest = window.earliest.min(window.latest.or(window.earliest));
         }
         Ok(window)
     }

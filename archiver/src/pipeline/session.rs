@@ -352,6 +352,9 @@ impl Source {
                     if follows {
                         archive.status().note(|facts| {
                             facts.connected = true;
+                            if facts.repository_error == facts.stream_error {
+                                facts.repository_error = None;
+                            }
                             facts.stream_error = None;
                             facts.broken = None;
                             facts.slot = Some(settings.slot.clone());

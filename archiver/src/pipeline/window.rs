@@ -4,19 +4,16 @@
 //! Reads the catalog only. Summaries of ranges are decoded once. [`Marks`] remembers the decoded
 //! ones, so the cost of an update depends on the new ranges only, not on all of them.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::{Duration, Instant},
-};
+use std::collections::{BTreeMap, BTreeSet};
 
-use repository::{ExpiredSet, WalRange, damaged_backups, damaged_wal};
+use repository::{Damage, DamagedWal, ExpiredSet, KnownTimeline, WalIndex, WalRange};
 use wal_format::{
-    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, ObjectKey, Outcome, OutcomeKind, PgTimestamp,
-    WalEvent,
+    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
 };
 
 use super::{
     archive::Archive,
+    damage::{Repaired, find_damaged},
     restorable::{Look, Ranges},
 };
 use crate::{
@@ -29,23 +26,54 @@ const MARKS_MAX: usize = 400;
 /// The number of ranges and gaps shown.
 const RANGES_MAX: usize = 200;
 
-/// WAL that a verification found damaged is checked again after this time.
-const CHECK_INTERVAL: Duration = Duration::from_secs(60);
-/// The number of damaged objects that are checked; the others count as damaged.
-const CHECKS_MAX: usize = 20;
-
 /// The state remembered between two updates.
 #[derive(Debug, Default)]
 pub(crate) struct Marks {
     seen: BTreeSet<(Branch, Lsn, Lsn)>,
     marks: BTreeMap<(PgTimestamp, Lsn), Mark>,
     outcomes: BTreeMap<(OutcomeKind, BackupId), Outcome>,
-    /// The WAL that the newest verification found damaged, without what is intact again.
-    damaged: BTreeSet<ObjectKey>,
-    /// The verification of `damaged`, and the time of the check.
-    checked: Option<(BackupId, Instant)>,
+    repaired: Repaired,
     /// The first missing byte of a gap that the last update found.
     missing: Option<(Branch, Lsn)>,
+    /// True once an update was returned.
+    is_known: bool,
+}
+
+/// The result of an update.
+#[derive(Debug)]
+pub(crate) struct Update {
+    /// The restorable window.
+    pub(crate) window: WindowReport,
+    /// The reason why the server's present is not restorable.
+    pub(crate) unreached: Option<String>,
+    /// What is drawn beside the numbers.
+    pub(crate) details: Details,
+}
+
+/// The timelines of the catalog, and their ranges.
+pub(super) fn read_ranges<'a>(
+    archive: &'a Archive,
+    damaged: &DamagedWal,
+) -> Result<(Vec<KnownTimeline<bytes::Bytes>>, Ranges<'a>)> {
+    let timelines = archive.catalog().branches()?;
+    let mut index = Ranges {
+        archive,
+        of: BTreeMap::new(),
+        damaged: Vec::new(),
+    };
+    for (branch, ..) in &timelines {
+        let mut ranges = archive.catalog().ranges(*branch, Lsn::ZERO, Lsn::MAX)?;
+        if !damaged.is_empty() {
+            ranges.retain(|range| {
+                let damage = damaged.get(&range.key(archive.catalog().identity()));
+                let damage = damage.map(|damage| (range.clone(), damage.clone()));
+                index.damaged.extend(damage.clone());
+                damage.is_none()
+            });
+        }
+        index.of.insert(*branch, ranges);
+    }
+    Ok((timelines, index))
 }
 
 impl Marks {
@@ -55,43 +83,16 @@ impl Marks {
         archive
             .repository()
             .add_outcomes(system, &mut self.outcomes)?;
-        self.check_damaged(archive)
+        self.repaired.check(archive, self.outcomes.values())
     }
 
-    /// Checks the WAL that the newest verification found damaged: it may have been repaired or
-    /// replaced since.
-    fn check_damaged(&mut self, archive: &Archive) -> Result<()> {
-        let verdicts = self.outcomes.values();
-        let verdicts = verdicts.filter(|outcome| outcome.kind == OutcomeKind::Verify);
-        let Some(verdict) = verdicts.max_by_key(|outcome| outcome.finished) else {
-            return Ok(());
-        };
-        let is_fresh = |(id, at): &(BackupId, Instant)| {
-            *id == verdict.id && (self.damaged.is_empty() || at.elapsed() < CHECK_INTERVAL)
-        };
-        if self.checked.as_ref().is_some_and(is_fresh) {
-            return Ok(());
-        }
-        let wal = *archive.identity();
-        let places = archive.repository().place_urls();
-        let mut damaged = BTreeSet::new();
-        for (number, key) in damaged_wal(verdict, &places).into_keys().enumerate() {
-            if number >= CHECKS_MAX || archive.repository().wal_problem(&key, wal)?.is_some() {
-                damaged.insert(key);
-            }
-        }
-        self.checked = Some((verdict.id.clone(), Instant::now()));
-        self.damaged = damaged;
-        Ok(())
-    }
-
-    /// Returns the restorable window, the reason why the server's present is not restorable, and
-    /// the details.
+    /// Judges what the catalog has. Returns `None` before the first update if WAL seems to be
+    /// missing: the next one confirms it, and until then nothing is known.
     pub(crate) fn look(
         &mut self,
         archive: &Archive,
         backups: &[BackupInfo],
-    ) -> Result<(WindowReport, Option<String>, Details)> {
+    ) -> Result<Option<Update>> {
         let mut details = Details {
             backups: backups.iter().map(backup_report).collect(),
             outcomes: self.outcomes.values().cloned().collect(),
@@ -99,22 +100,14 @@ impl Marks {
         };
         details.outcomes.sort_by_key(|outcome| outcome.finished);
         let expired = archive.catalog().expired()?;
+        details.repaired = self.repaired.keys().clone();
+        let (of_backups, of_wal) = find_damaged(archive, self.outcomes.values(), &details.repaired);
         let mut all = BTreeSet::new();
-        let timelines = archive.catalog().branches()?;
-        let mut index = Ranges {
-            archive,
-            of: BTreeMap::new(),
-        };
+        let (timelines, index) = read_ranges(archive, &of_wal)?;
         for (branch, history, _) in &timelines {
             let branch = *branch;
-            let ranges = archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)?;
-            let is_whole = |range: &WalRange| {
-                !self
-                    .damaged
-                    .contains(&range.key(archive.catalog().identity()))
-            };
-            let (ranges, damaged): (Vec<_>, Vec<_>) = ranges.into_iter().partition(is_whole);
-            for range in &ranges {
+            let ranges = index.of.get(&branch).map_or(&[][..], Vec::as_slice);
+            for range in ranges {
                 let key = (branch, range.start_lsn, range.end_lsn);
                 if self.seen.insert(key) {
                     self.remember(archive, range)?;
@@ -124,8 +117,14 @@ impl Marks {
             if let Some(switch) = history
                 .as_ref()
                 .and_then(|history| history.ancestors.last())
-                && let Some(time) = ranges.iter().filter_map(|range| range.min_time).min()
+                && let Some(time) = first_commit(&index, ranges, switch.switch_lsn)?
             {
+                // A segment that was missing may have an earlier commit.
+                self.marks.retain(|_, mark| {
+                    mark.kind != MarkKind::Switch
+                        || mark.timeline != branch.timeline
+                        || mark.lsn != switch.switch_lsn
+                });
                 let mark = Mark {
                     kind: MarkKind::Switch,
                     time,
@@ -138,8 +137,14 @@ impl Marks {
                 };
                 self.marks.insert((time, mark.lsn), mark);
             }
-            join(&mut details, (&ranges, &damaged), archive.gaps(), &expired);
-            index.of.insert(branch, ranges);
+            let holes = Holes {
+                branch,
+                declared: archive.gaps(),
+                damaged: &index.damaged,
+                expired: &expired,
+                backups,
+            };
+            holes.join(&mut details, ranges);
         }
         self.seen.retain(|key| all.contains(key));
         while self.marks.len() > MARKS_MAX {
@@ -147,11 +152,7 @@ impl Marks {
         }
         details.failover_losses = archive.losses().all();
         details.marks = self.marks.values().cloned().collect();
-        let verdict = details.newest(OutcomeKind::Verify);
-        let places = archive.repository().place_urls();
-        let damaged = verdict.map(|verdict| damaged_backups(verdict, &places));
-        let damaged = damaged.unwrap_or_default();
-        let is_whole = |backup: &&BackupInfo| !damaged.contains_key(&backup.id);
+        let is_whole = |backup: &&BackupInfo| !of_backups.contains_key(&backup.id);
         let whole: Vec<BackupInfo> = backups.iter().filter(is_whole).cloned().collect();
         let look = Look {
             index: &index,
@@ -163,12 +164,17 @@ impl Marks {
         };
         let judgement = look.judge()?;
         self.missing = judgement.missing;
+        self.is_known |= judgement.missing.is_none() || judgement.unreached.is_some();
         details.restorable = judgement.ranges;
         details.gaps.extend(judgement.minimal);
         details.judged = judgement.judged;
         let surplus = details.ranges.len().saturating_sub(RANGES_MAX);
         details.ranges.drain(..surplus);
-        Ok((judgement.window, judgement.unreached, details))
+        Ok(self.is_known.then_some(Update {
+            window: judgement.window,
+            unreached: judgement.unreached,
+            details,
+        }))
     }
 
     fn remember(&mut self, archive: &Archive, range: &WalRange) -> Result<()> {
@@ -211,6 +217,22 @@ impl Marks {
     }
 }
 
+/// The time of the first transaction at `from` or later. The segment of a switch begins with a copy
+/// of the parent's WAL.
+fn first_commit(index: &Ranges<'_>, ranges: &[WalRange], from: Lsn) -> Result<Option<PgTimestamp>> {
+    for range in ranges.iter().filter(|range| range.transaction_count > 0) {
+        if range.start_lsn >= from {
+            return Ok(range.min_time);
+        }
+        let ends = index.transactions(range)?.into_iter();
+        let own = ends.filter(|end| end.lsn >= from).map(|end| end.time).min();
+        if own.is_some() {
+            return Ok(own);
+        }
+    }
+    Ok(None)
+}
+
 fn backup_report(backup: &BackupInfo) -> BackupReport {
     BackupReport {
         id: backup.id.clone(),
@@ -222,69 +244,99 @@ fn backup_report(backup: &BackupInfo) -> BackupReport {
     }
 }
 
-/// Joins ranges that follow each other without a gap, and lists the missing parts between them.
-fn join(
-    details: &mut Details,
-    (ranges, damaged): (&[WalRange], &[WalRange]),
-    declared: &[DeclaredGap],
-    expired: &ExpiredSet,
-) {
-    let mut open: Option<HeldRange> = None;
-    for range in ranges {
-        match &mut open {
-            Some(held) if range.start_lsn <= held.end_lsn => {
-                held.end_lsn = held.end_lsn.max(range.end_lsn);
-                held.from = earliest(held.from, range.min_time);
-                held.to = held.to.max(range.max_time);
-            }
-            _ => {
-                if let Some(before) = open.take() {
-                    let (from, to) = (before.end_lsn, range.start_lsn);
-                    let lacks = !expired.not_expired(range.branch, from, to).is_empty();
-                    if lacks && details.gaps.len() < RANGES_MAX {
-                        details.gaps.push(gap(&before, range, declared, damaged));
-                    }
-                    details.ranges.push(before);
+/// The causes of missing WAL on a branch, and what tells its times.
+struct Holes<'a> {
+    branch: Branch,
+    declared: &'a [DeclaredGap],
+    damaged: &'a [(WalRange, Damage)],
+    expired: &'a ExpiredSet,
+    backups: &'a [BackupInfo],
+}
+
+impl Holes<'_> {
+    /// Joins ranges that follow each other without a gap, and lists the missing parts between them.
+    fn join(&self, details: &mut Details, ranges: &[WalRange]) {
+        let mut open: Option<HeldRange> = None;
+        for (number, range) in ranges.iter().enumerate() {
+            match &mut open {
+                Some(held) if range.start_lsn <= held.end_lsn => {
+                    held.end_lsn = held.end_lsn.max(range.end_lsn);
+                    held.from = earliest(held.from, range.min_time);
+                    held.to = held.to.max(range.max_time);
                 }
-                open = Some(HeldRange {
-                    branch: range.branch,
-                    timeline: range.branch.timeline,
-                    start_lsn: range.start_lsn,
-                    end_lsn: range.end_lsn,
-                    from: range.min_time,
-                    to: range.max_time,
-                });
+                _ => {
+                    if let Some(before) = open.take() {
+                        let (from, to) = (before.end_lsn, range.start_lsn);
+                        let lacks = !self.expired.not_expired(self.branch, from, to).is_empty();
+                        if lacks && details.gaps.len() < RANGES_MAX {
+                            details
+                                .gaps
+                                .push(self.gap((from, to), ranges.split_at(number)));
+                        }
+                        details.ranges.push(before);
+                    }
+                    open = Some(HeldRange {
+                        branch: range.branch,
+                        timeline: range.branch.timeline,
+                        start_lsn: range.start_lsn,
+                        end_lsn: range.end_lsn,
+                        from: range.min_time,
+                        to: range.max_time,
+                    });
+                }
+            }
+        }
+        details.ranges.extend(open);
+        // Damage before everything that is held, or after it.
+        for (range, _) in self.damaged {
+            let is_listed = details.gaps.iter().any(|gap| {
+                gap.branch == range.branch
+                    && gap.from_lsn <= range.start_lsn
+                    && range.end_lsn <= gap.to_lsn
+            });
+            if range.branch == self.branch && !is_listed {
+                let hole = (range.start_lsn, range.end_lsn);
+                let place = ranges.partition_point(|held| held.start_lsn < range.start_lsn);
+                details.gaps.push(self.gap(hole, ranges.split_at(place)));
             }
         }
     }
-    details.ranges.extend(open);
-}
 
-fn gap(
-    before: &HeldRange,
-    next: &WalRange,
-    declared: &[DeclaredGap],
-    damaged: &[WalRange],
-) -> GapReport {
-    let known = declared.iter().find(|gap| {
-        gap.branch == next.branch && gap.to_lsn > before.end_lsn && gap.from_lsn < next.start_lsn
-    });
-    let is_here =
-        |range: &WalRange| range.end_lsn > before.end_lsn && range.start_lsn < next.start_lsn;
-    let cause = match known {
-        Some(gap) => format!("declared lost: {}", gap.reason),
-        None if damaged.iter().any(is_here) => {
-            "objects are damaged in the repository; run `wal-archiver verify`".to_owned()
+    /// The gap between the ranges before it and those after it.
+    fn gap(&self, (from, to): (Lsn, Lsn), sides: (&[WalRange], &[WalRange])) -> GapReport {
+        let overlaps = |start: Lsn, end: Lsn| start < to && end > from;
+        let is_damaged = |(range, _): &&(WalRange, Damage)| {
+            range.branch == self.branch && overlaps(range.start_lsn, range.end_lsn)
+        };
+        let is_declared =
+            |gap: &&DeclaredGap| gap.branch == self.branch && overlaps(gap.from_lsn, gap.to_lsn);
+        let damaged = self.damaged.iter().find(is_damaged);
+        let cause = match (damaged, self.declared.iter().find(is_declared)) {
+            (Some((_, damage)), _) => format!("damaged: {damage}"),
+            (None, Some(gap)) => format!("declared lost: {}", gap.reason),
+            (None, None) => {
+                "objects are missing in the repository; run `wal-archiver verify`".to_owned()
+            }
+        };
+        let of_branch = self.backups.iter().filter(|one| one.branch == self.branch);
+        let backups_before = of_branch.clone().filter(|backup| backup.stop_lsn <= from);
+        let backups_after = of_branch.filter(|backup| backup.start_lsn >= to);
+        let last = sides.0.iter().map(|range| range.max_time.max(range.proven));
+        let first = sides.1.iter().map(|range| range.min_time.or(range.proven));
+        GapReport {
+            branch: self.branch,
+            from_lsn: from,
+            to_lsn: to,
+            after: last
+                .max()
+                .flatten()
+                .or(backups_before.map(|backup| backup.finished).max()),
+            before: first
+                .flatten()
+                .chain(backups_after.map(|backup| backup.finished))
+                .min(),
+            cause,
         }
-        None => "objects are missing in the repository; run `wal-archiver verify`".to_owned(),
-    };
-    GapReport {
-        branch: next.branch,
-        from_lsn: before.end_lsn,
-        to_lsn: next.start_lsn,
-        after: before.to,
-        before: next.min_time,
-        cause,
     }
 }
 
@@ -293,88 +345,4 @@ fn earliest(one: Option<PgTimestamp>, other: Option<PgTimestamp>) -> Option<PgTi
         (Some(one), Some(other)) => Some(one.min(other)),
         (one, other) => one.or(other),
     }
-}
-
-/// A commit near an instant.
-#[derive(Clone, Debug, serde::Serialize)]
-pub(crate) struct NearCommit {
-    pub(crate) time: PgTimestamp,
-    pub(crate) lsn: Lsn,
-    pub(crate) xid: u32,
-    pub(crate) timeline: wal_format::TimelineId,
-    /// Flags of `pitr-restore` that keep this commit as the last one.
-    pub(crate) flags: String,
-}
-
-/// The nearest commits around an instant.
-#[derive(Clone, Debug, serde::Serialize)]
-pub(crate) struct Located {
-    pub(crate) time: PgTimestamp,
-    pub(crate) before: Option<NearCommit>,
-    pub(crate) after: Option<NearCommit>,
-}
-
-/// Returns the last commit at or before `time` and the first one after it. Aborted transactions are
-/// ignored because they are not restore targets.
-pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
-    let mut found = Located {
-        time,
-        before: None,
-        after: None,
-    };
-    for (branch, history, _) in archive.catalog().branches()? {
-        // The segment of a switch begins with a copy of the parent's WAL. Commits in that copy
-        // belong to the parent.
-        let timeline_at = |lsn: Lsn| {
-            let history = history.as_ref();
-            history.map_or(branch.timeline, |history| history.timeline_at(lsn))
-        };
-        for range in archive.catalog().ranges(branch, Lsn::ZERO, Lsn::MAX)? {
-            let (Some(min), Some(max)) = (range.min_time, range.max_time) else {
-                continue;
-            };
-            let better_before = min <= time
-                && found
-                    .before
-                    .as_ref()
-                    .is_none_or(|known| max.min(time) >= known.time);
-            let better_after =
-                max > time && found.after.as_ref().is_none_or(|known| min < known.time);
-            if !better_before && !better_after {
-                continue;
-            }
-            for end in archive.catalog().transactions(&range)? {
-                if !end.kind.is_commit() {
-                    continue;
-                }
-                let near = || NearCommit {
-                    time: end.time,
-                    lsn: end.lsn,
-                    xid: end.xid,
-                    timeline: timeline_at(end.lsn),
-                    flags: format!(
-                        "--target-lsn {} --target-timeline {}",
-                        end.lsn,
-                        timeline_at(end.lsn)
-                    ),
-                };
-                if end.time <= time {
-                    if found
-                        .before
-                        .as_ref()
-                        .is_none_or(|known| end.time >= known.time)
-                    {
-                        found.before = Some(near());
-                    }
-                } else if found
-                    .after
-                    .as_ref()
-                    .is_none_or(|known| end.time < known.time)
-                {
-                    found.after = Some(near());
-                }
-            }
-        }
-    }
-    Ok(found)
 }

@@ -3,9 +3,11 @@
 //!
 //! Computed every few seconds from the catalog and the repository's outcomes, and read from memory.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 use wal_format::{
-    BackupId, Branch, FailoverLoss, Lsn, Outcome, OutcomeKind, PgTimestamp, TimelineId,
+    BackupId, Branch, FailoverLoss, Lsn, ObjectKey, Outcome, OutcomeKind, PgTimestamp, TimelineId,
 };
 
 use super::{BackupReport, RtoReport};
@@ -57,9 +59,9 @@ pub struct GapReport {
     pub from_lsn: Lsn,
     /// The first byte after the gap.
     pub to_lsn: Lsn,
-    /// The time of the last commit before the gap.
+    /// The last known time of the WAL before the gap.
     pub after: Option<PgTimestamp>,
-    /// The time of the first commit after the gap.
+    /// The first known time after the gap.
     pub before: Option<PgTimestamp>,
     /// The cause, as text.
     pub cause: String,
@@ -112,6 +114,9 @@ pub struct Details {
     pub backups: Vec<BackupReport>,
     /// Outcomes of drills, failed backups, retention runs and verifications, oldest first.
     pub outcomes: Vec<Outcome>,
+    /// WAL that the newest verification found damaged and that is intact again.
+    #[serde(skip)]
+    pub(crate) repaired: BTreeSet<ObjectKey>,
     /// Keys of objects that the catalog found damaged.
     pub damaged: Vec<String>,
 }

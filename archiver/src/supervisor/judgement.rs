@@ -55,7 +55,14 @@ impl Supervisor {
                 tracing::warn!(cluster = %self.settings.name, %error, "not streaming; retrying");
             }
         }
+        let is_of_repository = matches!(&error, Error::Repository(error) if error.is_answer());
         self.status.note(|facts| {
+            // The same text in both: the primary was not asked.
+            if is_of_repository {
+                facts.repository_error = Some(message.clone());
+            } else if facts.repository_error == facts.stream_error {
+                facts.repository_error = None;
+            }
             facts.stream_error = Some(message);
             facts.broken = broken;
         });

@@ -106,10 +106,11 @@ impl MirroredStore {
         }
     }
 
-    /// Returns the places in the order in which they are queried: those that are away last.
+    /// Returns the places in the order in which they are queried: those that are away or hang last.
     fn in_order(&self) -> impl Iterator<Item = &Arc<Member>> {
-        let here = self.members.iter().filter(|member| !member.is_away());
-        here.chain(self.members.iter().filter(|member| member.is_away()))
+        let all = self.members.iter();
+        let (last, first): (Vec<_>, Vec<_>) = all.partition(|member| member.is_last_choice());
+        first.into_iter().chain(last)
     }
 
     /// Returns the first answer that is not "absent". Returns `None` only if every place proved the

@@ -71,11 +71,17 @@ fn first_kept(
 }
 
 /// Returns the latest time in the last archived range before the backup that has any transactions.
+/// `None` if WAL is missing after that range, because a later time may have been in it.
 fn greatest_before(inventory: &dyn Inventory, coverage: &Coverage) -> Result<Option<PgTimestamp>> {
     let start = coverage.start_lsn;
+    let mut held_from = start;
     for part in coverage.path.iter().rev().filter(|part| part.from < start) {
         let to = part.to.min(start);
         for range in inventory.ranges(part.branch, part.from, to)?.iter().rev() {
+            if range.end_lsn < held_from.min(to) {
+                return Ok(None);
+            }
+            held_from = range.start_lsn;
             if range.transaction_count == 0 {
                 continue;
             }

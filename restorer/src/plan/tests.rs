@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use repository::{ClusterIdentity, Damage, DamagedBackups, WalRange, WalRangeKind};
 use wal_format::{
-    BackupKind, CheckpointKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary,
+    BackupKind, Branch, CheckpointKind, PgVersion, SealedHeader, SegmentSize, SegmentSummary,
     SystemIdentifier, TimelineHistory, TransactionEndKind, WalEvent,
 };
 
@@ -308,6 +308,35 @@ fn aborts_stop_recovery_and_late_commits_are_listed() {
         (plan.late_commit_count, plan.late_commits[0].lsn),
         (1, Lsn(1700 * 8))
     );
+}
+
+#[test]
+fn a_time_in_missing_wal_before_a_backup_is_not_reached() {
+    const SECOND: i64 = 1_000_000;
+    // A commit at 10 s, one at 20 s that gets lost, a backup at 30 s, and a commit at 40 s.
+    let ends = [
+        (10, 10 * SECOND, true),
+        (600, 20 * SECOND, true),
+        (1800, 40 * SECOND, true),
+    ];
+    let newer = backup(3, 3 * RANGE, 3 * RANGE + 80);
+    let mut archive = memory(&ends, vec![newer], 4 * RANGE, 50 * SECOND);
+    let (range, summary) = archive.ranges.get_mut(&(3 * RANGE)).expect("a range");
+    let checkpoint = WalEvent::Checkpoint {
+        kind: CheckpointKind::Online,
+        redo_lsn: Lsn(3 * RANGE),
+        timeline: wal_format::TimelineId::FIRST,
+        time: PgTimestamp(30 * SECOND),
+        next_xid: 1000,
+    };
+    summary.events.push((Lsn(3 * RANGE), checkpoint));
+    range.first_record_lsn = Some(Lsn(3 * RANGE));
+    archive.ranges.remove(&RANGE);
+    let found = plan_restore(&archive, &time(35 * SECOND), &Wishes::default());
+    assert!(found.is_ok(), "{found:?}");
+    // The state at 15 s lacks the commit that the backup contains.
+    let error = refusal(&archive, &time(15 * SECOND));
+    assert!(matches!(error, PlanError::TooEarly { .. }), "{error}");
 }
 
 #[test]

@@ -90,7 +90,7 @@
     dt.textContent = term;
     dd.textContent = commit
       ? `${commit.time.slice(0, 23).replace("T", " ")}Z · transaction ${commit.xid} · LSN ${commit.lsn} · timeline ${commit.timeline}`
-      : "none in the archive";
+      : "none that the restore replays";
     row.append(dt, dd);
     return row;
   };
@@ -110,11 +110,24 @@
       const answer = await fetch(`/api/v1/clusters/${cluster}/locate?time=${encodeURIComponent(at + (at.length === 16 ? ":00Z" : "Z"))}`);
       const found = await answer.json();
       if (!answer.ok) { say(found.detail, "error"); return; }
+      if (!found.command) {
+        say(`This instant cannot be restored: ${found.refusal}.`, "error");
+        for (const near of found.nearest) {
+          const [hint, box, pre] = ["p", "div", "pre"].map((name) => document.createElement(name));
+          hint.className = "hint";
+          hint.textContent = `Nearest: ${near.time.slice(0, 19).replace("T", " ")}Z`;
+          box.className = "command";
+          pre.tabIndex = 0;
+          pre.textContent = near.command;
+          box.append(pre);
+          picked.append(hint, box);
+        }
+        return;
+      }
       const list = document.createElement("dl");
       list.className = "commits";
       list.append(line("Last commit kept", found.before), line("First commit dropped", found.after));
       picked.replaceChildren(list);
-      if (!found.command) return;
       const [box, pre, copy, hint] = ["div", "pre", "button", "p"].map((name) => document.createElement(name));
       box.className = "command";
       pre.id = "command";

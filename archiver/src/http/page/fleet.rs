@@ -52,7 +52,7 @@ pub(in crate::http) fn fleet(reports: &[ClusterReport], guarded: bool) -> String
         );
         let latest = report
             .window
-            .latest_commit
+            .latest
             .map_or_else(|| "unknown".to_owned(), instant);
         let _ = write!(
             body,

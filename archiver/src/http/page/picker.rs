@@ -5,10 +5,10 @@ use std::fmt::Write as _;
 
 use super::{
     View,
-    format::{escape, instant},
+    format::{code, escape, instant},
     strip::Axis,
 };
-use crate::{http::api::restore_command, pipeline::window::Located};
+use crate::{http::api::restore_command, pipeline::nearest::Located};
 
 pub(super) fn render(out: &mut String, view: &View<'_>) {
     let axis = Axis::of(view);
@@ -47,13 +47,16 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
 }
 
 fn found(out: &mut String, view: &View<'_>, located: &Located) {
+    let Some(flags) = &located.flags else {
+        return refused(out, view, located);
+    };
     out.push_str("<dl class=\"commits\">");
     for (term, commit) in [
         ("Last commit kept", &located.before),
         ("First commit dropped", &located.after),
     ] {
         let text = commit.as_ref().map_or_else(
-            || "none in the archive".to_owned(),
+            || "none that the restore replays".to_owned(),
             |commit| {
                 let time = instant(commit.time);
                 format!(
@@ -65,13 +68,31 @@ fn found(out: &mut String, view: &View<'_>, located: &Located) {
         let _ = write!(out, "<div><dt>{term}</dt><dd>{text}</dd></div>");
     }
     out.push_str("</dl>");
-    if let Some(commit) = &located.before {
-        let command = restore_command(view.cluster, &commit.flags);
+    let _ = write!(
+        out,
+        "<div class=\"command\"><pre tabindex=\"0\" id=\"command\">{}</pre><button type=\"button\" id=\"copy\" hidden>Copy</button></div>\
+         <p class=\"hint\">Restores into a new directory. Add <code>--dry-run</code> to see the plan first.</p>",
+        escape(&restore_command(view.cluster, flags))
+    );
+}
+
+/// The reason why no restore leads to the instant, and the nearest instants that can be restored.
+fn refused(out: &mut String, view: &View<'_>, located: &Located) {
+    let refusal = located
+        .refusal
+        .as_deref()
+        .unwrap_or("the reason is not known");
+    let _ = write!(
+        out,
+        "<p class=\"error\">This instant cannot be restored: {}.</p>",
+        code(refusal)
+    );
+    for near in &located.nearest {
         let _ = write!(
             out,
-            "<div class=\"command\"><pre tabindex=\"0\" id=\"command\">{}</pre><button type=\"button\" id=\"copy\" hidden>Copy</button></div>\
-             <p class=\"hint\">Restores into a new directory. Add <code>--dry-run</code> to see the plan first.</p>",
-            escape(&command)
+            "<p class=\"hint\">Nearest: {}</p><div class=\"command\"><pre tabindex=\"0\">{}</pre></div>",
+            instant(near.time),
+            escape(&restore_command(view.cluster, &near.flags))
         );
     }
 }

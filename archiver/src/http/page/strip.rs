@@ -153,16 +153,14 @@ fn row(
         let (Some(from), Some(mut to)) = (range.from, range.to) else {
             continue;
         };
-        // The newest range extends to the last time at which the repository was proved complete,
-        // because an idle server does not have a gap.
+        // The newest range reaches to where the repository proves that nothing is missing.
         let is_last =
             last.is_some_and(|last| (last.branch, last.end_lsn) == (range.branch, range.end_lsn));
         if newest == Some(timeline)
             && is_last
-            && view.report.window.refusal.is_none()
-            && let Some(caught_up) = view.report.caught_up_as_of
+            && let Some(latest) = view.report.window.latest
         {
-            to = to.max(caught_up);
+            to = to.max(latest);
         }
         let title = format!("Restorable: WAL {} to {}", range.start_lsn, range.end_lsn);
         bar("held", from, to, &title)?;

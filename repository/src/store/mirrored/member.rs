@@ -40,6 +40,10 @@ const QUEUE_BYTES_MAX: usize = 256 << 20;
 /// The first and the longest pause before a place that failed is tried again.
 const AWAY_MIN: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(30);
+/// The time after which a place that has not answered a request counts as failing, and the rate at
+/// which a large object may take longer.
+const ANSWER_MAX: Duration = Duration::from_secs(15);
+const RATE_MIN: usize = 256 << 10;
 /// The interval at which places are compared even if none was away: a backup of another program may
 /// be in one place only.
 const COMPARE_EVERY: Duration = Duration::from_secs(24 * 3600);
@@ -58,7 +62,8 @@ pub struct MemberState {
     pub behind: bool,
     /// The age of the oldest object that the place lacks, in seconds; 0 when it is synchronized.
     pub lag_seconds: f64,
-    /// The reason for which the place is skipped; `None` when it is not skipped.
+    /// The reason for which the place is skipped, or the time for which it has not answered; `None`
+    /// when neither applies.
     pub error: Option<String>,
 }
 
@@ -69,6 +74,9 @@ struct State {
     queued_bytes: usize,
     /// The time at which the job that is being executed was given.
     working: Option<Instant>,
+    /// The time since which the place has not answered the current request, and the bytes of that
+    /// request.
+    asked: Option<(Instant, usize)>,
     /// The time before which the place is not tried again, and the reason.
     away: Option<(Instant, String)>,
     /// With `away`: the system identifier and the problem, if the place is no longer the same as
@@ -95,6 +103,14 @@ impl State {
     fn miss(&mut self) {
         self.missed += 1;
         self.fall_behind();
+    }
+
+    /// Returns the time for which the place has not answered, if that is too long.
+    fn hangs(&self, now: Instant) -> Option<Duration> {
+        let (since, bytes) = self.asked?;
+        let transfer = Duration::from_secs((bytes / RATE_MIN) as u64);
+        let silent = now.saturating_duration_since(since);
+        (silent > ANSWER_MAX.saturating_add(transfer)).then_some(silent)
     }
 
     fn lag(&self) -> Duration {
@@ -129,6 +145,12 @@ impl Member {
         self.lock().away.is_some()
     }
 
+    /// True if another place is better asked first.
+    pub(super) fn is_last_choice(&self) -> bool {
+        let state = self.lock();
+        state.away.is_some() || state.hangs(Instant::now()).is_some()
+    }
+
     pub(super) fn keep_in_step(&self) {
         let mut state = self.lock();
         state.in_step = true;
@@ -145,7 +167,14 @@ impl Member {
             queued_bytes: state.queued_bytes,
             behind: state.behind.is_some(),
             lag_seconds: state.lag().as_secs_f64(),
-            error: state.away.as_ref().map(|(_, error)| error.clone()),
+            error: match (&state.away, state.hangs(Instant::now())) {
+                (Some((_, error)), _) => Some(error.clone()),
+                (None, Some(silent)) => {
+                    let seconds = silent.as_secs();
+                    Some(format!("it has not answered a request for {seconds} s"))
+                }
+                (None, None) => None,
+            },
         }
     }
 
@@ -234,12 +263,14 @@ impl Member {
         loop {
             let mut state = self.lock();
             if let Some((given, job)) = state.queue.pop_front() {
-                state.working = Some(given);
-                drop(state);
                 let bytes = job.bytes();
+                state.working = Some(given);
+                state.asked = Some((Instant::now(), bytes));
+                drop(state);
                 self.act(job);
                 let mut state = self.lock();
                 state.working = None;
+                state.asked = None;
                 state.queued_bytes -= bytes;
                 drop(state);
                 self.changed.notify_all();
@@ -407,5 +438,24 @@ fn refusal(
             problem: format!("passed over: {problem}"),
             transient: true,
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_without_an_answer_hangs_after_a_time_that_grows_with_its_bytes() {
+        let began = Instant::now();
+        let seconds = |seconds| began + Duration::from_secs(seconds);
+        let mut state = State::default();
+        assert_eq!(state.hangs(seconds(60)), None, "nothing is asked");
+        state.asked = Some((began, 0));
+        assert_eq!(state.hangs(seconds(15)), None);
+        assert_eq!(state.hangs(seconds(16)), Some(Duration::from_secs(16)));
+        state.asked = Some((began, 64 << 20));
+        assert_eq!(state.hangs(seconds(270)), None, "it may still be sent");
+        assert!(state.hangs(seconds(272)).is_some());
     }
 }
