@@ -1,8 +1,12 @@
-//! Decides which alerts a report raises ([`firing`]), for users without Prometheus. Pure. The
-//! conditions are those of `monitoring/tidemark.rules.yml`.
+//! [`firing`]: the alerts that a report raises. Pure; the same conditions as
+//! `monitoring/tidemark.rules.yml`, for installations without Prometheus.
 //!
-//! Invariant: an unknown value never silences an alert that a known value raised. Every alert names
-//! the remedy.
+//! Invariant: an unknown fact never ends an alert that a known fact raised ([`is_decided`]).
+
+mod protection;
+mod table;
+
+pub use table::RULES;
 
 use serde::Serialize;
 use wal_format::PgTimestamp;
@@ -45,90 +49,35 @@ pub struct Alert {
     pub since: PgTimestamp,
 }
 
-/// Every alert with its severity and remedy. The page, the notifications, the metric, and the test
-/// that compares the Prometheus rules use this list.
-pub const RUNBOOK: [(&str, Severity, &str); 16] = [
-    (
-        "PitrRpoOverTarget",
-        Severity::Critical,
-        "More would be lost than you allow. Look at the stream and the repository below: whichever fails is named. When both work, the repository is slower than the WAL: raise seal_threads, or give it a faster network.",
-    ),
-    (
-        "PitrStreamDown",
-        Severity::Critical,
-        "No WAL arrives. Is PostgreSQL up, do host, port, password and pg_hba.conf still fit? `wal-archiver check` names what is refused. The slot keeps WAL on the server meanwhile.",
-    ),
-    (
-        "PitrBroken",
-        Severity::Critical,
-        "Archiving or restoring needs a person; the reason says what for. It is tried again by itself every 30 s where trying can help.",
-    ),
-    (
-        "PitrGap",
-        Severity::Critical,
-        "WAL is missing: a time inside the gap can not be restored. Take a base backup now (`wal-archiver backup`), so that everything after it can. If a standby or a copy of pg_wal has the range, name it in heal_from.",
-    ),
-    (
-        "PitrSlotAtRisk",
-        Severity::Warning,
-        "PostgreSQL will soon remove WAL that the archiver has not got. Make the archiver catch up, or raise max_slot_wal_keep_size.",
-    ),
-    (
-        "PitrSlotLost",
-        Severity::Critical,
-        "PostgreSQL removed WAL that the archiver had not got. It looks for it elsewhere, else declares it lost and takes a base backup. Raise max_slot_wal_keep_size.",
-    ),
-    (
-        "PitrSpoolNearFull",
-        Severity::Warning,
-        "The spool's disk is nearly full. Usually the repository does not take WAL: mend that first. Never delete files of the spool: they are the only copy.",
-    ),
-    (
-        "PitrRepositoryFailing",
-        Severity::Critical,
-        "The repository refuses or does not answer; the error is named. WAL waits in the spool and nothing is lost while it has room. Check credentials, network, quota.",
-    ),
-    (
-        "PitrBackupOverdue",
-        Severity::Warning,
-        "Run `wal-archiver backup`. The older the backup, the longer a restore replays WAL; without one nothing can be restored.",
-    ),
-    (
-        "PitrBackupFailed",
-        Severity::Warning,
-        "The last base backup failed; its message says why. Run `wal-archiver backup` after mending it.",
-    ),
-    (
-        "PitrExpireFailed",
-        Severity::Warning,
-        "Retention was not applied, so nothing is removed and the repository grows; the message says what stands in the way. Run `wal-archiver expire` after mending it.",
-    ),
-    (
-        "PitrDrillOverdue",
-        Severity::Warning,
-        "No recent restore drill has proved that a restore works. Restore to an empty directory with `pitr-restore --target-dir DIR --start`, and check the rows.",
-    ),
-    (
-        "PitrDrillFailed",
-        Severity::Critical,
-        "A restore was tried and failed: treat the archive as not restorable until a drill passes. Its message says where it stopped; `wal-archiver verify --deep` finds what is damaged.",
-    ),
-    (
-        "PitrCorruptObject",
-        Severity::Critical,
-        "Objects in the repository are damaged or missing. `wal-archiver verify` names them. Take a base backup now; restore the objects from a copy of the repository if there is one. What is lost for good is accepted with `wal-archiver verify --accept-loss`.",
-    ),
-    (
-        "PitrClockStep",
-        Severity::Warning,
-        "The server's clock and this host's differ. Restoring by time follows the server's clock: set both by NTP, and restore by LSN or transaction across the step.",
-    ),
-    (
-        "PitrCertificateExpiry",
-        Severity::Warning,
-        "The dashboard's certificate ends soon. Replace the file: it is read again by itself.",
-    ),
-];
+/// An entry of the table of alerts.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// Its name, also the Prometheus rule's.
+    pub name: &'static str,
+    /// How bad.
+    pub severity: Severity,
+    /// The condition with its threshold, in words.
+    pub condition: &'static str,
+    /// How long the condition must hold before the alert fires, here and in Prometheus.
+    pub patience_seconds: u32,
+    /// The same condition as a Prometheus expression.
+    pub expression: &'static str,
+    /// The summary in Prometheus.
+    pub rule_summary: &'static str,
+    /// The condition in the past tense, for the notification that it has ended.
+    pub past: &'static str,
+    /// Alerts that have the same cause. While one of their conditions holds, this alert is shown
+    /// and not sent, so that one fault pages once.
+    pub inhibited_by: &'static [&'static str],
+    /// What to do.
+    pub runbook: &'static str,
+}
+
+/// Returns the entry of an alert.
+#[must_use]
+pub fn rule(name: &str) -> Option<&'static Rule> {
+    RULES.iter().find(|rule| rule.name == name)
+}
 
 /// The greatest difference between two clocks that are set by NTP, in seconds.
 pub(crate) const CLOCK_OFFSET_SECONDS_MAX: f64 = 5.0;
@@ -138,15 +87,6 @@ pub(crate) const CERTIFICATE_SECONDS_MIN: f64 = 14.0 * 86_400.0;
 const SPOOL_SHARE_MAX: f64 = 0.9;
 /// The slot is at risk if less than this share of the WAL that it may retain is left.
 const SLOT_SHARE_MIN: f64 = 0.25;
-
-/// Returns the time, in seconds, for which a condition must hold before it raises an alert.
-#[must_use]
-pub fn patience_seconds(name: &str) -> f64 {
-    match name {
-        "PitrStreamDown" | "PitrRepositoryFailing" => 3.0,
-        _ => 0.0,
-    }
-}
 
 /// Returns the name and the summary of each condition that holds in `report`.
 #[must_use]
@@ -169,7 +109,8 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
         raise(
             "PitrGap",
             format!(
-                "WAL is missing in {gaps} place(s) with no base backup behind: later times can not be restored."
+                "WAL is missing in {gaps} place(s) with no base backup after the gap: later times \
+                 cannot be restored."
             ),
         );
     }
@@ -291,7 +232,29 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
             ),
         );
     }
+    protection::firing(report, &mut found);
     found
+}
+
+/// Returns true if `report` knows the facts that decide an alert. An alert that fires stays while
+/// they are unknown: after a restart, and while the primary cannot be reached.
+pub(crate) fn is_decided(name: &str, report: &ClusterReport) -> bool {
+    match name {
+        "PitrRpoOverTarget" => report.durable.remote.rpo_seconds.is_some(),
+        "PitrBroken" => report.state != State::Unknown,
+        "PitrGap" => report.window.open_gaps.is_some(),
+        "PitrSlotAtRisk" | "PitrSlotLost" | "PitrSlotInactive" | "PitrSlotMissing" => {
+            let slot = report.slot.as_ref();
+            report.slot_missing || slot.is_some_and(|slot| slot.wal_status.is_some())
+        }
+        "PitrSpoolNearFull" => report.counters.spool_limit_bytes.is_some(),
+        "PitrSpoolFilling" | "PitrOffsiteBehind" | "PitrRepositoryFailing" => {
+            report.looked && report.source.stream_connected
+        }
+        "PitrClockStep" => report.clock_offset_seconds.is_some(),
+        "PitrStreamDown" | "PitrCertificateExpiry" => true,
+        _ => report.looked,
+    }
 }
 
 /// Returns the state that the critical conditions of a report require, and its reason, so that the
@@ -299,26 +262,16 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
 pub(crate) fn worst_state(report: &ClusterReport) -> Option<(State, String)> {
     let critical = firing(report)
         .into_iter()
-        .find(|(name, _)| describe(name).0 == Severity::Critical);
+        .find(|(name, _)| rule(name).is_some_and(|rule| rule.severity == Severity::Critical));
     critical.map(|(name, summary)| {
         let state = match name {
-            // Another repository has all WAL, or the stream is being retried.
-            "PitrRepositoryFailing" | "PitrStreamDown" => State::Degraded,
+            // Another repository has all WAL, or the stream is being retried. What a failover lost
+            // stays lost, and the archive itself is whole.
+            "PitrFailoverLoss" | "PitrRepositoryFailing" | "PitrStreamDown" => State::Degraded,
             _ => State::AtRisk,
         };
         (state, summary.trim_end_matches('.').to_owned())
     })
-}
-
-/// Returns the severity and the remedy of an alert.
-#[must_use]
-pub fn describe(name: &str) -> (Severity, &'static str) {
-    RUNBOOK
-        .iter()
-        .find(|(known, ..)| *known == name)
-        .map_or((Severity::Warning, ""), |(_, severity, text)| {
-            (*severity, text)
-        })
 }
 
 fn slot_share(report: &ClusterReport) -> bool {
@@ -346,3 +299,6 @@ fn number(bytes: u64) -> f64 {
 fn micros(micros: i64) -> f64 {
     micros as f64 / 1e6
 }
+
+#[cfg(test)]
+mod tests;

@@ -62,6 +62,8 @@ pub struct ClusterStatus {
     beat: AtomicU64,
     instruments: Instruments,
     flush_duration: Histogram,
+    /// Failed repository requests by request and kind of failure.
+    repository_errors: Arc<Mutex<BTreeMap<(&'static str, &'static str), u64>>>,
 }
 
 /// The estimators' clock at the start of this process: far enough from 0 that the times of earlier
@@ -130,6 +132,8 @@ pub struct Facts {
     pub gap: Option<OpenGap>,
     /// Our slots on standbys, as last seen.
     pub standbys: Vec<StandbyReport>,
+    /// True if the server was last queried and had no slot of ours.
+    pub slot_missing: bool,
     /// The slot, as the server last reported it.
     pub slot_report: Option<SlotReport>,
     /// The restorable window, from the last check of the catalog.
@@ -142,8 +146,6 @@ pub struct Facts {
     pub looked: bool,
     /// The number of reconnects, by reason.
     pub reconnects: BTreeMap<&'static str, u64>,
-    /// The number of failed repository requests, by operation.
-    pub repository_errors: BTreeMap<&'static str, u64>,
 }
 
 impl ClusterStatus {
@@ -169,6 +171,7 @@ impl ClusterStatus {
             objects_locked: LockedObjects::default(),
             flushes: AtomicU64::new(0),
             beat: AtomicU64::new(0),
+            repository_errors: Arc::default(),
         }
     }
 
@@ -206,12 +209,27 @@ impl ClusterStatus {
     #[must_use]
     pub fn observer(&self) -> Observer {
         let (instruments, cluster) = (self.instruments.clone(), self.cluster.clone());
-        Arc::new(move |op, duration, answered| {
-            let outcome = if answered { "ok" } else { "error" };
+        let errors = Arc::clone(&self.repository_errors);
+        Arc::new(move |op, duration, failure| {
+            let outcome = if failure.is_none() { "ok" } else { "error" };
             instruments
                 .repository_request(&cluster, op, outcome)
                 .observe(duration.as_secs_f64());
+            if let Some(kind) = failure {
+                count_error(&errors, op, kind);
+            }
         })
+    }
+
+    /// The failed repository requests since the start, by request and kind of failure. A request
+    /// counts once, however often the store retried it.
+    #[must_use]
+    pub fn repository_errors(&self) -> Vec<(String, String, u64)> {
+        let errors = self.repository_errors.lock();
+        let errors = errors.unwrap_or_else(PoisonError::into_inner);
+        let each = errors.iter();
+        each.map(|((op, kind), count)| ((*op).to_owned(), (*kind).to_owned(), *count))
+            .collect()
     }
 
     /// The name of the cluster.
@@ -383,8 +401,12 @@ impl ClusterStatus {
         object: &str,
         error: &repository::Error,
     ) {
+        if operation == "start" {
+            // No repository is open yet whose requests are observed.
+            let kind = error.failure_kind().unwrap_or("other");
+            count_error(&self.repository_errors, "open", kind);
+        }
         self.note(|facts| {
-            *facts.repository_errors.entry(operation).or_default() += 1;
             let message = error.to_string();
             facts.repository_gone |= error.is_gone();
             if matches!(error, repository::Error::OlderState { .. }) {
@@ -435,4 +457,13 @@ impl ClusterStatus {
     fn lock(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn count_error(
+    errors: &Mutex<BTreeMap<(&'static str, &'static str), u64>>,
+    op: &'static str,
+    kind: &'static str,
+) {
+    let mut errors = errors.lock().unwrap_or_else(PoisonError::into_inner);
+    *errors.entry((op, kind)).or_default() += 1;
 }

@@ -26,6 +26,7 @@ use crate::{
     http::{HttpServer, Sources},
     instruments::Instruments,
     monitor::Monitor,
+    notifications::{Links, Notifier},
     notify::Notify,
     replication::ConnInfo,
     report::{ClusterReport, State},
@@ -93,7 +94,9 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
     validate(&settings)?;
     Descriptors::raise_limit(settings.clusters.len());
     let server = HttpServer::bind(http.unwrap_or(settings.http), &settings.http_access).await?;
-    tracing::info!(address = %server.address(), "serving HTTP");
+    let address = server.address();
+    tracing::info!(%address, "serving HTTP");
+    let links = Links::new(&settings, address);
     let mut daemon = Daemon {
         args,
         http: settings.http,
@@ -101,7 +104,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         tasks: JoinSet::new(),
         instruments: Instruments::default(),
         descriptors: Arc::default(),
-        monitor: Monitor::new(settings.notify),
+        monitor: Monitor::new(Notifier::start(settings.notify, links)),
         notify: Notify::from_environment(),
         line: String::new(),
         stopping: false,
@@ -112,6 +115,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         Arc::clone(&daemon.monitor),
         daemon.instruments.clone(),
         &settings.http_access,
+        address,
     )));
     for cluster in settings.clusters {
         daemon.start(cluster);

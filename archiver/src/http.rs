@@ -56,15 +56,20 @@ impl std::fmt::Debug for Sources {
 }
 
 impl Sources {
-    /// Creates sources that answer from `monitor`, for clients that `access` admits.
+    /// Creates sources that answer from `monitor` on `address`, for clients that `access` admits.
     #[must_use]
-    pub fn new(monitor: Arc<Monitor>, instruments: Instruments, access: &HttpAccess) -> Self {
+    pub fn new(
+        monitor: Arc<Monitor>,
+        instruments: Instruments,
+        access: &HttpAccess,
+        address: SocketAddr,
+    ) -> Self {
         let of = Arc::clone(&monitor);
         Self {
             reports: Arc::new(move || of.reports()),
             monitor,
             instruments,
-            access: Arc::new(Access::new(access)),
+            access: Arc::new(Access::new(access, address)),
             backups: Arc::new(Semaphore::new(1)),
         }
     }

@@ -23,6 +23,8 @@ impl MetricConstructor<Histogram> for Durations {
 /// The measurements of all clusters. A clone shares them.
 #[derive(Clone, Debug)]
 pub struct Instruments {
+    /// The time at which the process began to measure, which is its start.
+    pub(crate) started: jiff::Timestamp,
     pub(crate) flush_duration: Family<Labels, Histogram, Durations>,
     pub(crate) repository_request_duration: Family<Labels, Histogram, Durations>,
 }
@@ -30,6 +32,7 @@ pub struct Instruments {
 impl Default for Instruments {
     fn default() -> Self {
         Self {
+            started: jiff::Timestamp::now(),
             flush_duration: Family::new_with_constructor(Durations),
             repository_request_duration: Family::new_with_constructor(Durations),
         }

@@ -13,22 +13,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use repository::config::{ClusterSettings, NotifyTarget};
-use tokio::{
-    sync::{broadcast, mpsc},
-    time::MissedTickBehavior,
-};
+use repository::config::ClusterSettings;
+use tokio::{sync::broadcast, time::MissedTickBehavior};
 use wal_format::{Branch, ClusterName, OutcomeKind, PgTimestamp};
 
 use self::{
     events::{Event, Events},
-    series::{METRICS, Sample, Series},
+    series::{METRICS, Point, Sample, Series},
 };
 use crate::{
     alerts::{self, Alert, Severity},
     cluster_status::{CaughtUp, ClusterStatus},
-    notifications,
-    report::{ClusterReport, Details, State},
+    notifications::{Mailbox, Notifier},
+    report::{ClusterReport, Counters, Details, State},
 };
 
 /// The interval at which the clusters are checked.
@@ -38,15 +35,21 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const KEEP_INTERVAL: Duration = Duration::from_secs(2);
 /// The number of messages that a slow reader of the live stream may lag before it misses some.
 const STREAM_MESSAGES_MAX: usize = 256;
-/// The number of notifications that may wait for delivery.
-const NOTIFICATIONS_MAX: usize = 256;
+/// The time over which the growth of the spool is measured, in seconds.
+const GROWTH_SECONDS: u64 = 1800;
+
+/// The kinds of runs whose outcomes are reported.
+pub(crate) const RUNS: [OutcomeKind; 4] = [
+    OutcomeKind::Backup,
+    OutcomeKind::Drill,
+    OutcomeKind::Expire,
+    OutcomeKind::Verify,
+];
 
 /// The kind of event for a failover that lost commits.
 const FAILOVER: &str = "failover";
 /// A failover found longer ago than this, by any host, raises no notification.
 const FAILOVER_NEWS_MICROS: i64 = 86_400 * 1_000_000;
-/// The runbook text for a failover that lost commits.
-const FAILOVER_RUNBOOK: &str = "Commits that the old primary had confirmed are not on the new one. Their WAL is kept: `pitr-restore list` names each transaction, and a restore with --target-timeline of the old timeline shows their rows. Name the archiver and a standby in synchronous_standby_names, so that the next failover loses none.";
 
 /// A message of the live stream.
 #[derive(Clone, Debug)]
@@ -71,6 +74,7 @@ struct Recorded {
     series: Mutex<Series>,
     events: Mutex<Events>,
     book: Mutex<Book>,
+    mailbox: Arc<Mailbox>,
 }
 
 /// The state at the previous check.
@@ -83,6 +87,8 @@ struct Book {
     timeline: Option<u32>,
     backup: Option<String>,
     outcomes: BTreeMap<OutcomeKind, String>,
+    /// Runs that failed since the start.
+    failed: BTreeMap<OutcomeKind, u64>,
     /// The failovers that were reported, in this run or an earlier one.
     failovers: BTreeSet<(Branch, Branch)>,
     looked: bool,
@@ -98,23 +104,18 @@ struct Book {
 pub struct Monitor {
     clusters: RwLock<BTreeMap<ClusterName, Arc<Watched>>>,
     stream: broadcast::Sender<Message>,
-    notifications: Option<mpsc::Sender<notifications::Notification>>,
+    notifier: Arc<Notifier>,
     certificate_expiry: Mutex<Option<PgTimestamp>>,
 }
 
 impl Monitor {
     /// Creates a monitor without clusters. Sends alerts to `targets`.
     #[must_use]
-    pub fn new(targets: Vec<NotifyTarget>) -> Arc<Self> {
-        let notifications = (!targets.is_empty()).then(|| {
-            let (sender, receiver) = mpsc::channel(NOTIFICATIONS_MAX);
-            tokio::spawn(notifications::deliver(targets, receiver));
-            sender
-        });
+    pub fn new(notifier: Arc<Notifier>) -> Arc<Self> {
         Arc::new(Self {
             clusters: RwLock::default(),
             stream: broadcast::Sender::new(STREAM_MESSAGES_MAX),
-            notifications,
+            notifier,
             certificate_expiry: Mutex::default(),
         })
     }
@@ -131,6 +132,8 @@ impl Monitor {
                 for cluster in monitor.clusters() {
                     monitor.look(&cluster);
                 }
+                let notifier = &monitor.notifier;
+                notifier.finished_round(unix_second(), || monitor.reports());
             });
             drop(looked.await);
         }
@@ -146,10 +149,15 @@ impl Monitor {
                 let directory = settings.spool.join(name.as_str()).join("history");
                 // Without the directory, both are kept in memory only and log that.
                 drop(std::fs::create_dir_all(&directory));
+                let mailbox = self.notifier.open(&name, &directory);
                 Arc::new(Recorded {
                     series: Mutex::new(Series::open(&directory.join("series"))),
                     events: Mutex::new(Events::open(&directory.join("events"))),
-                    book: Mutex::default(),
+                    book: Mutex::new(Book {
+                        firing: mailbox.standing(),
+                        ..Book::default()
+                    }),
+                    mailbox,
                 })
             },
             |known| Arc::clone(&known.recorded),
@@ -175,9 +183,10 @@ impl Monitor {
         let gone = clusters.remove(name);
         drop(clusters);
         if let Some(cluster) = gone {
-            for alert in std::mem::take(&mut lock(&cluster.recorded.book).firing) {
-                self.notify(&cluster, &alert, false);
-            }
+            lock(&cluster.recorded.book).firing.clear();
+            let system = cluster.status.facts().system_identifier;
+            let mailbox = &cluster.recorded.mailbox;
+            self.notifier.update(mailbox, system, &[], |_| false);
         }
     }
 
@@ -218,23 +227,34 @@ impl Monitor {
     /// notifications wait.
     #[must_use]
     pub fn notify_test(&self) -> bool {
-        let Some(notifications) = &self.notifications else {
-            return false;
-        };
-        notifications
-            .try_send(notifications::Notification::test())
-            .is_ok()
+        self.notifier.send_test()
     }
 
     fn report(&self, cluster: &Watched) -> ClusterReport {
         let mut report = cluster.status.report(&cluster.settings);
         report.certificate_expiry = *lock(&self.certificate_expiry);
-        report.alerts = lock(&cluster.recorded.book).firing.clone();
+        let book = lock(&cluster.recorded.book);
+        report.alerts = book.firing.clone();
+        report.counters.runs_failed = book
+            .failed
+            .iter()
+            .map(|(kind, count)| (*kind, *count))
+            .collect();
+        drop(book);
         let (now, day) = (unix_second(), 86_400);
         let series = lock(&cluster.recorded.series);
         report.rpo_max_24h_seconds = series.greatest("rpo_remote", now, day).map(f64::from);
         report.wal_bytes_per_second = series.mean("received_bytes_per_second", now, 60);
+        let grown = series.query(
+            "spool_used_bytes",
+            now - GROWTH_SECONDS.min(now),
+            now + 1,
+            30,
+        );
         drop(series);
+        report.spool_full_in_seconds =
+            full_in_seconds(&report.counters, &grown.unwrap_or_default());
+        report.window_missing_seconds = window_missing_seconds(cluster, &report);
         if let (Some(slot), Some(rate)) = (&mut report.slot, report.wal_bytes_per_second) {
             #[expect(clippy::cast_precision_loss, reason = "a length of time to be read")]
             let safe = slot.safe_wal_bytes.map(|safe| safe as f64);
@@ -262,15 +282,6 @@ impl Monitor {
             }
             for summary in book.failovers(&report, &details, &events) {
                 said.push(events.add(FAILOVER, Severity::Critical.name(), &summary));
-                // A failover's loss is permanent: send one notification and never resolve it.
-                let alert = Alert {
-                    name: "PitrFailoverLoss",
-                    severity: Severity::Critical,
-                    summary,
-                    runbook: FAILOVER_RUNBOOK,
-                    since: report.as_of,
-                };
-                self.notify(cluster, &alert, true);
             }
             let (raised, resolved) = book.update(&report);
             for (what, alerts) in [("alert", raised), ("resolved", resolved)] {
@@ -287,13 +298,26 @@ impl Monitor {
                     };
                     let message = format!("{}: {over}{}", alert.name, alert.summary);
                     said.push(events.add(what, severity, &message));
-                    self.notify(cluster, &alert, what == "alert");
                     self.send("alert", &serde_json::json!({
                         "cluster": cluster.settings.name, "resolved": what != "alert", "alert": alert,
                     }));
                 }
             }
         }
+        let book = lock(&cluster.recorded.book);
+        let (firing, holds) = (book.firing.clone(), book.holds.clone());
+        drop(book);
+        let is_inhibited = |name: &str| {
+            alerts::rule(name).is_some_and(|rule| {
+                let mut causes = rule.inhibited_by.iter();
+                causes.any(|cause| {
+                    holds.contains_key(cause) || firing.iter().any(|alert| alert.name == *cause)
+                })
+            })
+        };
+        let system = report.source.system_identifier;
+        let mailbox = &cluster.recorded.mailbox;
+        self.notifier.update(mailbox, system, &firing, is_inhibited);
         for event in said {
             self.send(
                 "event",
@@ -303,20 +327,6 @@ impl Monitor {
             );
         }
         self.send("status", &self.report(cluster));
-    }
-
-    fn notify(&self, cluster: &Watched, alert: &Alert, fires: bool) {
-        let Some(notifications) = &self.notifications else {
-            return;
-        };
-        let notification =
-            notifications::Notification::new(cluster.settings.name.as_str(), alert.clone(), fires);
-        if notifications.try_send(notification).is_err() {
-            tracing::error!(
-                alert = alert.name,
-                "too many notifications wait; this one is not sent"
-            );
-        }
     }
 
     fn send<T: serde::Serialize>(&self, event: &'static str, data: &T) {
@@ -424,12 +434,7 @@ impl Book {
             }
             self.backup = newest;
         }
-        for kind in [
-            OutcomeKind::Backup,
-            OutcomeKind::Drill,
-            OutcomeKind::Expire,
-            OutcomeKind::Verify,
-        ] {
+        for kind in RUNS {
             let Some(outcome) = details.newest(kind) else {
                 continue;
             };
@@ -439,6 +444,7 @@ impl Book {
                     let (severity, how) = if outcome.passed {
                         ("info", "passed")
                     } else {
+                        *self.failed.entry(kind).or_default() += 1;
                         ("critical", "failed")
                     };
                     news.push((
@@ -490,18 +496,32 @@ impl Book {
             .retain(|name, _| conditions.iter().any(|(holds, _)| holds == name));
         let mut firing = Vec::new();
         for (name, summary) in conditions {
-            let since = *self.holds.entry(name).or_insert(report.as_of);
-            #[expect(clippy::cast_precision_loss, reason = "seconds")]
-            let held = report.as_of.micros_since(since) as f64 / 1e6;
-            if held >= alerts::patience_seconds(name) {
-                let (severity, runbook) = alerts::describe(name);
+            let Some(rule) = alerts::rule(name) else {
+                continue;
+            };
+            // An alert that fires, perhaps since an earlier run, keeps its beginning.
+            let known = self.firing.iter().find(|alert| alert.name == name);
+            let known = known.map(|alert| alert.since);
+            let since = *self
+                .holds
+                .entry(name)
+                .or_insert(known.unwrap_or(report.as_of));
+            let held = report.as_of.micros_since(since);
+            if known.is_some() || held >= i64::from(rule.patience_seconds) * 1_000_000 {
                 firing.push(Alert {
                     name,
-                    severity,
+                    severity: rule.severity,
                     summary,
-                    runbook,
+                    runbook: rule.runbook,
                     since,
                 });
+            }
+        }
+        for alert in &self.firing {
+            let is_over =
+                self.holds.contains_key(alert.name) || alerts::is_decided(alert.name, report);
+            if !is_over {
+                firing.push(alert.clone());
             }
         }
         firing.sort_by_key(|alert| std::cmp::Reverse(alert.severity));
@@ -538,6 +558,42 @@ fn keep_caught_up(cluster: &Watched) {
         }
         book.kept = Some((Instant::now(), caught_up));
     }
+}
+
+/// Returns the seconds until the spool is full, if it grows as it did over `points`.
+fn full_in_seconds(counters: &Counters, points: &[Point]) -> Option<f64> {
+    let mut known = points
+        .iter()
+        .filter_map(|point| Some((point.time, f64::from(point.max?))));
+    let (from, before) = known.next()?;
+    let (to, now) = known.next_back()?;
+    // A short time of growth says nothing about the next hours.
+    if to.saturating_sub(from) < GROWTH_SECONDS / 2 {
+        return None;
+    }
+    #[expect(clippy::cast_precision_loss, reason = "a forecast")]
+    let (seconds, limit) = ((to - from) as f64, counters.spool_limit_bytes? as f64);
+    let rate = (now - before) / seconds;
+    (rate >= 1.0).then(|| (limit - now).max(0.0) / rate)
+}
+
+/// Returns the part of `keep_window` that could once be restored and no longer can.
+fn window_missing_seconds(cluster: &Watched, report: &ClusterReport) -> Option<f64> {
+    let policy = cluster.settings.repository.retention.as_ref()?;
+    let earliest = report.window.earliest;
+    let system = report.source.system_identifier?;
+    let archive = format!("{} {system}", report.repository);
+    let ever = cluster.recorded.mailbox.earliest(&archive, earliest)?;
+    if policy.window.is_zero() || !report.looked {
+        return None;
+    }
+    let window = i64::try_from(policy.window.as_micros()).unwrap_or(i64::MAX);
+    // The window has to begin here, or where the archive begins if that is later.
+    let begin = PgTimestamp(report.as_of.0.saturating_sub(window)).max(ever);
+    let missing = earliest.unwrap_or(report.as_of).micros_since(begin).max(0);
+    #[expect(clippy::cast_precision_loss, reason = "seconds")]
+    let seconds = missing as f64 / 1e6;
+    Some(seconds)
 }
 
 /// Returns the time in seconds of the Unix epoch.

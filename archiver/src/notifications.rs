@@ -1,27 +1,26 @@
-//! Sends alerts without Prometheus: webhook, Slack, `PagerDuty`, mail.
+//! Sends alerts without Prometheus: webhook, Slack, `PagerDuty`, mail; and a heartbeat, whose absence
+//! reports that the archiver itself is gone.
 //!
-//! The monitor passes an alert on once when it begins and once when it ends. A receiver that does
-//! not answer is retried with growing pauses, one notification after the other, so that a resolve
-//! never overtakes its alert.
+//! The monitor says each second which alerts fire. The [`mailbox`] derives from this what each
+//! receiver has still to be told, and the [`notifier`] delivers it.
 
 mod client;
+mod mailbox;
 mod message;
+mod notifier;
 mod smtp;
 
-use std::time::Duration;
+use std::{net::SocketAddr, time::Duration};
 
-use repository::config::{NotifyKind, NotifyTarget};
-use tokio::sync::mpsc;
-use wal_format::PgTimestamp;
+use repository::config::{NotifyKind, NotifyTarget, Settings};
+use wal_format::{PgTimestamp, SystemIdentifier};
 
+pub(crate) use self::mailbox::Mailbox;
+pub use self::notifier::Notifier;
 use crate::alerts::{Alert, Severity};
 
-/// Attempts per notification, with pauses of 1, 2, 4, … s between them.
-const ATTEMPTS_MAX: u32 = 6;
 /// The maximum duration of an attempt.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(15);
-/// The maximum number of notifications that wait for one receiver.
-const WAITING_MAX: usize = 64;
 
 /// The reason why a notification could not be delivered. Never contains the secret part of an
 /// address.
@@ -51,112 +50,144 @@ pub enum NotifyError {
     Timeout,
 }
 
+/// The addresses and the host that a notification names.
+#[derive(Clone, Debug, Default)]
+pub struct Links {
+    /// The address of the page without a slash at its end.
+    pub page: String,
+    /// The document with the runbooks; the alert's name follows as a fragment.
+    pub runbook: String,
+    /// The name of this host.
+    pub host: String,
+}
+
+impl Links {
+    /// Derives the links from the settings of a daemon that serves HTTP on `address`.
+    #[must_use]
+    pub fn new(settings: &Settings, address: SocketAddr) -> Self {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let host = match host.trim() {
+            "" => "localhost".to_owned(),
+            host => host.to_owned(),
+        };
+        let scheme = match settings.http_access.tls {
+            Some(_) => "https",
+            None => "http",
+        };
+        let page = settings.http_access.public_url.clone().unwrap_or_else(|| {
+            if address.ip().is_unspecified() {
+                format!("{scheme}://{host}:{}", address.port())
+            } else {
+                format!("{scheme}://{address}")
+            }
+        });
+        let runbook = settings.runbook_url.clone();
+        Self {
+            runbook: runbook.unwrap_or_else(|| format!("{page}/runbook")),
+            page,
+            host,
+        }
+    }
+
+    fn cluster(&self, name: &str) -> String {
+        format!("{}/clusters/{name}", self.page)
+    }
+
+    fn runbook(&self, alert: &str) -> String {
+        format!("{}#{alert}", self.runbook)
+    }
+}
+
 /// A notification.
 #[derive(Clone, Debug)]
 pub struct Notification {
     /// The cluster.
     pub cluster: String,
+    /// The cluster's system identifier. `None` if the server was never seen.
+    pub system_identifier: Option<SystemIdentifier>,
     /// The alert.
     pub alert: Alert,
-    /// True if the alert begins. Otherwise it has ended.
-    pub fires: bool,
+    /// When the alert ended. `None` while it fires.
+    pub ended: Option<PgTimestamp>,
+    /// True if the receiver was told before that this alert fires.
+    pub is_reminder: bool,
 }
 
 impl Notification {
-    /// Creates the notification that an alert of a cluster begins or has ended.
-    #[must_use]
-    pub fn new(cluster: &str, alert: Alert, fires: bool) -> Self {
-        Self {
-            cluster: cluster.to_owned(),
-            alert,
-            fires,
-        }
-    }
-
     /// Creates the notification of `notify test`, which resolves itself.
     #[must_use]
     pub fn test() -> Self {
-        let alert = Alert {
-            name: "PitrTest",
-            severity: Severity::Warning,
-            summary: "This is a test of the notifications. Nothing is wrong.".to_owned(),
-            runbook: "Nothing is to be done.",
-            since: PgTimestamp::from_jiff(jiff::Timestamp::now()),
-        };
-        Self::new("test", alert, true)
+        Self {
+            cluster: "test".to_owned(),
+            system_identifier: None,
+            alert: Alert {
+                name: "PitrTest",
+                severity: Severity::Warning,
+                summary: "This is a test of the notifications. Nothing is wrong.".to_owned(),
+                runbook: "Nothing is to be done.",
+                since: PgTimestamp::from_jiff(jiff::Timestamp::now()),
+            },
+            ended: None,
+            is_reminder: false,
+        }
     }
 
-    /// Returns the key by which the receiver joins notifications of the same alert.
+    /// Returns true if the alert fires, and false if it has ended.
     #[must_use]
-    pub fn key(&self) -> String {
-        format!("tidemark/{}/{}", self.cluster, self.alert.name)
+    pub fn fires(&self) -> bool {
+        self.ended.is_none()
     }
-}
 
-/// Delivers incoming notifications to every target until the sender is dropped. A slow target does
-/// not delay the others.
-pub async fn deliver(targets: Vec<NotifyTarget>, mut incoming: mpsc::Receiver<Notification>) {
-    let queues: Vec<mpsc::Sender<Notification>> = targets
-        .into_iter()
-        .map(|target| {
-            let (sender, mut queue) = mpsc::channel(WAITING_MAX);
-            tokio::spawn(async move {
-                while let Some(notification) = queue.recv().await {
-                    insist(&target, &notification).await;
-                }
-            });
-            sender
-        })
-        .collect();
-    while let Some(notification) = incoming.recv().await {
-        for queue in &queues {
-            if queue.try_send(notification.clone()).is_err() {
-                tracing::error!(
-                    alert = notification.alert.name,
-                    "a receiver of notifications is too slow; one is dropped"
-                );
-            }
-        }
+    /// Returns the key by which the receiver joins notifications of the same alert. Two archivers
+    /// that use one receiver and one name for a cluster have different keys.
+    #[must_use]
+    pub fn key(&self, host: &str) -> String {
+        let system = self.system_identifier;
+        let system = system.map_or_else(|| "unknown".to_owned(), |system| system.to_string());
+        format!(
+            "tidemark/{host}/{system}/{}/{}",
+            self.cluster, self.alert.name
+        )
     }
-}
-
-async fn insist(target: &NotifyTarget, notification: &Notification) {
-    let mut pause = Duration::from_secs(1);
-    for attempt in 1..=ATTEMPTS_MAX {
-        match send(target, notification).await {
-            Ok(()) => return,
-            Err(error) => {
-                tracing::warn!(target = target.name, alert = notification.alert.name, attempt, %error, "notify");
-            }
-        }
-        if attempt < ATTEMPTS_MAX {
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-        }
-    }
-    tracing::error!(
-        target = target.name,
-        alert = notification.alert.name,
-        "nobody was told of this alert"
-    );
 }
 
 /// Sends a notification to one target, without retries.
 ///
 /// # Errors
 /// [`NotifyError`].
-pub async fn send(target: &NotifyTarget, notification: &Notification) -> Result<(), NotifyError> {
+pub async fn send(
+    target: &NotifyTarget,
+    notification: &Notification,
+    links: &Links,
+) -> Result<(), NotifyError> {
     let sending = async {
         match target.kind {
-            NotifyKind::Webhook => client::post(target, &message::webhook(notification)).await,
-            NotifyKind::Slack => client::post(target, &message::slack(notification)).await,
+            NotifyKind::Webhook => {
+                client::post(target, &message::webhook(notification, links)).await
+            }
+            NotifyKind::Slack => client::post(target, &message::slack(notification, links)).await,
             NotifyKind::Pagerduty => {
                 let key = target.routing_key.reveal();
-                client::post(target, &message::pagerduty(notification, key)).await
+                client::post(target, &message::pagerduty(notification, links, key)).await
             }
-            NotifyKind::Email => smtp::send(target, notification).await,
+            NotifyKind::Email => {
+                let (subject, text) = message::mail(notification, links);
+                smtp::send(target, &subject, &text).await
+            }
+            NotifyKind::Heartbeat => client::post(target, &message::heartbeat(links)).await,
         }
     };
+    within_limit(sending).await
+}
+
+/// Sends a daily summary to a mail target, without retries.
+async fn send_summary(target: &NotifyTarget, subject: &str, text: &str) -> Result<(), NotifyError> {
+    within_limit(smtp::send(target, subject, text)).await
+}
+
+async fn within_limit(
+    sending: impl Future<Output = Result<(), NotifyError>>,
+) -> Result<(), NotifyError> {
     tokio::time::timeout(ATTEMPT_TIMEOUT, sending)
         .await
         .unwrap_or(Err(NotifyError::Timeout))

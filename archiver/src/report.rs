@@ -8,7 +8,9 @@
 
 use repository::store::{MemberState, RequestReport};
 use serde::Serialize;
-use wal_format::{BackupId, ClusterName, Lsn, Outcome, PgTimestamp, SystemIdentifier, TimelineId};
+use wal_format::{
+    BackupId, ClusterName, Lsn, Outcome, OutcomeKind, PgTimestamp, SystemIdentifier, TimelineId,
+};
 
 use crate::{alerts::Alert, pipeline::gap::OpenGap, rpo::Exposure, standby_slots::StandbyReport};
 
@@ -212,6 +214,11 @@ pub struct Counters {
     pub spool_limit_bytes: Option<u64>,
     /// Bytes that are waiting for the repository.
     pub upload_queue_bytes: u64,
+    /// Age in seconds of the oldest WAL that is waiting for the repository. 0 if none is waiting,
+    /// and `None` if the age is not known.
+    pub upload_queue_age_seconds: Option<f64>,
+    /// Runs that failed, by kind. A kind without an entry has none.
+    pub runs_failed: Vec<(OutcomeKind, u64)>,
 }
 
 /// The complete report on a cluster at one moment.
@@ -266,12 +273,16 @@ pub struct ClusterReport {
     pub last_drill: Option<Outcome>,
     /// The time at which a drill last passed. `None` before the first.
     pub last_drill_passed: Option<PgTimestamp>,
+    /// The newest verification of the repository.
+    pub last_verify: Option<Outcome>,
     /// The newest failed base backup, if none has succeeded since.
     pub failed_backup: Option<Outcome>,
     /// The newest retention run, if it failed.
     pub failed_expire: Option<Outcome>,
     /// The time at which a failover that lost commits was last found.
     pub last_failover_loss: Option<PgTimestamp>,
+    /// The newest failover that lost commits, as a sentence.
+    pub failover_loss: Option<String>,
     /// The number of objects found damaged or missing. `None` before the first verification.
     pub corrupt_objects: Option<u64>,
     /// What the archive once had and the repository lacks: object keys and LSN ranges.
@@ -280,6 +291,16 @@ pub struct ClusterReport {
     pub backup_max_age_seconds: f64,
     /// The age at which the newest drill is overdue.
     pub drill_max_age_seconds: Option<f64>,
+    /// The age at which the newest verification is overdue.
+    pub verify_max_age_seconds: Option<f64>,
+    /// True if the server was queried and has no slot of ours.
+    pub slot_missing: bool,
+    /// Seconds until the spool is full if it grows as in the last 30 minutes. `None` while it does
+    /// not grow, and without a limit.
+    pub spool_full_in_seconds: Option<f64>,
+    /// The part of `keep_window` that could once be restored and no longer can, in seconds. `None`
+    /// without `keep_window`, and before the catalog was read.
+    pub window_missing_seconds: Option<f64>,
     /// The server's clock minus ours, in seconds. `None` while the server is not polled.
     pub clock_offset_seconds: Option<f64>,
     /// The expiry time of the dashboard's certificate. `None` without TLS.

@@ -48,6 +48,27 @@ use protect::endangered;
 pub(crate) use stages::{CatalogPlace, open_archive};
 use stages::{catalog_opens, outdated};
 
+/// Every reason for which a stream is begun again, as [`Supervisor`] counts them.
+pub(crate) const RECONNECT_REASONS: [&str; 18] = [
+    "catalog",
+    "catalog_back",
+    "connection",
+    "damaged_record",
+    "disk",
+    "gap",
+    "gap_closed",
+    "gave_up",
+    "no_overlap",
+    "other",
+    "repository",
+    "repository_back",
+    "resources",
+    "server_closed",
+    "server_stopped",
+    "silent",
+    "slot_in_use",
+    "spool_full",
+];
 /// The first pause after a failure. A restarted server is available again within a second.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 /// The longest pause while the server is down. On average, half of it passes unused after the
@@ -244,6 +265,10 @@ impl Supervisor {
                     reason
                 }
             };
+            debug_assert!(
+                RECONNECT_REASONS.contains(&reason),
+                "{reason} has no series"
+            );
             self.status
                 .note(|facts| *facts.reconnects.entry(reason).or_default() += 1);
             let gave_up = std::mem::take(&mut self.gave_up);

@@ -5,6 +5,7 @@
 mod browser;
 mod emitted;
 mod lights;
+mod notifications;
 mod prometheus;
 mod strangers;
 mod tls;

@@ -173,8 +173,13 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
 
     // When the repository is back, the daemon takes one base backup, which repairs this.
     comes_back();
+    // What the failover lost stays a reason for a day.
     wait_until("a backup leads to the new timeline", || {
-        is_ok(&archiver) && report(&archiver)["window"]["refusal"].is_null()
+        let report = report(&archiver);
+        let alerts = report["alerts"].to_string();
+        report["window"]["refusal"].is_null()
+            && report["state"] == "degraded"
+            && alerts.contains("PitrFailoverLoss")
     });
     standby.write_wal(100);
     wait_flushed(&standby, standby.lsn());

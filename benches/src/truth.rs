@@ -104,7 +104,7 @@ fn reported(address: SocketAddr) -> Result<f64> {
     let mut stream = TcpStream::connect(address)?;
     write!(
         stream,
-        "GET /api/v1/clusters/main HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        "GET /api/v1/clusters/main HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

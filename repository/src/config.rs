@@ -216,6 +216,9 @@ pub struct ClusterSettings {
     pub backup_max_age: Duration,
     /// The age at which the newest restore drill is overdue. Default: drills are never overdue.
     pub drill_max_age: Option<Duration>,
+    /// The age at which the newest verification is overdue. Default: verifications are never
+    /// overdue.
+    pub verify_max_age: Option<Duration>,
     /// The interval at which the daemon applies retention. Default: 1 day.
     pub expire_interval: Duration,
     /// The time for which expired objects stay in the repository, hidden, before they are removed.
@@ -254,6 +257,8 @@ pub struct Settings {
     pub http: SocketAddr,
     /// The access to the HTTP server.
     pub http_access: HttpAccess,
+    /// The document with the runbooks of the alerts. Default: the page's own.
+    pub runbook_url: Option<String>,
     /// The receivers of alerts.
     pub notify: Vec<NotifyTarget>,
     /// The file that was read. `None` if there is none.
@@ -322,6 +327,11 @@ impl Settings {
             clusters,
             http,
             http_access: HttpAccess::resolve(&file.http_access)?,
+            runbook_url: file
+                .runbook_url
+                .as_deref()
+                .map(|url| http::link("runbook_url", url))
+                .transpose()?,
             notify: notify::resolve(file.notify.clone())?,
             file: None,
         })
@@ -400,6 +410,11 @@ fn cluster(
             &table.drill_max_age,
             &defaults.drill_max_age,
             "drill_max_age",
+        )?,
+        verify_max_age: optional(
+            &table.verify_max_age,
+            &defaults.verify_max_age,
+            "verify_max_age",
         )?,
         backup_max_age: duration(
             &table.backup_max_age,

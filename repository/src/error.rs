@@ -331,6 +331,22 @@ impl Error {
         )
     }
 
+    /// Returns the kind of this failure of a request, one of [`FAILURE_KINDS`]. `None` for an answer
+    /// that is expected in ordinary operation: an absent object, or one that deletion spares.
+    #[must_use]
+    pub fn failure_kind(&self) -> Option<&'static str> {
+        match self {
+            Self::NotFound { .. } | Self::Locked { .. } => None,
+            Self::Gone { .. } => Some("gone"),
+            Self::Conflict { .. } | Self::Damaged { .. } => Some("integrity"),
+            Self::S3 {
+                transient: false, ..
+            } => Some("refused"),
+            Self::S3 { .. } | Self::Store { .. } => Some("unreachable"),
+            _ => Some("other"),
+        }
+    }
+
     /// Returns true if the store keeps an object that was to be removed. This is not a failure if
     /// deletions are denied on purpose.
     #[must_use]
@@ -377,6 +393,9 @@ impl Error {
         }
     }
 }
+
+/// Every answer of [`Error::failure_kind`], for labels that exist before the first failure.
+pub const FAILURE_KINDS: [&str; 5] = ["gone", "integrity", "other", "refused", "unreachable"];
 
 /// Returns true if an operation failed because this process (`EMFILE`) or the whole system
 /// (`ENFILE`) had no file descriptor left.

@@ -31,7 +31,7 @@ mod wal_range;
 pub use crash_points::CrashPoint;
 pub use damaged_backups::{Damage, DamagedBackups, DamagedWal, damaged_backups, damaged_wal};
 pub use epochs::{Epoch, EpochCopy, Epochs};
-pub use error::{Error, Result, is_out_of_descriptors};
+pub use error::{Error, FAILURE_KINDS, Result, is_out_of_descriptors};
 pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};

@@ -35,6 +35,15 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
         ));
         output::line(&format!("http_tls_key = \"{}\"", key.display()));
     }
+    if !access.allowed_hosts.is_empty() {
+        output::line(&format!("http_allowed_hosts = {:?}", access.allowed_hosts));
+    }
+    if let Some(url) = &access.public_url {
+        output::line(&format!("http_public_url = \"{url}\""));
+    }
+    if let Some(url) = &settings.runbook_url {
+        output::line(&format!("runbook_url = \"{url}\""));
+    }
     for target in &settings.notify {
         // The URL of a webhook is as secret as a password.
         output::line(&format!("# notify {}: {:?}", target.name, target.kind));

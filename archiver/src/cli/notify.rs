@@ -6,7 +6,7 @@ use repository::config::Settings;
 use super::{output, runtime};
 use crate::{
     error::{Error, Result},
-    notifications::{self, Notification},
+    notifications::{self, Links, Notification},
 };
 
 pub(super) fn test(settings: &Settings) -> Result<()> {
@@ -16,15 +16,16 @@ pub(super) fn test(settings: &Settings) -> Result<()> {
                 .to_owned(),
         });
     }
+    let links = Links::new(settings, settings.http);
     let runtime = runtime()?;
     let mut failed = Vec::new();
     for target in &settings.notify {
         let mut notification = Notification::test();
         let sent = runtime.block_on(async {
-            notifications::send(target, &notification).await?;
-            // Resolve the test alert, so that no incident stays open.
-            notification.fires = false;
-            notifications::send(target, &notification).await
+            notifications::send(target, &notification, &links).await?;
+            // The end follows at once, so that no incident stays open.
+            notification.ended = Some(notification.alert.since);
+            notifications::send(target, &notification, &links).await
         });
         match sent {
             Ok(()) => output::line(&format!("notify {}: told", target.name)),

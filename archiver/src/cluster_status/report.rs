@@ -183,14 +183,15 @@ impl ClusterStatus {
                     .iter()
                     .map(|(reason, count)| ((*reason).to_owned(), *count))
                     .collect(),
-                repository_errors: facts
-                    .repository_errors
-                    .iter()
-                    .map(|(operation, count)| ((*operation).to_owned(), "error".to_owned(), *count))
-                    .collect(),
+                repository_errors: self.repository_errors(),
                 spool_used_bytes: facts.spool_used_bytes,
                 spool_limit_bytes: facts.spool_limit_bytes,
                 upload_queue_bytes: positions.queued_bytes(),
+                upload_queue_age_seconds: match positions.queued_bytes() {
+                    0 => Some(0.0),
+                    _ => remote.proved.or(remote.rpo).map(|age| age.as_secs_f64()),
+                },
+                runs_failed: Vec::new(),
             },
             repository: settings.repository.to_string(),
             requests: settings.repository.request_report(),
@@ -210,6 +211,7 @@ impl ClusterStatus {
                 .map(|drill| drill.finished)
                 .max(),
             last_drill: drill,
+            last_verify: details.newest(OutcomeKind::Verify).cloned(),
             failed_backup,
             failed_expire,
             last_failover_loss: details
@@ -218,10 +220,20 @@ impl ClusterStatus {
                 .filter(|loss| loss.commits > 0)
                 .map(|loss| loss.found)
                 .max(),
+            failover_loss: details
+                .failover_losses
+                .iter()
+                .filter(|loss| loss.commits > 0)
+                .max_by_key(|loss| loss.found)
+                .map(ToString::to_string),
             corrupt_objects,
             lost_objects: lost,
             backup_max_age_seconds: settings.backup_max_age.as_secs_f64(),
             drill_max_age_seconds: settings.drill_max_age.map(|age| age.as_secs_f64()),
+            verify_max_age_seconds: settings.verify_max_age.map(|age| age.as_secs_f64()),
+            slot_missing: facts.slot_missing,
+            spool_full_in_seconds: None,
+            window_missing_seconds: None,
             clock_offset_seconds: facts.clock_offset_seconds,
             certificate_expiry: None,
             looked: facts.looked,

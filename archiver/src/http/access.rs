@@ -5,6 +5,7 @@
 
 use std::{
     collections::VecDeque,
+    net::{IpAddr, SocketAddr},
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -38,10 +39,18 @@ pub(super) struct Access {
     tokens: Vec<(Sum, Role)>,
     sessions: Mutex<VecDeque<(Sum, Role, Instant)>>,
     secure: bool,
+    /// True if reading needs no token.
+    reads_freely: bool,
+    allowed_hosts: Vec<String>,
 }
 
 impl Access {
-    pub(super) fn new(settings: &HttpAccess) -> Self {
+    /// Creates the guard of a server that is bound to `address`.
+    ///
+    /// On a loopback address only a read token closes reading: an operate token gives a right that
+    /// nobody has without it, and takes none away.
+    pub(super) fn new(settings: &HttpAccess, address: SocketAddr) -> Self {
+        let is_open = settings.operate.is_none() || address.ip().is_loopback();
         let operate = settings.operate.iter().map(|token| (token, Role::Operate));
         let read = settings.read.iter().map(|token| (token, Role::Read));
         Self {
@@ -51,20 +60,63 @@ impl Access {
                 .collect(),
             sessions: Mutex::default(),
             secure: settings.tls.is_some(),
+            reads_freely: settings.read.is_none() && is_open,
+            allowed_hosts: settings.allowed_hosts.clone(),
         }
     }
 
-    /// Returns true if a token is required.
+    /// Returns true if reading needs a token.
     pub(super) fn is_guarded(&self) -> bool {
+        !self.reads_freely
+    }
+
+    /// Returns true if any token is configured.
+    pub(super) fn has_tokens(&self) -> bool {
         !self.tokens.is_empty()
     }
 
-    /// Returns the role of a request with these headers. `None` if it is not authenticated. Without
-    /// tokens every client may read.
-    pub(super) fn role(&self, headers: &HeaderMap) -> Option<Role> {
-        if !self.is_guarded() {
-            return Some(Role::Read);
+    /// Returns true if the sender of these headers may read.
+    pub(super) fn may_read(&self, headers: &HeaderMap) -> bool {
+        self.reads_freely || self.token_role(headers).is_some()
+    }
+
+    /// Returns true if the request names a host under which this page may be opened.
+    ///
+    /// A site whose name is made to resolve to a loopback address (DNS rebinding) reads what its
+    /// visitor's browser reaches there. Such a page has a name of its own in `Host` and neither a
+    /// token nor our cookie. So the name is checked where reading needs no token. A browser always
+    /// sends `Host`, and an IP address in it cannot be rebound.
+    pub(super) fn is_known_host(&self, headers: &HeaderMap) -> bool {
+        if self.is_guarded() {
+            return true;
         }
+        let Some(value) = headers.get(HOST) else {
+            return true;
+        };
+        value.to_str().is_ok_and(|host| self.is_allowed(host))
+    }
+
+    fn is_allowed(&self, host: &str) -> bool {
+        let is_port = |port: &str| port.bytes().all(|byte| byte.is_ascii_digit());
+        if let Some((address, port)) = host.strip_prefix('[').and_then(|host| host.split_once(']'))
+        {
+            let port = port.strip_prefix(':').unwrap_or(port);
+            return is_port(port)
+                && address
+                    .parse()
+                    .is_ok_and(|address: IpAddr| address.is_ipv6());
+        }
+        let (name, port) = host.split_once(':').unwrap_or((host, ""));
+        let name = name.trim_end_matches('.').to_ascii_lowercase();
+        is_port(port)
+            && (name == "localhost"
+                || name.ends_with(".localhost")
+                || name.parse::<IpAddr>().is_ok()
+                || self.allowed_hosts.contains(&name))
+    }
+
+    /// Returns the role that the token or the session in these headers gives.
+    pub(super) fn token_role(&self, headers: &HeaderMap) -> Option<Role> {
         let bearer = headers
             .get(AUTHORIZATION)
             .and_then(|value| value.to_str().ok())

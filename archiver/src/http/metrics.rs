@@ -1,5 +1,10 @@
-//! `/metrics`: the reports as Prometheus text. Every metric has a sample from the start. An unknown
-//! value is `NaN`, never 0.
+//! `/metrics`: the reports as Prometheus text. Every metric, and every value of a label that counts
+//! something, has a sample from the start. An unknown value is `NaN`, never 0.
+
+mod exposition;
+mod process;
+
+pub(super) use exposition::Exposition;
 
 use std::sync::atomic::AtomicU64;
 
@@ -8,38 +13,26 @@ use prometheus_client::{
     metrics::{counter::Counter, family::Family, gauge::Gauge},
     registry::Registry,
 };
+use repository::{FAILURE_KINDS, store::REQUESTS};
 use wal_format::PgTimestamp;
 
 use crate::{
-    alerts::RUNBOOK,
+    alerts::RULES,
     instruments::{Instruments, Labels},
+    monitor::RUNS,
     report::{ClusterReport, State, TierReport},
+    supervisor::RECONNECT_REASONS,
 };
-
-/// The text format of `OpenMetrics`.
-pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-
-/// Reasons for reconnects that have a sample from the start. The supervisor counts further ones.
-const RECONNECT_REASONS: [&str; 11] = [
-    "connection",
-    "damaged_record",
-    "disk",
-    "gap",
-    "gap_closed",
-    "gave_up",
-    "repository",
-    "server_closed",
-    "silent",
-    "slot_in_use",
-    "spool_full",
-];
-/// Repository operations that have a sample from the start.
-const REPOSITORY_OPERATIONS: [&str; 2] = ["seal", "tail"];
 
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 type Counters = Family<Labels, Counter>;
 
-pub(super) fn render(reports: &[ClusterReport], instruments: &Instruments) -> String {
+/// Renders the reports in a format.
+pub(super) fn render(
+    reports: &[ClusterReport],
+    instruments: &Instruments,
+    exposition: Exposition,
+) -> String {
     let mut page = Page {
         registry: Registry::default(),
         reports,
@@ -51,9 +44,10 @@ pub(super) fn render(reports: &[ClusterReport], instruments: &Instruments) -> St
     page.counters();
     page.slot();
     page.restorable();
+    process::register(&mut page.registry, instruments.started);
     let mut text = String::new();
     match encode(&mut text, &page.registry) {
-        Ok(()) => text,
+        Ok(()) => exposition.convert(text),
         // Writing to a String does not fail. An empty answer would look like "no clusters".
         Err(error) => format!("# encoding failed: {error}\n"),
     }
@@ -114,6 +108,22 @@ impl Page<'_> {
         family.get_or_create(&version).set(1.0);
         self.registry
             .register("pitr_build_info", "The build that runs", family);
+        let family = Gauges::default();
+        for report in self.reports {
+            let text = |text: Option<String>| text.unwrap_or_default();
+            let source = &report.source;
+            let identifier = source.system_identifier.map(|system| system.to_string());
+            let labels = vec![
+                ("system_identifier", text(identifier)),
+                ("server_version", text(source.server_version.clone())),
+            ];
+            family.get_or_create(&with_cluster(report, labels)).set(1.0);
+        }
+        self.registry.register(
+            "pitr_cluster_info",
+            "The PostgreSQL cluster; a label is empty until the server was seen",
+            family,
+        );
     }
 
     fn exposure(&mut self) {
@@ -185,7 +195,11 @@ impl Page<'_> {
         for report in self.reports {
             // Creates a sample from the start, even before the first fsync or put.
             drop(instruments.flush_duration(&report.cluster));
-            drop(instruments.repository_request(&report.cluster, "put", "ok"));
+            for op in REQUESTS {
+                for outcome in ["error", "ok"] {
+                    drop(instruments.repository_request(&report.cluster, op, outcome));
+                }
+            }
         }
         self.registry.register(
             "pitr_flush_duration_seconds",
@@ -215,9 +229,11 @@ impl Page<'_> {
         );
         self.counter(
             "pitr_repository_errors",
-            "Repository requests that failed",
+            "Repository requests that failed, after the store's retries",
             |report| {
-                let known = REPOSITORY_OPERATIONS.map(|op| (op.to_owned(), "error".to_owned(), 0));
+                let ops = REQUESTS.into_iter().chain(["open"]);
+                let known = ops
+                    .flat_map(|op| FAILURE_KINDS.map(|kind| (op.to_owned(), kind.to_owned(), 0)));
                 let counted = report.counters.repository_errors.iter().cloned();
                 known
                     .into_iter()
@@ -248,6 +264,29 @@ impl Page<'_> {
             |report| Some(number(report.counters.upload_queue_bytes)),
         );
         self.gauge(
+            "pitr_spool_full_in_seconds",
+            "When the spool is full at the growth of the last 30 minutes; NaN while it does not grow",
+            |report| report.spool_full_in_seconds,
+        );
+        self.gauge(
+            "pitr_upload_queue_age_seconds",
+            "Age of the oldest WAL that waits for the repository",
+            |report| report.counters.upload_queue_age_seconds,
+        );
+        self.counter(
+            "pitr_runs_failed",
+            "Base backups, drills, applications of retention and verifications that failed",
+            |report| {
+                let known = RUNS.map(|kind| (kind, 0));
+                let counted = report.counters.runs_failed.iter().copied();
+                known
+                    .into_iter()
+                    .chain(counted)
+                    .map(|(kind, count)| (vec![("kind", kind.name().to_owned())], count))
+                    .collect()
+            },
+        );
+        self.gauge(
             "pitr_spool_used_bytes",
             "WAL files in the spool",
             |report| Some(number(report.counters.spool_used_bytes)),
@@ -264,6 +303,11 @@ impl Page<'_> {
             "pitr_slot_active",
             "Whether a walsender uses the slot",
             |report| report.slot.as_ref().map(|slot| flag(slot.active)),
+        );
+        self.gauge(
+            "pitr_slot_missing",
+            "Whether the server was asked and has no slot of the archiver",
+            |report| Some(flag(report.slot_missing)),
         );
         self.gauge(
             "pitr_slot_retained_bytes",
@@ -336,6 +380,55 @@ impl Page<'_> {
             |report| report.corrupt_objects.map(number),
         );
         self.gauge(
+            "pitr_catalog_read",
+            "Whether the catalog was read since the start: before, backups and drills are not known",
+            |report| Some(flag(report.looked)),
+        );
+        self.gauge(
+            "pitr_window_missing_seconds",
+            "The part of keep_window that could once be restored and no longer can; NaN without keep_window",
+            |report| report.window_missing_seconds,
+        );
+        self.gauge(
+            "pitr_offsite_lag_seconds",
+            "For how long the oldest WAL that a repository among several lacks has waited there; NaN with one repository",
+            |report| {
+                let lags = report.repositories.iter().map(|place| place.lag_seconds);
+                lags.reduce(f64::max)
+            },
+        );
+        self.gauge(
+            "pitr_standby_slots_failing",
+            "Configured standbys on which the slot is not kept",
+            |report| {
+                let mut standbys = report.standbys.iter();
+                let failing = standbys
+                    .by_ref()
+                    .filter(|standby| standby.problem.is_some());
+                Some(number(failing.count() as u64))
+            },
+        );
+        self.gauge(
+            "pitr_verify_max_age_seconds",
+            "The age at which the newest verification is overdue; NaN where none is demanded",
+            |report| report.verify_max_age_seconds,
+        );
+        self.gauge(
+            "pitr_verify_last_run_timestamp_seconds",
+            "When the repository was last verified; NaN before the first verification",
+            |report| unix_seconds(report.last_verify.as_ref().map(|verify| verify.finished)),
+        );
+        self.gauge(
+            "pitr_verify_last_passed",
+            "Whether the last verification passed; NaN before the first",
+            |report| {
+                report
+                    .last_verify
+                    .as_ref()
+                    .map(|verify| flag(verify.passed))
+            },
+        );
+        self.gauge(
             "pitr_backup_last_failed",
             "Whether the newest base backup failed",
             |report| Some(flag(report.failed_backup.is_some())),
@@ -389,11 +482,11 @@ impl Page<'_> {
             "pitr_alert_firing",
             "Whether the archiver's own alert fires",
             |report| {
-                RUNBOOK
+                RULES
                     .iter()
-                    .map(|(name, ..)| {
-                        let fires = report.alerts.iter().any(|alert| alert.name == *name);
-                        (vec![("alert", (*name).to_owned())], Some(flag(fires)))
+                    .map(|rule| {
+                        let fires = report.alerts.iter().any(|alert| alert.name == rule.name);
+                        (vec![("alert", rule.name.to_owned())], Some(flag(fires)))
                     })
                     .collect()
             },

@@ -20,10 +20,11 @@ mod chart;
 mod fleet;
 mod format;
 mod picker;
+mod runbook;
 mod strip;
 mod tables;
 
-pub(super) use self::{chart::Range, fleet::fleet};
+pub(super) use self::{chart::Range, fleet::fleet, runbook::runbook};
 
 /// The style sheet, served as a separate file because the content security policy allows nothing
 /// inline.

@@ -6,7 +6,9 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Limited};
 use hyper::{
     HeaderMap, Method, Request, StatusCode,
-    header::{ALLOW, HeaderValue, LOCATION, RETRY_AFTER, SET_COOKIE, WWW_AUTHENTICATE},
+    header::{
+        ACCEPT, ALLOW, HeaderValue, LOCATION, RETRY_AFTER, SET_COOKIE, VARY, WWW_AUTHENTICATE,
+    },
 };
 
 use super::{
@@ -38,6 +40,14 @@ where
     let (head, body) = request.into_parts();
     let path = head.uri.path();
     let query = head.uri.query().unwrap_or_default();
+    if !matches!(path, "/healthz" | "/readyz") && !sources.access.is_known_host(&head.headers) {
+        return problem(
+            StatusCode::MISDIRECTED_REQUEST,
+            "the page is not served under the name in the Host header, because it is open to \
+             everyone on this host and another site's page could read it; open it as localhost, add \
+             the name to http_allowed_hosts, or set http_token_file",
+        );
+    }
     match head.method {
         Method::GET | Method::HEAD => get(path, query, &head.headers, sources, busy).await,
         Method::POST => {
@@ -107,11 +117,11 @@ async fn get(
     if let Some(answer) = open_to_all(path) {
         return answer;
     }
-    if sources.access.role(headers).is_none() {
+    if !sources.access.may_read(headers) {
         if headers.contains_key(hyper::header::AUTHORIZATION) {
             tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
         }
-        let is_page = path == "/" || path.starts_with("/clusters/");
+        let is_page = matches!(path, "/" | "/runbook") || path.starts_with("/clusters/");
         return if is_page {
             redirect("/login")
         } else {
@@ -122,11 +132,16 @@ async fn get(
     if path == "/api/v1/events/stream" {
         return live::stream(&sources.monitor, guard);
     }
-    read(path, query, sources).await
+    read(path, query, headers, sources).await
 }
 
 /// Answers the routes for clients that may read.
-pub(super) async fn read(path: &str, query: &str, sources: &Sources) -> Answer {
+pub(super) async fn read(
+    path: &str,
+    query: &str,
+    headers: &HeaderMap,
+    sources: &Sources,
+) -> Answer {
     let reports = || (sources.reports)();
     let parts: Vec<&str> = path.split('/').skip(1).collect();
     match *parts.as_slice() {
@@ -151,17 +166,25 @@ pub(super) async fn read(path: &str, query: &str, sources: &Sources) -> Answer {
                 None => problem(StatusCode::NOT_FOUND, "no such cluster; see /"),
             }
         }
-        ["metrics"] => respond(
+        ["runbook"] => respond(
             StatusCode::OK,
-            metrics::CONTENT_TYPE,
-            metrics::render(&reports(), &sources.instruments),
+            HTML,
+            page::runbook(sources.access.is_guarded()),
         ),
         ["health", "detailed"] => json(StatusCode::OK, &health::detailed(&reports())),
-        ["api", "v1", "openapi.json"] => respond(
-            StatusCode::OK,
-            JSON,
-            include_str!("openapi.json").to_owned(),
-        ),
+        ["metrics"] => {
+            let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+            let exposition = metrics::Exposition::accepted(accept);
+            let text = metrics::render(&reports(), &sources.instruments, exposition);
+            let mut answer = respond(StatusCode::OK, exposition.content_type(), text);
+            answer
+                .headers_mut()
+                .insert(VARY, HeaderValue::from_static("Accept"));
+            answer
+        }
+        ["api", "v1", "openapi.json"] => {
+            respond(StatusCode::OK, JSON, openapi(sources.access.is_guarded()))
+        }
         ["api", "v1", "clusters"] => json(StatusCode::OK, &reports()),
         ["api", "v1", "clusters", name, ref rest @ ..] => {
             let found = reports()
@@ -259,18 +282,16 @@ async fn post(
 }
 
 async fn operate(path: &str, headers: &HeaderMap, sources: &Sources, busy: &Busy) -> Answer {
-    match sources.access.role(headers) {
-        Some(Role::Operate) => {}
-        Some(Role::Read) => {
-            return problem(
-                StatusCode::FORBIDDEN,
-                "this needs the operate token; set http_operate_token_file",
-            );
-        }
-        None => {
-            tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
-            return stranger();
-        }
+    let role = sources.access.token_role(headers);
+    if role.is_none() && sources.access.has_tokens() {
+        tokio::time::sleep(WRONG_TOKEN_PAUSE).await;
+        return stranger();
+    }
+    if role != Some(Role::Operate) {
+        return problem(
+            StatusCode::FORBIDDEN,
+            "this needs the operate token; set http_operate_token_file",
+        );
     }
     let _guard = busy.begin();
     let parts: Vec<&str> = path.split('/').skip(1).collect();
@@ -324,6 +345,18 @@ async fn operate(path: &str, headers: &HeaderMap, sources: &Sources, busy: &Busy
         }
         _ => problem(StatusCode::NOT_FOUND, "nothing to POST to here"),
     }
+}
+
+/// Returns the description of the API. It demands a token only where this server does.
+fn openapi(is_guarded: bool) -> String {
+    let document = include_str!("openapi.json");
+    if is_guarded {
+        return document.to_owned();
+    }
+    let mut document: serde_json::Value =
+        serde_json::from_str(document).expect("BUG: openapi.json is not JSON");
+    document["security"] = serde_json::json!([]);
+    document.to_string()
 }
 
 fn stranger() -> Answer {

@@ -1,10 +1,13 @@
 //! Tests of the routes without a socket, and of the start without a daemon.
 
+mod conditions;
+
 use http_body_util::BodyExt;
-use hyper::{Method, Request, StatusCode, header::CONTENT_TYPE};
+use hyper::{HeaderMap, Method, Request, StatusCode, header::CONTENT_TYPE};
 use wal_format::{Lsn, PgTimestamp, TimelineId};
 
 use super::{answer::PROBLEM, *};
+use crate::notifications::{Links, Notifier};
 use crate::report::{
     BackupReport, Counters, DurableReport, RtoReport, SourceReport, State, TierReport, WindowReport,
 };
@@ -56,13 +59,19 @@ fn report() -> ClusterReport {
         rto: RtoReport::default(),
         last_drill: None,
         last_drill_passed: None,
+        last_verify: None,
         failed_backup: None,
         failed_expire: None,
         last_failover_loss: None,
+        failover_loss: None,
         corrupt_objects: None,
         lost_objects: Vec::new(),
         backup_max_age_seconds: 86_400.0,
         drill_max_age_seconds: None,
+        verify_max_age_seconds: None,
+        slot_missing: false,
+        spool_full_in_seconds: None,
+        window_missing_seconds: None,
         clock_offset_seconds: None,
         certificate_expiry: None,
         looked: true,
@@ -72,13 +81,21 @@ fn report() -> ClusterReport {
     }
 }
 
+const LOOPBACK: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 8432);
+
 fn sources_with(access: &HttpAccess) -> Sources {
     let mut other = report();
     other.cluster = "broken-one".parse().expect("a name");
     other.state = State::Broken;
     Sources {
         reports: Arc::new(move || vec![report(), other.clone()]),
-        ..Sources::new(Monitor::new(Vec::new()), Instruments::default(), access)
+        ..Sources::new(
+            Monitor::new(Notifier::start(Vec::new(), Links::default())),
+            Instruments::default(),
+            access,
+            LOOPBACK,
+        )
     }
 }
 
@@ -87,7 +104,7 @@ fn sources() -> Sources {
 }
 
 async fn fetch(path: &str, query: &str) -> (StatusCode, String, String) {
-    let response = routes::read(path, query, &sources()).await;
+    let response = routes::read(path, query, &HeaderMap::new(), &sources()).await;
     let status = response.status();
     let content_type = response.headers()[CONTENT_TYPE]
         .to_str()
@@ -231,6 +248,15 @@ async fn strangers_get_problem_documents() {
 }
 
 #[tokio::test]
+async fn the_runbook_has_an_anchor_for_each_alert() {
+    let (status, _, body) = fetch("/runbook", "").await;
+    assert_eq!(status, StatusCode::OK);
+    for rule in crate::alerts::RULES {
+        assert!(body.contains(&format!("id=\"{}\"", rule.name)), "{body}");
+    }
+}
+
+#[tokio::test]
 async fn the_fleet_shows_the_worst_first_and_escapes() {
     let (_, _, body) = fetch("/", "").await;
     let place = |text: &str| {
@@ -251,7 +277,7 @@ fn guarded() -> Sources {
     sources_with(&HttpAccess {
         read: secret("a-token-that-reads"),
         operate: secret("a-token-that-operates"),
-        tls: None,
+        ..HttpAccess::default()
     })
 }
 
@@ -414,6 +440,162 @@ async fn only_the_operate_token_acts_and_no_other_site_does() {
     assert_eq!(answer.status(), StatusCode::METHOD_NOT_ALLOWED);
 }
 
+fn operated() -> HttpAccess {
+    HttpAccess {
+        operate: Some("a-token-that-operates".to_owned().into()),
+        allowed_hosts: vec!["tidemark.example.com".to_owned()],
+        ..HttpAccess::default()
+    }
+}
+
+#[tokio::test]
+async fn an_operate_token_alone_closes_reading_only_on_a_public_address() {
+    let sources = sources_with(&operated());
+    let get = async |path| ask(&sources, Method::GET, path, &[], "").await;
+    for path in ["/", "/metrics", "/api/v1/clusters"] {
+        assert_eq!(get(path).await.status(), StatusCode::OK, "{path}");
+    }
+    let path = "/api/v1/notify/test";
+    let post = async |headers: &[(&str, &str)]| {
+        ask(&sources, Method::POST, path, headers, "")
+            .await
+            .status()
+    };
+    assert_eq!(post(&[]).await, StatusCode::UNAUTHORIZED);
+    let wrong = ("authorization", "Bearer a-token-that-fails");
+    assert_eq!(post(&[wrong]).await, StatusCode::UNAUTHORIZED);
+    let right = ("authorization", "Bearer a-token-that-operates");
+    assert_eq!(
+        post(&[right]).await,
+        StatusCode::CONFLICT,
+        "no receiver is set"
+    );
+    let public = Sources {
+        access: Arc::new(Access::new(
+            &operated(),
+            SocketAddr::from(([0, 0, 0, 0], 8432)),
+        )),
+        ..sources.clone()
+    };
+    let answer = ask(&public, Method::GET, "/metrics", &[], "").await;
+    assert_eq!(answer.status(), StatusCode::UNAUTHORIZED);
+}
+
+#[tokio::test]
+async fn a_foreign_name_in_host_is_misdirected_where_reading_is_open() {
+    let open = sources_with(&operated());
+    let status = async |sources: &Sources, path: &str, host: &str| {
+        let headers = [("host", host)];
+        ask(sources, Method::GET, path, &headers, "").await.status()
+    };
+    for host in [
+        "localhost",
+        "LOCALHOST:8432",
+        "localhost.",
+        "main.localhost:1",
+        "127.0.0.1:8432",
+        "10.0.0.7",
+        "[::1]:8432",
+        "[::1]",
+        "Tidemark.Example.com:443",
+    ] {
+        assert_eq!(
+            status(&open, "/metrics", host).await,
+            StatusCode::OK,
+            "{host}"
+        );
+    }
+    for host in [
+        "evil.example:8432",
+        "localhost.evil.example",
+        "notlocalhost",
+        "127.0.0.1.evil.example",
+        "127.0.0.1:8432@evil.example",
+        "[::1",
+        "[evil.example]",
+        "",
+        "tidemark.example.com.evil.example",
+    ] {
+        let found = status(&open, "/metrics", host).await;
+        assert_eq!(found, StatusCode::MISDIRECTED_REQUEST, "{host}");
+        assert_eq!(status(&open, "/healthz", host).await, StatusCode::OK);
+    }
+    let foreign = [("host", "evil.example"), ("sec-fetch-site", "same-origin")];
+    let answer = ask(&open, Method::POST, "/login", &foreign, "token=x").await;
+    assert_eq!(answer.status(), StatusCode::MISDIRECTED_REQUEST);
+    let body = answer.into_body().collect().await.expect("a body");
+    let body = String::from_utf8(body.to_bytes().to_vec()).expect("UTF-8");
+    assert!(body.contains("http_allowed_hosts"), "{body}");
+    // A page of another site has no token, so a proxy may use any name in front of a read token.
+    let right = [
+        ("host", "proxy.example"),
+        ("authorization", "Bearer a-token-that-reads"),
+    ];
+    let answer = ask(&guarded(), Method::GET, "/metrics", &right, "").await;
+    assert_eq!(answer.status(), StatusCode::OK);
+}
+
+#[tokio::test]
+async fn the_description_demands_a_token_only_where_one_is_needed() {
+    let document = async |sources: &Sources| -> serde_json::Value {
+        let right = [("authorization", "Bearer a-token-that-operates")];
+        let path = "/api/v1/openapi.json";
+        let answer = ask(sources, Method::GET, path, &right, "").await;
+        let body = answer.into_body().collect().await.expect("a body");
+        serde_json::from_slice(&body.to_bytes()).expect("JSON")
+    };
+    let open = document(&sources()).await;
+    assert_eq!(open["security"], serde_json::json!([]));
+    let closed = document(&guarded()).await;
+    assert_eq!(closed["security"][0], serde_json::json!({ "bearer": [] }));
+    for document in [open, closed] {
+        let paths = &document["paths"];
+        let backup = &paths["/api/v1/clusters/{cluster}/backups"]["post"]["security"];
+        assert_eq!(backup[0], serde_json::json!({ "bearer": [] }), "{paths}");
+        assert_eq!(paths["/healthz"]["get"]["security"], serde_json::json!([]));
+    }
+}
+
+#[tokio::test]
+async fn the_metrics_come_in_the_accepted_format_and_complete() {
+    let fetch = async |accept: &str| {
+        let headers = [("accept", accept)];
+        let answer = ask(&sources(), Method::GET, "/metrics", &headers, "").await;
+        let content_type = answer.headers()[CONTENT_TYPE].clone();
+        let body = answer.into_body().collect().await.expect("a body");
+        let body = String::from_utf8(body.to_bytes().to_vec()).expect("UTF-8");
+        (content_type.to_str().expect("text").to_owned(), body)
+    };
+    let (content_type, body) = fetch("application/openmetrics-text;version=1.0.0").await;
+    assert!(content_type.starts_with("application/openmetrics-text; version=1.0.0"));
+    assert!(body.ends_with("\n# EOF\n"), "{body}");
+    let (content_type, text) = fetch("text/plain;version=0.0.4").await;
+    assert_eq!(content_type, "text/plain; version=0.0.4; charset=utf-8");
+    assert!(!text.contains("# EOF"), "{text}");
+    // Each label of an enumeration has a series before its first event.
+    for line in [
+        "pitr_repository_errors_total{cluster=\"main\",op=\"put\",kind=\"unreachable\"} 0",
+        "pitr_repository_errors_total{cluster=\"main\",op=\"open\",kind=\"refused\"} 0",
+        "pitr_stream_reconnects_total{cluster=\"main\",reason=\"server_stopped\"} 0",
+        "pitr_repository_request_duration_seconds_count{cluster=\"main\",op=\"list\",outcome=\"error\"} 0",
+        "pitr_runs_failed_total{cluster=\"main\",kind=\"verify\"} 0",
+        "# TYPE process_cpu_seconds_total counter",
+        "# TYPE pitr_runs_failed_total counter",
+    ] {
+        assert!(text.contains(line), "{line} is missing in\n{text}");
+    }
+    for name in [
+        "process_cpu_seconds_total ",
+        "process_open_fds ",
+        "process_resident_memory_bytes ",
+        "process_start_time_seconds ",
+    ] {
+        let value = text.lines().find_map(|line| line.strip_prefix(name));
+        let value: f64 = value.expect(name).parse().expect("a number");
+        assert!(value > 0.0, "{name}{value}");
+    }
+}
+
 #[tokio::test]
 async fn a_public_address_is_refused() {
     let public = "0.0.0.0:0".parse().expect("an address");
@@ -505,7 +687,11 @@ fn a_place_that_is_away_among_several_is_told() {
             repositories: vec![place],
             ..report()
         };
-        let metrics = metrics::render(std::slice::from_ref(&report), &Instruments::default());
+        let metrics = metrics::render(
+            std::slice::from_ref(&report),
+            &Instruments::default(),
+            metrics::Exposition::Text,
+        );
         let metric = metrics.contains("pitr_repository_failing{cluster=\"main\"} 1.0");
         let of_place =
             "pitr_repository_place_failing{cluster=\"main\",repository=\"s3://far/away\"} 1.0";

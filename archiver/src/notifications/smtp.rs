@@ -11,9 +11,8 @@ use tokio::{
 };
 
 use super::{
-    Notification, NotifyError,
+    NotifyError,
     client::{Connection, encrypt, io},
-    message,
 };
 
 /// The maximum length of a line in an answer, far above the RFC's 512.
@@ -25,7 +24,8 @@ struct Session(BufReader<Box<dyn Connection>>);
 
 pub(super) async fn send(
     target: &NotifyTarget,
-    notification: &Notification,
+    subject: &str,
+    text: &str,
 ) -> Result<(), NotifyError> {
     let host = target
         .smtp
@@ -85,7 +85,7 @@ pub(super) async fn send(
     }
     session.ask("DATA", "DATA", "354").await?;
     session
-        .ask("the mail", &letter(target, notification), "250")
+        .ask("the mail", &letter(target, subject, text), "250")
         .await?;
     // The mail is delivered, so the way the connection ends no longer matters.
     drop(session.ask("QUIT", "QUIT", "221").await);
@@ -131,8 +131,7 @@ impl Session {
 }
 
 /// Header and text with dots doubled (RFC 5321, 4.5.2), terminated by a line with one dot.
-fn letter(target: &NotifyTarget, notification: &Notification) -> String {
-    let (subject, text) = message::mail(notification);
+fn letter(target: &NotifyTarget, subject: &str, text: &str) -> String {
     // A header is ASCII. RFC 2047 encodes other text, in pieces that fit a line.
     let mut pieces: Vec<String> = vec![String::new()];
     for character in subject.chars().filter(|character| !character.is_control()) {

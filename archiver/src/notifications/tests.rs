@@ -21,6 +21,14 @@ fn targets(toml: &str) -> Vec<NotifyTarget> {
     Settings::resolve(&args).expect("sound").notify
 }
 
+fn links() -> Links {
+    Links {
+        page: "https://t.example".to_owned(),
+        runbook: "https://w.example/runbook".to_owned(),
+        host: "db1".to_owned(),
+    }
+}
+
 async fn read_until(stream: &mut TcpStream, end: &str) -> String {
     let mut text = String::new();
     let mut buffer = [0; 4096];
@@ -69,11 +77,21 @@ async fn slack_pagerduty_and_webhook_get_what_they_understand() {
         "{shown}"
     );
     let mut notification = Notification::test();
+    notification.alert.name = "PitrStreamDown";
+    notification.cluster = "main".to_owned();
+    notification.system_identifier = Some("7432188851234567890".parse().expect("an identifier"));
     for target in &targets {
-        send(target, &notification).await.expect("it is taken");
+        send(target, &notification, &links())
+            .await
+            .expect("it is taken");
     }
-    notification.fires = false;
-    send(&targets[2], &notification).await.expect("it is taken");
+    let since = notification.alert.since;
+    notification.ended = Some(PgTimestamp(since.0 + 90_000_000));
+    for target in &targets[1..] {
+        send(target, &notification, &links())
+            .await
+            .expect("it is taken");
+    }
     let seen = seen.lock().expect("no panic").clone();
     assert!(
         seen[0].starts_with("POST /hook?secret=s3cr3t HTTP/1.1"),
@@ -82,7 +100,7 @@ async fn slack_pagerduty_and_webhook_get_what_they_understand() {
     );
     assert!(seen[0].contains("\"status\":\"firing\""), "{}", seen[0]);
     assert!(
-        seen[1].contains("{\"text\":\"*[WARNING] test PitrTest"),
+        seen[1].contains("{\"text\":\"*[WARNING] main PitrStreamDown: This is a test"),
         "{}",
         seen[1]
     );
@@ -92,34 +110,128 @@ async fn slack_pagerduty_and_webhook_get_what_they_understand() {
         seen[2]
     );
     assert!(
-        seen[3].contains("\"event_action\":\"resolve\""),
+        seen[3].contains("[RESOLVED] main PitrStreamDown: The stream was down for 1 min 30 s."),
         "{}",
         seen[3]
     );
-    let key = "\"dedup_key\":\"tidemark/test/PitrTest\"";
-    assert!(seen[2].contains(key) && seen[3].contains(key));
+    assert!(
+        seen[4].contains("\"event_action\":\"resolve\""),
+        "{}",
+        seen[4]
+    );
+    let key = "\"dedup_key\":\"tidemark/db1/7432188851234567890/main/PitrStreamDown\"";
+    assert!(seen[2].contains(key) && seen[4].contains(key));
+    for request in &seen {
+        for link in [
+            "https://t.example/clusters/main",
+            "https://w.example/runbook#PitrStreamDown",
+        ] {
+            assert!(request.contains(link), "{link} is missing in {request}");
+        }
+    }
 }
 
 #[tokio::test]
-async fn a_refusal_is_tried_again_and_names_no_secret() {
-    let (port, seen) = stub(&[503, 200]).await;
+async fn a_refusal_names_no_secret() {
+    let (port, _) = stub(&[503]).await;
     let targets = targets(&format!(
         "[notify.a]\ntype = \"webhook\"\nurl = \"http://127.0.0.1:{port}/s3cr3t\"\n"
     ));
-    let error = send(&targets[0], &Notification::test())
+    let error = send(&targets[0], &Notification::test(), &links())
         .await
         .expect_err("503");
     assert!(error.to_string().contains("503"), "{error}");
     assert!(!error.to_string().contains("s3cr3t"), "{error}");
-    let (sender, receiver) = mpsc::channel(4);
-    sender.send(Notification::test()).await.expect("room");
-    drop(sender);
-    deliver(targets, receiver).await;
-    let waited = std::time::Instant::now();
-    while seen.lock().expect("no panic").len() < 2 && waited.elapsed() < Duration::from_secs(30) {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+}
+
+/// Waits for a value, at most a minute.
+async fn wait_for<T>(what: &str, mut value: impl FnMut() -> Option<T>) -> T {
+    let began = std::time::Instant::now();
+    loop {
+        if let Some(value) = value() {
+            return value;
+        }
+        assert!(began.elapsed() < Duration::from_secs(60), "{what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(seen.lock().expect("no panic").len(), 2);
+}
+
+/// Waits until the stub has seen `count` requests, and returns them.
+async fn requests(seen: &Mutex<Vec<String>>, count: usize) -> Vec<String> {
+    wait_for("requests", || {
+        let requests = seen.lock().expect("no panic").clone();
+        (requests.len() >= count).then_some(requests)
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_receiver_that_was_away_gets_the_newest_state_and_a_restart_adds_nothing() {
+    let (port, seen) = stub(&[503, 503, 200]).await;
+    let toml = format!("[notify.a]\ntype = \"webhook\"\nurl = \"http://127.0.0.1:{port}/\"\n");
+    let directory = tempfile::tempdir().expect("a directory");
+    let name = "main".parse().expect("a name");
+    let rule = crate::alerts::rule("PitrGap").expect("an alert");
+    let alert = Alert {
+        name: rule.name,
+        severity: rule.severity,
+        runbook: rule.runbook,
+        ..Notification::test().alert
+    };
+    let firing = std::slice::from_ref(&alert);
+    let notifier = Notifier::start(targets(&toml), links());
+    let mailbox = notifier.open(&name, directory.path());
+    notifier.update(&mailbox, None, firing, |_| false);
+    let found = requests(&seen, 3).await;
+    assert!(found[2].contains("\"status\":\"firing\""), "{}", found[2]);
+    // Another daemon takes up the record when the delivery is in it.
+    wait_for("the delivery is recorded", || {
+        let record = Mailbox::open("main".parse().expect("a name"), directory.path());
+        record.is_told("a", "PitrGap").then_some(())
+    })
+    .await;
+    let notifier = Notifier::start(targets(&toml), links());
+    let mailbox = notifier.open(&name, directory.path());
+    assert_eq!(mailbox.standing(), firing);
+    notifier.update(&mailbox, None, firing, |_| false);
+    notifier.update(&mailbox, None, &[], |_| false);
+    let found = requests(&seen, 4).await;
+    assert!(found[3].contains("\"status\":\"resolved\""), "{}", found[3]);
+}
+
+#[tokio::test]
+async fn a_heartbeat_is_sent_at_its_interval() {
+    let (port, seen) = stub(&[200]).await;
+    let toml = format!(
+        "[notify.a]\ntype = \"heartbeat\"\nurl = \"http://127.0.0.1:{port}/ping\"\ninterval = \"1s\"\n"
+    );
+    let _notifier = Notifier::start(targets(&toml), links());
+    for request in requests(&seen, 2).await {
+        assert!(request.starts_with("POST /ping "), "{request}");
+        assert!(request.contains("\"status\":\"alive\""), "{request}");
+    }
+}
+
+#[test]
+fn an_invalid_receiver_is_refused_with_the_remedy() {
+    let check = |more: &str, expected: &str| {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let text = format!(
+            "repository = \"file:///r\"\n[notify.a]\ntype = \"webhook\"\nurl = \"http://x/\"\n{more}"
+        );
+        std::fs::write(file.path(), text).expect("written");
+        let args = CommonArgs {
+            config: Some(file.path().to_owned()),
+            ..CommonArgs::default()
+        };
+        let error = Settings::resolve(&args).expect_err(more).to_string();
+        assert!(error.contains(expected), "{error}");
+    };
+    check("severity = [\"critcal\"]", "write [\"critical\"]");
+    check("remind_after = \"500ms\"", "shorter than");
+    check("daily_summary = \"07:00\"", "type = \"email\" only");
+    check("interval = \"1min\"", "type = \"heartbeat\" only");
+    check("remind_afer = \"1h\"", "did you mean \"remind_after\"");
 }
 
 #[tokio::test]
@@ -149,7 +261,7 @@ async fn a_mail_arrives_whole() {
     };
     let mut notification = Notification::test();
     notification.alert.summary = "first line\n.second line".to_owned();
-    send(&targets(&toml(""))[0], &notification)
+    send(&targets(&toml(""))[0], &notification, &links())
         .await
         .expect("it is taken");
     let said = server.await.expect("it ends");
@@ -182,7 +294,7 @@ async fn a_password_is_not_sent_in_clear() {
         "[notify.m]\ntype = \"email\"\nsmtp = \"127.0.0.1:{port}\"\ntls = \"none\"\nfrom = \"a@x\"\nto = [\"b@y\"]\n\
          user = \"u\"\npassword = \"s3cr3t\"\n"
     ));
-    let error = send(&targets[0], &Notification::test())
+    let error = send(&targets[0], &Notification::test(), &links())
         .await
         .expect_err("no TLS");
     assert!(error.to_string().contains("without TLS"), "{error}");

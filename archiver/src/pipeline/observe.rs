@@ -73,7 +73,10 @@ pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterSt
             tracing::debug!(%error, "the server's flush LSN is not known beyond the stream");
             session_ended = was_connected && error.is_last_word();
         }
-        status.note(|facts| facts.slot_report = None);
+        status.note(|facts| {
+            facts.slot_report = None;
+            facts.slot_missing = false;
+        });
         // A shutdown begins with the end of the session, so poll again soon.
         let pause = if session_ended || status.refused_since().is_some() {
             POLL_INTERVAL
@@ -147,6 +150,7 @@ async fn poll_once_connected(
         let ours = (asked.as_duration() + answered.as_duration()).as_secs_f64() / 2.0;
         let clock = field(5).and_then(|text| text.parse::<f64>().ok());
         status.note(|facts| {
+            facts.slot_missing = report.is_none() && flush_lsn.is_some();
             facts.slot_report = report;
             facts.clock_offset_seconds = clock.map(|clock| clock - ours);
         });

@@ -2,6 +2,7 @@
 //! them.
 
 use std::{
+    collections::BTreeSet,
     env, fs,
     io::Write,
     path::Path,
@@ -34,27 +35,6 @@ fn not_emitted<'a>(text: &'a str, metrics: &str) -> Vec<&'a str> {
     named.filter(|name| !emitted(name)).collect()
 }
 
-/// Converts to the format that promtool reads: no end mark, and a counter's help under its full
-/// name.
-fn prometheus_text(openmetrics: &str) -> String {
-    let mut text = openmetrics.replace("# EOF\n", "");
-    for line in openmetrics.lines() {
-        let counter = line
-            .strip_prefix("# TYPE ")
-            .and_then(|rest| rest.strip_suffix(" counter"));
-        if let Some(name) = counter {
-            for word in ["HELP", "TYPE"] {
-                let (short, full) = (
-                    format!("# {word} {name} "),
-                    format!("# {word} {name}_total "),
-                );
-                text = text.replace(&short, &full);
-            }
-        }
-    }
-    text
-}
-
 #[test]
 fn rules_board_and_documents_name_only_what_is_emitted() {
     let Some((_server, _place, archiver)) = archived() else {
@@ -80,7 +60,7 @@ fn rules_board_and_documents_name_only_what_is_emitted() {
         );
         seen += names(&text).len();
         // Each name with an additional letter is detected as missing.
-        for name in names(&text) {
+        for name in names(&text).into_iter().collect::<BTreeSet<_>>() {
             let mistyped = format!("{name}x");
             let found = text.replace(name, &mistyped);
             assert!(
@@ -90,13 +70,6 @@ fn rules_board_and_documents_name_only_what_is_emitted() {
         }
     }
     assert!(seen > 50, "the files name metrics");
-    let rules = fs::read_to_string(root.join("monitoring/tidemark.rules.yml")).expect("rules");
-    for (alert, ..) in archiver::alerts::RUNBOOK {
-        assert!(
-            rules.contains(&format!("alert: {alert}\n")),
-            "{alert} has no rule"
-        );
-    }
     if Command::new("promtool").arg("--version").output().is_err() {
         assert!(
             env::var_os("CI").is_none(),
@@ -113,9 +86,7 @@ fn rules_board_and_documents_name_only_what_is_emitted() {
         .spawn()
         .expect("promtool runs");
     let mut input = promtool.stdin.take().expect("a pipe");
-    input
-        .write_all(prometheus_text(&metrics).as_bytes())
-        .expect("it reads");
+    input.write_all(metrics.as_bytes()).expect("it reads");
     drop(input);
     succeed(
         "promtool check metrics",

@@ -115,7 +115,8 @@ impl Chance {
             "Expect: 100-continue\r\nContent-Length: 4000000000\r\n",
         ][self.below(7)];
         let mut request =
-            format!("{method} {path} HTTP/1.1\r\nHost: x\r\n{framing}\r\ntoken=x").into_bytes();
+            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\ntoken=x")
+                .into_bytes();
         for _ in 0..self.below(6) {
             let at = self.below(request.len());
             match self.below(5) {
@@ -206,7 +207,7 @@ fn readers_that_read_nothing_are_cut_and_cost_bounded_memory() {
         .expect("a limit");
     let mut asked = 0;
     while greedy
-        .write_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        .write_all(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         .is_ok()
     {
         asked += 1;
@@ -216,7 +217,7 @@ fn readers_that_read_nothing_are_cut_and_cost_bounded_memory() {
     let live: Vec<TcpStream> = (0..80)
         .map(|_| {
             let mut stream = TcpStream::connect(&address).expect("it listens");
-            let request = b"GET /api/v1/events/stream HTTP/1.1\r\nHost: x\r\n\r\n";
+            let request = b"GET /api/v1/events/stream HTTP/1.1\r\nHost: localhost\r\n\r\n";
             stream.write_all(request).expect("a request");
             stream
         })
@@ -332,7 +333,7 @@ fn the_stream_of_events_is_live() {
         .set_read_timeout(Some(Duration::from_secs(30)))
         .expect("a limit");
     stream
-        .write_all(b"GET /api/v1/events/stream HTTP/1.1\r\nHost: x\r\n\r\n")
+        .write_all(b"GET /api/v1/events/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
         .expect("a request");
     server.write_wal(10);
     let mut text = String::new();

@@ -41,14 +41,16 @@ const CLUSTER_KEYS: &[&str] = &[
     "spool",
     "spool_limit_bytes",
     "standbys",
+    "verify_max_age",
     "when_full",
 ];
 /// Keys that are allowed at the top only.
-const TOP_KEYS: [&str; 3] = ["cluster", "http", "notify"];
+const TOP_KEYS: [&str; 4] = ["cluster", "http", "notify", "runbook_url"];
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct ConfigFile {
     pub(super) http: Option<String>,
+    pub(super) runbook_url: Option<String>,
     pub(super) http_access: HttpTable,
     pub(super) notify: BTreeMap<String, toml::Value>,
     pub(super) defaults: ClusterTable,
@@ -65,6 +67,7 @@ pub(super) struct ClusterTable {
     pub(super) conninfo: Option<String>,
     pub(super) gap_grace: Option<String>,
     pub(super) drill_max_age: Option<String>,
+    pub(super) verify_max_age: Option<String>,
     pub(super) expire_grace: Option<String>,
     pub(super) expire_interval: Option<String>,
     pub(super) heal_from: Option<Vec<String>>,
@@ -111,6 +114,7 @@ impl ConfigFile {
             .parse()
             .map_err(|error: toml::de::Error| Error::config(error.message()))?;
         let http = take_text(&mut table, "http")?;
+        let runbook_url = take_text(&mut table, "runbook_url")?;
         let mut of_http = toml::Table::new();
         for key in HTTP_KEYS {
             if let Some(value) = table.remove(key) {
@@ -164,6 +168,7 @@ impl ConfigFile {
         }
         Ok(Self {
             http,
+            runbook_url,
             http_access,
             notify,
             defaults,

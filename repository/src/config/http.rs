@@ -8,8 +8,10 @@ use super::Secret;
 use crate::{Error, Result};
 
 /// Keys of the file. They are allowed at the top only.
-pub(super) const HTTP_KEYS: [&str; 4] = [
+pub(super) const HTTP_KEYS: [&str; 6] = [
+    "http_allowed_hosts",
     "http_operate_token_file",
+    "http_public_url",
     "http_tls_certificate",
     "http_tls_key",
     "http_token_file",
@@ -20,7 +22,10 @@ const TOKEN_CHARACTERS_MIN: usize = 16;
 /// The keys as typed.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct HttpTable {
+    #[serde(default)]
+    pub(super) http_allowed_hosts: Vec<String>,
     pub(super) http_operate_token_file: Option<PathBuf>,
+    pub(super) http_public_url: Option<String>,
     pub(super) http_tls_certificate: Option<PathBuf>,
     pub(super) http_tls_key: Option<PathBuf>,
     pub(super) http_token_file: Option<PathBuf>,
@@ -29,12 +34,18 @@ pub(super) struct HttpTable {
 /// The resolved access to the dashboard.
 #[derive(Clone, Debug, Default)]
 pub struct HttpAccess {
-    /// The token that may read everything. If neither this nor `operate` is set, everyone who can
-    /// connect may read.
+    /// The token that may read everything. Without it everyone who can connect to a loopback
+    /// address may read.
     pub read: Option<Secret>,
     /// The token that may read everything, and request a base backup or a test notification.
     /// Without it nobody may request them.
     pub operate: Option<Secret>,
+    /// Names, in lower case and without a port, under which the page may be opened on a loopback
+    /// address while reading needs no token. `localhost` and IP addresses are always allowed.
+    pub allowed_hosts: Vec<String>,
+    /// The address under which people open the page, without a slash at its end: notifications
+    /// link to it. Its host is allowed too. Default: the address that is served.
+    pub public_url: Option<String>,
     /// Certificate chain and key, PEM. They are read again when they change.
     pub tls: Option<(PathBuf, PathBuf)>,
 }
@@ -56,7 +67,20 @@ impl HttpAccess {
                 ));
             }
         };
+        let allowed_hosts = table.http_allowed_hosts.iter().map(|name| host_name(name));
+        let mut allowed_hosts: Vec<String> = allowed_hosts.collect::<Result<_>>()?;
+        let public_url = table.http_public_url.as_deref();
+        let public_url = public_url
+            .map(|url| link("http_public_url", url))
+            .transpose()?;
+        if let Some(url) = &public_url {
+            let host = url.split_once("://").map_or("", |(_, rest)| rest);
+            let host = host.split(['/', ':', '?', '#']).next().unwrap_or_default();
+            allowed_hosts.extend(host_name(host));
+        }
         Ok(Self {
+            allowed_hosts,
+            public_url,
             read: token("TIDEMARK_HTTP_TOKEN", table.http_token_file.as_ref())?,
             operate: token(
                 "TIDEMARK_HTTP_OPERATE_TOKEN",
@@ -65,6 +89,31 @@ impl HttpAccess {
             tls,
         })
     }
+}
+
+/// Checks an address that notifications link to, and returns it without a slash at its end.
+pub(super) fn link(key: &str, url: &str) -> Result<String> {
+    let is_link = url.starts_with("https://") || url.starts_with("http://");
+    if !is_link
+        || url.contains(|c: char| c.is_whitespace() || c.is_control() || "<>|\"".contains(c))
+    {
+        return Err(Error::config(format!(
+            "{key} = \"{url}\" is not a link; write for example \"https://tidemark.example.com\""
+        )));
+    }
+    Ok(url.trim_end_matches('/').to_owned())
+}
+
+/// Checks an entry of `http_allowed_hosts` and returns it in lower case.
+fn host_name(name: &str) -> Result<String> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    if name.is_empty() || !name.chars().all(is_part) {
+        return Err(Error::config(format!(
+            "http_allowed_hosts: \"{name}\" is not a host name; write it without scheme, port and \
+             path, for example \"tidemark.example.com\""
+        )));
+    }
+    Ok(name.trim_end_matches('.').to_ascii_lowercase())
 }
 
 fn token(variable: &str, file: Option<&PathBuf>) -> Result<Option<Secret>> {

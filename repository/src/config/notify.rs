@@ -1,19 +1,23 @@
 //! The receivers of the daemon's alerts: `[notify.NAME]` tables.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::Secret;
+use super::{Secret, parse_duration};
 use crate::{Error, Result};
 
-const NOTIFY_KEYS: [&str; 13] = [
+const NOTIFY_KEYS: [&str; 17] = [
     "certificate_authority",
+    "daily_summary",
     "from",
+    "interval",
     "password",
     "password_file",
+    "remind_after",
     "routing_key",
     "routing_key_file",
+    "severity",
     "smtp",
     "tls",
     "to",
@@ -23,12 +27,22 @@ const NOTIFY_KEYS: [&str; 13] = [
     "user",
 ];
 
+/// The interval of a heartbeat without the key `interval`.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(60);
+/// The shortest interval of a heartbeat and of reminders.
+const INTERVAL_MIN: Duration = Duration::from_secs(1);
+/// The values of `severity`.
+const SEVERITIES: [&str; 2] = ["critical", "warning"];
+
 /// The kind of receiver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NotifyKind {
     /// Mail by SMTP.
     Email,
+    /// A request at an interval while the daemon works, and no alerts: the receiver raises an alarm
+    /// when the requests stop.
+    Heartbeat,
     /// `PagerDuty`'s events API, version 2.
     Pagerduty,
     /// Slack's incoming webhook, or a compatible service.
@@ -68,6 +82,11 @@ struct NotifyTable {
     from: Option<String>,
     #[serde(default)]
     to: Vec<String>,
+    #[serde(default)]
+    severity: Vec<String>,
+    remind_after: Option<String>,
+    daily_summary: Option<String>,
+    interval: Option<String>,
 }
 
 /// A receiver of alerts, resolved. Its `Debug` prints no secret.
@@ -95,6 +114,23 @@ pub struct NotifyTarget {
     pub from: String,
     /// The receivers.
     pub to: Vec<String>,
+    /// The severities of the alerts that are sent, by name. All if it is empty.
+    pub severity: Vec<String>,
+    /// The time after which an alert that still fires is sent again. Default: never.
+    pub remind_after: Option<Duration>,
+    /// The time of the UTC day at which a mail target gets a summary of every cluster. Default: it
+    /// gets none.
+    pub daily_summary: Option<Duration>,
+    /// The interval of a heartbeat. Default: 1 min.
+    pub interval: Duration,
+}
+
+impl NotifyTarget {
+    /// Returns true if alerts are sent to this target.
+    #[must_use]
+    pub fn takes_alerts(&self) -> bool {
+        self.kind != NotifyKind::Heartbeat
+    }
 }
 
 pub(super) fn resolve(tables: BTreeMap<String, toml::Value>) -> Result<Vec<NotifyTarget>> {
@@ -134,7 +170,7 @@ fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
     let url = secret(table.url, table.url_file)?.or(default_url.map(Secret::from));
     let routing_key = secret(table.routing_key, table.routing_key_file)?;
     match table.kind {
-        NotifyKind::Webhook | NotifyKind::Slack if url.is_none() => {
+        NotifyKind::Webhook | NotifyKind::Slack | NotifyKind::Heartbeat if url.is_none() => {
             return Err(required("url or url_file"));
         }
         NotifyKind::Pagerduty if routing_key.is_none() => {
@@ -147,6 +183,48 @@ fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
         }
         _ => {}
     }
+    let only = |key: &str, kind: NotifyKind, is_set: bool| match table.kind == kind || !is_set {
+        true => Ok(()),
+        false => Err(Error::config(format!(
+            "[notify.{name}]: {key} is for type = \"{}\" only",
+            format!("{kind:?}").to_lowercase()
+        ))),
+    };
+    only("interval", NotifyKind::Heartbeat, table.interval.is_some())?;
+    only(
+        "daily_summary",
+        NotifyKind::Email,
+        table.daily_summary.is_some(),
+    )?;
+    if let Some(unknown) = table
+        .severity
+        .iter()
+        .find(|text| !SEVERITIES.contains(&&***text))
+    {
+        return Err(Error::config(format!(
+            "[notify.{name}]: severity has \"{unknown}\"; write [\"critical\"], [\"warning\"] or leave it out \
+             for both"
+        )));
+    }
+    let span = |key: &str, text: &Option<String>| match text {
+        None => Ok(None),
+        Some(text) => match parse_duration(key, text)? {
+            span if span < INTERVAL_MIN => Err(Error::config(format!(
+                "[notify.{name}]: {key} = \"{text}\" is shorter than {INTERVAL_MIN:?}"
+            ))),
+            span => Ok(Some(span)),
+        },
+    };
+    let remind_after = span("remind_after", &table.remind_after)?;
+    let interval = span("interval", &table.interval)?.unwrap_or(HEARTBEAT_INTERVAL);
+    let daily_summary = table.daily_summary.as_deref().map(|text| {
+        time_of_day(text).ok_or_else(|| {
+            Error::config(format!(
+                "[notify.{name}]: daily_summary = \"{text}\" is not a time of day; write \"07:00\" (UTC)"
+            ))
+        })
+    });
+    let daily_summary = daily_summary.transpose()?;
     // A control character could end the SMTP line that contains the text.
     let texts = table.to.iter().chain(&table.from).chain(&table.user);
     if texts.flat_map(|text| text.chars()).any(char::is_control) {
@@ -163,8 +241,23 @@ fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
         password: secret(table.password, table.password_file)?.unwrap_or_default(),
         from: table.from.unwrap_or_default(),
         to: table.to,
+        severity: table.severity,
+        remind_after,
+        daily_summary,
+        interval,
         name,
     })
+}
+
+/// Returns the time since midnight of `HH:MM`.
+fn time_of_day(text: &str) -> Option<Duration> {
+    let (hours, minutes) = text.split_once(':')?;
+    let number = |text: &str, limit: u64| {
+        let number: u64 = text.parse().ok()?;
+        (text.len() == 2 && number < limit).then_some(number)
+    };
+    let minutes = number(hours, 24)? * 60 + number(minutes, 60)?;
+    Some(Duration::from_secs(minutes * 60))
 }
 
 fn secret(text: Option<String>, file: Option<PathBuf>) -> Result<Option<Secret>> {

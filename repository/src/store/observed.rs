@@ -12,9 +12,12 @@ use bytes::Bytes;
 use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 use crate::{Error, Result};
 
-/// Called for each request with its name, its duration, and whether the store answered. "Absent" is
-/// an answer.
-pub type Observer = Arc<dyn Fn(&'static str, Duration, bool) + Send + Sync>;
+/// Called for each request with its name, one of [`REQUESTS`], its duration, and the kind of its
+/// failure ([`Error::failure_kind`]). "Absent" is an answer.
+pub type Observer = Arc<dyn Fn(&'static str, Duration, Option<&'static str>) + Send + Sync>;
+
+/// The names of requests.
+pub const REQUESTS: [&str; 5] = ["delete", "get", "head", "list", "put"];
 
 /// A store whose requests are observed.
 pub struct ObservedStore {
@@ -38,8 +41,8 @@ impl ObservedStore {
     fn timed<T>(&self, op: &'static str, request: impl FnOnce() -> Result<T>) -> Result<T> {
         let began = Instant::now();
         let outcome = request();
-        let answered = outcome.as_ref().map_or_else(Error::is_not_found, |_| true);
-        (self.observer)(op, began.elapsed(), answered);
+        let failure = outcome.as_ref().err().and_then(Error::failure_kind);
+        (self.observer)(op, began.elapsed(), failure);
         outcome
     }
 }
@@ -140,8 +143,8 @@ mod tests {
         let told = Arc::clone(&seen);
         let store = ObservedStore::new(
             Arc::new(LocalStore::open(directory.path()).expect("a store")),
-            Arc::new(move |op, _, answered| {
-                told.lock().expect("a list").push((op, answered));
+            Arc::new(move |op, _, failure| {
+                told.lock().expect("a list").push((op, failure));
             }),
         );
         store.put_if_absent("a", b"1").expect("a put");
@@ -150,7 +153,7 @@ mod tests {
         assert!(store.get("../b").is_err());
         assert_eq!(
             *seen.lock().expect("a list"),
-            [("put", true), ("get", true), ("get", false)]
+            [("put", None), ("get", None), ("get", Some("unreachable"))]
         );
     }
 }

@@ -1,0 +1,130 @@
+//! The alerts on protections that are missing, behind or about to run out.
+
+use wal_format::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
+
+use super::*;
+use crate::{alerts, report::SlotReport, standby_slots::StandbyReport};
+
+fn slot(active: bool) -> SlotReport {
+    SlotReport {
+        name: "tidemark_main".to_owned(),
+        active,
+        wal_status: Some("reserved".to_owned()),
+        retained_bytes: Some(0),
+        safe_wal_bytes: None,
+        full_in_seconds: None,
+    }
+}
+
+fn verified(report: &ClusterReport, seconds_ago: i64) -> Outcome {
+    let finished = PgTimestamp(report.as_of.0 - seconds_ago * 1_000_000);
+    Outcome {
+        format_version: OUTCOME_FORMAT_VERSION,
+        kind: OutcomeKind::Verify,
+        id: "20261121T101500Z-9f3c".parse().expect("an id"),
+        started: finished,
+        finished,
+        passed: true,
+        message: String::new(),
+        backup: None,
+        rto_seconds: None,
+        fetched_bytes: None,
+        fetch_seconds: None,
+        replayed_bytes: None,
+        replay_seconds: None,
+        loss_seconds: None,
+        damaged: Vec::new(),
+    }
+}
+
+/// Checks that `change` decides about an alert, on one side of its threshold and on the other.
+#[track_caller]
+fn check(alert: &str, change: impl Fn(&mut ClusterReport, bool)) {
+    for expected in [false, true] {
+        let mut report = report();
+        report.source.stream_connected = true;
+        change(&mut report, expected);
+        let found = alerts::firing(&report);
+        let fires = found.iter().any(|(name, _)| *name == alert);
+        assert_eq!(fires, expected, "{alert} in {found:?}");
+    }
+}
+
+#[test]
+fn each_missing_protection_raises_its_alert() {
+    check("PitrFailoverLoss", |report, is_bad| {
+        let age = if is_bad { 3600 } else { 2 * 86_400 };
+        report.failover_loss = Some("12 commits were lost".to_owned());
+        report.last_failover_loss = Some(PgTimestamp(report.as_of.0 - age * 1_000_000));
+    });
+    check("PitrOffsiteBehind", |report, is_bad| {
+        report.repositories = vec![repository::store::MemberState {
+            url: "s3://far/away".to_owned(),
+            queued_objects: 1,
+            queued_bytes: 1,
+            behind: true,
+            lag_seconds: if is_bad { 901.0 } else { 60.0 },
+            error: None,
+        }];
+    });
+    check("PitrSlotMissing", |report, is_bad| {
+        report.slot_missing = is_bad;
+    });
+    check("PitrSlotInactive", |report, is_bad| {
+        report.slot = Some(slot(!is_bad));
+    });
+    // Without an answer of the server nothing is known about the slot.
+    check("PitrSlotInactive", |report, is_bad| {
+        report.slot = Some(SlotReport {
+            wal_status: is_bad.then(|| "reserved".to_owned()),
+            ..slot(false)
+        });
+    });
+    check("PitrStandbySlot", |report, is_bad| {
+        report.standbys = vec![StandbyReport {
+            server: "standby".to_owned(),
+            restart_lsn: None,
+            problem: is_bad.then(|| "connection refused".to_owned()),
+        }];
+    });
+    check("PitrSpoolFilling", |report, is_bad| {
+        report.spool_full_in_seconds = Some(if is_bad { 3600.0 } else { 5.0 * 3600.0 });
+    });
+    check("PitrVerifyOverdue", |report, is_bad| {
+        report.verify_max_age_seconds = Some(86_400.0);
+        report.last_verify = Some(verified(report, if is_bad { 90_000 } else { 80_000 }));
+    });
+    check("PitrVerifyOverdue", |report, is_bad| {
+        report.verify_max_age_seconds = Some(86_400.0);
+        report.looked = is_bad;
+    });
+    check("PitrWindowShort", |report, is_bad| {
+        report.window_missing_seconds = Some(if is_bad { 7200.0 } else { 60.0 });
+    });
+    check("PitrRtoOverTarget", |report, is_bad| {
+        report.rto.target_seconds = Some(600.0);
+        report.rto.estimate_seconds = Some(if is_bad { 601.0 } else { 599.0 });
+    });
+}
+
+#[test]
+fn an_unknown_fact_decides_nothing() {
+    let decided = |alert: &str, change: fn(&mut ClusterReport)| {
+        let mut report = report();
+        report.source.stream_connected = true;
+        change(&mut report);
+        alerts::is_decided(alert, &report)
+    };
+    assert!(decided("PitrRpoOverTarget", |_| {}));
+    assert!(!decided("PitrRpoOverTarget", |report| {
+        report.durable.remote.rpo_seconds = None;
+    }));
+    assert!(!decided("PitrSlotLost", |report| report.slot = None));
+    assert!(decided("PitrSlotLost", |report| report.slot = Some(slot(true))));
+    assert!(decided("PitrBackupOverdue", |_| {}));
+    assert!(!decided("PitrBackupOverdue", |report| report.looked = false));
+    assert!(!decided("PitrBroken", |report| report.state = State::Unknown));
+    assert!(!decided("PitrRepositoryFailing", |report| {
+        report.source.stream_connected = false;
+    }));
+}
