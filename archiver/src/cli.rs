@@ -15,6 +15,7 @@ mod catalog;
 mod check;
 mod config;
 mod daemon;
+mod delete;
 mod epoch;
 mod expire;
 mod facts;
@@ -39,7 +40,6 @@ use repository::{
 };
 use wal_format::{BackupId, SystemIdentifier};
 
-use self::verify::Wanted;
 use crate::error::{Error, Result};
 
 /// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base
@@ -76,6 +76,7 @@ enum Command {
         compare: bool,
     },
     /// Takes a base backup now.
+    #[command(args_conflicts_with_subcommands = true)]
     Backup {
         /// The type of backup.
         #[arg(long = "type", value_enum, default_value = "full")]
@@ -83,6 +84,11 @@ enum Command {
         /// A description, shown in lists.
         #[arg(long, default_value = "")]
         label: String,
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+        #[command(subcommand)]
+        action: Option<BackupCommand>,
     },
     /// Shows the state of each cluster: what is archived, up to which LSN, and any problem.
     Status {
@@ -111,6 +117,12 @@ enum Command {
         /// continues in what the repository holds now.
         #[arg(long)]
         accept_loss: bool,
+        /// Checks only this backup and the WAL that makes it consistent. The result is not recorded.
+        #[arg(long, value_name = "ID", conflicts_with = "repair")]
+        backup: Option<BackupId>,
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
     },
     /// Applies retention: marks objects that are no longer kept, and removes objects that were
     /// marked `expire_grace` ago. First prints the times that can no longer be restored.
@@ -118,7 +130,10 @@ enum Command {
         /// Prints what would be marked and removed, and changes nothing.
         #[arg(long)]
         dry_run: bool,
-        /// Prints one JSON document.
+        /// Makes everything count again that was marked less than `expire_grace` ago.
+        #[arg(long, conflicts_with = "dry_run")]
+        undo: bool,
+        /// One JSON document.
         #[arg(long)]
         json: bool,
         /// The system identifier of an earlier epoch of the cluster. Default: the epoch that is
@@ -147,6 +162,23 @@ enum Command {
 enum BackupType {
     /// A full backup.
     Full,
+}
+
+#[derive(Debug, Subcommand)]
+enum BackupCommand {
+    /// Gives one backup up. It counts as absent at once, and its objects are removed after
+    /// `expire_grace`; until then `expire --undo` brings it back. Refused while the retention policy
+    /// keeps it, unless it is damaged and nothing is lost with it.
+    Delete {
+        /// The backup, as `pitr-restore list` shows it.
+        id: BackupId,
+        /// Deletes it although the retention policy keeps it.
+        #[arg(long)]
+        force: bool,
+        /// Prints what would be lost, and changes nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -230,7 +262,10 @@ pub fn run(cli: Cli) -> Result<()> {
     if let Command::Key(KeyCommand::New { path }) = &cli.command {
         return key::new(path.as_deref());
     }
-    let settings = Settings::resolve(&cli.common)?;
+    let settings = match cli.command {
+        Command::Push { .. } => Settings::resolve_for_storage(&cli.common)?,
+        _ => Settings::resolve(&cli.common)?,
+    };
     match cli.command {
         Command::Run { http } => run::run(cli.common, settings, http),
         Command::Import { directory, compare } => import::run(one(&settings)?, &directory, compare),
@@ -241,9 +276,15 @@ pub fn run(cli: Cli) -> Result<()> {
             Ok(intake::push_alone(settings, &repository, &path)?)
         }
         Command::Backup {
+            action: Some(BackupCommand::Delete { id, force, dry_run }),
+            ..
+        } => delete::delete(one(&settings)?, &id, force, dry_run),
+        Command::Backup {
             kind: BackupType::Full,
             label,
-        } => backup::backup(one(&settings)?, &label),
+            json,
+            action: None,
+        } => backup::backup(one(&settings)?, &label, json),
         Command::Status { nagios: true, .. } => nagios::nagios(&settings),
         Command::Status { json, .. } => status::status(&settings, json),
         Command::Notify(NotifyCommand::Test) => notify::test(&settings),
@@ -252,15 +293,26 @@ pub fn run(cli: Cli) -> Result<()> {
             deep,
             repair,
             accept_loss,
-        } => verify::verify(
-            &settings,
-            &Wanted {
+            backup,
+            json,
+        } => {
+            let options = verify::VerifyOptions {
                 deep,
                 repair,
                 accept_loss,
-            },
-        ),
+                backup,
+                json,
+            };
+            verify::verify(&settings, &options)
+        }
         Command::Expire {
+            undo: true,
+            json,
+            system,
+            ..
+        } => expire::undo(&settings, system, json),
+        Command::Expire {
+            undo: false,
             dry_run,
             json,
             system,

@@ -122,6 +122,22 @@ pub enum Error {
         /// The lock file.
         path: PathBuf,
     },
+    /// This user may not write the spool.
+    #[error(
+        "the spool {path} cannot be written by user {user}: {source}; run `install -d -o {user} -m 0700 {missing}` as \
+         root, or name a directory of this user with --spool or the key spool",
+        path = path.display(), missing = missing.display()
+    )]
+    SpoolDenied {
+        /// The directory `{spool}/{cluster}`.
+        path: PathBuf,
+        /// The directory that this user needs: the path or its parent.
+        missing: PathBuf,
+        /// The user that this process runs as.
+        user: String,
+        /// The operating system's error.
+        source: io::Error,
+    },
     /// WAL arrived that does not follow the previous WAL.
     #[error("the server sent WAL from {found} where {expected} was next")]
     StreamOutOfOrder {
@@ -268,7 +284,8 @@ impl Error {
             Self::Io { .. }
             | Self::Nagios { code: 0 | 1 | 4.. }
             | Self::ThreadStopped { .. }
-            | Self::SlotLost { .. } => ExitKind::Failed,
+            | Self::SlotLost { .. }
+            | Self::SpoolDenied { .. } => ExitKind::Failed,
             Self::Replication(error) => error.exit_kind(),
             Self::Repository(error) => error.exit_kind(),
             Self::Wal(error) => error.exit_kind(),

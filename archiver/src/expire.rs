@@ -26,6 +26,9 @@ use crate::{
     pipeline::blocking,
 };
 
+pub(crate) mod delete;
+pub(crate) mod undo;
+
 /// The interval at which the daemon checks whether retention is due.
 const LOOK: Duration = Duration::from_secs(60);
 /// The pause after a start, in which streaming has priority.
@@ -149,7 +152,7 @@ pub fn expire(
             Some(policy) => apply(settings, place, policy, wish, &mut report, announce),
             None => {
                 announce(&report);
-                Ok(())
+                sweep_deleted(settings, place, wish, &mut report)
             }
         };
         if let Err(error) = applied {
@@ -229,7 +232,10 @@ fn apply(
             )),
             None => {
                 return Err(Error::Expire {
-                    problem: "others expire there all the time; nothing was done".to_owned(),
+                    problem: format!(
+                        "another process applied retention at the same time in each of {TRIES_MAX} attempts; nothing was changed, \
+                         run `wal-archiver expire` again"
+                    ),
                     kind: ExitKind::Failed,
                 });
             }
@@ -254,6 +260,36 @@ fn apply(
         (name()?, now),
         wish.dry_run,
     )?;
+    Ok(())
+}
+
+/// Removes backups that were deleted by name from a repository without retention.
+fn sweep_deleted(
+    settings: &ClusterSettings,
+    place: &RepositoryPlace,
+    wish: Wish,
+    report: &mut PlaceReport,
+) -> Result<()> {
+    let mut repository = Repository::open_known_place(settings, place)?;
+    if let Some(system) = wish.system {
+        repository = repository.of_system(system)?;
+    }
+    let Some(identity) = repository.identity()? else {
+        return Ok(());
+    };
+    let expired = repository.expired(identity.system_identifier)?;
+    let now = PgTimestamp::from_jiff(wish.now);
+    let due = due(&expired, settings.expire_grace, now);
+    if !due.is_empty() {
+        let record = (name()?, now);
+        report.swept = sweep(
+            &repository,
+            &identity,
+            (&expired, &due),
+            record,
+            wish.dry_run,
+        )?;
+    }
     Ok(())
 }
 
@@ -352,7 +388,7 @@ pub(crate) fn record(settings: &ClusterSettings, began: Timestamp, reports: &[Pl
         Ok(Some(id)) => outcomes::tell_the_daemon(settings, &id),
         Ok(None) => {}
         Err(error) => {
-            tracing::warn!(%error, "how the expiry ended is not recorded in the repository");
+            tracing::warn!(%error, "the result of applying retention could not be recorded in the repository");
         }
     }
 }

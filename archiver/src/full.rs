@@ -1,19 +1,28 @@
-//! `wal-archiver-full`, which `wal-archiver` becomes: parses the command line, runs the command, and turns its outcome into
-//! an exit code.
+//! `wal-archiver-full`, which `wal-archiver` becomes: parses the command line, runs the command, and
+//! turns its outcome into an exit code.
 
 use std::{io::IsTerminal, process::ExitCode};
 
 use archiver::cli::{Cli, run};
 use clap::Parser;
+use repository::with_command_hint;
 use tracing_subscriber::EnvFilter;
 
+/// Our own events, and only the errors of libraries: the SDK of S3 logs each client that it sets
+/// up, and repeats as a warning what our own error says. `TIDEMARK_LOG=debug` shows everything.
+const LOG: &str = "error,archiver=info,intake=info,quick=info,repository=info,catalog=info,\
+                   catalog_unusable=info,wal_format=info";
+
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => with_command_hint(error).exit(),
+    };
     tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
-            EnvFilter::try_from_env("TIDEMARK_LOG").unwrap_or_else(|_| EnvFilter::new("info")),
+            EnvFilter::try_from_env("TIDEMARK_LOG").unwrap_or_else(|_| EnvFilter::new(LOG)),
         )
         .with_target(false)
         .init();

@@ -83,7 +83,7 @@ pub(crate) async fn record_failed_backup(
         Ok(true) => tell_the_daemon(settings, &id),
         Ok(false) => {}
         Err(error) => {
-            tracing::warn!(%error, "that the base backup failed is not recorded in the repository");
+            tracing::warn!(%error, "the failure of the base backup could not be recorded in the repository");
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use repository::config::require_private;
 use rustls::ServerConfig;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use wal_format::PgTimestamp;
@@ -29,6 +30,7 @@ pub(crate) fn load(
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(|error| bad(certificate, &error))?;
     let expiry = chain.first().and_then(expiry);
+    require_private(key).map_err(|problem| bad(key, &problem))?;
     // The parser's own words could quote the key.
     let key = PrivateKeyDer::from_pem_file(key)
         .map_err(|_| bad(key, &"no private key in PEM can be read from it"))?;

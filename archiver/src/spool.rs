@@ -62,7 +62,10 @@ impl Spool {
     /// [`Error::SpoolLocked`] if another archiver holds the lock; [`Error::Io`].
     pub fn open(spool: &Path, cluster: &wal_format::ClusterName) -> Result<Self> {
         let directory = spool.join(cluster.as_str());
-        create_directory(&directory)?;
+        create_directory(&directory).map_err(|error| match error {
+            Error::Io { source, .. } if is_denied(&source) => denied(&directory, source),
+            error => error,
+        })?;
         let path = directory.join(LOCK_FILE);
         let lock = File::options()
             .create(true)
@@ -110,7 +113,56 @@ impl Spool {
     }
 }
 
-/// Returns the branches in `{spool}/{cluster}` without taking the lock, for `status`.
+/// Checks that this user may write `{spool}/{cluster}`, or create it, and changes nothing. Returns
+/// the free bytes of its file system.
+///
+/// # Errors
+/// [`Error::SpoolDenied`], [`Error::Io`].
+pub fn writable(cluster_directory: &Path) -> Result<Option<u64>> {
+    let existing = cluster_directory
+        .ancestors()
+        .find(|path| path.is_dir())
+        .unwrap_or(cluster_directory);
+    let wanted = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    if let Err(errno) = rustix::fs::access(existing, wanted) {
+        let source = io::Error::from(errno);
+        return Err(match is_denied(&source) {
+            true => denied(cluster_directory, source),
+            false => Error::io("write", existing)(source),
+        });
+    }
+    Ok(rustix::fs::statvfs(existing)
+        .ok()
+        .map(|space| space.f_bavail.saturating_mul(space.f_frsize)))
+}
+
+fn is_denied(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
+fn denied(cluster_directory: &Path, source: io::Error) -> Error {
+    let parent = cluster_directory.parent().filter(|path| !path.exists());
+    Error::SpoolDenied {
+        path: cluster_directory.to_path_buf(),
+        missing: parent.unwrap_or(cluster_directory).to_path_buf(),
+        user: user_name(),
+        source,
+    }
+}
+
+/// The name of the user that this process runs as, or its number.
+fn user_name() -> String {
+    let uid = rustix::process::geteuid().as_raw().to_string();
+    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    let name = users.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        (fields.nth(1)? == uid).then(|| name.to_owned())
+    });
+    name.unwrap_or(uid)
+}
+
+/// The branches below `{spool}/{cluster}`, without taking the lock: for `status`.
 ///
 /// # Errors
 /// [`Error::Io`].

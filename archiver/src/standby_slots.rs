@@ -107,10 +107,10 @@ fn tell(settings: &ClusterSettings, status: &ClusterStatus, reports: &[StandbyRe
         let (cluster, server) = (&settings.name, &report.server);
         match &report.problem {
             Some(problem) if known_problem != Some(problem) => {
-                tracing::warn!(%cluster, %server, %problem, "the slot on a standby is not kept");
+                tracing::warn!(%cluster, %server, %problem, "the slot on a standby cannot be maintained");
             }
             None if known.is_none_or(|known| known.problem.is_some()) => {
-                tracing::info!(%cluster, %server, slot = settings.slot, "the slot on a standby is kept");
+                tracing::info!(%cluster, %server, slot = settings.slot, "the slot on a standby is maintained");
             }
             _ => {}
         }

@@ -131,6 +131,8 @@ pub async fn run(
         retry: RETRY_MIN,
         broken_retry: BROKEN_RETRY_MIN,
         damaged: 0,
+        searched_gap: None,
+        reported_gap: None,
         gave_up: false,
         without_catalog: false,
     };
@@ -207,6 +209,10 @@ struct Supervisor {
     /// The next pause while archiving is broken.
     broken_retry: Duration,
     damaged: u32,
+    /// The gap whose search was logged last. Each attempt to close it finds the same.
+    searched_gap: Option<String>,
+    /// The gap that was logged last as an interruption.
+    reported_gap: Option<String>,
     /// True if the stream was ended because the primary had to be protected.
     gave_up: bool,
     /// True if the catalog is in memory, because the one on disk is not usable.
@@ -308,8 +314,11 @@ impl Supervisor {
             // Only the repository can show whether the WAL is really missing.
             return Err(gap);
         }
-        tracing::error!(cluster = %self.settings.name, error = %gap, "a gap: looking for the missing WAL");
         let said = gap.to_string();
+        let is_new = self.searched_gap.replace(said.clone()).as_ref() != Some(&said);
+        if is_new {
+            tracing::error!(cluster = %self.settings.name, error = %gap, "a gap: looking for the missing WAL");
+        }
         self.status.note(|facts| facts.broken = Some(said.clone()));
         let connect = Source::connect(&self.conninfo, &self.settings.name);
         let Some(connected) = shutdown.until(connect).await else {
@@ -340,7 +349,9 @@ impl Supervisor {
                 }
             }
             Closed::Waiting(reason) => {
-                tracing::warn!(cluster = %self.settings.name, reason, "the gap is not closed yet");
+                if is_new {
+                    tracing::warn!(cluster = %self.settings.name, reason, "the gap is not closed yet");
+                }
                 return Err(gap);
             }
         }

@@ -19,6 +19,7 @@ mod backup;
 mod continuity;
 mod identity;
 mod objects;
+mod one_backup;
 pub(crate) mod repair;
 
 /// Names of objects that are not ours, which the output lists; all are counted.
@@ -67,6 +68,24 @@ pub(crate) struct Findings {
 }
 
 impl Findings {
+    /// The JSON document.
+    pub(crate) fn document(&self) -> serde_json::Value {
+        let problem = |problem: &Problem| {
+            serde_json::json!({
+                "object": problem.key.as_ref().map(ToString::to_string),
+                "problem": problem.what,
+            })
+        };
+        serde_json::json!({
+            "repository": self.url,
+            "objects": self.objects,
+            "problems": self.problems.iter().map(problem).collect::<Vec<_>>(),
+            "losses": self.losses,
+            "backups_without_description": self.undescribed,
+            "foreign_objects": self.foreign,
+        })
+    }
+
     /// The lines for a person.
     pub(crate) fn lines(&self, deep: bool) -> Vec<String> {
         let place = &self.url;
@@ -164,22 +183,36 @@ pub(crate) fn examine_all(
     Ok((identity.system_identifier, all))
 }
 
+/// Checks one backup and the WAL that makes it consistent in every place that holds the backup.
+pub(crate) fn examine_backup(
+    places: &[Repository],
+    id: &BackupId,
+    deep: bool,
+) -> Result<(SystemIdentifier, Vec<Findings>)> {
+    let mut all = Vec::new();
+    let mut system = None;
+    for place in places {
+        let Some(identity) = place.identity()? else {
+            continue;
+        };
+        if let Some(findings) = Verifier::new(place, &identity, deep).only_backup(id)? {
+            system.get_or_insert(identity.system_identifier);
+            all.push(findings);
+        }
+    }
+    let urls: Vec<String> = places.iter().map(Repository::url).collect();
+    let system = system.ok_or_else(|| Error::Usage {
+        message: format!(
+            "{} has no backup {id}; `pitr-restore list` lists the backups",
+            urls.join(" and ")
+        ),
+    })?;
+    Ok((system, all))
+}
+
 fn examine(place: &Repository, identity: &ClusterIdentity, deep: bool) -> Result<Findings> {
-    let mut verifier = Verifier {
-        repository: place.clone(),
-        identity: identity.clone(),
-        wal: WalIdentity {
-            version: identity.postgresql_major,
-            system_identifier: identity.system_identifier,
-            segment_size: identity.wal_segment_size,
-        },
-        deep,
-        indexers: BTreeMap::new(),
-        problems: identity::problems(place, identity)?,
-        losses: Vec::new(),
-        gaps: Vec::new(),
-        undescribed: Vec::new(),
-    };
+    let mut verifier = Verifier::new(place, identity, deep);
+    verifier.problems = identity::problems(place, identity)?;
     let objects = verifier.objects()?;
     verifier.continuity()?;
     Ok(Findings {
@@ -208,6 +241,24 @@ struct Verifier {
 }
 
 impl Verifier {
+    fn new(place: &Repository, identity: &ClusterIdentity, deep: bool) -> Self {
+        Self {
+            repository: place.clone(),
+            identity: identity.clone(),
+            wal: WalIdentity {
+                version: identity.postgresql_major,
+                system_identifier: identity.system_identifier,
+                segment_size: identity.wal_segment_size,
+            },
+            deep,
+            indexers: BTreeMap::new(),
+            problems: Vec::new(),
+            losses: Vec::new(),
+            gaps: Vec::new(),
+            undescribed: Vec::new(),
+        }
+    }
+
     fn problem(&mut self, key: &ObjectKey, what: &str) {
         self.problems.push(Problem::of(key, what));
     }

@@ -318,8 +318,8 @@ fn without_room_for_a_copy_what_was_acknowledged_survives_a_power_loss_too() {
     drop(filler);
 
     let archiver = place.run_with(command());
-    archiver.wait_for_log("no room for a copy; written in place");
-    archiver.wait_for_log("no room for a copy; its name is made durable as it is");
+    archiver.wait_for_log("rewriting it in place");
+    archiver.wait_for_log("syncing its directory again");
     disk.assert_survives_power_loss(&server, &archiver, told);
     server.write_wal(1500);
     archiver.wait_for_log("INFO streaming");

@@ -135,6 +135,10 @@ fn wait_until_red_for(archiver: &Archiver, words: &[&str]) {
         let report = archiver.get("/api/v1/clusters/main");
         report.contains("\"state\":\"broken\"") && words.iter().all(|words| report.contains(words))
     });
+    wait_until("the page has the remedy once", || {
+        let page = archiver.get("/");
+        page.matches("epoch begin --system-identifier").count() == 1
+    });
     let health = archiver.get("/api/v1/clusters/main/health");
     assert!(health.starts_with("HTTP/1.1 503"), "{health}");
 }

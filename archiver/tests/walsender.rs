@@ -9,8 +9,11 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::support::{
-    Archiver, Place, Server, owned_dir, postgres_bin, succeed, wait_flushed, wait_until,
+use crate::{
+    certificates::private_file,
+    support::{
+        Archiver, Place, Server, owned_dir, postgres_bin, succeed, wait_flushed, wait_until,
+    },
 };
 
 const PASSWORD: &str = "it's a \"secret\"";
@@ -19,7 +22,7 @@ const PASSWORD: &str = "it's a \"secret\"";
 fn configuration(more: &str) -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().expect("a directory");
     let password = dir.path().join("password");
-    fs::write(&password, format!("{PASSWORD}\n")).expect("a file");
+    private_file(&password, &format!("{PASSWORD}\n"));
     let file = dir.path().join("tidemark.toml");
     let text = format!(
         "walsender = \"127.0.0.1:0\"\nwalsender_password_file = \"{}\"\n{more}",

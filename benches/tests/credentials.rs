@@ -6,6 +6,7 @@ use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::{PermissionsExt, chown},
     path::Path,
     sync::{Arc, Mutex},
     thread,
@@ -17,7 +18,7 @@ use benches::{
     cluster::Cluster,
     main_job::Place,
     object_store::ObjectStoreServer,
-    programs::{command, directory, ours},
+    programs::{command, directory, ours, server_user},
     restored::Restored,
     tools::servers_or_skip,
 };
@@ -145,12 +146,11 @@ fn every_way_to_sign_is_found() {
     let stub = Stub::start();
     let place = directory().expect("a directory");
     let place = place.path();
-    fs::write(
-        place.join("credentials"),
+    private_file(
+        &place.join("credentials"),
         "[default]\naws_access_key_id = AKIADEFAULT\naws_secret_access_key = secret-d\n\
          [two]\naws_access_key_id = AKIATWO\naws_secret_access_key = secret-2\naws_session_token = token-two\n",
-    )
-    .expect("a file");
+    );
     fs::write(
         place.join("config"),
         format!(
@@ -220,10 +220,18 @@ fn every_way_to_sign_is_found() {
 
 const ROLE: &str = "arn:aws:iam::1:role/archive";
 
-/// Writes a profile that assumes a role. Returns the variables of a web identity that assumes one.
+fn private_file(path: &Path, content: &str) {
+    fs::write(path, content).expect("a file");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).expect("chmod");
+    if let Some((user, group)) = server_user().expect("a user") {
+        chown(path, Some(user), Some(group)).expect("chown");
+    }
+}
+
+/// A profile that assumes a role, in the files of a place; the variables of a web identity that does.
 fn roles(place: &Path) -> Vec<(&'static str, String)> {
     let keys = "[two]\naws_access_key_id = AKIATWO\naws_secret_access_key = secret-2\n";
-    fs::write(place.join("credentials"), keys).expect("a file");
+    private_file(&place.join("credentials"), keys);
     let profile =
         format!("[profile role]\nrole_arn = {ROLE}\nsource_profile = two\nregion = eu-west-1\n");
     fs::write(place.join("config"), profile).expect("a file");

@@ -21,6 +21,7 @@ mod notify;
 mod repositories;
 mod retention;
 mod s3;
+mod secret_file;
 mod url;
 mod walsender;
 
@@ -29,6 +30,7 @@ pub use http::HttpAccess;
 pub use lock::{LOCK_DAYS_MAX, LockSettings};
 pub use notify::{NotifyKind, NotifyTarget, SmtpTls};
 pub use s3::{S3Credentials, S3Settings, Secret};
+pub use secret_file::require_private;
 pub use url::{RepositoryPlace, RepositoryUrl};
 pub use walsender::WalsenderSettings;
 
@@ -276,7 +278,36 @@ impl Settings {
             Some(path) => ConfigFile::read(path)?,
             None => ConfigFile::default(),
         };
-        let mut settings = Self::from_file(args, &file)?;
+        Self::of(args, path, &file)
+    }
+
+    /// The same for a program that PostgreSQL starts, or that only reads the repository: without
+    /// HTTP's tokens, the walsender and the receivers of alerts, whose files only the daemon's user
+    /// may be able to read.
+    ///
+    /// # Errors
+    /// As [`Settings::resolve`].
+    pub fn resolve_for_storage(args: &CommonArgs) -> Result<Self> {
+        let path = find(args)?;
+        let mut file = match &path {
+            Some(path) => ConfigFile::read(path)?,
+            None => ConfigFile::default(),
+        };
+        file.forget_daemon();
+        Self::of(args, path, &file)
+    }
+
+    fn of(args: &CommonArgs, path: Option<PathBuf>, file: &ConfigFile) -> Result<Self> {
+        if path.is_none() && args.repository.is_none() {
+            let here = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));
+            return Err(Error::config(format!(
+                "no repository: give --repository file:///directory or s3://bucket/prefix, or write `repository` in a \
+                 configuration file. None was found: {} and /etc/tidemark/tidemark.toml do not exist, and neither \
+                 --config nor TIDEMARK_CONFIG names another",
+                here.join("tidemark.toml").display()
+            )));
+        }
+        let mut settings = Self::from_file(args, file)?;
         let absolute = path
             .as_ref()
             .and_then(|path| std::path::absolute(path).ok());
@@ -609,7 +640,7 @@ pub fn parse_duration(key: &str, text: &str) -> Result<Duration> {
         .map(Duration::from_millis)
         .ok_or_else(|| {
             Error::config(format!(
-                "{key} = \"{text}\" is no duration; write 500ms, 1s, 5min, 1h or 7d"
+                "{key} = \"{text}\" is not a duration; write 500ms, 1s, 5min, 1h or 7d"
             ))
         })
 }

@@ -5,12 +5,12 @@
 //! from. Each yields one key per line. The first key is used for new objects, and all of them can
 //! decrypt. A new key is a new first line.
 
-use std::{fmt, fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command, str::FromStr};
+use std::{fmt, fs, path::PathBuf, process::Command, str::FromStr};
 
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use crate::{Error, Result};
+use crate::{Error, Result, config::require_private};
 
 /// A key's name: the first eight bytes of a digest of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -107,7 +107,7 @@ impl KeyRing {
             let mut key = Zeroizing::new([0; 32]);
             hex::decode_to_slice(line, &mut key[..]).map_err(|_| {
                 format!(
-                    "line {number} is no key; a key is 64 hexadecimal digits, `wal-archiver key new` makes one"
+                    "line {number} is not a key; a key is 64 hexadecimal digits, `wal-archiver key new` creates one"
                 )
             })?;
             keys.push(Key::new(key));
@@ -118,7 +118,7 @@ impl KeyRing {
                 first,
                 others: keys.collect(),
             }),
-            None => Err("there is no key; `wal-archiver key new` makes one".to_owned()),
+            None => Err("there is no key; `wal-archiver key new` creates one".to_owned()),
         }
     }
 }
@@ -153,12 +153,14 @@ impl KeySource {
         let wrong = |problem: String| Error::config(format!("{self}: {problem}"));
         let text = Zeroizing::new(match self {
             Self::File(path) => {
-                let metadata = fs::metadata(path).map_err(|error| wrong(error.to_string()))?;
-                if metadata.permissions().mode() & 0o007 != 0 {
-                    return Err(wrong(
-                        "everybody on this host can read it; run chmod o= on it".to_owned(),
-                    ));
+                if !path.exists() {
+                    return Err(wrong(format!(
+                        "there is no such file; name the file that holds the archive's key, or create a key for a new \
+                         archive with `wal-archiver key new {}`",
+                        path.display()
+                    )));
                 }
+                require_private(path).map_err(wrong)?;
                 fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?
             }
             Self::Environment(name) => {
@@ -186,6 +188,8 @@ impl KeySource {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -222,6 +226,9 @@ mod tests {
         let failing = KeySource::Command("echo no vault >&2; exit 3".to_owned());
         let said = failing.load().expect_err("it fails").to_string();
         assert!(said.contains("no vault") && said.contains('3'), "{said}");
+        let missing = KeySource::File(directory.path().join("none"));
+        let said = missing.load().expect_err("it is missing").to_string();
+        assert!(said.contains("`wal-archiver key new /"), "{said}");
         let unset = KeySource::Environment("TIDEMARK_NO_SUCH_KEY".to_owned());
         assert!(unset.load().is_err());
     }

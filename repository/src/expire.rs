@@ -17,10 +17,12 @@ mod reach;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod undo;
 
 pub use holding::{HeldBackup, HeldBranch, Holding, Index};
 pub use intervals::Intervals;
 pub use marked::ExpiredSet;
-pub use plan::{ExpirePlan, KeptBackup, Reason, Refusal, plan_expire};
+pub use plan::{ExpirePlan, KeptBackup, Reason, Refusal, plan_delete, plan_expire};
 pub use policy::RetentionPolicy;
 pub use sweep::{Swept, due, mark, sweep};
+pub use undo::{Undone, undo};

@@ -4,6 +4,7 @@
 //! [`config`] both programs share, and what is kept of it ([`expire`]). The crate `catalog` indexes it.
 //! The API blocks on purpose: a store that needs a runtime drives its own, and async callers use `spawn_blocking`.
 
+mod command_hints;
 pub mod config;
 pub mod crash_points;
 mod damaged_backups;
@@ -17,6 +18,7 @@ mod histories;
 mod known_archive;
 mod losses;
 mod outcomes;
+mod printable;
 mod records;
 mod repository;
 mod restorable;
@@ -28,6 +30,7 @@ mod timeline_path;
 mod unseen;
 mod wal_range;
 
+pub use command_hints::with_command_hint;
 pub use crash_points::CrashPoint;
 pub use damaged_backups::{Damage, DamagedBackups, DamagedWal, damaged_backups, damaged_wal};
 pub use epochs::{Epoch, EpochCopy, Epochs};
@@ -37,6 +40,7 @@ pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};
 pub use losses::{FoundLoss, Loss, LossRecord, Missing, name_losses};
 pub use outcomes::OUTCOMES_MAX;
+pub use printable::printable;
 pub use repository::{ClusterIdentity, Repository};
 pub use restorable::{
     KnownTimeline, PathWal, Refusal, Restorable, Stretch, WalIndex, default_timelines, follow_wal,

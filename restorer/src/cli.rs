@@ -18,7 +18,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use quick::ahead::Ahead;
-use repository::{ExitKind, config::CommonArgs, store::Patience};
+use repository::{ExitKind, config::CommonArgs, store::Patience, with_command_hint};
 use wal_format::SystemIdentifier;
 
 use crate::{
@@ -140,6 +140,7 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(error) => {
+            let error = with_command_hint(error);
             drop(error.print());
             if json {
                 let text = error.render().to_string();

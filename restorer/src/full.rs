@@ -9,6 +9,11 @@ use std::{io::IsTerminal, panic, process::ExitCode};
 /// The exit code with which PostgreSQL stops recovery, which can be resumed later.
 const NO_ANSWER: u8 = 255;
 
+/// Our own warnings, and only the errors of libraries, as in `wal-archiver`. The command that meets
+/// an object that the catalog finds damaged reports it.
+const LOG: &str = "error,restorer=warn,quick=warn,repository=warn,wal_format=warn,catalog=off,\
+                   catalog_unusable=warn";
+
 fn main() -> ExitCode {
     // The catalog's own messages are off: the command that needs a damaged object reports it.
     tracing_subscriber::fmt()
@@ -17,7 +22,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .with_env_filter(
             tracing_subscriber::EnvFilter::try_from_env("TIDEMARK_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn,catalog=off")),
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(LOG)),
         )
         .init();
     let fetching = std::env::args_os().any(|argument| argument == "wal-fetch");

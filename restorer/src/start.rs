@@ -75,9 +75,27 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
     let mut others: Vec<String> = Vec::new();
     for place in &places {
         let program = place.join("postgres");
-        let said = Command::new(&program).arg("--version").output();
-        let Ok(said) = said else { continue };
-        let said = String::from_utf8_lossy(&said.stdout).into_owned();
+        let output = match Command::new(&program).arg("--version").output() {
+            Ok(output) => output,
+            // The usual places need not exist; one that was named must.
+            Err(error) => {
+                if given.is_some() {
+                    others.push(format!("{}: {error}", program.display()));
+                }
+                continue;
+            }
+        };
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            let errors = String::from_utf8_lossy(&output.stderr);
+            let reason = errors.lines().find(|line| !line.trim().is_empty());
+            let program = program.display();
+            others.push(match reason {
+                Some(reason) => format!("{program} does not start: {}", reason.trim()),
+                None => format!("{program} does not start: {}", output.status),
+            });
+            continue;
+        }
         let found = said.split_whitespace().find_map(|word| {
             word.split(['.', 'd', 'b', 'r'])
                 .next()

@@ -36,9 +36,21 @@ fn write(cluster: &Cluster, word: &str) {
 
 fn backup(place: &Place, cluster: &Cluster) -> String {
     let mut backup = place.program("wal-archiver").expect("built");
-    succeed(backup.args(["--conninfo", &cluster.conninfo(), "backup"])).expect("a backup");
+    backup.args(["--conninfo", &cluster.conninfo(), "backup", "--json"]);
+    let document = succeed(&mut backup).expect("a backup");
+    let document: serde_json::Value = serde_json::from_str(&document).expect("JSON");
     let backups = listing(place)["backups"].clone();
     let newest = backups.as_array().expect("backups").last().expect("one");
+    for key in [
+        "id",
+        "branch",
+        "start_lsn",
+        "stop_lsn",
+        "finished",
+        "stored_bytes",
+    ] {
+        assert_eq!(document[key], newest[key], "{key}");
+    }
     newest["id"].as_str().expect("an id").to_owned()
 }
 
@@ -182,7 +194,7 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
     let (told, problem) = said(&output);
     assert!(output.status.success(), "{told}\n{problem}");
     assert!(
-        told.contains("pinned") && told.contains("kept for ever"),
+        told.contains("pinned") && told.contains("kept forever"),
         "{told}"
     );
 
@@ -224,7 +236,98 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
         output.status.success() && told.contains("nothing expires"),
         "{told}"
     );
+    is_undone_within_the_grace(&place, &bin, (&first, &third));
+    let pinned = keep.replace("'1ms'", "'1d'");
+    is_deleted_by_name(&place, &pinned, (&first, &third));
     daemon.stop().expect("it stops");
+}
+
+/// Both backups are kept unless the first one expires or is deleted.
+const UNPINNED: &str = "keep_window = '1s'\nkeep_backups_min = 1\nexpire_grace = '1d'\n";
+
+fn run(place: &Place, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let mut program = place.program("wal-archiver").expect("built");
+    let output = program.args(arguments).output().expect("it runs");
+    let (told, problem) = said(&output);
+    (output.status.code(), told, problem)
+}
+
+fn is_undone_within_the_grace(place: &Place, bin: &Path, (first, third): (&str, &str)) {
+    configure(place, UNPINNED);
+    let (code, told, problem) = run(place, &["expire"]);
+    assert_eq!(code, Some(0), "{told}\n{problem}");
+    assert_eq!(ids(place), [third]);
+    let (code, told, problem) = run(place, &["expire", "--undo"]);
+    assert_eq!(code, Some(0), "{told}\n{problem}");
+    assert!(told.contains(first) && !told.contains(third), "{told}");
+    assert_eq!(ids(place), [first, third]);
+    assert_eq!(
+        words(place, bin, &["--backup", first, "--target-immediate"]),
+        "a"
+    );
+    let (code, told, problem) = run(place, &["expire", "--undo"]);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(problem.contains("nothing was undone"), "{problem}");
+}
+
+fn is_deleted_by_name(place: &Place, pinned: &str, (first, third): (&str, &str)) {
+    let (code, told, problem) = run(place, &["backup", "delete", third]);
+    assert_eq!(code, Some(1), "{told}");
+    assert!(
+        told.contains("the retention policy keeps it (newest") && problem.contains("--force"),
+        "{told}\n{problem}"
+    );
+    assert!(told.contains("can no longer be restored without"), "{told}");
+    // The policy no longer keeps it.
+    let (code, told, problem) = run(place, &["backup", "delete", first]);
+    assert_eq!(code, Some(0), "{told}\n{problem}");
+    assert_eq!(ids(place), [third]);
+    assert_eq!(run(place, &["expire", "--undo"]).0, Some(0));
+    assert_eq!(ids(place), [first, third]);
+
+    // A damaged backup is given up, and nothing is damaged any more.
+    configure(place, pinned);
+    let (code, _, problem) = run(place, &["backup", "delete", first]);
+    assert_eq!(code, Some(1), "{problem}");
+    let slice = files(&place.path().join("repository"))
+        .into_iter()
+        .find(|path| {
+            let path = path.to_string_lossy();
+            path.contains(first) && path.contains("base.000001")
+        });
+    let slice = slice.expect("a slice");
+    let mut object = fs::read(&slice).expect("an object");
+    object[100] ^= 1;
+    fs::write(&slice, object).expect("it is written");
+    for (id, code, passed) in [(first, 4, false), (third, 0, true)] {
+        let (found, told, problem) = run(place, &["verify", "--backup", id, "--json"]);
+        assert_eq!(found, Some(code), "{told}\n{problem}");
+        let document: serde_json::Value = serde_json::from_str(&told).expect("JSON");
+        assert_eq!(document[0]["passed"], passed, "{document:#}");
+        let place = &document[0]["repositories"][0];
+        let problems = place["problems"].as_array().expect("a list");
+        let named = problems.iter().filter_map(|one| one["object"].as_str());
+        assert_eq!(
+            named.filter(|one| one.contains(id)).count(),
+            usize::from(!passed)
+        );
+        assert!(place["objects"].as_u64() > Some(3), "{document:#}");
+    }
+    let (code, told, _) = run(place, &["verify", "--json"]);
+    assert_eq!(code, Some(4), "{told}");
+    let (code, told, problem) = run(place, &["backup", "delete", first]);
+    assert_eq!(code, Some(0), "{told}\n{problem}");
+    assert!(told.contains("no moment is lost"), "{told}");
+    let (code, told, problem) = run(place, &["verify"]);
+    assert_eq!(code, Some(0), "{told}\n{problem}");
+    // Its name is not one of a backup any more.
+    let (code, _, problem) = run(place, &["backup", "delete", first]);
+    assert_eq!(code, Some(2), "{problem}");
+    // Without any retention expiring can do nothing, and says so.
+    configure(place, "");
+    let (code, _, problem) = run(place, &["expire"]);
+    assert_eq!(code, Some(2), "{problem}");
+    assert!(problem.contains("keep_window"), "{problem}");
 }
 
 #[test]

@@ -48,7 +48,7 @@ fn a_slot_kept_on_a_standby_saves_the_archive_over_a_failover_that_nobody_saw() 
             standby.socket_directory().display(),
         );
         let mut daemon = place.spawn(&list, "127.0.0.1:0").expect("an archiver");
-        let kept = |log: &str| log.contains("the slot on a standby is kept");
+        let kept = |log: &str| log.contains("the slot on a standby is maintained");
         daemon.wait_for(kept).expect("the slot is made");
         let mut backup = place.program("wal-archiver").expect("built");
         succeed(backup.args(["--conninfo", &list, "backup"])).expect("a backup");
@@ -118,7 +118,7 @@ fn a_slot_on_a_standby_moves_with_the_archive_and_says_when_it_is_not_kept() {
     let place = place.expect("a place");
     let mut daemon = place.daemon(&primary, "127.0.0.1:0").expect("an archiver");
     let missing = |log: &str| {
-        log.contains("the slot on a standby is not kept") && log.contains("/nonexistent")
+        log.contains("the slot on a standby cannot be maintained") && log.contains("/nonexistent")
     };
     daemon.wait_for(missing).expect("it says which");
     let slot = "SELECT coalesce(max(restart_lsn), '0/0') FROM pg_replication_slots WHERE slot_name = 'tidemark_main'";

@@ -203,6 +203,21 @@ fn arguments_that_cannot_work_are_refused_before_the_copy() {
             assert_refused(&mut restore(flags), 2, "usage", &["--set work"]);
         }
     }
+    // A server program that does not start, and none at all: its own words are shown.
+    let broken = root.path().join("bin");
+    fs::create_dir(&broken).expect("a directory");
+    let program = broken.join("postgres");
+    fs::write(&program, "#!/bin/sh\necho 'no libldap' >&2\nexit 127\n").expect("a program");
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("permissions");
+    fs::set_permissions(&broken, fs::Permissions::from_mode(0o755)).expect("permissions");
+    for (directory, reason) in [
+        (broken, "does not start: no libldap"),
+        (root.path().join("none"), "none/postgres: No such file"),
+    ] {
+        let mut start = restore(&["--start", "--pg-bin"]);
+        let parts = [reason, "name its directory with --pg-bin"];
+        assert_refused(start.arg(directory), 2, "usage", &parts);
+    }
     let long = "a".repeat(100_000);
     for flag in [
         "--set",

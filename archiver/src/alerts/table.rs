@@ -194,8 +194,8 @@ pub const RULES: [Rule; 25] = [
         inhibited_by: &[],
         runbook: "Objects in the repository are damaged or missing. `wal-archiver verify` names \
             them. Take a base backup now; restore the objects from a copy of the repository if \
-            there is one. What is lost for good is accepted with `wal-archiver verify \
-            --accept-loss`.",
+            there is one. Give a damaged backup up with `wal-archiver backup delete ID`; accept \
+            what is lost for good with `wal-archiver verify --accept-loss`.",
     },
     Rule {
         name: "PitrClockStep",

@@ -19,7 +19,17 @@ use crate::{
 /// The interval between two log lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-pub(super) fn backup(settings: &ClusterSettings, label: &str) -> Result<()> {
+pub(super) fn backup(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
+    let taken = take(settings, label, json);
+    if let Err(error) = &taken
+        && json
+    {
+        output::json(&error.exit_kind().document(&error.to_string()));
+    }
+    taken
+}
+
+fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
     let runtime = runtime()?;
     let began = Instant::now();
     let bar = if std::io::stderr().is_terminal() {
@@ -67,6 +77,23 @@ pub(super) fn backup(settings: &ClusterSettings, label: &str) -> Result<()> {
     };
     let info = runtime.block_on(base_backup::take(settings, label, &progress))?;
     bar.finish_and_clear();
+    if json {
+        output::json(&serde_json::json!({
+            "cluster": settings.name,
+            "repository": settings.repository.to_string(),
+            "id": info.id,
+            "label": info.label,
+            "branch": info.branch,
+            "start_lsn": info.start_lsn,
+            "stop_lsn": info.stop_lsn,
+            "started": info.started,
+            "finished": info.finished,
+            "raw_bytes": info.raw_bytes,
+            "stored_bytes": info.stored_bytes,
+            "seconds": began.elapsed().as_secs_f64(),
+        }));
+        return Ok(());
+    }
     output::line(&format!(
         "backup {} done: {} bytes in {} stored bytes, WAL {} to {}, {:.1} s",
         info.id,

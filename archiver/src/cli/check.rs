@@ -1,8 +1,6 @@
 //! `wal-archiver check`: checks every precondition and prints a line for each, with the remedy.
 //! Changes nothing.
 
-use std::{fs, path::Path};
-
 use repository::{
     ExitKind, Repository,
     config::{ClusterSettings, Settings},
@@ -45,7 +43,7 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
     match report.worst {
         None => Ok(()),
         Some(kind) => Err(Error::Check {
-            failed: report.failed,
+            failed: report.failures.len(),
             kind,
         }),
     }
@@ -53,7 +51,8 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
 
 #[derive(Default)]
 struct Report {
-    failed: usize,
+    /// What was found wrong, in full.
+    failures: Vec<String>,
     worst: Option<ExitKind>,
 }
 
@@ -68,7 +67,7 @@ impl Report {
 
     fn fail(&mut self, what: &str, found: &str, kind: ExitKind) {
         output::line(&format!("  FAIL  {what}: {found}"));
-        self.failed += 1;
+        self.failures.push(found.to_owned());
         self.worst.get_or_insert(kind);
     }
 
@@ -354,7 +353,7 @@ fn store(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
 
 fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &mut Report) {
     let directory = cluster.spool.join(cluster.name.as_str());
-    match writable(&directory) {
+    match spool::writable(&directory) {
         Ok(Some(free)) if free < SPOOL_FREE_MIN => report.note(
             "spool",
             &format!(
@@ -392,19 +391,4 @@ fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
         Ok(_) => {}
         Err(error) => report.fail_with("spool identity", &error),
     }
-}
-
-/// Writes and removes a file in the directory, or in its nearest existing parent. Returns the
-/// number of bytes that are free there.
-fn writable(directory: &Path) -> Result<Option<u64>> {
-    let existing = directory
-        .ancestors()
-        .find(|path| path.is_dir())
-        .unwrap_or(directory);
-    let probe = existing.join(format!(".tidemark-check-{}", std::process::id()));
-    fs::write(&probe, b"probe").map_err(Error::io("write", &probe))?;
-    fs::remove_file(&probe).map_err(Error::io("remove", &probe))?;
-    Ok(rustix::fs::statvfs(existing)
-        .ok()
-        .map(|space| space.f_bavail.saturating_mul(space.f_frsize)))
 }

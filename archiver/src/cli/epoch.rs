@@ -74,9 +74,12 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
         "cluster {}: epoch {number} begins with system identifier {system}, PostgreSQL {version}",
         settings.name
     ));
-    output::line(&format!(
+    output::line(
         "  next          start `wal-archiver run`, then take a base backup with `wal-archiver backup`: before it nothing \
-         of this epoch can be restored\n  the past      pitr-restore --system {} restores PostgreSQL {} as it was",
+         of this epoch can be restored",
+    );
+    output::line(&format!(
+        "  the past      pitr-restore --system {} restores PostgreSQL {} as it was",
         last.system_identifier, last.postgresql_major
     ));
     Ok(())
@@ -108,10 +111,13 @@ fn begin_again(
     Repository::open_anew(settings)?.claim(&found)?;
     output::line(&format!(
         "cluster {}: {} holds an archive of system identifier {system} from now on; what was archived before is only where \
-         it was\n  next          start `wal-archiver run`, then take a base backup with `wal-archiver backup`",
+         it was",
         settings.name,
         gone.join(" and ")
     ));
+    output::line(
+        "  next          start `wal-archiver run`, then take a base backup with `wal-archiver backup`",
+    );
     Ok(())
 }
 

@@ -2,14 +2,17 @@
 //! longer be restored, before anything is changed.
 
 use jiff::Timestamp;
-use repository::config::Settings;
+use repository::{ExitKind, config::Settings, expire::Swept};
 use serde::Serialize;
 use wal_format::{ClusterName, SystemIdentifier};
 
 use super::output;
 use crate::{
-    error::Result,
-    expire::{self, PlaceReport, Wish},
+    error::{Error, Result},
+    expire::{
+        self, PlaceReport, Wish,
+        undo::{UndoReport, undo_all},
+    },
 };
 
 /// The JSON output for one cluster.
@@ -58,14 +61,86 @@ pub(super) fn expire(
     if json {
         output::json(&documents);
     }
-    ended
+    ended?;
+    let mut places = documents.iter().flat_map(|one| &one.repositories);
+    if places.all(|place| place.policy.is_none() && place.swept == Swept::default()) {
+        return Err(Error::Usage {
+            message: "nothing expires, because no retention is configured: set keep_window, for example keep_window = \
+                      \"14d\""
+                .to_owned(),
+        });
+    }
+    Ok(())
 }
 
-/// Prints the plan before anything is changed.
+/// Undoes the expiries within the grace.
+pub(super) fn undo(
+    settings: &Settings,
+    system: Option<SystemIdentifier>,
+    json: bool,
+) -> Result<()> {
+    let now = Timestamp::now();
+    let (mut is_undone, mut is_late) = (false, false);
+    let mut documents = Vec::new();
+    for cluster in &settings.clusters {
+        let reports = undo_all(cluster, system, now)?;
+        for report in &reports {
+            is_undone |= !report.undone.is_empty();
+            is_late |= !report.too_late.is_empty();
+            if !json {
+                print_undone(&cluster.name, report);
+            }
+        }
+        documents.push(serde_json::json!({ "cluster": cluster.name, "repositories": reports }));
+    }
+    if json {
+        output::json(&documents);
+    }
+    if is_undone {
+        if !json {
+            output::line(
+                "The next expiry decides by the policy again. To keep this data, change keep_window, keep_backups_min or \
+                 keep_backups first",
+            );
+        }
+        return Ok(());
+    }
+    let problem = match is_late {
+        true => "nothing was undone: the grace of every expiry is over, or ends within a minute",
+        false => "nothing was undone: nothing has expired since the last removal",
+    };
+    Err(Error::Expire {
+        problem: problem.to_owned(),
+        kind: ExitKind::Failed,
+    })
+}
+
+fn print_undone(cluster: &ClusterName, report: &UndoReport) {
+    let place = format!("cluster {cluster}: {}", report.repository);
+    for marked in &report.undone {
+        output::line(&format!("{place}: the expiry of {marked} is undone"));
+    }
+    for backup in &report.backups {
+        output::line(&format!("  counts again  {backup}"));
+    }
+    if report.wal_ranges > 0 {
+        output::line(&format!(
+            "  counts again  WAL in {} range(s)",
+            report.wal_ranges
+        ));
+    }
+    for marked in &report.too_late {
+        output::line(&format!(
+            "{place}: the expiry of {marked} cannot be undone, its grace is over or ends within a minute"
+        ));
+    }
+}
+
+/// Prints the decision before it is carried out.
 fn announce(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
     let place = format!("cluster {cluster}: {}", report.repository);
     let Some(policy) = &report.policy else {
-        return output::line(&format!("{place}: everything is kept for ever"));
+        return output::line(&format!("{place}: everything is kept forever"));
     };
     output::line(&format!("{place}: keeps {policy}"));
     for backup in &report.kept {
@@ -110,10 +185,11 @@ fn announce(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
 /// Prints the result.
 fn told(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
     let place = format!("cluster {cluster}: {}", report.repository);
-    if report.policy.is_none() || report.problem.is_some() {
+    let swept = report.swept;
+    let is_idle = report.policy.is_none() && swept == Swept::default();
+    if is_idle || report.problem.is_some() {
         return;
     }
-    let swept = report.swept;
     let bytes = output::bytes(swept.bytes);
     if dry_run {
         return output::line(&format!(

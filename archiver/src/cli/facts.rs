@@ -8,6 +8,10 @@ use crate::report::words;
 /// Returns the report on one cluster as lines.
 pub(super) fn lines(report: &Value) -> Vec<String> {
     let of = Of(report);
+    let shorten = |text: &str, more: &[&str]| {
+        let displayed = [of.displayed(), more.to_vec()].concat();
+        words::shorten(text, &displayed)
+    };
     let mut lines = vec![format!("cluster {}", of.text("/cluster"))];
     let mut add = |name: &str, value: String| lines.push(format!("  {name:<13} {value}"));
     add(
@@ -50,7 +54,9 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
         format!(
             "{}{}, {} to {}; gaps: {}, without a backup behind them: {}; complete as of {}",
             of.string("/window/refusal")
-                .map_or_else(String::new, |refusal| format!("REFUSED: {refusal}; ")),
+                .map_or_else(String::new, |refusal| {
+                    format!("REFUSED: {}; ", shorten(&refusal, &[]))
+                }),
             of.between("/window/earliest", "/window/latest"),
             of.instant("/window/earliest"),
             of.instant("/window/latest"),
@@ -101,7 +107,7 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
     };
     let error = of
         .string("/repository_error")
-        .map(|error| format!("failing: {error}; "));
+        .map(|error| format!("failing: {}; ", shorten(&error, &[])));
     add(
         "repository",
         format!(
@@ -113,7 +119,11 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
     for place in of.list("/repositories") {
         let place = Of(place);
         let how = match place.string("/error") {
-            Some(error) => format!("away: {error}"),
+            Some(error) => {
+                let of_the_first = of.0["repository_error"].as_str();
+                let shown = of_the_first.into_iter().collect::<Vec<_>>();
+                format!("away: {}", shorten(&error, &shown))
+            }
             None if place.text("/behind") == "true" => "catching up from another".to_owned(),
             None => format!("{} wait for it", place.bytes("/queued_bytes")),
         };
@@ -132,7 +142,9 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
         add("standby", value);
     }
     for alert in of.list("/alerts").map(Of) {
-        let (name, summary) = (alert.text("/name"), alert.text("/summary"));
+        let name = alert.text("/name");
+        let repository_errors = of.repository_errors();
+        let summary = shorten(&alert.text("/summary"), &repository_errors);
         add(
             &alert.text("/severity"),
             format!("{name} since {}: {summary}", alert.instant("/since")),
@@ -176,6 +188,24 @@ impl<'a> Of<'a> {
             Some(Value::String(text)) => text.clone(),
             Some(other) => other.to_string(),
         }
+    }
+
+    /// The long texts that the state's line contains.
+    fn displayed(self) -> Vec<&'a str> {
+        let text = |pointer: &str| self.0.pointer(pointer).and_then(Value::as_str);
+        let reason = text("/reason").unwrap_or_default();
+        let mut displayed = vec![reason];
+        let errors = [text("/stream_error"), text("/window/refusal")];
+        let errors = errors.into_iter().flatten().chain(self.repository_errors());
+        displayed.extend(errors.filter(|error| reason.contains(error)));
+        displayed
+    }
+
+    /// The errors of the repository and its members, which the line of each contains.
+    fn repository_errors(self) -> Vec<&'a str> {
+        let members = self.list("/repositories").map(|place| &place["error"]);
+        let errors = members.chain(self.0.get("repository_error"));
+        errors.filter_map(Value::as_str).collect()
     }
 
     fn string(self, pointer: &str) -> Option<String> {
@@ -283,5 +313,37 @@ impl<'a> Of<'a> {
             self.text("/slot/wal_status"),
             self.bytes("/slot/retained_bytes")
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_long_error_is_printed_in_full_once() {
+        let error = format!("/backup is not mounted. {}", "Mount it again. ".repeat(20));
+        let error = error.trim_end().trim_end_matches('.');
+        for reason in [
+            error.to_owned(),
+            format!("losing the primary loses 7 s: {error}"),
+            "the stream is down".to_owned(),
+        ] {
+            let report = json!({
+                "state": "broken",
+                "reason": reason,
+                "repository_error": error,
+                "repositories": [{ "url": "file:///backup", "error": error }],
+                "alerts": [
+                    { "name": "PitrBroken", "summary": format!("{reason}.") },
+                    { "name": "PitrRepositoryFailing", "summary": format!("It fails: {error}.") },
+                ],
+            });
+            let text = lines(&report).join("\n");
+            assert_eq!(text.matches(error).count(), 1, "{text}");
+            assert!(text.contains("It fails: /backup is not mounted (in full above)."));
+        }
     }
 }

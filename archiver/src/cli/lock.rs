@@ -37,11 +37,13 @@ pub(super) fn extend(
     let span = LockSpan::until(until, mode);
     let mut known = KnownLocks::default();
     let mut damaged = None;
+    let mut has_locks = false;
     for cluster in &settings.clusters {
         let extended = locks::extend(cluster, oldest, span, &mut known, dry_run)?;
         damaged = damaged.or(extended.damaged);
         for Locked { place, report } in extended.places {
             let name = &cluster.name;
+            has_locks |= report.is_some();
             output::line(&match report {
                 None => format!("cluster {name}: {place} is a folder, which has no locks"),
                 Some(report) => {
@@ -55,8 +57,14 @@ pub(super) fn extend(
             });
         }
     }
-    match damaged {
-        Some(error) => Err(error.into()),
-        None => Ok(()),
+    if let Some(error) = damaged {
+        return Err(error.into());
     }
+    if has_locks {
+        return Ok(());
+    }
+    Err(usage(
+        "nothing was locked: no repository of these clusters is a bucket, and only a bucket with Object Lock has locks"
+            .to_owned(),
+    ))
 }

@@ -8,7 +8,10 @@ use repository::config::Settings;
 use serde_json::Value;
 
 use super::{daemon, output};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    report::words,
+};
 
 /// A Nagios state, with its exit code. [`Level::rank`] is the order for choosing the worst of
 /// several.
@@ -81,7 +84,7 @@ pub(super) fn nagios(settings: &Settings) -> Result<()> {
             )),
             Some(report) => {
                 let reason = report["reason"].as_str().unwrap_or("unknown");
-                texts.push(format!("{}: {reason}", cluster.name));
+                texts.push(format!("{}: {}", cluster.name, words::brief(reason)));
                 data.push(performance(cluster.name.as_str(), report));
             }
         }

@@ -1,21 +1,26 @@
-//! The only module that writes to standard output. A closed pipe (`| head`) is not an error.
+//! The only place that writes to standard output. A reader that went away (`| head`) is no error.
+//!
+//! Invariant: a text from outside, such as a label, cannot end its line or control the terminal.
 
 use std::io::{self, Write};
 
-/// Writes a line to standard output.
+use repository::printable;
+
+/// One line on standard output.
 pub(super) fn line(text: &str) {
-    drop(writeln!(io::stdout(), "{text}"));
+    drop(writeln!(io::stdout(), "{}", printable(text)));
 }
 
 /// Writes an error as a line to standard error.
 pub(super) fn error_line(text: &str) {
-    drop(writeln!(io::stderr(), "wal-archiver: {text}"));
+    let lines: Vec<_> = text.split('\n').map(printable).collect();
+    drop(writeln!(io::stderr(), "wal-archiver: {}", lines.join("\n")));
 }
 
 /// Writes a JSON document to standard output.
 pub(super) fn json<T: serde::Serialize>(document: &T) {
     match serde_json::to_string_pretty(document) {
-        Ok(text) => line(&text),
+        Ok(text) => drop(writeln!(io::stdout(), "{text}")),
         Err(error) => error_line(&format!("write JSON: {error}")),
     }
 }

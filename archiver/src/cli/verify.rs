@@ -1,11 +1,15 @@
 //! `wal-archiver verify`: proves from the repository alone that every object is intact and that no
 //! WAL is missing.
 
+use std::cell::RefCell;
+
 use repository::{
     Loss, Repository,
     config::{ClusterSettings, RepositoryPlace, Settings},
 };
-use wal_format::{OutcomeKind, SystemIdentifier};
+use serde::Serialize;
+use serde_json::Value;
+use wal_format::{BackupId, ClusterName, OutcomeKind, SystemIdentifier};
 
 use super::{losses, output};
 use crate::{
@@ -20,61 +24,121 @@ const DAMAGED_MAX: usize = 1000;
 /// three.
 const REPAIRS_MAX: u32 = 4;
 
-/// What the command is asked to do.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Wanted {
-    /// Decode every record.
+/// The flags of the command.
+pub(super) struct VerifyOptions {
+    /// Decodes every record.
     pub(super) deep: bool,
-    /// Put sound copies in the place of damaged and missing objects.
+    /// Replaces damaged objects by intact copies.
     pub(super) repair: bool,
-    /// Accept that what is missing is lost for good.
+    /// Accepts that what is missing is lost for good.
     pub(super) accept_loss: bool,
+    /// The only backup to check.
+    pub(super) backup: Option<BackupId>,
+    /// Prints one JSON document.
+    pub(super) json: bool,
 }
 
-pub(super) fn verify(settings: &Settings, wanted: &Wanted) -> Result<()> {
-    let Wanted { deep, repair, .. } = *wanted;
+/// The result for one cluster, in JSON.
+#[derive(Serialize)]
+struct Document<'a> {
+    cluster: &'a ClusterName,
+    /// `None` when no repository was examined.
+    system_identifier: Option<SystemIdentifier>,
+    backup: &'a Option<BackupId>,
+    deep: bool,
+    passed: bool,
+    repositories: Vec<Value>,
+    /// What was archived and is not there any more.
+    lost: Vec<String>,
+    /// Repositories that were not examined, and repairs.
+    messages: Vec<String>,
+}
+
+pub(super) fn verify(settings: &Settings, options: &VerifyOptions) -> Result<()> {
+    let mut documents = Vec::new();
+    let outcome = verify_all(settings, options, &mut documents);
+    if options.json {
+        match &outcome {
+            Err(error) if documents.is_empty() => {
+                output::json(&error.exit_kind().document(&error.to_string()));
+            }
+            _ => output::json(&documents),
+        }
+    }
+    outcome
+}
+
+fn verify_all<'a>(
+    settings: &'a Settings,
+    options: &'a VerifyOptions,
+    documents: &mut Vec<Document<'a>>,
+) -> Result<()> {
+    let VerifyOptions {
+        deep, repair, json, ..
+    } = *options;
     let mut problems = 0;
     let mut unreachable = None;
     for cluster in &settings.clusters {
         let started = jiff::Timestamp::now();
-        let say = |line: &str| output::line(&format!("cluster {}: {line}", cluster.name));
+        let messages = RefCell::new(Vec::new());
+        let say = |line: &str| match json {
+            true => messages.borrow_mut().push(line.to_owned()),
+            false => output::line(&format!("cluster {}: {line}", cluster.name)),
+        };
+        let document = Document {
+            cluster: &cluster.name,
+            system_identifier: None,
+            backup: &options.backup,
+            deep,
+            passed: false,
+            repositories: Vec::new(),
+            lost: Vec::new(),
+            messages: Vec::new(),
+        };
         let (located, places, error) = reachable(cluster, &say, &mut problems)?;
         unreachable = unreachable.or(error);
         if places.is_empty() {
+            documents.push(Document {
+                messages: messages.into_inner(),
+                ..document
+            });
             continue;
         }
-        let lost = lost(cluster, wanted, &say)?;
-        if repair {
-            repair::repair_keys(&cluster.name, &located, &say)?;
-        }
-        let (system, mut findings) = verify::examine_all(&located, &places, deep)?;
-        // Repeated, because the parts that a backup's description lists can be read only when the
-        // description is intact.
-        for _ in 0..REPAIRS_MAX {
-            if !repair || repair::repair(&places, &findings, &say)? == 0 {
-                break;
+        let (lost, (system, findings)) = match &options.backup {
+            Some(id) => (Vec::new(), verify::examine_backup(&places, id, deep)?),
+            None => {
+                let lost = lost(cluster, options.accept_loss, &say)?;
+                let examined = examine(cluster, (&located, &places), (deep, repair), &say)?;
+                (lost, examined)
             }
-            findings = verify::examine_all(&located, &places, deep)?.1;
-        }
-        if repair {
-            for place in &places {
-                place.remember(system)?;
-            }
-        }
-        for findings in &findings {
-            for line in findings.lines(deep) {
+        };
+        let found = findings.iter().map(|one| one.problems.len());
+        let found = found.sum::<usize>() + lost.len();
+        problems += found;
+        if json {
+            documents.push(Document {
+                system_identifier: Some(system),
+                passed: found == 0,
+                repositories: findings.iter().map(Findings::document).collect(),
+                lost: lost.iter().map(ToString::to_string).collect(),
+                messages: messages.into_inner(),
+                ..document
+            });
+        } else {
+            for line in findings.iter().flat_map(|findings| findings.lines(deep)) {
                 say(&line);
             }
-            problems += findings.problems.len();
+            for loss in &lost {
+                say(&format!(
+                    "{loss} was archived and is not there any more: bring it back from a copy of the repository, or accept \
+                     the loss with `wal-archiver verify --accept-loss`"
+                ));
+            }
         }
-        for loss in &lost {
-            say(&format!(
-                "{loss} was archived and is not there any more: bring it back from a copy of the repository, or accept the loss \
-                 with `wal-archiver verify --accept-loss`"
-            ));
+        // The check of one backup says nothing about the rest, so it is not the archive's verdict.
+        if options.backup.is_none() {
+            record(cluster, &places, system, &findings, started);
         }
-        problems += lost.len();
-        record(cluster, &places, system, &findings, started);
     }
     if problems == 0 {
         unreachable.map_or(Ok(()), |error| Err(error.into()))
@@ -83,8 +147,35 @@ pub(super) fn verify(settings: &Settings, wanted: &Wanted) -> Result<()> {
     }
 }
 
+/// Examines everything, and repairs it first if that is wanted.
+fn examine(
+    cluster: &ClusterSettings,
+    (located, places): (&[RepositoryPlace], &[Repository]),
+    (deep, repair): (bool, bool),
+    say: &dyn Fn(&str),
+) -> Result<(SystemIdentifier, Vec<Findings>)> {
+    if repair {
+        repair::repair_keys(&cluster.name, located, say)?;
+    }
+    let (system, mut findings) = verify::examine_all(located, places, deep)?;
+    // Again, because the parts that a damaged description of a backup lists are read only when
+    // it is intact.
+    for _ in 0..REPAIRS_MAX {
+        if !repair || repair::repair(places, &findings, say)? == 0 {
+            break;
+        }
+        findings = verify::examine_all(located, places, deep)?.1;
+    }
+    if repair {
+        for place in places {
+            place.remember(system)?;
+        }
+    }
+    Ok((system, findings))
+}
+
 /// Returns what was archived and is missing: nothing if the loss is accepted now.
-fn lost(cluster: &ClusterSettings, wanted: &Wanted, say: &dyn Fn(&str)) -> Result<Vec<Loss>> {
+fn lost(cluster: &ClusterSettings, accept_loss: bool, say: &dyn Fn(&str)) -> Result<Vec<Loss>> {
     let repository = Repository::open_known(cluster)?;
     let identity = match repository.identity() {
         Ok(Some(identity)) => identity,
@@ -92,8 +183,8 @@ fn lost(cluster: &ClusterSettings, wanted: &Wanted, say: &dyn Fn(&str)) -> Resul
         Ok(None) | Err(repository::Error::Damaged { .. }) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
-    let missing = losses::of(cluster, &identity, &repository, wanted.accept_loss)?.losses;
-    if !wanted.accept_loss {
+    let missing = losses::of(cluster, &identity, &repository, accept_loss)?.losses;
+    if !accept_loss {
         return Ok(missing);
     }
     losses::accept(cluster, &identity, &repository, &missing)?;
@@ -106,8 +197,9 @@ fn lost(cluster: &ClusterSettings, wanted: &Wanted, say: &dyn Fn(&str)) -> Resul
     Ok(Vec::new())
 }
 
-/// Opens each place of a cluster. One that exists and does not hold the archive is a problem. If one of several cannot be reached, it is printed, the others
-/// are examined, and its error is returned with them.
+/// Opens each place of a cluster. A place that exists and does not hold the archive is a problem. If
+/// one of several cannot be reached, it is printed, the others are examined, and its error is
+/// returned with them.
 fn reachable(
     cluster: &ClusterSettings,
     say: &dyn Fn(&str),

@@ -13,7 +13,7 @@ use self::format::{bytes, duration, escape, instant, seconds};
 use crate::{
     monitor::Watched,
     pipeline::nearest::Located,
-    report::{ClusterReport, Details, State},
+    report::{ClusterReport, Details, State, words},
 };
 
 mod chart;
@@ -219,7 +219,9 @@ fn tiles(out: &mut String, view: &View<'_>) {
         _ if report.last_backup.is_some() => (
             "nothing".to_owned(),
             vec![match &report.window.refusal {
-                Some(refusal) => format::code(&capitalised(refusal)),
+                Some(refusal) => {
+                    format::code(&capitalised(&words::shorten(refusal, &[&report.reason])))
+                }
                 None => "not known yet".to_owned(),
             }],
         ),

@@ -103,7 +103,11 @@ impl Losses {
         let mut known = self.lock();
         for orphan in orphans {
             if !known.has(&orphan) {
-                tracing::warn!(branch = %orphan.branch, from = %orphan.from, to = %orphan.to, "more of a timeline is held than the server took over");
+                tracing::warn!(
+                    branch = %orphan.branch, from = %orphan.from, to = %orphan.to,
+                    "the archive holds WAL of the old timeline after the point where the promoted server left it; it \
+                     is kept and searched for commits"
+                );
                 known.found.push(orphan);
             }
         }

@@ -192,7 +192,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                             archive.status().progress().on(removed);
                         }
                         Err(error) => {
-                            tracing::warn!(%error, "a sealed segment stays in the spool until the next one is sealed");
+                            tracing::warn!(%error, "a stored segment could not be removed from the spool; the next seal tries again");
                         }
                     }
                 }

@@ -342,13 +342,13 @@ impl Source {
                 ReplicationStart::EndOfTimeline(client, next) => (client, next),
                 ReplicationStart::Streaming(mut receiver, sender) => {
                     pipeline.begin(start_lsn).await?;
-                    tracing::info!(
-                        cluster,
-                        branch = %branch.branch,
-                        from = %start_lsn,
-                        held = %taken_up.durable_lsn,
-                        "streaming"
-                    );
+                    let (on, held) = (branch.branch, taken_up.durable_lsn);
+                    // Each attempt to close a gap begins like this.
+                    if archive.status().facts().gap.is_some() {
+                        tracing::debug!(cluster, branch = %on, from = %start_lsn, %held, "streaming");
+                    } else {
+                        tracing::info!(cluster, branch = %on, from = %start_lsn, %held, "streaming");
+                    }
                     if follows {
                         archive.status().note(|facts| {
                             facts.connected = true;

@@ -156,7 +156,7 @@ async fn attempt_transports(
             (Some(first), Error::Tls { .. }) => return Err(first),
             _ => {
                 if info.tls.mode == SslMode::Prefer && *with_tls {
-                    tracing::warn!(error = %outcome, "TLS came to nothing; trying without (sslmode=prefer)");
+                    tracing::warn!(error = %outcome, "the connection with TLS failed; trying without TLS (sslmode=prefer)");
                 }
                 first = Some(outcome);
             }

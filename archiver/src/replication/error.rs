@@ -136,15 +136,31 @@ impl fmt::Display for ServerReport {
     }
 }
 
-fn remedy(report: &ServerReport) -> &'static str {
+/// The remedy with the statement that the server's administrator runs, or an empty string.
+fn remedy(report: &ServerReport) -> String {
     let says = |part: &str| report.message.contains(part);
+    // The message may be translated, but it quotes the role's name.
+    let quoted = report.message.split('"').nth(1).unwrap_or("replicator");
+    if report.code == "28000" && report.routine == "InitializeSessionUserId" {
+        return if says("not permitted to log in") {
+            format!(
+                "; run `ALTER ROLE \"{quoted}\" LOGIN REPLICATION`, or name another role as user"
+            )
+        } else {
+            format!(
+                "; run `CREATE ROLE \"{quoted}\" LOGIN REPLICATION`, with a PASSWORD if pg_hba.conf asks for one, or name \
+                 another role as user"
+            )
+        };
+    }
+    fixed_remedy(report, &says).to_owned()
+}
+
+fn fixed_remedy(report: &ServerReport, says: &dyn Fn(&str) -> bool) -> &'static str {
     match report.code.as_str() {
         "28P01" => "; check the password (PGPASSWORD, the password file, or conninfo)",
         "28000" if says("client certificate") || says("ertificate authentication") => {
             "; give the certificate and key that pg_hba.conf asks for as sslcert and sslkey"
-        }
-        "28000" if says("role ") => {
-            "; create the role, with LOGIN and REPLICATION, or name another one as user"
         }
         "28000" => {
             "; pg_hba.conf needs a line for this role and this host, with database \"replication\" for the stream and \

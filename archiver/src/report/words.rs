@@ -60,7 +60,44 @@ pub(crate) fn amount(mut value: f64) -> String {
     format!("{value:.1} {unit}")
 }
 
-/// Returns the seconds from `earlier` to `later`.
+/// A text of more characters is displayed in full only once.
+const LONG_CHARS: usize = 120;
+
+/// The first sentence of a long text, cut between two words; a shorter text as it is.
+pub(crate) fn brief(text: &str) -> String {
+    let sentence = text.split_once(". ").map_or(text, |(first, _)| first);
+    if sentence.chars().count() <= LONG_CHARS {
+        return sentence.to_owned();
+    }
+    let cut: String = sentence.chars().take(LONG_CHARS).collect();
+    let words = cut
+        .rsplit_once(' ')
+        .map_or(cut.as_str(), |(words, _)| words);
+    format!("{words} …")
+}
+
+/// Replaces each long text that is `displayed` already by its first sentence.
+pub(crate) fn shorten(text: &str, displayed: &[&str]) -> String {
+    let whole = text.trim_end_matches('.');
+    let is_long = |text: &str| brief(text) != text && text.chars().count() > LONG_CHARS;
+    if is_long(whole) && displayed.iter().any(|one| one.contains(whole)) {
+        return format!("{} (in full above)", brief(whole));
+    }
+    let mut longest: Vec<&str> = displayed
+        .iter()
+        .map(|one| one.trim_end_matches('.'))
+        .collect();
+    longest.sort_by_key(|one| std::cmp::Reverse(one.len()));
+    let mut text = text.to_owned();
+    for one in longest {
+        if is_long(one) {
+            text = text.replace(one, &format!("{} (in full above)", brief(one)));
+        }
+    }
+    text
+}
+
+/// Seconds from `earlier` to `later`.
 pub(crate) fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "a span to be read")]
     let seconds = later.micros_since(earlier) as f64 / 1e6;
@@ -70,6 +107,29 @@ pub(crate) fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_text_is_displayed_in_full_once() {
+        let long = format!("it is not mounted. {}", "Mount it. ".repeat(20));
+        let alert = format!("The repository fails: {}.", long.trim_end_matches('.'));
+        assert_eq!(
+            shorten(&alert, &[&long, "it is not mounted"]),
+            "The repository fails: it is not mounted (in full above)."
+        );
+        let reason = format!("losing the primary loses 7 s: {long}");
+        assert_eq!(
+            shorten(&long, &[&reason]),
+            "it is not mounted (in full above)"
+        );
+        assert_eq!(shorten(&alert, &[]), alert);
+        assert_eq!(
+            shorten("the slot is lost", &["the slot is lost"]),
+            "the slot is lost"
+        );
+        let words = "größer ".repeat(40);
+        let short = brief(&words);
+        assert!(short.ends_with("größer …") && short.chars().count() <= LONG_CHARS + 2);
+    }
 
     #[test]
     fn lengths_and_amounts_are_short_and_have_units() {

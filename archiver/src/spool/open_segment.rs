@@ -183,9 +183,9 @@ impl OpenSegment {
         match copy_in_place(&mut source, &self.partial, &self.partial) {
             Ok(()) => Self::at(spool, self.segment, false),
             Err(error) if is_no_space(&error) => {
-                tracing::warn!(file = %self.partial.display(), "no room for a copy; written in place");
-                // Opened again: if only the fsync of the directory failed, the copy already has the
-                // name, and bytes written to the old file would be lost with it.
+                tracing::warn!(file = %self.partial.display(), "the disk has no space for a new copy of the segment; rewriting it in place");
+                // Opened again: if only the directory's fsync failed, the copy has the name by now,
+                // and what is written to the old file is lost with it.
                 let mut named = Self::at(spool, self.segment, false)?;
                 let in_place = named
                     .file
@@ -258,7 +258,10 @@ pub(super) fn renew_complete(spool: &BranchSpool, segment: SegmentNo) -> Result<
         .and_then(|mut file| copy_in_place(&mut file, &path, &spool.partial_path(segment)));
     match copied {
         Err(error) if is_no_space(&error) => {
-            tracing::warn!(file = %path.display(), "no room for a copy; its name is made durable as it is");
+            tracing::warn!(
+                file = %path.display(),
+                "the disk has no space for a new copy of the complete segment; syncing its directory again"
+            );
             sync_directory(spool.directory())
         }
         // The segment was sealed and removed meanwhile, so it is no longer needed.

@@ -45,7 +45,12 @@ impl Supervisor {
             (error.is_broken() || matches!(error, Error::Io { .. })).then(|| error.to_string());
         let message = error.to_string();
         let facts = self.status.facts();
-        let known = facts.stream_error.as_ref() == Some(&message);
+        let mut known = facts.stream_error.as_ref() == Some(&message);
+        if matches!(error, Error::Gap { .. }) {
+            // Each attempt to close a gap streams for a moment, which clears the error above.
+            let reported = self.reported_gap.replace(message.clone());
+            known |= reported.as_ref() == Some(&message);
+        }
         match (&broken, known) {
             (_, true) => {}
             (Some(_), false) => {
@@ -119,6 +124,7 @@ impl Supervisor {
             // thread that panicked.
             Error::SlotLost { .. }
             | Error::SpoolHole { .. }
+            | Error::SpoolDenied { .. }
             | Error::SpoolLocked { .. }
             | Error::SpoolSystemMismatch { .. }
             | Error::ThreadStopped { .. }

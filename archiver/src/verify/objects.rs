@@ -92,7 +92,7 @@ impl Verifier {
         }
     }
 
-    fn wal_object(&mut self, key: &ObjectKey) -> Result<()> {
+    pub(super) fn wal_object(&mut self, key: &ObjectKey) -> Result<()> {
         if let Some(object) = self.read(key)?
             && let Some(problem) = self.wal_problem(key, &object)
         {
@@ -163,7 +163,7 @@ impl Verifier {
         Ok(())
     }
 
-    fn backup(&mut self, id: &BackupId) -> Result<()> {
+    pub(super) fn backup(&mut self, id: &BackupId) -> Result<()> {
         let system = self.wal.system_identifier;
         let key = ObjectKey::BackupInfo(system, id.clone());
         let Some(content) = self.read(&key)? else {

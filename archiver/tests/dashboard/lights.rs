@@ -239,16 +239,13 @@ impl World {
         output.expect("wal-archiver runs").status.code()
     }
 
-    /// Returns the Nagios line and its exit code.
-    fn nagios(&self) -> (String, Option<i32>) {
+    /// The standard output and the exit code of a command that asks the daemon.
+    fn ask(&self, arguments: &[&str]) -> (String, Option<i32>) {
         let asking = self.configuration.with_extension("status");
         let text = format!("http = '{}'\n{}", self.archiver.address(), configured(""));
         fs::write(&asking, text).expect("a configuration");
         let mut command = command(&self.place, &self.server, &asking);
-        let output = command
-            .args(["status", "--nagios"])
-            .output()
-            .expect("it runs");
+        let output = command.args(arguments).output().expect("it runs");
         (
             String::from_utf8(output.stdout).expect("UTF-8"),
             output.status.code(),
@@ -395,7 +392,8 @@ fn command(place: &Place, server: &Server, configuration: &PathBuf) -> std::proc
 fn every_light_is_broken_once_and_recovers() {
     let Some(world) = World::start() else { return };
     world.wait_until_well();
-    let (line, code) = world.nagios();
+    let nagios = ["status", "--nagios"];
+    let (line, code) = world.ask(&nagios);
     assert_eq!(
         (line.starts_with("TIDEMARK OK"), code),
         (true, Some(0)),
@@ -424,12 +422,18 @@ fn every_light_is_broken_once_and_recovers() {
             assert_ne!(failed.expect("a counter"), "0");
         }
         if light.alert == "PitrStreamDown" {
-            let (line, code) = world.nagios();
+            let (line, code) = world.ask(&nagios);
             assert!(
                 line.starts_with("TIDEMARK CRITICAL - main: losing the primary"),
                 "{line}"
             );
             assert_eq!(code, Some(2));
+        }
+        // Nothing but the state that the daemon declares is wrong.
+        if light.alert == "PitrDrillFailed" {
+            let (said, code) = world.ask(&["check"]);
+            assert!(said.contains("FAIL  state of main: broken: "), "{said}");
+            assert_eq!(code, Some(1), "{said}");
         }
         (light.mends)(&world);
         if light.whole {

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::Path,
     process::{Command, Stdio},
 };
@@ -141,5 +142,20 @@ fn a_certificate_is_exchanged_while_it_serves_and_status_asks_over_https() {
         let refused = ask(&without_token, &[]);
         String::from_utf8_lossy(&refused.stderr).contains("401")
     });
+
+    // A secret that every user of the host may read is refused with a remedy that works.
+    for secret in [token, directory.path().join("http.key")] {
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o644)).expect("chmod");
+        for word in ["run", "check"] {
+            let mut command = command(&configuration);
+            let output = command.arg(word).output().expect("it runs");
+            let said = [output.stdout, output.stderr].concat();
+            let said = String::from_utf8_lossy(&said).into_owned();
+            assert_eq!(output.status.code(), Some(2), "{word}: {said}");
+            let remedy = format!("`chmod 0600 {}`", secret.display());
+            assert!(said.contains(&remedy), "{word}: {said}");
+        }
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).expect("chmod");
+    }
     assert_eq!(archiver.terminate().code(), Some(0));
 }

@@ -217,7 +217,7 @@ fn add(
         // segment.
         Err(error) if error.is_not_found() => {}
         Err(Error::Damaged { key, problem, .. }) => {
-            tracing::error!(%key, %problem, "a damaged object counts as missing");
+            tracing::error!(%key, %problem, "the object is damaged and is treated as missing");
             report.damaged.push((key, problem));
         }
         Err(error) => return Err(error),

@@ -76,7 +76,7 @@ pub fn asked() -> Asked {
     else {
         return Asked::Other;
     };
-    let Ok(settings) = Settings::resolve(&common) else {
+    let Ok(settings) = Settings::resolve_for_storage(&common) else {
         return Asked::Other;
     };
     let Ok(cluster) = settings.cluster() else {

@@ -44,7 +44,20 @@ const CLUSTER_KEYS: &[&str] = &[
     "verify_max_age",
     "when_full",
 ];
-/// Keys that are allowed at the top only.
+/// Keys whose value is a duration with its unit, as a text.
+const DURATION_KEYS: [&str; 10] = [
+    "backup_max_age",
+    "drill_max_age",
+    "expire_grace",
+    "expire_interval",
+    "gap_grace",
+    "keep_window",
+    "remote_flush_interval",
+    "rpo_target",
+    "rto_target",
+    "verify_max_age",
+];
+/// Keys that are allowed only at the top.
 const TOP_KEYS: [&str; 4] = ["cluster", "http", "notify", "runbook_url"];
 
 #[derive(Clone, Debug, Default)]
@@ -101,12 +114,22 @@ impl ConfigFile {
     pub(super) fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|error| {
             Error::config(format!(
-                "read the configuration {}: {error}",
+                "read the configuration {}: {error}; it is the first of --config FILE, $TIDEMARK_CONFIG, \
+                 ./tidemark.toml and /etc/tidemark/tidemark.toml",
                 path.display()
             ))
         })?;
         Self::parse(&text)
             .map_err(|error| Error::config(format!("configuration {}: {error}", path.display())))
+    }
+
+    /// Removes the keys that only the daemon needs.
+    pub(super) fn forget_daemon(&mut self) {
+        self.http_access = HttpTable::default();
+        self.notify.clear();
+        for table in self.clusters.values_mut().chain([&mut self.defaults]) {
+            table.walsender = WalsenderTable::default();
+        }
     }
 
     pub(super) fn parse(text: &str) -> Result<Self> {
@@ -199,9 +222,26 @@ fn read_table(
         }
     }
     repositories::check_keys(&table, place)?;
-    table
-        .try_into()
-        .map_err(|error: toml::de::Error| Error::config(format!("{}{place}", error.message())))
+    table.clone().try_into().map_err(|error: toml::de::Error| {
+        let refused = table.iter().find_map(|(key, value)| refused(key, value));
+        let problem = refused.unwrap_or_else(|| error.message().to_owned());
+        Error::config(format!("{problem}{place}"))
+    })
+}
+
+/// The problem with a value that its key does not accept.
+fn refused(key: &str, value: &toml::Value) -> Option<String> {
+    let mut alone = toml::Table::new();
+    alone.insert(key.to_owned(), value.clone());
+    let error = alone.try_into::<ClusterTable>().err()?;
+    if DURATION_KEYS.contains(&key)
+        && let toml::Value::Integer(number) = value
+    {
+        return Some(format!(
+            "{key} = {number} has no unit; write {key} = \"{number}s\", or with ms, min, h or d"
+        ));
+    }
+    Some(format!("{key}: {}", error.message()))
 }
 
 pub(super) fn unknown(key: &str, place: &str, known: &[&str]) -> Error {

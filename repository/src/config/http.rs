@@ -1,10 +1,10 @@
 //! Access to the dashboard: tokens from a file or the environment, and TLS.
 
-use std::{fs, path::PathBuf};
+use std::path::PathBuf;
 
 use serde::Deserialize;
 
-use super::Secret;
+use super::{Secret, secret_file};
 use crate::{Error, Result};
 
 /// Keys of the file. They are allowed at the top only.
@@ -81,10 +81,16 @@ impl HttpAccess {
         Ok(Self {
             allowed_hosts,
             public_url,
-            read: token("TIDEMARK_HTTP_TOKEN", table.http_token_file.as_ref())?,
+            read: token(
+                "TIDEMARK_HTTP_TOKEN",
+                ("http_token_file", table.http_token_file.as_ref()),
+            )?,
             operate: token(
                 "TIDEMARK_HTTP_OPERATE_TOKEN",
-                table.http_operate_token_file.as_ref(),
+                (
+                    "http_operate_token_file",
+                    table.http_operate_token_file.as_ref(),
+                ),
             )?,
             tls,
         })
@@ -116,15 +122,10 @@ fn host_name(name: &str) -> Result<String> {
     Ok(name.trim_end_matches('.').to_ascii_lowercase())
 }
 
-fn token(variable: &str, file: Option<&PathBuf>) -> Result<Option<Secret>> {
+fn token(variable: &str, (key, file): (&str, Option<&PathBuf>)) -> Result<Option<Secret>> {
     let (text, place) = match (std::env::var(variable), file) {
         (Ok(text), _) => (text, variable.to_owned()),
-        (_, Some(path)) => {
-            let text = fs::read_to_string(path).map_err(|error| {
-                Error::config(format!("read the token file {}: {error}", path.display()))
-            })?;
-            (text, path.display().to_string())
-        }
+        (_, Some(path)) => (secret_file::read(key, path)?, path.display().to_string()),
         _ => return Ok(None),
     };
     let text = text.trim();

@@ -1,10 +1,10 @@
 //! The receivers of the daemon's alerts: `[notify.NAME]` tables.
 
-use std::{collections::BTreeMap, fs, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::{Secret, parse_duration};
+use super::{Secret, parse_duration, secret_file};
 use crate::{Error, Result};
 
 const NOTIFY_KEYS: [&str; 17] = [
@@ -167,8 +167,11 @@ fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
     let required = |what: &str| Error::config(format!("[notify.{name}] needs {what}"));
     let default_url = (table.kind == NotifyKind::Pagerduty)
         .then(|| "https://events.pagerduty.com/v2/enqueue".to_owned());
-    let url = secret(table.url, table.url_file)?.or(default_url.map(Secret::from));
-    let routing_key = secret(table.routing_key, table.routing_key_file)?;
+    let url = secret(table.url, ("url_file", table.url_file))?.or(default_url.map(Secret::from));
+    let routing_key = secret(
+        table.routing_key,
+        ("routing_key_file", table.routing_key_file),
+    )?;
     match table.kind {
         NotifyKind::Webhook | NotifyKind::Slack | NotifyKind::Heartbeat if url.is_none() => {
             return Err(required("url or url_file"));
@@ -238,7 +241,8 @@ fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
         smtp: table.smtp.unwrap_or_default(),
         tls: table.tls,
         user: table.user.unwrap_or_default(),
-        password: secret(table.password, table.password_file)?.unwrap_or_default(),
+        password: secret(table.password, ("password_file", table.password_file))?
+            .unwrap_or_default(),
         from: table.from.unwrap_or_default(),
         to: table.to,
         severity: table.severity,
@@ -260,13 +264,13 @@ fn time_of_day(text: &str) -> Option<Duration> {
     Some(Duration::from_secs(minutes * 60))
 }
 
-fn secret(text: Option<String>, file: Option<PathBuf>) -> Result<Option<Secret>> {
+fn secret(text: Option<String>, (key, file): (&str, Option<PathBuf>)) -> Result<Option<Secret>> {
     match (text, file) {
         (Some(text), _) => Ok(Some(text.into())),
-        (None, Some(path)) => match fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text.trim().to_owned().into())),
-            Err(error) => Err(Error::config(format!("read {}: {error}", path.display()))),
-        },
+        (None, Some(path)) => {
+            let text = secret_file::read(key, &path)?;
+            Ok(Some(text.trim().to_owned().into()))
+        }
         (None, None) => Ok(None),
     }
 }

@@ -130,7 +130,7 @@ impl S3Settings {
                 .find_map(|scheme| endpoint.strip_prefix(scheme));
             if host.is_none_or(|host| host.trim_end_matches('/').is_empty()) {
                 return Err(Error::config(format!(
-                    "s3_endpoint = \"{endpoint}\" is no URL; write \"https://host:port\""
+                    "s3_endpoint = \"{endpoint}\" is not a URL; write \"https://host:port\""
                 )));
             }
         }

@@ -100,7 +100,7 @@ fn a_mistyped_key_is_named_with_the_nearest_one() {
 fn wrong_values_say_how_to_write_them() {
     for (text, part) in [
         ("repository = 'file://r'", "file:///directory"),
-        ("repository = 's3://b/p'", "can not name a bucket"),
+        ("repository = 's3://b/p'", "cannot name a bucket"),
         (
             "repository = 's3://bucket//p'",
             "empty or begins with a dot",
@@ -129,9 +129,33 @@ fn wrong_values_say_how_to_write_them() {
             "repository = 'file:///r'\nwhen_full = 'protect'",
             "protect-archive",
         ),
-        ("repository = '/r'", "no URL"),
+        ("repository = '/r'", "not a URL; write file:///r or"),
+        (
+            "repository = 'gs://b/p'",
+            "Google Cloud Storage is not supp",
+        ),
+        (
+            "repository = 'az://a/c/p'",
+            "Azure Blob Storage is not supp",
+        ),
+        (
+            "repository = 'ftp://h/p'",
+            "\"ftp\" is not a kind of repository",
+        ),
+        (
+            "gap_grace = 30",
+            "gap_grace = 30 has no unit; write gap_grace = \"30s\"",
+        ),
+        (
+            "[cluster.main]\nkeep_window = 7",
+            "with ms, min, h or d in [cluster.main]",
+        ),
+        ("seal_threads = 'two'", "seal_threads: invalid type"),
         ("repository = 'file:///r'\nrpo_target = '5'", "write 500ms"),
-        ("repository = 'file:///r'\nrpo_target = '0s'", "no duration"),
+        (
+            "repository = 'file:///r'\nrpo_target = '0s'",
+            "not a duration",
+        ),
         (
             "repository = 'file:///r'\ncompression_level = 99",
             "1 to 19",

@@ -54,9 +54,19 @@ impl FromStr for RepositoryUrl {
         if let Some(place) = text.strip_prefix("s3://") {
             return bucket(text, place);
         }
-        let message = format!(
-            "repository \"{text}\" is no URL; write file:///directory or s3://bucket/prefix"
-        );
+        let problem = match text.split_once("://") {
+            Some(("gs", _)) => "Google Cloud Storage is not supported".to_owned(),
+            Some(("az", _)) => "Azure Blob Storage is not supported".to_owned(),
+            Some((scheme, _)) => format!("\"{scheme}\" is not a kind of repository"),
+            None => "it is not a URL".to_owned(),
+        };
+        let file = if text.starts_with('/') {
+            format!("file://{text}")
+        } else {
+            "file:///directory".to_owned()
+        };
+        let message =
+            format!("repository \"{text}\": {problem}; write {file} or s3://bucket/prefix");
         Err(Error::config(message))
     }
 }
@@ -66,7 +76,7 @@ fn bucket(text: &str, place: &str) -> Result<RepositoryUrl> {
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if bucket.len() < 3 || bucket.len() > 63 || !bucket.chars().all(plain) {
         let message = format!(
-            "repository \"{text}\": \"{bucket}\" can not name a bucket; write s3://bucket/prefix"
+            "repository \"{text}\": \"{bucket}\" cannot name a bucket; write s3://bucket/prefix"
         );
         return Err(Error::config(message));
     }

@@ -2,11 +2,11 @@
 //!
 //! Invariant: an address that other hosts can reach is refused without a password.
 
-use std::{fs, net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf};
 
 use serde::Deserialize;
 
-use super::Secret;
+use super::{Secret, secret_file};
 use crate::{Error, Result};
 
 /// Keys of a cluster.
@@ -97,12 +97,7 @@ impl WalsenderSettings {
 }
 
 fn read_password(path: &PathBuf) -> Result<Secret> {
-    let text = fs::read_to_string(path).map_err(|error| {
-        Error::config(format!(
-            "read the password file {}: {error}",
-            path.display()
-        ))
-    })?;
+    let text = secret_file::read("walsender_password_file", path)?;
     let text = text.trim_end_matches(['\r', '\n']);
     if text.is_empty() {
         return Err(Error::config(format!(
@@ -135,7 +130,7 @@ mod tests {
             ),
             (
                 "walsender = \"127.0.0.1:1\"\nwalsender_password_file = \"/nonexistent\"",
-                "password file",
+                "walsender_password_file",
             ),
         ] {
             let error = resolve(text).expect_err(text).to_string();

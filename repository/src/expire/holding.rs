@@ -136,7 +136,7 @@ impl Holding {
                     // A tail that was replaced after the listing.
                     Err(error) if error.is_not_found() => {}
                     Err(crate::Error::Damaged { key, problem, .. }) => {
-                        tracing::error!(%key, %problem, "a damaged object counts as missing");
+                        tracing::error!(%key, %problem, "the object is damaged and is treated as missing");
                     }
                     Err(error) => return Err(error),
                 }

@@ -1,6 +1,7 @@
 //! [`ExpiredSet`]: the union of a repository's expiry records.
 //!
-//! The set only grows, so two archivers that expire at once cannot contradict each other.
+//! The set only grows, so two archivers that expire at once cannot contradict each other. Only a
+//! person makes it smaller, within the grace (`expire --undo`).
 //! Invariant: readers hide the named objects before the first byte of them is removed.
 
 use std::collections::{BTreeMap, BTreeSet};

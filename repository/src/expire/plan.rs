@@ -200,6 +200,28 @@ pub fn plan_expire(
     Ok(plan)
 }
 
+/// Returns the plan that removes one backup and nothing else, with the moments that are lost with
+/// it. `None` if there is no such backup.
+#[must_use]
+pub fn plan_delete(holding: &Holding, id: &BackupId) -> Option<ExpirePlan> {
+    let mut plan = ExpirePlan::default();
+    for backup in &holding.backups {
+        if backup.id == *id {
+            plan.removed.push(backup.clone());
+        } else {
+            plan.kept.push(KeptBackup {
+                backup: backup.clone(),
+                reasons: Vec::new(),
+            });
+        }
+    }
+    if plan.removed.is_empty() {
+        return None;
+    }
+    plan.windows = vanished(holding, &plan, &reach::held(holding));
+    Some(plan)
+}
+
 fn decide(holding: &Holding, policy: &RetentionPolicy) -> ExpirePlan {
     let (mut chosen, whole_roots) = choose(holding, policy, &|backup| backup.problem.is_none());
     let (as_if_whole, roots) = choose(holding, policy, &|_| true);

@@ -126,7 +126,7 @@ impl MirroredStore {
                 Ok(None) => member.lacks(),
                 Err(error) if error.is_not_found() => member.lacks(),
                 Err(error) => {
-                    tracing::warn!(repository = %member.store.url(), %error, "asking the next repository");
+                    tracing::warn!(repository = %member.store.url(), %error, "this repository failed; reading from the next one");
                     member.failed(&error);
                     failed.get_or_insert(error);
                 }

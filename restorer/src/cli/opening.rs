@@ -16,7 +16,7 @@ use crate::{Error, Result, inventory::Archive, target::parse_time};
 /// Resolves the settings. With `--at`, every bucket is read as of that time, and folders, which
 /// have no versions, are left out.
 pub(super) fn resolve(cli: &Cli) -> Result<Settings> {
-    let mut settings = Settings::resolve(&cli.common)?;
+    let mut settings = Settings::resolve_for_storage(&cli.common)?;
     let Some(text) = &cli.at else {
         return Ok(settings);
     };

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use repository::ExitKind;
+use repository::{ExitKind, printable};
 use serde::Serialize;
 use wal_format::TransactionEnd;
 
@@ -20,7 +20,9 @@ use crate::{
 
 /// Writes one line.
 macro_rules! say {
-    ($to:expr, $($text:tt)*) => { drop(writeln!($to, $($text)*)) };
+    ($to:expr, $($text:tt)*) => {
+        drop(writeln!($to, "{}", printable(&format!($($text)*))))
+    };
 }
 
 /// The maximum number of commits lost by a failover that the text output shows; `--json` has more.
@@ -30,8 +32,10 @@ pub(super) fn line(text: &str) {
     say!(stdout(), "{text}");
 }
 
+/// An error, which may have several lines.
 pub(super) fn error(text: &str) {
-    say!(stderr(), "pitr-restore: {text}");
+    let lines: Vec<_> = text.split('\n').map(printable).collect();
+    drop(writeln!(stderr(), "pitr-restore: {}", lines.join("\n")));
 }
 
 /// Prints a progress report, which is not part of the result, to standard error.
@@ -53,13 +57,13 @@ pub(super) fn shell_word(path: &Path) -> String {
 pub(super) fn json<T: Serialize>(value: &T) -> Result<()> {
     let text = serde_json::to_string_pretty(value)
         .map_err(|error| Error::io("write", "standard output")(error.into()))?;
-    say!(stdout(), "{text}");
+    drop(writeln!(stdout(), "{text}"));
     Ok(())
 }
 
 /// Prints the document of a refusal.
 pub(super) fn refusal(kind: ExitKind, message: &str) {
-    say!(stdout(), "{:#}", kind.document(message));
+    drop(writeln!(stdout(), "{:#}", kind.document(message)));
 }
 
 pub(super) fn plan(plan: &RestorePlan) {

@@ -5,6 +5,7 @@ use repository::{
     ExitKind, Repository,
     config::{ClusterSettings, Settings},
 };
+use serde_json::Value;
 use wal_format::{ObjectKey, PgTimestamp};
 
 use super::{Report, daemon, output, tls_expiry};
@@ -20,8 +21,12 @@ use crate::{
 /// be another one, because systemd and a shell set their own.
 pub(super) fn descriptors(clusters: usize, report: &mut Report) {
     let (limit, needed) = (Limit::now(), needed(clusters));
+    let subject = match clusters {
+        1 => "1 cluster needs".to_owned(),
+        clusters => format!("{clusters} clusters need"),
+    };
     let found = format!(
-        "{clusters} clusters need about {needed}, the hard limit here is {}",
+        "{subject} about {needed}, the hard limit here is {}",
         limit.hard
     );
     if needed > limit.hard {
@@ -125,7 +130,7 @@ pub(super) fn retention(cluster: &ClusterSettings, report: &mut Report) {
             Some(policy) => report.ok(&what, &policy.to_string()),
             None => report.note(
                 &what,
-                "everything is kept for ever; keep_window and its kin say for how long",
+                "everything is kept forever; set keep_window to limit it",
             ),
         }
     }
@@ -149,15 +154,36 @@ fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> 
     Ok(begun.max())
 }
 
-/// Checks that the daemon answers, and when its certificate expires.
+/// The state of a cluster in the daemon's report. `broken` means that archiving or restoring needs a
+/// person, so not all preconditions hold.
+fn state(of_daemon: &Value, report: &mut Report) {
+    let text = |key: &str| of_daemon[key].as_str().unwrap_or("unknown");
+    let (state, reason) = (text("state"), text("reason"));
+    let what = format!("state of {}", text("cluster"));
+    match state {
+        "broken" => {
+            let shown: Vec<&str> = report.failures.iter().map(String::as_str).collect();
+            let reason = words::shorten(reason, &shown);
+            report.fail(&what, &format!("broken: {reason}"), ExitKind::Failed);
+        }
+        "ok" => report.ok(&what, reason),
+        _ => report.note(&what, &format!("{state}: {}", words::brief(reason))),
+    }
+}
+
+/// Checks whether the daemon answers, the state that it reports, and how long its certificate lasts.
 pub(super) fn dashboard(settings: &Settings, report: &mut Report) {
     output::line("this host");
     let address = settings.http;
-    if daemon::reports(settings).is_empty() {
+    let reports = daemon::reports(settings);
+    if reports.is_empty() {
         let remedy = "start `wal-archiver run`, or name its address as http";
         report.note("daemon", &format!("none answers at {address}; {remedy}"));
     } else {
         report.ok("daemon", &format!("answers at {address}"));
+    }
+    for of_daemon in &reports {
+        state(of_daemon, report);
     }
     let Some((certificate, key)) = &settings.http_access.tls else {
         return;
@@ -170,7 +196,7 @@ pub(super) fn dashboard(settings: &Settings, report: &mut Report) {
             let left = words::span(end, now);
             let found = format!("lasts for {}", words::duration(left));
             if left < CERTIFICATE_SECONDS_MIN {
-                let remedy = "replace the file, it is read again by itself";
+                let remedy = "replace the file; the daemon reads it again automatically";
                 report.note(what, &format!("{found}; {remedy}"));
             } else {
                 report.ok(what, &found);

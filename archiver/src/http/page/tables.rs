@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     alerts::Severity,
-    report::{ClusterReport, SlotReport},
+    report::{ClusterReport, SlotReport, words},
 };
 
 /// The maximum number of rows in a table. The API has all of them.
@@ -65,9 +65,14 @@ pub(super) fn flow(out: &mut String, view: &View<'_>) {
     let mut notes = if report.repositories.is_empty() {
         vec![escape(&report.repository)]
     } else {
+        let place = |state| place(state, &report.reason);
         report.repositories.iter().map(place).collect()
     };
-    notes.extend(report.repository_error.as_deref().map(escape));
+    let error = report.repository_error.as_deref();
+    let members = report.repositories.iter().map(|place| &place.error);
+    let mut shown: Vec<&str> = members.filter_map(Option::as_deref).collect();
+    shown.push(&report.reason);
+    notes.extend(error.map(|error| escape(&words::shorten(error, &shown))));
     notes.push(match report.corrupt_objects {
         None => "not verified yet: run <code>wal-archiver verify</code>".to_owned(),
         Some(0) => "no damaged object found".to_owned(),
@@ -124,10 +129,13 @@ fn slot(slot: Option<&SlotReport>, rate: Option<f64>) -> (String, Option<f64>, V
     (time, Some(share), notes)
 }
 
-/// Describes one of several repositories, and the WAL that it lacks.
-fn place(place: &MemberState) -> String {
+/// One place of several, with what it lacks. An error that the state's reason contains is short.
+fn place(place: &MemberState, reason: &str) -> String {
     let how = match (&place.error, place.queued_bytes, place.behind) {
-        (Some(error), ..) => format!("<strong>✖ away</strong>: {}", escape(error)),
+        (Some(error), ..) => {
+            let error = words::shorten(error, &[reason]);
+            format!("<strong>✖ away</strong>: {}", escape(&error))
+        }
         (None, 1.., _) => format!("▲ {} wait for it", bytes(Some(place.queued_bytes as u64))),
         (None, 0, true) => "▲ catching up from another".to_owned(),
         (None, 0, false) => "✓ in step".to_owned(),
@@ -149,6 +157,14 @@ fn card(out: &mut String, title: &str, value: &str, share: Option<f64>, notes: &
     );
 }
 
+/// The long texts that the page's sentence and the card of the repository have in full.
+fn displayed(report: &ClusterReport) -> Vec<&str> {
+    let members = report.repositories.iter().map(|place| &place.error);
+    let errors = members.chain([&report.repository_error]);
+    let errors = errors.filter_map(Option::as_deref);
+    errors.chain([report.reason.as_str()]).collect()
+}
+
 pub(super) fn alerts(out: &mut String, report: &ClusterReport) {
     let _ = write!(
         out,
@@ -160,6 +176,7 @@ pub(super) fn alerts(out: &mut String, report: &ClusterReport) {
         out.push_str("<p class=\"empty\">Nothing needs you.</p></section>");
         return;
     }
+    let displayed = displayed(report);
     out.push_str("<ul class=\"alerts\">");
     for alert in &report.alerts {
         let (shape, word) = match alert.severity {
@@ -172,7 +189,7 @@ pub(super) fn alerts(out: &mut String, report: &ClusterReport) {
              <strong>{}</strong> <span class=\"as-of\">since {}</span></p><p>{}</p><p class=\"runbook\">{}</p></li>",
             alert.name,
             instant(alert.since),
-            code(&alert.summary),
+            code(&words::shorten(&alert.summary, &displayed)),
             code(alert.runbook)
         );
     }
@@ -254,6 +271,7 @@ pub(super) fn drills(out: &mut String, view: &View<'_>) {
 
 pub(super) fn events(out: &mut String, view: &View<'_>) {
     let events = view.cluster.events().after(0);
+    let displayed = displayed(view.report);
     let rows: Vec<String> = events
         .iter()
         .rev()
@@ -264,7 +282,7 @@ pub(super) fn events(out: &mut String, view: &View<'_>) {
                 escape(&event.severity),
                 instant(event.time),
                 escape(&event.kind),
-                code(&event.message)
+                code(&words::shorten(&event.message, &displayed))
             )
         })
         .collect();

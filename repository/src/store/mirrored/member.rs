@@ -353,7 +353,7 @@ impl Member {
             None => self.answered(),
             Some(error) if error.is_object_locked() => {}
             Some(error) => {
-                tracing::warn!(repository = %self.store.url(), %error, "this repository falls behind");
+                tracing::warn!(repository = %self.store.url(), %error, "this repository failed and lags the others; it is brought up to date later");
                 self.failed(error);
                 self.lock().miss();
             }

@@ -34,7 +34,7 @@ use tokio::runtime::Runtime;
 use super::{S3Store, errors::Failure};
 use crate::{
     Error, Result,
-    config::{S3Credentials, S3Settings},
+    config::{S3Credentials, S3Settings, require_private},
 };
 
 const CONNECT_MAX: Duration = Duration::from_secs(5);
@@ -100,6 +100,14 @@ impl S3Store {
 }
 
 fn connect(runtime: &Runtime, settings: &S3Settings) -> Result<Client> {
+    if let S3Credentials::File(path) = &settings.credentials {
+        require_private(path).map_err(|problem| {
+            Error::config(format!(
+                "s3_credentials_file = \"{}\": {problem}",
+                path.display()
+            ))
+        })?;
+    }
     let http = http_client(settings)?;
     let shared = runtime.block_on_anywhere(load(settings, http))?;
     let region = shared.region().cloned();

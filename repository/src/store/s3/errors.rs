@@ -201,6 +201,10 @@ impl Failure {
         }
     }
 
+    fn says(&self, parts: &[&str]) -> bool {
+        parts.iter().any(|part| self.message.contains(part))
+    }
+
     fn remedy(&self, action: Action) -> Option<String> {
         let remedy = match (self.code.as_str(), self.status) {
             ("NoCredentials", _) => {
@@ -225,6 +229,27 @@ impl Failure {
                     "the credentials need the permission {}; this does not mean that the object is absent",
                     action.permission()
                 ));
+            }
+            _ if self.says(&["InvalidContentType", "corrupt message"]) => {
+                "the endpoint does not speak TLS: write http:// in s3_endpoint, or correct its port"
+            }
+            _ if self.says(&[
+                "connection closed before message",
+                "invalid HTTP",
+                "onnection reset",
+                "roken pipe",
+            ]) || (self.status == Some(400) && self.code.is_empty()) =>
+            {
+                "if the endpoint speaks TLS, write https:// in s3_endpoint; otherwise check its host and port"
+            }
+            _ if self.says(&["Connection refused"]) => {
+                "nothing listens at s3_endpoint: start the store, or correct host and port"
+            }
+            _ if self.says(&["dns error", "failed to lookup address"]) => {
+                "the host name of s3_endpoint cannot be resolved: correct it, or mend the name service"
+            }
+            _ if self.says(&["no answer in time", "timed out", "unreachable"]) => {
+                "check that s3_endpoint can be reached from this host (network, firewall, proxy)"
             }
             _ if self.message.contains("certificate") => {
                 "name the certificate authority in s3_ca_file"

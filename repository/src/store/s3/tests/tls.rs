@@ -68,6 +68,27 @@ fn an_authority_is_believed_when_it_is_named() {
         assert!(!error.is_not_found(), "{error}");
         assert!(error.to_string().contains("s3_ca_file"), "{error}");
     }
+    // A wrong scheme and a wrong port are named with the remedy.
+    let plain = FaultServer::start(|_| Answer::ok(b"body"));
+    let nowhere = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        listener.local_addr().expect("an address")
+    };
+    for (endpoint, remedy) in [
+        (plain.endpoint().replace("http:", "https:"), "write http://"),
+        (
+            server.endpoint().replace("https:", "http:"),
+            "write https://",
+        ),
+        (
+            format!("http://{nowhere}"),
+            "nothing listens at s3_endpoint",
+        ),
+    ] {
+        let store = S3Store::without_retries("bucket", "p", &settings(&endpoint));
+        let error = store.expect("a store").get("a/key").expect_err(&endpoint);
+        assert!(error.to_string().contains(remedy), "{endpoint}: {error}");
+    }
     // A file without a certificate is reported immediately.
     let error = open(Some("ca.key")).expect_err("a key is no certificate");
     assert!(

@@ -1,0 +1,72 @@
+//! `wal-archiver backup delete ID`: prints what is lost with a backup, then gives it up.
+
+use jiff::Timestamp;
+use repository::{ExitKind, config::ClusterSettings};
+use wal_format::BackupId;
+
+use super::output;
+use crate::{
+    error::{Error, Result},
+    expire::{
+        self,
+        delete::{Deletion, decide},
+    },
+};
+
+pub(super) fn delete(
+    settings: &ClusterSettings,
+    id: &BackupId,
+    force: bool,
+    dry_run: bool,
+) -> Result<()> {
+    let now = Timestamp::now();
+    let deletions = decide(settings, id, now)?;
+    let mut objections = Vec::new();
+    for Deletion {
+        place,
+        windows,
+        objection,
+    } in &deletions
+    {
+        let place = format!("cluster {}: {place}", settings.name);
+        for window in windows {
+            output::line(&format!(
+                "{place}: every moment from {} to {} can no longer be restored without {id} (WAL {} to {} of timeline {})",
+                expire::time(window.from),
+                expire::time(window.to),
+                window.from_lsn,
+                window.to_lsn,
+                window.branch
+            ));
+        }
+        if windows.is_empty() {
+            output::line(&format!("{place}: no moment is lost without {id}"));
+        }
+        if let Some(objection) = objection {
+            output::line(&format!("{place}: {objection}"));
+            objections.push(objection);
+        }
+    }
+    if dry_run {
+        output::line("nothing was changed");
+        return Ok(());
+    }
+    if !objections.is_empty() && !force {
+        return Err(Error::Expire {
+            problem: format!(
+                "backup {id} was not deleted, for the reason above; add --force to delete it and lose what is named"
+            ),
+            kind: ExitKind::Failed,
+        });
+    }
+    for Deletion { place, .. } in &deletions {
+        let from = expire::delete::delete(settings, place, id, now)?;
+        output::line(&format!(
+            "cluster {}: {place}: backup {id} counts as absent from now on. `wal-archiver expire` removes it after {}; until \
+             then `wal-archiver expire --undo` brings it back",
+            settings.name,
+            expire::time(from)
+        ));
+    }
+    Ok(())
+}
