@@ -113,8 +113,8 @@ enum Command {
         /// Replaces damaged and missing objects by intact copies from the other repositories.
         #[arg(long)]
         repair: bool,
-        /// Accepts that what was archived and is missing is lost for good: declares this WAL lost, so that archiving
-        /// continues in what the repository holds now.
+        /// Accepts that what was archived and is missing is lost for good. Declares this WAL lost, so
+        /// that archiving continues in what the repository holds now.
         #[arg(long)]
         accept_loss: bool,
         /// Checks only this backup and the WAL that makes it consistent. The result is not recorded.

@@ -404,7 +404,7 @@ impl Supervisor {
                     "the repository does not answer; archiving goes on in the spool, from what that holds"
                 );
                 self.status.repository_failed("start", "", &error);
-                self.start(&identity, Some(away)).await
+                self.start(&identity, Some(*away)).await
             }
             Known::Here(identity) => {
                 self.start_anew().await?;

@@ -22,7 +22,7 @@ const FOUND_FILE: &str = "losses.json";
 const ACCEPTED_FILE: &str = "accepted_losses.json";
 /// The version of both files that this build writes.
 const FORMAT_VERSION: u32 = 1;
-/// LossRecord that a message names.
+/// The number of losses that a message names.
 const NAMED_MAX: usize = 5;
 
 /// Objects that the archive had and that its repository lacks.
@@ -301,7 +301,7 @@ impl LossRecord {
     }
 }
 
-/// LossRecord as sets, to subtract them from others.
+/// The losses as sets, to subtract them from others.
 struct Known {
     wal: BTreeMap<Branch, Intervals>,
     others: Vec<Loss>,

@@ -250,15 +250,15 @@ impl ClusterStatus {
     }
 }
 
-/// The reason of a state in which the repository lacks what was archived there.
+/// Returns the reason of a state in which the repository lacks what was archived there.
 fn lost_reason(lost: &[String]) -> String {
     let more = match lost.len() {
         0 | 1 => String::new(),
         several => format!(" (and {} more)", several - 1),
     };
     format!(
-        "the repository has lost {}{more}: bring the objects back from a copy of the repository, or accept the loss \
-         with `wal-archiver verify --accept-loss`",
+        "the repository has lost {}{more}: bring the objects back from a copy of the repository, \
+         or accept the loss with `wal-archiver verify --accept-loss`",
         lost.first().map_or("", String::as_str)
     )
 }

@@ -207,7 +207,8 @@ impl Archive {
         self.away.as_ref()?.lacking.as_ref()
     }
 
-    /// Returns true if the repository was replaced by another place in the meantime and came back, or lacks what was archived.
+    /// Returns true if the repository was replaced by another place in the meantime and came back,
+    /// or lacks what was archived.
     /// Its content may then differ from what is known here.
     #[must_use]
     pub fn is_outdated(&self) -> bool {

@@ -246,7 +246,8 @@ pub(super) async fn look(archive: Arc<Archive>) {
     }
 }
 
-/// Detects within a second that the repository's folder was replaced or lacks objects, also while nothing is stored.
+/// Detects within a second that the repository's folder was replaced or lacks objects, also while
+/// nothing is stored.
 /// For a bucket, the store requests detect it, because a separate request costs money.
 pub(super) async fn watch_place(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(PLACE_INTERVAL);

@@ -17,7 +17,7 @@ use catalog::{Catalog, Guard, RefreshReport};
 use repository::{
     Error as StoreError, Loss, LossRecord, Missing, Repository, WalRange, name_losses,
 };
-use wal_format::{BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, WalIdentity};
+use wal_format::{BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, SegmentNo, WalIdentity};
 
 use super::archive::Archive;
 use crate::{
@@ -164,14 +164,21 @@ impl Archive {
         places.iter().any(|place| place.url.folder().is_none())
     }
 
-    /// Returns true if an object is proved absent. Of several places one that is away proves nothing.
+    /// Returns true if an object is proved absent and did not expire. Of several places, one that is
+    /// away proves nothing.
     fn is_absent(&self, key: &ObjectKey) -> repository::Result<bool> {
-        match self.repository().head(key) {
-            Err(error) if error.is_transient() && self.settings().repository.each().len() > 1 => {
-                Ok(false)
-            }
-            found => Ok(found?.is_none()),
+        let identity = self.identity();
+        let is_one_of_several = self.settings().repository.each().len() > 1;
+        let found = match self.repository().head(key) {
+            Err(error) if error.is_transient() && is_one_of_several => return Ok(false),
+            found => found?,
+        };
+        if found.is_some() {
+            return Ok(false);
         }
+        // Another program may have removed it since the catalog read what expired.
+        let expired = self.repository().expired(identity.system_identifier)?;
+        Ok(!expired.hides(key, identity.segment_size))
     }
 
     /// Lets the stages start again with what the repository holds.
@@ -219,24 +226,30 @@ impl Archive {
     /// [`StoreError::OlderState`], [`StoreError::NotFound`]: the stages start again; those of the
     /// request.
     pub(super) fn check_newest(&self) -> repository::Result<()> {
-        if let Some(range) = self.catalog().newest_sealed()? {
-            let key = range.key(&self.cluster);
-            if self.is_absent(&key)? {
-                self.doubt();
-                let newest = self
-                    .catalog()
-                    .loss(range.branch, range.start_lsn, range.end_lsn);
-                let missing = Missing {
-                    losses: vec![newest.clone()],
-                    newest: Some(newest),
-                };
-                return older_state(self.repository(), &missing);
-            }
+        let sealed = self.catalog().newest_sealed()?;
+        if let Some(range) = &sealed
+            && self.is_absent(&range.key(&self.cluster))?
+        {
+            self.doubt();
+            let catalog = self.catalog();
+            let newest = catalog.loss(range.branch, range.start_lsn, range.end_lsn);
+            let missing = Missing {
+                losses: vec![newest.clone()],
+                newest: Some(newest),
+            };
+            return older_state(self.repository(), &missing);
         }
+        // The newest tail of the segment that is open: other ones may be superfluous.
+        let branch = self.status().progress().positions().branch();
+        let is_newest = |tail: &&WalRange| {
+            let before = sealed.as_ref().filter(|sealed| sealed.branch == branch);
+            tail.branch == branch && before.is_none_or(|sealed| tail.end_lsn > sealed.end_lsn)
+        };
         let newest_tail = || {
             let tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
-            let (_, of_segment) = tails.last_key_value()?;
-            of_segment.last().map(|tail| tail.key(&self.cluster))
+            let of_branch = tails.range((branch, SegmentNo(0))..=(branch, SegmentNo(u64::MAX)));
+            let newest = of_branch.last()?.1.last().filter(is_newest);
+            newest.map(|tail| tail.key(&self.cluster))
         };
         if let Some(key) = newest_tail()
             && self.is_absent(&key)?

@@ -141,7 +141,8 @@ fn remedy(report: &ServerReport) -> String {
     let says = |part: &str| report.message.contains(part);
     // The message may be translated, but it quotes the role's name.
     let quoted = report.message.split('"').nth(1).unwrap_or("replicator");
-    if report.code == "28000" && report.routine == "InitializeSessionUserId" {
+    let is_role = report.routine == "InitializeSessionUserId" || says("role \"");
+    if report.code == "28000" && is_role {
         return if says("not permitted to log in") {
             format!(
                 "; run `ALTER ROLE \"{quoted}\" LOGIN REPLICATION`, or name another role as user"

@@ -456,7 +456,18 @@ fn remedies_are_told_for_what_administrators_meet() {
         2,
         "pg_hba.conf needs a line",
     );
-    check("28000", "role \"x\" does not exist", 2, "create the role");
+    check(
+        "28000",
+        "role \"x\" does not exist",
+        2,
+        "`CREATE ROLE \"x\" LOGIN REPLICATION`",
+    );
+    check(
+        "28000",
+        "role \"x\" is not permitted to log in",
+        2,
+        "`ALTER ROLE \"x\" LOGIN REPLICATION`",
+    );
     check(
         "28000",
         "connection requires a valid client certificate",

@@ -32,7 +32,7 @@ pub(super) enum Known {
     /// The repository answered.
     Here(ClusterIdentity),
     /// The repository did not answer, for the reason given. The identity comes from the spool.
-    Away(ClusterIdentity, Away, StoreError),
+    Away(ClusterIdentity, Box<Away>, StoreError),
 }
 
 /// Queries the repository. If it does not answer, uses the spool.
@@ -87,7 +87,7 @@ pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Resul
                 record,
                 lacking: None,
             };
-            Ok(Known::Away(known, away, error))
+            Ok(Known::Away(known, Box::new(away), error))
         }
         (Err(error), _) => Err(error),
     }

@@ -98,11 +98,11 @@ fn a_restart_neither_repeats_an_alert_nor_forgets_its_end() {
     let key = told["key"].as_str().expect("a key").to_owned();
     let system = server.sql("SELECT system_identifier FROM pg_control_system()");
     assert!(key.contains(&system), "{key}");
-    let file = place.spool().join("main/history/notifications.json");
+    let told = place.spool().join("main/history/notifications.json");
     wait_until("the delivery is recorded", || {
-        let record = fs::read(&file).unwrap_or_default();
-        let record: Value = serde_json::from_slice(&record).unwrap_or_default();
-        record["receivers"]["a"][OVERDUE]["told"].is_string()
+        let content = fs::read(&told).unwrap_or_default();
+        let content: Value = serde_json::from_slice(&content).unwrap_or_default();
+        content["receivers"]["a"][OVERDUE]["told"].is_string()
     });
     // A site whose name resolves to this host reads nothing.
     let mut stream = TcpStream::connect(archiver.address()).expect("it listens");

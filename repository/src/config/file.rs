@@ -178,7 +178,7 @@ impl ConfigFile {
             .chain(TOP_KEYS)
             .chain(HTTP_KEYS)
             .collect();
-        let defaults = read_table(table, "", &of_cluster, &known)?;
+        let defaults = read_table(&table, "", &of_cluster, &known)?;
         let mut tables = BTreeMap::new();
         for (name, value) in clusters {
             let toml::Value::Table(table) = value else {
@@ -187,7 +187,7 @@ impl ConfigFile {
                 )));
             };
             let place = format!(" in [cluster.{name}]");
-            tables.insert(name, read_table(table, &place, &of_cluster, &of_cluster)?);
+            tables.insert(name, read_table(&table, &place, &of_cluster, &of_cluster)?);
         }
         Ok(Self {
             http,
@@ -211,7 +211,7 @@ fn take_text(table: &mut toml::Table, key: &str) -> Result<Option<String>> {
 }
 
 fn read_table(
-    table: toml::Table,
+    table: &toml::Table,
     place: &str,
     taken: &[&str],
     known: &[&str],
@@ -221,7 +221,7 @@ fn read_table(
             return Err(unknown(key, place, known));
         }
     }
-    repositories::check_keys(&table, place)?;
+    repositories::check_keys(table, place)?;
     table.clone().try_into().map_err(|error: toml::de::Error| {
         let refused = table.iter().find_map(|(key, value)| refused(key, value));
         let problem = refused.unwrap_or_else(|| error.message().to_owned());

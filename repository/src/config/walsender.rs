@@ -2,7 +2,10 @@
 //!
 //! Invariant: an address that other hosts can reach is refused without a password.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use serde::Deserialize;
 
@@ -66,7 +69,7 @@ impl WalsenderSettings {
         })?;
         let file = table.walsender_password_file.as_ref();
         let file = file.or(defaults.walsender_password_file.as_ref());
-        let password = file.map(read_password).transpose()?;
+        let password = file.map(|path| read_password(path)).transpose()?;
         if password.is_none() && !address.ip().is_loopback() {
             return Err(Error::config(format!(
                 "walsender = \"{address}\" is reached by other hosts, who could read all WAL: set walsender_password_file, or \
@@ -96,7 +99,7 @@ impl WalsenderSettings {
     }
 }
 
-fn read_password(path: &PathBuf) -> Result<Secret> {
+fn read_password(path: &Path) -> Result<Secret> {
     let text = secret_file::read("walsender_password_file", path)?;
     let text = text.trim_end_matches(['\r', '\n']);
     if text.is_empty() {

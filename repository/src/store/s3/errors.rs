@@ -230,7 +230,7 @@ impl Failure {
                     action.permission()
                 ));
             }
-            _ if self.says(&["InvalidContentType", "corrupt message"]) => {
+            _ if self.says(&["InvalidContentType", "corrupt message", "handshake eof"]) => {
                 "the endpoint does not speak TLS: write http:// in s3_endpoint, or correct its port"
             }
             _ if self.says(&[

@@ -496,6 +496,8 @@ fn credentials_that_were_exchanged_are_read_again() {
     let write = |key: &str| {
         let text = format!("[default]\naws_access_key_id = {key}\naws_secret_access_key = s\n");
         std::fs::write(&file, text).expect("a file");
+        let private = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(&file, private).expect("chmod");
     };
     write("AKIAOLD");
     let server = FaultServer::start(|request| {
