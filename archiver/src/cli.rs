@@ -113,11 +113,12 @@ enum Command {
         /// Replaces damaged and missing objects by intact copies from the other repositories.
         #[arg(long)]
         repair: bool,
-        /// Accepts that what was archived and is missing is lost for good. Declares this WAL lost, so
-        /// that archiving continues in what the repository holds now.
+        /// Accepts that archived objects that are missing now are lost for good. Declares their WAL
+        /// lost, so that archiving continues with what the repository holds now.
         #[arg(long)]
         accept_loss: bool,
-        /// Checks only this backup and the WAL that makes it consistent. The result is not recorded.
+        /// Checks only this backup and the WAL that makes it consistent. Does not record the
+        /// result.
         #[arg(long, value_name = "ID", conflicts_with = "repair")]
         backup: Option<BackupId>,
         /// Prints one JSON document.
@@ -130,10 +131,10 @@ enum Command {
         /// Prints what would be marked and removed, and changes nothing.
         #[arg(long)]
         dry_run: bool,
-        /// Makes everything count again that was marked less than `expire_grace` ago.
+        /// Undoes every expiry that was marked less than `expire_grace` ago.
         #[arg(long, conflicts_with = "dry_run")]
         undo: bool,
-        /// One JSON document.
+        /// Prints one JSON document.
         #[arg(long)]
         json: bool,
         /// The system identifier of an earlier epoch of the cluster. Default: the epoch that is
@@ -166,13 +167,14 @@ enum BackupType {
 
 #[derive(Debug, Subcommand)]
 enum BackupCommand {
-    /// Gives one backup up. It counts as absent at once, and its objects are removed after
-    /// `expire_grace`; until then `expire --undo` brings it back. Refused while the retention policy
-    /// keeps it, unless it is damaged and nothing is lost with it.
+    /// Deletes one backup. The backup counts as absent at once, and its objects are removed after
+    /// `expire_grace`; until then `expire --undo` brings it back. The command is refused while the
+    /// retention policy keeps the backup, or no policy is configured, unless the backup is damaged
+    /// and nothing is lost with it.
     Delete {
         /// The backup, as `pitr-restore list` shows it.
         id: BackupId,
-        /// Deletes it although the retention policy keeps it.
+        /// Deletes the backup even if the retention policy keeps it.
         #[arg(long)]
         force: bool,
         /// Prints what would be lost, and changes nothing.

@@ -1,5 +1,5 @@
-//! `wal-archiver-full`, which `wal-archiver` becomes: parses the command line, runs the command, and
-//! turns its outcome into an exit code.
+//! `wal-archiver-full`, which `wal-archiver` becomes: parses the command line, runs the command,
+//! and turns its outcome into an exit code.
 
 use std::{io::IsTerminal, process::ExitCode};
 
@@ -8,8 +8,9 @@ use clap::Parser;
 use repository::with_command_hint;
 use tracing_subscriber::EnvFilter;
 
-/// Our own events, and only the errors of libraries: the SDK of S3 logs each client that it sets
-/// up, and repeats as a warning what our own error says. `TIDEMARK_LOG=debug` shows everything.
+/// The default log filter: our own events, and only errors of libraries. The SDK of S3 logs each
+/// client that it sets up, and logs as a warning what our own error says too. `TIDEMARK_LOG=debug`
+/// shows everything.
 const LOG: &str = "error,archiver=info,intake=info,quick=info,repository=info,catalog=info,\
                    catalog_unusable=info,wal_format=info";
 

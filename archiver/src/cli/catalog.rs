@@ -24,7 +24,8 @@ pub(super) fn rebuild(settings: &Settings) -> Result<()> {
             Err(error) if error.is_locked() => return Err(error.into()),
             _ => {}
         }
-        // Only the old catalog may still know what the repository has lost.
+        // Done before the old catalog is removed: only that catalog may know what the repository
+        // has lost.
         let missing = losses::of(cluster, &identity, &repository, false)?;
         if missing.newest.is_some() {
             return Err(losses::older_state(&repository, &missing).into());

@@ -51,7 +51,7 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
 
 #[derive(Default)]
 struct Report {
-    /// What was found wrong, in full.
+    /// The full text of each failed check.
     failures: Vec<String>,
     worst: Option<ExitKind>,
 }

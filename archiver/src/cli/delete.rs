@@ -1,4 +1,5 @@
-//! `wal-archiver backup delete ID`: prints what is lost with a backup, then gives it up.
+//! `wal-archiver backup delete ID`: prints the moments that can no longer be restored without a
+//! backup, then deletes it.
 
 use jiff::Timestamp;
 use repository::{ExitKind, config::ClusterSettings};

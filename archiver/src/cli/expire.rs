@@ -73,7 +73,7 @@ pub(super) fn expire(
     Ok(())
 }
 
-/// Undoes the expiries within the grace.
+/// Undoes the expiries that are younger than `expire_grace`.
 pub(super) fn undo(
     settings: &Settings,
     system: Option<SystemIdentifier>,

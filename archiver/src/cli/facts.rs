@@ -190,7 +190,7 @@ impl<'a> Of<'a> {
         }
     }
 
-    /// The long texts that the state's line contains.
+    /// Returns the long texts that the line with the state contains in full.
     fn displayed(self) -> Vec<&'a str> {
         let text = |pointer: &str| self.0.pointer(pointer).and_then(Value::as_str);
         let reason = text("/reason").unwrap_or_default();
@@ -201,7 +201,7 @@ impl<'a> Of<'a> {
         displayed
     }
 
-    /// The errors of the repository and its members, which the line of each contains.
+    /// Returns the errors of the repository and its members. The line of each contains its error.
     fn repository_errors(self) -> Vec<&'a str> {
         let members = self.list("/repositories").map(|place| &place["error"]);
         let errors = members.chain(self.0.get("repository_error"));

@@ -1,4 +1,5 @@
-//! What a cluster's archive has lost, for commands: from the daemon's record and from the catalog.
+//! Finds what a cluster's archive has lost and accepts losses, for commands. Reads the daemon's
+//! record and the catalog.
 
 use catalog::Catalog;
 use repository::{
@@ -9,11 +10,13 @@ use wal_format::{DeclaredGap, Lsn, PgTimestamp};
 
 use crate::error::Result;
 
-/// The reason that a declared gap states.
+/// The reason in a declared gap.
 const REASON: &str = "the repository lost it, and an operator accepted that";
 
-/// What was archived and is missing in the repository, without what was accepted. A record or a
-/// catalog that cannot be read tells nothing, unless it `must`: another user may verify too.
+/// Returns what was archived and is missing in the repository, without accepted losses.
+///
+/// If `must` is false, a record or a catalog that cannot be read is logged and contributes no
+/// losses, because a user who cannot read them may run `verify` too.
 pub(super) fn of(
     settings: &ClusterSettings,
     identity: &ClusterIdentity,
@@ -47,7 +50,7 @@ pub(super) fn of(
         missing => missing?,
     };
     if repository.is_partly_away() {
-        // The place that is away may hold it.
+        // A place that is away may hold the missing objects.
         return Ok(Missing::default());
     }
     let mut missing = record.without_accepted(&missing)?;
@@ -59,7 +62,7 @@ pub(super) fn of(
     Ok(missing)
 }
 
-/// The error of a repository that lacks the newest segment.
+/// Returns the error of a repository that lacks the newest segment.
 pub(super) fn older_state(repository: &Repository, missing: &Missing) -> StoreError {
     match &missing.newest {
         Some(newest) => StoreError::OlderState {
@@ -71,7 +74,7 @@ pub(super) fn older_state(repository: &Repository, missing: &Missing) -> StoreEr
     }
 }
 
-/// Declares the WAL among these losses lost, and records that all of them were accepted.
+/// Declares the WAL of these losses lost, and records all of these losses as accepted.
 pub(super) fn accept(
     settings: &ClusterSettings,
     identity: &ClusterIdentity,
@@ -102,6 +105,6 @@ pub(super) fn accept(
         };
         repository.put_gap(identity.system_identifier, &gap)?;
     }
-    // The daemon continues as soon as it reads this.
+    // The daemon polls this record and continues when it finds the losses there.
     Ok(LossRecord::of(settings).accept(losses)?)
 }

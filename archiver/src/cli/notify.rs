@@ -23,7 +23,7 @@ pub(super) fn test(settings: &Settings) -> Result<()> {
         let mut notification = Notification::test();
         let sent = runtime.block_on(async {
             notifications::send(target, &notification, &links).await?;
-            // The end follows at once, so that no incident stays open.
+            // Send the end of the test alert too, so that no incident stays open.
             notification.ended = Some(notification.alert.since);
             notifications::send(target, &notification, &links).await
         });

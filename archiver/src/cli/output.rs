@@ -1,12 +1,13 @@
-//! The only place that writes to standard output. A reader that went away (`| head`) is no error.
+//! The only module that writes to standard output. A closed pipe (`| head`) is not an error.
 //!
-//! Invariant: a text from outside, such as a label, cannot end its line or control the terminal.
+//! Invariant: text from outside, such as a label, cannot control the terminal. On standard output
+//! it cannot end its line either.
 
 use std::io::{self, Write};
 
 use repository::printable;
 
-/// One line on standard output.
+/// Writes a line to standard output.
 pub(super) fn line(text: &str) {
     drop(writeln!(io::stdout(), "{}", printable(text)));
 }

@@ -24,13 +24,12 @@ const DAMAGED_MAX: usize = 1000;
 /// three.
 const REPAIRS_MAX: u32 = 4;
 
-/// The flags of the command.
 pub(super) struct VerifyOptions {
     /// Decodes every record.
     pub(super) deep: bool,
     /// Replaces damaged objects by intact copies.
     pub(super) repair: bool,
-    /// Accepts that what is missing is lost for good.
+    /// Accepts that missing objects are lost for good.
     pub(super) accept_loss: bool,
     /// The only backup to check.
     pub(super) backup: Option<BackupId>,
@@ -48,9 +47,9 @@ struct Document<'a> {
     deep: bool,
     passed: bool,
     repositories: Vec<Value>,
-    /// What was archived and is not there any more.
+    /// The losses: what was archived and is missing in the repository.
     lost: Vec<String>,
-    /// Repositories that were not examined, and repairs.
+    /// Messages about repositories that were not examined, repairs, and accepted losses.
     messages: Vec<String>,
 }
 
@@ -135,7 +134,8 @@ fn verify_all<'a>(
                 ));
             }
         }
-        // The check of one backup says nothing about the rest, so it is not the archive's verdict.
+        // The check of one backup does not cover the rest of the archive, so it is not recorded as
+        // a verification.
         if options.backup.is_none() {
             record(cluster, &places, system, &findings, started);
         }
@@ -147,7 +147,8 @@ fn verify_all<'a>(
     }
 }
 
-/// Examines everything, and repairs it first if that is wanted.
+/// Examines all objects. With `repair`, first repairs the encryption keys, then repairs damaged
+/// objects and examines all objects again.
 fn examine(
     cluster: &ClusterSettings,
     (located, places): (&[RepositoryPlace], &[Repository]),
@@ -158,8 +159,8 @@ fn examine(
         repair::repair_keys(&cluster.name, located, say)?;
     }
     let (system, mut findings) = verify::examine_all(located, places, deep)?;
-    // Again, because the parts that a damaged description of a backup lists are read only when
-    // it is intact.
+    // Repeated, because the parts that a backup's description lists can be read only when the
+    // description is intact.
     for _ in 0..REPAIRS_MAX {
         if !repair || repair::repair(places, &findings, say)? == 0 {
             break;
@@ -174,12 +175,13 @@ fn examine(
     Ok((system, findings))
 }
 
-/// Returns what was archived and is missing: nothing if the loss is accepted now.
+/// Returns what was archived and is missing. With `accept_loss`, accepts these losses and returns
+/// none.
 fn lost(cluster: &ClusterSettings, accept_loss: bool, say: &dyn Fn(&str)) -> Result<Vec<Loss>> {
     let repository = Repository::open_known(cluster)?;
     let identity = match repository.identity() {
         Ok(Some(identity)) => identity,
-        // The examination reports it.
+        // The examination reports a missing or damaged identity.
         Ok(None) | Err(repository::Error::Damaged { .. }) => return Ok(Vec::new()),
         Err(error) => return Err(error.into()),
     };
@@ -197,9 +199,9 @@ fn lost(cluster: &ClusterSettings, accept_loss: bool, say: &dyn Fn(&str)) -> Res
     Ok(Vec::new())
 }
 
-/// Opens each place of a cluster. A place that exists and does not hold the archive is a problem. If
-/// one of several cannot be reached, it is printed, the others are examined, and its error is
-/// returned with them.
+/// Opens each place of a cluster. A place that exists and does not hold the archive is a problem.
+/// If one of several places cannot be reached, prints this, opens the others, and returns the error
+/// with them.
 fn reachable(
     cluster: &ClusterSettings,
     say: &dyn Fn(&str),

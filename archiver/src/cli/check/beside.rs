@@ -154,8 +154,8 @@ fn newest(cluster: &ClusterSettings) -> repository::Result<Option<PgTimestamp>> 
     Ok(begun.max())
 }
 
-/// The state of a cluster in the daemon's report. `broken` means that archiving or restoring needs a
-/// person, so not all preconditions hold.
+/// Reports the state of a cluster as the daemon sees it. `broken` is a failure: archiving or
+/// restoring needs an operator, so not all preconditions hold.
 fn state(of_daemon: &Value, report: &mut Report) {
     let text = |key: &str| of_daemon[key].as_str().unwrap_or("unknown");
     let (state, reason) = (text("state"), text("reason"));
@@ -171,7 +171,8 @@ fn state(of_daemon: &Value, report: &mut Report) {
     }
 }
 
-/// Checks whether the daemon answers, the state that it reports, and how long its certificate lasts.
+/// Checks that the daemon answers, which state it reports for each cluster, and how long its
+/// certificate remains valid.
 pub(super) fn dashboard(settings: &Settings, report: &mut Report) {
     output::line("this host");
     let address = settings.http;
