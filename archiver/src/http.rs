@@ -1,4 +1,4 @@
-//! Serves the page, the API, the metrics, the live stream and the two health routes over HTTP.
+//! Serves the page, the API, the metrics, the live stream and the health routes over HTTP.
 //!
 //! Every answer is made from the daemon's memory and the catalog on this host. A read request
 //! reaches neither the store nor PostgreSQL, so `/readyz` and `/metrics` keep answering while those
@@ -56,7 +56,8 @@ impl std::fmt::Debug for Sources {
 }
 
 impl Sources {
-    /// Creates sources that answer from `monitor` on `address`, for clients that `access` admits.
+    /// Creates the sources of a server that is bound to `address`. They answer from `monitor`, for
+    /// clients that `access` admits.
     #[must_use]
     pub fn new(
         monitor: Arc<Monitor>,

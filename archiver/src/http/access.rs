@@ -47,8 +47,9 @@ pub(super) struct Access {
 impl Access {
     /// Creates the guard of a server that is bound to `address`.
     ///
-    /// On a loopback address only a read token closes reading: an operate token gives a right that
-    /// nobody has without it, and takes none away.
+    /// On a loopback address, reading needs a token only if a read token is configured. An operate
+    /// token alone does not close reading there: it gives a right that nobody has without it, and
+    /// removes none. On any other address, either token closes reading.
     pub(super) fn new(settings: &HttpAccess, address: SocketAddr) -> Self {
         let is_open = settings.operate.is_none() || address.ip().is_loopback();
         let operate = settings.operate.iter().map(|token| (token, Role::Operate));
@@ -75,17 +76,18 @@ impl Access {
         !self.tokens.is_empty()
     }
 
-    /// Returns true if the sender of these headers may read.
+    /// Returns true if the sender of a request with these headers may read.
     pub(super) fn may_read(&self, headers: &HeaderMap) -> bool {
         self.reads_freely || self.token_role(headers).is_some()
     }
 
     /// Returns true if the request names a host under which this page may be opened.
     ///
-    /// A site whose name is made to resolve to a loopback address (DNS rebinding) reads what its
-    /// visitor's browser reaches there. Such a page has a name of its own in `Host` and neither a
-    /// token nor our cookie. So the name is checked where reading needs no token. A browser always
-    /// sends `Host`, and an IP address in it cannot be rebound.
+    /// With DNS rebinding, a site makes its own name resolve to a loopback address, and its script
+    /// in a visitor's browser reads the answers of the server there. The `Host` header of such a
+    /// request contains the site's name, and the request has neither a token nor our cookie. So the
+    /// name is checked where reading needs no token. A browser always sends `Host`. An IP address
+    /// in `Host` is allowed, because it cannot be rebound.
     pub(super) fn is_known_host(&self, headers: &HeaderMap) -> bool {
         if self.is_guarded() {
             return true;
@@ -115,7 +117,8 @@ impl Access {
                 || self.allowed_hosts.contains(&name))
     }
 
-    /// Returns the role that the token or the session in these headers gives.
+    /// Returns the role that the token or the session in these headers gives. `None` if neither is
+    /// valid.
     pub(super) fn token_role(&self, headers: &HeaderMap) -> Option<Role> {
         let bearer = headers
             .get(AUTHORIZATION)

@@ -22,8 +22,8 @@ use crate::{
     report::ClusterReport,
 };
 
-/// The time that the proof of an instant of the last seconds may take: the server is polled once a
-/// second.
+/// The maximum time to wait until an instant of the last seconds is proved. The server is polled
+/// once a second.
 const PROOF_MAX: Duration = Duration::from_secs(3);
 const PROOF_POLL: Duration = Duration::from_millis(250);
 
@@ -194,7 +194,8 @@ fn listed<T: Serialize>(name: &str, entries: &[T], hint: &str) -> serde_json::Va
     object!({ "schema": "v1", name: entries, "hint": hint })
 }
 
-/// Returns the restore that leads to an instant, from the catalog on this host.
+/// Returns the restore that leads to an instant, from the catalog on this host. If the instant is
+/// in the last [`PROOF_MAX`], waits until it is proved.
 pub(super) async fn nearest(
     cluster: &Watched,
     time: Timestamp,
@@ -248,10 +249,10 @@ pub(super) async fn locate(cluster: &Watched, query: &str) -> Answer {
     }
 }
 
-/// Returns the command that restores with these flags, as a shell takes it.
+/// Returns the shell command that restores with these flags.
 pub(super) fn restore_command(cluster: &Watched, flags: &str) -> String {
     let settings = cluster.settings();
-    // Keys, endpoints and further repositories are in the file only.
+    // Only the file contains keys, endpoints and further repositories.
     let file = settings.file.as_ref().map_or_else(String::new, |file| {
         format!("--config {} ", quote(&file.to_string_lossy()))
     });
@@ -262,7 +263,7 @@ pub(super) fn restore_command(cluster: &Watched, flags: &str) -> String {
     )
 }
 
-/// An argument of a shell command, in quotes where it needs them.
+/// Returns an argument of a shell command, in quotes if the shell needs them.
 fn quote(argument: &str) -> String {
     let is_plain = |one: char| one.is_ascii_alphanumeric() || "_-./:@%+=,".contains(one);
     if !argument.is_empty() && argument.chars().all(is_plain) {

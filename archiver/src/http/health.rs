@@ -1,5 +1,6 @@
-//! `…/health?max_rpo=&max_backup_age=&max_drill_age=`: answers 200, or 503 with reasons, for probes
-//! that cannot parse JSON. `/health` and `/health/detailed`: the components in JSON.
+//! Health routes. `…/health?max_rpo=&max_backup_age=&max_drill_age=` answers 200, or 503 with
+//! reasons, for probes that cannot parse JSON. `/health` and `/health/detailed` answer with the
+//! components in JSON.
 
 use std::collections::BTreeMap;
 
@@ -34,9 +35,12 @@ pub(super) enum QueryError {
     Duration { name: String, value: String },
 }
 
-/// Compares `report` with the limits in `query`. An unknown value exceeds its limit. A state that
-/// is unknown, at risk or broken fails without a limit; only a limit for the RPO replaces the
-/// operator's target.
+/// Compares `report` with the limits in `query`. An unknown value exceeds its limit.
+///
+/// A state that is unknown, at risk or broken also fails. A limit for the RPO replaces the
+/// operator's target: with it, `at_risk` passes while the RPO exceeds that target, and `unknown`
+/// passes while the RPO is known. Both pass only if the catalog was read and there is a base
+/// backup.
 pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, QueryError> {
     let mut reasons = Vec::new();
     let limits_rpo = query.split('&').any(|pair| pair.starts_with("max_rpo="));
@@ -97,7 +101,7 @@ pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, Quer
     })
 }
 
-/// A part of the process or of a cluster.
+/// The health of one part of a cluster.
 #[derive(Debug, Serialize)]
 struct Component {
     status: &'static str,
@@ -106,7 +110,7 @@ struct Component {
 }
 
 impl Component {
-    /// `ok` without a problem, `failing` with one.
+    /// Returns a component that is `ok` without a problem and `failing` with one.
     fn new(problem: Option<String>) -> Self {
         Self {
             status: if problem.is_some() { "failing" } else { "ok" },
@@ -122,13 +126,13 @@ impl Component {
     }
 }
 
-/// The answer of `/health`: the process serves. It says nothing of the clusters, which strangers
-/// may not see.
+/// Returns the answer of `/health`: the process serves. It says nothing about the clusters, which
+/// unauthorized clients may not see.
 pub(super) fn alive() -> serde_json::Value {
     serde_json::json!({ "schema": "v1", "status": "alive", "components": { "process": { "status": "ok" } } })
 }
 
-/// The answer of `/health/detailed`: the process serves, and each cluster by component.
+/// Returns the answer of `/health/detailed`: the process serves, and each cluster by component.
 pub(super) fn detailed(reports: &[ClusterReport]) -> serde_json::Value {
     let clusters: BTreeMap<&str, serde_json::Value> = reports
         .iter()

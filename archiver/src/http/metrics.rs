@@ -1,5 +1,5 @@
-//! `/metrics`: the reports as Prometheus text. Every metric, and every value of a label that counts
-//! something, has a sample from the start. An unknown value is `NaN`, never 0.
+//! `/metrics`: the reports as Prometheus text. Every metric has a sample from the start, and so has
+//! every known label value of a counter. An unknown value is `NaN`, never 0.
 
 mod exposition;
 mod process;
@@ -27,7 +27,7 @@ use crate::{
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 type Counters = Family<Labels, Counter>;
 
-/// Renders the reports in a format.
+/// Renders the reports in the format `exposition`.
 pub(super) fn render(
     reports: &[ClusterReport],
     instruments: &Instruments,
@@ -554,7 +554,7 @@ fn tiers(
     .collect()
 }
 
-/// A place of the repository.
+/// One place of the repository.
 struct Place<'a> {
     url: &'a str,
     error: Option<&'a str>,
@@ -562,7 +562,7 @@ struct Place<'a> {
     queued_bytes: u64,
 }
 
-/// The samples of each place of the repository, also where it is the only one.
+/// Returns a sample for each place of the repository, also if there is only one place.
 fn places(
     report: &ClusterReport,
     value: impl Fn(&Place<'_>) -> Option<f64>,

@@ -86,8 +86,8 @@ where
 /// Returns the routes that need no token: health, login and its files.
 fn open_to_all(path: &str) -> Option<Answer> {
     Some(match path {
-        // These report that this process runs. None of them checks the store or PostgreSQL, so that
-        // an orchestrator does not stop the archiver exactly when it is needed.
+        // These routes report only that this process runs. None of them checks the store or
+        // PostgreSQL, so that an orchestrator does not stop the archiver exactly when it is needed.
         "/healthz" => respond(StatusCode::OK, TEXT, "alive\n".to_owned()),
         "/health" => json(StatusCode::OK, &health::alive()),
         "/readyz" => respond(StatusCode::OK, TEXT, "ready to stream\n".to_owned()),
@@ -347,7 +347,7 @@ async fn operate(path: &str, headers: &HeaderMap, sources: &Sources, busy: &Busy
     }
 }
 
-/// Returns the description of the API. It demands a token only where this server does.
+/// Returns the OpenAPI document. It demands a token for reading only if this server does.
 fn openapi(is_guarded: bool) -> String {
     let document = include_str!("openapi.json");
     if is_guarded {

@@ -188,7 +188,8 @@ fn health_without_limits_follows_the_state() {
         assert!(!healthy(state, ""));
         assert!(!healthy(state, "max_backup_age=1d"));
     }
-    // The caller's limit for the RPO takes the place of the operator's target, and of nothing else.
+    // The caller's limit for the RPO replaces the operator's target and nothing else. It applies
+    // also to an unknown state, as long as the RPO is known.
     let late: fn(&mut ClusterReport) = |report| {
         report.state = State::AtRisk;
         report.durable.remote.rpo_seconds = Some(20.0);
@@ -526,7 +527,7 @@ async fn a_foreign_name_in_host_is_misdirected_where_reading_is_open() {
     let body = answer.into_body().collect().await.expect("a body");
     let body = String::from_utf8(body.to_bytes().to_vec()).expect("UTF-8");
     assert!(body.contains("http_allowed_hosts"), "{body}");
-    // A page of another site has no token, so a proxy may use any name in front of a read token.
+    // Where reading needs a token, `Host` is not checked, so a proxy may use any name.
     let right = [
         ("host", "proxy.example"),
         ("authorization", "Bearer a-token-that-reads"),
@@ -572,7 +573,7 @@ async fn the_metrics_come_in_the_accepted_format_and_complete() {
     let (content_type, text) = fetch("text/plain;version=0.0.4").await;
     assert_eq!(content_type, "text/plain; version=0.0.4; charset=utf-8");
     assert!(!text.contains("# EOF"), "{text}");
-    // Each label of an enumeration has a series before its first event.
+    // Each known label value has a series before its first event.
     for line in [
         "pitr_repository_errors_total{cluster=\"main\",op=\"put\",kind=\"unreachable\"} 0",
         "pitr_repository_errors_total{cluster=\"main\",op=\"open\",kind=\"refused\"} 0",

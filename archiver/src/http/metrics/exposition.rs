@@ -93,7 +93,7 @@ mod tests {
             Some("application/openmetrics-text; version=1.0.0"),
             Exposition::OpenMetrics,
         );
-        // Prometheus 2.53 and 3.
+        // The header that Prometheus 2.53 and 3 send.
         check(
             Some(
                 "application/openmetrics-text;version=1.0.0;q=0.5,\

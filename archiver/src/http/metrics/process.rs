@@ -44,7 +44,7 @@ pub(super) fn register(registry: &mut Registry, started: jiff::Timestamp) {
         (
             "process_open_fds",
             "Number of open file descriptors",
-            // The directory that is read here is open itself.
+            // The directory's own descriptor is not counted.
             fs::read_dir("/proc/self/fd").map_or(f64::NAN, |files| number(files.count()) - 1.0),
         ),
         (
@@ -66,7 +66,7 @@ pub(super) fn register(registry: &mut Registry, started: jiff::Timestamp) {
     }
 }
 
-/// Returns a number of `/proc/self/status`.
+/// Returns the number in a field of `/proc/self/status`. `NaN` if there is none.
 fn field(status: &str, name: &str) -> f64 {
     let value = status.lines().find_map(|line| line.strip_prefix(name));
     let number = value.and_then(|value| value.split_whitespace().next());

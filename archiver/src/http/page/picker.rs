@@ -76,7 +76,8 @@ fn found(out: &mut String, view: &View<'_>, located: &Located) {
     );
 }
 
-/// The reason why no restore leads to the instant, and the nearest instants that can be restored.
+/// Writes the reason why no restore leads to the instant, and the nearest instants that can be
+/// restored.
 fn refused(out: &mut String, view: &View<'_>, located: &Located) {
     let refusal = located
         .refusal

@@ -153,7 +153,8 @@ fn row(
         let (Some(from), Some(mut to)) = (range.from, range.to) else {
             continue;
         };
-        // The newest range reaches to where the repository proves that nothing is missing.
+        // The newest range extends to the last time up to which the repository proves that nothing
+        // is missing.
         let is_last =
             last.is_some_and(|last| (last.branch, last.end_lsn) == (range.branch, range.end_lsn));
         if newest == Some(timeline)

@@ -129,7 +129,8 @@ fn slot(slot: Option<&SlotReport>, rate: Option<f64>) -> (String, Option<f64>, V
     (time, Some(share), notes)
 }
 
-/// One place of several, with what it lacks. An error that the state's reason contains is short.
+/// Describes one of several repositories, and the WAL that it lacks. Shortens an error that
+/// `reason` contains.
 fn place(place: &MemberState, reason: &str) -> String {
     let how = match (&place.error, place.queued_bytes, place.behind) {
         (Some(error), ..) => {
@@ -157,7 +158,7 @@ fn card(out: &mut String, title: &str, value: &str, share: Option<f64>, notes: &
     );
 }
 
-/// The long texts that the page's sentence and the card of the repository have in full.
+/// Returns the long texts that the page shows in full in its sentence and in the repository's card.
 fn displayed(report: &ClusterReport) -> Vec<&str> {
     let members = report.repositories.iter().map(|place| &place.error);
     let errors = members.chain([&report.repository_error]);

@@ -1,4 +1,4 @@
-//! The alerts on protections that are missing, behind or about to run out.
+//! Tests of the alerts on protections that are missing, behind or about to run out.
 
 use wal_format::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
 
@@ -37,7 +37,8 @@ fn verified(report: &ClusterReport, seconds_ago: i64) -> Outcome {
     }
 }
 
-/// Checks that `change` decides about an alert, on one side of its threshold and on the other.
+/// Checks that an alert does not fire after `change(report, false)`, and fires after
+/// `change(report, true)`.
 #[track_caller]
 fn check(alert: &str, change: impl Fn(&mut ClusterReport, bool)) {
     for expected in [false, true] {
