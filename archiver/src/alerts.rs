@@ -1,7 +1,7 @@
-//! [`firing`]: the alerts that a report raises. Pure; the same conditions as
-//! `monitoring/tidemark.rules.yml`, for installations without Prometheus.
+//! Decides which alerts a report raises ([`firing`]), for installations without Prometheus. Pure.
+//! The conditions are those of `monitoring/tidemark.rules.yml`.
 //!
-//! Invariant: an unknown fact never ends an alert that a known fact raised ([`is_decided`]).
+//! Invariant: an unknown value never ends an alert that a known value raised ([`is_decided`]).
 
 mod protection;
 mod table;
@@ -52,13 +52,14 @@ pub struct Alert {
 /// An entry of the table of alerts.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    /// Its name, also the Prometheus rule's.
+    /// The name of the alert and of the Prometheus rule.
     pub name: &'static str,
-    /// How bad.
+    /// The severity.
     pub severity: Severity,
     /// The condition with its threshold, in words.
     pub condition: &'static str,
-    /// How long the condition must hold before the alert fires, here and in Prometheus.
+    /// The seconds for which the condition must hold before the alert fires, here and in
+    /// Prometheus.
     pub patience_seconds: u32,
     /// The same condition as a Prometheus expression.
     pub expression: &'static str,
@@ -66,10 +67,10 @@ pub struct Rule {
     pub rule_summary: &'static str,
     /// The condition in the past tense, for the notification that it has ended.
     pub past: &'static str,
-    /// Alerts that have the same cause. While one of their conditions holds, this alert is shown
-    /// and not sent, so that one fault pages once.
+    /// Alerts that have the same cause. While one of their conditions holds, the page shows this
+    /// alert and no notification begins for it, so that one fault pages once.
     pub inhibited_by: &'static [&'static str],
-    /// What to do.
+    /// The remedy.
     pub runbook: &'static str,
 }
 
@@ -236,8 +237,8 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
     found
 }
 
-/// Returns true if `report` knows the facts that decide an alert. An alert that fires stays while
-/// they are unknown: after a restart, and while the primary cannot be reached.
+/// Returns true if `report` knows the facts that decide an alert. An alert that fires continues to
+/// fire while they are unknown: after a restart, and while the primary cannot be reached.
 pub(crate) fn is_decided(name: &str, report: &ClusterReport) -> bool {
     match name {
         "PitrRpoOverTarget" => report.durable.remote.rpo_seconds.is_some(),

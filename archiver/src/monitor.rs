@@ -48,7 +48,7 @@ pub(crate) const RUNS: [OutcomeKind; 4] = [
 
 /// The kind of event for a failover that lost commits.
 const FAILOVER: &str = "failover";
-/// A failover found longer ago than this, by any host, raises no notification.
+/// A failover found longer ago than this, by any host, raises no event.
 const FAILOVER_NEWS_MICROS: i64 = 86_400 * 1_000_000;
 
 /// A message of the live stream.
@@ -87,12 +87,12 @@ struct Book {
     timeline: Option<u32>,
     backup: Option<String>,
     outcomes: BTreeMap<OutcomeKind, String>,
-    /// Runs that failed since the start.
+    /// The number of runs that failed since the start, by kind.
     failed: BTreeMap<OutcomeKind, u64>,
     /// The failovers that were reported, in this run or an earlier one.
     failovers: BTreeSet<(Branch, Branch)>,
     looked: bool,
-    /// The number of repairs that were told.
+    /// The number of repairs that were reported as events.
     repaired: usize,
     received: VecDeque<(u64, u64)>,
     /// The time at which [`CaughtUp`] was last written, and its content.
@@ -109,7 +109,7 @@ pub struct Monitor {
 }
 
 impl Monitor {
-    /// Creates a monitor without clusters. Sends alerts to `targets`.
+    /// Creates a monitor without clusters. Passes alerts to `notifier`.
     #[must_use]
     pub fn new(notifier: Arc<Notifier>) -> Arc<Self> {
         Arc::new(Self {
@@ -147,7 +147,7 @@ impl Monitor {
         let recorded = known.map_or_else(
             || {
                 let directory = settings.spool.join(name.as_str()).join("history");
-                // Without the directory, both are kept in memory only and log that.
+                // Without the directory, all of these are kept in memory only and log that.
                 drop(std::fs::create_dir_all(&directory));
                 let mailbox = self.notifier.open(&name, &directory);
                 Arc::new(Recorded {
@@ -223,8 +223,7 @@ impl Monitor {
         self.stream.subscribe()
     }
 
-    /// Sends a test notification. Returns false if no receiver is configured or too many
-    /// notifications wait.
+    /// Sends a test notification to every receiver. Returns false if no receiver is configured.
     #[must_use]
     pub fn notify_test(&self) -> bool {
         self.notifier.send_test()
@@ -460,7 +459,7 @@ impl Book {
         news
     }
 
-    /// What was lost and stored again since the last look.
+    /// Returns the messages about repairs that were added since the last check.
     fn repaired(&mut self, repaired: Vec<String>) -> Vec<String> {
         let known = std::mem::replace(&mut self.repaired, repaired.len());
         repaired.into_iter().skip(known).collect()
@@ -499,7 +498,7 @@ impl Book {
             let Some(rule) = alerts::rule(name) else {
                 continue;
             };
-            // An alert that fires, perhaps since an earlier run, keeps its beginning.
+            // An alert that already fires, perhaps since an earlier run, keeps its start time.
             let known = self.firing.iter().find(|alert| alert.name == name);
             let known = known.map(|alert| alert.since);
             let since = *self
@@ -567,7 +566,7 @@ fn full_in_seconds(counters: &Counters, points: &[Point]) -> Option<f64> {
         .filter_map(|point| Some((point.time, f64::from(point.max?))));
     let (from, before) = known.next()?;
     let (to, now) = known.next_back()?;
-    // A short time of growth says nothing about the next hours.
+    // A short time of growth does not predict the next hours.
     if to.saturating_sub(from) < GROWTH_SECONDS / 2 {
         return None;
     }
@@ -577,7 +576,8 @@ fn full_in_seconds(counters: &Counters, points: &[Point]) -> Option<f64> {
     (rate >= 1.0).then(|| (limit - now).max(0.0) / rate)
 }
 
-/// Returns the part of `keep_window` that could once be restored and no longer can.
+/// Returns the part of `keep_window` that could once be restored and no longer can, in seconds.
+/// `None` if that is not known, and without `keep_window`.
 fn window_missing_seconds(cluster: &Watched, report: &ClusterReport) -> Option<f64> {
     let policy = cluster.settings.repository.retention.as_ref()?;
     let earliest = report.window.earliest;
@@ -588,7 +588,7 @@ fn window_missing_seconds(cluster: &Watched, report: &ClusterReport) -> Option<f
         return None;
     }
     let window = i64::try_from(policy.window.as_micros()).unwrap_or(i64::MAX);
-    // The window has to begin here, or where the archive begins if that is later.
+    // The window must begin at this time, or at the archive's earliest start if that is later.
     let begin = PgTimestamp(report.as_of.0.saturating_sub(window)).max(ever);
     let missing = earliest.unwrap_or(report.as_of).micros_since(begin).max(0);
     #[expect(clippy::cast_precision_loss, reason = "seconds")]

@@ -1,8 +1,8 @@
-//! Sends alerts without Prometheus: webhook, Slack, `PagerDuty`, mail; and a heartbeat, whose absence
-//! reports that the archiver itself is gone.
+//! Sends alerts without Prometheus: webhook, Slack, `PagerDuty`, mail. Also sends a heartbeat,
+//! whose absence shows that the archiver itself is gone.
 //!
-//! The monitor says each second which alerts fire. The [`mailbox`] derives from this what each
-//! receiver has still to be told, and the [`notifier`] delivers it.
+//! Each second, the monitor reports which alerts fire. The [`mailbox`] derives from this which
+//! notifications each receiver must still get, and the [`notifier`] delivers them.
 
 mod client;
 mod mailbox;
@@ -50,12 +50,12 @@ pub enum NotifyError {
     Timeout,
 }
 
-/// The addresses and the host that a notification names.
+/// The addresses and the host name that a notification contains.
 #[derive(Clone, Debug, Default)]
 pub struct Links {
     /// The address of the page without a slash at its end.
     pub page: String,
-    /// The document with the runbooks; the alert's name follows as a fragment.
+    /// The address of the document with the runbooks. The alert's name is appended as a fragment.
     pub runbook: String,
     /// The name of this host.
     pub host: String,
@@ -107,14 +107,14 @@ pub struct Notification {
     pub system_identifier: Option<SystemIdentifier>,
     /// The alert.
     pub alert: Alert,
-    /// When the alert ended. `None` while it fires.
+    /// The time at which the alert ended. `None` while it fires.
     pub ended: Option<PgTimestamp>,
-    /// True if the receiver was told before that this alert fires.
+    /// True if this alert was already delivered to the receiver as firing.
     pub is_reminder: bool,
 }
 
 impl Notification {
-    /// Creates the notification of `notify test`, which resolves itself.
+    /// Creates a test notification, which fires. The caller may send its end too.
     #[must_use]
     pub fn test() -> Self {
         Self {
@@ -138,7 +138,7 @@ impl Notification {
         self.ended.is_none()
     }
 
-    /// Returns the key by which the receiver joins notifications of the same alert. Two archivers
+    /// Returns the key by which a receiver groups the notifications of one alert. Two archivers
     /// that use one receiver and one name for a cluster have different keys.
     #[must_use]
     pub fn key(&self, host: &str) -> String {

@@ -3,16 +3,17 @@
 use super::micros;
 use crate::report::ClusterReport;
 
-/// A repository that lags the others by more is behind.
+/// A repository is behind if it lags the others by more than this.
 const OFFSITE_LAG_SECONDS_MAX: f64 = 900.0;
-/// A spool that is full within this time leaves too little time to act.
+/// The alert fires if the spool will be full sooner than this, so that there is time to act.
 const SPOOL_FULL_SECONDS_MIN: f64 = 4.0 * 3600.0;
-/// A window that is shorter than promised by less is not reported: base backups end when they end.
+/// A window that is shorter than promised by up to this is not reported, because it can begin only
+/// at the end of a base backup.
 const WINDOW_MISSING_SECONDS_MAX: f64 = 3600.0;
-/// A failover that lost commits is reported for this time.
+/// The time for which a failover that lost commits is reported.
 const FAILOVER_NEWS_SECONDS: f64 = 86_400.0;
 
-/// Adds the conditions that hold in `report`.
+/// Adds the conditions that hold in `report` to `found`.
 pub(super) fn firing(report: &ClusterReport, found: &mut Vec<(&'static str, String)>) {
     let mut raise = |name, summary: String| found.push((name, summary));
     let age = |time| micros(report.as_of.micros_since(time));

@@ -1,4 +1,4 @@
-//! The table of alerts: what each means, when it fires, and what to do.
+//! The table of alerts. It states what each alert means, when it fires, and the remedy.
 //!
 //! The page, the daemon's notifications, the metric, Nagios and `monitoring/tidemark.rules.yml`
 //! come from this table. A test compares the shipped files with it.

@@ -1,10 +1,11 @@
-//! [`Mailbox`]: what each receiver was told about the alerts of one cluster, and what it has still
-//! to be told.
+//! [`Mailbox`]: which alerts of one cluster each receiver was told of, and which notifications wait
+//! for it.
 //!
-//! Kept in `{spool}/{cluster}/history/notifications.json` and replaced durably at each change, so
-//! that a restart neither repeats a standing alert nor forgets to report its end. A file that cannot
-//! be read costs only that: alerts that still stand are sent again.
-//! Invariant: per receiver and alert only the newest state waits.
+//! The record is `{spool}/{cluster}/history/notifications.json`. It is replaced durably at each
+//! change, so that a restart neither repeats an alert that still fires nor forgets to report its
+//! end. If the file cannot be read, alerts that still fire are sent again, and the end of an alert
+//! that no longer fires is not reported.
+//! Invariant: for each receiver and alert, only the newest state waits.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +26,7 @@ use crate::alerts::{self, Alert};
 /// The time for which a notification is retried.
 const RETRY_MAX_MICROS: i64 = 86_400 * 1_000_000;
 
-/// An alert in the file.
+/// An alert as the file stores it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct StoredAlert {
     name: String,
@@ -42,7 +43,7 @@ impl StoredAlert {
         }
     }
 
-    /// Returns `None` for an alert that this version does not have.
+    /// Returns the alert. `None` if this version does not have it.
     fn alert(&self) -> Option<Alert> {
         let rule = alerts::rule(&self.name)?;
         Some(Alert {
@@ -60,13 +61,14 @@ impl StoredAlert {
 struct Entry {
     alert: StoredAlert,
     system_identifier: Option<SystemIdentifier>,
-    /// When the alert ended; `None` while it fires.
+    /// The time at which the alert ended. `None` while it fires.
     ended: Option<PgTimestamp>,
-    /// Since when this state waits; `None` once it was delivered or given up.
+    /// The time since which this state waits for delivery. `None` after it was delivered or given
+    /// up.
     queued: Option<PgTimestamp>,
-    /// When the receiver last took this alert as firing.
+    /// The time at which the receiver last accepted this alert as firing. `None` if it has not.
     told: Option<PgTimestamp>,
-    /// Increases with each new state, so that a delivery is not booked for a newer one.
+    /// Increases with each new state, so that a delivery is not recorded for a newer state.
     #[serde(default)]
     number: u64,
     #[serde(skip)]
@@ -87,10 +89,10 @@ struct State {
     /// The alerts that fire.
     #[serde(default)]
     standing: Vec<StoredAlert>,
-    /// The earliest instant that could ever be restored.
+    /// The earliest start of the archive's restorable window that was seen.
     #[serde(default)]
     earliest: Option<Earliest>,
-    /// By receiver and alert.
+    /// The entries, by receiver and alert.
     #[serde(default)]
     receivers: BTreeMap<String, BTreeMap<String, Entry>>,
 }
@@ -107,10 +109,10 @@ impl State {
     }
 }
 
-/// The earliest instant that could be restored of an archive.
+/// The earliest start of an archive's restorable window.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Earliest {
-    /// The archive: another one begins with a window of its own.
+    /// The repository and the system identifier. Another archive has an earliest start of its own.
     archive: String,
     time: PgTimestamp,
 }
@@ -121,11 +123,11 @@ pub(crate) struct Mailbox {
     cluster: ClusterName,
     path: PathBuf,
     state: Mutex<State>,
-    /// The state that was last written, held while a newer one is written.
+    /// The state that was last written. Locked while a newer one is written.
     written: Mutex<State>,
 }
 
-/// What one receiver has to be told next.
+/// The notification that one receiver must get next.
 #[derive(Clone, Debug)]
 pub(super) struct Due {
     pub(super) notification: Notification,
@@ -135,7 +137,7 @@ pub(super) struct Due {
 }
 
 impl Mailbox {
-    /// Reads what an earlier run kept in `directory`.
+    /// Reads the record of an earlier run in `directory`.
     pub(crate) fn open(cluster: ClusterName, directory: &Path) -> Self {
         let path = directory.join("notifications.json");
         let state = match std::fs::read(&path) {
@@ -157,7 +159,8 @@ impl Mailbox {
         }
     }
 
-    /// Returns the alerts that fired when the state was last written.
+    /// Returns the alerts that fire. After [`Mailbox::open`], these are the alerts that fired when
+    /// an earlier run last wrote the record.
     pub(crate) fn standing(&self) -> Vec<Alert> {
         let state = lock(&self.state);
         state
@@ -167,8 +170,8 @@ impl Mailbox {
             .collect()
     }
 
-    /// Notes the start of the restorable window of `archive`, and returns the earliest one that was
-    /// ever noted of it.
+    /// Records the start of the restorable window of `archive`, and returns the earliest start that
+    /// was recorded for it.
     pub(crate) fn earliest(
         &self,
         archive: &str,
@@ -189,10 +192,11 @@ impl Mailbox {
         Some(time)
     }
 
-    /// Brings the receivers' entries in step with the alerts that fire. Returns true if anything
-    /// waits now that did not before.
+    /// Updates the receivers' entries to match the alerts that fire. Returns true if a notification
+    /// waits now that did not wait before.
     ///
-    /// `is_inhibited` names alerts that have the same cause as another one: they are not begun.
+    /// `is_inhibited` returns true for an alert that has the same cause as another one. No
+    /// notification begins for such an alert.
     pub(crate) fn reconcile(
         &self,
         targets: &[NotifyTarget],
@@ -211,8 +215,8 @@ impl Mailbox {
             for alert in firing {
                 match entries.get_mut(alert.name) {
                     Some(entry) if entry.ended.is_some() => {
-                        // It fires again before its end was delivered. A receiver that was told of
-                        // the first time still counts it as firing.
+                        // The alert fires again before its end was delivered. A receiver that was
+                        // told that it fires needs no new notification.
                         entry.ended = None;
                         if entry.told.is_some() {
                             entry.queued = None;
@@ -272,9 +276,9 @@ impl Mailbox {
         waits
     }
 
-    /// Returns the state that `receiver` has to be told next: one with few attempts before one with
-    /// many, so that a refused one does not hold up the others, then the oldest. A state that waited
-    /// for a day is given up.
+    /// Returns the notification that `receiver` must get next: the one with the fewest attempts, so
+    /// that a refused notification does not delay the others, and among these the oldest. Gives up
+    /// notifications that have waited for more than a day.
     pub(super) fn due(&self, receiver: &str, now: PgTimestamp) -> Option<Due> {
         let mut state = lock(&self.state);
         let entries = state.receivers.get_mut(receiver)?;
@@ -318,7 +322,7 @@ impl Mailbox {
         entry.is_some_and(|entry| entry.told.is_some() && entry.queued.is_none())
     }
 
-    /// Notes the outcome of an attempt to deliver.
+    /// Records the outcome of an attempt to deliver.
     pub(super) fn attempted(&self, receiver: &str, due: &Due, delivered: bool, now: PgTimestamp) {
         let mut state = lock(&self.state);
         let Some(entries) = state.receivers.get_mut(receiver) else {
@@ -342,7 +346,8 @@ impl Mailbox {
                 entries.remove(name);
             }
         } else if due.notification.ended.is_some() {
-            // The receiver took the end of an alert that fires again.
+            // The receiver was told the end. If the alert fires again, the receiver must be told
+            // that too.
             entry.told = None;
             if entry.ended.is_none() && entry.queued.is_none() {
                 entry.queue(now);
@@ -350,7 +355,8 @@ impl Mailbox {
         }
     }
 
-    /// Writes the state if it has changed. Returns after it is durable.
+    /// Writes the state durably if it has changed. A failure is logged, and the next call tries
+    /// again.
     pub(crate) fn write(&self) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
         let state = lock(&self.state).clone();

@@ -10,7 +10,8 @@ use crate::{
     report::{ClusterReport, words},
 };
 
-/// A one-line summary. The end of an alert is told in the past tense, with its duration.
+/// Returns a one-line summary. For the end of an alert, the summary is in the past tense and
+/// contains the duration.
 pub(super) fn headline(notification: &Notification) -> String {
     let alert = &notification.alert;
     let (what, summary) = match (notification.ended, alert.severity) {
@@ -131,12 +132,12 @@ pub(super) fn mail(notification: &Notification, links: &Links) -> (String, Strin
     (headline(notification), text)
 }
 
-/// The body of a heartbeat, which its receiver need not read.
+/// Returns the body of a heartbeat. The receiver need not read it.
 pub(super) fn heartbeat(links: &Links) -> Value {
     json!({ "schema": "v1", "status": "alive", "host": links.host })
 }
 
-/// Subject and text of the daily summary.
+/// Returns the subject and the text of the daily summary.
 pub(super) fn summary(reports: &[ClusterReport], links: &Links) -> (String, String) {
     let alerts: usize = reports.iter().map(|report| report.alerts.len()).sum();
     let mut text = String::new();

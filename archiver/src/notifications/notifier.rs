@@ -1,6 +1,6 @@
-//! [`Notifier`]: delivers what waits in the mailboxes, one task per receiver.
+//! [`Notifier`]: delivers the notifications that wait in the mailboxes, with one task per receiver.
 //!
-//! A receiver that does not answer is retried with growing pauses for a day, and meanwhile only the
+//! A receiver that does not answer is retried with growing pauses for a day. Meanwhile, only the
 //! newest state of each alert waits for it. A slow receiver does not delay the others.
 
 use std::{
@@ -20,12 +20,13 @@ use wal_format::{ClusterName, PgTimestamp, SystemIdentifier};
 use super::{Links, Notification, mailbox::Mailbox, message, send, send_summary};
 use crate::{alerts::Alert, monitor::unix_second, report::ClusterReport};
 
-/// The first and the longest pause after an attempt that failed.
+/// The first pause after a failed attempt. Each further pause is twice as long, up to
+/// [`PAUSE_MAX`].
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(300);
-/// A monitor that did not finish a round for longer is stuck, and the heartbeat stops.
+/// A monitor that finishes no round for longer than this is stuck. Then no heartbeat is sent.
 const STUCK_AFTER_SECONDS: u64 = 60;
-/// Attempts per daily summary, with pauses between them that grow to [`PAUSE_MAX`].
+/// The maximum number of attempts per daily summary. The pauses between them grow to [`PAUSE_MAX`].
 const SUMMARY_ATTEMPTS_MAX: u32 = 100;
 
 /// Sends alerts to every receiver.
@@ -35,12 +36,12 @@ pub struct Notifier {
     links: Links,
     mailboxes: Mutex<BTreeMap<ClusterName, Arc<Mailbox>>>,
     wake: Vec<Notify>,
-    /// The second of the Unix epoch at which the monitor last finished a round.
+    /// The Unix time in seconds at which the monitor last finished a round.
     beat: AtomicU64,
 }
 
 impl Notifier {
-    /// Creates the notifier of `targets` and starts their tasks.
+    /// Creates the notifier of `targets` and starts a task for each of them.
     #[must_use]
     pub fn start(targets: Vec<NotifyTarget>, links: Links) -> Arc<Self> {
         let notifier = Arc::new(Self {
@@ -61,7 +62,7 @@ impl Notifier {
         notifier
     }
 
-    /// Opens the mailbox of a cluster.
+    /// Opens the mailbox of a cluster, and wakes the receivers' tasks to deliver what waits there.
     pub(crate) fn open(&self, cluster: &ClusterName, directory: &Path) -> Arc<Mailbox> {
         let mailbox = Arc::new(Mailbox::open(cluster.clone(), directory));
         let mut mailboxes = self.mailboxes();
@@ -71,7 +72,7 @@ impl Notifier {
         mailbox
     }
 
-    /// Brings the receivers in step with the alerts that fire in a cluster. Writes to the disk.
+    /// Updates a cluster's mailbox to match the alerts that fire. Writes it to the disk.
     pub(crate) fn update(
         &self,
         mailbox: &Mailbox,
@@ -86,15 +87,17 @@ impl Notifier {
             is_inhibited,
             now(),
         );
-        // The receivers first: a disk that does not answer must not hold up the notification of
-        // it. A crash before the write delivers again what was delivered, and loses nothing.
+        // Wake the receivers before the write: a disk that hangs must not delay the notification
+        // about it. A crash before the write sends again what was already delivered, and loses
+        // nothing.
         if waits {
             self.wake_all();
         }
         mailbox.write();
     }
 
-    /// Sends a test to every receiver, without retries. Returns false if there is none.
+    /// Sends a test notification to every receiver, without retries. Returns false if no receiver
+    /// is configured.
     pub(crate) fn send_test(self: &Arc<Self>) -> bool {
         for target in self.targets.iter().cloned() {
             let notifier = Arc::clone(self);
@@ -108,8 +111,8 @@ impl Notifier {
         !self.targets.is_empty()
     }
 
-    /// Notes that the monitor has finished a round at `second`, and sends the daily summaries that
-    /// are due since the last one.
+    /// Records that the monitor finished a round at `second`, and sends the daily summaries whose
+    /// time of day has passed since the previous round.
     pub(crate) fn finished_round(
         self: &Arc<Self>,
         second: u64,
@@ -151,21 +154,23 @@ impl Notifier {
                 .filter_map(|mailbox| Some((mailbox, mailbox.due(&target.name, now())?)))
                 .min_by_key(|(_, due)| (due.attempts, due.queued));
             let Some((mailbox, due)) = due else {
-                // What was added since the search has left a permit.
+                // `notify_one` stores a permit, so a notification that was queued since the search
+                // ends this wait at once.
                 self.wake[at].notified().await;
                 continue;
             };
             let sent = send(target, &due.notification, &self.links).await;
             mailbox.attempted(&target.name, &due, sent.is_ok(), now());
             let mailbox = Arc::clone(mailbox);
-            // Not awaited: a disk that does not answer must not hold up notifications.
+            // Not awaited: a disk that hangs must not delay notifications.
             drop(tokio::task::spawn_blocking(move || mailbox.write()));
             match sent {
                 Ok(()) => pause = PAUSE_MIN,
                 Err(error) => {
                     let alert = due.notification.alert.name;
                     tracing::warn!(target = target.name, alert, %error, "notify; it is retried");
-                    // A newer notification is tried at once: perhaps only this one is refused.
+                    // A newer notification is tried at once, because the receiver may refuse only
+                    // this one.
                     tokio::select! {
                         () = tokio::time::sleep(pause) => {}
                         () = self.wake[at].notified() => {}
@@ -234,7 +239,7 @@ mod tests {
         check(20 * day + seven, 20 * day + seven + 1, false);
         check(20 * day, 20 * day + 5, false);
         check(20 * day + seven + 5, 21 * day + seven + 3, true);
-        // A clock that was set back.
+        // The clock was set back.
         check(21 * day, 20 * day, false);
     }
 }

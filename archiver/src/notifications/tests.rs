@@ -144,7 +144,7 @@ async fn a_refusal_names_no_secret() {
     assert!(!error.to_string().contains("s3cr3t"), "{error}");
 }
 
-/// Waits for a value, at most a minute.
+/// Waits at most a minute for a value.
 async fn wait_for<T>(what: &str, mut value: impl FnMut() -> Option<T>) -> T {
     let began = std::time::Instant::now();
     loop {
@@ -184,7 +184,7 @@ async fn a_receiver_that_was_away_gets_the_newest_state_and_a_restart_adds_nothi
     notifier.update(&mailbox, None, firing, |_| false);
     let found = requests(&seen, 3).await;
     assert!(found[2].contains("\"status\":\"firing\""), "{}", found[2]);
-    // Another daemon takes up the record when the delivery is in it.
+    // The next notifier reads the record after the delivery was written there.
     wait_for("the delivery is recorded", || {
         let record = Mailbox::open("main".parse().expect("a name"), directory.path());
         record.is_told("a", "PitrGap").then_some(())

@@ -52,7 +52,7 @@ impl World {
         Mailbox::open("main".parse().expect("a name"), directory)
     }
 
-    /// Writes the state and takes it up as after a restart.
+    /// Writes the state and opens it again, as a restart does.
     fn restart(&mut self) {
         self.mailbox.write();
         self.mailbox = Self::open(self.directory.path());
@@ -69,7 +69,8 @@ impl World {
             .reconcile(&self.targets, None, &firing, is_inhibited, at(second));
     }
 
-    /// Delivers what is due for `a`, and returns each alert with `true` if it fires.
+    /// Delivers everything that is due for receiver `a`. Returns each alert, with `true` if the
+    /// notification says that it fires.
     fn delivered(&self, second: i64) -> Vec<(&'static str, bool)> {
         let mut all = Vec::new();
         while let Some(due) = self.mailbox.due("a", at(second)) {
@@ -117,11 +118,12 @@ fn the_newest_state_wins_and_a_day_ends_the_retries() {
     world.fires(&[DOWN, GAP], 1);
     let sent = world.mailbox.due("a", at(1)).expect("it waits");
     assert_eq!(sent.notification.alert.name, GAP);
-    // It ends while the first state is on its way.
+    // The alert ends while its first notification is being sent.
     world.fires(&[DOWN], 2);
     world.mailbox.attempted("a", &sent, true, at(2));
     assert_eq!(world.delivered(3), [(DOWN, true), (GAP, false)]);
-    // It ends and fires again while the receiver is away: nothing is new to a receiver that knows.
+    // The alert ends and fires again while the receiver is away. A receiver that was told that it
+    // fires gets no new notification.
     world.fires(&[], 4);
     world.fires(&[DOWN], 5);
     assert_eq!(world.delivered(6), []);
