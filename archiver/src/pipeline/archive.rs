@@ -70,13 +70,14 @@ pub struct Archive {
     /// The value of [`Facts::repository_returns`](crate::cluster_status::Facts) when the repository
     /// was read.
     read_at_return: u64,
-    /// What the archive once had and the repository lacks.
+    /// The record of what the archive once had and the repository lacks.
     pub(super) loss_record: LossRecord,
     /// The number of losses that had been accepted when the repository was read.
     pub(super) accepted: usize,
     /// True if the repository was found to lack what was archived.
     pub(super) doubted: AtomicBool,
-    /// The last time at which the newest objects were found, before a tail.
+    /// The last time at which the newest objects were found. Limits how often a bucket is queried
+    /// after a tail was stored.
     pub(super) newest_checked: Mutex<Option<Instant>>,
 }
 
@@ -85,7 +86,7 @@ pub struct Archive {
 pub struct Away {
     /// The spool's record of the archive's end, written while the spool held no WAL.
     pub record: Option<SpoolRecord>,
-    /// The newest segment, if the place answers and lacks it.
+    /// The newest sealed segment, if the repository answers and lacks it.
     pub lacking: Option<Loss>,
 }
 
@@ -121,7 +122,7 @@ impl Archive {
             let report = presence::refresh(&catalog, &repository, &loss_record, &is_spooled)?;
             presence::check_position(&spool, &identity, &catalog, &repository, &loss_record)?;
             if status.facts().repository_gone {
-                // It is the right place again, and what it holds is known.
+                // The place holds the archive again, and the refresh above has read it.
                 status.repository_answered("start", "");
                 read_at_return += 1;
             }
@@ -201,15 +202,14 @@ impl Archive {
         self.away.is_some()
     }
 
-    /// The newest segment, if the place answers and lacks it.
+    /// The newest sealed segment, if the repository answers and lacks it.
     #[must_use]
     pub fn lacking(&self) -> Option<&Loss> {
         self.away.as_ref()?.lacking.as_ref()
     }
 
     /// Returns true if the repository was replaced by another place in the meantime and came back,
-    /// or lacks what was archived.
-    /// Its content may then differ from what is known here.
+    /// or was found to lack what was archived. Its content may then differ from what is known here.
     #[must_use]
     pub fn is_outdated(&self) -> bool {
         self.is_doubted() || self.status.facts().repository_returns > self.read_at_return

@@ -1,4 +1,4 @@
-//! The damage that the newest verification found, without the objects of WAL that are intact again.
+//! The damage that the newest verification found, without the WAL objects that are intact again.
 
 use std::{
     collections::BTreeSet,
@@ -11,22 +11,23 @@ use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind};
 use super::archive::Archive;
 use crate::error::Result;
 
-/// WAL that a verification found damaged is checked again after this time.
+/// The interval at which WAL that a verification found damaged is checked again.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);
 /// The number of damaged objects that are checked. The others count as damaged until the next
 /// verification.
 const CHECKS_MAX: usize = 20;
 
-/// The WAL that the newest verification found damaged and that was repaired or replaced since.
+/// The WAL objects that the newest verification found damaged and that are intact again.
 #[derive(Debug, Default)]
 pub(super) struct Repaired {
     keys: BTreeSet<ObjectKey>,
-    /// The verification, and the time at which its objects were checked again.
+    /// The verification, and the time at which its damaged objects were last checked.
     checked: Option<(BackupId, Instant)>,
 }
 
 impl Repaired {
-    /// Reads the damaged objects again, at most once in [`CHECK_INTERVAL`].
+    /// Reads the damaged WAL objects of the newest verification again, at most once in
+    /// [`CHECK_INTERVAL`].
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`] when an object cannot be read.
@@ -63,8 +64,8 @@ impl Repaired {
     }
 }
 
-/// The backups and the WAL that the newest verification among `outcomes` found damaged, without the
-/// WAL that is intact again.
+/// Returns the backups and the WAL that the newest verification among `outcomes` found damaged,
+/// without the WAL that is intact again.
 pub(super) fn find_damaged<'a>(
     archive: &Archive,
     outcomes: impl Iterator<Item = &'a Outcome>,

@@ -83,8 +83,8 @@ impl Archive {
         Ok(archived)
     }
 
-    /// Stores the history files again of which the repository has lost a copy, from the catalog.
-    /// Costs two listings where there is more than one timeline.
+    /// Stores each history file again of which the repository has lost a copy. The content comes
+    /// from the catalog. Costs two listings if any timeline has a history file.
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`].

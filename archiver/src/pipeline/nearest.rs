@@ -1,8 +1,10 @@
-//! The restore that leads to an instant: the commits around it and the flags of `pitr-restore`, or
-//! the reason why no restore leads there and the nearest instants that can be restored.
+//! Finds the restore that leads to an instant: the commits around it and the flags of
+//! `pitr-restore`. If no restore leads there, finds the reason and the nearest instants that can be
+//! restored.
 //!
-//! Decided by the rules of the restorer's plan ([`repository::Restorable`]) on the timelines that a
-//! restore follows by default. Flags name an LSN, so that no clock can change their meaning.
+//! The rules are those of the restorer's plan ([`repository::Restorable`]), on the timelines that a
+//! restore follows by default. The flags name an LSN or a backup, never a time, so that no clock
+//! can change their meaning.
 //! Invariant: no flags are returned that a plan refuses.
 
 use repository::{PathPart, Restorable, Stretch, WalIndex, WalRange, default_timelines};
@@ -32,19 +34,20 @@ pub(crate) struct NearInstant {
 #[derive(Clone, Debug, serde::Serialize)]
 pub(crate) struct Located {
     pub(crate) time: PgTimestamp,
-    /// The last commit that the restore keeps.
+    /// The last commit that the restore keeps. `None` if it replays none.
     pub(crate) before: Option<NearCommit>,
-    /// The first commit that it drops.
+    /// The first commit that the restore drops. `None` if it drops none of the known ones.
     pub(crate) after: Option<NearCommit>,
     /// The flags of `pitr-restore`; `None` if no restore leads to the instant.
     pub(crate) flags: Option<String>,
-    /// The reason for that.
+    /// The reason why no restore leads to the instant. `None` if a restore does.
     pub(crate) refusal: Option<String>,
-    /// The nearest instants that can be restored instead, the earlier one first.
+    /// The nearest instants that can be restored instead, the earlier one first. Empty if a restore
+    /// leads to the instant.
     pub(crate) nearest: Vec<NearInstant>,
 }
 
-/// Finds the restore that leads to `time`, by the server's clock.
+/// Finds the restore that leads to `time`, a time by the server's clock.
 pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
     let details = archive.status().details();
     let (of_backups, of_wal) = find_damaged(archive, details.outcomes.iter(), &details.repaired);
@@ -89,7 +92,8 @@ pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
     .locate()
 }
 
-/// The last time, by the server's clock, at which the repository was seen to hold everything.
+/// Returns the last time, by the server's clock, at which the repository was seen to hold
+/// everything. `None` if it or the clock's offset is not known.
 fn proven_now(archive: &Archive) -> Option<PgTimestamp> {
     let offset = archive.status().facts().clock_offset_seconds?;
     let ours = archive.status().caught_up_as_of()?;
@@ -98,7 +102,7 @@ fn proven_now(archive: &Archive) -> Option<PgTimestamp> {
     Some(PgTimestamp(ours.0.saturating_add(micros)))
 }
 
-/// A search on one path.
+/// A search for an instant on one timeline path.
 struct Search<'a> {
     index: &'a Ranges<'a>,
     path: &'a [PathPart],
@@ -115,7 +119,8 @@ impl Search<'_> {
         for (number, stretch) in self.found.stretches.iter().enumerate().rev() {
             let dropped = self.first(stretch, Lsn::ZERO, |end| end.time > self.time)?;
             let end = dropped.map_or(stretch.to_lsn, |dropped| dropped.lsn);
-            // Every transaction before `end` is from before the instant.
+            // `end` is the first transaction after the instant, so a transaction before `end` shows
+            // that the instant is not before the stretch.
             let is_later =
                 self.time >= self.begun(stretch) || self.last(stretch, end, |_| true)?.is_some();
             if end < stretch.from_lsn || !is_later {
@@ -144,14 +149,14 @@ impl Search<'_> {
         self.refuse(None)
     }
 
-    /// The time at which the stretch's backup began.
+    /// Returns the time at which the stretch's backup began.
     fn begun(&self, stretch: &Stretch) -> PgTimestamp {
         let mut backups = self.backups.iter();
         let backup = backups.find(|backup| backup.id == stretch.backup);
         backup.map_or(stretch.finished, |backup| backup.started)
     }
 
-    /// The last time up to which the stretch's WAL is known to be all that was written.
+    /// Returns the last time up to which the stretch is known to contain all WAL that was written.
     fn proven_to(&self, stretch: &Stretch) -> Result<Option<PgTimestamp>> {
         let last = stretch.last_time(self.index, self.path, (Lsn::ZERO, Lsn::MAX))?;
         let is_last = |last: &Stretch| std::ptr::eq(last, stretch);
@@ -163,7 +168,7 @@ impl Search<'_> {
         })
     }
 
-    /// The transactions of a range that a recovery along the stretch replays.
+    /// Returns the transactions of a range that a recovery along the stretch replays.
     fn ends(&self, stretch: &Stretch, range: &WalRange) -> Result<Vec<TransactionEnd>> {
         let Some(part) = self.path.iter().find(|part| part.branch == range.branch) else {
             return Ok(Vec::new());
@@ -174,7 +179,7 @@ impl Search<'_> {
         Ok(ends)
     }
 
-    /// The first transaction at `from` or later for which `is_it` is true.
+    /// Returns the first transaction at `from` or later for which `is_it` is true.
     fn first(
         &self,
         stretch: &Stretch,
@@ -194,7 +199,7 @@ impl Search<'_> {
         Ok(None)
     }
 
-    /// The last transaction before `to` for which `is_it` is true.
+    /// Returns the last transaction before `to` for which `is_it` is true.
     fn last(
         &self,
         stretch: &Stretch,
@@ -212,7 +217,7 @@ impl Search<'_> {
         Ok(None)
     }
 
-    /// The refusal of an instant after stretch `number`, or before all of them.
+    /// Returns the refusal of an instant that is after stretch `number`, or before all stretches.
     fn refuse(&self, number: Option<usize>) -> Result<Located> {
         let stretches = &self.found.stretches;
         let before = number.and_then(|number| stretches.get(number));

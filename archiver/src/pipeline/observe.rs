@@ -44,11 +44,11 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// The interval at which the repository's folder is checked to be the same one.
 const PLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// The number of checks between two listings of the repository's backups, which another host may
-/// have taken: one hour. A listing is a request, and an idle archiver makes none. A backup taken on
-/// this host leaves a file in the spool's directory.
+/// have taken: one hour. A listing is a billed request in a bucket. A backup taken on this host
+/// leaves a file in the spool's directory.
 const LOOKS_PER_LISTING: u32 = 720;
-/// The number of checks between two listings while there is no backup, or none after a loss: one
-/// minute.
+/// The number of checks between two listings while there is no backup, or none after a loss, and
+/// between two checks of a bucket's objects: one minute.
 const LOOKS_PER_LISTING_WAITING: u32 = 12;
 
 /// Polls the server over SQL, also while no stream is up, until the next stream begins, possibly of
@@ -225,7 +225,7 @@ pub(super) async fn look(archive: Arc<Archive>) {
         if archive.is_away() {
             continue;
         }
-        // A folder is watched once a second.
+        // [`watch_place`] checks a folder once a second.
         let is_due = archive.costs_requests() && list != Listing::Never;
         let (looked, presence) = (Arc::clone(&archive), Arc::clone(&presence));
         let checked = blocking(move || {
@@ -247,8 +247,8 @@ pub(super) async fn look(archive: Arc<Archive>) {
 }
 
 /// Detects within a second that the repository's folder was replaced or lacks objects, also while
-/// nothing is stored.
-/// For a bucket, the store requests detect it, because a separate request costs money.
+/// nothing is stored. For a bucket, the store requests detect a replacement, and [`look`] checks
+/// the objects once a minute, because each request costs money.
 pub(super) async fn watch_place(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(PLACE_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -1,12 +1,16 @@
-//! Checks that the repository still holds what was archived there: the newest segment and tail before
-//! anything counts as stored, and the rest from time to time.
+//! Checks that the repository still holds what was archived there: the newest segment and tail
+//! before anything counts as stored, and the other objects from time to time.
 //!
-//! Two kinds of loss differ in what follows. If the newest sealed segment is missing, the place is
-//! an older state of the repository (a mounted copy, a snapshot): nothing is stored there, because
-//! the right one would lack it, and WAL waits in the spool until the right one is back or an
-//! operator accepts the loss. If anything else is missing, archiving continues, and the loss is
-//! reported until the objects are back or the loss is accepted.
-//! Invariant: a loss is recorded ([`LossRecord`]) before the catalog forgets the objects.
+//! The two kinds of loss have different consequences:
+//! - If the newest sealed segment is missing, the place is an older state of the repository (a
+//!   mounted copy, a snapshot). Nothing is stored there, because it would be missing in the right
+//!   repository. WAL waits in the spool until the right repository is back or an operator accepts
+//!   the loss.
+//! - If any other object is missing, archiving continues. The loss is reported until the objects
+//!   are back or the loss is accepted.
+//!
+//! Invariant: a loss is recorded ([`LossRecord`]) before the catalog forgets the objects. If the
+//! record cannot be written, for example on a full disk, the loss is only logged.
 
 use std::{
     sync::{Mutex, PoisonError, atomic::Ordering},
@@ -25,14 +29,16 @@ use crate::{
     spool::{BranchSpool, Spool},
 };
 
-/// Segments and backups whose presence is checked in a bucket once a minute: each costs a HEAD.
+/// The number of segments, and of backups besides the newest one, whose presence is checked in a
+/// bucket once a minute. Each check is a HEAD request.
 const BUCKET_SAMPLES: usize = 4;
-/// The same in a folder once a second, where nothing has a price.
+/// The same numbers for a folder, where the check is made once a second and costs no money.
 const FOLDER_SAMPLES: usize = 32;
-/// The time for which a bucket that held the newest objects is not asked again before a tail.
+/// After a bucket was found to hold the newest objects, a stored tail does not cause another check
+/// for this time.
 const NEWEST_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Updates the catalog to match the repository. What is missing is recorded first.
+/// Updates the catalog to match the repository. Records what is missing first.
 ///
 /// # Errors
 /// [`StoreError::OlderState`] if the newest segment is missing; then the catalog forgets nothing.
@@ -47,14 +53,14 @@ pub(super) fn refresh(
         &Guard {
             is_spooled,
             missing: &|missing| {
-                // The place that is away may hold it.
+                // A place that is away may hold the missing objects.
                 if repository.is_partly_away() {
                     return Ok(());
                 }
                 let missing = losses.without_accepted(missing)?;
                 older_state(repository, &missing)?;
                 if let Err(error) = losses.add(&missing.losses) {
-                    // A full disk must not keep WAL from the repository.
+                    // A full disk must not keep WAL out of the repository.
                     tracing::error!(
                         event = "loss_not_recorded", %error,
                         "objects are missing in the repository: {}", name_losses(&missing.losses)
@@ -66,7 +72,7 @@ pub(super) fn refresh(
     )
 }
 
-/// Returns the error of a place that lacks the newest segment.
+/// Returns the error of a place that lacks the newest segment as `Err`.
 fn older_state(repository: &Repository, missing: &Missing) -> repository::Result<()> {
     match &missing.newest {
         None => Ok(()),
@@ -78,11 +84,12 @@ fn older_state(repository: &Repository, missing: &Missing) -> repository::Result
     }
 }
 
-/// Checks that the repository holds the segment at which the archive ended when the spool was empty,
-/// which also a catalog that was made again does not know.
+/// Checks that the repository holds the segment at which the archive ended when the spool was
+/// empty. A catalog that was rebuilt does not know this segment if the repository lacks it; the
+/// spool's record does.
 ///
 /// # Errors
-/// [`StoreError::OlderState`] if it does not.
+/// [`StoreError::OlderState`] if the repository does not hold the segment.
 pub(super) fn check_position(
     spool: &Spool,
     identity: &WalIdentity,
@@ -133,14 +140,14 @@ pub(super) fn check_position(
     )?)
 }
 
-/// Returns a function that tells if a segment is complete in the spool.
+/// Returns a function that returns true if a segment is complete in the spool.
 pub(super) fn is_spooled(spool: &Spool, identity: &WalIdentity) -> impl Fn(&WalRange) -> bool {
     let spool = |branch: Branch| -> BranchSpool { spool.branch(identity, branch) };
     move |range| spool(range.branch).path(range.segment).exists()
 }
 
 impl Archive {
-    /// Updates the catalog to match the repository. What is missing is recorded first.
+    /// Updates the catalog to match the repository. Records what is missing first.
     ///
     /// # Errors
     /// [`StoreError::OlderState`]; then the stages start again without the repository.
@@ -158,14 +165,15 @@ impl Archive {
         refreshed
     }
 
-    /// Returns true if the check of an object costs a request that has a price.
+    /// Returns true if the check of an object may be a billed request, because a place is not a
+    /// folder.
     pub(super) fn costs_requests(&self) -> bool {
         let places = self.settings().repository.each();
         places.iter().any(|place| place.url.folder().is_none())
     }
 
-    /// Returns true if an object is proved absent and did not expire. Of several places, one that is
-    /// away proves nothing.
+    /// Returns true if an object is proved absent and did not expire. If one of several places is
+    /// away, the absence is not proved.
     fn is_absent(&self, key: &ObjectKey) -> repository::Result<bool> {
         let identity = self.identity();
         let is_one_of_several = self.settings().repository.each().len() > 1;
@@ -176,12 +184,12 @@ impl Archive {
         if found.is_some() {
             return Ok(false);
         }
-        // Another program may have removed it since the catalog read what expired.
+        // Another program may have removed the object since the catalog read what expired.
         let expired = self.repository().expired(identity.system_identifier)?;
         Ok(!expired.hides(key, identity.segment_size))
     }
 
-    /// Lets the stages start again with what the repository holds.
+    /// Makes the stages start again with what the repository holds.
     fn doubt(&self) {
         self.doubted.store(true, Ordering::Release);
     }
@@ -193,7 +201,11 @@ impl Archive {
     }
 
     /// Checks that what was just stored is in the place that holds the archive, and not in an older
-    /// copy of it. The order matters: a copy that is exchanged in between is noticed by one of both.
+    /// copy of it. In a bucket, only the newest objects are checked, after a tail at most once in
+    /// [`NEWEST_INTERVAL`].
+    ///
+    /// The newest objects are checked first, then the stored one: if the place is exchanged between
+    /// the upload and either check, one of the two checks fails.
     pub(super) fn check_place(&self, header: &SealedHeader) -> repository::Result<()> {
         let checked = || {
             let checked = self.newest_checked.lock();
@@ -210,7 +222,7 @@ impl Archive {
         self.check_newest()?;
         *checked() = Some(asked);
         let key = header.key();
-        // A tail may have been removed because its segment is sealed.
+        // A tail may have been removed because its segment was sealed.
         if !has_price && header.is_whole_segment() && self.is_absent(&key)? {
             return Err(repository::Error::NotFound {
                 key: key.to_string(),
@@ -223,8 +235,8 @@ impl Archive {
     /// Checks that the place holds the newest segment and the newest tail.
     ///
     /// # Errors
-    /// [`StoreError::OlderState`], [`StoreError::NotFound`]: the stages start again; those of the
-    /// request.
+    /// - [`StoreError::OlderState`] and [`StoreError::NotFound`]; then the stages start again.
+    /// - Errors of the requests.
     pub(super) fn check_newest(&self) -> repository::Result<()> {
         let sealed = self.catalog().newest_sealed()?;
         if let Some(range) = &sealed
@@ -239,7 +251,7 @@ impl Archive {
             };
             return older_state(self.repository(), &missing);
         }
-        // The newest tail of the segment that is open: other ones may be superfluous.
+        // Only the newest tail of the open segment is checked: other tails may be superseded.
         let branch = self.status().progress().positions().branch();
         let is_newest = |tail: &&WalRange| {
             let before = sealed.as_ref().filter(|sealed| sealed.branch == branch);
@@ -253,7 +265,7 @@ impl Archive {
         };
         if let Some(key) = newest_tail()
             && self.is_absent(&key)?
-            // It is removed when its segment is sealed.
+            // A tail that is no longer the newest one was removed when its segment was sealed.
             && newest_tail().as_ref() == Some(&key)
         {
             self.doubt();
@@ -266,20 +278,22 @@ impl Archive {
     }
 }
 
-/// The place of the sample that was checked last.
+/// The position of the sample that was checked last.
 #[derive(Debug, Default)]
 pub(super) struct Presence {
     segment: Option<WalRange>,
-    /// Backups that were checked.
+    /// The number of backups that were checked.
     backups: usize,
 }
 
 impl Presence {
-    /// Checks the newest segment, history files, backups and a sample of segments, which walks over
-    /// all of them in turn.
+    /// Checks the newest segment and tail, the history files, the newest backup, and a sample of
+    /// the other backups and of the segments. The samples cover all objects in turn. If an object
+    /// is missing, updates the catalog, which records the loss.
     ///
     /// # Errors
-    /// [`StoreError::OlderState`]; those of the requests and the catalog.
+    /// - [`StoreError::OlderState`].
+    /// - Errors of the requests and the catalog.
     pub(super) fn check(&mut self, archive: &Archive, backups: &[BackupInfo]) -> Result<()> {
         let samples = if archive.costs_requests() {
             BUCKET_SAMPLES
@@ -290,7 +304,7 @@ impl Presence {
         archive.put_back_histories()?;
         let system = archive.identity().system_identifier;
         let mut lacks = false;
-        // The newest one each time.
+        // The newest backup is checked each time.
         let newest = backups.last().into_iter();
         let others = backups
             .iter()
@@ -319,7 +333,7 @@ impl Presence {
 /// missing.
 ///
 /// # Errors
-/// Those of the requests, the catalog and the record.
+/// Errors of the requests, the catalog and the record.
 pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> Result<()> {
     let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
     presence.check(archive, &archive.catalog().backups()?)?;
@@ -342,7 +356,7 @@ pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> 
 pub(super) fn report_losses(archive: &Archive) -> Result<()> {
     let losses = &archive.loss_record;
     if losses.accepted()?.len() != archive.accepted {
-        // The declared gap counts from the next start of the stages on.
+        // The stages read the declared gap only when they start.
         archive.doubt();
     }
     let open = losses.open()?;
@@ -350,7 +364,7 @@ pub(super) fn report_losses(archive: &Archive) -> Result<()> {
     Ok(())
 }
 
-/// What the catalog lacks of a loss.
+/// Returns the part of a loss that the catalog still lacks.
 fn still_missing(archive: &Archive, loss: &Loss) -> repository::Result<Vec<Loss>> {
     let catalog = archive.catalog();
     match loss {

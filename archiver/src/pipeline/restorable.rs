@@ -28,14 +28,14 @@ const NO_BACKUP: &str = "no base backup is archived, so nothing can be restored"
 /// The ranges of every branch in the catalog, read at the same time.
 pub(super) struct Ranges<'a> {
     pub(super) archive: &'a Archive,
-    /// Those that can be replayed.
+    /// The ranges that can be replayed.
     pub(super) of: BTreeMap<Branch, Vec<WalRange>>,
-    /// Those that the last verification found damaged: a plan treats their WAL as missing.
+    /// The ranges that the last verification found damaged. A plan treats their WAL as missing.
     pub(super) damaged: Vec<(WalRange, Damage)>,
 }
 
 impl Ranges<'_> {
-    /// The damaged range that holds the byte at `lsn`.
+    /// Returns the damaged range that contains the byte at `lsn`.
     fn damaged_at(&self, branch: Branch, lsn: Lsn) -> Option<&(WalRange, Damage)> {
         let mut damaged = self.damaged.iter();
         damaged.find(|(range, _)| {
@@ -271,11 +271,12 @@ impl Look<'_> {
             window.gaps = Some(gaps + open);
             window.open_gaps = Some(open);
             window.latest_commit = found.last_commit(self.index, path)?;
-            // Before a gap only a commit says how far the WAL leads.
+            // Before a gap, only a commit proves how far the WAL reaches.
             let last = found.stretches.last().filter(|_| found.refusal.is_none());
             let proven = last.and_then(Stretch::proven);
             window.latest = window.latest_commit.max(proven);
-            // A backup is complete only after its objects are stored, which takes time.
+            // A backup ends after its stop LSN, when its objects are stored, so its end may be
+            // later than `latest`.
             window.earliest = window.earliest.min(window.latest.or(window.earliest));
         }
         Ok(window)

@@ -343,7 +343,8 @@ impl Source {
                 ReplicationStart::Streaming(mut receiver, sender) => {
                     pipeline.begin(start_lsn).await?;
                     let (on, held) = (branch.branch, taken_up.durable_lsn);
-                    // Each attempt to close a gap begins like this.
+                    // Each attempt to close a gap begins with a stream, so the line is not logged
+                    // as information.
                     if archive.status().facts().gap.is_some() {
                         tracing::debug!(cluster, branch = %on, from = %start_lsn, %held, "streaming");
                     } else {

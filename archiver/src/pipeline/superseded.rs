@@ -52,7 +52,7 @@ impl Archive {
     }
 
     /// Removes a tail from the repository and from the catalog. A tail that a lock keeps stays in
-    /// both, which does no harm: where the segment is sealed nobody reads its tails.
+    /// both. This does no harm, because no reader uses the tails of a sealed segment.
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`].

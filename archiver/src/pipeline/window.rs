@@ -46,11 +46,11 @@ pub(crate) struct Update {
     pub(crate) window: WindowReport,
     /// The reason why the server's present is not restorable.
     pub(crate) unreached: Option<String>,
-    /// What is drawn beside the numbers.
+    /// The data of the page's drawings and tables.
     pub(crate) details: Details,
 }
 
-/// The timelines of the catalog, and their ranges.
+/// Returns the timelines of the catalog and their ranges, without damaged ranges.
 pub(super) fn read_ranges<'a>(
     archive: &'a Archive,
     damaged: &DamagedWal,
@@ -86,8 +86,8 @@ impl Marks {
         self.repaired.check(archive, self.outcomes.values())
     }
 
-    /// Judges what the catalog has. Returns `None` before the first update if WAL seems to be
-    /// missing: the next one confirms it, and until then nothing is known.
+    /// Judges the restorable window from the catalog. Returns `None` before the first update if WAL
+    /// seems to be missing: the next call confirms it, and until then nothing is known.
     pub(crate) fn look(
         &mut self,
         archive: &Archive,
@@ -119,7 +119,8 @@ impl Marks {
                 .and_then(|history| history.ancestors.last())
                 && let Some(time) = first_commit(&index, ranges, switch.switch_lsn)?
             {
-                // A segment that was missing may have an earlier commit.
+                // The mark of an earlier update is replaced: a segment that was missing then may
+                // have an earlier commit.
                 self.marks.retain(|_, mark| {
                     mark.kind != MarkKind::Switch
                         || mark.timeline != branch.timeline
@@ -217,8 +218,8 @@ impl Marks {
     }
 }
 
-/// The time of the first transaction at `from` or later. The segment of a switch begins with a copy
-/// of the parent's WAL.
+/// Returns the time of the first transaction at `from` or later. The segment in which the timeline
+/// begins starts with a copy of the parent's WAL, which does not count.
 fn first_commit(index: &Ranges<'_>, ranges: &[WalRange], from: Lsn) -> Result<Option<PgTimestamp>> {
     for range in ranges.iter().filter(|range| range.transaction_count > 0) {
         if range.start_lsn >= from {
@@ -244,7 +245,7 @@ fn backup_report(backup: &BackupInfo) -> BackupReport {
     }
 }
 
-/// The causes of missing WAL on a branch, and what tells its times.
+/// The causes of missing WAL on a branch, and the backups that tell the times around it.
 struct Holes<'a> {
     branch: Branch,
     declared: &'a [DeclaredGap],
@@ -287,7 +288,7 @@ impl Holes<'_> {
             }
         }
         details.ranges.extend(open);
-        // Damage before everything that is held, or after it.
+        // Damage before all held WAL, or after it.
         for (range, _) in self.damaged {
             let is_listed = details.gaps.iter().any(|gap| {
                 gap.branch == range.branch
@@ -302,7 +303,7 @@ impl Holes<'_> {
         }
     }
 
-    /// The gap between the ranges before it and those after it.
+    /// Returns the gap between the ranges `sides.0` before it and `sides.1` after it.
     fn gap(&self, (from, to): (Lsn, Lsn), sides: (&[WalRange], &[WalRange])) -> GapReport {
         let overlaps = |start: Lsn, end: Lsn| start < to && end > from;
         let is_damaged = |(range, _): &&(WalRange, Damage)| {
