@@ -211,7 +211,7 @@ struct Taking {
     label: String,
     server_version: String,
     level: i32,
-    /// The server's clock minus this host's.
+    /// The server's clock minus this host's, in microseconds. 0 if it is not known.
     clock_offset_micros: i64,
 }
 
@@ -227,8 +227,8 @@ struct Received {
     manifest: Vec<u8>,
 }
 
-/// The server's clock minus this host's, in microseconds. Targets of a restore follow the server's
-/// clock, so the times of a backup do too.
+/// Returns the server's clock minus this host's, in microseconds. The target time of a restore
+/// follows the server's clock, so the times of a backup follow it too.
 async fn clock_offset(conninfo: &ConnInfo) -> replication::Result<i64> {
     const SQL: &str =
         "SELECT (extract(epoch FROM pg_catalog.clock_timestamp()) * 1000000)::bigint::text";
@@ -242,7 +242,8 @@ async fn clock_offset(conninfo: &ConnInfo) -> replication::Result<i64> {
 }
 
 impl Taking {
-    /// The server's time now, as far as it is known.
+    /// Returns the present time by the server's clock, or by this host's clock if the difference is
+    /// not known.
     fn server_time(&self) -> PgTimestamp {
         let ours = PgTimestamp::from_jiff(jiff::Timestamp::now());
         PgTimestamp(ours.0.saturating_add(self.clock_offset_micros))

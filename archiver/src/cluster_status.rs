@@ -62,7 +62,7 @@ pub struct ClusterStatus {
     beat: AtomicU64,
     instruments: Instruments,
     flush_duration: Histogram,
-    /// Failed repository requests by request and kind of failure.
+    /// The number of failed repository requests, by request and kind of failure.
     repository_errors: Arc<Mutex<BTreeMap<(&'static str, &'static str), u64>>>,
 }
 
@@ -97,14 +97,15 @@ pub struct Facts {
     pub repository_broken: BTreeMap<String, String>,
     /// True if the place was last seen not to hold the archive.
     pub repository_gone: bool,
-    /// The error of a place that was last seen to hold an older state of the archive.
+    /// The error of a place that holds an older state of the archive. `None` if the place was last
+    /// seen to hold the archive.
     pub repository_older: Option<String>,
     /// The number of times that the place held the archive again.
     pub repository_returns: u64,
-    /// What the archive once had and the repository lacks, until it is back or the loss is
-    /// accepted.
+    /// What the archive once had and the repository lacks. A loss is listed until the objects are
+    /// back or the loss is accepted.
     pub losses: Vec<FoundLoss>,
-    /// What was lost and stored again since the start, in words.
+    /// Messages about what was lost and stored again since the start.
     pub repaired: Vec<String>,
     /// The reason why the catalog on disk is not used. Archiving continues with one in memory.
     pub catalog_error: Option<String>,
@@ -132,7 +133,8 @@ pub struct Facts {
     pub gap: Option<OpenGap>,
     /// Our slots on standbys, as last seen.
     pub standbys: Vec<StandbyReport>,
-    /// True if the server was last queried and had no slot of ours.
+    /// True if the last query of the server found no slot of ours. False while the server cannot be
+    /// queried.
     pub slot_missing: bool,
     /// The slot, as the server last reported it.
     pub slot_report: Option<SlotReport>,
@@ -221,8 +223,8 @@ impl ClusterStatus {
         })
     }
 
-    /// The failed repository requests since the start, by request and kind of failure. A request
-    /// counts once, however often the store retried it.
+    /// Returns the number of failed repository requests since the start, by request and kind of
+    /// failure. A request counts once, even if the store retried it.
     #[must_use]
     pub fn repository_errors(&self) -> Vec<(String, String, u64)> {
         let errors = self.repository_errors.lock();
@@ -402,7 +404,8 @@ impl ClusterStatus {
         error: &repository::Error,
     ) {
         if operation == "start" {
-            // No repository is open yet whose requests are observed.
+            // The observer measures the requests of an open archive. It does not count a failure to
+            // open the archive.
             let kind = error.failure_kind().unwrap_or("other");
             count_error(&self.repository_errors, "open", kind);
         }

@@ -122,7 +122,7 @@ pub enum Error {
         /// The lock file.
         path: PathBuf,
     },
-    /// This user may not write the spool.
+    /// This user has no permission to write the spool.
     #[error(
         "the spool {path} cannot be written by user {user}: {source}; run `install -d -o {user} -m 0700 {missing}` as \
          root, or name a directory of this user with --spool or the key spool",
@@ -131,7 +131,7 @@ pub enum Error {
     SpoolDenied {
         /// The directory `{spool}/{cluster}`.
         path: PathBuf,
-        /// The directory that this user needs: the path or its parent.
+        /// The directory to create for this user: `path`, or its parent if that does not exist.
         missing: PathBuf,
         /// The user that this process runs as.
         user: String,

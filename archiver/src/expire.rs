@@ -263,7 +263,8 @@ fn apply(
     Ok(())
 }
 
-/// Removes backups that were deleted by name from a repository without retention.
+/// Removes due objects from a repository without retention, in which backups may have been deleted
+/// by name.
 fn sweep_deleted(
     settings: &ClusterSettings,
     place: &RepositoryPlace,

@@ -23,7 +23,7 @@ impl MetricConstructor<Histogram> for Durations {
 /// The measurements of all clusters. A clone shares them.
 #[derive(Clone, Debug)]
 pub struct Instruments {
-    /// The time at which the process began to measure, which is its start.
+    /// The time at which these instruments were created, which counts as the start of the process.
     pub(crate) started: jiff::Timestamp,
     pub(crate) flush_duration: Family<Labels, Histogram, Durations>,
     pub(crate) repository_request_duration: Family<Labels, Histogram, Durations>,

@@ -331,7 +331,8 @@ impl Desk {
     }
 
     fn archive(&self, file: &WalFile) -> Result<()> {
-        // The right repository would lack it, and PostgreSQL removes what was pushed.
+        // WAL that is stored in an older copy would be missing in the right repository, and
+        // PostgreSQL removes WAL that was pushed.
         if let Some(problem) = self.status.facts().repository_older {
             return Err(repository::Error::config(problem).into());
         }

@@ -134,10 +134,11 @@ pub struct SlotReport {
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct WindowReport {
     /// The end of the oldest usable base backup, by the server's clock. Never after `latest`.
-    /// `None` without a backup.
+    /// `None` without a usable backup.
     pub earliest: Option<PgTimestamp>,
-    /// The last instant that can be restored, by the server's clock: the last commit, or the later
-    /// time up to which the repository proves that nothing is missing. `None` if neither is known.
+    /// The last instant that can be restored, by the server's clock. This is the last commit, or a
+    /// later time up to which the repository proves that nothing is missing. `None` if neither is
+    /// known.
     pub latest: Option<PgTimestamp>,
     /// The last commit in the repository that can be reached from a base backup. `None` if there is
     /// none.
@@ -217,7 +218,7 @@ pub struct Counters {
     /// Age in seconds of the oldest WAL that is waiting for the repository. 0 if none is waiting,
     /// and `None` if the age is not known.
     pub upload_queue_age_seconds: Option<f64>,
-    /// Runs that failed, by kind. A kind without an entry has none.
+    /// The number of runs that failed since the start, by kind. A kind without an entry has none.
     pub runs_failed: Vec<(OutcomeKind, u64)>,
 }
 
@@ -273,7 +274,7 @@ pub struct ClusterReport {
     pub last_drill: Option<Outcome>,
     /// The time at which a drill last passed. `None` before the first.
     pub last_drill_passed: Option<PgTimestamp>,
-    /// The newest verification of the repository.
+    /// The newest verification of the repository. `None` before the first.
     pub last_verify: Option<Outcome>,
     /// The newest failed base backup, if none has succeeded since.
     pub failed_backup: Option<Outcome>,
@@ -281,25 +282,28 @@ pub struct ClusterReport {
     pub failed_expire: Option<Outcome>,
     /// The time at which a failover that lost commits was last found.
     pub last_failover_loss: Option<PgTimestamp>,
-    /// The newest failover that lost commits, as a sentence.
+    /// The newest failover that lost commits, as a sentence. `None` if there is none.
     pub failover_loss: Option<String>,
-    /// The number of objects found damaged or missing. `None` before the first verification.
+    /// The number of objects found damaged or missing. `None` while no verification has run and no
+    /// damaged or missing object is known.
     pub corrupt_objects: Option<u64>,
-    /// What the archive once had and the repository lacks: object keys and LSN ranges.
+    /// What the archive once had and the repository lacks, as texts with object keys and LSN
+    /// ranges.
     pub lost_objects: Vec<String>,
     /// The age at which the newest base backup is overdue.
     pub backup_max_age_seconds: f64,
     /// The age at which the newest drill is overdue.
     pub drill_max_age_seconds: Option<f64>,
-    /// The age at which the newest verification is overdue.
+    /// The age at which the newest verification is overdue. `None` if no maximum is configured.
     pub verify_max_age_seconds: Option<f64>,
     /// True if the server was queried and has no slot of ours.
     pub slot_missing: bool,
     /// Seconds until the spool is full if it grows as in the last 30 minutes. `None` while it does
-    /// not grow, and without a limit.
+    /// not grow or less than 15 minutes of growth are known, and without a limit.
     pub spool_full_in_seconds: Option<f64>,
     /// The part of `keep_window` that could once be restored and no longer can, in seconds. `None`
-    /// without `keep_window`, and before the catalog was read.
+    /// without `keep_window`, before the catalog was read, and before anything could ever be
+    /// restored.
     pub window_missing_seconds: Option<f64>,
     /// The server's clock minus ours, in seconds. `None` while the server is not polled.
     pub clock_offset_seconds: Option<f64>,
@@ -333,7 +337,7 @@ pub struct Facts<'a> {
     pub failing: Option<&'a str>,
     /// True if the primary was seen recently.
     pub source_known: bool,
-    /// False if the primary is not asked, because the repository does not answer.
+    /// False if the primary is not queried, because the repository does not answer.
     pub source_asked: bool,
     /// True if a stream is up.
     pub stream_connected: bool,

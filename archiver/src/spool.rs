@@ -113,8 +113,8 @@ impl Spool {
     }
 }
 
-/// Checks that this user may write `{spool}/{cluster}`, or create it, and changes nothing. Returns
-/// the free bytes of its file system.
+/// Checks that this user may write `{spool}/{cluster}`, or create it. Changes nothing. Returns the
+/// free bytes of its file system. `None` if the system does not report them.
 ///
 /// # Errors
 /// [`Error::SpoolDenied`], [`Error::Io`].
@@ -150,7 +150,8 @@ fn denied(cluster_directory: &Path, source: io::Error) -> Error {
     }
 }
 
-/// The name of the user that this process runs as, or its number.
+/// Returns the name of the user that this process runs as, or its number if `/etc/passwd` does not
+/// contain it.
 fn user_name() -> String {
     let uid = rustix::process::geteuid().as_raw().to_string();
     let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
@@ -162,7 +163,8 @@ fn user_name() -> String {
     name.unwrap_or(uid)
 }
 
-/// The branches below `{spool}/{cluster}`, without taking the lock: for `status`.
+/// Returns the branches below `{spool}/{cluster}`. Does not take the lock, so that `status` can
+/// call it.
 ///
 /// # Errors
 /// [`Error::Io`].

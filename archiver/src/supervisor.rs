@@ -48,7 +48,7 @@ use protect::endangered;
 pub(crate) use stages::{CatalogPlace, open_archive};
 use stages::{catalog_opens, outdated};
 
-/// Every reason for which a stream is begun again, as [`Supervisor`] counts them.
+/// Every reason for a reconnect that [`Supervisor`] counts.
 pub(crate) const RECONNECT_REASONS: [&str; 18] = [
     "catalog",
     "catalog_back",
@@ -209,9 +209,10 @@ struct Supervisor {
     /// The next pause while archiving is broken.
     broken_retry: Duration,
     damaged: u32,
-    /// The gap whose search was logged last. Each attempt to close it finds the same.
+    /// The gap whose search was logged last. Each attempt to close the gap finds the same gap,
+    /// which is not logged again.
     searched_gap: Option<String>,
-    /// The gap that was logged last as an interruption.
+    /// The gap that was last logged as an interruption.
     reported_gap: Option<String>,
     /// True if the stream was ended because the primary had to be protected.
     gave_up: bool,

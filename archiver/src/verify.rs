@@ -68,7 +68,7 @@ pub(crate) struct Findings {
 }
 
 impl Findings {
-    /// The JSON document.
+    /// Returns the findings as a JSON document.
     pub(crate) fn document(&self) -> serde_json::Value {
         let problem = |problem: &Problem| {
             serde_json::json!({

@@ -156,7 +156,7 @@ impl ClusterStatus {
             },
             rpo_target_seconds,
             window,
-            // The last answer of a server that is not seen says nothing about its slot now.
+            // While the server is not seen, its last answer says nothing about the slot.
             slot: facts
                 .slot_report
                 .filter(|_| remote.source_known)
@@ -250,7 +250,7 @@ impl ClusterStatus {
     }
 }
 
-/// Returns the reason of a state in which the repository lacks what was archived there.
+/// Returns the reason for a state in which the repository lacks what was archived there.
 fn lost_reason(lost: &[String]) -> String {
     let more = match lost.len() {
         0 | 1 => String::new(),

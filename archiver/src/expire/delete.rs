@@ -1,7 +1,7 @@
-//! `wal-archiver backup delete ID`: gives one backup up by name.
+//! `wal-archiver backup delete ID`: deletes one backup by name.
 //!
-//! Nothing else expires with it. Invariant: without `--force` no moment is lost that the retention
-//! policy keeps.
+//! No other object expires with the backup.
+//! Invariant: without `--force`, no moment that the retention policy keeps is lost.
 
 use std::time::Duration;
 
@@ -19,7 +19,7 @@ use crate::{
     outcomes,
 };
 
-/// The record's description of why the backup expired.
+/// The reason in the record of the expiry.
 const REASON: &str = "wal-archiver backup delete";
 
 /// The decision for one repository that holds the backup.
@@ -28,11 +28,11 @@ pub(crate) struct Deletion {
     pub(crate) place: RepositoryPlace,
     /// The moments that can no longer be restored afterwards.
     pub(crate) windows: Vec<ExpiredWindow>,
-    /// The reason why it needs `--force`. `None` if it does not.
+    /// The reason why the deletion needs `--force`. `None` if it does not.
     pub(crate) objection: Option<String>,
 }
 
-/// What one look into a repository found.
+/// The result of reading one repository.
 struct Found {
     repository: Repository,
     identity: ClusterIdentity,
@@ -41,10 +41,10 @@ struct Found {
     objection: Option<String>,
 }
 
-/// Decides for each repository of the cluster that holds the backup; changes nothing.
+/// Decides about the backup in each repository of the cluster that holds it. Changes nothing.
 ///
 /// # Errors
-/// [`Error::Usage`] if none holds it, [`Error::Repository`].
+/// [`Error::Usage`] if no repository holds the backup; [`Error::Repository`].
 pub(crate) fn decide(
     settings: &ClusterSettings,
     id: &BackupId,
@@ -72,10 +72,10 @@ pub(crate) fn decide(
 }
 
 /// Marks the backup as expired in one repository. Returns the time from which its objects are
-/// removed.
+/// removed. `None` if the repository does not hold the backup any more.
 ///
 /// # Errors
-/// [`Error::Expire`] if other processes expire there at the same time again and again,
+/// [`Error::Expire`] if other processes applied retention there during each attempt;
 /// [`Error::Repository`].
 pub(crate) fn delete(
     settings: &ClusterSettings,
@@ -119,7 +119,8 @@ pub(crate) fn delete(
     })
 }
 
-/// Reads the repository and decides. Returns `None` if it does not hold the backup.
+/// Reads the repository and decides about the backup. Returns `None` if the repository does not
+/// hold it.
 fn find(
     settings: &ClusterSettings,
     place: &RepositoryPlace,

@@ -1,4 +1,4 @@
-//! `wal-archiver expire --undo`: makes what expired within the grace count again.
+//! `wal-archiver expire --undo`: undoes the expiries that are younger than `expire_grace`.
 
 use jiff::Timestamp;
 use repository::{
@@ -16,17 +16,17 @@ use crate::{error::Result, outcomes};
 pub(crate) struct UndoReport {
     /// The repository.
     pub(crate) repository: String,
-    /// The backups that count again.
+    /// The backups whose expiry was undone.
     pub(crate) backups: Vec<BackupId>,
-    /// The number of ranges of WAL that count again.
+    /// The number of ranges of WAL whose expiry was undone.
     pub(crate) wal_ranges: usize,
     /// The times of the expiries that were undone.
     pub(crate) undone: Vec<PgTimestamp>,
-    /// The times of the expiries whose objects may be removed already.
+    /// The times of the expiries whose objects may already be removed.
     pub(crate) too_late: Vec<PgTimestamp>,
 }
 
-/// Undoes the expiries of each repository of a cluster that are within `expire_grace`.
+/// Undoes the expiries that are younger than `expire_grace` in each repository of a cluster.
 ///
 /// # Errors
 /// [`Error::Repository`](crate::error::Error::Repository).
@@ -72,7 +72,7 @@ fn undo_here(
     })
 }
 
-/// Records the change for the dashboard, which also makes the daemon read the repository again.
+/// Records the change for the dashboard. This also makes the daemon read the repository again.
 fn record(
     settings: &ClusterSettings,
     repository: &Repository,

@@ -136,10 +136,11 @@ impl fmt::Display for ServerReport {
     }
 }
 
-/// The remedy with the statement that the server's administrator runs, or an empty string.
+/// Returns the remedy with the statement that the server's administrator runs, or an empty string.
 fn remedy(report: &ServerReport) -> String {
     let says = |part: &str| report.message.contains(part);
-    // The message may be translated, but it quotes the role's name.
+    // The role's name is the first quoted text. A translated message may use other quotation marks;
+    // then an example name is used.
     let quoted = report.message.split('"').nth(1).unwrap_or("replicator");
     let is_role = report.routine == "InitializeSessionUserId" || says("role \"");
     if report.code == "28000" && is_role {

@@ -59,9 +59,10 @@ pub struct GapReport {
     pub from_lsn: Lsn,
     /// The first byte after the gap.
     pub to_lsn: Lsn,
-    /// The last known time of the WAL before the gap.
+    /// The last known time before the gap: of the WAL there, or the end of a backup. `None` if
+    /// neither is known.
     pub after: Option<PgTimestamp>,
-    /// The first known time after the gap.
+    /// The first known time after the gap. `None` if none is known.
     pub before: Option<PgTimestamp>,
     /// The cause, as text.
     pub cause: String,
@@ -114,7 +115,7 @@ pub struct Details {
     pub backups: Vec<BackupReport>,
     /// Outcomes of drills, failed backups, retention runs and verifications, oldest first.
     pub outcomes: Vec<Outcome>,
-    /// WAL that the newest verification found damaged and that is intact again.
+    /// The objects of WAL that the newest verification found damaged and that are intact again.
     #[serde(skip)]
     pub(crate) repaired: BTreeSet<ObjectKey>,
     /// Keys of objects that the catalog found damaged.

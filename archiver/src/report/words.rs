@@ -60,10 +60,11 @@ pub(crate) fn amount(mut value: f64) -> String {
     format!("{value:.1} {unit}")
 }
 
-/// A text of more characters is displayed in full only once.
+/// A text with more characters than this is displayed in full only once.
 const LONG_CHARS: usize = 120;
 
-/// The first sentence of a long text, cut between two words; a shorter text as it is.
+/// Returns the first sentence of a text. If the sentence is longer than [`LONG_CHARS`], it is cut
+/// between two words.
 pub(crate) fn brief(text: &str) -> String {
     let sentence = text.split_once(". ").map_or(text, |(first, _)| first);
     if sentence.chars().count() <= LONG_CHARS {
@@ -76,7 +77,7 @@ pub(crate) fn brief(text: &str) -> String {
     format!("{words} …")
 }
 
-/// Replaces each long text that is `displayed` already by its first sentence.
+/// Replaces each long text that is already `displayed` in full with its first sentence.
 pub(crate) fn shorten(text: &str, displayed: &[&str]) -> String {
     let whole = text.trim_end_matches('.');
     let is_long = |text: &str| brief(text) != text && text.chars().count() > LONG_CHARS;
@@ -97,7 +98,7 @@ pub(crate) fn shorten(text: &str, displayed: &[&str]) -> String {
     text
 }
 
-/// Seconds from `earlier` to `later`.
+/// Returns the seconds from `earlier` to `later`.
 pub(crate) fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "a span to be read")]
     let seconds = later.micros_since(earlier) as f64 / 1e6;

@@ -184,8 +184,8 @@ impl OpenSegment {
             Ok(()) => Self::at(spool, self.segment, false),
             Err(error) if is_no_space(&error) => {
                 tracing::warn!(file = %self.partial.display(), "the disk has no space for a new copy of the segment; rewriting it in place");
-                // Opened again: if only the directory's fsync failed, the copy has the name by now,
-                // and what is written to the old file is lost with it.
+                // The file is opened again: if only the directory's fsync failed, the copy already
+                // has the name, and what is written to the old file would be lost with it.
                 let mut named = Self::at(spool, self.segment, false)?;
                 let in_place = named
                     .file

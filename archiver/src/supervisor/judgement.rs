@@ -47,7 +47,7 @@ impl Supervisor {
         let facts = self.status.facts();
         let mut known = facts.stream_error.as_ref() == Some(&message);
         if matches!(error, Error::Gap { .. }) {
-            // Each attempt to close a gap streams for a moment, which clears the error above.
+            // Each attempt to close a gap streams for a moment, which clears `stream_error`.
             let reported = self.reported_gap.replace(message.clone());
             known |= reported.as_ref() == Some(&message);
         }
@@ -62,7 +62,7 @@ impl Supervisor {
         }
         let is_of_repository = matches!(&error, Error::Repository(error) if error.is_answer());
         self.status.note(|facts| {
-            // The same text in both: the primary was not asked.
+            // The same text in both errors means that the primary was not queried.
             if is_of_repository {
                 facts.repository_error = Some(message.clone());
             } else if facts.repository_error == facts.stream_error {

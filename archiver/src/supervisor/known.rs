@@ -93,7 +93,8 @@ pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Resul
     }
 }
 
-/// Waits until an offline repository answers and holds the segment that it lacked.
+/// Waits until an offline repository answers, and until it holds the segment that it lacked or the
+/// loss of that segment is accepted.
 pub(super) async fn answers(settings: &ClusterSettings, lacking: Option<&Loss>) {
     loop {
         tokio::time::sleep(ASK_AGAIN).await;
@@ -104,7 +105,7 @@ pub(super) async fn answers(settings: &ClusterSettings, lacking: Option<&Loss>) 
 }
 
 /// Returns true if a segment that the repository lacked is still missing and its loss is not
-/// accepted. While the repository does not answer, that is unknown, and true.
+/// accepted. Also returns true while the repository does not answer.
 pub(super) async fn lacks(settings: &ClusterSettings, lacking: Option<&Loss>) -> bool {
     let Some(loss) = lacking.cloned() else {
         return false;

@@ -58,7 +58,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// Starts the stages without the repository, which lacks what was archived last.
+    /// Starts the stages without the repository, because it lacks the newest archived segment.
     pub(super) async fn start_without(
         &mut self,
         identity: &ClusterIdentity,

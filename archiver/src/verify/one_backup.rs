@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 
 impl Verifier {
     /// Checks the objects of the backup, and the WAL from its start LSN to its stop LSN. Returns
-    /// `None` if this place does not hold the backup.
+    /// `None` if this place does not hold the backup or the backup has expired.
     pub(super) fn only_backup(mut self, id: &BackupId) -> Result<Option<Findings>> {
         let system = self.wal.system_identifier;
         let url = self.repository.url();
