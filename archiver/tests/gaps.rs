@@ -154,7 +154,8 @@ fn a_gap_that_a_running_archiver_finds_without_its_store_is_closed_when_it_is_ba
 fn the_gap_is_declared_and_left_behind(place: &Place, server: &Server, archiver: Archiver) {
     archiver.wait_for_log("is lost");
     archiver.wait_for_log("the archive is whole again");
-    // Each of these is logged once, however often the missing WAL is looked for.
+    // Each of these lines is logged at most once, however often the archiver looks for the missing
+    // WAL.
     let log = archiver.log();
     for line in [
         "a gap: looking for the missing WAL",

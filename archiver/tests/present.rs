@@ -173,7 +173,7 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
 
     // When the repository is back, the daemon takes one base backup, which repairs this.
     comes_back();
-    // What the failover lost stays a reason for a day.
+    // The failover's loss keeps the state degraded for a day.
     wait_until("a backup leads to the new timeline", || {
         let report = report(&archiver);
         let alerts = report["alerts"].to_string();
@@ -356,7 +356,8 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
     wait_flushed(&server, server.lsn());
     wait_until("all is well", || is_ok(&archiver));
 
-    // Both copies of a history file are stored again, from the catalog, and that is told.
+    // The daemon stores both copies of a history file again, from the catalog, and reports it as an
+    // event.
     let histories = place.files_below("/history");
     assert_eq!(histories.len(), 2, "{histories:?}");
     for file in &histories {
@@ -370,7 +371,7 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
         events().contains("of the two copies of this history file had been lost")
     });
 
-    // The newest ones stay: archiving goes on.
+    // The newest backup and segment stay, so archiving continues.
     let aside = tempfile::tempdir().expect("a directory");
     let mut lost = vec![place.files_below("backup.json").remove(0)];
     lost.push(place.files_below("/wal/").remove(0));
@@ -408,7 +409,7 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
     server.write_wal(1500);
     wait_flushed(&server, server.lsn());
 
-    // A restart does not forget it.
+    // The losses are known after a restart.
     archiver.kill();
     let archiver = place.run(&server.conninfo());
     wait_until("it serves", || {

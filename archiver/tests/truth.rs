@@ -1,5 +1,6 @@
-//! The numbers and lights against the truth: in every state, what page, API, metrics, Nagios and
-//! the health route show is compared with what `pitr-restore` plans on the same repository.
+//! Compares the numbers and lights with the truth: in every state, what the page, the API, the
+//! metrics, Nagios and the health route show is compared with what `pitr-restore` plans on the same
+//! repository.
 
 use std::{
     env, fs,
@@ -19,7 +20,8 @@ use crate::{
     },
 };
 
-/// `wal-archiver run` with a configuration file, in a directory that a shell has to quote.
+/// Returns a `wal-archiver` command with a configuration file in a directory whose name a shell
+/// must quote.
 pub(crate) fn configured(place: &Place, server: &Server) -> Command {
     let directory = place.spool().with_extension("of this test's own");
     fs::create_dir_all(&directory).expect("a directory");
@@ -48,7 +50,7 @@ fn plans(place: &Place, time: Timestamp) -> bool {
     })
 }
 
-/// Runs a command that the archiver printed as a shell does, but for its last step.
+/// Runs a restore command that the archiver printed in a shell, with `--dry-run`.
 fn run_printed(command: &str) -> Output {
     let programs = benches::programs::ours("pitr-restore").expect("it is built");
     let programs = programs.parent().expect("a directory").to_owned();
@@ -84,8 +86,8 @@ fn nagios(archiver: &Archiver, place: &Place) -> Option<i32> {
     output.output().expect("wal-archiver runs").status.code()
 }
 
-/// Compares everything that is shown with what a restore from the repository gives. Repeats while
-/// the state changes.
+/// Compares everything that is shown with what a restore from the repository gives. Repeats this
+/// while the state changes.
 pub(crate) fn compare(scene: &str, archiver: &Archiver, place: &Place) {
     wait_until(&format!("{scene}: one state throughout"), || {
         let before = report(archiver);
@@ -110,7 +112,7 @@ pub(crate) fn compare(scene: &str, archiver: &Archiver, place: &Place) {
             assert_accepted(&locate(archiver, at)["command"], scene);
         }
     }
-    // What lies in the future is proved by nobody.
+    // Nothing proves an instant in the future.
     let beyond = locate(archiver, Timestamp::now() + SignedDuration::from_hours(1));
     assert!(beyond["command"].is_null(), "{scene}: {beyond}");
     assert!(beyond["refusal"].is_string(), "{scene}: {beyond}");
@@ -119,7 +121,7 @@ pub(crate) fn compare(scene: &str, archiver: &Archiver, place: &Place) {
     }
 }
 
-/// The first number or light that is not true.
+/// Returns a description of the first number or light that is not true. `None` if all are.
 fn difference(scene: &str, shown: &Value, archiver: &Archiver, place: &Place) -> Option<String> {
     let window = &shown["window"];
     let (earliest, latest) = (time(&window["earliest"]), time(&window["latest"]));
@@ -130,7 +132,7 @@ fn difference(scene: &str, shown: &Value, archiver: &Archiver, place: &Place) ->
         let name = format!("pitr_window_{name}_timestamp_seconds{{cluster=\"main\"}}");
         let seconds = value.map(|time| time.as_duration().as_secs_f64());
         let sample = metric(archiver, &name);
-        // More may be archived since.
+        // More WAL may have been archived since.
         if sample.is_some() != seconds.is_some() || sample.map(|one| one + 1e-3) < seconds {
             return Some(format!("{name} is {sample:?}"));
         }
@@ -156,7 +158,7 @@ fn difference(scene: &str, shown: &Value, archiver: &Archiver, place: &Place) ->
         return Some("a lag that nobody knows is 0".to_owned());
     }
     let codes: &[i32] = match state {
-        // An alert beside it may be worse than the state.
+        // An alert may be worse than the state.
         "ok" => &[0, 1, 2],
         "degraded" => &[1, 2],
         "at_risk" | "broken" => &[2],
@@ -184,8 +186,8 @@ fn difference(scene: &str, shown: &Value, archiver: &Archiver, place: &Place) ->
         .then(|| "the page says that nothing would be lost".to_owned())
 }
 
-/// Damages a sealed segment in the middle of the archive. Returns its name and the time of a commit
-/// in it.
+/// Damages a sealed segment in the middle of the archive. Returns the path of its object and a time
+/// within its WAL.
 pub(crate) fn damage_in_the_middle(
     place: &Place,
     server: &Server,
@@ -212,20 +214,21 @@ pub(crate) fn damage_in_the_middle(
     (object, inside)
 }
 
-/// Flips a bit of an object's body. Doing it twice restores the original.
+/// Flips a bit of an object's body. A second call restores the original.
 pub(crate) fn flip(object: &Path) {
     let mut content = fs::read(object).expect("an object");
     content[100] ^= 1;
     fs::write(object, content).expect("it is written");
 }
 
-/// The exit code of `wal-archiver verify`.
+/// Returns the exit code of `wal-archiver verify`.
 pub(crate) fn verify(place: &Place, server: &Server) -> Option<i32> {
     let output = place.command(&server.conninfo()).arg("verify").output();
     output.expect("wal-archiver runs").status.code()
 }
 
-/// A state: its name, the light that it demands, how it begins and how it ends.
+/// A state: its name, the lights of which it shows one, and a function that begins it and returns
+/// the function that ends it.
 struct Scene {
     name: &'static str,
     light: &'static [&'static str],
@@ -309,7 +312,7 @@ fn a_repository_that_is_away_is_not_reported_as_the_primary() {
     assert!(matches!(code, Some(2 | 3)), "{code:?}");
 }
 
-/// The whole table, each state before and after a restart of the archiver.
+/// Tests every scene, before and after a restart of the archiver.
 #[test]
 fn every_state_shows_what_a_restore_gives() {
     if env::var_os("TIDEMARK_LONG").is_none() {

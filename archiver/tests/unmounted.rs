@@ -35,7 +35,7 @@ impl Disk {
         None
     }
 
-    /// Another disk with a copy of what is on this one, which is not mounted yet.
+    /// Returns another disk with a copy of this one's content. The copy is not mounted yet.
     fn copied(&self) -> Self {
         let content = tempfile::tempdir().expect("a directory");
         let source = self.content.path().join(".");
@@ -49,7 +49,7 @@ impl Disk {
         }
     }
 
-    /// The sealed segments on it, by name.
+    /// Returns the paths of the sealed segments on the disk, sorted.
     fn sealed(&self) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut open = vec![self.content.path().to_owned()];
@@ -151,7 +151,7 @@ fn wait_until_well(archiver: &Archiver) {
     });
 }
 
-/// The end of the WAL in the repository.
+/// Returns the LSN at which the WAL in the repository ends.
 fn remote(archiver: &Archiver) -> Lsn {
     let answer = archiver.get("/api/v1/clusters/main");
     let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
@@ -253,8 +253,8 @@ fn an_unmounted_repository_acknowledges_nothing_as_remote() {
     survives("remote");
 }
 
-/// An old copy of the repository is mounted over it, with the same identity: nothing is stored there
-/// until the right disk is back, or the operator says that what is missing is lost for good.
+/// Mounts an old copy of the repository over it, with the same identity. Nothing is stored there
+/// until the right disk is back, or the operator accepts that what is missing is lost for good.
 fn older_copy_takes_nothing(acknowledge: &str) {
     let Some((server, place, disk, command)) = scene(acknowledge) else {
         return;
@@ -321,7 +321,7 @@ fn older_copy_takes_nothing(acknowledge: &str) {
     wait_until_red_for(&archiver, &words);
     let (code, said) = run(&["verify", "--accept-loss"]);
     assert!(said.contains("accepted as lost: WAL "), "{said}");
-    // Before a base backup is taken after the hole.
+    // The archive is not complete before a base backup is taken after the hole.
     assert!(matches!(code, Some(0 | 4)), "{said}");
     archiver.wait_for_log("the archive is whole again from this backup on");
     server.write_wal(1500);
@@ -422,7 +422,8 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
         &["catalog", "rebuild"],
     ] {
         let (code, said) = run(arguments);
-        // An empty place proves that the archive is not whole; no other command can tell.
+        // `verify` takes an empty place as proof that the archive is not complete. The other
+        // commands cannot tell.
         let expected = if arguments == ["verify"] { 4 } else { 5 };
         assert_eq!(code, Some(expected), "{arguments:?}: {said}");
         let remedy = format!("`wal-archiver epoch begin --system-identifier {system}`");

@@ -36,8 +36,9 @@ struct Light {
     whole: bool,
 }
 
-/// The certificate's light is tested in `tls`, where there is a certificate. The conditions of the
-/// others take hours, or need standbys and several repositories: unit tests check them.
+/// Alerts that this test does not break. `tls` tests the certificate's light, because it has a
+/// certificate. The conditions of the others take hours, or need standbys and several repositories:
+/// unit tests check them.
 const TESTED_ELSEWHERE: [&str; 10] = [
     "PitrCertificateExpiry",
     "PitrFailoverLoss",
@@ -239,7 +240,7 @@ impl World {
         output.expect("wal-archiver runs").status.code()
     }
 
-    /// The standard output and the exit code of a command that asks the daemon.
+    /// Returns the standard output and the exit code of a command that queries the daemon.
     fn ask(&self, arguments: &[&str]) -> (String, Option<i32>) {
         let asking = self.configuration.with_extension("status");
         let text = format!("http = '{}'\n{}", self.archiver.address(), configured(""));
@@ -429,7 +430,7 @@ fn every_light_is_broken_once_and_recovers() {
             );
             assert_eq!(code, Some(2));
         }
-        // Nothing but the state that the daemon declares is wrong.
+        // Only the state that the daemon reports is wrong here.
         if light.alert == "PitrDrillFailed" {
             let (said, code) = world.ask(&["check"]);
             assert!(said.contains("FAIL  state of main: broken: "), "{said}");

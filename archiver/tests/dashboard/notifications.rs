@@ -1,5 +1,5 @@
-//! Notifications of a real archiver: a restart neither repeats a standing alert nor forgets its
-//! end.
+//! Tests the notifications of a real archiver: a restart neither repeats an alert that still fires
+//! nor forgets its end.
 
 use std::{
     fs,
@@ -36,7 +36,7 @@ impl Receiver {
         Self { port, seen }
     }
 
-    /// The notifications about an alert with this status.
+    /// Returns the notifications about an alert with this status.
     fn about(&self, alert: &str, status: &str) -> Vec<Value> {
         let seen = self.seen.lock().expect("no panic");
         let about = seen
@@ -104,7 +104,8 @@ fn a_restart_neither_repeats_an_alert_nor_forgets_its_end() {
         let content: Value = serde_json::from_slice(&content).unwrap_or_default();
         content["receivers"]["a"][OVERDUE]["told"].is_string()
     });
-    // A site whose name resolves to this host reads nothing.
+    // A request whose `Host` is another site's name is refused: that site may have made its name
+    // resolve to this host.
     let mut stream = TcpStream::connect(archiver.address()).expect("it listens");
     let request = b"GET /metrics HTTP/1.1\r\nHost: evil.example\r\nConnection: close\r\n\r\n";
     stream.write_all(request).expect("a request");

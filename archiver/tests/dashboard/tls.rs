@@ -143,7 +143,7 @@ fn a_certificate_is_exchanged_while_it_serves_and_status_asks_over_https() {
         String::from_utf8_lossy(&refused.stderr).contains("401")
     });
 
-    // A secret that every user of the host may read is refused with a remedy that works.
+    // A secret that every user of the host may read is refused, and the message names a remedy.
     for secret in [token, directory.path().join("http.key")] {
         fs::set_permissions(&secret, fs::Permissions::from_mode(0o644)).expect("chmod");
         for word in ["run", "check"] {
