@@ -1,8 +1,9 @@
-//! Hints for commands of other backup tools, or of our other program.
+//! Hints for commands that exist in other backup tools or in our other program.
 
 use clap::error::{ContextKind, ContextValue, Error, ErrorKind};
 
-/// What the command of pgBackRest, Barman, WAL-G or our other program is called here.
+/// The names of commands in pgBackRest, Barman, WAL-G or our other program, each group with its
+/// hint.
 const HINTS: [(&[&str], &str); 16] = [
     (
         &[
@@ -86,8 +87,8 @@ const HINTS: [(&[&str], &str); 16] = [
     (&["version"], "use --version"),
 ];
 
-/// Adds the hint to the error about an unknown command, if there is one. It takes the place of a
-/// similar name, which means something else.
+/// Adds the hint for an unknown command to the error, if there is a hint. The hint replaces clap's
+/// suggestion of a similar name, because that command does something else.
 #[must_use]
 pub fn with_command_hint(mut error: Error) -> Error {
     if error.kind() != ErrorKind::InvalidSubcommand {

@@ -234,7 +234,7 @@ pub struct ClusterSettings {
     pub seal_threads: usize,
     /// The server from which standbys stream the archive. Default: none.
     pub walsender: Option<WalsenderSettings>,
-    /// The absolute path of the file that was read, if any.
+    /// The absolute path of the configuration file; `None` if no file was read.
     pub file: Option<PathBuf>,
 }
 
@@ -259,7 +259,7 @@ pub struct Settings {
     pub http: SocketAddr,
     /// The access to the HTTP server.
     pub http_access: HttpAccess,
-    /// The document with the runbooks of the alerts. Default: the page's own.
+    /// The URL of the runbook of the alerts. Default: the page's own `/runbook`.
     pub runbook_url: Option<String>,
     /// The receivers of alerts.
     pub notify: Vec<NotifyTarget>,
@@ -281,12 +281,12 @@ impl Settings {
         Self::of(args, path, &file)
     }
 
-    /// The same for a program that PostgreSQL starts, or that only reads the repository: without
-    /// HTTP's tokens, the walsender and the receivers of alerts, whose files only the daemon's user
-    /// may be able to read.
+    /// Resolves the settings of a program that PostgreSQL starts, or that only reads the
+    /// repository. Omits the tokens of HTTP, the walsender and the receivers of alerts, because
+    /// only the daemon's user may be able to read their files.
     ///
     /// # Errors
-    /// As [`Settings::resolve`].
+    /// Those of [`Settings::resolve`].
     pub fn resolve_for_storage(args: &CommonArgs) -> Result<Self> {
         let path = find(args)?;
         let mut file = match &path {

@@ -1,8 +1,9 @@
-//! Base backups and WAL objects that the last `wal-archiver verify` found damaged or missing. A
-//! restore's plan does not use them, and the window does not contain them.
+//! Base backups and WAL objects that the last `wal-archiver verify` found damaged or missing. The
+//! plan of a restore does not use them, and the window does not contain them.
 //!
-//! An object that another repository of the same archive has intact is not lost. A verdict is true
-//! for the time at which it was made: [`Repository::wal_problem`] checks WAL again.
+//! An object of which another repository of the same archive has an intact copy is not lost. A
+//! result is valid for the time of the verification: [`Repository::wal_problem`] checks a WAL
+//! object again.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +14,7 @@ use wal_format::{
 
 use crate::{Error, Repository, Result};
 
-/// The damage of a backup, or of an object of WAL.
+/// The damage of a backup or of a WAL object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
     /// The damaged object.
@@ -35,10 +36,10 @@ pub type DamagedBackups = BTreeMap<BackupId, Damage>;
 pub type DamagedWal = BTreeMap<ObjectKey, Damage>;
 
 impl Repository {
-    /// The backups and the WAL objects that the last verification found damaged.
+    /// Returns the backups and the WAL objects that the last verification found damaged.
     ///
     /// # Errors
-    /// As [`Repository::newest_outcome`].
+    /// Those of [`Repository::newest_outcome`].
     pub fn known_damage(&self, system: SystemIdentifier) -> Result<(DamagedBackups, DamagedWal)> {
         let Some(verdict) = self.newest_outcome(system, OutcomeKind::Verify, |_| true)? else {
             return Ok((DamagedBackups::new(), DamagedWal::new()));
@@ -48,11 +49,11 @@ impl Repository {
         Ok((backups, damaged_wal(&verdict, &places)))
     }
 
-    /// Reads an object of WAL and decodes it. Returns its problem; `None` if it is intact or no
+    /// Reads a WAL object and decodes it. Returns its problem; `None` if the object is intact or no
     /// longer exists.
     ///
     /// # Errors
-    /// As [`Repository::get`].
+    /// Those of [`Repository::get`].
     pub fn wal_problem(&self, key: &ObjectKey, wal: WalIdentity) -> Result<Option<String>> {
         let object = match self.get(key) {
             Ok(object) => object,
@@ -71,7 +72,7 @@ impl Repository {
         if header.key() != *key {
             return Ok(Some(format!("it holds {}", header.key())));
         }
-        // A tail may begin inside of a page, which cannot be decoded alone.
+        // A tail may begin inside a page, which cannot be decoded without the WAL before it.
         if !header.is_whole_segment() {
             return Ok(None);
         }
@@ -96,7 +97,7 @@ impl Repository {
     }
 }
 
-/// The backups that a verification found damaged in each of `places`.
+/// Returns the backups that a verification found damaged in each of `places`.
 #[must_use]
 pub fn damaged_backups(verdict: &Outcome, places: &[String]) -> DamagedBackups {
     let mut damaged = DamagedBackups::new();
@@ -111,7 +112,7 @@ pub fn damaged_backups(verdict: &Outcome, places: &[String]) -> DamagedBackups {
     damaged
 }
 
-/// The WAL objects that a verification found damaged in each of `places`.
+/// Returns the WAL objects that a verification found damaged in each of `places`.
 #[must_use]
 pub fn damaged_wal(verdict: &Outcome, places: &[String]) -> DamagedWal {
     let mut damaged = damaged_objects(verdict, places);
@@ -119,8 +120,9 @@ pub fn damaged_wal(verdict: &Outcome, places: &[String]) -> DamagedWal {
     damaged
 }
 
-/// The objects that a verification found damaged in each of `places`. Its problems are
-/// `KEY: PROBLEM`, and where it examined several repositories `URL: KEY: PROBLEM`.
+/// Returns the objects that a verification found damaged in each of `places`. Each entry of
+/// `verdict.damaged` is `KEY: PROBLEM`, or `URL: KEY: PROBLEM` if several repositories were
+/// verified.
 fn damaged_objects(verdict: &Outcome, places: &[String]) -> BTreeMap<ObjectKey, Damage> {
     let mut found: BTreeMap<ObjectKey, (BTreeSet<&str>, &str)> = BTreeMap::new();
     for text in &verdict.damaged {

@@ -119,7 +119,7 @@ pub enum Error {
         /// The store's message.
         problem: String,
     },
-    /// The place holds an older state of the archive than the one that this host archived to.
+    /// The repository is an older state of the archive than the state that this host has archived.
     #[error(
         "{url} holds an older state of the repository, or its newest WAL is lost: this host archived {missing}, which is \
          not there. Nothing is written there, and WAL waits in the spool. Mount the right disk or bring the objects \
@@ -127,9 +127,9 @@ pub enum Error {
          declares this WAL lost; the archiver then continues here and takes a base backup"
     )]
     OlderState {
-        /// The repository.
+        /// The URL of the repository.
         url: String,
-        /// What is missing, with keys and LSN ranges.
+        /// The missing objects, with keys and LSN ranges.
         missing: String,
         /// The newest sealed segment that was archived.
         newest: Box<Loss>,
@@ -265,8 +265,8 @@ impl Error {
         }
     }
 
-    /// Returns true if the place does not hold the archive that this host writes to, or holds an
-    /// older state of it.
+    /// Returns true if the place does not contain the archive that this host writes to, or contains
+    /// an older state of it.
     #[must_use]
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Gone { .. } | Self::OlderState { .. })
@@ -331,8 +331,9 @@ impl Error {
         )
     }
 
-    /// Returns the kind of this failure of a request, one of [`FAILURE_KINDS`]. `None` for an answer
-    /// that is expected in ordinary operation: an absent object, or one that deletion spares.
+    /// Returns the kind of this failure of a request, one of [`FAILURE_KINDS`]. Returns `None` for
+    /// an answer that is expected in normal operation: an object that is absent, or that cannot be
+    /// deleted because it is locked.
     #[must_use]
     pub fn failure_kind(&self) -> Option<&'static str> {
         match self {
@@ -394,7 +395,8 @@ impl Error {
     }
 }
 
-/// Every answer of [`Error::failure_kind`], for labels that exist before the first failure.
+/// The values that [`Error::failure_kind`] can return, for labels that exist before the first
+/// failure.
 pub const FAILURE_KINDS: [&str; 5] = ["gone", "integrity", "other", "refused", "unreachable"];
 
 /// Returns true if an operation failed because this process (`EMFILE`) or the whole system

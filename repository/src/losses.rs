@@ -1,9 +1,11 @@
-//! [`LossRecord`]: what the archive once had and its repository lacks, as this host knows it.
+//! [`LossRecord`]: objects that this host archived and that the repository lacks.
 //!
-//! `{spool}/{cluster}/losses.json` is written by the daemon when it finds that objects are missing
-//! which its catalog knew, before the catalog forgets them. `accepted_losses.json` is written by
-//! `wal-archiver verify --accept-loss`. Each file has one writer, so neither change is lost.
-//! Invariant: a loss stays in the first file until the objects are back or it is in the second one.
+//! The daemon writes `{spool}/{cluster}/losses.json` when it finds that the repository lacks
+//! objects of its catalog, before the catalog removes their entries. `catalog rebuild` does the
+//! same while no daemon has the catalog open. `wal-archiver verify --accept-loss` writes
+//! `accepted_losses.json`. Each file has one writer at a time, so no change is lost.
+//! Invariant: a loss stays in the first file until its objects are back or it is in the second
+//! file.
 
 use std::{
     collections::BTreeMap,
@@ -20,45 +22,46 @@ use crate::{Error, Result, config::ClusterSettings, durable, expire::Intervals};
 
 const FOUND_FILE: &str = "losses.json";
 const ACCEPTED_FILE: &str = "accepted_losses.json";
-/// The version of both files that this build writes.
+/// The version of both files.
 const FORMAT_VERSION: u32 = 1;
-/// The number of losses that a message names.
+/// The maximum number of losses that a message names.
 const NAMED_MAX: usize = 5;
 
-/// Objects that the archive had and that its repository lacks.
+/// Objects that were archived and that the repository lacks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Loss {
-    /// Sealed segments that follow each other.
+    /// Consecutive sealed segments.
     Wal {
-        /// The cluster.
+        /// The system identifier of the cluster.
         system: SystemIdentifier,
-        /// Its segment size.
+        /// The segment size of the cluster.
         segment_size: SegmentSize,
         /// The timeline.
         branch: Branch,
-        /// The first byte of the first one.
+        /// The first byte of the first segment.
         from_lsn: Lsn,
-        /// The first byte after the last one.
+        /// The first byte after the last segment.
         to_lsn: Lsn,
     },
-    /// The description of a base backup, without which its other objects are of no use.
+    /// The description of a base backup. Without it, the other objects of the backup cannot be
+    /// used.
     Backup {
-        /// The cluster.
+        /// The system identifier of the cluster.
         system: SystemIdentifier,
-        /// Its name.
+        /// The name of the backup.
         id: BackupId,
-        /// The timeline it was taken on.
+        /// The timeline on which the backup was taken.
         branch: Branch,
         /// The LSN at which redo begins.
         start_lsn: Lsn,
-        /// The LSN at which it is consistent.
+        /// The LSN at which the backup is consistent.
         stop_lsn: Lsn,
     },
 }
 
 impl Loss {
-    /// The object that is missing; of several, the first one.
+    /// Returns the key of the missing object; of several segments, the key of the first.
     #[must_use]
     pub fn key(&self) -> ObjectKey {
         match self {
@@ -114,7 +117,8 @@ impl fmt::Display for Loss {
     }
 }
 
-/// Names losses for a message; of many, the first and the last ones.
+/// Returns a list of losses for a message. Of more than five losses, it names the first four and
+/// the last.
 #[must_use]
 pub fn name_losses<'a>(losses: impl IntoIterator<Item = &'a Loss>) -> String {
     let mut names: Vec<String> = losses.into_iter().map(Loss::to_string).collect();
@@ -126,20 +130,20 @@ pub fn name_losses<'a>(losses: impl IntoIterator<Item = &'a Loss>) -> String {
     names.join("; ")
 }
 
-/// What a listing of the repository does not show although it was archived.
+/// Objects that were archived and that a listing of the repository does not contain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Missing {
-    /// The objects.
+    /// The missing objects.
     pub losses: Vec<Loss>,
-    /// The newest sealed segment that is known, if it is among them: then the place is an older
-    /// state of the repository.
+    /// The newest sealed segment of the catalog, if it is missing: then the place is an older state
+    /// of the repository.
     pub newest: Option<Loss>,
 }
 
-/// A loss and when it was found.
+/// A loss and the time at which it was found.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FoundLoss {
-    /// The objects.
+    /// The missing objects.
     #[serde(flatten)]
     pub loss: Loss,
     /// The time, by this host's clock.
@@ -148,25 +152,25 @@ pub struct FoundLoss {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct File<T> {
-    /// 1.
+    /// Always [`FORMAT_VERSION`].
     format_version: u32,
     losses: Vec<T>,
 }
 
-/// The record of what a cluster's archive has lost.
+/// The record of the objects that a cluster's repository has lost.
 #[derive(Clone, Debug)]
 pub struct LossRecord {
     directory: PathBuf,
 }
 
 impl LossRecord {
-    /// The record of the cluster with these settings.
+    /// Returns the record of the cluster with these settings.
     #[must_use]
     pub fn of(settings: &ClusterSettings) -> Self {
         Self::below(&settings.spool.join(settings.name.as_str()))
     }
 
-    /// The record in `{spool}/{cluster}`.
+    /// Returns the record in `directory`, which is `{spool}/{cluster}`.
     #[must_use]
     pub fn below(directory: &Path) -> Self {
         Self {
@@ -174,10 +178,10 @@ impl LossRecord {
         }
     }
 
-    /// The losses that were found and not accepted.
+    /// Returns the losses that were found and that no operator has accepted.
     ///
     /// # Errors
-    /// [`Error::Store`] when a file cannot be read or understood.
+    /// [`Error::Store`] if a file cannot be read or parsed.
     pub fn open(&self) -> Result<Vec<FoundLoss>> {
         let accepted = Known::new(self.accepted()?);
         let found: Vec<FoundLoss> = self.read(FOUND_FILE)?;
@@ -191,10 +195,10 @@ impl LossRecord {
         Ok(still_open.collect())
     }
 
-    /// The losses that an operator has accepted.
+    /// Returns the losses that an operator has accepted.
     ///
     /// # Errors
-    /// As [`LossRecord::open`].
+    /// Those of [`LossRecord::open`].
     pub fn accepted(&self) -> Result<Vec<Loss>> {
         self.read(ACCEPTED_FILE)
     }
@@ -202,15 +206,15 @@ impl LossRecord {
     /// Returns true if an operator has accepted the whole loss.
     ///
     /// # Errors
-    /// As [`LossRecord::open`].
+    /// Those of [`LossRecord::open`].
     pub fn is_accepted(&self, loss: &Loss) -> Result<bool> {
         Ok(Known::new(self.accepted()?).left_of(loss).is_empty())
     }
 
-    /// What is missing without the losses that were accepted.
+    /// Returns `missing` without the losses that an operator has accepted.
     ///
     /// # Errors
-    /// As [`LossRecord::open`].
+    /// Those of [`LossRecord::open`].
     pub fn without_accepted(&self, missing: &Missing) -> Result<Missing> {
         let accepted = Known::new(self.accepted()?);
         let losses = missing.losses.iter();
@@ -221,7 +225,7 @@ impl LossRecord {
         })
     }
 
-    /// Adds losses, durably. Those that are known keep their time.
+    /// Adds losses durably. A loss that is recorded already keeps its time.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -241,7 +245,8 @@ impl LossRecord {
         self.write(FOUND_FILE, &found)
     }
 
-    /// Keeps what `left` leaves of each loss: the objects that are still missing.
+    /// Replaces each loss that was found with the result of `left`, which returns the part that is
+    /// still missing.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -259,7 +264,7 @@ impl LossRecord {
         self.write(FOUND_FILE, &kept)
     }
 
-    /// Accepts losses, durably: they are no longer looked for.
+    /// Records losses durably as accepted. They are no longer reported.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -270,7 +275,7 @@ impl LossRecord {
         self.write(ACCEPTED_FILE, &accepted)
     }
 
-    /// Removes both files: another archive begins.
+    /// Removes both files. Used when a new archive begins in this spool.
     ///
     /// # Errors
     /// [`Error::Store`].
@@ -301,7 +306,7 @@ impl LossRecord {
     }
 }
 
-/// The losses as sets, to subtract them from others.
+/// A set of losses that can be subtracted from other losses.
 struct Known {
     wal: BTreeMap<Branch, Intervals>,
     others: Vec<Loss>,
@@ -327,7 +332,7 @@ impl Known {
         all
     }
 
-    /// What remains of a loss.
+    /// Returns the part of a loss that this set does not contain.
     fn left_of(&self, loss: &Loss) -> Vec<Loss> {
         let Loss::Wal {
             branch,

@@ -1,10 +1,10 @@
-//! [`printable`]: a text from outside as one line of a terminal.
+//! [`printable`]: makes external text safe to print on a terminal.
 
 use std::borrow::Cow;
 
-/// Escapes every character that a terminal or a log would not show as itself: control characters,
-/// line separators, and those that change the direction of the text. Labels and the names of
-/// restore points are chosen by whoever may connect to the server.
+/// Escapes every character that a terminal or a log does not show as itself: control characters,
+/// line separators, and characters that change the direction of the text. Anyone who may connect to
+/// the server can choose labels and the names of restore points.
 #[must_use]
 pub fn printable(text: &str) -> Cow<'_, str> {
     if !text.contains(is_hidden) {

@@ -330,9 +330,9 @@ impl Restorable {
 }
 
 impl Stretch {
-    /// The last time, by the server's clock, up to which the stretch's WAL is proved to be all that
-    /// the server had flushed. A plan accepts a target time up to this one although no later commit
-    /// is archived.
+    /// The latest time, by the server's clock, up to which the stretch is proved to contain all WAL
+    /// that the server had flushed. A plan accepts a target time up to this time even if no later
+    /// commit is archived.
     #[must_use]
     pub fn proven(&self) -> Option<PgTimestamp> {
         self.ranges.iter().filter_map(|range| range.proven).max()

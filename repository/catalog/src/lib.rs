@@ -336,11 +336,11 @@ impl Catalog {
         self.refresh_guarded(repository, &Guard::NONE)
     }
 
-    /// As [`Catalog::refresh`], except that the guard is told of what is missing before it is
-    /// forgotten.
+    /// Refreshes the catalog as [`Catalog::refresh`] does, but passes missing objects to the guard
+    /// before it removes their entries.
     ///
     /// # Errors
-    /// As [`Catalog::refresh`]; what the guard fails with.
+    /// Those of [`Catalog::refresh`], and the error of the guard.
     pub fn refresh_guarded(
         &self,
         repository: &Repository,

@@ -1,7 +1,7 @@
-//! Compares what the catalog knows with what the repository shows, before the catalog forgets it.
+//! Compares the catalog with a listing of the repository before the catalog removes entries.
 //!
-//! Invariant: what was archived and is missing is handed to the caller before it leaves the
-//! catalog, which may be the only place that still knows of it.
+//! Invariant: archived objects that are missing are passed to the caller before their entries leave
+//! the catalog, which may be the only place that still knows of them.
 
 use std::{cell::RefCell, collections::BTreeMap, fmt, path::Path};
 
@@ -13,17 +13,18 @@ use wal_format::{BackupInfo, Branch, Lsn, ObjectKey};
 
 use super::{Catalog, SEGMENTS, keys, refresh::skeleton};
 
-/// Is asked and told before the catalog forgets what a listing does not show.
+/// The functions that a refresh calls before it removes entries of objects that a listing does not
+/// contain.
 pub struct Guard<'a> {
-    /// Returns true if a segment is in the spool, from which it is stored again.
+    /// Returns true if a segment is in the spool. The archiver stores such a segment again.
     pub is_spooled: &'a dyn Fn(&WalRange) -> bool,
-    /// Is told of what was archived, did not expire and is missing. If it fails, nothing is
-    /// forgotten.
+    /// Receives the objects that were archived, did not expire and are missing. If it fails, the
+    /// catalog removes nothing.
     pub missing: &'a dyn Fn(&Missing) -> Result<()>,
 }
 
 impl Guard<'_> {
-    /// A guard of a catalog that may forget everything.
+    /// A guard that lets the catalog remove every entry.
     pub(super) const NONE: Guard<'static> = Guard {
         is_spooled: &|_| false,
         missing: &|_| Ok(()),
@@ -37,8 +38,8 @@ impl fmt::Debug for Guard<'_> {
 }
 
 impl Catalog {
-    /// What the catalog in `directory` knows and the repository lacks. The catalog may be in use, and
-    /// is not changed; without one nothing is known.
+    /// Returns the objects that the catalog in `directory` knows and the repository lacks. The
+    /// catalog may be in use and is not changed. Returns no objects if there is no catalog.
     ///
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog), [`Error::Store`](repository::Error::Store).
@@ -64,7 +65,8 @@ impl Catalog {
         Ok(missing.into_inner())
     }
 
-    /// Forgets the range of WAL that an object holds; one that is not recorded is fine.
+    /// Removes the entry of the WAL range that an object contains. An object without an entry is
+    /// not an error.
     ///
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog).
@@ -78,7 +80,7 @@ impl Catalog {
         }
     }
 
-    /// The sealed segment of the greatest LSN on the newest timeline.
+    /// Returns the sealed segment with the greatest LSN on the newest timeline.
     ///
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog).
@@ -100,8 +102,8 @@ impl Catalog {
         Ok(None)
     }
 
-    /// Up to `count` sealed segments in the order of branches and LSNs: those after `after`, or the
-    /// first ones.
+    /// Returns up to `count` sealed segments in the order of branches and LSNs, beginning after
+    /// `after` or with the first segment.
     ///
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog).
@@ -125,7 +127,8 @@ impl Catalog {
         Ok(found)
     }
 
-    /// What is missing of these sealed segments, apart from what expired meanwhile.
+    /// Returns the loss of these ranges' sealed segments, without those that expired in the
+    /// meantime.
     pub(super) fn missing_wal(
         &self,
         repository: &Repository,
@@ -162,7 +165,7 @@ impl Catalog {
         Ok(Missing { losses, newest })
     }
 
-    /// The loss of the sealed segments of a range.
+    /// Returns the loss of the sealed segments of a range.
     #[must_use]
     pub fn loss(&self, branch: Branch, from_lsn: Lsn, to_lsn: Lsn) -> Loss {
         Loss::Wal {
@@ -174,7 +177,7 @@ impl Catalog {
         }
     }
 
-    /// What is missing of these backups, apart from what expired meanwhile.
+    /// Returns the loss of these backups, without those that expired in the meantime.
     pub(super) fn missing_backups(
         &self,
         repository: &Repository,

@@ -170,7 +170,7 @@ impl Catalog {
         }
     }
 
-    /// A temporary copy of the catalog in `directory`, which may be in use.
+    /// Creates a temporary copy of the catalog in `directory`, which may be in use.
     pub(super) fn copy_of(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
         let temporary = tempfile::Builder::new()
             .prefix("tidemark-catalog-")

@@ -342,7 +342,7 @@ fn what_is_missing_is_told_before_it_is_forgotten() {
         let key = range.key(&identity());
         fixture.repository.delete(&key).expect("it goes");
     };
-    // The second one, whose file is in the spool, is stored again from there.
+    // The second segment is in the spool, so it is not lost.
     delete(&stored[0]);
     delete(&stored[1]);
     let in_spool = std::cell::Cell::new(2);
@@ -368,7 +368,8 @@ fn what_is_missing_is_told_before_it_is_forgotten() {
     let known = || fixture.catalog.all_ranges().expect("it reads").len();
     assert_eq!(known(), 4, "nothing was forgotten");
 
-    // The newest one is there, so it is no older state, although the others before it are missing.
+    // The newest segment exists, so the repository is not an older state, although earlier segments
+    // are missing.
     delete(&stored[2]);
     in_spool.set(4);
     let refused = fixture.catalog.refresh_guarded(&fixture.repository, &guard);
@@ -379,7 +380,8 @@ fn what_is_missing_is_told_before_it_is_forgotten() {
     };
     assert_eq!(first(&told), expected);
 
-    // An older state lacks the newest ones, except those that are in the spool.
+    // The newest segments are missing, so the repository is an older state. A segment that is in
+    // the spool does not count.
     delete(&stored[3]);
     let refused = fixture.catalog.refresh_guarded(&fixture.repository, &guard);
     refused.expect_err("the guard fails");

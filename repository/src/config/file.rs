@@ -44,7 +44,7 @@ const CLUSTER_KEYS: &[&str] = &[
     "verify_max_age",
     "when_full",
 ];
-/// Keys whose value is a duration with its unit, as a text.
+/// The keys whose value is a string that contains a duration with its unit.
 const DURATION_KEYS: [&str; 10] = [
     "backup_max_age",
     "drill_max_age",
@@ -57,7 +57,7 @@ const DURATION_KEYS: [&str; 10] = [
     "rto_target",
     "verify_max_age",
 ];
-/// Keys that are allowed only at the top.
+/// The keys that are allowed only at the top level.
 const TOP_KEYS: [&str; 4] = ["cluster", "http", "notify", "runbook_url"];
 
 #[derive(Clone, Debug, Default)]
@@ -229,7 +229,7 @@ fn read_table(
     })
 }
 
-/// The problem with a value that its key does not accept.
+/// Returns the problem of a value that its key does not accept; `None` if the key accepts it.
 fn refused(key: &str, value: &toml::Value) -> Option<String> {
     let mut alone = toml::Table::new();
     alone.insert(key.to_owned(), value.clone());

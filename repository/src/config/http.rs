@@ -34,7 +34,7 @@ pub(super) struct HttpTable {
 /// The resolved access to the dashboard.
 #[derive(Clone, Debug, Default)]
 pub struct HttpAccess {
-    /// The token that may read everything. Without it everyone who can connect to a loopback
+    /// The token that may read everything. Without it, everyone who can connect to a loopback
     /// address may read.
     pub read: Option<Secret>,
     /// The token that may read everything, and request a base backup or a test notification.
@@ -43,8 +43,8 @@ pub struct HttpAccess {
     /// Names, in lower case and without a port, under which the page may be opened on a loopback
     /// address while reading needs no token. `localhost` and IP addresses are always allowed.
     pub allowed_hosts: Vec<String>,
-    /// The address under which people open the page, without a slash at its end: notifications
-    /// link to it. Its host is allowed too. Default: the address that is served.
+    /// The URL under which users open the page, without a slash at its end. Notifications link to
+    /// it, and its host is allowed too. Default: the address at which the daemon listens.
     pub public_url: Option<String>,
     /// Certificate chain and key, PEM. They are read again when they change.
     pub tls: Option<(PathBuf, PathBuf)>,
@@ -97,7 +97,7 @@ impl HttpAccess {
     }
 }
 
-/// Checks an address that notifications link to, and returns it without a slash at its end.
+/// Checks a URL that notifications link to, and returns it without a slash at its end.
 pub(super) fn link(key: &str, url: &str) -> Result<String> {
     let is_link = url.starts_with("https://") || url.starts_with("http://");
     if !is_link

@@ -27,7 +27,7 @@ const NOTIFY_KEYS: [&str; 17] = [
     "user",
 ];
 
-/// The interval of a heartbeat without the key `interval`.
+/// The interval of a heartbeat if the key `interval` is missing.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(60);
 /// The shortest interval of a heartbeat and of reminders.
 const INTERVAL_MIN: Duration = Duration::from_secs(1);
@@ -40,8 +40,8 @@ const SEVERITIES: [&str; 2] = ["critical", "warning"];
 pub enum NotifyKind {
     /// Mail by SMTP.
     Email,
-    /// A request at an interval while the daemon works, and no alerts: the receiver raises an alarm
-    /// when the requests stop.
+    /// A request at each interval while the daemon works, and no alerts. The receiver raises an
+    /// alarm when the requests stop.
     Heartbeat,
     /// `PagerDuty`'s events API, version 2.
     Pagerduty,
@@ -114,12 +114,12 @@ pub struct NotifyTarget {
     pub from: String,
     /// The receivers.
     pub to: Vec<String>,
-    /// The severities of the alerts that are sent, by name. All if it is empty.
+    /// The severities of the alerts that are sent. An empty list means all.
     pub severity: Vec<String>,
     /// The time after which an alert that still fires is sent again. Default: never.
     pub remind_after: Option<Duration>,
-    /// The time of the UTC day at which a mail target gets a summary of every cluster. Default: it
-    /// gets none.
+    /// The time of day in UTC, counted from midnight, at which a mail target receives a summary of
+    /// every cluster. Default: no summary.
     pub daily_summary: Option<Duration>,
     /// The interval of a heartbeat. Default: 1 min.
     pub interval: Duration,
@@ -253,7 +253,7 @@ fn target(name: String, table: NotifyTable) -> Result<NotifyTarget> {
     })
 }
 
-/// Returns the time since midnight of `HH:MM`.
+/// Returns the time since midnight of a text `HH:MM`; `None` for any other text.
 fn time_of_day(text: &str) -> Option<Duration> {
     let (hours, minutes) = text.split_once(':')?;
     let number = |text: &str, limit: u64| {

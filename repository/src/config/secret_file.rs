@@ -1,13 +1,13 @@
 //! Files that hold a secret: tokens, passwords, private keys, credentials.
 //!
 //! Invariant: a file that every user of the host may access is refused before it is read, as ssh
-//! and libpq refuse such a private key. A group may read it.
+//! and libpq do with a private key. Access by the file's group is allowed.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use crate::{Error, Result};
 
-/// Permissions of users who are neither the owner nor in the group.
+/// The permission bits of users who are neither the owner nor in the group.
 const OTHERS: u32 = 0o007;
 
 /// Checks that the file exists and that only its owner and its group may access it.

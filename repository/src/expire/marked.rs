@@ -1,7 +1,8 @@
 //! [`ExpiredSet`]: the union of a repository's expiry records.
 //!
-//! The set only grows, so two archivers that expire at once cannot contradict each other. Only a
-//! person makes it smaller, within the grace (`expire --undo`).
+//! No program removes a name from the set automatically, so two archivers that expire at the same
+//! time cannot contradict each other. Only an operator can withdraw records, within the grace
+//! period (`expire --undo`).
 //! Invariant: readers hide the named objects before the first byte of them is removed.
 
 use std::collections::{BTreeMap, BTreeSet};

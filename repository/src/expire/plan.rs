@@ -200,8 +200,8 @@ pub fn plan_expire(
     Ok(plan)
 }
 
-/// Returns the plan that removes one backup and nothing else, with the moments that are lost with
-/// it. `None` if there is no such backup.
+/// Returns the plan that removes one backup and nothing else. The plan contains the times that can
+/// no longer be restored afterwards. Returns `None` if the backup does not exist.
 #[must_use]
 pub fn plan_delete(holding: &Holding, id: &BackupId) -> Option<ExpirePlan> {
     let mut plan = ExpirePlan::default();

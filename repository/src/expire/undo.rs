@@ -1,7 +1,7 @@
-//! [`undo`]: withdraws records of expiry while all of their objects are still there.
+//! [`undo`]: withdraws expiry records while all of their objects still exist.
 //!
-//! Invariant: a record is withdrawn only before a sweep may begin with it, with a margin for clocks
-//! that differ. Afterwards some of its objects may be gone.
+//! Invariant: a record is withdrawn only before a sweep may process it, with a margin for clocks
+//! that differ. After that time some of its objects may have been removed.
 
 use std::time::Duration;
 
@@ -10,22 +10,24 @@ use wal_format::{Expired, PgTimestamp, SystemIdentifier};
 use super::ExpiredSet;
 use crate::{Repository, Result};
 
-/// The longest margin before the end of the grace in which nothing is undone.
+/// The maximum margin before the end of the grace period in which no record is withdrawn.
 const MARGIN_MAX: Duration = Duration::from_secs(60);
 
-/// The records that [`undo`] found.
+/// The result of [`undo`]. It does not contain records that were swept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Undone {
-    /// Those that were withdrawn: their backups and their WAL count again.
+    /// The records that were withdrawn. Their backups and their WAL can be restored again.
     pub withdrawn: Vec<Expired>,
-    /// Those that came too late: a sweep may have begun, or begins soon.
+    /// The records that are too old: a sweep may have removed objects, or may begin within the
+    /// margin.
     pub late: Vec<Expired>,
 }
 
-/// Withdraws every record of `expired` that was marked less than `grace` ago.
+/// Withdraws every record of `expired` that was not swept and that was marked less than `grace`
+/// ago, minus a margin: a tenth of `grace`, at most one minute.
 ///
 /// # Errors
-/// [`Error::Locked`](crate::Error::Locked) for a record that the store does not let go,
+/// [`Error::Locked`](crate::Error::Locked) if the store does not delete a record,
 /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
 pub fn undo(
     place: &Repository,
@@ -41,8 +43,8 @@ pub fn undo(
     Ok(undone)
 }
 
-/// Divides the records that were not swept yet into those that can be withdrawn and those that
-/// cannot.
+/// Divides the records that were not swept into those that can be withdrawn and those that are too
+/// old.
 fn divide(expired: &ExpiredSet, grace: Duration, now: PgTimestamp) -> Undone {
     let swept = expired.part(|record| record.swept.is_some());
     let margin = MARGIN_MAX.min(grace / 10);
@@ -110,14 +112,14 @@ mod tests {
                 Some(now.0),
                 "20261001T000000Z-0003",
             ),
-            // A crash left it beside the record that replaced it.
+            // A crash left this record next to the record that replaced it.
             record(
                 "20261101T000000Z-0004",
                 now.0 - SECOND,
                 None,
                 "20261001T000000Z-0003",
             ),
-            // The clock went back.
+            // The clock was set back.
             record(
                 "20261101T000000Z-0005",
                 now.0 + SECOND,

@@ -106,7 +106,8 @@ impl MirroredStore {
         }
     }
 
-    /// Returns the places in the order in which they are queried: those that are away or hang last.
+    /// Returns the places in the order in which they are queried: places that are away or do not
+    /// answer come last.
     fn in_order(&self) -> impl Iterator<Item = &Arc<Member>> {
         let all = self.members.iter();
         let (last, first): (Vec<_>, Vec<_>) = all.partition(|member| member.is_last_choice());

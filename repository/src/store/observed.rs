@@ -12,8 +12,8 @@ use bytes::Bytes;
 use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 use crate::{Error, Result};
 
-/// Called for each request with its name, one of [`REQUESTS`], its duration, and the kind of its
-/// failure ([`Error::failure_kind`]). "Absent" is an answer.
+/// Called for each request with its name (one of [`REQUESTS`]), its duration, and the kind of its
+/// failure ([`Error::failure_kind`]). An absent object is not a failure.
 pub type Observer = Arc<dyn Fn(&'static str, Duration, Option<&'static str>) + Send + Sync>;
 
 /// The names of requests.

@@ -40,8 +40,8 @@ const QUEUE_BYTES_MAX: usize = 256 << 20;
 /// The first and the longest pause before a place that failed is tried again.
 const AWAY_MIN: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(30);
-/// The time after which a place that has not answered a request counts as failing, and the rate at
-/// which a large object may take longer.
+/// A place counts as failing if it has not answered a request for this time, plus the time that a
+/// transfer of the request's bytes takes at `RATE_MIN` bytes per second.
 const ANSWER_MAX: Duration = Duration::from_secs(15);
 const RATE_MIN: usize = 256 << 10;
 /// The interval at which places are compared even if none was away: a backup of another program may
@@ -62,8 +62,8 @@ pub struct MemberState {
     pub behind: bool,
     /// The age of the oldest object that the place lacks, in seconds; 0 when it is synchronized.
     pub lag_seconds: f64,
-    /// The reason for which the place is skipped, or the time for which it has not answered; `None`
-    /// when neither applies.
+    /// The reason why the place is skipped, or the time for which it has not answered; `None` if
+    /// neither applies.
     pub error: Option<String>,
 }
 
@@ -74,8 +74,7 @@ struct State {
     queued_bytes: usize,
     /// The time at which the job that is being executed was given.
     working: Option<Instant>,
-    /// The time since which the place has not answered the current request, and the bytes of that
-    /// request.
+    /// The time at which the current request was sent, and its size in bytes.
     asked: Option<(Instant, usize)>,
     /// The time before which the place is not tried again, and the reason.
     away: Option<(Instant, String)>,
@@ -105,7 +104,7 @@ impl State {
         self.fall_behind();
     }
 
-    /// Returns the time for which the place has not answered, if that is too long.
+    /// Returns the time for which the place has not answered, if it exceeds the limit.
     fn hangs(&self, now: Instant) -> Option<Duration> {
         let (since, bytes) = self.asked?;
         let transfer = Duration::from_secs((bytes / RATE_MIN) as u64);
@@ -145,7 +144,7 @@ impl Member {
         self.lock().away.is_some()
     }
 
-    /// True if another place is better asked first.
+    /// Returns true if other places are queried before this place: it is away or does not answer.
     pub(super) fn is_last_choice(&self) -> bool {
         let state = self.lock();
         state.away.is_some() || state.hangs(Instant::now()).is_some()

@@ -68,7 +68,7 @@ fn an_authority_is_believed_when_it_is_named() {
         assert!(!error.is_not_found(), "{error}");
         assert!(error.to_string().contains("s3_ca_file"), "{error}");
     }
-    // A wrong scheme and a wrong port are named with the remedy.
+    // The error about a wrong scheme or a wrong port names the remedy.
     let plain = FaultServer::start(|_| Answer::ok(b"body"));
     let nowhere = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
