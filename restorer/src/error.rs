@@ -59,13 +59,13 @@ pub enum Error {
         /// A socket, an address, or the setting that names it.
         address: String,
     },
-    /// Where the parent would answer is not known.
+    /// It is not known whether the parent still runs, because its addresses may be incomplete.
     #[error(
         "it is not known whether the parent still runs: nobody answers at {asked}, but it may have been started with other \
          options or on another host; name its address with --conninfo, or say --force when it is gone for good"
     )]
     ParentUnknown {
-        /// The addresses of the configuration files.
+        /// The known addresses of the parent.
         asked: String,
     },
     /// PostgreSQL reports that changes are missing from the WAL.

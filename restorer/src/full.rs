@@ -9,8 +9,9 @@ use std::{io::IsTerminal, panic, process::ExitCode};
 /// The exit code with which PostgreSQL stops recovery, which can be resumed later.
 const NO_ANSWER: u8 = 255;
 
-/// Our own warnings, and only the errors of libraries, as in `wal-archiver`. The command that meets
-/// an object that the catalog finds damaged reports it.
+/// The log shows warnings of our own crates and only errors of libraries, as in `wal-archiver`. The
+/// catalog's messages about damaged objects are off, because the command that needs a damaged
+/// object reports it.
 const LOG: &str = "error,restorer=warn,quick=warn,repository=warn,wal_format=warn,catalog=off,\
                    catalog_unusable=warn";
 

@@ -34,8 +34,8 @@ pub trait Inventory {
     fn backups(&self) -> Result<Vec<BackupInfo>>;
     /// The backups that are known to be damaged; no plan chooses one.
     fn damaged_backups(&self) -> &DamagedBackups;
-    /// Returns the damage of the object that, by its name, contains the byte of `branch` at `lsn`;
-    /// `None` if no such object is known to be damaged.
+    /// Returns the damage of the object whose name covers the byte of `branch` at `lsn`; `None` if
+    /// no such object is known to be damaged.
     fn damaged_wal_at(&self, _branch: Branch, _lsn: Lsn) -> Option<Damage> {
         None
     }
@@ -94,9 +94,10 @@ pub struct Archive {
     /// The repositories of the cluster that could not be read.
     pub unseen: Vec<UnseenPlace>,
     damaged_backups: DamagedBackups,
-    /// WAL that the last verification found damaged.
+    /// The WAL objects that the last verification found damaged.
     damaged_wal: DamagedWal,
-    /// The results of the checks of objects in `damaged_wal`, each made when it is first needed.
+    /// The results of checking objects of `damaged_wal` again. Each object is checked when its
+    /// result is first needed.
     checked_wal: Mutex<BTreeMap<ObjectKey, Option<Damage>>>,
 }
 
@@ -132,7 +133,7 @@ impl Archive {
         }
     }
 
-    /// Returns every object that cannot be used, as its key and its problem.
+    /// Returns every object that cannot be used: its key and its problem.
     #[must_use]
     pub fn damaged_objects(&self) -> Vec<(String, String)> {
         let damaged = self
@@ -145,8 +146,9 @@ impl Archive {
         objects
     }
 
-    /// Checks an object of WAL that the last verification found damaged: it may have been repaired
-    /// or replaced since. Returns `None` if it is intact, and for any other object.
+    /// Checks again a WAL object that the last verification found damaged, because it may have been
+    /// repaired or replaced since. Returns `None` if the object is intact now, or if the
+    /// verification did not find it damaged.
     fn damage_now(&self, key: &ObjectKey) -> Option<Damage> {
         let recorded = self.damaged_wal.get(key)?;
         let mut checked = self
@@ -251,8 +253,8 @@ impl Archive {
         }
     }
 
-    /// Returns the damaged object that, by its name, contains the byte at `lsn`, on one branch or
-    /// on any.
+    /// Returns the damaged object whose name covers the byte at `lsn`: on `branch`, or on any
+    /// branch if `branch` is `None`.
     fn damage_at(&self, branch: Option<Branch>, lsn: Lsn) -> Option<(ObjectKey, Damage)> {
         let size = self.catalog.identity().wal_segment_size;
         let is_it = |key: &ObjectKey| {
@@ -302,7 +304,7 @@ impl Archive {
     }
 }
 
-/// Returns the range of WAL that an object contains, by its name; `None` for any other object.
+/// Returns the range of WAL that the name of an object covers; `None` if it is not a WAL object.
 fn wal_of(key: &ObjectKey, size: SegmentSize) -> Option<(Lsn, Lsn)> {
     match key {
         ObjectKey::Segment(_, _, name) => {

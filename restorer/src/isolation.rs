@@ -86,7 +86,7 @@ struct Line {
     recovery: bool,
 }
 
-/// A line that we made a comment, or that we appended.
+/// A line that we changed or appended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Edit {
     /// The path relative to the data directory, decoded (`text.rs`).
@@ -95,7 +95,7 @@ struct Edit {
     /// The original line; `None` if the line was appended.
     old: Option<String>,
     new: String,
-    /// The effective value before the restore.
+    /// The parent's value; for an include directive, the path that it names.
     parent: String,
 }
 
@@ -130,7 +130,7 @@ pub struct Isolation {
     /// Libraries of `shared_preload_libraries` that are loaded and that [`table::LIBRARIES`] does
     /// not list.
     pub unknown_libraries: Vec<String>,
-    /// Configuration files outside of the copy of which it has a copy of its own.
+    /// The configuration files outside of the copy that were copied into it.
     pub outside_files: Vec<String>,
     /// The reasons why PostgreSQL does not start with this configuration, one sentence each.
     pub problems: Vec<String>,
@@ -410,7 +410,8 @@ fn bool_of(value: &str) -> &str {
     }
 }
 
-/// Returns a decoded value for display. A connection string may contain a password and is replaced.
+/// Returns a decoded value for display. Replaces a connection string, because it may contain a
+/// password.
 fn shown(name: &str, value: &str) -> String {
     if name == "primary_conninfo" && !value.is_empty() {
         "(a connection text)".to_owned()

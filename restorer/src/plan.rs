@@ -256,7 +256,9 @@ pub fn plan_restore(
                     |error: &Error| matches!(error, Error::Plan(PlanError::Unknown { .. }));
                 let replaces = match error {
                     PlanError::Unknown { .. } => true,
-                    // The target exists and lies before the newer backup, or it may be in the gap.
+                    // A newer backup did not find the target (`Unknown`). The refusal of an older
+                    // backup says more: the target may be in the missing WAL, or after the WAL of
+                    // `wal_level = minimal`.
                     PlanError::MinimalWal { .. } | PlanError::Gap { .. } => {
                         refusal.as_ref().is_some_and(is_unknown)
                     }

@@ -77,7 +77,7 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
         let program = place.join("postgres");
         let output = match Command::new(&program).arg("--version").output() {
             Ok(output) => output,
-            // The usual places need not exist; one that was named must.
+            // A usual directory need not exist, but a directory that the user named must.
             Err(error) => {
                 if given.is_some() {
                     others.push(format!("{}: {error}", program.display()));
@@ -158,16 +158,16 @@ impl std::fmt::Debug for Start<'_> {
 
 /// Starts PostgreSQL and waits for the end of recovery.
 ///
-/// Except with [`Action::Pause`], the server accepts no connections meanwhile (`hot_standby` is
-/// off), for three reasons:
+/// Except with [`Action::Pause`], the server accepts no connections during recovery (`hot_standby`
+/// is off), for three reasons:
 /// 1. No reader sees a state before the target.
 /// 2. Replay does not need to maintain the list of running transactions, which only readers need
 ///    (`standbyState` in `xlogutils.h`).
 /// 3. A server with a smaller `max_connections` than the primary's, which could not track all its
 ///    transactions, can recover.
 ///
-/// It is in a process group of its own, so that a signal to the caller's group does not reach it.
-/// A signal to this program stops it while recovery has not ended.
+/// The server runs in its own process group, so that a signal to the caller's group does not reach
+/// it. Until recovery has ended, a signal to this program stops the server.
 ///
 /// # Errors
 /// [`Error::RecoveryFailed`] with PostgreSQL's first error, [`Error::RecoveryStalled`],

@@ -96,7 +96,7 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, readers: bool) -> Resul
     let Some(backup) = backups.iter().find(|backup| backup.id == plan.backup) else {
         return Ok(());
     };
-    // The segment of a fork may be archived on the next timeline only.
+    // The end of the segment that contains a fork may be archived only on the next timeline.
     let path: Vec<PathPart> = plan.path.iter().chain(&plan.later).cloned().collect();
     let coverage = cover(archive, &path, plan.start_lsn)?;
     let search = Search {
@@ -193,7 +193,7 @@ impl Search<'_> {
             Stop::After { lsn } => lsn.add(1),
             Stop::Consistent => return None,
         };
-        // Locks of WAL that is not held are unknown.
+        // The locks are unknown if WAL before the stop is missing.
         if self.coverage.end_lsn < until {
             return None;
         }

@@ -350,7 +350,8 @@ fn archived_segment(
     };
     let system = identity.system_identifier;
     let start_lsn = number.start_lsn(size);
-    // The next timeline has a copy of the segment of a fork, which may hold more.
+    // If the plan's last timeline ends in this segment, the next timeline has a copy of the
+    // segment, which may contain more WAL.
     let forked = plan.filter(|plan| {
         let last = plan.path.last().filter(|part| part.branch == branch);
         last.is_some_and(|last| begins_in(number, size, last.to))
@@ -444,7 +445,7 @@ fn copy_of_later(
     Ok(None)
 }
 
-/// Returns what a branch has of a segment: all of it if it is sealed, else its tails.
+/// Returns the archived part of a segment on a branch: the sealed segment, else its tails.
 fn held(
     repository: &Repository,
     identity: &ClusterIdentity,
@@ -459,7 +460,8 @@ fn held(
     assemble(repository, identity.system_identifier, branch, place, asked)
 }
 
-/// Returns the WAL of a segment, or that of its copy if the segment is damaged or the copy is longer.
+/// Returns the WAL of a segment. Returns its copy instead if the segment is damaged or the copy is
+/// longer.
 fn longest(
     own: Result<Option<Vec<u8>>>,
     size: SegmentSize,
@@ -486,8 +488,7 @@ fn longest(
     }
 }
 
-/// Returns true if a timeline that begins at `from` begins in this segment, with a copy of the WAL
-/// before.
+/// Returns true if a timeline that begins at `from` may have a copy of this segment.
 fn begins_in(number: SegmentNo, size: SegmentSize, from: Lsn) -> bool {
     number.start_lsn(size) < from && from <= number.end_lsn(size)
 }

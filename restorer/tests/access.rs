@@ -281,7 +281,7 @@ fn root_restores_for_an_owner_below_directories_that_only_root_may_write() {
     unmapped_below_roots_own(&archived, uid, &old);
 }
 
-/// The tablespace's own directory is one that only root may create.
+/// Only root may create the tablespace's own directory.
 fn unmapped_below_roots_own(archived: &Archived, uid: u32, old: &Path) {
     archived.cluster.stop().expect("it stops");
     fs::remove_dir_all(old).expect("removed");

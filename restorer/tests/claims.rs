@@ -35,8 +35,9 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
 
-/// Timeline 1's copy of the segment of a promotion was never archived: the creation of a tablespace in it is in timeline 2's
-/// copy only, which `wal-fetch` delivers. So is a lock that is held at the stop.
+/// Timeline 1's copy of the segment of a promotion was never archived. Only timeline 2's copy,
+/// which `wal-fetch` delivers, contains the creation of a tablespace and a lock that is held at the
+/// stop.
 #[test]
 fn a_creation_that_only_the_next_timeline_holds_is_in_the_plan() {
     let Some((_, bin)) = servers().pop() else {

@@ -59,7 +59,7 @@ impl Promoted {
         restore.output().expect("it runs")
     }
 
-    /// The command of [`Promoted::restore`].
+    /// Returns the command that [`Promoted::restore`] runs.
     fn command(&self, root: &Path, body: &str, arguments: &[&str]) -> Command {
         let bin = root.join("bin");
         fs::create_dir(&bin).expect("a directory");
@@ -229,8 +229,9 @@ fn a_hang_and_a_crash_loop_are_told_apart() {
     }
 }
 
-/// What is started is in a process group of its own. It ends when the restore is interrupted before
-/// recovery has ended, and lives on when the restore's group is interrupted afterwards.
+/// The server that a restore starts is in its own process group. A signal before recovery has ended
+/// ends the restore and its server. A signal to the restore's group after recovery does not reach
+/// the server.
 fn a_signal_ends_the_server_of_an_unfinished_recovery(promoted: &Promoted) {
     let root = directory().expect("a directory");
     let body = "exec $real \"$@\" -c 'restore_command=sleep 600'";
@@ -264,7 +265,7 @@ fn a_signal_ends_the_server_of_an_unfinished_recovery(promoted: &Promoted) {
     let output = restore.wait_with_output().expect("it ends");
     let (report, error) = said(&output);
     assert!(output.status.success(), "{error}");
-    // Nobody of that group is left.
+    // No process of that group is left.
     kill_process_group(group, Signal::INT).expect_err("the server is in it");
     let report = serde_json::from_str(&report).expect("JSON");
     let copy = Restored::adopt(root, &promoted.bin, report);

@@ -242,7 +242,7 @@ fn what_is_kept_is_restored_and_what_went_is_refused_by_name() {
     daemon.stop().expect("it stops");
 }
 
-/// Both backups are kept unless the first one expires or is deleted.
+/// A policy that does not keep the first backup. Its expiry can be undone for a day.
 const UNPINNED: &str = "keep_window = '1s'\nkeep_backups_min = 1\nexpire_grace = '1d'\n";
 
 fn run(place: &Place, arguments: &[&str]) -> (Option<i32>, String, String) {
@@ -278,14 +278,14 @@ fn is_deleted_by_name(place: &Place, pinned: &str, (first, third): (&str, &str))
         "{told}\n{problem}"
     );
     assert!(told.contains("can no longer be restored without"), "{told}");
-    // The policy no longer keeps it.
+    // The policy no longer keeps the first backup.
     let (code, told, problem) = run(place, &["backup", "delete", first]);
     assert_eq!(code, Some(0), "{told}\n{problem}");
     assert_eq!(ids(place), [third]);
     assert_eq!(run(place, &["expire", "--undo"]).0, Some(0));
     assert_eq!(ids(place), [first, third]);
 
-    // A damaged backup is given up, and nothing is damaged any more.
+    // A damaged backup can be deleted, and `verify` then finds no damage.
     configure(place, pinned);
     let (code, _, problem) = run(place, &["backup", "delete", first]);
     assert_eq!(code, Some(1), "{problem}");
@@ -320,10 +320,10 @@ fn is_deleted_by_name(place: &Place, pinned: &str, (first, third): (&str, &str))
     assert!(told.contains("no moment is lost"), "{told}");
     let (code, told, problem) = run(place, &["verify"]);
     assert_eq!(code, Some(0), "{told}\n{problem}");
-    // Its name is not one of a backup any more.
+    // No backup has this name any more.
     let (code, _, problem) = run(place, &["backup", "delete", first]);
     assert_eq!(code, Some(2), "{problem}");
-    // Without any retention expiring can do nothing, and says so.
+    // Without a retention policy `expire` ends with an error that says so.
     configure(place, "");
     let (code, _, problem) = run(place, &["expire"]);
     assert_eq!(code, Some(2), "{problem}");

@@ -71,7 +71,7 @@ impl Parent {
         }
         cluster.configure(&settings).expect("configured");
         cluster.stop().expect("stopped");
-        // As `ALTER SYSTEM` writes it in a database whose encoding is LATIN1.
+        // `ALTER SYSTEM` writes such a line in a database with the encoding LATIN1.
         let auto = cluster.data().join("postgresql.auto.conf");
         let mut content = fs::read(&auto).expect("settings");
         content.extend_from_slice(IN_LATIN1);
@@ -192,7 +192,7 @@ impl Server<'_> {
         query(&self.conninfo(), sql)
     }
 
-    /// `postgresql.auto.conf`, with the line that is not UTF-8 as it was.
+    /// Returns `postgresql.auto.conf`, and checks that it contains the line in LATIN1 unchanged.
     fn auto(&self) -> String {
         let content = fs::read(self.data.join("postgresql.auto.conf")).expect("settings");
         let parts = content.windows(IN_LATIN1.len());
@@ -201,7 +201,7 @@ impl Server<'_> {
         auto
     }
 
-    /// The server reads and writes its own directory.
+    /// Checks that the server reads and writes its own directory.
     fn assert_own_files(&self) {
         let data = self.data.display();
         assert_eq!(self.sql("SHOW data_directory"), data.to_string());

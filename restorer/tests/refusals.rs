@@ -203,7 +203,8 @@ fn arguments_that_cannot_work_are_refused_before_the_copy() {
             assert_refused(&mut restore(flags), 2, "usage", &["--set work"]);
         }
     }
-    // A server program that does not start, and none at all: its own words are shown.
+    // The error shows the message of a server program that does not start, and the reason for one
+    // that does not exist.
     let broken = root.path().join("bin");
     fs::create_dir(&broken).expect("a directory");
     let program = broken.join("postgres");

@@ -288,7 +288,8 @@ fn verify(archived: &Archived) -> Option<i32> {
     output.status.code()
 }
 
-/// A bit of a segment flips, which only `verify` sees: nothing leads over it until it is as it was.
+/// Damages a segment so that only `verify` notices it. No plan leads over the segment until its
+/// original content is back.
 #[test]
 fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
     let Some((_, bin)) = servers().pop() else {
@@ -312,7 +313,7 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
     }
     archived.finish();
     let plan = |flags: &[&str]| answer(archived.pitr_restore().arg("--dry-run").args(flags));
-    // The sealed segment, or the last tail of the open one.
+    // Returns the sealed segment, or the last tail of the open segment.
     let object = |name: &str| {
         let mut found = files_below(&archived.place.path().join("repository"));
         found.retain(|path| path.to_string_lossy().contains(name));
@@ -335,7 +336,7 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
     let [(before, _), (inside, name), (behind, _), (latest, last)] = written.as_slice() else {
         panic!("four rows");
     };
-    // In the middle: what is before it, and after the next backup, is reached.
+    // Damage in the middle: targets before the segment, and after the next backup, are reached.
     let (path, bytes) = damage(name);
     for target in [inside, behind] {
         refused(&[target], name);
@@ -351,7 +352,7 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
         Some(1),
         "{listing:#}"
     );
-    // The verdict stays, the object is as it was.
+    // The result of the verification stays, but the object is intact again.
     fs::write(&path, bytes).expect("it is replaced");
     assert_eq!(plan(&[inside]).0, Some(0));
     assert_eq!(
@@ -361,7 +362,7 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
     let (_, planned, _) = plan(&[inside]);
     assert_eq!(planned["backup"], *first);
 
-    // At the end: the newest state is not silently an older one.
+    // Damage at the end: a plan for the newest state does not silently lead to an older state.
     let (path, bytes) = damage(last);
     refused(&[], last);
     assert_eq!(plan(&[before]).0, Some(0));

@@ -136,7 +136,8 @@ fn what_a_failover_shares_is_listed_once_and_leads_on() {
     assert_eq!(query(&restored.conninfo(), WORDS), "a b");
 }
 
-/// A recovery that stops before the switch asks for the old timeline's segment, which is damaged.
+/// A recovery that stops before the switch requests the segment of the old timeline, which is
+/// damaged.
 fn the_copy_is_delivered_instead(scene: &Scene, damaged: &Path) {
     let mut bytes = fs::read(damaged).expect("an object");
     let middle = bytes.len() / 2;

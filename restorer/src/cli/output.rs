@@ -32,7 +32,7 @@ pub(super) fn line(text: &str) {
     say!(stdout(), "{text}");
 }
 
-/// An error, which may have several lines.
+/// Prints an error, which may have several lines, to standard error.
 pub(super) fn error(text: &str) {
     let lines: Vec<_> = text.split('\n').map(printable).collect();
     drop(writeln!(stderr(), "pitr-restore: {}", lines.join("\n")));

@@ -1,4 +1,4 @@
-//! [`Owned`]: the directories that belong to the target of a restore already.
+//! [`Owned`]: the directories that already belong to the target of a restore.
 
 use std::{
     collections::BTreeMap,
@@ -15,10 +15,10 @@ use crate::Result;
 /// The directories that a restore may use although they contain files.
 #[derive(Debug, Default)]
 pub(crate) struct Owned {
-    /// The links of an existing data directory, for `--delta`.
+    /// The tablespace links of an existing data directory, for `--delta`: OID and directory.
     linked: BTreeMap<u32, PathBuf>,
-    /// The linked directories that the operator named, or all of them if the server of this data
-    /// directory has run.
+    /// The linked directories that the operator named. If the server of this data directory has
+    /// run, all linked directories.
     trusted: Vec<PathBuf>,
     /// The token of the restore that was interrupted or, with `--delta`, of the restore that wrote
     /// the data directory.
@@ -26,7 +26,7 @@ pub(crate) struct Owned {
 }
 
 impl Owned {
-    /// Finds these directories for the data directory `directory`, which may not exist.
+    /// Determines these directories for the data directory `directory`, which may not exist.
     pub(crate) fn of(
         directory: &Path,
         delta: bool,
@@ -60,21 +60,21 @@ impl Owned {
                 .is_some_and(|token| claims::is_of(path, token))
     }
 
-    /// Returns true if the data directory has this link.
+    /// Returns true if the data directory has a tablespace link with this OID to `path`.
     pub(super) fn links_to(&self, oid: u32, path: &Path) -> bool {
         self.linked.get(&oid).is_some_and(|linked| linked == path)
     }
 }
 
-/// Returns true if a server has run with this very data directory, or a restore has written it: the
-/// targets of its links are its own. A copy of a data directory (`cp -a`) has the same links, but
-/// names the original directory.
+/// Returns true if a server has run with this data directory, or if a restore has written it. The
+/// directories to which its links lead then belong to it. A copy of a data directory (`cp -a`) has
+/// the same links, but its files name the original directory.
 pub(super) fn was_used_by(directory: &Path) -> bool {
     if plan_owner(directory).is_some_and(|owner| is_at(&owner, directory)) {
         return true;
     }
-    // The file contains the arguments of the last start, each in double quotes (`CreateOptsFile` in
-    // `postmaster.c`).
+    // `postmaster.opts` contains the arguments of the last start, each in double quotes
+    // (`CreateOptsFile` in `postmaster.c`).
     let Ok(options) = fs::read_to_string(directory.join("postmaster.opts")) else {
         return false;
     };
@@ -86,8 +86,8 @@ pub(super) fn was_used_by(directory: &Path) -> bool {
         })
 }
 
-/// Returns the owner that a complete restore left in its data directory. A copy of that directory
-/// names the same owner.
+/// Returns the owner that a complete restore recorded in its data directory. A copy of that
+/// directory names the same owner.
 pub(super) fn plan_owner(directory: &Path) -> Option<Owner> {
     claims::plan_in(directory).and_then(|plan| plan.claim)
 }

@@ -249,7 +249,7 @@ fn check(wanted: &Wanted<'_>) -> Result<Option<Marker>> {
     Ok(unfinished)
 }
 
-/// Refuses the directory of a tablespace that this user cannot create or write.
+/// Returns an error if this user cannot create or write the directory of a tablespace.
 fn refuse_unwritable(oid: u32, path: &Path) -> Result<()> {
     let exists = |path: &&Path| fs::symlink_metadata(path).is_ok();
     let Some(nearest) = path.ancestors().find(exists) else {
@@ -259,7 +259,8 @@ fn refuse_unwritable(oid: u32, path: &Path) -> Result<()> {
         fs::metadata(nearest).map(|metadata| metadata.uid()),
         rustix::process::geteuid(),
     );
-    // The restore sets the permissions of the directory itself, which only its owner may.
+    // The restore sets the permissions of an existing directory, which only the directory's owner
+    // may do.
     let is_anothers = nearest == path && uid.is_ok_and(|uid| uid != me.as_raw());
     if !is_anothers
         && rustix::fs::access(

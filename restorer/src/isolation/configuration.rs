@@ -22,7 +22,7 @@ pub(super) const MAIN: &str = "postgresql.conf";
 pub(super) const AUTO: &str = "postgresql.auto.conf";
 /// The depth of includes at which PostgreSQL gives up (`CONF_FILE_MAX_DEPTH`).
 pub(super) const DEPTH_MAX: usize = 10;
-/// The lines that include other files.
+/// The names of the directives that include other files.
 pub(super) const INCLUDES: [&str; 3] = ["include", "include_if_exists", "include_dir"];
 
 /// A setting and the line that contains it.
@@ -56,7 +56,7 @@ impl Configuration {
         found
     }
 
-    /// Reads what a line `name` with this path, which is absolute, includes.
+    /// Reads the files that a directive `name` with the absolute path `path` includes.
     pub(super) fn included(name: &str, path: &Path) -> Self {
         let mut found = Self::default();
         let files = match name {
@@ -98,7 +98,8 @@ impl Configuration {
         let text = match fs::read(path) {
             Ok(bytes) => text::decode(&bytes),
             Err(error) => {
-                // The import reports an imported file, by its own path.
+                // `imports.rs` reports an imported file that cannot be read, with its original
+                // path.
                 let name = path.file_name().unwrap_or_default().to_string_lossy();
                 if !name.starts_with(imports::PREFIX) {
                     self.problems.push(named(&cannot_be_read(&error)));

@@ -1,5 +1,5 @@
 //! PostgreSQL's configuration syntax, as `guc-file.l` reads it: one setting or include directive
-//! per line. Text is decoded by `text.rs`; every byte above 127 is a letter, as in PostgreSQL.
+//! per line. `text.rs` decodes the text. Every byte above 127 is a letter, as in PostgreSQL.
 //!
 //! Invariant: parsing succeeds for any bytes. A line that PostgreSQL rejects becomes a
 //! [`SyntaxError`], because the server refuses to start with it.

@@ -1,12 +1,13 @@
-//! Imports of configuration files outside of the copy: their content is copied into it.
+//! Imports configuration files that are outside of the copy: their content is copied into it.
 //!
-//! A copy that includes a file of its parent's host would follow each change of that file, and a
-//! `data_directory` in it would start the server on the parent's files. PostgreSQL takes that
-//! setting only from `postgresql.conf` and its includes (`SelectConfigFiles` in `guc.c`), and a
-//! relative path in it starts at the working directory of the caller. Therefore no line of the copy
-//! can override it without an absolute path, which would prevent a move of the copy.
+//! If a copy included a file of its parent's host, each change of that file would also affect the
+//! copy, and a `data_directory` in it would start the server on the parent's files. PostgreSQL
+//! takes that setting only from `postgresql.conf` and its includes (`SelectConfigFiles` in
+//! `guc.c`), and resolves a relative path in it against the working directory of the caller.
+//! Therefore a line of the copy could override it only with an absolute path, which would prevent a
+//! move of the copy.
 //!
-//! Invariant: afterwards no file of the copy includes a file outside of it.
+//! Invariant: after the import no file of the copy includes a file outside of it.
 
 use std::{
     fs,
@@ -21,23 +22,24 @@ use super::{
 };
 use crate::{Error, Result};
 
-/// Begins the names of imported files. They do not end in `.conf`, so that no `include_dir` takes
-/// them.
+/// The prefix of the names of imported files. The names do not end in `.conf`, so that no
+/// `include_dir` includes them.
 pub(super) const PREFIX: &str = "tidemark_included.";
-/// The maximum number of imported files, because files can include each other.
+/// The maximum number of imported files. Files outside of the copy can include each other
+/// endlessly.
 const FILES_MAX: usize = 1000;
 
-/// The files that were imported.
+/// The result of an import.
 #[derive(Debug, Default)]
 pub(super) struct Imported {
-    /// Their paths outside of the copy.
+    /// The original paths of the imported files and directories.
     pub(super) files: Vec<PathBuf>,
-    /// The files that cannot be read here, one sentence each.
+    /// The files that cannot be read on this host, one sentence each.
     pub(super) problems: Vec<String>,
 }
 
-/// Imports every file that the configuration of `directory` includes from outside. Adds the
-/// changed lines of the copy's own files to `edits`.
+/// Imports every file outside of `directory` that its configuration includes. Adds the changed
+/// lines of the copy's own files to `edits`.
 ///
 /// # Errors
 /// [`Error::Io`] for the files of the copy, [`Error::Usage`] for too many files.
@@ -57,28 +59,29 @@ pub(super) fn import(directory: &Path, edits: &mut Vec<Edit>) -> Result<Imported
 
 struct Importer<'a> {
     root: PathBuf,
-    /// The number of the file that was imported last.
+    /// The number in the name that was given last.
     last: usize,
     edits: &'a mut Vec<Edit>,
     imported: Imported,
 }
 
-/// A line that includes something.
+/// An include directive.
 #[derive(Clone, Copy)]
 struct Include<'a> {
     entry: &'a Entry,
-    /// The file of the line.
+    /// The file that contains the directive.
     from: &'a Path,
     /// The file or directory that it names.
     target: &'a Path,
-    /// The number of includes that lead here.
+    /// The nesting depth of the included file.
     depth: usize,
 }
 
 impl Importer<'_> {
-    /// Changes the includes of a file of the copy, and of those that it includes.
+    /// Changes the include directives of a file of the copy, and of the files in the copy that it
+    /// includes.
     fn own(&mut self, file: &Path, depth: usize) -> Result<()> {
-        // The reader of the configuration reports what is missing, or is nested too deeply.
+        // `Configuration::read` reports a file that is missing or nested too deeply.
         let Ok(bytes) = fs::read(file) else {
             return Ok(());
         };
@@ -133,8 +136,8 @@ impl Importer<'_> {
         Ok(())
     }
 
-    /// Imports what a line includes from outside. Returns the name of the imported file; `None` if
-    /// PostgreSQL would include nothing.
+    /// Imports the file or directory outside of the copy that an include directive names. Returns
+    /// the name of the imported file; `None` if PostgreSQL would include nothing.
     fn outside(&mut self, include: Include<'_>) -> Result<Option<String>> {
         let Include { entry, target, .. } = include;
         match entry.name.as_str() {
@@ -159,7 +162,7 @@ impl Importer<'_> {
         }
     }
 
-    /// Imports a file, with what it includes itself. Returns the name of its copy.
+    /// Imports a file and the files that it includes. Returns the name of the imported file.
     fn file(&mut self, include: Include<'_>) -> Result<String> {
         let Include { target, depth, .. } = include;
         let name = self.next_name()?;
@@ -210,11 +213,12 @@ impl Importer<'_> {
         ));
     }
 
-    /// Returns true if a path leads to something in the copy.
+    /// Returns true if `path` leads to a file or directory in the copy.
     fn is_inside(&self, path: &Path) -> bool {
         match fs::canonicalize(path) {
             Ok(real) => real.starts_with(&self.root),
-            // Missing: PostgreSQL ends there or includes nothing, in the copy and outside of it.
+            // A path in the copy that does not exist stays: PostgreSQL then refuses to start or
+            // includes nothing, as with the parent.
             Err(_) => {
                 path.starts_with(&self.root)
                     && !path.components().any(|part| part == Component::ParentDir)
@@ -222,7 +226,7 @@ impl Importer<'_> {
         }
     }
 
-    /// A name that no file of the copy has.
+    /// Returns a name that no file of the copy has.
     fn next_name(&mut self) -> Result<String> {
         loop {
             self.last += 1;
@@ -240,13 +244,14 @@ impl Importer<'_> {
     }
 }
 
-/// The lines of a file that include something.
+/// Returns the include directives of a file.
 fn includes(content: &str) -> impl Iterator<Item = Entry> {
     let entries = parse(content).into_iter().flatten();
     entries.filter(|entry| INCLUDES.contains(&entry.name.as_str()))
 }
 
-/// The line that includes an imported file, or a comment, with the line that it replaces.
+/// Returns a line that includes an imported file, followed by the replaced line as a comment.
+/// Without a `name` the result is only the comment.
 fn line_of(name: Option<String>, replaced: &str) -> String {
     let comment = match replaced {
         "" => String::new(),
@@ -260,7 +265,7 @@ fn line_of(name: Option<String>, replaced: &str) -> String {
     }
 }
 
-/// Removes the imported files that no file of the copy in `directory` includes any more.
+/// Removes the imported files that no file of the copy in `directory` includes.
 ///
 /// # Errors
 /// [`Error::Io`].

@@ -1,6 +1,6 @@
-//! The lines of a copy's configuration files that a restore writes or changes.
+//! Writes and changes lines of a copy's configuration files for a restore.
 //!
-//! Invariant: every other line keeps its bytes, whatever they are.
+//! Invariant: every other line keeps its bytes, even if they are not UTF-8.
 
 use std::{
     fs::{self, OpenOptions},
@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{Error, Result};
 
-/// Turns a line of the copy's files into a comment.
+/// Turns a line of the copy's own files into a comment. A line of another file stays.
 pub(super) fn comment_out(
     directory: &Path,
     setting: &Setting,
@@ -27,7 +27,7 @@ pub(super) fn comment_out(
     let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
     let file = fs::canonicalize(&setting.file).map_err(Error::io("find", &setting.file))?;
     let Ok(relative) = file.strip_prefix(&root) else {
-        // What was outside is imported or cannot be read.
+        // A file outside of the copy was imported or cannot be read.
         return Ok(());
     };
     let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
@@ -75,7 +75,8 @@ fn written(name: &str, value: &str) -> String {
     format!("{name} = {}\n", guc_file::quote(value))
 }
 
-/// Writes a file with the mode of the data directory's own files. The caller makes it durable.
+/// Writes a file with the permissions that the umask leaves of 0640: those of the data directory's
+/// own files. The caller makes it durable.
 pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
     let mut options = OpenOptions::new();
     let file = options
@@ -88,8 +89,8 @@ pub(crate) fn write_private(path: &Path, content: &[u8]) -> Result<()> {
         .map_err(Error::io("write", path))
 }
 
-/// Gives each of our lines in `postgresql.auto.conf` another value, or removes it. Lines that were
-/// changed since we wrote them stay.
+/// Gives each of our lines in `postgresql.auto.conf` a new value, or removes the line. Lines that
+/// were changed since we wrote them stay.
 pub(super) fn rewrite(
     directory: &Path,
     ours: &[Line],

@@ -31,17 +31,17 @@ const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 /// The default socket directories, which are compiled into PostgreSQL.
 const SOCKETS_DEFAULT: [&str; 2] = ["/tmp", "/var/run/postgresql"];
 
-/// The addresses of a parent on the host where it ran, as its configuration files name them.
+/// The addresses of a parent on its own host, as its configuration files name them.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Addresses {
     port: u16,
-    /// Decoded paths.
+    /// The paths, decoded (`text.rs`).
     socket_directories: Vec<String>,
     listens: bool,
-    /// `listen_addresses`; empty in a record of an older version.
+    /// The items of `listen_addresses`. Empty in the state file of an older version.
     #[serde(default)]
     hosts: Vec<String>,
-    /// `data_directory`, decoded.
+    /// The value of `data_directory`, decoded.
     #[serde(default)]
     data_directory: Option<String>,
 }
@@ -52,7 +52,7 @@ impl Addresses {
         if configuration.value("unix_socket_directories").is_none() {
             socket_directories = SOCKETS_DEFAULT.map(PathBuf::from).into();
         }
-        // A relative directory belongs to the parent's data directory, which may be unknown.
+        // A relative path is relative to the parent's data directory, which may be unknown.
         socket_directories.retain(|directory| directory.is_absolute());
         let hosts = configuration
             .value("listen_addresses")
@@ -68,8 +68,8 @@ impl Addresses {
         }
     }
 
-    /// Returns the data directory of the parent if it is known and exists on this host. The copy in
-    /// `copy` is not the parent.
+    /// Returns the parent's data directory if it is known, exists on this host and is not the
+    /// directory `copy`.
     pub(super) fn data_directory(&self, copy: &Path) -> Option<PathBuf> {
         let directory = text::path(self.data_directory.as_deref()?);
         let real = fs::canonicalize(directory).ok()?;
@@ -77,8 +77,8 @@ impl Addresses {
         (is_data && Some(&real) != fs::canonicalize(copy).ok().as_ref()).then_some(real)
     }
 
-    /// Returns the addresses of the files, and those of the parent's last start if its data
-    /// directory exists on this host.
+    /// Returns the addresses from the configuration files. If the parent's data directory exists on
+    /// this host, adds the addresses of its last start.
     fn servers(&self, copy: &Path) -> Vec<Server> {
         let hosts = match self.hosts.as_slice() {
             [] if self.listens => vec!["localhost".to_owned()],
@@ -114,7 +114,7 @@ impl Addresses {
     }
 
     /// Returns the process that runs in the parent's data directory, or an address at which a
-    /// server other than the copy in `copy` answers.
+    /// server answers that is not the server of `copy`.
     pub(super) fn answers(&self, copy: &Path) -> Option<String> {
         if let Some(data) = self.data_directory(copy)
             && let Some(process) = Postmaster::of(&data).and_then(|running| running.process())
@@ -137,8 +137,8 @@ struct Server {
 }
 
 impl Server {
-    /// Returns the addresses after a start with the arguments of a `postmaster.opts`, each in
-    /// double quotes (`CreateOptsFile` in `postmaster.c`).
+    /// Returns these addresses, changed by the arguments in the text of a `postmaster.opts`, where
+    /// each argument is in double quotes (`CreateOptsFile` in `postmaster.c`).
     fn started_with(&self, options: &str, data: &Path) -> Self {
         let mut server = self.clone();
         let mut arguments = options.split('"').skip(1).step_by(2);
@@ -183,7 +183,7 @@ impl Server {
         server
     }
 
-    /// Returns an address at which a server other than `own` answers.
+    /// Returns an address at which a server answers that is not `own`.
     fn answers(&self, own: Option<&Self>) -> Option<String> {
         let own = own.filter(|own| own.port == self.port);
         for directory in &self.sockets {
@@ -202,7 +202,7 @@ impl Server {
         others.find(answers).map(|address| address.to_string())
     }
 
-    /// Returns the addresses of its hosts, as they are reached from this host.
+    /// Returns the addresses of `hosts` at which this host can reach the server.
     fn addresses(&self) -> Vec<SocketAddr> {
         let each = self.hosts.iter().flat_map(|host| {
             let hosts = match host.as_str() {
@@ -248,8 +248,8 @@ impl Postmaster {
         }
     }
 
-    /// Returns the process if it runs on this host and is a server. After a crash of the host,
-    /// another program may have its number.
+    /// Returns the process if it runs on this host and is a server. After a crash, another program
+    /// may have the same process ID.
     fn process(&self) -> Option<i32> {
         let runs = test_kill_process(Pid::from_raw(self.process)?);
         let name = fs::read_to_string(format!("/proc/{}/comm", self.process));
@@ -323,7 +323,7 @@ pub(super) fn socket_directories(configuration: &Configuration) -> Vec<PathBuf> 
     list(listed).iter().map(|one| text::path(one)).collect()
 }
 
-/// The items of a list of names (`SplitGUCList`).
+/// Returns the items of a list of names (`SplitGUCList`).
 fn list(value: &str) -> Vec<String> {
     let each = value.split(',').map(|one| one.trim().trim_matches('"'));
     each.filter(|one| !one.is_empty())

@@ -87,16 +87,17 @@ pub fn describe(directory: &Path) -> Result<Release> {
 /// The state of the parent of a copy, as far as it is known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ParentState {
-    /// It answers at this address, or this process runs.
+    /// The parent answers: the address, the process, or the setting whose connection string reaches
+    /// it.
     Answers(String),
-    /// It does not answer where it is known to be.
+    /// The parent does not answer, and its connection string or its data directory is known.
     Silent,
-    /// Nobody answers at these addresses of the configuration files. The parent may have been
+    /// No server answers at these addresses of the configuration files. The parent may have been
     /// started with other options, or on another host.
     Unknown(String),
 }
 
-/// Finds out whether the parent still answers.
+/// Checks whether the parent still answers.
 ///
 /// # Errors
 /// [`Error::Usage`] if the directory is not an isolated copy, or if the parent cannot be checked.
@@ -167,8 +168,8 @@ fn isolated(directory: &Path) -> Result<State> {
     })
 }
 
-/// Returns the reason why a changed line is not restored; `None` if it is. `parent` is its decoded
-/// value, for an include the path that it names.
+/// Returns the reason why a changed line is not restored; `None` if it is restored. `parent` is the
+/// parent's value, decoded; for an include directive, the path that it names.
 fn stays_changed(directory: &Path, name: &str, parent: &str) -> Option<String> {
     let real = |path: &Path| std::fs::canonicalize(path).ok();
     let path = text::path(parent);

@@ -181,7 +181,8 @@ fn a_line_that_somebody_changed_belongs_to_them() {
     );
 }
 
-/// The parent's files with an include of each kind, in `conf.d` of the copy too.
+/// Includes of each kind lead to the parent's files, from `postgresql.conf` and from `conf.d` of
+/// the copy.
 #[test]
 fn files_outside_are_taken_into_the_copy() {
     let outside = tempfile::tempdir().expect("a directory");
@@ -213,7 +214,7 @@ fn files_outside_are_taken_into_the_copy() {
     assert_eq!(before.value("data_directory"), Some("/parent"));
 
     let isolation = isolate(directory.path(), &wanted(18, &[])).expect("isolated");
-    // What comes to be there later does not count.
+    // Files that are created or changed after the restore have no effect.
     write(at("later.conf"), b"data_directory = '/parent'\n");
     write(
         at("nested.conf"),
@@ -241,7 +242,7 @@ fn files_outside_are_taken_into_the_copy() {
     let root = fs::canonicalize(directory.path()).expect("it exists");
     assert!(counts.files.iter().all(|file| file.starts_with(&root)));
 
-    // The parent's file names its own directory, so that it stays away.
+    // The parent's file sets `data_directory`, so the release does not restore the include.
     let described = release::describe(directory.path()).expect("isolated");
     let include = described.changes.iter().find(|one| one.name == "include");
     let stays = include.and_then(|one| one.stays.clone());
@@ -260,7 +261,7 @@ fn files_outside_are_taken_into_the_copy() {
     }
 }
 
-/// A server of the parent that answers at the port of `postgresql.auto.conf` only.
+/// The server of the parent answers only at the port that `postgresql.auto.conf` sets.
 #[test]
 fn a_parent_is_asked_at_the_addresses_that_count() {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
@@ -291,14 +292,15 @@ fn a_parent_is_asked_at_the_addresses_that_count() {
     assert_eq!(state(&answers), release::ParentState::Answers(address));
     server.join().expect("it answered");
 
-    // The data directory of the parent is here, and no server runs in it.
+    // The parent's data directory exists on this host, and no server runs in it.
     let parent = tempfile::tempdir().expect("a directory");
     fs::create_dir(parent.path().join("global")).expect("a directory");
     fs::write(parent.path().join("global/pg_control"), "").expect("written");
     let with_data = format!("{main}data_directory = '{}'\n", parent.path().display());
     let (known, _) = isolated(17, &with_data, "", &[]);
     assert_eq!(state(&known), release::ParentState::Silent);
-    // This process is not a server, and its number in a file that a crash left proves nothing.
+    // This process is not a server, so its process ID in a `postmaster.pid` that a crash left
+    // proves nothing.
     let pid = format!("{}\n/data\n0\n1\n/nowhere\n\n", std::process::id());
     fs::write(parent.path().join("postmaster.pid"), pid).expect("written");
     assert_eq!(state(&known), release::ParentState::Silent);

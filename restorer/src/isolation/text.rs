@@ -1,9 +1,9 @@
-//! The text of configuration files, which may contain any bytes: PostgreSQL writes a value in the
-//! encoding of the database in which `ALTER SYSTEM` ran.
+//! Decodes the text of configuration files, which may contain any bytes: PostgreSQL writes a value
+//! in the encoding of the database in which `ALTER SYSTEM` ran.
 //!
-//! Invariant: `encode(&decode(bytes)) == bytes`. A byte that is not UTF-8 becomes one of the last
-//! 128 characters of Unicode's last private plane. If a file contains such a character itself, each
-//! of its bytes becomes one.
+//! Invariant: `encode(&decode(bytes)) == bytes`. A byte that is not part of valid UTF-8 becomes one
+//! of the last 128 characters of Unicode's last private plane. If a file contains such a character
+//! itself, each byte of the character becomes one of them.
 
 use std::{
     ffi::OsString,
@@ -11,10 +11,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The character for the byte 0. Only the characters for bytes from 128 on are used.
+/// The code point for byte 0. Only the code points for bytes from 128 to 255 are used.
 const ESCAPES: u32 = 0x10_FF00;
 
-/// Returns bytes as text, without loss.
+/// Decodes bytes as text without loss.
 pub(super) fn decode(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
     for chunk in bytes.utf8_chunks() {
@@ -32,7 +32,7 @@ pub(super) fn decode(bytes: &[u8]) -> String {
     text
 }
 
-/// Returns the bytes that [`decode`] made into this text.
+/// Returns the bytes from which [`decode`] made this text.
 pub(super) fn encode(text: &str) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut buffer = [0; 4];
@@ -54,13 +54,13 @@ pub(super) fn character(byte: u8) -> char {
     }
 }
 
-/// The byte for which a character stands.
+/// Returns the byte that a character represents; `None` for an ordinary character.
 fn escaped(c: char) -> Option<u8> {
     let byte = u32::from(c).checked_sub(ESCAPES)?;
     u8::try_from(byte).ok().filter(|byte| !byte.is_ascii())
 }
 
-/// Returns decoded text for display.
+/// Returns decoded text for display. Bytes that are not UTF-8 are replaced.
 pub(super) fn shown(text: &str) -> String {
     String::from_utf8_lossy(&encode(text)).into_owned()
 }

@@ -70,8 +70,9 @@ fn first_kept(
     Ok(None)
 }
 
-/// Returns the latest time in the last archived range before the backup that has any transactions.
-/// `None` if WAL is missing after that range, because a later time may have been in it.
+/// Returns the latest time in the last archived range before the backup that contains any
+/// transactions. Returns `None` if there is no such range, or if WAL is missing after it, because
+/// that WAL may contain a later time.
 fn greatest_before(inventory: &dyn Inventory, coverage: &Coverage) -> Result<Option<PgTimestamp>> {
     let start = coverage.start_lsn;
     let mut held_from = start;

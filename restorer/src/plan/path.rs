@@ -151,7 +151,8 @@ pub(crate) fn cover(
 ) -> Result<Coverage> {
     let size = inventory.identity().wal_segment_size.bytes();
     let wal = repository::follow_wal(&Index(inventory), path, start_lsn, size)?;
-    // WAL that was archived and is damaged is missing, and not the end of the archive.
+    // Damaged WAL is a gap: the archive contained WAL beyond it, so it is not the end of the
+    // archive.
     let is_damaged = |branch| inventory.damaged_wal_at(branch, wal.end_lsn).is_some();
     let gap = wal.gap || wal.end_branch.is_some_and(is_damaged);
     Ok(Coverage {

@@ -1,4 +1,4 @@
-//! [`PlanError`]: why a target cannot be reached, with the nearest reachable ones.
+//! [`PlanError`]: the reason why a target cannot be reached, with the nearest reachable targets.
 
 use std::path::{Path, PathBuf};
 
@@ -98,13 +98,13 @@ pub enum PlanError {
         lsn: Lsn,
         /// The last known time before this record.
         since: Option<PgTimestamp>,
-        /// The options of reachable targets next to it.
+        /// The options that select the nearest reachable targets.
         nearest: Vec<String>,
     },
     /// There is no backup.
     #[error("no base backup is archived; take one with `wal-archiver backup`")]
     NoBackup,
-    /// The requested backup does not lie on the path to the wanted timeline.
+    /// The requested backup is not on the path to the wanted timeline.
     #[error(
         "backup {backup} was taken on timeline {branch}, which the path {path} does not cross before its end at {stop_lsn}; \
          leave out --backup, or choose with --target-timeline a timeline that continues {branch}"
@@ -174,7 +174,7 @@ pub enum PlanError {
         /// The record that creates it.
         lsn: Lsn,
     },
-    /// The target lies before the end of every backup.
+    /// The target is before the end of every backup.
     #[error(
         "no base backup ends before the target: the earliest reachable state is that of backup {earliest} at {stop_lsn} \
          ({finished}), --backup {earliest} --target-immediate"
@@ -184,7 +184,7 @@ pub enum PlanError {
         earliest: BackupId,
         /// The stop LSN of this backup.
         stop_lsn: Lsn,
-        /// The time when this backup ended.
+        /// The time at which this backup ended.
         finished: PgTimestamp,
     },
     /// The timeline was never archived.

@@ -313,7 +313,8 @@ fn aborts_stop_recovery_and_late_commits_are_listed() {
 #[test]
 fn a_time_in_missing_wal_before_a_backup_is_not_reached() {
     const SECOND: i64 = 1_000_000;
-    // A commit at 10 s, one at 20 s that gets lost, a backup at 30 s, and a commit at 40 s.
+    // A commit at 10 s, a commit at 20 s whose WAL is missing, a backup at 30 s, and a commit at 40
+    // s.
     let ends = [
         (10, 10 * SECOND, true),
         (600, 20 * SECOND, true),
@@ -334,7 +335,7 @@ fn a_time_in_missing_wal_before_a_backup_is_not_reached() {
     archive.ranges.remove(&RANGE);
     let found = plan_restore(&archive, &time(35 * SECOND), &Wishes::default());
     assert!(found.is_ok(), "{found:?}");
-    // The state at 15 s lacks the commit that the backup contains.
+    // The state at 15 s does not contain the commit at 20 s, but the backup does.
     let error = refusal(&archive, &time(15 * SECOND));
     assert!(matches!(error, PlanError::TooEarly { .. }), "{error}");
 }

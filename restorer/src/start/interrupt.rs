@@ -1,8 +1,9 @@
 //! The signals that end a restore while its server recovers.
 //!
-//! The server is in a process group of its own: a signal to the caller's group, for example Ctrl-C,
-//! does not reach it. Until recovery has ended, this program therefore stops it. Otherwise a copy
-//! that was not compared with the plan would continue and take connections.
+//! The server runs in its own process group, so a signal to the caller's group, for example Ctrl-C,
+//! does not reach it. Until recovery has ended, this program therefore stops the server when a
+//! signal arrives. Otherwise a copy that was not compared with the plan would continue and accept
+//! connections.
 
 use std::{
     fs,
@@ -21,18 +22,20 @@ use tokio::{
 
 use crate::{Error, Result};
 
-/// The signals with their names: Ctrl-C, `kill`, and the end of a terminal.
+/// The handled signals, with their names and numbers: from Ctrl-C, from `kill`, and from the end of
+/// a terminal.
 const SIGNALS: [(&str, i32); 3] = [("SIGINT", 2), ("SIGTERM", 15), ("SIGHUP", 1)];
 
-/// A handler of the signals, from its creation until this program ends.
+/// A handler of these signals. It works from its creation until this program ends.
 #[derive(Debug)]
 pub(super) struct Interrupt(Arc<AtomicI32>);
 
 impl Interrupt {
-    /// Catches each of [`SIGNALS`] that this program does not ignore. `nohup` ignores SIGHUP.
+    /// Installs the handler for each of [`SIGNALS`] that this program does not ignore. `nohup`
+    /// makes it ignore SIGHUP.
     ///
     /// # Errors
-    /// [`Error::Io`] if the system refuses it.
+    /// [`Error::Io`] if the operating system refuses the handler.
     pub(super) fn catch() -> Result<Self> {
         let failed = || Error::io("catch the signals of", "this program");
         let caught = Arc::new(AtomicI32::new(0));
@@ -70,7 +73,7 @@ impl Interrupt {
         watcher.map(|_| Self(caught)).map_err(failed())
     }
 
-    /// Returns the name of the first signal that came; `None` if none did.
+    /// Returns the name of the first signal that arrived; `None` if none has arrived.
     pub(super) fn seen(&self) -> Option<&'static str> {
         let seen = self.0.load(Ordering::Relaxed);
         let found = SIGNALS.iter().find(|(_, number)| *number == seen);
@@ -78,7 +81,8 @@ impl Interrupt {
     }
 }
 
-/// Returns the set of signals that this program ignores, as Linux prints it; 0 if it is unknown.
+/// Returns the mask of the signals that this program ignores, from `/proc/self/status`; 0 if it is
+/// unknown.
 fn ignored() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -1,4 +1,5 @@
-//! Writers through which WAL is delivered: one ends it early, one makes the plan's changes.
+//! Writers for delivered WAL: [`Ending`] ends the WAL at an LSN, [`Changed`] applies the changes of
+//! a plan.
 
 use std::{
     borrow::Cow,
@@ -7,7 +8,7 @@ use std::{
 
 use wal_format::{Lsn, WalChange};
 
-/// Writes WAL up to `end` and zeros after it, which PostgreSQL reads as the end of WAL.
+/// Writes WAL up to `end` and zeros after it. PostgreSQL reads zeros as the end of WAL.
 pub(super) struct Ending<'a> {
     pub(super) out: &'a mut dyn Write,
     /// The LSN of the next byte.
@@ -34,7 +35,7 @@ impl Write for Ending<'_> {
     }
 }
 
-/// Replaces the part of the WAL at and after `end` by zeros. `start` is the LSN of the first byte.
+/// Replaces the WAL from `end` on with zeros. `start` is the LSN of the first byte.
 pub(super) fn end_at(wal: &mut [u8], start: Lsn, end: Lsn) {
     let kept = index(end.max(start).bytes_since(start));
     if let Some(rest) = wal.get_mut(kept..) {
@@ -51,8 +52,8 @@ pub(super) struct Changed<'a> {
 }
 
 impl Write for Changed<'_> {
-    /// Writes all of `bytes`. Fails if the WAL does not contain the old bytes of a change: then it
-    /// is not the WAL for which the plan was made.
+    /// Writes all of `bytes`. Fails if the WAL does not contain the old bytes of a change, because
+    /// the plan was then made for other WAL.
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let end = self.at.add(bytes.len() as u64);
         let mut bytes = Cow::Borrowed(bytes);
