@@ -228,7 +228,8 @@ fn private_file(path: &Path, content: &str) {
     }
 }
 
-/// A profile that assumes a role, in the files of a place; the variables of a web identity that does.
+/// Writes the files of a profile that assumes a role, and of a web identity, into `place`. Returns
+/// the environment variables of the web identity, which assumes the same role.
 fn roles(place: &Path) -> Vec<(&'static str, String)> {
     let keys = "[two]\naws_access_key_id = AKIATWO\naws_secret_access_key = secret-2\n";
     private_file(&place.join("credentials"), keys);

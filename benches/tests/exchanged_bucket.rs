@@ -138,7 +138,8 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
     write_wal(&cluster);
     wait(&place, "it goes on", is_well);
 
-    // An older replica of the bucket has the identity, and lacks what came since.
+    // An older replica of the bucket has the identity, but lacks the objects that were stored
+    // later.
     let mut newer = BTreeMap::new();
     for key in store.keys().expect("a listing") {
         if !old.contains(&key) {
@@ -159,7 +160,8 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
             && reason.contains("--accept-loss")
             && report["durable"]["remote"]["lag_bytes"].as_u64() > Some(0)
     });
-    // The segment of the check itself may be there: it is not counted as stored.
+    // The check may have stored one segment before it noticed the older state. That segment does
+    // not count as stored.
     let now = segments(&store.keys().expect("a listing"));
     assert!(now <= before + 2, "{before} segments became {now}");
     for (key, body) in &newer {

@@ -103,7 +103,7 @@ fn an_idle_server_costs_nothing_and_wal_needs_no_listing() {
         of(&before, "list"),
         "a listing on the way of WAL"
     );
-    // Two for each object, and at most one check of the presence of others.
+    // Two HEAD for each object that was stored, and those of at most one presence check (11).
     let stored = of(&after, "put") - of(&before, "put");
     let asked = of(&after, "head") - of(&before, "head");
     assert!(asked <= 2 * stored + 11, "{asked} for {stored} objects");
