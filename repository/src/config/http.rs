@@ -51,7 +51,7 @@ pub struct HttpAccess {
 }
 
 impl HttpAccess {
-    /// Returns true if requests without a token are refused.
+    /// Returns true if a token is configured.
     #[must_use]
     pub fn is_guarded(&self) -> bool {
         self.read.is_some() || self.operate.is_some()
