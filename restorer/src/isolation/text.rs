@@ -45,7 +45,7 @@ pub(super) fn encode(text: &str) -> Vec<u8> {
     bytes
 }
 
-/// Returns the character that stands for a byte.
+/// Returns the character that represents a byte.
 pub(super) fn character(byte: u8) -> char {
     let escape = char::from_u32(ESCAPES + u32::from(byte));
     match escape {

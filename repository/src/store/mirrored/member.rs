@@ -74,7 +74,7 @@ struct State {
     queued_bytes: usize,
     /// The time at which the job that is being executed was given.
     working: Option<Instant>,
-    /// The time at which the current request was sent, and its size in bytes.
+    /// The time at which the current job of the queue was started, and its size in bytes.
     asked: Option<(Instant, usize)>,
     /// The time before which the place is not tried again, and the reason.
     away: Option<(Instant, String)>,
