@@ -457,6 +457,14 @@ impl ClusterStatus {
         });
     }
 
+    /// Clears the failure that a check of the place reported, and no other one.
+    pub(crate) fn repository_back(&self, check: &'static str) {
+        let failed = format!("{check} ");
+        if self.facts().repository_broken.contains_key(&failed) {
+            self.repository_answered(check, "");
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
     }

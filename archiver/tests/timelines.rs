@@ -183,7 +183,13 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
         "{log}"
     );
     let told = fs::read_to_string(place.spool().join("main/history/events")).expect("events");
-    assert_eq!(told.matches("it lost 7 commits").count(), 1, "{told}");
+    // Once as the event and once as the alert.
+    for kind in ["failover", "alert"] {
+        let kind = format!("\"kind\":\"{kind}\"");
+        let of_kind = told.lines().filter(|line| line.contains(&kind));
+        let naming = of_kind.filter(|line| line.contains("it lost 7 commits"));
+        assert_eq!(naming.count(), 1, "{kind}: {told}");
+    }
     assert_eq!(listed(&place), lost);
     let verdict = place.verify(&standby.conninfo());
     assert!(verdict.contains("no gap"), "{verdict}");

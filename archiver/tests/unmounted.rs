@@ -137,7 +137,7 @@ fn wait_until_red_for(archiver: &Archiver, words: &[&str]) {
     });
     wait_until("the page has the remedy once", || {
         let page = archiver.get("/");
-        page.matches("epoch begin --system-identifier").count() == 1
+        page.matches(words[1]).count() == 1
     });
     let health = archiver.get("/api/v1/clusters/main/health");
     assert!(health.starts_with("HTTP/1.1 503"), "{health}");

@@ -95,7 +95,7 @@ fn the_main_job_with_encryption() {
     for (line, words) in [
         (key_setting(OTHER), "the configured key is"),
         (String::new(), "encryption_key_file"),
-        (key_setting("12"), "no key"),
+        (key_setting("12"), "is not a key"),
     ] {
         let config = with_keys(&place, &line);
         for arguments in [["verify"].as_slice(), &["catalog", "rebuild"], &["status"]] {

@@ -15,7 +15,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    BackupId, Branch, Lsn, ObjectKey, PgTimestamp, SegmentName, SegmentSize, SystemIdentifier,
+    BackupId, Branch, Lsn, ObjectKey, PgTimestamp, SegmentName, SegmentNo, SegmentSize,
+    SystemIdentifier,
 };
 
 use crate::{Error, Result, config::ClusterSettings, durable, expire::Intervals};
@@ -74,6 +75,40 @@ impl Loss {
             } => segment_key(*system, *branch, *segment_size, *from_lsn),
             Self::Backup { system, id, .. } => ObjectKey::BackupInfo(*system, id.clone()),
         }
+    }
+}
+
+impl Loss {
+    /// Returns true if this loss contains all of `other`.
+    #[must_use]
+    pub fn covers(&self, other: &Self) -> bool {
+        Known::new(vec![self.clone()]).left_of(other).is_empty()
+    }
+
+    /// Returns the keys of all missing objects.
+    pub fn keys(&self) -> impl Iterator<Item = ObjectKey> {
+        let (first, segments) = match self {
+            Self::Wal {
+                system,
+                segment_size: size,
+                branch,
+                from_lsn,
+                to_lsn,
+            } => {
+                let last = size.segment_of(Lsn(to_lsn.0.saturating_sub(1)));
+                let rest = size.segment_of(*from_lsn).0 + 1..=last.0;
+                (self.key(), Some((*system, *size, *branch, rest)))
+            }
+            Self::Backup { .. } => (self.key(), None),
+        };
+        let rest = segments
+            .into_iter()
+            .flat_map(|(system, size, branch, rest)| {
+                rest.map(move |number| {
+                    segment_key(system, branch, size, SegmentNo(number).start_lsn(size))
+                })
+            });
+        std::iter::once(first).chain(rest)
     }
 }
 
@@ -298,11 +333,14 @@ impl LossRecord {
 
     fn write<T: Serialize>(&self, file: &str, losses: &[T]) -> Result<()> {
         durable::create_dir_all(&self.directory)?;
+        let path = self.directory.join(file);
         let content = serde_json::to_vec_pretty(&File {
             format_version: FORMAT_VERSION,
             losses: losses.iter().collect(),
         });
-        durable::replace(&self.directory.join(file), &content.unwrap_or_default())
+        let content =
+            content.map_err(|error| Error::store("write", &path)(io::Error::other(error)))?;
+        durable::replace(&path, &content)
     }
 }
 
@@ -376,6 +414,22 @@ mod tests {
             from_lsn: Lsn(from << 24),
             to_lsn: Lsn(to << 24),
         }
+    }
+
+    #[test]
+    fn a_loss_names_every_segment() {
+        let keys: Vec<String> = wal(2, 5).keys().map(|key| key.to_string()).collect();
+        let names: Vec<&str> = keys
+            .iter()
+            .filter_map(|key| key.rsplit('/').next())
+            .collect();
+        assert_eq!(
+            names,
+            [2, 3, 4].map(|number| format!("00000001000000000000000{number}.zst"))
+        );
+        assert_eq!(wal(2, 3).keys().count(), 1);
+        assert!(wal(2, 5).covers(&wal(3, 4)));
+        assert!(!wal(2, 5).covers(&wal(3, 6)));
     }
 
     #[test]

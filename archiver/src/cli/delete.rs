@@ -61,7 +61,7 @@ pub(super) fn delete(
         });
     }
     for Deletion { place, .. } in &deletions {
-        let from = expire::delete::delete(settings, place, id, now)?;
+        let from = expire::delete::delete(settings, place, id, now, force)?;
         output::line(&format!(
             "cluster {}: {place}: backup {id} counts as absent from now on. `wal-archiver expire` removes it after {}; until \
              then `wal-archiver expire --undo` brings it back",

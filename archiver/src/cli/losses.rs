@@ -3,12 +3,12 @@
 
 use catalog::Catalog;
 use repository::{
-    ClusterIdentity, Error as StoreError, Loss, LossRecord, Missing, Repository,
+    ClusterIdentity, Error as StoreError, FoundLoss, Loss, LossRecord, Missing, Repository,
     config::ClusterSettings, name_losses,
 };
 use wal_format::{DeclaredGap, Lsn, PgTimestamp};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The reason in a declared gap.
 const REASON: &str = "the repository lost it, and an operator accepted that";
@@ -51,15 +51,35 @@ pub(super) fn of(
     };
     if repository.is_partly_away() {
         // A place that is away may hold the missing objects.
+        if must {
+            return Err(Error::Usage {
+                message: format!(
+                    "one of the repositories {} does not answer, and it may hold what is missing: accept a loss when \
+                     all of them answer",
+                    settings.repository
+                ),
+            });
+        }
         return Ok(Missing::default());
     }
     let mut missing = record.without_accepted(&missing)?;
-    for found in found {
-        if !missing.losses.contains(&found.loss) && repository.head(&found.loss.key())?.is_none() {
-            missing.losses.push(found.loss);
+    for FoundLoss { loss, .. } in found {
+        let is_named = missing.losses.iter().any(|named| named.covers(&loss));
+        if !is_named && lacks_one(repository, &loss)? {
+            missing.losses.push(loss);
         }
     }
     Ok(missing)
+}
+
+/// Returns true if an object of a recorded loss is still missing.
+fn lacks_one(repository: &Repository, loss: &Loss) -> Result<bool> {
+    for key in loss.keys() {
+        if repository.head(&key)?.is_none() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// Returns the error of a repository that lacks the newest segment.

@@ -137,7 +137,7 @@ fn verify_all<'a>(
         // The check of one backup does not cover the rest of the archive, so it is not recorded as
         // a verification.
         if options.backup.is_none() {
-            record(cluster, &places, system, &findings, started);
+            record(cluster, &places, system, (&findings, &lost), started);
         }
     }
     if problems == 0 {
@@ -242,10 +242,10 @@ fn record(
     settings: &ClusterSettings,
     places: &[Repository],
     system: SystemIdentifier,
-    findings: &[Findings],
+    (findings, lost): (&[Findings], &[Loss]),
     started: jiff::Timestamp,
 ) {
-    let problems: Vec<String> = findings
+    let mut problems: Vec<String> = findings
         .iter()
         .flat_map(|found| {
             let several = (places.len() > 1).then_some(&found.url);
@@ -255,6 +255,8 @@ fn record(
             })
         })
         .collect();
+    let lost = lost.iter();
+    problems.extend(lost.map(|loss| format!("{loss} was archived and is not there any more")));
     let message = match problems.len() {
         0 => "no damage".to_owned(),
         count => format!("{count} problem(s)"),

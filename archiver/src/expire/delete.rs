@@ -75,19 +75,27 @@ pub(crate) fn decide(
 /// removed. `None` if the repository does not hold the backup any more.
 ///
 /// # Errors
-/// [`Error::Expire`] if other processes applied retention there during each attempt;
+/// [`Error::Expire`] if other processes applied retention there during each attempt, or if the
+/// deletion now needs `--force` and `force` is false;
 /// [`Error::Repository`].
 pub(crate) fn delete(
     settings: &ClusterSettings,
     place: &RepositoryPlace,
     id: &BackupId,
     now: Timestamp,
+    force: bool,
 ) -> Result<Option<PgTimestamp>> {
     for tries in 1..=TRIES_MAX {
         // Another process may have deleted it meanwhile.
         let Some(found) = find(settings, place, id, now)? else {
             return Ok(None);
         };
+        if let Some(objection) = found.objection.filter(|_| !force) {
+            return Err(Error::Expire {
+                problem: format!("backup {id} was not deleted in {}: {objection}", place.url),
+                kind: ExitKind::Failed,
+            });
+        }
         let system = found.identity.system_identifier;
         let record = (name()?, PgTimestamp::from_jiff(now), REASON.to_owned());
         let marked = mark(

@@ -347,7 +347,7 @@ async fn operate(path: &str, headers: &HeaderMap, sources: &Sources, busy: &Busy
     }
 }
 
-/// Returns the OpenAPI document. It demands a token for reading only if this server does.
+/// Returns the `OpenAPI` document. It demands a token for reading only if this server does.
 fn openapi(is_guarded: bool) -> String {
     let document = include_str!("openapi.json");
     if is_guarded {

@@ -156,7 +156,7 @@ pub(super) fn summary(reports: &[ClusterReport], links: &Links) -> (String, Stri
             report.state.name().replace('_', " "),
             report.reason.trim_end_matches('.'),
             time(report.window.earliest),
-            time(report.window.latest_commit),
+            time(report.window.latest),
             time(backup),
             time(report.last_drill_passed),
         );

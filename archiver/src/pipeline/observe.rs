@@ -241,6 +241,8 @@ pub(super) async fn look(archive: Arc<Archive>) {
                 status.repository_failed("presence", "", &error);
             }
             Err(error) => tracing::debug!(%error, "the presence of the objects is not known"),
+            // Only the check of the objects proves that they are back.
+            Ok(()) if is_due => archive.status().repository_back("presence"),
             Ok(()) => {}
         }
     }
@@ -268,12 +270,9 @@ pub(super) async fn watch_place(archive: Arc<Archive>) {
             Err(Error::Repository(error)) if error.is_gone() || error.is_not_found() => {
                 status.repository_failed("look", "", &error);
             }
-            // Clears only the failure that this check reported. For a bucket, success proves
-            // nothing.
-            Ok(()) if status.facts().repository_broken.contains_key("look ") => {
-                status.repository_answered("look", "");
-            }
-            _ => {}
+            // For a bucket, success proves nothing, but then this check reported no failure.
+            Ok(()) => status.repository_back("look"),
+            Err(_) => {}
         }
     }
 }

@@ -340,7 +340,11 @@ pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> 
     let losses = &archive.loss_record;
     let mut is_back = false;
     for found in losses.open()? {
-        is_back |= archive.repository().head(&found.loss.key())?.is_some();
+        // The last segment may be back before the first one.
+        let (first, last) = (found.loss.key(), found.loss.keys().last());
+        for key in [Some(first), last].into_iter().flatten() {
+            is_back = is_back || archive.repository().head(&key)?.is_some();
+        }
     }
     if is_back {
         archive.refresh()?;
