@@ -253,7 +253,11 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
                     .as_ref()
                     .map_err(|error| Error::usage(error.to_string()))?;
             }
-            release::run(settings.as_ref().ok(), &args)?;
+            release::run(
+                settings.as_ref().ok(),
+                cli.common.conninfo.as_deref(),
+                &args,
+            )?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::RecoveryEnded { directory }) => {

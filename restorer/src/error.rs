@@ -214,6 +214,14 @@ impl Error {
         }
     }
 
+    /// Returns true if an archived object is damaged.
+    pub(crate) fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::Damaged { .. } | Self::Repository(repository::Error::Damaged { .. })
+        )
+    }
+
     /// Returns the damage that the error reports; passes any other error on.
     pub(crate) fn into_damage(self) -> Result<Damage> {
         match self {

@@ -180,6 +180,7 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
     }
     let mut edits = Vec::new();
     let imported = imports::import(directory, &mut edits)?;
+    let has_unread = !imported.problems.is_empty();
     let configuration = Configuration::read(directory);
     let mut state = State {
         note: "Written by pitr-restore; `pitr-restore release` needs it.".to_owned(),
@@ -205,7 +206,9 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
         let changes = parent.as_deref().is_some_and(|parent| {
             !parent.is_empty() && value != Some(parent) && value != Some(bool_of(parent))
         });
-        if !applies(row.when, directory, parent.as_deref(), changes) {
+        // A file that cannot be read here may set it.
+        let is_unknown = has_unread && row.when == When::LeadsOutside;
+        if !is_unknown && !applies(row.when, directory, parent.as_deref(), changes) {
             continue;
         }
         if changes {
@@ -377,6 +380,10 @@ fn applies(when: When, directory: &Path, parent: Option<&str>, changes: bool) ->
         When::LeadsOutside => {
             parent.is_some_and(|parent| !parent.is_empty() && leads_outside(directory, parent))
         }
+        When::LeadsElsewhere => parent.is_some_and(|parent| {
+            !parent.is_empty()
+                && (text::path(parent).is_relative() || leads_outside(directory, parent))
+        }),
     }
 }
 

@@ -319,7 +319,7 @@ pub(crate) fn segment(
     out: &mut dyn Write,
 ) -> Result<bool> {
     let number = name.segment(identity.wal_segment_size);
-    match (asked.plan, number) {
+    let found = match (asked.plan, number) {
         (Some(plan), Some(number)) if !plan.wal_changes.is_empty() => {
             let mut changed = Changed {
                 out,
@@ -329,7 +329,29 @@ pub(crate) fn segment(
             archived_segment(repository, identity, asked, name, &mut changed)
         }
         _ => archived_segment(repository, identity, asked, name, out),
+    };
+    match found {
+        // PostgreSQL 15 and later prefetch the segment after the stop, and end at an error.
+        Err(error) if error.is_damage() && is_after(asked.plan, name, identity) => {
+            tracing::warn!(
+                event = "unneeded_wal_damaged", %error,
+                "{name} is damaged; the recovery stops before it and does not need it"
+            );
+            Ok(false)
+        }
+        found => found,
     }
+}
+
+/// Returns true if a segment begins at or after the end of the WAL that the plan needs, on the
+/// plan's last timeline.
+fn is_after(plan: Option<&RestorePlan>, name: SegmentName, identity: &ClusterIdentity) -> bool {
+    let size = identity.wal_segment_size;
+    let (Some(plan), Some(number)) = (plan, name.segment(size)) else {
+        return false;
+    };
+    let last = plan.path.last().map(|part| part.branch.timeline);
+    last == Some(name.timeline) && number.start_lsn(size) >= plan.wal_end_lsn
 }
 
 /// Writes a segment as it is archived. Returns false when it is proved absent.

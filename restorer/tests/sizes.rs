@@ -344,6 +344,21 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
     for target in [before, latest] {
         assert_eq!(plan(&[target]).0, Some(0), "{target}");
     }
+    // The target that the refusal offers is reached: PostgreSQL prefetches the damaged segment, and
+    // does not need it.
+    let (_, _, error) = plan(&[inside]);
+    let (_, offered) = error
+        .split_once("nearest reachable target is ")
+        .expect("it");
+    let offered: Vec<&str> = offered.split_whitespace().take(2).collect();
+    assert_eq!(offered[0], "--target-lsn", "{error}");
+    let lsn = offered[1].trim_end_matches(|letter: char| !letter.is_ascii_hexdigit());
+    let arguments = [offered[0], lsn];
+    let restored = Restored::start(&archived.place, &bin, &arguments).expect("it is reached");
+    let mut client = restored.connect().expect("a connection");
+    let rows = client.query_one("SELECT string_agg(word, '') FROM words", &[]);
+    assert_eq!(rows.expect("rows").get::<_, &str>(0), "0");
+    drop((client, restored));
     let listing = archived.listing();
     let damaged = listing["damaged"][0]["object"].as_str().expect("an object");
     assert!(damaged.contains(name), "{damaged}");

@@ -35,7 +35,13 @@ pub(super) struct ReleaseArgs {
     pub(super) json: bool,
 }
 
-pub(super) fn run(settings: Option<&Settings>, args: &ReleaseArgs) -> Result<()> {
+/// Releases the copy, or prints what that would change. `named` is the connection string of the
+/// command line, which counts without a repository too.
+pub(super) fn run(
+    settings: Option<&Settings>,
+    named: Option<&str>,
+    args: &ReleaseArgs,
+) -> Result<()> {
     let directory = args.directory.as_path();
     if rustix::process::getuid().is_root() {
         return Err(Error::usage(format!(
@@ -44,9 +50,10 @@ pub(super) fn run(settings: Option<&Settings>, args: &ReleaseArgs) -> Result<()>
         )));
     }
     let described = release::describe(directory)?;
-    let conninfo = settings
+    let configured = settings
         .and_then(|settings| settings.cluster().ok())
         .map_or("", |cluster| cluster.conninfo.as_str());
+    let conninfo = named.unwrap_or(configured);
     let asked = Asked {
         conninfo,
         pg_isready: pg_isready(directory, args.pg_bin.as_deref()),

@@ -10,7 +10,7 @@
 //! Invariant: after the import no file of the copy includes a file outside of it.
 
 use std::{
-    fs,
+    fs, io,
     path::{Component, Path, PathBuf},
 };
 
@@ -77,12 +77,20 @@ struct Include<'a> {
     depth: usize,
 }
 
+/// Reads a regular file. The read of a FIFO would wait for a writer.
+fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    match fs::metadata(path)? {
+        found if found.is_file() || found.is_dir() => fs::read(path),
+        _ => Err(io::Error::other("it is not a regular file")),
+    }
+}
+
 impl Importer<'_> {
     /// Changes the include directives of a file of the copy, and of the files in the copy that it
     /// includes.
     fn own(&mut self, file: &Path, depth: usize) -> Result<()> {
         // `Configuration::read` reports a file that is missing or nested too deeply.
-        let Ok(bytes) = fs::read(file) else {
+        let Ok(bytes) = read_regular(file) else {
             return Ok(());
         };
         if depth > DEPTH_MAX {
@@ -166,7 +174,7 @@ impl Importer<'_> {
     fn file(&mut self, include: Include<'_>) -> Result<String> {
         let Include { target, depth, .. } = include;
         let name = self.next_name()?;
-        let content = match fs::read(target) {
+        let content = match read_regular(target) {
             Ok(_) if depth > DEPTH_MAX => {
                 self.unreadable(include, &name, "it is nested too deeply");
                 return Ok(name);
@@ -205,7 +213,8 @@ impl Importer<'_> {
 
     fn unreadable(&mut self, include: Include<'_>, name: &str, why: &str) {
         self.imported.problems.push(format!(
-            "{} line {} includes {}, which cannot be read here ({why}): PostgreSQL does not start before its content is in {}",
+            "{} line {} includes {}, which cannot be read here ({why}): PostgreSQL does not start before its content is in {}, without data_directory, \
+             hba_file and ident_file, which would lead to the parent's files",
             include.from.display(),
             include.entry.line,
             include.target.display(),

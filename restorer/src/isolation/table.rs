@@ -8,7 +8,7 @@
 use self::{
     Group::{Archiving, General, Recovery},
     How::{Comment, Value},
-    When::{Always, Contains, LeadsOutside, Set},
+    When::{Always, Contains, LeadsElsewhere, LeadsOutside, Set},
 };
 
 /// The versions that have a setting.
@@ -48,6 +48,9 @@ pub enum When {
     Always,
     /// The parent's value, as a path relative to the data directory, leads out of it.
     LeadsOutside,
+    /// As [`When::LeadsOutside`], or the parent's value is a relative path: PostgreSQL resolves this
+    /// one from the directory in which it is started (`make_absolute_path` in `SelectConfigFiles`).
+    LeadsElsewhere,
     /// The parent's value contains this text.
     Contains(&'static str),
     /// The parent sets it to any value other than the isolated value.
@@ -233,7 +236,7 @@ pub const SETTINGS: &[Isolated] = &[
     row(
         "hba_file",
         Majors::ALL,
-        LeadsOutside,
+        LeadsElsewhere,
         Comment,
         General,
         "follow its parent's file",
@@ -241,7 +244,7 @@ pub const SETTINGS: &[Isolated] = &[
     row(
         "ident_file",
         Majors::ALL,
-        LeadsOutside,
+        LeadsElsewhere,
         Comment,
         General,
         "follow its parent's file",
