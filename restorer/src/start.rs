@@ -38,6 +38,8 @@ use self::{
 pub const LOG: &str = "tidemark_recovery.log";
 /// The interval at which the log is read.
 const POLL: Duration = Duration::from_millis(50);
+/// The time in which a server ends after an immediate shutdown, before it is killed.
+const STOP_MAX: Duration = Duration::from_secs(30);
 /// The number of crashes after which a recovery that restarts each time is given up.
 const CRASHES_MAX: u32 = 3;
 /// The first version that logs the LSN of a running redo (`log_startup_progress_interval`).
@@ -279,8 +281,21 @@ fn stop(server: &mut Child) {
     if let Err(error) = kill_process(pid, Signal::QUIT) {
         tracing::debug!(%error, "the server had ended already");
     }
-    if let Err(error) = server.wait() {
-        tracing::warn!(%error, "the end of the server could not be waited for");
+    let began = Instant::now();
+    loop {
+        match server.try_wait() {
+            Ok(Some(_)) => return,
+            Ok(None) if began.elapsed() < STOP_MAX => thread::sleep(POLL),
+            Ok(None) => break,
+            Err(error) => {
+                tracing::warn!(%error, "the end of the server could not be waited for");
+                return;
+            }
+        }
+    }
+    // The copy is not believed, so nothing of it is lost.
+    if let Err(error) = server.kill().and_then(|()| server.wait()) {
+        tracing::warn!(%error, "the server did not stop");
     }
 }
 

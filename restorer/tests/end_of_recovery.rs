@@ -82,13 +82,13 @@ fn executable(path: &Path, script: &str) {
 }
 
 /// Recovers with the real server, ends that, lets `change` change the result, and shows the real log.
-/// What is left running ends at SIGINT as a server does, also where the test's parent ignores it.
+/// What is left running ends at a signal as a server does, also where the test's parent ignores it.
 fn after_recovery(change: &str) -> String {
     format!(
         "$real \"$@\" > \"$data/../real.log\" 2>&1 &\npid=$!\n\
          until grep -q 'ready to accept connections' \"$data/../real.log\"; do\n\
          kill -0 $pid || exit 1; sleep 0.05; done\n\
-         kill -QUIT $pid; wait $pid\n{change}\ncat \"$data/../real.log\" >&2\nexec env --default-signal=INT sleep 600"
+         kill -QUIT $pid; wait $pid\n{change}\ncat \"$data/../real.log\" >&2\nexec env --default-signal=INT,QUIT sleep 600"
     )
 }
 
@@ -247,12 +247,13 @@ fn a_signal_ends_the_server_of_an_unfinished_recovery(promoted: &Promoted) {
     });
     let server = Pid::from_raw(server.expect("a process")).expect("a process");
     assert_eq!(getpgid(Some(server)).expect("it runs"), server);
-    kill_process_group(Pid::from_child(&restore), Signal::INT).expect("a signal");
+    // A shell lets a program in the background ignore SIGINT, and nobody changes that for SIGTERM.
+    kill_process_group(Pid::from_child(&restore), Signal::TERM).expect("a signal");
     let output = restore.wait_with_output().expect("it ends");
     let (_, error) = said(&output);
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(
-        error.contains("SIGINT came before recovery had ended"),
+        error.contains("SIGTERM came before recovery had ended"),
         "{error}"
     );
     assert!(!pid_file.exists(), "it is left running");

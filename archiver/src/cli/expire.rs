@@ -100,7 +100,7 @@ pub(super) fn undo(
         if !json {
             output::line(
                 "The next expiry decides by the policy again. To keep this data, change keep_window, keep_backups_min or \
-                 keep_backups first",
+                 keep_backups now, and let the daemon read the file again (SIGHUP)",
             );
         }
         return Ok(());

@@ -261,7 +261,7 @@ impl<'a> Of<'a> {
             .pointer("/last_drill/passed")
             .and_then(Value::as_bool)
         {
-            None => "none yet: restore to an empty directory with `pitr-restore --target-dir DIR --start`".to_owned(),
+            None => "none recorded; no program records a drill yet".to_owned(),
             Some(true) => {
                 format!(
                     "passed {when}, lost {}",

@@ -108,16 +108,17 @@ pub(super) fn nagios(settings: &Settings) -> Result<()> {
 /// Returns performance data, `'name'=value;warning;critical;minimum`. `U` is Nagios's unknown
 /// value.
 fn performance(cluster: &str, report: &Value) -> String {
-    let number = |pointer: &str| match report.pointer(pointer).and_then(Value::as_f64) {
-        Some(number) => format!("{number}"),
+    // The unknown value has no unit.
+    let number = |pointer: &str, unit: &str| match report.pointer(pointer).and_then(Value::as_f64) {
+        Some(number) => format!("{number}{unit}"),
         None => "U".to_owned(),
     };
-    let target = number("/rpo_target_seconds");
+    let target = number("/rpo_target_seconds", "");
     format!(
-        "'{cluster}_rpo'={}s;;{target};0 '{cluster}_lag'={}B;;;0 '{cluster}_spool'={}B;;;0",
-        number("/durable/remote/rpo_seconds"),
-        number("/durable/remote/lag_bytes"),
-        number("/counters/spool_used_bytes"),
+        "'{cluster}_rpo'={};;{target};0 '{cluster}_lag'={};;;0 '{cluster}_spool'={};;;0",
+        number("/durable/remote/rpo_seconds", "s"),
+        number("/durable/remote/lag_bytes", "B"),
+        number("/counters/spool_used_bytes", "B"),
     )
 }
 
@@ -142,6 +143,6 @@ mod tests {
         check(json!({ "state": "broken", "alerts": [] }), Level::Critical);
         check(json!({}), Level::Unknown);
         let data = performance("main", &json!({ "rpo_target_seconds": 5.0 }));
-        assert!(data.starts_with("'main_rpo'=Us;;5;0"), "{data}");
+        assert!(data.starts_with("'main_rpo'=U;;5;0"), "{data}");
     }
 }

@@ -183,7 +183,7 @@ pub(super) fn drills(cluster: &Watched) -> Answer {
         &listed(
             "drills",
             &drills,
-            "none yet: restore to an empty directory with `pitr-restore --target-dir DIR --start`",
+            "none recorded; no program records a drill yet",
         ),
     )
 }

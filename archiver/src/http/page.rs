@@ -246,7 +246,7 @@ fn tiles(out: &mut String, view: &View<'_>) {
     let (drill, drill_notes, drill_bad) = match &report.last_drill {
         None => (
             "none yet".to_owned(),
-            vec!["restore to an empty directory with <code>pitr-restore --target-dir DIR --start</code>".to_owned()],
+            vec!["no program records a drill yet; try a restore with <code>pitr-restore --target-dir DIR --start</code>".to_owned()],
             false,
         ),
         Some(drill) => (

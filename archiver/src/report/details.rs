@@ -175,7 +175,7 @@ impl Details {
         let how = match (measured, backup) {
             (None, _) => {
                 "Unknown: no restore drill has measured how fast this repository is fetched and its WAL replayed. \
-                 Measure it: restore to an empty directory with `pitr-restore --target-dir DIR --start`."
+                 `pitr-restore --target-dir DIR --start` prints the duration of a restore; nothing records it as a drill yet."
             }
             (Some(_), None) => "Unknown: there is no base backup. Run `wal-archiver backup`.",
             (Some(_), Some(_)) => {
