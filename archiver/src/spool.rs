@@ -145,15 +145,14 @@ fn denied(cluster_directory: &Path, source: io::Error) -> Error {
     Error::SpoolDenied {
         path: cluster_directory.to_path_buf(),
         missing: parent.unwrap_or(cluster_directory).to_path_buf(),
-        user: user_name(),
+        user: user_name(rustix::process::geteuid().as_raw()),
         source,
     }
 }
 
-/// Returns the name of the user that this process runs as, or its number if `/etc/passwd` does not
-/// contain it.
-fn user_name() -> String {
-    let uid = rustix::process::geteuid().as_raw().to_string();
+/// Returns the name of a user, or the number if `/etc/passwd` does not contain it.
+pub(crate) fn user_name(uid: u32) -> String {
+    let uid = uid.to_string();
     let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let name = users.lines().find_map(|line| {
         let mut fields = line.split(':');

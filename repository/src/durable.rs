@@ -4,8 +4,13 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{Gid, Uid, fchown, fstat},
+    process::geteuid,
 };
 
 use crate::{CrashPoint, Error, Result};
@@ -21,6 +26,9 @@ pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
         .prefix(".tidemark-")
         .tempfile_in(directory)
         .map_err(Error::store("create a file in", directory))?;
+    File::open(directory)
+        .and_then(|directory| keep_owner(temporary.as_file(), directory))
+        .map_err(Error::store("change the owner of", path))?;
     temporary
         .as_file()
         .write_all(bytes)
@@ -34,6 +42,23 @@ pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     fs::hard_link(temporary.path(), path).map_err(Error::store("create", path))?;
     drop(temporary);
     sync_dir(directory)
+}
+
+/// Gives what root created to the owner of the directory that contains it. Otherwise a command that
+/// root runs once would leave files in a repository or spool that its own user cannot read.
+///
+/// # Errors
+/// Those of `fstat` and `fchown`.
+pub(crate) fn keep_owner(created: impl AsFd, directory: impl AsFd) -> io::Result<()> {
+    if !geteuid().is_root() {
+        return Ok(());
+    }
+    let above = fstat(directory)?;
+    if above.st_uid != 0 {
+        let (user, group) = (Uid::from_raw(above.st_uid), Gid::from_raw(above.st_gid));
+        fchown(created, Some(user), Some(group))?;
+    }
+    Ok(())
 }
 
 /// Renames durably, replacing `to`. Both must be on one file system.
@@ -104,6 +129,7 @@ pub fn create_dir_all(directory: &Path) -> Result<()> {
             Ok(()) => {
                 let reached = CrashPoint::DirectoryCreated.reach();
                 let synced = reached
+                    .and_then(|()| keep_owner(File::open(&path)?, File::open(parent(&path))?))
                     .map_err(Error::store("create directory", &path))
                     .and_then(|()| sync_dir(parent(&path)));
                 if synced.is_err() {
@@ -139,6 +165,7 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         .open(&fresh)
         .and_then(|mut file| {
             CrashPoint::RecordCreated.reach()?;
+            keep_owner(&file, File::open(parent(path))?)?;
             if let Ok(permissions) = permissions {
                 file.set_permissions(permissions)?;
             }
@@ -164,6 +191,36 @@ fn parent(path: &Path) -> &Path {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Only root can give files away, so another user's run checks nothing.
+    #[test]
+    fn what_root_creates_belongs_to_the_owner_of_the_directory() {
+        use std::os::unix::fs::{MetadataExt, chown};
+
+        if !geteuid().is_root() {
+            return;
+        }
+        let directory = tempfile::tempdir().expect("a directory");
+        chown(directory.path(), Some(65_534), Some(65_534)).expect("root may");
+        let below = directory.path().join("a/b");
+        create_dir_all(&below).expect("directories");
+        write_new(&below.join("new"), b"one").expect("a file");
+        replace(&below.join("record"), b"two").expect("a file");
+        let store = crate::store::LocalStore::open(directory.path()).expect("a store");
+        let put = crate::ObjectStore::put_if_absent(&store, "main/gap/object", b"three");
+        put.expect("an object");
+        for path in [
+            "a",
+            "a/b",
+            "a/b/new",
+            "a/b/record",
+            "main",
+            "main/gap/object",
+        ] {
+            let found = fs::metadata(directory.path().join(path)).expect("it is there");
+            assert_eq!((found.uid(), found.gid()), (65_534, 65_534), "{path}");
+        }
+    }
 
     #[test]
     fn write_new_never_replaces() {

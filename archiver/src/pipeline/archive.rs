@@ -113,7 +113,13 @@ impl Archive {
         let system = identity.system_identifier;
         let mut read_at_return = status.facts().repository_returns;
         let loss_record = LossRecord::of(&settings);
-        let accepted = loss_record.accepted()?.len();
+        // A record that cannot be read must not keep WAL out of the spool. Until it can be read, no
+        // loss counts as accepted.
+        let accepted = loss_record.accepted().unwrap_or_else(|error| {
+            tracing::error!(event = "losses_unreadable", %error, "the accepted losses cannot be read");
+            Vec::new()
+        });
+        let accepted = accepted.len();
         let (mut gaps, mut losses) = (Vec::new(), Losses::default());
         let mut lost_histories = Vec::new();
         if away.is_none() {

@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use super::{LocalStore, TEMPORARY};
-use crate::{CrashPoint, Error, ObjectStore, Result};
+use crate::{CrashPoint, Error, ObjectStore, Result, durable};
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -102,7 +102,11 @@ impl<'a> Entered<'a> {
                     match mkdirat(&above, part, Mode::RWXU) {
                         Ok(()) => {
                             let reached = CrashPoint::DirectoryCreated.reach();
-                            if let Err(error) = reached.and_then(|()| sync(&above)) {
+                            let owned = reached.and_then(|()| {
+                                let made = openat(&above, part, DIRECTORY, Mode::empty())?;
+                                durable::keep_owner(made, &above)
+                            });
+                            if let Err(error) = owned.and_then(|()| sync(&above)) {
                                 // A directory that exists counts as durable, so a later attempt
                                 // has to create it again.
                                 let _removed = unlinkat(&above, part, AtFlags::REMOVEDIR);
@@ -136,6 +140,7 @@ impl<'a> Entered<'a> {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             match openat(&directory, &name, flags, Mode::RUSR | Mode::WUSR) {
                 Ok(file) => {
+                    durable::keep_owner(&file, &self.directory).map_err(failed)?;
                     return Ok(Temporary {
                         directory,
                         name,
