@@ -241,6 +241,14 @@ impl Repository {
         }
     }
 
+    /// Asks each of several places for an object that was stored. A place that lacks it is shown as
+    /// behind and is filled from the others. A single place is not asked.
+    pub fn check_each_place(&self, key: &ObjectKey) {
+        if let Some(mirror) = &self.mirror {
+            mirror.store.check_each(&self.path(key));
+        }
+    }
+
     /// Returns true if some of several places are reachable and others are not.
     #[must_use]
     pub fn is_partly_away(&self) -> bool {

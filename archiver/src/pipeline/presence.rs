@@ -301,6 +301,11 @@ impl Presence {
             FOLDER_SAMPLES
         };
         archive.check_newest()?;
+        if let Some(newest) = archive.catalog().newest_sealed()? {
+            archive
+                .repository()
+                .check_each_place(&newest.key(&archive.cluster));
+        }
         archive.put_back_histories()?;
         let system = archive.identity().system_identifier;
         let mut lacks = false;

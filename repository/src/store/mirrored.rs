@@ -73,6 +73,14 @@ impl MirroredStore {
         }
     }
 
+    /// Asks each place that answers for an object that was stored. A place that lacks it holds an
+    /// older state, for example an old copy: it is behind, and is compared with the others at once.
+    pub fn check_each(&self, key: &str) {
+        for member in &self.members {
+            member.check(key);
+        }
+    }
+
     /// Returns the state of each place.
     #[must_use]
     pub fn states(&self) -> Vec<MemberState> {

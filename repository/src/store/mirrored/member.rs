@@ -183,6 +183,30 @@ impl Member {
         state.pause = Duration::ZERO;
     }
 
+    /// Compares this place with the others at once if it lacks an object. A place that is away or
+    /// has jobs left may lack it only for now.
+    pub(super) fn check(&self, key: &str) {
+        let is_settled = |state: &State| {
+            state.away.is_none()
+                && state.behind.is_none()
+                && state.working.is_none()
+                && state.queue.is_empty()
+        };
+        if !is_settled(&self.lock()) || !matches!(self.store.head(key), Ok(None)) {
+            return;
+        }
+        let mut state = self.lock();
+        if is_settled(&state) {
+            tracing::warn!(
+                event = "place_lacks_newest", repository = %self.store.url(), key,
+                "this repository lacks the newest segment, and is filled from the others"
+            );
+            state.miss();
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
     /// A reader requested an object that the place does not have. The next comparison finds out
     /// whether another place has it.
     pub(super) fn lacks(&self) {

@@ -170,6 +170,29 @@ fn a_place_that_missed_an_object_is_behind_until_it_was_compared() {
 }
 
 #[test]
+fn a_place_that_was_exchanged_for_an_older_copy_is_filled_again() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let (store, _) = pair(directory.path(), Required::All);
+    store.keep_in_step();
+    let later = SEGMENT.replace("0001.zst", "0002.zst");
+    for key in [SEGMENT, &later] {
+        store.put_if_absent(key, b"wal").expect("in both");
+    }
+    let in_step = || store.states().iter().all(|state| !state.behind);
+    wait_for("both are compared", in_step);
+    store.check_each(&later);
+    assert!(in_step(), "both have it");
+    for key in [SEGMENT, &later] {
+        fs::remove_file(directory.path().join("b").join(key)).expect("it goes");
+    }
+    store.check_each(&later);
+    wait_for("it has both again", || {
+        let has = |key: &str| directory.path().join("b").join(key).exists();
+        in_step() && has(SEGMENT) && has(&later)
+    });
+}
+
+#[test]
 fn a_tail_goes_only_when_its_segment_is_there() {
     let directory = tempfile::tempdir().expect("a directory");
     let (store, [_, second]) = pair(directory.path(), Required::Any);
