@@ -136,7 +136,8 @@ fn verify_all<'a>(
         }
         // The check of one backup does not cover the rest of the archive, so it is not recorded as
         // a verification.
-        if options.backup.is_none() {
+        // After a loss was accepted, the base backup that follows changes the verdict.
+        if options.backup.is_none() && !options.accept_loss {
             record(cluster, &places, system, (&findings, &lost), started);
         }
     }
