@@ -138,7 +138,7 @@ fn verify_all<'a>(
         // a verification.
         // After a loss was accepted, the base backup that follows changes the verdict.
         if options.backup.is_none() && !options.accept_loss {
-            record(cluster, &places, system, (&findings, &lost), started);
+            record(cluster, &places, system, &findings, started);
         }
     }
     if problems == 0 {
@@ -243,10 +243,10 @@ fn record(
     settings: &ClusterSettings,
     places: &[Repository],
     system: SystemIdentifier,
-    (findings, lost): (&[Findings], &[Loss]),
+    findings: &[Findings],
     started: jiff::Timestamp,
 ) {
-    let mut problems: Vec<String> = findings
+    let problems: Vec<String> = findings
         .iter()
         .flat_map(|found| {
             let several = (places.len() > 1).then_some(&found.url);
@@ -256,8 +256,6 @@ fn record(
             })
         })
         .collect();
-    let lost = lost.iter();
-    problems.extend(lost.map(|loss| format!("{loss} was archived and is not there any more")));
     let message = match problems.len() {
         0 => "no damage".to_owned(),
         count => format!("{count} problem(s)"),
