@@ -1,7 +1,7 @@
 //! Decides which alerts a report raises ([`firing`]), for installations without Prometheus. Pure.
 //! The conditions are those of `monitoring/tidemark.rules.yml`.
 //!
-//! Invariant: an unknown value never ends an alert that a known value raised ([`is_decided`]).
+//! Invariant: an unknown value never ends an alert that a known value raised (`is_decided`).
 
 mod protection;
 mod table;

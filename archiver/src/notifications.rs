@@ -1,8 +1,8 @@
 //! Sends alerts without Prometheus: webhook, Slack, `PagerDuty`, mail. Also sends a heartbeat,
 //! whose absence shows that the archiver itself is gone.
 //!
-//! Each second, the monitor reports which alerts fire. The [`mailbox`] derives from this which
-//! notifications each receiver must still get, and the [`notifier`] delivers them.
+//! Each second, the monitor reports which alerts fire. The `mailbox` derives from this which
+//! notifications each receiver must still get, and the `notifier` delivers them.
 
 mod client;
 mod mailbox;

@@ -22,7 +22,7 @@ const COUNT: u16 = 20_000;
 const TRIES: u16 = 2_000;
 
 /// Returns a port on which nothing listens now. A process never returns one port twice, unless it
-/// takes more than [`COUNT`].
+/// takes more than 20,000.
 ///
 /// # Errors
 /// When every tried port is in use.
