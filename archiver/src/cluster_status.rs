@@ -102,8 +102,8 @@ pub struct Facts {
     pub repository_older: Option<String>,
     /// The number of times that the place held the archive again.
     pub repository_returns: u64,
-    /// What the archive once had and the repository lacks. A loss is listed until the objects are
-    /// back or the loss is accepted.
+    /// Archived objects that the repository lacks. A loss is listed until the objects are back or
+    /// the loss is accepted.
     pub losses: Vec<FoundLoss>,
     /// Messages about what was lost and stored again since the start.
     pub repaired: Vec<String>,

@@ -287,8 +287,7 @@ pub struct ClusterReport {
     /// The number of objects found damaged or missing. `None` while no verification has run and no
     /// damaged or missing object is known.
     pub corrupt_objects: Option<u64>,
-    /// What the archive once had and the repository lacks, as texts with object keys and LSN
-    /// ranges.
+    /// Archived objects that the repository lacks, as texts with object keys and LSN ranges.
     pub lost_objects: Vec<String>,
     /// The age at which the newest base backup is overdue.
     pub backup_max_age_seconds: f64,

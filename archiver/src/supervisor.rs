@@ -327,8 +327,8 @@ impl Supervisor {
         };
         settle(pipeline, shutdown).await;
         let closed = match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await {
-            // Whether this is a gap is unknown until the repository answers. Keep the state broken
-            // and retry.
+            // Only the repository can tell if this is a gap. Keep the state broken and retry until it
+            // answers.
             Err(Error::Repository(error)) if error.is_transient() => {
                 tracing::warn!(cluster = %self.settings.name, %error, "the gap can not be closed while the repository does not answer");
                 return Err(gap);

@@ -76,9 +76,7 @@ impl Loss {
             Self::Backup { system, id, .. } => ObjectKey::BackupInfo(*system, id.clone()),
         }
     }
-}
 
-impl Loss {
     /// Returns true if this loss contains all of `other`.
     #[must_use]
     pub fn covers(&self, other: &Self) -> bool {

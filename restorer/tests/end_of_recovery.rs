@@ -82,7 +82,8 @@ fn executable(path: &Path, script: &str) {
 }
 
 /// Recovers with the real server, ends that, lets `change` change the result, and shows the real log.
-/// What is left running ends at a signal as a server does, also where the test's parent ignores it.
+/// The `sleep` that stands for the server ends at SIGINT and SIGQUIT, also if the test's parent
+/// ignores them.
 fn after_recovery(change: &str) -> String {
     format!(
         "$real \"$@\" > \"$data/../real.log\" 2>&1 &\npid=$!\n\

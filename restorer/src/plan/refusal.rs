@@ -215,8 +215,6 @@ pub enum PlanError {
 fn nearest(last: Option<Lsn>) -> String {
     match last {
         Some(last) => format!("the nearest reachable target is --target-lsn {last}"),
-        None => {
-            "the backup can not be made consistent, choose another one with --backup".to_owned()
-        }
+        None => "the backup cannot be made consistent, choose another one with --backup".to_owned(),
     }
 }
