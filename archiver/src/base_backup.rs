@@ -75,14 +75,14 @@ pub enum BaseBackupError {
         problem: String,
     },
     /// The server sent data that cannot be parsed.
-    #[error("the server sent a base backup that can not be read: {problem}")]
+    #[error("the server sent a base backup that cannot be read: {problem}")]
     Malformed {
         /// The unexpected data.
         problem: String,
     },
     /// The server removed WAL that the backup needs before it was archived.
     #[error(
-        "the WAL from {from_lsn} to {to_lsn}, without which the base backup can not be restored, was declared lost; take it again"
+        "the WAL from {from_lsn} to {to_lsn}, without which the base backup cannot be restored, was declared lost; take it again"
     )]
     WalLost {
         /// The first missing byte.

@@ -29,8 +29,8 @@ use self::{
 pub enum Event {
     /// The stages have started, with no work in progress.
     Started(PaceSettings),
-    /// A branch is about to be taken up: the repository is asked what it holds, while segments
-    /// are still being stored.
+    /// A branch is about to be taken up: the caller queries what the repository holds, while
+    /// segments are still being stored.
     TakingUp,
     /// A branch is taken up: its spool is open.
     TakenUp {

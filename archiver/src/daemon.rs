@@ -286,7 +286,7 @@ impl Daemon {
                         unchanged += 1;
                     }
                     Some(kept) if kept.running => {
-                        tracing::info!(cluster = %wanted.name, "SIGHUP: changed; draining, then starting anew");
+                        tracing::info!(cluster = %wanted.name, "SIGHUP: changed; draining, then starting again");
                         kept.next = Next::Restart(Box::new(wanted));
                         kept.stop.request();
                     }

@@ -104,7 +104,7 @@ pub enum Error {
     /// The spool's files are not consecutive.
     #[error(
         "the spool {path} lacks segment {missing} between segments it holds, and the repository does not have it; move \
-         the later files away and start again: they are streamed anew",
+         the later files away and start again: they are streamed again",
         path = path.display()
     )]
     SpoolHole {

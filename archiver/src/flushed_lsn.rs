@@ -1,8 +1,8 @@
 //! [`FlushedLsn`]: the only position that may be reported to PostgreSQL as flushed.
 //!
-//! Invariant: a value exists only for WAL that survives power loss in the class the user chose. PostgreSQL recycles
-//! segments behind it and acknowledges commits because of it, so it is made where the proof is: after the spool's
-//! fdatasync or after the repository's put, nowhere else.
+//! Invariant: a value exists only for WAL that survives power loss in the class the user chose.
+//! PostgreSQL recycles segments behind it and acknowledges commits because of it, so it is made
+//! where the proof is: after the spool's fdatasync or after the repository's put, nowhere else.
 
 use wal_format::Lsn;
 
@@ -11,7 +11,8 @@ use wal_format::Lsn;
 pub struct FlushedLsn(Lsn);
 
 impl FlushedLsn {
-    /// States that every byte before `lsn` is durable. Call it right after the fsync or put that proves it.
+    /// States that every byte before `lsn` is durable. Call it right after the fsync or put that
+    /// proves it.
     pub(crate) fn proved(lsn: Lsn) -> Self {
         Self(lsn)
     }

@@ -1,4 +1,5 @@
-//! What the daemon measures as a distribution. One for the process; `/metrics` reads it, the pipelines feed it.
+//! The daemon's measurements that are distributions. One for the process; `/metrics` reads it, the
+//! pipelines feed it.
 
 use prometheus_client::metrics::{
     family::{Family, MetricConstructor},

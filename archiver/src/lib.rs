@@ -1,8 +1,10 @@
 //! Streams WAL from a primary into the repository; takes base backups.
 //!
-//! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`core`](mod@core) that decides, the [`spool`] it is written to first,
-//! [`replication`] (PostgreSQL's protocol), [`base_backup`], the [`supervisor`] that keeps a cluster archived, and what is
-//! said about it: [`cluster_status`], [`report`], [`http`]. The [`walsender`] streams it on to standbys. [`cli`] is the outside.
+//! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`core`](mod@core) that
+//! decides, the [`spool`] it is written to first, [`replication`] (PostgreSQL's protocol),
+//! [`base_backup`], the [`supervisor`] that keeps a cluster archived, and the reports about it:
+//! [`cluster_status`], [`report`], [`http`]. The [`walsender`] streams it on to standbys. [`cli`]
+//! is the outside.
 
 pub mod alerts;
 pub mod base_backup;

@@ -159,8 +159,8 @@ pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) 
                     none.then(|| "lock_days is set, but no repository is a bucket".to_owned());
                 none.or_else(|| damaged.map(|error| error.to_string()))
             }
-            // Before the first lock, the cluster or its first backup may not exist yet. After it, the
-            // arm below reports that they are gone.
+            // Before the first lock, the cluster or its first backup may not exist yet. After it,
+            // the arm below reports that they are gone.
             Err(Error::Usage { message }) if !was_locked => {
                 tracing::info!(cluster = %settings.name, message, "nothing is locked yet");
                 None

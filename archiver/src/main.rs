@@ -1,5 +1,6 @@
-//! `wal-archiver`: what PostgreSQL starts for every segment. Asks the daemon to archive a file; where none answers, and the
-//! repository is a plain folder, archives a segment itself; becomes `wal-archiver-full` for everything else.
+//! `wal-archiver`: what PostgreSQL starts for every segment. Asks the daemon to archive a file;
+//! where none answers, and the repository is a plain folder, archives a segment itself; becomes
+//! `wal-archiver-full` for everything else.
 //!
 //! Invariant: it ends well, or the whole program does the same again and says what is wrong.
 
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
 fn is_pushed(settings: &ClusterSettings, path: &Path) -> bool {
     let name = path.file_name().and_then(|name| name.to_str());
     let is_segment = name.is_some_and(|name| matches!(name.parse(), Ok(WalFileName::Segment(_))));
-    // Who wants more than the usual of the log gets it from the whole program.
+    // A log level other than the default is handled by the full program.
     if !is_segment || std::env::var_os("TIDEMARK_LOG").is_some() {
         return false;
     }

@@ -1,4 +1,5 @@
-//! [`Notify`]: what systemd is told, `sd_notify(3)` without its library: one datagram with lines `NAME=value`.
+//! [`Notify`]: messages to systemd, as `sd_notify(3)` sends them: one datagram with lines
+//! `NAME=value`.
 //!
 //! Without `$NOTIFY_SOCKET` nothing is sent. A message that cannot be sent is logged and not tried
 //! again: the next one says the same or more.
@@ -28,7 +29,7 @@ impl Notify {
     pub fn from_environment() -> Self {
         let socket = env::var_os("NOTIFY_SOCKET").and_then(|name| {
             connect(name.as_bytes())
-                .inspect_err(|error| tracing::warn!(%error, socket = ?name, "systemd can not be told anything"))
+                .inspect_err(|error| tracing::warn!(%error, socket = ?name, "systemd cannot be told anything"))
                 .ok()
         });
         let ours =
@@ -44,7 +45,7 @@ impl Notify {
         }
     }
 
-    /// How long systemd waits for a `WATCHDOG=1`.
+    /// The time for which systemd waits for a `WATCHDOG=1`.
     #[must_use]
     pub fn watchdog(&self) -> Option<Duration> {
         self.watchdog
@@ -55,7 +56,8 @@ impl Notify {
         self.send("READY=1");
     }
 
-    /// The configuration is read again. `Type=notify-reload` compares the time with its own request.
+    /// The configuration is read again. `Type=notify-reload` compares the time with its own
+    /// request.
     pub fn reloading(&self) {
         let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
         let micros = now

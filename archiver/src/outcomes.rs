@@ -1,5 +1,6 @@
-//! Leaves in the repository how something ended, where every archiver's dashboard reads it, and tells the daemon of this
-//! host at once: an idle archiver asks a repository for news only once an hour.
+//! Leaves in the repository how something ended, where every archiver's dashboard reads it, and
+//! tells the daemon of this host at once: an idle archiver asks a repository for news only once an
+//! hour.
 
 use std::path::PathBuf;
 
@@ -32,7 +33,7 @@ pub(crate) fn name(began: jiff::Timestamp) -> Option<BackupId> {
         .ok()
 }
 
-/// How `kind` ended now, without any measurement.
+/// The outcome of `kind` at this moment, without measurements.
 pub(crate) fn ended(
     kind: OutcomeKind,
     began: jiff::Timestamp,
@@ -58,8 +59,8 @@ pub(crate) fn ended(
     })
 }
 
-/// Records a base backup that failed, where the repository can be reached and knows the cluster. One that succeeded is its
-/// own proof.
+/// Records a base backup that failed, where the repository can be reached and knows the cluster.
+/// One that succeeded is its own proof.
 pub(crate) async fn record_failed_backup(
     settings: &ClusterSettings,
     began: jiff::Timestamp,

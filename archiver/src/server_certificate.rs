@@ -1,4 +1,5 @@
-//! A TLS server's certificate chain and key from two PEM files: of the dashboard and of the walsender.
+//! A TLS server's certificate chain and key from two PEM files: of the dashboard and of the
+//! walsender.
 
 use std::{path::Path, sync::Arc};
 
@@ -8,7 +9,7 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 use wal_format::PgTimestamp;
 use x509_cert::{Certificate, der::Decode};
 
-/// What a TLS server needs.
+/// The certificate chain and key of a TLS server.
 pub(crate) struct ServerCertificate {
     /// For the acceptor.
     pub(crate) config: Arc<ServerConfig>,

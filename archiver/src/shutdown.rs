@@ -1,7 +1,7 @@
 //! [`Shutdown`]: the wish to stop, seen by every task and thread.
 //!
-//! The daemon asks each cluster once, for SIGTERM or for a changed configuration; a stage finishes what it holds and ends.
-//! Nothing is cut off.
+//! The daemon asks each cluster once, for SIGTERM or for a changed configuration; a stage finishes
+//! what it holds and ends. Nothing is cut off.
 
 use std::{future::Future, time::Duration};
 
@@ -33,7 +33,8 @@ impl Shutdown {
         *self.requested.borrow()
     }
 
-    /// Returns when it is asked; never, when the asking side is gone without having asked.
+    /// Returns when a stop is requested. Never returns if the requesting side is dropped without a
+    /// request.
     pub async fn requested(&mut self) {
         if self.requested.wait_for(|asked| *asked).await.is_err() {
             std::future::pending::<()>().await;

@@ -175,7 +175,7 @@ async fn keep_at(
     }
     let lost = |slot: &SlotInfo| slot.wal_status.as_deref() == Some("lost");
     if standby.slot.as_ref().is_some_and(lost) {
-        tracing::warn!(cluster = %settings.name, server = %conninfo.places(), slot = settings.slot, "a standby has invalidated our slot; it is made anew");
+        tracing::warn!(cluster = %settings.name, server = %conninfo.places(), slot = settings.slot, "a standby has invalidated our slot; it is created again");
         standby.client.drop_slot(&settings.slot).await?;
         standby.slot = None;
     }
@@ -185,7 +185,7 @@ async fn keep_at(
     }
     let Some(slot) = standby.slot.take() else {
         return Ok(Kept::Not(
-            "the slot can not be seen: let the role connect to the database too (pg_hba.conf)"
+            "the slot cannot be seen: let the role connect to the database too (pg_hba.conf)"
                 .to_owned(),
         ));
     };

@@ -327,10 +327,10 @@ impl Supervisor {
         };
         settle(pipeline, shutdown).await;
         let closed = match Box::pin(gap::close(connected?.0, pipeline, &said, shutdown)).await {
-            // Only the repository can tell if this is a gap. Keep the state broken and retry until it
-            // answers.
+            // Only the repository can tell if this is a gap. Keep the state broken and retry until
+            // it answers.
             Err(Error::Repository(error)) if error.is_transient() => {
-                tracing::warn!(cluster = %self.settings.name, %error, "the gap can not be closed while the repository does not answer");
+                tracing::warn!(cluster = %self.settings.name, %error, "the gap cannot be closed while the repository does not answer");
                 return Err(gap);
             }
             closed => closed?,
@@ -468,7 +468,7 @@ impl Supervisor {
             }
             endangered = endangered(&self.settings, &self.status) => endangered,
             () = known::answers(&self.settings, pipeline.archive().lacking()), if pipeline.archive().is_away() => {
-                tracing::info!(cluster = %self.settings.name, "the repository answers; the stages start anew with what it knows");
+                tracing::info!(cluster = %self.settings.name, "the repository answers; the stages start again with what it knows");
                 drop(stream);
                 pipeline.spool().drain().await?;
                 self.retry = RETRY_MIN;

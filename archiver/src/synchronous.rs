@@ -1,9 +1,11 @@
-//! Whether commits wait for us, and whether that is meant: read from `synchronous_standby_names` and `synchronous_commit`.
+//! Determines from `synchronous_standby_names` and `synchronous_commit` whether commits wait for
+//! the archiver, and whether that is intended.
 //!
-//! Two settings hang a cluster quietly: `*` makes every standby synchronous, an archiver too, and `remote_apply` waits for
-//! something that an archiver never reports. Pure; `check` and the daemon ask the server and show the answer.
+//! Two settings hang a cluster quietly: `*` makes every standby synchronous, an archiver too, and
+//! `remote_apply` waits for something that an archiver never reports. Pure; `check` and the daemon
+//! ask the server and show the answer.
 
-/// What the server's settings make of us.
+/// The archiver's role under the server's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Membership {
     /// Commits do not wait for us.
@@ -14,8 +16,8 @@ pub enum Membership {
     Accidental,
 }
 
-/// Reads `synchronous_standby_names`: a list, `FIRST n (…)`, `ANY n (…)` or `n (…)`; names match without regard to case
-/// (`SyncRepGetStandbyPriority` in `syncrep.c`).
+/// Reads `synchronous_standby_names`: a list, `FIRST n (…)`, `ANY n (…)` or `n (…)`; names match
+/// without regard to case (`SyncRepGetStandbyPriority` in `syncrep.c`).
 #[must_use]
 pub fn membership(standby_names: &str, application_name: &str) -> Membership {
     let list = match (standby_names.find('('), standby_names.rfind(')')) {
@@ -63,8 +65,8 @@ fn split(list: &str) -> Vec<(String, bool)> {
     names
 }
 
-/// What is dangerous about the settings, with the remedy; `None` when nothing is. `remote_apply` tells whether
-/// `synchronous_commit = remote_apply` is set for the server, a database or a role.
+/// The danger of the settings, with the remedy; `None` if there is none. `remote_apply`
+/// tells whether `synchronous_commit = remote_apply` is set for the server, a database or a role.
 #[must_use]
 pub fn danger(membership: &Membership, remote_apply: bool) -> Option<&'static str> {
     match (membership, remote_apply) {

@@ -233,7 +233,7 @@ fn certificates_are_believed_as_libpq_believes_them() {
     check(&full("127.0.0.1"), Err("not for 127.0.0.1"));
     check(
         &format!("verify-full {root}"),
-        Err("give host beside hostaddr"),
+        Err("give host together with hostaddr"),
     );
     check(
         &format!("verify-ca {other}"),

@@ -222,7 +222,7 @@ fn fail_an_fsync(disk: Option<FailingDisk>) {
     archiver.wait_for_log("archiving is interrupted");
     let log = archiver.log();
     assert!(
-        ["fdatasync", "fsync", "write anew"]
+        ["fdatasync", "fsync", "rewrite"]
             .iter()
             .any(|word| log.contains(word)),
         "{log}"

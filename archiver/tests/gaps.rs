@@ -139,7 +139,7 @@ fn a_gap_that_a_running_archiver_finds_without_its_store_is_closed_when_it_is_ba
     let comes_back = store_goes_down(&place);
     archiver.signal(rustix::process::Signal::CONT);
     archiver.wait_for_log("a gap: looking for the missing WAL");
-    archiver.wait_for_log("the gap can not be closed while the repository does not answer");
+    archiver.wait_for_log("the gap cannot be closed while the repository does not answer");
     for _ in 0..20 {
         let status = archiver.get("/api/v1/clusters");
         assert!(status.contains("\"state\":\"broken\""), "{status}");
@@ -306,7 +306,7 @@ fn a_slot_that_was_idle_too_long_is_made_anew_without_a_gap() {
     assert!(check.contains("was invalidated"), "{check}");
     server.write_wal(700);
     let archiver = place.run(&server.conninfo());
-    archiver.wait_for_log("created anew");
+    archiver.wait_for_log("created again");
     let lsn = server.lsn();
     wait_flushed(&server, lsn);
     assert_eq!(archiver.terminate().code(), Some(0));

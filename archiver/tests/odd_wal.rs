@@ -214,7 +214,7 @@ fn pages_of_an_unknown_version_are_refused_by_name_and_wait_on_the_server() {
         .sql("SELECT restart_lsn FROM pg_replication_slots")
         .parse()
         .expect("an LSN");
-    assert!(kept <= at, "{kept} was acknowledged, {at} can not be read");
+    assert!(kept <= at, "{kept} was acknowledged, {at} cannot be read");
 
     fs::write(&path, &sound).expect("it is mended");
     let archiver = place.run(&server.conninfo());

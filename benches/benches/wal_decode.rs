@@ -1,7 +1,8 @@
-//! How many bytes of real WAL one core decodes: every page and record checked, every CRC computed.
+//! The rate at which one core decodes real WAL: every page and record checked, every CRC computed.
 //!
-//! `cargo bench --workspace --bench wal_decode`. The WAL is pgbench's on the newest PostgreSQL that is installed: the load,
-//! which is full pages and large records, and the transactions, which are small records.
+//! `cargo bench --workspace --bench wal_decode`. The WAL is pgbench's on the newest PostgreSQL that
+//! is installed: the load, which is full pages and large records, and the transactions, which are
+//! small records.
 
 use std::{fs, hint::black_box, path::Path};
 
@@ -11,7 +12,8 @@ use criterion::{Criterion, Throughput};
 use wal_format::{PgVersion, SegmentName, SegmentSize, SystemIdentifier, WalIdentity, WalIndexer};
 
 const SEGMENT_MIB: u32 = 16;
-/// What the replication protocol carries in one message (`MAX_SEND_SIZE` in `walsender.c`).
+/// Bytes of WAL that the replication protocol carries in one message (`MAX_SEND_SIZE` in
+/// `walsender.c`).
 const MESSAGE_BYTES: usize = 128 << 10;
 
 /// Complete segments of one server, in order, with the number of the first.

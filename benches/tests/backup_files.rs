@@ -78,7 +78,7 @@ impl Taken {
             .arg(path.join("base.tar"))
             .arg(name)
             .output()?;
-        ensure!(output.status.success(), "tar can not find {name}");
+        ensure!(output.status.success(), "tar cannot find {name}");
         Ok(output.stdout)
     }
 

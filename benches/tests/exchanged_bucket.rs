@@ -198,7 +198,7 @@ fn a_store_that_answers_with_a_page_ends_no_archiver() {
         report["state"] != "ok" && report["source"]["stream_connected"] == false
     });
     proxy.heal();
-    wait(&place, "it begins by itself", is_well);
+    wait(&place, "it begins automatically", is_well);
 
     // While the archiver runs, under load.
     for _ in 0..2 {
@@ -209,7 +209,7 @@ fn a_store_that_answers_with_a_page_ends_no_archiver() {
         });
         sleep(Duration::from_secs(3));
         proxy.heal();
-        wait(&place, "it goes on by itself", is_well);
+        wait(&place, "it continues automatically", is_well);
     }
 
     // During a start with WAL in the spool.
@@ -223,7 +223,7 @@ fn a_store_that_answers_with_a_page_ends_no_archiver() {
     write_wal(&cluster);
     sleep(Duration::from_secs(2));
     proxy.heal();
-    wait(&place, "it goes on by itself", is_well);
+    wait(&place, "it continues automatically", is_well);
     let log = fs::read_to_string(place.path().join("archiver.log")).expect("a log");
     assert!(!log.contains("archiving of a cluster has ended"), "{log}");
     stop(&place, daemon);

@@ -19,7 +19,7 @@ use crate::{Error, Repository, Result};
 pub struct Damage {
     /// The damaged object.
     pub object: String,
-    /// What is wrong with it.
+    /// The damage.
     pub problem: String,
 }
 

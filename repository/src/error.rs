@@ -213,7 +213,7 @@ pub enum Error {
     /// The cluster in the repository is another one.
     #[error(
         "cluster {cluster} in {url} has system identifier {expected}, the server has {found}: this repository belongs to \
-         another cluster, and nothing was written. If the server was upgraded by pg_upgrade or made anew on purpose, stop the \
+         another cluster, and nothing was written. If the server was upgraded by pg_upgrade or created again on purpose, stop the \
          archiver and begin a new epoch with `wal-archiver epoch begin --system-identifier {found}`: the old one stays \
          restorable; else choose another --cluster or --repository"
     )]

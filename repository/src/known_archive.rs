@@ -417,8 +417,8 @@ mod tests {
         open().claim(&identity(1)).expect("it is back");
 
         durable::rename(&root, &aside).expect("unmounted");
-        let anew = Repository::open_anew(&settings).expect("it opens");
-        anew.claim(&identity(1)).expect("the operator says so");
+        let fresh = Repository::open_anew(&settings).expect("it opens");
+        fresh.claim(&identity(1)).expect("the operator says so");
         open().claim(&identity(1)).expect("it is known now");
         fs::remove_dir_all(&root).expect("it goes");
         durable::rename(&aside, &root).expect("the old one");
@@ -482,8 +482,8 @@ mod tests {
         fs::write(settings.catalog.join("CURRENT"), "").expect("a trace");
         let open = || Repository::open_known(&settings).expect("it opens");
         open().claim(&identity(1)).expect("an unmount is noticed");
-        let anew = Repository::open_anew(&settings).expect("it opens");
-        let error = anew.claim(&identity(1)).expect_err("the old record stays");
+        let fresh = Repository::open_anew(&settings).expect("it opens");
+        let error = fresh.claim(&identity(1)).expect_err("the old record stays");
         assert!(matches!(error, Error::NotRemembered { .. }), "{error}");
     }
 

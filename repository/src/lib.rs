@@ -1,8 +1,9 @@
-//! Where archived WAL and base backups live, and how to find them.
+//! The repository of archived WAL and base backups, and how to find objects in it.
 //!
-//! Modules in reading order: the [`store`] of objects (a folder or a bucket), the [`Repository`] of one cluster in it, the
-//! [`config`] both programs share, and what is kept of it ([`expire`]). The crate `catalog` indexes it.
-//! The API blocks on purpose: a store that needs a runtime drives its own, and async callers use `spawn_blocking`.
+//! Modules in reading order: the [`store`] of objects (a folder or a bucket), the [`Repository`] of
+//! one cluster in it, the [`config`] both programs share, and what is kept of it ([`expire`]). The
+//! crate `catalog` indexes it. The API blocks on purpose: a store that needs a runtime drives its
+//! own, and async callers use `spawn_blocking`.
 
 mod command_hints;
 pub mod config;

@@ -77,7 +77,7 @@ impl Repository {
                     Ok(outcome) => {
                         known.insert((*kind, id.clone()), outcome);
                     }
-                    Err(error) => tracing::warn!(%key, %error, "an outcome that can not be read"),
+                    Err(error) => tracing::warn!(%key, %error, "an outcome that cannot be read"),
                 }
             }
         }

@@ -1,6 +1,8 @@
-//! Small records that are written once, as JSON with a sum: WAL that was declared lost, what failovers lost, what expired.
+//! Small records that are written once, as JSON with a sum: WAL that was declared lost, what
+//! failovers lost, what expired.
 //!
-//! Invariant: who writes one second, with whatever words, finds the first; nothing is ever replaced.
+//! Invariant: who writes one second, with whatever words, finds the first; nothing is ever
+//! replaced.
 
 use serde::{Serialize, de::DeserializeOwned};
 use wal_format::{DeclaredGap, FailoverLoss, ObjectKey, SystemIdentifier, checked_json};
@@ -55,8 +57,8 @@ impl Repository {
         self.put_first_record(&loss.key(system), loss)
     }
 
-    /// What failovers lost, by branch. A record that does not parse is skipped with a warning: a newer version may have
-    /// written it, and the WAL itself is kept.
+    /// WAL that failovers lost, by branch. A record that does not parse is skipped with a warning:
+    /// a newer version may have written it, and the WAL itself is kept.
     ///
     /// # Errors
     /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
@@ -69,7 +71,7 @@ impl Repository {
             match checked_json::from_slice(&self.get(&key)?) {
                 Ok(loss) => losses.push(loss),
                 Err(error) => {
-                    tracing::warn!(%key, %error, "a record of a failover that can not be read");
+                    tracing::warn!(%key, %error, "a record of a failover that cannot be read");
                 }
             }
         }

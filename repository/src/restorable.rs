@@ -2,7 +2,7 @@
 //! timelines.
 //!
 //! The restorer's plan and the archiver's window, light and repairing backups are decided by this
-//! code, so that nothing is shown as restorable that a plan refuses. Pure but for the questions to
+//! code, so that nothing is shown as restorable that a plan refuses. Pure except for the queries to
 //! the [`WalIndex`].
 
 use wal_format::{
@@ -243,7 +243,8 @@ pub struct Restorable {
 }
 
 impl Restorable {
-    /// What the `backups`, in any order, and the WAL of `index` make restorable along `path`.
+    /// Computes the restorable spans along `path` from the `backups`, in any order, and the WAL of
+    /// `index`.
     ///
     /// # Errors
     /// The error of reading the index.

@@ -1,7 +1,7 @@
 //! Extends the retention locks of what a cluster still needs, in a bucket with Object Lock.
 //!
-//! It works on the objects as they are stored, so that the wrapped keys of an encrypted cluster are locked with what they
-//! open.
+//! It works on the objects as they are stored, so that the wrapped keys of an encrypted cluster are
+//! locked with what they open.
 
 use std::{collections::HashMap, ops::ControlFlow};
 
@@ -15,7 +15,7 @@ use crate::{
     store::{ENCRYPTED_SUFFIX, LockOutcome, LockSpan},
 };
 
-/// What was locked.
+/// The result of one run over the objects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LockReport {
     /// Objects whose lock lasts longer now.
@@ -53,7 +53,7 @@ pub fn extend_locks(
     for key in keys {
         let name = key.strip_prefix(&root).unwrap_or(&key);
         let name = name.strip_suffix(ENCRYPTED_SUFFIX).unwrap_or(name);
-        // What is no object of the layout are the wrapped keys.
+        // Keys that are not part of the layout are the wrapped keys: they are always needed.
         let wanted = name.parse::<ObjectKey>().map_or(true, |key| needed(&key));
         let place = (store.url(), key);
         if !wanted {

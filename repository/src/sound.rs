@@ -1,4 +1,4 @@
-//! Whether an object's bytes are what was written, told by the object itself.
+//! Checks whether an object's bytes are what was written, from the checksums in the object.
 
 use wal_format::{
     BackupInfo, Branch, DeclaredGap, Expired, FailoverLoss, ObjectKey, SealedReader,

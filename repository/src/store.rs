@@ -300,7 +300,7 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// [`Error::Config`] where the store has no locks, [`Error::S3`].
     fn lock(&self, key: &str, _span: LockSpan) -> Result<LockOutcome> {
         Err(crate::Error::config(format!(
-            "{key} in {} can not be locked: only a bucket with Object Lock can",
+            "{key} in {} cannot be locked: only a bucket with Object Lock can",
             self.url()
         )))
     }

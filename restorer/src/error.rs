@@ -24,7 +24,7 @@ pub enum Error {
     },
     /// The primary had a higher value of a setting than the copy has.
     #[error(
-        "PostgreSQL can not recover: {said} The primary was given more after the backup; remove the target directory and \
+        "PostgreSQL cannot recover: {said} The primary was given more after the backup; remove the target directory and \
          restore again with --set NAME=VALUE of the primary's value"
     )]
     InsufficientParameter {
@@ -147,7 +147,7 @@ pub enum Error {
     #[error(transparent)]
     Repository(#[from] repository::Error),
     /// WAL that the plan needs cannot be read.
-    #[error("WAL at {lsn} can not be read: {problem}")]
+    #[error("WAL at {lsn} cannot be read: {problem}")]
     Wal {
         /// The start of the record or range.
         lsn: Lsn,

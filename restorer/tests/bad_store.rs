@@ -200,7 +200,7 @@ fn what_passes_is_waited_for(scene: &Scene) {
     }
 }
 
-/// Before the file is requested, the store is asked for the system identifier, as the
+/// `wal-fetch` reads the system identifier from the store before it requests the file, as the
 /// `restore_command` of a restore does.
 fn the_first_question_is_asked_patiently_too(scene: &Scene) {
     let system = "SELECT system_identifier FROM pg_control_system()";

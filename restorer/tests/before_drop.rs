@@ -1,5 +1,5 @@
-//! A stop right before a DROP: the table can be read while the copy pauses there, and a database has
-//! its files. What cannot be avoided is named with the way out.
+//! A stop right before a DROP: the table can be read while the copy pauses there, and a database
+//! has its files. What cannot be avoided is named with the way out.
 
 use std::process::Stdio;
 

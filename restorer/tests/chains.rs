@@ -73,7 +73,8 @@ impl Chain {
         }
     }
 
-    /// Archives the server at `conninfo`, which has the rows of `line`, until it has some rows more.
+    /// Archives the server at `conninfo`, which has the rows of `line`, until it has some rows
+    /// more.
     fn live(&mut self, conninfo: &str, mut line: Line, must_back_up: bool) {
         let count = 4 + self.chance.below(4);
         let mut backup_at: Vec<usize> = Vec::new();

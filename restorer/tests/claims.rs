@@ -1,5 +1,5 @@
-//! The directories of a restore belong to one restore: its target is locked, and the directories of its tablespaces are
-//! claimed until their server uses them. Parent and copies are on one host.
+//! The directories of a restore belong to one restore: its target is locked, and the directories of
+//! its tablespaces are claimed until their server uses them. Parent and copies are on one host.
 
 use std::{
     fs,
@@ -166,8 +166,8 @@ fn a_creation_that_only_the_next_timeline_holds_is_in_the_plan() {
     assert_eq!(contents_below(places.path()), parents);
 }
 
-/// The directory of a tablespace that the replay creates is empty when the restore is planned. Until the copy starts,
-/// another restore or the parent may want it.
+/// The directory of a tablespace that the replay creates is empty when the restore is planned.
+/// Until the copy starts, another restore or the parent may want it.
 #[test]
 fn a_directory_that_the_replay_will_use_is_claimed() {
     let Some((_, bin)) = servers().pop() else {

@@ -81,9 +81,9 @@ fn executable(path: &Path, script: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("executable");
 }
 
-/// Recovers with the real server, ends that, lets `change` change the result, and shows the real log.
-/// The `sleep` that stands for the server ends at SIGINT and SIGQUIT, also if the test's parent
-/// ignores them.
+/// Recovers with the real server, ends that, lets `change` change the result, and shows the real
+/// log. The `sleep` that stands for the server ends at SIGINT and SIGQUIT, also if the test's
+/// parent ignores them.
 fn after_recovery(change: &str) -> String {
     format!(
         "$real \"$@\" > \"$data/../real.log\" 2>&1 &\npid=$!\n\

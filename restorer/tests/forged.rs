@@ -1,5 +1,6 @@
-//! What somebody who may write into the repository or into the target can do with a backup: paths that lead out, sizes that
-//! no machine has, parts of other backups, links. Nothing is written outside of the target, and `verify` names each.
+//! Attacks by somebody who may write into the repository or into the target: paths that lead out,
+//! sizes that no machine has, parts of other backups, links. Nothing is written
+//! outside of the target, and `verify` names each.
 
 use std::{
     fs,
@@ -228,7 +229,7 @@ fn a_forged_or_exchanged_part_of_a_backup_is_named_before_anything_is_written() 
     exchange(&descriptions[0], &descriptions[1]);
     one.refused("exchanged descriptions", &of_first, &[&second]);
 
-    // A copy under another name, beside the original and in its place.
+    // A copy under another name, next to the original and in its place.
     let one = forged();
     let original = one.objects("backup.json")[0]
         .parent()

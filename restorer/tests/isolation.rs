@@ -1,5 +1,6 @@
-//! A restored copy on its parent's host reaches nobody: not the parent's archive, pid file, log, subscription or
-//! addresses. It lives on as any other server does, and takes its parent's place when it is released.
+//! A restored copy on its parent's host reaches nobody: not the parent's archive, pid file, log,
+//! subscription or addresses. It lives on as any other server does, and takes its parent's place
+//! when it is released.
 
 use std::{
     collections::BTreeMap,
@@ -100,7 +101,8 @@ impl Parent {
         });
     }
 
-    /// Every file outside of the data directory that a copy could change, those in `run` with their content.
+    /// Every file outside of the data directory that a copy could change, those in `run` with their
+    /// content.
     fn outside_files(&self) -> BTreeMap<PathBuf, String> {
         let mut files = BTreeMap::new();
         for name in ["archive", "log", "run"] {
@@ -114,7 +116,7 @@ impl Parent {
         files
     }
 
-    /// Nothing is gone, changed or new, but for segments that the parent itself archived.
+    /// Nothing is gone, changed or new, except for segments that the parent itself archived.
     fn assert_untouched(&self, before: &BTreeMap<PathBuf, String>) {
         let mut after = self.outside_files();
         after.retain(|path, _| {

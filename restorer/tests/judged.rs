@@ -1,14 +1,17 @@
-//! Every setting of PostgreSQL that could reach outside of a restored copy is isolated or judged harmless.
+//! Every setting of PostgreSQL that could reach outside of a restored copy is isolated or judged
+//! harmless.
 //!
-//! A new version of PostgreSQL that brings a setting of such a class fails here until somebody has judged it.
+//! A new version of PostgreSQL that brings a setting of such a class fails here until somebody has
+//! judged it.
 
 use std::collections::BTreeMap;
 
 use benches::{cluster::Cluster, tools::servers_or_skip};
 use restorer::isolation::table::SETTINGS;
 
-/// Settings that may reach outside: texts, which name commands, files, directories, hosts and libraries, and everything
-/// about connections, replication, archiving, recovery, log files and workers.
+/// Settings that may reach outside: texts, which name commands, files, directories, hosts and
+/// libraries, and everything about connections, replication, archiving, recovery, log files and
+/// workers.
 const OF_CLASS: &str = "SELECT name FROM pg_settings WHERE context <> 'internal' AND name NOT LIKE '%.%' AND (\
     vartype = 'string' OR category ~ '^Replication|File Locations|Archiv|Recovery Target|Connection Settings|\
     Where to Log|Preloading|SSL' OR name ~ 'worker|_command|_file|_director|passphrase')";

@@ -1,5 +1,6 @@
 //! A window of `wal_level = minimal` between the backup and the target: changes of that time are
-//! not in the WAL, so nothing leads over it, and everything that shows what can be restored says so.
+//! not in the WAL, so nothing leads over it, and everything that shows what can be restored says
+//! so.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 

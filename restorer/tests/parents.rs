@@ -242,7 +242,8 @@ impl Parent {
         found
     }
 
-    /// Its slots as its publisher sees them: who reads them, and of a stopped parent how far they are.
+    /// Its slots as its publisher sees them: who reads them, and of a stopped parent how far they
+    /// are.
     fn slots(&self, stopped: bool) -> Option<String> {
         let publisher = self.publisher.as_ref()?;
         let shown = if stopped {
@@ -275,13 +276,13 @@ impl Parent {
     }
 }
 
-/// Adds a digest of the kind, the mode and the content of everything below `path`. The WAL of a server
-/// that runs counts by its names: it writes a list of running transactions when it likes.
+/// Adds a digest of the kind, the mode and the content of everything below `path`. The WAL of a
+/// server that runs counts by its names: it writes a list of running transactions when it likes.
 fn record(path: &Path, stopped: bool, found: &mut BTreeMap<PathBuf, u64>) {
     let Ok(metadata) = fs::symlink_metadata(path) else {
         return;
     };
-    // The statistics of a running server of 13 or 14, which it writes when it is asked for them.
+    // The statistics of a running server of 13 or 14, which it writes on request.
     if path.ends_with("pg_stat_tmp") || path.ends_with("stats") {
         return;
     }

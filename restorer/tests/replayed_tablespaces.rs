@@ -1,5 +1,5 @@
-//! Tablespaces that are created after the backup, or while it is taken: with parent and copy on one host, the files of the
-//! running parent stay as they are, byte for byte.
+//! Tablespaces that are created after the backup, or while it is taken: with parent and copy on one
+//! host, the files of the running parent stay as they are, byte for byte.
 
 use std::{
     collections::BTreeMap,
@@ -224,7 +224,8 @@ fn check_version(bin: &Path) {
     assert_eq!(archived.sql(SUMS), sums);
 }
 
-/// Without a plan `wal-fetch` does not deliver what would link to a directory that is in use and not the server's own.
+/// Without a plan `wal-fetch` does not deliver what would link to a directory that is in use and
+/// not the server's own.
 fn a_server_without_a_plan_is_kept_out(
     archived: &Archived,
     segment: &str,
@@ -321,8 +322,8 @@ fn as_version_1(object: &[u8]) -> Vec<u8> {
     object
 }
 
-/// A tablespace that is created between the redo position of a backup and its end is in the backup and in the WAL behind it: its
-/// replay must not link to the directory that it had on the parent.
+/// A tablespace that is created between the redo position of a backup and its end is in the backup
+/// and in the WAL behind it: its replay must not link to the directory that it had on the parent.
 #[test]
 fn a_tablespace_that_is_created_while_the_backup_begins_stays_where_it_is_mapped() {
     let Some((_, bin)) = servers_or_skip().pop() else {

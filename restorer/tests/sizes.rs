@@ -215,7 +215,8 @@ fn a_backup_that_verify_found_damaged_gives_way_to_the_next_older_whole_one() {
         "the newest backup that ends before the stop"
     );
 
-    // The last by a bit in a slice, which only `verify` sees; the one before by a slice that is gone.
+    // The last by a bit in a slice, which only `verify` sees; the one before by a slice that is
+    // gone.
     flip(&object(&ids[3], "base."));
     assert_eq!(verify(), Some(4));
     fs::remove_file(object(&ids[2], "base.")).expect("it goes");

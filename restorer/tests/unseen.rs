@@ -1,5 +1,5 @@
-//! One of several repositories is not in its place: what is read from the others names it, because it
-//! may hold what they lack.
+//! One of several repositories is not in its place: what is read from the others names it, because
+//! it may hold what they lack.
 
 use std::fs;
 

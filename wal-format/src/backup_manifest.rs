@@ -75,7 +75,7 @@ pub enum BackupManifestError {
     #[error("backup_manifest's own checksum is wrong")]
     Checksum,
     /// It is not JSON, or a field is missing.
-    #[error("backup_manifest can not be read: {problem}")]
+    #[error("backup_manifest cannot be read: {problem}")]
     Json {
         /// The JSON parser's message, with line and column.
         problem: String,
@@ -274,8 +274,8 @@ mod tests {
                 .to_string();
             assert!(error.contains(part), "{error}");
         };
-        check("", "can not be read");
-        check("{}", "can not be read");
+        check("", "cannot be read");
+        check("{}", "cannot be read");
         check(&sound.replace("\"Size\": 7", "\"Size\": 8"), "own checksum");
         let again = |from: &str, to: &str| {
             let (body, _) = sound

@@ -15,7 +15,7 @@ pub struct ClusterName(String);
 /// Text that is not a valid cluster name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "\"{0}\" can not name a cluster; use 1 to 63 of a-z, 0-9, _ and -, beginning with a letter or digit"
+    "\"{0}\" cannot name a cluster; use 1 to 63 of a-z, 0-9, _ and -, beginning with a letter or digit"
 )]
 pub struct InvalidClusterName(String);
 

@@ -386,7 +386,7 @@ impl Pusher<'_> {
         let identity = match self.repository.identity()? {
             Some(identity) => identity,
             None => self.claim(&neighbour(file)?.ok_or_else(|| {
-                file.refuse("names no system identifier, and neither the repository nor a segment beside it does")
+                file.refuse("names no system identifier, and neither the repository nor a segment next to it does")
             })?)?,
         };
         self.put_history(file, identity.system_identifier, timeline, &content)?;
@@ -496,7 +496,7 @@ impl Pusher<'_> {
         match known.as_slice() {
             [branch] => Ok(*branch),
             _ => Err(file.refuse(&format!(
-                "is of timeline {timeline}, whose history file is neither beside it nor (once) in the repository; push {} first",
+                "is of timeline {timeline}, whose history file is neither next to it nor (once) in the repository; push {} first",
                 history.display()
             ))),
         }

@@ -65,7 +65,7 @@ mod tests {
                 file(1, &sum),
                 "own checksum",
             ),
-            ("{".to_owned(), BTreeMap::new(), "can not be read"),
+            ("{".to_owned(), BTreeMap::new(), "cannot be read"),
         ] {
             let error = check(manifest.as_bytes(), &files)
                 .expect_err(part)

@@ -152,7 +152,7 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
         Ok(Some(slot)) if slot.wal_status.as_deref() == Some("lost") => report.fail(
             "replication slot",
             &format!(
-                "\"{}\" was invalidated; `wal-archiver run` creates it anew, WAL may be missing",
+                "\"{}\" was invalidated; `wal-archiver run` creates it again, WAL may be missing",
                 cluster.slot
             ),
             ExitKind::Integrity,
@@ -237,7 +237,7 @@ async fn standby(
         ),
         Some(found) if found.wal_status.as_deref().is_some_and(lost) => report.fail(
             &what,
-            &format!("has invalidated \"{slot}\"; `wal-archiver run` creates it anew"),
+            &format!("has invalidated \"{slot}\"; `wal-archiver run` creates it again"),
             ExitKind::Integrity,
         ),
         Some(found) => {

@@ -24,7 +24,7 @@ pub(super) fn run(settings: &ClusterSettings, directory: &Path, compare: bool) -
     })?;
     if compare {
         output::line(&format!(
-            "{} segments are the same, {} are missing in {}, {} differ, {} can not be read",
+            "{} segments are the same, {} are missing in {}, {} differ, {} cannot be read",
             count.same, count.missing, settings.repository, count.differing, count.refused
         ));
     } else {

@@ -366,7 +366,7 @@ impl Page<'_> {
         );
         self.gauge(
             "pitr_window_open_gaps",
-            "Gaps with no base backup behind them: later times can not be restored",
+            "Gaps with no base backup behind them: later times cannot be restored",
             |report| report.window.open_gaps.map(number),
         );
         self.gauge(

@@ -61,7 +61,7 @@ impl TlsFiles {
                 Err(error) => {
                     tracing::error!(
                         error,
-                        "the new certificate can not be used; the old one stays"
+                        "the new certificate cannot be used; the old one stays"
                     );
                     used.stamps = stamps;
                 }

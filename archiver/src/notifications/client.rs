@@ -70,7 +70,7 @@ pub(super) async fn post(
             concat!("tidemark/", env!("CARGO_PKG_VERSION")),
         )
         .body(Full::new(Bytes::from(document.to_string())))
-        .map_err(|_| settings("url can not be asked for"))?;
+        .map_err(|_| settings("url cannot be asked for"))?;
     let answer = sender.send_request(request).await.map_err(refused);
     connection.abort();
     let status = answer?.status();

@@ -137,7 +137,7 @@ impl Archive {
         for orphan in found {
             let commits = self.commits(orphan.branch, orphan.from, orphan.to)?;
             let Some(commits) = commits else {
-                tracing::debug!(branch = %orphan.branch, from = %orphan.from, "what a failover lost can not be read now");
+                tracing::debug!(branch = %orphan.branch, from = %orphan.from, "what a failover lost cannot be read now");
                 continue;
             };
             let cluster = self.settings().name.as_str();

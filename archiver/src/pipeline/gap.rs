@@ -122,7 +122,7 @@ pub async fn close(
             Ok(_) => {}
             Err(error) if error.is_broken() => return Err(error),
             Err(error) => {
-                tracing::info!(cluster = %settings.name, server = place.places(), %error, "files of pg_wal can not be read over SQL; that needs the roles pg_monitor and pg_read_server_files");
+                tracing::info!(cluster = %settings.name, server = place.places(), %error, "files of pg_wal cannot be read over SQL; that needs the roles pg_monitor and pg_read_server_files");
                 continue;
             }
         }

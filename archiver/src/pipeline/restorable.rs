@@ -209,8 +209,9 @@ impl Look<'_> {
         })
     }
 
-    /// Returns true if the byte at `lsn` of `branch` may still arrive in the repository: other
-    /// servers are asked for it, it is in the spool, or it comes later in the stream.
+    /// Returns true if the byte at `lsn` of `branch` may still arrive in the repository: the
+    /// archiver requests it from other servers, it is in the spool, or it comes later in the
+    /// stream.
     fn is_pending(&self, path: &[PathPart], branch: Branch, lsn: Lsn) -> Result<bool> {
         let archive = self.index.archive;
         if archive.status().facts().gap.is_some() {

@@ -238,7 +238,7 @@ impl Source {
             tracing::warn!(
                 cluster,
                 slot = name,
-                "the replication slot was invalidated by the server; it protects nothing any more and is created anew"
+                "the replication slot was invalidated by the server; it protects nothing any more and is created again"
             );
             self.client.drop_slot(name).await?;
             slot = None;
@@ -251,7 +251,7 @@ impl Source {
         Ok(slot.and_then(|slot| slot.restart_lsn))
     }
 
-    /// Streams until the connection ends or we are asked to stop.
+    /// Streams until the connection ends or the supervisor requests a stop.
     ///
     /// # Errors
     /// Any [`Error`]; the caller decides which ones are retried.

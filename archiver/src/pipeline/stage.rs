@@ -218,7 +218,7 @@ impl Stage {
         match self.archive.hold_segment(branch, before) {
             Ok(held) => held.filter(|held| held.bytes() == size.bytes()),
             Err(error) => {
-                tracing::info!(%error, "the segment before can not be read; the stream begins without an overlap to compare");
+                tracing::info!(%error, "the segment before cannot be read; the stream begins without an overlap to compare");
                 None
             }
         }

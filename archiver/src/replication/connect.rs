@@ -294,7 +294,7 @@ impl Attempt<'_> {
         reader.trust();
         let parameters = parameters(&mut reader).await?;
         let reported = parameters.get("server_version").ok_or_else(|| {
-            reader.unexpected("without its server_version; a proxy can not be archived".to_owned())
+            reader.unexpected("without its server_version; a proxy cannot be archived".to_owned())
         })?;
         let version = ServerVersion::of_parameter(reported);
         if version.num < SERVER_VERSION_MIN {

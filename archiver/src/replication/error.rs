@@ -171,7 +171,7 @@ fn fixed_remedy(report: &ServerReport, says: &dyn Fn(&str) -> bool) -> &'static 
         "3D000" => "; name a database that exists as dbname",
         "42501" => "; give the role the REPLICATION attribute: ALTER ROLE … REPLICATION",
         "42704" if says("replication slot") => {
-            "; it was dropped by somebody: the archiver creates it anew at its next connection"
+            "; it was dropped by somebody: the archiver creates it again at its next connection"
         }
         "53300" if report.walsenders_are_off() => {
             "; set max_wal_senders = 10 and wal_level = replica, and restart the server"

@@ -485,7 +485,7 @@ fn remedies_are_told_for_what_administrators_meet() {
         "42704",
         "replication slot \"s\" does not exist",
         2,
-        "creates it anew",
+        "creates it again",
     );
     check(
         "53300",

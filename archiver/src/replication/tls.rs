@@ -100,7 +100,7 @@ fn config(settings: &TlsSettings, host: &Host) -> Result<ClientConfig, String> {
             let key = provider
                 .key_provider
                 .load_private_key(key)
-                .map_err(|error| format!("the private key (sslkey) can not be used: {error}"))?;
+                .map_err(|error| format!("the private key (sslkey) cannot be used: {error}"))?;
             let is_ours = chain.first().zip(key.public_key());
             if !is_ours.is_some_and(|(ours, key)| certificate::belongs_to(ours, &key)) {
                 return Err(
@@ -129,7 +129,8 @@ fn verifier(
     let name = match settings.mode {
         SslMode::VerifyFull if host.name.is_empty() => {
             return Err(
-                "sslmode=verify-full needs the server's name: give host beside hostaddr".to_owned(),
+                "sslmode=verify-full needs the server's name: give host together with hostaddr"
+                    .to_owned(),
             );
         }
         SslMode::VerifyFull => Some(host.name.clone()),
@@ -202,11 +203,11 @@ fn certificate_problem(problem: &CertificateError) -> String {
             "the server's certificate is not for servers (extended key usage); make one with serverAuth".to_owned()
         }
         other if other.to_string().contains("UnsupportedCertVersion") => {
-            "the server's certificate, or one above it, is of X.509 version 1; make it anew as version 3 (openssl x509 -req \
+            "the server's certificate, or one above it, is of X.509 version 1; create it again as version 3 (openssl x509 -req \
              with -extfile)"
                 .to_owned()
         }
-        other => format!("the server's certificate can not be used: {other}"),
+        other => format!("the server's certificate cannot be used: {other}"),
     }
 }
 

@@ -197,7 +197,7 @@ impl OpenSegment {
                 (named.length, named.allocated) = (bytes.len() as u64, bytes.len() as u64);
                 Ok(named)
             }
-            Err(error) => Err(Error::io("write anew", &self.partial)(error)),
+            Err(error) => Err(Error::io("rewrite", &self.partial)(error)),
         }
     }
 
@@ -266,7 +266,7 @@ pub(super) fn renew_complete(spool: &BranchSpool, segment: SegmentNo) -> Result<
         }
         // The segment was sealed and removed meanwhile, so it is no longer needed.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        outcome => outcome.map_err(Error::io("write anew", &path)),
+        outcome => outcome.map_err(Error::io("rewrite", &path)),
     }
 }
 

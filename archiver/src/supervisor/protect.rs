@@ -59,7 +59,7 @@ impl Supervisor {
                         tracing::warn!(cluster = %settings.name, slot = settings.slot, "the slot is dropped");
                     }
                     Err(error) => {
-                        tracing::warn!(cluster = %settings.name, %error, "the slot can not be dropped yet");
+                        tracing::warn!(cluster = %settings.name, %error, "the slot cannot be dropped yet");
                     }
                 }
             } else if archive.room().is_free_again(settings, &self.status) {

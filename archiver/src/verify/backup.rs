@@ -1,4 +1,5 @@
-//! The part of `verify` that looks into a backup: each object is the recorded one, and belongs to this backup.
+//! The part of `verify` that looks into a backup: each object is the recorded one, and belongs to
+//! this backup.
 
 use std::collections::HashMap;
 
@@ -39,7 +40,8 @@ impl<'a> BackupCheck<'a> {
         }
     }
 
-    /// The objects of the backup with their SHA-256, in the order in which [`BackupCheck::problem`] has to see them.
+    /// The objects of the backup with their SHA-256, in the order in which [`BackupCheck::problem`]
+    /// has to see them.
     pub(super) fn parts(&self) -> Vec<(ObjectKey, String)> {
         let mut parts = repair::parts(self.info);
         // The manifest, which is last, says what the slices may hold.

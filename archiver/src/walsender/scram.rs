@@ -45,7 +45,7 @@ impl Verifier {
         // `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, as in `pg_authid`.
         let text = postgres_protocol::password::scram_sha_256(password.as_bytes());
         Self::parse(&text).ok_or_else(|| Error::Usage {
-            message: "the password of walsender_password_file can not be used".to_owned(),
+            message: "the password of walsender_password_file cannot be used".to_owned(),
         })
     }
 

@@ -17,12 +17,12 @@ const SUFFIX: &str = "-full";
 pub fn become_whole(environment: &[(&str, &str)]) -> String {
     let this = match env::current_exe() {
         Ok(this) => this,
-        Err(error) => return format!("this program's own path can not be found: {error}"),
+        Err(error) => return format!("this program's own path cannot be found: {error}"),
     };
     let whole = beside(&this);
     let error = replaced_by(&whole, environment);
     format!(
-        "{} can not be run: {error}; install both programs into one directory",
+        "{} cannot be run: {error}; install both programs into one directory",
         whole.display()
     )
 }

@@ -218,7 +218,7 @@ impl S3Table {
                 })
             }
             (Some(_), Some(_), _, _) => Err(Error::config(
-                "s3_access_key stands beside s3_credentials_file or s3_profile; say only one way to sign",
+                "s3_access_key is set together with s3_credentials_file or s3_profile; say only one way to sign",
             )),
             _ => Err(Error::config(
                 "s3_access_key and s3_secret_key go together; write both, or neither for the standard AWS places",

@@ -165,7 +165,7 @@ fn wrong_values_say_how_to_write_them() {
         ("cluster = 1", "[cluster.NAME]"),
         (
             "[cluster.B]\nrepository = 'file:///r'",
-            "can not name a cluster",
+            "cannot name a cluster",
         ),
         ("", "no repository"),
     ] {

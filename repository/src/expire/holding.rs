@@ -283,7 +283,7 @@ fn read_backups(
             None => match BackupInfo::parse_of(&key, &place.get(&key)?) {
                 Ok(info) => info,
                 Err(error) => {
-                    tracing::error!(%key, %error, "a backup that can not be read counts for nothing, and stays");
+                    tracing::error!(%key, %error, "a backup that cannot be read counts for nothing, and stays");
                     return Ok(());
                 }
             },

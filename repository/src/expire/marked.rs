@@ -196,7 +196,7 @@ impl Repository {
                     tracing::warn!(%key, "a newer Tidemark expired something here; use that one");
                 }
                 Err(error) => {
-                    tracing::warn!(%key, %error, "a record of what expired can not be read");
+                    tracing::warn!(%key, %error, "a record of what expired cannot be read");
                 }
             }
         }

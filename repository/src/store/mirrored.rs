@@ -224,7 +224,7 @@ impl ObjectStore for MirroredStore {
                 Err(error) => {
                     tracing::warn!(
                         repository = %member.store.url(), %error,
-                        "a repository can not be listed: what it alone has is not seen"
+                        "a repository cannot be listed: what it alone has is not seen"
                     );
                     member.failed(&error);
                     failed.get_or_insert(error);

@@ -48,8 +48,9 @@ pub enum When {
     Always,
     /// The parent's value, as a path relative to the data directory, leads out of it.
     LeadsOutside,
-    /// As [`When::LeadsOutside`], or the parent's value is a relative path: PostgreSQL resolves this
-    /// one from the directory in which it is started (`make_absolute_path` in `SelectConfigFiles`).
+    /// As [`When::LeadsOutside`], or the parent's value is a relative path: PostgreSQL resolves
+    /// this one from the directory in which it is started (`make_absolute_path` in
+    /// `SelectConfigFiles`).
     LeadsElsewhere,
     /// The parent's value contains this text.
     Contains(&'static str),

@@ -194,7 +194,7 @@ impl Frames<'_> {
     /// [`SealedError`] when the frame is damaged. Further calls return the same error.
     #[expect(
         clippy::should_implement_trait,
-        reason = "the frame is lent, which Iterator can not"
+        reason = "the frame is lent, which Iterator cannot"
     )]
     pub fn next(&mut self) -> Option<Result<(Lsn, &[u8]), SealedError>> {
         if self.next >= self.reader.frame_count() {

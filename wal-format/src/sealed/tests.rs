@@ -268,13 +268,13 @@ fn the_objects_end_alone_tells_everything_but_the_wal() {
     let FooterFromTail::NeedMore { bytes } =
         SealedFooter::from_tail(total, tail(10)).expect("short")
     else {
-        panic!("10 bytes can not be enough");
+        panic!("10 bytes cannot be enough");
     };
     assert_eq!(bytes, FOOTER_LEN_HINT);
     let FooterFromTail::NeedMore { bytes } =
         SealedFooter::from_tail(total, tail(40)).expect("short")
     else {
-        panic!("40 bytes can not be enough");
+        panic!("40 bytes cannot be enough");
     };
     assert!(bytes < 400, "{bytes} for a small footer");
     let FooterFromTail::Complete(footer) =

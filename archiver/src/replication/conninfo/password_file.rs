@@ -26,7 +26,7 @@ pub(super) fn lookup(
     let content = match fs::read_to_string(path) {
         Ok(content) => content,
         Err(error) => {
-            tracing::warn!(path = %path.display(), %error, "the password file can not be read");
+            tracing::warn!(path = %path.display(), %error, "the password file cannot be read");
             return None;
         }
     };

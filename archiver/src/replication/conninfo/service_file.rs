@@ -72,7 +72,7 @@ fn section(content: &str, service: &str, path: &Path) -> Result<Option<Values>> 
             .ok_or_else(|| problem(format!("{origin}: \"=\" is missing")))?;
         if name == "service" {
             return Err(problem(format!(
-                "{origin}: a service can not name another one"
+                "{origin}: a service cannot name another one"
             )));
         }
         let keyword = Keyword::find(name)

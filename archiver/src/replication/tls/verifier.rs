@@ -67,7 +67,7 @@ impl Verifier {
                 )
                 .with_crls(revocations)
                 .build()
-                .map_err(|error| format!("sslrootcert or sslcrl can not be used: {error} (revocation lists are read in version 2: openssl ca needs a crlnumber)"))?;
+                .map_err(|error| format!("sslrootcert or sslcrl cannot be used: {error} (revocation lists are read in version 2: openssl ca needs a crlnumber)"))?;
                 Some(Chain {
                     webpki,
                     roots,

@@ -422,7 +422,7 @@ impl Member {
                 }
             }
             Err(error) => {
-                tracing::warn!(repository = %self.store.url(), %error, "this repository is behind and can not catch up yet");
+                tracing::warn!(repository = %self.store.url(), %error, "this repository is behind and cannot catch up yet");
                 self.failed(&error);
                 let mut state = self.lock();
                 if state.away.is_none() {

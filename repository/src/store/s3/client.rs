@@ -92,7 +92,7 @@ impl S3Store {
                 failure.passing()
             }
             Err(error) => {
-                tracing::warn!(%error, "the credentials of S3 can not be read again");
+                tracing::warn!(%error, "the credentials of S3 cannot be read again");
                 failure
             }
         }

@@ -100,7 +100,7 @@ impl Failure {
             // A truncated answer, or one that does not come from S3, proves nothing.
             SdkError::ResponseError(answer) => Self {
                 status: Some(answer.raw().status().as_u16()),
-                ..Self::transient(&format!("its answer can not be read: {}", chain(error)))
+                ..Self::transient(&format!("its answer cannot be read: {}", chain(error)))
             },
             SdkError::TimeoutError(_) => Self::transient("no answer in time"),
             SdkError::DispatchFailure(failure) => {

@@ -114,7 +114,7 @@ impl S3Store {
         let uploads = match self.request(RequestKind::List, list.send()) {
             Ok(uploads) => uploads,
             Err(failure) => {
-                tracing::debug!(?failure, "abandoned uploads can not be listed");
+                tracing::debug!(?failure, "abandoned uploads cannot be listed");
                 return;
             }
         };

@@ -28,7 +28,7 @@ impl S3Store {
         Err(self.failed(Action::Put, key, Failure::transient(problem)))
     }
 
-    /// Where two writers can use the same name, the object may be another host's, so it stays.
+    /// If two writers can use the same name, the object may be another host's, so it stays.
     fn withdraw(&self, key: &str) -> Result<()> {
         if !self.honours_conditions()? {
             return Ok(());
