@@ -7,6 +7,10 @@
 
 use std::{sync::Arc, time::Duration};
 
+use replication::{
+    self, BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode,
+    ReplicationClient,
+};
 use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
 use sha2::{Digest, Sha256};
 use tokio::{sync::Semaphore, task::JoinSet};
@@ -20,10 +24,6 @@ use crate::{
     error::{Error, Result},
     outcomes,
     pipeline::session::Source,
-    replication::{
-        self, BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode,
-        ReplicationClient,
-    },
 };
 
 mod manifest;

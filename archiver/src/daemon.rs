@@ -11,6 +11,7 @@ use std::{
     time::Duration,
 };
 
+use replication::ConnInfo;
 use repository::config::{ClusterSettings, CommonArgs, Settings};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
@@ -28,7 +29,6 @@ use crate::{
     monitor::Monitor,
     notifications::{Links, Notifier},
     notify::Notify,
-    replication::ConnInfo,
     report::{ClusterReport, State},
     shutdown::{Shutdown, ShutdownRequest},
     supervisor,

@@ -10,8 +10,6 @@ use repository::ExitKind;
 use rustix::io::Errno;
 use wal_format::{Branch, Lsn, SegmentName, SystemIdentifier, TimelineId};
 
-use crate::replication;
-
 /// The archiver's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -261,7 +259,7 @@ impl Error {
                 repository::is_out_of_descriptors(source)
                     || source.kind() == io::ErrorKind::WouldBlock
             }
-            Self::Replication(error) => error.is_out_of_descriptors(),
+            Self::Replication(error) => error.has_io(repository::is_out_of_descriptors),
             Self::Repository(error) => error.is_out_of_descriptors(),
             _ => false,
         }
@@ -286,7 +284,7 @@ impl Error {
             | Self::ThreadStopped { .. }
             | Self::SlotLost { .. }
             | Self::SpoolDenied { .. } => ExitKind::Failed,
-            Self::Replication(error) => error.exit_kind(),
+            Self::Replication(error) if error.is_usage() => ExitKind::Usage,
             Self::Repository(error) => error.exit_kind(),
             Self::Wal(error) => error.exit_kind(),
             Self::Http(_)
@@ -297,6 +295,7 @@ impl Error {
             | Self::Usage { .. } => ExitKind::Usage,
             Self::NotDrained { .. }
             | Self::NotNotified { .. }
+            | Self::Replication(_)
             | Self::Silent { .. }
             | Self::SpoolFull
             | Self::StreamOutOfOrder { .. } => ExitKind::Unreachable,

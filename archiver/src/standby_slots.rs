@@ -9,14 +9,12 @@
 
 use std::{sync::Arc, time::Duration};
 
+use replication::{ConnInfo, ConnectionMode, ReplicationClient, Result, SlotInfo};
 use repository::config::ClusterSettings;
 use serde::Serialize;
 use wal_format::{Branch, Lsn, SystemIdentifier, TimelineId};
 
-use crate::{
-    cluster_status::ClusterStatus,
-    replication::{ConnInfo, ConnectionMode, ReplicationClient, Result, SlotInfo},
-};
+use crate::cluster_status::ClusterStatus;
 
 /// The interval at which the slots are advanced. Each standby retains about one more minute of WAL
 /// than needed.

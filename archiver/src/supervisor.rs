@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use replication::ConnInfo;
 use repository::{ClusterIdentity, Error as StoreError, Loss, Repository, config::ClusterSettings};
 
 use crate::{
@@ -27,7 +28,6 @@ use crate::{
         session::{Purpose, Source},
     },
     push::{self, PushServer},
-    replication::ConnInfo,
     shutdown::Shutdown,
     spool::Spool,
     standby_slots,

@@ -4,7 +4,7 @@
 //! Deliberate differences are not compared: the default database is "postgres" and not the role's
 //! name, and GSSAPI is not supported.
 
-use archiver::replication::{ConnInfo, ConnectionMode, ReplicationClient};
+use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use tokio::runtime::Runtime;
 
 use crate::{
@@ -40,7 +40,7 @@ impl<'a> Both<'a> {
             let mut client = ReplicationClient::connect(&info, ConnectionMode::Sql).await?;
             let rows = client.query(IS_ENCRYPTED).await?;
             client.close().await;
-            Ok::<_, archiver::replication::Error>(rows[0][0].clone().expect("a value"))
+            Ok::<_, replication::Error>(rows[0][0].clone().expect("a value"))
         });
         let output = self.server.psql(conninfo, IS_ENCRYPTED);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();

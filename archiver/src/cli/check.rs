@@ -1,6 +1,7 @@
 //! `wal-archiver check`: checks every precondition and prints a line for each, with the remedy.
 //! Changes nothing.
 
+use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use repository::{
     ExitKind, Repository,
     config::{ClusterSettings, Settings},
@@ -11,7 +12,6 @@ use super::{daemon, output, runtime};
 use crate::{
     error::{Error, Result},
     http::tls_expiry,
-    replication::{ConnInfo, ConnectionMode, ReplicationClient},
     spool,
     standby_slots::Standby,
     synchronous::{Membership, danger, membership},
@@ -205,7 +205,7 @@ async fn standby(
         let mut found = Standby::look(&conninfo, &cluster.slot).await?;
         let (sql, in_recovery) = found.sql().await?;
         sql.close().await;
-        Ok::<_, crate::replication::Error>((found, in_recovery))
+        Ok::<_, replication::Error>((found, in_recovery))
     };
     let (found, in_recovery) = match found.await {
         Ok(found) => found,

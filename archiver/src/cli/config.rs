@@ -1,9 +1,10 @@
 //! `wal-archiver config check` and `config show`.
 
+use replication::ConnInfo;
 use repository::config::Settings;
 
 use super::output;
-use crate::{error::Result, http, replication::ConnInfo};
+use crate::{error::Result, http};
 
 pub(super) fn check(settings: &Settings) -> Result<()> {
     http::check(settings.http, &settings.http_access)?;

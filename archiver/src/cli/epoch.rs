@@ -10,6 +10,7 @@
 
 use std::{fs, io, path::Path, sync::Arc};
 
+use replication::ConnInfo;
 use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSettings};
 use wal_format::SystemIdentifier;
 
@@ -19,7 +20,6 @@ use crate::{
     error::{Error, Result},
     instruments::Instruments,
     pipeline::{Pipeline, session::Source},
-    replication::ConnInfo,
     spool::Spool,
     spool::remove_record,
     supervisor::{CatalogPlace, open_archive},

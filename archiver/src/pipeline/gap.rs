@@ -12,6 +12,7 @@ mod files;
 
 use std::sync::Arc;
 
+use replication::ConnInfo;
 use serde::Serialize;
 use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentSize};
 
@@ -21,7 +22,7 @@ use super::{
     session::{Purpose, Source},
     start::{Held, ServerBranch, ServerState, plan_start},
 };
-use crate::{error::Result, replication::ConnInfo, shutdown::Shutdown};
+use crate::{error::Result, shutdown::Shutdown};
 
 /// The result of an attempt to close a gap.
 #[derive(Clone, Debug, PartialEq, Eq)]

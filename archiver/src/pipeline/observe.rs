@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use tokio::time::MissedTickBehavior;
 use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey, TimelineId};
 
@@ -21,7 +22,6 @@ use crate::{
     core::Event,
     error::{Error, Result},
     outcomes,
-    replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
     report::SlotReport,
     rpo::Seen,
     synchronous,
@@ -71,7 +71,7 @@ pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterSt
         let mut session_ended = false;
         if let Err(error) = outcome {
             tracing::debug!(%error, "the server's flush LSN is not known beyond the stream");
-            session_ended = was_connected && error.is_last_word();
+            session_ended = was_connected && error.is_final();
         }
         status.note(|facts| {
             facts.slot_report = None;

@@ -6,14 +6,12 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use replication::FlushedLsn;
 use repository::config::Acknowledge;
 use tokio::sync::watch;
 use wal_format::Lsn;
 
-use crate::{
-    core::{Action, Core, Event, positions::Positions},
-    flushed_lsn::FlushedLsn,
-};
+use crate::core::{Action, Core, Event, positions::Positions};
 
 /// The content of a status update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +35,7 @@ impl Progress {
     pub fn new(acknowledge: Acknowledge) -> Self {
         let (acknowledgement, _) = watch::channel(Acknowledgement {
             write: Lsn::ZERO,
-            flush: FlushedLsn::proved(Lsn::ZERO),
+            flush: FlushedLsn::NONE,
         });
         Self {
             core: Mutex::new(Core::new(acknowledge)),
@@ -51,9 +49,14 @@ impl Progress {
         let mut core = self.lock();
         let actions = core.on(event);
         let report = core.report();
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the core counts only WAL that the spool or the repository has made durable"
+        )]
+        let flush = FlushedLsn::proved(report.flush);
         let now = Acknowledgement {
             write: report.write,
-            flush: FlushedLsn::proved(report.flush),
+            flush,
         };
         // Sent under the lock, so that an older report cannot overtake a newer one.
         self.acknowledgement

@@ -14,6 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use replication::{StreamMessage, WalReceiver};
 use tokio::{
     sync::{mpsc::error::TrySendError, watch},
     time::MissedTickBehavior,
@@ -30,7 +31,6 @@ use super::{
 use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
-    replication::{StreamMessage, WalReceiver},
     rpo::Seen,
     shutdown::Shutdown,
 };

@@ -4,6 +4,10 @@
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use replication::{
+    self, ConnInfo, ConnectionMode, NextTimeline, ReplicationClient, ReplicationStart,
+    SystemIdentity,
+};
 use repository::{ClusterIdentity, Repository, config::Acknowledge};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
@@ -19,10 +23,6 @@ use super::{
 use crate::{
     cluster_status::ServerPath,
     error::{Error, Result},
-    replication::{
-        self, ConnInfo, ConnectionMode, NextTimeline, ReplicationClient, ReplicationStart,
-        SystemIdentity,
-    },
     shutdown::Shutdown,
 };
 

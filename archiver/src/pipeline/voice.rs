@@ -6,6 +6,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use replication::{FlushedLsn, StatusSender, StatusUpdate};
+use repository::CrashPoint;
 use tokio::{
     sync::{Mutex, watch},
     task::JoinSet,
@@ -14,11 +16,7 @@ use tokio::{
 use wal_format::Lsn;
 
 use super::progress::Acknowledgement;
-use crate::{
-    error::Result,
-    flushed_lsn::FlushedLsn,
-    replication::{StatusSender, StatusUpdate},
-};
+use crate::error::Result;
 
 /// The sending side of one stream.
 #[derive(Debug)]
@@ -107,9 +105,8 @@ impl Voice {
 
     async fn say_with(&self, mouth: &mut Mouth, reply_requested: bool) -> Result<()> {
         let now = *self.acknowledgements.borrow();
-        // PostgreSQL ignores a position of 0/0.
         let flush = if now.flush.lsn() < self.floor {
-            FlushedLsn::proved(Lsn::ZERO)
+            FlushedLsn::NONE
         } else {
             now.flush
         };
@@ -119,7 +116,13 @@ impl Voice {
                 flush,
                 reply_requested,
             };
+            let lost = |source| replication::Error::Io {
+                place: "the primary".to_owned(),
+                source,
+            };
+            CrashPoint::AcknowledgementDue.reach().map_err(lost)?;
             sender.send(update).await?;
+            CrashPoint::AcknowledgementSent.reach().map_err(lost)?;
             mouth.last_spoke = Instant::now();
         }
         Ok(())

@@ -118,7 +118,7 @@ impl Supervisor {
             // At the start, a wrong password or a missing privilege is reported at once. Later it
             // may be a change in progress.
             Error::Replication(error) => {
-                !self.connected_once && error.exit_kind() == ExitKind::Usage
+                !self.connected_once && error.is_usage()
             }
             // WAL or a spool that contradicts the archive, a server that cannot be archived, a
             // thread that panicked.

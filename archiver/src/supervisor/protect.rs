@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use replication::ConnInfo;
 use repository::config::ClusterSettings;
 
 use super::{RETRY_MIN, Supervisor};
@@ -14,7 +15,6 @@ use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
     pipeline::{receive::StreamEnd, room::endangers_primary, session::Source},
-    replication::ConnInfo,
     shutdown::Shutdown,
 };
 

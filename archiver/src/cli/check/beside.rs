@@ -1,6 +1,7 @@
 //! The checks of everything except the stream: the server's free slots and walsenders, both clocks,
 //! base backups, the dashboard. Changes nothing.
 
+use replication::ReplicationClient;
 use repository::{
     ExitKind, Repository,
     config::{ClusterSettings, Settings},
@@ -13,7 +14,6 @@ use crate::{
     alerts::{CERTIFICATE_SECONDS_MIN, CLOCK_OFFSET_SECONDS_MAX},
     descriptors::{Limit, needed},
     error::Result,
-    replication::ReplicationClient,
     report::words,
 };
 

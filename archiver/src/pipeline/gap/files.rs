@@ -9,13 +9,13 @@
 use std::{fs, path::Path, sync::Arc};
 
 use intake::{Pusher, Running, WalFile};
+use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use wal_format::{SegmentName, WalIdentity, layout::history_file_name, page::PageHeader};
 
 use super::LostRange;
 use crate::{
     error::{Error, Result},
     pipeline::{Pipeline, archive::Archive, blocking, start::ServerBranch},
-    replication::{ConnInfo, ConnectionMode, ReplicationClient},
 };
 
 /// The number of bytes of a file in one answer. As text it is twice that.

@@ -175,7 +175,7 @@ impl BaseBackupStream {
                 }
                 b'E' => {
                     let error = self.client.reader().refusal(&message.body);
-                    if error.is_last_word() {
+                    if error.is_final() {
                         return Err(error);
                     }
                     self.refused = self.refused.take().or(Some(error));

@@ -2,9 +2,7 @@
 
 use std::{fmt, io};
 
-use repository::ExitKind;
-
-use super::tls;
+use super::tls_error::explain;
 
 /// A failure of the connection or of a command.
 #[derive(Debug, thiserror::Error)]
@@ -210,7 +208,7 @@ impl Error {
     /// same error from both.
     pub(super) fn of_io(place: &str, source: io::Error) -> Self {
         let place = place.to_owned();
-        if let Some(problem) = tls::explain(&source) {
+        if let Some(problem) = explain(&source) {
             return Self::Tls { place, problem };
         }
         if source.kind() == io::ErrorKind::UnexpectedEof {
@@ -245,7 +243,8 @@ impl Error {
     }
 
     /// Returns true if the server closes the connection after this error.
-    pub(crate) fn is_last_word(&self) -> bool {
+    #[must_use]
+    pub fn is_final(&self) -> bool {
         self.report()
             .is_none_or(|report| report.severity != "ERROR")
     }
@@ -303,13 +302,11 @@ impl Error {
         self.has_code(&["55006"])
     }
 
-    /// Returns true if this process had no file descriptor for the connection.
-    pub(crate) fn is_out_of_descriptors(&self) -> bool {
+    /// Returns true if `test` holds for an operating system's error in this one.
+    pub fn has_io(&self, test: fn(&io::Error) -> bool) -> bool {
         match self {
-            Self::Connect { source, .. } | Self::Io { source, .. } => {
-                repository::is_out_of_descriptors(source)
-            }
-            Self::Hosts { errors } => errors.iter().any(Self::is_out_of_descriptors),
+            Self::Connect { source, .. } | Self::Io { source, .. } => test(source),
+            Self::Hosts { errors } => errors.iter().any(|error| error.has_io(test)),
             _ => false,
         }
     }
@@ -323,26 +320,27 @@ impl Error {
         )
     }
 
-    /// The exit code of the contract for this error.
+    /// Returns true if only a person can mend the cause: the connection string, the access rules
+    /// or a setting of the server. False if a later attempt may succeed.
     #[must_use]
-    pub fn exit_kind(&self) -> ExitKind {
+    pub fn is_usage(&self) -> bool {
         match self {
             Self::Auth { .. }
             | Self::ConnInfo { .. }
             | Self::ServerTooOld { .. }
-            | Self::Tls { .. } => ExitKind::Usage,
+            | Self::Tls { .. } => true,
             Self::Server { report, .. } => match report.code.as_str() {
-                "28P01" | "28000" | "42501" | "42704" | "42601" | "3D000" => ExitKind::Usage,
-                "53300" if report.walsenders_are_off() => ExitKind::Usage,
-                "55000" if !remedy(report).is_empty() => ExitKind::Usage,
-                _ => ExitKind::Unreachable,
+                "28P01" | "28000" | "42501" | "42704" | "42601" | "3D000" => true,
+                "53300" => report.walsenders_are_off(),
+                "55000" => !remedy(report).is_empty(),
+                _ => false,
             },
             Self::Closed { .. }
             | Self::Connect { .. }
             | Self::Hosts { .. }
             | Self::Io { .. }
             | Self::OtherSession { .. }
-            | Self::Protocol { .. } => ExitKind::Unreachable,
+            | Self::Protocol { .. } => false,
         }
     }
 }

@@ -28,10 +28,19 @@ pub use host::Host;
 pub(super) use require_auth::{AuthMethod, RequireAuth};
 pub(super) use tls_settings::{ClientFiles, RootCertificates, SslMode, TlsSettings, TlsVersion};
 
-use super::{Error, Result, client::ConnectionMode};
+use super::{Error, Result};
 
 /// The time that a host may take if `connect_timeout` is not set. libpq would wait forever.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// The purpose of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectionMode {
+    /// Replication commands only.
+    Physical,
+    /// SQL in an ordinary session of the database.
+    Sql,
+}
 
 /// A connection string completed as libpq completes it.
 #[derive(Clone, PartialEq, Eq)]

@@ -6,7 +6,7 @@ use super::{super::Result, Given, environment::Environment, problem};
 
 /// `sslmode`, from the weakest to the strictest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::replication) enum SslMode {
+pub(crate) enum SslMode {
     Disable,
     Allow,
     Prefer,
@@ -16,7 +16,7 @@ pub(in crate::replication) enum SslMode {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(in crate::replication) enum TlsVersion {
+pub(crate) enum TlsVersion {
     V1,
     V1_1,
     V1_2,
@@ -25,7 +25,7 @@ pub(in crate::replication) enum TlsVersion {
 
 /// The trusted certificate authorities.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::replication) enum RootCertificates {
+pub(crate) enum RootCertificates {
     /// A file, either named by the user or libpq's default, which may be missing.
     File { path: PathBuf, named: bool },
     /// The operating system's certificates.
@@ -36,25 +36,25 @@ pub(in crate::replication) enum RootCertificates {
 
 /// The TLS settings of a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::replication) struct TlsSettings {
-    pub(in crate::replication) mode: SslMode,
+pub(crate) struct TlsSettings {
+    pub(crate) mode: SslMode,
     /// TLS from the first byte, without a request (PostgreSQL 17).
-    pub(in crate::replication) direct: bool,
-    pub(in crate::replication) roots: RootCertificates,
-    pub(in crate::replication) revocations: Option<PathBuf>,
+    pub(crate) direct: bool,
+    pub(crate) roots: RootCertificates,
+    pub(crate) revocations: Option<PathBuf>,
     /// The client's certificate and key. Default files may be missing, named ones may not.
-    pub(in crate::replication) certificate: Option<ClientFiles>,
-    pub(in crate::replication) sni: bool,
-    pub(in crate::replication) min_version: TlsVersion,
-    pub(in crate::replication) max_version: TlsVersion,
+    pub(crate) certificate: Option<ClientFiles>,
+    pub(crate) sni: bool,
+    pub(crate) min_version: TlsVersion,
+    pub(crate) max_version: TlsVersion,
 }
 
 /// The client's certificate and its key.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::replication) struct ClientFiles {
-    pub(in crate::replication) certificate: PathBuf,
-    pub(in crate::replication) key: PathBuf,
-    pub(in crate::replication) named: bool,
+pub(crate) struct ClientFiles {
+    pub(crate) certificate: PathBuf,
+    pub(crate) key: PathBuf,
+    pub(crate) named: bool,
 }
 
 impl TlsSettings {

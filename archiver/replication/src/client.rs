@@ -4,20 +4,11 @@ use bytes::Bytes;
 use wal_format::{Lsn, SegmentSize, SystemIdentifier, TimelineId};
 
 use super::{
-    ConnInfo, Error, Result, StatusSender, WalReceiver,
+    ConnInfo, ConnectionMode, Error, Result, StatusSender, WalReceiver,
     connect::{self, Connection},
     connection::{self, Reader, Row, Writer, text},
     stream::{self, NextTimeline},
 };
-
-/// The purpose of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ConnectionMode {
-    /// Replication commands only.
-    Physical,
-    /// SQL in an ordinary session of the database.
-    Sql,
-}
 
 /// The server's version.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use rustls::pki_types::{
     pem::{self, PemObject},
 };
 
-use crate::replication::conninfo::{ClientFiles, RootCertificates};
+use crate::conninfo::{ClientFiles, RootCertificates};
 
 /// Reads the trusted certificates. Returns `None` if there are none and none are needed.
 pub(super) fn roots(

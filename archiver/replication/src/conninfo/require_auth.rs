@@ -4,7 +4,7 @@ use super::{super::Result, problem};
 
 /// An authentication method, with libpq's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(in crate::replication) enum AuthMethod {
+pub(crate) enum AuthMethod {
     /// The password in clear text.
     Password,
     /// The password's MD5 hash.
@@ -32,7 +32,7 @@ const METHODS: [(AuthMethod, &str); 7] = [
 ];
 
 impl AuthMethod {
-    pub(in crate::replication) fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         METHODS
             .iter()
             .find_map(|(method, name)| (*method == self).then_some(*name))
@@ -42,7 +42,7 @@ impl AuthMethod {
 
 /// `require_auth`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::replication) struct RequireAuth {
+pub(crate) struct RequireAuth {
     listed: Vec<AuthMethod>,
     negated: bool,
 }
@@ -85,7 +85,7 @@ impl RequireAuth {
 
     /// Returns true if the server may request this method. Without `require_auth` it may request
     /// any.
-    pub(in crate::replication) fn allows(&self, method: AuthMethod) -> bool {
+    pub(crate) fn allows(&self, method: AuthMethod) -> bool {
         self.listed.is_empty() || self.listed.contains(&method) != self.negated
     }
 }

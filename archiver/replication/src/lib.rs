@@ -3,7 +3,7 @@
 //! Modules in reading order: [`conninfo`] (address and role), `connect` (hosts, sockets, startup),
 //! `tls`, `authenticate`, `connection` (framing), `client` (commands), `stream` (WAL in, status
 //! out).
-//! Invariant: a status update is built from a [`crate::flushed_lsn::FlushedLsn`]. The server's own
+//! Invariant: a status update is built from a [`FlushedLsn`]. The server's own
 //! positions are never reported back as ours.
 
 mod authenticate;
@@ -13,16 +13,18 @@ mod connect;
 mod connection;
 pub mod conninfo;
 mod error;
+mod flushed_lsn;
 mod stream;
 mod tls;
+mod tls_error;
 
 pub use base_backup::{BackupMessage, BackupTablespace, BaseBackupOptions, BaseBackupStream};
 pub use client::{
-    ConnectionMode, ReplicationClient, ReplicationStart, ServerVersion, SlotCreation, SlotInfo,
-    SystemIdentity,
+    ReplicationClient, ReplicationStart, ServerVersion, SlotCreation, SlotInfo, SystemIdentity,
 };
-pub use conninfo::ConnInfo;
+pub use conninfo::{ConnInfo, ConnectionMode};
 pub use error::Error;
+pub use flushed_lsn::FlushedLsn;
 pub use stream::{NextTimeline, StatusSender, StatusUpdate, StreamMessage, WalReceiver};
 
 /// The result type of this module.

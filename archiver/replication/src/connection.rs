@@ -110,7 +110,7 @@ pub(super) async fn rows(
             b'D' => rows.push(reader.row(message.body)?),
             b'E' => {
                 let error = reader.refusal(&message.body);
-                if error.is_last_word() {
+                if error.is_final() {
                     return Err(error);
                 }
                 refused = refused.or(Some(error));

@@ -51,7 +51,7 @@ impl Environment {
 }
 
 /// Returns a user's name. Users of a directory service are not in `/etc/passwd`; `id` knows them.
-pub(in crate::replication) fn user_name(uid: u32) -> Option<String> {
+pub(crate) fn user_name(uid: u32) -> Option<String> {
     if let Some(account) = account(uid) {
         return Some(account.name);
     }

@@ -11,9 +11,13 @@ use wal_format::Lsn;
 pub struct FlushedLsn(Lsn);
 
 impl FlushedLsn {
+    /// Nothing is durable. PostgreSQL ignores a position of 0/0.
+    pub const NONE: Self = Self(Lsn::ZERO);
+
     /// States that every byte before `lsn` is durable. Call it right after the fsync or put that
-    /// proves it.
-    pub(crate) fn proved(lsn: Lsn) -> Self {
+    /// proves it. `clippy.toml` forbids other callers.
+    #[must_use]
+    pub fn proved(lsn: Lsn) -> Self {
         Self(lsn)
     }
 

@@ -12,11 +12,11 @@ const PORT: u16 = 5432;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Host {
     /// A name, an address, or the directory of a Unix socket. Empty if only `hostaddr` was given.
-    pub(in crate::replication) name: String,
+    pub(crate) name: String,
     /// The address to connect to without resolving the name.
-    pub(in crate::replication) address: Option<IpAddr>,
+    pub(crate) address: Option<IpAddr>,
     /// The port, also for a socket.
-    pub(in crate::replication) port: u16,
+    pub(crate) port: u16,
 }
 
 impl Host {
