@@ -29,7 +29,14 @@ impl Catalog {
             source: error.into(),
         })?;
         let path = directory.to_owned();
-        Self::open_at(path.clone(), &path, options(), identity, None)
+        Self::open_at(
+            path.clone(),
+            &path,
+            options(),
+            shared_cache(),
+            identity,
+            None,
+        )
     }
 
     /// Creates a catalog in memory, for use when the disk cannot be written. It begins as a copy of
@@ -45,7 +52,11 @@ impl Catalog {
         // A path in the in-memory file system. Nothing is read or written in the real directory of
         // this name.
         let place = std::env::temp_dir();
-        let catalog = Self::open_at(directory.to_owned(), &place, options, identity, None)?;
+        // RocksDB's statistics of a block cache keep the clock of the first database that asked for
+        // them, which is freed with this database. So the cache is its own.
+        let cache = Cache::new_lru_cache(BLOCK_CACHE_BYTES);
+        let path = directory.to_owned();
+        let catalog = Self::open_at(path, &place, options, &cache, identity, None)?;
         if directory.join("CURRENT").is_file()
             && let Err(error) = catalog.copy_from(directory)
         {
@@ -55,16 +66,36 @@ impl Catalog {
         Ok(catalog)
     }
 
+    /// Creates an empty catalog in a temporary directory, which is removed with it.
+    fn open_temporary(identity: &ClusterIdentity) -> Result<Self> {
+        let temporary = tempfile::Builder::new()
+            .prefix("tidemark-catalog-")
+            .tempdir()
+            .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
+        let path = temporary.path().join("catalog");
+        let place = path.clone();
+        Self::open_at(
+            path,
+            &place,
+            options(),
+            shared_cache(),
+            identity,
+            Some(temporary),
+        )
+    }
+
     fn open_at(
         path: PathBuf,
         place: &Path,
         mut options: Options,
+        cache: &Cache,
         identity: &ClusterIdentity,
         temporary: Option<TempDir>,
     ) -> Result<Self> {
         options.create_if_missing(true);
         options.create_missing_column_families(true);
-        let families = FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options()));
+        let families =
+            FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options(cache)));
         let db = DB::open_cf_descriptors(&options, place, families)
             .map_err(|source| opening(&path, source))?;
         let catalog = Self {
@@ -113,13 +144,7 @@ impl Catalog {
                 repository.cluster()
             )));
         };
-        let temporary = tempfile::Builder::new()
-            .prefix("tidemark-catalog-")
-            .tempdir()
-            .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
-        let path = temporary.path().join("catalog");
-        let place = path.clone();
-        let mut catalog = Self::open_at(path, &place, options(), &identity, Some(temporary))?;
+        let mut catalog = Self::open_temporary(&identity)?;
         if let Some(directory) = directory.filter(|directory| directory.join("CURRENT").is_file())
             && let Err(error) = catalog.copy_from(directory)
         {
@@ -172,13 +197,7 @@ impl Catalog {
 
     /// Creates a temporary copy of the catalog in `directory`, which may be in use.
     pub(super) fn copy_of(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
-        let temporary = tempfile::Builder::new()
-            .prefix("tidemark-catalog-")
-            .tempdir()
-            .map_err(Error::store("create a directory in", std::env::temp_dir()))?;
-        let path = temporary.path().join("catalog");
-        let place = path.clone();
-        let copy = Self::open_at(path, &place, options(), identity, Some(temporary))?;
+        let copy = Self::open_temporary(identity)?;
         copy.copy_from(directory)?;
         Ok(copy)
     }
@@ -260,9 +279,13 @@ fn options() -> Options {
     options
 }
 
-fn family_options() -> Options {
+/// The block cache of every catalog on disk.
+fn shared_cache() -> &'static Cache {
     static CACHE: OnceLock<Cache> = OnceLock::new();
-    let cache = CACHE.get_or_init(|| Cache::new_lru_cache(BLOCK_CACHE_BYTES));
+    CACHE.get_or_init(|| Cache::new_lru_cache(BLOCK_CACHE_BYTES))
+}
+
+fn family_options(cache: &Cache) -> Options {
     let mut blocks = BlockBasedOptions::default();
     blocks.set_block_cache(cache);
     blocks.set_cache_index_and_filter_blocks(true);

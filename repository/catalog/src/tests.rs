@@ -16,6 +16,7 @@ use wal_format::{
 
 use super::*;
 
+mod memory;
 mod scale;
 
 const SIZE: SegmentSize = SegmentSize::DEFAULT;
