@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use benches::programs::ours;
+use testbed::programs::ours;
 
 /// Directories and files with texts for users, relative to the root of the workspace.
 const TEXTS: [&str; 7] = [

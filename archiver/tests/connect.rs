@@ -160,7 +160,7 @@ impl Secured {
 #[test]
 fn every_authentication_works_over_every_transport() {
     let certificates = Rc::new(Certificates::make());
-    for (major, bin) in benches::tools::servers_or_skip() {
+    for (major, bin) in testbed::tools::servers_or_skip() {
         let secured = Secured::start_with(&bin, &certificates);
         let socket = secured.server.conninfo().replace(" user=postgres", "");
         let tcp = secured.tcp("");
@@ -413,7 +413,7 @@ fn a_client_shows_its_certificate() {
 #[test]
 fn direct_negotiation_works_where_the_server_knows_it() {
     let certificates = Rc::new(Certificates::make());
-    for (major, bin) in benches::tools::servers_or_skip() {
+    for (major, bin) in testbed::tools::servers_or_skip() {
         if ![16, 17, 18].contains(&major) {
             continue;
         }

@@ -190,7 +190,7 @@ fn a_slot_that_is_not_ours_is_named_with_its_remedy() {
 #[test]
 fn a_role_that_may_only_replicate_is_enough() {
     let certificates = Rc::new(Certificates::make());
-    for (major, bin) in benches::tools::servers_or_skip() {
+    for (major, bin) in testbed::tools::servers_or_skip() {
         if ![14, 15, 18].contains(&major) {
             continue;
         }

@@ -284,7 +284,7 @@ fn a_lost_spool_whose_wal_was_acknowledged_is_a_gap_with_its_range() {
 
 #[test]
 fn a_slot_that_was_idle_too_long_is_made_anew_without_a_gap() {
-    let servers = benches::tools::servers_or_skip();
+    let servers = testbed::tools::servers_or_skip();
     let Some((_, bin)) = servers.iter().find(|(major, _)| *major >= 18) else {
         return;
     };

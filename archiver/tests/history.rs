@@ -12,7 +12,7 @@ use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_un
 
 /// Plans a restore to the end of the archive.
 fn plan(place: &Place) -> Output {
-    let program = benches::programs::ours("pitr-restore").expect("it is built");
+    let program = testbed::programs::ours("pitr-restore").expect("it is built");
     let url = format!("file://{}", place.repository().display());
     Command::new(program)
         .args(["--repository", &url, "--target-timeline", "2", "--dry-run"])

@@ -147,7 +147,7 @@ fn received_ones_are_taken_over(server: &Server) {
 /// Imports repositories that pgBackRest has written, with each of its compression methods.
 #[test]
 fn a_real_pgbackrest_repository_is_taken_over_and_compared() {
-    let servers = benches::tools::servers_or_skip();
+    let servers = testbed::tools::servers_or_skip();
     // The newest version that the pgBackRest of Debian 12 supports.
     let Some((_, bin)) = servers.into_iter().find(|(major, _)| *major == 15) else {
         return;

@@ -3,7 +3,7 @@
 
 use std::{thread::sleep, time::Duration};
 
-use benches::fault_proxy::{FaultProxy, Faults};
+use testbed::fault_proxy::{FaultProxy, Faults};
 
 use crate::support::{Place, Server, postgres_bin, succeed, wait_flushed, wait_until};
 

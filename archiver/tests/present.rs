@@ -52,7 +52,7 @@ pub(crate) fn backup(place: &Place, server: &Server) {
 }
 
 pub(crate) fn pitr_restore(repository: &Path, arguments: &[&str]) -> Output {
-    let program = benches::programs::ours("pitr-restore").expect("it is built");
+    let program = testbed::programs::ours("pitr-restore").expect("it is built");
     let mut command = Command::new(program);
     let url = format!("file://{}", repository.display());
     let output = command.args(["--repository", &url]).args(arguments);

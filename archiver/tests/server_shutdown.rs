@@ -27,7 +27,7 @@ const LIMIT: &str = "spool_limit_bytes = 4194304\n";
 
 /// Returns the oldest and the newest PostgreSQL.
 fn oldest_and_newest() -> Vec<(u16, PathBuf)> {
-    let mut servers = benches::tools::servers_or_skip();
+    let mut servers = testbed::tools::servers_or_skip();
     servers.sort();
     let newest = servers.pop();
     servers.into_iter().take(1).chain(newest).collect()

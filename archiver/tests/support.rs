@@ -21,7 +21,7 @@ const PATIENCE: Duration = Duration::from_secs(180);
 /// Returns the PostgreSQL to test with: 17 if installed. `None` means to skip, which is a failure
 /// in CI.
 pub(crate) fn postgres_bin() -> Option<PathBuf> {
-    let servers = benches::tools::servers_or_skip();
+    let servers = testbed::tools::servers_or_skip();
     let preferred = servers.iter().position(|(major, _)| *major == 17);
     let found = servers.into_iter().nth(preferred.unwrap_or(0));
     if found.is_none() {
@@ -32,7 +32,7 @@ pub(crate) fn postgres_bin() -> Option<PathBuf> {
 
 /// Returns the user that runs servers, because PostgreSQL refuses to run as root.
 pub(crate) fn server_user() -> Option<(u32, u32)> {
-    benches::programs::server_user().expect("a user to run PostgreSQL as")
+    testbed::programs::server_user().expect("a user to run PostgreSQL as")
 }
 
 pub(crate) fn succeed(what: &str, output: &Output) -> String {
@@ -127,7 +127,7 @@ impl Server {
         Self {
             dir: owned_dir(),
             bin: bin.to_path_buf(),
-            port: benches::ports::free_port().expect("a free port"),
+            port: testbed::ports::free_port().expect("a free port"),
         }
     }
 

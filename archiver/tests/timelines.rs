@@ -197,7 +197,7 @@ fn what_a_failover_lost_is_kept_and_listed_commit_by_commit() {
 
 /// Returns the transactions that `pitr-restore list` names as lost.
 fn listed(place: &Place) -> Vec<u64> {
-    let program = benches::programs::ours("pitr-restore").expect("it is built");
+    let program = testbed::programs::ours("pitr-restore").expect("it is built");
     let url = format!("file://{}", place.repository().display());
     let list = |how: &[&str]| {
         let mut command = Command::new(&program);

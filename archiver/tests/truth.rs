@@ -52,7 +52,7 @@ fn plans(place: &Place, time: Timestamp) -> bool {
 
 /// Runs a restore command that the archiver printed in a shell, with `--dry-run`.
 fn run_printed(command: &str) -> Output {
-    let programs = benches::programs::ours("pitr-restore").expect("it is built");
+    let programs = testbed::programs::ours("pitr-restore").expect("it is built");
     let programs = programs.parent().expect("a directory").to_owned();
     let path = env::var("PATH").unwrap_or_default();
     let output = Command::new("sh")

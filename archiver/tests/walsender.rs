@@ -170,7 +170,7 @@ fn follows_a_promotion(bin: &Path) {
 #[test]
 fn a_stock_standby_follows_the_archive_over_a_promotion() {
     let Some(newest) = postgres_bin() else { return };
-    let servers = benches::tools::servers_or_skip();
+    let servers = testbed::tools::servers_or_skip();
     let of = |major: u16| servers.iter().find(|(known, _)| *known == major);
     let mut bins = vec![newest];
     if std::env::var_os("TIDEMARK_LONG").is_some() {

@@ -7,8 +7,8 @@
 use std::{fs, hint::black_box, path::Path};
 
 use anyhow::{Context, Result};
-use benches::{cluster::Cluster, programs::succeed, tools::servers};
 use criterion::{Criterion, Throughput};
+use testbed::{cluster::Cluster, programs::succeed, tools::servers};
 use wal_format::{PgVersion, SegmentName, SegmentSize, SystemIdentifier, WalIdentity, WalIndexer};
 
 const SEGMENT_MIB: u32 = 16;
@@ -37,7 +37,7 @@ fn pgbench(major: u16, bin: &Path, transactions: bool) -> Result<Wal> {
     let run = |arguments: &[&str]| -> Result<String> {
         let mut pgbench = cluster.program("pgbench")?;
         pgbench.arg("-h").arg(cluster.socket_directory());
-        pgbench.args(["-U", "postgres", "-p", &benches::cluster::PORT.to_string()]);
+        pgbench.args(["-U", "postgres", "-p", &testbed::cluster::PORT.to_string()]);
         succeed(pgbench.args(arguments).arg("postgres"))
     };
     run(&["-i", "-q", "-s", "5"])?;

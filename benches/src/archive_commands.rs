@@ -15,9 +15,9 @@ use anyhow::{Context, Result, bail};
 
 mod live;
 
-use crate::{
+use testbed::{
     cluster::{Cluster, PORT, connect},
-    main_job::Place,
+    place::Place,
     programs::{command, succeed},
 };
 
@@ -156,7 +156,7 @@ impl Scene {
 
     /// Returns a command of ours with its own archive below `name`.
     fn ours(&self, program: &str, name: &str) -> Result<Command> {
-        let mut ours = command(&crate::programs::ours(program)?)?;
+        let mut ours = command(&testbed::programs::ours(program)?)?;
         let root = self.place.path().join(name);
         ours.arg(format!("--repository=file://{}/repository", root.display()));
         ours.arg(format!("--spool={}/spool", root.display()));

@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use wal_format::Lsn;
 
-use crate::{
+use testbed::{
     cluster::Cluster,
     programs::{directory, ours},
     usage::{Usage, Watched},
@@ -172,7 +172,7 @@ fn run_ours(cluster: &Cluster, round: u32, end: Lsn) -> Result<Run> {
         format!("slot = \"ours_{round}\"\nhttp = \"127.0.0.1:0\"\n"),
     )?;
     let log = root.join("log");
-    let mut run = crate::programs::command(&ours("wal-archiver")?)?;
+    let mut run = testbed::programs::command(&ours("wal-archiver")?)?;
     run.arg("--config").arg(&configuration);
     run.arg(format!("--repository=file://{}/repository", root.display()));
     run.arg(format!("--spool={}/spool", root.display()));
@@ -188,7 +188,7 @@ fn run_ours(cluster: &Cluster, round: u32, end: Lsn) -> Result<Run> {
     let measured = (|| {
         let mut address = None;
         watched.until(PATIENCE, || {
-            address = crate::main_job::served_address(&fs::read_to_string(&log)?);
+            address = testbed::place::served_address(&fs::read_to_string(&log)?);
             Ok(address.is_some())
         })?;
         let address = address.context("no address")?;

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Result, bail, ensure};
 use postgres::Client;
 
-use crate::{cluster::Cluster, main_job::Place, programs::directory};
+use testbed::{cluster::Cluster, place::Place, programs::directory};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// One small row, so that the commit is the only cost.

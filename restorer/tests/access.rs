@@ -8,7 +8,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use benches::{
+use testbed::{
     programs::{directory, ours, server_user},
     restored::Restored,
     tools::servers_or_skip,
@@ -192,7 +192,7 @@ impl<'a> Running<'a> {
         let lines: Vec<&str> = pid.lines().collect();
         let socket = self.data.join(lines[4].trim());
         let port = lines[3].trim().parse().expect("a port");
-        query(&benches::cluster::conninfo(&socket, port), sql)
+        query(&testbed::cluster::conninfo(&socket, port), sql)
     }
 
     fn stop(self) {

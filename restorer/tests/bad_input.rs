@@ -8,11 +8,11 @@ use std::{
     process::{Command, Output},
 };
 
-use benches::{
+use tempfile::TempDir;
+use testbed::{
     programs::{command, directory, ours, server_user, succeed},
     restored::Restored,
 };
-use tempfile::TempDir;
 
 use crate::support::{Archived, files_below, query, said, servers, wait_until};
 
@@ -250,7 +250,7 @@ fn what_is_asked_wrongly_is_refused_in_one_line_before_anything_is_touched() {
         b"somebody's"
     );
 
-    let mut servers = benches::tools::servers().into_iter();
+    let mut servers = testbed::tools::servers().into_iter();
     if let Some((_, bin)) = servers.find(|(_, bin)| *bin != scene.bin) {
         let mut wrong = pitr_restore(&repository, &bin);
         let output = wrong.args(["--target-dir", &to, "--start"]).output();

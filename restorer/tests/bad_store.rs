@@ -2,7 +2,7 @@
 //! or 255, never 1, and never an incomplete file. PostgreSQL would take a 1 for the end of the
 //! archive and open without the later commits.
 //!
-//! The bucket is real, and all faults occur between it and us (`benches::bucket_proxy`).
+//! The bucket is real, and all faults occur between it and us (`testbed::bucket_proxy`).
 
 use std::{
     fs,
@@ -16,11 +16,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use testbed::{
     bucket_proxy::{BucketProxy, Fault, Verdict},
     cluster::Cluster,
-    main_job::Place,
     object_store::ObjectStoreServer,
+    place::Place,
     programs::{command, directory, ours},
     restored::Restored,
 };

@@ -3,12 +3,12 @@
 
 use std::process::Stdio;
 
-use benches::{
+use postgres::Client;
+use serde_json::Value;
+use testbed::{
     programs::{directory, succeed},
     restored::Restored,
 };
-use postgres::Client;
-use serde_json::Value;
 
 use crate::support::{Archived, oldest_and_newest, query, said};
 

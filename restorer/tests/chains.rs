@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use benches::restored::Restored;
+use testbed::restored::Restored;
 
 use crate::support::{Archived, Chance, long, query, servers};
 

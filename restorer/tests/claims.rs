@@ -9,12 +9,12 @@ use std::{
     time::Duration,
 };
 
-use benches::{
+use rustix::fs::{FlockOperation, flock};
+use serde_json::Value;
+use testbed::{
     programs::{command, directory, ours, succeed},
     restored::Restored,
 };
-use rustix::fs::{FlockOperation, flock};
-use serde_json::Value;
 
 use crate::{
     scene::{MARKER, Scene, owned},

@@ -10,11 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use serde_json::Value;
+use testbed::{
     cluster::{PORT, conninfo},
     programs::{command, directory, succeed},
 };
-use serde_json::Value;
 
 use crate::{
     scene::{MARKER, SUMS, Scene, owned},

@@ -13,12 +13,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
+use testbed::{
     cluster::Cluster,
     programs::{directory, ours},
     restored::Restored,
 };
-use rustix::process::{Pid, Signal, getpgid, kill_process, kill_process_group};
 
 use crate::support::{Archived, SETTINGS, oldest_and_newest, query, said, wait_until};
 

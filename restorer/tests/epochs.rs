@@ -3,9 +3,8 @@
 
 use std::process::Output;
 
-use benches::{
-    cluster::Cluster, main_job::Place, programs::succeed, restored::Restored,
-    tools::servers_or_skip,
+use testbed::{
+    cluster::Cluster, place::Place, programs::succeed, restored::Restored, tools::servers_or_skip,
 };
 
 use crate::support::{SETTINGS, end_lsn, query, said, wait_archived};

@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
-use benches::{
-    cluster::Cluster, main_job::Place, object_store::ObjectStoreServer, programs::succeed,
+use testbed::{
+    cluster::Cluster, object_store::ObjectStoreServer, place::Place, programs::succeed,
     restored::Restored,
 };
 

@@ -1,9 +1,9 @@
 //! A failover while the archiver is away: the slot kept on the standby retains everything, and a
 //! restore across the switch is exact, without a new base backup.
 
-use benches::{
+use testbed::{
     cluster::{Cluster, PORT},
-    main_job::Place,
+    place::Place,
     programs::succeed,
     restored::Restored,
 };

@@ -9,9 +9,9 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-use benches::programs::{command, directory, ours, succeed};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use testbed::programs::{command, directory, ours, succeed};
 use wal_format::checked_json;
 
 use crate::support::{Archived, contents_below, files_below, said, servers};

@@ -7,12 +7,12 @@ use std::{
     process::Stdio,
 };
 
-use benches::{
+use serde_json::Value;
+use testbed::{
     programs::{command, directory, succeed},
     restored::Restored,
     tools::servers_or_skip,
 };
-use serde_json::Value;
 
 use crate::support::{Archived, long, query, said};
 

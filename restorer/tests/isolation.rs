@@ -10,9 +10,9 @@ use std::{
     process::{Command, Stdio},
 };
 
-use benches::{
+use testbed::{
     cluster::{Cluster, PORT, conninfo},
-    main_job::Place,
+    place::Place,
     programs::{command, directory, succeed},
 };
 

@@ -6,8 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use benches::{cluster::Cluster, tools::servers_or_skip};
 use restorer::isolation::table::SETTINGS;
+use testbed::{cluster::Cluster, tools::servers_or_skip};
 
 /// Settings that may reach outside: texts, which name commands, files, directories, hosts and
 /// libraries, and everything about connections, replication, archiving, recovery, log files and

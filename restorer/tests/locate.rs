@@ -3,8 +3,8 @@
 
 use std::path::PathBuf;
 
-use benches::{programs::succeed, restored::Restored};
 use serde_json::Value;
+use testbed::{programs::succeed, restored::Restored};
 
 use crate::support::{Archived, query, said, servers};
 

@@ -4,11 +4,11 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
-use benches::{
+use testbed::{
     bucket_proxy::{BucketProxy, Fault, Verdict},
     cluster::Cluster,
-    main_job::Place,
     object_store::{BUCKET, ObjectStoreServer},
+    place::Place,
     programs::{command, directory, ours, succeed},
     restored::Restored,
 };

@@ -3,7 +3,7 @@
 
 use std::{fs, path::PathBuf};
 
-use benches::{programs::succeed, restored::Restored};
+use testbed::{programs::succeed, restored::Restored};
 
 use crate::support::{Archived, query, said, servers};
 

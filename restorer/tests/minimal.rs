@@ -4,13 +4,13 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
-use benches::{
+use catalog::Catalog;
+use repository::{Repository, WalRange, config::RepositoryUrl};
+use testbed::{
     cluster::Cluster,
     programs::{directory, succeed},
     restored::Restored,
 };
-use catalog::Catalog;
-use repository::{Repository, WalRange, config::RepositoryUrl};
 use wal_format::{Lsn, WalEvent};
 
 use crate::support::{Archived, end_lsn, files_below, oldest_and_newest, query, said};

@@ -8,8 +8,8 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use benches::{cluster::PORT, programs::succeed, restored::Restored};
 use serde_json::Value;
+use testbed::{cluster::PORT, programs::succeed, restored::Restored};
 use wal_format::{Lsn, PgTimestamp};
 
 use crate::support::{Archived, query, said, servers};

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use benches::{programs::directory, restored::Restored};
+use testbed::{programs::directory, restored::Restored};
 
 use crate::support::{Archived, long, query, servers, wait_until};
 

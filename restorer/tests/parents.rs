@@ -15,12 +15,12 @@ use std::{
     time::Duration,
 };
 
-use benches::{
+use tempfile::TempDir;
+use testbed::{
     cluster::{Cluster, PORT},
     programs::{directory, succeed},
     restored::Restored,
 };
-use tempfile::TempDir;
 
 use crate::{
     scene::owned,

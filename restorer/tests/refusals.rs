@@ -8,10 +8,10 @@ use std::{
     process::Command,
 };
 
-use benches::{
+use testbed::{
     cluster::Cluster,
     encrypted_job::KEY,
-    main_job::Place,
+    place::Place,
     programs::{directory, server_user},
     restored::Restored,
 };
@@ -127,7 +127,7 @@ fn each_refusal_is_one_json_document_and_names_the_damage_of_an_encrypted_reposi
     assert_refused(unknown, 3, "target_not_reachable", &["4000000000"]);
     let gone = "--repository=file:///nonexistent/repository";
     for command in ["--dry-run", "list"] {
-        let mut away = Command::new(benches::programs::ours("pitr-restore").expect("built"));
+        let mut away = Command::new(testbed::programs::ours("pitr-restore").expect("built"));
         assert_refused(
             away.args([gone, command]),
             5,

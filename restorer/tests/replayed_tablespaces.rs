@@ -10,13 +10,13 @@ use std::{
     thread,
 };
 
-use benches::{
+use serde_json::Value;
+use tempfile::TempDir;
+use testbed::{
     programs::{command, directory, ours, server_user, succeed},
     restored::Restored,
     tools::servers_or_skip,
 };
-use serde_json::Value;
-use tempfile::TempDir;
 use wal_format::{FrameCompressor, SealedReader, WalEvent, sealed::seal};
 
 use crate::support::{Archived, contents_below, query, said};
@@ -340,7 +340,7 @@ fn a_tablespace_that_is_created_while_the_backup_begins_stays_where_it_is_mapped
     let created = thread::scope(|scope| {
         let creator = scope.spawn(|| {
             let mut client =
-                benches::cluster::connect(&archived.cluster.conninfo()).expect("a client");
+                testbed::cluster::connect(&archived.cluster.conninfo()).expect("a client");
             let mut created = 0;
             for (number, path) in locations.iter().enumerate() {
                 if done.load(Ordering::Relaxed) {

@@ -9,7 +9,7 @@ use std::{
     time::Instant,
 };
 
-use benches::programs::{command, directory, succeed};
+use testbed::programs::{command, directory, succeed};
 
 use crate::{
     scene::{MARKER, Scene, owned},

@@ -7,7 +7,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use benches::{
+use testbed::{
     programs::{command, directory, server_user, succeed},
     restored::Restored,
 };

@@ -8,11 +8,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-use benches::{
+use serde_json::Value;
+use testbed::{
     programs::{directory, server_user},
     restored::Restored,
 };
-use serde_json::Value;
 
 use crate::{
     scene::owned,

@@ -3,7 +3,7 @@
 
 use std::process::Stdio;
 
-use benches::{
+use testbed::{
     cluster::{PORT, conninfo},
     programs::{command, directory, succeed},
 };

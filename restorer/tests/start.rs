@@ -4,7 +4,7 @@
 
 use std::{fs, process::Stdio};
 
-use benches::{programs::directory, restored::Restored};
+use testbed::{programs::directory, restored::Restored};
 
 use crate::support::{Archived, query, said, servers, wait_until};
 

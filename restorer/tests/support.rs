@@ -9,9 +9,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use testbed::{
     cluster::{Cluster, connect},
-    main_job::{Daemon, Place},
+    place::{Daemon, Place},
     programs::succeed,
     tools::servers_or_skip,
 };

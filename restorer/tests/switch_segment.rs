@@ -4,13 +4,13 @@
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
-use benches::{
+use serde_json::Value;
+use testbed::{
     cluster::Cluster,
-    main_job::Place,
+    place::Place,
     programs::{directory, succeed},
     restored::Restored,
 };
-use serde_json::Value;
 
 use crate::support::{
     SETTINGS, contents_below, end_lsn, files_below, query, said, servers, wait_archived, wait_until,

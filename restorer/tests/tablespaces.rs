@@ -8,7 +8,7 @@ use std::{
     process::{Command, Output},
 };
 
-use benches::{
+use testbed::{
     programs::{directory, server_user},
     restored::Restored,
 };

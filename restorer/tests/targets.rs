@@ -9,13 +9,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use postgres::Client;
+use serde_json::Value;
+use testbed::{
     restored::Restored,
     waldump::{Kind, TransactionRecord, records, transaction_ends},
     workload::{Begun, Mix},
 };
-use postgres::Client;
-use serde_json::Value;
 use wal_format::{Lsn, PgTimestamp};
 
 use crate::support::{Archived, Chance, long, said, servers};

@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use benches::restored::Restored;
+use testbed::restored::Restored;
 
 use crate::support::{Archived, query, said, servers};
 
@@ -90,7 +90,7 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     scene.write(&second.conninfo(), "d2");
     let mut backup = scene.archived.place.program("wal-archiver").expect("built");
     backup.args(["--conninfo", &second.conninfo(), "backup"]);
-    benches::programs::succeed(&mut backup).expect("a backup of timeline 2");
+    testbed::programs::succeed(&mut backup).expect("a backup of timeline 2");
     scene.write(&second.conninfo(), "e2");
     scene.archived.finish_at(&second.conninfo());
     let listing = scene.archived.listing();

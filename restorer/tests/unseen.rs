@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use benches::{cluster::Cluster, main_job::Place, programs::succeed};
+use testbed::{cluster::Cluster, place::Place, programs::succeed};
 
 use crate::support::{SETTINGS, end_lsn, query, said, servers, wait_archived, wait_until};
 

@@ -11,9 +11,9 @@ use std::{
     time::Duration,
 };
 
-use benches::programs::{command, directory, ours, succeed};
 use repository::{Repository, config::RepositoryUrl};
 use tempfile::TempDir;
+use testbed::programs::{command, directory, ours, succeed};
 use wal_format::{Branch, SegmentName, SystemIdentifier, TimelineId};
 
 use crate::support::{Archived, long, said, servers, wait_until};
@@ -425,7 +425,7 @@ fn find(root: &Path, text: &str) -> Vec<PathBuf> {
 
 /// Gives files that the test wrote to the servers' user.
 fn own(path: &Path) {
-    if let Some((user, group)) = benches::programs::server_user().expect("a user") {
+    if let Some((user, group)) = testbed::programs::server_user().expect("a user") {
         let mut chown = Command::new("chown");
         let status = chown
             .arg("-R")

@@ -13,7 +13,7 @@ use std::{
     thread,
 };
 
-use benches::programs::{command, directory, ours};
+use testbed::programs::{command, directory, ours};
 
 use crate::support::said;
 

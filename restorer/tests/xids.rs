@@ -1,8 +1,8 @@
 //! Transactions by their number, on a server whose epoch is not 0: one that was prepared with so
 //! many subtransactions that its commit record is longer than 256 KiB, in every notation.
 
-use benches::{cluster::Cluster, programs::succeed, restored::Restored};
 use serde_json::Value;
+use testbed::{cluster::Cluster, programs::succeed, restored::Restored};
 
 use crate::support::{Archived, SETTINGS, oldest_and_newest, query, said};
 

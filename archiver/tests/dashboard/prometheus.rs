@@ -9,9 +9,9 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use benches::ports::free_address;
 use serde_json::Value;
 use tempfile::TempDir;
+use testbed::ports::free_address;
 
 use crate::support::wait_until;
 

@@ -9,8 +9,8 @@ use std::{
     time::Duration,
 };
 
-use benches::object_store::{BUCKET, ObjectStoreServer};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use testbed::object_store::{BUCKET, ObjectStoreServer};
 
 use super::{archived, body, state};
 use crate::support::{

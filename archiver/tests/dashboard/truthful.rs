@@ -134,7 +134,7 @@ fn an_idle_hour_shows_zero_throughout() {
     };
     wait_flushed(&server, server.lsn());
     wait_until("it is OK", || report(&archiver)["state"] == "ok");
-    let mut client = benches::cluster::connect(&server.conninfo()).expect("SQL");
+    let mut client = testbed::cluster::connect(&server.conninfo()).expect("SQL");
     let mut estimator = RpoEstimator::default();
     let mut exposed = |second: u64, client: &mut postgres::Client| {
         let row = client

@@ -16,9 +16,9 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::{OUR_START, PATIENCE, POLL, Pass, Scene, note, pgbackrest_configuration};
-use crate::{
+use testbed::{
     cluster::Cluster,
-    main_job::Place,
+    place::Place,
     programs::{command, ours, succeed},
 };
 

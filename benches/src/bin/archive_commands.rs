@@ -2,7 +2,8 @@
 #![expect(clippy::print_stdout, reason = "it reports to a person")]
 
 use anyhow::Result;
-use benches::{archive_commands::ArchiveCommands, flags, tools::server};
+use benches::{archive_commands::ArchiveCommands, flags};
+use testbed::tools::server;
 
 fn main() -> Result<()> {
     let mut job = ArchiveCommands {

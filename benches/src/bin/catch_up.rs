@@ -2,7 +2,8 @@
 #![expect(clippy::print_stdout, reason = "it reports to a person")]
 
 use anyhow::Result;
-use benches::{catch_up::CatchUp, flags, tools::server};
+use benches::{catch_up::CatchUp, flags};
+use testbed::tools::server;
 
 fn main() -> Result<()> {
     let mut job = CatchUp {

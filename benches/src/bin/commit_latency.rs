@@ -6,8 +6,8 @@ use anyhow::Result;
 use benches::{
     commit_latency::{CommitLatency, table},
     flags,
-    tools::server,
 };
+use testbed::tools::server;
 
 fn main() -> Result<()> {
     let mut job = CommitLatency {

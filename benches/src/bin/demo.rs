@@ -8,11 +8,11 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use benches::{
+use indicatif::{ProgressBar, ProgressStyle};
+use testbed::{
     main_job::{Job, run},
     tools::servers,
 };
-use indicatif::{ProgressBar, ProgressStyle};
 
 /// The number of steps that the job reports.
 const STEPS: u64 = 12;

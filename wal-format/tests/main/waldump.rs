@@ -1,7 +1,7 @@
 //! The decoder's records as lines of `pg_waldump`, and its printed lines, both reduced to the facts
 //! that both contain.
 //!
-//! The golden files here use it, and so does `benches/tests/decoder.rs` with real servers.
+//! The golden files here use it, and so does `benches/testbed/tests/decoder.rs` with real servers.
 
 use std::fmt::Write;
 

@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use benches::object_store::{ACCESS_KEY, BUCKET, ObjectStoreServer, SECRET_KEY};
+use testbed::object_store::{ACCESS_KEY, BUCKET, ObjectStoreServer, SECRET_KEY};
 
 use super::*;
 use crate::{config::S3Credentials, store::testing::conformance};

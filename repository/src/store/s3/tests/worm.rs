@@ -5,7 +5,7 @@ use std::thread::sleep;
 
 use aws_sdk_s3::types::{BucketVersioningStatus, VersioningConfiguration};
 
-use benches::moto::MotoServer;
+use testbed::moto::MotoServer;
 
 use jiff::Timestamp;
 

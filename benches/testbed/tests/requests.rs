@@ -3,11 +3,11 @@
 
 use std::{thread::sleep, time::Duration};
 
-use benches::{
-    cluster::Cluster, ledger::Ledger, main_job::Place, object_store::ObjectStoreServer,
+use serde_json::Value;
+use testbed::{
+    cluster::Cluster, ledger::Ledger, object_store::ObjectStoreServer, place::Place,
     ports::free_address, programs::succeed, tools::servers_or_skip,
 };
-use serde_json::Value;
 
 /// The time in which no request may occur: many times every interval of the archiver except the
 /// hourly one.

@@ -4,7 +4,7 @@
 use anyhow::Result;
 use postgres::Client;
 
-use crate::{cluster::Cluster, main_job::Place};
+use crate::{cluster::Cluster, place::Place};
 
 /// The key, in hexadecimal.
 pub const KEY: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";

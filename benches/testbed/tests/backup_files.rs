@@ -9,12 +9,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use benches::{
+use tempfile::TempDir;
+use testbed::{
     cluster::{Cluster, PORT},
     programs::{directory, succeed},
     tools::servers_or_skip,
 };
-use tempfile::TempDir;
 use wal_format::{
     BackupLabel, BackupManifest, ControlFile, Lsn, SegmentSize, control_file::ClusterState,
     tablespace_map,
@@ -34,7 +34,7 @@ fn take(major: u16, bin: &Path) -> Result<Taken> {
     let tablespace = directory()?;
     let mut client = cluster.connect()?;
     let location = tablespace.path().join("with space and \\ in it");
-    let mut mkdir = benches::programs::command(Path::new("mkdir"))?;
+    let mut mkdir = testbed::programs::command(Path::new("mkdir"))?;
     succeed(mkdir.arg(&location))?;
     client.batch_execute(&format!(
         "create tablespace place location '{}'",

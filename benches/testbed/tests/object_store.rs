@@ -3,7 +3,7 @@
 //!
 //! `TIDEMARK_LONG=1` loses it fifty times for each class of durability and prints the percentiles.
 
-use benches::{
+use testbed::{
     host_loss::{self, percentile},
     object_store::ObjectStoreServer,
     tools::servers_or_skip,

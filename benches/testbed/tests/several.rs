@@ -7,10 +7,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use benches::{
+use testbed::{
     cluster::Cluster,
-    main_job::Place,
     object_store::{BUCKET, ObjectStoreServer},
+    place::Place,
     ports::free_address,
     programs::{directory, succeed},
     restored::Restored,

@@ -19,8 +19,8 @@ use serde_json::Value;
 
 use crate::{
     cluster::{Cluster, connect},
-    main_job::{Place, random_pause},
     object_store::ObjectStoreServer,
+    place::{Place, random_pause},
     programs::succeed,
     restored::Restored,
 };

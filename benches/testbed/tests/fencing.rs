@@ -4,11 +4,11 @@
 
 use std::{path::Path, thread::sleep, time::Duration};
 
-use benches::{
+use testbed::{
     cluster::Cluster,
     ledger::{Ledger, measure},
-    main_job::{Daemon, Place},
     object_store::ObjectStoreServer,
+    place::{Daemon, Place},
     programs::succeed,
     restored::Restored,
     tools::servers_or_skip,

@@ -13,11 +13,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use testbed::{
     bucket_proxy::{Asked, BucketProxy, Fault, Verdict},
     cluster::Cluster,
-    main_job::Place,
     object_store::ObjectStoreServer,
+    place::Place,
     programs::{command, directory, ours, server_user},
     restored::Restored,
     tools::servers_or_skip,

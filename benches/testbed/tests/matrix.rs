@@ -5,7 +5,7 @@
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
-use benches::{
+use testbed::{
     main_job,
     tools::{MAJORS, servers_or_skip},
 };

@@ -12,17 +12,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use serde_json::Value;
+use testbed::{
     bucket_proxy::{Asked, BucketProxy, Fault},
     cluster::{Cluster, connect},
-    main_job::{Daemon, Place},
     object_store::{BUCKET, ObjectStoreServer},
+    place::{Daemon, Place},
     ports::free_address,
     programs::succeed,
     restored::Restored,
     tools::servers_or_skip,
 };
-use serde_json::Value;
 use wal_format::Lsn;
 
 const PATIENCE: Duration = Duration::from_secs(90);

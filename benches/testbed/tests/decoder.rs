@@ -10,18 +10,18 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use benches::{
+use postgres::Client;
+use testbed::{
     cluster::{Cluster, PORT},
     programs::succeed,
     tools::servers_or_skip,
 };
-use postgres::Client;
 use wal_format::{
     Lsn, PgVersion, SegmentName, SegmentSize, SegmentSummary, SystemIdentifier, WalEvent,
     WalFileName, WalIdentity,
 };
 
-#[path = "../../wal-format/tests/main/waldump.rs"]
+#[path = "../../../wal-format/tests/main/waldump.rs"]
 mod waldump;
 
 use waldump::Line;

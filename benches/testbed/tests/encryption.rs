@@ -8,10 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use testbed::{
     cluster::Cluster,
     encrypted_job::{KEY, OTHER, PLAIN, ROWS, fill, key_setting, rows},
-    main_job::Place,
+    place::Place,
     programs::command,
     restored::Restored,
     tools::servers_or_skip,
@@ -30,7 +30,7 @@ fn with_keys(place: &Place, keys_line: &str) -> PathBuf {
 
 fn run(place: &Place, config: &Path, arguments: &[&str]) -> Output {
     let mut program =
-        command(&benches::programs::ours("wal-archiver").expect("it is built")).expect("a user");
+        command(&testbed::programs::ours("wal-archiver").expect("it is built")).expect("a user");
     program.arg("--config").arg(config);
     program.arg("--spool").arg(place.path().join("spool"));
     program.args(arguments).output().expect("it runs")
@@ -201,9 +201,10 @@ fn a_stranger_reads_it(place: &Place) {
         eprintln!("SKIPPED: python3 has no module cryptography");
         return;
     }
-    let manual =
-        fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../wal-format/FORMAT.md"))
-            .expect("FORMAT.md");
+    let manual = fs::read_to_string(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../wal-format/FORMAT.md"),
+    )
+    .expect("FORMAT.md");
     let program = manual
         .split_once("```python\n")
         .and_then(|(_, rest)| rest.split_once("```"))

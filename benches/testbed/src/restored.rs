@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use crate::{
     cluster::{PORT, connect, conninfo},
-    main_job::Place,
+    place::Place,
     programs::{command, directory},
 };
 

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use benches::{
+use testbed::{
     cluster::Cluster,
     programs::{command, directory, ours},
     tools::servers_or_skip,

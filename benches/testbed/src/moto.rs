@@ -22,7 +22,7 @@ use crate::ports::free_port;
 
 /// Importing it takes seconds on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
-const LOCK: &str = include_str!("../tools/moto.txt");
+const LOCK: &str = include_str!("../../tools/moto.txt");
 /// Another version behaves differently, so the test would check something else.
 const RUN: &str = "import sys, moto
 wanted, port = sys.argv[1:]

@@ -3,7 +3,7 @@
 //!
 //! `TIDEMARK_LONG=1` kills thirty times and prints the histogram.
 
-use benches::{tools::servers_or_skip, truth};
+use testbed::{tools::servers_or_skip, truth};
 
 #[test]
 fn no_more_is_lost_than_the_dashboard_said() {

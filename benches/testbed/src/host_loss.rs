@@ -14,8 +14,8 @@ use anyhow::Result;
 use crate::{
     cluster::{Cluster, connect},
     ledger::{Ledger, Loss, measure},
-    main_job::{Place, random_pause},
     object_store::ObjectStoreServer,
+    place::{Place, random_pause},
     programs::succeed,
     restored::Restored,
 };

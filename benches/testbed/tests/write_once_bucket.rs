@@ -2,10 +2,10 @@
 
 use std::{fs, thread::sleep, time::Duration};
 
-use benches::{
+use testbed::{
     cluster::Cluster,
-    main_job::Place,
     object_store::{BUCKET, ObjectStoreServer},
+    place::Place,
     ports::free_address,
     programs::{directory, succeed},
     restored::Restored,

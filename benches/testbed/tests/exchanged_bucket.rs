@@ -10,16 +10,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use benches::{
+use serde_json::Value;
+use testbed::{
     bucket_proxy::{BucketProxy, Verdict},
     cluster::Cluster,
-    main_job::{Daemon, Place},
     object_store::{BUCKET, ObjectStoreServer},
+    place::{Daemon, Place},
     ports::free_address,
     programs::succeed,
     tools::servers_or_skip,
 };
-use serde_json::Value;
 
 const PATIENCE: Duration = Duration::from_secs(90);
 /// An answer of a captive portal, or of a proxy that lost its store.

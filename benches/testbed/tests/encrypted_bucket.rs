@@ -3,11 +3,11 @@
 
 use std::{fs, path::Path};
 
-use benches::{
+use testbed::{
     cluster::Cluster,
     encrypted_job::{KEY, OTHER, PLAIN, ROWS, fill, key_setting, rows},
-    main_job::Place,
     object_store::ObjectStoreServer,
+    place::Place,
     programs::succeed,
     restored::Restored,
     tools::servers_or_skip,
