@@ -1,4 +1,4 @@
-//! The benchmarks beside the peers.
+//! The benchmarks next to the peers.
 
 pub mod archive_commands;
 pub mod catch_up;

@@ -1,8 +1,8 @@
 //! `pg_control`, `backup_label`, `tablespace_map` and `backup_manifest` of real servers, 13 to 18,
 //! intact and damaged, and arbitrary bytes.
 //!
-//! `benches/testbed/tests/backup_files.rs` compares the same files with `pg_controldata`, and creates the
-//! fixtures in the same way as those of `golden`.
+//! `benches/testbed/tests/backup_files.rs` compares the same files with `pg_controldata`, and
+//! creates the fixtures in the same way as those of `golden`.
 
 use proptest::prelude::*;
 use wal_format::{
