@@ -92,7 +92,8 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         watch(SignalKind::hangup())?,
     );
     validate(&settings)?;
-    Descriptors::raise_limit(settings.clusters.len());
+    let descriptors = Arc::new(Descriptors::default());
+    descriptors.raise_limit(settings.clusters.len());
     let server = HttpServer::bind(http.unwrap_or(settings.http), &settings.http_access).await?;
     let address = server.address();
     tracing::info!(%address, "serving HTTP");
@@ -103,7 +104,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         clusters: Clusters::default(),
         tasks: JoinSet::new(),
         instruments: Instruments::default(),
-        descriptors: Arc::default(),
+        descriptors,
         monitor: Monitor::new(Notifier::start(settings.notify, links)),
         notify: Notify::from_environment(),
         line: String::new(),
@@ -258,6 +259,7 @@ impl Daemon {
         if settings.http != self.http {
             tracing::warn!(http = %settings.http, "http is changed by a restart only");
         }
+        self.descriptors.raise_limit(settings.clusters.len());
         let mut unchanged = 0_usize;
         let mut start = Vec::new();
         {

@@ -23,8 +23,11 @@ use crate::{cluster_status::ClusterStatus, shutdown::Shutdown};
 /// requests to a store.
 const PROCESS: u64 = 48;
 /// Descriptors of one cluster that streams: 24 were counted in a daemon with 30 clusters and folder
-/// repositories, just after segments were sealed.
-const CLUSTER: u64 = 26;
+/// repositories, just after segments were sealed, with small catalogs. A catalog with a history
+/// has more tables open.
+const CLUSTER: u64 = 26 + catalog::OPEN_TABLES_MAX;
+/// Descriptors of a configured cluster, also of one that waits: the two files of its history.
+const HISTORY: u64 = 2;
 /// The interval at which a cluster that waits for descriptors tries again.
 const RETRY: Duration = Duration::from_secs(1);
 /// A limit that no process reaches, for "unlimited".
@@ -64,17 +67,22 @@ impl Limit {
         Self::now()
     }
 
-    /// The number of clusters that fit. At least one: it may need less than estimated.
-    fn clusters_max(self) -> usize {
-        let clusters = self.soft.saturating_sub(PROCESS) / CLUSTER;
+    /// The number of clusters that fit if `configured` are known. At least one: it may need less
+    /// than estimated.
+    fn clusters_max(self, configured: usize) -> usize {
+        let taken = PROCESS.saturating_add(count(configured).saturating_mul(HISTORY));
+        let clusters = self.soft.saturating_sub(taken) / CLUSTER;
         usize::try_from(clusters).unwrap_or(usize::MAX).max(1)
     }
 }
 
 /// The number of descriptors that a daemon with so many clusters needs.
 pub(crate) fn needed(clusters: usize) -> u64 {
-    let clusters = u64::try_from(clusters).unwrap_or(u64::MAX);
-    PROCESS.saturating_add(clusters.saturating_mul(CLUSTER))
+    PROCESS.saturating_add(count(clusters).saturating_mul(CLUSTER + HISTORY))
+}
+
+fn count(clusters: usize) -> u64 {
+    u64::try_from(clusters).unwrap_or(u64::MAX)
 }
 
 /// Returns true if hardly any descriptor is left, so that an error of the moment may come from
@@ -91,6 +99,7 @@ pub(crate) fn are_short() -> bool {
 /// The clusters that have started, counted against the limit.
 #[derive(Debug, Default)]
 pub(crate) struct Descriptors {
+    configured: AtomicUsize,
     started: AtomicUsize,
 }
 
@@ -105,8 +114,9 @@ impl Drop for Place {
 }
 
 impl Descriptors {
-    /// Raises the limit, and warns when `clusters` do not fit.
-    pub(crate) fn raise_limit(clusters: usize) {
+    /// Raises the limit for `clusters` that are configured, and warns when they do not fit.
+    pub(crate) fn raise_limit(&self, clusters: usize) {
+        self.configured.store(clusters, Ordering::Release);
         let limit = Limit::raise();
         let needed = needed(clusters);
         if needed > limit.soft {
@@ -115,7 +125,7 @@ impl Descriptors {
                 clusters,
                 needed,
                 limit = limit.soft,
-                starting = limit.clusters_max(),
+                starting = limit.clusters_max(clusters),
                 "the limit on open files is too small for all clusters: raise LimitNOFILE= of the service, or the hard limit \
                  of `ulimit -n`; the clusters that do not fit wait"
             );
@@ -134,7 +144,7 @@ impl Descriptors {
         loop {
             // An operator may have raised the limit of the running process meanwhile.
             let limit = Limit::raise();
-            let clusters_max = limit.clusters_max();
+            let clusters_max = limit.clusters_max(self.configured.load(Ordering::Acquire));
             let taken = self
                 .started
                 .fetch_update(Ordering::AcqRel, Ordering::Acquire, |started| {
@@ -175,14 +185,14 @@ mod tests {
         for clusters in [1, 2, 30, 100] {
             let soft = needed(clusters);
             let limit = Limit { soft, hard: soft };
-            assert_eq!(limit.clusters_max(), clusters);
+            assert_eq!(limit.clusters_max(clusters), clusters);
         }
         let tiny = Limit { soft: 20, hard: 20 };
-        assert_eq!(tiny.clusters_max(), 1);
+        assert_eq!(tiny.clusters_max(2), 1);
         let unlimited = Limit {
             soft: UNLIMITED,
             hard: UNLIMITED,
         };
-        assert!(unlimited.clusters_max() > 1_000_000);
+        assert!(unlimited.clusters_max(100) > 1_000_000);
     }
 }

@@ -83,6 +83,8 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECTION_MAX: Duration = Duration::from_secs(600);
 /// The interval at which the certificate's files are checked for changes.
 const CERTIFICATE_POLL: Duration = Duration::from_secs(2);
+/// The pause after a connection that could not be accepted.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// The maximum size of a request's head.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
 
@@ -184,16 +186,24 @@ impl HttpServer {
                 }
             });
         }
+        let mut failing = false;
         loop {
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
                     // Probably no file descriptor is free. Connections that end free some.
-                    tracing::warn!(error = %error, "accept an HTTP connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    if !failing {
+                        tracing::warn!(
+                            %error,
+                            "no HTTP connection can be accepted; trying again ten times a second"
+                        );
+                    }
+                    failing = true;
+                    tokio::time::sleep(ACCEPT_RETRY).await;
                     continue;
                 }
             };
+            failing = false;
             if !connections.make_room() {
                 continue;
             }

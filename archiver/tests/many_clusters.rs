@@ -102,7 +102,7 @@ impl Site {
 
     fn finish(&self, archiver: Archiver) {
         assert_eq!(archiver.terminate().code(), Some(0));
-        let verified = self.command(256, 4096).arg("verify").output();
+        let verified = self.command(256, 8192).arg("verify").output();
         let verdict = succeed("verify", &verified.expect("wal-archiver runs"));
         let whole = verdict.matches("no gap, no damage").count();
         assert_eq!(whole, self.clusters, "{verdict}");
@@ -170,7 +170,7 @@ fn many_clusters_stream_although_the_soft_limit_of_open_files_is_low() {
         return;
     };
     let began = Instant::now();
-    let archiver = site.run(256, 4096);
+    let archiver = site.run(256, 8192);
     wait_until("all of them stream", || site.streaming() == clusters);
     let took = began.elapsed();
     let process = Process::of(&archiver);
@@ -193,7 +193,7 @@ fn many_clusters_stream_although_the_soft_limit_of_open_files_is_low() {
     // The reported need is sufficient, and not much more than the real one.
     let needed = number_after(&log, "needed=");
     assert!((needed / 2..needed).contains(&used), "{used} of {needed}");
-    let check = site.command(256, 4096).arg("check").output();
+    let check = site.command(256, 8192).arg("check").output();
     let said = String::from_utf8(check.expect("wal-archiver runs").stdout).expect("text");
     assert!(
         said.contains(&format!("{clusters} clusters need about {needed}")),
@@ -224,24 +224,26 @@ fn number_after(log: &str, name: &str) -> u64 {
     digits.parse().expect("a number")
 }
 
+fn waiting(archiver: &Archiver, number: usize) -> bool {
+    let report = archiver.get(&format!("/api/v1/clusters/c{number}"));
+    report.contains("not started: the limit on open files is 256")
+}
+
 #[test]
 fn clusters_that_do_not_fit_wait_for_descriptors_and_say_so() {
     let Some(site) = Site::new(12) else { return };
-    let archiver = site.run(128, 128);
+    let archiver = site.run(256, 256);
     let process = Process::of(&archiver);
     archiver.wait_for_log("the limit on open files is too small for all clusters");
     let starting = usize::try_from(number_after(&archiver.log(), "starting=")).expect("small");
     assert!((2..12).contains(&starting), "{starting}");
-    let waits = |number: &usize| {
-        let report = archiver.get(&format!("/api/v1/clusters/c{number}"));
-        report.contains("not started: the limit on open files is 128")
-    };
+    let waits = |number: &usize| waiting(&archiver, *number);
     wait_until("those that fit stream, the others wait", || {
         site.streaming() == starting && (0..12).filter(waits).count() == 12 - starting
     });
     assert_eq!(count(&archiver, "\"state\":\"broken\""), 0);
     let said = site
-        .command(128, 128)
+        .command(256, 256)
         .arg("check")
         .output()
         .expect("wal-archiver runs");
@@ -266,10 +268,20 @@ fn clusters_that_do_not_fit_wait_for_descriptors_and_say_so() {
         started.as_ref().is_some_and(waits)
     });
     // A raised limit takes effect at once. Raising it needs a privilege.
-    if process.limit(128, 4096).is_ok() {
+    if process.limit(256, 4096).is_ok() {
         wait_until("all of them stream", || site.streaming() == 12);
         site.everything_is_archived();
         site.finish(archiver);
+        // With a history every catalog has tables open. The dashboard still has its descriptors.
+        let archiver = site.run(256, 256);
+        wait_until("those that fit stream, the others wait", || {
+            site.streaming() == starting
+                && (0..12).filter(|number| waiting(&archiver, *number)).count() == 12 - starting
+        });
+        let log = archiver.log();
+        for word in ["Too many open files", "catalog_in_memory"] {
+            assert!(!log.contains(word), "{word}");
+        }
     }
 }
 

@@ -44,6 +44,9 @@ pub use refresh::RefreshReport;
 /// two may be in use at the same time.
 pub const MEMORY_BYTES: usize = open::BLOCK_CACHE_BYTES + 2 * open::WRITE_BUFFER_BYTES;
 
+/// The number of tables, which are files, that a catalog keeps open.
+pub const OPEN_TABLES_MAX: u64 = 14;
+
 const META: &str = "meta";
 const SEGMENTS: &str = "segments";
 const COMMIT_TIMES: &str = "commit_times";

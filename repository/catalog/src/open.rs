@@ -9,7 +9,7 @@ use repository::{ClusterIdentity, Error, ExpiredSet, Repository, Result, durable
 use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Env, IteratorMode, Options};
 use tempfile::TempDir;
 
-use super::{Catalog, EXPIRED, FAMILIES, IDENTITY, META};
+use super::{Catalog, EXPIRED, FAMILIES, IDENTITY, META, OPEN_TABLES_MAX};
 
 /// The size of RocksDB's block cache in bytes, for all catalogs of the process together.
 pub(super) const BLOCK_CACHE_BYTES: usize = 16 << 20;
@@ -272,7 +272,8 @@ fn opening(path: &Path, source: rocksdb::Error) -> Error {
 
 fn options() -> Options {
     let mut options = Options::default();
-    options.set_max_open_files(256);
+    // RocksDB reserves ten files for other purposes than tables.
+    options.set_max_open_files(i32::try_from(OPEN_TABLES_MAX + 10).unwrap_or(i32::MAX));
     options.set_keep_log_file_num(2);
     options.set_db_write_buffer_size(WRITE_BUFFER_BYTES);
     options.set_max_background_jobs(2);
