@@ -5,7 +5,10 @@
 //! error to the end, every file matches the manifest, and the WAL up to the stop LSN is in the
 //! repository. After an earlier failure the slices do not count as a backup and are removed.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use replication::{
     self, BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode,
@@ -26,6 +29,7 @@ use crate::{
     pipeline::session::Source,
 };
 
+mod damaged_pages;
 mod manifest;
 mod slicer;
 mod wait;
@@ -39,11 +43,18 @@ const SLICES_IN_FLIGHT: usize = 3;
 /// The time for which the backup waits for its WAL to arrive in the repository.
 const WAL_PATIENCE: Duration = Duration::from_secs(600);
 
+/// The time for which the backup of a standby waits until the standby has a restartpoint on the
+/// timeline that it follows, and the interval at which it tries.
+const RESTARTPOINT_PATIENCE: Duration = Duration::from_secs(600);
+const RESTARTPOINT_POLL: Duration = Duration::from_secs(2);
+
 /// The progress of a base backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// The server performs a checkpoint first.
     Checkpoint,
+    /// The standby's last restartpoint is on a timeline that it has left.
+    WaitingForRestartpoint,
     /// The data is being read.
     Copying {
         /// The number of raw bytes read.
@@ -73,6 +84,26 @@ pub enum BaseBackupError {
     Manifest {
         /// The file, and the difference.
         problem: String,
+    },
+    /// The server found damaged pages.
+    #[error(
+        "the server's data is damaged: {pages}. The base backup was not listed; earlier ones stay. Check the server's disk, \
+         and bring the relation back from an earlier backup with pitr-restore"
+    )]
+    DamagedPages {
+        /// The pages: file, block, relation.
+        pages: String,
+    },
+    /// The standby's last restartpoint is on a timeline that it has left.
+    #[error(
+        "the base backup would begin on timeline {start}, which the standby has left for timeline {current}: it has no \
+         restartpoint there yet. Run CHECKPOINT on the primary and take the backup again"
+    )]
+    OldRestartpoint {
+        /// The timeline of the restartpoint.
+        start: TimelineId,
+        /// The timeline that the standby follows.
+        current: TimelineId,
     },
     /// The server sent data that cannot be parsed.
     #[error("the server sent a base backup that cannot be read: {problem}")]
@@ -108,8 +139,12 @@ impl BaseBackupError {
     #[must_use]
     pub fn exit_kind(&self) -> ExitKind {
         match self {
-            Self::Manifest { .. } | Self::Malformed { .. } => ExitKind::Integrity,
-            Self::WalLost { .. } | Self::WalMissing { .. } => ExitKind::Failed,
+            Self::DamagedPages { .. } | Self::Manifest { .. } | Self::Malformed { .. } => {
+                ExitKind::Integrity
+            }
+            Self::OldRestartpoint { .. } | Self::WalLost { .. } | Self::WalMissing { .. } => {
+                ExitKind::Failed
+            }
         }
     }
 }
@@ -142,7 +177,26 @@ pub(crate) async fn attempt(
     label: &str,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<BackupInfo> {
-    let conninfo = ConnInfo::parse(&settings.conninfo)?;
+    let began = Instant::now();
+    loop {
+        match Box::pin(attempt_once(settings, label, progress)).await {
+            Err(Error::BaseBackup(BaseBackupError::OldRestartpoint { .. }))
+                if began.elapsed() < RESTARTPOINT_PATIENCE =>
+            {
+                progress(Progress::WaitingForRestartpoint);
+                tokio::time::sleep(RESTARTPOINT_POLL).await;
+            }
+            attempted => return attempted,
+        }
+    }
+}
+
+async fn attempt_once(
+    settings: &ClusterSettings,
+    label: &str,
+    progress: &(dyn Fn(Progress) + Sync),
+) -> Result<BackupInfo> {
+    let conninfo = ConnInfo::of_cluster(settings)?;
     let (mut source, server_version) = Source::connect(&conninfo, &settings.name).await?;
     let repository = {
         let settings = settings.clone();
@@ -260,6 +314,7 @@ impl Taking {
             fast_checkpoint: true,
             max_rate: None,
         };
+        let conninfo = source.conninfo().clone();
         let mut stream = source.into_client().base_backup(&options).await?;
         let mut received = Received {
             started: self.server_time(),
@@ -271,8 +326,16 @@ impl Taking {
             slicer: Slicer::default(),
             manifest: Vec::new(),
         };
-        let slices = self.receive(&mut stream, &mut received, progress).await?;
+        let slices = self.receive(&mut stream, &mut received, progress).await;
+        let warnings = stream.warnings().to_vec();
         drop(stream);
+        let slices = match slices {
+            Err(Error::Replication(error)) if error.data_corrupted().is_some() => {
+                let pages = Box::pin(damaged_pages::describe(&conninfo, &error, &warnings)).await;
+                return Err(BaseBackupError::DamagedPages { pages }.into());
+            }
+            slices => slices?,
+        };
         manifest::check(&received.manifest, received.slicer.files())?;
         let (start_lsn, timeline) = received.start.ok_or_else(|| malformed("it has no start"))?;
         let (stop_lsn, _) = received.stop.ok_or_else(|| malformed("it has no stop"))?;
@@ -327,6 +390,7 @@ impl Taking {
             manifest_bytes,
             backup_label_sha256,
             tablespace_map_sha256,
+            warnings,
         };
         // Performs the comparisons of a restore, so that a backup that a restore would refuse is
         // not listed.
@@ -362,6 +426,10 @@ impl Taking {
             let message = stream.next().await?;
             let done = message == BackupMessage::Done;
             received.take(message, progress)?;
+            let current = self.branch.timeline;
+            if let Some((_, start)) = received.start.filter(|(_, start)| *start < current) {
+                return Err(BaseBackupError::OldRestartpoint { start, current }.into());
+            }
             while let Some(slice) = received.slicer.ready() {
                 let permit = Arc::clone(&room)
                     .acquire_owned()

@@ -11,6 +11,7 @@
 //! Nothing but `output` writes to standard output; logs and errors go to standard error.
 
 mod backup;
+mod backups;
 mod catalog;
 mod check;
 mod config;
@@ -26,6 +27,8 @@ mod losses;
 mod nagios;
 mod notify;
 mod output;
+mod remove;
+mod resetwal;
 mod run;
 mod status;
 mod verify;
@@ -38,7 +41,7 @@ use repository::{
     config::{ClusterSettings, CommonArgs, Settings},
     store::LockMode,
 };
-use wal_format::{BackupId, SystemIdentifier};
+use wal_format::{BackupId, NoteChange, SystemIdentifier};
 
 use crate::error::{Error, Result};
 
@@ -87,6 +90,10 @@ enum Command {
         /// Prints one JSON document.
         #[arg(long)]
         json: bool,
+        /// The address of the daemon that archives this cluster. Without an answer from it no
+        /// backup begins. Default: the daemon is not asked.
+        #[arg(long, value_name = "ADDR:PORT")]
+        http: Option<SocketAddr>,
         #[command(subcommand)]
         action: Option<BackupCommand>,
     },
@@ -99,12 +106,19 @@ enum Command {
         /// 3 UNKNOWN.
         #[arg(long, conflicts_with = "json")]
         nagios: bool,
+        /// The address of the daemon. Default: `http` in the configuration.
+        #[arg(long, value_name = "ADDR:PORT")]
+        http: Option<SocketAddr>,
     },
     /// Sends notifications.
     #[command(subcommand)]
     Notify(NotifyCommand),
     /// Checks every precondition, one line each, with the remedy.
-    Check,
+    Check {
+        /// The address of the daemon. Default: `http` in the configuration.
+        #[arg(long, value_name = "ADDR:PORT")]
+        http: Option<SocketAddr>,
+    },
     /// Verifies that the WAL is contiguous and every object intact.
     Verify {
         /// Also decodes every record.
@@ -142,6 +156,13 @@ enum Command {
         #[arg(long, value_name = "N")]
         system: Option<SystemIdentifier>,
     },
+    /// Ends the archiving of a cluster: drops the slot on the primary and on each standby, and
+    /// prints what remains. The daemon must not archive the cluster any more.
+    Remove {
+        /// Prints what would be dropped, and changes nothing.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// The catalog, a cache of the repository's content.
     #[command(subcommand)]
     Catalog(CatalogCommand),
@@ -167,6 +188,33 @@ enum BackupType {
 
 #[derive(Debug, Subcommand)]
 enum BackupCommand {
+    /// Lists the backups, oldest first: end, size, label, description, and whether one is kept or
+    /// damaged.
+    List {
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Keeps a backup, whatever the retention policy says, until it is released.
+    Keep {
+        /// The backup, as `backup list` shows it.
+        id: BackupId,
+        /// The reason, shown in the list.
+        #[arg(long, default_value = "")]
+        reason: String,
+    },
+    /// Lets the retention policy decide about a backup again.
+    Release {
+        /// The backup.
+        id: BackupId,
+    },
+    /// Describes a backup, for lists. An empty text removes the description.
+    Annotate {
+        /// The backup.
+        id: BackupId,
+        /// The description.
+        text: String,
+    },
     /// Deletes one backup. The backup counts as absent at once, and its objects are removed after
     /// `expire_grace`; until then `expire --undo` brings it back. The command is refused while the
     /// retention policy keeps the backup, or no policy is configured, unless the backup is damaged
@@ -193,11 +241,15 @@ enum CatalogCommand {
 enum EpochCommand {
     /// Continues with a server that has a new system identifier after `pg_upgrade` or initdb; the
     /// old epoch stays restorable. Or begins a new archive if the repository was emptied or
-    /// replaced. The daemon must be stopped.
+    /// replaced. Or continues after `pg_resetwal`. The daemon must be stopped.
     Begin {
         /// The server's new system identifier, as a protection against the wrong server.
-        #[arg(long, value_name = "N")]
-        system_identifier: SystemIdentifier,
+        #[arg(long, value_name = "N", required_unless_present = "after_resetwal")]
+        system_identifier: Option<SystemIdentifier>,
+        /// Continues with the same server after `pg_resetwal`: declares the WAL between the end of
+        /// the archive and the server's present WAL lost. Earlier times stay restorable.
+        #[arg(long, conflicts_with = "system_identifier")]
+        after_resetwal: bool,
     },
 }
 
@@ -282,15 +334,40 @@ pub fn run(cli: Cli) -> Result<()> {
             ..
         } => delete::delete(one(&settings)?, &id, force, dry_run),
         Command::Backup {
+            action: Some(BackupCommand::List { json }),
+            ..
+        } => backups::list(&settings, json),
+        Command::Backup {
+            action: Some(BackupCommand::Keep { id, reason }),
+            ..
+        } => backups::note(one(&settings)?, &id, NoteChange::Keep, &reason),
+        Command::Backup {
+            action: Some(BackupCommand::Release { id }),
+            ..
+        } => backups::note(one(&settings)?, &id, NoteChange::Release, ""),
+        Command::Backup {
+            action: Some(BackupCommand::Annotate { id, text }),
+            ..
+        } => backups::note(one(&settings)?, &id, NoteChange::Annotate, &text),
+        Command::Backup {
             kind: BackupType::Full,
             label,
             json,
+            http,
             action: None,
-        } => backup::backup(one(&settings)?, &label, json),
-        Command::Status { nagios: true, .. } => nagios::nagios(&settings),
-        Command::Status { json, .. } => status::status(&settings, json),
+        } => {
+            if http.is_some() {
+                daemon::require(&at(settings.clone(), http), one(&settings)?)?;
+            }
+            backup::backup(one(&settings)?, &label, json)
+        }
+        Command::Status {
+            nagios: true, http, ..
+        } => nagios::nagios(&at(settings, http)),
+        Command::Status { json, http, .. } => status::status(&at(settings, http), json),
         Command::Notify(NotifyCommand::Test) => notify::test(&settings),
-        Command::Check => check::check(&settings),
+        Command::Check { http } => check::check(&at(settings, http)),
+        Command::Remove { dry_run } => remove::remove(one(&settings)?, dry_run),
         Command::Verify {
             deep,
             repair,
@@ -320,9 +397,11 @@ pub fn run(cli: Cli) -> Result<()> {
             system,
         } => expire::expire(&settings, system, dry_run, json),
         Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
-        Command::Epoch(EpochCommand::Begin { system_identifier }) => {
-            epoch::begin(one(&settings)?, system_identifier)
-        }
+        Command::Epoch(EpochCommand::Begin {
+            system_identifier: Some(system),
+            ..
+        }) => epoch::begin(one(&settings)?, system),
+        Command::Epoch(EpochCommand::Begin { .. }) => resetwal::declare(one(&settings)?),
         Command::Config(ConfigCommand::Check) => config::check(&settings),
         Command::Config(ConfigCommand::Show) => config::show(&settings),
         Command::Key(KeyCommand::New { path }) => key::new(path.as_deref()),
@@ -346,6 +425,12 @@ pub fn run(cli: Cli) -> Result<()> {
 /// Writes an error as one line to standard error.
 pub fn report(error: &Error) {
     output::error_line(&error.to_string());
+}
+
+/// Returns the settings with another address of the daemon.
+fn at(mut settings: Settings, http: Option<SocketAddr>) -> Settings {
+    settings.http = http.unwrap_or(settings.http);
+    settings
 }
 
 /// Returns the only cluster. Fails if several are configured and none is named.

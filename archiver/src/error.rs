@@ -4,11 +4,11 @@
 //! Invariant: an error that means "WAL is missing or different" ([`Error::is_broken`]) is never
 //! hidden by retries. The cluster's state becomes broken and stays so until the cause is gone.
 
-use std::{io, path::PathBuf};
+use std::{io, net::SocketAddr, path::PathBuf};
 
 use repository::ExitKind;
 use rustix::io::Errno;
-use wal_format::{Branch, Lsn, SegmentName, SystemIdentifier, TimelineId};
+use wal_format::{Branch, ClusterName, Lsn, SegmentName, SystemIdentifier, TimelineId};
 
 /// The archiver's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -77,7 +77,8 @@ pub enum Error {
     #[error(
         "the server's WAL ends at {server_lsn} of timeline {timeline}, before {durable_lsn} which is archived already: \
          the server lost WAL (restored from a snapshot, or its disk failed). Nothing was truncated; restore the server \
-         from this archive or point the archiver at the right one"
+         from this archive or point the archiver at the right one. If pg_resetwal was run on the server, stop the archiver \
+         and run `wal-archiver epoch begin --after-resetwal`"
     )]
     ServerBehind {
         /// The timeline.
@@ -164,6 +165,17 @@ pub enum Error {
         /// The time without an answer.
         seconds: u64,
     },
+    /// The daemon that `--http` names does not archive the cluster.
+    #[error(
+        "no daemon at {address} archives cluster {cluster} to this repository: start `wal-archiver run`, or name its \
+         address with --http"
+    )]
+    NoDaemon {
+        /// The cluster.
+        cluster: ClusterName,
+        /// The address that was asked.
+        address: SocketAddr,
+    },
     /// The result of `status --nagios`. Its line on standard output describes it.
     #[error("not OK")]
     Nagios {
@@ -202,6 +214,14 @@ pub enum Error {
         /// The problems, with their repositories.
         problem: String,
         /// The exit code.
+        kind: ExitKind,
+    },
+    /// `wal-archiver remove` could not drop every slot.
+    #[error("{problem}")]
+    Remove {
+        /// The servers, and the remedy.
+        problem: String,
+        /// The exit code of the most severe failure.
         kind: ExitKind,
     },
     /// `wal-archiver verify` found damage.
@@ -243,6 +263,14 @@ impl Error {
         }
     }
 
+    /// Adds a remedy to the message of an [`Error::Gap`].
+    pub(crate) fn with_remedy(mut self, remedy: &str) -> Self {
+        if let Self::Gap { message, .. } = &mut self {
+            *message = format!("{message}; {remedy}");
+        }
+        self
+    }
+
     /// Builds the error for a thread of this name that the system did not start.
     pub(crate) fn no_thread(name: &'static str) -> impl FnOnce(io::Error) -> Self {
         Self::io("start the thread", name)
@@ -276,7 +304,9 @@ impl Error {
             | Self::ServerBehind { .. }
             | Self::SpoolHole { .. }
             | Self::Verify { .. } => ExitKind::Integrity,
-            Self::Check { kind, .. } | Self::Expire { kind, .. } => *kind,
+            Self::Check { kind, .. } | Self::Expire { kind, .. } | Self::Remove { kind, .. } => {
+                *kind
+            }
             // Nagios defines exit codes of its own, which are the same numbers.
             Self::Nagios { code: 3 } => ExitKind::TargetNotReachable,
             Self::Io { .. }
@@ -293,7 +323,8 @@ impl Error {
             | Self::SpoolSystemMismatch { .. }
             | Self::Unsupported(_)
             | Self::Usage { .. } => ExitKind::Usage,
-            Self::NotDrained { .. }
+            Self::NoDaemon { .. }
+            | Self::NotDrained { .. }
             | Self::NotNotified { .. }
             | Self::Replication(_)
             | Self::Silent { .. }

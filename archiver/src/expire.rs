@@ -33,6 +33,10 @@ pub(crate) mod undo;
 const LOOK: Duration = Duration::from_secs(60);
 /// The pause after a start, in which streaming has priority.
 const START_PAUSE: Duration = Duration::from_secs(60);
+/// The first and the longest pause after a run that failed. Its cause may pass, and an expiry reads
+/// every name in the repository.
+const RETRY_MIN: Duration = Duration::from_secs(60);
+const RETRY_MAX: Duration = Duration::from_secs(3600);
 /// The maximum number of decisions, if another archiver decides at the same time.
 const TRIES_MAX: u64 = 5;
 
@@ -315,11 +319,27 @@ fn decide(
     } else {
         settings.backup_max_age
     };
-    let plan = plan_expire(&holding, policy, now, max_age).map_err(|refusal| Error::Expire {
+    let policy = with_kept(policy, repository, identity.system_identifier)?;
+    let plan = plan_expire(&holding, &policy, now, max_age).map_err(|refusal| Error::Expire {
         problem: refusal.to_string(),
         kind: ExitKind::Failed,
     })?;
     Ok((expired, plan))
+}
+
+/// Returns the policy with the backups that `backup keep` keeps in this repository.
+fn with_kept(
+    policy: &RetentionPolicy,
+    repository: &Repository,
+    system: SystemIdentifier,
+) -> Result<RetentionPolicy> {
+    let mut policy = policy.clone();
+    for (id, notes) in repository.backup_notes(system)? {
+        if notes.kept.is_some() && !policy.pinned.contains(&id) {
+            policy.pinned.push(id);
+        }
+    }
+    Ok(policy)
 }
 
 /// Returns the daemon's catalog, which saves a request for each segment. If there is none, creates
@@ -404,8 +424,8 @@ fn newest_outcome(repository: &Repository, system: SystemIdentifier) -> Result<O
     }
 }
 
-/// Applies retention every `expire_interval`, counted from the last run on this host, across
-/// restarts.
+/// Applies retention every `expire_interval`, counted from the last successful run on this host,
+/// across restarts. A run that failed is retried after [`RETRY_MIN`], then at doubled intervals.
 pub(crate) async fn keep(settings: ClusterSettings) {
     let retains = settings.repository.each();
     if retains.iter().all(|place| place.retention.is_none()) {
@@ -413,22 +433,33 @@ pub(crate) async fn keep(settings: ClusterSettings) {
     }
     let interval = settings.expire_interval;
     tokio::time::sleep(START_PAUSE.min(interval)).await;
+    let mut failures = 0;
     loop {
+        let mut pause = LOOK.min(interval);
         if is_due(&settings) {
             let settings = settings.clone();
-            let applied = blocking(move || {
-                apply_now(&settings);
-                Ok(())
-            });
-            if let Err(error) = applied.await {
+            let applied = blocking(move || Ok(apply_now(&settings))).await;
+            let is_applied = applied.unwrap_or_else(|error| {
                 tracing::error!(%error, "retention was not applied");
+                false
+            });
+            failures = if is_applied { 0 } else { failures + 1 };
+            if !is_applied {
+                pause = retry_pause(failures, interval);
             }
         }
-        tokio::time::sleep(LOOK.min(interval)).await;
+        tokio::time::sleep(pause).await;
     }
 }
 
-/// Returns the path of the file with the time of the last run on this host.
+/// Returns the pause after this many failed runs in a row: at most `interval`.
+fn retry_pause(failures: u32, interval: Duration) -> Duration {
+    let doublings = failures.saturating_sub(1).min(16);
+    let pause = RETRY_MIN.saturating_mul(1 << doublings);
+    pause.min(RETRY_MAX).min(interval)
+}
+
+/// Returns the path of the file with the time of the last successful run on this host.
 fn last_done(settings: &ClusterSettings) -> PathBuf {
     let directory = settings.spool.join(settings.name.as_str());
     directory.join("last-expire")
@@ -446,11 +477,9 @@ fn is_due(settings: &ClusterSettings) -> bool {
     passed.is_negative() || passed.unsigned_abs() >= settings.expire_interval
 }
 
-fn apply_now(settings: &ClusterSettings) {
+/// Applies retention and records the result. Returns whether it was applied to every repository.
+fn apply_now(settings: &ClusterSettings) -> bool {
     let now = Timestamp::now();
-    if let Err(error) = std::fs::write(last_done(settings), now.to_string()) {
-        tracing::debug!(%error, "after a restart retention is applied again");
-    }
     let wish = Wish {
         system: None,
         now,
@@ -477,9 +506,32 @@ fn apply_now(settings: &ClusterSettings) {
         }
     }
     record(settings, now, &reports);
+    let is_applied = outcome(&reports).is_ok();
+    if is_applied && let Err(error) = std::fs::write(last_done(settings), now.to_string()) {
+        tracing::warn!(%error, "the time of this run cannot be recorded; retention is applied again in a minute");
+    }
+    is_applied
 }
 
 /// Formats a time of a window for messages.
 pub(crate) fn time(time: Option<PgTimestamp>) -> String {
     time.map_or_else(|| "an unknown time".to_owned(), |time| time.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_run_is_retried_long_before_the_next_interval() {
+        let day = Duration::from_secs(86_400);
+        let pauses =
+            |interval| [1, 2, 3, 6, 7, 1000].map(|failures| retry_pause(failures, interval));
+        let seconds = |pauses: [Duration; 6]| pauses.map(|pause| pause.as_secs());
+        assert_eq!(seconds(pauses(day)), [60, 120, 240, 1920, 3600, 3600]);
+        assert_eq!(
+            seconds(pauses(Duration::from_secs(100))),
+            [60, 100, 100, 100, 100, 100]
+        );
+    }
 }

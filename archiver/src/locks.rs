@@ -245,7 +245,8 @@ impl Kept {
             // A tail is removed when its segment is sealed. A lock would only keep an unneeded
             // object.
             ObjectKey::Tail(..) | ObjectKey::Outcome(..) => false,
-            ObjectKey::Epoch(_)
+            ObjectKey::BackupNote(..)
+            | ObjectKey::Epoch(_)
             | ObjectKey::EpochCopy(_)
             | ObjectKey::Expired(..)
             | ObjectKey::Gap(..)

@@ -63,6 +63,11 @@ impl Standby {
         })
     }
 
+    /// Drops a slot.
+    pub(crate) async fn drop_slot(&mut self, slot: &str) -> Result<()> {
+        self.client.drop_slot(slot).await
+    }
+
     /// Returns an SQL connection for further queries, and whether the server is in recovery.
     pub(crate) async fn sql(&mut self) -> Result<(ReplicationClient, bool)> {
         let place = self.client.conninfo();

@@ -102,7 +102,7 @@ pub async fn run(
     status: Arc<ClusterStatus>,
     mut shutdown: Shutdown,
 ) -> Result<()> {
-    let conninfo = ConnInfo::parse(&settings.conninfo)?;
+    let conninfo = ConnInfo::of_cluster(&settings)?;
     let Some(spool) = open_spool(&settings, &status, &mut shutdown).await? else {
         return Ok(());
     };
@@ -355,6 +355,7 @@ impl Supervisor {
                 }
                 return Err(gap);
             }
+            Closed::NeedsOperator(reason) => return Err(gap.with_remedy(reason)),
         }
         // The stages know only the archive's state from before.
         if let Some(pipeline) = self.pipeline.take() {

@@ -3,6 +3,7 @@
 //! Without a server they are skipped with a message. In CI a missing server is a failure.
 
 mod advice;
+mod base_backups;
 mod certificates;
 mod clock;
 mod clusters;
@@ -17,6 +18,7 @@ mod faults;
 mod gaps;
 mod history;
 mod import;
+mod leaving;
 mod libpq;
 mod many_clusters;
 mod network;
@@ -24,6 +26,7 @@ mod odd_wal;
 mod present;
 mod pressure;
 mod push;
+mod resetwal;
 mod server_shutdown;
 mod streaming;
 mod support;

@@ -5,6 +5,7 @@
 //! crate `catalog` indexes it. The API blocks on purpose: a store that needs a runtime drives its
 //! own, and async callers use `spawn_blocking`.
 
+mod backup_notes;
 mod command_hints;
 pub mod config;
 pub mod crash_points;
@@ -31,6 +32,7 @@ mod timeline_path;
 mod unseen;
 mod wal_range;
 
+pub use backup_notes::BackupNotes;
 pub use command_hints::with_command_hint;
 pub use crash_points::CrashPoint;
 pub use damaged_backups::{Damage, DamagedBackups, DamagedWal, damaged_backups, damaged_wal};

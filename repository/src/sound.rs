@@ -1,7 +1,7 @@
 //! Checks whether an object's bytes are what was written, from the checksums in the object.
 
 use wal_format::{
-    BackupInfo, Branch, DeclaredGap, Expired, FailoverLoss, ObjectKey, SealedReader,
+    BackupInfo, BackupNote, Branch, DeclaredGap, Expired, FailoverLoss, ObjectKey, SealedReader,
     TimelineHistory, checked_json,
 };
 
@@ -28,6 +28,7 @@ pub fn is_sound(key: &ObjectKey, body: &[u8]) -> bool {
         ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_) => {
             checked_json::from_slice::<ClusterIdentity>(body).is_ok()
         }
+        ObjectKey::BackupNote(..) => checked_json::from_slice::<BackupNote>(body).is_ok(),
         ObjectKey::Expired(..) => checked_json::from_slice::<Expired>(body).is_ok(),
         ObjectKey::BackupSlice(..) | ObjectKey::BackupManifest(..) | ObjectKey::Outcome(..) => true,
     }

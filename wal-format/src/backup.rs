@@ -91,6 +91,9 @@ pub struct BackupInfo {
     pub raw_bytes: u64,
     /// The total length of the slices.
     pub stored_bytes: u64,
+    /// The server's warnings while the backup was taken.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// The kind of a base backup.

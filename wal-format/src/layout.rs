@@ -146,6 +146,9 @@ pub enum ObjectKey {
     BackupManifest(SystemIdentifier, BackupId),
     /// `{sysid}/backup/{id}/backup.json`: written last. A base backup without it does not exist.
     BackupInfo(SystemIdentifier, BackupId),
+    /// `{sysid}/note/{backup}/{id}.json`: a change of what the operator says about a backup
+    /// ([`crate::BackupNote`]).
+    BackupNote(SystemIdentifier, BackupId, BackupId),
     /// `{sysid}/expired/{id}.json`: the data given up by a retention policy ([`crate::Expired`]).
     Expired(SystemIdentifier, BackupId),
     /// `{sysid}/outcome/{kind}/{id}.json`: the result of a drill, a backup, an expiry or a
@@ -207,6 +210,9 @@ impl fmt::Display for ObjectKey {
             }
             Self::BackupManifest(system, id) => write!(f, "{system}/backup/{id}/backup_manifest"),
             Self::BackupInfo(system, id) => write!(f, "{system}/backup/{id}/backup.json"),
+            Self::BackupNote(system, backup, id) => {
+                write!(f, "{system}/note/{backup}/{id}.json")
+            }
             Self::Expired(system, id) => write!(f, "{system}/expired/{id}.json"),
             Self::Outcome(system, kind, id) => write!(f, "{system}/outcome/{kind}/{id}.json"),
         }
@@ -276,6 +282,11 @@ fn parse_key(text: &str) -> Option<ObjectKey> {
         [system, "expired", file] => {
             let id = file.strip_suffix(".json")?.parse().ok()?;
             Some(ObjectKey::Expired(system.parse().ok()?, id))
+        }
+        [system, "note", backup, file] => {
+            let id = file.strip_suffix(".json")?.parse().ok()?;
+            let (system, backup) = (system.parse().ok()?, backup.parse().ok()?);
+            Some(ObjectKey::BackupNote(system, backup, id))
         }
         [system, "failover", branch, file] => {
             let successor = file.strip_suffix(".json")?.parse().ok()?;
@@ -383,6 +394,10 @@ mod tests {
             (
                 ObjectKey::BackupInfo(system, id.clone()),
                 "7432188851234567890/backup/20261121T101500Z-9f3c/backup.json",
+            ),
+            (
+                ObjectKey::BackupNote(system, id.clone(), id.clone()),
+                "7432188851234567890/note/20261121T101500Z-9f3c/20261121T101500Z-9f3c.json",
             ),
             (
                 ObjectKey::Expired(system, id.clone()),

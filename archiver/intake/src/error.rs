@@ -3,7 +3,7 @@
 use std::{io, path::PathBuf};
 
 use repository::ExitKind;
-use wal_format::{Branch, Lsn};
+use wal_format::{Branch, DecodeError, DecodeErrorKind, Lsn};
 
 /// The result of an intake operation.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -14,13 +14,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// A record failed its checks on receipt.
     #[error(
-        "WAL of timeline branch {branch} fails its checks on receipt: {source}; it was not acknowledged"
+        "WAL of timeline branch {branch} fails its checks on receipt: {source}; it was not acknowledged{}",
+        after_reset(source)
     )]
     Decode {
         /// The branch of the streamed or pushed WAL.
         branch: Branch,
         /// The problem and its LSN.
-        source: wal_format::DecodeError,
+        source: DecodeError,
     },
     /// The pushed file is archived with other bytes.
     #[error("{path}: {problem}", path = path.display())]
@@ -34,7 +35,8 @@ pub enum Error {
     #[error(
         "divergence: at {lsn} of timeline branch {branch} the WAL from {from} differs from the WAL already archived \
          ({ours}); nothing was overwritten. This server is not the one that was archived: restored from a snapshot, or a \
-         second primary. Point the archiver at the right server, or archive this one under another --cluster name"
+         second primary. Point the archiver at the right server, or archive this one under another --cluster name. If \
+         pg_resetwal was run on the server, stop the archiver and run `wal-archiver epoch begin --after-resetwal`"
     )]
     Divergence {
         /// The branch.
@@ -83,6 +85,19 @@ pub enum Error {
         /// The reason, as far as known.
         reason: String,
     },
+}
+
+/// Returns the remedy for WAL that does not continue the archived WAL, or an empty string.
+/// `pg_resetwal` writes its first record without a predecessor (`WriteEmptyXLOG`).
+fn after_reset(source: &DecodeError) -> &'static str {
+    match source.kind {
+        DecodeErrorKind::Previous {
+            found: Lsn::ZERO, ..
+        } => {
+            ". If pg_resetwal was run on the server, stop the archiver and run `wal-archiver epoch begin --after-resetwal`"
+        }
+        _ => "",
+    }
 }
 
 impl Error {

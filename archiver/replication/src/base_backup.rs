@@ -10,11 +10,16 @@ use std::collections::VecDeque;
 use bytes::{Buf, Bytes};
 use wal_format::{Lsn, TimelineId};
 
-use super::{Error, ReplicationClient, Result, connection::text};
+use super::{Error, ReplicationClient, Result, connection::text, error::ServerReport};
 
 /// The end of a tar archive, which servers before 15 omit
 /// (`MINIMUM_VERSION_FOR_TERMINATED_TARFILE`).
 static TAR_END: [u8; 1024] = [0; 1024];
+
+/// The maximum number of kept warnings, and of characters in each. The server reports a few for
+/// each damaged file.
+const WARNINGS_MAX: usize = 100;
+const WARNING_CHARACTERS_MAX: usize = 1000;
 
 /// Options of `BASE_BACKUP`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -98,6 +103,7 @@ pub struct BaseBackupStream {
     ready: VecDeque<BackupMessage>,
     stopped: bool,
     refused: Option<Error>,
+    warnings: Vec<String>,
 }
 
 impl ReplicationClient {
@@ -143,6 +149,7 @@ impl ReplicationClient {
             ready: VecDeque::new(),
             stopped: false,
             refused: None,
+            warnings: Vec::new(),
         })
     }
 }
@@ -181,12 +188,33 @@ impl BaseBackupStream {
                     self.refused = self.refused.take().or(Some(error));
                 }
                 b'Z' => return self.done(),
-                b'C' | b'N' | b'S' => {}
+                b'N' => self.notice(&message.body),
+                b'C' | b'S' => {}
                 other => {
                     let what = format!("'{}' in a base backup", other.escape_ascii());
                     return Err(self.client.reader().unexpected(what));
                 }
             }
+        }
+    }
+
+    /// The server's warnings so far, oldest first.
+    #[must_use]
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn notice(&mut self, body: &[u8]) {
+        let Error::Server { report, .. } = self.client.reader().refusal(body) else {
+            return;
+        };
+        let ServerReport {
+            severity, message, ..
+        } = *report;
+        if severity == "WARNING" && self.warnings.len() < WARNINGS_MAX {
+            tracing::warn!(warning = message, "the server warns during the base backup");
+            let message = message.chars().take(WARNING_CHARACTERS_MAX);
+            self.warnings.push(message.collect());
         }
     }
 

@@ -210,6 +210,22 @@ impl ReplicationClient {
         }
     }
 
+    /// Returns the LSN from which a new slot retains WAL: the redo position of the server's last
+    /// checkpoint. Uses a temporary slot, which does not outlive this call.
+    ///
+    /// # Errors
+    /// Any [`Error`] of the connection or the server.
+    pub async fn redo_lsn(&mut self) -> Result<Option<Lsn>> {
+        let name = format!("tidemark_redo_{}", std::process::id());
+        self.rows(&format!(
+            "CREATE_REPLICATION_SLOT \"{name}\" TEMPORARY PHYSICAL RESERVE_WAL"
+        ))
+        .await?;
+        let slot = self.slot(&name).await?;
+        self.drop_slot(&name).await?;
+        Ok(slot.and_then(|slot| slot.restart_lsn))
+    }
+
     /// Drops a slot.
     ///
     /// # Errors

@@ -28,7 +28,9 @@ pub use host::Host;
 pub(super) use require_auth::{AuthMethod, RequireAuth};
 pub(super) use tls_settings::{ClientFiles, RootCertificates, SslMode, TlsSettings, TlsVersion};
 
-use super::{Error, Result};
+use repository::config::ClusterSettings;
+
+use super::{Error, Result, client::ConnectionMode};
 
 /// The time that a host may take if `connect_timeout` is not set. libpq would wait forever.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -233,6 +235,33 @@ impl ConnInfo {
         self.value("application_name")
             .or_else(|| self.value("fallback_application_name"))
             .unwrap_or("tidemark")
+    }
+
+    /// Sets the name in `pg_stat_replication` for settings that name none themselves.
+    #[must_use]
+    pub fn with_application_name(mut self, name: &str) -> Self {
+        let given = self.values.get("fallback_application_name");
+        if given.is_none_or(String::is_empty) {
+            self.values
+                .insert("fallback_application_name", name.to_owned());
+        }
+        self
+    }
+
+    /// Returns the same settings for another database.
+    #[must_use]
+    pub(crate) fn with_database(mut self, name: &str) -> Self {
+        self.values.insert("dbname", name.to_owned());
+        self
+    }
+
+    /// Returns the connection settings of a cluster's `conninfo`.
+    ///
+    /// # Errors
+    /// Those of [`ConnInfo::parse`].
+    pub fn of_cluster(settings: &ClusterSettings) -> Result<Self> {
+        let conninfo = Self::parse(&settings.conninfo)?;
+        Ok(conninfo.with_application_name(&settings.application_name))
     }
 
     /// Returns the password for a host, from the connection settings or the password file.

@@ -295,6 +295,17 @@ impl Error {
         }
     }
 
+    /// Returns true if the named object, such as a slot, does not exist.
+    #[must_use]
+    pub fn is_missing_object(&self) -> bool {
+        self.has_code(&["42704"])
+    }
+
+    /// Returns the server's report if the server found damaged data (`ERRCODE_DATA_CORRUPTED`).
+    pub(crate) fn data_corrupted(&self) -> Option<&ServerReport> {
+        self.report().filter(|report| report.code == "XX001")
+    }
+
     /// Returns true if another walsender uses the slot. Shortly after a crash this may be our own
     /// previous one.
     #[must_use]

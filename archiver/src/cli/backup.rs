@@ -47,6 +47,13 @@ fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
             bar.set_message("waiting for the checkpoint");
             tracing::info!("waiting for the server's checkpoint");
         }
+        Progress::WaitingForRestartpoint => {
+            bar.set_message("waiting for a restartpoint");
+            tracing::info!(
+                event = "restartpoint_awaited",
+                "the standby has no restartpoint on its timeline yet; waiting for it. CHECKPOINT on the primary ends this"
+            );
+        }
         Progress::Copying { done, total } => {
             bar.set_message("copying");
             bar.set_length(total.max(done));
@@ -91,6 +98,7 @@ fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
             "raw_bytes": info.raw_bytes,
             "stored_bytes": info.stored_bytes,
             "seconds": began.elapsed().as_secs_f64(),
+            "warnings": info.warnings,
         }));
         return Ok(());
     }
@@ -103,5 +111,8 @@ fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
         info.stop_lsn,
         began.elapsed().as_secs_f64()
     ));
+    for warning in &info.warnings {
+        output::line(&format!("the server's warning: {warning}"));
+    }
     Ok(())
 }

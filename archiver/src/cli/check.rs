@@ -79,7 +79,7 @@ impl Report {
 /// Checks the server's settings and the role's privileges. Returns the server's system identifier,
 /// if it answers.
 async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<SystemIdentifier> {
-    let conninfo = match ConnInfo::parse(&cluster.conninfo) {
+    let conninfo = match ConnInfo::of_cluster(cluster) {
         Ok(conninfo) => conninfo,
         Err(error) => {
             report.fail_with("conninfo", &error.into());

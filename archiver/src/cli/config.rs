@@ -70,6 +70,7 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
             format!("standbys = {standbys:?}"),
             format!("gap_grace = \"{:?}\"", cluster.gap_grace),
             format!("slot = \"{}\"", cluster.slot),
+            format!("application_name = \"{}\"", cluster.application_name),
             format!("repository = \"{}\"", cluster.repository),
             format!("spool = \"{}\"", cluster.spool.display()),
             cluster.spool_limit_bytes.map_or_else(

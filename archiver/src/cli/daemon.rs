@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use repository::config::Settings;
+use repository::config::{ClusterSettings, Settings};
 use rustls::{
     ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -22,6 +22,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
 use serde_json::Value;
 
 use super::output;
+use crate::error::{Error, Result};
 
 /// The timeout of a request. A daemon on this host answers from memory, so a longer wait means that
 /// there is none.
@@ -41,6 +42,18 @@ pub(super) fn reports(settings: &Settings) -> Vec<Value> {
             Vec::new()
         }
     }
+}
+
+/// Fails if no daemon at `settings.http` archives the cluster to its repository.
+pub(super) fn require(settings: &Settings, cluster: &ClusterSettings) -> Result<()> {
+    let is_archived = |report: &Value| report["cluster"] == cluster.name.as_str();
+    if reports(settings).iter().any(is_archived) {
+        return Ok(());
+    }
+    Err(Error::NoDaemon {
+        cluster: cluster.name.clone(),
+        address: settings.http,
+    })
 }
 
 /// Keeps only the reports on the clusters in `settings`. A daemon with another configuration may

@@ -122,11 +122,11 @@ fn begin_again(
 }
 
 /// Returns the server's identity and version. Fails if its system identifier is another one.
-async fn server(
+pub(super) async fn server(
     settings: &ClusterSettings,
     system: SystemIdentifier,
 ) -> Result<(ClusterIdentity, String)> {
-    let conninfo = ConnInfo::parse(&settings.conninfo)?;
+    let conninfo = ConnInfo::of_cluster(settings)?;
     let (source, version) = Source::connect(&conninfo, &settings.name).await?;
     let found = source.identity().clone();
     if found.system_identifier == system {
@@ -147,6 +147,18 @@ async fn drain(
     last: &ClusterIdentity,
     spool: &Arc<Spool>,
 ) -> Result<()> {
+    let pipeline = start_pipeline(settings, last, spool).await?;
+    let drained = pipeline.drain().await;
+    let stopped = pipeline.stop().await;
+    drained.and(stopped)
+}
+
+/// Starts the stages without a stream.
+pub(super) async fn start_pipeline(
+    settings: &ClusterSettings,
+    last: &ClusterIdentity,
+    spool: &Arc<Spool>,
+) -> Result<Pipeline> {
     let status = Arc::new(ClusterStatus::new(
         settings.name.clone(),
         settings.acknowledge,
@@ -157,10 +169,7 @@ async fn drain(
         open_archive(settings, &last, spool, status, CatalogPlace::Disk)
     })
     .await?;
-    let pipeline = Pipeline::start(Arc::new(archive)).await?;
-    let drained = pipeline.drain().await;
-    let stopped = pipeline.stop().await;
-    drained.and(stopped)
+    Pipeline::start(Arc::new(archive)).await
 }
 
 fn remove(directory: &Path) -> Result<()> {

@@ -13,7 +13,7 @@ use repository::{
 };
 use wal_format::{BackupId, ExpiredWindow, OutcomeKind, PgTimestamp};
 
-use super::{TRIES_MAX, catalog, name};
+use super::{TRIES_MAX, catalog, name, with_kept};
 use crate::{
     error::{Error, Result},
     outcomes,
@@ -159,10 +159,20 @@ fn find(
         return Ok(None);
     };
     let is_damaged = plan.removed.iter().any(|backup| backup.problem.is_some());
+    let notes = repository.backup_notes(identity.system_identifier)?;
+    let is_kept = notes.get(id).is_some_and(|notes| notes.kept.is_some());
     let objection = match &place.retention {
+        _ if is_kept => Some(format!(
+            "`wal-archiver backup keep` keeps it until `wal-archiver backup release {id}`"
+        )),
         _ if is_damaged && plan.windows.is_empty() => None,
         None => Some("no retention is configured, so everything is kept".to_owned()),
-        Some(policy) => match plan_expire(&holding, policy, now, settings.backup_max_age) {
+        Some(policy) => match plan_expire(
+            &holding,
+            &with_kept(policy, &repository, identity.system_identifier)?,
+            now,
+            settings.backup_max_age,
+        ) {
             Err(refusal) => Some(refusal.to_string()),
             Ok(of_policy) => {
                 let kept = of_policy.kept.iter().find(|kept| kept.backup.id == *id);

@@ -33,6 +33,8 @@ pub enum Closed {
     Lost(Vec<DeclaredGap>),
     /// The gap is still open, and the attempt is repeated.
     Waiting(&'static str),
+    /// As [`Closed::Waiting`], but probably only the operator can close the gap.
+    NeedsOperator(&'static str),
 }
 
 /// The current step of handling a gap.
@@ -101,7 +103,10 @@ pub async fn close(
     };
     let lost = plan_loss(&server.path, branch, from, goes_on, &held, size);
     if lost.is_empty() {
-        return Ok(Closed::Waiting("the server has no WAL behind it either"));
+        return Ok(Closed::NeedsOperator(
+            "the server does not have the WAL that our slot retains; if pg_resetwal was run on it, stop the archiver and run \
+             `wal-archiver epoch begin --after-resetwal`",
+        ));
     }
     let declared_after = found(pipeline, branch, from, goes_on);
     let places = settings.heal_from.iter().chain(&settings.standbys);

@@ -442,14 +442,22 @@ fn loss(archive: &Archive, backups: &[BackupInfo]) -> Result<Option<String>> {
     Ok(None)
 }
 
+/// The reason of a gap that the operator declared after `pg_resetwal`.
+pub(crate) const RESETWAL: &str =
+    "pg_resetwal was run on the server, so its WAL does not continue the archived WAL";
+
 /// Describes a loss for users: the range, the last commit before it, and the remedy.
 pub(crate) fn describe_loss(gap: &DeclaredGap) -> String {
     let since = gap
         .last_commit
         .map_or_else(String::new, |time| format!(", after {time}"));
+    let cause = match gap.reason.as_str() {
+        RESETWAL => RESETWAL,
+        _ => "the server removed it before it was archived, and nobody else had it",
+    };
     format!(
-        "WAL {} to {} of timeline branch {} is lost{since}: the server removed it before it was archived, and nobody else \
-         had it. A restore to a later time needs a base backup taken after it, which the archiver takes now",
+        "WAL {} to {} of timeline branch {} is lost{since}: {cause}. A restore to a later time \
+         needs a base backup taken after it, which the archiver takes now",
         gap.from_lsn, gap.to_lsn, gap.branch
     )
 }

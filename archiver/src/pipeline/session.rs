@@ -212,6 +212,7 @@ impl Source {
         let (branch, content) = match self.client.timeline_history(timeline).await {
             Ok(content) => (Branch::of_history(timeline, &content), content),
             Err(error) => {
+                tracing::debug!(event = "ancestor_history_missing", %timeline, %error, "the server lacks a history file");
                 let known = pipeline.known_history(timeline, descendant).await?;
                 let begins = || {
                     let file = TimelineHistory::file_of_ancestor(descendant, timeline)?;

@@ -137,8 +137,10 @@ impl Supervisor {
             | Error::Expire { .. }
             | Error::Http(_)
             | Error::Nagios { .. }
+            | Error::NoDaemon { .. }
             | Error::NotDrained { .. }
             | Error::NotNotified { .. }
+            | Error::Remove { .. }
             | Error::Verify { .. } => true,
         }
     }

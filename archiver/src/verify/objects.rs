@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use wal_format::{
-    BackupId, BackupInfo, Branch, FailoverLoss, ObjectKey, SealedReader, TimelineHistory,
-    WalIndexer, checked_json,
+    BackupId, BackupInfo, BackupNote, Branch, FailoverLoss, ObjectKey, SealedReader,
+    TimelineHistory, WalIndexer, checked_json,
 };
 
 use super::{Verifier, backup::BackupCheck};
@@ -45,6 +45,13 @@ impl Verifier {
                 ObjectKey::FailoverLoss(..) => {
                     if let Some(content) = self.read(key)?
                         && let Err(error) = checked_json::from_slice::<FailoverLoss>(&content)
+                    {
+                        self.problem(key, &error.to_string());
+                    }
+                }
+                ObjectKey::BackupNote(..) => {
+                    if let Some(content) = self.read(key)?
+                        && let Err(error) = checked_json::from_slice::<BackupNote>(&content)
                     {
                         self.problem(key, &error.to_string());
                     }

@@ -227,6 +227,7 @@ impl Scene {
             manifest_bytes: 2,
             backup_label_sha256: None,
             tablespace_map_sha256: None,
+            warnings: Vec::new(),
         };
         let json = info.to_json().expect("JSON");
         for (key, body) in [

@@ -25,6 +25,10 @@ const EXPIRE_DEFAULT: Duration = Duration::from_secs(86_400);
 /// The minimum of `remote_flush_bytes`. Below it, an object costs more than its content.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
+/// Default of `application_name` with the default slot.
+const APPLICATION_NAME_DEFAULT: &str = "tidemark";
+/// PostgreSQL cuts a longer name off.
+const APPLICATION_NAME_BYTES_MAX: usize = 63;
 /// The minimum of `spool_limit_bytes`. Below it, every short outage of the repository would stop
 /// the stream.
 const SPOOL_LIMIT_MIN: u64 = 4 << 20;
@@ -103,6 +107,10 @@ pub struct ClusterSettings {
     pub conninfo: String,
     /// The replication slot. Default: `tidemark_` and the cluster's name, with `_` for `-`.
     pub slot: String,
+    /// Our name in `pg_stat_replication` and `synchronous_standby_names`, unless the connection
+    /// settings name one. Default: `tidemark` with the default slot, else the name of the slot, so
+    /// that two archivers of one server have two names.
+    pub application_name: String,
     /// The place of its objects.
     pub repository: RepositoryPlace,
     /// The directory for local WAL that is not sealed yet.
@@ -204,6 +212,16 @@ pub(super) fn resolve(
             Some(text) => parse_duration(key, text),
             None => Ok(default),
         };
+    let default_slot = format!("tidemark_{}", name.as_str().replace('-', "_"));
+    let slot = table.slot.clone().or_else(|| defaults.slot.clone());
+    let slot = slot.unwrap_or_else(|| default_slot.clone());
+    let application_name = table.application_name.clone();
+    let application_name = application_name.or_else(|| defaults.application_name.clone());
+    let application_name = match application_name {
+        Some(name) => checked_application_name(name)?,
+        None if slot == default_slot => APPLICATION_NAME_DEFAULT.to_owned(),
+        None => slot.clone(),
+    };
     let encryption = table.encryption.resolve(&defaults.encryption)?;
     let keep = table.keep.over(&defaults.keep);
     let s3 = S3Settings::resolve(&table.s3, &defaults.s3)?;
@@ -241,11 +259,8 @@ pub(super) fn resolve(
             .or_else(|| table.conninfo.clone())
             .or_else(|| defaults.conninfo.clone())
             .unwrap_or_default(),
-        slot: table
-            .slot
-            .clone()
-            .or_else(|| defaults.slot.clone())
-            .unwrap_or_else(|| format!("tidemark_{}", name.as_str().replace('-', "_"))),
+        slot,
+        application_name,
         catalog: args
             .catalog
             .clone()
@@ -368,6 +383,17 @@ pub(super) fn resolve(
         name,
         spool,
     })
+}
+
+/// Refuses a name that PostgreSQL would change (`check_application_name`, `NAMEDATALEN`).
+fn checked_application_name(name: String) -> Result<String> {
+    let is_printable = name.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if name.is_empty() || name.len() > APPLICATION_NAME_BYTES_MAX || !is_printable {
+        return Err(Error::config(format!(
+            "application_name = \"{name}\" is not a name of 1 to {APPLICATION_NAME_BYTES_MAX} printable ASCII characters"
+        )));
+    }
+    Ok(name)
 }
 
 fn at_least(key: &str, bytes: Option<u64>, least: u64) -> Result<Option<u64>> {

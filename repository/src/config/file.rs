@@ -19,6 +19,7 @@ use crate::{Error, Result};
 /// Keys of a cluster, also allowed at the top as defaults.
 const CLUSTER_KEYS: &[&str] = &[
     "acknowledge",
+    "application_name",
     "backup_max_age",
     "catalog",
     "compression_level",
@@ -74,6 +75,7 @@ pub(super) struct ConfigFile {
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct ClusterTable {
     pub(super) acknowledge: Option<Acknowledge>,
+    pub(super) application_name: Option<String>,
     pub(super) backup_max_age: Option<String>,
     pub(super) catalog: Option<PathBuf>,
     pub(super) compression_level: Option<i32>,

@@ -93,7 +93,8 @@ impl ExpiredSet {
                     wal.covers(segment.start_lsn(size), segment.end_lsn(size))
                 })
             }
-            ObjectKey::Epoch(_)
+            ObjectKey::BackupNote(..)
+            | ObjectKey::Epoch(_)
             | ObjectKey::EpochCopy(_)
             | ObjectKey::Expired(..)
             | ObjectKey::FailoverLoss(..)

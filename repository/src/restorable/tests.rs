@@ -90,6 +90,7 @@ fn backup(number: usize, branch: Branch, start: u64, stop: u64) -> BackupInfo {
         manifest_sha256: String::new(),
         backup_label_sha256: None,
         tablespace_map_sha256: None,
+        warnings: Vec::new(),
         manifest_bytes: 0,
         raw_bytes: 0,
         stored_bytes: 0,

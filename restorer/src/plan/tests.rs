@@ -110,6 +110,7 @@ fn backup(number: u64, start: u64, stop: u64) -> BackupInfo {
         manifest_bytes: 0,
         backup_label_sha256: None,
         tablespace_map_sha256: None,
+        warnings: Vec::new(),
         raw_bytes: 0,
         stored_bytes: 0,
     }

@@ -48,6 +48,7 @@ fn info() -> BackupInfo {
         manifest_bytes: 100,
         backup_label_sha256: Some("ef".repeat(32)),
         tablespace_map_sha256: Some("01".repeat(32)),
+        warnings: Vec::new(),
         raw_bytes: 30,
         stored_bytes: 9,
     }
