@@ -27,6 +27,7 @@ mod losses;
 mod nagios;
 mod notify;
 mod output;
+mod places;
 mod remove;
 mod resetwal;
 mod run;
@@ -118,6 +119,9 @@ enum Command {
         /// The address of the daemon. Default: `http` in the configuration.
         #[arg(long, value_name = "ADDR:PORT")]
         http: Option<SocketAddr>,
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
     },
     /// Verifies that the WAL is contiguous and every object intact.
     Verify {
@@ -356,6 +360,7 @@ pub fn run(cli: Cli) -> Result<()> {
             http,
             action: None,
         } => {
+            places::require_outside(&settings)?;
             if http.is_some() {
                 daemon::require(&at(settings.clone(), http), one(&settings)?)?;
             }
@@ -366,7 +371,7 @@ pub fn run(cli: Cli) -> Result<()> {
         } => nagios::nagios(&at(settings, http)),
         Command::Status { json, http, .. } => status::status(&at(settings, http), json),
         Command::Notify(NotifyCommand::Test) => notify::test(&settings),
-        Command::Check { http } => check::check(&at(settings, http)),
+        Command::Check { http, json } => check::check(&at(settings, http), json),
         Command::Remove { dry_run } => remove::remove(one(&settings)?, dry_run),
         Command::Verify {
             deep,

@@ -44,7 +44,10 @@ pub enum Error {
     #[error(transparent)]
     Http(#[from] crate::http::HttpError),
     /// A file operation failed.
-    #[error("{action} {path}: {source}", path = path.display())]
+    #[error(
+        "{action} {path}: {source}{denial}",
+        path = path.display(), denial = repository::access::denial(path, source)
+    )]
     Io {
         /// A verb in the present tense.
         action: &'static str,
@@ -123,17 +126,14 @@ pub enum Error {
     },
     /// This user has no permission to write the spool.
     #[error(
-        "the spool {path} cannot be written by user {user}: {source}; run `install -d -o {user} -m 0700 {missing}` as \
-         root, or name a directory of this user with --spool or the key spool",
-        path = path.display(), missing = missing.display()
+        "the spool {path} cannot be written by user {user}: {source}{denial}; else name a directory of this user with \
+         --spool or the key spool",
+        path = path.display(), user = repository::access::this_user(),
+        denial = repository::access::denial(path, source)
     )]
     SpoolDenied {
         /// The directory `{spool}/{cluster}`.
         path: PathBuf,
-        /// The directory to create for this user: `path`, or its parent if that does not exist.
-        missing: PathBuf,
-        /// The user that this process runs as.
-        user: String,
         /// The operating system's error.
         source: io::Error,
     },

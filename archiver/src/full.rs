@@ -27,6 +27,9 @@ fn main() -> ExitCode {
         )
         .with_target(false)
         .init();
+    // Other users get access to nothing. A group has access only to directories that are shared
+    // with it (`repository::access`).
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o007));
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

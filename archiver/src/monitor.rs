@@ -148,7 +148,7 @@ impl Monitor {
             || {
                 let directory = settings.spool.join(name.as_str()).join("history");
                 // Without the directory, all of these are kept in memory only and log that.
-                drop(std::fs::create_dir_all(&directory));
+                drop(repository::durable::create_dir_all(&directory));
                 let mailbox = self.notifier.open(&name, &directory);
                 Arc::new(Recorded {
                     series: Mutex::new(Series::open(&directory.join("series"))),

@@ -25,16 +25,17 @@ use std::{
 use intake::{Looked, Pusher, Running, WalFile};
 use quick::{
     message::{Answer, receive_request, send_answer},
-    push::socket_path,
+    push::{SocketAddress, socket_path},
 };
 use repository::{
-    Repository,
+    Repository, access,
     config::{Acknowledge, ClusterSettings},
 };
 
 use crate::{
     cluster_status::ClusterStatus,
     error::{Error, Result},
+    spool,
 };
 
 /// The number of workers: one compresses while the other checks.
@@ -118,7 +119,8 @@ impl Drop for PushServer {
         }
         self.desk.changed.notify_all();
         // Wakes the thread that accepts connections.
-        drop(UnixStream::connect(&self.path));
+        let address = SocketAddress::of(&self.desk.settings);
+        drop(address.and_then(|address| UnixStream::connect(&address.path)));
         if let Err(error) = fs::remove_file(&self.path) {
             tracing::debug!(%error, "the socket for pushes stays behind");
         }
@@ -131,7 +133,7 @@ impl Drop for PushServer {
 /// [`Error::Io`] if the socket cannot be created.
 pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<PushServer> {
     let path = socket_path(settings);
-    fs::create_dir_all(&settings.spool).map_err(Error::io("create directory", &settings.spool))?;
+    spool::create_directory(&settings.spool)?;
     // A daemon that was killed leaves its socket. A running daemon would hold the spool's lock, and
     // this code would not be reached.
     match fs::remove_file(&path) {
@@ -140,8 +142,13 @@ pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<P
         }
         _ => {}
     }
-    let listener = UnixListener::bind(&path).map_err(Error::io("listen on", &path))?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o600))
+    let address = SocketAddress::of(settings).map_err(Error::io("listen on", &path))?;
+    let listener = UnixListener::bind(&address.path).map_err(Error::io("listen on", &path))?;
+    let mode = match access::is_shared(&settings.spool) {
+        true => 0o660,
+        false => 0o600,
+    };
+    fs::set_permissions(&path, fs::Permissions::from_mode(mode))
         .map_err(Error::io("protect", &path))?;
     let desk = Arc::new(Desk {
         settings: settings.clone(),

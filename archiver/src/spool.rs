@@ -21,12 +21,12 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use intake::spool_files;
-use repository::CrashPoint;
+use repository::{CrashPoint, access};
 use wal_format::{
     Branch, Lsn, SegmentName, SegmentNo, SegmentSize, WalFileName, WalIdentity, page::PageHeader,
 };
@@ -63,7 +63,10 @@ impl Spool {
     pub fn open(spool: &Path, cluster: &wal_format::ClusterName) -> Result<Self> {
         let directory = spool.join(cluster.as_str());
         create_directory(&directory).map_err(|error| match error {
-            Error::Io { source, .. } if is_denied(&source) => denied(&directory, source),
+            Error::Io { source, .. } if is_denied(&source) => Error::SpoolDenied {
+                path: directory.clone(),
+                source,
+            },
             error => error,
         })?;
         let path = directory.join(LOCK_FILE);
@@ -71,6 +74,7 @@ impl Spool {
             .create(true)
             .truncate(false)
             .write(true)
+            .mode(0o600)
             .open(&path)
             .map_err(Error::io("open", &path))?;
         match lock.try_lock() {
@@ -113,22 +117,24 @@ impl Spool {
     }
 }
 
-/// Checks that this user may write `{spool}/{cluster}`, or create it. Changes nothing. Returns the
-/// free bytes of its file system. `None` if the system does not report them.
+/// Checks that this user may write `{spool}/{cluster}`, or create it. Creates only a file without a
+/// name, for a moment. Returns the free bytes of its file system. `None` if the system does not
+/// report them.
 ///
 /// # Errors
 /// [`Error::SpoolDenied`], [`Error::Io`].
 pub fn writable(cluster_directory: &Path) -> Result<Option<u64>> {
     let existing = cluster_directory
         .ancestors()
-        .find(|path| path.is_dir())
+        .find(|path| path.exists())
         .unwrap_or(cluster_directory);
-    let wanted = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
-    if let Err(errno) = rustix::fs::access(existing, wanted) {
-        let source = io::Error::from(errno);
+    if let Err(source) = tempfile::tempfile_in(existing) {
         return Err(match is_denied(&source) {
-            true => denied(cluster_directory, source),
-            false => Error::io("write", existing)(source),
+            true => Error::SpoolDenied {
+                path: cluster_directory.to_path_buf(),
+                source,
+            },
+            false => Error::io("create a file in", existing)(source),
         });
     }
     Ok(rustix::fs::statvfs(existing)
@@ -136,30 +142,24 @@ pub fn writable(cluster_directory: &Path) -> Result<Option<u64>> {
         .map(|space| space.f_bavail.saturating_mul(space.f_frsize)))
 }
 
+/// Returns true if an archiver on this host holds the lock of `{spool}/{cluster}`. Reads the table
+/// of the kernel: to try the lock could make an archiver fail that starts at this moment.
+pub(crate) fn is_locked(cluster_directory: &Path) -> bool {
+    let Ok(found) = fs::metadata(cluster_directory.join(LOCK_FILE)) else {
+        return false;
+    };
+    // `1: FLOCK  ADVISORY  WRITE 4711 fd:01:131089 0 EOF` (`proc_locks(5)`). Btrfs shows another
+    // device than `stat`, so only the inode counts.
+    let inode = format!(":{}", found.ino());
+    let locks = fs::read_to_string("/proc/locks").unwrap_or_default();
+    let mut locks = locks.lines();
+    locks.any(|line| {
+        line.contains(" FLOCK ") && line.split_whitespace().any(|word| word.ends_with(&inode))
+    })
+}
+
 fn is_denied(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::PermissionDenied
-}
-
-fn denied(cluster_directory: &Path, source: io::Error) -> Error {
-    let parent = cluster_directory.parent().filter(|path| !path.exists());
-    Error::SpoolDenied {
-        path: cluster_directory.to_path_buf(),
-        missing: parent.unwrap_or(cluster_directory).to_path_buf(),
-        user: user_name(rustix::process::geteuid().as_raw()),
-        source,
-    }
-}
-
-/// Returns the name of a user, or the number if `/etc/passwd` does not contain it.
-pub(crate) fn user_name(uid: u32) -> String {
-    let uid = uid.to_string();
-    let users = fs::read_to_string("/etc/passwd").unwrap_or_default();
-    let name = users.lines().find_map(|line| {
-        let mut fields = line.split(':');
-        let name = fields.next()?;
-        (fields.nth(1)? == uid).then(|| name.to_owned())
-    });
-    name.unwrap_or(uid)
 }
 
 /// Returns the branches below `{spool}/{cluster}`. Does not take the lock, so that `status` can
@@ -471,8 +471,9 @@ fn remove_file(path: &Path) -> Result<()> {
     }
 }
 
-/// Creates a directory and its parents, each durable in its parent.
-fn create_directory(path: &Path) -> Result<()> {
+/// Creates a directory and its parents, each durable in its parent. Only the owner may enter them,
+/// and the group that the directory above is shared with.
+pub(crate) fn create_directory(path: &Path) -> Result<()> {
     let parent = path
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty());
@@ -481,8 +482,16 @@ fn create_directory(path: &Path) -> Result<()> {
         if let Some(parent) = parent {
             create_directory(parent)?;
         }
-        match fs::create_dir(path).and_then(|()| CrashPoint::SpoolDirectoryCreated.reach()) {
-            Ok(()) => {}
+        let above = parent.unwrap_or(Path::new("."));
+        let created = File::open(above)
+            .and_then(access::directory_mode)
+            .and_then(|mode| fs::DirBuilder::new().mode(mode).create(path));
+        match created.and_then(|()| CrashPoint::SpoolDirectoryCreated.reach()) {
+            Ok(()) => {
+                File::open(path)
+                    .and_then(|created| access::inherit(created, File::open(above)?))
+                    .map_err(Error::io("set the permissions of", path))?;
+            }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             Err(error) => return Err(Error::io("create directory", path)(error)),
         }

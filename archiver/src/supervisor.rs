@@ -177,14 +177,14 @@ pub async fn run(
     outcome.and(drained).and(stopped)
 }
 
-/// Listens for pushes and for standbys. If the disk is full, no push server runs, and each push
-/// works on its own.
+/// Listens for pushes and for standbys. If the socket for pushes cannot be created, each push works
+/// on its own.
 async fn listen(
     settings: &ClusterSettings,
     status: &Arc<ClusterStatus>,
 ) -> Result<(Option<PushServer>, Option<Walsender>)> {
     let pushes = match push::start(settings, Arc::clone(status)) {
-        Err(error) if error.is_disk_full() => {
+        Err(error) if !error.is_out_of_resources() => {
             tracing::warn!(
                 event = "pushes_unserved", cluster = %settings.name, %error,
                 "pushes are not served until the next start: each works alone"

@@ -63,6 +63,9 @@ pub(crate) struct Findings {
     losses: Vec<String>,
     /// Backups with objects and without a description.
     undescribed: Vec<BackupId>,
+    /// Results of backups, drills and verifications that cannot be parsed, with the reason. No
+    /// restore needs them.
+    unreadable: Vec<String>,
     /// Objects that are not ours: nothing of them is read, and nothing is missing because of them.
     foreign: Vec<String>,
 }
@@ -82,6 +85,7 @@ impl Findings {
             "problems": self.problems.iter().map(problem).collect::<Vec<_>>(),
             "losses": self.losses,
             "backups_without_description": self.undescribed,
+            "unreadable_results": self.unreadable,
             "foreign_objects": self.foreign,
         })
     }
@@ -99,6 +103,11 @@ impl Findings {
             lines.push(format!(
                 "{place}: backup {id} has no backup.json, so it is ignored: it is being taken now, was interrupted, or its \
                  description is lost"
+            ));
+        }
+        for result in &self.unreadable {
+            lines.push(format!(
+                "{place}: {result}; this result is ignored, no restore needs it. Remove the object"
             ));
         }
         for name in self.foreign.iter().take(FOREIGN_LISTED) {
@@ -221,6 +230,7 @@ fn examine(place: &Repository, identity: &ClusterIdentity, deep: bool) -> Result
         problems: verifier.problems,
         losses: verifier.losses,
         undescribed: verifier.undescribed,
+        unreadable: verifier.unreadable,
         foreign: place.foreign_names()?,
     })
 }
@@ -238,6 +248,7 @@ struct Verifier {
     losses: Vec<String>,
     gaps: Vec<DeclaredGap>,
     undescribed: Vec<BackupId>,
+    unreadable: Vec<String>,
 }
 
 impl Verifier {
@@ -256,6 +267,7 @@ impl Verifier {
             losses: Vec::new(),
             gaps: Vec::new(),
             undescribed: Vec::new(),
+            unreadable: Vec::new(),
         }
     }
 

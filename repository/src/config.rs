@@ -11,6 +11,7 @@ use wal_format::ClusterName;
 
 use crate::{Error, Result};
 
+mod access;
 mod cluster;
 mod file;
 mod http;

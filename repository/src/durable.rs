@@ -4,62 +4,11 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
-use rustix::{
-    fs::{Gid, Uid, fchown, fstat},
-    process::geteuid,
-};
-
-use crate::{CrashPoint, Error, Result};
-
-/// Writes `bytes` to a new file at `path`. Fails if the file exists. A crash leaves either the
-/// whole file or no file under that name.
-///
-/// # Errors
-/// [`Error::Store`]; `AlreadyExists` inside when the name is taken.
-pub fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
-    let directory = parent(path);
-    let temporary = tempfile::Builder::new()
-        .prefix(".tidemark-")
-        .tempfile_in(directory)
-        .map_err(Error::store("create a file in", directory))?;
-    File::open(directory)
-        .and_then(|directory| keep_owner(temporary.as_file(), directory))
-        .map_err(Error::store("change the owner of", path))?;
-    temporary
-        .as_file()
-        .write_all(bytes)
-        .map_err(Error::store("write", path))?;
-    temporary
-        .as_file()
-        .sync_all()
-        .map_err(Error::store("fsync", path))?;
-    // Unlike a rename, a hard link never replaces an existing file. Dropping `temporary` removes
-    // the temporary name.
-    fs::hard_link(temporary.path(), path).map_err(Error::store("create", path))?;
-    drop(temporary);
-    sync_dir(directory)
-}
-
-/// Gives what root created to the owner of the directory that contains it. Otherwise a command that
-/// root runs once would leave files in a repository or spool that its own user cannot read.
-///
-/// # Errors
-/// Those of `fstat` and `fchown`.
-pub(crate) fn keep_owner(created: impl AsFd, directory: impl AsFd) -> io::Result<()> {
-    if !geteuid().is_root() {
-        return Ok(());
-    }
-    let above = fstat(directory)?;
-    if above.st_uid != 0 {
-        let (user, group) = (Uid::from_raw(above.st_uid), Gid::from_raw(above.st_gid));
-        fchown(created, Some(user), Some(group))?;
-    }
-    Ok(())
-}
+use crate::{CrashPoint, Error, Result, access};
 
 /// Renames durably, replacing `to`. Both must be on one file system.
 ///
@@ -111,7 +60,7 @@ pub fn sync_dir(directory: &Path) -> Result<()> {
 }
 
 /// Creates `directory` and its missing parents. Makes each of them durable in its parent. Only the
-/// owner may enter them.
+/// owner may enter them, and the group that the directory above is shared with.
 ///
 /// # Errors
 /// [`Error::Store`].
@@ -125,11 +74,13 @@ pub fn create_dir_all(directory: &Path) -> Result<()> {
         above = parent(above);
     }
     for path in missing.into_iter().rev() {
-        match fs::DirBuilder::new().mode(0o700).create(&path) {
+        let mode = File::open(parent(&path)).and_then(access::directory_mode);
+        let mode = mode.map_err(Error::store("look at", parent(&path)))?;
+        match fs::DirBuilder::new().mode(mode).create(&path) {
             Ok(()) => {
                 let reached = CrashPoint::DirectoryCreated.reach();
                 let synced = reached
-                    .and_then(|()| keep_owner(File::open(&path)?, File::open(parent(&path))?))
+                    .and_then(|()| access::inherit(File::open(&path)?, File::open(parent(&path))?))
                     .map_err(Error::store("create directory", &path))
                     .and_then(|()| sync_dir(parent(&path)));
                 if synced.is_err() {
@@ -165,8 +116,10 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
         .open(&fresh)
         .and_then(|mut file| {
             CrashPoint::RecordCreated.reach()?;
-            keep_owner(&file, File::open(parent(path))?)?;
-            if let Ok(permissions) = permissions {
+            access::inherit(&file, File::open(parent(path))?)?;
+            if let Ok(permissions) = permissions
+                && file.metadata()?.permissions() != permissions
+            {
                 file.set_permissions(permissions)?;
             }
             file.write_all(bytes)?;
@@ -190,6 +143,8 @@ fn parent(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use rustix::process::geteuid;
+
     use super::*;
 
     /// Only root can give files away, so another user's run checks nothing.
@@ -204,42 +159,26 @@ mod tests {
         chown(directory.path(), Some(65_534), Some(65_534)).expect("root may");
         let below = directory.path().join("a/b");
         create_dir_all(&below).expect("directories");
-        write_new(&below.join("new"), b"one").expect("a file");
         replace(&below.join("record"), b"two").expect("a file");
         let store = crate::store::LocalStore::open(directory.path()).expect("a store");
         let put = crate::ObjectStore::put_if_absent(&store, "main/gap/object", b"three");
         put.expect("an object");
-        for path in [
-            "a",
-            "a/b",
-            "a/b/new",
-            "a/b/record",
-            "main",
-            "main/gap/object",
-        ] {
+        for path in ["a", "a/b", "a/b/record", "main", "main/gap/object"] {
             let found = fs::metadata(directory.path().join(path)).expect("it is there");
             assert_eq!((found.uid(), found.gid()), (65_534, 65_534), "{path}");
         }
     }
 
     #[test]
-    fn write_new_never_replaces() {
+    fn a_file_is_replaced_and_removed_without_leftovers() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("file");
-        write_new(&path, b"one").expect("the name is free");
-        let error = write_new(&path, b"two").expect_err("the name is taken");
-        let Error::Store { source, .. } = error else {
-            panic!("{error}")
-        };
-        assert_eq!(source.kind(), io::ErrorKind::AlreadyExists);
-        assert_eq!(fs::read(&path).expect("it is there"), b"one");
-        assert_eq!(
-            fs::read_dir(directory.path()).expect("it lists").count(),
-            1,
-            "no leftovers"
-        );
-        replace(&path, b"three").expect("it replaces");
-        assert_eq!(fs::read(&path).expect("it is there"), b"three");
+        for content in [b"one", b"two"] {
+            replace(&path, content).expect("it replaces");
+            assert_eq!(fs::read(&path).expect("it is there"), content);
+        }
+        let entries = fs::read_dir(directory.path()).expect("it lists");
+        assert_eq!(entries.count(), 1);
         remove(&path).expect("it goes");
         remove(&path).expect("it is gone, which is fine");
     }

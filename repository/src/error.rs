@@ -4,7 +4,7 @@ use std::{io, path::PathBuf};
 
 use wal_format::{ClusterName, ObjectKey, PgVersion, SystemIdentifier};
 
-use crate::{ExitKind, Loss};
+use crate::{ExitKind, Loss, access::denial};
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -201,7 +201,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The store failed or refused.
-    #[error("{action} {path}: {source}", path = path.display())]
+    #[error("{action} {path}: {source}{denial}", path = path.display(), denial = denial(path, source))]
     Store {
         /// A verb in the present tense.
         action: &'static str,
@@ -263,6 +263,13 @@ impl Error {
             Self::Gone { .. } | Self::OlderState { .. } | Self::Store { .. } => true,
             _ => false,
         }
+    }
+
+    /// Returns true if the operating system denied access to a file. Only an operator can change
+    /// that.
+    #[must_use]
+    pub fn is_denied(&self) -> bool {
+        matches!(self, Self::Store { source, .. } if source.kind() == io::ErrorKind::PermissionDenied)
     }
 
     /// Returns true if the place does not contain the archive that this host writes to, or contains

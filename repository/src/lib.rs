@@ -5,6 +5,7 @@
 //! crate `catalog` indexes it. The API blocks on purpose: a store that needs a runtime drives its
 //! own, and async callers use `spawn_blocking`.
 
+pub mod access;
 mod backup_notes;
 mod command_hints;
 pub mod config;

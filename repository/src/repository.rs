@@ -127,7 +127,7 @@ impl Repository {
         let Some(folder) = place.url.folder().filter(|_| plain) else {
             return Ok(None);
         };
-        let store = Arc::new(LocalStore::at(folder));
+        let store = Arc::new(LocalStore::at(folder).shared_with(place.access.clone()));
         Ok(Some(Self::with_store(store, cluster.clone())))
     }
 
@@ -624,7 +624,9 @@ impl Repository {
 /// Opens the store at a place, without decryption.
 pub(crate) fn open_store(place: &RepositoryPlace) -> Result<Arc<dyn ObjectStore>> {
     Ok(match &place.url {
-        RepositoryUrl::Folder(folder) => Arc::new(LocalStore::at(folder)),
+        RepositoryUrl::Folder(folder) => {
+            Arc::new(LocalStore::at(folder).shared_with(place.access.clone()))
+        }
         RepositoryUrl::S3 { bucket, prefix } if place.as_of.is_some() => {
             let at = place.as_of.unwrap_or_default();
             let requests = place.requests.clone();

@@ -1,8 +1,11 @@
 //! [`Error`]: the reason why a restore failed, and the contract's exit code for it.
 
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
-use repository::{Damage, ExitKind};
+use repository::{Damage, ExitKind, access::denial};
 use wal_format::Lsn;
 
 use crate::plan::PlanError;
@@ -41,7 +44,7 @@ pub enum Error {
         signal: &'static str,
     },
     /// A file operation failed.
-    #[error("{action} {path}: {source}{remedy}", path = path.display(), remedy = remedy(source))]
+    #[error("{action} {path}: {source}{remedy}", path = path.display(), remedy = remedy(path, source))]
     Io {
         /// The operation as a verb in the present tense.
         action: &'static str,
@@ -163,19 +166,20 @@ pub enum Error {
 }
 
 /// Returns the remedy for the most common errors of files, as the end of a sentence.
-fn remedy(source: &io::Error) -> &'static str {
-    match source.kind() {
+fn remedy(path: &Path, source: &io::Error) -> String {
+    let remedy = match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
             "; make room and run the same command again"
         }
         io::ErrorKind::PermissionDenied => {
-            "; let the user who runs this write there, or give another directory"
+            return format!("{}; else give another directory", denial(path, source));
         }
         io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::NotADirectory => {
             "; give another directory"
         }
         _ => "",
-    }
+    };
+    remedy.to_owned()
 }
 
 impl Error {

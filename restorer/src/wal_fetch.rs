@@ -93,7 +93,8 @@ pub fn wal_fetch(
     patiently(name, || deliver(repository, plan, name, destination))
 }
 
-/// Runs `attempt` and retries it on transient errors of the store, for at most `PATIENCE`.
+/// Runs `attempt` and retries it on transient errors of the store, for at most `PATIENCE`. A denied
+/// permission is not retried, because only an operator can change it.
 /// `restore_command` makes all its requests to the store through this function, because PostgreSQL
 /// does not retry. `name` is for the log.
 ///
@@ -104,7 +105,9 @@ pub fn patiently<T>(name: &str, mut attempt: impl FnMut() -> Result<T>) -> Resul
     let began = Instant::now();
     loop {
         match attempt() {
-            Err(Error::Repository(error)) if error.is_transient() && began.elapsed() < PATIENCE => {
+            Err(Error::Repository(error))
+                if error.is_transient() && !error.is_denied() && began.elapsed() < PATIENCE =>
+            {
                 tracing::warn!(%error, "fetching {name} failed and is tried again");
                 thread::sleep(pause);
                 pause = (pause * 2).min(LAST_PAUSE);

@@ -7,8 +7,6 @@ use std::{
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    thread::sleep,
-    time::Duration,
 };
 
 use repository::{Repository, config::RepositoryUrl};
@@ -169,6 +167,7 @@ fn one_is_only_for_what_is_proved_absent() {
     a_missing_repository_is_no_answer(&scene, middle);
     damage_is_no_answer(&scene, middle);
     a_repository_that_is_away_is_waited_for(&scene, sealed[0]);
+    a_denied_permission_is_not_waited_for(&scene, sealed[0]);
 }
 
 /// Returns the name of the segment after the next.
@@ -394,20 +393,37 @@ fn damage_is_no_answer(scene: &Scene, middle: SegmentName) {
 
 /// A repository that comes back within the retries.
 fn a_repository_that_is_away_is_waited_for(scene: &Scene, name: SegmentName) {
-    let object = scene.object(name);
-    let folder = object.parent().expect("a folder");
+    let here = scene.repository();
+    let aside = here.with_extension("aside");
     let _before = fs::remove_file(scene.destination());
-    fs::set_permissions(folder, fs::Permissions::from_mode(0o000)).expect("permissions");
-    let mut child = scene.fetch(&name.to_string()).spawn().expect("it runs");
-    sleep(Duration::from_millis(700));
-    assert!(
-        child.try_wait().expect("a child").is_none(),
-        "it gave up at once"
-    );
-    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).expect("permissions");
+    repository::durable::rename(&here, &aside).expect("it goes");
+    let mut child = scene.fetch(&name.to_string());
+    let mut child = child.stderr(Stdio::piped()).spawn().expect("it runs");
+    let mut error = BufReader::new(child.stderr.take().expect("a pipe"));
+    let mut line = String::new();
+    error.read_line(&mut line).expect("a warning");
+    assert!(line.contains("is tried again"), "{line}");
+    repository::durable::rename(&aside, &here).expect("it is back");
     assert_eq!(child.wait().expect("a child").code(), Some(0));
     let delivered = fs::read(scene.destination()).expect("it was delivered");
     assert!(delivered == scene.of_server(name));
+}
+
+/// Only an operator can change a permission, so PostgreSQL gets its answer at once.
+fn a_denied_permission_is_not_waited_for(scene: &Scene, name: SegmentName) {
+    let object = scene.object(name);
+    let folder = object.parent().expect("a folder");
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o000)).expect("permissions");
+    let mut child = scene.fetch(&name.to_string());
+    let output = child.output().expect("it runs");
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).expect("permissions");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(255), "{said}");
+    let remedy = format!("run `chmod u+rwX {}`", folder.display());
+    assert!(
+        !said.contains("is tried again") && said.contains(&remedy),
+        "{said}"
+    );
 }
 
 fn find(root: &Path, text: &str) -> Vec<PathBuf> {

@@ -49,7 +49,10 @@ pub enum Error {
         ours: String,
     },
     /// A file operation failed.
-    #[error("{action} {path}: {source}", path = path.display())]
+    #[error(
+        "{action} {path}: {source}{denial}",
+        path = path.display(), denial = repository::access::denial(path, source)
+    )]
     Io {
         /// A verb in the present tense.
         action: &'static str,

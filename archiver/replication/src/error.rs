@@ -53,7 +53,10 @@ pub enum Error {
         source: io::Error,
     },
     /// The server does not match `target_session_attrs`.
-    #[error("PostgreSQL at {place} is {found}, but target_session_attrs={wanted}")]
+    #[error(
+        "PostgreSQL at {place} is {found}, but target_session_attrs={wanted}; add the host of such a server to conninfo, or \
+         change target_session_attrs"
+    )]
     OtherSession {
         /// Host and port.
         place: String,
@@ -164,7 +167,7 @@ fn fixed_remedy(report: &ServerReport, says: &dyn Fn(&str) -> bool) -> &'static 
         }
         "28000" => {
             "; pg_hba.conf needs a line for this role and this host, with database \"replication\" for the stream and \
-             \"postgres\" (or dbname) for SQL"
+             \"postgres\" (or dbname) for SQL; then reload the server"
         }
         "3D000" => "; name a database that exists as dbname",
         "42501" => "; give the role the REPLICATION attribute: ALTER ROLE … REPLICATION",

@@ -6,9 +6,11 @@ use repository::{
     ExitKind, Repository,
     config::{ClusterSettings, Settings},
 };
+use serde_json::Value;
 use wal_format::{PgVersion, SystemIdentifier};
 
-use super::{daemon, output, runtime};
+use self::report::Report;
+use super::{daemon, output, places, runtime};
 use crate::{
     error::{Error, Result},
     http::tls_expiry,
@@ -19,66 +21,45 @@ use crate::{
 
 mod beside;
 mod disk;
+mod neighbours;
+mod report;
 
 /// Less free space than this in the spool is reported. At 16 MiB of WAL per minute, a store that is
 /// down for an hour fills it.
 const SPOOL_FREE_MIN: u64 = 1 << 30;
 
-pub(super) fn check(settings: &Settings) -> Result<()> {
+pub(super) fn check(settings: &Settings, is_json: bool) -> Result<()> {
     let runtime = runtime()?;
-    let mut report = Report::default();
+    let mut report = Report::new(is_json);
     beside::descriptors(settings.clusters.len(), &mut report);
+    let reports = daemon::reports(settings);
     for cluster in &settings.clusters {
-        output::line(&format!("cluster {}", cluster.name));
-        let system = runtime.block_on(server(cluster, &mut report));
+        report.begin(Some(cluster.name.as_str()));
+        let system = runtime.block_on(server(cluster, &reports, &mut report));
         for conninfo in &cluster.standbys {
             runtime.block_on(standby(conninfo, cluster, system, &mut report));
         }
+        if let Some(problem) = places::inside_server(cluster) {
+            report.fail("directories", &problem, ExitKind::Usage);
+        }
         store(cluster, system, &mut report);
         local(cluster, system, &mut report);
+        neighbours::shared(cluster, &mut report);
+        neighbours::foreign_files(cluster, &mut report);
         beside::backups(cluster, &mut report);
         beside::retention(cluster, &mut report);
     }
-    beside::dashboard(settings, &mut report);
-    match report.worst {
-        None => Ok(()),
-        Some(kind) => Err(Error::Check {
-            failed: report.failures.len(),
-            kind,
-        }),
-    }
-}
-
-#[derive(Default)]
-struct Report {
-    /// The full text of each failed check.
-    failures: Vec<String>,
-    worst: Option<ExitKind>,
-}
-
-impl Report {
-    fn ok(&mut self, what: &str, found: &str) {
-        output::line(&format!("  ok    {what}: {found}"));
-    }
-
-    fn note(&mut self, what: &str, found: &str) {
-        output::line(&format!("  note  {what}: {found}"));
-    }
-
-    fn fail(&mut self, what: &str, found: &str, kind: ExitKind) {
-        output::line(&format!("  FAIL  {what}: {found}"));
-        self.failures.push(found.to_owned());
-        self.worst.get_or_insert(kind);
-    }
-
-    fn fail_with(&mut self, what: &str, error: &Error) {
-        self.fail(what, &error.to_string(), error.exit_kind());
-    }
+    beside::dashboard(settings, &reports, &mut report);
+    report.finish()
 }
 
 /// Checks the server's settings and the role's privileges. Returns the server's system identifier,
 /// if it answers.
-async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<SystemIdentifier> {
+async fn server(
+    cluster: &ClusterSettings,
+    reports: &[Value],
+    report: &mut Report,
+) -> Option<SystemIdentifier> {
     let conninfo = match ConnInfo::of_cluster(cluster) {
         Ok(conninfo) => conninfo,
         Err(error) => {
@@ -113,6 +94,7 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
     }
     let sql = ReplicationClient::connect(client.conninfo(), ConnectionMode::Sql).await;
     let sees_slots = sql.is_ok() || version.num >= 150_000;
+    let mut other_holder = None;
     match sql {
         Ok(mut sql) => {
             report.ok(
@@ -122,6 +104,13 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
             if let Err(error) = beside::server(&mut sql, &cluster.slot, report).await {
                 report.fail_with("server's room", &error);
             }
+            if let Err(error) = neighbours::archiver(&mut sql, report).await {
+                report.fail_with("server's archiver", &error);
+            }
+            match neighbours::other_holder(&mut sql, cluster, reports).await {
+                Ok(holder) => other_holder = holder,
+                Err(error) => report.fail_with("replication slot", &error),
+            }
             sql.close().await;
         }
         Err(error) => report.note(
@@ -130,6 +119,16 @@ async fn server(cluster: &ClusterSettings, report: &mut Report) -> Option<System
         ),
     }
     match client.slot(&cluster.slot).await {
+        Ok(Some(_)) if other_holder.is_some() => report.fail(
+            "replication slot",
+            &format!(
+                "\"{}\" is in use by {}, which is not the daemon of this configuration: only one archiver can stream with \
+                 it. Stop the other one, or name another slot as slot in the configuration",
+                cluster.slot,
+                other_holder.unwrap_or_default()
+            ),
+            ExitKind::Usage,
+        ),
         Ok(None) if !sees_slots => report.note(
             "replication slot",
             "not to be seen without SQL before PostgreSQL 15; `wal-archiver run` creates it when it is missing",
@@ -370,7 +369,11 @@ fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
                 free.map_or_else(|| "unknown".to_owned(), output::bytes)
             ),
         ),
-        Err(error) => report.fail_with("spool", &error),
+        Err(error @ Error::SpoolDenied { .. }) => return report.fail_with("spool", &error),
+        Err(error) => {
+            let remedy = "name another directory with --spool or the key spool";
+            return report.fail("spool", &format!("{error}; {remedy}"), error.exit_kind());
+        }
     }
     disk::journal(&directory, report);
     report.note(

@@ -3,15 +3,21 @@
 use replication::ConnInfo;
 use repository::config::Settings;
 
-use super::output;
-use crate::{error::Result, http};
+use super::{output, places};
+use crate::{error::Result, http, replication::ConnInfo};
 
 pub(super) fn check(settings: &Settings) -> Result<()> {
     http::check(settings.http, &settings.http_access)?;
+    places::require_outside(settings)?;
     for cluster in &settings.clusters {
         ConnInfo::parse(&cluster.conninfo)?;
         for other in cluster.heal_from.iter().chain(&cluster.standbys) {
             ConnInfo::parse(other)?;
+        }
+        for place in cluster.repository.each() {
+            if let Some(source) = &place.encryption {
+                source.load()?;
+            }
         }
         output::line(&format!("cluster {}: configuration is valid", cluster.name));
     }

@@ -6,7 +6,7 @@ use repository::{ExitKind, config::Settings, expire::Swept};
 use serde::Serialize;
 use wal_format::{ClusterName, SystemIdentifier};
 
-use super::output;
+use super::{output, places};
 use crate::{
     error::{Error, Result},
     expire::{
@@ -32,6 +32,7 @@ pub(super) fn expire(
     let mut documents = Vec::new();
     let mut ended = Ok(());
     for cluster in &settings.clusters {
+        places::require_known(cluster)?;
         let now = Timestamp::now();
         let wish = Wish {
             system,

@@ -12,7 +12,7 @@ use repository::{
     store::EncryptedStore,
 };
 
-use super::output;
+use super::{output, places::unknown};
 use crate::error::{Error, Result};
 
 pub(super) fn new(path: Option<&Path>) -> Result<()> {
@@ -26,7 +26,15 @@ pub(super) fn new(path: Option<&Path>) -> Result<()> {
         .create_new(true)
         .mode(0o600)
         .open(path)
-        .map_err(Error::io("create", path))?;
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::AlreadyExists => Error::Usage {
+                message: format!(
+                    "{} exists already and may hold the only key of an archive: it stays as it is; name another file",
+                    path.display()
+                ),
+            },
+            _ => Error::io("create", path)(error),
+        })?;
     file.write_all(format!("{}\n", line.as_str()).as_bytes())
         .and_then(|()| file.sync_all())
         .map_err(Error::io("write", path))?;
@@ -73,7 +81,8 @@ fn each(
             // written there.
             let opened = Repository::open_known_place(cluster, &place);
             match opened.and_then(|opened| opened.identity()) {
-                Ok(_) => {}
+                Ok(Some(_)) => {}
+                Ok(None) => return Err(unknown(cluster, &place.to_string())),
                 // A place that is offline does not block the others.
                 Err(error) if error.is_transient() => {
                     encrypted = true;

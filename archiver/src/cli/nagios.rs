@@ -8,10 +8,7 @@ use repository::config::Settings;
 use serde_json::Value;
 
 use super::{daemon, output};
-use crate::{
-    error::{Error, Result},
-    report::words,
-};
+use crate::error::{Error, Result};
 
 /// A Nagios state, with its exit code. [`Level::rank`] is the order for choosing the worst of
 /// several.
@@ -83,8 +80,7 @@ pub(super) fn nagios(settings: &Settings) -> Result<()> {
                 cluster.name
             )),
             Some(report) => {
-                let reason = report["reason"].as_str().unwrap_or("unknown");
-                texts.push(format!("{}: {}", cluster.name, words::brief(reason)));
+                texts.push(format!("{}: {}", cluster.name, reasons(report)));
                 data.push(performance(cluster.name.as_str(), report));
             }
         }
@@ -103,6 +99,20 @@ pub(super) fn nagios(settings: &Settings) -> Result<()> {
         Level::Ok => Ok(()),
         worst => Err(Error::Nagios { code: worst as u8 }),
     }
+}
+
+/// Returns the reason of the state, then the alerts that it does not contain. One of them decided
+/// the level.
+fn reasons(report: &Value) -> String {
+    let reason = report["reason"].as_str().unwrap_or("unknown");
+    let mut texts = vec![reason];
+    for alert in report["alerts"].as_array().into_iter().flatten() {
+        let summary = alert["summary"].as_str().unwrap_or_default();
+        if !texts.iter().any(|text| text.contains(summary)) {
+            texts.push(summary);
+        }
+    }
+    texts.join("; ")
 }
 
 /// Returns performance data, `'name'=value;warning;critical;minimum`. `U` is Nagios's unknown
@@ -142,6 +152,13 @@ mod tests {
         );
         check(json!({ "state": "broken", "alerts": [] }), Level::Critical);
         check(json!({}), Level::Unknown);
+        let report = json!({ "reason": "streaming", "alerts": [
+            { "summary": "the newest backup is 9 days old" }, { "summary": "streaming" }
+        ] });
+        assert_eq!(
+            reasons(&report),
+            "streaming; the newest backup is 9 days old"
+        );
         let data = performance("main", &json!({ "rpo_target_seconds": 5.0 }));
         assert!(data.starts_with("'main_rpo'=U;;5;0"), "{data}");
     }

@@ -11,12 +11,12 @@
 use std::{
     fs::File,
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use repository::{CrashPoint, durable};
+use repository::{CrashPoint, access, durable};
 use wal_format::SegmentNo;
 
 use super::{BranchSpool, sync_directory};
@@ -73,8 +73,14 @@ impl OpenSegment {
             .write(true)
             .create(create)
             .truncate(false)
+            .mode(0o600)
             .open(&partial)
             .map_err(Error::io("open", &partial))?;
+        if create {
+            File::open(spool.directory())
+                .and_then(|directory| access::inherit(&file, directory))
+                .map_err(Error::io("set the permissions of", &partial))?;
+        }
         let length = file.metadata().map_err(Error::io("stat", &partial))?.len();
         Ok(Self {
             segment,
@@ -283,7 +289,13 @@ fn copy_in_place(source: &mut dyn io::Read, path: &Path, beside: &Path) -> io::R
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let mut file = File::options().write(true).create_new(true).open(&fresh)?;
+        let mut options = File::options();
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&fresh)?;
+        access::inherit(&file, File::open(path.parent().unwrap_or(path))?)?;
         CrashPoint::CopyCreated.reach()?;
         io::copy(source, &mut file)?;
         CrashPoint::CopyWritten.reach()?;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use wal_format::{
-    BackupId, BackupInfo, BackupNote, Branch, FailoverLoss, ObjectKey, SealedReader,
+    BackupId, BackupInfo, BackupNote, Branch, FailoverLoss, ObjectKey, Outcome, SealedReader,
     TimelineHistory, WalIndexer, checked_json,
 };
 
@@ -16,8 +16,15 @@ impl Verifier {
     pub(super) fn objects(&mut self) -> Result<usize> {
         let system = self.wal.system_identifier;
         let mut objects = self.repository.list(&format!("{system}/"))?;
-        // Verdicts of earlier verifications are not verified, nor are objects that wait for their
-        // removal.
+        // Results of earlier operations are only parsed: no restore needs them. Objects that wait
+        // for their removal are not verified.
+        for (key, _) in &objects {
+            if matches!(key, ObjectKey::Outcome(..))
+                && let Err(problem) = self.outcome(key)
+            {
+                self.unreadable.push(format!("{key}: {problem}"));
+            }
+        }
         let expired = self.repository.expired(system)?;
         objects.retain(|(key, _)| {
             !matches!(key, ObjectKey::Outcome(..)) && !expired.hides(key, self.wal.segment_size)
@@ -73,6 +80,17 @@ impl Verifier {
             }
         }
         Ok(objects.len())
+    }
+
+    /// Returns the problem of a recorded result that cannot be parsed.
+    fn outcome(&self, key: &ObjectKey) -> Result<(), String> {
+        let content = match self.repository.get(key) {
+            // Another host removed it after it was listed.
+            Err(error) if error.is_not_found() => return Ok(()),
+            content => content.map_err(|error| error.to_string())?,
+        };
+        let parsed = serde_json::from_slice::<Outcome>(&content);
+        parsed.map(drop).map_err(|error| error.to_string())
     }
 
     /// An object; `None` when the store itself sees its damage or does not have it, which is a

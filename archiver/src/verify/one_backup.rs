@@ -37,6 +37,7 @@ impl Verifier {
             problems: self.problems,
             losses: Vec::new(),
             undescribed: Vec::new(),
+            unreadable: Vec::new(),
             foreign: Vec::new(),
         }))
     }

@@ -7,7 +7,10 @@
 use std::{
     fs::{self, File},
     io,
-    os::{fd::AsFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::UnixStream,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -41,10 +44,43 @@ enum Command {
     Push { path: PathBuf },
 }
 
+/// The longest path of a socket, in bytes: `sun_path` in `unix(7)` without its final zero.
+const SOCKET_PATH_MAX: usize = 107;
+
 /// Returns the path of the daemon's socket for these settings.
 #[must_use]
 pub fn socket_path(settings: &ClusterSettings) -> PathBuf {
     settings.spool.join(format!("{}.push", settings.name))
+}
+
+/// An address of the socket that `bind` and `connect` accept, however long the path of the spool
+/// is.
+#[derive(Debug)]
+pub struct SocketAddress {
+    /// The path to bind or to connect to, while this value lives.
+    pub path: PathBuf,
+    /// The spool. A longer path is replaced by one through this handle.
+    _spool: Option<File>,
+}
+
+impl SocketAddress {
+    /// Returns the address of a cluster's socket.
+    ///
+    /// # Errors
+    /// Those of opening the spool, if its path is long.
+    pub fn of(settings: &ClusterSettings) -> io::Result<Self> {
+        let path = socket_path(settings);
+        if path.as_os_str().len() <= SOCKET_PATH_MAX {
+            return Ok(Self { path, _spool: None });
+        }
+        let spool = File::open(&settings.spool)?;
+        let handle = spool.as_raw_fd();
+        let path = PathBuf::from(format!("/proc/self/fd/{handle}/{}.push", settings.name));
+        Ok(Self {
+            path,
+            _spool: Some(spool),
+        })
+    }
 }
 
 /// The result of examining this process's command line.
@@ -92,7 +128,8 @@ pub fn asked() -> Asked {
 }
 
 fn ask(settings: &ClusterSettings, path: &Path) -> io::Result<Answer> {
-    let mut socket = UnixStream::connect(socket_path(settings))?;
+    let address = SocketAddress::of(settings)?;
+    let mut socket = UnixStream::connect(&address.path)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     let path = std::path::absolute(path)?;
     let mut paths = vec![path.clone()];
@@ -139,4 +176,34 @@ fn waiting(path: &Path) -> Vec<PathBuf> {
 
 fn segment_name(path: &Path) -> Option<SegmentName> {
     path.file_name()?.to_str()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_reached_whatever_the_length_of_the_path_of_its_spool() {
+        let directory = tempfile::tempdir().expect("a directory");
+        for name in ["short".to_owned(), "long".repeat(30)] {
+            let spool = directory.path().join(name);
+            fs::create_dir(&spool).expect("a directory");
+            let arguments = CommonArgs {
+                repository: Some("file:///absent".parse().expect("a URL")),
+                spool: Some(spool),
+                ..CommonArgs::default()
+            };
+            let settings = Settings::resolve(&arguments).expect("settings");
+            let cluster = settings.cluster().expect("a cluster");
+            let address = SocketAddress::of(cluster).expect("an address");
+            let listener = UnixListener::bind(&address.path).expect("it is bound");
+            drop(address);
+            assert!(socket_path(cluster).exists());
+            let address = SocketAddress::of(cluster).expect("an address");
+            UnixStream::connect(&address.path).expect("it is reached");
+            drop(listener);
+        }
+    }
 }

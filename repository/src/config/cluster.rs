@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    access::FolderAccess,
     store::{Patience, RequestMeter},
 };
 
@@ -115,6 +116,8 @@ pub struct ClusterSettings {
     pub repository: RepositoryPlace,
     /// The directory for local WAL that is not sealed yet.
     pub spool: PathBuf,
+    /// The group that shares the spool. Default: only the user of the daemon may use it.
+    pub spool_access: Option<FolderAccess>,
     /// The maximum WAL in the spool that is not in the repository. Default: limited by the disk
     /// only.
     pub spool_limit_bytes: Option<u64>,
@@ -222,6 +225,7 @@ pub(super) fn resolve(
         None if slot == default_slot => APPLICATION_NAME_DEFAULT.to_owned(),
         None => slot.clone(),
     };
+    let [repository_access, spool_access] = table.access.resolve(&defaults.access)?;
     let encryption = table.encryption.resolve(&defaults.encryption)?;
     let keep = table.keep.over(&defaults.keep);
     let s3 = S3Settings::resolve(&table.s3, &defaults.s3)?;
@@ -232,8 +236,9 @@ pub(super) fn resolve(
             .map(|text| parse_duration(key, text))
             .transpose()
     };
-    Ok(ClusterSettings {
+    let mut settings = ClusterSettings {
         file: None,
+        spool_access,
         lock: table.lock.resolve(&defaults.lock)?,
         walsender: WalsenderSettings::resolve(&table.walsender, &defaults.walsender)?,
         rto_target: optional(&table.rto_target, &defaults.rto_target, "rto_target")?,
@@ -379,10 +384,17 @@ pub(super) fn resolve(
             retention: keep.resolve()?,
             patience: Patience::default(),
             requests: RequestMeter::default(),
+            access: None,
         },
         name,
         spool,
-    })
+    };
+    let repository = &mut settings.repository;
+    for place in &mut repository.others {
+        place.access.clone_from(&repository_access);
+    }
+    repository.access = repository_access;
+    Ok(settings)
 }
 
 /// Refuses a name that PostgreSQL would change (`check_application_name`, `NAMEDATALEN`).

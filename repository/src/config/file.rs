@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::{
     Acknowledge, RepositoryUrl, Required, WhenFull,
+    access::{ACCESS_KEYS, AccessTable},
     http::{HTTP_KEYS, HttpTable},
     lock::{LOCK_KEYS, LockTable},
     repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
@@ -101,6 +102,8 @@ pub(super) struct ClusterTable {
     pub(super) spool_limit_bytes: Option<u64>,
     pub(super) when_full: Option<WhenFull>,
     #[serde(flatten)]
+    pub(super) access: AccessTable,
+    #[serde(flatten)]
     pub(super) s3: S3Table,
     #[serde(flatten)]
     pub(super) encryption: EncryptionTable,
@@ -173,6 +176,7 @@ impl ConfigFile {
             .chain(WALSENDER_KEYS)
             .chain(KEEP_KEYS)
             .chain(LOCK_KEYS)
+            .chain(ACCESS_KEYS)
             .collect();
         let known: Vec<&str> = of_cluster
             .iter()

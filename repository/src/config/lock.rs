@@ -53,7 +53,12 @@ impl LockTable {
             }
         };
         match self.lock_days.or(defaults.lock_days) {
-            None | Some(0) => Ok(None),
+            None => Ok(None),
+            // Only a cluster that does not follow the default of all clusters writes 0.
+            Some(0) if self.lock_days.is_some() && defaults.lock_days > Some(0) => Ok(None),
+            Some(0) => Err(Error::config(
+                "lock_days = 0 locks nothing; write 1 to 3660 days, or remove lock_days",
+            )),
             Some(days @ 1..=LOCK_DAYS_MAX) => Ok(Some(LockSettings { days, mode })),
             Some(days) => Err(Error::config(format!(
                 "lock_days = {days} is more than {LOCK_DAYS_MAX}"
@@ -81,7 +86,7 @@ mod tests {
             mode: LockMode::Compliance,
         };
         assert_eq!(own.expect("valid"), Some(expected));
-        for wrong in ["lock_days = 3661", "lock_mode = 'none'"] {
+        for wrong in ["lock_days = 0", "lock_days = 3661", "lock_mode = 'none'"] {
             resolve(wrong, "").expect_err(wrong);
         }
     }

@@ -87,6 +87,7 @@ impl RepositoryTable {
             retention: self.keep.over(keep).resolve()?,
             patience: Patience::default(),
             requests: RequestMeter::default(),
+            access: None,
         })
     }
 }

@@ -10,6 +10,7 @@ use jiff::Timestamp;
 use super::{Required, S3Credentials, S3Settings};
 use crate::{
     Error, Result,
+    access::FolderAccess,
     encryption::KeySource,
     expire::RetentionPolicy,
     store::{Patience, RequestMeter, RequestReport},
@@ -138,6 +139,8 @@ pub struct RepositoryPlace {
     pub patience: Patience,
     /// Counts the requests to its bucket.
     pub requests: RequestMeter,
+    /// The group that shares its folder. Default: only the user who created it may use it.
+    pub access: Option<FolderAccess>,
 }
 
 impl RepositoryPlace {
@@ -201,6 +204,7 @@ impl From<RepositoryUrl> for RepositoryPlace {
             as_of: None,
             patience: Patience::default(),
             requests: RequestMeter::default(),
+            access: None,
         }
     }
 }

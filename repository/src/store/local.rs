@@ -10,7 +10,7 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     ops::{ControlFlow, Range},
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         PoisonError, RwLock,
@@ -20,7 +20,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use rustix::fs::{Access, access};
+use rustix::{
+    fs::{Access, OFlags, access},
+    io::Errno,
+};
 
 use self::entered::Entered;
 use super::{
@@ -28,7 +31,7 @@ use super::{
     bounds::{object_bytes_max, too_long},
     is_sound_key,
 };
-use crate::{CrashPoint, Error, Result, durable};
+use crate::{CrashPoint, Error, Result, access::FolderAccess, durable};
 
 mod entered;
 
@@ -46,6 +49,8 @@ pub struct LocalStore {
     /// True if a folder that does not exist counts as empty, because no archive is known to exist
     /// there.
     is_new: AtomicBool,
+    /// The group that shares the folder if this store creates it.
+    access: Option<FolderAccess>,
 }
 
 impl LocalStore {
@@ -66,7 +71,13 @@ impl LocalStore {
             root: root.to_owned(),
             pin: RwLock::default(),
             is_new: AtomicBool::new(false),
+            access: None,
         }
+    }
+
+    /// Lets [`ObjectStore::create_place`] give a group access to the folder.
+    pub(crate) fn shared_with(self, access: Option<FolderAccess>) -> Self {
+        Self { access, ..self }
     }
 
     fn pinned(&self) -> Option<Pin> {
@@ -149,8 +160,37 @@ impl LocalStore {
                 Ok(()) => Error::store(action, path)(error),
                 Err(gone) => gone,
             },
+            io::ErrorKind::InvalidData => Error::Damaged {
+                key: key.to_owned(),
+                url: self.url(),
+                problem: error.to_string(),
+            },
             _ => Error::store(action, path)(error),
         }
+    }
+}
+
+/// Opens an object and returns its length. A FIFO, a socket, a device or a directory is not an
+/// object: to read it could wait forever.
+///
+/// # Errors
+/// `InvalidData` for what is not a regular file.
+fn open_object(path: &Path) -> io::Result<(File, u64)> {
+    let irregular = || {
+        let problem = "it is not a regular file; remove it, and bring the object back";
+        io::Error::new(io::ErrorKind::InvalidData, problem)
+    };
+    let flags = i32::try_from(OFlags::NONBLOCK.bits()).unwrap_or_default();
+    let file = match File::options().read(true).custom_flags(flags).open(path) {
+        // A socket cannot be opened.
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NXIO) => return Err(irregular()),
+        opened => opened?,
+    };
+    let found = file.metadata()?;
+    if found.is_file() {
+        Ok((file, found.len()))
+    } else {
+        Err(irregular())
     }
 }
 
@@ -198,8 +238,7 @@ impl ObjectStore for LocalStore {
         let path = self.path(key)?;
         let bytes_max = object_bytes_max(key);
         let read = || {
-            let mut file = File::open(&path)?;
-            let length = file.metadata()?.len();
+            let (mut file, length) = open_object(&path)?;
             if length > bytes_max {
                 return Ok(Err(length));
             }
@@ -224,8 +263,8 @@ impl ObjectStore for LocalStore {
         const PIECE_BYTES: usize = 128 << 10;
         let path = self.path(key)?;
         let compare = || {
-            let file = File::open(&path)?;
-            if file.metadata()?.len() != body.len() as u64 {
+            let (file, length) = open_object(&path)?;
+            if length != body.len() as u64 {
                 return Ok(false);
             }
             let mut stored = vec![0; PIECE_BYTES.min(body.len())];
@@ -244,8 +283,7 @@ impl ObjectStore for LocalStore {
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
         let path = self.path(key)?;
         let length = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
-        let read = File::open(&path).and_then(|file| {
-            let end = file.metadata()?.len();
+        let read = open_object(&path).and_then(|(file, end)| {
             if range.end > end || range.start > range.end {
                 return Err(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
@@ -348,7 +386,8 @@ impl ObjectStore for LocalStore {
     fn ready_to_write(&self) -> Result<()> {
         if self.exists()? {
             self.confirm()?;
-            return self.temporary().map(drop);
+            let probed = Entered::open(self)?.probe();
+            return probed.map_err(Error::store("create a file in", &self.root));
         }
         // The folder does not exist yet: the creation of an archive creates it. Check the nearest
         // directory above it.
@@ -374,7 +413,9 @@ impl ObjectStore for LocalStore {
     }
 
     fn create_place(&self) -> Result<()> {
-        durable::create_dir_all(&self.root)
+        durable::create_dir_all(&self.root)?;
+        let access = self.access.as_ref();
+        access.map_or(Ok(()), |access| access.apply(&self.root))
     }
 
     fn witness(&self, key: &str) -> Result<Option<Witness>> {
@@ -475,6 +516,27 @@ mod tests {
         // The conformance suite has removed the only object below it; the directory is still there.
         assert!(directory.path().join("c/d").is_dir());
         assert_eq!(store.folders("c/").expect("it lists"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn only_regular_files_are_objects() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = LocalStore::open(directory.path()).expect("a store");
+        let path = |name: &str| directory.path().join(name);
+        let (fifo, mode) = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RWXU);
+        rustix::fs::mknodat(rustix::fs::CWD, path("fifo"), fifo, mode, 0).expect("a FIFO");
+        let _socket = std::os::unix::net::UnixListener::bind(path("socket")).expect("a socket");
+        fs::create_dir(path("directory")).expect("a directory");
+        std::os::unix::fs::symlink("/dev/zero", path("device")).expect("a link");
+        for key in ["fifo", "socket", "directory", "device"] {
+            for error in [
+                store.get(key).expect_err(key),
+                store.get_range(key, 0..1).expect_err(key),
+                store.holds(key, b"x").expect_err(key),
+            ] {
+                assert!(matches!(error, Error::Damaged { .. }), "{key}: {error}");
+            }
+        }
     }
 
     fn pinned(root: &Path) -> LocalStore {

@@ -220,7 +220,8 @@ impl S3Store {
                 // Every stored object has an ETag. This is a proxy's page, or an error document
                 // with a success status.
                 _ if answer.e_tag().is_none() => Err(Failure::transient(
-                    "the store's answer to a put names no ETag, so it is none",
+                    "the store's answer to a put names no ETag, so it is none; s3_endpoint may be a web page or a \
+                     proxy: name the address of the store's S3 interface",
                 )),
                 _ => Ok(PutOutcome::Created),
             },

@@ -9,11 +9,13 @@ use repository::{
 use serde_json::Value;
 use wal_format::{ObjectKey, PgTimestamp};
 
-use super::{Report, daemon, output, tls_expiry};
+use super::{Report, tls_expiry};
 use crate::{
     alerts::{CERTIFICATE_SECONDS_MIN, CLOCK_OFFSET_SECONDS_MAX},
     descriptors::{Limit, needed},
     error::Result,
+    http::{self, HttpError},
+    replication::ReplicationClient,
     report::words,
 };
 
@@ -173,18 +175,20 @@ fn state(of_daemon: &Value, report: &mut Report) {
 
 /// Checks that the daemon answers, which state it reports for each cluster, and how long its
 /// certificate remains valid.
-pub(super) fn dashboard(settings: &Settings, report: &mut Report) {
-    output::line("this host");
+pub(super) fn dashboard(settings: &Settings, reports: &[Value], report: &mut Report) {
+    report.begin(None);
     let address = settings.http;
-    let reports = daemon::reports(settings);
     if reports.is_empty() {
         let remedy = "start `wal-archiver run`, or name its address as http";
         report.note("daemon", &format!("none answers at {address}; {remedy}"));
     } else {
         report.ok("daemon", &format!("answers at {address}"));
     }
-    for of_daemon in &reports {
+    for of_daemon in reports {
         state(of_daemon, report);
+    }
+    if let Err(error @ HttpError::Public { .. }) = http::check(address, &settings.http_access) {
+        report.fail_with("dashboard", &error.into());
     }
     let Some((certificate, key)) = &settings.http_access.tls else {
         return;

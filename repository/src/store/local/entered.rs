@@ -7,19 +7,22 @@
 
 use std::{
     fs::{self, File},
-    io::{self, Read},
+    io::{self, Read, Write},
     os::{fd::OwnedFd, unix::fs::MetadataExt},
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use bytes::Bytes;
 use rustix::{
-    fs::{AtFlags, Mode, OFlags, fstat, linkat, mkdirat, open, openat, unlinkat},
+    fs::{
+        AtFlags, Mode, OFlags, RenameFlags, fstat, linkat, mkdirat, open, openat, renameat_with,
+        unlinkat,
+    },
     io::Errno,
 };
 
 use super::{LocalStore, TEMPORARY};
-use crate::{CrashPoint, Error, ObjectStore, Result, durable};
+use crate::{CrashPoint, Error, ObjectStore, Result, access};
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -64,7 +67,8 @@ impl<'a> Entered<'a> {
         let opened = openat(
             &self.directory,
             key,
-            OFlags::RDONLY | OFlags::CLOEXEC,
+            // A FIFO in the place of the object must not stop us.
+            OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
             Mode::empty(),
         );
         let failed = |error: io::Error| Error::store("read", self.store.root.join(key))(error);
@@ -99,12 +103,13 @@ impl<'a> Entered<'a> {
         for part in path.split('/') {
             let opened = match openat(&above, part, DIRECTORY, Mode::empty()) {
                 Err(Errno::NOENT) => {
-                    match mkdirat(&above, part, Mode::RWXU) {
+                    let mode = Mode::from_raw_mode(access::directory_mode(&above)?);
+                    match mkdirat(&above, part, mode) {
                         Ok(()) => {
                             let reached = CrashPoint::DirectoryCreated.reach();
                             let owned = reached.and_then(|()| {
                                 let made = openat(&above, part, DIRECTORY, Mode::empty())?;
-                                durable::keep_owner(made, &above)
+                                access::inherit(made, &above)
                             });
                             if let Err(error) = owned.and_then(|()| sync(&above)) {
                                 // A directory that exists counts as durable, so a later attempt
@@ -126,21 +131,41 @@ impl<'a> Entered<'a> {
         Ok(above)
     }
 
+    /// Checks that a file can be created here and get a name that never replaces another one.
+    /// Nothing stays behind.
+    pub(super) fn probe(&self) -> io::Result<()> {
+        let directory = match openat(&self.directory, TEMPORARY, DIRECTORY, Mode::empty()) {
+            // The first write creates it.
+            Err(Errno::NOENT) => openat(&self.directory, ".", DIRECTORY, Mode::empty())?,
+            opened => opened?,
+        };
+        let mut probe = self.temporary_in(directory, ".tidemark-probe-")?;
+        probe.file().write_all(b"probe")?;
+        let name = format!("{}-named", probe.name);
+        let linked = probe.link(&self.directory, &name);
+        let _removed = unlinkat(&self.directory, &name, AtFlags::empty());
+        linked
+    }
+
     /// Creates a file under a name that no reader looks for. The name is removed on drop.
     pub(super) fn temporary(&self) -> Result<Temporary> {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
         let place = || self.store.root.join(TEMPORARY);
         let failed = |error: io::Error| Error::store("create a file in", place())(error);
         let directory = self.create_directory(TEMPORARY).map_err(failed)?;
+        self.temporary_in(directory, "").map_err(failed)
+    }
+
+    fn temporary_in(&self, directory: OwnedFd, prefix: &str) -> io::Result<Temporary> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
         for _ in 0..NAMES_MAX {
             let number = NUMBER.fetch_add(1, Ordering::Relaxed);
             // Another host may write to the same folder with the same process id.
             let chance = rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_nsec;
-            let name = format!("{:x}-{number:x}-{chance:x}", std::process::id());
+            let name = format!("{prefix}{:x}-{number:x}-{chance:x}", std::process::id());
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
             match openat(&directory, &name, flags, Mode::RUSR | Mode::WUSR) {
                 Ok(file) => {
-                    durable::keep_owner(&file, &self.directory).map_err(failed)?;
+                    access::inherit(&file, &directory)?;
                     return Ok(Temporary {
                         directory,
                         name,
@@ -148,10 +173,10 @@ impl<'a> Entered<'a> {
                     });
                 }
                 Err(Errno::EXIST) => {}
-                Err(error) => return Err(failed(error.into())),
+                Err(error) => return Err(error.into()),
             }
         }
-        Err(failed(io::ErrorKind::AlreadyExists.into()))
+        Err(io::ErrorKind::AlreadyExists.into())
     }
 
     /// Removes an object durably. Succeeds when the object does not exist.
@@ -201,19 +226,50 @@ impl Temporary {
         &mut self.file
     }
 
-    /// Links the file to the name of a key, in the key's directory. Unlike a rename, a hard link
-    /// never replaces an existing file.
+    /// Gives the file the name of a key, in the key's directory. Never replaces an existing file.
     pub(super) fn link(&self, directory: &OwnedFd, key: &str) -> io::Result<()> {
         let name = key.rsplit_once('/').map_or(key, |(_, name)| name);
-        linkat(
+        let linked = linkat(
             &self.directory,
             &self.name,
             directory,
             name,
             AtFlags::empty(),
-        )?;
-        Ok(())
+        );
+        match linked {
+            Err(error) if without_links(error) => self.rename(directory, name),
+            linked => Ok(linked?),
+        }
     }
+
+    /// Does the same on a file system without hard links (exFAT, FAT, some network file systems).
+    fn rename(&self, directory: &OwnedFd, name: &str) -> io::Result<()> {
+        let renamed = renameat_with(
+            &self.directory,
+            &self.name,
+            directory,
+            name,
+            RenameFlags::NOREPLACE,
+        );
+        match renamed {
+            Err(error) if without_links(error) => Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "this file system has neither hard links nor a rename that never replaces a file, so two archivers could \
+                 overwrite each other's objects; name a folder on a local Linux file system (ext4, XFS, Btrfs, ZFS), on \
+                 NFS, or a bucket",
+            )),
+            renamed => Ok(renamed?),
+        }
+    }
+}
+
+/// Returns true if the file system does not have the operation: `EPERM` from `link(2)`, `EINVAL`
+/// from `renameat2(2)`, `EOPNOTSUPP` and `ENOSYS` from both.
+fn without_links(error: Errno) -> bool {
+    matches!(
+        error,
+        Errno::PERM | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS
+    )
 }
 
 impl Drop for Temporary {
@@ -227,4 +283,45 @@ impl Drop for Temporary {
 /// Makes the entries of a directory durable.
 pub(super) fn sync(directory: &OwnedFd) -> io::Result<()> {
     Ok(rustix::fs::fsync(directory)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rename_instead_of_a_link_never_replaces_a_file() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = LocalStore::open(directory.path()).expect("a store");
+        let folder = Entered::open(&store).expect("it opens");
+        let into = folder.create_parent("main/x").expect("a directory");
+        for (content, kind) in [
+            ("first", None),
+            ("second", Some(io::ErrorKind::AlreadyExists)),
+        ] {
+            let mut temporary = folder.temporary().expect("a file");
+            let written = temporary.file().write_all(content.as_bytes());
+            written.expect("it is written");
+            let renamed = temporary.rename(&into, "x");
+            assert_eq!(renamed.err().map(|error| error.kind()), kind);
+        }
+        let stored = fs::read_to_string(directory.path().join("main/x"));
+        assert_eq!(stored.expect("an object"), "first");
+        let left = fs::read_dir(directory.path().join(TEMPORARY)).expect("it lists");
+        assert_eq!(left.count(), 0);
+    }
+
+    #[test]
+    fn a_probe_leaves_nothing_behind() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = LocalStore::at(directory.path());
+        let folder = Entered::open(&store).expect("it opens");
+        folder.probe().expect("links work here");
+        let left = fs::read_dir(directory.path()).expect("it lists");
+        assert_eq!(left.count(), 0);
+        // procfs has neither.
+        let store = LocalStore::at(std::path::Path::new("/proc"));
+        let folder = Entered::open(&store).expect("it opens");
+        assert!(folder.probe().is_err());
+    }
 }

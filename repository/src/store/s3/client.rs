@@ -216,8 +216,12 @@ fn http_client(settings: &S3Settings) -> Result<SharedHttpClient> {
 /// Reads the certificate file and checks that every certificate in it is valid, since the client
 /// accepts only valid ones.
 fn certificates(file: &Path) -> Result<Vec<u8>> {
-    let wrong =
-        |problem: String| Error::config(format!("s3_ca_file {}: {problem}", file.display()));
+    let wrong = |problem: String| {
+        Error::config(format!(
+            "s3_ca_file {}: {problem}; name a file with certificates in PEM, or remove s3_ca_file",
+            file.display()
+        ))
+    };
     let content = std::fs::read(file).map_err(|error| wrong(error.to_string()))?;
     let mut roots = rustls::RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(&content) {
