@@ -313,6 +313,26 @@ impl Restorable {
         Ok(restorable)
     }
 
+    /// The earliest time from `stretch`'s backup on that a plan accepts as a target; `None` if its
+    /// WAL proves no such time. `last` is the greatest time of a transaction in the stretch.
+    ///
+    /// A backup ends when its objects are stored, so its end may be later than all that its WAL
+    /// proves. Before missing WAL, only a transaction proves anything.
+    #[must_use]
+    pub fn first_time(&self, stretch: &Stretch, last: Option<PgTimestamp>) -> Option<PgTimestamp> {
+        let is_last = self.stretches.last() == Some(stretch);
+        let proven = match self.refusal {
+            None if is_last => last.max(stretch.proven()),
+            _ => last,
+        };
+        let is_proved = proven.is_some_and(|proven| proven >= stretch.finished);
+        if is_proved {
+            Some(stretch.finished)
+        } else {
+            last
+        }
+    }
+
     /// The time of the last commit that can be restored; `None` where nothing can be, or no commit
     /// was archived.
     ///

@@ -34,10 +34,10 @@ pub enum Error {
         /// PostgreSQL's message, with both values.
         said: String,
     },
-    /// A signal came before recovery had ended.
+    /// A signal came before recovery had ended and was compared with the plan.
     #[error(
-        "{signal} came before recovery had ended: the server was stopped; start it by hand to recover further, or restore \
-         again"
+        "{signal} came before recovery had ended and was compared with the plan: the server was stopped; start it by hand \
+         to recover further, or restore again"
     )]
     Interrupted {
         /// The name of the signal.

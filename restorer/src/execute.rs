@@ -47,7 +47,7 @@ pub use lock::TargetLock;
 pub(crate) use manifest::read_manifest;
 pub(crate) use owned::Owned;
 use place::{Prepared, Taken, Wanted, take};
-pub(crate) use place::{check_directories, mapping_of, place_tablespaces};
+pub(crate) use place::{apart, check_directories, mapping_of, place_tablespaces};
 pub use settings::{Action, Recovery};
 use tree::Tree;
 

@@ -18,6 +18,7 @@ pub mod list;
 pub mod locate;
 pub mod look_ahead;
 pub mod plan;
+mod shell;
 mod space;
 pub mod start;
 pub mod tablespaces;

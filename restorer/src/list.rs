@@ -154,7 +154,9 @@ pub struct Restorable {
     pub end_lsn: Lsn,
     /// The oldest backup that leads to the range.
     pub backup: BackupId,
-    /// The time when that backup was complete; `None` if it was taken on an older timeline.
+    /// The first target time that a plan accepts: the time when that backup was complete, or what
+    /// the WAL proves if that is earlier. `None` if the backup was taken on an older timeline, or if
+    /// the WAL says nothing of the time.
     pub first_time: Option<PgTimestamp>,
     /// The latest time of a commit or abort in the range.
     pub last_time: Option<PgTimestamp>,
@@ -375,20 +377,22 @@ fn restorable(
                 end_lsn: starts.filter(|next| next > start_lsn).min(),
             });
         }
-        for stretch in found.stretches {
+        for stretch in &found.stretches {
             for (from, to, by_default) in [(own.from, left_at, true), (left_at, Lsn::MAX, false)] {
                 let start_lsn = stretch.from_lsn.max(from);
                 let end_lsn = stretch.to_lsn.min(to);
                 if start_lsn >= end_lsn {
                     continue;
                 }
+                let last_time = stretch.last_time(&index, &path, (start_lsn, end_lsn))?;
+                let first_time = found.first_time(stretch, last_time);
                 all.push(Restorable {
                     branch: *branch,
                     start_lsn,
                     end_lsn,
                     backup: stretch.backup.clone(),
-                    first_time: (start_lsn == stretch.from_lsn).then_some(stretch.finished),
-                    last_time: stretch.last_time(&index, &path, (start_lsn, end_lsn))?,
+                    first_time: first_time.filter(|_| start_lsn == stretch.from_lsn),
+                    last_time,
                     by_default,
                 });
             }

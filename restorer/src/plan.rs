@@ -252,15 +252,19 @@ pub fn plan_restore(
             // A target that a newer backup cannot reach may be reachable from an older one, since
             // that replays more WAL.
             Err(Error::Plan(error)) => {
-                let is_unknown =
-                    |error: &Error| matches!(error, Error::Plan(PlanError::Unknown { .. }));
+                let says_less = |error: &Error| {
+                    matches!(
+                        error,
+                        Error::Plan(PlanError::Unknown { .. } | PlanError::Gap { last: None, .. })
+                    )
+                };
                 let replaces = match error {
                     PlanError::Unknown { .. } => true,
-                    // A newer backup did not find the target (`Unknown`). The refusal of an older
-                    // backup says more: the target may be in the missing WAL, or after the WAL of
-                    // `wal_level = minimal`.
-                    PlanError::MinimalWal { .. } | PlanError::Gap { .. } => {
-                        refusal.as_ref().is_some_and(is_unknown)
+                    // A newer backup did not find the target, or is not consistent itself. The
+                    // refusal of an older backup says more: the target may be in the missing WAL, or
+                    // after the WAL of `wal_level = minimal`, and it names the nearest target.
+                    PlanError::MinimalWal { .. } | PlanError::Gap { last: Some(_), .. } => {
+                        refusal.as_ref().is_some_and(says_less)
                     }
                     _ => false,
                 };

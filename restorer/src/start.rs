@@ -6,7 +6,7 @@
 
 use std::{
     fs::{self, OpenOptions},
-    io::IsTerminal,
+    io::{ErrorKind, IsTerminal},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -31,7 +31,7 @@ use self::{
     log::{Events, Log},
     progress::{Progress, waits_for},
     proof::prove,
-    stall::{Stall, processor_time},
+    stall::{Stall, descendants, processor_time},
 };
 
 /// PostgreSQL's log of the recovery.
@@ -120,6 +120,18 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
     )))
 }
 
+/// Returns the program `name` of the same installation as the server program `postgres`, if it is
+/// there.
+///
+/// `postgres` may be a link in a directory of the PATH whose other programs are not of its version:
+/// Debian's `pg_wrapper` has the names of client programs there.
+#[must_use]
+pub fn sibling(postgres: &Path, name: &str) -> Option<PathBuf> {
+    let program = fs::canonicalize(postgres).ok()?.with_file_name(name);
+    let real = fs::canonicalize(&program).ok()?;
+    real.ends_with(name).then_some(program)
+}
+
 /// A server to start.
 #[derive(Clone, Copy)]
 pub struct Start<'a> {
@@ -204,30 +216,27 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
     let mut log = Log::open(&path, wanted.segment_size).map_err(Error::io("open", &path))?;
     let outcome = wait(&mut server, &mut log, &interrupt, wanted)
         .and_then(|()| {
-            let Start {
-                plan,
-                system,
-                action,
-                ..
-            } = *wanted;
-            prove(directory, &log.seen, plan, system, action)
+            let (directory, seen) = (directory.to_owned(), log.seen.clone());
+            let (plan, system, action) = (wanted.plan.clone(), wanted.system, wanted.action);
+            interrupt.run(move || prove(&directory, &seen, &plan, system, action))
         })
         .and_then(|stopped| {
             // PostgreSQL has run it already, unless the program is no longer at its path.
             isolation::recovery_ended(directory)?;
+            interrupt.check()?;
             Ok(stopped)
         });
     let stopped = match outcome {
         Ok(stopped) => stopped,
         Err(error) => {
             // A copy that differs from the plan must not continue and accept connections.
-            stop(&mut server);
-            if let Error::Interrupted { .. } = error {
-                return Err(error);
-            }
-            return Err(reason(&path, wanted.repository, wanted.plan).unwrap_or(error));
+            stop(&mut server, &interrupt, wanted.tell);
+            let (repository, plan) = (wanted.repository.clone(), wanted.plan.clone());
+            let search = interrupt.run(move || Ok(reason(&path, &repository, &plan)));
+            return Err(search.ok().flatten().unwrap_or(error));
         }
     };
+    forget_arguments(wanted)?;
     let running = server
         .try_wait()
         .map_err(Error::io("wait for", postgres))?
@@ -237,6 +246,23 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
         duration: began.elapsed(),
         process: running.then(|| server.id()),
     })
+}
+
+/// Removes our arguments from `postmaster.opts`, from which `pg_ctl restart` takes them. Each is in
+/// double quotes there (`CreateOptsFile` in `postmaster.c`).
+fn forget_arguments(wanted: &Start<'_>) -> Result<()> {
+    let path = wanted.directory.join("postmaster.opts");
+    let content = match fs::read_to_string(&path) {
+        Ok(content) => content,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    let ours: String = arguments(wanted)
+        .iter()
+        .map(|argument| format!(" \"{argument}\""))
+        .collect();
+    let rest = content.replacen(&ours, "", 1);
+    durable::replace(&path, rest.as_bytes()).map_err(Error::local)
 }
 
 /// Returns the arguments after the data directory.
@@ -275,16 +301,20 @@ fn reason(log: &Path, repository: &Repository, plan: &RestorePlan) -> Option<Err
 }
 
 /// Stops the server with an immediate shutdown. Nothing in the copy has to be preserved, and it can
-/// be recovered again.
-fn stop(server: &mut Child) {
+/// be recovered again. A signal during this time kills the server.
+fn stop(server: &mut Child, interrupt: &Interrupt, tell: &dyn Fn(&str)) {
     let pid = Pid::from_child(server);
     if let Err(error) = kill_process(pid, Signal::QUIT) {
         tracing::debug!(%error, "the server had ended already");
     }
-    let began = Instant::now();
+    let (began, signals) = (Instant::now(), interrupt.count());
     loop {
         match server.try_wait() {
             Ok(Some(_)) => return,
+            Ok(None) if interrupt.count() > signals => {
+                tell("another signal came: the server is killed");
+                break;
+            }
             Ok(None) if began.elapsed() < STOP_MAX => thread::sleep(POLL),
             Ok(None) => break,
             Err(error) => {
@@ -293,9 +323,17 @@ fn stop(server: &mut Child) {
             }
         }
     }
-    // The copy is not believed, so nothing of it is lost.
+    // The copy is not believed, so nothing of it is lost. A server's processes end without it, but
+    // its restore_command would not.
+    let left = descendants(server.id());
     if let Err(error) = server.kill().and_then(|()| server.wait()) {
         tracing::warn!(%error, "the server did not stop");
+    }
+    let left = left.into_iter().filter_map(|pid| i32::try_from(pid).ok());
+    for pid in left.filter_map(Pid::from_raw) {
+        if let Err(error) = kill_process(pid, Signal::KILL) {
+            tracing::debug!(%error, "a process of the server had ended already");
+        }
     }
 }
 
@@ -328,9 +366,9 @@ fn wait(
             progress.end();
             return outcome;
         }
-        if let Some(signal) = interrupt.seen() {
+        if let Err(interrupted) = interrupt.check() {
             progress.end();
-            return Err(Error::Interrupted { signal });
+            return Err(interrupted);
         }
         let now = Instant::now();
         if let Some(silence) = stall.observe(log.bytes, processor, now) {
@@ -396,4 +434,35 @@ fn judge(seen: &Events, ended: bool, log: &Path, action: Action) -> Option<Resul
 /// Returns the text that replaces PostgreSQL's message if there is none.
 fn nothing() -> String {
     "it wrote nothing to its log".to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// As on Debian: `postgres` on the PATH is a link to a version, and the names next to it lead to
+    /// a wrapper.
+    #[test]
+    fn programs_are_taken_from_the_directory_of_the_server() {
+        let root = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| root.path().join(name);
+        for folder in ["17", "path"] {
+            fs::create_dir(at(folder)).expect("a directory");
+        }
+        for program in ["17/postgres", "17/pg_ctl", "wrapper"] {
+            fs::write(at(program), "").expect("written");
+        }
+        symlink(at("17/postgres"), at("path/postgres")).expect("a link");
+        for name in ["path/pg_ctl", "path/pg_isready", "17/pg_isready"] {
+            symlink(at("wrapper"), at(name)).expect("a link");
+        }
+        let real = fs::canonicalize(at("17")).expect("it exists");
+        for postgres in ["path/postgres", "17/postgres"] {
+            let found = sibling(&at(postgres), "pg_ctl");
+            assert_eq!(found, Some(real.join("pg_ctl")), "{postgres}");
+            assert_eq!(sibling(&at(postgres), "pg_isready"), None, "{postgres}");
+        }
+    }
 }

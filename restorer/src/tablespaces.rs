@@ -21,7 +21,9 @@ use wal_format::{
 
 use crate::{
     Error, PlanError, RestorePlan, Result, Stop,
-    execute::{Owned, check_directories, in_use, is_free, is_of, place_tablespaces, plan_in},
+    execute::{
+        Owned, apart, check_directories, in_use, is_free, is_of, place_tablespaces, plan_in,
+    },
     inventory::{Archive, Inventory},
     plan::{Coverage, PathPart, cover},
 };
@@ -83,7 +85,21 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
     } else {
         Some(plan.stop)
     };
-    let found = replayed(archive, backup, &coverage, stop)?;
+    let (found, drops) = replayed(archive, backup, &coverage, stop)?;
+    let mut holders: Vec<Holder> = Vec::new();
+    for one in &backup.tablespaces {
+        let location = PathBuf::from(&one.location);
+        holders.push(Holder {
+            oid: one.oid,
+            directory: wishes
+                .mapping
+                .get(&location)
+                .cloned()
+                .unwrap_or_else(|| location.clone()),
+            location,
+            dropped: drops.get(&one.oid).copied(),
+        });
+    }
     let owned = match wishes.target {
         Some(target) => Owned::of(target, wishes.delta, wishes.mapping)?,
         None => Owned::default(),
@@ -126,6 +142,15 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
                 new
             }
         };
+        let holder = Holder {
+            oid: tablespace.oid,
+            location: old,
+            directory: directory.clone(),
+            dropped: tablespace.dropped,
+        };
+        holder.refuse_shared(&holders, tablespace.lsn)?;
+        let old = holder.location.clone();
+        holders.push(holder);
         if directory != old {
             if wishes.standby {
                 return Err(PlanError::TablespaceOfStandby {
@@ -147,6 +172,32 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
         check_directories(target, backup, &placed, wishes.mapping, wishes.delta)?;
     }
     Ok(())
+}
+
+/// A tablespace with its directory on the parent and in the copy.
+struct Holder {
+    oid: u32,
+    location: PathBuf,
+    directory: PathBuf,
+    /// The start of the record that drops it; `None` if the drop is not replayed.
+    dropped: Option<Lsn>,
+}
+
+impl Holder {
+    /// Refuses the directory of a tablespace that is created at `lsn` if one of `others` has it, or
+    /// one above or inside of it, at that time. The parent itself has no two tablespaces in one
+    /// location at the same time.
+    fn refuse_shared(&self, others: &[Self], lsn: Lsn) -> Result<()> {
+        let mut present = others.iter().filter(|other| {
+            let is_gone = other.dropped.is_some_and(|dropped| dropped < lsn);
+            let is_other = other.oid != self.oid && other.location != self.location;
+            is_other && !is_gone && other.directory.is_absolute()
+        });
+        present.try_for_each(|other| {
+            let other = std::iter::once(other.directory.as_path());
+            apart(&self.location, &self.directory, other)
+        })
+    }
 }
 
 /// Refuses WAL for a server without a plan, for example a standby, when its replay would link to a
@@ -269,14 +320,14 @@ fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf, why: String) ->
     .into()
 }
 
-/// Returns the tablespaces that are created up to the stop, in the order of the WAL; without a
-/// stop, up to the end of the archive.
+/// Returns the tablespaces that are created up to the stop, in the order of the WAL, and the drops
+/// of others by OID; without a stop, up to the end of the archive.
 fn replayed(
     archive: &Archive,
     backup: &BackupInfo,
     coverage: &Coverage,
     stop: Option<Stop>,
-) -> Result<Vec<ReplayedTablespace>> {
+) -> Result<(Vec<ReplayedTablespace>, BTreeMap<u32, Lsn>)> {
     let is_replayed = |lsn: Lsn| match stop {
         Some(Stop::Before { lsn: stop }) => lsn < stop,
         Some(Stop::After { lsn: stop }) => lsn <= stop,
@@ -308,6 +359,7 @@ fn replayed(
         events.extend(found);
     }
     let mut tablespaces: Vec<ReplayedTablespace> = Vec::new();
+    let mut drops = BTreeMap::new();
     for (lsn, event) in events {
         match event {
             WalEvent::TablespaceCreate { oid, location } => tablespaces.push(ReplayedTablespace {
@@ -320,14 +372,15 @@ fn replayed(
             }),
             WalEvent::TablespaceDrop { oid } => {
                 let mut created = tablespaces.iter_mut().rev();
-                if let Some(created) = created.find(|created| created.oid == oid) {
-                    created.dropped = Some(lsn);
+                match created.find(|created| created.oid == oid) {
+                    Some(created) => created.dropped = Some(lsn),
+                    None => drop(drops.insert(oid, lsn)),
                 }
             }
             _ => {}
         }
     }
-    Ok(tablespaces)
+    Ok((tablespaces, drops))
 }
 
 /// Decodes the records that end in a range whose object was written by a version that did not
@@ -401,7 +454,8 @@ fn change(
             if size.segment_of(stop) <= size.segment_of(lsn.add(RECORD_BYTES)) {
                 return Err(Error::usage(format!(
                     "--tablespace-mapping: tablespace {} is created at {lsn}, in the segment in which recovery stops; there its \
-                     new directory may have {room} bytes at the most, as the old one has: {new} is longer",
+                     new directory may have {room} bytes at the most, as the old one has: {new} is longer; choose a shorter path, \
+                     for example a link to the directory",
                     tablespace.oid
                 )));
             }

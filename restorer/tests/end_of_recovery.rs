@@ -259,6 +259,9 @@ fn a_signal_ends_the_server_of_an_unfinished_recovery(promoted: &Promoted) {
     );
     assert!(!pid_file.exists(), "it is left running");
 
+    a_signal_ends_the_proof(promoted);
+    a_second_signal_kills_the_server(promoted);
+
     let root = directory().expect("a directory");
     let mut restore = promoted.command(root.path(), "exec $real \"$@\"", &[]);
     restore.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -272,6 +275,61 @@ fn a_signal_ends_the_server_of_an_unfinished_recovery(promoted: &Promoted) {
     let report = serde_json::from_str(&report).expect("JSON");
     let copy = Restored::adopt(root, &promoted.bin, report);
     assert_eq!(query(&copy.conninfo(), "SELECT min(n) FROM done"), "1");
+}
+
+/// The signal comes while the restore reads the history file of the promoted server, a FIFO that
+/// never has an end.
+fn a_signal_ends_the_proof(promoted: &Promoted) {
+    let root = directory().expect("a directory");
+    let change = "restore=$PPID; rm \"$data/pg_wal/00000003.history\"; mkfifo \"$data/pg_wal/00000003.history\"\n\
+        (exec 3> \"$data/pg_wal/00000003.history\"; kill -TERM $restore; exec sleep 600) &\n\
+        echo $! > \"$data/../writer\"";
+    let output = promoted.restore(root.path(), &after_recovery(change), &[]);
+    let (_, error) = said(&output);
+    kill(process_in(&root.path().join("writer")), Signal::KILL);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(
+        error.contains("SIGTERM came before recovery had ended"),
+        "{error}"
+    );
+}
+
+/// The server does not stop at the first signal.
+fn a_second_signal_kills_the_server(promoted: &Promoted) {
+    let root = directory().expect("a directory");
+    let body = "trap 'echo > \"$data/../asked\"' QUIT\nsleep 600 > /dev/null 2>&1 &\n\
+        echo $! > \"$data/../child\"\nwhile :; do sleep 0.05; done";
+    let mut restore = promoted.command(root.path(), body, &[]);
+    restore.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let restore = restore.spawn().expect("it runs");
+    let child = root.path().join("child");
+    let has_line = |path: &Path| fs::read_to_string(path).is_ok_and(|text| text.ends_with('\n'));
+    wait_until("the server runs", || has_line(&child));
+    kill_process(Pid::from_child(&restore), Signal::TERM).expect("a signal");
+    wait_until("it is asked to stop", || {
+        has_line(&root.path().join("asked"))
+    });
+    kill_process(Pid::from_child(&restore), Signal::TERM).expect("a signal");
+    let output = restore.wait_with_output().expect("it ends");
+    let (_, error) = said(&output);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    for part in [
+        "another signal came",
+        "SIGTERM came before recovery had ended",
+    ] {
+        assert!(error.contains(part), "{error}");
+    }
+    let child = process_in(&child);
+    wait_until("its processes are gone", || {
+        // A process that was not waited for has no command line.
+        fs::read(format!("/proc/{child}/cmdline")).map_or(true, |line| line.is_empty())
+    });
+}
+
+/// Returns the process ID in a file.
+fn process_in(file: &Path) -> i32 {
+    let text = fs::read_to_string(file).expect("a file");
+    text.trim().parse().expect("a process ID")
 }
 
 /// Kills the checkpointer of the server in `data`, if there is one.

@@ -158,6 +158,29 @@ fn check_version(bin: &Path) {
     let inside = map(&short, &target.path().join("data/x"));
     let other = map(&long, &target.path().join("l"));
     refused(&[&one, &inside, &other], 2, &["give it another place"]);
+    // Two tablespaces at the same time need two directories, also if only the replay makes them.
+    let shared = target.path().join("shared");
+    for pair in [
+        [map(&short, &shared), map(&long, &shared)],
+        [
+            map(&long, &shared.join(".")),
+            map(&short, &shared.join("x")),
+        ],
+    ] {
+        let [first, second] = &pair;
+        refused(&[&one, first, second], 2, &["give it another place"]);
+        refused(
+            &[&one, first, second, "--dry-run"],
+            2,
+            &["give it another place"],
+        );
+    }
+    let on_older = map(&short, &target.path().join("older"));
+    refused(
+        &[&one, &on_older, "--dry-run"],
+        2,
+        &["give it another place"],
+    );
     // Before the creation nothing is in the way.
     let at_backup = restore(&[&one, "--target-immediate", "--dry-run"]);
     assert!(at_backup.status.success(), "{}", said(&at_backup).1);
@@ -186,6 +209,7 @@ fn check_version(bin: &Path) {
     let parts = [
         "in the segment in which recovery stops",
         "bytes at the most",
+        "choose a shorter path",
     ];
     refused(&[&one, &map(&short, &too_long), &stop], 2, &parts);
 

@@ -368,6 +368,7 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
         Some(1),
         "{listing:#}"
     );
+    assert_eq!(archived.plan_shown_times(), 4, "{listing:#}");
     // The result of the verification stays, but the object is intact again.
     fs::write(&path, bytes).expect("it is replaced");
     assert_eq!(plan(&[inside]).0, Some(0));
@@ -377,6 +378,16 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
     );
     let (_, planned, _) = plan(&[inside]);
     assert_eq!(planned["backup"], *first);
+
+    // Damage in the WAL that the newest backup itself needs: the older one names the nearest target.
+    let start = listing["backups"][1]["start_lsn"].as_str();
+    let start = start.expect("an LSN");
+    let needed = archived.sql(&format!("SELECT pg_walfile_name('{start}')"));
+    let (path, bytes) = damage(&needed);
+    for target in [&[][..], &[latest.as_str()]] {
+        refused(target, &needed);
+    }
+    fs::write(&path, bytes).expect("it is replaced");
 
     // Damage at the end: a plan for the newest state does not silently lead to an older state.
     let (path, bytes) = damage(last);

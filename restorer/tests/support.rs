@@ -107,6 +107,34 @@ impl Archived {
         serde_json::from_str(&said).expect("JSON")
     }
 
+    /// Plans a restore to each time and to each end that `pitr-restore list` shows of a restorable
+    /// range. Returns the number of the times.
+    pub(crate) fn plan_shown_times(&self) -> usize {
+        let listing = self.listing();
+        let mut shown = 0;
+        for range in listing["restorable"].as_array().expect("ranges") {
+            let timeline = range["branch"].as_str().expect("a timeline");
+            let plan = |arguments: &[&str]| {
+                let mut plan = self.pitr_restore();
+                plan.arg("--dry-run").args(arguments);
+                if range["by_default"] == false {
+                    plan.args(["--target-timeline", timeline]);
+                }
+                succeed(&mut plan).unwrap_or_else(|error| panic!("{error}: {listing:#}"));
+            };
+            for time in ["first_time", "last_time"] {
+                if let Some(time) = range[time].as_str() {
+                    plan(&["--target-time", time]);
+                    shown += 1;
+                }
+            }
+            // The end is the first byte after the range.
+            let end = range["end_lsn"].as_str().expect("an LSN");
+            plan(&["--target-lsn", end, "--target-exclusive"]);
+        }
+        shown
+    }
+
     /// Follows another server, which descends from the first.
     pub(crate) fn follow(&mut self, conninfo: &str) {
         let daemon = self

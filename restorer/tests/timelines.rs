@@ -154,6 +154,9 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
         "was taken on timeline 00000002-",
     );
 
+    // What is shown is reached, also at the end of the timeline that was left.
+    assert!(scene.archived.plan_shown_times() > 2);
+
     // A second timeline 2, unrelated to the first: the number alone is refused, the branch is
     // accepted.
     drop(second);

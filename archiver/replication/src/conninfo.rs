@@ -23,7 +23,7 @@ use environment::Environment;
 use keyword::{KEYWORDS, Keyword};
 use parse::Values;
 
-pub(super) use environment::user_name;
+pub(crate) use environment::user_name;
 pub use host::Host;
 pub(super) use require_auth::{AuthMethod, RequireAuth};
 pub(super) use tls_settings::{ClientFiles, RootCertificates, SslMode, TlsSettings, TlsVersion};

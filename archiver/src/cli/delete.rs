@@ -31,14 +31,8 @@ pub(super) fn delete(
     {
         let place = format!("cluster {}: {place}", settings.name);
         for window in windows {
-            output::line(&format!(
-                "{place}: every moment from {} to {} can no longer be restored without {id} (WAL {} to {} of timeline {})",
-                expire::time(window.from),
-                expire::time(window.to),
-                window.from_lsn,
-                window.to_lsn,
-                window.branch
-            ));
+            let lost = format!("can no longer be restored without {id} ");
+            output::line(&format!("{place}: {}", output::window(window, &lost)));
         }
         if windows.is_empty() {
             output::line(&format!("{place}: no moment is lost without {id}"));

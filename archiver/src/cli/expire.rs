@@ -172,14 +172,7 @@ fn announce(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
     }
     for window in &report.vanishing {
         let verb = if dry_run { "would vanish" } else { "vanishes" };
-        output::line(&format!(
-            "  {verb}: every moment from {} to {} (WAL {} to {} of timeline {})",
-            expire::time(window.from),
-            expire::time(window.to),
-            window.from_lsn,
-            window.to_lsn,
-            window.branch
-        ));
+        output::line(&format!("  {verb}: {}", output::window(window, "")));
     }
 }
 

@@ -6,10 +6,25 @@
 use std::io::{self, Write};
 
 use repository::printable;
+use wal_format::ExpiredWindow;
+
+use crate::expire;
 
 /// Writes a line to standard output.
 pub(super) fn line(text: &str) {
     drop(writeln!(io::stdout(), "{}", printable(text)));
+}
+
+/// Describes a window that vanishes. `lost` follows its times and ends with a blank, or is empty.
+pub(super) fn window(window: &ExpiredWindow, lost: &str) -> String {
+    format!(
+        "every moment from {} to {} {lost}(WAL {} to {} of timeline {})",
+        expire::time(window.from),
+        expire::time(window.to),
+        window.from_lsn,
+        window.to_lsn,
+        window.branch
+    )
 }
 
 /// Writes an error as a line to standard error.

@@ -311,19 +311,19 @@ impl Look<'_> {
                 .minimal
                 .push(self.minimal(&found, branch, *from_lsn));
         }
-        for stretch in found.stretches {
+        for stretch in &found.stretches {
             for (from, to, by_default) in [(own.from, left_at, true), (left_at, Lsn::MAX, false)] {
                 let start_lsn = stretch.from_lsn.max(from);
                 let end_lsn = stretch.to_lsn.min(to);
                 if start_lsn >= end_lsn {
                     continue;
                 }
-                let first = if start_lsn == stretch.from_lsn {
-                    Some(stretch.finished)
-                } else {
-                    self.first_time(&stretch, branch, start_lsn)
-                };
                 let last = stretch.last_time(self.index, &path, (start_lsn, end_lsn))?;
+                let first = if start_lsn == stretch.from_lsn {
+                    found.first_time(stretch, last)
+                } else {
+                    self.first_time(stretch, branch, start_lsn)
+                };
                 judgement.ranges.push(RestorableRange {
                     branch,
                     timeline: branch.timeline,

@@ -42,9 +42,10 @@ pub struct RestorableRange {
     pub end_lsn: Lsn,
     /// The oldest base backup that leads here.
     pub backup: BackupId,
-    /// The end of the backup, or the first commit in the range.
+    /// The end of the backup, what the WAL proves if that is earlier, or the first commit in the
+    /// range. `None` if the WAL says nothing of the time.
     pub from: Option<PgTimestamp>,
-    /// The last commit in the range.
+    /// The last commit in the range, or `from` if that is later.
     pub to: Option<PgTimestamp>,
     /// True if a restore leads here without `--target-timeline`.
     pub by_default: bool,

@@ -14,6 +14,7 @@ use crate::{
     Error, RestorePlan, Result,
     list::Listing,
     plan::{PreparedTransaction, print_path},
+    shell,
     tablespaces::ReplayedTablespace,
     unfinished::RemovedFiles,
 };
@@ -45,13 +46,7 @@ pub(super) fn note(text: &str) {
 
 /// Returns a path quoted for a shell.
 pub(super) fn shell_word(path: &Path) -> String {
-    let text = path.display().to_string();
-    let plain = |c: char| c.is_alphanumeric() || "/._-:=@+,".contains(c);
-    if text.chars().all(plain) {
-        text
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
-    }
+    shell::quoted(&path.display().to_string())
 }
 
 pub(super) fn json<T: Serialize>(value: &T) -> Result<()> {
@@ -276,7 +271,10 @@ pub(super) fn listing(listing: &Listing) {
             one.branch,
             one.start_lsn,
             one.end_lsn,
-            time(one.first_time, "the fork"),
+            time(
+                one.first_time,
+                one.last_time.map_or("no commit", |_| "the fork")
+            ),
             time(one.last_time, "no commit"),
             one.backup
         );

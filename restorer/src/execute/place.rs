@@ -28,7 +28,7 @@ use super::{
     owned::{Owned, is_at, plan_owner, was_used_by},
     tree::{Tree, read_small},
 };
-use crate::{Error, Result, tablespaces::ReplayedTablespace};
+use crate::{Error, Result, shell, tablespaces::ReplayedTablespace};
 
 /// The maximum length of a marker in bytes.
 pub(super) const MARKER_BYTES_MAX: u64 = 16 << 20;
@@ -65,7 +65,10 @@ pub(crate) fn place_tablespaces(
         .iter()
         .map(|one| one.location.as_str())
         .chain(replayed.iter().map(|one| one.location.as_str()))
+        // An in-place tablespace is a directory inside the data directory and is not mapped.
+        .filter(|location| Path::new(location).is_absolute())
         .collect();
+    known.sort_unstable();
     known.dedup();
     for old in mapping.keys() {
         if !known.iter().any(|location| Path::new(location) == old) {
@@ -82,7 +85,6 @@ pub(crate) fn place_tablespaces(
     let mut placed: BTreeMap<u32, PathBuf> = BTreeMap::new();
     for tablespace in &backup.tablespaces {
         let old = PathBuf::from(&tablespace.location);
-        // An in-place tablespace is a directory inside the data directory and is not mapped.
         if old.is_relative() {
             continue;
         }
@@ -122,7 +124,11 @@ pub(crate) fn place_tablespaces(
 /// Refuses a tablespace directory that is equal to, inside or above one of `others`. Two
 /// tablespaces in one directory would mix their files, and one inside the data directory would be
 /// emptied with it.
-fn apart<'a>(old: &Path, new: &Path, others: impl Iterator<Item = &'a Path>) -> Result<()> {
+pub(crate) fn apart<'a>(
+    old: &Path,
+    new: &Path,
+    others: impl Iterator<Item = &'a Path>,
+) -> Result<()> {
     let new_place = real(new);
     for other in others {
         let other = real(other);
@@ -143,13 +149,8 @@ fn apart<'a>(old: &Path, new: &Path, others: impl Iterator<Item = &'a Path>) -> 
 /// Returns the value of `--tablespace-mapping` for a directory, quoted for a shell.
 pub(crate) fn mapping_of(old: &Path) -> String {
     // The command line (`locations`) reads an equals sign that belongs to a path as `\=`.
-    let word = format!("{}=NEW", old.display().to_string().replace('=', "\\="));
-    let plain = |c: char| c.is_alphanumeric() || "/._-:=@+,".contains(c);
-    if word.chars().all(plain) {
-        word
-    } else {
-        format!("'{}'", word.replace('\'', "'\\''"))
-    }
+    let old = old.display().to_string().replace('=', "\\=");
+    shell::quoted(&format!("{old}=NEW"))
 }
 
 /// Resolves links and `..` in the part of the path that exists. The rest will be created as plain

@@ -44,7 +44,7 @@ pub enum PlanError {
         target: String,
         /// The last time up to which the archive is proved, or `nothing`.
         proven: String,
-        /// The time of the last commit, or `nothing`.
+        /// The time of the last commit, or `none since the backup began`.
         last_commit: String,
         /// The end of the archived WAL.
         end_lsn: Lsn,

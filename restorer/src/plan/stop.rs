@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use repository::WalRange;
-use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd};
+use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, lsn::PAGE_SIZE};
 
 use super::{
     Coverage, LATE_COMMITS_LISTED, PlanError, Stop, Unproved,
@@ -225,13 +225,15 @@ impl Walk<'_> {
             return Ok(self.gap());
         }
         let last = self.last_commit(Lsn::MAX, true)?;
-        // A commit also proves the archive up to its own time, even if no later time was reported.
-        let proven = self.proven().max(last.map(|end| end.time));
+        let proven = self.proven().max(self.last_time()?);
         let unknown = || "nothing".to_owned();
         Ok(PlanError::BeyondArchive {
             target,
             proven: proven.map_or_else(unknown, |time| time.to_string()),
-            last_commit: last.map_or_else(unknown, |end| end.time.to_string()),
+            last_commit: last.map_or_else(
+                || "none since the backup began".to_owned(),
+                |end| end.time.to_string(),
+            ),
             end_lsn: self.coverage.end_lsn,
         }
         .into())
@@ -245,15 +247,30 @@ impl Walk<'_> {
             .max()
     }
 
+    /// Returns the greatest time of a replayed transaction.
+    fn last_time(&self) -> Result<Option<PgTimestamp>> {
+        let mut last = None;
+        for range in &self.coverage.ranges {
+            if range.max_time > last {
+                let ends = self.transactions(range, None)?.into_iter();
+                last = last.max(ends.map(|end| end.time).max());
+            }
+        }
+        Ok(last)
+    }
+
     /// Returns the stop before WAL that was written with `wal_level = minimal`, if the target time
-    /// lies before the first transaction in that WAL.
+    /// lies before the first transaction in that WAL. With `is_reached`, a transaction before that
+    /// WAL is not earlier than the target.
     fn time_before_minimal(
         &self,
         target: PgTimestamp,
+        is_reached: bool,
         stops: impl Fn(PgTimestamp) -> bool,
     ) -> Result<Found> {
         let dropped = self.after_minimal(|_| true)?;
         let is_before = match dropped {
+            _ if is_reached => true,
             Some(end) => stops(end.time),
             None => {
                 // A server that was shut down commits nothing until it is started again.
@@ -276,18 +293,20 @@ impl Walk<'_> {
         let skip = |range: &WalRange| !range.max_time.is_some_and(stops);
         let Some(dropped) = self.first(skip, |end| stops(end.time))? else {
             // No later commit is archived. It must be proved that no later commit exists.
-            let proved = self.proven();
-            let is_proved = proved.is_some_and(|proved| proved >= target);
+            // A transaction proves the archive up to its own time. Before missing WAL, it is the
+            // only proof.
+            let last_time = self.last_time()?;
+            let is_reached = last_time.is_some_and(|last| last >= target);
             if self.coverage.minimal {
-                return self.time_before_minimal(target, stops);
+                return self.time_before_minimal(target, is_reached, stops);
             }
-            if self.coverage.gap || (!is_proved && !relative) {
+            let proved = self.proven().max(last_time);
+            let is_proved = proved.is_some_and(|proved| proved >= target);
+            if (self.coverage.gap && !is_reached) || (!is_proved && !relative) {
                 return Err(self.beyond(target.to_string())?);
             }
             let mut found = self.after_the_last_record()?;
             if !is_proved {
-                // A commit also proves the archive up to its own time.
-                let proved = proved.max(found.last_kept.map(|end| end.time));
                 found.unproved = Some(Unproved { proved, target });
             }
             return Ok(found);
@@ -335,6 +354,15 @@ impl Walk<'_> {
         match record {
             None if lsn < self.coverage.start_lsn => {
                 Ok(Found::new(Stop::Before { lsn }, Some(lsn)))
+            }
+            None if lsn == self.coverage.end_lsn && !self.coverage.minimal => {
+                // A page begins with its header, so no record starts there.
+                if !inclusive || lsn.align_down(PAGE_SIZE) == lsn {
+                    return self.after_the_last_record();
+                }
+                Err(self.beyond(format!(
+                    "{lsn}, whose record is not archived (--target-lsn {lsn} --target-exclusive ends right before it),"
+                ))?)
             }
             None => Err(self.beyond(lsn.to_string())?),
             Some(record) if inclusive => self.after(record),

@@ -243,7 +243,7 @@ proptest! {
                 let late = behind[index..].iter().filter(|(_, time, commit)| *commit && !later(*time)).count();
                 prop_assert_eq!(plan.late_commit_count, late as u64);
             }
-            None if clock >= target => {
+            None if behind.iter().map(|(_, time, _)| *time).max().max(Some(clock)) >= Some(target) => {
                 let plan = plan.expect("it is proved that nothing came after");
                 prop_assert_eq!(plan.stop, Stop::After { lsn: Lsn(at * 8) });
             }
@@ -467,10 +467,45 @@ fn missing_wal_is_named() {
     );
     let latest = refusal(&archive, &RecoveryTarget::Latest);
     assert!(matches!(latest, PlanError::Gap { .. }), "{latest}");
+    let is_reached = |asked| plan_restore(&archive, &time(asked), &Wishes::default()).is_ok();
+    assert!(is_reached(15), "it lies before the gap");
+    // The time of the last transaction before the gap is reached, and nothing after it.
+    assert!(is_reached(30) && !is_reached(31));
+}
+
+/// The last transaction proves the archive up to its own time, even if the server reported no later
+/// one.
+#[test]
+fn the_time_of_the_last_transaction_is_reached() {
+    let archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 0);
+    let plan = |asked| plan_restore(&archive, &time(asked), &Wishes::default());
+    let stop = plan(40).expect("it is reachable").stop;
+    assert_eq!(stop, Stop::After { lsn: Lsn(2600 * 8) });
+    let beyond = refusal(&archive, &time(41));
     assert!(
-        plan_restore(&archive, &time(15), &Wishes::default()).is_ok(),
-        "it lies before the gap"
+        matches!(beyond, PlanError::BeyondArchive { .. }),
+        "{beyond}"
     );
+}
+
+/// The newest backup has no consistent state, so the refusal is that of the older one.
+#[test]
+fn a_backup_whose_own_wal_is_missing_does_not_hide_the_nearest_target() {
+    let backups = vec![
+        backup(1, 4000, 4400),
+        backup(2, RANGE * 4 - 8, RANGE * 4 + 80),
+    ];
+    let mut archive = memory(&ENDS, backups, RANGE * 6, 50);
+    archive.ranges.remove(&(RANGE * 4));
+    for target in [RecoveryTarget::Latest, time(45)] {
+        let error = refusal(&archive, &target);
+        let words = error.to_string();
+        let nearest = format!(
+            "the nearest reachable target is --target-lsn {}",
+            Lsn(1700 * 8)
+        );
+        assert!(words.contains(&nearest), "{words}");
+    }
 }
 
 #[test]

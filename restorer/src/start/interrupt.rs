@@ -3,13 +3,14 @@
 //! The server runs in its own process group, so a signal to the caller's group, for example Ctrl-C,
 //! does not reach it. Until recovery has ended, this program therefore stops the server when a
 //! signal arrives. Otherwise a copy that was not compared with the plan would continue and accept
-//! connections.
+//! connections. A further signal kills a server that does not stop at once.
 
 use std::{
     fs,
     sync::{
         Arc,
-        atomic::{AtomicI32, Ordering},
+        atomic::{AtomicI32, AtomicU32, Ordering},
+        mpsc::{self as threads, RecvTimeoutError},
     },
     thread,
 };
@@ -20,6 +21,7 @@ use tokio::{
     sync::mpsc,
 };
 
+use super::POLL;
 use crate::{Error, Result};
 
 /// The handled signals, with their names and numbers: from Ctrl-C, from `kill`, and from the end of
@@ -27,8 +29,17 @@ use crate::{Error, Result};
 const SIGNALS: [(&str, i32); 3] = [("SIGINT", 2), ("SIGTERM", 15), ("SIGHUP", 1)];
 
 /// A handler of these signals. It works from its creation until this program ends.
-#[derive(Debug)]
-pub(super) struct Interrupt(Arc<AtomicI32>);
+#[derive(Debug, Default)]
+pub(super) struct Interrupt(Arc<Caught>);
+
+/// The signals that arrived.
+#[derive(Debug, Default)]
+struct Caught {
+    /// The number of the first signal; 0 if none has arrived.
+    first: AtomicI32,
+    /// The number of signals.
+    count: AtomicU32,
+}
 
 impl Interrupt {
     /// Installs the handler for each of [`SIGNALS`] that this program does not ignore. `nohup`
@@ -38,8 +49,8 @@ impl Interrupt {
     /// [`Error::Io`] if the operating system refuses the handler.
     pub(super) fn catch() -> Result<Self> {
         let failed = || Error::io("catch the signals of", "this program");
-        let caught = Arc::new(AtomicI32::new(0));
-        let seen = Arc::clone(&caught);
+        let interrupt = Self::default();
+        let caught = Arc::clone(&interrupt.0);
         let runtime = runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -57,25 +68,74 @@ impl Interrupt {
             let sender = sender.clone();
             let number = *number;
             runtime.spawn(async move {
-                if stream.recv().await.is_some() {
-                    let _is_first = sender.try_send(number);
+                while stream.recv().await.is_some() {
+                    // If the channel is full, another signal is about to be counted.
+                    let _is_sent = sender.try_send(number);
                 }
             });
         }
         drop(sender);
         let watch = move || {
-            if let Some(number) = runtime.block_on(receiver.recv()) {
-                seen.store(number, Ordering::Relaxed);
+            while let Some(number) = runtime.block_on(receiver.recv()) {
+                // Count first: whoever sees `first` has its signal in `count`.
+                caught.count.fetch_add(1, Ordering::SeqCst);
+                let first = &caught.first;
+                let _later = first.compare_exchange(0, number, Ordering::SeqCst, Ordering::SeqCst);
             }
         };
         let name = "signals".to_owned();
         let watcher = thread::Builder::new().name(name).spawn(watch);
-        watcher.map(|_| Self(caught)).map_err(failed())
+        watcher.map(|_| interrupt).map_err(failed())
+    }
+
+    /// Returns the number of signals that have arrived.
+    pub(super) fn count(&self) -> u32 {
+        self.0.count.load(Ordering::SeqCst)
+    }
+
+    /// Fails if a signal has arrived.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] with the first signal.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.seen() {
+            Some(signal) => Err(Error::Interrupted { signal }),
+            None => Ok(()),
+        }
+    }
+
+    /// Runs `work`, which may wait for a file or the repository, on a thread of its own, and waits
+    /// for its end or a signal.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`] if a signal arrives first; the errors of `work`.
+    pub(super) fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.check()?;
+        let (sender, receiver) = threads::channel();
+        let name = "after recovery".to_owned();
+        let spawned = thread::Builder::new().name(name).spawn(move || {
+            // Without a receiver, a signal has ended the wait.
+            let _is_received = sender.send(work());
+        });
+        spawned.map_err(Error::io("start a thread of", "this program"))?;
+        loop {
+            match receiver.recv_timeout(POLL) {
+                Ok(outcome) => return outcome,
+                Err(RecvTimeoutError::Timeout) => self.check()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    let ended = std::io::Error::other("a thread ended without a result");
+                    return Err(Error::io("run", "this program")(ended));
+                }
+            }
+        }
     }
 
     /// Returns the name of the first signal that arrived; `None` if none has arrived.
-    pub(super) fn seen(&self) -> Option<&'static str> {
-        let seen = self.0.load(Ordering::Relaxed);
+    fn seen(&self) -> Option<&'static str> {
+        let seen = self.0.first.load(Ordering::SeqCst);
         let found = SIGNALS.iter().find(|(_, number)| *number == seen);
         found.map(|(name, _)| *name)
     }

@@ -63,23 +63,30 @@ impl Stall {
 /// Returns the processor time of a process and of all its descendants, including those that have
 /// ended.
 pub(super) fn processor_time(pid: u32) -> Option<Duration> {
-    let mut ticks = of_process(pid)?;
-    let mut open = vec![pid];
-    while let Some(parent) = open.pop() {
-        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
-        for child in children.unwrap_or_default().split_whitespace() {
-            // A process that has ended meanwhile is counted in its parent.
-            if let Ok(child) = child.parse()
-                && let Some(more) = of_process(child)
-            {
-                ticks = ticks.saturating_add(more);
-                open.push(child);
-            }
-        }
-    }
+    let own = of_process(pid)?;
+    // A process that has ended meanwhile is counted in its parent.
+    let others = descendants(pid).into_iter().filter_map(of_process);
+    let ticks = others.fold(own, u64::saturating_add);
     Some(Duration::from_millis(
         ticks.saturating_mul(1000 / TICKS_PER_SECOND),
     ))
+}
+
+/// Returns the children of a process, their children, and so on.
+pub(super) fn descendants(pid: u32) -> Vec<u32> {
+    let mut found = Vec::new();
+    let mut open = vec![pid];
+    while let Some(parent) = open.pop() {
+        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+        let children = children.unwrap_or_default();
+        let children: Vec<u32> = children
+            .split_whitespace()
+            .filter_map(|child| child.parse().ok())
+            .collect();
+        found.extend(&children);
+        open.extend(children);
+    }
+    found
 }
 
 /// The ticks of a process: `utime`, `stime`, `cutime` and `cstime` of `proc_pid_stat(5)`.
