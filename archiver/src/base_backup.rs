@@ -10,11 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use replication::{
-    self, BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode,
-    ReplicationClient,
-};
-use repository::{ClusterIdentity, ExitKind, Repository, config::ClusterSettings};
+use catalog::Catalog;
+use repository::{ClusterIdentity, ExitKind, LossRecord, Repository, config::ClusterSettings};
 use sha2::{Digest, Sha256};
 use tokio::{sync::Semaphore, task::JoinSet};
 use wal_format::{
@@ -161,10 +158,18 @@ pub async fn take(
 ) -> Result<BackupInfo> {
     let began = jiff::Timestamp::now();
     let taken = attempt(settings, label, progress).await;
-    if let Err(error) = &taken {
+    if let Err(error) = &taken
+        && !is_of_wrong_place(error)
+    {
         record_failure(settings, began, &error.to_string()).await;
     }
     taken
+}
+
+/// Returns true if the place is not the repository or holds an older state of it. Nothing is
+/// written there, not even the failure.
+pub(crate) fn is_of_wrong_place(error: &Error) -> bool {
+    matches!(error, Error::Repository(error) if error.is_gone())
 }
 
 /// As [`take`], but does not record a failure: the caller retries, and records each distinct
@@ -207,6 +212,11 @@ async fn attempt_once(
         let repository = repository.clone();
         blocking(move || Ok(repository.claim(&identity)?)).await?
     };
+    {
+        let (settings, repository, identity) =
+            (settings.clone(), repository.clone(), identity.clone());
+        blocking(move || refuse_older_state(&settings, &identity, &repository)).await?;
+    }
     let branch = source.current_branch(&repository).await?;
     let clock_offset_micros = clock_offset(&conninfo).await.unwrap_or_else(|error| {
         tracing::debug!(%error, "the server's clock is not known; the backup has this host's times");
@@ -228,6 +238,24 @@ async fn attempt_once(
         Ok(info) => outcomes::tell_the_daemon(settings, &info.id),
     }
     outcome
+}
+
+/// Refuses a place that lacks the newest WAL that this host stored: a backup in an older copy of
+/// the repository would be missing in the right one.
+fn refuse_older_state(
+    settings: &ClusterSettings,
+    identity: &ClusterIdentity,
+    repository: &Repository,
+) -> Result<()> {
+    let record = LossRecord::of(settings);
+    record.check_newest(repository)?;
+    // A catalog that cannot be read proves nothing.
+    if let Ok(catalog) = Catalog::open_read_only(&settings.catalog, identity)
+        && let Ok(Some(tail)) = catalog.newest_tail()
+    {
+        record.check_held(repository, &catalog.loss_of(&tail))?;
+    }
+    Ok(())
 }
 
 /// Returns a unique name for a backup, made from the current time.

@@ -105,6 +105,11 @@ pub struct Facts {
     /// Archived objects that the repository lacks. A loss is listed until the objects are back or
     /// the loss is accepted.
     pub losses: Vec<FoundLoss>,
+    /// The reason why the record of lost objects cannot be read.
+    pub losses_problem: Option<String>,
+    /// The number of times that the stages have started. The look of an earlier archive does not
+    /// count.
+    pub archive_number: u64,
     /// Messages about what was lost and stored again since the start.
     pub repaired: Vec<String>,
     /// The reason why the catalog on disk is not used. Archiving continues with one in memory.
@@ -148,6 +153,35 @@ pub struct Facts {
     pub looked: bool,
     /// The number of reconnects, by reason.
     pub reconnects: BTreeMap<&'static str, u64>,
+}
+
+impl Facts {
+    /// Makes everything unknown that only a look into the catalog shows, because the stages start
+    /// again. Returns the number of the new archive.
+    pub(crate) fn start_anew(&mut self) -> u64 {
+        self.looked = false;
+        self.window = WindowReport::default();
+        self.archive_number += 1;
+        self.archive_number
+    }
+
+    /// Records the error of a place that holds an older state, and returns its text. A start finds
+    /// every missing object; its text replaces the text of a check that names only the newest one.
+    fn older_state(&mut self, operation: &str, found: String) -> String {
+        let known = self.repository_older.take();
+        let text = match &known {
+            Some(known) if operation != "start" => known.clone(),
+            _ => found,
+        };
+        let errors = self.repository_broken.values_mut();
+        for error in errors.chain(&mut self.repository_error) {
+            if known.as_ref() == Some(&*error) {
+                error.clone_from(&text);
+            }
+        }
+        self.repository_older = Some(text.clone());
+        text
+    }
 }
 
 impl ClusterStatus {
@@ -353,7 +387,7 @@ impl ClusterStatus {
     pub(crate) fn looked(&self, archive: &Arc<Archive>, details: Details) {
         *self.details.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(details);
         *self.archive.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(archive);
-        self.note(|facts| facts.looked = true);
+        self.note(|facts| facts.looked |= facts.archive_number == archive.number());
     }
 
     /// The archive while its pipeline runs, for queries that only the catalog can answer.
@@ -410,10 +444,10 @@ impl ClusterStatus {
             count_error(&self.repository_errors, "open", kind);
         }
         self.note(|facts| {
-            let message = error.to_string();
+            let mut message = error.to_string();
             facts.repository_gone |= error.is_gone();
             if matches!(error, repository::Error::OlderState { .. }) {
-                facts.repository_older = Some(message.clone());
+                message = facts.older_state(operation, message);
             }
             if error.is_gone() || error.exit_kind() == ExitKind::Integrity {
                 let asked = format!("{operation} {object}");

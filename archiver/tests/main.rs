@@ -23,6 +23,7 @@ mod libpq;
 mod many_clusters;
 mod network;
 mod odd_wal;
+mod older_copy;
 mod preconditions;
 mod present;
 mod pressure;

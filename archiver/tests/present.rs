@@ -336,22 +336,45 @@ fn what_was_proved_survives_a_restart_and_what_is_not_seen_is_unknown() {
     assert!(said.contains("its limit is unknown"), "{said}");
 }
 
+/// Writes a configuration with encryption. Returns its path.
+fn encrypted(place: &Place) -> std::path::PathBuf {
+    let configuration = place.spool().with_extension("toml");
+    let key = "1111111111111111111111111111111111111111111111111111111111111111";
+    let text = format!("encryption_key_command = 'printf {key}'\n");
+    fs::write(&configuration, text).expect("a configuration");
+    configuration
+}
+
+/// Accepts the loss of two objects.
+fn accept(run: &dyn Fn(&[&str]) -> Output) {
+    let output = run(&["verify", "--accept-loss"]);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(said.matches("accepted as lost: ").count(), 2, "{said}");
+}
+
 #[test]
 fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, "");
     let place = Place::new();
-    let archiver = place.run(&server.conninfo());
+    let configuration = encrypted(&place);
+    let command = || {
+        let mut command = place.command(&server.conninfo());
+        command.arg("--config").arg(&configuration);
+        command
+    };
+    let run = |arguments: &[&str]| command().args(arguments).output().expect("it runs");
+    let archiver = place.run_with(command());
     archiver.wait_for_log("INFO streaming");
     server.write_wal(1500);
-    backup(&place, &server);
+    succeed("backup", &run(&["backup"]));
     server.down("fast");
     fs::write(server.data().join("standby.signal"), "").expect("a file");
     server.up();
     server.promote();
     server.write_wal(2500);
     wait_flushed(&server, server.lsn());
-    backup(&place, &server);
+    succeed("backup", &run(&["backup"]));
     server.write_wal(1500);
     wait_flushed(&server, server.lsn());
     wait_until("all is well", || is_ok(&archiver));
@@ -371,6 +394,32 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
         events().contains("of the two copies of this history file had been lost")
     });
 
+    // It stores both copies of the wrapped keys again, from memory.
+    let keys = place.files_below("/main/keys");
+    assert_eq!(keys.len(), 2, "{keys:?}");
+    for key in &keys {
+        fs::remove_file(key).expect("it goes");
+    }
+    wait_until("the keys are back", || keys.iter().all(|key| key.is_file()));
+    wait_until("it is an event", || {
+        events().contains("this wrapped data key had been lost")
+    });
+
+    // A part of the newest backup is missed, too.
+    let parts = place.files_below(".tar.zst");
+    let part = parts.last().expect("a slice");
+    let content = fs::read(part).expect("it reads");
+    fs::remove_file(part).expect("it goes");
+    wait_until("the part is named", || {
+        let report = report(&archiver);
+        let name = part.file_stem().expect("a name").to_string_lossy();
+        report["lost_objects"].to_string().contains(&*name) && report["state"] == "broken"
+    });
+    fs::write(part, content).expect("it is back");
+    wait_until("all is well with it", || {
+        is_ok(&archiver) && report(&archiver)["lost_objects"] == serde_json::json!([])
+    });
+
     // The newest backup and segment stay, so archiving continues.
     let aside = tempfile::tempdir().expect("a directory");
     let mut lost = vec![place.files_below("backup.json").remove(0)];
@@ -381,6 +430,11 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
             fs::remove_file(file).expect("it goes");
         }
     };
+    let put_back = || {
+        for (number, file) in lost.iter().enumerate() {
+            fs::copy(aside.path().join(number.to_string()), file).expect("it is back");
+        }
+    };
     let name = |file: &Path| {
         file.strip_prefix(place.repository().join("main"))
             .map(Path::to_owned)
@@ -389,7 +443,8 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
         let report = report(archiver);
         let said = report["lost_objects"].to_string();
         let named = |file: &std::path::PathBuf| {
-            said.contains(&*name(file).expect("inside").to_string_lossy())
+            let name = name(file).expect("inside").with_extension("");
+            said.contains(&*name.to_string_lossy())
         };
         lost.iter().all(named) && report["state"] == "broken"
     };
@@ -411,26 +466,67 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
 
     // The losses are known after a restart.
     archiver.kill();
-    let archiver = place.run(&server.conninfo());
+    let archiver = place.run_with(command());
     wait_until("it serves", || {
         archiver.log().matches("serving HTTP").count() == 2
     });
     wait_until("it is still known", || is_named(&archiver));
-    for (number, file) in lost.iter().enumerate() {
-        fs::copy(aside.path().join(number.to_string()), file).expect("it is back");
-    }
+    put_back();
     wait_until("all is well again", || {
         is_ok(&archiver) && report(&archiver)["lost_objects"] == serde_json::json!([])
     });
 
     take();
     wait_until("the losses are named again", || is_named(&archiver));
-    let mut accept = place.command(&server.conninfo());
-    let output = accept.args(["verify", "--accept-loss"]).output();
-    let said = String::from_utf8_lossy(&output.expect("it runs").stdout).into_owned();
-    assert_eq!(said.matches("accepted as lost: ").count(), 2, "{said}");
+    accept(&run);
     wait_until("it is accepted", || {
         report(&archiver)["lost_objects"] == serde_json::json!([]) && is_ok(&archiver)
+    });
+
+    // The acceptance ends when the objects are back.
+    put_back();
+    let record = place.spool().join("main/losses.json");
+    wait_until("the daemon knows that they are back", || {
+        let record: Value =
+            serde_json::from_slice(&fs::read(&record).expect("a record")).expect("JSON");
+        record["returned"].as_array().map(Vec::len) == Some(2)
+    });
+    take();
+    wait_until("the losses are named once more", || is_named(&archiver));
+    put_back();
+    wait_until("all is well once more", || is_ok(&archiver));
+
+    // A record that cannot be read is not an empty one.
+    fs::write(&record, "").expect("it is torn");
+    wait_until("the record is named", || {
+        let report = report(&archiver);
+        let reason = report["reason"].as_str().expect("a reason");
+        report["state"] == "broken" && reason.contains("record of lost objects")
+    });
+    let verified = run(&["verify"]);
+    assert_eq!(verified.status.code(), Some(4), "{verified:?}");
+    let said = String::from_utf8_lossy(&verified.stdout).into_owned();
+    assert!(said.contains("record of lost objects"), "{said}");
+    // The daemon sets it aside when it records something.
+    wait_until("the record is removed", || {
+        drop(fs::remove_file(&record));
+        drop(fs::remove_file(record.with_extension("damaged")));
+        !report(&archiver)["reason"]
+            .to_string()
+            .contains("record of lost objects")
+    });
+    wait_until("all is well without it", || is_ok(&archiver));
+
+    // A declared loss whose record is damaged stops nothing.
+    let gaps = place.files_below("/gap/");
+    fs::write(&gaps[0], "damaged").expect("it is damaged");
+    archiver.kill();
+    let archiver = place.run_with(command());
+    server.write_wal(1500);
+    wait_flushed(&server, server.lsn());
+    wait_until("the record of the loss is named", || {
+        let reason = report(&archiver)["reason"].to_string();
+        reason.contains("/gap/")
     });
     assert_eq!(archiver.terminate().code(), Some(0));
 }

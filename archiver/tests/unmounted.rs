@@ -14,7 +14,7 @@ use wal_format::Lsn;
 use crate::support::{Archiver, Place, Server, postgres_bin, wait_flushed, wait_until};
 
 /// A disk that is mounted as the place's repository. Its content outlives an unmount.
-struct Disk {
+pub(crate) struct Disk {
     content: TempDir,
     mount_point: PathBuf,
 }
@@ -36,7 +36,7 @@ impl Disk {
     }
 
     /// Returns another disk with a copy of this one's content. The copy is not mounted yet.
-    fn copied(&self) -> Self {
+    pub(crate) fn copied(&self) -> Self {
         let content = tempfile::tempdir().expect("a directory");
         let source = self.content.path().join(".");
         assert!(run(Command::new("cp")
@@ -50,7 +50,12 @@ impl Disk {
     }
 
     /// Returns the paths of the sealed segments on the disk, sorted.
-    fn sealed(&self) -> Vec<PathBuf> {
+    pub(crate) fn sealed(&self) -> Vec<PathBuf> {
+        self.files_below("/wal/")
+    }
+
+    /// Returns the paths of the files on the disk whose path contains `kind`, sorted.
+    pub(crate) fn files_below(&self, kind: &str) -> Vec<PathBuf> {
         let mut found = Vec::new();
         let mut open = vec![self.content.path().to_owned()];
         while let Some(directory) = open.pop() {
@@ -58,7 +63,7 @@ impl Disk {
                 let path = entry.path();
                 if path.is_dir() {
                     open.push(path);
-                } else if path.to_string_lossy().contains("/wal/") {
+                } else if path.to_string_lossy().contains(kind) {
                     found.push(path);
                 }
             }
@@ -67,14 +72,14 @@ impl Disk {
         found
     }
 
-    fn attach(&self) -> bool {
+    pub(crate) fn attach(&self) -> bool {
         run(Command::new("mount")
             .arg("--bind")
             .args([self.content.path(), &self.mount_point]))
     }
 
     /// Unmounts the disk at the first moment at which it is not in use.
-    fn detach(&self) {
+    pub(crate) fn detach(&self) {
         wait_until("nothing keeps the disk from being unmounted", || {
             run(Command::new("umount").arg(&self.mount_point))
         });
@@ -135,7 +140,7 @@ fn wait_until_red(archiver: &Archiver) {
 }
 
 /// Waits until the light is red with these words in the report, and the health route fails.
-fn wait_until_red_for(archiver: &Archiver, words: &[&str]) {
+pub(crate) fn wait_until_red_for(archiver: &Archiver, words: &[&str]) {
     wait_until("the light is red", || {
         let report = archiver.get("/api/v1/clusters/main");
         report.contains("\"state\":\"broken\"") && words.iter().all(|words| report.contains(words))
@@ -144,7 +149,7 @@ fn wait_until_red_for(archiver: &Archiver, words: &[&str]) {
     assert!(health.starts_with("HTTP/1.1 503"), "{health}");
 }
 
-fn wait_until_well(archiver: &Archiver) {
+pub(crate) fn wait_until_well(archiver: &Archiver) {
     wait_until("the light is no longer red", || {
         !archiver
             .get("/api/v1/clusters/main")
@@ -153,7 +158,7 @@ fn wait_until_well(archiver: &Archiver) {
 }
 
 /// Returns the LSN at which the WAL in the repository ends.
-fn remote(archiver: &Archiver) -> Lsn {
+pub(crate) fn remote(archiver: &Archiver) -> Lsn {
     let answer = archiver.get("/api/v1/clusters/main");
     let (_, body) = answer.split_once("\r\n\r\n").expect("a body");
     let report: serde_json::Value = serde_json::from_str(body).expect("JSON");
@@ -161,14 +166,16 @@ fn remote(archiver: &Archiver) -> Lsn {
     lsn.and_then(|lsn| lsn.parse().ok()).unwrap_or_default()
 }
 
-fn flushed(server: &Server) -> Lsn {
+pub(crate) fn flushed(server: &Server) -> Lsn {
     let told = server.sql(
         "SELECT coalesce(max(flush_lsn), '0/0') FROM pg_stat_replication WHERE application_name = 'tidemark'",
     );
     told.parse().expect("an LSN")
 }
 
-fn scene(acknowledge: &str) -> Option<(Server, Place, Disk, impl Fn(&Place, &Server) -> Command)> {
+pub(crate) fn scene(
+    acknowledge: &str,
+) -> Option<(Server, Place, Disk, impl Fn(&Place, &Server) -> Command)> {
     let bin = postgres_bin()?;
     let place = Place::new();
     let disk = Disk::mount(place.repository())?;
@@ -252,97 +259,6 @@ fn an_unmounted_repository_takes_nothing_and_misses_nothing_when_it_is_back() {
 #[test]
 fn an_unmounted_repository_acknowledges_nothing_as_remote() {
     survives("remote");
-}
-
-/// Mounts an old copy of the repository over it, with the same identity. Nothing is stored there
-/// until the right disk is back, or the operator accepts that what is missing is lost for good.
-fn older_copy_takes_nothing(acknowledge: &str) {
-    let Some((server, place, disk, command)) = scene(acknowledge) else {
-        return;
-    };
-    let run = |arguments: &[&str]| {
-        let mut command = command(&place, &server);
-        let output = command.args(arguments).output().expect("it runs");
-        let said = [output.stdout, output.stderr].concat();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        (output.status.code(), said)
-    };
-    let archiver = place.run_with(command(&place, &server));
-    archiver.wait_for_log("INFO streaming");
-    server.write_wal(1500);
-    assert_eq!(run(&["backup"]).0, Some(0));
-    wait_until("segments are sealed", || disk.sealed().len() > 1);
-    let old = disk.copied();
-    let before = old.sealed();
-    server.write_wal(3000);
-    let is_sealed = || disk.sealed().len() > before.len() + 1;
-    wait_until("more segments are sealed", is_sealed);
-    wait_flushed(&server, server.lsn());
-
-    assert!(old.attach());
-    let words = ["holds an older state", "--accept-loss"];
-    wait_until_red_for(&archiver, &words);
-    // The newest segment may be in the spool, from which it is stored again.
-    let sealed = disk.sealed();
-    let missing = sealed[before.len()].file_stem().expect("a name");
-    let missing = missing.to_string_lossy();
-    let told = flushed(&server);
-    let at = server.lsn();
-    server.write_wal(2500);
-    if acknowledge == "remote" {
-        let now = flushed(&server);
-        assert!(now <= at, "{now} was acknowledged, only {told} is archived");
-    } else {
-        wait_flushed(&server, server.lsn());
-    }
-    archiver.kill();
-    let archiver = place.run_with(command(&place, &server));
-    wait_until("it serves", || {
-        archiver.log().matches("serving HTTP").count() == 2
-    });
-    let words = [words[0], words[1], &missing];
-    wait_until_red_for(&archiver, &words);
-    let (code, said) = run(&["verify"]);
-    assert_eq!(code, Some(4), "{said}");
-    assert!(
-        said.contains("was archived and is not there any more") && said.contains(&*missing),
-        "{said}"
-    );
-    assert_eq!(old.sealed(), before, "segments went to the old copy");
-
-    old.detach();
-    wait_flushed(&server, server.lsn());
-    wait_until_well(&archiver);
-    let stored = server.lsn();
-    wait_until("it is in the right one", || remote(&archiver) >= stored);
-    assert_eq!(old.sealed(), before, "segments went to the old copy");
-
-    // The right disk is lost for good.
-    assert!(old.attach());
-    wait_until_red_for(&archiver, &words[..2]);
-    let (code, said) = run(&["verify", "--accept-loss"]);
-    assert!(said.contains("accepted as lost: WAL "), "{said}");
-    // The archive is not complete before a base backup is taken after the hole.
-    assert!(matches!(code, Some(0 | 4)), "{said}");
-    archiver.wait_for_log("the archive is whole again from this backup on");
-    server.write_wal(1500);
-    wait_flushed(&server, server.lsn());
-    wait_until_well(&archiver);
-    assert_eq!(archiver.terminate().code(), Some(0));
-    let (code, said) = run(&["verify", "--deep"]);
-    assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("was declared lost"), "{said}");
-    old.detach();
-}
-
-#[test]
-fn an_older_copy_takes_nothing() {
-    older_copy_takes_nothing("local");
-}
-
-#[test]
-fn an_older_copy_acknowledges_nothing_as_remote() {
-    older_copy_takes_nothing("remote");
 }
 
 #[test]
@@ -433,6 +349,24 @@ fn no_command_begins_an_archive_in_an_empty_mount_point_before_the_operator_says
     }
     assert!(disk.attach());
     assert_eq!(run(&push).0, Some(0), "the same bytes again");
+
+    // A copy without the segment that was pushed last.
+    let old = disk.copied();
+    for segment in old.sealed() {
+        fs::remove_file(segment).expect("it goes");
+    }
+    let held = old.files_below("/main/");
+    assert!(old.attach());
+    for arguments in [push.as_slice(), &["backup"]] {
+        let (code, said) = run(arguments);
+        assert_eq!(code, Some(4), "{arguments:?}: {said}");
+        assert!(
+            said.contains("holds an older state"),
+            "{arguments:?}: {said}"
+        );
+    }
+    assert_eq!(old.files_below("/main/"), held);
+    old.detach();
 
     // The disk is lost, and the operator begins a new archive on another one.
     disk.detach();

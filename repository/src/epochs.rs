@@ -340,10 +340,35 @@ impl Repository {
             Some(newest) => newest < **number,
             None => known.is_empty(),
         };
-        if let Some(number) = lost.last().filter(is_newest) {
-            let problem = "neither it nor its copy in epoch-copy/ is intact, and no sealed object tells what they said. \
-                           When nothing else is archived under this name, remove both: the next start writes them again"
-                .to_owned();
+        // A damaged newest epoch leaves the chosen system identifier as it is.
+        let is_chosen = |epoch: &Epoch| self.system() == Some(epoch.identity.system_identifier);
+        let is_found = known.values().any(is_chosen);
+        if let Some(number) = lost.last().filter(is_newest)
+            && !is_found
+        {
+            let reason = self.reason_of(*number, listed);
+            let is_named = |system: &SystemIdentifier| {
+                known
+                    .values()
+                    .any(|epoch| epoch.identity.system_identifier == *system)
+            };
+            let systems = folders.iter().filter_map(|name| name.parse().ok());
+            let mut unnamed = systems.filter(|system| !is_named(system));
+            let remedy = match (unnamed.next(), known.values().next_back()) {
+                (Some(system), _) => format!("Remove nothing, because objects of system identifier {system} are archived"),
+                (None, Some(epoch)) => format!(
+                    "Nothing was archived in this epoch: remove both, and epoch {} is the newest one again. Until then, \
+                     restore with --system {}",
+                    epoch.number, epoch.identity.system_identifier
+                ),
+                (None, None) => {
+                    "Nothing is archived under this name: remove both, and the next start writes them again".to_owned()
+                }
+            };
+            let problem = format!(
+                "neither it nor its copy in epoch-copy/ is intact, and no sealed object contains the identity: {reason}. \
+                 {remedy}"
+            );
             return Err(self.damaged(&ObjectKey::Epoch(*number), problem));
         }
         let mut known: Vec<Epoch> = known.into_values().collect();
@@ -362,6 +387,19 @@ impl Repository {
             unnamed,
             lost: lost.into_iter().collect(),
         })
+    }
+
+    /// Returns the reason why an epoch's first listed copy cannot be read.
+    fn reason_of(&self, number: u32, listed: &Listed) -> String {
+        let listed = listed.numbers.get(&number).copied().unwrap_or_default();
+        let keys = Epoch::keys(number);
+        let first = keys.iter().zip(listed).find(|(_, listed)| *listed);
+        let problem = first.map(|(key, _)| self.record::<ClusterIdentity>(key));
+        match problem {
+            Some(Err(Error::Damaged { problem, .. })) => problem,
+            Some(Err(error)) => error.to_string(),
+            Some(Ok(_)) | None => "it cannot be read".to_owned(),
+        }
     }
 
     fn lost_copies(&self, number: u32, listed: &Listed) -> [EpochCopy; 2] {

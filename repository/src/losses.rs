@@ -1,30 +1,20 @@
-//! [`LossRecord`]: objects that this host archived and that the repository lacks.
-//!
-//! The daemon writes `{spool}/{cluster}/losses.json` when it finds that the repository lacks
-//! objects of its catalog, before the catalog removes their entries. `catalog rebuild` does the
-//! same while no daemon has the catalog open. `wal-archiver verify --accept-loss` writes
-//! `accepted_losses.json`. Each file has one writer at a time, so no change is lost.
-//! Invariant: a loss stays in the first file until its objects are back or it is in the second
-//! file.
+//! [`Loss`]: an object that this host archived and that the repository lacks. [`record`] keeps the
+//! losses in the spool.
 
-use std::{
-    collections::BTreeMap,
-    fmt, fs, io,
-    path::{Path, PathBuf},
-};
+mod newest;
+mod record;
+
+use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 use wal_format::{
-    BackupId, Branch, Lsn, ObjectKey, PgTimestamp, SegmentName, SegmentNo, SegmentSize,
+    BackupId, BackupInfo, Branch, Lsn, ObjectKey, SegmentName, SegmentNo, SegmentSize,
     SystemIdentifier,
 };
 
-use crate::{Error, Result, config::ClusterSettings, durable, expire::Intervals};
+pub use self::record::{FoundLoss, LossRecord};
+use crate::{Error, Repository, expire::Intervals};
 
-const FOUND_FILE: &str = "losses.json";
-const ACCEPTED_FILE: &str = "accepted_losses.json";
-/// The version of both files.
-const FORMAT_VERSION: u32 = 1;
 /// The maximum number of losses that a message names.
 const NAMED_MAX: usize = 5;
 
@@ -45,6 +35,19 @@ pub enum Loss {
         /// The first byte after the last segment.
         to_lsn: Lsn,
     },
+    /// WAL of a segment that is not sealed: an upload between two segments.
+    Tail {
+        /// The system identifier of the cluster.
+        system: SystemIdentifier,
+        /// The segment size of the cluster.
+        segment_size: SegmentSize,
+        /// The timeline.
+        branch: Branch,
+        /// The first byte.
+        from_lsn: Lsn,
+        /// The first byte after the last one.
+        to_lsn: Lsn,
+    },
     /// The description of a base backup. Without it, the other objects of the backup cannot be
     /// used.
     Backup {
@@ -59,9 +62,75 @@ pub enum Loss {
         /// The LSN at which the backup is consistent.
         stop_lsn: Lsn,
     },
+    /// The manifest or a slice of a base backup. Without it, the backup cannot be restored.
+    BackupPart {
+        /// The name of the backup.
+        id: BackupId,
+        /// The missing object.
+        #[serde(with = "as_text")]
+        key: ObjectKey,
+    },
 }
 
 impl Loss {
+    /// Returns the loss of a part of a backup.
+    #[must_use]
+    pub fn of_part(backup: &BackupInfo, key: ObjectKey) -> Self {
+        Self::BackupPart {
+            id: backup.id.clone(),
+            key,
+        }
+    }
+
+    /// Returns the backup that cannot be restored because of this loss alone.
+    #[must_use]
+    pub fn backup(&self) -> Option<&BackupId> {
+        match self {
+            Self::Backup { id, .. } | Self::BackupPart { id, .. } => Some(id),
+            Self::Wal { .. } | Self::Tail { .. } => None,
+        }
+    }
+
+    /// Returns the system identifier of the cluster. `None` for a part of a backup.
+    #[must_use]
+    pub fn system(&self) -> Option<SystemIdentifier> {
+        match self {
+            Self::Wal { system, .. } | Self::Tail { system, .. } | Self::Backup { system, .. } => {
+                Some(*system)
+            }
+            Self::BackupPart { .. } => None,
+        }
+    }
+
+    /// Returns the segment size of the cluster. `None` for a backup or a part of it.
+    #[must_use]
+    pub fn segment_size(&self) -> Option<SegmentSize> {
+        match self {
+            Self::Wal { segment_size, .. } | Self::Tail { segment_size, .. } => Some(*segment_size),
+            Self::Backup { .. } | Self::BackupPart { .. } => None,
+        }
+    }
+
+    /// Returns the branch and the range of the missing WAL. `None` for a part of a backup.
+    #[must_use]
+    pub fn wal(&self) -> Option<(Branch, Lsn, Lsn)> {
+        match self {
+            Self::Wal {
+                branch,
+                from_lsn,
+                to_lsn,
+                ..
+            }
+            | Self::Tail {
+                branch,
+                from_lsn,
+                to_lsn,
+                ..
+            } => Some((*branch, *from_lsn, *to_lsn)),
+            Self::Backup { .. } | Self::BackupPart { .. } => None,
+        }
+    }
+
     /// Returns the key of the missing object; of several segments, the key of the first.
     #[must_use]
     pub fn key(&self) -> ObjectKey {
@@ -73,7 +142,52 @@ impl Loss {
                 from_lsn,
                 ..
             } => segment_key(*system, *branch, *segment_size, *from_lsn),
+            Self::Tail {
+                system,
+                segment_size: size,
+                branch,
+                from_lsn,
+                to_lsn,
+            } => {
+                let name = SegmentName::new(branch.timeline, size.segment_of(*from_lsn), *size);
+                ObjectKey::Tail(*system, *branch, name, *from_lsn, *to_lsn)
+            }
             Self::Backup { system, id, .. } => ObjectKey::BackupInfo(*system, id.clone()),
+            Self::BackupPart { key, .. } => key.clone(),
+        }
+    }
+
+    /// Returns the key of the last missing object.
+    #[must_use]
+    pub fn last_key(&self) -> ObjectKey {
+        match self {
+            Self::Wal {
+                system,
+                segment_size,
+                branch,
+                to_lsn,
+                ..
+            } => {
+                let last = Lsn(to_lsn.0.saturating_sub(1));
+                segment_key(*system, *branch, *segment_size, last)
+            }
+            _ => self.key(),
+        }
+    }
+
+    /// Returns the key of the sealed segment that replaces the missing object: a tail is removed
+    /// when its segment is sealed. `None` for any other object.
+    #[must_use]
+    pub fn replaced_by(&self) -> Option<ObjectKey> {
+        match self {
+            Self::Tail {
+                system,
+                segment_size,
+                branch,
+                from_lsn,
+                ..
+            } => Some(segment_key(*system, *branch, *segment_size, *from_lsn)),
+            _ => None,
         }
     }
 
@@ -97,7 +211,7 @@ impl Loss {
                 let rest = size.segment_of(*from_lsn).0 + 1..=last.0;
                 (self.key(), Some((*system, *size, *branch, rest)))
             }
-            Self::Backup { .. } => (self.key(), None),
+            _ => (self.key(), None),
         };
         let rest = segments
             .into_iter()
@@ -120,18 +234,22 @@ impl fmt::Display for Loss {
         let key = self.key();
         match self {
             Self::Wal {
-                system,
-                segment_size,
                 branch,
                 from_lsn,
                 to_lsn,
+                ..
+            }
+            | Self::Tail {
+                branch,
+                from_lsn,
+                to_lsn,
+                ..
             } => {
-                let last = Lsn(to_lsn.0.saturating_sub(1));
-                let last = segment_key(*system, *branch, *segment_size, last);
                 write!(
                     f,
                     "WAL {from_lsn} to {to_lsn} of timeline branch {branch} ({key}"
                 )?;
+                let last = self.last_key();
                 if last != key {
                     write!(f, " to {last}")?;
                 }
@@ -146,6 +264,9 @@ impl fmt::Display for Loss {
                 f,
                 "{key} (the base backup from {start_lsn} to {stop_lsn} of timeline branch {branch})"
             ),
+            Self::BackupPart { .. } => {
+                write!(f, "{key} (without it the base backup cannot be restored)")
+            }
         }
     }
 }
@@ -168,181 +289,42 @@ pub fn name_losses<'a>(losses: impl IntoIterator<Item = &'a Loss>) -> String {
 pub struct Missing {
     /// The missing objects.
     pub losses: Vec<Loss>,
-    /// The newest sealed segment of the catalog, if it is missing: then the place is an older state
-    /// of the repository.
+    /// The newest sealed segment of the catalog, or the newest tail after it, if it is missing:
+    /// then the place is an older state of the repository.
     pub newest: Option<Loss>,
 }
 
-/// A loss and the time at which it was found.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FoundLoss {
-    /// The missing objects.
-    #[serde(flatten)]
-    pub loss: Loss,
-    /// The time, by this host's clock.
-    pub found: PgTimestamp,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct File<T> {
-    /// Always [`FORMAT_VERSION`].
-    format_version: u32,
-    losses: Vec<T>,
-}
-
-/// The record of the objects that a cluster's repository has lost.
-#[derive(Clone, Debug)]
-pub struct LossRecord {
-    directory: PathBuf,
-}
-
-impl LossRecord {
-    /// Returns the record of the cluster with these settings.
+impl Missing {
+    /// Returns the error of a place that is an older state of the repository. `None` if it is not.
     #[must_use]
-    pub fn of(settings: &ClusterSettings) -> Self {
-        Self::below(&settings.spool.join(settings.name.as_str()))
-    }
-
-    /// Returns the record in `directory`, which is `{spool}/{cluster}`.
-    #[must_use]
-    pub fn below(directory: &Path) -> Self {
-        Self {
-            directory: directory.to_owned(),
-        }
-    }
-
-    /// Returns the losses that were found and that no operator has accepted.
-    ///
-    /// # Errors
-    /// [`Error::Store`] if a file cannot be read or parsed.
-    pub fn open(&self) -> Result<Vec<FoundLoss>> {
-        let accepted = Known::new(self.accepted()?);
-        let found: Vec<FoundLoss> = self.read(FOUND_FILE)?;
-        let still_open = found.into_iter().flat_map(|found| {
-            let left = accepted.left_of(&found.loss);
-            left.into_iter().map(move |loss| FoundLoss {
-                loss,
-                found: found.found,
-            })
-        });
-        Ok(still_open.collect())
-    }
-
-    /// Returns the losses that an operator has accepted.
-    ///
-    /// # Errors
-    /// Those of [`LossRecord::open`].
-    pub fn accepted(&self) -> Result<Vec<Loss>> {
-        self.read(ACCEPTED_FILE)
-    }
-
-    /// Returns true if an operator has accepted the whole loss.
-    ///
-    /// # Errors
-    /// Those of [`LossRecord::open`].
-    pub fn is_accepted(&self, loss: &Loss) -> Result<bool> {
-        Ok(Known::new(self.accepted()?).left_of(loss).is_empty())
-    }
-
-    /// Returns `missing` without the losses that an operator has accepted.
-    ///
-    /// # Errors
-    /// Those of [`LossRecord::open`].
-    pub fn without_accepted(&self, missing: &Missing) -> Result<Missing> {
-        let accepted = Known::new(self.accepted()?);
-        let losses = missing.losses.iter();
-        let newest = missing.newest.clone();
-        Ok(Missing {
-            losses: losses.flat_map(|loss| accepted.left_of(loss)).collect(),
-            newest: newest.filter(|newest| !accepted.left_of(newest).is_empty()),
+    pub fn older_state(&self, repository: &Repository) -> Option<Error> {
+        let newest = self.newest.clone()?;
+        Some(Error::OlderState {
+            url: repository.url(),
+            missing: name_losses(&self.losses),
+            newest: Box::new(newest),
         })
     }
+}
 
-    /// Adds losses durably. A loss that is recorded already keeps its time.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub fn add(&self, losses: &[Loss]) -> Result<()> {
-        let mut found: Vec<FoundLoss> = self.read(FOUND_FILE)?;
-        let known = Known::new(found.iter().map(|found| found.loss.clone()).collect());
-        let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
-        let new: Vec<FoundLoss> = losses
-            .iter()
-            .flat_map(|loss| known.left_of(loss))
-            .map(|loss| FoundLoss { loss, found: now })
-            .collect();
-        if new.is_empty() {
-            return Ok(());
-        }
-        found.extend(new);
-        self.write(FOUND_FILE, &found)
+/// The text form of an object key, in JSON.
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use wal_format::ObjectKey;
+
+    pub(super) fn serialize<S: Serializer>(key: &ObjectKey, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_str(key)
     }
 
-    /// Replaces each loss that was found with the result of `left`, which returns the part that is
-    /// still missing.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub fn keep(&self, left: impl Fn(&Loss) -> Result<Vec<Loss>>) -> Result<()> {
-        let found: Vec<FoundLoss> = self.read(FOUND_FILE)?;
-        let mut kept = Vec::new();
-        for known in &found {
-            let time = known.found;
-            let left = left(&known.loss)?.into_iter();
-            kept.extend(left.map(|loss| FoundLoss { loss, found: time }));
-        }
-        if kept == found {
-            return Ok(());
-        }
-        self.write(FOUND_FILE, &kept)
-    }
-
-    /// Records losses durably as accepted. They are no longer reported.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub fn accept(&self, losses: &[Loss]) -> Result<()> {
-        let mut accepted = self.accepted()?;
-        let known = Known::new(accepted.clone());
-        accepted.extend(losses.iter().flat_map(|loss| known.left_of(loss)));
-        self.write(ACCEPTED_FILE, &accepted)
-    }
-
-    /// Removes both files. Used when a new archive begins in this spool.
-    ///
-    /// # Errors
-    /// [`Error::Store`].
-    pub fn forget(&self) -> Result<()> {
-        durable::remove(&self.directory.join(FOUND_FILE))?;
-        durable::remove(&self.directory.join(ACCEPTED_FILE))
-    }
-
-    fn read<T: serde::de::DeserializeOwned>(&self, file: &str) -> Result<Vec<T>> {
-        let path = self.directory.join(file);
-        let content = match fs::read(&path) {
-            Ok(content) => content,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Error::store("read", path)(error)),
-        };
-        let file: File<T> = serde_json::from_slice(&content)
-            .map_err(|error| Error::store("parse", path)(io::Error::other(error)))?;
-        Ok(file.losses)
-    }
-
-    fn write<T: Serialize>(&self, file: &str, losses: &[T]) -> Result<()> {
-        durable::create_dir_all(&self.directory)?;
-        let path = self.directory.join(file);
-        let content = serde_json::to_vec_pretty(&File {
-            format_version: FORMAT_VERSION,
-            losses: losses.iter().collect(),
-        });
-        let content =
-            content.map_err(|error| Error::store("write", &path)(io::Error::other(error)))?;
-        durable::replace(&path, &content)
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<ObjectKey, D::Error> {
+        let text = String::deserialize(from)?;
+        text.parse()
+            .map_err(|_| D::Error::custom("not an object key"))
     }
 }
 
 /// A set of losses that can be subtracted from other losses.
+#[derive(Debug, Default)]
 struct Known {
     wal: BTreeMap<Branch, Intervals>,
     others: Vec<Loss>,
@@ -350,10 +332,7 @@ struct Known {
 
 impl Known {
     fn new(losses: Vec<Loss>) -> Self {
-        let mut all = Self {
-            wal: BTreeMap::new(),
-            others: Vec::new(),
-        };
+        let mut all = Self::default();
         for loss in losses {
             match loss {
                 Loss::Wal {
@@ -428,51 +407,6 @@ mod tests {
         assert_eq!(wal(2, 3).keys().count(), 1);
         assert!(wal(2, 5).covers(&wal(3, 4)));
         assert!(!wal(2, 5).covers(&wal(3, 6)));
-    }
-
-    #[test]
-    fn a_loss_is_open_until_it_is_accepted_or_back() {
-        let directory = tempfile::tempdir().expect("a directory");
-        let record = LossRecord::below(&directory.path().join("main"));
-        let open = || -> Vec<Loss> {
-            let open = record.open().expect("it reads").into_iter();
-            open.map(|found| found.loss).collect()
-        };
-        assert_eq!(open(), []);
-        let backup = Loss::Backup {
-            system: SystemIdentifier(7),
-            id: "20261121T101500Z-9f3c".parse().expect("a name"),
-            branch: Branch::FIRST,
-            start_lsn: Lsn(1),
-            stop_lsn: Lsn(2),
-        };
-        record.add(&[wal(2, 6), backup.clone()]).expect("it writes");
-        record.add(&[wal(3, 7)]).expect("only the end is new");
-        assert_eq!(open(), [wal(2, 6), backup.clone(), wal(6, 7)]);
-        let missing = Missing {
-            losses: vec![wal(2, 9)],
-            newest: Some(wal(8, 9)),
-        };
-        record.accept(&[wal(4, 9)]).expect("it writes");
-        assert_eq!(open(), [wal(2, 4), backup.clone()]);
-        assert!(record.is_accepted(&wal(8, 9)).expect("it reads"));
-        assert!(!record.is_accepted(&wal(2, 9)).expect("it reads"));
-        let left = record.without_accepted(&missing).expect("it reads");
-        let expected = Missing {
-            losses: vec![wal(2, 4)],
-            newest: None,
-        };
-        assert_eq!(left, expected);
-        let keep = |loss: &Loss| {
-            Ok(vec![loss.clone()]
-                .into_iter()
-                .filter(|one| *one != backup)
-                .collect())
-        };
-        record.keep(keep).expect("it writes");
-        assert_eq!(open(), [wal(2, 4)]);
-        record.forget().expect("it goes");
-        assert!(open().is_empty() && record.accepted().expect("it reads").is_empty());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use bytes::Bytes;
 use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, SystemIdentifier};
 
 use crate::{Error, Repository, Result};
@@ -11,6 +12,10 @@ use crate::{Error, Repository, Result};
 pub const OUTCOMES_MAX: usize = 100;
 /// The number of outcomes that a search for the newest of a kind reads.
 const NEWEST_MAX: usize = 10;
+
+fn parse(json: &Bytes) -> std::result::Result<Outcome, String> {
+    serde_json::from_slice(json).map_err(|error| error.to_string())
+}
 
 impl Repository {
     /// Records the result of an operation.
@@ -40,11 +45,11 @@ impl Repository {
     ) -> Result<Option<Outcome>> {
         let listed = self.list(&format!("{system}/outcome/{kind}/"))?;
         for (key, _) in listed.iter().rev().take(NEWEST_MAX) {
-            match serde_json::from_slice::<Outcome>(&self.get(key)?) {
+            match self.read_small(key, parse)? {
                 Ok(outcome) if wanted(&outcome) => return Ok(Some(outcome)),
                 Ok(_) => {}
-                Err(error) => {
-                    tracing::warn!(event = "outcome_unreadable", %key, %error, "an outcome is skipped");
+                Err(damage) => {
+                    tracing::warn!(event = "outcome_unreadable", %damage, "an outcome is skipped");
                 }
             }
         }
@@ -73,11 +78,13 @@ impl Repository {
                     continue;
                 }
                 let key = ObjectKey::Outcome(system, *kind, id.clone());
-                match serde_json::from_slice::<Outcome>(&self.get(&key)?) {
+                match self.read_small(&key, parse)? {
                     Ok(outcome) => {
                         known.insert((*kind, id.clone()), outcome);
                     }
-                    Err(error) => tracing::warn!(%key, %error, "an outcome that cannot be read"),
+                    Err(damage) => {
+                        tracing::warn!(event = "outcome_unreadable", %damage, "an outcome is skipped");
+                    }
                 }
             }
         }

@@ -1,13 +1,16 @@
-//! Small records that are written once, as JSON with a sum: WAL that was declared lost, what
-//! failovers lost, what expired.
+//! Small records that are written once, as JSON with a checksum: WAL that was declared lost, WAL
+//! that failovers lost, expired objects.
 //!
-//! Invariant: who writes one second, with whatever words, finds the first; nothing is ever
-//! replaced.
+//! Invariant: a second writer, with any content, finds the first record. Nothing is ever replaced.
+//! A record that cannot be read is never fatal to its reader.
 
+use bytes::Bytes;
 use serde::{Serialize, de::DeserializeOwned};
-use wal_format::{DeclaredGap, FailoverLoss, ObjectKey, SystemIdentifier, checked_json};
+use wal_format::{
+    DeclaredGap, FailoverLoss, ObjectKey, PgTimestamp, SystemIdentifier, checked_json,
+};
 
-use crate::{PutOutcome, Repository, Result};
+use crate::{Damage, Error, PutOutcome, Repository, Result};
 
 impl Repository {
     pub(crate) fn put_record(
@@ -32,7 +35,26 @@ impl Repository {
         }
     }
 
-    /// Declares a range of WAL lost. Declared before, by whom and with whatever words: fine.
+    /// Reads a small object and parses it. Returns its damage as the inner error. An encrypted
+    /// store detects some damage itself.
+    pub(crate) fn read_small<T>(
+        &self,
+        key: &ObjectKey,
+        parse: impl FnOnce(&Bytes) -> std::result::Result<T, String>,
+    ) -> Result<std::result::Result<T, Damage>> {
+        let problem = match self.get(key) {
+            Ok(content) => match parse(&content) {
+                Ok(found) => return Ok(Ok(found)),
+                Err(problem) => problem,
+            },
+            Err(Error::Damaged { problem, .. }) => problem,
+            Err(error) => return Err(error),
+        };
+        let object = key.to_string();
+        Ok(Err(Damage { object, problem }))
+    }
+
+    /// Declares a range of WAL lost. An earlier declaration of the range stays as it is.
     ///
     /// # Errors
     /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
@@ -40,16 +62,49 @@ impl Repository {
         self.put_first_record(&gap.key(system), gap)
     }
 
-    /// Every range of WAL that was declared lost, by branch and LSN.
+    /// Returns every range of WAL that was declared lost, by branch and LSN.
     ///
     /// # Errors
-    /// [`Error::Store`](crate::Error::Store); [`Error::Damaged`](crate::Error::Damaged).
+    /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
     pub fn gaps(&self, system: SystemIdentifier) -> Result<Vec<DeclaredGap>> {
-        let keys = self.list(&format!("{system}/gap/"))?;
-        keys.iter().map(|(key, _)| self.record(key)).collect()
+        Ok(self.read_gaps(system)?.0)
     }
 
-    /// Records what a failover lost. Recorded before, by whom and at whatever time: fine.
+    /// Returns every range of WAL that was declared lost, and the records that cannot be read. The
+    /// range of such a record is known from its name.
+    ///
+    /// # Errors
+    /// As [`Repository::gaps`].
+    pub fn read_gaps(&self, system: SystemIdentifier) -> Result<(Vec<DeclaredGap>, Vec<Damage>)> {
+        let (mut gaps, mut damaged) = (Vec::new(), Vec::new());
+        for (key, _) in self.list(&format!("{system}/gap/"))? {
+            let ObjectKey::Gap(_, branch, from_lsn, to_lsn) = key else {
+                continue;
+            };
+            let parse = |json: &Bytes| {
+                let gap = checked_json::from_slice::<DeclaredGap>(json);
+                gap.map_err(|error| error.to_string())
+            };
+            match self.read_small(&key, parse)? {
+                Ok(gap) => gaps.push(gap),
+                Err(damage) => {
+                    tracing::error!(event = "record_damaged", %damage, "a declared loss cannot be read");
+                    gaps.push(DeclaredGap {
+                        branch,
+                        from_lsn,
+                        to_lsn,
+                        declared: PgTimestamp(0),
+                        last_commit: None,
+                        reason: format!("its record is damaged: {damage}"),
+                    });
+                    damaged.push(damage);
+                }
+            }
+        }
+        Ok((gaps, damaged))
+    }
+
+    /// Records what a failover lost. An earlier record stays as it is.
     ///
     /// # Errors
     /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
@@ -57,8 +112,8 @@ impl Repository {
         self.put_first_record(&loss.key(system), loss)
     }
 
-    /// WAL that failovers lost, by branch. A record that does not parse is skipped with a warning:
-    /// a newer version may have written it, and the WAL itself is kept.
+    /// Returns what failovers lost, by branch. A record that cannot be read is skipped with a
+    /// warning: a newer version may have written it, and the WAL itself is kept.
     ///
     /// # Errors
     /// [`Error::Store`](crate::Error::Store), [`Error::S3`](crate::Error::S3).
@@ -68,10 +123,12 @@ impl Repository {
             let ObjectKey::FailoverLoss(..) = key else {
                 continue;
             };
-            match checked_json::from_slice(&self.get(&key)?) {
+            let parse =
+                |json: &Bytes| checked_json::from_slice(json).map_err(|error| error.to_string());
+            match self.read_small(&key, parse)? {
                 Ok(loss) => losses.push(loss),
-                Err(error) => {
-                    tracing::warn!(%key, %error, "a record of a failover that cannot be read");
+                Err(damage) => {
+                    tracing::warn!(%damage, "a record of a failover cannot be read");
                 }
             }
         }

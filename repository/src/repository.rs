@@ -215,6 +215,15 @@ impl Repository {
         self.store.confirm_free()
     }
 
+    /// Stores the wrapped keys of an encrypted repository again, if they were lost since they were
+    /// read. Returns the names of those that were lost.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn put_back_keys(&self) -> Result<Vec<String>> {
+        self.store.put_back_keys()
+    }
+
     /// Synchronizes each of several places with the others from now on.
     pub fn keep_in_step(&self) {
         if let Some(mirror) = &self.mirror {

@@ -370,6 +370,15 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     fn confirm_free(&self) -> Result<()> {
         Ok(())
     }
+
+    /// Stores the wrapped keys of an encrypted store again, if they were lost since they were read.
+    /// Returns the names of those that were lost. Other stores have none.
+    ///
+    /// # Errors
+    /// Those of the requests.
+    fn put_back_keys(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
+    }
 }
 
 /// Returns true if a text is a valid key: parts between single slashes, none of which is empty or

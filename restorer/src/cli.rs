@@ -231,6 +231,9 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             let system = archive.identity().system_identifier;
             listing.epochs = list::epochs(&repository, system)?;
             listing.unseen_repositories.clone_from(&archive.unseen);
+            if let Some(refusal) = archive.older_state() {
+                listing.refusal = Some(refusal.to_string());
+            }
             listing.failover_losses = repository.failover_losses(system)?;
             if json {
                 output::json(&listing)?;

@@ -9,8 +9,8 @@ use std::{
 use bytes::Bytes;
 use catalog::Catalog;
 use repository::{
-    ClusterIdentity, Damage, DamagedBackups, DamagedWal, LostHistory, Repository, UnseenPlace,
-    WalRange,
+    ClusterIdentity, Damage, DamagedBackups, DamagedWal, LostHistory, Missing, Repository,
+    UnseenPlace, WalRange, name_losses,
 };
 use wal_format::{
     BackupId, BackupInfo, BackupManifest, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSize,
@@ -93,6 +93,9 @@ pub struct Archive {
     pub catalog: Catalog,
     /// The repositories of the cluster that could not be read.
     pub unseen: Vec<UnseenPlace>,
+    /// The objects that this host archived, that were not accepted as lost, and that the repository
+    /// lacks.
+    pub missing: Missing,
     damaged_backups: DamagedBackups,
     /// The WAL objects that the last verification found damaged.
     damaged_wal: DamagedWal,
@@ -127,6 +130,7 @@ impl Archive {
             repository,
             catalog,
             unseen: Vec::new(),
+            missing: Missing::default(),
             damaged_backups,
             damaged_wal,
             checked_wal: Mutex::default(),
@@ -173,6 +177,20 @@ impl Archive {
         });
         checked.insert(key.clone(), damage.clone());
         damage
+    }
+
+    /// Returns the refusal of a restore of the newest state, if the repository holds an older state
+    /// than this host has archived.
+    #[must_use]
+    pub fn older_state(&self) -> Option<PlanError> {
+        let newest = self.missing.newest.as_ref()?;
+        let losses = self.missing.losses.iter().chain([newest]);
+        let end_lsn = losses.filter_map(|loss| Some(loss.wal()?.2)).max()?;
+        Some(PlanError::OlderState {
+            url: self.repository.url(),
+            end_lsn,
+            missing: name_losses(&self.missing.losses),
+        })
     }
 
     /// Excludes a backup from the plans that follow.

@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+use repository::{ClusterIdentity, Loss, LossRecord, Repository, config::ClusterSettings};
 use wal_format::{
     Branch, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentName, SegmentNo, SegmentSummary,
     SystemIdentifier, TimelineHistory, TimelineId, WalFileName, WalIdentity, WalIndexer,
@@ -38,6 +38,9 @@ pub const NO_RECORD: &str = "holds no valid record";
 /// As [`Pusher::push`]. PostgreSQL then keeps the file and retries.
 pub fn push_alone(settings: &ClusterSettings, repository: &Repository, path: &Path) -> Result<()> {
     let file = WalFile::open(path)?;
+    // PostgreSQL removes a segment that was pushed, and in an older copy of the repository it would
+    // be missing.
+    LossRecord::of(settings).check_newest(repository)?;
     Pusher {
         settings,
         repository,
@@ -276,6 +279,15 @@ impl Pusher<'_> {
     fn put(&self, file: &WalFile, header: &SealedHeader, object: &[u8]) -> Result<()> {
         put_wal(self.repository, header, object, &file.source())
             .map_err(|error| differs(file, error))?;
+        if header.is_whole_segment() {
+            LossRecord::of(self.settings).note_newest(&Loss::Wal {
+                system: header.system_identifier,
+                segment_size: header.segment_size,
+                branch: header.branch,
+                from_lsn: header.start_lsn,
+                to_lsn: header.end_lsn,
+            });
+        }
         Ok(())
     }
 

@@ -27,8 +27,8 @@ pub(super) fn rebuild(settings: &Settings) -> Result<()> {
         // Done before the old catalog is removed: only that catalog may know what the repository
         // has lost.
         let missing = losses::of(cluster, &identity, &repository, false)?;
-        if missing.newest.is_some() {
-            return Err(losses::older_state(&repository, &missing).into());
+        if let Some(error) = missing.older_state(&repository) {
+            return Err(error.into());
         }
         LossRecord::of(cluster).add(&missing.losses)?;
         match fs::remove_dir_all(&cluster.catalog) {

@@ -4,7 +4,7 @@
 use catalog::Catalog;
 use repository::{
     ClusterIdentity, Error as StoreError, FoundLoss, Loss, LossRecord, Missing, Repository,
-    config::ClusterSettings, name_losses,
+    config::ClusterSettings,
 };
 use wal_format::{DeclaredGap, Lsn, PgTimestamp};
 
@@ -74,24 +74,17 @@ pub(super) fn of(
 
 /// Returns true if an object of a recorded loss is still missing.
 fn lacks_one(repository: &Repository, loss: &Loss) -> Result<bool> {
+    if let Some(segment) = loss.replaced_by()
+        && repository.head(&segment)?.is_some()
+    {
+        return Ok(false);
+    }
     for key in loss.keys() {
         if repository.head(&key)?.is_none() {
             return Ok(true);
         }
     }
     Ok(false)
-}
-
-/// Returns the error of a repository that lacks the newest segment.
-pub(super) fn older_state(repository: &Repository, missing: &Missing) -> StoreError {
-    match &missing.newest {
-        Some(newest) => StoreError::OlderState {
-            url: repository.url(),
-            missing: name_losses(&missing.losses),
-            newest: Box::new(newest.clone()),
-        },
-        None => StoreError::config("BUG: nothing is missing"),
-    }
 }
 
 /// Declares the WAL of these losses lost, and records all of these losses as accepted.

@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 
 use repository::{
-    Loss, Repository,
+    Loss, LossRecord, Repository,
     config::{ClusterSettings, RepositoryPlace, Settings},
 };
 use serde::Serialize;
@@ -112,7 +112,12 @@ fn verify_all<'a>(
             }
         };
         let found = findings.iter().map(|one| one.problems.len());
-        let found = found.sum::<usize>() + lost.len();
+        let unreadable = LossRecord::of(cluster).problem();
+        let unreadable = unreadable.filter(|_| options.backup.is_none());
+        if let Some(problem) = &unreadable {
+            say(problem);
+        }
+        let found = found.sum::<usize>() + lost.len() + usize::from(unreadable.is_some());
         problems += found;
         if json {
             documents.push(Document {

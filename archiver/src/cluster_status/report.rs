@@ -47,6 +47,7 @@ impl ClusterStatus {
                 Some(format!("the last restore drill failed: {}", drill.message))
             }
             _ if !lost.is_empty() => Some(lost_reason(&lost)),
+            _ if facts.losses_problem.is_some() => facts.losses_problem.clone(),
             (_, Some(objects @ 1..)) => {
                 let problems = verified.map_or(&[][..], |verify| verify.damaged.as_slice());
                 let first = problems.first().or(details.damaged.first());
@@ -128,6 +129,10 @@ impl ClusterStatus {
             window.open_gaps = window.open_gaps.max(Some(1));
             window.gaps = window.gaps.max(window.open_gaps);
             window.refusal = window.refusal.or_else(|| facts.lost.clone());
+        }
+        if facts.repository_older.is_some() {
+            // On this host, a restore of the newest state is refused.
+            window.refusal = facts.repository_older.clone();
         }
         let known = |lsn: Lsn| (lsn > Lsn::ZERO).then_some(lsn);
         let path = facts.server_path.unwrap_or_default();

@@ -15,7 +15,7 @@ use std::{
 use catalog::Catalog;
 use intake::stored::{WalSource, put_wal};
 use repository::{
-    ClusterIdentity, CrashPoint, Loss, LossRecord, Repository, WalRange, WalRangeKind,
+    ClusterIdentity, CrashPoint, Damage, Loss, LossRecord, Repository, WalRange, WalRangeKind,
     config::ClusterSettings,
 };
 use wal_format::{
@@ -41,6 +41,7 @@ const SEALED_REMEMBERED_MAX: usize = 256;
 /// The shared state of the stages of one cluster.
 #[derive(Debug)]
 pub struct Archive {
+    number: u64,
     settings: ClusterSettings,
     pub(crate) cluster: ClusterIdentity,
     identity: WalIdentity,
@@ -61,6 +62,8 @@ pub struct Archive {
     sealed: Mutex<BTreeSet<(Branch, SegmentNo)>>,
     /// The declared losses. No source has this WAL, and nothing waits for it.
     gaps: Vec<DeclaredGap>,
+    /// The records of declared losses that cannot be read.
+    pub(super) damaged_records: Vec<Damage>,
     /// The WAL that failovers lost.
     losses: Losses,
     /// The branches whose history file is in the repository.
@@ -86,8 +89,10 @@ pub struct Archive {
 pub struct Away {
     /// The spool's record of the archive's end, written while the spool held no WAL.
     pub record: Option<SpoolRecord>,
-    /// The newest sealed segment, if the repository answers and lacks it.
+    /// The newest sealed segment or tail, if the repository answers and lacks it.
     pub lacking: Option<Loss>,
+    /// Every object that the repository answers to lack.
+    pub missing: Vec<Loss>,
 }
 
 impl Archive {
@@ -112,29 +117,35 @@ impl Archive {
         };
         let system = identity.system_identifier;
         let mut read_at_return = status.facts().repository_returns;
+        let mut number = 0;
+        let mut start_anew = || status.note(|facts| number = facts.start_anew());
         let loss_record = LossRecord::of(&settings);
         // A record that cannot be read must not keep WAL out of the spool. Until it can be read, no
         // loss counts as accepted.
-        let accepted = loss_record.accepted().unwrap_or_else(|error| {
+        let accepted = loss_record.acceptances().unwrap_or_else(|error| {
             tracing::error!(event = "losses_unreadable", %error, "the accepted losses cannot be read");
-            Vec::new()
+            0
         });
-        let accepted = accepted.len();
-        let (mut gaps, mut losses) = (Vec::new(), Losses::default());
+        let (mut gaps, mut damaged_records) = (Vec::new(), Vec::new());
+        let mut losses = Losses::default();
         let mut lost_histories = Vec::new();
         if away.is_none() {
             histories::put_back(&spool, &repository, &identity)?;
             let is_spooled = presence::is_spooled(&spool, &identity);
             let report = presence::refresh(&catalog, &repository, &loss_record, &is_spooled)?;
             presence::check_position(&spool, &identity, &catalog, &repository, &loss_record)?;
+            start_anew();
             if status.facts().repository_gone {
                 // The place holds the archive again, and the refresh above has read it.
                 status.repository_answered("start", "");
                 read_at_return += 1;
             }
             lost_histories = report.lost_histories;
-            gaps = repository.gaps(system)?;
+            (gaps, damaged_records) = repository.read_gaps(system)?;
             losses = Losses::of(repository.failover_losses(system)?);
+        }
+        if away.is_some() {
+            start_anew();
         }
         let branches = catalog.branches()?;
         if away.is_none() {
@@ -153,6 +164,7 @@ impl Archive {
         }
         let histories = branches.into_iter().map(|(branch, ..)| branch).collect();
         Ok(Self {
+            number,
             room: Room::new(&settings, identity.segment_size),
             settings,
             cluster,
@@ -166,6 +178,7 @@ impl Archive {
             tails: Mutex::default(),
             sealed: Mutex::default(),
             gaps,
+            damaged_records,
             losses,
             histories: Mutex::new(histories),
             putting_back: Mutex::default(),
@@ -208,10 +221,23 @@ impl Archive {
         self.away.is_some()
     }
 
-    /// The newest sealed segment, if the repository answers and lacks it.
+    /// The number of this archive in the process, from 1.
+    #[must_use]
+    pub(crate) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The newest sealed segment or tail, if the repository answers and lacks it.
     #[must_use]
     pub fn lacking(&self) -> Option<&Loss> {
         self.away.as_ref()?.lacking.as_ref()
+    }
+
+    /// The objects of the catalog that the place lacks, because it holds an older state of the
+    /// repository.
+    #[must_use]
+    pub fn missing(&self) -> &[Loss] {
+        self.away.as_ref().map_or(&[], |away| &away.missing)
     }
 
     /// Returns true if the repository was replaced by another place in the meantime and came back,
@@ -519,6 +545,9 @@ impl Archive {
         stored.reach().map_err(failed)?;
         let range = WalRange::of_summary(header, kind, stored_bytes, summary, proven);
         self.catalog.put_range(&range, summary)?;
+        if kind == WalRangeKind::Sealed {
+            self.loss_record.note_newest(&self.catalog.loss_of(&range));
+        }
         cataloged.reach().map_err(failed)?;
         ClusterStatus::count(&self.status.wal_stored_bytes, stored_bytes);
         Ok(range)

@@ -52,9 +52,10 @@ pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
     let details = archive.status().details();
     let (of_backups, of_wal) = find_damaged(archive, details.outcomes.iter(), &details.repaired);
     let (timelines, index) = read_ranges(archive, &of_wal)?;
-    let mut backups = archive.catalog().backups()?;
+    let mut backups = archive.held_backups()?;
     let defaults = default_timelines(&index, &timelines, &backups)?;
-    backups.retain(|backup| !of_backups.contains_key(&backup.id));
+    let lost = archive.lost_backups();
+    backups.retain(|backup| !of_backups.contains_key(&backup.id) && !lost.contains(&backup.id));
     let refused = |refusal: &str| Located {
         time,
         before: None,

@@ -320,7 +320,7 @@ fn look_once(
     if expires && catalog.follow_expired(archive.repository())? {
         archive.refresh()?;
     }
-    let mut backups = catalog.backups()?;
+    let mut backups = archive.held_backups()?;
     // Listing a folder costs nothing.
     let folder = archive.settings().repository.url.folder().is_some();
     let is_unreached = archive.status().facts().unreached.is_some();
@@ -332,12 +332,16 @@ fn look_once(
     };
     if asks {
         match list_new_backups(archive, backups.len()) {
-            Ok(()) => backups = catalog.backups()?,
+            Ok(()) => backups = archive.held_backups()?,
             // The catalog's content is evaluated even while the repository is offline.
             Err(error) if !backups.is_empty() => {
                 tracing::debug!(%error, "the repository's backups are not known");
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                // Without a listing, it is not known that there is no backup.
+                archive.status().note(|facts| facts.looked = false);
+                return Err(error);
+            }
         }
     }
     if let Some(newest) = backups.last() {
@@ -366,7 +370,12 @@ fn look_once(
     };
     let last_backup = details.backups.last().cloned();
     let lost = loss(archive, &backups)?;
+    let mut is_current = true;
     archive.status().note(|facts| {
+        is_current = facts.archive_number == archive.number();
+        if !is_current {
+            return;
+        }
         facts.lost = lost;
         facts.unreached = unreached;
         facts.window = window;
@@ -374,7 +383,9 @@ fn look_once(
     });
     // Published after the facts, so that a reader who sees a backup in the details also sees the
     // facts that were computed with it.
-    archive.status().looked(archive, details);
+    if is_current {
+        archive.status().looked(archive, details);
+    }
     Ok(())
 }
 
@@ -451,13 +462,9 @@ pub(crate) fn describe_loss(gap: &DeclaredGap) -> String {
     let since = gap
         .last_commit
         .map_or_else(String::new, |time| format!(", after {time}"));
-    let cause = match gap.reason.as_str() {
-        RESETWAL => RESETWAL,
-        _ => "the server removed it before it was archived, and nobody else had it",
-    };
     format!(
-        "WAL {} to {} of timeline branch {} is lost{since}: {cause}. A restore to a later time \
-         needs a base backup taken after it, which the archiver takes now",
-        gap.from_lsn, gap.to_lsn, gap.branch
+        "WAL {} to {} of timeline branch {} is lost{since}: {}. A restore to a later time needs a base backup taken after \
+         it, which the archiver takes now",
+        gap.from_lsn, gap.to_lsn, gap.branch, gap.reason
     )
 }

@@ -2,10 +2,10 @@
 //! before anything counts as stored, and the other objects from time to time.
 //!
 //! The two kinds of loss have different consequences:
-//! - If the newest sealed segment is missing, the place is an older state of the repository (a
-//!   mounted copy, a snapshot). Nothing is stored there, because it would be missing in the right
-//!   repository. WAL waits in the spool until the right repository is back or an operator accepts
-//!   the loss.
+//! - If the newest sealed segment is missing, or the newest tail after it, the place is an older
+//!   state of the repository (a mounted copy, a snapshot). Nothing is stored there, because it would
+//!   be missing in the right repository. WAL waits in the spool until the right repository is back
+//!   or an operator accepts the loss.
 //! - If any other object is missing, archiving continues. The loss is reported until the objects
 //!   are back or the loss is accepted.
 //!
@@ -13,15 +13,19 @@
 //! record cannot be written, for example on a full disk, the loss is only logged.
 
 use std::{
+    collections::BTreeSet,
     sync::{Mutex, PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use catalog::{Catalog, Guard, RefreshReport};
 use repository::{
-    Error as StoreError, Loss, LossRecord, Missing, Repository, WalRange, name_losses,
+    Error as StoreError, Loss, LossRecord, Missing, Repository, WalRange, expire::Intervals,
+    name_losses,
 };
-use wal_format::{BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, SegmentNo, WalIdentity};
+use wal_format::{
+    BackupId, BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, SegmentNo, WalIdentity,
+};
 
 use super::archive::Archive;
 use crate::{
@@ -29,11 +33,14 @@ use crate::{
     spool::{BranchSpool, Spool},
 };
 
-/// The number of segments, and of backups besides the newest one, whose presence is checked in a
-/// bucket once a minute. Each check is a HEAD request.
+/// The number of segments, of backups besides the newest one, of parts of the newest backup and of
+/// parts of the other backups, whose presence is checked in a bucket once a minute. Each check is a
+/// HEAD request.
 const BUCKET_SAMPLES: usize = 4;
 /// The same numbers for a folder, where the check is made once a second and costs no money.
 const FOLDER_SAMPLES: usize = 32;
+/// The number of the last accepted losses whose objects are checked to be back.
+const ACCEPTED_SAMPLES: usize = 4;
 /// After a bucket was found to hold the newest objects, a stored tail does not cause another check
 /// for this time.
 const NEWEST_INTERVAL: Duration = Duration::from_secs(10);
@@ -41,14 +48,15 @@ const NEWEST_INTERVAL: Duration = Duration::from_secs(10);
 /// Updates the catalog to match the repository. Records what is missing first.
 ///
 /// # Errors
-/// [`StoreError::OlderState`] if the newest segment is missing; then the catalog forgets nothing.
+/// [`StoreError::OlderState`] if the newest segment or tail is missing; then the catalog forgets
+/// nothing.
 pub(super) fn refresh(
     catalog: &Catalog,
     repository: &Repository,
     losses: &LossRecord,
     is_spooled: &dyn Fn(&WalRange) -> bool,
 ) -> repository::Result<RefreshReport> {
-    catalog.refresh_guarded(
+    let report = catalog.refresh_guarded(
         repository,
         &Guard {
             is_spooled,
@@ -58,7 +66,9 @@ pub(super) fn refresh(
                     return Ok(());
                 }
                 let missing = losses.without_accepted(missing)?;
-                older_state(repository, &missing)?;
+                if let Some(error) = missing.older_state(repository) {
+                    return Err(error);
+                }
                 if let Err(error) = losses.add(&missing.losses) {
                     // A full disk must not keep WAL out of the repository.
                     tracing::error!(
@@ -69,19 +79,12 @@ pub(super) fn refresh(
                 Ok(())
             },
         },
-    )
-}
-
-/// Returns the error of a place that lacks the newest segment as `Err`.
-fn older_state(repository: &Repository, missing: &Missing) -> repository::Result<()> {
-    match &missing.newest {
-        None => Ok(()),
-        Some(newest) => Err(StoreError::OlderState {
-            url: repository.url(),
-            missing: name_losses(&missing.losses),
-            newest: Box::new(newest.clone()),
-        }),
+    )?;
+    // Now the catalog contains what is back.
+    if let Err(error) = losses.keep(|loss| still_missing(catalog, repository, loss)) {
+        tracing::error!(event = "loss_not_recorded", %error, "the record of lost objects is not updated");
     }
+    Ok(report)
 }
 
 /// Checks that the repository holds the segment at which the archive ended when the spool was
@@ -134,10 +137,10 @@ pub(super) fn check_position(
         losses: vec![catalog.loss(branch, from_lsn, end_lsn)],
         newest: Some(newest),
     };
-    Ok(older_state(
-        repository,
-        &losses.without_accepted(&missing)?,
-    )?)
+    let missing = losses.without_accepted(&missing)?;
+    missing
+        .older_state(repository)
+        .map_or(Ok(()), |error| Err(error.into()))
 }
 
 /// Returns a function that returns true if a segment is complete in the spool.
@@ -163,6 +166,22 @@ impl Archive {
             self.doubt();
         }
         refreshed
+    }
+
+    /// Returns the backups of the catalog that the place holds.
+    pub(super) fn held_backups(&self) -> repository::Result<Vec<BackupInfo>> {
+        let mut backups = self.catalog().backups()?;
+        let missing = self.missing();
+        backups.retain(|backup| !missing.iter().any(|loss| loss.backup() == Some(&backup.id)));
+        Ok(backups)
+    }
+
+    /// Returns the backups that cannot be restored because an object of them is lost.
+    pub(super) fn lost_backups(&self) -> BTreeSet<BackupId> {
+        let lost = self.loss_record.all().unwrap_or_default();
+        lost.iter()
+            .filter_map(|loss| loss.backup().cloned())
+            .collect()
     }
 
     /// Returns true if the check of an object may be a billed request, because a place is not a
@@ -232,24 +251,29 @@ impl Archive {
         Ok(())
     }
 
+    /// Stores wrapped keys of an encrypted repository again if the place lacks them, and reports
+    /// this as an event.
+    fn put_back_keys(&self) -> repository::Result<()> {
+        for name in self.repository().put_back_keys()? {
+            let message =
+                format!("{name}: this wrapped data key had been lost; it was stored again");
+            tracing::error!(event = "key_put_back", cluster = %self.cluster.cluster, "{message}");
+            self.status().note(|facts| facts.repaired.push(message));
+        }
+        Ok(())
+    }
+
     /// Checks that the place holds the newest segment and the newest tail.
     ///
     /// # Errors
-    /// - [`StoreError::OlderState`] and [`StoreError::NotFound`]; then the stages start again.
+    /// - [`StoreError::OlderState`]; then the stages start again.
     /// - Errors of the requests.
     pub(super) fn check_newest(&self) -> repository::Result<()> {
         let sealed = self.catalog().newest_sealed()?;
         if let Some(range) = &sealed
             && self.is_absent(&range.key(&self.cluster))?
         {
-            self.doubt();
-            let catalog = self.catalog();
-            let newest = catalog.loss(range.branch, range.start_lsn, range.end_lsn);
-            let missing = Missing {
-                losses: vec![newest.clone()],
-                newest: Some(newest),
-            };
-            return older_state(self.repository(), &missing);
+            return self.refuse_older(range);
         }
         // Only the newest tail of the open segment is checked: other tails may be superseded.
         let branch = self.status().progress().positions().branch();
@@ -260,21 +284,34 @@ impl Archive {
         let newest_tail = || {
             let tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
             let of_branch = tails.range((branch, SegmentNo(0))..=(branch, SegmentNo(u64::MAX)));
-            let newest = of_branch.last()?.1.last().filter(is_newest);
-            newest.map(|tail| tail.key(&self.cluster))
+            of_branch.last()?.1.last().filter(is_newest).cloned()
         };
-        if let Some(key) = newest_tail()
-            && self.is_absent(&key)?
+        if let Some(tail) = newest_tail()
+            && self.is_absent(&tail.key(&self.cluster))?
             // A tail that is no longer the newest one was removed when its segment was sealed.
-            && newest_tail().as_ref() == Some(&key)
+            && newest_tail().as_ref() == Some(&tail)
         {
-            self.doubt();
-            return Err(StoreError::NotFound {
-                key: key.to_string(),
-                url: self.repository().url(),
-            });
+            return self.refuse_older(&tail);
         }
         Ok(())
+    }
+
+    /// Makes the stages start again, because a place lacks the newest segment or tail. Returns the
+    /// error as `Err`, unless another host has replaced the tail by its sealed segment.
+    fn refuse_older(&self, range: &WalRange) -> repository::Result<()> {
+        self.doubt();
+        let newest = self.catalog().loss_of(range);
+        if let Some(segment) = newest.replaced_by()
+            && !self.is_absent(&segment)?
+        {
+            return Ok(());
+        }
+        let missing = Missing {
+            losses: vec![newest.clone()],
+            newest: Some(newest),
+        };
+        let older = missing.older_state(self.repository());
+        older.map_or(Ok(()), Err)
     }
 }
 
@@ -284,12 +321,15 @@ pub(super) struct Presence {
     segment: Option<WalRange>,
     /// The number of backups that were checked.
     backups: usize,
+    /// The numbers of parts that were checked: of the newest backup, and of the others.
+    parts: [usize; 2],
 }
 
 impl Presence {
-    /// Checks the newest segment and tail, the history files, the newest backup, and a sample of
-    /// the other backups and of the segments. The samples cover all objects in turn. If an object
-    /// is missing, updates the catalog, which records the loss.
+    /// Checks the newest segment and tail, the wrapped keys, the history files, the newest backup,
+    /// and a sample of the other backups, of the parts of all backups and of the segments. The
+    /// samples cover all objects in turn. Stores lost keys and history files again, and records the
+    /// loss of any other object.
     ///
     /// # Errors
     /// - [`StoreError::OlderState`].
@@ -306,6 +346,7 @@ impl Presence {
                 .repository()
                 .check_each_place(&newest.key(&archive.cluster));
         }
+        archive.put_back_keys()?;
         archive.put_back_histories()?;
         let system = archive.identity().system_identifier;
         let mut lacks = false;
@@ -319,6 +360,7 @@ impl Presence {
             lacks |= archive.is_absent(&ObjectKey::BackupInfo(system, backup.id.clone()))?;
         }
         self.backups = self.backups.wrapping_add(samples);
+        self.check_parts(archive, backups, samples)?;
         let sample = archive
             .catalog()
             .sealed_after(self.segment.as_ref(), samples)?;
@@ -332,6 +374,39 @@ impl Presence {
         }
         Ok(())
     }
+
+    /// Checks a sample of the parts of the newest backup, and one of the parts of the others.
+    /// Records those that are missing.
+    fn check_parts(
+        &mut self,
+        archive: &Archive,
+        backups: &[BackupInfo],
+        samples: usize,
+    ) -> Result<()> {
+        let mut lost = Vec::new();
+        let newest = backups.len().saturating_sub(1);
+        for (backups, checked) in [&backups[newest..], &backups[..newest]]
+            .into_iter()
+            .zip(&mut self.parts)
+        {
+            let count: usize = backups.iter().map(|backup| backup.slices.len() + 1).sum();
+            let parts = backups.iter().flat_map(|backup| {
+                let slices = backup.slices.iter().map(Some);
+                std::iter::once(None)
+                    .chain(slices)
+                    .map(move |part| (backup, part))
+            });
+            let parts = parts.cycle().skip(*checked % count.max(1));
+            for (backup, part) in parts.take(samples.min(count)) {
+                let key = part.map_or_else(|| backup.manifest_key(), |part| backup.slice_key(part));
+                if archive.is_absent(&key)? {
+                    lost.push(Loss::of_part(backup, key));
+                }
+            }
+            *checked = checked.wrapping_add(samples);
+        }
+        Ok(archive.loss_record.add(&lost)?)
+    }
 }
 
 /// Checks the presence of objects, removes from the record what is back, and reports what is
@@ -343,19 +418,33 @@ pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> 
     let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
     presence.check(archive, &archive.catalog().backups()?)?;
     let losses = &archive.loss_record;
+    let open = losses.open()?.into_iter().map(|found| found.loss);
+    let accepted = losses.accepted()?.into_iter().rev().take(ACCEPTED_SAMPLES);
     let mut is_back = false;
-    for found in losses.open()? {
-        // The last segment may be back before the first one.
-        let (first, last) = (found.loss.key(), found.loss.keys().last());
-        for key in [Some(first), last].into_iter().flatten() {
-            is_back = is_back || archive.repository().head(&key)?.is_some();
-        }
+    for loss in open.chain(accepted) {
+        is_back = is_back || is_partly_back(archive, &loss)?;
     }
     if is_back {
         archive.refresh()?;
-        losses.keep(|loss| still_missing(archive, loss))?;
     }
     report_losses(archive)
+}
+
+/// Returns true if an object of a loss is in the repository again, or has expired.
+fn is_partly_back(archive: &Archive, loss: &Loss) -> Result<bool> {
+    let repository = archive.repository();
+    if let Loss::Tail { .. } = loss {
+        let left = still_missing(archive.catalog(), repository, loss)?;
+        return Ok(left.is_empty());
+    }
+    // The last segment may be back before the first one.
+    for key in [loss.key(), loss.last_key()] {
+        if repository.head(&key)?.is_some() {
+            return Ok(true);
+        }
+    }
+    let size = archive.identity().segment_size;
+    Ok(archive.catalog().expired()?.hides(&loss.key(), size))
 }
 
 /// Reports what is missing and was not accepted.
@@ -364,20 +453,36 @@ pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> 
 /// [`StoreError::Store`] when the record cannot be read.
 pub(super) fn report_losses(archive: &Archive) -> Result<()> {
     let losses = &archive.loss_record;
-    if losses.accepted()?.len() != archive.accepted {
-        // The stages read the declared gap only when they start.
+    let problem = losses.problem();
+    archive
+        .status()
+        .note(|facts| facts.losses_problem = problem);
+    let (accepted, open) = (losses.acceptances()?, losses.open()?);
+    if accepted != archive.accepted {
+        // The stages read the declared gap only when they start. Until then, the loss is shown.
         archive.doubt();
+        return Ok(());
     }
-    let open = losses.open()?;
     archive.status().note(|facts| facts.losses = open);
     Ok(())
 }
 
-/// Returns the part of a loss that the catalog still lacks.
-fn still_missing(archive: &Archive, loss: &Loss) -> repository::Result<Vec<Loss>> {
-    let catalog = archive.catalog();
-    match loss {
+/// Returns the part of a loss that the repository still lacks, according to a catalog that was just
+/// updated. What has expired is no longer missing.
+fn still_missing(
+    catalog: &Catalog,
+    repository: &Repository,
+    loss: &Loss,
+) -> repository::Result<Vec<Loss>> {
+    let expired = catalog.expired()?;
+    let is_missing = match loss {
         Loss::Wal {
+            branch,
+            from_lsn,
+            to_lsn,
+            ..
+        }
+        | Loss::Tail {
             branch,
             from_lsn,
             to_lsn,
@@ -385,20 +490,23 @@ fn still_missing(archive: &Archive, loss: &Loss) -> repository::Result<Vec<Loss>
         } => {
             let held = catalog.ranges(*branch, *from_lsn, *to_lsn)?;
             let held = held.iter().map(|range| (range.start_lsn, range.end_lsn));
-            let held: repository::expire::Intervals = held.collect();
+            let held: Intervals = held.collect();
             let left = held.missing_in(*from_lsn, *to_lsn).into_iter();
-            Ok(left
-                .map(|(from, to)| catalog.loss(*branch, from, to))
-                .collect())
+            let left = left.flat_map(|(from, to)| expired.not_expired(*branch, from, to));
+            if let Loss::Wal { .. } = loss {
+                return Ok(left
+                    .map(|(from, to)| catalog.loss(*branch, from, to))
+                    .collect());
+            }
+            left.count() > 0
         }
         Loss::Backup { id, .. } => {
             let backups = catalog.backups()?;
-            let is_back = backups.iter().any(|backup| backup.id == *id);
-            Ok(if is_back {
-                Vec::new()
-            } else {
-                vec![loss.clone()]
-            })
+            !backups.iter().any(|backup| backup.id == *id) && !expired.backups().contains(id)
         }
-    }
+        Loss::BackupPart { id, key } => {
+            !expired.backups().contains(id) && repository.head(key)?.is_none()
+        }
+    };
+    Ok(is_missing.then(|| loss.clone()).into_iter().collect())
 }

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use repository::{Damage, DamagedWal, ExpiredSet, KnownTimeline, WalIndex, WalRange};
+use repository::{Damage, DamagedWal, ExpiredSet, KnownTimeline, Loss, WalIndex, WalRange};
 use wal_format::{
     BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
 };
@@ -63,6 +63,15 @@ pub(super) fn read_ranges<'a>(
     };
     for (branch, ..) in &timelines {
         let mut ranges = archive.catalog().ranges(*branch, Lsn::ZERO, Lsn::MAX)?;
+        let missing = archive.missing().iter().filter_map(Loss::wal);
+        let missing: Vec<(Lsn, Lsn)> = missing
+            .filter(|(on, ..)| on == branch)
+            .map(|(_, from_lsn, to_lsn)| (from_lsn, to_lsn))
+            .collect();
+        ranges.retain(|range| {
+            let is_in = |(from, to): &(Lsn, Lsn)| *from <= range.start_lsn && range.end_lsn <= *to;
+            !missing.iter().any(is_in)
+        });
         if !damaged.is_empty() {
             ranges.retain(|range| {
                 let damage = damaged.get(&range.key(archive.catalog().identity()));
@@ -98,6 +107,8 @@ impl Marks {
             outcomes: self.outcomes.values().cloned().collect(),
             ..Details::default()
         };
+        let damaged = archive.damaged_records.iter().map(ToString::to_string);
+        details.damaged = damaged.collect();
         details.outcomes.sort_by_key(|outcome| outcome.finished);
         let expired = archive.catalog().expired()?;
         details.repaired = self.repaired.keys().clone();
@@ -153,7 +164,10 @@ impl Marks {
         }
         details.failover_losses = archive.losses().all();
         details.marks = self.marks.values().cloned().collect();
-        let is_whole = |backup: &&BackupInfo| !of_backups.contains_key(&backup.id);
+        let lost = archive.lost_backups();
+        let is_whole = |backup: &&BackupInfo| {
+            !of_backups.contains_key(&backup.id) && !lost.contains(&backup.id)
+        };
         let whole: Vec<BackupInfo> = backups.iter().filter(is_whole).cloned().collect();
         let look = Look {
             index: &index,

@@ -85,7 +85,7 @@ pub(super) async fn ask(settings: &ClusterSettings, spool: &Arc<Spool>) -> Resul
                 record.filter(|record| record.cluster.system_identifier == known.system_identifier);
             let away = Away {
                 record,
-                lacking: None,
+                ..Away::default()
             };
             Ok(Known::Away(known, Box::new(away), error))
         }
@@ -112,9 +112,12 @@ pub(super) async fn lacks(settings: &ClusterSettings, lacking: Option<&Loss>) ->
     };
     let settings = settings.clone();
     let asked = blocking(move || {
-        let is_there = Repository::open_known(&settings)?
-            .head(&loss.key())?
-            .is_some();
+        let repository = Repository::open_known(&settings)?;
+        let keys = [Some(loss.key()), loss.replaced_by()];
+        let mut is_there = false;
+        for key in keys.iter().flatten() {
+            is_there = is_there || repository.head(key)?.is_some();
+        }
         Ok(!is_there && !LossRecord::of(&settings).is_accepted(&loss)?)
     });
     asked.await.unwrap_or(true)

@@ -30,7 +30,8 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
         tokio::time::sleep(LOSS_POLL).await;
         let facts = status.facts();
         let reason = facts.lost.as_ref().or(facts.unreached.as_ref());
-        let Some(reason) = reason.filter(|_| facts.connected) else {
+        // A backup in an older copy of the repository would be missing in the right one.
+        let Some(reason) = reason.filter(|_| facts.connected && !facts.repository_gone) else {
             continue;
         };
         // A judgement from before the catalog knew the last backup does not count.
@@ -61,7 +62,7 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
                 tracing::error!(cluster = %settings.name, %error, "the base backup that makes the archive whole again failed; it is tried again");
                 let message = error.to_string();
                 // Only a new error is recorded, because each record is an object in the repository.
-                if message != said {
+                if message != said && !base_backup::is_of_wrong_place(&error) {
                     base_backup::record_failure(&settings, began, &message).await;
                     said = message;
                 }

@@ -74,7 +74,21 @@ impl Supervisor {
             StoreError::OlderState { newest, .. } => Some(*newest),
             _ => None,
         };
-        self.start(identity, Some(Away { record, lacking })).await
+        let (settings, cluster) = (self.settings.clone(), identity.clone());
+        let missing = blocking(move || {
+            let repository = Repository::open_known(&settings)?;
+            Ok(Catalog::missing(&settings.catalog, &cluster, &repository)?.losses)
+        });
+        let missing = missing.await.unwrap_or_else(|error| {
+            tracing::warn!(event = "losses_unknown", %error, "the window is not cut to what the repository holds");
+            lacking.iter().cloned().collect()
+        });
+        let away = Away {
+            record,
+            lacking,
+            missing,
+        };
+        self.start(identity, Some(away)).await
     }
 
     async fn open(&self, identity: &ClusterIdentity, away: Option<Away>) -> Result<Archive> {

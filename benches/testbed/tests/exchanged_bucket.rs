@@ -22,6 +22,7 @@ use testbed::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(90);
+const KEY: &str = "1111111111111111111111111111111111111111111111111111111111111111";
 /// An answer of a captive portal, or of a proxy that lost its store.
 const PAGE: &str =
     "<!DOCTYPE html><html><head><title>Welcome</title></head><body>Log in</body></html>";
@@ -86,7 +87,10 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
         return;
     };
     let address = free_address().expect("an address");
-    let settings = format!("acknowledge = \"remote\"\nhttp = \"{address}\"");
+    // Encrypted, so that the same holds with keys in the bucket.
+    let settings = format!(
+        "acknowledge = \"remote\"\nhttp = \"{address}\"\nencryption_key_command = \"printf {KEY}\""
+    );
     let place = Place::in_bucket(store, &settings).expect("a place");
     let cluster = Cluster::start(&bin, 1, "autovacuum = off").expect("a server");
     let daemon = place.daemon(&cluster, &address).expect("a daemon");
@@ -164,6 +168,8 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
     // not count as stored.
     let now = segments(&store.keys().expect("a listing"));
     assert!(now <= before + 2, "{before} segments became {now}");
+    let backup = place.back_up(&conninfo, &[]).expect_err("an older state");
+    assert!(backup.to_string().contains("older state"), "{backup}");
     for (key, body) in &newer {
         store.overwrite(key, body).expect("it is brought back");
     }

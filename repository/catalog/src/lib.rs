@@ -22,7 +22,8 @@ use bytes::Bytes;
 #[cfg(doc)]
 use repository::ExpiredSet;
 use repository::{
-    ClusterIdentity, Error, LostHistory, Repository, Result, WalIndex, WalRange, WalRangeKind,
+    ClusterIdentity, Error, LostHistory, Missing, Repository, Result, WalIndex, WalRange,
+    WalRangeKind,
 };
 use rocksdb::{ColumnFamily, DB, Direction, IteratorMode, WriteBatch};
 use tempfile::TempDir;
@@ -74,6 +75,9 @@ pub struct Catalog {
     damaged_objects: Vec<(String, String)>,
     /// Timelines whose history file was lost when the catalog was opened for a restore.
     lost_histories: Vec<LostHistory>,
+    /// The objects of the older catalog that the repository lacked when the catalog was opened for
+    /// a restore.
+    missing_objects: Missing,
     /// The directory of a temporary catalog. It is removed when the catalog is dropped.
     _temporary: Option<TempDir>,
 }
@@ -92,6 +96,13 @@ impl Catalog {
     #[must_use]
     pub fn lost_histories(&self) -> &[LostHistory] {
         &self.lost_histories
+    }
+
+    /// Returns the objects of the older catalog that the repository lacked when the catalog was
+    /// [opened for a restore](Self::open_for_restore). Accepted losses are included.
+    #[must_use]
+    pub fn missing_objects(&self) -> &Missing {
+        &self.missing_objects
     }
 
     /// Returns the identity of the catalog's cluster.

@@ -11,7 +11,7 @@ use repository::{
 use rocksdb::{Direction, IteratorMode};
 use wal_format::{BackupInfo, Branch, Lsn, ObjectKey};
 
-use super::{Catalog, SEGMENTS, keys, refresh::skeleton};
+use super::{Catalog, RefreshReport, SEGMENTS, keys, refresh::skeleton};
 
 /// The functions that a refresh calls before it removes entries of objects that a listing does not
 /// contain.
@@ -48,21 +48,30 @@ impl Catalog {
         identity: &ClusterIdentity,
         repository: &Repository,
     ) -> Result<Missing> {
-        let missing = RefCell::new(Missing::default());
-        if directory.join("CURRENT").is_file() {
-            let copy = Self::copy_of(directory, identity)?;
-            let guard = Guard {
-                missing: &|found| {
-                    let mut missing = missing.borrow_mut();
-                    missing.losses.extend(found.losses.iter().cloned());
-                    missing.newest = missing.newest.take().or_else(|| found.newest.clone());
-                    Ok(())
-                },
-                ..Guard::NONE
-            };
-            copy.refresh_guarded(repository, &guard)?;
+        if !directory.join("CURRENT").is_file() {
+            return Ok(Missing::default());
         }
-        Ok(missing.into_inner())
+        let copy = Self::copy_of(directory, identity)?;
+        Ok(copy.refresh_and_compare(repository)?.1)
+    }
+
+    /// Updates a copy of a catalog, and returns the objects that it had and the repository lacks.
+    pub(super) fn refresh_and_compare(
+        &self,
+        repository: &Repository,
+    ) -> Result<(RefreshReport, Missing)> {
+        let missing = RefCell::new(Missing::default());
+        let guard = Guard {
+            missing: &|found| {
+                let mut missing = missing.borrow_mut();
+                missing.losses.extend(found.losses.iter().cloned());
+                missing.newest = missing.newest.take().or_else(|| found.newest.clone());
+                Ok(())
+            },
+            ..Guard::NONE
+        };
+        let report = self.refresh_guarded(repository, &guard)?;
+        Ok((report, missing.into_inner()))
     }
 
     /// Removes the entry of the WAL range that an object contains. An object without an entry is
@@ -127,8 +136,34 @@ impl Catalog {
         Ok(found)
     }
 
-    /// Returns the loss of these ranges' sealed segments, without those that expired in the
-    /// meantime.
+    /// Returns the newest tail of the newest timeline after its newest sealed segment.
+    ///
+    /// # Errors
+    /// [`Error::Catalog`](repository::Error::Catalog).
+    pub fn newest_tail(&self) -> Result<Option<WalRange>> {
+        let mut newest_first = self
+            .db
+            .iterator_cf(self.family(SEGMENTS), IteratorMode::End);
+        let Some(entry) = newest_first.next() else {
+            return Ok(None);
+        };
+        let (_, json) = entry.map_err(|error| self.failed(error))?;
+        let last: WalRange = self.parse(SEGMENTS, &json)?;
+        // A sealed segment sorts before the tails that it replaces.
+        let is_tail = last.kind == WalRangeKind::Tail && !self.is_sealed(&last)?;
+        Ok(is_tail.then_some(last))
+    }
+
+    /// Returns true if the catalog contains the sealed segment of a range.
+    fn is_sealed(&self, range: &WalRange) -> Result<bool> {
+        let of_segment = self.of_segment(range)?;
+        Ok(of_segment
+            .iter()
+            .any(|known| known.kind == WalRangeKind::Sealed))
+    }
+
+    /// Returns the loss of these ranges' objects, without those that expired in the meantime and
+    /// without tails that a sealed segment replaced.
     pub(super) fn missing_wal(
         &self,
         repository: &Repository,
@@ -136,8 +171,14 @@ impl Catalog {
         mut ranges: Vec<WalRange>,
     ) -> Result<Missing> {
         let is_spooled = guard.is_spooled;
+        let mut tails = Vec::new();
+        for range in &ranges {
+            if range.kind == WalRangeKind::Tail && !self.is_sealed(range)? {
+                tails.push(range.clone());
+            }
+        }
         ranges.retain(|range| range.kind == WalRangeKind::Sealed);
-        if ranges.is_empty() {
+        if ranges.is_empty() && tails.is_empty() {
             return Ok(Missing::default());
         }
         // A missing segment that is in the spool proves neither a loss nor that the place is the
@@ -148,8 +189,11 @@ impl Catalog {
         // Another program may have removed what it marked as expired after the records were read.
         let expired = repository.expired(self.identity.system_identifier)?;
         let size = self.identity.wal_segment_size;
-        ranges.retain(|range| !expired.hides(&range.key(&self.identity), size));
+        let hides = |range: &WalRange| expired.hides(&range.key(&self.identity), size);
+        ranges.retain(|range| !hides(range));
+        tails.retain(|range| !hides(range));
         let newest = newest.filter(|newest| ranges.contains(newest));
+        let newest_tail = self.newest_tail()?.filter(|tail| tails.contains(tail));
         let mut lost: BTreeMap<Branch, Intervals> = BTreeMap::new();
         for range in &ranges {
             let known = lost.entry(range.branch).or_default();
@@ -161,8 +205,34 @@ impl Catalog {
                 losses.push(self.loss(branch, from_lsn, to_lsn));
             }
         }
-        let newest = newest.map(|range| self.loss(range.branch, range.start_lsn, range.end_lsn));
+        losses.extend(tails.iter().map(|tail| self.loss_of(tail)));
+        let newest = newest.or(newest_tail).map(|range| self.loss_of(&range));
         Ok(Missing { losses, newest })
+    }
+
+    /// Returns the loss of the object of a range.
+    #[must_use]
+    pub fn loss_of(&self, range: &WalRange) -> Loss {
+        let wal = self.loss(range.branch, range.start_lsn, range.end_lsn);
+        match (range.kind, wal) {
+            (
+                WalRangeKind::Tail,
+                Loss::Wal {
+                    system,
+                    segment_size,
+                    branch,
+                    from_lsn,
+                    to_lsn,
+                },
+            ) => Loss::Tail {
+                system,
+                segment_size,
+                branch,
+                from_lsn,
+                to_lsn,
+            },
+            (_, wal) => wal,
+        }
     }
 
     /// Returns the loss of the sealed segments of a range.

@@ -5,7 +5,7 @@ use std::{
     sync::OnceLock,
 };
 
-use repository::{ClusterIdentity, Error, ExpiredSet, Repository, Result, durable};
+use repository::{ClusterIdentity, Error, ExpiredSet, Missing, Repository, Result, durable};
 use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Env, IteratorMode, Options};
 use tempfile::TempDir;
 
@@ -104,6 +104,7 @@ impl Catalog {
             identity: identity.clone(),
             damaged_objects: Vec::new(),
             lost_histories: Vec::new(),
+            missing_objects: Missing::default(),
             _temporary: temporary,
         };
         match catalog.get(META, IDENTITY)? {
@@ -156,7 +157,8 @@ impl Catalog {
             );
             catalog.clear()?;
         }
-        let report = catalog.refresh(repository)?;
+        let (report, missing) = catalog.refresh_and_compare(repository)?;
+        catalog.missing_objects = missing;
         catalog.damaged_objects = report.damaged;
         for lost in &report.lost_histories {
             let key = lost.key(identity.system_identifier).to_string();
@@ -181,6 +183,7 @@ impl Catalog {
             identity: identity.clone(),
             damaged_objects: Vec::new(),
             lost_histories: Vec::new(),
+            missing_objects: Missing::default(),
             _temporary: None,
         };
         let found = catalog.get(META, IDENTITY)?;

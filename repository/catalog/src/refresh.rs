@@ -6,7 +6,7 @@ use std::{
 };
 
 use repository::{Error, LostHistory, Repository, Result, WalRange, WalRangeKind};
-use wal_format::{BackupInfo, Branch, ObjectKey, SealedFooter, sealed::FooterFromTail};
+use wal_format::{BackupId, BackupInfo, Branch, ObjectKey, SealedFooter, sealed::FooterFromTail};
 
 use super::{Catalog, Guard, RESTORE_POINTS, keys};
 
@@ -46,8 +46,16 @@ pub(super) fn refresh(
     for _ in 0..LOOKS_MAX {
         report.damaged.clear();
         evidence.clear();
-        if refresh_ranges(catalog, repository, guard, &mut report, &mut evidence)? {
-            break;
+        match refresh_ranges(catalog, repository, guard, &mut report, &mut evidence) {
+            Ok(true) => break,
+            Ok(false) => {}
+            Err(error) => {
+                if error.is_gone() {
+                    // What an older state holds is in the right repository, too.
+                    add_backups(catalog, repository, &mut report)?;
+                }
+                return Err(error);
+            }
         }
     }
     refresh_backups(catalog, repository, guard, &mut report)?;
@@ -309,12 +317,12 @@ fn footer_of(repository: &Repository, key: &ObjectKey, object: &[u8]) -> Result<
     })
 }
 
-fn refresh_backups(
+/// Records the listed backups that are new to the catalog. Returns the names of all listed ones.
+fn add_backups(
     catalog: &Catalog,
     repository: &Repository,
-    guard: &Guard<'_>,
     report: &mut RefreshReport,
-) -> Result<()> {
+) -> Result<Vec<BackupId>> {
     let system = catalog.identity.system_identifier;
     let backups = catalog.backups()?;
     let known: Vec<_> = backups.iter().map(|backup| backup.id.clone()).collect();
@@ -350,8 +358,18 @@ fn refresh_backups(
             }
         }
     }
+    Ok(found)
+}
+
+fn refresh_backups(
+    catalog: &Catalog,
+    repository: &Repository,
+    guard: &Guard<'_>,
+    report: &mut RefreshReport,
+) -> Result<()> {
+    let found = add_backups(catalog, repository, report)?;
+    let backups = catalog.backups()?.into_iter();
     let removed: Vec<BackupInfo> = backups
-        .into_iter()
         .filter(|backup| !found.contains(&backup.id))
         .collect();
     (guard.missing)(&catalog.missing_backups(repository, &removed)?)?;

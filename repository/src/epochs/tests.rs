@@ -314,3 +314,23 @@ fn an_epoch_of_an_earlier_build_is_read() {
     let error = repository(directory.path()).identity().expect_err("newer");
     assert!(error.to_string().contains("newer Tidemark"), "{error}");
 }
+
+#[test]
+fn a_damaged_newest_epoch_without_objects_leaves_the_chosen_one_readable() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let one = small(1, 17);
+    let repository = repository(directory.path());
+    repository.claim(&one).expect("claimed");
+    put_segment(&repository, &one);
+    let stray = file(directory.path(), &ObjectKey::Epoch(2));
+    fs::write(stray, "hello").expect("another program wrote it");
+    let error = repository.identity().expect_err("the newest is damaged");
+    let error = error.to_string();
+    for part in ["epoch/00000002.json", "remove both", "--system 1"] {
+        assert!(error.contains(part), "{error}");
+    }
+    let chosen = repository
+        .of_system(SystemIdentifier(1))
+        .expect("it is there");
+    assert_eq!(chosen.identity().expect("it reads"), Some(one));
+}

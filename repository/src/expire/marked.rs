@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use wal_format::{
     BackupId, Branch, EXPIRED_FORMAT_VERSION, Expired, Lsn, ObjectKey, SegmentSize,
@@ -183,12 +184,16 @@ impl Repository {
     fn expired_here(&self, system: SystemIdentifier) -> Result<ExpiredSet> {
         let mut records = Vec::new();
         for (key, _) in self.list(&format!("{system}/expired/"))? {
-            let body = match self.get(&key) {
+            let parse = |json: &Bytes| {
+                let record = wal_format::checked_json::from_slice::<Expired>(json);
+                record.map_err(|error| error.to_string())
+            };
+            let read = match self.read_small(&key, parse) {
                 // The record was merged into a new one after the listing.
                 Err(error) if error.is_not_found() => return self.expired_here(system),
-                body => body?,
+                read => read?,
             };
-            match wal_format::checked_json::from_slice::<Expired>(&body) {
+            match read {
                 Ok(record) if record.format_version == EXPIRED_FORMAT_VERSION => {
                     records.push(record);
                 }
@@ -196,8 +201,8 @@ impl Repository {
                 Ok(_) => {
                     tracing::warn!(%key, "a newer Tidemark expired something here; use that one");
                 }
-                Err(error) => {
-                    tracing::warn!(%key, %error, "a record of what expired cannot be read");
+                Err(damage) => {
+                    tracing::warn!(%damage, "a record of what expired cannot be read");
                 }
             }
         }

@@ -128,6 +128,25 @@ impl EncryptedStore {
         )))
     }
 
+    /// Refuses to create a data key in a cluster that has encrypted objects and no data key: its
+    /// keys are lost, and with a new one the objects would be taken for damaged.
+    fn refuse_lost_keys(&self) -> Result<()> {
+        let mut encrypted = None;
+        self.store().list(&self.keys.root, &mut |object| {
+            if object.key.ends_with(SUFFIX) {
+                encrypted = Some(object.key);
+                return ControlFlow::Break(());
+            }
+            ControlFlow::Continue(())
+        })?;
+        encrypted.map_or(Ok(()), |object| {
+            Err(self.keys.problem(format!(
+                "{object} is encrypted, and every copy of the wrapped data keys is lost: {}",
+                self.keys.remedy()
+            )))
+        })
+    }
+
     fn store(&self) -> &dyn ObjectStore {
         &*self.keys.store
     }
@@ -156,6 +175,7 @@ impl EncryptedStore {
             self.list(&format!("{}epoch", self.keys.root), &mut |_| {
                 ControlFlow::Break(())
             })?;
+            self.refuse_lost_keys()?;
         }
         let made = self.keys.make()?;
         *known = Some(self.keys.load()?);
@@ -178,7 +198,10 @@ impl EncryptedStore {
         };
         let problem = match keys.problem_of(id) {
             Some(problem) => format!("its data key {id} is lost: {problem}"),
-            None => format!("it names data key {id}, which does not exist"),
+            None => format!(
+                "it names data key {id}, which does not exist: {}",
+                self.keys.remedy()
+            ),
         };
         *known = Some(keys);
         closed?;
@@ -396,5 +419,11 @@ impl ObjectStore for EncryptedStore {
 
     fn confirm_free(&self) -> Result<()> {
         self.store().confirm_free()
+    }
+
+    fn put_back_keys(&self) -> Result<Vec<String>> {
+        // Locked only for the copy: a store that does not answer must not keep requests waiting.
+        let known = self.known().clone();
+        known.map_or_else(|| Ok(Vec::new()), |keys| self.keys.put_back(&keys))
     }
 }

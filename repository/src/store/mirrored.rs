@@ -315,6 +315,18 @@ impl ObjectStore for MirroredStore {
         }
         Err(self.all_away())
     }
+
+    fn put_back_keys(&self) -> Result<Vec<String>> {
+        let mut lost = Vec::new();
+        for member in self.members.iter().filter(|member| !member.is_away()) {
+            match member.store.put_back_keys() {
+                // The next round asks it again.
+                Err(error) if error.is_transient() => {}
+                of_member => lost.extend(of_member?),
+            }
+        }
+        Ok(lost)
+    }
 }
 
 impl Drop for MirroredStore {

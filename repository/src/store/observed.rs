@@ -127,6 +127,10 @@ impl ObjectStore for ObservedStore {
     fn confirm_free(&self) -> Result<()> {
         self.store.confirm_free()
     }
+
+    fn put_back_keys(&self) -> Result<Vec<String>> {
+        self.store.put_back_keys()
+    }
 }
 
 #[cfg(test)]

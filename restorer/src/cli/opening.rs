@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use catalog::Catalog;
 use jiff::Timestamp;
 use repository::{
-    Repository, UnseenPlace,
+    LossRecord, Repository, UnseenPlace,
     config::{ClusterSettings, RepositoryPlace, Settings},
+    name_losses,
 };
 use wal_format::{ClusterName, SystemIdentifier};
 
@@ -103,6 +104,22 @@ pub(super) fn archive(
     archive.unseen.extend(archive.repository.unseen_places());
     for place in &archive.unseen {
         output::note(&place.warning());
+    }
+    let is_complete = archive.unseen.is_empty() && !archive.repository.is_partly_away();
+    let missing = archive.catalog.missing_objects();
+    if is_complete && cluster.repository.as_of.is_none() && !missing.losses.is_empty() {
+        let missing = missing.clone();
+        // Without the record of this host, no loss counts as accepted.
+        let unaccepted = LossRecord::of(cluster).without_accepted(&missing);
+        archive.missing = unaccepted.unwrap_or(missing);
+        if !archive.missing.losses.is_empty() {
+            output::note(&format!(
+                "warning: this host archived {}, which is not in {}. If a wrong disk is mounted or an older copy is in its \
+                 place, bring the right one back",
+                name_losses(&archive.missing.losses),
+                archive.repository.url()
+            ));
+        }
     }
     Ok(archive)
 }

@@ -115,8 +115,9 @@ pub(super) struct RestoreArgs {
     /// As root: the user who gets the files and runs PostgreSQL.
     #[arg(long, value_name = "USER")]
     pub(super) owner: Option<String>,
-    /// Restore although the free space seems too small, or use the named backup although `verify`
-    /// found it damaged.
+    /// Restore although the free space seems too small, use the named backup although `verify`
+    /// found it damaged, or restore the newest state that the repository holds although this host
+    /// archived a newer one.
     #[arg(long)]
     force: bool,
     /// Print the plan and change nothing.
@@ -342,6 +343,12 @@ fn plan(archive: &mut Archive, target: &RecoveryTarget, args: &RestoreArgs) -> R
         if args.force {
             archive.trust_backup(id);
         }
+    }
+    if *target == RecoveryTarget::Latest
+        && !args.force
+        && let Some(refusal) = archive.older_state()
+    {
+        return Err(refusal.into());
     }
     loop {
         let plan = plan_restore(archive, target, &wishes)

@@ -49,6 +49,20 @@ pub enum PlanError {
         /// The end of the archived WAL.
         end_lsn: Lsn,
     },
+    /// The repository holds an older state than this host has archived.
+    #[error(
+        "{url} holds an older state of the repository, or its newest WAL is lost: this host archived WAL up to {end_lsn}, and \
+         {missing} is not there. Mount the right disk or bring the objects back; or name a target before it, or restore \
+         the newest state that is there with --force"
+    )]
+    OlderState {
+        /// The URL of the repository.
+        url: String,
+        /// The end of the WAL that this host archived.
+        end_lsn: Lsn,
+        /// The missing objects.
+        missing: String,
+    },
     /// The data for this moment has expired.
     #[error("{refusal}. What was there expired: {expired}")]
     Expired {

@@ -210,6 +210,59 @@ impl KeyStore {
         self.store.put_proved(name, sound).map(drop)
     }
 
+    /// The remedy when the data keys of existing objects are lost.
+    pub(super) fn remedy(&self) -> String {
+        format!(
+            "bring the files below {root}keys/ or {root}keys-copy/ back from a copy of the repository. A daemon that has \
+             archived since before the loss stores them again by itself: leave it running. Without them the objects cannot \
+             be read; do not remove the objects",
+            root = self.root
+        )
+    }
+
+    /// Stores the wrappings of each data key again of which no wrapping is left, and each lost copy
+    /// of a wrapping. Returns the names of the lost objects. Costs one listing while nothing is
+    /// lost.
+    ///
+    /// A wrapping of which both copies are gone stays away while the data key has another one: an
+    /// operator may have removed it with its key.
+    pub(super) fn put_back(&self, keys: &Keys) -> Result<Vec<String>> {
+        let mut listed = BTreeSet::new();
+        self.store
+            .list(&format!("{}keys", self.root), &mut |object| {
+                listed.insert(object.key);
+                ControlFlow::Continue(())
+            })?;
+        let mut lost = Vec::new();
+        for (id, by) in &keys.wraps {
+            let names = [
+                self.copy(*id, &by.to_string()),
+                self.name(*id, &by.to_string()),
+            ];
+            let missing = names.iter().filter(|name| !listed.contains(*name));
+            let missing: Vec<&String> = missing.collect();
+            let left = names.iter().find(|name| listed.contains(*name));
+            let folders = FOLDERS.map(|folder| format!("{}{folder}/{id}/", self.root));
+            let is_left = |name: &String| folders.iter().any(|folder| name.starts_with(folder));
+            let key = self.ring.keys().find(|key| key.id == *by);
+            match (left, keys.open(*id).zip(key)) {
+                _ if missing.is_empty() => continue,
+                (Some(left), _) => {
+                    let json = self.store.get(left)?;
+                    for name in &missing {
+                        self.store.put_proved(name, &json)?;
+                    }
+                }
+                (None, Some((data, key))) if !listed.iter().any(is_left) => {
+                    self.wrap(&data, key)?
+                }
+                (None, _) => continue,
+            }
+            lost.extend(missing.into_iter().cloned());
+        }
+        Ok(lost)
+    }
+
     /// Reads every data key that our keys can unwrap: one listing, and one object for each.
     pub(super) fn load(&self) -> Result<Keys> {
         let mut keys = Keys::default();

@@ -394,3 +394,54 @@ fn an_object_of_another_implementation_opens() {
     let plain = object::open(&header, &data, "main/x", &object).expect("it opens");
     assert_eq!(plain, b"hello, world");
 }
+
+#[test]
+fn lost_keys_come_back_from_memory_and_are_never_replaced_by_new_ones() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let first = store(directory.path(), "main", &[ONE, TWO]);
+    first.put_if_absent("main/a", b"content").expect("stored");
+    assert_eq!(first.rewrap().expect("rewrapped"), 1);
+    let running = store(directory.path(), "main", &[ONE, TWO]);
+    running.check_keys().expect("keys");
+    let stored = || -> Vec<String> {
+        let names = files(directory.path()).into_iter().map(|file| file.0);
+        names.filter(|name| name.starts_with("main/keys")).collect()
+    };
+    let remove = |names: &[String]| {
+        for name in names {
+            fs::remove_file(directory.path().join(name)).expect("it goes");
+        }
+    };
+    let all = stored();
+    assert_eq!(all.len(), 4, "{all:?}");
+    remove(&all);
+    let other = store(directory.path(), "main", &[ONE, TWO]);
+    for error in [
+        other.put_if_absent("main/b", b"content").map(drop),
+        other.get("main/a").map(drop),
+    ] {
+        let error = error.expect_err("the keys are lost").to_string();
+        assert!(error.contains("main/keys/ or main/keys-copy/"), "{error}");
+    }
+    assert_eq!(stored(), Vec::<String>::new(), "no new key is made");
+    let mut lost = running.put_back_keys().expect("stored again");
+    lost.sort();
+    assert_eq!(lost, all);
+    assert_eq!(stored(), all);
+    assert_eq!(running.put_back_keys().expect("nothing is lost"), [""; 0]);
+    let other = store(directory.path(), "main", &[TWO]);
+    assert_eq!(other.get("main/a").expect("it opens"), "content");
+
+    // A lost copy comes back. A wrapping whose copies were both removed does not, because the data
+    // key has another one.
+    remove(&all[..1]);
+    assert_eq!(running.put_back_keys().expect("stored again"), all[..1]);
+    let of_one: Vec<String> = all
+        .iter()
+        .filter(|name| name.ends_with(&all[0][all[0].len() - 21..]))
+        .cloned()
+        .collect();
+    assert_eq!(of_one.len(), 2, "{of_one:?}");
+    remove(&of_one);
+    assert_eq!(running.put_back_keys().expect("nothing is lost"), [""; 0]);
+}
