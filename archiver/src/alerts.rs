@@ -11,7 +11,7 @@ pub use table::RULES;
 use serde::Serialize;
 use wal_format::PgTimestamp;
 
-use crate::report::{ClusterReport, State};
+use crate::report::{Cause, CauseKind, ClusterReport, State};
 
 /// The severity of an alert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -141,16 +141,18 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
             "The spool has used nine tenths of its room.".to_owned(),
         );
     }
-    let away = report.repositories.iter().find_map(|place| {
-        let error = place.error.as_ref()?;
-        Some(format!("The repository {} is away: {error}.", place.url))
-    });
-    let failing = report
-        .repository_error
-        .as_ref()
-        .map(|error| format!("The repository fails: {error}."));
-    if let Some(summary) = failing.or(away) {
-        raise("PitrRepositoryFailing", summary);
+    if let Some(error) = &report.repository_error {
+        raise(
+            "PitrRepositoryFailing",
+            format!("The repository fails: {error}."),
+        );
+    }
+    let mut places = report.repositories.iter();
+    if let Some((url, error)) = places.find_map(|place| Some((&place.url, place.error.as_ref()?))) {
+        raise(
+            "PitrRepositoryAway",
+            format!("The repository {url} is away, another one has the WAL: {error}."),
+        );
     }
     let age = |time: Option<PgTimestamp>| time.map(|time| micros(report.as_of.micros_since(time)));
     match age(report.last_backup.as_ref().map(|backup| backup.finished)) {
@@ -249,29 +251,31 @@ pub(crate) fn is_decided(name: &str, report: &ClusterReport) -> bool {
             report.slot_missing || slot.is_some_and(|slot| slot.wal_status.is_some())
         }
         "PitrSpoolNearFull" => report.counters.spool_limit_bytes.is_some(),
-        "PitrSpoolFilling" | "PitrOffsiteBehind" | "PitrRepositoryFailing" => {
-            report.looked && report.source.stream_connected
-        }
+        "PitrSpoolFilling"
+        | "PitrOffsiteBehind"
+        | "PitrRepositoryAway"
+        | "PitrRepositoryFailing" => report.looked && report.source.stream_connected,
         "PitrClockStep" => report.clock_offset_seconds.is_some(),
+        "PitrPushFailing" => report.archive_command.is_some(),
         "PitrStreamDown" | "PitrCertificateExpiry" => true,
         _ => report.looked,
     }
 }
 
-/// Returns the state that the critical conditions of a report require, and its reason, so that the
-/// light is never better than the worst alert. `None` without a critical condition.
-pub(crate) fn worst_state(report: &ClusterReport) -> Option<(State, String)> {
+/// Returns the cause of the first critical condition of a report, before its alert has fired.
+/// `None` without a critical condition.
+pub(crate) fn worst_cause(report: &ClusterReport) -> Option<Cause> {
     let critical = firing(report)
         .into_iter()
         .find(|(name, _)| rule(name).is_some_and(|rule| rule.severity == Severity::Critical));
-    critical.map(|(name, summary)| {
-        let state = match name {
-            // Another repository has all WAL, or the stream is being retried. What a failover lost
-            // stays lost, and the archive itself is whole.
-            "PitrFailoverLoss" | "PitrRepositoryFailing" | "PitrStreamDown" => State::Degraded,
+    critical.map(|(name, summary)| Cause {
+        state: match name {
+            // A short interruption is not a risk. If it lasts, the alert fires and makes it one.
+            "PitrRepositoryFailing" | "PitrStreamDown" => State::Degraded,
             _ => State::AtRisk,
-        };
-        (state, summary.trim_end_matches('.').to_owned())
+        },
+        reason: summary.trim_end_matches('.').to_owned(),
+        kind: CauseKind::Other,
     })
 }
 

@@ -30,7 +30,9 @@ use wal_format::{Branch, ClusterName, Lsn, ObjectKey, PgTimestamp, SystemIdentif
 use crate::{
     instruments::Instruments,
     pipeline::{archive::Archive, gap::OpenGap, progress::Progress},
-    report::{BackupReport, Details, SlotReport, WindowReport},
+    report::{
+        ArchiveCommandReport, BackupProgress, BackupReport, Details, SlotReport, WindowReport,
+    },
     rpo::{Exposure, Seen, Tiers},
     standby_slots::StandbyReport,
 };
@@ -141,6 +143,10 @@ pub struct Facts {
     /// True if the last query of the server found no slot of ours. False while the server cannot be
     /// queried.
     pub slot_missing: bool,
+    /// The base backup that runs on the server. `None` if none is known.
+    pub backup_progress: Option<BackupProgress>,
+    /// The server's own archiving. `None` while the server is not polled.
+    pub archive_command: Option<ArchiveCommandReport>,
     /// The slot, as the server last reported it.
     pub slot_report: Option<SlotReport>,
     /// The restorable window, from the last check of the catalog.

@@ -25,7 +25,7 @@ use crate::{
     alerts::{self, Alert, Severity},
     cluster_status::{CaughtUp, ClusterStatus},
     notifications::{Mailbox, Notifier},
-    report::{ClusterReport, Counters, Details, State},
+    report::{ClusterReport, Counters, Details, State, raise, words},
 };
 
 /// The interval at which the clusters are checked.
@@ -229,6 +229,12 @@ impl Monitor {
         self.notifier.send_test()
     }
 
+    /// Returns true if a receiver of notifications is configured.
+    #[must_use]
+    pub fn has_receivers(&self) -> bool {
+        self.notifier.has_receivers()
+    }
+
     fn report(&self, cluster: &Watched) -> ClusterReport {
         let mut report = cluster.status.report(&cluster.settings);
         report.certificate_expiry = *lock(&self.certificate_expiry);
@@ -259,6 +265,16 @@ impl Monitor {
             let safe = slot.safe_wal_bytes.map(|safe| safe as f64);
             slot.full_in_seconds = safe.filter(|_| rate >= 1.0).map(|safe| safe / rate);
         }
+        // The alerts are those of the last check. One that is over must not decide the state.
+        let conditions = alerts::firing(&report);
+        let mut standing = std::mem::take(&mut report.alerts);
+        standing.retain(|alert| {
+            let holds = conditions.iter().any(|(name, _)| *name == alert.name);
+            holds || !alerts::is_decided(alert.name, &report)
+        });
+        report.alerts = standing;
+        raise(&mut report.causes, &report.alerts);
+        report.settle();
         report
     }
 
@@ -290,12 +306,14 @@ impl Monitor {
                     } else {
                         "info"
                     };
-                    let over = if what == "alert" {
-                        ""
+                    // The event of the alert has its text.
+                    let text = if what == "alert" {
+                        alert.summary.clone()
                     } else {
-                        "over. It was: "
+                        let lasted = words::span(report.as_of, alert.since);
+                        format!("over after {}", words::duration(lasted))
                     };
-                    let message = format!("{}: {over}{}", alert.name, alert.summary);
+                    let message = format!("{}: {text}", alert.name);
                     said.push(events.add(what, severity, &message));
                     self.send("alert", &serde_json::json!({
                         "cluster": cluster.settings.name, "resolved": what != "alert", "alert": alert,

@@ -180,6 +180,18 @@ pub async fn send(
     within_limit(sending).await
 }
 
+/// Sends a test notification to one target, and then its end, so that no incident stays open at the
+/// receiver.
+///
+/// # Errors
+/// [`NotifyError`].
+pub async fn test(target: &NotifyTarget, links: &Links) -> Result<(), NotifyError> {
+    let mut notification = Notification::test();
+    send(target, &notification, links).await?;
+    notification.ended = Some(notification.alert.since);
+    send(target, &notification, links).await
+}
+
 /// Sends a daily summary to a mail target, without retries.
 async fn send_summary(target: &NotifyTarget, subject: &str, text: &str) -> Result<(), NotifyError> {
     within_limit(smtp::send(target, subject, text)).await

@@ -3,8 +3,8 @@
 //!
 //! The daemon fills it from its memory. Nothing in this module queries the store or PostgreSQL, so
 //! a scrape cannot disturb the stream.
-//! Invariant: an unknown value is `None`, never 0. [`judge`] is the only function that derives the
-//! state from the facts.
+//! Invariant: an unknown value is `None`, never 0. [`causes`] is the only function that derives the
+//! state from the facts, and [`raise`] the only one that makes it worse.
 
 use repository::store::{MemberState, RequestReport};
 use serde::Serialize;
@@ -15,9 +15,11 @@ use wal_format::{
 use crate::{alerts::Alert, pipeline::gap::OpenGap, rpo::Exposure, standby_slots::StandbyReport};
 
 mod details;
+mod judge;
 pub(crate) mod words;
 
 pub use details::{Details, GapReport, HeldRange, Mark, MarkKind, RestorableRange};
+pub use judge::{Cause, CauseKind, Facts, causes, raise};
 
 /// The overall state of a cluster, decided by the worst fact.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -25,10 +27,11 @@ pub use details::{Details, GapReport, HeldRange, Mark, MarkKind, RestorableRange
 pub enum State {
     /// The stream is up and the repository is within its target.
     Ok,
-    /// Nothing would be lost if the primary died now, but a protection against loss is missing.
+    /// Nothing would be lost if the primary died now, but a protection against loss is missing or a
+    /// warning fires.
     Degraded,
-    /// More WAL than the target allows would be lost if the primary died now. Without a base backup
-    /// that is everything.
+    /// More WAL than the target allows would be lost if the primary died now, or a critical alert
+    /// fires. Without a base backup everything would be lost.
     AtRisk,
     /// Archiving has stopped, a part of the WAL is missing, or no base backup leads to the present.
     Broken,
@@ -46,6 +49,18 @@ impl State {
         Self::Broken,
         Self::Unknown,
     ];
+
+    /// Returns the position in the order by severity: 0 is the worst.
+    #[must_use]
+    pub fn rank(self) -> u8 {
+        match self {
+            Self::Broken => 0,
+            Self::AtRisk => 1,
+            Self::Unknown => 2,
+            Self::Degraded => 3,
+            Self::Ok => 4,
+        }
+    }
 
     /// The name in metrics and JSON.
     #[must_use]
@@ -127,6 +142,28 @@ pub struct SlotReport {
     /// Seconds until the slot is lost if WAL is written at the rate of the last minute and is not
     /// archived. `None` without a limit and while no WAL is written.
     pub full_in_seconds: Option<f64>,
+}
+
+/// A base backup that runs on the server, according to `pg_stat_progress_basebackup`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct BackupProgress {
+    /// The phase, in PostgreSQL's words.
+    pub phase: String,
+    /// The bytes that were sent so far.
+    pub streamed_bytes: Option<u64>,
+    /// The estimated bytes of the whole backup. `None` if the server does not estimate them.
+    pub total_bytes: Option<u64>,
+}
+
+/// The archiving that the server does itself, according to `pg_stat_archiver`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ArchiveCommandReport {
+    /// True if `archive_mode` is on and the last attempt failed.
+    pub failing: bool,
+    /// The number of failed attempts since the server's statistics were reset.
+    pub failed_count: u64,
+    /// The file that was not archived in the last failed attempt.
+    pub last_failed_wal: Option<String>,
 }
 
 /// The window in which the cluster can be restored without naming a timeline, according to the
@@ -235,6 +272,8 @@ pub struct ClusterReport {
     pub state: State,
     /// The reason for the state, as a sentence.
     pub reason: String,
+    /// Every cause for a state that is not `ok`, the worst first. The first one decides the state.
+    pub causes: Vec<Cause>,
     /// The facts about the primary.
     pub source: SourceReport,
     /// The position and the lag of both tiers.
@@ -295,6 +334,11 @@ pub struct ClusterReport {
     pub drill_max_age_seconds: Option<f64>,
     /// The age at which the newest verification is overdue. `None` if no maximum is configured.
     pub verify_max_age_seconds: Option<f64>,
+    /// The base backup that runs on the server. `None` if none runs, and while the server is not
+    /// polled.
+    pub backup_progress: Option<BackupProgress>,
+    /// The server's own archiving by `archive_command`. `None` while the server is not polled.
+    pub archive_command: Option<ArchiveCommandReport>,
     /// True if the server was queried and has no slot of ours.
     pub slot_missing: bool,
     /// Seconds until the spool is full if it grows as in the last 30 minutes. `None` while it does
@@ -319,280 +363,17 @@ pub struct ClusterReport {
 }
 
 impl ClusterReport {
+    /// Sets the state and its reason to those of the worst cause.
+    pub(crate) fn settle(&mut self) {
+        let worst = self.causes.first();
+        self.state = worst.map_or(State::Ok, |cause| cause.state);
+        self.reason = worst.map_or_else(|| judge::WELL.to_owned(), |cause| cause.reason.clone());
+    }
+
     /// Returns true if the repository, or one of its members, refuses requests or does not answer.
     #[must_use]
     pub fn repository_fails(&self) -> bool {
         self.repository_error.is_some()
             || self.repositories.iter().any(|place| place.error.is_some())
-    }
-}
-
-/// The facts that decide the state.
-#[derive(Clone, Copy, Debug)]
-pub struct Facts<'a> {
-    /// An error that only an operator can repair, for example a gap.
-    pub broken: Option<&'a str>,
-    /// The last error of the stream or the repository that is being retried.
-    pub failing: Option<&'a str>,
-    /// True if the primary was seen recently.
-    pub source_known: bool,
-    /// False if the primary is not queried, because the repository does not answer.
-    pub source_asked: bool,
-    /// True if a stream is up.
-    pub stream_connected: bool,
-    /// The lag of the repository in seconds. It is an upper bound while the primary is not seen.
-    pub remote_rpo_seconds: Option<f64>,
-    /// The part of that lag that is proved ([`Exposure::proved`]).
-    pub proved_rpo_seconds: Option<f64>,
-    /// The target, in seconds.
-    pub rpo_target_seconds: f64,
-    /// A setting of the server that makes commits wait for us.
-    pub danger: Option<&'a str>,
-    /// A standby on which our slot is not maintained.
-    pub standby: Option<&'a str>,
-    /// True if a base backup is listed. `None` before the catalog was read.
-    pub has_backup: Option<bool>,
-    /// The reason why no base backup leads to the server's present.
-    pub unreached: Option<&'a str>,
-    /// The column `wal_status` of the slot.
-    pub slot_wal_status: Option<&'a str>,
-    /// A defect of the archive found by a drill or a verification.
-    pub not_restorable: Option<&'a str>,
-}
-
-/// Returns the state and its reason. The worst fact wins, in this order: broken, at risk, unknown,
-/// degraded.
-#[must_use]
-pub fn judge(facts: Facts<'_>) -> (State, String) {
-    let because = facts
-        .failing
-        .map(|error| format!(": {error}"))
-        .unwrap_or_default();
-    if let Some(error) = facts.broken {
-        return (State::Broken, error.to_owned());
-    }
-    if facts.slot_wal_status == Some("lost") {
-        return (
-            State::Broken,
-            "the replication slot is lost: PostgreSQL removed WAL".to_owned(),
-        );
-    }
-    if let Some(problem) = facts.not_restorable {
-        return (State::Broken, problem.to_owned());
-    }
-    if let Some(refusal) = facts.unreached {
-        return (State::Broken, refusal.to_owned());
-    }
-    if facts.has_backup == Some(false) {
-        let reason = "there is no base backup, so losing the primary now loses everything: run `wal-archiver backup`";
-        return (State::AtRisk, reason.to_owned());
-    }
-    let target = facts.rpo_target_seconds;
-    if facts.proved_rpo_seconds.is_some_and(|rpo| rpo > target) {
-        let bound = if facts.source_known { "" } else { "up to " };
-        let rpo = facts.remote_rpo_seconds.unwrap_or_default();
-        return (
-            State::AtRisk,
-            format!(
-                "losing the primary now loses {bound}{rpo:.1} s, the target is {target:.1} s{because}"
-            ),
-        );
-    }
-    if !facts.source_known || facts.remote_rpo_seconds.is_none() {
-        let what = match facts.source_asked {
-            true => "the primary cannot be seen",
-            false => "the repository does not answer, so the primary is not asked",
-        };
-        return (State::Unknown, format!("{what}{because}"));
-    }
-    if facts.has_backup.is_none() {
-        return (
-            State::Unknown,
-            format!("what can be restored is not known yet{because}"),
-        );
-    }
-    if !facts.stream_connected {
-        return (State::Degraded, format!("the stream is down{because}"));
-    }
-    if let Some(error) = facts.failing {
-        return (State::Degraded, error.to_owned());
-    }
-    if facts.slot_wal_status == Some("unreserved") {
-        return (
-            State::Degraded,
-            "the replication slot is about to be lost".to_owned(),
-        );
-    }
-    if let Some(danger) = facts.danger {
-        return (State::Degraded, danger.to_owned());
-    }
-    if let Some(standby) = facts.standby {
-        return (State::Degraded, standby.to_owned());
-    }
-    (
-        State::Ok,
-        "streaming; the repository is within its target".to_owned(),
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GOOD: Facts<'static> = Facts {
-        broken: None,
-        failing: None,
-        source_known: true,
-        source_asked: true,
-        stream_connected: true,
-        remote_rpo_seconds: Some(0.4),
-        proved_rpo_seconds: Some(0.4),
-        rpo_target_seconds: 5.0,
-        danger: None,
-        standby: None,
-        has_backup: Some(true),
-        unreached: None,
-        slot_wal_status: Some("reserved"),
-        not_restorable: None,
-    };
-
-    #[test]
-    fn the_worst_fact_decides_the_light() {
-        let check = |facts, expected| assert_eq!(judge(facts).0, expected, "{facts:?}");
-        check(GOOD, State::Ok);
-        check(
-            Facts {
-                has_backup: Some(false),
-                ..GOOD
-            },
-            State::AtRisk,
-        );
-        check(
-            Facts {
-                has_backup: None,
-                ..GOOD
-            },
-            State::Unknown,
-        );
-        check(
-            Facts {
-                unreached: Some("no base backup leads there"),
-                has_backup: None,
-                source_known: false,
-                ..GOOD
-            },
-            State::Broken,
-        );
-        check(
-            Facts {
-                slot_wal_status: Some("unreserved"),
-                ..GOOD
-            },
-            State::Degraded,
-        );
-        check(
-            Facts {
-                danger: Some("remote_apply"),
-                ..GOOD
-            },
-            State::Degraded,
-        );
-        check(
-            Facts {
-                standby: Some("its slot is gone"),
-                ..GOOD
-            },
-            State::Degraded,
-        );
-        check(
-            Facts {
-                failing: Some("store down"),
-                ..GOOD
-            },
-            State::Degraded,
-        );
-        check(
-            Facts {
-                stream_connected: false,
-                ..GOOD
-            },
-            State::Degraded,
-        );
-        check(
-            Facts {
-                source_known: false,
-                ..GOOD
-            },
-            State::Unknown,
-        );
-        check(
-            Facts {
-                remote_rpo_seconds: None,
-                ..GOOD
-            },
-            State::Unknown,
-        );
-        check(
-            Facts {
-                remote_rpo_seconds: Some(5.1),
-                proved_rpo_seconds: Some(5.1),
-                ..GOOD
-            },
-            State::AtRisk,
-        );
-        // The lag counts up from the last proof, and no WAL is known to be missing.
-        let dead = Facts {
-            remote_rpo_seconds: Some(60.0),
-            source_known: false,
-            ..GOOD
-        };
-        check(dead, State::Unknown);
-        check(
-            Facts {
-                proved_rpo_seconds: Some(60.0),
-                ..dead
-            },
-            State::AtRisk,
-        );
-        check(
-            Facts {
-                slot_wal_status: Some("lost"),
-                ..dead
-            },
-            State::Broken,
-        );
-        check(
-            Facts {
-                broken: Some("gap"),
-                ..dead
-            },
-            State::Broken,
-        );
-    }
-
-    #[test]
-    fn a_repository_that_is_away_is_not_taken_for_the_primary() {
-        let (state, reason) = judge(Facts {
-            source_known: false,
-            source_asked: false,
-            stream_connected: false,
-            failing: Some("no route to the bucket"),
-            ..GOOD
-        });
-        assert_eq!(state, State::Unknown);
-        assert_eq!(
-            reason,
-            "the repository does not answer, so the primary is not asked: no route to the bucket"
-        );
-    }
-
-    #[test]
-    fn the_reason_names_what_is_being_retried() {
-        let (_, reason) = judge(Facts {
-            stream_connected: false,
-            failing: Some("refused"),
-            ..GOOD
-        });
-        assert_eq!(reason, "the stream is down: refused");
     }
 }

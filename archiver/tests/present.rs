@@ -173,12 +173,12 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
 
     // When the repository is back, the daemon takes one base backup, which repairs this.
     comes_back();
-    // The failover's loss keeps the state degraded for a day.
+    // The failover's loss keeps the state at risk for a day.
     wait_until("a backup leads to the new timeline", || {
         let report = report(&archiver);
         let alerts = report["alerts"].to_string();
         report["window"]["refusal"].is_null()
-            && report["state"] == "degraded"
+            && report["state"] == "at_risk"
             && alerts.contains("PitrFailoverLoss")
     });
     standby.write_wal(100);

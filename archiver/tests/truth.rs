@@ -157,10 +157,10 @@ fn difference(scene: &str, shown: &Value, archiver: &Archiver, place: &Place) ->
     if remote["lag_bytes"] == 0 && state == "unknown" {
         return Some("a lag that nobody knows is 0".to_owned());
     }
+    // Nagios polls a moment later, so the state is compared with the one before and after.
     let codes: &[i32] = match state {
-        // An alert may be worse than the state.
-        "ok" => &[0, 1, 2],
-        "degraded" => &[1, 2],
+        "ok" => &[0],
+        "degraded" => &[1],
         "at_risk" | "broken" => &[2],
         _ => &[2, 3],
     };

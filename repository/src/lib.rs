@@ -29,6 +29,7 @@ mod retention_lock;
 mod sealed_parts;
 mod sound;
 pub mod store;
+mod target_time;
 mod timeline_path;
 mod unseen;
 mod wal_range;
@@ -53,6 +54,7 @@ pub use restorable::{
 pub use retention_lock::{KnownLocks, LockReport, extend_locks};
 pub use sound::is_sound;
 pub use store::{ObjectMeta, ObjectStore, PutOutcome};
+pub use target_time::{TimeError, explain_time, is_relative, parse_time};
 pub use timeline_path::{PathPart, timeline_path};
 pub use unseen::UnseenPlace;
 pub use wal_range::{WalRange, WalRangeKind};

@@ -1,10 +1,16 @@
 //! [`RecoveryTarget`]: the point at which recovery stops, as the operator names it.
 
+use jiff::Timestamp;
+pub use repository::{explain_time, is_relative};
 use wal_format::{Lsn, PgTimestamp};
 
-mod time;
-
-pub use time::{explain_time, is_relative, parse_time};
+/// Parses a target time, as [`repository::parse_time`] does.
+///
+/// # Errors
+/// [`crate::Error::Usage`] that shows a valid notation.
+pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> crate::Result<PgTimestamp> {
+    repository::parse_time(text, zone, now).map_err(|error| crate::Error::usage(error.to_string()))
+}
 
 /// The point at which recovery stops (`recovery_target*` of PostgreSQL).
 #[derive(Clone, Debug, PartialEq, Eq)]

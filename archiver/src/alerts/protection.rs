@@ -32,6 +32,17 @@ pub(super) fn firing(report: &ClusterReport, found: &mut Vec<(&'static str, Stri
         );
     }
     let slot = report.slot.as_ref();
+    if let Some(archiving) = report.archive_command.as_ref().filter(|one| one.failing) {
+        let file = archiving.last_failed_wal.as_deref().unwrap_or("a file");
+        raise(
+            "PitrPushFailing",
+            format!(
+                "archive_command fails on the server, last for {file}, {} time(s) since its \
+                 statistics were reset.",
+                archiving.failed_count
+            ),
+        );
+    }
     if report.slot_missing {
         let name = slot.map_or("", |slot| slot.name.as_str());
         raise(

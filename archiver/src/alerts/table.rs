@@ -6,7 +6,7 @@
 use super::{Rule, Severity};
 
 /// Every alert.
-pub const RULES: [Rule; 25] = [
+pub const RULES: [Rule; 27] = [
     Rule {
         name: "PitrRpoOverTarget",
         severity: Severity::Critical,
@@ -109,7 +109,7 @@ pub const RULES: [Rule; 25] = [
     Rule {
         name: "PitrRepositoryFailing",
         severity: Severity::Critical,
-        condition: "the last request to the repository, or to one of several, failed",
+        condition: "the last request to the repository failed",
         patience_seconds: 5,
         expression: "pitr_repository_failing == 1",
         rule_summary: "The repository of {{ $labels.cluster }} refuses or does not answer",
@@ -117,6 +117,20 @@ pub const RULES: [Rule; 25] = [
         inhibited_by: &[],
         runbook: "The repository refuses or does not answer; the error is named. WAL waits in \
             the spool and nothing is lost while it has room. Check credentials, network, quota.",
+    },
+    Rule {
+        name: "PitrRepositoryAway",
+        severity: Severity::Warning,
+        condition: "the last request to one of several repositories failed",
+        patience_seconds: 5,
+        expression: "pitr_repository_place_failing == 1 and on(cluster, instance) \
+            count by (cluster, instance) (pitr_repository_place_failing) > 1",
+        rule_summary: "The repository {{ $labels.repository }} of {{ $labels.cluster }} refuses \
+            or does not answer",
+        past: "One of several repositories refused requests or did not answer",
+        inhibited_by: &["PitrRepositoryFailing"],
+        runbook: "Another repository takes the WAL, and this one is filled from it when it is \
+            back. Until then one copy fewer exists. Check its credentials, network and quota.",
     },
     Rule {
         name: "PitrBackupOverdue",
@@ -251,6 +265,20 @@ pub const RULES: [Rule; 25] = [
         runbook: "Another repository has everything, and this one is filled from it. If the lag \
             grows, its network or its store is slower than the WAL: `wal-archiver status` shows \
             the bytes that wait.",
+    },
+    Rule {
+        name: "PitrPushFailing",
+        severity: Severity::Warning,
+        condition: "archive_mode is on and the last run of archive_command failed",
+        patience_seconds: 5,
+        expression: "pitr_archive_command_failing == 1",
+        rule_summary: "archive_command of {{ $labels.cluster }} fails",
+        past: "archive_command failed on the server",
+        inhibited_by: &[],
+        runbook: "The server keeps every segment that archive_command has not archived, until \
+            its disk is full. The server's log has the message of the command. `wal-archiver \
+            push FILE`, run as the server's user, shows the error again. If the stream suffices, \
+            set archive_command to `true`.",
     },
     Rule {
         name: "PitrSlotMissing",

@@ -302,8 +302,14 @@ impl<'a> Of<'a> {
             None if !is_known => "its limit is unknown".to_owned(),
             None => "no limit".to_owned(),
             Some(safe) => format!(
-                "{} may still be written, full in {} at {}",
+                "{} of {} may still be written, full in {} at {}",
                 words::bytes(Some(safe)),
+                words::bytes(
+                    self.0
+                        .pointer("/slot/retained_bytes")
+                        .and_then(Value::as_u64)
+                        .map(|kept| kept.saturating_add(safe))
+                ),
                 self.seconds("/slot/full_in_seconds"),
                 self.rate("/wal_bytes_per_second")
             ),

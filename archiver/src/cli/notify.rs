@@ -6,7 +6,7 @@ use repository::config::Settings;
 use super::{output, runtime};
 use crate::{
     error::{Error, Result},
-    notifications::{self, Links, Notification},
+    notifications::{self, Links},
 };
 
 pub(super) fn test(settings: &Settings) -> Result<()> {
@@ -20,13 +20,7 @@ pub(super) fn test(settings: &Settings) -> Result<()> {
     let runtime = runtime()?;
     let mut failed = Vec::new();
     for target in &settings.notify {
-        let mut notification = Notification::test();
-        let sent = runtime.block_on(async {
-            notifications::send(target, &notification, &links).await?;
-            // Send the end of the test alert too, so that no incident stays open.
-            notification.ended = Some(notification.alert.since);
-            notifications::send(target, &notification, &links).await
-        });
+        let sent = runtime.block_on(notifications::test(target, &links));
         match sent {
             Ok(()) => output::line(&format!("notify {}: told", target.name)),
             Err(error) => {

@@ -10,7 +10,7 @@ use crate::{
     alerts,
     report::{
         ClusterReport, Counters, DurableReport, Facts as Judged, SlotReport, SourceReport, State,
-        TierReport, judge,
+        TierReport, causes,
     },
 };
 
@@ -99,7 +99,7 @@ impl ClusterStatus {
             let room = shortage.as_ref().map(|shortage| format!("; {shortage}"));
             format!("{problem}{}", room.unwrap_or_default())
         });
-        let (state, reason) = judge(Judged {
+        let causes = causes(Judged {
             broken: facts
                 .broken
                 .as_deref()
@@ -142,8 +142,9 @@ impl ClusterStatus {
             schema: "v1",
             cluster: self.cluster.clone(),
             as_of: PgTimestamp::from_jiff(jiff::Timestamp::now()),
-            state,
-            reason,
+            state: State::Ok,
+            reason: String::new(),
+            causes,
             source: SourceReport {
                 system_identifier: facts.system_identifier,
                 server_version: facts.server_version,
@@ -236,6 +237,8 @@ impl ClusterStatus {
             backup_max_age_seconds: settings.backup_max_age.as_secs_f64(),
             drill_max_age_seconds: settings.drill_max_age.map(|age| age.as_secs_f64()),
             verify_max_age_seconds: settings.verify_max_age.map(|age| age.as_secs_f64()),
+            backup_progress: facts.backup_progress,
+            archive_command: facts.archive_command,
             slot_missing: facts.slot_missing,
             spool_full_in_seconds: None,
             window_missing_seconds: None,
@@ -246,11 +249,10 @@ impl ClusterStatus {
             repository_error: facts.repository_error,
             alerts: Vec::new(),
         };
-        if report.state == State::Ok
-            && let Some((state, reason)) = alerts::worst_state(&report)
-        {
-            (report.state, report.reason) = (state, reason);
+        if report.causes.is_empty() {
+            report.causes.extend(alerts::worst_cause(&report));
         }
+        report.settle();
         report
     }
 }

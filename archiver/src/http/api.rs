@@ -83,6 +83,28 @@ pub(super) fn instant(text: &str) -> Option<Timestamp> {
         .or_else(|| format!("{text}:00Z").parse().ok())
 }
 
+/// The greatest number of words in a time at the beginning of a log line.
+const TIME_WORDS_MAX: usize = 4;
+
+/// Parses what a person types or pastes: everything that the command line accepts, with UTC if no
+/// offset is given, and the time at the beginning of a log line.
+pub(super) fn typed_instant(text: &str) -> Result<Timestamp, String> {
+    if let Some(time) = instant(text) {
+        return Ok(time);
+    }
+    let now = Timestamp::now();
+    let parse = |text: &str| repository::parse_time(text, Some("UTC"), now);
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let begins = (1..=TIME_WORDS_MAX.min(words.len())).rev();
+    let mut begins = begins.filter_map(|count| parse(&words[..count].join(" ")).ok());
+    let time = match parse(text) {
+        Ok(time) => time,
+        Err(error) => begins.next().ok_or_else(|| error.to_string())?,
+    };
+    time.to_jiff()
+        .ok_or_else(|| "the time is out of range".to_owned())
+}
+
 pub(super) fn series(cluster: &Watched, query: &str) -> Answer {
     let asked = match parameters(query, &["metric", "from", "to", "points"]) {
         Ok(asked) => asked,
@@ -224,11 +246,10 @@ pub(super) async fn locate(cluster: &Watched, query: &str) -> Answer {
         Ok(asked) => asked,
         Err(error) => return problem(StatusCode::BAD_REQUEST, &error),
     };
-    let Some(time) = asked.first().and_then(|(_, text)| instant(text)) else {
-        return problem(
-            StatusCode::BAD_REQUEST,
-            "\"time\" is no time; write 2026-11-21T10:00:00Z",
-        );
+    let text = asked.first().map_or("", |(_, text)| text.as_str());
+    let time = match typed_instant(text) {
+        Ok(time) => time,
+        Err(error) => return problem(StatusCode::BAD_REQUEST, &error),
     };
     match nearest(cluster, time).await {
         Err(error) => problem(StatusCode::SERVICE_UNAVAILABLE, &error),
@@ -291,6 +312,24 @@ mod tests {
         for text in ["", "now", "2026-13-01T00:00:00Z"] {
             assert_eq!(instant(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn a_person_may_type_what_the_command_line_takes() {
+        let expected: Timestamp = "2026-11-21T10:00:00Z".parse().expect("a time");
+        for text in [
+            "2026-11-21 10:00:00",
+            "2026-11-21 15:30:00+05:30",
+            "2026-11-21 10:00:00.000 UTC [4711] LOG:  statement: DROP TABLE a",
+            "2026-11-21 11:00:00 Europe/Berlin",
+        ] {
+            assert_eq!(typed_instant(text), Ok(expected), "{text}");
+        }
+        let ago = typed_instant("10 min ago").expect("a time");
+        let age = Timestamp::now().duration_since(ago).as_secs();
+        assert!((600..660).contains(&age), "{age}");
+        let error = typed_instant("yesterday").expect_err("no time");
+        assert!(error.contains("write it with an offset"), "{error}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use hyper::StatusCode;
 use serde::Serialize;
 
-use crate::report::{ClusterReport, State};
+use crate::report::{Cause, CauseKind, ClusterReport, State};
 
 /// The answer of the health route.
 #[derive(Debug, Serialize)]
@@ -37,24 +37,26 @@ pub(super) enum QueryError {
 
 /// Compares `report` with the limits in `query`. An unknown value exceeds its limit.
 ///
-/// A state that is unknown, at risk or broken also fails. A limit for the RPO replaces the
-/// operator's target: with it, `at_risk` passes while the RPO exceeds that target, and `unknown`
-/// passes while the RPO is known. Both pass only if the catalog was read and there is a base
-/// backup.
+/// A state that is unknown, at risk or broken also fails, and each of its causes is a reason, the
+/// worst first. A limit for the RPO replaces the operator's target: with it, an RPO over that target
+/// is not a reason, and an unseen primary is none while the RPO is known, the catalog was read and
+/// there is a base backup.
 pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, QueryError> {
-    let mut reasons = Vec::new();
     let limits_rpo = query.split('&').any(|pair| pair.starts_with("max_rpo="));
-    let rpo = report.durable.remote.rpo_seconds;
-    let is_the_rpo = limits_rpo
-        && report.looked
-        && report.last_backup.is_some()
-        && match report.state {
-            State::AtRisk => rpo > Some(report.rpo_target_seconds),
-            state => state == State::Unknown && rpo.is_some(),
-        };
-    if !matches!(report.state, State::Ok | State::Degraded) && !is_the_rpo {
-        reasons.push(report.reason.clone());
-    }
+    let knows_rpo = report.durable.remote.rpo_seconds.is_some();
+    let is_replaced = |cause: &Cause| match cause.kind {
+        CauseKind::Rpo => limits_rpo,
+        CauseKind::Unseen => {
+            limits_rpo && knows_rpo && report.looked && report.last_backup.is_some()
+        }
+        CauseKind::Other => false,
+    };
+    let fails = |cause: &&Cause| !matches!(cause.state, State::Ok | State::Degraded);
+    let causes = report.causes.iter().filter(fails);
+    let mut reasons: Vec<String> = causes
+        .filter(|cause| !is_replaced(cause))
+        .map(|cause| cause.reason.clone())
+        .collect();
     for pair in query.split('&').filter(|pair| !pair.is_empty()) {
         let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
         let limit = || {

@@ -310,6 +310,11 @@ impl Page<'_> {
             |report| Some(flag(report.slot_missing)),
         );
         self.gauge(
+            "pitr_archive_command_failing",
+            "Whether the last archive_command failed on the server; NaN while it is not asked",
+            |report| Some(flag(report.archive_command.as_ref()?.failing)),
+        );
+        self.gauge(
             "pitr_slot_retained_bytes",
             "WAL the slot keeps on the primary",
             |report| report.slot.as_ref()?.retained_bytes.map(number),
@@ -460,8 +465,8 @@ impl Page<'_> {
         );
         self.gauge(
             "pitr_repository_failing",
-            "Whether the repository, or one of its places, refuses or does not answer",
-            |report| Some(flag(report.repository_fails())),
+            "Whether the repository refuses or does not answer; of several, all that are needed",
+            |report| Some(flag(report.repository_error.is_some())),
         );
         self.gauges(
             "pitr_repository_place_failing",

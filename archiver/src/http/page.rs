@@ -8,28 +8,40 @@
 use std::{fmt::Write as _, sync::Arc};
 
 use jiff::Timestamp;
+use wal_format::PgTimestamp;
 
-use self::format::{bytes, duration, escape, instant, seconds};
+use self::format::escape;
 use crate::{
     monitor::Watched,
     pipeline::nearest::Located,
-    report::{ClusterReport, Details, State, words},
+    report::{ClusterReport, Details, State},
 };
 
+mod alerts;
+mod answer;
 mod chart;
+mod events;
 mod fleet;
+mod flow;
 mod format;
 mod picker;
 mod runbook;
 mod strip;
 mod tables;
+mod tiles;
 
-pub(super) use self::{chart::Range, fleet::fleet, runbook::runbook};
+pub(super) use self::{
+    chart::Range,
+    events::Shown,
+    fleet::{Listing, fleet},
+    runbook::runbook,
+};
 
 /// The style sheet, served as a separate file because the content security policy allows nothing
 /// inline.
 pub(super) const STYLE: &str = include_str!("page/style.css");
 pub(super) const SCRIPT: &str = include_str!("page/app.js");
+pub(super) const THEME: &str = include_str!("page/theme.js");
 pub(super) const ICON: &str = include_str!("page/icon.svg");
 
 /// The content of the page of one cluster.
@@ -38,52 +50,85 @@ pub(super) struct View<'a> {
     pub(super) cluster: &'a Watched,
     pub(super) details: Arc<Details>,
     pub(super) range: Range,
-    pub(super) picked: Option<(Timestamp, Result<Located, String>)>,
+    /// The text of the picker and what it leads to. `None` if nothing was picked.
+    pub(super) picked: Option<Picked>,
+    /// The part of the strip that is shown. `None` for all of it.
+    pub(super) zoom: Option<(PgTimestamp, PgTimestamp)>,
+    /// The kind of events that are shown.
+    pub(super) shown: Shown,
     pub(super) of_fleet: bool,
     pub(super) guarded: bool,
+    /// True if the client may send a test notification.
+    pub(super) may_test: bool,
+    /// True if a test notification was sent a moment ago.
+    pub(super) tested: bool,
+}
+
+/// A choice of the picker.
+pub(super) struct Picked {
+    /// The text as it was typed.
+    pub(super) text: String,
+    /// The instant, or the reason why the text names none.
+    pub(super) time: Result<Timestamp, String>,
+    /// The restore to that instant.
+    pub(super) located: Result<Located, String>,
 }
 
 /// Renders the page of one cluster.
 pub(super) fn cluster(view: &View<'_>) -> String {
     let report = view.report;
     let mut body = String::new();
-    header(&mut body, view);
-    tiles(&mut body, view);
+    answer::render(&mut body, view);
+    alerts::render(&mut body, view);
+    tiles::render(&mut body, view);
     strip::render(&mut body, view);
     picker::render(&mut body, view);
     chart::render(&mut body, view);
-    tables::flow(&mut body, view);
-    tables::alerts(&mut body, report);
+    flow::render(&mut body, view);
     tables::backups(&mut body, view);
     tables::drills(&mut body, view);
-    tables::events(&mut body, view);
+    events::render(&mut body, view);
+    operate(&mut body, view);
     let title = format!("{} · {} · Tidemark", badge(report.state).1, report.cluster);
     let attributes = format!(" data-cluster=\"{}\"", escape(report.cluster.as_str()));
-    document(
-        &title,
-        &attributes,
-        &body,
-        view.guarded,
-        Refresh::WithoutScript,
-    )
+    document(&title, &attributes, &body, view.guarded, Refresh::Live)
 }
 
-/// The times at which a browser reloads a page automatically.
-#[derive(Clone, Copy, Debug)]
+/// Renders what an operator may do from the page.
+fn operate(out: &mut String, view: &View<'_>) {
+    if !view.may_test {
+        return;
+    }
+    let sent = if view.tested {
+        "<p class=\"hint\" role=\"status\">A test and its end are on their way to every receiver.</p>"
+    } else {
+        ""
+    };
+    // Writing to a String does not fail.
+    let _ = write!(
+        out,
+        "<section class=\"card\" id=\"operate\" aria-labelledby=\"operate-title\"><h2 id=\"operate-title\">Notifications</h2>\
+         <form method=\"post\" action=\"/clusters/{}/notify-test\"><button>Send a test notification</button></form>{sent}</section>",
+        view.report.cluster
+    );
+}
+
+/// The way in which a page is updated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refresh {
-    /// Every five seconds if scripts are disabled.
-    WithoutScript,
+    /// By the script. Without scripts only by a link, because a reload would empty a form that is
+    /// being filled in.
+    Live,
     Never,
 }
 
 /// Renders the frame around every page.
 fn document(title: &str, attributes: &str, body: &str, guarded: bool, refresh: Refresh) -> String {
-    // A page with a form is never reloaded, because a user may be typing.
-    let refresh = match refresh {
-        Refresh::WithoutScript => {
-            "<noscript><meta http-equiv=\"refresh\" content=\"5\"></noscript>"
-        }
-        Refresh::Never => "",
+    let reload = if refresh == Refresh::Live {
+        "<noscript><p class=\"hint\">Without JavaScript this page does not update itself. \
+         <a href=\"\">Reload</a></p></noscript>"
+    } else {
+        ""
     };
     let logout = if guarded {
         "<form method=\"post\" action=\"/logout\"><button class=\"quiet\">Log out</button></form>"
@@ -95,13 +140,14 @@ fn document(title: &str, attributes: &str, body: &str, guarded: bool, refresh: R
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\
          <meta name=\"color-scheme\" content=\"light dark\"><title>{title}</title>\
          <link rel=\"icon\" href=\"/icon.svg\"><link rel=\"stylesheet\" href=\"/style.css\">\
-         <script src=\"/app.js\" defer></script>\
-         {refresh}</head><body{attributes}>\
+         <script src=\"/theme.js\"></script><script src=\"/app.js\" defer></script>\
+         </head><body{attributes}>\
          <a class=\"skip\" href=\"#main\">Skip to content</a>\
          <header class=\"bar\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"22\" height=\"22\"> Tidemark</a>\
          <nav aria-label=\"Elsewhere\"><a href=\"/metrics\">Metrics</a><a href=\"/api/v1/clusters\">API</a>\
-         <a href=\"/api/v1/openapi.json\">OpenAPI</a>{logout}</nav></header>\
-         <p id=\"stale\" role=\"status\" hidden></p><main id=\"main\">{body}</main></body></html>"
+         <a href=\"/api/v1/openapi.json\">OpenAPI</a><button type=\"button\" class=\"quiet\" id=\"theme\" aria-pressed=\"false\" hidden>Dark</button>{logout}</nav></header>\
+         <p id=\"stale\" role=\"status\" hidden></p>\
+         <p id=\"announce\" class=\"only-read\" role=\"status\" aria-live=\"polite\"></p><main id=\"main\">{reload}{body}</main></body></html>"
     )
 }
 
@@ -137,216 +183,4 @@ fn badge_html(state: State) -> String {
         "<span class=\"badge {}\"><span aria-hidden=\"true\">{shape}</span> {word}</span>",
         state.name()
     )
-}
-
-fn header(out: &mut String, view: &View<'_>) {
-    let report = view.report;
-    let unknown = || "unknown".to_owned();
-    let mut facts = Vec::new();
-    if let Some(version) = &report.source.server_version {
-        facts.push(format!("PostgreSQL {}", escape(version)));
-    }
-    if let Some(timeline) = report.source.timeline {
-        facts.push(format!("timeline {timeline}"));
-    }
-    if let Some(slot) = &report.slot {
-        let active = if slot.active { "active" } else { "not active" };
-        facts.push(format!("slot {} ({active})", escape(&slot.name)));
-    }
-    let lsn = report
-        .source
-        .flush_lsn
-        .map_or_else(unknown, |lsn| lsn.to_string());
-    facts.push(format!("flush LSN {lsn}"));
-    let fleet = if view.of_fleet {
-        "<p class=\"crumb\"><a href=\"/\">← All clusters</a></p>"
-    } else {
-        ""
-    };
-    // Writing to a String does not fail.
-    let _ = write!(
-        out,
-        "<section class=\"hero {state}\" id=\"hero\" data-live aria-label=\"Summary\">{fleet}\
-         <div class=\"hero-line\"><h1>{name}</h1>{badge}<span class=\"as-of\">as of {as_of}</span></div>\
-         <p class=\"sentence\" id=\"sentence\">{sentence}</p><p class=\"facts\">{facts}</p></section>",
-        state = report.state.name(),
-        name = report.cluster,
-        badge = badge_html(report.state),
-        as_of = instant(report.as_of),
-        sentence = escape(&sentence(report)),
-        facts = facts.join(" <span aria-hidden=\"true\">·</span> "),
-    );
-}
-
-fn tiles(out: &mut String, view: &View<'_>) {
-    let report = view.report;
-    let remote = &report.durable.remote;
-    let over = remote
-        .rpo_seconds
-        .is_none_or(|rpo| rpo > report.rpo_target_seconds);
-    let rpo = vec![
-        format!("target {}", duration(report.rpo_target_seconds)),
-        format!("greatest in 24 h {}", seconds(report.rpo_max_24h_seconds)),
-    ];
-    let lag = vec![
-        format!("this host {}", bytes(report.durable.local.lag_bytes)),
-        format!("repository {}", bytes(remote.lag_bytes)),
-        format!("queue {}", bytes(Some(report.counters.upload_queue_bytes))),
-    ];
-    let (window, window_notes) = match (report.window.earliest, report.window.latest) {
-        (Some(earliest), Some(latest)) => {
-            let span = seconds(Some(format::span(latest, earliest)));
-            let gaps = match report.window.gaps {
-                Some(0) => "no gap".to_owned(),
-                Some(1) => "1 gap".to_owned(),
-                Some(gaps) => format!("{gaps} gaps"),
-                None => "gaps unknown".to_owned(),
-            };
-            let mut notes = vec![
-                format!("from {}", instant(earliest)),
-                format!("to {}", instant(latest)),
-                gaps,
-            ];
-            if let (Some(complete), None) = (report.caught_up_as_of, &report.window.refusal) {
-                notes.push(format!("complete as of {}", instant(complete)));
-            }
-            (span, notes)
-        }
-        (Some(_), None) => (
-            "waiting".to_owned(),
-            vec!["for the first commit after the backup".to_owned()],
-        ),
-        _ if report.last_backup.is_some() => (
-            "nothing".to_owned(),
-            vec![match &report.window.refusal {
-                Some(refusal) => {
-                    format::code(&capitalised(&words::shorten(refusal, &[&report.reason])))
-                }
-                None => "not known yet".to_owned(),
-            }],
-        ),
-        _ => (
-            "none yet".to_owned(),
-            vec!["run <code>wal-archiver backup</code>".to_owned()],
-        ),
-    };
-    let rto = &report.rto;
-    let mut rto_notes = vec![format!("estimated now {}", seconds(rto.estimate_seconds))];
-    if let Some(target) = rto.target_seconds {
-        rto_notes.push(format!("target {}", duration(target)));
-    }
-    if let Some(advice) = &rto.advice {
-        rto_notes.push(format!("<strong>{}</strong>", format::code(advice)));
-    } else if rto.estimate_seconds.is_none() {
-        rto_notes.push(format::code(&rto.how));
-    }
-    let measured = rto
-        .measured_seconds
-        .map_or_else(|| "not measured".to_owned(), duration);
-    let (drill, drill_notes, drill_bad) = match &report.last_drill {
-        None => (
-            "none yet".to_owned(),
-            vec!["no program records a drill yet; try a restore with <code>pitr-restore --target-dir DIR --start</code>".to_owned()],
-            false,
-        ),
-        Some(drill) => (
-            if drill.passed {
-                "✓ passed"
-            } else {
-                "✖ failed"
-            }
-            .to_owned(),
-            vec![
-                format!(
-                    "{} ago",
-                    seconds(Some(format::span(report.as_of, drill.finished)))
-                ),
-                format!("lost {}", seconds(drill.loss_seconds)),
-            ],
-            !drill.passed,
-        ),
-    };
-    out.push_str("<dl class=\"tiles\" id=\"tiles\" data-live>");
-    tile(
-        out,
-        "rpo",
-        "RPO now",
-        &seconds(remote.rpo_seconds),
-        &rpo,
-        over,
-    );
-    tile(out, "lag", "Lag", &bytes(remote.lag_bytes), &lag, false);
-    tile(
-        out,
-        "window",
-        "Restorable",
-        &window,
-        &window_notes,
-        report.window.refusal.is_some(),
-    );
-    tile(
-        out,
-        "rto",
-        "RTO measured",
-        &measured,
-        &rto_notes,
-        rto.advice.is_some(),
-    );
-    tile(out, "drill", "Last drill", &drill, &drill_notes, drill_bad);
-    out.push_str("</dl>");
-}
-
-/// Renders a tile. `notes` are HTML, already escaped where needed.
-fn tile(out: &mut String, id: &str, term: &str, value: &str, notes: &[String], bad: bool) {
-    let class = if bad { "tile bad" } else { "tile" };
-    let notes: String = notes
-        .iter()
-        .map(|note| format!("<span>{note}</span>"))
-        .collect();
-    let _ = write!(
-        out,
-        "<div class=\"{class}\" id=\"tile-{id}\"><dt>{term}</dt><dd><b class=\"value\">{value}</b>\
-         <span class=\"notes\">{notes}</span></dd></div>"
-    );
-}
-
-/// Returns the page's first sentences: what is lost if the primary fails now, how long a restore
-/// takes, and why.
-pub(crate) fn sentence(report: &ClusterReport) -> String {
-    let loss = match report.durable.remote.rpo_seconds {
-        _ if report.looked && report.last_backup.is_none() => {
-            "Losing the primary now loses everything".to_owned()
-        }
-        _ if report.window.refusal.is_some() => match report.window.latest {
-            Some(latest) => format!("Losing the primary now loses everything after {latest}"),
-            None => "Losing the primary now loses everything".to_owned(),
-        },
-        None => "What losing the primary now would lose is not known".to_owned(),
-        Some(rpo) if report.state == State::Unknown => {
-            format!(
-                "The primary was last proved safe {rpo:.1} s ago; what it wrote since is not known"
-            )
-        }
-        Some(0.0) => "Losing the primary now loses nothing that it had flushed".to_owned(),
-        Some(rpo) => format!("Losing the primary now loses up to {rpo:.1} s"),
-    };
-    let back = match report.rto.estimate_seconds {
-        Some(estimate) => format!("A restore would take about {}", duration(estimate)),
-        None if report.last_backup.is_none() => "Nothing can be restored yet".to_owned(),
-        None => "How long a restore would take was not measured".to_owned(),
-    };
-    let reason = capitalised(report.reason.trim_end_matches('.'));
-    let end = if reason.ends_with(['?', '!']) {
-        ""
-    } else {
-        "."
-    };
-    format!("{loss}. {back}. {reason}{end}")
-}
-
-fn capitalised(text: &str) -> String {
-    let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |first| {
-        first.to_uppercase().chain(chars).collect()
-    })
 }

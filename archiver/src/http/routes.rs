@@ -102,6 +102,11 @@ fn open_to_all(path: &str) -> Option<Answer> {
             "text/javascript; charset=utf-8",
             page::SCRIPT.to_owned(),
         ),
+        "/theme.js" => respond(
+            StatusCode::OK,
+            "text/javascript; charset=utf-8",
+            page::THEME.to_owned(),
+        ),
         "/icon.svg" => respond(StatusCode::OK, "image/svg+xml", page::ICON.to_owned()),
         _ => return None,
     })
@@ -148,12 +153,20 @@ pub(super) async fn read(
         [""] => {
             let reports = reports();
             match reports.as_slice() {
-                [report] => page_of(report, query, sources, false).await,
-                reports => respond(
-                    StatusCode::OK,
-                    HTML,
-                    page::fleet(reports, sources.access.is_guarded()),
-                ),
+                [report] => page_of(report, query, headers, sources, false).await,
+                reports => {
+                    let asked = api::parameters(query, &["sort", "filter"]).unwrap_or_default();
+                    let listing = page::Listing {
+                        sort: value_of(&asked, "sort").to_owned(),
+                        filter: value_of(&asked, "filter").trim().to_owned(),
+                    };
+                    let guarded = sources.access.is_guarded();
+                    respond(
+                        StatusCode::OK,
+                        HTML,
+                        page::fleet(reports, &listing, guarded),
+                    )
+                }
             }
         }
         ["clusters", name] => {
@@ -162,7 +175,7 @@ pub(super) async fn read(
                 .iter()
                 .find(|report| report.cluster.as_str() == name)
             {
-                Some(report) => page_of(report, query, sources, reports.len() > 1).await,
+                Some(report) => page_of(report, query, headers, sources, reports.len() > 1).await,
                 None => problem(StatusCode::NOT_FOUND, "no such cluster; see /"),
             }
         }
@@ -223,34 +236,55 @@ pub(super) async fn read(
     }
 }
 
+/// Returns the value of a parameter. Empty if it is missing.
+fn value_of<'a>(asked: &'a [(String, String)], name: &str) -> &'a str {
+    let mut asked = asked.iter();
+    let found = asked.find(|(known, _)| known == name);
+    found.map_or("", |(_, value)| value.as_str())
+}
+
 async fn page_of(
     report: &crate::report::ClusterReport,
     query: &str,
+    headers: &HeaderMap,
     sources: &Sources,
     of_fleet: bool,
 ) -> Answer {
-    let asked = api::parameters(query, &["at", "range"]).unwrap_or_default();
-    let value = |name: &str| {
-        asked
-            .iter()
-            .find(|(known, _)| known == name)
-            .map(|(_, value)| value.as_str())
-    };
+    let known = ["at", "range", "from", "to", "events", "tested"];
+    let asked = api::parameters(query, &known).unwrap_or_default();
+    let value = |name| value_of(&asked, name);
     let Some(cluster) = sources.monitor.cluster(report.cluster.as_str()) else {
         return problem(StatusCode::NOT_FOUND, "no such cluster");
     };
-    let picked = match value("at").and_then(api::instant) {
-        None => None,
-        Some(time) => Some((time, api::nearest(&cluster, time).await)),
+    let picked = match value("at").trim() {
+        "" => None,
+        text => {
+            let time = api::typed_instant(text);
+            let located = match &time {
+                Ok(time) => api::nearest(&cluster, *time).await,
+                Err(error) => Err(error.clone()),
+            };
+            Some(page::Picked {
+                text: text.to_owned(),
+                time,
+                located,
+            })
+        }
     };
+    let edge = |name| api::instant(value(name)).map(wal_format::PgTimestamp::from_jiff);
     let view = page::View {
         report,
         cluster: &cluster,
         details: cluster.status().details(),
-        range: page::Range::of(value("range").unwrap_or_default()),
+        range: page::Range::of(value("range")),
         picked,
+        zoom: edge("from").zip(edge("to")),
+        shown: page::Shown::of(value("events")),
         of_fleet,
         guarded: sources.access.is_guarded(),
+        may_test: sources.monitor.has_receivers()
+            && sources.access.token_role(headers) == Some(Role::Operate),
+        tested: value("tested") == "1",
     };
     respond(StatusCode::OK, HTML, page::cluster(&view))
 }
@@ -296,6 +330,22 @@ async fn operate(path: &str, headers: &HeaderMap, sources: &Sources, busy: &Busy
     let _guard = busy.begin();
     let parts: Vec<&str> = path.split('/').skip(1).collect();
     match *parts.as_slice() {
+        // The button on the page of a cluster.
+        ["clusters", name, "notify-test"] => {
+            let name = sources
+                .monitor
+                .cluster(name)
+                .map(|cluster| cluster.settings().name.clone());
+            match name {
+                Some(name) if sources.monitor.notify_test() => {
+                    redirect(&format!("/clusters/{name}?tested=1#operate"))
+                }
+                _ => problem(
+                    StatusCode::NOT_FOUND,
+                    "no such cluster, or no receiver; see /",
+                ),
+            }
+        }
         ["api", "v1", "notify", "test"] => {
             if sources.monitor.notify_test() {
                 json(
@@ -370,11 +420,11 @@ fn stranger() -> Answer {
     answer
 }
 
-fn redirect(to: &'static str) -> Answer {
+fn redirect(to: &str) -> Answer {
     let mut answer = respond(StatusCode::SEE_OTHER, TEXT, String::new());
-    answer
-        .headers_mut()
-        .insert(LOCATION, HeaderValue::from_static(to));
+    if let Ok(to) = HeaderValue::from_str(to) {
+        answer.headers_mut().insert(LOCATION, to);
+    }
     answer
 }
 

@@ -96,14 +96,18 @@ impl Notifier {
         mailbox.write();
     }
 
-    /// Sends a test notification to every receiver, without retries. Returns false if no receiver
-    /// is configured.
+    /// Returns true if a receiver is configured.
+    pub(crate) fn has_receivers(&self) -> bool {
+        !self.targets.is_empty()
+    }
+
+    /// Sends a test notification and its end to every receiver, without retries. Returns false if
+    /// no receiver is configured.
     pub(crate) fn send_test(self: &Arc<Self>) -> bool {
         for target in self.targets.iter().cloned() {
             let notifier = Arc::clone(self);
             tokio::spawn(async move {
-                let test = Notification::test();
-                if let Err(error) = send(&target, &test, &notifier.links).await {
+                if let Err(error) = super::test(&target, &notifier.links).await {
                     tracing::warn!(target = target.name, %error, "notify: the test was not taken");
                 }
             });

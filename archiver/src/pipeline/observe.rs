@@ -3,6 +3,7 @@
 //! queried stays unknown.
 
 use std::{
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -22,7 +23,8 @@ use crate::{
     core::Event,
     error::{Error, Result},
     outcomes,
-    report::SlotReport,
+    replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
+    report::{ArchiveCommandReport, BackupProgress, SlotReport},
     rpo::Seen,
     synchronous,
 };
@@ -41,6 +43,8 @@ const POLL_RETRY_FULL: Duration = Duration::from_secs(3);
 const SESSION_MAX: Duration = Duration::from_secs(30);
 /// The interval at which the catalog is checked.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// The interval at which the file is read that each backup and outcome of this host changes.
+const MARK_INTERVAL: Duration = Duration::from_millis(200);
 /// The interval at which the repository's folder is checked to be the same one.
 const PLACE_INTERVAL: Duration = Duration::from_secs(1);
 /// The number of checks between two listings of the repository's backups, which another host may
@@ -76,6 +80,8 @@ pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterSt
         status.note(|facts| {
             facts.slot_report = None;
             facts.slot_missing = false;
+            facts.archive_command = None;
+            facts.backup_progress = None;
         });
         // A shutdown begins with the end of the session, so poll again soon.
         let pause = if session_ended || status.refused_since().is_some() {
@@ -104,8 +110,15 @@ async fn poll_once_connected(
          s.active::text, s.wal_status, s.safe_wal_size::text, s.restart_lsn::text, \
          (extract(epoch FROM clock_timestamp()))::text, \
          CASE WHEN r THEN (SELECT lpad(to_hex(received_tli), 8, '0') FROM pg_catalog.pg_stat_wal_receiver) \
-         ELSE left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) END \
+         ELSE left(pg_walfile_name(pg_current_wal_flush_lsn()), 8) END, \
+         (current_setting('archive_mode') <> 'off' \
+         AND a.last_failed_time > coalesce(a.last_archived_time, '-infinity'))::text, \
+         a.failed_count::text, a.last_failed_wal, \
+         b.phase, b.backup_streamed::text, b.backup_total::text \
          FROM (SELECT pg_is_in_recovery() AS r OFFSET 0) one \
+         CROSS JOIN pg_catalog.pg_stat_archiver a \
+         LEFT JOIN (SELECT * FROM pg_catalog.pg_stat_progress_basebackup \
+         ORDER BY backup_streamed DESC NULLS LAST LIMIT 1) b ON true \
          LEFT JOIN pg_catalog.pg_replication_slots s ON s.slot_name = '{quoted}'"
     );
     let mut timer = tokio::time::interval(POLL_INTERVAL);
@@ -149,7 +162,20 @@ async fn poll_once_connected(
         // trip.
         let ours = (asked.as_duration() + answered.as_duration()).as_secs_f64() / 2.0;
         let clock = field(5).and_then(|text| text.parse::<f64>().ok());
+        let archive_command = rows.first().map(|_| ArchiveCommandReport {
+            failing: field(7).as_deref() == Some("true"),
+            failed_count: field(8).and_then(|count| count.parse().ok()).unwrap_or(0),
+            last_failed_wal: field(9),
+        });
+        let number = |at: usize| field(at).and_then(|bytes| bytes.parse().ok());
+        let backup_progress = field(10).map(|phase| BackupProgress {
+            phase,
+            streamed_bytes: number(11),
+            total_bytes: number(12),
+        });
         status.note(|facts| {
+            facts.archive_command = archive_command;
+            facts.backup_progress = backup_progress;
             facts.slot_missing = report.is_none() && flush_lsn.is_some();
             facts.slot_report = report;
             facts.clock_offset_seconds = clock.map(|clock| clock - ours);
@@ -205,7 +231,10 @@ pub(super) async fn look(archive: Arc<Archive>) {
     let marks = Arc::new(Mutex::new(Marks::default()));
     let presence = Arc::new(Mutex::new(Presence::default()));
     loop {
-        timer.tick().await;
+        tokio::select! {
+            _ = timer.tick() => {}
+            () = changed(&mark, taken.as_deref()) => {}
+        }
         let known = std::mem::replace(&mut taken, std::fs::read(&mark).ok());
         let list = if looks.is_multiple_of(LOOKS_PER_LISTING) || known != taken {
             Listing::Now
@@ -244,6 +273,17 @@ pub(super) async fn look(archive: Arc<Archive>) {
             // Only the check of the objects proves that they are back.
             Ok(()) if is_due => archive.status().repository_back("presence"),
             Ok(()) => {}
+        }
+    }
+}
+
+/// Waits until the content of the file at `path` differs from `known`. A backup that has just ended
+/// on this host must not be reported as missing until the next check.
+async fn changed(path: &Path, known: Option<&[u8]>) {
+    loop {
+        tokio::time::sleep(MARK_INTERVAL).await;
+        if std::fs::read(path).ok().as_deref() != known {
+            return;
         }
     }
 }

@@ -98,6 +98,26 @@ pub(crate) fn shorten(text: &str, displayed: &[&str]) -> String {
     text
 }
 
+/// Returns a text without the operating system's error numbers, ` (os error 2)`.
+pub(crate) fn without_errno(text: &str) -> String {
+    const BEGIN: &str = " (os error ";
+    let mut plain = String::new();
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(BEGIN) {
+        let digits = after.find(|one: char| !one.is_ascii_digit());
+        let end = digits.filter(|end| *end > 0 && after[*end..].starts_with(')'));
+        plain.push_str(before);
+        match end {
+            Some(end) => rest = &after[end + 1..],
+            None => {
+                plain.push_str(BEGIN);
+                rest = after;
+            }
+        }
+    }
+    plain + rest
+}
+
 /// Returns the seconds from `earlier` to `later`.
 pub(crate) fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "a span to be read")]
@@ -130,6 +150,17 @@ mod tests {
         let words = "größer ".repeat(40);
         let short = brief(&words);
         assert!(short.ends_with("größer …") && short.chars().count() <= LONG_CHARS + 2);
+    }
+
+    #[test]
+    fn error_numbers_are_removed_and_nothing_else() {
+        let check = |text, expected| assert_eq!(without_errno(text), expected);
+        check(
+            "open: Not found (os error 2), gone",
+            "open: Not found, gone",
+        );
+        check("(os error x) a (os error 13)", "(os error x) a");
+        check("a (os error ) b (os error 1", "a (os error ) b (os error 1");
     }
 
     #[test]

@@ -20,7 +20,8 @@ use crate::support::{
 
 /// The time within which a fault must be shown everywhere.
 const SHOWN_WITHIN: Duration = Duration::from_secs(10);
-const SETTINGS: &str = "wal_keep_size=0\nmin_wal_size=2MB\nmax_slot_wal_keep_size=1GB";
+const SETTINGS: &str = "wal_keep_size=0\nmin_wal_size=2MB\nmax_slot_wal_keep_size=1GB\n\
+    archive_mode=on\narchive_command='true'";
 /// Small enough to be filled quickly.
 const SPOOL_LIMIT: u32 = 64 << 20;
 
@@ -39,10 +40,11 @@ struct Light {
 /// Alerts that this test does not break. `tls` tests the certificate's light, because it has a
 /// certificate. The conditions of the others take hours, or need standbys and several repositories:
 /// unit tests check them.
-const TESTED_ELSEWHERE: [&str; 10] = [
+const TESTED_ELSEWHERE: [&str; 11] = [
     "PitrCertificateExpiry",
     "PitrFailoverLoss",
     "PitrOffsiteBehind",
+    "PitrRepositoryAway",
     "PitrRtoOverTarget",
     "PitrSlotInactive",
     "PitrSlotMissing",
@@ -53,7 +55,7 @@ const TESTED_ELSEWHERE: [&str; 10] = [
 ];
 
 /// Ordered so that each fault leaves the state that the next one needs.
-const LIGHTS: [Light; 12] = [
+const LIGHTS: [Light; 13] = [
     Light {
         alert: "PitrStreamDown",
         also: "PitrRpoOverTarget",
@@ -109,7 +111,7 @@ const LIGHTS: [Light; 12] = [
     Light {
         alert: "PitrDrillOverdue",
         also: "PitrBackupOverdue",
-        state: "ok",
+        state: "degraded",
         breaks: |world| world.configure("drill_max_age = '1s'\nbackup_max_age = '1s'"),
         mends: |world| world.configure(""),
         whole: true,
@@ -117,7 +119,7 @@ const LIGHTS: [Light; 12] = [
     Light {
         alert: "PitrBackupFailed",
         also: "PitrBackupFailed",
-        state: "ok",
+        state: "degraded",
         breaks: |world| {
             world.forbid_backups();
             assert_ne!(world.run(&["backup"]), Some(0));
@@ -131,15 +133,32 @@ const LIGHTS: [Light; 12] = [
     Light {
         alert: "PitrExpireFailed",
         also: "PitrExpireFailed",
-        state: "ok",
+        state: "degraded",
         breaks: |world| record(&world.place, &outcome(OutcomeKind::Expire, false)),
         mends: |world| record(&world.place, &outcome(OutcomeKind::Expire, true)),
         whole: true,
     },
     Light {
+        alert: "PitrPushFailing",
+        also: "PitrPushFailing",
+        state: "degraded",
+        breaks: |world| {
+            world.server_setting("archive_command", "false");
+            // Without new WAL there is nothing to switch.
+            world.server.write_wal(10);
+            world.server.sql("SELECT pg_switch_wal()");
+        },
+        mends: |world| {
+            world.server_setting("archive_command", "true");
+            world.server.write_wal(10);
+            world.server.sql("SELECT pg_switch_wal()");
+        },
+        whole: true,
+    },
+    Light {
         alert: "PitrClockStep",
         also: "PitrClockStep",
-        state: "ok",
+        state: "degraded",
         breaks: |world| {
             // The archiver's search_path has public before pg_catalog, so this function shifts the
             // server's clock by an hour.
@@ -421,6 +440,18 @@ fn every_light_is_broken_once_and_recovers() {
                 "pitr_repository_errors_total{cluster=\"main\",op=\"put\",kind=\"unreachable\"} ";
             let failed = metrics.lines().find_map(|line| line.strip_prefix(failed));
             assert_ne!(failed.expect("a counter"), "0");
+        }
+        if light.alert == "PitrPushFailing" {
+            let (line, code) = world.ask(&nagios);
+            assert!(
+                line.starts_with("TIDEMARK WARNING - main: archive_command fails"),
+                "{line}"
+            );
+            assert_eq!(code, Some(1));
+            let (text, _) = world.ask(&["status"]);
+            assert!(text.contains("archive_command fails"), "{text}");
+            let page = body(&world.archiver.get("/"));
+            assert!(page.contains("archive_command fails"), "{page}");
         }
         if light.alert == "PitrStreamDown" {
             let (line, code) = world.ask(&nagios);

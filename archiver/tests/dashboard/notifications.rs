@@ -13,7 +13,10 @@ use serde_json::Value;
 use wal_format::OutcomeKind;
 
 use super::{outcome, record};
-use crate::support::{Place, Server, postgres_bin, wait_until};
+use crate::{
+    certificates::private_file,
+    support::{Place, Server, postgres_bin, wait_until},
+};
 
 /// A receiver of webhooks.
 struct Receiver {
@@ -70,13 +73,17 @@ fn take(stream: TcpStream) -> Value {
 #[test]
 fn a_restart_neither_repeats_an_alert_nor_forgets_its_end() {
     const OVERDUE: &str = "PitrDrillOverdue";
+    const TOKEN: &str = "a-token-that-is-long-enough";
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, "");
     let place = Place::new();
     let receiver = Receiver::start();
     let configuration = place.spool().with_extension("toml");
+    let token = configuration.with_extension("token");
+    private_file(&token, TOKEN);
     let text = format!(
-        "drill_max_age = '30d'\nhttp_public_url = 'https://t.example/'\n[notify.a]\ntype = 'webhook'\nurl = 'http://127.0.0.1:{}/'\n",
+        "http_operate_token_file = '{}'\ndrill_max_age = '30d'\nhttp_public_url = 'https://t.example/'\n[notify.a]\ntype = 'webhook'\nurl = 'http://127.0.0.1:{}/'\n",
+        token.display(),
         receiver.port
     );
     fs::write(&configuration, text).expect("a configuration");
@@ -112,6 +119,24 @@ fn a_restart_neither_repeats_an_alert_nor_forgets_its_end() {
     let mut answer = String::new();
     stream.read_to_string(&mut answer).expect("an answer");
     assert!(answer.starts_with("HTTP/1.1 421 "), "{answer}");
+    // A test notification is followed by its end, so that no incident stays open.
+    let mut stream = TcpStream::connect(archiver.address()).expect("it listens");
+    let request = format!(
+        "POST /api/v1/notify/test HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\
+         Content-Length: 0\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).expect("a request");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer");
+    assert!(answer.starts_with("HTTP/1.1 202 "), "{answer}");
+    wait_until("the test's end is sent", || {
+        !receiver.about("PitrTest", "resolved").is_empty()
+    });
+    let (begun, ended) = (
+        receiver.about("PitrTest", "firing"),
+        receiver.about("PitrTest", "resolved"),
+    );
+    assert_eq!(begun[0]["key"], ended[0]["key"]);
     archiver.kill();
 
     record(&place, &outcome(OutcomeKind::Drill, true));

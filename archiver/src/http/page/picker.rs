@@ -3,9 +3,11 @@
 
 use std::fmt::Write as _;
 
+use wal_format::PgTimestamp;
+
 use super::{
     View,
-    format::{code, escape, instant},
+    format::{bytes, code, duration, escape, instant},
     strip::Axis,
 };
 use crate::{http::api::restore_command, pipeline::nearest::Located};
@@ -13,37 +15,57 @@ use crate::{http::api::restore_command, pipeline::nearest::Located};
 pub(super) fn render(out: &mut String, view: &View<'_>) {
     let axis = Axis::of(view);
     let (from, to) = axis.map_or((0, 0), |axis| {
-        let second =
-            |time: wal_format::PgTimestamp| time.to_jiff().map_or(0, jiff::Timestamp::as_second);
+        let second = |time: PgTimestamp| time.to_jiff().map_or(0, jiff::Timestamp::as_second);
         (second(axis.from), second(axis.to))
     });
-    let picked = view.picked.as_ref().map(|(time, _)| *time);
-    let value = picked.map_or(to, jiff::Timestamp::as_second);
-    let field = jiff::Timestamp::from_second(value)
-        .map(|time| time.strftime("%Y-%m-%dT%H:%M:%S").to_string())
-        .unwrap_or_default();
+    let picked = view.picked.as_ref();
+    let time = picked.and_then(|picked| picked.time.as_ref().ok());
+    let value = time.map_or(to, |time| time.as_second());
+    let field = picked.map_or("", |picked| picked.text.as_str());
     let disabled = if axis.is_none() { " disabled" } else { "" };
     let _ = write!(
         out,
         "<section class=\"card picker\" id=\"picker\" aria-labelledby=\"picker-title\"><h2 id=\"picker-title\">Restore to …</h2>\
-         <div class=\"slider\" hidden><label for=\"when\">Instant on the strip: arrow keys move it, Page Up and Page Down \
-         further, Enter looks</label>\
+         <form method=\"get\" action=\"#picker\" id=\"pick\"><label for=\"at\">Instant: a time in UTC or with an offset, a line of the \
+         server's log, or <code>10 min ago</code></label>\
+         <input id=\"at\" name=\"at\" type=\"text\" value=\"{}\" placeholder=\"2026-11-21 10:00:00+00\" autocomplete=\"off\" spellcheck=\"false\" required>\
+         <button>Show the plan</button></form>\
+         <div class=\"slider\" hidden><label for=\"when\">Or on the strip: arrow keys move it, Enter shows the plan</label>\
          <input id=\"when\" type=\"range\" min=\"{from}\" max=\"{to}\" step=\"1\" value=\"{value}\"{disabled}></div>\
-         <form method=\"get\" action=\"#picker\" id=\"pick\"><label for=\"at\">Instant, UTC</label>\
-         <input id=\"at\" name=\"at\" type=\"datetime-local\" step=\"1\" value=\"{field}\" required>\
-         <button>Find commits</button></form>\
-         <div id=\"picked\" role=\"status\" aria-live=\"polite\">"
+         <div id=\"picked\" role=\"status\" aria-live=\"polite\">",
+        escape(field)
     );
-    match &view.picked {
-        None => out.push_str(
-            "<p class=\"empty\">Choose an instant. The nearest commits and the command appear here; nothing is changed.</p>",
-        ),
-        Some((_, Err(error))) => {
+    answer(out, view);
+    out.push_str("</div></section>");
+}
+
+/// Renders what the picked text leads to.
+pub(super) fn answer(out: &mut String, view: &View<'_>) {
+    let Some(picked) = &view.picked else {
+        out.push_str(
+            "<p class=\"empty\">Choose an instant. The plan and the command appear here; nothing is changed.</p>",
+        );
+        return;
+    };
+    let time = match &picked.time {
+        Ok(time) => *time,
+        Err(error) => {
+            let _ = write!(out, "<p class=\"error\">{}</p>", escape(error));
+            return;
+        }
+    };
+    let _ = write!(
+        out,
+        "<p class=\"chosen\" data-second=\"{}\">{}<span class=\"local\"></span></p>",
+        time.as_second(),
+        instant(PgTimestamp::from_jiff(time))
+    );
+    match &picked.located {
+        Err(error) => {
             let _ = write!(out, "<p class=\"error\">{}</p>", escape(error));
         }
-        Some((_, Ok(located))) => found(out, view, located),
+        Ok(located) => found(out, view, located),
     }
-    out.push_str("</div></section>");
 }
 
 fn found(out: &mut String, view: &View<'_>, located: &Located) {
@@ -67,13 +89,41 @@ fn found(out: &mut String, view: &View<'_>, located: &Located) {
         );
         let _ = write!(out, "<div><dt>{term}</dt><dd>{text}</dd></div>");
     }
+    if let Some(plan) = plan(view, located) {
+        let _ = write!(out, "<div><dt>Plan</dt><dd>{plan}</dd></div>");
+    }
     out.push_str("</dl>");
     let _ = write!(
         out,
         "<div class=\"command\"><pre tabindex=\"0\" id=\"command\">{}</pre><button type=\"button\" id=\"copy\" hidden>Copy</button></div>\
-         <p class=\"hint\">Restores into a new directory. Add <code>--dry-run</code> to see the plan first.</p>",
+         <p class=\"hint\">Restores into a new directory. Add <code>--dry-run</code> to see the whole plan first.</p>",
         escape(&restore_command(view.cluster, flags))
     );
+}
+
+/// Describes the restore: the base backup, the WAL to replay, and the duration if it was measured.
+fn plan(view: &View<'_>, located: &Located) -> Option<String> {
+    let stop = located.before.as_ref().map(|commit| commit.lsn)?;
+    let backups = view.details.backups.iter().rev();
+    let mut fitting = backups.filter(|backup| backup.start_lsn <= stop);
+    let backup = fitting.find(|backup| backup.finished <= located.time)?;
+    let wal = stop.bytes_since(backup.start_lsn);
+    let rto = &view.report.rto;
+    let time = rto.fetch_bytes_per_second.zip(rto.replay_bytes_per_second);
+    let time = time.map(|(fetch, replay)| {
+        let seconds = backup.stored_bytes as f64 / fetch + wal as f64 / replay;
+        format!(
+            "; about {} to fetch and replay (estimate)",
+            duration(seconds)
+        )
+    });
+    Some(format!(
+        "base backup {} ({}), then {} of WAL{}",
+        backup.id,
+        bytes(Some(backup.stored_bytes)),
+        bytes(Some(wal)),
+        time.unwrap_or_default()
+    ))
 }
 
 /// Writes the reason why no restore leads to the instant, and the nearest instants that can be

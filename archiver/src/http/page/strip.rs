@@ -8,7 +8,7 @@ use wal_format::{OutcomeKind, PgTimestamp, TimelineId};
 
 use super::{
     View,
-    format::{duration, escape, instant, span},
+    format::{duration, escape, instant, span, text},
 };
 use crate::report::MarkKind;
 
@@ -17,6 +17,8 @@ const ROW: u32 = 46;
 const AXIS: u32 = 22;
 /// The maximum number of rows, for the newest timelines.
 const ROWS_MAX: usize = 8;
+/// The shortest part of the strip that is shown.
+const ZOOM_MICROS_MIN: i64 = 10_000_000;
 /// The maximum number of lines in the table.
 const WORDS_MAX: usize = 60;
 
@@ -28,8 +30,19 @@ pub(super) struct Axis {
 }
 
 impl Axis {
-    /// Returns the range from the first known commit or backup to now.
+    /// Returns the part that the operator chose, or all of it.
     pub(super) fn of(view: &View<'_>) -> Option<Self> {
+        let all = Self::all(view)?;
+        let Some((from, to)) = view.zoom else {
+            return Some(all);
+        };
+        let (from, to) = (from.max(all.from), to.min(all.to));
+        let is_wide = to.micros_since(from) >= ZOOM_MICROS_MIN;
+        Some(if is_wide { Self { from, to } } else { all })
+    }
+
+    /// Returns the range from the first known commit or backup to now.
+    fn all(view: &View<'_>) -> Option<Self> {
         let ranges = view.details.ranges.iter().filter_map(|range| range.from);
         let backups = view.details.backups.iter().map(|backup| backup.started);
         let from = ranges.chain(backups).min()?;
@@ -45,6 +58,15 @@ impl Axis {
     fn place(self, time: PgTimestamp) -> f64 {
         (span(time, self.from) / span(self.to, self.from) * 100.0).clamp(0.0, 100.0)
     }
+
+    fn contains(self, time: PgTimestamp) -> bool {
+        (self.from..=self.to).contains(&time)
+    }
+
+    /// Returns true if a range of times overlaps this one.
+    fn overlaps(self, from: PgTimestamp, to: PgTimestamp) -> bool {
+        from <= self.to && to >= self.from
+    }
 }
 
 pub(super) fn render(out: &mut String, view: &View<'_>) {
@@ -53,8 +75,10 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
 
 fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
     out.push_str(
-        "<section class=\"card\" aria-labelledby=\"strip-title\"><h2 id=\"strip-title\">Restorable window</h2>",
+        "<section class=\"card\" aria-labelledby=\"strip-title\"><div class=\"card-head\"><h2 id=\"strip-title\">Restorable window</h2>",
     );
+    zoom(out, view)?;
+    out.push_str("</div>");
     let Some(axis) = Axis::of(view) else {
         out.push_str(
             "<p class=\"empty\" id=\"strip\" data-live>Nothing is archived yet, or the catalog was not looked at since the \
@@ -75,12 +99,104 @@ fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
     for (number, timeline) in (0..).zip(&rows) {
         row(out, view, axis, *timeline, number * ROW)?;
     }
+    retention_edge(out, view, axis, height)?;
     ticks(out, axis, height)?;
-    out.push_str("</svg></div><div id=\"cursor\" aria-hidden=\"true\" hidden></div></div>");
+    out.push_str(
+        "</svg></div><div id=\"cursor\" aria-hidden=\"true\" hidden></div></div>\
+         <p id=\"strip-readout\" class=\"readout\" role=\"status\" hidden></p>",
+    );
     legend(out);
     words(out, view)?;
     out.push_str("</section>");
     Ok(())
+}
+
+/// Renders the links that choose the part of the strip.
+fn zoom(out: &mut String, view: &View<'_>) -> std::fmt::Result {
+    let (Some(all), Some(now)) = (Axis::all(view), Axis::of(view)) else {
+        return Ok(());
+    };
+    let width = now.to.micros_since(now.from);
+    let centre = now.from.0 + width / 2;
+    let is_whole = (now.from, now.to) == (all.from, all.to);
+    out.push_str(
+        "<nav class=\"ranges zoom\" aria-label=\"Part of the strip\" id=\"zoom\" data-live>",
+    );
+    let steps = [
+        (
+            "+",
+            "Zoom in",
+            centre - width / 4,
+            centre + width / 4,
+            width / 2 >= ZOOM_MICROS_MIN,
+        ),
+        ("−", "Zoom out", centre - width, centre + width, !is_whole),
+        (
+            "←",
+            "Earlier",
+            now.from.0 - width / 2,
+            now.to.0 - width / 2,
+            now.from > all.from,
+        ),
+        (
+            "→",
+            "Later",
+            now.from.0 + width / 2,
+            now.to.0 + width / 2,
+            now.to < all.to,
+        ),
+    ];
+    for (text, name, from, to, _) in steps.into_iter().filter(|step| step.4) {
+        // A step beyond an end stops there.
+        let beyond = (all.from.0 - from).max(0) - (to - all.to.0).max(0);
+        let is_move = name == "Earlier" || name == "Later";
+        let (from, to) = match is_move {
+            true => (from + beyond, to + beyond),
+            false => (from, to),
+        };
+        let (from, to) = (
+            PgTimestamp(from.max(all.from.0)),
+            PgTimestamp(to.min(all.to.0)),
+        );
+        write!(
+            out,
+            "<a href=\"?from={from}&amp;to={to}#strip-title\" aria-label=\"{name}\">{text}</a>"
+        )?;
+    }
+    if !is_whole {
+        out.push_str("<a href=\"?#strip-title\">All</a>");
+    }
+    out.push_str("</nav>");
+    Ok(())
+}
+
+/// Renders the time before which retention may remove what is stored.
+fn retention_edge(out: &mut String, view: &View<'_>, axis: Axis, height: u32) -> std::fmt::Result {
+    let policy = view.cluster.settings().repository.retention.as_ref();
+    let Some(window) = policy
+        .map(|policy| policy.window)
+        .filter(|window| !window.is_zero())
+    else {
+        return Ok(());
+    };
+    let window = i64::try_from(window.as_micros()).unwrap_or(i64::MAX);
+    let edge = PgTimestamp(view.report.as_of.0.saturating_sub(window));
+    if !axis.contains(edge) {
+        return Ok(());
+    }
+    let place = axis.place(edge);
+    let (anchor, dx) = if place > 70.0 {
+        ("end", -5)
+    } else {
+        ("start", 5)
+    };
+    write!(
+        out,
+        "<line class=\"edge\" x1=\"{place:.3}%\" x2=\"{place:.3}%\" y1=\"0\" y2=\"{}\">\
+         <title>Retention edge {edge}: what is needed only for older times may be removed</title></line>\
+         <text class=\"row-name\" x=\"{place:.3}%\" dx=\"{dx}\" y=\"11\" text-anchor=\"{anchor}\">keep_window</text>",
+        height - AXIS
+    )
 }
 
 const DEFINITIONS: &str = "<defs><pattern id=\"hatch\" width=\"7\" height=\"7\" patternUnits=\"userSpaceOnUse\" \
@@ -124,6 +240,9 @@ fn row(
     )?;
     let newest = details.ranges.iter().map(|range| range.timeline).max();
     let mut bar = |class: &str, from: PgTimestamp, to: PgTimestamp, title: &str| {
+        if !axis.overlaps(from, to) {
+            return Ok(());
+        }
         let (start, end) = (axis.place(from), axis.place(to));
         write!(
             out,
@@ -171,6 +290,13 @@ fn row(
         .iter()
         .filter(|gap| gap.branch.timeline == timeline)
     {
+        let (after, before) = (
+            gap.after.unwrap_or(axis.from),
+            gap.before.unwrap_or(axis.to),
+        );
+        if !axis.overlaps(after, before) {
+            continue;
+        }
         let start = gap.after.map_or(0.0, |time| axis.place(time));
         let end = gap.before.map_or(100.0, |time| axis.place(time));
         write!(
@@ -184,11 +310,15 @@ fn row(
         )?;
     }
     let mut put = |symbol: &str, time: PgTimestamp, y: u32, title: &str| {
+        if !axis.contains(time) {
+            return;
+        }
         let _ = write!(
             out,
-            "<use class=\"{symbol}\" href=\"#{symbol}\" x=\"{:.3}%\" y=\"{y}\"><title>{}</title></use>",
+            "<use class=\"{symbol}\" href=\"#{symbol}\" x=\"{:.3}%\" y=\"{y}\"><title>{}, {}</title></use>",
             axis.place(time),
-            escape(title)
+            escape(title),
+            text(time, "%Y-%m-%d %H:%M:%SZ")
         );
     };
     for backup in details
@@ -255,9 +385,7 @@ fn ticks(out: &mut String, axis: Axis, height: u32) -> std::fmt::Result {
             3 => "end",
             _ => "middle",
         };
-        let text = time
-            .to_jiff()
-            .map_or_else(String::new, |time| time.strftime(pattern).to_string());
+        let text = text(time, pattern);
         write!(
             out,
             "<text class=\"tick\" x=\"{:.2}%\" y=\"{}\" text-anchor=\"{anchor}\">{text}</text>",

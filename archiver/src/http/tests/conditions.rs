@@ -3,7 +3,11 @@
 use wal_format::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
 
 use super::*;
-use crate::{alerts, report::SlotReport, standby_slots::StandbyReport};
+use crate::{
+    alerts,
+    report::{ArchiveCommandReport, Cause, CauseKind, SlotReport},
+    standby_slots::StandbyReport,
+};
 
 fn slot(active: bool) -> SlotReport {
     SlotReport {
@@ -68,6 +72,13 @@ fn each_missing_protection_raises_its_alert() {
             error: None,
         }];
     });
+    check("PitrPushFailing", |report, is_bad| {
+        report.archive_command = Some(ArchiveCommandReport {
+            failing: is_bad,
+            failed_count: 3,
+            last_failed_wal: Some("000000010000000000000007".to_owned()),
+        });
+    });
     check("PitrSlotMissing", |report, is_bad| {
         report.slot_missing = is_bad;
     });
@@ -128,4 +139,78 @@ fn an_unknown_fact_decides_nothing() {
     assert!(!decided("PitrRepositoryFailing", |report| {
         report.source.stream_connected = false;
     }));
+}
+
+/// Sets the causes of a report, the worst first.
+fn because(report: &mut ClusterReport, causes: &[(State, CauseKind, &str)]) {
+    report.causes = causes
+        .iter()
+        .map(|(state, kind, reason)| Cause {
+            state: *state,
+            reason: (*reason).to_owned(),
+            kind: *kind,
+        })
+        .collect();
+    report.settle();
+}
+
+#[test]
+fn health_without_limits_follows_the_state() {
+    let healthy = |change: &dyn Fn(&mut ClusterReport), query: &str| {
+        let mut report = report();
+        change(&mut report);
+        health::judge(&report, query).expect("a query").status() == StatusCode::OK
+    };
+    assert!(healthy(&|_| (), ""));
+    for (state, expected) in [
+        (State::Degraded, true),
+        (State::Broken, false),
+        (State::AtRisk, false),
+        (State::Unknown, false),
+    ] {
+        let state =
+            |report: &mut ClusterReport| because(report, &[(state, CauseKind::Other, "it is so")]);
+        for query in ["", "max_backup_age=1d", "max_rpo=1d"] {
+            assert_eq!(healthy(&state, query), expected);
+        }
+    }
+    // The caller's limit for the RPO replaces the operator's target and nothing else. It applies
+    // also to an unseen primary, as long as the RPO is known.
+    let late = |report: &mut ClusterReport| {
+        because(report, &[(State::AtRisk, CauseKind::Rpo, "it lags")]);
+        report.durable.remote.rpo_seconds = Some(20.0);
+    };
+    assert!(!healthy(&late, ""));
+    assert!(healthy(&late, "max_rpo=1min"));
+    assert!(!healthy(&late, "max_rpo=10s"));
+    let unseen = |report: &mut ClusterReport| {
+        because(report, &[(State::Unknown, CauseKind::Unseen, "unseen")]);
+    };
+    assert!(healthy(&unseen, "max_rpo=1min"));
+    let never_reached = |report: &mut ClusterReport| {
+        unseen(report);
+        report.durable.remote.rpo_seconds = None;
+    };
+    assert!(!healthy(&never_reached, "max_rpo=1d"));
+}
+
+#[test]
+fn a_limit_for_the_rpo_hides_no_other_cause() {
+    let mut report = report();
+    report.durable.remote.rpo_seconds = Some(20.0);
+    let causes = [
+        (State::Broken, CauseKind::Other, "the slot is lost"),
+        (State::AtRisk, CauseKind::Rpo, "it lags"),
+        (State::AtRisk, CauseKind::Other, "the drill failed"),
+        (State::Degraded, CauseKind::Other, "a warning"),
+    ];
+    because(&mut report, &causes);
+    let reasons = |query: &str| {
+        let verdict = health::judge(&report, query).expect("a query");
+        serde_json::to_value(verdict).expect("JSON")["reasons"].clone()
+    };
+    let all = serde_json::json!(["the slot is lost", "it lags", "the drill failed"]);
+    assert_eq!(reasons(""), all);
+    let others = serde_json::json!(["the slot is lost", "the drill failed"]);
+    assert_eq!(reasons("max_rpo=1min"), others);
 }

@@ -11,7 +11,10 @@ use jiff::{
 };
 use wal_format::PgTimestamp;
 
-use crate::{Error, Result};
+/// A text that names no instant. The message shows a valid notation.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct TimeError(String);
 
 /// Names of UTC that may follow a time.
 const UTC: [&str; 5] = ["UTC", "GMT", "UCT", "Zulu", "Z"];
@@ -19,11 +22,15 @@ const UTC: [&str; 5] = ["UTC", "GMT", "UCT", "Zulu", "Z"];
 /// Parses a target time. `now` is the current time, so that this function reads no clock.
 ///
 /// # Errors
-/// [`Error::Usage`] that shows a valid notation.
-pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> Result<PgTimestamp> {
+/// [`TimeError`] that shows a valid notation.
+pub fn parse_time(
+    text: &str,
+    zone: Option<&str>,
+    now: Timestamp,
+) -> Result<PgTimestamp, TimeError> {
     let text = text.trim();
     let wrong = |why: &str| {
-        Error::usage(format!(
+        TimeError(format!(
             "target time \"{text}\" {why}; write it with an offset, as '2026-11-21 10:00:00+00', or \
              name --time-zone"
         ))
@@ -67,7 +74,7 @@ pub fn parse_time(text: &str, zone: Option<&str>, now: Timestamp) -> Result<PgTi
         return Err(wrong("has no offset"));
     };
     let zone = TimeZone::get(name).map_err(|_| {
-        Error::usage(format!(
+        TimeError(format!(
             "time zone \"{name}\" is not known; write Europe/Berlin or UTC"
         ))
     })?;
@@ -170,7 +177,7 @@ pub fn explain_time(time: PgTimestamp, now: Timestamp) -> String {
 mod tests {
     use super::*;
 
-    fn parse(text: &str, zone: Option<&str>) -> Result<String> {
+    fn parse(text: &str, zone: Option<&str>) -> Result<String, TimeError> {
         let now = "2026-11-21T12:00:00Z".parse().expect("a time");
         parse_time(text, zone, now).map(|time| time.to_string())
     }
