@@ -11,6 +11,9 @@ use std::{
 };
 
 use catalog::Catalog;
+use replication::{
+    BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode, ReplicationClient,
+};
 use repository::{ClusterIdentity, ExitKind, LossRecord, Repository, config::ClusterSettings};
 use sha2::{Digest, Sha256};
 use tokio::{sync::Semaphore, task::JoinSet};
@@ -21,6 +24,7 @@ use wal_format::{
 };
 
 use crate::{
+    conninfo,
     error::{Error, Result},
     outcomes,
     pipeline::session::Source,
@@ -201,7 +205,7 @@ async fn attempt_once(
     label: &str,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<BackupInfo> {
-    let conninfo = ConnInfo::of_cluster(settings)?;
+    let conninfo = conninfo::of_cluster(settings)?;
     let (mut source, server_version) = Source::connect(&conninfo, &settings.name).await?;
     let repository = {
         let settings = settings.clone();

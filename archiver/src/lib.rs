@@ -10,6 +10,7 @@ pub mod alerts;
 pub mod base_backup;
 pub mod cli;
 pub mod cluster_status;
+mod conninfo;
 pub mod core;
 pub mod daemon;
 mod descriptors;

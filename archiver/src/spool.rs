@@ -37,10 +37,7 @@ pub use record::SpoolRecord;
 pub(crate) use record::remove_record;
 pub use writer::{CompletedSegment, SpoolWriter, TailCut};
 
-use crate::{
-    error::{Error, Result},
-    replication::conninfo,
-};
+use crate::error::{Error, Result};
 use open_segment::of_the_disk;
 
 /// The file that the running archiver locks.

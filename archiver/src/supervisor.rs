@@ -17,6 +17,7 @@ use repository::{ClusterIdentity, Error as StoreError, Loss, Repository, config:
 
 use crate::{
     cluster_status::{CaughtUp, ClusterStatus},
+    conninfo,
     core::Event,
     error::{Error, Result},
     expire, locks,
@@ -102,7 +103,7 @@ pub async fn run(
     status: Arc<ClusterStatus>,
     mut shutdown: Shutdown,
 ) -> Result<()> {
-    let conninfo = ConnInfo::of_cluster(&settings)?;
+    let conninfo = conninfo::of_cluster(&settings)?;
     let Some(spool) = open_spool(&settings, &status, &mut shutdown).await? else {
         return Ok(());
     };

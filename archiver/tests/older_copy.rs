@@ -20,6 +20,8 @@ fn copy_without_the_newest_tail_takes_nothing(
     archiver: &Archiver,
 ) -> Disk {
     let is_stored = |lsn: Lsn| remote(archiver) >= lsn;
+    // At the start of a segment, nothing would be closed.
+    server.write_wal(50);
     let closed = server.sql("SELECT pg_walfile_name(pg_switch_wal())");
     wait_until("the segment before is sealed", || {
         let sealed = disk.sealed();

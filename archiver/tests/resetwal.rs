@@ -31,7 +31,7 @@ fn begin(place: &Place, server: &Server) -> (Option<i32>, String) {
 
 /// Plans a restore to an LSN, or to the end of the archive.
 fn plan(place: &Place, target: Option<Lsn>) {
-    let program = benches::programs::ours("pitr-restore").expect("it is built");
+    let program = testbed::programs::ours("pitr-restore").expect("it is built");
     let url = format!("file://{}", place.repository().display());
     let mut command = Command::new(program);
     command.args(["--repository", &url, "--dry-run"]);

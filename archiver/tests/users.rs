@@ -52,7 +52,7 @@ fn a_group_shares_a_repository_and_a_spool_and_other_users_are_told_why_not() {
         outcome(of_archiver(user, group).arg("push").arg(path))
     };
     let restorer = |user, group, arguments: &[&str]| {
-        let program = benches::programs::ours("pitr-restore").expect("it is built");
+        let program = testbed::programs::ours("pitr-restore").expect("it is built");
         let mut command = as_user(Command::new(program), user, group);
         let url = format!("file://{}", repository.display());
         outcome(command.args(["--repository", &url]).args(arguments))

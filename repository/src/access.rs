@@ -290,10 +290,10 @@ mod tests {
         let said = denial(&directory.path().join("absent/file"), &denied);
         let user = this_user();
         let expected = format!(
-            " ({} belongs to user {user}, group {}, mode 0700, and this is user {user}: run `chmod u+rwX {}`)",
+            " ({0} belongs to user {user}, group {1}, mode {2:04o}, and this is user {user}: run `chmod u+rwX {0}`)",
             directory.path().display(),
             group_name(rustix::process::getegid().as_raw()),
-            directory.path().display()
+            mode(directory.path())
         );
         assert_eq!(said, expected);
         let other = io::Error::from(io::ErrorKind::NotFound);

@@ -112,9 +112,10 @@ impl Cli {
     /// Returns true if the output is one JSON document.
     fn wants_json(&self) -> bool {
         match &self.command {
-            Some(Command::List { json }) => *json,
-            Some(Command::Locate(args)) => args.json,
-            Some(Command::Release(args)) => args.json,
+            // `--json` may come before and after the command.
+            Some(Command::List { json }) => *json || self.restore.json,
+            Some(Command::Locate(args)) => args.json || self.restore.json,
+            Some(Command::Release(args)) => args.json || self.restore.json,
             Some(
                 Command::WalFetch { .. } | Command::WalAhead { .. } | Command::RecoveryEnded { .. },
             ) => false,
@@ -171,6 +172,7 @@ fn refused(kind: ExitKind, message: &str, json: bool) -> ExitCode {
 }
 
 fn dispatch(mut cli: Cli) -> Result<ExitCode> {
+    let json = cli.wants_json();
     match cli.command.take() {
         Some(Command::WalFetch {
             name,
@@ -221,7 +223,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             look_ahead::run(&repository, plan, &name, &folder)?;
             Ok(ExitCode::SUCCESS)
         }
-        Some(Command::List { json }) => {
+        Some(Command::List { .. }) => {
             let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
             let archive = archive(cluster, cli.system)?;
@@ -244,7 +246,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
         }
         Some(Command::Locate(args)) => {
             let settings = resolve(&cli)?;
-            locate::run(&archive(settings.cluster()?, cli.system)?, &args)?;
+            locate::run(&archive(settings.cluster()?, cli.system)?, &args, json)?;
             Ok(ExitCode::SUCCESS)
         }
         Some(Command::Release(args)) => {
@@ -260,6 +262,7 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
                 settings.as_ref().ok(),
                 cli.common.conninfo.as_deref(),
                 &args,
+                json,
             )?;
             Ok(ExitCode::SUCCESS)
         }

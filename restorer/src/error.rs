@@ -8,7 +8,7 @@ use std::{
 use repository::{Damage, ExitKind, access::denial};
 use wal_format::Lsn;
 
-use crate::plan::PlanError;
+use crate::{isolation::parent::Doubt, plan::PlanError};
 
 /// The crate's result.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -62,14 +62,11 @@ pub enum Error {
         /// A socket, an address, or the setting that names it.
         address: String,
     },
-    /// It is not known whether the parent still runs, because its addresses may be incomplete.
-    #[error(
-        "it is not known whether the parent still runs: nobody answers at {asked}, but it may have been started with other \
-         options or on another host; name its address with --conninfo, or say --force when it is gone for good"
-    )]
+    /// It is not known whether the parent still runs.
+    #[error("it is not known whether the parent still runs: {doubt}")]
     ParentUnknown {
-        /// The known addresses of the parent.
-        asked: String,
+        /// The reason, with the remedy.
+        doubt: Doubt,
     },
     /// PostgreSQL reports that changes are missing from the WAL.
     #[error(

@@ -163,9 +163,10 @@ impl Archive {
             return known.clone();
         }
         let problem = match self.repository.wal_problem(key, self.wal_identity()) {
-            Ok(problem) => {
-                problem.map(|problem| format!("{problem}; found by {}", recorded.problem))
-            }
+            Ok(problem) => problem.map(|problem| match recorded.problem.strip_prefix(&problem) {
+                Some(found) => format!("{problem}{found}"),
+                None => format!("{problem}; found by {}", recorded.problem),
+            }),
             Err(error) => {
                 tracing::debug!(%error, event = "damage_unchecked", "damaged WAL cannot be checked");
                 Some(recorded.problem.clone())

@@ -1,8 +1,8 @@
 //! The isolation of a restored copy: until `pitr-restore release`, it reaches neither its parent
 //! nor any other server.
 //!
-//! A restore copies configuration files outside of the copy into it (`imports.rs`) and reads the
-//! copy's configuration as PostgreSQL does. It overrides every setting of [`table::SETTINGS`] in
+//! A restore copies configuration files and access rules outside of the copy into it (`imports.rs`)
+//! and reads the copy's configuration as PostgreSQL does. It overrides every setting of [`table::SETTINGS`] in
 //! `postgresql.auto.conf` (`lines.rs`), and records each line that it wrote in [`STATE_FILE`]. The
 //! recovery settings are recorded with them: [`recovery_ended`], which PostgreSQL runs as
 //! `recovery_end_command`, removes the lines that only the recovery needed.
@@ -18,8 +18,9 @@ use std::{
 
 use repository::durable;
 use serde::{Deserialize, Serialize};
+use wal_format::SystemIdentifier;
 
-use crate::{Error, Result};
+use crate::{Error, Result, shell};
 
 mod configuration;
 mod guc_file;
@@ -31,6 +32,7 @@ pub mod table;
 mod text;
 
 use configuration::{AUTO, Configuration, MAIN};
+use imports::Cluster;
 pub(crate) use lines::write_private;
 use lines::{append, comment_out, rewrite};
 use table::{Group, How, LIBRARIES, SETTINGS, SOCKET_DIRECTORY, When, Worker};
@@ -49,6 +51,8 @@ const HEADING: &str = "# pitr-restore: ";
 /// The requirements of a restore on the isolation.
 #[derive(Clone, Debug)]
 pub(crate) struct Wanted<'a> {
+    /// The system identifier of the backup.
+    pub(crate) system: SystemIdentifier,
     /// The major version of the backup.
     pub(crate) major: u16,
     /// True to leave the archiving settings unchanged.
@@ -95,7 +99,7 @@ struct Edit {
     /// The original line; `None` if the line was appended.
     old: Option<String>,
     new: String,
-    /// The parent's value; for an include directive, the path that it names.
+    /// The parent's value; for an include directive, the path in it.
     parent: String,
 }
 
@@ -157,14 +161,16 @@ impl Isolation {
             None => "127.0.0.1".to_owned(),
         };
         let host = if host.contains([' ', '\'', '\\']) {
-            format!("\\'{}\\'", host.replace('\\', "\\\\"))
+            // As `conninfo_parse` in `fe-connect.c` reads it.
+            format!("'{}'", host.replace('\\', "\\\\").replace('\'', "\\'"))
         } else {
             host
         };
-        Some(format!(
-            "psql \"host={host} port={} dbname=postgres\"",
-            self.port
-        ))
+        let conninfo = format!("host={host} port={} dbname=postgres", self.port);
+        Some(match conninfo.contains(['"', '$', '`', '\\', '!']) {
+            true => format!("psql {}", shell::quoted(&conninfo)),
+            false => format!("psql \"{conninfo}\""),
+        })
     }
 }
 
@@ -178,10 +184,21 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
     if !sockets.exists() {
         fs::create_dir(&sockets).map_err(Error::io("create directory", &sockets))?;
     }
+    let before = Configuration::read(directory);
+    let parent = before.value("data_directory").map(text::path);
+    let cluster = Cluster {
+        directory,
+        system: wanted.system,
+        major: wanted.major,
+        parent: parent.as_deref().filter(|parent| parent.is_absolute()),
+    };
     let mut edits = Vec::new();
-    let imported = imports::import(directory, &mut edits)?;
+    let mut imported = imports::import(cluster, &mut edits)?;
     let has_unread = !imported.problems.is_empty();
     let configuration = Configuration::read(directory);
+    for file in imports::access_files(directory, &configuration) {
+        imported = imports::import_access(cluster, &file, &mut edits, imported)?;
+    }
     let mut state = State {
         note: "Written by pitr-restore; `pitr-restore release` needs it.".to_owned(),
         parent: parent::Addresses::of(&configuration),

@@ -50,6 +50,17 @@ impl Parent {
         // The pg_hba.conf of the parent is outside, as Debian keeps it.
         let hba = fs::read(cluster.data().join("pg_hba.conf")).expect("it is there");
         fs::write(outside.path().join("pg_hba.conf"), hba).expect("written");
+        fs::write(outside.path().join("users"), "alice\n").expect("written");
+        let rules = "host all carol 127.0.0.2/32 reject\n";
+        fs::write(outside.path().join("rules"), rules).expect("written");
+        // The file in the data directory, which the copy uses, includes others.
+        let own = cluster.data().join("pg_hba.conf");
+        let mut rules = fs::read_to_string(&own).expect("it is there");
+        rules.push_str(&format!("host all @{at}/users 127.0.0.2/32 reject\n"));
+        if major >= 16 {
+            rules.push_str(&format!("include {at}/rules\n"));
+        }
+        fs::write(&own, rules).expect("written");
         let data = cluster.data().display().to_string();
         let more = "archive_cleanup_command = 'touch {at}/archive/cleaned'\n\
             recovery_end_command = 'touch {at}/archive/ended'\nrecovery_min_apply_delay = 10min\n\
@@ -146,6 +157,12 @@ impl Parent {
         release
     }
 
+    /// Returns true if the parent's own access rules include those in `rules`.
+    fn has_rules(&self) -> bool {
+        let own = fs::read_to_string(self.archived.cluster.data().join("pg_hba.conf"));
+        own.expect("it is there").contains("/rules")
+    }
+
     fn program(&self, name: &str) -> Command {
         let mut program = command(&self.bin.join(name)).expect("a user");
         program.env("LD_LIBRARY_PATH", self.bin.join("../lib"));
@@ -218,6 +235,22 @@ impl Server<'_> {
         let mut read = read.split(' ');
         let outside = read.find(|file| !file.starts_with(&format!("{data}/")));
         assert_eq!(outside, None);
+        // Its access rules have the content of the parent's files, and do not read them.
+        let errors = "SELECT count(*) FROM pg_hba_file_rules WHERE error IS NOT NULL";
+        assert_eq!(self.sql(errors), "0");
+        let mut expected = "{alice}";
+        if self.parent.has_rules() {
+            expected = "{alice} {carol}";
+            let files = "SELECT string_agg(DISTINCT file_name, ' ') FROM pg_hba_file_rules";
+            let outside = self.parent.outside.path().display().to_string();
+            assert!(!self.sql(files).contains(&outside));
+        }
+        let users = "SELECT string_agg(user_name::text, ' ' ORDER BY user_name) FROM pg_hba_file_rules \
+            WHERE address = '127.0.0.2'";
+        assert_eq!(self.sql(users), expected);
+        let own = fs::read_to_string(self.data.join("pg_hba.conf")).expect("it is there");
+        let outside = self.parent.outside.path().display();
+        assert!(!own.contains(&format!("@{outside}")), "{own}");
     }
 
     /// No line that only a recovery needs is left.
@@ -337,6 +370,10 @@ fn the_started_copy<'a>(parent: &'a Parent, root: &Path) -> Server<'a> {
     copy.pg_ctl(&["restart"]);
     assert_eq!(copy.sql("SELECT count(*) FROM kept"), "3");
     assert_eq!(copy.sql("SELECT pg_is_in_recovery()"), "f");
+    // pg_ctl takes none of the arguments of the recovery over.
+    for name in ["hot_standby", "logging_collector"] {
+        assert_eq!(copy.sql(&format!("SHOW {name}")), "on", "{name}");
+    }
     copy
 }
 
@@ -521,9 +558,22 @@ fn the_release(parent: &Parent, copy: &Server<'_>) {
     assert!(shown.contains("nothing was changed"), "{shown}");
     assert!(shown.contains("data_directory stays"), "{shown}");
     assert_eq!(copy.auto(), isolated);
+    // A lock file in the parent's directory whose process is not here: it may run in a container.
+    let lock = parent.archived.cluster.data().join("postmaster.pid");
+    fs::write(&lock, format!("{}\n", i32::MAX)).expect("written");
+    let refused = parent.release(&data, &["--yes"]).output().expect("it runs");
+    let (_, error) = said(&refused);
+    assert_eq!(refused.status.code(), Some(1), "{error}");
+    for part in ["postmaster.pid is there", "--force"] {
+        assert!(error.contains(part), "{error}");
+    }
+    assert_eq!(copy.auto(), isolated);
+    fs::remove_file(&lock).expect("removed");
     succeed(&mut parent.release(&data, &["--yes"])).expect("it is released");
     assert!(!copy.auto().contains("pitr-restore"), "{}", copy.auto());
     let at = parent.outside.path().display().to_string();
+    let own = fs::read_to_string(data.join("pg_hba.conf")).expect("it is there");
+    assert!(own.contains(&format!("@{at}/users ")), "{own}");
     for (name, expected) in [
         ("archive_mode", "on".to_owned()),
         ("archive_command", format!("cp %p {at}/archive/%f")),

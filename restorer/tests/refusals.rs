@@ -12,7 +12,7 @@ use testbed::{
     cluster::Cluster,
     encrypted_job::KEY,
     place::Place,
-    programs::{directory, server_user},
+    programs::{directory, server_user, succeed},
     restored::Restored,
 };
 
@@ -119,6 +119,19 @@ fn each_refusal_is_one_json_document_and_names_the_damage_of_an_encrypted_reposi
         document["error"]["code"].as_i64(),
         output.status.code().map(i64::from)
     );
+    // The flag may come before the command.
+    for (arguments, code, kind) in [
+        (
+            ["--json", "locate", "--xid=4000000000"],
+            3,
+            "target_not_reachable",
+        ),
+        (["--json", "release", "/nonexistent/copy"], 2, "usage"),
+    ] {
+        assert_refused(&mut plain(&arguments), code, kind, &[]);
+    }
+    let listing = succeed(&mut plain(&["--json", "list"])).expect("a listing");
+    serde_json::from_str::<serde_json::Value>(&listing).expect("one document");
     let beyond = ["--target-lsn", "FF/0"];
     for command in [&mut restore(&beyond), restore(&beyond).arg("--dry-run")] {
         assert_refused(command, 3, "target_not_reachable", &["beyond the archive"]);

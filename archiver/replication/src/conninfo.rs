@@ -28,9 +28,7 @@ pub use host::Host;
 pub(super) use require_auth::{AuthMethod, RequireAuth};
 pub(super) use tls_settings::{ClientFiles, RootCertificates, SslMode, TlsSettings, TlsVersion};
 
-use repository::config::ClusterSettings;
-
-use super::{Error, Result, client::ConnectionMode};
+use super::{Error, Result};
 
 /// The time that a host may take if `connect_timeout` is not set. libpq would wait forever.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -250,18 +248,9 @@ impl ConnInfo {
 
     /// Returns the same settings for another database.
     #[must_use]
-    pub(crate) fn with_database(mut self, name: &str) -> Self {
+    pub fn with_database(mut self, name: &str) -> Self {
         self.values.insert("dbname", name.to_owned());
         self
-    }
-
-    /// Returns the connection settings of a cluster's `conninfo`.
-    ///
-    /// # Errors
-    /// Those of [`ConnInfo::parse`].
-    pub fn of_cluster(settings: &ClusterSettings) -> Result<Self> {
-        let conninfo = Self::parse(&settings.conninfo)?;
-        Ok(conninfo.with_application_name(&settings.application_name))
     }
 
     /// Returns the password for a host, from the connection settings or the password file.

@@ -305,7 +305,7 @@ impl Error {
     }
 
     /// Returns the server's report if the server found damaged data (`ERRCODE_DATA_CORRUPTED`).
-    pub(crate) fn data_corrupted(&self) -> Option<&ServerReport> {
+    pub fn data_corrupted(&self) -> Option<&ServerReport> {
         self.report().filter(|report| report.code == "XX001")
     }
 

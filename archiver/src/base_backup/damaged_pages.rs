@@ -1,6 +1,6 @@
 //! Names the damaged pages that the server found during a base backup: file, block and relation.
 
-use crate::replication::{self, ConnInfo, ConnectionMode, ReplicationClient};
+use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 
 /// The maximum number of pages that are named.
 const PAGES_MAX: usize = 20;

@@ -99,7 +99,10 @@ fn listed(settings: &ClusterSettings) -> Result<Vec<Listed>> {
             warnings: backup.warnings,
         }
     };
-    Ok(catalog.backups()?.into_iter().map(row).collect())
+    let mut backups = catalog.backups()?;
+    // Names of the same second are in no order.
+    backups.sort_by_key(|backup| (backup.finished, backup.start_lsn));
+    Ok(backups.into_iter().map(row).collect())
 }
 
 /// Returns the backups that `keep_backups` names for any repository of the cluster.

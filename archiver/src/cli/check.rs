@@ -12,6 +12,7 @@ use wal_format::{PgVersion, SystemIdentifier};
 use self::report::Report;
 use super::{daemon, output, places, runtime};
 use crate::{
+    conninfo,
     error::{Error, Result},
     http::tls_expiry,
     spool,
@@ -60,7 +61,7 @@ async fn server(
     reports: &[Value],
     report: &mut Report,
 ) -> Option<SystemIdentifier> {
-    let conninfo = match ConnInfo::of_cluster(cluster) {
+    let conninfo = match conninfo::of_cluster(cluster) {
         Ok(conninfo) => conninfo,
         Err(error) => {
             report.fail_with("conninfo", &error.into());

@@ -4,7 +4,7 @@ use replication::ConnInfo;
 use repository::config::Settings;
 
 use super::{output, places};
-use crate::{error::Result, http, replication::ConnInfo};
+use crate::{error::Result, http};
 
 pub(super) fn check(settings: &Settings) -> Result<()> {
     http::check(settings.http, &settings.http_access)?;

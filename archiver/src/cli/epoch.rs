@@ -10,13 +10,13 @@
 
 use std::{fs, io, path::Path, sync::Arc};
 
-use replication::ConnInfo;
 use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSettings};
 use wal_format::SystemIdentifier;
 
 use super::{output, runtime};
 use crate::{
     cluster_status::ClusterStatus,
+    conninfo,
     error::{Error, Result},
     instruments::Instruments,
     pipeline::{Pipeline, session::Source},
@@ -126,7 +126,7 @@ pub(super) async fn server(
     settings: &ClusterSettings,
     system: SystemIdentifier,
 ) -> Result<(ClusterIdentity, String)> {
-    let conninfo = ConnInfo::of_cluster(settings)?;
+    let conninfo = conninfo::of_cluster(settings)?;
     let (source, version) = Source::connect(&conninfo, &settings.name).await?;
     let found = source.identity().clone();
     if found.system_identifier == system {

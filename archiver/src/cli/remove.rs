@@ -5,13 +5,13 @@
 
 use std::{path::Path, time::Duration};
 
+use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use repository::{Repository, config::ClusterSettings};
 use wal_format::SystemIdentifier;
 
 use super::{output, runtime};
 use crate::{
     error::{Error, Result},
-    replication::{ConnInfo, ConnectionMode, ReplicationClient},
     spool::Spool,
     standby_slots::Standby,
     synchronous::{Membership, membership},
@@ -138,7 +138,7 @@ async fn synchronous_warning(conninfo: &ConnInfo) -> String {
         let mut client = ReplicationClient::connect(conninfo, ConnectionMode::Physical).await?;
         let names = client.show("synchronous_standby_names").await?;
         client.close().await;
-        Ok::<_, crate::replication::Error>(names)
+        Ok::<_, replication::Error>(names)
     };
     let Ok(names) = names.await else {
         return String::new();

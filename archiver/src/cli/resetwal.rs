@@ -15,6 +15,7 @@ use super::{
     output, runtime,
 };
 use crate::{
+    conninfo,
     error::{Error, Result},
     pipeline::{
         Pipeline,
@@ -22,7 +23,6 @@ use crate::{
         receive::StreamEnd,
         session::{Purpose, Source},
     },
-    replication::ConnInfo,
     shutdown::Shutdown,
     spool::Spool,
 };
@@ -92,7 +92,7 @@ fn usage(message: String) -> Error {
 
 /// Streams what follows the archive up to the server's present, comparing the overlap as always.
 async fn stream(settings: &ClusterSettings, pipeline: &Pipeline) -> Result<()> {
-    let conninfo = ConnInfo::of_cluster(settings)?;
+    let conninfo = conninfo::of_cluster(settings)?;
     let (_request, mut shutdown) = Shutdown::new();
     // The second attempt begins without an overlap that the server has removed.
     for _ in 0..2 {
@@ -128,7 +128,7 @@ async fn declare_with(
 ) -> Result<DeclaredGap> {
     pipeline.drain().await?;
     let archive = pipeline.archive();
-    let conninfo = ConnInfo::of_cluster(settings)?;
+    let conninfo = conninfo::of_cluster(settings)?;
     let (mut source, _) = Source::connect(&conninfo, &settings.name).await?;
     let flush_lsn = source.flush_lsn();
     let branch = source.current_branch(repository).await?;

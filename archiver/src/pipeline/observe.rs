@@ -23,7 +23,6 @@ use crate::{
     core::Event,
     error::{Error, Result},
     outcomes,
-    replication::{self, ConnInfo, ConnectionMode, ReplicationClient},
     report::{ArchiveCommandReport, BackupProgress, SlotReport},
     rpo::Seen,
     synchronous,

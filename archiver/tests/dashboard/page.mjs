@@ -117,10 +117,10 @@ try {
 
   // Events are grouped by day and filtered.
   assert.match(await page.locator("#events .day").first().innerText(), /day, 20\d\d-/);
-  await page.locator("#events a", { hasText: "Backups and runs" }).click();
-  await until("only runs are shown", async () => {
+  await page.locator("#events a", { hasText: "States" }).click();
+  await until("only states are shown", async () => {
     const kinds = await page.locator("#events tbody tr:not(.day) td:nth-child(2)").allInnerTexts();
-    return kinds.length > 0 && kinds.every((kind) => ["backup", "drill", "verify", "expire"].includes(kind));
+    return kinds.length > 0 && kinds.every((kind) => kind === "state");
   });
   await page.locator("#events a", { hasText: "All" }).click();
 

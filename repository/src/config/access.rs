@@ -32,18 +32,18 @@ impl AccessTable {
             resolve(
                 "repository",
                 either(&self.repository_group, &defaults.repository_group),
-                either(&self.repository_mode, &defaults.repository_mode),
+                either(&self.repository_mode, &defaults.repository_mode).as_deref(),
             )?,
             resolve(
                 "spool",
                 either(&self.spool_group, &defaults.spool_group),
-                either(&self.spool_mode, &defaults.spool_mode),
+                either(&self.spool_mode, &defaults.spool_mode).as_deref(),
             )?,
         ])
     }
 }
 
-fn resolve(key: &str, group: Option<String>, mode: Option<String>) -> Result<Option<FolderAccess>> {
+fn resolve(key: &str, group: Option<String>, mode: Option<&str>) -> Result<Option<FolderAccess>> {
     let Some(group) = group else {
         return match mode {
             None => Ok(None),
@@ -52,7 +52,7 @@ fn resolve(key: &str, group: Option<String>, mode: Option<String>) -> Result<Opt
             ))),
         };
     };
-    let may_write = match mode.as_deref() {
+    let may_write = match mode {
         None | Some("0770" | "770") => true,
         Some("0750" | "750") => false,
         Some(other) => {

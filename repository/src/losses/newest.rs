@@ -12,7 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{Loss, LossRecord, Missing};
-use crate::{Error, Repository, Result, durable};
+use crate::{Error, Repository, Result, access, durable};
 
 const NEWEST_FILE: &str = "newest_segment.json";
 /// The version of the file.
@@ -55,7 +55,7 @@ impl LossRecord {
             .tempfile_in(&self.directory)
             .map_err(Error::store("write", &path))?;
         File::open(&self.directory)
-            .and_then(|directory| durable::keep_owner(file.as_file(), directory))
+            .and_then(|directory| access::inherit(file.as_file(), directory))
             .and_then(|()| fs::write(file.path(), json))
             .map_err(Error::store("write", &path))?;
         file.persist(&path)

@@ -122,6 +122,14 @@ mod tests {
     }
 
     #[test]
+    fn an_equals_sign_in_a_mapped_path_is_escaped() {
+        let pair = |old: &str, new: &str| Ok((old.to_owned(), new.to_owned()));
+        assert_eq!(locations("/a=/b"), pair("/a", "/b"));
+        assert_eq!(locations(r"/a\=1=/b\=2"), pair("/a=1", "/b=2"));
+        locations("/a=/b=2").expect_err("it has two signs");
+    }
+
+    #[test]
     fn settings_are_names_and_values_of_one_line() {
         let check =
             |name: &str, value: &str| check_settings(&[(name.to_owned(), value.to_owned())]);

@@ -66,9 +66,9 @@ impl LocateArgs {
     }
 }
 
-pub(super) fn run(archive: &Archive, args: &LocateArgs) -> Result<()> {
+pub(super) fn run(archive: &Archive, args: &LocateArgs, json: bool) -> Result<()> {
     let located = locate(archive, &args.question()?, args.target_timeline.clone())?;
-    if args.json {
+    if json {
         return output::json(&located);
     }
     print(&located);

@@ -23,7 +23,8 @@ pub(super) struct Outcome<'a> {
     pub(super) executed: &'a Executed,
     pub(super) recovered: Option<&'a Recovered>,
     pub(super) recovery: &'a Recovery,
-    pub(super) pg_bin: Option<PathBuf>,
+    /// The program `pg_ctl` of the copy's version, if it was found.
+    pub(super) pg_ctl: Option<PathBuf>,
 }
 
 impl Outcome<'_> {
@@ -83,10 +84,8 @@ impl Outcome<'_> {
         let running = self.recovered.is_some_and(|one| one.process.is_some());
         let directory = output::shell_word(self.directory);
         if !running {
-            let pg_ctl = match &self.pg_bin {
-                Some(bin) => output::shell_word(&bin.join("pg_ctl")),
-                None => "pg_ctl".to_owned(),
-            };
+            let pg_ctl = self.pg_ctl.as_deref().unwrap_or(Path::new("pg_ctl"));
+            let pg_ctl = output::shell_word(pg_ctl);
             output::line(&format!("start it with {pg_ctl} -D {directory} start"));
             for place in self.recovery.repository.each() {
                 if let Some(KeySource::Environment(name)) = place.encryption {

@@ -41,6 +41,7 @@ pub(super) fn run(
     settings: Option<&Settings>,
     named: Option<&str>,
     args: &ReleaseArgs,
+    json: bool,
 ) -> Result<()> {
     let directory = args.directory.as_path();
     if rustix::process::getuid().is_root() {
@@ -54,24 +55,27 @@ pub(super) fn run(
         .and_then(|settings| settings.cluster().ok())
         .map_or("", |cluster| cluster.conninfo.as_str());
     let conninfo = named.unwrap_or(configured);
+    let program = |name| program(directory, args.pg_bin.as_deref(), name);
     let asked = Asked {
         conninfo,
-        pg_isready: pg_isready(directory, args.pg_bin.as_deref()),
+        pg_isready: program("pg_isready"),
     };
     let parent = if args.force {
         ParentState::Silent
     } else {
         release::parent_state(directory, &asked)?
     };
-    if !args.json {
+    if !json {
         show(&described);
     }
     match parent {
         ParentState::Answers(address) => return Err(Error::ParentAnswers { address }),
-        ParentState::Unknown(asked) if args.yes => return Err(Error::ParentUnknown { asked }),
-        ParentState::Unknown(asked) if !args.json => output::line(&format!(
-            "the parent does not answer at {asked}; whether it runs elsewhere is not known: name it with --conninfo"
-        )),
+        ParentState::Unknown(doubt) if args.yes => return Err(Error::ParentUnknown { doubt }),
+        ParentState::Unknown(doubt) if !json => {
+            output::line(&format!(
+                "it is not known whether the parent still runs: {doubt}"
+            ));
+        }
         ParentState::Unknown(_) | ParentState::Silent => {}
     }
     let done = if args.yes {
@@ -83,7 +87,7 @@ pub(super) fn run(
     } else {
         described
     };
-    if args.json {
+    if json {
         return output::json(&serde_json::json!({"released": args.yes, "release": done}));
     }
     let shown = output::shell_word(directory);
@@ -100,8 +104,10 @@ pub(super) fn run(
         );
     }
     if done.running {
+        let pg_ctl = program("pg_ctl").unwrap_or_else(|| "pg_ctl".into());
         output::line(&format!(
-            "the server takes the settings with a restart: pg_ctl -D {shown} restart"
+            "the server takes the settings with a restart: {} -D {shown} restart",
+            output::shell_word(&pg_ctl)
         ));
     }
     Ok(())
@@ -129,16 +135,15 @@ fn show(release: &Release) {
     }
 }
 
-/// Returns the `pg_isready` next to the server program of the copy's version.
-fn pg_isready(directory: &Path, pg_bin: Option<&Path>) -> Option<PathBuf> {
+/// Returns a program of the copy's version.
+fn program(directory: &Path, pg_bin: Option<&Path>, name: &str) -> Option<PathBuf> {
     let version = std::fs::read_to_string(directory.join("PG_VERSION")).ok()?;
     let major: u16 = version.trim().parse().ok()?;
     let version = PgVersion::ALL
         .into_iter()
         .find(|one| one.major() == major)?;
     let postgres = start::find_postgres(pg_bin, version).ok()?;
-    let program = postgres.with_file_name("pg_isready");
-    program.is_file().then_some(program)
+    start::sibling(&postgres, name)
 }
 
 /// Removes the settings and claims that only the recovery needed, as PostgreSQL's

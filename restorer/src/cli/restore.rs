@@ -326,7 +326,9 @@ fn copy_and_start(
         executed: &executed,
         recovered: recovered.as_ref(),
         recovery: &destination.recovery,
-        pg_bin: args.pg_bin.clone(),
+        pg_ctl: start::find_postgres(args.pg_bin.as_deref(), version)
+            .ok()
+            .and_then(|postgres| start::sibling(&postgres, "pg_ctl")),
     };
     outcome.print(args.json)
 }

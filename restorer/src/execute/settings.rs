@@ -15,6 +15,7 @@ use crate::{
     Error, RestorePlan, Result, Stop,
     inventory::Archive,
     isolation::{self, Isolation, Wanted},
+    shell,
 };
 
 /// The files that make PostgreSQL start archive recovery.
@@ -95,6 +96,7 @@ pub(super) fn write(
     let isolation = isolation::isolate(
         directory,
         &Wanted {
+            system,
             major,
             keep_archiving: recovery.keep_archiving,
             port: recovery.port,
@@ -168,10 +170,10 @@ fn recovery_settings(
         .path
         .last()
         .map_or(1, |part| part.branch.timeline.get());
-    let program = shell_quoted(&recovery.program.display().to_string());
+    let program = shell::quoted(&recovery.program.display().to_string());
     let mut command = format!(
         "{program} wal-fetch --repository {} --cluster {} --system {}",
-        shell_quoted(&recovery.repository.to_string()),
+        shell::quoted(&recovery.repository.to_string()),
         archive.repository.cluster(),
         // Name the system identifier, because a new epoch may begin while this server exists.
         archive.catalog.identity().system_identifier,
@@ -185,7 +187,7 @@ fn recovery_settings(
         && !url_is_all
     {
         command.push_str(" --config ");
-        command.push_str(&shell_quoted(&config.display().to_string()));
+        command.push_str(&shell::quoted(&config.display().to_string()));
     }
     if let Some(at) = place.as_of {
         command.push_str(&format!(" --at {at}"));
@@ -251,13 +253,4 @@ fn has_in_place_tablespace(directory: &Path) -> bool {
     let entries = fs::read_dir(directory.join("pg_tblspc"));
     let mut entries = entries.into_iter().flatten().flatten();
     entries.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-}
-
-fn shell_quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:=".contains(c);
-    if text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
-    }
 }

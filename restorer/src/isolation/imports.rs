@@ -7,12 +7,19 @@
 //! Therefore a line of the copy could override it only with an absolute path, which would prevent a
 //! move of the copy.
 //!
+//! A file in the parent's data directory is not imported: the copy has it as it was in the backup,
+//! so the line names the copy's own file. The same applies to the files that the access rules
+//! include (`access.rs`).
+//!
 //! Invariant: after the import no file of the copy includes a file outside of it.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Component, Path, PathBuf},
 };
+
+use wal_format::SystemIdentifier;
 
 use super::{
     COMMENT, Edit,
@@ -21,6 +28,8 @@ use super::{
     text, write_private,
 };
 use crate::{Error, Result};
+
+mod access;
 
 /// The prefix of the names of imported files. The names do not end in `.conf`, so that no
 /// `include_dir` includes them.
@@ -36,31 +45,54 @@ pub(super) struct Imported {
     pub(super) files: Vec<PathBuf>,
     /// The files that cannot be read on this host, one sentence each.
     pub(super) problems: Vec<String>,
+    /// The number in the name that was given last. A file that cannot be read keeps its name.
+    last: usize,
 }
 
-/// Imports every file outside of `directory` that its configuration includes. Adds the changed
-/// lines of the copy's own files to `edits`.
+/// The cluster of a copy.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cluster<'a> {
+    /// The directory of the copy.
+    pub(super) directory: &'a Path,
+    pub(super) system: SystemIdentifier,
+    pub(super) major: u16,
+    /// The parent's `data_directory`, if its configuration sets an absolute path.
+    pub(super) parent: Option<&'a Path>,
+}
+
+/// Imports every file outside of the copy that its configuration includes. Adds the changed lines of
+/// the copy's own files to `edits`.
 ///
 /// # Errors
 /// [`Error::Io`] for the files of the copy, [`Error::Usage`] for too many files.
-pub(super) fn import(directory: &Path, edits: &mut Vec<Edit>) -> Result<Imported> {
-    let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
-    let mut importer = Importer {
-        root: root.clone(),
-        last: 0,
-        edits,
-        imported: Imported::default(),
-    };
+pub(super) fn import(cluster: Cluster<'_>, edits: &mut Vec<Edit>) -> Result<Imported> {
+    let mut importer = Importer::new(cluster, edits, Imported::default())?;
     for file in [MAIN, AUTO] {
-        importer.own(&root.join(file), 0)?;
+        importer.own(&importer.root.join(file), 0)?;
     }
     Ok(importer.imported)
 }
 
+/// Imports every file outside of the copy that its access rules in `file` include. Adds to
+/// `imported`, the result of earlier imports.
+///
+/// # Errors
+/// As [`import`].
+pub(super) fn import_access(
+    cluster: Cluster<'_>,
+    file: &Path,
+    edits: &mut Vec<Edit>,
+    imported: Imported,
+) -> Result<Imported> {
+    let mut importer = Importer::new(cluster, edits, imported)?;
+    importer.own_access(file, 0)?;
+    Ok(importer.imported)
+}
+
 struct Importer<'a> {
+    cluster: Cluster<'a>,
+    /// The directory of the copy, without links in its path.
     root: PathBuf,
-    /// The number in the name that was given last.
-    last: usize,
     edits: &'a mut Vec<Edit>,
     imported: Imported,
 }
@@ -85,7 +117,17 @@ fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
     }
 }
 
-impl Importer<'_> {
+impl<'a> Importer<'a> {
+    fn new(cluster: Cluster<'a>, edits: &'a mut Vec<Edit>, imported: Imported) -> Result<Self> {
+        let directory = cluster.directory;
+        Ok(Self {
+            cluster,
+            root: fs::canonicalize(directory).map_err(Error::io("find", directory))?,
+            edits,
+            imported,
+        })
+    }
+
     /// Changes the include directives of a file of the copy, and of the files in the copy that it
     /// includes.
     fn own(&mut self, file: &Path, depth: usize) -> Result<()> {
@@ -98,46 +140,53 @@ impl Importer<'_> {
         }
         let content = text::decode(&bytes);
         let mut lines: Vec<String> = content.split('\n').map(str::to_owned).collect();
-        let before = self.edits.len();
-        let folder = file.parent().unwrap_or(Path::new("/"));
+        let mut changed = false;
         for entry in includes(&content) {
-            let target = &folder.join(text::path(&entry.value));
-            if self.is_inside(target) {
+            let target = &self.named_by(file, &entry.value);
+            let own = self.in_copy(target);
+            if let Some(own) = &own {
                 let files = match entry.name.as_str() {
-                    "include_dir" => files_of(target).unwrap_or_default(),
-                    _ => vec![target.clone()],
+                    "include_dir" => files_of(own).unwrap_or_default(),
+                    _ => vec![own.clone()],
                 };
                 for file in files {
                     self.own(&file, depth + 1)?;
                 }
-                continue;
+                if self.is_inside(target) {
+                    continue;
+                }
             }
-            let include = Include {
-                entry: &entry,
-                from: file,
-                target,
-                depth: depth + 1,
-            };
-            let name = self.outside(include)?;
             let Some(line) = entry.line.checked_sub(1).and_then(|at| lines.get_mut(at)) else {
                 continue;
             };
-            let relative = file.strip_prefix(&self.root).unwrap_or(file);
-            let depth = relative.components().count().saturating_sub(1);
-            let new = line_of(
-                name.map(|name| format!("{}{name}", "../".repeat(depth))),
-                line,
-            );
-            self.edits.push(Edit {
-                file: text::of_path(relative),
-                name: entry.name.clone(),
-                old: Some(line.clone()),
-                new: new.clone(),
-                parent: text::of_path(target),
-            });
+            let new = if let Some(own) = own {
+                // The release leaves this line: it names the same file wherever the copy is.
+                let path = text::of_path(&self.relative(file, &own));
+                let replaced = line.trim_end_matches('\r');
+                format!("{} {} {COMMENT}{replaced}", entry.name, quote(&path))
+            } else {
+                let include = Include {
+                    entry: &entry,
+                    from: file,
+                    target,
+                    depth: depth + 1,
+                };
+                let name = self.outside(include)?;
+                let path = name.map(|name| self.relative(file, &self.root.join(name)));
+                let new = line_of(path.map(|path| text::of_path(&path)), line);
+                self.edits.push(Edit {
+                    file: text::of_path(file.strip_prefix(&self.root).unwrap_or(file)),
+                    name: entry.name.clone(),
+                    old: Some(line.clone()),
+                    new: new.clone(),
+                    parent: entry.value.clone(),
+                });
+                new
+            };
+            changed = true;
             *line = new;
         }
-        if self.edits.len() > before {
+        if changed {
             let content = text::encode(&lines.join("\n"));
             fs::write(file, content).map_err(Error::io("write", file))?;
         }
@@ -147,20 +196,42 @@ impl Importer<'_> {
     /// Imports the file or directory outside of the copy that an include directive names. Returns
     /// the name of the imported file; `None` if PostgreSQL would include nothing.
     fn outside(&mut self, include: Include<'_>) -> Result<Option<String>> {
-        let Include { entry, target, .. } = include;
+        let Include {
+            entry,
+            target,
+            depth,
+            ..
+        } = include;
+        if entry.name != "include_dir"
+            && let Some(own) = self.in_copy(target)
+        {
+            self.own(&own, depth)?;
+            let is_there = entry.name == "include" || own.exists();
+            return Ok(is_there.then(|| text::of_path(&self.relative(&self.root, &own))));
+        }
         match entry.name.as_str() {
             "include_if_exists" if !target.exists() => Ok(None),
             "include_dir" => {
                 let name = self.next_name()?;
-                match files_of(target) {
+                let own = self.in_copy(target);
+                match files_of(own.as_deref().unwrap_or(target)) {
                     Ok(files) => {
                         let mut list = String::new();
                         for target in &files {
-                            let imported = self.file(Include { target, ..include })?;
+                            let imported = match &own {
+                                Some(_) => {
+                                    self.own(target, depth)?;
+                                    text::of_path(&self.relative(&self.root, target))
+                                }
+                                None => self.file(Include { target, ..include })?,
+                            };
                             list.push_str(&line_of(Some(imported), ""));
                             list.push('\n');
                         }
                         self.write(&name, target, &list)?;
+                        if own.is_none() {
+                            self.imported.files.push(target.to_owned());
+                        }
                     }
                     Err(error) => self.unreadable(include, &name, &error.to_string()),
                 }
@@ -201,14 +272,14 @@ impl Importer<'_> {
             }
         }
         self.write(&name, target, &lines.join("\n"))?;
+        self.imported.files.push(target.to_owned());
         Ok(name)
     }
 
-    fn write(&mut self, name: &str, origin: &Path, content: &str) -> Result<()> {
+    /// Writes an imported file.
+    fn write(&self, name: &str, origin: &Path, content: &str) -> Result<()> {
         let content = format!("{COMMENT}{}\n{content}", text::of_path(origin));
-        write_private(&self.root.join(name), &text::encode(&content))?;
-        self.imported.files.push(origin.to_owned());
-        Ok(())
+        write_private(&self.root.join(name), &text::encode(&content))
     }
 
     fn unreadable(&mut self, include: Include<'_>, name: &str, why: &str) {
@@ -220,6 +291,57 @@ impl Importer<'_> {
             include.target.display(),
             self.root.join(name).display()
         ));
+    }
+
+    /// Returns the path that a line of the copy's file `file` names. The parent resolved a relative
+    /// path that leads out of its data directory from there.
+    fn named_by(&self, file: &Path, value: &str) -> PathBuf {
+        let value = text::path(value);
+        let folder = file.parent().unwrap_or(Path::new("/"));
+        let in_copy = folder.join(&value);
+        let relative = folder.strip_prefix(&self.root);
+        match (self.cluster.parent, relative) {
+            (Some(parent), Ok(relative)) if !self.is_inside(&in_copy) => {
+                parent.join(relative).join(value)
+            }
+            _ => in_copy,
+        }
+    }
+
+    /// Returns the file or directory of the copy that `path` leads to, or that the copy has of the
+    /// parent's data directory; `None` if it is outside of both.
+    fn in_copy(&self, path: &Path) -> Option<PathBuf> {
+        if self.is_inside(path) {
+            return Some(path.to_owned());
+        }
+        let has_parent_dir =
+            |path: &Path| path.components().any(|part| part == Component::ParentDir);
+        let plain = (!has_parent_dir(path)).then(|| path.to_owned());
+        let paths = plain.into_iter().chain(fs::canonicalize(path));
+        let mut inner = paths.filter_map(|path| {
+            let is_parent = |directory: &&Path| {
+                Some(*directory) == self.cluster.parent || self.is_same_cluster(directory)
+            };
+            let parent = path.ancestors().skip(1).find(is_parent)?;
+            path.strip_prefix(parent).ok().map(Path::to_owned)
+        });
+        inner.next().map(|inner| self.root.join(inner))
+    }
+
+    /// Returns true if a directory is a data directory of the copy's cluster. `pg_control` begins
+    /// with the system identifier; a server may be writing the rest.
+    fn is_same_cluster(&self, directory: &Path) -> bool {
+        let mut system = [0; 8];
+        let control = fs::File::open(directory.join("global/pg_control"));
+        control.is_ok_and(|mut control| control.read_exact(&mut system).is_ok())
+            && u64::from_le_bytes(system) == self.cluster.system.0
+    }
+
+    /// Returns a path in the copy as the copy's file `file` names it.
+    fn relative(&self, file: &Path, path: &Path) -> PathBuf {
+        let inside = |path: &Path| path.strip_prefix(&self.root).unwrap_or(path).to_owned();
+        let depth = inside(file).components().count().saturating_sub(1);
+        Path::new(&"../".repeat(depth)).join(inside(path))
     }
 
     /// Returns true if `path` leads to a file or directory in the copy.
@@ -238,14 +360,14 @@ impl Importer<'_> {
     /// Returns a name that no file of the copy has.
     fn next_name(&mut self) -> Result<String> {
         loop {
-            self.last += 1;
-            if self.last > FILES_MAX {
+            self.imported.last += 1;
+            if self.imported.last > FILES_MAX {
                 return Err(Error::usage(format!(
                     "the configuration in {} includes more than {FILES_MAX} files outside of it; include fewer",
                     self.root.display()
                 )));
             }
-            let name = format!("{PREFIX}{}", self.last);
+            let name = format!("{PREFIX}{}", self.imported.last);
             if fs::symlink_metadata(self.root.join(&name)).is_err() {
                 return Ok(name);
             }
@@ -279,8 +401,12 @@ fn line_of(name: Option<String>, replaced: &str) -> String {
 /// # Errors
 /// [`Error::Io`].
 pub(super) fn remove_unused(directory: &Path) -> Result<()> {
-    let used = Configuration::read(directory).files;
     let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
+    let configuration = Configuration::read(directory);
+    let mut used = configuration.files.clone();
+    for file in access_files(&root, &configuration) {
+        access::add_read_files(&file, 0, &mut used);
+    }
     for entry in fs::read_dir(&root).map_err(Error::io("list", &root))? {
         let path = entry.map_err(Error::io("list", &root))?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -289,4 +415,14 @@ pub(super) fn remove_unused(directory: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Returns the files of the access rules and of the user name maps that a server in `root` reads, as
+/// far as they are in it.
+pub(super) fn access_files(root: &Path, configuration: &Configuration) -> [PathBuf; 2] {
+    [("hba_file", "pg_hba.conf"), ("ident_file", "pg_ident.conf")].map(|(setting, default)| {
+        let named = configuration.value(setting).map(text::path);
+        let inside = named.filter(|path| path.starts_with(root));
+        inside.unwrap_or_else(|| root.join(default))
+    })
 }

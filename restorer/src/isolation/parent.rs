@@ -113,6 +113,18 @@ impl Addresses {
         each.into_iter().collect::<Vec<_>>().join(", ")
     }
 
+    /// Returns the reason why the parent may still run although nothing answers; `None` if its data
+    /// directory is here and shows that it was shut down. Called after [`Addresses::answers`].
+    pub(super) fn doubt(&self, copy: &Path) -> Option<Doubt> {
+        let Some(data) = self.data_directory(copy) else {
+            return Some(Doubt::Addresses(self.shown(copy)));
+        };
+        let lock = data.join("postmaster.pid");
+        fs::symlink_metadata(&lock)
+            .is_ok()
+            .then_some(Doubt::LockFile(lock))
+    }
+
     /// Returns the process that runs in the parent's data directory, or an address at which a
     /// server answers that is not the server of `copy`.
     pub(super) fn answers(&self, copy: &Path) -> Option<String> {
@@ -126,6 +138,24 @@ impl Addresses {
         let mut answers = servers.map(|server| server.answers(own.as_ref()));
         answers.find_map(|answer| answer)
     }
+}
+
+/// The reason why it is not known whether a parent that does not answer still runs.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Doubt {
+    /// The addresses of its configuration files may not be those of its last start.
+    #[error(
+        "nobody answers at {0}, but it may have been started with other options or on another host; name its address with \
+         --conninfo, or say --force when it is gone for good"
+    )]
+    Addresses(String),
+    /// Its data directory has the lock file of a server whose process is not here.
+    #[error(
+        "{path} is there, but no server with its process ID runs here: the parent has crashed, or it runs in another container \
+         or on another host that shares the directory; look there, and say --force when it is gone for good",
+        path = .0.display()
+    )]
+    LockFile(PathBuf),
 }
 
 /// The addresses of one server.

@@ -5,8 +5,13 @@ use std::path::{Path, PathBuf};
 use repository::durable;
 
 use super::{
-    AUTO, Configuration, Line, MAIN, SETTINGS, State, configuration::INCLUDES, guc_file::parse,
-    imports, parent, read_state, recovery_ended, recovery_is_pending, rewrite, save, table::How,
+    AUTO, Configuration, Edit, Line, MAIN, SETTINGS, State,
+    configuration::INCLUDES,
+    guc_file::parse,
+    imports,
+    parent::{self, Doubt},
+    read_state, recovery_ended, recovery_is_pending, rewrite, save,
+    table::How,
     text,
 };
 use crate::{Error, Result};
@@ -67,11 +72,17 @@ pub fn describe(directory: &Path) -> Result<Release> {
     }
     for edit in &state.edits {
         let now = parse(&edit.new).into_iter().flatten().next();
+        let (from, to) = if edit.is_of_access() {
+            (Some(edit.new.as_str()), edit.old.as_deref())
+        } else {
+            let now = now.as_ref().map(|entry| entry.value.as_str());
+            (now, Some(edit.parent.as_str()))
+        };
         changes.push(Change {
             name: edit.name.clone(),
-            from: now.map(|entry| text::shown(&entry.value)),
-            to: Some(text::shown(&edit.parent)),
-            stays: stays_changed(directory, &edit.name, &edit.parent),
+            from: from.map(text::shown),
+            to: to.map(text::shown),
+            stays: edit.stays(directory),
         });
     }
     let place = |change: &Change| SETTINGS.iter().position(|row| row.name == change.name);
@@ -92,9 +103,8 @@ pub enum ParentState {
     Answers(String),
     /// The parent does not answer, and its connection string or its data directory is known.
     Silent,
-    /// No server answers at these addresses of the configuration files. The parent may have been
-    /// started with other options, or on another host.
-    Unknown(String),
+    /// No server answers, and the parent may still run.
+    Unknown(Doubt),
 }
 
 /// Checks whether the parent still answers.
@@ -123,10 +133,12 @@ pub fn parent_state(directory: &Path, asked: &Asked<'_>) -> Result<ParentState> 
             return Ok(ParentState::Answers((*source).to_owned()));
         }
     }
-    if asked.conninfo.is_empty() && state.parent.data_directory(directory).is_none() {
-        return Ok(ParentState::Unknown(state.parent.shown(directory)));
-    }
-    Ok(ParentState::Silent)
+    Ok(match state.parent.doubt(directory) {
+        // The connection string names the address of the parent.
+        Some(Doubt::Addresses(_)) if !asked.conninfo.is_empty() => ParentState::Silent,
+        Some(doubt) => ParentState::Unknown(doubt),
+        None => ParentState::Silent,
+    })
 }
 
 /// Ends the isolation of the copy in `directory`. The settings take effect at the server's next
@@ -145,8 +157,9 @@ pub fn release(directory: &Path) -> Result<Release> {
     for line in &mut state.lines {
         line.after_recovery = None;
     }
-    for edit in &state.edits {
-        if stays_changed(directory, &edit.name, &edit.parent).is_none() {
+    // The last first, because a line may have several.
+    for edit in state.edits.iter().rev() {
+        if edit.stays(directory).is_none() {
             undo(directory, edit)?;
         }
     }
@@ -168,8 +181,35 @@ fn isolated(directory: &Path) -> Result<State> {
     })
 }
 
+impl Edit {
+    /// Returns true for a line of the access rules and of the user name maps. The directive in it
+    /// follows the name of the file, and no setting has a blank in its name.
+    fn is_of_access(&self) -> bool {
+        self.name.contains(' ')
+    }
+
+    /// Returns the reason why the line is not restored; `None` if it is restored.
+    fn stays(&self, directory: &Path) -> Option<String> {
+        let directive = self.name.rsplit(' ').next().unwrap_or_default();
+        let is_at = self.is_of_access() && directive == "@";
+        if !is_at && !INCLUDES.contains(&directive) {
+            return stays_changed(directory, &self.name, &self.parent);
+        }
+        // The server resolves a relative path from the file that contains it, wherever the copy is
+        // now.
+        let file = directory.join(text::path(&self.file));
+        let folder = file.parent().unwrap_or(directory);
+        let path = text::of_path(&folder.join(text::path(&self.parent)));
+        let checked = match directive {
+            _ if is_at => "include",
+            directive => directive,
+        };
+        stays_changed(directory, checked, &path)
+    }
+}
+
 /// Returns the reason why a changed line is not restored; `None` if it is restored. `parent` is the
-/// parent's value, decoded; for an include directive, the path that it names.
+/// parent's value, decoded; for an include directive, the path of the file.
 fn stays_changed(directory: &Path, name: &str, parent: &str) -> Option<String> {
     let real = |path: &Path| std::fs::canonicalize(path).ok();
     let path = text::path(parent);
@@ -197,24 +237,26 @@ fn stays_changed(directory: &Path, name: &str, parent: &str) -> Option<String> {
     }
 }
 
-fn undo(directory: &Path, edit: &super::Edit) -> Result<()> {
+fn undo(directory: &Path, edit: &Edit) -> Result<()> {
     let path = directory.join(text::path(&edit.file));
-    let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-    let mut lines: Vec<Vec<u8>> = bytes
-        .split(|byte| *byte == b'\n')
-        .map(<[u8]>::to_vec)
-        .collect();
-    let Some(at) = lines
-        .iter()
-        .rposition(|line| *line == text::encode(&edit.new))
-    else {
+    let content = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    let mut lines = lines_of(&content);
+    // A line of the access rules may be continued on the next one.
+    let (new, old) = (
+        text::encode(&edit.new),
+        edit.old.as_deref().map(text::encode),
+    );
+    let new = lines_of(&new);
+    let Some(at) = lines.windows(new.len()).rposition(|window| *window == new) else {
         return Ok(());
     };
-    match (&edit.old, lines.get_mut(at)) {
-        (Some(old), Some(line)) => *line = text::encode(old),
-        _ => drop(lines.remove(at)),
-    }
+    let old = old.as_deref().map_or_else(Vec::new, lines_of);
+    lines.splice(at..at + new.len(), old);
     durable::replace(&path, &lines.join(&b'\n')).map_err(Error::local)
+}
+
+fn lines_of(content: &[u8]) -> Vec<&[u8]> {
+    content.split(|byte| *byte == b'\n').collect()
 }
 
 /// Removes the comments above our lines.
@@ -222,7 +264,7 @@ fn remove_headings(directory: &Path) -> Result<()> {
     for file in [AUTO, MAIN] {
         let path = directory.join(file);
         let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
+        let lines = lines_of(&text);
         let kept: Vec<&[u8]> = lines
             .iter()
             .filter(|line| !line.starts_with(super::HEADING.as_bytes()))

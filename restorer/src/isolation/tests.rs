@@ -16,6 +16,7 @@ fn isolated(
 
 fn wanted(major: u16, set: &[(String, String)]) -> Wanted<'_> {
     Wanted {
+        system: SystemIdentifier(7),
         major,
         keep_archiving: false,
         port: None,
@@ -261,6 +262,98 @@ fn files_outside_are_taken_into_the_copy() {
     }
 }
 
+/// The parent's own directory is here, with files that have changed since the backup. Only its
+/// system identifier, or the setting `data_directory`, shows that it is the parent's.
+#[test]
+fn files_of_the_parents_data_directory_are_the_copys_own() {
+    let parent = tempfile::tempdir().expect("a directory");
+    let outside = tempfile::tempdir().expect("a directory");
+    let directory = tempfile::tempdir().expect("a directory");
+    let write = |path: PathBuf, content: &str| fs::write(path, content).expect("written");
+    for root in [parent.path(), directory.path()] {
+        fs::create_dir(root.join("conf.d")).expect("a directory");
+    }
+    fs::create_dir(parent.path().join("global")).expect("a directory");
+    let control = parent.path().join("global/pg_control");
+    fs::write(control, 7_u64.to_le_bytes()).expect("written");
+    let (now, then) = (parent.path(), directory.path());
+    for (root, size) in [(now, "9MB"), (then, "3MB")] {
+        write(root.join("a.conf"), &format!("work_mem = {size}\n"));
+        write(root.join("conf.d/b.conf"), &format!("x.b = {size}\n"));
+        write(root.join("users"), "one\n");
+    }
+    let of_parent = now.display();
+    let other = outside.path().join("other.conf");
+    write(other.clone(), &format!("include '{of_parent}/a.conf'\n"));
+    let main = format!(
+        "include_dir '{of_parent}/conf.d'\ninclude '{}'\ninclude '/gone/data/a.conf'\n\
+         data_directory = '/gone/data'\n",
+        other.display()
+    );
+    write(then.join(MAIN), &main);
+    write(then.join(AUTO), "");
+    write(
+        then.join("pg_hba.conf"),
+        &format!("local all @{of_parent}/users peer\n"),
+    );
+    let isolation = isolate(then, &wanted(18, &[])).expect("isolated");
+    assert_eq!(isolation.outside_files, [other.display().to_string()]);
+    assert_eq!(isolation.problems, [] as [String; 0]);
+    for released in [false, true] {
+        if released {
+            fs::remove_file(&other).expect("removed");
+            release::release(then).expect("released");
+        }
+        for name in ["work_mem", "x.b"] {
+            assert_eq!(value(&directory, name).as_deref(), Some("3MB"), "{name}");
+        }
+        let hba = fs::read_to_string(then.join("pg_hba.conf")).expect("it is there");
+        assert_eq!(hba, "local all @\"users\" peer\n");
+    }
+}
+
+/// Relative paths that lead out of the copy are resolved from where it is at the release.
+#[test]
+fn a_moved_copy_is_released_where_it_is() {
+    let (before, after) = (tempfile::tempdir(), tempfile::tempdir());
+    let (before, after) = (before.expect("a directory"), after.expect("a directory"));
+    let write = |path: PathBuf, content: &str| fs::write(path, content).expect("written");
+    for (root, size) in [(before.path(), "1MB"), (after.path(), "2MB")] {
+        write(root.join("shared"), &format!("work_mem = {size}\n"));
+        write(root.join("users"), "one\n");
+    }
+    let copy = before.path().join("data");
+    fs::create_dir(&copy).expect("a directory");
+    let (main, hba) = (
+        "include '../shared'\n",
+        "local all @../users,two,@../users trust\nlocal \\\n @../users all peer\n",
+    );
+    write(copy.join(MAIN), main);
+    write(copy.join(AUTO), "");
+    write(copy.join("pg_hba.conf"), hba);
+    let isolation = isolate(&copy, &wanted(17, &[])).expect("isolated");
+    assert_eq!(isolation.outside_files.len(), 4);
+    let rules = fs::read_to_string(copy.join("pg_hba.conf")).expect("it is there");
+    assert!(!rules.contains("../"), "{rules}");
+    for file in &isolation.outside_files {
+        fs::remove_file(file).unwrap_or_else(|error| assert_eq!(error.kind(), ErrorKind::NotFound));
+    }
+    let moved = after.path().join("data");
+    #[expect(clippy::disallowed_methods, reason = "a test's directory")]
+    fs::rename(&copy, &moved).expect("moved");
+    let found = |name: &str| Configuration::read(&moved).value(name).map(str::to_owned);
+    assert_eq!(found("work_mem").as_deref(), Some("1MB"));
+    release::release(&moved).expect("released");
+    assert_eq!(found("work_mem").as_deref(), Some("2MB"));
+    for (name, expected) in [(MAIN, main), ("pg_hba.conf", hba)] {
+        let content = fs::read_to_string(moved.join(name)).expect("it is there");
+        assert_eq!(content, expected);
+    }
+    let files = fs::read_dir(&moved).expect("it lists").flatten();
+    let mut names = files.map(|file| file.file_name().to_string_lossy().into_owned());
+    assert!(!names.any(|name| name.starts_with("tidemark_included")));
+}
+
 /// The server of the parent answers only at the port that `postgresql.auto.conf` sets.
 #[test]
 fn a_parent_is_asked_at_the_addresses_that_count() {
@@ -275,7 +368,7 @@ fn a_parent_is_asked_at_the_addresses_that_count() {
         release::parent_state(directory.path(), &release::Asked::default()).expect("isolated")
     };
     let (silent, _) = isolated(17, &main, "", &[]);
-    let release::ParentState::Unknown(asked) = state(&silent) else {
+    let release::ParentState::Unknown(parent::Doubt::Addresses(asked)) = state(&silent) else {
         panic!("it may run elsewhere");
     };
     let expected = format!("{}/.s.PGSQL.1, 127.0.0.1:1", sockets.path().display());
@@ -299,11 +392,16 @@ fn a_parent_is_asked_at_the_addresses_that_count() {
     let with_data = format!("{main}data_directory = '{}'\n", parent.path().display());
     let (known, _) = isolated(17, &with_data, "", &[]);
     assert_eq!(state(&known), release::ParentState::Silent);
-    // This process is not a server, so its process ID in a `postmaster.pid` that a crash left
-    // proves nothing.
-    let pid = format!("{}\n/data\n0\n1\n/nowhere\n\n", std::process::id());
-    fs::write(parent.path().join("postmaster.pid"), pid).expect("written");
-    assert_eq!(state(&known), release::ParentState::Silent);
+    // A server with this process ID may run in another container. Here, the process is not a
+    // server, or does not exist.
+    let lock = parent.path().join("postmaster.pid");
+    for process in [std::process::id(), i32::MAX.unsigned_abs()] {
+        let pid = format!("{process}\n/data\n0\n1\n/nowhere\n\n");
+        fs::write(&lock, pid).expect("written");
+        let real = fs::canonicalize(&lock).expect("it exists");
+        let unknown = release::ParentState::Unknown(parent::Doubt::LockFile(real));
+        assert_eq!(state(&known), unknown);
+    }
 }
 
 #[test]
@@ -350,6 +448,19 @@ fn a_copy_whose_socket_nobody_can_reach_is_not_looked_for_at_its_parents_port() 
     let short = isolation(20, "").psql().expect("its socket");
     assert!(short.contains("host=/xxxx"), "{short}");
     assert_eq!(isolation(120, "").psql(), None);
+    let at = |directory: &str| Isolation {
+        socket_directory: Some(PathBuf::from(directory)),
+        ..isolation(0, "")
+    };
+    assert_eq!(
+        at("/a b").psql().as_deref(),
+        Some("psql \"host='/a b' port=5432 dbname=postgres\"")
+    );
+    let told = at("/it's $x").psql().expect("its socket");
+    assert_eq!(
+        told,
+        r"psql 'host='\''/it\'\''s $x'\'' port=5432 dbname=postgres'"
+    );
     let listening = isolation(120, "127.0.0.1").psql().expect("its port");
     assert!(
         listening.contains("host=127.0.0.1 port=5432"),

@@ -15,7 +15,6 @@ use crate::{
     descriptors::{Limit, needed},
     error::Result,
     http::{self, HttpError},
-    replication::ReplicationClient,
     report::words,
 };
 

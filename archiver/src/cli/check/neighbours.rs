@@ -7,11 +7,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use replication::ReplicationClient;
 use repository::{ExitKind, access::user_name, config::ClusterSettings};
 use serde_json::Value;
 
 use super::Report;
-use crate::{error::Result, replication::ReplicationClient, spool};
+use crate::{error::Result, spool};
 
 /// The number of files that are examined below a directory. More would make `check` slow in a
 /// repository of years.

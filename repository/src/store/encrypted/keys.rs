@@ -254,7 +254,7 @@ impl KeyStore {
                     }
                 }
                 (None, Some((data, key))) if !listed.iter().any(is_left) => {
-                    self.wrap(&data, key)?
+                    self.wrap(&data, key)?;
                 }
                 (None, _) => continue,
             }

@@ -242,7 +242,7 @@ impl Temporary {
         }
     }
 
-    /// Does the same on a file system without hard links (exFAT, FAT, some network file systems).
+    /// Does the same on a file system without hard links (FAT, some network file systems).
     fn rename(&self, directory: &OwnedFd, name: &str) -> io::Result<()> {
         let renamed = renameat_with(
             &self.directory,
