@@ -443,15 +443,30 @@ impl Taking {
         Ok(info)
     }
 
-    /// Reads the stream to its end. All slices are stored when this returns.
+    /// Reads the stream to its end. No slice is being stored any more when this returns.
     async fn receive(
         &self,
         stream: &mut BaseBackupStream,
         received: &mut Received,
         progress: &(dyn Fn(Progress) + Sync),
     ) -> Result<Vec<BackupSlice>> {
+        let mut storing = JoinSet::new();
+        let slices = self
+            .receive_slices(stream, received, progress, &mut storing)
+            .await;
+        // After a failure `discard` removes what it lists, so nothing may be stored after that.
+        while storing.join_next().await.is_some() {}
+        slices
+    }
+
+    async fn receive_slices(
+        &self,
+        stream: &mut BaseBackupStream,
+        received: &mut Received,
+        progress: &(dyn Fn(Progress) + Sync),
+        storing: &mut JoinSet<Result<(usize, BackupSlice)>>,
+    ) -> Result<Vec<BackupSlice>> {
         let room = Arc::new(Semaphore::new(SLICES_IN_FLIGHT));
-        let mut storing: JoinSet<Result<(usize, BackupSlice)>> = JoinSet::new();
         let mut stored: Vec<(usize, BackupSlice)> = Vec::new();
         let mut number = 0;
         loop {
