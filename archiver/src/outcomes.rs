@@ -25,10 +25,12 @@ pub(crate) fn tell_the_daemon(settings: &ClusterSettings, id: &BackupId) {
     }
 }
 
-/// A name that nothing else has, from the time it began.
+/// A name from the time at which something began: the second, and 65536ths of it in hexadecimal.
+/// Names are in the order of the times, because the newest of a kind is the last by name.
 pub(crate) fn name(began: jiff::Timestamp) -> Option<BackupId> {
-    let nonce = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), began) & 0xFFFF;
-    format!("{}-{nonce:04x}", began.strftime("%Y%m%dT%H%M%SZ"))
+    let nanoseconds = i64::from(began.subsec_nanosecond()).max(0);
+    let part = nanoseconds * 0x1_0000 / 1_000_000_000;
+    format!("{}-{part:04x}", began.strftime("%Y%m%dT%H%M%SZ"))
         .parse()
         .ok()
 }
@@ -86,5 +88,22 @@ pub(crate) async fn record_failed_backup(
         Err(error) => {
             tracing::warn!(%error, "the failure of the base backup could not be recorded in the repository");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_one_second_are_in_the_order_of_their_times() {
+        let names: Vec<BackupId> = [0, 1_000, 20_000, 500_000, 999_999]
+            .map(|micros| 1_700_000_000_000_000 + micros)
+            .map(|micros| jiff::Timestamp::from_microsecond(micros).expect("a time"))
+            .map(|time| name(time).expect("a name"))
+            .to_vec();
+        assert!(names.is_sorted(), "{names:?}");
+        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len(), "{names:?}");
     }
 }

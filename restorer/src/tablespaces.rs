@@ -250,6 +250,10 @@ pub(crate) fn admit(
         let WalEvent::TablespaceCreate { oid, location } = event else {
             continue;
         };
+        // The segment of the redo LSN may begin with records that are not replayed.
+        if *lsn < plan.start_lsn {
+            continue;
+        }
         let mut named = plan.tablespaces.iter();
         if let Some(named) = named.find(|one| one.lsn == *lsn && one.oid == *oid) {
             if let Some(directory) = &named.directory {

@@ -295,6 +295,31 @@ fn the_newest_backup_that_ends_before_the_stop_is_chosen() {
     );
 }
 
+/// The segment of the redo LSN may begin with records before it, which a server under load writes
+/// between the segment switch of a backup and its checkpoint. `wal-fetch` refused such a segment.
+#[test]
+fn a_tablespace_that_was_created_before_the_redo_position_needs_no_name_in_the_plan() {
+    let archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 50);
+    let plan = plan_restore(&archive, &time(26), &Wishes::default()).expect("it is reachable");
+    let created_at = |lsn| SegmentSummary {
+        events: vec![(
+            Lsn(lsn),
+            WalEvent::TablespaceCreate {
+                oid: 16_400,
+                location: "/elsewhere".to_owned(),
+            },
+        )],
+        ..SegmentSummary::default()
+    };
+    let admit = |lsn| crate::tablespaces::admit(&plan, Branch::FIRST, &created_at(lsn), None);
+    assert_eq!(admit(3992).expect("it is not replayed"), None);
+    let error = admit(4008).expect_err("it is replayed").to_string();
+    assert!(
+        error.contains("the plan of this restore does not name it"),
+        "{error}"
+    );
+}
+
 #[test]
 fn aborts_stop_recovery_and_late_commits_are_listed() {
     let archive = memory(&ENDS, vec![backup(1, 4000, 4400)], RANGE * 6, 50);
