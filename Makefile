@@ -27,6 +27,7 @@ bench: install-tools
 
 check:
 	$(CARGO) fmt --all --check
+	bash benches/tools/words.sh
 	$(CARGO) clippy $(WORKSPACE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc $(WORKSPACE) --no-deps
 

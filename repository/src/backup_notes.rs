@@ -1,4 +1,4 @@
-//! What the operator says about base backups: which are kept, and descriptions.
+//! Notes of the operator on base backups: which are kept, and descriptions.
 //!
 //! Invariant: a note that cannot be read keeps its backup.
 
@@ -8,7 +8,7 @@ use wal_format::{BackupId, BackupNote, NoteChange, ObjectKey, SystemIdentifier, 
 
 use crate::{Repository, Result};
 
-/// What the operator says about one base backup.
+/// The operator's notes on one base backup.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BackupNotes {
     /// The reason why retention keeps the backup. It may be empty. `None` if retention decides.

@@ -2,10 +2,10 @@
 //! nor any other server.
 //!
 //! A restore copies configuration files and access rules outside of the copy into it (`imports.rs`)
-//! and reads the copy's configuration as PostgreSQL does. It overrides every setting of [`table::SETTINGS`] in
-//! `postgresql.auto.conf` (`lines.rs`), and records each line that it wrote in [`STATE_FILE`]. The
-//! recovery settings are recorded with them: [`recovery_ended`], which PostgreSQL runs as
-//! `recovery_end_command`, removes the lines that only the recovery needed.
+//! and reads the copy's configuration as PostgreSQL does. It overrides every setting of
+//! [`table::SETTINGS`] in `postgresql.auto.conf` (`lines.rs`), and records each line that it wrote
+//! in [`STATE_FILE`]. The recovery settings are recorded with them: [`recovery_ended`], which
+//! PostgreSQL runs as `recovery_end_command`, removes the lines that only the recovery needed.
 //!
 //! Invariant: a line counts as ours only while its name and its value are those that we wrote. A
 //! line that a user changed since, with `ALTER SYSTEM` or an editor, belongs to the user and stays.

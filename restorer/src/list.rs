@@ -155,8 +155,8 @@ pub struct Restorable {
     /// The oldest backup that leads to the range.
     pub backup: BackupId,
     /// The first target time that a plan accepts: the time when that backup was complete, or what
-    /// the WAL proves if that is earlier. `None` if the backup was taken on an older timeline, or if
-    /// the WAL says nothing of the time.
+    /// the WAL proves if that is earlier. `None` if the backup was taken on an older timeline, or
+    /// if the WAL says nothing of the time.
     pub first_time: Option<PgTimestamp>,
     /// The latest time of a commit or abort in the range.
     pub last_time: Option<PgTimestamp>,

@@ -261,8 +261,8 @@ pub fn plan_restore(
                 let replaces = match error {
                     PlanError::Unknown { .. } => true,
                     // A newer backup did not find the target, or is not consistent itself. The
-                    // refusal of an older backup says more: the target may be in the missing WAL, or
-                    // after the WAL of `wal_level = minimal`, and it names the nearest target.
+                    // refusal of an older backup says more: the target may be in the missing WAL,
+                    // or after the WAL of `wal_level = minimal`, and it names the nearest target.
                     PlanError::MinimalWal { .. } | PlanError::Gap { last: Some(_), .. } => {
                         refusal.as_ref().is_some_and(says_less)
                     }

@@ -442,8 +442,8 @@ mod tests {
 
     use super::*;
 
-    /// As on Debian: `postgres` on the PATH is a link to a version, and the names next to it lead to
-    /// a wrapper.
+    /// As on Debian: `postgres` on the PATH is a link to a version, and the names next to it lead
+    /// to a wrapper.
     #[test]
     fn programs_are_taken_from_the_directory_of_the_server() {
         let root = tempfile::tempdir().expect("a directory");

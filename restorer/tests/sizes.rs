@@ -379,7 +379,8 @@ fn wal_that_verify_found_damaged_is_missing_until_it_is_replaced() {
     let (_, planned, _) = plan(&[inside]);
     assert_eq!(planned["backup"], *first);
 
-    // Damage in the WAL that the newest backup itself needs: the older one names the nearest target.
+    // Damage in the WAL that the newest backup itself needs: the older one names the nearest
+    // target.
     let start = listing["backups"][1]["start_lsn"].as_str();
     let start = start.expect("an LSN");
     let needed = archived.sql(&format!("SELECT pg_walfile_name('{start}')"));

@@ -38,9 +38,9 @@ pub(super) enum QueryError {
 /// Compares `report` with the limits in `query`. An unknown value exceeds its limit.
 ///
 /// A state that is unknown, at risk or broken also fails, and each of its causes is a reason, the
-/// worst first. A limit for the RPO replaces the operator's target: with it, an RPO over that target
-/// is not a reason, and an unseen primary is none while the RPO is known, the catalog was read and
-/// there is a base backup.
+/// worst first. A limit for the RPO replaces the operator's target: with it, an RPO over that
+/// target is not a reason, and an unseen primary is none while the RPO is known, the catalog was
+/// read and there is a base backup.
 pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, QueryError> {
     let limits_rpo = query.split('&').any(|pair| pair.starts_with("max_rpo="));
     let knows_rpo = report.durable.remote.rpo_seconds.is_some();

@@ -38,7 +38,7 @@ pub struct Facts<'a> {
     pub not_restorable: Option<&'a str>,
 }
 
-/// What a cause depends on, for callers with limits of their own.
+/// The dependencies of a cause, for callers with limits of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CauseKind {
     /// The RPO is greater than its target.
@@ -56,7 +56,7 @@ pub struct Cause {
     pub state: State,
     /// The fact as a sentence.
     pub reason: String,
-    /// What the cause depends on.
+    /// The dependency of the cause.
     #[serde(skip)]
     pub kind: CauseKind,
 }

@@ -60,8 +60,8 @@ pub(super) struct Cluster<'a> {
     pub(super) parent: Option<&'a Path>,
 }
 
-/// Imports every file outside of the copy that its configuration includes. Adds the changed lines of
-/// the copy's own files to `edits`.
+/// Imports every file outside of the copy that its configuration includes. Adds the changed lines
+/// of the copy's own files to `edits`.
 ///
 /// # Errors
 /// [`Error::Io`] for the files of the copy, [`Error::Usage`] for too many files.
@@ -417,8 +417,8 @@ pub(super) fn remove_unused(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Returns the files of the access rules and of the user name maps that a server in `root` reads, as
-/// far as they are in it.
+/// Returns the files of the access rules and of the user name maps that a server in `root` reads,
+/// as far as they are in it.
 pub(super) fn access_files(root: &Path, configuration: &Configuration) -> [PathBuf; 2] {
     [("hba_file", "pg_hba.conf"), ("ident_file", "pg_ident.conf")].map(|(setting, default)| {
         let named = configuration.value(setting).map(text::path);

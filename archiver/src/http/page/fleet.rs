@@ -1,5 +1,5 @@
-//! The page of all clusters: one line each, which is a card on a narrow screen. The query chooses the
-//! order and a part of the names, so that both work without scripts and survive an update.
+//! The page of all clusters: one line each, which is a card on a narrow screen. The query chooses
+//! the order and a part of the names, so that both work without scripts and survive an update.
 
 use std::fmt::Write as _;
 

@@ -156,8 +156,8 @@ fn written(directive: &str, path: &Path) -> String {
 }
 
 impl Importer<'_> {
-    /// Changes the names of files outside of the copy in a file of the copy, and in the files in the
-    /// copy that it includes.
+    /// Changes the names of files outside of the copy in a file of the copy, and in the files in
+    /// the copy that it includes.
     pub(super) fn own_access(&mut self, file: &Path, depth: usize) -> Result<()> {
         let Ok(bytes) = read_regular(file) else {
             return Ok(());
@@ -227,7 +227,8 @@ impl Importer<'_> {
     }
 
     /// Imports the file or directory outside of the copy to which a name in `from` leads. Returns
-    /// the directive and the file that replace the name; `None` if PostgreSQL would include nothing.
+    /// the directive and the file that replace the name; `None` if PostgreSQL would include
+    /// nothing.
     fn access_outside(
         &mut self,
         named: &Named,
