@@ -183,7 +183,7 @@ fn assert_no_command_takes_the_copy(
             "{planned:?}"
         );
     }
-    // The window is the one of a plan for this copy.
+    // The window does not reach beyond a plan for this copy.
     let list = |more: &[&str]| {
         let output = pitr_restore(&place.repository(), &[&["list", "--json"], more].concat());
         let listed: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -201,7 +201,9 @@ fn assert_no_command_takes_the_copy(
         let shown = archiver.get("/api/v1/clusters/main/window");
         let (_, body) = shown.split_once("\r\n\r\n").expect("a body");
         let shown: serde_json::Value = serde_json::from_str(body).expect("JSON");
-        ends(&shown).is_some() && ends(&shown) == ends(&elsewhere)
+        // The catalog no longer knows tails of the copy whose segment was sealed later.
+        let (shown, planned) = (ends(&shown), ends(&elsewhere));
+        shown <= planned && shown.map(|shown| shown.add(1 << 20)) > planned
     });
 }
 

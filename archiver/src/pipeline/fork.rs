@@ -50,6 +50,42 @@ pub(crate) fn orphans(path: &[ServerBranch], held: &[Held]) -> Vec<Orphan> {
         .collect()
 }
 
+/// Returns the archived WAL of branches beside the server's path. The server had it until it was
+/// restored to a moment before their fork and promoted to the last branch of the path. `fork`
+/// returns the LSN at which a branch begins. What `known` losses contain is left out.
+fn abandoned(
+    path: &[ServerBranch],
+    held: &[Held],
+    fork: impl Fn(Branch) -> Result<Option<Lsn>>,
+    known: &[FailoverLoss],
+) -> Result<Vec<Orphan>> {
+    let Some(last) = path.last() else {
+        return Ok(Vec::new());
+    };
+    let mut orphans = Vec::new();
+    for held in held {
+        if path.iter().any(|on| on.branch == held.branch) {
+            continue;
+        }
+        let Some(from) = fork(held.branch)? else {
+            continue;
+        };
+        let known = known.iter().filter(|loss| loss.branch == held.branch);
+        let to = known
+            .map(|loss| loss.switch_lsn)
+            .fold(held.end_lsn, Lsn::min);
+        if to > from {
+            orphans.push(Orphan {
+                branch: held.branch,
+                successor: last.branch,
+                from,
+                to,
+            });
+        }
+    }
+    Ok(orphans)
+}
+
 /// The failover losses known to this archiver.
 #[derive(Debug, Default)]
 pub(crate) struct Losses {
@@ -97,6 +133,11 @@ impl Losses {
             .chain(&known.unrecorded)
             .cloned()
             .collect()
+    }
+
+    fn knows_all(&self, orphans: &[Orphan]) -> bool {
+        let known = self.lock();
+        orphans.iter().all(|orphan| known.has(orphan))
     }
 
     fn found(&self, orphans: Vec<Orphan>) {
@@ -181,11 +222,23 @@ impl Archive {
 /// [`crate::error::Error::Io`], [`crate::error::Error::Repository`] while the archive is read.
 pub(super) async fn note(pipeline: &Pipeline, path: &[ServerBranch]) -> Result<()> {
     let held = pipeline.held().await?;
-    let orphans = orphans(path, &held);
-    if orphans.is_empty() {
+    let mut orphans = orphans(path, &held);
+    let archive = Arc::clone(pipeline.archive());
+    if archive.losses().knows_all(&orphans) {
         return Ok(());
     }
-    let archive = Arc::clone(pipeline.archive());
+    // The others are recorded first: once those of the path are, nothing is searched for again.
+    let (reader, path) = (Arc::clone(&archive), path.to_vec());
+    let others = blocking(move || {
+        let fork = |branch| {
+            let history = reader.history(branch)?;
+            Ok(history
+                .and_then(|history| history.parent())
+                .map(|parent| parent.to))
+        };
+        abandoned(&path, &held, fork, &reader.losses().all())
+    });
+    orphans.splice(0..0, others.await?);
     archive.losses().found(orphans);
     let recorded = blocking(move || archive.record_losses());
     tokio::spawn(async move {
@@ -200,7 +253,7 @@ pub(super) async fn note(pipeline: &Pipeline, path: &[ServerBranch]) -> Result<(
 mod tests {
     use super::*;
 
-    fn branch(text: &str, switch: Lsn) -> ServerBranch {
+    fn server_branch(text: &str, switch: Lsn) -> ServerBranch {
         ServerBranch {
             branch: text.parse().expect("a branch"),
             history: None,
@@ -211,9 +264,9 @@ mod tests {
     #[test]
     fn what_is_held_beyond_any_fork_of_the_path_is_found() {
         let path = [
-            branch("00000001", Lsn(40)),
-            branch("00000002-0a0b0c0d", Lsn(60)),
-            branch("00000005-01010101", Lsn::MAX),
+            server_branch("00000001", Lsn(40)),
+            server_branch("00000002-0a0b0c0d", Lsn(60)),
+            server_branch("00000005-01010101", Lsn::MAX),
         ];
         let check = |held: &[(usize, u64)], expected: &[(usize, u64, u64)]| {
             let held: Vec<Held> = held
@@ -240,5 +293,44 @@ mod tests {
         // The next timeline may already be archived: the archiver may have died before it recorded
         // the loss.
         check(&[(0, 44), (1, 61), (2, 99)], &[(0, 40, 44), (1, 60, 61)]);
+    }
+
+    #[test]
+    fn branches_that_a_restore_left_are_found_once() {
+        let branch = |text: &str| text.parse::<Branch>().expect("a branch");
+        let (left, successor) = (branch("00000002-0a0b0c0d"), branch("00000003-01010101"));
+        let path = [
+            server_branch("00000001", Lsn(40)),
+            server_branch("00000003-01010101", Lsn::MAX),
+        ];
+        let held = [("00000001", 60), ("00000002-0a0b0c0d", 90)].map(|(text, end)| Held {
+            branch: branch(text),
+            end_lsn: Lsn(end),
+        });
+        let loss = |successor: &str, from, to| {
+            FailoverLoss::new(
+                (left, branch(successor)),
+                (Lsn(from), Lsn(to)),
+                PgTimestamp(0),
+                Vec::new(),
+            )
+        };
+        let fork = |_| Ok(Some(Lsn(50)));
+        let check = |known: &[FailoverLoss], expected: &[(u64, u64)]| {
+            let found = abandoned(&path, &held, fork, known).expect("nothing is read");
+            let expected: Vec<Orphan> = expected
+                .iter()
+                .map(|(from, to)| Orphan {
+                    branch: left,
+                    successor,
+                    from: Lsn(*from),
+                    to: Lsn(*to),
+                })
+                .collect();
+            assert_eq!(found, expected);
+        };
+        check(&[], &[(50, 90)]);
+        check(&[loss("00000004-02020202", 70, 90)], &[(50, 70)]);
+        check(&[loss("00000003-01010101", 50, 90)], &[]);
     }
 }
