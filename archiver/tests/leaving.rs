@@ -51,14 +51,14 @@ fn a_backup_is_kept_until_it_is_released_and_remove_drops_every_slot() {
             == "1"
     });
     wait_until("the standby has our slot", || slots(&standby) == "1");
-    // A second archiver of the same server is named like its slot.
+    // A second archiver of the same server has a slot and a name of its own.
     let second = Place::new();
     let slot = second.spool().with_extension("toml");
-    fs::write(&slot, "slot = 'offsite'\n").expect("a configuration");
+    fs::write(&slot, "slot = 'offsite'\napplication_name = 'offsite'\n").expect("a configuration");
     let mut offsite = second.command(&primary.conninfo());
     offsite.arg("--config").arg(&slot);
     let offsite = second.run_with(offsite);
-    wait_until("the second one streams under the name of its slot", || {
+    wait_until("the second one streams under its name", || {
         primary.sql("SELECT count(*) FROM pg_stat_replication WHERE application_name = 'offsite'")
             == "1"
     });

@@ -197,12 +197,13 @@ fn assert_no_command_takes_the_copy(
         let ends = ranges.filter_map(|range| range["end_lsn"].as_str()?.parse::<Lsn>().ok());
         ends.max()
     };
-    wait_until("the window is cut", || {
+    let planned = ends(&elsewhere);
+    wait_until(&format!("the window is cut to {planned:?}"), || {
         let shown = archiver.get("/api/v1/clusters/main/window");
         let (_, body) = shown.split_once("\r\n\r\n").expect("a body");
         let shown: serde_json::Value = serde_json::from_str(body).expect("JSON");
-        // The catalog no longer knows tails of the copy whose segment was sealed later.
-        let (shown, planned) = (ends(&shown), ends(&elsewhere));
+        eprintln!("WINDOW {:?} of {planned:?} {shown}", ends(&shown));
+        let shown = ends(&shown);
         shown <= planned && shown.map(|shown| shown.add(1 << 20)) > planned
     });
 }

@@ -88,7 +88,9 @@ impl Scene {
         let text = all.iter().map(|(key, value)| format!("{key} = {value}\n"));
         let file = self.path("tidemark.toml");
         fs::write(&file, text.collect::<String>()).expect("a configuration");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_wal-archiver"));
+        // Any user can execute this copy.
+        let program = testbed::programs::ours("wal-archiver").expect("it is built");
+        let mut command = Command::new(program);
         command
             .current_dir("/")
             .env_clear()

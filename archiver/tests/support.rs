@@ -344,8 +344,10 @@ impl Place {
         self.command_with_spool(conninfo, &self.spool())
     }
 
+    /// The same with another spool. Any user can execute the program.
     pub(crate) fn command_with_spool(&self, conninfo: &str, spool: &Path) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_wal-archiver"));
+        let program = testbed::programs::ours("wal-archiver").expect("it is built");
+        let mut command = Command::new(program);
         command
             .arg("--repository")
             .arg(format!("file://{}", self.repository().display()))

@@ -26,7 +26,8 @@ const EXPIRE_DEFAULT: Duration = Duration::from_secs(86_400);
 /// The minimum of `remote_flush_bytes`. Below it, an object costs more than its content.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
-/// Default of `application_name` with the default slot.
+/// Default of `application_name`. It does not follow the slot: commits would wait for ever where
+/// `synchronous_standby_names` has this name.
 const APPLICATION_NAME_DEFAULT: &str = "tidemark";
 /// PostgreSQL cuts a longer name off.
 const APPLICATION_NAME_BYTES_MAX: usize = 63;
@@ -109,8 +110,7 @@ pub struct ClusterSettings {
     /// The replication slot. Default: `tidemark_` and the cluster's name, with `_` for `-`.
     pub slot: String,
     /// Our name in `pg_stat_replication` and `synchronous_standby_names`, unless the connection
-    /// settings name one. Default: `tidemark` with the default slot, else the name of the slot, so
-    /// that two archivers of one server have two names.
+    /// settings name one. Default: `tidemark`.
     pub application_name: String,
     /// The place of its objects.
     pub repository: RepositoryPlace,
@@ -215,15 +215,13 @@ pub(super) fn resolve(
             Some(text) => parse_duration(key, text),
             None => Ok(default),
         };
-    let default_slot = format!("tidemark_{}", name.as_str().replace('-', "_"));
     let slot = table.slot.clone().or_else(|| defaults.slot.clone());
-    let slot = slot.unwrap_or_else(|| default_slot.clone());
+    let slot = slot.unwrap_or_else(|| format!("tidemark_{}", name.as_str().replace('-', "_")));
     let application_name = table.application_name.clone();
     let application_name = application_name.or_else(|| defaults.application_name.clone());
     let application_name = match application_name {
         Some(name) => checked_application_name(name)?,
-        None if slot == default_slot => APPLICATION_NAME_DEFAULT.to_owned(),
-        None => slot.clone(),
+        None => APPLICATION_NAME_DEFAULT.to_owned(),
     };
     let [repository_access, spool_access] = table.access.resolve(&defaults.access)?;
     let encryption = table.encryption.resolve(&defaults.encryption)?;
