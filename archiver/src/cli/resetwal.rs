@@ -19,6 +19,7 @@ use crate::{
     error::{Error, Result},
     pipeline::{
         Pipeline,
+        gap::{self, Closed},
         observe::RESETWAL,
         receive::StreamEnd,
         session::{Purpose, Source},
@@ -90,19 +91,34 @@ fn usage(message: String) -> Error {
     Error::Usage { message }
 }
 
-/// Streams what follows the archive up to the server's present, comparing the overlap as always.
+/// Streams what follows the archive up to the server's present, comparing the overlap as always. WAL
+/// that only the server lacks is searched for as in a running archiver.
 async fn stream(settings: &ClusterSettings, pipeline: &Pipeline) -> Result<()> {
     let conninfo = conninfo::of_cluster(settings)?;
     let (_request, mut shutdown) = Shutdown::new();
-    // The second attempt begins without an overlap that the server has removed.
-    for _ in 0..2 {
+    // The second attempt begins without an overlap that the server has removed, the third after a
+    // gap that another server filled.
+    for _ in 0..3 {
         let (source, _) = Source::connect_to_stream(&conninfo, &settings.name).await?;
         let until = source.flush_lsn();
-        let end = source
-            .stream(pipeline, Purpose::Heal(until), &mut shutdown)
-            .await?;
-        if end != StreamEnd::NoOverlap {
-            break;
+        let streamed = source.stream(pipeline, Purpose::Heal(until), &mut shutdown);
+        match streamed.await {
+            Ok(StreamEnd::NoOverlap) => {}
+            Err(gap @ Error::Gap { .. }) => {
+                let (source, _) = Source::connect(&conninfo, &settings.name).await?;
+                let said = gap.to_string();
+                match Box::pin(gap::close(source, pipeline, &said, &mut shutdown)).await? {
+                    Closed::Healed => {}
+                    Closed::NeedsOperator(_) => return Err(gap),
+                    Closed::Lost(_) | Closed::Waiting(_) => {
+                        return Err(usage(format!(
+                            "{gap}. That is a gap as any other, and no sign of pg_resetwal: start `wal-archiver run`, which \
+                             searches for this WAL on the servers of heal_from and standbys, and declares it lost after gap_grace"
+                        )));
+                    }
+                }
+            }
+            ended => return ended.map(drop),
         }
     }
     Ok(())
