@@ -202,7 +202,6 @@ fn assert_no_command_takes_the_copy(
         let shown = archiver.get("/api/v1/clusters/main/window");
         let (_, body) = shown.split_once("\r\n\r\n").expect("a body");
         let shown: serde_json::Value = serde_json::from_str(body).expect("JSON");
-        eprintln!("WINDOW {:?} of {planned:?} {shown}", ends(&shown));
         let shown = ends(&shown);
         shown <= planned && shown.map(|shown| shown.add(1 << 20)) > planned
     });

@@ -36,8 +36,8 @@ pub enum Error {
     },
     /// A signal came before recovery had ended and was compared with the plan.
     #[error(
-        "{signal} came before recovery had ended and was compared with the plan: the server was stopped; start it by hand \
-         to recover further, or restore again"
+        "{signal} came before recovery had ended and was compared with the plan: the server was stopped. Start it with \
+         `pg_ctl` to recover further, or remove the target directory and the directories of its tablespaces and restore again"
     )]
     Interrupted {
         /// The name of the signal.

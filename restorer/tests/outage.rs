@@ -6,37 +6,14 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
     process::Stdio,
     thread::sleep,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use testbed::{programs::directory, restored::Restored};
 
 use crate::support::{Archived, long, query, servers, wait_until};
-
-/// Returns the sealed segments, oldest first.
-fn sealed(folder: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir(folder).expect("a folder").flatten() {
-        let path = entry.path();
-        if path.is_dir() {
-            found.extend(sealed(&path));
-        } else if path.to_string_lossy().contains("/wal/") {
-            found.push(path);
-        }
-    }
-    found.sort();
-    found
-}
-
-fn mode(paths: &[PathBuf], mode: u32) {
-    for path in paths {
-        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("permissions");
-    }
-}
 
 #[test]
 fn a_store_that_fails_in_the_middle_is_waited_for() {
@@ -50,11 +27,8 @@ fn a_store_that_fails_in_the_middle_is_waited_for() {
     archived.sql("INSERT INTO done SELECT n, repeat('x', 700) FROM generate_series(1, 8000) n");
     archived.finish();
 
-    let segments = sealed(&archived.place.path().join("repository"));
-    assert!(segments.len() > 6, "{segments:?}");
-    let away = &segments[segments.len() / 2..];
-    // Owned by the user who restores, readable by nobody.
-    mode(away, 0o000);
+    let here = archived.place.path().join("repository");
+    let away = here.with_extension("away");
     let root = directory().expect("a directory");
     let arguments = ["--target-action=promote"];
     let mut restore =
@@ -64,7 +38,14 @@ fn a_store_that_fails_in_the_middle_is_waited_for() {
         .stderr(Stdio::piped())
         .spawn()
         .expect("it runs");
+    // The repository goes when the server starts, with the first segments or before them.
     let log = root.path().join("data/tidemark_recovery.log");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !log.exists() {
+        assert!(Instant::now() < deadline, "the server does not start");
+        sleep(Duration::from_millis(1));
+    }
+    repository::durable::rename(&here, &away).expect("it goes");
     wait_until("it waits for the store", || {
         fs::read_to_string(&log).is_ok_and(|log| log.contains("is tried again"))
     });
@@ -76,7 +57,7 @@ fn a_store_that_fails_in_the_middle_is_waited_for() {
         recovers && !said.contains("selected new timeline"),
         "it promoted early:\n{said}"
     );
-    mode(away, 0o600);
+    repository::durable::rename(&away, &here).expect("it is back");
     let output = child.wait_with_output().expect("it ends");
     let report = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(

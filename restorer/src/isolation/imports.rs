@@ -404,8 +404,10 @@ pub(super) fn remove_unused(directory: &Path) -> Result<()> {
     let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
     let configuration = Configuration::read(directory);
     let mut used = configuration.files.clone();
+    let version = fs::read_to_string(root.join("PG_VERSION")).unwrap_or_default();
+    let major = version.trim().parse().unwrap_or(u16::MAX);
     for file in access_files(&root, &configuration) {
-        access::add_read_files(&file, 0, &mut used);
+        access::add_read_files(&file, major, 0, &mut used);
     }
     for entry in fs::read_dir(&root).map_err(Error::io("list", &root))? {
         let path = entry.map_err(Error::io("list", &root))?.path();

@@ -17,6 +17,8 @@ use crate::{Error, Result};
 
 /// The first version that has include directives in these files.
 const HAS_INCLUDES: u16 = 16;
+/// The first version in which a backslash continues a line (`tokenize_file` in `hba.c`).
+const HAS_CONTINUATIONS: u16 = 14;
 /// The directive of a name with `@`.
 const AT: &str = "@";
 
@@ -42,9 +44,9 @@ struct Token {
     continues: bool,
 }
 
-/// Splits a file into logical lines. A backslash at the end of a line continues it from PostgreSQL
-/// 14 on. In 13, a file with such a line is not valid.
-fn lines_of(content: &str) -> Vec<String> {
+/// Splits a file into logical lines. From PostgreSQL 14 on, a backslash at the end of a line, also of
+/// a comment, continues it.
+fn lines_of(content: &str, major: u16) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     let mut continues = false;
     for line in content.split('\n') {
@@ -55,7 +57,7 @@ fn lines_of(content: &str) -> Vec<String> {
             }
             _ => lines.push(line.to_owned()),
         }
-        continues = line.trim_end_matches('\r').ends_with('\\');
+        continues = major >= HAS_CONTINUATIONS && line.trim_end_matches('\r').ends_with('\\');
     }
     lines
 }
@@ -166,7 +168,7 @@ impl Importer<'_> {
             return Ok(());
         }
         let content = text::decode(&bytes);
-        let mut lines = lines_of(&content);
+        let mut lines = lines_of(&content, self.cluster.major);
         let mut changed = false;
         for line in &mut lines {
             // From the end of the line, so that the places of the others stay. The names of the
@@ -298,7 +300,7 @@ impl Importer<'_> {
             Err(error) => return Ok(Err(error.to_string())),
         };
         let folder = target.parent().unwrap_or(Path::new("/"));
-        let mut lines = lines_of(&content);
+        let mut lines = lines_of(&content, self.cluster.major);
         for line in &mut lines {
             for named in self.names(line).into_iter().rev() {
                 let next = folder.join(text::path(&named.path));
@@ -330,13 +332,13 @@ impl Importer<'_> {
 }
 
 /// Adds a file of access rules and the files that it includes to `used`.
-pub(super) fn add_read_files(file: &Path, depth: usize, used: &mut BTreeSet<PathBuf>) {
+pub(super) fn add_read_files(file: &Path, major: u16, depth: usize, used: &mut BTreeSet<PathBuf>) {
     let (Ok(bytes), true) = (read_regular(file), depth <= DEPTH_MAX) else {
         return;
     };
     used.insert(fs::canonicalize(file).unwrap_or_else(|_| file.to_owned()));
     let folder = file.parent().unwrap_or(Path::new("/"));
-    for named in lines_of(&text::decode(&bytes))
+    for named in lines_of(&text::decode(&bytes), major)
         .iter()
         .flat_map(|line| named_in(line))
     {
@@ -346,7 +348,7 @@ pub(super) fn add_read_files(file: &Path, depth: usize, used: &mut BTreeSet<Path
             _ => vec![next],
         };
         for file in files {
-            add_read_files(&file, depth + 1, used);
+            add_read_files(&file, major, depth + 1, used);
         }
     }
 }
@@ -383,7 +385,8 @@ mod tests {
 
     #[test]
     fn a_continued_line_is_one_line() {
-        assert_eq!(lines_of("a \\\nb\nc"), ["a \\\nb", "c"]);
+        assert_eq!(lines_of("a \\\nb\nc", 14), ["a \\\nb", "c"]);
+        assert_eq!(lines_of("# a\\\n@b", 13), ["# a\\", "@b"]);
         let line = "host @x\\\ny all";
         let [named] = named_in(line).try_into().expect("one name");
         assert_eq!(named.path, "xy");
