@@ -109,6 +109,9 @@ pub struct Facts {
     pub losses: Vec<FoundLoss>,
     /// The reason why the record of lost objects cannot be read.
     pub losses_problem: Option<String>,
+    /// The reason why no program can tell whose archive the repository is: an object below `epoch/`
+    /// is damaged. Nothing can be restored then.
+    pub identity_problem: Option<String>,
     /// The number of times that the stages have started. The look of an earlier archive does not
     /// count.
     pub archive_number: u64,

@@ -405,6 +405,17 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
         events().contains("this wrapped data key had been lost")
     });
 
+    // No program can tell whose archive it is: nothing can be restored meanwhile.
+    let stray = place.repository().join("main/epoch/00000009.json.enc");
+    fs::write(&stray, "hello").expect("it is written");
+    wait_until("the damaged epoch is named", || {
+        let report = report(&archiver);
+        let reason = report["reason"].to_string();
+        reason.contains("epoch/00000009.json") && report["state"] == "broken"
+    });
+    fs::remove_file(stray).expect("it goes");
+    wait_until("all is well without it", || is_ok(&archiver));
+
     // A part of the newest backup is missed, too.
     let parts = place.files_below(".tar.zst");
     let part = parts.last().expect("a slice");

@@ -47,6 +47,7 @@ impl ClusterStatus {
                 Some(format!("the last restore drill failed: {}", drill.message))
             }
             _ if !lost.is_empty() => Some(lost_reason(&lost)),
+            _ if facts.identity_problem.is_some() => facts.identity_problem.clone(),
             _ if facts.losses_problem.is_some() => facts.losses_problem.clone(),
             (_, Some(objects @ 1..)) => {
                 let problems = verified.map_or(&[][..], |verify| verify.damaged.as_slice());

@@ -417,6 +417,13 @@ impl Presence {
 pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> Result<()> {
     let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
     presence.check(archive, &archive.catalog().backups()?)?;
+    let problem = match archive.repository().identity() {
+        Err(error @ StoreError::Damaged { .. }) => Some(error.to_string()),
+        identity => identity.map(|_| None)?,
+    };
+    archive
+        .status()
+        .note(|facts| facts.identity_problem = problem);
     let losses = &archive.loss_record;
     let open = losses.open()?.into_iter().map(|found| found.loss);
     let accepted = losses.accepted()?.into_iter().rev().take(ACCEPTED_SAMPLES);
