@@ -132,6 +132,8 @@ pub struct Facts {
     pub push_differs: BTreeMap<OsString, String>,
     /// A setting of the server that makes commits wait for us in a dangerous way.
     pub danger: Option<&'static str>,
+    /// The reason why standbys cannot stream from the archive, although `walsender` is set.
+    pub walsender_problem: Option<String>,
     /// The reason why the spool accepts no more WAL, while it waits for space.
     pub spool_full: Option<&'static str>,
     /// The number of bytes in the spool's files.

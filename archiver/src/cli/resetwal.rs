@@ -91,8 +91,8 @@ fn usage(message: String) -> Error {
     Error::Usage { message }
 }
 
-/// Streams what follows the archive up to the server's present, comparing the overlap as always. WAL
-/// that only the server lacks is searched for as in a running archiver.
+/// Streams what follows the archive up to the server's present, comparing the overlap as always.
+/// WAL that only the server lacks is searched for as in a running archiver.
 async fn stream(settings: &ClusterSettings, pipeline: &Pipeline) -> Result<()> {
     let conninfo = conninfo::of_cluster(settings)?;
     let (_request, mut shutdown) = Shutdown::new();

@@ -95,6 +95,7 @@ impl ClusterStatus {
                 "a failover to the standby {server} may need a new base backup: {problem}"
             ))
         });
+        let standby = standby.or_else(|| facts.walsender_problem.clone());
         // A full spool is the consequence of an unavailable repository. Both reasons are shown.
         let repository = facts.repository_broken.values().next().map(|problem| {
             let room = shortage.as_ref().map(|shortage| format!("; {shortage}"));

@@ -50,9 +50,9 @@ pub(crate) fn orphans(path: &[ServerBranch], held: &[Held]) -> Vec<Orphan> {
         .collect()
 }
 
-/// Returns the archived WAL of branches beside the server's path. The server had it until it was
-/// restored to a moment before their fork and promoted to the last branch of the path. `fork`
-/// returns the LSN at which a branch begins. What `known` losses contain is left out.
+/// Returns the archived WAL of branches that are not on the server's path. The server had it until
+/// it was restored to a moment before their fork and promoted to the last branch of the path.
+/// `fork` returns the LSN at which a branch begins. What `known` losses contain is left out.
 fn abandoned(
     path: &[ServerBranch],
     held: &[Held],

@@ -3,9 +3,9 @@
 //!
 //! The two kinds of loss have different consequences:
 //! - If the newest sealed segment is missing, or the newest tail after it, the place is an older
-//!   state of the repository (a mounted copy, a snapshot). Nothing is stored there, because it would
-//!   be missing in the right repository. WAL waits in the spool until the right repository is back
-//!   or an operator accepts the loss.
+//!   state of the repository (a mounted copy, a snapshot). Nothing is stored there, because it
+//!   would be missing in the right repository. WAL waits in the spool until the right repository
+//!   is back or an operator accepts the loss.
 //! - If any other object is missing, archiving continues. The loss is reported until the objects
 //!   are back or the loss is accepted.
 //!

@@ -44,8 +44,8 @@ struct Token {
     continues: bool,
 }
 
-/// Splits a file into logical lines. From PostgreSQL 14 on, a backslash at the end of a line, also of
-/// a comment, continues it.
+/// Splits a file into logical lines. From PostgreSQL 14 on, a backslash at the end of a line, also
+/// of a comment, continues it.
 fn lines_of(content: &str, major: u16) -> Vec<String> {
     let mut lines: Vec<String> = Vec::new();
     let mut continues = false;
