@@ -117,7 +117,7 @@ pub enum Error {
     },
     /// Another archiver holds the spool.
     #[error(
-        "the spool {path} is in use by another archiver; stop it, or give this one another --spool",
+        "the spool {path} is in use by another archiver; stop it first",
         path = path.display()
     )]
     SpoolLocked {

@@ -46,7 +46,7 @@ pub struct CommonArgs {
         help_heading = "Common options"
     )]
     pub config: Option<PathBuf>,
-    /// The cluster. Default: main, or the only one in the file.
+    /// The cluster. Default: the only one in the file, or main if the file has none.
     #[arg(
         long,
         global = true,

@@ -275,7 +275,7 @@ impl Archive {
         {
             return self.refuse_older(range);
         }
-        // Only the newest tail of the open segment is checked: other tails may be superseded.
+        // The other tails are checked in turn ([`Presence::check`]).
         let branch = self.status().progress().positions().branch();
         let is_newest = |tail: &&WalRange| {
             let before = sealed.as_ref().filter(|sealed| sealed.branch == branch);
@@ -294,6 +294,28 @@ impl Archive {
             return self.refuse_older(&tail);
         }
         Ok(())
+    }
+
+    /// Returns the tails that this host has stored and that no sealed segment has replaced.
+    fn open_tails(&self) -> Vec<WalRange> {
+        let tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+        tails.values().flatten().cloned().collect()
+    }
+
+    /// Returns true if a stored tail is missing although no sealed segment has replaced it. Then the
+    /// catalog has to be updated, which records the loss, and the tail is not checked again.
+    fn lacks_tail(&self, tail: &WalRange) -> repository::Result<bool> {
+        if !self.is_absent(&tail.key(&self.cluster))? {
+            return Ok(false);
+        }
+        let mut tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut is_open = false;
+        for known in tails.values_mut() {
+            let count = known.len();
+            known.retain(|known| known != tail);
+            is_open |= known.len() < count;
+        }
+        Ok(is_open)
     }
 
     /// Makes the stages start again, because a place lacks the newest segment or tail. Returns the
@@ -321,6 +343,8 @@ pub(super) struct Presence {
     segment: Option<WalRange>,
     /// The number of backups that were checked.
     backups: usize,
+    /// The number of tails that were checked.
+    tails: usize,
     /// The numbers of parts that were checked: of the newest backup, and of the others.
     parts: [usize; 2],
 }
@@ -360,6 +384,12 @@ impl Presence {
             lacks |= archive.is_absent(&ObjectKey::BackupInfo(system, backup.id.clone()))?;
         }
         self.backups = self.backups.wrapping_add(samples);
+        let tails = archive.open_tails();
+        let in_turn = tails.iter().cycle().skip(self.tails % tails.len().max(1));
+        for tail in in_turn.take(samples.min(tails.len())) {
+            lacks |= archive.lacks_tail(tail)?;
+        }
+        self.tails = self.tails.wrapping_add(samples);
         self.check_parts(archive, backups, samples)?;
         let sample = archive
             .catalog()
