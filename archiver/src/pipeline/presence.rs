@@ -302,8 +302,8 @@ impl Archive {
         tails.values().flatten().cloned().collect()
     }
 
-    /// Returns true if a stored tail is missing although no sealed segment has replaced it. Then the
-    /// catalog has to be updated, which records the loss, and the tail is not checked again.
+    /// Returns true if a stored tail is missing although no sealed segment has replaced it. Then
+    /// the catalog has to be updated, which records the loss, and the tail is not checked again.
     fn lacks_tail(&self, tail: &WalRange) -> repository::Result<bool> {
         if !self.is_absent(&tail.key(&self.cluster))? {
             return Ok(false);
