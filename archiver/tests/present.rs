@@ -405,6 +405,24 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
         events().contains("this wrapped data key had been lost")
     });
 
+    // A tail is missed although it is not the newest one.
+    let tails = || place.files_below("/tail/");
+    wait_until("two tails are stored", || {
+        server.sql("SELECT pg_logical_emit_message(true, '', 'some more WAL')");
+        tails().len() > 1
+    });
+    let tail = tails().remove(0);
+    let content = fs::read(&tail).expect("it reads");
+    fs::remove_file(&tail).expect("it goes");
+    wait_until("the tail is named", || {
+        let report = report(&archiver);
+        report["lost_objects"].to_string().contains("/tail/") && report["state"] == "broken"
+    });
+    fs::write(&tail, content).expect("it is back");
+    wait_until("all is well with it", || {
+        is_ok(&archiver) && report(&archiver)["lost_objects"] == serde_json::json!([])
+    });
+
     // No program can tell whose archive it is: nothing can be restored meanwhile.
     let stray = place.repository().join("main/epoch/00000009.json.enc");
     fs::write(&stray, "hello").expect("it is written");

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    net::TcpListener,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -258,5 +259,33 @@ fn strangers_and_wrong_words_are_refused() {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(text.contains("an archive and no database"), "{text}");
     assert!(!archiver.log().contains("secret"));
+    assert_eq!(archiver.terminate().code(), Some(0));
+    an_address_in_use_ends_no_archiving(&server, &place, &file);
+}
+
+fn an_address_in_use_ends_no_archiving(server: &Server, place: &Place, file: &Path) {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = taken.local_addr().expect("an address").to_string();
+    let text = fs::read_to_string(file).expect("a configuration");
+    fs::write(file, text.replace("127.0.0.1:0", &address)).expect("a configuration");
+    let mut command = place.command(&server.conninfo());
+    command.arg("--config").arg(file);
+    let archiver = place.run_with(command);
+    let served = || {
+        let log = archiver.log();
+        log.matches("standbys may stream from the archive").count()
+    };
+    let before = served();
+    server.write_wal(300);
+    wait_flushed(server, server.lsn());
+    let is_named = || {
+        let report = archiver.get("/api/v1/clusters/main");
+        report.contains("standbys cannot stream from the archive") && report.contains(&address)
+    };
+    wait_until("the address is named", is_named);
+    drop(taken);
+    wait_until("it is used when it is free", || {
+        served() > before && !is_named()
+    });
     assert_eq!(archiver.terminate().code(), Some(0));
 }

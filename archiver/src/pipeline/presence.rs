@@ -471,8 +471,9 @@ pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> 
 fn is_partly_back(archive: &Archive, loss: &Loss) -> Result<bool> {
     let repository = archive.repository();
     if let Loss::Tail { .. } = loss {
+        // Its own object, or WAL that the catalog knows: the sealed segment or other tails.
         let left = still_missing(archive.catalog(), repository, loss)?;
-        return Ok(left.is_empty());
+        return Ok(left.is_empty() || repository.head(&loss.key())?.is_some());
     }
     // The last segment may be back before the first one.
     for key in [loss.key(), loss.last_key()] {
