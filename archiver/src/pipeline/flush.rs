@@ -177,10 +177,13 @@ fn work(
         if syncs {
             archive.status().flushed(began.elapsed());
         }
-        pending.fetch_sub(1, Ordering::AcqRel);
         if let Err(error) = outcome {
+            // The job stays pending. Linux reports a failed write to one fsync of an open file
+            // only, so an fsync by the connection's thread, which comes when this thread is idle,
+            // would succeed, and WAL that is not on the disk would be acknowledged.
             failure.raise(error);
             return;
         }
+        pending.fetch_sub(1, Ordering::AcqRel);
     }
 }

@@ -20,7 +20,7 @@ pub struct Facts<'a> {
     pub stream_connected: bool,
     /// The lag of the repository in seconds. It is an upper bound while the primary is not seen.
     pub remote_rpo_seconds: Option<f64>,
-    /// The part of that lag that is proved ([`Exposure::proved`]).
+    /// The part of that lag that is proved ([`Exposure::proved`](crate::rpo::Exposure::proved)).
     pub proved_rpo_seconds: Option<f64>,
     /// The target, in seconds.
     pub rpo_target_seconds: f64,
