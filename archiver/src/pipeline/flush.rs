@@ -59,7 +59,11 @@ impl Flusher {
         let left = Arc::clone(&pending);
         let thread = std::thread::Builder::new()
             .name("flush".to_owned())
-            .spawn(move || work(&queue, &left, &archive, &backlog, &failure))
+            .spawn(move || {
+                work(&queue, &left, &failure, |job| {
+                    perform(job, &archive, &backlog)
+                });
+            })
             .map_err(Error::no_thread("flush"))?;
         Ok(Self {
             jobs: Some(jobs),
@@ -132,52 +136,15 @@ fn stopped() -> Error {
     }
 }
 
+/// Performs the jobs until one fails.
 fn work(
     queue: &Receiver<Job>,
     pending: &AtomicUsize,
-    archive: &Archive,
-    backlog: &Backlog,
     failure: &Failure,
+    perform: impl Fn(Job) -> Result<()>,
 ) {
-    let progress = archive.status().progress();
     while let Ok(job) = queue.recv() {
-        let began = Instant::now();
-        let syncs = !matches!(job, Job::Settle(_));
-        let outcome = match job {
-            Job::Finish(segment) => {
-                let number = segment.file.segment();
-                let done = segment.file.finish();
-                if done.is_ok() {
-                    let end = number.end_lsn(archive.identity().segment_size);
-                    let summary = Some((segment.summary, segment.proven));
-                    backlog.push(segment.branch, number, Some(end), summary);
-                }
-                done
-            }
-            Job::Sync {
-                open,
-                start_lsn,
-                end_lsn,
-            } => {
-                let done = open.sync();
-                if done.is_ok() {
-                    progress.on(Event::Synced {
-                        segment_start: start_lsn,
-                        end_lsn,
-                    });
-                }
-                done
-            }
-            Job::Settle(done) => {
-                // The receiver is gone only when the whole archive ends.
-                let _gone = done.send(());
-                Ok(())
-            }
-        };
-        if syncs {
-            archive.status().flushed(began.elapsed());
-        }
-        if let Err(error) = outcome {
+        if let Err(error) = perform(job) {
             // The job stays pending. Linux reports a failed write to one fsync of an open file
             // only, so an fsync by the connection's thread, which comes when this thread is idle,
             // would succeed, and WAL that is not on the disk would be acknowledged.
@@ -185,5 +152,68 @@ fn work(
             return;
         }
         pending.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+fn perform(job: Job, archive: &Archive, backlog: &Backlog) -> Result<()> {
+    let began = Instant::now();
+    let outcome = match job {
+        Job::Finish(segment) => {
+            let number = segment.file.segment();
+            let done = segment.file.finish();
+            if done.is_ok() {
+                let end = number.end_lsn(archive.identity().segment_size);
+                let summary = Some((segment.summary, segment.proven));
+                backlog.push(segment.branch, number, Some(end), summary);
+            }
+            done
+        }
+        Job::Sync {
+            open,
+            start_lsn,
+            end_lsn,
+        } => {
+            let done = open.sync();
+            if done.is_ok() {
+                archive.status().progress().on(Event::Synced {
+                    segment_start: start_lsn,
+                    end_lsn,
+                });
+            }
+            done
+        }
+        Job::Settle(done) => {
+            // The receiver is gone only when the whole archive ends.
+            let _gone = done.send(());
+            return Ok(());
+        }
+    };
+    archive.status().flushed(began.elapsed());
+    outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_failed_job_the_thread_is_never_idle_again() {
+        let (jobs, queue) = sync_channel(JOBS_MAX);
+        let flusher = Flusher {
+            jobs: Some(jobs),
+            pending: Arc::default(),
+            thread: None,
+        };
+        let failure = Failure::default();
+        let (done, _wait) = sync_channel(1);
+        flusher.submit(Job::Settle(done)).expect("there is room");
+        work(&queue, &flusher.pending, &failure, |_| {
+            Err(Error::SpoolFull)
+        });
+        drop(queue);
+        assert!(!flusher.is_idle());
+        assert!(failure.take().is_some());
+        assert!(flusher.settle().is_err());
+        assert!(!flusher.is_idle());
     }
 }
