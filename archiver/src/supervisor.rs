@@ -183,7 +183,7 @@ pub async fn run(
 async fn listen(
     settings: &ClusterSettings,
     status: &Arc<ClusterStatus>,
-) -> Result<(Option<PushServer>, Option<Standbys>)> {
+) -> Result<(Option<PushServer>, Option<Walsender>)> {
     let pushes = match push::start(settings, Arc::clone(status)) {
         Err(error) if !error.is_out_of_resources() => {
             tracing::warn!(
@@ -194,53 +194,8 @@ async fn listen(
         }
         started => Some(started?),
     };
-    let standbys = match walsender::start(settings, Arc::clone(status)).await {
-        Err(error @ Error::Io { .. }) if !error.is_out_of_resources() => {
-            let (settings, status) = (settings.clone(), Arc::clone(status));
-            Some(Standbys::Later(AbortOnDrop(tokio::spawn(
-                serve_standbys_later(settings, status, error),
-            ))))
-        }
-        started => started?.map(Standbys::Served),
-    };
+    let standbys = walsender::start(settings, Arc::clone(status)).await?;
     Ok((pushes, standbys))
-}
-
-/// The listener for standbys, held while the cluster is archived.
-#[expect(dead_code, reason = "held for their effect")]
-enum Standbys {
-    Served(Walsender),
-    Later(AbortOnDrop),
-}
-
-/// A task that ends with its holder.
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Tries the address for standbys again until it can be used. Archiving does not depend on it.
-async fn serve_standbys_later(settings: ClusterSettings, status: Arc<ClusterStatus>, error: Error) {
-    let problem = format!(
-        "standbys cannot stream from the archive: {error}; choose another address for walsender, or stop the program that uses it"
-    );
-    tracing::error!(
-        event = "standbys_unserved", cluster = %settings.name,
-        "{problem}. Archiving goes on, and the address is tried again"
-    );
-    status.note(|facts| facts.walsender_problem = Some(problem));
-    let walsender = loop {
-        tokio::time::sleep(RETRY_MAX).await;
-        if let Ok(started) = walsender::start(&settings, Arc::clone(&status)).await {
-            break started;
-        }
-    };
-    status.note(|facts| facts.walsender_problem = None);
-    std::future::pending::<()>().await;
-    drop(walsender);
 }
 
 struct Supervisor {

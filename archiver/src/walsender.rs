@@ -42,6 +42,8 @@ use crate::{
 const CONNECTIONS_MAX: usize = 32;
 /// The number of attempts to bind an address that is in use: two seconds in total.
 const BIND_ATTEMPTS_MAX: u32 = 10;
+/// The pause after these attempts. Archiving goes on meanwhile.
+const BIND_RETRY: Duration = Duration::from_secs(5);
 /// The pause after a failed accept. File descriptors become available when connections end.
 const ACCEPT_RETRY: Duration = Duration::from_millis(200);
 
@@ -67,15 +69,17 @@ impl Drop for Walsender {
     }
 }
 
-/// Starts a listener for a cluster if its settings ask for one.
+/// Starts a listener for a cluster if its settings ask for one. While the address cannot be bound,
+/// the status says so and the listener tries it again: archiving does not depend on it.
 ///
 /// # Errors
-/// [`Error::Io`] when the address cannot be bound, [`Error::Usage`] when the certificate or the
+/// [`Error::Io`] when no file descriptor is left, [`Error::Usage`] when the certificate or the
 /// password cannot be used.
 pub async fn start(
     settings: &ClusterSettings,
     status: Arc<ClusterStatus>,
 ) -> Result<Option<Walsender>> {
+    status.note(|facts| facts.walsender_problem = None);
     let Some(walsender) = settings.walsender.clone() else {
         return Ok(None);
     };
@@ -86,12 +90,11 @@ pub async fn start(
     })?;
     let verifier = walsender.password.as_ref();
     let verifier = verifier.map(|password| scram::Verifier::of(password.reveal()));
-    let address = walsender.address;
-    let listener = bind(address)
-        .await
-        .map_err(Error::io("listen on", address.to_string()))?;
-    if let Ok(address) = listener.local_addr() {
-        tracing::info!(cluster = %settings.name, %address, "standbys may stream from the archive");
+    let bound = bind(walsender.address).await;
+    if let Err(error) = &bound
+        && error.is_out_of_resources()
+    {
+        return bound.map(|_| None);
     }
     let shared = Arc::new(Shared {
         cluster: settings.name.to_string(),
@@ -102,22 +105,57 @@ pub async fn start(
         connections: AtomicUsize::new(0),
     });
     Ok(Some(Walsender {
-        listening: tokio::spawn(listen(listener, shared)),
+        listening: tokio::spawn(async move {
+            let listener = match bound {
+                Ok(listener) => listener,
+                Err(error) => bind_later(&shared, &error).await,
+            };
+            if let Ok(address) = listener.local_addr() {
+                let cluster = &shared.cluster;
+                tracing::info!(cluster, %address, "standbys may stream from the archive");
+            }
+            listen(listener, shared).await;
+        }),
     }))
 }
 
 /// Binds the address, with retries: a restarted cluster may bind before its predecessor has closed
 /// the listener.
-async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    for _ in 1..BIND_ATTEMPTS_MAX {
+async fn bind(address: SocketAddr) -> Result<TcpListener> {
+    let mut attempts = 1;
+    loop {
         match TcpListener::bind(address).await {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            Err(error)
+                if error.kind() == io::ErrorKind::AddrInUse && attempts < BIND_ATTEMPTS_MAX =>
+            {
+                attempts += 1;
                 tokio::time::sleep(ACCEPT_RETRY).await;
             }
-            outcome => return outcome,
+            bound => return bound.map_err(Error::io("listen on", address.to_string())),
         }
     }
-    TcpListener::bind(address).await
+}
+
+/// Reports that the address could not be bound, and tries it until it can be.
+async fn bind_later(shared: &Shared, error: &Error) -> TcpListener {
+    let problem = format!(
+        "standbys cannot stream from the archive: {error}; choose another address for walsender, or stop the program that uses it"
+    );
+    tracing::error!(
+        event = "standbys_unserved",
+        cluster = shared.cluster,
+        "{problem}. Archiving goes on, and the address is tried again"
+    );
+    shared
+        .status
+        .note(|facts| facts.walsender_problem = Some(problem));
+    loop {
+        tokio::time::sleep(BIND_RETRY).await;
+        if let Ok(listener) = bind(shared.settings.address).await {
+            shared.status.note(|facts| facts.walsender_problem = None);
+            return listener;
+        }
+    }
 }
 
 async fn listen(listener: TcpListener, shared: Arc<Shared>) {
