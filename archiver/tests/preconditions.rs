@@ -115,7 +115,7 @@ impl Scene {
             .iter()
             .filter(|part| !said.contains(**part))
             .collect();
-        // What is refused before the checks needs no line.
+        // A configuration that is refused before the checks prints no line of theirs.
         let is_found = said.contains("FAIL") || code == 2;
         let is_unchanged = self.files() == before;
         let is_right = code == case.code && lacking.is_empty() && is_found && is_unchanged;

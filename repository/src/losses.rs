@@ -383,7 +383,7 @@ impl Known {
 mod tests {
     use super::*;
 
-    fn wal(from: u64, to: u64) -> Loss {
+    pub(super) fn wal(from: u64, to: u64) -> Loss {
         Loss::Wal {
             system: SystemIdentifier(7),
             segment_size: SegmentSize::DEFAULT,

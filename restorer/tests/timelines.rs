@@ -154,7 +154,7 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
         "was taken on timeline 00000002-",
     );
 
-    // What is shown is reached, also at the end of the timeline that was left.
+    // A plan reaches each shown time, also at the end of the timeline that the server left.
     assert!(scene.archived.plan_shown_times() > 2);
 
     // A second timeline 2, unrelated to the first: the number alone is refused, the branch is

@@ -51,7 +51,7 @@ pub(super) fn refresh(
             Ok(false) => {}
             Err(error) => {
                 if error.is_gone() {
-                    // What an older state holds is in the right repository, too.
+                    // The right repository holds every backup of an older state, too.
                     add_backups(catalog, repository, &mut report)?;
                 }
                 return Err(error);

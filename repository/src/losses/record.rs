@@ -367,19 +367,9 @@ fn read<T: DeserializeOwned + Default>(path: &Path) -> Result<Content<T>> {
 
 #[cfg(test)]
 mod tests {
-    use wal_format::{Branch, Lsn, SegmentSize, SystemIdentifier};
+    use wal_format::{Branch, Lsn, SystemIdentifier};
 
-    use super::*;
-
-    fn wal(from: u64, to: u64) -> Loss {
-        Loss::Wal {
-            system: SystemIdentifier(7),
-            segment_size: SegmentSize::DEFAULT,
-            branch: Branch::FIRST,
-            from_lsn: Lsn(from << 24),
-            to_lsn: Lsn(to << 24),
-        }
-    }
+    use super::{super::tests::wal, *};
 
     fn record() -> (tempfile::TempDir, LossRecord) {
         let directory = tempfile::tempdir().expect("a directory");
