@@ -72,7 +72,9 @@ fn wal_that_waits_for_the_store_costs_disk_and_not_memory() {
     } else {
         100
     };
-    let server = Server::start(&bin, "wal_sender_timeout=2s");
+    // The server keeps all of it, so that it can be compared.
+    let settings = "wal_sender_timeout=2s\nwal_keep_size=3GB";
+    let server = Server::start(&bin, settings);
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("INFO streaming");
