@@ -21,6 +21,8 @@ mod local;
 mod mirrored;
 mod observed;
 mod pinned;
+#[doc(hidden)]
+pub mod plain;
 mod requests;
 pub mod retry;
 mod s3;
@@ -195,6 +197,10 @@ pub struct ObjectMeta {
 }
 
 /// A store of objects. All calls block; see the crate's documentation.
+///
+/// No method has a default body: a store that wraps another one and forgets to pass a call on does
+/// not compile. A store without locks and without a place of its own takes these methods from
+/// `plain_store_methods!`.
 pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Stores `body` under `key` unless an object of that name exists. Durable when it returns.
     ///
@@ -208,17 +214,7 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// # Errors
     /// As [`ObjectStore::put_if_absent`]; [`Error::Damaged`] when the store acknowledged the object
     /// but contains other bytes.
-    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
-        let outcome = self.put_if_absent(key, body)?;
-        if outcome == PutOutcome::Created && self.get(key)? != body {
-            return Err(crate::Error::Damaged {
-                key: key.to_owned(),
-                url: self.url(),
-                problem: "what was put there is not what is there".to_owned(),
-            });
-        }
-        Ok(outcome)
-    }
+    fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome>;
 
     /// Reads the whole object.
     ///
@@ -230,18 +226,14 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
-    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
-        Ok(self.get(key)? == body)
-    }
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool>;
 
     /// Reads the object. A store with several places reads it from the first place with a copy that
-    /// `_sound` accepts. If no copy is intact, returns the bytes of a damaged one.
+    /// `sound` accepts. If no copy is intact, returns the bytes of a damaged one.
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
-    fn get_sound(&self, key: &str, _sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
-        self.get(key)
-    }
+    fn get_sound(&self, key: &str, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes>;
 
     /// Reads the bytes of `range`, which must lie within the object.
     ///
@@ -271,21 +263,7 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
-    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
-        let mut names: Vec<String> = Vec::new();
-        self.list(prefix, &mut |object| {
-            let below = object.key.strip_prefix(prefix);
-            if let Some((name, _)) = below.and_then(|below| below.split_once('/'))
-                && names.last().is_none_or(|last| last != name)
-            {
-                names.push(name.to_owned());
-            }
-            ControlFlow::Continue(())
-        })?;
-        names.sort_unstable();
-        names.dedup();
-        Ok(names)
-    }
+    fn folders(&self, prefix: &str) -> Result<Vec<String>>;
 
     /// Removes an object. Succeeds when the object does not exist.
     ///
@@ -298,12 +276,7 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`Error::Config`] where the store has no locks, [`Error::S3`].
-    fn lock(&self, key: &str, _span: LockSpan) -> Result<LockOutcome> {
-        Err(crate::Error::config(format!(
-            "{key} in {} cannot be locked: only a bucket with Object Lock can",
-            self.url()
-        )))
-    }
+    fn lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome>;
 
     /// Checks whether writing would work, as far as that can be known without writing an object.
     ///
@@ -319,66 +292,50 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// [`Error::Store`]; [`Error::Gone`] when the store was pinned.
-    fn exists(&self) -> Result<bool> {
-        Ok(true)
-    }
+    fn exists(&self) -> Result<bool>;
 
     /// Creates the place itself. Only the creation of an archive calls this: a folder that is
     /// missing later is not mounted.
     ///
     /// # Errors
     /// [`Error::Store`].
-    fn create_place(&self) -> Result<()> {
-        Ok(())
-    }
+    fn create_place(&self) -> Result<()>;
 
     /// Returns the witness for the object, or `None` when the object is proved absent.
     ///
     /// # Errors
     /// As [`ObjectStore::get`].
-    fn witness(&self, key: &str) -> Result<Option<Witness>> {
-        match self.get(key) {
-            Ok(stored) => Ok(Some(Witness::new(key, &stored))),
-            Err(error) if error.is_not_found() => Ok(None),
-            Err(error) => Err(error),
-        }
-    }
+    fn witness(&self, key: &str) -> Result<Option<Witness>>;
 
     /// Tells the store that no archive is known to exist there. From then until a pin, a folder
     /// that does not exist counts as empty.
-    fn expect_new(&self) {}
+    fn expect_new(&self);
 
     /// Makes every later write, and every answer "absent", fail with [`Error::Gone`] while the
     /// place does not contain one of the witnesses. A folder checks this before and after each
     /// write, a bucket from time to time.
-    fn pin(&self, _pin: Pin) {}
+    fn pin(&self, pin: Pin);
 
     /// Checks now that the place contains a witness. Objects that were put before this succeeds are
     /// in the right place.
     ///
     /// # Errors
     /// [`Error::Gone`]; [`Error::Store`], [`Error::S3`] when the check itself fails.
-    fn confirm(&self) -> Result<()> {
-        Ok(())
-    }
+    fn confirm(&self) -> Result<()>;
 
     /// Like [`ObjectStore::confirm`], but only where the check costs no request. Other stores
     /// succeed without a check.
     ///
     /// # Errors
     /// As [`ObjectStore::confirm`].
-    fn confirm_free(&self) -> Result<()> {
-        Ok(())
-    }
+    fn confirm_free(&self) -> Result<()>;
 
     /// Stores the wrapped keys of an encrypted store again, if they were lost since they were read.
     /// Returns the names of those that were lost. Other stores have none.
     ///
     /// # Errors
     /// Those of the requests.
-    fn put_back_keys(&self) -> Result<Vec<String>> {
-        Ok(Vec::new())
-    }
+    fn put_back_keys(&self) -> Result<Vec<String>>;
 }
 
 /// Returns true if a text is a valid key: parts between single slashes, none of which is empty or

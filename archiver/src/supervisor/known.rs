@@ -197,4 +197,6 @@ impl ObjectStore for Absent {
     fn url(&self) -> String {
         self.url.clone()
     }
+
+    repository::plain_store_methods!();
 }

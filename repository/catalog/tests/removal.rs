@@ -93,6 +93,8 @@ impl ObjectStore for Moody {
     fn url(&self) -> String {
         self.store.url()
     }
+
+    repository::plain_store_methods!();
 }
 
 struct Scene {

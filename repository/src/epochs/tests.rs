@@ -126,6 +126,8 @@ impl ObjectStore for HidingStore {
     fn url(&self) -> String {
         self.store.url()
     }
+
+    crate::plain_store_methods!();
 }
 
 fn repository(root: &Path) -> Repository {

@@ -17,7 +17,7 @@ use self::{
     keys::{DataKey, DataKeyId, KeyStore, Keys},
     object::{HEADER_BYTES, Header, SealError},
 };
-use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
+use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 use crate::{Error, Result, encryption::KeyRing};
 
 mod keys;
@@ -245,6 +245,15 @@ impl EncryptedStore {
             _ => Ok(()),
         }
     }
+
+    /// Decrypts a whole object.
+    fn open(&self, key: &str, object: &[u8]) -> Result<Bytes> {
+        let damaged = |error: SealError| self.damaged(key, error.to_string());
+        let header = Header::parse(object).map_err(damaged)?;
+        let data = self.reader(header.data_key, key)?;
+        let plain = object::open(&header, &data, key, object).map_err(damaged)?;
+        Ok(plain.into())
+    }
 }
 
 fn stored(name: &str) -> String {
@@ -264,12 +273,7 @@ impl ObjectStore for EncryptedStore {
 
     fn get(&self, key: &str) -> Result<Bytes> {
         let object = self.store().get(&stored(key));
-        let object = object.map_err(|error| self.plain_name(error))?;
-        let damaged = |error: SealError| self.damaged(key, error.to_string());
-        let header = Header::parse(&object).map_err(damaged)?;
-        let data = self.reader(header.data_key, key)?;
-        let plain = object::open(&header, &data, key, &object).map_err(damaged)?;
-        Ok(plain.into())
+        self.open(key, &object.map_err(|error| self.plain_name(error))?)
     }
 
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
@@ -425,5 +429,19 @@ impl ObjectStore for EncryptedStore {
         // Locked only for the copy: a store that does not answer must not keep requests waiting.
         let known = self.known().clone();
         known.map_or_else(|| Ok(Vec::new()), |keys| self.keys.put_back(&keys))
+    }
+
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
+        Ok(self.get(key)? == body)
+    }
+
+    fn get_sound(&self, key: &str, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        let is_sound = |object: &Bytes| self.open(key, object).is_ok_and(|plain| sound(&plain));
+        let object = self.store().get_sound(&stored(key), &is_sound);
+        self.open(key, &object.map_err(|error| self.plain_name(error))?)
+    }
+
+    fn lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome> {
+        self.store().lock(&stored(key), span)
     }
 }

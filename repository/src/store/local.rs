@@ -27,9 +27,9 @@ use rustix::{
 
 use self::entered::Entered;
 use super::{
-    ObjectMeta, ObjectStore, Pin, PutOutcome, Witness,
+    LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness,
     bounds::{object_bytes_max, too_long},
-    is_sound_key,
+    is_sound_key, plain,
 };
 use crate::{CrashPoint, Error, Result, access::FolderAccess, durable};
 
@@ -440,6 +440,18 @@ impl ObjectStore for LocalStore {
 
     fn confirm_free(&self) -> Result<()> {
         self.confirm()
+    }
+
+    fn get_sound(&self, key: &str, _sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        self.get(key)
+    }
+
+    fn lock(&self, key: &str, _span: LockSpan) -> Result<LockOutcome> {
+        plain::cannot_lock(self, key)
+    }
+
+    fn put_back_keys(&self) -> Result<Vec<String>> {
+        Ok(Vec::new())
     }
 }
 

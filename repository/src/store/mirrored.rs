@@ -17,7 +17,7 @@ use std::{
 use bytes::Bytes;
 
 use self::member::{Job, Member, Reply};
-use super::{ObjectMeta, ObjectStore, PutOutcome};
+use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness, plain};
 use crate::{Error, Result, config::Required};
 
 mod member;
@@ -327,6 +327,30 @@ impl ObjectStore for MirroredStore {
         }
         Ok(lost)
     }
+
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
+        Ok(self.get(key)? == body)
+    }
+
+    /// Each place is locked by itself.
+    fn lock(&self, key: &str, _span: LockSpan) -> Result<LockOutcome> {
+        plain::cannot_lock(self, key)
+    }
+
+    /// Each place is created by itself.
+    fn create_place(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn witness(&self, key: &str) -> Result<Option<Witness>> {
+        plain::witness_of(key, self.get(key))
+    }
+
+    /// The places are told by themselves.
+    fn expect_new(&self) {}
+
+    /// Each place is pinned by itself.
+    fn pin(&self, _pin: Pin) {}
 }
 
 impl Drop for MirroredStore {

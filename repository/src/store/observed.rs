@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
+use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 use crate::{Error, Result};
 
 /// Called for each request with its name (one of [`REQUESTS`]), its duration, and the kind of its
@@ -130,6 +130,10 @@ impl ObjectStore for ObservedStore {
 
     fn put_back_keys(&self) -> Result<Vec<String>> {
         self.store.put_back_keys()
+    }
+
+    fn lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome> {
+        self.timed("put", || self.store.lock(key, span))
     }
 }
 

@@ -172,6 +172,24 @@ impl<S: ObjectStore> ObjectStore for PinnedStore<S> {
         self.state().confirmed = checked.is_ok().then_some(asked);
         checked
     }
+
+    fn folders(&self, prefix: &str) -> Result<Vec<String>> {
+        self.check()?;
+        self.store.folders(prefix)
+    }
+
+    fn expect_new(&self) {
+        self.store.expect_new();
+    }
+
+    /// A check costs a request.
+    fn confirm_free(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn put_back_keys(&self) -> Result<Vec<String>> {
+        self.store.put_back_keys()
+    }
 }
 
 #[cfg(test)]

@@ -227,6 +227,22 @@ impl<S: ObjectStore> ObjectStore for Retrying<S> {
     fn confirm_free(&self) -> Result<()> {
         self.store.confirm_free()
     }
+
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
+        self.policy.run(|| self.store.holds(key, body))
+    }
+
+    fn get_sound(&self, key: &str, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        self.policy.run(|| self.store.get_sound(key, sound))
+    }
+
+    fn expect_new(&self) {
+        self.store.expect_new();
+    }
+
+    fn put_back_keys(&self) -> Result<Vec<String>> {
+        self.policy.run(|| self.store.put_back_keys())
+    }
 }
 
 #[cfg(test)]

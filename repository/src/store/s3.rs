@@ -578,6 +578,16 @@ impl ObjectStore for S3Store {
             format!("s3://{}/{}", self.bucket, self.prefix)
         }
     }
+
+    fn holds(&self, key: &str, body: &[u8]) -> Result<bool> {
+        Ok(self.get(key)? == body)
+    }
+
+    fn get_sound(&self, key: &str, _sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
+        self.get(key)
+    }
+
+    crate::unpinned_store_methods!();
 }
 
 impl Drop for S3Store {

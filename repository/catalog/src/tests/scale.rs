@@ -193,6 +193,8 @@ impl ObjectStore for Generated {
     fn url(&self) -> String {
         "generated:".to_owned()
     }
+
+    repository::plain_store_methods!();
 }
 
 /// Returns the peak memory of this process in MiB.

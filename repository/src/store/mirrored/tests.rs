@@ -62,6 +62,8 @@ impl ObjectStore for Flaky {
     fn url(&self) -> String {
         self.store.url()
     }
+
+    crate::plain_store_methods!();
 }
 
 fn pair(directory: &Path, required: Required) -> (MirroredStore, [Arc<AtomicBool>; 2]) {

@@ -270,4 +270,6 @@ impl ObjectStore for S3AsOf {
     fn url(&self) -> String {
         format!("{} as of {}", self.store.url(), self.at)
     }
+
+    crate::plain_store_methods!();
 }
