@@ -18,13 +18,13 @@ use aws_sdk_s3::{
     operation::get_object::GetObjectOutput,
     primitives::ByteStream,
 };
-use aws_smithy_types::base64;
 use bytes::{Bytes, BytesMut};
 use tokio::runtime::{Builder, Runtime};
 
 use self::{
     client::Signer,
     errors::{Action, Failure, HttpResponse},
+    notation::{checksum, parse_content_range},
     probe::Conditional,
 };
 use super::{
@@ -40,6 +40,7 @@ mod client;
 mod errors;
 mod listing;
 mod multipart;
+mod notation;
 mod probe;
 mod proof;
 mod retention;
@@ -422,11 +423,6 @@ impl Body {
     }
 }
 
-/// Returns the CRC-32C in S3's notation.
-fn checksum(bytes: &[u8]) -> String {
-    base64::encode(crc32c::crc32c(bytes).to_be_bytes())
-}
-
 impl ObjectStore for S3Store {
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         let full_key = self.full_key(Action::Put, key)?;
@@ -597,11 +593,4 @@ impl Drop for S3Store {
             runtime.shutdown_background();
         }
     }
-}
-
-/// Parses `bytes 2-5/10` as the half-open range `2..6`.
-fn parse_content_range(text: &str) -> Option<Range<u64>> {
-    let (range, _) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    Some(first.parse().ok()?..last.parse::<u64>().ok()?.checked_add(1)?)
 }
