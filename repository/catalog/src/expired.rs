@@ -1,11 +1,12 @@
 //! Keeps the catalog's copy of what expired, and removes the ranges and backups that it names.
 
 use repository::{ExpiredSet, Repository, Result, WalRange, expire::Index};
-use rocksdb::WriteBatch;
 use wal_format::{BackupInfo, ObjectKey};
 
 use super::{
-    BACKUPS, COMMIT_TIMES, Catalog, EXPIRED, META, RESTORE_POINTS, SEGMENTS, keys, refresh,
+    Catalog,
+    families::{Backups, CommitTimes, Expired, RestorePoints, Segments},
+    keys, refresh,
 };
 
 impl Catalog {
@@ -14,10 +15,7 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog).
     pub fn expired(&self) -> Result<ExpiredSet> {
-        match self.get(META, EXPIRED)? {
-            Some(json) => self.parse(META, &json),
-            None => Ok(ExpiredSet::default()),
-        }
+        Ok(self.get_single::<Expired>()?.unwrap_or_default())
     }
 
     /// Reads from the repository what expired, and removes it from the catalog. Returns true if
@@ -33,23 +31,22 @@ impl Catalog {
             return Ok(false);
         }
         let size = self.identity.wal_segment_size;
-        let mut batch = WriteBatch::default();
+        let mut batch = self.batch();
         for (branch, wal) in expired.branches() {
             for (from, to) in wal.iter() {
                 let first = keys::segment(branch, size.segment_of(from));
                 let behind = keys::segment(branch, size.segment_of(to));
-                for family in [SEGMENTS, COMMIT_TIMES] {
-                    batch.delete_range_cf(self.family(family), first, behind);
-                }
+                batch.delete_between::<Segments>(&first, &behind);
+                batch.delete_between::<CommitTimes>(&first, &behind);
                 let (first, behind) = (keys::position(branch, from), keys::position(branch, to));
-                batch.delete_range_cf(self.family(RESTORE_POINTS), first, behind);
+                batch.delete_between::<RestorePoints>(&first, &behind);
             }
         }
         for id in expired.backups() {
-            batch.delete_cf(self.family(BACKUPS), id.as_str());
+            batch.delete::<Backups>(id);
         }
-        batch.put_cf(self.family(META), EXPIRED, self.json(META, &expired)?);
-        self.db.write(batch).map_err(|error| self.failed(error))?;
+        batch.put_single::<Expired>(&expired)?;
+        batch.write()?;
         Ok(!expired.names_all_in(&known))
     }
 }

@@ -29,17 +29,38 @@ pub(super) fn segment(branch_of: Branch, segment: SegmentNo) -> [u8; 16] {
     key
 }
 
-/// Branch (8), segment (8), 0 for a sealed one or 1 for a tail (1), start (8), end (8).
-pub(super) fn range(range: &WalRange) -> [u8; 33] {
-    let mut key = [0; 33];
-    key[..16].copy_from_slice(&segment(range.branch, range.segment));
-    key[16] = match range.kind {
-        WalRangeKind::Sealed => 0,
-        WalRangeKind::Tail => 1,
-    };
-    key[17..25].copy_from_slice(&range.start_lsn.0.to_be_bytes());
-    key[25..].copy_from_slice(&range.end_lsn.0.to_be_bytes());
-    key
+/// The key of a range: branch (8), segment (8), 0 for a sealed one or 1 for a tail (1), start (8),
+/// end (8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct RangeKey([u8; 33]);
+
+impl RangeKey {
+    pub(super) fn new(range: &WalRange) -> Self {
+        let mut key = [0; 33];
+        key[..16].copy_from_slice(&segment(range.branch, range.segment));
+        key[16] = match range.kind {
+            WalRangeKind::Sealed => 0,
+            WalRangeKind::Tail => 1,
+        };
+        key[17..25].copy_from_slice(&range.start_lsn.0.to_be_bytes());
+        key[25..].copy_from_slice(&range.end_lsn.0.to_be_bytes());
+        Self(key)
+    }
+
+    pub(super) fn parse(stored: &[u8]) -> Option<Self> {
+        stored.try_into().ok().map(Self)
+    }
+
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Returns the first LSN of the range.
+    pub(super) fn start_lsn(&self) -> Lsn {
+        let mut start = [0; 8];
+        start.copy_from_slice(&self.0[17..25]);
+        Lsn(u64::from_be_bytes(start))
+    }
 }
 
 /// Branch (8), LSN (8).

@@ -25,18 +25,24 @@ use repository::{
     ClusterIdentity, Error, LostHistory, Missing, Repository, Result, WalIndex, WalRange,
     WalRangeKind,
 };
-use rocksdb::{ColumnFamily, DB, Direction, IteratorMode, WriteBatch};
+use rocksdb::{DB, IteratorMode};
 use tempfile::TempDir;
 use wal_format::{
     BackupId, BackupInfo, Branch, Lsn, PgTimestamp, SegmentSummary, TimelineHistory,
     TransactionEnd, WalEvent,
 };
 
+mod entries;
 mod expired;
+mod families;
 mod keys;
 mod missing;
 mod open;
 mod refresh;
+
+use entries::starting_at;
+use families::{Backups, CommitTimes, Family, META, RestorePoints, Segments, Timelines};
+use keys::RangeKey;
 
 pub use missing::Guard;
 pub use refresh::RefreshReport;
@@ -47,23 +53,6 @@ pub const MEMORY_BYTES: usize = open::BLOCK_CACHE_BYTES + 2 * open::WRITE_BUFFER
 
 /// The number of tables, which are files, that a catalog keeps open.
 pub const OPEN_TABLES_MAX: u64 = 14;
-
-const META: &str = "meta";
-const SEGMENTS: &str = "segments";
-const COMMIT_TIMES: &str = "commit_times";
-const RESTORE_POINTS: &str = "restore_points";
-const TIMELINES: &str = "timelines";
-const BACKUPS: &str = "backups";
-const FAMILIES: [&str; 6] = [
-    META,
-    SEGMENTS,
-    COMMIT_TIMES,
-    RESTORE_POINTS,
-    TIMELINES,
-    BACKUPS,
-];
-const IDENTITY: &[u8] = b"identity";
-const EXPIRED: &[u8] = b"expired";
 
 /// The index of one cluster's repository.
 #[derive(Debug)]
@@ -116,25 +105,17 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`].
     pub fn put_range(&self, range: &WalRange, summary: &SegmentSummary) -> Result<()> {
-        let key = keys::range(range);
-        let mut batch = WriteBatch::default();
-        batch.put_cf(self.family(SEGMENTS), key, self.json(SEGMENTS, range)?);
-        batch.put_cf(
-            self.family(COMMIT_TIMES),
-            key,
-            summary.encode(range.start_lsn),
-        );
+        let key = RangeKey::new(range);
+        let mut batch = self.batch();
+        batch.put::<Segments>(&key, range)?;
+        batch.put_stored::<CommitTimes>(&key, &summary.encode(range.start_lsn));
         for (lsn, event) in &summary.events {
             if let WalEvent::RestorePoint { time, name } = event {
-                let value = self.json(RESTORE_POINTS, &(time, name))?;
-                batch.put_cf(
-                    self.family(RESTORE_POINTS),
-                    keys::position(range.branch, *lsn),
-                    value,
-                );
+                let place = (range.branch, *lsn);
+                batch.put::<RestorePoints>(&place, &(*time, name.clone()))?;
             }
         }
-        self.db.write(batch).map_err(|error| self.failed(error))
+        batch.write()
     }
 
     /// Removes a range from the catalog. A restore point stays if another range contains it.
@@ -142,19 +123,16 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`].
     pub fn remove_range(&self, range: &WalRange) -> Result<()> {
-        let key = keys::range(range);
-        let mut batch = WriteBatch::default();
+        let key = RangeKey::new(range);
+        let mut batch = self.batch();
         for (lsn, event) in self.events(range)? {
             if matches!(event, WalEvent::RestorePoint { .. }) && !self.held_elsewhere(range, lsn)? {
-                batch.delete_cf(
-                    self.family(RESTORE_POINTS),
-                    keys::position(range.branch, lsn),
-                );
+                batch.delete::<RestorePoints>(&(range.branch, lsn));
             }
         }
-        batch.delete_cf(self.family(SEGMENTS), key);
-        batch.delete_cf(self.family(COMMIT_TIMES), key);
-        self.db.write(batch).map_err(|error| self.failed(error))
+        batch.delete::<Segments>(&key);
+        batch.delete::<CommitTimes>(&key);
+        batch.write()
     }
 
     /// Returns true if a range other than `but` has an event at `lsn`.
@@ -171,12 +149,12 @@ impl Catalog {
     fn of_segment(&self, like: &WalRange) -> Result<Vec<WalRange>> {
         let prefix = keys::segment(like.branch, like.segment);
         let mut found = Vec::new();
-        for entry in self.from(SEGMENTS, &prefix) {
-            let (key, value) = entry.map_err(|error| self.failed(error))?;
-            if !key.starts_with(&prefix) {
+        for entry in self.entries::<Segments>(starting_at(&prefix)) {
+            let (key, range) = entry?;
+            if !key.as_bytes().starts_with(&prefix) {
                 break;
             }
-            found.push(self.parse(SEGMENTS, &value)?);
+            found.push(range);
         }
         Ok(found)
     }
@@ -186,8 +164,7 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`].
     pub fn put_backup(&self, backup: &BackupInfo) -> Result<()> {
-        let json = self.json(BACKUPS, backup)?;
-        self.put(BACKUPS, backup.id.as_str().as_bytes(), &json)
+        self.put::<Backups>(&backup.id, backup)
     }
 
     /// Removes a base backup from the catalog.
@@ -195,8 +172,7 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`].
     pub fn remove_backup(&self, id: &BackupId) -> Result<()> {
-        let deleted = self.db.delete_cf(self.family(BACKUPS), id.as_str());
-        deleted.map_err(|error| self.failed(error))
+        self.delete::<Backups>(id)
     }
 
     /// Returns the base backups, oldest first.
@@ -204,9 +180,8 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`].
     pub fn backups(&self) -> Result<Vec<BackupInfo>> {
-        self.all(BACKUPS)?
-            .iter()
-            .map(|(_, json)| self.parse(BACKUPS, json))
+        self.entries::<Backups>(IteratorMode::Start)
+            .map(|entry| Ok(entry?.1))
             .collect()
     }
 
@@ -215,11 +190,9 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`].
     pub fn put_branch(&self, branch: Branch, content: Option<&[u8]>) -> Result<()> {
-        self.put(
-            TIMELINES,
-            &keys::branch(branch),
-            content.unwrap_or_default(),
-        )
+        let mut batch = self.batch();
+        batch.put_stored::<Timelines>(&branch, content.unwrap_or_default());
+        batch.write()
     }
 
     /// Returns the timelines by number, each with its parsed history and its history file. Timeline
@@ -228,15 +201,9 @@ impl Catalog {
     /// # Errors
     /// [`Error::CatalogEntry`] for a history that does not parse.
     pub fn branches(&self) -> Result<Vec<(Branch, Option<TimelineHistory>, Bytes)>> {
-        let damaged = || self.damaged(TIMELINES);
         let mut branches = Vec::new();
-        for (key, content) in self.all(TIMELINES)? {
-            let branch = keys::parse_branch(&key).ok_or_else(damaged)?;
-            let history = if content.is_empty() {
-                None
-            } else {
-                Some(TimelineHistory::parse(branch.timeline, &content).map_err(|_| damaged())?)
-            };
+        for entry in self.entries::<Timelines>(IteratorMode::Start) {
+            let (branch, (history, content)) = entry?;
             branches.push((branch, history, Bytes::from(content)));
         }
         Ok(branches)
@@ -253,12 +220,11 @@ impl Catalog {
         let start = keys::segment(branch, size.segment_of(from));
         let mut chosen: Vec<WalRange> = Vec::new();
         let mut tails: Vec<WalRange> = Vec::new();
-        for entry in self.from(SEGMENTS, &start) {
-            let (key, value) = entry.map_err(|error| self.failed(error))?;
-            if !key.starts_with(&keys::branch(branch)) {
+        for entry in self.entries::<Segments>(starting_at(&start)) {
+            let (key, range) = entry?;
+            if !key.as_bytes().starts_with(&keys::branch(branch)) {
                 break;
             }
-            let range: WalRange = self.parse(SEGMENTS, &value)?;
             if range.start_lsn >= to {
                 break;
             }
@@ -304,9 +270,9 @@ impl Catalog {
     /// # Errors
     /// [`Error::CatalogEntry`].
     pub fn summary(&self, range: &WalRange) -> Result<SegmentSummary> {
-        let value = self.get(COMMIT_TIMES, &keys::range(range))?;
-        let value = value.ok_or_else(|| self.damaged(COMMIT_TIMES))?;
-        SegmentSummary::decode(range.start_lsn, &value).map_err(|_| self.damaged(COMMIT_TIMES))
+        let found = self.get::<CommitTimes>(&RangeKey::new(range))?;
+        let (_, summary) = found.ok_or_else(|| self.damaged(CommitTimes::NAME))?;
+        Ok(summary)
     }
 
     /// Returns the transactions that end in a range, in LSN order.
@@ -331,10 +297,8 @@ impl Catalog {
     /// [`Error::CatalogEntry`].
     pub fn restore_points(&self) -> Result<Vec<(Branch, Lsn, PgTimestamp, String)>> {
         let mut points = Vec::new();
-        for (key, value) in self.all(RESTORE_POINTS)? {
-            let position = keys::parse_position(&key);
-            let (branch, lsn) = position.ok_or_else(|| self.damaged(RESTORE_POINTS))?;
-            let (time, name) = self.parse(RESTORE_POINTS, &value)?;
+        for entry in self.entries::<RestorePoints>(IteratorMode::Start) {
+            let ((branch, lsn), (time, name)) = entry?;
             points.push((branch, lsn, time, name));
         }
         Ok(points)
@@ -369,8 +333,8 @@ impl Catalog {
     /// [`Error::Catalog`].
     pub fn dump(&self) -> Result<BTreeMap<(String, Vec<u8>), Vec<u8>>> {
         let mut dump = BTreeMap::new();
-        for name in FAMILIES.into_iter().filter(|name| *name != META) {
-            for (key, value) in self.all(name)? {
+        for name in families::NAMES.into_iter().filter(|name| *name != META) {
+            for (key, value) in self.stored(name)? {
                 dump.insert((name.to_owned(), key), value);
             }
         }
@@ -378,74 +342,10 @@ impl Catalog {
     }
 
     /// Returns the key of every recorded range, in key order.
-    fn all_ranges(&self) -> Result<BTreeSet<Vec<u8>>> {
-        Ok(self
-            .all(SEGMENTS)?
-            .into_iter()
-            .map(|(key, _)| key)
-            .collect())
-    }
-
-    fn family(&self, name: &'static str) -> &ColumnFamily {
-        self.db
-            .cf_handle(name)
-            .expect("BUG: every family is created at open")
-    }
-
-    fn from<'a>(
-        &'a self,
-        name: &'static str,
-        key: &[u8],
-    ) -> impl Iterator<Item = std::result::Result<(Box<[u8]>, Box<[u8]>), rocksdb::Error>> + 'a
-    {
-        self.db.iterator_cf(
-            self.family(name),
-            IteratorMode::From(key, Direction::Forward),
-        )
-    }
-
-    fn all(&self, name: &'static str) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
-        self.db
-            .iterator_cf(self.family(name), IteratorMode::Start)
-            .map(|entry| {
-                let (key, value) = entry.map_err(|error| self.failed(error))?;
-                Ok((key.into_vec(), value.into_vec()))
-            })
+    fn all_ranges(&self) -> Result<BTreeSet<RangeKey>> {
+        self.entries::<Segments>(IteratorMode::Start)
+            .map(|entry| Ok(entry?.0))
             .collect()
-    }
-
-    fn get(&self, name: &'static str, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        self.db
-            .get_cf(self.family(name), key)
-            .map_err(|error| self.failed(error))
-    }
-
-    fn put(&self, name: &'static str, key: &[u8], value: &[u8]) -> Result<()> {
-        self.db
-            .put_cf(self.family(name), key, value)
-            .map_err(|error| self.failed(error))
-    }
-
-    fn json<T: serde::Serialize>(&self, name: &'static str, value: &T) -> Result<Vec<u8>> {
-        serde_json::to_vec(value).map_err(|_| self.damaged(name))
-    }
-
-    fn parse<T: serde::de::DeserializeOwned>(&self, name: &'static str, json: &[u8]) -> Result<T> {
-        serde_json::from_slice(json).map_err(|_| self.damaged(name))
-    }
-
-    fn failed(&self, source: rocksdb::Error) -> Error {
-        Error::Catalog {
-            path: self.path.clone(),
-            source: source.into(),
-        }
-    }
-
-    fn damaged(&self, family: &'static str) -> Error {
-        Error::CatalogEntry {
-            path: self.path.clone(),
-            family,
-        }
     }
 }
 

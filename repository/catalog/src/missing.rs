@@ -8,10 +8,13 @@ use std::{cell::RefCell, collections::BTreeMap, fmt, path::Path};
 use repository::{
     ClusterIdentity, Loss, Missing, Repository, Result, WalRange, WalRangeKind, expire::Intervals,
 };
-use rocksdb::{Direction, IteratorMode};
+use rocksdb::IteratorMode;
 use wal_format::{BackupInfo, Branch, Lsn, ObjectKey};
 
-use super::{Catalog, RefreshReport, SEGMENTS, keys, refresh::skeleton};
+use super::{
+    Catalog, RefreshReport, entries::starting_at, families::Segments, keys::RangeKey,
+    refresh::skeleton,
+};
 
 /// The functions that a refresh calls before it removes entries of objects that a listing does not
 /// contain.
@@ -83,8 +86,8 @@ impl Catalog {
         let Some(skeleton) = skeleton(self, key, 0) else {
             return Ok(());
         };
-        match self.get(SEGMENTS, &keys::range(&skeleton))? {
-            Some(json) => self.remove_range(&self.parse(SEGMENTS, &json)?),
+        match self.get::<Segments>(&RangeKey::new(&skeleton))? {
+            Some(range) => self.remove_range(&range),
             None => Ok(()),
         }
     }
@@ -98,12 +101,8 @@ impl Catalog {
     }
 
     fn newest_sealed_but(&self, skip: &dyn Fn(&WalRange) -> bool) -> Result<Option<WalRange>> {
-        let newest_first = self
-            .db
-            .iterator_cf(self.family(SEGMENTS), IteratorMode::End);
-        for entry in newest_first {
-            let (_, json) = entry.map_err(|error| self.failed(error))?;
-            let range: WalRange = self.parse(SEGMENTS, &json)?;
+        for entry in self.entries::<Segments>(IteratorMode::End) {
+            let (_, range) = entry?;
             if range.kind == WalRangeKind::Sealed && !skip(&range) {
                 return Ok(Some(range));
             }
@@ -117,18 +116,17 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog).
     pub fn sealed_after(&self, after: Option<&WalRange>, count: usize) -> Result<Vec<WalRange>> {
-        let after = after.map(keys::range);
-        let mode = after.as_ref().map_or(IteratorMode::Start, |key| {
-            IteratorMode::From(key, Direction::Forward)
-        });
+        let after = after.map(RangeKey::new);
+        let mode = after
+            .as_ref()
+            .map_or(IteratorMode::Start, |key| starting_at(key.as_bytes()));
         let mut found = Vec::new();
-        for entry in self.db.iterator_cf(self.family(SEGMENTS), mode) {
-            let (key, json) = entry.map_err(|error| self.failed(error))?;
+        for entry in self.entries::<Segments>(mode) {
+            let (key, range) = entry?;
             if found.len() == count {
                 break;
             }
-            let range: WalRange = self.parse(SEGMENTS, &json)?;
-            let is_after = after.as_ref().is_none_or(|after| *key > *after.as_slice());
+            let is_after = after.is_none_or(|after| key > after);
             if is_after && range.kind == WalRangeKind::Sealed {
                 found.push(range);
             }
@@ -141,14 +139,10 @@ impl Catalog {
     /// # Errors
     /// [`Error::Catalog`](repository::Error::Catalog).
     pub fn newest_tail(&self) -> Result<Option<WalRange>> {
-        let mut newest_first = self
-            .db
-            .iterator_cf(self.family(SEGMENTS), IteratorMode::End);
-        let Some(entry) = newest_first.next() else {
+        let Some(newest) = self.entries::<Segments>(IteratorMode::End).next() else {
             return Ok(None);
         };
-        let (_, json) = entry.map_err(|error| self.failed(error))?;
-        let last: WalRange = self.parse(SEGMENTS, &json)?;
+        let (_, last) = newest?;
         // A sealed segment sorts before the tails that it replaces.
         let is_tail = last.kind == WalRangeKind::Tail && !self.is_sealed(&last)?;
         Ok(is_tail.then_some(last))

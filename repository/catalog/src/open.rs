@@ -5,11 +5,14 @@ use std::{
     sync::OnceLock,
 };
 
-use repository::{ClusterIdentity, Error, ExpiredSet, Missing, Repository, Result, durable};
+use repository::{ClusterIdentity, Error, Missing, Repository, Result, durable};
 use rocksdb::{BlockBasedOptions, Cache, ColumnFamilyDescriptor, DB, Env, IteratorMode, Options};
 use tempfile::TempDir;
 
-use super::{Catalog, EXPIRED, FAMILIES, IDENTITY, META, OPEN_TABLES_MAX};
+use super::{
+    Catalog, OPEN_TABLES_MAX,
+    families::{self, Expired, Identity, META, Single},
+};
 
 /// The size of RocksDB's block cache in bytes, for all catalogs of the process together.
 pub(super) const BLOCK_CACHE_BYTES: usize = 16 << 20;
@@ -95,7 +98,7 @@ impl Catalog {
         options.create_if_missing(true);
         options.create_missing_column_families(true);
         let families =
-            FAMILIES.map(|name| ColumnFamilyDescriptor::new(name, family_options(cache)));
+            families::NAMES.map(|name| ColumnFamilyDescriptor::new(name, family_options(cache)));
         let db = DB::open_cf_descriptors(&options, place, families)
             .map_err(|source| opening(&path, source))?;
         let catalog = Self {
@@ -107,13 +110,9 @@ impl Catalog {
             missing_objects: Missing::default(),
             _temporary: temporary,
         };
-        match catalog.get(META, IDENTITY)? {
-            None => {
-                let json = catalog.json(META, identity)?;
-                catalog.put(META, IDENTITY, &json)?;
-            }
-            Some(json) => {
-                let found: ClusterIdentity = catalog.parse(META, &json)?;
+        match catalog.get_single::<Identity>()? {
+            None => catalog.put_single::<Identity>(identity)?,
+            Some(found) => {
                 if found.system_identifier != identity.system_identifier
                     || found.wal_segment_size != identity.wal_segment_size
                 {
@@ -175,7 +174,7 @@ impl Catalog {
     /// [`Error::Catalog`] when there is none, [`Error::CatalogMismatch`] if it belongs to another
     /// cluster.
     pub fn open_read_only(directory: &Path, identity: &ClusterIdentity) -> Result<Self> {
-        let db = DB::open_cf_for_read_only(&options(), directory, FAMILIES, false)
+        let db = DB::open_cf_for_read_only(&options(), directory, families::NAMES, false)
             .map_err(|source| opening(directory, source))?;
         let catalog = Self {
             db,
@@ -186,9 +185,7 @@ impl Catalog {
             missing_objects: Missing::default(),
             _temporary: None,
         };
-        let found = catalog.get(META, IDENTITY)?;
-        let found = found.map(|json| catalog.parse::<ClusterIdentity>(META, &json));
-        match found.transpose()? {
+        match catalog.get_single::<Identity>()? {
             Some(found) if found.system_identifier == identity.system_identifier => Ok(catalog),
             found => Err(Error::CatalogMismatch {
                 path: catalog.path,
@@ -208,9 +205,9 @@ impl Catalog {
     /// Copies another catalog, which may be in use, into this empty one.
     fn copy_from(&self, directory: &Path) -> Result<()> {
         let failed = |source| opening(directory, source);
-        let other =
-            DB::open_cf_for_read_only(&options(), directory, FAMILIES, false).map_err(failed)?;
-        for name in FAMILIES {
+        let other = DB::open_cf_for_read_only(&options(), directory, families::NAMES, false)
+            .map_err(failed)?;
+        for name in families::NAMES {
             let Some(family) = other.cf_handle(name) else {
                 continue;
             };
@@ -219,7 +216,9 @@ impl Catalog {
                 if name == META {
                     self.check_meta(&key, &value, directory)?;
                 }
-                self.put(name, &key, &value)?;
+                self.db
+                    .put_cf(self.family(name), key, value)
+                    .map_err(|error| self.failed(error))?;
             }
         }
         Ok(())
@@ -229,8 +228,8 @@ impl Catalog {
     /// here.
     fn check_meta(&self, key: &[u8], value: &[u8], directory: &Path) -> Result<()> {
         match key {
-            IDENTITY => {
-                let found: ClusterIdentity = self.parse(META, value)?;
+            Identity::KEY => {
+                let found = self.parse_single::<Identity>(value)?;
                 if found.system_identifier != self.identity.system_identifier {
                     return Err(Error::CatalogMismatch {
                         path: directory.to_owned(),
@@ -240,16 +239,16 @@ impl Catalog {
                 }
                 Ok(())
             }
-            EXPIRED => self.parse::<ExpiredSet>(META, value).map(drop),
+            Expired::KEY => self.parse_single::<Expired>(value).map(drop),
             _ => Err(self.damaged(META)),
         }
     }
 
     /// Removes every entry except the identity.
     fn clear(&self) -> Result<()> {
-        for name in FAMILIES {
-            for (key, _) in self.all(name)? {
-                if name == META && key == IDENTITY {
+        for name in families::NAMES {
+            for (key, _) in self.stored(name)? {
+                if name == META && key == Identity::KEY {
                     continue;
                 }
                 self.db

@@ -8,7 +8,8 @@ use std::{
 use repository::{Error, LostHistory, Repository, Result, WalRange, WalRangeKind};
 use wal_format::{BackupId, BackupInfo, Branch, ObjectKey, SealedFooter, sealed::FooterFromTail};
 
-use super::{Catalog, Guard, RESTORE_POINTS, keys};
+use super::{Catalog, Guard, families::Segments, keys::RangeKey};
+use rocksdb::IteratorMode;
 
 /// The number of objects whose ends are read in parallel. Each read waits for the network.
 const READERS: usize = 16;
@@ -82,8 +83,8 @@ pub(super) fn refresh(
 /// Counts the records that announce `wal_level = minimal` in ranges that an earlier version
 /// recorded without that count, so that no later reader has to decode their summaries.
 fn count_minimal(catalog: &Catalog) -> Result<()> {
-    for (_, value) in catalog.all(super::SEGMENTS)? {
-        let range: WalRange = catalog.parse(super::SEGMENTS, &value)?;
+    for entry in catalog.entries::<Segments>(IteratorMode::Start) {
+        let (_, range) = entry?;
         if range.minimal_count.is_none() {
             let summary = catalog.summary(&range)?;
             let events = summary.events.iter();
@@ -141,7 +142,7 @@ fn refresh_ranges(
                 WalRangeKind::Tail if sealed.contains(&place) => return false,
                 WalRangeKind::Tail => {}
             }
-            !gone.remove(keys::range(&skeleton).as_slice())
+            !gone.remove(&RangeKey::new(&skeleton))
         });
         for round in listed.chunks(ROUND) {
             let footers = read_footers(repository, round);
@@ -157,9 +158,7 @@ fn refresh_ranges(
     }
     let mut removed = Vec::new();
     for key in gone {
-        if let Some(value) = catalog.get(super::SEGMENTS, &key)? {
-            removed.push(catalog.parse::<WalRange>(super::SEGMENTS, &value)?);
-        }
+        removed.extend(catalog.get::<Segments>(&key)?);
     }
     (guard.missing)(&catalog.missing_wal(repository, guard, removed.clone())?)?;
     for range in &removed {
@@ -171,7 +170,7 @@ fn refresh_ranges(
         catalog.put_branch(*branch, None)?;
     }
     debug_assert!(
-        catalog.all(RESTORE_POINTS).is_ok(),
+        catalog.restore_points().is_ok(),
         "BUG: restore points can be read"
     );
     Ok(is_still)
@@ -188,8 +187,8 @@ pub(super) fn range_of(
     let Some(skeleton) = skeleton(catalog, key, size) else {
         return Ok(None);
     };
-    if let Some(value) = catalog.get(super::SEGMENTS, &keys::range(&skeleton))? {
-        return catalog.parse(super::SEGMENTS, &value).map(Some);
+    if let Some(range) = catalog.get::<Segments>(&RangeKey::new(&skeleton))? {
+        return Ok(Some(range));
     }
     let footer = sound_footer(repository, key, size)?;
     let range = WalRange::of_footer(&footer, skeleton.kind, size);

@@ -4,7 +4,7 @@ use super::*;
 
 /// Makes RocksDB walk through the block cache, as its periodic statistics do.
 fn walk_cache(catalog: &Catalog) {
-    let family = catalog.family(SEGMENTS);
+    let family = catalog.family(Segments::NAME);
     let statistics = catalog
         .db
         .property_value_cf(family, "rocksdb.block-cache-entry-stats")
