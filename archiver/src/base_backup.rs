@@ -14,8 +14,9 @@ use catalog::Catalog;
 use replication::{
     BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode, ReplicationClient,
 };
-use repository::{ClusterIdentity, ExitKind, LossRecord, Repository, config::ClusterSettings};
+use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSettings};
 use sha2::{Digest, Sha256};
+use status::outcomes::outcome_id;
 use tokio::{sync::Semaphore, task::JoinSet};
 use wal_format::{
     BackupId, BackupInfo, BackupKind, BackupLabel, BackupManifest, BackupSlice, Branch, Lsn,
@@ -31,11 +32,13 @@ use crate::{
 };
 
 mod damaged_pages;
+pub mod error;
 mod manifest;
 mod slicer;
 mod wait;
 
 pub(crate) use crate::outcomes::record_failed_backup as record_failure;
+use error::{BaseBackupError, malformed};
 use slicer::{RawSlice, Slicer};
 
 /// The number of slices that are compressed and stored at the same time. Each one's raw and
@@ -73,81 +76,6 @@ pub enum Progress {
         /// The total time, in seconds, after which the backup fails.
         seconds_max: u64,
     },
-}
-
-/// The reason why a base backup failed.
-#[derive(Debug, thiserror::Error)]
-pub enum BaseBackupError {
-    /// The server's data and its manifest differ.
-    #[error(
-        "the base backup does not match its manifest: {problem}; nothing was listed, take it again"
-    )]
-    Manifest {
-        /// The file, and the difference.
-        problem: String,
-    },
-    /// The server found damaged pages.
-    #[error(
-        "the server's data is damaged: {pages}. The base backup was not listed; earlier ones stay. Check the server's disk, \
-         and bring the relation back from an earlier backup with pitr-restore"
-    )]
-    DamagedPages {
-        /// The pages: file, block, relation.
-        pages: String,
-    },
-    /// The standby's last restartpoint is on a timeline that it has left.
-    #[error(
-        "the base backup would begin on timeline {start}, which the standby has left for timeline {current}: it has no \
-         restartpoint there yet. Run CHECKPOINT on the primary and take the backup again"
-    )]
-    OldRestartpoint {
-        /// The timeline of the restartpoint.
-        start: TimelineId,
-        /// The timeline that the standby follows.
-        current: TimelineId,
-    },
-    /// The server sent data that cannot be parsed.
-    #[error("the server sent a base backup that cannot be read: {problem}")]
-    Malformed {
-        /// The unexpected data.
-        problem: String,
-    },
-    /// The server removed WAL that the backup needs before it was archived.
-    #[error(
-        "the WAL from {from_lsn} to {to_lsn}, without which the base backup cannot be restored, was declared lost; take it again"
-    )]
-    WalLost {
-        /// The first missing byte.
-        from_lsn: Lsn,
-        /// The first byte after the missing WAL.
-        to_lsn: Lsn,
-    },
-    /// The required WAL did not arrive.
-    #[error(
-        "the WAL up to {stop_lsn} did not arrive in the repository within {seconds} s, so the backup was not listed: is \
-         `wal-archiver run` running for this cluster?"
-    )]
-    WalMissing {
-        /// The stop LSN, at which the backup is consistent.
-        stop_lsn: Lsn,
-        /// The time waited, in seconds.
-        seconds: u64,
-    },
-}
-
-impl BaseBackupError {
-    /// Returns the documented exit code.
-    #[must_use]
-    pub fn exit_kind(&self) -> ExitKind {
-        match self {
-            Self::DamagedPages { .. } | Self::Manifest { .. } | Self::Malformed { .. } => {
-                ExitKind::Integrity
-            }
-            Self::OldRestartpoint { .. } | Self::WalLost { .. } | Self::WalMissing { .. } => {
-                ExitKind::Failed
-            }
-        }
-    }
 }
 
 /// Takes a full base backup and waits until it can be restored. A failure is recorded in the
@@ -264,14 +192,8 @@ fn refuse_older_state(
 
 /// Returns a unique name for a backup, made from the current time.
 fn new_id() -> Result<BackupId> {
-    outcomes::name(jiff::Timestamp::now())
+    outcome_id(jiff::Timestamp::now())
         .ok_or_else(|| malformed("the clock gives no year of four digits"))
-}
-
-fn malformed(problem: impl Into<String>) -> Error {
-    Error::BaseBackup(BaseBackupError::Malformed {
-        problem: problem.into(),
-    })
 }
 
 async fn blocking<T: Send + 'static>(

@@ -1,5 +1,6 @@
 //! The archiver's decisions as a pure state machine: events in, actions out. No I/O, no clock, no
-//! threads.
+//! threads. [`start`] decides where a stream begins; [`progress`] shares the state machine between
+//! the stages.
 //!
 //! The stages in [`crate::pipeline`] drive it: they report events and perform the returned actions.
 //! The simulation (`core/simulation.rs`) therefore runs this very code against a server, a disk and
@@ -7,11 +8,15 @@
 //! Invariant: acknowledged <= durable in the class the user chose <= received.
 
 pub mod cursor;
+pub mod live_cluster;
 pub mod pace;
 pub mod positions;
+pub mod progress;
 pub mod sealing;
+pub mod shutdown;
 #[cfg(test)]
 mod simulation;
+pub mod start;
 
 use std::time::Duration;
 

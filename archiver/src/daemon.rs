@@ -13,6 +13,9 @@ use std::{
 
 use replication::ConnInfo;
 use repository::config::{ClusterSettings, CommonArgs, Settings};
+use status::{
+    cluster_status::ClusterStatus, instruments::Instruments, report::ClusterReport, state::State,
+};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
@@ -21,16 +24,17 @@ use tokio::{
 use wal_format::ClusterName;
 
 use crate::{
-    cluster_status::ClusterStatus,
+    core::{
+        live_cluster::LiveCluster,
+        shutdown::{Shutdown, ShutdownRequest},
+    },
     descriptors::Descriptors,
     error::{Error, Result},
     http::{HttpServer, Sources},
-    instruments::Instruments,
-    monitor::Monitor,
+    monitor::{Monitor, queries::ArchiveQueries},
     notifications::{Links, Notifier},
     notify::Notify,
-    report::{ClusterReport, State},
-    shutdown::{Shutdown, ShutdownRequest},
+    pipeline::current::CurrentArchive,
     supervisor,
 };
 
@@ -46,6 +50,7 @@ const BEAT_MAX: Duration = Duration::from_secs(20);
 struct Kept {
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
+    archive: Arc<CurrentArchive>,
     stop: ShutdownRequest,
     running: bool,
     /// The action after it has ended.
@@ -170,17 +175,18 @@ impl Daemon {
     fn start(&mut self, settings: ClusterSettings) {
         let name = settings.name.clone();
         tracing::info!(cluster = %name, repository = %settings.repository, spool = %settings.spool.display(), "archiving");
-        let status = Arc::new(ClusterStatus::new(
-            name.clone(),
-            settings.acknowledge,
-            self.instruments.clone(),
-        ));
-        self.monitor.watch(settings.clone(), Arc::clone(&status));
+        let live = LiveCluster::new(&settings, self.instruments.clone());
+        let status = Arc::clone(&live.status);
+        let archive = Arc::<CurrentArchive>::default();
+        let queries = Arc::clone(&archive);
+        self.monitor
+            .watch(settings.clone(), Arc::clone(&status), queries);
         let (stop, mut shutdown) = Shutdown::new();
         let descriptors = Arc::clone(&self.descriptors);
         let kept = Kept {
             settings: settings.clone(),
             status: Arc::clone(&status),
+            archive: Arc::clone(&archive),
             stop,
             running: true,
             next: Next::Nothing,
@@ -192,7 +198,7 @@ impl Daemon {
                 let Some(_place) = descriptors.admit(&status, &mut shutdown).await else {
                     return Ok(());
                 };
-                supervisor::run(settings, status, shutdown).await
+                supervisor::run(settings, live, archive, shutdown).await
             }));
             let outcome = task.await.unwrap_or_else(|error| {
                 Err(Error::ThreadStopped {
@@ -348,7 +354,7 @@ fn validate(settings: &Settings) -> Result<()> {
 fn reports(clusters: &Clusters) -> Vec<ClusterReport> {
     lock(clusters)
         .values()
-        .map(|kept| kept.status.report(&kept.settings))
+        .map(|kept| kept.status.report(&kept.settings, kept.archive.places()))
         .collect()
 }
 

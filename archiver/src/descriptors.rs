@@ -16,8 +16,9 @@ use std::{
 };
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use status::cluster_status::ClusterStatus;
 
-use crate::{cluster_status::ClusterStatus, shutdown::Shutdown};
+use crate::core::shutdown::Shutdown;
 
 /// Descriptors of the process itself: standard streams, runtime, signals, HTTP with a few clients,
 /// requests to a store.

@@ -19,7 +19,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// A base backup failed.
     #[error(transparent)]
-    BaseBackup(#[from] crate::base_backup::BaseBackupError),
+    BaseBackup(#[from] crate::base_backup::error::BaseBackupError),
     /// The server does not hold WAL that the archive still needs.
     #[error(
         "gap: the server no longer has WAL from {from} of timeline {timeline} ({message}). The servers in heal_from are \

@@ -15,15 +15,16 @@ use repository::{
     expire::{ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep},
 };
 use serde::Serialize;
+use status::outcomes::{ended, outcome_id};
 use wal_format::{
     BackupId, ExpiredWal, ExpiredWindow, ObjectKey, Outcome, OutcomeKind, PgTimestamp,
     SystemIdentifier,
 };
 
 use crate::{
+    blocking::blocking,
     error::{Error, Result},
     outcomes,
-    pipeline::blocking,
 };
 
 pub(crate) mod delete;
@@ -358,7 +359,7 @@ fn catalog(
 }
 
 fn name() -> Result<BackupId> {
-    outcomes::name(Timestamp::now()).ok_or_else(|| Error::Expire {
+    outcome_id(Timestamp::now()).ok_or_else(|| Error::Expire {
         problem: "the clock gives no year of four digits".to_owned(),
         kind: ExitKind::Failed,
     })
@@ -396,7 +397,7 @@ pub(crate) fn record(settings: &ClusterSettings, began: Timestamp, reports: &[Pl
             Some(message) => !failed_before || last.is_some_and(|last| last.message != *message),
             None => failed_before || !done.is_empty(),
         };
-        let ended = outcomes::ended(OutcomeKind::Expire, began, failed.is_none(), &message);
+        let ended = ended(OutcomeKind::Expire, began, failed.is_none(), &message);
         match ended.filter(|_| news) {
             Some(ended) => {
                 repository.put_outcome(system, &ended)?;

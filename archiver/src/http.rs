@@ -10,6 +10,7 @@ use std::{convert::Infallible, io, net::SocketAddr, sync::Arc, time::Duration};
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use repository::config::HttpAccess;
+use status::{instruments::Instruments, report::ClusterReport};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
@@ -22,7 +23,7 @@ use self::{
     connections::{Busy, Connections},
     tls::TlsFiles,
 };
-use crate::{instruments::Instruments, monitor::Monitor, report::ClusterReport};
+use crate::monitor::Monitor;
 
 mod access;
 mod answer;

@@ -3,13 +3,12 @@
 //! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`core`](mod@core) that
 //! decides, the [`spool`] it is written to first, [`replication`] (PostgreSQL's protocol),
 //! [`base_backup`], the [`supervisor`] that keeps a cluster archived, and the reports about it:
-//! [`cluster_status`], [`report`], [`http`]. The [`walsender`] streams it on to standbys. [`cli`]
+//! [`status`](::status), [`http`]. The [`walsender`] streams it on to standbys. [`cli`]
 //! is the outside.
 
-pub mod alerts;
 pub mod base_backup;
+mod blocking;
 pub mod cli;
-pub mod cluster_status;
 mod conninfo;
 pub mod core;
 pub mod daemon;
@@ -18,7 +17,6 @@ pub mod error;
 pub mod expire;
 pub mod http;
 pub mod import;
-pub mod instruments;
 mod locks;
 pub mod monitor;
 pub mod notifications;
@@ -26,10 +24,7 @@ pub mod notify;
 mod outcomes;
 pub mod pipeline;
 pub mod push;
-pub mod report;
-pub mod rpo;
 mod server_certificate;
-pub mod shutdown;
 pub mod spool;
 pub mod standby_slots;
 pub mod supervisor;

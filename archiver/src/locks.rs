@@ -17,12 +17,10 @@ use repository::{
     extend_locks,
     store::LockSpan,
 };
+use status::cluster_status::ClusterStatus;
 use wal_format::{BackupId, BackupInfo, Lsn, ObjectKey, SegmentSize};
 
-use crate::{
-    cluster_status::ClusterStatus,
-    error::{Error, Result},
-};
+use crate::error::{Error, Result};
 
 /// The pause before the first run. It is short, because locks may have expired while the daemon was
 /// not running.

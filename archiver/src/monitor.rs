@@ -4,7 +4,9 @@
 //! It reads only the status that the stages have written, so it cannot disturb them. Views query
 //! the monitor and compute nothing themselves.
 
+pub mod caught_up;
 pub mod events;
+pub mod queries;
 pub mod series;
 
 use std::{
@@ -14,19 +16,25 @@ use std::{
 };
 
 use repository::config::ClusterSettings;
+use status::{
+    alert::{Alert, Severity},
+    alerts,
+    cluster_status::{CaughtUp, ClusterStatus},
+    details::Details,
+    light::raise,
+    report::{ClusterReport, Counters},
+    state::State,
+    units,
+};
 use tokio::{sync::broadcast, time::MissedTickBehavior};
 use wal_format::{Branch, ClusterName, OutcomeKind, PgTimestamp};
 
 use self::{
     events::{Event, Events},
+    queries::ArchiveQueries,
     series::{METRICS, Point, Sample, Series},
 };
-use crate::{
-    alerts::{self, Alert, Severity},
-    cluster_status::{CaughtUp, ClusterStatus},
-    notifications::{Mailbox, Notifier},
-    report::{ClusterReport, Counters, Details, State, raise, words},
-};
+use crate::notifications::{Mailbox, Notifier};
 
 /// The interval at which the clusters are checked.
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -65,6 +73,7 @@ pub struct Message {
 pub struct Watched {
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
+    archive: Arc<dyn ArchiveQueries>,
     recorded: Arc<Recorded>,
 }
 
@@ -141,7 +150,12 @@ impl Monitor {
 
     /// Starts to monitor a cluster. Records of an earlier run, or of an earlier start in this run,
     /// are continued.
-    pub fn watch(&self, settings: ClusterSettings, status: Arc<ClusterStatus>) {
+    pub fn watch(
+        &self,
+        settings: ClusterSettings,
+        status: Arc<ClusterStatus>,
+        archive: Arc<dyn ArchiveQueries>,
+    ) {
         let name = settings.name.clone();
         let known = self.cluster(name.as_str());
         let recorded = known.map_or_else(
@@ -165,6 +179,7 @@ impl Monitor {
         let watched = Arc::new(Watched {
             settings,
             status,
+            archive,
             recorded,
         });
         let mut clusters = self
@@ -236,7 +251,9 @@ impl Monitor {
     }
 
     fn report(&self, cluster: &Watched) -> ClusterReport {
-        let mut report = cluster.status.report(&cluster.settings);
+        let mut report = cluster
+            .status
+            .report(&cluster.settings, cluster.archive.places());
         report.certificate_expiry = *lock(&self.certificate_expiry);
         let book = lock(&cluster.recorded.book);
         report.alerts = book.firing.clone();
@@ -310,8 +327,8 @@ impl Monitor {
                     let text = if what == "alert" {
                         alert.summary.clone()
                     } else {
-                        let lasted = words::span(report.as_of, alert.since);
-                        format!("over after {}", words::duration(lasted))
+                        let lasted = units::span(report.as_of, alert.since);
+                        format!("over after {}", units::duration(lasted))
                     };
                     let message = format!("{}: {text}", alert.name);
                     said.push(events.add(what, severity, &message));
@@ -368,6 +385,12 @@ impl Watched {
     #[must_use]
     pub fn status(&self) -> &Arc<ClusterStatus> {
         &self.status
+    }
+
+    /// The archive of the running stages.
+    #[must_use]
+    pub fn archive(&self) -> &Arc<dyn ArchiveQueries> {
+        &self.archive
     }
 
     /// The time series.
@@ -570,7 +593,7 @@ fn keep_caught_up(cluster: &Watched) {
     };
     if is_due {
         let directory = cluster.settings.spool.join(cluster.settings.name.as_str());
-        if let Err(error) = caught_up.write(&directory) {
+        if let Err(error) = caught_up::write(&caught_up, &directory) {
             tracing::debug!(%error, "the last times of being caught up are not kept");
         }
         book.kept = Some((Instant::now(), caught_up));

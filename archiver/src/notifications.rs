@@ -17,7 +17,7 @@ use wal_format::{PgTimestamp, SystemIdentifier};
 
 pub(crate) use self::mailbox::Mailbox;
 pub use self::notifier::Notifier;
-use crate::alerts::{Alert, Severity};
+use status::alert::{Alert, Severity};
 
 /// The maximum duration of an attempt.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(15);

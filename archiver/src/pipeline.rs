@@ -13,6 +13,7 @@
 //! be reported: the stages report events to it and perform the actions that it returns.
 
 pub mod archive;
+pub(crate) mod current;
 mod damage;
 pub mod failure;
 pub mod flush;
@@ -23,7 +24,7 @@ pub mod line;
 pub(crate) mod nearest;
 pub(crate) mod observe;
 mod presence;
-pub mod progress;
+mod queries;
 mod reads;
 pub mod receive;
 mod restorable;
@@ -32,7 +33,6 @@ pub mod seal;
 pub(crate) mod server_shutdown;
 pub mod session;
 mod stage;
-pub mod start;
 mod superseded;
 pub mod tail;
 pub mod voice;
@@ -57,12 +57,12 @@ use self::{
     failure::Failure,
     receive::StreamEnd,
     seal::Backlog,
-    start::Held,
     tail::TailSlot,
     write::{Command, SpoolThread},
 };
 use crate::{
-    core::{Event, pace::PaceSettings},
+    blocking::blocking,
+    core::{Event, pace::PaceSettings, start::Held},
     error::{Error, Result},
 };
 
@@ -87,22 +87,26 @@ pub struct Pipeline {
     forgone: AtomicU64,
     threads: Vec<JoinHandle<()>>,
     /// The periodic tasks: ticks and checks. They end with the pipeline.
-    timers: [task::JoinHandle<()>; 3],
+    timers: Vec<task::JoinHandle<()>>,
 }
 
 impl Pipeline {
-    /// Starts the stages. WAL that a previous run left in the spool is processed first.
+    /// Starts the stages. WAL that a previous run left in the spool is processed first. The tasks
+    /// that `watch` starts end with the stages.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Repository`]; [`intake::Error::Divergence`] if the spool's WAL
     /// differs from the archived WAL.
-    pub async fn start(archive: Arc<Archive>) -> Result<Self> {
+    pub async fn start(
+        archive: Arc<Archive>,
+        watch: impl FnOnce(&Arc<Archive>) -> Vec<task::JoinHandle<()>>,
+    ) -> Result<Self> {
         let settings = archive.settings();
-        archive.status().progress().on(Event::Started(PaceSettings {
+        archive.progress().on(Event::Started(PaceSettings {
             tail_interval: settings.remote_flush_interval,
             tail_bytes: settings.remote_flush_bytes,
         }));
-        let backlog = Arc::new(Backlog::new(Arc::clone(archive.status())));
+        let backlog = Arc::new(Backlog::new(Arc::clone(archive.progress())));
         let tails = Arc::new(TailSlot::default());
         let failure = Arc::new(Failure::default());
         let mut threads = Vec::new();
@@ -129,11 +133,8 @@ impl Pipeline {
             }
         };
         let interval = archive.settings().remote_flush_interval;
-        let timers = [
-            tokio::spawn(tick(spool.commands(), interval)),
-            tokio::spawn(observe::look(Arc::clone(&archive))),
-            tokio::spawn(observe::watch_place(Arc::clone(&archive))),
-        ];
+        let mut timers = watch(&archive);
+        timers.push(tokio::spawn(tick(spool.commands(), interval)));
         let pipeline = Self {
             archive,
             backlog,
@@ -261,7 +262,7 @@ impl Pipeline {
                 None | Some(Error::SpoolFull) => {}
                 Some(error) => return Err(error),
             }
-            let positions = self.archive.status().progress().positions();
+            let positions = self.archive.progress().positions();
             let behind = positions.flushed().bytes_since(positions.remote());
             let is_idle = self.backlog.is_empty() && self.tails.is_free(&self.archive);
             if behind == 0 && is_idle {
@@ -358,16 +359,4 @@ async fn tick(commands: Sender<Command>, interval: Duration) {
         }
         drop(commands.try_send(Command::Tick));
     }
-}
-
-/// Runs blocking work on another thread than the caller's task.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        Err(Error::ThreadStopped {
-            name: "blocking",
-            reason: error.to_string(),
-        })
-    })
 }

@@ -31,9 +31,9 @@ use repository::{
     Repository, access,
     config::{Acknowledge, ClusterSettings},
 };
+use status::cluster_status::ClusterStatus;
 
 use crate::{
-    cluster_status::ClusterStatus,
     error::{Error, Result},
     spool,
 };

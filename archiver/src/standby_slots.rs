@@ -7,14 +7,14 @@
 //! the end of the WAL that is durable in the chosen class, and is advanced only on the timeline
 //! that is archived.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use replication::{ConnInfo, ConnectionMode, ReplicationClient, Result, SlotInfo};
 use repository::config::ClusterSettings;
-use serde::Serialize;
+use status::{cluster_status::ClusterStatus, standby::StandbyReport};
 use wal_format::{Branch, Lsn, SystemIdentifier, TimelineId};
 
-use crate::cluster_status::ClusterStatus;
+use crate::core::{live_cluster::LiveCluster, progress::Progress};
 
 /// The interval at which the slots are advanced. Each standby retains about one more minute of WAL
 /// than needed.
@@ -24,18 +24,6 @@ const KEEP_INTERVAL: Duration = Duration::from_secs(60);
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// The time limit for one standby, so that a standby that hangs does not block the others.
 const STANDBY_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Our slot on one standby, as last seen.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct StandbyReport {
-    /// The address of the standby.
-    pub server: String,
-    /// The LSN from which our slot retains WAL there. `None` while it is unknown.
-    pub restart_lsn: Option<Lsn>,
-    /// The reason why a failover to the standby may need a new base backup. `None` while the slot
-    /// is maintained.
-    pub problem: Option<String>,
-}
 
 /// The state of a standby, found without changing anything.
 #[derive(Debug)]
@@ -79,17 +67,18 @@ impl Standby {
 }
 
 /// Maintains the slots until the task is aborted.
-pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) {
+pub(crate) async fn keep(settings: ClusterSettings, live: LiveCluster) {
+    let status = &live.status;
     if settings.standbys.is_empty() {
         return;
     }
     loop {
         let mut reports = Vec::with_capacity(settings.standbys.len());
-        let moved_to = acknowledged(&status);
+        let moved_to = acknowledged(&live.progress);
         for conninfo in &settings.standbys {
-            reports.push(keep_one(conninfo, &settings, &status).await);
+            reports.push(keep_one(conninfo, &settings, &live).await);
         }
-        tell(&settings, &status, &reports);
+        tell(&settings, status, &reports);
         let settled = moved_to.is_some() && reports.iter().all(|report| report.problem.is_none());
         status.note(|facts| facts.standbys = reports);
         tokio::time::sleep(if settled {
@@ -122,19 +111,15 @@ fn tell(settings: &ClusterSettings, status: &ClusterStatus, reports: &[StandbyRe
 
 /// Returns the archived branch and its acknowledged LSN. No WAL before it is needed from any
 /// server.
-fn acknowledged(status: &ClusterStatus) -> Option<(Branch, Lsn)> {
-    let flush = status.progress().acknowledgements().borrow().flush.lsn();
-    (flush > Lsn::ZERO).then(|| (status.progress().positions().branch(), flush))
+fn acknowledged(progress: &Progress) -> Option<(Branch, Lsn)> {
+    let flush = progress.acknowledgements().borrow().flush.lsn();
+    (flush > Lsn::ZERO).then(|| (progress.positions().branch(), flush))
 }
 
-async fn keep_one(
-    conninfo: &str,
-    settings: &ClusterSettings,
-    status: &ClusterStatus,
-) -> StandbyReport {
+async fn keep_one(conninfo: &str, settings: &ClusterSettings, live: &LiveCluster) -> StandbyReport {
     let (server, outcome) = match ConnInfo::parse(conninfo) {
         Ok(conninfo) => {
-            let kept = tokio::time::timeout(STANDBY_TIMEOUT, keep_at(&conninfo, settings, status));
+            let kept = tokio::time::timeout(STANDBY_TIMEOUT, keep_at(&conninfo, settings, live));
             let seconds = STANDBY_TIMEOUT.as_secs();
             let outcome = kept
                 .await
@@ -166,10 +151,10 @@ enum Kept {
 async fn keep_at(
     conninfo: &ConnInfo,
     settings: &ClusterSettings,
-    status: &ClusterStatus,
+    live: &LiveCluster,
 ) -> Result<Kept> {
     let mut standby = Standby::look(conninfo, &settings.slot).await?;
-    let ours = status.facts().system_identifier;
+    let ours = live.status.facts().system_identifier;
     if ours.is_some_and(|ours| ours != standby.system_identifier) {
         return Ok(Kept::Not(format!(
             "it is another cluster (system identifier {}); remove it from standbys",
@@ -210,7 +195,7 @@ async fn keep_at(
                 .to_owned(),
         ));
     }
-    let Some((branch, target)) = acknowledged(status) else {
+    let Some((branch, target)) = acknowledged(&live.progress) else {
         return Ok(Kept::At(slot.restart_lsn));
     };
     if branch.timeline != standby.timeline {

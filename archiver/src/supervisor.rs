@@ -14,22 +14,24 @@ use std::{
 
 use replication::ConnInfo;
 use repository::{ClusterIdentity, Error as StoreError, Loss, Repository, config::ClusterSettings};
+use status::cluster_status::{ClusterStatus, RECONNECT_REASONS};
 
 use crate::{
-    cluster_status::{CaughtUp, ClusterStatus},
+    blocking::blocking,
     conninfo,
-    core::Event,
+    core::{Event, live_cluster::LiveCluster, shutdown::Shutdown},
     error::{Error, Result},
     expire, locks,
+    monitor::caught_up,
     pipeline::{
-        Pipeline, blocking,
+        Pipeline,
+        current::CurrentArchive,
         gap::{self, Closed},
-        observe::describe_loss,
+        observe::{Polling, describe_loss},
         receive::StreamEnd,
         session::{Purpose, Source},
     },
     push::{self, PushServer},
-    shutdown::Shutdown,
     spool::Spool,
     standby_slots,
     walsender::{self, Walsender},
@@ -49,27 +51,6 @@ use protect::endangered;
 pub(crate) use stages::{CatalogPlace, open_archive};
 use stages::{catalog_opens, outdated};
 
-/// Every reason for a reconnect that [`Supervisor`] counts.
-pub(crate) const RECONNECT_REASONS: [&str; 18] = [
-    "catalog",
-    "catalog_back",
-    "connection",
-    "damaged_record",
-    "disk",
-    "gap",
-    "gap_closed",
-    "gave_up",
-    "no_overlap",
-    "other",
-    "repository",
-    "repository_back",
-    "resources",
-    "server_closed",
-    "server_stopped",
-    "silent",
-    "slot_in_use",
-    "spool_full",
-];
 /// The first pause after a failure. A restarted server is available again within a second.
 const RETRY_MIN: Duration = Duration::from_millis(200);
 /// The longest pause while the server is down. On average, half of it passes unused after the
@@ -100,17 +81,19 @@ const DECODE_ATTEMPTS_MAX: u32 = 3;
 /// An error that no retry can repair.
 pub async fn run(
     settings: ClusterSettings,
-    status: Arc<ClusterStatus>,
+    live: LiveCluster,
+    archive: Arc<CurrentArchive>,
     mut shutdown: Shutdown,
 ) -> Result<()> {
+    let status = Arc::clone(&live.status);
     let conninfo = conninfo::of_cluster(&settings)?;
     let Some(spool) = open_spool(&settings, &status, &mut shutdown).await? else {
         return Ok(());
     };
     let spool = Arc::new(spool);
-    status.resume(CaughtUp::read(spool.directory()));
+    status.resume(caught_up::read(spool.directory()));
     let listening = loop {
-        match listen(&settings, &status).await {
+        match listen(&settings, &live, &archive).await {
             Err(error) if error.is_out_of_resources() => {
                 note_shortage(&status, &error);
                 status.beat();
@@ -125,6 +108,9 @@ pub async fn run(
     let mut supervisor = Supervisor {
         settings,
         status,
+        live,
+        archive,
+        polling: Polling::default(),
         conninfo,
         spool,
         pipeline: None,
@@ -148,7 +134,7 @@ pub async fn run(
     ));
     let standbys = tokio::spawn(standby_slots::keep(
         supervisor.settings.clone(),
-        Arc::clone(&supervisor.status),
+        supervisor.live.clone(),
     ));
     let beating = Arc::clone(&supervisor.status);
     let outcome = tokio::select! {
@@ -159,7 +145,7 @@ pub async fn run(
     expiry.abort();
     locks.abort();
     standbys.abort();
-    supervisor.status.polled_by(None);
+    supervisor.polling.stop();
     supervisor.status.note(|facts| {
         facts.connected = false;
         if let Err(error) = &outcome {
@@ -182,9 +168,10 @@ pub async fn run(
 /// on its own.
 async fn listen(
     settings: &ClusterSettings,
-    status: &Arc<ClusterStatus>,
+    live: &LiveCluster,
+    archive: &Arc<CurrentArchive>,
 ) -> Result<(Option<PushServer>, Option<Walsender>)> {
-    let pushes = match push::start(settings, Arc::clone(status)) {
+    let pushes = match push::start(settings, Arc::clone(&live.status)) {
         Err(error) if !error.is_out_of_resources() => {
             tracing::warn!(
                 event = "pushes_unserved", cluster = %settings.name, %error,
@@ -194,13 +181,19 @@ async fn listen(
         }
         started => Some(started?),
     };
-    let standbys = walsender::start(settings, Arc::clone(status)).await?;
+    let standbys = walsender::start(settings, live.clone(), Arc::clone(archive)).await?;
     Ok((pushes, standbys))
 }
 
 struct Supervisor {
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
+    /// The same status, with the positions of the WAL.
+    live: LiveCluster,
+    /// The archive of the running stages, for standbys and the dashboard.
+    archive: Arc<CurrentArchive>,
+    /// The task that polls the server.
+    polling: Polling,
     conninfo: ConnInfo,
     spool: Arc<Spool>,
     /// Runs as soon as the identity of the WAL is known, with or without a server.
@@ -234,7 +227,7 @@ impl Supervisor {
                 None => error,
             });
             self.status.note(|facts| facts.connected = false);
-            self.status.progress().on(Event::StreamEnded);
+            self.live.progress.on(Event::StreamEnded);
             let outcome = match outcome {
                 Err(gap @ Error::Gap { .. }) => self.close_gap(gap, shutdown).await,
                 other => other,
@@ -460,7 +453,9 @@ impl Supervisor {
             .expect("BUG: the pipeline was started above");
         self.connected_once = true;
         let mut stop = shutdown.clone();
-        let mut stream = Box::pin(source.stream(pipeline, Purpose::Follow, shutdown));
+        let (polling, slot, status) = (&mut self.polling, &self.settings.slot, &self.status);
+        let followed = |conninfo: &ConnInfo| polling.start(conninfo, slot, status);
+        let mut stream = Box::pin(source.stream(pipeline, Purpose::Follow, followed, shutdown));
         let endangered = tokio::select! {
             end = &mut stream => return end,
             () = stop.requested() => {
@@ -574,7 +569,7 @@ fn panicked() -> Error {
 async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
     let deadline = Instant::now() + SETTLE_MAX;
     loop {
-        let positions = pipeline.archive().status().progress().positions();
+        let positions = pipeline.archive().progress().positions();
         if positions.remote() >= positions.flushed()
             || Instant::now() > deadline
             || !shutdown.sleep(SETTLE_POLL).await

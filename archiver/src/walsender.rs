@@ -27,6 +27,7 @@ use std::{
 };
 
 use repository::config::{ClusterSettings, WalsenderSettings};
+use status::cluster_status::ClusterStatus;
 use tokio::{
     net::{TcpListener, TcpStream},
     task::JoinHandle,
@@ -34,8 +35,9 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
-    cluster_status::ClusterStatus,
+    core::{live_cluster::LiveCluster, progress::Progress},
     error::{Error, Result},
+    pipeline::current::CurrentArchive,
 };
 
 /// The maximum number of concurrent connections, like a server's `max_wal_senders`.
@@ -52,6 +54,8 @@ struct Shared {
     settings: WalsenderSettings,
     cluster: String,
     status: Arc<ClusterStatus>,
+    progress: Arc<Progress>,
+    archive: Arc<CurrentArchive>,
     verifier: Option<scram::Verifier>,
     tls: Option<TlsAcceptor>,
     connections: AtomicUsize,
@@ -77,7 +81,8 @@ impl Drop for Walsender {
 /// password cannot be used.
 pub async fn start(
     settings: &ClusterSettings,
-    status: Arc<ClusterStatus>,
+    LiveCluster { status, progress }: LiveCluster,
+    archive: Arc<CurrentArchive>,
 ) -> Result<Option<Walsender>> {
     status.note(|facts| facts.walsender_problem = None);
     let Some(walsender) = settings.walsender.clone() else {
@@ -100,6 +105,8 @@ pub async fn start(
         cluster: settings.name.to_string(),
         settings: walsender,
         status,
+        progress,
+        archive,
         verifier: verifier.transpose()?,
         tls,
         connections: AtomicUsize::new(0),

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use wal_format::BackupManifest;
 
-use super::{BaseBackupError, slicer::ReceivedFile};
+use super::{error::BaseBackupError, slicer::ReceivedFile};
 use crate::error::{Error, Result};
 
 fn differs(problem: String) -> Error {

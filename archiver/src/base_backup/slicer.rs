@@ -14,7 +14,7 @@ use wal_format::{
     tar::{BLOCK_BYTES, TarHeader},
 };
 
-use super::malformed;
+use super::error::malformed;
 use crate::error::Result;
 
 #[derive(Clone, Debug, PartialEq, Eq)]

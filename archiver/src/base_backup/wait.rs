@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, ObjectKey, SegmentName};
 
-use super::{BaseBackupError, Progress, WAL_PATIENCE, blocking};
+use super::{Progress, WAL_PATIENCE, blocking, error::BaseBackupError};
 use crate::error::{Error, Result};
 
 const POLL: Duration = Duration::from_millis(300);

@@ -9,6 +9,7 @@ use repository::{
     config::{ClusterSettings, Settings},
 };
 use serde::Serialize;
+use status::outcomes::outcome_id;
 use wal_format::{
     BACKUP_NOTE_FORMAT_VERSION, BackupId, BackupInfo, BackupNote, Branch, ClusterName, Lsn,
     NoteChange, ObjectKey, PgTimestamp,
@@ -154,7 +155,7 @@ pub(super) fn note(
     let now = jiff::Timestamp::now();
     let note = BackupNote {
         format_version: BACKUP_NOTE_FORMAT_VERSION,
-        id: outcomes::name(now).ok_or_else(|| Error::Usage {
+        id: outcome_id(now).ok_or_else(|| Error::Usage {
             message: "the clock gives no year of four digits; set it".to_owned(),
         })?,
         backup: id.clone(),

@@ -11,17 +11,16 @@
 use std::{fs, io, path::Path, sync::Arc};
 
 use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSettings};
+use status::instruments::Instruments;
 use wal_format::SystemIdentifier;
 
 use super::{output, runtime};
 use crate::{
-    cluster_status::ClusterStatus,
     conninfo,
+    core::live_cluster::LiveCluster,
     error::{Error, Result},
-    instruments::Instruments,
-    pipeline::{Pipeline, session::Source},
-    spool::Spool,
-    spool::remove_record,
+    pipeline::{Pipeline, observe, session::Source},
+    spool::{Spool, remove_record},
     supervisor::{CatalogPlace, open_archive},
 };
 
@@ -159,17 +158,16 @@ pub(super) async fn start_pipeline(
     last: &ClusterIdentity,
     spool: &Arc<Spool>,
 ) -> Result<Pipeline> {
-    let status = Arc::new(ClusterStatus::new(
-        settings.name.clone(),
-        settings.acknowledge,
-        Instruments::default(),
-    ));
+    let live = LiveCluster::new(settings, Instruments::default());
     let (settings, last, spool) = (settings.clone(), last.clone(), Arc::clone(spool));
-    let archive = crate::pipeline::blocking(move || {
-        open_archive(settings, &last, spool, status, CatalogPlace::Disk)
+    let archive = crate::blocking::blocking(move || {
+        open_archive(settings, &last, spool, live, CatalogPlace::Disk)
     })
     .await?;
-    Pipeline::start(Arc::new(archive)).await
+    Pipeline::start(Arc::new(archive), |archive| {
+        observe::start(archive, &Arc::default())
+    })
+    .await
 }
 
 fn remove(directory: &Path) -> Result<()> {

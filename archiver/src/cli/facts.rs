@@ -2,15 +2,14 @@
 //! daemon's report.
 
 use serde_json::Value;
-
-use crate::report::words;
+use status::units;
 
 /// Returns the report on one cluster as lines.
 pub(super) fn lines(report: &Value) -> Vec<String> {
     let of = Of(report);
     let shorten = |text: &str, more: &[&str]| {
         let displayed = [of.displayed(), more.to_vec()].concat();
-        words::shorten(text, &displayed)
+        units::shorten(text, &displayed)
     };
     let mut lines = vec![format!("cluster {}", of.text("/cluster"))];
     let mut add = |name: &str, value: String| lines.push(format!("  {name:<13} {value}"));
@@ -213,18 +212,18 @@ impl<'a> Of<'a> {
     }
 
     fn seconds(self, pointer: &str) -> String {
-        words::seconds(self.0.pointer(pointer).and_then(Value::as_f64))
+        units::seconds(self.0.pointer(pointer).and_then(Value::as_f64))
     }
 
     fn bytes(self, pointer: &str) -> String {
-        words::bytes(self.0.pointer(pointer).and_then(Value::as_u64))
+        units::bytes(self.0.pointer(pointer).and_then(Value::as_u64))
     }
 
     fn rate(self, pointer: &str) -> String {
         let rate = self.0.pointer(pointer).and_then(Value::as_f64);
         rate.map_or_else(
             || "unknown".to_owned(),
-            |rate| format!("{}/s", words::amount(rate)),
+            |rate| format!("{}/s", units::amount(rate)),
         )
     }
 
@@ -243,7 +242,7 @@ impl<'a> Of<'a> {
     /// Formats the time between two instants.
     fn between(self, earlier: &str, later: &str) -> String {
         let span = self.time(earlier).zip(self.time(later));
-        words::seconds(span.map(|(earlier, later)| later.duration_since(earlier).as_secs_f64()))
+        units::seconds(span.map(|(earlier, later)| later.duration_since(earlier).as_secs_f64()))
     }
 
     fn list(self, pointer: &str) -> impl Iterator<Item = &'a Value> {
@@ -303,8 +302,8 @@ impl<'a> Of<'a> {
             None => "no limit".to_owned(),
             Some(safe) => format!(
                 "{} of {} may still be written, full in {} at {}",
-                words::bytes(Some(safe)),
-                words::bytes(
+                units::bytes(Some(safe)),
+                units::bytes(
                     self.0
                         .pointer("/slot/retained_bytes")
                         .and_then(Value::as_u64)

@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     conninfo,
+    core::shutdown::Shutdown,
     error::{Error, Result},
     pipeline::{
         Pipeline,
@@ -24,7 +25,6 @@ use crate::{
         receive::StreamEnd,
         session::{Purpose, Source},
     },
-    shutdown::Shutdown,
     spool::Spool,
 };
 
@@ -101,7 +101,7 @@ async fn stream(settings: &ClusterSettings, pipeline: &Pipeline) -> Result<()> {
     for _ in 0..3 {
         let (source, _) = Source::connect_to_stream(&conninfo, &settings.name).await?;
         let until = source.flush_lsn();
-        let streamed = source.stream(pipeline, Purpose::Heal(until), &mut shutdown);
+        let streamed = source.stream(pipeline, Purpose::Heal(until), |_| {}, &mut shutdown);
         match streamed.await {
             Ok(StreamEnd::NoOverlap) => {}
             Err(gap @ Error::Gap { .. }) => {

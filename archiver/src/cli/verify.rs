@@ -9,6 +9,7 @@ use repository::{
 };
 use serde::Serialize;
 use serde_json::Value;
+use status::outcomes::ended;
 use wal_format::{BackupId, ClusterName, OutcomeKind, SystemIdentifier};
 
 use super::{losses, output};
@@ -266,7 +267,7 @@ fn record(
         count => format!("{count} problem(s)"),
     };
     let passed = problems.is_empty();
-    let Some(mut outcome) = outcomes::ended(OutcomeKind::Verify, started, passed, &message) else {
+    let Some(mut outcome) = ended(OutcomeKind::Verify, started, passed, &message) else {
         return;
     };
     outcome.damaged = problems.into_iter().take(DAMAGED_MAX).collect();

@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 
 use repository::{PathPart, config::Acknowledge};
+use status::durable::DurableWal;
 use wal_format::{Branch, Lsn};
 
 /// A contiguous range that grows from its start, built from ranges that arrive in any order.
@@ -109,6 +110,19 @@ pub struct Positions {
 }
 
 impl Positions {
+    /// Returns how far the WAL is durable, and its part on `path`.
+    #[must_use]
+    pub fn durable(&self, path: &[PathPart]) -> DurableWal {
+        DurableWal {
+            flushed: self.flushed(),
+            flushed_on_path: self.flushed_on(path),
+            remote: self.remote(),
+            remote_on_path: self.remote_on(path),
+            queued_bytes: self.queued_bytes(),
+            orphaned_bytes: self.orphaned_bytes(path),
+        }
+    }
+
     /// Creates positions without a branch taken up. Nothing is reported yet.
     #[must_use]
     pub fn new(acknowledge: Acknowledge) -> Self {

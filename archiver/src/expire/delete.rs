@@ -11,6 +11,7 @@ use repository::{
     config::{ClusterSettings, RepositoryPlace},
     expire::{ExpirePlan, Holding, mark, plan_delete, plan_expire},
 };
+use status::outcomes::ended;
 use wal_format::{BackupId, ExpiredWindow, OutcomeKind, PgTimestamp};
 
 use super::{TRIES_MAX, catalog, name, with_kept};
@@ -107,7 +108,7 @@ pub(crate) fn delete(
         )?;
         if marked.is_some() {
             let message = format!("{}: backup {id} was deleted by name", place.url);
-            if let Some(ended) = outcomes::ended(OutcomeKind::Expire, now, true, &message) {
+            if let Some(ended) = ended(OutcomeKind::Expire, now, true, &message) {
                 found.repository.put_outcome(system, &ended)?;
                 outcomes::tell_the_daemon(settings, &ended.id);
             }

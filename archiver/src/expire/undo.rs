@@ -7,6 +7,7 @@ use repository::{
     expire::{Undone, undo},
 };
 use serde::Serialize;
+use status::outcomes::ended;
 use wal_format::{BackupId, Expired, OutcomeKind, PgTimestamp, SystemIdentifier};
 
 use crate::{error::Result, outcomes};
@@ -81,7 +82,7 @@ fn record(
     count: usize,
 ) -> Result<()> {
     let message = format!("{}: {count} expiry record(s) undone", repository.url());
-    if let Some(ended) = outcomes::ended(OutcomeKind::Expire, now, true, &message) {
+    if let Some(ended) = ended(OutcomeKind::Expire, now, true, &message) {
         repository.put_outcome(system, &ended)?;
         outcomes::tell_the_daemon(settings, &ended.id);
     }

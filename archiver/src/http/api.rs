@@ -9,17 +9,15 @@ use hyper::StatusCode;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json as object;
+use status::{locate::Located, report::ClusterReport};
+use tokio::task;
 use wal_format::{OutcomeKind, PgTimestamp};
 
 use super::answer::{Answer, json, problem};
-use crate::{
-    monitor::{
-        Watched,
-        series::{METRICS, POINTS_MAX},
-        unix_second,
-    },
-    pipeline::{blocking, nearest},
-    report::ClusterReport,
+use crate::monitor::{
+    Watched,
+    series::{METRICS, POINTS_MAX},
+    unix_second,
 };
 
 /// The maximum time to wait until an instant of the last seconds is proved. The server is polled
@@ -218,20 +216,14 @@ fn listed<T: Serialize>(name: &str, entries: &[T], hint: &str) -> serde_json::Va
 
 /// Returns the restore that leads to an instant, from the catalog on this host. If the instant is
 /// in the last [`PROOF_MAX`], waits until it is proved.
-pub(super) async fn nearest(
-    cluster: &Watched,
-    time: Timestamp,
-) -> Result<nearest::Located, String> {
-    let archive = cluster
-        .status()
-        .archive()
-        .ok_or("the archive is not open yet; ask again in a moment")?;
+pub(super) async fn nearest(cluster: &Watched, time: Timestamp) -> Result<Located, String> {
     let until = Instant::now() + PROOF_MAX;
     loop {
-        let looked = Arc::clone(&archive);
+        let archive = Arc::clone(cluster.archive());
         let of_server = PgTimestamp::from_jiff(time);
-        let located = blocking(move || nearest::locate(&looked, of_server)).await;
-        let located = located.map_err(|error| error.to_string())?;
+        let located = task::spawn_blocking(move || archive.locate(of_server)).await;
+        let located =
+            located.map_err(|error| format!("the blocking thread stopped: {error}"))??;
         let ago = Timestamp::now().duration_since(time);
         let is_now = !ago.is_negative() && ago.unsigned_abs() <= PROOF_MAX;
         if located.flags.is_some() || !is_now || Instant::now() >= until {

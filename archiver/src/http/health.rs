@@ -6,8 +6,11 @@ use std::collections::BTreeMap;
 
 use hyper::StatusCode;
 use serde::Serialize;
-
-use crate::report::{Cause, CauseKind, ClusterReport, State};
+use status::{
+    light::{Cause, CauseKind},
+    report::ClusterReport,
+    state::State,
+};
 
 /// The answer of the health route.
 #[derive(Debug, Serialize)]

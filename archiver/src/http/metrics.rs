@@ -14,15 +14,16 @@ use prometheus_client::{
     registry::Registry,
 };
 use repository::{FAILURE_KINDS, store::REQUESTS};
+use status::{
+    alerts::RULES,
+    cluster_status::RECONNECT_REASONS,
+    instruments::{Instruments, Labels},
+    report::{ClusterReport, TierReport},
+    state::State,
+};
 use wal_format::PgTimestamp;
 
-use crate::{
-    alerts::RULES,
-    instruments::{Instruments, Labels},
-    monitor::RUNS,
-    report::{ClusterReport, State, TierReport},
-    supervisor::RECONNECT_REASONS,
-};
+use crate::monitor::RUNS;
 
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 type Counters = Family<Labels, Counter>;

@@ -8,14 +8,11 @@
 use std::{fmt::Write as _, sync::Arc};
 
 use jiff::Timestamp;
+use status::{details::Details, locate::Located, report::ClusterReport, state::State};
 use wal_format::PgTimestamp;
 
 use self::format::escape;
-use crate::{
-    monitor::Watched,
-    pipeline::nearest::Located,
-    report::{ClusterReport, Details, State},
-};
+use crate::monitor::Watched;
 
 mod alerts;
 mod answer;

@@ -244,7 +244,7 @@ fn value_of<'a>(asked: &'a [(String, String)], name: &str) -> &'a str {
 }
 
 async fn page_of(
-    report: &crate::report::ClusterReport,
+    report: &status::report::ClusterReport,
     query: &str,
     headers: &HeaderMap,
     sources: &Sources,

@@ -4,13 +4,16 @@ mod conditions;
 
 use http_body_util::BodyExt;
 use hyper::{HeaderMap, Method, Request, StatusCode, header::CONTENT_TYPE};
+use status::{
+    report::{
+        BackupReport, Counters, DurableReport, RtoReport, SourceReport, TierReport, WindowReport,
+    },
+    state::State,
+};
 use wal_format::{Lsn, PgTimestamp, TimelineId};
 
 use super::{answer::PROBLEM, *};
 use crate::notifications::{Links, Notifier};
-use crate::report::{
-    BackupReport, Counters, DurableReport, RtoReport, SourceReport, State, TierReport, WindowReport,
-};
 
 fn report() -> ClusterReport {
     let started = PgTimestamp(845_000_000_000_000);
@@ -214,7 +217,7 @@ async fn strangers_get_problem_documents() {
 async fn the_runbook_has_an_anchor_for_each_alert() {
     let (status, _, body) = fetch("/runbook", "").await;
     assert_eq!(status, StatusCode::OK);
-    for rule in crate::alerts::RULES {
+    for rule in status::alerts::RULES {
         assert!(body.contains(&format!("id=\"{}\"", rule.name)), "{body}");
     }
 }
@@ -669,7 +672,7 @@ fn a_place_that_is_away_among_several_is_told() {
         let of_place =
             "pitr_repository_place_failing{cluster=\"main\",repository=\"s3://far/away\"} 1.0";
         let is_away = metrics.contains(of_place);
-        let told = crate::alerts::firing(&report);
+        let told = status::alerts::firing(&report);
         let told = told.iter().find(|(name, _)| *name == "PitrRepositoryAway");
         assert_eq!(is_away, told.is_some());
         told.map(|(_, summary)| summary.clone())

@@ -18,10 +18,10 @@ use std::{
 
 use repository::{config::NotifyTarget, durable};
 use serde::{Deserialize, Serialize};
+use status::{alert::Alert, alerts};
 use wal_format::{ClusterName, PgTimestamp, SystemIdentifier};
 
 use super::Notification;
-use crate::alerts::{self, Alert};
 
 /// The time for which a notification is retried.
 const RETRY_MAX_MICROS: i64 = 86_400 * 1_000_000;

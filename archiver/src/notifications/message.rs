@@ -3,12 +3,9 @@
 use std::fmt::Write;
 
 use serde_json::{Value, json};
+use status::{alert::Severity, alerts, report::ClusterReport, units};
 
 use super::{Links, Notification};
-use crate::{
-    alerts::{self, Severity},
-    report::{ClusterReport, words},
-};
 
 /// Returns a one-line summary. For the end of an alert, the summary is in the past tense and
 /// contains the duration.
@@ -35,7 +32,7 @@ fn past(notification: &Notification, ended: wal_format::PgTimestamp) -> String {
     let past = alerts::rule(alert.name).map_or("The alert fired", |rule| rule.past);
     #[expect(clippy::cast_precision_loss, reason = "a duration to be read")]
     let seconds = ended.micros_since(alert.since) as f64 / 1e6;
-    format!("{past} for {}.", words::seconds(Some(seconds.max(0.0))))
+    format!("{past} for {}.", units::seconds(Some(seconds.max(0.0))))
 }
 
 pub(super) fn webhook(notification: &Notification, links: &Links) -> Value {
@@ -145,8 +142,8 @@ pub(super) fn summary(reports: &[ClusterReport], links: &Links) -> (String, Stri
         let time = |time: Option<wal_format::PgTimestamp>| {
             time.map_or_else(|| "unknown".to_owned(), |time| time.to_string())
         };
-        let rpo = words::seconds(report.durable.remote.rpo_seconds);
-        let greatest = words::seconds(report.rpo_max_24h_seconds);
+        let rpo = units::seconds(report.durable.remote.rpo_seconds);
+        let greatest = units::seconds(report.rpo_max_24h_seconds);
         let backup = report.last_backup.as_ref().map(|backup| backup.finished);
         let _ = write!(
             text,

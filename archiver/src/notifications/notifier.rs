@@ -14,11 +14,12 @@ use std::{
 };
 
 use repository::config::{NotifyKind, NotifyTarget};
+use status::{alert::Alert, report::ClusterReport};
 use tokio::sync::Notify;
 use wal_format::{ClusterName, PgTimestamp, SystemIdentifier};
 
 use super::{Links, Notification, mailbox::Mailbox, message, send, send_summary};
-use crate::{alerts::Alert, monitor::unix_second, report::ClusterReport};
+use crate::monitor::unix_second;
 
 /// The first pause after a failed attempt. Each further pause is twice as long, up to
 /// [`PAUSE_MAX`].

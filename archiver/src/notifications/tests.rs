@@ -171,7 +171,7 @@ async fn a_receiver_that_was_away_gets_the_newest_state_and_a_restart_adds_nothi
     let toml = format!("[notify.a]\ntype = \"webhook\"\nurl = \"http://127.0.0.1:{port}/\"\n");
     let directory = tempfile::tempdir().expect("a directory");
     let name = "main".parse().expect("a name");
-    let rule = crate::alerts::rule("PitrGap").expect("an alert");
+    let rule = status::alerts::rule("PitrGap").expect("an alert");
     let alert = Alert {
         name: rule.name,
         severity: rule.severity,

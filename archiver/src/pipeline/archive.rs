@@ -18,17 +18,20 @@ use repository::{
     ClusterIdentity, CrashPoint, Damage, Loss, LossRecord, Repository, WalRange, WalRangeKind,
     config::ClusterSettings,
 };
+use status::cluster_status::ClusterStatus;
 use wal_format::{
     Branch, DeclaredGap, Lsn, ObjectKey, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary,
     WalIdentity,
 };
 
-use super::{fork::Losses, histories, presence, room::Room, start::Held};
+use super::{fork::Losses, histories, presence, room::Room};
 use crate::{
-    cluster_status::ClusterStatus,
     core::{
         cursor::is_still_open,
+        live_cluster::LiveCluster,
         positions::{Coverage, coverage_begin},
+        progress::Progress,
+        start::Held,
     },
     error::{Error, Result},
     spool::{BranchSpool, Spool, SpoolRecord},
@@ -49,6 +52,7 @@ pub struct Archive {
     repository: Repository,
     catalog: Catalog,
     status: Arc<ClusterStatus>,
+    progress: Arc<Progress>,
     room: Room,
     /// Set if the repository was offline at the start: the spool's record replaces it. `None` if
     /// the repository was read.
@@ -70,7 +74,7 @@ pub struct Archive {
     histories: Mutex<BTreeSet<Branch>>,
     /// Locked while history files that the repository lacks are stored again.
     pub(super) putting_back: Mutex<()>,
-    /// The value of [`Facts::repository_returns`](crate::cluster_status::Facts) when the repository
+    /// The value of [`Facts::repository_returns`](status::cluster_status::Facts) when the repository
     /// was read.
     read_at_return: u64,
     /// The record of what the archive once had and the repository lacks.
@@ -107,7 +111,7 @@ impl Archive {
         spool: Arc<Spool>,
         repository: Repository,
         catalog: Catalog,
-        status: Arc<ClusterStatus>,
+        LiveCluster { status, progress }: LiveCluster,
         away: Option<Away>,
     ) -> Result<Self> {
         let identity = WalIdentity {
@@ -173,6 +177,7 @@ impl Archive {
             repository,
             catalog,
             status,
+            progress,
             away,
             leaving: Mutex::default(),
             tails: Mutex::default(),
@@ -257,6 +262,12 @@ impl Archive {
     #[must_use]
     pub fn status(&self) -> &Arc<ClusterStatus> {
         &self.status
+    }
+
+    /// The positions of the cluster's WAL.
+    #[must_use]
+    pub fn progress(&self) -> &Arc<Progress> {
+        &self.progress
     }
 
     /// The directory of the cluster's spool.
@@ -376,7 +387,7 @@ impl Archive {
         let reached = CrashPoint::SpoolRemovalDue.reach();
         reached.map_err(Error::io("remove", &path))?;
         let left = spool.segments()?;
-        let positions = self.status.progress().positions();
+        let positions = self.progress.positions();
         let end_lsn = segment.end_lsn(self.identity.segment_size);
         // An open file without durable WAL may be empty after a crash. It would not show where the
         // archive ends.

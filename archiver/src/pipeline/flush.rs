@@ -175,7 +175,7 @@ fn perform(job: Job, archive: &Archive, backlog: &Backlog) -> Result<()> {
         } => {
             let done = open.sync();
             if done.is_ok() {
-                archive.status().progress().on(Event::Synced {
+                archive.progress().on(Event::Synced {
                     segment_start: start_lsn,
                     end_lsn,
                 });

@@ -9,13 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use wal_format::{Branch, FailoverLoss, Lsn, PgTimestamp};
 
-use super::{
-    Pipeline,
-    archive::Archive,
-    blocking,
-    start::{Held, ServerBranch},
+use super::{Pipeline, archive::Archive};
+use crate::{
+    blocking::blocking,
+    core::start::{Held, ServerBranch},
+    error::Result,
 };
-use crate::error::Result;
 
 /// The maximum number of lost commits of one failover that are logged. Further ones are only
 /// counted.

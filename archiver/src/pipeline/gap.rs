@@ -13,16 +13,22 @@ mod files;
 use std::sync::Arc;
 
 use replication::ConnInfo;
-use serde::Serialize;
+use status::gap::{GapState, OpenGap};
 use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentSize};
 
 use super::{
-    Pipeline, blocking,
+    Pipeline,
     receive::StreamEnd,
     session::{Purpose, Source},
-    start::{Held, ServerBranch, ServerState, plan_start},
 };
-use crate::{error::Result, shutdown::Shutdown};
+use crate::{
+    blocking::blocking,
+    core::{
+        shutdown::Shutdown,
+        start::{Held, ServerBranch, ServerState, plan_start},
+    },
+    error::Result,
+};
 
 /// The result of an attempt to close a gap.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,37 +41,6 @@ pub enum Closed {
     Waiting(&'static str),
     /// As [`Closed::Waiting`], but probably only the operator can close the gap.
     NeedsOperator(&'static str),
-}
-
-/// The current step of handling a gap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum GapState {
-    /// The gap was just found.
-    Detected,
-    /// A server is being queried for the WAL.
-    Healing,
-    /// No queried server has the WAL. The servers are queried again until it is declared lost.
-    Waiting,
-}
-
-/// Missing WAL that is not declared lost yet.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct OpenGap {
-    /// The current step.
-    pub state: GapState,
-    /// The branch on which it begins.
-    pub branch: Branch,
-    /// The first missing byte.
-    pub from_lsn: Lsn,
-    /// The LSN at which the server's WAL continues.
-    pub to_lsn: Lsn,
-    /// The time at which it was found, by our clock.
-    pub detected: PgTimestamp,
-    /// The time at which it is declared lost if no source has it by then, by our clock.
-    pub declared_after: PgTimestamp,
-    /// The server that is queried.
-    pub source: Option<String>,
 }
 
 /// Tries to close the gap at which the stream of `source` cannot begin. `said` is the server's
@@ -144,7 +119,7 @@ pub async fn close(
             "nobody who was asked has the missing WAL; all are asked again until gap_grace is over",
         ));
     }
-    let positions = archive.status().progress().positions();
+    let positions = archive.progress().positions();
     if !positions.is_stored() {
         return Ok(Closed::Waiting(
             "what came before it is not in the repository yet",
@@ -263,17 +238,17 @@ async fn heal(
             return Ok(false);
         }
         tracing::info!(cluster = %settings.name, server = ?conninfo, %until, "asking another server for the missing WAL");
-        let before = pipeline.archive().status().progress().positions().flushed();
+        let before = pipeline.archive().progress().positions().flushed();
         let end = source
-            .stream(pipeline, Purpose::Heal(until), shutdown)
+            .stream(pipeline, Purpose::Heal(until), |_| {}, shutdown)
             .await?;
         if end == StreamEnd::NoOverlap {
             let (source, _) = Source::connect_to_stream(conninfo, &settings.name).await?;
             source
-                .stream(pipeline, Purpose::Heal(until), shutdown)
+                .stream(pipeline, Purpose::Heal(until), |_| {}, shutdown)
                 .await?;
         }
-        let now = pipeline.archive().status().progress().positions().flushed();
+        let now = pipeline.archive().progress().positions().flushed();
         Ok::<bool, crate::error::Error>(now > before)
     };
     match attempt.await {

@@ -10,8 +10,8 @@ use bytes::Bytes;
 use repository::Repository;
 use wal_format::{Branch, Lsn, ObjectKey, WalIdentity};
 
-use super::{Pipeline, archive::Archive, blocking, start::ServerBranch};
-use crate::{error::Result, spool::Spool};
+use super::{Pipeline, archive::Archive};
+use crate::{blocking::blocking, core::start::ServerBranch, error::Result, spool::Spool};
 
 /// Stores the history files that the spool has and the repository lacks.
 pub(super) fn put_back(

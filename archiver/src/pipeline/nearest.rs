@@ -8,44 +8,11 @@
 //! Invariant: no flags are returned that a plan refuses.
 
 use repository::{PathPart, Restorable, Stretch, WalIndex, WalRange, default_timelines};
+use status::locate::{Located, NearCommit, NearInstant};
 use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TimelineId, TransactionEnd};
 
 use super::{archive::Archive, damage::find_damaged, restorable::Ranges, window::read_ranges};
 use crate::error::Result;
-
-/// A commit near an instant.
-#[derive(Clone, Debug, serde::Serialize)]
-pub(crate) struct NearCommit {
-    pub(crate) time: PgTimestamp,
-    pub(crate) lsn: Lsn,
-    pub(crate) xid: u32,
-    pub(crate) timeline: TimelineId,
-}
-
-/// An instant that can be restored.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-pub(crate) struct NearInstant {
-    pub(crate) time: PgTimestamp,
-    /// The flags of `pitr-restore` that lead there.
-    pub(crate) flags: String,
-}
-
-/// The restore to an instant.
-#[derive(Clone, Debug, serde::Serialize)]
-pub(crate) struct Located {
-    pub(crate) time: PgTimestamp,
-    /// The last commit that the restore keeps. `None` if it replays none.
-    pub(crate) before: Option<NearCommit>,
-    /// The first commit that the restore drops. `None` if it drops none of the known ones.
-    pub(crate) after: Option<NearCommit>,
-    /// The flags of `pitr-restore`; `None` if no restore leads to the instant.
-    pub(crate) flags: Option<String>,
-    /// The reason why no restore leads to the instant. `None` if a restore does.
-    pub(crate) refusal: Option<String>,
-    /// The nearest instants that can be restored instead, the earlier one first. Empty if a restore
-    /// leads to the instant.
-    pub(crate) nearest: Vec<NearInstant>,
-}
 
 /// Finds the restore that leads to `time`, a time by the server's clock.
 pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {

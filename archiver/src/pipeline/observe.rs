@@ -9,23 +9,28 @@ use std::{
 };
 
 use replication::{ConnInfo, ConnectionMode, ReplicationClient};
-use tokio::time::MissedTickBehavior;
+use status::{
+    cluster_status::ClusterStatus,
+    report::{ArchiveCommandReport, BackupProgress, SlotReport},
+    rpo::tiers::Seen,
+};
+use tokio::{
+    task::{AbortHandle, JoinHandle},
+    time::MissedTickBehavior,
+};
 use wal_format::{BackupInfo, DeclaredGap, Lsn, ObjectKey, TimelineId};
 
 use super::{
     archive::Archive,
-    blocking,
+    current::CurrentArchive,
     presence::{self, Presence},
     window::{Marks, Update},
 };
 use crate::{
-    cluster_status::ClusterStatus,
+    blocking::blocking,
     core::Event,
     error::{Error, Result},
-    outcomes,
-    report::{ArchiveCommandReport, BackupProgress, SlotReport},
-    rpo::Seen,
-    synchronous,
+    outcomes, synchronous,
 };
 
 /// The interval at which the server is polled. It is the resolution of the RPO while no WAL
@@ -54,10 +59,31 @@ const LOOKS_PER_LISTING: u32 = 720;
 /// between two checks of a bucket's objects: one minute.
 const LOOKS_PER_LISTING_WAITING: u32 = 12;
 
+/// The task that polls the server of the last stream. It outlives the stream: while no stream runs,
+/// the slot and the WAL that accumulates for it matter most.
+#[derive(Debug, Default)]
+pub(crate) struct Polling(Option<AbortHandle>);
+
+impl Polling {
+    /// Polls this server from now on, and no longer the previous one.
+    pub(crate) fn start(&mut self, conninfo: &ConnInfo, slot: &str, status: &Arc<ClusterStatus>) {
+        self.stop();
+        let polling = poll(conninfo.clone(), slot.to_owned(), Arc::clone(status));
+        self.0 = Some(tokio::spawn(Box::pin(polling)).abort_handle());
+    }
+
+    /// Ends the polling.
+    pub(crate) fn stop(&mut self) {
+        if let Some(polling) = self.0.take() {
+            polling.abort();
+        }
+    }
+}
+
 /// Polls the server over SQL, also while no stream is up, until the next stream begins, possibly of
 /// another server. Detects that the server refuses connections, which proves that it shuts down if
 /// one of its streams is open.
-pub(super) async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterStatus>) {
+async fn poll(conninfo: ConnInfo, slot: String, status: Arc<ClusterStatus>) {
     loop {
         let connected = ReplicationClient::connect(&conninfo, ConnectionMode::Sql).await;
         match &connected {
@@ -220,8 +246,16 @@ async fn synchronous_danger(
     Ok(synchronous::danger(&membership, remote_apply))
 }
 
+/// Starts the periodic checks of an archive. `current` shows the archive after the first one.
+pub(crate) fn start(archive: &Arc<Archive>, current: &Arc<CurrentArchive>) -> Vec<JoinHandle<()>> {
+    vec![
+        tokio::spawn(look(Arc::clone(archive), Arc::clone(current))),
+        tokio::spawn(watch_place(Arc::clone(archive))),
+    ]
+}
+
 /// Updates the restorable window, the newest backup and the spool's size periodically.
-pub(super) async fn look(archive: Arc<Archive>) {
+async fn look(archive: Arc<Archive>, current: Arc<CurrentArchive>) {
     let mut timer = tokio::time::interval(LOOK_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut looks: u32 = 0;
@@ -244,10 +278,13 @@ pub(super) async fn look(archive: Arc<Archive>) {
         };
         looks = looks.wrapping_add(1);
         let (looked, marks) = (Arc::clone(&archive), Arc::clone(&marks));
+        let current = Arc::clone(&current);
         let retains = archive.settings().repository.each();
         let retains = retains.iter().any(|place| place.retention.is_some());
         let expires = known != taken || (retains && list == Listing::Now);
-        if let Err(error) = blocking(move || look_once(&looked, list, expires, &marks)).await {
+        if let Err(error) =
+            blocking(move || look_once(&looked, &current, list, expires, &marks)).await
+        {
             tracing::debug!(%error, "the window is not known");
         }
         if archive.is_away() {
@@ -290,7 +327,7 @@ async fn changed(path: &Path, known: Option<&[u8]>) {
 /// Detects within a second that the repository's folder was replaced or lacks objects, also while
 /// nothing is stored. For a bucket, the store requests detect a replacement, and [`look`] checks
 /// the objects once a minute, because each request costs money.
-pub(super) async fn watch_place(archive: Arc<Archive>) {
+async fn watch_place(archive: Arc<Archive>) {
     let mut timer = tokio::time::interval(PLACE_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let presence = Arc::new(Mutex::new(Presence::default()));
@@ -327,6 +364,7 @@ enum Listing {
 
 fn look_once(
     archive: &Arc<Archive>,
+    current: &CurrentArchive,
     list: Listing,
     expires: bool,
     marks: &Mutex<Marks>,
@@ -350,7 +388,7 @@ fn look_once(
     if let Err(error) = archive.record_losses() {
         tracing::debug!(%error, "what a failover lost is not recorded yet");
     }
-    let flushed = archive.status().progress().positions().flushed();
+    let flushed = archive.progress().positions().flushed();
     archive.status().note(|facts| {
         // The stream has continued after the gap, so the gap is closed.
         facts.gap.take_if(|gap| flushed > gap.from_lsn);
@@ -423,7 +461,8 @@ fn look_once(
     // Published after the facts, so that a reader who sees a backup in the details also sees the
     // facts that were computed with it.
     if is_current {
-        archive.status().looked(archive, details);
+        archive.status().looked(archive.number(), details);
+        current.set(archive);
     }
     Ok(())
 }
@@ -432,7 +471,7 @@ fn look_once(
 /// before it. The WAL between the two is missing, and from the backup on nothing needs it. WAL that
 /// waits in the spool still counts as expected.
 fn begin_at_backup(archive: &Archive, newest: &BackupInfo) -> Result<()> {
-    let progress = archive.status().progress();
+    let progress = archive.progress();
     let (branch, known) = {
         let positions = progress.positions();
         (positions.branch(), positions.stored_on(positions.branch()))

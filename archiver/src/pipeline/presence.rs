@@ -276,7 +276,7 @@ impl Archive {
             return self.refuse_older(range);
         }
         // The other tails are checked in turn ([`Presence::check`]).
-        let branch = self.status().progress().positions().branch();
+        let branch = self.progress().positions().branch();
         let is_newest = |tail: &&WalRange| {
             let before = sealed.as_ref().filter(|sealed| sealed.branch == branch);
             tail.branch == branch && before.is_none_or(|sealed| tail.end_lsn > sealed.end_lsn)

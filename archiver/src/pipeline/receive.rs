@@ -15,6 +15,7 @@ use std::{
 };
 
 use replication::{StreamMessage, WalReceiver};
+use status::{cluster_status::ClusterStatus, rpo::tiers::Seen};
 use tokio::{
     sync::{mpsc::error::TrySendError, watch},
     time::MissedTickBehavior,
@@ -23,16 +24,13 @@ use wal_format::{Branch, Lsn};
 
 use super::{
     failure::Failure,
-    progress::Acknowledgement,
     server_shutdown::{EndRequests, StreamRelease},
     voice::Voice,
     write::{Command, Intake, Received},
 };
 use crate::{
-    cluster_status::ClusterStatus,
+    core::{progress::Acknowledgement, shutdown::Shutdown},
     error::{Error, Result},
-    rpo::Seen,
-    shutdown::Shutdown,
 };
 
 /// The time without a message after which a reply is requested from the server.
@@ -78,6 +76,8 @@ pub struct Receive {
     pub intake: Intake,
     /// The status of the cluster.
     pub status: Arc<ClusterStatus>,
+    /// The positions that may be acknowledged.
+    pub acknowledgements: watch::Receiver<Acknowledgement>,
     /// The branch that is streamed.
     pub branch: Branch,
     /// The errors of other threads, which end the stream.
@@ -134,7 +134,7 @@ impl Receive {
             group: 0,
             unsettled: false,
             requests: EndRequests::default(),
-            acknowledgements: self.status.progress().acknowledgements(),
+            acknowledgements: self.acknowledgements.clone(),
         };
         loop {
             if course.unsettled {

@@ -11,14 +11,15 @@ use repository::{
     Damage, ExpiredSet, KnownTimeline, PathPart, Refusal, Restorable, Stretch, WalIndex, WalRange,
     default_timelines,
 };
+use status::{
+    cluster_status::ServerPath,
+    details::{GapReport, RestorableRange},
+    report::WindowReport,
+};
 use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalEvent};
 
 use super::archive::Archive;
-use crate::{
-    cluster_status::ServerPath,
-    error::{Error, Result},
-    report::{GapReport, RestorableRange, WindowReport},
-};
+use crate::error::{Error, Result};
 
 /// The maximum number of stretches shown.
 const STRETCHES_MAX: usize = 200;
@@ -217,7 +218,7 @@ impl Look<'_> {
         if archive.status().facts().gap.is_some() {
             return Ok(true);
         }
-        let positions = archive.status().progress().positions();
+        let positions = archive.progress().positions();
         let place = |branch: Branch| path.iter().position(|part| part.branch == branch);
         let is_past = match (place(positions.branch()), place(branch)) {
             (Some(stream), Some(hole)) if stream == hole => positions.flushed() > lsn,

@@ -11,12 +11,13 @@ use std::{
 };
 
 use repository::config::{ClusterSettings, WhenFull};
-use wal_format::SegmentSize;
-
-use crate::{
+use status::{
     cluster_status::{ClusterStatus, Facts},
     report::SlotReport,
 };
+use wal_format::SegmentSize;
+
+use crate::core::progress::Progress;
 
 /// The interval at which a full spool is checked again.
 const ROOM_RETRY: Duration = Duration::from_millis(200);
@@ -49,24 +50,24 @@ impl Room {
 
     /// Returns true if the WAL waiting for the repository has reached the limit.
     #[must_use]
-    pub fn is_at_limit(&self, status: &ClusterStatus) -> bool {
+    pub fn is_at_limit(&self, progress: &Progress) -> bool {
         self.limit
-            .is_some_and(|limit| status.progress().waiting_bytes() >= limit)
+            .is_some_and(|limit| progress.waiting_bytes() >= limit)
     }
 
     /// Returns true if, after a shortage, a segment fits again both on the disk and below the
     /// limit.
     #[must_use]
-    pub fn is_free_again(&self, settings: &ClusterSettings, status: &ClusterStatus) -> bool {
+    pub fn is_free_again(&self, settings: &ClusterSettings, progress: &Progress) -> bool {
         let free = rustix::fs::statvfs(settings.spool.as_path())
             .map_or(u64::MAX, |disk| disk.f_bavail.saturating_mul(disk.f_frsize));
-        let waiting = status.progress().waiting_bytes();
+        let waiting = progress.waiting_bytes();
         free >= self.segment_size.saturating_mul(2) && waiting <= self.segment_size
     }
 
     /// Waits a moment. Returns false if there is no reason to wait any longer.
-    pub fn wait(&self, stop: &AtomicBool, status: &ClusterStatus) -> bool {
-        let at_limit = self.is_at_limit(status);
+    pub fn wait(&self, stop: &AtomicBool, status: &ClusterStatus, progress: &Progress) -> bool {
+        let at_limit = self.is_at_limit(progress);
         let newly = status.facts().spool_full.is_none();
         if newly {
             let which = if at_limit {

@@ -17,12 +17,12 @@ use std::{
 
 use intake::stored::{WalSource, seal_range};
 use repository::CrashPoint;
+use status::cluster_status::ClusterStatus;
 use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SegmentNo, SegmentSummary, WalIndexer};
 
 use super::{archive::Archive, failure::Failure};
 use crate::{
-    cluster_status::ClusterStatus,
-    core::{Action, Event},
+    core::{Action, Event, progress::Progress},
     error::{Error, Result},
 };
 
@@ -43,7 +43,7 @@ type Place = (Branch, SegmentNo);
 /// segments and wakes the workers.
 #[derive(Debug)]
 pub struct Backlog {
-    status: Arc<ClusterStatus>,
+    progress: Arc<Progress>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -71,9 +71,9 @@ impl Indexed {
 impl Backlog {
     /// Creates an empty backlog.
     #[must_use]
-    pub fn new(status: Arc<ClusterStatus>) -> Self {
+    pub fn new(progress: Arc<Progress>) -> Self {
         Self {
-            status,
+            progress,
             state: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -98,7 +98,7 @@ impl Backlog {
                 state.summary_bytes -= old.bytes();
             }
         }
-        self.status.progress().on(Event::Finished {
+        self.progress.on(Event::Finished {
             branch,
             segment,
             end_lsn,
@@ -110,7 +110,7 @@ impl Backlog {
     /// The number of segments that wait or are being sealed.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.status.progress().unsealed()
+        self.progress.unsealed()
     }
 
     /// Returns true if no segment waits or is being sealed.
@@ -132,7 +132,7 @@ impl Backlog {
             if state.stopping {
                 return None;
             }
-            let next = self.status.progress().on(Event::SealerFree);
+            let next = self.progress.on(Event::SealerFree);
             if let Some(Action::Seal(branch, segment)) = next.first() {
                 let place = (*branch, *segment);
                 let indexed = state.summaries.remove(&place);
@@ -176,7 +176,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                 ClusterStatus::count(&archive.status().segments_completed, 1);
                 let size = archive.identity().segment_size;
                 let (start, end) = (segment.start_lsn(size), segment.end_lsn(size));
-                let removable = archive.status().progress().on(Event::Sealed {
+                let removable = archive.progress().on(Event::Sealed {
                     branch,
                     segment,
                     range: (start, end),
@@ -189,7 +189,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
                     match archive.remove_spooled(branch, segment) {
                         Ok(()) => {
                             let removed = Event::Removed { branch, segment };
-                            archive.status().progress().on(removed);
+                            archive.progress().on(removed);
                         }
                         Err(error) => {
                             tracing::warn!(%error, "a stored segment could not be removed from the spool; the next seal tries again");
@@ -199,10 +199,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
             }
             Err(Ok(answer)) => {
                 archive.status().repository_failed("seal", &name, &answer);
-                archive
-                    .status()
-                    .progress()
-                    .on(Event::SealFailed { branch, segment });
+                archive.progress().on(Event::SealFailed { branch, segment });
                 if !backlog.pause(retry) {
                     return;
                 }
@@ -210,10 +207,7 @@ pub fn work(archive: &Archive, backlog: &Backlog, failure: &Failure) {
             }
             // Divergent or damaged WAL, this host's disk, or the catalog: the supervisor decides.
             Err(Err(error)) => {
-                archive
-                    .status()
-                    .progress()
-                    .on(Event::SealFailed { branch, segment });
+                archive.progress().on(Event::SealFailed { branch, segment });
                 failure.raise(error);
                 return;
             }

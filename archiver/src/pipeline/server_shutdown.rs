@@ -25,10 +25,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use status::cluster_status::ClusterStatus;
 use tokio::{sync::Notify, task::JoinSet};
 
 use super::voice::Voice;
-use crate::cluster_status::ClusterStatus;
+use crate::core::progress::Progress;
 
 /// The time for which a server that shuts down may wait for WAL to become durable. A working store
 /// takes less than a second for the last tail. A service manager kills PostgreSQL after 30 to 90
@@ -95,6 +96,7 @@ impl EndRequests {
 pub struct StreamRelease {
     voice: Arc<Voice>,
     status: Arc<ClusterStatus>,
+    progress: Arc<Progress>,
     began: Instant,
     /// The time at which the stream's thread stopped reading: milliseconds after `began`, plus one.
     /// 0 while it reads.
@@ -105,10 +107,15 @@ pub struct StreamRelease {
 impl StreamRelease {
     /// Creates the release of a stream that begins.
     #[must_use]
-    pub fn new(voice: Arc<Voice>, status: Arc<ClusterStatus>) -> Arc<Self> {
+    pub fn new(
+        voice: Arc<Voice>,
+        status: Arc<ClusterStatus>,
+        progress: Arc<Progress>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             voice,
             status,
+            progress,
             began: Instant::now(),
             unread_since: AtomicU64::new(0),
             released: Notify::new(),
@@ -164,13 +171,7 @@ impl StreamRelease {
 
     /// Logs that the connection is closed, and why.
     pub(super) fn log(&self, why: &str) {
-        let flush_lsn = self
-            .status
-            .progress()
-            .acknowledgements()
-            .borrow()
-            .flush
-            .lsn();
+        let flush_lsn = self.progress.acknowledgements().borrow().flush.lsn();
         tracing::warn!(
             event = "server_shutdown_released",
             cluster = %self.status.cluster(),

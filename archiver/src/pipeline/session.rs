@@ -9,21 +9,22 @@ use replication::{
     SystemIdentity,
 };
 use repository::{ClusterIdentity, Repository, config::Acknowledge};
+use status::cluster_status::ServerPath;
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use super::{
     Pipeline, fork, histories,
     line::Line,
-    observe,
     receive::{Receive, StreamEnd, parse_duration, status_interval},
     server_shutdown::StreamRelease,
-    start::{ServerBranch, ServerState, StartPlan, plan_start},
     voice::Voice,
 };
 use crate::{
-    cluster_status::ServerPath,
+    core::{
+        shutdown::Shutdown,
+        start::{ServerBranch, ServerState, StartPlan, plan_start},
+    },
     error::{Error, Result},
-    shutdown::Shutdown,
 };
 
 /// Timeout for the server to identify itself after the login. Connecting has its own limit,
@@ -252,7 +253,9 @@ impl Source {
         Ok(slot.and_then(|slot| slot.restart_lsn))
     }
 
-    /// Streams until the connection ends or the supervisor requests a stop.
+    /// Streams until the connection ends or the supervisor requests a stop. Calls `followed` before
+    /// the first byte if the server is followed permanently: it is the right one, and it has our
+    /// slot.
     ///
     /// # Errors
     /// Any [`Error`]; the caller decides which ones are retried.
@@ -260,6 +263,7 @@ impl Source {
         mut self,
         pipeline: &Pipeline,
         purpose: Purpose,
+        followed: impl FnOnce(&ConnInfo),
         shutdown: &mut Shutdown,
     ) -> Result<StreamEnd> {
         let archive = pipeline.archive();
@@ -291,18 +295,13 @@ impl Source {
         server.slot_restart_lsn = slot_restart_lsn;
         let plan = plan_start(&server, &held, size)?;
         if follows {
-            archive.status().follow(ServerPath::of(&server.path));
+            archive.status().follow(ServerPath::of(
+                server.path.iter().map(|on| (on.branch, on.history.clone())),
+            ));
             fork::note(pipeline, &server.path).await?;
         }
         if follows {
-            // The polling outlives the stream: while no stream runs, the slot and the WAL that
-            // accumulates for it matter most.
-            let polling = tokio::spawn(Box::pin(observe::poll(
-                self.client.conninfo().clone(),
-                settings.slot.clone(),
-                Arc::clone(archive.status()),
-            )));
-            archive.status().polled_by(Some(polling.abort_handle()));
+            followed(self.client.conninfo());
         }
         let mut floor = slot_restart_lsn.unwrap_or(Lsn::ZERO);
         let mut client = self.client;
@@ -362,17 +361,21 @@ impl Source {
                             facts.slot = Some(settings.slot.clone());
                         });
                     }
-                    let acknowledgements = archive.status().progress().acknowledgements();
+                    let acknowledgements = archive.progress().acknowledgements();
                     let voice = Voice::new(sender, acknowledgements, floor);
                     let status_interval = status_interval(self.wal_sender_timeout);
                     let alive = voice.keep_alive(status_interval);
                     archive.status().refuses(false);
-                    let release =
-                        StreamRelease::new(Arc::clone(&voice), Arc::clone(archive.status()));
+                    let release = StreamRelease::new(
+                        Arc::clone(&voice),
+                        Arc::clone(archive.status()),
+                        Arc::clone(archive.progress()),
+                    );
                     let releasing = follows.then(|| release.watch());
                     let receive = Receive {
                         intake: pipeline.spool().intake(),
                         status: Arc::clone(archive.status()),
+                        acknowledgements: archive.progress().acknowledgements(),
                         branch: branch.branch,
                         failure: Arc::clone(pipeline.failure()),
                         voice: Arc::clone(&voice),
@@ -430,7 +433,7 @@ impl Source {
                     let waits_for_remote = archive.settings().acknowledge == Acknowledge::Remote;
                     if end == StreamEnd::Shutdown && waits_for_remote {
                         // Commits may wait for WAL that is in transit to the repository.
-                        let progress = archive.status().progress();
+                        let progress = archive.progress();
                         let flushed = progress.positions().flushed();
                         let mut said = progress.acknowledgements();
                         let all = said.wait_for(|said| said.flush.lsn() >= flushed);
@@ -471,7 +474,9 @@ impl Source {
             };
             if follows {
                 let known = archive.status().facts().server_path.unwrap_or_default();
-                archive.status().follow(known.extended(&next));
+                archive
+                    .status()
+                    .follow(known.extended(next.branch, next.history.clone()));
                 // A standby that was promoted at a recovery target had sent more WAL than it
                 // replayed.
                 let left = ServerBranch {

@@ -137,7 +137,7 @@ impl Stage {
             spool.put_history(&content)?;
         }
         // Waiting segments are sealed concurrently, so the repository's answer may not show them.
-        self.archive.status().progress().on(Event::TakingUp);
+        self.archive.progress().on(Event::TakingUp);
         let stored = self.archive.stored(branch)?;
         let held = spool.end_lsn()?;
         let start = take_up_at(held, stored.as_ref().map(Coverage::end), start_lsn);
@@ -193,7 +193,7 @@ impl Stage {
             self.flusher.finish(segment)?;
         }
         self.flusher.settle()?;
-        self.archive.status().progress().on(Event::TakenUp {
+        self.archive.progress().on(Event::TakenUp {
             branch,
             durable_lsn: durable,
             stored: coverage,
@@ -232,7 +232,7 @@ impl Stage {
             });
         };
         writer.begin(start_lsn)?;
-        let progress = self.archive.status().progress();
+        let progress = self.archive.progress();
         progress.on(Event::StreamBegun { start_lsn });
         Ok(())
     }
@@ -244,7 +244,7 @@ impl Stage {
             send_time,
             ref data,
         } = *received;
-        if self.writer.is_some() && self.archive.room().is_at_limit(self.archive.status()) {
+        if self.writer.is_some() && self.archive.room().is_at_limit(self.archive.progress()) {
             self.wait_for_room()?;
         }
         // After an error, further messages of that stream may still be queued. They are dropped
@@ -261,7 +261,7 @@ impl Stage {
         // Segments that were completed before the error are whole and are processed.
         for segment in completed {
             self.flusher.finish(segment)?;
-            self.archive.status().progress().on(Event::Completed);
+            self.archive.progress().on(Event::Completed);
         }
         outcome?;
         writer.note_server(wal_end, send_time);
@@ -272,7 +272,7 @@ impl Stage {
             server_lsn: wal_end,
             bytes: writer.written().bytes_since(before),
         };
-        let actions = self.archive.status().progress().on(written);
+        let actions = self.archive.progress().on(written);
         self.carry_out(&actions)
     }
 
@@ -280,7 +280,7 @@ impl Stage {
     /// reports it and cuts a tail.
     fn wait_for_room(&mut self) -> Result<()> {
         self.tick(true)?;
-        while self.archive.room().is_at_limit(self.archive.status()) {
+        while self.archive.room().is_at_limit(self.archive.progress()) {
             if !wait_for_space(&self.stop, &self.archive) {
                 return Err(Error::SpoolFull);
             }
@@ -298,7 +298,7 @@ impl Stage {
     /// Reports to the core that all received WAL is written.
     pub(super) fn settle_group(&mut self) -> Result<()> {
         let flusher_idle = self.flusher.is_idle();
-        let progress = self.archive.status().progress();
+        let progress = self.archive.progress();
         let actions = progress.on(Event::GroupTaken { flusher_idle });
         self.carry_out(&actions)
     }
@@ -307,7 +307,7 @@ impl Stage {
     /// interval.
     pub(super) fn tick(&mut self, due: bool) -> Result<()> {
         let now = self.started.elapsed();
-        let progress = self.archive.status().progress();
+        let progress = self.archive.progress();
         let actions = progress.on(Event::Tick { now, due });
         self.carry_out(&actions)
     }
@@ -335,7 +335,7 @@ impl Stage {
             open.sync()?;
             self.archive.status().flushed(began.elapsed());
             self.archive.status().note(|facts| facts.spool_full = None);
-            self.archive.status().progress().on(Event::Synced {
+            self.archive.progress().on(Event::Synced {
                 segment_start: writer.resume_lsn(),
                 end_lsn: writer.written(),
             });
@@ -369,7 +369,7 @@ impl Stage {
     }
 
     fn put_tail(&mut self, tail: TailCut) {
-        self.archive.status().progress().on(Event::TailCut {
+        self.archive.progress().on(Event::TailCut {
             branch: tail.branch,
             range: (tail.start_lsn, tail.end_lsn),
             now: self.started.elapsed(),
@@ -382,5 +382,7 @@ impl Stage {
 /// archiver: the server retains the WAL, the keepalives continue, and the stream continues when
 /// there is space. Returns false to give up.
 fn wait_for_space(stop: &AtomicBool, archive: &Archive) -> bool {
-    archive.room().wait(stop, archive.status())
+    archive
+        .room()
+        .wait(stop, archive.status(), archive.progress())
 }

@@ -44,7 +44,7 @@ impl TailSlot {
     /// Returns true if no tail is in flight.
     #[must_use]
     pub fn is_free(&self, archive: &Archive) -> bool {
-        self.lock().next.is_none() && archive.status().progress().is_tail_free()
+        self.lock().next.is_none() && archive.progress().is_tail_free()
     }
 
     /// Hands over a tail. Called only when the core says that the slot is free.
@@ -94,7 +94,7 @@ impl TailSlot {
 
 fn work(archive: &Archive, slot: &TailSlot, failure: &Failure) {
     while let Some(tail) = slot.take() {
-        let progress = archive.status().progress();
+        let progress = archive.progress();
         let mut retry = RETRY_MIN;
         let mut has_failed = false;
         loop {

@@ -15,8 +15,7 @@ use tokio::{
 };
 use wal_format::Lsn;
 
-use super::progress::Acknowledgement;
-use crate::error::Result;
+use crate::{core::progress::Acknowledgement, error::Result};
 
 /// The sending side of one stream.
 #[derive(Debug)]

@@ -7,6 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use repository::{Damage, DamagedWal, ExpiredSet, KnownTimeline, Loss, WalIndex, WalRange};
+use status::{
+    details::{Details, GapReport, HeldRange, Mark, MarkKind},
+    report::{BackupReport, WindowReport},
+};
 use wal_format::{
     BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
 };
@@ -16,10 +20,7 @@ use super::{
     damage::{Repaired, find_damaged},
     restorable::{Look, Ranges},
 };
-use crate::{
-    error::Result,
-    report::{BackupReport, Details, GapReport, HeldRange, Mark, MarkKind, WindowReport},
-};
+use crate::error::Result;
 
 /// The number of marks kept. More could not be distinguished on the strip.
 const MARKS_MAX: usize = 400;

@@ -126,7 +126,7 @@ impl Intake {
         let end = received.start_lsn.add(received.data.len() as u64);
         let is_far = received.wal_end.bytes_since(end) > CATCH_UP_BYTES;
         // Only the spool thread waits for space. This thread has to send status updates meanwhile.
-        let is_full = || self.archive.room().is_at_limit(self.archive.status());
+        let is_full = || self.archive.room().is_at_limit(self.archive.progress());
         if is_far || self.queued.load(Ordering::Acquire) > 0 || is_full() {
             return Ok(Some(received));
         }

@@ -5,10 +5,10 @@
 //! has to remove at a first start.
 
 use repository::ExitKind;
+use status::cluster_status::ClusterStatus;
 
 use super::{DECODE_ATTEMPTS_MAX, Supervisor};
 use crate::{
-    cluster_status::ClusterStatus,
     descriptors,
     error::{Error, Result, may_pass},
 };

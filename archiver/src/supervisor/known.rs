@@ -5,7 +5,12 @@
 //! without the repository, WAL is streamed to the spool on the basis of the spool's content alone.
 //! As soon as the repository answers, the stages start again with its content.
 
-use std::{io, ops::ControlFlow, ops::Range, sync::Arc, time::Duration};
+use std::{
+    io,
+    ops::{ControlFlow, Range},
+    sync::Arc,
+    time::Duration,
+};
 
 use bytes::Bytes;
 use repository::{
@@ -15,8 +20,9 @@ use repository::{
 use wal_format::PgTimestamp;
 
 use crate::{
+    blocking::blocking,
     error::{Error, Result},
-    pipeline::{archive::Away, blocking},
+    pipeline::archive::Away,
     spool::Spool,
 };
 

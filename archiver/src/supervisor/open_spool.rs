@@ -4,13 +4,13 @@
 //! Invariant: an error that only a person can remove ends the cluster at once, with its exit code.
 
 use repository::config::ClusterSettings;
+use status::cluster_status::ClusterStatus;
 
 use super::{RETRY_MAX, RETRY_MIN, jitter};
 use crate::{
-    cluster_status::ClusterStatus,
+    blocking::blocking,
+    core::shutdown::Shutdown,
     error::{Error, Result, may_pass},
-    pipeline::blocking,
-    shutdown::Shutdown,
     spool::Spool,
 };
 

@@ -9,13 +9,13 @@ use std::time::Duration;
 
 use replication::ConnInfo;
 use repository::config::ClusterSettings;
+use status::cluster_status::ClusterStatus;
 
 use super::{RETRY_MIN, Supervisor};
 use crate::{
-    cluster_status::ClusterStatus,
+    core::shutdown::Shutdown,
     error::{Error, Result},
     pipeline::{receive::StreamEnd, room::endangers_primary, session::Source},
-    shutdown::Shutdown,
 };
 
 /// The interval at which the archiver checks whether the primary has to be protected, and whether
@@ -62,7 +62,7 @@ impl Supervisor {
                         tracing::warn!(cluster = %settings.name, %error, "the slot cannot be dropped yet");
                     }
                 }
-            } else if archive.room().is_free_again(settings, &self.status) {
+            } else if archive.room().is_free_again(settings, archive.progress()) {
                 break;
             }
             if !shutdown.sleep(ROOM_POLL).await {

@@ -10,9 +10,10 @@ use std::{
 };
 
 use repository::config::ClusterSettings;
+use status::cluster_status::ClusterStatus;
 use wal_format::BackupId;
 
-use crate::{base_backup, cluster_status::ClusterStatus};
+use crate::base_backup;
 
 /// The interval at which a loss is checked for.
 const LOSS_POLL: Duration = Duration::from_millis(500);

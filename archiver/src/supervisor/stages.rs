@@ -12,12 +12,13 @@ use repository::{ClusterIdentity, Error as StoreError, Repository, config::Clust
 
 use super::{BEAT, Supervisor, known};
 use crate::{
-    cluster_status::ClusterStatus,
+    blocking::blocking,
+    core::live_cluster::LiveCluster,
     error::Result,
     pipeline::{
         Pipeline,
         archive::{Archive, Away},
-        blocking,
+        observe,
     },
     spool::Spool,
 };
@@ -54,7 +55,12 @@ impl Supervisor {
         if !self.without_catalog {
             self.status.note(|facts| facts.catalog_error = None);
         }
-        self.pipeline = Some(Pipeline::start(Arc::new(archive)).await?);
+        self.pipeline = Some(
+            Pipeline::start(Arc::new(archive), |archive| {
+                observe::start(archive, &self.archive)
+            })
+            .await?,
+        );
         Ok(())
     }
 
@@ -93,19 +99,19 @@ impl Supervisor {
 
     async fn open(&self, identity: &ClusterIdentity, away: Option<Away>) -> Result<Archive> {
         let (settings, spool) = (self.settings.clone(), Arc::clone(&self.spool));
-        let (status, identity) = (Arc::clone(&self.status), identity.clone());
+        let (live, identity) = (self.live.clone(), identity.clone());
         let place = if self.without_catalog {
             CatalogPlace::Memory
         } else {
             CatalogPlace::Disk
         };
         blocking(move || match away {
-            None => open_archive(settings, &identity, spool, status, place),
+            None => open_archive(settings, &identity, spool, live, place),
             Some(away) => {
                 let repository = known::absent_repository(&settings);
                 let catalog = place.open(&settings, &identity)?;
                 let away = Some(away);
-                Archive::open(settings, identity, spool, repository, catalog, status, away)
+                Archive::open(settings, identity, spool, repository, catalog, live, away)
             }
         })
         .await
@@ -125,7 +131,7 @@ pub(super) async fn catalog_opens(settings: &ClusterSettings, pipeline: &Pipelin
     loop {
         tokio::time::sleep(CATALOG_POLL).await;
         let archive = pipeline.archive();
-        if archive.is_away() || archive.status().progress().unsealed() > 0 {
+        if archive.is_away() || archive.progress().unsealed() > 0 {
             continue;
         }
         let (directory, identity) = (settings.catalog.clone(), archive.cluster.clone());
@@ -169,12 +175,12 @@ pub(crate) fn open_archive(
     settings: ClusterSettings,
     identity: &ClusterIdentity,
     spool: Arc<Spool>,
-    status: Arc<ClusterStatus>,
+    live: LiveCluster,
     place: CatalogPlace,
 ) -> Result<Archive> {
-    let repository = Repository::open_known(&settings)?.observed(status.observer());
+    let repository = Repository::open_known(&settings)?.observed(live.status.observer());
     let identity = repository.claim(identity)?;
     repository.keep_in_step();
     let catalog = place.open(&settings, &identity)?;
-    Archive::open(settings, identity, spool, repository, catalog, status, None)
+    Archive::open(settings, identity, spool, repository, catalog, live, None)
 }

@@ -14,9 +14,10 @@ use wal_format::{
 
 use super::{Shared, stream::Refusal};
 use crate::{
-    cluster_status::ClusterStatus,
+    blocking::blocking,
+    core::progress::Progress,
     error::{Error, Result},
-    pipeline::{archive::Archive, blocking},
+    pipeline::{archive::Archive, current::CurrentArchive},
 };
 
 /// The number of bytes decompressed at once: one frame of a sealed segment.
@@ -44,19 +45,19 @@ pub(super) struct Place {
 impl Source {
     /// Reads the current state of the archive.
     pub(super) async fn open(shared: &Shared) -> std::result::Result<Self, Refusal> {
-        let status = Arc::clone(&shared.status);
-        let source = blocking(move || Self::look(&status)).await?;
+        let (archive, progress) = (Arc::clone(&shared.archive), Arc::clone(&shared.progress));
+        let source = blocking(move || Self::look(&archive, &progress)).await?;
         source.ok_or_else(|| {
             let words = "the archive does not know yet whose WAL it holds; try again".to_owned();
             Refusal::new("57P03", words)
         })
     }
 
-    fn look(status: &ClusterStatus) -> Result<Option<Self>> {
-        let Some(archive) = status.archive() else {
+    fn look(archive: &CurrentArchive, progress: &Progress) -> Result<Option<Self>> {
+        let Some(archive) = archive.get() else {
             return Ok(None);
         };
-        let positions = status.progress().positions();
+        let positions = progress.positions();
         let (branch, end) = if positions.flushed() > Lsn::ZERO {
             (positions.branch(), positions.flushed())
         } else {
@@ -96,8 +97,8 @@ impl Source {
     }
 
     /// Returns the current end, or `None` when another branch is being archived by now.
-    pub(super) fn end_now(&self, status: &ClusterStatus) -> Option<Lsn> {
-        let positions = status.progress().positions();
+    pub(super) fn end_now(&self, progress: &Progress) -> Option<Lsn> {
+        let positions = progress.positions();
         if positions.flushed() == Lsn::ZERO {
             return Some(self.end);
         }
@@ -110,9 +111,9 @@ impl Source {
         shared: &Shared,
         timeline: TimelineId,
     ) -> std::result::Result<Vec<u8>, Refusal> {
-        let (source, status) = (self.clone(), Arc::clone(&shared.status));
+        let (source, archive) = (self.clone(), Arc::clone(&shared.archive));
         let found = blocking(move || {
-            let Some(archive) = status.archive() else {
+            let Some(archive) = archive.get() else {
                 return Ok(None);
             };
             let Some(branch) = source.branch_of(&archive, timeline)? else {
@@ -139,8 +140,8 @@ impl Source {
         shared: &Shared,
         timeline: TimelineId,
     ) -> std::result::Result<Place, Refusal> {
-        let (source, status) = (self.clone(), Arc::clone(&shared.status));
-        let found = blocking(move || match status.archive() {
+        let (source, archive) = (self.clone(), Arc::clone(&shared.archive));
+        let found = blocking(move || match archive.get() {
             Some(archive) => source.find(&archive, timeline),
             None => Ok(None),
         });

@@ -111,7 +111,7 @@ async fn begin(
     let version = facts
         .server_version
         .or_else(|| {
-            let archive = shared.status.archive()?;
+            let archive = shared.archive.get()?;
             Some(format!("{}.0", archive.identity().version.major()))
         })
         .unwrap_or_else(|| "13.0".to_owned());

@@ -23,7 +23,7 @@ use super::{
     source::{Place, Source, WalReader},
     wire::{Answer, Message, read_message},
 };
-use crate::{error::Error, pipeline::blocking};
+use crate::{blocking::blocking, error::Error};
 
 /// Corresponds to `MAX_SEND_SIZE` in `walsender.c`.
 const SEND_BYTES_MAX: usize = 128 << 10;
@@ -139,7 +139,7 @@ impl<'a> Stream<'a> {
         writer: &mut (impl AsyncWrite + Unpin),
         answer: &mut Answer,
     ) -> io::Result<Result<(), Refusal>> {
-        let mut news = self.shared.status.progress().acknowledgements();
+        let mut news = self.shared.progress.acknowledgements();
         loop {
             // Reads one message of the client at a time, and sends WAL while waiting for it.
             let mut incoming = pin!(read_message(&mut *reader));
@@ -202,11 +202,11 @@ impl<'a> Stream<'a> {
             }
             return Ok(false);
         }
-        let (from, status) = (self.sent, Arc::clone(&self.shared.status));
+        let (from, archive) = (self.sent, Arc::clone(&self.shared.archive));
         let mut wal_reader =
             std::mem::replace(&mut self.reader, WalReader::new(&self.source, self.place));
         let (wal_reader, wal) = blocking(move || {
-            let Some(archive) = status.archive() else {
+            let Some(archive) = archive.get() else {
                 return Ok((wal_reader, None));
             };
             let wal = wal_reader.read(&archive, from, limit, SEND_BYTES_MAX)?;
@@ -245,7 +245,7 @@ impl<'a> Stream<'a> {
         if let Some((switch, _)) = self.place.next {
             return Ok(switch);
         }
-        if let Some(end) = self.source.end_now(&self.shared.status) {
+        if let Some(end) = self.source.end_now(&self.shared.progress) {
             return Ok(end);
         }
         self.source = Source::open(self.shared).await?;

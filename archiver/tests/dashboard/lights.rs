@@ -354,7 +354,7 @@ impl World {
             .filter_map(|line| line.strip_suffix("\"} 1.0"));
         let report = report(&self.archiver);
         let of_api = report["alerts"].as_array().expect("a list").iter();
-        let known = archiver::alerts::RULES
+        let known = status::alerts::RULES
             .iter()
             .map(|rule| rule.name.to_owned());
         [
@@ -474,7 +474,7 @@ fn every_light_is_broken_once_and_recovers() {
         }
     }
     let events = body(&world.archiver.get("/api/v1/clusters/main/events"));
-    for name in archiver::alerts::RULES.map(|rule| rule.name) {
+    for name in status::alerts::RULES.map(|rule| rule.name) {
         if !TESTED_ELSEWHERE.contains(&name) {
             let told = events.matches(&format!("{name}: ")).count();
             assert!(told >= 2, "{name} is told and resolved in {events}");

@@ -3,8 +3,8 @@
 
 use std::{fs, process::Command};
 
-use archiver::rpo::RpoEstimator;
 use serde_json::Value;
+use status::rpo::RpoEstimator;
 use wal_format::{Lsn, OutcomeKind};
 
 use super::{archived, body, outcome, record, report};

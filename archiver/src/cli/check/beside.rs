@@ -7,15 +7,17 @@ use repository::{
     config::{ClusterSettings, Settings},
 };
 use serde_json::Value;
+use status::{
+    alerts::{CERTIFICATE_SECONDS_MIN, CLOCK_OFFSET_SECONDS_MAX},
+    units,
+};
 use wal_format::{ObjectKey, PgTimestamp};
 
 use super::{Report, tls_expiry};
 use crate::{
-    alerts::{CERTIFICATE_SECONDS_MIN, CLOCK_OFFSET_SECONDS_MAX},
     descriptors::{Limit, needed},
     error::Result,
     http::{self, HttpError},
-    report::words,
 };
 
 /// Compares the limit on open files with what the configured clusters need. The daemon's limit may
@@ -107,10 +109,10 @@ pub(super) fn backups(cluster: &ClusterSettings, report: &mut Report) {
             let remedy = "none yet, so nothing can be restored; run `wal-archiver backup` while `wal-archiver run` runs";
             return report.note(what, remedy);
         }
-        Ok(Some(begun)) => words::span(PgTimestamp::from_jiff(jiff::Timestamp::now()), begun),
+        Ok(Some(begun)) => units::span(PgTimestamp::from_jiff(jiff::Timestamp::now()), begun),
     };
     let limit = cluster.backup_max_age.as_secs_f64();
-    let found = format!("the newest is {} old", words::duration(age));
+    let found = format!("the newest is {} old", units::duration(age));
     if age > limit {
         let remedy = "older than backup_max_age; run `wal-archiver backup`";
         report.note(what, &format!("{found}, {remedy}"));
@@ -164,11 +166,11 @@ fn state(of_daemon: &Value, report: &mut Report) {
     match state {
         "broken" => {
             let shown: Vec<&str> = report.failures.iter().map(String::as_str).collect();
-            let reason = words::shorten(reason, &shown);
+            let reason = units::shorten(reason, &shown);
             report.fail(&what, &format!("broken: {reason}"), ExitKind::Failed);
         }
         "ok" => report.ok(&what, reason),
-        _ => report.note(&what, &format!("{state}: {}", words::brief(reason))),
+        _ => report.note(&what, &format!("{state}: {}", units::brief(reason))),
     }
 }
 
@@ -197,8 +199,8 @@ pub(super) fn dashboard(settings: &Settings, reports: &[Value], report: &mut Rep
         Ok(None) => report.ok(what, "can be used"),
         Ok(Some(end)) => {
             let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
-            let left = words::span(end, now);
-            let found = format!("lasts for {}", words::duration(left));
+            let left = units::span(end, now);
+            let found = format!("lasts for {}", units::duration(left));
             if left < CERTIFICATE_SECONDS_MIN {
                 let remedy = "replace the file; the daemon reads it again automatically";
                 report.note(what, &format!("{found}; {remedy}"));

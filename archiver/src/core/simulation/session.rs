@@ -12,11 +12,9 @@ use crate::{
         Event,
         cursor::{self, Cursor, Reached, Step, is_still_open, take_up_at},
         positions::Coverage,
-    },
-    pipeline::{
-        gap::plan_loss,
         start::{Held, plan_start},
     },
+    pipeline::gap::plan_loss,
 };
 
 impl Simulation {

@@ -8,12 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use wal_format::{Branch, Lsn, SegmentNo, SegmentSize, TimelineId};
 
-use crate::{
-    core::{
-        positions::{Coverage, coverage_begin},
-        sealing::Place,
-    },
-    pipeline::start::{ServerBranch, ServerState},
+use crate::core::{
+    positions::{Coverage, coverage_begin},
+    sealing::Place,
+    start::{ServerBranch, ServerState},
 };
 
 /// `SplitMix64`: the same seed gives the same world.

@@ -2,13 +2,11 @@
 
 use std::fmt::Write as _;
 
+use status::{alert::Severity, report::ClusterReport, units};
+
 use super::{
     View,
     format::{code, details, instant},
-};
-use crate::{
-    alerts::Severity,
-    report::{ClusterReport, words},
 };
 
 /// Returns the long texts that the page shows in full: the reason of the state, and the errors in
@@ -47,7 +45,7 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
              <strong>{}</strong> <span class=\"as-of\">since {}</span></p><div class=\"summary\">{}</div><p class=\"runbook\">{}</p></li>",
             alert.name,
             instant(alert.since),
-            details(&words::shorten(&alert.summary, &displayed)),
+            details(&units::shorten(&alert.summary, &displayed)),
             code(alert.runbook)
         );
     }

@@ -3,11 +3,12 @@
 
 use std::fmt::Write as _;
 
+use status::{report::ClusterReport, state::State};
+
 use super::{
     View, badge_html,
     format::{details, duration, escape, instant, span},
 };
-use crate::report::{ClusterReport, State};
 
 pub(super) fn render(out: &mut String, view: &View<'_>) {
     let report = view.report;

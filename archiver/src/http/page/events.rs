@@ -2,12 +2,13 @@
 
 use std::fmt::Write as _;
 
+use status::units;
+
 use super::{
     View,
     alerts::displayed,
     format::{day, details, escape, time_of_day},
 };
-use crate::report::words;
 
 /// The maximum number of rows. The API has all events.
 const ROWS_MAX: usize = 40;
@@ -113,7 +114,7 @@ fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
             escape(&event.severity),
             time_of_day(event.time),
             escape(&event.kind),
-            details(&words::shorten(&event.message, &displayed))
+            details(&units::shorten(&event.message, &displayed))
         )?;
     }
     out.push_str("</tbody></table></div></section>");

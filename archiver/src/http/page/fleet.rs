@@ -3,13 +3,14 @@
 
 use std::fmt::Write as _;
 
+use status::{report::ClusterReport, state::State, units};
+
 use super::{
     Refresh,
     answer::sentence,
     badge_html, document,
     format::{bytes, escape, instant, seconds, span, without_errno},
 };
-use crate::report::{ClusterReport, State, words};
 
 /// The order of the clusters and the part of their names, from the query.
 #[derive(Clone, Debug, Default)]
@@ -141,7 +142,7 @@ fn row(body: &mut String, report: &ClusterReport) {
         .window
         .latest
         .map_or_else(|| "unknown".to_owned(), instant);
-    let reason = without_errno(&words::brief(&report.reason));
+    let reason = without_errno(&units::brief(&report.reason));
     let _ = write!(
         body,
         "<tr><th scope=\"row\"><a href=\"/clusters/{name}\">{name}</a></th><td data-name=\"State\">{badge} <span class=\"reason\" title=\"{all}\">{reason}</span></td>\

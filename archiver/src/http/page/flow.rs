@@ -3,12 +3,12 @@
 use std::fmt::Write as _;
 
 use repository::store::MemberState;
+use status::{report::SlotReport, units};
 
 use super::{
     View,
     format::{bytes, details, duration, escape},
 };
-use crate::report::{SlotReport, words};
 
 /// Renders the cards for slot, spool, queue and repository.
 pub(super) fn render(out: &mut String, view: &View<'_>) {
@@ -68,7 +68,7 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
     let members = report.repositories.iter().map(|place| &place.error);
     let mut shown: Vec<&str> = members.filter_map(Option::as_deref).collect();
     shown.push(&report.reason);
-    notes.extend(error.map(|error| details(&words::shorten(error, &shown))));
+    notes.extend(error.map(|error| details(&units::shorten(error, &shown))));
     notes.push(match report.corrupt_objects {
         None => "not verified yet: run <code>wal-archiver verify</code>".to_owned(),
         Some(0) => "no damaged object found".to_owned(),
@@ -126,7 +126,7 @@ fn slot(slot: Option<&SlotReport>) -> (String, Option<f64>, Vec<String>) {
 fn place(place: &MemberState, reason: &str) -> String {
     let how = match (&place.error, place.queued_bytes, place.behind) {
         (Some(error), ..) => {
-            let error = words::shorten(error, &[reason]);
+            let error = units::shorten(error, &[reason]);
             format!("<strong>✖ away</strong>: {}", details(&error))
         }
         (None, 1.., _) => format!("▲ {} wait for it", bytes(Some(place.queued_bytes as u64))),

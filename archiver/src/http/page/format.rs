@@ -2,7 +2,7 @@
 
 use wal_format::PgTimestamp;
 
-pub(super) use crate::report::words::{amount, bytes, duration, seconds, span, without_errno};
+pub(super) use status::units::{amount, bytes, duration, seconds, span, without_errno};
 
 /// Escapes text for use in HTML text and attributes.
 pub(super) fn escape(text: &str) -> String {

@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 
+use status::locate::Located;
 use wal_format::PgTimestamp;
 
 use super::{
@@ -10,7 +11,7 @@ use super::{
     format::{bytes, code, duration, escape, instant},
     strip::Axis,
 };
-use crate::{http::api::restore_command, pipeline::nearest::Located};
+use crate::http::api::restore_command;
 
 pub(super) fn render(out: &mut String, view: &View<'_>) {
     let axis = Axis::of(view);

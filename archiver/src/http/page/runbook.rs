@@ -2,11 +2,12 @@
 
 use std::fmt::Write as _;
 
+use status::alerts::RULES;
+
 use super::{
     Refresh, document,
     format::{code, escape},
 };
-use crate::alerts::RULES;
 
 pub(in crate::http) fn runbook(guarded: bool) -> String {
     let mut body = String::from("<h1>Alerts and what to do</h1>");

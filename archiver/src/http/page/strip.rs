@@ -4,13 +4,13 @@
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
+use status::details::MarkKind;
 use wal_format::{OutcomeKind, PgTimestamp, TimelineId};
 
 use super::{
     View,
     format::{duration, escape, instant, span, text},
 };
-use crate::report::MarkKind;
 
 /// The heights of a row and of the axis, in pixels.
 const ROW: u32 = 46;

@@ -3,11 +3,12 @@
 
 use std::fmt::Write as _;
 
+use status::report::ClusterReport;
+
 use super::{
     View,
     format::{bytes, duration, instant, seconds, span},
 };
-use crate::report::ClusterReport;
 
 /// The colour of a tile.
 #[derive(Clone, Copy)]

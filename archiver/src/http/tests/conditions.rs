@@ -1,13 +1,14 @@
 //! Tests of the alerts on protections that are missing, behind or about to run out.
 
+use status::{
+    alerts,
+    light::{Cause, CauseKind},
+    report::{ArchiveCommandReport, SlotReport},
+    standby::StandbyReport,
+};
 use wal_format::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
 
 use super::*;
-use crate::{
-    alerts,
-    report::{ArchiveCommandReport, Cause, CauseKind, SlotReport},
-    standby_slots::StandbyReport,
-};
 
 fn slot(active: bool) -> SlotReport {
     SlotReport {

@@ -1,7 +1,7 @@
 use repository::config::{CommonArgs, Settings};
+use status::alert::Severity;
 
 use super::*;
-use crate::alerts::Severity;
 
 fn targets(more: &str) -> Vec<NotifyTarget> {
     let file = tempfile::NamedTempFile::new().expect("a file");

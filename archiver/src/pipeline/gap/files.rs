@@ -14,8 +14,10 @@ use wal_format::{SegmentName, WalIdentity, layout::history_file_name, page::Page
 
 use super::LostRange;
 use crate::{
+    blocking::blocking,
+    core::start::ServerBranch,
     error::{Error, Result},
-    pipeline::{Pipeline, archive::Archive, blocking, start::ServerBranch},
+    pipeline::{Pipeline, archive::Archive},
 };
 
 /// The number of bytes of a file in one answer. As text it is twice that.

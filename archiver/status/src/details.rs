@@ -10,7 +10,7 @@ use wal_format::{
     BackupId, Branch, FailoverLoss, Lsn, ObjectKey, Outcome, OutcomeKind, PgTimestamp, TimelineId,
 };
 
-use super::{BackupReport, RtoReport};
+use crate::report::{BackupReport, RtoReport};
 
 /// Archived WAL without a gap.
 #[derive(Clone, Debug, Serialize)]
@@ -118,7 +118,7 @@ pub struct Details {
     pub outcomes: Vec<Outcome>,
     /// The objects of WAL that the newest verification found damaged and that are intact again.
     #[serde(skip)]
-    pub(crate) repaired: BTreeSet<ObjectKey>,
+    pub repaired: BTreeSet<ObjectKey>,
     /// Keys of objects that the catalog found damaged.
     pub damaged: Vec<String>,
 }
@@ -215,7 +215,7 @@ fn number(bytes: u64) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::details::*;
 
     fn details(drill: bool) -> Details {
         let at = PgTimestamp(845_000_000_000_000);

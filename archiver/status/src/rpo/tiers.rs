@@ -6,7 +6,7 @@ use repository::PathPart;
 use wal_format::{Branch, Lsn, TimelineId};
 
 use super::{Exposure, RpoEstimator};
-use crate::core::positions::Positions;
+use crate::durable::DurableWal;
 
 /// An observation of the primary's flush LSN.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,22 +106,22 @@ impl Tiers {
         self.remote.source_lsn()
     }
 
-    /// Returns the distances of the local and the remote tier from the primary.
-    pub fn exposure(&mut self, now: Duration, positions: &Positions) -> (Exposure, Exposure) {
-        let flushed = positions.flushed_on(&self.path);
+    /// Returns the distances of the local and the remote tier from the primary. `durable` is the
+    /// durable WAL on [`Tiers::path`].
+    pub fn exposure(&mut self, now: Duration, durable: &DurableWal) -> (Exposure, Exposure) {
+        let flushed = durable.flushed_on_path;
         if let Some(flushed) = flushed {
             // Called before `held`, so that the WAL counts as not stored until it is.
             self.remote.flushed_here(now, flushed);
         }
-        let remote = positions.remote_on(&self.path);
+        let remote = durable.remote_on_path;
         for (tier, held) in [(&mut self.local, flushed), (&mut self.remote, remote)] {
             match held {
                 Some(held) => tier.held(held),
                 None => tier.nothing_held(),
             }
         }
-        let queued = positions.queued_bytes();
-        let orphaned = positions.orphaned_bytes(&self.path);
+        let (queued, orphaned) = (durable.queued_bytes, durable.orphaned_bytes);
         self.remote.waits(now, queued, orphaned);
         (self.local.exposure(now), self.remote.exposure(now))
     }
@@ -139,6 +139,3 @@ fn fork(old: &[PathPart], new: &[PathPart]) -> Option<Lsn> {
     }
     None
 }
-
-#[cfg(test)]
-mod tests;

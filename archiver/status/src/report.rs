@@ -3,8 +3,9 @@
 //!
 //! The daemon fills it from its memory. Nothing in this module queries the store or PostgreSQL, so
 //! a scrape cannot disturb the stream.
-//! Invariant: an unknown value is `None`, never 0. [`causes`] is the only function that derives the
-//! state from the facts, and [`raise`] the only one that makes it worse.
+//! Invariant: an unknown value is `None`, never 0. [`causes`](super::light::causes) is the only function that
+//! derives the state from the facts, and [`raise`](super::light::raise) the only one that makes it
+//! worse.
 
 use repository::store::{MemberState, RequestReport};
 use serde::Serialize;
@@ -12,68 +13,14 @@ use wal_format::{
     BackupId, ClusterName, Lsn, Outcome, OutcomeKind, PgTimestamp, SystemIdentifier, TimelineId,
 };
 
-use crate::{alerts::Alert, pipeline::gap::OpenGap, rpo::Exposure, standby_slots::StandbyReport};
-
-mod details;
-mod judge;
-pub(crate) mod words;
-
-pub use details::{Details, GapReport, HeldRange, Mark, MarkKind, RestorableRange};
-pub use judge::{Cause, CauseKind, Facts, causes, raise};
-
-/// The overall state of a cluster, decided by the worst fact.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum State {
-    /// The stream is up and the repository is within its target.
-    Ok,
-    /// Nothing would be lost if the primary died now, but a protection against loss is missing or a
-    /// warning fires.
-    Degraded,
-    /// More WAL than the target allows would be lost if the primary died now, or a critical alert
-    /// fires. Without a base backup everything would be lost.
-    AtRisk,
-    /// Archiving has stopped, a part of the WAL is missing, or no base backup leads to the present.
-    Broken,
-    /// The primary cannot be seen, or the catalog was not read yet. Nothing is known beyond the
-    /// last proof.
-    Unknown,
-}
-
-impl State {
-    /// Every state, for the state set of the metrics.
-    pub const ALL: [Self; 5] = [
-        Self::Ok,
-        Self::Degraded,
-        Self::AtRisk,
-        Self::Broken,
-        Self::Unknown,
-    ];
-
-    /// Returns the position in the order by severity: 0 is the worst.
-    #[must_use]
-    pub fn rank(self) -> u8 {
-        match self {
-            Self::Broken => 0,
-            Self::AtRisk => 1,
-            Self::Unknown => 2,
-            Self::Degraded => 3,
-            Self::Ok => 4,
-        }
-    }
-
-    /// The name in metrics and JSON.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Ok => "ok",
-            Self::Degraded => "degraded",
-            Self::AtRisk => "at_risk",
-            Self::Broken => "broken",
-            Self::Unknown => "unknown",
-        }
-    }
-}
+use crate::{
+    alert::Alert,
+    gap::OpenGap,
+    light::{Cause, WELL},
+    rpo::Exposure,
+    standby::StandbyReport,
+    state::State,
+};
 
 /// The known facts about the primary.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -364,10 +311,10 @@ pub struct ClusterReport {
 
 impl ClusterReport {
     /// Sets the state and its reason to those of the worst cause.
-    pub(crate) fn settle(&mut self) {
+    pub fn settle(&mut self) {
         let worst = self.causes.first();
         self.state = worst.map_or(State::Ok, |cause| cause.state);
-        self.reason = worst.map_or_else(|| judge::WELL.to_owned(), |cause| cause.reason.clone());
+        self.reason = worst.map_or_else(|| WELL.to_owned(), |cause| cause.reason.clone());
     }
 
     /// Returns true if the repository, or one of its members, refuses requests or does not answer.

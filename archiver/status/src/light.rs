@@ -2,8 +2,10 @@
 
 use serde::Serialize;
 
-use super::State;
-use crate::alerts::{Alert, Severity};
+use crate::{
+    alert::{Alert, Severity},
+    state::State,
+};
 
 /// The facts that decide the state.
 #[derive(Clone, Copy, Debug)]
@@ -75,7 +77,7 @@ impl Cause {
 const NO_BACKUP: &str = "there is no base backup";
 
 /// The reason for the state `ok`.
-pub(crate) const WELL: &str = "streaming; the repository is within its target";
+pub const WELL: &str = "streaming; the repository is within its target";
 
 /// Returns every cause for a state that is not `ok`, the worst first: broken, at risk, unknown,
 /// degraded. Without a cause the state is `ok`.
@@ -191,7 +193,7 @@ pub fn raise(causes: &mut Vec<Cause>, alerts: &[Alert]) {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::light::*;
 
     /// Returns the state and its reason.
     fn judge(facts: Facts<'_>) -> (State, String) {

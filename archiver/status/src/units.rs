@@ -3,12 +3,12 @@
 use wal_format::PgTimestamp;
 
 /// Formats a duration in seconds, or `unknown`.
-pub(crate) fn seconds(value: Option<f64>) -> String {
+pub fn seconds(value: Option<f64>) -> String {
     value.map_or_else(|| "unknown".to_owned(), duration)
 }
 
 /// Formats a duration: `0 s`, `0.4 s`, `12 s`, `3 min 20 s`, `5 h 1 min`, `2 d 4 h`.
-pub(crate) fn duration(seconds: f64) -> String {
+pub fn duration(seconds: f64) -> String {
     if seconds <= 0.0 {
         return "0 s".to_owned();
     }
@@ -36,14 +36,15 @@ pub(crate) fn duration(seconds: f64) -> String {
     }
 }
 
-pub(crate) fn bytes(value: Option<u64>) -> String {
+/// Formats a number of bytes, or `unknown`.
+pub fn bytes(value: Option<u64>) -> String {
     #[expect(clippy::cast_precision_loss, reason = "it is printed with one digit")]
     let value = value.map(|value| value as f64);
     value.map_or_else(|| "unknown".to_owned(), amount)
 }
 
 /// Formats a number of bytes, or a rate without its `/s`.
-pub(crate) fn amount(mut value: f64) -> String {
+pub fn amount(mut value: f64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if value < 1024.0 {
         return format!("{value:.0} B");
@@ -65,7 +66,7 @@ const LONG_CHARS: usize = 120;
 
 /// Returns the first sentence of a text. If the sentence is longer than [`LONG_CHARS`], it is cut
 /// between two words.
-pub(crate) fn brief(text: &str) -> String {
+pub fn brief(text: &str) -> String {
     let sentence = text.split_once(". ").map_or(text, |(first, _)| first);
     if sentence.chars().count() <= LONG_CHARS {
         return sentence.to_owned();
@@ -78,7 +79,7 @@ pub(crate) fn brief(text: &str) -> String {
 }
 
 /// Replaces each long text that is already `displayed` in full with its first sentence.
-pub(crate) fn shorten(text: &str, displayed: &[&str]) -> String {
+pub fn shorten(text: &str, displayed: &[&str]) -> String {
     let whole = text.trim_end_matches('.');
     let is_long = |text: &str| brief(text) != text && text.chars().count() > LONG_CHARS;
     if is_long(whole) && displayed.iter().any(|one| one.contains(whole)) {
@@ -99,7 +100,7 @@ pub(crate) fn shorten(text: &str, displayed: &[&str]) -> String {
 }
 
 /// Returns a text without the operating system's error numbers, ` (os error 2)`.
-pub(crate) fn without_errno(text: &str) -> String {
+pub fn without_errno(text: &str) -> String {
     const BEGIN: &str = " (os error ";
     let mut plain = String::new();
     let mut rest = text;
@@ -119,15 +120,24 @@ pub(crate) fn without_errno(text: &str) -> String {
 }
 
 /// Returns the seconds from `earlier` to `later`.
-pub(crate) fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
+pub fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
     #[expect(clippy::cast_precision_loss, reason = "a span to be read")]
     let seconds = later.micros_since(earlier) as f64 / 1e6;
     seconds
 }
 
+/// Returns microseconds as seconds.
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "an age in seconds needs no more"
+)]
+pub fn micros(micros: i64) -> f64 {
+    micros as f64 / 1e6
+}
+
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::units::*;
 
     #[test]
     fn a_long_text_is_displayed_in_full_once() {

@@ -1,7 +1,6 @@
 //! Conditions on protections that are missing, behind or about to run out.
 
-use super::micros;
-use crate::report::ClusterReport;
+use crate::{report::ClusterReport, units::micros};
 
 /// A repository is behind if it lags the others by more than this.
 const OFFSITE_LAG_SECONDS_MAX: f64 = 900.0;

@@ -8,71 +8,15 @@ mod table;
 
 pub use table::RULES;
 
-use serde::Serialize;
 use wal_format::PgTimestamp;
 
-use crate::report::{Cause, CauseKind, ClusterReport, State};
-
-/// The severity of an alert.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Severity {
-    /// An operator should act soon.
-    Warning,
-    /// An operator should act now.
-    Critical,
-}
-
-impl Severity {
-    /// The name in JSON, events and notifications.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Warning => "warning",
-            Self::Critical => "critical",
-        }
-    }
-}
-
-/// A condition that requires an operator's action.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Alert {
-    /// The name, which is also that of the Prometheus rule.
-    pub name: &'static str,
-    /// The severity.
-    pub severity: Severity,
-    /// The problem, as a sentence.
-    pub summary: String,
-    /// The remedy.
-    pub runbook: &'static str,
-    /// The time since which the condition holds.
-    pub since: PgTimestamp,
-}
-
-/// An entry of the table of alerts.
-#[derive(Clone, Copy, Debug)]
-pub struct Rule {
-    /// The name of the alert and of the Prometheus rule.
-    pub name: &'static str,
-    /// The severity.
-    pub severity: Severity,
-    /// The condition with its threshold, in words.
-    pub condition: &'static str,
-    /// The seconds for which the condition must hold before the alert fires, here and in
-    /// Prometheus.
-    pub patience_seconds: u32,
-    /// The same condition as a Prometheus expression.
-    pub expression: &'static str,
-    /// The summary in Prometheus.
-    pub rule_summary: &'static str,
-    /// The condition in the past tense, for the notification that it has ended.
-    pub past: &'static str,
-    /// Alerts that have the same cause. While one of their conditions holds, the page shows this
-    /// alert and no notification begins for it, so that one fault pages once.
-    pub inhibited_by: &'static [&'static str],
-    /// The remedy.
-    pub runbook: &'static str,
-}
+use crate::{
+    alert::{Rule, Severity},
+    light::{Cause, CauseKind},
+    report::ClusterReport,
+    state::State,
+    units::micros,
+};
 
 /// Returns the entry of an alert.
 #[must_use]
@@ -81,9 +25,9 @@ pub fn rule(name: &str) -> Option<&'static Rule> {
 }
 
 /// The greatest difference between two clocks that are set by NTP, in seconds.
-pub(crate) const CLOCK_OFFSET_SECONDS_MAX: f64 = 5.0;
+pub const CLOCK_OFFSET_SECONDS_MAX: f64 = 5.0;
 /// The remaining lifetime at which a certificate should have been renewed, in seconds.
-pub(crate) const CERTIFICATE_SECONDS_MIN: f64 = 14.0 * 86_400.0;
+pub const CERTIFICATE_SECONDS_MIN: f64 = 14.0 * 86_400.0;
 /// The used share of the spool from which it counts as nearly full.
 const SPOOL_SHARE_MAX: f64 = 0.9;
 /// The slot is at risk if less than this share of the WAL that it may retain is left.
@@ -241,7 +185,7 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
 
 /// Returns true if `report` knows the facts that decide an alert. An alert that fires continues to
 /// fire while they are unknown: after a restart, and while the primary cannot be reached.
-pub(crate) fn is_decided(name: &str, report: &ClusterReport) -> bool {
+pub fn is_decided(name: &str, report: &ClusterReport) -> bool {
     match name {
         "PitrRpoOverTarget" => report.durable.remote.rpo_seconds.is_some(),
         "PitrBroken" => report.state != State::Unknown,
@@ -264,7 +208,7 @@ pub(crate) fn is_decided(name: &str, report: &ClusterReport) -> bool {
 
 /// Returns the cause of the first critical condition of a report, before its alert has fired.
 /// `None` without a critical condition.
-pub(crate) fn worst_cause(report: &ClusterReport) -> Option<Cause> {
+pub fn worst_cause(report: &ClusterReport) -> Option<Cause> {
     let critical = firing(report)
         .into_iter()
         .find(|(name, _)| rule(name).is_some_and(|rule| rule.severity == Severity::Critical));
@@ -295,14 +239,6 @@ fn slot_share(report: &ClusterReport) -> bool {
 #[expect(clippy::cast_precision_loss, reason = "a threshold needs no more")]
 fn number(bytes: u64) -> f64 {
     bytes as f64
-}
-
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "an age in seconds needs no more"
-)]
-fn micros(micros: i64) -> f64 {
-    micros as f64 / 1e6
 }
 
 #[cfg(test)]

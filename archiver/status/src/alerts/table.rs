@@ -3,7 +3,7 @@
 //! The page, the daemon's notifications, the metric, Nagios and `monitoring/tidemark.rules.yml`
 //! come from this table. A test compares the shipped files with it.
 
-use super::{Rule, Severity};
+use crate::alert::{Rule, Severity};
 
 /// Every alert.
 pub const RULES: [Rule; 27] = [

@@ -8,46 +8,47 @@ mod locked_objects;
 mod report;
 mod server_path;
 
-pub(crate) use caught_up::CaughtUp;
+pub use caught_up::CaughtUp;
 use locked_objects::LockedObjects;
-pub(crate) use server_path::ServerPath;
+
+use crate::durable::DurablePositions;
+pub use server_path::ServerPath;
 
 use std::{
     collections::BTreeMap,
     ffi::OsString,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
 
 use prometheus_client::metrics::histogram::Histogram;
-use repository::{ExitKind, FoundLoss, config::Acknowledge, store::Observer};
-use tokio::task::AbortHandle;
+use repository::{ExitKind, FoundLoss, store::Observer};
 use wal_format::{Branch, ClusterName, Lsn, ObjectKey, PgTimestamp, SystemIdentifier};
 
 use crate::{
+    details::Details,
+    gap::OpenGap,
     instruments::Instruments,
-    pipeline::{archive::Archive, gap::OpenGap, progress::Progress},
-    report::{
-        ArchiveCommandReport, BackupProgress, BackupReport, Details, SlotReport, WindowReport,
+    report::{ArchiveCommandReport, BackupProgress, BackupReport, SlotReport, WindowReport},
+    rpo::{
+        Exposure,
+        tiers::{Seen, Tiers},
     },
-    rpo::{Exposure, Seen, Tiers},
-    standby_slots::StandbyReport,
+    standby::StandbyReport,
 };
 
 /// The status of one cluster.
 #[derive(Debug)]
 pub struct ClusterStatus {
     cluster: ClusterName,
-    progress: Progress,
+    positions: Arc<dyn DurablePositions>,
     started: Instant,
     facts: Mutex<Facts>,
     details: Mutex<Arc<Details>>,
-    archive: Mutex<Weak<Archive>>,
     caught_up: Mutex<CaughtUp>,
-    poll: Mutex<Option<AbortHandle>>,
     refused_since: Mutex<Option<Instant>>,
     rpo: Mutex<Tiers>,
     /// The number of WAL bytes received, including the overlap after a reconnect.
@@ -72,6 +73,28 @@ pub struct ClusterStatus {
 /// runs come after 0.
 const CLOCK_AT_START: Duration = Duration::from_secs(1 << 32);
 
+/// Every reason for a reconnect that the supervisor counts.
+pub const RECONNECT_REASONS: [&str; 18] = [
+    "catalog",
+    "catalog_back",
+    "connection",
+    "damaged_record",
+    "disk",
+    "gap",
+    "gap_closed",
+    "gave_up",
+    "no_overlap",
+    "other",
+    "repository",
+    "repository_back",
+    "resources",
+    "server_closed",
+    "server_stopped",
+    "silent",
+    "slot_in_use",
+    "spool_full",
+];
+
 /// The facts in addition to the positions.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
@@ -80,7 +103,7 @@ pub struct Facts {
     /// The time of the server's last message.
     pub last_message: Option<PgTimestamp>,
     /// The timelines that lead to the server's current one. `None` before it was seen.
-    pub(crate) server_path: Option<Arc<ServerPath>>,
+    pub server_path: Option<Arc<ServerPath>>,
     /// The cluster's system identifier. `None` before the first connection.
     pub system_identifier: Option<SystemIdentifier>,
     /// The server's version, as the server prints it.
@@ -169,7 +192,7 @@ pub struct Facts {
 impl Facts {
     /// Makes everything unknown that only a look into the catalog shows, because the stages start
     /// again. Returns the number of the new archive.
-    pub(crate) fn start_anew(&mut self) -> u64 {
+    pub fn start_anew(&mut self) -> u64 {
         self.looked = false;
         self.window = WindowReport::default();
         self.archive_number += 1;
@@ -196,20 +219,23 @@ impl Facts {
 }
 
 impl ClusterStatus {
-    /// Creates the status of a cluster without any facts.
+    /// Creates the status of a cluster without any facts. `positions` knows how far its WAL is
+    /// durable.
     #[must_use]
-    pub fn new(cluster: ClusterName, acknowledge: Acknowledge, instruments: Instruments) -> Self {
+    pub fn new(
+        cluster: ClusterName,
+        instruments: Instruments,
+        positions: Arc<dyn DurablePositions>,
+    ) -> Self {
         Self {
             flush_duration: instruments.flush_duration(&cluster),
             instruments,
             cluster,
-            progress: Progress::new(acknowledge),
+            positions,
             started: Instant::now(),
             facts: Mutex::default(),
             details: Mutex::default(),
-            archive: Mutex::default(),
             caught_up: Mutex::default(),
-            poll: Mutex::default(),
             refused_since: Mutex::default(),
             rpo: Mutex::default(),
             wal_received_bytes: AtomicU64::new(0),
@@ -224,7 +250,7 @@ impl ClusterStatus {
 
     /// Counts an object that the repository does not allow to be deleted. The first one is logged.
     /// An object whose deletion is tried again is counted once.
-    pub(crate) fn locked(&self, key: &ObjectKey, error: &repository::Error) {
+    pub fn locked(&self, key: &ObjectKey, error: &repository::Error) {
         if self.objects_locked.add(key) {
             tracing::info!(
                 %error,
@@ -240,7 +266,7 @@ impl ClusterStatus {
     }
 
     /// Records that the cluster's task is alive.
-    pub(crate) fn beat(&self) {
+    pub fn beat(&self) {
         let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.beat.store(now, Ordering::Relaxed);
     }
@@ -285,12 +311,6 @@ impl ClusterStatus {
         &self.cluster
     }
 
-    /// The positions of the cluster's WAL.
-    #[must_use]
-    pub fn progress(&self) -> &Progress {
-        &self.progress
-    }
-
     /// Returns a copy of the facts.
     #[must_use]
     pub fn facts(&self) -> Facts {
@@ -303,13 +323,13 @@ impl ClusterStatus {
     }
 
     /// Adds to a counter.
-    pub(crate) fn count(counter: &AtomicU64, add: u64) {
+    pub fn count(counter: &AtomicU64, add: u64) {
         counter.fetch_add(add, Ordering::Relaxed);
     }
 
     /// Records a message of the server. `seen` is the server's flush LSN, if the message contains
     /// it.
-    pub(crate) fn heard(&self, seen: Option<Seen>) {
+    pub fn heard(&self, seen: Option<Seen>) {
         self.note(|facts| {
             facts.last_message = Some(PgTimestamp::from_jiff(jiff::Timestamp::now()));
         });
@@ -319,7 +339,7 @@ impl ClusterStatus {
     }
 
     /// Records the server's path of timelines.
-    pub(crate) fn follow(&self, path: ServerPath) {
+    pub fn follow(&self, path: ServerPath) {
         self.rpo().follow(&path.parts);
         self.note(|facts| facts.server_path = Some(Arc::new(path)));
     }
@@ -330,8 +350,8 @@ impl ClusterStatus {
         let now = self.clock();
         let mut rpo = self.rpo();
         // Read under the lock, so that an older result cannot replace a newer one.
-        let positions = self.progress.positions();
-        let (local, remote) = rpo.exposure(now, &positions);
+        let durable = self.positions.durable(rpo.path());
+        let (local, remote) = rpo.exposure(now, &durable);
         drop(rpo);
         let is_caught_up = |tier: Exposure| tier.source_known && tier.rpo == Some(Duration::ZERO);
         let proved = self.lock().last_message;
@@ -346,7 +366,7 @@ impl ClusterStatus {
     }
 
     /// The server's flush LSN as last seen.
-    pub(crate) fn source_lsn(&self) -> Option<Lsn> {
+    pub fn source_lsn(&self) -> Option<Lsn> {
         self.rpo().source_lsn()
     }
 
@@ -358,12 +378,12 @@ impl ClusterStatus {
     }
 
     /// The last such times of both tiers, to be stored for the next run.
-    pub(crate) fn were_caught_up(&self) -> CaughtUp {
+    pub fn were_caught_up(&self) -> CaughtUp {
         *self.caught_up()
     }
 
     /// Sets the times that an earlier run stored.
-    pub(crate) fn resume(&self, kept: CaughtUp) {
+    pub fn resume(&self, kept: CaughtUp) {
         let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
         // A time in the future was written before this host's clock was set back. It counts as now.
         let before = |time: PgTimestamp| {
@@ -394,31 +414,15 @@ impl ClusterStatus {
         Arc::clone(&self.details.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Records the result of a check of the catalog.
-    pub(crate) fn looked(&self, archive: &Arc<Archive>, details: Details) {
+    /// Records the result of a check of the catalog, which belongs to the archive with this number.
+    pub fn looked(&self, archive_number: u64, details: Details) {
         *self.details.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(details);
-        *self.archive.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(archive);
-        self.note(|facts| facts.looked |= facts.archive_number == archive.number());
-    }
-
-    /// The archive while its pipeline runs, for queries that only the catalog can answer.
-    #[must_use]
-    pub fn archive(&self) -> Option<Arc<Archive>> {
-        let archive = self.archive.lock().unwrap_or_else(PoisonError::into_inner);
-        archive.upgrade()
-    }
-
-    /// Sets the task that polls the server over SQL, and ends the previous one.
-    pub(crate) fn polled_by(&self, task: Option<AbortHandle>) {
-        let mut poll = self.poll.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(before) = std::mem::replace(&mut *poll, task) {
-            before.abort();
-        }
+        self.note(|facts| facts.looked |= facts.archive_number == archive_number);
     }
 
     /// Records whether the server refuses new connections because it shuts down or is not up yet
     /// (57P03).
-    pub(crate) fn refuses(&self, refuses: bool) {
+    pub fn refuses(&self, refuses: bool) {
         let mut since = self
             .refused_since
             .lock()
@@ -428,7 +432,7 @@ impl ClusterStatus {
 
     /// The time since which the server refuses new connections because it shuts down. `None` while
     /// it accepts them.
-    pub(crate) fn refused_since(&self) -> Option<Instant> {
+    pub fn refused_since(&self) -> Option<Instant> {
         *self
             .refused_since
             .lock()
@@ -442,7 +446,7 @@ impl ClusterStatus {
     }
 
     /// Records that a repository request for `object` failed. It is retried.
-    pub(crate) fn repository_failed(
+    pub fn repository_failed(
         &self,
         operation: &'static str,
         object: &str,
@@ -472,7 +476,7 @@ impl ClusterStatus {
     }
 
     /// Records that requests of this operation are not retried any more, and removes their errors.
-    pub(crate) fn repository_no_longer_asked(&self, operation: &'static str) {
+    pub fn repository_no_longer_asked(&self, operation: &'static str) {
         self.note(|facts| {
             let begins = format!("{operation} ");
             facts
@@ -482,7 +486,7 @@ impl ClusterStatus {
     }
 
     /// Records that a repository request for `object` succeeded.
-    pub(crate) fn repository_answered(&self, operation: &'static str, object: &str) {
+    pub fn repository_answered(&self, operation: &'static str, object: &str) {
         self.note(|facts| {
             if facts.repository_gone {
                 // This is the right place again, so errors of the wrong place are over.
@@ -503,7 +507,7 @@ impl ClusterStatus {
     }
 
     /// Clears the failure that a check of the place reported, and no other one.
-    pub(crate) fn repository_back(&self, check: &'static str) {
+    pub fn repository_back(&self, check: &'static str) {
         let failed = format!("{check} ");
         if self.facts().repository_broken.contains_key(&failed) {
             self.repository_answered(check, "");

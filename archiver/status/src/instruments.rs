@@ -8,11 +8,11 @@ use prometheus_client::metrics::{
 use wal_format::ClusterName;
 
 /// Label names and values of a sample.
-pub(crate) type Labels = Vec<(&'static str, String)>;
+pub type Labels = Vec<(&'static str, String)>;
 
 /// Makes the histograms of a family.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Durations;
+pub struct Durations;
 
 impl MetricConstructor<Histogram> for Durations {
     fn new_metric(&self) -> Histogram {
@@ -25,9 +25,11 @@ impl MetricConstructor<Histogram> for Durations {
 #[derive(Clone, Debug)]
 pub struct Instruments {
     /// The time at which these instruments were created, which counts as the start of the process.
-    pub(crate) started: jiff::Timestamp,
-    pub(crate) flush_duration: Family<Labels, Histogram, Durations>,
-    pub(crate) repository_request_duration: Family<Labels, Histogram, Durations>,
+    pub started: jiff::Timestamp,
+    /// The durations of fdatasync, by cluster.
+    pub flush_duration: Family<Labels, Histogram, Durations>,
+    /// The durations of repository requests, by cluster, request and outcome.
+    pub repository_request_duration: Family<Labels, Histogram, Durations>,
 }
 
 impl Default for Instruments {

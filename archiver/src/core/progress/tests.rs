@@ -1,8 +1,13 @@
-use proptest::prelude::*;
-use repository::config::Acknowledge;
+//! The RPO of both tiers, on the positions of the real core.
 
-use super::*;
-use crate::core::positions::Coverage;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use repository::{PathPart, config::Acknowledge};
+use status::rpo::tiers::{Seen, Tiers};
+use wal_format::{Branch, Lsn, TimelineId};
+
+use crate::core::positions::{Coverage, Positions};
 
 /// The segment size in the model, in bytes of WAL.
 const SEGMENT: u64 = 16;
@@ -55,7 +60,7 @@ fn a_lagging_standby_that_is_promoted_starts_the_comparison_again() {
     positions.on_written(Lsn(900), Lsn(900));
     positions.on_synced(Lsn(0), Lsn(900));
     positions.on_stored(branch(1), Lsn(0), Lsn(900));
-    let (_, remote) = tiers.exposure(at(0), &positions);
+    let (_, remote) = tiers.exposure(at(0), &positions.durable(tiers.path()));
     assert_eq!((remote.rpo, remote.lag_bytes), (Some(at(0)), Some(0)));
     // The standby had 500 of 900, and writes 100 while the repository takes nothing.
     tiers.follow(&path(&[500]));
@@ -63,11 +68,11 @@ fn a_lagging_standby_that_is_promoted_starts_the_comparison_again() {
     tiers.see(at(1000), polled(2, 600));
     positions.on_written(Lsn(600), Lsn(600));
     positions.on_synced(Lsn(496), Lsn(600));
-    let (local, remote) = tiers.exposure(at(3000), &positions);
+    let (local, remote) = tiers.exposure(at(3000), &positions.durable(tiers.path()));
     assert_eq!((local.rpo, local.lag_bytes), (Some(at(0)), Some(0)));
     assert_eq!((remote.rpo, remote.lag_bytes), (Some(at(2000)), Some(104)));
     positions.on_stored(branch(2), Lsn(496), Lsn(600));
-    let (_, remote) = tiers.exposure(at(3000), &positions);
+    let (_, remote) = tiers.exposure(at(3000), &positions.durable(tiers.path()));
     assert_eq!((remote.rpo, remote.lag_bytes), (Some(at(0)), Some(0)));
 }
 
@@ -79,7 +84,7 @@ fn a_timeline_whose_history_is_not_known_is_held_nowhere() {
     tiers.follow(&path(&[]));
     tiers.see(at(0), polled(1, 900));
     tiers.see(at(1000), polled(2, 600));
-    let (local, remote) = tiers.exposure(at(2000), &positions);
+    let (local, remote) = tiers.exposure(at(2000), &positions.durable(tiers.path()));
     for tier in [local, remote] {
         assert_eq!((tier.rpo, tier.lag_bytes), (Some(at(1000)), None));
     }
@@ -87,7 +92,7 @@ fn a_timeline_whose_history_is_not_known_is_held_nowhere() {
     // An answer from a server on an older timeline proves nothing.
     tiers.follow(&path(&[500]));
     tiers.see(at(9000), polled(1, 900));
-    let (_, remote) = tiers.exposure(at(9000), &positions);
+    let (_, remote) = tiers.exposure(at(9000), &positions.durable(tiers.path()));
     assert!(!remote.source_known);
     assert_eq!(remote.rpo, Some(at(8000)));
 }
@@ -97,7 +102,7 @@ fn an_earlier_run_proves_up_to_when_everything_was_held() {
     let mut positions = Positions::new(Acknowledge::Local);
     let mut tiers = Tiers::default();
     tiers.were_caught_up(Some(at(10_000)), Some(at(4000)));
-    let (local, remote) = tiers.exposure(at(35_000), &positions);
+    let (local, remote) = tiers.exposure(at(35_000), &positions.durable(tiers.path()));
     assert_eq!(
         (local.rpo, remote.rpo),
         (Some(at(25_000)), Some(at(31_000)))
@@ -106,7 +111,7 @@ fn an_earlier_run_proves_up_to_when_everything_was_held() {
     positions.take_up(branch(1), Lsn(100), Coverage::up_to(Lsn(100)));
     tiers.follow(&path(&[]));
     tiers.see(at(35_000), polled(1, 300));
-    let (local, remote) = tiers.exposure(at(36_000), &positions);
+    let (local, remote) = tiers.exposure(at(36_000), &positions.durable(tiers.path()));
     assert_eq!(
         (local.rpo, remote.rpo),
         (Some(at(26_000)), Some(at(32_000)))
@@ -114,7 +119,7 @@ fn an_earlier_run_proves_up_to_when_everything_was_held() {
     // Only the WAL found at that contact has this age. Later WAL has its own.
     tiers.see(at(36_000), polled(1, 400));
     positions.on_stored(branch(1), Lsn(100), Lsn(300));
-    let (_, remote) = tiers.exposure(at(38_000), &positions);
+    let (_, remote) = tiers.exposure(at(38_000), &positions.durable(tiers.path()));
     assert_eq!((remote.rpo, remote.lag_bytes), (Some(at(2000)), Some(100)));
 }
 
@@ -270,7 +275,7 @@ proptest! {
                     }
                 }
             }
-            let (_, remote) = tiers.exposure(at(model.now), &positions);
+            let (_, remote) = tiers.exposure(at(model.now), &positions.durable(tiers.path()));
             let queued: u64 = model.local.iter().zip(&model.stored).map(|(held, stored)| held - stored).sum();
             prop_assert_eq!(positions.queued_bytes(), queued);
             let exposed = model.exposed();

@@ -13,7 +13,7 @@ fn quoted(text: &str) -> String {
 
 fn rules() -> String {
     let mut file = String::from(
-        "# Alerts of Tidemark, written from the table in archiver/src/alerts/table.rs. Thresholds\n\
+        "# Alerts of Tidemark, written from the table in archiver/status/src/alerts/table.rs. Thresholds\n\
          # are exported by the archiver. Unit tests: promtool test rules tidemark.tests.yml\n\
          # runbook_url assumes that Prometheus scrapes the archiver itself, without TLS.\n\
          groups:\n  - name: tidemark\n    rules:\n",
@@ -55,7 +55,7 @@ fn rules() -> String {
 
 fn inhibitions() -> String {
     let mut file = String::from(
-        "# Inhibition for Alertmanager, written from the table in archiver/src/alerts/table.rs: one\n\
+        "# Inhibition for Alertmanager, written from the table in archiver/status/src/alerts/table.rs: one\n\
          # fault pages once. Copy the entries into alertmanager.yml.\ninhibit_rules:\n",
     );
     for rule in RULES.iter().filter(|rule| !rule.inhibited_by.is_empty()) {
@@ -72,7 +72,7 @@ fn inhibitions() -> String {
 
 #[test]
 fn the_shipped_files_are_those_of_the_table() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../monitoring");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../monitoring");
     for (name, expected) in [
         ("tidemark.rules.yml", rules()),
         ("alertmanager-inhibit.yml", inhibitions()),

@@ -13,7 +13,7 @@ const KEYS_MAX: usize = 10_000;
 
 /// Counts each object once, although its deletion is tried again and again.
 #[derive(Debug, Default)]
-pub(crate) struct LockedObjects(Mutex<Known>);
+pub(super) struct LockedObjects(Mutex<Known>);
 
 #[derive(Debug, Default)]
 struct Known {
@@ -43,7 +43,7 @@ impl LockedObjects {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::cluster_status::locked_objects::*;
 
     #[test]
     fn an_object_counts_once_however_often_it_is_tried() {

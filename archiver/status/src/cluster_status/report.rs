@@ -2,24 +2,27 @@
 
 use std::sync::atomic::Ordering;
 
-use repository::config::ClusterSettings;
+use repository::{config::ClusterSettings, store::MemberState};
 use wal_format::{Lsn, OutcomeKind, PgTimestamp};
 
 use super::{ClusterStatus, Facts};
 use crate::{
     alerts,
-    report::{
-        ClusterReport, Counters, DurableReport, Facts as Judged, SlotReport, SourceReport, State,
-        TierReport, causes,
-    },
+    light::{Facts as Judged, causes},
+    report::{ClusterReport, Counters, DurableReport, SlotReport, SourceReport, TierReport},
+    state::State,
 };
 
 impl ClusterStatus {
-    /// Returns the complete report on the cluster, from memory.
+    /// Returns the complete report on the cluster, from memory. `repositories` are the members of
+    /// the repository, if there are several.
     #[must_use]
-    pub fn report(&self, settings: &ClusterSettings) -> ClusterReport {
+    pub fn report(
+        &self,
+        settings: &ClusterSettings,
+        repositories: Vec<MemberState>,
+    ) -> ClusterReport {
         let facts = self.facts();
-        let positions = self.progress.positions();
         let (local, remote) = self.exposure();
         let details = self.details();
         let drill = details.newest(OutcomeKind::Drill).cloned();
@@ -138,8 +141,8 @@ impl ClusterStatus {
         }
         let known = |lsn: Lsn| (lsn > Lsn::ZERO).then_some(lsn);
         let path = facts.server_path.unwrap_or_default();
-        let stored = positions.remote_on(&path.parts);
-        let stored = known(stored.unwrap_or_else(|| positions.remote()));
+        let durable = self.positions.durable(&path.parts);
+        let stored = known(durable.remote_on_path.unwrap_or(durable.remote));
         let mut report = ClusterReport {
             schema: "v1",
             cluster: self.cluster.clone(),
@@ -159,7 +162,7 @@ impl ClusterStatus {
                 last_contact: facts.last_message,
             },
             durable: DurableReport {
-                local: TierReport::new(known(positions.flushed()), local),
+                local: TierReport::new(known(durable.flushed), local),
                 remote: TierReport::new(stored, remote),
             },
             rpo_target_seconds,
@@ -194,8 +197,8 @@ impl ClusterStatus {
                 repository_errors: self.repository_errors(),
                 spool_used_bytes: facts.spool_used_bytes,
                 spool_limit_bytes: facts.spool_limit_bytes,
-                upload_queue_bytes: positions.queued_bytes(),
-                upload_queue_age_seconds: match positions.queued_bytes() {
+                upload_queue_bytes: durable.queued_bytes,
+                upload_queue_age_seconds: match durable.queued_bytes {
                     0 => Some(0.0),
                     _ => remote.proved.or(remote.rpo).map(|age| age.as_secs_f64()),
                 },
@@ -204,9 +207,7 @@ impl ClusterStatus {
             repository: settings.repository.to_string(),
             requests: settings.repository.request_report(),
             rpo_max_24h_seconds: None,
-            repositories: self
-                .archive()
-                .map_or_else(Vec::new, |archive| archive.repository().places()),
+            repositories,
             wal_bytes_per_second: None,
             caught_up_as_of: self.caught_up_as_of(),
             rto: details.rto(

@@ -1,7 +1,7 @@
 //! The RPO: the age of the oldest WAL that the primary has flushed and that we do not hold yet.
 //!
 //! Pure: callers pass what was seen and when, by a monotonic clock of this process, so that no
-//! clock skew between the primary and this host affects the RPO. [`Tiers`] compares the primary's
+//! clock skew between the primary and this host affects the RPO. [`tiers`] compares the primary's
 //! flush LSN with what is durable along one path of timelines.
 //! Invariant: the RPO is never less than what is known. Where samples have to be merged to bound
 //! memory, the older time wins. An LSN of one timeline is never compared with an LSN of another.
@@ -10,9 +10,7 @@ use std::{collections::VecDeque, time::Duration};
 
 use wal_format::{Lsn, TimelineId};
 
-mod tiers;
-
-pub use tiers::{Seen, Tiers};
+pub mod tiers;
 
 /// The number of the primary's positions that one tier remembers. At one sample per second and one
 /// per message of the stream, this covers minutes exactly. Beyond that, neighbours are merged,

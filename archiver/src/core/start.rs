@@ -136,7 +136,7 @@ fn branch_at(server: &ServerState, lsn: Lsn) -> &ServerBranch {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::core::start::*;
 
     const SIZE: SegmentSize = SegmentSize::DEFAULT;
     const MIB: u64 = 1 << 20;

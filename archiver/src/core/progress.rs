@@ -7,7 +7,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use replication::FlushedLsn;
-use repository::config::Acknowledge;
+use repository::{PathPart, config::Acknowledge};
+use status::durable::{DurablePositions, DurableWal};
 use tokio::sync::watch;
 use wal_format::Lsn;
 
@@ -27,6 +28,12 @@ pub struct Acknowledgement {
 pub struct Progress {
     core: Mutex<Core>,
     acknowledgement: watch::Sender<Acknowledgement>,
+}
+
+impl DurablePositions for Progress {
+    fn durable(&self, path: &[PathPart]) -> DurableWal {
+        self.lock().positions().durable(path)
+    }
 }
 
 impl Progress {
@@ -101,3 +108,6 @@ impl Progress {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests;

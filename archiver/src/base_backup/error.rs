@@ -1,0 +1,88 @@
+//! [`BaseBackupError`]: the reasons why a base backup fails.
+
+use repository::ExitKind;
+use wal_format::{Lsn, TimelineId};
+
+use crate::error::Error;
+
+/// The reason why a base backup failed.
+#[derive(Debug, thiserror::Error)]
+pub enum BaseBackupError {
+    /// The server's data and its manifest differ.
+    #[error(
+        "the base backup does not match its manifest: {problem}; nothing was listed, take it again"
+    )]
+    Manifest {
+        /// The file, and the difference.
+        problem: String,
+    },
+    /// The server found damaged pages.
+    #[error(
+        "the server's data is damaged: {pages}. The base backup was not listed; earlier ones stay. Check the server's disk, \
+         and bring the relation back from an earlier backup with pitr-restore"
+    )]
+    DamagedPages {
+        /// The pages: file, block, relation.
+        pages: String,
+    },
+    /// The standby's last restartpoint is on a timeline that it has left.
+    #[error(
+        "the base backup would begin on timeline {start}, which the standby has left for timeline {current}: it has no \
+         restartpoint there yet. Run CHECKPOINT on the primary and take the backup again"
+    )]
+    OldRestartpoint {
+        /// The timeline of the restartpoint.
+        start: TimelineId,
+        /// The timeline that the standby follows.
+        current: TimelineId,
+    },
+    /// The server sent data that cannot be parsed.
+    #[error("the server sent a base backup that cannot be read: {problem}")]
+    Malformed {
+        /// The unexpected data.
+        problem: String,
+    },
+    /// The server removed WAL that the backup needs before it was archived.
+    #[error(
+        "the WAL from {from_lsn} to {to_lsn}, without which the base backup cannot be restored, was declared lost; take it again"
+    )]
+    WalLost {
+        /// The first missing byte.
+        from_lsn: Lsn,
+        /// The first byte after the missing WAL.
+        to_lsn: Lsn,
+    },
+    /// The required WAL did not arrive.
+    #[error(
+        "the WAL up to {stop_lsn} did not arrive in the repository within {seconds} s, so the backup was not listed: is \
+         `wal-archiver run` running for this cluster?"
+    )]
+    WalMissing {
+        /// The stop LSN, at which the backup is consistent.
+        stop_lsn: Lsn,
+        /// The time waited, in seconds.
+        seconds: u64,
+    },
+}
+
+impl BaseBackupError {
+    /// Returns the documented exit code.
+    #[must_use]
+    pub fn exit_kind(&self) -> ExitKind {
+        match self {
+            Self::DamagedPages { .. } | Self::Manifest { .. } | Self::Malformed { .. } => {
+                ExitKind::Integrity
+            }
+            Self::OldRestartpoint { .. } | Self::WalLost { .. } | Self::WalMissing { .. } => {
+                ExitKind::Failed
+            }
+        }
+    }
+}
+
+/// Builds the error for data of the server that cannot be parsed.
+pub(super) fn malformed(problem: impl Into<String>) -> Error {
+    Error::BaseBackup(BaseBackupError::Malformed {
+        problem: problem.into(),
+    })
+}

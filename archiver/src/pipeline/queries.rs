@@ -1,0 +1,21 @@
+//! The answers of the archive to the dashboard's queries.
+
+use repository::store::MemberState;
+use status::locate::Located;
+use wal_format::PgTimestamp;
+
+use super::{current::CurrentArchive, nearest};
+use crate::monitor::queries::ArchiveQueries;
+
+impl ArchiveQueries for CurrentArchive {
+    fn places(&self) -> Vec<MemberState> {
+        let archive = self.get();
+        archive.map_or_else(Vec::new, |archive| archive.repository().places())
+    }
+
+    fn locate(&self, time: PgTimestamp) -> Result<Located, String> {
+        let archive = self.get();
+        let archive = archive.ok_or("the archive is not open yet; ask again in a moment")?;
+        nearest::locate(&archive, time).map_err(|error| error.to_string())
+    }
+}
