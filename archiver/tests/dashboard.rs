@@ -2,7 +2,9 @@
 //! is driven in a browser, the rules and the board name only emitted metrics, and other clients'
 //! connections do not disturb the stream.
 
+mod away;
 mod browser;
+pub(crate) mod camera;
 mod emitted;
 mod lights;
 mod notifications;

@@ -443,8 +443,13 @@ impl Place {
 /// Lets every put into the repository fail, like a store that is down. Returns a function that ends
 /// this.
 pub(crate) fn store_refuses(place: &Place) -> impl FnOnce() + use<> {
+    folder_refuses(&place.repository())
+}
+
+/// Lets every put into a folder of objects fail. Returns a function that ends this.
+pub(crate) fn folder_refuses(folder: &Path) -> impl FnOnce() + use<> {
     // Objects are written here before they have a name.
-    let temporary = place.repository().join(".tidemark-tmp");
+    let temporary = folder.join(".tidemark-tmp");
     drop(fs::remove_dir_all(&temporary));
     fs::write(&temporary, "a file is no folder").expect("in its place");
     move || fs::remove_file(&temporary).expect("the file goes")

@@ -9,16 +9,14 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{
-    present::{backup, body, metric, pitr_restore, report},
-    support::{
-        Archiver, Place, Server, postgres_bin, store_goes_down, store_refuses, succeed,
-        wait_flushed, wait_until,
-    },
+    present::{body, metric, pitr_restore, report},
+    support::{Archiver, Place, Server, store_goes_down, succeed, wait_flushed, wait_until},
 };
+
+mod scenes;
 
 /// Returns a `wal-archiver` command with a configuration file in a directory whose name a shell
 /// must quote.
@@ -57,7 +55,7 @@ fn run_printed(command: &str) -> Output {
     let path = env::var("PATH").unwrap_or_default();
     let output = Command::new("sh")
         .env("PATH", format!("{}:{path}", programs.display()))
-        .args(["-c", &format!("{command} --dry-run")])
+        .args(["-c", &format!("{command} --dry-run --json")])
         .output();
     output.expect("sh runs")
 }
@@ -67,15 +65,17 @@ pub(crate) fn locate(archiver: &Archiver, time: Timestamp) -> Value {
     serde_json::from_str(body(&answer)).expect("JSON")
 }
 
-fn assert_accepted(command: &Value, scene: &str) {
+/// Asserts that a plan accepts a printed command. Returns the plan.
+fn assert_accepted(command: &Value, scene: &str) -> Value {
     let command = command
         .as_str()
         .unwrap_or_else(|| panic!("{scene}: no command"));
     let planned = run_printed(command);
     assert!(planned.status.success(), "{scene}: {command}: {planned:?}");
+    serde_json::from_slice(&planned.stdout).expect("JSON")
 }
 
-fn nagios(archiver: &Archiver, place: &Place) -> Option<i32> {
+pub(crate) fn nagios(archiver: &Archiver, place: &Place) -> Option<i32> {
     let asking = place.spool().with_extension("nagios");
     fs::write(&asking, format!("http = '{}'\n", archiver.address())).expect("a configuration");
     let mut command = place.command("host=/nowhere");
@@ -109,7 +109,12 @@ pub(crate) fn compare(scene: &str, archiver: &Archiver, place: &Place) {
     for at in [&window["earliest"], &window["latest"]] {
         if let Some(at) = time(at) {
             assert!(plans(place, at), "{scene}: no plan for {at}: {report}");
-            assert_accepted(&locate(archiver, at)["command"], scene);
+            let located = locate(archiver, at);
+            let plan = assert_accepted(&located["command"], scene);
+            assert_eq!(
+                located["plan"]["backup"], plan["backup"],
+                "{scene}: {located}"
+            );
         }
     }
     // Nothing proves an instant in the future.
@@ -227,69 +232,6 @@ pub(crate) fn verify(place: &Place, server: &Server) -> Option<i32> {
     output.expect("wal-archiver runs").status.code()
 }
 
-/// A state: its name, the lights of which it shows one, and a function that begins it and returns
-/// the function that ends it.
-struct Scene {
-    name: &'static str,
-    light: &'static [&'static str],
-    begin: fn(&Place, &Server) -> Box<dyn FnOnce()>,
-}
-
-const SCENES: &[Scene] = &[
-    Scene {
-        name: "idle",
-        light: &["ok"],
-        begin: |_, _| Box::new(|| ()),
-    },
-    Scene {
-        name: "load",
-        light: &["ok"],
-        begin: |_, server| {
-            let load = server.load();
-            Box::new(move || drop(load))
-        },
-    },
-    Scene {
-        name: "stalled",
-        light: &["at_risk", "degraded"],
-        begin: |_, server| {
-            let pid = server.sql("SELECT pid FROM pg_stat_replication LIMIT 1");
-            let pid = pid
-                .parse()
-                .ok()
-                .and_then(Pid::from_raw)
-                .expect("a walsender");
-            kill_process(pid, Signal::STOP).expect("it stops");
-            server.write_wal(100);
-            Box::new(move || kill_process(pid, Signal::CONT).expect("it goes on"))
-        },
-    },
-    Scene {
-        name: "the repository refuses",
-        light: &["at_risk"],
-        begin: |place, server| {
-            let comes_back = store_refuses(place);
-            server.write_wal(100);
-            Box::new(comes_back)
-        },
-    },
-    Scene {
-        name: "a segment is damaged",
-        light: &["broken"],
-        begin: |place, server| {
-            let (object, _) = damage_in_the_middle(place, server);
-            assert_eq!(verify(place, server), Some(4));
-            let again = place.command(&server.conninfo());
-            Box::new(move || {
-                flip(&object);
-                let mut again = again;
-                let verified = again.arg("verify").output().expect("it runs");
-                assert_eq!(verified.status.code(), Some(0), "{verified:?}");
-            })
-        },
-    },
-];
-
 #[test]
 fn a_repository_that_is_away_is_not_reported_as_the_primary() {
     let place = Place::new();
@@ -310,51 +252,4 @@ fn a_repository_that_is_away_is_not_reported_as_the_primary() {
     assert!(health.starts_with("HTTP/1.1 503"), "{health}");
     let code = nagios(&archiver, &place);
     assert!(matches!(code, Some(2 | 3)), "{code:?}");
-}
-
-/// Tests every scene, before and after a restart of the archiver.
-#[test]
-fn every_state_shows_what_a_restore_gives() {
-    if env::var_os("TIDEMARK_LONG").is_none() {
-        return;
-    }
-    let Some(bin) = postgres_bin() else { return };
-    let server = Server::start(&bin, "wal_sender_timeout=0");
-    let place = Place::new();
-    let mut archiver = place.run_with(configured(&place, &server));
-    archiver.wait_for_log("INFO streaming");
-    server.write_wal(100);
-    wait_until("no backup", || report(&archiver)["state"] == "at_risk");
-    compare("no backup", &archiver, &place);
-    backup(&place, &server);
-    for scene in SCENES {
-        wait_until("all is well", || report(&archiver)["state"] == "ok");
-        let end = (scene.begin)(&place, &server);
-        for round in ["", ", after a restart"] {
-            let name = format!("{}{round}", scene.name);
-            if !round.is_empty() {
-                let starts = archiver.log().matches("serving HTTP").count();
-                archiver.kill();
-                archiver = place.run_with(configured(&place, &server));
-                wait_until("it serves", || {
-                    archiver.log().matches("serving HTTP").count() > starts
-                });
-                wait_until("it is known what can be restored", || {
-                    report(&archiver)["looked"] == true
-                });
-            }
-            wait_until(&format!("{name}: {:?}", scene.light), || {
-                let state = report(&archiver)["state"].clone();
-                scene.light.iter().any(|light| state == *light)
-            });
-            compare(&name, &archiver, &place);
-        }
-        end();
-    }
-    wait_until("all is well", || report(&archiver)["state"] == "ok");
-    server.down("immediate");
-    wait_until("the primary is unknown", || {
-        report(&archiver)["state"] == "unknown"
-    });
-    compare("the primary is away", &archiver, &place);
 }

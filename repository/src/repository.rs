@@ -20,8 +20,8 @@ use crate::{
     known_archive::{KnownArchive, each_known},
     sound::is_sound,
     store::{
-        EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore, Observer, Pin,
-        PinnedStore, S3AsOf, S3Store, Witness,
+        EncryptedStore, LocalStore, MemberState, MirroredStore, ObservedStore, Observer, OpenPuts,
+        Pin, PinnedStore, S3AsOf, S3Store, Witness,
     },
 };
 
@@ -296,8 +296,8 @@ impl Repository {
 
     /// Reports each request of the repository to `observer`.
     #[must_use]
-    pub fn observed(self, observer: Observer) -> Self {
-        let store = Arc::new(ObservedStore::new(self.store, observer));
+    pub fn observed(self, observer: Observer, puts: Arc<OpenPuts>) -> Self {
+        let store = Arc::new(ObservedStore::new(self.store, observer, puts));
         Self { store, ..self }
     }
 

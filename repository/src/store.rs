@@ -33,7 +33,7 @@ pub use encrypted::EncryptedStore;
 pub(crate) use encrypted::SUFFIX as ENCRYPTED_SUFFIX;
 pub use local::LocalStore;
 pub use mirrored::{MemberState, MirroredStore};
-pub use observed::{ObservedStore, Observer, REQUESTS};
+pub use observed::{ObservedStore, Observer, OpenPuts, REQUESTS};
 pub use pinned::PinnedStore;
 pub use requests::{RequestCounts, RequestKind, RequestMeter, RequestReport};
 pub use retry::Patience;

@@ -9,7 +9,7 @@ use hyper::StatusCode;
 use jiff::Timestamp;
 use serde::Serialize;
 use serde_json::json as object;
-use status::{locate::Located, report::ClusterReport};
+use status::{locate::Located, report::ClusterReport, units::DRILL_ADVICE};
 use tokio::task;
 use wal_format::{OutcomeKind, PgTimestamp};
 
@@ -198,14 +198,7 @@ pub(super) fn backups(cluster: &Watched) -> Answer {
 pub(super) fn drills(cluster: &Watched) -> Answer {
     let details = cluster.status().details();
     let drills: Vec<_> = details.of_kind(OutcomeKind::Drill).collect();
-    json(
-        StatusCode::OK,
-        &listed(
-            "drills",
-            &drills,
-            "none recorded; no program records a drill yet",
-        ),
-    )
+    json(StatusCode::OK, &listed("drills", &drills, DRILL_ADVICE))
 }
 
 /// Makes a list. If it is empty, adds how to get its first entry.
@@ -254,7 +247,8 @@ pub(super) async fn locate(cluster: &Watched, query: &str) -> Answer {
                 StatusCode::OK,
                 &object!({
                     "schema": "v1", "time": located.time, "before": located.before, "after": located.after,
-                    "command": located.flags.as_ref().map(command), "refusal": located.refusal,
+                    "command": located.flags.as_ref().map(command), "plan": located.chosen,
+                    "refusal": located.refusal,
                     "nearest": nearest.collect::<Vec<_>>(),
                 }),
             )

@@ -27,6 +27,8 @@ mod strip;
 mod tables;
 mod tiles;
 
+#[cfg(test)]
+pub(super) use self::{alerts::render as render_alerts, answer::lines};
 pub(super) use self::{
     chart::Range,
     events::Shown,
@@ -76,7 +78,7 @@ pub(super) fn cluster(view: &View<'_>) -> String {
     let report = view.report;
     let mut body = String::new();
     answer::render(&mut body, view);
-    alerts::render(&mut body, view);
+    alerts::render(&mut body, report);
     tiles::render(&mut body, view);
     strip::render(&mut body, view);
     picker::render(&mut body, view);
@@ -142,7 +144,7 @@ fn document(title: &str, attributes: &str, body: &str, guarded: bool, refresh: R
          <a class=\"skip\" href=\"#main\">Skip to content</a>\
          <header class=\"bar\"><a class=\"brand\" href=\"/\"><img src=\"/icon.svg\" alt=\"\" width=\"22\" height=\"22\"> Tidemark</a>\
          <nav aria-label=\"Elsewhere\"><a href=\"/metrics\">Metrics</a><a href=\"/api/v1/clusters\">API</a>\
-         <a href=\"/api/v1/openapi.json\">OpenAPI</a><button type=\"button\" class=\"quiet\" id=\"theme\" aria-pressed=\"false\" hidden>Dark</button>{logout}</nav></header>\
+         <a href=\"/api/v1/openapi.json\">OpenAPI</a><button type=\"button\" class=\"quiet\" id=\"theme\" hidden>Switch to dark</button>{logout}</nav></header>\
          <p id=\"stale\" role=\"status\" hidden></p>\
          <p id=\"announce\" class=\"only-read\" role=\"status\" aria-live=\"polite\"></p><main id=\"main\">{reload}{body}</main></body></html>"
     )

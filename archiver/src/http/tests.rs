@@ -1,5 +1,6 @@
 //! Tests of the routes without a socket, and of the start without a daemon.
 
+mod claims;
 mod conditions;
 
 use http_body_util::BodyExt;
@@ -645,42 +646,4 @@ async fn every_field_of_a_report_is_described() {
     for name in report.as_object().expect("an object").keys() {
         assert!(!described[name].is_null(), "openapi.json lacks {name}");
     }
-}
-
-#[test]
-fn a_place_that_is_away_among_several_is_told() {
-    let place = |error: Option<&str>| repository::store::MemberState {
-        url: "s3://far/away".to_owned(),
-        queued_objects: 0,
-        queued_bytes: 0,
-        behind: false,
-        lag_seconds: 0.0,
-        error: error.map(str::to_owned),
-    };
-    let fires = |place| {
-        let report = ClusterReport {
-            repositories: vec![place],
-            ..report()
-        };
-        let metrics = metrics::render(
-            std::slice::from_ref(&report),
-            &Instruments::default(),
-            metrics::Exposition::Text,
-        );
-        // The others have everything.
-        assert!(metrics.contains("pitr_repository_failing{cluster=\"main\"} 0.0"));
-        let of_place =
-            "pitr_repository_place_failing{cluster=\"main\",repository=\"s3://far/away\"} 1.0";
-        let is_away = metrics.contains(of_place);
-        let told = status::alerts::firing(&report);
-        let told = told.iter().find(|(name, _)| *name == "PitrRepositoryAway");
-        assert_eq!(is_away, told.is_some());
-        told.map(|(_, summary)| summary.clone())
-    };
-    assert_eq!(fires(place(None)), None);
-    let told = fires(place(Some("no route to host"))).expect("it is away");
-    assert!(
-        told.contains("s3://far/away is away") && told.contains("no route to host"),
-        "{told}"
-    );
 }

@@ -234,8 +234,8 @@ fn an_invalid_receiver_is_refused_with_the_remedy() {
     check("remind_afer = \"1h\"", "did you mean \"remind_after\"");
 }
 
-#[tokio::test]
-async fn a_mail_arrives_whole() {
+/// Starts a mail server that takes one mail. Returns its port and what it was told.
+async fn mail_stub() -> (u16, tokio::task::JoinHandle<String>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let port = listener.local_addr().expect("an address").port();
     let server = tokio::spawn(async move {
@@ -254,6 +254,33 @@ async fn a_mail_arrives_whole() {
         }
         said
     });
+    (port, server)
+}
+
+#[tokio::test]
+async fn the_daily_summary_is_mailed_when_its_time_has_passed() {
+    let (port, server) = mail_stub().await;
+    let toml = format!(
+        "[notify.m]\ntype = \"email\"\nsmtp = \"127.0.0.1:{port}\"\ntls = \"none\"\nfrom = \"a@x\"\n\
+         to = [\"b@y\"]\ndaily_summary = \"07:00\"\n"
+    );
+    let notifier = Notifier::start(targets(&toml), links());
+    let seven = 20_000 * 86_400 + 7 * 3600;
+    let summaries = std::cell::Cell::new(0);
+    for second in [seven - 3600, seven - 1, seven, seven + 1, seven + 3600] {
+        notifier.finished_round(second, || {
+            summaries.set(summaries.get() + 1);
+            Vec::new()
+        });
+    }
+    assert_eq!(summaries.get(), 1);
+    let said = server.await.expect("it is mailed");
+    assert!(said.contains("RCPT TO:<b@y>\r\n"), "{said}");
+}
+
+#[tokio::test]
+async fn a_mail_arrives_whole() {
+    let (port, server) = mail_stub().await;
     let toml = |user: &str| {
         format!(
             "[notify.m]\ntype = \"email\"\nsmtp = \"127.0.0.1:{port}\"\ntls = \"none\"\nfrom = \"a@x\"\nto = [\"b@y\"]\n{user}"

@@ -8,7 +8,7 @@
 //! Invariant: no flags are returned that a plan refuses.
 
 use repository::{PathPart, Restorable, Stretch, WalIndex, WalRange, default_timelines};
-use status::locate::{Located, NearCommit, NearInstant};
+use status::locate::{Chosen, Located, NearCommit, NearInstant};
 use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TimelineId, TransactionEnd};
 
 use super::{archive::Archive, damage::find_damaged, restorable::Ranges, window::read_ranges};
@@ -28,6 +28,7 @@ pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
         before: None,
         after: None,
         flags: None,
+        chosen: None,
         refusal: Some(refusal.to_owned()),
         nearest: Vec::new(),
     };
@@ -100,21 +101,44 @@ impl Search<'_> {
             let is_commit = |end: &TransactionEnd| end.kind.is_commit();
             let kept = self.last(stretch, end, is_commit)?;
             let after = self.first(stretch, end, is_commit)?;
-            let flags = match (&kept, dropped) {
-                (Some(kept), _) if kept.lsn >= stretch.from_lsn => self.to_lsn(kept.lsn),
-                (_, Some(dropped)) => format!("{} --target-exclusive", self.to_lsn(dropped.lsn)),
-                (_, None) => self.to_backup(stretch),
+            let (flags, stop) = match (&kept, dropped) {
+                (Some(kept), _) if kept.lsn >= stretch.from_lsn => {
+                    (self.to_lsn(kept.lsn), kept.lsn)
+                }
+                (_, Some(dropped)) => {
+                    let flags = format!("{} --target-exclusive", self.to_lsn(dropped.lsn));
+                    (flags, dropped.lsn)
+                }
+                (_, None) => (self.to_backup(stretch), stretch.from_lsn),
             };
             return Ok(Located {
                 time: self.time,
                 before: kept.map(|end| self.near(&end)),
                 after: after.map(|end| self.near(&end)),
                 flags: Some(flags),
+                chosen: self.chosen(stretch, stop),
                 refusal: None,
                 nearest: Vec::new(),
             });
         }
         self.refuse(None)
+    }
+
+    /// Returns the backup that a plan to stop at `stop` chooses: the newest that is consistent
+    /// before the stop. All WAL from its start on is in the stretch.
+    fn chosen(&self, stretch: &Stretch, stop: Lsn) -> Option<Chosen> {
+        let first = stretch.ranges.first()?.start_lsn;
+        let fitting = self.backups.iter().filter(|backup| {
+            repository::leads_to(self.path, backup)
+                && backup.start_lsn >= first
+                && (stretch.from_lsn..=stop).contains(&backup.stop_lsn)
+        });
+        let backup = fitting.max_by_key(|backup| backup.start_lsn)?;
+        Some(Chosen {
+            backup: backup.id.clone(),
+            backup_bytes: backup.stored_bytes,
+            wal_bytes: stop.bytes_since(backup.start_lsn),
+        })
     }
 
     /// Returns the time at which the stretch's backup began.
@@ -227,6 +251,7 @@ impl Search<'_> {
             before: None,
             after: None,
             flags: None,
+            chosen: None,
             refusal: Some(refusal),
             nearest,
         })

@@ -212,8 +212,10 @@ impl Marks {
                     if !end.kind.is_commit() {
                         continue;
                     }
+                    // The WAL contains the numbers of the files and no names.
                     let text = format!(
-                        "transaction {xid} removed {} relation file(s): DROP, TRUNCATE or a rewrite",
+                        "transaction {xid} dropped, truncated or rewrote a table or an index ({} \
+                         file(s)); `pitr-restore locate --xid {xid}` shows its name",
                         relations.len()
                     );
                     (MarkKind::Removal, end.time, text)

@@ -178,7 +178,8 @@ pub(crate) fn open_archive(
     live: LiveCluster,
     place: CatalogPlace,
 ) -> Result<Archive> {
-    let repository = Repository::open_known(&settings)?.observed(live.status.observer());
+    let repository = Repository::open_known(&settings)?;
+    let repository = repository.observed(live.status.observer(), live.status.open_puts());
     let identity = repository.claim(identity)?;
     repository.keep_in_step();
     let catalog = place.open(&settings, &identity)?;

@@ -91,12 +91,8 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
             format!("The repository fails: {error}."),
         );
     }
-    let mut places = report.repositories.iter();
-    if let Some((url, error)) = places.find_map(|place| Some((&place.url, place.error.as_ref()?))) {
-        raise(
-            "PitrRepositoryAway",
-            format!("The repository {url} is away, another one has the WAL: {error}."),
-        );
+    if let Some(summary) = away(report) {
+        raise("PitrRepositoryAway", summary);
     }
     let age = |time: Option<PgTimestamp>| time.map(|time| micros(report.as_of.micros_since(time)));
     match age(report.last_backup.as_ref().map(|backup| backup.finished)) {
@@ -181,6 +177,24 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
     }
     protection::firing(report, &mut found);
     found
+}
+
+/// Describes the first of several repositories that is away, and whether another one answers.
+fn away(report: &ClusterReport) -> Option<String> {
+    let mut places = report.repositories.iter();
+    let (url, error) = places.find_map(|place| Some((&place.url, place.error.as_ref()?)))?;
+    let others = report.repositories.iter().filter(|place| place.url != *url);
+    let (answering, failing): (Vec<_>, Vec<_>) = others.partition(|place| place.error.is_none());
+    let rest = match (answering.first(), failing.is_empty()) {
+        (Some(other), true) => format!("WAL is stored in {} meanwhile", other.url),
+        (Some(other), false) => format!(
+            "{} more are away, and WAL is stored in {} meanwhile",
+            failing.len(),
+            other.url
+        ),
+        (None, _) => "no other repository answers".to_owned(),
+    };
+    Some(format!("The repository {url} is away, {rest}: {error}."))
 }
 
 /// Returns true if `report` knows the facts that decide an alert. An alert that fires continues to

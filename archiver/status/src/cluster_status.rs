@@ -25,7 +25,10 @@ use std::{
 };
 
 use prometheus_client::metrics::histogram::Histogram;
-use repository::{ExitKind, FoundLoss, store::Observer};
+use repository::{
+    ExitKind, FoundLoss,
+    store::{Observer, OpenPuts},
+};
 use wal_format::{Branch, ClusterName, Lsn, ObjectKey, PgTimestamp, SystemIdentifier};
 
 use crate::{
@@ -67,6 +70,8 @@ pub struct ClusterStatus {
     flush_duration: Histogram,
     /// The number of failed repository requests, by request and kind of failure.
     repository_errors: Arc<Mutex<BTreeMap<(&'static str, &'static str), u64>>>,
+    /// The puts into the repository that it has not answered yet.
+    open_puts: Arc<OpenPuts>,
 }
 
 /// The estimators' clock at the start of this process: far enough from 0 that the times of earlier
@@ -245,6 +250,7 @@ impl ClusterStatus {
             flushes: AtomicU64::new(0),
             beat: AtomicU64::new(0),
             repository_errors: Arc::default(),
+            open_puts: Arc::default(),
         }
     }
 
@@ -292,6 +298,12 @@ impl ClusterStatus {
                 count_error(&errors, op, kind);
             }
         })
+    }
+
+    /// Returns the puts into the repository that are being executed.
+    #[must_use]
+    pub fn open_puts(&self) -> Arc<OpenPuts> {
+        Arc::clone(&self.open_puts)
     }
 
     /// Returns the number of failed repository requests since the start, by request and kind of

@@ -10,7 +10,10 @@ use wal_format::{
     BackupId, Branch, FailoverLoss, Lsn, ObjectKey, Outcome, OutcomeKind, PgTimestamp, TimelineId,
 };
 
-use crate::report::{BackupReport, RtoReport};
+use crate::{
+    report::{BackupReport, RtoReport},
+    units::DRILL_ADVICE,
+};
 
 /// Archived WAL without a gap.
 #[derive(Clone, Debug, Serialize)]
@@ -175,14 +178,17 @@ impl Details {
                 });
         let how = match (measured, backup) {
             (None, _) => {
-                "Unknown: no restore drill has measured how fast this repository is fetched and its WAL replayed. \
-                 `pitr-restore --target-dir DIR --start` prints the duration of a restore; nothing records it as a drill yet."
+                format!(
+                    "Unknown: no restore drill has measured how fast this repository is fetched \
+                     and its WAL replayed. {DRILL_ADVICE}"
+                )
             }
-            (Some(_), None) => "Unknown: there is no base backup. Run `wal-archiver backup`.",
-            (Some(_), Some(_)) => {
-                "The newest base backup at the fetch rate of the last drill, plus the WAL since it at that drill's replay \
-                 rate, plus the drill's remaining time."
+            (Some(_), None) => {
+                "Unknown: there is no base backup. Run `wal-archiver backup`.".to_owned()
             }
+            (Some(_), Some(_)) => "The newest base backup at the fetch rate of the last drill, \
+                 plus the WAL since it at that drill's replay rate, plus the drill's remaining time."
+                .to_owned(),
         };
         let advice = target_seconds.zip(estimate).and_then(|(target, (base, all))| {
             (all > target).then_some({
@@ -202,7 +208,7 @@ impl Details {
             fetch_bytes_per_second: measured.map(|(fetch, ..)| fetch),
             replay_bytes_per_second: measured.map(|(_, replay, _)| replay),
             wal_since_backup_bytes: wal,
-            how: how.to_owned(),
+            how,
             advice: advice.map(str::to_owned),
         }
     }
@@ -255,11 +261,7 @@ mod tests {
     fn an_rto_is_not_guessed() {
         let rto = details(false).rto(Some(Lsn(2 << 20)), Some(60.0));
         assert_eq!((rto.estimate_seconds, rto.measured_seconds), (None, None));
-        assert!(
-            rto.how.contains("pitr-restore --target-dir DIR --start"),
-            "{}",
-            rto.how
-        );
+        assert!(rto.how.contains(DRILL_ADVICE), "{}", rto.how);
     }
 
     #[test]

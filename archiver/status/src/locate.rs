@@ -1,7 +1,7 @@
 //! [`Located`]: the restore that leads to an instant, and the commits around it.
 
 use serde::Serialize;
-use wal_format::{Lsn, PgTimestamp, TimelineId};
+use wal_format::{BackupId, Lsn, PgTimestamp, TimelineId};
 
 /// A commit near an instant.
 #[derive(Clone, Debug, Serialize)]
@@ -25,6 +25,17 @@ pub struct NearInstant {
     pub flags: String,
 }
 
+/// The base backup that the restorer's plan chooses, and the WAL that is replayed after it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Chosen {
+    /// The name of the backup.
+    pub backup: BackupId,
+    /// The size of the backup in the repository.
+    pub backup_bytes: u64,
+    /// The WAL from the start of the backup to the stop.
+    pub wal_bytes: u64,
+}
+
 /// The restore to an instant.
 #[derive(Clone, Debug, Serialize)]
 pub struct Located {
@@ -36,6 +47,8 @@ pub struct Located {
     pub after: Option<NearCommit>,
     /// The flags of `pitr-restore`; `None` if no restore leads to the instant.
     pub flags: Option<String>,
+    /// The base backup of that restore; `None` if no restore leads to the instant.
+    pub chosen: Option<Chosen>,
     /// The reason why no restore leads to the instant. `None` if a restore does.
     pub refusal: Option<String>,
     /// The nearest instants that can be restored instead, the earlier one first. Empty if a restore

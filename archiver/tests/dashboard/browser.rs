@@ -10,14 +10,14 @@ use std::{
 
 use wal_format::OutcomeKind;
 
-use super::{archived, outcome, record, tls::certificate};
+use super::{archived, camera::artefacts, outcome, record, tls::certificate};
 use crate::{
     certificates::private_file,
     support::{Place, succeed, wait_until},
 };
 
 /// The directory of the page test's modules, which `benches/tools/install.sh` installs.
-fn browser_modules() -> Option<PathBuf> {
+pub(super) fn browser_modules() -> Option<PathBuf> {
     let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/tidemark"));
     let roots = [Some(PathBuf::from("/var/cache/tidemark")), home];
     let modules = roots
@@ -56,14 +56,12 @@ fn the_page_works_in_a_browser() {
     server.write_wal(50);
     let address = archiver.address();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let artefacts = here.join("../artefacts");
-    fs::create_dir_all(&artefacts).expect("a directory");
     let steps = tempfile::tempdir().expect("a directory");
     let mut script = Command::new("node")
         .arg(here.join("tests/dashboard/page.mjs"))
         .arg(&modules)
         .arg(format!("http://{address}/"))
-        .arg(&artefacts)
+        .arg(artefacts())
         .arg(steps.path())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

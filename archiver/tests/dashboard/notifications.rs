@@ -19,13 +19,13 @@ use crate::{
 };
 
 /// A receiver of webhooks.
-struct Receiver {
-    port: u16,
+pub(super) struct Receiver {
+    pub(super) port: u16,
     seen: Arc<Mutex<Vec<Value>>>,
 }
 
 impl Receiver {
-    fn start() -> Self {
+    pub(super) fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -40,7 +40,7 @@ impl Receiver {
     }
 
     /// Returns the notifications about an alert with this status.
-    fn about(&self, alert: &str, status: &str) -> Vec<Value> {
+    pub(super) fn about(&self, alert: &str, status: &str) -> Vec<Value> {
         let seen = self.seen.lock().expect("no panic");
         let about = seen
             .iter()

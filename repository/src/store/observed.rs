@@ -1,9 +1,10 @@
 //! [`ObservedStore`]: wraps a store and reports each request's duration and outcome to an observer.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     ops::{ControlFlow, Range},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -19,10 +20,58 @@ pub type Observer = Arc<dyn Fn(&'static str, Duration, Option<&'static str>) + S
 /// The names of requests.
 pub const REQUESTS: [&str; 5] = ["delete", "get", "head", "list", "put"];
 
+/// A store counts as failing if it has not answered a put for this time, plus the time that a
+/// transfer of the put's bytes takes at `RATE_MIN` bytes per second.
+const ANSWER_MAX: Duration = Duration::from_secs(15);
+const RATE_MIN: usize = 256 << 10;
+
+/// Returns the time since `begun`, if it exceeds the limit for a request with this many bytes.
+pub(super) fn silence(now: Instant, (begun, bytes): (Instant, usize)) -> Option<Duration> {
+    let transfer = Duration::from_secs((bytes / RATE_MIN) as u64);
+    let silent = now.saturating_duration_since(begun);
+    (silent > ANSWER_MAX.saturating_add(transfer)).then_some(silent)
+}
+
+/// The puts that have not been answered yet. A put fails only after minutes, so a store that hangs
+/// is noticed here first.
+#[derive(Debug, Default)]
+pub struct OpenPuts(Mutex<Open>);
+
+#[derive(Debug, Default)]
+struct Open {
+    last: u64,
+    /// The beginning of each put and its bytes.
+    puts: BTreeMap<u64, (Instant, usize)>,
+}
+
+impl OpenPuts {
+    fn lock(&self) -> MutexGuard<'_, Open> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn begin(&self, bytes: usize) -> u64 {
+        let mut open = self.lock();
+        open.last += 1;
+        let number = open.last;
+        open.puts.insert(number, (Instant::now(), bytes));
+        number
+    }
+
+    /// Returns the time for which the store has not answered a put. `None` below the limit.
+    #[must_use]
+    pub fn silent_for(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let open = self.lock();
+        let silent = open.puts.values().filter_map(|put| silence(now, *put));
+        silent.max()
+    }
+}
+
 /// A store whose requests are observed.
 pub struct ObservedStore {
     store: Arc<dyn ObjectStore>,
     observer: Observer,
+    puts: Arc<OpenPuts>,
 }
 
 impl fmt::Debug for ObservedStore {
@@ -34,8 +83,19 @@ impl fmt::Debug for ObservedStore {
 impl ObservedStore {
     /// Wraps a store.
     #[must_use]
-    pub fn new(store: Arc<dyn ObjectStore>, observer: Observer) -> Self {
-        Self { store, observer }
+    pub fn new(store: Arc<dyn ObjectStore>, observer: Observer, puts: Arc<OpenPuts>) -> Self {
+        Self {
+            store,
+            observer,
+            puts,
+        }
+    }
+
+    fn timed_put<T>(&self, bytes: usize, request: impl FnOnce() -> Result<T>) -> Result<T> {
+        let number = self.puts.begin(bytes);
+        let outcome = self.timed("put", request);
+        self.puts.lock().puts.remove(&number);
+        outcome
     }
 
     fn timed<T>(&self, op: &'static str, request: impl FnOnce() -> Result<T>) -> Result<T> {
@@ -49,11 +109,11 @@ impl ObservedStore {
 
 impl ObjectStore for ObservedStore {
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
-        self.timed("put", || self.store.put_if_absent(key, body))
+        self.timed_put(body.len(), || self.store.put_if_absent(key, body))
     }
 
     fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
-        self.timed("put", || self.store.put_proved(key, body))
+        self.timed_put(body.len(), || self.store.put_proved(key, body))
     }
 
     fn get(&self, key: &str) -> Result<Bytes> {
@@ -139,8 +199,6 @@ impl ObjectStore for ObservedStore {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::*;
     use crate::store::LocalStore;
 
@@ -149,11 +207,13 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let seen = Arc::new(Mutex::new(Vec::new()));
         let told = Arc::clone(&seen);
+        let puts = Arc::new(OpenPuts::default());
         let store = ObservedStore::new(
             Arc::new(LocalStore::open(directory.path()).expect("a store")),
             Arc::new(move |op, _, failure| {
                 told.lock().expect("a list").push((op, failure));
             }),
+            Arc::clone(&puts),
         );
         store.put_if_absent("a", b"1").expect("a put");
         assert!(store.get("b").is_err());
@@ -163,5 +223,19 @@ mod tests {
             *seen.lock().expect("a list"),
             [("put", None), ("get", None), ("get", Some("unreachable"))]
         );
+        assert!(puts.lock().puts.is_empty());
+    }
+
+    #[test]
+    fn a_put_without_an_answer_is_told_while_it_lasts() {
+        let puts = OpenPuts::default();
+        let past = |seconds| Instant::now().checked_sub(Duration::from_secs(seconds));
+        puts.lock().puts.insert(1, (past(14).expect("a time"), 0));
+        // A large body has more time.
+        let large = (past(20).expect("a time"), 10 * RATE_MIN);
+        puts.lock().puts.insert(2, large);
+        assert_eq!(puts.silent_for(), None);
+        puts.lock().puts.insert(3, (past(16).expect("a time"), 0));
+        assert_eq!(puts.silent_for().expect("it hangs").as_secs(), 16);
     }
 }

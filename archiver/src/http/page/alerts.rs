@@ -4,10 +4,7 @@ use std::fmt::Write as _;
 
 use status::{alert::Severity, report::ClusterReport, units};
 
-use super::{
-    View,
-    format::{code, details, instant},
-};
+use super::format::{code, details, instant};
 
 /// Returns the long texts that the page shows in full: the reason of the state, and the errors in
 /// the repository's card.
@@ -18,12 +15,20 @@ pub(super) fn displayed(report: &ClusterReport) -> Vec<&str> {
     errors.chain([report.reason.as_str()]).collect()
 }
 
-pub(super) fn render(out: &mut String, view: &View<'_>) {
-    let report = view.report;
+pub(in crate::http) fn render(out: &mut String, report: &ClusterReport) {
     if report.alerts.is_empty() {
-        out.push_str(
-            "<section class=\"quiet-alerts\" id=\"alerts\" data-live aria-label=\"Alerts\">\
-             <p class=\"empty\"><span aria-hidden=\"true\">✓</span> No alerts. Nothing needs you.</p></section>",
+        // A cause can exist without an alert: the alert's patience lasts, or nothing is known yet.
+        let (class, text) = match report.causes.is_empty() {
+            true => (
+                " all-well",
+                "<span aria-hidden=\"true\">✓</span> No alerts. Nothing needs you.",
+            ),
+            false => ("", "No alert has fired. The reason for the state is above."),
+        };
+        let _ = write!(
+            out,
+            "<section class=\"quiet-alerts{class}\" id=\"alerts\" data-live aria-label=\"Alerts\">\
+             <p class=\"empty\">{text}</p></section>"
         );
         return;
     }

@@ -7,7 +7,7 @@ use status::{report::ClusterReport, state::State};
 
 use super::{
     View, badge_html,
-    format::{details, duration, escape, instant, span},
+    format::{bytes, details, duration, escape, instant, span, text},
 };
 
 pub(super) fn render(out: &mut String, view: &View<'_>) {
@@ -17,29 +17,37 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
     } else {
         ""
     };
+    // Writing to a String does not fail.
+    let _ = write!(
+        out,
+        "<section class=\"hero {state}\" id=\"hero\" data-live aria-label=\"Summary\">{fleet}\
+         <div class=\"hero-line\"><h1>{name}</h1>{badge}<span class=\"as-of\">as of {as_of}</span></div>\
+         <p class=\"answer\" id=\"sentence\">{lines}</p>\
+         <p class=\"reason\" id=\"reason\">{reason}</p>{more}<p class=\"facts\">{facts}</p></section>",
+        state = report.state.name(),
+        name = report.cluster,
+        badge = badge_html(report.state),
+        as_of = instant(report.as_of),
+        lines = lines(report),
+        reason = details(&reason(report)),
+        more = more(report),
+        facts = facts(report).join(" <span aria-hidden=\"true\">·</span> "),
+    );
+}
+
+/// Returns the answers to the two questions.
+pub(in crate::http) fn lines(report: &ClusterReport) -> String {
     let back = back(report);
     let mark = if back.is_estimate {
         " <small class=\"estimate\">estimate</small>"
     } else {
         ""
     };
-    // Writing to a String does not fail.
-    let _ = write!(
-        out,
-        "<section class=\"hero {state}\" id=\"hero\" data-live aria-label=\"Summary\">{fleet}\
-         <div class=\"hero-line\"><h1>{name}</h1>{badge}<span class=\"as-of\">as of {as_of}</span></div>\
-         <p class=\"answer\" id=\"sentence\"><span>{loss}.</span> <span>{back}{mark}.</span></p>\
-         <p class=\"reason\" id=\"reason\">{reason}</p>{more}<p class=\"facts\">{facts}</p></section>",
-        state = report.state.name(),
-        name = report.cluster,
-        badge = badge_html(report.state),
-        as_of = instant(report.as_of),
-        loss = escape(&loss(report)),
-        back = escape(&back.text),
-        reason = details(&reason(report)),
-        more = more(report),
-        facts = facts(report).join(" <span aria-hidden=\"true\">·</span> "),
-    );
+    format!(
+        "<span>{}.</span> <span>{}.{mark}</span>",
+        escape(&loss(report)),
+        escape(&back.text)
+    )
 }
 
 /// Returns the facts about the server.
@@ -90,7 +98,10 @@ fn loss(report: &ClusterReport) -> String {
             "Losing the primary now loses everything".to_owned()
         }
         _ if report.window.refusal.is_some() => match report.window.latest {
-            Some(latest) => format!("Losing the primary now loses everything after {latest}"),
+            Some(latest) => format!(
+                "Losing the primary now loses everything after {}",
+                text(latest, "%Y-%m-%d %H:%M:%S UTC")
+            ),
             None => "Losing the primary now loses everything".to_owned(),
         },
         None => "What losing the primary now would lose is not known".to_owned(),
@@ -117,23 +128,34 @@ fn back(report: &ClusterReport) -> Back {
         text: text.to_owned(),
         is_estimate: false,
     };
+    let Some(backup) = &report.last_backup else {
+        return known(match report.looked {
+            true => "Nothing can be restored yet",
+            false => "What can be restored is not known yet",
+        });
+    };
+    // The estimates are those of a restore to the present, which the plan refuses.
+    if report.window.refusal.is_some() {
+        return known(match report.window.latest {
+            Some(_) => "How long a restore to that time takes is not known",
+            None => "Nothing can be restored",
+        });
+    }
     if let Some(estimate) = report.rto.estimate_seconds {
         return Back {
-            text: format!("A restore would take about {}", duration(estimate)),
+            text: format!("A restore takes about {}", duration(estimate)),
             is_estimate: true,
         };
     }
-    match &report.last_backup {
-        None if report.looked => known("Nothing can be restored yet"),
-        None => known("What can be restored is not known yet"),
-        // No drill has measured a restore. Fetching a backup takes about as long as storing it.
-        Some(backup) => Back {
-            text: format!(
-                "A restore would take {} or longer",
-                duration(span(backup.finished, backup.started).max(1.0))
-            ),
-            is_estimate: true,
-        },
+    // No drill has measured a restore. Fetching a backup takes about as long as storing it.
+    let fetch = duration(span(backup.finished, backup.started).max(1.0));
+    let replay = match report.rto.wal_since_backup_bytes {
+        Some(wal) => format!("the replay of {}", bytes(Some(wal))),
+        None => "the replay of WAL".to_owned(),
+    };
+    Back {
+        text: format!("A restore takes about {fetch} plus {replay}"),
+        is_estimate: true,
     }
 }
 

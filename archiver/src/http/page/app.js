@@ -231,6 +231,13 @@
       reading = { plot: numberOf(plot), at: Math.floor(((event.clientX - box.left) / box.width) * count) };
       readChart();
     });
+    // The focus reads the newest value, and arrow keys go on from there.
+    document.addEventListener("focusin", (event) => {
+      const plot = event.target.closest?.(".plot[data-chart]");
+      if (!plot || reading?.plot === numberOf(plot)) return;
+      reading = { plot: numberOf(plot), at: 1e9 };
+      readChart();
+    });
     document.addEventListener("keydown", (event) => {
       const plot = document.activeElement?.closest?.(".plot[data-chart]");
       const step = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
@@ -267,7 +274,7 @@
     refresh(true);
   };
 
-  // The switch goes from the browser's setting to the other one and back.
+  // The label names the colours that a click brings. The switch goes from the browser's setting to the other one and back.
   const themeSwitch = () => {
     const button = byId("theme");
     if (!button) return;
@@ -275,7 +282,7 @@
       const chosen = document.documentElement.dataset.theme;
       return chosen ? chosen === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     };
-    const show = () => { button.setAttribute("aria-pressed", String(dark())); };
+    const show = () => { button.textContent = dark() ? "Switch to light" : "Switch to dark"; };
     button.hidden = false;
     button.addEventListener("click", () => {
       const next = dark() ? "light" : "dark";
@@ -283,6 +290,7 @@
       try { localStorage.setItem("theme", next); } catch { /* It holds for this page only. */ }
       show();
     });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", show);
     show();
   };
 

@@ -93,7 +93,13 @@ fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
     let scale = Scale::of(&[&rpo], target * 1.5, &SECONDS);
     let words = greatest(&rpo).map_or_else(
         || "nothing recorded yet".to_owned(),
-        |max| format!("greatest {}, target {}", duration(max), duration(target)),
+        |max| {
+            format!(
+                "greatest {}, target {}",
+                duration(max),
+                short(&duration(target))
+            )
+        },
     );
     let rpo_figure = Figure {
         title: "RPO",
@@ -101,7 +107,10 @@ fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
         unit: "s",
         ticks: scale.ticks(duration),
         series: &[("RPO", &rpo)],
-        target: Some((scale.y(target), format!("target {}", duration(target)))),
+        target: Some((
+            scale.y(target),
+            format!("target {}", short(&duration(target))),
+        )),
     };
     figure(out, view.range, time, &rpo_figure, &|out| {
         area(out, "area rpo", &rpo, scale)?;
@@ -203,7 +212,8 @@ impl Scale {
 
     /// Returns the labels of the top, the middle and the bottom.
     fn ticks(self, format: impl Fn(f64) -> String) -> [String; 3] {
-        [format(self.top), format(self.top / 2.0), "0".to_owned()]
+        let tick = |value| short(&format(value));
+        [tick(self.top), tick(self.top / 2.0), "0".to_owned()]
     }
 
     /// Adds to the description that values are cut off, if some are.
@@ -218,11 +228,16 @@ impl Scale {
             .filter_map(|points| greatest(points))
             .any(|value| value > self.top);
         if is_cut {
-            format!("{words}; cut off above {}", format(self.top))
+            format!("{words}; cut off above {}", short(&format(self.top)))
         } else {
             words
         }
     }
+}
+
+/// Returns a number with its unit without a fraction that is 0.
+fn short(text: &str) -> String {
+    text.replacen(".0 ", " ", 1)
 }
 
 /// The texts and the values of a chart.
@@ -257,7 +272,7 @@ fn figure(
     });
     write!(
         out,
-        "<figure class=\"card\"><figcaption><h2>{title}</h2><span>last {}, maximum per bucket: {}</span></figcaption>\
+        "<figure class=\"card\"><figcaption><h2>{title}</h2><span>Last {}: {}</span></figcaption>\
          <p class=\"readout\" role=\"status\" aria-live=\"polite\"></p>\
          <div class=\"plot\" tabindex=\"0\" role=\"group\" aria-label=\"{title}: arrow keys read the values\" data-chart=\"{}\">\
          <span class=\"scale\" aria-hidden=\"true\"><span>{}</span><span>{}</span><span>{}</span></span>\
@@ -371,7 +386,7 @@ mod tests {
         let steady = points(&[3.0; 40]);
         assert_eq!(
             Scale::of(&[&steady], 7.5, &SECONDS).ticks(duration),
-            ["10 s", "5.0 s", "0"]
+            ["10 s", "5 s", "0"]
         );
         let mut burst = points(&[3.0; 40]);
         burst[7].max = Some(5000.0);
@@ -384,6 +399,6 @@ mod tests {
         let high = points(&[5000.0; 40]);
         assert_eq!(Scale::of(&[&high], 7.5, &SECONDS).ticks(duration)[0], "2 h");
         let empty = Scale::of(&[&[]], 1024.0, &BYTES);
-        assert_eq!(empty.ticks(amount), ["1.0 KiB", "512 B", "0"]);
+        assert_eq!(empty.ticks(amount), ["1 KiB", "512 B", "0"]);
     }
 }

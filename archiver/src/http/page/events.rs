@@ -93,7 +93,7 @@ fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
         return Ok(());
     }
     out.push_str(
-        "<div class=\"scroll\" tabindex=\"0\" role=\"group\" aria-labelledby=\"events-title\"><table>\
+        "<div class=\"scroll\" tabindex=\"0\" role=\"group\" aria-labelledby=\"events-title\"><table class=\"log\">\
          <thead><tr><th scope=\"col\">Time, UTC</th><th scope=\"col\">Kind</th>\
          <th scope=\"col\">What happened</th></tr></thead><tbody>",
     );

@@ -104,15 +104,12 @@ fn found(out: &mut String, view: &View<'_>, located: &Located) {
 
 /// Describes the restore: the base backup, the WAL to replay, and the duration if it was measured.
 fn plan(view: &View<'_>, located: &Located) -> Option<String> {
-    let stop = located.before.as_ref().map(|commit| commit.lsn)?;
-    let backups = view.details.backups.iter().rev();
-    let mut fitting = backups.filter(|backup| backup.start_lsn <= stop);
-    let backup = fitting.find(|backup| backup.finished <= located.time)?;
-    let wal = stop.bytes_since(backup.start_lsn);
+    let chosen = located.chosen.as_ref()?;
+    let wal = chosen.wal_bytes;
     let rto = &view.report.rto;
     let time = rto.fetch_bytes_per_second.zip(rto.replay_bytes_per_second);
     let time = time.map(|(fetch, replay)| {
-        let seconds = backup.stored_bytes as f64 / fetch + wal as f64 / replay;
+        let seconds = chosen.backup_bytes as f64 / fetch + wal as f64 / replay;
         format!(
             "; about {} to fetch and replay (estimate)",
             duration(seconds)
@@ -120,8 +117,8 @@ fn plan(view: &View<'_>, located: &Located) -> Option<String> {
     });
     Some(format!(
         "base backup {} ({}), then {} of WAL{}",
-        backup.id,
-        bytes(Some(backup.stored_bytes)),
+        chosen.backup,
+        bytes(Some(chosen.backup_bytes)),
         bytes(Some(wal)),
         time.unwrap_or_default()
     ))

@@ -343,7 +343,7 @@ fn row(
             MarkKind::Removal => ("m-removal", middle - 16),
             MarkKind::Switch => ("m-switch", middle),
         };
-        put(symbol, mark.time, y, &mark.text);
+        put(symbol, mark.time, y, &mark.text.replace('`', ""));
     }
     if newest == Some(timeline) {
         for drill in details.of_kind(OutcomeKind::Drill) {
@@ -410,24 +410,31 @@ fn summary(view: &View<'_>, axis: Axis) -> String {
 
 fn legend(out: &mut String) {
     out.push_str("<ul class=\"legend\" aria-label=\"Shapes of the strip\">");
-    for (symbol, text) in [
-        ("m-backup", "base backup"),
-        ("m-drill", "drill passed"),
-        ("m-failed", "drill failed"),
-        ("m-switch", "timeline switch"),
-        ("m-point", "restore point"),
-        ("m-removal", "DROP, TRUNCATE or rewrite"),
+    for (class, text) in [
+        ("held", "restorable"),
+        ("kept", "archived, not restorable"),
+        ("gap", "gap"),
     ] {
         let _ = write!(
             out,
-            "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><use class=\"{symbol}\" href=\"#{symbol}\" x=\"9\" y=\"9\"/></svg>{text}</li>"
+            "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"{class}\" x=\"1\" y=\"2\" width=\"16\" height=\"14\"/></svg>{text}</li>"
         );
     }
-    out.push_str(
-        "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"held\" y=\"2\" width=\"18\" height=\"14\"/></svg>restorable</li>\
-         <li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"kept\" y=\"2\" width=\"18\" height=\"14\"/></svg>archived, not restorable</li>\
-         <li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"gap\" y=\"2\" width=\"18\" height=\"14\"/></svg>gap</li></ul>",
-    );
+    for (symbol, half, text) in [
+        ("m-backup", 9, "base backup"),
+        ("m-drill", 9, "drill passed"),
+        ("m-failed", 9, "drill failed"),
+        ("m-switch", 16, "timeline switch"),
+        ("m-point", 9, "restore point"),
+        ("m-removal", 9, "DROP, TRUNCATE or rewrite"),
+    ] {
+        let _ = write!(
+            out,
+            "<li><svg width=\"18\" height=\"18\" viewBox=\"-{half} -{half} {whole} {whole}\" aria-hidden=\"true\"><use class=\"{symbol}\" href=\"#{symbol}\"/></svg>{text}</li>",
+            whole = 2 * half
+        );
+    }
+    out.push_str("</ul>");
 }
 
 /// Renders the strip's content as a table, newest first.
@@ -467,7 +474,8 @@ fn words(out: &mut String, view: &View<'_>) -> std::fmt::Result {
         );
     }
     for mark in &details.marks {
-        add(mark.time, format!("{} at {}", escape(&mark.text), mark.lsn));
+        let text = super::format::code(&mark.text);
+        add(mark.time, format!("{text} (LSN {})", mark.lsn));
     }
     out.push_str("<details class=\"words\"><summary>The strip in words</summary><table id=\"strip-words\" data-live>\
                   <thead><tr><th scope=\"col\">Time</th><th scope=\"col\">What</th></tr></thead><tbody>");

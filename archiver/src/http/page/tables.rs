@@ -8,12 +8,20 @@ use super::{
     View,
     format::{bytes, code, duration, escape, instant, seconds, span},
 };
+use status::units::DRILL_ADVICE;
 
 /// The maximum number of rows in a table. The API has all of them.
 const ROWS_MAX: usize = 20;
 
-/// Renders a table. If it is empty, renders how to get its first row.
-fn table(out: &mut String, id: &str, title: &str, columns: &[&str], rows: &[String], empty: &str) {
+/// Renders a table, whose rows are stacked on a narrow screen. If it is empty, renders how to get
+/// its first row.
+fn table<const N: usize>(
+    out: &mut String,
+    (id, title): (&str, &str),
+    columns: [&str; N],
+    rows: &[[String; N]],
+    empty: &str,
+) {
     let _ = write!(
         out,
         "<section class=\"card\" id=\"{id}\" data-live aria-labelledby=\"{id}-title\"><h2 id=\"{id}-title\">{title}</h2>"
@@ -28,9 +36,20 @@ fn table(out: &mut String, id: &str, title: &str, columns: &[&str], rows: &[Stri
         .collect();
     let _ = write!(
         out,
-        "<div class=\"scroll\" tabindex=\"0\" role=\"group\" aria-labelledby=\"{id}-title\"><table><thead><tr>{head}</tr></thead><tbody>{}</tbody></table></div></section>",
-        rows.concat()
+        "<div class=\"scroll\" tabindex=\"0\" role=\"group\" aria-labelledby=\"{id}-title\">\
+         <table class=\"stack\"><thead><tr>{head}</tr></thead><tbody>"
     );
+    for row in rows {
+        out.push_str("<tr>");
+        for (number, (name, cell)) in columns.iter().zip(row).enumerate() {
+            let _ = match number {
+                0 => write!(out, "<th scope=\"row\">{cell}</th>"),
+                _ => write!(out, "<td data-name=\"{name}\">{cell}</td>"),
+            };
+        }
+        out.push_str("</tr>");
+    }
+    out.push_str("</tbody></table></div></section>");
 }
 
 /// Renders the progress of the base backup that runs on the server.
@@ -61,16 +80,15 @@ pub(super) fn backups(out: &mut String, view: &View<'_>) {
     progress(out, view);
     out.push_str("</div>");
     let newest = view.details.backups.iter().rev().take(ROWS_MAX);
-    let rows: Vec<String> = newest
+    let rows: Vec<[String; 5]> = newest
         .map(|backup| {
-            format!(
-                "<tr><th scope=\"row\">{}</th><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
-                backup.id,
+            [
+                backup.id.to_string(),
                 instant(backup.finished),
                 duration(span(backup.finished, backup.started)),
                 bytes(Some(backup.stored_bytes)),
-                backup.timeline
-            )
+                backup.timeline.to_string(),
+            ]
         })
         .collect();
     let columns = ["Backup", "Restorable since", "Took", "Stored", "Timeline"];
@@ -78,7 +96,7 @@ pub(super) fn backups(out: &mut String, view: &View<'_>) {
         true => "None yet, so nothing can be restored. Run `wal-archiver backup`.",
         false => "Not known yet.",
     };
-    table(out, "backups", "Base backups", &columns, &rows, empty);
+    table(out, ("backups", "Base backups"), columns, &rows, empty);
 }
 
 pub(super) fn drills(out: &mut String, view: &View<'_>) {
@@ -87,7 +105,7 @@ pub(super) fn drills(out: &mut String, view: &View<'_>) {
         .iter()
         .filter_map(|drill| drill.rto_seconds)
         .fold(0.0, f64::max);
-    let rows: Vec<String> = drills
+    let rows: Vec<[String; 5]> = drills
         .iter()
         .rev()
         .take(ROWS_MAX)
@@ -100,16 +118,16 @@ pub(super) fn drills(out: &mut String, view: &View<'_>) {
                     rto / longest * 90.0
                 )
             });
-            format!(
-                "<tr><th scope=\"row\">{}</th><td>{verdict}</td><td>{bar}{}</td><td>{}</td><td>{}</td></tr>",
+            [
                 instant(drill.finished),
-                seconds(drill.rto_seconds),
+                verdict.to_owned(),
+                format!("{bar}{}", seconds(drill.rto_seconds)),
                 seconds(drill.loss_seconds),
-                escape(&drill.message)
-            )
+                escape(&drill.message),
+            ]
         })
         .collect();
     let columns = ["When", "Verdict", "RTO", "Lost", "Found"];
-    let empty = "None yet: nothing has proved that a restore works. Restore to an empty directory with `pitr-restore --target-dir DIR --start`.";
-    table(out, "drills", "Restore drills", &columns, &rows, empty);
+    let empty = format!("None yet: nothing has proved that a restore works. {DRILL_ADVICE}");
+    table(out, ("drills", "Restore drills"), columns, &rows, &empty);
 }

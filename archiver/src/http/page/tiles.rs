@@ -77,7 +77,7 @@ fn rpo(report: &ClusterReport) -> Tile {
 fn rto(report: &ClusterReport) -> Tile {
     let rto = &report.rto;
     let (value, tone) = match (rto.estimate_seconds, rto.target_seconds) {
-        (None, _) => ("unknown".to_owned(), Tone::Unknown),
+        (None, _) => ("not measured".to_owned(), Tone::Unknown),
         (Some(estimate), target) => (
             format!("{} <small>estimate</small>", duration(estimate)),
             match target {
@@ -88,7 +88,7 @@ fn rto(report: &ClusterReport) -> Tile {
     };
     let measured = match rto.measured_seconds {
         Some(measured) => format!("measured by the last drill {}", duration(measured)),
-        None => "no drill has measured it".to_owned(),
+        None => "no drill has run yet".to_owned(),
     };
     let target = match rto.target_seconds {
         Some(target) => format!("target {}", duration(target)),

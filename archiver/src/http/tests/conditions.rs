@@ -143,7 +143,7 @@ fn an_unknown_fact_decides_nothing() {
 }
 
 /// Sets the causes of a report, the worst first.
-fn because(report: &mut ClusterReport, causes: &[(State, CauseKind, &str)]) {
+pub(super) fn because(report: &mut ClusterReport, causes: &[(State, CauseKind, &str)]) {
     report.causes = causes
         .iter()
         .map(|(state, kind, reason)| Cause {

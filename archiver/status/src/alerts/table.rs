@@ -3,7 +3,10 @@
 //! The page, the daemon's notifications, the metric, Nagios and `monitoring/tidemark.rules.yml`
 //! come from this table. A test compares the shipped files with it.
 
-use crate::alert::{Rule, Severity};
+use crate::{
+    alert::{Rule, Severity},
+    units::DRILL_ADVICE,
+};
 
 /// Every alert.
 pub const RULES: [Rule; 27] = [
@@ -129,8 +132,9 @@ pub const RULES: [Rule; 27] = [
             or does not answer",
         past: "One of several repositories refused requests or did not answer",
         inhibited_by: &["PitrRepositoryFailing"],
-        runbook: "Another repository takes the WAL, and this one is filled from it when it is \
-            back. Until then one copy fewer exists. Check its credentials, network and quota.",
+        runbook: "Check the credentials, the network and the quota of the repository that is \
+            named. As long as another one answers, WAL is stored there, and this one is filled \
+            from it when it is back. Until then one copy fewer exists.",
     },
     Rule {
         name: "PitrBackupOverdue",
@@ -181,8 +185,7 @@ pub const RULES: [Rule; 27] = [
         rule_summary: "No recent restore drill of {{ $labels.cluster }} has passed",
         past: "The restore drill was overdue",
         inhibited_by: &[],
-        runbook: "No recent restore drill has proved that a restore works. Restore to an empty \
-            directory with `pitr-restore --target-dir DIR --start`, and check the rows.",
+        runbook: DRILL_ADVICE,
     },
     Rule {
         name: "PitrDrillFailed",

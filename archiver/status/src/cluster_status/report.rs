@@ -22,7 +22,12 @@ impl ClusterStatus {
         settings: &ClusterSettings,
         repositories: Vec<MemberState>,
     ) -> ClusterReport {
-        let facts = self.facts();
+        let mut facts = self.facts();
+        if let (None, Some(silent)) = (&facts.repository_error, self.open_puts.silent_for()) {
+            let (url, seconds) = (&settings.repository.url, silent.as_secs());
+            let error = format!("{url} has not answered a request for {seconds} s");
+            facts.repository_error = Some(error);
+        }
         let (local, remote) = self.exposure();
         let details = self.details();
         let drill = details.newest(OutcomeKind::Drill).cloned();

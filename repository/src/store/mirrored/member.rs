@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 
 use super::step;
-use crate::{Error, ObjectStore, PutOutcome, Result};
+use crate::{Error, ObjectStore, PutOutcome, Result, store::observed};
 
 /// The answer of a place to a job.
 pub(super) type Reply<T> = Result<T>;
@@ -40,10 +40,6 @@ const QUEUE_BYTES_MAX: usize = 256 << 20;
 /// The first and the longest pause before a place that failed is tried again.
 const AWAY_MIN: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(30);
-/// A place counts as failing if it has not answered a request for this time, plus the time that a
-/// transfer of the request's bytes takes at `RATE_MIN` bytes per second.
-const ANSWER_MAX: Duration = Duration::from_secs(15);
-const RATE_MIN: usize = 256 << 10;
 /// The interval at which places are compared even if none was away: a backup of another program may
 /// be in one place only.
 const COMPARE_EVERY: Duration = Duration::from_secs(24 * 3600);
@@ -106,10 +102,7 @@ impl State {
 
     /// Returns the time for which the place has not answered, if it exceeds the limit.
     fn hangs(&self, now: Instant) -> Option<Duration> {
-        let (since, bytes) = self.asked?;
-        let transfer = Duration::from_secs((bytes / RATE_MIN) as u64);
-        let silent = now.saturating_duration_since(since);
-        (silent > ANSWER_MAX.saturating_add(transfer)).then_some(silent)
+        observed::silence(now, self.asked?)
     }
 
     fn lag(&self) -> Duration {
