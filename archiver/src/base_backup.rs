@@ -10,11 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use catalog::Catalog;
 use replication::{
     BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode, ReplicationClient,
 };
-use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSettings};
+use repository::{ClusterIdentity, Repository, config::ClusterSettings};
 use sha2::{Digest, Sha256};
 use status::outcomes::outcome_id;
 use tokio::{sync::Semaphore, task::JoinSet};
@@ -34,6 +33,7 @@ use crate::{
 mod damaged_pages;
 pub mod error;
 mod manifest;
+mod place;
 mod slicer;
 mod wait;
 
@@ -144,11 +144,12 @@ async fn attempt_once(
         let repository = repository.clone();
         blocking(move || Ok(repository.claim(&identity)?)).await?
     };
-    {
+    let check_state = || {
         let (settings, repository, identity) =
             (settings.clone(), repository.clone(), identity.clone());
-        blocking(move || refuse_older_state(&settings, &identity, &repository)).await?;
-    }
+        blocking(move || place::refuse_older_state(&settings, &identity, &repository))
+    };
+    check_state().await?;
     let branch = source.current_branch(&repository).await?;
     let clock_offset_micros = clock_offset(&conninfo).await.unwrap_or_else(|error| {
         tracing::debug!(%error, "the server's clock is not known; the backup has this host's times");
@@ -156,7 +157,7 @@ async fn attempt_once(
     });
     let backup = Taking {
         repository: repository.clone(),
-        identity,
+        identity: identity.clone(),
         branch,
         id: new_id()?,
         label: label.to_owned(),
@@ -164,30 +165,16 @@ async fn attempt_once(
         level: settings.compression_level,
         clock_offset_micros,
     };
-    let outcome = backup.run(source, progress).await;
+    let outcome = match backup.run(source, progress).await {
+        // The place may have been exchanged for an older copy during the backup.
+        Ok(info) => check_state().await.map(|()| info),
+        failed => failed,
+    };
     match &outcome {
         Err(_) => backup.discard().await,
         Ok(info) => outcomes::tell_the_daemon(settings, &info.id),
     }
     outcome
-}
-
-/// Refuses a place that lacks the newest WAL that this host stored: a backup in an older copy of
-/// the repository would be missing in the right one.
-fn refuse_older_state(
-    settings: &ClusterSettings,
-    identity: &ClusterIdentity,
-    repository: &Repository,
-) -> Result<()> {
-    let record = LossRecord::of(settings);
-    record.check_newest(repository)?;
-    // A catalog that cannot be read proves nothing.
-    if let Ok(catalog) = Catalog::open_read_only(&settings.catalog, identity)
-        && let Ok(Some(tail)) = catalog.newest_tail()
-    {
-        record.check_held(repository, &catalog.loss_of(&tail))?;
-    }
-    Ok(())
 }
 
 /// Returns a unique name for a backup, made from the current time.
@@ -360,8 +347,8 @@ impl Taking {
             .map_err(|error| malformed(error.to_string()))?;
         self.put(info.key(), json).await?;
         // A bucket that was emptied or replaced during the backup would hold only a part of it.
-        let repository = self.repository.clone();
-        blocking(move || Ok(repository.confirm()?)).await?;
+        let (taking, stored) = (self.clone(), info.clone());
+        blocking(move || taking.check_stored(&stored)).await?;
         Ok(info)
     }
 

@@ -8,6 +8,14 @@ use repository::config::ClusterSettings;
 /// # Errors
 /// Those of [`ConnInfo::parse`].
 pub(crate) fn of_cluster(settings: &ClusterSettings) -> Result<ConnInfo> {
-    let conninfo = ConnInfo::parse(&settings.conninfo)?;
-    Ok(conninfo.with_application_name(&settings.application_name))
+    of_server(&settings.conninfo, settings)
+}
+
+/// Returns the connection settings `conninfo` of any server of a cluster, with the cluster's
+/// `application_name`.
+///
+/// # Errors
+/// Those of [`ConnInfo::parse`].
+pub(crate) fn of_server(conninfo: &str, settings: &ClusterSettings) -> Result<ConnInfo> {
+    Ok(ConnInfo::parse(conninfo)?.with_application_name(&settings.application_name))
 }

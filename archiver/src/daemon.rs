@@ -31,7 +31,7 @@ use crate::{
     descriptors::Descriptors,
     error::{Error, Result},
     http::{HttpServer, Sources},
-    monitor::{Monitor, queries::ArchiveQueries},
+    monitor::Monitor,
     notifications::{Links, Notifier},
     notify::Notify,
     pipeline::current::CurrentArchive,
@@ -50,7 +50,6 @@ const BEAT_MAX: Duration = Duration::from_secs(20);
 struct Kept {
     settings: ClusterSettings,
     status: Arc<ClusterStatus>,
-    archive: Arc<CurrentArchive>,
     stop: ShutdownRequest,
     running: bool,
     /// The action after it has ended.
@@ -186,7 +185,6 @@ impl Daemon {
         let kept = Kept {
             settings: settings.clone(),
             status: Arc::clone(&status),
-            archive: Arc::clone(&archive),
             stop,
             running: true,
             next: Next::Nothing,
@@ -314,8 +312,8 @@ impl Daemon {
     /// Updates the line for `systemctl status`, and sends the watchdog's keep-alive while every
     /// cluster's task works.
     fn tell_systemd(&mut self) {
-        let reports = reports(&self.clusters);
-        let line = describe(&reports);
+        // The same reports as the page: with what the alerts make of the state.
+        let line = describe(&self.monitor.reports());
         if line != self.line {
             self.notify.status(&line);
             self.line = line;
@@ -349,13 +347,6 @@ fn validate(settings: &Settings) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn reports(clusters: &Clusters) -> Vec<ClusterReport> {
-    lock(clusters)
-        .values()
-        .map(|kept| kept.status.report(&kept.settings, kept.archive.places()))
-        .collect()
 }
 
 /// Returns `2 clusters: ok; b is at_risk: …`. Clusters that are not ok are named, the others are

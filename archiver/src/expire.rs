@@ -5,12 +5,12 @@
 //! (`repository::expire`). Invariant: a repository with a problem loses nothing, and the others do
 //! not wait for it.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use catalog::Catalog;
 use jiff::Timestamp;
 use repository::{
-    ClusterIdentity, ExitKind, ExpiredSet, Repository,
+    BackupNotes, ClusterIdentity, ExitKind, ExpiredSet, Repository,
     config::{ClusterSettings, RepositoryPlace},
     expire::{ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep},
 };
@@ -320,7 +320,8 @@ fn decide(
     } else {
         settings.backup_max_age
     };
-    let policy = with_kept(policy, repository, identity.system_identifier)?;
+    let notes = repository.backup_notes(identity.system_identifier)?;
+    let policy = with_kept(policy, &notes);
     let plan = plan_expire(&holding, &policy, now, max_age).map_err(|refusal| Error::Expire {
         problem: refusal.to_string(),
         kind: ExitKind::Failed,
@@ -329,18 +330,14 @@ fn decide(
 }
 
 /// Returns the policy with the backups that `backup keep` keeps in this repository.
-fn with_kept(
-    policy: &RetentionPolicy,
-    repository: &Repository,
-    system: SystemIdentifier,
-) -> Result<RetentionPolicy> {
+fn with_kept(policy: &RetentionPolicy, notes: &BTreeMap<BackupId, BackupNotes>) -> RetentionPolicy {
     let mut policy = policy.clone();
-    for (id, notes) in repository.backup_notes(system)? {
-        if notes.kept.is_some() && !policy.pinned.contains(&id) {
-            policy.pinned.push(id);
+    for (id, notes) in notes {
+        if notes.kept.is_some() && !policy.pinned.contains(id) {
+            policy.pinned.push(id.clone());
         }
     }
-    Ok(policy)
+    policy
 }
 
 /// Returns the daemon's catalog, which saves a request for each segment. If there is none, creates

@@ -22,6 +22,7 @@ use status::{
     cluster_status::{CaughtUp, ClusterStatus},
     details::Details,
     light::raise,
+    outcomes::RUNS,
     report::{ClusterReport, Counters},
     state::State,
     units,
@@ -45,14 +46,6 @@ const KEEP_INTERVAL: Duration = Duration::from_secs(2);
 const STREAM_MESSAGES_MAX: usize = 256;
 /// The time over which the growth of the spool is measured, in seconds.
 const GROWTH_SECONDS: u64 = 1800;
-
-/// The kinds of runs whose outcomes are reported.
-pub(crate) const RUNS: [OutcomeKind; 4] = [
-    OutcomeKind::Backup,
-    OutcomeKind::Drill,
-    OutcomeKind::Expire,
-    OutcomeKind::Verify,
-];
 
 /// The kind of event for a failover that lost commits.
 const FAILOVER: &str = "failover";
@@ -360,7 +353,9 @@ impl Monitor {
                 }),
             );
         }
-        self.send("status", &self.report(cluster));
+        if self.stream.receiver_count() > 0 {
+            self.send("status", &self.report(cluster));
+        }
     }
 
     fn send<T: serde::Serialize>(&self, event: &'static str, data: &T) {

@@ -21,12 +21,12 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
-    os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use intake::spool_files;
-use repository::{CrashPoint, access};
+use repository::{CrashPoint, durable};
 use wal_format::{
     Branch, Lsn, SegmentName, SegmentNo, SegmentSize, WalFileName, WalIdentity, page::PageHeader,
 };
@@ -402,7 +402,7 @@ impl BranchSpool {
         // An existing file is replaced too: if the disk failed while it was written, it may exist
         // in memory only.
         let path = self.directory.join(HISTORY_FILE);
-        repository::durable::replace(&path, content).map_err(of_the_disk)
+        durable::replace(&path, content).map_err(of_the_disk)
     }
 
     /// Returns the LSN after the last byte in the branch's files. `None` if they contain no WAL.
@@ -474,39 +474,8 @@ fn remove_file(path: &Path) -> Result<()> {
 /// Creates a directory and its parents, each durable in its parent. Only the owner may enter them,
 /// and the group that the directory above is shared with.
 pub(crate) fn create_directory(path: &Path) -> Result<()> {
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    let existed = path.is_dir();
-    if !existed {
-        if let Some(parent) = parent {
-            create_directory(parent)?;
-        }
-        let above = parent.unwrap_or(Path::new("."));
-        let created = File::open(above)
-            .and_then(access::directory_mode)
-            .and_then(|mode| fs::DirBuilder::new().mode(mode).create(path));
-        match created.and_then(|()| CrashPoint::SpoolDirectoryCreated.reach()) {
-            Ok(()) => {
-                File::open(path)
-                    .and_then(|created| access::inherit(created, File::open(above)?))
-                    .map_err(Error::io("set the permissions of", path))?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Error::io("create directory", path)(error)),
-        }
-    }
-    // An existing directory may have been created by a process that died before this fsync, so it
-    // is repeated. If the directory existed and its parent is not readable for us, the fsync is
-    // skipped.
-    match parent.map_or(Ok(()), sync_directory) {
-        Err(Error::Io { source, .. })
-            if existed && source.kind() == io::ErrorKind::PermissionDenied =>
-        {
-            Ok(())
-        }
-        outcome => outcome,
-    }
+    let created = durable::create_dir_all_at(path, CrashPoint::SpoolDirectoryCreated);
+    created.map_err(of_the_disk)
 }
 
 /// Makes the names in a directory durable. A failed fsync is never retried: the kernel may have

@@ -63,8 +63,8 @@ pub(crate) struct Findings {
     losses: Vec<String>,
     /// Backups with objects and without a description.
     undescribed: Vec<BackupId>,
-    /// Results of backups, drills and verifications that cannot be parsed, with the reason. No
-    /// restore needs them.
+    /// Results of backups, drills and verifications that cannot be read or parsed, with the reason
+    /// and the remedy. No restore needs them.
     unreadable: Vec<String>,
     /// Objects that are not ours: nothing of them is read, and nothing is missing because of them.
     foreign: Vec<String>,
@@ -106,9 +106,7 @@ impl Findings {
             ));
         }
         for result in &self.unreadable {
-            lines.push(format!(
-                "{place}: {result}; this result is ignored, no restore needs it. Remove the object"
-            ));
+            lines.push(format!("{place}: {result}"));
         }
         for name in self.foreign.iter().take(FOREIGN_LISTED) {
             lines.push(format!(

@@ -95,7 +95,10 @@ pub async fn start(
     })?;
     let verifier = walsender.password.as_ref();
     let verifier = verifier.map(|password| scram::Verifier::of(password.reveal()));
-    let bound = bind(walsender.address).await;
+    // One attempt: archiving starts after it.
+    let address = walsender.address;
+    let bound = TcpListener::bind(address).await;
+    let bound = bound.map_err(Error::io("listen on", address.to_string()));
     if let Err(error) = &bound
         && error.is_out_of_resources()
     {
@@ -113,6 +116,10 @@ pub async fn start(
     });
     Ok(Some(Walsender {
         listening: tokio::spawn(async move {
+            let bound = match bound {
+                Ok(listener) => Ok(listener),
+                Err(_) => bind(address).await,
+            };
             let listener = match bound {
                 Ok(listener) => listener,
                 Err(error) => bind_later(&shared, &error).await,

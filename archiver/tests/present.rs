@@ -345,6 +345,46 @@ fn encrypted(place: &Place) -> std::path::PathBuf {
     configuration
 }
 
+/// Checks that `backup list`, `pitr-restore list` and a plan know that the newest of two backups
+/// lacks `part`.
+fn assert_only_the_newest_backup_is_damaged(
+    place: &Place,
+    configuration: &Path,
+    run: &dyn Fn(&[&str]) -> Output,
+    part: &Path,
+) {
+    let json = |output: Output| {
+        let document: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        document
+    };
+    let of_part = |text: &Value| {
+        let name = part.file_stem().expect("a name").to_string_lossy();
+        text.as_str().is_some_and(|text| text.contains(&*name))
+    };
+    let listed = json(run(&["backup", "list", "--json"]));
+    let backups = &listed[0]["backups"];
+    assert_eq!(backups[0]["problem"], Value::Null, "{listed}");
+    assert!(of_part(&backups[1]["problem"]), "{listed}");
+    let configuration = configuration.to_str().expect("a path");
+    let restore = |arguments: &[&str]| {
+        let of_place = ["--config", configuration];
+        json(pitr_restore(
+            &place.repository(),
+            &[&of_place[..], arguments].concat(),
+        ))
+    };
+    let listed = restore(&["list", "--json"]);
+    assert!(of_part(&listed["backups"][1]["damage"]), "{listed}");
+    let dry = [
+        "--dry-run",
+        "--json",
+        "--target-dir",
+        "/nonexistent/restored",
+    ];
+    let planned = restore(&dry);
+    assert_eq!(planned["backup"], backups[0]["id"], "{planned}");
+}
+
 /// Accepts the loss of two objects.
 fn accept(run: &dyn Fn(&[&str]) -> Output) {
     let output = run(&["verify", "--accept-loss"]);
@@ -444,6 +484,11 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
         let name = part.file_stem().expect("a name").to_string_lossy();
         report["lost_objects"].to_string().contains(&*name) && report["state"] == "broken"
     });
+    // After the loss is accepted, the backup is marked and no plan uses it.
+    let output = run(&["verify", "--accept-loss"]);
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(said.matches("accepted as lost: ").count(), 1, "{said}");
+    assert_only_the_newest_backup_is_damaged(&place, &configuration, &run, part);
     fs::write(part, content).expect("it is back");
     wait_until("all is well with it", || {
         is_ok(&archiver) && report(&archiver)["lost_objects"] == serde_json::json!([])
@@ -518,7 +563,7 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
     wait_until("the daemon knows that they are back", || {
         let record: Value =
             serde_json::from_slice(&fs::read(&record).expect("a record")).expect("JSON");
-        record["returned"].as_array().map(Vec::len) == Some(2)
+        record["returned"].as_array().map(Vec::len) == Some(3)
     });
     take();
     wait_until("the losses are named once more", || is_named(&archiver));
@@ -546,16 +591,23 @@ fn what_the_archive_lost_is_red_until_it_is_back_or_accepted() {
     });
     wait_until("all is well without it", || is_ok(&archiver));
 
-    // A declared loss whose record is damaged stops nothing.
+    // A declared loss whose record is damaged stops nothing. What a verdict found that cannot be
+    // read any more is not known.
     let gaps = place.files_below("/gap/");
     fs::write(&gaps[0], "damaged").expect("it is damaged");
+    let verdict = place.files_below("/outcome/verify/").pop();
+    fs::write(verdict.expect("a verdict"), "torn").expect("it is damaged");
     archiver.kill();
     let archiver = place.run_with(command());
     server.write_wal(1500);
     wait_flushed(&server, server.lsn());
     wait_until("the record of the loss is named", || {
-        let reason = report(&archiver)["reason"].to_string();
-        reason.contains("/gap/")
+        let report = report(&archiver);
+        let causes = report["causes"].as_array().expect("a list");
+        let is_unknown = causes.iter().any(|cause| {
+            cause["state"] == "unknown" && cause["reason"].to_string().contains("/outcome/verify/")
+        });
+        is_unknown && report["reason"].to_string().contains("/gap/")
     });
     assert_eq!(archiver.terminate().code(), Some(0));
 }

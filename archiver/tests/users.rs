@@ -77,10 +77,19 @@ fn a_group_shares_a_repository_and_a_spool_and_other_users_are_told_why_not() {
     assert_eq!(code, 0, "what another user of the group wrote: {said}");
     // No restore needs the recorded result of an earlier verification.
     let recorded = place.files_below("/outcome/verify/").pop();
-    fs::write(recorded.expect("a result"), "{").expect("it is damaged");
+    let recorded = recorded.expect("a result");
+    fs::write(&recorded, "{").expect("it is damaged");
     let (code, said) = outcome(of_archiver(DAEMON, GROUP).arg("verify"));
     assert_eq!(code, 0, "{said}");
     assert!(said.contains("this result is ignored"), "{said}");
+    // A failed request says nothing about the object.
+    fs::set_permissions(&recorded, fs::Permissions::from_mode(0o000)).expect("chmod");
+    let (code, said) = outcome(of_archiver(DAEMON, GROUP).arg("verify"));
+    assert_eq!(code, 0, "{said}");
+    assert!(
+        said.contains("this result could not be read: ") && !said.contains("Remove the object"),
+        "{said}"
+    );
 
     let owner = format!("belongs to user {DAEMON}, group {GROUP}, mode 2770");
     let before = place.files_below("/");

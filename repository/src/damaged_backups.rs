@@ -8,8 +8,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use wal_format::{
-    BackupId, ObjectKey, Outcome, OutcomeKind, SealedReader, SystemIdentifier, WalIdentity,
-    WalIndexer,
+    BackupId, BackupInfo, ObjectKey, Outcome, OutcomeKind, SealedReader, SystemIdentifier,
+    WalIdentity, WalIndexer,
 };
 
 use crate::{Error, Repository, Result};
@@ -47,6 +47,24 @@ impl Repository {
         let places = self.place_urls();
         let backups = damaged_backups(&verdict, &places);
         Ok((backups, damaged_wal(&verdict, &places)))
+    }
+
+    /// Returns the backups of which an object is missing or has another length, by one listing.
+    ///
+    /// # Errors
+    /// [`Error::Store`], [`Error::S3`].
+    pub fn incomplete_backups(
+        &self,
+        system: SystemIdentifier,
+        backups: &[BackupInfo],
+    ) -> Result<DamagedBackups> {
+        let listed: BTreeMap<ObjectKey, u64> = self
+            .list(&format!("{system}/backup/"))?
+            .into_iter()
+            .collect();
+        let damage =
+            |backup: &BackupInfo| Some((backup.id.clone(), incomplete_part(backup, &listed)?));
+        Ok(backups.iter().filter_map(damage).collect())
     }
 
     /// Reads a WAL object and decodes it. Returns its problem; `None` if the object is intact or no
@@ -95,6 +113,24 @@ impl Repository {
         }
         urls
     }
+}
+
+/// Returns the first object of a backup that is missing among `listed`, the keys and lengths of
+/// stored objects, or has another length there.
+#[must_use]
+pub fn incomplete_part(backup: &BackupInfo, listed: &BTreeMap<ObjectKey, u64>) -> Option<Damage> {
+    let parts = backup.slices.iter();
+    let parts = parts.map(|slice| (backup.slice_key(slice), slice.stored_bytes));
+    let mut parts = parts.chain([(backup.manifest_key(), backup.manifest_bytes)]);
+    parts.find_map(|(key, bytes)| {
+        let problem = match listed.get(&key) {
+            None => "it is missing".to_owned(),
+            Some(found) if *found != bytes => format!("it has {found} bytes instead of {bytes}"),
+            Some(_) => return None,
+        };
+        let object = key.to_string();
+        Some(Damage { object, problem })
+    })
 }
 
 /// Returns the backups that a verification found damaged in each of `places`.

@@ -4,8 +4,16 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
-    path::{Path, PathBuf},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::Path,
+};
+
+use rustix::{
+    fs::{AtFlags, FileType, Mode, OFlags, Stat, fsync, mkdirat, openat, statat, unlinkat},
+    io::Errno,
 };
 
 use crate::{CrashPoint, Error, Result, access};
@@ -65,37 +73,75 @@ pub fn sync_dir(directory: &Path) -> Result<()> {
 /// # Errors
 /// [`Error::Store`].
 pub fn create_dir_all(directory: &Path) -> Result<()> {
-    use std::os::unix::fs::DirBuilderExt;
+    create_dir_all_at(directory, CrashPoint::DirectoryCreated)
+}
 
-    let mut missing: Vec<PathBuf> = Vec::new();
-    let mut above = directory;
-    while !above.as_os_str().is_empty() && !above.exists() {
-        missing.push(above.to_owned());
-        above = parent(above);
+/// Like [`create_dir_all`], with the crash point that each new directory reaches.
+///
+/// # Errors
+/// [`Error::Store`].
+pub fn create_dir_all_at(directory: &Path, created: CrashPoint) -> Result<()> {
+    let Some(name) = directory.file_name() else {
+        return Ok(());
+    };
+    let above = parent(directory);
+    let existed = directory.is_dir();
+    if !existed {
+        create_dir_all_at(above, created)?;
     }
-    for path in missing.into_iter().rev() {
-        let mode = File::open(parent(&path)).and_then(access::directory_mode);
-        let mode = mode.map_err(Error::store("look at", parent(&path)))?;
-        match fs::DirBuilder::new().mode(mode).create(&path) {
-            Ok(()) => {
-                let reached = CrashPoint::DirectoryCreated.reach();
-                let synced = reached
-                    .and_then(|()| access::inherit(File::open(&path)?, File::open(parent(&path))?))
-                    .map_err(Error::store("create directory", &path))
-                    .and_then(|()| sync_dir(parent(&path)));
-                if synced.is_err() {
-                    // A directory that exists counts as durable, so a later attempt has to create
-                    // it again.
-                    drop(fs::remove_dir(&path));
-                }
-                synced?;
-            }
-            // Another writer created it first.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(Error::store("create directory", path)(error)),
-        }
+    match File::open(above) {
+        // Then the directory was not created by a process of this user.
+        Err(error) if existed && error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        opened => opened
+            .and_then(|above| create_directory(&above, Path::new(name), created))
+            .map_err(Error::store("create directory", directory)),
     }
-    Ok(())
+}
+
+/// Creates the directory `name` in `above`, durably, if it is missing.
+///
+/// The fsync of `above` is repeated for an existing directory: the process that created it may have
+/// been killed before its fsync. A directory of which this process cannot prove that it is durable
+/// is removed again.
+///
+/// # Errors
+/// Those of the system calls, and of the crash point.
+pub(crate) fn create_directory(
+    above: impl AsFd,
+    name: &Path,
+    created: CrashPoint,
+) -> io::Result<()> {
+    create_and_sync(above, name, created, |above| Ok(fsync(above)?))
+}
+
+fn create_and_sync(
+    above: impl AsFd,
+    name: &Path,
+    created: CrashPoint,
+    sync: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+) -> io::Result<()> {
+    let above = above.as_fd();
+    let mode = Mode::from_raw_mode(access::directory_mode(above)?);
+    let is_directory = |found: Stat| FileType::from_raw_mode(found.st_mode).is_dir();
+    if statat(above, name, AtFlags::empty()).is_ok_and(is_directory) {
+        return sync(above);
+    }
+    match mkdirat(above, name, mode) {
+        Ok(()) => {}
+        // Another writer created it first.
+        Err(Errno::EXIST) => return sync(above),
+        Err(error) => return Err(error.into()),
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let durable = created
+        .reach()
+        .and_then(|()| access::inherit(openat(above, name, flags, Mode::empty())?, above))
+        .and_then(|()| sync(above));
+    if durable.is_err() {
+        // A later attempt has to create it again.
+        let _removed = unlinkat(above, name, AtFlags::REMOVEDIR);
+    }
+    durable
 }
 
 /// Replaces the content of `path` durably. After a crash the file has the old or the new content,
@@ -167,6 +213,28 @@ mod tests {
             let found = fs::metadata(directory.path().join(path)).expect("it is there");
             assert_eq!((found.uid(), found.gid()), (65_534, 65_534), "{path}");
         }
+    }
+
+    #[test]
+    fn a_directory_is_made_durable_even_if_another_process_created_it() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let above = File::open(directory.path()).expect("it opens");
+        let name = Path::new("a");
+        let path = directory.path().join(name);
+        let fail = || {
+            let point = CrashPoint::DirectoryCreated;
+            create_and_sync(&above, name, point, |_| Err(Errno::IO.into()))
+        };
+        fail().expect_err("the fsync fails");
+        assert!(!path.exists(), "nobody proved that it is durable");
+        fs::create_dir(&path).expect("another process creates it, and is killed");
+        fail().expect_err("the fsync is repeated");
+        assert!(path.is_dir(), "it may contain something");
+        create_dir_all(&path.join("b/c")).expect("it exists");
+        create_dir_all(&path.join("b/c")).expect("it exists");
+        assert!(path.join("b/c").is_dir());
+        fs::write(path.join("file"), "").expect("a file");
+        create_dir_all(&path.join("file/d")).expect_err("a file is not a directory");
     }
 
     #[test]

@@ -37,14 +37,16 @@ mod wal_range;
 pub use backup_notes::BackupNotes;
 pub use command_hints::with_command_hint;
 pub use crash_points::CrashPoint;
-pub use damaged_backups::{Damage, DamagedBackups, DamagedWal, damaged_backups, damaged_wal};
+pub use damaged_backups::{
+    Damage, DamagedBackups, DamagedWal, damaged_backups, damaged_wal, incomplete_part,
+};
 pub use epochs::{Epoch, EpochCopy, Epochs};
 pub use error::{Error, FAILURE_KINDS, Result, is_out_of_descriptors};
 pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};
-pub use losses::{FoundLoss, Loss, LossRecord, Missing, name_losses};
-pub use outcomes::OUTCOMES_MAX;
+pub use losses::{FoundLoss, Loss, LossRecord, Missing, RecordedLosses, name_losses};
+pub use outcomes::{OUTCOMES_MAX, Outcomes};
 pub use printable::printable;
 pub use repository::{ClusterIdentity, Repository};
 pub use restorable::{

@@ -12,7 +12,7 @@ use wal_format::{
     SystemIdentifier,
 };
 
-pub use self::record::{FoundLoss, LossRecord};
+pub use self::record::{FoundLoss, LossRecord, RecordedLosses};
 use crate::{Error, Repository, expire::Intervals};
 
 /// The maximum number of losses that a message names.
@@ -268,6 +268,30 @@ impl fmt::Display for Loss {
                 write!(f, "{key} (without it the base backup cannot be restored)")
             }
         }
+    }
+}
+
+impl Repository {
+    /// Returns true if the repository holds at least one of these objects.
+    ///
+    /// # Errors
+    /// Errors of the requests.
+    pub fn holds_one_of(&self, keys: impl IntoIterator<Item = ObjectKey>) -> crate::Result<bool> {
+        for key in keys {
+            if self.head(&key)?.is_some() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Returns true if the repository holds the first object of a loss, or the sealed segment that
+    /// replaces it.
+    ///
+    /// # Errors
+    /// Errors of the requests.
+    pub fn holds_lost(&self, loss: &Loss) -> crate::Result<bool> {
+        self.holds_one_of([Some(loss.key()), loss.replaced_by()].into_iter().flatten())
     }
 }
 

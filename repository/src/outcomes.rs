@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, SystemIdentifier};
 
-use crate::{Error, Repository, Result};
+use crate::{Damage, Error, Repository, Result};
 
 /// The number of outcomes of a kind that are kept in memory: a trend of months, bounded.
 pub const OUTCOMES_MAX: usize = 100;
@@ -15,6 +15,42 @@ const NEWEST_MAX: usize = 10;
 
 fn parse(json: &Bytes) -> std::result::Result<Outcome, String> {
     serde_json::from_slice(json).map_err(|error| error.to_string())
+}
+
+/// The newest outcomes of each kind.
+#[derive(Clone, Debug, Default)]
+pub struct Outcomes {
+    known: BTreeMap<(OutcomeKind, BackupId), Outcome>,
+    /// The problems of objects that cannot be parsed.
+    unreadable: BTreeMap<(OutcomeKind, BackupId), String>,
+    is_read: bool,
+}
+
+impl Outcomes {
+    /// Returns the outcomes that can be parsed.
+    pub fn iter(&self) -> impl Iterator<Item = &Outcome> {
+        self.known.values()
+    }
+
+    /// Returns true once the outcomes were read from the repository.
+    #[must_use]
+    pub fn is_read(&self) -> bool {
+        self.is_read
+    }
+
+    /// Returns the kinds whose newest outcome cannot be parsed, with the object and its problem.
+    /// Nobody knows how the newest operation of such a kind ended.
+    #[must_use]
+    pub fn unreadable_newest(&self) -> BTreeMap<OutcomeKind, String> {
+        let mut newest = BTreeMap::new();
+        for ((kind, id), problem) in &self.unreadable {
+            let mut known = self.known.keys();
+            if !known.any(|(of, known)| of == kind && known > id) {
+                newest.insert(*kind, problem.clone());
+            }
+        }
+        newest
+    }
 }
 
 impl Repository {
@@ -30,6 +66,26 @@ impl Repository {
             problem: error.to_string(),
         })?;
         self.put(&key, &json).map(|_| ())
+    }
+
+    /// Returns the newest verification.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if it cannot be parsed; [`Error::Store`], [`Error::S3`].
+    pub fn newest_verification(&self, system: SystemIdentifier) -> Result<Option<Outcome>> {
+        let listed = self.list(&format!("{system}/outcome/{}/", OutcomeKind::Verify))?;
+        let Some((key, _)) = listed.last() else {
+            return Ok(None);
+        };
+        let damaged = |damage: Damage| Error::Damaged {
+            key: damage.object,
+            url: self.url(),
+            problem: format!(
+                "{}; what this verification found is not known: run `wal-archiver verify` again",
+                damage.problem
+            ),
+        };
+        self.read_small(key, parse)?.map(Some).map_err(damaged)
     }
 
     /// Returns the newest outcome of a kind that is `wanted`, if it is among the last few. An
@@ -56,16 +112,17 @@ impl Repository {
         Ok(None)
     }
 
-    /// Adds new outcomes to `known`, and removes all but the newest of each kind. An outcome that
-    /// does not parse is skipped with a warning: a newer version may have written it.
+    /// Adds new outcomes to `outcomes`, and removes all but the newest of each kind. An outcome
+    /// that does not parse is logged once: a newer version may have written it.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
-    pub fn add_outcomes(
-        &self,
-        system: SystemIdentifier,
-        known: &mut BTreeMap<(OutcomeKind, BackupId), Outcome>,
-    ) -> Result<()> {
+    pub fn add_outcomes(&self, system: SystemIdentifier, outcomes: &mut Outcomes) -> Result<()> {
+        let Outcomes {
+            known,
+            unreadable,
+            is_read,
+        } = outcomes;
         let mut listed: BTreeMap<OutcomeKind, Vec<BackupId>> = BTreeMap::new();
         for (key, _) in self.list(&format!("{system}/outcome/"))? {
             if let ObjectKey::Outcome(_, kind, id) = key {
@@ -74,25 +131,35 @@ impl Repository {
         }
         for (kind, ids) in &listed {
             for id in ids.iter().rev().take(OUTCOMES_MAX) {
-                if known.contains_key(&(*kind, id.clone())) {
+                let place = (*kind, id.clone());
+                if known.contains_key(&place) {
                     continue;
                 }
                 let key = ObjectKey::Outcome(system, *kind, id.clone());
                 match self.read_small(&key, parse)? {
                     Ok(outcome) => {
-                        known.insert((*kind, id.clone()), outcome);
+                        unreadable.remove(&place);
+                        known.insert(place, outcome);
                     }
                     Err(damage) => {
-                        tracing::warn!(event = "outcome_unreadable", %damage, "an outcome is skipped");
+                        let problem = damage.to_string();
+                        if unreadable.insert(place, problem).is_none() {
+                            tracing::warn!(
+                                event = "outcome_unreadable", %damage, "an outcome is skipped"
+                            );
+                        }
                     }
                 }
             }
         }
-        known.retain(|(kind, id), _| {
+        let is_kept = |(kind, id): &(OutcomeKind, BackupId)| {
             let newest = listed.get(kind).map_or(&[][..], Vec::as_slice);
             let from = newest.len().saturating_sub(OUTCOMES_MAX);
             newest[from..].contains(id)
-        });
+        };
+        known.retain(|place, _| is_kept(place));
+        unreadable.retain(|place, _| is_kept(place));
+        *is_read = true;
         Ok(())
     }
 }

@@ -226,7 +226,8 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
         Some(Command::List { .. }) => {
             let settings = resolve(&cli)?;
             let cluster = settings.cluster()?;
-            let archive = archive(cluster, cli.system)?;
+            let mut archive = archive(cluster, cli.system)?;
+            archive.exclude_incomplete()?;
             let mut listing = list::list(&archive, &archive.damaged_objects())?;
             listing.tell_expired(&archive.catalog.expired()?);
             let repository = open(&cluster.repository, &cluster.name, None)?;

@@ -199,6 +199,18 @@ impl Archive {
         self.damaged_backups.insert(id, damage);
     }
 
+    /// Excludes the backups of which an object is missing from the plans that follow.
+    ///
+    /// # Errors
+    /// Errors of the listing.
+    pub(crate) fn exclude_incomplete(&mut self) -> Result<()> {
+        let system = self.catalog.identity().system_identifier;
+        let backups = self.catalog.backups()?;
+        let incomplete = self.repository.incomplete_backups(system, &backups)?;
+        self.damaged_backups.extend(incomplete);
+        Ok(())
+    }
+
     /// Lets plans choose a backup that the last verification found damaged.
     pub(crate) fn trust_backup(&mut self, id: &BackupId) {
         self.damaged_backups.remove(id);

@@ -40,13 +40,17 @@ pub fn push_alone(settings: &ClusterSettings, repository: &Repository, path: &Pa
     let file = WalFile::open(path)?;
     // PostgreSQL removes a segment that was pushed, and in an older copy of the repository it would
     // be missing.
-    LossRecord::of(settings).check_newest(repository)?;
+    let record = LossRecord::of(settings);
+    record.check_newest(repository)?;
     Pusher {
         settings,
         repository,
         spool_counts: false,
     }
-    .push(&file, &mut None)
+    .push(&file, &mut None)?;
+    // The place may have been exchanged meanwhile.
+    record.check_newest(repository)?;
+    Ok(())
 }
 
 /// An open file of `pg_wal`. It is read by its descriptor, which the daemon may have received from

@@ -37,7 +37,7 @@ struct Listed {
     /// The reason why the operator keeps it. `null` if retention decides.
     kept: Option<String>,
     annotation: String,
-    /// The damage that the last verification found.
+    /// The damage that the last verification found, or an object that is missing now.
     problem: Option<String>,
     /// The server's warnings while it was taken.
     warnings: Vec<String>,
@@ -78,10 +78,13 @@ fn listed(settings: &ClusterSettings) -> Result<Vec<Listed>> {
     let system = identity.system_identifier;
     let catalog = Catalog::open_for_restore(Some(&settings.catalog), &repository)?;
     let mut notes = repository.backup_notes(system)?;
+    let mut backups = catalog.backups()?;
     let (mut damaged, _) = repository.known_damage(system)?;
+    damaged.extend(repository.incomplete_backups(system, &backups)?);
+    let pinned = pinned(settings);
     let row = |backup: BackupInfo| {
         let notes = notes.remove(&backup.id).unwrap_or_default();
-        let is_pinned = pinned(settings).contains(&backup.id);
+        let is_pinned = pinned.contains(&backup.id);
         let pinned = is_pinned.then(|| "named by keep_backups".to_owned());
         Listed {
             kept: notes.kept.or(pinned),
@@ -100,7 +103,6 @@ fn listed(settings: &ClusterSettings) -> Result<Vec<Listed>> {
             warnings: backup.warnings,
         }
     };
-    let mut backups = catalog.backups()?;
     // Names of the same second are in no order.
     backups.sort_by_key(|backup| (backup.finished, backup.start_lsn));
     Ok(backups.into_iter().map(row).collect())

@@ -123,6 +123,10 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
                 let shown = of_the_first.into_iter().collect::<Vec<_>>();
                 format!("away: {}", shorten(&error, &shown))
             }
+            None if place.string("/older").is_some() => {
+                let older = place.string("/older").unwrap_or_default();
+                format!("was incomplete: {}", shorten(&older, &[]))
+            }
             None if place.text("/behind") == "true" => "catching up from another".to_owned(),
             None => format!("{} wait for it", place.bytes("/queued_bytes")),
         };

@@ -74,9 +74,7 @@ pub(super) fn of(
 
 /// Returns true if an object of a recorded loss is still missing.
 fn lacks_one(repository: &Repository, loss: &Loss) -> Result<bool> {
-    if let Some(segment) = loss.replaced_by()
-        && repository.head(&segment)?.is_some()
-    {
+    if repository.holds_one_of(loss.replaced_by())? {
         return Ok(false);
     }
     for key in loss.keys() {
@@ -94,6 +92,8 @@ pub(super) fn accept(
     repository: &Repository,
     losses: &[Loss],
 ) -> Result<()> {
+    let record = LossRecord::of(settings);
+    record.check_version()?;
     let declared = PgTimestamp::from_jiff(jiff::Timestamp::now());
     for loss in losses {
         let Loss::Wal {
@@ -119,5 +119,5 @@ pub(super) fn accept(
         repository.put_gap(identity.system_identifier, &gap)?;
     }
     // The daemon polls this record and continues when it finds the losses there.
-    Ok(LossRecord::of(settings).accept(losses)?)
+    Ok(record.accept(losses)?)
 }

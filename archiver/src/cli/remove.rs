@@ -11,6 +11,7 @@ use wal_format::SystemIdentifier;
 
 use super::{output, runtime};
 use crate::{
+    conninfo,
     error::{Error, Result},
     spool::Spool,
     standby_slots::Standby,
@@ -39,7 +40,7 @@ pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
     let mut failed = Vec::new();
     let mut worst = None;
     for (role, conninfo) in servers {
-        let conninfo = settings_of(conninfo, settings)?;
+        let conninfo = conninfo::of_server(conninfo, settings)?;
         let place = format!("{role} {}", conninfo.places());
         let dropped = runtime.block_on(async {
             tokio::time::timeout(
@@ -78,10 +79,6 @@ pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
             kind,
         }),
     }
-}
-
-fn settings_of(conninfo: &str, settings: &ClusterSettings) -> Result<ConnInfo> {
-    Ok(ConnInfo::parse(conninfo)?.with_application_name(&settings.application_name))
 }
 
 /// Drops our slot on one server. Returns a description of the result.

@@ -170,7 +170,7 @@ fn find(
         None => Some("no retention is configured, so everything is kept".to_owned()),
         Some(policy) => match plan_expire(
             &holding,
-            &with_kept(policy, &repository, identity.system_identifier)?,
+            &with_kept(policy, &notes),
             now,
             settings.backup_max_age,
         ) {

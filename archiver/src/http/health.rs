@@ -52,7 +52,7 @@ pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, Quer
         CauseKind::Unseen => {
             limits_rpo && knows_rpo && report.looked && report.last_backup.is_some()
         }
-        CauseKind::Other => false,
+        CauseKind::NoBackup | CauseKind::Other => false,
     };
     let fails = |cause: &&Cause| !matches!(cause.state, State::Ok | State::Degraded);
     let causes = report.causes.iter().filter(fails);
@@ -160,8 +160,12 @@ fn components(report: &ClusterReport) -> BTreeMap<&'static str, Component> {
         (false, None) => Component::unknown("no stream was up since the start"),
     };
     let away = report.repositories.iter().find_map(|place| {
-        let error = place.error.as_ref()?;
-        Some(format!("{} is away: {error}", place.url))
+        let is = if place.error.is_some() {
+            "is away"
+        } else {
+            "was incomplete"
+        };
+        Some(format!("{} {is}: {}", place.url, place.problem()?))
     });
     let repository = match report.repository_error.clone().or(away) {
         None if !report.looked => Component::unknown("it was not read since the start"),

@@ -18,12 +18,11 @@ use status::{
     alerts::RULES,
     cluster_status::RECONNECT_REASONS,
     instruments::{Instruments, Labels},
+    outcomes::RUNS,
     report::{ClusterReport, TierReport},
     state::State,
 };
 use wal_format::PgTimestamp;
-
-use crate::monitor::RUNS;
 
 type Gauges = Family<Labels, Gauge<f64, AtomicU64>>;
 type Counters = Family<Labels, Counter>;
@@ -471,7 +470,7 @@ impl Page<'_> {
         );
         self.gauges(
             "pitr_repository_place_failing",
-            "Whether this place of the repository refuses or does not answer",
+            "Whether this place of the repository refuses, does not answer, or held an older state",
             |report| places(report, |place| Some(flag(place.error.is_some()))),
         );
         self.gauges(
@@ -581,7 +580,7 @@ fn places(
     };
     let several = report.repositories.iter().map(|place| Place {
         url: &place.url,
-        error: place.error.as_deref(),
+        error: place.problem(),
         lag_seconds: Some(place.lag_seconds),
         queued_bytes: place.queued_bytes as u64,
     });

@@ -70,6 +70,7 @@ fn report() -> ClusterReport {
         last_failover_loss: None,
         failover_loss: None,
         corrupt_objects: None,
+        unread_outcomes: Vec::new(),
         lost_objects: Vec::new(),
         backup_max_age_seconds: 86_400.0,
         drill_max_age_seconds: None,

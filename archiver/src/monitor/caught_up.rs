@@ -10,8 +10,8 @@ use status::cluster_status::CaughtUp;
 
 const FILE: &str = "caught_up.json";
 
-/// Reads the times that an earlier run wrote to the cluster's directory. Empty if the file cannot be
-/// read or parsed.
+/// Reads the times that an earlier run wrote to the cluster's directory. Empty if the file
+/// cannot be read or parsed.
 #[must_use]
 pub fn read(directory: &Path) -> CaughtUp {
     let content = fs::read(directory.join(FILE)).unwrap_or_default();

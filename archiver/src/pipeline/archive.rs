@@ -74,8 +74,8 @@ pub struct Archive {
     histories: Mutex<BTreeSet<Branch>>,
     /// Locked while history files that the repository lacks are stored again.
     pub(super) putting_back: Mutex<()>,
-    /// The value of [`Facts::repository_returns`](status::cluster_status::Facts) when the repository
-    /// was read.
+    /// The value of [`Facts::repository_returns`](status::cluster_status::Facts) when the
+    /// repository was read.
     read_at_return: u64,
     /// The record of what the archive once had and the repository lacks.
     pub(super) loss_record: LossRecord,
@@ -134,10 +134,14 @@ impl Archive {
         let mut losses = Losses::default();
         let mut lost_histories = Vec::new();
         if away.is_none() {
-            histories::put_back(&spool, &repository, &identity)?;
+            // Nothing is stored before the place is known to hold the newest state.
             let is_spooled = presence::is_spooled(&spool, &identity);
-            let report = presence::refresh(&catalog, &repository, &loss_record, &is_spooled)?;
+            let refresh = || presence::refresh(&catalog, &repository, &loss_record, &is_spooled);
+            let mut report = refresh()?;
             presence::check_position(&spool, &identity, &catalog, &repository, &loss_record)?;
+            if histories::put_back(&spool, &repository, &identity)? > 0 {
+                report = refresh()?;
+            }
             start_anew();
             if status.facts().repository_gone {
                 // The place holds the archive again, and the refresh above has read it.
@@ -518,6 +522,7 @@ impl Archive {
         }
         let content = self.branch_spool(branch).history()?;
         if let Some(content) = &content {
+            self.check_before_put()?;
             self.repository
                 .put_history(self.identity.system_identifier, branch, content)?;
         }
@@ -540,9 +545,7 @@ impl Archive {
         proven: Option<PgTimestamp>,
         source: &WalSource<'_>,
     ) -> Result<WalRange> {
-        if !self.costs_requests() {
-            self.check_newest()?;
-        }
+        self.check_before_put()?;
         let stored_bytes = put_wal(&self.repository, header, object, source)?;
         self.check_place(header)?;
         let (kind, stored, cataloged) = if header.is_whole_segment() {

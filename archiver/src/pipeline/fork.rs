@@ -204,6 +204,9 @@ impl Archive {
         }
         let system = self.identity().system_identifier;
         let unrecorded = losses.lock().unrecorded.clone();
+        if !unrecorded.is_empty() {
+            self.check_before_put()?;
+        }
         for loss in unrecorded {
             self.repository().put_failover_loss(system, &loss)?;
             let mut known = losses.lock();

@@ -142,6 +142,7 @@ pub async fn close(
                     reason,
                 };
                 let system = archive.identity().system_identifier;
+                archive.check_before_put()?;
                 archive.repository().put_gap(system, &gap)?;
                 Ok(gap)
             })

@@ -13,12 +13,12 @@ use wal_format::{Branch, Lsn, ObjectKey, WalIdentity};
 use super::{Pipeline, archive::Archive};
 use crate::{blocking::blocking, core::start::ServerBranch, error::Result, spool::Spool};
 
-/// Stores the history files that the spool has and the repository lacks.
+/// Stores the history files that the spool has and the repository lacks. Returns their number.
 pub(super) fn put_back(
     spool: &Spool,
     repository: &Repository,
     identity: &WalIdentity,
-) -> Result<()> {
+) -> Result<usize> {
     let mut files = Vec::new();
     for spooled in spool.branches(identity)? {
         if let Some(content) = spooled.history()? {
@@ -121,22 +121,26 @@ impl Archive {
         let Ok(_alone) = self.putting_back.try_lock() else {
             return Ok(());
         };
-        store_missing(self.repository(), self.identity(), files, "the server")
+        self.check_before_put()?;
+        store_missing(self.repository(), self.identity(), files, "the server")?;
+        Ok(())
     }
 }
 
 /// Stores each file of which one of the two copies is missing, or of which neither copy is intact.
+/// Returns the number of stored files.
 fn store_missing(
     repository: &Repository,
     identity: &WalIdentity,
     files: &[(Branch, Bytes)],
     source: &str,
-) -> Result<()> {
+) -> Result<usize> {
     if files.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     let system = identity.system_identifier;
     let copies = repository.history_copies(system)?;
+    let mut count = 0;
     for (branch, content) in files {
         let is_whole = copies.get(branch).is_some_and(|copies| *copies >= 2);
         let is_lost = |error: repository::Error| !error.is_transient();
@@ -148,6 +152,7 @@ fn store_missing(
             "a history file is stored, which the repository lacks"
         );
         repository.put_history(system, *branch, content)?;
+        count += 1;
     }
-    Ok(())
+    Ok(count)
 }

@@ -268,7 +268,7 @@ async fn look(archive: Arc<Archive>, current: Arc<CurrentArchive>) {
             _ = timer.tick() => {}
             () = changed(&mark, taken.as_deref()) => {}
         }
-        let known = std::mem::replace(&mut taken, std::fs::read(&mark).ok());
+        let known = std::mem::replace(&mut taken, tokio::fs::read(&mark).await.ok());
         let list = if looks.is_multiple_of(LOOKS_PER_LISTING) || known != taken {
             Listing::Now
         } else if looks.is_multiple_of(LOOKS_PER_LISTING_WAITING) {
@@ -297,7 +297,8 @@ async fn look(archive: Arc<Archive>, current: Arc<CurrentArchive>) {
             if is_due {
                 presence::look_for_losses(&looked, &presence)
             } else {
-                presence::report_losses(&looked)
+                presence::report_losses(&looked);
+                Ok(())
             }
         });
         match checked.await {
@@ -318,7 +319,7 @@ async fn look(archive: Arc<Archive>, current: Arc<CurrentArchive>) {
 async fn changed(path: &Path, known: Option<&[u8]>) {
     loop {
         tokio::time::sleep(MARK_INTERVAL).await;
-        if std::fs::read(path).ok().as_deref() != known {
+        if tokio::fs::read(path).await.ok().as_deref() != known {
             return;
         }
     }
@@ -427,7 +428,7 @@ fn look_once(
     let mut marks = marks.lock().unwrap_or_else(PoisonError::into_inner);
     // A folder is read every time. A bucket, where each listing has a price, is read as often as
     // for backups.
-    if (list == Listing::Now || folder)
+    if (list == Listing::Now || folder || !marks.has_outcomes())
         && let Err(error) = marks.ask(archive)
     {
         tracing::debug!(%error, "the repository's outcomes are not known");

@@ -20,8 +20,8 @@ use std::{
 
 use catalog::{Catalog, Guard, RefreshReport};
 use repository::{
-    Error as StoreError, Loss, LossRecord, Missing, Repository, WalRange, expire::Intervals,
-    name_losses,
+    Error as StoreError, Loss, LossRecord, Missing, RecordedLosses, Repository, WalRange,
+    expire::Intervals, name_losses,
 };
 use wal_format::{
     BackupId, BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, SegmentNo, WalIdentity,
@@ -41,6 +41,8 @@ const BUCKET_SAMPLES: usize = 4;
 const FOLDER_SAMPLES: usize = 32;
 /// The number of the last accepted losses whose objects are checked to be back.
 const ACCEPTED_SAMPLES: usize = 4;
+/// The number of checks of a folder between two checks of its identity.
+const CHECKS_PER_IDENTITY: u64 = 5;
 /// After a bucket was found to hold the newest objects, a stored tail does not cause another check
 /// for this time.
 const NEWEST_INTERVAL: Duration = Duration::from_secs(10);
@@ -88,11 +90,12 @@ pub(super) fn refresh(
 }
 
 /// Checks that the repository holds the segment at which the archive ended when the spool was
-/// empty. A catalog that was rebuilt does not know this segment if the repository lacks it; the
-/// spool's record does.
+/// empty, and the newest segment that this host stored. A catalog that was rebuilt does not know
+/// these segments if the repository lacks them; the spool's records do. Records what is missing, so
+/// that an operator can accept it.
 ///
 /// # Errors
-/// [`StoreError::OlderState`] if the repository does not hold the segment.
+/// [`StoreError::OlderState`] if the repository does not hold one of them.
 pub(super) fn check_position(
     spool: &Spool,
     identity: &WalIdentity,
@@ -100,14 +103,40 @@ pub(super) fn check_position(
     repository: &Repository,
     losses: &LossRecord,
 ) -> Result<()> {
+    let system = identity.system_identifier;
+    let empty = spool.record()?.map(|record| {
+        let is_same = record.cluster.system_identifier == system;
+        (is_same, record.branch, record.end_lsn)
+    });
+    let stored = losses.newest().and_then(|newest| {
+        let (branch, _, end_lsn) = newest.wal()?;
+        Some((newest.system() == Some(system), branch, end_lsn))
+    });
+    for (is_same, branch, end_lsn) in [empty, stored].into_iter().flatten() {
+        if is_same && end_lsn > Lsn::ZERO {
+            check_end(
+                spool,
+                identity,
+                catalog,
+                repository,
+                losses,
+                (branch, end_lsn),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks that the repository holds the segment that ends at `end_lsn`.
+fn check_end(
+    spool: &Spool,
+    identity: &WalIdentity,
+    catalog: &Catalog,
+    repository: &Repository,
+    losses: &LossRecord,
+    (branch, end_lsn): (Branch, Lsn),
+) -> Result<()> {
     let (system, size) = (identity.system_identifier, identity.segment_size);
-    let Some(record) = spool
-        .record()?
-        .filter(|record| record.cluster.system_identifier == system && record.end_lsn > Lsn::ZERO)
-    else {
-        return Ok(());
-    };
-    let (branch, end_lsn) = (record.branch, record.end_lsn);
     let start_lsn = size.segment_of(Lsn(end_lsn.0 - 1)).start_lsn(size);
     let newest = catalog.loss(branch, start_lsn, end_lsn);
     let key = newest.key();
@@ -138,9 +167,13 @@ pub(super) fn check_position(
         newest: Some(newest),
     };
     let missing = losses.without_accepted(&missing)?;
-    missing
-        .older_state(repository)
-        .map_or(Ok(()), |error| Err(error.into()))
+    let Some(error) = missing.older_state(repository) else {
+        return Ok(());
+    };
+    if let Err(error) = losses.add(&missing.losses) {
+        tracing::error!(event = "loss_not_recorded", %error, "the record of lost objects is not updated");
+    }
+    Err(error.into())
 }
 
 /// Returns a function that returns true if a segment is complete in the spool.
@@ -219,6 +252,22 @@ impl Archive {
         self.doubted.load(Ordering::Acquire)
     }
 
+    /// Checks before an object is stored that the place holds the archive, and not an older state
+    /// of it. In a bucket, at most once in [`NEWEST_INTERVAL`].
+    pub(super) fn check_before_put(&self) -> repository::Result<()> {
+        if self.costs_requests() && self.is_newest_known() {
+            return Ok(());
+        }
+        self.check_newest().map(drop)
+    }
+
+    /// Returns true if the newest objects were found within [`NEWEST_INTERVAL`].
+    fn is_newest_known(&self) -> bool {
+        let checked = self.newest_checked.lock();
+        let checked = *checked.unwrap_or_else(PoisonError::into_inner);
+        checked.is_some_and(|checked| checked.elapsed() < NEWEST_INTERVAL)
+    }
+
     /// Checks that what was just stored is in the place that holds the archive, and not in an older
     /// copy of it. In a bucket, only the newest objects are checked, after a tail at most once in
     /// [`NEWEST_INTERVAL`].
@@ -226,20 +275,11 @@ impl Archive {
     /// The newest objects are checked first, then the stored one: if the place is exchanged between
     /// the upload and either check, one of the two checks fails.
     pub(super) fn check_place(&self, header: &SealedHeader) -> repository::Result<()> {
-        let checked = || {
-            let checked = self.newest_checked.lock();
-            checked.unwrap_or_else(PoisonError::into_inner)
-        };
         let has_price = self.costs_requests();
-        if has_price
-            && !header.is_whole_segment()
-            && checked().is_some_and(|checked| checked.elapsed() < NEWEST_INTERVAL)
-        {
+        if has_price && !header.is_whole_segment() && self.is_newest_known() {
             return Ok(());
         }
-        let asked = Instant::now();
         self.check_newest()?;
-        *checked() = Some(asked);
         let key = header.key();
         // A tail may have been removed because its segment was sealed.
         if !has_price && header.is_whole_segment() && self.is_absent(&key)? {
@@ -263,14 +303,23 @@ impl Archive {
         Ok(())
     }
 
-    /// Checks that the place holds the newest segment and the newest tail.
+    /// Checks that the place holds the newest segment and the newest tail. Returns the newest
+    /// sealed segment of the catalog.
     ///
     /// # Errors
     /// - [`StoreError::OlderState`]; then the stages start again.
     /// - Errors of the requests.
-    pub(super) fn check_newest(&self) -> repository::Result<()> {
+    pub(super) fn check_newest(&self) -> repository::Result<Option<WalRange>> {
+        let asked = Instant::now();
         let sealed = self.catalog().newest_sealed()?;
-        if let Some(range) = &sealed
+        self.find_newest(sealed.as_ref())?;
+        let checked = self.newest_checked.lock();
+        *checked.unwrap_or_else(PoisonError::into_inner) = Some(asked);
+        Ok(sealed)
+    }
+
+    fn find_newest(&self, sealed: Option<&WalRange>) -> repository::Result<()> {
+        if let Some(range) = sealed
             && self.is_absent(&range.key(&self.cluster))?
         {
             return self.refuse_older(range);
@@ -278,7 +327,7 @@ impl Archive {
         // The other tails are checked in turn ([`Presence::check`]).
         let branch = self.progress().positions().branch();
         let is_newest = |tail: &&WalRange| {
-            let before = sealed.as_ref().filter(|sealed| sealed.branch == branch);
+            let before = sealed.filter(|sealed| sealed.branch == branch);
             tail.branch == branch && before.is_none_or(|sealed| tail.end_lsn > sealed.end_lsn)
         };
         let newest_tail = || {
@@ -347,6 +396,8 @@ pub(super) struct Presence {
     tails: usize,
     /// The numbers of parts that were checked: of the newest backup, and of the others.
     parts: [usize; 2],
+    /// The number of checks so far.
+    checks: u64,
 }
 
 impl Presence {
@@ -364,8 +415,7 @@ impl Presence {
         } else {
             FOLDER_SAMPLES
         };
-        archive.check_newest()?;
-        if let Some(newest) = archive.catalog().newest_sealed()? {
+        if let Some(newest) = archive.check_newest()? {
             archive
                 .repository()
                 .check_each_place(&newest.key(&archive.cluster));
@@ -403,6 +453,13 @@ impl Presence {
             archive.refresh()?;
         }
         Ok(())
+    }
+
+    /// Counts a check. Returns true if it includes the identity, whose objects are listed and read:
+    /// each check of a bucket, and every fifth of a folder, which come once a second.
+    fn checks_identity(&mut self, archive: &Archive) -> bool {
+        self.checks += 1;
+        archive.costs_requests() || self.checks % CHECKS_PER_IDENTITY == 1
     }
 
     /// Checks a sample of the parts of the newest backup, and one of the parts of the others.
@@ -447,24 +504,27 @@ impl Presence {
 pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> Result<()> {
     let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
     presence.check(archive, &archive.catalog().backups()?)?;
-    let problem = match archive.repository().identity() {
-        Err(error @ StoreError::Damaged { .. }) => Some(error.to_string()),
-        identity => identity.map(|_| None)?,
-    };
-    archive
-        .status()
-        .note(|facts| facts.identity_problem = problem);
-    let losses = &archive.loss_record;
-    let open = losses.open()?.into_iter().map(|found| found.loss);
-    let accepted = losses.accepted()?.into_iter().rev().take(ACCEPTED_SAMPLES);
-    let mut is_back = false;
+    if presence.checks_identity(archive) {
+        let problem = match archive.repository().identity() {
+            Err(error @ StoreError::Damaged { .. }) => Some(error.to_string()),
+            identity => identity.map(|_| None)?,
+        };
+        archive
+            .status()
+            .note(|facts| facts.identity_problem = problem);
+    }
+    let losses = archive.loss_record.snapshot();
+    let open = losses.open.iter().map(|found| &found.loss);
+    let accepted = losses.accepted.iter().rev().take(ACCEPTED_SAMPLES);
     for loss in open.chain(accepted) {
-        is_back = is_back || is_partly_back(archive, &loss)?;
+        if is_partly_back(archive, loss)? {
+            archive.refresh()?;
+            report_losses(archive);
+            return Ok(());
+        }
     }
-    if is_back {
-        archive.refresh()?;
-    }
-    report_losses(archive)
+    report(archive, losses);
+    Ok(())
 }
 
 /// Returns true if an object of a loss is in the repository again, or has expired.
@@ -473,36 +533,34 @@ fn is_partly_back(archive: &Archive, loss: &Loss) -> Result<bool> {
     if let Loss::Tail { .. } = loss {
         // Its own object, or WAL that the catalog knows: the sealed segment or other tails.
         let left = still_missing(archive.catalog(), repository, loss)?;
-        return Ok(left.is_empty() || repository.head(&loss.key())?.is_some());
+        return Ok(left.is_empty() || repository.holds_one_of([loss.key()])?);
     }
     // The last segment may be back before the first one.
-    for key in [loss.key(), loss.last_key()] {
-        if repository.head(&key)?.is_some() {
-            return Ok(true);
-        }
+    if repository.holds_one_of([loss.key(), loss.last_key()])? {
+        return Ok(true);
     }
     let size = archive.identity().segment_size;
     Ok(archive.catalog().expired()?.hides(&loss.key(), size))
 }
 
 /// Reports what is missing and was not accepted.
-///
-/// # Errors
-/// [`StoreError::Store`] when the record cannot be read.
-pub(super) fn report_losses(archive: &Archive) -> Result<()> {
-    let losses = &archive.loss_record;
-    let problem = losses.problem();
-    archive
-        .status()
-        .note(|facts| facts.losses_problem = problem);
-    let (accepted, open) = (losses.acceptances()?, losses.open()?);
-    if accepted != archive.accepted {
-        // The stages read the declared gap only when they start. Until then, the loss is shown.
+pub(super) fn report_losses(archive: &Archive) {
+    report(archive, archive.loss_record.snapshot());
+}
+
+fn report(archive: &Archive, losses: RecordedLosses) {
+    // The stages read a declared gap only when they start. Until then, the loss is shown.
+    let is_current = losses.acceptances == Some(archive.accepted);
+    let is_read = losses.acceptances.is_some();
+    archive.status().note(|facts| {
+        facts.losses_problem = losses.problem;
+        if is_current {
+            facts.losses = losses.open;
+        }
+    });
+    if is_read && !is_current {
         archive.doubt();
-        return Ok(());
     }
-    archive.status().note(|facts| facts.losses = open);
-    Ok(())
 }
 
 /// Returns the part of a loss that the repository still lacks, according to a catalog that was just

@@ -6,14 +6,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use repository::{Damage, DamagedWal, ExpiredSet, KnownTimeline, Loss, WalIndex, WalRange};
+use repository::{
+    Damage, DamagedWal, ExpiredSet, KnownTimeline, Loss, Outcomes, WalIndex, WalRange,
+};
 use status::{
     details::{Details, GapReport, HeldRange, Mark, MarkKind},
+    outcomes::RUNS,
     report::{BackupReport, WindowReport},
 };
-use wal_format::{
-    BackupId, BackupInfo, Branch, DeclaredGap, Lsn, Outcome, OutcomeKind, PgTimestamp, WalEvent,
-};
+use wal_format::{BackupInfo, Branch, DeclaredGap, Lsn, OutcomeKind, PgTimestamp, WalEvent};
 
 use super::{
     archive::Archive,
@@ -32,7 +33,9 @@ const RANGES_MAX: usize = 200;
 pub(crate) struct Marks {
     seen: BTreeSet<(Branch, Lsn, Lsn)>,
     marks: BTreeMap<(PgTimestamp, Lsn), Mark>,
-    outcomes: BTreeMap<(OutcomeKind, BackupId), Outcome>,
+    outcomes: Outcomes,
+    /// The error of the last attempt to read the outcomes.
+    outcomes_error: Option<String>,
     repaired: Repaired,
     /// The first missing byte of a gap that the last update found.
     missing: Option<(Branch, Lsn)>,
@@ -90,10 +93,30 @@ impl Marks {
     /// Reads new outcomes from the repository.
     pub(crate) fn ask(&mut self, archive: &Archive) -> Result<()> {
         let system = archive.identity().system_identifier;
-        archive
+        let read = archive
             .repository()
-            .add_outcomes(system, &mut self.outcomes)?;
-        self.repaired.check(archive, self.outcomes.values())
+            .add_outcomes(system, &mut self.outcomes);
+        self.outcomes_error = read.as_ref().err().map(ToString::to_string);
+        read?;
+        self.repaired.check(archive, self.outcomes.iter())
+    }
+
+    /// Returns true once the outcomes were read.
+    pub(crate) fn has_outcomes(&self) -> bool {
+        self.outcomes.is_read()
+    }
+
+    /// Returns the kinds of operations of which nobody knows how the newest one ended, with the
+    /// reason. Without the repository, only the operations of earlier looks are known, and the
+    /// state says so.
+    fn unread(&self, archive: &Archive) -> BTreeMap<OutcomeKind, String> {
+        if self.outcomes.is_read() || archive.is_away() {
+            return self.outcomes.unreadable_newest();
+        }
+        let error = self.outcomes_error.as_deref().unwrap_or("not read yet");
+        RUNS.into_iter()
+            .map(|kind| (kind, error.to_owned()))
+            .collect()
     }
 
     /// Judges the restorable window from the catalog. Returns `None` before the first update if WAL
@@ -105,7 +128,8 @@ impl Marks {
     ) -> Result<Option<Update>> {
         let mut details = Details {
             backups: backups.iter().map(backup_report).collect(),
-            outcomes: self.outcomes.values().cloned().collect(),
+            outcomes: self.outcomes.iter().cloned().collect(),
+            unread: self.unread(archive),
             ..Details::default()
         };
         let damaged = archive.damaged_records.iter().map(ToString::to_string);
@@ -113,7 +137,7 @@ impl Marks {
         details.outcomes.sort_by_key(|outcome| outcome.finished);
         let expired = archive.catalog().expired()?;
         details.repaired = self.repaired.keys().clone();
-        let (of_backups, of_wal) = find_damaged(archive, self.outcomes.values(), &details.repaired);
+        let (of_backups, of_wal) = find_damaged(archive, self.outcomes.iter(), &details.repaired);
         let mut all = BTreeSet::new();
         let (timelines, index) = read_ranges(archive, &of_wal)?;
         for (branch, history, _) in &timelines {

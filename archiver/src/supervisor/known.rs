@@ -119,12 +119,7 @@ pub(super) async fn lacks(settings: &ClusterSettings, lacking: Option<&Loss>) ->
     let settings = settings.clone();
     let asked = blocking(move || {
         let repository = Repository::open_known(&settings)?;
-        let keys = [Some(loss.key()), loss.replaced_by()];
-        let mut is_there = false;
-        for key in keys.iter().flatten() {
-            is_there = is_there || repository.head(key)?.is_some();
-        }
-        Ok(!is_there && !LossRecord::of(&settings).is_accepted(&loss)?)
+        Ok(!repository.holds_lost(&loss)? && !LossRecord::of(&settings).is_accepted(&loss)?)
     });
     asked.await.unwrap_or(true)
 }

@@ -27,6 +27,8 @@ use crate::{
 /// pause after a failed attempt.
 const CATALOG_POLL: Duration = Duration::from_secs(1);
 const CATALOG_RETRY: Duration = Duration::from_secs(30);
+/// The time for which the stages wait for the list of what an older state of the repository lacks.
+const MISSING_MAX: Duration = Duration::from_secs(30);
 
 impl Supervisor {
     pub(super) fn is_outdated(&self) -> bool {
@@ -76,19 +78,26 @@ impl Supervisor {
         let record = blocking(move || spool.record()).await?;
         let system = identity.system_identifier;
         let record = record.filter(|record| record.cluster.system_identifier == system);
-        let lacking = match error {
-            StoreError::OlderState { newest, .. } => Some(*newest),
-            _ => None,
+        let StoreError::OlderState { newest, .. } = error else {
+            return Err(error.into());
         };
+        let lacking = Some(*newest);
         let (settings, cluster) = (self.settings.clone(), identity.clone());
         let missing = blocking(move || {
             let repository = Repository::open_known(&settings)?;
             Ok(Catalog::missing(&settings.catalog, &cluster, &repository)?.losses)
         });
-        let missing = missing.await.unwrap_or_else(|error| {
-            tracing::warn!(event = "losses_unknown", %error, "the window is not cut to what the repository holds");
-            lacking.iter().cloned().collect()
-        });
+        let missing = match tokio::time::timeout(MISSING_MAX, missing).await {
+            Ok(Ok(missing)) => missing,
+            found => {
+                let error = match found {
+                    Ok(Err(error)) => error.to_string(),
+                    _ => format!("no answer within {} s", MISSING_MAX.as_secs()),
+                };
+                tracing::warn!(event = "losses_unknown", %error, "the window is not cut to what the repository holds");
+                lacking.iter().cloned().collect()
+            }
+        };
         let away = Away {
             record,
             lacking,

@@ -82,15 +82,22 @@ impl Verifier {
         Ok(objects.len())
     }
 
-    /// Returns the problem of a recorded result that cannot be parsed.
+    /// Returns the problem of a recorded result, with the remedy. Only a damaged one has to be
+    /// removed: a request may fail for a time.
     fn outcome(&self, key: &ObjectKey) -> Result<(), String> {
-        let content = match self.repository.get(key) {
+        let problem = match self.repository.get(key) {
             // Another host removed it after it was listed.
             Err(error) if error.is_not_found() => return Ok(()),
-            content => content.map_err(|error| error.to_string())?,
+            Err(repository::Error::Damaged { problem, .. }) => problem,
+            Err(error) => return Err(format!("this result could not be read: {error}")),
+            Ok(content) => match serde_json::from_slice::<Outcome>(&content) {
+                Ok(_) => return Ok(()),
+                Err(error) => error.to_string(),
+            },
         };
-        let parsed = serde_json::from_slice::<Outcome>(&content);
-        parsed.map(drop).map_err(|error| error.to_string())
+        Err(format!(
+            "{problem}; this result is ignored, no restore needs it. Remove the object"
+        ))
     }
 
     /// An object; `None` when the store itself sees its damage or does not have it, which is a

@@ -8,7 +8,7 @@ mod table;
 
 pub use table::RULES;
 
-use wal_format::PgTimestamp;
+use wal_format::{OutcomeKind, PgTimestamp};
 
 use crate::{
     alert::{Rule, Severity},
@@ -179,11 +179,19 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
     found
 }
 
-/// Describes the first of several repositories that is away, and whether another one answers.
+/// Describes the first of several repositories that is away, or that held an older state of the
+/// archive, and whether another one answers.
 fn away(report: &ClusterReport) -> Option<String> {
-    let mut places = report.repositories.iter();
-    let (url, error) = places.find_map(|place| Some((&place.url, place.error.as_ref()?)))?;
-    let others = report.repositories.iter().filter(|place| place.url != *url);
+    let places = &report.repositories;
+    let Some((url, error)) = places
+        .iter()
+        .find_map(|place| Some((&place.url, place.error.as_ref()?)))
+    else {
+        let place = places.iter().find(|place| place.older.is_some())?;
+        let (url, older) = (&place.url, place.older.as_deref()?);
+        return Some(format!("The repository {url} was incomplete: {older}."));
+    };
+    let others = places.iter().filter(|place| place.url != *url);
     let (answering, failing): (Vec<_>, Vec<_>) = others.partition(|place| place.error.is_none());
     let rest = match (answering.first(), failing.is_empty()) {
         (Some(other), true) => format!("WAL is stored in {} meanwhile", other.url),
@@ -216,7 +224,23 @@ pub fn is_decided(name: &str, report: &ClusterReport) -> bool {
         "PitrClockStep" => report.clock_offset_seconds.is_some(),
         "PitrPushFailing" => report.archive_command.is_some(),
         "PitrStreamDown" | "PitrCertificateExpiry" => true,
-        _ => report.looked,
+        _ => {
+            report.looked
+                && !report
+                    .unread_outcomes
+                    .iter()
+                    .any(|kind| decides(*kind, name))
+        }
+    }
+}
+
+/// Returns true if an alert depends on the newest outcome of this kind.
+fn decides(kind: OutcomeKind, name: &str) -> bool {
+    match kind {
+        OutcomeKind::Backup => name == "PitrBackupFailed",
+        OutcomeKind::Drill => matches!(name, "PitrDrillFailed" | "PitrDrillOverdue"),
+        OutcomeKind::Expire => name == "PitrExpireFailed",
+        OutcomeKind::Verify => matches!(name, "PitrCorruptObject" | "PitrVerifyOverdue"),
     }
 }
 

@@ -451,12 +451,6 @@ impl ClusterStatus {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The time since the daemon started to archive this cluster.
-    #[must_use]
-    pub fn uptime(&self) -> Duration {
-        self.started.elapsed()
-    }
-
     /// Records that a repository request for `object` failed. It is retried.
     pub fn repository_failed(
         &self,
@@ -500,6 +494,14 @@ impl ClusterStatus {
     /// Records that a repository request for `object` succeeded.
     pub fn repository_answered(&self, operation: &'static str, object: &str) {
         self.note(|facts| {
+            if facts.repository_older.is_some() && operation != "start" {
+                // The request may have begun before the place was exchanged. Only a start reads
+                // everything that the place holds.
+                facts
+                    .repository_broken
+                    .remove(&format!("{operation} {object}"));
+                return;
+            }
             if facts.repository_gone {
                 // This is the right place again, so errors of the wrong place are over.
                 facts.repository_gone = false;
@@ -521,7 +523,8 @@ impl ClusterStatus {
     /// Clears the failure that a check of the place reported, and no other one.
     pub fn repository_back(&self, check: &'static str) {
         let failed = format!("{check} ");
-        if self.facts().repository_broken.contains_key(&failed) {
+        let is_failed = self.lock().repository_broken.contains_key(&failed);
+        if is_failed {
             self.repository_answered(check, "");
         }
     }
@@ -538,4 +541,56 @@ fn count_error(
 ) {
     let mut errors = errors.lock().unwrap_or_else(PoisonError::into_inner);
     *errors.entry((op, kind)).or_default() += 1;
+}
+
+#[cfg(test)]
+mod tests {
+    use repository::{Error, Loss, PathPart};
+    use wal_format::SegmentSize;
+
+    use super::*;
+    use crate::durable::DurableWal;
+
+    #[derive(Debug)]
+    struct NoPositions;
+
+    impl DurablePositions for NoPositions {
+        fn durable(&self, _: &[PathPart]) -> DurableWal {
+            unreachable!("no report is made")
+        }
+    }
+
+    #[test]
+    fn only_a_start_ends_the_error_of_an_older_state() {
+        let name = "main".parse().expect("a name");
+        let status = ClusterStatus::new(name, Instruments::default(), Arc::new(NoPositions));
+        let newest = Loss::Wal {
+            system: SystemIdentifier(7),
+            segment_size: SegmentSize::DEFAULT,
+            branch: Branch::FIRST,
+            from_lsn: Lsn(1 << 24),
+            to_lsn: Lsn(2 << 24),
+        };
+        let older = Error::OlderState {
+            url: "s3://b".to_owned(),
+            missing: newest.to_string(),
+            newest: Box::new(newest),
+        };
+        status.repository_failed("tail", "", &older);
+        // These requests began before the bucket was exchanged.
+        status.repository_no_longer_asked("tail");
+        status.repository_answered("seal", "000000010000000000000001");
+        status.repository_back("presence");
+        let facts = status.facts();
+        assert_eq!(facts.repository_older, Some(older.to_string()));
+        assert_eq!(facts.repository_error, facts.repository_older);
+        assert_eq!(facts.repository_returns, 0);
+        status.repository_answered("start", "");
+        let facts = status.facts();
+        assert!(!facts.repository_gone && facts.repository_returns == 1);
+        assert_eq!(
+            (facts.repository_older, facts.repository_error),
+            (None, None)
+        );
+    }
 }

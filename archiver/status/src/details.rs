@@ -3,7 +3,7 @@
 //!
 //! Computed every few seconds from the catalog and the repository's outcomes, and read from memory.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 use wal_format::{
@@ -119,6 +119,9 @@ pub struct Details {
     pub backups: Vec<BackupReport>,
     /// Outcomes of drills, failed backups, retention runs and verifications, oldest first.
     pub outcomes: Vec<Outcome>,
+    /// The kinds of operations whose newest outcome cannot be read, with the reason.
+    #[serde(skip)]
+    pub unread: BTreeMap<OutcomeKind, String>,
     /// The objects of WAL that the newest verification found damaged and that are intact again.
     #[serde(skip)]
     pub repaired: BTreeSet<ObjectKey>,

@@ -34,6 +34,8 @@ pub struct Facts<'a> {
     pub has_backup: Option<bool>,
     /// The reason why no base backup leads to the server's present.
     pub unreached: Option<&'a str>,
+    /// The reason why it is not known what the newest verification or drill found.
+    pub unread: Option<&'a str>,
     /// The column `wal_status` of the slot.
     pub slot_wal_status: Option<&'a str>,
     /// A defect of the archive found by a drill or a verification.
@@ -47,6 +49,8 @@ pub enum CauseKind {
     Rpo,
     /// The primary is not seen, so the RPO is only an upper bound.
     Unseen,
+    /// There is no base backup.
+    NoBackup,
     /// Anything else.
     Other,
 }
@@ -73,9 +77,6 @@ impl Cause {
     }
 }
 
-/// The beginning of the cause while no base backup exists.
-const NO_BACKUP: &str = "there is no base backup";
-
 /// The reason for the state `ok`.
 pub const WELL: &str = "streaming; the repository is within its target";
 
@@ -98,10 +99,12 @@ pub fn causes(facts: Facts<'_>) -> Vec<Cause> {
             .map(|reason| Cause::new(State::Broken, reason)),
     );
     if facts.has_backup == Some(false) {
-        let reason = format!(
-            "{NO_BACKUP}, so losing the primary now loses everything: run `wal-archiver backup`"
-        );
-        causes.push(Cause::new(State::AtRisk, reason));
+        let reason = "there is no base backup, so losing the primary now loses everything: run \
+                      `wal-archiver backup`";
+        causes.push(Cause {
+            kind: CauseKind::NoBackup,
+            ..Cause::new(State::AtRisk, reason)
+        });
     }
     let target = facts.rpo_target_seconds;
     if facts.proved_rpo_seconds.is_some_and(|rpo| rpo > target) {
@@ -132,7 +135,12 @@ pub fn causes(facts: Facts<'_>) -> Vec<Cause> {
             format!("what can be restored is not known yet{because}"),
         ));
     }
-    // The cause above contains the errors of the stream.
+    causes.extend(
+        facts
+            .unread
+            .map(|reason| Cause::new(State::Unknown, reason)),
+    );
+    // The cause of an unseen primary contains the errors of the stream.
     if !facts.stream_connected && !is_unseen {
         let reason = format!("the stream is down{because}");
         causes.push(Cause::new(State::Degraded, reason));
@@ -162,9 +170,7 @@ pub fn raise(causes: &mut Vec<Cause>, alerts: &[Alert]) {
             Severity::Critical => State::AtRisk,
             Severity::Warning => State::Degraded,
         };
-        let lacks_backup = causes
-            .iter()
-            .any(|cause| cause.reason.starts_with(NO_BACKUP));
+        let lacks_backup = causes.iter().any(|cause| cause.kind == CauseKind::NoBackup);
         let is_known = match of(causes) {
             // The facts of these are causes already.
             _ if matches!(alert.name, "PitrRpoOverTarget" | "PitrBroken") => true,
@@ -216,6 +222,7 @@ mod tests {
         standby: None,
         has_backup: Some(true),
         unreached: None,
+        unread: None,
         slot_wal_status: Some("reserved"),
         not_restorable: None,
     };
@@ -244,6 +251,19 @@ mod tests {
                 has_backup: None,
                 source_known: false,
                 ..GOOD
+            },
+            State::Broken,
+        );
+        // An outcome that cannot be read hides no known damage.
+        let unread = Facts {
+            unread: Some("the result of the newest verify cannot be read"),
+            ..GOOD
+        };
+        check(unread, State::Unknown);
+        check(
+            Facts {
+                not_restorable: Some("a damaged object"),
+                ..unread
             },
             State::Broken,
         );

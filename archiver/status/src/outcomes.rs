@@ -2,6 +2,14 @@
 
 use wal_format::{BackupId, OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind, PgTimestamp};
 
+/// The kinds of runs whose outcomes are reported.
+pub const RUNS: [OutcomeKind; 4] = [
+    OutcomeKind::Backup,
+    OutcomeKind::Drill,
+    OutcomeKind::Expire,
+    OutcomeKind::Verify,
+];
+
 /// A name from the time at which something began: the second, and 65536ths of it in hexadecimal.
 /// Names are in the order of the times, because the newest of a kind is the last by name.
 pub fn outcome_id(began: jiff::Timestamp) -> Option<BackupId> {

@@ -3,9 +3,10 @@
 //!
 //! The daemon fills it from its memory. Nothing in this module queries the store or PostgreSQL, so
 //! a scrape cannot disturb the stream.
-//! Invariant: an unknown value is `None`, never 0. [`causes`](super::light::causes) is the only function that
-//! derives the state from the facts, and [`raise`](super::light::raise) the only one that makes it
-//! worse.
+//! Invariant: an unknown value is `None`, never 0. [`causes`](super::light::causes) derives the
+//! causes of the state from the facts. [`raise`](super::light::raise) adds the alerts that fire,
+//! and `alerts::worst_cause` a critical condition whose alert does not fire yet. The worst cause
+//! decides the state.
 
 use repository::store::{MemberState, RequestReport};
 use serde::Serialize;
@@ -273,6 +274,9 @@ pub struct ClusterReport {
     /// The number of objects found damaged or missing. `None` while no verification has run and no
     /// damaged or missing object is known.
     pub corrupt_objects: Option<u64>,
+    /// The kinds of operations of which it is not known how the newest one ended.
+    #[serde(skip)]
+    pub unread_outcomes: Vec<OutcomeKind>,
     /// Archived objects that the repository lacks, as texts with object keys and LSN ranges.
     pub lost_objects: Vec<String>,
     /// The age at which the newest base backup is overdue.
@@ -315,12 +319,5 @@ impl ClusterReport {
         let worst = self.causes.first();
         self.state = worst.map_or(State::Ok, |cause| cause.state);
         self.reason = worst.map_or_else(|| WELL.to_owned(), |cause| cause.reason.clone());
-    }
-
-    /// Returns true if the repository, or one of its members, refuses requests or does not answer.
-    #[must_use]
-    pub fn repository_fails(&self) -> bool {
-        self.repository_error.is_some()
-            || self.repositories.iter().any(|place| place.error.is_some())
     }
 }

@@ -53,7 +53,7 @@ impl Camera {
         let file = |end: &str| self.steps.path().join(format!("{name}.{end}"));
         let url = format!("http://{}{path}", archiver.address());
         fs::write(file("new"), url).expect("written");
-        fs::rename(file("new"), file("asked")).expect("renamed");
+        repository::durable::rename(&file("new"), &file("asked")).expect("renamed");
         let script = &mut self.script;
         wait_until(&format!("{name} is looked at"), || {
             let ended = script.try_wait().expect("a child");

@@ -170,6 +170,23 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
     assert!(now <= before + 2, "{before} segments became {now}");
     let backup = place.back_up(&conninfo, &[]).expect_err("an older state");
     assert!(backup.to_string().contains("older state"), "{backup}");
+    // An archiver without its catalog stores nothing there either.
+    daemon.kill().expect("it is gone");
+    fs::remove_dir_all(place.path().join("spool/main/catalog")).expect("the catalog goes");
+    let before = store.keys().expect("a listing");
+    let daemon = place
+        .daemon_at(&conninfo, &address, "holds an older state")
+        .expect("a daemon");
+    write_wal(&cluster);
+    wait(&place, "the older state is red again", |report| {
+        let reason = report["reason"].as_str().unwrap_or_default();
+        report["state"] == "broken" && reason.contains("holds an older state")
+    });
+    assert_eq!(
+        store.keys().expect("a listing"),
+        before,
+        "it was written to"
+    );
     for (key, body) in &newer {
         store.overwrite(key, body).expect("it is brought back");
     }

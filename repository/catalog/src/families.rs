@@ -54,7 +54,7 @@ impl Single for Identity {
     type Value = ClusterIdentity;
 }
 
-/// What counts as absent because it expired.
+/// The backups and WAL that count as absent because they expired.
 pub(super) enum Expired {}
 
 impl Single for Expired {

@@ -237,15 +237,15 @@ fn what_is_sealed_while_a_catalog_is_made_leaves_no_hole() {
         let listings = Arc::new(AtomicUsize::new(0));
         let (repository, body) = (fixture.repository.clone(), body.clone());
         let (counted, sealed, tail) = (Arc::clone(&listings), sealed.clone(), tail.clone());
-        let observed = fixture
-            .repository
-            .clone()
-            .observed(Arc::new(move |op, _, _| {
+        let observed = fixture.repository.clone().observed(
+            Arc::new(move |op, _, _| {
                 if op == "list" && counted.fetch_add(1, Ordering::SeqCst) + 1 == seal_after {
                     repository.put(&sealed, &body).expect("it is new");
                     repository.delete(&tail).expect("it goes");
                 }
-            }));
+            }),
+            Arc::default(),
+        );
         let catalog = Catalog::open_for_restore(None, &observed).expect("it is made");
         let held = catalog.contiguous_end(Branch::FIRST, Lsn(start));
         (held.expect("an end"), listings.load(Ordering::SeqCst))

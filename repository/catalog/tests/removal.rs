@@ -416,9 +416,12 @@ fn of_two_that_decide_at_once_neither_acts() {
 fn requests(repository: &Repository, directory: Option<&Path>) -> BTreeMap<&'static str, usize> {
     let counts = Arc::new(Mutex::new(BTreeMap::new()));
     let counted = Arc::clone(&counts);
-    let observed = repository.clone().observed(Arc::new(move |op, _, _| {
-        *counted.lock().expect("a lock").entry(op).or_default() += 1;
-    }));
+    let observed = repository.clone().observed(
+        Arc::new(move |op, _, _| {
+            *counted.lock().expect("a lock").entry(op).or_default() += 1;
+        }),
+        Arc::default(),
+    );
     let catalog = Catalog::open_for_restore(directory, &observed).expect("a catalog");
     let backups = catalog.backups().expect("backups");
     let held = catalog.contiguous_end(Branch::FIRST, Lsn(12 << 20));

@@ -5,12 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use wal_format::{
-    BackupId, BackupInfo, Branch, Lsn, ObjectKey, OutcomeKind, PgTimestamp, SegmentSize,
-};
+use wal_format::{BackupId, BackupInfo, Branch, Lsn, ObjectKey, PgTimestamp, SegmentSize};
 
 use super::{ExpiredSet, Intervals, reach};
-use crate::{ClusterIdentity, PathPart, Repository, Result, WalRange, timeline_path};
+use crate::{
+    ClusterIdentity, PathPart, Repository, Result, WalRange, incomplete_part, timeline_path,
+};
 
 /// A time that exceeds the current time by more than this is considered wrong.
 const CLOCK_AHEAD_MAX_MICROS: i64 = 86_400_000_000;
@@ -291,7 +291,9 @@ fn read_backups(
         let suspect = suspects.iter().find(|one| one.contains(id.as_str()));
         let suspect = suspect.map(|one| format!("the last verification says: {one}"));
         backups.push(HeldBackup {
-            problem: incomplete(&info, &parts).or(suspect),
+            problem: incomplete_part(&info, &parts)
+                .map(|damage| damage.to_string())
+                .or(suspect),
             id,
             label: info.label,
             branch: info.branch,
@@ -325,26 +327,14 @@ fn read_backups(
     Ok(backups)
 }
 
-/// Returns the missing or wrong objects of a backup, by name and length.
-fn incomplete(info: &BackupInfo, parts: &BTreeMap<ObjectKey, u64>) -> Option<String> {
-    let slices = info.slices.iter();
-    let slices = slices.map(|slice| (info.slice_key(slice), slice.stored_bytes));
-    let manifest = (info.manifest_key(), info.manifest_bytes);
-    slices
-        .chain([manifest])
-        .find_map(|(key, bytes)| match parts.get(&key) {
-            None => Some(format!("{key} is missing")),
-            Some(found) if *found != bytes => {
-                Some(format!("{key} has {found} bytes instead of {bytes}"))
-            }
-            Some(_) => None,
-        })
-}
-
 /// Returns the objects that the last verification found damaged, as it described them.
+///
+/// # Errors
+/// [`Error::Damaged`](crate::Error::Damaged) if that verification cannot be parsed: a backup that
+/// it found damaged must not count as one that can be restored.
 fn suspects(place: &Repository, identity: &ClusterIdentity) -> Result<Vec<String>> {
     let system = identity.system_identifier;
-    let outcome = place.newest_outcome(system, OutcomeKind::Verify, |_| true)?;
+    let outcome = place.newest_verification(system)?;
     let mut damaged = outcome.map(|outcome| outcome.damaged).unwrap_or_default();
     // With several repositories the outcome names all of them, each with its address.
     let here = place.url();

@@ -63,7 +63,9 @@ impl LossRecord {
         Ok(())
     }
 
-    fn newest(&self) -> Option<Loss> {
+    /// Returns the recorded segment, as the loss that it would be. `None` if there is no record.
+    #[must_use]
+    pub fn newest(&self) -> Option<Loss> {
         let json = fs::read(self.newest_file()).ok()?;
         let newest: Newest = serde_json::from_slice(&json).ok()?;
         Some(newest.segment)
@@ -88,17 +90,12 @@ impl LossRecord {
         let (Some(system), Some(size)) = (newest.system(), newest.segment_size()) else {
             return Ok(());
         };
-        for key in [Some(newest.key()), newest.replaced_by()]
-            .into_iter()
-            .flatten()
-        {
-            let found = match repository.head(&key) {
-                Err(error) if error.is_transient() && repository.is_partly_away() => return Ok(()),
-                found => found?,
-            };
-            if found.is_some() {
-                return Ok(());
-            }
+        let is_held = match repository.holds_lost(newest) {
+            Err(error) if error.is_transient() && repository.is_partly_away() => true,
+            held => held?,
+        };
+        if is_held {
+            return Ok(());
         }
         let is_hidden = repository.expired(system)?.hides(&newest.key(), size);
         let is_accepted = || self.is_accepted(newest).unwrap_or_default();

@@ -8,10 +8,10 @@
 //! Invariant: a loss stays in the first file until its objects are back or it is in the second
 //! file. An acceptance ends when its objects are back: the first file then lists them as returned.
 //! A file that cannot be parsed is set aside, and [`LossRecord::problem`] reports it until an
-//! operator removes it.
+//! operator removes it. A file of a newer version is reported too, and is never replaced.
 
 use std::{
-    fs, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
 };
 
@@ -94,8 +94,50 @@ impl Default for Accepted {
     }
 }
 
-/// The content of a file, or the reason why it cannot be parsed.
-type Content<T> = std::result::Result<T, String>;
+/// The content of a file, or the reason why it cannot be used.
+type Content<T> = std::result::Result<T, Unusable>;
+
+/// The reason why the content of a file cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Unusable {
+    /// The file cannot be parsed.
+    Damaged(String),
+    /// A newer version of this program has written the file. The value is the format version.
+    Newer(u32),
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Damaged(problem) => f.write_str(problem),
+            Self::Newer(version) => write!(
+                f,
+                "its format version {version} is newer than {FORMAT_VERSION}, which this program \
+                 writes: use the newer version of Tidemark that wrote it"
+            ),
+        }
+    }
+}
+
+/// The format version of any of the files.
+#[derive(Deserialize)]
+struct Version {
+    format_version: u32,
+}
+
+/// The content of the record at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RecordedLosses {
+    /// The losses that no operator has accepted, as [`LossRecord::open`].
+    pub open: Vec<FoundLoss>,
+    /// The losses that an operator has accepted and whose objects are not back.
+    pub accepted: Vec<Loss>,
+    /// The number of losses that an operator has ever accepted. `None` if the record cannot be
+    /// read: then both lists are empty.
+    pub acceptances: Option<usize>,
+    /// The files that cannot be used, as [`LossRecord::problem`].
+    pub problem: Option<String>,
+}
 
 /// The record of the objects that a cluster's repository has lost.
 #[derive(Clone, Debug)]
@@ -135,6 +177,36 @@ impl LossRecord {
             })
         });
         Ok(still_open.collect())
+    }
+
+    /// Returns the content of both files. Without files, it reads nothing else. A file that cannot
+    /// be read is a [`RecordedLosses::problem`].
+    #[must_use]
+    pub fn snapshot(&self) -> RecordedLosses {
+        let read = || -> Result<RecordedLosses> {
+            Ok(RecordedLosses {
+                open: self.open()?,
+                accepted: self.accepted()?,
+                acceptances: Some(self.acceptances()?),
+                problem: None,
+            })
+        };
+        let is_file = |file: &&str| {
+            let path = self.directory.join(file);
+            path.exists() || set_aside(&path).exists()
+        };
+        if [FOUND_FILE, ACCEPTED_FILE].iter().any(is_file) {
+            let problem = self.problem();
+            let recorded = read().unwrap_or_default();
+            return RecordedLosses {
+                problem,
+                ..recorded
+            };
+        }
+        RecordedLosses {
+            acceptances: Some(0),
+            ..RecordedLosses::default()
+        }
     }
 
     /// Returns every recorded loss whose objects are not back, accepted or not.
@@ -196,11 +268,15 @@ impl LossRecord {
     #[must_use]
     pub fn problem(&self) -> Option<String> {
         let files = [FOUND_FILE, ACCEPTED_FILE];
+        let mut is_newer = false;
         let problems = files.iter().filter_map(|file| {
             let path = self.directory.join(file);
             let aside = set_aside(&path);
-            match self.damage(file) {
-                Ok(Some(problem)) => Some(format!("{}: {problem}", path.display())),
+            match self.unusable(file) {
+                Ok(Some(problem)) => {
+                    is_newer |= matches!(problem, Unusable::Newer(_));
+                    Some(format!("{}: {problem}", path.display()))
+                }
                 Err(error) => Some(error.to_string()),
                 Ok(None) => aside
                     .exists()
@@ -208,14 +284,30 @@ impl LossRecord {
             }
         });
         let problems: Vec<String> = problems.collect();
+        let remedy = match is_newer {
+            true => "",
+            false => {
+                ". Run `wal-archiver verify --deep`, and remove the file when everything is there"
+            }
+        };
         (!problems.is_empty()).then(|| {
             format!(
                 "the record of lost objects cannot be read, so objects may be missing in the \
-                 repository without being named: {}. Run `wal-archiver verify --deep`, and remove \
-                 the file when everything is there",
+                 repository without being named: {}{remedy}",
                 problems.join("; ")
             )
         })
+    }
+
+    /// Checks that this program may replace both files.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if a newer version of this program has written a file.
+    pub fn check_version(&self) -> Result<()> {
+        for file in [FOUND_FILE, ACCEPTED_FILE] {
+            self.damage(file)?;
+        }
+        Ok(())
     }
 
     /// Adds losses durably. A loss that is recorded already keeps its time.
@@ -308,13 +400,32 @@ impl LossRecord {
         Ok(read(&self.directory.join(ACCEPTED_FILE))?.unwrap_or_default())
     }
 
-    /// Returns the reason why a file cannot be parsed. `None` if it can, or if there is none.
-    fn damage(&self, file: &str) -> Result<Option<String>> {
+    /// Returns the reason why a file cannot be used. `None` if it can, or if there is none.
+    fn unusable(&self, file: &str) -> Result<Option<Unusable>> {
         let path = self.directory.join(file);
         Ok(match file {
             FOUND_FILE => read::<Found>(&path)?.err(),
             _ => read::<Accepted>(&path)?.err(),
         })
+    }
+
+    /// Returns the damage of a file that is about to be replaced. `None` if it is intact, or if
+    /// there is none.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if the file has a newer format version: replacing it would lose what it
+    /// says.
+    fn damage(&self, file: &str) -> Result<Option<String>> {
+        match self.unusable(file)? {
+            Some(newer @ Unusable::Newer(_)) => {
+                let path = self.directory.join(file);
+                Err(Error::store("replace", path)(io::Error::other(
+                    newer.to_string(),
+                )))
+            }
+            Some(Unusable::Damaged(problem)) => Ok(Some(problem)),
+            None => Ok(None),
+        }
     }
 
     /// Returns what an operator has accepted, given the content of the other file.
@@ -359,9 +470,19 @@ fn left_of(acceptance: &Acceptance, found: &Found) -> Vec<Loss> {
 /// Reads a file. A file that does not exist is the default content.
 fn read<T: DeserializeOwned + Default>(path: &Path) -> Result<Content<T>> {
     match fs::read(path) {
-        Ok(content) => Ok(serde_json::from_slice(&content).map_err(|error| error.to_string())),
+        Ok(content) => Ok(parse(&content)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Ok(T::default())),
         Err(error) => Err(Error::store("read", path)(error)),
+    }
+}
+
+fn parse<T: DeserializeOwned>(content: &[u8]) -> Content<T> {
+    // The version first: the fields of a newer version may be others.
+    match serde_json::from_slice(content) {
+        Ok(Version { format_version }) if format_version > FORMAT_VERSION => {
+            Err(Unusable::Newer(format_version))
+        }
+        _ => serde_json::from_slice(content).map_err(|error| Unusable::Damaged(error.to_string())),
     }
 }
 
@@ -386,6 +507,7 @@ mod tests {
     fn a_loss_is_open_until_it_is_accepted_or_back() {
         let (_directory, record) = record();
         assert_eq!(open(&record), []);
+        assert_eq!(record.snapshot().acceptances, Some(0));
         let backup = Loss::Backup {
             system: SystemIdentifier(7),
             id: "20261121T101500Z-9f3c".parse().expect("a name"),
@@ -468,8 +590,49 @@ mod tests {
                 assert!(problem.contains(DAMAGED_SUFFIX), "{problem}");
                 fs::remove_file(&aside).expect("it goes");
                 assert_eq!(record.problem(), None);
+                // It cannot even be read: nothing is known of the losses.
+                fs::remove_file(&path).expect("it goes");
+                fs::create_dir(&path).expect("a directory");
+                let snapshot = record.snapshot();
+                assert_eq!(snapshot.acceptances, None);
+                assert!(
+                    snapshot
+                        .problem
+                        .is_some_and(|problem| problem.contains(file))
+                );
+                fs::remove_dir(&path).expect("it goes");
                 fs::write(&path, whole).expect("it is whole");
             }
+        }
+    }
+
+    #[test]
+    fn a_file_of_a_newer_version_is_reported_and_never_replaced() {
+        let (directory, record) = record();
+        record.add(&[wal(2, 3)]).expect("it writes");
+        record.accept(&[wal(2, 3)]).expect("it writes");
+        for file in [FOUND_FILE, ACCEPTED_FILE] {
+            let path = directory.path().join("main").join(file);
+            let ours = fs::read_to_string(&path).expect("it reads");
+            let newer = ours.replace("\"format_version\": 1", "\"format_version\": 2");
+            fs::write(&path, &newer).expect("it is written");
+            let problem = record.problem().expect("it is reported");
+            let said = format!("{file}: its format version 2 is newer than 1");
+            assert!(problem.contains(&said), "{problem}");
+            assert!(!problem.contains("remove"), "{problem}");
+            record.check_version().expect_err("it is newer");
+            // No loss of it is taken for open or accepted.
+            let is_open = open(&record).contains(&wal(2, 3));
+            assert_eq!(is_open, file == ACCEPTED_FILE);
+            let written = match file {
+                FOUND_FILE => record.add(&[wal(8, 9)]),
+                _ => record.accept(&[wal(8, 9)]),
+            };
+            let error = written.expect_err("it is not replaced").to_string();
+            assert!(error.contains("its format version 2 is newer"), "{error}");
+            assert_eq!(fs::read_to_string(&path).expect("it stays"), newer);
+            fs::write(&path, ours).expect("it is ours again");
+            assert_eq!(record.problem(), None);
         }
     }
 }

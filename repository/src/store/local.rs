@@ -13,7 +13,7 @@ use std::{
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
-        PoisonError, RwLock,
+        Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime},
@@ -25,7 +25,7 @@ use rustix::{
     io::Errno,
 };
 
-use self::entered::Entered;
+use self::entered::{DurableDirectories, Entered};
 use super::{
     LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness,
     bounds::{object_bytes_max, too_long},
@@ -53,6 +53,7 @@ pub struct LocalStore {
     is_new: AtomicBool,
     /// The group that shares the folder if this store creates it.
     access: Option<FolderAccess>,
+    durable: Mutex<DurableDirectories>,
 }
 
 impl LocalStore {
@@ -74,7 +75,12 @@ impl LocalStore {
             pin: RwLock::default(),
             is_new: AtomicBool::new(false),
             access: None,
+            durable: Mutex::default(),
         }
+    }
+
+    fn durable(&self) -> MutexGuard<'_, DurableDirectories> {
+        self.durable.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lets [`ObjectStore::create_place`] give a group access to the folder.

@@ -346,7 +346,7 @@ impl ObjectStore for MirroredStore {
         plain::witness_of(key, self.get(key))
     }
 
-    /// The places are told by themselves.
+    /// Each place learns it by itself.
     fn expect_new(&self) {}
 
     /// Each place is pinned by itself.

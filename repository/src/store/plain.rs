@@ -1,4 +1,4 @@
-//! What the methods of a store without abilities of its own do, and a macro with all of them.
+//! The methods of a store without abilities of its own, and macros with all of them.
 
 use std::ops::ControlFlow;
 

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use repository::Repository;
+use repository::{Damage, Repository, incomplete_part};
 use wal_format::{BackupInfo, ControlFile, ObjectKey, SlicePart};
 
 use super::{Access, CONTROL, extract};
@@ -19,22 +19,13 @@ use crate::{Error, Result};
 pub(crate) fn check_parts(repository: &Repository, backup: &BackupInfo) -> Result<()> {
     let prefix = format!("{}/backup/{}/", backup.system_identifier, backup.id);
     let listed: BTreeMap<ObjectKey, u64> = repository.list(&prefix)?.into_iter().collect();
-    let slices = backup
-        .slices
-        .iter()
-        .map(|slice| (backup.slice_key(slice), slice.stored_bytes));
-    for (key, expected) in slices.chain([(backup.manifest_key(), backup.manifest_bytes)]) {
-        let problem = match listed.get(&key) {
-            Some(found) if *found == expected => continue,
-            Some(found) => format!("it has {found} bytes, {expected} were recorded"),
-            None => format!("it is not in {}", repository.url()),
-        };
-        return Err(Error::Damaged {
-            object: key.to_string(),
-            problem,
-        });
+    match incomplete_part(backup, &listed) {
+        Some(Damage { object, problem }) => Err(Error::Damaged {
+            object,
+            problem: format!("{problem} in {}", repository.url()),
+        }),
+        None => Ok(()),
     }
-    Ok(())
 }
 
 /// Compares `backup_label` and `tablespace_map` with the description. PostgreSQL sends them first,

@@ -52,10 +52,10 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
     let is_away = report
         .repositories
         .iter()
-        .any(|place| place.error.is_some());
+        .any(|place| place.problem().is_some());
     let state = match report.repository_error.is_some() {
         true => "✖ failing",
-        false if is_away => "▲ one is away",
+        false if is_away => "▲ one is away or incomplete",
         false => "✓ answers",
     };
     let mut notes = if report.repositories.is_empty() {
@@ -128,6 +128,11 @@ fn place(place: &MemberState, reason: &str) -> String {
         (Some(error), ..) => {
             let error = units::shorten(error, &[reason]);
             format!("<strong>✖ away</strong>: {}", details(&error))
+        }
+        (None, ..) if place.older.is_some() => {
+            let older = place.older.as_deref().unwrap_or_default();
+            let older = units::shorten(older, &[reason]);
+            format!("<strong>▲ was incomplete</strong>: {}", details(&older))
         }
         (None, 1.., _) => format!("▲ {} wait for it", bytes(Some(place.queued_bytes as u64))),
         (None, 0, true) => "▲ catching up from another".to_owned(),

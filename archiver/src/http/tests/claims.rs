@@ -12,14 +12,25 @@ fn place(url: &str, error: Option<&str>) -> repository::store::MemberState {
         behind: false,
         lag_seconds: 0.0,
         error: error.map(str::to_owned),
+        older: None,
     }
 }
 
 #[test]
 fn a_place_that_is_away_among_several_is_told() {
-    let fires = |near: Option<&str>, far: Option<&str>| {
+    let told = |repositories| {
         let report = ClusterReport {
-            repositories: vec![place("file:///near", near), place("s3://far/away", far)],
+            repositories,
+            ..report()
+        };
+        let told = status::alerts::firing(&report);
+        let told = told.iter().find(|(name, _)| *name == "PitrRepositoryAway");
+        told.map(|(_, summary)| summary.clone())
+    };
+    let fires = |near: Option<&str>, far: Option<&str>| {
+        let repositories = vec![place("file:///near", near), place("s3://far/away", far)];
+        let report = ClusterReport {
+            repositories: repositories.clone(),
             ..report()
         };
         let metrics = metrics::render(
@@ -31,9 +42,7 @@ fn a_place_that_is_away_among_several_is_told() {
         let of_place =
             "pitr_repository_place_failing{cluster=\"main\",repository=\"s3://far/away\"} 1.0";
         assert_eq!(metrics.contains(of_place), far.is_some());
-        let told = status::alerts::firing(&report);
-        let told = told.iter().find(|(name, _)| *name == "PitrRepositoryAway");
-        told.map(|(_, summary)| summary.clone())
+        told(repositories)
     };
     assert_eq!(fires(None, None), None);
     assert_eq!(
@@ -41,10 +50,18 @@ fn a_place_that_is_away_among_several_is_told() {
         "The repository s3://far/away is away, WAL is stored in file:///near meanwhile: \
          no route to host."
     );
-    // While no repository answers, none is said to have the WAL.
+    // While no repository answers, no text claims that one has the WAL.
     assert_eq!(
         fires(Some("it is not mounted"), Some("no route to host")).expect("both are away"),
         "The repository file:///near is away, no other repository answers: it is not mounted."
+    );
+    let older = repository::store::MemberState {
+        older: Some("it held an older state of the archive".to_owned()),
+        ..place("s3://far/away", None)
+    };
+    assert_eq!(
+        told(vec![older]).expect("it was an older copy"),
+        "The repository s3://far/away was incomplete: it held an older state of the archive."
     );
 }
 

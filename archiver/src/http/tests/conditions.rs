@@ -71,6 +71,7 @@ fn each_missing_protection_raises_its_alert() {
             behind: true,
             lag_seconds: if is_bad { 901.0 } else { 60.0 },
             error: None,
+            older: None,
         }];
     });
     check("PitrPushFailing", |report, is_bad| {

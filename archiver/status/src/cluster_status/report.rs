@@ -8,6 +8,7 @@ use wal_format::{Lsn, OutcomeKind, PgTimestamp};
 use super::{ClusterStatus, Facts};
 use crate::{
     alerts,
+    details::Details,
     light::{Facts as Judged, causes},
     report::{ClusterReport, Counters, DurableReport, SlotReport, SourceReport, TierReport},
     state::State,
@@ -37,6 +38,9 @@ impl ClusterStatus {
         let lost: Vec<String> = lost
             .map(|found| format!("{}, missing since {}", found.loss, found.found))
             .collect();
+        // An older verification may have found no damage.
+        let is_known = !details.unread.contains_key(&OutcomeKind::Verify);
+        let found = found.filter(|found| *found > 0 || is_known);
         let corrupt_objects = match (found, details.damaged.len().max(lost.len()) as u64) {
             (None, 0) => None,
             (found, damaged) => Some(found.unwrap_or_default().max(damaged)),
@@ -75,6 +79,7 @@ impl ClusterStatus {
             true if details.judged != server_branch => None,
             has_backup => facts.looked.then_some(has_backup),
         };
+        let unread = unread(&details);
         let rpo_target_seconds = settings.rpo_target.as_secs_f64();
         let shortage = shortage(&facts);
         let locks = facts
@@ -105,10 +110,14 @@ impl ClusterStatus {
         });
         let standby = standby.or_else(|| facts.walsender_problem.clone());
         // A full spool is the consequence of an unavailable repository. Both reasons are shown.
-        let repository = facts.repository_broken.values().next().map(|problem| {
-            let room = shortage.as_ref().map(|shortage| format!("; {shortage}"));
-            format!("{problem}{}", room.unwrap_or_default())
-        });
+        let problems = facts.repository_broken.values();
+        let repository = problems
+            .chain(&facts.repository_older)
+            .next()
+            .map(|problem| {
+                let room = shortage.as_ref().map(|shortage| format!("; {shortage}"));
+                format!("{problem}{}", room.unwrap_or_default())
+            });
         let causes = causes(Judged {
             broken: facts
                 .broken
@@ -127,6 +136,7 @@ impl ClusterStatus {
             standby: standby.as_deref(),
             has_backup,
             unreached: facts.unreached.as_deref(),
+            unread: unread.as_deref(),
             slot_wal_status: facts
                 .slot_report
                 .as_ref()
@@ -241,6 +251,7 @@ impl ClusterStatus {
                 .max_by_key(|loss| loss.found)
                 .map(ToString::to_string),
             corrupt_objects,
+            unread_outcomes: details.unread.keys().copied().collect(),
             lost_objects: lost,
             backup_max_age_seconds: settings.backup_max_age.as_secs_f64(),
             drill_max_age_seconds: settings.drill_max_age.map(|age| age.as_secs_f64()),
@@ -263,6 +274,19 @@ impl ClusterStatus {
         report.settle();
         report
     }
+}
+
+/// Returns the reason why it is not known what the newest verification or drill found. Either can
+/// prove that the archive cannot be restored.
+fn unread(details: &Details) -> Option<String> {
+    let kinds = [OutcomeKind::Verify, OutcomeKind::Drill];
+    let (kind, problem) = kinds
+        .iter()
+        .find_map(|kind| Some((kind, details.unread.get(kind)?)))?;
+    Some(format!(
+        "the result of the newest {kind} cannot be read, so what it found is not known: {problem}; run the {kind} again, \
+         or remove the object"
+    ))
 }
 
 /// Returns the reason for a state in which the repository lacks what was archived there.

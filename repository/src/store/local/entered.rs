@@ -6,23 +6,24 @@
 //! below that handle, and compares the path with the handle at the end.
 
 use std::{
+    collections::BTreeSet,
     fs::{self, File},
     io::{self, Read, Write},
     os::{fd::OwnedFd, unix::fs::MetadataExt},
+    path::Path,
     sync::atomic::{AtomicU64, Ordering},
 };
 
 use bytes::Bytes;
 use rustix::{
     fs::{
-        AtFlags, Mode, OFlags, RenameFlags, fstat, linkat, mkdirat, open, openat, renameat_with,
-        unlinkat,
+        AtFlags, Mode, OFlags, RenameFlags, fstat, linkat, open, openat, renameat_with, unlinkat,
     },
     io::Errno,
 };
 
 use super::{LocalStore, TEMPORARY};
-use crate::{CrashPoint, Error, ObjectStore, Result, access};
+use crate::{CrashPoint, Error, ObjectStore, Result, access, durable::create_directory};
 
 const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -32,6 +33,32 @@ const WITNESS_BYTES_MAX: u64 = 64 << 10;
 /// The number of names that are tried for a temporary file. Not even one collision was ever
 /// observed.
 const NAMES_MAX: u32 = 16;
+
+/// The number of directories that are remembered as durable. Beyond it, the fsyncs are repeated.
+const DURABLE_MAX: usize = 1000;
+
+/// The directories of a folder that this process has made durable. A directory that another process
+/// created may not be: that process may have been killed before its fsync.
+#[derive(Debug, Default)]
+pub(super) struct DurableDirectories {
+    /// Device and inode of the folder.
+    place: (u64, u64),
+    paths: BTreeSet<String>,
+}
+
+impl DurableDirectories {
+    fn holds(&self, place: (u64, u64), path: &str) -> bool {
+        self.place == place && self.paths.contains(path)
+    }
+
+    fn add(&mut self, place: (u64, u64), path: &str) {
+        if self.place != place || self.paths.len() >= DURABLE_MAX {
+            self.paths.clear();
+        }
+        self.place = place;
+        self.paths.insert(path.to_owned());
+    }
+}
 
 /// A store's folder, open for one operation.
 pub(super) struct Entered<'a> {
@@ -95,39 +122,19 @@ impl<'a> Entered<'a> {
     }
 
     fn create_directory(&self, path: &str) -> io::Result<OwnedFd> {
-        match openat(&self.directory, path, DIRECTORY, Mode::empty()) {
-            Err(Errno::NOENT) => {}
-            opened => return Ok(opened?),
+        let is_durable = self.store.durable().holds(self.place, path);
+        if is_durable {
+            match openat(&self.directory, path, DIRECTORY, Mode::empty()) {
+                Err(Errno::NOENT) => {}
+                opened => return Ok(opened?),
+            }
         }
         let mut above = openat(&self.directory, ".", DIRECTORY, Mode::empty())?;
-        for part in path.split('/') {
-            let opened = match openat(&above, part, DIRECTORY, Mode::empty()) {
-                Err(Errno::NOENT) => {
-                    let mode = Mode::from_raw_mode(access::directory_mode(&above)?);
-                    match mkdirat(&above, part, mode) {
-                        Ok(()) => {
-                            let reached = CrashPoint::DirectoryCreated.reach();
-                            let owned = reached.and_then(|()| {
-                                let made = openat(&above, part, DIRECTORY, Mode::empty())?;
-                                access::inherit(made, &above)
-                            });
-                            if let Err(error) = owned.and_then(|()| sync(&above)) {
-                                // A directory that exists counts as durable, so a later attempt
-                                // has to create it again.
-                                let _removed = unlinkat(&above, part, AtFlags::REMOVEDIR);
-                                return Err(error);
-                            }
-                        }
-                        // Another writer created it first.
-                        Err(Errno::EXIST) => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                    openat(&above, part, DIRECTORY, Mode::empty())?
-                }
-                opened => opened?,
-            };
-            above = opened;
+        for part in path.split('/').filter(|part| *part != ".") {
+            create_directory(&above, Path::new(part), CrashPoint::DirectoryCreated)?;
+            above = openat(&above, part, DIRECTORY, Mode::empty())?;
         }
+        self.store.durable().add(self.place, path);
         Ok(above)
     }
 
@@ -320,7 +327,7 @@ mod tests {
         let left = fs::read_dir(directory.path()).expect("it lists");
         assert_eq!(left.count(), 0);
         // procfs has neither.
-        let store = LocalStore::at(std::path::Path::new("/proc"));
+        let store = LocalStore::at(Path::new("/proc"));
         let folder = Entered::open(&store).expect("it opens");
         assert!(folder.probe().is_err());
     }

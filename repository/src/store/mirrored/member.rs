@@ -40,6 +40,8 @@ const QUEUE_BYTES_MAX: usize = 256 << 20;
 /// The first and the longest pause before a place that failed is tried again.
 const AWAY_MIN: Duration = Duration::from_millis(500);
 const AWAY_MAX: Duration = Duration::from_secs(30);
+/// The time for which a place that held an older state of the archive is reported at least.
+const OLDER_SHOWN: Duration = Duration::from_secs(60);
 /// The interval at which places are compared even if none was away: a backup of another program may
 /// be in one place only.
 const COMPARE_EVERY: Duration = Duration::from_secs(24 * 3600);
@@ -61,6 +63,16 @@ pub struct MemberState {
     /// The reason why the place is skipped, or the time for which it has not answered; `None` if
     /// neither applies.
     pub error: Option<String>,
+    /// The reason why the place counts as an older state of the archive, for example an old copy.
+    pub older: Option<String>,
+}
+
+impl MemberState {
+    /// Returns what an operator has to know of the place. `None` if nothing is wrong.
+    #[must_use]
+    pub fn problem(&self) -> Option<&str> {
+        self.error.as_deref().or(self.older.as_deref())
+    }
 }
 
 #[derive(Debug, Default)]
@@ -83,6 +95,9 @@ struct State {
     behind: Option<Instant>,
     /// The number of objects that the place did not take since it was last complete.
     missed: u64,
+    /// The newest object that the place lacked when it was last found to hold an older state of
+    /// the archive, and the time.
+    older: Option<(Instant, String)>,
     in_step: bool,
     compared: Option<Instant>,
     /// After a comparison that was not complete: the time of the next one, and the pause before it.
@@ -98,6 +113,19 @@ impl State {
     fn miss(&mut self) {
         self.missed += 1;
         self.fall_behind();
+    }
+
+    /// Returns the reason why the place counted as an older state of the archive. It stays for
+    /// [`OLDER_SHOWN`]: another place may fill it within a moment, and an operator has to know that
+    /// a wrong disk is mounted.
+    fn older(&self) -> Option<String> {
+        let (found, key) = self.older.as_ref()?;
+        (self.behind.is_some() || found.elapsed() < OLDER_SHOWN).then(|| {
+            format!(
+                "it held an older state of the archive, without {key}, and is filled from another \
+                 repository: check that the right disk or bucket is there"
+            )
+        })
     }
 
     /// Returns the time for which the place has not answered, if it exceeds the limit.
@@ -159,6 +187,7 @@ impl Member {
             queued_bytes: state.queued_bytes,
             behind: state.behind.is_some(),
             lag_seconds: state.lag().as_secs_f64(),
+            older: state.older(),
             error: match (&state.away, state.hangs(Instant::now())) {
                 (Some((_, error)), _) => Some(error.clone()),
                 (None, Some(silent)) => {
@@ -194,6 +223,7 @@ impl Member {
                 event = "place_lacks_newest", repository = %self.store.url(), key,
                 "this repository lacks the newest segment, and is filled from the others"
             );
+            state.older = Some((Instant::now(), key.to_owned()));
             state.miss();
             drop(state);
             self.changed.notify_all();

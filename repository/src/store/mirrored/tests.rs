@@ -184,6 +184,8 @@ fn a_place_that_was_exchanged_for_an_older_copy_is_filled_again() {
     wait_for("both are compared", in_step);
     store.check_each(&later);
     assert!(in_step(), "both have it");
+    let older = || store.states().into_iter().map(|state| state.older);
+    assert_eq!(older().flatten().count(), 0);
     for key in [SEGMENT, &later] {
         fs::remove_file(directory.path().join("b").join(key)).expect("it goes");
     }
@@ -192,6 +194,11 @@ fn a_place_that_was_exchanged_for_an_older_copy_is_filled_again() {
         let has = |key: &str| directory.path().join("b").join(key).exists();
         in_step() && has(SEGMENT) && has(&later)
     });
+    // The operator has to know of it, although it is filled already.
+    let older: Vec<Option<String>> = older().collect();
+    assert_eq!(older[0], None);
+    let problem = older[1].as_deref().expect("it is named");
+    assert!(problem.contains(&later), "{problem}");
 }
 
 #[test]
