@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 use catalog::Catalog;
 use jiff::Timestamp;
 use repository::{
-    BackupNotes, ClusterIdentity, ExitKind, ExpiredSet, Repository,
+    BackupNotes, ClusterIdentity, ExitKind, ExpiredSet, LossRecord, Repository,
     config::{ClusterSettings, RepositoryPlace},
     expire::{ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep},
 };
@@ -205,6 +205,7 @@ fn apply(
         announce(report);
         return Ok(());
     };
+    refuse_older_state(settings, &repository, wish)?;
     let system = identity.system_identifier;
     let catalog = catalog(settings, &identity, &repository)?;
     let now = PgTimestamp::from_jiff(wish.now);
@@ -283,6 +284,7 @@ fn sweep_deleted(
     let Some(identity) = repository.identity()? else {
         return Ok(());
     };
+    refuse_older_state(settings, &repository, wish)?;
     let expired = repository.expired(identity.system_identifier)?;
     let now = PgTimestamp::from_jiff(wish.now);
     let due = due(&expired, settings.expire_grace, now);
@@ -297,6 +299,19 @@ fn sweep_deleted(
         )?;
     }
     Ok(())
+}
+
+/// Refuses a place that lacks the newest segment that this host stored: nothing is removed from an
+/// older copy of the repository. One of several places may only be behind.
+fn refuse_older_state(
+    settings: &ClusterSettings,
+    repository: &Repository,
+    wish: Wish,
+) -> Result<()> {
+    if wish.dry_run || settings.repository.each().len() > 1 {
+        return Ok(());
+    }
+    Ok(LossRecord::of(settings).check_newest(repository)?)
 }
 
 fn decide(
@@ -397,6 +412,7 @@ pub(crate) fn record(settings: &ClusterSettings, began: Timestamp, reports: &[Pl
         let ended = ended(OutcomeKind::Expire, began, failed.is_none(), &message);
         match ended.filter(|_| news) {
             Some(ended) => {
+                LossRecord::of(settings).check_newest(&repository)?;
                 repository.put_outcome(system, &ended)?;
                 Ok(Some(ended.id))
             }

@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use repository::{Repository, config::ClusterSettings};
+use repository::{LossRecord, Repository, config::ClusterSettings};
 use status::outcomes::ended;
 use wal_format::{BackupId, OutcomeKind};
 
@@ -43,6 +43,8 @@ pub(crate) async fn record_failed_backup(
         let Some(identity) = repository.identity()? else {
             return Ok(false);
         };
+        // In an older state of the repository it would be lost.
+        LossRecord::of(&known).check_newest(&repository)?;
         repository.put_outcome(identity.system_identifier, &outcome)?;
         Ok(true)
     })

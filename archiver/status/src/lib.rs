@@ -1,5 +1,5 @@
-//! The status of each cluster: plain facts, and the judgement on them. No I/O, and no reference into
-//! the archive.
+//! The status of each cluster: plain facts, and the judgement on them. No I/O, and no reference
+//! into the archive.
 //!
 //! Modules in reading order: [`cluster_status`] (the facts that the archiver writes and any task
 //! reads), [`rpo`] (the distance from the primary), [`report`] (the one document that every view

@@ -31,6 +31,9 @@ struct Scene {
     light: &'static [&'static str],
     /// False if the archiver would not start in this state.
     restarts: bool,
+    /// False if no plan can be asked for, because the repository is not there. Then the window that
+    /// is shown is the last known one.
+    compares: bool,
     begin: fn(&Place, &Server) -> Box<dyn FnOnce()>,
 }
 
@@ -40,12 +43,14 @@ const SCENES: &[Scene] = &[
         name: "idle",
         light: &["ok"],
         restarts: true,
+        compares: true,
         begin: |_, _| Box::new(|| ()),
     },
     Scene {
         name: "load",
         light: &["ok"],
         restarts: true,
+        compares: true,
         begin: |_, server| {
             let load = server.load();
             Box::new(move || drop(load))
@@ -56,6 +61,7 @@ const SCENES: &[Scene] = &[
         light: &["at_risk"],
         // A refusal by the access rules ends a start: an operator has to correct it.
         restarts: false,
+        compares: true,
         begin: |_, server| {
             let file = cut_the_stream(server);
             server.write_wal(100);
@@ -68,6 +74,7 @@ const SCENES: &[Scene] = &[
         name: "stalled",
         light: &["at_risk", "degraded"],
         restarts: true,
+        compares: true,
         begin: |_, server| {
             let pid = server.sql("SELECT pid FROM pg_stat_replication LIMIT 1");
             let pid = pid
@@ -84,6 +91,7 @@ const SCENES: &[Scene] = &[
         name: "the repository refuses",
         light: &["at_risk"],
         restarts: true,
+        compares: true,
         begin: |place, server| {
             let comes_back = store_refuses(place);
             server.write_wal(100);
@@ -94,6 +102,7 @@ const SCENES: &[Scene] = &[
         name: "the repository is emptied",
         light: &["broken"],
         restarts: true,
+        compares: false,
         begin: |place, server| {
             let (here, aside) = (
                 place.repository().join("main"),
@@ -111,6 +120,7 @@ const SCENES: &[Scene] = &[
         name: "a segment is damaged",
         light: &["broken"],
         restarts: true,
+        compares: true,
         begin: |place, server| {
             let (object, _) = damage_in_the_middle(place, server);
             assert_eq!(verify(place, server), Some(4));
@@ -127,6 +137,7 @@ const SCENES: &[Scene] = &[
         name: "a gap",
         light: &["broken"],
         restarts: true,
+        compares: true,
         begin: |_, server| {
             // Otherwise the archive would repair itself at once by a backup.
             let unreadable = server.data().join("base/unreadable");
@@ -197,7 +208,8 @@ fn restart(archiver: Archiver, place: &Place, command: Command) -> Archiver {
 
 /// Compares a state before and after a restart, and takes its pictures.
 fn check(
-    (name, light, restarts): (&str, &[&str], bool),
+    (name, light): (&str, &[&str]),
+    (restarts, compares): (bool, bool),
     camera: &mut Option<Camera>,
     place: &Place,
     command: &dyn Fn() -> Command,
@@ -218,7 +230,9 @@ fn check(
             let state = report(&archiver)["state"].clone();
             light.iter().any(|light| state == *light)
         });
-        compare(&name, &archiver, place);
+        if compares {
+            compare(&name, &archiver, place);
+        }
         shoot(camera, &name, &archiver);
     }
     archiver
@@ -241,20 +255,20 @@ fn every_state_shows_what_a_restore_gives() {
     archiver.wait_for_log("INFO streaming");
     server.write_wal(100);
     let command = || configured(&place, &server);
-    let none = ("no backup", &["at_risk"][..], true);
-    archiver = check(none, &mut camera, &place, &command, archiver);
+    let none = ("no backup", &["at_risk"][..]);
+    archiver = check(none, (true, true), &mut camera, &place, &command, archiver);
     backup(&place, &server);
     for scene in SCENES {
         wait_until_well(&archiver);
         let end = (scene.begin)(&place, &server);
-        let of_scene = (scene.name, scene.light, scene.restarts);
-        archiver = check(of_scene, &mut camera, &place, &command, archiver);
+        let (shown, how) = ((scene.name, scene.light), (scene.restarts, scene.compares));
+        archiver = check(shown, how, &mut camera, &place, &command, archiver);
         end();
     }
     wait_until_well(&archiver);
     server.down("immediate");
-    let away = ("the primary is away", &["unknown"][..], true);
-    archiver = check(away, &mut camera, &place, &command, archiver);
+    let away = ("the primary is away", &["unknown"][..]);
+    archiver = check(away, (true, true), &mut camera, &place, &command, archiver);
     drop(archiver);
 }
 
@@ -322,7 +336,8 @@ fn the_states_after_a_promotion_show_what_a_restore_gives() {
             report["source"]["timeline"] == 2 && report["durable"]["remote"]["lag_bytes"] == 0
         });
         check(
-            (name, &[light], true),
+            (name, &[light]),
+            (true, true),
             &mut camera,
             &place,
             &command,
@@ -381,6 +396,9 @@ fn a_repository_that_hangs_is_told_and_freezes_nothing() {
     shoot(&mut camera, "the repository hangs", &archiver);
     archiver.kill();
     let archiver = run_command(command(), directory);
+    wait_until("it serves", || {
+        archiver.log().matches("serving HTTP").count() == 2
+    });
     wait_until("it is told after a restart", || {
         let report = report(&archiver);
         assert_ne!(report["state"], "ok", "{report}");

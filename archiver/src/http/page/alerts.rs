@@ -4,7 +4,10 @@ use std::fmt::Write as _;
 
 use status::{alert::Severity, report::ClusterReport, units};
 
-use super::format::{code, details, instant};
+use super::{
+    answer::capitalised,
+    format::{code, details, instant},
+};
 
 /// Returns the long texts that the page shows in full: the reason of the state, and the errors in
 /// the repository's card.
@@ -50,7 +53,7 @@ pub(in crate::http) fn render(out: &mut String, report: &ClusterReport) {
              <strong>{}</strong> <span class=\"as-of\">since {}</span></p><div class=\"summary\">{}</div><p class=\"runbook\">{}</p></li>",
             alert.name,
             instant(alert.since),
-            details(&units::shorten(&alert.summary, &displayed)),
+            details(&capitalised(&units::shorten(&alert.summary, &displayed))),
             code(alert.runbook)
         );
     }

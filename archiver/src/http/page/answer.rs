@@ -43,8 +43,14 @@ pub(in crate::http) fn lines(report: &ClusterReport) -> String {
     } else {
         ""
     };
+    // The colour belongs to this answer. The state may have another reason.
+    let tone = if loses_too_much(report) {
+        " class=\"bad\""
+    } else {
+        ""
+    };
     format!(
-        "<span>{}.</span> <span>{}.{mark}</span>",
+        "<span{tone}>{}.</span> <span>{}.{mark}</span>",
         escape(&loss(report)),
         escape(&back.text)
     )
@@ -89,6 +95,15 @@ fn more(report: &ClusterReport) -> String {
 /// Returns the summary of a cluster for the fleet's page.
 pub(super) fn sentence(report: &ClusterReport) -> String {
     format!("{}. {}", loss(report), reason(report))
+}
+
+/// Returns true if more would be lost than the target allows.
+fn loses_too_much(report: &ClusterReport) -> bool {
+    let has_none = report.looked && report.last_backup.is_none();
+    let rpo = report.durable.remote.rpo_seconds;
+    has_none
+        || report.window.refusal.is_some()
+        || rpo.is_some_and(|rpo| rpo > report.rpo_target_seconds)
 }
 
 /// Answers what is lost if the primary fails now.

@@ -50,7 +50,7 @@ fn a_place_that_is_away_among_several_is_told() {
         "The repository s3://far/away is away, WAL is stored in file:///near meanwhile: \
          no route to host."
     );
-    // While no repository answers, no text claims that one has the WAL.
+    // While no repository answers, the summary names none that has the WAL.
     assert_eq!(
         fires(Some("it is not mounted"), Some("no route to host")).expect("both are away"),
         "The repository file:///near is away, no other repository answers: it is not mounted."
@@ -84,6 +84,7 @@ fn the_page_claims_nothing_that_is_not_known() {
     let mut found = report();
     found.rto.wal_since_backup_bytes = Some(3 << 20);
     let lines = page::lines(&found);
+    assert!(!lines.contains("class=\"bad\""), "{lines}");
     let expected = "A restore takes about 1 min plus the replay of 3.0 MiB. \
                     <small class=\"estimate\">estimate</small>";
     assert!(lines.contains(expected), "{lines}");
@@ -94,6 +95,7 @@ fn the_page_claims_nothing_that_is_not_known() {
     let lines = page::lines(&found);
     assert!(!lines.contains("A restore takes"), "{lines}");
     assert!(lines.contains("loses everything after 2026-"), "{lines}");
+    assert!(lines.contains("class=\"bad\""), "{lines}");
     let expected = "How long a restore to that time takes is not known.";
     assert!(lines.contains(expected), "{lines}");
 }

@@ -25,8 +25,8 @@ impl ClusterStatus {
     ) -> ClusterReport {
         let mut facts = self.facts();
         if let (None, Some(silent)) = (&facts.repository_error, self.open_puts.silent_for()) {
-            let (url, seconds) = (&settings.repository.url, silent.as_secs());
-            let error = format!("{url} has not answered a request for {seconds} s");
+            let seconds = silent.as_secs();
+            let error = format!("the repository has not answered a request for {seconds} s");
             facts.repository_error = Some(error);
         }
         let (local, remote) = self.exposure();

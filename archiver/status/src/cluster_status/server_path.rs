@@ -14,8 +14,8 @@ pub struct ServerPath {
 }
 
 impl ServerPath {
-    /// Creates the path from the server's branches and their history files, oldest first. Timeline 1
-    /// has no file.
+    /// Creates the path from the server's branches and their history files, oldest first. Timeline
+    /// 1 has no file.
     pub fn of(path: impl IntoIterator<Item = (Branch, Option<Bytes>)>) -> Self {
         let mut known = Self::default();
         for (branch, history) in path {
