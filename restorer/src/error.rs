@@ -27,8 +27,8 @@ pub enum Error {
     },
     /// The primary had a higher value of a setting than the copy has.
     #[error(
-        "PostgreSQL cannot recover: {said} The primary was given more after the backup; remove the target directory and \
-         restore again with --set NAME=VALUE of the primary's value"
+        "PostgreSQL cannot recover: {said} The primary was given more after the backup; run the same command again \
+         with --set NAME=VALUE of the primary's value"
     )]
     InsufficientParameter {
         /// PostgreSQL's message, with both values.
@@ -36,8 +36,8 @@ pub enum Error {
     },
     /// A signal came before recovery had ended and was compared with the plan.
     #[error(
-        "{signal} came before recovery had ended and was compared with the plan: the server was stopped. Start it with \
-         `pg_ctl` to recover further, or remove the target directory and the directories of its tablespaces and restore again"
+        "{signal} came before recovery had ended and was compared with the plan: the server was stopped; run the same \
+         command again, which restores from the beginning"
     )]
     Interrupted {
         /// The name of the signal.

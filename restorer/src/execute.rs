@@ -33,13 +33,14 @@ mod lock;
 mod manifest;
 mod owned;
 mod place;
+pub(crate) mod recovery;
 mod settings;
 mod tree;
 
 pub(crate) use access::Access;
 pub(crate) use bound::check_parts;
 pub use claims::Owner;
-pub(crate) use claims::{in_use, is_free, is_of, plan_in, release_all};
+pub(crate) use claims::{in_use, is_free, is_of, plan_in};
 use delta::Kept;
 use extract::{Control, Listed};
 pub(crate) use files::files;
@@ -143,12 +144,16 @@ pub fn execute(
     let made_configuration = settings::complete(&tree, &control)?;
     let isolation = settings::write(archive, plan, destination, &tree)?;
     tree.sync()?;
+    if destination.recovery.start {
+        recovery::begin(&tree)?;
+    }
     // From here on a server could start; everything that it needs is on disk.
     tree.replace(CONTROL, &control)?;
     tree.remove_durably(MARKER)?;
-    // The linked directories now contain files of this server, so their claims are released. The
-    // other directories stay claimed until the replay uses them.
-    for directory in &linked {
+    // The linked directories now contain files of this server, so their claims are released, unless
+    // an interrupted recovery would need them. The other directories stay claimed until the replay
+    // uses them.
+    for directory in linked.iter().filter(|_| !destination.recovery.start) {
         claims::release(directory, &owner.token);
     }
     let executed = Executed {

@@ -278,10 +278,22 @@ impl Fetcher<'_> {
         })
     }
 
+    /// Returns true if the plan changes timelines within the segment.
+    fn contains_fork(&self, plan: &RestorePlan, name: SegmentName) -> bool {
+        let size = self.identity.wal_segment_size;
+        let begins_in = |number: SegmentNo, from: Lsn| {
+            number.start_lsn(size) < from && from < number.end_lsn(size)
+        };
+        let number = name.segment(size);
+        number.is_some_and(|number| plan.path.iter().any(|part| begins_in(number, part.from)))
+    }
+
     fn write(&self, name: SegmentName, file: &mut File) -> Result<bool> {
         match self.plan {
             // `wal-fetch` checks the directory of a tablespace just before the replay creates it.
             Some(plan) if self.creates_tablespace(plan, name) => Ok(false),
+            // `wal-fetch` also places the WAL of the timelines that end in it.
+            Some(plan) if self.contains_fork(plan, name) => Ok(false),
             Some(plan) => {
                 let asked = Asked::by(plan);
                 wal_fetch::segment(self.repository, &self.identity, asked, name, file)

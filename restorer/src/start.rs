@@ -18,7 +18,11 @@ use repository::{Repository, durable};
 use rustix::process::{Pid, Signal, kill_process};
 use wal_format::{PgVersion, SegmentSize, SystemIdentifier};
 
-use crate::{Error, RestorePlan, Result, Stop, execute::Action, isolation, wal_fetch};
+use crate::{
+    Error, RestorePlan, Result, Stop,
+    execute::{Action, recovery},
+    isolation, wal_fetch,
+};
 
 mod interrupt;
 mod log;
@@ -231,6 +235,9 @@ pub fn start(wanted: &Start<'_>) -> Result<Recovered> {
         Err(error) => {
             // A copy that differs from the plan must not continue and accept connections.
             stop(&mut server, &interrupt, wanted.tell);
+            if let Err(error) = recovery::stopped(directory) {
+                tracing::warn!(%error, "the same command will refuse this directory");
+            }
             let (repository, plan) = (wanted.repository.clone(), wanted.plan.clone());
             let search = interrupt.run(move || Ok(reason(&path, &repository, &plan)));
             return Err(search.ok().flatten().unwrap_or(error));

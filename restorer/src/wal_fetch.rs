@@ -29,6 +29,7 @@ use crate::{
     tablespaces::{admit, refuse_foreign},
 };
 
+mod ancestors;
 mod writers;
 
 use writers::{Changed, Ending, end_at};
@@ -214,6 +215,11 @@ fn deliver(
     };
     if !content(repository, asked, name, file.as_file_mut())? {
         return Ok(Fetched::Absent);
+    }
+    if asked.data.is_some()
+        && let Ok(name) = name.parse::<SegmentName>()
+    {
+        ancestors::place(beside, name, file.path())?;
     }
     file.persist(destination)
         .map_err(|error| Error::io("replace", destination)(error.error))?;

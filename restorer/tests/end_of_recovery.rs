@@ -284,7 +284,12 @@ fn a_signal_ends_the_proof(promoted: &Promoted) {
     let change = "restore=$PPID; rm \"$data/pg_wal/00000003.history\"; mkfifo \"$data/pg_wal/00000003.history\"\n\
         (exec 3> \"$data/pg_wal/00000003.history\"; kill -TERM $restore; exec sleep 600) &\n\
         echo $! > \"$data/../writer\"";
-    let output = promoted.restore(root.path(), &after_recovery(change), &[]);
+    let body = format!(
+        "[ -e \"$data/../again\" ] && exec $real \"$@\"\n{}",
+        after_recovery(change)
+    );
+    let mut restore = promoted.command(root.path(), &body, &[]);
+    let output = restore.output().expect("it runs");
     let (_, error) = said(&output);
     kill(process_in(&root.path().join("writer")), Signal::KILL);
     assert_eq!(output.status.code(), Some(1), "{error}");
@@ -292,6 +297,14 @@ fn a_signal_ends_the_proof(promoted: &Promoted) {
         error.contains("SIGTERM came before recovery had ended"),
         "{error}"
     );
+    // Recovery has ended, and nobody has started the copy since: the same command restores again.
+    fs::write(root.path().join("again"), "").expect("a file");
+    let output = restore.output().expect("it runs");
+    let (report, error) = said(&output);
+    assert!(output.status.success(), "{error}");
+    let report = serde_json::from_str(&report).expect("JSON");
+    let copy = Restored::adopt(root, &promoted.bin, report);
+    assert_eq!(query(&copy.conninfo(), "SELECT min(n) FROM done"), "1");
 }
 
 /// The server does not stop at the first signal.

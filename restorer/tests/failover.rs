@@ -39,7 +39,11 @@ fn a_slot_kept_on_a_standby_saves_the_archive_over_a_failover_that_nobody_saw() 
             "CREATE TABLE rows (number int, filler text)",
         );
         query(&primary.conninfo(), "CREATE TABLE filler (filler text)");
-        let standby = Cluster::standby_of(&primary, "").expect("a standby");
+        // Without a slot, a busy host may let the primary remove WAL that the standby needs.
+        let slot = "SELECT pg_create_physical_replication_slot('standby', true)";
+        query(&primary.conninfo(), slot);
+        let standby = Cluster::standby_of(&primary, "primary_slot_name = 'standby'\n");
+        let standby = standby.expect("a standby");
         let place = Place::with_settings(&format!("standbys = [\"{}\"]", standby.conninfo()));
         let place = place.expect("a place");
         let list = format!(

@@ -101,6 +101,17 @@ fn each_goes_where_it_is_mapped_and_nothing_is_overwritten() {
     );
     refused(&[&one, &map(&behind, &new_two)], "has no tablespace at");
     refused(&[&one, &map(&link, Path::new("two"))], "is not absolute");
+    let spelled = format!(
+        "--tablespace-mapping={}/={}",
+        first.display(),
+        new_two.display()
+    );
+    let both = format!(
+        "is mapped to {} and to {}",
+        new_one.display(),
+        new_two.display()
+    );
+    refused(&[&one, &spelled], &both);
     assert_eq!(fs::read_dir(target.path()).expect("it lists").count(), 0);
 
     let done = restore(&[&one, &two]);

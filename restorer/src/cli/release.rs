@@ -9,7 +9,7 @@ use wal_format::PgVersion;
 use super::output;
 use crate::{
     Error, Result,
-    execute::release_all,
+    execute::recovery,
     isolation::{
         self,
         release::{self, Asked, ParentState, Release},
@@ -80,9 +80,7 @@ pub(super) fn run(
     }
     let done = if args.yes {
         let done = release::release(directory)?;
-        if !done.recovery_pending {
-            release_all(directory);
-        }
+        recovery::proved(directory)?;
         done
     } else {
         described
@@ -150,8 +148,6 @@ fn program(directory: &Path, pg_bin: Option<&Path>, name: &str) -> Option<PathBu
 /// `recovery_end_command`.
 pub(super) fn recovery_ended(directory: &Path) -> Result<()> {
     isolation::recovery_ended(directory)?;
-    if !isolation::recovery_is_pending(directory) {
-        release_all(directory);
-    }
+    recovery::ended(directory);
     Ok(())
 }

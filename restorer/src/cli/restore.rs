@@ -26,7 +26,6 @@ use crate::{
     execute::{self, Action, Destination, Recovery},
     expired,
     inventory::{Archive, Inventory},
-    isolation,
     plan::{Wishes, estimate, plan_restore},
     space,
     start::{self, Start},
@@ -215,7 +214,7 @@ pub(super) fn restore(
         unfinished::settle(&archive, &mut plan, args.action() == Action::Pause)?;
     }
     let directory = args.target_dir.as_deref().map(absolute).transpose()?;
-    let mapping = mapping(args);
+    let mapping = mapping(args)?;
     let directories = Directories {
         target: directory.as_deref(),
         mapping: &mapping,
@@ -266,6 +265,7 @@ fn recovery(
     Ok(Recovery {
         action: args.action(),
         standby: args.standby,
+        start: args.start,
         keep_archiving: args.keep_archiving,
         port: args.port.or_else(|| {
             let chosen = args.start.then(outcome::free_port);
@@ -316,9 +316,8 @@ fn copy_and_start(
         })?),
         None => None,
     };
-    if recovered.is_some() && !isolation::recovery_is_pending(&destination.directory) {
-        // PostgreSQL has run `recovery-ended`, too, unless the program is no longer at its path.
-        execute::release_all(&destination.directory);
+    if recovered.is_some() {
+        execute::recovery::proved(&destination.directory)?;
     }
     let outcome = Outcome {
         plan,
@@ -380,11 +379,24 @@ fn backup(archive: &Archive, plan: &RestorePlan) -> Result<Option<BackupInfo>> {
     Ok(backups.find(|backup| backup.id == plan.backup))
 }
 
-fn mapping(args: &RestoreArgs) -> BTreeMap<PathBuf, PathBuf> {
-    let pairs = args.tablespace_mapping.iter();
-    pairs
-        .map(|(old, new)| (PathBuf::from(old), PathBuf::from(new)))
-        .collect()
+/// Returns the mapping of tablespaces. Two spellings of one path, for example with a slash at the
+/// end, are the same path.
+fn mapping(args: &RestoreArgs) -> Result<BTreeMap<PathBuf, PathBuf>> {
+    let mut mapping: BTreeMap<PathBuf, PathBuf> = BTreeMap::new();
+    for (old, new) in &args.tablespace_mapping {
+        let (path, new) = (PathBuf::from(old), PathBuf::from(new));
+        if let Some(other) = mapping.get(&path)
+            && *other != new
+        {
+            return Err(Error::usage(format!(
+                "--tablespace-mapping: {old} is mapped to {} and to {}; keep one of the two",
+                other.display(),
+                new.display()
+            )));
+        }
+        mapping.insert(path, new);
+    }
+    Ok(mapping)
 }
 
 fn bar(plan: &RestorePlan) -> ProgressBar {

@@ -165,7 +165,7 @@ pub(super) fn release(directory: &Path, token: &str) {
 }
 
 /// Removes the claims of the restored server in `data`, whose recovery has ended.
-pub(crate) fn release_all(data: &Path) {
+pub(super) fn release_all(data: &Path) {
     let Some(plan) = plan_in(data) else {
         return;
     };
@@ -196,7 +196,8 @@ pub(super) fn is_claim(name: &[u8]) -> bool {
     name == CLAIM.as_bytes()
 }
 
-fn is_of_token(directory: &Path, token: &str) -> bool {
+/// Returns true if the directory has a claim with this token, whatever else it contains.
+pub(super) fn is_of_token(directory: &Path, token: &str) -> bool {
     let claim = read(directory).ok().flatten();
     claim.is_some_and(|claim| claim.owner.token == token)
 }

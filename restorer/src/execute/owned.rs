@@ -9,6 +9,7 @@ use std::{
 use super::{
     claims::{self, Owner},
     place::{real, unfinished},
+    recovery,
 };
 use crate::Result;
 
@@ -17,6 +18,8 @@ use crate::Result;
 pub(crate) struct Owned {
     /// The tablespace links of an existing data directory, for `--delta`: OID and directory.
     linked: BTreeMap<u32, PathBuf>,
+    /// The tablespace links of a restore that was interrupted.
+    begun: BTreeMap<u32, PathBuf>,
     /// The linked directories that the operator named. If the server of this data directory has
     /// run, all linked directories.
     trusted: Vec<PathBuf>,
@@ -44,20 +47,26 @@ impl Owned {
         }
         let owner = match marker {
             Some(marker) => marker.claim,
-            None => plan_owner(directory).filter(|_| delta),
+            None => plan_owner(directory).filter(|_| delta || recovery::was_interrupted(directory)),
         };
         let owner = owner.filter(|owner| is_at(owner, directory));
         owned.token = owner.map(|owner| owner.token);
+        if owned.token.is_some() {
+            owned.begun = linked(directory);
+        }
         Ok(owned)
     }
 
     /// Returns true if `path` is the directory of this tablespace and belongs to no other server.
     pub(crate) fn has(&self, oid: u32, path: &Path) -> bool {
+        let is_claimed = |token: &String| {
+            // The replay of its creation has filled the directory and made the link.
+            let is_replayed = self.begun.get(&oid).is_some_and(|linked| linked == path)
+                && claims::is_of_token(path, token);
+            is_replayed || claims::is_of(path, token)
+        };
         (self.links_to(oid, path) && self.trusted.iter().any(|trusted| trusted == path))
-            || self
-                .token
-                .as_ref()
-                .is_some_and(|token| claims::is_of(path, token))
+            || self.token.as_ref().is_some_and(is_claimed)
     }
 
     /// Returns true if the data directory has a tablespace link with this OID to `path`.

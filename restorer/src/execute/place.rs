@@ -26,6 +26,7 @@ use super::{
     claims::{self, Owner},
     lock::TargetLock,
     owned::{Owned, is_at, plan_owner, was_used_by},
+    recovery,
     tree::{Tree, read_small},
 };
 use crate::{Error, Result, shell, tablespaces::ReplayedTablespace};
@@ -219,6 +220,7 @@ fn check(wanted: &Wanted<'_>) -> Result<Option<Marker>> {
             )));
         }
         None if delta => is_of_cluster(directory, wanted.backup)?,
+        None if recovery::was_interrupted(directory) => recovery::refuse_running(directory)?,
         None if !empty_before => return Err(occupied(directory)),
         Some(_) | None => {}
     }
@@ -478,7 +480,12 @@ fn only_wal_in_linked_wal(directory: &Path, begun: bool) -> Result<()> {
 /// Returns the error for a data directory that is not empty.
 fn occupied(directory: &Path) -> Error {
     let shown = directory.display();
-    Error::usage(if directory.join(PLAN_FILE).exists() {
+    Error::usage(if recovery::is_unproved(directory) {
+        format!(
+            "{shown} holds a copy that was not compared with its plan and has ended its recovery, and nothing in it is \
+             overwritten; remove it if nobody uses it, or give an empty or new directory"
+        )
+    } else if directory.join(PLAN_FILE).exists() {
         format!(
             "{shown} holds a restore that is complete, and nothing in it is overwritten; start it with pg_ctl -D {shown} start, \
              or give an empty or new directory"

@@ -51,6 +51,8 @@ pub struct Recovery {
     pub action: Action,
     /// True to follow the archive permanently instead of stopping.
     pub standby: bool,
+    /// True if the caller starts the server and compares the end of recovery with the plan.
+    pub start: bool,
     /// True to leave the archiving settings unchanged.
     pub keep_archiving: bool,
     /// The port on the loopback address. `None` for a socket inside the data directory only.
