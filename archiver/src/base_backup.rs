@@ -180,7 +180,7 @@ async fn attempt_once(
 /// Returns a unique name for a backup, made from the current time.
 fn new_id() -> Result<BackupId> {
     outcome_id(jiff::Timestamp::now())
-        .ok_or_else(|| malformed("the clock gives no year of four digits"))
+        .ok_or_else(|| malformed("the clock gives no year of four digits").into())
 }
 
 async fn blocking<T: Send + 'static>(
@@ -288,9 +288,7 @@ impl Taking {
         let map = received.slicer.tablespace_map();
         let tablespace_map_sha256 = map.map(sum);
         if label.start_lsn != start_lsn || timeline != self.branch.timeline {
-            return Err(malformed(
-                "backup_label and the stream disagree about the start",
-            ));
+            return Err(malformed("backup_label and the stream disagree about the start").into());
         }
         let manifest = received.manifest;
         let parsed =

@@ -11,6 +11,11 @@ use std::{
     time::Duration,
 };
 
+use dashboard::{
+    http::{HttpServer, sources::Sources},
+    monitor::Monitor,
+    notifications::{Links, Notifier},
+};
 use replication::ConnInfo;
 use repository::config::{ClusterSettings, CommonArgs, Settings};
 use status::{
@@ -24,15 +29,13 @@ use tokio::{
 use wal_format::ClusterName;
 
 use crate::{
+    base_backup,
     core::{
         live_cluster::LiveCluster,
         shutdown::{Shutdown, ShutdownRequest},
     },
     descriptors::Descriptors,
     error::{Error, Result},
-    http::{HttpServer, Sources},
-    monitor::Monitor,
-    notifications::{Links, Notifier},
     notify::Notify,
     pipeline::current::CurrentArchive,
     supervisor,
@@ -121,6 +124,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
         daemon.instruments.clone(),
         &settings.http_access,
         address,
+        Arc::new(|settings| Box::pin(take_backup(settings))),
     )));
     for cluster in settings.clusters {
         daemon.start(cluster);
@@ -334,6 +338,18 @@ impl Daemon {
             Some(name) => {
                 tracing::error!(cluster = %name, "its task hangs; systemd's watchdog is left to end this process");
             }
+        }
+    }
+}
+
+/// Takes a base backup that was requested over HTTP.
+async fn take_backup(settings: ClusterSettings) {
+    match base_backup::take(&settings, "asked for over HTTP", &|_| {}).await {
+        Ok(backup) => {
+            tracing::info!(cluster = %settings.name, backup = %backup.id, "base backup complete");
+        }
+        Err(error) => {
+            tracing::error!(cluster = %settings.name, %error, "the base backup failed");
         }
     }
 }

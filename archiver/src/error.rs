@@ -42,7 +42,7 @@ pub enum Error {
     },
     /// HTTP cannot be served as configured.
     #[error(transparent)]
-    Http(#[from] crate::http::HttpError),
+    Http(#[from] dashboard::http::error::HttpError),
     /// A file operation failed.
     #[error(
         "{action} {path}: {source}{denial}",

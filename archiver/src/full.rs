@@ -11,7 +11,7 @@ use tracing_subscriber::EnvFilter;
 /// The default log filter: our own events, and only errors of libraries. The SDK of S3 logs each
 /// client that it sets up, and logs as a warning what our own error says too. `TIDEMARK_LOG=debug`
 /// shows everything.
-const LOG: &str = "error,archiver=info,intake=info,quick=info,replication=info,repository=info,status=info,\
+const LOG: &str = "error,archiver=info,dashboard=info,intake=info,quick=info,replication=info,repository=info,status=info,\
                    catalog=info,catalog_unusable=info,wal_format=info";
 
 fn main() -> ExitCode {

@@ -3,7 +3,7 @@
 //! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`core`](mod@core) that
 //! decides, the [`spool`] it is written to first, [`replication`] (PostgreSQL's protocol),
 //! [`base_backup`], the [`supervisor`] that keeps a cluster archived, and the reports about it:
-//! [`status`](::status), [`http`]. The [`walsender`] streams it on to standbys. [`cli`]
+//! [`status`](::status), [`dashboard`](::dashboard). The [`walsender`] streams it on to standbys. [`cli`]
 //! is the outside.
 
 pub mod base_backup;
@@ -15,16 +15,12 @@ pub mod daemon;
 mod descriptors;
 pub mod error;
 pub mod expire;
-pub mod http;
 pub mod import;
 mod locks;
-pub mod monitor;
-pub mod notifications;
 pub mod notify;
 mod outcomes;
 pub mod pipeline;
 pub mod push;
-mod server_certificate;
 pub mod spool;
 pub mod standby_slots;
 pub mod supervisor;

@@ -13,6 +13,7 @@
 //! be reported: the stages report events to it and perform the actions that it returns.
 
 pub mod archive;
+mod command;
 pub(crate) mod current;
 mod damage;
 pub mod failure;
@@ -21,6 +22,7 @@ mod fork;
 pub mod gap;
 mod histories;
 pub mod line;
+mod losses;
 pub(crate) mod nearest;
 pub(crate) mod observe;
 mod presence;
@@ -53,16 +55,12 @@ use tokio::{sync::mpsc::Sender, task, time::MissedTickBehavior};
 use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
 
 use self::{
-    archive::Archive,
-    failure::Failure,
-    receive::StreamEnd,
-    seal::Backlog,
-    tail::TailSlot,
-    write::{Command, SpoolThread},
+    archive::Archive, command::Command, failure::Failure, receive::StreamEnd, seal::Backlog,
+    tail::TailSlot, write::SpoolThread,
 };
 use crate::{
     blocking::blocking,
-    core::{Event, pace::PaceSettings, start::Held},
+    core::{event::Event, pace::PaceSettings, start::Held},
     error::{Error, Result},
 };
 

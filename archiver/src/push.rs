@@ -133,7 +133,7 @@ impl Drop for PushServer {
 /// [`Error::Io`] if the socket cannot be created.
 pub fn start(settings: &ClusterSettings, status: Arc<ClusterStatus>) -> Result<PushServer> {
     let path = socket_path(settings);
-    spool::create_directory(&settings.spool)?;
+    spool::files::create_directory(&settings.spool)?;
     // A daemon that was killed leaves its socket. A running daemon would hold the spool's lock, and
     // this code would not be reached.
     match fs::remove_file(&path) {

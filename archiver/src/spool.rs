@@ -9,43 +9,34 @@
 //! Invariant: the LSN at which streaming resumes is derived from these files' content alone. A
 //! crash at any instant leaves a readable spool.
 
-mod before;
-mod open_segment;
-mod record;
-mod writer;
+pub mod before;
+pub mod branch;
+pub(crate) mod files;
+pub mod open_segment;
+pub mod record;
+pub mod writer;
 
 #[cfg(test)]
 mod tests;
 
 use std::{
-    collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
-    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use intake::spool_files;
-use repository::{CrashPoint, durable};
-use wal_format::{
-    Branch, Lsn, SegmentName, SegmentNo, SegmentSize, WalFileName, WalIdentity, page::PageHeader,
+use wal_format::{Branch, WalIdentity, page::PageHeader};
+
+use self::{
+    branch::BranchSpool,
+    files::{create_directory, names_in},
 };
-
-pub use before::Before;
-pub use open_segment::OpenSegment;
-pub use record::SpoolRecord;
-pub(crate) use record::remove_record;
-pub use writer::{CompletedSegment, SpoolWriter, TailCut};
-
 use crate::error::{Error, Result};
-use open_segment::of_the_disk;
 
 /// The file that the running archiver locks.
 const LOCK_FILE: &str = "lock";
-/// The branch's history file, stored next to its WAL so that it reaches the repository first.
-const HISTORY_FILE: &str = "history";
-/// The suffix of a file that is written first and then renamed, `history.new` included.
-const COPY_SUFFIX: &str = ".new";
 
 /// A cluster's spool, locked by this process.
 #[derive(Debug)]
@@ -191,7 +182,7 @@ pub fn stored_identity(cluster_directory: &Path) -> Result<Option<WalIdentity>> 
         for branch in names_in(&wal.join(&system))? {
             let directory = wal.join(&system).join(&branch);
             for name in names_in(&directory)? {
-                if name == HISTORY_FILE {
+                if name == branch::HISTORY_FILE {
                     continue;
                 }
                 let Some(identity) = first_page_identity(&directory.join(name))? else {
@@ -229,259 +220,4 @@ fn first_page_identity(path: &Path) -> Result<Option<WalIdentity>> {
         Err(error) => return Err(Error::io("read", path)(error)),
     }
     Ok(PageHeader::parse(&header).and_then(|header| header.identity()))
-}
-
-/// The spool files of one branch.
-#[derive(Clone, Debug)]
-pub struct BranchSpool {
-    directory: PathBuf,
-    branch: Branch,
-    segment_size: SegmentSize,
-}
-
-/// The segments in a branch's directory.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct SpooledSegments {
-    /// The complete segments, in ascending order.
-    pub complete: Vec<SegmentNo>,
-    /// The open segment (the first whose file was not renamed) and the length of its content in
-    /// bytes.
-    pub open: Option<(SegmentNo, u64)>,
-    /// Segments after the open one, left by a crash. Segments are renamed in order before anything
-    /// after them is reported, so nothing of these was ever acknowledged.
-    pub unacknowledged: Vec<SegmentNo>,
-}
-
-impl BranchSpool {
-    fn new(cluster_directory: &Path, identity: &WalIdentity, branch: Branch) -> Self {
-        Self {
-            directory: spool_files::branch_directory(
-                cluster_directory,
-                identity.system_identifier,
-                branch,
-            ),
-            branch,
-            segment_size: identity.segment_size,
-        }
-    }
-
-    /// The branch of these files.
-    #[must_use]
-    pub fn branch(&self) -> Branch {
-        self.branch
-    }
-
-    /// The cluster's segment size.
-    #[must_use]
-    pub fn segment_size(&self) -> SegmentSize {
-        self.segment_size
-    }
-
-    /// The branch's directory. It may not exist yet.
-    #[must_use]
-    pub fn directory(&self) -> &Path {
-        &self.directory
-    }
-
-    /// Creates the directory durably.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn create(&self) -> Result<()> {
-        create_directory(&self.directory)
-    }
-
-    /// Returns a segment's file name without a suffix.
-    #[must_use]
-    pub fn name(&self, segment: SegmentNo) -> SegmentName {
-        SegmentName::new(self.branch.timeline, segment, self.segment_size)
-    }
-
-    /// Returns the path of a complete segment.
-    #[must_use]
-    pub fn path(&self, segment: SegmentNo) -> PathBuf {
-        self.directory.join(self.name(segment).to_string())
-    }
-
-    /// Returns the path of an open segment.
-    #[must_use]
-    pub fn partial_path(&self, segment: SegmentNo) -> PathBuf {
-        self.directory
-            .join(WalFileName::Partial(self.name(segment)).to_string())
-    }
-
-    /// Lists the segments in the directory. A missing directory counts as empty.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn segments(&self) -> Result<SpooledSegments> {
-        let mut found = SpooledSegments::default();
-        let mut open = BTreeMap::new();
-        for name in names_in(&self.directory)? {
-            match name.parse() {
-                Ok(WalFileName::Segment(name)) => {
-                    found.complete.extend(name.segment(self.segment_size));
-                }
-                Ok(WalFileName::Partial(segment)) => {
-                    let path = self.directory.join(&name);
-                    let length = File::open(&path)
-                        .and_then(|file| spool_files::content_length(&file))
-                        .map_err(Error::io("read", &path))?;
-                    open.extend(segment.segment(self.segment_size).map(|s| (s, length)));
-                }
-                _ => {}
-            }
-        }
-        found.complete.sort_unstable();
-        found.open = open.pop_first();
-        found.unacknowledged = open.into_keys().collect();
-        Ok(found)
-    }
-
-    /// Returns the bytes of a complete segment, or those of the open segment before its trailing
-    /// zeros. `None` if the spool does not have the segment.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn read(&self, segment: SegmentNo) -> Result<Option<Vec<u8>>> {
-        let complete = self.path(segment);
-        match fs::read(&complete) {
-            Ok(bytes) => return Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(Error::io("read", complete)(error)),
-        }
-        let partial = self.partial_path(segment);
-        let read = File::open(&partial).and_then(|file| {
-            let mut bytes =
-                vec![0; usize::try_from(spool_files::content_length(&file)?).unwrap_or(usize::MAX)];
-            file.read_exact_at(&mut bytes, 0)?;
-            Ok(bytes)
-        });
-        match read {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io("read", partial)(error)),
-        }
-    }
-
-    /// Removes a complete segment. Succeeds if it is already gone.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn remove(&self, segment: SegmentNo) -> Result<()> {
-        remove_file(&self.path(segment))
-    }
-
-    /// Removes an open segment of an abandoned branch. Succeeds if it is already gone.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn remove_partial(&self, segment: SegmentNo) -> Result<()> {
-        remove_file(&self.partial_path(segment))
-    }
-
-    /// Returns the content of the branch's history file. `None` for timeline 1.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn history(&self) -> Result<Option<Vec<u8>>> {
-        let path = self.directory.join(HISTORY_FILE);
-        match fs::read(&path) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io("read", path)(error)),
-        }
-    }
-
-    /// Stores the branch's history file durably, before any of the branch's WAL is written.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn put_history(&self, content: &[u8]) -> Result<()> {
-        self.create()?;
-        // An existing file is replaced too: if the disk failed while it was written, it may exist
-        // in memory only.
-        let path = self.directory.join(HISTORY_FILE);
-        durable::replace(&path, content).map_err(of_the_disk)
-    }
-
-    /// Returns the LSN after the last byte in the branch's files. `None` if they contain no WAL.
-    ///
-    /// # Errors
-    /// As [`BranchSpool::segments`].
-    pub fn end_lsn(&self) -> Result<Option<Lsn>> {
-        let segments = self.segments()?;
-        let size = self.segment_size;
-        let complete = segments.complete.last().map(|last| last.end_lsn(size));
-        // A file without content says nothing about where the archive ends.
-        let open = segments.open.filter(|(_, length)| *length > 0);
-        let open = open.map(|(segment, length)| segment.start_lsn(size).add(length));
-        Ok(complete.max(open))
-    }
-
-    /// Removes the files that a crash or an error left without WAL: copies that were not renamed,
-    /// and an open segment without content. The segments after such an open one go too: nothing of
-    /// them was acknowledged, because segments are renamed in order before anything after them is
-    /// reported.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
-    pub fn discard_leftovers(&self) -> Result<()> {
-        for name in names_in(&self.directory)? {
-            if name.ends_with(COPY_SUFFIX) {
-                remove_file(&self.directory.join(name))?;
-            }
-        }
-        let segments = self.segments()?;
-        let Some((open, 0)) = segments.open else {
-            return Ok(());
-        };
-        for later in segments.unacknowledged.iter().rev() {
-            self.remove_partial(*later)?;
-        }
-        if !segments.unacknowledged.is_empty() {
-            // The first file that was not renamed is the open segment, so it must not disappear
-            // before the later ones.
-            sync_directory(&self.directory)?;
-        }
-        tracing::info!(segment = %self.name(open), "removing an open segment without content");
-        self.remove_partial(open)
-    }
-}
-
-fn names_in(directory: &Path) -> Result<Vec<String>> {
-    let entries = match fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(Error::io("list", directory)(error)),
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let entry = entry.map_err(Error::io("list", directory))?;
-        names.extend(entry.file_name().into_string());
-    }
-    Ok(names)
-}
-
-fn remove_file(path: &Path) -> Result<()> {
-    match fs::remove_file(path) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::io("remove", path)(error)),
-    }
-}
-
-/// Creates a directory and its parents, each durable in its parent. Only the owner may enter them,
-/// and the group that the directory above is shared with.
-pub(crate) fn create_directory(path: &Path) -> Result<()> {
-    let created = durable::create_dir_all_at(path, CrashPoint::SpoolDirectoryCreated);
-    created.map_err(of_the_disk)
-}
-
-/// Makes the names in a directory durable. A failed fsync is never retried: the kernel may have
-/// dropped the pages.
-fn sync_directory(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|directory| directory.sync_all())
-        .map_err(Error::io("fsync directory", path))
 }

@@ -7,11 +7,11 @@
 
 use std::{
     convert::Infallible,
-    hash::{BuildHasher, RandomState},
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use dashboard::monitor::caught_up;
 use replication::ConnInfo;
 use repository::{ClusterIdentity, Error as StoreError, Loss, Repository, config::ClusterSettings};
 use status::cluster_status::{ClusterStatus, RECONNECT_REASONS};
@@ -19,10 +19,9 @@ use status::cluster_status::{ClusterStatus, RECONNECT_REASONS};
 use crate::{
     blocking::blocking,
     conninfo,
-    core::{Event, live_cluster::LiveCluster, shutdown::Shutdown},
+    core::{event::Event, live_cluster::LiveCluster, shutdown::Shutdown},
     error::{Error, Result},
     expire, locks,
-    monitor::caught_up,
     pipeline::{
         Pipeline,
         current::CurrentArchive,
@@ -32,7 +31,6 @@ use crate::{
         session::{Purpose, Source},
     },
     push::{self, PushServer},
-    spool::Spool,
     standby_slots,
     walsender::{self, Walsender},
 };
@@ -42,20 +40,19 @@ mod known;
 mod open_spool;
 mod protect;
 mod repair;
+mod retry;
 mod stages;
+mod state;
 
 use judgement::note_shortage;
 use known::Known;
 use open_spool::open_spool;
 use protect::endangered;
+use retry::{BEAT, RETRY_MAX, RETRY_MIN, jitter};
 pub(crate) use stages::{CatalogPlace, open_archive};
 use stages::{catalog_opens, outdated};
+use state::Supervisor;
 
-/// The first pause after a failure. A restarted server is available again within a second.
-const RETRY_MIN: Duration = Duration::from_millis(200);
-/// The longest pause while the server is down. On average, half of it passes unused after the
-/// server is back.
-const RETRY_MAX: Duration = Duration::from_secs(5);
 /// The first and the longest pause while archiving is broken. An administrator who replaces the
 /// server waits for the retry. An error that nobody repairs is retried twice a minute.
 const BROKEN_RETRY_MIN: Duration = Duration::from_secs(1);
@@ -63,17 +60,12 @@ const BROKEN_RETRY_MAX: Duration = Duration::from_secs(30);
 /// The pause while the archiver searches for missing WAL. A server that has it may come back at any
 /// time.
 const GAP_RETRY: Duration = Duration::from_secs(2);
-/// The interval at which the task signals that it is alive.
-const BEAT: Duration = Duration::from_millis(500);
 /// The interval at which [`settle`] checks the positions.
 const SETTLE_POLL: Duration = Duration::from_millis(100);
 /// The maximum time for which the WAL before a gap may be uploaded before the gap is handled.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
 /// A stream that lasted this long was healthy, so the next failure starts with the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
-/// The number of times that a damaged record is requested. Damage during the transfer does not
-/// repeat; damage on the server's disk does.
-const DECODE_ATTEMPTS_MAX: u32 = 3;
 
 /// Archives one cluster until a stop is requested.
 ///
@@ -183,35 +175,6 @@ async fn listen(
     };
     let standbys = walsender::start(settings, live.clone(), Arc::clone(archive)).await?;
     Ok((pushes, standbys))
-}
-
-struct Supervisor {
-    settings: ClusterSettings,
-    status: Arc<ClusterStatus>,
-    /// The same status, with the positions of the WAL.
-    live: LiveCluster,
-    /// The archive of the running stages, for standbys and the dashboard.
-    archive: Arc<CurrentArchive>,
-    /// The task that polls the server.
-    polling: Polling,
-    conninfo: ConnInfo,
-    spool: Arc<Spool>,
-    /// Runs as soon as the identity of the WAL is known, with or without a server.
-    pipeline: Option<Pipeline>,
-    connected_once: bool,
-    retry: Duration,
-    /// The next pause while archiving is broken.
-    broken_retry: Duration,
-    damaged: u32,
-    /// The gap whose search was logged last. Each attempt to close the gap finds the same gap,
-    /// which is not logged again.
-    searched_gap: Option<String>,
-    /// The gap that was last logged as an interruption.
-    reported_gap: Option<String>,
-    /// True if the stream was ended because the primary had to be protected.
-    gave_up: bool,
-    /// True if the catalog is in memory, because the one on disk is not usable.
-    without_catalog: bool,
 }
 
 impl Supervisor {
@@ -575,26 +538,6 @@ async fn settle(pipeline: &Pipeline, shutdown: &mut Shutdown) {
             || !shutdown.sleep(SETTLE_POLL).await
         {
             return;
-        }
-    }
-}
-
-/// Returns a random duration between three quarters and five quarters of a pause, so that many
-/// archivers do not connect at the same time.
-fn jitter(pause: Duration) -> Duration {
-    let chance = RandomState::new().hash_one(pause) % 512;
-    pause * 3 / 4 + pause * u32::try_from(chance).unwrap_or(0) / 1024
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn jitter_stays_within_a_quarter() {
-        for _ in 0..1000 {
-            let pause = jitter(Duration::from_secs(4));
-            assert!((3..5).contains(&pause.as_secs()), "{pause:?}");
         }
     }
 }

@@ -8,6 +8,7 @@
 //! unauthenticated client receives no WAL.
 
 mod command;
+mod refusal;
 mod scram;
 mod session;
 mod source;

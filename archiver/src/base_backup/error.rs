@@ -3,8 +3,6 @@
 use repository::ExitKind;
 use wal_format::{Lsn, TimelineId};
 
-use crate::error::Error;
-
 /// The reason why a base backup failed.
 #[derive(Debug, thiserror::Error)]
 pub enum BaseBackupError {
@@ -81,8 +79,8 @@ impl BaseBackupError {
 }
 
 /// Builds the error for data of the server that cannot be parsed.
-pub(super) fn malformed(problem: impl Into<String>) -> Error {
-    Error::BaseBackup(BaseBackupError::Malformed {
+pub(super) fn malformed(problem: impl Into<String>) -> BaseBackupError {
+    BaseBackupError::Malformed {
         problem: problem.into(),
-    })
+    }
 }

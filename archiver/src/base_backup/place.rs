@@ -7,7 +7,7 @@ use repository::{
 };
 use wal_format::BackupInfo;
 
-use super::{Taking, malformed};
+use super::{Taking, error::malformed};
 use crate::error::Result;
 
 /// Refuses a place that lacks the newest WAL that this host stored: a backup in an older copy of
@@ -38,7 +38,8 @@ impl Taking {
             Some(damage) => Err(malformed(format!(
                 "{damage} in {}, which was exchanged or lost it during the backup: take the backup again",
                 self.repository.url()
-            ))),
+            ))
+            .into()),
             None => Ok(()),
         }
     }

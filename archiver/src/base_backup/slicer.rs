@@ -91,7 +91,7 @@ impl Slicer {
 
     pub(super) fn finish(&mut self) -> Result<()> {
         if self.open.is_some() || !self.header.is_empty() {
-            return Err(malformed("a tar archive ends inside an entry"));
+            return Err(malformed("a tar archive ends inside an entry").into());
         }
         if !self.raw.is_empty() {
             self.cut(None);
@@ -122,7 +122,7 @@ impl Slicer {
     /// Processes the next bytes of the archive.
     pub(super) fn push(&mut self, mut bytes: &[u8]) -> Result<()> {
         if self.archive.is_none() {
-            return Err(malformed("data came outside of an archive"));
+            return Err(malformed("data came outside of an archive").into());
         }
         while !bytes.is_empty() {
             bytes = match self.open.take() {

@@ -1,6 +1,7 @@
 //! `wal-archiver check`: checks every precondition and prints a line for each, with the remedy.
 //! Changes nothing.
 
+use dashboard::http::tls_expiry;
 use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use repository::{
     ExitKind, Repository,
@@ -14,7 +15,6 @@ use super::{daemon, output, places, runtime};
 use crate::{
     conninfo,
     error::{Error, Result},
-    http::tls_expiry,
     spool,
     standby_slots::Standby,
     synchronous::{Membership, danger, membership},

@@ -1,10 +1,11 @@
 //! `wal-archiver config check` and `config show`.
 
+use dashboard::http;
 use replication::ConnInfo;
 use repository::config::Settings;
 
 use super::{output, places};
-use crate::{error::Result, http};
+use crate::error::Result;
 
 pub(super) fn check(settings: &Settings) -> Result<()> {
     http::check(settings.http, &settings.http_access)?;

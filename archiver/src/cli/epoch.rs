@@ -20,7 +20,7 @@ use crate::{
     core::live_cluster::LiveCluster,
     error::{Error, Result},
     pipeline::{Pipeline, observe, session::Source},
-    spool::{Spool, remove_record},
+    spool::{Spool, record::remove_record},
     supervisor::{CatalogPlace, open_archive},
 };
 

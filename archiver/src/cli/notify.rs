@@ -1,13 +1,11 @@
 //! `wal-archiver notify test`: sends a test to every configured receiver, and prints whether each
 //! accepted it.
 
+use dashboard::notifications::{self, Links};
 use repository::config::Settings;
 
 use super::{output, runtime};
-use crate::{
-    error::{Error, Result},
-    notifications::{self, Links},
-};
+use crate::error::{Error, Result};
 
 pub(super) fn test(settings: &Settings) -> Result<()> {
     if settings.notify.is_empty() {

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use wal_format::Lsn;
 
-use super::Action;
+use super::action::Action;
 
 /// The distance to the server's flush LSN from which fsyncs are passed to the flusher instead of
 /// awaited.

@@ -12,7 +12,7 @@ use status::durable::{DurablePositions, DurableWal};
 use tokio::sync::watch;
 use wal_format::Lsn;
 
-use crate::core::{Action, Core, Event, positions::Positions};
+use crate::core::{Core, action::Action, event::Event, positions::Positions};
 
 /// The content of a status update.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

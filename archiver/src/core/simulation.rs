@@ -21,7 +21,7 @@ use self::{
     archiver::{Archiver, Begins},
     world::{Disk, Rng, Run, Server, Store, safe_end},
 };
-use super::Mutation;
+use super::action::Mutation;
 
 const CHAOS_STEPS: u64 = 250;
 /// Every step makes progress, so this is far more than any history needs.

@@ -17,9 +17,9 @@ use wal_format::Lsn;
 
 use super::{archive::Archive, failure::Failure, seal::Backlog};
 use crate::{
-    core::Event,
+    core::event::Event,
     error::{Error, Result},
-    spool::{CompletedSegment, OpenSegment},
+    spool::{open_segment::OpenSegment, writer::CompletedSegment},
 };
 
 /// The number of segments that may wait for their fsync. Two keep the disk busy; more would only be

@@ -5,11 +5,11 @@
 //! stream waits for none of this. A record that cannot be written now is written later, when the
 //! repository is back.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use wal_format::{Branch, FailoverLoss, Lsn, PgTimestamp};
 
-use super::{Pipeline, archive::Archive};
+use super::{Pipeline, archive::Archive, losses::Orphan};
 use crate::{
     blocking::blocking,
     core::start::{Held, ServerBranch},
@@ -19,19 +19,6 @@ use crate::{
 /// The maximum number of lost commits of one failover that are logged. Further ones are only
 /// counted.
 const LOST_COMMITS_LOGGED_MAX: usize = 100;
-
-/// Archived WAL that the server never had.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Orphan {
-    /// The branch of the WAL.
-    pub(crate) branch: Branch,
-    /// The branch on which the server continued.
-    pub(crate) successor: Branch,
-    /// The LSN at which the server's history left the branch.
-    pub(crate) from: Lsn,
-    /// The end of the archived WAL.
-    pub(crate) to: Lsn,
-}
 
 /// Returns the archived WAL after each fork of the server's path, oldest first.
 pub(crate) fn orphans(path: &[ServerBranch], held: &[Held]) -> Vec<Orphan> {
@@ -83,79 +70,6 @@ fn abandoned(
         }
     }
     Ok(orphans)
-}
-
-/// The failover losses known to this archiver.
-#[derive(Debug, Default)]
-pub(crate) struct Losses {
-    known: Mutex<Known>,
-    /// Locked while losses are examined and recorded.
-    working: Mutex<()>,
-}
-
-#[derive(Debug, Default)]
-struct Known {
-    /// Found, but not examined yet.
-    found: Vec<Orphan>,
-    /// Examined, but not stored in the repository yet.
-    unrecorded: Vec<FailoverLoss>,
-    /// Stored in the repository.
-    recorded: Vec<FailoverLoss>,
-}
-
-impl Known {
-    fn has(&self, orphan: &Orphan) -> bool {
-        let mut losses = self.recorded.iter().chain(&self.unrecorded);
-        losses.any(|loss| (loss.branch, loss.successor) == (orphan.branch, orphan.successor))
-            || self.found.contains(orphan)
-    }
-}
-
-impl Losses {
-    /// Creates the list from the losses in the repository.
-    pub(super) fn of(recorded: Vec<FailoverLoss>) -> Self {
-        Self {
-            known: Mutex::new(Known {
-                recorded,
-                ..Known::default()
-            }),
-            working: Mutex::default(),
-        }
-    }
-
-    /// Returns all losses that were examined.
-    pub(crate) fn all(&self) -> Vec<FailoverLoss> {
-        let known = self.lock();
-        known
-            .recorded
-            .iter()
-            .chain(&known.unrecorded)
-            .cloned()
-            .collect()
-    }
-
-    fn knows_all(&self, orphans: &[Orphan]) -> bool {
-        let known = self.lock();
-        orphans.iter().all(|orphan| known.has(orphan))
-    }
-
-    fn found(&self, orphans: Vec<Orphan>) {
-        let mut known = self.lock();
-        for orphan in orphans {
-            if !known.has(&orphan) {
-                tracing::warn!(
-                    branch = %orphan.branch, from = %orphan.from, to = %orphan.to,
-                    "the archive holds WAL of the old timeline after the point where the promoted server left it; it \
-                     is kept and searched for commits"
-                );
-                known.found.push(orphan);
-            }
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Archive {

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     blocking::blocking,
-    core::Event,
+    core::event::Event,
     error::{Error, Result},
     outcomes, synchronous,
 };

@@ -30,7 +30,7 @@ use wal_format::{
 use super::archive::Archive;
 use crate::{
     error::Result,
-    spool::{BranchSpool, Spool},
+    spool::{Spool, branch::BranchSpool},
 };
 
 /// The number of segments, of backups besides the newest one, of parts of the newest backup and of

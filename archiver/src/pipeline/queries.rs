@@ -1,11 +1,11 @@
 //! The answers of the archive to the dashboard's queries.
 
+use dashboard::monitor::queries::ArchiveQueries;
 use repository::store::MemberState;
 use status::locate::Located;
 use wal_format::PgTimestamp;
 
 use super::{current::CurrentArchive, nearest};
-use crate::monitor::queries::ArchiveQueries;
 
 impl ArchiveQueries for CurrentArchive {
     fn places(&self) -> Vec<MemberState> {

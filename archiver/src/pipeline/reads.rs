@@ -14,7 +14,7 @@ use wal_format::{
 use super::archive::Archive;
 use crate::{
     error::{Error, Result},
-    spool::Before,
+    spool::before::Before,
 };
 
 /// The reason why a segment could not be copied into a file.

@@ -23,10 +23,11 @@ use tokio::{
 use wal_format::{Branch, Lsn};
 
 use super::{
+    command::{Command, Received},
     failure::Failure,
     server_shutdown::{EndRequests, StreamRelease},
     voice::Voice,
-    write::{Command, Intake, Received},
+    write::Intake,
 };
 use crate::{
     core::{progress::Acknowledgement, shutdown::Shutdown},

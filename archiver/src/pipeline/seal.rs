@@ -22,7 +22,7 @@ use wal_format::{Branch, Lsn, PgTimestamp, SealedHeader, SegmentNo, SegmentSumma
 
 use super::{archive::Archive, failure::Failure};
 use crate::{
-    core::{Action, Event, progress::Progress},
+    core::{action::Action, event::Event, progress::Progress},
     error::{Error, Result},
 };
 

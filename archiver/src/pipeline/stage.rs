@@ -15,15 +15,20 @@ use wal_format::{Branch, Lsn};
 
 use super::{
     archive::Archive,
+    command::{Command, Received, TakenUp},
     flush::Flusher,
     seal::Backlog,
     tail::TailSlot,
-    write::{Command, Received, TakenUp},
 };
 use crate::{
-    core::{Action, Event, cursor::take_up_at, pace::CATCH_UP_BYTES, positions::Coverage},
+    core::{
+        action::Action, cursor::take_up_at, event::Event, pace::CATCH_UP_BYTES, positions::Coverage,
+    },
     error::{Error, Result},
-    spool::{Before, SpoolWriter, TailCut},
+    spool::{
+        before::Before,
+        writer::{SpoolWriter, TailCut},
+    },
 };
 
 /// The writer of the branch that is streamed, and the stages after it.

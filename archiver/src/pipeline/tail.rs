@@ -17,9 +17,9 @@ use wal_format::SealedHeader;
 
 use super::{archive::Archive, failure::Failure};
 use crate::{
-    core::Event,
+    core::event::Event,
     error::{Error, Result},
-    spool::TailCut,
+    spool::writer::TailCut,
 };
 
 /// Pause after a failed request, doubled up to the maximum. See the constants of the same names in

@@ -19,7 +19,10 @@ use std::{
 use repository::{CrashPoint, access, durable};
 use wal_format::SegmentNo;
 
-use super::{BranchSpool, sync_directory};
+use super::{
+    branch::BranchSpool,
+    files::{of_the_disk, sync_directory},
+};
 use crate::error::{Error, Result};
 
 /// The number of zero bytes written after the content.
@@ -232,23 +235,6 @@ impl OpenSegment {
         sync_directory(self.path.parent().unwrap_or(&self.path))?;
         let reached = CrashPoint::SegmentFinished.reach();
         reached.map_err(Error::io("rename", &self.partial))
-    }
-}
-
-/// Converts the error of a durable file operation to one of the spool's disk: the repository did
-/// not fail.
-pub(super) fn of_the_disk(error: repository::Error) -> Error {
-    match error {
-        repository::Error::Store {
-            action,
-            path,
-            source,
-        } => Error::Io {
-            action,
-            path,
-            source,
-        },
-        other => other.into(),
     }
 }
 

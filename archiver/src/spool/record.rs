@@ -11,7 +11,7 @@ use repository::ClusterIdentity;
 use serde::{Deserialize, Serialize};
 use wal_format::{Branch, Lsn};
 
-use super::{Spool, open_segment::of_the_disk};
+use super::{Spool, files::of_the_disk};
 use crate::error::{Error, Result};
 
 const RECORD_FILE: &str = "position.json";

@@ -8,7 +8,12 @@ use wal_format::{
     Branch, ClusterName, Lsn, PgVersion, SegmentSize, SystemIdentifier, WalIdentity, WalIndexer,
 };
 
-use super::{Before, BranchSpool, CompletedSegment, Spool, SpoolWriter};
+use super::{
+    Spool,
+    before::Before,
+    branch::BranchSpool,
+    writer::{CompletedSegment, SpoolWriter},
+};
 use crate::error::Error;
 
 const PAGE: usize = 8192;

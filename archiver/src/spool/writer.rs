@@ -13,8 +13,9 @@ use wal_format::{
 };
 
 use super::{
-    Before, BranchSpool, OpenSegment,
-    open_segment::{is_no_space, renew_complete},
+    before::Before,
+    branch::BranchSpool,
+    open_segment::{OpenSegment, is_no_space, renew_complete},
 };
 use crate::{
     core::cursor::{self, Cursor, OutOfOrder, Reached, Step},

@@ -7,11 +7,15 @@
 use repository::ExitKind;
 use status::cluster_status::ClusterStatus;
 
-use super::{DECODE_ATTEMPTS_MAX, Supervisor};
+use super::state::Supervisor;
 use crate::{
     descriptors,
     error::{Error, Result, may_pass},
 };
+
+/// The number of times that a damaged record is requested. Damage during the transfer does not
+/// repeat; damage on the server's disk does.
+const DECODE_ATTEMPTS_MAX: u32 = 3;
 
 impl Supervisor {
     /// Decides about an error during a shutdown. Returns fatal errors and I/O errors, and logs

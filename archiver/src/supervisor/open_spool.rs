@@ -6,7 +6,7 @@
 use repository::config::ClusterSettings;
 use status::cluster_status::ClusterStatus;
 
-use super::{RETRY_MAX, RETRY_MIN, jitter};
+use super::retry::{RETRY_MAX, RETRY_MIN, jitter};
 use crate::{
     blocking::blocking,
     core::shutdown::Shutdown,

@@ -11,7 +11,7 @@ use replication::ConnInfo;
 use repository::config::ClusterSettings;
 use status::cluster_status::ClusterStatus;
 
-use super::{RETRY_MIN, Supervisor};
+use super::{retry::RETRY_MIN, state::Supervisor};
 use crate::{
     core::shutdown::Shutdown,
     error::{Error, Result},

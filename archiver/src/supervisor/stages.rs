@@ -10,7 +10,7 @@ use std::{sync::Arc, time::Duration};
 use catalog::Catalog;
 use repository::{ClusterIdentity, Error as StoreError, Repository, config::ClusterSettings};
 
-use super::{BEAT, Supervisor, known};
+use super::{known, retry::BEAT, state::Supervisor};
 use crate::{
     blocking::blocking,
     core::live_cluster::LiveCluster,

@@ -6,15 +6,15 @@
 use std::io;
 
 use tokio::io::BufReader;
-use wal_format::{Lsn, SegmentSize, TimelineId};
+use wal_format::SegmentSize;
 
 use super::{
     Shared,
     command::{self, Command},
+    refusal::Refusal,
     source::Source,
-    startup::Socket,
-    stream::{self, Refusal},
-    wire::{Answer, Type, read_message},
+    stream,
+    wire::{Answer, Socket, Type, read_message},
 };
 
 pub(super) async fn serve(socket: impl Socket, shared: &Shared) -> io::Result<()> {
@@ -152,11 +152,4 @@ fn size_text(size: SegmentSize) -> String {
     } else {
         format!("{megabytes}MB")
     }
-}
-
-/// Appends the result set that follows a timeline's last byte: the next timeline and its start.
-pub(super) fn next_timeline(answer: &mut Answer, timeline: TimelineId, start: Lsn) {
-    answer.columns(&[("next_tli", Type::Int8), ("next_tli_startpos", Type::Text)]);
-    let (timeline, start) = (timeline.get().to_string(), start.to_string());
-    answer.row(&[Some(timeline.as_bytes()), Some(start.as_bytes())]);
 }

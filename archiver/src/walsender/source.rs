@@ -12,7 +12,7 @@ use wal_format::{
     TimelineHistory, TimelineId,
 };
 
-use super::{Shared, stream::Refusal};
+use super::{Shared, refusal::Refusal};
 use crate::{
     blocking::blocking,
     core::progress::Progress,

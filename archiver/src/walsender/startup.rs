@@ -6,15 +6,11 @@
 use std::{collections::BTreeMap, io, time::Duration};
 
 use bytes::Bytes;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
-    net::TcpStream,
-    time::timeout,
-};
+use tokio::{io::AsyncWriteExt, net::TcpStream, time::timeout};
 
 use super::{
     Shared, scram, session,
-    wire::{Answer, read_message, read_startup},
+    wire::{Answer, Socket, read_message, read_startup},
 };
 
 const SSL_REQUEST: u32 = 80_877_103;
@@ -22,10 +18,6 @@ const GSSENC_REQUEST: u32 = 80_877_104;
 const CANCEL_REQUEST: u32 = 80_877_102;
 /// Corresponds to PostgreSQL's `authentication_timeout`.
 const STARTUP_MAX: Duration = Duration::from_secs(60);
-
-/// The operations that a connection's byte stream must support.
-pub(super) trait Socket: AsyncRead + AsyncWrite + Unpin + Send {}
-impl<S: AsyncRead + AsyncWrite + Unpin + Send> Socket for S {}
 
 /// The parameters of a startup packet.
 struct Client {

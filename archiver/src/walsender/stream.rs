@@ -19,11 +19,12 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use wal_format::{Lsn, PgTimestamp, TimelineId};
 
 use super::{
-    Shared, session,
+    Shared,
+    refusal::Refusal,
     source::{Place, Source, WalReader},
-    wire::{Answer, Message, read_message},
+    wire::{Answer, Message, Type, read_message},
 };
-use crate::{blocking::blocking, error::Error};
+use crate::blocking::blocking;
 
 /// Corresponds to `MAX_SEND_SIZE` in `walsender.c`.
 const SEND_BYTES_MAX: usize = 128 << 10;
@@ -35,25 +36,6 @@ const POLL: Duration = Duration::from_millis(20);
 /// `wal_sender_timeout`.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-
-/// An error that is sent to the client.
-#[derive(Debug)]
-pub(super) struct Refusal {
-    pub(super) code: &'static str,
-    pub(super) words: String,
-}
-
-impl Refusal {
-    pub(super) fn new(code: &'static str, words: String) -> Self {
-        Self { code, words }
-    }
-}
-
-impl From<Error> for Refusal {
-    fn from(error: Error) -> Self {
-        Self::new("58030", error.to_string())
-    }
-}
 
 struct Stream<'a> {
     shared: &'a Shared,
@@ -89,11 +71,18 @@ pub(super) async fn run(
         }
     }
     if let Some((switch, successor)) = stream.place.next {
-        session::next_timeline(answer, successor.timeline, switch);
+        next_timeline(answer, successor.timeline, switch);
     }
     answer.complete("START_STREAMING");
     answer.complete("START_REPLICATION");
     Ok(Ok(()))
+}
+
+/// Appends the result set that follows a timeline's last byte: the next timeline and its start.
+fn next_timeline(answer: &mut Answer, timeline: TimelineId, start: Lsn) {
+    answer.columns(&[("next_tli", Type::Int8), ("next_tli_startpos", Type::Text)]);
+    let (timeline, start) = (timeline.get().to_string(), start.to_string());
+    answer.row(&[Some(timeline.as_bytes()), Some(start.as_bytes())]);
 }
 
 impl<'a> Stream<'a> {

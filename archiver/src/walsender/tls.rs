@@ -6,9 +6,8 @@
 
 use std::path::Path;
 
+use dashboard::server_certificate::load;
 use tokio_rustls::TlsAcceptor;
-
-use crate::server_certificate::load;
 
 pub(super) fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor, String> {
     Ok(TlsAcceptor::from(

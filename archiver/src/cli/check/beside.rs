@@ -1,6 +1,7 @@
 //! The checks of everything except the stream: the server's free slots and walsenders, both clocks,
 //! base backups, the dashboard. Changes nothing.
 
+use dashboard::http::{self, error::HttpError};
 use replication::ReplicationClient;
 use repository::{
     ExitKind, Repository,
@@ -17,7 +18,6 @@ use super::{Report, tls_expiry};
 use crate::{
     descriptors::{Limit, needed},
     error::Result,
-    http::{self, HttpError},
 };
 
 /// Compares the limit on open files with what the configured clusters need. The daemon's limit may

@@ -10,8 +10,10 @@ use wal_format::{Branch, Lsn};
 
 use super::{Broken, PAGE, Simulation, world::origins};
 use crate::core::{
-    Action, Core, Event,
+    Core,
+    action::Action,
     cursor::{Cursor, Reached, Step},
+    event::Event,
     pace::PaceSettings,
     sealing::Place,
 };

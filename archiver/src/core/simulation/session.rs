@@ -9,8 +9,8 @@ use super::{
 };
 use crate::{
     core::{
-        Event,
         cursor::{self, Cursor, Reached, Step, is_still_open, take_up_at},
+        event::Event,
         positions::Coverage,
         start::{Held, plan_start},
     },
