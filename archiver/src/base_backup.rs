@@ -25,11 +25,13 @@ use wal_format::{
 
 use crate::{
     conninfo,
+    core::shutdown::Shutdown,
     error::{Error, Result},
     outcomes,
     pipeline::session::Source,
 };
 
+mod archived;
 mod damaged_pages;
 pub mod error;
 mod manifest;
@@ -59,6 +61,8 @@ pub enum Progress {
     Checkpoint,
     /// The standby's last restartpoint is on a timeline that it has left.
     WaitingForRestartpoint,
+    /// Nobody is known to archive the server's WAL yet.
+    WaitingForArchiver,
     /// The data is being read.
     Copying {
         /// The number of raw bytes read.
@@ -79,7 +83,7 @@ pub enum Progress {
 }
 
 /// Takes a full base backup and waits until it can be restored. A failure is recorded in the
-/// repository, for the dashboard.
+/// repository, for the dashboard. `stop` ends it.
 ///
 /// # Errors
 /// The error that stopped the backup. The backup is then not listed.
@@ -87,9 +91,10 @@ pub async fn take(
     settings: &ClusterSettings,
     label: &str,
     progress: &(dyn Fn(Progress) + Sync),
+    stop: Shutdown,
 ) -> Result<BackupInfo> {
     let began = jiff::Timestamp::now();
-    let taken = attempt(settings, label, progress).await;
+    let taken = attempt_until(settings, label, progress, stop).await;
     if let Err(error) = &taken
         && !is_of_wrong_place(error)
     {
@@ -114,14 +119,25 @@ pub(crate) async fn attempt(
     label: &str,
     progress: &(dyn Fn(Progress) + Sync),
 ) -> Result<BackupInfo> {
+    attempt_until(settings, label, progress, Shutdown::never()).await
+}
+
+async fn attempt_until(
+    settings: &ClusterSettings,
+    label: &str,
+    progress: &(dyn Fn(Progress) + Sync),
+    mut stop: Shutdown,
+) -> Result<BackupInfo> {
     let began = Instant::now();
     loop {
-        match Box::pin(attempt_once(settings, label, progress)).await {
+        match Box::pin(attempt_once(settings, label, progress, &stop)).await {
             Err(Error::BaseBackup(BaseBackupError::OldRestartpoint { .. }))
                 if began.elapsed() < RESTARTPOINT_PATIENCE =>
             {
                 progress(Progress::WaitingForRestartpoint);
-                tokio::time::sleep(RESTARTPOINT_POLL).await;
+                if !stop.sleep(RESTARTPOINT_POLL).await {
+                    return Err(BaseBackupError::Interrupted.into());
+                }
             }
             attempted => return attempted,
         }
@@ -132,6 +148,7 @@ async fn attempt_once(
     settings: &ClusterSettings,
     label: &str,
     progress: &(dyn Fn(Progress) + Sync),
+    stop: &Shutdown,
 ) -> Result<BackupInfo> {
     let conninfo = conninfo::of_cluster(settings)?;
     let (mut source, server_version) = Source::connect(&conninfo, &settings.name).await?;
@@ -151,6 +168,15 @@ async fn attempt_once(
     };
     check_state().await?;
     let branch = source.current_branch(&repository).await?;
+    let archived = archived::Watch {
+        settings,
+        conninfo: &conninfo,
+        repository: &repository,
+        identity: &identity,
+        branch,
+        flush_lsn: source.flush_lsn(),
+    };
+    archived.wait(progress, stop.clone()).await?;
     let clock_offset_micros = clock_offset(&conninfo).await.unwrap_or_else(|error| {
         tracing::debug!(%error, "the server's clock is not known; the backup has this host's times");
         0
@@ -164,6 +190,7 @@ async fn attempt_once(
         server_version,
         level: settings.compression_level,
         clock_offset_micros,
+        stop: stop.clone(),
     };
     let outcome = match backup.run(source, progress).await {
         // The place may have been exchanged for an older copy during the backup.
@@ -208,6 +235,8 @@ struct Taking {
     level: i32,
     /// The server's clock minus this host's, in microseconds. 0 if it is not known.
     clock_offset_micros: i64,
+    /// Ends the backup.
+    stop: Shutdown,
 }
 
 /// The parts of the stream received so far.
@@ -256,7 +285,9 @@ impl Taking {
             max_rate: None,
         };
         let conninfo = source.conninfo().clone();
-        let mut stream = source.into_client().base_backup(&options).await?;
+        let mut stop = self.stop.clone();
+        let begun = stop.until(source.into_client().base_backup(&options)).await;
+        let mut stream = begun.ok_or(BaseBackupError::Interrupted)??;
         let mut received = Received {
             started: self.server_time(),
             start: None,
@@ -304,6 +335,7 @@ impl Taking {
             start_lsn,
             stop_lsn,
             progress,
+            &mut stop,
         )
         .await?;
         let info = BackupInfo {
@@ -376,8 +408,10 @@ impl Taking {
         let room = Arc::new(Semaphore::new(SLICES_IN_FLIGHT));
         let mut stored: Vec<(usize, BackupSlice)> = Vec::new();
         let mut number = 0;
+        let mut stop = self.stop.clone();
         loop {
-            let message = stream.next().await?;
+            let message = stop.until(stream.next()).await;
+            let message = message.ok_or(BaseBackupError::Interrupted)??;
             let done = message == BackupMessage::Done;
             received.take(message, progress)?;
             let current = self.branch.timeline;

@@ -21,6 +21,7 @@ mod epoch;
 mod expire;
 mod facts;
 mod import;
+mod interrupt;
 mod key;
 mod lock;
 mod losses;
@@ -30,6 +31,7 @@ mod output;
 mod places;
 mod remove;
 mod resetwal;
+mod resources;
 mod run;
 mod status;
 mod verify;
@@ -280,6 +282,9 @@ enum KeyCommand {
     },
     /// Checks that the configured keys can open every data key.
     Check,
+    /// Encrypts a plain archive: new objects at once, then those that it has. Can be killed and
+    /// run again.
+    Encrypt,
     /// Wraps every data key with every configured key; no object changes.
     Rewrap,
 }
@@ -324,6 +329,12 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Push { .. } => Settings::resolve_for_storage(&cli.common)?,
         _ => Settings::resolve(&cli.common)?,
     };
+    match &cli.command {
+        Command::Run { .. } => resources::require_for_daemon(settings.clusters.len())?,
+        Command::Config(_) => {}
+        _ => resources::require_for_command()?,
+    }
+    end_at_a_signal(&cli.command)?;
     match cli.command {
         Command::Run { http } => run::run(cli.common, settings, http),
         Command::Import { directory, compare } => import::run(one(&settings)?, &directory, compare),
@@ -411,6 +422,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Config(ConfigCommand::Show) => config::show(&settings),
         Command::Key(KeyCommand::New { path }) => key::new(path.as_deref()),
         Command::Key(KeyCommand::Check) => key::check(&settings),
+        Command::Key(KeyCommand::Encrypt) => key::encrypt(&settings),
         Command::Key(KeyCommand::Rewrap) => key::rewrap(&settings),
         Command::Lock(LockCommand::Extend {
             days,
@@ -425,6 +437,40 @@ pub fn run(cli: Cli) -> Result<()> {
             lock::extend(&settings, days, from_backup.as_ref(), mode, dry_run)
         }
     }
+}
+
+/// Says at SIGINT or SIGTERM what a command leaves. The daemon and a backup end in order instead.
+fn end_at_a_signal(command: &Command) -> Result<()> {
+    let (left, json) = match command {
+        Command::Verify { json, .. } => (
+            "nothing was changed and no result is recorded; what was repaired stays repaired. Run `wal-archiver verify` again",
+            *json,
+        ),
+        Command::Expire {
+            json,
+            dry_run: false,
+            ..
+        } => (
+            "what is marked as expired stays hidden and can be restored with `wal-archiver expire --undo` within the grace; \
+             what is removed is removed. The next run of `wal-archiver expire` goes on",
+            *json,
+        ),
+        Command::Import { .. } => (
+            "what was imported is in the repository. Run the same command again: it goes on with the rest",
+            false,
+        ),
+        Command::Key(KeyCommand::Encrypt) => (
+            "the archive can be read with its key, each object in the form that it has. Run `wal-archiver key encrypt` \
+             again: it goes on with the rest",
+            false,
+        ),
+        Command::Push { .. } => (
+            "the file is not reported as archived. PostgreSQL runs the command again",
+            false,
+        ),
+        _ => return Ok(()),
+    };
+    interrupt::end_with(left, json)
 }
 
 /// Writes an error as one line to standard error.

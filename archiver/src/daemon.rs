@@ -104,7 +104,7 @@ pub async fn run(args: CommonArgs, settings: Settings, http: Option<SocketAddr>)
     let server = HttpServer::bind(http.unwrap_or(settings.http), &settings.http_access).await?;
     let address = server.address();
     tracing::info!(%address, "serving HTTP");
-    let links = Links::new(&settings, address);
+    let links = Links::new(&settings);
     let mut daemon = Daemon {
         args,
         http: settings.http,
@@ -344,7 +344,7 @@ impl Daemon {
 
 /// Takes a base backup that was requested over HTTP.
 async fn take_backup(settings: ClusterSettings) {
-    match base_backup::take(&settings, "asked for over HTTP", &|_| {}).await {
+    match base_backup::take(&settings, "asked for over HTTP", &|_| {}, Shutdown::never()).await {
         Ok(backup) => {
             tracing::info!(cluster = %settings.name, backup = %backup.id, "base backup complete");
         }

@@ -182,6 +182,12 @@ pub enum Error {
         /// The exit code by Nagios's convention.
         code: u8,
     },
+    /// Plain objects that could not be encrypted yet.
+    #[error("{problem}")]
+    StillPlain {
+        /// The number of objects, the reason and the remedy.
+        problem: String,
+    },
     /// Alert receivers that could not be notified.
     #[error("not told: {targets}")]
     NotNotified {
@@ -313,7 +319,8 @@ impl Error {
             | Self::Nagios { code: 0 | 1 | 4.. }
             | Self::ThreadStopped { .. }
             | Self::SlotLost { .. }
-            | Self::SpoolDenied { .. } => ExitKind::Failed,
+            | Self::SpoolDenied { .. }
+            | Self::StillPlain { .. } => ExitKind::Failed,
             Self::Replication(error) if error.is_usage() => ExitKind::Usage,
             Self::Repository(error) => error.exit_kind(),
             Self::Wal(error) => error.exit_kind(),

@@ -36,7 +36,7 @@ use self::{
 use crate::error::{Error, Result};
 
 /// The file that the running archiver locks.
-const LOCK_FILE: &str = "lock";
+pub(crate) const LOCK_FILE: &str = "lock";
 
 /// A cluster's spool, locked by this process.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ mod crash_points;
 mod dashboard;
 mod disk;
 mod divergence;
+mod ending;
 mod faults;
 mod gaps;
 mod history;

@@ -237,6 +237,57 @@ fn check_finds_each_broken_setting_and_names_the_remedy() {
             ],
         ),
         (
+            "spool in the repository",
+            vec![("spool", at("repository/spool"))],
+            2,
+            [
+                "is inside of the repository",
+                "name another directory as spool",
+            ],
+        ),
+        (
+            "repository in the spool",
+            vec![("repository", file("spool/deep/archive"))],
+            2,
+            ["contains the repository", "name another directory as spool"],
+        ),
+        (
+            "backup that does not exist",
+            vec![
+                ("keep_window", "\"7d\"".to_owned()),
+                ("keep_backups", "[\"20200101T000000Z-0000\"]".to_owned()),
+            ],
+            2,
+            [
+                "keep_backups names 20200101T000000Z-0000",
+                "wal-archiver backup list",
+            ],
+        ),
+        (
+            "value without a unit",
+            vec![("rpo_target", "5".to_owned())],
+            2,
+            [
+                "tidemark.toml, line 4, column 1, `rpo_target = 5`: ",
+                "write rpo_target = \"5s\"",
+            ],
+        ),
+        (
+            "unknown key",
+            vec![("sloot", "\"x\"".to_owned())],
+            2,
+            [
+                "line 4, column 1, `sloot = \"x\"`: ",
+                "did you mean \"slot\"?",
+            ],
+        ),
+        (
+            "unfinished text",
+            vec![("slot", "\"x".to_owned())],
+            2,
+            ["tidemark.toml, line 4, column ", "`slot = \"x`: "],
+        ),
+        (
             "spool is a file",
             vec![("spool", at("file"))],
             1,

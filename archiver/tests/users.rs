@@ -20,6 +20,81 @@ const DAEMON: u32 = 54_321;
 const GROUP: u32 = 54_322;
 const STRANGER: u32 = 54_323;
 
+/// On a bucket, only the files of this host differ by user. Needs root to become other users.
+#[test]
+fn a_user_who_may_not_read_a_file_of_the_configuration_is_told_whose_it_is() {
+    if server_user().is_none() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = |name: &str| directory.path().join(name);
+    let mode = |name: &str, mode| {
+        let set = fs::set_permissions(path(name), fs::Permissions::from_mode(mode));
+        set.expect("chmod");
+    };
+    mode("", 0o755);
+    fs::create_dir(path("spool")).expect("a directory");
+    let key = "11".repeat(32);
+    let credentials = "[default]\naws_access_key_id = a\naws_secret_access_key = b\n";
+    let keys = format!(
+        "repository = \"s3://bucket/p\"\ns3_endpoint = \"http://127.0.0.1:1\"\ns3_region = \"us-east-1\"\n\
+         s3_credentials_file = \"{}\"\nencryption_key_file = \"{}\"\nspool = \"{}\"\n",
+        path("credentials").display(),
+        path("key").display(),
+        path("spool").display()
+    );
+    for (name, content) in [
+        ("tidemark.toml", &*keys),
+        ("key", &*key),
+        ("credentials", credentials),
+    ] {
+        fs::write(path(name), content).expect("a file");
+    }
+    for name in ["tidemark.toml", "key", "credentials", "spool"] {
+        chown(path(name), Some(DAEMON), Some(GROUP)).expect("chown");
+        mode(name, if name == "spool" { 0o2770 } else { 0o640 });
+    }
+    let run = |program: &str, (user, group), arguments: &[&str]| {
+        let program = testbed::programs::ours(program).expect("it is built");
+        let mut command = Command::new(program);
+        command.current_dir("/").uid(user).gid(group);
+        outcome(
+            command
+                .arg("--config")
+                .arg(path("tidemark.toml"))
+                .args(arguments),
+        )
+    };
+    let commands: [(&str, &[&str]); 3] = [
+        ("wal-archiver", &["verify"]),
+        (
+            "wal-archiver",
+            &["push", "/absent/000000010000000000000001"],
+        ),
+        ("pitr-restore", &["list"]),
+    ];
+    // A member of the group gets as far as the bucket.
+    for (program, arguments) in commands {
+        let (_, said) = run(program, (STRANGER, GROUP), arguments);
+        assert!(!said.contains("ermission denied"), "{said}");
+    }
+    for name in ["credentials", "key", "tidemark.toml"] {
+        mode(name, 0o600);
+        let shown = path(name).display().to_string();
+        for (program, arguments) in commands {
+            let (code, said) = run(program, (STRANGER, GROUP), arguments);
+            assert_eq!(code, 2, "{said}");
+            for part in [
+                format!("{shown} belongs to user {DAEMON}, group {GROUP}, mode 0600"),
+                format!("this is user {STRANGER}"),
+                format!("`chgrp GROUP {shown} && chmod 0640 {shown}`"),
+            ] {
+                assert!(said.contains(&part), "{name} {arguments:?}: {said}");
+            }
+        }
+    }
+}
+
 /// Needs root to become other users.
 #[test]
 fn a_group_shares_a_repository_and_a_spool_and_other_users_are_told_why_not() {
@@ -73,6 +148,35 @@ fn a_group_shares_a_repository_and_a_spool_and_other_users_are_told_why_not() {
     assert_eq!(code, 0, "without a daemon: {said}");
     let (code, said) = restorer(postgres, GROUP, &["list"]);
     assert_eq!(code, 0, "{said}");
+    // What both users wrote is shared, and `check` finds what is not.
+    let file = above.join("groups.toml");
+    let keys = format!("repository_group = \"{GROUP}\"\nspool_group = \"{GROUP}\"\n");
+    fs::write(&file, keys).expect("a configuration");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("chmod");
+    let check = || {
+        outcome(
+            of_archiver(DAEMON, GROUP)
+                .arg("check")
+                .arg("--config")
+                .arg(&file),
+        )
+    };
+    let (_, said) = check();
+    for key in ["repository_group", "spool_group"] {
+        let shared = format!("ok    {key}: {GROUP} shares it");
+        assert!(said.contains(&shared), "{said}");
+    }
+    let object = place.files_below("/backup/").pop().expect("a backup");
+    fs::set_permissions(&object, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let (code, said) = check();
+    assert_eq!(code, 2, "{said}");
+    assert!(
+        said.contains("FAIL  repository_group: 1 of the ")
+            && said.contains(&object.display().to_string())
+            && said.contains(&format!("`chgrp -R {GROUP} {}", repository.display())),
+        "{said}"
+    );
+    fs::set_permissions(&object, fs::Permissions::from_mode(0o660)).expect("chmod");
     let (code, said) = outcome(of_archiver(DAEMON, GROUP).arg("verify"));
     assert_eq!(code, 0, "what another user of the group wrote: {said}");
     // No restore needs the recorded result of an earlier verification.

@@ -4,7 +4,7 @@
 use std::{
     fs, io,
     os::{fd::AsFd, unix::fs::MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use rustix::{
@@ -74,12 +74,66 @@ impl FolderAccess {
             return Ok(None);
         }
         let (name, path) = (&self.group, directory.display());
-        let rights = if self.may_write { "g+rwX" } else { "g+rX" };
         Ok(Some(format!(
-            "{path} belongs to group {} and has mode {mode:04o}, so group {name} cannot share it; run as root: \
-             `chgrp -R {name} {path} && chmod -R {rights} {path} && find {path} -type d -exec chmod g+s {{}} +`",
-            group_name(found.gid())
+            "{path} belongs to group {} and has mode {mode:04o}, so group {name} cannot share it; {}",
+            group_name(found.gid()),
+            self.remedy(directory)
         )))
+    }
+
+    /// Returns the files and directories below `directory` that the group cannot use, with the
+    /// remedy. They were created before the group was configured. Examines a sample: of each
+    /// directory the first and the newest names. Leaves out the paths in `except`, which only the
+    /// daemon uses.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for an unknown group.
+    pub fn difference_below(&self, directory: &Path, except: &[&Path]) -> Result<Option<String>> {
+        let group = self.number()?;
+        let mut sample = Sample {
+            except,
+            directories: 0,
+            examined: 0,
+            closed_count: 0,
+            closed: None,
+        };
+        sample.examine(directory, &|found| self.admits(group, found));
+        let Some((path, found)) = &sample.closed else {
+            return Ok(None);
+        };
+        let name = &self.group;
+        Ok(Some(format!(
+            "{} of the {} files and directories examined below {} cannot be used by group {name}: for example {} belongs to \
+             user {}, group {}, and has mode {:04o}; {}",
+            sample.closed_count,
+            sample.examined,
+            directory.display(),
+            path.display(),
+            user_name(found.uid()),
+            group_name(found.gid()),
+            found.mode() & 0o7777,
+            self.remedy(directory)
+        )))
+    }
+
+    /// Returns true if the members of the group can use a file or directory as this access says.
+    /// A file is replaced and never written by another user, so it has to be readable only.
+    fn admits(&self, group: u32, found: &fs::Metadata) -> bool {
+        let wanted = if found.is_dir() {
+            self.mode() & (SET_GROUP | GROUP)
+        } else {
+            0o040
+        };
+        found.gid() == group && found.mode() & wanted == wanted
+    }
+
+    /// Returns the commands that give the group this access to `directory` and everything below it.
+    fn remedy(&self, directory: &Path) -> String {
+        let (name, path) = (&self.group, directory.display());
+        let rights = if self.may_write { "g+rwX" } else { "g+rX" };
+        format!(
+            "run as root: `chgrp -R {name} {path} && chmod -R {rights} {path} && find {path} -type d -exec chmod g+s {{}} +`"
+        )
     }
 
     fn number(&self) -> Result<u32> {
@@ -97,6 +151,61 @@ impl FolderAccess {
                 self.group, self.group
             ))
         })
+    }
+}
+
+/// The limits of a sample: directories in all, and names in one directory, half of them its first
+/// and half its last. Names of WAL and of backups sort by age.
+const SAMPLED_DIRECTORIES_MAX: usize = 1000;
+const SAMPLED_NAMES_MAX: usize = 32;
+
+/// The files below a directory of which a group can use some and cannot use others.
+struct Sample<'a> {
+    except: &'a [&'a Path],
+    directories: usize,
+    examined: usize,
+    closed_count: usize,
+    /// The first file that the group cannot use.
+    closed: Option<(PathBuf, fs::Metadata)>,
+}
+
+impl Sample<'_> {
+    fn examine(&mut self, directory: &Path, admits: &dyn Fn(&fs::Metadata) -> bool) {
+        self.directories += 1;
+        if self.directories > SAMPLED_DIRECTORIES_MAX {
+            return;
+        }
+        let Ok(entries) = fs::read_dir(directory) else {
+            return;
+        };
+        let (mut below, mut files) = (Vec::new(), Vec::new());
+        for entry in entries.flatten() {
+            match entry.file_type() {
+                _ if self.except.contains(&&*entry.path()) => {}
+                Ok(kind) if kind.is_dir() => below.push(entry.path()),
+                Ok(kind) if kind.is_file() => files.push(entry.path()),
+                _ => {}
+            }
+        }
+        for paths in [&mut files, &mut below] {
+            paths.sort_unstable();
+            let excess = paths.len().saturating_sub(SAMPLED_NAMES_MAX);
+            let first = SAMPLED_NAMES_MAX / 2;
+            paths.drain(first.min(paths.len())..first.min(paths.len()) + excess);
+        }
+        for path in files.iter().chain(&below) {
+            let Ok(found) = fs::symlink_metadata(path) else {
+                continue;
+            };
+            self.examined += 1;
+            if !admits(&found) {
+                self.closed_count += 1;
+                self.closed.get_or_insert_with(|| (path.clone(), found));
+            }
+        }
+        for path in below {
+            self.examine(&path, admits);
+        }
     }
 }
 
@@ -192,6 +301,22 @@ fn name_in(table: &str, number: u32) -> String {
 /// of this process and the remedy. Empty for any other error.
 #[must_use]
 pub fn denial(path: &Path, error: &io::Error) -> String {
+    let shared = "let both users share the directory by a group (repository_group, spool_group)";
+    denial_unless(path, error, shared)
+}
+
+/// Describes a denied access to a file that the configuration names, or to the configuration.
+#[must_use]
+pub fn denial_of_setting(path: &Path, error: &io::Error) -> String {
+    let path_shown = path.display();
+    let shared = format!(
+        "let both users read it by a group: `chgrp GROUP {path_shown} && chmod 0640 {path_shown}`"
+    );
+    denial_unless(path, error, &shared)
+}
+
+/// Describes a denied access. `shared` is the remedy for two users of whom neither is root.
+fn denial_unless(path: &Path, error: &io::Error, shared: &str) -> String {
     if error.kind() != io::ErrorKind::PermissionDenied {
         return String::new();
     }
@@ -214,10 +339,7 @@ pub fn denial(path: &Path, error: &io::Error) -> String {
             None => format!("let root give {user} access to it, or name another one"),
         }
     } else {
-        format!(
-            "run the command as {owner} (`su -s /bin/sh {owner}`), or let both users share the directory by a group \
-             (repository_group, spool_group)"
-        )
+        format!("run the command as {owner} (`su -s /bin/sh {owner}`), or {shared}")
     };
     format!(
         " ({denying} belongs to user {owner}, group {}, mode {:04o}, and this is user {user}: {remedy})",
@@ -281,6 +403,56 @@ mod tests {
             assert_eq!(modes_below(alone), [0o700, 0o600, 0o600], "{alone:o}");
         }
         assert_eq!(modes_below(0o2700)[1], 0o600);
+    }
+
+    #[test]
+    fn files_that_a_group_cannot_use_are_found_below_a_shared_directory() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path();
+        fs::set_permissions(path, fs::Permissions::from_mode(0o2770)).expect("chmod");
+        let segments = path.join("main/wal");
+        durable::create_dir_all(&segments).expect("directories");
+        for number in 0..200 {
+            durable::replace(&segments.join(format!("{number:024}")), b"WAL").expect("a file");
+        }
+        let access = |group: u32, may_write| FolderAccess {
+            group: group.to_string(),
+            may_write,
+        };
+        let group = fs::metadata(path).expect("it is there").gid();
+        let set = |name: &str, mode| {
+            let file = segments.join(name);
+            fs::set_permissions(&file, fs::Permissions::from_mode(mode)).expect("chmod");
+            file
+        };
+        let said = |may_write| {
+            let said = access(group, may_write).difference_below(path, &[]);
+            said.expect("a group")
+        };
+        assert_eq!(said(true), None);
+        let newest = set(&format!("{:024}", 199), 0o600);
+        let found = said(true).expect("the group cannot read it");
+        for part in [
+            "1 of the 34 files",
+            &newest.display().to_string(),
+            "mode 0600",
+            &format!(
+                "`chgrp -R {group} {0} && chmod -R g+rwX {0}",
+                path.display()
+            ),
+        ] {
+            assert!(found.contains(part), "{part}: {found}");
+        }
+        fs::set_permissions(&newest, fs::Permissions::from_mode(0o660)).expect("chmod");
+        set("", 0o2750);
+        assert!(said(true).is_some_and(|said| said.contains("main/wal belongs")));
+        assert_eq!(said(false), None, "the group only reads");
+        let other = access(group + 1, false).difference_below(path, &[]);
+        let other = other.expect("a group").expect("it differs");
+        assert!(other.starts_with("34 of the 34 files"), "{other}");
+        let other = access(group + 1, false).difference_below(path, &[&segments]);
+        let other = other.expect("a group").expect("it differs");
+        assert!(other.starts_with("1 of the 1 files"), "{other}");
     }
 
     #[test]

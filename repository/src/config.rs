@@ -17,6 +17,7 @@ mod file;
 mod http;
 mod lock;
 mod notify;
+mod position;
 mod repositories;
 mod retention;
 mod s3;
@@ -30,6 +31,7 @@ pub use http::HttpAccess;
 pub use lock::{LOCK_DAYS_MAX, LockSettings};
 pub use notify::{NotifyKind, NotifyTarget, SmtpTls};
 pub use s3::{S3Credentials, S3Settings, Secret};
+pub(crate) use secret_file::denied;
 pub use secret_file::require_private;
 pub use url::{RepositoryPlace, RepositoryUrl};
 pub use walsender::WalsenderSettings;
@@ -146,7 +148,11 @@ impl Settings {
                 here.join("tidemark.toml").display()
             )));
         }
-        let mut settings = Self::from_file(args, file)?;
+        let settings = Self::from_file(args, file);
+        let mut settings = settings.map_err(|error| match &path {
+            Some(path) => file.locate(path, error),
+            None => error,
+        })?;
         let absolute = path
             .as_ref()
             .and_then(|path| std::path::absolute(path).ok());

@@ -5,12 +5,15 @@
 //! from. Each yields one key per line. The first key is used for new objects, and all of them can
 //! decrypt. A new key is a new first line.
 
-use std::{fmt, fs, path::PathBuf, process::Command, str::FromStr};
+use std::{fmt, fs, io, path::PathBuf, process::Command, str::FromStr};
 
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use crate::{Error, Result, config::require_private};
+use crate::{
+    Error, Result,
+    config::{denied, require_private},
+};
 
 /// A key's name: the first eight bytes of a digest of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -153,7 +156,8 @@ impl KeySource {
         let wrong = |problem: String| Error::config(format!("{self}: {problem}"));
         let text = Zeroizing::new(match self {
             Self::File(path) => {
-                if !path.exists() {
+                let missing = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+                if fs::metadata(path).as_ref().is_err_and(missing) {
                     return Err(wrong(format!(
                         "there is no such file; name the file that holds the archive's key, or create a key for a new \
                          archive with `wal-archiver key new {}`",
@@ -161,7 +165,7 @@ impl KeySource {
                     )));
                 }
                 require_private(path).map_err(wrong)?;
-                fs::read_to_string(path).map_err(|error| wrong(error.to_string()))?
+                fs::read_to_string(path).map_err(|error| wrong(denied(path, &error)))?
             }
             Self::Environment(name) => {
                 std::env::var(name).map_err(|_| wrong("the variable is not set".to_owned()))?

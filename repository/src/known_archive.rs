@@ -22,7 +22,7 @@ use crate::{
     Error, Repository, Result,
     config::{ClusterSettings, RepositoryPlace},
     durable,
-    store::{Pin, Witness},
+    store::{ENCRYPTED_SUFFIX, Pin, Witness},
 };
 
 const RECORD_FILE: &str = "repository.json";
@@ -266,8 +266,42 @@ impl Repository {
                 known.is_forgotten = true;
                 Ok(bare.remembering(&known))
             }
+            // The archive was encrypted since. Only an owner of the key can write this epoch.
+            (Ok(Some(found)), Some(record))
+                if found.identity.system_identifier == record.system_identifier
+                    && bare.is_encrypted_since(known)? =>
+            {
+                let mut known = known.clone();
+                known.is_forgotten = true;
+                let system = record.system_identifier;
+                let opened = bare.remembering(&known);
+                opened.remember(system)?;
+                Ok(opened)
+            }
             _ => Ok(opened),
         }
+    }
+
+    /// Returns true if the identity is encrypted, and this host recorded one that was not.
+    fn is_encrypted_since(&self, known: &KnownArchive) -> Result<bool> {
+        let is_encrypted = |witness: &Witness| witness.key.ends_with(ENCRYPTED_SUFFIX);
+        let Some(recorded) = known.pin(&self.url()) else {
+            return Ok(false);
+        };
+        if recorded.witnesses.iter().any(is_encrypted) {
+            return Ok(false);
+        }
+        for folder in ["epoch/", "epoch-copy/"] {
+            for (key, _) in self.list(folder)? {
+                if self
+                    .witness(&key)?
+                    .is_some_and(|found| is_encrypted(&found))
+                {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// Opens the repository of a cluster's settings without regard to this host's record. The next

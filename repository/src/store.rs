@@ -29,8 +29,8 @@ mod s3;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
-pub use encrypted::EncryptedStore;
 pub(crate) use encrypted::SUFFIX as ENCRYPTED_SUFFIX;
+pub use encrypted::{Conversion, EncryptedStore, EncryptionState};
 pub use local::LocalStore;
 pub use mirrored::{MemberState, MirroredStore};
 pub use observed::{ObservedStore, Observer, OpenPuts, REQUESTS};
@@ -156,6 +156,12 @@ impl Pin {
             && newer != self.witnesses
             && missing(&newer, read_twice)?.is_none()
         {
+            // A program that was started without the key would write plain objects.
+            if is_encrypted(&newer) && !is_encrypted(&self.witnesses) {
+                let problem = "its objects are encrypted now; name their key in encryption_key_file and start this \
+                               program again";
+                return Err(self.gone(url, problem.to_owned()));
+            }
             return Ok(());
         }
         Err(self.gone(url, problem))
@@ -168,6 +174,13 @@ impl Pin {
             problem,
         }
     }
+}
+
+/// Returns true if the witnesses are encrypted objects.
+fn is_encrypted(witnesses: &[Witness]) -> bool {
+    witnesses
+        .iter()
+        .any(|witness| witness.key.ends_with(ENCRYPTED_SUFFIX))
 }
 
 /// Looks for the witnesses. Returns `None` if one of them is there, otherwise the problem.

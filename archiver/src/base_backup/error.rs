@@ -23,6 +23,12 @@ pub enum BaseBackupError {
         /// The pages: file, block, relation.
         pages: String,
     },
+    /// A signal stopped the backup.
+    #[error(
+        "the base backup was stopped by a signal: it is not listed, and what it had stored was removed. Earlier backups \
+         stay. Run `wal-archiver backup` to take it again"
+    )]
+    Interrupted,
     /// The standby's last restartpoint is on a timeline that it has left.
     #[error(
         "the base backup would begin on timeline {start}, which the standby has left for timeline {current}: it has no \
@@ -33,6 +39,20 @@ pub enum BaseBackupError {
         start: TimelineId,
         /// The timeline that the standby follows.
         current: TimelineId,
+    },
+    /// Nobody archives the server's WAL, without which a base backup cannot be restored.
+    #[error(
+        "nobody archives this server's WAL, without which a base backup cannot be restored: slot \"{slot}\" is not in use, \
+         archive_mode is off, and after {seconds} s the repository lacks the WAL up to {lsn}. Nothing was copied. Start \
+         `wal-archiver run` with this configuration, and take the backup while it runs"
+    )]
+    NotArchived {
+        /// The slot of the configuration.
+        slot: String,
+        /// The end of the server's WAL when the backup was requested.
+        lsn: Lsn,
+        /// The time waited, in seconds.
+        seconds: u64,
     },
     /// The server sent data that cannot be parsed.
     #[error("the server sent a base backup that cannot be read: {problem}")]
@@ -71,9 +91,11 @@ impl BaseBackupError {
             Self::DamagedPages { .. } | Self::Manifest { .. } | Self::Malformed { .. } => {
                 ExitKind::Integrity
             }
-            Self::OldRestartpoint { .. } | Self::WalLost { .. } | Self::WalMissing { .. } => {
-                ExitKind::Failed
-            }
+            Self::Interrupted
+            | Self::NotArchived { .. }
+            | Self::OldRestartpoint { .. }
+            | Self::WalLost { .. }
+            | Self::WalMissing { .. } => ExitKind::Failed,
         }
     }
 }

@@ -6,7 +6,10 @@ use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, ObjectKey, SegmentName};
 
 use super::{Progress, WAL_PATIENCE, blocking, error::BaseBackupError};
-use crate::error::{Error, Result};
+use crate::{
+    core::shutdown::Shutdown,
+    error::{Error, Result},
+};
 
 const POLL: Duration = Duration::from_millis(300);
 /// The time in which a running archiver stores the WAL of a backup. After it, the wait is reported
@@ -22,6 +25,7 @@ pub(super) async fn for_wal(
     start_lsn: Lsn,
     stop_lsn: Lsn,
     progress: &(dyn Fn(Progress) + Sync),
+    stop: &mut Shutdown,
 ) -> Result<()> {
     let began = Instant::now();
     let mut is_late = false;
@@ -58,12 +62,14 @@ pub(super) async fn for_wal(
                 seconds_max: WAL_PATIENCE.as_secs(),
             });
         }
-        tokio::time::sleep(POLL).await;
+        if !stop.sleep(POLL).await {
+            return Err(BaseBackupError::Interrupted.into());
+        }
     }
 }
 
 /// Returns true if sealed segments and tails cover the range.
-fn is_stored(
+pub(super) fn is_stored(
     repository: &Repository,
     identity: &ClusterIdentity,
     branch: Branch,
@@ -134,7 +140,17 @@ mod tests {
         };
         repository.put_gap(system, &gap).expect("it is declared");
         let (start, stop) = (Lsn(0xE0_00D8), Lsn(0xF0_0028));
-        let waited = for_wal(&repository, &identity, Branch::FIRST, start, stop, &|_| {}).await;
+        let mut never = Shutdown::never();
+        let waited = for_wal(
+            &repository,
+            &identity,
+            Branch::FIRST,
+            start,
+            stop,
+            &|_| {},
+            &mut never,
+        )
+        .await;
         let error = waited.expect_err("it never comes").to_string();
         assert!(error.contains("0/D60000 to 0/F00000"), "{error}");
         // WAL after the loss may still arrive.
@@ -145,6 +161,7 @@ mod tests {
             gap.to_lsn,
             stop,
             &|_| {},
+            &mut never,
         );
         let waits = tokio::time::timeout(POLL * 3, behind).await;
         assert!(waits.is_err(), "it is waited for");

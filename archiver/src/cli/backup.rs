@@ -10,7 +10,7 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use repository::config::ClusterSettings;
 
-use super::{output, runtime};
+use super::{interrupt, output, runtime};
 use crate::{
     base_backup::{self, Progress},
     error::Result,
@@ -54,6 +54,13 @@ fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
                 "the standby has no restartpoint on its timeline yet; waiting for it. CHECKPOINT on the primary ends this"
             );
         }
+        Progress::WaitingForArchiver => {
+            bar.set_message("waiting for the archiver");
+            tracing::info!(
+                event = "archiver_awaited",
+                "no archiver streams from the server yet; the backup waits a few seconds for `wal-archiver run`"
+            );
+        }
         Progress::Copying { done, total } => {
             bar.set_message("copying");
             bar.set_length(total.max(done));
@@ -82,7 +89,8 @@ fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
             });
         }
     };
-    let info = runtime.block_on(base_backup::take(settings, label, &progress))?;
+    let stop = interrupt::request()?;
+    let info = runtime.block_on(base_backup::take(settings, label, &progress, stop))?;
     bar.finish_and_clear();
     if json {
         output::json(&serde_json::json!({

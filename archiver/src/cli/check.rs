@@ -34,13 +34,25 @@ pub(super) fn check(settings: &Settings, is_json: bool) -> Result<()> {
     let mut report = Report::new(is_json);
     beside::descriptors(settings.clusters.len(), &mut report);
     let reports = daemon::reports(settings);
+    let shared_slots = places::shared_slots(settings);
+    let mut seen: Vec<(SystemIdentifier, &ClusterSettings)> = Vec::new();
     for cluster in &settings.clusters {
         report.begin(Some(cluster.name.as_str()));
         let system = runtime.block_on(server(cluster, &reports, &mut report));
+        let by_address = shared_slots.iter().find(|(of, _)| of.name == cluster.name);
+        let same = |(other, with): &&(SystemIdentifier, &ClusterSettings)| {
+            Some(*other) == system && with.slot == cluster.slot
+        };
+        let by_identifier = seen.iter().find(same);
+        let by_identifier = by_identifier.map(|(_, other)| places::shared_slot(other, cluster));
+        if let Some(problem) = by_identifier.or_else(|| by_address.map(|(_, said)| said.clone())) {
+            report.fail("slot", &problem, ExitKind::Usage);
+        }
+        seen.extend(system.map(|system| (system, cluster)));
         for conninfo in &cluster.standbys {
             runtime.block_on(standby(conninfo, cluster, system, &mut report));
         }
-        if let Some(problem) = places::inside_server(cluster) {
+        if let Some(problem) = places::inside_server(cluster).or_else(|| places::nested(cluster)) {
             report.fail("directories", &problem, ExitKind::Usage);
         }
         store(cluster, system, &mut report);

@@ -1,4 +1,5 @@
-//! `wal-archiver key new`, `key check` and `key rewrap`: the keys of an encrypted repository.
+//! `wal-archiver key new`, `key check`, `key rewrap` and `key encrypt`: the keys of an encrypted
+//! repository.
 //!
 //! If a key is lost, the archive is lost. A new key is therefore shown only once, together with the
 //! advice to keep a copy elsewhere.
@@ -9,11 +10,14 @@ use repository::{
     Repository,
     config::{ClusterSettings, RepositoryPlace, Settings},
     encryption::Key,
-    store::EncryptedStore,
+    store::{EncryptedStore, EncryptionState},
 };
 
 use super::{output, places::unknown};
 use crate::error::{Error, Result};
+
+/// The number of encrypted objects between two lines of progress.
+const PROGRESS_OBJECTS: usize = 500;
 
 pub(super) fn new(path: Option<&Path>) -> Result<()> {
     let (key, line) = Key::generate()?;
@@ -68,6 +72,102 @@ pub(super) fn rewrap(settings: &Settings) -> Result<()> {
     })
 }
 
+/// Encrypts the archives that are still plain. Can be killed at any moment and run again.
+pub(super) fn encrypt(settings: &Settings) -> Result<()> {
+    let mut has_key = false;
+    let mut unfinished = Vec::new();
+    for cluster in &settings.clusters {
+        for place in cluster.repository.each() {
+            let Some(store) = Repository::encrypted(&place, &cluster.name)? else {
+                continue;
+            };
+            has_key = true;
+            unfinished.extend(encrypt_place(cluster, &place, &store)?);
+        }
+    }
+    match (has_key, unfinished.is_empty()) {
+        (false, _) => Err(no_key()),
+        (true, true) => Ok(()),
+        (true, false) => Err(Error::StillPlain {
+            problem: unfinished.join("; "),
+        }),
+    }
+}
+
+/// Encrypts a cluster in one place. Returns the reason if it could not finish.
+fn encrypt_place(
+    cluster: &ClusterSettings,
+    place: &RepositoryPlace,
+    store: &EncryptedStore,
+) -> Result<Option<String>> {
+    let name = &cluster.name;
+    match store.encryption_state()? {
+        EncryptionState::Empty => return Err(unknown(cluster, &place.to_string())),
+        EncryptionState::Encrypted => {
+            output::line(&format!("cluster {name}: {place} is encrypted already"));
+            return Ok(None);
+        }
+        EncryptionState::Plain => {
+            // Refuses a place that is not the repository any more.
+            let mut plain = place.clone();
+            plain.encryption = None;
+            if Repository::open_known_place(cluster, &plain)?
+                .identity()?
+                .is_none()
+            {
+                return Err(unknown(cluster, &place.to_string()));
+            }
+        }
+        EncryptionState::Converting => {}
+    }
+    store.begin_conversion()?;
+    // Records the encrypted identity, by which this host recognises the place from now on.
+    if Repository::open_known_place(cluster, place)?
+        .identity()?
+        .is_none()
+    {
+        return Err(unknown(cluster, &place.to_string()));
+    }
+    output::line(&format!(
+        "cluster {name}: new objects in {place} are encrypted from now on. Start the daemon, and the servers that fetch WAL, \
+         again with this configuration: without the key they stop, and lose nothing"
+    ));
+    let conversion = store.convert(&|done, total| {
+        if done.is_multiple_of(PROGRESS_OBJECTS) {
+            output::line(&format!("cluster {name}: {done} of {total} objects"));
+        }
+    })?;
+    for object in &conversion.foreign {
+        output::line(&format!(
+            "cluster {name}: {object} in {place} is not part of the archive and is left as it is"
+        ));
+    }
+    if conversion.is_done {
+        output::line(&format!(
+            "cluster {name}: {} objects were encrypted, and no plain one is left in {place}",
+            conversion.encrypted
+        ));
+        return Ok(None);
+    }
+    for object in &conversion.locked {
+        output::line(&format!(
+            "cluster {name}: {object} in {place} is locked and stays plain too"
+        ));
+    }
+    let until = match conversion.locked_until {
+        Some(until) => {
+            format!("not finished until {until}: run `wal-archiver key encrypt` again then")
+        }
+        None => "not finished: run `wal-archiver key encrypt` again when the locks have ended"
+            .to_owned(),
+    };
+    Ok(Some(format!(
+        "{} plain objects of cluster {name} in {place} are locked against deletion, and their encrypted form is stored \
+         too; {until}",
+        conversion.locked.len()
+    )))
+}
+
 /// Calls `act` for every encrypted repository of every cluster. Fails if there is none.
 fn each(
     settings: &Settings,
@@ -113,8 +213,12 @@ fn each(
     if encrypted {
         return Ok(());
     }
-    Err(Error::Usage {
+    Err(no_key())
+}
+
+fn no_key() -> Error {
+    Error::Usage {
         message: "no key is configured: set encryption_key_file, encryption_key_env or encryption_key_command"
             .to_owned(),
-    })
+    }
 }

@@ -14,7 +14,7 @@ pub(super) fn test(settings: &Settings) -> Result<()> {
                 .to_owned(),
         });
     }
-    let links = Links::new(settings, settings.http);
+    let links = Links::new(settings);
     let runtime = runtime()?;
     let mut failed = Vec::new();
     for target in &settings.notify {
@@ -26,6 +26,11 @@ pub(super) fn test(settings: &Settings) -> Result<()> {
                 failed.push(target.name.as_str());
             }
         }
+    }
+    if links.page.is_none() {
+        output::line(
+            "no link to the page is sent: set http_public_url to the address at which readers reach it",
+        );
     }
     if failed.is_empty() {
         return Ok(());

@@ -1,5 +1,6 @@
 //! Refuses a repository or a spool in a place where it must not be: in the data directory of a
-//! server, or as root in a directory of another user. Refuses a cluster of which there is nothing.
+//! server, one inside of the other, or as root in a directory of another user. Refuses clusters
+//! that share a slot, and a cluster of which there is nothing.
 
 use std::{
     fs,
@@ -7,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use replication::ConnInfo;
 use repository::{
     Repository,
     access::user_name,
@@ -22,11 +24,78 @@ use crate::error::{Error, Result};
 /// [`Error::Usage`] with the directory and the remedy.
 pub(super) fn require_outside(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {
-        if let Some(problem) = inside_server(cluster) {
+        if let Some(problem) = inside_server(cluster).or_else(|| nested(cluster)) {
             return Err(Error::Usage { message: problem });
         }
     }
-    Ok(())
+    match shared_slots(settings).into_iter().next() {
+        Some((_, message)) => Err(Error::Usage { message }),
+        None => Ok(()),
+    }
+}
+
+/// Returns the clusters whose slot another cluster of the same server has too, with the problem.
+/// Only one of them could stream. Servers are compared by their addresses.
+pub(super) fn shared_slots(settings: &Settings) -> Vec<(&ClusterSettings, String)> {
+    let mut shared = Vec::new();
+    let server = |cluster: &ClusterSettings| ConnInfo::parse(&cluster.conninfo).ok();
+    for (index, cluster) in settings.clusters.iter().enumerate() {
+        let is_same = |other: &&ClusterSettings| {
+            other.slot == cluster.slot
+                && server(other)
+                    .zip(server(cluster))
+                    .is_some_and(|(other, own)| other.places() == own.places())
+        };
+        if let Some(other) = settings.clusters[..index].iter().find(is_same) {
+            shared.push((cluster, shared_slot(other, cluster)));
+        }
+    }
+    shared
+}
+
+/// Returns the problem of two clusters of one server with one slot.
+pub(super) fn shared_slot(other: &ClusterSettings, cluster: &ClusterSettings) -> String {
+    let (other, name, slot) = (&other.name, &cluster.name, &cluster.slot);
+    format!(
+        "clusters {other} and {name} stream from the same server with the same slot \"{slot}\", which serves one of them \
+         only; leave out the key slot, or give each its own in [cluster.{other}] and [cluster.{name}]"
+    )
+}
+
+/// Returns the problem of a spool or a catalog inside of a repository's folder, or of a repository
+/// inside of them.
+pub(super) fn nested(cluster: &ClusterSettings) -> Option<String> {
+    let places = cluster.repository.each();
+    let folders = places.iter().filter_map(|place| place.url.folder());
+    for folder in folders {
+        let local = [("spool", &*cluster.spool), ("catalog", &*cluster.catalog)];
+        for (what, directory) in local {
+            let (inner, outer) = (resolved(directory), resolved(folder));
+            let relation = match (inner.starts_with(&outer), outer.starts_with(&inner)) {
+                (true, true) => "is the same directory as",
+                (true, false) => "is inside of",
+                (false, true) => "contains",
+                (false, false) => continue,
+            };
+            return Some(format!(
+                "the {what} {} {relation} the repository {}: the files of the one would be taken for those of the other, and \
+                 one lost disk would take both; name another directory as {what} or as repository",
+                directory.display(),
+                folder.display()
+            ));
+        }
+    }
+    None
+}
+
+/// Returns the path with its links followed, as far as it exists.
+fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let existing = path.ancestors().find_map(|above| {
+        let resolved = above.canonicalize().ok()?;
+        Some(resolved.join(path.strip_prefix(above).ok()?))
+    });
+    existing.unwrap_or(path)
 }
 
 /// Refuses to run as root in directories of another user, who could not use them afterwards: the

@@ -27,6 +27,12 @@ impl Shutdown {
         (ShutdownRequest { request }, Self { requested })
     }
 
+    /// A wish that is never made.
+    #[must_use]
+    pub fn never() -> Self {
+        Self::new().1
+    }
+
     /// Returns true if it was asked.
     #[must_use]
     pub fn is_requested(&self) -> bool {

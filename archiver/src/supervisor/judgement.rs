@@ -144,6 +144,7 @@ impl Supervisor {
             | Error::NoDaemon { .. }
             | Error::NotDrained { .. }
             | Error::NotNotified { .. }
+            | Error::StillPlain { .. }
             | Error::Remove { .. }
             | Error::Verify { .. } => true,
         }

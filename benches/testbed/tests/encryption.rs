@@ -10,7 +10,7 @@ use std::{
 
 use testbed::{
     cluster::Cluster,
-    encrypted_job::{KEY, OTHER, PLAIN, ROWS, fill, key_setting, rows},
+    encrypted_job::{KEY, MARKER, OTHER, PLAIN, ROWS, fill, key_setting, rows},
     place::Place,
     programs::command,
     restored::Restored,
@@ -59,6 +59,12 @@ fn nothing_is_readable(place: &Place) {
     for path in found {
         let name = path.display().to_string();
         let content = fs::read(&path).expect("an object");
+        if name.contains("/.tidemark-tmp/") {
+            // A killed program left it: an encrypted object, or a wrapped key.
+            let is_plain = |plain: &&[u8]| contains(&content, plain);
+            assert!(!PLAIN.iter().any(|plain| is_plain(plain)), "{name}");
+            continue;
+        }
         if name.contains("/main/keys") {
             assert!(!contains(&content, KEY.as_bytes()), "{name}");
             continue;
@@ -136,6 +142,111 @@ fn the_main_job_with_encryption() {
     a_stranger_reads_it(&place);
     stray_objects_block_nothing(&place, &new_only, &bin);
     assert!(began.elapsed() < Duration::from_secs(600));
+}
+
+/// The conversion is killed after each kind of change, and the archive is read after each.
+#[test]
+fn a_plain_archive_is_encrypted_while_it_is_used() {
+    let Some((major, bin)) = servers_or_skip().pop() else {
+        return;
+    };
+    let cluster = Cluster::start(&bin, 1, "").expect("a server");
+    let place = Place::with_settings("").expect("a place");
+    let mut daemon = place.daemon(&cluster, "127.0.0.1:0").expect("a daemon");
+    fill(&cluster, &place).expect("an archive");
+    let text = format!("{}\n", key_setting(KEY));
+    fs::write(place.path().join("tidemark.toml"), text).expect("a configuration");
+    let run = |crash: Option<&str>, program: &str, arguments: &[&str]| {
+        let mut command = place.program(program).expect("it is built");
+        if let Some(crash) = crash {
+            command.env("TIDEMARK_CRASH_POINT", crash);
+        }
+        let output = command.args(arguments).output().expect("it runs");
+        let said = [&*output.stdout, &*output.stderr].concat();
+        (
+            output.status.code(),
+            String::from_utf8_lossy(&said).into_owned(),
+        )
+    };
+    let (code, said) = run(None, "wal-archiver", &["verify"]);
+    assert!(
+        code == Some(2) && said.contains("`wal-archiver key encrypt`"),
+        "{said}"
+    );
+    let mut objects = Vec::new();
+    files(&place.path().join("repository"), &mut objects);
+    let sealed = objects
+        .iter()
+        .find(|path| path.display().to_string().contains("/wal/"));
+    let sealed = sealed.expect("a sealed segment").file_stem();
+    let segment = sealed
+        .and_then(|name| name.to_str())
+        .expect("a name")
+        .to_owned();
+    // The data key and its copy, the first record, the identity and its copy, and other objects.
+    for (round, crash) in [
+        "store-file-durable:kill:1",
+        "store-file-durable:kill:2",
+        "store-file-durable:kill:1",
+        "store-file-durable:kill:2",
+        "file-removed:kill:1",
+        "store-file-durable:kill:2",
+        "file-removed:kill:3",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (code, said) = run(Some(crash), "wal-archiver", &["key", "encrypt"]);
+        assert_eq!(code, None, "{round}: it is killed: {said}");
+        if round < 3 {
+            continue;
+        }
+        let (code, said) = run(None, "pitr-restore", &["list"]);
+        assert!(code == Some(0) && said.contains(MARKER), "{round}: {said}");
+        let fetched = place.path().join(format!("fetched-{round}"));
+        let fetched = fetched.display().to_string();
+        let fetch = ["wal-fetch", &segment, &fetched];
+        let (code, said) = run(None, "pitr-restore", &fetch);
+        assert_eq!(code, Some(0), "{round}: {said}");
+        assert_eq!(fs::metadata(&fetched).expect("a segment").len(), 1 << 20);
+    }
+    let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
+    let mut client = restored.connect().expect("a connection");
+    assert_eq!(
+        rows(&mut client).expect("a count"),
+        ROWS,
+        "PostgreSQL {major}"
+    );
+    drop(restored);
+    // The daemon without the key has stopped archiving, and says why.
+    let write = "CREATE TABLE after_begin AS SELECT generate_series(1, 1000)";
+    let mut server = cluster.connect().expect("a connection");
+    server.batch_execute(write).expect("it writes");
+    let stopped = daemon.wait_for(|log| log.contains("its objects are encrypted"));
+    stopped.expect("the daemon notices it");
+    drop(daemon.kill());
+    let daemon = place
+        .daemon(&cluster, "127.0.0.1:0")
+        .expect("a daemon with the key");
+    let (code, said) = run(None, "wal-archiver", &["key", "encrypt"]);
+    assert!(
+        code == Some(0) && said.contains("no plain one is left"),
+        "{said}"
+    );
+    place.back_up(&cluster.conninfo(), &[]).expect("a backup");
+    daemon.stop().expect("it stops");
+    nothing_is_readable(&place);
+    let (code, said) = run(None, "wal-archiver", &["verify", "--deep"]);
+    assert_eq!(code, Some(0), "{said}");
+    let (code, said) = run(None, "wal-archiver", &["key", "encrypt"]);
+    assert!(
+        code == Some(0) && said.contains("is encrypted already"),
+        "{said}"
+    );
+    let restored = Restored::start::<&str>(&place, &bin, &[]).expect("a restore");
+    let mut client = restored.connect().expect("a connection");
+    let found = client.query_one("SELECT count(*) FROM after_begin", &[]);
+    assert_eq!(found.expect("a count").get::<_, i64>(0), 1000);
 }
 
 /// Unencrypted objects in the encrypted repository are reported and block nothing. The loss of the

@@ -10,9 +10,11 @@ use super::{
     access::{ACCESS_KEYS, AccessTable},
     http::{HTTP_KEYS, HttpTable},
     lock::{LOCK_KEYS, LockTable},
+    position,
     repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
     retention::{KEEP_KEYS, KeepTable},
     s3::{S3_KEYS, S3Table},
+    secret_file::denied,
     walsender::{WALSENDER_KEYS, WalsenderTable},
 };
 use crate::{Error, Result};
@@ -70,6 +72,8 @@ pub(super) struct ConfigFile {
     pub(super) notify: BTreeMap<String, toml::Value>,
     pub(super) defaults: ClusterTable,
     pub(super) clusters: BTreeMap<String, ClusterTable>,
+    /// The text of the file; empty if there is none.
+    text: String,
 }
 
 /// A table of a cluster, or the defaults.
@@ -119,13 +123,23 @@ impl ConfigFile {
     pub(super) fn read(path: &Path) -> Result<Self> {
         let text = fs::read_to_string(path).map_err(|error| {
             Error::config(format!(
-                "read the configuration {}: {error}; it is the first of --config FILE, $TIDEMARK_CONFIG, \
+                "read the configuration {}: {}; it is the first of --config FILE, $TIDEMARK_CONFIG, \
                  ./tidemark.toml and /etc/tidemark/tidemark.toml",
-                path.display()
+                path.display(),
+                denied(path, &error)
             ))
         })?;
-        Self::parse(&text)
-            .map_err(|error| Error::config(format!("configuration {}: {error}", path.display())))
+        let mut file = Self::parse(&text).map_err(|error| located(path, &text, &error))?;
+        file.text = text;
+        Ok(file)
+    }
+
+    /// Adds the file's name and the place in it to an error about a value.
+    pub(super) fn locate(&self, path: &Path, error: Error) -> Error {
+        match &error {
+            Error::Config { .. } => located(path, &self.text, &error),
+            _ => error,
+        }
     }
 
     /// Removes the keys that only the daemon needs.
@@ -202,8 +216,18 @@ impl ConfigFile {
             notify,
             defaults,
             clusters: tables,
+            text: String::new(),
         })
     }
+}
+
+fn located(path: &Path, text: &str, error: &Error) -> Error {
+    let message = error.to_string();
+    let place = position::of(text, &message).map_or_else(String::new, |place| format!(", {place}"));
+    Error::config(format!(
+        "configuration {}{place}: {message}",
+        path.display()
+    ))
 }
 
 fn take_text(table: &mut toml::Table, key: &str) -> Result<Option<String>> {

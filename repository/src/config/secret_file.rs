@@ -3,9 +3,9 @@
 //! Invariant: a file that every user of the host may access is refused before it is read, as ssh
 //! and libpq do with a private key. Access by the file's group is allowed.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path};
+use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
 
-use crate::{Error, Result};
+use crate::{Error, Result, access};
 
 /// The permission bits of users who are neither the owner nor in the group.
 const OTHERS: u32 = 0o007;
@@ -15,7 +15,7 @@ const OTHERS: u32 = 0o007;
 /// # Errors
 /// The problem and its remedy, without the path at the beginning.
 pub fn require_private(path: &Path) -> std::result::Result<(), String> {
-    let metadata = fs::metadata(path).map_err(|error| error.to_string())?;
+    let metadata = fs::metadata(path).map_err(|error| denied(path, &error))?;
     let mode = metadata.permissions().mode() & 0o777;
     if mode & OTHERS == 0 {
         return Ok(());
@@ -34,7 +34,13 @@ pub(super) fn read(key: &str, path: &Path) -> Result<String> {
     let wrong =
         |problem: String| Error::config(format!("{key} = \"{}\": {problem}", path.display()));
     require_private(path).map_err(wrong)?;
-    fs::read_to_string(path).map_err(|error| wrong(error.to_string()))
+    fs::read_to_string(path).map_err(|error| wrong(denied(path, &error)))
+}
+
+/// Returns the text of an error about a file that the configuration names, with the remedy if this
+/// user may not read the file.
+pub(crate) fn denied(path: &Path, error: &io::Error) -> String {
+    format!("{error}{}", access::denial_of_setting(path, error))
 }
 
 #[cfg(test)]

@@ -6,13 +6,16 @@
 //! range costs one more request, for the header.
 
 use std::{
+    collections::BTreeMap,
     ops::{ControlFlow, Range},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
 };
 
 use bytes::Bytes;
 use wal_format::ObjectKey;
 
+pub use self::conversion::{Conversion, EncryptionState};
 use self::{
     keys::{DataKey, DataKeyId, KeyStore, Keys},
     object::{HEADER_BYTES, Header, SealError},
@@ -20,6 +23,7 @@ use self::{
 use super::{LockOutcome, LockSpan, ObjectMeta, ObjectStore, Pin, PutOutcome, Witness};
 use crate::{Error, Result, encryption::KeyRing};
 
+mod conversion;
 mod keys;
 mod object;
 #[cfg(test)]
@@ -33,6 +37,8 @@ pub(crate) const SUFFIX: &str = ".enc";
 pub struct EncryptedStore {
     keys: KeyStore,
     known: Mutex<Option<Keys>>,
+    /// The time at which a conversion was last seen to be unfinished.
+    converting: Mutex<Option<Instant>>,
 }
 
 impl EncryptedStore {
@@ -44,6 +50,7 @@ impl EncryptedStore {
         Self {
             keys: KeyStore { store, ring, root },
             known: Mutex::default(),
+            converting: Mutex::default(),
         }
     }
 
@@ -87,19 +94,19 @@ impl EncryptedStore {
     }
 
     /// Returns the names of the cluster's objects that are not encrypted. They are ignored: another
-    /// program wrote them.
+    /// program wrote them. Until a conversion is done, only objects that are not part of an archive
+    /// are returned.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
     pub fn plain_objects(&self) -> Result<Vec<String>> {
-        let mut plain = Vec::new();
-        self.store().list(&self.keys.root, &mut |object| {
-            if !object.key.ends_with(SUFFIX) && !self.keys.is_wrapped_key(&object.key) {
-                plain.push(object.key);
-            }
-            ControlFlow::Continue(())
-        })?;
-        Ok(plain)
+        let (mut ours, mut foreign) = self.plain_names()?;
+        if ours.is_empty() || self.accepts_plain()? {
+            return Ok(foreign);
+        }
+        foreign.append(&mut ours);
+        foreign.sort_unstable();
+        Ok(foreign)
     }
 
     /// Returns whether a name, without the suffix of an encrypted object, is that of an epoch's
@@ -110,10 +117,11 @@ impl EncryptedStore {
         matches!(key, Some(ObjectKey::Epoch(_) | ObjectKey::EpochCopy(_)))
     }
 
-    /// Refuses a cluster that is archived without encryption. If data keys are stored, the cluster
-    /// is encrypted: then `plain` is an object that another program wrote, and is ignored.
+    /// Refuses a cluster that is archived without encryption. If data keys and encrypted objects
+    /// are stored, the cluster is encrypted: then `plain` is an object that another program wrote,
+    /// and is ignored. Data keys alone are left by a conversion that ended at once.
     fn refuse_plain(&self, plain: &str) -> Result<()> {
-        if self.keys.has_data_keys()? {
+        if self.keys.has_data_keys()? && self.first_encrypted()?.is_some() {
             tracing::warn!(
                 event = "plain_object_ignored",
                 key = plain,
@@ -123,14 +131,23 @@ impl EncryptedStore {
             return Ok(());
         }
         Err(self.keys.problem(format!(
-            "{plain} is not encrypted, and a key is configured: what is there stays as it is; encrypt under a new \
-             --cluster name or in another repository"
+            "{plain} is not encrypted, and a key is configured: `wal-archiver key encrypt` encrypts what is there; without \
+             it, encrypt under a new --cluster name or in another repository"
         )))
     }
 
     /// Refuses to create a data key in a cluster that has encrypted objects and no data key: its
     /// keys are lost, and with a new one the objects would be taken for damaged.
     fn refuse_lost_keys(&self) -> Result<()> {
+        self.first_encrypted()?.map_or(Ok(()), |object| {
+            Err(self.keys.problem(format!(
+                "{object} is encrypted, and every copy of the wrapped data keys is lost: {}",
+                self.keys.remedy()
+            )))
+        })
+    }
+
+    fn first_encrypted(&self) -> Result<Option<String>> {
         let mut encrypted = None;
         self.store().list(&self.keys.root, &mut |object| {
             if object.key.ends_with(SUFFIX) {
@@ -139,12 +156,66 @@ impl EncryptedStore {
             }
             ControlFlow::Continue(())
         })?;
-        encrypted.map_or(Ok(()), |object| {
-            Err(self.keys.problem(format!(
-                "{object} is encrypted, and every copy of the wrapped data keys is lost: {}",
-                self.keys.remedy()
-            )))
-        })
+        Ok(encrypted)
+    }
+
+    fn converting(&self) -> MutexGuard<'_, Option<Instant>> {
+        let converting = self.converting.lock();
+        converting.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns true if a conversion has not encrypted this object yet.
+    fn is_still_plain(&self, key: &str) -> Result<bool> {
+        Ok(self.accepts_plain()? && self.store().head(key)?.is_some())
+    }
+
+    fn range_of_encrypted(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
+        let name = stored(key);
+        let damaged = |error: SealError| self.damaged(key, error.to_string());
+        let header = match self.store().get_range(&name, 0..HEADER_BYTES) {
+            Ok(header) => header,
+            Err(error) if error.is_not_found() => return Err(self.plain_name(error)),
+            Err(error) => match self.store().head(&name)? {
+                Some(object) if object.size < HEADER_BYTES => {
+                    return Err(damaged(SealError::NotEncrypted));
+                }
+                _ => return Err(error),
+            },
+        };
+        let header = Header::parse(&header).map_err(damaged)?;
+        if range.start > range.end || range.end > header.plain_bytes {
+            return Err(self.damaged(
+                key,
+                format!(
+                    "bytes {} to {} are not inside of its {}",
+                    range.start, range.end, header.plain_bytes
+                ),
+            ));
+        }
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let (first, place) = header.place(&range);
+        if header.stored_bytes().is_none() || place.is_empty() {
+            return Err(self.damaged(key, "its header names an impossible length".to_owned()));
+        }
+        let frames = match self.store().get_range(&name, place) {
+            Ok(frames) => frames,
+            Err(error) => {
+                self.check_length(key, &header)?;
+                return Err(self.plain_name(error));
+            }
+        };
+        let data = self.reader(header.data_key, key)?;
+        let plain = header
+            .open_frames(&data, key, first, &frames)
+            .map_err(damaged)?;
+        // The first byte of the first frame that was read.
+        let begin = object::frame_start(first);
+        let inside = |at: u64| usize::try_from(at - begin).unwrap_or(usize::MAX);
+        let wanted = plain.get(inside(range.start)..inside(range.end));
+        let wanted = wanted.ok_or_else(|| damaged(SealError::Frame(first)))?;
+        Ok(Bytes::copy_from_slice(wanted))
     }
 
     fn store(&self) -> &dyn ObjectStore {
@@ -172,10 +243,16 @@ impl EncryptedStore {
         if keys.is_empty() {
             // A data key marks the cluster as encrypted, so none may be created where the cluster
             // is archived without encryption. `list` fails in that case.
+            drop(known);
             self.list(&format!("{}epoch", self.keys.root), &mut |_| {
                 ControlFlow::Break(())
             })?;
             self.refuse_lost_keys()?;
+            known = self.known();
+            // Another thread may have created it meanwhile.
+            if let Some(data) = known.as_ref().and_then(|keys| keys.made_by(first)) {
+                return Ok(data);
+            }
         }
         let made = self.keys.make()?;
         *known = Some(self.keys.load()?);
@@ -262,75 +339,48 @@ fn stored(name: &str) -> String {
 
 impl ObjectStore for EncryptedStore {
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        if self.is_still_plain(key)? {
+            return Ok(PutOutcome::AlreadyExists);
+        }
         self.store()
             .put_if_absent(&stored(key), &self.seal(key, body)?)
     }
 
     fn put_proved(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
+        if self.is_still_plain(key)? {
+            return Ok(PutOutcome::AlreadyExists);
+        }
         self.store()
             .put_proved(&stored(key), &self.seal(key, body)?)
     }
 
     fn get(&self, key: &str) -> Result<Bytes> {
-        let object = self.store().get(&stored(key));
-        self.open(key, &object.map_err(|error| self.plain_name(error))?)
+        self.in_either_form(|| self.get_encrypted(key), || self.store().get(key))
     }
 
     fn get_range(&self, key: &str, range: Range<u64>) -> Result<Bytes> {
-        let name = stored(key);
-        let damaged = |error: SealError| self.damaged(key, error.to_string());
-        let header = match self.store().get_range(&name, 0..HEADER_BYTES) {
-            Ok(header) => header,
-            Err(error) if error.is_not_found() => return Err(self.plain_name(error)),
-            Err(error) => match self.store().head(&name)? {
-                Some(object) if object.size < HEADER_BYTES => {
-                    return Err(damaged(SealError::NotEncrypted));
-                }
-                _ => return Err(error),
-            },
-        };
-        let header = Header::parse(&header).map_err(damaged)?;
-        if range.start > range.end || range.end > header.plain_bytes {
-            return Err(self.damaged(
-                key,
-                format!(
-                    "bytes {} to {} are not inside of its {}",
-                    range.start, range.end, header.plain_bytes
-                ),
-            ));
-        }
-        if range.is_empty() {
-            return Ok(Bytes::new());
-        }
-        let (first, place) = header.place(&range);
-        if header.stored_bytes().is_none() || place.is_empty() {
-            return Err(self.damaged(key, "its header names an impossible length".to_owned()));
-        }
-        let frames = match self.store().get_range(&name, place) {
-            Ok(frames) => frames,
-            Err(error) => {
-                self.check_length(key, &header)?;
-                return Err(self.plain_name(error));
-            }
-        };
-        let data = self.reader(header.data_key, key)?;
-        let plain = header
-            .open_frames(&data, key, first, &frames)
-            .map_err(damaged)?;
-        // The first byte of the first frame that was read.
-        let begin = object::frame_start(first);
-        let inside = |at: u64| usize::try_from(at - begin).unwrap_or(usize::MAX);
-        let wanted = plain.get(inside(range.start)..inside(range.end));
-        let wanted = wanted.ok_or_else(|| damaged(SealError::Frame(first)))?;
-        Ok(Bytes::copy_from_slice(wanted))
+        self.in_either_form(
+            || self.range_of_encrypted(key, range.clone()),
+            || self.store().get_range(key, range.clone()),
+        )
     }
 
     fn head(&self, key: &str) -> Result<Option<ObjectMeta>> {
-        let object = self.store().head(&stored(key))?;
-        Ok(object.map(|object| ObjectMeta {
-            key: key.to_owned(),
-            size: object::plain_bytes(object.size).unwrap_or(0),
-        }))
+        let encrypted = || {
+            let object = self.store().head(&stored(key))?;
+            Ok::<_, Error>(object.map(|object| ObjectMeta {
+                key: key.to_owned(),
+                size: object::plain_bytes(object.size).unwrap_or(0),
+            }))
+        };
+        let first = encrypted()?;
+        if first.is_some() || !self.accepts_plain()? {
+            return Ok(first);
+        }
+        match self.store().head(key)? {
+            None => encrypted(),
+            plain => Ok(plain),
+        }
     }
 
     fn list(
@@ -338,29 +388,39 @@ impl ObjectStore for EncryptedStore {
         prefix: &str,
         visit: &mut dyn FnMut(ObjectMeta) -> ControlFlow<()>,
     ) -> Result<()> {
-        let mut objects = Vec::new();
-        let (mut plain, mut is_encrypted) = (None, false);
-        self.store().list(prefix, &mut |object| {
-            match object.key.strip_suffix(SUFFIX) {
-                Some(key) => {
-                    is_encrypted |= self.is_epoch(key);
-                    objects.push(ObjectMeta {
-                        key: key.to_owned(),
-                        size: object::plain_bytes(object.size).unwrap_or(0),
-                    });
+        // Without its suffix a name sorts differently.
+        let mut objects = BTreeMap::new();
+        let (mut plain, mut still_plain, mut is_encrypted) = (None, Vec::new(), false);
+        let accepts_plain = self.accepts_plain()?;
+        // A listing of a folder may miss an object that is converted meanwhile in both forms. The
+        // second listing finds its encrypted form.
+        for _ in 0..if accepts_plain { 2 } else { 1 } {
+            self.store().list(prefix, &mut |object| {
+                match object.key.strip_suffix(SUFFIX) {
+                    Some(key) => {
+                        is_encrypted |= self.is_epoch(key);
+                        let size = object::plain_bytes(object.size).unwrap_or(0);
+                        objects.insert(key.to_owned(), size);
+                    }
+                    None if accepts_plain => {
+                        if !self.keys.is_wrapped_key(&object.key) && !self.is_mark(&object.key) {
+                            still_plain.push(object);
+                        }
+                    }
+                    None if self.is_epoch(&object.key) => plain = Some(object.key),
+                    None => {}
                 }
-                None if self.is_epoch(&object.key) => plain = Some(object.key),
-                None => {}
-            }
-            ControlFlow::Continue(())
-        })?;
+                ControlFlow::Continue(())
+            })?;
+        }
         if let Some(plain) = plain.filter(|_| !is_encrypted) {
             self.refuse_plain(&plain)?;
         }
-        // Without its suffix a name sorts differently.
-        objects.sort_unstable_by(|one, other| one.key.cmp(&other.key));
-        for object in objects {
-            if visit(object).is_break() {
+        for object in still_plain {
+            objects.entry(object.key).or_insert(object.size);
+        }
+        for (key, size) in objects {
+            if visit(ObjectMeta { key, size }).is_break() {
                 break;
             }
         }
@@ -385,6 +445,10 @@ impl ObjectStore for EncryptedStore {
             self.keys.check(keys)?;
         }
         drop(known);
+        // In this order the conversion of this object cannot leave an encrypted form behind.
+        if self.accepts_plain()? {
+            self.store().delete(key)?;
+        }
         self.store().delete(&stored(key))
     }
 
@@ -406,7 +470,10 @@ impl ObjectStore for EncryptedStore {
     }
 
     fn witness(&self, key: &str) -> Result<Option<Witness>> {
-        self.store().witness(&stored(key))
+        match self.store().witness(&stored(key))? {
+            None if self.accepts_plain()? => self.store().witness(key),
+            witness => Ok(witness),
+        }
     }
 
     fn expect_new(&self) {
@@ -437,8 +504,11 @@ impl ObjectStore for EncryptedStore {
 
     fn get_sound(&self, key: &str, sound: &dyn Fn(&Bytes) -> bool) -> Result<Bytes> {
         let is_sound = |object: &Bytes| self.open(key, object).is_ok_and(|plain| sound(&plain));
-        let object = self.store().get_sound(&stored(key), &is_sound);
-        self.open(key, &object.map_err(|error| self.plain_name(error))?)
+        let encrypted = || {
+            let object = self.store().get_sound(&stored(key), &is_sound);
+            self.open(key, &object.map_err(|error| self.plain_name(error))?)
+        };
+        self.in_either_form(encrypted, || self.store().get_sound(key, sound))
     }
 
     fn lock(&self, key: &str, span: LockSpan) -> Result<LockOutcome> {

@@ -53,8 +53,8 @@ pub(super) fn webhook(notification: &Notification, links: &Links) -> Value {
         "severity": alert.severity,
         "summary": summary,
         "runbook": alert.runbook,
-        "runbook_url": links.runbook(alert.name),
-        "url": links.cluster(&notification.cluster),
+        "runbook_url": links.runbook_of(notification),
+        "url": links.page_of(notification),
         "since": alert.since,
         "ended": notification.ended,
     })
@@ -72,37 +72,58 @@ pub(super) fn slack(notification: &Notification, links: &Links) -> Value {
         text.push('\n');
         text.push_str(&escape(notification.alert.runbook));
     }
-    let page = escape(&links.cluster(&notification.cluster));
-    let runbook = escape(&links.runbook(notification.alert.name));
-    let _ = write!(text, "\n<{page}|Page> <{runbook}|Runbook>");
+    let links: Vec<String> = named_links(notification, links)
+        .map(|(name, link)| format!("<{}|{name}>", escape(&link)))
+        .collect();
+    if !links.is_empty() {
+        let _ = write!(text, "\n{}", links.join(" "));
+    }
     json!({ "text": text })
 }
 
 pub(super) fn pagerduty(notification: &Notification, links: &Links, routing_key: &str) -> Value {
     let alert = &notification.alert;
-    let (page, runbook) = (
-        links.cluster(&notification.cluster),
-        links.runbook(alert.name),
-    );
-    json!({
+    let all: Vec<Value> = named_links(notification, links)
+        .map(|(name, link)| json!({ "href": link, "text": name }))
+        .collect();
+    let mut event = json!({
         "routing_key": routing_key,
         "event_action": if notification.fires() { "trigger" } else { "resolve" },
         "dedup_key": notification.key(&links.host),
         "client": "Tidemark",
-        "client_url": page,
-        "links": [
-            { "href": page, "text": "Page" },
-            { "href": runbook, "text": "Runbook" },
-        ],
+        "links": all,
         "payload": {
             "summary": headline(notification),
             "source": format!("{}/{}", links.host, notification.cluster),
             "severity": alert.severity,
             "timestamp": alert.since,
             "component": "tidemark",
-            "custom_details": { "runbook": alert.runbook, "runbook_url": runbook },
+            "custom_details": {
+                "runbook": alert.runbook,
+                "runbook_url": links.runbook_of(notification),
+            },
         },
-    })
+    });
+    // Events API v2 takes a text here and no null.
+    if let Some(page) = links.page_of(notification) {
+        event["client_url"] = page.into();
+    }
+    event
+}
+
+/// Returns the links of a notification with their names. A link without a configured address is
+/// left out.
+fn named_links(
+    notification: &Notification,
+    links: &Links,
+) -> impl Iterator<Item = (&'static str, String)> {
+    let named = [
+        ("Page", links.page_of(notification)),
+        ("Runbook", links.runbook_of(notification)),
+    ];
+    named
+        .into_iter()
+        .filter_map(|(name, link)| Some((name, link?)))
 }
 
 /// Subject and text of a mail.
@@ -118,14 +139,14 @@ pub(super) fn mail(notification: &Notification, links: &Links) -> (String, Strin
             format!("\n\nWhat to do: {}", alert.runbook),
         ),
     };
-    let text = format!(
-        "{what}\n\nCluster {} on {}, since {}.{todo}\n\nPage: {}\nRunbook: {}\n",
-        notification.cluster,
-        links.host,
-        alert.since,
-        links.cluster(&notification.cluster),
-        links.runbook(alert.name),
+    let mut text = format!(
+        "{what}\n\nCluster {} on {}, since {}.{todo}\n",
+        notification.cluster, links.host, alert.since,
     );
+    for (index, (name, link)) in named_links(notification, links).enumerate() {
+        let separator = if index == 0 { "\n" } else { "" };
+        let _ = writeln!(text, "{separator}{name}: {link}");
+    }
     (headline(notification), text)
 }
 
@@ -165,7 +186,9 @@ pub(super) fn summary(reports: &[ClusterReport], links: &Links) -> (String, Stri
                 alert.since, alert.summary
             );
         }
-        let _ = writeln!(text, "  {}", links.cluster(report.cluster.as_str()));
+        if let Some(link) = links.cluster(report.cluster.as_str()) {
+            let _ = writeln!(text, "  {link}");
+        }
     }
     let count = match alerts {
         0 => "no alert".to_owned(),

@@ -1,56 +1,64 @@
 //! [`Notification`]: an alert for a receiver, and the [`Links`] that it contains.
 
-use std::net::SocketAddr;
-
 use repository::config::Settings;
 use status::alert::{Alert, Severity};
 use wal_format::{PgTimestamp, SystemIdentifier};
 
+/// The name of the alert in a test notification.
+const TEST_ALERT: &str = "PitrTest";
+
 /// The addresses and the host name that a notification contains.
 #[derive(Clone, Debug, Default)]
 pub struct Links {
-    /// The address of the page without a slash at its end.
-    pub page: String,
+    /// The configured address of the page, `http_public_url`, without a slash at its end. `None`:
+    /// nobody knows under which address a reader reaches the page, so no link to it is sent.
+    pub page: Option<String>,
     /// The address of the document with the runbooks. The alert's name is appended as a fragment.
-    pub runbook: String,
+    pub runbook: Option<String>,
     /// The name of this host.
     pub host: String,
 }
 
 impl Links {
-    /// Derives the links from the settings of a daemon that serves HTTP on `address`.
+    /// Derives the links from the settings.
     #[must_use]
-    pub fn new(settings: &Settings, address: SocketAddr) -> Self {
+    pub fn new(settings: &Settings) -> Self {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         let host = match host.trim() {
             "" => "localhost".to_owned(),
             host => host.to_owned(),
         };
-        let scheme = match settings.http_access.tls {
-            Some(_) => "https",
-            None => "http",
-        };
-        let page = settings.http_access.public_url.clone().unwrap_or_else(|| {
-            if address.ip().is_unspecified() {
-                format!("{scheme}://{host}:{}", address.port())
-            } else {
-                format!("{scheme}://{address}")
-            }
-        });
-        let runbook = settings.runbook_url.clone();
+        let page = settings.http_access.public_url.clone();
+        let of_page = page.as_ref().map(|page| format!("{page}/runbook"));
         Self {
-            runbook: runbook.unwrap_or_else(|| format!("{page}/runbook")),
+            runbook: settings.runbook_url.clone().or(of_page),
             page,
             host,
         }
     }
 
-    pub(super) fn cluster(&self, name: &str) -> String {
-        format!("{}/clusters/{name}", self.page)
+    pub(super) fn cluster(&self, name: &str) -> Option<String> {
+        let page = self.page.as_ref()?;
+        Some(format!("{page}/clusters/{name}"))
     }
 
-    pub(super) fn runbook(&self, alert: &str) -> String {
-        format!("{}#{alert}", self.runbook)
+    /// Returns the link to the page of the notification's cluster. A test concerns no cluster and
+    /// links to the page itself.
+    pub(super) fn page_of(&self, notification: &Notification) -> Option<String> {
+        match notification.alert.name {
+            TEST_ALERT => self.page.as_ref().map(|page| format!("{page}/")),
+            _ => self.cluster(&notification.cluster),
+        }
+    }
+
+    /// Returns the link to the runbook of the notification's alert. A test has no runbook of its
+    /// own.
+    pub(super) fn runbook_of(&self, notification: &Notification) -> Option<String> {
+        let runbook = self.runbook.as_ref()?;
+        Some(match notification.alert.name {
+            TEST_ALERT => runbook.clone(),
+            alert => format!("{runbook}#{alert}"),
+        })
     }
 }
 
@@ -77,7 +85,7 @@ impl Notification {
             cluster: "test".to_owned(),
             system_identifier: None,
             alert: Alert {
-                name: "PitrTest",
+                name: TEST_ALERT,
                 severity: Severity::Warning,
                 summary: "This is a test of the notifications. Nothing is wrong.".to_owned(),
                 runbook: "Nothing is to be done.",

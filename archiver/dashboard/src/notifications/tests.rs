@@ -28,8 +28,8 @@ fn targets(toml: &str) -> Vec<NotifyTarget> {
 
 fn links() -> Links {
     Links {
-        page: "https://t.example".to_owned(),
-        runbook: "https://w.example/runbook".to_owned(),
+        page: Some("https://t.example".to_owned()),
+        runbook: Some("https://w.example/runbook".to_owned()),
         host: "db1".to_owned(),
     }
 }
@@ -133,6 +133,43 @@ async fn slack_pagerduty_and_webhook_get_what_they_understand() {
         ] {
             assert!(request.contains(link), "{link} is missing in {request}");
         }
+    }
+}
+
+#[test]
+fn only_configured_addresses_are_linked() {
+    let mut notification = Notification::test();
+    let texts = |notification: &Notification, links: &Links| {
+        [
+            message::webhook(notification, links).to_string(),
+            message::slack(notification, links).to_string(),
+            message::pagerduty(notification, links, "key").to_string(),
+            message::mail(notification, links).1,
+        ]
+    };
+    let unknown = Links {
+        page: None,
+        runbook: None,
+        host: "db1".to_owned(),
+    };
+    for text in texts(&notification, &unknown) {
+        assert!(!text.contains("://") && !text.contains("Page"), "{text}");
+    }
+    // A test concerns neither a cluster nor a runbook that exist.
+    for text in texts(&notification, &links()) {
+        assert!(
+            text.contains("https://t.example/")
+                && text.contains("https://w.example/runbook")
+                && !text.contains("/clusters/test")
+                && !text.contains("runbook#"),
+            "{text}"
+        );
+    }
+    notification.alert.name = "PitrStreamDown";
+    notification.cluster = "main".to_owned();
+    for text in texts(&notification, &links()) {
+        assert!(text.contains("https://t.example/clusters/main"), "{text}");
+        assert!(text.contains("/runbook#PitrStreamDown"), "{text}");
     }
 }
 

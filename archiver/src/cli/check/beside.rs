@@ -5,14 +5,14 @@ use dashboard::http::{self, error::HttpError};
 use replication::ReplicationClient;
 use repository::{
     ExitKind, Repository,
-    config::{ClusterSettings, Settings},
+    config::{ClusterSettings, RepositoryPlace, Settings},
 };
 use serde_json::Value;
 use status::{
     alerts::{CERTIFICATE_SECONDS_MIN, CLOCK_OFFSET_SECONDS_MAX},
     units,
 };
-use wal_format::{ObjectKey, PgTimestamp};
+use wal_format::{BackupId, ObjectKey, PgTimestamp};
 
 use super::{Report, tls_expiry};
 use crate::{
@@ -130,13 +130,47 @@ pub(super) fn retention(cluster: &ClusterSettings, report: &mut Report) {
             false => format!("retention in {place}"),
         };
         match &place.retention {
-            Some(policy) => report.ok(&what, &policy.to_string()),
+            Some(policy) => match unknown_backup(cluster, &place, &policy.pinned) {
+                Some(id) => report.fail(
+                    &what,
+                    &format!(
+                        "keep_backups names {id}, and no such backup is in {place}: correct or remove the name; \
+                         `wal-archiver backup list` shows the backups"
+                    ),
+                    ExitKind::Usage,
+                ),
+                None => report.ok(&what, &policy.to_string()),
+            },
             None => report.note(
                 &what,
                 "everything is kept forever; set keep_window to limit it",
             ),
         }
     }
+}
+
+/// Returns the first of `pinned` that is not a backup in the place. `None` too if the place cannot
+/// be listed, which an earlier check has reported.
+fn unknown_backup<'a>(
+    cluster: &ClusterSettings,
+    place: &RepositoryPlace,
+    pinned: &'a [BackupId],
+) -> Option<&'a BackupId> {
+    if pinned.is_empty() {
+        return None;
+    }
+    let repository = Repository::open_known_place(cluster, place).ok()?;
+    let known = match repository.identity().ok()? {
+        Some(identity) => repository
+            .list(&format!("{}/backup/", identity.system_identifier))
+            .ok()?,
+        None => Vec::new(),
+    };
+    let is_known = |id: &BackupId| {
+        let mut known = known.iter();
+        known.any(|(key, _)| matches!(key, ObjectKey::BackupInfo(_, found) if found == id))
+    };
+    pinned.iter().find(|id| !is_known(id))
 }
 
 /// Returns the time at which the newest backup began, from its name.

@@ -21,15 +21,22 @@ const FILES_MAX: usize = 20_000;
 /// Returns the holder of an active slot if it is not the daemon of these settings: its application
 /// name and address, or `another process` if the role may not see them.
 ///
-/// The daemon of these settings answers over HTTP, or holds the lock of the spool on this host.
+/// The daemon of these settings answers over HTTP and says whether it streams; one that does not
+/// answer holds the lock of the spool on this host.
 pub(super) async fn other_holder(
     sql: &mut ReplicationClient,
     cluster: &ClusterSettings,
     reports: &[Value],
 ) -> Result<Option<String>> {
-    let is_ours = |report: &Value| report["cluster"] == cluster.name.as_str();
+    let ours = reports
+        .iter()
+        .find(|report| report["cluster"] == cluster.name.as_str());
     let directory = cluster.spool.join(cluster.name.as_str());
-    if reports.iter().any(is_ours) || spool::is_locked(&directory) {
+    let is_ours = match ours {
+        Some(report) => report["source"]["stream_connected"] != false,
+        None => spool::is_locked(&directory),
+    };
+    if is_ours {
         return Ok(None);
     }
     let quoted = cluster.slot.replace('\'', "''");
@@ -111,7 +118,7 @@ pub(super) fn foreign_files(cluster: &ClusterSettings, report: &mut Report) {
     }
 }
 
-/// Checks that a configured group shares the directories that exist.
+/// Checks that a configured group shares the directories that exist, and what is below them.
 pub(super) fn shared(cluster: &ClusterSettings, report: &mut Report) {
     let places = cluster.repository.each();
     let folders = places.iter().filter_map(|place| {
@@ -121,7 +128,15 @@ pub(super) fn shared(cluster: &ClusterSettings, report: &mut Report) {
     let spool = cluster.spool_access.as_ref();
     let spool = spool.map(|access| ("spool_group", cluster.spool.as_path(), access));
     for (what, directory, access) in folders.chain(spool) {
-        match access.difference(directory) {
+        let difference = access.difference(directory);
+        let difference = difference.and_then(|found| match found {
+            None => {
+                let below = directory.join(cluster.name.as_str());
+                access.difference_below(&below, &[&cluster.catalog, &below.join(spool::LOCK_FILE)])
+            }
+            found => Ok(found),
+        });
+        match difference {
             Ok(None) => report.ok(what, &format!("{} shares it", access.group)),
             Ok(Some(difference)) => report.fail(what, &difference, ExitKind::Usage),
             Err(error) => report.fail_with(what, &error.into()),

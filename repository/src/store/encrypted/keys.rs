@@ -22,6 +22,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use super::conversion::{BEGUN, DONE, Marks};
 use crate::{
     Error, ObjectStore, Result,
     encryption::{Key, KeyId, KeyRing},
@@ -105,6 +106,8 @@ pub(super) struct Keys {
     /// these keys are lost.
     broken: BTreeMap<DataKeyId, String>,
     wraps: BTreeSet<(DataKeyId, KeyId)>,
+    /// The records of a conversion.
+    pub(super) marks: Marks,
 }
 
 /// The location of a cluster's keys.
@@ -143,11 +146,15 @@ impl Keys {
 impl KeyStore {
     /// Returns the data keys and the keys that wrap each of them. A name that exists only as the
     /// second copy counts.
-    fn names(&self) -> Result<BTreeMap<DataKeyId, BTreeSet<String>>> {
+    fn names(&self) -> Result<(BTreeMap<DataKeyId, BTreeSet<String>>, Marks)> {
         let mut names: BTreeMap<DataKeyId, BTreeSet<String>> = BTreeMap::new();
+        let mut marks = Marks::default();
         // Lists both folders with one listing.
         let root = format!("{}keys", self.root);
         self.store.list(&root, &mut |object| {
+            let below = object.key.strip_prefix(&self.root);
+            marks.begun |= below == Some(BEGUN);
+            marks.done |= below == Some(DONE);
             let name = object.key.strip_prefix(&root);
             let name = name.and_then(|name| {
                 name.strip_prefix("-copy/")
@@ -158,14 +165,14 @@ impl KeyStore {
             }
             ControlFlow::Continue(())
         })?;
-        Ok(names)
+        Ok((names, marks))
     }
 
     /// Returns the wrapped keys of which one copy is lost or damaged: the name, and the other
     /// copy's content if that is intact.
     pub(super) fn broken(&self) -> Result<Vec<(String, Option<Bytes>)>> {
         let mut broken = Vec::new();
-        for (id, wrapped_by) in self.names()? {
+        for (id, wrapped_by) in self.names()?.0 {
             for by in wrapped_by {
                 let key = self.ring.keys().find(|key| key.id.to_string() == by);
                 let names = [self.name(id, &by), self.copy(id, &by)];
@@ -265,8 +272,12 @@ impl KeyStore {
 
     /// Reads every data key that our keys can unwrap: one listing, and one object for each.
     pub(super) fn load(&self) -> Result<Keys> {
-        let mut keys = Keys::default();
-        for (id, wrapped_by) in self.names()? {
+        let (names, marks) = self.names()?;
+        let mut keys = Keys {
+            marks,
+            ..Keys::default()
+        };
+        for (id, wrapped_by) in names {
             match self.open_any(id, &wrapped_by)? {
                 Some(Ok(data)) => {
                     keys.open.insert(id, Arc::new(data));

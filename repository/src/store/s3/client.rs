@@ -34,7 +34,7 @@ use tokio::runtime::Runtime;
 use super::{S3Store, errors::Failure};
 use crate::{
     Error, Result,
-    config::{S3Credentials, S3Settings, require_private},
+    config::{S3Credentials, S3Settings, denied, require_private},
 };
 
 const CONNECT_MAX: Duration = Duration::from_secs(5);
@@ -101,7 +101,9 @@ impl S3Store {
 
 fn connect(runtime: &Runtime, settings: &S3Settings) -> Result<Client> {
     if let S3Credentials::File(path) = &settings.credentials {
-        require_private(path).map_err(|problem| {
+        let opened = std::fs::File::open(path).map_err(|error| denied(path, &error));
+        let usable = opened.and_then(|_| require_private(path));
+        usable.map_err(|problem| {
             Error::config(format!(
                 "s3_credentials_file = \"{}\": {problem}",
                 path.display()

@@ -181,17 +181,17 @@ impl Failure {
     }
 
     pub(super) fn into_error(self, action: Action, key: &str, url: String) -> Error {
-        let mut problem = match (self.status, self.code.as_str()) {
+        let raw = match (self.status, self.code.as_str()) {
             (Some(status), "") if self.message.is_empty() => format!("HTTP {status}"),
             (Some(status), "") => format!("HTTP {status}: {}", self.message),
             (None, _) => self.message.clone(),
             (Some(status), code) if self.message.is_empty() => format!("HTTP {status} {code}"),
             (Some(status), code) => format!("HTTP {status} {code}: {}", self.message),
         };
-        if let Some(remedy) = self.remedy(action) {
-            problem.push_str("; ");
-            problem.push_str(&remedy);
-        }
+        let problem = match self.explanation(action) {
+            Some((what, remedy)) => format!("{what}: {remedy} ({raw})"),
+            None => raw,
+        };
         Error::S3 {
             action: action.verb(),
             key: key.to_owned(),
@@ -205,60 +205,170 @@ impl Failure {
         parts.iter().any(|part| self.message.contains(part))
     }
 
-    fn remedy(&self, action: Action) -> Option<String> {
-        let remedy = match (self.code.as_str(), self.status) {
-            ("NoCredentials", _) => {
-                "set s3_access_key and s3_secret_key, s3_credentials_file or s3_profile, or the AWS environment"
+    /// Returns what is wrong and what to do about it, if the failure shows it.
+    fn explanation(&self, action: Action) -> Option<(&'static str, String)> {
+        let (what, remedy) = match (self.code.as_str(), self.status) {
+            ("NoCredentials", _) => (
+                "there are no credentials",
+                "set s3_access_key and s3_secret_key, s3_credentials_file or s3_profile, or the AWS environment",
+            ),
+            ("NoSuchBucket", _) => (
+                "the bucket does not exist",
+                "create the bucket, or correct the URL, s3_endpoint or s3_region",
+            ),
+            ("InvalidAccessKeyId", _) => (
+                "the store does not know the access key",
+                "check the access key, and that s3_endpoint is the store that issued it",
+            ),
+            ("SignatureDoesNotMatch", _) => (
+                "the secret does not belong to the access key, or the request was signed for another region",
+                "check the access key, its secret and s3_region",
+            ),
+            ("ExpiredToken" | "InvalidToken" | "TokenRefreshRequired", _) => (
+                "the temporary credentials have ended",
+                "renew the temporary credentials",
+            ),
+            ("RequestTimeTooSkewed" | "RequestExpired", _) => (
+                "this host's clock differs too much from the store's",
+                "set this host's clock, for example by NTP",
+            ),
+            (
+                "PermanentRedirect"
+                | "TemporaryRedirect"
+                | "AuthorizationHeaderMalformed"
+                | "IllegalLocationConstraintException",
+                _,
+            )
+            | (_, Some(301 | 307)) => {
+                let remedy = match self.expected_region() {
+                    Some(region) => format!("correct s3_region: \"{region}\" is expected"),
+                    None => "correct s3_region, or s3_endpoint".to_owned(),
+                };
+                return Some(("the bucket is in another region", remedy));
             }
-            ("NoSuchBucket", _) => {
-                "create the bucket, or correct the URL, s3_endpoint or s3_region"
-            }
-            ("InvalidAccessKeyId" | "SignatureDoesNotMatch", _) => {
-                "check the access key, its secret and s3_region"
-            }
-            ("ExpiredToken" | "InvalidToken" | "TokenRefreshRequired", _) => {
-                "renew the temporary credentials"
-            }
-            ("RequestTimeTooSkewed", _) => "set this host's clock",
-            ("PermanentRedirect" | "AuthorizationHeaderMalformed", _) => "correct s3_region",
-            ("InvalidRequest" | "BadDigest" | "InvalidDigest", Some(400)) => {
-                "a store that does not know checksums takes s3_checksums = false"
-            }
+            ("InvalidRequest" | "BadDigest" | "InvalidDigest", Some(400)) => (
+                "the store refuses the request",
+                "a store that does not know checksums takes s3_checksums = false",
+            ),
             (_, Some(403)) => {
-                return Some(format!(
+                let remedy = format!(
                     "the credentials need the permission {}; this does not mean that the object is absent",
                     action.permission()
-                ));
+                );
+                return Some(("access is denied", remedy));
             }
-            _ if self.says(&["InvalidContentType", "corrupt message", "handshake eof"]) => {
-                "the endpoint does not speak TLS: write http:// in s3_endpoint, or correct its port"
-            }
-            _ if self.says(&[
-                "connection closed before message",
-                "invalid HTTP",
-                "onnection reset",
-                "roken pipe",
-            ]) || (self.status == Some(400) && self.code.is_empty()) =>
-            {
-                "if the endpoint speaks TLS, write https:// in s3_endpoint; otherwise check its host and port"
-            }
-            _ if self.says(&["Connection refused"]) => {
-                "nothing listens at s3_endpoint: start the store, or correct host and port"
-            }
-            _ if self.says(&["dns error", "failed to lookup address"]) => {
-                "the host name of s3_endpoint cannot be resolved: correct it, or mend the name service"
-            }
-            _ if self.says(&["no answer in time", "timed out", "unreachable"]) => {
-                "check that s3_endpoint can be reached from this host (network, firewall, proxy)"
-            }
-            _ if self.message.contains("certificate") => {
-                "name the certificate authority in s3_ca_file"
-            }
+            ("", Some(400)) => NOT_PLAIN,
+            ("", None) => self.of_connection()?,
             _ => return None,
         };
-        Some(remedy.to_owned())
+        Some((what, remedy.to_owned()))
+    }
+
+    /// Returns the explanation of a failure before the store's answer, from the texts of the
+    /// system's and the TLS library's errors.
+    fn of_connection(&self) -> Option<(&'static str, &'static str)> {
+        const BY_TEXT: [(&[&str], (&str, &str)); 11] = [
+            (
+                &["UnknownIssuer", "unknown issuer", "CaUsedAsEndEntity"],
+                (
+                    "an authority that this host does not know signed the store's certificate",
+                    "name the certificate authority in s3_ca_file",
+                ),
+            ),
+            (
+                &[
+                    "NotValidForName",
+                    "not valid for name",
+                    "not valid for any names",
+                ],
+                (
+                    "the store's certificate is for another host name",
+                    "write the name from the certificate in s3_endpoint, or give the store a certificate for this name",
+                ),
+            ),
+            (
+                &["certificate expired", "Expired"],
+                (
+                    "the store's certificate has expired by this host's clock",
+                    "renew it at the store, or set this host's clock",
+                ),
+            ),
+            (
+                &["certificate not valid yet", "NotValidYet"],
+                (
+                    "the store's certificate is not valid yet by this host's clock",
+                    "set this host's clock, or wait until the certificate is valid",
+                ),
+            ),
+            (
+                &["certificate"],
+                (
+                    "the store's certificate cannot be trusted",
+                    "name the certificate authority in s3_ca_file, or correct the store's certificate",
+                ),
+            ),
+            (
+                &["InvalidContentType", "corrupt message", "handshake eof"],
+                (
+                    "the endpoint does not speak TLS",
+                    "write http:// in s3_endpoint, or correct its port",
+                ),
+            ),
+            (
+                &["alert"],
+                (
+                    "the endpoint ended the TLS handshake",
+                    "check that s3_endpoint speaks TLS 1.2 or 1.3 and wants no client certificate",
+                ),
+            ),
+            (
+                &[
+                    "connection closed before message",
+                    "invalid HTTP",
+                    "onnection reset",
+                    "roken pipe",
+                ],
+                NOT_PLAIN,
+            ),
+            (
+                &["Connection refused"],
+                (
+                    "nothing listens at s3_endpoint",
+                    "start the store, or correct host and port",
+                ),
+            ),
+            (
+                &["dns error", "failed to lookup address"],
+                (
+                    "the host name of s3_endpoint cannot be resolved",
+                    "correct it, or repair the name service of this host",
+                ),
+            ),
+            (
+                &["no answer in time", "timed out", "unreachable"],
+                (
+                    "s3_endpoint does not answer",
+                    "check that it can be reached from this host (network, firewall, proxy)",
+                ),
+            ),
+        ];
+        let mut known = BY_TEXT.into_iter();
+        known.find_map(|(parts, explanation)| self.says(parts).then_some(explanation))
+    }
+
+    /// Returns the region that S3 names: "the region 'a' is wrong; expecting 'b'".
+    fn expected_region(&self) -> Option<&str> {
+        let (_, rest) = self.message.split_once("expecting '")?;
+        let (region, _) = rest.split_once('\'')?;
+        Some(region)
     }
 }
+
+/// The explanation of an answer that is not HTTP, or that refuses a request without TLS.
+const NOT_PLAIN: (&str, &str) = (
+    "the endpoint does not answer like an object store without TLS",
+    "if the endpoint speaks TLS, write https:// in s3_endpoint; otherwise check its host and port",
+);
 
 /// Returns true if S3 itself asks for a retry.
 fn is_transient(status: u16, code: &str) -> bool {

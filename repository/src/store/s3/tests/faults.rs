@@ -165,6 +165,8 @@ fn only_no_such_key_means_absent() {
         (403, "RequestTimeTooSkewed", "set this host's clock"),
         (400, "ExpiredToken", "renew the temporary credentials"),
         (404, "NoSuchBucket", "create the bucket"),
+        (403, "SignatureDoesNotMatch", "the secret does not belong"),
+        (403, "InvalidAccessKeyId", "does not know the access key"),
         (404, "", "HTTP 404"),
         (301, "PermanentRedirect", "correct s3_region"),
     ] {
@@ -183,7 +185,10 @@ fn only_no_such_key_means_absent() {
         for error in &errors {
             assert!(!error.is_not_found(), "{status} {code}: {error}");
         }
-        assert!(errors[0].to_string().contains(part), "{}", errors[0]);
+        let said = errors[0].to_string();
+        assert!(said.contains(part), "{said}");
+        // The store's own words come once, at the end.
+        assert_eq!(said.matches(&format!("HTTP {status}")).count(), 1, "{said}");
         // A refusal is not retried: three requests, and one more to find out the meaning of the 404
         // of a HEAD.
         let questions = server.requests().len();

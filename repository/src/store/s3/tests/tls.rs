@@ -67,7 +67,29 @@ fn an_authority_is_believed_when_it_is_named() {
         let error = error.expect_err("a stranger");
         assert!(!error.is_not_found(), "{error}");
         assert!(error.to_string().contains("s3_ca_file"), "{error}");
+        assert!(
+            error.to_string().contains("does not know signed"),
+            "{error}"
+        );
     }
+    let by_name = S3Settings {
+        ca_file: Some(folder.join("ca.pem")),
+        ..settings(&server.endpoint().replace("127.0.0.1", "localhost"))
+    };
+    let store = S3Store::without_retries("bucket", "p", &by_name).expect("a store");
+    let error = store
+        .get("a/key")
+        .expect_err("the certificate has no such name");
+    let said = error.to_string();
+    assert!(
+        said.contains("certificate is for another host name"),
+        "{said}"
+    );
+    assert_eq!(
+        said.matches("invalid peer certificate").count(),
+        1,
+        "{said}"
+    );
     // The error about a wrong scheme or a wrong port names the remedy.
     let plain = FaultServer::start(|_| Answer::ok(b"body"));
     let nowhere = {
