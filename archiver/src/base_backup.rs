@@ -13,9 +13,9 @@ use std::{
 use replication::{
     BackupMessage, BaseBackupOptions, BaseBackupStream, ConnInfo, ConnectionMode, ReplicationClient,
 };
+use repository::outcome_name;
 use repository::{ClusterIdentity, Repository, config::ClusterSettings};
 use sha2::{Digest, Sha256};
-use status::outcomes::outcome_id;
 use tokio::{sync::Semaphore, task::JoinSet};
 use wal_format::{
     BackupId, BackupInfo, BackupKind, BackupLabel, BackupManifest, BackupSlice, Branch, Lsn,
@@ -206,7 +206,7 @@ async fn attempt_once(
 
 /// Returns a unique name for a backup, made from the current time.
 fn new_id() -> Result<BackupId> {
-    outcome_id(jiff::Timestamp::now())
+    outcome_name(jiff::Timestamp::now())
         .ok_or_else(|| malformed("the clock gives no year of four digits").into())
 }
 

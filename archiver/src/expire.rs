@@ -9,13 +9,14 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use catalog::Catalog;
 use jiff::Timestamp;
+use repository::outcome_name;
 use repository::{
     BackupNotes, ClusterIdentity, ExitKind, ExpiredSet, LossRecord, Repository,
     config::{ClusterSettings, RepositoryPlace},
     expire::{ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep},
 };
 use serde::Serialize;
-use status::outcomes::{ended, outcome_id};
+use status::outcomes::ended;
 use wal_format::{
     BackupId, ExpiredWal, ExpiredWindow, ObjectKey, Outcome, OutcomeKind, PgTimestamp,
     SystemIdentifier,
@@ -371,7 +372,7 @@ fn catalog(
 }
 
 fn name() -> Result<BackupId> {
-    outcome_id(Timestamp::now()).ok_or_else(|| Error::Expire {
+    outcome_name(Timestamp::now()).ok_or_else(|| Error::Expire {
         problem: "the clock gives no year of four digits".to_owned(),
         kind: ExitKind::Failed,
     })

@@ -1,22 +1,13 @@
-//! Leaves in the repository how something ended, where every archiver's dashboard reads it, and
-//! tells the daemon of this host at once: an idle archiver asks a repository for news only once an
+//! Records in the repository how an operation ended, where every archiver's dashboard reads it, and
+//! tells the daemon of this host at once: an idle archiver polls a bucket only once an
 //! hour.
 
-use std::path::PathBuf;
-
+pub(crate) use repository::outcome_mark as mark;
 use repository::{LossRecord, Repository, config::ClusterSettings};
 use status::outcomes::ended;
 use wal_format::{BackupId, OutcomeKind};
 
 use crate::{blocking::blocking, error::Result};
-
-/// The file in the spool's directory that changes with each backup and outcome of this host.
-pub(crate) fn mark(settings: &ClusterSettings) -> PathBuf {
-    settings
-        .spool
-        .join(settings.name.as_str())
-        .join("newest-backup")
-}
 
 /// Something new is in the repository.
 pub(crate) fn tell_the_daemon(settings: &ClusterSettings, id: &BackupId) {

@@ -65,6 +65,7 @@ fn outcome(kind: OutcomeKind, passed: bool) -> Outcome {
         replay_seconds: passed.then_some(2.0),
         loss_seconds: passed.then_some(0.0),
         damaged: Vec::new(),
+        drill: None,
     }
 }
 

@@ -13,6 +13,7 @@ use crate::{Error, Result};
 
 mod access;
 mod cluster;
+mod drill;
 mod file;
 mod http;
 mod lock;
@@ -26,6 +27,7 @@ mod url;
 mod walsender;
 
 pub use cluster::{Acknowledge, ClusterSettings, Required, WhenFull};
+pub use drill::{DrillSettings, Expect, SqlCheck};
 use file::{ClusterTable, ConfigFile};
 pub use http::HttpAccess;
 pub use lock::{LOCK_DAYS_MAX, LockSettings};

@@ -220,6 +220,7 @@ mod tests {
             replay_seconds: None,
             loss_seconds: None,
             damaged: problems,
+            drill: None,
         }
     }
 

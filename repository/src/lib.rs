@@ -46,7 +46,7 @@ pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};
 pub use losses::{FoundLoss, Loss, LossRecord, Missing, RecordedLosses, name_losses};
-pub use outcomes::{OUTCOMES_MAX, Outcomes};
+pub use outcomes::{OUTCOMES_MAX, Outcomes, outcome_mark, outcome_name};
 pub use printable::printable;
 pub use repository::{ClusterIdentity, Repository};
 pub use restorable::{

@@ -1,17 +1,39 @@
 //! The results of drills, backups and verifications: small objects that any host may store in the
 //! repository. The archiver's dashboard, retention and a restore's plan read them.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::PathBuf};
 
 use bytes::Bytes;
 use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, SystemIdentifier};
 
-use crate::{Damage, Error, Repository, Result};
+use crate::{Damage, Error, Repository, Result, config::ClusterSettings};
 
 /// The number of outcomes of a kind that are kept in memory: a trend of months, bounded.
 pub const OUTCOMES_MAX: usize = 100;
 /// The number of outcomes that a search for the newest of a kind reads.
 const NEWEST_MAX: usize = 10;
+
+/// Returns the file in the spool's directory that changes with each backup and outcome of this
+/// host. The daemon reads the repository when it changes.
+#[must_use]
+pub fn outcome_mark(settings: &ClusterSettings) -> PathBuf {
+    settings
+        .spool
+        .join(settings.name.as_str())
+        .join("newest-backup")
+}
+
+/// Returns a name from the time at which an operation began: the second, and 65536ths of it in
+/// hexadecimal. Names are in the order of the times, because the newest of a kind is the last by
+/// name.
+#[must_use]
+pub fn outcome_name(began: jiff::Timestamp) -> Option<BackupId> {
+    let nanoseconds = i64::from(began.subsec_nanosecond()).max(0);
+    let part = nanoseconds * 0x1_0000 / 1_000_000_000;
+    format!("{}-{part:04x}", began.strftime("%Y%m%dT%H%M%SZ"))
+        .parse()
+        .ok()
+}
 
 fn parse(json: &Bytes) -> std::result::Result<Outcome, String> {
     serde_json::from_slice(json).map_err(|error| error.to_string())
@@ -161,5 +183,22 @@ impl Repository {
         unreadable.retain(|place, _| is_kept(place));
         *is_read = true;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_one_second_are_in_the_order_of_their_times() {
+        let names: Vec<BackupId> = [0, 1_000, 20_000, 500_000, 999_999]
+            .map(|micros| 1_700_000_000_000_000 + micros)
+            .map(|micros| jiff::Timestamp::from_microsecond(micros).expect("a time"))
+            .map(|time| outcome_name(time).expect("a name"))
+            .to_vec();
+        assert!(names.is_sorted(), "{names:?}");
+        let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+        assert_eq!(distinct.len(), names.len(), "{names:?}");
     }
 }

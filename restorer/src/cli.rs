@@ -18,7 +18,12 @@ use std::{
 
 use clap::{Parser, Subcommand};
 use quick::ahead::Ahead;
-use repository::{ExitKind, config::CommonArgs, store::Patience, with_command_hint};
+use repository::{
+    ExitKind,
+    config::{ClusterSettings, CommonArgs},
+    store::Patience,
+    with_command_hint,
+};
 use wal_format::SystemIdentifier;
 
 use crate::{
@@ -29,6 +34,8 @@ use crate::{
 };
 
 mod arguments;
+mod chosen;
+mod drill;
 mod locate;
 mod opening;
 mod outcome;
@@ -71,6 +78,9 @@ enum Command {
     /// Finds commits, drops and large deletes near a time, each with the options of a restore to
     /// just before it.
     Locate(locate::LocateArgs),
+    /// Tests a restore: restores into a scratch directory, starts PostgreSQL there, checks it,
+    /// records the measured RTO and loss, and removes it.
+    Drill(Box<drill::DrillArgs>),
     /// `restore_command` = 'pitr-restore wal-fetch %f %p': 0 delivered, 1 proved absent, 255
     /// anything else.
     WalFetch {
@@ -115,6 +125,7 @@ impl Cli {
             // `--json` may come before and after the command.
             Some(Command::List { json }) => *json || self.restore.json,
             Some(Command::Locate(args)) => args.json || self.restore.json,
+            Some(Command::Drill(args)) => args.json || self.restore.json,
             Some(Command::Release(args)) => args.json || self.restore.json,
             Some(
                 Command::WalFetch { .. } | Command::WalAhead { .. } | Command::RecoveryEnded { .. },
@@ -250,6 +261,18 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             locate::run(&archive(settings.cluster()?, cli.system)?, &args, json)?;
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::Drill(args)) => {
+            if let Some(owner) = &args.owner
+                && rustix::process::getuid().is_root()
+            {
+                let directories = args.report.iter().chain(&args.scratch);
+                let directories: Vec<&Path> = directories.map(PathBuf::as_path).collect();
+                return owner::run_as(owner, &directories);
+            }
+            cli.restore.refuse_before("drill")?;
+            let (cluster, config) = patient_cluster(&cli)?;
+            drill::run(&cluster, config, cli.system, &args, json)
+        }
         Some(Command::Release(args)) => {
             // A copy can be released without a repository: only the connection string is taken from
             // the settings.
@@ -277,21 +300,27 @@ fn dispatch(mut cli: Cli) -> Result<ExitCode> {
             {
                 return owner::run_as(owner, &cli.restore.directories());
             }
-            let settings = resolve(&cli)?;
-            let config = settings
-                .file
-                .as_deref()
-                .map(opening::absolute)
-                .transpose()?;
-            let mut cluster = settings.cluster()?.clone();
-            // Wait for a single store while it restarts. Otherwise the restore would have to start
-            // again from the beginning.
-            if cluster.repository.others.is_empty() {
-                cluster.repository.patience = Patience::Long;
-            }
+            let (cluster, config) = patient_cluster(&cli)?;
             restore(&cluster, config, cli.system, &cli.restore)
         }
     }
+}
+
+/// Returns the settings of the cluster for a restore, and the path of the configuration file.
+fn patient_cluster(cli: &Cli) -> Result<(ClusterSettings, Option<PathBuf>)> {
+    let settings = resolve(cli)?;
+    let config = settings
+        .file
+        .as_deref()
+        .map(opening::absolute)
+        .transpose()?;
+    let mut cluster = settings.cluster()?.clone();
+    // Wait for a single store while it restarts. Otherwise the restore would have to start again
+    // from the beginning.
+    if cluster.repository.others.is_empty() {
+        cluster.repository.patience = Patience::Long;
+    }
+    Ok((cluster, config))
 }
 
 /// Reads a plan. Returns it with the bytes of its file.

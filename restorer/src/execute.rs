@@ -45,6 +45,7 @@ use delta::Kept;
 use extract::{Control, Listed};
 pub(crate) use files::files;
 pub use lock::TargetLock;
+pub(crate) use lock::holder as lock_holder;
 pub(crate) use manifest::read_manifest;
 pub(crate) use owned::Owned;
 use place::{Prepared, Taken, Wanted, take};

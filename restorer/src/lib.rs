@@ -6,9 +6,11 @@
 //! plan; [`isolation`] of the copy from its parent; [`wal_fetch`], which delivers WAL to the
 //! recovery; [`look_ahead`], which fetches WAL before PostgreSQL asks for it; [`tablespaces`],
 //! which keeps the replay out of other servers' directories; [`start`], which runs the recovery and
-//! compares the outcome with the plan; and [`locate`], which finds the moment to restore to.
+//! compares the outcome with the plan; `drill`, which tests a restore and
+//! records the result; and [`locate`], which finds the moment to restore to.
 
 pub mod cli;
+mod drill;
 pub mod error;
 pub mod execute;
 mod expired;

@@ -30,8 +30,8 @@ mod progress;
 mod proof;
 mod stall;
 
+pub(crate) use self::interrupt::Interrupt;
 use self::{
-    interrupt::Interrupt,
     log::{Events, Log},
     progress::{Progress, waits_for},
     proof::prove,

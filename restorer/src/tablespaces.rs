@@ -67,6 +67,30 @@ pub struct Directories<'a> {
     pub standby: bool,
 }
 
+/// Returns the directories of the tablespaces that the plan's backup has and that the replay
+/// creates, as the parent names them. In-place tablespaces have none.
+///
+/// # Errors
+/// Errors of reading the archive.
+pub(crate) fn locations(archive: &Archive, plan: &RestorePlan) -> Result<Vec<PathBuf>> {
+    let backups = archive.catalog.backups()?;
+    let Some(backup) = backups.iter().find(|backup| backup.id == plan.backup) else {
+        return Ok(Vec::new());
+    };
+    let path: Vec<PathPart> = plan.path.iter().chain(&plan.later).cloned().collect();
+    let coverage = cover(archive, &path, plan.start_lsn)?;
+    let (found, _) = replayed(archive, backup, &coverage, Some(plan.stop))?;
+    let in_backup = backup.tablespaces.iter().map(|one| one.location.clone());
+    let mut locations: Vec<PathBuf> = in_backup
+        .chain(found.into_iter().map(|one| one.location))
+        .map(PathBuf::from)
+        .filter(|location| location.is_absolute())
+        .collect();
+    locations.sort();
+    locations.dedup();
+    Ok(locations)
+}
+
 /// Finds the tablespaces that the replay of `plan` creates, and chooses a directory for each.
 ///
 /// # Errors

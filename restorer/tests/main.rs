@@ -10,6 +10,7 @@ mod before_drop;
 mod chains;
 mod claims;
 mod delta;
+mod drill;
 mod end_of_recovery;
 mod epochs;
 mod expire;

@@ -20,10 +20,10 @@ use crate::{
 };
 
 /// A small file system of its own; `None` without the right to mount one.
-struct Small(PathBuf);
+pub(crate) struct Small(pub(crate) PathBuf);
 
 impl Small {
-    fn mount(path: &Path, mib: u32) -> Option<Self> {
+    pub(crate) fn mount(path: &Path, mib: u32) -> Option<Self> {
         fs::create_dir(path).expect("a directory");
         let mounted = Command::new("mount")
             .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])

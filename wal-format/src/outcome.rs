@@ -8,7 +8,7 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BackupId, ObjectKey, PgTimestamp, SystemIdentifier};
+use crate::{BackupId, DrillRecord, ObjectKey, PgTimestamp, SystemIdentifier};
 
 /// The version of an outcome that this build writes, and the newest that it reads.
 pub const OUTCOME_FORMAT_VERSION: u32 = 1;
@@ -103,9 +103,42 @@ pub struct Outcome {
     /// Keys of the damaged or missing objects.
     #[serde(default)]
     pub damaged: Vec<String>,
+    /// The details of a drill; `None` for another kind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drill: Option<Box<DrillRecord>>,
 }
 
 impl Outcome {
+    /// Returns the outcome of an operation without measurements.
+    #[must_use]
+    pub fn new(
+        kind: OutcomeKind,
+        id: BackupId,
+        started: PgTimestamp,
+        finished: PgTimestamp,
+        passed: bool,
+        message: String,
+    ) -> Self {
+        Self {
+            format_version: OUTCOME_FORMAT_VERSION,
+            kind,
+            id,
+            started,
+            finished,
+            passed,
+            message,
+            backup: None,
+            rto_seconds: None,
+            fetched_bytes: None,
+            fetch_seconds: None,
+            replayed_bytes: None,
+            replay_seconds: None,
+            loss_seconds: None,
+            damaged: Vec::new(),
+            drill: None,
+        }
+    }
+
     /// Returns the object key.
     #[must_use]
     pub fn key(&self, system: SystemIdentifier) -> ObjectKey {

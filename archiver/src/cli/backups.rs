@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 
 use catalog::Catalog;
+use repository::outcome_name;
 use repository::{
     BackupNotes, ExitKind, Repository,
     config::{ClusterSettings, Settings},
 };
 use serde::Serialize;
-use status::outcomes::outcome_id;
 use wal_format::{
     BACKUP_NOTE_FORMAT_VERSION, BackupId, BackupInfo, BackupNote, Branch, ClusterName, Lsn,
     NoteChange, ObjectKey, PgTimestamp,
@@ -157,7 +157,7 @@ pub(super) fn note(
     let now = jiff::Timestamp::now();
     let note = BackupNote {
         format_version: BACKUP_NOTE_FORMAT_VERSION,
-        id: outcome_id(now).ok_or_else(|| Error::Usage {
+        id: outcome_name(now).ok_or_else(|| Error::Usage {
             message: "the clock gives no year of four digits; set it".to_owned(),
         })?,
         backup: id.clone(),

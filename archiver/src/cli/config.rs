@@ -118,6 +118,18 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
         ] {
             output::line(&line);
         }
+        if let Some(scratch) = &cluster.drill.scratch {
+            output::line(&format!("drill_scratch = \"{}\"", scratch.display()));
+        }
+        if let Some(user) = &cluster.drill.user {
+            output::line(&format!("drill_user = \"{user}\""));
+        }
+        for check in &cluster.drill.checks {
+            output::line(&format!(
+                "# drill.check \"{}\" in database {}: expects {} within {:?}",
+                check.name, check.database, check.expect, check.timeout
+            ));
+        }
         if let Some(walsender) = &cluster.walsender {
             output::line(&format!("walsender = \"{}\"", walsender.address));
             output::line(&format!("walsender_user = \"{}\"", walsender.user));

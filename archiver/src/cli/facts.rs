@@ -264,7 +264,7 @@ impl<'a> Of<'a> {
             .pointer("/last_drill/passed")
             .and_then(Value::as_bool)
         {
-            None => "none recorded; no program records a drill yet".to_owned(),
+            None => "none yet: run `pitr-restore drill`".to_owned(),
             Some(true) => {
                 format!(
                     "passed {when}, lost {}",

@@ -252,6 +252,7 @@ mod tests {
             replay_seconds: Some(2.0),
             loss_seconds: None,
             damaged: Vec::new(),
+            drill: None,
         };
         Details {
             backups: vec![backup],

@@ -3,9 +3,8 @@
 use wal_format::PgTimestamp;
 
 /// The way to a restore drill. Every text that advises one uses this constant.
-pub const DRILL_ADVICE: &str = "No program records a restore drill yet. \
-    `pitr-restore --target-dir DIR --start` restores to an empty directory, starts PostgreSQL \
-    there and prints the duration.";
+pub const DRILL_ADVICE: &str =
+    "Run `pitr-restore drill`, and repeat it regularly, for example with cron.";
 
 /// Formats a duration in seconds, or `unknown`.
 pub fn seconds(value: Option<f64>) -> String {

@@ -5,8 +5,8 @@ use std::{fmt, path::PathBuf, time::Duration};
 use wal_format::ClusterName;
 
 use super::{
-    CommonArgs, LockSettings, WalsenderSettings, file::ClusterTable, parse_duration, repositories,
-    s3::S3Settings, url::RepositoryPlace,
+    CommonArgs, DrillSettings, LockSettings, WalsenderSettings, file::ClusterTable, parse_duration,
+    repositories, s3::S3Settings, url::RepositoryPlace,
 };
 use crate::{
     Error, Result,
@@ -153,6 +153,8 @@ pub struct ClusterSettings {
     pub backup_max_age: Duration,
     /// The age at which the newest restore drill is overdue. Default: drills are never overdue.
     pub drill_max_age: Option<Duration>,
+    /// The settings of restore drills.
+    pub drill: DrillSettings,
     /// The age at which the newest verification is overdue. Default: verifications are never
     /// overdue.
     pub verify_max_age: Option<Duration>,
@@ -237,6 +239,7 @@ pub(super) fn resolve(
     let mut settings = ClusterSettings {
         file: None,
         spool_access,
+        drill: table.drill.resolve(&defaults.drill)?,
         lock: table.lock.resolve(&defaults.lock)?,
         walsender: WalsenderSettings::resolve(&table.walsender, &defaults.walsender)?,
         rto_target: optional(&table.rto_target, &defaults.rto_target, "rto_target")?,

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::{
     Acknowledge, RepositoryUrl, Required, WhenFull,
     access::{ACCESS_KEYS, AccessTable},
+    drill::{DRILL_KEYS, DrillTable},
     http::{HTTP_KEYS, HttpTable},
     lock::{LOCK_KEYS, LockTable},
     position,
@@ -108,6 +109,8 @@ pub(super) struct ClusterTable {
     #[serde(flatten)]
     pub(super) access: AccessTable,
     #[serde(flatten)]
+    pub(super) drill: DrillTable,
+    #[serde(flatten)]
     pub(super) s3: S3Table,
     #[serde(flatten)]
     pub(super) encryption: EncryptionTable,
@@ -190,6 +193,7 @@ impl ConfigFile {
             .chain(WALSENDER_KEYS)
             .chain(KEEP_KEYS)
             .chain(LOCK_KEYS)
+            .chain(DRILL_KEYS)
             .chain(ACCESS_KEYS)
             .collect();
         let known: Vec<&str> = of_cluster

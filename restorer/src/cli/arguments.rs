@@ -75,8 +75,23 @@ pub(super) fn buffers(text: &str) -> std::result::Result<String, String> {
     }
 }
 
+/// Parses a number of bytes, with a unit of 1024, or 0.
+pub(super) fn bytes(text: &str) -> std::result::Result<u64, String> {
+    let units = [("kB", 10), ("MB", 20), ("GB", 30), ("TB", 40)];
+    let unit = units
+        .iter()
+        .find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
+    let (number, shift) = unit.unwrap_or((text, 0));
+    number
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| "write a size with its unit, for example 4GB, or 0".to_owned())
+}
+
 pub(super) fn duration(text: &str) -> std::result::Result<Duration, String> {
-    parse_duration("--recovery-timeout", text).map_err(|error| error.to_string())
+    parse_duration("the duration", text).map_err(|error| error.to_string())
 }
 
 pub(super) fn pair(text: &str) -> std::result::Result<(String, String), String> {

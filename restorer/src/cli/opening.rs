@@ -22,7 +22,7 @@ pub(super) fn resolve(cli: &Cli) -> Result<Settings> {
         return Ok(settings);
     };
     let now = Timestamp::now();
-    let at = parse_time(text, cli.restore.time_zone.as_deref(), now)?
+    let at = parse_time(text, cli.restore.chosen.time_zone.as_deref(), now)?
         .to_jiff()
         .filter(|at| *at <= now)
         .ok_or_else(|| Error::usage(format!("--at \"{text}\" lies in the future")))?;

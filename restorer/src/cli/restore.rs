@@ -13,10 +13,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use quick::whole;
 use repository::config::ClusterSettings;
-use wal_format::{BackupId, BackupInfo, Lsn, SystemIdentifier};
+use wal_format::SystemIdentifier;
 
 use super::{
     arguments::{self, buffers, duration, locations, pair},
+    chosen::{self, TargetArgs},
     opening::{absolute, archive},
     outcome::{self, Outcome},
     output,
@@ -24,13 +25,11 @@ use super::{
 use crate::{
     Error, RestorePlan, Result,
     execute::{self, Action, Destination, Recovery},
-    expired,
     inventory::{Archive, Inventory},
-    plan::{Wishes, estimate, plan_restore},
     space,
     start::{self, Start},
-    tablespaces::{self, Directories},
-    target::{RecoveryTarget, explain_time, is_relative, parse_time, parse_xid},
+    tablespaces::Directories,
+    target::{RecoveryTarget, explain_time},
     unfinished,
 };
 
@@ -40,40 +39,11 @@ pub(super) struct RestoreArgs {
     /// cluster.
     #[arg(long, value_name = "DIR")]
     pub(super) target_dir: Option<PathBuf>,
-    /// Stop before the first commit after this time.
-    #[arg(long, value_name = "TIME", group = "target")]
-    target_time: Option<String>,
-    /// Stop after the first record at or after this position.
-    #[arg(long, value_name = "LSN", group = "target")]
-    target_lsn: Option<Lsn>,
-    /// Stop after the end of this transaction: its number, also in hexadecimal or with its epoch.
-    #[arg(long, value_name = "XID", group = "target", value_parser = parse_xid)]
-    target_xid: Option<u64>,
-    /// Stop after the restore point of this name.
-    #[arg(long, value_name = "NAME", group = "target")]
-    target_name: Option<String>,
-    /// The restore point to use if several have the name: the LSN that `list` prints, or the one
-    /// that `pg_create_restore_point()` returned.
-    #[arg(long, value_name = "LSN", requires = "target_name")]
-    at_lsn: Option<Lsn>,
-    /// Stop as soon as the backup is consistent.
-    #[arg(long, group = "target")]
-    target_immediate: bool,
-    /// Follow this timeline. Default: the newest.
-    #[arg(long, value_name = "TIMELINE")]
-    target_timeline: Option<String>,
-    /// Stop just before the target instead of just after it.
-    #[arg(long)]
-    target_exclusive: bool,
+    #[command(flatten)]
+    pub(super) chosen: TargetArgs,
     /// PostgreSQL's action at the target. Default: promote with --start, else pause.
     #[arg(long, value_enum)]
     target_action: Option<Action>,
-    /// Zone of a target time without an offset, for example Europe/Berlin.
-    #[arg(long, value_name = "ZONE")]
-    pub(super) time_zone: Option<String>,
-    /// Use this backup.
-    #[arg(long, value_name = "ID")]
-    backup: Option<BackupId>,
     /// Restore the tablespace with directory OLD to directory NEW.
     #[arg(long, value_name = "OLD=NEW", value_parser = locations)]
     tablespace_mapping: Vec<(String, String)>,
@@ -141,6 +111,16 @@ impl RestoreArgs {
         directories
     }
 
+    /// Refuses options of a restore before a command that would ignore them.
+    pub(super) fn refuse_before(&self, command: &str) -> Result<()> {
+        if self.chosen.is_latest() && self.target_dir.is_none() && self.pg_bin.is_none() {
+            return Ok(());
+        }
+        Err(Error::usage(format!(
+            "write the options of `{command}` after it: pitr-restore {command} --target-time …"
+        )))
+    }
+
     /// PostgreSQL's action at the target.
     fn action(&self) -> Action {
         let default = if self.start {
@@ -152,37 +132,6 @@ impl RestoreArgs {
     }
 }
 
-fn target(args: &RestoreArgs, now: Timestamp) -> Result<RecoveryTarget> {
-    let inclusive = !args.target_exclusive;
-    if let Some(text) = &args.target_time {
-        let time = parse_time(text, args.time_zone.as_deref(), now)?;
-        return Ok(RecoveryTarget::Time {
-            time,
-            inclusive,
-            relative: is_relative(text),
-        });
-    }
-    if let Some(lsn) = args.target_lsn {
-        return Ok(RecoveryTarget::Lsn { lsn, inclusive });
-    }
-    if let Some(xid) = args.target_xid {
-        return Ok(RecoveryTarget::Xid { xid, inclusive });
-    }
-    if args.target_exclusive {
-        return Err(Error::usage(
-            "--target-exclusive goes with --target-time, --target-lsn or --target-xid",
-        ));
-    }
-    Ok(match &args.target_name {
-        Some(name) => RecoveryTarget::Name {
-            name: name.clone(),
-            at_lsn: args.at_lsn,
-        },
-        None if args.target_immediate => RecoveryTarget::Immediate,
-        None => RecoveryTarget::Latest,
-    })
-}
-
 /// Plans and makes all checks that are possible before the copy. Restores unless only the plan is
 /// wanted.
 pub(super) fn restore(
@@ -192,7 +141,7 @@ pub(super) fn restore(
     args: &RestoreArgs,
 ) -> Result<ExitCode> {
     let now = Timestamp::now();
-    let target = target(args, now)?;
+    let target = args.chosen.recovery_target(now)?;
     if !args.dry_run {
         if args.target_dir.is_none() {
             return Err(Error::usage(
@@ -208,8 +157,7 @@ pub(super) fn restore(
     arguments::check_settings(&args.set)?;
     refuse_relative(cluster)?;
     let mut archive = archive(cluster, system)?;
-    let mut plan = plan(&mut archive, &target, args)?;
-    plan.unseen_repositories.clone_from(&archive.unseen);
+    let mut plan = chosen::plan(&mut archive, &target, &args.chosen, args.force)?;
     if !args.standby {
         unfinished::settle(&archive, &mut plan, args.action() == Action::Pause)?;
     }
@@ -221,13 +169,7 @@ pub(super) fn restore(
         delta: args.delta,
         standby: args.standby,
     };
-    tablespaces::settle(&archive, &mut plan, &directories)?;
-    if let Some(backup) = backup(&archive, &plan)? {
-        let segment_bytes = archive.identity().wal_segment_size.bytes();
-        space::settle(&backup, segment_bytes, &mut plan, &directories)?;
-    }
-    let system = archive.identity().system_identifier;
-    estimate::measure(&archive.repository, system, &mut plan);
+    chosen::settle(&archive, &mut plan, &directories)?;
     if !args.json {
         if let RecoveryTarget::Time { time, .. } = &target {
             output::line(&format!("target        {}", explain_time(*time, now)));
@@ -332,39 +274,9 @@ fn copy_and_start(
     outcome.print(args.json)
 }
 
-/// Plans with the newest backup that is not known to be damaged.
-fn plan(archive: &mut Archive, target: &RecoveryTarget, args: &RestoreArgs) -> Result<RestorePlan> {
-    let wishes = Wishes {
-        backup: args.backup.clone(),
-        timeline: args.target_timeline.clone(),
-    };
-    if let Some(id) = &wishes.backup {
-        archive.refuse_damaged(id)?;
-        expired::refuse_backup(archive, id)?;
-        if args.force {
-            archive.trust_backup(id);
-        }
-    }
-    if *target == RecoveryTarget::Latest
-        && !args.force
-        && let Some(refusal) = archive.older_state()
-    {
-        return Err(refusal.into());
-    }
-    loop {
-        let plan = plan_restore(archive, target, &wishes)
-            .map_err(|error| expired::explain(archive, target, archive.explain(error)))?;
-        match archive.check_backup(&plan.backup) {
-            Ok(()) => return Ok(plan),
-            // The next plan uses an older backup, or refuses because of this damage.
-            Err(error) => archive.exclude_backup(plan.backup, error.into_damage()?),
-        }
-    }
-}
-
 /// Refuses relative paths in the configuration, because `restore_command` runs in the restored data
 /// directory and would not find the files.
-fn refuse_relative(cluster: &ClusterSettings) -> Result<()> {
+pub(super) fn refuse_relative(cluster: &ClusterSettings) -> Result<()> {
     match cluster.repository.relative_files().first() {
         Some(line) => Err(Error::usage(format!(
             "{line} is not an absolute path: the restored server runs restore_command in its data directory and would not find \
@@ -372,11 +284,6 @@ fn refuse_relative(cluster: &ClusterSettings) -> Result<()> {
         ))),
         None => Ok(()),
     }
-}
-
-fn backup(archive: &Archive, plan: &RestorePlan) -> Result<Option<BackupInfo>> {
-    let mut backups = archive.backups()?.into_iter();
-    Ok(backups.find(|backup| backup.id == plan.backup))
 }
 
 /// Returns the mapping of tablespaces. Two spellings of one path, for example with a slash at the
@@ -399,7 +306,7 @@ fn mapping(args: &RestoreArgs) -> Result<BTreeMap<PathBuf, PathBuf>> {
     Ok(mapping)
 }
 
-fn bar(plan: &RestorePlan) -> ProgressBar {
+pub(super) fn bar(plan: &RestorePlan) -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }

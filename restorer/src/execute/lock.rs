@@ -50,7 +50,7 @@ impl TargetLock {
 }
 
 /// Returns the process that holds the lock, according to the kernel's list (`proc_locks(5)`).
-fn holder(file: &File) -> Option<u32> {
+pub(crate) fn holder(file: &File) -> Option<u32> {
     let inode = file.metadata().ok()?.ino().to_string();
     let locks = fs::read_to_string("/proc/locks").ok()?;
     locks.lines().find_map(|line| {

@@ -30,7 +30,7 @@ const SIGNALS: [(&str, i32); 3] = [("SIGINT", 2), ("SIGTERM", 15), ("SIGHUP", 1)
 
 /// A handler of these signals. It works from its creation until this program ends.
 #[derive(Debug, Default)]
-pub(super) struct Interrupt(Arc<Caught>);
+pub(crate) struct Interrupt(Arc<Caught>);
 
 /// The signals that arrived.
 #[derive(Debug, Default)]
@@ -47,7 +47,7 @@ impl Interrupt {
     ///
     /// # Errors
     /// [`Error::Io`] if the operating system refuses the handler.
-    pub(super) fn catch() -> Result<Self> {
+    pub(crate) fn catch() -> Result<Self> {
         let failed = || Error::io("catch the signals of", "this program");
         let interrupt = Self::default();
         let caught = Arc::clone(&interrupt.0);
@@ -89,7 +89,7 @@ impl Interrupt {
     }
 
     /// Returns the number of signals that have arrived.
-    pub(super) fn count(&self) -> u32 {
+    pub(crate) fn count(&self) -> u32 {
         self.0.count.load(Ordering::SeqCst)
     }
 
@@ -97,7 +97,7 @@ impl Interrupt {
     ///
     /// # Errors
     /// [`Error::Interrupted`] with the first signal.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         match self.seen() {
             Some(signal) => Err(Error::Interrupted { signal }),
             None => Ok(()),
@@ -109,7 +109,7 @@ impl Interrupt {
     ///
     /// # Errors
     /// [`Error::Interrupted`] if a signal arrives first; the errors of `work`.
-    pub(super) fn run<T: Send + 'static>(
+    pub(crate) fn run<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {

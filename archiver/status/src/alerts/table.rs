@@ -3,10 +3,7 @@
 //! The page, the daemon's notifications, the metric, Nagios and `monitoring/tidemark.rules.yml`
 //! come from this table. A test compares the shipped files with it.
 
-use crate::{
-    alert::{Rule, Severity},
-    units::DRILL_ADVICE,
-};
+use crate::alert::{Rule, Severity};
 
 /// Every alert.
 pub const RULES: [Rule; 27] = [
@@ -185,7 +182,8 @@ pub const RULES: [Rule; 27] = [
         rule_summary: "No recent restore drill of {{ $labels.cluster }} has passed",
         past: "The restore drill was overdue",
         inhibited_by: &[],
-        runbook: DRILL_ADVICE,
+        runbook: "No recent restore drill has proved that a restore works. Run \
+            `pitr-restore drill`, and repeat it regularly, for example with cron.",
     },
     Rule {
         name: "PitrDrillFailed",
@@ -197,8 +195,8 @@ pub const RULES: [Rule; 27] = [
         past: "The last restore drill had failed",
         inhibited_by: &[],
         runbook: "A restore was tried and failed: treat the archive as not restorable until a \
-            drill passes. Its message says where it stopped; `wal-archiver verify --deep` finds \
-            what is damaged.",
+            drill passes. Its message says what failed; `wal-archiver verify --deep` finds what \
+            is damaged. After the repair, run `pitr-restore drill`.",
     },
     Rule {
         name: "PitrCorruptObject",

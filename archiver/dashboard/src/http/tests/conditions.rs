@@ -39,6 +39,7 @@ fn verified(report: &ClusterReport, seconds_ago: i64) -> Outcome {
         replay_seconds: None,
         loss_seconds: None,
         damaged: Vec::new(),
+        drill: None,
     }
 }
 
