@@ -3,8 +3,8 @@
 //! Modules in reading order: [`pipeline`] (start here: WAL on its way), the [`core`](mod@core) that
 //! decides, the [`spool`] it is written to first, [`replication`] (PostgreSQL's protocol),
 //! [`base_backup`], the [`supervisor`] that keeps a cluster archived, and the reports about it:
-//! [`status`](::status), [`dashboard`](::dashboard). The [`walsender`] streams it on to standbys. [`cli`]
-//! is the outside.
+//! [`status`], [`dashboard`]. The [`walsender`] streams it on to standbys.
+//! [`cli`] is the outside.
 
 pub mod base_backup;
 mod blocking;

@@ -172,7 +172,7 @@ fn a_drill_passes_and_leaves_only_its_record() {
         let outcome = &first.report["outcome"];
         assert_eq!(outcome["loss_seconds"], 0.0, "{outcome:#}");
         assert!(outcome["rto_seconds"].as_f64() > outcome["fetch_seconds"].as_f64());
-        assert_eq!(scene.recorded(), [outcome.clone()]);
+        assert_eq!(scene.recorded(), std::slice::from_ref(outcome));
         let written = files_below(&reports);
         assert_eq!(written.len(), 2, "{written:?}");
         let text = fs::read_to_string(&written[1]).expect("Markdown");

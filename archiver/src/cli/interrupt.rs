@@ -75,6 +75,10 @@ fn on_signal(act: impl Fn(&str) + Send + 'static) -> Result<()> {
     named.spawn(watch).map(drop).map_err(failed())
 }
 
+#[expect(
+    clippy::exit,
+    reason = "the command's threads may wait for a store that does not answer"
+)]
 fn end() -> ! {
     std::process::exit(i32::from(ExitKind::Failed as u8))
 }

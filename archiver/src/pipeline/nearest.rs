@@ -8,7 +8,10 @@
 //! Invariant: no flags are returned that a plan refuses.
 
 use repository::{PathPart, Restorable, Stretch, WalIndex, WalRange, default_timelines};
-use status::locate::{Chosen, Located, NearCommit, NearInstant};
+use status::{
+    locate::{Chosen, Located, NearCommit, NearInstant},
+    report::gone_refusal,
+};
 use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TimelineId, TransactionEnd};
 
 use super::{archive::Archive, damage::find_damaged, restorable::Ranges, window::read_ranges};
@@ -16,13 +19,6 @@ use crate::error::Result;
 
 /// Finds the restore that leads to `time`, a time by the server's clock.
 pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
-    let details = archive.status().details();
-    let (of_backups, of_wal) = find_damaged(archive, details.outcomes.iter(), &details.repaired);
-    let (timelines, index) = read_ranges(archive, &of_wal)?;
-    let mut backups = archive.held_backups()?;
-    let defaults = default_timelines(&index, &timelines, &backups)?;
-    let lost = archive.lost_backups();
-    backups.retain(|backup| !of_backups.contains_key(&backup.id) && !lost.contains(&backup.id));
     let refused = |refusal: &str| Located {
         time,
         before: None,
@@ -32,6 +28,18 @@ pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {
         refusal: Some(refusal.to_owned()),
         nearest: Vec::new(),
     };
+    let facts = archive.status().facts();
+    if facts.repository_gone {
+        // The catalog still has what the repository had.
+        return Ok(refused(&gone_refusal(facts.repository_error.as_deref())));
+    }
+    let details = archive.status().details();
+    let (of_backups, of_wal) = find_damaged(archive, details.outcomes.iter(), &details.repaired);
+    let (timelines, index) = read_ranges(archive, &of_wal)?;
+    let mut backups = archive.held_backups()?;
+    let defaults = default_timelines(&index, &timelines, &backups)?;
+    let lost = archive.lost_backups();
+    backups.retain(|backup| !of_backups.contains_key(&backup.id) && !lost.contains(&backup.id));
     let branch = match defaults.as_slice() {
         [] => return Ok(refused("no WAL is archived yet")),
         [branch] => *branch,

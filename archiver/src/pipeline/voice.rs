@@ -2,7 +2,7 @@
 //! and a separate timer uses it while a disk blocks that thread.
 //!
 //! Invariant: the positions are read under the same lock that sends them, so a status never reports
-//! less than an earlier one. `flush` is what [`super::progress`] proved, however long ago.
+//! less than an earlier one. `flush` is what [`crate::core::progress`] proved, however long ago.
 
 use std::{sync::Arc, time::Duration};
 

@@ -221,7 +221,7 @@ impl SpoolThread {
         answer.await.map_err(|_| stopped())
     }
 
-    /// Takes up a branch: see [`Command::TakeUp`].
+    /// Takes up a branch: see `Command::TakeUp`.
     ///
     /// # Errors
     /// [`Error::ThreadStopped`]; the error of the failed operation.

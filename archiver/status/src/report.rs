@@ -138,6 +138,25 @@ pub struct WindowReport {
     pub refusal: Option<String>,
 }
 
+impl WindowReport {
+    /// Returns the window of a repository that is not there: nothing can be restored from it now.
+    pub(crate) fn gone(error: Option<&str>) -> Self {
+        Self {
+            refusal: Some(gone_refusal(error)),
+            ..Self::default()
+        }
+    }
+}
+
+/// Returns the reason why no plan is accepted while the repository is not there.
+#[must_use]
+pub fn gone_refusal(error: Option<&str>) -> String {
+    error.map_or_else(
+        || "the repository is not there".to_owned(),
+        ToOwned::to_owned,
+    )
+}
+
 /// The duration of a restore: target, measurement and estimate.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct RtoReport {

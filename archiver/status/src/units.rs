@@ -68,7 +68,7 @@ pub fn amount(mut value: f64) -> String {
 /// A text with more characters than this is displayed in full only once.
 const LONG_CHARS: usize = 120;
 
-/// Returns the first sentence of a text. If the sentence is longer than [`LONG_CHARS`], it is cut
+/// Returns the first sentence of a text. If the sentence is longer than `LONG_CHARS`, it is cut
 /// between two words.
 pub fn brief(text: &str) -> String {
     let sentence = text.split_once(". ").map_or(text, |(first, _)| first);

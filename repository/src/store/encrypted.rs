@@ -402,11 +402,10 @@ impl ObjectStore for EncryptedStore {
                         let size = object::plain_bytes(object.size).unwrap_or(0);
                         objects.insert(key.to_owned(), size);
                     }
-                    None if accepts_plain => {
-                        if !self.keys.is_wrapped_key(&object.key) && !self.is_mark(&object.key) {
-                            still_plain.push(object);
-                        }
+                    None if accepts_plain
+                        && (self.keys.is_wrapped_key(&object.key) || self.is_mark(&object.key)) => {
                     }
+                    None if accepts_plain => still_plain.push(object),
                     None if self.is_epoch(&object.key) => plain = Some(object.key),
                     None => {}
                 }

@@ -37,7 +37,8 @@ impl std::fmt::Debug for Sources {
 
 impl Sources {
     /// Creates the sources of a server that is bound to `address`. They answer from `monitor`, for
-    /// clients that `access` admits, and let `take_backup` take the base backups that are requested.
+    /// clients that `access` admits, and let `take_backup` take the base backups that are
+    /// requested.
     #[must_use]
     pub fn new(
         monitor: Arc<Monitor>,

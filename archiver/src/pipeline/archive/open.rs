@@ -18,7 +18,7 @@ impl Archive {
     /// stale catalog may understate what is stored, but never overstates it.
     ///
     /// # Errors
-    /// [`Error::Repository`].
+    /// [`Error::Repository`](crate::error::Error::Repository).
     pub fn open(
         settings: ClusterSettings,
         cluster: ClusterIdentity,

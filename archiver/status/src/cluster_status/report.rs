@@ -10,7 +10,9 @@ use crate::{
     alerts,
     details::Details,
     light::{Facts as Judged, causes},
-    report::{ClusterReport, Counters, DurableReport, SlotReport, SourceReport, TierReport},
+    report::{
+        ClusterReport, Counters, DurableReport, SlotReport, SourceReport, TierReport, WindowReport,
+    },
     state::State,
 };
 
@@ -153,6 +155,9 @@ impl ClusterStatus {
         if facts.repository_older.is_some() {
             // On this host, a restore of the newest state is refused.
             window.refusal = facts.repository_older.clone();
+        }
+        if facts.repository_gone {
+            window = WindowReport::gone(facts.repository_error.as_deref());
         }
         let known = |lsn: Lsn| (lsn > Lsn::ZERO).then_some(lsn);
         let path = facts.server_path.unwrap_or_default();
