@@ -229,7 +229,7 @@ fn a_backup_that_verify_found_damaged_gives_way_to_the_next_older_whole_one() {
     assert_eq!(passed_over.len(), 2, "{older}");
     for (one, (id, part)) in passed_over.iter().zip([
         (&ids[3], "`wal-archiver verify` at"),
-        (&ids[2], "is not in"),
+        (&ids[2], "is missing in"),
     ]) {
         assert_eq!(one["backup"], **id);
         let reason = one["reason"].as_str().expect("a reason");

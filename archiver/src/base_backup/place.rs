@@ -7,7 +7,7 @@ use repository::{
 };
 use wal_format::BackupInfo;
 
-use super::{Taking, error::malformed};
+use super::Taking;
 use crate::error::Result;
 
 /// Refuses a place that lacks the newest WAL that this host stored: a backup in an older copy of
@@ -35,10 +35,14 @@ impl Taking {
         let prefix = format!("{}/backup/{}/", info.system_identifier, info.id);
         let listed = self.repository.list(&prefix)?.into_iter().collect();
         match incomplete_part(info, &listed) {
-            Some(damage) => Err(malformed(format!(
-                "{damage} in {}, which was exchanged or lost it during the backup: take the backup again",
-                self.repository.url()
-            ))
+            Some(damage) => Err(repository::Error::Damaged {
+                key: damage.object,
+                url: self.repository.url(),
+                problem: format!(
+                    "{}, because the place was exchanged during the backup, or has lost it: take the backup again",
+                    damage.problem
+                ),
+            }
             .into()),
             None => Ok(()),
         }

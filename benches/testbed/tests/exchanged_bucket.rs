@@ -71,6 +71,22 @@ fn write_wal(cluster: &Cluster) {
         .expect("WAL");
 }
 
+/// Returns true if no complete segment waits in the spool.
+fn is_drained(place: &Place) -> bool {
+    let mut directories = vec![place.path().join("spool/main/wal")];
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(directory).expect("a directory").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_none() && entry.file_name().len() == 24 {
+                return false;
+            }
+        }
+    }
+    true
+}
+
 fn stop(place: &Place, daemon: Daemon) {
     daemon.stop().expect("everything is in the bucket");
     let mut verify = place.program("wal-archiver").expect("it is built");
@@ -141,6 +157,18 @@ fn an_emptied_bucket_gets_no_new_archive_and_the_old_one_misses_nothing() {
     let old = store.keys().expect("a listing");
     write_wal(&cluster);
     wait(&place, "it goes on", is_well);
+
+    // Nothing but the bucket has the newest segment.
+    let mut client = cluster.connect().expect("a connection");
+    let switch = "SELECT pg_switch_wal()";
+    client.batch_execute(switch).expect("a switch");
+    drop(client);
+    let began = Instant::now();
+    while !is_drained(&place) {
+        assert!(began.elapsed() < PATIENCE, "a segment stays in the spool");
+        sleep(Duration::from_millis(100));
+    }
+    wait(&place, "all of it is archived", is_well);
 
     // An older replica of the bucket has the identity, but lacks the objects that were stored
     // later.

@@ -302,7 +302,7 @@ impl LossRecord {
     /// Checks that this program may replace both files.
     ///
     /// # Errors
-    /// [`Error::Store`] if a newer version of this program has written a file.
+    /// [`Error::Config`] if a newer version of this program has written a file.
     pub fn check_version(&self) -> Result<()> {
         for file in [FOUND_FILE, ACCEPTED_FILE] {
             self.damage(file)?;
@@ -413,15 +413,14 @@ impl LossRecord {
     /// there is none.
     ///
     /// # Errors
-    /// [`Error::Store`] if the file has a newer format version: replacing it would lose what it
+    /// [`Error::Config`] if the file has a newer format version: replacing it would lose what it
     /// says.
     fn damage(&self, file: &str) -> Result<Option<String>> {
         match self.unusable(file)? {
             Some(newer @ Unusable::Newer(_)) => {
                 let path = self.directory.join(file);
-                Err(Error::store("replace", path)(io::Error::other(
-                    newer.to_string(),
-                )))
+                let path = path.display();
+                Err(Error::config(format!("{path} is not replaced: {newer}")))
             }
             Some(Unusable::Damaged(problem)) => Ok(Some(problem)),
             None => Ok(None),
