@@ -215,11 +215,13 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
         let parent = configuration.value(row.name).map(str::to_owned);
         let value = match row.how {
             How::Value(value) => Some(match (row.name, wanted.port) {
-                ("listen_addresses", Some(_)) => "127.0.0.1",
-                _ => value,
+                ("listen_addresses", Some(_)) => "127.0.0.1".to_owned(),
+                ("log_directory", _) => free_directory(directory, value),
+                _ => value.to_owned(),
             }),
             How::Comment => None,
         };
+        let value = value.as_deref();
         let changes = parent.as_deref().is_some_and(|parent| {
             !parent.is_empty() && value != Some(parent) && value != Some(bool_of(parent))
         });
@@ -402,6 +404,17 @@ fn applies(when: When, directory: &Path, parent: Option<&str>, changes: bool) ->
                 && (text::path(parent).is_relative() || leads_outside(directory, parent))
         }),
     }
+}
+
+/// Returns `name`, with a number if a file of the copy has this name.
+fn free_directory(directory: &Path, name: &str) -> String {
+    let numbered = (1..).map(|number| format!("{name}_{number}"));
+    let mut names = std::iter::once(name.to_owned()).chain(numbered);
+    let is_free = |name: &String| match fs::symlink_metadata(directory.join(name)) {
+        Ok(found) => found.is_dir(),
+        Err(_) => true,
+    };
+    names.find(is_free).unwrap_or_else(|| name.to_owned())
 }
 
 /// Returns true if `path`, relative to the data directory, is not inside it.

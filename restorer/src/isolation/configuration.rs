@@ -41,6 +41,10 @@ pub(super) struct Configuration {
     pub(super) problems: Vec<String>,
     /// The files that were read.
     pub(super) files: BTreeSet<PathBuf>,
+    /// True if a file is nested too deeply. The first one is a problem.
+    too_deep: bool,
+    /// The files that are being read, each included by the one before it.
+    open: Vec<PathBuf>,
 }
 
 impl Configuration {
@@ -91,10 +95,23 @@ impl Configuration {
             ),
             None => format!("{} {what}", path.display()),
         };
-        if depth > DEPTH_MAX {
-            self.problems.push(named("nested too deeply"));
+        // A loop reaches the maximum depth once for each way through its files.
+        let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        if depth > DEPTH_MAX || self.open.contains(&real) {
+            if !self.too_deep {
+                self.too_deep = true;
+                self.problems.push(named(
+                    "nested too deeply or in a loop: PostgreSQL does not start with it",
+                ));
+            }
             return;
         }
+        self.open.push(real);
+        self.read_lines(path, &named, depth);
+        self.open.pop();
+    }
+
+    fn read_lines(&mut self, path: &Path, named: &dyn Fn(&str) -> String, depth: usize) {
         let text = match fs::read(path) {
             Ok(bytes) => text::decode(&bytes),
             Err(error) => {
@@ -233,9 +250,22 @@ mod tests {
     #[test]
     fn a_file_that_includes_itself_is_a_problem() {
         let directory = tempfile::tempdir().expect("a directory");
-        fs::write(directory.path().join(MAIN), "include 'postgresql.conf'\n").expect("written");
+        let write = |name: &str, text: &str| {
+            fs::write(directory.path().join(name), text).expect("written");
+        };
+        write(MAIN, "include 'postgresql.conf'\n");
         let found = Configuration::read(directory.path());
         assert_eq!(found.problems.len(), 1);
         assert!(found.problems[0].contains("nested too deeply"));
+        // With four files, ten levels have a million ways.
+        fs::create_dir(directory.path().join("conf.d")).expect("a directory");
+        write(MAIN, "include_dir 'conf.d'\n");
+        for name in ["a", "b", "c", "d"] {
+            let lines = format!("include_dir '../conf.d'\nx.{name} = 1\n");
+            write(&format!("conf.d/{name}.conf"), &lines);
+        }
+        let found = Configuration::read(directory.path());
+        assert_eq!(found.problems.len(), 1, "{:?}", found.problems);
+        assert_eq!(found.value("x.d"), Some("1"));
     }
 }

@@ -34,6 +34,8 @@ mod access;
 /// The prefix of the names of imported files. The names do not end in `.conf`, so that no
 /// `include_dir` includes them.
 pub(super) const PREFIX: &str = "tidemark_included.";
+/// The name of a file that is never written, for the directives that close a loop.
+const LOOP: &str = "tidemark_included.loop";
 /// The maximum number of imported files. Files outside of the copy can include each other
 /// endlessly.
 const FILES_MAX: usize = 1000;
@@ -45,6 +47,8 @@ pub(super) struct Imported {
     pub(super) files: Vec<PathBuf>,
     /// The files that cannot be read on this host, one sentence each.
     pub(super) problems: Vec<String>,
+    /// True if files outside of the copy include each other in a loop.
+    has_loop: bool,
     /// The number in the name that was given last. A file that cannot be read keeps its name.
     last: usize,
 }
@@ -95,6 +99,8 @@ struct Importer<'a> {
     root: PathBuf,
     edits: &'a mut Vec<Edit>,
     imported: Imported,
+    /// The files whose includes are being imported, each included by the one before it.
+    open: Vec<PathBuf>,
 }
 
 /// An include directive.
@@ -107,6 +113,11 @@ struct Include<'a> {
     target: &'a Path,
     /// The nesting depth of the included file.
     depth: usize,
+}
+
+/// Returns a path without links; the path itself if it leads nowhere.
+fn real(path: &Path) -> PathBuf {
+    fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
 
 /// Reads a regular file. The read of a FIFO would wait for a writer.
@@ -125,19 +136,28 @@ impl<'a> Importer<'a> {
             root: fs::canonicalize(directory).map_err(Error::io("find", directory))?,
             edits,
             imported,
+            open: Vec::new(),
         })
     }
 
     /// Changes the include directives of a file of the copy, and of the files in the copy that it
     /// includes.
     fn own(&mut self, file: &Path, depth: usize) -> Result<()> {
-        // `Configuration::read` reports a file that is missing or nested too deeply.
+        // `Configuration::read` reports a file that is missing, nested too deeply or in a loop.
+        let real = real(file);
+        if depth > DEPTH_MAX || self.open.contains(&real) {
+            return Ok(());
+        }
+        self.open.push(real);
+        let done = self.own_lines(file, depth);
+        self.open.pop();
+        done
+    }
+
+    fn own_lines(&mut self, file: &Path, depth: usize) -> Result<()> {
         let Ok(bytes) = read_regular(file) else {
             return Ok(());
         };
-        if depth > DEPTH_MAX {
-            return Ok(());
-        }
         let content = text::decode(&bytes);
         let mut lines: Vec<String> = content.split('\n').map(str::to_owned).collect();
         let mut changed = false;
@@ -243,11 +263,28 @@ impl<'a> Importer<'a> {
 
     /// Imports a file and the files that it includes. Returns the name of the imported file.
     fn file(&mut self, include: Include<'_>) -> Result<String> {
+        let real = real(include.target);
+        let is_loop = self.open.contains(&real);
+        self.open.push(real);
+        let done = self.file_lines(include, is_loop);
+        self.open.pop();
+        done
+    }
+
+    fn file_lines(&mut self, include: Include<'_>, is_loop: bool) -> Result<String> {
         let Include { target, depth, .. } = include;
-        let name = self.next_name()?;
+        if is_loop && self.imported.has_loop {
+            return Ok(LOOP.to_owned());
+        }
+        let name = if is_loop {
+            LOOP.to_owned()
+        } else {
+            self.next_name()?
+        };
         let content = match read_regular(target) {
-            Ok(_) if depth > DEPTH_MAX => {
-                self.unreadable(include, &name, "it is nested too deeply");
+            Ok(_) if is_loop || depth > DEPTH_MAX => {
+                self.imported.has_loop |= is_loop;
+                self.unreadable(include, &name, "it is nested too deeply or in a loop");
                 return Ok(name);
             }
             Ok(bytes) => text::decode(&bytes),
@@ -283,6 +320,14 @@ impl<'a> Importer<'a> {
     }
 
     fn unreadable(&mut self, include: Include<'_>, name: &str, why: &str) {
+        let relative = text::path(&include.entry.value).is_relative();
+        let why = if relative && self.cluster.parent.is_none() && self.is_own(include.from) {
+            format!(
+                "{why}; the line names it relative to the parent's directory, which is not known here"
+            )
+        } else {
+            why.to_owned()
+        };
         self.imported.problems.push(format!(
             "{} line {} includes {}, which cannot be read here ({why}): PostgreSQL does not start before its content is in {}, without data_directory, \
              hba_file and ident_file, which would lead to the parent's files",
@@ -355,6 +400,11 @@ impl<'a> Importer<'a> {
                     && !path.components().any(|part| part == Component::ParentDir)
             }
         }
+    }
+
+    /// Returns true for a file of the copy.
+    fn is_own(&self, file: &Path) -> bool {
+        real(file).starts_with(&self.root)
     }
 
     /// Returns a name that no file of the copy has.

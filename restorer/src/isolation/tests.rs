@@ -312,6 +312,41 @@ fn files_of_the_parents_data_directory_are_the_copys_own() {
     }
 }
 
+#[test]
+fn the_copys_log_gets_a_directory_that_no_file_of_the_parent_is_named_like() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let write = |name: &str, content: &str| {
+        fs::write(directory.path().join(name), content).expect("written");
+    };
+    write(MAIN, "log_directory = '/parent/log'\n");
+    write(AUTO, "");
+    write("log", "a file\n");
+    isolate(directory.path(), &wanted(17, &[])).expect("isolated");
+    assert_eq!(value(&directory, "log_directory").as_deref(), Some("log_1"));
+}
+
+/// The parent does not start with such files either: one sentence says so.
+#[test]
+fn a_loop_of_includes_is_one_problem() {
+    let (directory, outside) = (tempfile::tempdir(), tempfile::tempdir());
+    let (directory, outside) = (directory.expect("made"), outside.expect("made"));
+    let folder = outside.path().display();
+    for name in ["a", "b", "c", "d"] {
+        let lines = format!("include_dir '{folder}'\nx.{name} = 1\n");
+        fs::write(outside.path().join(format!("{name}.conf")), lines).expect("written");
+    }
+    let main = format!("include_dir '{folder}'\n");
+    fs::write(directory.path().join(MAIN), main).expect("written");
+    fs::write(directory.path().join(AUTO), "").expect("written");
+    let isolation = isolate(directory.path(), &wanted(17, &[])).expect("isolated");
+    assert_eq!(isolation.problems.len(), 1, "{:?}", isolation.problems);
+    assert!(
+        isolation.problems[0].contains("in a loop"),
+        "{:?}",
+        isolation.problems
+    );
+}
+
 /// Relative paths that lead out of the copy are resolved from where it is at the release.
 #[test]
 fn a_moved_copy_is_released_where_it_is() {
