@@ -24,11 +24,10 @@ use wal_format::{
 };
 
 use crate::{
-    conninfo,
     core::shutdown::Shutdown,
     error::{Error, Result},
-    outcomes,
-    pipeline::session::Source,
+    primary::{Source, conninfo},
+    upkeep::outcomes,
 };
 
 mod archived;
@@ -39,7 +38,7 @@ mod place;
 mod slicer;
 mod wait;
 
-pub(crate) use crate::outcomes::record_failed_backup as record_failure;
+pub(crate) use crate::upkeep::outcomes::record_failed_backup as record_failure;
 use error::{BaseBackupError, malformed};
 use slicer::{RawSlice, Slicer};
 

@@ -24,7 +24,6 @@ mod import;
 mod interrupt;
 mod key;
 mod lock;
-mod losses;
 mod nagios;
 mod notify;
 mod output;
@@ -46,7 +45,10 @@ use repository::{
 };
 use wal_format::{BackupId, NoteChange, SystemIdentifier};
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    verify::clusters::VerifyOptions,
+};
 
 /// Streams a PostgreSQL cluster's WAL into a repository within a second of its creation, takes base
 /// backups, and proves that nothing is missing.
@@ -391,7 +393,7 @@ pub fn run(cli: Cli) -> Result<()> {
             backup,
             json,
         } => {
-            let options = verify::VerifyOptions {
+            let options = VerifyOptions {
                 deep,
                 repair,
                 accept_loss,

@@ -4,6 +4,11 @@
 //! Invariant: an event of one cluster affects no other. A configuration is applied only if all of
 //! it is valid, and a cluster whose settings are unchanged is not interrupted.
 
+pub(crate) mod descriptors;
+pub mod push;
+pub mod supervisor;
+pub mod systemd;
+
 use std::{
     collections::BTreeMap,
     net::SocketAddr,
@@ -34,11 +39,9 @@ use crate::{
         live_cluster::LiveCluster,
         shutdown::{Shutdown, ShutdownRequest},
     },
-    descriptors::Descriptors,
+    daemon::{descriptors::Descriptors, systemd::Notify},
     error::{Error, Result},
-    notify::Notify,
-    pipeline::current::CurrentArchive,
-    supervisor,
+    observe::current::CurrentArchive,
 };
 
 /// The interval at which systemd's status line is updated, and the longest interval of the

@@ -14,31 +14,23 @@
 
 pub mod archive;
 mod command;
-pub(crate) mod current;
-mod damage;
 pub mod failure;
 pub mod flush;
+pub mod follow;
 mod fork;
 pub mod gap;
 mod histories;
-pub mod line;
 mod losses;
-pub(crate) mod nearest;
-pub(crate) mod observe;
-mod presence;
-mod queries;
+pub(crate) mod presence;
 mod reads;
 pub mod receive;
-mod restorable;
 pub mod room;
 pub mod seal;
 pub(crate) mod server_shutdown;
-pub mod session;
 mod stage;
 mod superseded;
 pub mod tail;
 pub mod voice;
-pub(crate) mod window;
 pub mod write;
 
 use std::{

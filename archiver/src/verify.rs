@@ -16,8 +16,10 @@ use wal_format::{
 use crate::error::{Error, Result};
 
 mod backup;
+pub(crate) mod clusters;
 mod continuity;
 mod identity;
+pub(crate) mod losses;
 mod objects;
 mod one_backup;
 pub(crate) mod repair;

@@ -38,7 +38,7 @@ use tokio_rustls::TlsAcceptor;
 use crate::{
     core::{live_cluster::LiveCluster, progress::Progress},
     error::{Error, Result},
-    pipeline::current::CurrentArchive,
+    observe::current::CurrentArchive,
 };
 
 /// The maximum number of concurrent connections, like a server's `max_wal_senders`.

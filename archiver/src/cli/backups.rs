@@ -18,7 +18,7 @@ use wal_format::{
 use super::output;
 use crate::{
     error::{Error, Result},
-    outcomes,
+    upkeep::outcomes,
 };
 
 /// A backup in the list.

@@ -6,8 +6,11 @@ use std::{fs, io};
 use catalog::Catalog;
 use repository::{LossRecord, Repository, config::Settings};
 
-use super::{losses, output};
-use crate::error::{Error, Result};
+use super::output;
+use crate::{
+    error::{Error, Result},
+    verify::losses,
+};
 
 pub(super) fn rebuild(settings: &Settings) -> Result<()> {
     for cluster in &settings.clusters {

@@ -13,11 +13,13 @@ use wal_format::{PgVersion, SystemIdentifier};
 use self::report::Report;
 use super::{daemon, output, places, runtime};
 use crate::{
-    conninfo,
     error::{Error, Result},
+    primary::{
+        conninfo,
+        synchronous::{Membership, danger, membership},
+    },
     spool,
-    standby_slots::Standby,
-    synchronous::{Membership, danger, membership},
+    upkeep::standby_slots::Standby,
 };
 
 mod beside;

@@ -8,7 +8,7 @@ use wal_format::BackupId;
 use super::output;
 use crate::{
     error::{Error, Result},
-    expire::{
+    upkeep::expire::{
         self,
         delete::{Deletion, decide},
     },

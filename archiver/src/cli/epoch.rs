@@ -16,12 +16,13 @@ use wal_format::SystemIdentifier;
 
 use super::{output, runtime};
 use crate::{
-    conninfo,
     core::live_cluster::LiveCluster,
+    daemon::supervisor::{CatalogPlace, open_archive},
     error::{Error, Result},
-    pipeline::{Pipeline, observe, session::Source},
+    observe,
+    pipeline::Pipeline,
+    primary::{Source, conninfo},
     spool::{Spool, record::remove_record},
-    supervisor::{CatalogPlace, open_archive},
 };
 
 pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Result<()> {

@@ -9,7 +9,7 @@ use wal_format::{ClusterName, SystemIdentifier};
 use super::{output, places};
 use crate::{
     error::{Error, Result},
-    expire::{
+    upkeep::expire::{
         self, PlaceReport, Wish,
         undo::{UndoReport, undo_all},
     },

@@ -1,7 +1,7 @@
 //! `wal-archiver lock extend`: extends the locks on what the kept backups need, in buckets with
 //! Object Lock. Run by an operator or a timer.
 //!
-//! [`locks`](crate::locks) decides what is needed. With `lock_days`, the daemon runs it
+//! [`locks`](crate::upkeep::locks) decides what is needed. With `lock_days`, the daemon runs it
 //! automatically.
 
 use jiff::{SignedDuration, Timestamp};
@@ -15,7 +15,7 @@ use wal_format::BackupId;
 use super::output;
 use crate::{
     error::{Error, Result},
-    locks::{self, Locked},
+    upkeep::locks::{self, Locked},
 };
 
 pub(super) fn extend(

@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use repository::printable;
 use wal_format::ExpiredWindow;
 
-use crate::expire;
+use crate::upkeep::expire;
 
 /// Writes a line to standard output.
 pub(super) fn line(text: &str) {

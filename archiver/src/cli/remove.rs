@@ -11,11 +11,13 @@ use wal_format::SystemIdentifier;
 
 use super::{output, runtime};
 use crate::{
-    conninfo,
     error::{Error, Result},
+    primary::{
+        conninfo,
+        synchronous::{Membership, membership},
+    },
     spool::Spool,
-    standby_slots::Standby,
-    synchronous::{Membership, membership},
+    upkeep::standby_slots::Standby,
 };
 
 /// The time limit for one server.

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use repository::{ClusterIdentity, Repository, config::ClusterSettings};
+use status::loss::RESETWAL;
 use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentName, SegmentSize};
 
 use super::{
@@ -15,16 +16,15 @@ use super::{
     output, runtime,
 };
 use crate::{
-    conninfo,
     core::shutdown::Shutdown,
     error::{Error, Result},
     pipeline::{
         Pipeline,
+        follow::Purpose,
         gap::{self, Closed},
-        observe::RESETWAL,
         receive::StreamEnd,
-        session::{Purpose, Source},
     },
+    primary::{Source, conninfo},
     spool::Spool,
 };
 

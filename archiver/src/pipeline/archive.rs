@@ -68,7 +68,7 @@ pub struct Archive {
     /// The declared losses. No source has this WAL, and nothing waits for it.
     gaps: Vec<DeclaredGap>,
     /// The records of declared losses that cannot be read.
-    pub(super) damaged_records: Vec<Damage>,
+    pub(crate) damaged_records: Vec<Damage>,
     /// The WAL that failovers lost.
     losses: Losses,
     /// The branches whose history file is in the repository.

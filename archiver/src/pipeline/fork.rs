@@ -78,7 +78,7 @@ impl Archive {
     ///
     /// # Errors
     /// [`crate::error::Error::Repository`], [`crate::error::Error::Io`].
-    pub(super) fn record_losses(&self) -> Result<()> {
+    pub(crate) fn record_losses(&self) -> Result<()> {
         if self.is_away() {
             // Only the repository has all of that WAL, and shows whether the loss was recorded.
             return Ok(());

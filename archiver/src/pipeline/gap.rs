@@ -16,11 +16,7 @@ use replication::ConnInfo;
 use status::gap::{GapState, OpenGap};
 use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentSize};
 
-use super::{
-    Pipeline,
-    receive::StreamEnd,
-    session::{Purpose, Source},
-};
+use super::{Pipeline, follow::Purpose, receive::StreamEnd};
 use crate::{
     blocking::blocking,
     core::{
@@ -28,6 +24,7 @@ use crate::{
         start::{Held, ServerBranch, ServerState, plan_start},
     },
     error::Result,
+    primary::Source,
 };
 
 /// The result of an attempt to close a gap.

@@ -202,7 +202,7 @@ impl Archive {
     }
 
     /// Returns the backups of the catalog that the place holds.
-    pub(super) fn held_backups(&self) -> repository::Result<Vec<BackupInfo>> {
+    pub(crate) fn held_backups(&self) -> repository::Result<Vec<BackupInfo>> {
         let mut backups = self.catalog().backups()?;
         let missing = self.missing();
         backups.retain(|backup| !missing.iter().any(|loss| loss.backup() == Some(&backup.id)));
@@ -210,7 +210,7 @@ impl Archive {
     }
 
     /// Returns the backups that cannot be restored because an object of them is lost.
-    pub(super) fn lost_backups(&self) -> BTreeSet<BackupId> {
+    pub(crate) fn lost_backups(&self) -> BTreeSet<BackupId> {
         let lost = self.loss_record.all().unwrap_or_default();
         lost.iter()
             .filter_map(|loss| loss.backup().cloned())
@@ -219,7 +219,7 @@ impl Archive {
 
     /// Returns true if the check of an object may be a billed request, because a place is not a
     /// folder.
-    pub(super) fn costs_requests(&self) -> bool {
+    pub(crate) fn costs_requests(&self) -> bool {
         let places = self.settings().repository.each();
         places.iter().any(|place| place.url.folder().is_none())
     }
@@ -309,7 +309,7 @@ impl Archive {
     /// # Errors
     /// - [`StoreError::OlderState`]; then the stages start again.
     /// - Errors of the requests.
-    pub(super) fn check_newest(&self) -> repository::Result<Option<WalRange>> {
+    pub(crate) fn check_newest(&self) -> repository::Result<Option<WalRange>> {
         let asked = Instant::now();
         let sealed = self.catalog().newest_sealed()?;
         self.find_newest(sealed.as_ref())?;
@@ -388,7 +388,7 @@ impl Archive {
 
 /// The position of the sample that was checked last.
 #[derive(Debug, Default)]
-pub(super) struct Presence {
+pub(crate) struct Presence {
     segment: Option<WalRange>,
     /// The number of backups that were checked.
     backups: usize,
@@ -501,7 +501,7 @@ impl Presence {
 ///
 /// # Errors
 /// Errors of the requests, the catalog and the record.
-pub(super) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> Result<()> {
+pub(crate) fn look_for_losses(archive: &Archive, presence: &Mutex<Presence>) -> Result<()> {
     let mut presence = presence.lock().unwrap_or_else(PoisonError::into_inner);
     presence.check(archive, &archive.catalog().backups()?)?;
     if presence.checks_identity(archive) {
@@ -544,7 +544,7 @@ fn is_partly_back(archive: &Archive, loss: &Loss) -> Result<bool> {
 }
 
 /// Reports what is missing and was not accepted.
-pub(super) fn report_losses(archive: &Archive) {
+pub(crate) fn report_losses(archive: &Archive) {
     report(archive, archive.loss_record.snapshot());
 }
 

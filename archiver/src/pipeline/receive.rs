@@ -1,12 +1,12 @@
 //! Stages 1 and 4: reads the replication stream and acknowledges durable WAL to PostgreSQL.
 //!
-//! It runs on the connection's own thread ([`super::line`]), which compares, writes, fsyncs and
-//! acknowledges the received WAL without another thread. During a catch-up it hands messages to the
-//! spool thread instead. If the spool thread has no room for a message, that message is held, no
-//! further one is read, and status updates continue.
-//! Invariant: the server receives a status at least every `status_interval` (from [`super::voice`]
-//! when this thread is blocked), and `flush` never passes WAL that is not durable in the class the
-//! user chose. `apply` is never reported.
+//! It runs on the connection's own thread ([`crate::primary::line`]), which compares, writes,
+//! fsyncs and acknowledges the received WAL without another thread. During a catch-up it hands
+//! messages to the spool thread instead. If the spool thread has no room for a message, that
+//! message is held, no further one is read, and status updates continue. Invariant: the server
+//! receives a status at least every `status_interval` (from [`super::voice`] when this thread is
+//! blocked), and `flush` never passes WAL that is not durable in the class the user chose. `apply`
+//! is never reported.
 
 use std::{
     future::ready,
@@ -320,28 +320,10 @@ pub fn status_interval(wal_sender_timeout: Option<Duration>) -> Duration {
     }
 }
 
-/// Reads a duration as `SHOW` prints it: `1min`, `500ms`, `0`.
-#[must_use]
-pub fn parse_duration(text: &str) -> Option<Duration> {
-    let digits = text
-        .find(|c: char| !c.is_ascii_digit())
-        .unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().ok()?;
-    let milliseconds: u64 = match unit {
-        "" | "ms" => 1,
-        "s" => 1000,
-        "min" => 60_000,
-        "h" => 3_600_000,
-        "d" => 86_400_000,
-        _ => return None,
-    };
-    number.checked_mul(milliseconds).map(Duration::from_millis)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::primary::parse_duration;
 
     #[test]
     fn the_server_hears_from_us_well_within_its_timeout() {

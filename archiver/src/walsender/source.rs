@@ -17,7 +17,8 @@ use crate::{
     blocking::blocking,
     core::progress::Progress,
     error::{Error, Result},
-    pipeline::{archive::Archive, current::CurrentArchive},
+    observe::current::CurrentArchive,
+    pipeline::archive::Archive,
 };
 
 /// The number of bytes decompressed at once: one frame of a sealed segment.

@@ -14,6 +14,7 @@ pub mod gap;
 pub mod instruments;
 pub mod light;
 pub mod locate;
+pub mod loss;
 pub mod outcomes;
 pub mod report;
 pub mod rpo;

@@ -7,6 +7,8 @@ pub mod cluster;
 pub mod encrypted_job;
 pub mod fault_proxy;
 pub mod host_loss;
+#[cfg(test)]
+mod imports;
 pub mod ledger;
 pub mod main_job;
 pub mod moto;

@@ -16,7 +16,7 @@ use wal_format::{BackupId, ObjectKey, PgTimestamp};
 
 use super::{Report, tls_expiry};
 use crate::{
-    descriptors::{Limit, needed},
+    daemon::descriptors::{Limit, needed},
     error::Result,
 };
 

@@ -1,4 +1,4 @@
-//! The driver's connections: performs the work of `pipeline/session.rs`, `gap.rs` and the start of
+//! The driver's connections: performs the work of `pipeline/follow.rs`, `gap.rs` and the start of
 //! `write.rs`.
 
 use wal_format::{Branch, Lsn, SegmentNo};

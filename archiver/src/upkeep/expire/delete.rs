@@ -17,7 +17,7 @@ use wal_format::{BackupId, ExpiredWindow, OutcomeKind, PgTimestamp};
 use super::{TRIES_MAX, catalog, name, with_kept};
 use crate::{
     error::{Error, Result},
-    outcomes,
+    upkeep::outcomes,
 };
 
 /// The reason in the record of the expiry.

@@ -18,8 +18,10 @@ use status::{
 };
 use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TransactionEnd, WalEvent};
 
-use super::archive::Archive;
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    pipeline::archive::Archive,
+};
 
 /// The maximum number of stretches shown.
 const STRETCHES_MAX: usize = 200;

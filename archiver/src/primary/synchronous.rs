@@ -85,7 +85,7 @@ pub fn danger(membership: &Membership, remote_apply: bool) -> Option<&'static st
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::primary::synchronous::*;
 
     #[test]
     fn membership_is_read_as_postgresql_reads_it() {

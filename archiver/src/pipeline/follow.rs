@@ -1,21 +1,17 @@
-//! One connection to PostgreSQL: identifies the server, finds the common history, and streams
-//! timeline after timeline until the connection ends.
+//! Follows a server: finds the common history, and streams timeline after timeline until the
+//! connection ends.
 
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use replication::{
-    self, ConnInfo, ConnectionMode, NextTimeline, ReplicationClient, ReplicationStart,
-    SystemIdentity,
-};
-use repository::{ClusterIdentity, Repository, config::Acknowledge};
+use replication::{self, ConnInfo, NextTimeline, ReplicationStart};
+use repository::config::Acknowledge;
 use status::cluster_status::ServerPath;
-use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
+use wal_format::{Branch, Lsn, TimelineHistory, TimelineId};
 
 use super::{
     Pipeline, fork, histories,
-    line::Line,
-    receive::{Receive, StreamEnd, parse_duration, status_interval},
+    receive::{Receive, StreamEnd, status_interval},
     server_shutdown::StreamRelease,
     voice::Voice,
 };
@@ -25,11 +21,8 @@ use crate::{
         start::{ServerBranch, ServerState, StartPlan, plan_start},
     },
     error::{Error, Result},
+    primary::{Source, parse_history},
 };
-
-/// Timeout for the server to identify itself after the login. Connecting has its own limit,
-/// `connect_timeout`.
-const IDENTIFY_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Limit on how long a stop keeps the connection up until the repository holds the WAL that is
 /// still to be acknowledged to the server.
@@ -44,124 +37,7 @@ pub enum Purpose {
     Heal(Lsn),
 }
 
-/// A connection whose server was identified.
-#[derive(Debug)]
-pub struct Source {
-    client: ReplicationClient,
-    system: SystemIdentity,
-    identity: ClusterIdentity,
-    wal_sender_timeout: Option<Duration>,
-    /// The thread that drives the connection, if it is meant for streaming.
-    line: Option<Line>,
-}
-
 impl Source {
-    /// Connects and identifies the server.
-    ///
-    /// # Errors
-    /// [`Error::Replication`]; [`Error::Unsupported`] for a server whose WAL we cannot read.
-    pub async fn connect(
-        conninfo: &ConnInfo,
-        cluster: &wal_format::ClusterName,
-    ) -> Result<(Self, String)> {
-        let client = ReplicationClient::connect(conninfo, ConnectionMode::Physical).await?;
-        tokio::time::timeout(IDENTIFY_TIMEOUT, Self::identify(client, cluster))
-            .await
-            .map_err(|_| Error::Silent {
-                seconds: IDENTIFY_TIMEOUT.as_secs(),
-            })?
-    }
-
-    /// As [`Source::connect`], but on a thread of its own, for [`Source::stream`].
-    ///
-    /// # Errors
-    /// As [`Source::connect`].
-    pub async fn connect_to_stream(
-        conninfo: &ConnInfo,
-        cluster: &wal_format::ClusterName,
-    ) -> Result<(Self, String)> {
-        let line = Line::start()?;
-        let (conninfo, cluster) = (conninfo.clone(), cluster.clone());
-        let connect = async move { Self::connect(&conninfo, &cluster).await };
-        let (mut source, version) = line.run(connect).await??;
-        source.line = Some(line);
-        Ok((source, version))
-    }
-
-    async fn identify(
-        mut client: ReplicationClient,
-        cluster: &wal_format::ClusterName,
-    ) -> Result<(Self, String)> {
-        let version = client.server_version().clone();
-        let major = u16::try_from(version.num / 10_000).unwrap_or(u16::MAX);
-        let postgresql_major = PgVersion::try_from(major)?;
-        let system = client.identify_system().await?;
-        let wal_segment_size = client.wal_segment_size().await?;
-        let wal_sender_timeout = parse_duration(&client.show("wal_sender_timeout").await?);
-        let identity = ClusterIdentity {
-            format_version: 1,
-            cluster: cluster.clone(),
-            system_identifier: system.system_identifier,
-            postgresql_major,
-            wal_segment_size,
-            created: PgTimestamp::from_jiff(jiff::Timestamp::now()),
-        };
-        let source = Self {
-            client,
-            system,
-            identity,
-            wal_sender_timeout,
-            line: None,
-        };
-        Ok((source, version.text))
-    }
-
-    /// The identity of the cluster whose WAL the server sends.
-    #[must_use]
-    pub fn identity(&self) -> &ClusterIdentity {
-        &self.identity
-    }
-
-    /// Returns the branch of the server's current timeline, after storing its history file.
-    ///
-    /// # Errors
-    /// [`Error::Replication`], [`Error::History`], [`Error::Repository`].
-    pub async fn current_branch(&mut self, repository: &Repository) -> Result<Branch> {
-        let current = self.system.timeline;
-        if current == TimelineId::FIRST {
-            return Ok(Branch::FIRST);
-        }
-        let content = self.client.timeline_history(current).await?;
-        parse_history(current, &content)?;
-        let branch = Branch::of_history(current, &content);
-        let (repository, system) = (repository.clone(), self.system.system_identifier);
-        let stored =
-            tokio::task::spawn_blocking(move || repository.put_history(system, branch, &content));
-        stored.await.map_err(|error| Error::ThreadStopped {
-            name: "history",
-            reason: error.to_string(),
-        })??;
-        Ok(branch)
-    }
-
-    /// The end of the server's WAL when it was identified.
-    #[must_use]
-    pub fn flush_lsn(&self) -> Lsn {
-        self.system.flush_lsn
-    }
-
-    /// The server's connection settings.
-    #[must_use]
-    pub fn conninfo(&self) -> &ConnInfo {
-        self.client.conninfo()
-    }
-
-    /// Returns the connection, for a purpose other than streaming.
-    #[must_use]
-    pub fn into_client(self) -> ReplicationClient {
-        self.client
-    }
-
     /// Returns the server's path of timelines to its current one, with their history files.
     pub(super) async fn path(&mut self, pipeline: &Pipeline) -> Result<Vec<ServerBranch>> {
         let current = self.system.timeline;
@@ -491,10 +367,6 @@ impl Source {
             };
         }
     }
-}
-
-fn parse_history(timeline: TimelineId, content: &[u8]) -> Result<TimelineHistory> {
-    TimelineHistory::parse(timeline, content).map_err(|source| Error::History { source })
 }
 
 fn gap(error: replication::Error, timeline: TimelineId, from: Lsn) -> Error {

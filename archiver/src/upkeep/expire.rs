@@ -25,7 +25,7 @@ use wal_format::{
 use crate::{
     blocking::blocking,
     error::{Error, Result},
-    outcomes,
+    upkeep::outcomes,
 };
 
 pub(crate) mod delete;
@@ -535,7 +535,7 @@ pub(crate) fn time(time: Option<PgTimestamp>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::upkeep::expire::*;
 
     #[test]
     fn a_failed_run_is_retried_long_before_the_next_interval() {

@@ -14,8 +14,8 @@ use status::{
 };
 use wal_format::{BackupInfo, Branch, Lsn, PgTimestamp, TimelineId, TransactionEnd};
 
-use super::{archive::Archive, damage::find_damaged, restorable::Ranges, window::read_ranges};
-use crate::error::Result;
+use super::{damage::find_damaged, restorable::Ranges, window::read_ranges};
+use crate::{error::Result, pipeline::archive::Archive};
 
 /// Finds the restore that leads to `time`, a time by the server's clock.
 pub(crate) fn locate(archive: &Archive, time: PgTimestamp) -> Result<Located> {

@@ -17,7 +17,7 @@ const REASON: &str = "the repository lost it, and an operator accepted that";
 ///
 /// If `must` is false, a record or a catalog that cannot be read is logged and contributes no
 /// losses, because a user who cannot read them may run `verify` too.
-pub(super) fn of(
+pub(crate) fn of(
     settings: &ClusterSettings,
     identity: &ClusterIdentity,
     repository: &Repository,
@@ -86,7 +86,7 @@ fn lacks_one(repository: &Repository, loss: &Loss) -> Result<bool> {
 }
 
 /// Declares the WAL of these losses lost, and records all of these losses as accepted.
-pub(super) fn accept(
+pub(crate) fn accept(
     settings: &ClusterSettings,
     identity: &ClusterIdentity,
     repository: &Repository,

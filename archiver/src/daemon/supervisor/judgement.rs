@@ -9,7 +9,7 @@ use status::cluster_status::ClusterStatus;
 
 use super::state::Supervisor;
 use crate::{
-    descriptors,
+    daemon::descriptors,
     error::{Error, Result, may_pass},
 };
 

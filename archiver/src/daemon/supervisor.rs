@@ -14,24 +14,25 @@ use std::{
 use dashboard::monitor::caught_up;
 use replication::ConnInfo;
 use repository::{ClusterIdentity, Error as StoreError, Loss, Repository, config::ClusterSettings};
-use status::cluster_status::{ClusterStatus, RECONNECT_REASONS};
+use status::{
+    cluster_status::{ClusterStatus, RECONNECT_REASONS},
+    loss::describe_loss,
+};
 
 use crate::{
     blocking::blocking,
-    conninfo,
     core::{event::Event, live_cluster::LiveCluster, shutdown::Shutdown},
+    daemon::push::{self, PushServer},
     error::{Error, Result},
-    expire, locks,
+    observe::{current::CurrentArchive, server::Polling},
     pipeline::{
         Pipeline,
-        current::CurrentArchive,
+        follow::Purpose,
         gap::{self, Closed},
-        observe::{Polling, describe_loss},
         receive::StreamEnd,
-        session::{Purpose, Source},
     },
-    push::{self, PushServer},
-    standby_slots,
+    primary::{Source, conninfo},
+    upkeep::{expire, locks, standby_slots},
     walsender::{self, Walsender},
 };
 

@@ -179,7 +179,7 @@ impl Descriptors {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::daemon::descriptors::*;
 
     #[test]
     fn what_is_needed_fits() {

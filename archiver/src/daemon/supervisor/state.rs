@@ -8,7 +8,8 @@ use status::cluster_status::ClusterStatus;
 
 use crate::{
     core::live_cluster::LiveCluster,
-    pipeline::{Pipeline, current::CurrentArchive, observe::Polling},
+    observe::{current::CurrentArchive, server::Polling},
+    pipeline::Pipeline,
     spool::Spool,
 };
 

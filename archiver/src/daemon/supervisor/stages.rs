@@ -15,10 +15,10 @@ use crate::{
     blocking::blocking,
     core::live_cluster::LiveCluster,
     error::Result,
+    observe,
     pipeline::{
         Pipeline,
         archive::{Archive, Away},
-        observe,
     },
     spool::Spool,
 };

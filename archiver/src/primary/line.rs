@@ -2,8 +2,8 @@
 //!
 //! The thread drives its own sockets, so no other thread has to be woken between the arrival of a
 //! byte and its acknowledgement: a synchronous commit needs one thread wake-up, not three.
-//! Invariant: no task depends on this thread making progress. [`super::voice`] answers keepalives
-//! while a disk write blocks it.
+//! Invariant: no task depends on this thread making progress. [`crate::pipeline::voice`] answers
+//! keepalives while a disk write blocks it.
 
 use std::future::Future;
 

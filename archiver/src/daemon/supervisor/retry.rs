@@ -22,7 +22,7 @@ pub(super) fn jitter(pause: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use crate::daemon::supervisor::retry::*;
 
     #[test]
     fn jitter_stays_within_a_quarter() {

@@ -10,7 +10,7 @@ use serde::Serialize;
 use status::outcomes::ended;
 use wal_format::{BackupId, Expired, OutcomeKind, PgTimestamp, SystemIdentifier};
 
-use crate::{error::Result, outcomes};
+use crate::{error::Result, upkeep::outcomes};
 
 /// The result for one repository.
 #[derive(Clone, Debug, Serialize)]

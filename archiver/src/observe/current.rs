@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use super::archive::Archive;
+use crate::pipeline::archive::Archive;
 
 /// The archive of the running stages. It does not keep the archive open.
 #[derive(Debug, Default)]

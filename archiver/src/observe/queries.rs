@@ -5,7 +5,7 @@ use repository::store::MemberState;
 use status::locate::Located;
 use wal_format::PgTimestamp;
 
-use super::{current::CurrentArchive, nearest};
+use super::{current::CurrentArchive, locate};
 
 impl ArchiveQueries for CurrentArchive {
     fn places(&self) -> Vec<MemberState> {
@@ -16,6 +16,6 @@ impl ArchiveQueries for CurrentArchive {
     fn locate(&self, time: PgTimestamp) -> Result<Located, String> {
         let archive = self.get();
         let archive = archive.ok_or("the archive is not open yet; ask again in a moment")?;
-        nearest::locate(&archive, time).map_err(|error| error.to_string())
+        locate::locate(&archive, time).map_err(|error| error.to_string())
     }
 }

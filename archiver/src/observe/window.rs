@@ -17,11 +17,10 @@ use status::{
 use wal_format::{BackupInfo, Branch, DeclaredGap, Lsn, OutcomeKind, PgTimestamp, WalEvent};
 
 use super::{
-    archive::Archive,
     damage::{Repaired, find_damaged},
     restorable::{Look, Ranges},
 };
-use crate::error::Result;
+use crate::{error::Result, pipeline::archive::Archive};
 
 /// The number of marks kept. More could not be distinguished on the strip.
 const MARKS_MAX: usize = 400;

@@ -15,7 +15,8 @@ use super::{retry::RETRY_MIN, state::Supervisor};
 use crate::{
     core::shutdown::Shutdown,
     error::{Error, Result},
-    pipeline::{receive::StreamEnd, room::endangers_primary, session::Source},
+    pipeline::{receive::StreamEnd, room::endangers_primary},
+    primary::Source,
 };
 
 /// The interval at which the archiver checks whether the primary has to be protected, and whether

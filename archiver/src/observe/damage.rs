@@ -8,8 +8,7 @@ use std::{
 use repository::{DamagedBackups, DamagedWal, damaged_backups, damaged_wal};
 use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind};
 
-use super::archive::Archive;
-use crate::error::Result;
+use crate::{error::Result, pipeline::archive::Archive};
 
 /// The interval at which WAL that a verification found damaged is checked again.
 const CHECK_INTERVAL: Duration = Duration::from_secs(60);

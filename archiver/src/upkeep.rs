@@ -1,0 +1,6 @@
+//! Keeps an archive in order: retention, locks, our slots on standbys, and the outcomes of runs.
+
+pub mod expire;
+pub(crate) mod locks;
+pub(crate) mod outcomes;
+pub(crate) mod standby_slots;

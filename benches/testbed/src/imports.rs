@@ -1,0 +1,144 @@
+//! Checks that no files of the archiver's crates import each other in a circle.
+//!
+//! An import is a `use` of `crate::`, `super::` or `self::`, or of a child module. A circle means
+//! that none of its files can be read, tested or moved without the others.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
+
+/// A module: its path below the crate's root. The root itself is empty.
+type Module = Vec<String>;
+
+/// Adds the modules below `directory`, with their text before the tests.
+fn read(directory: &Path, above: &[String], modules: &mut BTreeMap<Module, String>) {
+    for entry in fs::read_dir(directory).expect("a directory") {
+        let path = entry.expect("an entry").path();
+        let name = path.file_stem().and_then(|name| name.to_str());
+        let name = name.expect("a name").to_owned();
+        let module = [above, std::slice::from_ref(&name)].concat();
+        if path.is_dir() {
+            read(&path, &module, modules);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path).expect("a file");
+            let code = text.split("#[cfg(test)]\nmod tests {").next();
+            modules.insert(module, code.unwrap_or_default().to_owned());
+        }
+    }
+}
+
+/// Returns the paths of a `use` tree such as `a::{b, c::{d, e}}`.
+fn paths(tree: &str) -> Vec<String> {
+    let (before, inside) = match tree.split_once('{') {
+        Some((before, inside)) => (before.trim(), inside.strip_suffix('}').unwrap_or(inside)),
+        None => return vec![tree.split(" as ").next().unwrap_or(tree).trim().to_owned()],
+    };
+    let (mut depth, mut part) = (0, String::new());
+    let mut found = Vec::new();
+    for letter in inside.chars().chain([',']) {
+        depth += i32::from(letter == '{') - i32::from(letter == '}');
+        if letter == ',' && depth == 0 {
+            let inner = std::mem::take(&mut part);
+            let inner = paths(inner.trim())
+                .into_iter()
+                .filter(|one| !one.is_empty());
+            found.extend(inner.map(|one| format!("{before}{one}")));
+        } else {
+            part.push(letter);
+        }
+    }
+    found
+}
+
+/// Returns the module that a path names in `module`, if it is one of the crate's.
+fn target(path: &str, module: &Module, modules: &BTreeMap<Module, String>) -> Option<Module> {
+    let mut at = module.clone();
+    let mut words = path.split("::").map(str::trim).peekable();
+    match words.peek()? {
+        &"crate" => at.clear(),
+        &"self" | &"super" => {}
+        first => {
+            let child = [module.as_slice(), &[(*first).to_owned()]].concat();
+            modules.get(&child)?;
+        }
+    }
+    while words
+        .next_if(|word| matches!(*word, "crate" | "self"))
+        .is_some()
+    {}
+    while words.next_if_eq(&"super").is_some() {
+        at.pop();
+    }
+    for word in words {
+        at.push(word.to_owned());
+        if !modules.contains_key(&at) {
+            at.pop();
+            break;
+        }
+    }
+    (at != *module && !at.is_empty()).then_some(at)
+}
+
+fn imports(module: &Module, modules: &BTreeMap<Module, String>) -> BTreeSet<Module> {
+    let code = modules[module].lines().map(str::trim);
+    let code: Vec<&str> = code.filter(|line| !line.starts_with("//")).collect();
+    let code = code.join(" ");
+    let mut found = BTreeSet::new();
+    for statement in code.split(';') {
+        let Some((_, tree)) = statement.rsplit_once("use ") else {
+            continue;
+        };
+        let paths = paths(tree.trim());
+        found.extend(
+            paths
+                .iter()
+                .filter_map(|path| target(path, module, modules)),
+        );
+    }
+    found
+}
+
+/// Returns the modules that `module` imports, directly or not.
+fn reached(module: &Module, edges: &BTreeMap<Module, BTreeSet<Module>>) -> BTreeSet<Module> {
+    let (mut seen, mut next) = (BTreeSet::new(), vec![module]);
+    while let Some(module) = next.pop() {
+        for imported in edges.get(module).into_iter().flatten() {
+            if seen.insert(imported.clone()) {
+                next.push(imported);
+            }
+        }
+    }
+    seen
+}
+
+#[test]
+fn no_files_of_the_archiver_import_each_other() {
+    let archiver = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../archiver");
+    for member in ["src", "status/src", "dashboard/src", "intake/src"] {
+        let mut modules = BTreeMap::new();
+        read(&archiver.join(member), &[], &mut modules);
+        modules.retain(|module, _| {
+            !module
+                .iter()
+                .any(|one| one == "tests" || one == "simulation")
+        });
+        let edges: BTreeMap<Module, BTreeSet<Module>> = modules
+            .keys()
+            .map(|module| (module.clone(), imports(module, &modules)))
+            .collect();
+        assert!(
+            edges.values().any(|of| of.len() > 1),
+            "{member}: no imports are found"
+        );
+        let in_circle = edges
+            .keys()
+            .filter(|one| reached(one, &edges).contains(*one));
+        let in_circle: Vec<String> = in_circle.map(|one| one.join("/")).collect();
+        assert!(
+            in_circle.is_empty(),
+            "{member}: import each other: {in_circle:?}"
+        );
+    }
+}
