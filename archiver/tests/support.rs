@@ -590,7 +590,8 @@ impl Archiver {
 impl Drop for Archiver {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let log = self.log();
+            // The directory may be gone already.
+            let log = fs::read_to_string(&self.log).unwrap_or_default();
             let tail: Vec<&str> = log.lines().rev().take(20).collect();
             eprintln!("the archiver, newest line first: {tail:#?}");
         }

@@ -373,7 +373,7 @@ fn what_is_damaged_is_named_and_never_restored() {
     let damaged = scene.copy();
     let slice = &damaged.objects(".tar.zst")[0];
     fs::remove_file(slice).expect("it goes");
-    refused(&damaged, &[], 4, &[&name(slice), "is not in"]);
+    refused(&damaged, &[], 4, &[&name(slice), "it is missing in"]);
     let damaged = scene.copy();
     flip(&damaged.objects("backup_manifest")[0], |length| length / 2);
     refused(&damaged, &[], 4, &["backup_manifest", "SHA-256"]);

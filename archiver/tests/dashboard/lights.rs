@@ -473,7 +473,12 @@ fn every_light_is_broken_once_and_recovers() {
             world.wait_until_well();
         }
     }
-    let events = body(&world.archiver.get("/api/v1/clusters/main/events"));
+    let events = || body(&world.archiver.get("/api/v1/clusters/main/events"));
+    // A report shows at once that an alert is over; its event comes with the next check.
+    wait_until("the end of the last alert is told", || {
+        events().contains("PitrGap: over after")
+    });
+    let events = events();
     for name in status::alerts::RULES.map(|rule| rule.name) {
         if !TESTED_ELSEWHERE.contains(&name) {
             let told = events.matches(&format!("{name}: ")).count();

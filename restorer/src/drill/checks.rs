@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use repository::{ExitKind, config::SqlCheck};
+use repository::{ExitKind, config::SqlCheck, name_losses};
 use wal_format::{CheckVerdict, ControlFile, PgTimestamp};
 
 use super::{
@@ -81,13 +81,21 @@ pub(super) fn on_running(drill: &Drill<'_>, server: &Server, course: &mut Course
     Ok(())
 }
 
-/// Fails if a newer base backup was passed over: it cannot be restored.
+/// Fails if a newer base backup was passed over because it cannot be restored, and if this host
+/// archived something that the repository lacks.
 fn base_backup(drill: &Drill<'_>, course: &mut Course) {
     let passed_over = drill.plan.not_chosen.iter();
     let passed_over: Vec<String> = passed_over
         .map(|one| format!("{}: {}", one.backup, one.reason))
         .collect();
-    let answer = if passed_over.is_empty() {
+    let missing = &drill.archive.missing.losses;
+    let answer = if !missing.is_empty() {
+        failed(format!(
+            "this host archived {}, which is not in {}",
+            name_losses(missing),
+            drill.archive.repository.url()
+        ))
+    } else if passed_over.is_empty() {
         passed(format!("{} ({})", drill.plan.backup, drill.plan.reason))
     } else {
         failed(format!(

@@ -57,6 +57,7 @@ impl Scratch {
         tell: &dyn Fn(&str),
     ) -> Result<Self> {
         let path = base.join(format!("tidemark-drill-{cluster}-{system}"));
+        fs::create_dir_all(base).map_err(Error::io("create directory", base))?;
         for _ in 0..TRIES_MAX {
             match DirBuilder::new().mode(0o700).create(&path) {
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}

@@ -10,6 +10,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use wal_format::PgVersion;
 
 use super::{Course, Drill, sql::Address};
 use crate::{
@@ -30,6 +31,23 @@ pub(super) const QUERY_MAX: Duration = Duration::from_secs(60);
 const NO_ROLE: &str = "28000";
 /// Databases that exist on almost every server.
 const DATABASES: [&str; 2] = ["postgres", "template1"];
+
+/// Returns the settings of the drill's sessions in the notation of `PGOPTIONS`. A time limit, a
+/// read-only default or a login event trigger of the parent must not decide a drill, and the
+/// trigger's function must not run.
+fn session_options(version: PgVersion) -> String {
+    let mut settings = vec![
+        "statement_timeout=0",
+        "lock_timeout=0",
+        "idle_in_transaction_session_timeout=0",
+        "default_transaction_read_only=off",
+    ];
+    if version >= PgVersion::V17 {
+        settings.push("event_triggers=off");
+    }
+    let options: Vec<String> = settings.iter().map(|one| format!("-c {one}")).collect();
+    options.join(" ")
+}
 
 /// A running server, a child of this process.
 #[derive(Debug)]
@@ -61,6 +79,7 @@ impl Server {
                 sockets: drill.directory.join("socket"),
                 port: executed.isolation.port,
                 user: String::new(),
+                options: session_options(drill.archive.catalog.identity().postgresql_major),
             },
             postgres: drill.postgres.to_owned(),
             directory: drill.directory.to_owned(),
@@ -129,6 +148,7 @@ impl Server {
             .env("PGHOST", &self.address.sockets)
             .env("PGPORT", self.address.port.to_string())
             .env("PGUSER", &self.address.user)
+            .env("PGOPTIONS", &self.address.options)
             .current_dir(&self.directory);
         Some(command)
     }

@@ -20,6 +20,8 @@ pub(super) struct Address {
     pub(super) sockets: PathBuf,
     pub(super) port: u16,
     pub(super) user: String,
+    /// Settings of each session, which override those of the parent's roles and databases.
+    pub(super) options: String,
 }
 
 /// The reason why a query has no answer.
@@ -89,6 +91,7 @@ impl Address {
             .port(self.port)
             .user(&self.user)
             .dbname(database)
+            .options(&self.options)
             .application_name("pitr-restore drill")
             .connect_timeout(Duration::from_secs(30));
         Ok(config.connect(NoTls)?)

@@ -96,8 +96,10 @@ impl EncryptedStore {
     /// # Errors
     /// [`Error::Store`], [`Error::S3`], [`Error::Key`].
     pub fn encryption_state(&self) -> Result<EncryptionState> {
+        self.reload()?;
         let keys = self.keys.load()?;
         self.keys.check(&keys)?;
+        let marks = self.known().as_ref().map_or(keys.marks, |keys| keys.marks);
         let (mut has_plain, mut has_encrypted) = (false, false);
         let prefix = format!("{}epoch", self.keys.root);
         self.store().list(&prefix, &mut |object| {
@@ -105,7 +107,7 @@ impl EncryptedStore {
             has_plain |= self.is_epoch(&object.key);
             ControlFlow::Continue(())
         })?;
-        Ok(match keys.marks {
+        Ok(match marks {
             Marks {
                 begun: true,
                 done: false,
@@ -126,6 +128,11 @@ impl EncryptedStore {
     pub fn begin_conversion(&self) -> Result<()> {
         let keys = self.keys.load()?;
         self.keys.check(&keys)?;
+        if keys.marks.begun && !self.is_authentic(BEGUN)? {
+            let problem = "another program wrote it: remove it, and then the plain objects that \
+                           `wal-archiver verify` names";
+            return Err(self.damaged(&self.mark(BEGUN), problem.to_owned()));
+        }
         if !keys.marks.begun {
             if keys.is_empty() {
                 self.refuse_lost_keys()?;
@@ -242,13 +249,19 @@ impl EncryptedStore {
         self.reload()
     }
 
-    /// Reads the keys and the records again. The first record counts only if it is authentic: a
-    /// forged one would let plain objects of another program count.
+    /// Reads the keys and the records again. A record counts only if it is authentic: with a
+    /// forged first one plain objects of another program would count, and with a forged second one
+    /// the objects that are still plain would not.
     fn reload(&self) -> Result<bool> {
-        let keys = self.keys.load()?;
+        let mut keys = self.keys.load()?;
         let marks = keys.marks;
+        keys.marks.done = false;
         *self.known() = Some(keys);
-        let accepts = marks.begun && !marks.done && self.is_authentic(BEGUN)?;
+        let is_done = marks.done && self.is_authentic(DONE)?;
+        if let Some(keys) = self.known().as_mut() {
+            keys.marks.done = is_done;
+        }
+        let accepts = marks.begun && !is_done && self.is_authentic(BEGUN)?;
         *self.converting() = accepts.then(Instant::now);
         Ok(accepts)
     }
