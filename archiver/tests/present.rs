@@ -75,13 +75,7 @@ fn a_lagging_standby_that_is_promoted_is_neither_safe_nor_restorable() {
     let primary = Server::start(&bin, "");
     let standby = Server::standby_of(&primary);
     let place = Place::new();
-    let list = format!(
-        "host={},{} port={},{} user=postgres target_session_attrs=primary connect_timeout=5",
-        primary.directory().display(),
-        standby.directory().display(),
-        primary.port,
-        standby.port
-    );
+    let list = primary.conninfo_with(&standby);
     let archiver = place.run(&list);
     archiver.wait_for_log("INFO streaming");
     primary.write_wal(300);

@@ -148,7 +148,7 @@ fn a_group_shares_a_repository_and_a_spool_and_other_users_are_told_why_not() {
     assert_eq!(code, 0, "without a daemon: {said}");
     let (code, said) = restorer(postgres, GROUP, &["list"]);
     assert_eq!(code, 0, "{said}");
-    // What both users wrote is shared, and `check` finds what is not.
+    // The files of both users belong to the group. `check` names a file that does not.
     let file = above.join("groups.toml");
     let keys = format!("repository_group = \"{GROUP}\"\nspool_group = \"{GROUP}\"\n");
     fs::write(&file, keys).expect("a configuration");

@@ -56,7 +56,7 @@ fn one_of_two_repositories_that_is_away_is_told_everywhere() {
 
     let comes_back = folder_refuses(&far);
     server.write_wal(100);
-    wait_until("it is told everywhere", || {
+    wait_until("every view shows the alert", || {
         server.sql("SELECT pg_logical_emit_message(true, '', 'more WAL')");
         firing() == [true; 3] && !receiver.about(AWAY, "firing").is_empty()
     });
@@ -77,7 +77,7 @@ fn one_of_two_repositories_that_is_away_is_told_everywhere() {
     });
 
     comes_back();
-    wait_until("its end is told everywhere", || {
+    wait_until("no view shows the alert", || {
         firing() == [false; 3] && !receiver.about(AWAY, "resolved").is_empty()
     });
     wait_until("all is well again", || report(&archiver)["state"] == "ok");

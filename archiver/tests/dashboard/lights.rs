@@ -475,7 +475,7 @@ fn every_light_is_broken_once_and_recovers() {
     }
     let events = || body(&world.archiver.get("/api/v1/clusters/main/events"));
     // A report shows at once that an alert is over; its event comes with the next check.
-    wait_until("the end of the last alert is told", || {
+    wait_until("the last alert has an event of its end", || {
         events().contains("PitrGap: over after")
     });
     let events = events();

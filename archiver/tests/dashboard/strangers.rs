@@ -5,12 +5,11 @@ use std::{
     env, fs,
     io::{Read, Write},
     net::{Shutdown, TcpStream},
-    process::Command,
     time::Duration,
 };
 
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
-use testbed::object_store::{BUCKET, ObjectStoreServer};
+use testbed::object_store::ObjectStoreServer;
 
 use super::{archived, body, state};
 use crate::support::{
@@ -256,21 +255,7 @@ fn a_scrape_touches_neither_the_store_nor_postgresql() {
     };
     let server = Server::start(&bin, "");
     let place = Place::new();
-    let configuration = place.spool().with_extension("toml");
-    let text = format!(
-        "repository = 's3://{BUCKET}/main'\n{}spool = '{}'\n",
-        store.configuration(),
-        place.spool().display()
-    );
-    fs::write(&configuration, text).expect("a configuration");
-    let command = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_wal-archiver"));
-        command
-            .arg("--config")
-            .arg(&configuration)
-            .args(["--conninfo", &server.conninfo()]);
-        command
-    };
+    let command = place.command_in_bucket(&store, server.conninfo());
     let archiver = run_command(command(), place.repository().parent().expect("a directory"));
     archiver.wait_for_log("INFO streaming");
     server.write_wal(100);

@@ -12,7 +12,7 @@ use std::{
 
 use repository::durable::rename;
 use rustix::process::{Pid, Signal, kill_process};
-use testbed::object_store::{BUCKET, ObjectStoreServer};
+use testbed::object_store::ObjectStoreServer;
 
 use super::{compare, configured, damage_in_the_middle, flip, verify};
 use crate::{
@@ -277,13 +277,7 @@ fn the_states_after_a_promotion_show_what_a_restore_gives() {
         let primary = Server::start(&bin, "");
         let standby = Server::standby_of(&primary);
         let place = Place::new();
-        let list = format!(
-            "host={},{} port={},{} user=postgres target_session_attrs=primary connect_timeout=5",
-            primary.directory().display(),
-            standby.directory().display(),
-            primary.port,
-            standby.port
-        );
+        let list = primary.conninfo_with(&standby);
         let command = || place.command(&list);
         let archiver = place.run_with(command());
         archiver.wait_for_log("INFO streaming");
@@ -346,19 +340,7 @@ fn a_repository_that_hangs_is_told_and_freezes_nothing() {
     };
     let server = Server::start(&bin, "");
     let place = Place::new();
-    let configuration = place.spool().with_extension("toml");
-    let text = format!(
-        "repository = 's3://{BUCKET}/main'\n{}spool = '{}'\n",
-        store.configuration(),
-        place.spool().display()
-    );
-    fs::write(&configuration, text).expect("a configuration");
-    let command = || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_wal-archiver"));
-        command.arg("--config").arg(&configuration);
-        command.args(["--conninfo", &server.conninfo()]);
-        command
-    };
+    let command = place.command_in_bucket(&store, server.conninfo());
     let directory = place.repository();
     let directory = directory.parent().expect("a directory");
     let mut camera = Camera::start();
@@ -386,7 +368,7 @@ fn a_repository_that_hangs_is_told_and_freezes_nothing() {
     wait_until("it serves", || {
         archiver.log().matches("serving HTTP").count() == 2
     });
-    wait_until("it is told after a restart", || {
+    wait_until("the report names it after a restart", || {
         let report = report(&archiver);
         assert_ne!(report["state"], "ok", "{report}");
         report["reason"].to_string().contains("repository")
