@@ -3,7 +3,10 @@
 //! It works on the objects as they are stored, so that the wrapped keys of an encrypted cluster are
 //! locked with what they open.
 
-use std::{collections::HashMap, ops::ControlFlow};
+use std::{
+    collections::{BTreeSet, HashMap},
+    ops::ControlFlow,
+};
 
 use jiff::Timestamp;
 use wal_format::{ClusterName, ObjectKey};
@@ -44,18 +47,22 @@ pub fn extend_locks(
 ) -> Result<LockReport> {
     let store = open_store(place)?;
     let root = format!("{cluster}/");
-    let mut keys = Vec::new();
+    let mut keys = BTreeSet::new();
     store.list(&root, &mut |object| {
-        keys.push(object.key);
+        keys.insert(object.key);
         ControlFlow::Continue(())
     })?;
     let mut report = LockReport::default();
-    for key in keys {
-        let name = key.strip_prefix(&root).unwrap_or(&key);
+    for key in &keys {
+        if has_encrypted_form(key, &keys) {
+            report.left += 1;
+            continue;
+        }
+        let name = key.strip_prefix(&root).unwrap_or(key);
         let name = name.strip_suffix(ENCRYPTED_SUFFIX).unwrap_or(name);
         // Keys that are not part of the layout are the wrapped keys: they are always needed.
         let wanted = name.parse::<ObjectKey>().map_or(true, |key| needed(&key));
-        let place = (store.url(), key);
+        let place = (store.url(), key.clone());
         if !wanted {
             report.left += 1;
         } else if known
@@ -81,4 +88,26 @@ pub fn extend_locks(
         }
     }
     Ok(report)
+}
+
+/// Returns true for a plain object that a conversion has encrypted and could not remove because of
+/// its lock: with a longer lock the conversion would never end.
+fn has_encrypted_form(key: &str, keys: &BTreeSet<String>) -> bool {
+    keys.contains(&format!("{key}{ENCRYPTED_SUFFIX}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_object_is_superseded_by_its_encrypted_form_only() {
+        let keys = ["main/a", "main/a.enc", "main/b", "main/c.enc"];
+        let keys: BTreeSet<String> = keys.map(str::to_owned).into();
+        let superseded: Vec<&String> = keys
+            .iter()
+            .filter(|key| has_encrypted_form(key, &keys))
+            .collect();
+        assert_eq!(superseded, ["main/a"]);
+    }
 }

@@ -38,11 +38,15 @@ const FORMAT_VERSION: u32 = 1;
 /// The number of objects that are encrypted at the same time. Each one's bytes are in memory twice.
 const WORKERS: usize = 4;
 
-/// The records that a listing of the keys names.
+/// The records of a conversion.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Marks {
+    /// True if the first record is listed.
     pub(super) begun: bool,
-    pub(super) done: bool,
+    /// True if the second record is listed. Any program that can write may have stored it.
+    pub(super) done_listed: bool,
+    /// True if the second record is authentic. Only [`EncryptedStore::reload`] sets it.
+    done: bool,
 }
 
 /// The content of both records.
@@ -111,6 +115,7 @@ impl EncryptedStore {
             Marks {
                 begun: true,
                 done: false,
+                ..
             } => EncryptionState::Converting,
             // Killed between the data key and the first record.
             _ if has_plain && !has_encrypted => EncryptionState::Plain,
@@ -228,8 +233,7 @@ impl EncryptedStore {
                 Ok(()) | Err(Error::Locked { .. }) => {}
                 Err(error) => return Err(error),
             }
-            self.reload()?;
-            result.is_done = true;
+            result.is_done = !self.reload()?;
         }
         Ok(result)
     }
@@ -253,11 +257,10 @@ impl EncryptedStore {
     /// forged first one plain objects of another program would count, and with a forged second one
     /// the objects that are still plain would not.
     fn reload(&self) -> Result<bool> {
-        let mut keys = self.keys.load()?;
+        let keys = self.keys.load()?;
         let marks = keys.marks;
-        keys.marks.done = false;
         *self.known() = Some(keys);
-        let is_done = marks.done && self.is_authentic(DONE)?;
+        let is_done = marks.begun && marks.done_listed && self.is_authentic(DONE)?;
         if let Some(keys) = self.known().as_mut() {
             keys.marks.done = is_done;
         }
@@ -298,7 +301,12 @@ impl EncryptedStore {
             serde_json::to_vec(&content).map_err(|error| self.keys.problem(error.to_string()))?;
         let name = self.mark(record);
         let sealed = self.seal(&name, &json)?;
-        self.store().put_proved(&name, &sealed).map(drop)
+        let outcome = self.store().put_proved(&name, &sealed)?;
+        if outcome == PutOutcome::AlreadyExists && !self.is_authentic(record)? {
+            let problem = "it is not authentic: another program wrote it; remove it";
+            return Err(self.damaged(&name, problem.to_owned()));
+        }
+        Ok(())
     }
 
     fn mark(&self, record: &str) -> String {

@@ -154,7 +154,7 @@ impl KeyStore {
         self.store.list(&root, &mut |object| {
             let below = object.key.strip_prefix(&self.root);
             marks.begun |= below == Some(BEGUN);
-            marks.done |= below == Some(DONE);
+            marks.done_listed |= below == Some(DONE);
             let name = object.key.strip_prefix(&root);
             let name = name.and_then(|name| {
                 name.strip_prefix("-copy/")

@@ -193,6 +193,29 @@ fn a_conversion_that_ends_at_any_change_is_readable_and_goes_on() {
     assert_eq!(store.plain_objects().expect("it lists"), [stray]);
 }
 
+/// A second record that another program wrote must not hide the objects that are still plain.
+#[test]
+fn a_forged_end_of_a_conversion_hides_nothing_and_ends_nothing() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let names = plain_archive(directory.path());
+    let begun = unlimited(directory.path());
+    begun.begin_conversion().expect("it begins");
+    let raw = LocalStore::open(directory.path()).expect("a folder");
+    let done = format!("main/{DONE}");
+    raw.put_if_absent(&done, b"forged").expect("a put");
+    let store = unlimited(directory.path());
+    assert_whole(&store, &names);
+    store.check_keys().expect("the keys are there");
+    assert_whole(&store, &names);
+    let state = store.encryption_state().expect("a state");
+    assert_eq!(state, EncryptionState::Converting);
+    let error = store.convert(&|_, _| {}).expect_err("it does not end");
+    assert!(error.to_string().contains("not authentic"), "{error}");
+    raw.delete(&done).expect("it is removed");
+    assert!(finish(&store).expect("it ends").is_done);
+    assert_whole(&unlimited(directory.path()), &names);
+}
+
 #[test]
 fn objects_are_readable_at_every_moment_of_a_conversion() {
     let directory = tempfile::tempdir().expect("a directory");
