@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, path::PathBuf};
 
 use bytes::Bytes;
-use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, SystemIdentifier};
+use wal_format::{BackupId, ObjectKey, Outcome, OutcomeKind, PgTimestamp, SystemIdentifier};
 
 use crate::{Damage, Error, Repository, Result, config::ClusterSettings};
 
@@ -35,6 +35,16 @@ pub fn outcome_name(began: jiff::Timestamp) -> Option<BackupId> {
         .ok()
 }
 
+/// The difference between the clocks of two hosts that is tolerated.
+const CLOCKS_DIFFER_MICROS: i64 = 60_000_000;
+
+/// Returns true for an outcome with a time of the future, which a host with a wrong clock can
+/// record. It does not count: it would hide every later outcome.
+fn is_of_future(outcome: &Outcome) -> bool {
+    let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
+    outcome.finished.0 > now.0.saturating_add(CLOCKS_DIFFER_MICROS)
+}
+
 fn parse(json: &Bytes) -> std::result::Result<Outcome, String> {
     serde_json::from_slice(json).map_err(|error| error.to_string())
 }
@@ -49,9 +59,9 @@ pub struct Outcomes {
 }
 
 impl Outcomes {
-    /// Returns the outcomes that can be parsed.
+    /// Returns the outcomes that can be parsed, without those of the future.
     pub fn iter(&self) -> impl Iterator<Item = &Outcome> {
-        self.known.values()
+        self.known.values().filter(|outcome| !is_of_future(outcome))
     }
 
     /// Returns true once the outcomes were read from the repository.
@@ -66,9 +76,12 @@ impl Outcomes {
     pub fn unreadable_newest(&self) -> BTreeMap<OutcomeKind, String> {
         let mut newest = BTreeMap::new();
         for ((kind, id), problem) in &self.unreadable {
-            let mut known = self.known.keys();
-            if !known.any(|(of, known)| of == kind && known > id) {
-                newest.insert(*kind, problem.clone());
+            if !self
+                .iter()
+                .any(|known| known.kind == *kind && known.id > *id)
+            {
+                let remedy = format!("run the {kind} again, or remove the object");
+                newest.insert(*kind, format!("{problem}; {remedy}"));
             }
         }
         newest
@@ -96,9 +109,6 @@ impl Repository {
     /// [`Error::Damaged`] if it cannot be parsed; [`Error::Store`], [`Error::S3`].
     pub fn newest_verification(&self, system: SystemIdentifier) -> Result<Option<Outcome>> {
         let listed = self.list(&format!("{system}/outcome/{}/", OutcomeKind::Verify))?;
-        let Some((key, _)) = listed.last() else {
-            return Ok(None);
-        };
         let damaged = |damage: Damage| Error::Damaged {
             key: damage.object,
             url: self.url(),
@@ -107,7 +117,13 @@ impl Repository {
                 damage.problem
             ),
         };
-        self.read_small(key, parse)?.map(Some).map_err(damaged)
+        for (key, _) in listed.iter().rev() {
+            let outcome = self.read_small(key, parse)?.map_err(damaged)?;
+            if !is_of_future(&outcome) {
+                return Ok(Some(outcome));
+            }
+        }
+        Ok(None)
     }
 
     /// Returns the newest outcome of a kind that is `wanted`, if it is among the last few. An
@@ -124,7 +140,9 @@ impl Repository {
         let listed = self.list(&format!("{system}/outcome/{kind}/"))?;
         for (key, _) in listed.iter().rev().take(NEWEST_MAX) {
             match self.read_small(key, parse)? {
-                Ok(outcome) if wanted(&outcome) => return Ok(Some(outcome)),
+                Ok(outcome) if wanted(&outcome) && !is_of_future(&outcome) => {
+                    return Ok(Some(outcome));
+                }
                 Ok(_) => {}
                 Err(damage) => {
                     tracing::warn!(event = "outcome_unreadable", %damage, "an outcome is skipped");
@@ -188,7 +206,37 @@ impl Repository {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::store::LocalStore;
+
+    /// A host with a wrong clock can record such a result. It must not hide the later ones.
+    #[test]
+    fn a_result_of_the_future_does_not_count() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let store = Arc::new(LocalStore::open(directory.path()).expect("a folder"));
+        let repository = Repository::with_store(store, "main".parse().expect("a name"));
+        let system = SystemIdentifier(7);
+        let now = jiff::Timestamp::now();
+        for (minutes, passed) in [(-1, false), (10, true)] {
+            let at = now + jiff::SignedDuration::from_mins(minutes);
+            let time = PgTimestamp::from_jiff(at);
+            let id = outcome_name(at).expect("a name");
+            let kind = OutcomeKind::Verify;
+            let outcome = Outcome::new(kind, id, time, time, passed, String::new());
+            repository.put_outcome(system, &outcome).expect("a put");
+        }
+        let failed = |outcome: Option<Outcome>| assert!(!outcome.expect("an outcome").passed);
+        failed(repository.newest_verification(system).expect("it reads"));
+        let newest = repository.newest_outcome(system, OutcomeKind::Verify, |_| true);
+        failed(newest.expect("it reads"));
+        let mut outcomes = Outcomes::default();
+        repository
+            .add_outcomes(system, &mut outcomes)
+            .expect("it reads");
+        assert_eq!(outcomes.iter().count(), 1);
+    }
 
     #[test]
     fn names_of_one_second_are_in_the_order_of_their_times() {

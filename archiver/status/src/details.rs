@@ -129,19 +129,13 @@ pub struct Details {
     pub damaged: Vec<String>,
 }
 
-/// The difference between the clocks of two hosts that is tolerated.
-const CLOCKS_DIFFER_MICROS: i64 = 60_000_000;
-
 impl Details {
-    /// Returns the newest outcome of a kind. An outcome of the future does not count: it would hide
-    /// every later one, and a host with a wrong clock can record it.
+    /// Returns the newest outcome of a kind.
     #[must_use]
     pub fn newest(&self, kind: OutcomeKind) -> Option<&Outcome> {
-        let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
-        let latest = PgTimestamp(now.0.saturating_add(CLOCKS_DIFFER_MICROS));
         self.outcomes
             .iter()
-            .filter(|outcome| outcome.kind == kind && outcome.finished <= latest)
+            .filter(|outcome| outcome.kind == kind)
             .max_by_key(|outcome| outcome.finished)
     }
 
@@ -265,20 +259,6 @@ mod tests {
             outcomes: if drill { vec![outcome] } else { Vec::new() },
             ..Details::default()
         }
-    }
-
-    #[test]
-    fn an_outcome_of_the_future_does_not_count() {
-        let mut details = details(true);
-        let known = details.outcomes[0].clone();
-        let ahead = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(10);
-        let finished = PgTimestamp::from_jiff(ahead);
-        details.outcomes.push(Outcome {
-            finished,
-            ..known.clone()
-        });
-        let newest = details.newest(OutcomeKind::Drill).expect("a drill");
-        assert_eq!(newest.finished, known.finished);
     }
 
     #[test]

@@ -289,8 +289,7 @@ fn unread(details: &Details) -> Option<String> {
         .iter()
         .find_map(|kind| Some((kind, details.unread.get(kind)?)))?;
     Some(format!(
-        "the result of the newest {kind} cannot be read, so what it found is not known: {problem}; run the {kind} again, \
-         or remove the object"
+        "the result of the newest {kind} cannot be read, so what it found is not known: {problem}"
     ))
 }
 
