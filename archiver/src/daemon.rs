@@ -23,9 +23,7 @@ use dashboard::{
 };
 use replication::ConnInfo;
 use repository::config::{ClusterSettings, CommonArgs, Settings};
-use status::{
-    cluster_status::ClusterStatus, instruments::Instruments, report::ClusterReport, state::State,
-};
+use status::{cluster_status::ClusterStatus, instruments::Instruments, state::State};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     task::JoinSet,
@@ -319,9 +317,11 @@ impl Daemon {
     /// Updates the line for `systemctl status`, and sends the watchdog's keep-alive while every
     /// cluster's task works.
     fn tell_systemd(&mut self) {
-        // The same reports as the page: with what the alerts make of the state.
-        let line = describe(&self.monitor.reports());
-        if line != self.line {
+        // The same states as on the page: with what the alerts make of them. Nothing is known
+        // before the first check.
+        let states = self.monitor.states();
+        let line = describe(&states);
+        if !states.is_empty() && line != self.line {
             self.notify.status(&line);
             self.line = line;
         }
@@ -370,14 +370,14 @@ fn validate(settings: &Settings) -> Result<()> {
 
 /// Returns `2 clusters: ok; b is at_risk: …`. Clusters that are not ok are named, the others are
 /// only counted.
-fn describe(reports: &[ClusterReport]) -> String {
-    let mut line = match reports.len() {
+fn describe(states: &[(ClusterName, State)]) -> String {
+    let mut line = match states.len() {
         1 => "1 cluster".to_owned(),
         count => format!("{count} clusters"),
     };
     let mut separator = ": ";
-    for report in reports.iter().filter(|report| report.state != State::Ok) {
-        line += &format!("{separator}{} is {}", report.cluster, report.state.name());
+    for (cluster, state) in states.iter().filter(|(_, state)| *state != State::Ok) {
+        line += &format!("{separator}{cluster} is {}", state.name());
         separator = ", ";
     }
     if separator == ": " {

@@ -27,7 +27,10 @@ use status::{
     state::State,
     units,
 };
-use tokio::{sync::broadcast, time::MissedTickBehavior};
+use tokio::{
+    sync::{broadcast, watch},
+    time::MissedTickBehavior,
+};
 use wal_format::{Branch, ClusterName, OutcomeKind, PgTimestamp};
 
 use self::{
@@ -108,6 +111,8 @@ struct Book {
 #[derive(Debug)]
 pub struct Monitor {
     clusters: RwLock<BTreeMap<ClusterName, Arc<Watched>>>,
+    /// The state of each cluster at the last check.
+    states: watch::Sender<Vec<(ClusterName, State)>>,
     stream: broadcast::Sender<Message>,
     notifier: Arc<Notifier>,
     certificate_expiry: Mutex<Option<PgTimestamp>>,
@@ -119,6 +124,7 @@ impl Monitor {
     pub fn new(notifier: Arc<Notifier>) -> Arc<Self> {
         Arc::new(Self {
             clusters: RwLock::default(),
+            states: watch::Sender::default(),
             stream: broadcast::Sender::new(STREAM_MESSAGES_MAX),
             notifier,
             certificate_expiry: Mutex::default(),
@@ -134,9 +140,9 @@ impl Monitor {
             let monitor = Arc::clone(&self);
             // The records are written to a disk. A disk that hangs must not block the other tasks.
             let looked = tokio::task::spawn_blocking(move || {
-                for cluster in monitor.clusters() {
-                    monitor.look(&cluster);
-                }
+                let clusters = monitor.clusters();
+                let states = clusters.iter().map(|cluster| monitor.look(cluster));
+                monitor.states.send_replace(states.collect());
                 let notifier = &monitor.notifier;
                 notifier.finished_round(unix_second(), || monitor.reports());
             });
@@ -220,6 +226,13 @@ impl Monitor {
             .collect()
     }
 
+    /// Returns the state of every cluster at the last check. Unlike [`Monitor::reports`], it waits
+    /// for no lock that is held while a record is written to a disk.
+    #[must_use]
+    pub fn states(&self) -> Vec<(ClusterName, State)> {
+        self.states.borrow().clone()
+    }
+
     /// Returns the cluster with this name.
     #[must_use]
     pub fn cluster(&self, name: &str) -> Option<Arc<Watched>> {
@@ -291,7 +304,8 @@ impl Monitor {
         report
     }
 
-    fn look(&self, cluster: &Watched) {
+    /// Checks a cluster: records its numbers, events and alerts. Returns its state.
+    fn look(&self, cluster: &Watched) -> (ClusterName, State) {
         let report = self.report(cluster);
         let second = unix_second();
         let sample = lock(&cluster.recorded.book).sample(&report);
@@ -359,6 +373,7 @@ impl Monitor {
         if self.stream.receiver_count() > 0 {
             self.send("status", &self.report(cluster));
         }
+        (cluster.settings.name.clone(), report.state)
     }
 
     fn send<T: serde::Serialize>(&self, event: &'static str, data: &T) {
