@@ -167,7 +167,8 @@ try {
   // The switch overrides the browser's setting, also after a reload.
   await page.setViewportSize({ width: 1280, height: 900 });
   await page.emulateMedia({ colorScheme: "light" });
-  assert.equal(await page.locator("#theme").innerText(), "Switch to dark");
+  // The browser tells a page of a new setting with its next frame.
+  await until("the switch names the other colours", async () => (await page.locator("#theme").innerText()) === "Switch to dark");
   await page.locator("#theme").click();
   assert.notEqual(await ground(), LIGHT);
   await page.reload();
