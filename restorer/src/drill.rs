@@ -99,14 +99,19 @@ pub(crate) struct Course {
 }
 
 impl Course {
-    /// Begins the outcome of a drill of `cluster`.
-    pub(crate) fn begin(cluster: &ClusterSettings, target: String, seed: Option<u64>) -> Self {
+    /// Begins the outcome of a drill of `cluster`. The RTO counts from `began`.
+    pub(crate) fn begin(
+        cluster: &ClusterSettings,
+        target: String,
+        seed: Option<u64>,
+        began: Instant,
+    ) -> Self {
         let now = Timestamp::now();
         let at = PgTimestamp::from_jiff(now);
         let id = repository::outcome_name(now).expect("BUG: the year has four digits");
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         Self {
-            began: Instant::now(),
+            began,
             outcome: Outcome::new(OutcomeKind::Drill, id, at, at, false, String::new()),
             record: DrillRecord {
                 target,

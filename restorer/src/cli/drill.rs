@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::Args;
@@ -103,6 +103,7 @@ pub(super) fn run(
     args: &DrillArgs,
     json: bool,
 ) -> Result<ExitCode> {
+    let began = Instant::now();
     if rustix::process::getuid().is_root() {
         return Err(Error::usage(
             "PostgreSQL does not run as root: name the user who runs the drill with --owner",
@@ -124,7 +125,7 @@ pub(super) fn run(
     // Until here a signal ends the program at once, and there is nothing to remove.
     let interrupt = Interrupt::catch()?;
     let mut scratch = Scratch::take(&base, &cluster.name, system, &output::note)?;
-    let mut course = Course::begin(cluster, picked.words.clone(), picked.seed);
+    let mut course = Course::begin(cluster, picked.words.clone(), picked.seed, began);
     if !json {
         output::line(&format!(
             "drill         {} of cluster {}",
@@ -194,15 +195,20 @@ pub(super) fn run(
     };
     if interrupt.check().is_err() || matches!(done, Err(Error::Interrupted { .. })) {
         scratch.remove()?;
-        output::error(
-            "a signal came: the drill was stopped and its copy removed; nothing is recorded",
-        );
+        let copy = if args.keep { "kept" } else { "removed" };
+        output::error(&format!(
+            "a signal came: the drill was stopped and its copy {copy}; nothing is recorded"
+        ));
         return Ok(ExitCode::from(ExitKind::Failed.code()));
     }
     if let Err(error) = &done {
         course.fail(Failure::from(error));
     }
-    course.step("the copy is removed");
+    course.step(if args.keep {
+        "the copy is kept"
+    } else {
+        "the copy is removed"
+    });
     if let Err(error) = scratch.remove() {
         course.fail(Failure {
             kind: ExitKind::Failed,
@@ -226,6 +232,9 @@ pub(super) fn run(
 }
 
 fn pick_target(args: &DrillArgs, archive: &mut Archive) -> Result<Picked> {
+    if args.seed.is_some() && args.goal != Some(Goal::Random) {
+        return Err(Error::usage("--seed goes with --target random"));
+    }
     if let Some(words) = args.chosen.shown() {
         return Ok(Picked {
             target: args.chosen.recovery_target(jiff::Timestamp::now())?,
@@ -235,9 +244,6 @@ fn pick_target(args: &DrillArgs, archive: &mut Archive) -> Result<Picked> {
         });
     }
     let goal = args.goal.as_ref().unwrap_or(&Goal::Latest);
-    if args.seed.is_some() && *goal != Goal::Random {
-        return Err(Error::usage("--seed goes with --target random"));
-    }
     let zone = args.chosen.time_zone.as_deref();
     let seed = args.seed.unwrap_or_else(new_seed);
     let mut picked = pick(goal, (seed, 0), zone, archive)?;

@@ -85,7 +85,8 @@ impl Scratch {
         let path = &self.path;
         let marker = path.join(MARKER);
         let is_empty = names(path)?.is_empty();
-        let is_ours = fs::read_to_string(&marker).is_ok_and(|text| text == MARKER_TEXT);
+        // A drill that was killed while it wrote the marker left a part of it.
+        let is_ours = fs::read_to_string(&marker).is_ok_and(|text| MARKER_TEXT.starts_with(&text));
         if !is_empty && !is_ours {
             return Err(Error::usage(format!(
                 "{} contains files and no marker of a drill, so nothing of it is touched: remove it, or name another directory \
@@ -293,9 +294,9 @@ fn processes_below(path: &Path) -> Vec<(Pid, String)> {
             if !directory.starts_with(path) {
                 return None;
             }
-            let program = fs::read_link(entry.path().join("exe")).ok()?;
-            let name = program.file_name()?.to_string_lossy().into_owned();
-            Some((pid, name))
+            // The link `exe` has another name after an upgrade of the program.
+            let name = fs::read_to_string(entry.path().join("comm")).ok()?;
+            Some((pid, name.trim().to_owned()))
         })
         .collect()
 }

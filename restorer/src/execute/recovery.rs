@@ -48,6 +48,9 @@ pub(super) fn begin(tree: &Tree) -> Result<()> {
 /// # Errors
 /// [`Error::Io`].
 pub(crate) fn stopped(directory: &Path) -> Result<()> {
+    if !is_unproved(directory) {
+        return Ok(());
+    }
     let content = content(control(directory).map(hex::encode));
     durable::replace(&directory.join(UNPROVED), &content).map_err(Error::local)
 }

@@ -13,7 +13,8 @@ use std::{
 
 use super::{
     guc_file::{Entry, parse},
-    imports, text,
+    imports::{self, real},
+    text,
 };
 
 /// The main file of a data directory.
@@ -52,7 +53,7 @@ impl Configuration {
     /// the restore continues, and PostgreSQL reports the file, too.
     pub(super) fn read(directory: &Path) -> Self {
         let mut found = Self::default();
-        let root = fs::canonicalize(directory).unwrap_or_else(|_| directory.to_owned());
+        let root = real(directory);
         found.read_file(&root.join(MAIN), None, 0);
         if root.join(AUTO).exists() {
             found.read_file(&root.join(AUTO), None, 0);
@@ -96,7 +97,7 @@ impl Configuration {
             None => format!("{} {what}", path.display()),
         };
         // A loop reaches the maximum depth once for each way through its files.
-        let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let real = real(path);
         if depth > DEPTH_MAX || self.open.contains(&real) {
             if !self.too_deep {
                 self.too_deep = true;
@@ -124,8 +125,7 @@ impl Configuration {
                 return;
             }
         };
-        self.files
-            .insert(fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()));
+        self.files.insert(real(path));
         for parsed in parse(&text) {
             let entry = match parsed {
                 Ok(entry) => entry,

@@ -116,7 +116,7 @@ struct Include<'a> {
 }
 
 /// Returns a path without links; the path itself if it leads nowhere.
-fn real(path: &Path) -> PathBuf {
+pub(super) fn real(path: &Path) -> PathBuf {
     fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
 }
 
