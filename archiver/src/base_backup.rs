@@ -24,6 +24,7 @@ use wal_format::{
 };
 
 use crate::{
+    blocking::blocking,
     core::shutdown::Shutdown,
     error::{Error, Result},
     primary::{Source, conninfo},
@@ -207,19 +208,6 @@ async fn attempt_once(
 fn new_id() -> Result<BackupId> {
     outcome_name(jiff::Timestamp::now())
         .ok_or_else(|| malformed("the clock gives no year of four digits").into())
-}
-
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .unwrap_or_else(|error| {
-            Err(Error::ThreadStopped {
-                name: "base backup",
-                reason: error.to_string(),
-            })
-        })
 }
 
 /// A backup in progress.

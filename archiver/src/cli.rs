@@ -445,7 +445,14 @@ pub fn run(cli: Cli) -> Result<()> {
 fn end_at_a_signal(command: &Command) -> Result<()> {
     let (left, json) = match command {
         Command::Verify { json, .. } => (
-            "nothing was changed and no result is recorded; what was repaired stays repaired. Run `wal-archiver verify` again",
+            "the result of this cluster is not recorded; those of the clusters before it are. What was repaired or accepted \
+             as lost stays so. Run `wal-archiver verify` again",
+            *json,
+        ),
+        Command::Expire {
+            json, undo: true, ..
+        } => (
+            "what was restored stays restored. Run `wal-archiver expire --undo` again within the grace",
             *json,
         ),
         Command::Expire {

@@ -11,7 +11,10 @@ use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, PgTimestamp, PgVersion, TimelineHistory, TimelineId};
 
 use self::line::Line;
-use crate::error::{Error, Result};
+use crate::{
+    blocking::blocking,
+    error::{Error, Result},
+};
 
 /// Timeout for the server to identify itself after the login. Connecting has its own limit,
 /// `connect_timeout`.
@@ -108,12 +111,7 @@ impl Source {
         parse_history(current, &content)?;
         let branch = Branch::of_history(current, &content);
         let (repository, system) = (repository.clone(), self.system.system_identifier);
-        let stored =
-            tokio::task::spawn_blocking(move || repository.put_history(system, branch, &content));
-        stored.await.map_err(|error| Error::ThreadStopped {
-            name: "history",
-            reason: error.to_string(),
-        })??;
+        blocking(move || Ok(repository.put_history(system, branch, &content)?)).await?;
         Ok(branch)
     }
 

@@ -89,12 +89,23 @@ pub fn create_dir_all_at(directory: &Path, created: CrashPoint) -> Result<()> {
     if !existed {
         create_dir_all_at(above, created)?;
     }
-    match File::open(above) {
-        // Then the directory was not created by a process of this user.
-        Err(error) if existed && error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-        opened => opened
-            .and_then(|above| create_directory(&above, Path::new(name), created))
-            .map_err(Error::store("create directory", directory)),
+    let made =
+        File::open(above).and_then(|above| create_directory(&above, Path::new(name), created));
+    match made {
+        // Then the directory was not created by a process of this user, or it is a mount point in
+        // a file system that nobody can write to and that may have no fsync.
+        Err(error)
+            if existed
+                && matches!(
+                    error.kind(),
+                    io::ErrorKind::PermissionDenied
+                        | io::ErrorKind::InvalidInput
+                        | io::ErrorKind::ReadOnlyFilesystem
+                ) =>
+        {
+            Ok(())
+        }
+        made => made.map_err(Error::store("create directory", directory)),
     }
 }
 

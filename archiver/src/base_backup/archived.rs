@@ -6,8 +6,8 @@ use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use repository::{ClusterIdentity, Repository, config::ClusterSettings};
 use wal_format::{Branch, Lsn};
 
-use super::{BaseBackupError, Progress, blocking, wait::is_stored};
-use crate::{core::shutdown::Shutdown, error::Result, spool};
+use super::{BaseBackupError, Progress, wait::is_stored};
+use crate::{blocking::blocking, core::shutdown::Shutdown, error::Result, spool};
 
 const POLL: Duration = Duration::from_millis(300);
 /// The time in which an archiver that was just started connects, or stores what the server has.

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 use repository::{ClusterIdentity, Repository};
 use wal_format::{Branch, Lsn, ObjectKey, SegmentName};
 
-use super::{Progress, WAL_PATIENCE, blocking, error::BaseBackupError};
+use super::{Progress, WAL_PATIENCE, error::BaseBackupError};
 use crate::{
+    blocking::blocking,
     core::shutdown::Shutdown,
     error::{Error, Result},
 };

@@ -34,7 +34,8 @@ pub(super) fn request() -> Result<Shutdown> {
     on_signal(move |name| {
         if request.is_requested() {
             output::error_line(&format!(
-                "stopped by a second {name}, before this command has removed what it stored; it is not listed"
+                "stopped by a second {name}: what this command stored may be left; `wal-archiver backup list` shows whether the \
+                 backup was completed"
             ));
             end();
         }

@@ -20,7 +20,10 @@ use repository::{
 use status::cluster_status::ClusterStatus;
 use wal_format::{BackupId, BackupInfo, Lsn, ObjectKey, SegmentSize};
 
-use crate::error::{Error, Result};
+use crate::{
+    blocking::blocking,
+    error::{Error, Result},
+};
 
 /// The pause before the first run. It is short, because locks may have expired while the daemon was
 /// not running.
@@ -134,17 +137,11 @@ pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) 
     loop {
         tokio::time::sleep(pause).await;
         let (of_look, known) = (settings.clone(), Arc::clone(&known));
-        let looked = tokio::task::spawn_blocking(move || {
+        let looked = blocking(move || {
             let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
             extend(&of_look, None, span(lock)?, &mut known, false)
         })
-        .await
-        .unwrap_or_else(|error| {
-            Err(Error::ThreadStopped {
-                name: "locks",
-                reason: error.to_string(),
-            })
-        });
+        .await;
         let problem = match looked {
             Ok(Extended { places, damaged }) => {
                 was_locked = true;

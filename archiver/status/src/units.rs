@@ -125,9 +125,7 @@ pub fn without_errno(text: &str) -> String {
 
 /// Returns the seconds from `earlier` to `later`.
 pub fn span(later: PgTimestamp, earlier: PgTimestamp) -> f64 {
-    #[expect(clippy::cast_precision_loss, reason = "a span to be read")]
-    let seconds = later.micros_since(earlier) as f64 / 1e6;
-    seconds
+    micros(later.micros_since(earlier))
 }
 
 /// Returns microseconds as seconds.

@@ -2,6 +2,7 @@
 
 use repository::{Error, Result};
 use rocksdb::{ColumnFamily, Direction, IteratorMode, WriteBatch};
+use serde::Serialize;
 
 use super::{
     Catalog,
@@ -20,9 +21,13 @@ pub(super) struct Batch<'a> {
 }
 
 impl Batch<'_> {
-    /// Stores an entry.
-    pub(super) fn put<F: Family>(&mut self, key: &F::Key, value: &F::Value) -> Result<()> {
-        let value = F::value(value).ok_or_else(|| self.catalog.damaged(F::NAME))?;
+    /// Stores an entry as JSON.
+    pub(super) fn put<F: Family<Value: Serialize>>(
+        &mut self,
+        key: &F::Key,
+        value: &F::Value,
+    ) -> Result<()> {
+        let value = serde_json::to_vec(value).map_err(|_| self.catalog.damaged(F::NAME))?;
         self.put_stored::<F>(key, &value);
         Ok(())
     }
@@ -79,7 +84,11 @@ impl Catalog {
             .transpose()
     }
 
-    pub(super) fn put<F: Family>(&self, key: &F::Key, value: &F::Value) -> Result<()> {
+    pub(super) fn put<F: Family<Value: Serialize>>(
+        &self,
+        key: &F::Key,
+        value: &F::Value,
+    ) -> Result<()> {
         let mut batch = self.batch();
         batch.put::<F>(key, value)?;
         batch.write()
@@ -118,6 +127,17 @@ impl Catalog {
             let parsed = F::parse_key(&key)
                 .and_then(|key| F::parse_value(&key, &value).map(|value| (key, value)));
             parsed.ok_or_else(|| self.damaged(F::NAME))
+        })
+    }
+
+    /// Returns the keys of a family in their order. No value is parsed.
+    pub(super) fn keys<F: Family>(&self) -> impl Iterator<Item = Result<F::Key>> {
+        let entries = self
+            .db
+            .iterator_cf(self.family(F::NAME), IteratorMode::Start);
+        entries.map(|entry| {
+            let (key, _) = entry.map_err(|error| self.failed(error))?;
+            F::parse_key(&key).ok_or_else(|| self.damaged(F::NAME))
         })
     }
 

@@ -32,9 +32,6 @@ pub(super) trait Family {
     /// Reads a stored key.
     fn parse_key(stored: &[u8]) -> Option<Self::Key>;
 
-    /// Returns the stored form of a value, or `None` if it has none.
-    fn value(value: &Self::Value) -> Option<Vec<u8>>;
-
     /// Reads the stored value of an entry.
     fn parse_value(key: &Self::Key, stored: &[u8]) -> Option<Self::Value>;
 }
@@ -78,10 +75,6 @@ impl Family for Segments {
         RangeKey::parse(stored)
     }
 
-    fn value(value: &WalRange) -> Option<Vec<u8>> {
-        serde_json::to_vec(value).ok()
-    }
-
     fn parse_value(_: &RangeKey, stored: &[u8]) -> Option<WalRange> {
         serde_json::from_slice(stored).ok()
     }
@@ -93,7 +86,7 @@ pub(super) enum CommitTimes {}
 impl Family for CommitTimes {
     const NAME: &'static str = "commit_times";
     type Key = RangeKey;
-    type Value = (Lsn, SegmentSummary);
+    type Value = SegmentSummary;
 
     fn key(key: &RangeKey) -> Vec<u8> {
         key.as_bytes().to_vec()
@@ -103,14 +96,8 @@ impl Family for CommitTimes {
         RangeKey::parse(stored)
     }
 
-    fn value((start_lsn, summary): &Self::Value) -> Option<Vec<u8>> {
-        Some(summary.encode(*start_lsn))
-    }
-
-    fn parse_value(key: &RangeKey, stored: &[u8]) -> Option<Self::Value> {
-        let start_lsn = key.start_lsn();
-        let summary = SegmentSummary::decode(start_lsn, stored).ok()?;
-        Some((start_lsn, summary))
+    fn parse_value(key: &RangeKey, stored: &[u8]) -> Option<SegmentSummary> {
+        SegmentSummary::decode(key.start_lsn(), stored).ok()
     }
 }
 
@@ -128,10 +115,6 @@ impl Family for RestorePoints {
 
     fn parse_key(stored: &[u8]) -> Option<Self::Key> {
         keys::parse_position(stored)
-    }
-
-    fn value(value: &Self::Value) -> Option<Vec<u8>> {
-        serde_json::to_vec(value).ok()
     }
 
     fn parse_value(_: &Self::Key, stored: &[u8]) -> Option<Self::Value> {
@@ -153,10 +136,6 @@ impl Family for Timelines {
 
     fn parse_key(stored: &[u8]) -> Option<Branch> {
         keys::parse_branch(stored)
-    }
-
-    fn value((_, content): &Self::Value) -> Option<Vec<u8>> {
-        Some(content.clone())
     }
 
     fn parse_value(branch: &Branch, stored: &[u8]) -> Option<Self::Value> {
@@ -182,10 +161,6 @@ impl Family for Backups {
 
     fn parse_key(stored: &[u8]) -> Option<BackupId> {
         std::str::from_utf8(stored).ok()?.parse().ok()
-    }
-
-    fn value(value: &BackupInfo) -> Option<Vec<u8>> {
-        serde_json::to_vec(value).ok()
     }
 
     fn parse_value(_: &BackupId, stored: &[u8]) -> Option<BackupInfo> {

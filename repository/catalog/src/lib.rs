@@ -271,8 +271,7 @@ impl Catalog {
     /// [`Error::CatalogEntry`].
     pub fn summary(&self, range: &WalRange) -> Result<SegmentSummary> {
         let found = self.get::<CommitTimes>(&RangeKey::new(range))?;
-        let (_, summary) = found.ok_or_else(|| self.damaged(CommitTimes::NAME))?;
-        Ok(summary)
+        found.ok_or_else(|| self.damaged(CommitTimes::NAME))
     }
 
     /// Returns the transactions that end in a range, in LSN order.
@@ -343,9 +342,7 @@ impl Catalog {
 
     /// Returns the key of every recorded range, in key order.
     fn all_ranges(&self) -> Result<BTreeSet<RangeKey>> {
-        self.entries::<Segments>(IteratorMode::Start)
-            .map(|entry| Ok(entry?.0))
-            .collect()
+        self.keys::<Segments>().collect()
     }
 }
 

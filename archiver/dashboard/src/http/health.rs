@@ -10,6 +10,7 @@ use status::{
     light::{Cause, CauseKind},
     report::ClusterReport,
     state::State,
+    units,
 };
 
 /// The answer of the health route.
@@ -72,23 +73,13 @@ pub(super) fn judge(report: &ClusterReport, query: &str) -> Result<Verdict, Quer
             "max_rpo" => ("rpo", report.durable.remote.rpo_seconds),
             "max_backup_age" => {
                 let finished = report.last_backup.as_ref().map(|backup| backup.finished);
-                let age = finished.map(|time| report.as_of.micros_since(time));
-                #[expect(
-                    clippy::cast_precision_loss,
-                    reason = "an age in seconds needs no more"
-                )]
-                let age = age.map(|micros| micros as f64 / 1e6);
+                let age = finished.map(|time| units::span(report.as_of, time));
                 ("age of the last base backup", age)
             }
             "max_drill_age" => {
                 let age = report
                     .last_drill_passed
-                    .map(|time| report.as_of.micros_since(time));
-                #[expect(
-                    clippy::cast_precision_loss,
-                    reason = "an age in seconds needs no more"
-                )]
-                let age = age.map(|micros| micros as f64 / 1e6);
+                    .map(|time| units::span(report.as_of, time));
                 ("age of the last restore drill that passed", age)
             }
             _ => return Err(QueryError::Unknown(name.to_owned())),

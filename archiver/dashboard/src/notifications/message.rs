@@ -30,8 +30,7 @@ pub(super) fn headline(notification: &Notification) -> String {
 fn past(notification: &Notification, ended: wal_format::PgTimestamp) -> String {
     let alert = &notification.alert;
     let past = alerts::rule(alert.name).map_or("The alert fired", |rule| rule.past);
-    #[expect(clippy::cast_precision_loss, reason = "a duration to be read")]
-    let seconds = ended.micros_since(alert.since) as f64 / 1e6;
+    let seconds = units::span(ended, alert.since);
     format!("{past} for {}.", units::seconds(Some(seconds.max(0.0))))
 }
 

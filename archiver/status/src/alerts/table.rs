@@ -121,16 +121,16 @@ pub const RULES: [Rule; 27] = [
     Rule {
         name: "PitrRepositoryAway",
         severity: Severity::Warning,
-        condition: "the last request to one of several repositories failed",
+        condition: "the last request to one of several repositories failed, or it held an older state",
         patience_seconds: 5,
         expression: "pitr_repository_place_failing == 1 and on(cluster, instance) \
             count by (cluster, instance) (pitr_repository_place_failing) > 1",
-        rule_summary: "The repository {{ $labels.repository }} of {{ $labels.cluster }} refuses \
-            or does not answer",
-        past: "One of several repositories refused requests or did not answer",
+        rule_summary: "The repository {{ $labels.repository }} of {{ $labels.cluster }} refuses, \
+            does not answer or held an older state of the archive",
+        past: "One of several repositories refused, did not answer or held an older state",
         inhibited_by: &["PitrRepositoryFailing"],
         runbook: "Check the credentials, the network and the quota of the repository that is \
-            named. As long as another one answers, WAL is stored there, and this one is filled \
+            named, and that the right disk or bucket is there. As long as another one answers, WAL is stored there, and this one is filled \
             from it when it is back. Until then one copy fewer exists.",
     },
     Rule {
