@@ -136,7 +136,11 @@ pub enum Error {
         said: String,
     },
     /// PostgreSQL ended before the recovery did.
-    #[error("PostgreSQL ended before recovery did: {said}; its log is {log}", log = log.display())]
+    #[error(
+        "PostgreSQL ended before recovery did: {said}{remedy}; its log is {log}",
+        remedy = library_remedy(said),
+        log = log.display()
+    )]
     RecoveryFailed {
         /// PostgreSQL's log.
         log: PathBuf,
@@ -160,6 +164,18 @@ pub enum Error {
         /// The problem and the correct usage.
         message: String,
     },
+}
+
+/// Returns the remedy if a library of the parent is not installed on this host
+/// (`internal_load_library` in `dfmgr.c`), as the end of a sentence.
+fn library_remedy(said: &str) -> &'static str {
+    let is_missing = said.starts_with("could not load library \"")
+        || (said.starts_with("could not access file \"") && said.contains("No such file"));
+    if is_missing {
+        "; install the library here, or run the same command again with --set shared_preload_libraries=NAMES without it"
+    } else {
+        ""
+    }
 }
 
 /// Returns the remedy for the most common errors of files, as the end of a sentence.
