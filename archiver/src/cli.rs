@@ -273,6 +273,8 @@ enum ConfigCommand {
     Check,
     /// Prints the resolved settings, with secrets masked.
     Show,
+    /// Prints a configuration file with every key, its meaning and its default.
+    Example,
 }
 
 #[derive(Debug, Subcommand)]
@@ -326,6 +328,10 @@ enum LockModeArg {
 pub fn run(cli: Cli) -> Result<()> {
     if let Command::Key(KeyCommand::New { path }) = &cli.command {
         return key::new(path.as_deref());
+    }
+    if let Command::Config(ConfigCommand::Example) = &cli.command {
+        config::example();
+        return Ok(());
     }
     let settings = match cli.command {
         Command::Push { .. } => Settings::resolve_for_storage(&cli.common)?,
@@ -422,6 +428,10 @@ pub fn run(cli: Cli) -> Result<()> {
         Command::Epoch(EpochCommand::Begin { .. }) => resetwal::declare(one(&settings)?),
         Command::Config(ConfigCommand::Check) => config::check(&settings),
         Command::Config(ConfigCommand::Show) => config::show(&settings),
+        Command::Config(ConfigCommand::Example) => {
+            config::example();
+            Ok(())
+        }
         Command::Key(KeyCommand::New { path }) => key::new(path.as_deref()),
         Command::Key(KeyCommand::Check) => key::check(&settings),
         Command::Key(KeyCommand::Encrypt) => key::encrypt(&settings),

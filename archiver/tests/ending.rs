@@ -86,7 +86,7 @@ fn a_command_that_is_stopped_says_what_it_leaves() {
     fs::set_permissions(directory.path(), open).expect("chmod");
     let program = testbed::programs::ours("wal-archiver").expect("it is built");
     for (arguments, left) in [
-        (["verify", "--deep"], "no result is recorded"),
+        (["verify", "--deep"], "is not recorded"),
         (["expire", "--json"], "within the grace"),
     ] {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");

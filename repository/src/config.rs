@@ -16,6 +16,7 @@ mod cluster;
 mod drill;
 mod file;
 mod http;
+pub mod keys;
 mod lock;
 mod notify;
 mod position;

@@ -5,14 +5,6 @@ use serde::Deserialize;
 
 use crate::{Error, Result, access::FolderAccess};
 
-/// Keys of the file.
-pub(super) const ACCESS_KEYS: [&str; 4] = [
-    "repository_group",
-    "repository_mode",
-    "spool_group",
-    "spool_mode",
-];
-
 /// The keys as typed.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct AccessTable {

@@ -4,13 +4,12 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::parse_duration;
+use super::{
+    keys::{self, Place},
+    parse_duration,
+};
 use crate::{Error, Result};
 
-/// The keys, for error messages about mistyped keys.
-pub(super) const DRILL_KEYS: [&str; 3] = ["drill", "drill_scratch", "drill_user"];
-/// The keys of a check.
-const CHECK_KEYS: [&str; 6] = ["name", "database", "user", "query", "expect", "timeout"];
 /// Default of `timeout`: a query that takes longer is a surprise after a disaster, too.
 const TIMEOUT_DEFAULT: Duration = Duration::from_secs(60);
 /// Default of `database`: it exists unless a user has dropped it.
@@ -180,10 +179,10 @@ fn checks(table: &toml::Table) -> Result<Vec<SqlCheck>> {
 
 fn check(number: usize, entry: &toml::Value) -> Result<SqlCheck> {
     let place = format!(" in [[drill.check]] number {number}");
-    let keys = entry.as_table().into_iter().flat_map(toml::Table::keys);
-    for key in keys {
-        if !CHECK_KEYS.contains(&key.as_str()) {
-            return Err(super::file::unknown(key, &place, &CHECK_KEYS));
+    let known = keys::names(Place::Check);
+    for key in entry.as_table().into_iter().flat_map(toml::Table::keys) {
+        if !known.contains(&key.as_str()) {
+            return Err(super::file::unknown(key, &place, &known));
         }
     }
     let table: CheckTable = entry

@@ -7,63 +7,23 @@ use serde::Deserialize;
 
 use super::{
     Acknowledge, RepositoryUrl, Required, WhenFull,
-    access::{ACCESS_KEYS, AccessTable},
-    drill::{DRILL_KEYS, DrillTable},
-    http::{HTTP_KEYS, HttpTable},
-    lock::{LOCK_KEYS, LockTable},
+    access::AccessTable,
+    drill::DrillTable,
+    http::HttpTable,
+    keys::{self, Place},
+    lock::LockTable,
     position,
-    repositories::{self, ENCRYPTION_KEYS, EncryptionTable, RepositoryTable},
-    retention::{KEEP_KEYS, KeepTable},
-    s3::{S3_KEYS, S3Table},
+    repositories::{self, EncryptionTable, RepositoryTable},
+    retention::KeepTable,
+    s3::S3Table,
     secret_file::denied,
-    walsender::{WALSENDER_KEYS, WalsenderTable},
+    walsender::WalsenderTable,
 };
 use crate::{Error, Result};
 
-/// Keys of a cluster, also allowed at the top as defaults.
-const CLUSTER_KEYS: &[&str] = &[
-    "acknowledge",
-    "application_name",
-    "backup_max_age",
-    "catalog",
-    "compression_level",
-    "conninfo",
-    "drill_max_age",
-    "expire_grace",
-    "expire_interval",
-    "gap_grace",
-    "heal_from",
-    "primary_wal_max_bytes",
-    "remote_flush_bytes",
-    "remote_flush_interval",
-    "repositories",
-    "repositories_required",
-    "repository",
-    "rpo_target",
-    "rto_target",
-    "seal_threads",
-    "slot",
-    "spool",
-    "spool_limit_bytes",
-    "standbys",
-    "verify_max_age",
-    "when_full",
-];
-/// The keys whose value is a string that contains a duration with its unit.
-const DURATION_KEYS: [&str; 10] = [
-    "backup_max_age",
-    "drill_max_age",
-    "expire_grace",
-    "expire_interval",
-    "gap_grace",
-    "keep_window",
-    "remote_flush_interval",
-    "rpo_target",
-    "rto_target",
-    "verify_max_age",
-];
-/// The keys that are allowed only at the top level.
-const TOP_KEYS: [&str; 4] = ["cluster", "http", "notify", "runbook_url"];
+/// The tables of the top level, and the table of the checks of drills in a cluster.
+const TABLES: [&str; 2] = ["cluster", "notify"];
+const DRILL: &str = "drill";
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct ConfigFile {
@@ -161,7 +121,7 @@ impl ConfigFile {
         let http = take_text(&mut table, "http")?;
         let runbook_url = take_text(&mut table, "runbook_url")?;
         let mut of_http = toml::Table::new();
-        for key in HTTP_KEYS {
+        for key in keys::names(Place::Top) {
             if let Some(value) = table.remove(key) {
                 of_http.insert(key.to_owned(), value);
             }
@@ -185,23 +145,11 @@ impl ConfigFile {
                 ));
             }
         };
-        let of_cluster: Vec<&str> = CLUSTER_KEYS
-            .iter()
-            .copied()
-            .chain(S3_KEYS)
-            .chain(ENCRYPTION_KEYS)
-            .chain(WALSENDER_KEYS)
-            .chain(KEEP_KEYS)
-            .chain(LOCK_KEYS)
-            .chain(DRILL_KEYS)
-            .chain(ACCESS_KEYS)
-            .collect();
-        let known: Vec<&str> = of_cluster
-            .iter()
-            .copied()
-            .chain(TOP_KEYS)
-            .chain(HTTP_KEYS)
-            .collect();
+        let mut of_cluster = keys::names(Place::Cluster);
+        of_cluster.push(DRILL);
+        let mut known = of_cluster.clone();
+        known.extend(keys::names(Place::Top));
+        known.extend(TABLES);
         let defaults = read_table(&table, "", &of_cluster, &known)?;
         let mut tables = BTreeMap::new();
         for (name, value) in clusters {
@@ -268,7 +216,7 @@ fn refused(key: &str, value: &toml::Value) -> Option<String> {
     let mut alone = toml::Table::new();
     alone.insert(key.to_owned(), value.clone());
     let error = alone.try_into::<ClusterTable>().err()?;
-    if DURATION_KEYS.contains(&key)
+    if keys::is_duration(key)
         && let toml::Value::Integer(number) = value
     {
         return Some(format!(

@@ -7,15 +7,6 @@ use serde::Deserialize;
 use super::{Secret, secret_file};
 use crate::{Error, Result};
 
-/// Keys of the file. They are allowed at the top only.
-pub(super) const HTTP_KEYS: [&str; 6] = [
-    "http_allowed_hosts",
-    "http_operate_token_file",
-    "http_public_url",
-    "http_tls_certificate",
-    "http_tls_key",
-    "http_token_file",
-];
 /// The minimum length of a token. A shorter one could be guessed.
 const TOKEN_CHARACTERS_MIN: usize = 16;
 

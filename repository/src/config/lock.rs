@@ -13,9 +13,6 @@ use crate::{Error, Result, store::LockMode};
 /// The maximum of `lock_days`. More would be a mistake that nobody can undo.
 pub const LOCK_DAYS_MAX: u32 = 3660;
 
-/// The keys, for error messages about mistyped keys.
-pub(super) const LOCK_KEYS: [&str; 2] = ["lock_days", "lock_mode"];
-
 /// The keys as typed.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct LockTable {

@@ -4,28 +4,12 @@ use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use super::{Secret, parse_duration, secret_file};
+use super::{
+    Secret, file,
+    keys::{self, Place},
+    parse_duration, secret_file,
+};
 use crate::{Error, Result};
-
-const NOTIFY_KEYS: [&str; 17] = [
-    "certificate_authority",
-    "daily_summary",
-    "from",
-    "interval",
-    "password",
-    "password_file",
-    "remind_after",
-    "routing_key",
-    "routing_key_file",
-    "severity",
-    "smtp",
-    "tls",
-    "to",
-    "type",
-    "url",
-    "url_file",
-    "user",
-];
 
 /// The interval of a heartbeat if the key `interval` is missing.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(60);
@@ -150,14 +134,10 @@ pub(super) fn resolve(tables: BTreeMap<String, toml::Value>) -> Result<Vec<Notif
 
 fn unknown_key(name: &str, table: &toml::Table) -> Result<()> {
     for key in table.keys() {
-        if !NOTIFY_KEYS.contains(&key.as_str()) {
-            let nearest = NOTIFY_KEYS
-                .iter()
-                .min_by_key(|known| strsim::damerau_levenshtein(known, key));
-            return Err(Error::config(format!(
-                "unknown key \"{key}\" in [notify.{name}]; did you mean \"{}\"?",
-                nearest.copied().unwrap_or_default()
-            )));
+        let known = keys::names(Place::Notify);
+        if !known.contains(&key.as_str()) {
+            let place = format!(" in [notify.{name}]");
+            return Err(file::unknown(key, &place, &known));
         }
     }
     Ok(())

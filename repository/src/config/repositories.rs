@@ -11,8 +11,9 @@ use serde::Deserialize;
 
 use super::{
     RepositoryPlace, RepositoryUrl, Required, S3Settings,
-    retention::{KEEP_KEYS, KeepTable},
-    s3::{S3_KEYS, S3Table},
+    keys::{self, Group, Place},
+    retention::KeepTable,
+    s3::S3Table,
 };
 use crate::{
     Error, Result,
@@ -20,12 +21,6 @@ use crate::{
     store::{Patience, RequestMeter},
 };
 
-/// The keys, for error messages about mistyped keys.
-pub(super) const ENCRYPTION_KEYS: [&str; 3] = [
-    "encryption_key_command",
-    "encryption_key_env",
-    "encryption_key_file",
-];
 /// The maximum number of repositories. More would be a mistake: every object is written to each.
 const REPOSITORIES_MAX: usize = 8;
 
@@ -126,12 +121,10 @@ pub(super) fn others(
 
 /// Refuses unknown keys in `repositories`.
 pub(super) fn check_keys(table: &toml::Table, place: &str) -> Result<()> {
-    let known: Vec<&str> = ["url"]
-        .into_iter()
-        .chain(S3_KEYS)
-        .chain(ENCRYPTION_KEYS)
-        .chain(KEEP_KEYS)
-        .collect();
+    let mut known = keys::names(Place::Repository);
+    for group in [Group::Bucket, Group::Encryption, Group::Retention] {
+        known.extend(keys::names_of(Place::Cluster, group));
+    }
     let Some(toml::Value::Array(entries)) = table.get("repositories") else {
         return Ok(());
     };

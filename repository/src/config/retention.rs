@@ -11,16 +11,6 @@ use wal_format::BackupId;
 use super::parse_duration;
 use crate::{Error, Result, expire::RetentionPolicy};
 
-/// The keys, for error messages about mistyped keys.
-pub(super) const KEEP_KEYS: [&str; 7] = [
-    "keep_backups",
-    "keep_backups_min",
-    "keep_daily",
-    "keep_everything",
-    "keep_monthly",
-    "keep_weekly",
-    "keep_window",
-];
 /// Default of `keep_backups_min`. With 2, one backup may turn out to be damaged.
 const BACKUPS_MIN_DEFAULT: u32 = 2;
 /// The maximum number of periods. More would be a mistake: nobody has so many backups.

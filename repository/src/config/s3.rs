@@ -9,20 +9,6 @@ use serde::Deserialize;
 
 use crate::{Error, Result};
 
-/// The keys, for error messages about mistyped keys.
-pub(super) const S3_KEYS: [&str; 10] = [
-    "s3_access_key",
-    "s3_ca_file",
-    "s3_checksums",
-    "s3_credentials_file",
-    "s3_endpoint",
-    "s3_path_style",
-    "s3_profile",
-    "s3_region",
-    "s3_secret_key",
-    "s3_session_token",
-];
-
 /// The keys as typed.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub(super) struct S3Table {

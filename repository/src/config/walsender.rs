@@ -12,14 +12,6 @@ use serde::Deserialize;
 use super::{Secret, secret_file};
 use crate::{Error, Result};
 
-/// Keys of a cluster.
-pub(super) const WALSENDER_KEYS: [&str; 5] = [
-    "walsender",
-    "walsender_password_file",
-    "walsender_tls_certificate",
-    "walsender_tls_key",
-    "walsender_user",
-];
 /// The user if none is configured.
 const USER_DEFAULT: &str = "replicator";
 
