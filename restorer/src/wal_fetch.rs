@@ -10,7 +10,7 @@
 
 use std::{
     fs,
-    io::{self, Write},
+    io::{self, Read as _, Write},
     os::unix::fs::PermissionsExt,
     path::Path,
     thread,
@@ -26,13 +26,17 @@ use wal_format::{
 use crate::{
     Error, RestorePlan, Result,
     execute::Access,
+    plan::Stop,
     tablespaces::{admit, refuse_foreign},
 };
 
 mod ancestors;
+mod objects;
 mod writers;
 
-use writers::{Changed, Ending, end_at};
+pub(crate) use objects::read;
+use objects::{assemble, damaged, open};
+use writers::{Changed, Ending};
 
 /// The time for which requests to a failing store are retried before 255 stops the recovery: longer
 /// than a store needs to restart or to fail over.
@@ -67,6 +71,23 @@ impl<'a> Asked<'a> {
         Self {
             plan: Some(plan),
             data: None,
+        }
+    }
+
+    /// Returns true if recovery needs no WAL of a branch from `end` on: it stops before, or enters
+    /// the next timeline there.
+    fn needs_nothing_from(self, branch: Branch, end: Lsn) -> bool {
+        let Some(plan) = self.plan else {
+            return false;
+        };
+        let part = plan.path.iter().find(|part| part.branch == branch);
+        match part {
+            Some(part) if plan.path.last() == Some(part) => match plan.stop {
+                Stop::Before { lsn } | Stop::After { lsn } => lsn < end,
+                Stop::Consistent => plan.wal_end_lsn <= end,
+            },
+            Some(part) => part.to <= end,
+            None => false,
         }
     }
 
@@ -312,8 +333,21 @@ fn sealed_of(
         end: end.unwrap_or(Lsn::MAX),
     };
     while let Some(frame) = frames.next() {
-        let (_, wal) = frame.map_err(broken)?;
-        write(&mut ending, wal)?;
+        let error = match frame {
+            Ok((_, wal)) => {
+                write(&mut ending, wal)?;
+                continue;
+            }
+            Err(error) => broken(error),
+        };
+        if !asked.needs_nothing_from(branch, ending.at) {
+            return Err(error);
+        }
+        passed_over(&error, ending.at);
+        let rest = size.saturating_sub(ending.at.bytes_since(reader.header().start_lsn));
+        let mut zeros = io::repeat(0).take(rest);
+        io::copy(&mut zeros, &mut ending).map_err(Error::io("write", "the delivered file"))?;
+        break;
     }
     Ok(true)
 }
@@ -341,15 +375,27 @@ pub(crate) fn segment(
     };
     match found {
         // PostgreSQL 15 and later prefetch the segment after the stop, and end at an error.
-        Err(error) if error.is_damage() && is_after(asked.plan, name, identity) => {
+        Err(error) if is_lost(&error) && is_after(asked.plan, name, identity) => {
             tracing::warn!(
-                event = "unneeded_wal_damaged", %error,
-                "{name} is damaged; the recovery stops before it and does not need it"
+                event = "unneeded_wal_lost", %error,
+                "{name} is damaged or incomplete; the recovery stops before it and does not need it"
             );
             Ok(false)
         }
         found => found,
     }
+}
+
+/// Returns true for WAL that is damaged or has a hole.
+fn is_lost(error: &Error) -> bool {
+    error.is_damage() || matches!(error, Error::Wal { .. })
+}
+
+fn passed_over(error: &Error, end: Lsn) {
+    tracing::warn!(
+        event = "unneeded_wal_lost", %error,
+        "WAL from {end} on is damaged or missing; the recovery stops before it and does not need it"
+    );
 }
 
 /// Returns true if a segment begins at or after the end of the WAL that the plan needs, on the
@@ -395,7 +441,8 @@ fn archived_segment(
     } else if sealed_of(repository, identity, asked, branch, name, out)? {
         return Ok(true);
     } else {
-        assemble(repository, system, branch, (name, start_lsn), asked)?
+        let enough = |end| asked.needs_nothing_from(branch, end);
+        assemble(repository, system, branch, (name, start_lsn), asked, enough)?
     };
     if let Some(mut wal) = open {
         // Fill the rest of an open segment with zeros, which PostgreSQL reads as the end of WAL.
@@ -466,7 +513,9 @@ fn copy_of_later(
         if !sealed_of(repository, identity, asked, part.branch, name, &mut wal)? {
             let system = identity.system_identifier;
             let place = (name, start_lsn);
-            wal = assemble(repository, system, part.branch, place, asked)?.unwrap_or_default();
+            let enough = |end| switch_lsn <= end;
+            wal = assemble(repository, system, part.branch, place, asked, enough)?
+                .unwrap_or_default();
         }
         if wal.len() >= wanted {
             wal.truncate(wanted);
@@ -488,7 +537,9 @@ fn held(
     if sealed_of(repository, identity, asked, branch, place.0, &mut wal)? {
         return Ok(Some(wal));
     }
-    assemble(repository, identity.system_identifier, branch, place, asked)
+    let enough = |end| asked.needs_nothing_from(branch, end);
+    let system = identity.system_identifier;
+    assemble(repository, system, branch, place, asked, enough)
 }
 
 /// Returns the WAL of a segment. Returns its copy instead if the segment is damaged or the copy is
@@ -528,81 +579,5 @@ fn missing(lsn: Lsn, problem: &str) -> Error {
     Error::Wal {
         lsn,
         problem: problem.to_owned(),
-    }
-}
-
-/// Returns the bytes of an open segment from its start, assembled from its tails.
-fn assemble(
-    repository: &Repository,
-    system: wal_format::SystemIdentifier,
-    branch: Branch,
-    (name, start_lsn): (SegmentName, Lsn),
-    asked: Asked<'_>,
-) -> Result<Option<Vec<u8>>> {
-    let mut tails = Vec::new();
-    for (key, _) in repository.list(&format!("{system}/tail/{branch}/{name}/"))? {
-        if let ObjectKey::Tail(_, _, _, start, end) = key {
-            tails.push((start, std::cmp::Reverse(end), key));
-        }
-    }
-    tails.sort_by_key(|(start, end, _)| (*start, *end));
-    let mut wal = Vec::new();
-    let mut wal_end = Lsn::MAX;
-    for (start, end, key) in tails {
-        let have = start_lsn.add(wal.len() as u64);
-        if start > have {
-            return Err(missing(
-                have,
-                "the tails of this segment do not follow one another",
-            ));
-        }
-        if end.0 <= have {
-            continue;
-        }
-        let object = repository.get(&key)?;
-        if let Some(end) = asked.admit(&open(&key, &object)?)? {
-            wal_end = wal_end.min(end);
-        }
-        let mut piece = Vec::new();
-        read(&key, &object, &mut piece)?;
-        let known = usize::try_from(have.bytes_since(start)).unwrap_or(usize::MAX);
-        wal.extend_from_slice(piece.get(known..).unwrap_or_default());
-    }
-    end_at(&mut wal, start_lsn, wal_end);
-    Ok((!wal.is_empty()).then_some(wal))
-}
-
-/// Reads the WAL of an object.
-pub(crate) fn read(key: &ObjectKey, object: &[u8], wal: &mut Vec<u8>) -> Result<()> {
-    open(key, object)?
-        .read_all(wal)
-        .map_err(|error| damaged(key, error.to_string()))
-}
-
-/// Opens an object after checking that it is the one that its name states. PostgreSQL would
-/// interpret pages of another segment as the end of WAL.
-fn open<'a>(key: &ObjectKey, object: &'a [u8]) -> Result<SealedReader<'a>> {
-    let reader = SealedReader::open(object).map_err(|error| damaged(key, error.to_string()))?;
-    let header = reader.header();
-    let (system, branch, name) = (
-        header.system_identifier,
-        header.branch,
-        header.segment_name(),
-    );
-    let (start, end) = (header.start_lsn, header.end_lsn);
-    let holds = match key {
-        ObjectKey::Tail(..) => ObjectKey::Tail(system, branch, name, start, end),
-        _ => ObjectKey::Segment(system, branch, name),
-    };
-    if holds != *key {
-        return Err(damaged(key, format!("it holds {holds}")));
-    }
-    Ok(reader)
-}
-
-fn damaged(key: &ObjectKey, problem: String) -> Error {
-    Error::Damaged {
-        object: key.to_string(),
-        problem,
     }
 }

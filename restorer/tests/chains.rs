@@ -21,6 +21,8 @@ struct Entry {
     /// After its commit, and before the next one.
     time: String,
     lsn: String,
+    /// True if the restore point that follows it is on the line.
+    is_named: bool,
 }
 
 /// A timeline of one cluster name, with the rows of those that it descends from.
@@ -48,6 +50,8 @@ impl Line {
 struct Target {
     arguments: Vec<String>,
     kept: usize,
+    /// False if the stop is before the restore point that follows the last entry.
+    keeps_name: bool,
 }
 
 struct Chain {
@@ -145,7 +149,13 @@ impl Chain {
             &format!("SELECT pg_create_restore_point('after {n}')"),
         );
         query(conninfo, "SELECT pg_sleep(0.002)");
-        Entry { n, xid, time, lsn }
+        Entry {
+            n,
+            xid,
+            time,
+            lsn,
+            is_named: true,
+        }
     }
 
     /// A random target on a line.
@@ -157,7 +167,7 @@ impl Chain {
         let (flags, kept) = match self.chance.below(6) {
             0 => (vec![xid], at + 1),
             1 => (vec![xid, "--target-exclusive".to_owned()], at),
-            2 => (vec![format!("--target-name=after {}", entry.n)], at + 1),
+            2 if entry.is_named => (vec![format!("--target-name=after {}", entry.n)], at + 1),
             3 => (vec![format!("--target-lsn={}", entry.lsn)], at + 1),
             4 => (Vec::new(), line.entries.len()),
             // After the last commit nothing proves the time.
@@ -166,7 +176,15 @@ impl Chain {
         };
         let mut arguments = vec![format!("--target-timeline={}", line.timeline)];
         arguments.extend(flags);
-        Target { arguments, kept }
+        let ends_at_commit = |flag: &String| {
+            flag.starts_with("--target-xid") || flag.starts_with("--target-lsn")
+        };
+        let is_exclusive = arguments.iter().any(|flag| flag == "--target-exclusive");
+        Target {
+            keeps_name: is_exclusive || !arguments.iter().any(ends_at_commit),
+            arguments,
+            kept,
+        }
     }
 
     /// Restores to a target, and compares the plan, PostgreSQL's log and the rows.
@@ -201,7 +219,10 @@ impl Chain {
             !self.lines.iter().any(taken),
             "timeline {timeline} is taken"
         );
-        let entries = line.entries[..target.kept].to_vec();
+        let mut entries = line.entries[..target.kept].to_vec();
+        if let Some(last) = entries.last_mut().filter(|_| !target.keeps_name) {
+            last.is_named = false;
+        }
         let new = if under_new_name {
             Line {
                 cluster: format!("generation{generation}"),

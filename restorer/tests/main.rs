@@ -17,6 +17,7 @@ mod expire;
 mod failover;
 mod forged;
 mod forks;
+mod holes;
 mod inherited;
 mod interrupted;
 mod isolation;
