@@ -37,7 +37,6 @@ pub(crate) mod pick;
 pub(crate) mod report;
 pub(crate) mod scratch;
 mod server;
-mod sql;
 
 use server::Server;
 

@@ -49,7 +49,9 @@ pub(crate) use lock::holder as lock_holder;
 pub(crate) use manifest::read_manifest;
 pub(crate) use owned::Owned;
 use place::{Prepared, Taken, Wanted, take};
-pub(crate) use place::{apart, check_directories, mapping_of, place_tablespaces};
+pub(crate) use place::{
+    apart, check_directories, mapping_of, notice_of_removal, place_tablespaces,
+};
 pub use settings::{Action, Recovery};
 use tree::Tree;
 

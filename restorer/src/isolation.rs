@@ -26,6 +26,7 @@ mod configuration;
 mod guc_file;
 mod imports;
 mod lines;
+mod owner;
 pub mod parent;
 pub mod release;
 pub mod table;
@@ -144,13 +145,20 @@ pub struct Isolation {
     pub socket_directory: Option<PathBuf>,
     /// The addresses on which it listens.
     pub listen_addresses: String,
+    /// True if the owner of the data directory may connect as every role over the socket.
+    pub owner_access: bool,
+    /// A role of the copy, a superuser if one is known; `None` if no role is known.
+    pub role: Option<String>,
+    /// A database to connect to; `None` is `postgres`.
+    pub database: Option<String>,
 }
 
 impl Isolation {
-    /// Returns the command that connects to the copy on this host. `None` if the path of its socket
-    /// is too long and it listens on no address: the port alone would lead to another server.
+    /// Returns the argument of `psql` that connects to the copy on this host. `None` if the path of
+    /// its socket is too long and it listens on no address: the port alone would lead to another
+    /// server.
     #[must_use]
-    pub fn psql(&self) -> Option<String> {
+    pub fn psql_arguments(&self) -> Option<String> {
         let socket = self.socket_directory.as_ref().filter(|directory| {
             let path = directory.join(format!(".s.PGSQL.{}", self.port));
             path.as_os_str().len() <= SOCKET_PATH_MAX
@@ -160,17 +168,29 @@ impl Isolation {
             None if self.listen_addresses.trim().is_empty() => return None,
             None => "127.0.0.1".to_owned(),
         };
-        let host = if host.contains([' ', '\'', '\\']) {
-            // As `conninfo_parse` in `fe-connect.c` reads it.
-            format!("'{}'", host.replace('\\', "\\\\").replace('\'', "\\'"))
-        } else {
-            host
-        };
-        let conninfo = format!("host={host} port={} dbname=postgres", self.port);
+        let database = self.database.as_deref().unwrap_or("postgres");
+        let mut conninfo = format!(
+            "host={} port={} dbname={}",
+            conninfo_value(&host),
+            self.port,
+            conninfo_value(database)
+        );
+        if let Some(role) = &self.role {
+            conninfo.push_str(&format!(" user={}", conninfo_value(role)));
+        }
         Some(match conninfo.contains(['"', '$', '`', '\\', '!']) {
-            true => format!("psql {}", shell::quoted(&conninfo)),
-            false => format!("psql \"{conninfo}\""),
+            true => shell::quoted(&conninfo),
+            false => format!("\"{conninfo}\""),
         })
+    }
+}
+
+/// Returns a value as `conninfo_parse` in `fe-connect.c` reads it.
+fn conninfo_value(value: &str) -> String {
+    if value.is_empty() || value.contains([' ', '\'', '\\']) {
+        format!("'{}'", value.replace('\\', "\\\\").replace('\'', "\\'"))
+    } else {
+        value.to_owned()
     }
 }
 
@@ -199,6 +219,7 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
     for file in imports::access_files(directory, &configuration) {
         imported = imports::import_access(cluster, &file, &mut edits, imported)?;
     }
+    let owner_access = owner::let_in(directory, wanted, &configuration, &mut edits)?;
     let mut state = State {
         note: "Written by pitr-restore; `pitr-restore release` needs it.".to_owned(),
         parent: parent::Addresses::of(&configuration),
@@ -292,6 +313,9 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
             .value("listen_addresses")
             .unwrap_or("localhost")
             .to_owned(),
+        owner_access,
+        role: None,
+        database: None,
     })
 }
 

@@ -26,7 +26,6 @@ use crate::{
 };
 
 mod changes;
-mod heap;
 mod names;
 
 use changes::Changes;

@@ -70,9 +70,7 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
     match given {
         Some(directory) => places.push(directory.to_owned()),
         None => {
-            places.push(format!("/usr/lib/postgresql/{major}/bin").into());
-            places.push(format!("/usr/pgsql-{major}/bin").into());
-            places.push(format!("/usr/local/pgsql-{major}/bin").into());
+            places.extend(usual_directories(major));
             places.extend(std::env::split_paths(
                 &std::env::var_os("PATH").unwrap_or_default(),
             ));
@@ -122,6 +120,15 @@ pub fn find_postgres(given: Option<&Path>, version: PgVersion) -> Result<PathBuf
             format!(" ({})", others.join(", "))
         }
     )))
+}
+
+/// Returns the directories in which packages install the programs of a major version.
+pub(crate) fn usual_directories(major: u16) -> [PathBuf; 3] {
+    [
+        format!("/usr/lib/postgresql/{major}/bin").into(),
+        format!("/usr/pgsql-{major}/bin").into(),
+        format!("/usr/local/pgsql-{major}/bin").into(),
+    ]
 }
 
 /// Returns the program `name` of the same installation as the server program `postgres`, if it is

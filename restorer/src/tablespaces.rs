@@ -22,7 +22,8 @@ use wal_format::{
 use crate::{
     Error, PlanError, RestorePlan, Result, Stop,
     execute::{
-        Owned, apart, check_directories, in_use, is_free, is_of, place_tablespaces, plan_in,
+        Owned, apart, check_directories, in_use, is_free, is_of, mapping_of, place_tablespaces,
+        plan_in,
     },
     inventory::{Archive, Inventory},
     plan::{Coverage, PathPart, cover},
@@ -138,6 +139,14 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
         let old = PathBuf::from(&one.location);
         Some(wishes.mapping.get(&old).cloned().unwrap_or(old))
     };
+    // Every tablespace that needs another directory, so that one refusal names them all.
+    let mut first_refusal = None;
+    let of_backup = holders.iter().filter(|holder| {
+        let is_placed = wishes.target.is_some() && holder.directory.is_absolute();
+        let has = owned.has(holder.oid, &holder.directory);
+        is_placed && !has && in_use(&holder.directory).is_some()
+    });
+    let mut unplaced: Vec<PathBuf> = of_backup.map(|holder| holder.location.clone()).collect();
     for mut tablespace in found {
         if tablespace.location.is_empty() {
             plan.tablespaces.push(tablespace);
@@ -161,7 +170,9 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
                 if !owned.has(tablespace.oid, &new)
                     && let Some(why) = in_use(&new)
                 {
-                    return Err(occupied(&tablespace, new, why));
+                    first_refusal.get_or_insert_with(|| occupied(&tablespace, new, why));
+                    unplaced.push(old);
+                    continue;
                 }
                 new
             }
@@ -189,13 +200,38 @@ pub fn settle(archive: &Archive, plan: &mut RestorePlan, wishes: &Directories<'_
         tablespace.directory = Some(directory);
         plan.tablespaces.push(tablespace);
     }
+    let several = (unplaced.len() > 1).then(|| mappings_of(&unplaced));
+    if let Some(refusal) = first_refusal {
+        return Err(match several {
+            Some(mappings) => PlanError::TablespacesInUse {
+                first: Box::new(refusal),
+                mappings,
+            },
+            None => refusal,
+        }
+        .into());
+    }
     // Find conflicts before the copy: two tablespaces with one directory, or a directory inside the
     // target.
     if let Some(target) = wishes.target {
         let placed = place_tablespaces(backup, &plan.tablespaces, wishes.mapping, target)?;
-        check_directories(target, backup, &placed, wishes.mapping, wishes.delta)?;
+        let checked = check_directories(target, backup, &placed, wishes.mapping, wishes.delta);
+        return match (checked, several) {
+            (Err(Error::Usage { message }), Some(mappings)) => {
+                Err(Error::usage(PlanError::every_mapping(&message, &mappings)))
+            }
+            (checked, _) => checked,
+        };
     }
     Ok(())
+}
+
+/// Returns the options that map these directories.
+fn mappings_of(directories: &[PathBuf]) -> String {
+    let options = directories
+        .iter()
+        .map(|old| format!("--tablespace-mapping {}", mapping_of(old)));
+    options.collect::<Vec<_>>().join(" ")
 }
 
 /// A tablespace with its directory on the parent and in the copy.
@@ -337,7 +373,7 @@ fn refuse_taken(
     }
 }
 
-fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf, why: String) -> Error {
+fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf, why: String) -> PlanError {
     PlanError::TablespaceInUse {
         oid: tablespace.oid,
         lsn: tablespace.lsn,
@@ -345,7 +381,6 @@ fn occupied(tablespace: &ReplayedTablespace, directory: PathBuf, why: String) ->
         directory,
         why,
     }
-    .into()
 }
 
 /// Returns the tablespaces that are created up to the stop, in the order of the WAL, and the drops

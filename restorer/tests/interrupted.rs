@@ -160,9 +160,18 @@ fn the_same_command_restores_again_after_an_interruption_in_the_replay() {
     let (processes, _) = rest.split_once(',').expect("processes");
     processes.split(' ').for_each(kill);
     fs::remove_file(root.path().join("hang")).expect("it is removed");
+    let stray = root.path().join("data/precious.txt");
+    fs::write(&stray, "").expect("a file");
     let output = scene.restore(root.path()).output().expect("it runs");
     let (report, error) = said(&output);
     assert!(output.status.success(), "{error}");
+    // What is removed is named before.
+    let (data, one) = (root.path().join("data"), root.path().join("one"));
+    let removed = format!("everything in {} and {}", data.display(), one.display());
+    for part in ["an earlier restore into", "did not end", &removed] {
+        assert!(error.contains(part), "no {part:?} in: {error}");
+    }
+    assert!(!stray.exists());
     let report = serde_json::from_str(&report).expect("JSON");
     let copy = Restored::adopt(root, &bin, report);
     assert_eq!(query(&copy.conninfo(), SUMS), "6050 5050");

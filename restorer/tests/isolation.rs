@@ -453,7 +453,7 @@ fn the_copy_started_by_hand<'a>(parent: &'a Parent, root: &Path) -> Server<'a> {
         "it would write into its parent's archive",
         &format!("pitr-restore release {}", data.display()),
         &format!(
-            "psql \"host={}/pg_stat_tmp port={PORT} dbname=postgres\"",
+            "psql \"host={}/pg_stat_tmp port={PORT} dbname=postgres user=postgres\"",
             data.display()
         ),
     ] {
@@ -558,6 +558,29 @@ fn the_release(parent: &Parent, copy: &Server<'_>) {
     assert!(shown.contains("nothing was changed"), "{shown}");
     assert!(shown.contains("data_directory stays"), "{shown}");
     assert_eq!(copy.auto(), isolated);
+    // pg_isready of any version asks the parent; without it the changes are shown all the same.
+    let release_with = |bin: &Path, arguments: &[&str]| {
+        let mut release = parent.archived.pitr_restore();
+        release.env("LD_LIBRARY_PATH", bin.join("../lib"));
+        release.arg("release").arg(&data).arg("--pg-bin").arg(bin);
+        release.args(arguments).output().expect("it runs")
+    };
+    for (_, bin) in oldest_and_newest() {
+        let (shown, error) = said(&release_with(&bin, &[]));
+        assert!(shown.contains("nothing was changed"), "{error}");
+        assert!(!shown.contains("was not found"), "{shown}");
+    }
+    let nowhere = parent.outside.path();
+    let (shown, error) = said(&release_with(nowhere, &[]));
+    for part in [
+        "archive_mode = 'off' becomes 'on'",
+        "pg_isready of any version",
+    ] {
+        assert!(shown.contains(part), "{shown}{error}");
+    }
+    let refused = release_with(nowhere, &["--yes"]);
+    assert_eq!(refused.status.code(), Some(2), "{}", said(&refused).1);
+    assert_eq!(copy.auto(), isolated);
     // A lock file in the parent's directory whose process is not here: it may run in a container.
     let lock = parent.archived.cluster.data().join("postmaster.pid");
     fs::write(&lock, format!("{}\n", i32::MAX)).expect("written");
@@ -574,6 +597,7 @@ fn the_release(parent: &Parent, copy: &Server<'_>) {
     let at = parent.outside.path().display().to_string();
     let own = fs::read_to_string(data.join("pg_hba.conf")).expect("it is there");
     assert!(own.contains(&format!("@{at}/users ")), "{own}");
+    assert!(!own.contains("pitr-restore"), "{own}");
     for (name, expected) in [
         ("archive_mode", "on".to_owned()),
         ("archive_command", format!("cp %p {at}/archive/%f")),

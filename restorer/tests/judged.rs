@@ -70,7 +70,7 @@ const HARMLESS: &[(&str, &str)] = &[
     ),
     (
         "a socket in a private directory, a port of the loopback address; --start chooses a free port",
-        "port unix_socket_permissions",
+        "port",
     ),
     (
         "a limit on clients that connect to the copy",

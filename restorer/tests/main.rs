@@ -28,6 +28,7 @@ mod lost_identity;
 mod minimal;
 mod notations;
 mod outage;
+mod owner;
 mod parents;
 mod prepared_at_fork;
 mod refusals;

@@ -144,11 +144,20 @@ fn check_version(bin: &Path) {
     ];
     refused(&[&one], 3, &parts);
     refused(&[&one, "--dry-run"], 3, &parts);
+    // One refusal names every tablespace that needs a directory: the backup's own and the replay's.
+    for arguments in [&[][..], &["--dry-run"][..]] {
+        let all = [&older, &short, &long]
+            .map(|old| format!("--tablespace-mapping {}=NEW", old.display()));
+        refused(arguments, 3, &[all.join(" ").as_str()]);
+    }
     // A directory in use is not better for having been named.
     refused(
         &[&one, &map(&short, &older)],
         3,
-        &["exists here and is not empty"],
+        &[
+            "exists here and is not empty",
+            "remove this one if an earlier restore left it",
+        ],
     );
     refused(
         &[&one, &map(&short, Path::new("x"))],

@@ -25,6 +25,11 @@ pub(super) struct Outcome<'a> {
     pub(super) recovery: &'a Recovery,
     /// The program `pg_ctl` of the copy's version, if it was found.
     pub(super) pg_ctl: Option<PathBuf>,
+    /// The program `psql` of the copy's version, if it was found.
+    pub(super) psql: Option<PathBuf>,
+    /// The words before a command that root runs as the owner of the copy; `None` if the owner ran
+    /// this command.
+    pub(super) prefix: Option<String>,
 }
 
 impl Outcome<'_> {
@@ -47,7 +52,7 @@ impl Outcome<'_> {
             "process": self.recovered.and_then(|one| one.process),
             "port": isolation.port,
             "socket_directory": isolation.socket_directory,
-            "psql": isolation.psql(),
+            "psql": self.psql(),
         })
     }
 
@@ -79,6 +84,21 @@ impl Outcome<'_> {
         self.next();
     }
 
+    /// Returns the command that connects to the copy, as the owner or root types it. `None` if
+    /// nothing can connect.
+    fn psql(&self) -> Option<String> {
+        let program = match &self.psql {
+            Some(psql) if !in_path("psql") => output::shell_word(psql),
+            _ => "psql".to_owned(),
+        };
+        let arguments = self.executed.isolation.psql_arguments()?;
+        Some(format!("{}{program} {arguments}", self.prefix()))
+    }
+
+    fn prefix(&self) -> &str {
+        self.prefix.as_deref().unwrap_or_default()
+    }
+
     /// Prints the user's next step.
     fn next(&self) {
         let running = self.recovered.is_some_and(|one| one.process.is_some());
@@ -86,7 +106,10 @@ impl Outcome<'_> {
         if !running {
             let pg_ctl = self.pg_ctl.as_deref().unwrap_or(Path::new("pg_ctl"));
             let pg_ctl = output::shell_word(pg_ctl);
-            output::line(&format!("start it with {pg_ctl} -D {directory} start"));
+            let prefix = self.prefix();
+            output::line(&format!(
+                "start it with {prefix}{pg_ctl} -D {directory} start"
+            ));
             for place in self.recovery.repository.each() {
                 if let Some(KeySource::Environment(name)) = place.encryption {
                     output::line(&format!(
@@ -95,14 +118,28 @@ impl Outcome<'_> {
                 }
             }
         }
-        let psql = self.executed.isolation.psql();
+        let isolation = &self.executed.isolation;
         output::line(&format!(
             "connect with  {}",
-            psql.as_deref().unwrap_or(
+            self.psql().as_deref().unwrap_or(
                 "nothing yet: the path of its socket is too long for PostgreSQL and it listens on no address. Restore to \
                  a shorter path or with --port, or start it with `-c listen_addresses=127.0.0.1 -c port=N`"
             )
         ));
+        if isolation.role.is_none() {
+            output::line(
+                "              add user=ROLE: the name of a role of the copy was not found",
+            );
+        }
+        if isolation.owner_access {
+            output::line(
+                "              as the owner of its files, who may connect as every role; for others its parent's rules count",
+            );
+        } else {
+            output::line(
+                "              as its parent's access rules allow it: --set changes its socket or its rules",
+            );
+        }
         if self.recovery.action == Action::Pause && !self.recovery.standby {
             output::line(
                 "it pauses     at the target, read-only; SELECT pg_wal_replay_resume() opens it for writing",
@@ -110,7 +147,8 @@ impl Outcome<'_> {
             self.locks();
         }
         output::line(&format!(
-            "release       when it takes its parent's place: pitr-restore release {directory}"
+            "release       when it takes its parent's place: {}pitr-restore release {directory}",
+            self.prefix()
         ));
     }
 
@@ -170,6 +208,12 @@ fn isolated(isolation: &Isolation, keep_archiving: bool) {
             "              it has a copy of {file}, which is outside of it: a change there does not count"
         ));
     }
+}
+
+/// Returns true if a directory of the PATH has this program.
+pub(super) fn in_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|directory| directory.join(program).is_file())
 }
 
 /// Returns a port of the loopback address on which no process listens now.

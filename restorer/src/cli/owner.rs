@@ -10,7 +10,10 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use crate::{Error, Result};
+use crate::{Error, Result, shell};
+
+/// The option with which root's command names the owner to the command that it runs.
+const RUN_FOR: &str = "--run-for";
 
 /// A user and the user's primary group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +33,7 @@ pub(super) fn run_as(owner: &str, directories: &[&Path]) -> Result<ExitCode> {
     for directory in directories {
         make(directory, found, &mut made)?;
     }
-    let mut command = command(found)?;
+    let mut command = command(owner, found)?;
     if made.is_empty() {
         return Err(Error::io("run as the owner with", "setpriv")(
             command.exec(),
@@ -49,7 +52,7 @@ pub(super) fn run_as(owner: &str, directories: &[&Path]) -> Result<ExitCode> {
     Ok(ExitCode::from(code.unwrap_or(1)))
 }
 
-fn command(owner: Owner) -> Result<Command> {
+fn command(name: &str, owner: Owner) -> Result<Command> {
     let program = std::env::current_exe().map_err(Error::io("find", "this program"))?;
     let mut arguments = std::env::args_os().skip(1);
     let mut own = Vec::new();
@@ -70,8 +73,21 @@ fn command(owner: Owner) -> Result<Command> {
     } else {
         "--clear-groups"
     });
-    command.arg("--").arg(program).args(own);
+    command.arg("--").arg(program);
+    command.args([RUN_FOR, name]).args(own);
     Ok(command)
+}
+
+/// Returns the words before a command that root runs as `owner`, a name or a number.
+pub(super) fn prefix(owner: &str) -> String {
+    if owner.parse::<u32>().is_ok() {
+        return format!("setpriv --reuid={owner} --clear-groups ");
+    }
+    let owner = shell::quoted(owner);
+    match super::outcome::in_path("sudo") {
+        true => format!("sudo -u {owner} "),
+        false => format!("runuser -u {owner} -- "),
+    }
 }
 
 /// Creates `directory` and its missing parents for `owner` if the owner may not create them. Adds

@@ -1,6 +1,9 @@
 //! `pitr-restore release`.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use clap::Args;
 use repository::config::Settings;
@@ -12,6 +15,7 @@ use crate::{
     execute::recovery,
     isolation::{
         self,
+        parent::Doubt,
         release::{self, Asked, ParentState, Release},
     },
     start,
@@ -58,7 +62,7 @@ pub(super) fn run(
     let program = |name| program(directory, args.pg_bin.as_deref(), name);
     let asked = Asked {
         conninfo,
-        pg_isready: program("pg_isready"),
+        pg_isready: pg_isready(args.pg_bin.as_deref()),
     };
     let parent = if args.force {
         ParentState::Silent
@@ -70,6 +74,9 @@ pub(super) fn run(
     }
     match parent {
         ParentState::Answers(address) => return Err(Error::ParentAnswers { address }),
+        ParentState::Unknown(doubt @ Doubt::NotAsked { .. }) if args.yes => {
+            return Err(Error::usage(doubt.to_string()));
+        }
         ParentState::Unknown(doubt) if args.yes => return Err(Error::ParentUnknown { doubt }),
         ParentState::Unknown(doubt) if !json => {
             output::line(&format!(
@@ -123,6 +130,14 @@ fn show(release: &Release) {
                 change.name,
                 value(&change.from, "a comment")
             )),
+            // A rule of the access rules that the restore added.
+            None if change.to.is_none() && change.name.contains(' ') => {
+                output::line(&format!(
+                    "{} {} is removed",
+                    change.name,
+                    value(&change.from, "a comment")
+                ));
+            }
             None => output::line(&format!(
                 "{} = {} becomes {}",
                 change.name,
@@ -142,6 +157,27 @@ fn program(directory: &Path, pg_bin: Option<&Path>, name: &str) -> Option<PathBu
         .find(|one| one.major() == major)?;
     let postgres = start::find_postgres(pg_bin, version).ok()?;
     start::sibling(&postgres, name)
+}
+
+/// Returns `pg_isready` of any version: it opens no session. The wrapper of this name in Debian's
+/// PATH needs a cluster of its own.
+fn pg_isready(pg_bin: Option<&Path>) -> Option<PathBuf> {
+    const NAME: &str = "pg_isready";
+    let directories: Vec<PathBuf> = match pg_bin {
+        Some(directory) => vec![directory.to_owned()],
+        None => {
+            let path = std::env::var_os("PATH").unwrap_or_default();
+            let usual = PgVersion::ALL.into_iter().rev();
+            let usual = usual.flat_map(|version| start::usual_directories(version.major()));
+            usual.chain(std::env::split_paths(&path)).collect()
+        }
+    };
+    directories.into_iter().find_map(|directory| {
+        let program = std::fs::canonicalize(directory.join(NAME)).ok()?;
+        let answer = Command::new(&program).arg("--version").output();
+        let works = answer.is_ok_and(|answer| answer.status.success());
+        (works && program.ends_with(NAME)).then_some(program)
+    })
 }
 
 /// Removes the settings and claims that only the recovery needed, as PostgreSQL's

@@ -13,25 +13,30 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Timestamp;
 use quick::whole;
 use repository::config::ClusterSettings;
-use wal_format::SystemIdentifier;
+use wal_format::{PgVersion, SystemIdentifier};
 
 use super::{
     arguments::{self, buffers, duration, locations, pair},
     chosen::{self, TargetArgs},
     opening::{absolute, archive},
     outcome::{self, Outcome},
-    output,
+    output, owner,
 };
 use crate::{
     Error, RestorePlan, Result,
     execute::{self, Action, Destination, Recovery},
     inventory::{Archive, Inventory},
-    space,
-    start::{self, Start},
+    isolation::Isolation,
+    roles, space,
+    sql::Address,
+    start::{self, Interrupt, Start},
     tablespaces::Directories,
     target::{RecoveryTarget, explain_time},
     unfinished,
 };
+
+/// The time limit of a query that finds a role of the copy.
+const LOGIN_MAX: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Args)]
 pub(super) struct RestoreArgs {
@@ -84,6 +89,9 @@ pub(super) struct RestoreArgs {
     /// As root: the user who gets the files and runs PostgreSQL.
     #[arg(long, value_name = "USER")]
     pub(super) owner: Option<String>,
+    /// The value of `--owner`, if root runs this command as that user.
+    #[arg(long, value_name = "USER", hide = true)]
+    run_for: Option<String>,
     /// Restore although the free space seems too small, use the named backup although `verify`
     /// found it damaged, or restore the newest state that the repository holds although this host
     /// archived a newer one.
@@ -194,7 +202,7 @@ pub(super) fn restore(
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from)),
         recovery: recovery(cluster, config, args)?,
     };
-    copy_and_start(&archive, &plan, &destination, args)?;
+    copy_and_start(&archive, &plan, &destination, &cluster.conninfo, args)?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -225,6 +233,7 @@ fn copy_and_start(
     archive: &Archive,
     plan: &RestorePlan,
     destination: &Destination,
+    conninfo: &str,
     args: &RestoreArgs,
 ) -> Result<()> {
     // Find the program before the copy, so that a restore that cannot be started is refused at
@@ -235,9 +244,13 @@ fn copy_and_start(
     } else {
         None
     };
+    if let Some(notice) = execute::notice_of_removal(&destination.directory, destination.delta) {
+        output::note(&notice);
+    }
     let bar = bar(plan);
     // The target stays locked until the server was started.
-    let (executed, _lock) = execute::execute(archive, plan, destination, &|bytes| bar.inc(bytes))?;
+    let (mut executed, _lock) =
+        execute::execute(archive, plan, destination, &|bytes| bar.inc(bytes))?;
     bar.finish_and_clear();
     for problem in &executed.isolation.problems {
         output::error(problem);
@@ -261,17 +274,66 @@ fn copy_and_start(
     if recovered.is_some() {
         execute::recovery::proved(&destination.directory)?;
     }
+    let is_running = recovered.as_ref().is_some_and(|one| one.process.is_some());
+    find_login(
+        &mut executed.isolation,
+        destination,
+        conninfo,
+        (version, is_running),
+    );
+    let postgres = start::find_postgres(args.pg_bin.as_deref(), version).ok();
+    let program = |name| start::sibling(postgres.as_deref()?, name);
     let outcome = Outcome {
         plan,
         directory: &destination.directory,
         executed: &executed,
         recovered: recovered.as_ref(),
         recovery: &destination.recovery,
-        pg_ctl: start::find_postgres(args.pg_bin.as_deref(), version)
-            .ok()
-            .and_then(|postgres| start::sibling(&postgres, "pg_ctl")),
+        pg_ctl: program("pg_ctl"),
+        psql: program("psql"),
+        prefix: args.run_for.as_deref().map(owner::prefix),
     };
     outcome.print(args.json)
+}
+
+/// Finds the role and the database of the command that connects to the copy: by connecting if the
+/// server runs, else from its files.
+fn find_login(
+    isolation: &mut Isolation,
+    destination: &Destination,
+    conninfo: &str,
+    (version, is_running): (PgVersion, bool),
+) {
+    let candidates = roles::candidates(&destination.directory, conninfo);
+    let sockets = isolation.socket_directory.clone();
+    let Some(sockets) = sockets.filter(|_| is_running) else {
+        isolation.role = roles::superusers_in(&destination.directory)
+            .into_iter()
+            .next();
+        return;
+    };
+    let address = Address {
+        sockets,
+        port: isolation.port,
+        user: String::new(),
+        options: roles::session_options(version),
+    };
+    let found = Interrupt::catch()
+        .and_then(|interrupt| roles::connect(&address, &candidates, LOGIN_MAX, &interrupt));
+    match found {
+        Ok(Ok(login)) => {
+            isolation.role = Some(login.role);
+            isolation.database = Some(login.database);
+        }
+        // The rules of the parent may ask for a password.
+        Ok(Err(said)) => {
+            tracing::debug!(said, "no role of the copy could connect");
+            isolation.role = roles::superusers_in(&destination.directory)
+                .into_iter()
+                .next();
+        }
+        Err(error) => tracing::debug!(%error, "no role of the copy was searched for"),
+    }
 }
 
 /// Refuses relative paths in the configuration, because `restore_command` runs in the restored data

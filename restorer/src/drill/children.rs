@@ -4,7 +4,6 @@ use std::{
     io::Read,
     os::unix::process::CommandExt,
     process::{Child, Command, ExitStatus, Stdio},
-    sync::mpsc::{self, RecvTimeoutError},
     thread,
     time::{Duration, Instant},
 };
@@ -108,37 +107,4 @@ fn read(from: impl Read + Send + 'static) -> thread::JoinHandle<String> {
         }
         String::from_utf8_lossy(&kept).into_owned()
     })
-}
-
-/// Runs `work` on a thread of its own, and waits for its end. Returns `None` at the time limit; the
-/// thread is left alone then, and ends with the server that it waits for.
-///
-/// # Errors
-/// [`Error::Interrupted`].
-pub(super) fn within<T: Send + 'static>(
-    limit: Duration,
-    interrupt: &Interrupt,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<Option<T>> {
-    let (sender, receiver) = mpsc::channel();
-    let began = Instant::now();
-    thread::spawn(move || {
-        // Without a receiver, the limit or a signal has ended the wait.
-        let _is_received = sender.send(work());
-    });
-    loop {
-        match receiver.recv_timeout(POLL) {
-            Ok(outcome) => return Ok(Some(outcome)),
-            Err(RecvTimeoutError::Timeout) => {
-                interrupt.check()?;
-                if began.elapsed() >= limit {
-                    return Ok(None);
-                }
-            }
-            Err(RecvTimeoutError::Disconnected) => {
-                let ended = std::io::Error::other("a thread ended without a result");
-                return Err(Error::io("run", "this program")(ended));
-            }
-        }
-    }
 }

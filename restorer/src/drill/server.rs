@@ -10,12 +10,13 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
-use wal_format::PgVersion;
 
-use super::{Course, Drill, sql::Address};
+use super::{Course, Drill};
 use crate::{
     Error, Result,
     execute::Executed,
+    roles,
+    sql::Address,
     start::{self, Interrupt, Recovered},
 };
 
@@ -27,28 +28,6 @@ const STOP_MAX: Duration = Duration::from_secs(600);
 const QUIT_MAX: Duration = Duration::from_secs(30);
 /// The time limit of the drill's own queries.
 pub(super) const QUERY_MAX: Duration = Duration::from_secs(60);
-/// `invalid_authorization_specification`: the role does not exist or may not log in.
-const NO_ROLE: &str = "28000";
-/// Databases that exist on almost every server.
-const DATABASES: [&str; 2] = ["postgres", "template1"];
-
-/// Returns the settings of the drill's sessions in the notation of `PGOPTIONS`. A time limit, a
-/// read-only default or a login event trigger of the parent must not decide a drill, and the
-/// trigger's function must not run.
-fn session_options(version: PgVersion) -> String {
-    let mut settings = vec![
-        "statement_timeout=0",
-        "lock_timeout=0",
-        "idle_in_transaction_session_timeout=0",
-        "default_transaction_read_only=off",
-    ];
-    if version >= PgVersion::V17 {
-        settings.push("event_triggers=off");
-    }
-    let options: Vec<String> = settings.iter().map(|one| format!("-c {one}")).collect();
-    options.join(" ")
-}
-
 /// A running server, a child of this process.
 #[derive(Debug)]
 pub(super) struct Server {
@@ -79,7 +58,7 @@ impl Server {
                 sockets: drill.directory.join("socket"),
                 port: executed.isolation.port,
                 user: String::new(),
-                options: session_options(drill.archive.catalog.identity().postgresql_major),
+                options: roles::session_options(drill.archive.catalog.identity().postgresql_major),
             },
             postgres: drill.postgres.to_owned(),
             directory: drill.directory.to_owned(),
@@ -92,48 +71,24 @@ impl Server {
     /// [`Error::Usage`] if no known role exists.
     pub(super) fn find_user(&mut self, drill: &Drill<'_>, course: &mut Course) -> Result<()> {
         let configured = drill.cluster.drill.user.clone();
-        let system = std::env::var("USER").ok();
         let candidates = match &configured {
             Some(user) => vec![user.clone()],
-            None => ["postgres".to_owned()]
-                .into_iter()
-                .chain(system)
-                .chain(conninfo_user(&drill.cluster.conninfo))
-                .collect(),
-        };
-        let facts = "SELECT coalesce((SELECT rolname FROM pg_catalog.pg_roles WHERE oid = 10 AND rolcanlogin), current_user) \
-                     UNION ALL SELECT current_setting('server_version')";
-        let mut said = Vec::new();
-        for user in &candidates {
-            self.address.user.clone_from(user);
-            for database in DATABASES {
-                let asked = self
-                    .address
-                    .query(database, facts, QUERY_MAX, drill.interrupt)?;
-                match asked {
-                    Ok(rows) => {
-                        let mut rows = rows.into_iter().flatten();
-                        let superuser = rows.next();
-                        if let Some(superuser) = superuser.filter(|_| configured.is_none()) {
-                            self.address.user = superuser;
-                        }
-                        course.record.server_version = rows.next();
-                        return Ok(());
-                    }
-                    Err(refused) => {
-                        let has_no_role = refused.code.as_deref() == Some(NO_ROLE);
-                        said.push(format!("{user} in {database}: {}", refused.message));
-                        if has_no_role {
-                            break;
-                        }
-                    }
-                }
+            None => {
+                let data = &drill.destination.directory;
+                roles::candidates(data, &drill.cluster.conninfo)
             }
+        };
+        match roles::connect(&self.address, &candidates, QUERY_MAX, drill.interrupt)? {
+            Ok(login) => {
+                self.address.user = configured.unwrap_or(login.role);
+                course.record.server_version = login.server_version;
+                Ok(())
+            }
+            Err(said) => Err(Error::usage(format!(
+                "the restored server runs, and no connection to it was possible ({said}); name a superuser of it with \
+                 drill_user"
+            ))),
         }
-        Err(Error::usage(format!(
-            "the restored server runs, and no connection to it was possible ({}); name a superuser of it with drill_user",
-            said.join("; ")
-        )))
     }
 
     /// Returns a client program of the server's version; `None` if it is not installed.
@@ -211,32 +166,4 @@ pub(super) fn pg_checksums(postgres: &Path, data: &Path) -> Option<Command> {
     let mut command = Command::new(start::sibling(postgres, "pg_checksums")?);
     command.arg("--check").arg("-D").arg(data).current_dir(data);
     Some(command)
-}
-
-/// Returns the user of a connection string, if it names one without quotation marks.
-fn conninfo_user(conninfo: &str) -> Option<String> {
-    let user = match conninfo.split_once("://") {
-        Some((_, rest)) => rest.split_once('@')?.0.split(':').next()?,
-        None => conninfo
-            .split_whitespace()
-            .find_map(|word| word.strip_prefix("user="))?,
-    };
-    Some(user.to_owned()).filter(|user| !user.is_empty())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_user_of_a_connection_string_is_found() {
-        for (conninfo, user) in [
-            ("host=/run user=tide port=1", Some("tide")),
-            ("postgresql://tide:secret@h/db", Some("tide")),
-            ("postgresql://h/db", None),
-            ("host=h", None),
-        ] {
-            assert_eq!(conninfo_user(conninfo).as_deref(), user, "{conninfo}");
-        }
-    }
 }

@@ -149,7 +149,8 @@ pub(super) fn claim(directory: &Path, owner: &Owner, made: bool) -> Result<()> {
 pub(super) fn refusal(directory: &Path) -> Error {
     let why = in_use(directory).unwrap_or_else(|| "is in use".to_owned());
     Error::usage(format!(
-        "{} {why}, and nothing in it is overwritten; put the tablespace elsewhere with --tablespace-mapping OLD=NEW",
+        "{} {why}, and nothing in it is overwritten; put the tablespace elsewhere with --tablespace-mapping OLD=NEW, or remove \
+         the directory if an earlier restore left it and no server uses it",
         directory.display()
     ))
 }

@@ -285,6 +285,30 @@ fn refuse_unwritable(oid: u32, path: &Path) -> Result<()> {
     )))
 }
 
+/// Returns a notice if a restore into `directory` begins again, because an earlier one did not end
+/// and is not continued with `--delta`: which directories lose their content.
+pub(crate) fn notice_of_removal(directory: &Path, delta: bool) -> Option<String> {
+    let marker = unfinished(directory).ok().flatten();
+    if delta || !(marker.is_some() || recovery::was_interrupted(directory)) {
+        return None;
+    }
+    let links = fs::read_dir(directory.join("pg_tblspc"));
+    let links = links.into_iter().flatten().flatten();
+    let linked = links.filter_map(|link| fs::read_link(link.path()).ok());
+    let mut tablespaces: Vec<PathBuf> = marker.map(|marker| marker.tablespaces).unwrap_or_default();
+    tablespaces.extend(linked);
+    tablespaces.sort();
+    tablespaces.dedup();
+    let of_tablespaces = tablespaces
+        .iter()
+        .map(|one| format!(" and {}", one.display()));
+    let of_tablespaces: String = of_tablespaces.collect();
+    Some(format!(
+        "an earlier restore into {0} did not end: everything in {0}{of_tablespaces} is removed, and the restore begins again",
+        directory.display()
+    ))
+}
+
 /// Makes the checks of [`take`] without changing the directories.
 pub(crate) fn check_directories(
     directory: &Path,

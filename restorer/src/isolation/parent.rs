@@ -156,6 +156,15 @@ pub enum Doubt {
         path = .0.display()
     )]
     LockFile(PathBuf),
+    /// The program that asks the parent was not found.
+    #[error(
+        "pg_isready of any version, which asks the parent at {source_name}, was not found; name its directory with --pg-bin, or \
+         say --force when the parent is gone for good"
+    )]
+    NotAsked {
+        /// The source of the connection string.
+        source_name: String,
+    },
 }
 
 /// The addresses of one server.
@@ -354,7 +363,7 @@ pub(super) fn socket_directories(configuration: &Configuration) -> Vec<PathBuf> 
 }
 
 /// Returns the items of a list of names (`SplitGUCList`).
-fn list(value: &str) -> Vec<String> {
+pub(super) fn list(value: &str) -> Vec<String> {
     let each = value.split(',').map(|one| one.trim().trim_matches('"'));
     each.filter(|one| !one.is_empty())
         .map(str::to_owned)

@@ -110,7 +110,8 @@ pub enum ParentState {
 /// Checks whether the parent still answers.
 ///
 /// # Errors
-/// [`Error::Usage`] if the directory is not an isolated copy, or if the parent cannot be checked.
+/// [`Error::Usage`] if the directory is not an isolated copy, or if a connection string cannot be
+/// used.
 pub fn parent_state(directory: &Path, asked: &Asked<'_>) -> Result<ParentState> {
     let state = isolated(directory)?;
     if let Some(address) = state.parent.answers(directory) {
@@ -124,10 +125,8 @@ pub fn parent_state(directory: &Path, asked: &Asked<'_>) -> Result<ParentState> 
     texts.push(("the cluster's conninfo", asked.conninfo));
     for (source, text) in texts.iter().filter(|(_, text)| !text.is_empty()) {
         let Some(pg_isready) = &asked.pg_isready else {
-            return Err(Error::usage(format!(
-                "pg_isready, which asks the parent at {source}, was not found; name its directory with --pg-bin, or say \
-                 --force when the parent is gone for good"
-            )));
+            let source_name = (*source).to_owned();
+            return Ok(ParentState::Unknown(Doubt::NotAsked { source_name }));
         };
         if parent::is_ready(pg_isready, text)? {
             return Ok(ParentState::Answers((*source).to_owned()));
@@ -150,18 +149,19 @@ pub fn release(directory: &Path) -> Result<Release> {
     recovery_ended(directory)?;
     let described = describe(directory)?;
     let mut state = isolated(directory)?;
+    // The access rules first: without `unix_socket_permissions` they would let others in. The last
+    // edit first, because a line may have several.
+    for edit in state.edits.iter().rev() {
+        if edit.stays(directory).is_none() {
+            undo(directory, edit)?;
+        }
+    }
     let stays = |line: &Line| described.recovery_pending && line.recovery;
     let new_value = |line: &Line| stays(line).then(|| line.value.clone());
     rewrite(directory, &state.lines, new_value)?;
     state.lines.retain(stays);
     for line in &mut state.lines {
         line.after_recovery = None;
-    }
-    // The last first, because a line may have several.
-    for edit in state.edits.iter().rev() {
-        if edit.stays(directory).is_none() {
-            undo(directory, edit)?;
-        }
     }
     state.edits.clear();
     imports::remove_unused(directory)?;

@@ -275,6 +275,14 @@ pub const SETTINGS: &[Isolated] = &[
         "need a group that this host may not have",
     ),
     row(
+        "unix_socket_permissions",
+        Majors::ALL,
+        Always,
+        Value("0700"),
+        General,
+        "let other users of this host connect without a password",
+    ),
+    row(
         "listen_addresses",
         Majors::ALL,
         Always,

@@ -154,8 +154,8 @@ fn what_the_user_sets_wins_and_stays() {
     ];
     let (directory, isolation) = isolated(18, PARENT, "", &set);
     assert_eq!(
-        isolation.psql().as_deref(),
-        Some("psql \"host=/run/x port=5433 dbname=postgres\"")
+        isolation.psql_arguments().as_deref(),
+        Some("\"host=/run/x port=5433 dbname=postgres\"")
     );
     for _ in 0..2 {
         assert_eq!(
@@ -480,23 +480,25 @@ fn a_copy_whose_socket_nobody_can_reach_is_not_looked_for_at_its_parents_port() 
         listen_addresses: addresses.to_owned(),
         ..Isolation::default()
     };
-    let short = isolation(20, "").psql().expect("its socket");
+    let short = isolation(20, "").psql_arguments().expect("its socket");
     assert!(short.contains("host=/xxxx"), "{short}");
-    assert_eq!(isolation(120, "").psql(), None);
+    assert_eq!(isolation(120, "").psql_arguments(), None);
     let at = |directory: &str| Isolation {
         socket_directory: Some(PathBuf::from(directory)),
         ..isolation(0, "")
     };
     assert_eq!(
-        at("/a b").psql().as_deref(),
-        Some("psql \"host='/a b' port=5432 dbname=postgres\"")
+        at("/a b").psql_arguments().as_deref(),
+        Some("\"host='/a b' port=5432 dbname=postgres\"")
     );
-    let told = at("/it's $x").psql().expect("its socket");
+    let told = at("/it's $x").psql_arguments().expect("its socket");
     assert_eq!(
         told,
-        r"psql 'host='\''/it\'\''s $x'\'' port=5432 dbname=postgres'"
+        r"'host='\''/it\'\''s $x'\'' port=5432 dbname=postgres'"
     );
-    let listening = isolation(120, "127.0.0.1").psql().expect("its port");
+    let listening = isolation(120, "127.0.0.1")
+        .psql_arguments()
+        .expect("its port");
     assert!(
         listening.contains("host=127.0.0.1 port=5432"),
         "{listening}"

@@ -11,11 +11,13 @@ use wal_format::{
     transaction_end,
 };
 
-use super::{
+use super::names::Names;
+use crate::{
+    Error, Result,
     heap::{PAGE_BYTES, Row, rows},
-    names::Names,
+    inventory::Archive,
+    plan::PathPart,
 };
-use crate::{Error, Result, inventory::Archive, plan::PathPart};
 
 const HEAP2: ResourceManager = ResourceManager(9);
 const HEAP: ResourceManager = ResourceManager(10);

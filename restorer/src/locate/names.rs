@@ -7,15 +7,16 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use wal_format::{BackupInfo, RelationFile};
 
-use super::heap::{Row, rows};
-use crate::{Result, execute, inventory::Archive};
+use crate::{
+    Result, execute,
+    heap::{Row, mapped, rows},
+    inventory::Archive,
+};
 
 /// The OIDs of catalogs, which are the same in all versions.
 const PG_CLASS: u32 = 1259;
 const PG_DATABASE: u32 = 1262;
 const PG_NAMESPACE: &str = "pg_namespace";
-/// `RELMAPPER_FILEMAGIC`.
-const MAP_MAGIC: u32 = 0x0059_2717;
 /// `DEFAULTTABLESPACE_OID`.
 const DEFAULT_TABLESPACE: u32 = 1663;
 
@@ -148,20 +149,4 @@ impl Names {
             None => name.clone(),
         })
     }
-}
-
-/// Returns the file of a mapped relation (`RelMapFile` in `relmapper.c`).
-fn mapped(map: &[u8], oid: u32) -> Option<u32> {
-    let field = |at: usize| {
-        let bytes = map.get(at..)?.first_chunk()?;
-        Some(u32::from_le_bytes(*bytes))
-    };
-    if field(0)? != MAP_MAGIC {
-        return None;
-    }
-    let entries = 0..field(4)?.min(64) as usize;
-    let found = entries
-        .map(|entry| 8 + 8 * entry)
-        .find(|at| field(*at) == Some(oid))?;
-    field(found + 4)
 }

@@ -7,6 +7,9 @@ use wal_format::{BackupId, Branch, Lsn, PgTimestamp};
 use super::{Stop, minimal};
 use crate::execute::mapping_of;
 
+/// The remedy for a mapped directory that has content.
+const OR_EMPTY: &str = ", or remove this one if an earlier restore left it and no server uses it";
+
 /// The reason why a target cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -158,10 +161,11 @@ pub enum PlanError {
     },
     /// The replay creates a tablespace in a directory that is in use here.
     #[error(
-        "the replay creates tablespace {oid} at {lsn} in {location}, and {directory} {why}: the copy would write into the \
-         files of another server; choose an empty or new directory with --tablespace-mapping {mapping}",
+        "the replay creates tablespace {oid} at {lsn} in {location}, and {directory} {why}: the copy would write into files \
+         that may be another server's; choose an empty or new directory with --tablespace-mapping {mapping}{remedy}",
         directory = directory.display(),
-        mapping = mapping_of(Path::new(location))
+        mapping = mapping_of(Path::new(location)),
+        remedy = if directory.as_os_str() == location.as_str() { "" } else { OR_EMPTY }
     )]
     TablespaceInUse {
         /// The tablespace.
@@ -174,6 +178,14 @@ pub enum PlanError {
         directory: PathBuf,
         /// Its state, as the predicate of a sentence.
         why: String,
+    },
+    /// Several tablespaces need another directory.
+    #[error("{}", Self::every_mapping(first, mappings))]
+    TablespacesInUse {
+        /// The refusal of the first tablespace that the replay creates.
+        first: Box<Self>,
+        /// The options for all tablespaces, with `NEW` for each new directory.
+        mappings: String,
     },
     /// A standby replays the WAL unchanged, so a tablespace that the WAL creates cannot be mapped.
     #[error(
@@ -230,5 +242,12 @@ fn nearest(last: Option<Lsn>) -> String {
     match last {
         Some(last) => format!("the nearest reachable target is --target-lsn {last}"),
         None => "the backup cannot be made consistent, choose another one with --backup".to_owned(),
+    }
+}
+
+impl PlanError {
+    /// Returns a refusal that also names the options for every tablespace that needs a directory.
+    pub(crate) fn every_mapping(refusal: &impl std::fmt::Display, mappings: &str) -> String {
+        format!("{refusal}. All tablespaces that need another directory: {mappings}")
     }
 }

@@ -13,6 +13,7 @@ use std::{
         mpsc::{self as threads, RecvTimeoutError},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -125,6 +126,39 @@ impl Interrupt {
             match receiver.recv_timeout(POLL) {
                 Ok(outcome) => return outcome,
                 Err(RecvTimeoutError::Timeout) => self.check()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    let ended = std::io::Error::other("a thread ended without a result");
+                    return Err(Error::io("run", "this program")(ended));
+                }
+            }
+        }
+    }
+
+    /// Runs `work` on a thread of its own, and waits for its end. Returns `None` at the time limit;
+    /// the thread is left alone then, and ends with the server that it waits for.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub(crate) fn within<T: Send + 'static>(
+        &self,
+        limit: Duration,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<Option<T>> {
+        let (sender, receiver) = threads::channel();
+        let began = Instant::now();
+        thread::spawn(move || {
+            // Without a receiver, the limit or a signal has ended the wait.
+            let _is_received = sender.send(work());
+        });
+        loop {
+            match receiver.recv_timeout(POLL) {
+                Ok(outcome) => return Ok(Some(outcome)),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.check()?;
+                    if began.elapsed() >= limit {
+                        return Ok(None);
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     let ended = std::io::Error::other("a thread ended without a result");
                     return Err(Error::io("run", "this program")(ended));

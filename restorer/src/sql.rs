@@ -1,10 +1,9 @@
-//! Connections and queries of a drill.
+//! Connections to a restored server and queries of it.
 
 use std::{path::PathBuf, time::Duration};
 
 use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
-use super::children::within;
 use crate::{Result, start::Interrupt};
 
 /// The time that a cancelled query gets beyond its limit.
@@ -16,20 +15,20 @@ const CANCELED: &str = "57014";
 
 /// The address of the restored server.
 #[derive(Clone, Debug)]
-pub(super) struct Address {
-    pub(super) sockets: PathBuf,
-    pub(super) port: u16,
-    pub(super) user: String,
+pub(crate) struct Address {
+    pub(crate) sockets: PathBuf,
+    pub(crate) port: u16,
+    pub(crate) user: String,
     /// Settings of each session, which override those of the parent's roles and databases.
-    pub(super) options: String,
+    pub(crate) options: String,
 }
 
 /// The reason why a query has no answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Refused {
+pub(crate) struct Refused {
     /// SQLSTATE; `None` if the server did not answer.
-    pub(super) code: Option<String>,
-    pub(super) message: String,
+    pub(crate) code: Option<String>,
+    pub(crate) message: String,
 }
 
 impl From<postgres::Error> for Refused {
@@ -46,14 +45,14 @@ impl From<postgres::Error> for Refused {
 }
 
 /// The first column of each row; `None` for NULL.
-pub(super) type Rows = Vec<Option<String>>;
+pub(crate) type Rows = Vec<Option<String>>;
 
 impl Address {
     /// Runs SQL in a database. Returns the first column of each row.
     ///
     /// # Errors
     /// The outer error is [`crate::Error::Interrupted`]; the inner one is the server's.
-    pub(super) fn query(
+    pub(crate) fn query(
         &self,
         database: &str,
         sql: &str,
@@ -77,7 +76,7 @@ impl Address {
             });
             Ok(rows.collect())
         };
-        Ok(match within(limit + CANCEL_MAX, interrupt, ask)? {
+        Ok(match interrupt.within(limit + CANCEL_MAX, ask)? {
             None => Err(timed_out()),
             Some(Err(refused)) if refused.code.as_deref() == Some(CANCELED) => Err(timed_out()),
             Some(answer) => answer,
@@ -92,7 +91,7 @@ impl Address {
             .user(&self.user)
             .dbname(database)
             .options(&self.options)
-            .application_name("pitr-restore drill")
+            .application_name("pitr-restore")
             .connect_timeout(Duration::from_secs(30));
         Ok(config.connect(NoTls)?)
     }
