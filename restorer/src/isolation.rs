@@ -3,7 +3,8 @@
 //!
 //! A restore copies configuration files and access rules outside of the copy into it (`imports.rs`)
 //! and reads the copy's configuration as PostgreSQL does. It overrides every setting of
-//! [`table::SETTINGS`] in `postgresql.auto.conf` (`lines.rs`), and records each line that it wrote
+//! [`table::SETTINGS`] in `postgresql.auto.conf` (`lines.rs`), a second time in a file that
+//! `postgresql.conf` includes (`fallback.rs`), and records each line that it wrote
 //! in [`STATE_FILE`]. The recovery settings are recorded with them: [`recovery_ended`], which
 //! PostgreSQL runs as `recovery_end_command`, removes the lines that only the recovery needed.
 //!
@@ -23,6 +24,7 @@ use wal_format::SystemIdentifier;
 use crate::{Error, Result, shell};
 
 mod configuration;
+mod fallback;
 mod guc_file;
 mod imports;
 mod lines;
@@ -292,6 +294,7 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
         });
     }
     append(directory, wanted, &state.lines)?;
+    fallback::write(directory, &state.lines, wanted.set)?;
     write_state(directory, &state)?;
     let counts = Configuration::read(directory);
     let mut problems = imported.problems;

@@ -176,9 +176,8 @@ impl Chain {
         };
         let mut arguments = vec![format!("--target-timeline={}", line.timeline)];
         arguments.extend(flags);
-        let ends_at_commit = |flag: &String| {
-            flag.starts_with("--target-xid") || flag.starts_with("--target-lsn")
-        };
+        let ends_at_commit =
+            |flag: &String| flag.starts_with("--target-xid") || flag.starts_with("--target-lsn");
         let is_exclusive = arguments.iter().any(|flag| flag == "--target-exclusive");
         Target {
             keeps_name: is_exclusive || !arguments.iter().any(ends_at_commit),

@@ -91,9 +91,11 @@ fn a_copy_starts_whatever_files_libraries_and_commands_its_parent_names() {
         sql("SELECT pg_switch_wal()");
         let own = |name: &str| sql(&format!("SHOW {name}"));
         assert_eq!(own("ssl"), "off");
-        // `--start` sets these two on the command line: after a restart the file counts.
-        copy.stop().expect("it stops");
+        // The copy stays isolated without the lines of `postgresql.auto.conf`.
         let auto = fs::read_to_string(copy.data().join("postgresql.auto.conf")).expect("a file");
+        sql("ALTER SYSTEM RESET ALL");
+        copy.stop().expect("it stops");
+        // `--start` sets these two on the command line: after a restart the file counts.
         for line in ["log_destination = 'stderr'", "log_directory = 'log'"] {
             assert!(auto.contains(line), "{line}: {auto}");
         }

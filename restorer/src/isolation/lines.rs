@@ -71,7 +71,7 @@ pub(super) fn append(directory: &Path, wanted: &Wanted<'_>, lines: &[Line]) -> R
     write_private(&path, &content)
 }
 
-fn written(name: &str, value: &str) -> String {
+pub(super) fn written(name: &str, value: &str) -> String {
     format!("{name} = {}\n", guc_file::quote(value))
 }
 

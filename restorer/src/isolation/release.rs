@@ -7,6 +7,7 @@ use repository::durable;
 use super::{
     AUTO, Configuration, Edit, Line, MAIN, SETTINGS, State,
     configuration::INCLUDES,
+    fallback,
     guc_file::parse,
     imports,
     parent::{self, Doubt},
@@ -164,6 +165,7 @@ pub fn release(directory: &Path) -> Result<Release> {
         line.after_recovery = None;
     }
     state.edits.clear();
+    fallback::remove(directory)?;
     imports::remove_unused(directory)?;
     save(directory, &state)?;
     if state.lines.is_empty() {
