@@ -27,6 +27,7 @@ mod clock;
 pub(crate) mod estimate;
 pub(crate) mod full_xid;
 mod in_doubt;
+mod left_out;
 mod lost;
 mod minimal;
 mod path;
@@ -36,6 +37,7 @@ mod stop;
 pub use choice::NotChosen;
 pub use in_doubt::PreparedTransaction;
 pub(crate) use in_doubt::in_doubt;
+pub use left_out::{LeftOut, left_out};
 
 pub(crate) use path::{Coverage, Index, cover};
 pub use path::{PathPart, print_path, timeline_path};
@@ -107,6 +109,10 @@ pub struct RestorePlan {
     pub late_commit_count: u64,
     /// The first of these commits.
     pub late_commits: Vec<TransactionEnd>,
+    /// The timelines that have newer commits up to the target time, or the target transaction too,
+    /// and that the plan does not follow.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<LeftOut>,
     /// The prepared transactions that are neither committed nor rolled back at the stop. They hold
     /// their locks until a user commits or rolls them back, as they did on the server.
     #[serde(default)]
@@ -374,6 +380,7 @@ fn make(
         unproved: found.unproved,
         late_commit_count: found.late_commit_count,
         late_commits: found.late_commits,
+        left_out: Vec::new(),
         in_doubt,
         moved_from: None,
         locks: Vec::new(),

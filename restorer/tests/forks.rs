@@ -174,8 +174,8 @@ fn a_restore_to_before_a_failover_is_followed_and_restored_like_any_other() {
         let two = scene.write(&primary);
         // Lost by the failover: the segment of the fork has other WAL on timeline 1 than on
         // timeline 2.
-        scene.write(&primary);
-        scene.write(&primary);
+        let three = scene.write(&primary);
+        let four = scene.write(&primary);
         scene.archived.finish();
         let fork = format!("--target-xid={}", two.xid);
         let second = scene.promoted(2, &[&fork, "--target-action=promote"]);
@@ -215,6 +215,41 @@ fn a_restore_to_before_a_failover_is_followed_and_restored_like_any_other() {
         scene.archived.finish_at(&server);
         scene.verify(&server);
         drop(restored);
+
+        // At that time timeline 2 was live; the default path lacks its commits.
+        let then = format!("--target-time={}", six.time);
+        let plan = scene.plan(&[&then]);
+        let left_out = plan["left_out"].as_array().expect("timelines");
+        assert_eq!(left_out.len(), 1, "{plan}");
+        assert_eq!(left_out[0]["commits"], 2, "{plan}");
+        assert_eq!(left_out[0]["last"]["xid"].to_string(), six.xid, "{plan}");
+        let option = format!(
+            "--target-timeline={}",
+            left_out[0]["target_timeline"].as_str().expect("a value")
+        );
+        assert_eq!(option, "--target-timeline=2");
+        let plan = scene.plan(&[&then, &option]);
+        assert_eq!(plan["last_kept"]["xid"].to_string(), six.xid, "{plan}");
+        assert!(plan["left_out"].is_null(), "{plan}");
+        let plan = scene.plan(&[&format!("--target-time={}", seven.time)]);
+        assert!(plan["left_out"].is_null(), "{plan}");
+        // The transaction number was used again after the fork.
+        assert!([&two, &three, &four].iter().any(|one| one.xid == seven.xid));
+        let again = format!("--target-xid={}", seven.xid);
+        let plan = scene.plan(&[&again]);
+        assert_eq!(plan["last_kept"]["xid"].to_string(), seven.xid, "{plan}");
+        let others = plan["left_out"].as_array().expect("timelines");
+        assert_eq!(others[0]["target_timeline"], "1", "{plan}");
+        for other in others {
+            let timeline = other["target_timeline"].as_str().expect("a value");
+            let plan = scene.plan(&[&again, &format!("--target-timeline={timeline}")]);
+            assert_eq!(plan["last_kept"], other["last"], "{plan}");
+            assert_eq!(plan["last_kept"]["xid"].to_string(), seven.xid, "{plan}");
+        }
+        let mut plan = scene.archived.pitr_restore();
+        let plan = succeed(plan.args(["--dry-run", &again])).expect("a plan");
+        let named = "left out      the transaction also exists on timeline 00000001";
+        assert!(plan.contains(named), "{plan}");
 
         scene.assert_numbers(&[], "1 7 8");
         scene.assert_numbers(&[&format!("--target-time={}", seven.time)], "1 7");

@@ -7,7 +7,7 @@ use wal_format::{BackupId, BackupInfo, Lsn};
 use crate::{
     Error, RestorePlan, Result, expired,
     inventory::{Archive, Inventory},
-    plan::{Wishes, estimate, plan_restore},
+    plan::{Wishes, estimate, left_out, plan_restore},
     space,
     tablespaces::{self, Directories},
     target::{RecoveryTarget, is_relative, parse_time, parse_xid},
@@ -141,10 +141,13 @@ pub(super) fn plan(
         return Err(refusal.into());
     }
     loop {
-        let plan = plan_restore(archive, target, &wishes)
+        let mut plan = plan_restore(archive, target, &wishes)
             .map_err(|error| expired::explain(archive, target, archive.explain(error)))?;
         match archive.check_backup(&plan.backup) {
-            Ok(()) => return Ok(plan),
+            Ok(()) => {
+                plan.left_out = left_out(archive, target, &wishes, &plan)?;
+                return Ok(plan);
+            }
             // The next plan uses an older backup, or refuses because of this damage.
             Err(error) => archive.exclude_backup(plan.backup, error.into_damage()?),
         }

@@ -13,7 +13,7 @@ use wal_format::TransactionEnd;
 use crate::{
     Error, RestorePlan, Result,
     list::Listing,
-    plan::{PreparedTransaction, print_path},
+    plan::{LeftOut, PreparedTransaction, print_path},
     shell,
     tablespaces::ReplayedTablespace,
     unfinished::RemovedFiles,
@@ -102,6 +102,9 @@ pub(super) fn plan(plan: &RestorePlan) {
             say!(stdout(), "              {}", transaction(end));
         }
     }
+    for one in &plan.left_out {
+        say!(stdout(), "left out      {}", left_out(one));
+    }
     for tablespace in &plan.tablespaces {
         say!(stdout(), "tablespace    {}", replayed(tablespace));
     }
@@ -146,6 +149,23 @@ fn transaction(end: &TransactionEnd) -> String {
         "{kind} of transaction {} at {} ({})",
         end.xid, end.lsn, end.time
     )
+}
+
+fn left_out(one: &LeftOut) -> String {
+    let option = format!("--target-timeline {}", one.target_timeline);
+    match one.commits {
+        Some(commits) => format!(
+            "{commits} commit(s) up to this time are on timeline {}, which this plan does not follow; the last is the {}: \
+             {option} keeps them",
+            one.branch,
+            transaction(&one.last)
+        ),
+        None => format!(
+            "the transaction also exists on timeline {}, as the {}: {option} restores to that one",
+            one.branch,
+            transaction(&one.last)
+        ),
+    }
 }
 
 fn replayed(tablespace: &ReplayedTablespace) -> String {
