@@ -34,13 +34,16 @@ use crate::{
 mod archived;
 mod damaged_pages;
 pub mod error;
+mod exclusive;
 mod manifest;
 mod place;
 mod slicer;
 mod wait;
 
 pub(crate) use crate::upkeep::outcomes::record_failed_backup as record_failure;
-use error::{BaseBackupError, malformed};
+pub(crate) use error::BaseBackupError;
+use error::malformed;
+use exclusive::Exclusive;
 use slicer::{RawSlice, Slicer};
 
 /// The number of slices that are compressed and stored at the same time. Each one's raw and
@@ -53,6 +56,17 @@ const WAL_PATIENCE: Duration = Duration::from_secs(600);
 /// timeline that it follows, and the interval at which it tries.
 const RESTARTPOINT_PATIENCE: Duration = Duration::from_secs(600);
 const RESTARTPOINT_POLL: Duration = Duration::from_secs(2);
+/// The interval at which a backup that waits for another one tries to begin.
+const BUSY_POLL: Duration = Duration::from_secs(1);
+
+/// The choice of what to do while another base backup of the server runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WhenBusy {
+    /// Wait for its end, then begin.
+    Wait,
+    /// Return [`BaseBackupError::AlreadyRuns`]: afterwards, no further backup may be needed.
+    GiveUp,
+}
 
 /// The progress of a base backup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +75,8 @@ pub enum Progress {
     Checkpoint,
     /// The standby's last restartpoint is on a timeline that it has left.
     WaitingForRestartpoint,
+    /// Another base backup of the server runs. Reported once for each attempt to begin.
+    WaitingForOtherBackup,
     /// Nobody is known to archive the server's WAL yet.
     WaitingForArchiver,
     /// The data is being read.
@@ -94,7 +110,7 @@ pub async fn take(
     stop: Shutdown,
 ) -> Result<BackupInfo> {
     let began = jiff::Timestamp::now();
-    let taken = attempt_until(settings, label, progress, stop).await;
+    let taken = attempt(settings, label, WhenBusy::Wait, progress, stop).await;
     if let Err(error) = &taken
         && !is_of_wrong_place(error)
     {
@@ -117,14 +133,7 @@ pub(crate) fn is_of_wrong_place(error: &Error) -> bool {
 pub(crate) async fn attempt(
     settings: &ClusterSettings,
     label: &str,
-    progress: &(dyn Fn(Progress) + Sync),
-) -> Result<BackupInfo> {
-    attempt_until(settings, label, progress, Shutdown::never()).await
-}
-
-async fn attempt_until(
-    settings: &ClusterSettings,
-    label: &str,
+    when_busy: WhenBusy,
     progress: &(dyn Fn(Progress) + Sync),
     mut stop: Shutdown,
 ) -> Result<BackupInfo> {
@@ -136,6 +145,14 @@ async fn attempt_until(
             {
                 progress(Progress::WaitingForRestartpoint);
                 if !stop.sleep(RESTARTPOINT_POLL).await {
+                    return Err(BaseBackupError::Interrupted.into());
+                }
+            }
+            Err(Error::BaseBackup(BaseBackupError::AlreadyRuns { .. }))
+                if when_busy == WhenBusy::Wait =>
+            {
+                progress(Progress::WaitingForOtherBackup);
+                if !stop.sleep(BUSY_POLL).await {
                     return Err(BaseBackupError::Interrupted.into());
                 }
             }
@@ -151,7 +168,22 @@ async fn attempt_once(
     stop: &Shutdown,
 ) -> Result<BackupInfo> {
     let conninfo = conninfo::of_cluster(settings)?;
-    let (mut source, server_version) = Source::connect(&conninfo, &settings.name).await?;
+    let connected = Source::connect(&conninfo, &settings.name).await?;
+    let exclusive = Exclusive::take(connected.0.conninfo(), &settings.name).await;
+    let exclusive = exclusive.map_err(|holder| BaseBackupError::AlreadyRuns { holder })?;
+    let attempted = take_once(settings, label, progress, stop, connected).await;
+    exclusive.release().await;
+    attempted
+}
+
+async fn take_once(
+    settings: &ClusterSettings,
+    label: &str,
+    progress: &(dyn Fn(Progress) + Sync),
+    stop: &Shutdown,
+    (mut source, server_version): (Source, String),
+) -> Result<BackupInfo> {
+    let conninfo = source.conninfo().clone();
     let repository = {
         let settings = settings.clone();
         blocking(move || Ok(Repository::open_known(&settings)?)).await?
@@ -189,6 +221,9 @@ async fn attempt_once(
         label: label.to_owned(),
         server_version,
         level: settings.compression_level,
+        max_rate_kib: settings
+            .backup_rate_limit
+            .and_then(|bytes| u32::try_from(bytes >> 10).ok()),
         clock_offset_micros,
         stop: stop.clone(),
     };
@@ -220,6 +255,8 @@ struct Taking {
     label: String,
     server_version: String,
     level: i32,
+    /// The rate at which the server sends, in KiB per second.
+    max_rate_kib: Option<u32>,
     /// The server's clock minus this host's, in microseconds. 0 if it is not known.
     clock_offset_micros: i64,
     /// Ends the backup.
@@ -269,7 +306,7 @@ impl Taking {
         let options = BaseBackupOptions {
             label: format!("tidemark {}", self.id),
             fast_checkpoint: true,
-            max_rate: None,
+            max_rate: self.max_rate_kib,
         };
         let conninfo = source.conninfo().clone();
         let mut stop = self.stop.clone();

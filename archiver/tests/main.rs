@@ -30,6 +30,7 @@ mod present;
 mod pressure;
 mod push;
 mod resetwal;
+mod schedules;
 mod server_shutdown;
 mod streaming;
 mod support;

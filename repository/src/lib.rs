@@ -26,6 +26,7 @@ mod records;
 mod repository;
 mod restorable;
 mod retention_lock;
+pub mod schedule;
 mod sealed_parts;
 mod sound;
 pub mod store;
@@ -46,7 +47,7 @@ pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};
 pub use losses::{FoundLoss, Loss, LossRecord, Missing, RecordedLosses, name_losses};
-pub use outcomes::{OUTCOMES_MAX, Outcomes, outcome_mark, outcome_name};
+pub use outcomes::{OUTCOMES_MAX, Outcomes, outcome_mark, outcome_name, outcome_time};
 pub use printable::printable;
 pub use repository::{ClusterIdentity, Repository};
 pub use restorable::{

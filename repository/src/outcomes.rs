@@ -35,6 +35,21 @@ pub fn outcome_name(began: jiff::Timestamp) -> Option<BackupId> {
         .ok()
 }
 
+/// Returns the time from which [`outcome_name`] made a name, to a 65536th of a second. `None` for a
+/// name that it did not make.
+#[must_use]
+pub fn outcome_time(name: &BackupId) -> Option<jiff::Timestamp> {
+    let (second, part) = name.as_str().rsplit_once('-')?;
+    let second = jiff::civil::DateTime::strptime("%Y%m%dT%H%M%SZ", second).ok()?;
+    let second = jiff::tz::TimeZone::UTC.to_timestamp(second).ok()?;
+    let part = i64::from_str_radix(part, 16).ok()?;
+    // Rounded up, so that the name of this time is the same one.
+    let nanoseconds = (part * 1_000_000_000 + 0xFFFF) / 0x1_0000;
+    second
+        .checked_add(jiff::SignedDuration::from_nanos(nanoseconds))
+        .ok()
+}
+
 /// The difference between the clocks of two hosts that is tolerated.
 const CLOCKS_DIFFER_MICROS: i64 = 60_000_000;
 
@@ -210,6 +225,25 @@ mod tests {
 
     use super::*;
     use crate::store::LocalStore;
+
+    #[test]
+    fn a_name_gives_the_time_from_which_it_was_made() {
+        for text in [
+            "2026-11-30T02:00:00Z",
+            "2026-11-30T02:00:00.999999999Z",
+            "1970-01-01T00:00:00.5Z",
+        ] {
+            let began: jiff::Timestamp = text.parse().expect(text);
+            let name = outcome_name(began).expect(text);
+            let time = outcome_time(&name).expect(text);
+            assert_eq!(outcome_name(time), Some(name), "{text}");
+            let error = time.duration_since(began).abs();
+            assert!(
+                error < jiff::SignedDuration::from_micros(16),
+                "{text}: {time}"
+            );
+        }
+    }
 
     /// A host with a wrong clock can record such a result. It must not hide the later ones.
     #[test]

@@ -23,14 +23,14 @@ const GOOD: &str = "rto_target = '10min'\n\
     query = \"SELECT $target_time - max(at) < interval '1 hour' FROM done\"\n";
 
 /// An archived cluster with three rows, the last of them after the backup.
-struct Scene {
-    archived: Archived,
+pub(crate) struct Scene {
+    pub(crate) archived: Archived,
     bin: PathBuf,
-    base: tempfile::TempDir,
+    pub(crate) base: tempfile::TempDir,
 }
 
 impl Scene {
-    fn make(bin: &Path, settings: &str) -> Self {
+    pub(crate) fn make(bin: &Path, settings: &str) -> Self {
         let place = Place::with_settings(settings).expect("a place");
         let cluster = Cluster::start(bin, 1, SETTINGS).expect("a server");
         let mut archived = Archived::at(cluster, place);
@@ -49,7 +49,7 @@ impl Scene {
         }
     }
 
-    fn configure(&self, settings: &str) {
+    pub(crate) fn configure(&self, settings: &str) {
         let file = self.archived.place.path().join("tidemark.toml");
         fs::write(file, settings).expect("a configuration");
     }
@@ -73,7 +73,7 @@ impl Scene {
 
     /// Checks that nothing of a drill is left.
     #[track_caller]
-    fn assert_clean(&self) {
+    pub(crate) fn assert_clean(&self) {
         let left = files_below(self.base.path());
         assert!(left.is_empty(), "{left:?}");
         let entries = fs::read_dir(self.base.path()).expect("a directory");
@@ -82,7 +82,7 @@ impl Scene {
     }
 
     /// Returns the recorded drills.
-    fn recorded(&self) -> Vec<Value> {
+    pub(crate) fn recorded(&self) -> Vec<Value> {
         let files = files_below(&self.archived.place.path().join("repository"));
         let drills = files
             .iter()
@@ -94,7 +94,7 @@ impl Scene {
 }
 
 /// The number of processes whose working directory is below `root`.
-fn servers_below(root: &Path) -> usize {
+pub(crate) fn servers_below(root: &Path) -> usize {
     let processes = fs::read_dir("/proc").expect("processes").flatten();
     processes
         .filter(|process| {
@@ -288,7 +288,7 @@ fn executable(path: &Path, script: &str) {
 }
 
 /// A drill that waits in a query.
-const HANGING: &str =
+pub(crate) const HANGING: &str =
     "[[drill.check]]\nname = 'waits'\nquery = 'SELECT pg_sleep(600)'\nexpect = 1\ntimeout = '1h'\n";
 
 #[test]

@@ -35,6 +35,7 @@ mod refusals;
 mod replayed_tablespaces;
 mod resume;
 mod scene;
+mod scheduled_drill;
 mod sizes;
 mod standby;
 mod start;

@@ -29,6 +29,14 @@ pub enum BaseBackupError {
          stay. Run `wal-archiver backup` to take it again"
     )]
     Interrupted,
+    /// Another base backup of the server runs.
+    #[error(
+        "another base backup of this server runs ({holder}): only one is taken at a time. Wait for its end"
+    )]
+    AlreadyRuns {
+        /// The process that takes it.
+        holder: String,
+    },
     /// The standby's last restartpoint is on a timeline that it has left.
     #[error(
         "the base backup would begin on timeline {start}, which the standby has left for timeline {current}: it has no \
@@ -91,7 +99,8 @@ impl BaseBackupError {
             Self::DamagedPages { .. } | Self::Manifest { .. } | Self::Malformed { .. } => {
                 ExitKind::Integrity
             }
-            Self::Interrupted
+            Self::AlreadyRuns { .. }
+            | Self::Interrupted
             | Self::NotArchived { .. }
             | Self::OldRestartpoint { .. }
             | Self::WalLost { .. }

@@ -3,7 +3,10 @@
 
 use std::{
     io::IsTerminal,
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -42,6 +45,7 @@ fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
         bar.set_style(style);
     }
     let last = Mutex::new(Instant::now());
+    let is_told = AtomicBool::new(false);
     let progress = |progress: Progress| match progress {
         Progress::Checkpoint => {
             bar.set_message("waiting for the checkpoint");
@@ -53,6 +57,15 @@ fn take(settings: &ClusterSettings, label: &str, json: bool) -> Result<()> {
                 event = "restartpoint_awaited",
                 "the standby has no restartpoint on its timeline yet; waiting for it. CHECKPOINT on the primary ends this"
             );
+        }
+        Progress::WaitingForOtherBackup => {
+            bar.set_message("waiting for another backup");
+            if !is_told.swap(true, Ordering::Relaxed) {
+                tracing::info!(
+                    event = "other_backup_awaited",
+                    "another base backup of this server runs; this one begins after it"
+                );
+            }
         }
         Progress::WaitingForArchiver => {
             bar.set_message("waiting for the archiver");

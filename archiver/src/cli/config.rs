@@ -16,6 +16,7 @@ use repository::{
     },
     encryption::KeySource,
     expire::RetentionPolicy,
+    schedule::Schedule,
 };
 
 use super::{output, places};
@@ -60,6 +61,7 @@ pub(super) fn show(settings: &Settings) -> Result<()> {
                 line(key, of_cluster_key(cluster, key.name)?);
             }
         }
+        next_runs(cluster);
         for check in &cluster.drill.checks {
             output::line(&format!(
                 "# drill.check \"{}\" in database {}: expects {} within {:?}",
@@ -191,14 +193,42 @@ fn of_cluster_key(cluster: &ClusterSettings, name: &str) -> Result<Shown> {
         "lock_mode" => or_unset(cluster.lock, |lock| choice(&lock.mode)),
         "drill_scratch" => or_unset(cluster.drill.scratch.as_deref(), path),
         "drill_user" => or_unset(cluster.drill.user.as_ref(), text),
-        _ => match of_spool(cluster, name) {
-            Shown::Unknown => match of_walsender(cluster, name) {
-                Shown::Unknown => of_repository(&cluster.repository, name),
-                shown => shown,
-            },
-            shown => shown,
-        },
+        _ => [of_schedules, of_spool, of_walsender, of_repository]
+            .iter()
+            .map(|group| group(cluster, name))
+            .find(|shown| *shown != Shown::Unknown)
+            .unwrap_or(Shown::Unknown),
     })
+}
+
+fn of_schedules(cluster: &ClusterSettings, name: &str) -> Shown {
+    let schedules = &cluster.schedules;
+    let when = |schedule: &Option<Schedule>| or_unset(schedule.as_ref(), |one| text(one.text()));
+    let zone = |schedule: &Option<Schedule>| {
+        or_unset(schedule.as_ref(), |one| text(one.zone_name()))
+    };
+    match name {
+        "backup_schedule" => when(&schedules.backup),
+        "backup_time_zone" => zone(&schedules.backup),
+        "backup_catch_up" => number(schedules.backup_catch_up),
+        "backup_rate_limit" => or_unset(cluster.backup_rate_limit, number),
+        "drill_schedule" => when(&schedules.drill),
+        "drill_time_zone" => zone(&schedules.drill),
+        "drill_report_dir" => or_unset(schedules.drill_report_dir.as_deref(), path),
+        _ => Shown::Unknown,
+    }
+}
+
+/// Prints the next run of each schedule.
+fn next_runs(cluster: &ClusterSettings) {
+    let schedules = &cluster.schedules;
+    for (name, schedule) in [("backup", &schedules.backup), ("drill", &schedules.drill)] {
+        if let Some(schedule) = schedule {
+            let next = schedule.next_after(jiff::Timestamp::now());
+            let next = next.map_or_else(|| "never".to_owned(), |next| format!("{next:.0}"));
+            output::line(&format!("# {name}_schedule, next run: {next}"));
+        }
+    }
 }
 
 fn of_spool(cluster: &ClusterSettings, name: &str) -> Shown {
@@ -239,7 +269,8 @@ fn of_walsender(cluster: &ClusterSettings, name: &str) -> Shown {
     }
 }
 
-fn of_repository(place: &RepositoryPlace, name: &str) -> Shown {
+fn of_repository(cluster: &ClusterSettings, name: &str) -> Shown {
+    let place = &cluster.repository;
     let source = place.encryption.as_ref();
     match name {
         "repository" => text(place.to_string()),

@@ -76,7 +76,13 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
         ),
     );
     add("last drill", of.drill());
+    if let Some(schedule) = of.schedule("/drill_schedule") {
+        add("next drill", schedule);
+    }
     add("last backup", of.backup());
+    if let Some(schedule) = of.schedule("/backup_schedule") {
+        add("next backup", schedule);
+    }
     add("slot", of.slot());
     add(
         "spool",
@@ -285,6 +291,23 @@ impl<'a> Of<'a> {
             self.between("/last_backup/started", "/last_backup/finished"),
             self.bytes("/last_backup/stored_bytes"),
         )
+    }
+
+    /// Describes a periodic operation of the daemon. `None` if it has no schedule.
+    fn schedule(self, pointer: &str) -> Option<String> {
+        let of = Of(self.0.pointer(pointer).filter(|value| value.is_object())?);
+        let (schedule, zone) = (of.text("/schedule"), of.text("/time_zone"));
+        let next = of.instant("/next_run");
+        let state = if of.string("/running_since").is_some() {
+            format!(", runs since {}", of.instant("/running_since"))
+        } else if let Some(reason) = of.string("/waits_for") {
+            format!(", waits: {reason}")
+        } else if let Some(error) = of.string("/last_error") {
+            format!(", failed at {}: {error}", of.instant("/last_error_at"))
+        } else {
+            String::new()
+        };
+        Some(format!("{next} ({schedule} {zone}){state}"))
     }
 
     fn slot(self) -> String {

@@ -18,6 +18,7 @@ use status::{
     cluster_status::{ClusterStatus, RECONNECT_REASONS},
     loss::describe_loss,
 };
+use tokio::task::JoinSet;
 
 use crate::{
     blocking::blocking,
@@ -32,7 +33,7 @@ use crate::{
         receive::StreamEnd,
     },
     primary::{Source, conninfo},
-    upkeep::{expire, locks, standby_slots},
+    upkeep::{expire, locks, schedule, standby_slots},
     walsender::{self, Walsender},
 };
 
@@ -49,7 +50,8 @@ use judgement::note_shortage;
 use known::Known;
 use open_spool::open_spool;
 use protect::endangered;
-use retry::{BEAT, RETRY_MAX, RETRY_MIN, jitter};
+pub(crate) use retry::jitter;
+use retry::{BEAT, RETRY_MAX, RETRY_MIN};
 pub(crate) use stages::{CatalogPlace, open_archive};
 use stages::{catalog_opens, outdated};
 use state::Supervisor;
@@ -65,6 +67,8 @@ const GAP_RETRY: Duration = Duration::from_secs(2);
 const SETTLE_POLL: Duration = Duration::from_millis(100);
 /// The maximum time for which the WAL before a gap may be uploaded before the gap is handled.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
+/// The maximum time for which a scheduled backup or drill may end at a stop.
+const SCHEDULES_END_MAX: Duration = Duration::from_secs(20);
 /// A stream that lasted this long was healthy, so the next failure starts with the shortest pause.
 const HEALTHY_AFTER: Duration = Duration::from_secs(10);
 
@@ -129,11 +133,24 @@ pub async fn run(
         supervisor.settings.clone(),
         supervisor.live.clone(),
     ));
+    let (stop_schedules, of_schedules) = Shutdown::new();
+    let mut schedules = JoinSet::new();
+    schedules.spawn(schedule::backup::take(
+        supervisor.settings.clone(),
+        Arc::clone(&supervisor.status),
+        of_schedules.clone(),
+    ));
+    schedules.spawn(schedule::drill::start(
+        supervisor.settings.clone(),
+        Arc::clone(&supervisor.status),
+        of_schedules,
+    ));
     let beating = Arc::clone(&supervisor.status);
     let outcome = tokio::select! {
         outcome = supervisor.supervise(&mut shutdown) => outcome,
         never = beat(&beating) => match never {},
     };
+    stop_schedules.request();
     backups.abort();
     expiry.abort();
     locks.abort();
@@ -145,7 +162,23 @@ pub async fn run(
             facts.broken = Some(error.to_string());
         }
     });
-    let Some(pipeline) = supervisor.pipeline.take() else {
+    // A backup removes what it has stored, and a drill its copy, while the pipeline drains.
+    let ended = tokio::time::timeout(SCHEDULES_END_MAX, async {
+        while schedules.join_next().await.is_some() {}
+    });
+    let (ended, stopped) = tokio::join!(ended, stop_pipeline(supervisor.pipeline.take(), outcome));
+    if ended.is_err() {
+        tracing::warn!(
+            event = "schedules_cut_off", cluster = %supervisor.settings.name,
+            "a base backup or a drill did not end in time; what it leaves is removed later"
+        );
+    }
+    stopped
+}
+
+/// Ends the pipeline. After an error it is not drained.
+async fn stop_pipeline(pipeline: Option<Pipeline>, outcome: Result<()>) -> Result<()> {
+    let Some(pipeline) = pipeline else {
         return outcome;
     };
     let drained = if outcome.is_ok() {

@@ -145,6 +145,13 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
             format!("The last restore drill failed: {}", drill.message),
         );
     }
+    let drills = report.drill_schedule.as_ref();
+    if let Some(error) = drills.and_then(|drills| drills.last_error.as_deref()) {
+        raise(
+            "PitrDrillWithoutResult",
+            format!("The last scheduled restore drill has no result: {error}."),
+        );
+    }
     if report.corrupt_objects.is_some_and(|objects| objects > 0) {
         let objects = report.corrupt_objects.unwrap_or_default();
         let summary = match report.lost_objects.as_slice() {
@@ -221,6 +228,11 @@ pub fn is_decided(name: &str, report: &ClusterReport) -> bool {
         | "PitrOffsiteBehind"
         | "PitrRepositoryAway"
         | "PitrRepositoryFailing" => report.looked && report.source.stream_connected,
+        // After a restart it is known only when the drill was tried again.
+        "PitrDrillWithoutResult" => report.drill_schedule.as_ref().is_none_or(|drills| {
+            let is_later = drills.next_run.is_some_and(|next| next > report.as_of);
+            is_later && drills.running_since.is_none()
+        }),
         "PitrClockStep" => report.clock_offset_seconds.is_some(),
         "PitrPushFailing" => report.archive_command.is_some(),
         "PitrStreamDown" | "PitrCertificateExpiry" => true,

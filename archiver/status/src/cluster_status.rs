@@ -40,6 +40,7 @@ use crate::{
         Exposure,
         tiers::{Seen, Tiers},
     },
+    schedule::ScheduleReport,
     standby::StandbyReport,
 };
 
@@ -178,6 +179,10 @@ pub struct Facts {
     pub slot_missing: bool,
     /// The base backup that runs on the server. `None` if none is known.
     pub backup_progress: Option<BackupProgress>,
+    /// The base backups of the daemon. `None` without `backup_schedule`.
+    pub backup_schedule: Option<ScheduleReport>,
+    /// The restore drills of the daemon. `None` without `drill_schedule`.
+    pub drill_schedule: Option<ScheduleReport>,
     /// The server's own archiving. `None` while the server is not polled.
     pub archive_command: Option<ArchiveCommandReport>,
     /// The slot, as the server last reported it.

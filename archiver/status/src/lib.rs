@@ -18,6 +18,7 @@ pub mod loss;
 pub mod outcomes;
 pub mod report;
 pub mod rpo;
+pub mod schedule;
 pub mod standby;
 pub mod state;
 pub mod units;

@@ -19,6 +19,7 @@ use crate::{
     gap::OpenGap,
     light::{Cause, WELL},
     rpo::Exposure,
+    schedule::ScheduleReport,
     standby::StandbyReport,
     state::State,
 };
@@ -307,6 +308,10 @@ pub struct ClusterReport {
     /// The base backup that runs on the server. `None` if none runs, and while the server is not
     /// polled.
     pub backup_progress: Option<BackupProgress>,
+    /// The base backups that the daemon takes. `None` without `backup_schedule`.
+    pub backup_schedule: Option<ScheduleReport>,
+    /// The restore drills that the daemon starts. `None` without `drill_schedule`.
+    pub drill_schedule: Option<ScheduleReport>,
     /// The server's own archiving by `archive_command`. `None` while the server is not polled.
     pub archive_command: Option<ArchiveCommandReport>,
     /// True if the server was queried and has no slot of ours.

@@ -3,8 +3,7 @@
 use wal_format::PgTimestamp;
 
 /// The way to a restore drill. Every text that advises one uses this constant.
-pub const DRILL_ADVICE: &str =
-    "Run `pitr-restore drill`, and repeat it regularly, for example with cron.";
+pub const DRILL_ADVICE: &str = "Run `pitr-restore drill`, and set `drill_schedule` to repeat it.";
 
 /// Formats a duration in seconds, or `unknown`.
 pub fn seconds(value: Option<f64>) -> String {

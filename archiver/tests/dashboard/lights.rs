@@ -40,8 +40,9 @@ struct Light {
 /// Alerts that this test does not break. `tls` tests the certificate's light, because it has a
 /// certificate. The conditions of the others take hours, or need standbys and several repositories:
 /// unit tests check them.
-const TESTED_ELSEWHERE: [&str; 11] = [
+const TESTED_ELSEWHERE: [&str; 12] = [
     "PitrCertificateExpiry",
+    "PitrDrillWithoutResult",
     "PitrFailoverLoss",
     "PitrOffsiteBehind",
     "PitrRepositoryAway",

@@ -118,6 +118,11 @@ impl Place {
         }
     }
 
+    /// Sets the environment variables of our programs from now on.
+    pub fn set_environment(&mut self, environment: &[(&'static str, String)]) {
+        self.environment = environment.to_vec();
+    }
+
     /// Makes our programs work on the cluster of this name from now on.
     pub fn use_cluster(&mut self, name: &str) {
         self.cluster = Some(name.to_owned());

@@ -5,8 +5,8 @@ use std::{fmt, path::PathBuf, time::Duration};
 use wal_format::ClusterName;
 
 use super::{
-    CommonArgs, DrillSettings, LockSettings, WalsenderSettings, file::ClusterTable, parse_duration,
-    repositories, s3::S3Settings, url::RepositoryPlace,
+    CommonArgs, DrillSettings, LockSettings, ScheduleSettings, WalsenderSettings,
+    file::ClusterTable, parse_duration, repositories, s3::S3Settings, url::RepositoryPlace,
 };
 use crate::{
     Error, Result,
@@ -23,6 +23,9 @@ const GAP_GRACE_DEFAULT: Duration = Duration::from_secs(30);
 /// Default of `expire_interval` and `expire_grace`: a day in which an operator can check what
 /// expires, and a restore that has begun can end.
 const EXPIRE_DEFAULT: Duration = Duration::from_secs(86_400);
+/// The limits of `backup_rate_limit`, in bytes per second.
+const BACKUP_RATE_MIN: u64 = 32 << 10;
+const BACKUP_RATE_MAX: u64 = 1 << 30;
 /// The minimum of `remote_flush_bytes`. Below it, an object costs more than its content.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
@@ -151,6 +154,11 @@ pub struct ClusterSettings {
     pub rto_target: Option<Duration>,
     /// The age at which the newest base backup is overdue. Default: 7 days.
     pub backup_max_age: Duration,
+    /// The maximum rate at which the server sends a base backup, in bytes per second. Default: no
+    /// limit.
+    pub backup_rate_limit: Option<u64>,
+    /// The times at which the daemon takes base backups and starts drills. Default: never.
+    pub schedules: ScheduleSettings,
     /// The age at which the newest restore drill is overdue. Default: drills are never overdue.
     pub drill_max_age: Option<Duration>,
     /// The settings of restore drills.
@@ -241,6 +249,8 @@ pub(super) fn resolve(
         spool_access,
         drill: table.drill.resolve(&defaults.drill)?,
         lock: table.lock.resolve(&defaults.lock)?,
+        schedules: table.schedules.resolve(&defaults.schedules)?,
+        backup_rate_limit: checked_rate(table.backup_rate_limit.or(defaults.backup_rate_limit))?,
         walsender: WalsenderSettings::resolve(&table.walsender, &defaults.walsender)?,
         rto_target: optional(&table.rto_target, &defaults.rto_target, "rto_target")?,
         drill_max_age: optional(
@@ -407,6 +417,19 @@ fn checked_application_name(name: String) -> Result<String> {
         )));
     }
     Ok(name)
+}
+
+/// Refuses a rate that PostgreSQL would refuse (`MAX_RATE_LOWER`, `MAX_RATE_UPPER`).
+fn checked_rate(rate: Option<u64>) -> Result<Option<u64>> {
+    match rate {
+        Some(rate) if !(BACKUP_RATE_MIN..=BACKUP_RATE_MAX).contains(&rate) => {
+            Err(Error::config(format!(
+                "backup_rate_limit = {rate} is not from {BACKUP_RATE_MIN} (32 KiB) to {BACKUP_RATE_MAX} (1 GiB) bytes per \
+                 second; write for example backup_rate_limit = 50000000 for 50 MB/s"
+            )))
+        }
+        rate => Ok(rate),
+    }
 }
 
 fn at_least(key: &str, bytes: Option<u64>, least: u64) -> Result<Option<u64>> {

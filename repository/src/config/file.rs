@@ -16,6 +16,7 @@ use super::{
     repositories::{self, EncryptionTable, RepositoryTable},
     retention::KeepTable,
     s3::S3Table,
+    schedules::ScheduleTable,
     secret_file::denied,
     walsender::WalsenderTable,
 };
@@ -43,6 +44,7 @@ pub(super) struct ClusterTable {
     pub(super) acknowledge: Option<Acknowledge>,
     pub(super) application_name: Option<String>,
     pub(super) backup_max_age: Option<String>,
+    pub(super) backup_rate_limit: Option<u64>,
     pub(super) catalog: Option<PathBuf>,
     pub(super) compression_level: Option<i32>,
     pub(super) conninfo: Option<String>,
@@ -70,6 +72,8 @@ pub(super) struct ClusterTable {
     pub(super) access: AccessTable,
     #[serde(flatten)]
     pub(super) drill: DrillTable,
+    #[serde(flatten)]
+    pub(super) schedules: ScheduleTable,
     #[serde(flatten)]
     pub(super) s3: S3Table,
     #[serde(flatten)]
@@ -111,6 +115,7 @@ impl ConfigFile {
         self.notify.clear();
         for table in self.clusters.values_mut().chain([&mut self.defaults]) {
             table.walsender = WalsenderTable::default();
+            table.schedules = ScheduleTable::default();
         }
     }
 

@@ -59,6 +59,8 @@ pub enum Group {
     Encryption,
     /// The WAL on this host.
     Spool,
+    /// Scheduled base backups and restore drills.
+    Schedules,
     /// What the status is judged by.
     Objectives,
     /// What is kept.
@@ -81,7 +83,7 @@ pub enum Group {
 
 impl Group {
     /// The groups, in the order of the example file.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Http,
         Self::Notify,
         Self::Server,
@@ -89,6 +91,7 @@ impl Group {
         Self::Bucket,
         Self::Encryption,
         Self::Spool,
+        Self::Schedules,
         Self::Objectives,
         Self::Retention,
         Self::Expiry,
@@ -109,6 +112,7 @@ impl Group {
             }
             Self::Encryption => "The encryption of what is stored: one of these",
             Self::Spool => "The WAL on this host, and when it is uploaded",
+            Self::Schedules => "Base backups and restore drills by the daemon",
             Self::Objectives => "The targets and ages by which the status is judged",
             Self::Retention => "What is kept; without keep_window everything is kept",
             Self::Expiry => "When retention is applied",

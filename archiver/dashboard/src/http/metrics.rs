@@ -3,6 +3,7 @@
 
 mod exposition;
 mod process;
+mod schedules;
 
 pub(super) use exposition::Exposition;
 
@@ -44,6 +45,7 @@ pub(super) fn render(
     page.counters();
     page.slot();
     page.restorable();
+    page.schedules();
     process::register(&mut page.registry, instruments.started);
     let mut text = String::new();
     match encode(&mut text, &page.registry) {

@@ -23,6 +23,7 @@ mod flow;
 mod format;
 mod picker;
 mod runbook;
+mod schedules;
 mod strip;
 mod tables;
 mod tiles;
@@ -57,6 +58,7 @@ pub(super) fn cluster(view: &View<'_>) -> String {
     flow::render(&mut body, view);
     tables::backups(&mut body, view);
     tables::drills(&mut body, view);
+    schedules::render(&mut body, view);
     events::render(&mut body, view);
     operate(&mut body, view);
     let title = format!("{} · {} · Tidemark", badge(report.state).1, report.cluster);

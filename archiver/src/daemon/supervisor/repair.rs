@@ -13,12 +13,18 @@ use repository::config::ClusterSettings;
 use status::cluster_status::ClusterStatus;
 use wal_format::BackupId;
 
-use crate::base_backup;
+use crate::{
+    base_backup::{self, BaseBackupError, WhenBusy},
+    core::shutdown::Shutdown,
+    error::Error,
+};
 
 /// The interval at which a loss is checked for.
 const LOSS_POLL: Duration = Duration::from_millis(500);
 /// The time for which the catalog may take to list a base backup that was taken.
 const BACKUP_LISTED_MAX: Duration = Duration::from_secs(60);
+/// The pause while another base backup of the server runs.
+const BUSY_PAUSE: Duration = Duration::from_secs(5);
 /// The pause after a failed base backup. It is long enough for the cause to pass.
 const BACKUP_RETRY: Duration = Duration::from_secs(30);
 
@@ -44,7 +50,9 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
         }
         tracing::info!(cluster = %settings.name, reason, "taking a base backup that makes the archive whole again");
         let began = jiff::Timestamp::now();
-        match base_backup::attempt(&settings, "repair", &|_| {}).await {
+        let busy = WhenBusy::GiveUp;
+        let never = Shutdown::never();
+        match base_backup::attempt(&settings, "repair", busy, &|_| {}, never).await {
             Ok(backup) => {
                 said.clear();
                 tracing::info!(cluster = %settings.name, backup = %backup.id, "the archive is whole again from this backup on");
@@ -58,6 +66,11 @@ pub(super) async fn take_repairing_backups(settings: ClusterSettings, status: Ar
                     }
                 });
                 taken = Some((backup.id, Instant::now()));
+            }
+            // The other backup may make the archive whole, too.
+            Err(Error::BaseBackup(error @ BaseBackupError::AlreadyRuns { .. })) => {
+                tracing::debug!(cluster = %settings.name, %error, "the repair waits");
+                tokio::time::sleep(BUSY_PAUSE).await;
             }
             Err(error) => {
                 tracing::error!(cluster = %settings.name, %error, "the base backup that makes the archive whole again failed; it is tried again");

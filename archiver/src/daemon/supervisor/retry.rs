@@ -15,7 +15,7 @@ pub(super) const BEAT: Duration = Duration::from_millis(500);
 
 /// Returns a random duration between three quarters and five quarters of a pause, so that many
 /// archivers do not connect at the same time.
-pub(super) fn jitter(pause: Duration) -> Duration {
+pub(crate) fn jitter(pause: Duration) -> Duration {
     let chance = RandomState::new().hash_one(pause) % 512;
     pause * 3 / 4 + pause * u32::try_from(chance).unwrap_or(0) / 1024
 }

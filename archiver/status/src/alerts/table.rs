@@ -6,7 +6,7 @@
 use crate::alert::{Rule, Severity};
 
 /// Every alert.
-pub const RULES: [Rule; 27] = [
+pub const RULES: [Rule; 28] = [
     Rule {
         name: "PitrRpoOverTarget",
         severity: Severity::Critical,
@@ -183,7 +183,7 @@ pub const RULES: [Rule; 27] = [
         past: "The restore drill was overdue",
         inhibited_by: &[],
         runbook: "No recent restore drill has proved that a restore works. Run \
-            `pitr-restore drill`, and repeat it regularly, for example with cron.",
+            `pitr-restore drill`, and set `drill_schedule` to repeat it.",
     },
     Rule {
         name: "PitrDrillFailed",
@@ -197,6 +197,21 @@ pub const RULES: [Rule; 27] = [
         runbook: "A restore was tried and failed: treat the archive as not restorable until a \
             drill passes. Its message says what failed; `wal-archiver verify --deep` finds what \
             is damaged. After the repair, run `pitr-restore drill`.",
+    },
+    Rule {
+        name: "PitrDrillWithoutResult",
+        severity: Severity::Warning,
+        condition: "the last scheduled restore drill ended without a result",
+        patience_seconds: 0,
+        expression: "pitr_drill_without_result == 1",
+        rule_summary: "The last scheduled restore drill of {{ $labels.cluster }} ended without \
+            a result",
+        past: "The last scheduled restore drill had ended without a result",
+        inhibited_by: &[],
+        runbook: "The drill that the daemon started could not begin or was killed, so it tested \
+            nothing. `wal-archiver status` shows its message. Run `pitr-restore drill` as the \
+            daemon's user to see it again: usually a program, the scratch directory or a \
+            permission is missing. The daemon tries again.",
     },
     Rule {
         name: "PitrCorruptObject",

@@ -262,6 +262,8 @@ impl ClusterStatus {
             drill_max_age_seconds: settings.drill_max_age.map(|age| age.as_secs_f64()),
             verify_max_age_seconds: settings.verify_max_age.map(|age| age.as_secs_f64()),
             backup_progress: facts.backup_progress,
+            backup_schedule: facts.backup_schedule,
+            drill_schedule: facts.drill_schedule,
             archive_command: facts.archive_command,
             slot_missing: facts.slot_missing,
             spool_full_in_seconds: None,

@@ -15,7 +15,7 @@ const ROWS_MAX: usize = 20;
 
 /// Renders a table, whose rows are stacked on a narrow screen. If it is empty, renders how to get
 /// its first row.
-fn table<const N: usize>(
+pub(super) fn table<const N: usize>(
     out: &mut String,
     (id, title): (&str, &str),
     columns: [&str; N],

@@ -4,6 +4,7 @@ use status::{
     alerts,
     light::{Cause, CauseKind},
     report::{ArchiveCommandReport, SlotReport},
+    schedule::ScheduleReport,
     standby::StandbyReport,
 };
 use wal_format::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
@@ -105,6 +106,11 @@ fn each_missing_protection_raises_its_alert() {
     check("PitrSpoolFilling", |report, is_bad| {
         report.spool_full_in_seconds = Some(if is_bad { 3600.0 } else { 5.0 * 3600.0 });
     });
+    check("PitrDrillWithoutResult", |report, is_bad| {
+        let mut drills = ScheduleReport::new("0 3 1 * *".to_owned(), "UTC".to_owned());
+        drills.last_error = is_bad.then(|| "pitr-restore was not found".to_owned());
+        report.drill_schedule = Some(drills);
+    });
     check("PitrVerifyOverdue", |report, is_bad| {
         report.verify_max_age_seconds = Some(86_400.0);
         report.last_verify = Some(verified(report, if is_bad { 90_000 } else { 80_000 }));
@@ -138,6 +144,25 @@ fn an_unknown_fact_decides_nothing() {
     assert!(decided("PitrSlotLost", |report| report.slot = Some(slot(true))));
     assert!(decided("PitrBackupOverdue", |_| {}));
     assert!(!decided("PitrBackupOverdue", |report| report.looked = false));
+    // A restarted daemon has not tried the drill that failed before yet.
+    let drills = |next_seconds: Option<i64>, runs: bool, report: &mut ClusterReport| {
+        let later = |seconds| PgTimestamp(report.as_of.0 + seconds * 1_000_000);
+        let mut drills = ScheduleReport::new("0 3 1 * *".to_owned(), "UTC".to_owned());
+        drills.next_run = next_seconds.map(later);
+        drills.running_since = runs.then(|| later(0));
+        report.drill_schedule = Some(drills);
+    };
+    for (next, runs, expected) in [
+        (None, false, false),
+        (Some(-60), false, false),
+        (Some(60), true, false),
+        (Some(60), false, true),
+    ] {
+        let mut report = report();
+        drills(next, runs, &mut report);
+        let found = alerts::is_decided("PitrDrillWithoutResult", &report);
+        assert_eq!(found, expected, "{next:?} {runs}");
+    }
     assert!(!decided("PitrBroken", |report| report.state = State::Unknown));
     assert!(!decided("PitrRepositoryFailing", |report| {
         report.source.stream_connected = false;
