@@ -1,14 +1,17 @@
 //! Observes the server and the archive, for the status. The supervisor starts it.
 //!
-//! Modules in reading order: [`server`] polls the server, [`catalog`] reads the catalog, [`window`]
-//! draws what it holds, [`restorable`] judges what can be restored, by the rules of the restorer's
-//! plan, [`locate`] finds the restore to an instant. [`current`] is the archive that is observed.
+//! Modules in reading order: [`server`] polls the server, [`names`] reads the names of its tables,
+//! [`catalog`] reads the catalog, [`window`] draws what it holds, [`removals`] describes removed
+//! tables, [`restorable`] judges what can be restored, by the rules of the restorer's plan,
+//! [`locate`] finds the restore to an instant. [`current`] is the archive that is observed.
 
 mod catalog;
 pub(crate) mod current;
 mod damage;
 mod locate;
+mod names;
 mod queries;
+mod removals;
 mod restorable;
 pub(crate) mod server;
 mod window;

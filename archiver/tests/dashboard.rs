@@ -93,6 +93,8 @@ fn record(place: &Place, outcome: &Outcome) {
 fn archived() -> Option<(Server, Place, Archiver)> {
     let bin = postgres_bin()?;
     let server = Server::start(&bin, "max_slot_wal_keep_size=1GB");
+    server.sql("CREATE TABLE orders (id int PRIMARY KEY, note text)");
+    server.sql("CREATE TABLE drafts AS SELECT * FROM orders");
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("INFO streaming");

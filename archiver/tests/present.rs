@@ -37,7 +37,7 @@ pub(crate) fn metric(archiver: &Archiver, name: &str) -> Option<f64> {
 }
 
 /// Returns the output of `wal-archiver status` with these arguments, from the daemon.
-fn status(archiver: &Archiver, place: &Place, arguments: &[&str]) -> String {
+pub(crate) fn status(archiver: &Archiver, place: &Place, arguments: &[&str]) -> String {
     let asking = place.spool().with_extension("asking");
     fs::write(&asking, format!("http = '{}'\n", archiver.address())).expect("a configuration");
     let mut command = place.command("host=/nowhere");

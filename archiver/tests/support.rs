@@ -15,7 +15,7 @@ use wal_format::{Lsn, SealedReader, SegmentName};
 
 mod server;
 
-pub(crate) use server::Server;
+pub(crate) use server::{Load, Server};
 
 /// The time after which a test fails.
 const PATIENCE: Duration = Duration::from_secs(180);

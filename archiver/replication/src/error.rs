@@ -170,6 +170,10 @@ fn fixed_remedy(report: &ServerReport, says: &dyn Fn(&str) -> bool) -> &'static 
              \"postgres\" (or dbname) for SQL; then reload the server"
         }
         "3D000" => "; name a database that exists as dbname",
+        // A file that the server may not read has the same code.
+        "42501" if says("could not ") => {
+            "; give the user who runs PostgreSQL access to this file, or remove it from the data directory"
+        }
         "42501" => "; give the role the REPLICATION attribute: ALTER ROLE … REPLICATION",
         "42704" if says("replication slot") => {
             "; it was dropped by somebody: the archiver creates it again at its next connection"

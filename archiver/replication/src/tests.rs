@@ -482,6 +482,12 @@ fn remedies_are_told_for_what_administrators_meet() {
         "REPLICATION attribute",
     );
     check(
+        "42501",
+        "could not open file \"./base/5/16400\": Permission denied",
+        2,
+        "give the user who runs PostgreSQL access",
+    );
+    check(
         "42704",
         "replication slot \"s\" does not exist",
         2,

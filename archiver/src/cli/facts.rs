@@ -83,6 +83,9 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
     if let Some(schedule) = of.schedule("/backup_schedule") {
         add("next backup", schedule);
     }
+    if let Some(progress) = of.backup_progress() {
+        add("backup runs", progress);
+    }
     add("slot", of.slot());
     add(
         "spool",
@@ -308,6 +311,15 @@ impl<'a> Of<'a> {
             String::new()
         };
         Some(format!("{next} ({schedule} {zone}){state}"))
+    }
+
+    /// Returns the progress of the base backup that runs. `None` if none runs.
+    fn backup_progress(self) -> Option<String> {
+        let phase = self.string("/backup_progress/phase")?;
+        let number = |name: &str| self.0["backup_progress"][name].as_u64();
+        let rate = self.0["backup_progress"]["bytes_per_second"].as_f64();
+        let (streamed, total) = (number("streamed_bytes"), number("total_bytes"));
+        Some(units::progress(&phase, streamed, total, rate))
     }
 
     fn slot(self) -> String {

@@ -25,7 +25,10 @@ use crate::{
     core::{event::Event, live_cluster::LiveCluster, shutdown::Shutdown},
     daemon::push::{self, PushServer},
     error::{Error, Result},
-    observe::{current::CurrentArchive, server::Polling},
+    observe::{
+        current::CurrentArchive,
+        server::{Polled, Polling},
+    },
     pipeline::{
         Pipeline,
         follow::Purpose,
@@ -450,8 +453,13 @@ impl Supervisor {
             .expect("BUG: the pipeline was started above");
         self.connected_once = true;
         let mut stop = shutdown.clone();
-        let (polling, slot, status) = (&mut self.polling, &self.settings.slot, &self.status);
-        let followed = |conninfo: &ConnInfo| polling.start(conninfo, slot, status);
+        let (polling, status) = (&mut self.polling, &self.status);
+        let polled = Polled {
+            slot: &self.settings.slot,
+            system,
+            directory: self.spool.directory(),
+        };
+        let followed = |conninfo: &ConnInfo| polling.start(conninfo, &polled, status);
         let mut stream = Box::pin(source.stream(pipeline, Purpose::Follow, followed, shutdown));
         let endangered = tokio::select! {
             end = &mut stream => return end,

@@ -2,6 +2,7 @@
 //! delays WAL. A fact that cannot be queried stays unknown.
 
 use std::{
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -13,8 +14,9 @@ use status::{
     rpo::tiers::Seen,
 };
 use tokio::{task::AbortHandle, time::MissedTickBehavior};
-use wal_format::{Lsn, TimelineId};
+use wal_format::{Lsn, SystemIdentifier, TimelineId};
 
+use super::names;
 use crate::primary::synchronous;
 
 /// The interval at which the server is polled. It is the resolution of the RPO while no WAL
@@ -30,22 +32,48 @@ const POLL_RETRY_FULL: Duration = Duration::from_secs(3);
 /// Lifetime of one SQL session. A smart shutdown of the server waits for it at most this long.
 const SESSION_MAX: Duration = Duration::from_secs(30);
 
-/// The task that polls the server of the last stream. It outlives the stream: while no stream runs,
-/// the slot and the WAL that accumulates for it matter most.
+/// The tasks that poll the server of the last stream. They outlive the stream: while no stream
+/// runs, the slot and the WAL that accumulates for it matter most.
 #[derive(Debug, Default)]
-pub(crate) struct Polling(Option<AbortHandle>);
+pub(crate) struct Polling(Vec<AbortHandle>);
+
+/// The server that is polled.
+#[derive(Debug)]
+pub(crate) struct Polled<'a> {
+    /// The name of the slot.
+    pub(crate) slot: &'a str,
+    /// The server's system identifier.
+    pub(crate) system: SystemIdentifier,
+    /// The cluster's directory in the spool.
+    pub(crate) directory: &'a Path,
+}
 
 impl Polling {
     /// Polls this server from now on, and no longer the previous one.
-    pub(crate) fn start(&mut self, conninfo: &ConnInfo, slot: &str, status: &Arc<ClusterStatus>) {
+    pub(crate) fn start(
+        &mut self,
+        conninfo: &ConnInfo,
+        server: &Polled<'_>,
+        status: &Arc<ClusterStatus>,
+    ) {
         self.stop();
-        let polling = poll(conninfo.clone(), slot.to_owned(), Arc::clone(status));
-        self.0 = Some(tokio::spawn(Box::pin(polling)).abort_handle());
+        let polling = poll(conninfo.clone(), server.slot.to_owned(), Arc::clone(status));
+        let directory = server.directory.to_owned();
+        let names = names::follow(
+            conninfo.clone(),
+            server.system,
+            directory,
+            Arc::clone(status),
+        );
+        self.0 = vec![
+            tokio::spawn(Box::pin(polling)).abort_handle(),
+            tokio::spawn(Box::pin(names)).abort_handle(),
+        ];
     }
 
     /// Ends the polling.
     pub(crate) fn stop(&mut self) {
-        if let Some(polling) = self.0.take() {
+        for polling in self.0.drain(..) {
             polling.abort();
         }
     }
@@ -110,7 +138,7 @@ async fn poll_once_connected(
          (current_setting('archive_mode') <> 'off' \
          AND a.last_failed_time > coalesce(a.last_archived_time, '-infinity'))::text, \
          a.failed_count::text, a.last_failed_wal, \
-         b.phase, b.backup_streamed::text, b.backup_total::text \
+         b.phase, b.backup_streamed::text, b.backup_total::text, b.pid::text \
          FROM (SELECT pg_is_in_recovery() AS r OFFSET 0) one \
          CROSS JOIN pg_catalog.pg_stat_archiver a \
          LEFT JOIN (SELECT * FROM pg_catalog.pg_stat_progress_basebackup \
@@ -119,6 +147,7 @@ async fn poll_once_connected(
     );
     let mut timer = tokio::time::interval(POLL_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut rate = BackupRate::default();
     let mut polls = 0_u32;
     let mut began = Instant::now();
     loop {
@@ -164,10 +193,12 @@ async fn poll_once_connected(
             last_failed_wal: field(9),
         });
         let number = |at: usize| field(at).and_then(|bytes| bytes.parse().ok());
+        let streamed_bytes = number(11);
         let backup_progress = field(10).map(|phase| BackupProgress {
             phase,
-            streamed_bytes: number(11),
+            streamed_bytes,
             total_bytes: number(12),
+            bytes_per_second: rate.follow(answered, field(13), streamed_bytes),
         });
         status.note(|facts| {
             facts.archive_command = archive_command;
@@ -176,6 +207,38 @@ async fn poll_once_connected(
             facts.slot_report = report;
             facts.clock_offset_seconds = clock.map(|clock| clock - ours);
         });
+    }
+}
+
+/// The rate of the base backup that runs on the server.
+#[derive(Debug, Default)]
+struct BackupRate {
+    /// The backup's server process, and the time and the bytes when its bytes were first seen.
+    begun: Option<(String, jiff::Timestamp, u64)>,
+}
+
+impl BackupRate {
+    /// Returns the rate since the bytes of this server process's backup were first seen. `None`
+    /// within the first second.
+    fn follow(
+        &mut self,
+        now: jiff::Timestamp,
+        pid: Option<String>,
+        streamed: Option<u64>,
+    ) -> Option<f64> {
+        let (pid, streamed) = pid.zip(streamed.filter(|bytes| *bytes > 0))?;
+        match &self.begun {
+            Some((known, since, before)) if *known == pid && streamed >= *before => {
+                let seconds = now.duration_since(*since).as_secs_f64();
+                #[expect(clippy::cast_precision_loss, reason = "a rate for users")]
+                let bytes = (streamed - before) as f64;
+                (seconds >= 1.0).then(|| bytes / seconds)
+            }
+            _ => {
+                self.begun = Some((pid, now, streamed));
+                None
+            }
+        }
     }
 }
 
@@ -215,4 +278,29 @@ async fn synchronous_danger(
     let remote_apply = field(1).as_deref() == Some("true");
     let membership = synchronous::membership(&names, application_name);
     Ok(synchronous::danger(&membership, remote_apply))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rate_of_a_backup_begins_anew_with_the_next_backup() {
+        let mut rate = BackupRate::default();
+        let mut follow = |second: i64, pid: &str, streamed: Option<u64>| {
+            let now = jiff::Timestamp::from_second(second).expect("a time");
+            rate.follow(now, Some(pid.to_owned()), streamed)
+        };
+        // The bytes are not known before the first ones, so they are not a rate of 0.
+        assert_eq!(follow(10, "1", None), None);
+        assert_eq!(follow(11, "1", Some(0)), None);
+        assert_eq!(follow(12, "1", Some(1000)), None);
+        assert_eq!(follow(14, "1", Some(3000)), Some(1000.0));
+        assert_eq!(follow(16, "1", Some(3000)), Some(500.0));
+        // The second backup of the same process begins at fewer bytes.
+        assert_eq!(follow(17, "1", Some(10)), None);
+        assert_eq!(follow(18, "1", Some(20)), Some(10.0));
+        assert_eq!(follow(19, "2", Some(5000)), None);
+        assert_eq!(follow(20, "2", Some(5000)), Some(0.0));
+    }
 }

@@ -18,6 +18,7 @@ use wal_format::{BackupInfo, Branch, DeclaredGap, Lsn, OutcomeKind, PgTimestamp,
 
 use super::{
     damage::{Repaired, find_damaged},
+    removals::Removals,
     restorable::{Look, Ranges},
 };
 use crate::{error::Result, pipeline::archive::Archive};
@@ -32,6 +33,8 @@ const RANGES_MAX: usize = 200;
 pub(crate) struct Marks {
     seen: BTreeSet<(Branch, Lsn, Lsn)>,
     marks: BTreeMap<(PgTimestamp, Lsn), Mark>,
+    /// The removals among the marks.
+    removals: Removals,
     outcomes: Outcomes,
     /// The error of the last attempt to read the outcomes.
     outcomes_error: Option<String>,
@@ -186,6 +189,7 @@ impl Marks {
         while self.marks.len() > MARKS_MAX {
             self.marks.pop_first();
         }
+        self.removals.describe(&mut self.marks, archive.status());
         details.failover_losses = archive.losses().all();
         details.marks = self.marks.values().cloned().collect();
         let lost = archive.lost_backups();
@@ -235,13 +239,8 @@ impl Marks {
                     if !end.kind.is_commit() {
                         continue;
                     }
-                    // The WAL contains the numbers of the files and no names.
-                    let text = format!(
-                        "transaction {xid} dropped, truncated or rewrote a table or an index ({} \
-                         file(s)); `pitr-restore locate --xid {xid}` shows its name",
-                        relations.len()
-                    );
-                    (MarkKind::Removal, end.time, text)
+                    self.removals.add((end.time, *lsn), *xid, relations);
+                    (MarkKind::Removal, end.time, String::new())
                 }
                 _ => continue,
             };

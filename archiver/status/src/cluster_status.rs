@@ -15,7 +15,7 @@ use crate::durable::DurablePositions;
 pub use server_path::ServerPath;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -35,6 +35,7 @@ use crate::{
     details::Details,
     gap::OpenGap,
     instruments::Instruments,
+    relation_names::RelationNames,
     report::{ArchiveCommandReport, BackupProgress, BackupReport, SlotReport, WindowReport},
     rpo::{
         Exposure,
@@ -53,6 +54,9 @@ pub struct ClusterStatus {
     facts: Mutex<Facts>,
     details: Mutex<Arc<Details>>,
     caught_up: Mutex<CaughtUp>,
+    relation_names: Mutex<RelationNames>,
+    /// The databases whose tables have to be read again.
+    names_asked: Mutex<BTreeSet<u32>>,
     refused_since: Mutex<Option<Instant>>,
     rpo: Mutex<Tiers>,
     /// The number of WAL bytes received, including the overlap after a reconnect.
@@ -246,6 +250,8 @@ impl ClusterStatus {
             facts: Mutex::default(),
             details: Mutex::default(),
             caught_up: Mutex::default(),
+            relation_names: Mutex::default(),
+            names_asked: Mutex::default(),
             refused_since: Mutex::default(),
             rpo: Mutex::default(),
             wal_received_bytes: AtomicU64::new(0),
@@ -423,6 +429,18 @@ impl ClusterStatus {
     fn caught_up(&self) -> MutexGuard<'_, CaughtUp> {
         let caught_up = self.caught_up.lock();
         caught_up.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The names of the server's tables.
+    pub fn relation_names(&self) -> MutexGuard<'_, RelationNames> {
+        let names = self.relation_names.lock();
+        names.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The databases whose names have to be read again.
+    pub fn names_asked(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        let asked = self.names_asked.lock();
+        asked.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The details that the dashboard draws in addition to the numbers.

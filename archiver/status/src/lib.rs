@@ -16,6 +16,7 @@ pub mod light;
 pub mod locate;
 pub mod loss;
 pub mod outcomes;
+pub mod relation_names;
 pub mod report;
 pub mod rpo;
 pub mod schedule;

@@ -94,7 +94,7 @@ pub struct SlotReport {
 }
 
 /// A base backup that runs on the server, according to `pg_stat_progress_basebackup`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct BackupProgress {
     /// The phase, in PostgreSQL's words.
     pub phase: String,
@@ -102,6 +102,8 @@ pub struct BackupProgress {
     pub streamed_bytes: Option<u64>,
     /// The estimated bytes of the whole backup. `None` if the server does not estimate them.
     pub total_bytes: Option<u64>,
+    /// The rate since the backup was first seen. `None` until bytes were seen for a second.
+    pub bytes_per_second: Option<f64>,
 }
 
 /// The archiving that the server does itself, according to `pg_stat_archiver`.

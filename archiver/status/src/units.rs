@@ -64,6 +64,29 @@ pub fn amount(mut value: f64) -> String {
     format!("{value:.1} {unit}")
 }
 
+/// Formats the progress of a base backup: its phase, the bytes, the percentage if the size is
+/// known, and the rate.
+pub fn progress(
+    phase: &str,
+    streamed: Option<u64>,
+    total: Option<u64>,
+    bytes_per_second: Option<f64>,
+) -> String {
+    let mut text = phase.to_owned();
+    if let Some(streamed) = streamed {
+        text += &format!(": {}", bytes(Some(streamed)));
+        if let Some(total) = total.filter(|total| *total > 0) {
+            // The server estimates the size, and a backup can become greater.
+            let percent = u128::from(streamed.min(total)) * 100 / u128::from(total);
+            text += &format!(" of {} ({percent} %)", bytes(Some(total)));
+        }
+    }
+    if let Some(rate) = bytes_per_second {
+        text += &format!(", {}/s", amount(rate));
+    }
+    text
+}
+
 /// A text with more characters than this is displayed in full only once.
 const LONG_CHARS: usize = 120;
 
@@ -139,6 +162,25 @@ pub fn micros(micros: i64) -> f64 {
 #[cfg(test)]
 mod tests {
     use crate::units::*;
+
+    #[test]
+    fn the_progress_of_a_backup_shows_what_is_known() {
+        let mib = 1 << 20;
+        let phase = "streaming database files";
+        let text = progress(phase, Some(30 * mib), Some(120 * mib), Some(2_097_152.0));
+        assert_eq!(
+            text,
+            "streaming database files: 30.0 MiB of 120.0 MiB (25 %), 2.0 MiB/s"
+        );
+        let text = progress(phase, Some(130 * mib), Some(120 * mib), None);
+        assert_eq!(
+            text,
+            "streaming database files: 130.0 MiB of 120.0 MiB (100 %)"
+        );
+        let text = progress(phase, Some(mib), None, None);
+        assert_eq!(text, "streaming database files: 1.0 MiB");
+        assert_eq!(progress("initializing", None, None, None), "initializing");
+    }
 
     #[test]
     fn a_long_text_is_displayed_in_full_once() {

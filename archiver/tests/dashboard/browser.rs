@@ -13,6 +13,7 @@ use wal_format::OutcomeKind;
 use super::{archived, camera::artefacts, outcome, record, tls::certificate};
 use crate::{
     certificates::private_file,
+    present::status,
     support::{Place, succeed, wait_until},
 };
 
@@ -68,6 +69,7 @@ fn the_page_works_in_a_browser() {
         .spawn()
         .expect("node runs");
     let mut archiver = Some(archiver);
+    let mut backup = None;
     wait_until("the browser is done", || {
         let asked = |name: &str| {
             let file = |end: &str| steps.path().join(format!("{name}.{end}"));
@@ -75,6 +77,26 @@ fn the_page_works_in_a_browser() {
         };
         if let Some(done) = asked("write") {
             server.write_wal(50);
+            fs::write(done, "").expect("written");
+        }
+        if let Some(done) = asked("backup") {
+            backup = Some(server.slow_backup());
+            fs::write(done, "").expect("written");
+        }
+        if let Some(done) = asked("backup-end") {
+            let told = status(archiver.as_ref().expect("it runs"), &place, &[]);
+            assert!(told.contains("streaming database files: "), "{told}");
+            assert!(told.contains(" %), "), "{told}");
+            drop(backup.take());
+            fs::write(done, "").expect("written");
+        }
+        if let Some(done) = asked("remove") {
+            let names = fs::read_to_string(place.spool().join("main/relations.json"));
+            assert!(names.is_ok_and(|names| names.contains("public.orders")));
+            server.sql("TRUNCATE drafts");
+            // Created and dropped at once, its name cannot be known.
+            server.sql("CREATE TABLE brief AS SELECT 1 AS one; DROP TABLE brief");
+            server.sql("DROP TABLE orders");
             fs::write(done, "").expect("written");
         }
         if let Some(done) = asked("stop") {

@@ -104,6 +104,25 @@ try {
   await page.mouse.click(flag.x + flag.width / 2, flag.y + flag.height / 2);
   await until("the mark is read", async () => /before_release/.test(await page.locator("#strip-readout").innerText()));
 
+  // The progress of a base backup that another program takes is shown while it runs.
+  assert.equal(await page.locator("#progress").count(), 0);
+  await step("backup");
+  const progress = /streaming database files: [\d.]+ MiB of [\d.]+ MiB \(\d+ %\), [\d.]+ .?i?B\/s/;
+  await until("the backup is shown with its rate", async () => progress.test((await page.locator("#running").innerText()).trim().split("\n").at(-1)));
+  assert.equal(await page.locator("#progress progress").getAttribute("aria-label"), "Progress of the base backup");
+  await step("backup-end");
+  await until("the backup is no longer shown", async () => (await page.locator("#progress").count()) === 0);
+
+  // Removed tables are named, as far as their names are known.
+  const named = async () => {
+    const rows = await page.locator("#strip-words tr").allTextContents();
+    return [/table truncated or rewritten: public\.drafts \(database postgres\)/, /table dropped: public\.orders \(database postgres\)/, /name not known/]
+      .every((expected) => rows.some((row) => expected.test(row)));
+  };
+  await step("remove");
+  await until("removals are named", named);
+  assert.equal(await page.locator(".strip .m-removal").count(), 3);
+
   // A chart has round ticks and times, and is read by pointer and keys.
   const chart = page.locator("#charts figure").first();
   assert.equal(await chart.locator(".scale span").count(), 3);
@@ -221,6 +240,7 @@ try {
   await step("start");
   await until("it is fresh again", async () => !(await page.locator("#stale").isVisible()));
   await until("it is OK again", async () => /OK/.test(await page.locator("#hero .badge").innerText()));
+  await until("removals are named after a restart", named);
   const told = await page.evaluate(() => window.told);
   assert.ok(told.every((text) => /^The state is /.test(text)), JSON.stringify(told));
   assert.deepEqual(problems, []);

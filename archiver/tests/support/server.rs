@@ -252,6 +252,34 @@ impl Server {
             .expect("pgbench runs");
         Load(child)
     }
+
+    /// Starts a base backup by another program that takes a minute.
+    pub(crate) fn slow_backup(&self) -> Load {
+        let child = self
+            .command("pg_basebackup")
+            .args(["-d", &self.conninfo(), "-D", "-", "-Ft", "-X", "none"])
+            .args(["--checkpoint=fast", "--max-rate=500k"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("pg_basebackup runs");
+        Load(child)
+    }
+
+    /// Starts a client with a replication connection that does nothing. It ends if the server
+    /// refuses the connection.
+    pub(crate) fn replication_client(&self) -> Load {
+        let conninfo = format!("{} dbname=postgres replication=true", self.conninfo());
+        let child = self
+            .command("psql")
+            .args(["-X", "-d", &conninfo])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("psql runs");
+        Load(child)
+    }
 }
 
 impl Drop for Server {
@@ -275,6 +303,12 @@ impl Drop for Server {
 
 /// A running client, killed when dropped.
 pub(crate) struct Load(Child);
+
+impl Load {
+    pub(crate) fn is_running(&mut self) -> bool {
+        self.0.try_wait().expect("a child").is_none()
+    }
+}
 
 impl Drop for Load {
     fn drop(&mut self) {

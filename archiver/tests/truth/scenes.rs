@@ -19,8 +19,8 @@ use crate::{
     dashboard::camera::Camera,
     present::{backup, report},
     support::{
-        Archiver, Place, Server, postgres_bin, run_command, server_user, store_refuses, succeed,
-        wait_flushed, wait_until,
+        Archiver, Load, Place, Server, postgres_bin, run_command, server_user, store_refuses,
+        succeed, wait_flushed, wait_until,
     },
 };
 
@@ -33,6 +33,10 @@ struct Scene {
     restarts: bool,
     begin: fn(&Place, &Server) -> Box<dyn FnOnce()>,
 }
+
+/// The number of walsenders: one for the stream, one for a backup, one for a new stream while the
+/// server still has the previous one, and one more.
+const WALSENDERS: usize = 4;
 
 /// Ordered so that each state leaves what the next one needs.
 const SCENES: &[Scene] = &[
@@ -53,15 +57,13 @@ const SCENES: &[Scene] = &[
     },
     Scene {
         name: "the stream is cut",
-        light: &["at_risk"],
-        // A refusal by the access rules ends a start: an operator has to correct it.
-        restarts: false,
+        // After a restart, nothing of the primary is known without a stream.
+        light: &["at_risk", "unknown"],
+        restarts: true,
         begin: |_, server| {
-            let file = cut_the_stream(server);
+            let taken = take_the_walsenders(server);
             server.write_wal(100);
-            let reload = server.command("pg_ctl");
-            let data = server.data();
-            Box::new(move || let_it_stream(&file, reload, &data))
+            Box::new(move || drop(taken))
         },
     },
     Scene {
@@ -151,6 +153,24 @@ const SCENES: &[Scene] = &[
     },
 ];
 
+/// Ends the stream and takes every walsender, so that no replication connection is accepted.
+/// Returns the clients that have them.
+fn take_the_walsenders(server: &Server) -> Vec<Load> {
+    let ours = "FROM pg_stat_replication WHERE application_name <> 'psql'";
+    let taken = "SELECT count(*) FROM pg_stat_replication WHERE application_name = 'psql'";
+    let mut clients = Vec::new();
+    wait_until("every walsender is taken", || {
+        server.sql(&format!("SELECT pg_terminate_backend(pid) {ours}"));
+        // A client that is refused ends, because the archiver was faster.
+        clients.retain_mut(Load::is_running);
+        while clients.len() < WALSENDERS {
+            clients.push(server.replication_client());
+        }
+        server.sql(taken) == WALSENDERS.to_string()
+    });
+    clients
+}
+
 /// Refuses replication connections, but not SQL. Returns the file of the access rules.
 fn cut_the_stream(server: &Server) -> std::path::PathBuf {
     let file = server.data().join("pg_hba.conf");
@@ -234,7 +254,9 @@ fn every_state_shows_what_a_restore_gives() {
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(
         &bin,
-        "wal_sender_timeout=0\nwal_keep_size=0\nmin_wal_size=2MB",
+        &format!(
+            "wal_sender_timeout=0\nwal_keep_size=0\nmin_wal_size=2MB\nmax_wal_senders={WALSENDERS}"
+        ),
     );
     let place = Place::new();
     let mut camera = Camera::start();

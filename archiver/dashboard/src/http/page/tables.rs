@@ -8,7 +8,7 @@ use super::{
     format::{bytes, code, duration, escape, instant, seconds, span},
     view::View,
 };
-use status::units::DRILL_ADVICE;
+use status::units::{self, DRILL_ADVICE};
 
 /// The maximum number of rows in a table. The API has all of them.
 const ROWS_MAX: usize = 20;
@@ -65,13 +65,13 @@ fn progress(out: &mut String, view: &View<'_>) {
         ),
         _ => "<progress aria-label=\"Progress of the base backup\"></progress>".to_owned(),
     };
-    let of = total.map_or_else(String::new, |total| format!(" of {}", bytes(Some(total))));
+    let (phase, rate) = (&progress.phase, progress.bytes_per_second);
+    let text = units::progress(phase, streamed, total, rate);
     let _ = write!(
         out,
         "<section class=\"card\" id=\"progress\" aria-labelledby=\"progress-title\"><h2 id=\"progress-title\">A base backup runs</h2>\
-         {bar}<p class=\"hint\">{}: {}{of}</p></section>",
-        escape(&progress.phase),
-        bytes(streamed)
+         {bar}<p class=\"hint\">{}</p></section>",
+        escape(&text)
     );
 }
 
