@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use repository::{UnseenPlace, WalRange};
 use serde::Serialize;
 use wal_format::{
-    BackupInfo, Branch, Lsn, ManifestFile, PgTimestamp, RelationFile, TransactionEnd,
-    TransactionEndKind, WalEvent,
+    BackupInfo, Branch, Lsn, PgTimestamp, RelationFile, TransactionEnd, TransactionEndKind,
+    WalEvent,
 };
 
 use crate::{
@@ -27,21 +27,17 @@ use crate::{
 
 mod changes;
 mod names;
+mod read;
 
-use changes::Changes;
 pub use changes::RowCounts;
 use names::Names;
 
-/// The number of unremarkable commits that are listed on each side of a time.
-const NEIGHBOURS: usize = 5;
-/// The maximum number of transactions that are listed. All of them are counted.
+/// The default number of unremarkable commits that are listed on each side of a time.
+pub const NEIGHBOURS: usize = 5;
+/// The number of transactions that are listed unless a larger limit is given. All are counted.
 const LISTED_MAX: usize = 200;
 /// The number of deleted rows from which a delete is large.
 const LARGE_DELETE: u64 = 1000;
-/// The maximum amount of WAL that is read to count rows and to learn names.
-const READ_MAX_BYTES: u64 = 1 << 30;
-/// The length of the WAL before a transaction's end that is searched for its records.
-const TRANSACTION_MAX_BYTES: u64 = 256 << 20;
 
 /// The subject of a search.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +96,15 @@ pub struct LocatedTransaction {
     pub just_before: Option<String>,
 }
 
+/// The numbers of transactions that match a question and are not listed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Omitted {
+    /// Commits at or before the time, farther from it than the listed ones.
+    pub earlier: usize,
+    /// Transactions after the last listed one.
+    pub later: usize,
+}
+
 /// The answer to a question.
 #[derive(Clone, Debug, Serialize)]
 pub struct Located {
@@ -107,6 +112,8 @@ pub struct Located {
     pub timelines: String,
     /// The transactions that match, in the order of the WAL.
     pub transactions: Vec<LocatedTransaction>,
+    /// The transactions that match and are not listed.
+    pub omitted: Omitted,
     /// Restore points near the time.
     pub restore_points: Vec<RestorePoint>,
     /// Sentences that name everything that was not searched or is unknown.
@@ -128,11 +135,17 @@ pub(crate) fn names_of(
     Ok(relations.iter().filter_map(named).collect())
 }
 
-/// Answers a question.
+/// Answers a question. `limit` is the number of unremarkable commits to list on each side of a
+/// time.
 ///
 /// # Errors
 /// [`PlanError::Unknown`] if nothing is found; errors of reading the archive.
-pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) -> Result<Located> {
+pub fn locate(
+    archive: &Archive,
+    question: &Question,
+    timeline: Option<String>,
+    limit: usize,
+) -> Result<Located> {
     let wishes = Wishes {
         backup: None,
         timeline,
@@ -144,16 +157,17 @@ pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) 
         notes: archive.unseen.iter().map(UnseenPlace::warning).collect(),
     };
     let found = search.ends(question)?;
-    let mut names = search.names(&found, question)?;
-    let rows = search.rows(&found, question, &mut names)?;
+    let mut named = search.names(&found, question)?;
+    let rows = search.rows(&found, question, &mut named)?;
     let reach = search.reach()?;
-    let describe = |file: &RelationFile| Relation {
-        file: *file,
-        database: names.database(file.database),
-        name: names.relation(*file),
-    };
     let mut transactions: Vec<LocatedTransaction> = Vec::new();
     for (lsn, (branch, end, removed)) in &found {
+        let names = named.iter().find(|named| named.covers(*lsn));
+        let describe = |file: &RelationFile| Relation {
+            file: *file,
+            database: names.and_then(|names| names.database(file.database)),
+            name: names.and_then(|names| names.relation(*file)),
+        };
         let changed = rows.get(&end.xid).into_iter().flatten();
         let mut rows: Vec<ChangedRows> = changed
             .map(|(file, counts)| ChangedRows {
@@ -172,21 +186,19 @@ pub fn locate(archive: &Archive, question: &Question, timeline: Option<String>) 
             just_before: search.just_before(&reach, *branch, *lsn, !removed.is_empty()),
         });
     }
-    search.select(question, &mut transactions);
+    let mut omitted = select(question, limit, &mut transactions);
     let restore_points = search.restore_points(question)?;
     if transactions.is_empty() && restore_points.is_empty() {
         return Err(search.nothing(question));
     }
-    if transactions.len() > LISTED_MAX {
-        let more = transactions.len() - LISTED_MAX;
-        search.notes.push(format!(
-            "{more} more were found and are not listed; ask for less with --within"
-        ));
-        transactions.truncate(LISTED_MAX);
-    }
+    let listed_max = LISTED_MAX.max(limit.saturating_mul(2));
+    omitted.later += transactions.len().saturating_sub(listed_max);
+    transactions.truncate(listed_max);
+    search.note_nameless(&transactions, &named);
     Ok(Located {
         timelines: print_path(&search.path),
         transactions,
+        omitted,
         restore_points,
         notes: search.notes,
     })
@@ -247,103 +259,6 @@ impl Search<'_> {
         Ok(found)
     }
 
-    /// Returns the names of relations as of the newest backup before the first match.
-    fn names(&mut self, found: &Found, question: &Question) -> Result<Names> {
-        let Some(first) = found.keys().next() else {
-            return Ok(Names::default());
-        };
-        let Some(backup) = self.backup_before(*first)? else {
-            self.notes.push(
-                "no backup ends before it: relations are shown by their file numbers".to_owned(),
-            );
-            return Ok(Names::default());
-        };
-        let mut databases: BTreeSet<u32> = found
-            .values()
-            .flat_map(|(_, _, files)| files)
-            .map(|file| file.database)
-            .collect();
-        if !matches!(question, Question::Dropped(_)) {
-            // The databases of changed rows are known only after the rows are counted.
-            let manifest = self.archive.manifest(&backup)?;
-            let database = |file: &ManifestFile| {
-                let rest = file.path.strip_prefix("base/")?;
-                rest.split('/').next()?.parse::<u32>().ok()
-            };
-            databases.extend(manifest.files.iter().filter_map(database));
-        }
-        databases.remove(&0);
-        Names::of_backup(self.archive, &backup, &databases)
-    }
-
-    fn backup_before(&self, lsn: Lsn) -> Result<Option<BackupInfo>> {
-        let on_path = |backup: &BackupInfo| {
-            let mut parts = self.path.iter();
-            backup.stop_lsn <= lsn
-                && parts.any(|part| part.branch == backup.branch && backup.stop_lsn <= part.to)
-        };
-        let backups = self.archive.backups()?.into_iter();
-        Ok(backups
-            .filter(on_path)
-            .max_by_key(|backup| backup.start_lsn))
-    }
-
-    /// Counts the changed rows of the found transactions, up to [`READ_MAX_BYTES`] of WAL.
-    fn rows(
-        &mut self,
-        found: &Found,
-        question: &Question,
-        names: &mut Names,
-    ) -> Result<HashMap<u32, HashMap<RelationFile, RowCounts>>> {
-        let (Some(first), Some(last)) = (found.keys().next(), found.keys().next_back()) else {
-            return Ok(HashMap::new());
-        };
-        let from = match question {
-            Question::Around { .. } => *first,
-            Question::Xid(_) => Lsn(first.0.saturating_sub(TRANSACTION_MAX_BYTES)),
-            // The name of a relation that was created after the backup is in the WAL after it.
-            Question::Dropped(_) => match self.backup_before(*first)? {
-                Some(backup) => backup.start_lsn,
-                None => return Ok(HashMap::new()),
-            },
-        };
-        let mut parts = Vec::new();
-        let mut bytes = 0_u64;
-        for part in &self.path {
-            let mut ranges = self.ranges(part)?;
-            // The last record may end in a later range than the one in which it starts.
-            let continues = |range: &WalRange| {
-                let starts = [range.first_record_lsn, range.open_record_lsn];
-                starts.into_iter().flatten().any(|start| start <= *last)
-            };
-            ranges.retain(|range| {
-                range.end_lsn > from && (range.start_lsn <= *last || continues(range))
-            });
-            let length = |range: &WalRange| range.end_lsn.bytes_since(range.start_lsn);
-            bytes = bytes.saturating_add(ranges.iter().map(length).sum());
-            parts.push((*part, ranges));
-        }
-        if bytes > READ_MAX_BYTES {
-            let mebibytes = bytes >> 20;
-            self.notes.push(match question {
-                Question::Dropped(_) => format!(
-                    "{mebibytes} MiB of WAL since the backup were not read: a relation that was made since has no name here"
-                ),
-                _ => format!("rows were not counted in {mebibytes} MiB of WAL; ask for less with --within"),
-            });
-            return Ok(HashMap::new());
-        }
-        let mut changes = Changes::new(names);
-        for (part, ranges) in parts {
-            changes.count(self.archive, &part, &ranges)?;
-        }
-        if matches!(question, Question::Dropped(_)) {
-            return Ok(HashMap::new());
-        }
-        self.notes.push(format!("rows were counted from {from} on"));
-        Ok(changes.by_transaction())
-    }
-
     /// The range of LSNs that each usable backup reaches.
     fn reach(&self) -> Result<Vec<(Lsn, Lsn)>> {
         let mut reach = Vec::new();
@@ -379,35 +294,6 @@ impl Search<'_> {
         reached.then(|| {
             format!("--target-timeline {branch} --target-lsn {lsn} --target-exclusive{action}")
         })
-    }
-
-    /// Keeps the transactions that answer the question.
-    fn select(&self, question: &Question, transactions: &mut Vec<LocatedTransaction>) {
-        match question {
-            Question::Xid(_) => {}
-            Question::Dropped(wanted) => transactions.retain(|one| {
-                one.removed
-                    .iter()
-                    .any(|relation| is_called(relation, wanted))
-            }),
-            Question::Around { time, .. } => {
-                let before = transactions.iter().filter(|one| one.time <= *time).count();
-                let mut index = 0;
-                let mut earlier = 0;
-                let mut later = 0;
-                transactions.retain(|one| {
-                    index += 1;
-                    let near = if one.time <= *time {
-                        earlier += 1;
-                        before - earlier < NEIGHBOURS
-                    } else {
-                        later += 1;
-                        later <= NEIGHBOURS
-                    };
-                    near || is_remarkable(one)
-                });
-            }
-        }
     }
 
     fn restore_points(&self, question: &Question) -> Result<Vec<RestorePoint>> {
@@ -473,6 +359,41 @@ fn may_hold(range: &WalRange, question: &Question) -> bool {
         }
         Question::Dropped(_) | Question::Xid(_) => range.transaction_count > 0,
     }
+}
+
+/// Keeps the transactions that answer the question. Returns the number of commits near the time
+/// that were left out.
+fn select(
+    question: &Question,
+    limit: usize,
+    transactions: &mut Vec<LocatedTransaction>,
+) -> Omitted {
+    let mut omitted = Omitted::default();
+    match question {
+        Question::Xid(_) => {}
+        Question::Dropped(wanted) => transactions.retain(|one| {
+            one.removed
+                .iter()
+                .any(|relation| is_called(relation, wanted))
+        }),
+        Question::Around { time, .. } => {
+            let mut before = transactions.iter().filter(|one| one.time <= *time).count();
+            let mut after = 0;
+            transactions.retain(|one| {
+                let (is_near, side) = if one.time <= *time {
+                    before -= 1;
+                    (before < limit, &mut omitted.earlier)
+                } else {
+                    after += 1;
+                    (after <= limit, &mut omitted.later)
+                };
+                let is_listed = is_near || is_remarkable(one);
+                *side += usize::from(!is_listed);
+                is_listed
+            });
+        }
+    }
+    omitted
 }
 
 fn is_meant(end: &TransactionEnd, removes: bool, question: &Question) -> bool {

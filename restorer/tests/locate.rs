@@ -71,6 +71,8 @@ fn what_was_done_is_found_and_the_flags_restore_to_just_before_it() {
         "CREATE SCHEMA shop; CREATE TABLE shop.orders (n int PRIMARY KEY); CREATE TABLE kept (n int); \
          INSERT INTO shop.orders SELECT generate_series(1, 5000); INSERT INTO kept VALUES (1)",
     );
+    scene.transaction("CREATE TABLE gone (n int)");
+    let gone = scene.transaction("DROP TABLE gone");
     let early = scene.transaction("INSERT INTO kept VALUES (2)");
     scene.archived.backup();
     let before = scene.archived.sql(NOW);
@@ -138,6 +140,27 @@ fn what_was_done_is_found_and_the_flags_restore_to_just_before_it() {
     }
     assert!(numbers.is_sorted(), "in the order of the WAL: {numbers:?}");
     assert_eq!(around["restore_points"][0]["name"], "after all that");
+    // A name comes from the newest backup before the event and the WAL after that backup, wherever
+    // the span begins. Before the first backup there are only numbers, and a note says so.
+    let removed_by = |xid: u64| {
+        let mut found = transactions.iter().filter(|one| one["xid"] == xid);
+        names(&found.next().expect("it was listed")["removed"])
+    };
+    assert!(removed_by(dropped).contains(&"shop.orders"), "{around:#}");
+    assert_eq!(removed_by(dropped_later), ["public.made_later"]);
+    assert!(removed_by(gone).is_empty(), "{around:#}");
+    let notes = around["notes"].to_string();
+    assert!(notes.contains("no backup ends before") && notes.contains("pg_filenode_relation"));
+    // Every commit of the span is listed or counted.
+    let few = ["--around", &before, "--within", "1 hour", "--limit", "1"];
+    let all = ["--around", &before, "--within", "1 hour", "--limit", "1000"];
+    let (few, all) = (scene.locate(&few), scene.locate(&all));
+    let count = |found: &Value| found["transactions"].as_array().expect("a list").len() as u64;
+    let omitted = |found: &Value, side: &str| found["omitted"][side].as_u64().expect("a number");
+    assert_eq!((omitted(&all, "earlier"), omitted(&all, "later")), (0, 0));
+    assert!(omitted(&few, "earlier") > 0, "{few:#}");
+    let counted = count(&few) + omitted(&few, "earlier") + omitted(&few, "later");
+    assert_eq!(counted, count(&all), "{few:#}");
     // A transaction that committed before the only backup cannot be undone with it.
     let first = transactions
         .iter()
@@ -154,6 +177,16 @@ fn what_was_done_is_found_and_the_flags_restore_to_just_before_it() {
     assert!(
         text.contains("shop.orders in database postgres")
             && text.contains("just before: --target-timeline"),
+        "{text}"
+    );
+
+    let mut around = scene.archived.pitr_restore();
+    around.args([
+        "locate", "--around", &before, "--within", "1 hour", "--limit", "1",
+    ]);
+    let text = succeed(&mut around).expect("an answer");
+    assert!(
+        text.contains("not listed; list more with --limit N"),
         "{text}"
     );
 

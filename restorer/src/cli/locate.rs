@@ -7,7 +7,8 @@ use super::output;
 use crate::{
     Error, Result,
     inventory::Archive,
-    locate::{Located, LocatedTransaction, Question, Relation, locate},
+    list::RestorePoint,
+    locate::{Located, LocatedTransaction, NEIGHBOURS, Question, Relation, locate},
     target::{parse_time, parse_xid},
 };
 
@@ -31,6 +32,10 @@ pub(super) struct LocateArgs {
     /// Search this timeline and its ancestors. Default: the newest.
     #[arg(long, value_name = "TIMELINE")]
     target_timeline: Option<String>,
+    /// List up to N commits on each side of the time, besides drops and large deletes. Text and
+    /// JSON (`omitted`) say how many more there are.
+    #[arg(long, value_name = "N", default_value_t = NEIGHBOURS)]
+    limit: usize,
     /// Zone of a time without an offset, for example Europe/Berlin.
     #[arg(long, value_name = "ZONE")]
     time_zone: Option<String>,
@@ -67,7 +72,8 @@ impl LocateArgs {
 }
 
 pub(super) fn run(archive: &Archive, args: &LocateArgs, json: bool) -> Result<()> {
-    let located = locate(archive, &args.question()?, args.target_timeline.clone())?;
+    let timeline = args.target_timeline.clone();
+    let located = locate(archive, &args.question()?, timeline, args.limit)?;
     if json {
         return output::json(&located);
     }
@@ -77,18 +83,41 @@ pub(super) fn run(archive: &Archive, args: &LocateArgs, json: bool) -> Result<()
 
 fn print(located: &Located) {
     output::line(&format!("timelines {}", located.timelines));
+    let mut points = located.restore_points.iter().peekable();
     for one in &located.transactions {
+        while let Some(point) = points.next_if(|point| point.lsn < one.lsn) {
+            restore_point(point);
+        }
         transaction(one);
     }
-    for point in &located.restore_points {
-        let (time, lsn, name) = (point.time, point.lsn, &point.name);
+    points.for_each(restore_point);
+    let omitted = &located.omitted;
+    let more: Vec<String> = [(omitted.earlier, "earlier"), (omitted.later, "later")]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, side)| format!("{count} {side}"))
+        .collect();
+    if !more.is_empty() {
+        let (count, more) = (omitted.earlier + omitted.later, more.join(" and "));
+        let are = if count == 1 {
+            "transaction is"
+        } else {
+            "transactions are"
+        };
         output::line(&format!(
-            "{time}  restore point \"{name}\" at {lsn}: --target-name '{name}' --at-lsn {lsn}"
+            "{more} {are} not listed; list more with --limit N"
         ));
     }
     for note in &located.notes {
         output::line(&format!("note: {note}"));
     }
+}
+
+fn restore_point(point: &RestorePoint) {
+    let (time, lsn, name) = (point.time, point.lsn, &point.name);
+    output::line(&format!(
+        "{time}  restore point \"{name}\" at {lsn}: --target-name '{name}' --at-lsn {lsn}"
+    ));
 }
 
 fn transaction(one: &LocatedTransaction) {

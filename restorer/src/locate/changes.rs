@@ -11,7 +11,7 @@ use wal_format::{
     transaction_end,
 };
 
-use super::names::Names;
+use super::read::Named;
 use crate::{
     Error, Result,
     heap::{PAGE_BYTES, Row, rows},
@@ -40,7 +40,7 @@ pub struct RowCounts {
 /// The rows counted so far.
 #[derive(Debug)]
 pub(super) struct Changes<'a> {
-    names: &'a mut Names,
+    named: &'a mut [Named],
     rows: HashMap<u32, HashMap<RelationFile, RowCounts>>,
     /// The top-level transaction of each subtransaction, from the commit records.
     parents: HashMap<u32, u32>,
@@ -50,9 +50,9 @@ pub(super) struct Changes<'a> {
 }
 
 impl<'a> Changes<'a> {
-    pub(super) fn new(names: &'a mut Names) -> Self {
+    pub(super) fn new(named: &'a mut [Named]) -> Self {
         Self {
-            names,
+            named,
             rows: HashMap::new(),
             parents: HashMap::new(),
             from: Lsn::ZERO,
@@ -115,14 +115,21 @@ impl<'a> Changes<'a> {
             return;
         }
         let operation = record.header.info & 0x70;
-        if let Some(database) = self.names.is_class(block.relation) {
-            let insert = record.header.resource_manager == HEAP && operation == 0;
+        let is_insert = record.header.resource_manager == HEAP && operation == 0;
+        for named in self.named.iter_mut() {
+            // The backup itself has the names of the time before it.
+            if record.lsn < named.from || record.lsn > named.last {
+                continue;
+            }
+            let Some(database) = named.names.is_class(block.relation) else {
+                continue;
+            };
             // The first change of a page after a checkpoint contains the whole page instead of the
             // row.
             if let Some(page) = page(&block) {
-                rows(&page).for_each(|row| self.names.learn(database, row));
-            } else if let Some(row) = Row::of_record(block.data).filter(|_| insert) {
-                self.names.learn(database, row);
+                rows(&page).for_each(|row| named.names.learn(database, row));
+            } else if let Some(row) = Row::of_record(block.data).filter(|_| is_insert) {
+                named.names.learn(database, row);
             }
         }
         if block.relation.relation < FIRST_NORMAL {
