@@ -98,8 +98,8 @@ pub enum Progress {
     },
 }
 
-/// Takes a full base backup and waits until it can be restored. A failure is recorded in the
-/// repository, for the dashboard. `stop` ends it.
+/// Takes a full base backup and waits until it can be restored. The result is recorded in the
+/// repository. `stop` ends it.
 ///
 /// # Errors
 /// The error that stopped the backup. The backup is then not listed.
@@ -137,7 +137,7 @@ pub(crate) async fn attempt(
     progress: &(dyn Fn(Progress) + Sync),
     mut stop: Shutdown,
 ) -> Result<BackupInfo> {
-    let began = Instant::now();
+    let (began, time) = (Instant::now(), jiff::Timestamp::now());
     loop {
         match Box::pin(attempt_once(settings, label, progress, &stop)).await {
             Err(Error::BaseBackup(BaseBackupError::OldRestartpoint { .. }))
@@ -156,7 +156,11 @@ pub(crate) async fn attempt(
                     return Err(BaseBackupError::Interrupted.into());
                 }
             }
-            attempted => return attempted,
+            Ok(info) => {
+                outcomes::record_backup(settings, time, &info).await;
+                return Ok(info);
+            }
+            failed => return failed,
         }
     }
 }

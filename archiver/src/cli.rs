@@ -10,6 +10,7 @@
 //!
 //! Nothing but `output` writes to standard output; logs and errors go to standard error.
 
+mod audit;
 mod backup;
 mod backups;
 mod catalog;
@@ -33,6 +34,7 @@ mod resetwal;
 mod resources;
 mod run;
 mod status;
+mod switchover;
 mod verify;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -40,11 +42,12 @@ use std::{net::SocketAddr, path::PathBuf};
 use clap::{Parser, Subcommand, ValueEnum};
 use repository::{
     Repository,
-    config::{ClusterSettings, CommonArgs, Settings},
+    config::{ClusterSettings, CommonArgs, Settings, parse_duration},
     store::LockMode,
 };
-use wal_format::{BackupId, NoteChange, SystemIdentifier};
+use wal_format::{BackupId, NoteChange, OutcomeKind, SystemIdentifier};
 
+use self::audit::Form;
 use crate::{
     error::{Error, Result},
     verify::clusters::VerifyOptions,
@@ -163,6 +166,37 @@ enum Command {
         /// archived now.
         #[arg(long, value_name = "N")]
         system: Option<SystemIdentifier>,
+    },
+    /// Checks whether the primary may be stopped, or a standby promoted, with nothing lost. Exits
+    /// with 0 only when every condition holds.
+    SwitchoverCheck {
+        /// Tries again until every condition holds, for at most this long, for example 30s.
+        #[arg(long, value_name = "DURATION")]
+        wait: Option<String>,
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+        /// The address of the daemon. Default: `http` in the configuration.
+        #[arg(long, value_name = "ADDR:PORT")]
+        http: Option<SocketAddr>,
+    },
+    /// Shows the audit trail: every backup, expiry, restore, drill, verification, change of keys,
+    /// epoch, reload and failover, oldest first. A record is kept for at least `audit_keep`.
+    Audit {
+        /// Shows only actions that began at this time or later: "10 days ago", or a time with its
+        /// offset.
+        #[arg(long, value_name = "TIME")]
+        since: Option<String>,
+        /// Shows only this kind of action: backup, delete, drill, epoch, expire, failover, key,
+        /// note, reload, remove, restore or verify.
+        #[arg(long, value_parser = audit::kind)]
+        kind: Option<OutcomeKind>,
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+        /// Prints CSV with a header.
+        #[arg(long, conflicts_with = "json")]
+        csv: bool,
     },
     /// Ends the archiving of a cluster: drops the slot on the primary and on each standby, and
     /// prints what remains. The daemon must not archive the cluster any more.
@@ -420,6 +454,25 @@ pub fn run(cli: Cli) -> Result<()> {
             json,
             system,
         } => expire::expire(&settings, system, dry_run, json),
+        Command::SwitchoverCheck { wait, json, http } => {
+            let wait = wait
+                .map(|text| parse_duration("--wait", &text))
+                .transpose()?;
+            switchover::check(&at(settings, http), wait.unwrap_or_default(), json)
+        }
+        Command::Audit {
+            since,
+            kind,
+            json,
+            csv,
+        } => {
+            let form = match (json, csv) {
+                (true, _) => Form::Json,
+                (_, true) => Form::Csv,
+                _ => Form::Table,
+            };
+            audit::audit(&settings, since.as_deref(), kind, form)
+        }
         Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
         Command::Epoch(EpochCommand::Begin {
             system_identifier: Some(system),

@@ -29,7 +29,7 @@ use tokio::{
     task::JoinSet,
     time::MissedTickBehavior,
 };
-use wal_format::ClusterName;
+use wal_format::{ClusterName, OutcomeKind};
 
 use crate::{
     base_backup,
@@ -40,6 +40,7 @@ use crate::{
     daemon::{descriptors::Descriptors, systemd::Notify},
     error::{Error, Result},
     observe::current::CurrentArchive,
+    upkeep::outcomes,
 };
 
 /// The interval at which systemd's status line is updated, and the longest interval of the
@@ -252,25 +253,46 @@ impl Daemon {
             return;
         }
         self.notify.reloading();
+        let began = jiff::Timestamp::now();
         let read = Settings::resolve(&self.args)
             .map_err(Error::from)
             .and_then(|settings| validate(&settings).map(|()| settings));
-        match read {
-            Ok(settings) => self.apply(settings),
+        let results: Vec<(ClusterSettings, Result<String, String>)> = match read {
+            Ok(settings) => {
+                let changes = self.apply(settings).into_iter();
+                let in_words = |change: &str| format!("the configuration was read again: {change}");
+                changes
+                    .map(|(cluster, change)| (cluster, Ok(in_words(change))))
+                    .collect()
+            }
             Err(error) => {
                 tracing::error!(%error, "SIGHUP: the configuration is not valid; nothing was changed");
+                let problem =
+                    format!("the configuration is not valid, nothing was changed: {error}");
+                let clusters = lock(&self.clusters);
+                let clusters = clusters.values().map(|kept| kept.settings.clone());
+                clusters
+                    .map(|cluster| (cluster, Err(problem.clone())))
+                    .collect()
             }
+        };
+        for (cluster, result) in results {
+            tokio::spawn(async move {
+                outcomes::record_later(&cluster, OutcomeKind::Reload, began, result).await;
+            });
         }
         self.notify.ready();
     }
 
-    fn apply(&mut self, settings: Settings) {
+    /// Returns each cluster with what changed for it.
+    fn apply(&mut self, settings: Settings) -> Vec<(ClusterSettings, &'static str)> {
         if settings.http != self.http {
             tracing::warn!(http = %settings.http, "http is changed by a restart only");
         }
         self.descriptors.raise_limit(settings.clusters.len());
         let mut unchanged = 0_usize;
         let mut start = Vec::new();
+        let mut changes = Vec::new();
         {
             let mut clusters = lock(&self.clusters);
             let removed =
@@ -279,6 +301,7 @@ impl Daemon {
                 tracing::info!(cluster = %kept.settings.name, "SIGHUP: removed; draining");
                 kept.next = Next::Forget;
                 kept.stop.request();
+                changes.push((kept.settings.clone(), "the cluster is no longer archived"));
             }
             clusters.retain(|name, kept| {
                 let stays = kept.running || !matches!(kept.next, Next::Forget);
@@ -295,13 +318,21 @@ impl Daemon {
                             && kept.settings == wanted =>
                     {
                         unchanged += 1;
+                        changes.push((wanted, "nothing changed for this cluster"));
                     }
                     Some(kept) if kept.running => {
                         tracing::info!(cluster = %wanted.name, "SIGHUP: changed; draining, then starting again");
+                        changes.push((
+                            wanted.clone(),
+                            "its settings changed, archiving starts again",
+                        ));
                         kept.next = Next::Restart(Box::new(wanted));
                         kept.stop.request();
                     }
-                    _ => start.push(wanted),
+                    _ => {
+                        changes.push((wanted.clone(), "its archiving starts"));
+                        start.push(wanted);
+                    }
                 }
             }
         }
@@ -312,6 +343,7 @@ impl Daemon {
         // A cluster that had failed was started again, so its failure no longer counts.
         self.outcome = Ok(());
         tracing::info!(unchanged, "SIGHUP: the configuration is applied");
+        changes
     }
 
     /// Updates the line for `systemctl status`, and sends the watchdog's keep-alive while every

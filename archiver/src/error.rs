@@ -17,6 +17,15 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// Records of the audit trail that cannot be read.
+    #[error(
+        "records of the audit trail cannot be read: {problem}. A newer version may have written them; otherwise restore \
+         these objects from a copy of the repository"
+    )]
+    Audit {
+        /// The names of the records, with the problems.
+        problem: String,
+    },
     /// A base backup failed.
     #[error(transparent)]
     BaseBackup(#[from] crate::base_backup::error::BaseBackupError),
@@ -230,6 +239,14 @@ pub enum Error {
         /// The exit code of the most severe failure.
         kind: ExitKind,
     },
+    /// `wal-archiver switchover-check` found a condition that does not hold.
+    #[error("not safe: {problem}")]
+    Switchover {
+        /// The conditions, by cluster.
+        problem: String,
+        /// The exit code.
+        kind: ExitKind,
+    },
     /// `wal-archiver verify` found damage.
     #[error("{problems} integrity violation(s) found")]
     Verify {
@@ -309,10 +326,12 @@ impl Error {
             | Self::LostHistory { .. }
             | Self::ServerBehind { .. }
             | Self::SpoolHole { .. }
+            | Self::Audit { .. }
             | Self::Verify { .. } => ExitKind::Integrity,
-            Self::Check { kind, .. } | Self::Expire { kind, .. } | Self::Remove { kind, .. } => {
-                *kind
-            }
+            Self::Check { kind, .. }
+            | Self::Expire { kind, .. }
+            | Self::Remove { kind, .. }
+            | Self::Switchover { kind, .. } => *kind,
             // Nagios defines exit codes of its own, which are the same numbers.
             Self::Nagios { code: 3 } => ExitKind::TargetNotReachable,
             Self::Io { .. }

@@ -14,6 +14,7 @@
 
 pub mod archive;
 mod command;
+mod failover;
 pub mod failure;
 pub mod flush;
 pub mod follow;

@@ -66,6 +66,9 @@ fn outcome(kind: OutcomeKind, passed: bool) -> Outcome {
         loss_seconds: passed.then_some(0.0),
         damaged: Vec::new(),
         drill: None,
+        actor: None,
+        restore: None,
+        branch: None,
     }
 }
 

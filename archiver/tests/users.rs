@@ -166,7 +166,10 @@ fn a_group_shares_a_repository_and_a_spool_and_other_users_are_told_why_not() {
         let shared = format!("ok    {key}: {GROUP} shares it");
         assert!(said.contains(&shared), "{said}");
     }
-    let object = place.files_below("/backup/").pop().expect("a backup");
+    let object = place
+        .files_below("/backup_manifest")
+        .pop()
+        .expect("a backup");
     fs::set_permissions(&object, fs::Permissions::from_mode(0o600)).expect("chmod");
     let (code, said) = check();
     assert_eq!(code, 2, "{said}");

@@ -221,6 +221,9 @@ mod tests {
             loss_seconds: None,
             damaged: problems,
             drill: None,
+            actor: None,
+            restore: None,
+            branch: None,
         }
     }
 

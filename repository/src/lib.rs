@@ -6,6 +6,7 @@
 //! own, and async callers use `spawn_blocking`.
 
 pub mod access;
+mod audit;
 mod backup_notes;
 mod command_hints;
 pub mod config;
@@ -35,6 +36,7 @@ mod timeline_path;
 mod unseen;
 mod wal_range;
 
+pub use audit::{AuditTrail, actor};
 pub use backup_notes::BackupNotes;
 pub use command_hints::with_command_hint;
 pub use crash_points::CrashPoint;

@@ -1,5 +1,6 @@
 //! The results of drills, backups and verifications: small objects that any host may store in the
-//! repository. The archiver's dashboard, retention and a restore's plan read them.
+//! repository ([`crate::audit`] stores them). The archiver's dashboard, retention and a restore's
+//! plan read them.
 
 use std::{collections::BTreeMap, path::PathBuf};
 
@@ -10,6 +11,14 @@ use crate::{Damage, Error, Repository, Result, config::ClusterSettings};
 
 /// The number of outcomes of a kind that are kept in memory: a trend of months, bounded.
 pub const OUTCOMES_MAX: usize = 100;
+/// The kinds that the dashboard reads. The others are read by the audit trail only.
+const REPORTED: [OutcomeKind; 5] = [
+    OutcomeKind::Backup,
+    OutcomeKind::Drill,
+    OutcomeKind::Expire,
+    OutcomeKind::Restore,
+    OutcomeKind::Verify,
+];
 /// The number of outcomes that a search for the newest of a kind reads.
 const NEWEST_MAX: usize = 10;
 
@@ -60,7 +69,7 @@ fn is_of_future(outcome: &Outcome) -> bool {
     outcome.finished.0 > now.0.saturating_add(CLOCKS_DIFFER_MICROS)
 }
 
-fn parse(json: &Bytes) -> std::result::Result<Outcome, String> {
+pub(crate) fn parse(json: &Bytes) -> std::result::Result<Outcome, String> {
     serde_json::from_slice(json).map_err(|error| error.to_string())
 }
 
@@ -104,20 +113,6 @@ impl Outcomes {
 }
 
 impl Repository {
-    /// Records the result of an operation.
-    ///
-    /// # Errors
-    /// [`Error::Store`], [`Error::S3`]; [`Error::Conflict`] when another outcome has this name.
-    pub fn put_outcome(&self, system: SystemIdentifier, outcome: &Outcome) -> Result<()> {
-        let key = outcome.key(system);
-        let json = serde_json::to_vec_pretty(outcome).map_err(|error| Error::Damaged {
-            key: key.to_string(),
-            url: self.url(),
-            problem: error.to_string(),
-        })?;
-        self.put(&key, &json).map(|_| ())
-    }
-
     /// Returns the newest verification.
     ///
     /// # Errors
@@ -167,8 +162,9 @@ impl Repository {
         Ok(None)
     }
 
-    /// Adds new outcomes to `outcomes`, and removes all but the newest of each kind. An outcome
-    /// that does not parse is logged once: a newer version may have written it.
+    /// Adds new outcomes of the reported kinds to `outcomes`, and removes all but the newest of
+    /// each kind. An outcome that does not parse is logged once: a newer version may have written
+    /// it.
     ///
     /// # Errors
     /// [`Error::Store`], [`Error::S3`].
@@ -180,7 +176,9 @@ impl Repository {
         } = outcomes;
         let mut listed: BTreeMap<OutcomeKind, Vec<BackupId>> = BTreeMap::new();
         for (key, _) in self.list(&format!("{system}/outcome/"))? {
-            if let ObjectKey::Outcome(_, kind, id) = key {
+            if let ObjectKey::Outcome(_, kind, id) = key
+                && REPORTED.contains(&kind)
+            {
                 listed.entry(kind).or_default().push(id);
             }
         }

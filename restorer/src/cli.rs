@@ -34,6 +34,7 @@ use crate::{
 };
 
 mod arguments;
+mod audit;
 mod chosen;
 mod drill;
 mod locate;

@@ -108,14 +108,17 @@ impl Course {
         let now = Timestamp::now();
         let at = PgTimestamp::from_jiff(now);
         let id = repository::outcome_name(now).expect("BUG: the year has four digits");
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        let actor = repository::actor("pitr-restore");
+        let host = actor.host.clone();
+        let mut outcome = Outcome::new(OutcomeKind::Drill, id, at, at, false, String::new());
+        outcome.actor = Some(actor);
         Self {
             began,
-            outcome: Outcome::new(OutcomeKind::Drill, id, at, at, false, String::new()),
+            outcome,
             record: DrillRecord {
                 target,
                 seed,
-                host: host.trim().to_owned(),
+                host,
                 rto_target_seconds: cluster.rto_target.map(|target| target.as_secs_f64()),
                 rpo_target_seconds: Some(cluster.rpo_target.as_secs_f64()),
                 ..DrillRecord::default()

@@ -7,7 +7,7 @@ use testbed::{
     cluster::Cluster, place::Place, programs::succeed, restored::Restored, tools::servers_or_skip,
 };
 
-use crate::support::{SETTINGS, end_lsn, query, said, wait_archived};
+use crate::support::{SETTINGS, end_lsn, query, records, said, switchover_check, wait_archived};
 
 const WORDS: &str = "SELECT string_agg(word, ' ' ORDER BY word) FROM words";
 const SYSTEM: &str = "SELECT system_identifier FROM pg_control_system()";
@@ -60,6 +60,10 @@ fn both_sides_of_a_pg_upgrade_are_restored() {
     wait_archived(&old.conninfo(), end_lsn(&old.conninfo()));
     let old_system = query(&old.conninfo(), SYSTEM);
     old.stop().expect("the old server stops");
+    // The archive is known to be whole after a clean stop.
+    let (code, told) = switchover_check(&place, &old.conninfo(), &daemon);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("ends with its shutdown checkpoint"), "{told}");
 
     let new = old.upgraded(new_bin, 1, SETTINGS).expect("an upgrade");
     let new_system = query(&new.conninfo(), SYSTEM);
@@ -95,6 +99,12 @@ fn both_sides_of_a_pg_upgrade_are_restored() {
     write(&new, "d");
     wait_archived(&new.conninfo(), end_lsn(&new.conninfo()));
     daemon.stop().expect("it stops");
+
+    let begun = records(&place, "epoch");
+    assert_eq!(begun.len(), 1, "{begun:#?}");
+    assert_eq!(begun[0]["system_identifier"], new_system.as_str());
+    let taken = records(&place, "backup");
+    assert_eq!(taken.len(), 2, "one in each epoch: {taken:#?}");
 
     let listed = list(&place, &[]);
     let epochs = listed["epochs"].as_array().expect("epochs");

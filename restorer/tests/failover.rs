@@ -8,7 +8,9 @@ use testbed::{
     restored::Restored,
 };
 
-use crate::support::{SETTINGS, end_lsn, query, servers, wait_archived, wait_until};
+use crate::support::{
+    SETTINGS, end_lsn, query, records, servers, switchover_check, wait_archived, wait_until,
+};
 
 /// Only slots retain WAL on these servers.
 const KEEPS_NOTHING: &str = "wal_keep_size = 0\nmax_wal_size = 2MB\nmin_wal_size = 2MB\n";
@@ -58,6 +60,9 @@ fn a_slot_kept_on_a_standby_saves_the_archive_over_a_failover_that_nobody_saw() 
         succeed(backup.args(["--conninfo", &list, "backup"])).expect("a backup");
         write(&primary.conninfo(), 0, 50);
         wait_archived(&primary.conninfo(), end_lsn(&primary.conninfo()));
+        let (code, told) = switchover_check(&place, &list, &daemon);
+        assert_eq!(code, Some(0), "{told}");
+        assert!(told.contains("ok       standby slot"), "{told}");
         daemon.stop().expect("the archiver stops");
 
         // No archiver runs. The primary continues and dies, and the standby takes over and
@@ -89,6 +94,15 @@ fn a_slot_kept_on_a_standby_saves_the_archive_over_a_failover_that_nobody_saw() 
         wait_archived(&standby.conninfo(), end_lsn(&standby.conninfo()));
         daemon.wait_for(|log| !log.contains("gap")).expect("no gap");
         daemon.stop().expect("the archiver stops");
+        // A start on the known timeline adds no record.
+        let daemon = place.daemon_at(&list, "127.0.0.1:0", " INFO streaming");
+        daemon.expect("it starts").stop().expect("it stops");
+        let followed = records(&place, "failover");
+        let [followed] = followed.as_slice() else {
+            panic!("{followed:#?}");
+        };
+        let branch = followed["branch"].as_str().expect("a branch");
+        assert!(branch.starts_with("00000002-"), "{followed:#}");
         let mut list_all = place.program("pitr-restore").expect("built");
         let listed = succeed(list_all.args(["list", "--json"])).expect("a listing");
         let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");

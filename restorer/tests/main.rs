@@ -4,6 +4,7 @@
 //! `TIDEMARK_LONG` runs every version and more targets.
 
 mod access;
+mod audit;
 mod bad_input;
 mod bad_store;
 mod before_drop;

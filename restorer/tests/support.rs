@@ -267,3 +267,29 @@ impl Chance {
         usize::try_from(self.0 % end as u64).expect("it is below a usize")
     }
 }
+
+/// Returns the records of a kind in the audit trail.
+pub(crate) fn records(place: &Place, kind: &str) -> Vec<serde_json::Value> {
+    let mut audit = place.program("wal-archiver").expect("it is built");
+    let said = succeed(audit.args(["audit", "--json", "--kind", kind])).expect("records");
+    let mut documents: serde_json::Value = serde_json::from_str(&said).expect("JSON");
+    match documents[0]["records"].take() {
+        serde_json::Value::Array(records) => records,
+        other => panic!("{other}"),
+    }
+}
+
+/// Runs `wal-archiver switchover-check` until it holds. Returns the exit code and the output.
+pub(crate) fn switchover_check(
+    place: &Place,
+    conninfo: &str,
+    daemon: &Daemon,
+) -> (Option<i32>, String) {
+    let address = daemon.address().expect("a log").expect("an address");
+    let mut check = place.program("wal-archiver").expect("it is built");
+    check.args(["--conninfo", conninfo, "switchover-check", "--wait=30s"]);
+    let output = check.arg(format!("--http={address}")).output();
+    let output = output.expect("it runs");
+    let (told, problem) = said(&output);
+    (output.status.code(), format!("{told}\n{problem}"))
+}

@@ -151,8 +151,8 @@ pub enum ObjectKey {
     BackupNote(SystemIdentifier, BackupId, BackupId),
     /// `{sysid}/expired/{id}.json`: the data given up by a retention policy ([`crate::Expired`]).
     Expired(SystemIdentifier, BackupId),
-    /// `{sysid}/outcome/{kind}/{id}.json`: the result of a drill, a backup, an expiry or a
-    /// verification ([`crate::Outcome`]).
+    /// `{sysid}/outcome/{kind}/{id}.json`: the record of an operation and its result
+    /// ([`crate::Outcome`]).
     Outcome(SystemIdentifier, OutcomeKind, BackupId),
 }
 

@@ -65,7 +65,7 @@ pub use indexer::WalIndexer;
 pub use layout::{BackupId, ClusterName, ObjectKey, history_file_name};
 pub use lsn::Lsn;
 pub use note::{BACKUP_NOTE_FORMAT_VERSION, BackupNote, NoteChange};
-pub use outcome::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
+pub use outcome::{Actor, OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind, RestoreRecord};
 pub use record::{RecordHeader, ResourceManager, WalRecord};
 pub use rewrite::WalChange;
 pub use rmgr::transaction_end;

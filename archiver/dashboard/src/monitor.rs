@@ -493,7 +493,9 @@ impl Book {
             };
             let id = outcome.id.to_string();
             if self.outcomes.get(&kind) != Some(&id) {
-                if self.looked {
+                // The news of a complete backup comes from the list of backups.
+                let is_told = kind == OutcomeKind::Backup && outcome.passed;
+                if self.looked && !is_told {
                     let (severity, how) = if outcome.passed {
                         ("info", "passed")
                     } else {

@@ -10,9 +10,10 @@ use repository::{
     config::{ClusterSettings, Settings},
 };
 use serde::Serialize;
+use status::outcomes::ended;
 use wal_format::{
     BACKUP_NOTE_FORMAT_VERSION, BackupId, BackupInfo, BackupNote, Branch, ClusterName, Lsn,
-    NoteChange, ObjectKey, PgTimestamp,
+    NoteChange, ObjectKey, OutcomeKind, PgTimestamp,
 };
 
 use super::output;
@@ -167,6 +168,15 @@ pub(super) fn note(
     };
     // Each repository decides on its own what expires, so each needs the note.
     let mut is_held = false;
+    let said = match change {
+        NoteChange::Keep => format!("backup {id} is kept: {text}"),
+        NoteChange::Release => format!("backup {id} is released"),
+        NoteChange::Annotate => format!("backup {id} is described as: {text}"),
+    };
+    let record = ended(OutcomeKind::Note, now, true, &said).map(|mut record| {
+        record.backup = Some(id.clone());
+        record
+    });
     for place in settings.repository.each() {
         let repository = Repository::open_known_place(settings, &place)?;
         let Some(identity) = repository.identity()? else {
@@ -192,6 +202,9 @@ pub(super) fn note(
         }
         is_held = true;
         repository.put_backup_note(system, &note)?;
+        if let Some(record) = &record {
+            repository.put_outcome(system, record)?;
+        }
         let notes = repository.backup_notes(system)?;
         output::line(&format!(
             "cluster {}: {place}: {}",

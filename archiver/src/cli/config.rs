@@ -189,6 +189,7 @@ fn of_cluster_key(cluster: &ClusterSettings, name: &str) -> Result<Shown> {
         "verify_max_age" => or_unset(cluster.verify_max_age, duration),
         "expire_interval" => duration(cluster.expire_interval),
         "expire_grace" => duration(cluster.expire_grace),
+        "audit_keep" => duration(cluster.audit_keep),
         "lock_days" => or_unset(cluster.lock, |lock| number(lock.days)),
         "lock_mode" => or_unset(cluster.lock, |lock| choice(&lock.mode)),
         "drill_scratch" => or_unset(cluster.drill.scratch.as_deref(), path),

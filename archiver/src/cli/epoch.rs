@@ -12,7 +12,7 @@ use std::{fs, io, path::Path, sync::Arc};
 
 use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSettings};
 use status::instruments::Instruments;
-use wal_format::SystemIdentifier;
+use wal_format::{OutcomeKind, SystemIdentifier};
 
 use super::{output, runtime};
 use crate::{
@@ -23,9 +23,11 @@ use crate::{
     pipeline::Pipeline,
     primary::{Source, conninfo},
     spool::{Spool, record::remove_record},
+    upkeep::outcomes,
 };
 
 pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Result<()> {
+    let began = jiff::Timestamp::now();
     let usage = |message: String| Error::Usage { message };
     let mut gone = Vec::new();
     for place in settings.repository.each() {
@@ -35,7 +37,7 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
         }
     }
     if !gone.is_empty() {
-        return begin_again(settings, system, &gone);
+        return begin_again(settings, system, &gone, began);
     }
     let repository = Repository::open_known(settings)?;
     let Some(last) = repository.identity()? else {
@@ -70,6 +72,11 @@ pub(super) fn begin(settings: &ClusterSettings, system: SystemIdentifier) -> Res
     remove(&settings.catalog)?;
     LossRecord::of(settings).forget()?;
     let number = repository.begin_epoch(&last, &found)?;
+    let said = format!(
+        "epoch {number} begins with system identifier {system}, PostgreSQL {version}, after {}",
+        last.system_identifier
+    );
+    outcomes::record(settings, OutcomeKind::Epoch, began, Ok(&said));
     output::line(&format!(
         "cluster {}: epoch {number} begins with system identifier {system}, PostgreSQL {version}",
         settings.name
@@ -91,6 +98,7 @@ fn begin_again(
     settings: &ClusterSettings,
     system: SystemIdentifier,
     gone: &[String],
+    began: jiff::Timestamp,
 ) -> Result<()> {
     // The lock is held to the end, so that no daemon starts meanwhile.
     let spool = Spool::open(&settings.spool, &settings.name)?;
@@ -109,6 +117,11 @@ fn begin_again(
     remove_record(spool.directory())?;
     LossRecord::of(settings).forget()?;
     Repository::open_anew(settings)?.claim(&found)?;
+    let said = format!(
+        "{} holds a new archive of system identifier {system}",
+        gone.join(" and ")
+    );
+    outcomes::record(settings, OutcomeKind::Epoch, began, Ok(&said));
     output::line(&format!(
         "cluster {}: {} holds an archive of system identifier {system} from now on; what was archived before is only where \
          it was",

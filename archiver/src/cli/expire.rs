@@ -184,6 +184,13 @@ fn told(cluster: &ClusterName, report: &PlaceReport, dry_run: bool) {
     if is_idle || report.problem.is_some() {
         return;
     }
+    if report.records.objects > 0 {
+        let verb = if dry_run { "would go" } else { "removed" };
+        output::line(&format!(
+            "{place}: {} records of the audit trail are older than audit_keep, {verb}",
+            report.records.objects
+        ));
+    }
     let bytes = output::bytes(swept.bytes);
     if dry_run {
         return output::line(&format!(

@@ -12,9 +12,13 @@ use repository::{
     encryption::Key,
     store::{EncryptedStore, EncryptionState},
 };
+use wal_format::OutcomeKind;
 
 use super::{output, places::unknown};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    upkeep::outcomes,
+};
 
 /// The number of encrypted objects between two lines of progress.
 const PROGRESS_OBJECTS: usize = 500;
@@ -63,7 +67,12 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
 
 pub(super) fn rewrap(settings: &Settings) -> Result<()> {
     each(settings, |cluster, place, store| {
+        let began = jiff::Timestamp::now();
         let wrapped = store.rewrap()?;
+        if wrapped > 0 {
+            let said = format!("{wrapped} wrapped keys were added to {place}");
+            outcomes::record(cluster, OutcomeKind::Key, began, Ok(&said));
+        }
         output::line(&format!(
             "cluster {}: {wrapped} wrapped keys were added to {place}; no object changed",
             cluster.name
@@ -82,7 +91,27 @@ pub(super) fn encrypt(settings: &Settings) -> Result<()> {
                 continue;
             };
             has_key = true;
-            unfinished.extend(encrypt_place(cluster, &place, &store)?);
+            if store.encryption_state()? == EncryptionState::Encrypted {
+                output::line(&format!(
+                    "cluster {}: {place} is encrypted already",
+                    cluster.name
+                ));
+                continue;
+            }
+            let began = jiff::Timestamp::now();
+            let encrypted = encrypt_place(cluster, &place, &store);
+            let result = match &encrypted {
+                Ok(Encrypted::Whole(count)) => Ok(format!(
+                    "{count} objects in {place} were encrypted, and no plain one is left"
+                )),
+                Ok(Encrypted::Part(problem)) => Err(problem.clone()),
+                Err(error) => Err(format!("{place}: {error}")),
+            };
+            let result = result.as_deref().map_err(String::as_str);
+            outcomes::record(cluster, OutcomeKind::Key, began, result);
+            if let Encrypted::Part(problem) = encrypted? {
+                unfinished.push(problem);
+            }
         }
     }
     match (has_key, unfinished.is_empty()) {
@@ -94,19 +123,23 @@ pub(super) fn encrypt(settings: &Settings) -> Result<()> {
     }
 }
 
-/// Encrypts a cluster in one place. Returns the reason if it could not finish.
+/// The result of encrypting an archive.
+enum Encrypted {
+    /// No plain object is left. The number of the objects that were encrypted.
+    Whole(usize),
+    /// The reason why plain objects are left.
+    Part(String),
+}
+
+/// Encrypts a cluster in one place.
 fn encrypt_place(
     cluster: &ClusterSettings,
     place: &RepositoryPlace,
     store: &EncryptedStore,
-) -> Result<Option<String>> {
+) -> Result<Encrypted> {
     let name = &cluster.name;
     match store.encryption_state()? {
         EncryptionState::Empty => return Err(unknown(cluster, &place.to_string())),
-        EncryptionState::Encrypted => {
-            output::line(&format!("cluster {name}: {place} is encrypted already"));
-            return Ok(None);
-        }
         EncryptionState::Plain => {
             // Refuses a place that is not the repository any more.
             let mut plain = place.clone();
@@ -118,7 +151,7 @@ fn encrypt_place(
                 return Err(unknown(cluster, &place.to_string()));
             }
         }
-        EncryptionState::Converting => {}
+        EncryptionState::Converting | EncryptionState::Encrypted => {}
     }
     store.begin_conversion()?;
     // Records the encrypted identity, by which this host recognises the place from now on.
@@ -147,7 +180,7 @@ fn encrypt_place(
             "cluster {name}: {} objects were encrypted, and no plain one is left in {place}",
             conversion.encrypted
         ));
-        return Ok(None);
+        return Ok(Encrypted::Whole(conversion.encrypted));
     }
     for object in &conversion.locked {
         output::line(&format!(
@@ -161,7 +194,7 @@ fn encrypt_place(
         None => "not finished: run `wal-archiver key encrypt` again when the locks have ended"
             .to_owned(),
     };
-    Ok(Some(format!(
+    Ok(Encrypted::Part(format!(
         "{} plain objects of cluster {name} in {place} are locked against deletion, and their encrypted form is stored \
          too; {until}",
         conversion.locked.len()

@@ -7,7 +7,7 @@ use std::{path::Path, time::Duration};
 
 use replication::{ConnInfo, ConnectionMode, ReplicationClient};
 use repository::{Repository, config::ClusterSettings};
-use wal_format::SystemIdentifier;
+use wal_format::{OutcomeKind, SystemIdentifier};
 
 use super::{output, runtime};
 use crate::{
@@ -17,13 +17,14 @@ use crate::{
         synchronous::{Membership, membership},
     },
     spool::Spool,
-    upkeep::standby_slots::Standby,
+    upkeep::{outcomes, standby_slots::Standby},
 };
 
 /// The time limit for one server.
 const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
 
 pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
+    let began = jiff::Timestamp::now();
     // The lock is held to the end, so that no daemon starts meanwhile and creates the slots again.
     let directory = settings.spool.join(settings.name.as_str());
     let lock = match directory.is_dir() {
@@ -41,6 +42,7 @@ pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
         .chain(settings.standbys.iter().map(|standby| ("standby", standby)));
     let mut failed = Vec::new();
     let mut worst = None;
+    let mut said = Vec::new();
     for (role, conninfo) in servers {
         let conninfo = conninfo::of_server(conninfo, settings)?;
         let place = format!("{role} {}", conninfo.places());
@@ -55,8 +57,12 @@ pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
             }))
         });
         match dropped {
-            Ok(text) => output::line(&format!("cluster {}: {place}: {text}", settings.name)),
+            Ok(text) => {
+                said.push(format!("{place}: {text}"));
+                output::line(&format!("cluster {}: {place}: {text}", settings.name));
+            }
             Err(error) => {
+                said.push(format!("{place}: the slot was not dropped: {error}"));
                 output::line(&format!(
                     "cluster {}: {place}: the slot was not dropped: {error}",
                     settings.name
@@ -65,6 +71,11 @@ pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
                 failed.push(place);
             }
         }
+    }
+    if !dry_run {
+        let said = said.join("; ");
+        let result = worst.map_or(Ok(said.as_str()), |_| Err(said.as_str()));
+        outcomes::record(settings, OutcomeKind::Remove, began, result);
     }
     remains(settings, &directory);
     drop(lock);

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use repository::{ClusterIdentity, Repository, config::ClusterSettings};
 use status::loss::RESETWAL;
-use wal_format::{Branch, DeclaredGap, Lsn, PgTimestamp, SegmentName, SegmentSize};
+use wal_format::{Branch, DeclaredGap, Lsn, OutcomeKind, PgTimestamp, SegmentName, SegmentSize};
 
 use super::{
     epoch::{server, start_pipeline},
@@ -26,6 +26,7 @@ use crate::{
     },
     primary::{Source, conninfo},
     spool::Spool,
+    upkeep::outcomes,
 };
 
 pub(super) fn declare(settings: &ClusterSettings) -> Result<()> {
@@ -36,14 +37,21 @@ pub(super) fn declare(settings: &ClusterSettings) -> Result<()> {
             settings.repository, settings.name
         )));
     };
+    let began = jiff::Timestamp::now();
     // The lock is held to the end, so that no daemon starts meanwhile.
     let spool = Arc::new(Spool::open(&settings.spool, &settings.name)?);
-    runtime()?.block_on(Box::pin(declare_gap(
+    let gap = runtime()?.block_on(Box::pin(declare_gap(
         settings,
         &repository,
         &identity,
         &spool,
-    )))
+    )))?;
+    let said = format!(
+        "WAL {} to {} of timeline branch {} is declared lost, because pg_resetwal was run on the server",
+        gap.from_lsn, gap.to_lsn, gap.branch
+    );
+    outcomes::record(settings, OutcomeKind::Epoch, began, Ok(&said));
+    Ok(())
 }
 
 async fn declare_gap(
@@ -51,7 +59,7 @@ async fn declare_gap(
     repository: &Repository,
     identity: &ClusterIdentity,
     spool: &Arc<Spool>,
-) -> Result<()> {
+) -> Result<DeclaredGap> {
     server(settings, identity.system_identifier).await?;
     let problem = {
         let pipeline = start_pipeline(settings, identity, spool).await?;
@@ -84,7 +92,7 @@ async fn declare_gap(
         "  next          start `wal-archiver run`: it continues after this WAL and takes a base backup",
     );
     output::line("  the past      stays restorable as before");
-    Ok(())
+    Ok(gap)
 }
 
 fn usage(message: String) -> Error {

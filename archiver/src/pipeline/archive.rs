@@ -425,6 +425,10 @@ impl Archive {
         let content = self.branch_spool(branch).history()?;
         if let Some(content) = &content {
             self.check_before_put()?;
+            // An archive that begins on this timeline did not follow the server to it.
+            if !known.is_empty() {
+                self.record_failover(branch, content)?;
+            }
             self.repository
                 .put_history(self.identity.system_identifier, branch, content)?;
         }

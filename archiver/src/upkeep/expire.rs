@@ -63,6 +63,8 @@ pub struct PlaceReport {
     pub marked: Option<BackupId>,
     /// The objects that were removed, or that a run would remove.
     pub swept: Swept,
+    /// The records of the audit trail older than `audit_keep` that were removed, or would be.
+    pub records: Swept,
     /// The reason why nothing was done.
     pub problem: Option<String>,
     #[serde(skip)]
@@ -98,6 +100,7 @@ impl PlaceReport {
             removed_from: None,
             marked: None,
             swept: Swept::default(),
+            records: Swept::default(),
             problem: None,
             kind: None,
         }
@@ -126,7 +129,8 @@ impl PlaceReport {
         self.vanishing.clone_from(&plan.windows);
     }
 
-    /// Returns true if anything was marked as expired or removed.
+    /// Returns true if anything was marked as expired or removed. Records of the audit trail do not
+    /// count: each removal of a record would add another record.
     #[must_use]
     pub fn did_something(&self) -> bool {
         self.marked.is_some() || self.swept.objects > 0
@@ -267,6 +271,8 @@ fn apply(
         (name()?, now),
         wish.dry_run,
     )?;
+    report.records =
+        repository.expire_outcomes(system, settings.audit_keep, wish.now, wish.dry_run)?;
     Ok(())
 }
 
@@ -414,8 +420,7 @@ pub(crate) fn record(settings: &ClusterSettings, began: Timestamp, reports: &[Pl
         match ended.filter(|_| news) {
             Some(ended) => {
                 LossRecord::of(settings).check_newest(&repository)?;
-                repository.put_outcome(system, &ended)?;
-                Ok(Some(ended.id))
+                Ok(Some(repository.put_outcome(system, &ended)?))
             }
             None => Ok(None),
         }

@@ -253,6 +253,7 @@ fn decides(kind: OutcomeKind, name: &str) -> bool {
         OutcomeKind::Drill => matches!(name, "PitrDrillFailed" | "PitrDrillOverdue"),
         OutcomeKind::Expire => name == "PitrExpireFailed",
         OutcomeKind::Verify => matches!(name, "PitrCorruptObject" | "PitrVerifyOverdue"),
+        _ => false,
     }
 }
 

@@ -253,6 +253,9 @@ mod tests {
             loss_seconds: None,
             damaged: Vec::new(),
             drill: None,
+            actor: None,
+            restore: None,
+            branch: None,
         };
         Details {
             backups: vec![backup],

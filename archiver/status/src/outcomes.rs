@@ -1,6 +1,6 @@
 //! Names and builds the record of how a run ended ([`Outcome`]).
 
-use repository::outcome_name;
+use repository::{actor, outcome_name};
 use wal_format::{Outcome, OutcomeKind, PgTimestamp};
 
 /// The kinds of runs whose outcomes are reported.
@@ -11,19 +11,22 @@ pub const RUNS: [OutcomeKind; 4] = [
     OutcomeKind::Verify,
 ];
 
-/// The outcome of `kind` at this moment, without measurements.
+/// Returns the outcome of an operation of `wal-archiver` that ends now, without measurements.
+/// `None` if the clock gives no year of four digits.
 pub fn ended(
     kind: OutcomeKind,
     began: jiff::Timestamp,
     passed: bool,
     message: &str,
 ) -> Option<Outcome> {
-    Some(Outcome::new(
+    let mut outcome = Outcome::new(
         kind,
         outcome_name(began)?,
         PgTimestamp::from_jiff(began),
         PgTimestamp::from_jiff(jiff::Timestamp::now()),
         passed,
         message.to_owned(),
-    ))
+    );
+    outcome.actor = Some(actor("wal-archiver"));
+    Some(outcome)
 }

@@ -238,6 +238,18 @@ impl Daemon {
         }
     }
 
+    /// Makes it read its configuration again.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn reload(&self) -> Result<()> {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        Ok(rustix::process::kill_process(
+            pid,
+            rustix::process::Signal::HUP,
+        )?)
+    }
+
     /// Kills it without warning.
     ///
     /// # Errors

@@ -149,7 +149,9 @@ const KINDS: [(&str, At); 14] = [
 
 /// Returns an object of each kind, no object twice, and the byte to damage.
 fn targets(shelf: &Shelf<'_>, encrypted: bool) -> Vec<(String, usize)> {
-    let names = shelf.names();
+    let mut names = shelf.names();
+    // No restore needs the records of actions, and none is repaired.
+    names.retain(|name| !name.contains("/outcome/"));
     let mut targets: Vec<(String, usize)> = Vec::new();
     for (kind, at) in KINDS {
         let is_new =

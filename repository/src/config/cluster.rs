@@ -26,6 +26,8 @@ const EXPIRE_DEFAULT: Duration = Duration::from_secs(86_400);
 /// The limits of `backup_rate_limit`, in bytes per second.
 const BACKUP_RATE_MIN: u64 = 32 << 10;
 const BACKUP_RATE_MAX: u64 = 1 << 30;
+/// Default of `audit_keep`: an auditor asks for the past year, some weeks after its end.
+const AUDIT_KEEP_DEFAULT: Duration = Duration::from_secs(400 * 86_400);
 /// The minimum of `remote_flush_bytes`. Below it, an object costs more than its content.
 const FLUSH_BYTES_MIN: u64 = 64 << 10;
 
@@ -171,6 +173,8 @@ pub struct ClusterSettings {
     /// The time for which expired objects stay in the repository, hidden, before they are removed.
     /// Default: 1 day.
     pub expire_grace: Duration,
+    /// The time for which a record of the audit trail is kept at least. Default: 400 days.
+    pub audit_keep: Duration,
     /// The settings with which the daemon locks the objects that backups need. Default: no locks.
     pub lock: Option<LockSettings>,
     /// zstd's level for WAL and backups. Default: 1.
@@ -331,6 +335,12 @@ pub(super) fn resolve(
             &defaults.expire_grace,
             "expire_grace",
             EXPIRE_DEFAULT,
+        )?,
+        audit_keep: duration(
+            &table.audit_keep,
+            &defaults.audit_keep,
+            "audit_keep",
+            AUDIT_KEEP_DEFAULT,
         )?,
         compression_level: match table.compression_level.or(defaults.compression_level) {
             Some(level @ 1..=19) => level,

@@ -43,6 +43,7 @@ pub(super) struct ConfigFile {
 pub(super) struct ClusterTable {
     pub(super) acknowledge: Option<Acknowledge>,
     pub(super) application_name: Option<String>,
+    pub(super) audit_keep: Option<String>,
     pub(super) backup_max_age: Option<String>,
     pub(super) backup_rate_limit: Option<u64>,
     pub(super) catalog: Option<PathBuf>,

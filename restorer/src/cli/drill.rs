@@ -11,10 +11,11 @@ use std::{
 use clap::Args;
 use quick::whole;
 use repository::{ExitKind, config::ClusterSettings};
-use wal_format::{CheckVerdict, Outcome, SystemIdentifier};
+use wal_format::{CheckVerdict, SystemIdentifier};
 
 use super::{
     arguments::{self, buffers, bytes, duration, pair},
+    audit::tell_the_daemon,
     chosen::{self, TargetArgs},
     opening::{absolute, archive},
     output,
@@ -219,7 +220,7 @@ pub(super) fn run(
     let local = report.as_deref().unwrap_or(&base);
     let mut told = Report::record(&archive, system, outcome, local)?;
     told.kept = args.keep.then_some(directory);
-    tell_the_daemon(cluster, &told.outcome);
+    tell_the_daemon(cluster, &told.outcome.id);
     let written = report.map(|directory| told.write(&directory)).transpose()?;
     print(&told, written.as_deref(), json)?;
     Ok(match failure {
@@ -282,17 +283,6 @@ fn plan(
     };
     chosen::settle(archive, &mut plan, &directories)?;
     Ok((plan, mapping))
-}
-
-/// Makes the daemon of this host read the outcome at once.
-fn tell_the_daemon(cluster: &ClusterSettings, outcome: &Outcome) {
-    let mark = repository::outcome_mark(cluster);
-    if mark.parent().is_none_or(|spool| !spool.is_dir()) {
-        return;
-    }
-    if let Err(error) = std::fs::write(&mark, outcome.id.as_str()) {
-        tracing::debug!(%error, path = %mark.display(), "the daemon of this host sees the drill later");
-    }
 }
 
 fn print(told: &Report, written: Option<&Path>, json: bool) -> Result<()> {

@@ -17,6 +17,7 @@ use wal_format::{PgVersion, SystemIdentifier};
 
 use super::{
     arguments::{self, buffers, duration, locations, pair},
+    audit::Ended,
     chosen::{self, TargetArgs},
     opening::{absolute, archive},
     outcome::{self, Outcome},
@@ -202,8 +203,19 @@ pub(super) fn restore(
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, usize::from)),
         recovery: recovery(cluster, config, args)?,
     };
-    copy_and_start(&archive, &plan, &destination, &cluster.conninfo, args)?;
-    Ok(ExitCode::SUCCESS)
+    let began = Timestamp::now();
+    let result = copy_and_start(&archive, &plan, &destination, &cluster.conninfo, args);
+    let shown = args.chosen.shown();
+    let ended = Ended {
+        began,
+        target: shown.unwrap_or_else(|| "the newest state".to_owned()),
+        plan: &plan,
+        directory: &destination.directory,
+        started: args.start,
+        result: &result,
+    };
+    ended.record(&archive, cluster);
+    result.map(|_| ExitCode::SUCCESS)
 }
 
 /// Returns the recovery settings according to the arguments.
@@ -228,14 +240,15 @@ fn recovery(
     })
 }
 
-/// Applies the plan, starts the server if requested, and prints the outcome.
+/// Applies the plan, starts the server if requested, and prints the outcome. Returns the place
+/// where recovery stopped, in PostgreSQL's words, if the server was started.
 fn copy_and_start(
     archive: &Archive,
     plan: &RestorePlan,
     destination: &Destination,
     conninfo: &str,
     args: &RestoreArgs,
-) -> Result<()> {
+) -> Result<Option<String>> {
     // Find the program before the copy, so that a restore that cannot be started is refused at
     // once.
     let version = archive.identity().postgresql_major;
@@ -293,7 +306,8 @@ fn copy_and_start(
         psql: program("psql"),
         prefix: args.run_for.as_deref().map(owner::prefix),
     };
-    outcome.print(args.json)
+    outcome.print(args.json)?;
+    Ok(recovered.map(|recovered| recovered.stopped))
 }
 
 /// Finds the role and the database of the command that connects to the copy: by connecting if the

@@ -40,7 +40,7 @@ impl Report {
     pub(crate) fn record(
         archive: &Archive,
         system: SystemIdentifier,
-        outcome: Outcome,
+        mut outcome: Outcome,
         local: &Path,
     ) -> Result<Self> {
         let repository = &archive.repository;
@@ -51,7 +51,10 @@ impl Report {
                 None
             });
         let recorded_locally = match repository.put_outcome(system, &outcome) {
-            Ok(()) => None,
+            Ok(id) => {
+                outcome.id = id;
+                None
+            }
             Err(error) => {
                 fs::create_dir_all(local).map_err(Error::io("create directory", local))?;
                 let path = local.join(format!("tidemark-drill-{}.json", outcome.id));

@@ -146,6 +146,8 @@ impl Supervisor {
             | Error::NotNotified { .. }
             | Error::StillPlain { .. }
             | Error::Remove { .. }
+            | Error::Audit { .. }
+            | Error::Switchover { .. }
             | Error::Verify { .. } => true,
         }
     }

@@ -108,9 +108,10 @@ pub(crate) fn delete(
         )?;
         if marked.is_some() {
             let message = format!("{}: backup {id} was deleted by name", place.url);
-            if let Some(ended) = ended(OutcomeKind::Expire, now, true, &message) {
-                found.repository.put_outcome(system, &ended)?;
-                outcomes::tell_the_daemon(settings, &ended.id);
+            if let Some(mut ended) = ended(OutcomeKind::Delete, now, true, &message) {
+                ended.backup = Some(id.clone());
+                let name = found.repository.put_outcome(system, &ended)?;
+                outcomes::tell_the_daemon(settings, &name);
             }
             let from = now.checked_add(settings.expire_grace).ok();
             return Ok(from.map(PgTimestamp::from_jiff));

@@ -83,8 +83,8 @@ fn record(
 ) -> Result<()> {
     let message = format!("{}: {count} expiry record(s) undone", repository.url());
     if let Some(ended) = ended(OutcomeKind::Expire, now, true, &message) {
-        repository.put_outcome(system, &ended)?;
-        outcomes::tell_the_daemon(settings, &ended.id);
+        let name = repository.put_outcome(system, &ended)?;
+        outcomes::tell_the_daemon(settings, &name);
     }
     Ok(())
 }

@@ -469,6 +469,13 @@ pub const KEYS: &[Key] = &[
         "Delay before expired objects are removed. Longer than a restore.",
     ),
     cluster(
+        Group::Expiry,
+        "audit_keep",
+        (Kind::Duration, "\"400d\""),
+        "\"400d\"",
+        "How long the records of the audit trail are kept at least.",
+    ),
+    cluster(
         Group::Lock,
         "lock_days",
         (Kind::Number, "30"),

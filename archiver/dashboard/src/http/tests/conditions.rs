@@ -41,6 +41,9 @@ fn verified(report: &ClusterReport, seconds_ago: i64) -> Outcome {
         loss_seconds: None,
         damaged: Vec::new(),
         drill: None,
+        actor: None,
+        restore: None,
+        branch: None,
     }
 }
 
