@@ -66,6 +66,10 @@ impl Core {
                 self.pace = Pace::new(settings);
                 self.sealing = Sealing::default();
             }
+            Event::RepositoryRead => self.positions.on_repository_read(),
+            Event::Lacking { branch, range } => {
+                self.positions.on_lacking(branch, range.0, range.1);
+            }
             Event::TakingUp => self.positions.note_stored(),
             Event::TakenUp {
                 branch,

@@ -21,6 +21,7 @@ pub mod follow;
 mod fork;
 pub mod gap;
 mod histories;
+mod holes;
 mod losses;
 pub(crate) mod presence;
 mod reads;
@@ -93,6 +94,9 @@ impl Pipeline {
         watch: impl FnOnce(&Arc<Archive>) -> Vec<task::JoinHandle<()>>,
     ) -> Result<Self> {
         let settings = archive.settings();
+        if !archive.is_away() {
+            archive.progress().on(Event::RepositoryRead);
+        }
         archive.progress().on(Event::Started(PaceSettings {
             tail_interval: settings.remote_flush_interval,
             tail_bytes: settings.remote_flush_bytes,

@@ -18,6 +18,7 @@ mod ending;
 mod faults;
 mod gaps;
 mod history;
+mod holes;
 mod import;
 mod leaving;
 mod libpq;

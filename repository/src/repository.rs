@@ -266,6 +266,14 @@ impl Repository {
         (1..places.len()).contains(&away)
     }
 
+    /// Returns true if only such places of several answer that are known to lack objects: none of
+    /// them proves that WAL is stored without a gap.
+    #[must_use]
+    pub fn only_lags(&self) -> bool {
+        let mirror = self.mirror.as_ref();
+        mirror.is_some_and(|mirror| mirror.store.only_lags())
+    }
+
     /// Returns the store at `place` with its keys; `None` when no encryption is configured there.
     ///
     /// # Errors

@@ -205,9 +205,8 @@ fn of_cluster_key(cluster: &ClusterSettings, name: &str) -> Result<Shown> {
 fn of_schedules(cluster: &ClusterSettings, name: &str) -> Shown {
     let schedules = &cluster.schedules;
     let when = |schedule: &Option<Schedule>| or_unset(schedule.as_ref(), |one| text(one.text()));
-    let zone = |schedule: &Option<Schedule>| {
-        or_unset(schedule.as_ref(), |one| text(one.zone_name()))
-    };
+    let zone =
+        |schedule: &Option<Schedule>| or_unset(schedule.as_ref(), |one| text(one.zone_name()));
     match name {
         "backup_schedule" => when(&schedules.backup),
         "backup_time_zone" => zone(&schedules.backup),

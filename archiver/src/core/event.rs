@@ -23,6 +23,15 @@ pub enum Event {
         /// The ranges of the branch that the repository holds.
         stored: Coverage,
     },
+    /// The repository was read before the stages started.
+    RepositoryRead,
+    /// The repository was found to lack WAL that it held.
+    Lacking {
+        /// The branch of the WAL.
+        branch: Branch,
+        /// The first missing byte, and the first byte after the missing WAL.
+        range: (Lsn, Lsn),
+    },
     /// A base backup is listed that begins after a hole in what the repository holds of a branch.
     BackupListed {
         /// The branch of the backup.

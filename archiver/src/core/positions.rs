@@ -5,7 +5,7 @@
 //! decreases on the same branch, and reports nothing before the server has shown that its WAL is
 //! the one we hold.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use repository::{PathPart, config::Acknowledge};
 use status::durable::DurableWal;
@@ -40,6 +40,33 @@ impl Coverage {
     pub fn last_end(&self) -> Lsn {
         let last = self.beyond.last_key_value();
         last.map_or(self.end, |(_, end)| *end)
+    }
+
+    /// Removes the range from `start` up to `end`.
+    pub fn remove(&mut self, start: Lsn, end: Lsn) {
+        let mut rest = std::mem::take(&mut self.beyond);
+        if self.end > start {
+            rest.insert(start, self.end.max(start));
+            self.end = start;
+        }
+        for (from, to) in rest {
+            for (from, to) in [(from, to.min(start)), (from.max(end), to)] {
+                if from < to {
+                    self.add(from, to);
+                }
+            }
+        }
+    }
+
+    /// Bytes of the ranges after a gap.
+    fn bytes_beyond(&self) -> u64 {
+        let mut known = self.end;
+        let mut bytes = 0;
+        for (from, to) in &self.beyond {
+            bytes += to.bytes_since((*from).max(known));
+            known = known.max(*to);
+        }
+        bytes
     }
 
     /// Adds the range from `start` up to `end`, which may overlap with known ranges.
@@ -97,6 +124,12 @@ pub struct Positions {
     open: (Lsn, Lsn),
     /// For each branch, the ranges that the repository holds.
     stored: BTreeMap<Branch, Coverage>,
+    /// The start of the WAL that the repository was found to lack, by branch. Nothing after it
+    /// counts as stored until the repository was read again.
+    lacking: BTreeMap<Branch, Lsn>,
+    /// The branches that were not taken up since the repository was read: what is known of them is
+    /// replaced by what was read.
+    outdated: BTreeSet<Branch>,
     /// Ranges stored since a branch began to be taken up. `None` while no branch is being taken up.
     stored_since: Option<Vec<(Branch, Lsn, Lsn)>>,
     /// Abandoned branches and the LSN where each ends here. Until they are stored to that LSN, no
@@ -134,6 +167,8 @@ impl Positions {
             finished: Lsn::ZERO,
             open: (Lsn::ZERO, Lsn::ZERO),
             stored: BTreeMap::new(),
+            lacking: BTreeMap::new(),
+            outdated: BTreeSet::new(),
             stored_since: None,
             left: Vec::new(),
             verify_to: Lsn::MAX,
@@ -195,7 +230,33 @@ impl Positions {
     /// The end of the WAL of one branch that the repository holds.
     #[must_use]
     pub fn stored_on(&self, branch: Branch) -> Lsn {
-        self.stored.get(&branch).map_or(Lsn::ZERO, Coverage::end)
+        let end = self.stored.get(&branch).map_or(Lsn::ZERO, Coverage::end);
+        self.lacking.get(&branch).map_or(end, |from| end.min(*from))
+    }
+
+    /// Bytes written here that the repository does not hold. WAL that it holds after a hole counts
+    /// as held.
+    #[must_use]
+    pub fn waiting_bytes(&self) -> u64 {
+        let beyond = self.stored.get(&self.branch).map(Coverage::bytes_beyond);
+        let missing = self.written.bytes_since(self.remote());
+        missing.saturating_sub(beyond.unwrap_or_default())
+    }
+
+    /// The repository was found to lack a range that it held.
+    pub fn on_lacking(&mut self, branch: Branch, start: Lsn, end: Lsn) {
+        if let Some(stored) = self.stored.get_mut(&branch) {
+            stored.remove(start, end);
+        }
+        let from = self.lacking.entry(branch).or_insert(start);
+        *from = start.min(*from);
+    }
+
+    /// The repository was read: what is known of each branch is replaced when the branch is taken
+    /// up.
+    pub fn on_repository_read(&mut self) {
+        self.lacking.clear();
+        self.outdated = self.stored.keys().copied().collect();
     }
 
     /// The end of what is durable here without a gap on the server's path of timelines. `None`
@@ -269,7 +330,8 @@ impl Positions {
         let known = self.stored.entry(branch).or_default();
         // Stored WAL never exceeds what we hold, except for a branch we held nothing of, which
         // restarts at an earlier LSN.
-        if stored.end() > known.end() || known.end() > durable {
+        let is_outdated = self.outdated.remove(&branch);
+        if is_outdated || stored.end() > known.end() || known.end() > durable {
             *known = stored;
         }
         for (on, start, end) in self.stored_since.take().into_iter().flatten() {
@@ -487,6 +549,41 @@ mod tests {
         assert_eq!(positions.report().flush, Lsn(100));
         positions.on_stored(Branch::FIRST, Lsn(100), Lsn(200));
         assert_eq!(positions.report().flush, Lsn(300));
+    }
+
+    #[test]
+    fn nothing_after_missing_wal_counts_until_it_is_stored_again() {
+        let mut positions = Positions::new(Acknowledge::Remote);
+        let branch = Branch::FIRST;
+        positions.take_up(branch, Lsn(100), Coverage::up_to(Lsn(100)));
+        positions.begin_stream(Lsn(100));
+        positions.on_written(Lsn(500), Lsn(500));
+        positions.on_synced(Lsn(100), Lsn(500));
+        positions.on_stored(branch, Lsn(100), Lsn(300));
+        assert_eq!(positions.report().flush, Lsn(300));
+        positions.on_lacking(branch, Lsn(150), Lsn(200));
+        positions.on_stored(branch, Lsn(300), Lsn(400));
+        // The place may lack more than was found.
+        positions.on_stored(branch, Lsn(150), Lsn(200));
+        assert_eq!(
+            (positions.remote(), positions.report().flush),
+            (Lsn(150), Lsn(300))
+        );
+
+        let mut read = Coverage::up_to(Lsn(120));
+        read.add(Lsn(200), Lsn(400));
+        positions.on_repository_read();
+        positions.note_stored();
+        positions.take_up(branch, Lsn(500), read);
+        assert_eq!(
+            (positions.remote(), positions.waiting_bytes()),
+            (Lsn(120), 180)
+        );
+        positions.begin_stream(Lsn(500));
+        positions.on_stored(branch, Lsn(400), Lsn(500));
+        assert_eq!(positions.report().flush, Lsn(120));
+        positions.on_stored(branch, Lsn(120), Lsn(200));
+        assert_eq!(positions.report().flush, Lsn(500));
     }
 
     #[test]

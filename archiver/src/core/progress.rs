@@ -92,9 +92,7 @@ impl Progress {
     /// Returns the number of bytes written here that the repository does not hold.
     #[must_use]
     pub fn waiting_bytes(&self) -> u64 {
-        let core = self.lock();
-        let positions = core.positions();
-        positions.written().bytes_since(positions.remote())
+        self.lock().positions().waiting_bytes()
     }
 
     /// Subscribes to the positions that may be reported to PostgreSQL.

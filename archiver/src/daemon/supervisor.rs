@@ -305,7 +305,7 @@ impl Supervisor {
         let Some(pipeline) = &self.pipeline else {
             return Err(gap);
         };
-        if pipeline.archive().is_away() {
+        if pipeline.archive().is_away() || pipeline.archive().is_unproved() {
             // Only the repository can show whether the WAL is really missing.
             return Err(gap);
         }

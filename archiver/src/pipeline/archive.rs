@@ -176,6 +176,11 @@ impl Archive {
         &self.progress
     }
 
+    /// The cluster's spool.
+    pub(super) fn spool(&self) -> &Spool {
+        &self.spool
+    }
+
     /// The directory of the cluster's spool.
     #[must_use]
     pub fn spool_directory(&self) -> &Path {
@@ -452,7 +457,8 @@ impl Archive {
         source: &WalSource<'_>,
     ) -> Result<WalRange> {
         self.check_before_put()?;
-        let stored_bytes = put_wal(&self.repository, header, object, source)?;
+        let stored_bytes = put_wal(&self.repository, header, object, source)
+            .inspect_err(|_| self.prove_alone())?;
         self.check_place(header)?;
         let (kind, stored, cataloged) = if header.is_whole_segment() {
             let points = (CrashPoint::SealStored, CrashPoint::SealCataloged);

@@ -27,11 +27,11 @@ use wal_format::{
     BackupId, BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, SegmentNo, WalIdentity,
 };
 
-use super::archive::Archive;
-use crate::{
-    error::Result,
-    spool::{Spool, branch::BranchSpool},
+use super::{
+    archive::Archive,
+    holes::{self, Found},
 };
+use crate::{error::Result, spool::Spool};
 
 /// The number of segments, of backups besides the newest one, of parts of the newest backup and of
 /// parts of the other backups, whose presence is checked in a bucket once a minute. Each check is a
@@ -47,6 +47,17 @@ const CHECKS_PER_IDENTITY: u64 = 5;
 /// for this time.
 const NEWEST_INTERVAL: Duration = Duration::from_secs(10);
 
+/// The knowledge of the caller of [`refresh`], and what it does with missing objects.
+pub(super) struct Reader<'a> {
+    /// Returns true if the WAL of a missing range is in the spool.
+    pub(super) is_spooled: &'a dyn Fn(&WalRange) -> bool,
+    /// True if the place is known to be the one that held the newest WAL.
+    pub(super) is_same_place: bool,
+    /// Receives the missing objects before they are recorded, and whether a place that is away may
+    /// hold them.
+    pub(super) missing: &'a dyn Fn(&[Loss], bool) -> repository::Result<()>,
+}
+
 /// Updates the catalog to match the repository. Records what is missing first.
 ///
 /// # Errors
@@ -56,18 +67,21 @@ pub(super) fn refresh(
     catalog: &Catalog,
     repository: &Repository,
     losses: &LossRecord,
-    is_spooled: &dyn Fn(&WalRange) -> bool,
+    reader: &Reader<'_>,
 ) -> repository::Result<RefreshReport> {
     let report = catalog.refresh_guarded(
         repository,
         &Guard {
-            is_spooled,
+            is_spooled: reader.is_spooled,
+            is_same_place: reader.is_same_place,
             missing: &|missing| {
+                let missing = losses.without_accepted(missing)?;
                 // A place that is away may hold the missing objects.
-                if repository.is_partly_away() {
+                let is_unproved = repository.is_partly_away();
+                (reader.missing)(&missing.losses, is_unproved)?;
+                if is_unproved {
                     return Ok(());
                 }
-                let missing = losses.without_accepted(missing)?;
                 if let Some(error) = missing.older_state(repository) {
                     return Err(error);
                 }
@@ -176,10 +190,26 @@ fn check_end(
     Err(error.into())
 }
 
-/// Returns a function that returns true if a segment is complete in the spool.
-pub(super) fn is_spooled(spool: &Spool, identity: &WalIdentity) -> impl Fn(&WalRange) -> bool {
-    let spool = |branch: Branch| -> BranchSpool { spool.branch(identity, branch) };
-    move |range| spool(range.branch).path(range.segment).exists()
+/// Records what was missing while a place was away, and is still missing although all places
+/// answer. What the spool has is stored again.
+pub(super) fn record_unproved(
+    spool: &Spool,
+    identity: &WalIdentity,
+    catalog: &Catalog,
+    repository: &Repository,
+    (losses, unproved): (&LossRecord, Vec<Loss>),
+) -> repository::Result<()> {
+    let mut lost = Vec::new();
+    for loss in unproved {
+        for left in still_missing(catalog, repository, &loss)? {
+            lost.extend(holes::not_spooled(left, spool, identity));
+        }
+    }
+    let lost = losses.without_accepted(&Missing {
+        losses: lost,
+        newest: None,
+    })?;
+    losses.add(&lost.losses)
 }
 
 impl Archive {
@@ -188,12 +218,29 @@ impl Archive {
     /// # Errors
     /// [`StoreError::OlderState`]; then the stages start again without the repository.
     pub fn refresh(&self) -> repository::Result<RefreshReport> {
-        let is_spooled = |_: &WalRange| false;
+        let is_spooled = holes::is_spooled(self.spool(), self.identity());
         let refreshed = refresh(
             self.catalog(),
             self.repository(),
             &self.loss_record,
-            &is_spooled,
+            &Reader {
+                is_spooled: &|range| {
+                    let is_spooled = is_spooled(range);
+                    if is_spooled && let Err(error) = self.note_hole(range, Found::Absent) {
+                        tracing::debug!(%error, "a hole is not reported");
+                    }
+                    is_spooled
+                },
+                is_same_place: holes::is_same_place(self.settings(), self.status()),
+                missing: &|losses, is_unproved| {
+                    if is_unproved {
+                        holes::note_unproved(self.status(), losses);
+                    }
+                    losses
+                        .iter()
+                        .try_for_each(|loss| self.note_missing(loss, is_unproved, false).map(drop))
+                },
+            },
         );
         if refreshed.as_ref().is_err_and(StoreError::is_gone) {
             self.doubt();
@@ -227,18 +274,7 @@ impl Archive {
     /// Returns true if an object is proved absent and did not expire. If one of several places is
     /// away, the absence is not proved.
     fn is_absent(&self, key: &ObjectKey) -> repository::Result<bool> {
-        let identity = self.identity();
-        let is_one_of_several = self.settings().repository.each().len() > 1;
-        let found = match self.repository().head(key) {
-            Err(error) if error.is_transient() && is_one_of_several => return Ok(false),
-            found => found?,
-        };
-        if found.is_some() {
-            return Ok(false);
-        }
-        // Another program may have removed the object since the catalog read what expired.
-        let expired = self.repository().expired(identity.system_identifier)?;
-        Ok(!expired.hides(key, identity.segment_size))
+        Ok(self.find(key)? == Found::Absent)
     }
 
     /// Makes the stages start again with what the repository holds.
@@ -319,10 +355,12 @@ impl Archive {
     }
 
     fn find_newest(&self, sealed: Option<&WalRange>) -> repository::Result<()> {
-        if let Some(range) = sealed
-            && self.is_absent(&range.key(&self.cluster))?
-        {
-            return self.refuse_older(range);
+        let folder = self.folder();
+        if let Some(range) = sealed {
+            let found = self.find(&range.key(&self.cluster))?;
+            if found.is_missing() {
+                return self.refuse_older(range, found);
+            }
         }
         // The other tails are checked in turn ([`Presence::check`]).
         let branch = self.progress().positions().branch();
@@ -335,13 +373,19 @@ impl Archive {
             let of_branch = tails.range((branch, SegmentNo(0))..=(branch, SegmentNo(u64::MAX)));
             of_branch.last()?.1.last().filter(is_newest).cloned()
         };
-        if let Some(tail) = newest_tail()
-            && self.is_absent(&tail.key(&self.cluster))?
+        let newest = newest_tail();
+        if let Some(tail) = &newest {
+            let found = self.find(&tail.key(&self.cluster))?;
             // A tail that is no longer the newest one was removed when its segment was sealed.
-            && newest_tail().as_ref() == Some(&tail)
-        {
-            return self.refuse_older(&tail);
+            if found.is_missing() && newest_tail().as_ref() == Some(tail) {
+                return self.refuse_older(tail, found);
+            }
         }
+        if let Some(newest) = newest.as_ref().or(sealed) {
+            self.repository()
+                .check_each_place(&newest.key(&self.cluster));
+        }
+        self.note_folder(folder);
         Ok(())
     }
 
@@ -351,10 +395,12 @@ impl Archive {
         tails.values().flatten().cloned().collect()
     }
 
-    /// Returns true if a stored tail is missing although no sealed segment has replaced it. Then
-    /// the catalog has to be updated, which records the loss, and the tail is not checked again.
+    /// Returns true if a stored tail is missing although no sealed segment has replaced it, and no
+    /// hole is reported for it. Then the catalog has to be updated, which records the loss. The tail
+    /// is not checked again.
     fn lacks_tail(&self, tail: &WalRange) -> repository::Result<bool> {
-        if !self.is_absent(&tail.key(&self.cluster))? {
+        let found = self.find(&tail.key(&self.cluster))?;
+        if !found.is_missing() {
             return Ok(false);
         }
         let mut tails = self.tails.lock().unwrap_or_else(PoisonError::into_inner);
@@ -364,18 +410,26 @@ impl Archive {
             known.retain(|known| known != tail);
             is_open |= known.len() < count;
         }
-        Ok(is_open)
+        drop(tails);
+        Ok(is_open && !self.note_hole(tail, found)? && found == Found::Absent)
     }
 
     /// Makes the stages start again, because a place lacks the newest segment or tail. Returns the
     /// error as `Err`, unless another host has replaced the tail by its sealed segment.
-    fn refuse_older(&self, range: &WalRange) -> repository::Result<()> {
+    fn refuse_older(&self, range: &WalRange, found: Found) -> repository::Result<()> {
         self.doubt();
         let newest = self.catalog().loss_of(range);
         if let Some(segment) = newest.replaced_by()
-            && !self.is_absent(&segment)?
+            && !self.find(&segment)?.is_missing()
         {
             return Ok(());
+        }
+        self.note_hole(range, found)?;
+        if found == Found::Unproved || self.is_stored_again(range) {
+            return Err(StoreError::NotFound {
+                key: newest.key().to_string(),
+                url: self.repository().url(),
+            });
         }
         let missing = Missing {
             losses: vec![newest.clone()],
@@ -420,6 +474,7 @@ impl Presence {
                 .repository()
                 .check_each_place(&newest.key(&archive.cluster));
         }
+        archive.prove_again();
         archive.put_back_keys()?;
         archive.put_back_histories()?;
         let system = archive.identity().system_identifier;
@@ -445,7 +500,9 @@ impl Presence {
             .catalog()
             .sealed_after(self.segment.as_ref(), samples)?;
         for range in &sample {
-            lacks |= archive.is_absent(&range.key(&archive.cluster))?;
+            let found = archive.find(&range.key(&archive.cluster))?;
+            lacks |=
+                found.is_missing() && !archive.note_hole(range, found)? && found == Found::Absent;
         }
         let is_end = sample.len() < samples;
         self.segment = sample.into_iter().last().filter(|_| !is_end);
@@ -549,6 +606,7 @@ pub(crate) fn report_losses(archive: &Archive) {
 }
 
 fn report(archive: &Archive, losses: RecordedLosses) {
+    archive.note_filled();
     // The stages read a declared gap only when they start. Until then, the loss is shown.
     let is_current = losses.acceptances == Some(archive.accepted);
     let is_read = losses.acceptances.is_some();

@@ -147,6 +147,7 @@ impl Stage {
         let held = spool.end_lsn()?;
         let start = take_up_at(held, stored.as_ref().map(Coverage::end), start_lsn);
         let coverage = stored.unwrap_or_else(|| Coverage::up_to(start));
+        let coverage = self.archive.without_missing(branch, coverage);
         let size = self.archive.identity().segment_size;
         let open = self.archive.open_segment(&spool, start)?;
         let (tail, tail_end) = if self.archive.is_away() {

@@ -26,7 +26,7 @@ use std::{
 
 use prometheus_client::metrics::histogram::Histogram;
 use repository::{
-    ExitKind, FoundLoss,
+    ExitKind, FoundLoss, Loss,
     store::{Observer, OpenPuts},
 };
 use wal_format::{Branch, ClusterName, Lsn, ObjectKey, PgTimestamp, SystemIdentifier};
@@ -105,6 +105,19 @@ pub const RECONNECT_REASONS: [&str; 18] = [
     "spool_full",
 ];
 
+/// WAL that the repository was found to lack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hole {
+    /// The branch of the WAL.
+    pub branch: Branch,
+    /// The first missing byte.
+    pub from_lsn: Lsn,
+    /// The first byte after the missing WAL.
+    pub to_lsn: Lsn,
+    /// The reason for the operator.
+    pub reason: String,
+}
+
 /// The facts in addition to the positions.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
@@ -135,6 +148,15 @@ pub struct Facts {
     /// The error of a place that holds an older state of the archive. `None` if the place was last
     /// seen to hold the archive.
     pub repository_older: Option<String>,
+    /// WAL that the repository was found to lack. `None` when it holds the WAL again, or the loss was
+    /// accepted.
+    pub hole: Option<Hole>,
+    /// Archived objects that the repositories that answer lack, while another one is away that may
+    /// hold them.
+    pub unproved: Vec<Loss>,
+    /// Device and inode of the repository's folder when it last held the newest WAL. `None` for
+    /// several repositories, for a bucket and before the first check.
+    pub folder: Option<(u64, u64)>,
     /// The number of times that the place held the archive again.
     pub repository_returns: u64,
     /// Archived objects that the repository lacks. A loss is listed until the objects are back or

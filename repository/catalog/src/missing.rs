@@ -19,8 +19,11 @@ use super::{
 /// The functions that a refresh calls before it removes entries of objects that a listing does not
 /// contain.
 pub struct Guard<'a> {
-    /// Returns true if a segment is in the spool. The archiver stores such a segment again.
+    /// Returns true if the WAL of a range is in the spool. The archiver stores it again.
     pub is_spooled: &'a dyn Fn(&WalRange) -> bool,
+    /// True if the place is known to be the one that held the newest tail. If that tail is missing
+    /// otherwise, the place is an older state, although the tail is in the spool.
+    pub is_same_place: bool,
     /// Receives the objects that were archived, did not expire and are missing. If it fails, the
     /// catalog removes nothing.
     pub missing: &'a dyn Fn(&Missing) -> Result<()>,
@@ -30,6 +33,7 @@ impl Guard<'_> {
     /// A guard that lets the catalog remove every entry.
     pub(super) const NONE: Guard<'static> = Guard {
         is_spooled: &|_| false,
+        is_same_place: false,
         missing: &|_| Ok(()),
     };
 }
@@ -187,7 +191,12 @@ impl Catalog {
         ranges.retain(|range| !hides(range));
         tails.retain(|range| !hides(range));
         let newest = newest.filter(|newest| ranges.contains(newest));
-        let newest_tail = self.newest_tail()?.filter(|tail| tails.contains(tail));
+        let newest_tail = self
+            .newest_tail()?
+            .filter(|tail| tails.contains(tail) && !(guard.is_same_place && is_spooled(tail)));
+        if newest_tail.is_none() {
+            tails.retain(|tail| !is_spooled(tail));
+        }
         let mut lost: BTreeMap<Branch, Intervals> = BTreeMap::new();
         for range in &ranges {
             let known = lost.entry(range.branch).or_default();

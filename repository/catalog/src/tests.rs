@@ -354,6 +354,7 @@ fn what_is_missing_is_told_before_it_is_forgotten() {
     };
     let guard = Guard {
         is_spooled: &|range| range.segment == SegmentNo(in_spool.get()),
+        is_same_place: true,
         missing: &refuse,
     };
     let refused = fixture.catalog.refresh_guarded(&fixture.repository, &guard);

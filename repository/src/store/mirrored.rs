@@ -87,9 +87,25 @@ impl MirroredStore {
         self.members.iter().map(|member| member.state()).collect()
     }
 
+    /// Returns true if a place answers, and each one that does is known to lack objects.
+    #[must_use]
+    pub fn only_lags(&self) -> bool {
+        let mut here = self
+            .members
+            .iter()
+            .filter(|member| !member.is_away())
+            .peekable();
+        here.peek().is_some() && here.all(|member| member.lags())
+    }
+
     /// Gives every place the same job. Waits for the first success or for all places, depending on
-    /// `required`.
-    fn write<T: Copy>(&self, job: impl Fn(mpsc::Sender<Reply<T>>) -> Job) -> Result<T> {
+    /// `required`. With `whole`, the success of a place that is known to lack other objects counts
+    /// only if no place fails.
+    fn write<T: Copy>(
+        &self,
+        whole: bool,
+        job: impl Fn(mpsc::Sender<Reply<T>>) -> Job,
+    ) -> Result<T> {
         let (sender, replies) = mpsc::channel();
         for member in &self.members {
             member.give(job(sender.clone()));
@@ -99,8 +115,10 @@ impl MirroredStore {
         let mut done = None;
         // The channel ends when every place has answered.
         for reply in replies {
-            match reply {
-                Ok(outcome) if self.required == Required::Any => return Ok(outcome),
+            match reply.outcome {
+                Ok(outcome) if self.required == Required::Any && !(whole && reply.lags) => {
+                    return Ok(outcome);
+                }
                 Ok(outcome) => done = Some(outcome),
                 Err(error) => {
                     first_error.get_or_insert(error);
@@ -160,10 +178,19 @@ impl MirroredStore {
     }
 }
 
+/// Returns true if an object contains WAL: a place that lacks other WAL does not prove that the WAL
+/// is stored without a gap.
+fn is_wal(key: &str) -> bool {
+    // The cluster and the system identifier come first.
+    matches!(key.split('/').nth(2), Some("wal" | "tail"))
+}
+
 impl ObjectStore for MirroredStore {
     fn put_if_absent(&self, key: &str, body: &[u8]) -> Result<PutOutcome> {
         let body = Bytes::copy_from_slice(body);
-        self.write(|reply| Job::Put(key.to_owned(), body.clone(), reply))
+        self.write(is_wal(key), |reply| {
+            Job::Put(key.to_owned(), body.clone(), reply)
+        })
     }
 
     /// Each place proves its own copy, so a plain put is enough.
@@ -266,7 +293,7 @@ impl ObjectStore for MirroredStore {
     }
 
     fn delete(&self, key: &str) -> Result<()> {
-        self.write(|reply| Job::Delete(key.to_owned(), reply))
+        self.write(false, |reply| Job::Delete(key.to_owned(), reply))
     }
 
     fn ready_to_write(&self) -> Result<()> {

@@ -8,7 +8,7 @@ use repository::{ClusterIdentity, LossRecord, Repository, config::ClusterSetting
 use wal_format::WalIdentity;
 
 use super::{
-    super::{histories, losses::Losses, presence, room::Room},
+    super::{histories, holes, losses::Losses, presence, room::Room},
     Archive, Away,
 };
 use crate::{core::live_cluster::LiveCluster, error::Result, spool::Spool};
@@ -49,9 +49,24 @@ impl Archive {
         let mut lost_histories = Vec::new();
         if away.is_none() {
             // Nothing is stored before the place is known to hold the newest state.
-            let is_spooled = presence::is_spooled(&spool, &identity);
-            let refresh = || presence::refresh(&catalog, &repository, &loss_record, &is_spooled);
+            let reader = presence::Reader {
+                is_spooled: &holes::is_spooled(&spool, &identity),
+                is_same_place: holes::is_same_place(&settings, &status),
+                missing: &|losses, is_unproved| {
+                    if is_unproved {
+                        holes::note_unproved(&status, losses);
+                    }
+                    Ok(())
+                },
+            };
+            let refresh = || presence::refresh(&catalog, &repository, &loss_record, &reader);
             let mut report = refresh()?;
+            if !repository.is_partly_away() {
+                let unproved = status.facts().unproved;
+                let found = (&loss_record, unproved);
+                presence::record_unproved(&spool, &identity, &catalog, &repository, found)?;
+                status.note(|facts| facts.unproved.clear());
+            }
             presence::check_position(&spool, &identity, &catalog, &repository, &loss_record)?;
             if histories::put_back(&spool, &repository, &identity)? > 0 {
                 report = refresh()?;

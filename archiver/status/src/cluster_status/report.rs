@@ -115,6 +115,7 @@ impl ClusterStatus {
         let problems = facts.repository_broken.values();
         let repository = problems
             .chain(&facts.repository_older)
+            .chain(facts.hole.as_ref().map(|hole| &hole.reason))
             .next()
             .map(|problem| {
                 let room = shortage.as_ref().map(|shortage| format!("; {shortage}"));

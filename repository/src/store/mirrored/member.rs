@@ -16,7 +16,21 @@ use super::step;
 use crate::{Error, ObjectStore, PutOutcome, Result, store::observed};
 
 /// The answer of a place to a job.
-pub(super) type Reply<T> = Result<T>;
+#[derive(Debug)]
+pub(super) struct Reply<T> {
+    /// True if the place is known to lack other objects.
+    pub(super) lags: bool,
+    pub(super) outcome: Result<T>,
+}
+
+impl<T> Reply<T> {
+    fn refused(error: Error) -> Self {
+        Self {
+            lags: true,
+            outcome: Err(error),
+        }
+    }
+}
 
 /// A job of a place. Jobs are executed in order.
 #[derive(Debug)]
@@ -163,6 +177,11 @@ impl Member {
 
     pub(super) fn is_away(&self) -> bool {
         self.lock().away.is_some()
+    }
+
+    /// Returns true if the place is known to lack objects.
+    pub(super) fn lags(&self) -> bool {
+        self.lock().missed > 0
     }
 
     /// Returns true if other places are queried before this place: it is away or does not answer.
@@ -365,12 +384,14 @@ impl Member {
                 let outcome = self.put(&key, &body);
                 self.note(outcome.as_ref().err());
                 // A caller that requires one place only may no longer wait for this reply.
-                drop(reply.send(outcome));
+                let lags = self.lags();
+                drop(reply.send(Reply { lags, outcome }));
             }
             Job::Delete(key, reply) => {
                 let outcome = self.store.delete(&key);
                 self.note(outcome.as_ref().err());
-                drop(reply.send(outcome));
+                let lags = self.lags();
+                drop(reply.send(Reply { lags, outcome }));
             }
         }
     }
@@ -459,8 +480,8 @@ impl Member {
 fn refuse(job: Job, url: &str, problem: &str, gone: Option<&(String, String)>) {
     let error = |action, key| refusal(action, key, url.to_owned(), problem, gone);
     match job {
-        Job::Put(key, _, reply) => drop(reply.send(Err(error("put", key)))),
-        Job::Delete(key, reply) => drop(reply.send(Err(error("delete", key)))),
+        Job::Put(key, _, reply) => drop(reply.send(Reply::refused(error("put", key)))),
+        Job::Delete(key, reply) => drop(reply.send(Reply::refused(error("delete", key)))),
     }
 }
 
