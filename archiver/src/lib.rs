@@ -13,6 +13,7 @@ pub mod core;
 pub mod daemon;
 pub mod error;
 pub mod import;
+mod jitter;
 mod observe;
 pub mod pipeline;
 pub mod primary;

@@ -3,6 +3,7 @@
 
 use std::{fs, path::Path, process::Command, time::Duration};
 
+use repository::durable;
 use wal_format::{Lsn, ObjectKey, SegmentSize};
 
 use crate::{
@@ -133,12 +134,12 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
 
     // The spool has what the copy lacks.
     copy(&near, &older);
-    fs::rename(&far, &aside).expect("it goes");
+    durable::rename(&far, &aside).expect("it goes");
     server.write_wal(10);
     let hole = server.lsn();
     wait_flushed(&server, hole);
-    fs::rename(&near, &real).expect("it goes");
-    fs::rename(&older, &near).expect("it comes");
+    durable::rename(&near, &real).expect("it goes");
+    durable::rename(&older, &near).expect("it comes");
     assert!(contiguous_end(&near) < hole);
     for _ in 0..3 {
         server.write_wal(5);
@@ -148,7 +149,7 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
         });
     }
     archiver.wait_for_log("hole_found");
-    fs::rename(&aside, &far).expect("it comes");
+    durable::rename(&aside, &far).expect("it comes");
     let lsn = server.lsn();
     wait_until("both have everything again", || {
         is_well(&archiver) && [&near, &far].iter().all(|one| contiguous_end(one) >= lsn)
@@ -157,7 +158,7 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
 
     // The spool does not have it: only the right folder does.
     copy(&near, &older);
-    fs::rename(&far, &aside).expect("it goes");
+    durable::rename(&far, &aside).expect("it goes");
     let lsn = begin_segment(&server);
     wait_until("the segment has left the spool", || {
         let spooled = fs::read_dir(place.spool().join("main"))
@@ -174,8 +175,8 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
         !holds && contiguous_end(&near) >= lsn
     });
     fs::remove_dir_all(&real).expect("it goes");
-    fs::rename(&near, &real).expect("it goes");
-    fs::rename(&older, &near).expect("it comes");
+    durable::rename(&near, &real).expect("it goes");
+    durable::rename(&older, &near).expect("it comes");
     let held = contiguous_end(&near);
     let told = flushed(&server);
     server.write_wal(5);
@@ -187,8 +188,8 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
     let now = flushed(&server);
     assert!(now <= told, "{now} was acknowledged beyond {told}");
     fs::remove_dir_all(&near).expect("it goes");
-    fs::rename(&real, &near).expect("it comes");
-    fs::rename(&aside, &far).expect("it comes");
+    durable::rename(&real, &near).expect("it comes");
+    durable::rename(&aside, &far).expect("it comes");
     let lsn = server.lsn();
     wait_until("everything is held again", || {
         assert_acknowledged_is_held(&server, &near, told) >= lsn && is_well(&archiver)

@@ -94,9 +94,19 @@ fn a_missed_backup_is_retried_until_it_is_taken_once() {
     wait_until("the error is over", || {
         schedule(&archiver)["last_error"].is_null()
     });
+    let mut recorded: Vec<Option<bool>> = Vec::new();
+    wait_until("the failure and the backup are recorded", || {
+        let records = place.files_below("/outcome/backup/");
+        let passed = records.iter().map(|record| {
+            let record: Value = serde_json::from_slice(&fs::read(record).ok()?).ok()?;
+            record["passed"].as_bool()
+        });
+        recorded = passed.collect();
+        recorded.len() > 1
+    });
     assert_eq!(
-        place.files_below("/outcome/backup/").len(),
-        1,
+        recorded,
+        [Some(false), Some(true)],
         "one record for one error"
     );
     let taken = fs::read(&place.files_below("backup.json")[0]).expect("a backup");

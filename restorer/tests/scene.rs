@@ -101,6 +101,9 @@ impl Scene {
         for ours in [
             "tidemark_plan.json",
             "tidemark_isolation.json",
+            "tidemark_isolation.conf",
+            // It includes the file above at its end.
+            "postgresql.conf",
             "tablespace_map",
             "pg_wal",
         ] {

@@ -388,7 +388,8 @@ mod tests {
     /// A new key in the table must be shown, and its default must be what is resolved.
     #[test]
     fn every_key_is_shown_and_its_default_is_true() {
-        let settings = settings("repository = 'file:///r'");
+        // Without a window, the other keys of retention have no effect.
+        let settings = settings("repository = 'file:///r'\nkeep_window = '14d'");
         let cluster = settings.cluster().expect("one");
         for key in KEYS {
             let shown = match key.place {

@@ -25,6 +25,7 @@ use crate::{
     core::{event::Event, live_cluster::LiveCluster, shutdown::Shutdown},
     daemon::push::{self, PushServer},
     error::{Error, Result},
+    jitter::jitter,
     observe::{
         current::CurrentArchive,
         server::{Polled, Polling},
@@ -53,7 +54,6 @@ use judgement::note_shortage;
 use known::Known;
 use open_spool::open_spool;
 use protect::endangered;
-pub(crate) use retry::jitter;
 use retry::{BEAT, RETRY_MAX, RETRY_MIN};
 pub(crate) use stages::{CatalogPlace, open_archive};
 use stages::{catalog_opens, outdated};

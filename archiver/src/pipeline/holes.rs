@@ -19,7 +19,7 @@ use crate::{
 /// More zeros than a record ends with as a rule. What a torn file lacks is streamed again.
 const ZEROS_OF_A_RECORD: u64 = 64;
 
-/// What is known of an object in the repository.
+/// The knowledge of an object in the repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// A place holds it, or it expired.
@@ -41,7 +41,7 @@ impl Found {
 
 /// Returns a function that returns true if the WAL of a range is in the spool.
 pub(super) fn is_spooled(spool: &Spool, identity: &WalIdentity) -> impl Fn(&WalRange) -> bool {
-    let (spool, identity) = (spool, identity.clone());
+    let (spool, identity) = (spool, *identity);
     move |range| {
         let spool = spool.branch(&identity, range.branch);
         if spool.path(range.segment).exists() {
@@ -55,6 +55,21 @@ pub(super) fn is_spooled(spool: &Spool, identity: &WalIdentity) -> impl Fn(&WalR
                 let end_lsn = segment.start_lsn(identity.segment_size).add(length);
                 segment == range.segment && end_lsn >= range.end_lsn
             })
+    }
+}
+
+/// Returns a function that returns true if the stages store a missing range again when they start:
+/// a segment of the spool, or a tail on the branch of a reported hole, which is the archived one.
+pub(super) fn is_stored_at_a_start(
+    spool: &Spool,
+    identity: &WalIdentity,
+    status: &ClusterStatus,
+) -> impl Fn(&WalRange) -> bool {
+    let is_spooled = is_spooled(spool, identity);
+    let archived = status.facts().hole.map(|hole| hole.branch);
+    move |range| {
+        let is_read = range.kind != WalRangeKind::Tail || archived == Some(range.branch);
+        is_read && is_spooled(range)
     }
 }
 

@@ -224,12 +224,9 @@ impl Archive {
             self.repository(),
             &self.loss_record,
             &Reader {
+                // What the stages do not store again when they start is lost.
                 is_spooled: &|range| {
-                    let is_spooled = is_spooled(range);
-                    if is_spooled && let Err(error) = self.note_hole(range, Found::Absent) {
-                        tracing::debug!(%error, "a hole is not reported");
-                    }
-                    is_spooled
+                    is_spooled(range) && self.note_hole(range, Found::Absent).unwrap_or(false)
                 },
                 is_same_place: holes::is_same_place(self.settings(), self.status()),
                 missing: &|losses, is_unproved| {
@@ -396,8 +393,8 @@ impl Archive {
     }
 
     /// Returns true if a stored tail is missing although no sealed segment has replaced it, and no
-    /// hole is reported for it. Then the catalog has to be updated, which records the loss. The tail
-    /// is not checked again.
+    /// hole is reported for it. Then the catalog has to be updated, which records the loss. The
+    /// tail is not checked again.
     fn lacks_tail(&self, tail: &WalRange) -> repository::Result<bool> {
         let found = self.find(&tail.key(&self.cluster))?;
         if !found.is_missing() {

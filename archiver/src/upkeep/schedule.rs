@@ -15,9 +15,7 @@ use repository::{Repository, config::ClusterSettings, outcome_time, schedule::Sc
 use status::schedule::ScheduleReport;
 use wal_format::{ObjectKey, PgTimestamp};
 
-use crate::{
-    blocking::blocking, core::shutdown::Shutdown, daemon::supervisor::jitter, error::Result,
-};
+use crate::{blocking::blocking, core::shutdown::Shutdown, error::Result, jitter::jitter};
 
 /// The longest sleep before the clock is read again: it can be set, and the host can be suspended.
 const CLOCK_POLL: Duration = Duration::from_secs(10);

@@ -148,8 +148,8 @@ pub struct Facts {
     /// The error of a place that holds an older state of the archive. `None` if the place was last
     /// seen to hold the archive.
     pub repository_older: Option<String>,
-    /// WAL that the repository was found to lack. `None` when it holds the WAL again, or the loss was
-    /// accepted.
+    /// WAL that the repository was found to lack. `None` when it holds the WAL again, or the loss
+    /// was accepted.
     pub hole: Option<Hole>,
     /// Archived objects that the repositories that answer lack, while another one is away that may
     /// hold them.

@@ -1,8 +1,7 @@
 //! The table of the keys of the configuration file.
 //!
-//! What is accepted, the words of errors about mistyped keys, `config example` and the packaged
-//! example file come from it. A test fails for a key that is here and not read, or read and not
-//! here.
+//! The accepted keys, the words of errors about mistyped ones, `config example`, the packaged
+//! example file and `config show` come from it. A test fails for a key that is here and not read.
 
 use std::fmt::Write as _;
 
@@ -61,9 +60,9 @@ pub enum Group {
     Spool,
     /// Scheduled base backups and restore drills.
     Schedules,
-    /// What the status is judged by.
+    /// The targets of the status.
     Objectives,
-    /// What is kept.
+    /// Retention.
     Retention,
     /// When retention is applied.
     Expiry,
@@ -139,7 +138,7 @@ pub struct Key {
     pub kind: Kind,
     /// A valid value in TOML.
     pub example: &'static str,
-    /// What holds without it: a value in TOML, or words.
+    /// The value that holds without it, in TOML, or words about it.
     pub default: &'static str,
     /// Its meaning.
     pub summary: &'static str,

@@ -1,5 +1,5 @@
-//! The objects of a segment: opened with a check of what they hold, and the tails of an open one put
-//! together.
+//! The objects of a segment: opened with a check of what they hold, and the tails of an open one
+//! put together.
 
 use repository::Repository;
 use wal_format::{Branch, Lsn, ObjectKey, SealedReader, SegmentName, SystemIdentifier};

@@ -6,7 +6,8 @@
 use repository::config::ClusterSettings;
 use status::cluster_status::ClusterStatus;
 
-use super::retry::{RETRY_MAX, RETRY_MIN, jitter};
+use super::retry::{RETRY_MAX, RETRY_MIN};
+use crate::jitter::jitter;
 use crate::{
     blocking::blocking,
     core::shutdown::Shutdown,

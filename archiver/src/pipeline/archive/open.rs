@@ -50,7 +50,7 @@ impl Archive {
         if away.is_none() {
             // Nothing is stored before the place is known to hold the newest state.
             let reader = presence::Reader {
-                is_spooled: &holes::is_spooled(&spool, &identity),
+                is_spooled: &holes::is_stored_at_a_start(&spool, &identity, &status),
                 is_same_place: holes::is_same_place(&settings, &status),
                 missing: &|losses, is_unproved| {
                     if is_unproved {

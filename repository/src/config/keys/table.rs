@@ -332,7 +332,7 @@ pub const KEYS: &[Key] = &[
         Group::Schedules,
         "backup_time_zone",
         (Kind::Text, "\"Europe/Berlin\""),
-        "\"UTC\"",
+        "\"UTC\" with backup_schedule",
         "Time zone of backup_schedule, an IANA name.",
     ),
     cluster(
@@ -360,7 +360,7 @@ pub const KEYS: &[Key] = &[
         Group::Schedules,
         "drill_time_zone",
         (Kind::Text, "\"Europe/Berlin\""),
-        "\"UTC\"",
+        "\"UTC\" with drill_schedule",
         "Time zone of drill_schedule.",
     ),
     cluster(
@@ -486,7 +486,7 @@ pub const KEYS: &[Key] = &[
         Group::Lock,
         "lock_mode",
         (Kind::Text, "\"governance\""),
-        "\"governance\"",
+        "\"governance\" with lock_days",
         "\"governance\", or \"compliance\", which nobody can lift.",
     ),
     cluster(
@@ -605,7 +605,7 @@ pub const KEYS: &[Key] = &[
         Group::Walsender,
         "walsender_user",
         (Kind::Text, "\"replicator\""),
-        "\"replicator\"",
+        "\"replicator\" with walsender",
         "The user that may stream.",
     ),
     cluster(

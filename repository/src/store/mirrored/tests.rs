@@ -157,9 +157,12 @@ fn a_place_that_missed_an_object_is_behind_until_it_was_compared() {
         store.states()[1].error.is_none()
     });
     assert!(store.states()[1].behind, "nothing could be compared");
-    // It takes objects meanwhile.
+    // It takes objects meanwhile, and does not prove WAL alone.
     let later = SEGMENT.replace("0001.zst", "0002.zst");
-    store.put_if_absent(&later, b"more").expect("one is enough");
+    store
+        .put_if_absent(&later, b"more")
+        .expect_err("it lacks other WAL");
+    assert!(directory.path().join("b").join(&later).exists());
     first.store(false, Ordering::SeqCst);
     wait_for("each place has both", || {
         let states = store.states();
