@@ -391,6 +391,10 @@ fn is_lost(error: &Error) -> bool {
     error.is_damage() || matches!(error, Error::Wal { .. })
 }
 
+fn is_not_found(error: &Error) -> bool {
+    matches!(error, Error::Repository(error) if error.is_not_found())
+}
+
 fn passed_over(error: &Error, end: Lsn) {
     tracing::warn!(
         event = "unneeded_wal_lost", %error,
@@ -442,7 +446,16 @@ fn archived_segment(
         return Ok(true);
     } else {
         let enough = |end| asked.needs_nothing_from(branch, end);
-        assemble(repository, system, branch, (name, start_lsn), asked, enough)?
+        match assemble(repository, system, branch, (name, start_lsn), asked, enough) {
+            // The tails may have been removed meanwhile, because the segment was sealed.
+            Err(error) if is_lost(&error) || is_not_found(&error) => {
+                if sealed_of(repository, identity, asked, branch, name, out)? {
+                    return Ok(true);
+                }
+                return Err(error);
+            }
+            assembled => assembled?,
+        }
     };
     if let Some(mut wal) = open {
         // Fill the rest of an open segment with zeros, which PostgreSQL reads as the end of WAL.
