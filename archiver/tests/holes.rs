@@ -196,7 +196,7 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
     });
     assert_nothing_is_lost(&place, &archiver);
 
-    // What is acknowledged survives the loss of the spool.
+    // Acknowledged WAL survives the loss of the spool.
     let told = flushed(&server);
     archiver.kill();
     fs::remove_dir_all(place.spool()).expect("it goes");

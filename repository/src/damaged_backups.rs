@@ -204,26 +204,10 @@ mod tests {
 
     fn verdict(problems: &[&str]) -> Outcome {
         let problems: Vec<String> = problems.iter().map(|one| (*one).to_owned()).collect();
+        let (id, at) = (ID.parse().expect("a name"), PgTimestamp(0));
         Outcome {
-            format_version: 1,
-            kind: OutcomeKind::Verify,
-            id: ID.parse().expect("a name"),
-            started: PgTimestamp(0),
-            finished: PgTimestamp(0),
-            passed: false,
-            message: String::new(),
-            backup: None,
-            rto_seconds: None,
-            fetched_bytes: None,
-            fetch_seconds: None,
-            replayed_bytes: None,
-            replay_seconds: None,
-            loss_seconds: None,
             damaged: problems,
-            drill: None,
-            actor: None,
-            restore: None,
-            branch: None,
+            ..Outcome::new(OutcomeKind::Verify, id, at, at, false, String::new())
         }
     }
 

@@ -165,7 +165,7 @@ fn the_same_command_restores_again_after_an_interruption_in_the_replay() {
     let output = scene.restore(root.path()).output().expect("it runs");
     let (report, error) = said(&output);
     assert!(output.status.success(), "{error}");
-    // What is removed is named before.
+    // The restore names the directories before it empties them.
     let (data, one) = (root.path().join("data"), root.path().join("one"));
     let removed = format!("everything in {} and {}", data.display(), one.display());
     for part in ["an earlier restore into", "did not end", &removed] {

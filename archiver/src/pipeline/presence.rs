@@ -224,7 +224,7 @@ impl Archive {
             self.repository(),
             &self.loss_record,
             &Reader {
-                // What the stages do not store again when they start is lost.
+                // The stages store this WAL again when they start. Other missing WAL is lost.
                 is_spooled: &|range| {
                     is_spooled(range) && self.note_hole(range, Found::Absent).unwrap_or(false)
                 },

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use repository::{Repository, config::ClusterSettings, outcome_time, schedule::Schedule};
-use status::schedule::ScheduleReport;
+use status::{cluster_status::Facts, schedule::ScheduleReport};
 use wal_format::{ObjectKey, PgTimestamp};
 
 use crate::{blocking::blocking, core::shutdown::Shutdown, error::Result, jitter::jitter};
@@ -72,6 +72,16 @@ pub(crate) trait Operation {
     async fn last_run(&mut self) -> Result<LastRun>;
     /// Performs the operation. Ends it at a requested stop.
     async fn run(&mut self, stop: Shutdown) -> Ran;
+}
+
+/// Returns the reason why no operation can store its result in the repository.
+fn without_repository(facts: &Facts) -> Option<String> {
+    if let Some(error) = &facts.repository_error {
+        return Some(format!("the repository fails: {error}"));
+    }
+    facts
+        .repository_gone
+        .then(|| "the repository is not there".to_owned())
 }
 
 /// The present and the due time of a run.

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use repository::config::ClusterSettings;
 use status::{cluster_status::ClusterStatus, schedule::ScheduleReport};
 
-use super::{LastRun, Operation, Plan, Ran, keep, of_backup, recorded};
+use super::{LastRun, Operation, Plan, Ran, keep, of_backup, recorded, without_repository};
 use crate::{
     base_backup::{self, BaseBackupError, Progress, WhenBusy},
     core::shutdown::Shutdown,
@@ -50,11 +50,8 @@ struct Backups {
 impl Operation for Backups {
     fn obstacle(&self) -> Option<String> {
         let facts = self.status.facts();
-        if let Some(error) = facts.repository_error {
-            return Some(format!("the repository fails: {error}"));
-        }
-        if facts.repository_gone {
-            return Some("the repository is not there".to_owned());
+        if let Some(obstacle) = without_repository(&facts) {
+            return Some(obstacle);
         }
         if !facts.connected {
             let error = facts.stream_error;

@@ -13,7 +13,7 @@ use wal_format::{ObjectKey, OutcomeKind};
 use super::{
     LastRun, Operation, Plan, Ran, keep, of_backup,
     program::{self, Ended},
-    recorded,
+    recorded, without_repository,
 };
 use crate::{core::shutdown::Shutdown, error::Result};
 
@@ -79,11 +79,8 @@ impl Drills {
 impl Operation for Drills {
     fn obstacle(&self) -> Option<String> {
         let facts = self.status.facts();
-        if let Some(error) = facts.repository_error {
-            return Some(format!("the repository fails: {error}"));
-        }
-        if facts.repository_gone {
-            return Some("the repository is not there".to_owned());
+        if let Some(obstacle) = without_repository(&facts) {
+            return Some(obstacle);
         }
         if !facts.looked {
             return Some("the base backups are not known yet".to_owned());

@@ -7,7 +7,7 @@ use status::{
     schedule::ScheduleReport,
     standby::StandbyReport,
 };
-use wal_format::{OUTCOME_FORMAT_VERSION, Outcome, OutcomeKind};
+use wal_format::{Outcome, OutcomeKind};
 
 use super::*;
 
@@ -24,27 +24,15 @@ fn slot(active: bool) -> SlotReport {
 
 fn verified(report: &ClusterReport, seconds_ago: i64) -> Outcome {
     let finished = PgTimestamp(report.as_of.0 - seconds_ago * 1_000_000);
-    Outcome {
-        format_version: OUTCOME_FORMAT_VERSION,
-        kind: OutcomeKind::Verify,
-        id: "20261121T101500Z-9f3c".parse().expect("an id"),
-        started: finished,
+    let id = "20261121T101500Z-9f3c".parse().expect("an id");
+    Outcome::new(
+        OutcomeKind::Verify,
+        id,
         finished,
-        passed: true,
-        message: String::new(),
-        backup: None,
-        rto_seconds: None,
-        fetched_bytes: None,
-        fetch_seconds: None,
-        replayed_bytes: None,
-        replay_seconds: None,
-        loss_seconds: None,
-        damaged: Vec::new(),
-        drill: None,
-        actor: None,
-        restore: None,
-        branch: None,
-    }
+        finished,
+        true,
+        String::new(),
+    )
 }
 
 /// Checks that an alert does not fire after `change(report, false)`, and fires after
