@@ -4,7 +4,7 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::Path};
 
 use testbed::{
-    programs::{directory, succeed},
+    programs::{command, directory, succeed},
     restored::Restored,
 };
 
@@ -95,6 +95,27 @@ fn a_copy_starts_whatever_files_libraries_and_commands_its_parent_names() {
         let auto = fs::read_to_string(copy.data().join("postgresql.auto.conf")).expect("a file");
         sql("ALTER SYSTEM RESET ALL");
         copy.stop().expect("it stops");
+        // The value that the next start reads.
+        let next = |name: &str| {
+            let mut postgres = command(&bin.join("postgres")).expect("a user");
+            postgres.env("LD_LIBRARY_PATH", bin.join("../lib"));
+            postgres.arg("-D").arg(copy.data()).args(["-C", name]);
+            succeed(&mut postgres).expect("a value")
+        };
+        let isolated = [
+            ("ssl", "off"),
+            ("log_directory", "log"),
+            ("listen_addresses", "127.0.0.1"),
+            ("restore_command", ""),
+        ];
+        for (name, value) in isolated {
+            assert_eq!(next(name).trim(), value, "{name}");
+        }
+        // Nothing else keeps it isolated.
+        fs::remove_file(copy.data().join("tidemark_isolation.conf")).expect("it is there");
+        for (name, value) in isolated {
+            assert_ne!(next(name).trim(), value, "{name}");
+        }
         // `--start` sets these two on the command line: after a restart the file counts.
         for line in ["log_destination = 'stderr'", "log_directory = 'log'"] {
             assert!(auto.contains(line), "{line}: {auto}");
@@ -108,18 +129,18 @@ fn a_copy_starts_whatever_files_libraries_and_commands_its_parent_names() {
         // A library that this host does not have.
         let root = directory().expect("a directory");
         let latest = ["--backup", without.as_str()];
-        let command = |more: &[&str]| {
+        let again = |more: &[&str]| {
             let arguments = [latest.as_slice(), more].concat();
             Restored::command(&archived.place, &bin, root.path(), &arguments).expect("built")
         };
-        let output = command(&[]).output().expect("it runs");
+        let output = again(&[]).output().expect("it runs");
         let (_, error) = said(&output);
         assert_eq!(output.status.code(), Some(1), "{error}");
         for part in ["no_such_library", "--set shared_preload_libraries="] {
             assert!(error.contains(part), "no {part:?} in: {error}");
         }
         // The remedy, into the same directory.
-        let report = succeed(&mut command(&[
+        let report = succeed(&mut again(&[
             "--set",
             "shared_preload_libraries=auto_explain",
         ]));
