@@ -1,7 +1,6 @@
 //! The alerts that need a person, with their remedies.
 
-use std::fmt::Write as _;
-
+use maud::{Markup, html};
 use status::{alert::Severity, report::ClusterReport, units};
 
 use super::{
@@ -18,44 +17,55 @@ pub(super) fn displayed(report: &ClusterReport) -> Vec<&str> {
     errors.chain([report.reason.as_str()]).collect()
 }
 
-pub(in crate::http) fn render(out: &mut String, report: &ClusterReport) {
+pub(in crate::http) fn render(report: &ClusterReport) -> Markup {
     if report.alerts.is_empty() {
-        // A cause can exist without an alert: the alert's patience lasts, or nothing is known yet.
-        let (class, text) = match report.causes.is_empty() {
-            true => (
-                " all-well",
-                "<span aria-hidden=\"true\">✓</span> No alerts. Nothing needs you.",
-            ),
-            false => ("", "No alert has fired. The reason for the state is above."),
-        };
-        let _ = write!(
-            out,
-            "<section class=\"quiet-alerts{class}\" id=\"alerts\" data-live aria-label=\"Alerts\">\
-             <p class=\"empty\">{text}</p></section>"
-        );
-        return;
+        return none(report);
     }
-    let _ = write!(
-        out,
-        "<section class=\"card\" id=\"alerts\" data-live aria-labelledby=\"alerts-title\"><h2 id=\"alerts-title\">Alerts \
-         <span class=\"count\">{}</span></h2><ul class=\"alerts\">",
-        report.alerts.len()
-    );
     let displayed = displayed(report);
-    for alert in &report.alerts {
-        let (shape, word) = match alert.severity {
-            Severity::Critical => ("✖", "critical"),
-            Severity::Warning => ("▲", "warning"),
-        };
-        let _ = write!(
-            out,
-            "<li class=\"{word}\"><p class=\"alert-line\"><span class=\"severity\"><span aria-hidden=\"true\">{shape}</span> {word}</span> \
-             <strong>{}</strong> <span class=\"as-of\">since {}</span></p><div class=\"summary\">{}</div><p class=\"runbook\">{}</p></li>",
-            alert.name,
-            instant(alert.since),
-            details(&capitalised(&units::shorten(&alert.summary, &displayed))),
-            code(alert.runbook)
-        );
+    html! {
+        section class="card" id="alerts" data-live aria-labelledby="alerts-title" {
+            h2 id="alerts-title" {
+                "Alerts " span class="count" { (report.alerts.len()) }
+            }
+            ul class="alerts" {
+                @for alert in &report.alerts {
+                    @let (shape, word) = match alert.severity {
+                        Severity::Critical => ("✖", "critical"),
+                        Severity::Warning => ("▲", "warning"),
+                    };
+                    li class=(word) {
+                        p class="alert-line" {
+                            span class="severity" {
+                                span aria-hidden="true" { (shape) } " " (word)
+                            }
+                            " " strong { (alert.name) }
+                            " " span class="as-of" { "since " (instant(alert.since)) }
+                        }
+                        div class="summary" {
+                            (details(&capitalised(&units::shorten(&alert.summary, &displayed))))
+                        }
+                        p class="runbook" { (code(alert.runbook)) }
+                    }
+                }
+            }
+        }
     }
-    out.push_str("</ul></section>");
+}
+
+/// Renders the card without an alert. A cause can exist all the same: the alert's patience lasts,
+/// or nothing is known yet.
+fn none(report: &ClusterReport) -> Markup {
+    let all_well = report.causes.is_empty();
+    html! {
+        section class={ "quiet-alerts" @if all_well { " all-well" } } id="alerts" data-live
+            aria-label="Alerts" {
+            p class="empty" {
+                @if all_well {
+                    span aria-hidden="true" { "✓" } " No alerts. Nothing needs you."
+                } @else {
+                    "No alert has fired. The reason for the state is above."
+                }
+            }
+        }
+    }
 }

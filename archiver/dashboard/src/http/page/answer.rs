@@ -1,74 +1,67 @@
 //! The head of a cluster's page: the name and the state, and the two questions of an operator in
 //! large type. What is lost if the primary fails now, and how long is it until it is back?
 
-use std::fmt::Write as _;
-
+use maud::{Markup, html};
 use status::{report::ClusterReport, state::State};
 
 use super::{
     badge::badge_html,
-    format::{bytes, details, duration, escape, instant, span, text},
+    format::{bytes, details, duration, instant, span, text},
     view::View,
 };
 
-pub(super) fn render(out: &mut String, view: &View<'_>) {
+pub(super) fn render(view: &View<'_>) -> Markup {
     let report = view.report;
-    let fleet = if view.of_fleet {
-        "<p class=\"crumb\"><a href=\"/\">← All clusters</a></p>"
-    } else {
-        ""
-    };
-    // Writing to a String does not fail.
-    let _ = write!(
-        out,
-        "<section class=\"hero {state}\" id=\"hero\" data-live aria-label=\"Summary\">{fleet}\
-         <div class=\"hero-line\"><h1>{name}</h1>{badge}<span class=\"as-of\">as of {as_of}</span></div>\
-         <p class=\"answer\" id=\"sentence\">{lines}</p>\
-         <p class=\"reason\" id=\"reason\">{reason}</p>{more}<p class=\"facts\">{facts}</p></section>",
-        state = report.state.name(),
-        name = report.cluster,
-        badge = badge_html(report.state),
-        as_of = instant(report.as_of),
-        lines = lines(report),
-        reason = details(&reason(report)),
-        more = more(report),
-        facts = facts(report).join(" <span aria-hidden=\"true\">·</span> "),
-    );
+    html! {
+        section class={ "hero " (report.state.name()) } id="hero" data-live aria-label="Summary" {
+            @if view.of_fleet {
+                p class="crumb" { a href="/" { "← All clusters" } }
+            }
+            div class="hero-line" {
+                h1 { (report.cluster) }
+                (badge_html(report.state))
+                span class="as-of" { "as of " (instant(report.as_of)) }
+            }
+            p class="answer" id="sentence" { (lines(report)) }
+            p class="reason" id="reason" { (details(&reason(report))) }
+            (more(report))
+            p class="facts" {
+                @for (number, fact) in facts(report).iter().enumerate() {
+                    @if number > 0 { " " span aria-hidden="true" { "·" } " " }
+                    (fact)
+                }
+            }
+        }
+    }
 }
 
-/// Returns the answers to the two questions.
-pub(in crate::http) fn lines(report: &ClusterReport) -> String {
+/// Renders the answers to the two questions.
+pub(in crate::http) fn lines(report: &ClusterReport) -> Markup {
     let back = back(report);
-    let mark = if back.is_estimate {
-        " <small class=\"estimate\">estimate</small>"
-    } else {
-        ""
-    };
     // The colour belongs to this answer. The state may have another reason.
-    let tone = if loses_too_much(report) {
-        " class=\"bad\""
-    } else {
-        ""
-    };
-    format!(
-        "<span{tone}>{}.</span> <span>{}.{mark}</span>",
-        escape(&loss(report)),
-        escape(&back.text)
-    )
+    let tone = loses_too_much(report).then_some("bad");
+    html! {
+        span class=[tone] { (loss(report)) "." }
+        " "
+        span {
+            (back.text) "."
+            @if back.is_estimate { " " small class="estimate" { "estimate" } }
+        }
+    }
 }
 
 /// Returns the facts about the server.
 fn facts(report: &ClusterReport) -> Vec<String> {
     let mut facts = Vec::new();
     if let Some(version) = &report.source.server_version {
-        facts.push(format!("PostgreSQL {}", escape(version)));
+        facts.push(format!("PostgreSQL {version}"));
     }
     if let Some(timeline) = report.source.timeline {
         facts.push(format!("timeline {timeline}"));
     }
     if let Some(slot) = &report.slot {
         let active = if slot.active { "active" } else { "not active" };
-        facts.push(format!("slot {} ({active})", escape(&slot.name)));
+        facts.push(format!("slot {} ({active})", slot.name));
     }
     let lsn = report.source.flush_lsn;
     let lsn = lsn.map_or_else(|| "unknown".to_owned(), |lsn| lsn.to_string());
@@ -77,20 +70,21 @@ fn facts(report: &ClusterReport) -> Vec<String> {
 }
 
 /// Lists the other causes of the state that no alert names.
-fn more(report: &ClusterReport) -> String {
+fn more(report: &ClusterReport) -> Markup {
     let is_alert = |reason: &str| {
         let mut alerts = report.alerts.iter();
         alerts.any(|alert| alert.summary.contains(reason) || reason.contains(&alert.summary))
     };
     let others = report.causes.iter().skip(1);
-    let others: String = others
-        .filter(|cause| !is_alert(&cause.reason))
-        .map(|cause| format!("<li>{}</li>", details(&capitalised(&cause.reason))))
-        .collect();
-    if others.is_empty() {
-        return String::new();
+    let others = others.filter(|cause| !is_alert(&cause.reason));
+    let others: Vec<_> = others.map(|cause| capitalised(&cause.reason)).collect();
+    html! {
+        @if !others.is_empty() {
+            ul class="causes" aria-label="Other causes" {
+                @for other in &others { li { (details(other)) } }
+            }
+        }
     }
-    format!("<ul class=\"causes\" aria-label=\"Other causes\">{others}</ul>")
 }
 
 /// Returns the summary of a cluster for the fleet's page.

@@ -1,5 +1,6 @@
 //! The badge of a state.
 
+use maud::{Markup, html};
 use status::state::State;
 
 /// Returns the shape and the word of a state, so that it is recognizable without colours.
@@ -13,10 +14,9 @@ pub(in crate::http) fn badge(state: State) -> (&'static str, &'static str) {
     }
 }
 
-pub(super) fn badge_html(state: State) -> String {
+pub(super) fn badge_html(state: State) -> Markup {
     let (shape, word) = badge(state);
-    format!(
-        "<span class=\"badge {}\"><span aria-hidden=\"true\">{shape}</span> {word}</span>",
-        state.name()
-    )
+    html! {
+        span class={ "badge " (state.name()) } { span aria-hidden="true" { (shape) } " " (word) }
+    }
 }

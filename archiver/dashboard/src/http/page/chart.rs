@@ -3,8 +3,10 @@
 
 use std::fmt::Write as _;
 
+use maud::{Markup, html};
+
 use super::{
-    format::{amount, duration, escape},
+    format::{amount, duration},
     view::{Range, View},
 };
 use crate::{clock::unix_second, monitor::series::Point};
@@ -13,77 +15,66 @@ const WIDTH: f64 = 600.0;
 const HEIGHT: f64 = 130.0;
 const BUCKETS: usize = 180;
 
-pub(super) fn render(out: &mut String, view: &View<'_>) {
-    let _ = draw(out, view);
-}
-
-fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
-    out.push_str(
-        "<nav class=\"ranges\" aria-label=\"Time range of the charts\" id=\"ranges\" data-live>",
-    );
-    for range in Range::ALL {
-        let current = if range == view.range {
-            " aria-current=\"true\""
-        } else {
-            ""
-        };
-        write!(
-            out,
-            "<a href=\"?range={}#charts\"{current}>{}</a>",
-            range.name(),
-            range.title()
-        )?;
-    }
-    out.push_str("</nav><div class=\"pair\" id=\"charts\" data-live>");
+pub(super) fn render(view: &View<'_>) -> Markup {
     let to = unix_second() + 1;
     let from = to - view.range.seconds();
     let query = |metric: &str| {
         let series = view.cluster.series();
         series.query(metric, from, to, BUCKETS).unwrap_or_default()
     };
-    let time = Times {
+    let times = Times {
         from,
         step: view.range.seconds() as f64 / BUCKETS as f64,
     };
-    let rpo = query("rpo_remote");
-    let target = view.report.rpo_target_seconds;
-    let scale = Scale::of(&[&rpo], target * 1.5, &SECONDS);
-    let words = greatest(&rpo).map_or_else(
-        || "nothing recorded yet".to_owned(),
-        |max| {
-            format!(
-                "greatest {}, target {}",
-                duration(max),
-                short(&duration(target))
-            )
-        },
+    let rpo = rpo(&query("rpo_remote"), view.report.rpo_target_seconds);
+    let throughput = throughput(
+        &query("received_bytes_per_second"),
+        &query("stored_bytes_per_second"),
     );
-    let rpo_figure = Figure {
+    html! {
+        nav class="ranges" aria-label="Time range of the charts" id="ranges" data-live {
+            @for range in Range::ALL {
+                @let current = (range == view.range).then_some("true");
+                a href={ "?range=" (range.name()) "#charts" } aria-current=[current] {
+                    (range.title())
+                }
+            }
+        }
+        div class="pair" id="charts" data-live {
+            (rpo.render(view.range, times))
+            (throughput.render(view.range, times))
+        }
+    }
+}
+
+/// Returns the chart of the RPO, with a line for its target.
+fn rpo(points: &[Point], target: f64) -> Figure {
+    let scale = Scale::of(&[points], target * 1.5, &SECONDS);
+    let target_text = short(&duration(target));
+    let words = greatest(points).map_or_else(
+        || "nothing recorded yet".to_owned(),
+        |max| format!("greatest {}, target {target_text}", duration(max)),
+    );
+    let y = format!("{:.1}", scale.y(target));
+    Figure {
         title: "RPO",
-        words: scale.describe(words, &[&rpo], duration),
+        words: scale.describe(words, &[points], duration),
         unit: "s",
         ticks: scale.ticks(duration),
-        series: &[("RPO", &rpo)],
-        target: Some((
-            scale.y(target),
-            format!("target {}", short(&duration(target))),
-        )),
-    };
-    figure(out, view.range, time, &rpo_figure, &|out| {
-        area(out, "area rpo", &rpo, scale)?;
-        let y = scale.y(target);
-        write!(
-            out,
-            "<line class=\"target\" x1=\"0\" x2=\"{WIDTH}\" y1=\"{y:.1}\" y2=\"{y:.1}\"/>"
-        )
-    })?;
-    let (received, stored) = (
-        query("received_bytes_per_second"),
-        query("stored_bytes_per_second"),
-    );
-    let scale = Scale::of(&[&received, &stored], 1024.0, &BYTES);
+        series: vec![values("RPO", points)],
+        target: Some((scale.y(target), format!("target {target_text}"))),
+        shapes: html! {
+            (area("area rpo", points, scale))
+            line class="target" x1="0" x2=(WIDTH) y1=(y) y2=(y) {}
+        },
+    }
+}
+
+/// Returns the chart of the WAL that was received and that was stored.
+fn throughput(received: &[Point], stored: &[Point]) -> Figure {
+    let scale = Scale::of(&[received, stored], 1024.0, &BYTES);
     let rate = |value: f64| format!("{}/s", amount(value));
-    let words = match (greatest(&received), greatest(&stored)) {
+    let words = match (greatest(received), greatest(stored)) {
         (Some(received), Some(stored)) => format!(
             "greatest {} received (filled), {} stored (line)",
             rate(received),
@@ -91,20 +82,21 @@ fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
         ),
         _ => "nothing recorded yet".to_owned(),
     };
-    let throughput = Figure {
+    Figure {
         title: "WAL throughput",
-        words: scale.describe(words, &[&received, &stored], rate),
+        words: scale.describe(words, &[received, stored], rate),
         unit: "B/s",
         ticks: scale.ticks(rate),
-        series: &[("received", &received), ("stored", &stored)],
+        series: vec![values("received", received), values("stored", stored)],
         target: None,
-    };
-    figure(out, view.range, time, &throughput, &|out| {
-        area(out, "area received", &received, scale)?;
-        line(out, &stored, scale)
-    })?;
-    out.push_str("</div>");
-    Ok(())
+        shapes: html! { (area("area received", received, scale)) (line(stored, scale)) },
+    }
+}
+
+/// Returns a series as the script reads it.
+fn values(name: &str, points: &[Point]) -> serde_json::Value {
+    let values: Vec<_> = points.iter().map(|point| point.max).collect();
+    serde_json::json!({ "name": name, "values": values })
 }
 
 /// The times of the buckets.
@@ -197,81 +189,71 @@ fn short(text: &str) -> String {
     text.replacen(".0 ", " ", 1)
 }
 
-/// The texts and the values of a chart.
-struct Figure<'a> {
+/// The texts, the values and the shapes of a chart.
+struct Figure {
     title: &'static str,
     words: String,
     unit: &'static str,
     ticks: [String; 3],
-    series: &'a [(&'static str, &'a [Point])],
+    series: Vec<serde_json::Value>,
     /// The height and the label of the line of the target.
     target: Option<(f64, String)>,
+    shapes: Markup,
 }
 
-fn figure(
-    out: &mut String,
-    range: Range,
-    time: Times,
-    figure: &Figure<'_>,
-    content: &dyn Fn(&mut String) -> std::fmt::Result,
-) -> std::fmt::Result {
-    let title = figure.title;
-    let series: Vec<_> = figure
-        .series
-        .iter()
-        .map(|(name, points)| {
-            let values: Vec<_> = points.iter().map(|point| point.max).collect();
-            serde_json::json!({ "name": name, "values": values })
-        })
-        .collect();
-    let data = serde_json::json!({
-        "from": time.from, "step": time.step, "unit": figure.unit, "series": series,
-    });
-    write!(
-        out,
-        "<figure class=\"card\"><figcaption><h2>{title}</h2><span>Last {}: {}</span></figcaption>\
-         <p class=\"readout\" role=\"status\" aria-live=\"polite\"></p>\
-         <div class=\"plot\" tabindex=\"0\" role=\"group\" aria-label=\"{title}: arrow keys read the values\" data-chart=\"{}\">\
-         <span class=\"scale\" aria-hidden=\"true\"><span>{}</span><span>{}</span><span>{}</span></span>\
-         <svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" preserveAspectRatio=\"none\" role=\"img\" aria-label=\"{title}, {}\">",
-        range.title(),
-        escape(&figure.words),
-        escape(&data.to_string()),
-        figure.ticks[0],
-        figure.ticks[1],
-        figure.ticks[2],
-        escape(&figure.words)
-    )?;
-    content(out)?;
-    out.push_str("<line class=\"reader\" x1=\"0\" x2=\"0\" y1=\"0\" y2=\"130\" visibility=\"hidden\"/></svg>");
-    if let Some((y, label)) = &figure.target {
-        let share = (y / HEIGHT * 100.0).clamp(9.0, 100.0);
-        write!(
-            out,
-            "<svg class=\"labels\" aria-hidden=\"true\"><text x=\"100%\" y=\"{share:.1}%\" dy=\"-4\" text-anchor=\"end\">{}</text></svg>",
-            escape(label)
-        )?;
+impl Figure {
+    fn render(&self, range: Range, times: Times) -> Markup {
+        let (title, words) = (self.title, &self.words);
+        let data = serde_json::json!({
+            "from": times.from, "step": times.step, "unit": self.unit, "series": self.series,
+        });
+        html! {
+            figure class="card" {
+                figcaption {
+                    h2 { (title) }
+                    span { "Last " (range.title()) ": " (words) }
+                }
+                p class="readout" role="status" aria-live="polite" {}
+                div class="plot" tabindex="0" role="group" data-chart=(data)
+                    aria-label={ (title) ": arrow keys read the values" } {
+                    span class="scale" aria-hidden="true" {
+                        @for tick in &self.ticks { span { (tick) } }
+                    }
+                    svg viewBox={ "0 0 " (WIDTH) " " (HEIGHT) } preserveAspectRatio="none"
+                        role="img" aria-label={ (title) ", " (words) } {
+                        (self.shapes)
+                        line class="reader" x1="0" x2="0" y1="0" y2=(HEIGHT)
+                            visibility="hidden" {}
+                    }
+                    @if let Some((y, label)) = &self.target {
+                        @let share = (y / HEIGHT * 100.0).clamp(9.0, 100.0);
+                        svg class="labels" aria-hidden="true" {
+                            text x="100%" y=(format!("{share:.1}%")) dy="-4" text-anchor="end" {
+                                (label)
+                            }
+                        }
+                    }
+                    span class="axis" aria-hidden="true" {
+                        @for number in 0..=3 { span { (axis_time(range, times, number)) } }
+                    }
+                }
+            }
+        }
     }
-    out.push_str("<span class=\"axis\" aria-hidden=\"true\">");
+}
+
+/// Returns the text of one of the four times below a chart.
+fn axis_time(range: Range, times: Times, number: u64) -> String {
     let pattern = match range {
+        Range::Minutes15 | Range::Hours24 if number == 3 => "%H:%MZ",
         Range::Minutes15 | Range::Hours24 => "%H:%M",
         Range::Days30 => "%m-%d",
     };
-    for number in 0..=3_u64 {
-        let second = time.from + range.seconds() * number / 3;
-        let at = i64::try_from(second)
-            .ok()
-            .and_then(|at| jiff::Timestamp::from_second(at).ok());
-        let text = at.map_or_else(String::new, |at| at.strftime(pattern).to_string());
-        let zone = if number == 3 && range != Range::Days30 {
-            "Z"
-        } else {
-            ""
-        };
-        write!(out, "<span>{text}{zone}</span>")?;
-    }
-    out.push_str("</span></div></figure>");
-    Ok(())
+    let second = i64::try_from(times.from + range.seconds() * number / 3);
+    let time = second
+        .ok()
+        .and_then(|second| jiff::Timestamp::from_second(second).ok());
+    time.map_or_else(String::new, |time| time.strftime(pattern).to_string())
 }
 
 fn greatest(points: &[Point]) -> Option<f64> {
@@ -298,30 +280,32 @@ fn runs(points: &[Point], scale: Scale) -> Vec<Vec<(f64, f64)>> {
     runs
 }
 
-fn area(out: &mut String, class: &str, points: &[Point], scale: Scale) -> std::fmt::Result {
-    for run in runs(points, scale) {
+fn area(class: &str, points: &[Point], scale: Scale) -> Markup {
+    let path = |run: &[(f64, f64)]| {
         let (Some(first), Some(last)) = (run.first(), run.last()) else {
-            continue;
+            return String::new();
         };
-        write!(out, "<path class=\"{class}\" d=\"M{:.1} {HEIGHT}", first.0)?;
-        for (x, y) in &run {
-            write!(out, "L{x:.1} {y:.1}")?;
+        let mut path = format!("M{:.1} {HEIGHT}", first.0);
+        for (x, y) in run {
+            // Writing to a String does not fail.
+            let _ = write!(path, "L{x:.1} {y:.1}");
         }
-        write!(out, "L{:.1} {HEIGHT}Z\"/>", last.0)?;
-    }
-    Ok(())
+        let _ = write!(path, "L{:.1} {HEIGHT}Z", last.0);
+        path
+    };
+    html! { @for run in runs(points, scale) { path class=(class) d=(path(&run)) {} } }
 }
 
-fn line(out: &mut String, points: &[Point], scale: Scale) -> std::fmt::Result {
-    for run in runs(points, scale) {
-        out.push_str("<path class=\"line\" d=\"");
+fn line(points: &[Point], scale: Scale) -> Markup {
+    let path = |run: &[(f64, f64)]| {
+        let mut path = String::new();
         for (number, (x, y)) in run.iter().enumerate() {
             let command = if number == 0 { 'M' } else { 'L' };
-            write!(out, "{command}{x:.1} {y:.1}")?;
+            let _ = write!(path, "{command}{x:.1} {y:.1}");
         }
-        out.push_str("\"/>");
-    }
-    Ok(())
+        path
+    };
+    html! { @for run in runs(points, scale) { path class="line" d=(path(&run)) {} } }
 }
 
 #[cfg(test)]

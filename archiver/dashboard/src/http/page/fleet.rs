@@ -3,13 +3,14 @@
 
 use std::fmt::Write as _;
 
+use maud::{Markup, html};
 use status::{report::ClusterReport, state::State, units};
 
 use super::{
     answer::sentence,
     badge::badge_html,
     document::{Refresh, document},
-    format::{bytes, escape, instant, seconds, span, without_errno},
+    format::{bytes, instant, seconds, span, without_errno},
 };
 
 /// The order of the clusters and the part of their names, from the query.
@@ -62,56 +63,55 @@ pub(in crate::http) fn fleet(
         };
         chosen.then(worst).then(one.cluster.cmp(&other.cluster))
     });
-    let mut body = format!(
-        "<section class=\"hero\" id=\"hero\" data-live><h1>Clusters</h1><p class=\"answer\">{}</p></section>",
-        summary(reports)
-    );
-    let filter = escape(&listing.filter);
-    let _ = write!(
-        body,
-        "<form method=\"get\" class=\"filter\" role=\"search\"><label for=\"filter\">Part of the name</label>\
-         <input id=\"filter\" name=\"filter\" type=\"search\" value=\"{filter}\">\
-         <input type=\"hidden\" name=\"sort\" value=\"{}\"><button>Filter</button></form>\
-         <section class=\"card\" id=\"fleet\" data-live><div class=\"scroll\" tabindex=\"0\" role=\"group\" aria-label=\"Clusters\">\
-         <table class=\"fleet\"><thead><tr>",
-        escape(&listing.sort)
-    );
-    for (name, title) in COLUMNS {
-        let (order, mark) = match listing.sort == name || (name == "state" && !is_column(listing)) {
-            true => (
-                " aria-sort=\"descending\"",
-                " <span aria-hidden=\"true\">▾</span>",
-            ),
-            false => ("", ""),
-        };
-        let _ = write!(
-            body,
-            "<th scope=\"col\"{order}><a href=\"?sort={name}&amp;filter={}\">{title}{mark}</a></th>",
-            escape(&encode(&listing.filter))
-        );
+    let body = html! {
+        section class="hero" id="hero" data-live {
+            h1 { "Clusters" }
+            p class="answer" { (summary(reports)) }
+        }
+        form method="get" class="filter" role="search" {
+            label for="filter" { "Part of the name" }
+            input id="filter" name="filter" type="search" value=(listing.filter);
+            input type="hidden" name="sort" value=(listing.sort);
+            button { "Filter" }
+        }
+        section class="card" id="fleet" data-live {
+            div class="scroll" tabindex="0" role="group" aria-label="Clusters" {
+                table class="fleet" {
+                    thead { tr { @for (name, title) in COLUMNS { (heading(name, title, listing)) } } }
+                    tbody { @for report in &sorted { (row(report)) } }
+                }
+            }
+            @if sorted.is_empty() && !reports.is_empty() {
+                p class="empty" { "No cluster has this in its name." }
+            }
+        }
+    };
+    document("Clusters · Tidemark", None, &body, guarded, Refresh::Live)
+}
+
+/// Renders the heading of a column: a link that sorts by it.
+fn heading(name: &str, title: &str, listing: &Listing) -> Markup {
+    let is_order = listing.sort == name || (name == "state" && !is_column(listing));
+    html! {
+        th scope="col" aria-sort=[is_order.then_some("descending")] {
+            a href={ "?sort=" (name) "&filter=" (encode(&listing.filter)) } {
+                (title)
+                @if is_order { " " span aria-hidden="true" { "▾" } }
+            }
+        }
     }
-    body.push_str("</tr></thead><tbody>");
-    for report in &sorted {
-        row(&mut body, report);
-    }
-    body.push_str("</tbody></table></div>");
-    if sorted.is_empty() && !reports.is_empty() {
-        body.push_str("<p class=\"empty\">No cluster has this in its name.</p>");
-    }
-    body.push_str("</section>");
-    document("Clusters · Tidemark", "", &body, guarded, Refresh::Live)
 }
 
 fn is_column(listing: &Listing) -> bool {
     COLUMNS.iter().any(|(name, _)| *name == listing.sort)
 }
 
-/// Returns the number of clusters that need a person, and the greatest RPO.
-fn summary(reports: &[ClusterReport]) -> String {
+/// Renders the number of clusters that need a person, and the greatest RPO.
+fn summary(reports: &[ClusterReport]) -> Markup {
     let bad = reports.iter().filter(|report| report.state != State::Ok);
     let bad = bad.count();
     let first = match (reports.len(), bad) {
-        (0, _) => return "<span>No cluster is configured.</span>".to_owned(),
+        (0, _) => return html! { span { "No cluster is configured." } },
         (all, 0) => format!("All {all} clusters are within their targets."),
         (all, bad) => format!("{bad} of {all} clusters need a person."),
     };
@@ -122,39 +122,45 @@ fn summary(reports: &[ClusterReport]) -> String {
             false => worst,
         })
     });
-    let worst = worst.map_or_else(String::new, |worst| {
-        format!(
-            "The greatest RPO is {}, of {}.",
-            seconds(worst.durable.remote.rpo_seconds),
-            worst.cluster
-        )
-    });
-    format!("<span>{first}</span> <span>{worst}</span>")
+    html! {
+        span { (first) }
+        " "
+        span {
+            @if let Some(worst) = worst {
+                "The greatest RPO is " (seconds(worst.durable.remote.rpo_seconds)) ", of "
+                (worst.cluster) "."
+            }
+        }
+    }
 }
 
-fn row(body: &mut String, report: &ClusterReport) {
+fn row(report: &ClusterReport) -> Markup {
     let none = if report.looked { "none yet" } else { "unknown" };
-    let backup = report.last_backup.as_ref().map_or_else(
-        || none.to_owned(),
-        |backup| format!("{} ago", seconds(Some(span(report.as_of, backup.finished)))),
-    );
-    let latest = report
-        .window
-        .latest
-        .map_or_else(|| "unknown".to_owned(), instant);
-    let reason = without_errno(&units::brief(&report.reason));
-    let _ = write!(
-        body,
-        "<tr><th scope=\"row\"><a href=\"/clusters/{name}\">{name}</a></th><td data-name=\"State\">{badge} <span class=\"reason\" title=\"{all}\">{reason}</span></td>\
-         <td data-name=\"RPO now\">{rpo}</td><td data-name=\"Lag\">{lag}</td><td data-name=\"Restorable to\">{latest}</td><td data-name=\"Last backup\">{backup}</td><td data-name=\"Alerts\">{alerts}</td></tr>",
-        name = report.cluster,
-        badge = badge_html(report.state),
-        all = escape(&without_errno(&sentence(report))),
-        reason = escape(&reason),
-        rpo = seconds(report.durable.remote.rpo_seconds),
-        lag = bytes(report.durable.remote.lag_bytes),
-        alerts = report.alerts.len(),
-    );
+    let backup = report.last_backup.as_ref();
+    let age = backup.map(|backup| seconds(Some(span(report.as_of, backup.finished))));
+    let latest = report.window.latest.map(instant);
+    html! {
+        tr {
+            th scope="row" {
+                a href={ "/clusters/" (report.cluster) } { (report.cluster) }
+            }
+            td data-name="State" {
+                (badge_html(report.state)) " "
+                span class="reason" title=(without_errno(&sentence(report))) {
+                    (without_errno(&units::brief(&report.reason)))
+                }
+            }
+            td data-name="RPO now" { (seconds(report.durable.remote.rpo_seconds)) }
+            td data-name="Lag" { (bytes(report.durable.remote.lag_bytes)) }
+            td data-name="Restorable to" {
+                @if let Some(latest) = latest { (latest) } @else { "unknown" }
+            }
+            td data-name="Last backup" {
+                @if let Some(age) = age { (age) " ago" } @else { (none) }
+            }
+            td data-name="Alerts" { (report.alerts.len()) }
+        }
+    }
 }
 
 /// Encodes a text for a query.

@@ -1,65 +1,135 @@
 //! The cards that show where WAL waits: slot, spool, queue and repository.
 
-use std::fmt::Write as _;
-
+use maud::{Markup, html};
 use repository::store::MemberState;
-use status::{report::SlotReport, units};
+use status::{
+    report::{ClusterReport, SlotReport},
+    units,
+};
 
 use super::{
-    format::{bytes, details, duration, escape},
+    format::{bytes, details, duration},
     view::View,
 };
 
 /// Renders the cards for slot, spool, queue and repository.
-pub(super) fn render(out: &mut String, view: &View<'_>) {
+pub(super) fn render(view: &View<'_>) -> Markup {
     let report = view.report;
-    let counters = &report.counters;
-    out.push_str("<section class=\"quad\" id=\"flow\" data-live aria-label=\"Where WAL waits\">");
-    let (slot, slot_bar, slot_notes) = slot(report.slot.as_ref());
-    card(out, "Slot", &slot, slot_bar, &slot_notes);
-    let used = counters.spool_used_bytes as f64;
-    let share = counters
-        .spool_limit_bytes
-        .map(|limit| used / (limit as f64).max(1.0));
-    card(
-        out,
-        "Spool",
-        &bytes(Some(counters.spool_used_bytes)),
+    html! {
+        section class="quad" id="flow" data-live aria-label="Where WAL waits" {
+            (slot(report.slot.as_ref()).render())
+            (spool(report).render())
+            (queue(report).render())
+            (repository(report).render())
+        }
+    }
+}
+
+/// A card with a number, the used share if there is a limit, and notes.
+struct Card {
+    title: &'static str,
+    value: Markup,
+    share: Option<f64>,
+    notes: Vec<Markup>,
+}
+
+impl Card {
+    fn render(&self) -> Markup {
+        html! {
+            div class="card" {
+                h2 { (self.title) }
+                p class="value" { (self.value) }
+                @if let Some(share) = self.share {
+                    meter min="0" max="1" low="0.75" high="0.9" optimum="0"
+                        value=(format!("{share:.3}")) aria-label={ (self.title) " used" } {
+                        (format!("{:.0} %", share * 100.0))
+                    }
+                }
+                div class="notes" { @for note in &self.notes { span { (note) } } }
+            }
+        }
+    }
+}
+
+fn slot(slot: Option<&SlotReport>) -> Card {
+    let card = |value, share, notes| Card {
+        title: "Slot",
+        value,
         share,
-        &[format!(
-            "of {} that its disk has for it",
-            bytes(counters.spool_limit_bytes)
-        )],
+        notes,
+    };
+    let unknown = html! { "unknown" };
+    let Some(slot) = slot else {
+        let note = html! { "the server was not asked yet" };
+        return card(unknown, None, vec![note]);
+    };
+    let Some(status) = &slot.wal_status else {
+        let note = html! { "its limit is unknown while the server is not asked" };
+        return card(unknown, None, vec![html! { (slot.name) }, note]);
+    };
+    let named = html! { (slot.name) ": " (status) };
+    let Some(safe) = slot.safe_wal_bytes else {
+        let note = "max_slot_wal_keep_size sets no limit: PostgreSQL keeps WAL until its disk is \
+                    full";
+        let value = html! { (bytes(slot.retained_bytes)) " " small { "used, no limit" } };
+        return card(value, None, vec![named, html! { (note) }]);
+    };
+    let retained = slot.retained_bytes.unwrap_or_default();
+    let limit = retained.saturating_add(safe);
+    let share = retained as f64 / (limit as f64).max(1.0);
+    let value = html! {
+        (bytes(slot.retained_bytes)) " " small { "of " (bytes(Some(limit))) " used" }
+    };
+    // The forecast is of interest only if nothing is archived any more.
+    let forecast = match slot.full_in_seconds {
+        Some(left) if left > 7.0 * 86_400.0 => "not full within 7 d if archiving stops".to_owned(),
+        Some(left) => format!("full in {} if archiving stops", duration(left)),
+        None => "no WAL is written".to_owned(),
+    };
+    card(value, Some(share), vec![named, html! { (forecast) }])
+}
+
+fn spool(report: &ClusterReport) -> Card {
+    let (used, limit) = (
+        report.counters.spool_used_bytes,
+        report.counters.spool_limit_bytes,
     );
+    Card {
+        title: "Spool",
+        value: html! { (bytes(Some(used))) },
+        share: limit.map(|limit| used as f64 / (limit as f64).max(1.0)),
+        notes: vec![html! { "of " (bytes(limit)) " that its disk has for it" }],
+    }
+}
+
+fn queue(report: &ClusterReport) -> Card {
+    let counters = &report.counters;
     let left = if counters.upload_queue_bytes == 0 {
         "nothing waits"
     } else {
         "waits for the repository"
     };
-    card(
-        out,
-        "Upload queue",
-        &bytes(Some(counters.upload_queue_bytes)),
-        None,
-        &[
-            left.to_owned(),
-            format!(
-                "{} segments stored since the start",
-                counters.segments_completed
-            ),
+    Card {
+        title: "Upload queue",
+        value: html! { (bytes(Some(counters.upload_queue_bytes))) },
+        share: None,
+        notes: vec![
+            html! { (left) },
+            html! { (counters.segments_completed) " segments stored since the start" },
         ],
-    );
-    let is_away = report
-        .repositories
-        .iter()
-        .any(|place| place.problem().is_some());
+    }
+}
+
+fn repository(report: &ClusterReport) -> Card {
+    let mut places = report.repositories.iter();
+    let is_away = places.any(|place| place.problem().is_some());
     let state = match report.repository_error.is_some() {
         true => "✖ failing",
         false if is_away => "▲ one is away or incomplete",
         false => "✓ answers",
     };
     let mut notes = if report.repositories.is_empty() {
-        vec![escape(&report.repository)]
+        vec![html! { (report.repository) }]
     } else {
         let place = |state| place(state, &report.reason);
         report.repositories.iter().map(place).collect()
@@ -70,90 +140,32 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
     shown.push(&report.reason);
     notes.extend(error.map(|error| details(&units::shorten(error, &shown))));
     notes.push(match report.corrupt_objects {
-        None => "not verified yet: run <code>wal-archiver verify</code>".to_owned(),
-        Some(0) => "no damaged object found".to_owned(),
-        Some(objects) => format!("<strong>{objects} damaged object(s)</strong>"),
+        None => html! { "not verified yet: run " code { "wal-archiver verify" } },
+        Some(0) => html! { "no damaged object found" },
+        Some(objects) => html! { strong { (objects) " damaged object(s)" } },
     });
-    card(out, "Repository", state, None, &notes);
-    out.push_str("</section>");
-}
-
-/// Returns the value, the used share and the notes of the slot's card.
-fn slot(slot: Option<&SlotReport>) -> (String, Option<f64>, Vec<String>) {
-    let Some(slot) = slot else {
-        return (
-            "unknown".to_owned(),
-            None,
-            vec!["the server was not asked yet".to_owned()],
-        );
-    };
-    let name = escape(&slot.name);
-    let Some(status) = &slot.wal_status else {
-        let note = "its limit is unknown while the server is not asked".to_owned();
-        return ("unknown".to_owned(), None, vec![name, note]);
-    };
-    let mut notes = vec![format!("{name}: {}", escape(status))];
-    let Some(safe) = slot.safe_wal_bytes else {
-        notes.push(
-            "max_slot_wal_keep_size sets no limit: PostgreSQL keeps WAL until its disk is full"
-                .to_owned(),
-        );
-        let value = format!(
-            "{} <small>used, no limit</small>",
-            bytes(slot.retained_bytes)
-        );
-        return (value, None, notes);
-    };
-    let retained = slot.retained_bytes.unwrap_or_default();
-    let limit = retained.saturating_add(safe);
-    let share = retained as f64 / (limit as f64).max(1.0);
-    let value = format!(
-        "{} <small>of {} used</small>",
-        bytes(slot.retained_bytes),
-        bytes(Some(limit))
-    );
-    // The forecast is of interest only if nothing is archived any more.
-    notes.push(match slot.full_in_seconds {
-        Some(left) if left > 7.0 * 86_400.0 => "not full within 7 d if archiving stops".to_owned(),
-        Some(left) => format!("full in {} if archiving stops", duration(left)),
-        None => "no WAL is written".to_owned(),
-    });
-    (value, Some(share), notes)
+    Card {
+        title: "Repository",
+        value: html! { (state) },
+        share: None,
+        notes,
+    }
 }
 
 /// Describes one of several repositories, and the WAL that it lacks. Shortens an error that
 /// `reason` contains.
-fn place(place: &MemberState, reason: &str) -> String {
-    let how = match (&place.error, place.queued_bytes, place.behind) {
-        (Some(error), ..) => {
-            let error = units::shorten(error, &[reason]);
-            format!("<strong>✖ away</strong>: {}", details(&error))
+fn place(place: &MemberState, reason: &str) -> Markup {
+    let shortened = |text: &str| details(&units::shorten(text, &[reason]));
+    let how = match (&place.error, &place.older, place.queued_bytes, place.behind) {
+        (Some(error), ..) => html! { strong { "✖ away" } ": " (shortened(error)) },
+        (None, Some(older), ..) => {
+            html! { strong { "▲ was incomplete" } ": " (shortened(older)) }
         }
-        (None, ..) if place.older.is_some() => {
-            let older = place.older.as_deref().unwrap_or_default();
-            let older = units::shorten(older, &[reason]);
-            format!("<strong>▲ was incomplete</strong>: {}", details(&older))
+        (None, None, 1.., _) => {
+            html! { "▲ " (bytes(Some(place.queued_bytes as u64))) " wait for it" }
         }
-        (None, 1.., _) => format!("▲ {} wait for it", bytes(Some(place.queued_bytes as u64))),
-        (None, 0, true) => "▲ catching up from another".to_owned(),
-        (None, 0, false) => "✓ in step".to_owned(),
+        (None, None, 0, true) => html! { "▲ catching up from another" },
+        (None, None, 0, false) => html! { "✓ in step" },
     };
-    format!("{}: {how}", escape(&place.url))
-}
-
-fn card(out: &mut String, title: &str, value: &str, share: Option<f64>, notes: &[String]) {
-    let meter = share.map_or_else(String::new, |share| {
-        format!(
-            "<meter min=\"0\" max=\"1\" low=\"0.75\" high=\"0.9\" optimum=\"0\" value=\"{share:.3}\" aria-label=\"{title} used\">{:.0} %</meter>",
-            share * 100.0
-        )
-    });
-    let notes: String = notes
-        .iter()
-        .map(|note| format!("<span>{note}</span>"))
-        .collect();
-    let _ = write!(
-        out,
-        "<div class=\"card\"><h2>{title}</h2><p class=\"value\">{value}</p>{meter}<div class=\"notes\">{notes}</div></div>"
-    );
+    html! { (place.url) ": " (how) }
 }

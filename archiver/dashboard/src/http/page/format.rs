@@ -1,48 +1,37 @@
-//! Numbers and times as text for users, and the only function that escapes HTML.
+//! Numbers, times and sentences as users read them.
 
+use maud::{Markup, html};
 use wal_format::PgTimestamp;
 
 pub(super) use status::units::{amount, bytes, duration, seconds, span, without_errno};
 
-/// Escapes text for use in HTML text and attributes.
-pub(super) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
-        .replace('"', "&quot;")
-}
-
-/// Escapes text, and marks parts in backquotes as code.
-pub(super) fn code(text: &str) -> String {
-    let parts = escape(text);
-    let mut html = String::new();
-    for (number, part) in parts.split('`').enumerate() {
-        if number % 2 == 1 {
-            html += &format!("<code>{part}</code>");
-        } else {
-            html += part;
+/// Marks the parts of a text in backquotes as code.
+pub(super) fn code(text: &str) -> Markup {
+    html! {
+        @for (number, part) in text.split('`').enumerate() {
+            @if number % 2 == 1 { code { (part) } } @else { (part) }
         }
     }
-    html
 }
 
 /// Renders a sentence without error numbers, and the whole text to unfold if it had one.
-pub(super) fn details(text: &str) -> String {
+pub(super) fn details(text: &str) -> Markup {
     let plain = without_errno(text);
-    if plain == text {
-        return code(text);
+    html! {
+        (code(&plain))
+        @if plain != text {
+            " " details class="raw" { summary { "Details" } (code(text)) }
+        }
     }
-    format!(
-        "{} <details class=\"raw\"><summary>Details</summary>{}</details>",
-        code(&plain),
-        code(text)
-    )
 }
 
 /// Renders a time element: UTC to the second. The script adds the local time on hover.
-pub(super) fn instant(time: PgTimestamp) -> String {
-    let text = text(time, "%Y-%m-%d %H:%M:%SZ");
-    format!("<time datetime=\"{time}\">{text}</time>")
+pub(super) fn instant(time: PgTimestamp) -> Markup {
+    element(time, "%Y-%m-%d %H:%M:%SZ")
+}
+
+fn element(time: PgTimestamp, pattern: &str) -> Markup {
+    html! { time datetime=(time) { (text(time, pattern)) } }
 }
 
 /// Returns the UTC day of a time.
@@ -51,9 +40,8 @@ pub(super) fn day(time: PgTimestamp) -> String {
 }
 
 /// Renders a time element with the UTC time of day only.
-pub(super) fn time_of_day(time: PgTimestamp) -> String {
-    let text = text(time, "%H:%M:%SZ");
-    format!("<time datetime=\"{time}\">{text}</time>")
+pub(super) fn time_of_day(time: PgTimestamp) -> Markup {
+    element(time, "%H:%M:%SZ")
 }
 
 /// Formats a time in UTC by a pattern of `strftime`.
@@ -70,8 +58,8 @@ mod tests {
 
     #[test]
     fn error_numbers_are_under_details() {
-        assert_eq!(details("it is away."), "it is away.");
-        let html = details("open <a>: Not found (os error 2).");
+        assert_eq!(details("it is away.").0, "it is away.");
+        let html = details("open <a>: Not found (os error 2).").0;
         assert!(
             html.starts_with("open &lt;a&gt;: Not found. <details"),
             "{html}"
@@ -82,7 +70,7 @@ mod tests {
     #[test]
     fn code_is_set_and_nothing_gets_through() {
         assert_eq!(
-            code("run `a <b>` & go"),
+            code("run `a <b>` & go").0,
             "run <code>a &lt;b&gt;</code> &amp; go"
         );
     }

@@ -1,19 +1,18 @@
 //! The section "Restore to": the user selects a time on the strip or types it, sees the nearest
 //! commits, and copies the command. It does not restore anything.
 
-use std::fmt::Write as _;
-
+use maud::{Markup, html};
 use status::locate::Located;
 use wal_format::PgTimestamp;
 
 use super::{
-    format::{bytes, code, duration, escape, instant},
+    format::{bytes, code, duration, instant},
     strip::Axis,
     view::View,
 };
 use crate::http::api::restore_command;
 
-pub(super) fn render(out: &mut String, view: &View<'_>) {
+pub(super) fn render(view: &View<'_>) -> Markup {
     let axis = Axis::of(view);
     let (from, to) = axis.map_or((0, 0), |axis| {
         let second = |time: PgTimestamp| time.to_jiff().map_or(0, jiff::Timestamp::as_second);
@@ -23,83 +22,91 @@ pub(super) fn render(out: &mut String, view: &View<'_>) {
     let time = picked.and_then(|picked| picked.time.as_ref().ok());
     let value = time.map_or(to, |time| time.as_second());
     let field = picked.map_or("", |picked| picked.text.as_str());
-    let disabled = if axis.is_none() { " disabled" } else { "" };
-    let _ = write!(
-        out,
-        "<section class=\"card picker\" id=\"picker\" aria-labelledby=\"picker-title\"><h2 id=\"picker-title\">Restore to …</h2>\
-         <form method=\"get\" action=\"#picker\" id=\"pick\"><label for=\"at\">Instant: a time in UTC or with an offset, a line of the \
-         server's log, or <code>10 min ago</code></label>\
-         <input id=\"at\" name=\"at\" type=\"text\" value=\"{}\" placeholder=\"2026-11-21 10:00:00+00\" autocomplete=\"off\" spellcheck=\"false\" required>\
-         <button>Show the plan</button></form>\
-         <div class=\"slider\" hidden><label for=\"when\">Or on the strip: arrow keys move it, Enter shows the plan</label>\
-         <input id=\"when\" type=\"range\" min=\"{from}\" max=\"{to}\" step=\"1\" value=\"{value}\"{disabled}></div>\
-         <div id=\"picked\" role=\"status\" aria-live=\"polite\">",
-        escape(field)
-    );
-    answer(out, view);
-    out.push_str("</div></section>");
+    html! {
+        section class="card picker" id="picker" aria-labelledby="picker-title" {
+            h2 id="picker-title" { "Restore to …" }
+            form method="get" action="#picker" id="pick" {
+                label for="at" {
+                    "Instant: a time in UTC or with an offset, a line of the server's log, or "
+                    code { "10 min ago" }
+                }
+                input id="at" name="at" type="text" value=(field)
+                    placeholder="2026-11-21 10:00:00+00" autocomplete="off" spellcheck="false"
+                    required;
+                button { "Show the plan" }
+            }
+            div class="slider" hidden {
+                label for="when" {
+                    "Or on the strip: arrow keys move it, Enter shows the plan"
+                }
+                input id="when" type="range" min=(from) max=(to) step="1" value=(value)
+                    disabled[axis.is_none()];
+            }
+            div id="picked" role="status" aria-live="polite" { (answer(view)) }
+        }
+    }
 }
 
 /// Renders what the picked text leads to.
-pub(super) fn answer(out: &mut String, view: &View<'_>) {
+fn answer(view: &View<'_>) -> Markup {
     let Some(picked) = &view.picked else {
-        out.push_str(
-            "<p class=\"empty\">Choose an instant. The plan and the command appear here; nothing is changed.</p>",
-        );
-        return;
+        return html! {
+            p class="empty" {
+                "Choose an instant. The plan and the command appear here; nothing is changed."
+            }
+        };
     };
     let time = match &picked.time {
         Ok(time) => *time,
-        Err(error) => {
-            let _ = write!(out, "<p class=\"error\">{}</p>", escape(error));
-            return;
-        }
+        Err(error) => return html! { p class="error" { (error) } },
     };
-    let _ = write!(
-        out,
-        "<p class=\"chosen\" data-second=\"{}\">{}<span class=\"local\"></span></p>",
-        time.as_second(),
-        instant(PgTimestamp::from_jiff(time))
-    );
-    match &picked.located {
-        Err(error) => {
-            let _ = write!(out, "<p class=\"error\">{}</p>", escape(error));
+    html! {
+        p class="chosen" data-second=(time.as_second()) {
+            (instant(PgTimestamp::from_jiff(time)))
+            span class="local" {}
         }
-        Ok(located) => found(out, view, located),
+        @match &picked.located {
+            Err(error) => p class="error" { (error) },
+            Ok(located) => (found(view, located)),
+        }
     }
 }
 
-fn found(out: &mut String, view: &View<'_>, located: &Located) {
+fn found(view: &View<'_>, located: &Located) -> Markup {
     let Some(flags) = &located.flags else {
-        return refused(out, view, located);
+        return refused(view, located);
     };
-    out.push_str("<dl class=\"commits\">");
-    for (term, commit) in [
-        ("Last commit kept", &located.before),
-        ("First commit dropped", &located.after),
-    ] {
-        let text = commit.as_ref().map_or_else(
-            || "none that the restore replays".to_owned(),
-            |commit| {
-                let time = instant(commit.time);
-                format!(
-                    "{time} · transaction {} · LSN {} · timeline {}",
-                    commit.xid, commit.lsn, commit.timeline
-                )
-            },
-        );
-        let _ = write!(out, "<div><dt>{term}</dt><dd>{text}</dd></div>");
+    html! {
+        dl class="commits" {
+            @for (term, commit) in [
+                ("Last commit kept", &located.before),
+                ("First commit dropped", &located.after),
+            ] {
+                div {
+                    dt { (term) }
+                    dd {
+                        @if let Some(commit) = commit {
+                            (instant(commit.time)) " · transaction " (commit.xid)
+                            " · LSN " (commit.lsn) " · timeline " (commit.timeline)
+                        } @else {
+                            "none that the restore replays"
+                        }
+                    }
+                }
+            }
+            @if let Some(plan) = plan(view, located) {
+                div { dt { "Plan" } dd { (plan) } }
+            }
+        }
+        div class="command" {
+            pre tabindex="0" id="command" { (restore_command(view.cluster, flags)) }
+            button type="button" id="copy" hidden { "Copy" }
+        }
+        p class="hint" {
+            "Restores into a new directory. Add " code { "--dry-run" }
+            " to see the whole plan first."
+        }
     }
-    if let Some(plan) = plan(view, located) {
-        let _ = write!(out, "<div><dt>Plan</dt><dd>{plan}</dd></div>");
-    }
-    out.push_str("</dl>");
-    let _ = write!(
-        out,
-        "<div class=\"command\"><pre tabindex=\"0\" id=\"command\">{}</pre><button type=\"button\" id=\"copy\" hidden>Copy</button></div>\
-         <p class=\"hint\">Restores into a new directory. Add <code>--dry-run</code> to see the whole plan first.</p>",
-        escape(&restore_command(view.cluster, flags))
-    );
 }
 
 /// Describes the restore: the base backup, the WAL to replay, and the duration if it was measured.
@@ -124,24 +131,18 @@ fn plan(view: &View<'_>, located: &Located) -> Option<String> {
     ))
 }
 
-/// Writes the reason why no restore leads to the instant, and the nearest instants that can be
+/// Renders the reason why no restore leads to the instant, and the nearest instants that can be
 /// restored.
-fn refused(out: &mut String, view: &View<'_>, located: &Located) {
-    let refusal = located
-        .refusal
-        .as_deref()
-        .unwrap_or("the reason is not known");
-    let _ = write!(
-        out,
-        "<p class=\"error\">This instant cannot be restored: {}.</p>",
-        code(refusal)
-    );
-    for near in &located.nearest {
-        let _ = write!(
-            out,
-            "<p class=\"hint\">Nearest: {}</p><div class=\"command\"><pre tabindex=\"0\">{}</pre></div>",
-            instant(near.time),
-            escape(&restore_command(view.cluster, &near.flags))
-        );
+fn refused(view: &View<'_>, located: &Located) -> Markup {
+    let refusal = located.refusal.as_deref();
+    let refusal = refusal.unwrap_or("the reason is not known");
+    html! {
+        p class="error" { "This instant cannot be restored: " (code(refusal)) "." }
+        @for near in &located.nearest {
+            p class="hint" { "Nearest: " (instant(near.time)) }
+            div class="command" {
+                pre tabindex="0" { (restore_command(view.cluster, &near.flags)) }
+            }
+        }
     }
 }

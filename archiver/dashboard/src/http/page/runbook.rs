@@ -1,37 +1,29 @@
 //! The page with the runbooks of all alerts, to which notifications link.
 
-use std::fmt::Write as _;
-
+use maud::html;
 use status::alerts::RULES;
 
 use super::{
     document::{Refresh, document},
-    format::{code, escape},
+    format::code,
 };
 
 pub(in crate::http) fn runbook(guarded: bool) -> String {
-    let mut body = String::from("<h1>Alerts and what to do</h1>");
-    for rule in RULES {
-        let patience = match rule.patience_seconds {
-            0 => String::new(),
-            seconds => format!(" for {seconds} s"),
-        };
-        let _ = write!(
-            body,
-            "<section class=\"card\" id=\"{name}\" aria-labelledby=\"{name}-title\">\
-             <h2 id=\"{name}-title\">{name}</h2><p>{severity}: {condition}{patience}.</p><p>{text}</p>\
-             </section>",
-            name = escape(rule.name),
-            severity = rule.severity.name(),
-            condition = code(rule.condition),
-            text = code(rule.runbook),
-        );
-    }
-    document(
-        "Alerts and what to do · Tidemark",
-        "",
-        &body,
-        guarded,
-        Refresh::Never,
-    )
+    let body = html! {
+        h1 { "Alerts and what to do" }
+        @for rule in RULES {
+            @let title = format!("{}-title", rule.name);
+            section class="card" id=(rule.name) aria-labelledby=(title) {
+                h2 id=(title) { (rule.name) }
+                p {
+                    (rule.severity.name()) ": " (code(rule.condition))
+                    @if rule.patience_seconds > 0 { " for " (rule.patience_seconds) " s" }
+                    "."
+                }
+                p { (code(rule.runbook)) }
+            }
+        }
+    };
+    let title = "Alerts and what to do · Tidemark";
+    document(title, None, &body, guarded, Refresh::Never)
 }

@@ -2,13 +2,12 @@
 //! drills, switches, restore points and removals. The shapes differ, so that it is readable without
 //! colours. A table has the same content as text.
 
-use std::{collections::BTreeMap, fmt::Write as _};
-
+use maud::{Markup, html};
 use status::details::MarkKind;
 use wal_format::{OutcomeKind, PgTimestamp, TimelineId};
 
 use super::{
-    format::{duration, escape, instant, span, text},
+    format::{code, duration, instant, span, text},
     view::View,
 };
 
@@ -69,145 +68,156 @@ impl Axis {
     }
 }
 
-pub(super) fn render(out: &mut String, view: &View<'_>) {
-    let _ = draw(out, view);
+pub(super) fn render(view: &View<'_>) -> Markup {
+    html! {
+        section class="card" aria-labelledby="strip-title" {
+            div class="card-head" {
+                h2 id="strip-title" { "Restorable window" }
+                (zoom(view))
+            }
+            @if let Some(axis) = Axis::of(view) {
+                (strip(view, axis))
+                (legend())
+                (words(view))
+            } @else {
+                p class="empty" id="strip" data-live {
+                    "Nothing is archived yet, or the catalog was not looked at since the start. "
+                    "The first commit appears here within seconds."
+                }
+            }
+        }
+    }
 }
 
-fn draw(out: &mut String, view: &View<'_>) -> std::fmt::Result {
-    out.push_str(
-        "<section class=\"card\" aria-labelledby=\"strip-title\"><div class=\"card-head\"><h2 id=\"strip-title\">Restorable window</h2>",
-    );
-    zoom(out, view)?;
-    out.push_str("</div>");
-    let Some(axis) = Axis::of(view) else {
-        out.push_str(
-            "<p class=\"empty\" id=\"strip\" data-live>Nothing is archived yet, or the catalog was not looked at since the \
-             start. The first commit appears here within seconds.</p></section>",
-        );
-        return Ok(());
-    };
+fn strip(view: &View<'_>, axis: Axis) -> Markup {
     let rows = rows(view);
     let height = (0..).zip(&rows).last().map_or(0, |(last, _)| last + 1) * ROW + AXIS;
-    write!(
-        out,
-        "<div class=\"strip-frame\"><div id=\"strip\" data-live data-from=\"{}\" data-to=\"{}\">\
-         <svg class=\"strip\" width=\"100%\" height=\"{height}\" role=\"img\" aria-label=\"{}\">{DEFINITIONS}",
-        axis.from,
-        axis.to,
-        escape(&summary(view, axis)),
-    )?;
-    for (number, timeline) in (0..).zip(&rows) {
-        row(out, view, axis, *timeline, number * ROW)?;
+    html! {
+        div class="strip-frame" {
+            div id="strip" data-live data-from=(axis.from) data-to=(axis.to) {
+                svg class="strip" width="100%" height=(height) role="img"
+                    aria-label=(summary(view, axis)) {
+                    (definitions())
+                    @for (number, timeline) in (0..).zip(&rows) {
+                        (row(view, axis, *timeline, number * ROW))
+                    }
+                    (retention_edge(view, axis, height))
+                    (ticks(axis, height))
+                }
+            }
+            div id="cursor" aria-hidden="true" hidden {}
+        }
+        p id="strip-readout" class="readout" role="status" hidden {}
     }
-    retention_edge(out, view, axis, height)?;
-    ticks(out, axis, height)?;
-    out.push_str(
-        "</svg></div><div id=\"cursor\" aria-hidden=\"true\" hidden></div></div>\
-         <p id=\"strip-readout\" class=\"readout\" role=\"status\" hidden></p>",
-    );
-    legend(out);
-    words(out, view)?;
-    out.push_str("</section>");
-    Ok(())
 }
 
 /// Renders the links that choose the part of the strip.
-fn zoom(out: &mut String, view: &View<'_>) -> std::fmt::Result {
+fn zoom(view: &View<'_>) -> Markup {
     let (Some(all), Some(now)) = (Axis::all(view), Axis::of(view)) else {
-        return Ok(());
+        return html! {};
     };
+    let is_whole = (now.from, now.to) == (all.from, all.to);
+    html! {
+        nav class="ranges zoom" aria-label="Part of the strip" id="zoom" data-live {
+            @for (text, name, part) in steps(all, now) {
+                a href={ "?from=" (part.from) "&to=" (part.to) "#strip-title" } aria-label=(name) {
+                    (text)
+                }
+            }
+            @if !is_whole { a href="?#strip-title" { "All" } }
+        }
+    }
+}
+
+/// Returns the possible steps from the part `now` of `all`, each with its sign and its name. A step
+/// beyond an end stops there.
+fn steps(all: Axis, now: Axis) -> Vec<(&'static str, &'static str, Axis)> {
     let width = now.to.micros_since(now.from);
     let centre = now.from.0 + width / 2;
-    let is_whole = (now.from, now.to) == (all.from, all.to);
-    out.push_str(
-        "<nav class=\"ranges zoom\" aria-label=\"Part of the strip\" id=\"zoom\" data-live>",
-    );
-    let steps = [
-        (
-            "+",
-            "Zoom in",
-            centre - width / 4,
-            centre + width / 4,
-            width / 2 >= ZOOM_MICROS_MIN,
-        ),
-        ("−", "Zoom out", centre - width, centre + width, !is_whole),
-        (
-            "←",
-            "Earlier",
-            now.from.0 - width / 2,
-            now.to.0 - width / 2,
-            now.from > all.from,
-        ),
-        (
-            "→",
-            "Later",
-            now.from.0 + width / 2,
-            now.to.0 + width / 2,
-            now.to < all.to,
-        ),
-    ];
-    for (text, name, from, to, _) in steps.into_iter().filter(|step| step.4) {
-        // A step beyond an end stops there.
+    let part = |from: i64, to: i64| Axis {
+        from: PgTimestamp(from.max(all.from.0)),
+        to: PgTimestamp(to.min(all.to.0)),
+    };
+    // A move keeps its width.
+    let moved = |by: i64| {
+        let (from, to) = (now.from.0 + by, now.to.0 + by);
         let beyond = (all.from.0 - from).max(0) - (to - all.to.0).max(0);
-        let is_move = name == "Earlier" || name == "Later";
-        let (from, to) = match is_move {
-            true => (from + beyond, to + beyond),
-            false => (from, to),
-        };
-        let (from, to) = (
-            PgTimestamp(from.max(all.from.0)),
-            PgTimestamp(to.min(all.to.0)),
-        );
-        write!(
-            out,
-            "<a href=\"?from={from}&amp;to={to}#strip-title\" aria-label=\"{name}\">{text}</a>"
-        )?;
+        part(from + beyond, to + beyond)
+    };
+    let is_whole = (now.from, now.to) == (all.from, all.to);
+    let mut steps = Vec::new();
+    if width / 2 >= ZOOM_MICROS_MIN {
+        steps.push(("+", "Zoom in", part(centre - width / 4, centre + width / 4)));
     }
     if !is_whole {
-        out.push_str("<a href=\"?#strip-title\">All</a>");
+        steps.push(("−", "Zoom out", part(centre - width, centre + width)));
     }
-    out.push_str("</nav>");
-    Ok(())
+    if now.from > all.from {
+        steps.push(("←", "Earlier", moved(-width / 2)));
+    }
+    if now.to < all.to {
+        steps.push(("→", "Later", moved(width / 2)));
+    }
+    steps
 }
 
 /// Renders the time before which retention may remove what is stored.
-fn retention_edge(out: &mut String, view: &View<'_>, axis: Axis, height: u32) -> std::fmt::Result {
+fn retention_edge(view: &View<'_>, axis: Axis, height: u32) -> Markup {
     let policy = view.cluster.settings().repository.retention.as_ref();
-    let Some(window) = policy
-        .map(|policy| policy.window)
-        .filter(|window| !window.is_zero())
-    else {
-        return Ok(());
+    let window = policy.map(|policy| policy.window);
+    let Some(window) = window.filter(|window| !window.is_zero()) else {
+        return html! {};
     };
     let window = i64::try_from(window.as_micros()).unwrap_or(i64::MAX);
     let edge = PgTimestamp(view.report.as_of.0.saturating_sub(window));
     if !axis.contains(edge) {
-        return Ok(());
+        return html! {};
     }
     let place = axis.place(edge);
     let (anchor, dx) = if place > 70.0 {
-        ("end", -5)
+        ("end", "-5")
     } else {
-        ("start", 5)
+        ("start", "5")
     };
-    write!(
-        out,
-        "<line class=\"edge\" x1=\"{place:.3}%\" x2=\"{place:.3}%\" y1=\"0\" y2=\"{}\">\
-         <title>Retention edge {edge}: what is needed only for older times may be removed</title></line>\
-         <text class=\"row-name\" x=\"{place:.3}%\" dx=\"{dx}\" y=\"11\" text-anchor=\"{anchor}\">keep_window</text>",
-        height - AXIS
-    )
+    let x = percent(place);
+    html! {
+        line class="edge" x1=(x) x2=(x) y1="0" y2=(height - AXIS) {
+            title {
+                "Retention edge " (edge) ": what is needed only for older times may be removed"
+            }
+        }
+        text class="row-name" x=(x) dx=(dx) y="11" text-anchor=(anchor) { "keep_window" }
+    }
 }
 
-const DEFINITIONS: &str = "<defs><pattern id=\"hatch\" width=\"7\" height=\"7\" patternUnits=\"userSpaceOnUse\" \
-    patternTransform=\"rotate(45)\"><rect width=\"7\" height=\"7\" class=\"gap-ground\"/>\
-    <line x1=\"0\" y1=\"0\" x2=\"0\" y2=\"7\" class=\"gap-line\"/></pattern>\
-    <symbol id=\"m-backup\" overflow=\"visible\"><rect x=\"-5\" y=\"-5\" width=\"10\" height=\"10\" rx=\"2\"/></symbol>\
-    <symbol id=\"m-drill\" overflow=\"visible\"><path d=\"M0-7 7 0 0 7-7 0z\"/></symbol>\
-    <symbol id=\"m-failed\" overflow=\"visible\"><path d=\"M-5-5 5 5M5-5-5 5\"/></symbol>\
-    <symbol id=\"m-point\" overflow=\"visible\"><path d=\"M0 7V-7L8-3.5 0 0\"/></symbol>\
-    <symbol id=\"m-removal\" overflow=\"visible\"><path d=\"M-5-4H5L0 5z\"/></symbol>\
-    <symbol id=\"m-switch\" overflow=\"visible\"><path d=\"M0-14V14M-4-8 4-14M-4-14 4-8\"/></symbol></defs>";
+fn percent(place: f64) -> String {
+    format!("{place:.3}%")
+}
+
+/// Renders the definitions of the shapes.
+fn definitions() -> Markup {
+    html! {
+        defs {
+            pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse"
+                patternTransform="rotate(45)" {
+                rect width="7" height="7" class="gap-ground" {}
+                line x1="0" y1="0" x2="0" y2="7" class="gap-line" {}
+            }
+            symbol id="m-backup" overflow="visible" {
+                rect x="-5" y="-5" width="10" height="10" rx="2" {}
+            }
+            @for (id, path) in [
+                ("m-drill", "M0-7 7 0 0 7-7 0z"),
+                ("m-failed", "M-5-5 5 5M5-5-5 5"),
+                ("m-point", "M0 7V-7L8-3.5 0 0"),
+                ("m-removal", "M-5-4H5L0 5z"),
+                ("m-switch", "M0-14V14M-4-8 4-14M-4-14 4-8"),
+            ] {
+                symbol id=(id) overflow="visible" { path d=(path) {} }
+            }
+        }
+    }
+}
 
 fn rows(view: &View<'_>) -> Vec<TimelineId> {
     let mut rows: Vec<TimelineId> = view
@@ -224,54 +234,46 @@ fn rows(view: &View<'_>) -> Vec<TimelineId> {
     rows
 }
 
-fn row(
-    out: &mut String,
-    view: &View<'_>,
-    axis: Axis,
-    timeline: TimelineId,
-    top: u32,
-) -> std::fmt::Result {
-    let details = &view.details;
+/// Renders the row of a timeline at a height.
+fn row(view: &View<'_>, axis: Axis, timeline: TimelineId, top: u32) -> Markup {
     let middle = top + ROW / 2 + 4;
-    write!(
-        out,
-        "<rect class=\"ground\" x=\"0\" y=\"{}\" width=\"100%\" height=\"18\" rx=\"4\"/>",
-        middle - 9
-    )?;
-    let newest = details.ranges.iter().map(|range| range.timeline).max();
-    let mut bar = |class: &str, from: PgTimestamp, to: PgTimestamp, title: &str| {
-        if !axis.overlaps(from, to) {
-            return Ok(());
-        }
-        let (start, end) = (axis.place(from), axis.place(to));
-        write!(
-            out,
-            "<rect class=\"{class}\" x=\"{start:.3}%\" y=\"{}\" width=\"{:.3}%\" height=\"18\" rx=\"4\"><title>{title}</title></rect>",
-            middle - 9,
-            (end - start).max(0.4),
-        )
-    };
-    for range in details
-        .ranges
-        .iter()
-        .filter(|range| range.timeline == timeline)
-    {
-        if let (Some(from), Some(to)) = (range.from, range.to) {
-            let (start, end) = (range.start_lsn, range.end_lsn);
-            let title =
-                format!("WAL {start} to {end}, of which only the marked part can be restored");
-            bar("kept", from, to, &title)?;
-        }
+    html! {
+        rect class="ground" x="0" y=(middle - 9) width="100%" height="18" rx="4" {}
+        (bars(view, axis, timeline, middle))
+        (gaps(view, axis, timeline, middle))
+        (marks(view, axis, timeline, middle))
+        text class="row-name" x="0" y=(top + 11) { "Timeline " (timeline) }
     }
+}
+
+/// Renders the archived WAL of a timeline, and over it what can be restored.
+fn bars(view: &View<'_>, axis: Axis, timeline: TimelineId, middle: u32) -> Markup {
+    let details = &view.details;
+    let bar = |class: &str, from: PgTimestamp, to: PgTimestamp, title: &str| {
+        let (start, end) = (axis.place(from), axis.place(to));
+        html! {
+            @if axis.overlaps(from, to) {
+                rect class=(class) x=(percent(start)) y=(middle - 9)
+                    width=(percent((end - start).max(0.4))) height="18" rx="4" {
+                    title { (title) }
+                }
+            }
+        }
+    };
+    let archived = details.ranges.iter();
+    let archived = archived.filter(|range| range.timeline == timeline);
+    let archived = archived.filter_map(|range| {
+        let (from, to) = range.from.zip(range.to)?;
+        let (start, end) = (range.start_lsn, range.end_lsn);
+        let title = format!("WAL {start} to {end}, of which only the marked part can be restored");
+        Some(bar("kept", from, to, &title))
+    });
+    let newest = details.ranges.iter().map(|range| range.timeline).max();
     let last = details.restorable.iter().rfind(|range| range.by_default);
-    for range in details
-        .restorable
-        .iter()
-        .filter(|range| range.timeline == timeline)
-    {
-        let (Some(from), Some(mut to)) = (range.from, range.to) else {
-            continue;
-        };
+    let restorable = details.restorable.iter();
+    let restorable = restorable.filter(|range| range.timeline == timeline);
+    let restorable = restorable.filter_map(|range| {
+        let (from, mut to) = range.from.zip(range.to)?;
         // The newest range extends to the last time up to which the repository proves that nothing
         // is missing.
         let is_last =
@@ -283,92 +285,80 @@ fn row(
             to = to.max(latest);
         }
         let title = format!("Restorable: WAL {} to {}", range.start_lsn, range.end_lsn);
-        bar("held", from, to, &title)?;
+        Some(bar("held", from, to, &title))
+    });
+    html! {
+        @for bar in archived { (bar) }
+        @for bar in restorable { (bar) }
     }
-    for gap in details
-        .gaps
-        .iter()
+}
+
+fn gaps(view: &View<'_>, axis: Axis, timeline: TimelineId, middle: u32) -> Markup {
+    let gaps = view.details.gaps.iter();
+    let gaps = gaps
         .filter(|gap| gap.branch.timeline == timeline)
-    {
-        let (after, before) = (
-            gap.after.unwrap_or(axis.from),
-            gap.before.unwrap_or(axis.to),
-        );
-        if !axis.overlaps(after, before) {
-            continue;
-        }
-        let start = gap.after.map_or(0.0, |time| axis.place(time));
-        let end = gap.before.map_or(100.0, |time| axis.place(time));
-        write!(
-            out,
-            "<rect class=\"gap\" x=\"{start:.3}%\" y=\"{}\" width=\"{:.3}%\" height=\"22\"><title>Gap {} to {}: {}</title></rect>",
-            middle - 11,
-            (end - start).max(0.8),
-            gap.from_lsn,
-            gap.to_lsn,
-            escape(&gap.cause)
-        )?;
-    }
-    let mut put = |symbol: &str, time: PgTimestamp, y: u32, title: &str| {
-        if !axis.contains(time) {
-            return;
-        }
-        let _ = write!(
-            out,
-            "<use class=\"{symbol}\" href=\"#{symbol}\" x=\"{:.3}%\" y=\"{y}\"><title>{}, {}</title></use>",
-            axis.place(time),
-            escape(title),
-            text(time, "%Y-%m-%d %H:%M:%SZ")
-        );
-    };
-    for backup in details
-        .backups
-        .iter()
-        .filter(|backup| backup.timeline == timeline)
-    {
-        put(
-            "m-backup",
-            backup.finished,
-            middle,
-            &format!("Base backup {}", backup.id),
-        );
-    }
-    for mark in details
-        .marks
-        .iter()
-        .filter(|mark| mark.timeline == timeline)
-    {
-        let (symbol, y) = match mark.kind {
-            MarkKind::RestorePoint => ("m-point", middle - 15),
-            MarkKind::Removal => ("m-removal", middle - 16),
-            MarkKind::Switch => ("m-switch", middle),
-        };
-        put(symbol, mark.time, y, &mark.text.replace('`', ""));
-    }
-    if newest == Some(timeline) {
-        for drill in details.of_kind(OutcomeKind::Drill) {
-            let (symbol, how) = if drill.passed {
-                ("m-drill", "passed")
-            } else {
-                ("m-failed", "failed")
-            };
-            put(
-                symbol,
-                drill.finished,
-                middle,
-                &format!("Drill {how}: {}", drill.message),
+        .filter(|gap| {
+            let (after, before) = (
+                gap.after.unwrap_or(axis.from),
+                gap.before.unwrap_or(axis.to),
             );
+            axis.overlaps(after, before)
+        });
+    html! {
+        @for gap in gaps {
+            @let start = gap.after.map_or(0.0, |time| axis.place(time));
+            @let end = gap.before.map_or(100.0, |time| axis.place(time));
+            rect class="gap" x=(percent(start)) y=(middle - 11)
+                width=(percent((end - start).max(0.8))) height="22" {
+                title { "Gap " (gap.from_lsn) " to " (gap.to_lsn) ": " (gap.cause) }
+            }
         }
     }
-    write!(
-        out,
-        "<text class=\"row-name\" x=\"0\" y=\"{}\">Timeline {timeline}</text>",
-        top + 11
-    )
+}
+
+/// Renders the backups, the marks and, on the newest timeline, the drills.
+fn marks(view: &View<'_>, axis: Axis, timeline: TimelineId, middle: u32) -> Markup {
+    let details = &view.details;
+    let put = |symbol: &str, time: PgTimestamp, y: u32, title: &str| {
+        html! {
+            @if axis.contains(time) {
+                use class=(symbol) href={ "#" (symbol) } x=(percent(axis.place(time))) y=(y) {
+                    title { (title) ", " (text(time, "%Y-%m-%d %H:%M:%SZ")) }
+                }
+            }
+        }
+    };
+    let backups = details.backups.iter();
+    let backups = backups.filter(|backup| backup.timeline == timeline);
+    let marks = details.marks.iter();
+    let marks = marks.filter(|mark| mark.timeline == timeline);
+    let newest = details.ranges.iter().map(|range| range.timeline).max();
+    let drills = details.of_kind(OutcomeKind::Drill);
+    let drills = drills.filter(|_| newest == Some(timeline));
+    html! {
+        @for backup in backups {
+            (put("m-backup", backup.finished, middle, &format!("Base backup {}", backup.id)))
+        }
+        @for mark in marks {
+            @let (symbol, y) = match mark.kind {
+                MarkKind::RestorePoint => ("m-point", middle - 15),
+                MarkKind::Removal => ("m-removal", middle - 16),
+                MarkKind::Switch => ("m-switch", middle),
+            };
+            (put(symbol, mark.time, y, &mark.text.replace('`', "")))
+        }
+        @for drill in drills {
+            @let (symbol, how) = match drill.passed {
+                true => ("m-drill", "passed"),
+                false => ("m-failed", "failed"),
+            };
+            (put(symbol, drill.finished, middle, &format!("Drill {how}: {}", drill.message)))
+        }
+    }
 }
 
 /// Renders four times along the bottom.
-fn ticks(out: &mut String, axis: Axis, height: u32) -> std::fmt::Result {
+fn ticks(axis: Axis, height: u32) -> Markup {
     let whole = span(axis.to, axis.from);
     let pattern = if whole > 3.0 * 86_400.0 {
         "%m-%d"
@@ -377,23 +367,15 @@ fn ticks(out: &mut String, axis: Axis, height: u32) -> std::fmt::Result {
     } else {
         "%H:%M:%S"
     };
-    for number in 0..=3_i64 {
-        let micros = axis.to.micros_since(axis.from) / 3 * number;
-        let time = PgTimestamp(axis.from.0 + micros);
-        let anchor = match number {
-            0 => "start",
-            3 => "end",
-            _ => "middle",
-        };
-        let text = text(time, pattern);
-        write!(
-            out,
-            "<text class=\"tick\" x=\"{:.2}%\" y=\"{}\" text-anchor=\"{anchor}\">{text}</text>",
-            axis.place(time),
-            height - 4
-        )?;
+    let third = axis.to.micros_since(axis.from) / 3;
+    html! {
+        @for (number, anchor) in (0..).zip(["start", "middle", "middle", "end"]) {
+            @let time = PgTimestamp(axis.from.0 + third * number);
+            text class="tick" x=(percent(axis.place(time))) y=(height - 4) text-anchor=(anchor) {
+                (text(time, pattern))
+            }
+        }
     }
-    Ok(())
 }
 
 fn summary(view: &View<'_>, axis: Axis) -> String {
@@ -408,80 +390,87 @@ fn summary(view: &View<'_>, axis: Axis) -> String {
     )
 }
 
-fn legend(out: &mut String) {
-    out.push_str("<ul class=\"legend\" aria-label=\"Shapes of the strip\">");
-    for (class, text) in [
-        ("held", "restorable"),
-        ("kept", "archived, not restorable"),
-        ("gap", "gap"),
-    ] {
-        let _ = write!(
-            out,
-            "<li><svg width=\"18\" height=\"18\" aria-hidden=\"true\"><rect class=\"{class}\" x=\"1\" y=\"2\" width=\"16\" height=\"14\"/></svg>{text}</li>"
-        );
+fn legend() -> Markup {
+    html! {
+        ul class="legend" aria-label="Shapes of the strip" {
+            @for (class, text) in [
+                ("held", "restorable"),
+                ("kept", "archived, not restorable"),
+                ("gap", "gap"),
+            ] {
+                li {
+                    svg width="18" height="18" aria-hidden="true" {
+                        rect class=(class) x="1" y="2" width="16" height="14" {}
+                    }
+                    (text)
+                }
+            }
+            @for (symbol, half, text) in [
+                ("m-backup", 9, "base backup"),
+                ("m-drill", 9, "drill passed"),
+                ("m-failed", 9, "drill failed"),
+                ("m-switch", 16, "timeline switch"),
+                ("m-point", 9, "restore point"),
+                ("m-removal", 9, "DROP, TRUNCATE or rewrite"),
+            ] {
+                @let whole = 2 * half;
+                li {
+                    svg width="18" height="18" aria-hidden="true"
+                        viewBox={ "-" (half) " -" (half) " " (whole) " " (whole) } {
+                        use class=(symbol) href={ "#" (symbol) } {}
+                    }
+                    (text)
+                }
+            }
+        }
     }
-    for (symbol, half, text) in [
-        ("m-backup", 9, "base backup"),
-        ("m-drill", 9, "drill passed"),
-        ("m-failed", 9, "drill failed"),
-        ("m-switch", 16, "timeline switch"),
-        ("m-point", 9, "restore point"),
-        ("m-removal", 9, "DROP, TRUNCATE or rewrite"),
-    ] {
-        let _ = write!(
-            out,
-            "<li><svg width=\"18\" height=\"18\" viewBox=\"-{half} -{half} {whole} {whole}\" aria-hidden=\"true\"><use class=\"{symbol}\" href=\"#{symbol}\"/></svg>{text}</li>",
-            whole = 2 * half
-        );
-    }
-    out.push_str("</ul>");
 }
 
 /// Renders the strip's content as a table, newest first.
-fn words(out: &mut String, view: &View<'_>) -> std::fmt::Result {
-    let details = &view.details;
-    let mut lines: BTreeMap<(PgTimestamp, usize), String> = BTreeMap::new();
-    let mut add = |time: PgTimestamp, text: String| {
-        let number = lines.len();
-        lines.insert((time, number), text);
-    };
-    for gap in &details.gaps {
-        if let Some(time) = gap.after.or(gap.before) {
-            let text = format!(
-                "<strong>Gap</strong> on timeline {}: WAL {} to {}; {}",
-                gap.branch.timeline,
-                gap.from_lsn,
-                gap.to_lsn,
-                super::format::code(&gap.cause)
-            );
-            add(time, text);
+fn words(view: &View<'_>) -> Markup {
+    html! {
+        details class="words" {
+            summary { "The strip in words" }
+            table id="strip-words" data-live {
+                thead { tr { th scope="col" { "Time" } th scope="col" { "What" } } }
+                tbody {
+                    @for (time, text) in lines(view).iter().rev().take(WORDS_MAX) {
+                        tr { td { (instant(*time)) } td { (text) } }
+                    }
+                }
+            }
         }
     }
-    for loss in &details.failover_losses {
-        add(
-            loss.found,
-            format!("<strong>Failover</strong>: {}", escape(&loss.to_string())),
-        );
-    }
-    for backup in &details.backups {
-        add(backup.finished, format!("Base backup {}", backup.id));
-    }
-    for drill in details.of_kind(OutcomeKind::Drill) {
+}
+
+/// Returns what the strip shows, in the order of time.
+fn lines(view: &View<'_>) -> Vec<(PgTimestamp, Markup)> {
+    let details = &view.details;
+    let gaps = details.gaps.iter().filter_map(|gap| {
+        let text = html! {
+            strong { "Gap" } " on timeline " (gap.branch.timeline) ": WAL " (gap.from_lsn) " to "
+            (gap.to_lsn) "; " (code(&gap.cause))
+        };
+        Some((gap.after.or(gap.before)?, text))
+    });
+    let losses = details.failover_losses.iter();
+    let losses = losses.map(|loss| (loss.found, html! { strong { "Failover" } ": " (loss) }));
+    let backups = details.backups.iter();
+    let backups = backups.map(|backup| (backup.finished, html! { "Base backup " (backup.id) }));
+    let drills = details.of_kind(OutcomeKind::Drill).map(|drill| {
         let how = if drill.passed { "passed" } else { "failed" };
-        add(
+        (
             drill.finished,
-            format!("Drill {how}: {}", escape(&drill.message)),
-        );
-    }
-    for mark in &details.marks {
-        let text = super::format::code(&mark.text);
-        add(mark.time, format!("{text} (LSN {})", mark.lsn));
-    }
-    out.push_str("<details class=\"words\"><summary>The strip in words</summary><table id=\"strip-words\" data-live>\
-                  <thead><tr><th scope=\"col\">Time</th><th scope=\"col\">What</th></tr></thead><tbody>");
-    for ((time, _), text) in lines.iter().rev().take(WORDS_MAX) {
-        write!(out, "<tr><td>{}</td><td>{text}</td></tr>", instant(*time))?;
-    }
-    out.push_str("</tbody></table></details>");
-    Ok(())
+            html! { "Drill " (how) ": " (drill.message) },
+        )
+    });
+    let marks = details.marks.iter();
+    let marks = marks.map(|mark| {
+        let text = html! { (code(&mark.text)) " (LSN " (mark.lsn) ")" };
+        (mark.time, text)
+    });
+    let lines = gaps.chain(losses).chain(backups).chain(drills).chain(marks);
+    let mut lines: Vec<_> = lines.collect();
+    lines.sort_by_key(|(time, _)| *time);
+    lines
 }

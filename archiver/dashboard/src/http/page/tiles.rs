@@ -1,8 +1,7 @@
 //! The tiles with the numbers of a cluster. Each has at most two notes, and a neutral colour while
 //! its number is unknown.
 
-use std::fmt::Write as _;
-
+use maud::{Markup, html};
 use status::report::ClusterReport;
 
 use super::{
@@ -21,39 +20,38 @@ enum Tone {
 struct Tile {
     id: &'static str,
     term: &'static str,
-    /// The value and the notes are HTML, already escaped where needed.
-    value: String,
-    notes: Vec<String>,
+    value: Markup,
+    notes: Vec<Markup>,
     tone: Tone,
 }
 
-pub(super) fn render(out: &mut String, view: &View<'_>) {
+pub(super) fn render(view: &View<'_>) -> Markup {
     let report = view.report;
-    out.push_str("<dl class=\"tiles\" id=\"tiles\" data-live>");
-    for tile in [
+    let tiles = [
         rpo(report),
         rto(report),
         window(report),
         lag(report),
         drill(report),
-    ] {
-        let tone = match tile.tone {
-            Tone::Plain => "",
-            Tone::Bad => " bad",
-            Tone::Unknown => " unknown",
-        };
-        let notes = tile.notes.iter().map(|note| format!("<span>{note}</span>"));
-        let _ = write!(
-            out,
-            "<div class=\"tile{tone}\" id=\"tile-{}\"><dt>{}</dt><dd><b class=\"value\">{}</b>\
-             <span class=\"notes\">{}</span></dd></div>",
-            tile.id,
-            tile.term,
-            tile.value,
-            notes.collect::<String>()
-        );
+    ];
+    html! {
+        dl class="tiles" id="tiles" data-live {
+            @for tile in tiles {
+                @let tone = match tile.tone {
+                    Tone::Plain => "",
+                    Tone::Bad => " bad",
+                    Tone::Unknown => " unknown",
+                };
+                div class={ "tile" (tone) } id={ "tile-" (tile.id) } {
+                    dt { (tile.term) }
+                    dd {
+                        b class="value" { (tile.value) }
+                        span class="notes" { @for note in tile.notes { span { (note) } } }
+                    }
+                }
+            }
+        }
     }
-    out.push_str("</dl>");
 }
 
 fn rpo(report: &ClusterReport) -> Tile {
@@ -61,10 +59,10 @@ fn rpo(report: &ClusterReport) -> Tile {
     Tile {
         id: "rpo",
         term: "RPO now",
-        value: seconds(rpo),
+        value: html! { (seconds(rpo)) },
         notes: vec![
-            format!("target {}", duration(report.rpo_target_seconds)),
-            format!("greatest in 24 h {}", seconds(report.rpo_max_24h_seconds)),
+            html! { "target " (duration(report.rpo_target_seconds)) },
+            html! { "greatest in 24 h " (seconds(report.rpo_max_24h_seconds)) },
         ],
         tone: match rpo {
             None => Tone::Unknown,
@@ -77,9 +75,9 @@ fn rpo(report: &ClusterReport) -> Tile {
 fn rto(report: &ClusterReport) -> Tile {
     let rto = &report.rto;
     let (value, tone) = match (rto.estimate_seconds, rto.target_seconds) {
-        (None, _) => ("not measured".to_owned(), Tone::Unknown),
+        (None, _) => (html! { "not measured" }, Tone::Unknown),
         (Some(estimate), target) => (
-            format!("{} <small>estimate</small>", duration(estimate)),
+            html! { (duration(estimate)) " " small { "estimate" } },
             match target {
                 Some(target) if estimate > target => Tone::Bad,
                 _ => Tone::Plain,
@@ -87,12 +85,12 @@ fn rto(report: &ClusterReport) -> Tile {
         ),
     };
     let measured = match rto.measured_seconds {
-        Some(measured) => format!("measured by the last drill {}", duration(measured)),
-        None => "no drill has run yet".to_owned(),
+        Some(measured) => html! { "measured by the last drill " (duration(measured)) },
+        None => html! { "no drill has run yet" },
     };
     let target = match rto.target_seconds {
-        Some(target) => format!("target {}", duration(target)),
-        None => "no target is set (<code>rto_target</code>)".to_owned(),
+        Some(target) => html! { "target " (duration(target)) },
+        None => html! { "no target is set (" code { "rto_target" } ")" },
     };
     Tile {
         id: "rto",
@@ -104,10 +102,10 @@ fn rto(report: &ClusterReport) -> Tile {
 }
 
 fn window(report: &ClusterReport) -> Tile {
-    let tile = |value: &str, notes: Vec<String>, tone| Tile {
+    let tile = |value: &str, notes: Vec<Markup>, tone| Tile {
         id: "window",
         term: "Restorable",
-        value: value.to_owned(),
+        value: html! { (value) },
         notes,
         tone,
     };
@@ -123,24 +121,24 @@ fn window(report: &ClusterReport) -> Tile {
                 None => "gaps unknown".to_owned(),
             };
             let notes = vec![
-                format!("from {}", instant(earliest)),
-                format!("to {}, {gaps}", instant(latest)),
+                html! { "from " (instant(earliest)) },
+                html! { "to " (instant(latest)) ", " (gaps) },
             ];
             tile(&duration(span(latest, earliest)), notes, tone)
         }
         (Some(_), None) => {
-            let note = "for the first commit after the backup".to_owned();
+            let note = html! { "for the first commit after the backup" };
             tile("waiting", vec![note], Tone::Unknown)
         }
         _ if report.last_backup.is_some() && window.refusal.is_some() => {
-            let note = "the reason is above".to_owned();
+            let note = html! { "the reason is above" };
             tile("nothing", vec![note], Tone::Bad)
         }
         _ if report.last_backup.is_some() || !report.looked => {
-            tile("unknown", vec!["not known yet".to_owned()], Tone::Unknown)
+            tile("unknown", vec![html! { "not known yet" }], Tone::Unknown)
         }
         _ => {
-            let note = "run <code>wal-archiver backup</code>".to_owned();
+            let note = html! { "run " code { "wal-archiver backup" } };
             tile("none yet", vec![note], Tone::Bad)
         }
     }
@@ -151,10 +149,10 @@ fn lag(report: &ClusterReport) -> Tile {
     Tile {
         id: "lag",
         term: "Lag",
-        value: bytes(remote.lag_bytes),
+        value: html! { (bytes(remote.lag_bytes)) },
         notes: vec![
-            format!("this host {}", bytes(local.lag_bytes)),
-            format!("queue {}", bytes(Some(report.counters.upload_queue_bytes))),
+            html! { "this host " (bytes(local.lag_bytes)) },
+            html! { "queue " (bytes(Some(report.counters.upload_queue_bytes))) },
         ],
         tone: match remote.lag_bytes {
             None => Tone::Unknown,
@@ -167,7 +165,7 @@ fn drill(report: &ClusterReport) -> Tile {
     let (value, notes, tone) = match &report.last_drill {
         None => (
             "none yet",
-            vec!["no restore is proved".to_owned()],
+            vec![html! { "no restore is proved" }],
             Tone::Unknown,
         ),
         Some(drill) => {
@@ -177,8 +175,8 @@ fn drill(report: &ClusterReport) -> Tile {
             };
             let ago = seconds(Some(span(report.as_of, drill.finished)));
             let notes = vec![
-                format!("{ago} ago"),
-                format!("lost {}", seconds(drill.loss_seconds)),
+                html! { (ago) " ago" },
+                html! { "lost " (seconds(drill.loss_seconds)) },
             ];
             (value, notes, tone)
         }
@@ -186,7 +184,7 @@ fn drill(report: &ClusterReport) -> Tile {
     Tile {
         id: "drill",
         term: "Last drill",
-        value: value.to_owned(),
+        value: html! { (value) },
         notes,
         tone,
     }

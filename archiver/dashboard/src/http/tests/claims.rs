@@ -67,11 +67,7 @@ fn a_place_that_is_away_among_several_is_told() {
 
 #[test]
 fn the_page_claims_nothing_that_is_not_known() {
-    let alerts = |report: &ClusterReport| {
-        let mut html = String::new();
-        page::render_alerts(&mut html, report);
-        html
-    };
+    let alerts = |report: &ClusterReport| page::render_alerts(report).into_string();
     let mut found = report();
     assert!(alerts(&found).contains("Nothing needs you."));
     because(
@@ -83,7 +79,7 @@ fn the_page_claims_nothing_that_is_not_known() {
     // No drill has measured a restore: the duration is an estimate and no bound.
     let mut found = report();
     found.rto.wal_since_backup_bytes = Some(3 << 20);
-    let lines = page::lines(&found);
+    let lines = page::lines(&found).into_string();
     assert!(!lines.contains("class=\"bad\""), "{lines}");
     let expected = "A restore takes about 1 min plus the replay of 3.0 MiB. \
                     <small class=\"estimate\">estimate</small>";
@@ -92,7 +88,7 @@ fn the_page_claims_nothing_that_is_not_known() {
     found.rto.estimate_seconds = Some(90.0);
     found.window.refusal = Some("WAL is missing".to_owned());
     found.window.latest = Some(found.as_of);
-    let lines = page::lines(&found);
+    let lines = page::lines(&found).into_string();
     assert!(!lines.contains("A restore takes"), "{lines}");
     assert!(lines.contains("loses everything after 2026-"), "{lines}");
     assert!(lines.contains("class=\"bad\""), "{lines}");
