@@ -40,8 +40,9 @@ mod verify;
 use std::{net::SocketAddr, path::PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
+use quick::push::wait_for_daemon;
 use repository::{
-    Repository,
+    Repository, access,
     config::{ClusterSettings, CommonArgs, Settings, parse_duration},
     store::LockMode,
 };
@@ -199,8 +200,12 @@ enum Command {
         csv: bool,
     },
     /// Ends the archiving of a cluster: drops the slot on the primary and on each standby, and
-    /// prints what remains. The daemon must not archive the cluster any more.
+    /// prints what remains. The daemon must not archive the cluster any more: it is stopped, or
+    /// has read a file without the cluster. Then --conninfo names the server.
     Remove {
+        /// The slot, if the deleted table of the cluster named one.
+        #[arg(long, value_name = "NAME")]
+        slot: Option<String>,
         /// Prints what would be dropped, and changes nothing.
         #[arg(long)]
         dry_run: bool,
@@ -369,6 +374,7 @@ pub fn run(cli: Cli) -> Result<()> {
     }
     let settings = match cli.command {
         Command::Push { .. } => Settings::resolve_for_storage(&cli.common)?,
+        Command::Remove { .. } => Settings::resolve_for_removal(&cli.common)?,
         _ => Settings::resolve(&cli.common)?,
     };
     match &cli.command {
@@ -377,35 +383,48 @@ pub fn run(cli: Cli) -> Result<()> {
         _ => resources::require_for_command()?,
     }
     end_at_a_signal(&cli.command)?;
+    keep_private(&settings);
+    let has_result = matches!(
+        cli.command,
+        Command::Backup { .. } | Command::Verify { .. } | Command::Expire { .. }
+    );
+    let ended = execute(cli, &settings);
+    if has_result {
+        settings.clusters.iter().for_each(wait_for_daemon);
+    }
+    ended
+}
+
+fn execute(cli: Cli, settings: &Settings) -> Result<()> {
     match cli.command {
-        Command::Run { http } => run::run(cli.common, settings, http),
-        Command::Import { directory, compare } => import::run(one(&settings)?, &directory, compare),
+        Command::Run { http } => run::run(cli.common, settings.clone(), http),
+        Command::Import { directory, compare } => import::run(one(settings)?, &directory, compare),
         // The quick program asks the daemon. This code runs if no daemon answered.
         Command::Push { path } => {
-            let settings = one(&settings)?;
+            let settings = one(settings)?;
             let repository = Repository::open_known(settings)?;
             Ok(intake::push_alone(settings, &repository, &path)?)
         }
         Command::Backup {
             action: Some(BackupCommand::Delete { id, force, dry_run }),
             ..
-        } => delete::delete(one(&settings)?, &id, force, dry_run),
+        } => delete::delete(one(settings)?, &id, force, dry_run),
         Command::Backup {
             action: Some(BackupCommand::List { json }),
             ..
-        } => backups::list(&settings, json),
+        } => backups::list(settings, json),
         Command::Backup {
             action: Some(BackupCommand::Keep { id, reason }),
             ..
-        } => backups::note(one(&settings)?, &id, NoteChange::Keep, &reason),
+        } => backups::note(one(settings)?, &id, NoteChange::Keep, &reason),
         Command::Backup {
             action: Some(BackupCommand::Release { id }),
             ..
-        } => backups::note(one(&settings)?, &id, NoteChange::Release, ""),
+        } => backups::note(one(settings)?, &id, NoteChange::Release, ""),
         Command::Backup {
             action: Some(BackupCommand::Annotate { id, text }),
             ..
-        } => backups::note(one(&settings)?, &id, NoteChange::Annotate, &text),
+        } => backups::note(one(settings)?, &id, NoteChange::Annotate, &text),
         Command::Backup {
             kind: BackupType::Full,
             label,
@@ -413,19 +432,23 @@ pub fn run(cli: Cli) -> Result<()> {
             http,
             action: None,
         } => {
-            places::require_outside(&settings)?;
+            places::require_outside(settings)?;
             if http.is_some() {
-                daemon::require(&at(settings.clone(), http), one(&settings)?)?;
+                daemon::require(&at(settings, http), one(settings)?)?;
             }
-            backup::backup(one(&settings)?, &label, json)
+            backup::backup(one(settings)?, &label, json)
         }
         Command::Status {
             nagios: true, http, ..
         } => nagios::nagios(&at(settings, http)),
         Command::Status { json, http, .. } => status::status(&at(settings, http), json),
-        Command::Notify(NotifyCommand::Test) => notify::test(&settings),
+        Command::Notify(NotifyCommand::Test) => notify::test(settings),
         Command::Check { http, json } => check::check(&at(settings, http), json),
-        Command::Remove { dry_run } => remove::remove(one(&settings)?, dry_run),
+        Command::Remove { slot, dry_run } => {
+            let mut cluster = one(settings)?.clone();
+            cluster.slot = slot.unwrap_or(cluster.slot);
+            remove::remove(&cluster, settings.file.as_deref(), dry_run)
+        }
         Command::Verify {
             deep,
             repair,
@@ -440,20 +463,20 @@ pub fn run(cli: Cli) -> Result<()> {
                 backup,
                 json,
             };
-            verify::verify(&settings, &options)
+            verify::verify(settings, &options)
         }
         Command::Expire {
             undo: true,
             json,
             system,
             ..
-        } => expire::undo(&settings, system, json),
+        } => expire::undo(settings, system, json),
         Command::Expire {
             undo: false,
             dry_run,
             json,
             system,
-        } => expire::expire(&settings, system, dry_run, json),
+        } => expire::expire(settings, system, dry_run, json),
         Command::SwitchoverCheck { wait, json, http } => {
             let wait = wait
                 .map(|text| parse_duration("--wait", &text))
@@ -471,24 +494,24 @@ pub fn run(cli: Cli) -> Result<()> {
                 (_, true) => Form::Csv,
                 _ => Form::Table,
             };
-            audit::audit(&settings, since.as_deref(), kind, form)
+            audit::audit(settings, since.as_deref(), kind, form)
         }
-        Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(&settings),
+        Command::Catalog(CatalogCommand::Rebuild) => catalog::rebuild(settings),
         Command::Epoch(EpochCommand::Begin {
             system_identifier: Some(system),
             ..
-        }) => epoch::begin(one(&settings)?, system),
-        Command::Epoch(EpochCommand::Begin { .. }) => resetwal::declare(one(&settings)?),
-        Command::Config(ConfigCommand::Check) => config::check(&settings),
-        Command::Config(ConfigCommand::Show) => config::show(&settings),
+        }) => epoch::begin(one(settings)?, system),
+        Command::Epoch(EpochCommand::Begin { .. }) => resetwal::declare(one(settings)?),
+        Command::Config(ConfigCommand::Check) => config::check(settings),
+        Command::Config(ConfigCommand::Show) => config::show(settings),
         Command::Config(ConfigCommand::Example) => {
             config::example();
             Ok(())
         }
         Command::Key(KeyCommand::New { path }) => key::new(path.as_deref()),
-        Command::Key(KeyCommand::Check) => key::check(&settings),
-        Command::Key(KeyCommand::Encrypt) => key::encrypt(&settings),
-        Command::Key(KeyCommand::Rewrap) => key::rewrap(&settings),
+        Command::Key(KeyCommand::Check) => key::check(settings),
+        Command::Key(KeyCommand::Encrypt) => key::encrypt(settings),
+        Command::Key(KeyCommand::Rewrap) => key::rewrap(settings),
         Command::Lock(LockCommand::Extend {
             days,
             from_backup,
@@ -499,7 +522,7 @@ pub fn run(cli: Cli) -> Result<()> {
                 LockModeArg::Governance => LockMode::Governance,
                 LockModeArg::Compliance => LockMode::Compliance,
             };
-            lock::extend(&settings, days, from_backup.as_ref(), mode, dry_run)
+            lock::extend(settings, days, from_backup.as_ref(), mode, dry_run)
         }
     }
 }
@@ -550,10 +573,25 @@ pub fn report(error: &Error) {
     output::error_line(&error.to_string());
 }
 
+/// Takes the group's access from all files that this process creates, unless a group shares a
+/// spool.
+fn keep_private(settings: &Settings) {
+    let is_shared = |cluster: &ClusterSettings| {
+        let own = cluster.spool.join(cluster.name.as_str());
+        let mut places = [&cluster.spool, &own, &cluster.catalog].into_iter();
+        cluster.spool_access.is_some() || places.any(|place| access::is_shared(place))
+    };
+    if !settings.clusters.iter().any(is_shared) {
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    }
+}
+
 /// Returns the settings with another address of the daemon.
-fn at(mut settings: Settings, http: Option<SocketAddr>) -> Settings {
-    settings.http = http.unwrap_or(settings.http);
-    settings
+fn at(settings: &Settings, http: Option<SocketAddr>) -> Settings {
+    Settings {
+        http: http.unwrap_or(settings.http),
+        ..settings.clone()
+    }
 }
 
 /// Returns the only cluster. Fails if several are configured and none is named.

@@ -217,10 +217,43 @@ fn a_reload_is_validated_first_and_touches_what_changed_only() {
     is_archived(&two);
     assert!(two.lsn() > commits);
 
+    // What would be removed is shown without the spool's lock.
+    let repository = format!("file://{}", site.repository("comes").display());
+    let (server, configuration) = (two.conninfo(), site.file());
+    let remove = |name: &str, more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_wal-archiver"));
+        command.arg("--config").arg(&configuration);
+        command.args(["--cluster", name, "remove"]).args(more);
+        let output = command.output().expect("wal-archiver runs");
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said).into_owned();
+        (output.status.code(), said)
+    };
+    let (code, said) = remove("comes", &["--dry-run"]);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("would drop the slot \"renamed\""), "{said}");
+    let (code, said) = remove("comes", &[]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("delete [cluster.comes]"), "{said}");
+
     site.remove("comes");
     site.write();
     archiver.signal(Signal::HUP);
     archiver.wait_for_log("no longer archived");
+    wait_until("the slot is free", || {
+        two.sql("SELECT bool_or(active) FROM pg_replication_slots") == "f"
+    });
+    // The flags name what the table named. An unknown name is refused.
+    let (code, said) = remove("comes", &[]);
+    assert_eq!(code, Some(2), "{said}");
+    assert!(said.contains("--conninfo"), "{said}");
+    let of_table = ["--conninfo", &server, "--repository", &repository];
+    let with_slot = [&of_table[..], &["--slot", "renamed"]].concat();
+    let (code, said) = remove("mistyped", &with_slot);
+    assert_eq!(code, Some(2), "{said}");
+    let (code, said) = remove("comes", &with_slot);
+    assert_eq!(code, Some(0), "{said}");
+    assert!(said.contains("the slot \"renamed\" is dropped"), "{said}");
     assert!(report(&archiver, "comes").starts_with("HTTP/1.1 404"));
     assert_eq!(one.sql(pid), before, "it was never interrupted");
     is_archived(&one);

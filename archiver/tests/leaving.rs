@@ -1,7 +1,12 @@
 //! Keeping, describing and releasing a backup, and leaving: `remove` drops the slots on the primary
 //! and its standbys. The same server is used throughout.
 
-use std::{fs, process::Output};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Output,
+};
 
 use serde_json::Value;
 
@@ -14,6 +19,18 @@ fn ended(output: Output) -> (Option<i32>, String) {
         output.status.code(),
         String::from_utf8_lossy(&said).into_owned(),
     )
+}
+
+/// Returns the files below a directory.
+fn files_below(directory: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    let paths = entries.map(|entry| entry.path());
+    paths
+        .flat_map(|path| match path.is_dir() {
+            true => files_below(&path),
+            false => vec![path],
+        })
+        .collect()
 }
 
 fn slots(server: &Server) -> String {
@@ -77,6 +94,8 @@ fn a_backup_is_kept_until_it_is_released_and_remove_drops_every_slot() {
     said(&["backup"]);
     let status: Value =
         serde_json::from_str(&said(&["status", "--json", "--http", &address])).expect("a document");
+    // The command has ended, so the daemon knows the backup.
+    let known = status[0]["last_backup"]["id"].clone();
     assert_eq!(status[0]["cluster"], "main");
     assert_eq!(status[0]["source"]["stream_connected"], true, "{status}");
 
@@ -88,6 +107,12 @@ fn a_backup_is_kept_until_it_is_released_and_remove_drops_every_slot() {
     let first = list()[0]["id"].as_str().expect("an ID").to_owned();
     assert_eq!(list()[0]["label"], "first");
     assert_eq!(list()[1]["kept"], Value::Null);
+    assert_eq!(known, list()[1]["id"], "{status}");
+    // No group shares the spool.
+    for path in files_below(&place.spool()) {
+        let mode = fs::metadata(&path).map_or(0, |found| found.permissions().mode());
+        assert_eq!(mode & 0o077, 0, "{}: {mode:o}", path.display());
+    }
     // Both backups must be older than the window, so that only the newest is kept.
     wait_until("the first backup may expire", || {
         said(&["expire", "--dry-run"]).contains(&format!("expire  {first}"))

@@ -143,6 +143,44 @@ impl Settings {
         Self::of(args, path, &file)
     }
 
+    /// Resolves the settings for ending the archiving of a cluster. The cluster that `--cluster`
+    /// names may be missing from the file: then the flags and the file's defaults describe it.
+    ///
+    /// # Errors
+    /// Those of [`Settings::resolve`]; [`Error::Config`] if nothing names the server of a cluster
+    /// that is missing from the file.
+    pub fn resolve_for_removal(args: &CommonArgs) -> Result<Self> {
+        let path = find(args)?;
+        let mut file = match &path {
+            Some(path) => ConfigFile::read(path)?,
+            None => ConfigFile::default(),
+        };
+        let deleted = args
+            .cluster
+            .as_ref()
+            .filter(|name| !file.clusters.is_empty() && !file.clusters.contains_key(name.as_str()));
+        if let Some(name) = deleted {
+            if args.conninfo.is_none() && file.defaults.conninfo.is_none() {
+                let known: Vec<&str> = file.clusters.keys().map(String::as_str).collect();
+                return Err(Error::config(format!(
+                    "cluster {name} is not in the file, which has {}. To remove a cluster whose table was deleted, name \
+                     its server with --conninfo, and what its table had of --repository, --spool and --slot",
+                    known.join(", ")
+                )));
+            }
+            file.clusters
+                .insert(name.to_string(), ClusterTable::default());
+        }
+        let is_deleted = deleted.is_some();
+        let mut settings = Self::of(args, path, &file)?;
+        if is_deleted {
+            for cluster in &mut settings.clusters {
+                cluster.file = None;
+            }
+        }
+        Ok(settings)
+    }
+
     fn of(args: &CommonArgs, path: Option<PathBuf>, file: &ConfigFile) -> Result<Self> {
         if path.is_none() && args.repository.is_none() {
             let here = std::env::current_dir().unwrap_or_else(|_| PathBuf::from("."));

@@ -316,6 +316,25 @@ impl Repository {
         Ok(Self::open(&settings.repository, &settings.name)?.remembering(&known))
     }
 
+    /// Returns the error of a repository that holds nothing of the cluster although this host
+    /// had an archive. `None` if this host knows of none, or cannot read its spool.
+    #[must_use]
+    pub fn gone(&self, settings: &ClusterSettings) -> Option<Error> {
+        let (system, trace) = KnownArchive::of(settings).trace()?;
+        Some(self.lost(system, &trace))
+    }
+
+    fn lost(&self, system: String, trace: &str) -> Error {
+        Error::Gone {
+            url: self.url(),
+            system,
+            problem: format!(
+                "it holds nothing of cluster {}, and {trace}",
+                self.cluster()
+            ),
+        }
+    }
+
     /// Fails for a place without objects of the cluster when this host had an archive.
     pub(crate) fn must_be_new(&self) -> Result<()> {
         let Some(known) = self.known() else {
@@ -326,14 +345,7 @@ impl Repository {
         }
         match known.trace() {
             None => Ok(()),
-            Some((system, trace)) => Err(Error::Gone {
-                url: self.url(),
-                system,
-                problem: format!(
-                    "it holds nothing of cluster {}, and {trace}",
-                    self.cluster()
-                ),
-            }),
+            Some((system, trace)) => Err(self.lost(system, &trace)),
         }
     }
 

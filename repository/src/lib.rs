@@ -49,7 +49,9 @@ pub use exit::ExitKind;
 pub use expire::ExpiredSet;
 pub use histories::{Histories, LostHistory};
 pub use losses::{FoundLoss, Loss, LossRecord, Missing, RecordedLosses, name_losses};
-pub use outcomes::{OUTCOMES_MAX, Outcomes, outcome_mark, outcome_name, outcome_time};
+pub use outcomes::{
+    OUTCOMES_MAX, Outcomes, outcome_mark, outcome_name, outcome_seen, outcome_time,
+};
 pub use printable::printable;
 pub use repository::{ClusterIdentity, Repository};
 pub use restorable::{

@@ -32,6 +32,16 @@ pub fn outcome_mark(settings: &ClusterSettings) -> PathBuf {
         .join("newest-backup")
 }
 
+/// Returns the file in the spool's directory to which the daemon copies the content of
+/// [`outcome_mark`] after it has read the repository because of it.
+#[must_use]
+pub fn outcome_seen(settings: &ClusterSettings) -> PathBuf {
+    settings
+        .spool
+        .join(settings.name.as_str())
+        .join("newest-backup-seen")
+}
+
 /// Returns a name from the time at which an operation began: the second, and 65536ths of it in
 /// hexadecimal. Names are in the order of the times, because the newest of a kind is the last by
 /// name.

@@ -69,4 +69,18 @@ fn a_repository_that_is_not_mounted_is_named_by_every_answer_that_does_without_i
             fs::create_dir(&near).expect("a mount point");
         }
     }
+    // With nothing in either place, the spool of this host still knows that there was an archive.
+    repository::durable::rename(&far, &aside.with_extension("far")).expect("unmounted");
+    fs::create_dir(&far).expect("a mount point");
+    for arguments in [["--dry-run", "--json"], ["list", "--json"]] {
+        let mut restore = place.program("pitr-restore").expect("built");
+        let output = restore.args(arguments).output().expect("it runs");
+        let (told, warning) = said(&output);
+        assert_eq!(output.status.code(), Some(5), "{told}{warning}");
+        let advice = "Only if that archive is lost for good";
+        assert!(
+            told.contains(advice) || warning.contains(advice),
+            "{told}{warning}"
+        );
+    }
 }

@@ -91,10 +91,12 @@ async fn server(
         }
     };
     let version = client.server_version().clone();
-    let encryption = client.encryption().unwrap_or("no TLS");
+    let encryption = client.encryption();
+    let encryption =
+        encryption.map_or_else(|| "without TLS".to_owned(), |tls| format!("with {tls}"));
     report.ok(
         "replication connection",
-        &format!("established with {encryption}, the role may replicate"),
+        &format!("established {encryption}, the role may replicate"),
     );
     let major = u16::try_from(version.num / 10_000).unwrap_or(u16::MAX);
     match PgVersion::try_from(major) {
@@ -226,6 +228,11 @@ async fn standby(
         Err(error) => return report.fail_with(&what, &error.into()),
     };
     let slot = &cluster.slot;
+    let of_primary = ConnInfo::parse(&cluster.conninfo).map(|primary| primary.places());
+    let is_in_conninfo = of_primary.is_ok_and(|of_primary| {
+        let own = conninfo.places();
+        of_primary.split(", ").any(|place| place == own)
+    });
     let lost = |wal_status: &str| wal_status == "lost";
     match found.slot {
         _ if system.is_some_and(|system| system != found.system_identifier) => report.fail(
@@ -238,7 +245,12 @@ async fn standby(
         ),
         _ if !in_recovery => report.note(
             &what,
-            "is a primary at the moment; put it into conninfo's list of hosts to follow a failover to it",
+            match is_in_conninfo {
+                true => "is a primary at the moment, and conninfo names it: the archiver follows a failover to it",
+                false => {
+                    "is a primary at the moment; put it into conninfo's list of hosts to follow a failover to it"
+                }
+            },
         ),
         None => report.note(
             &what,

@@ -48,22 +48,7 @@ pub(super) fn lines(report: &Value) -> Vec<String> {
             ),
         );
     }
-    add(
-        "restorable",
-        format!(
-            "{}{}, {} to {}; gaps: {}, without a backup behind them: {}; complete as of {}",
-            of.string("/window/refusal")
-                .map_or_else(String::new, |refusal| {
-                    format!("REFUSED: {}; ", shorten(&refusal, &[]))
-                }),
-            of.between("/window/earliest", "/window/latest"),
-            of.instant("/window/earliest"),
-            of.instant("/window/latest"),
-            of.text("/window/gaps"),
-            of.text("/window/open_gaps"),
-            of.instant("/caught_up_as_of"),
-        ),
-    );
+    add("restorable", of.restorable(|text| shorten(text, &[])));
     add(
         "rto",
         format!(
@@ -258,6 +243,40 @@ impl<'a> Of<'a> {
         units::seconds(span.map(|(earlier, later)| later.duration_since(earlier).as_secs_f64()))
     }
 
+    /// Describes the restorable window. Leaves out what is not known, unless nothing is known.
+    fn restorable(self, shorten: impl Fn(&str) -> String) -> String {
+        let mut parts = Vec::new();
+        if let Some(refusal) = self.string("/window/refusal") {
+            parts.push(format!("REFUSED: {}", shorten(&refusal)));
+        }
+        if self.time("/window/earliest").is_some() || self.time("/window/latest").is_some() {
+            parts.push(format!(
+                "{}, {} to {}",
+                self.between("/window/earliest", "/window/latest"),
+                self.instant("/window/earliest"),
+                self.instant("/window/latest"),
+            ));
+        }
+        let count = |pointer: &str| self.0.pointer(pointer).and_then(Value::as_u64);
+        if let Some(gaps) = count("/window/gaps") {
+            let open = count("/window/open_gaps").unwrap_or(0);
+            parts.push(match open {
+                0 => format!("gaps: {gaps}"),
+                open => format!("gaps: {gaps}, {open} of them without a later backup"),
+            });
+        }
+        if self.time("/caught_up_as_of").is_some() {
+            parts.push(format!(
+                "complete as of {}",
+                self.instant("/caught_up_as_of")
+            ));
+        }
+        match parts.is_empty() {
+            true => "unknown".to_owned(),
+            false => parts.join("; "),
+        }
+    }
+
     fn list(self, pointer: &str) -> impl Iterator<Item = &'a Value> {
         self.0
             .pointer(pointer)
@@ -365,6 +384,32 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_window_that_is_refused_has_no_unknown_numbers() {
+        let restorable = |window: serde_json::Value| {
+            let report = json!({ "window": window, "caught_up_as_of": "2026-11-30T10:00:00Z" });
+            let line = lines(&report)
+                .into_iter()
+                .find(|line| line.contains("  restorable"));
+            line.expect("a line")
+                .trim()
+                .replace("restorable ", "")
+                .trim()
+                .to_owned()
+        };
+        assert_eq!(
+            restorable(json!({ "refusal": "there is no base backup" })),
+            "REFUSED: there is no base backup; complete as of 2026-11-30 10:00:00Z"
+        );
+        assert_eq!(
+            restorable(json!({
+                "earliest": "2026-11-30T09:00:00Z", "latest": "2026-11-30T09:59:59Z", "gaps": 2, "open_gaps": 1
+            })),
+            "59 min 59 s, 2026-11-30 09:00:00Z to 2026-11-30 09:59:59Z; gaps: 2, 1 of them without a later backup; \
+             complete as of 2026-11-30 10:00:00Z"
+        );
+    }
 
     #[test]
     fn a_long_error_is_printed_in_full_once() {

@@ -23,16 +23,36 @@ use crate::{
 /// The time limit for one server.
 const SERVER_TIMEOUT: Duration = Duration::from_secs(30);
 
-pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
+/// Removes the cluster. `file` is the configuration file; `settings.file` is `None` if it does not
+/// contain the cluster.
+pub(super) fn remove(settings: &ClusterSettings, file: Option<&Path>, dry_run: bool) -> Result<()> {
     let began = jiff::Timestamp::now();
     // The lock is held to the end, so that no daemon starts meanwhile and creates the slots again.
     let directory = settings.spool.join(settings.name.as_str());
-    let lock = match directory.is_dir() {
-        true => Some(Spool::open(&settings.spool, &settings.name)?),
+    let lock = match directory.is_dir() && !dry_run {
+        true => Some(
+            Spool::open(&settings.spool, &settings.name)
+                .map_err(|error| explain_lock(error, settings))?,
+        ),
         false => None,
     };
     // Without the repository, the slot's name alone says that it is ours.
     let system = Repository::open_known(settings).and_then(|repository| repository.identity());
+    if settings.file.is_none()
+        && file.is_some()
+        && !directory.is_dir()
+        && matches!(system, Ok(None))
+    {
+        return Err(Error::Usage {
+            message: format!(
+                "cluster {} is not in the file, {} holds nothing of it, and there is no spool {}: check --cluster, \
+                 --repository and --spool",
+                settings.name,
+                settings.repository,
+                directory.display()
+            ),
+        });
+    }
     let system = system
         .ok()
         .flatten()
@@ -77,7 +97,7 @@ pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
         let result = worst.map_or(Ok(said.as_str()), |_| Err(said.as_str()));
         outcomes::record(settings, OutcomeKind::Remove, began, result);
     }
-    remains(settings, &directory);
+    remains(settings, file, &directory);
     drop(lock);
     match worst {
         None => Ok(()),
@@ -91,6 +111,20 @@ pub(super) fn remove(settings: &ClusterSettings, dry_run: bool) -> Result<()> {
             ),
             kind,
         }),
+    }
+}
+
+/// Adds the remedy to the error of a spool that a daemon has locked.
+fn explain_lock(error: Error, settings: &ClusterSettings) -> Error {
+    let Error::SpoolLocked { .. } = error else {
+        return error;
+    };
+    let name = &settings.name;
+    Error::Usage {
+        message: format!(
+            "an archiver streams cluster {name}. If it archives other clusters too, delete [cluster.{name}] from its \
+             file, reload it (SIGHUP), and run `wal-archiver remove --cluster {name} --conninfo …`; else stop it first"
+        ),
     }
 }
 
@@ -117,18 +151,24 @@ async fn drop_slot(
         Some(slot) if !slot.physical => {
             return refused(format!("\"{name}\" is a logical slot and not ours"));
         }
-        Some(slot) if slot.active => {
-            return refused(format!(
-                "an archiver uses the slot \"{name}\": stop `wal-archiver run`, or remove [cluster.{}] from its file and send \
-                 SIGHUP, then run this command again",
-                settings.name
-            ));
-        }
         Some(slot) if dry_run => {
             let from = slot
                 .restart_lsn
                 .map_or_else(String::new, |lsn| format!(" and its WAL from {lsn}"));
-            return Ok(format!("would drop the slot \"{name}\"{from}{warning}"));
+            let used = match slot.active {
+                true => ". An archiver uses it now, and must stop that first",
+                false => "",
+            };
+            return Ok(format!(
+                "would drop the slot \"{name}\"{from}{used}{warning}"
+            ));
+        }
+        Some(slot) if slot.active => {
+            return refused(format!(
+                "an archiver uses the slot \"{name}\": stop `wal-archiver run`, or delete [cluster.{}] from its file, reload it \
+                 (SIGHUP), and run this command again with --cluster {} and --conninfo",
+                settings.name, settings.name
+            ));
         }
         None | Some(_) => {}
     }
@@ -162,7 +202,7 @@ async fn synchronous_warning(conninfo: &ConnInfo) -> String {
 }
 
 /// Prints what this command leaves in place.
-fn remains(settings: &ClusterSettings, directory: &Path) {
+fn remains(settings: &ClusterSettings, file: Option<&Path>, directory: &Path) {
     output::line("what remains, and is yours to remove:");
     output::line(&format!(
         "  {}: the archive of cluster {}, which can be restored as before",
@@ -180,6 +220,7 @@ fn remains(settings: &ClusterSettings, directory: &Path) {
             file.display(),
             settings.name
         )),
+        None if file.is_some() => {}
         None => output::line("  the service or script that starts `wal-archiver run`"),
     }
     output::line(

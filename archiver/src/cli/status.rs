@@ -146,11 +146,18 @@ impl Stored {
             |lsn: Option<Lsn>| lsn.map_or_else(|| "nothing".to_owned(), |lsn| lsn.to_string());
         for branch in &self.branches {
             output::line(&format!(
-                "  timeline {}: repository {} to {}, spool to {}",
+                "  timeline {}: repository {} to {}, {}",
                 branch.branch,
                 show(branch.first_lsn),
                 show(branch.remote_lsn),
-                show(branch.local_lsn)
+                // WAL that the repository holds too may still be in the spool.
+                match branch
+                    .local_lsn
+                    .filter(|local| Some(*local) > branch.remote_lsn)
+                {
+                    Some(local) => format!("spool to {local}"),
+                    None => "the spool has no more".to_owned(),
+                }
             ));
         }
         if self.backups.is_empty() {

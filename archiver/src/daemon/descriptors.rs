@@ -22,7 +22,7 @@ use crate::core::shutdown::Shutdown;
 
 /// Descriptors of the process itself: standard streams, runtime, signals, HTTP with a few clients,
 /// requests to a store.
-const PROCESS: u64 = 48;
+pub(crate) const PROCESS: u64 = 48;
 /// Descriptors of one cluster that streams: 24 were counted in a daemon with 30 clusters and folder
 /// repositories, just after segments were sealed, with small catalogs. A catalog with a history
 /// has more tables open.
@@ -80,6 +80,11 @@ impl Limit {
 /// The number of descriptors that a daemon with so many clusters needs.
 pub(crate) fn needed(clusters: usize) -> u64 {
     PROCESS.saturating_add(count(clusters).saturating_mul(CLUSTER + HISTORY))
+}
+
+/// The number of descriptors that each cluster adds.
+pub(crate) fn needed_by_cluster() -> u64 {
+    needed(1) - PROCESS
 }
 
 fn count(clusters: usize) -> u64 {

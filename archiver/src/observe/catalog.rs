@@ -73,6 +73,15 @@ pub(super) async fn look(archive: Arc<Archive>, current: Arc<CurrentArchive>) {
         {
             tracing::debug!(%error, "the window is not known");
         }
+        if known != taken
+            && let Some(content) = &taken
+        {
+            // Commands of this host wait for this before they end.
+            let seen = repository::outcome_seen(archive.settings());
+            if let Err(error) = tokio::fs::write(&seen, content).await {
+                tracing::debug!(%error, path = %seen.display(), "commands wait in vain");
+            }
+        }
         if archive.is_away() {
             continue;
         }

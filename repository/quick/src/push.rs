@@ -12,11 +12,14 @@ use std::{
         unix::net::UnixStream,
     },
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::{Parser, Subcommand};
-use repository::config::{ClusterSettings, CommonArgs, Settings};
+use repository::{
+    config::{ClusterSettings, CommonArgs, Settings},
+    outcome_mark, outcome_seen,
+};
 use wal_format::SegmentName;
 
 use crate::message::{Answer, FILES_MAX, Request, receive_answer, send_request};
@@ -80,6 +83,30 @@ impl SocketAddress {
             path,
             _spool: Some(spool),
         })
+    }
+}
+
+/// The time for which a command waits until the daemon has seen its result.
+const SEEN_TIMEOUT: Duration = Duration::from_secs(5);
+/// The interval at which a command checks that.
+const SEEN_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Waits until the daemon of this host has read the results of commands that ended on this host, so
+/// that a `status` after a `backup` shows the backup. Returns at once if no daemon runs, and after
+/// [`SEEN_TIMEOUT`] in any case.
+pub fn wait_for_daemon(settings: &ClusterSettings) {
+    let end = Instant::now() + SEEN_TIMEOUT;
+    let has_daemon = || {
+        let address = SocketAddress::of(settings);
+        address.is_ok_and(|address| UnixStream::connect(&address.path).is_ok())
+    };
+    let (mark, seen) = (outcome_mark(settings), outcome_seen(settings));
+    while let Ok(wanted) = fs::read(&mark)
+        && fs::read(&seen).ok() != Some(wanted)
+        && Instant::now() < end
+        && has_daemon()
+    {
+        std::thread::sleep(SEEN_INTERVAL);
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clap::Args;
-use quick::whole;
+use quick::{push::wait_for_daemon, whole};
 use repository::{ExitKind, config::ClusterSettings};
 use wal_format::{CheckVerdict, SystemIdentifier};
 
@@ -221,6 +221,7 @@ pub(super) fn run(
     let mut told = Report::record(&archive, system, outcome, local)?;
     told.kept = args.keep.then_some(directory);
     tell_the_daemon(cluster, &told.outcome.id);
+    wait_for_daemon(cluster);
     let written = report.map(|directory| told.write(&directory)).transpose()?;
     print(&told, written.as_deref(), json)?;
     Ok(match failure {

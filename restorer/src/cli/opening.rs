@@ -93,7 +93,13 @@ pub(super) fn archive(
     let repository = open(&cluster.repository, &cluster.name, system)?;
     // The catalog describes the present; ignore it with `--at`.
     let catalog = Some(cluster.catalog.as_path()).filter(|_| cluster.repository.as_of.is_none());
-    let catalog = Catalog::open_for_restore(catalog, &repository)?;
+    let catalog = Catalog::open_for_restore(catalog, &repository).map_err(|error| match error {
+        // This host knows whether there was an archive.
+        repository::Error::Config { .. } if cluster.repository.as_of.is_none() => {
+            repository.gone(cluster).unwrap_or(error)
+        }
+        error => error,
+    })?;
     let mut archive = Archive::new(repository, catalog);
     let folders = cluster.repository.each();
     let missing = folders

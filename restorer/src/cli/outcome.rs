@@ -61,7 +61,7 @@ impl Outcome<'_> {
         output::line(&format!("restored      {}", self.directory.display()));
         if executed.made_configuration {
             output::line(
-                "configuration made, with what recovery needs: the backup has none; compare it with the server's own",
+                "configuration created with the settings that recovery needs: the backup contains none; compare it with the server's own",
             );
         }
         if executed.kept_files > 0 {
@@ -194,7 +194,7 @@ fn isolated(isolation: &Isolation, keep_archiving: bool) {
             None => "switched off".to_owned(),
         };
         output::line(&format!(
-            "              {} = '{}' is {value}: it would {}",
+            "              {} = '{}' is now {value}: it would {}",
             one.name, one.parent, one.why
         ));
     }

@@ -16,7 +16,7 @@ use wal_format::{BackupId, ObjectKey, PgTimestamp};
 
 use super::{Report, tls_expiry};
 use crate::{
-    daemon::descriptors::{Limit, needed},
+    daemon::descriptors::{Limit, PROCESS, needed, needed_by_cluster},
     error::Result,
 };
 
@@ -29,7 +29,8 @@ pub(super) fn descriptors(clusters: usize, report: &mut Report) {
         clusters => format!("{clusters} clusters need"),
     };
     let found = format!(
-        "{subject} about {needed}, the hard limit here is {}",
+        "{subject} about {needed} ({PROCESS} for the daemon, {} for each cluster), the hard limit here is {}",
+        needed_by_cluster(),
         limit.hard
     );
     if needed > limit.hard {

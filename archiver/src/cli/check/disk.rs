@@ -32,7 +32,7 @@ pub(super) fn journal(directory: &Path, report: &mut Report) {
         report.note(
             what,
             "ext4 without a journal may lose after a power loss what it was told to make durable, and with it commits that \
-             were acknowledged; make one: unmount it and run `tune2fs -O has_journal DEVICE`",
+             were acknowledged; add a journal: unmount the file system and run `tune2fs -O has_journal DEVICE`",
         );
     }
 }
