@@ -109,14 +109,16 @@ fn settings_that_hang_commits_on_us_are_told() {
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         (output.status.code(), text)
     };
-    for (name, value, expected) in [
-        ("synchronous_standby_names", "*", "by accident"),
-        ("synchronous_commit", "remote_apply", "never does"),
+    let absent = "fewer synchronous standbys are connected";
+    for (name, value, code, expected) in [
+        ("synchronous_standby_names", "*", 2, "by accident"),
+        ("synchronous_commit", "remote_apply", 2, "never does"),
+        ("synchronous_standby_names", "absent", 1, absent),
     ] {
         server.sql(&format!("ALTER SYSTEM SET {name} = '{value}'"));
         server.sql("SELECT pg_reload_conf()");
         wait_until(expected, || check().1.contains(expected));
-        assert_eq!(check().0, Some(2));
+        assert_eq!(check().0, Some(code));
         wait_until("the light says it", || {
             archiver.get("/api/v1/clusters").contains(expected)
         });

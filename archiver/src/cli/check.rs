@@ -16,7 +16,7 @@ use crate::{
     error::{Error, Result},
     primary::{
         conninfo,
-        synchronous::{Membership, danger, membership},
+        synchronous::{self, Membership, Standbys, danger, membership},
     },
     spool,
     upkeep::standby_slots::Standby,
@@ -106,10 +106,10 @@ async fn server(
     if let Err(error) = server_settings(&mut client, report).await {
         report.fail_with("server settings", &error);
     }
-    if let Err(error) = synchronous(&mut client, report).await {
+    let mut sql = ReplicationClient::connect(client.conninfo(), ConnectionMode::Sql).await;
+    if let Err(error) = synchronous(&mut client, sql.as_mut().ok(), report).await {
         report.fail_with("synchronous standby", &error);
     }
-    let sql = ReplicationClient::connect(client.conninfo(), ConnectionMode::Sql).await;
     let sees_slots = sql.is_ok() || version.num >= 150_000;
     let mut other_holder = None;
     match sql {
@@ -118,6 +118,9 @@ async fn server(
                 "SQL connection",
                 "established: the RPO of an idle server is known too",
             );
+            if let Err(error) = beside::configuration(&mut sql, report).await {
+                report.fail_with("configuration", &error);
+            }
             if let Err(error) = beside::server(&mut sql, &cluster.slot, report).await {
                 report.fail_with("server's room", &error);
             }
@@ -276,18 +279,52 @@ async fn standby(
 }
 
 /// Checks whether commits wait for us, and whether the settings for that are sound.
-async fn synchronous(client: &mut ReplicationClient, report: &mut Report) -> Result<()> {
+async fn synchronous(
+    client: &mut ReplicationClient,
+    sql: Option<&mut ReplicationClient>,
+    report: &mut Report,
+) -> Result<()> {
     let names = client.show("synchronous_standby_names").await?;
     let remote_apply = client.show("synchronous_commit").await? == "remote_apply";
     let membership = membership(&names, client.conninfo().application_name());
     let what = "synchronous standby";
+    let ours = client.conninfo().application_name().to_owned();
+    let connected = match sql {
+        Some(sql) => synchronous::connected(sql).await?,
+        None => None,
+    };
+    let standbys = connected.as_ref().map(|connected| {
+        let count = connected.iter().filter(|one| one.is_waited_for()).count();
+        Standbys::new(&names, count)
+    });
+    if let Some(waiting) = standbys.and_then(Standbys::waiting) {
+        report.fail(what, waiting, ExitKind::Failed);
+    }
+    // Commits wait for all of the first standbys, or for a number of any of them.
+    let is_certain = connected.zip(standbys).map(|(connected, standbys)| {
+        let is_all = standbys.required >= standbys.named;
+        connected.iter().any(|one| {
+            let is_waited_for = one.state == "sync" || (one.state == "quorum" && is_all);
+            one.name.eq_ignore_ascii_case(&ours) && is_waited_for
+        })
+    });
     match (danger(&membership, remote_apply), membership) {
         (Some(danger), _) => report.fail(what, danger, ExitKind::Usage),
         (None, Membership::Asynchronous) => report.note(
             what,
             "no: a crash of the server may lose the newest commits; name us in synchronous_standby_names for an RPO of 0",
         ),
-        (None, _) => report.ok(what, "yes, as named: an acknowledged commit is safe here"),
+        (None, _) => match is_certain {
+            Some(true) => report.ok(what, "yes, as named: an acknowledged commit is safe here"),
+            Some(false) => report.note(
+                what,
+                "named, but commits do not wait for this archiver now: it is not connected, or other standbys are enough",
+            ),
+            None => report.note(
+                what,
+                "named; this role may not see if commits wait for this archiver: grant it pg_monitor",
+            ),
+        },
     }
     Ok(())
 }
@@ -403,6 +440,7 @@ fn local(cluster: &ClusterSettings, system: Option<SystemIdentifier>, report: &m
         }
     }
     disk::journal(&directory, report);
+    disk::memory(&directory, report);
     report.note(
         "when_full",
         &format!("{}: {}", cluster.when_full.name(), cluster.when_full.cost()),

@@ -17,7 +17,7 @@ use tokio::{task::AbortHandle, time::MissedTickBehavior};
 use wal_format::{Lsn, SystemIdentifier, TimelineId};
 
 use super::names;
-use crate::primary::synchronous;
+use crate::primary::synchronous::{self, Standbys};
 
 /// The interval at which the server is polled. It is the resolution of the RPO while no WAL
 /// arrives.
@@ -148,6 +148,8 @@ async fn poll_once_connected(
     let mut timer = tokio::time::interval(POLL_INTERVAL);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut rate = BackupRate::default();
+    // The number of successive queries in which commits waited for a missing standby.
+    let mut waits = 0_u32;
     let mut polls = 0_u32;
     let mut began = Instant::now();
     loop {
@@ -156,9 +158,13 @@ async fn poll_once_connected(
             began = Instant::now();
             renew(&mut client, conninfo, status).await?;
         }
-        if polls.is_multiple_of(POLLS_PER_SETTINGS) {
-            let danger = synchronous_danger(&mut client, conninfo.application_name()).await?;
-            status.note(|facts| facts.danger = danger);
+        if polls.is_multiple_of(POLLS_PER_SETTINGS) || waits == 1 {
+            let found = synchronous_danger(&mut client, conninfo.application_name()).await?;
+            let (danger, waiting) = found;
+            // A standby that has just connected, such as this archiver, needs a moment.
+            waits = waiting.map_or(0, |_| waits.saturating_add(1));
+            let lasting = waiting.filter(|_| waits >= 2);
+            status.note(|facts| facts.danger = danger.or(lasting));
         }
         polls = polls.wrapping_add(1);
         let asked = jiff::Timestamp::now();
@@ -261,11 +267,12 @@ async fn renew(
     Ok(())
 }
 
-/// Returns a warning if the server's settings make commits wait for us in a dangerous way.
+/// Returns a warning if the server's settings make commits wait for us in a dangerous way, and one
+/// if commits wait for a standby that is not connected.
 async fn synchronous_danger(
     client: &mut ReplicationClient,
     application_name: &str,
-) -> replication::Result<Option<&'static str>> {
+) -> replication::Result<(Option<&'static str>, Option<&'static str>)> {
     let rows = client
         .query(
             "SELECT current_setting('synchronous_standby_names'), (current_setting('synchronous_commit') = 'remote_apply' \
@@ -277,7 +284,16 @@ async fn synchronous_danger(
     let names = field(0).unwrap_or_default();
     let remote_apply = field(1).as_deref() == Some("true");
     let membership = synchronous::membership(&names, application_name);
-    Ok(synchronous::danger(&membership, remote_apply))
+    let danger = synchronous::danger(&membership, remote_apply);
+    if names.is_empty() {
+        return Ok((danger, None));
+    }
+    let connected = synchronous::connected(client).await?;
+    let waiting = connected.and_then(|connected| {
+        let count = connected.iter().filter(|one| one.is_waited_for()).count();
+        Standbys::new(&names, count).waiting()
+    });
+    Ok((danger, waiting))
 }
 
 #[cfg(test)]

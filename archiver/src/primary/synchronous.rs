@@ -2,8 +2,10 @@
 //! the archiver, and whether that is intended.
 //!
 //! Two settings hang a cluster quietly: `*` makes every standby synchronous, an archiver too, and
-//! `remote_apply` waits for something that an archiver never reports. Pure; `check` and the daemon
-//! ask the server and show the answer.
+//! `remote_apply` waits for something that an archiver never reports. A standby that is named and
+//! not connected hangs it too. `check` and the daemon query the server and show the answer.
+
+use replication::ReplicationClient;
 
 /// The archiver's role under the server's settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,6 +38,85 @@ pub fn membership(standby_names: &str, application_name: &str) -> Membership {
         Membership::Accidental
     } else {
         Membership::Asynchronous
+    }
+}
+
+/// A connected standby.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Connected {
+    /// Its `application_name`.
+    pub name: String,
+    /// Its `sync_state`.
+    pub state: String,
+}
+
+impl Connected {
+    /// Returns true if commits wait for this standby, or for some of several like it.
+    #[must_use]
+    pub fn is_waited_for(&self) -> bool {
+        matches!(self.state.as_str(), "sync" | "quorum")
+    }
+}
+
+/// Queries the connected standbys. Returns `None` if the role may not see their states, and for a
+/// server in recovery, on which no commit waits.
+pub async fn connected(
+    client: &mut ReplicationClient,
+) -> replication::Result<Option<Vec<Connected>>> {
+    let rows = client
+        .query(
+            "SELECT application_name, sync_state FROM pg_catalog.pg_stat_replication \
+             UNION ALL SELECT NULL, NULL WHERE pg_is_in_recovery()",
+        )
+        .await?;
+    let standby = |row: Vec<Option<String>>| {
+        let [name, state] = <[_; 2]>::try_from(row).ok()?;
+        Some(Connected {
+            name: name?,
+            state: state?,
+        })
+    };
+    Ok(rows.into_iter().map(standby).collect())
+}
+
+/// Synchronous standbys of a server: how many `synchronous_standby_names` demands, and how many are
+/// connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standbys {
+    /// The number of standbys that must have a commit before it returns.
+    pub required: usize,
+    /// The number of names in the list.
+    pub named: usize,
+    /// The number of connected standbys that commits wait for (`sync_state` is `sync` or `quorum`).
+    pub connected: usize,
+}
+
+impl Standbys {
+    /// Reads the number in front of a list in parentheses; without one, the first name counts.
+    #[must_use]
+    pub fn new(standby_names: &str, connected: usize) -> Self {
+        let (named, required) = match standby_names.split_once('(') {
+            Some((head, _)) if !head.contains('"') => {
+                let number = head.split_whitespace().last();
+                (standby_names, number.and_then(|word| word.parse().ok()))
+            }
+            _ if standby_names.trim().is_empty() => ("", Some(0)),
+            _ => (standby_names, None),
+        };
+        Self {
+            required: required.unwrap_or(1),
+            named: split(named).len(),
+            connected,
+        }
+    }
+
+    /// Returns the warning that commits wait for a standby that is not connected.
+    #[must_use]
+    pub fn waiting(self) -> Option<&'static str> {
+        (self.connected < self.required).then_some(
+            "fewer synchronous standbys are connected than synchronous_standby_names demands, so commits wait: connect \
+             the missing ones (sync_state in pg_stat_replication), or change synchronous_standby_names",
+        )
     }
 }
 
@@ -86,6 +167,30 @@ pub fn danger(membership: &Membership, remote_apply: bool) -> Option<&'static st
 #[cfg(test)]
 mod tests {
     use crate::primary::synchronous::*;
+
+    #[test]
+    fn commits_wait_while_fewer_standbys_are_connected_than_demanded() {
+        for (names, required, named) in [
+            ("", 0, 1),
+            ("tidemark", 1, 1),
+            ("one, two", 1, 2),
+            ("2 (one, two)", 2, 2),
+            ("FIRST 2 (one, two, three)", 2, 3),
+            ("ANY 1 (one, tidemark)", 1, 2),
+            ("\"a(1\"", 1, 1),
+        ] {
+            let standbys = Standbys::new(names, required);
+            assert_eq!(
+                (standbys.required, standbys.named),
+                (required, named),
+                "{names}"
+            );
+            assert_eq!(standbys.waiting(), None, "{names}");
+            if let Some(fewer) = required.checked_sub(1) {
+                assert!(Standbys::new(names, fewer).waiting().is_some(), "{names}");
+            }
+        }
+    }
 
     #[test]
     fn membership_is_read_as_postgresql_reads_it() {

@@ -250,3 +250,31 @@ pub(super) fn dashboard(settings: &Settings, reports: &[Value], report: &mut Rep
         ),
     }
 }
+
+/// Reports configuration files outside of the data directory, which no base backup contains. Their
+/// paths are unknown to a role that may not read all settings.
+pub(super) async fn configuration(
+    client: &mut ReplicationClient,
+    report: &mut Report,
+) -> Result<()> {
+    let outside = "SELECT f.setting FROM pg_catalog.pg_settings f, pg_catalog.pg_settings d \
+                   WHERE d.name = 'data_directory' AND f.name IN ('config_file', 'hba_file', 'ident_file') \
+                   AND NOT starts_with(f.setting, d.setting || '/') ORDER BY 1";
+    let files: Vec<String> = client
+        .query(outside)
+        .await?
+        .into_iter()
+        .flatten()
+        .flatten()
+        .collect();
+    if !files.is_empty() {
+        report.note(
+            "configuration",
+            &format!(
+                "no base backup contains {}: outside of the data directory; keep a copy of it elsewhere",
+                files.join(", ")
+            ),
+        );
+    }
+    Ok(())
+}

@@ -12,6 +12,9 @@ use std::{
 
 use super::Report;
 
+/// `TMPFS_MAGIC` and `RAMFS_MAGIC` (`statfs(2)`).
+const IN_MEMORY: [i64; 2] = [0x0102_1994, 0x8584_58f6];
+
 /// Reports a spool on ext4 without a journal.
 pub(super) fn journal(directory: &Path, report: &mut Report) {
     let Some(existing) = directory.ancestors().find(|path| path.is_dir()) else {
@@ -33,6 +36,19 @@ pub(super) fn journal(directory: &Path, report: &mut Report) {
             what,
             "ext4 without a journal may lose after a power loss what it was told to make durable, and with it commits that \
              were acknowledged; add a journal: unmount the file system and run `tune2fs -O has_journal DEVICE`",
+        );
+    }
+}
+
+/// Reports a spool on a file system in memory, which a power loss or a reboot empties.
+pub(super) fn memory(directory: &Path, report: &mut Report) {
+    let existing = directory.ancestors().find(|path| path.is_dir());
+    let found = existing.and_then(|path| rustix::fs::statfs(path).ok());
+    if found.is_some_and(|found| IN_MEMORY.contains(&found.f_type)) {
+        report.note(
+            "spool's file system",
+            "is in memory: a power loss or a reboot loses WAL that was acknowledged and is not in the repository yet; \
+             name a directory on a disk with --spool or the key spool",
         );
     }
 }
