@@ -297,9 +297,6 @@ async fn synchronous(
         let count = connected.iter().filter(|one| one.is_waited_for()).count();
         Standbys::new(&names, count)
     });
-    if let Some(waiting) = standbys.and_then(Standbys::waiting) {
-        report.fail(what, waiting, ExitKind::Failed);
-    }
     // Commits wait for all of the first standbys, or for a number of any of them.
     let is_certain = connected.zip(standbys).map(|(connected, standbys)| {
         let is_all = standbys.required >= standbys.named;
@@ -308,7 +305,13 @@ async fn synchronous(
             one.name.eq_ignore_ascii_case(&ours) && is_waited_for
         })
     });
-    match (danger(&membership, remote_apply), membership) {
+    let danger = danger(&membership, remote_apply);
+    if danger.is_none()
+        && let Some(waiting) = standbys.and_then(Standbys::waiting)
+    {
+        report.fail(what, waiting, ExitKind::Failed);
+    }
+    match (danger, membership) {
         (Some(danger), _) => report.fail(what, danger, ExitKind::Usage),
         (None, Membership::Asynchronous) => report.note(
             what,

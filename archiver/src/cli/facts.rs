@@ -387,7 +387,7 @@ mod tests {
 
     #[test]
     fn a_window_that_is_refused_has_no_unknown_numbers() {
-        let restorable = |window: serde_json::Value| {
+        let restorable = |window: Value| {
             let report = json!({ "window": window, "caught_up_as_of": "2026-11-30T10:00:00Z" });
             let line = lines(&report)
                 .into_iter()
