@@ -1,11 +1,40 @@
 //! One of several repositories is not in its place: what is read from the others names it, because
 //! it may hold what they lack.
 
-use std::fs;
+use std::{fs, path::Path, process::Output};
 
 use testbed::{cluster::Cluster, place::Place, programs::succeed};
 
 use crate::support::{SETTINGS, end_lsn, query, said, servers, wait_archived, wait_until};
+
+/// Removes the tails of a repository, or the newest sealed segment if it has none.
+fn remove_newest(repository: &Path) {
+    let objects = |kind: &str| {
+        let systems = fs::read_dir(repository.join("main")).expect("an archive");
+        let systems = systems.flatten().map(|system| system.path().join(kind));
+        let objects = systems.filter_map(|folder| fs::read_dir(folder).ok());
+        let objects = objects.flatten().flatten().map(|object| object.path());
+        let mut objects: Vec<_> = objects.collect();
+        objects.sort();
+        objects
+    };
+    let mut newest = objects("tail");
+    if newest.is_empty() {
+        newest.extend(objects("wal").pop());
+    }
+    assert!(!newest.is_empty(), "nothing was archived");
+    for object in newest {
+        match object.is_dir() {
+            true => fs::remove_dir_all(object).expect("a folder"),
+            false => fs::remove_file(object).expect("an object"),
+        }
+    }
+}
+
+fn said_with_code(output: &Output) -> (Option<i32>, String) {
+    let (out, error) = said(output);
+    (output.status.code(), format!("{out}{error}"))
+}
 
 #[test]
 fn a_repository_that_is_not_mounted_is_named_by_every_answer_that_does_without_it() {
@@ -21,7 +50,7 @@ fn a_repository_that_is_not_mounted_is_named_by_every_answer_that_does_without_i
     query(&cluster.conninfo(), "CREATE TABLE words (word text)");
     wait_archived(&cluster.conninfo(), end_lsn(&cluster.conninfo()));
     let [near, far] = ["repository", "second"].map(|name| place.path().join(name));
-    let backups = |root: &std::path::Path| {
+    let backups = |root: &Path| {
         let systems = fs::read_dir(root.join("main")).into_iter().flatten();
         systems
             .flatten()
@@ -69,8 +98,30 @@ fn a_repository_that_is_not_mounted_is_named_by_every_answer_that_does_without_i
             fs::create_dir(&near).expect("a mount point");
         }
     }
+    // The place that is there lacks the newest WAL that this host archived: its newest state is not
+    // that of the archive.
+    let exchanged = aside.with_extension("far");
+    fs::remove_dir(&near).expect("nothing is mounted");
+    repository::durable::rename(&aside, &near).expect("mounted");
+    repository::durable::rename(&far, &exchanged).expect("unmounted");
+    remove_newest(&near);
+    let restore = |arguments: &[&str]| {
+        let mut restore = place.program("pitr-restore").expect("built");
+        said_with_code(&restore.args(arguments).output().expect("it runs"))
+    };
+    let (code, told) = restore(&["--dry-run"]);
+    assert_eq!(code, Some(3), "{told}");
+    assert!(told.contains("this host archived WAL up to"), "{told}");
+    assert!(told.contains("nothing of file://"), "{told}");
+    let (code, told) = restore(&["list", "--json"]);
+    assert_eq!(code, Some(0), "{told}");
+    assert!(told.contains("this host archived WAL up to"), "{told}");
+    let (code, told) = restore(&["--dry-run", "--force"]);
+    assert_eq!(code, Some(0), "{told}");
+
     // With nothing in either place, the spool of this host still knows that there was an archive.
-    repository::durable::rename(&far, &aside.with_extension("far")).expect("unmounted");
+    repository::durable::rename(&near, &aside).expect("unmounted");
+    fs::create_dir(&near).expect("a mount point");
     fs::create_dir(&far).expect("a mount point");
     for arguments in [["--dry-run", "--json"], ["list", "--json"]] {
         let mut restore = place.program("pitr-restore").expect("built");

@@ -111,14 +111,15 @@ pub(super) fn archive(
     for place in &archive.unseen {
         output::note(&place.warning());
     }
-    let is_complete = archive.unseen.is_empty() && !archive.repository.is_partly_away();
     let missing = archive.catalog.missing_objects();
-    if is_complete && cluster.repository.as_of.is_none() && !missing.losses.is_empty() {
+    if cluster.repository.as_of.is_none() && !missing.losses.is_empty() {
         let missing = missing.clone();
         // Without the record of this host, no loss counts as accepted.
         let unaccepted = LossRecord::of(cluster).without_accepted(&missing);
         archive.missing = unaccepted.unwrap_or(missing);
-        if !archive.missing.losses.is_empty() {
+        // A place that is away may hold what is missing here, and is named already.
+        let is_complete = archive.unseen.is_empty() && !archive.repository.is_partly_away();
+        if is_complete && !archive.missing.losses.is_empty() {
             output::note(&format!(
                 "warning: this host archived {}, which is not in {}. If a wrong disk is mounted or an older copy is in its \
                  place, bring the right one back",
