@@ -38,6 +38,7 @@ pub use choice::NotChosen;
 pub use in_doubt::PreparedTransaction;
 pub(crate) use in_doubt::in_doubt;
 pub use left_out::{LeftOut, left_out};
+pub(crate) use lost::refuse_promotion;
 
 pub(crate) use path::{Coverage, Index, cover};
 pub use path::{PathPart, print_path, timeline_path};

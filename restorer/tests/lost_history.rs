@@ -126,6 +126,17 @@ fn assert_refused(scene: &Scene, place: &Place, what: &str) {
     let first = ["--dry-run", "--target-timeline=1"];
     let (code, said) = run(place, "pitr-restore", &first);
     assert_eq!(code, Some(0), "{what}: {said}");
+    // A promotion would ask for the lost file to choose its timeline.
+    let promoted = [
+        "--dry-run",
+        "--start",
+        "--target-dir=/absent",
+        "--target-timeline=1",
+    ];
+    let (code, said) = run(place, "pitr-restore", &promoted);
+    assert_eq!(code, Some(4), "{what}: {said}");
+    let named = said.contains("/history/00000002-") && said.contains("--target-action pause");
+    assert!(named && said.contains("--repair"), "{what}: {said}");
 }
 
 #[test]

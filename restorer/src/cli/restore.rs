@@ -28,6 +28,7 @@ use crate::{
     execute::{self, Action, Destination, Recovery},
     inventory::{Archive, Inventory},
     isolation::Isolation,
+    plan::refuse_promotion,
     roles, space,
     sql::Address,
     start::{self, Interrupt, Start},
@@ -167,6 +168,9 @@ pub(super) fn restore(
     refuse_relative(cluster)?;
     let mut archive = archive(cluster, system)?;
     let mut plan = chosen::plan(&mut archive, &target, &args.chosen, args.force)?;
+    if args.start && !args.standby && args.action() == Action::Promote {
+        refuse_promotion(&archive, &plan.path)?;
+    }
     if !args.standby {
         unfinished::settle(&archive, &mut plan, args.action() == Action::Pause)?;
     }

@@ -18,6 +18,41 @@ fn refusal(inventory: &dyn Inventory, lost: &LostHistory) -> Error {
     }
 }
 
+/// Refuses a restore that ends in a promotion if PostgreSQL would ask for a lost history file: to
+/// choose the number of the new timeline, it asks for the file of each number above the recovered
+/// one until one is absent (`findNewestTimeLine` in `timeline.c`), and ends if it gets no answer.
+pub(crate) fn refuse_promotion(inventory: &dyn Inventory, path: &[PathPart]) -> Result<()> {
+    let Some(last) = path.last() else {
+        return Ok(());
+    };
+    let branches = inventory.branches()?;
+    let is_known = |number| {
+        let mut branches = branches.iter();
+        branches.any(|(branch, ..)| branch.timeline.get() == number)
+    };
+    let lost_of = |number| {
+        let mut lost = inventory.lost_histories().iter();
+        lost.find(|lost| lost.branch.timeline.get() == number)
+    };
+    let mut number = last.branch.timeline.get();
+    loop {
+        number = number.saturating_add(1);
+        if let Some(lost) = lost_of(number) {
+            let system = inventory.identity().system_identifier;
+            return Err(Error::Damaged {
+                object: lost.key(system).to_string(),
+                problem: format!(
+                    "{lost}. A promotion asks for it to choose its timeline. A copy with --target-action pause, which is \
+                     only read, does not need it"
+                ),
+            });
+        }
+        if !is_known(number) {
+            return Ok(());
+        }
+    }
+}
+
 fn refuse(inventory: &dyn Inventory, concerns: impl Fn(&LostHistory) -> bool) -> Result<()> {
     let lost = inventory
         .lost_histories()
