@@ -397,7 +397,7 @@ impl Taking {
             received.slicer.backup_label(),
             received.slicer.tablespace_map(),
         )
-        .and_then(|()| info.check_manifest(&parsed))
+        .and_then(|()| info.check_manifest(&parsed, manifest_bytes))
         .map_err(malformed)?;
         info.check().map_err(|error| malformed(error.to_string()))?;
         let json = info

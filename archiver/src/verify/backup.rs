@@ -69,7 +69,7 @@ impl<'a> BackupCheck<'a> {
 
     fn manifest(&mut self, body: &[u8]) -> Result<(), String> {
         let manifest = BackupManifest::parse(body).map_err(|error| error.to_string())?;
-        self.info.check_manifest(&manifest)?;
+        self.info.check_manifest(&manifest, body.len() as u64)?;
         let files = manifest.files.into_iter();
         self.listed = Some(files.map(|file| (file.path, file.size)).collect());
         Ok(())

@@ -28,7 +28,8 @@ pub(crate) fn read_manifest(content: &[u8], backup: &BackupInfo) -> Result<Backu
         ));
     }
     let manifest = BackupManifest::parse(content).map_err(|error| damaged(error.to_string()))?;
-    backup.check_manifest(&manifest).map_err(damaged)?;
+    let checked = backup.check_manifest(&manifest, content.len() as u64);
+    checked.map_err(damaged)?;
     Ok(manifest)
 }
 

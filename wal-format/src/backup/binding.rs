@@ -15,12 +15,18 @@ impl BackupInfo {
         base.filter(|slice| slice.archive == BackupArchive::Base)
     }
 
-    /// Compares the manifest with this description: system identifier, WAL, and the files that
-    /// slices continue.
+    /// Compares the manifest, and its `length` in bytes, with this description: length, system
+    /// identifier, WAL, and the files that slices continue.
     ///
     /// # Errors
     /// The contradiction, as a clause about the manifest.
-    pub fn check_manifest(&self, manifest: &BackupManifest) -> Result<(), String> {
+    pub fn check_manifest(&self, manifest: &BackupManifest, length: u64) -> Result<(), String> {
+        if self.manifest_bytes != length {
+            return Err(format!(
+                "it has {length} bytes instead of {}",
+                self.manifest_bytes
+            ));
+        }
         if let Some(system) = manifest.system_identifier
             && system != self.system_identifier
         {

@@ -2,6 +2,7 @@
 //! refuse.
 
 use super::*;
+use crate::{BackupManifest, ManifestFile};
 
 fn info() -> BackupInfo {
     let slice = |archive, number, continues| BackupSlice {
@@ -175,4 +176,29 @@ fn contradictions_are_refused_on_both_sides() {
         let json = serde_json::to_vec(&info).expect("it serializes");
         assert!(BackupInfo::parse(&json).is_err(), "{word} was read");
     }
+}
+
+#[test]
+fn a_manifest_of_another_length_or_system_is_refused() {
+    let info = info();
+    let mut manifest = BackupManifest {
+        system_identifier: Some(info.system_identifier),
+        files: Vec::new(),
+        wal_ranges: Vec::new(),
+    };
+    let continued = info.slices.iter().filter_map(|slice| {
+        let file = slice.continues.as_ref()?;
+        Some(ManifestFile {
+            path: slice.manifest_name(&file.path),
+            size: file.size,
+            checksum: None,
+        })
+    });
+    manifest.files.extend(continued);
+    assert_eq!(info.check_manifest(&manifest, info.manifest_bytes), Ok(()));
+    let longer = info.check_manifest(&manifest, info.manifest_bytes + 1);
+    assert_eq!(longer, Err("it has 101 bytes instead of 100".to_owned()));
+    manifest.system_identifier = Some(SystemIdentifier(7));
+    let other = info.check_manifest(&manifest, info.manifest_bytes);
+    assert!(other.is_err_and(|problem| problem.contains("it is of system 7")));
 }
