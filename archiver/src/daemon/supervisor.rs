@@ -127,7 +127,10 @@ pub async fn run(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),
     ));
-    let expiry = tokio::spawn(expire::keep(supervisor.settings.clone()));
+    let expiry = tokio::spawn(expire::keep(
+        supervisor.settings.clone(),
+        Arc::clone(&supervisor.status),
+    ));
     let locks = tokio::spawn(locks::keep(
         supervisor.settings.clone(),
         Arc::clone(&supervisor.status),

@@ -5,7 +5,7 @@
 //! (`repository::expire`). Invariant: a repository with a problem loses nothing, and the others do
 //! not wait for it.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use catalog::Catalog;
 use jiff::Timestamp;
@@ -16,7 +16,7 @@ use repository::{
     expire::{ExpirePlan, Holding, RetentionPolicy, Swept, due, mark, plan_expire, sweep},
 };
 use serde::Serialize;
-use status::outcomes::ended;
+use status::{cluster_status::ClusterStatus, outcomes::ended};
 use wal_format::{
     BackupId, ExpiredWal, ExpiredWindow, ObjectKey, Outcome, OutcomeKind, PgTimestamp,
     SystemIdentifier,
@@ -445,8 +445,9 @@ fn newest_outcome(repository: &Repository, system: SystemIdentifier) -> Result<O
 }
 
 /// Applies retention every `expire_interval`, counted from the last successful run on this host,
-/// across restarts. A run that failed is retried after [`RETRY_MIN`], then at doubled intervals.
-pub(crate) async fn keep(settings: ClusterSettings) {
+/// across restarts. A run that failed is retried after [`RETRY_MIN`], then at doubled intervals. No
+/// run begins while the repository is known to fail: it could only repeat that.
+pub(crate) async fn keep(settings: ClusterSettings, status: Arc<ClusterStatus>) {
     let retains = settings.repository.each();
     if retains.iter().all(|place| place.retention.is_none()) {
         return;
@@ -456,7 +457,7 @@ pub(crate) async fn keep(settings: ClusterSettings) {
     let mut failures = 0;
     loop {
         let mut pause = LOOK.min(interval);
-        if is_due(&settings) {
+        if is_due(&settings) && status.facts().repository_error.is_none() {
             let settings = settings.clone();
             let applied = blocking(move || Ok(apply_now(&settings))).await;
             let is_applied = applied.unwrap_or_else(|error| {

@@ -115,7 +115,10 @@ pub fn firing(report: &ClusterReport) -> Vec<(&'static str, String)> {
             format!("The last base backup failed: {}", failed.message),
         );
     }
-    if let Some(failed) = &report.failed_expire {
+    // While the repository fails, its own alert says why nothing else works.
+    if let Some(failed) = &report.failed_expire
+        && report.repository_error.is_none()
+    {
         raise(
             "PitrExpireFailed",
             format!("Retention was not applied: {}", failed.message),
