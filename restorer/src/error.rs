@@ -80,6 +80,12 @@ pub enum Error {
         /// PostgreSQL's message.
         said: String,
     },
+    /// The restored server does not answer.
+    #[error("the restored server runs, and it cannot be checked: {said}")]
+    NoConnection {
+        /// The wait, and its likely reason.
+        said: String,
+    },
     /// The target cannot be reached.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -266,6 +272,7 @@ impl Error {
             Self::InsufficientParameter { .. }
             | Self::Interrupted { .. }
             | Self::Io { .. }
+            | Self::NoConnection { .. }
             | Self::ParentAnswers { .. }
             | Self::ParentUnknown { .. }
             | Self::RecoveryCrashes { .. }

@@ -8,8 +8,9 @@ use wal_format::PgVersion;
 use crate::{
     Result,
     heap::{mapped, rows},
+    plan::PreparedTransaction,
     sql::{Address, Refused},
-    start::Interrupt,
+    start::{Interrupt, SILENCE_MAX},
 };
 
 /// The OID of `pg_authid`.
@@ -39,6 +40,15 @@ pub(crate) struct Login {
     pub(crate) role: String,
     pub(crate) database: String,
     pub(crate) server_version: Option<String>,
+}
+
+/// The reason why no role could connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum NoLogin {
+    /// The server's answers.
+    Refused(String),
+    /// The server did not answer in time.
+    NoAnswer(String),
 }
 
 /// Returns the settings of our sessions in the notation of `PGOPTIONS`. A time limit, a read-only
@@ -101,16 +111,19 @@ pub(crate) fn candidates(directory: &Path, conninfo: &str) -> Vec<String> {
     names
 }
 
-/// Connects as each of these roles until one succeeds. The inner error has the server's answers.
+/// Connects as each of these roles until one succeeds. Without an answer, no other role is tried.
+/// `in_doubt` are the prepared transactions of the copy, whose locks a connection may wait for.
+/// `tell` receives a notice of a long wait.
 ///
 /// # Errors
 /// [`crate::Error::Interrupted`].
 pub(crate) fn connect(
     address: &Address,
     candidates: &[String],
-    limit: Duration,
+    (limit, in_doubt): (Duration, &[PreparedTransaction]),
     interrupt: &Interrupt,
-) -> Result<std::result::Result<Login, String>> {
+    tell: &dyn Fn(&str),
+) -> Result<std::result::Result<Login, NoLogin>> {
     let mut said = Vec::new();
     for user in candidates {
         let address = Address {
@@ -118,7 +131,8 @@ pub(crate) fn connect(
             ..address.clone()
         };
         for database in DATABASES {
-            match address.query(database, FACTS, limit, interrupt)? {
+            let slow = || tell(&waits_for_connection(user, database, SILENCE_MAX, in_doubt));
+            match address.query_reporting(database, FACTS, limit, interrupt, &slow)? {
                 Ok(rows) => {
                     let mut rows = rows.into_iter().flatten();
                     return Ok(Ok(Login {
@@ -126,6 +140,10 @@ pub(crate) fn connect(
                         database: database.to_owned(),
                         server_version: rows.next(),
                     }));
+                }
+                Err(refused) if refused.is_timeout() => {
+                    let said = waits_for_connection(user, database, limit, in_doubt);
+                    return Ok(Err(NoLogin::NoAnswer(said)));
                 }
                 Err(Refused { code, message }) => {
                     said.push(format!("{user} in {database}: {message}"));
@@ -136,7 +154,30 @@ pub(crate) fn connect(
             }
         }
     }
-    Ok(Err(said.join("; ")))
+    Ok(Err(NoLogin::Refused(said.join("; "))))
+}
+
+/// Returns the state of a connection without an answer. A prepared transaction keeps its locks in
+/// the copy, and a session reads catalogs such as `pg_authid` before it can run SQL.
+fn waits_for_connection(
+    user: &str,
+    database: &str,
+    waited: Duration,
+    in_doubt: &[PreparedTransaction],
+) -> String {
+    let names: Vec<String> = in_doubt.iter().map(PreparedTransaction::named).collect();
+    let reason = if names.is_empty() {
+        "the server's log may say what it waits for".to_owned()
+    } else {
+        format!(
+            "it may wait for a lock on a system catalog, which a prepared transaction of the parent              holds: {}; end it on the parent with COMMIT PREPARED or ROLLBACK PREPARED and restore a              later target, or restore one from before it was prepared",
+            names.join(", ")
+        )
+    };
+    format!(
+        "the connection as {user} to database {database} has no answer after {} s; {reason}",
+        waited.as_secs()
+    )
 }
 
 /// Returns the user of a connection string, if it names one without quotation marks.

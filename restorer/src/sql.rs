@@ -31,6 +31,13 @@ pub(crate) struct Refused {
     pub(crate) message: String,
 }
 
+impl Refused {
+    /// Returns true if the time limit ended the query or the connection.
+    pub(crate) fn is_timeout(&self) -> bool {
+        self.code.as_deref() == Some(CANCELED)
+    }
+}
+
 impl From<postgres::Error> for Refused {
     fn from(error: postgres::Error) -> Self {
         let message = match error.as_db_error() {
@@ -59,9 +66,25 @@ impl Address {
         limit: Duration,
         interrupt: &Interrupt,
     ) -> Result<std::result::Result<Rows, Refused>> {
+        self.query_reporting(database, sql, limit, interrupt, &|| ())
+    }
+
+    /// Does the same, and calls `slow` once if there is no answer after
+    /// [`SILENCE_MAX`](crate::start::SILENCE_MAX).
+    ///
+    /// # Errors
+    /// As [`query`](Self::query).
+    pub(crate) fn query_reporting(
+        &self,
+        database: &str,
+        sql: &str,
+        limit: Duration,
+        interrupt: &Interrupt,
+        slow: &dyn Fn(),
+    ) -> Result<std::result::Result<Rows, Refused>> {
         let (address, database, sql) = (self.clone(), database.to_owned(), sql.to_owned());
         let timed_out = || Refused {
-            code: None,
+            code: Some(CANCELED.to_owned()),
             message: format!("it ran longer than its limit of {} s", limit.as_secs_f64()),
         };
         let ask = move || -> std::result::Result<Rows, Refused> {
@@ -76,9 +99,10 @@ impl Address {
             });
             Ok(rows.collect())
         };
-        Ok(match interrupt.within(limit + CANCEL_MAX, ask)? {
+        // The limit of the session does not cover the connection, which may wait for a lock.
+        Ok(match interrupt.within(limit + CANCEL_MAX, slow, ask)? {
             None => Err(timed_out()),
-            Some(Err(refused)) if refused.code.as_deref() == Some(CANCELED) => Err(timed_out()),
+            Some(Err(refused)) if refused.is_timeout() => Err(timed_out()),
             Some(answer) => answer,
         })
     }

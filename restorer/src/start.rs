@@ -30,7 +30,7 @@ mod progress;
 mod proof;
 mod stall;
 
-pub(crate) use self::interrupt::Interrupt;
+pub(crate) use self::{interrupt::Interrupt, progress::SILENCE_MAX};
 use self::{
     log::{Events, Log},
     progress::{Progress, waits_for},

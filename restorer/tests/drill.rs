@@ -9,7 +9,11 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use testbed::{cluster::Cluster, place::Place, programs::directory};
+use testbed::{
+    cluster::{Cluster, connect},
+    place::Place,
+    programs::directory,
+};
 
 use crate::{
     sizes::Small,
@@ -27,6 +31,8 @@ pub(crate) struct Scene {
     pub(crate) archived: Archived,
     bin: PathBuf,
     pub(crate) base: tempfile::TempDir,
+    /// An LSN at which a prepared transaction has locked `pg_authid`.
+    locked: String,
 }
 
 impl Scene {
@@ -40,12 +46,22 @@ impl Scene {
         archived.sql("INSERT INTO done DEFAULT VALUES");
         archived.backup();
         archived.sql("INSERT INTO done DEFAULT VALUES");
+        let mut client = connect(&archived.cluster.conninfo()).expect("a connection");
+        client
+            .batch_execute("BEGIN; LOCK TABLE pg_authid; PREPARE TRANSACTION 'locking'")
+            .expect("it is prepared");
+        let locked = client.query_one("SELECT pg_current_wal_flush_lsn()::text", &[]);
+        let locked = locked.expect("a row").get(0);
+        client
+            .batch_execute("COMMIT PREPARED 'locking'")
+            .expect("it is committed");
         archived.sql("INSERT INTO done DEFAULT VALUES");
         archived.finish();
         Self {
             archived,
             bin: bin.to_owned(),
             base: directory().expect("a directory"),
+            locked,
         }
     }
 
@@ -216,6 +232,21 @@ fn a_drill_fails_with_the_reason() {
     }
     scene.assert_clean();
     scene.configure("");
+
+    // Every connection waits for a lock that a prepared transaction of the parent holds.
+    let answer = scene.drill(&[
+        "--check-timeout=1s",
+        "--target-exclusive",
+        "--target-lsn",
+        &scene.locked,
+    ]);
+    answer.assert_failed(1, "'locking'");
+    assert!(
+        answer.errors.contains("COMMIT PREPARED"),
+        "{}",
+        answer.errors
+    );
+    scene.assert_clean();
 
     // A server that does not start. Its `postgres` answers only --version.
     let fake = directory().expect("a directory");

@@ -67,7 +67,8 @@ pub(super) struct DrillArgs {
     /// indexes. 0 turns it off.
     #[arg(long, value_name = "SIZE", default_value = AMCHECK_LIMIT_DEFAULT, value_parser = bytes)]
     amcheck_limit: u64,
-    /// Time limit of each run of `pg_amcheck`, `pg_dump` and `pg_checksums`.
+    /// Time limit of each run of `pg_amcheck`, `pg_dump` and `pg_checksums`, and of the first
+    /// connection if it is below 60 s.
     #[arg(long, value_name = "DURATION", default_value = "6h", value_parser = duration)]
     check_timeout: Duration,
     /// Give up when the recovery makes no progress for this long.

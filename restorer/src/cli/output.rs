@@ -190,16 +190,12 @@ fn replayed(tablespace: &ReplayedTablespace) -> String {
 }
 
 fn in_doubt(prepared: &PreparedTransaction) -> String {
-    let name = match &prepared.gid {
-        Some(gid) => format!("'{gid}'"),
-        None => "a name that lies before the archive".to_owned(),
-    };
     let since = prepared
         .time
         .map_or_else(String::new, |time| format!(" since {time}"));
     format!(
-        "prepared transaction {}, {name}{since}: end it with COMMIT PREPARED or ROLLBACK PREPARED",
-        prepared.xid
+        "prepared transaction {}{since}: end it with COMMIT PREPARED or ROLLBACK PREPARED",
+        prepared.named()
     )
 }
 

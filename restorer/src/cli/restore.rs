@@ -28,8 +28,9 @@ use crate::{
     execute::{self, Action, Destination, Recovery},
     inventory::{Archive, Inventory},
     isolation::Isolation,
-    plan::refuse_promotion,
-    roles, space,
+    plan::{PreparedTransaction, refuse_promotion},
+    roles::{self, NoLogin},
+    space,
     sql::Address,
     start::{self, Interrupt, Start},
     tablespaces::Directories,
@@ -296,6 +297,7 @@ fn copy_and_start(
         &mut executed.isolation,
         destination,
         conninfo,
+        &plan.in_doubt,
         (version, is_running),
     );
     let postgres = start::find_postgres(args.pg_bin.as_deref(), version).ok();
@@ -320,6 +322,7 @@ fn find_login(
     isolation: &mut Isolation,
     destination: &Destination,
     conninfo: &str,
+    in_doubt: &[PreparedTransaction],
     (version, is_running): (PgVersion, bool),
 ) {
     let candidates = roles::candidates(&destination.directory, conninfo);
@@ -336,16 +339,22 @@ fn find_login(
         user: String::new(),
         options: roles::session_options(version),
     };
+    let waiting = (LOGIN_MAX, in_doubt);
     let found = Interrupt::catch()
-        .and_then(|interrupt| roles::connect(&address, &candidates, LOGIN_MAX, &interrupt));
+        .and_then(|interrupt| roles::connect(&address, &candidates, waiting, &interrupt, &|_| ()));
     match found {
         Ok(Ok(login)) => {
             isolation.role = Some(login.role);
             isolation.database = Some(login.database);
         }
-        // The rules of the parent may ask for a password.
-        Ok(Err(said)) => {
-            tracing::debug!(said, "no role of the copy could connect");
+        Ok(Err(refused)) => {
+            match refused {
+                NoLogin::NoAnswer(said) => output::note(&said),
+                // The rules of the parent may ask for a password.
+                NoLogin::Refused(said) => {
+                    tracing::debug!(said, "no role of the copy could connect");
+                }
+            }
             isolation.role = roles::superusers_in(&destination.directory)
                 .into_iter()
                 .next();

@@ -15,7 +15,7 @@ use super::{Course, Drill};
 use crate::{
     Error, Result,
     execute::Executed,
-    roles,
+    roles::{self, NoLogin},
     sql::Address,
     start::{self, Interrupt, Recovered},
 };
@@ -68,7 +68,7 @@ impl Server {
     /// Finds the role to connect with: the configured one, or else a superuser.
     ///
     /// # Errors
-    /// [`Error::Usage`] if no known role exists.
+    /// [`Error::Usage`] if no known role exists, [`Error::NoConnection`].
     pub(super) fn find_user(&mut self, drill: &Drill<'_>, course: &mut Course) -> Result<()> {
         let configured = drill.cluster.drill.user.clone();
         let candidates = match &configured {
@@ -78,13 +78,23 @@ impl Server {
                 roles::candidates(data, &drill.cluster.conninfo)
             }
         };
-        match roles::connect(&self.address, &candidates, QUERY_MAX, drill.interrupt)? {
+        let limit = QUERY_MAX.min(drill.options.check_timeout);
+        let waiting = (limit, drill.plan.in_doubt.as_slice());
+        let found = roles::connect(
+            &self.address,
+            &candidates,
+            waiting,
+            drill.interrupt,
+            drill.tell,
+        );
+        match found? {
             Ok(login) => {
                 self.address.user = configured.unwrap_or(login.role);
                 course.record.server_version = login.server_version;
                 Ok(())
             }
-            Err(said) => Err(Error::usage(format!(
+            Err(NoLogin::NoAnswer(said)) => Err(Error::NoConnection { said }),
+            Err(NoLogin::Refused(said)) => Err(Error::usage(format!(
                 "the restored server runs, and no connection to it was possible ({said}); name a superuser of it with \
                  drill_user"
             ))),

@@ -25,6 +25,17 @@ pub struct PreparedTransaction {
     pub time: Option<PgTimestamp>,
 }
 
+impl PreparedTransaction {
+    /// Returns its identifier and transaction ID for people.
+    pub(crate) fn named(&self) -> String {
+        let gid = self.gid.as_ref().map_or_else(
+            || "a name that lies before the archive".to_owned(),
+            |gid| format!("'{gid}'"),
+        );
+        format!("{gid} (transaction {})", self.xid)
+    }
+}
+
 pub(crate) fn in_doubt(
     inventory: &dyn Inventory,
     coverage: &Coverage,

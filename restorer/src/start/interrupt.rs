@@ -22,7 +22,7 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::POLL;
+use super::{POLL, SILENCE_MAX};
 use crate::{Error, Result};
 
 /// The handled signals, with their names and numbers: from Ctrl-C, from `kill`, and from the end of
@@ -134,16 +134,19 @@ impl Interrupt {
         }
     }
 
-    /// Runs `work` on a thread of its own, and waits for its end. Returns `None` at the time limit;
-    /// the thread is left alone then, and ends with the server that it waits for.
+    /// Runs `work` on a thread of its own, and waits for its end. Calls `slow` once if that takes
+    /// longer than [`SILENCE_MAX`]. Returns `None` at the time limit; the thread is left alone
+    /// then, and ends with the server that it waits for.
     ///
     /// # Errors
     /// [`Error::Interrupted`].
     pub(crate) fn within<T: Send + 'static>(
         &self,
         limit: Duration,
+        slow: &dyn Fn(),
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<Option<T>> {
+        let mut is_reported = false;
         let (sender, receiver) = threads::channel();
         let began = Instant::now();
         thread::spawn(move || {
@@ -155,8 +158,13 @@ impl Interrupt {
                 Ok(outcome) => return Ok(Some(outcome)),
                 Err(RecvTimeoutError::Timeout) => {
                     self.check()?;
-                    if began.elapsed() >= limit {
+                    let waited = began.elapsed();
+                    if waited >= limit {
                         return Ok(None);
+                    }
+                    if waited >= SILENCE_MAX && !is_reported {
+                        is_reported = true;
+                        slow();
                     }
                 }
                 Err(RecvTimeoutError::Disconnected) => {

@@ -11,7 +11,7 @@ use wal_format::Lsn;
 use super::log::Events;
 
 /// The longest time without a report.
-pub(super) const SILENCE_MAX: Duration = Duration::from_secs(10);
+pub(crate) const SILENCE_MAX: Duration = Duration::from_secs(10);
 
 /// The progress of one recovery.
 pub(super) struct Progress<'a> {
