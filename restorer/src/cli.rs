@@ -48,10 +48,19 @@ mod restore;
 use opening::{archive, open, resolve};
 use restore::{RestoreArgs, restore};
 
+/// The end of `pitr-restore --help`.
+const AFTER_HELP: &str = "A copy is isolated from its parent by settings at the end of its configuration. pg_verifybackup \
+    therefore reports its postgresql.conf, pg_hba.conf and files tidemark_*; leave them out with --ignore.";
+
 /// Restores a PostgreSQL cluster from a Tidemark repository to any point in time. Shows before the
 /// copy where recovery will stop.
 #[derive(Debug, Parser)]
-#[command(name = "pitr-restore", version, subcommand_negates_reqs = true)]
+#[command(
+    name = "pitr-restore",
+    version,
+    subcommand_negates_reqs = true,
+    after_help = AFTER_HELP
+)]
 struct Cli {
     #[command(flatten)]
     common: CommonArgs,

@@ -460,7 +460,8 @@ impl Inventory for Archive {
                 continue;
             }
             let mut indexer: Option<WalIndexer> = None;
-            for (range, end_lsn) in ranges.iter().filter(|(range, _)| range.segment >= first) {
+            let before = |range: &WalRange| range.segment >= first && range.start_lsn < lsn;
+            for (range, end_lsn) in ranges.iter().filter(|(range, _)| before(range)) {
                 let wal = self.wal(range)?;
                 let indexer = indexer.get_or_insert_with(|| {
                     WalIndexer::new(self.wal_identity(), range.start_lsn, None)

@@ -26,6 +26,7 @@ mod shell;
 mod space;
 mod sql;
 pub mod start;
+mod stop_wal;
 pub mod tablespaces;
 pub mod target;
 pub mod unfinished;

@@ -140,7 +140,8 @@ pub struct RestorePlan {
     /// The owner of the claims on the directories of tablespaces; `None` before the restore begins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub claim: Option<Owner>,
-    /// The end of the WAL that recovery may request.
+    /// The end of the WAL that recovery needs: the end of the record at the stop. Until the record
+    /// was read, and for a standby, the end of the archived WAL.
     pub wal_end_lsn: Lsn,
     /// The bytes of the backup in the repository.
     pub backup_bytes: u64,

@@ -26,7 +26,6 @@ use wal_format::{
 use crate::{
     Error, RestorePlan, Result,
     execute::Access,
-    plan::Stop,
     tablespaces::{admit, refuse_foreign},
 };
 
@@ -82,10 +81,7 @@ impl<'a> Asked<'a> {
         };
         let part = plan.path.iter().find(|part| part.branch == branch);
         match part {
-            Some(part) if plan.path.last() == Some(part) => match plan.stop {
-                Stop::Before { lsn } | Stop::After { lsn } => lsn < end,
-                Stop::Consistent => plan.wal_end_lsn <= end,
-            },
+            Some(part) if plan.path.last() == Some(part) => plan.wal_end_lsn <= end,
             Some(part) => part.to <= end,
             None => false,
         }
@@ -438,7 +434,7 @@ fn archived_segment(
         last.is_some_and(|last| begins_in(number, size, last.to))
     });
     let open = if let Some(plan) = forked {
-        let own = held(repository, identity, asked, branch, (name, start_lsn));
+        let own = held(repository, identity, asked, branch, name);
         longest(own, size, || {
             copy_of_later(repository, identity, asked, plan, number)
         })?
@@ -446,27 +442,13 @@ fn archived_segment(
         return Ok(true);
     } else {
         let enough = |end| asked.needs_nothing_from(branch, end);
-        match assemble(repository, system, branch, (name, start_lsn), asked, enough) {
-            // The tails may have been removed meanwhile, because the segment was sealed.
-            Err(error) if is_lost(&error) || is_not_found(&error) => {
-                if sealed_of(repository, identity, asked, branch, name, out)? {
-                    return Ok(true);
-                }
-                return Err(error);
-            }
-            assembled => assembled?,
-        }
+        open_segment(repository, identity, asked, branch, name, enough)?
     };
     if let Some(mut wal) = open {
         // Fill the rest of an open segment with zeros, which PostgreSQL reads as the end of WAL.
         wal.resize(size.len(), 0);
         write(out, &wal)?;
         return Ok(true);
-    }
-    // The segment may have been sealed between the two lookups.
-    let key = ObjectKey::Segment(system, branch, name);
-    if repository.head(&key)?.is_some() {
-        return archived_segment(repository, identity, asked, name, out);
     }
     // The plan's path needs no WAL of a timeline before the segment in which the path enters it.
     // The segment in which the path leaves a timeline is read from the next timeline.
@@ -524,10 +506,8 @@ fn copy_of_later(
         let name = SegmentName::new(part.branch.timeline, number, size);
         let mut wal = Vec::new();
         if !sealed_of(repository, identity, asked, part.branch, name, &mut wal)? {
-            let system = identity.system_identifier;
-            let place = (name, start_lsn);
             let enough = |end| switch_lsn <= end;
-            wal = assemble(repository, system, part.branch, place, asked, enough)?
+            wal = open_segment(repository, identity, asked, part.branch, name, enough)?
                 .unwrap_or_default();
         }
         if wal.len() >= wanted {
@@ -544,15 +524,41 @@ fn held(
     identity: &ClusterIdentity,
     asked: Asked<'_>,
     branch: Branch,
-    place: (SegmentName, Lsn),
+    name: SegmentName,
 ) -> Result<Option<Vec<u8>>> {
     let mut wal = Vec::new();
-    if sealed_of(repository, identity, asked, branch, place.0, &mut wal)? {
+    if sealed_of(repository, identity, asked, branch, name, &mut wal)? {
         return Ok(Some(wal));
     }
     let enough = |end| asked.needs_nothing_from(branch, end);
+    open_segment(repository, identity, asked, branch, name, enough)
+}
+
+/// Returns the WAL of a segment that was not sealed when it was looked for: its tails, or all of it
+/// if it was sealed meanwhile. Sealing removes the tails, in any order, so a listing may lack some
+/// of them and still look like an open segment.
+fn open_segment(
+    repository: &Repository,
+    identity: &ClusterIdentity,
+    asked: Asked<'_>,
+    branch: Branch,
+    name: SegmentName,
+    enough: impl Fn(Lsn) -> bool,
+) -> Result<Option<Vec<u8>>> {
+    let Some(number) = name.segment(identity.wal_segment_size) else {
+        return Ok(None);
+    };
+    let place = (name, number.start_lsn(identity.wal_segment_size));
     let system = identity.system_identifier;
-    assemble(repository, system, branch, place, asked, enough)
+    let assembled = match assemble(repository, system, branch, place, asked, enough) {
+        Err(error) if !is_lost(&error) && !is_not_found(&error) => return Err(error),
+        assembled => assembled,
+    };
+    let mut wal = Vec::new();
+    if sealed_of(repository, identity, asked, branch, name, &mut wal)? {
+        return Ok(Some(wal));
+    }
+    assembled
 }
 
 /// Returns the WAL of a segment. Returns its copy instead if the segment is damaged or the copy is
@@ -594,3 +600,6 @@ fn missing(lsn: Lsn, problem: &str) -> Error {
         problem: problem.to_owned(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use crate::{
     Error, RestorePlan, Result, expired,
     inventory::{Archive, Inventory},
     plan::{Wishes, estimate, left_out, plan_restore},
-    space,
+    space, stop_wal,
     tablespaces::{self, Directories},
     target::{RecoveryTarget, is_relative, parse_time, parse_xid},
 };
@@ -154,10 +154,11 @@ pub(super) fn plan(
     }
 }
 
-/// Completes a plan: adds tablespaces, file systems and the estimated duration.
+/// Completes a plan: adds tablespaces, the end of the needed WAL, file systems and the estimated
+/// duration.
 ///
 /// # Errors
-/// [`Error::Plan`], [`Error::Usage`].
+/// [`Error::Plan`], [`Error::Usage`], [`Error::Damaged`] for damaged WAL at the stop.
 pub(super) fn settle(
     archive: &Archive,
     plan: &mut RestorePlan,
@@ -165,6 +166,9 @@ pub(super) fn settle(
 ) -> Result<()> {
     plan.unseen_repositories.clone_from(&archive.unseen);
     tablespaces::settle(archive, plan, directories)?;
+    if !directories.standby {
+        stop_wal::prove(archive, plan)?;
+    }
     if let Some(backup) = backup(archive, plan)? {
         let segment_bytes = archive.identity().wal_segment_size.bytes();
         space::settle(&backup, segment_bytes, plan, directories)?;
