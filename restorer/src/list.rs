@@ -12,7 +12,7 @@ use wal_format::{
 use crate::{
     Result,
     inventory::Inventory,
-    plan::{Index, PathPart, Wishes, cover, plan_restore, timeline_path},
+    plan::{Index, PathPart, Wishes, cover, plan_restore, timeline_option, timeline_path},
     target::RecoveryTarget,
 };
 
@@ -24,6 +24,8 @@ pub struct Listing {
     /// The base backups, oldest first. They and all further fields belong to the epoch that is
     /// listed.
     pub backups: Vec<ListedBackup>,
+    /// The archived timelines.
+    pub timelines: Vec<Branch>,
     /// The contiguous ranges of WAL.
     pub windows: Vec<Window>,
     /// The ranges in which a restore can stop.
@@ -160,6 +162,8 @@ pub struct Restorable {
     pub first_time: Option<PgTimestamp>,
     /// The latest time of a commit or abort in the range.
     pub last_time: Option<PgTimestamp>,
+    /// The value of `--target-timeline` that leads to the range.
+    pub target_timeline: String,
     /// True if a restore without `--target-timeline` leads to the range.
     pub by_default: bool,
 }
@@ -227,7 +231,9 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
     // IDs begin with the second of the start, and two backups may start in the same second.
     backups.sort_by_key(|backup| (backup.finished, backup.start_lsn));
     let (mut windows, mut gaps) = (Vec::<Window>::new(), Vec::new());
-    for (branch, _, _) in inventory.branches()? {
+    let known = inventory.branches()?.into_iter();
+    let branches: Vec<Branch> = known.map(|(branch, ..)| branch).collect();
+    for branch in branches.iter().copied() {
         let mut open: Option<Window> = None;
         for range in inventory.ranges(branch, Lsn::ZERO, Lsn::MAX)? {
             if let Some(window) = &mut open
@@ -295,6 +301,7 @@ pub fn list(inventory: &dyn Inventory, damaged: &[(String, String)]) -> Result<L
         epochs: Vec::new(),
         expired: Vec::new(),
         backups,
+        timelines: branches,
         windows,
         restorable,
         refusal,
@@ -366,6 +373,7 @@ fn restorable(
     for (branch, _, _) in &branches {
         let path = repository::timeline_path(&branches, *branch).unwrap_or_default();
         let Some(own) = path.last() else { continue };
+        let target_timeline = timeline_option(branches.iter().map(|one| one.0), *branch);
         let left_at = default.iter().find(|part| part.branch == *branch);
         let left_at = left_at.map_or(own.from, |part| part.to);
         let found = repository::Restorable::along(&index, &path, backups, size)?;
@@ -393,6 +401,7 @@ fn restorable(
                     backup: stretch.backup.clone(),
                     first_time: first_time.filter(|_| start_lsn == stretch.from_lsn),
                     last_time,
+                    target_timeline: target_timeline.clone(),
                     by_default,
                 });
             }

@@ -344,6 +344,7 @@ impl Search<'_> {
                 .min()
                 .unwrap_or(Lsn::ZERO),
             to: bounds.iter().map(|(_, to)| *to).max().unwrap_or(Lsn::ZERO),
+            elsewhere: Vec::new(),
         };
         unknown.into()
     }

@@ -37,10 +37,10 @@ mod stop;
 pub use choice::NotChosen;
 pub use in_doubt::PreparedTransaction;
 pub(crate) use in_doubt::in_doubt;
-pub use left_out::{LeftOut, left_out};
+pub use left_out::{LeftOut, left_out, name_elsewhere};
 pub(crate) use lost::refuse_promotion;
 
-pub(crate) use path::{Coverage, Index, cover};
+pub(crate) use path::{Coverage, Index, cover, timeline_option};
 pub use path::{PathPart, print_path, timeline_path};
 pub use refusal::PlanError;
 use stop::{Found, find_stop, immediate_stop};

@@ -1,9 +1,9 @@
 //! Two timelines, then a third with the number of the second: every state of each is reached, and a
 //! target on another timeline is refused with the reason.
 
-use std::path::PathBuf;
+use std::{collections::BTreeSet, path::PathBuf};
 
-use testbed::restored::Restored;
+use testbed::{programs::succeed, restored::Restored};
 
 use crate::support::{Archived, query, said, servers};
 
@@ -73,6 +73,11 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
         .archived
         .sql("SELECT pg_create_restore_point('only on 1')");
     scene.write(&primary, "d1");
+    // Timeline 2 will have fewer transactions, so that it lacks the number of the last one.
+    let mut only_on_first = String::new();
+    for _ in 0..20 {
+        only_on_first = scene.archived.sql("SELECT pg_current_xact_id()");
+    }
     scene.archived.finish();
 
     // Timeline 2 leaves timeline 1 at the restore point. A second server is promoted before the
@@ -90,7 +95,7 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
     scene.write(&second.conninfo(), "d2");
     let mut backup = scene.archived.place.program("wal-archiver").expect("built");
     backup.args(["--conninfo", &second.conninfo(), "backup"]);
-    testbed::programs::succeed(&mut backup).expect("a backup of timeline 2");
+    succeed(&mut backup).expect("a backup of timeline 2");
     scene.write(&second.conninfo(), "e2");
     scene.archived.finish_at(&second.conninfo());
     let listing = scene.archived.listing();
@@ -142,6 +147,10 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
         3,
         "\"only on 1\" is not in the archive of timeline 00000001 ",
     );
+    // What only an abandoned timeline has is named with the option that reaches it.
+    let on_first = "timeline 00000001 has it: restore to it with --target-timeline 1";
+    scene.assert_refused(&["--target-name=only on 1"], 3, on_first);
+    scene.assert_refused(&[&format!("--target-xid={only_on_first}")], 3, on_first);
     scene.assert_refused(
         &["--target-timeline=1", "--target-name=only on 2"],
         3,
@@ -172,6 +181,22 @@ fn every_timeline_is_reached_and_no_other_is_mixed_in() {
         .filter(|branch| branch.starts_with("00000002"))
         .collect();
     assert_eq!(branches.len(), 2, "{listing}");
+    // The options that the listing prints are accepted.
+    let mut list = scene.archived.pitr_restore();
+    let listed = succeed(list.arg("list")).expect("a listing");
+    let printed = listed.split("--target-timeline ").skip(1);
+    let printed: BTreeSet<&str> = printed
+        .filter_map(|rest| rest.split_whitespace().next())
+        .collect();
+    assert!(
+        printed.is_superset(&branches.iter().copied().collect()),
+        "{listed}"
+    );
+    for option in printed {
+        let mut plan = scene.archived.pitr_restore();
+        plan.args(["--dry-run", "--target-timeline", option]);
+        succeed(&mut plan).unwrap_or_else(|error| panic!("{error}: {listed}"));
+    }
     let mut found = Vec::new();
     for branch in branches {
         let restored = scene.restore(&[&format!("--target-timeline={branch}")]);

@@ -80,7 +80,8 @@ impl FailoverLoss {
 /// A sentence for logs and reports.
 impl fmt::Display for FailoverLoss {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (from, to) = (self.branch.timeline, self.successor.timeline);
+        // Two branches may have one number, so name them in full.
+        let (from, to) = (self.branch, self.successor);
         write!(f, "timeline {to} went on at {}; ", self.switch_lsn)?;
         match self.commits {
             0 => write!(

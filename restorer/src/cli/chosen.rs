@@ -7,7 +7,7 @@ use wal_format::{BackupId, BackupInfo, Lsn};
 use crate::{
     Error, RestorePlan, Result, expired,
     inventory::{Archive, Inventory},
-    plan::{Wishes, estimate, left_out, plan_restore},
+    plan::{Wishes, estimate, left_out, name_elsewhere, plan_restore},
     space, stop_wal,
     tablespaces::{self, Directories},
     target::{RecoveryTarget, is_relative, parse_time, parse_xid},
@@ -141,8 +141,13 @@ pub(super) fn plan(
         return Err(refusal.into());
     }
     loop {
-        let mut plan = plan_restore(archive, target, &wishes)
-            .map_err(|error| expired::explain(archive, target, archive.explain(error)))?;
+        let mut plan = match plan_restore(archive, target, &wishes) {
+            Ok(plan) => plan,
+            Err(error) => {
+                let error = name_elsewhere(archive, target, &wishes, archive.explain(error))?;
+                return Err(expired::explain(archive, target, error));
+            }
+        };
         match archive.check_backup(&plan.backup) {
             Ok(()) => {
                 plan.left_out = left_out(archive, target, &wishes, &plan)?;

@@ -13,7 +13,7 @@ use wal_format::TransactionEnd;
 use crate::{
     Error, RestorePlan, Result,
     list::Listing,
-    plan::{LeftOut, PreparedTransaction, print_path},
+    plan::{LeftOut, PreparedTransaction, print_path, timeline_option},
     shell,
     tablespaces::ReplayedTablespace,
     unfinished::RemovedFiles,
@@ -279,7 +279,7 @@ pub(super) fn listing(listing: &Listing) {
         let how = if one.by_default {
             String::new()
         } else {
-            format!("  with --target-timeline {}", one.branch.timeline)
+            format!("  with --target-timeline {}", one.target_timeline)
         };
         say!(
             stdout(),
@@ -344,7 +344,7 @@ pub(super) fn listing(listing: &Listing) {
             say!(
                 stdout(),
                 "  to see their rows, restore with --target-timeline {}",
-                loss.branch.timeline
+                timeline_option(listing.timelines.iter().copied(), loss.branch)
             );
         }
     }

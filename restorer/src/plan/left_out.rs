@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 use wal_format::{Branch, Lsn, PgTimestamp, TransactionEnd};
 
-use super::{RestorePlan, Stop, Wishes, plan_restore};
+use super::{PlanError, RestorePlan, Stop, Wishes, path::timeline_option, plan_restore};
 use crate::{Error, Result, inventory::Inventory, target::RecoveryTarget};
 
 /// A timeline that a plan does not follow up to its target.
@@ -72,13 +72,7 @@ pub fn left_out(
         if ends.is_none() && !is_xid || from == Lsn::MAX {
             continue;
         }
-        let several = branches
-            .iter()
-            .filter(|one| one.0.timeline == branch.timeline);
-        let target_timeline = match several.count() {
-            1 => branch.timeline.to_string(),
-            _ => branch.to_string(),
-        };
+        let target_timeline = timeline_option(branches.iter().map(|one| one.0), *branch);
         let other = Wishes {
             backup: wishes.backup.clone(),
             timeline: Some(target_timeline.clone()),
@@ -112,6 +106,40 @@ pub fn left_out(
         }
     }
     Ok(found)
+}
+
+/// Adds to the refusal of a target transaction or a restore point the timelines that have it, with
+/// the options that reach it. Other errors stay as they are.
+///
+/// # Errors
+/// Errors of reading the inventory.
+pub fn name_elsewhere(
+    inventory: &dyn Inventory,
+    target: &RecoveryTarget,
+    wishes: &Wishes,
+    mut error: Error,
+) -> Result<Error> {
+    let Error::Plan(PlanError::Unknown { elsewhere, .. }) = &mut error else {
+        return Ok(error);
+    };
+    let branches = inventory.branches()?;
+    for (branch, ..) in &branches {
+        let option = timeline_option(branches.iter().map(|one| one.0), *branch);
+        let other = Wishes {
+            backup: wishes.backup.clone(),
+            timeline: Some(option.clone()),
+        };
+        let plan = match plan_restore(inventory, target, &other) {
+            Ok(plan) => plan,
+            Err(Error::Plan(_) | Error::Usage { .. }) => continue,
+            Err(error) => return Err(error),
+        };
+        // A later timeline leads to the same record.
+        if plan.path.last().is_some_and(|part| part.branch == *branch) {
+            elsewhere.push((*branch, option));
+        }
+    }
+    Ok(error)
 }
 
 /// Returns the number of the commits of a timeline at or after `from` for whose time `is_kept` is

@@ -14,6 +14,19 @@ pub fn print_path(path: &[PathPart]) -> String {
     names.join(" → ")
 }
 
+/// Returns the value of `--target-timeline` that names `branch`: its number, or all of its name if
+/// another of the archived `timelines` has the same number.
+pub(crate) fn timeline_option(
+    mut timelines: impl Iterator<Item = Branch>,
+    branch: Branch,
+) -> String {
+    if timelines.any(|other| other.timeline == branch.timeline && other != branch) {
+        branch.to_string()
+    } else {
+        branch.timeline.to_string()
+    }
+}
+
 type Known = (Branch, Option<TimelineHistory>, Vec<u8>);
 
 /// Returns the path to the wanted timeline, or to the newest one (`newest`) if none is named.

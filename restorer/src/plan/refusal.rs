@@ -223,8 +223,8 @@ pub enum PlanError {
     },
     /// The named transaction or restore point does not exist.
     #[error(
-        "{what} is not in the archive of timeline {path} between {from} and {to}; see `pitr-restore list`, or choose another \
-         timeline with --target-timeline"
+        "{what} is not in the archive of timeline {path} between {from} and {to}; {remedy}",
+        remedy = other_timelines(elsewhere)
     )]
     Unknown {
         /// The missing item, as a noun phrase.
@@ -235,7 +235,22 @@ pub enum PlanError {
         from: Lsn,
         /// The end of the searched WAL.
         to: Lsn,
+        /// The timelines that have the item, each with the value of `--target-timeline`.
+        elsewhere: Vec<(Branch, String)>,
     },
+}
+
+/// Returns the remedy for an item that the path lacks.
+fn other_timelines(elsewhere: &[(Branch, String)]) -> String {
+    let each = elsewhere.iter().map(|(branch, option)| {
+        format!("timeline {branch} has it: restore to it with --target-timeline {option}")
+    });
+    match elsewhere {
+        [] => {
+            "see `pitr-restore list`, or choose another timeline with --target-timeline".to_owned()
+        }
+        _ => each.collect::<Vec<_>>().join(", or "),
+    }
 }
 
 fn nearest(last: Option<Lsn>) -> String {

@@ -215,6 +215,7 @@ impl Walk<'_> {
             path,
             from,
             to,
+            elsewhere: Vec::new(),
         };
         unknown.into()
     }
