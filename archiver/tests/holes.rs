@@ -1,7 +1,12 @@
 //! WAL that was archived and is missing in the repositories that answer. Nothing after it is
 //! acknowledged as remote before it is stored again from the spool. None of it is declared lost.
 
-use std::{fs, path::Path, process::Command, time::Duration};
+use std::{
+    fs,
+    path::Path,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use repository::durable;
 use wal_format::{Lsn, ObjectKey, SegmentSize};
@@ -160,6 +165,7 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
     copy(&near, &older);
     durable::rename(&far, &aside).expect("it goes");
     let lsn = begin_segment(&server);
+    let flushed_at = Instant::now();
     wait_until("the segment has left the spool", || {
         let spooled = fs::read_dir(place.spool().join("main"))
             .into_iter()
@@ -181,7 +187,18 @@ fn an_older_copy_and_a_place_that_is_away_prove_nothing_together() {
     let told = flushed(&server);
     server.write_wal(5);
     wait_until_red_for(&archiver, &["bring it back"]);
-    wait_until("the position goes back", || remote(&archiver) <= held);
+    // The lost WAL is as old as it was when it was acknowledged.
+    let age = flushed_at.elapsed().as_secs_f64();
+    let mut rpo = None;
+    wait_until("the position goes back", || {
+        let report = report(&archiver);
+        rpo = report["durable"]["remote"]["rpo_seconds"].as_f64();
+        remote(&archiver) <= held
+    });
+    assert!(
+        rpo >= Some(age - 1.0),
+        "{rpo:?} s is shown, at least {age} s is true"
+    );
     server.write_wal(5);
     let durable = &report(&archiver)["durable"]["remote"];
     assert!(durable["lag_bytes"].as_u64() > Some(0), "{durable}");

@@ -406,6 +406,12 @@ impl ClusterStatus {
         }
         if is_caught_up(remote) {
             caught_up.remote = proved;
+        } else if let Some(age) = remote.proved {
+            // WAL that was lost after it had been held is older than the last proof.
+            let micros = i64::try_from(age.as_micros()).unwrap_or(i64::MAX);
+            let now = PgTimestamp::from_jiff(jiff::Timestamp::now());
+            let since = PgTimestamp(now.0.saturating_sub(micros));
+            caught_up.remote = caught_up.remote.map(|known| known.min(since));
         }
         (local, remote)
     }

@@ -14,8 +14,11 @@ pub mod tiers;
 
 /// The number of the primary's positions that one tier remembers. At one sample per second and one
 /// per message of the stream, this covers minutes exactly. Beyond that, neighbours are merged,
-/// which can only make the age greater.
+/// which can only make the age greater. The samples of held WAL are bounded in the same way.
 const SAMPLES_MAX: usize = 1024;
+
+/// Times and flush LSNs of the primary. Both grow.
+type Samples = VecDeque<(Duration, Lsn)>;
 
 /// The time after the last contact with the primary for which its position counts as known. The SQL
 /// poll runs once a second.
@@ -43,8 +46,10 @@ pub struct Exposure {
 /// The estimator of one tier, on one path of timelines.
 #[derive(Debug, Default)]
 pub struct RpoEstimator {
-    /// Times and flush LSNs of the primary. Both grow, and all LSNs are after `durable`.
-    uncovered: VecDeque<(Duration, Lsn)>,
+    /// The samples after `durable`.
+    uncovered: Samples,
+    /// The samples before them. Their WAL is held, until the repository loses a part of it.
+    covered: Samples,
     /// The time at which the primary was last seen, and the greatest flush LSN seen on the path.
     source: Option<(Duration, Lsn)>,
     /// True if the primary was not seen since it took another path.
@@ -107,35 +112,48 @@ impl RpoEstimator {
         self.expect(since, flushed);
     }
 
-    fn expect(&mut self, since: Duration, lsn: Lsn) {
-        let held = self.durable.unwrap_or_default();
-        let newest = self.uncovered.back().map_or(held, |(_, lsn)| *lsn);
-        if lsn <= newest {
+    /// Adds a sample. The samples keep the time at which an LSN was first seen.
+    fn expect(&mut self, mut since: Duration, lsn: Lsn) {
+        let last = |samples: &Samples| samples.back().map(|(_, lsn)| *lsn);
+        if last(&self.uncovered) >= Some(lsn) {
             return;
         }
-        if self.uncovered.len() >= SAMPLES_MAX {
-            self.merge_neighbours();
+        let is_held = self.durable >= Some(lsn);
+        if is_held && last(&self.covered) >= Some(lsn) {
+            return;
+        }
+        if !is_held && self.uncovered.is_empty() {
+            // Without a known end, an LSN may be seen again that was held before.
+            while let Some((when, _)) = self.covered.pop_back_if(|(_, known)| *known >= lsn) {
+                since = since.min(when);
+            }
         }
         // A position may have an older time than the ones before it. Their age then counts from
         // that time.
-        let later = self.uncovered.iter_mut().rev();
+        let later = self.covered.iter_mut().chain(&mut self.uncovered).rev();
         for (when, _) in later.take_while(|(when, _)| *when > since) {
             *when = since;
         }
-        self.uncovered.push_back((since, lsn));
+        let samples = match is_held {
+            true => &mut self.covered,
+            false => &mut self.uncovered,
+        };
+        samples.push_back((since, lsn));
+        self.bound();
     }
 
     /// Records that the tier holds everything on the path before `durable`. May decrease when the
-    /// path changes.
+    /// path changes, or when the tier has lost WAL: the age then counts from the time at which the
+    /// lost WAL was first seen.
     pub fn held(&mut self, durable: Lsn) {
         self.durable = Some(durable);
-        while self
-            .uncovered
-            .front()
-            .is_some_and(|(_, lsn)| *lsn <= durable)
-        {
-            self.uncovered.pop_front();
+        while let Some(lost) = self.covered.pop_back_if(|(_, lsn)| *lsn > durable) {
+            self.uncovered.push_front(lost);
         }
+        while let Some(held) = self.uncovered.pop_front_if(|(_, lsn)| *lsn <= durable) {
+            self.covered.push_back(held);
+        }
+        self.bound();
     }
 
     /// Records that no WAL of the path is known to be held.
@@ -150,6 +168,11 @@ impl RpoEstimator {
         let since = self.uncovered.iter().find(|(_, lsn)| *lsn > fork);
         let since = since.map(|(since, _)| *since);
         self.uncovered.retain(|(_, lsn)| *lsn <= fork);
+        // The first sample after the fork also covers WAL before it.
+        if let Some(after) = self.covered.iter_mut().find(|(_, lsn)| *lsn > fork) {
+            after.1 = fork;
+        }
+        self.covered.retain(|(_, lsn)| *lsn <= fork);
         if let Some(since) = since {
             let known = self.orphaned_since.unwrap_or(since);
             self.orphaned_since = Some(known.min(since));
@@ -234,14 +257,23 @@ impl RpoEstimator {
         }
     }
 
-    /// Halves the samples: each pair becomes the older time with the later position.
-    fn merge_neighbours(&mut self) {
-        let samples: Vec<_> = self.uncovered.drain(..).collect();
-        self.uncovered.extend(samples.chunks(2).filter_map(|pair| {
-            let (first, last) = (pair.first()?, pair.last()?);
-            Some((first.0, last.1))
-        }));
+    /// Merges samples where there are too many.
+    fn bound(&mut self) {
+        for samples in [&mut self.uncovered, &mut self.covered] {
+            if samples.len() > SAMPLES_MAX {
+                merge_neighbours(samples);
+            }
+        }
     }
+}
+
+/// Halves the samples: each pair becomes the older time with the later position.
+fn merge_neighbours(samples: &mut Samples) {
+    let all: Vec<_> = samples.drain(..).collect();
+    samples.extend(all.chunks(2).filter_map(|pair| {
+        let (first, last) = (pair.first()?, pair.last()?);
+        Some((first.0, last.1))
+    }));
 }
 
 #[cfg(test)]

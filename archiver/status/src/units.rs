@@ -49,13 +49,14 @@ pub fn bytes(value: Option<u64>) -> String {
 /// Formats a number of bytes, or a rate without its `/s`.
 pub fn amount(mut value: f64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if value < 1024.0 {
+    // A value that would be printed as 1024 is printed in the next unit.
+    if value < 1023.5 {
         return format!("{value:.0} B");
     }
     value /= 1024.0;
     let mut unit = UNITS[0];
     for next in &UNITS[1..] {
-        if value < 1024.0 {
+        if value < 1023.95 {
             break;
         }
         value /= 1024.0;
