@@ -133,6 +133,20 @@ impl Chance {
     }
 }
 
+/// Returns the status code of an answer, or `None` if its status line is not valid. A change of a
+/// request may turn its version into HTTP/1.0, and the answer then has that version.
+fn status(head: &str) -> Option<u16> {
+    let version = ["HTTP/1.1 ", "HTTP/1.0 "];
+    let rest = version
+        .iter()
+        .find_map(|version| head.strip_prefix(version))?;
+    let (code, reason) = rest.split_at_checked(3)?;
+    let is_valid = code.bytes().all(|byte| byte.is_ascii_digit()) && reason.starts_with(' ');
+    code.parse()
+        .ok()
+        .filter(|code| is_valid && (100..600).contains(code))
+}
+
 #[test]
 fn malformed_requests_disturb_neither_the_page_nor_the_stream() {
     let Some((server, _place, archiver)) = archived() else {
@@ -171,8 +185,8 @@ fn malformed_requests_disturb_neither_the_page_nor_the_stream() {
         if read > 12 {
             answered += 1;
             let head = String::from_utf8_lossy(&head[..read]).into_owned();
-            assert!(head.starts_with("HTTP/1.1 "), "{head}");
-            assert!(!head.starts_with("HTTP/1.1 500"), "{head}");
+            let status = status(&head);
+            assert!(status.is_some_and(|status| status != 500), "{head}");
         }
         if round % 500 == 499 {
             assert_undisturbed(&server, &archiver, &walsender);
