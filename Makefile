@@ -11,11 +11,13 @@ demo: install-tools
 	$(CARGO_TARGET_DIR)/release/demo
 
 # `cargo test` builds the programs too; building them before it would compile what the tests' features differ in twice.
+# One failure does not hide others. The ten slowest tests are printed at the end.
 test: install-tools
-	$(CARGO) test $(WORKSPACE) -- --test-threads=2
+	bash benches/tools/test.sh $(WORKSPACE) -- --test-threads=2
 
+# Also the ignored tests, and the full counts of the others.
 test-long: install-tools
-	TIDEMARK_LONG=1 $(CARGO) test $(WORKSPACE) -- --test-threads=2
+	TIDEMARK_LONG=1 bash benches/tools/test.sh $(WORKSPACE) -- --test-threads=2 --include-ignored
 
 # Ratios beside the peers, in one run; `BENCH_FLAGS='--megabytes 200 --runs 1'` makes it short.
 bench: install-tools

@@ -73,11 +73,8 @@ fn a_damaged_page_is_named_and_warnings_of_the_server_are_kept() {
 }
 
 #[test]
+#[ignore = "long: make test-long"]
 fn a_backup_of_a_standby_waits_for_its_first_restartpoint_after_a_promotion() {
-    // Three servers take too long for every run.
-    if std::env::var_os("TIDEMARK_LONG").is_none() {
-        return;
-    }
     let Some(bin) = postgres_bin() else { return };
     let primary = Server::start(&bin, "");
     let promoted = Server::standby_of(&primary);

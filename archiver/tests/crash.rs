@@ -1,18 +1,14 @@
 //! kill -9 at random moments under load: the archived bytes equal the server's, and none is
 //! missing.
 
-use std::{env, thread::sleep, time::Duration};
+use std::{thread::sleep, time::Duration};
 
 use crate::support::{Place, Server, postgres_bin, wait_flushed};
 
 #[test]
 fn killed_at_random_under_load_nothing_is_lost_or_changed() {
     let Some(bin) = postgres_bin() else { return };
-    let rounds = if env::var("TIDEMARK_LONG").is_ok() {
-        100
-    } else {
-        8
-    };
+    let rounds = if testbed::is_long() { 100 } else { 8 };
     let server = Server::start(&bin, "");
     let place = Place::new();
     let load = server.load();

@@ -4,7 +4,7 @@
 
 use std::{
     collections::BTreeSet,
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::{Child, ExitStatus, Stdio},
     thread::sleep,
@@ -357,7 +357,7 @@ fn waits_for_space(point: CrashPoint) -> bool {
 fn killed_or_failed_once_at_every_point_it_streams_again_and_has_what_it_acknowledged() {
     const ERRORS: [&str; 3] = ["eio", "enospc", "emfile"];
     let Some(bin) = postgres_bin() else { return };
-    let long = env::var("TIDEMARK_LONG").is_ok();
+    let long = testbed::is_long();
     let classes = if long {
         ["local", "remote"].as_slice()
     } else {

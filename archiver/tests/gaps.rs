@@ -115,10 +115,8 @@ fn a_gap_that_is_found_while_the_store_is_away_is_closed_when_it_is_back() {
 }
 
 #[test]
+#[ignore = "long: make test-long"]
 fn a_gap_that_a_running_archiver_finds_without_its_store_is_closed_when_it_is_back() {
-    if std::env::var_os("TIDEMARK_LONG").is_none() {
-        return;
-    }
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(&bin, KEEPS_NOTHING);
     let place = Place::new();

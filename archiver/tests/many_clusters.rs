@@ -21,10 +21,6 @@ use crate::support::{Archiver, Server, postgres_bin, run_command, succeed, wait_
 /// A hundred clusters stream within this time of the daemon's start.
 const STREAMING_MAX: Duration = Duration::from_secs(30);
 
-fn is_long() -> bool {
-    std::env::var_os("TIDEMARK_LONG").is_some()
-}
-
 struct Site {
     server: Server,
     dir: TempDir,
@@ -165,7 +161,7 @@ fn count(archiver: &Archiver, text: &str) -> usize {
 
 #[test]
 fn many_clusters_stream_although_the_soft_limit_of_open_files_is_low() {
-    let clusters = if is_long() { 100 } else { 30 };
+    let clusters = if testbed::is_long() { 100 } else { 30 };
     let Some(site) = Site::new(clusters) else {
         return;
     };
@@ -199,7 +195,7 @@ fn many_clusters_stream_although_the_soft_limit_of_open_files_is_low() {
         said.contains(&format!("{clusters} clusters need about {needed}")),
         "{said}"
     );
-    if is_long() {
+    if testbed::is_long() {
         // Bursts are over after this time.
         std::thread::sleep(Duration::from_secs(30));
         let (before, began) = (process.ticks(), Instant::now());

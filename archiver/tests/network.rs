@@ -45,7 +45,7 @@ fn swallowed(from_server: bool, to_server: bool) {
 fn a_half_open_connection_is_found_out() {
     swallowed(true, true);
     // Each takes half a minute of silence, so the short tier has only one.
-    if std::env::var_os("TIDEMARK_LONG").is_some() {
+    if testbed::is_long() {
         swallowed(true, false);
     }
 }
@@ -77,11 +77,7 @@ fn cut_again_and_again_on_a_slow_line_nothing_is_lost() {
     let archiver = place.run(&proxy.conninfo());
     archiver.wait_for_log("INFO streaming");
     let load = server.load();
-    let rounds = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        60
-    } else {
-        4
-    };
+    let rounds = if testbed::is_long() { 60 } else { 4 };
     for round in 0..rounds {
         wait_until("it comes back each time", || proxy.connections() > round);
         proxy.set(Faults {

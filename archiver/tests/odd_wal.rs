@@ -25,11 +25,7 @@ fn a_record_of_many_megabytes_is_streamed_in_bounded_memory() {
     let place = Place::new();
     let archiver = place.run(&server.conninfo());
     archiver.wait_for_log("INFO streaming");
-    let megabytes = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        900
-    } else {
-        200
-    };
+    let megabytes = if testbed::is_long() { 900 } else { 200 };
     server.sql(&format!(
         "SELECT pg_logical_emit_message(false, 'huge', repeat('x', {megabytes} * 1000000))"
     ));
@@ -199,7 +195,7 @@ fn pages_of_an_unknown_version_are_refused_by_name_and_wait_on_the_server() {
             .contains("\"state\":\"broken\"")
     });
     let log = archiver.log();
-    if std::env::var_os("TIDEMARK_LONG").is_some() {
+    if testbed::is_long() {
         // The WAL is requested again, in case it was damaged in transit.
         assert_eq!(archiver.wait().code(), Some(4));
     } else {
@@ -222,10 +218,8 @@ fn pages_of_an_unknown_version_are_refused_by_name_and_wait_on_the_server() {
 }
 
 #[test]
+#[ignore = "long: make test-long"]
 fn segments_of_a_gigabyte() {
-    if std::env::var_os("TIDEMARK_LONG").is_none() {
-        return;
-    }
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start_with_segments(&bin, 1024, "max_wal_size=3GB\nwal_keep_size=3GB");
     let place = Place::new();

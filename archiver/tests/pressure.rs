@@ -67,11 +67,7 @@ fn at_its_limit_the_spool_holds_the_stream_and_nothing_is_lost() {
 #[test]
 fn wal_that_waits_for_the_store_costs_disk_and_not_memory() {
     let Some(bin) = postgres_bin() else { return };
-    let mib = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        2000
-    } else {
-        100
-    };
+    let mib = if testbed::is_long() { 2000 } else { 100 };
     // The server keeps all of it, so that it can be compared.
     let settings = "wal_sender_timeout=2s\nwal_keep_size=3GB";
     let server = Server::start(&bin, settings);

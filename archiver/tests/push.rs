@@ -2,7 +2,7 @@
 //! and killed.
 
 use std::{
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Stdio,
     sync::Mutex,
@@ -143,11 +143,7 @@ fn the_daemon_works_ahead_and_sounds_the_alarm_when_bytes_differ() {
 #[test]
 fn many_at_once_with_kills_leave_every_segment_once() {
     let Some(bin) = postgres_bin() else { return };
-    let count = if env::var_os("TIDEMARK_LONG").is_some() {
-        1000
-    } else {
-        40
-    };
+    let count = if testbed::is_long() { 1000 } else { 40 };
     let server = Server::start(&bin, "max_wal_size=8GB\nwal_keep_size=4GB\n");
     server.write_wal(count * 1000);
     let names = segments(&server);

@@ -33,10 +33,6 @@ fn oldest_and_newest() -> Vec<(u16, PathBuf)> {
     servers.into_iter().take(1).chain(newest).collect()
 }
 
-fn is_long() -> bool {
-    std::env::var_os("TIDEMARK_LONG").is_some()
-}
-
 /// Runs `wal-archiver` with further settings in a file.
 fn run(place: &Place, conninfo: &str, settings: &str) -> Archiver {
     let file = place.spool().with_extension("toml");
@@ -145,7 +141,7 @@ fn a_full_spool_does_not_keep_the_primary_from_stopping() {
         for may_only_replicate in [false, true] {
             // The role's effect does not depend on the version, so the short form tests each role
             // with one version.
-            if is_long() || may_only_replicate == (index > 0) {
+            if testbed::is_long() || may_only_replicate == (index > 0) {
                 full_spool(*major, bin, may_only_replicate);
             }
         }
@@ -189,7 +185,7 @@ fn full_spool(major: u16, bin: &Path, may_only_replicate: bool) {
 #[test]
 fn a_repository_that_hangs_does_not_keep_the_primary_from_stopping() {
     let versions = oldest_and_newest();
-    let skipped = if is_long() {
+    let skipped = if testbed::is_long() {
         0
     } else {
         versions.len().saturating_sub(1)
@@ -240,11 +236,9 @@ fn a_repository_that_hangs_does_not_keep_the_primary_from_stopping() {
 }
 
 #[test]
+#[ignore = "long: make test-long"]
 fn a_spool_that_hangs_does_not_keep_the_primary_from_stopping() {
     let Some(bin) = postgres_bin() else { return };
-    if !is_long() {
-        return;
-    }
     let Some(disk) = FailingDisk::mount(200, false) else {
         return;
     };
@@ -274,10 +268,8 @@ fn a_spool_that_hangs_does_not_keep_the_primary_from_stopping() {
 }
 
 #[test]
+#[ignore = "long: make test-long"]
 fn a_smart_shutdown_does_not_wait_for_our_session() {
-    if !is_long() {
-        return;
-    }
     for (major, bin) in oldest_and_newest() {
         let server = Server::start(&bin, "");
         let place = Place::new();

@@ -174,7 +174,7 @@ fn a_stock_standby_follows_the_archive_over_a_promotion() {
     let servers = testbed::tools::servers_or_skip();
     let of = |major: u16| servers.iter().find(|(known, _)| *known == major);
     let mut bins = vec![newest];
-    if std::env::var_os("TIDEMARK_LONG").is_some() {
+    if testbed::is_long() {
         bins.extend(
             [13, 15, 18]
                 .iter()

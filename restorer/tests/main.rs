@@ -1,7 +1,7 @@
 //! End-to-end tests of `pitr-restore` on real PostgreSQL servers.
 //!
 //! Without a server they are skipped with a message. In CI a missing server is a failure.
-//! `TIDEMARK_LONG` runs every version and more targets.
+//! `TIDEMARK_LONG=1` runs every version and more targets.
 
 mod access;
 mod audit;

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+pub(crate) use testbed::is_long as long;
 use testbed::{
     cluster::{Cluster, connect},
     place::{Daemon, Place},
@@ -19,11 +20,6 @@ use wal_format::Lsn;
 
 /// The time after which a test fails.
 const PATIENCE: Duration = Duration::from_secs(120);
-
-/// Returns true if the long tier runs.
-pub(crate) fn long() -> bool {
-    env::var_os("TIDEMARK_LONG").is_some()
-}
 
 /// Returns the servers to test with: 17 or any that exists; in the long tier all; with
 /// `TIDEMARK_MAJOR` that one.

@@ -340,7 +340,7 @@ fn seeds() -> std::ops::Range<u64> {
     {
         return seed..seed + 1;
     }
-    if env::var_os("TIDEMARK_LONG").is_some() {
+    if testbed::is_long() {
         0..200_000
     } else {
         0..2_000

@@ -4,7 +4,6 @@
 //! Prints how long each took. `TIDEMARK_LONG=1` requires at most 10 s.
 
 use std::{
-    env,
     fs::{self, Permissions},
     os::unix::fs::{PermissionsExt, chown},
     path::PathBuf,
@@ -428,7 +427,7 @@ fn every_light_is_broken_once_and_recovers() {
             light.alert,
             took.as_secs_f64()
         );
-        if env::var_os("TIDEMARK_LONG").is_some() {
+        if testbed::is_long() {
             assert!(took <= SHOWN_WITHIN, "{}: {took:?}", light.alert);
         }
         world.wait_for(light.also, true);

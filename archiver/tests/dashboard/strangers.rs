@@ -159,11 +159,7 @@ fn malformed_requests_disturb_neither_the_page_nor_the_stream() {
         seed.unwrap_or_else(|| jiff::Timestamp::now().as_microsecond().unsigned_abs() | 1);
     eprintln!("TIDEMARK_SEED={seed} says the same again");
     let mut chance = Chance(seed);
-    let rounds = if env::var_os("TIDEMARK_LONG").is_some() {
-        20_000
-    } else {
-        2000
-    };
+    let rounds = if testbed::is_long() { 20_000 } else { 2000 };
     let walsender = server.sql("SELECT pid FROM pg_stat_replication");
     let (before, address) = (archiver.peak_memory_kib(), archiver.address());
     let mut answered = 0;

@@ -1,10 +1,9 @@
 //! The matrix of states: in each of them, before and after a restart of the archiver, everything
 //! that is shown is compared with what a restore gives, and pictures of the page are taken.
 //!
-//! All of it runs with `TIDEMARK_LONG`.
+//! All of it belongs to the long tier.
 
 use std::{
-    env,
     fs::{self, Permissions},
     os::unix::fs::{PermissionsExt, chown},
     process::Command,
@@ -190,10 +189,6 @@ fn let_it_stream(file: &std::path::Path, mut reload: Command, data: &std::path::
     succeed("pg_ctl reload", &reloaded.expect("pg_ctl runs"));
 }
 
-fn is_long() -> bool {
-    env::var_os("TIDEMARK_LONG").is_some()
-}
-
 fn wait_until_well(archiver: &Archiver) {
     wait_until("all is well", || report(archiver)["state"] == "ok");
 }
@@ -247,10 +242,8 @@ fn check(
 
 /// Tests every scene, before and after a restart of the archiver.
 #[test]
+#[ignore = "long: make test-long"]
 fn every_state_shows_what_a_restore_gives() {
-    if !is_long() {
-        return;
-    }
     let Some(bin) = postgres_bin() else { return };
     let server = Server::start(
         &bin,
@@ -284,10 +277,8 @@ fn every_state_shows_what_a_restore_gives() {
 /// Tests the states after a promotion of a standby that had all WAL, that lagged the archive, and
 /// that had more than the archive.
 #[test]
+#[ignore = "long: make test-long"]
 fn the_states_after_a_promotion_show_what_a_restore_gives() {
-    if !is_long() {
-        return;
-    }
     let Some(bin) = postgres_bin() else { return };
     let mut camera = Camera::start();
     for (name, light) in [
@@ -352,10 +343,8 @@ fn the_states_after_a_promotion_show_what_a_restore_gives() {
 /// Tests a repository that accepts connections and never answers, before and after a restart. Its
 /// plan cannot be asked for, because it would wait too.
 #[test]
+#[ignore = "long: make test-long"]
 fn a_repository_that_hangs_is_told_and_freezes_nothing() {
-    if !is_long() {
-        return;
-    }
     let Some(bin) = postgres_bin() else { return };
     let Some(store) = ObjectStoreServer::start_or_skip() else {
         return;

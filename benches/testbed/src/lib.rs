@@ -22,3 +22,10 @@ pub mod truth;
 pub mod usage;
 pub mod waldump;
 pub mod workload;
+
+/// Returns true if `TIDEMARK_LONG` is set: tests then use their full counts and every version.
+/// A test that makes sense only then is `#[ignore = "long: make test-long"]` instead.
+#[must_use]
+pub fn is_long() -> bool {
+    std::env::var_os("TIDEMARK_LONG").is_some()
+}

@@ -344,7 +344,7 @@ fn nothing_that_a_bucket_does_wrong_is_taken_for_a_success() {
     let Some(mut scene) = Scene::make(1) else {
         return;
     };
-    let long = std::env::var_os("TIDEMARK_LONG").is_some();
+    let long = testbed::is_long();
     for case in CASES.iter().filter(|case| long || case.short) {
         scene.meet(case);
     }
@@ -367,7 +367,7 @@ fn an_upload_in_parts_is_whole_or_none_and_leaves_nothing() {
     let Some(mut scene) = Scene::make(64) else {
         return;
     };
-    let long = std::env::var_os("TIDEMARK_LONG").is_some();
+    let long = testbed::is_long();
     let faults = [
         (Fault::Refuse(200, "InternalError"), "POST", "uploadId="),
         (Fault::CutUp, "PUT", "partNumber="),

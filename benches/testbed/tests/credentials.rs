@@ -337,7 +337,7 @@ fn a_running_archiver_outlives_its_credentials() {
     let Some((_, bin)) = servers_or_skip().pop() else {
         return;
     };
-    let long = std::env::var_os("TIDEMARK_LONG").is_some();
+    let long = testbed::is_long();
     for by_profile in [false, true] {
         if by_profile && !long {
             continue;

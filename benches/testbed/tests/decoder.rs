@@ -1,7 +1,7 @@
 //! Compares the decoder with `pg_waldump`: every record of a mixed workload, on every installed
 //! PostgreSQL.
 //!
-//! `TIDEMARK_LONG` makes the workload ten times longer.
+//! `TIDEMARK_LONG=1` makes the workload ten times longer.
 
 use std::{
     env, fs,
@@ -96,10 +96,6 @@ const ROUND: &str = "
     create role someone; grant select on things to someone; revoke select on things from someone; drop role someone;
     vacuum things; vacuum full parts_low;
 ";
-
-fn is_long() -> bool {
-    env::var_os("TIDEMARK_LONG").is_some()
-}
 
 /// Executes the statements one by one, because many of them cannot run in a transaction.
 fn execute(client: &mut Client, statements: &str) -> Result<()> {
@@ -297,13 +293,13 @@ fn every_record_is_the_one_that_pg_waldump_prints() {
     for (at, (major, bin)) in servers_or_skip().into_iter().enumerate() {
         let run = || {
             let cluster = Cluster::start(&bin, [1, 16][at % 2], SETTINGS)?;
-            let last = work(&cluster, major, if is_long() { 20 } else { 2 })?;
+            let last = work(&cluster, major, if testbed::is_long() { 20 } else { 2 })?;
             let checked = check(&cluster, major, &last, true)?;
             ensure!(!checked.lacks_something, "the workload lacks something");
             Ok::<_, anyhow::Error>(checked.lines.len())
         };
         let records = run().unwrap_or_else(|error| panic!("PostgreSQL {major}: {error:?}"));
-        let least = if is_long() { 100_000 } else { 10_000 };
+        let least = if testbed::is_long() { 100_000 } else { 10_000 };
         assert!(records > least, "PostgreSQL {major}: {records} records");
     }
 }

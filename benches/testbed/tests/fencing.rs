@@ -126,10 +126,7 @@ fn two_archivers_of_one_cluster_agree_under_kills() {
     cluster.wait_for_standbys("tidemark").expect("a setting");
     let ledger = Ledger::start(&cluster.conninfo(), 4).expect("a ledger");
     backup(&place, &cluster);
-    let rounds = match std::env::var_os("TIDEMARK_LONG") {
-        Some(_) => 20,
-        None => 4,
-    };
+    let rounds = if testbed::is_long() { 20 } else { 4 };
     for round in 0..rounds {
         sleep(Duration::from_millis(700));
         let [first, second] = daemons;

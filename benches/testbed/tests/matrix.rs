@@ -82,7 +82,7 @@ fn job(bin: PathBuf, segment_mib: u32, kill_archiver: bool) -> main_job::Job {
 #[test]
 fn nothing_acknowledged_is_lost_on_any_server() {
     let servers = servers_or_skip();
-    let rows = if std::env::var_os("TIDEMARK_LONG").is_some() {
+    let rows = if testbed::is_long() {
         long()
     } else {
         SHORT.to_vec()
@@ -147,11 +147,7 @@ fn killed_again_and_again_the_archiver_loses_nothing_acknowledged() {
     let Some((major, bin)) = servers_or_skip().pop() else {
         return;
     };
-    let kills = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        100
-    } else {
-        6
-    };
+    let kills = if testbed::is_long() { 100 } else { 6 };
     // Segments are small, so that kills interrupt every step of completing one.
     let job = main_job::Job {
         kills,
@@ -166,11 +162,7 @@ fn killed_again_and_again_the_archiver_loses_nothing_acknowledged() {
 /// member of ANY or of FIRST: the other standby in the list never connects.
 #[test]
 fn killed_as_a_member_of_any_or_first_it_loses_nothing_acknowledged() {
-    let kills = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        30
-    } else {
-        2
-    };
+    let kills = if testbed::is_long() { 30 } else { 2 };
     let servers = servers_or_skip();
     for (at, (standbys, synchronous_commit)) in [
         ("ANY 1 (tidemark, other)", "on"),

@@ -16,11 +16,7 @@ fn lose_the_host(settings: &str) -> Vec<f64> {
     let Some(store) = ObjectStoreServer::start_or_skip() else {
         return Vec::new();
     };
-    let times = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        50
-    } else {
-        2
-    };
+    let times = if testbed::is_long() { 50 } else { 2 };
     let say = |text: &str| eprintln!("PostgreSQL {major}, {settings:?}: {text}");
     let losses = host_loss::run(&bin, store, settings, times, &say)
         .unwrap_or_else(|error| panic!("PostgreSQL {major}: {error:?}"));

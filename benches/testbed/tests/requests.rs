@@ -53,7 +53,7 @@ fn an_idle_server_costs_nothing_and_wal_needs_no_listing() {
     let Some(store) = ObjectStoreServer::start_or_skip() else {
         return;
     };
-    let long = std::env::var_os("TIDEMARK_LONG").is_some();
+    let long = testbed::is_long();
     let address = free_address().expect("an address");
     let cluster = Cluster::start(&bin, if long { 16 } else { 1 }, "").expect("a server");
     let settings = format!("http = \"{address}\"");

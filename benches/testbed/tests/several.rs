@@ -393,14 +393,13 @@ fn any_damage_in_an_encrypted_folder_heals_from_a_bucket() {
 }
 
 #[test]
+#[ignore = "long: make test-long"]
 fn any_damage_heals_between_any_two_places() {
-    if std::env::var_os("TIDEMARK_LONG").is_some() {
-        two_repositories(false, false, "");
-        two_repositories(true, true, "");
-        two_repositories(true, true, &key());
-        two_repositories(false, true, "");
-        two_repositories(true, false, &key());
-    }
+    two_repositories(false, false, "");
+    two_repositories(true, true, "");
+    two_repositories(true, true, &key());
+    two_repositories(false, true, "");
+    two_repositories(true, false, &key());
 }
 
 /// A second repository that cannot be reached delays nothing, and is reported with its lag.

@@ -10,11 +10,7 @@ fn no_more_is_lost_than_the_dashboard_said() {
     let Some((major, bin)) = servers_or_skip().pop() else {
         return;
     };
-    let times = if std::env::var_os("TIDEMARK_LONG").is_some() {
-        30
-    } else {
-        3
-    };
+    let times = if testbed::is_long() { 30 } else { 3 };
     let say = |text: &str| eprintln!("PostgreSQL {major}: {text}");
     let deaths = truth::run(&bin, times, &say).unwrap_or_else(|error| panic!("{error:?}"));
     say(&format!(

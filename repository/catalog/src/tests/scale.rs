@@ -207,10 +207,7 @@ fn peak_mib() -> u64 {
 
 #[test]
 fn a_rebuild_reads_summaries_and_never_a_segment() {
-    let segments = match std::env::var_os("TIDEMARK_LONG") {
-        Some(_) => 1_000_000,
-        None => 5_000,
-    };
+    let segments = if testbed::is_long() { 1_000_000 } else { 5_000 };
     let store = Arc::new(Generated::new(segments));
     let repository = Repository::with_store(
         Arc::clone(&store) as Arc<dyn ObjectStore>,
