@@ -15,7 +15,7 @@ use repository::WalRange;
 use serde::{Deserialize, Serialize};
 use wal_format::{
     BackupInfo, DecodeErrorKind, Lsn, PgVersion, RecordHeader, RecordSink, ResourceManager,
-    WalDecoder, WalRecord, decoder::WINDOW_BYTES,
+    WalDecoder, WalRecord, record::WINDOW_BYTES,
 };
 
 use crate::{

@@ -20,7 +20,7 @@ use crate::{
 mod binding;
 mod slice;
 
-pub use slice::{SliceError, SlicePart};
+pub use slice::{BackupSlice, ContinuedFile, SLICE_BYTES, SLICE_BYTES_MAX, SliceError, SlicePart};
 
 /// The version of `backup.json` that this build writes, and the newest that it reads.
 ///
@@ -29,13 +29,6 @@ pub use slice::{SliceError, SlicePart};
 pub const BACKUP_FORMAT_VERSION: u32 = 2;
 /// The first version with the checksums of `backup_label` and `tablespace_map`.
 const FORMAT_VERSION_WITH_LABEL: u32 = 2;
-
-/// The number of raw bytes after which a slice ends, at the next position where a slice can end.
-pub const SLICE_BYTES: u64 = 16 << 20;
-
-/// The maximum raw bytes in a slice by any writer, and so the memory that a reader must be able to
-/// allocate for each thread.
-pub const SLICE_BYTES_MAX: u64 = 64 << 20;
 
 /// The longest location of a tablespace (`MAXPGPATH` in `pg_config_manual.h`).
 const LOCATION_BYTES_MAX: usize = 1024;
@@ -125,35 +118,6 @@ impl Tablespace {
             None => self.location == format!("pg_tblspc/{}", self.oid),
         }
     }
-}
-
-/// A slice of an archive: one zstd frame, stored as one object.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BackupSlice {
-    /// The archive.
-    pub archive: BackupArchive,
-    /// Its number in the archive, from 1.
-    pub number: u32,
-    /// The number of bytes of the tar stream in it.
-    pub raw_bytes: u64,
-    /// The object's length.
-    pub stored_bytes: u64,
-    /// SHA-256 of the object, in hexadecimal.
-    pub sha256: String,
-    /// The file in whose data the slice begins. `None` if the slice begins at a tar entry.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub continues: Option<ContinuedFile>,
-}
-
-/// A file whose data continues from one slice to the next.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ContinuedFile {
-    /// Its path in the archive.
-    pub path: String,
-    /// The offset in the file at which the slice continues: a multiple of 512.
-    pub offset: u64,
-    /// The size of the whole file.
-    pub size: u64,
 }
 
 /// The reason why a `backup.json` cannot be used.

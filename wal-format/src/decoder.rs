@@ -12,13 +12,9 @@ use crate::{
     error::{DecodeError, DecodeErrorKind},
     lsn::PAGE_SIZE,
     page::{LONG_HEADER_BYTES, PageFlags, PageHeader, SHORT_HEADER_BYTES},
-    record::{RECORD_HEADER_BYTES, RecordHeader, STRUCTURE_BYTES, WalRecord},
+    record::{RECORD_HEADER_BYTES, RecordHeader, STRUCTURE_BYTES, WINDOW_BYTES, WalRecord},
     rmgr,
 };
-
-/// The part of a record's body that is kept for interpretation unless the sink requests another.
-/// A larger buffer is released after its record.
-pub const WINDOW_BYTES: usize = 256 << 10;
 
 /// The origin of WAL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,6 +12,10 @@ use crate::{Lsn, PgVersion, error::DecodeErrorKind, fields::Fields};
 
 /// `SizeOfXLogRecord`.
 pub const RECORD_HEADER_BYTES: usize = 24;
+/// The part of a record's body that is kept for interpretation unless the sink requests another.
+/// A larger buffer is released after its record.
+pub const WINDOW_BYTES: usize = 256 << 10;
+
 /// `XLogRecordMaxSize` (16 and later). Records of older versions do not reach it either.
 pub const RECORD_BYTES_MAX: u32 = 1020 << 20;
 /// The maximum length of the headers in a body: 33 block headers of 27 bytes, and three other

@@ -9,9 +9,8 @@
 use crate::{
     CheckpointKind, Lsn, PgTimestamp, PgVersion, RelationFile, SegmentSummary, TimelineId,
     TransactionEnd, TransactionEndKind, WalEvent,
-    decoder::WINDOW_BYTES,
     fields::Fields,
-    record::{RecordHeader, ResourceManager, WalRecord},
+    record::{RecordHeader, ResourceManager, WINDOW_BYTES, WalRecord},
     summary::DROPPED_RELATIONS_MAX,
 };
 

@@ -5,6 +5,7 @@
 //! Invariant: neither `Debug` nor an error shows a password.
 
 mod environment;
+mod given;
 mod host;
 mod keyword;
 mod parse;
@@ -20,15 +21,16 @@ use std::{
 };
 
 use environment::Environment;
+use given::Given;
 use keyword::{KEYWORDS, Keyword};
-use parse::Values;
+use parse::{Values, problem};
 
 pub(crate) use environment::user_name;
 pub use host::Host;
 pub(super) use require_auth::{AuthMethod, RequireAuth};
 pub(super) use tls_settings::{ClientFiles, RootCertificates, SslMode, TlsSettings, TlsVersion};
 
-use super::{Error, Result};
+use super::Result;
 
 /// The time that a host may take if `connect_timeout` is not set. libpq would wait forever.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(20);
@@ -274,50 +276,6 @@ impl ConnInfo {
     }
 }
 
-/// Typed access to the values. An empty value means the default, as in libpq.
-struct Given<'a>(&'a Values);
-
-impl<'a> Given<'a> {
-    fn text(&self, keyword: &str) -> Option<&'a str> {
-        let value = self.0.get(keyword)?;
-        (!value.is_empty()).then_some(value)
-    }
-
-    /// Parses a number. Negative numbers mean 0, as in libpq.
-    fn number(&self, keyword: &str) -> Result<Option<u32>> {
-        let Some(text) = self.0.get(keyword) else {
-            return Ok(None);
-        };
-        let number: i32 = text
-            .trim()
-            .parse()
-            .map_err(|_| problem(format!("{keyword} is no number")))?;
-        Ok(Some(u32::try_from(number).unwrap_or(0)))
-    }
-
-    fn seconds(&self, keyword: &str) -> Result<Option<Duration>> {
-        let seconds = self.number(keyword)?.filter(|seconds| *seconds > 0);
-        Ok(seconds.map(|seconds| Duration::from_secs(seconds.into())))
-    }
-
-    fn choice<T: Copy>(&self, keyword: &str, default: T, choices: &[(&str, T)]) -> Result<T> {
-        // An empty value is not one of the choices, as in libpq.
-        let Some(text) = self.0.get(keyword) else {
-            return Ok(default);
-        };
-        choices
-            .iter()
-            .find_map(|(name, choice)| (*name == text).then_some(*choice))
-            .ok_or_else(|| {
-                let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
-                problem(format!(
-                    "{keyword} has a value that is none of {}",
-                    names.join(", ")
-                ))
-            })
-    }
-}
-
 impl fmt::Debug for ConnInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut separator = "";
@@ -337,10 +295,6 @@ impl fmt::Debug for ConnInfo {
         }
         Ok(())
     }
-}
-
-fn problem(problem: String) -> Error {
-    Error::ConnInfo { problem }
 }
 
 #[cfg(test)]

@@ -9,6 +9,24 @@ use std::{
     path::Path,
 };
 
+/// The directories of the crates. Those of `benches` are programs without shared modules.
+const MEMBERS: [&str; 11] = [
+    "archiver",
+    "archiver/dashboard",
+    "archiver/intake",
+    "archiver/replication",
+    "archiver/status",
+    "benches/testbed",
+    "repository",
+    "repository/catalog",
+    "repository/quick",
+    "restorer",
+    "wal-format",
+];
+
+/// The circles that still exist, by crate. No other one may be added.
+const KNOWN: [(&str, &[&str]); 0] = [];
+
 /// A module: its path below the crate's root. The root itself is empty.
 type Module = Vec<String>;
 
@@ -113,12 +131,30 @@ fn reached(module: &Module, edges: &BTreeMap<Module, BTreeSet<Module>>) -> BTree
     seen
 }
 
+/// Returns the modules that import each other: each group is one circle or several that share a
+/// module, in alphabetical order.
+fn circles(edges: &BTreeMap<Module, BTreeSet<Module>>) -> BTreeSet<Vec<String>> {
+    let reached: BTreeMap<&Module, BTreeSet<Module>> =
+        edges.keys().map(|one| (one, reached(one, edges))).collect();
+    let circle = |one: &Module| -> Vec<String> {
+        let back = |other: &&Module| {
+            reached
+                .get(other)
+                .is_some_and(|reached| reached.contains(one))
+        };
+        let circle = reached[one].iter().filter(back);
+        circle.map(|one| one.join("/")).collect()
+    };
+    let circles = edges.keys().map(circle);
+    circles.filter(|circle| !circle.is_empty()).collect()
+}
+
 #[test]
-fn no_files_of_the_archiver_import_each_other() {
-    let archiver = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../archiver");
-    for member in ["src", "status/src", "dashboard/src", "intake/src"] {
+fn no_files_import_each_other() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    for member in MEMBERS {
         let mut modules = BTreeMap::new();
-        read(&archiver.join(member), &[], &mut modules);
+        read(&root.join(member).join("src"), &[], &mut modules);
         modules.retain(|module, _| {
             !module
                 .iter()
@@ -129,16 +165,13 @@ fn no_files_of_the_archiver_import_each_other() {
             .map(|module| (module.clone(), imports(module, &modules)))
             .collect();
         assert!(
-            edges.values().any(|of| of.len() > 1),
+            edges.values().any(|of| !of.is_empty()),
             "{member}: no imports are found"
         );
-        let in_circle = edges
-            .keys()
-            .filter(|one| reached(one, &edges).contains(*one));
-        let in_circle: Vec<String> = in_circle.map(|one| one.join("/")).collect();
-        assert!(
-            in_circle.is_empty(),
-            "{member}: import each other: {in_circle:?}"
-        );
+        let known = KNOWN.iter().filter(|(of, _)| *of == member);
+        let known: BTreeSet<Vec<String>> = known
+            .map(|(_, circle)| circle.iter().map(|one| (*one).to_owned()).collect())
+            .collect();
+        assert_eq!(circles(&edges), known, "{member}: import each other");
     }
 }

@@ -1,15 +1,51 @@
 //! A slice of a backup: its bytes are checked and decompressed, and split into files.
 //!
-//! Invariant: no more memory is allocated than [`SLICE_BYTES_MAX`](super::SLICE_BYTES_MAX),
+//! Invariant: no more memory is allocated than [`SLICE_BYTES_MAX`],
 //! whatever the object announces.
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{BackupSlice, SLICE_BYTES_MAX};
 use crate::{
     layout::BackupArchive,
     tar::{BLOCK_BYTES, TarError, TarHeader, TarKind},
 };
+
+/// The number of raw bytes after which a slice ends, at the next position where a slice can end.
+pub const SLICE_BYTES: u64 = 16 << 20;
+
+/// The maximum raw bytes in a slice by any writer, and so the memory that a reader must be able to
+/// allocate for each thread.
+pub const SLICE_BYTES_MAX: u64 = 64 << 20;
+
+/// A slice of an archive: one zstd frame, stored as one object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupSlice {
+    /// The archive.
+    pub archive: BackupArchive,
+    /// Its number in the archive, from 1.
+    pub number: u32,
+    /// The number of bytes of the tar stream in it.
+    pub raw_bytes: u64,
+    /// The object's length.
+    pub stored_bytes: u64,
+    /// SHA-256 of the object, in hexadecimal.
+    pub sha256: String,
+    /// The file in whose data the slice begins. `None` if the slice begins at a tar entry.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub continues: Option<ContinuedFile>,
+}
+
+/// A file whose data continues from one slice to the next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ContinuedFile {
+    /// Its path in the archive.
+    pub path: String,
+    /// The offset in the file at which the slice continues: a multiple of 512.
+    pub offset: u64,
+    /// The size of the whole file.
+    pub size: u64,
+}
 
 /// The reason why a slice cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

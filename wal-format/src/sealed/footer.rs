@@ -7,10 +7,12 @@ use std::ops::Range;
 use bytes::BufMut;
 
 use super::{
-    FORMAT_VERSION, FORMAT_VERSION_WITH_TABLESPACES, MAGIC, SKIPPABLE_HEADER_BYTES,
-    SKIPPABLE_MAGIC, SealedError, SealedHeader, SealedPart, check_crc, check_version, field,
+    container::{
+        FORMAT_VERSION, FORMAT_VERSION_WITH_TABLESPACES, MAGIC, SKIPPABLE_HEADER_BYTES,
+        SKIPPABLE_MAGIC, SealedError, SealedPart, check_crc, check_version, field,
+    },
     frame::FrameEntry,
-    header::{HEADER_BYTES, skippable_len},
+    header::{HEADER_BYTES, SealedHeader, skippable_len},
 };
 use crate::{Lsn, PgTimestamp, SegmentSummary};
 

@@ -6,7 +6,7 @@
 
 use zstd::zstd_safe::{CParameter, Strategy};
 
-use super::{SealedError, SealedPart, check_crc};
+use super::container::{SealedError, SealedPart, check_crc};
 
 /// Compression parameters that are set in addition to the level. WAL consists of 8-aligned fields,
 /// so matches of 5 bytes pay off. Its matches are near, so tables that fit into the processor's

@@ -6,7 +6,7 @@
 
 use bytes::BufMut;
 
-use super::{
+use super::container::{
     FORMAT_VERSION, FRAME_BYTES_MAX, MAGIC, SKIPPABLE_HEADER_BYTES, SKIPPABLE_MAGIC, SealedError,
     SealedPart, check_crc, check_version, field,
 };

@@ -6,7 +6,7 @@
 //! no longer in the cache.
 
 use super::{
-    SealedError, SealedPart, check_crc,
+    container::{SealedError, SealedPart, check_crc},
     frame::{EncodedFrame, FrameCompressor, FrameDecompressor},
 };
 

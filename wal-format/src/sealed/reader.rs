@@ -1,8 +1,10 @@
 //! Reads a container in memory, frame by frame or by LSN, and checks every byte that it returns.
 
 use super::{
-    FooterFromTail, SealedError, SealedFooter, SealedHeader, SealedPart, frame::FrameDecompressor,
-    header::HEADER_BYTES,
+    container::{SealedError, SealedPart},
+    footer::{FooterFromTail, SealedFooter},
+    frame::FrameDecompressor,
+    header::{HEADER_BYTES, SealedHeader},
 };
 use crate::{Lsn, PgTimestamp, SegmentSummary};
 

@@ -3,7 +3,7 @@
 
 use super::{footer::encode_summary, *};
 use crate::{
-    Branch, PgTimestamp, PgVersion, SegmentNo, SegmentSize, SegmentSummary, SystemIdentifier,
+    Branch, Lsn, PgTimestamp, PgVersion, SegmentNo, SegmentSize, SegmentSummary, SystemIdentifier,
     TransactionEnd, TransactionEndKind,
 };
 

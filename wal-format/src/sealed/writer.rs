@@ -2,9 +2,10 @@
 //! far.
 
 use super::{
-    FRAME_BYTES, SealedError, SealedHeader, SealedPart,
+    container::{FRAME_BYTES, SealedError, SealedPart},
     footer::{encode_footer, encode_summary},
     frame::{EncodedFrame, FrameCompressor, FrameEntry},
+    header::SealedHeader,
 };
 use crate::{PgTimestamp, SegmentSummary};
 

@@ -5,7 +5,7 @@
 //! Invariant: decoding never allocates more than a fixed multiple of its input, and never panics,
 //! whatever the input.
 
-use super::{
+use super::facts::{
     CheckpointKind, DROPPED_RELATIONS_MAX, RelationFile, SegmentSummary, TransactionEnd,
     TransactionEndKind, WalEvent,
 };

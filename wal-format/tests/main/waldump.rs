@@ -7,7 +7,7 @@ use std::fmt::Write;
 
 use wal_format::{
     Lsn, RecordHeader, RecordSink, SegmentSummary, WalDecoder, WalEvent, WalIdentity, WalIndexer,
-    WalRecord, decoder::WINDOW_BYTES, error::DecodeErrorKind,
+    WalRecord, error::DecodeErrorKind, record::WINDOW_BYTES,
 };
 
 /// The facts about a record that `pg_waldump` prints and the decoder knows.

@@ -2,7 +2,10 @@
 
 use std::{fmt, net::IpAddr, path::Path};
 
-use super::{super::Result, parse::Values, problem};
+use super::{
+    super::Result,
+    parse::{Values, problem},
+};
 
 /// The default socket directories: Debian's, then PostgreSQL's own.
 const SOCKET_DIRECTORIES: [&str; 2] = ["/var/run/postgresql", "/tmp"];

@@ -6,7 +6,10 @@
 
 use std::collections::BTreeMap;
 
-use super::{super::Result, keyword::Keyword, problem};
+use super::{
+    super::{Error, Result},
+    keyword::Keyword,
+};
 
 /// Values by keyword. An empty value was given and stands for the default.
 pub(super) type Values = BTreeMap<&'static str, String>;
@@ -201,4 +204,9 @@ fn decoded(text: &str, origin: &str) -> Result<String> {
         bytes.extend(one);
     }
     String::from_utf8(bytes).map_err(|_| wrong())
+}
+
+/// Returns the error of a connection string.
+pub(super) fn problem(problem: String) -> Error {
+    Error::ConnInfo { problem }
 }

@@ -1,6 +1,6 @@
 //! [`RequireAuth`]: the authentication methods that the user allows a server to request.
 
-use super::{super::Result, problem};
+use super::{super::Result, parse::problem};
 
 /// An authentication method, with libpq's name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

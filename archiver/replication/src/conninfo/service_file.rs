@@ -5,7 +5,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{super::Result, environment::Environment, keyword::Keyword, parse::Values, problem};
+use super::{
+    super::Result,
+    environment::Environment,
+    keyword::Keyword,
+    parse::{Values, problem},
+};
 
 /// The directories that Debian's and PostgreSQL's own builds search if PGSYSCONFDIR is not set.
 const SYSTEM_DIRECTORIES: [&str; 2] = ["/etc/postgresql-common", "/usr/local/pgsql/etc"];

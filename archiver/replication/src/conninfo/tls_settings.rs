@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::{super::Result, Given, environment::Environment, problem};
+use super::{super::Result, environment::Environment, given::Given, parse::problem};
 
 /// `sslmode`, from the weakest to the strictest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
