@@ -23,6 +23,7 @@ use repository::{
     Error as StoreError, Loss, LossRecord, Missing, RecordedLosses, Repository, WalRange,
     expire::Intervals, name_losses,
 };
+use status::cluster_status::ClusterStatus;
 use wal_format::{
     BackupId, BackupInfo, Branch, Lsn, ObjectKey, SealedHeader, SegmentNo, WalIdentity,
 };
@@ -80,6 +81,9 @@ pub(super) fn refresh(
                 let is_unproved = repository.is_partly_away();
                 (reader.missing)(&missing.losses, is_unproved)?;
                 if is_unproved {
+                    if let Err(error) = losses.add_unproved(&missing.losses) {
+                        not_recorded(&missing.losses, &error);
+                    }
                     return Ok(());
                 }
                 if let Some(error) = missing.older_state(repository) {
@@ -87,10 +91,7 @@ pub(super) fn refresh(
                 }
                 if let Err(error) = losses.add(&missing.losses) {
                     // A full disk must not keep WAL out of the repository.
-                    tracing::error!(
-                        event = "loss_not_recorded", %error,
-                        "objects are missing in the repository: {}", name_losses(&missing.losses)
-                    );
+                    not_recorded(&missing.losses, &error);
                 }
                 Ok(())
             },
@@ -101,6 +102,30 @@ pub(super) fn refresh(
         tracing::error!(event = "loss_not_recorded", %error, "the record of lost objects is not updated");
     }
     Ok(report)
+}
+
+fn not_recorded(losses: &[Loss], error: &StoreError) {
+    tracing::error!(
+        event = "loss_not_recorded", %error,
+        "objects are missing in the repository: {}", name_losses(losses)
+    );
+}
+
+/// Reports again what an earlier run found missing while a place was away, and what is still
+/// missing. The catalog has forgotten it.
+pub(super) fn resume_unproved(
+    catalog: &Catalog,
+    repository: &Repository,
+    losses: &LossRecord,
+    status: &ClusterStatus,
+) -> repository::Result<()> {
+    for loss in losses.unproved()? {
+        let mut left = still_missing(catalog, repository, &loss)?;
+        let known = status.facts().unproved;
+        left.retain(|loss| !known.contains(loss));
+        holes::note_unproved(status, &left);
+    }
+    Ok(())
 }
 
 /// Checks that the repository holds the segment at which the archive ended when the spool was
@@ -209,7 +234,8 @@ pub(super) fn record_unproved(
         losses: lost,
         newest: None,
     })?;
-    losses.add(&lost.losses)
+    losses.add(&lost.losses)?;
+    losses.end_unproved()
 }
 
 impl Archive {

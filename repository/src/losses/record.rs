@@ -65,6 +65,9 @@ struct Found {
     losses: Vec<FoundLoss>,
     #[serde(default)]
     returned: Vec<Returned>,
+    /// The objects that a place that is away may hold and that every other place lacks.
+    #[serde(default)]
+    unproved: Vec<Loss>,
 }
 
 impl Default for Found {
@@ -73,6 +76,7 @@ impl Default for Found {
             format_version: FORMAT_VERSION,
             losses: Vec::new(),
             returned: Vec::new(),
+            unproved: Vec::new(),
         }
     }
 }
@@ -331,6 +335,43 @@ impl LossRecord {
         self.write(FOUND_FILE, &found)
     }
 
+    /// Returns the objects that a place that was away may hold and that every other place lacked.
+    ///
+    /// # Errors
+    /// [`Error::Store`] if the file cannot be read.
+    pub fn unproved(&self) -> Result<Vec<Loss>> {
+        Ok(self.found()?.unproved)
+    }
+
+    /// Adds such objects durably.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn add_unproved(&self, losses: &[Loss]) -> Result<()> {
+        let mut found = self.found()?;
+        let known = Known::new(found.unproved.clone());
+        let new = losses.iter().flat_map(|loss| known.left_of(loss));
+        let new: Vec<Loss> = new.collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        found.unproved.extend(new);
+        self.write(FOUND_FILE, &found)
+    }
+
+    /// Forgets these objects, because all places have answered.
+    ///
+    /// # Errors
+    /// [`Error::Store`].
+    pub fn end_unproved(&self) -> Result<()> {
+        let mut found = self.found()?;
+        if found.unproved.is_empty() {
+            return Ok(());
+        }
+        found.unproved.clear();
+        self.write(FOUND_FILE, &found)
+    }
+
     /// Replaces each loss that was found with the result of `left`, which returns the part that is
     /// still missing. Ends the acceptance of each part that is not missing any more.
     ///
@@ -541,6 +582,21 @@ mod tests {
         assert_eq!(open(&record), [wal(2, 4)]);
         record.forget().expect("it goes");
         assert!(open(&record).is_empty() && record.accepted().expect("it reads").is_empty());
+    }
+
+    #[test]
+    fn objects_that_a_place_that_is_away_may_hold_are_no_losses() {
+        let (_directory, record) = record();
+        record.add(&[wal(1, 2)]).expect("it writes");
+        record.add_unproved(&[wal(2, 6)]).expect("it writes");
+        record.add_unproved(&[wal(4, 8)]).expect("it writes");
+        let unproved = || record.unproved().expect("it reads");
+        assert_eq!(unproved(), [wal(2, 6), wal(6, 8)]);
+        assert_eq!(open(&record), [wal(1, 2)]);
+        record.keep(|_| Ok(Vec::new())).expect("it writes");
+        assert_eq!(unproved(), [wal(2, 6), wal(6, 8)]);
+        record.end_unproved().expect("it writes");
+        assert_eq!(unproved(), []);
     }
 
     #[test]

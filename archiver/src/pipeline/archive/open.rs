@@ -61,6 +61,7 @@ impl Archive {
             };
             let refresh = || presence::refresh(&catalog, &repository, &loss_record, &reader);
             let mut report = refresh()?;
+            presence::resume_unproved(&catalog, &repository, &loss_record, &status)?;
             if !repository.is_partly_away() {
                 let unproved = status.facts().unproved;
                 let found = (&loss_record, unproved);
