@@ -87,7 +87,7 @@ pub enum Error {
     /// The place does not hold the archive that this host writes to.
     #[error(
         "{url} is not the repository that this host archives to: {problem}. Nothing is written there. Mount it or bring \
-         it back: archiving then continues automatically. Only if that archive is lost for good, stop the archiver and run \
+         it back: archiving then continues automatically. Only if that archive cannot be brought back, stop the archiver and run \
          `wal-archiver epoch begin --system-identifier {system}`, which begins a new archive in this place"
     )]
     Gone {

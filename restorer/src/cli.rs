@@ -37,6 +37,7 @@ mod arguments;
 mod audit;
 mod chosen;
 mod drill;
+mod inside;
 mod locate;
 mod opening;
 mod outcome;

@@ -58,7 +58,7 @@ use tree::Tree;
 /// The name of the marker, a file that exists while a restore is incomplete.
 pub const MARKER: &str = "RESTORE_INCOMPLETE";
 /// The control file. No server starts without it, so it is written last.
-const CONTROL: &str = "global/pg_control";
+pub(crate) const CONTROL: &str = "global/pg_control";
 /// The file with the plan, which `wal-fetch` reads.
 pub const PLAN_FILE: &str = "tidemark_plan.json";
 

@@ -149,6 +149,9 @@ pub struct Isolation {
     pub listen_addresses: String,
     /// True if the owner of the data directory may connect as every role over the socket.
     pub owner_access: bool,
+    /// True if the parent's access rules count for others. False if they are in a file that is not
+    /// in the copy: then nobody else is let in.
+    pub parent_access: bool,
     /// A role of the copy, a superuser if one is known; `None` if no role is known.
     pub role: Option<String>,
     /// A database to connect to; `None` is `postgres`.
@@ -221,7 +224,7 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
     for file in imports::access_files(directory, &configuration) {
         imported = imports::import_access(cluster, &file, &mut edits, imported)?;
     }
-    let owner_access = owner::let_in(directory, wanted, &configuration, &mut edits)?;
+    let access = owner::let_in(directory, wanted, &configuration, &mut edits)?;
     let mut state = State {
         note: "Written by pitr-restore; `pitr-restore release` needs it.".to_owned(),
         parent: parent::Addresses::of(&configuration),
@@ -316,7 +319,8 @@ pub(crate) fn isolate(directory: &Path, wanted: &Wanted<'_>) -> Result<Isolation
             .value("listen_addresses")
             .unwrap_or("localhost")
             .to_owned(),
-        owner_access,
+        owner_access: access.owner,
+        parent_access: access.parent,
         role: None,
         database: None,
     })

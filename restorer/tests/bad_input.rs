@@ -141,6 +141,11 @@ fn what_is_asked_wrongly_is_refused_in_one_line_before_anything_is_touched() {
     let text = |path: &Path| path.display().to_string();
     let (occupied_text, closed_text) = (text(&occupied), text(&closed.join("data")));
     let in_file = text(&file.join("data"));
+    // Through a link, and with parts that do not exist.
+    std::os::unix::fs::symlink(&repository, root.path().join("link")).expect("a link");
+    let in_archive = text(&root.path().join("link/main/new/../copy"));
+    let server = scene.archived.cluster.data().to_owned();
+    let in_server = text(&server.join("base/copy"));
     let to = text(&target);
     let cases: &[(&[&str], i32, &[&str])] = &[
         (
@@ -157,6 +162,16 @@ fn what_is_asked_wrongly_is_refused_in_one_line_before_anything_is_touched() {
             &["--target-dir", &in_file],
             1,
             &["ot a directory", &in_file, "give another directory"],
+        ),
+        (
+            &["--dry-run", "--target-dir", &in_archive],
+            2,
+            &["is inside of the archive", &text(&repository)],
+        ),
+        (
+            &["--dry-run", "--target-dir", &in_server],
+            2,
+            &["is inside of the data directory", &text(&server)],
         ),
         (&[], 2, &["--target-dir", "--dry-run"]),
         (

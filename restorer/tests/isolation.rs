@@ -251,6 +251,23 @@ impl Server<'_> {
         let own = fs::read_to_string(self.data.join("pg_hba.conf")).expect("it is there");
         let outside = self.parent.outside.path().display();
         assert!(!own.contains(&format!("@{outside}")), "{own}");
+        // The parent did not use the rules in its data directory: they let nobody in.
+        let first: Vec<&str> = own
+            .lines()
+            .take(6)
+            .filter_map(|line| line.split(" #").next())
+            .collect();
+        assert_eq!(
+            first,
+            [
+                "local all all trust",
+                "local replication all trust",
+                "local all all reject",
+                "local replication all reject",
+                "host all all all reject",
+                "host replication all all reject",
+            ]
+        );
     }
 
     /// No line that only a recovery needs is left.
@@ -362,6 +379,11 @@ fn the_started_copy<'a>(parent: &'a Parent, root: &Path) -> Server<'a> {
     assert_eq!(copy.sql("SELECT n FROM kept"), "1");
     copy.assert_own_files();
     assert_eq!(copy.sql("SHOW listen_addresses"), "127.0.0.1");
+    let port = copy.sql("SHOW port");
+    let by_network = format!("host=127.0.0.1 port={port} dbname=postgres user=postgres");
+    let refused = testbed::cluster::connect(&by_network).err();
+    let refused = format!("{:#?}", refused.expect("nobody else is let in"));
+    assert!(refused.contains("pg_hba.conf rejects"), "{refused}");
     // It writes, switches segments and is restarted, and its parent's commands do not run.
     copy.assert_settled();
     copy.sql("INSERT INTO kept VALUES (2); SELECT pg_switch_wal()");

@@ -128,7 +128,7 @@ fn a_repository_that_is_not_mounted_is_named_by_every_answer_that_does_without_i
         let output = restore.args(arguments).output().expect("it runs");
         let (told, warning) = said(&output);
         assert_eq!(output.status.code(), Some(5), "{told}{warning}");
-        let advice = "Only if that archive is lost for good";
+        let advice = "Only if that archive cannot be brought back";
         assert!(
             told.contains(advice) || warning.contains(advice),
             "{told}{warning}"

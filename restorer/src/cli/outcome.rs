@@ -131,15 +131,22 @@ impl Outcome<'_> {
                 "              add user=ROLE: the name of a role of the copy was not found",
             );
         }
-        if isolation.owner_access {
-            output::line(
-                "              as the owner of its files, who may connect as every role; for others its parent's rules count",
-            );
-        } else {
-            output::line(
-                "              as its parent's access rules allow it: --set changes its socket or its rules",
-            );
-        }
+        output::line(match (isolation.owner_access, isolation.parent_access) {
+            (true, true) => {
+                "              as the owner of its files, who may connect as every role; for others its parent's rules count"
+            }
+            (true, false) => {
+                "              as the owner of its files, who may connect as every role. Nobody else may: its parent has its \
+                 access rules in another file (hba_file), which is not in the copy"
+            }
+            (false, true) => {
+                "              as its parent's access rules allow it: --set changes its socket or its rules"
+            }
+            (false, false) => {
+                "              as nobody yet: its parent has its access rules in another file (hba_file), which is not in the \
+                 copy. Name one with --set hba_file=FILE"
+            }
+        });
         if self.recovery.action == Action::Pause && !self.recovery.standby {
             output::line(
                 "it pauses     at the target, read-only; SELECT pg_wal_replay_resume() opens it for writing",

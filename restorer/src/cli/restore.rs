@@ -19,6 +19,7 @@ use super::{
     arguments::{self, buffers, duration, locations, pair},
     audit::Ended,
     chosen::{self, TargetArgs},
+    inside,
     opening::{absolute, archive},
     outcome::{self, Outcome},
     output, owner,
@@ -183,6 +184,7 @@ pub(super) fn restore(
         delta: args.delta,
         standby: args.standby,
     };
+    inside::refuse(cluster, &directories)?;
     chosen::settle(&archive, &mut plan, &directories)?;
     if !args.json {
         if let RecoveryTarget::Time { time, .. } = &target {

@@ -113,7 +113,7 @@ impl Configuration {
     }
 
     fn read_lines(&mut self, path: &Path, named: &dyn Fn(&str) -> String, depth: usize) {
-        let text = match fs::read(path) {
+        let text = match read_regular(path) {
             Ok(bytes) => text::decode(&bytes),
             Err(error) => {
                 // `imports.rs` reports an imported file that cannot be read, with its original
@@ -169,6 +169,21 @@ impl Configuration {
             }
         }
     }
+}
+
+/// The maximum size of a file of a configuration. A device may have no end.
+const FILE_BYTES_MAX: u64 = 64 << 20;
+
+/// Reads a regular file of a configuration. The read of a FIFO would wait for a writer.
+pub(super) fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
+    let found = fs::metadata(path)?;
+    if !found.is_file() && !found.is_dir() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    if found.len() > FILE_BYTES_MAX {
+        return Err(io::Error::other("it is too large for a configuration"));
+    }
+    fs::read(path)
 }
 
 fn cannot_be_read(error: &io::Error) -> String {
@@ -245,6 +260,27 @@ mod tests {
         assert!(found.problems[0].contains("missing.conf"));
         assert!(found.problems[1].contains("line 8 is not valid syntax"));
         assert_eq!(found.lines_of("archive_command").count(), 3);
+    }
+
+    #[test]
+    fn what_cannot_be_read_to_an_end_is_a_problem() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let root = directory.path();
+        let fifo = root.join("fifo.conf");
+        let made = std::process::Command::new("mkfifo").arg(&fifo).status();
+        assert!(made.expect("mkfifo runs").success());
+        let sparse = fs::File::create(root.join("large.conf")).expect("a file");
+        sparse.set_len(FILE_BYTES_MAX + 1).expect("its length");
+        let main = "include 'fifo.conf'\ninclude '/dev/zero'\ninclude 'large.conf'\nport = 1\n";
+        fs::write(root.join(MAIN), main).expect("written");
+        let found = Configuration::read(root);
+        assert_eq!(found.value("port"), Some("1"));
+        let [first, second, third] = found.problems.as_slice() else {
+            panic!("{:?}", found.problems);
+        };
+        assert!(first.contains("it is not a regular file"), "{first}");
+        assert!(second.contains("it is not a regular file"), "{second}");
+        assert!(third.contains("too large"), "{third}");
     }
 
     #[test]

@@ -15,7 +15,7 @@
 
 use std::{
     fs,
-    io::{self, Read},
+    io::Read,
     path::{Component, Path, PathBuf},
 };
 
@@ -23,7 +23,7 @@ use wal_format::SystemIdentifier;
 
 use super::{
     COMMENT, Edit,
-    configuration::{AUTO, Configuration, DEPTH_MAX, INCLUDES, MAIN, files_of},
+    configuration::{AUTO, Configuration, DEPTH_MAX, INCLUDES, MAIN, files_of, read_regular},
     guc_file::{Entry, parse, quote},
     text, write_private,
 };
@@ -118,14 +118,6 @@ struct Include<'a> {
 /// Returns a path without links; the path itself if it leads nowhere.
 pub(super) fn real(path: &Path) -> PathBuf {
     fs::canonicalize(path).unwrap_or_else(|_| path.to_owned())
-}
-
-/// Reads a regular file. The read of a FIFO would wait for a writer.
-fn read_regular(path: &Path) -> io::Result<Vec<u8>> {
-    match fs::metadata(path)? {
-        found if found.is_file() || found.is_dir() => fs::read(path),
-        _ => Err(io::Error::other("it is not a regular file")),
-    }
 }
 
 impl<'a> Importer<'a> {

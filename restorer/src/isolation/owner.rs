@@ -7,65 +7,106 @@
 //! operating system keeps all other users away from the socket: its mode is 0700 in each directory
 //! (`unix_socket_permissions` in `table.rs`), and its directory is closed to others.
 //!
-//! Invariant: the rules exist only while `unix_socket_permissions` is ours. A release removes them
-//! first.
+//! A parent may have its rules in a file outside of the copy (`hba_file`). Then the copy's own file
+//! is one that the parent did not use, such as that of `initdb`, which trusts every local user: it
+//! lets nobody in but the owner.
+//!
+//! Invariant: the owner's rules exist only while `unix_socket_permissions` is ours. A release
+//! removes them first.
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path};
+use std::{fs, io::ErrorKind, os::unix::fs::MetadataExt, path::Path};
 
 use rustix::process::geteuid;
 
-use super::{COMMENT, Configuration, Edit, SOCKET_DIRECTORY, Wanted, imports, text};
+use super::{COMMENT, Configuration, Edit, SOCKET_DIRECTORY, Wanted, imports, table::When, text};
 use crate::{Error, Result};
 
-/// The rules, each a line. `all` does not match connections for replication.
+/// The rules of the owner, each a line. `all` does not match connections for replication.
 const RULES: [&str; 2] = ["local all all trust", "local replication all trust"];
 /// The reason in the line.
 const REASON: &str = "the owner of these files, over the private socket";
-/// The settings of the user that could open the socket to others, or replace the rules.
-const DECIDES: [&str; 2] = ["unix_socket_permissions", "hba_file"];
+/// The rules above those of a file that the parent did not use.
+const NOBODY_ELSE: [&str; 4] = [
+    "local all all reject",
+    "local replication all reject",
+    "host all all all reject",
+    "host replication all all reject",
+];
+/// The reason in the line.
+const UNUSED: &str = "the parent did not use the rules below";
+/// The setting with the file of the parent's access rules.
+const HBA_FILE: &str = "hba_file";
 /// The permissions of users other than the owner and the group, and the group's to write.
 const OPEN: u32 = 0o027;
 
-/// Adds the rules to the copy's own access rules, with one edit for each line. Returns false, and
-/// changes nothing, if the socket is not private or if the copy has no such file.
+/// The users who may connect to a copy: `owner_access` and `parent_access` of
+/// [`super::Isolation`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Access {
+    pub(super) owner: bool,
+    pub(super) parent: bool,
+}
+
+/// Adds rules to the copy's own access rules, with one edit for each line: those of the owner if
+/// the socket is private, and those that let nobody else in if the parent had its rules in another
+/// file.
 pub(super) fn let_in(
     directory: &Path,
     wanted: &Wanted<'_>,
     configuration: &Configuration,
     edits: &mut Vec<Edit>,
-) -> Result<bool> {
-    if DECIDES.iter().any(|name| wanted.sets(name)) || !has_private_sockets(directory, wanted) {
-        return Ok(false);
+) -> Result<Access> {
+    let untouched = Access {
+        owner: false,
+        parent: true,
+    };
+    if wanted.sets(HBA_FILE) {
+        return Ok(untouched);
     }
+    let named = configuration.value(HBA_FILE);
+    let access = Access {
+        owner: !wanted.sets("unix_socket_permissions") && has_private_sockets(directory, wanted),
+        parent: !super::applies(When::LeadsElsewhere, directory, named, true),
+    };
     let root = fs::canonicalize(directory).map_err(Error::io("find", directory))?;
     let [file, _] = imports::access_files(&root, configuration);
     let file = imports::real(&file);
-    let (true, Ok(inside)) = (file.is_file(), file.strip_prefix(&root)) else {
-        return Ok(false);
+    let Ok(inside) = file.strip_prefix(&root) else {
+        return Ok(untouched);
     };
-    let content = fs::read(&file).map_err(Error::io("read", &file))?;
-    let content = text::decode(&content);
-    let lines = RULES.map(|rule| format!("{rule} {COMMENT}{REASON}"));
-    let missing = lines.iter().filter(|line| {
-        // A copy that is restored again after it was archived has them from its parent.
-        !content.lines().any(|existing| existing == line.as_str())
-    });
-    let missing: Vec<&String> = missing.collect();
+    let content = match fs::read(&file) {
+        Ok(content) => text::decode(&content),
+        // The parent did not need the file, but the copy does.
+        Err(error) if error.kind() == ErrorKind::NotFound && !access.parent => String::new(),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(untouched),
+        Err(error) => return Err(Error::io("read", &file)(error)),
+    };
+    let of_owner = RULES.iter().map(|rule| (*rule, REASON));
+    let of_others = NOBODY_ELSE.iter().map(|rule| (*rule, UNUSED));
+    let rules = of_owner.filter(|_| access.owner);
+    let rules = rules.chain(of_others.filter(|_| !access.parent));
+    let lines = rules.map(|(rule, reason)| format!("{rule} {COMMENT}{reason}"));
+    // A copy that is restored again after it was archived has lines from its parent. They count
+    // where they stand, so all lines are added if one is missing.
+    let lines: Vec<String> = lines.collect();
+    if content.starts_with(&lines.join("\n")) {
+        return Ok(access);
+    }
     let mut changed = String::new();
-    for line in missing {
-        changed.push_str(line);
+    for line in lines {
+        changed.push_str(&line);
         changed.push('\n');
         edits.push(Edit {
             file: text::of_path(inside),
             name: format!("{} rule", text::of_path(inside)),
             old: None,
-            new: line.clone(),
+            new: line,
             parent: String::new(),
         });
     }
     changed.push_str(&content);
     fs::write(&file, text::encode(&changed)).map_err(Error::io("write", &file))?;
-    Ok(true)
+    Ok(access)
 }
 
 /// Returns true if every socket directory belongs to this user and is closed to others.

@@ -19,14 +19,9 @@ const MESSAGE_MAX: usize = 600;
 /// quotation marks around the setting.
 const MINIMAL: [&str; 2] = ["WAL was generated with ", "wal_level=minimal"];
 /// Parts of the log lines that precede a FATAL and give its reason.
-const REASONS: [&str; 6] = [
-    "could not",
-    "invalid",
-    "unrecognized",
-    "syntax error",
-    "HINT:",
-    "DETAIL:",
-];
+const REASONS: [&str; 4] = ["could not", "invalid", "unrecognized", "syntax error"];
+/// The levels of the lines that explain the message before them.
+const EXPLAINS: [&str; 3] = ["DETAIL:", "HINT:", "CONTEXT:"];
 
 /// The log of one start.
 #[derive(Debug)]
@@ -150,12 +145,17 @@ impl Log {
             .any(|word| line.contains(word))
             // PostgreSQL rejects a client during startup.
             && !message.starts_with("the database system is");
-        let explains = ["DETAIL:", "HINT:", "CONTEXT:"]
-            .iter()
-            .any(|word| line.contains(word));
+        let explains = explains(line);
         match &mut seen.first_error {
             None if is_error => {
-                let reasons = self.before.iter().filter(|line| gives_reason(line));
+                // An explanation belongs to the message before it.
+                let mut is_reason = false;
+                let reasons = self.before.iter().filter(|line| {
+                    if !self::explains(line) {
+                        is_reason = gives_reason(line);
+                    }
+                    is_reason
+                });
                 let mut parts: Vec<&str> = reasons.map(|line| self::message(line)).collect();
                 parts.push(message);
                 let mut said = parts.join("; ");
@@ -189,6 +189,10 @@ fn message(line: &str) -> &str {
     let after = levels.iter().filter_map(|level| line.split_once(level));
     let first = after.min_by_key(|(before, _)| before.len());
     first.map_or(line, |(_, after)| after).trim()
+}
+
+fn explains(line: &str) -> bool {
+    EXPLAINS.iter().any(|level| line.contains(level))
 }
 
 fn gives_reason(line: &str) -> bool {
@@ -244,6 +248,12 @@ mod tests {
             "{said}"
         );
         assert!(said.ends_with("contains errors; h"), "{said}");
+        // The explanation of another message is none of this one.
+        let text = "x LOG:  database system was interrupted while in recovery\n\
+            x HINT:  If this has occurred more than once some data might be corrupted\n\
+            x FATAL:  requested recovery stop point is before consistent recovery point\n";
+        let said = events(text).first_error.expect("an error");
+        assert!(said.starts_with("requested recovery stop point"), "{said}");
         let early = "x FATAL:  the database system is starting up\nx DETAIL:  d\n";
         assert_eq!(events(early).first_error, None);
     }
