@@ -389,6 +389,14 @@ fn check(major: u16, bin: &Path, chance: &mut Chance) {
             elsewhere.path().join(name).display()
         ));
     }
+    // The socket of this copy is open to others, and the rules of a parent that keeps them outside
+    // of its data directory are not in the copy: nobody is let in without rules.
+    let settings = fs::read_to_string(parent.server().data().join("postgresql.conf"));
+    if settings.expect("settings").contains("\nhba_file = ") {
+        let rules = elsewhere.path().join("pg_hba.conf");
+        fs::write(&rules, "local all all trust\n").expect("rules");
+        arguments.push(format!("--set=hba_file={}", rules.display()));
+    }
     let copy = Restored::start(&parent.archived.place, bin, &arguments).expect("a copy");
     work_in(&copy, &parent, chance);
     let mut pg_ctl = parent.server().program("pg_ctl").expect("a user");
