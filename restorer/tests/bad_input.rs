@@ -144,7 +144,7 @@ fn what_is_asked_wrongly_is_refused_in_one_line_before_anything_is_touched() {
     // Through a link, and with parts that do not exist.
     std::os::unix::fs::symlink(&repository, root.path().join("link")).expect("a link");
     let in_archive = text(&root.path().join("link/main/new/../copy"));
-    let server = scene.archived.cluster.data().to_owned();
+    let server = scene.archived.cluster.data();
     let in_server = text(&server.join("base/copy"));
     let to = text(&target);
     let cases: &[(&[&str], i32, &[&str])] = &[

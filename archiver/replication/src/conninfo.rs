@@ -94,7 +94,7 @@ impl ConnInfo {
     /// Parses `host=… user=…` or `postgresql://…`.
     ///
     /// # Errors
-    /// [`Error::ConnInfo`].
+    /// [`Error::ConnInfo`](super::Error::ConnInfo).
     pub fn parse(text: &str) -> Result<Self> {
         Self::resolve(text, &Environment::of_process())
     }

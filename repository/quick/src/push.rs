@@ -93,7 +93,7 @@ const SEEN_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Waits until the daemon of this host has read the results of commands that ended on this host, so
 /// that a `status` after a `backup` shows the backup. Returns at once if no daemon runs, and after
-/// [`SEEN_TIMEOUT`] in any case.
+/// 5 s in any case.
 pub fn wait_for_daemon(settings: &ClusterSettings) {
     let end = Instant::now() + SEEN_TIMEOUT;
     let has_daemon = || {
