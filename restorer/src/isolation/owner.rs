@@ -81,19 +81,21 @@ pub(super) fn let_in(
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(untouched),
         Err(error) => return Err(Error::io("read", &file)(error)),
     };
-    let of_owner = RULES.iter().map(|rule| (*rule, REASON));
-    let of_others = NOBODY_ELSE.iter().map(|rule| (*rule, UNUSED));
+    let of_owner = RULES.iter().map(|rule| (*rule, REASON, ""));
+    let elsewhere = named.unwrap_or_default();
+    let of_others = NOBODY_ELSE.iter().map(|rule| (*rule, UNUSED, elsewhere));
     let rules = of_owner.filter(|_| access.owner);
     let rules = rules.chain(of_others.filter(|_| !access.parent));
-    let lines = rules.map(|(rule, reason)| format!("{rule} {COMMENT}{reason}"));
+    let lines = rules.map(|(rule, reason, file)| (format!("{rule} {COMMENT}{reason}"), file));
     // A copy that is restored again after it was archived has lines from its parent. They count
     // where they stand, so all lines are added if one is missing.
-    let lines: Vec<String> = lines.collect();
-    if content.starts_with(&lines.join("\n")) {
+    let lines: Vec<(String, &str)> = lines.collect();
+    let texts: Vec<&str> = lines.iter().map(|(line, _)| line.as_str()).collect();
+    if content.starts_with(&texts.join("\n")) {
         return Ok(access);
     }
     let mut changed = String::new();
-    for line in lines {
+    for (line, elsewhere) in lines {
         changed.push_str(&line);
         changed.push('\n');
         edits.push(Edit {
@@ -101,7 +103,8 @@ pub(super) fn let_in(
             name: format!("{} rule", text::of_path(inside)),
             old: None,
             new: line,
-            parent: String::new(),
+            // The rule stays in the copy while this file is not there.
+            parent: elsewhere.to_owned(),
         });
     }
     changed.push_str(&content);

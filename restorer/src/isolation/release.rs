@@ -193,6 +193,13 @@ impl Edit {
     /// Returns the reason why the line is not restored; `None` if it is restored.
     fn stays(&self, directory: &Path) -> Option<String> {
         let directive = self.name.rsplit(' ').next().unwrap_or_default();
+        if self.is_of_access() && directive == "rule" {
+            // The rules that let nobody else in stay while the copy has no others of its parent.
+            return match self.parent.as_str() {
+                "" => None,
+                file => stays_changed(directory, "hba_file", file),
+            };
+        }
         let is_at = self.is_of_access() && directive == "@";
         if !is_at && !INCLUDES.contains(&directive) {
             return stays_changed(directory, &self.name, &self.parent);

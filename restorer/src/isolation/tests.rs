@@ -347,6 +347,46 @@ fn a_loop_of_includes_is_one_problem() {
     );
 }
 
+/// A released copy must not follow rules that its parent did not use either.
+#[test]
+fn rules_that_the_parent_did_not_use_let_nobody_in_before_its_own_are_there() {
+    let outside = tempfile::tempdir().expect("a directory");
+    let file = outside.path().join("hba.conf");
+    let main = format!("hba_file = '{}'\n", file.display());
+    let unused = "host all all 127.0.0.1/32 trust\n";
+    for is_there in [false, true] {
+        let copy = tempfile::tempdir().expect("a directory");
+        let read = |name: &str| fs::read_to_string(copy.path().join(name)).expect("it is there");
+        fs::write(copy.path().join(MAIN), &main).expect("written");
+        fs::write(copy.path().join(AUTO), "").expect("written");
+        fs::write(copy.path().join("pg_hba.conf"), unused).expect("written");
+        let isolation = isolate(copy.path(), &wanted(17, &[])).expect("isolated");
+        assert!(!isolation.parent_access);
+        let rules = read("pg_hba.conf");
+        let rejected = rules.split_once("host all all all reject");
+        assert!(rejected.is_some_and(|(_, below)| below.contains(unused)));
+        if is_there {
+            fs::write(&file, "local all all peer\n").expect("written");
+        }
+        let released = release::release(copy.path()).expect("released");
+        let stays = |name: &str| {
+            let mut changes = released.changes.iter();
+            changes.any(|change| change.name == name && change.stays.is_some())
+        };
+        assert_eq!(stays("hba_file"), !is_there);
+        assert_eq!(stays("pg_hba.conf rule"), !is_there);
+        let rules = read("pg_hba.conf");
+        assert_eq!(
+            rules.contains("host all all all reject"),
+            !is_there,
+            "{rules}"
+        );
+        assert!(!rules.contains("trust # pitr-restore"), "{rules}");
+        let configuration = Configuration::read(copy.path());
+        assert_eq!(configuration.value("hba_file").is_some(), is_there);
+    }
+}
+
 /// Relative paths that lead out of the copy are resolved from where it is at the release.
 #[test]
 fn a_moved_copy_is_released_where_it_is() {
