@@ -1,4 +1,4 @@
-//! Checks that no files of the archiver's crates import each other in a circle.
+//! Checks that no files of a crate import each other in a circle.
 //!
 //! An import is a `use` of `crate::`, `super::` or `self::`, or of a child module. A circle means
 //! that none of its files can be read, tested or moved without the others.
